@@ -1,0 +1,561 @@
+//! The mesh documents: what operators and owners say of services, on top of what discovery says.
+//!
+//! Precedence, the strongest first: `Node`, `Service`, `Mesh`, built in. [`Settings`] is what the three have in
+//! common, so that the precedence is one function ([`Documents::settings`]).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+
+use crate::text::{Time, one_or_many};
+use crate::{Labels, NodeName, NodeReport, Place, Protocol, ServiceName};
+
+/// A document together with where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed<T> {
+    pub place: Place,
+    pub document: T,
+}
+
+impl<T> Deref for Placed<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.document
+    }
+}
+
+/// A consistent set of documents: no two of one kind and name, and what they say of each other holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Documents {
+    pub mesh: Option<Arc<Placed<Mesh>>>,
+    pub services: BTreeMap<ServiceName, Arc<Placed<Service>>>,
+    pub routes: BTreeMap<ServiceName, Arc<Placed<Route>>>,
+    /// In the order of their selectors, those by labels before those by name: later ones outrank earlier ones.
+    pub nodes: Vec<Arc<Placed<Node>>>,
+}
+
+/// `kind: Mesh`: defaults for the whole fleet. There is at most one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mesh {
+    pub load_balancing: Option<LoadBalancing>,
+    pub timeouts: Option<Timeouts>,
+    pub retry: Option<Retry>,
+    pub outlier_detection: Option<OutlierDetection>,
+    pub connection_limits: Option<ConnectionLimits>,
+}
+
+/// `kind: Service`: what the owner says of a service.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    pub name: ServiceName,
+    pub protocol: Option<Protocol>,
+    /// What clients dial in transparent mode.
+    pub port: Option<u16>,
+    /// Named parts of the service, each the endpoints that match all that it asks for.
+    #[serde(default)]
+    pub subsets: BTreeMap<SubsetName, Subset>,
+    pub load_balancing: Option<LoadBalancing>,
+    pub timeouts: Option<Timeouts>,
+    pub retry: Option<Retry>,
+    pub outlier_detection: Option<OutlierDetection>,
+    pub connection_limits: Option<ConnectionLimits>,
+}
+
+/// `kind: Node`: the same settings for chosen nodes, by name or by labels.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    pub name: Option<NodeName>,
+    /// A node has to have all of them.
+    #[serde(default)]
+    pub labels: Labels,
+    /// Services that these nodes call on top of those that their agents declare.
+    #[serde(default)]
+    pub upstreams: Vec<crate::node::Upstream>,
+    pub load_balancing: Option<LoadBalancing>,
+    pub timeouts: Option<Timeouts>,
+    pub retry: Option<Retry>,
+    pub outlier_detection: Option<OutlierDetection>,
+    pub connection_limits: Option<ConnectionLimits>,
+}
+
+impl Node {
+    /// Whether it speaks of the node `report`.
+    pub fn selects(&self, report: &NodeReport) -> bool {
+        self.name.as_ref().is_none_or(|name| *name == report.name)
+            && self.labels.iter().all(|(key, value)| report.labels.get(key) == Some(value))
+            && (self.name.is_some() || !self.labels.is_empty())
+    }
+
+    /// What tells it from other `Node` documents: ``web-17`` or ``{rack: r7, role: web}``.
+    pub fn selector(&self) -> String {
+        match &self.name {
+            Some(name) => name.to_string(),
+            None => {
+                let pairs: Vec<_> = self.labels.iter().map(|(k, v)| format!("{k}: {v}")).collect();
+                format!("{{{}}}", pairs.join(", "))
+            }
+        }
+    }
+}
+
+/// The name of a part of a service: `v2`.
+pub type SubsetName = ServiceName;
+
+/// The endpoints that match all that is given here.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Subset {
+    pub version: Option<Arc<str>>,
+    pub zone: Option<Arc<str>>,
+    #[serde(default)]
+    pub labels: Labels,
+}
+
+impl Subset {
+    pub fn contains(&self, endpoint: &crate::Endpoint) -> bool {
+        self.version.as_ref().is_none_or(|v| endpoint.version.as_ref() == Some(v))
+            && self.zone.as_ref().is_none_or(|z| endpoint.zone.as_ref() == Some(z))
+            && self.labels.iter().all(|(key, value)| endpoint.labels.get(key) == Some(value))
+    }
+}
+
+/// How an endpoint is chosen for a request.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoadBalancing {
+    #[serde(default)]
+    pub policy: Policy,
+    /// What `ring_hash` and `maglev` hash; without it every request goes anywhere.
+    pub hash_on: Option<HashOn>,
+    /// Which endpoints come first: those of the caller's own zone, or all alike.
+    #[serde(default)]
+    pub locality: Locality,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    RoundRobin,
+    #[default]
+    LeastRequest,
+    Random,
+    RingHash,
+    Maglev,
+}
+
+impl Policy {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Policy::RoundRobin => "round_robin",
+            Policy::LeastRequest => "least_request",
+            Policy::Random => "random",
+            Policy::RingHash => "ring_hash",
+            Policy::Maglev => "maglev",
+        }
+    }
+}
+
+/// What of a request decides where it goes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HashOn {
+    Header(Arc<str>),
+    Cookie(Arc<str>),
+    Query(Arc<str>),
+    SourceIp,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Locality {
+    /// Zones do not matter.
+    #[default]
+    Any,
+    /// The caller's zone first, the others when it has too few healthy endpoints.
+    PreferLocal,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Timeouts {
+    /// Until a connection to an endpoint stands. Built in: 5 s.
+    pub connect: Option<Time>,
+    /// From the whole request to the whole response. Built in: 15 s for HTTP, none for TCP.
+    pub request: Option<Time>,
+    /// A connection (TCP) or stream (HTTP) without a byte for so long is closed. Built in: 5 m for HTTP, 1 h for TCP.
+    pub idle: Option<Time>,
+}
+
+/// When and how often a failed request is tried again.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Retry {
+    /// How many more times, after the first; 0 turns retries off.
+    pub attempts: u32,
+    #[serde(default)]
+    pub on: Vec<RetryOn>,
+    pub per_try_timeout: Option<Time>,
+}
+
+/// What counts as failed. The names are Envoy's, without `-` for those that have a short form here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RetryOn {
+    #[serde(rename = "5xx")]
+    ServerError,
+    GatewayError,
+    Reset,
+    ResetBeforeRequest,
+    ConnectFailure,
+    RefusedStream,
+    #[serde(rename = "retriable-4xx")]
+    Retriable4xx,
+    Cancelled,
+    DeadlineExceeded,
+    ResourceExhausted,
+    Unavailable,
+    Internal,
+}
+
+impl RetryOn {
+    /// Envoy's spelling in `retry_on`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RetryOn::ServerError => "5xx",
+            RetryOn::GatewayError => "gateway-error",
+            RetryOn::Reset => "reset",
+            RetryOn::ResetBeforeRequest => "reset-before-request",
+            RetryOn::ConnectFailure => "connect-failure",
+            RetryOn::RefusedStream => "refused-stream",
+            RetryOn::Retriable4xx => "retriable-4xx",
+            RetryOn::Cancelled => "cancelled",
+            RetryOn::DeadlineExceeded => "deadline-exceeded",
+            RetryOn::ResourceExhausted => "resource-exhausted",
+            RetryOn::Unavailable => "unavailable",
+            RetryOn::Internal => "internal",
+        }
+    }
+
+    /// Whether it is a gRPC status: proxyless gRPC clients know only these.
+    pub fn is_grpc_status(self) -> bool {
+        matches!(
+            self,
+            RetryOn::Cancelled
+                | RetryOn::DeadlineExceeded
+                | RetryOn::ResourceExhausted
+                | RetryOn::Unavailable
+                | RetryOn::Internal
+        )
+    }
+}
+
+/// An endpoint that keeps failing is left out for a while.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OutlierDetection {
+    /// So many 5xx in a row eject. Built in: 5.
+    pub consecutive_5xx: Option<u32>,
+    pub interval: Option<Time>,
+    pub base_ejection: Option<Time>,
+    /// At most this share of the endpoints, in percent. Built in: 50.
+    pub max_ejection_percent: Option<u32>,
+}
+
+/// Per calling Envoy, not per fleet. What exceeds them fails at once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConnectionLimits {
+    pub max_connections: Option<u32>,
+    pub max_pending_requests: Option<u32>,
+    pub max_requests: Option<u32>,
+    pub max_retries: Option<u32>,
+}
+
+/// `kind: Route`: how requests to a service are routed. The first rule that matches decides; a request that none
+/// matches goes to the service as if there were no document.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Route {
+    pub service: ServiceName,
+    pub rules: Vec<Rule>,
+}
+
+/// One rule of a [`Route`]. Without `split` and `redirect` its requests go to the whole service.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    #[serde(default, rename = "match")]
+    pub matches: Match,
+    #[serde(default)]
+    pub split: Vec<Target>,
+    pub redirect: Option<Redirect>,
+    pub timeout: Option<Time>,
+    pub retry: Option<Retry>,
+}
+
+/// All that is given has to hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Match {
+    pub path: Option<PathMatch>,
+    #[serde(default)]
+    pub headers: BTreeMap<Arc<str>, TextMatch>,
+    #[serde(default)]
+    pub query: BTreeMap<Arc<str>, TextMatch>,
+    #[serde(default, deserialize_with = "one_or_many")]
+    pub method: Vec<Method>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PathMatch {
+    Exact(Arc<str>),
+    /// Whole text prefix: `/v2` also matches `/v2beta`; write `/v2/` to match below `/v2` only.
+    Prefix(Arc<str>),
+    /// RE2, against the whole path.
+    Regex(Arc<str>),
+}
+
+/// How a header's or a parameter's value is matched: a text stands for `exact`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TextMatch {
+    Exact(Arc<str>),
+    Prefix(Arc<str>),
+    Suffix(Arc<str>),
+    Contains(Arc<str>),
+    /// RE2, against the whole value.
+    Regex(Arc<str>),
+    Present(bool),
+}
+
+/// An HTTP method, in capitals as on the wire.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Method(pub Arc<str>);
+
+/// Where a share of a rule's requests goes.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// Another service; the routed one if left out.
+    pub service: Option<ServiceName>,
+    pub subset: Option<SubsetName>,
+    #[serde(default = "whole")]
+    pub weight: u32,
+}
+
+fn whole() -> u32 {
+    1
+}
+
+/// Sends a rule's requests elsewhere: to another service and its own routes, or the client to another URL.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Redirect {
+    /// As if the request had been made to this service: its `Route` decides. Excludes the other fields.
+    pub service: Option<ServiceName>,
+    pub scheme: Option<Scheme>,
+    pub host: Option<Arc<str>>,
+    pub port: Option<u16>,
+    /// The whole path.
+    pub path: Option<Arc<str>>,
+    /// What the matched prefix becomes.
+    pub prefix: Option<Arc<str>>,
+    /// 301 (default), 302, 303, 307 or 308.
+    pub code: Option<u16>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scheme {
+    Http,
+    Https,
+}
+
+/// What `Mesh`, `Service` and `Node` can all say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings {
+    pub load_balancing: Option<LoadBalancing>,
+    pub timeouts: Timeouts,
+    pub retry: Option<Retry>,
+    pub outlier_detection: Option<OutlierDetection>,
+    pub connection_limits: Option<ConnectionLimits>,
+    /// Which document set each value, by the value's name; what is missing is built in.
+    pub origins: BTreeMap<&'static str, Origin>,
+}
+
+/// The document that set a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    pub document: String,
+    pub place: Place,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.document, self.place)
+    }
+}
+
+impl Documents {
+    /// What holds for `service` as called by a node: `Node` over `Service` over `Mesh`, value by value.
+    ///
+    /// `nodes` are the `Node` documents that select the caller, the strongest last.
+    pub fn settings(&self, service: &ServiceName, nodes: &[Arc<Placed<Node>>]) -> Settings {
+        let mut settings = Settings::default();
+        if let Some(mesh) = &self.mesh {
+            let said = Said::of(&mesh.load_balancing, &mesh.timeouts, &mesh.retry)
+                .with(&mesh.outlier_detection, &mesh.connection_limits);
+            settings.overlay(said, || Origin { document: "Mesh".to_owned(), place: mesh.place.clone() });
+        }
+        if let Some(service) = self.services.get(service) {
+            let said = Said::of(&service.load_balancing, &service.timeouts, &service.retry)
+                .with(&service.outlier_detection, &service.connection_limits);
+            let document = format!("Service `{}`", service.name);
+            settings.overlay(said, || Origin { document: document.clone(), place: service.place.clone() });
+        }
+        for node in nodes {
+            let said = Said::of(&node.load_balancing, &node.timeouts, &node.retry)
+                .with(&node.outlier_detection, &node.connection_limits);
+            let document = format!("Node `{}`", node.selector());
+            settings.overlay(said, || Origin { document: document.clone(), place: node.place.clone() });
+        }
+        settings
+    }
+
+    /// The `Node` documents that speak of `report`, the strongest last.
+    pub fn nodes_for(&self, report: &NodeReport) -> Vec<Arc<Placed<Node>>> {
+        self.nodes.iter().filter(|node| node.selects(report)).cloned().collect()
+    }
+
+    /// How many documents there are.
+    pub fn len(&self) -> usize {
+        usize::from(self.mesh.is_some()) + self.services.len() + self.routes.len() + self.nodes.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The settings that one document gives; `None` leaves what a weaker document said.
+#[derive(Default)]
+struct Said<'a> {
+    load_balancing: Option<&'a LoadBalancing>,
+    timeouts: Timeouts,
+    retry: Option<&'a Retry>,
+    outlier_detection: Option<OutlierDetection>,
+    connection_limits: Option<ConnectionLimits>,
+}
+
+impl<'a> Said<'a> {
+    fn of(balancing: &'a Option<LoadBalancing>, times: &Option<Timeouts>, retry: &'a Option<Retry>) -> Self {
+        Said {
+            load_balancing: balancing.as_ref(),
+            timeouts: times.unwrap_or_default(),
+            retry: retry.as_ref(),
+            ..Said::default()
+        }
+    }
+
+    fn with(mut self, outliers: &Option<OutlierDetection>, limits: &Option<ConnectionLimits>) -> Self {
+        self.outlier_detection = *outliers;
+        self.connection_limits = *limits;
+        self
+    }
+}
+
+impl Settings {
+    fn overlay(&mut self, said: Said<'_>, origin: impl Fn() -> Origin) {
+        let Settings { load_balancing, timeouts, retry, outlier_detection, connection_limits, origins } =
+            self;
+        let mut take = |name: &'static str, given: bool| {
+            if given {
+                origins.insert(name, origin());
+            }
+            given
+        };
+        if take("load_balancing", said.load_balancing.is_some()) {
+            *load_balancing = said.load_balancing.cloned();
+        }
+        if take("timeouts.connect", said.timeouts.connect.is_some()) {
+            timeouts.connect = said.timeouts.connect;
+        }
+        if take("timeouts.request", said.timeouts.request.is_some()) {
+            timeouts.request = said.timeouts.request;
+        }
+        if take("timeouts.idle", said.timeouts.idle.is_some()) {
+            timeouts.idle = said.timeouts.idle;
+        }
+        if take("retry", said.retry.is_some()) {
+            *retry = said.retry.cloned();
+        }
+        if take("outlier_detection", said.outlier_detection.is_some()) {
+            *outlier_detection = said.outlier_detection;
+        }
+        if take("connection_limits", said.connection_limits.is_some()) {
+            *connection_limits = said.connection_limits;
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Method {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if !text.is_empty() && text.bytes().all(|b| b.is_ascii_uppercase() || b == b'-') {
+            Ok(Method(text.into()))
+        } else {
+            Err(de::Error::custom(format!("`{text}` is not an HTTP method: capitals, such as GET or POST")))
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for TextMatch {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visit;
+
+        impl<'de> Visitor<'de> for Visit {
+            type Value = TextMatch;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text, or one of exact, prefix, suffix, contains, regex or present")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<TextMatch, E> {
+                Ok(TextMatch::Exact(text.into()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<TextMatch, A::Error> {
+                const KINDS: &[&str] = &["exact", "prefix", "suffix", "contains", "regex", "present"];
+                let expected = "one of exact, prefix, suffix, contains, regex or present";
+                let Some(kind) = map.next_key::<String>()? else {
+                    return Err(de::Error::custom(format!("an empty match: give {expected}")));
+                };
+                let matched = match kind.as_str() {
+                    "exact" => TextMatch::Exact(map.next_value()?),
+                    "prefix" => TextMatch::Prefix(map.next_value()?),
+                    "suffix" => TextMatch::Suffix(map.next_value()?),
+                    "contains" => TextMatch::Contains(map.next_value()?),
+                    "regex" => TextMatch::Regex(map.next_value()?),
+                    "present" => TextMatch::Present(map.next_value()?),
+                    other => return Err(de::Error::unknown_field(other, KINDS)),
+                };
+                match map.next_key::<String>()? {
+                    None => Ok(matched),
+                    Some(second) => {
+                        Err(de::Error::custom(format!("`{kind}` and `{second}` together: give {expected}")))
+                    }
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Visit)
+    }
+}

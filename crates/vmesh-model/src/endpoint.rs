@@ -1,0 +1,296 @@
+//! One instance of a service.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::{NonZeroU16, NonZeroU32};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+/// Free-form facts about an endpoint or a node, sorted so that equal labels are equal text.
+pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
+
+/// One instance of a service, as Envoy can dial it: a host name has been resolved by the discovery source.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    /// The name that `address` was resolved from, if the source gave a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<Arc<str>>,
+    pub weight: Weight,
+    pub health: Health,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Arc<str>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<Arc<str>>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: Labels,
+    /// The discovery source that named it, `file:/etc/vmesh/services.d` say.
+    pub source: Arc<str>,
+}
+
+/// A share of traffic relative to the other endpoints of the same service.
+///
+/// Envoy refuses a weight of 0 (and with it the whole assignment), so 0 in a source means [`Health::Draining`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Weight(NonZeroU32);
+
+impl Weight {
+    pub const ONE: Weight = Weight(NonZeroU32::MIN);
+    /// Envoy adds the weights of a locality in 32 bits; this leaves room for 4,000 endpoints of the largest weight.
+    pub const MAX: u32 = 1_000_000;
+
+    /// `None` for 0 and for more than [`Weight::MAX`].
+    pub fn new(weight: u32) -> Option<Weight> {
+        NonZeroU32::new(weight).filter(|w| w.get() <= Self::MAX).map(Weight)
+    }
+
+    pub fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl Default for Weight {
+    fn default() -> Self {
+        Weight::ONE
+    }
+}
+
+/// What discovery says of an endpoint. Unhealthy is a status, never an absence: Envoy's panic threshold has to
+/// see how many of all endpoints are ill.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    #[default]
+    Unknown,
+    Healthy,
+    Unhealthy,
+    /// Takes no new requests; those in flight finish.
+    Draining,
+}
+
+impl fmt::Display for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Health::Unknown => "unknown",
+            Health::Healthy => "healthy",
+            Health::Unhealthy => "unhealthy",
+            Health::Draining => "draining",
+        })
+    }
+}
+
+/// Where a source says that an instance is: not yet resolved.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address {
+    pub host: Host,
+    pub port: NonZeroU16,
+}
+
+/// The host part of an [`Address`].
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Host {
+    Ip(IpAddr),
+    /// To be resolved, and resolved again: a container that came back has another address.
+    Name(Arc<str>),
+}
+
+impl Host {
+    /// An IP address, also in the short forms of `inet_aton` that fleets write (`127.1`), or a DNS name.
+    pub fn parse(text: &str) -> Result<Host, String> {
+        let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+        if let Ok(ip) = bare.parse() {
+            return Ok(Host::Ip(ip));
+        }
+        // A name whose last label is a number is an IPv4 address or an error, never DNS (RFC 1123, 2.1).
+        let last = text.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
+        if !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit()) {
+            return short_ipv4(text)
+                .map(|ip| Host::Ip(ip.into()))
+                .ok_or_else(|| format!("`{text}` is neither an IP address nor a host name"));
+        }
+        let label = |l: &str| {
+            (1..=63).contains(&l.len())
+                && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+                && !l.starts_with('-')
+                && !l.ends_with('-')
+        };
+        let name = text.strip_suffix('.').unwrap_or(text);
+        if name.len() <= 253 && name.split('.').all(label) {
+            Ok(Host::Name(name.to_ascii_lowercase().into()))
+        } else {
+            let shown: String = text.chars().take(60).collect();
+            Err(format!("`{shown}` is neither an IP address nor a host name"))
+        }
+    }
+}
+
+/// `127.1`, `10.1.2`: the last number fills the bytes that are left (inet_aton(3)), decimal only.
+fn short_ipv4(text: &str) -> Option<Ipv4Addr> {
+    let parts: Vec<u32> = text.split('.').map(|p| p.parse().ok()).collect::<Option<_>>()?;
+    let (last, heads) = parts.split_last()?;
+    if heads.is_empty() || heads.len() > 3 || heads.iter().any(|h| *h > 255) {
+        return None;
+    }
+    let free = 8 * (4 - u32::try_from(heads.len()).ok()?);
+    if u64::from(*last) >= 1u64 << free {
+        return None;
+    }
+    let head = heads.iter().fold(0u32, |sum, h| (sum << 8) | h);
+    Some(Ipv4Addr::from((u64::from(head) << free) as u32 | last))
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    /// `host:port`, `[::1]:8080`.
+    fn from_str(text: &str) -> Result<Address, String> {
+        let (host, port) = text
+            .rsplit_once(':')
+            .ok_or_else(|| format!("`{text}` has no port: write `{text}:8080`, an address and a port"))?;
+        if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
+            return Err(format!("`{text}`: an IPv6 address with a port is written `[{host}]:{port}`"));
+        }
+        if host.is_empty() {
+            return Err(format!("`{text}` has no host before the port"));
+        }
+        Ok(Address { host: Host::parse(host)?, port: parse_port(port)? })
+    }
+}
+
+/// A port that something can listen on.
+pub fn parse_port(text: &str) -> Result<NonZeroU16, String> {
+    match text.parse::<u64>() {
+        Ok(0) => Err("port 0 is not a port: 1 to 65535".to_owned()),
+        Ok(n) => u16::try_from(n)
+            .ok()
+            .and_then(NonZeroU16::new)
+            .ok_or_else(|| format!("port {n} is out of range: 1 to 65535")),
+        Err(_) => Err(format!("`{text}` is not a port: 1 to 65535")),
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Ip(ip) => SocketAddr::new(*ip, self.port.get()).fmt(f),
+            Host::Name(name) => write!(f, "{name}:{}", self.port),
+        }
+    }
+}
+
+/// What is spoken on a service's port. Declared, never sniffed: a server-first protocol would wait for the sniffer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    #[default]
+    Tcp,
+    /// HTTP/1.1 towards the instances.
+    Http,
+    /// HTTP/2 with prior knowledge towards the instances.
+    Http2,
+    Grpc,
+    Tls,
+    Mysql,
+    Postgres,
+    Redis,
+    Mongo,
+    Kafka,
+    Thrift,
+    Dubbo,
+}
+
+impl Protocol {
+    /// Every protocol, for messages and completion.
+    pub const ALL: &[Protocol] = &[
+        Protocol::Tcp,
+        Protocol::Http,
+        Protocol::Http2,
+        Protocol::Grpc,
+        Protocol::Tls,
+        Protocol::Mysql,
+        Protocol::Postgres,
+        Protocol::Redis,
+        Protocol::Mongo,
+        Protocol::Kafka,
+        Protocol::Thrift,
+        Protocol::Dubbo,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Http => "http",
+            Protocol::Http2 => "http2",
+            Protocol::Grpc => "grpc",
+            Protocol::Tls => "tls",
+            Protocol::Mysql => "mysql",
+            Protocol::Postgres => "postgres",
+            Protocol::Redis => "redis",
+            Protocol::Mongo => "mongo",
+            Protocol::Kafka => "kafka",
+            Protocol::Thrift => "thrift",
+            Protocol::Dubbo => "dubbo",
+        }
+    }
+
+    /// Whether requests can be routed one by one.
+    pub fn is_http(self) -> bool {
+        matches!(self, Protocol::Http | Protocol::Http2 | Protocol::Grpc)
+    }
+
+    /// Whether the instances speak HTTP/2.
+    pub fn is_http2(self) -> bool {
+        matches!(self, Protocol::Http2 | Protocol::Grpc)
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Protocol {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Protocol, String> {
+        Self::ALL.iter().copied().find(|p| p.as_str() == text).ok_or_else(|| {
+            let all: Vec<_> = Self::ALL.iter().map(|p| p.as_str()).collect();
+            format!("`{text}` is not a protocol: one of {}", all.join(", "))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_an_ip_or_a_name_with_a_port() {
+        let shown = |text: &str| text.parse::<Address>().map(|a| a.to_string()).unwrap_or_else(|e| e);
+        assert_eq!(shown("10.0.1.11:8080"), "10.0.1.11:8080");
+        assert_eq!(shown("127.1:80"), "127.0.0.1:80");
+        assert_eq!(shown("[::1]:80"), "[::1]:80");
+        assert_eq!(shown("DB-1.internal:5432"), "db-1.internal:5432");
+        assert_eq!(shown("a:0"), "port 0 is not a port: 1 to 65535");
+        assert_eq!(shown("a:70000"), "port 70000 is out of range: 1 to 65535");
+        assert_eq!(shown("10.0.0.256:80"), "`10.0.0.256` is neither an IP address nor a host name");
+        assert_eq!(shown("::1:80"), "`::1:80`: an IPv6 address with a port is written `[::1]:80`");
+        assert_eq!(shown("web"), "`web` has no port: write `web:8080`, an address and a port");
+        // Two records glued together by a writer that is not atomic, as seen in production (kingpin).
+        assert_eq!(
+            shown("10.1.2.310.4.5.6:9000"),
+            "`10.1.2.310.4.5.6` is neither an IP address nor a host name"
+        );
+    }
+
+    #[test]
+    fn every_protocol_parses_as_it_prints() {
+        for protocol in Protocol::ALL {
+            assert_eq!(protocol.to_string().parse(), Ok(*protocol));
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! What an operator has to mend, and where.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+/// Where in the operator's own text something is. Line and column count from 1; a place without a line is the
+/// whole file, and one without a file has no text behind it (a node's report, say).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Place {
+    pub file: Arc<str>,
+    pub line: u32,
+    pub column: u32,
+}
+
+impl Place {
+    pub fn file(file: impl Into<Arc<str>>) -> Place {
+        Place { file: file.into(), line: 0, column: 0 }
+    }
+
+    pub fn at(file: impl Into<Arc<str>>, line: u32, column: u32) -> Place {
+        Place { file: file.into(), line, column }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)?;
+        if self.line > 0 {
+            write!(f, ":{}:{}", self.line, self.column)?;
+        }
+        Ok(())
+    }
+}
+
+/// One thing that is wrong with the input, which costs that input only. It stays listed until it is mended.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Problem {
+    pub place: Place,
+    /// What it concerns, in the operator's words: ``Route `orders` ``.
+    pub subject: Arc<str>,
+    /// What is wrong, why, and what to do next.
+    pub message: String,
+}
+
+impl Problem {
+    pub fn new(place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) -> Problem {
+        Problem { place, subject: subject.into(), message: message.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.message)
+    }
+}

@@ -1,0 +1,21 @@
+//! What one discovery source says of one service.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Endpoint, Place, Protocol, ServiceName};
+
+/// One service as one source sees it: always all of its endpoints, never a change to them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    pub service: ServiceName,
+    /// What the source says is spoken; a `Service` document outranks it, and without either it is TCP.
+    pub protocol: Option<Protocol>,
+    /// What clients dial in transparent mode, if it is not the endpoints' port.
+    pub port: Option<u16>,
+    /// Sorted by address, no two with the same one.
+    pub endpoints: Arc<[Endpoint]>,
+    /// Where the source says so.
+    pub place: Place,
+}
