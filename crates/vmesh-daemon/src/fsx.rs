@@ -1,0 +1,191 @@
+//! Files that are whole after a crash, and reads that cannot eat the memory.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+/// What secrets and state get: the daemon's own user and nobody else.
+pub const PRIVATE: u32 = 0o600;
+
+const TEMPORARY: &str = ".vmesh-tmp";
+
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    #[error("could not {what} {}", .path.display())]
+    Failed {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{} is larger than {limit} bytes and was not read", .path.display())]
+    TooLarge { path: PathBuf, limit: u64 },
+}
+
+impl FileError {
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, FileError::Failed { cause, .. } if cause.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// Replaces `path` by `bytes` so that a reader, or a crash at any moment, sees the old file or the new one and
+/// nothing between. Blocks: from a task, call it through `spawn_blocking`.
+pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    let failed = |what, cause: io::Error| FileError::Failed { what, path: path.to_owned(), cause };
+    let Some(name) = path.file_name() else {
+        return Err(failed("write", Errno::ISDIR.into()));
+    };
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    // Held open: a directory that is replaced meanwhile cannot split the temporary file from its target.
+    let dir = rustix::fs::open(parent, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|cause| failed("open the directory of", cause.into()))?;
+    let temporary = temporary_name(name);
+    // EXCL never follows a link that somebody left under this name; NOFOLLOW says the same to a reader.
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(&dir, &temporary, flags, Mode::from_raw_mode(PRIVATE))
+        .map_err(|cause| failed("write beside", cause.into()))?;
+    let mut file = File::from(file);
+    let written = (|| {
+        file.write_all(bytes)?;
+        // After the bytes, and not at creation: the umask does not narrow it and nobody reads half a file.
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
+        file.sync_all()?;
+        rustix::fs::renameat(&dir, &temporary, &dir, name)?;
+        rustix::fs::fsync(&dir)?;
+        Ok(())
+    })();
+    written.map_err(|cause: io::Error| {
+        _ = rustix::fs::unlinkat(&dir, &temporary, AtFlags::empty());
+        failed("write", cause)
+    })
+}
+
+fn temporary_name(name: &std::ffi::OsStr) -> OsString {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let mut temporary = OsString::from(".");
+    temporary.push(name);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    temporary.push(format!(".{}-{count}{TEMPORARY}", std::process::id()));
+    temporary
+}
+
+/// Removes what [`write_atomically`] left in `dir` when its process was killed. For a directory that belongs to
+/// this daemon alone, at its start.
+pub fn sweep(dir: &Path) -> Result<(), FileError> {
+    let fail = |cause| FileError::Failed { what: "list", path: dir.to_owned(), cause };
+    for entry in std::fs::read_dir(dir).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(b".")
+            && name.as_encoded_bytes().ends_with(TEMPORARY.as_bytes())
+        {
+            // One that cannot be removed takes space and harms nothing else.
+            _ = std::fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// Reads `path`, at most `limit` bytes of it: a larger file is an error and not a part of a file.
+pub fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
+    let fail = |cause| FileError::Failed { what: "read", path: path.to_owned(), cause };
+    let file = File::open(path).map_err(fail)?;
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(fail)?;
+    if bytes.len() as u64 > limit {
+        return Err(FileError::TooLarge { path: path.to_owned(), limit });
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    use super::*;
+
+    struct Dir(PathBuf);
+
+    impl Dir {
+        fn new(name: &str) -> Dir {
+            let path = std::env::temp_dir().join(format!("vmesh-fsx-{name}-{}", std::process::id()));
+            _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir(&path).unwrap();
+            Dir(path)
+        }
+
+        fn names(&self) -> Vec<String> {
+            let names = std::fs::read_dir(&self.0).unwrap();
+            names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole_with_the_mode_asked_for() {
+        let dir = Dir::new("replace");
+        let path = dir.0.join("state.bin");
+        write_atomically(&path, b"one", PRIVATE).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        write_atomically(&path, b"two", 0o644).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o644);
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(dir.names(), ["state.bin"]);
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_file_is_replaced_and_not_followed() {
+        let dir = Dir::new("link");
+        let victim = dir.0.join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        symlink(&victim, dir.0.join("state.bin")).unwrap();
+        write_atomically(&dir.0.join("state.bin"), b"new", PRIVATE).unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+        assert_eq!(std::fs::read(dir.0.join("state.bin")).unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_no_rubbish() {
+        let dir = Dir::new("fail");
+        let path = dir.0.join("taken");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("inside"), "").unwrap();
+        let error = write_atomically(&path, b"x", PRIVATE).unwrap_err();
+        assert_eq!(error.to_string(), format!("could not write {}", path.display()));
+        assert_eq!(dir.names(), ["taken"]);
+        let missing = write_atomically(&dir.0.join("no/such"), b"x", PRIVATE).unwrap_err();
+        assert!(missing.is_not_found());
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_is_swept() {
+        let dir = Dir::new("sweep");
+        std::fs::write(dir.0.join(".state.bin.77-0.vmesh-tmp"), "half").unwrap();
+        std::fs::write(dir.0.join("state.bin"), "whole").unwrap();
+        sweep(&dir.0).unwrap();
+        assert_eq!(dir.names(), ["state.bin"]);
+    }
+
+    #[test]
+    fn a_file_beyond_the_limit_is_an_error() {
+        let dir = Dir::new("cap");
+        let path = dir.0.join("large");
+        std::fs::write(&path, [0; 11]).unwrap();
+        assert_eq!(read_capped(&path, 11).unwrap().len(), 11);
+        let error = read_capped(&path, 10).unwrap_err().to_string();
+        assert_eq!(error, format!("{} is larger than 10 bytes and was not read", path.display()));
+    }
+}

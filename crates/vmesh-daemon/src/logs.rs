@@ -1,0 +1,213 @@
+//! Where log lines go: to the journal under systemd, with fields that `journalctl NODE=web-17` finds; as readable
+//! text to stderr elsewhere.
+
+use std::fmt;
+use std::io::{self, IsTerminal};
+
+use log::kv::{Key, Value};
+use systemd_journal_logger::{JournalLog, connected_to_journal};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, fmt as text};
+
+/// The environment variable that outranks the configured level: `debug`, or `info,vmesh_xds=trace`.
+pub const VARIABLE: &str = "VMESH_LOG";
+
+const DEFAULT: &str = "info";
+
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    #[error(
+        "`{filter}` is not a log level: write error, warn, info, debug or trace, or `info,vmesh_xds=debug`"
+    )]
+    Filter {
+        filter: String,
+        #[source]
+        cause: tracing_subscriber::filter::ParseError,
+    },
+    #[error("could not start logging")]
+    Start(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Starts logging for the whole process. `configured` is the level from the configuration; `$VMESH_LOG` outranks it.
+pub fn init(configured: Option<&str>) -> Result<(), LogError> {
+    let filter = filter(std::env::var(VARIABLE).ok().as_deref().or(configured))?;
+    let start = |started: Result<(), _>| {
+        started.map_err(|error: tracing_subscriber::util::TryInitError| LogError::Start(error.into()))
+    };
+    if connected_to_journal() {
+        match JournalLog::new() {
+            Ok(journal) => {
+                let journal = Journal(move |record: &log::Record<'_>| journal.journal_send(record));
+                return start(tracing_subscriber::registry().with(journal).with(filter).try_init());
+            }
+            // Text on stderr still reaches the journal, only without fields.
+            Err(error) => eprintln!("the journal's socket does not answer, logging to stderr: {error}"),
+        }
+    }
+    let lines =
+        text::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_target(false);
+    start(tracing_subscriber::registry().with(lines).with(filter).try_init())
+}
+
+fn filter(text: Option<&str>) -> Result<Targets, LogError> {
+    let filter = text.map(str::trim).filter(|text| !text.is_empty()).unwrap_or(DEFAULT);
+    filter.parse().map_err(|cause| LogError::Filter { filter: filter.to_owned(), cause })
+}
+
+/// Gives each event to the journal as a record whose structured values are the event's fields and those of the
+/// spans around it. The journal's own client writes `node` as `NODE=`.
+struct Journal<F>(F);
+
+/// The fields of one span or event, in order.
+#[derive(Default)]
+struct Fields {
+    message: String,
+    values: Vec<(&'static str, String)>,
+}
+
+impl Fields {
+    fn put(&mut self, field: &Field, value: String) {
+        match field.name() {
+            "message" => self.message = value,
+            name => self.values.push((name, value)),
+        }
+    }
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.put(field, value.to_owned());
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        self.put(field, crate::report::one_line(value));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.put(field, format!("{value:?}"));
+    }
+}
+
+impl<S, F> Layer<S> for Journal<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    F: Fn(&log::Record<'_>) -> io::Result<()> + 'static,
+{
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        let mut fields = Fields::default();
+        attributes.record(&mut fields);
+        if let Some(span) = context.span(id) {
+            span.extensions_mut().insert(fields);
+        }
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        if let Some(span) = context.span(id)
+            && let Some(fields) = span.extensions_mut().get_mut::<Fields>()
+        {
+            values.record(fields);
+        }
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let mut fields = Fields::default();
+        for span in context.event_scope(event).into_iter().flat_map(|scope| scope.from_root()) {
+            if let Some(outer) = span.extensions().get::<Fields>() {
+                fields.values.extend_from_slice(&outer.values);
+            }
+        }
+        event.record(&mut fields);
+        // A journal that refuses an entry has nobody left to be told.
+        _ = with_record(event.metadata(), &fields, &self.0);
+    }
+}
+
+fn with_record<R>(metadata: &Metadata<'_>, fields: &Fields, then: impl FnOnce(&log::Record<'_>) -> R) -> R {
+    let level = match *metadata.level() {
+        Level::ERROR => log::Level::Error,
+        Level::WARN => log::Level::Warn,
+        Level::INFO => log::Level::Info,
+        Level::DEBUG => log::Level::Debug,
+        Level::TRACE => log::Level::Trace,
+    };
+    let values: Vec<(Key<'_>, Value<'_>)> = fields
+        .values
+        .iter()
+        .map(|(name, value)| (Key::from_str(name), Value::from(value.as_str())))
+        .collect();
+    then(
+        &log::Record::builder()
+            .level(level)
+            .target(metadata.target())
+            .file(metadata.file())
+            .line(metadata.line())
+            .module_path(metadata.module_path())
+            .key_values(&values)
+            .args(format_args!("{}", fields.message))
+            .build(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use log::kv::VisitSource;
+    use tracing::{info, info_span, warn};
+
+    use super::*;
+
+    /// Runs `work` with a journal that writes each record as one line of text.
+    fn journal_of(work: impl FnOnce()) -> Vec<String> {
+        struct Pairs(String);
+        impl<'a> VisitSource<'a> for Pairs {
+            fn visit_pair(&mut self, key: Key<'a>, value: Value<'a>) -> Result<(), log::kv::Error> {
+                self.0 += &format!(" {key}={value}");
+                Ok(())
+            }
+        }
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let seen = lines.clone();
+        let journal = Journal(move |record: &log::Record<'_>| {
+            let mut pairs = Pairs(String::new());
+            record.key_values().visit(&mut pairs).unwrap();
+            seen.lock().unwrap().push(format!("{} {}{}", record.level(), record.args(), pairs.0));
+            Ok(())
+        });
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(journal), work);
+        Arc::into_inner(lines).map(|lines| lines.into_inner().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_journal_gets_the_fields_of_the_event_and_of_the_spans_around_it() {
+        let lines = journal_of(|| {
+            let span = info_span!("stream", node = "web-17", version = tracing::field::Empty);
+            let _in_stream = span.enter();
+            span.record("version", 41);
+            info!(service = %"orders", endpoints = 3, "sent {}", "clusters");
+            let error = std::io::Error::other("connection reset");
+            warn!(error = &error as &(dyn std::error::Error + 'static), "lost");
+        });
+        assert_eq!(
+            lines,
+            [
+                "INFO sent clusters node=web-17 version=41 service=orders endpoints=3",
+                "WARN lost node=web-17 version=41 error=connection reset",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_level_that_is_none_is_refused_with_examples() {
+        assert!(filter(Some("info,vmesh_xds=trace")).is_ok());
+        assert!(filter(Some(" ")).is_ok());
+        let error = filter(Some("info,vmesh_xds=lots")).unwrap_err().to_string();
+        assert!(error.starts_with("`info,vmesh_xds=lots` is not a log level: write error, warn"), "{error}");
+    }
+}
