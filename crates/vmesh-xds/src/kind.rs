@@ -1,0 +1,121 @@
+use std::fmt;
+use std::ops::{Index, IndexMut};
+
+/// A type of resource that vmesh serves.
+///
+/// The order of the variants is the order of a push (R45): what is referred to goes out before what refers to it.
+/// A type of vmesh's own goes at the end, with a line in each of the two tables below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// CDS.
+    Cluster,
+    /// EDS, a `ClusterLoadAssignment`: it bears the name of its cluster.
+    Endpoint,
+    /// LDS.
+    Listener,
+    /// RDS, a `RouteConfiguration`.
+    Route,
+    /// SDS.
+    Secret,
+}
+
+const KINDS: usize = 5;
+
+impl Kind {
+    pub const ALL: [Kind; KINDS] = [Kind::Cluster, Kind::Endpoint, Kind::Listener, Kind::Route, Kind::Secret];
+
+    pub const fn type_url(self) -> &'static str {
+        match self {
+            Kind::Cluster => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
+            Kind::Endpoint => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            Kind::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
+            Kind::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+            Kind::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+        }
+    }
+
+    pub fn from_type_url(type_url: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| kind.type_url() == type_url)
+    }
+
+    /// Whether a client may ask for all there is of it (R21). The other kinds are asked for by name.
+    pub const fn has_wildcard(self) -> bool {
+        matches!(self, Kind::Cluster | Kind::Listener)
+    }
+}
+
+/// In the words of an operator: `cluster payments: unknown TLS context`.
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Cluster => "cluster",
+            Kind::Endpoint => "endpoints",
+            Kind::Listener => "listener",
+            Kind::Route => "route",
+            Kind::Secret => "secret",
+        })
+    }
+}
+
+/// One `T` for each [`Kind`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PerKind<T>([T; KINDS]);
+
+impl<T> PerKind<T> {
+    pub fn from_fn(make: impl FnMut(Kind) -> T) -> PerKind<T> {
+        PerKind(Kind::ALL.map(make))
+    }
+
+    /// In the order of a push.
+    pub fn iter(&self) -> impl Iterator<Item = (Kind, &T)> {
+        Kind::ALL.into_iter().zip(&self.0)
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Kind, &mut T)> {
+        Kind::ALL.into_iter().zip(&mut self.0)
+    }
+}
+
+impl<T> Index<Kind> for PerKind<T> {
+    type Output = T;
+
+    #[expect(clippy::indexing_slicing, reason = "there is an element for every kind")]
+    fn index(&self, kind: Kind) -> &T {
+        &self.0[kind as usize]
+    }
+}
+
+impl<T> IndexMut<Kind> for PerKind<T> {
+    #[expect(clippy::indexing_slicing, reason = "there is an element for every kind")]
+    fn index_mut(&mut self, kind: Kind) -> &mut T {
+        &mut self.0[kind as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Name;
+    use vmesh_proto::envoy::config::{cluster, endpoint, listener, route};
+    use vmesh_proto::envoy::extensions::transport_sockets::tls;
+
+    #[test]
+    fn a_kind_has_the_type_url_of_its_message() {
+        let messages = [
+            cluster::v3::Cluster::type_url(),
+            endpoint::v3::ClusterLoadAssignment::type_url(),
+            listener::v3::Listener::type_url(),
+            route::v3::RouteConfiguration::type_url(),
+            tls::v3::Secret::type_url(),
+        ];
+        assert_eq!(Kind::ALL.map(Kind::type_url).to_vec(), messages);
+        assert_eq!(Kind::from_type_url(&messages[3]), Some(Kind::Route));
+        assert_eq!(Kind::from_type_url("type.googleapis.com/envoy.config.Banana"), None);
+    }
+
+    #[test]
+    fn every_kind_has_its_own_place() {
+        let places = PerKind::from_fn(|kind| kind);
+        assert!(Kind::ALL.into_iter().all(|kind| places[kind] == kind));
+    }
+}

@@ -1,0 +1,28 @@
+//! The xDS v3 protocol, without I/O: it moves (type, name, version, bytes) and knows no noun of the mesh.
+//!
+//! ```text
+//! Resource -> Group -> Store --(Scope)--> Snapshot -> Session -> Response     a server's end of one stream
+//!                        ^                               |
+//!                        └──────────── Relay <───────────┘                    between the two, on every node
+//!                                        |
+//!                                    Subscriber                               a client's end of one stream
+//! ```
+//!
+//! - [`Resource`]: encoded once, when it is made; every stream sends the same bytes.
+//! - [`Group`], [`Store`]: what comes and goes together, and all of it at one moment; a change shares the rest.
+//! - [`Scope`], [`Snapshot`]: what one client may see.
+//!
+//! **Invariant:** no socket, no task, no clock: time is an argument, and `cargo tree -p vmesh-xds -e normal` lists no
+//! `tokio`. The drivers that have them are behind the features `server` and `client`.
+//!
+//! Rule numbers (R25) are those of `reference/xds-rules.md`.
+
+mod kind;
+mod resource;
+mod snapshot;
+mod store;
+
+pub use kind::{Kind, PerKind};
+pub use resource::{Resource, encodings};
+pub use snapshot::{Groups, Scope, Snapshot};
+pub use store::{Group, Store};

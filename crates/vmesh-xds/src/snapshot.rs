@@ -1,0 +1,218 @@
+use crate::{Group, Kind, Resource, Store};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// Which groups a client may see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Groups {
+    All,
+    Named(BTreeSet<Arc<str>>),
+}
+
+/// What of a store a client may see: anything else is to it as what does not exist (R35).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scope {
+    pub groups: Groups,
+    /// Resources of this client alone. They win over those of the store.
+    pub own: Arc<Group>,
+}
+
+impl Scope {
+    pub fn all() -> Scope {
+        Scope { groups: Groups::All, own: Group::new("", []) }
+    }
+
+    pub fn named(keys: impl IntoIterator<Item = impl Into<Arc<str>>>) -> Scope {
+        Scope { groups: Groups::Named(keys.into_iter().map(Into::into).collect()), ..Scope::all() }
+    }
+
+    pub fn with_own(self, resources: impl IntoIterator<Item = Arc<Resource>>) -> Scope {
+        Scope { own: Group::new("", resources), ..self }
+    }
+
+    pub fn contains(&self, key: &str) -> bool {
+        match &self.groups {
+            Groups::All => true,
+            Groups::Named(keys) => keys.contains(key),
+        }
+    }
+}
+
+/// Everything that one client is to have, at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    pub store: Arc<Store>,
+    pub scope: Arc<Scope>,
+}
+
+/// What a snapshot knows of a name.
+pub(crate) enum Known<'a> {
+    Present(&'a Arc<Resource>),
+    Absent,
+    /// Only in a partial store: it may exist.
+    Unknown,
+}
+
+impl Snapshot {
+    pub fn get(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
+        match self.find(kind, name) {
+            Known::Present(resource) => Some(resource),
+            Known::Absent | Known::Unknown => None,
+        }
+    }
+
+    pub(crate) fn find(&self, kind: Kind, name: &str) -> Known<'_> {
+        let found = match self.scope.own.get(kind, name) {
+            Some(own) => Some(own),
+            None => self.store.find(kind, name, |key| self.scope.contains(key)),
+        };
+        match found {
+            Some(resource) if !resource.is_absent() => Known::Present(resource),
+            None if self.store.is_partial() => Known::Unknown,
+            _ => Known::Absent,
+        }
+    }
+
+    /// Whether [`Snapshot::of_kind`] is all there is.
+    pub(crate) fn knows_all(&self, kind: Kind) -> bool {
+        matches!(self.find(kind, "*"), Known::Absent)
+    }
+
+    /// Every resource of a kind, once.
+    pub fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &Arc<Resource>> {
+        let own = self.scope.own.of_kind(kind).iter();
+        let shared = self.groups().flat_map(move |group| group.of_kind(kind));
+        own.chain(shared).filter(|resource| {
+            let visible = self.get(resource.kind(), resource.name());
+            visible.is_some_and(|visible| Arc::ptr_eq(visible, resource))
+        })
+    }
+
+    fn groups(&self) -> Box<dyn Iterator<Item = &Arc<Group>> + '_> {
+        match &self.scope.groups {
+            Groups::All => Box::new(self.store.groups()),
+            Groups::Named(keys) => Box::new(keys.iter().filter_map(|key| self.store.group(key))),
+        }
+    }
+
+    /// Calls `changed` with a resource of each name that may differ from `before`, perhaps more than once for one
+    /// name. The cost is that of the groups in scope that changed, as long as the stores come from one another.
+    pub(crate) fn changes_since(&self, before: &Snapshot, mut changed: impl FnMut(&Arc<Resource>)) {
+        diff(Some(&before.scope.own), Some(&self.scope.own), &mut changed);
+        let old = |key: &str| before.store.group(key).filter(|_| before.scope.contains(key));
+        let new = |key: &str| self.store.group(key).filter(|_| self.scope.contains(key));
+        let mut compare = |key: &str| diff(old(key), new(key), &mut changed);
+
+        let same_scope = Arc::ptr_eq(&before.scope, &self.scope) || before.scope.groups == self.scope.groups;
+        let logged = || match same_scope && self.store.descends_with(&before.store) {
+            true => self.store.changed_since(before.store.generation()),
+            false => None,
+        };
+        let logged_at_most = |most: usize| logged().is_some_and(|mut keys| keys.nth(most).is_none());
+        match (&before.scope.groups, &self.scope.groups) {
+            // A handful of groups is sooner compared by their pointers than a long log is read.
+            (_, Groups::Named(names)) if logged_at_most(names.len()) => {
+                let in_scope = logged().into_iter().flatten().filter(|key| names.contains(*key));
+                in_scope.for_each(|key| compare(key));
+            }
+            (Groups::Named(old), Groups::Named(new)) => old.union(new).for_each(|key| compare(key)),
+            (Groups::All, Groups::All) if logged().is_some() => {
+                logged().into_iter().flatten().for_each(|key| compare(key));
+            }
+            _ => {
+                before.groups().for_each(|group| compare(group.key()));
+                self.groups().for_each(|group| compare(group.key()));
+            }
+        }
+    }
+}
+
+fn diff(old: Option<&Arc<Group>>, new: Option<&Arc<Group>>, changed: &mut impl FnMut(&Arc<Resource>)) {
+    if let (Some(old), Some(new)) = (old, new)
+        && Arc::ptr_eq(old, new)
+    {
+        return;
+    }
+    let old = old.map(|group| group.resources()).unwrap_or_default();
+    let new = new.map(|group| group.resources()).unwrap_or_default();
+    let (mut olds, mut news) = (old.iter().peekable(), new.iter().peekable());
+    // Both are sorted, so that one walk meets every name of either once.
+    loop {
+        let order = match (olds.peek(), news.peek()) {
+            (None, None) => return,
+            (Some(_), None) => std::cmp::Ordering::Less,
+            (None, Some(_)) => std::cmp::Ordering::Greater,
+            (Some(old), Some(new)) => (old.kind(), old.name()).cmp(&(new.kind(), new.name())),
+        };
+        let old = if order.is_le() { olds.next() } else { None };
+        let new = if order.is_ge() { news.next() } else { None };
+        if old != new
+            && let Some(resource) = new.or(old)
+        {
+            changed(resource);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(key: &str, version: &str) -> (Arc<str>, Option<Arc<Group>>) {
+        let cluster = Resource::from_bytes(Kind::Cluster, key, version.as_bytes());
+        let endpoints = Resource::from_bytes(Kind::Endpoint, key, b"endpoints");
+        (key.into(), Some(Group::new(key, [cluster, endpoints])))
+    }
+
+    fn snapshot(store: &Store, scope: Scope) -> Snapshot {
+        Snapshot { store: Arc::new(store.clone()), scope: Arc::new(scope) }
+    }
+
+    fn changes(before: &Snapshot, after: &Snapshot) -> Vec<String> {
+        let mut seen = Vec::new();
+        after.changes_since(before, |resource| seen.push(format!("{} {}", resource.kind(), resource.name())));
+        seen
+    }
+
+    #[test]
+    fn only_what_changed_in_scope_is_a_change() {
+        let one = Store::default().apply([group("a", "1"), group("b", "1")]);
+        let two = one.apply([group("a", "2")]);
+        let named = |store, keys: &[&str]| snapshot(store, Scope::named(keys.iter().copied()));
+        assert_eq!(changes(&snapshot(&one, Scope::all()), &snapshot(&two, Scope::all())), ["cluster a"]);
+        assert_eq!(changes(&named(&one, &["a"]), &named(&two, &["a"])), ["cluster a"]);
+        assert_eq!(changes(&named(&one, &["b"]), &named(&two, &["b"])), [""; 0]);
+        assert_eq!(changes(&named(&one, &["b"]), &named(&two, &["a", "b"])), ["cluster a", "endpoints a"]);
+        assert_eq!(
+            changes(&named(&one, &["a", "b"]), &snapshot(&two, Scope::all())),
+            ["cluster a", "cluster a"]
+        );
+    }
+
+    #[test]
+    fn stores_of_different_lines_are_compared_by_content() {
+        let one = Store::default().apply([group("a", "1"), group("b", "1")]);
+        let other = Store::default().apply([group("b", "1")]).apply([group("a", "2")]);
+        let seen = changes(&snapshot(&one, Scope::all()), &snapshot(&other, Scope::all()));
+        assert!(!seen.is_empty() && seen.iter().all(|change| change == "cluster a"), "{seen:?}");
+    }
+
+    #[test]
+    fn own_resources_win_over_shared_ones() {
+        let store = Store::default().apply([group("a", "1")]);
+        let own = Resource::from_bytes(Kind::Cluster, "a", b"mine");
+        let plain = snapshot(&store, Scope::all());
+        let with_own = snapshot(&store, Scope::all().with_own([own.clone()]));
+        assert_eq!(with_own.get(Kind::Cluster, "a"), Some(&own));
+        assert_eq!(with_own.of_kind(Kind::Cluster).collect::<Vec<_>>(), [&own]);
+        assert_eq!(changes(&plain, &with_own), ["cluster a"]);
+    }
+
+    #[test]
+    fn what_is_out_of_scope_does_not_exist() {
+        let store = Store::default().apply([group("a", "1"), group("b", "1")]);
+        let snapshot = snapshot(&store, Scope::named(["b"]));
+        assert!(snapshot.get(Kind::Cluster, "a").is_none());
+        assert_eq!(snapshot.of_kind(Kind::Cluster).count(), 1);
+    }
+}
