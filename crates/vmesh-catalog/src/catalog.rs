@@ -1,0 +1,275 @@
+//! The catalog: what every source, document and node said last, merged into a [`World`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use rpds::RedBlackTreeMapSync;
+use vmesh_model::{Documents, Endpoint, NodeName, NodeReport, Place, Problem, Registration, ServiceName};
+
+use crate::world::{Changes, Revision, Service, State, World, service_hash};
+
+/// One service as one source says it, and how far that can be trusted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub registration: Arc<Registration>,
+    pub state: State,
+    pub because: Option<Arc<str>>,
+}
+
+impl Seen {
+    /// Cheap where nothing changed: sources keep the pointers of what they read again.
+    fn is_same(&self, other: &Seen) -> bool {
+        self.state == other.state
+            && self.because == other.because
+            && (Arc::ptr_eq(&self.registration, &other.registration)
+                || self.registration == other.registration)
+    }
+}
+
+/// All that one source says, and what is wrong with the rest.
+#[derive(Debug, Clone, Default)]
+pub struct SourceView {
+    pub services: BTreeMap<ServiceName, Seen>,
+    pub problems: Vec<Problem>,
+}
+
+/// Merges what it is told. Pure: it neither waits nor reads; who owns it publishes [`Catalog::world`] after each call.
+#[derive(Debug)]
+pub struct Catalog {
+    /// In the configured order: of two sources that know an address, the first one's word holds.
+    sources: Vec<SourceView>,
+    documents: Arc<Documents>,
+    document_problems: Vec<Problem>,
+    documents_hash: u64,
+    services: RedBlackTreeMapSync<ServiceName, Arc<Service>>,
+    /// The sum of the hashes of `services`.
+    services_hash: u64,
+    nodes: RedBlackTreeMapSync<NodeName, Arc<NodeReport>>,
+    world: Arc<World>,
+}
+
+impl Catalog {
+    /// A catalog of so many sources, none of which has said anything.
+    pub fn new(sources: usize) -> Catalog {
+        Catalog {
+            sources: vec![SourceView::default(); sources],
+            documents: Arc::default(),
+            document_problems: Vec::new(),
+            documents_hash: 0,
+            services: RedBlackTreeMapSync::new_sync(),
+            services_hash: 0,
+            nodes: RedBlackTreeMapSync::new_sync(),
+            world: Arc::new(World::empty()),
+        }
+    }
+
+    /// The world as of the last call that changed it.
+    pub fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+
+    /// Takes the whole view of the source at `index`; returns whether the world changed.
+    pub fn on_view(&mut self, index: usize, view: SourceView) -> bool {
+        let Some(source) = self.sources.get_mut(index) else { return false };
+        let names = differing(&source.services, &view.services);
+        let problems = source.problems != view.problems;
+        *source = view;
+        let changed: Vec<_> = names.into_iter().filter(|name| self.merge(name)).collect();
+        if changed.is_empty() && !problems {
+            return false;
+        }
+        self.publish(Changes { services: changed, ..Changes::default() });
+        true
+    }
+
+    /// Takes the documents in force; `hash` names their content.
+    pub fn on_documents(&mut self, documents: Arc<Documents>, hash: u64, problems: Vec<Problem>) -> bool {
+        let changed = self.documents_hash != hash || *self.documents != *documents;
+        if !changed && self.document_problems == problems {
+            return false;
+        }
+        self.document_problems = problems;
+        if changed {
+            self.documents = documents;
+            self.documents_hash = hash;
+        }
+        self.publish(Changes { documents: changed, ..Changes::default() });
+        true
+    }
+
+    /// Takes what a node says of itself.
+    pub fn on_node(&mut self, report: NodeReport) -> bool {
+        if self.nodes.get(&report.name).is_some_and(|known| **known == report) {
+            return false;
+        }
+        let name = report.name.clone();
+        self.nodes.insert_mut(name.clone(), Arc::new(report));
+        self.publish(Changes { nodes: vec![name], ..Changes::default() });
+        true
+    }
+
+    /// Forgets a node that is not coming back.
+    pub fn forget_node(&mut self, name: &NodeName) -> bool {
+        if !self.nodes.remove_mut(name) {
+            return false;
+        }
+        self.publish(Changes { nodes: vec![name.clone()], ..Changes::default() });
+        true
+    }
+
+    /// Merges `name` anew; returns whether it became something else.
+    fn merge(&mut self, name: &ServiceName) -> bool {
+        let before = self.services.get(name);
+        let merged = merge(name, self.sources.iter().filter_map(|source| source.services.get(name)));
+        if before.map(|service| &**service) == merged.as_ref() {
+            return false;
+        }
+        let hash = |service: Option<&Service>| service.map_or(0, service_hash);
+        self.services_hash = self
+            .services_hash
+            .wrapping_sub(hash(before.map(|service| &**service)))
+            .wrapping_add(hash(merged.as_ref()));
+        match merged {
+            Some(service) => self.services.insert_mut(name.clone(), Arc::new(service)),
+            None => _ = self.services.remove_mut(name),
+        }
+        true
+    }
+
+    fn publish(&mut self, changes: Changes) {
+        let problems = if changes.services.is_empty() && !changes.documents && !changes.nodes.is_empty() {
+            self.world.problems.clone()
+        } else {
+            let sources = self.sources.iter().flat_map(|source| &source.problems);
+            let all: BTreeSet<_> = sources.chain(&self.document_problems).cloned().collect();
+            all.into_iter().collect()
+        };
+        self.world = Arc::new(World {
+            generation: self.world.generation + 1,
+            changes,
+            revision: Revision::of(self.services_hash, self.documents_hash),
+            services: self.services.clone(),
+            documents: self.documents.clone(),
+            nodes: self.nodes.clone(),
+            problems,
+        });
+    }
+}
+
+/// The services of which the two views do not say the same.
+fn differing(before: &BTreeMap<ServiceName, Seen>, now: &BTreeMap<ServiceName, Seen>) -> Vec<ServiceName> {
+    let gone = before.keys().filter(|name| !now.contains_key(*name));
+    let other = now.iter().filter(|(name, seen)| before.get(*name).is_none_or(|old| !old.is_same(seen)));
+    gone.chain(other.map(|(name, _)| name)).cloned().collect()
+}
+
+/// What all sources together say of `name`; `None` if none knows it.
+///
+/// Endpoints are those of every source, by address; the protocol and the port are the first that a source gives; and
+/// the service is as fresh as the least fresh of what it is made of.
+fn merge<'a>(name: &ServiceName, seen: impl Iterator<Item = &'a Seen>) -> Option<Service> {
+    let seen: Vec<_> = seen.collect();
+    if seen.is_empty() {
+        return None;
+    }
+    let endpoints: Arc<[Endpoint]> = match seen.as_slice() {
+        // The usual case, and the one that must not copy.
+        [only] => only.registration.endpoints.clone(),
+        several => {
+            let mut by_address = BTreeMap::new();
+            for endpoint in several.iter().flat_map(|seen| seen.registration.endpoints.iter()) {
+                by_address.entry(endpoint.address).or_insert(endpoint);
+            }
+            by_address.into_values().cloned().collect()
+        }
+    };
+    let worst = seen.iter().max_by_key(|seen| seen.state);
+    let places: Vec<Place> = seen.iter().map(|seen| seen.registration.place.clone()).collect();
+    Some(Service {
+        name: name.clone(),
+        protocol: seen.iter().find_map(|seen| seen.registration.protocol),
+        port: seen.iter().find_map(|seen| seen.registration.port),
+        endpoints,
+        state: worst.map(|seen| seen.state).unwrap_or_default(),
+        because: worst.and_then(|seen| seen.because.clone()),
+        places,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmesh_model::{Health, Weight};
+
+    fn seen(service: &str, addresses: &[&str]) -> (ServiceName, Seen) {
+        let endpoint = |address: &&str| Endpoint {
+            address: address.parse().unwrap(),
+            hostname: None,
+            weight: Weight::ONE,
+            health: Health::Unknown,
+            zone: None,
+            version: None,
+            labels: Default::default(),
+            source: "file".into(),
+        };
+        let name: ServiceName = service.parse().unwrap();
+        let registration = Registration {
+            service: name.clone(),
+            protocol: None,
+            port: None,
+            endpoints: addresses.iter().map(endpoint).collect(),
+            place: Place::file("services.d"),
+        };
+        (name, Seen { registration: Arc::new(registration), state: State::Fresh, because: None })
+    }
+
+    fn view(services: &[(&str, &[&str])]) -> SourceView {
+        SourceView { services: services.iter().map(|(n, a)| seen(n, a)).collect(), problems: Vec::new() }
+    }
+
+    fn addresses(catalog: &Catalog, service: &str) -> Vec<String> {
+        let name = service.parse().unwrap();
+        catalog.world().endpoints(&name).iter().map(|e| e.address.to_string()).collect()
+    }
+
+    #[test]
+    fn a_service_is_the_union_of_its_sources() {
+        let mut catalog = Catalog::new(2);
+        catalog.on_view(0, view(&[("orders", &["10.0.0.1:80", "10.0.0.2:80"])]));
+        catalog.on_view(1, view(&[("orders", &["10.0.0.2:80", "10.0.0.3:80"])]));
+        assert_eq!(addresses(&catalog, "orders"), ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+        catalog.on_view(0, SourceView::default());
+        assert_eq!(addresses(&catalog, "orders"), ["10.0.0.2:80", "10.0.0.3:80"]);
+    }
+
+    #[test]
+    fn a_view_that_says_the_same_changes_nothing() {
+        let mut catalog = Catalog::new(1);
+        assert!(catalog.on_view(0, view(&[("orders", &["10.0.0.1:80"])])));
+        assert!(!catalog.on_view(0, view(&[("orders", &["10.0.0.1:80"])])));
+    }
+
+    #[test]
+    fn what_did_not_change_keeps_its_pointer() {
+        let mut catalog = Catalog::new(1);
+        catalog.on_view(0, view(&[("orders", &["10.0.0.1:80"]), ("payments", &["10.0.0.2:80"])]));
+        let payments: ServiceName = "payments".parse().unwrap();
+        let before = catalog.world().services.get(&payments).unwrap().clone();
+        catalog.on_view(0, view(&[("orders", &["10.0.0.9:80"]), ("payments", &["10.0.0.2:80"])]));
+        assert!(Arc::ptr_eq(&before, catalog.world().services.get(&payments).unwrap()));
+        let orders: ServiceName = "orders".parse().unwrap();
+        assert_eq!(catalog.world().changes.services, [orders]);
+    }
+
+    #[test]
+    fn equal_content_has_an_equal_revision_by_any_way() {
+        let mut one = Catalog::new(1);
+        one.on_view(0, view(&[("orders", &["10.0.0.1:80"])]));
+        one.on_view(0, view(&[("orders", &["10.0.0.1:80"]), ("payments", &["10.0.0.2:80"])]));
+        let mut other = Catalog::new(2);
+        other.on_view(1, view(&[("payments", &["10.0.0.2:80"])]));
+        assert_ne!(one.world().revision, other.world().revision);
+        other.on_view(0, view(&[("orders", &["10.0.0.1:80"])]));
+        assert_eq!(one.world().revision, other.world().revision);
+    }
+}
