@@ -1,0 +1,105 @@
+//! Nodes that see the same services in the same way are one class: what they share is compiled once.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::Arc;
+
+use vmesh_catalog::World;
+use vmesh_model::document::{Documents, LoadBalancing, Locality, Node, Placed};
+use vmesh_model::node::Client;
+use vmesh_model::{NodeReport, Problem, ServiceName};
+use vmesh_xds::Store;
+
+use crate::service::{self, Compiled};
+
+/// What of a node decides how it sees services.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Class {
+    pub client: Client,
+    /// The `Node` documents that select it, the strongest last.
+    pub nodes: Vec<Arc<Placed<Node>>>,
+    /// Its zone, where any document makes that matter.
+    pub zone: Option<Arc<str>>,
+}
+
+impl Class {
+    pub fn of(documents: &Documents, report: &NodeReport) -> Class {
+        Class {
+            client: report.client,
+            nodes: documents.nodes_for(report),
+            zone: report.zone.clone().filter(|_| zones_matter(documents)),
+        }
+    }
+
+    /// Equal for equal classes, whatever the documents say inside.
+    pub fn key(&self) -> Arc<str> {
+        let mut key = match self.client {
+            Client::Envoy => "envoy".to_owned(),
+            Client::Grpc => "grpc".to_owned(),
+        };
+        for node in &self.nodes {
+            _ = write!(key, " node {}", node.selector());
+        }
+        if let Some(zone) = &self.zone {
+            _ = write!(key, " zone {zone}");
+        }
+        key.into()
+    }
+}
+
+fn zones_matter(documents: &Documents) -> bool {
+    let near = |balancing: &Option<LoadBalancing>| {
+        balancing.as_ref().is_some_and(|balancing| balancing.locality == Locality::PreferLocal)
+    };
+    documents.mesh.iter().any(|mesh| near(&mesh.load_balancing))
+        || documents.services.values().any(|service| near(&service.load_balancing))
+        || documents.nodes.iter().any(|node| near(&node.load_balancing))
+}
+
+/// The services of one class, compiled.
+#[derive(Debug)]
+pub struct Shared {
+    pub class: Class,
+    pub services: BTreeMap<ServiceName, Compiled>,
+    pub store: Arc<Store>,
+}
+
+/// The services whose callers need a new scope or new listeners.
+pub type Reshaped = Vec<ServiceName>;
+
+impl Shared {
+    pub fn new(world: &World, class: Class) -> Shared {
+        let mut shared = Shared { class, services: BTreeMap::new(), store: Arc::new(Store::default()) };
+        let all: Vec<_> = world.known().cloned().collect();
+        shared.recompile(world, &all);
+        shared
+    }
+
+    /// Compiles `names` anew, and removes those that are no longer known.
+    pub fn recompile(&mut self, world: &World, names: &[ServiceName]) -> Reshaped {
+        let mut changes = Vec::new();
+        let mut reshaped = Vec::new();
+        for name in names {
+            if !world.is_known(name) {
+                if self.services.remove(name).is_some() {
+                    changes.push((name.shared(), None));
+                    reshaped.push(name.clone());
+                }
+                continue;
+            }
+            let before = self.services.get(name);
+            let compiled = service::compile(world, name, &self.class, before);
+            if before.is_none_or(|before| before.shape.calls_for_rescoping(&compiled.shape)) {
+                reshaped.push(name.clone());
+            }
+            changes.push((name.shared(), Some(compiled.group.clone())));
+            self.services.insert(name.clone(), compiled);
+        }
+        self.store = Arc::new(self.store.apply(changes));
+        reshaped
+    }
+
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.services.values().flat_map(|compiled| &compiled.problems)
+    }
+}

@@ -1,0 +1,158 @@
+//! The compiler: a world and a node in, the node's Envoy configuration out.
+//!
+//! [`compile`] is the whole of it. [`Compiler`] is the same function with a memory: it keeps what it made, and makes
+//! anew only what a change concerns. Nodes that see services alike share what is compiled for their [`class`];
+//! a node's own is its scope and its listeners ([`node`]).
+//!
+//! **Invariant:** it never fails, waits, or reads a clock. A bad service becomes a `Problem`, not an error, and
+//! costs that service, never the rest of a node's configuration. `cargo tree -p vmesh-compile -e normal` lists no
+//! `tokio`. That the memory changes nothing is a property test: any sequence of worlds gives what the last one
+//! gives alone.
+
+pub mod class;
+mod cluster;
+pub mod effective;
+mod endpoints;
+mod listener;
+mod node;
+mod route;
+mod service;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use vmesh_catalog::World;
+use vmesh_model::document::Documents;
+use vmesh_model::{NodeReport, Problem, ServiceName};
+use vmesh_xds::{Snapshot, Store};
+
+pub use class::{Class, Reshaped, Shared};
+pub use node::NodeConfig;
+pub use route::cluster_name;
+pub use service::{Compiled, Shape};
+
+/// Everything that `report`'s proxy needs, and what is wrong with what it was made from.
+pub fn compile(world: &Arc<World>, report: &NodeReport) -> (Snapshot, Vec<Problem>) {
+    let mut compiler = Compiler::new(world.clone());
+    let config = compiler.node(report);
+    let store = compiler.store(&config.class).unwrap_or_default();
+    let mut problems = compiler.problems();
+    problems.extend(config.problems);
+    (Snapshot { store, scope: config.scope }, problems)
+}
+
+/// [`compile`] with a memory.
+#[derive(Debug)]
+pub struct Compiler {
+    world: Arc<World>,
+    classes: BTreeMap<Arc<str>, Shared>,
+}
+
+/// What a new world changed for one class.
+#[derive(Debug, Clone)]
+pub struct ClassUpdate {
+    pub class: Arc<str>,
+    pub store: Arc<Store>,
+    /// Nodes with one of these in their scope need a new [`NodeConfig`].
+    pub reshaped: BTreeSet<ServiceName>,
+}
+
+/// What a new world changed.
+#[derive(Debug, Clone, Default)]
+pub struct Update {
+    pub classes: Vec<ClassUpdate>,
+    /// Every node needs a new [`NodeConfig`]: documents changed, and with them maybe its class.
+    pub documents: bool,
+}
+
+impl Compiler {
+    pub fn new(world: Arc<World>) -> Compiler {
+        Compiler { world, classes: BTreeMap::new() }
+    }
+
+    pub fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+
+    /// Takes over `world`, compiling what it changed for every class that there is.
+    pub fn update(&mut self, world: Arc<World>) -> Update {
+        let before = std::mem::replace(&mut self.world, world);
+        let world = &self.world;
+        let documents = !Arc::ptr_eq(&before.documents, &world.documents);
+        let names = if documents { everything(&before, world) } else { changed(&before, world) };
+        let mut update = Update { classes: Vec::new(), documents };
+        if names.is_empty() {
+            return update;
+        }
+        for (key, shared) in &mut self.classes {
+            if documents {
+                renew(&mut shared.class, &world.documents);
+            }
+            let reshaped = shared.recompile(world, &names).into_iter().collect();
+            update.classes.push(ClassUpdate { class: key.clone(), store: shared.store.clone(), reshaped });
+        }
+        update
+    }
+
+    /// Forgets the classes that are not among `used`.
+    pub fn retain(&mut self, used: &BTreeSet<Arc<str>>) {
+        self.classes.retain(|key, _| used.contains(key));
+    }
+
+    /// The configuration of `report`'s node; compiles its class first, if it is the first of it.
+    pub fn node(&mut self, report: &NodeReport) -> NodeConfig {
+        let class = Class::of(&self.world.documents, report);
+        let world = &self.world;
+        let shared = self.classes.entry(class.key()).or_insert_with(|| Shared::new(world, class));
+        node::compile(world, shared, report)
+    }
+
+    pub fn store(&self, class: &str) -> Option<Arc<Store>> {
+        self.classes.get(class).map(|shared| shared.store.clone())
+    }
+
+    pub fn class(&self, class: &str) -> Option<&Shared> {
+        self.classes.get(class)
+    }
+
+    /// What is wrong with services and routes, each once.
+    pub fn problems(&self) -> Vec<Problem> {
+        let all: BTreeSet<_> = self.classes.values().flat_map(Shared::problems).cloned().collect();
+        all.into_iter().collect()
+    }
+}
+
+/// A class is named by the selectors of its `Node` documents; what those say may have changed.
+fn renew(class: &mut Class, documents: &Documents) {
+    for node in &mut class.nodes {
+        let selector = node.selector();
+        if let Some(now) = documents.nodes.iter().find(|now| now.selector() == selector) {
+            *node = now.clone();
+        }
+    }
+}
+
+/// Every service of either world.
+fn everything(before: &World, now: &World) -> Vec<ServiceName> {
+    let all: BTreeSet<_> = before.known().chain(now.known()).cloned().collect();
+    all.into_iter().collect()
+}
+
+/// The services that differ, and when one comes or goes also those whose routes may speak of it.
+fn changed(before: &World, now: &World) -> Vec<ServiceName> {
+    let mut names: BTreeSet<_> = if now.generation == before.generation + 1 {
+        now.changes.services.iter().cloned().collect()
+    } else {
+        let differs = |a: &World, b: &World| -> Vec<ServiceName> {
+            let other = |(name, service): &(&ServiceName, &Arc<vmesh_catalog::Service>)| {
+                b.services.get(*name).is_none_or(|other| !Arc::ptr_eq(other, service))
+            };
+            a.services.iter().filter(other).map(|(name, _)| name.clone()).collect()
+        };
+        differs(before, now).into_iter().chain(differs(now, before)).collect()
+    };
+    if names.iter().any(|name| before.is_known(name) != now.is_known(name)) {
+        names.extend(now.documents.routes.keys().cloned());
+    }
+    names.into_iter().collect()
+}

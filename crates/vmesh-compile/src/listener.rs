@@ -1,0 +1,173 @@
+//! LDS: one listener per declared upstream, one per workload, and for gRPC clients one per service.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use vmesh_proto::envoy::config::core::v3::{
+    Http1ProtocolOptions, HttpProtocolOptions, TrafficDirection,
+};
+use vmesh_proto::envoy::config::listener::v3::filter::ConfigType;
+use vmesh_proto::envoy::config::listener::v3::{ApiListener, Filter, FilterChain, Listener};
+use vmesh_proto::envoy::config::route::v3::RouteConfiguration;
+use vmesh_proto::envoy::extensions::filters::http::router::v3::Router;
+use vmesh_proto::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
+    CodecType, RouteSpecifier, ServerHeaderTransformation, UpgradeConfig,
+};
+use vmesh_proto::envoy::extensions::filters::network::http_connection_manager::v3::{
+    HttpConnectionManager, HttpFilter, Rds, http_filter,
+};
+use vmesh_proto::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
+use vmesh_proto::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::weighted_cluster::ClusterWeight;
+use vmesh_proto::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::{
+    ClusterSpecifier, WeightedCluster,
+};
+use vmesh_proto::envoy::r#type::v3::HashPolicy;
+use vmesh_proto::envoy::r#type::v3::hash_policy::{PolicySpecifier, SourceIp};
+use vmesh_proto::{any, duration};
+
+use crate::cluster::ads;
+use crate::endpoints::socket_address;
+use crate::route::Share;
+
+/// Which way a listener's traffic goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Outbound,
+    Inbound,
+}
+
+/// Where an HTTP listener has its routes from.
+pub(crate) enum Routes {
+    /// RDS, under the service's name.
+    Named(String),
+    Inline(Box<RouteConfiguration>),
+}
+
+/// A listener for HTTP.
+pub(crate) fn http_listener(
+    name: &str,
+    address: SocketAddr,
+    direction: Direction,
+    routes: Routes,
+    idle: Duration,
+) -> Listener {
+    let manager = HttpConnectionManager {
+        codec_type: CodecType::Auto.into(),
+        stat_prefix: stat_prefix(name),
+        // What the application says of itself, the proxy does not overwrite.
+        server_header_transformation: ServerHeaderTransformation::PassThrough.into(),
+        http_protocol_options: Some(Http1ProtocolOptions {
+            accept_http_10: true,
+            ..Http1ProtocolOptions::default()
+        }),
+        common_http_protocol_options: Some(HttpProtocolOptions {
+            idle_timeout: Some(duration(Duration::from_secs(3600))),
+            ..HttpProtocolOptions::default()
+        }),
+        stream_idle_timeout: Some(duration(idle)),
+        upgrade_configs: vec![UpgradeConfig {
+            upgrade_type: "websocket".to_owned(),
+            ..UpgradeConfig::default()
+        }],
+        ..connection_manager(routes)
+    };
+    listener(name, address, direction, "envoy.filters.network.http_connection_manager", any(&manager))
+}
+
+/// A listener for anything else: bytes in, bytes out.
+pub(crate) fn tcp_listener(
+    name: &str,
+    address: SocketAddr,
+    direction: Direction,
+    shares: &[Share],
+    idle: Duration,
+    by_source: bool,
+) -> Listener {
+    let specifier = match shares {
+        [only] => ClusterSpecifier::Cluster(only.cluster.clone()),
+        several => ClusterSpecifier::WeightedClusters(WeightedCluster {
+            clusters: several
+                .iter()
+                .map(|share| ClusterWeight {
+                    name: share.cluster.clone(),
+                    weight: share.weight,
+                    ..ClusterWeight::default()
+                })
+                .collect(),
+        }),
+    };
+    let by_source =
+        by_source.then_some(HashPolicy { policy_specifier: Some(PolicySpecifier::SourceIp(SourceIp {})) });
+    let proxy = TcpProxy {
+        stat_prefix: stat_prefix(name),
+        cluster_specifier: Some(specifier),
+        idle_timeout: Some(duration(idle)),
+        hash_policy: by_source.into_iter().collect(),
+        ..TcpProxy::default()
+    };
+    listener(name, address, direction, "envoy.filters.network.tcp_proxy", any(&proxy))
+}
+
+/// What a gRPC client asks for to reach a service: no address, only routes (gRFC A27).
+pub(crate) fn api_listener(name: &str, route_name: &str) -> Listener {
+    let manager = connection_manager(Routes::Named(route_name.to_owned()));
+    Listener {
+        name: name.to_owned(),
+        api_listener: Some(ApiListener { api_listener: Some(any(&manager)) }),
+        ..Listener::default()
+    }
+}
+
+fn connection_manager(routes: Routes) -> HttpConnectionManager {
+    let specifier = match routes {
+        Routes::Named(route_config_name) => {
+            RouteSpecifier::Rds(Rds { config_source: Some(ads()), route_config_name })
+        }
+        Routes::Inline(routes) => RouteSpecifier::RouteConfig(*routes),
+    };
+    HttpConnectionManager {
+        http_filters: vec![HttpFilter {
+            name: "envoy.filters.http.router".to_owned(),
+            config_type: Some(http_filter::ConfigType::TypedConfig(any(&Router::default()))),
+            ..HttpFilter::default()
+        }],
+        route_specifier: Some(specifier),
+        ..HttpConnectionManager::default()
+    }
+}
+
+fn listener(
+    name: &str,
+    address: SocketAddr,
+    direction: Direction,
+    filter: &str,
+    config: vmesh_proto::google::protobuf::Any,
+) -> Listener {
+    let direction = match direction {
+        Direction::Outbound => TrafficDirection::Outbound,
+        Direction::Inbound => TrafficDirection::Inbound,
+    };
+    Listener {
+        name: name.to_owned(),
+        address: Some(socket_address(address)),
+        traffic_direction: direction.into(),
+        filter_chains: vec![FilterChain {
+            filters: vec![Filter {
+                name: filter.to_owned(),
+                config_type: Some(ConfigType::TypedConfig(config)),
+            }],
+            ..FilterChain::default()
+        }],
+        ..Listener::default()
+    }
+}
+
+/// `|` and `:` would split Envoy's statistics names.
+fn stat_prefix(name: &str) -> String {
+    name.replace(['|', ':'], "_")
+}
+
+/// The name of the listener on `address`: a contract for every client of the control plane.
+pub(crate) fn outbound_name(address: SocketAddr) -> String {
+    format!("outbound|{address}")
+}

@@ -1,0 +1,221 @@
+//! One node: which services it may see, and the listeners that are its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmesh_catalog::World;
+use vmesh_model::document::Policy;
+use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
+use vmesh_model::{NodeReport, Place, Problem, ServiceName};
+use vmesh_proto::duration;
+use vmesh_proto::envoy::config::listener::v3::Listener;
+use vmesh_proto::envoy::config::route::v3::route::Action;
+use vmesh_proto::envoy::config::route::v3::route_action::ClusterSpecifier;
+use vmesh_proto::envoy::config::route::v3::route_match::PathSpecifier;
+use vmesh_proto::envoy::config::route::v3::{
+    Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
+};
+use vmesh_xds::{Group, Groups, Kind, Resource, Scope};
+
+use crate::class::Shared;
+use crate::cluster::local_cluster;
+use crate::endpoints::local_assignment;
+use crate::listener::{Direction, Routes, http_listener, outbound_name, tcp_listener};
+use crate::route::{Share, near};
+
+/// Above so many services, a node that asks for all of them is told what that costs it.
+const MANY: usize = 200;
+
+/// What one node is sent, as far as it is not its class's.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    pub class: Arc<str>,
+    pub scope: Arc<Scope>,
+    pub problems: Vec<Problem>,
+}
+
+/// The scope and the own resources of `report`, whose class is compiled in `shared`.
+pub(crate) fn compile(world: &World, shared: &Shared, report: &NodeReport) -> NodeConfig {
+    let mut node =
+        Node { world, shared, report, taken: BTreeMap::new(), resources: Vec::new(), problems: Vec::new() };
+    let upstreams = node.upstreams();
+    let groups = match &report.upstreams {
+        Upstreams::All => Groups::All,
+        Upstreams::Declared(_) => Groups::Named(node.reachable(&upstreams)),
+    };
+    if groups == Groups::All && shared.services.len() > MANY {
+        node.problem(format!(
+            "asks for every service ({}): declare `upstreams`, each service costs its Envoy about 50 KiB",
+            shared.services.len()
+        ));
+    }
+    if report.client == Client::Envoy {
+        for workload in &report.workloads {
+            node.inbound(workload);
+        }
+        for upstream in &upstreams {
+            node.outbound(upstream);
+        }
+    }
+    let Node { resources, problems, .. } = node;
+    let own = Group::new(Arc::from(format!("node {}", report.name)), resources);
+    NodeConfig { class: shared.class.key(), scope: Arc::new(Scope { groups, own }), problems }
+}
+
+struct Node<'a> {
+    world: &'a World,
+    shared: &'a Shared,
+    report: &'a NodeReport,
+    /// Who listens where: Envoy refuses two listeners with one address, and with them the whole response.
+    taken: BTreeMap<SocketAddr, String>,
+    resources: Vec<Arc<Resource>>,
+    problems: Vec<Problem>,
+}
+
+impl Node<'_> {
+    /// What the agent declares, and what `Node` documents add to it.
+    fn upstreams(&self) -> Vec<Upstream> {
+        let declared = match &self.report.upstreams {
+            Upstreams::All => &[],
+            Upstreams::Declared(declared) => declared.as_slice(),
+        };
+        let added = self.shared.class.nodes.iter().flat_map(|document| &document.upstreams);
+        declared.iter().chain(added).cloned().collect()
+    }
+
+    /// The upstreams, and the services that their routes lead to.
+    fn reachable(&mut self, upstreams: &[Upstream]) -> BTreeSet<Arc<str>> {
+        let mut seen = BTreeSet::new();
+        let mut next: Vec<&ServiceName> = upstreams.iter().map(|upstream| &upstream.service).collect();
+        while let Some(service) = next.pop() {
+            if !seen.insert(service.shared()) {
+                continue;
+            }
+            if let Some(compiled) = self.shared.services.get(service) {
+                next.extend(&compiled.shape.references);
+            }
+        }
+        seen
+    }
+
+    fn outbound(&mut self, upstream: &Upstream) {
+        let service = &upstream.service;
+        let shape = match self.shared.services.get(service) {
+            Some(compiled) => compiled.shape.clone(),
+            None => {
+                let near = self.world.known().find(|known| near(known.as_str(), service.as_str()));
+                let hint = near.map_or_else(String::new, |near| format!(", did you mean `{near}`?"));
+                self.problem(format!(
+                    "calls `{service}`, which no discovery source and no document knows{hint}: its port stays closed"
+                ));
+                return;
+            }
+        };
+        let Some(address) = upstream.listen else { return };
+        let name = outbound_name(address);
+        if !self.take(address, format!("upstream `{service}`")) {
+            return;
+        }
+        let effective = &shape.effective;
+        let listener = if effective.protocol.is_http() {
+            http_listener(
+                &name,
+                address,
+                Direction::Outbound,
+                Routes::Named(service.to_string()),
+                effective.idle,
+            )
+        } else {
+            let by_source = matches!(effective.load_balancing.policy, Policy::RingHash | Policy::Maglev);
+            tcp_listener(&name, address, Direction::Outbound, &shape.shares, effective.idle, by_source)
+        };
+        self.add(listener);
+    }
+
+    fn inbound(&mut self, workload: &Workload) {
+        let service = &workload.service;
+        let mut name = format!("inbound|{service}");
+        if self.resources.iter().any(|known| **known.name() == *name) {
+            name = format!("{name}|{}", workload.port);
+        }
+        let application =
+            SocketAddr::new(workload.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), workload.port);
+        if application == workload.listen {
+            self.problem(format!(
+                "workload `{service}`: Envoy cannot listen on {application}, where the application listens: give it \
+                 another `listen`"
+            ));
+            return;
+        }
+        if !self.take(workload.listen, format!("workload `{service}`")) {
+            return;
+        }
+        let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
+        let cluster = local_cluster(&name, protocol, local_assignment(&name, application));
+        self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
+        let idle = Duration::from_secs(3600);
+        let listener = if protocol.is_http() {
+            let routes = Routes::Inline(Box::new(to_the_application(&name)));
+            http_listener(&name, workload.listen, Direction::Inbound, routes, idle)
+        } else {
+            let share = Share { cluster: name.clone(), weight: 1 };
+            tcp_listener(&name, workload.listen, Direction::Inbound, &[share], idle, false)
+        };
+        self.add(listener);
+    }
+
+    fn take(&mut self, address: SocketAddr, who: String) -> bool {
+        let clash =
+            self.taken.iter().find(|(taken, _)| overlap(**taken, address)).map(|(_, other)| other.clone());
+        if let Some(other) = clash {
+            self.problem(format!("{who} and {other} both listen on {address}: {who} is left out"));
+            return false;
+        }
+        self.taken.insert(address, who);
+        true
+    }
+
+    fn add(&mut self, listener: Listener) {
+        self.resources.push(Resource::new(Kind::Listener, listener.name.as_str(), &listener));
+    }
+
+    fn problem(&mut self, message: String) {
+        let place = Place::file(format!("node {}", self.report.name));
+        self.problems.push(Problem::new(place, format!("Node `{}`", self.report.name), message));
+    }
+}
+
+/// Whether two sockets cannot be bound at once: a wildcard address takes the port everywhere.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    one.port() == other.port()
+        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
+}
+
+/// The caller's Envoy has the timeout and the retries; a second set here would multiply them.
+fn to_the_application(cluster: &str) -> RouteConfiguration {
+    let action = RouteAction {
+        cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
+        timeout: Some(duration(Duration::ZERO)),
+        ..RouteAction::default()
+    };
+    let route = Route {
+        r#match: Some(RouteMatch {
+            path_specifier: Some(PathSpecifier::Prefix("/".to_owned())),
+            ..RouteMatch::default()
+        }),
+        action: Some(Action::Route(action)),
+        ..Route::default()
+    };
+    RouteConfiguration {
+        name: cluster.to_owned(),
+        virtual_hosts: vec![VirtualHost {
+            name: cluster.to_owned(),
+            domains: vec!["*".to_owned()],
+            routes: vec![route],
+            ..VirtualHost::default()
+        }],
+        ..RouteConfiguration::default()
+    }
+}

@@ -1,0 +1,450 @@
+//! RDS: a service's `Route` document as one route configuration.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmesh_catalog::World;
+use vmesh_model::document::{
+    HashOn, LoadBalancing, Match, PathMatch, Placed, Policy, Redirect, Retry, Route, Rule, Scheme, Target,
+    TextMatch,
+};
+use vmesh_model::node::Client;
+use vmesh_model::{Problem, ServiceName};
+use vmesh_proto::envoy::config::core::v3::{DataSource, data_source};
+use vmesh_proto::envoy::config::route::v3::header_matcher::HeaderMatchSpecifier;
+use vmesh_proto::envoy::config::route::v3::query_parameter_matcher::QueryParameterMatchSpecifier;
+use vmesh_proto::envoy::config::route::v3::redirect_action::{
+    PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier,
+};
+use vmesh_proto::envoy::config::route::v3::retry_policy::{RetryHostPredicate, retry_host_predicate};
+use vmesh_proto::envoy::config::route::v3::route::Action;
+use vmesh_proto::envoy::config::route::v3::route_action::hash_policy::{
+    ConnectionProperties, Cookie, Header, PolicySpecifier, QueryParameter,
+};
+use vmesh_proto::envoy::config::route::v3::route_action::{ClusterSpecifier, HashPolicy};
+use vmesh_proto::envoy::config::route::v3::route_match::PathSpecifier;
+use vmesh_proto::envoy::config::route::v3::weighted_cluster::ClusterWeight;
+use vmesh_proto::envoy::config::route::v3::{
+    DirectResponseAction, HeaderMatcher, QueryParameterMatcher, RedirectAction, RetryPolicy,
+    Route as EnvoyRoute, RouteAction, RouteConfiguration, RouteMatch, VirtualHost, WeightedCluster,
+};
+use vmesh_proto::envoy::extensions::retry::host::previous_hosts::v3::PreviousHostsPredicate;
+use vmesh_proto::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
+use vmesh_proto::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
+use vmesh_proto::{any, duration, uint32};
+
+use crate::effective::{Effective, with_conditions};
+
+/// How many services a redirect may pass: the documents are checked for cycles, this is for the impossible rest.
+const MAX_REDIRECTS: usize = 16;
+
+/// A cluster and its share of the requests, relative to the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    pub cluster: String,
+    pub weight: u32,
+}
+
+/// The name of the cluster (and of the EDS resource) of a part of a service.
+pub fn cluster_name(service: &ServiceName, subset: Option<&ServiceName>) -> String {
+    match subset {
+        Some(subset) => format!("{service}|{subset}"),
+        None => service.to_string(),
+    }
+}
+
+/// What a route configuration is made of, and what came up while making it.
+pub(crate) struct Router<'a> {
+    pub(crate) world: &'a World,
+    pub(crate) service: &'a ServiceName,
+    pub(crate) effective: &'a Effective,
+    pub(crate) client: Client,
+    pub(crate) problems: Vec<Problem>,
+    /// The other services that requests go to, for the scope of the nodes that call this one.
+    pub(crate) references: BTreeSet<ServiceName>,
+    /// Every service that a rule names, and whether it is known.
+    pub(crate) spoken_of: BTreeMap<ServiceName, bool>,
+}
+
+impl Router<'_> {
+    /// The route configuration of the service: its rules in their order, and the whole service for the rest.
+    pub(crate) fn configuration(&mut self) -> RouteConfiguration {
+        let mut routes = self.rules(self.service, &Match::default(), 0);
+        let all = Rule::default();
+        routes.push(self.route(self.service, &Match::default(), &all, None));
+        RouteConfiguration {
+            name: self.service.to_string(),
+            virtual_hosts: vec![VirtualHost {
+                name: self.service.to_string(),
+                domains: vec!["*".to_owned()],
+                routes,
+                ..VirtualHost::default()
+            }],
+            ..RouteConfiguration::default()
+        }
+    }
+
+    /// Where connections go that cannot be told apart: the split of the first rule that has one.
+    pub(crate) fn shares(&mut self) -> Vec<Share> {
+        let world = self.world;
+        let whole = vec![Share { cluster: self.service.to_string(), weight: 1 }];
+        let Some(route) = world.documents.routes.get(self.service) else { return whole };
+        let Some(rule) = route.rules.first() else { return whole };
+        if rule.matches != Match::default() || rule.redirect.is_some() || route.rules.len() > 1 {
+            self.problem(
+                route,
+                format!(
+                    "`{}` speaks {}, so its connections cannot be told apart by path, header, query or method, nor \
+                     redirected: only the first rule's split is in force; declare `protocol: http` if it speaks HTTP",
+                    self.service, self.effective.protocol
+                ),
+            );
+        }
+        let shares = self.split(self.service, &rule.split, route);
+        if shares.is_empty() { whole } else { shares }
+    }
+
+    /// The rules of `service`, each also under the condition `under`.
+    fn rules(&mut self, service: &ServiceName, under: &Match, depth: usize) -> Vec<EnvoyRoute> {
+        let world = self.world;
+        let Some(document) = world.documents.routes.get(service) else { return Vec::new() };
+        let mut routes = Vec::new();
+        for rule in &document.rules {
+            let Some(matches) = both(under, &rule.matches) else { continue };
+            if self.client == Client::Grpc && !matches.query.is_empty() {
+                self.problem(
+                    document,
+                    format!(
+                        "a rule of `{service}` matches on query parameters, which proxyless gRPC clients do not \
+                         have: for them the rule is left out"
+                    ),
+                );
+                continue;
+            }
+            match &rule.redirect {
+                Some(Redirect { service: Some(other), .. }) => {
+                    if depth >= MAX_REDIRECTS {
+                        continue;
+                    }
+                    if !self.known(other) {
+                        self.problem(document, unknown_service(world, "a redirect goes to", other));
+                    }
+                    self.references.insert(other.clone());
+                    routes.extend(self.rules(other, &matches, depth + 1));
+                    routes.push(self.route(other, &matches, rule, None));
+                }
+                _ => routes.push(self.route(service, &matches, rule, Some(document))),
+            }
+        }
+        routes
+    }
+
+    fn route(
+        &mut self,
+        service: &ServiceName,
+        matches: &Match,
+        rule: &Rule,
+        document: Option<&Arc<Placed<Route>>>,
+    ) -> EnvoyRoute {
+        let action = match &rule.redirect {
+            Some(redirect) if redirect.service.is_none() => Action::Redirect(redirect_action(redirect)),
+            _ => self.forward(service, rule, document),
+        };
+        EnvoyRoute { r#match: Some(route_match(matches)), action: Some(action), ..EnvoyRoute::default() }
+    }
+
+    fn forward(
+        &mut self,
+        service: &ServiceName,
+        rule: &Rule,
+        document: Option<&Arc<Placed<Route>>>,
+    ) -> Action {
+        let specifier = match document {
+            Some(document) if !rule.split.is_empty() => {
+                let shares = self.split(service, &rule.split, document);
+                match shares.as_slice() {
+                    [] => return unavailable(service),
+                    [only] => ClusterSpecifier::Cluster(only.cluster.clone()),
+                    several => ClusterSpecifier::WeightedClusters(WeightedCluster {
+                        clusters: several
+                            .iter()
+                            .map(|share| ClusterWeight {
+                                name: share.cluster.clone(),
+                                weight: Some(uint32(share.weight)),
+                                ..ClusterWeight::default()
+                            })
+                            .collect(),
+                        ..WeightedCluster::default()
+                    }),
+                }
+            }
+            _ => ClusterSpecifier::Cluster(service.to_string()),
+        };
+        let effective = self.effective;
+        let request = rule.timeout.map(|time| time.0).or(effective.request);
+        let retry = rule.retry.as_ref().map_or_else(|| effective.retry.clone(), with_conditions);
+        Action::Route(RouteAction {
+            cluster_specifier: Some(specifier),
+            // Zero is Envoy's way to write "no limit"; leaving it out would mean 15 s.
+            timeout: Some(duration(request.unwrap_or(Duration::ZERO))),
+            retry_policy: retry_policy(&retry, self.client),
+            hash_policy: hash_policy(&effective.load_balancing),
+            ..RouteAction::default()
+        })
+    }
+
+    /// The clusters of a split. A target that does not exist loses its share to the others.
+    fn split(
+        &mut self,
+        service: &ServiceName,
+        targets: &[Target],
+        document: &Arc<Placed<Route>>,
+    ) -> Vec<Share> {
+        let world = self.world;
+        let mut shares = Vec::new();
+        for target in targets {
+            let to = target.service.as_ref().unwrap_or(service);
+            if !self.known(to) {
+                self.problem(document, unknown_service(world, "a split has a share for", to));
+                continue;
+            }
+            let defines = |subset: &ServiceName| {
+                world.documents.services.get(to).is_some_and(|s| s.subsets.contains_key(subset))
+            };
+            if let Some(subset) = target.subset.as_ref().filter(|&subset| !defines(subset)) {
+                self.problem(
+                    document,
+                    format!(
+                        "a split has a share for `{to}|{subset}`, a subset that no `Service` document defines"
+                    ),
+                );
+                continue;
+            }
+            if to != self.service {
+                self.references.insert(to.clone());
+            }
+            shares.push(Share { cluster: cluster_name(to, target.subset.as_ref()), weight: target.weight });
+        }
+        // Envoy refuses a split whose weights add up to nothing.
+        if shares.iter().all(|share| share.weight == 0) { Vec::new() } else { shares }
+    }
+
+    fn known(&mut self, service: &ServiceName) -> bool {
+        let known = self.world.is_known(service);
+        self.spoken_of.insert(service.clone(), known);
+        known
+    }
+
+    fn problem(&mut self, document: &Arc<Placed<Route>>, message: String) {
+        let subject = format!("Route `{}`", document.service);
+        self.problems.push(Problem::new(document.place.clone(), subject, message));
+    }
+}
+
+fn unknown_service(world: &World, what: &str, service: &ServiceName) -> String {
+    let near = world.known().find(|known| near(known.as_str(), service.as_str()));
+    let hint = near.map_or_else(
+        || "register it, or take it out of the route".to_owned(),
+        |near| format!("did you mean `{near}`?"),
+    );
+    format!("{what} `{service}`, which no discovery source and no document knows: {hint}")
+}
+
+/// Whether two names are one slip of the finger apart.
+pub(crate) fn near(one: &str, other: &str) -> bool {
+    let (long, short) = if one.len() >= other.len() { (one, other) } else { (other, one) };
+    if long == short || long.len() - short.len() > 1 {
+        return false;
+    }
+    let (long, short) = (long.as_bytes(), short.as_bytes());
+    let head = long.iter().zip(short).take_while(|(a, b)| a == b).count();
+    let rest = long.iter().rev().zip(short.iter().rev()).take_while(|(a, b)| a == b).count();
+    let swapped = long.len() == short.len()
+        && head + rest + 2 == long.len()
+        && long.get(head) == short.get(head + 1)
+        && long.get(head + 1) == short.get(head);
+    head + rest + 1 >= long.len() || swapped
+}
+
+/// A rule whose every target is gone must not fall through to another rule: the answer says what is wrong.
+fn unavailable(service: &ServiceName) -> Action {
+    let body = format!("vmesh: no target of this route of `{service}` exists\n");
+    Action::DirectResponse(DirectResponseAction {
+        status: 503,
+        body: Some(DataSource {
+            specifier: Some(data_source::Specifier::InlineString(body)),
+            ..DataSource::default()
+        }),
+        ..DirectResponseAction::default()
+    })
+}
+
+fn redirect_action(redirect: &Redirect) -> RedirectAction {
+    let code = match redirect.code {
+        Some(302) => RedirectResponseCode::Found,
+        Some(303) => RedirectResponseCode::SeeOther,
+        Some(307) => RedirectResponseCode::TemporaryRedirect,
+        Some(308) => RedirectResponseCode::PermanentRedirect,
+        _ => RedirectResponseCode::MovedPermanently,
+    };
+    let path = match (&redirect.path, &redirect.prefix) {
+        (Some(path), _) => Some(PathRewriteSpecifier::PathRedirect(path.to_string())),
+        (None, Some(prefix)) => Some(PathRewriteSpecifier::PrefixRewrite(prefix.to_string())),
+        (None, None) => None,
+    };
+    RedirectAction {
+        host_redirect: redirect.host.as_deref().unwrap_or_default().to_owned(),
+        port_redirect: redirect.port.unwrap_or_default().into(),
+        response_code: code.into(),
+        scheme_rewrite_specifier: redirect.scheme.map(|scheme| match scheme {
+            Scheme::Http => SchemeRewriteSpecifier::SchemeRedirect("http".to_owned()),
+            Scheme::Https => SchemeRewriteSpecifier::SchemeRedirect("https".to_owned()),
+        }),
+        path_rewrite_specifier: path,
+        ..RedirectAction::default()
+    }
+}
+
+fn retry_policy(retry: &Retry, client: Client) -> Option<RetryPolicy> {
+    let on: Vec<_> = retry
+        .on
+        .iter()
+        .filter(|on| client == Client::Envoy || on.is_grpc_status())
+        .map(|on| on.as_str())
+        .collect();
+    if retry.attempts == 0 || on.is_empty() {
+        return None;
+    }
+    let elsewhere = RetryHostPredicate {
+        name: "envoy.retry_host_predicates.previous_hosts".to_owned(),
+        config_type: Some(retry_host_predicate::ConfigType::TypedConfig(any(&PreviousHostsPredicate {}))),
+    };
+    let envoy = client == Client::Envoy;
+    Some(RetryPolicy {
+        retry_on: on.join(","),
+        num_retries: Some(uint32(retry.attempts)),
+        per_try_timeout: retry.per_try_timeout.filter(|_| envoy).map(|time| duration(time.0)),
+        // An instance that has just failed a request is the worst place to try it again.
+        retry_host_predicate: if envoy { vec![elsewhere] } else { Vec::new() },
+        host_selection_retry_max_attempts: if envoy { 3 } else { 0 },
+        ..RetryPolicy::default()
+    })
+}
+
+fn hash_policy(balancing: &LoadBalancing) -> Vec<HashPolicy> {
+    if !matches!(balancing.policy, Policy::RingHash | Policy::Maglev) {
+        return Vec::new();
+    }
+    let Some(on) = &balancing.hash_on else { return Vec::new() };
+    let specifier = match on {
+        HashOn::Header(name) => {
+            PolicySpecifier::Header(Header { header_name: name.to_string(), ..Header::default() })
+        }
+        HashOn::Cookie(name) => {
+            PolicySpecifier::Cookie(Cookie { name: name.to_string(), ..Cookie::default() })
+        }
+        HashOn::Query(name) => PolicySpecifier::QueryParameter(QueryParameter { name: name.to_string() }),
+        HashOn::SourceIp => PolicySpecifier::ConnectionProperties(ConnectionProperties { source_ip: true }),
+    };
+    vec![HashPolicy { policy_specifier: Some(specifier), ..HashPolicy::default() }]
+}
+
+/// What both `one` and `other` ask for; `None` if nothing can fulfil both.
+fn both(one: &Match, other: &Match) -> Option<Match> {
+    use PathMatch::{Exact, Prefix};
+    let path = match (&one.path, &other.path) {
+        (None, path) | (path, None) => path.clone(),
+        (Some(a), Some(b)) if a == b => Some(a.clone()),
+        (Some(Prefix(a)), Some(Prefix(b))) if b.starts_with(&**a) => Some(Prefix(b.clone())),
+        (Some(Prefix(a)), Some(Prefix(b))) if a.starts_with(&**b) => Some(Prefix(a.clone())),
+        (Some(Exact(a)), Some(Prefix(b))) | (Some(Prefix(b)), Some(Exact(a))) if a.starts_with(&**b) => {
+            Some(Exact(a.clone()))
+        }
+        // A regular expression and another path at once is not something that Envoy can be asked.
+        _ => return None,
+    };
+    let merge = |a: &BTreeMap<Arc<str>, TextMatch>, b: &BTreeMap<Arc<str>, TextMatch>| {
+        let clash = b.iter().any(|(key, value)| a.get(key).is_some_and(|other| other != value));
+        (!clash).then(|| a.iter().chain(b).map(|(k, v)| (k.clone(), v.clone())).collect())
+    };
+    let method = match (one.method.as_slice(), other.method.as_slice()) {
+        ([], methods) | (methods, []) => methods.to_vec(),
+        (a, b) => {
+            let common: Vec<_> = a.iter().filter(|method| b.contains(method)).cloned().collect();
+            if common.is_empty() {
+                return None;
+            }
+            common
+        }
+    };
+    Some(Match {
+        path,
+        headers: merge(&one.headers, &other.headers)?,
+        query: merge(&one.query, &other.query)?,
+        method,
+    })
+}
+
+fn route_match(matches: &Match) -> RouteMatch {
+    let path = match &matches.path {
+        None => PathSpecifier::Prefix("/".to_owned()),
+        Some(PathMatch::Prefix(prefix)) => PathSpecifier::Prefix(prefix.to_string()),
+        Some(PathMatch::Exact(path)) => PathSpecifier::Path(path.to_string()),
+        Some(PathMatch::Regex(regex)) => PathSpecifier::SafeRegex(self::regex(regex)),
+    };
+    let methods: Vec<_> = matches.method.iter().map(|method| &*method.0).collect();
+    let method = match methods.as_slice() {
+        [] => None,
+        [one] => Some(TextMatch::Exact((*one).into())),
+        several => Some(TextMatch::Regex(several.join("|").into())),
+    };
+    let method = method.iter().map(|method| header_matcher(":method", method));
+    RouteMatch {
+        path_specifier: Some(path),
+        headers: matches
+            .headers
+            .iter()
+            .map(|(name, text)| header_matcher(name, text))
+            .chain(method)
+            .collect(),
+        query_parameters: matches.query.iter().map(|(name, text)| query_matcher(name, text)).collect(),
+        ..RouteMatch::default()
+    }
+}
+
+fn header_matcher(name: &str, text: &TextMatch) -> HeaderMatcher {
+    let specifier = match text {
+        TextMatch::Present(present) => HeaderMatchSpecifier::PresentMatch(*present),
+        text => HeaderMatchSpecifier::StringMatch(string_matcher(text)),
+    };
+    HeaderMatcher {
+        name: name.to_ascii_lowercase(),
+        header_match_specifier: Some(specifier),
+        ..HeaderMatcher::default()
+    }
+}
+
+fn query_matcher(name: &str, text: &TextMatch) -> QueryParameterMatcher {
+    let specifier = match text {
+        TextMatch::Present(present) => QueryParameterMatchSpecifier::PresentMatch(*present),
+        text => QueryParameterMatchSpecifier::StringMatch(string_matcher(text)),
+    };
+    QueryParameterMatcher { name: name.to_owned(), query_parameter_match_specifier: Some(specifier) }
+}
+
+fn string_matcher(text: &TextMatch) -> StringMatcher {
+    let pattern = match text {
+        TextMatch::Exact(text) => MatchPattern::Exact(text.to_string()),
+        TextMatch::Prefix(text) => MatchPattern::Prefix(text.to_string()),
+        TextMatch::Suffix(text) => MatchPattern::Suffix(text.to_string()),
+        TextMatch::Contains(text) => MatchPattern::Contains(text.to_string()),
+        TextMatch::Regex(text) => MatchPattern::SafeRegex(regex(text)),
+        TextMatch::Present(_) => MatchPattern::Prefix(String::new()),
+    };
+    StringMatcher { match_pattern: Some(pattern), ..StringMatcher::default() }
+}
+
+fn regex(text: &str) -> RegexMatcher {
+    RegexMatcher { regex: text.to_owned(), ..RegexMatcher::default() }
+}

@@ -1,0 +1,198 @@
+//! One service, as one class of nodes sees it: its group of resources.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use vmesh_catalog::World;
+use vmesh_model::document::{Documents, Locality, Placed, Route, Service, Subset};
+use vmesh_model::node::Client;
+use vmesh_model::{Endpoint, Place, Problem, ServiceName, Settings};
+use vmesh_xds::{Group, Kind, Resource};
+
+use crate::class::Class;
+use crate::cluster::{eds_cluster, grpc_cluster};
+use crate::effective::Effective;
+use crate::endpoints::{Nearness, assignment};
+use crate::listener::api_listener;
+use crate::route::{Router, Share, cluster_name};
+
+/// A service compiled for a class of nodes, together with what it was compiled from.
+#[derive(Debug, Clone)]
+pub struct Compiled {
+    pub group: Arc<Group>,
+    pub shape: Arc<Shape>,
+    assignments: Vec<Assignment>,
+    pub problems: Vec<Problem>,
+}
+
+/// All of a service but its endpoints, which change a hundred times as often.
+#[derive(Debug)]
+pub struct Shape {
+    inputs: Inputs,
+    pub settings: Settings,
+    pub effective: Effective,
+    /// The other services that its requests may go to.
+    pub references: BTreeSet<ServiceName>,
+    /// The services that its route speaks of, and whether they were known; and all that documents said of them.
+    spoken_of: BTreeMap<ServiceName, bool>,
+    documents: Arc<Documents>,
+    /// Where its connections go, for listeners that do not look into them.
+    pub shares: Vec<Share>,
+    resources: Vec<Arc<Resource>>,
+    /// The cluster of the whole service, and those of its subsets.
+    parts: Vec<(String, Option<Subset>)>,
+    problems: Vec<Problem>,
+}
+
+/// What a shape depends on, besides the other services that its route speaks of ([`Shape::spoken_of`]).
+#[derive(Debug, PartialEq)]
+struct Inputs {
+    effective: Effective,
+    service: Option<Arc<Placed<Service>>>,
+    route: Option<Arc<Placed<Route>>>,
+}
+
+/// The endpoints of one cluster, and the resource that was made of them.
+#[derive(Debug, Clone)]
+struct Assignment {
+    of: Arc<[Endpoint]>,
+    resource: Arc<Resource>,
+}
+
+/// Compiles `name` for `class`, taking over from `before` whatever would come out the same.
+pub(crate) fn compile(
+    world: &World,
+    name: &ServiceName,
+    class: &Class,
+    before: Option<&Compiled>,
+) -> Compiled {
+    let shape = shape(world, name, class, before.map(|compiled| &compiled.shape));
+    let near = Nearness { locality: shape.effective.load_balancing.locality, zone: class.zone.as_deref() };
+    let mut problems = shape.problems.clone();
+    let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
+    let reshaped = before.is_none_or(|before| !Arc::ptr_eq(&before.shape, &shape));
+    let mut assignments = Vec::with_capacity(shape.parts.len());
+    for (at, (cluster, subset)) in shape.parts.iter().enumerate() {
+        let of: Arc<[Endpoint]> = match subset {
+            None => all.clone(),
+            Some(subset) => all.iter().filter(|endpoint| subset.contains(endpoint)).cloned().collect(),
+        };
+        if subset.is_some() && of.is_empty() && !all.is_empty() {
+            problems.push(empty_subset(&shape, cluster, all.len()));
+        }
+        let same =
+            before.filter(|_| !reshaped).and_then(|before| before.assignments.get(at)).filter(|a| a.of == of);
+        assignments.push(match same {
+            Some(same) => same.clone(),
+            None => {
+                let message = assignment(cluster, of.iter(), near);
+                Assignment { of, resource: Resource::new(Kind::Endpoint, cluster.as_str(), &message) }
+            }
+        });
+    }
+    let endpoints = assignments.iter().map(|assignment| assignment.resource.clone());
+    let resources: Vec<_> = shape.resources.iter().cloned().chain(endpoints).collect();
+    Compiled { group: Group::new(name.shared(), resources), shape, assignments, problems }
+}
+
+fn empty_subset(shape: &Shape, cluster: &str, all: usize) -> Problem {
+    let place = shape.inputs.service.as_ref().map_or_else(|| Place::file("documents"), |s| s.place.clone());
+    let message =
+        format!("none of the {all} endpoints is in the subset `{cluster}`: requests for it fail with 503");
+    Problem::new(place, format!("Service `{}`", cluster.split('|').next().unwrap_or_default()), message)
+}
+
+fn shape(world: &World, name: &ServiceName, class: &Class, before: Option<&Arc<Shape>>) -> Arc<Shape> {
+    let settings = world.documents.settings(name, &class.nodes);
+    let effective = Effective::of(&settings, world.protocol(name));
+    let inputs = Inputs {
+        effective: effective.clone(),
+        service: world.documents.services.get(name).cloned(),
+        route: world.documents.routes.get(name).cloned(),
+    };
+    if let Some(before) = before
+        && before.inputs == inputs
+        && (inputs.route.is_none() || before.spoken_of_alike(world))
+    {
+        return before.clone();
+    }
+    let subsets = inputs.service.iter().flat_map(|service| &service.subsets);
+    let parts: Vec<_> = std::iter::once((name.to_string(), None))
+        .chain(subsets.map(|(subset, of)| (cluster_name(name, Some(subset)), Some(of.clone()))))
+        .collect();
+    let mut router = Router {
+        world,
+        service: name,
+        effective: &effective,
+        client: class.client,
+        problems: Vec::new(),
+        references: BTreeSet::new(),
+        spoken_of: BTreeMap::new(),
+    };
+    let mut resources = Vec::new();
+    for (cluster, _) in &parts {
+        let message = match class.client {
+            Client::Envoy => eds_cluster(cluster, &effective),
+            Client::Grpc => grpc_cluster(cluster, &effective),
+        };
+        resources.push(Resource::new(Kind::Cluster, cluster.as_str(), &message));
+    }
+    let mut shares = Vec::new();
+    if effective.protocol.is_http() {
+        let routes = router.configuration();
+        resources.push(Resource::new(Kind::Route, routes.name.as_str(), &routes));
+        if class.client == Client::Grpc {
+            let listener = api_listener(&format!("{name}.mesh"), name.as_str());
+            resources.push(Resource::new(Kind::Listener, listener.name.as_str(), &listener));
+        }
+    } else {
+        shares = router.shares();
+    }
+    let Router { problems, references, spoken_of, .. } = router;
+    let documents = world.documents.clone();
+    // What encodes to the same bytes is the same resource.
+    let resources = match before {
+        Some(before) => resources.into_iter().map(|new| known(&before.resources, new)).collect(),
+        None => resources,
+    };
+    Arc::new(Shape {
+        inputs,
+        settings,
+        effective,
+        references,
+        spoken_of,
+        documents,
+        shares,
+        resources,
+        parts,
+        problems,
+    })
+}
+
+fn known(before: &[Arc<Resource>], new: Arc<Resource>) -> Arc<Resource> {
+    let same = |old: &&Arc<Resource>| {
+        old.kind() == new.kind() && old.name() == new.name() && old.version() == new.version()
+    };
+    before.iter().find(same).cloned().unwrap_or(new)
+}
+
+impl Shape {
+    /// Whether the services that the route speaks of are what they were.
+    fn spoken_of_alike(&self, world: &World) -> bool {
+        Arc::ptr_eq(&self.documents, &world.documents)
+            && self.spoken_of.iter().all(|(service, known)| world.is_known(service) == *known)
+    }
+
+    /// Whether a node that calls the service needs a new scope or new listeners when `other` becomes this.
+    pub fn calls_for_rescoping(&self, other: &Shape) -> bool {
+        self.references != other.references
+            || self.effective.protocol.is_http() != other.effective.protocol.is_http()
+            || self.effective.idle != other.effective.idle
+            || self.shares != other.shares
+            || self.effective.load_balancing != other.effective.load_balancing
+    }
+
+    pub fn prefers_near(&self) -> bool {
+        self.effective.load_balancing.locality == Locality::PreferLocal
+    }
+}
