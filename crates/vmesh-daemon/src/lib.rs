@@ -8,10 +8,12 @@
 //! | [`logs`] | the journal under systemd, readable text on stderr elsewhere |
 //! | [`report`] | the one printer of error chains, and the exit codes |
 //! | [`fsx`] | files that are whole after a crash |
+//! | [`fetch`] | one HTTP request to something on this host |
 //! | [`metrics`] | `/metrics` text and what every process tells of itself |
 //!
 //! **Invariant:** no mesh noun: `cargo tree -p vmesh-daemon -e normal` lists no other crate of this workspace.
 
+pub mod fetch;
 pub mod fsx;
 pub mod logs;
 pub mod metrics;

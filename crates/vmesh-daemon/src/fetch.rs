@@ -1,0 +1,159 @@
+//! One HTTP request to something on this host: Envoy's admin socket, a daemon's own API.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::HOST;
+use http::{HeaderValue, Method, Request, StatusCode, Uri};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::client::conn::http1;
+use hyper::rt::{Read, Write};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+/// Answers beyond this are refused: `/config_dump` of the largest node is well below it.
+pub const MAX_ANSWER: usize = 256 << 20;
+
+/// Where the server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Peer {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Tcp(address) => address.fmt(f),
+            Peer::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{method} {path} at {peer} failed")]
+pub struct FetchError {
+    method: Method,
+    path: String,
+    peer: Peer,
+    #[source]
+    cause: Cause,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Cause {
+    #[error("nothing listens there that lets this user in: {0}")]
+    Connect(#[source] std::io::Error),
+    #[error("no answer within {} s", .0.as_secs_f32())]
+    Timeout(Duration),
+    #[error("the answer is larger than {MAX_ANSWER} bytes")]
+    TooLarge,
+    #[error("{0}")]
+    Http(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl FetchError {
+    /// Nobody is there, as against somebody who answers badly.
+    pub fn is_connect(&self) -> bool {
+        matches!(self.cause, Cause::Connect(_))
+    }
+}
+
+/// Sends one request without a body and reads the whole answer, on a connection of its own.
+pub async fn fetch(
+    peer: &Peer,
+    method: Method,
+    path: &str,
+    within: Duration,
+) -> Result<(StatusCode, Bytes), FetchError> {
+    let exchange = async {
+        match peer {
+            Peer::Tcp(address) => {
+                let io = TcpStream::connect(address).await.map_err(Cause::Connect)?;
+                ask(io, &method, path, &address.to_string()).await
+            }
+            Peer::Unix(socket) => {
+                let io = UnixStream::connect(socket).await.map_err(Cause::Connect)?;
+                ask(io, &method, path, "localhost").await
+            }
+        }
+    };
+    let answer = timeout(within, exchange).await.unwrap_or(Err(Cause::Timeout(within)));
+    answer.map_err(|cause| FetchError { method, path: path.to_owned(), peer: peer.clone(), cause })
+}
+
+async fn ask<T>(io: T, method: &Method, path: &str, host: &str) -> Result<(StatusCode, Bytes), Cause>
+where
+    TokioIo<T>: Read + Write + Unpin,
+{
+    fn http(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Cause {
+        Cause::Http(error.into())
+    }
+    let (mut requests, connection) = http1::handshake(TokioIo::new(io)).await.map_err(http)?;
+    let mut request = Request::new(Full::<Bytes>::default());
+    *request.method_mut() = method.clone();
+    *request.uri_mut() = path.parse::<Uri>().map_err(http)?;
+    request.headers_mut().insert(HOST, HeaderValue::from_str(host).map_err(http)?);
+    let exchange = async {
+        let response = requests.send_request(request).await.map_err(http)?;
+        let status = response.status();
+        match Limited::new(response.into_body(), MAX_ANSWER).collect().await {
+            Ok(body) => Ok((status, body.to_bytes())),
+            Err(error) if error.is::<LengthLimitError>() => Err(Cause::TooLarge),
+            Err(error) => Err(http(error)),
+        }
+    };
+    // The connection is driven here and not by a task: it ends with the exchange, however that ends.
+    tokio::pin!(exchange, connection);
+    tokio::select! {
+        biased;
+        answer = &mut exchange => answer,
+        ended = &mut connection => match ended {
+            Ok(()) => exchange.await,
+            Err(error) => Err(http(error)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_closes_after_its_answer_is_heard() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = Peer::Tcp(listener.local_addr().unwrap());
+        let server = crate::tasks::spawn_handle(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 1024];
+            let count = stream.read(&mut request).await.unwrap();
+            stream.write_all(b"HTTP/1.1 503 Busy\r\nconnection: close\r\n\r\nlater").await.unwrap();
+            String::from_utf8_lossy(&request[..count]).into_owned()
+        });
+        let answer = fetch(&peer, Method::POST, "/drain?x=1", Duration::from_secs(5)).await.unwrap();
+        assert_eq!(answer, (StatusCode::SERVICE_UNAVAILABLE, Bytes::from("later")));
+        assert!(server.await.unwrap().starts_with("POST /drain?x=1 HTTP/1.1\r\nhost: 127.0.0.1:"));
+    }
+
+    #[tokio::test]
+    async fn nobody_there_and_no_answer_are_told_apart() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = Peer::Tcp(listener.local_addr().unwrap());
+        let silent = fetch(&peer, Method::GET, "/", Duration::from_millis(30)).await.unwrap_err();
+        assert!(!silent.is_connect());
+        assert_eq!(
+            crate::report::one_line(&silent),
+            format!("GET / at {peer} failed; because: no answer within 0.03 s")
+        );
+        let nobody =
+            fetch(&Peer::Unix("/no/such.sock".into()), Method::GET, "/", Duration::from_secs(5)).await;
+        assert!(nobody.unwrap_err().is_connect());
+    }
+}

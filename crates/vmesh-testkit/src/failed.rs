@@ -1,0 +1,44 @@
+//! The one error of the kit: a text for whoever runs the test.
+
+use std::error::Error;
+use std::fmt;
+
+use vmesh_daemon::report::Chain;
+
+pub type Result<T, E = Failed> = std::result::Result<T, E>;
+
+/// What was attempted, why it failed, what to do. `unwrap` prints it as it reads.
+pub struct Failed {
+    what: String,
+    cause: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl Failed {
+    pub fn new(what: impl Into<String>) -> Failed {
+        Failed { what: what.into(), cause: None }
+    }
+
+    /// For `map_err`: `what` was attempted and failed because of the error.
+    pub fn to<E: Into<Box<dyn Error + Send + Sync>>>(what: impl Into<String>) -> impl FnOnce(E) -> Failed {
+        let what = what.into();
+        move |cause| Failed { what, cause: Some(cause.into()) }
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl fmt::Debug for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", Chain(self))
+    }
+}
+
+impl Error for Failed {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_deref().map(|cause| cause as _)
+    }
+}

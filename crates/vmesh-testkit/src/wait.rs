@@ -1,0 +1,63 @@
+//! Waiting for a value.
+
+use std::fmt::Display;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::{Failed, Result};
+
+/// What a probe returns: the value, or what it saw instead.
+pub trait Seen {
+    type Value;
+    fn seen(self) -> Result<Self::Value, String>;
+}
+
+impl<T> Seen for Option<T> {
+    type Value = T;
+    fn seen(self) -> Result<T, String> {
+        self.ok_or_else(|| "nothing yet".to_owned())
+    }
+}
+
+impl<T, E: Display> Seen for Result<T, E> {
+    type Value = T;
+    fn seen(self) -> Result<T, String> {
+        self.map_err(|error| error.to_string())
+    }
+}
+
+/// Asks again and again until the probe has a value; after `bound` it fails with the last thing that was seen.
+///
+/// ```
+/// # use std::time::Duration;
+/// # use vmesh_testkit::wait_for;
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let count = std::cell::Cell::new(0);
+/// let three = wait_for("three", Duration::from_secs(5), async || {
+///     count.set(count.get() + 1);
+///     if count.get() == 3 { Ok("three") } else { Err(count.get()) }
+/// });
+/// assert_eq!(three.await.unwrap(), "three");
+/// # });
+/// ```
+pub async fn wait_for<S: Seen>(
+    what: impl Display,
+    bound: Duration,
+    mut probe: impl AsyncFnMut() -> S,
+) -> Result<S::Value> {
+    let deadline = Instant::now() + bound;
+    let mut last = "no answer".to_owned();
+    while let Ok(answer) = timeout_at(deadline, probe()).await {
+        match answer.seen() {
+            Ok(value) => return Ok(value),
+            Err(seen) => last = seen,
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+        // Between two looks, not instead of one.
+        sleep(Duration::from_millis(10)).await;
+    }
+    Err(Failed::new(format!("waited {bound:?} for {what}; last seen: {last}")))
+}
