@@ -1,0 +1,110 @@
+//! Asking the control plane.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use http::{Method, StatusCode};
+use serde::de::DeserializeOwned;
+use vmesh_api::{Done, Explanation, Failure, Nodes, Problems, Services, Status};
+use vmesh_daemon::fetch::{FetchError, Peer, fetch};
+
+const WITHIN: Duration = Duration::from_secs(10);
+
+/// A control plane's API.
+#[derive(Debug, Clone)]
+pub(crate) struct Api(Peer);
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AskError {
+    #[error(
+        "could not ask the control plane at {peer}; is vmesh-control running there? (--api or $VMESH_API says where)"
+    )]
+    Unreachable {
+        peer: Peer,
+        #[source]
+        cause: Box<FetchError>,
+    },
+    #[error("the control plane at {peer} answered {status}: {message}")]
+    Refused { peer: Peer, status: StatusCode, message: String },
+    #[error("{0}")]
+    Unknown(String),
+    #[error("what answers at {peer} is not a vmesh control plane of this version: {cause}")]
+    Foreign { peer: Peer, cause: serde_json::Error },
+    #[error("the answer could not be printed: {0}")]
+    Print(serde_json::Error),
+}
+
+impl FromStr for Api {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Api, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return Ok(Api(Peer::Unix(PathBuf::from(path))));
+        }
+        let address = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        let found: Result<Option<SocketAddr>, _> = address.to_socket_addrs().map(|mut all| all.next());
+        match found {
+            Ok(Some(address)) => Ok(Api(Peer::Tcp(address))),
+            Ok(None) | Err(_) => Err(format!(
+                "`{text}` is not an API address: write http://127.0.0.1:15014 or unix:/var/lib/vmesh-control/api.sock"
+            )),
+        }
+    }
+}
+
+impl Api {
+    pub(crate) async fn status(&self) -> Result<Status, AskError> {
+        self.ask(Method::GET, "/api/v1/status").await
+    }
+
+    pub(crate) async fn services(&self) -> Result<Services, AskError> {
+        self.ask(Method::GET, "/api/v1/services").await
+    }
+
+    pub(crate) async fn nodes(&self) -> Result<Nodes, AskError> {
+        self.ask(Method::GET, "/api/v1/nodes").await
+    }
+
+    pub(crate) async fn problems(&self) -> Result<Problems, AskError> {
+        self.ask(Method::GET, "/api/v1/problems").await
+    }
+
+    pub(crate) async fn explain(&self, service: &str, from: &str) -> Result<Explanation, AskError> {
+        let path = format!("/api/v1/explain?service={}&from={}", escaped(service), escaped(from));
+        self.ask(Method::GET, &path).await
+    }
+
+    pub(crate) async fn forget(&self, node: &str) -> Result<Done, AskError> {
+        self.ask(Method::DELETE, &format!("/api/v1/nodes/{}", escaped(node))).await
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, AskError> {
+        let peer = self.0.clone();
+        let (status, body) = fetch(&peer, method, path, WITHIN)
+            .await
+            .map_err(|cause| AskError::Unreachable { peer: peer.clone(), cause: Box::new(cause) })?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|cause| AskError::Foreign { peer, cause });
+        }
+        let said: Option<Failure> = serde_json::from_slice(&body).ok();
+        let message = said.map_or_else(|| String::from_utf8_lossy(&body).into_owned(), |said| said.error);
+        match status {
+            StatusCode::NOT_FOUND if !message.is_empty() => Err(AskError::Unknown(message)),
+            _ => Err(AskError::Refused { peer, status, message }),
+        }
+    }
+}
+
+/// `text` inside a URL: everything but what names are made of is percent-encoded (RFC 3986, 2.1).
+fn escaped(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut out, byte| {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' => out.push(char::from(byte)),
+            other => out.push_str(&format!("%{other:02X}")),
+        }
+        out
+    })
+}

@@ -1,0 +1,137 @@
+//! The operator's command. It knows the control plane's HTTP API and nothing else.
+//!
+//! | exit code | means |
+//! |---|---|
+//! | 0 | answered, and all is well |
+//! | 1 | could not ask: no control plane there, or not an answer that can be read |
+//! | 3 | answered, and something wants attention: a node rejected, a service not fresh, a problem, no way through |
+//! | 4 | answered, and there is no such service or node |
+//! | 64 | the command line is wrong |
+
+mod client;
+mod show;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand};
+use client::{Api, AskError};
+use serde::Serialize;
+use vmesh_daemon::report;
+
+/// Exit code: answered, and something wants attention.
+const ATTENTION: u8 = 3;
+/// Exit code: there is no such service or node.
+const UNKNOWN: u8 = 4;
+
+/// Ask a vmesh control plane what it knows and does.
+#[derive(Debug, Parser)]
+#[command(name = "vmeshctl", version, after_help = EXIT_CODES)]
+struct Cli {
+    /// The control plane's API: `http://HOST:PORT` or `unix:PATH`.
+    #[arg(long, global = true, env = "VMESH_API", default_value = "http://127.0.0.1:15014")]
+    api: Api,
+
+    /// Print the API's JSON instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 all is well; 1 could not ask; 3 something wants attention; \
+                          4 no such service or node; 64 wrong command line";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The mesh on one screen: revision, sources, services, nodes, problems.
+    Status,
+    /// Every service, or the endpoints of one.
+    Services { service: Option<String> },
+    /// Every node: in sync, pushing, REJECTED with Envoy's own reason, or offline.
+    Nodes,
+    /// What wants mending, and where.
+    Problems,
+    /// How requests from a node reach a service: port, routes, clusters, endpoints, and who set what.
+    Explain(Explain),
+    /// Forget a node that is offline and not coming back (through the Unix socket of the API only).
+    Forget { node: String },
+}
+
+#[derive(Debug, Args)]
+struct Explain {
+    service: String,
+    /// The node that calls.
+    #[arg(long, value_name = "NODE")]
+    from: String,
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            _ = error.print();
+            let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            return if asked_for { ExitCode::SUCCESS } else { report::USAGE.into() };
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report::failed(&error),
+    };
+    match runtime.block_on(run(&cli)) {
+        Ok(shown) => {
+            print!("{}", shown.text);
+            ExitCode::from(shown.code)
+        }
+        Err(AskError::Unknown(message)) => {
+            eprintln!("{message}");
+            UNKNOWN.into()
+        }
+        Err(error) => report::failed(&error),
+    }
+}
+
+/// What a command prints and how it ends.
+struct Shown {
+    text: String,
+    code: u8,
+}
+
+async fn run(cli: &Cli) -> Result<Shown, AskError> {
+    let api = &cli.api;
+    match &cli.command {
+        Command::Status => shown(cli, api.status().await?, show::status),
+        Command::Services { service: None } => shown(cli, api.services().await?, show::services),
+        Command::Services { service: Some(name) } => {
+            let mut answer = api.services().await?;
+            answer.services.retain(|service| service.name.as_str() == name);
+            if answer.services.is_empty() {
+                return Err(AskError::Unknown(format!(
+                    "there is no service `{name}`: `vmeshctl services` lists those that there are"
+                )));
+            }
+            shown(cli, answer, show::service)
+        }
+        Command::Nodes => shown(cli, api.nodes().await?, show::nodes),
+        Command::Problems => shown(cli, api.problems().await?, show::problems),
+        Command::Explain(Explain { service, from }) => {
+            shown(cli, api.explain(service, from).await?, show::explanation)
+        }
+        Command::Forget { node } => {
+            shown(cli, api.forget(node).await?, |done| (format!("{}\n", done.done), false))
+        }
+    }
+}
+
+/// `answer` in words or as it came; the exit code is the same for both.
+fn shown<T: Serialize>(cli: &Cli, answer: T, show: impl Fn(&T) -> (String, bool)) -> Result<Shown, AskError> {
+    let (text, attention) = show(&answer);
+    let text = match cli.json {
+        true => format!("{}\n", serde_json::to_string_pretty(&answer).map_err(AskError::Print)?),
+        false => text,
+    };
+    Ok(Shown { text, code: if attention { ATTENTION } else { 0 } })
+}

@@ -1,0 +1,323 @@
+//! Answers in words: the text, and whether something in it wants attention.
+
+use std::collections::BTreeMap;
+
+use vmesh_api::{
+    Explanation, Node, NodeState, Nodes, Problems, Service, ServiceEndpoint, Services, Source, Status,
+};
+use vmesh_catalog::State;
+use vmesh_model::node::Upstreams;
+
+use crate::table::table;
+
+pub(crate) fn status(status: &Status) -> (String, bool) {
+    let nodes = &status.nodes;
+    let all = nodes.synced + nodes.pushing + nodes.rejected + nodes.offline;
+    let ready = match status.ready {
+        true => "ready".to_owned(),
+        false => format!("NOT READY: waiting for {}", status.waiting_for.join(", ")),
+    };
+    let mut text = format!(
+        "control plane {} ({}), {ready}, up {}\n\
+         revision      {}\n\
+         services      {} with {} endpoints, {} documents\n\
+         nodes         {all}: {} in sync, {} pushing, {} rejected, {} offline\n",
+        status.version,
+        status.trust_domain,
+        age(Some(status.uptime_seconds)),
+        status.revision,
+        status.services,
+        status.endpoints,
+        status.documents,
+        nodes.synced,
+        nodes.pushing,
+        nodes.rejected,
+        nodes.offline,
+    );
+    for source in &status.sources {
+        text.push_str(&source_line(source));
+    }
+    match status.problems {
+        0 => text.push_str("problems      none\n"),
+        n => text.push_str(&format!("problems      {n}: see `vmeshctl problems`\n")),
+    }
+    let stale = status.sources.iter().any(|source| source.state != State::Fresh);
+    (text, !status.ready || stale || nodes.rejected > 0 || status.problems > 0)
+}
+
+fn source_line(source: &Source) -> String {
+    let because =
+        source.because.as_ref().map_or_else(String::new, |because| format!("\n              {because}"));
+    format!(
+        "source        {} {}, {} services, answered {} ago{because}\n",
+        source.name,
+        emphasised(source.state),
+        source.services,
+        age(source.age_seconds),
+    )
+}
+
+/// What is not as it should be stands out without colour.
+fn emphasised(state: State) -> String {
+    match state {
+        State::Fresh => state.to_string(),
+        State::Stale | State::Held => state.to_string().to_uppercase(),
+    }
+}
+
+pub(crate) fn services(answer: &Services) -> (String, bool) {
+    let heading = ["SERVICE", "PROTOCOL", "ENDPOINTS", "VERSIONS", "ZONES", "STATE"].map(str::to_owned);
+    let mut rows = vec![heading];
+    for service in &answer.services {
+        rows.push([
+            service.name.to_string(),
+            service.protocol.to_string(),
+            endpoints(service),
+            counted(service.endpoints.iter().map(|endpoint| endpoint.version.as_deref())),
+            counted(service.endpoints.iter().map(|endpoint| endpoint.zone.as_deref())),
+            emphasised(service.state),
+        ]);
+    }
+    let mut text = table(&rows);
+    for service in &answer.services {
+        if let Some(because) = &service.because {
+            text.push_str(&format!("{}: {because}\n", service.name));
+        }
+    }
+    if answer.services.is_empty() {
+        text = "no service: no discovery source names one\n".to_owned();
+    }
+    (text, answer.services.iter().any(|service| service.state != State::Fresh))
+}
+
+/// `3`, or `3 (1 draining)`.
+fn endpoints(service: &Service) -> String {
+    use vmesh_model::Health::{Draining, Healthy, Unhealthy, Unknown};
+    let ill = |health| service.endpoints.iter().filter(|endpoint| endpoint.health == health).count();
+    let marks: Vec<_> = [Unhealthy, Draining]
+        .into_iter()
+        .filter(|health| !matches!(health, Healthy | Unknown) && ill(*health) > 0)
+        .map(|health| format!("{} {health}", ill(health)))
+        .collect();
+    match marks.as_slice() {
+        [] => service.endpoints.len().to_string(),
+        marks => format!("{} ({})", service.endpoints.len(), marks.join(", ")),
+    }
+}
+
+/// `v1 x2, v2`.
+fn counted<'a>(values: impl Iterator<Item = Option<&'a str>>) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for value in values.flatten() {
+        *counts.entry(value).or_default() += 1;
+    }
+    if counts.is_empty() {
+        return "-".to_owned();
+    }
+    let shown =
+        counts.iter().map(|(value, n)| if *n == 1 { (*value).to_owned() } else { format!("{value} x{n}") });
+    shown.collect::<Vec<_>>().join(", ")
+}
+
+pub(crate) fn service(answer: &Services) -> (String, bool) {
+    let mut text = String::new();
+    for service in &answer.services {
+        text.push_str(&format!("{}  {}  {}\n", service.name, service.protocol, emphasised(service.state)));
+        if let Some(because) = &service.because {
+            text.push_str(&format!("{because}\n"));
+        }
+        text.push_str(&endpoint_table(&service.endpoints));
+    }
+    (text, answer.services.iter().any(|service| service.state != State::Fresh))
+}
+
+fn endpoint_table(endpoints: &[ServiceEndpoint]) -> String {
+    let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
+    let mut rows = vec![["ENDPOINT", "HEALTH", "WEIGHT", "VERSION", "ZONE", "SOURCE"].map(str::to_owned)];
+    for endpoint in endpoints {
+        rows.push([
+            endpoint.address.to_string(),
+            endpoint.health.to_string(),
+            endpoint.weight.to_string(),
+            or_dash(endpoint.version.as_deref()),
+            or_dash(endpoint.zone.as_deref()),
+            endpoint.source.to_string(),
+        ]);
+    }
+    table(&rows)
+}
+
+pub(crate) fn nodes(answer: &Nodes) -> (String, bool) {
+    let heading = ["NODE", "STATE", "ADDRESS", "ZONE", "SERVES", "CALLS", "RUNS"].map(str::to_owned);
+    let mut rows = vec![heading];
+    for node in &answer.nodes {
+        rows.push([
+            node.name.to_string(),
+            node_state(node.state).to_owned(),
+            node.address.map_or_else(|| "-".to_owned(), |address| address.to_string()),
+            node.zone.as_deref().unwrap_or("-").to_owned(),
+            joined(node.workloads.iter().map(|workload| workload.service.to_string())),
+            calls(node),
+            if node.build.is_empty() { "-".to_owned() } else { node.build.to_string() },
+        ]);
+    }
+    let mut text = table(&rows);
+    for node in &answer.nodes {
+        if let (NodeState::Rejected | NodeState::Pushing, Some(reason)) = (node.state, &node.reason) {
+            text.push_str(&format!("{}: {reason}\n", node.name));
+        }
+    }
+    if answer.nodes.is_empty() {
+        text = "no node has connected yet\n".to_owned();
+    }
+    (text, answer.nodes.iter().any(|node| node.state == NodeState::Rejected))
+}
+
+fn node_state(state: NodeState) -> &'static str {
+    match state {
+        NodeState::Synced => "in sync",
+        NodeState::Pushing => "stale",
+        NodeState::Rejected => "REJECTED",
+        NodeState::Offline => "offline",
+    }
+}
+
+fn calls(node: &Node) -> String {
+    match &node.upstreams {
+        Upstreams::All => "*".to_owned(),
+        Upstreams::Declared(declared) => joined(declared.iter().map(|upstream| upstream.service.to_string())),
+    }
+}
+
+fn joined(names: impl Iterator<Item = String>) -> String {
+    let names: Vec<_> = names.collect();
+    match names.len() {
+        0 => "-".to_owned(),
+        1..=4 => names.join(", "),
+        n => format!("{}, and {} more", names.get(..3).unwrap_or_default().join(", "), n - 3),
+    }
+}
+
+pub(crate) fn problems(answer: &Problems) -> (String, bool) {
+    if answer.problems.is_empty() {
+        return ("no problems\n".to_owned(), false);
+    }
+    let mut text = String::new();
+    for problem in &answer.problems {
+        text.push_str(&format!("{}: {}\n", problem.place, problem.message));
+    }
+    (text, true)
+}
+
+pub(crate) fn explanation(answer: &Explanation) -> (String, bool) {
+    let mut text = match &answer.obstacle {
+        None => format!("{} -> {}  {}: requests get through\n", answer.from, answer.service, answer.protocol),
+        Some(obstacle) => format!("{} -> {}  {}: {obstacle}\n", answer.from, answer.service, answer.protocol),
+    };
+    let reason = answer.reason.as_ref().map_or_else(String::new, |reason| format!(": {reason}"));
+    text.push_str(&format!("\nnode {}  {}{reason}\n", answer.from, node_state(answer.node)));
+    match answer.listeners.as_slice() {
+        [] => text.push_str("port  none: it declares no `listen` for this upstream\n"),
+        listeners => text.push_str(&format!("port  applications dial {}\n", listeners.join(", "))),
+    }
+    text.push_str("\nroutes, the first that matches decides\n");
+    for (at, hop) in answer.routes.iter().enumerate() {
+        text.push_str(&format!("  {}. {}  ->  {}\n", at + 1, hop.when, hop.then));
+    }
+    for cluster in &answer.clusters {
+        text.push_str(&format!("\ncluster {} ({} endpoints)\n", cluster.name, cluster.endpoints.len()));
+        for line in endpoint_table(&cluster.endpoints).lines() {
+            text.push_str(&format!("  {line}\n"));
+        }
+    }
+    text.push_str("\nsettings\n");
+    let rows: Vec<_> =
+        answer.settings.iter().map(|s| [s.name.clone(), s.value.clone(), s.set_by.clone()]).collect();
+    for line in table(&rows).lines() {
+        text.push_str(&format!("  {line}\n"));
+    }
+    if !answer.problems.is_empty() {
+        text.push_str("\nproblems\n");
+        for problem in &answer.problems {
+            text.push_str(&format!("  {}: {}\n", problem.place, problem.message));
+        }
+    }
+    (text, !answer.reachable || !answer.problems.is_empty())
+}
+
+/// `3s`, `5m`, `2h`, `4d`: one number is enough for an age.
+fn age(seconds: Option<u64>) -> String {
+    match seconds {
+        None => "never".to_owned(),
+        Some(s @ 0..=119) => format!("{s}s"),
+        Some(s @ 120..=7_199) => format!("{}m", s / 60),
+        Some(s @ 7_200..=172_799) => format!("{}h", s / 3_600),
+        Some(s) => format!("{}d", s / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+    use serde::de::DeserializeOwned;
+
+    use super::*;
+
+    fn check<T: DeserializeOwned>(show: impl Fn(&T) -> (String, bool), answer: &str, expected: Expect) {
+        let (text, attention) = show(&serde_json::from_str(answer).unwrap());
+        expected.assert_eq(&format!("{text}attention: {attention}\n"));
+    }
+
+    #[test]
+    fn a_rejection_is_shown_in_envoys_own_words() {
+        check(
+            nodes,
+            r#"{"nodes": [
+                {"name": "web-1", "connected": true, "state": "synced", "reason": null, "client": "envoy",
+                 "address": "10.0.1.17", "zone": "eu-1a", "labels": {}, "workloads": [],
+                 "upstreams": {"declared": [{"service": "orders", "listen": "127.0.0.1:9001"}]}, "build": ""},
+                {"name": "web-2", "connected": true, "state": "rejected",
+                 "reason": "cluster payments: unknown TLS context", "client": "envoy", "address": null, "zone": null,
+                 "labels": {}, "workloads": [], "upstreams": "all", "build": "envoy/1.40.0"}]}"#,
+            expect![[r#"
+                NODE   STATE     ADDRESS    ZONE   SERVES  CALLS   RUNS
+                web-1  in sync   10.0.1.17  eu-1a  -       orders  -
+                web-2  REJECTED  -          -      -       *       envoy/1.40.0
+                web-2: cluster payments: unknown TLS context
+                attention: true
+            "#]],
+        );
+    }
+
+    #[test]
+    fn an_ill_endpoint_is_counted_and_a_stale_service_says_why() {
+        check(
+            services,
+            r#"{"services": [
+                {"name": "orders", "protocol": "http", "state": "stale", "because": "cannot read services.d",
+                 "endpoints": [
+                    {"address": "10.0.1.11:8080", "health": "unknown", "weight": 1, "zone": "eu-1a", "version": "v1",
+                     "labels": {}, "source": "file"},
+                    {"address": "10.0.1.12:8080", "health": "draining", "weight": 1, "zone": "eu-1a", "version": "v1",
+                     "labels": {}, "source": "file"}]}]}"#,
+            expect![[r#"
+                SERVICE  PROTOCOL  ENDPOINTS       VERSIONS  ZONES     STATE
+                orders   http      2 (1 draining)  v1 x2     eu-1a x2  STALE
+                orders: cannot read services.d
+                attention: true
+            "#]],
+        );
+    }
+
+    #[test]
+    fn nothing_to_mend_is_said_and_is_success() {
+        check(
+            problems,
+            r#"{"problems": []}"#,
+            expect![[r#"
+            no problems
+            attention: false
+        "#]],
+        );
+    }
+}
