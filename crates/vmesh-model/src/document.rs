@@ -35,7 +35,8 @@ pub struct Documents {
     pub mesh: Option<Arc<Placed<Mesh>>>,
     pub services: BTreeMap<ServiceName, Arc<Placed<Service>>>,
     pub routes: BTreeMap<ServiceName, Arc<Placed<Route>>>,
-    /// In the order of their selectors, those by labels before those by name: later ones outrank earlier ones.
+    /// The more precise outrank the less precise and stand behind them: those by labels, few before many, then
+    /// those by name; equals in the order of their selectors.
     pub nodes: Vec<Arc<Placed<Node>>>,
 }
 
@@ -43,10 +44,15 @@ pub struct Documents {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mesh {
+    /// How an endpoint of every service is chosen.
     pub load_balancing: Option<LoadBalancing>,
+    /// How long to wait for what.
     pub timeouts: Option<Timeouts>,
+    /// When a failed request is tried again; a rule of a [`Route`] outranks it.
     pub retry: Option<Retry>,
+    /// When an endpoint that fails is left out.
     pub outlier_detection: Option<OutlierDetection>,
+    /// How much one caller may have under way at once.
     pub connection_limits: Option<ConnectionLimits>,
 }
 
@@ -54,17 +60,24 @@ pub struct Mesh {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
+    /// The service that it speaks of, as discovery names it.
     pub name: ServiceName,
+    /// What its instances speak; outranks what discovery says.
     pub protocol: Option<Protocol>,
     /// What clients dial in transparent mode.
     pub port: Option<u16>,
     /// Named parts of the service, each the endpoints that match all that it asks for.
     #[serde(default)]
     pub subsets: BTreeMap<SubsetName, Subset>,
+    /// How an endpoint of this service is chosen.
     pub load_balancing: Option<LoadBalancing>,
+    /// How long to wait for what.
     pub timeouts: Option<Timeouts>,
+    /// When a failed request is tried again; a rule of a [`Route`] outranks it.
     pub retry: Option<Retry>,
+    /// When an endpoint that fails is left out.
     pub outlier_detection: Option<OutlierDetection>,
+    /// How much one caller may have under way at once.
     pub connection_limits: Option<ConnectionLimits>,
 }
 
@@ -72,6 +85,7 @@ pub struct Service {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Node {
+    /// The node that it speaks of. One of `name` and `labels` is needed.
     pub name: Option<NodeName>,
     /// A node has to have all of them.
     #[serde(default)]
@@ -79,10 +93,15 @@ pub struct Node {
     /// Services that these nodes call on top of those that their agents declare.
     #[serde(default)]
     pub upstreams: Vec<crate::node::Upstream>,
+    /// How an endpoint of every service that these nodes call is chosen.
     pub load_balancing: Option<LoadBalancing>,
+    /// How long to wait for what.
     pub timeouts: Option<Timeouts>,
+    /// When a failed request is tried again; a rule of a [`Route`] outranks it.
     pub retry: Option<Retry>,
+    /// When an endpoint that fails is left out.
     pub outlier_detection: Option<OutlierDetection>,
+    /// How much one caller may have under way at once.
     pub connection_limits: Option<ConnectionLimits>,
 }
 
@@ -96,12 +115,16 @@ impl Node {
 
     /// What tells it from other `Node` documents: ``web-17`` or ``{rack: r7, role: web}``.
     pub fn selector(&self) -> String {
-        match &self.name {
-            Some(name) => name.to_string(),
-            None => {
-                let pairs: Vec<_> = self.labels.iter().map(|(k, v)| format!("{k}: {v}")).collect();
-                format!("{{{}}}", pairs.join(", "))
-            }
+        selector(self.name.as_ref().map(NodeName::as_str), &self.labels)
+    }
+}
+
+pub(crate) fn selector(name: Option<&str>, labels: &Labels) -> String {
+    match name {
+        Some(name) => name.to_owned(),
+        None => {
+            let pairs: Vec<_> = labels.iter().map(|(k, v)| format!("{k}: {v}")).collect();
+            format!("{{{}}}", pairs.join(", "))
         }
     }
 }
@@ -113,8 +136,11 @@ pub type SubsetName = ServiceName;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Subset {
+    /// The endpoints of this version.
     pub version: Option<Arc<str>>,
+    /// The endpoints in this zone.
     pub zone: Option<Arc<str>>,
+    /// The endpoints that have all of these.
     #[serde(default)]
     pub labels: Labels,
 }
@@ -131,6 +157,7 @@ impl Subset {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoadBalancing {
+    /// The algorithm.
     #[serde(default)]
     pub policy: Policy,
     /// What `ring_hash` and `maglev` hash; without it every request goes anywhere.
@@ -143,11 +170,16 @@ pub struct LoadBalancing {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Policy {
+    /// In turn.
     RoundRobin,
+    /// The less busy of two that are drawn.
     #[default]
     LeastRequest,
+    /// Drawn.
     Random,
+    /// By hash, on a ring: few requests move when endpoints come and go.
     RingHash,
+    /// By hash, through a table: faster than the ring, and more requests move.
     Maglev,
 }
 
@@ -167,9 +199,13 @@ impl Policy {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HashOn {
+    /// The value of this header.
     Header(Arc<str>),
+    /// The value of this cookie.
     Cookie(Arc<str>),
+    /// The value of this parameter of the URL.
     Query(Arc<str>),
+    /// The address of the caller.
     SourceIp,
 }
 
@@ -200,8 +236,10 @@ pub struct Timeouts {
 pub struct Retry {
     /// How many more times, after the first; 0 turns retries off.
     pub attempts: u32,
+    /// What counts as failed.
     #[serde(default)]
     pub on: Vec<RetryOn>,
+    /// How long one try may take; it is part of the timeout of the whole request.
     pub per_try_timeout: Option<Time>,
 }
 
@@ -263,7 +301,9 @@ impl RetryOn {
 pub struct OutlierDetection {
     /// So many 5xx in a row eject. Built in: 5.
     pub consecutive_5xx: Option<u32>,
+    /// How often it is looked at. Built in: 10 s.
     pub interval: Option<Time>,
+    /// How long the first time; longer every time after. Built in: 30 s.
     pub base_ejection: Option<Time>,
     /// At most this share of the endpoints, in percent. Built in: 50.
     pub max_ejection_percent: Option<u32>,
@@ -273,9 +313,13 @@ pub struct OutlierDetection {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConnectionLimits {
+    /// Connections to all endpoints together.
     pub max_connections: Option<u32>,
+    /// Requests that wait for a connection.
     pub max_pending_requests: Option<u32>,
+    /// Requests under way.
     pub max_requests: Option<u32>,
+    /// Retries under way; 0 allows none.
     pub max_retries: Option<u32>,
 }
 
@@ -284,7 +328,9 @@ pub struct ConnectionLimits {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
+    /// The service that the requests are made to.
     pub service: ServiceName,
+    /// In order: the first that matches decides.
     pub rules: Vec<Rule>,
 }
 
@@ -292,12 +338,17 @@ pub struct Route {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
+    /// Which requests; all of them if left out.
     #[serde(default, rename = "match")]
     pub matches: Match,
+    /// Shares of the requests for subsets or other services.
     #[serde(default)]
     pub split: Vec<Target>,
+    /// Sends the requests elsewhere instead.
     pub redirect: Option<Redirect>,
+    /// For the whole request, all tries together.
     pub timeout: Option<Time>,
+    /// Outranks what `Mesh`, `Service` and `Node` say.
     pub retry: Option<Retry>,
 }
 
@@ -305,11 +356,15 @@ pub struct Rule {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Match {
+    /// The path, without the query.
     pub path: Option<PathMatch>,
+    /// By name; every one of them.
     #[serde(default)]
     pub headers: BTreeMap<Arc<str>, TextMatch>,
+    /// Parameters of the URL by name; every one of them.
     #[serde(default)]
     pub query: BTreeMap<Arc<str>, TextMatch>,
+    /// One of these.
     #[serde(default, deserialize_with = "one_or_many")]
     pub method: Vec<Method>,
 }
@@ -317,6 +372,7 @@ pub struct Match {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PathMatch {
+    /// The whole path.
     Exact(Arc<str>),
     /// Whole text prefix: `/v2` also matches `/v2beta`; write `/v2/` to match below `/v2` only.
     Prefix(Arc<str>),
@@ -327,12 +383,17 @@ pub enum PathMatch {
 /// How a header's or a parameter's value is matched: a text stands for `exact`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TextMatch {
+    /// The whole value.
     Exact(Arc<str>),
+    /// How the value begins.
     Prefix(Arc<str>),
+    /// How the value ends.
     Suffix(Arc<str>),
+    /// What is somewhere in the value.
     Contains(Arc<str>),
     /// RE2, against the whole value.
     Regex(Arc<str>),
+    /// Whether there is one at all, whatever its value.
     Present(bool),
 }
 
@@ -346,7 +407,9 @@ pub struct Method(pub Arc<str>);
 pub struct Target {
     /// Another service; the routed one if left out.
     pub service: Option<ServiceName>,
+    /// A part of it, as its `Service` document defines; all of it if left out.
     pub subset: Option<SubsetName>,
+    /// The share, relative to the other targets of the rule. 1 if left out, and 0 sends nothing.
     #[serde(default = "whole")]
     pub weight: u32,
 }
@@ -361,8 +424,11 @@ fn whole() -> u32 {
 pub struct Redirect {
     /// As if the request had been made to this service: its `Route` decides. Excludes the other fields.
     pub service: Option<ServiceName>,
+    /// The scheme of the new URL.
     pub scheme: Option<Scheme>,
+    /// The host of the new URL.
     pub host: Option<Arc<str>>,
+    /// The port of the new URL.
     pub port: Option<u16>,
     /// The whole path.
     pub path: Option<Arc<str>>,

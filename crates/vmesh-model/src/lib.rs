@@ -7,12 +7,15 @@
 //! | [`registration`] | [`Registration`]: what one discovery source says of one service |
 //! | [`document`] | the mesh documents `Mesh`, `Service`, `Route`, `Node`, and [`Documents`], a consistent set of them |
 //! | [`load`] | strict loading of documents: file, line, column, a did-you-mean, every problem at once |
+//! | [`yaml`], [`strict`] | under it: text to a tree that knows its positions, tree to type |
+//! | [`check`] | what a document must not say although every word of it is known |
 //! | [`node`] | [`NodeReport`]: what a node says of itself |
 //! | [`problem`] | [`Problem`] and [`Place`]: what an operator has to mend, and where |
 //!
 //! **Invariant:** no runtime, no Envoy, no clock, no I/O: `cargo tree -p vmesh-model -e normal` lists neither
 //! `tokio` nor `vmesh-proto`. Text comes in as an argument.
 
+pub mod check;
 pub mod document;
 pub mod endpoint;
 pub mod load;
@@ -20,7 +23,9 @@ pub mod name;
 pub mod node;
 pub mod problem;
 pub mod registration;
+pub mod strict;
 pub mod text;
+pub mod yaml;
 
 pub use document::{Documents, Settings};
 pub use endpoint::{Address, Endpoint, Health, Host, Labels, Protocol, Weight};

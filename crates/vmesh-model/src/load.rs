@@ -1,1 +1,569 @@
-pub fn placeholder() {}
+//! Strict loading of configuration and of mesh documents.
+//!
+//! [`strict`] is for a file that has to be right or is refused (`control.yaml`, `agent.yaml`). [`Library`] is for
+//! files that are edited while the mesh runs: there a bad document costs nothing but itself, and not even itself if
+//! it was good before.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::check::{self, Check, Reference};
+use crate::document::{Documents, Mesh, Node, Placed, Route, Service, selector};
+use crate::strict::{did_you_mean, one_of, read};
+use crate::yaml::{self, MAX_TEXT};
+use crate::{Labels, Place, Problem, ServiceName};
+
+/// Reads one value of YAML or JSON, or says everything that is wrong with the text.
+pub fn strict<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, Vec<Problem>> {
+    strict_bytes(file, text.as_bytes())
+}
+
+/// As [`strict`], of bytes that are meant to be text.
+pub fn strict_bytes<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, Vec<Problem>> {
+    let file: Arc<str> = file.into();
+    let text = yaml::text_of(&file, &file, bytes, MAX_TEXT).map_err(|problem| vec![problem])?;
+    let mut documents = yaml::parse(&file, &file, text).into_iter();
+    let (root, mut problems) = match documents.next() {
+        // Nothing but comments: every field has its default.
+        None => (Some(Arc::new(yaml::Node::empty_mapping())), Vec::new()),
+        Some(first) => (first.root, first.problems),
+    };
+    for more in documents {
+        problems.extend(more.problems);
+        if let Some(root) = more.root {
+            let message = "a second document (after `---`): one is read here";
+            problems.push(Problem::new(root.place(&file), file.clone(), message));
+        }
+    }
+    let value = match root {
+        None => None,
+        Some(root) => read(&file, &file, &root, None).map_err(|more| problems.extend(more)).ok(),
+    };
+    match value {
+        Some(value) if problems.is_empty() => Ok(value),
+        _ => {
+            problems.sort();
+            Err(problems)
+        }
+    }
+}
+
+/// A file of documents, as the caller read it.
+#[derive(Debug, Clone, Copy)]
+pub struct DocumentFile<'a> {
+    pub path: &'a str,
+    /// The bytes, or why they could not be read.
+    pub content: Result<&'a [u8], &'a str>,
+}
+
+/// A good version of a document, to outlive a restart: [`Library::last_good`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    pub file: Arc<str>,
+    pub line: u32,
+    pub column: u32,
+    /// The text of this document only.
+    pub text: Arc<str>,
+}
+
+/// The documents of all files, each in its last good version.
+#[derive(Debug, Default)]
+pub struct Library {
+    files: BTreeMap<Arc<str>, Contents>,
+    good: BTreeMap<Identity, Arc<Version>>,
+    current: Arc<Documents>,
+}
+
+/// What a file said when it was last read.
+#[derive(Debug, Default)]
+struct Contents {
+    /// `None` if it could not be read.
+    bytes: Option<Box<[u8]>>,
+    documents: Vec<Candidate>,
+    /// Problems of what cannot be told to be this or that document: all that the file was last seen to hold stays.
+    unidentified: Vec<Problem>,
+    /// Problems of documents that belong to a later version.
+    unsupported: Vec<Problem>,
+}
+
+/// A document as the file has it now.
+#[derive(Debug)]
+struct Candidate {
+    identity: Identity,
+    place: Place,
+    /// The version, or what is wrong with it.
+    version: Result<Arc<Version>, Vec<Problem>>,
+}
+
+#[derive(Debug)]
+struct Version {
+    kept: Kept,
+    parsed: Parsed,
+    references: Vec<Reference>,
+}
+
+#[derive(Debug, Clone)]
+enum Parsed {
+    Mesh(Arc<Placed<Mesh>>),
+    Service(Arc<Placed<Service>>),
+    Route(Arc<Placed<Route>>),
+    Node(Arc<Placed<Node>>),
+}
+
+/// What tells one document from another.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Identity {
+    kind: Kind,
+    name: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Mesh,
+    Service,
+    Route,
+    Node,
+}
+
+impl Kind {
+    const ALL: [Kind; 4] = [Kind::Mesh, Kind::Service, Kind::Route, Kind::Node];
+    /// Names of documents that are designed and not built: they deserve more than "unknown".
+    const LATER: [&str; 3] = ["Access", "Gateway", "External"];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Kind::Mesh => "Mesh",
+            Kind::Service => "Service",
+            Kind::Route => "Route",
+            Kind::Node => "Node",
+        }
+    }
+
+    fn parse(text: &str) -> Result<Kind, String> {
+        if let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == text) {
+            return Ok(kind);
+        }
+        let shown = yaml::short(text);
+        if Kind::LATER.contains(&text) {
+            return Err(format!("`{shown}` documents are not supported by this version"));
+        }
+        let known = || Kind::ALL.into_iter().map(Kind::as_str);
+        Err(match did_you_mean(text, known()) {
+            Some(meant) => format!("unknown kind `{shown}`, did you mean `{meant}`?"),
+            None => format!("unknown kind `{shown}`: expected {}", one_of(known())),
+        })
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Kind::Mesh => f.write_str("Mesh"),
+            kind => write!(f, "{} `{}`", kind.as_str(), self.name),
+        }
+    }
+}
+
+impl Library {
+    /// Starts with the versions that were good before a restart. What this version cannot read is left out.
+    pub fn restored(kept: impl IntoIterator<Item = Kept>) -> Library {
+        let mut library = Library::default();
+        for kept in kept {
+            // As it stood in its file: the same line, and the same indentation.
+            let indent = usize::try_from(kept.column.saturating_sub(1)).unwrap_or_default().min(MAX_TEXT);
+            let text = format!("{:indent$}{}", "", kept.text);
+            let contents = Contents::parse(&kept.file, text.as_bytes(), kept.line);
+            for candidate in contents.documents {
+                if let Ok(version) = candidate.version {
+                    library.good.insert(candidate.identity, version);
+                }
+            }
+        }
+        library
+    }
+
+    /// The good versions, to be saved.
+    pub fn last_good(&self) -> Vec<Kept> {
+        self.good.values().map(|version| version.kept.clone()).collect()
+    }
+
+    /// What [`Library::update`] last returned.
+    pub fn documents(&self) -> Arc<Documents> {
+        self.current.clone()
+    }
+
+    /// Takes all the files as they are now, and returns what is in force and what is wrong. Documents that did not
+    /// change keep their pointer. A file that is not given is deleted, and so are its documents.
+    pub fn update(&mut self, files: &[DocumentFile<'_>]) -> (Arc<Documents>, Vec<Problem>) {
+        self.read(files);
+        let mut problems = Vec::new();
+        let mut claimed: BTreeMap<&Identity, &Candidate> = BTreeMap::new();
+        for candidate in self.files.values().flat_map(|contents| &contents.documents) {
+            match claimed.get(&candidate.identity) {
+                None => {
+                    claimed.insert(&candidate.identity, candidate);
+                }
+                Some(first) => {
+                    let identity = candidate.identity.to_string();
+                    let message =
+                        format!("a second {identity}: only the first one counts, at {}", first.place);
+                    problems.push(Problem::new(candidate.place.clone(), identity, message));
+                }
+            }
+        }
+
+        let mut chosen: BTreeMap<Identity, Arc<Version>> = BTreeMap::new();
+        for (identity, candidate) in &claimed {
+            if let Some(version) = candidate.version.as_ref().ok().or(self.good.get(*identity)) {
+                chosen.insert((*identity).clone(), version.clone());
+            }
+        }
+        let mut held: BTreeSet<&Arc<str>> = BTreeSet::new();
+        for (identity, version) in &self.good {
+            let file = &version.kept.file;
+            let obscure = self.files.get(file).is_some_and(|contents| !contents.unidentified.is_empty());
+            if obscure && !claimed.contains_key(identity) {
+                held.insert(file);
+                chosen.insert(identity.clone(), version.clone());
+            }
+        }
+
+        let broken = settle(&mut chosen, &self.good);
+
+        // Only now is it known what becomes of each.
+        let outcome = |identity: &Identity| match chosen.contains_key(identity) {
+            true => "its last good version stays in force",
+            false => NOT_IN_FORCE,
+        };
+        for (identity, candidate) in &claimed {
+            let wrong = candidate.version.as_ref().err().into_iter().flatten();
+            problems.extend(wrong.map(|problem| with_outcome(problem.clone(), outcome(identity))));
+        }
+        for (identity, place, message) in broken {
+            let problem = Problem::new(place, identity.to_string(), message);
+            problems.push(with_outcome(problem, outcome(&identity)));
+        }
+        for (file, contents) in &self.files {
+            problems.extend(contents.unsupported.iter().cloned());
+            let outcome = match held.contains(file) {
+                true => "what was last read of this file stays in force",
+                false => NOT_IN_FORCE,
+            };
+            let wrong = contents.unidentified.iter();
+            problems.extend(wrong.map(|problem| with_outcome(problem.clone(), outcome)));
+        }
+        problems.sort();
+        problems.dedup();
+
+        let still_claimed: BTreeSet<Identity> = claimed.into_keys().cloned().collect();
+        self.good.retain(|identity, _| still_claimed.contains(identity));
+        self.good.extend(chosen.iter().map(|(identity, version)| (identity.clone(), version.clone())));
+        let documents = assemble(&chosen);
+        if documents != *self.current {
+            self.current = Arc::new(documents);
+        }
+        (self.current.clone(), problems)
+    }
+
+    /// Reads what changed.
+    fn read(&mut self, files: &[DocumentFile<'_>]) {
+        let mut before = std::mem::take(&mut self.files);
+        for file in files {
+            let path: Arc<str> = file.path.into();
+            let contents = match (file.content, before.remove(&path)) {
+                (Ok(bytes), Some(same)) if same.bytes.as_deref() == Some(bytes) => same,
+                (Ok(bytes), _) => Contents::parse(&path, bytes, 1),
+                (Err(why), _) => Contents {
+                    unidentified: vec![Problem::new(Place::file(path.clone()), path.clone(), why)],
+                    ..Contents::default()
+                },
+            };
+            self.files.insert(path, contents);
+        }
+        // Pointers tell what changed all the way to the stream: equal values share one.
+        let good = &self.good;
+        for candidate in self.files.values_mut().flat_map(|contents| &mut contents.documents) {
+            if let (Ok(version), Some(known)) = (&mut candidate.version, good.get(&candidate.identity))
+                && !Arc::ptr_eq(version, known)
+                && known.parsed == version.parsed
+            {
+                *version = Arc::new(Version {
+                    kept: version.kept.clone(),
+                    parsed: known.parsed.clone(),
+                    references: version.references.clone(),
+                });
+            }
+        }
+    }
+}
+
+const NOT_IN_FORCE: &str = "it is not in force";
+
+/// Says of a problem what it costs: `outcome`, which is a sentence but for its capital and its full stop.
+fn with_outcome(mut problem: Problem, outcome: &str) -> Problem {
+    let message = &mut problem.message;
+    match (message.ends_with('?'), outcome.split_at_checked(1)) {
+        (true, Some((first, rest))) => {
+            message.push(' ');
+            message.push_str(&first.to_uppercase());
+            message.push_str(rest);
+        }
+        _ => {
+            message.push_str("; ");
+            message.push_str(outcome);
+        }
+    }
+    problem
+}
+
+impl PartialEq for Parsed {
+    fn eq(&self, other: &Parsed) -> bool {
+        match (self, other) {
+            (Parsed::Mesh(a), Parsed::Mesh(b)) => a == b,
+            (Parsed::Service(a), Parsed::Service(b)) => a == b,
+            (Parsed::Route(a), Parsed::Route(b)) => a == b,
+            (Parsed::Node(a), Parsed::Node(b)) => a == b,
+            _ => false,
+        }
+    }
+}
+
+/// Takes back those of `chosen` whose references do not hold among each other: to their `good` version if that is
+/// another one, else out. Returns what is wrong with them.
+///
+/// What changed gives way to what did not: a new redirect that closes a circle must not cost the routes that were
+/// there before.
+fn settle(
+    chosen: &mut BTreeMap<Identity, Arc<Version>>,
+    good: &BTreeMap<Identity, Arc<Version>>,
+) -> Vec<(Identity, Place, String)> {
+    let mut said = Vec::new();
+    let mut touched: BTreeSet<Identity> = BTreeSet::new();
+    // Every round takes a version back, and there are two of each.
+    loop {
+        let mut broken = breaches(chosen);
+        if broken.is_empty() {
+            return said;
+        }
+        let is_new = |identity: &Identity| match (chosen.get(identity), good.get(identity)) {
+            (Some(now), Some(before)) => !Arc::ptr_eq(now, before),
+            _ => true,
+        };
+        if broken.iter().any(|(identity, ..)| is_new(identity)) {
+            broken.retain(|(identity, ..)| is_new(identity));
+        }
+        let identities: BTreeSet<Identity> = broken.iter().map(|(identity, ..)| identity.clone()).collect();
+        // Only what the file says now: the places of an earlier version are elsewhere today.
+        said.extend(broken.into_iter().filter(|(identity, ..)| !touched.contains(identity)));
+        for identity in identities {
+            match good.get(&identity) {
+                Some(before) if touched.insert(identity.clone()) => chosen.insert(identity, before.clone()),
+                _ => chosen.remove(&identity),
+            };
+        }
+    }
+}
+
+/// The references that do not hold.
+fn breaches(chosen: &BTreeMap<Identity, Arc<Version>>) -> Vec<(Identity, Place, String)> {
+    let mut services: BTreeMap<&ServiceName, &Service> = BTreeMap::new();
+    let mut routes: BTreeMap<&ServiceName, &[Reference]> = BTreeMap::new();
+    for version in chosen.values() {
+        match &version.parsed {
+            Parsed::Service(service) => {
+                services.insert(&service.name, service);
+            }
+            Parsed::Route(route) => {
+                routes.insert(&route.service, &version.references);
+            }
+            Parsed::Mesh(_) | Parsed::Node(_) => {}
+        }
+    }
+    let mut breaches = Vec::new();
+    let identity = |service: &ServiceName| Identity { kind: Kind::Route, name: service.to_string() };
+    for (route, references) in &routes {
+        for reference in *references {
+            if let Some(message) = check::missing_subset(reference, &services) {
+                breaches.push((identity(route), reference.place.clone(), message));
+            }
+        }
+    }
+    for (route, place, message) in check::redirect_circles(&routes) {
+        breaches.push((identity(route), place, message));
+    }
+    breaches
+}
+
+fn assemble(chosen: &BTreeMap<Identity, Arc<Version>>) -> Documents {
+    let mut documents = Documents::default();
+    for version in chosen.values() {
+        match &version.parsed {
+            Parsed::Mesh(mesh) => documents.mesh = Some(mesh.clone()),
+            Parsed::Service(service) => {
+                documents.services.insert(service.name.clone(), service.clone());
+            }
+            Parsed::Route(route) => {
+                documents.routes.insert(route.service.clone(), route.clone());
+            }
+            Parsed::Node(node) => documents.nodes.push(node.clone()),
+        }
+    }
+    documents.nodes.sort_by(|a, b| strength(a, b));
+    documents
+}
+
+/// The more precisely a document selects its nodes, the stronger it is; else the order of the text decides, on every
+/// replica alike.
+fn strength(a: &Node, b: &Node) -> Ordering {
+    let key = |node: &Node| (node.name.is_some(), node.labels.len());
+    key(a).cmp(&key(b)).then_with(|| a.selector().cmp(&b.selector()))
+}
+
+impl Contents {
+    /// Reads the documents of a text that begins in line `first_line` of its file.
+    fn parse(file: &Arc<str>, bytes: &[u8], first_line: u32) -> Contents {
+        let mut contents = Contents { bytes: Some(bytes.into()), ..Contents::default() };
+        let text = match yaml::text_of(file, file, bytes, MAX_TEXT) {
+            Ok(text) => text,
+            Err(problem) => {
+                contents.unidentified.push(problem);
+                return contents;
+            }
+        };
+        for document in yaml::parse_from(file, file, text, first_line) {
+            match document.root {
+                None => contents.unidentified.extend(document.problems),
+                // A JSON file holds several as a list.
+                Some(root) if root.items().is_some() => {
+                    contents.unidentified.extend(document.problems);
+                    for item in root.items().unwrap_or_default() {
+                        contents.document(file, text, item, Vec::new());
+                    }
+                }
+                Some(root) => contents.document(file, text, &root, document.problems),
+            }
+        }
+        contents
+    }
+
+    /// Reads one document: first what it is, then, by that, what it says.
+    fn document(&mut self, file: &Arc<str>, text: &str, root: &yaml::Node, problems: Vec<Problem>) {
+        let mut unidentified = |place, message| {
+            self.unidentified.extend(problems.iter().cloned());
+            self.unidentified.push(Problem::new(place, file.clone(), message));
+        };
+        if root.entries().is_none() {
+            let found = root.describe();
+            let message = format!("expected a document, which begins with `kind: ..`, found {found}");
+            return unidentified(root.place(file), message);
+        }
+        let Some(kind) = root.get("kind") else {
+            let kinds = one_of(Kind::ALL.into_iter().map(Kind::as_str));
+            return unidentified(root.place(file), format!("`kind` is missing: {kinds}"));
+        };
+        let Some(name) = kind.text() else {
+            let kinds = one_of(Kind::ALL.into_iter().map(Kind::as_str));
+            let message = format!("`kind`: expected {kinds}, found {}", kind.describe());
+            return unidentified(kind.place(file), message);
+        };
+        let kind = match Kind::parse(name) {
+            Ok(kind) => kind,
+            Err(message) => {
+                let place = kind.place(file);
+                if Kind::LATER.contains(&name) {
+                    self.unsupported.push(Problem::new(place, file.clone(), message));
+                    return;
+                }
+                return unidentified(place, message);
+            }
+        };
+        let identity = Identity { kind, name: kind.name_of(root).unwrap_or_default() };
+        let subject: Arc<str> = identity.to_string().into();
+        let source = Source { file, subject: &subject, text, root };
+        let version = match kind {
+            Kind::Mesh => source.version(problems, Parsed::Mesh, check::mesh),
+            Kind::Service => source.version(problems, Parsed::Service, check::service),
+            Kind::Route => source.version(problems, Parsed::Route, check::route),
+            Kind::Node => source.version(problems, Parsed::Node, check::node),
+        };
+        match version {
+            Err(problems) if identity.name.is_empty() && kind != Kind::Mesh => {
+                let about_file = |problem| Problem { subject: file.clone(), ..problem };
+                self.unidentified.extend(problems.into_iter().map(about_file));
+            }
+            version => {
+                let place = root.place(file);
+                self.documents.push(Candidate { identity, place, version: version.map(Arc::new) });
+            }
+        }
+    }
+}
+
+impl Kind {
+    /// The name of a document of this kind, read leniently: also a document with mistakes is that document.
+    fn name_of(self, root: &yaml::Node) -> Option<String> {
+        let text = |key: &str| root.get(key)?.text().filter(|text| !text.is_empty()).map(str::to_owned);
+        match self {
+            Kind::Mesh => None,
+            Kind::Service => text("name"),
+            Kind::Route => text("service"),
+            Kind::Node => text("name").or_else(|| {
+                let labels = root.get("labels")?.entries().filter(|labels| !labels.is_empty())?;
+                let label = |entry: &yaml::Entry| Some((entry.name().into(), entry.value.text()?.into()));
+                let labels: Labels = labels.iter().map(label).collect::<Option<_>>()?;
+                Some(selector(None, &labels))
+            }),
+        }
+    }
+}
+
+/// The text of one document that has been identified.
+struct Source<'a> {
+    file: &'a Arc<str>,
+    subject: &'a Arc<str>,
+    /// Of the whole file.
+    text: &'a str,
+    root: &'a yaml::Node,
+}
+
+impl Source<'_> {
+    fn version<T: DeserializeOwned>(
+        &self,
+        mut problems: Vec<Problem>,
+        wrap: fn(Arc<Placed<T>>) -> Parsed,
+        check: fn(&T, &mut Check<'_>),
+    ) -> Result<Version, Vec<Problem>> {
+        let Source { file, subject, text, root } = *self;
+        problems.iter_mut().for_each(|problem| problem.subject = subject.clone());
+        let document = match read::<T>(file, subject, root, Some("kind")) {
+            Ok(document) => document,
+            Err(more) => {
+                problems.extend(more);
+                return Err(problems);
+            }
+        };
+        let mut checked = Check::new(file, subject, root);
+        check(&document, &mut checked);
+        problems.extend(checked.problems);
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let place = root.place(file);
+        let kept = Kept {
+            file: file.clone(),
+            line: place.line,
+            column: place.column,
+            text: text.get(root.bytes.0..root.bytes.1).unwrap_or_default().into(),
+        };
+        let parsed = wrap(Arc::new(Placed { place, document }));
+        Ok(Version { kept, parsed, references: checked.references })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,786 @@
+//! Tree to type, strictly, and every problem of a document at once.
+//!
+//! serde stops at the first error. So the value is read again with what was wrong left out, until nothing is wrong
+//! any more or enough has been said. What is left out must not show: a field that is missing only because its value
+//! was wrong is not missing, and a value read with anything left out is never returned.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use serde::de::value::StrDeserializer;
+use serde::de::{
+    self, DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Expected, IntoDeserializer, MapAccess,
+    SeqAccess, Unexpected, VariantAccess, Visitor,
+};
+
+use crate::yaml::{Content, Entry, Node, short};
+use crate::{Place, Problem};
+
+/// More than this of one document is noise.
+const MAX_PROBLEMS: usize = 20;
+
+/// Reads the value at `node` as a `T`. The field `skip` of the outermost mapping belongs to somebody else.
+pub fn read<T: DeserializeOwned>(
+    file: &Arc<str>,
+    subject: &Arc<str>,
+    node: &Node,
+    skip: Option<&str>,
+) -> Result<T, Vec<Problem>> {
+    let mut repairs = Repairs::default();
+    if let Some(index) = node.entries().and_then(|all| all.iter().position(|e| Some(e.name()) == skip)) {
+        repairs.left_out.insert((node.id, index), LeftOut::Elsewhere);
+    }
+    let mut problems = Vec::new();
+    // Every round leaves out one thing more, and most of them say something.
+    for _ in 0..2 * MAX_PROBLEMS {
+        let fault = match T::deserialize(Reader { node, repairs: &repairs, field: None }) {
+            Ok(value) if problems.is_empty() => return Ok(value),
+            Ok(_) => break,
+            Err(Fault(fault)) => *fault,
+        };
+        if !repairs.caused(&fault) {
+            let (line, column) =
+                fault.at.as_ref().map_or((node.line, node.column), |at| (at.line, at.column));
+            let place = Place::at(file.clone(), line, column);
+            let message = fault.message().replace(char::is_control, " ");
+            problems.push(Problem::new(place, subject.clone(), message));
+        }
+        if problems.len() >= MAX_PROBLEMS || !repairs.make(fault) {
+            break;
+        }
+    }
+    if problems.is_empty() {
+        // Unreachable as far as is known: a repair is only made after something was said.
+        let message = "this cannot be read".to_owned();
+        problems.push(Problem::new(node.place(file), subject.clone(), message));
+    }
+    problems.sort();
+    problems.dedup();
+    Err(problems)
+}
+
+/// The name among `known` that was probably meant by `text`.
+pub fn did_you_mean<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let similarity = |name: &str| strsim::jaro(&text.to_lowercase(), &name.to_lowercase());
+    known
+        .into_iter()
+        .map(|name| (similarity(name), name))
+        .filter(|(similarity, _)| *similarity > 0.7)
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, name)| name)
+}
+
+/// ``one of `a`, `b` or `c` ``
+pub fn one_of<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let mut names: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
+    match (names.pop(), names.is_empty()) {
+        (None, _) => "nothing".to_owned(),
+        (Some(only), true) => only,
+        (Some(last), false) => format!("one of {} or {last}", names.join(", ")),
+    }
+}
+
+/// What is done to a document so that the rest of it can be read.
+#[derive(Default)]
+struct Repairs {
+    /// Entries of mappings and items of lists, by their container's node and their index.
+    left_out: BTreeMap<(u32, usize), LeftOut>,
+    /// Fields that were missing and are made up, by their mapping's node.
+    made_up: BTreeMap<u32, Vec<&'static str>>,
+}
+
+enum LeftOut {
+    /// It was wrong. The names of fields that it may have been meant to set.
+    Wrong(Vec<String>),
+    /// Somebody else reads it.
+    Elsewhere,
+}
+
+impl Repairs {
+    fn of(&self, node: u32) -> impl Iterator<Item = &LeftOut> {
+        self.left_out.range((node, 0)..=(node, usize::MAX)).map(|(_, left_out)| left_out)
+    }
+
+    /// Whether `fault` is but a consequence of the repairs made so far.
+    fn caused(&self, fault: &Details) -> bool {
+        let Some(at) = &fault.at else { return false };
+        let wrong = |left_out: &LeftOut| matches!(left_out, LeftOut::Wrong(_));
+        match &fault.what {
+            What::MadeUp => true,
+            What::Missing(field) => self.of(at.node).any(|left_out| match left_out {
+                LeftOut::Wrong(meant) => meant.iter().any(|name| name == field),
+                LeftOut::Elsewhere => false,
+            }),
+            _ => at.whole && (self.of(at.node).any(wrong) || self.made_up.contains_key(&at.node)),
+        }
+    }
+
+    /// Makes the repair that lets the next attempt get further; `false` if there is none.
+    fn make(&mut self, fault: Details) -> bool {
+        if let (What::Missing(field), Some(at)) = (&fault.what, &fault.at) {
+            let made_up = self.made_up.entry(at.node).or_default();
+            if !made_up.contains(field) {
+                made_up.push(field);
+                return true;
+            }
+        }
+        let Some(target) = fault.target else { return false };
+        let meant = match &fault.what {
+            What::UnknownField { name, known } => {
+                did_you_mean(name, known.iter().copied()).map(str::to_owned).into_iter().collect()
+            }
+            _ => fault.field.iter().cloned().collect(),
+        };
+        self.left_out.insert(target, LeftOut::Wrong(meant)).is_none()
+    }
+}
+
+/// Why a value cannot be read. Boxed, because every step of reading returns it.
+struct Fault(Box<Details>);
+
+struct Details {
+    what: What,
+    /// `None` until the first reader that knows the place adds it.
+    at: Option<At>,
+    /// The field that it is in, of the innermost mapping that has a name for it.
+    field: Option<String>,
+    /// What to leave out to get further: a container's node and an index in it.
+    target: Option<(u32, usize)>,
+}
+
+struct At {
+    node: u32,
+    line: u32,
+    column: u32,
+    /// It is about a list or mapping as a whole, so what was left out of that may have caused it.
+    whole: bool,
+}
+
+enum What {
+    UnknownField {
+        name: String,
+        known: &'static [&'static str],
+    },
+    Missing(&'static str),
+    UnknownVariant {
+        name: String,
+        known: &'static [&'static str],
+    },
+    /// `found` is added by the reader, which knows how it is written.
+    Unexpected {
+        expected: String,
+        found: String,
+    },
+    Said(String),
+    /// A value that was made up does not do.
+    MadeUp,
+}
+
+impl Fault {
+    fn new(what: What) -> Fault {
+        Fault(Box::new(Details { what, at: None, field: None, target: None }))
+    }
+
+    /// This is where it happened, unless something further inside has said so.
+    fn at(mut self, node: &Node) -> Fault {
+        self.0.at.get_or_insert_with(|| At {
+            node: node.id,
+            line: node.line,
+            column: node.column,
+            whole: node.text().is_none(),
+        });
+        self
+    }
+
+    /// To get further, leave out this entry or item, unless something further inside can be left out.
+    fn within(mut self, container: u32, index: usize, field: Option<&str>) -> Fault {
+        self.0.target.get_or_insert((container, index));
+        self.of(field)
+    }
+
+    fn of(mut self, field: Option<&str>) -> Fault {
+        if let (None, Some(field)) = (&self.0.field, field) {
+            self.0.field = Some(field.to_owned());
+        }
+        self
+    }
+}
+
+impl Details {
+    fn message(&self) -> String {
+        let field = self.field.as_deref().map(short);
+        let about = |said: &str| match &field {
+            Some(field) => format!("`{field}`: {said}"),
+            None => said.to_owned(),
+        };
+        match &self.what {
+            What::UnknownField { name, known } => {
+                let shown = short(name);
+                match did_you_mean(name, known.iter().copied()) {
+                    Some(meant) => format!("unknown field `{shown}`, did you mean `{meant}`?"),
+                    None => format!("unknown field `{shown}`: expected {}", one_of(known.iter().copied())),
+                }
+            }
+            What::Missing(missing) => match &field {
+                Some(field) => format!("`{missing}` is missing in `{field}`"),
+                None => format!("`{missing}` is missing"),
+            },
+            What::UnknownVariant { name, known } => {
+                let shown = short(name);
+                about(&match did_you_mean(name, known.iter().copied()) {
+                    Some(meant) => format!("`{shown}` is not known here, did you mean `{meant}`?"),
+                    None => format!("expected {}, found `{shown}`", one_of(known.iter().copied())),
+                })
+            }
+            What::Unexpected { expected, found } => about(&format!("expected {expected}, found {found}")),
+            What::Said(said) => about(said),
+            What::MadeUp => about("this cannot be read"),
+        }
+    }
+}
+
+impl fmt::Debug for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message())
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message())
+    }
+}
+
+impl std::error::Error for Fault {}
+
+impl de::Error for Fault {
+    fn custom<T: fmt::Display>(said: T) -> Self {
+        Fault::new(What::Said(said.to_string()))
+    }
+
+    fn invalid_type(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        Fault::new(What::Unexpected { expected: expected.to_string(), found: found.to_string() })
+    }
+
+    fn invalid_value(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        Fault::invalid_type(found, expected)
+    }
+
+    fn invalid_length(length: usize, expected: &dyn Expected) -> Self {
+        Fault::new(What::Unexpected { expected: expected.to_string(), found: format!("{length} values") })
+    }
+
+    fn unknown_variant(name: &str, known: &'static [&'static str]) -> Self {
+        Fault::new(What::UnknownVariant { name: name.to_owned(), known })
+    }
+
+    fn unknown_field(name: &str, known: &'static [&'static str]) -> Self {
+        Fault::new(What::UnknownField { name: name.to_owned(), known })
+    }
+
+    fn missing_field(field: &'static str) -> Self {
+        Fault::new(What::Missing(field))
+    }
+
+    fn duplicate_field(field: &'static str) -> Self {
+        // Only by aliases of a field: equal keys have been refused with the text.
+        Fault::new(What::Said(format!("`{field}` is given twice")))
+    }
+}
+
+/// Reads one node.
+#[derive(Clone, Copy)]
+struct Reader<'a> {
+    node: &'a Node,
+    repairs: &'a Repairs,
+    /// The field whose value it is.
+    field: Option<&'a str>,
+}
+
+impl<'a> Reader<'a> {
+    fn expected<T>(self, expected: impl Into<String>) -> Result<T, Fault> {
+        let what = What::Unexpected { expected: expected.into(), found: self.node.describe() };
+        Err(Fault::new(what).at(self.node))
+    }
+
+    /// A text, also if it looks like something else: `version: 1.10` is not a number.
+    fn text(self) -> Result<&'a str, Fault> {
+        match &self.node.content {
+            Content::Scalar { text, .. } if !self.node.is_null() => Ok(text),
+            _ => self.expected("a text"),
+        }
+    }
+
+    fn plain(self) -> Option<&'a str> {
+        match &self.node.content {
+            Content::Scalar { text, quoted: false } => Some(text),
+            _ => None,
+        }
+    }
+
+    fn whole_number(self, min: i128, max: i128) -> Result<i128, Fault> {
+        let digits = |text: &str| {
+            let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+            digits.bytes().all(|b| b.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'))
+        };
+        self.plain()
+            .filter(|text| digits(text))
+            .and_then(|text| text.parse::<i128>().ok())
+            .filter(|number| (min..=max).contains(number))
+            .map_or_else(|| self.expected(whole_numbers(min, max)), Ok)
+    }
+
+    /// `result` of a visitor, with the place, and with what was found in the words of the text.
+    fn located<T>(self, result: Result<T, Fault>) -> Result<T, Fault> {
+        result.map_err(|mut fault| {
+            if fault.0.at.is_none() {
+                if let What::Unexpected { found, .. } = &mut fault.0.what {
+                    *found = self.node.describe();
+                }
+                if let (What::Said(said), Some(text)) = (&mut fault.0.what, self.node.text()) {
+                    // What std says of an address does not name it.
+                    match said.as_str() {
+                        "invalid socket address syntax" => {
+                            *said = format!(
+                                "`{}` is not an IP address and a port, such as 127.0.0.1:8080",
+                                short(text)
+                            );
+                        }
+                        "invalid IP address syntax" => {
+                            *said = format!("`{}` is not an IP address", short(text))
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            fault.at(self.node)
+        })
+    }
+}
+
+fn whole_numbers(min: i128, max: i128) -> String {
+    match (min, max) {
+        (0, max) if max > i128::from(u32::MAX) => "a whole number, 0 or more".to_owned(),
+        (min, _) if min < i128::from(i32::MIN) => "a whole number".to_owned(),
+        (min, max) => format!("a whole number from {min} to {max}"),
+    }
+}
+
+macro_rules! whole_numbers {
+    ($($method:ident $visit:ident $type:ty,)*) => {$(
+        fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+            let number = self.whole_number(<$type>::MIN.into(), <$type>::MAX.into())?;
+            let Ok(number) = <$type>::try_from(number) else { return self.expected("a whole number") };
+            let mut read: Result<V::Value, Fault> = visitor.$visit(number);
+            // A type that refuses its zero: std says "a nonzero u16".
+            if let Err(fault) = &mut read
+                && let What::Unexpected { expected, .. } = &mut fault.0.what
+                && expected.contains("nonzero")
+            {
+                *expected = whole_numbers(1, <$type>::MAX.into());
+            }
+            self.located(read)
+        }
+    )*};
+}
+
+impl<'de> Deserializer<'de> for Reader<'_> {
+    type Error = Fault;
+
+    /// Scalars arrive as text whatever they look like, so that nothing depends on quotes.
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match &self.node.content {
+            Content::Scalar { .. } if self.node.is_null() => self.located(visitor.visit_unit()),
+            Content::Scalar { text, .. } => self.located(visitor.visit_str(text)),
+            Content::List(items) => self.located(visitor.visit_seq(Items::new(self, items))),
+            Content::Mapping(entries) => self.mapping(entries, visitor),
+        }
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match self.plain() {
+            Some("true") => self.located(visitor.visit_bool(true)),
+            Some("false") => self.located(visitor.visit_bool(false)),
+            _ => self.expected("true or false"),
+        }
+    }
+
+    whole_numbers! {
+        deserialize_i8 visit_i8 i8,
+        deserialize_i16 visit_i16 i16,
+        deserialize_i32 visit_i32 i32,
+        deserialize_i64 visit_i64 i64,
+        deserialize_u8 visit_u8 u8,
+        deserialize_u16 visit_u16 u16,
+        deserialize_u32 visit_u32 u32,
+        deserialize_u64 visit_u64 u64,
+    }
+
+    fn deserialize_f32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_f64(visitor)
+    }
+
+    fn deserialize_f64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        let number = |text: &str| text.parse::<f64>().ok().filter(|number| number.is_finite());
+        match self.plain().and_then(number) {
+            Some(number) => self.located(visitor.visit_f64(number)),
+            None => self.expected("a number"),
+        }
+    }
+
+    fn deserialize_char<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        let text = self.text()?;
+        self.located(visitor.visit_str(text))
+    }
+
+    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_bytes<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_byte_buf<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        if self.node.is_null() { visitor.visit_none() } else { visitor.visit_some(self) }
+    }
+
+    fn deserialize_unit<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        if self.node.is_null() { self.located(visitor.visit_unit()) } else { self.expected("nothing") }
+    }
+
+    fn deserialize_unit_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        self.deserialize_unit(visitor)
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        self.located(visitor.visit_newtype_struct(self))
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match self.node.items() {
+            Some(items) => self.located(visitor.visit_seq(Items::new(self, items))),
+            None => self.expected("a list"),
+        }
+    }
+
+    fn deserialize_tuple<V: Visitor<'de>>(self, _: usize, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_seq(visitor)
+    }
+
+    fn deserialize_tuple_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: usize,
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        self.deserialize_seq(visitor)
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match self.node.entries() {
+            Some(entries) => self.mapping(entries, visitor),
+            None => self.expected("a mapping"),
+        }
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        match self.node.entries() {
+            Some(entries) => self.mapping(entries, visitor),
+            None => {
+                let names: Vec<_> = fields.iter().map(|name| format!("`{name}`")).collect();
+                self.expected(format!("a mapping of {}", names.join(", ")))
+            }
+        }
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        match &self.node.content {
+            Content::Scalar { .. } if !self.node.is_null() => {
+                self.located(visitor.visit_enum(Variant { reader: self, name: self.node, value: None }))
+            }
+            Content::Mapping(entries) => match entries.as_slice() {
+                [Entry { key, value }] => {
+                    let field = key.text();
+                    let value = Reader { node: value, repairs: self.repairs, field };
+                    self.located(visitor.visit_enum(Variant { reader: self, name: key, value: Some(value) }))
+                }
+                _ => {
+                    let names: Vec<_> = entries.iter().map(Entry::name).collect();
+                    let found = if names.is_empty() { "none".to_owned() } else { names.join(" and ") };
+                    let expected = one_of(variants.iter().copied());
+                    let what = What::Unexpected { expected: format!("exactly {expected}"), found };
+                    Err(Fault::new(what).at(self.node))
+                }
+            },
+            _ => self.expected(one_of(variants.iter().copied())),
+        }
+    }
+
+    fn deserialize_identifier<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_unit()
+    }
+}
+
+impl<'a> Reader<'a> {
+    fn mapping<'de, V: Visitor<'de>>(self, entries: &'a [Entry], visitor: V) -> Result<V::Value, Fault> {
+        let made_up = self.repairs.made_up.get(&self.node.id).map(Vec::as_slice).unwrap_or_default();
+        let at_key = Cell::new(None);
+        let access =
+            Entries { reader: self, rest: entries.iter().enumerate(), value: None, made_up, at_key: &at_key };
+        visitor.visit_map(access).or_else(|mut fault| {
+            // A reader of keys that is written by hand says so only when it has the key in its hands as a text.
+            if let (None, What::UnknownField { name, .. }, Some((index, key))) =
+                (&fault.0.at, &fault.0.what, at_key.get())
+                && key.text() == Some(name)
+            {
+                fault = fault.at(key).within(self.node.id, index, None);
+            }
+            self.located(Err(fault))
+        })
+    }
+}
+
+struct Items<'a> {
+    reader: Reader<'a>,
+    rest: std::iter::Enumerate<std::slice::Iter<'a, Arc<Node>>>,
+}
+
+impl<'a> Items<'a> {
+    fn new(reader: Reader<'a>, items: &'a [Arc<Node>]) -> Self {
+        Items { reader, rest: items.iter().enumerate() }
+    }
+}
+
+impl<'de> SeqAccess<'de> for Items<'_> {
+    type Error = Fault;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Fault> {
+        let Reader { node: list, repairs, field } = self.reader;
+        for (index, node) in self.rest.by_ref() {
+            if !repairs.left_out.contains_key(&(list.id, index)) {
+                let item = Reader { node, repairs, field };
+                let value = seed.deserialize(item);
+                return value.map(Some).map_err(|fault| fault.at(node).within(list.id, index, None));
+            }
+        }
+        Ok(None)
+    }
+}
+
+struct Entries<'a> {
+    reader: Reader<'a>,
+    rest: std::iter::Enumerate<std::slice::Iter<'a, Entry>>,
+    /// Of the key that was read last; `None` if that was made up.
+    value: Option<(usize, &'a Entry)>,
+    made_up: &'a [&'static str],
+    at_key: &'a Cell<Option<(usize, &'a Node)>>,
+}
+
+impl<'de> MapAccess<'de> for Entries<'_> {
+    type Error = Fault;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Fault> {
+        let Reader { node: mapping, repairs, .. } = self.reader;
+        for (index, entry) in self.rest.by_ref() {
+            if !repairs.left_out.contains_key(&(mapping.id, index)) {
+                self.value = Some((index, entry));
+                self.at_key.set(Some((index, &entry.key)));
+                let key = Reader { node: &entry.key, repairs, field: None };
+                let key = seed.deserialize(key);
+                return key.map(Some).map_err(|fault| fault.at(&entry.key).within(mapping.id, index, None));
+            }
+        }
+        let Some((name, rest)) = self.made_up.split_first() else { return Ok(None) };
+        self.made_up = rest;
+        self.value = None;
+        seed.deserialize(StrDeserializer::new(name)).map(Some)
+    }
+
+    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Fault> {
+        let Reader { node: mapping, repairs, .. } = self.reader;
+        match self.value.take() {
+            Some((index, entry)) => {
+                let field = entry.key.text();
+                let value = Reader { node: &entry.value, repairs, field };
+                seed.deserialize(value)
+                    .map_err(|fault| fault.at(&entry.value).within(mapping.id, index, field))
+            }
+            None => seed.deserialize(MadeUp).map_err(|_| Fault::new(What::MadeUp).at(mapping)),
+        }
+    }
+}
+
+/// One of several names, and what comes with it.
+struct Variant<'a> {
+    reader: Reader<'a>,
+    name: &'a Node,
+    value: Option<Reader<'a>>,
+}
+
+impl<'a> Variant<'a> {
+    fn value(self) -> Result<Reader<'a>, Fault> {
+        let name = self.name.text().unwrap_or_default();
+        let lacking = || Fault::new(What::Said(format!("`{name}` needs a value: `{{{name}: ..}}`")));
+        self.value.ok_or_else(lacking).map_err(|fault| fault.at(self.name))
+    }
+}
+
+impl<'de, 'a> EnumAccess<'de> for Variant<'a> {
+    type Error = Fault;
+    type Variant = Variant<'a>;
+
+    fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Fault> {
+        let name = Reader { node: self.name, repairs: self.reader.repairs, field: None };
+        Ok((seed.deserialize(name).map_err(|fault| fault.at(self.name))?, self))
+    }
+}
+
+impl<'de> VariantAccess<'de> for Variant<'_> {
+    type Error = Fault;
+
+    fn unit_variant(self) -> Result<(), Fault> {
+        match self.value {
+            None => Ok(()),
+            Some(_) => {
+                let name = self.name.text().unwrap_or_default();
+                Err(Fault::new(What::Said(format!("`{name}` takes no value: write only `{name}`")))
+                    .at(self.name))
+            }
+        }
+    }
+
+    fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<T::Value, Fault> {
+        let value = self.value()?;
+        seed.deserialize(value).map_err(|fault| fault.at(value.node).of(value.field))
+    }
+
+    fn tuple_variant<V: Visitor<'de>>(self, len: usize, visitor: V) -> Result<V::Value, Fault> {
+        let value = self.value()?;
+        value.deserialize_tuple(len, visitor).map_err(|fault| fault.of(value.field))
+    }
+
+    fn struct_variant<V: Visitor<'de>>(
+        self,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        let value = self.value()?;
+        value.deserialize_struct("", fields, visitor).map_err(|fault| fault.of(value.field))
+    }
+}
+
+/// Stands in for the value of a field that is missing, so that the next missing one is found too. What it makes up is
+/// never returned to anybody.
+struct MadeUp;
+
+impl<'de> Deserializer<'de> for MadeUp {
+    type Error = Fault;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_str("x")
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_bool(false)
+    }
+
+    fn deserialize_u8<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_u8(1)
+    }
+
+    fn deserialize_f64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_f64(1.0)
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_none()
+    }
+
+    fn deserialize_unit<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_unit()
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        visitor.visit_newtype_struct(self)
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_seq(de::value::SeqDeserializer::new(std::iter::empty::<u8>()))
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_map(de::value::MapDeserializer::new(std::iter::empty::<(u8, u8)>()))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        self.deserialize_map(visitor)
+    }
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        visitor.visit_enum(variants.first().copied().unwrap_or_default().into_deserializer())
+    }
+
+    fn deserialize_u16<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_u8(visitor)
+    }
+
+    fn deserialize_u32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_u8(visitor)
+    }
+
+    fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        self.deserialize_u8(visitor)
+    }
+
+    serde::forward_to_deserialize_any! {
+        i8 i16 i32 i64 i128 u128 f32 char str string bytes byte_buf unit_struct tuple tuple_struct identifier
+        ignored_any
+    }
+}
