@@ -1,0 +1,215 @@
+//! Text in, text out: `golden/NAME.txt` holds services, documents and a node, `golden/NAME.json` what they compile to.
+//! `UPDATE_EXPECT=1 cargo test -p vmesh-compile` writes the outputs anew; a review then reads Envoy's configuration.
+//!
+//! Every output that is for an Envoy is also given to the real one, in `--mode validate`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use expect_test::expect_file;
+use serde_json::{Map, Value, json};
+use vmesh_catalog::{Catalog, Seen, SourceView, State};
+use vmesh_compile::compile;
+use vmesh_model::load::{DocumentFile, Library};
+use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
+use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Registration, Weight};
+use vmesh_proto::json::bytes_to_json;
+use vmesh_xds::{Kind, Snapshot};
+
+fn cases() -> Vec<PathBuf> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut cases: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.retain(|path| path.extension().is_some_and(|extension| extension == "txt"));
+    cases.sort();
+    assert!(cases.len() >= 10, "the golden inputs are gone");
+    cases
+}
+
+#[test]
+fn every_input_compiles_to_its_golden_output() {
+    for case in cases() {
+        let (snapshot, problems, _) = compiled(&case);
+        let mut text = serde_json::to_string_pretty(&shown(&snapshot)).unwrap();
+        for problem in problems {
+            text.push_str(&format!("\nproblem: {problem}"));
+        }
+        text.push('\n');
+        expect_file![case.with_extension("json")].assert_eq(&text);
+    }
+}
+
+#[test]
+fn envoy_accepts_every_golden_output() {
+    let mut checked = 0;
+    for case in cases() {
+        let (snapshot, _, client) = compiled(&case);
+        if client == Client::Grpc {
+            continue;
+        }
+        let config = bootstrap(&snapshot);
+        if let Err(refusal) = vmesh_testkit::envoy::validate(&config.to_string()) {
+            panic!("Envoy refuses what {} compiles to:\n{refusal}\n{config:#}", case.display());
+        }
+        checked += 1;
+    }
+    assert!(checked >= 10, "only {checked} outputs were for an Envoy");
+}
+
+/// Reads the three parts of an input and compiles it.
+fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
+    let text = fs::read_to_string(case).unwrap();
+    let mut parts = text.split("\n== ");
+    let services = parts.next().unwrap();
+    let mut sections: BTreeMap<&str, &str> = parts.map(|part| part.split_once('\n').unwrap()).collect();
+    let documents = sections.remove("documents").unwrap_or_default();
+    let node = sections.remove("node").expect("a `== node` section");
+    assert!(sections.is_empty(), "{}: unknown sections {sections:?}", case.display());
+
+    let mut catalog = Catalog::new(1);
+    catalog.on_view(0, SourceView { services: read_services(services), problems: Vec::new() });
+    let file = DocumentFile { path: "mesh.yaml", content: Ok(documents.as_bytes()) };
+    let files = if documents.is_empty() { Vec::new() } else { vec![file] };
+    let (documents, problems) = Library::default().update(&files);
+    assert_eq!(problems, [], "{}", case.display());
+    catalog.on_documents(documents, 1, problems);
+    let report = read_node(node);
+    let (snapshot, problems) = compile(catalog.world(), &report);
+    (snapshot, problems, report.client)
+}
+
+/// `orders http`, and indented below it `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining rack=r7`.
+fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
+    let mut services: BTreeMap<_, Registration> = BTreeMap::new();
+    let mut current: Option<vmesh_model::ServiceName> = None;
+    for line in text.lines().filter(|line| !line.trim().is_empty()) {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap();
+        if !line.starts_with(' ') {
+            let name: vmesh_model::ServiceName = first.parse().unwrap();
+            let registration = Registration {
+                service: name.clone(),
+                protocol: words.next().map(|protocol| protocol.parse().unwrap()),
+                port: None,
+                endpoints: Arc::new([]),
+                place: Place::file("services.d"),
+            };
+            services.insert(name.clone(), registration);
+            current = Some(name);
+            continue;
+        }
+        let mut endpoint = Endpoint {
+            address: first.parse().unwrap(),
+            hostname: None,
+            weight: Weight::ONE,
+            health: Health::Unknown,
+            zone: None,
+            version: None,
+            labels: Labels::new(),
+            source: "file".into(),
+        };
+        for word in words {
+            let (key, value) = word.split_once('=').unwrap();
+            match key {
+                "version" => endpoint.version = Some(value.into()),
+                "zone" => endpoint.zone = Some(value.into()),
+                "weight" => endpoint.weight = Weight::new(value.parse().unwrap()).unwrap(),
+                "health" => endpoint.health = serde_json::from_value(json!(value)).unwrap(),
+                label => _ = endpoint.labels.insert(label.into(), value.into()),
+            }
+        }
+        let registration = services.get_mut(current.as_ref().unwrap()).unwrap();
+        registration.endpoints = registration.endpoints.iter().cloned().chain([endpoint]).collect();
+    }
+    let seen = |registration| Seen { registration: Arc::new(registration), state: State::Fresh, because: None };
+    services.into_iter().map(|(name, registration)| (name, seen(registration))).collect()
+}
+
+/// `web-1 zone=eu-1a label.role=web`, and below it `calls orders 127.0.0.1:9001`, `calls *`, `serves orders 8080
+/// 127.0.0.1:15008`, `client grpc`.
+fn read_node(text: &str) -> NodeReport {
+    let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+    let mut head = lines.next().unwrap().split_whitespace();
+    let mut report = NodeReport {
+        name: head.next().unwrap().parse().unwrap(),
+        client: Client::Envoy,
+        address: None,
+        zone: None,
+        labels: Labels::new(),
+        workloads: Vec::new(),
+        upstreams: Upstreams::Declared(Vec::new()),
+        build: "".into(),
+    };
+    for word in head {
+        match word.split_once('=').unwrap() {
+            ("zone", zone) => report.zone = Some(zone.into()),
+            (label, value) => {
+                _ = report.labels.insert(label.strip_prefix("label.").unwrap().into(), value.into());
+            }
+        }
+    }
+    for line in lines {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words.as_slice() {
+            ["calls", "*"] => report.upstreams = Upstreams::All,
+            ["calls", service, rest @ ..] => {
+                let Upstreams::Declared(declared) = &mut report.upstreams else { panic!("calls * and more") };
+                let listen = rest.first().map(|listen| listen.parse().unwrap());
+                declared.push(Upstream { service: service.parse().unwrap(), listen });
+            }
+            ["serves", service, port, listen] => report.workloads.push(Workload {
+                service: service.parse().unwrap(),
+                port: port.parse().unwrap(),
+                host: None,
+                protocol: None,
+                listen: listen.parse().unwrap(),
+            }),
+            ["client", "grpc"] => report.client = Client::Grpc,
+            other => panic!("{other:?}"),
+        }
+    }
+    report
+}
+
+/// Every resource, by kind and name, as Envoy would print it.
+fn shown(snapshot: &Snapshot) -> Value {
+    let mut all = Map::new();
+    for kind in Kind::ALL {
+        let resources: BTreeMap<_, _> = snapshot
+            .of_kind(kind)
+            .map(|resource| {
+                (resource.name().to_string(), bytes_to_json(kind.type_url(), &resource.value()).unwrap())
+            })
+            .collect();
+        if !resources.is_empty() {
+            all.insert(format!("{kind:?}"), resources.into_iter().collect::<Map<_, _>>().into());
+        }
+    }
+    all.into()
+}
+
+/// The snapshot as a static configuration: what would come by EDS and RDS is put where it belongs.
+fn bootstrap(snapshot: &Snapshot) -> Value {
+    let all = shown(snapshot);
+    let of = |kind: &str| all.get(kind).and_then(Value::as_object).cloned().unwrap_or_default();
+    let (assignments, routes) = (of("Endpoint"), of("Route"));
+    let mut clusters: Vec<_> = of("Cluster").into_iter().map(|(_, cluster)| cluster).collect();
+    for cluster in &mut clusters {
+        if cluster["type"] == "EDS" {
+            let name = cluster["name"].as_str().unwrap().to_owned();
+            let fields = cluster.as_object_mut().unwrap();
+            fields.remove("eds_cluster_config");
+            fields.insert("type".to_owned(), json!("STATIC"));
+            fields.insert("load_assignment".to_owned(), assignments[&name].clone());
+        }
+    }
+    let mut listeners: Vec<_> = of("Listener").into_iter().map(|(_, listener)| listener).collect();
+    for listener in &mut listeners {
+        let config = &mut listener["filter_chains"][0]["filters"][0]["typed_config"];
+        if let Some(rds) = config.as_object_mut().unwrap().remove("rds") {
+            config["route_config"] = routes[rds["route_config_name"].as_str().unwrap()].clone();
+        }
+    }
+    json!({"static_resources": {"clusters": clusters, "listeners": listeners}})
+}

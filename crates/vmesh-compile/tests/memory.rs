@@ -1,0 +1,124 @@
+//! That the compiler's memory changes nothing: after any sequence of worlds it holds what the last one gives alone.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use vmesh_catalog::{Catalog, Seen, SourceView, State};
+use vmesh_compile::{Compiler, compile};
+use vmesh_model::load::{DocumentFile, Library};
+use vmesh_model::node::{Client, Upstream, Upstreams};
+use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Protocol, Registration, ServiceName, Weight};
+use vmesh_xds::{Kind, Snapshot};
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// Service, protocol (none: it goes), and the version of each of its endpoints.
+    Services(Vec<(u8, Option<bool>, Vec<u8>)>),
+    /// Which of `DOCUMENTS` are there.
+    Documents(Vec<bool>),
+}
+
+const DOCUMENTS: &[&str] = &[
+    "kind: Service\nname: s0\nsubsets: {v1: {version: v1}, v2: {version: v2}}\n",
+    "kind: Route\nservice: s0\nrules:\n  - split: [{subset: v1, weight: 1}, {service: s1, weight: 1}]\n",
+    "kind: Route\nservice: s2\nrules:\n  - match: {path: {prefix: /a}}\n    redirect: {service: s0}\n",
+    "kind: Service\nname: s1\nprotocol: tcp\nload_balancing: {policy: maglev, hash_on: source_ip}\n",
+    "kind: Mesh\ntimeouts: {connect: 1s}\n",
+    "kind: Node\nname: n\nload_balancing: {policy: random, locality: prefer_local}\n",
+    "kind: Node\nlabels: {role: web}\nupstreams: [{service: s3}]\n",
+];
+
+fn step() -> impl Strategy<Value = Step> {
+    let service = (0u8..4, prop::option::weighted(0.8, any::<bool>()), prop::collection::vec(0u8..3, 0..4));
+    prop_oneof![
+        3 => prop::collection::vec(service, 1..3).prop_map(Step::Services),
+        1 => prop::collection::vec(any::<bool>(), DOCUMENTS.len()).prop_map(Step::Documents),
+    ]
+}
+
+fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
+    let endpoints = versions.iter().enumerate().map(|(at, version)| Endpoint {
+        address: format!("10.0.0.{}:80", at + 1).parse().unwrap(),
+        hostname: None,
+        weight: Weight::ONE,
+        health: Health::Unknown,
+        zone: Some(if at % 2 == 0 { "a" } else { "b" }.into()),
+        version: Some(format!("v{version}").into()),
+        labels: Labels::new(),
+        source: "file".into(),
+    });
+    let registration = Registration {
+        service: name.clone(),
+        protocol: Some(if http { Protocol::Http } else { Protocol::Tcp }),
+        port: None,
+        endpoints: endpoints.collect(),
+        place: Place::file("services.d"),
+    };
+    Seen { registration: Arc::new(registration), state: State::Fresh, because: None }
+}
+
+fn report() -> NodeReport {
+    let upstream = |name: &str, port: u16| Upstream {
+        service: name.parse().unwrap(),
+        listen: Some(([127, 0, 0, 1], port).into()),
+    };
+    NodeReport {
+        name: "n".parse().unwrap(),
+        client: Client::Envoy,
+        address: None,
+        zone: Some("a".into()),
+        labels: [("role".into(), "web".into())].into(),
+        workloads: Vec::new(),
+        upstreams: Upstreams::Declared(vec![upstream("s0", 9000), upstream("s1", 9001), upstream("s2", 9002)]),
+        build: "".into(),
+    }
+}
+
+fn content(snapshot: &Snapshot) -> Vec<(Kind, String, String)> {
+    let of = |kind| snapshot.of_kind(kind).map(move |r| (kind, r.name().to_string(), r.version().to_owned()));
+    Kind::ALL.into_iter().flat_map(of).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn any_way_to_a_world_gives_what_the_world_gives_alone(steps in prop::collection::vec(step(), 1..8)) {
+        let mut catalog = Catalog::new(1);
+        let mut compiler = Compiler::new(catalog.world().clone());
+        compiler.node(&report());
+        let mut services: BTreeMap<ServiceName, Seen> = BTreeMap::new();
+        let mut library = Library::default();
+        let mut hash = 0;
+        for step in steps {
+            match step {
+                Step::Services(changes) => {
+                    for (service, http, versions) in changes {
+                        let name: ServiceName = format!("s{service}").parse().unwrap();
+                        match http {
+                            None => _ = services.remove(&name),
+                            Some(http) => _ = services.insert(name.clone(), seen(&name, http, &versions)),
+                        }
+                    }
+                    catalog.on_view(0, SourceView { services: services.clone(), problems: Vec::new() });
+                }
+                Step::Documents(which) => {
+                    let text: Vec<_> = DOCUMENTS.iter().zip(which).filter(|(_, there)| *there).map(|(d, _)| *d).collect();
+                    let text = text.join("---\n");
+                    let file = DocumentFile { path: "mesh.yaml", content: Ok(text.as_bytes()) };
+                    let files = if text.is_empty() { Vec::new() } else { vec![file] };
+                    let (documents, problems) = library.update(&files);
+                    hash += 1;
+                    catalog.on_documents(documents, hash, problems);
+                }
+            }
+            compiler.update(catalog.world().clone());
+            let config = compiler.node(&report());
+            let store = compiler.store(&config.class).unwrap();
+            let remembered = Snapshot { store, scope: config.scope };
+            let (alone, _) = compile(catalog.world(), &report());
+            prop_assert_eq!(content(&remembered), content(&alone));
+        }
+    }
+}
