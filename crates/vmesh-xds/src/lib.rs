@@ -11,6 +11,7 @@
 //! - [`Resource`]: encoded once, when it is made; every stream sends the same bytes.
 //! - [`Group`], [`Store`]: what comes and goes together, and all of it at one moment; a change shares the rest.
 //! - [`Scope`], [`Snapshot`]: what one client may see.
+//! - [`Session`]: a server's end of one stream.
 //!
 //! **Invariant:** no socket, no task, no clock: time is an argument, and `cargo tree -p vmesh-xds -e normal` lists no
 //! `tokio`. The drivers that have them are behind the features `server` and `client`.
@@ -19,10 +20,14 @@
 
 mod kind;
 mod resource;
+mod session;
 mod snapshot;
 mod store;
 
 pub use kind::{Kind, PerKind};
 pub use resource::{Resource, encodings};
+pub use session::{
+    Event, KindStatus, Protocol, Rejection, Request, Response, Session, SessionError, SessionStatus, State,
+};
 pub use snapshot::{Groups, Scope, Snapshot};
 pub use store::{Group, Store};

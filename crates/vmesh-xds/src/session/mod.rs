@@ -1,0 +1,817 @@
+//! A server's end of one ADS stream.
+
+mod request;
+mod response;
+mod status;
+mod subscription;
+#[cfg(test)]
+mod tests;
+
+pub use request::{Request, SessionError};
+pub use response::Response;
+pub use status::{KindStatus, Rejection, SessionStatus, State};
+
+use crate::{Kind, PerKind, Resource, Snapshot};
+use response::Head;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use subscription::{Absence, Held, InFlight, Item, Subscription, Target, Work};
+use vmesh_proto::envoy::config::endpoint::v3::ClusterLoadAssignment;
+use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
+use vmesh_proto::google::rpc;
+use xxhash_rust::xxh3::Xxh3Default;
+
+/// The protocol state of one stream: requests and snapshots go in, responses come out.
+///
+/// Each name that a client asked for has a *target*, which the snapshot says, and a *held* content, which the client
+/// has. Where they differ the name is *pending*; a response takes what is pending and may be sent. So whatever changes
+/// while the client is slow is sent once, as it is by then, and what nobody needs any more is not sent at all
+/// (R20, R33).
+pub struct Session {
+    protocol: Protocol,
+    control_plane: Arc<str>,
+    /// When the first request came.
+    opened: Option<Instant>,
+    snapshot: Option<Snapshot>,
+    subscriptions: PerKind<Subscription>,
+    nonce: u64,
+    status: SessionStatus,
+    events: Option<VecDeque<Event>>,
+}
+
+/// The variants of ADS: "incremental" and "state of the world".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Delta,
+    Sotw,
+}
+
+/// What a client did, for a [`Relay`](crate::Relay) that passes it on. The name `*` is a wildcard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    Subscribed {
+        kind: Kind,
+        name: Arc<str>,
+    },
+    Unsubscribed {
+        kind: Kind,
+        name: Arc<str>,
+    },
+    /// `resource: None`: that there is none.
+    Accepted {
+        kind: Kind,
+        name: Arc<str>,
+        resource: Option<Arc<Resource>>,
+    },
+    Rejected {
+        resource: Arc<Resource>,
+        reason: Arc<str>,
+    },
+}
+
+/// What refers to new clusters waits until they are ACKed (R47), and a removal until what referred to it is gone.
+/// Envoy withholds the ACK for up to 15 s while clusters warm.
+const ORDER_CAP: Duration = Duration::from_secs(20);
+/// The same for what the client asked for and never had: Envoy gives up on it after 15 s.
+const FIRST_ANSWER_CAP: Duration = Duration::from_secs(10);
+/// A client that reconnects asks for one kind after the other: only then is it known what it refers to.
+const RESUME_GRACE: Duration = Duration::from_secs(1);
+/// gRPC clients take 4 MiB (R59).
+const SPLIT_AT: usize = 2 << 20;
+/// How many responses may be spent on finding what a client means by one refusal.
+const ISOLATIONS: u8 = 64;
+/// Unanswered responses of one kind that are remembered. There is a second only after [`ANSWER_CAP`](subscription::ANSWER_CAP).
+const IN_FLIGHT_MAX: usize = 4;
+
+impl Session {
+    /// `control_plane` names this instance and its build: Envoy shows it (R64).
+    pub fn delta(control_plane: impl Into<Arc<str>>) -> Session {
+        Session::new(Protocol::Delta, control_plane.into())
+    }
+
+    pub fn sotw(control_plane: impl Into<Arc<str>>) -> Session {
+        Session::new(Protocol::Sotw, control_plane.into())
+    }
+
+    fn new(protocol: Protocol, control_plane: Arc<str>) -> Session {
+        Session {
+            protocol,
+            control_plane,
+            opened: None,
+            snapshot: None,
+            subscriptions: PerKind::default(),
+            nonce: 0,
+            status: SessionStatus::default(),
+            events: None,
+        }
+    }
+
+    /// Keeps what the client does for [`Session::poll_event`]. Without it, nothing is kept.
+    pub fn recording(self) -> Session {
+        Session { events: Some(VecDeque::new()), ..self }
+    }
+
+    pub fn status(&self) -> &SessionStatus {
+        &self.status
+    }
+
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.as_mut()?.pop_front()
+    }
+
+    /// An error ends the stream. Nothing else that a client sends does.
+    pub fn on_request(&mut self, now: Instant, request: impl Into<Request>) -> Result<(), SessionError> {
+        let request = request.into();
+        if self.opened.is_none() {
+            request.introduction()?;
+            self.opened = Some(now);
+        }
+        if request.type_url().is_empty() {
+            return Err(SessionError::NoTypeUrl);
+        }
+        let Some(kind) = Kind::from_type_url(request.type_url()) else {
+            self.status.unknown_types += 1;
+            return Ok(());
+        };
+        self.status.kinds[kind].subscribed = true;
+        match (self.protocol, request) {
+            (Protocol::Delta, Request::Delta(request)) => self.on_delta(now, kind, request)?,
+            (Protocol::Sotw, Request::Sotw(request)) => self.on_sotw(now, kind, request)?,
+            _ => return Err(SessionError::OtherVariant),
+        }
+        self.refresh_status();
+        Ok(())
+    }
+
+    /// The cost is that of the changed groups in scope, however much the client subscribes to.
+    pub fn on_snapshot(&mut self, _now: Instant, snapshot: Snapshot) {
+        let before = self.snapshot.replace(snapshot.clone());
+        match before {
+            Some(before) if before.store.is_partial() == snapshot.store.is_partial() => {
+                snapshot.changes_since(&before, |changed| {
+                    self.weigh(changed.kind(), changed.name());
+                    if changed.kind() == Kind::Cluster {
+                        // Whether an assignment is missing or empty depends on its cluster.
+                        self.weigh(Kind::Endpoint, changed.name());
+                    }
+                });
+            }
+            _ => Kind::ALL.into_iter().for_each(|kind| self.weigh_all(kind)),
+        }
+        self.refresh_status();
+    }
+
+    /// To be called until it returns `None`, after each of the other calls and at [`Session::poll_timeout`].
+    pub fn poll_response(&mut self, now: Instant) -> Option<Response> {
+        let response = Kind::ALL.into_iter().find_map(|kind| self.respond(now, kind))?;
+        self.refresh_status();
+        Some(response)
+    }
+
+    /// When [`Session::poll_response`] may have something to send though nothing happened.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.subscriptions.iter().filter_map(|(_, subscription)| subscription.wake_at).min()
+    }
+}
+
+/// Requests.
+impl Session {
+    fn on_delta(
+        &mut self,
+        now: Instant,
+        kind: Kind,
+        request: DeltaDiscoveryRequest,
+    ) -> Result<(), SessionError> {
+        self.on_answer(now, kind, &request.response_nonce, request.error_detail);
+        let first = !std::mem::replace(&mut self.subscriptions[kind].seen, true);
+        // What is unsubscribed and subscribed at once is subscribed anew (R25).
+        for name in &request.resource_names_unsubscribe {
+            self.unsubscribe(kind, name);
+        }
+        let (stars, names): (Vec<String>, Vec<String>) =
+            request.resource_names_subscribe.into_iter().partition(|name| name == "*");
+        if kind.has_wildcard() && (!stars.is_empty() || (first && names.is_empty())) {
+            self.subscribe_to_all(kind);
+        }
+        let mut asked = Vec::with_capacity(names.len());
+        for name in names {
+            asked.push(self.subscribe(kind, name)?);
+        }
+        if first {
+            // Only the first request of a kind tells what the client kept from an earlier stream (R39).
+            self.resume(kind, request.initial_resource_versions)?;
+        }
+        for name in asked {
+            self.weigh(kind, &name);
+        }
+        if first && self.subscriptions[kind].wildcard {
+            self.weigh_all(kind);
+        }
+        Ok(())
+    }
+
+    fn on_sotw(&mut self, now: Instant, kind: Kind, request: DiscoveryRequest) -> Result<(), SessionError> {
+        self.on_answer(now, kind, &request.response_nonce, request.error_detail);
+        let subscription = &mut self.subscriptions[kind];
+        // The client had not seen the last response yet: it will ask again when it has (R10). Before there was any
+        // response, a nonce is one of an earlier stream (R07).
+        if subscription.last_nonce != 0
+            && parse_nonce(&request.response_nonce) != Some(subscription.last_nonce)
+        {
+            return Ok(());
+        }
+        let first = !std::mem::replace(&mut subscription.seen, true);
+        let complete = Absence::of(self.protocol, kind) == Absence::Omitted;
+        subscription.answer_due |= first && complete;
+
+        let names = request.resource_names;
+        let star = names.iter().any(|name| name == "*") || (names.is_empty() && !subscription.ever_named);
+        subscription.ever_named |= !names.is_empty();
+        subscription.mark = !subscription.mark;
+        let (mark, before) = (subscription.mark, subscription.named);
+        let mut kept = 0;
+        let mut added = Vec::new();
+        for name in names.into_iter().filter(|name| name != "*") {
+            match subscription.entries.get_mut(&*name).filter(|entry| entry.named) {
+                Some(entry) if entry.mark == mark => {}
+                Some(entry) => {
+                    entry.mark = mark;
+                    kept += 1;
+                }
+                None => added.push(name),
+            }
+        }
+        let was_all = subscription.wildcard;
+        if star && kind.has_wildcard() {
+            self.subscribe_to_all(kind);
+        }
+        if kept < before {
+            let unmarked = |(_, entry): &(&Arc<str>, &subscription::Entry)| entry.named && entry.mark != mark;
+            let entries = &self.subscriptions[kind].entries;
+            let dropped: Vec<_> = entries.iter().filter(unmarked).map(|(name, _)| name.clone()).collect();
+            dropped.iter().for_each(|name| self.unsubscribe(kind, name));
+        }
+        for name in added {
+            let name = self.subscribe(kind, name)?;
+            if let Some(entry) = self.subscriptions[kind].entries.get_mut(&name) {
+                entry.mark = mark;
+            }
+            self.weigh(kind, &name);
+        }
+        if was_all && !star {
+            self.unsubscribe(kind, "*");
+        }
+        Ok(())
+    }
+
+    fn subscribe_to_all(&mut self, kind: Kind) {
+        let subscription = &mut self.subscriptions[kind];
+        if std::mem::replace(&mut subscription.wildcard, true) {
+            return;
+        }
+        subscription.answer_due = true;
+        self.record(|| Event::Subscribed { kind, name: "*".into() });
+        self.weigh_all(kind);
+    }
+
+    /// The caller weighs the name that this returns.
+    fn subscribe(&mut self, kind: Kind, name: String) -> Result<Arc<str>, SessionError> {
+        // The name that the store has, if it has it, costs this stream nothing.
+        let stored = self.snapshot.as_ref().and_then(|snapshot| snapshot.get(kind, &name));
+        let name = stored.map_or_else(|| Arc::from(name), |resource| resource.name().clone());
+        let subscription = &mut self.subscriptions[kind];
+        let entry = subscription.subscribe(kind, name.clone())?;
+        // Asking again means that the client lost what it had (R25, R26).
+        entry.asked = !matches!(entry.held, Held::Nothing);
+        // It may no longer listen for an older answer, and does not wait for one (R20).
+        if let Some(response) = subscription.in_flight.back_mut() {
+            response.blocking = false;
+        }
+        self.record(|| Event::Subscribed { kind, name: name.clone() });
+        Ok(name)
+    }
+
+    fn unsubscribe(&mut self, kind: Kind, name: &str) {
+        let subscription = &mut self.subscriptions[kind];
+        if name == "*" {
+            if std::mem::replace(&mut subscription.wildcard, false) {
+                subscription.answer_due = false;
+                let covered = subscription.entries.iter().filter(|(_, entry)| !entry.named);
+                let covered: Vec<_> = covered.map(|(name, _)| name.clone()).collect();
+                // What it never had may be due as part of "all".
+                let due: Vec<_> = subscription.pending().keys().cloned().collect();
+                covered.iter().for_each(|name| self.forget(kind, name));
+                due.iter().for_each(|name| self.weigh(kind, name));
+                self.record(|| Event::Unsubscribed { kind, name: "*".into() });
+            }
+            return;
+        }
+        if !subscription.unsubscribe(name) {
+            return;
+        }
+        match subscription.entries.get_mut(name) {
+            // The client forgets it, unless it hears that it still belongs to "all" (R24).
+            Some(entry) => {
+                entry.asked = true;
+                self.weigh(kind, &Arc::from(name));
+            }
+            None => _ = self.status.kinds[kind].rejected.remove(name),
+        }
+        self.record(|| Event::Unsubscribed { kind, name: name.into() });
+    }
+
+    /// What the client has from an earlier stream is not sent again; what there is no more, is removed (R37, R38).
+    fn resume(
+        &mut self,
+        kind: Kind,
+        versions: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<(), SessionError> {
+        for (name, version) in versions {
+            let subscription = &self.subscriptions[kind];
+            let named = subscription.entries.get(&*name).is_some_and(|entry| entry.named);
+            if !named && !subscription.wildcard {
+                continue;
+            }
+            if subscription.entries.len() >= subscription::NAMES_MAX {
+                return Err(SessionError::TooManyNames { kind, limit: subscription::NAMES_MAX });
+            }
+            let target = self.snapshot.as_ref().map(|snapshot| Target::of(snapshot, kind, &name));
+            let (name, held) = match target {
+                Some(Target::Resource(present)) if *present.version() == *version => {
+                    (present.name().clone(), Held::Resource(present.clone()))
+                }
+                Some(Target::Empty) if *without_endpoints(&name).version() == *version => {
+                    (name.into(), Held::Empty)
+                }
+                _ => (name.into(), Held::Other),
+            };
+            let subscription = &mut self.subscriptions[kind];
+            subscription.resumed = true;
+            subscription.answer_due = false;
+            subscription.entries.entry(name).or_default().held = held;
+        }
+        Ok(())
+    }
+
+    fn on_answer(&mut self, now: Instant, kind: Kind, nonce: &str, error: Option<rpc::Status>) {
+        let subscription = &mut self.subscriptions[kind];
+        let Some(nonce) = parse_nonce(nonce) else { return };
+        let Some(at) = subscription.in_flight.iter().position(|response| response.nonce == nonce) else {
+            return;
+        };
+        // Answers come in the order of the responses: what is older was never answered.
+        let Some(response) = subscription.in_flight.drain(..=at).next_back() else { return };
+        match error {
+            None => self.on_ack(now, kind, response),
+            Some(error) => self.on_nack(kind, response, &error.message),
+        }
+    }
+
+    fn on_ack(&mut self, now: Instant, kind: Kind, response: InFlight) {
+        let status = &mut self.status.kinds[kind];
+        status.acks += 1;
+        status.last_acked = Some(now);
+        status.last_error = None;
+        for Item { name, sent, .. } in response.items {
+            self.status.kinds[kind].rejected.remove(&name);
+            self.record(|| Event::Accepted { kind, name, resource: sent });
+        }
+    }
+
+    /// A refusal need not mean that nothing was applied, and rarely means every resource of the response (R17). Those
+    /// that the error names are at fault; the others are sent once more without them. If it names none, the response
+    /// is sent in halves until the fault is found. Each resource that is at fault is not sent again (R13).
+    fn on_nack(&mut self, kind: Kind, response: InFlight, error: &str) {
+        let reason: Arc<str> = truncated(error, REASON_MAX).into();
+        let status = &mut self.status.kinds[kind];
+        status.nacks += 1;
+        status.last_error = Some(reason.clone());
+
+        let subscription = &mut self.subscriptions[kind];
+        let suspects: Vec<Item> = response.items.into_iter().filter(|item| subscription.has(item)).collect();
+        let named = names_in(&reason, &suspects);
+        let (guilty, others): (Vec<Item>, Vec<Item>) = if named.contains(&true) {
+            let mut named = named.into_iter();
+            suspects.into_iter().partition(|_| named.next().unwrap_or(false))
+        } else if suspects.len() > 1 && subscription.isolations_left > 0 {
+            subscription.isolations_left -= 1;
+            let names: Vec<_> = suspects.iter().map(|item| item.name.clone()).collect();
+            let (left, right) = names.split_at(names.len() / 2);
+            subscription.isolated.push_front(right.to_vec());
+            subscription.isolated.push_front(left.to_vec());
+            (Vec::new(), suspects)
+        } else {
+            (suspects, Vec::new())
+        };
+        if !guilty.is_empty() {
+            let known = subscription.rejected_since.into_iter().chain(response.behind_since);
+            subscription.rejected_since = known.min();
+        }
+        for Item { name, before, sent } in guilty {
+            let Some(resource) = sent else { continue };
+            let good = match before {
+                Held::Resource(good) => Some(good),
+                Held::Rejected(before) => before.1,
+                _ => None,
+            };
+            if let Some(entry) = self.subscriptions[kind].entries.get_mut(&name) {
+                entry.held = Held::Rejected(Box::new((resource.fingerprint(), good)));
+            }
+            let rejection = Rejection { version: resource.version().into(), reason: reason.clone() };
+            self.status.kinds[kind].rejected.insert(name.clone(), rejection);
+            self.weigh(kind, &name);
+            self.record(|| Event::Rejected { resource, reason: reason.clone() });
+        }
+        for Item { name, before, .. } in others {
+            if let Some(entry) = self.subscriptions[kind].entries.get_mut(&name) {
+                entry.held = before;
+            }
+            self.weigh(kind, &name);
+        }
+    }
+}
+
+/// Responses.
+impl Session {
+    fn respond(&mut self, now: Instant, kind: Kind) -> Option<Response> {
+        let due = self.due(now, kind)?;
+        let batch = self.batch(kind, due);
+        if batch.is_empty() && !due.answer {
+            return None;
+        }
+        self.nonce += 1;
+        let absence = Absence::of(self.protocol, kind);
+        let generation = self.snapshot.as_ref().map(|snapshot| snapshot.store.generation());
+        let subscription = &mut self.subscriptions[kind];
+        let mut response = InFlight {
+            nonce: self.nonce,
+            since: now,
+            adds: false,
+            blocking: true,
+            behind_since: subscription.behind_since.or(generation),
+            items: Vec::with_capacity(batch.len()),
+        };
+        let (mut resources, mut removed, mut touched) = (Vec::new(), Vec::new(), Vec::new());
+        for (name, outgoing) in batch {
+            let work = subscription.pending().get(&name).copied();
+            subscription.settle(&name);
+            let wildcard = subscription.wildcard;
+            let entry = subscription.entries.entry(name.clone()).or_default();
+            entry.asked = false;
+            let (held, sent) = match outgoing {
+                Outgoing::Resource(resource) => {
+                    response.adds |= work == Some(Work::New);
+                    (Held::Resource(resource.clone()), Some(resource))
+                }
+                Outgoing::Empty(resource) => (Held::Empty, Some(resource)),
+                Outgoing::Absent => (Held::Absent, None),
+                Outgoing::Good(resource) => {
+                    resources.push(resource);
+                    continue;
+                }
+            };
+            match &sent {
+                Some(resource) => resources.push(resource.clone()),
+                None => removed.push(name.clone()),
+            }
+            let before = std::mem::replace(&mut entry.held, held);
+            if kind == Kind::Cluster && sent.is_some() && !same(&before, sent.as_ref()) {
+                touched.push(name.clone());
+            }
+            if sent.is_none() && !entry.named && wildcard {
+                subscription.entries.remove(&name);
+            }
+            response.items.push(Item { name, before, sent });
+        }
+        subscription.answer_due = false;
+        if absence == Absence::Omitted {
+            // The response is the complete set, so what did not change is in it too (R28).
+            resources =
+                subscription.entries.values().filter_map(|entry| entry.held.resource().cloned()).collect();
+            resources.sort_by(|a, b| a.name().cmp(b.name()));
+            removed.clear();
+        }
+        subscription.last_nonce = self.nonce;
+        subscription.in_flight.push_back(response);
+        if subscription.in_flight.len() > IN_FLIGHT_MAX {
+            subscription.in_flight.pop_front();
+        }
+        // A cluster that Envoy takes again warms until its assignment comes, and Envoy does not ask for it (R46).
+        for name in touched {
+            if let Some(entry) = self.subscriptions[Kind::Endpoint].entries.get_mut(&name)
+                && !matches!(entry.held, Held::Nothing)
+            {
+                entry.asked = true;
+                self.weigh(Kind::Endpoint, &name);
+            }
+        }
+        let status = &mut self.status.kinds[kind];
+        status.responses += 1;
+        status.last_sent = Some(now);
+        let head = Head {
+            protocol: self.protocol,
+            kind,
+            nonce: self.nonce,
+            version: version_of(&resources, &removed),
+            removed: &removed,
+            control_plane: &self.control_plane,
+        };
+        Some(Response::new(head, &resources))
+    }
+
+    /// What may be sent of a kind now. Also notes when more may be.
+    fn due(&mut self, now: Instant, kind: Kind) -> Option<Due> {
+        let adding = self.is_adding_clusters(now);
+        let referred_to = self.is_referred_to(now, kind);
+        let snapshot = self.snapshot.as_ref()?;
+        let subscription = &mut self.subscriptions[kind];
+        subscription.wake_at = None;
+        let answer = subscription.answer_due && (!subscription.wildcard || snapshot.knows_all(kind));
+        let mut due =
+            Due { answer, changes: subscription.has_changes(), removals: subscription.has_removals() };
+        if let Some(until) = subscription.blocked_until().filter(|until| now < *until && due.any()) {
+            subscription.wake_at = Some(until);
+            return None;
+        }
+
+        let mut wake_at = None;
+        let waits = matches!(kind, Kind::Listener | Kind::Route) && adding;
+        if !waits || !(due.changes || due.answer) {
+            subscription.changes_held_since = None;
+        } else {
+            let is_asked = due.answer || (subscription.has_new() && !subscription.wildcard);
+            let cap = if is_asked { FIRST_ANSWER_CAP } else { ORDER_CAP };
+            let until = *subscription.changes_held_since.get_or_insert(now) + cap;
+            if now < until {
+                (due.changes, due.answer) = (false, false);
+                wake_at = Some(until);
+            }
+        }
+        let grace = self.opened.filter(|_| subscription.resumed && kind != Kind::Listener);
+        let grace = grace.map(|opened| opened + RESUME_GRACE).filter(|end| now < *end);
+        if !due.removals || !(referred_to || grace.is_some()) {
+            subscription.removals_held_since = None;
+        } else {
+            let until = *subscription.removals_held_since.get_or_insert(now) + ORDER_CAP;
+            let until = grace.unwrap_or(until);
+            if now < until {
+                due.removals = false;
+                wake_at = wake_at.into_iter().chain([until]).min();
+            }
+        }
+        subscription.wake_at = wake_at;
+        due.any().then_some(due)
+    }
+
+    /// Whether the client gets to know clusters that it has not ACKed, or their first endpoints. A refusal is an
+    /// answer: it does not hold back the rest.
+    fn is_adding_clusters(&self, now: Instant) -> bool {
+        [Kind::Cluster, Kind::Endpoint].into_iter().any(|kind| self.subscriptions[kind].is_adding(now))
+    }
+
+    /// Whether what the client has of other kinds may still refer to what is to be removed of this one (R45).
+    fn is_referred_to(&self, now: Instant, kind: Kind) -> bool {
+        let by: &[Kind] = match kind {
+            Kind::Cluster => &[Kind::Listener, Kind::Route],
+            Kind::Endpoint => &[Kind::Cluster],
+            Kind::Route => &[Kind::Listener],
+            Kind::Listener | Kind::Secret => &[],
+        };
+        by.iter()
+            .any(|by| !self.subscriptions[*by].is_quiet(now) || !self.status.kinds[*by].rejected.is_empty())
+    }
+
+    /// What goes into the next response.
+    fn batch(&mut self, kind: Kind, due: Due) -> Vec<(Arc<str>, Outgoing)> {
+        let Some(snapshot) = &self.snapshot else { return Vec::new() };
+        let subscription = &mut self.subscriptions[kind];
+        let absence = Absence::of(self.protocol, kind);
+        let is_due = |work: &Work| if *work == Work::Gone { due.removals } else { due.changes };
+
+        let mut alone = None;
+        while let Some(mut names) = subscription.isolated.pop_front() {
+            names.retain(|name| subscription.pending().get(name).is_some_and(is_due));
+            if !names.is_empty() {
+                alone = Some(names);
+                break;
+            }
+        }
+        if alone.is_none() {
+            subscription.isolations_left = ISOLATIONS;
+        }
+        let mut size = 0;
+        let mut batch = Vec::new();
+        let mut take = |name: &Arc<str>| {
+            let Some(outgoing) = subscription.outgoing(name, absence, Target::of(snapshot, kind, name))
+            else {
+                return true;
+            };
+            size += outgoing.len() + name.len();
+            if size > SPLIT_AT && absence != Absence::Omitted && !batch.is_empty() {
+                return false;
+            }
+            batch.push((name.clone(), outgoing));
+            true
+        };
+        match alone {
+            Some(names) => _ = names.iter().all(&mut take),
+            None => {
+                let mut names =
+                    subscription.pending().iter().filter(|(_, work)| is_due(work)).map(|(name, _)| name);
+                _ = names.all(&mut take);
+            }
+        }
+        batch
+    }
+}
+
+/// What both directions need.
+impl Session {
+    fn weigh(&mut self, kind: Kind, name: &Arc<str>) {
+        let Some(snapshot) = &self.snapshot else { return };
+        let absence = Absence::of(self.protocol, kind);
+        let target = Target::of(snapshot, kind, name);
+        self.subscriptions[kind].weigh(name, absence, target, snapshot.store.generation());
+    }
+
+    fn weigh_all(&mut self, kind: Kind) {
+        let Some(snapshot) = self.snapshot.clone() else { return };
+        let names: Vec<_> = self.subscriptions[kind].entries.keys().cloned().collect();
+        names.iter().for_each(|name| self.weigh(kind, name));
+        if self.subscriptions[kind].wildcard {
+            snapshot.of_kind(kind).for_each(|resource| self.weigh(kind, resource.name()));
+        }
+    }
+
+    fn forget(&mut self, kind: Kind, name: &str) {
+        self.subscriptions[kind].forget(name);
+        self.status.kinds[kind].rejected.remove(name);
+    }
+
+    fn generation(&self) -> u64 {
+        self.snapshot.as_ref().map_or(0, |snapshot| snapshot.store.generation())
+    }
+
+    fn record(&mut self, event: impl FnOnce() -> Event) {
+        if let Some(events) = &mut self.events {
+            events.push_back(event());
+        }
+    }
+
+    fn refresh_status(&mut self) {
+        let mut behind_since: Option<u64> = None;
+        let mut quiet = self.snapshot.is_some();
+        let mut seen = false;
+        for (kind, subscription) in self.subscriptions.iter_mut() {
+            let status = &mut self.status.kinds[kind];
+            status.in_flight_since = subscription.in_flight.back().map(|response| response.since);
+            if status.rejected.is_empty() {
+                subscription.rejected_since = None;
+            }
+            quiet &= subscription.pending().is_empty() && subscription.in_flight.is_empty();
+            seen |= subscription.seen;
+            let in_flight = subscription.in_flight.iter().filter_map(|response| response.behind_since);
+            let behind = [subscription.behind_since, subscription.rejected_since];
+            behind_since = behind.into_iter().flatten().chain(in_flight).chain(behind_since).min();
+        }
+        self.status.generation_acked = match behind_since {
+            _ if !seen => 0,
+            Some(generation) => generation.saturating_sub(1),
+            None => self.generation(),
+        };
+        self.status.state = match self.status.rejection() {
+            Some((kind, name, rejection)) => {
+                State::Rejected { reason: format!("{kind} {name}: {}", rejection.reason).into() }
+            }
+            None if quiet => State::Synced,
+            None => State::Pushing,
+        };
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Due {
+    answer: bool,
+    changes: bool,
+    removals: bool,
+}
+
+impl Due {
+    fn any(self) -> bool {
+        self.answer || self.changes || self.removals
+    }
+}
+
+enum Outgoing {
+    Resource(Arc<Resource>),
+    /// The last version that the client did not refuse.
+    Good(Arc<Resource>),
+    /// An assignment without endpoints.
+    Empty(Arc<Resource>),
+    Absent,
+}
+
+impl Outgoing {
+    fn len(&self) -> usize {
+        match self {
+            Outgoing::Resource(resource) | Outgoing::Good(resource) | Outgoing::Empty(resource) => {
+                resource.delta().len()
+            }
+            Outgoing::Absent => 0,
+        }
+    }
+}
+
+impl Subscription {
+    fn outgoing(&self, name: &str, absence: Absence, target: Target<'_>) -> Option<Outgoing> {
+        let held = self.entries.get(name).map(|entry| &entry.held);
+        Some(match (target, absence, held) {
+            (Target::Resource(new), _, Some(Held::Rejected(rejected))) if rejected.0 == new.fingerprint() => {
+                Outgoing::Good(rejected.1.clone().unwrap_or_else(|| without_endpoints(name)))
+            }
+            (Target::Resource(new), ..) => Outgoing::Resource(new.clone()),
+            (Target::Empty, ..) | (Target::Absent, Absence::Empty, _) => {
+                Outgoing::Empty(without_endpoints(name))
+            }
+            (Target::Absent, Absence::Removed | Absence::Omitted, _) => Outgoing::Absent,
+            (Target::Absent, Absence::Untold, _) | (Target::Unknown, ..) => return None,
+        })
+    }
+
+    /// Whether the client still has what this item brought.
+    fn has(&self, item: &Item) -> bool {
+        let held = self.entries.get(&item.name).map(|entry| &entry.held);
+        held.is_some_and(|held| item.sent.is_some() && same(held, item.sent.as_ref()))
+    }
+}
+
+impl Held {
+    fn resource(&self) -> Option<&Arc<Resource>> {
+        match self {
+            Held::Resource(resource) => Some(resource),
+            Held::Rejected(rejected) => rejected.1.as_ref(),
+            Held::Nothing | Held::Other | Held::Absent | Held::Empty => None,
+        }
+    }
+}
+
+fn same(held: &Held, sent: Option<&Arc<Resource>>) -> bool {
+    match (held, sent) {
+        (Held::Resource(held), Some(sent)) => held.fingerprint() == sent.fingerprint(),
+        _ => false,
+    }
+}
+
+fn without_endpoints(name: &str) -> Arc<Resource> {
+    let empty = ClusterLoadAssignment { cluster_name: name.to_owned(), ..ClusterLoadAssignment::default() };
+    Resource::new(Kind::Endpoint, name, &empty)
+}
+
+/// A function of the content, as the versions of the resources are (R09).
+fn version_of(resources: &[Arc<Resource>], removed: &[Arc<str>]) -> u64 {
+    let mut hash = Xxh3Default::new();
+    resources.iter().for_each(|resource| hash.update(&resource.fingerprint().to_le_bytes()));
+    removed.iter().for_each(|name| hash.update(name.as_bytes()));
+    hash.digest()
+}
+
+fn parse_nonce(nonce: &str) -> Option<u64> {
+    nonce.parse().ok()
+}
+
+/// Envoy's errors can quote whole resources.
+const REASON_MAX: usize = 4096;
+/// Names times text: how far the search for names in an error goes.
+const SEARCH_MAX: usize = 64 << 20;
+
+fn truncated(text: &str, max: usize) -> &str {
+    text.get(..text.floor_char_boundary(max)).unwrap_or(text)
+}
+
+/// Which of the items the error text names.
+fn names_in(text: &str, items: &[Item]) -> Vec<bool> {
+    if items.len().saturating_mul(text.len()) > SEARCH_MAX {
+        return vec![false; items.len()];
+    }
+    items.iter().map(|item| mentions(text, &item.name)).collect()
+}
+
+/// Whether `name` is in the text, and not merely a part of a longer name.
+fn mentions(text: &str, name: &str) -> bool {
+    let in_name = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '|');
+    let ends_name = |rest: &str| {
+        let mut rest = rest.chars();
+        match rest.next() {
+            None => true,
+            Some('.' | ':' | '/') => !rest.next().is_some_and(in_name),
+            Some(c) => !in_name(c),
+        }
+    };
+    !name.is_empty()
+        && text.match_indices(name).any(|(at, _)| {
+            let before = text.get(..at).and_then(|text| text.chars().next_back());
+            let after = text.get(at + name.len()..).unwrap_or_default();
+            !before.is_some_and(in_name) && ends_name(after)
+        })
+}
