@@ -1,1 +1,83 @@
-fn main() {}
+//! What a developer of vmesh runs.
+//!
+//! | command | what it does |
+//! |---|---|
+//! | `cargo xtask demo` | the main job, on this machine, without root: see [`demo`] |
+//! | `cargo xtask test` | builds everything and runs every test |
+//! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
+//! | `cargo xtask codegen` | writes `vmesh-proto` anew from the pinned Envoy |
+
+mod build;
+mod demo;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use vmesh_daemon::report;
+use vmesh_testkit::Result;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The tour: a control plane, three agents with real Envoys, traffic, changes, a crash.
+    Demo(demo::Options),
+    /// Builds everything and runs every test; what follows `--` goes to the test runner.
+    Test {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// Measures, and quotes the ratio to a baseline of the same run.
+    Bench {
+        #[command(subcommand)]
+        bench: Bench,
+    },
+    /// Writes vmesh-proto's types anew from the Envoy binary that is pinned.
+    Codegen,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// N xDS clients against a real control plane over TCP: sync, change to last ACK, CPU, memory, bytes.
+    #[command(disable_help_flag = true)]
+    Fleet {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Test { rest } => test(&rest),
+        Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
+        Command::Codegen => codegen(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => report::failed(&failed),
+    }
+}
+
+/// The binaries first: the tests start them.
+fn test(rest: &[String]) -> Result<()> {
+    vmesh_testkit::envoy::find()?;
+    build::cargo("build the binaries that the tests start", &["build", "--workspace", "--bins"])?;
+    let rest: Vec<_> = rest.iter().map(String::as_str).collect();
+    build::cargo("run the tests", &[&["test", "--workspace"], rest.as_slice()].concat())
+}
+
+fn codegen() -> Result<()> {
+    let envoy = vmesh_testkit::envoy::find()?;
+    let dir = build::root().join("crates/vmesh-proto");
+    let manifest = dir.join("codegen/Cargo.toml");
+    let manifest = manifest.display().to_string();
+    let (envoy, dir) = (envoy.display().to_string(), dir.display().to_string());
+    let args = ["run", "--release", "--quiet", "--manifest-path", &manifest, "--", &envoy, &dir];
+    build::cargo("generate vmesh-proto", &args)
+}

@@ -1,0 +1,55 @@
+//! Cargo, called from cargo.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vmesh_testkit::{Failed, Result};
+
+/// The workspace.
+pub(crate) fn root() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask).to_owned()
+}
+
+/// Runs cargo in the workspace, and says so.
+pub(crate) fn cargo(what: &str, args: &[&str]) -> Result<()> {
+    eprintln!("> cargo {}", args.join(" "));
+    // The variables that the outer cargo set for this process would make the inner one build everything again.
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        if name
+            .to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST"))
+        {
+            command.env_remove(name);
+        }
+    }
+    let status = command.current_dir(root()).args(args).status();
+    let status = status.map_err(Failed::to(format!("could not start cargo to {what}")))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(Failed::new(format!("could not {what}: cargo ended with {status}")))
+    }
+}
+
+/// The target directory of the cargo that built this xtask.
+pub(crate) fn target() -> Result<PathBuf> {
+    let xtask = std::env::current_exe().map_err(Failed::to("could not find the running xtask"))?;
+    let target = xtask.ancestors().nth(2).map(Path::to_owned);
+    target.ok_or_else(|| Failed::new(format!("{} is not in a target directory", xtask.display())))
+}
+
+/// Builds the bench and what it starts near release speed, and runs it.
+pub(crate) fn run_bench(name: &str, rest: &[String]) -> Result<()> {
+    let binaries = ["build", "--profile", "fast", "--package", "vmesh-control", "--package", "vmesh-bench"];
+    cargo("build the bench", &binaries)?;
+    let bench = target()?.join("fast").join(format!("bench-{name}"));
+    let status = Command::new(&bench).args(rest).current_dir(root()).status();
+    let status = status.map_err(Failed::to(format!("could not start {}", bench.display())))?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(Failed::new(format!("the bench `{name}` ended with {status}")))
+    }
+}

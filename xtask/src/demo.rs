@@ -1,0 +1,391 @@
+//! The main job on one machine: `examples/quickstart`, three agents with real Envoys on 127.0.1.1 to 127.0.1.3, small
+//! HTTP applications behind them, and traffic. Each step says what it shows, measures it, and fails the whole if it
+//! did not happen. No root needed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use http::Method;
+use serde_json::Value;
+use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::load::{Load, Plan, Report};
+use vmesh_testkit::process::Daemon;
+use vmesh_testkit::{Failed, Result, envoy, wait_for};
+
+use crate::build;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Leave everything running at the end, and print the commands to try, until Ctrl-C.
+    #[arg(long)]
+    keep: bool,
+}
+
+const SECONDS: Duration = Duration::from_secs(1);
+const API: SocketAddr = local(Ipv4Addr::new(127, 0, 0, 1), 15014);
+/// Where the application on web-1 dials `orders`.
+const ORDERS: SocketAddr = local(Ipv4Addr::new(127, 0, 1, 1), 9001);
+const AGENTS: [&str; 3] = ["web-1", "orders-1", "orders-2"];
+
+const fn local(ip: Ipv4Addr, port: u16) -> SocketAddr {
+    SocketAddr::V4(std::net::SocketAddrV4::new(ip, port))
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let envoy = envoy::find()?;
+    let packages = ["--package", "vmesh-control", "--package", "vmesh-agent", "--package", "vmeshctl"];
+    build::cargo("build vmesh", &[&["build"], packages.as_slice()].concat())?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Failed::to("could not start a runtime"))?;
+    runtime.block_on(async {
+        let mut demo = Demo::start(envoy).await?;
+        demo.tour().await?;
+        if options.keep {
+            demo.keep().await?;
+        }
+        demo.stop().await
+    })
+}
+
+struct Demo {
+    dir: PathBuf,
+    binaries: PathBuf,
+    control: Daemon,
+    agents: BTreeMap<&'static str, Daemon>,
+    apps: Vec<HttpApp>,
+    step: usize,
+}
+
+impl Demo {
+    async fn start(envoy: PathBuf) -> Result<Demo> {
+        let target = build::target()?;
+        let (dir, binaries) = (target.join("demo"), target.join("debug"));
+        if dir.exists() {
+            fs::remove_dir_all(&dir).map_err(Failed::to(format!("could not clear {}", dir.display())))?;
+        }
+        copy(&build::root().join("examples/quickstart"), &dir)?;
+        println!("\nvmesh on this machine: everything is in {}", dir.display());
+
+        let v1 = HttpApp::start("orders-1", "v1", local(Ipv4Addr::LOCALHOST, 8081))?;
+        let v2 = HttpApp::start("orders-2", "v2", local(Ipv4Addr::LOCALHOST, 8082))?;
+        let control = start_control(&binaries, &dir).await?;
+        let mut agents = BTreeMap::new();
+        for name in AGENTS {
+            agents.insert(name, start_agent(&binaries, &dir, &envoy, name)?);
+        }
+        let mut demo = Demo { dir, binaries, control, agents, apps: vec![v1, v2], step: 0 };
+        for name in AGENTS {
+            demo.in_sync(name).await?;
+        }
+        let up = wait_for("web-1's Envoy to serve orders", 30 * SECONDS, async || {
+            ask(ORDERS, "/").await.map(|_| ()).map_err(|failed| failed.to_string())
+        });
+        up.await?;
+        println!("  control plane  127.0.0.1:15010 (xDS), http://{API} (API)");
+        println!("  web-1          127.0.1.1, its application dials orders on {ORDERS}");
+        println!("  orders-1       127.0.1.2, serves orders v1");
+        println!("  orders-2       127.0.1.3, serves orders v2");
+        Ok(demo)
+    }
+
+    async fn tour(&mut self) -> Result<()> {
+        self.split().await?;
+        self.instance_comes_and_goes().await?;
+        self.bad_document().await?;
+        self.control_plane_dies().await?;
+        self.show("What the operator sees", &["nodes"])?;
+        self.show("And how web-1 reaches orders", &["explain", "orders", "--from", "web-1"])?;
+        println!("\nEverything that this demo claims has happened.");
+        Ok(())
+    }
+
+    fn say(&mut self, what: &str) {
+        self.step += 1;
+        println!("\n{}. {what}", self.step);
+    }
+
+    /// `mesh.d/orders.yaml` gives one request in ten to v2.
+    async fn split(&mut self) -> Result<()> {
+        self.say("mesh.d/orders.yaml splits orders 90 to 10 between v1 and v2, and sends x-canary to v2");
+        let report = requests(Plan::to(ORDERS), 1000).await?;
+        let [v1, v2] = ["v1", "v2"].map(|version| report.by_version.get(version).copied().unwrap_or(0));
+        println!("   1,000 requests: {v1} answered by v1, {v2} by v2");
+        // Five standard deviations: one demo in a million fails by chance.
+        check(
+            report.ok >= 1000 && (52..=148).contains(&(1000 * v2 / report.ok.max(1))),
+            "the split is 90 to 10",
+        )?;
+        let report = requests(Plan::to(ORDERS).header("x-canary", "true"), 100).await?;
+        let canary = report.by_version.get("v2").copied().unwrap_or(0);
+        println!("   {} requests with `x-canary: true`: {canary} answered by v2", report.ok);
+        check(canary == report.ok && canary >= 100, "every canary request went to v2")
+    }
+
+    async fn instance_comes_and_goes(&mut self) -> Result<()> {
+        self.say("A third instance, a plain host without an agent, comes and goes by editing services.d/orders.yaml");
+        let address = local(Ipv4Addr::new(127, 0, 1, 4), 8080);
+        self.apps.push(HttpApp::start("orders-3", "v1", address)?);
+        let load = Load::start(Plan::to(ORDERS).rate(500.0))?;
+        let file = self.dir.join("services.d/orders.yaml");
+        let before = read(&file)?;
+        let line = format!("  - {{address: \"{address}\", version: v1, zone: eu-1a}}\n");
+
+        let edited = Instant::now();
+        write(&file, &format!("{before}{line}"))?;
+        wait_for("traffic to reach orders-3", 15 * SECONDS, async || {
+            let seen = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
+            if seen > 0 { Ok(()) } else { Err("no request yet") }
+        })
+        .await?;
+        println!(
+            "   added: its first request came {} ms after the file was written",
+            edited.elapsed().as_millis()
+        );
+
+        let edited = Instant::now();
+        write(&file, &before)?;
+        let (mut last, mut quiet) = (0, Instant::now());
+        let mut followed = Duration::ZERO;
+        wait_for("traffic to leave orders-3", 15 * SECONDS, async || {
+            let seen = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
+            if seen != last {
+                (last, quiet, followed) = (seen, Instant::now(), edited.elapsed());
+            }
+            if quiet.elapsed() > SECONDS { Ok(()) } else { Err(format!("{seen} requests so far")) }
+        })
+        .await?;
+        println!("   removed: its last request came {} ms after the file was written", followed.as_millis());
+        let report = load.stop().await;
+        println!("   meanwhile {} requests, {} failed", report.sent, report.failures);
+        no_failure(&report)
+    }
+
+    async fn bad_document(&mut self) -> Result<()> {
+        self.say("A mistake in a document costs nothing: the last good version stays in force, and the place is named");
+        let file = self.dir.join("mesh.d/orders.yaml");
+        let before = read(&file)?;
+        write(
+            &file,
+            &before.replace("split: [{subset: v1, weight: 90}", "spilt: [{subset: v1, weight: 90}"),
+        )?;
+        let listed = wait_for("the problem to be listed", 15 * SECONDS, async || {
+            let problems = api("/api/v1/problems").await.map_err(|failed| failed.to_string())?;
+            let first = problems.pointer("/problems/0");
+            match first {
+                Some(problem) => Ok((text(problem, "place"), text(problem, "message"))),
+                None => Err("no problem listed".to_owned()),
+            }
+        });
+        let (place, message) = listed.await?;
+        println!("   $ vmeshctl problems\n   {place}: {message}");
+        check(
+            place.ends_with("orders.yaml:13:5") && message.contains("did you mean `split`"),
+            "the mistake is named",
+        )?;
+        let report = requests(Plan::to(ORDERS), 200).await?;
+        println!("   {} requests meanwhile, {} failed", report.sent, report.failures);
+        no_failure(&report)?;
+        write(&file, &before)?;
+        wait_for("the problem to be gone", 15 * SECONDS, async || {
+            let problems = api("/api/v1/problems").await.map_err(|failed| failed.to_string())?;
+            match problems.pointer("/problems/0") {
+                None => Ok(()),
+                Some(problem) => Err(text(problem, "message")),
+            }
+        })
+        .await
+    }
+
+    async fn control_plane_dies(&mut self) -> Result<()> {
+        self.say("The control plane is killed (SIGKILL); traffic goes on");
+        let load = Load::start(Plan::to(ORDERS).rate(500.0))?;
+        self.control.kill()?;
+        tokio::time::sleep(3 * SECONDS).await;
+        let without = load.so_far();
+        println!("   3 s without a control plane: {} requests, {} failed", without.sent, without.failures);
+        no_failure(&without)?;
+
+        self.say("The control plane is back; nobody notices, and nothing is sent that did not change");
+        let started = Instant::now();
+        self.control = start_control(&self.binaries, &self.dir).await?;
+        for name in AGENTS {
+            self.in_sync(name).await?;
+        }
+        let report = load.stop().await;
+        println!(
+            "   all three nodes in sync {} ms after it was started; {} requests, {} failed",
+            started.elapsed().as_millis(),
+            report.sent,
+            report.failures
+        );
+        no_failure(&report)?;
+        let sent = metric("vmesh_xds_resources_sent_total").await?;
+        println!("   resources sent since it is back: {sent}");
+        check(sent == 0.0, "nothing was sent again")
+    }
+
+    async fn in_sync(&mut self, name: &str) -> Result<()> {
+        let agents = &mut self.agents;
+        wait_for(format!("{name} to be in sync"), 30 * SECONDS, async || {
+            if let Some((ended, agent)) =
+                agents.iter_mut().find_map(|(name, agent)| agent.has_exited().map(|_| (*name, agent)))
+            {
+                return Err(format!("the agent of {ended} has ended:\n{}", agent.output()));
+            }
+            let nodes = api("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
+            let all = nodes.get("nodes").and_then(Value::as_array).cloned().unwrap_or_default();
+            let node = all.iter().find(|node| text(node, "name") == name);
+            match node.map(|node| (text(node, "state"), text(node, "reason"))) {
+                Some((state, _)) if state == "synced" => Ok(()),
+                Some((state, reason)) => Err(format!("{state} {reason}")),
+                None => Err("not connected".to_owned()),
+            }
+        })
+        .await
+    }
+
+    fn show(&mut self, what: &str, args: &[&str]) -> Result<()> {
+        self.say(what);
+        println!("   $ vmeshctl {}", args.join(" "));
+        let output = Command::new(self.binaries.join("vmeshctl"))
+            .args(args)
+            .output()
+            .map_err(Failed::to("could not start vmeshctl"))?;
+        for line in String::from_utf8_lossy(&output.stdout).lines() {
+            println!("   {line}");
+        }
+        check(output.status.success(), &format!("vmeshctl {} finds nothing to mend", args.join(" ")))
+    }
+
+    async fn keep(&self) -> Result<()> {
+        let ctl = self.binaries.join("vmeshctl");
+        let (ctl, dir) = (ctl.display(), self.dir.display());
+        println!("\nAll is running until Ctrl-C. Try, in another terminal:");
+        println!("  curl -s http://{ORDERS}/");
+        println!("  {ctl} status");
+        println!("  {ctl} services orders");
+        println!("  {ctl} explain orders --from web-1");
+        println!(
+            "  $EDITOR {dir}/services.d/orders.yaml    # add, drain (health: draining) or remove an endpoint"
+        );
+        println!("  $EDITOR {dir}/mesh.d/orders.yaml        # move the split, then watch: {ctl} problems");
+        println!("  curl -s http://127.0.1.1:15020/status");
+        tokio::signal::ctrl_c().await.map_err(Failed::to("could not wait for Ctrl-C"))
+    }
+
+    /// In order: agents take leave of their Envoys, then the control plane goes.
+    async fn stop(mut self) -> Result<()> {
+        for (name, agent) in &mut self.agents {
+            let status = agent.terminate(30 * SECONDS).await?;
+            check(status.success(), &format!("the agent of {name} stopped in order ({status})"))?;
+        }
+        let status = self.control.terminate(15 * SECONDS).await?;
+        check(status.success(), &format!("the control plane stopped in order ({status})"))
+    }
+}
+
+async fn start_control(binaries: &Path, dir: &Path) -> Result<Daemon> {
+    let mut command = Command::new(binaries.join("vmesh-control"));
+    command.args(["--config", "control.yaml"]).current_dir(dir);
+    let mut control = Daemon::spawn("vmesh-control", command)?;
+    control.wait_http(&Peer::Tcp(API), "/readyz", 20 * SECONDS).await?;
+    Ok(control)
+}
+
+fn start_agent(binaries: &Path, dir: &Path, envoy: &Path, name: &str) -> Result<Daemon> {
+    let file = format!("agents/{name}.yaml");
+    // Where Envoy is depends on the machine, so it is not in the example.
+    let config = read(&dir.join(&file))?;
+    let with_path = format!("envoy: {{path: {:?}, ", envoy.display().to_string());
+    write(&dir.join(&file), &config.replace("envoy: {", &with_path))?;
+    let mut command = Command::new(binaries.join("vmesh-agent"));
+    command.args(["--config", &file]).current_dir(dir);
+    Daemon::spawn(format!("vmesh-agent {name}"), command)
+}
+
+/// Sends at least `count` requests as fast as they are answered.
+async fn requests(plan: Plan, count: u64) -> Result<Report> {
+    let load = Load::start(plan.rate(1000.0))?;
+    wait_for(format!("{count} answers"), 30 * SECONDS, async || {
+        let report = load.so_far();
+        if report.ok >= count {
+            Ok(())
+        } else {
+            Err(format!("{} so far, {} failed", report.ok, report.failures))
+        }
+    })
+    .await?;
+    Ok(load.stop().await)
+}
+
+fn no_failure(report: &Report) -> Result<()> {
+    match report.failed.first() {
+        None => Ok(()),
+        Some(first) => Err(Failed::new(format!("a request failed after {:?}: {}", first.at, first.what))),
+    }
+}
+
+fn check(holds: bool, what: &str) -> Result<()> {
+    if holds { Ok(()) } else { Err(Failed::new(format!("this did not happen: {what}"))) }
+}
+
+async fn ask(at: SocketAddr, path: &str) -> Result<String> {
+    let answer = fetch(&Peer::Tcp(at), Method::GET, path, 5 * SECONDS).await;
+    let (status, body) = answer.map_err(Failed::to(format!("could not ask {at} for {path}")))?;
+    if !status.is_success() {
+        return Err(Failed::new(format!("{at} answered {status} for {path}")));
+    }
+    Ok(String::from_utf8_lossy(&body).into_owned())
+}
+
+async fn api(path: &str) -> Result<Value> {
+    let body = ask(API, path).await?;
+    serde_json::from_str(&body).map_err(Failed::to(format!("{path} is not JSON")))
+}
+
+/// The sum of a metric over its labels.
+async fn metric(name: &str) -> Result<f64> {
+    let body = ask(API, "/metrics").await?;
+    let values = body
+        .lines()
+        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    let values: Vec<_> = values.collect();
+    if values.is_empty() {
+        Err(Failed::new(format!("there is no metric {name}")))
+    } else {
+        Ok(values.iter().sum())
+    }
+}
+
+fn text(value: &Value, field: &str) -> String {
+    value.get(field).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+fn read(file: &Path) -> Result<String> {
+    fs::read_to_string(file).map_err(Failed::to(format!("could not read {}", file.display())))
+}
+
+/// In place, as an editor without backups does it.
+fn write(file: &Path, text: &str) -> Result<()> {
+    fs::write(file, text).map_err(Failed::to(format!("could not write {}", file.display())))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let failed = || format!("could not copy {} to {}", from.display(), to.display());
+    fs::create_dir_all(to).map_err(Failed::to(failed()))?;
+    for entry in fs::read_dir(from).map_err(Failed::to(failed()))? {
+        let entry = entry.map_err(Failed::to(failed()))?;
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), &target).map_err(Failed::to(failed()))?;
+        }
+    }
+    Ok(())
+}
