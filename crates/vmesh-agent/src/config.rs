@@ -1,0 +1,733 @@
+//! `agent.yaml`. [`Config::parse`] is the only constructor: what it returns is sound.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+use vmesh_daemon::fsx::{self, FileError};
+use vmesh_model::endpoint::{Address, Host};
+use vmesh_model::node::{self, Upstream, Upstreams};
+use vmesh_model::text::Time;
+use vmesh_model::{Labels, NodeName, Place, Problem, Protocol, ServiceName, load};
+
+/// Where the first workload's inbound listener is, unless it says otherwise; the others follow.
+pub const INBOUND_PORT: u16 = 15008;
+
+const MAX_CONFIG: u64 = 4 << 20;
+
+/// What the agent was told, complete and free of contradictions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    pub control_planes: Vec<ControlPlane>,
+    pub state_dir: PathBuf,
+    pub run_dir: PathBuf,
+    pub envoy: Envoy,
+    pub api: SocketAddr,
+    /// Accepted and not served yet.
+    pub dns: Option<SocketAddr>,
+    pub name: NodeName,
+    pub address: Option<IpAddr>,
+    pub zone: Option<Arc<str>>,
+    pub labels: Labels,
+    pub workloads: Vec<node::Workload>,
+    pub upstreams: Upstreams,
+    pub log: Option<String>,
+}
+
+/// One replica of the control plane, reached in plaintext: TLS is not in this version.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ControlPlane {
+    pub address: Address,
+}
+
+impl fmt::Display for ControlPlane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}", self.address)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Envoy {
+    pub path: PathBuf,
+    pub manage: Manage,
+    /// Worker threads; by default two, or one on a single core.
+    pub concurrency: Option<u16>,
+    /// How long Envoy takes leave of its clients when it is stopped.
+    pub drain: Time,
+    /// `manage: child` only: Envoy goes on serving when the agent is stopped, and the next agent takes it over.
+    pub keep_on_stop: bool,
+    /// Open downstream connections beyond this are refused, before memory or file descriptors run out.
+    pub max_connections: u32,
+    pub log_level: EnvoyLogLevel,
+    pub extra_args: Vec<String>,
+}
+
+impl Default for Envoy {
+    fn default() -> Self {
+        Envoy {
+            path: "/usr/bin/envoy".into(),
+            manage: Manage::default(),
+            concurrency: None,
+            drain: Time(Duration::from_secs(10)),
+            keep_on_stop: false,
+            max_connections: 50_000,
+            log_level: EnvoyLogLevel::default(),
+            extra_args: Vec::new(),
+        }
+    }
+}
+
+/// Who starts Envoy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Manage {
+    /// A unit of its own: the agent writes its bootstrap and watches it.
+    #[default]
+    Systemd,
+    /// The agent, on hosts without systemd and in tests.
+    Child,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EnvoyLogLevel {
+    Trace,
+    Debug,
+    Info,
+    #[default]
+    Warning,
+    Error,
+}
+
+impl EnvoyLogLevel {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            EnvoyLogLevel::Trace => "trace",
+            EnvoyLogLevel::Debug => "debug",
+            EnvoyLogLevel::Info => "info",
+            EnvoyLogLevel::Warning => "warning",
+            EnvoyLogLevel::Error => "error",
+        }
+    }
+}
+
+/// Everything that is wrong with a configuration, one line each.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("the configuration could not be read")]
+    Read(#[source] FileError),
+    #[error("{}", lines(.0))]
+    Wrong(Vec<Problem>),
+}
+
+fn lines(problems: &[Problem]) -> String {
+    problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
+}
+
+impl Config {
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text = fsx::read_capped(path, MAX_CONFIG).map_err(ConfigError::Read)?;
+        Config::parse(&path.display().to_string(), &text, &host_name())
+    }
+
+    /// `host_name` is the node's name where the text gives none.
+    pub fn parse(file: &str, text: &[u8], host_name: &str) -> Result<Config, ConfigError> {
+        let written: Written = load::strict_bytes(file, text).map_err(ConfigError::Wrong)?;
+        let mut problems = Problems { file: file.into(), all: Vec::new() };
+        let config = written.complete(host_name, &mut problems);
+        match config {
+            Some(config) if problems.all.is_empty() => Ok(config),
+            _ => Err(ConfigError::Wrong(problems.all)),
+        }
+    }
+
+    /// In the node's run directory, and thereby a contract with whatever looks there.
+    pub fn xds_socket(&self) -> PathBuf {
+        self.run_dir.join("xds.sock")
+    }
+
+    pub fn admin_socket(&self) -> PathBuf {
+        self.run_dir.join("admin.sock")
+    }
+
+    pub fn bootstrap(&self) -> PathBuf {
+        self.run_dir.join("bootstrap.json")
+    }
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().to_owned()
+}
+
+struct Problems {
+    file: Arc<str>,
+    all: Vec<Problem>,
+}
+
+impl Problems {
+    fn add(&mut self, subject: &str, message: impl Into<String>) {
+        self.all.push(Problem::new(Place::file(self.file.clone()), subject, message));
+    }
+}
+
+/// The file, as it is written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    control_plane: Vec<ControlPlane>,
+    #[serde(default = "default_state_dir")]
+    state_dir: PathBuf,
+    #[serde(default = "default_run_dir")]
+    run_dir: PathBuf,
+    #[serde(default)]
+    envoy: Envoy,
+    #[serde(default)]
+    listen: Listen,
+    #[serde(default)]
+    node: WrittenNode,
+    #[serde(default)]
+    workloads: Vec<WrittenWorkload>,
+    #[serde(default)]
+    upstreams: Vec<WrittenUpstream>,
+    #[serde(default)]
+    capture: Capture,
+    log: Option<String>,
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/vmesh-agent".into()
+}
+
+fn default_run_dir() -> PathBuf {
+    "/run/vmesh".into()
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Listen {
+    api: Socket,
+    dns: Option<Socket>,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Listen { api: Socket(SocketAddr::from((Ipv4Addr::LOCALHOST, 15020))), dns: None }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WrittenNode {
+    name: Option<NodeName>,
+    address: Option<IpAddr>,
+    zone: Option<Arc<str>>,
+    labels: Labels,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenWorkload {
+    service: ServiceName,
+    port: Port,
+    host: Option<IpAddr>,
+    protocol: Option<Protocol>,
+    health: Option<Health>,
+    listen: Option<Socket>,
+}
+
+/// How the application is asked whether it is well.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+enum Health {
+    Http(String),
+    Tcp,
+}
+
+#[derive(Debug)]
+enum WrittenUpstream {
+    All,
+    One(Upstream),
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Capture {
+    outbound: CaptureMode,
+    inbound: CaptureMode,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum CaptureMode {
+    Off,
+    #[default]
+    Explicit,
+}
+
+impl Written {
+    fn complete(self, host_name: &str, problems: &mut Problems) -> Option<Config> {
+        if self.control_plane.is_empty() {
+            problems.add(
+                "control_plane",
+                "`control_plane` is empty: name at least one, as \"http://127.0.0.1:15010\"",
+            );
+        }
+        let name = match self.node.name {
+            Some(name) => Some(name),
+            None => match host_name.parse() {
+                Ok(name) => Some(name),
+                Err(wrong) => {
+                    problems.add(
+                        "node",
+                        format!("`node.name` is missing, and the host's name is of no use: {wrong}"),
+                    );
+                    None
+                }
+            },
+        };
+        let upstreams = upstreams(self.upstreams, self.capture.outbound, problems);
+        let workloads = match self.capture.inbound {
+            CaptureMode::Off => Vec::new(),
+            CaptureMode::Explicit => workloads(self.workloads, self.node.address, problems),
+        };
+        let config = Config {
+            control_planes: self.control_plane,
+            state_dir: self.state_dir,
+            run_dir: self.run_dir,
+            envoy: self.envoy,
+            api: self.listen.api.0,
+            dns: self.listen.dns.map(|socket| socket.0),
+            name: name?,
+            address: self.node.address,
+            zone: self.node.zone,
+            labels: self.node.labels,
+            workloads,
+            upstreams,
+            log: self.log,
+        };
+        config.check(problems);
+        Some(config)
+    }
+}
+
+fn upstreams(written: Vec<WrittenUpstream>, mode: CaptureMode, problems: &mut Problems) -> Upstreams {
+    let mut declared = Vec::new();
+    let mut all = false;
+    for upstream in written {
+        match upstream {
+            WrittenUpstream::All => all = true,
+            WrittenUpstream::One(one) => declared.push(one),
+        }
+    }
+    if all && !declared.is_empty() {
+        problems.add(
+            "upstreams",
+            "`upstreams`: \"*\" stands alone: it is every service, and a local port for none",
+        );
+    }
+    match mode {
+        CaptureMode::Off => Upstreams::Declared(Vec::new()),
+        CaptureMode::Explicit if all => Upstreams::All,
+        CaptureMode::Explicit => Upstreams::Declared(declared),
+    }
+}
+
+fn workloads(
+    written: Vec<WrittenWorkload>,
+    address: Option<IpAddr>,
+    problems: &mut Problems,
+) -> Vec<node::Workload> {
+    // Beyond loopback the inbound listener is plaintext in this version: that has to be spelled out with `listen`.
+    let ip = address.filter(IpAddr::is_loopback).unwrap_or(Ipv4Addr::LOCALHOST.into());
+    let mut workloads = Vec::new();
+    for (index, workload) in written.into_iter().enumerate() {
+        let port = u16::try_from(index).ok().and_then(|index| INBOUND_PORT.checked_add(index));
+        let Some(listen) =
+            workload.listen.map(|socket| socket.0).or(port.map(|port| SocketAddr::new(ip, port)))
+        else {
+            problems.add(
+                "workloads",
+                format!("workload `{}` has no port left: give it a `listen`", workload.service),
+            );
+            continue;
+        };
+        if let Some(Health::Http(path)) = &workload.health
+            && !path.starts_with('/')
+        {
+            let wrong =
+                format!("workload `{}`: `health.http` is a path and begins with `/`", workload.service);
+            problems.add("workloads", wrong);
+        }
+        workloads.push(node::Workload {
+            service: workload.service,
+            port: workload.port.0,
+            host: workload.host,
+            protocol: workload.protocol,
+            listen,
+        });
+    }
+    workloads
+}
+
+impl Config {
+    fn check(&self, problems: &mut Problems) {
+        let mut taken: BTreeMap<SocketAddr, String> = BTreeMap::new();
+        let mut take = |address: SocketAddr, who: String, problems: &mut Problems| {
+            if let Some(other) = taken.insert(address, who.clone()) {
+                problems.add(&who, format!("{other} and {who} both listen on {address}"));
+            }
+        };
+        take(self.api, "`listen.api`".to_owned(), problems);
+        if let Some(dns) = self.dns {
+            take(dns, "`listen.dns`".to_owned(), problems);
+        }
+        for workload in &self.workloads {
+            let who = format!("workload `{}`", workload.service);
+            let application =
+                SocketAddr::new(workload.host.unwrap_or(Ipv4Addr::LOCALHOST.into()), workload.port);
+            if workload.listen == application {
+                let wrong = format!("{who} listens on {application} itself: give Envoy another `listen`");
+                problems.add(&who, wrong);
+            }
+            take(workload.listen, who, problems);
+        }
+        if let Upstreams::Declared(upstreams) = &self.upstreams {
+            for upstream in upstreams {
+                if let Some(listen) = upstream.listen {
+                    take(listen, format!("upstream `{}`", upstream.service), problems);
+                }
+            }
+        }
+        if self.envoy.keep_on_stop && self.envoy.manage == Manage::Systemd {
+            problems.add(
+                "envoy",
+                "`envoy.keep_on_stop` is for `manage: child`: under systemd Envoy's unit is its own",
+            );
+        }
+        if self.envoy.concurrency == Some(0) {
+            problems.add("envoy", "`envoy.concurrency` is 0: Envoy needs at least one worker");
+        }
+        for (what, path) in [("state_dir", &self.state_dir), ("run_dir", &self.run_dir)] {
+            if !path.is_absolute() {
+                problems.add(what, format!("`{what}` is not an absolute path: {}", path.display()));
+            }
+        }
+        // sun_path(7) of a Unix socket has 108 bytes, one of them for the end.
+        let longest = self.admin_socket().as_os_str().len() + ".old".len();
+        if longest > 107 {
+            problems.add(
+                "run_dir",
+                format!("`run_dir` is too long for Unix sockets in it: {}", self.run_dir.display()),
+            );
+        }
+    }
+}
+
+/// A socket's address, with a message that shows one.
+#[derive(Debug, Clone, Copy)]
+struct Socket(SocketAddr);
+
+impl<'de> Deserialize<'de> for Socket {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() == 0 => {
+                Err(de::Error::custom(format!("`{text}`: port 0 is not a port: 1 to 65535")))
+            }
+            Ok(address) => Ok(Socket(address)),
+            Err(_) => Err(de::Error::custom(format!(
+                "`{text}` is not an IP address and a port, as \"127.0.0.1:9001\""
+            ))),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Port(u16);
+
+impl<'de> Deserialize<'de> for Port {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match u16::deserialize(deserializer)? {
+            0 => Err(de::Error::custom("port 0 is not a port: 1 to 65535")),
+            port => Ok(Port(port)),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for CaptureMode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "off" => Ok(CaptureMode::Off),
+            "explicit" => Ok(CaptureMode::Explicit),
+            "transparent" => Err(de::Error::custom(
+                "`transparent` capture is not in this version: write `explicit` and dial the `listen` of each upstream",
+            )),
+            other => Err(de::Error::custom(format!("`{other}` is not a capture mode: `off` or `explicit`"))),
+        }
+    }
+}
+
+impl FromStr for ControlPlane {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ControlPlane, String> {
+        let Some(address) = text.strip_prefix("http://") else {
+            return Err(format!(
+                "`{text}`: TLS to the control plane comes with a later version; write http:// for a loopback control \
+                 plane, as \"http://127.0.0.1:15010\""
+            ));
+        };
+        let address: Address = address.trim_end_matches('/').parse()?;
+        Ok(ControlPlane { address })
+    }
+}
+
+impl ControlPlane {
+    fn is_loopback(&self) -> bool {
+        match &self.address.host {
+            Host::Ip(ip) => ip.is_loopback(),
+            Host::Name(name) => **name == *"localhost",
+        }
+    }
+}
+
+/// `"http://127.0.0.1:15010"`, or `{address: "http://10.0.0.5:15010", insecure: true}`.
+impl<'de> Deserialize<'de> for ControlPlane {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Full {
+            address: String,
+            #[serde(default)]
+            insecure: bool,
+        }
+
+        struct Either;
+
+        impl<'de> Visitor<'de> for Either {
+            type Value = ControlPlane;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the address of a control plane, as \"http://127.0.0.1:15010\"")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<ControlPlane, E> {
+                plaintext(text, false)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ControlPlane, A::Error> {
+                let full = Full::deserialize(MapAccessDeserializer::new(map))?;
+                plaintext(&full.address, full.insecure)
+            }
+        }
+
+        fn plaintext<E: de::Error>(text: &str, insecure: bool) -> Result<ControlPlane, E> {
+            let control_plane: ControlPlane = text.parse().map_err(E::custom)?;
+            if !control_plane.is_loopback() && !insecure {
+                return Err(E::custom(format!(
+                    "`{text}` is plaintext and leaves this host: anybody on the way can read and change the \
+                     configuration. If that is acceptable, write {{address: \"{text}\", insecure: true}}"
+                )));
+            }
+            Ok(control_plane)
+        }
+
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// `"*"`, or `{service: payments, listen: "127.0.0.1:9001"}`.
+impl<'de> Deserialize<'de> for WrittenUpstream {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Full {
+            service: ServiceName,
+            listen: Option<Socket>,
+        }
+
+        struct Either;
+
+        impl<'de> Visitor<'de> for Either {
+            type Value = WrittenUpstream;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an upstream, as {service: payments, listen: \"127.0.0.1:9001\"}")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<WrittenUpstream, E> {
+                match text {
+                    "*" => Ok(WrittenUpstream::All),
+                    name => Err(E::custom(format!(
+                        "an upstream has a local port: {{service: {name}, listen: \"127.0.0.1:9001\"}}; only \"*\" has none"
+                    ))),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<WrittenUpstream, A::Error> {
+                let full = Full::deserialize(MapAccessDeserializer::new(map))?;
+                let listen = full.listen.map(|socket| socket.0);
+                Ok(WrittenUpstream::One(Upstream { service: full.service, listen }))
+            }
+        }
+
+        deserializer.deserialize_any(Either)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse("agent.yaml", text.as_bytes(), "web-17").map_err(|error| error.to_string())
+    }
+
+    fn refused(text: &str, expected: Expect) {
+        expected.assert_eq(&parse(text).unwrap_err());
+    }
+
+    const SMALL: &str = "control_plane: [\"http://127.0.0.1:15010\"]\n";
+
+    #[test]
+    fn the_small_configuration_has_a_default_for_everything_else() {
+        let config = parse(SMALL).unwrap();
+        assert_eq!(config.name.as_str(), "web-17");
+        assert_eq!(config.api.to_string(), "127.0.0.1:15020");
+        assert_eq!(config.state_dir, Path::new("/var/lib/vmesh-agent"));
+        assert_eq!(config.xds_socket(), Path::new("/run/vmesh/xds.sock"));
+        assert_eq!(config.envoy.manage, Manage::Systemd);
+        assert_eq!(config.upstreams, Upstreams::Declared(Vec::new()));
+    }
+
+    #[test]
+    fn the_full_configuration_is_read_as_it_is_written() {
+        let config = parse(
+            r#"
+control_plane:
+  - "http://127.0.0.1:15010"
+  - {address: "http://mesh2.example:15010", insecure: true}
+state_dir: /s
+run_dir: /r
+envoy: {path: /opt/envoy, manage: child, concurrency: 1, drain: 3s, keep_on_stop: true, extra_args: [--log-format-escaped]}
+listen: {api: "127.0.0.1:16020", dns: "127.0.0.1:16053"}
+node: {name: web-18, address: 10.0.1.17, zone: eu-1a, labels: {role: web}}
+workloads:
+  - {service: orders, port: 8080, protocol: http, health: {http: /healthz}}
+  - {service: cache, port: 6379, listen: "0.0.0.0:7379"}
+upstreams:
+  - {service: payments, listen: "127.0.0.1:9001"}
+capture: {outbound: explicit, inbound: explicit}
+log: debug
+"#,
+        )
+        .unwrap();
+        assert_eq!(config.control_planes[1].to_string(), "http://mesh2.example:15010");
+        assert_eq!(config.workloads[0].listen.to_string(), "127.0.0.1:15008");
+        assert_eq!(config.workloads[1].listen.to_string(), "0.0.0.0:7379");
+        assert_eq!(config.envoy.drain.0, Duration::from_secs(3));
+        assert!(matches!(&config.upstreams, Upstreams::Declared(all) if all.len() == 1));
+    }
+
+    #[test]
+    fn an_inbound_listener_is_on_the_node_s_address_only_where_that_is_loopback() {
+        let workloads = "workloads: [{service: a, port: 80}, {service: b, port: 81}]\n";
+        let on = |address: &str| {
+            let config = parse(&format!("{SMALL}node: {{address: {address}}}\n{workloads}")).unwrap();
+            config.workloads.iter().map(|workload| workload.listen.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(on("127.0.3.7"), ["127.0.3.7:15008", "127.0.3.7:15009"]);
+        assert_eq!(on("10.0.3.7"), ["127.0.0.1:15008", "127.0.0.1:15009"]);
+    }
+
+    #[test]
+    fn all_upstreams_are_a_star() {
+        assert_eq!(parse(&format!("{SMALL}upstreams: [\"*\"]")).unwrap().upstreams, Upstreams::All);
+    }
+
+    #[test]
+    fn capture_that_is_off_reports_nothing() {
+        let text = format!(
+            "{SMALL}capture: {{outbound: off, inbound: off}}\nupstreams: [\"*\"]\nworkloads: [{{service: a, port: 80}}]"
+        );
+        let config = parse(&text).unwrap();
+        assert_eq!(config.upstreams, Upstreams::Declared(Vec::new()));
+        assert!(config.workloads.is_empty());
+    }
+
+    #[test]
+    fn what_this_version_cannot_do_is_refused_with_what_it_can() {
+        refused(
+            "control_plane: [\"mesh1.example:15012\"]",
+            expect![[
+                r#"agent.yaml:1:17: `control_plane`: `mesh1.example:15012`: TLS to the control plane comes with a later version; write http:// for a loopback control plane, as "http://127.0.0.1:15010""#
+            ]],
+        );
+        refused(
+            "control_plane: [\"http://10.0.0.5:15010\"]",
+            expect![[
+                r#"agent.yaml:1:17: `control_plane`: `http://10.0.0.5:15010` is plaintext and leaves this host: anybody on the way can read and change the configuration. If that is acceptable, write {address: "http://10.0.0.5:15010", insecure: true}"#
+            ]],
+        );
+        refused(
+            &format!("{SMALL}capture: {{outbound: transparent}}"),
+            expect![
+                "agent.yaml:2:21: `outbound`: `transparent` capture is not in this version: write `explicit` and dial the `listen` of each upstream"
+            ],
+        );
+    }
+
+    #[test]
+    fn every_mistake_is_shown_where_it_is() {
+        refused(
+            "control_plane: []\nnode: {nme: web-1, labels: {a: b}}\nlisten: {api: localhost}\nenvoy: {manage: docker, drain: 5}\n\
+             upstreams: [payments]\nworkloads: [{service: a b, port: 0}]",
+            expect![[r#"
+                agent.yaml:2:8: unknown field `nme`, did you mean `name`?
+                agent.yaml:3:15: `api`: `localhost` is not an IP address and a port, as "127.0.0.1:9001"
+                agent.yaml:4:17: `manage`: expected one of `systemd` or `child`, found `docker`
+                agent.yaml:4:32: `drain`: `5` is not a duration: a number and a unit, such as 250ms, 2s, 1m30s or 1h
+                agent.yaml:5:13: `upstreams`: an upstream has a local port: {service: payments, listen: "127.0.0.1:9001"}; only "*" has none
+                agent.yaml:6:23: `service`: `a b` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
+                agent.yaml:6:34: `port`: port 0 is not a port: 1 to 65535"#]],
+        );
+    }
+
+    #[test]
+    fn two_listeners_on_one_address_are_refused() {
+        refused(
+            &format!("{SMALL}upstreams: [{{service: a, listen: \"127.0.0.1:15020\"}}]"),
+            expect!["agent.yaml: `listen.api` and upstream `a` both listen on 127.0.0.1:15020"],
+        );
+        refused(
+            &format!("{SMALL}workloads: [{{service: b, port: 15008}}]"),
+            expect![
+                "agent.yaml: workload `b` listens on 127.0.0.1:15008 itself: give Envoy another `listen`"
+            ],
+        );
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        refused(
+            &format!(
+                "{SMALL}upstreams: [{{service: a}}, \"*\"]\nrun_dir: run\nenvoy: {{keep_on_stop: true, concurrency: 0}}"
+            ),
+            expect![[r#"
+                agent.yaml: `upstreams`: "*" stands alone: it is every service, and a local port for none
+                agent.yaml: `envoy.keep_on_stop` is for `manage: child`: under systemd Envoy's unit is its own
+                agent.yaml: `envoy.concurrency` is 0: Envoy needs at least one worker
+                agent.yaml: `run_dir` is not an absolute path: run"#]],
+        );
+    }
+}

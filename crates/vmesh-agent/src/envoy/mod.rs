@@ -1,0 +1,459 @@
+//! The local Envoy: started, watched, drained.
+//!
+//! With `manage: systemd` Envoy is a unit of its own; the agent writes its bootstrap and watches it.
+//!
+//! With `manage: child` the agent starts Envoy and restarts it when it dies. The two do not die together, though: an
+//! agent that is killed or upgraded must not cost a request. A restarted agent takes over the Envoy that it finds
+//! ([`process`] says how it knows that it is the one). If the configuration has meanwhile changed what Envoy is
+//! started with, a second Envoy starts beside the first one, binds the same ports (`SO_REUSEPORT`), and only when it
+//! is live does the first take its leave.
+//!
+//! Stopping the agent stops its Envoy, unless `keep_on_stop` is set: on a host without a service manager nobody
+//! else would. That takes leave of clients first, for `envoy.drain` at most.
+
+mod admin;
+mod output;
+mod process;
+
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rustix::process::Signal;
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{error, info, warn};
+use vmesh_daemon::fsx::{self, FileError};
+use vmesh_daemon::report::one_line;
+use vmesh_daemon::{Stop, Tasks};
+
+use crate::bootstrap;
+use crate::config::{Config, Manage};
+use process::{Launch, Process, Record};
+
+const LIVE_WITHIN: Duration = Duration::from_secs(30);
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const LAST_BACKOFF: Duration = Duration::from_secs(10);
+/// An Envoy that ran this long has not crashed because of how it was started.
+const STABLE: Duration = Duration::from_secs(60);
+/// How often a live Envoy is asked whether it still is; its end is seen at once.
+const LOOK: Duration = Duration::from_secs(5);
+const LOOK_SOON: Duration = Duration::from_millis(50);
+const EXITS_WITHIN: Duration = Duration::from_secs(5);
+
+/// What is known of the local Envoy.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    pub state: State,
+    pub pid: Option<i32>,
+    pub version: Option<String>,
+    /// When it came to this state.
+    #[serde(serialize_with = "crate::status::epoch_seconds")]
+    pub since: SystemTime,
+    /// How often Envoy ended without having been told to.
+    pub restarts: u64,
+    /// An earlier agent started it.
+    pub adopted: bool,
+    /// Why it is not live.
+    pub reason: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// There is no configuration to give it yet.
+    Waiting,
+    Starting,
+    Live,
+    /// It runs, and its admin interface does not answer.
+    Silent,
+    /// It ended and is about to be started again.
+    Down,
+    Draining,
+    Stopped,
+}
+
+impl Default for Status {
+    fn default() -> Self {
+        Status {
+            state: State::Waiting,
+            pid: None,
+            version: None,
+            since: SystemTime::now(),
+            restarts: 0,
+            adopted: false,
+            reason: None,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum EnvoyError {
+    #[error("could not write Envoy's bootstrap")]
+    Bootstrap(#[source] FileError),
+    #[error("could not make {} for Envoy's output", .path.display())]
+    Output {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// Writes the bootstrap and starts the tasks that look after Envoy. `has_config` is false until there is something
+/// to serve: an Envoy that is started before would come up empty.
+pub fn spawn(
+    tasks: &mut Tasks,
+    config: &Arc<Config>,
+    status: watch::Sender<Status>,
+    has_config: watch::Receiver<bool>,
+) -> Result<(), EnvoyError> {
+    let text = format!("{:#}\n", bootstrap::bootstrap(config));
+    let path = config.bootstrap();
+    // The group of the run directory may read it: under systemd Envoy has a user of its own.
+    fsx::write_atomically(&path, text.as_bytes(), 0o640).map_err(EnvoyError::Bootstrap)?;
+    let launch = Launch {
+        program: config.envoy.path.clone(),
+        arguments: bootstrap::arguments(config, &path),
+        bootstrap: text,
+    };
+    let supervisor = Supervisor { config: config.clone(), launch, status };
+    match config.envoy.manage {
+        Manage::Systemd => tasks.spawn("envoy", supervisor.watch_only()),
+        Manage::Child => {
+            let fifo = supervisor.output_path();
+            let failed = |cause| EnvoyError::Output { path: fifo.clone(), cause };
+            output::fifo(&fifo).map_err(failed)?;
+            let reader = output::reader(&fifo).map_err(failed)?;
+            tasks.spawn("envoy output", output::log(reader));
+            tasks.spawn_draining("envoy", |stop| supervisor.supervise(has_config, stop));
+        }
+    }
+    Ok(())
+}
+
+struct Supervisor {
+    config: Arc<Config>,
+    launch: Launch,
+    status: watch::Sender<Status>,
+}
+
+impl Supervisor {
+    fn output_path(&self) -> PathBuf {
+        self.config.run_dir.join("envoy.out")
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.config.run_dir.join("envoy.json")
+    }
+
+    fn set(&self, state: State, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(|status| {
+            if status.state != state {
+                status.state = state;
+                status.since = SystemTime::now();
+                status.reason = None;
+            }
+            change(status);
+        });
+    }
+
+    /// `manage: systemd`: who runs Envoy is somebody else.
+    async fn watch_only(self) {
+        loop {
+            match admin::listening_pid(&self.config.admin_socket()).await.and_then(Process::find) {
+                Some(mut envoy) => {
+                    self.set(State::Starting, |status| status.pid = Some(envoy.pid()));
+                    let ended = self.watch(&mut envoy).await;
+                    self.ended(&ended);
+                }
+                None => self.set(State::Down, |status| {
+                    status.pid = None;
+                    status.reason = Some(format!(
+                        "nothing listens on {}: is Envoy's unit running?",
+                        self.config.admin_socket().display()
+                    ));
+                }),
+            }
+            sleep(Duration::from_millis(500)).await;
+        }
+    }
+
+    /// `manage: child`.
+    async fn supervise(self, mut has_config: watch::Receiver<bool>, mut stop: Stop) {
+        let Some(first) = until(&mut stop, self.first(&mut has_config)).await else {
+            // Told to stop before it was settled which Envoy is ours: the one on record is.
+            let record = Record::load(&self.record_path());
+            if let Some(mut envoy) = record.and_then(|record| Process::recorded(&record))
+                && !self.config.envoy.keep_on_stop
+            {
+                self.retire(&mut envoy, &self.config.admin_socket()).await;
+            }
+            self.set(State::Stopped, |status| status.pid = None);
+            return;
+        };
+        let mut running = first;
+        let mut backoff = FIRST_BACKOFF;
+        loop {
+            let Some(mut envoy) = running.take() else {
+                running = self.start().await;
+                if running.is_none() && until(&mut stop, sleep(backoff)).await.is_none() {
+                    break;
+                }
+                backoff = next(backoff);
+                continue;
+            };
+            let began = Instant::now();
+            match until(&mut stop, self.watch(&mut envoy)).await {
+                Some(ended) => {
+                    error!(pid = envoy.pid(), "Envoy ended: {ended}");
+                    self.ended(&ended);
+                    if began.elapsed() > STABLE {
+                        backoff = FIRST_BACKOFF;
+                    }
+                    if until(&mut stop, sleep(backoff)).await.is_none() {
+                        break;
+                    }
+                }
+                None if self.config.envoy.keep_on_stop => {
+                    info!(pid = envoy.pid(), "Envoy goes on serving while the agent is away");
+                    return;
+                }
+                None => {
+                    self.set(State::Draining, |_| {});
+                    self.retire(&mut envoy, &self.config.admin_socket()).await;
+                    _ = std::fs::remove_file(self.record_path());
+                    break;
+                }
+            }
+        }
+        self.set(State::Stopped, |status| status.pid = None);
+    }
+
+    fn ended(&self, how: &str) {
+        self.set(State::Down, |status| {
+            status.restarts += 1;
+            status.pid = None;
+            status.adopted = false;
+            status.reason = Some(how.to_owned());
+        });
+    }
+
+    /// The Envoy to begin with: one that an earlier agent left, else a new one as soon as there is something to serve.
+    async fn first(&self, has_config: &mut watch::Receiver<bool>) -> Option<Process> {
+        let left = Record::load(&self.record_path());
+        if let Some((record, mut envoy)) =
+            left.and_then(|record| Some((record.clone(), Process::recorded(&record)?)))
+        {
+            let socket = self.config.admin_socket();
+            // Asked for patiently: right after a boot or under load it may take its time.
+            let answers = answers(&socket, envoy.pid(), Instant::now() + EXITS_WITHIN).await;
+            if !answers {
+                warn!(pid = envoy.pid(), "the Envoy of an earlier agent does not answer and is replaced");
+                kill(&mut envoy).await;
+            } else if record.launch == self.launch {
+                info!(pid = envoy.pid(), "took over the Envoy of an earlier agent");
+                self.set(State::Starting, |status| {
+                    status.pid = Some(envoy.pid());
+                    status.adopted = true;
+                });
+                return Some(envoy);
+            } else {
+                info!(
+                    pid = envoy.pid(),
+                    "the Envoy of an earlier agent was started with another configuration"
+                );
+                // Without one, the new Envoy would have nothing to take over with.
+                _ = has_config.wait_for(|has| *has).await;
+                return Some(self.hand_over(envoy).await);
+            }
+        }
+        self.set(State::Waiting, |status| {
+            status.reason = Some("there is no configuration to serve yet".to_owned())
+        });
+        _ = has_config.wait_for(|has| *has).await;
+        self.start().await
+    }
+
+    async fn start(&self) -> Option<Process> {
+        let started =
+            output::writer(&self.output_path()).and_then(|output| Process::start(&self.launch, output));
+        match started {
+            Ok(envoy) => {
+                info!(pid = envoy.pid(), "started {}", self.launch.program.display());
+                if let Err(error) = envoy.record(&self.launch).save(&self.record_path()) {
+                    warn!("a restarted agent will not find this Envoy: {}", one_line(&error));
+                }
+                self.set(State::Starting, |status| {
+                    status.pid = Some(envoy.pid());
+                    status.adopted = false;
+                });
+                Some(envoy)
+            }
+            Err(error) => {
+                let program = self.launch.program.display();
+                error!(
+                    "could not start {program}: {error}; `envoy.path` in the configuration says where Envoy is"
+                );
+                self.set(State::Down, |status| {
+                    status.reason = Some(format!("could not start {program}: {error}"))
+                });
+                None
+            }
+        }
+    }
+
+    /// Replaces `old` by an Envoy with this agent's configuration. If that one does not come up, the old one stays.
+    async fn hand_over(&self, mut old: Process) -> Process {
+        let socket = self.config.admin_socket();
+        let aside = socket.with_extension("sock.old");
+        // A bound socket keeps listening under its new name; the new Envoy makes its own under the old one.
+        _ = std::fs::rename(&socket, &aside);
+        let mut new = self.start().await;
+        let live = match &mut new {
+            Some(new) => tokio::select! {
+                live = self.live(Instant::now() + LIVE_WITHIN) => live,
+                ended = new.exited() => Err(ended),
+            },
+            None => Err("it could not be started".to_owned()),
+        };
+        match (new, live) {
+            (Some(new), Ok(())) => {
+                self.retire(&mut old, &aside).await;
+                _ = std::fs::remove_file(&aside);
+                new
+            }
+            (new, live) => {
+                let why = live.err().unwrap_or_default();
+                error!("Envoy does not come up with its new bootstrap, the old one goes on: {why}");
+                if let Some(mut new) = new {
+                    kill(&mut new).await;
+                }
+                _ = std::fs::rename(&aside, &socket);
+                if let Some(record) = Record::load(&self.record_path()) {
+                    // Of the old process, and with a launch that the next agent will find to be another one.
+                    let launch = Launch { bootstrap: String::new(), ..record.launch };
+                    _ = old.record(&launch).save(&self.record_path());
+                }
+                self.set(State::Starting, |status| {
+                    status.pid = Some(old.pid());
+                    status.adopted = true;
+                });
+                old
+            }
+        }
+    }
+
+    async fn live(&self, deadline: Instant) -> Result<(), String> {
+        let mut last = "no answer".to_owned();
+        while Instant::now() < deadline {
+            match admin::server_info(&self.config.admin_socket()).await {
+                Ok(info) if info.state == "LIVE" => return Ok(()),
+                Ok(info) => last = info.state,
+                Err(error) => last = one_line(&error),
+            }
+            sleep(LOOK_SOON).await;
+        }
+        Err(format!("not live after {} s: {last}", LIVE_WITHIN.as_secs()))
+    }
+
+    /// Keeps the status true until the process ends, and says how it ended.
+    async fn watch(&self, envoy: &mut Process) -> String {
+        let looks = async {
+            loop {
+                let pause = self.look().await;
+                sleep(pause).await;
+            }
+        };
+        tokio::select! {
+            ended = envoy.exited() => ended,
+            never = looks => never,
+        }
+    }
+
+    /// Asks Envoy how it is, and says when to ask again.
+    async fn look(&self) -> Duration {
+        let was = self.status.borrow().state;
+        match admin::server_info(&self.config.admin_socket()).await {
+            Ok(info) if info.state == "LIVE" => {
+                if was != State::Live {
+                    info!(version = info.version(), "Envoy is live");
+                }
+                self.set(State::Live, |status| status.version = Some(info.version().to_owned()));
+                LOOK
+            }
+            Ok(info) => {
+                self.set(State::Starting, |status| {
+                    status.version = Some(info.version().to_owned());
+                    status.reason = Some(info.state);
+                });
+                LOOK_SOON
+            }
+            Err(error) => {
+                // Before it has bound its socket that is no news.
+                if was != State::Starting {
+                    self.set(State::Silent, |status| status.reason = Some(one_line(&error)));
+                }
+                LOOK_SOON
+            }
+        }
+    }
+
+    /// Lets Envoy take leave of its clients, for `envoy.drain` at most, and ends it.
+    async fn retire(&self, envoy: &mut Process, socket: &Path) {
+        let drain = self.config.envoy.drain.0;
+        let deadline = Instant::now() + drain;
+        info!(pid = envoy.pid(), "Envoy takes leave of its clients, {drain:?} at most");
+        for path in ["/healthcheck/fail", "/drain_listeners?graceful"] {
+            if let Err(error) = admin::post(socket, path).await {
+                warn!(pid = envoy.pid(), "Envoy does not take its leave: {}", one_line(&error));
+            }
+        }
+        let gone = async {
+            while admin::connections(socket).await.is_ok_and(|open| open > 0) {
+                sleep(LOOK_SOON).await;
+            }
+        };
+        tokio::select! {
+            _ = timeout_at(deadline, gone) => {}
+            _ = envoy.exited() => return,
+        }
+        envoy.signal(Signal::TERM);
+        if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
+            warn!(pid = envoy.pid(), "Envoy ignores SIGTERM and is killed");
+            kill(envoy).await;
+        }
+    }
+}
+
+async fn kill(envoy: &mut Process) {
+    envoy.signal(Signal::KILL);
+    if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
+        error!(pid = envoy.pid(), "Envoy does not end when killed: it hangs in the kernel");
+    }
+}
+
+/// Whether the process with this pid answers on the socket.
+async fn answers(socket: &Path, pid: i32, deadline: Instant) -> bool {
+    while Instant::now() < deadline {
+        if admin::listening_pid(socket).await == Some(pid) && admin::server_info(socket).await.is_ok() {
+            return true;
+        }
+        sleep(LOOK_SOON).await;
+    }
+    false
+}
+
+fn next(backoff: Duration) -> Duration {
+    (backoff * 2).min(LAST_BACKOFF)
+}
+
+/// `None` if the daemon is to stop before `work` is done.
+async fn until<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        done = work => Some(done),
+        () = stop.requested() => None,
+    }
+}

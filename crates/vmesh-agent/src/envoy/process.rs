@@ -1,0 +1,214 @@
+//! One Envoy process: started by this agent, or by the one before it.
+//!
+//! An agent may be stopped, upgraded or killed while its Envoy serves. So Envoy is not tied to it: no signal when
+//! the parent dies, a process group of its own (Ctrl-C at a terminal reaches the agent alone), and for its output a
+//! FIFO, which neither breaks nor blocks when nobody reads it. What was started is on record; the next agent takes
+//! the process over if it still is that very process, runs what this agent would start, and answers.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tracing::warn;
+use vmesh_daemon::fsx;
+
+/// What an Envoy was started with. Two that are equal are interchangeable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Launch {
+    pub(super) program: PathBuf,
+    pub(super) arguments: Vec<String>,
+    pub(super) bootstrap: String,
+}
+
+/// What is kept on disk of a running Envoy. A pid alone may be another process's by now: with the boot and the
+/// moment that it started in, it is the same process or none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) pid: i32,
+    /// Clock ticks between boot and the start of the process.
+    pub(super) started: u64,
+    pub(super) boot: String,
+    pub(super) launch: Launch,
+}
+
+const MAX_RECORD: u64 = 16 << 20;
+
+/// A running process.
+pub(super) struct Process {
+    pid: Pid,
+    started: u64,
+    /// `None` on kernels before 5.3: there the process is looked at now and then.
+    handle: Option<AsyncFd<OwnedFd>>,
+    /// `None` for one that an earlier agent started: init collects its exit status.
+    child: Option<Child>,
+}
+
+impl Process {
+    /// Starts `launch`, with its output going to `output`.
+    pub(super) fn start(launch: &Launch, output: OwnedFd) -> io::Result<Process> {
+        let errors = output.try_clone()?;
+        let mut command = Command::new(&launch.program);
+        command.args(&launch.arguments).process_group(0);
+        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        let child = command.spawn()?;
+        let pid = Pid::from_child(&child);
+        let mut process = Process { pid, started: 0, handle: None, child: Some(child) };
+        // Our own child: until it is waited for, its pid is nobody else's.
+        process.handle = handle(pid)?;
+        process.started = started(pid).unwrap_or_default();
+        Ok(process)
+    }
+
+    /// The process with this pid; `None` where there is none.
+    pub(super) fn find(pid: i32) -> Option<Process> {
+        let pid = Pid::from_raw(pid)?;
+        // In this order: the handle stays with the process whose start is read next, or that is gone by then.
+        let handle = handle(pid).ok()?;
+        Some(Process { pid, started: started(pid)?, handle, child: None })
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    pub(super) fn record(&self, launch: &Launch) -> Record {
+        Record { pid: self.pid(), started: self.started, boot: boot(), launch: launch.clone() }
+    }
+
+    /// The process that `record` speaks of, if it still runs.
+    pub(super) fn recorded(record: &Record) -> Option<Process> {
+        let process = Process::find(record.pid)?;
+        (process.started == record.started && boot() == record.boot && !process.is_zombie())
+            .then_some(process)
+    }
+
+    fn is_zombie(&self) -> bool {
+        stat(self.pid).is_none_or(|stat| stat.state == "Z" || stat.state == "X")
+    }
+
+    /// Waits for the end of the process and says how it ended. Cancel-safe.
+    pub(super) async fn exited(&mut self) -> String {
+        match &self.handle {
+            // Readable means ended. An error means that it cannot be waited for, and so is not there.
+            Some(handle) => _ = handle.ready(Interest::READABLE).await,
+            None => {
+                while started(self.pid) == Some(self.started) && !self.is_zombie() {
+                    tokio::time::sleep(Duration::from_millis(250)).await;
+                }
+            }
+        }
+        let status = self.child.as_mut().and_then(|child| child.wait().ok());
+        status.map_or_else(|| "it ended".to_owned(), |status| status.to_string())
+    }
+
+    pub(super) fn signal(&self, signal: Signal) {
+        let sent = match &self.handle {
+            Some(handle) => pidfd_send_signal(handle.as_fd(), signal),
+            None => kill_process(self.pid, signal),
+        };
+        match sent {
+            // Ended meanwhile, which is what signals are sent for.
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => warn!(pid = self.pid(), "could not send {signal:?} to Envoy: {error}"),
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "tokio asks for a promise that an owned descriptor keeps by itself")]
+fn handle(pid: Pid) -> io::Result<Option<AsyncFd<OwnedFd>>> {
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        // SAFETY: an `OwnedFd` is the same open descriptor for as long as it lives, and the `AsyncFd` owns it.
+        Ok(handle) => Ok(Some(unsafe { AsyncFd::register_with_interest(handle, Interest::READABLE) }?)),
+        Err(Errno::NOSYS) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+struct Stat {
+    state: String,
+    started: u64,
+}
+
+/// proc_pid_stat(5). The name in parentheses may itself have spaces and parentheses.
+fn stat(pid: Pid) -> Option<Stat> {
+    let text = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    let (_, fields) = text.rsplit_once(')')?;
+    let mut fields = fields.split_whitespace();
+    let state = fields.next()?.to_owned();
+    // The state is field 3, the start is field 22.
+    Some(Stat { state, started: fields.nth(18)?.parse().ok()? })
+}
+
+fn started(pid: Pid) -> Option<u64> {
+    stat(pid).map(|stat| stat.started)
+}
+
+fn boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+impl Record {
+    pub(super) fn load(path: &Path) -> Option<Record> {
+        let bytes = match fsx::read_capped(path, MAX_RECORD) {
+            Ok(bytes) => bytes,
+            Err(error) if error.is_not_found() => return None,
+            Err(error) => {
+                warn!(
+                    "an Envoy left by an earlier agent is not looked for: {}",
+                    vmesh_daemon::report::one_line(&error)
+                );
+                return None;
+            }
+        };
+        serde_json::from_slice(&bytes)
+            .inspect_err(|error| warn!("{} is not a record of an Envoy: {error}", path.display()))
+            .ok()
+    }
+
+    pub(super) fn save(&self, path: &Path) -> Result<(), fsx::FileError> {
+        let text = serde_json::to_vec_pretty(self).unwrap_or_default();
+        fsx::write_atomically(path, &text, fsx::PRIVATE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sleeper() -> (Launch, Process) {
+        let launch =
+            Launch { program: "/bin/sleep".into(), arguments: vec!["60".into()], bootstrap: String::new() };
+        let null = std::fs::File::create("/dev/null").unwrap();
+        let process = Process::start(&launch, null.into()).unwrap();
+        (launch, process)
+    }
+
+    #[tokio::test]
+    async fn a_process_is_found_again_by_its_record_and_its_end_is_seen_by_both() {
+        let (launch, mut process) = sleeper();
+        let record = process.record(&launch);
+        let mut found = Process::recorded(&record).unwrap();
+        found.signal(Signal::KILL);
+        assert_eq!(process.exited().await, "signal: 9 (SIGKILL)");
+        assert_eq!(found.exited().await, "it ended");
+        assert!(Process::recorded(&record).is_none());
+    }
+
+    #[tokio::test]
+    async fn another_process_under_the_same_pid_is_not_taken_over() {
+        let (launch, mut process) = sleeper();
+        let record = process.record(&launch);
+        assert!(Process::recorded(&Record { started: record.started + 1, ..record.clone() }).is_none());
+        assert!(Process::recorded(&Record { boot: "another".into(), ..record }).is_none());
+        process.signal(Signal::KILL);
+        process.exited().await;
+    }
+}

@@ -1,0 +1,141 @@
+//! Who this node is and what it needs, as it tells control planes and its own Envoy.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+use vmesh_model::node::Upstreams;
+use vmesh_proto::envoy::config::core::v3::{Locality, Node, node};
+use vmesh_proto::google::protobuf::{ListValue, NullValue, Struct, Value as ProtoValue, value::Kind};
+
+use crate::config::Config;
+
+pub const USER_AGENT: &str = "vmesh-agent";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// What the agent runs, for `vmeshctl nodes`.
+pub fn build(envoy_version: Option<&str>) -> String {
+    match envoy_version {
+        Some(envoy) => format!("{USER_AGENT}/{VERSION} envoy/{envoy}"),
+        None => format!("{USER_AGENT}/{VERSION}"),
+    }
+}
+
+/// The part of the node's metadata that is vmesh's: the field names are those of `vmesh_model::node`.
+pub fn metadata(config: &Config, build: &str) -> Value {
+    let upstreams = match &config.upstreams {
+        Upstreams::All => json!("*"),
+        Upstreams::Declared(declared) => json!(declared),
+    };
+    json!({
+        "address": config.address,
+        "labels": config.labels,
+        "workloads": config.workloads,
+        "upstreams": upstreams,
+        "build": build,
+    })
+}
+
+/// The `node` of the first request on every stream to a control plane.
+pub fn node(config: &Config, build: &str) -> Node {
+    let metadata = BTreeMap::from([("vmesh".to_owned(), proto_value(metadata(config, build)))]);
+    Node {
+        id: config.name.to_string(),
+        cluster: cluster(config),
+        metadata: Some(Struct { fields: metadata.into_iter().collect() }),
+        locality: config.zone.as_ref().map(|zone| Locality { zone: zone.to_string(), ..Locality::default() }),
+        user_agent_name: USER_AGENT.to_owned(),
+        user_agent_version_type: Some(node::UserAgentVersionType::UserAgentVersion(VERSION.to_owned())),
+        ..Node::default()
+    }
+}
+
+/// Envoy demands a `node.cluster`; it names the service whose instance the node is, if there is one.
+pub fn cluster(config: &Config) -> String {
+    config.workloads.first().map_or_else(|| "vmesh".to_owned(), |workload| workload.service.to_string())
+}
+
+fn proto_value(value: Value) -> ProtoValue {
+    let kind = match value {
+        Value::Null => Kind::NullValue(NullValue::NullValue.into()),
+        Value::Bool(value) => Kind::BoolValue(value),
+        Value::Number(value) => Kind::NumberValue(value.as_f64().unwrap_or_default()),
+        Value::String(value) => Kind::StringValue(value),
+        Value::Array(values) => {
+            Kind::ListValue(ListValue { values: values.into_iter().map(proto_value).collect() })
+        }
+        Value::Object(fields) => {
+            let fields = fields.into_iter().filter(|(_, value)| !value.is_null());
+            Kind::StructValue(Struct {
+                fields: fields.map(|(name, value)| (name, proto_value(value))).collect(),
+            })
+        }
+    };
+    ProtoValue { kind: Some(kind) }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+
+    #[test]
+    fn the_first_request_says_everything_a_control_plane_needs() {
+        let config = Config::parse(
+            "agent.yaml",
+            br#"
+control_plane: ["http://127.0.0.1:15010"]
+node: {name: web-17, address: 10.0.1.17, zone: eu-1a, labels: {role: web}}
+workloads: [{service: orders, port: 8080, protocol: http}]
+upstreams: [{service: payments, listen: "127.0.0.1:9001"}]
+"#,
+            "",
+        )
+        .unwrap();
+        let build = "vmesh-agent/0 envoy/1";
+        let shown = serde_json::to_string_pretty(&metadata(&config, build)).unwrap();
+        expect![[r#"
+            {
+              "address": "10.0.1.17",
+              "labels": {
+                "role": "web"
+              },
+              "workloads": [
+                {
+                  "service": "orders",
+                  "port": 8080,
+                  "protocol": "http",
+                  "listen": "127.0.0.1:15008"
+                }
+              ],
+              "upstreams": [
+                {
+                  "service": "payments",
+                  "listen": "127.0.0.1:9001"
+                }
+              ],
+              "build": "vmesh-agent/0 envoy/1"
+            }"#]]
+        .assert_eq(&shown);
+
+        let node = node(&config, build);
+        assert_eq!((node.id.as_str(), node.cluster.as_str()), ("web-17", "orders"));
+        assert_eq!(node.locality.unwrap().zone, "eu-1a");
+        let fields = node.metadata.unwrap().fields;
+        let Some(Kind::StructValue(vmesh)) = &fields["vmesh"].kind else { panic!("{fields:?}") };
+        assert_eq!(vmesh.fields["address"].kind, Some(Kind::StringValue("10.0.1.17".into())));
+        let Some(Kind::ListValue(workloads)) = &vmesh.fields["workloads"].kind else { panic!("{vmesh:?}") };
+        let Some(Kind::StructValue(orders)) = &workloads.values[0].kind else { panic!("{workloads:?}") };
+        assert_eq!(orders.fields["port"].kind, Some(Kind::NumberValue(8080.0)));
+    }
+
+    #[test]
+    fn all_upstreams_are_a_star_and_what_is_unknown_is_left_out() {
+        let text = b"control_plane: [\"http://127.0.0.1:1\"]\nupstreams: [\"*\"]";
+        let config = Config::parse("agent.yaml", text, "web-1").unwrap();
+        let fields = node(&config, "b").metadata.unwrap().fields;
+        let Some(Kind::StructValue(vmesh)) = &fields["vmesh"].kind else { panic!("{fields:?}") };
+        assert_eq!(vmesh.fields["upstreams"].kind, Some(Kind::StringValue("*".into())));
+        assert!(!vmesh.fields.contains_key("address"));
+    }
+}

@@ -1,0 +1,6 @@
+//! x
+pub mod bootstrap;
+pub mod config;
+pub mod envoy;
+pub mod identity;
+pub mod status;

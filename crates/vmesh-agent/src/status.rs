@@ -1,0 +1,195 @@
+//! What the agent knows of itself, and the HTTP API that tells it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use http::StatusCode;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+use serde::{Serialize, Serializer};
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use vmesh_daemon::{Stop, metrics};
+
+use crate::envoy;
+
+/// What is known of the control planes and of the configuration that came from them.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ControlPlaneStatus {
+    /// The one that configuration is taken from now.
+    pub in_use: Option<String>,
+    /// Since when it is in use, or since when none is.
+    #[serde(serialize_with = "optional_epoch_seconds")]
+    pub since: Option<SystemTime>,
+    /// Why none is in use.
+    pub reason: Option<String>,
+    /// The other replicas, and whether they have this node's report.
+    pub reported_to: BTreeMap<String, bool>,
+}
+
+/// What Envoy has accepted.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct AcceptedStatus {
+    /// How many resources of each kind.
+    pub resources: BTreeMap<String, usize>,
+    pub rejections: u64,
+    pub last_rejection: Option<String>,
+    /// When the configuration on disk was written: what a restart without a control plane serves.
+    #[serde(serialize_with = "optional_epoch_seconds")]
+    pub saved: Option<SystemTime>,
+    /// When a control plane was last heard of: what is served is not older.
+    #[serde(serialize_with = "optional_epoch_seconds")]
+    pub confirmed: Option<SystemTime>,
+    /// What is served comes from the disk, and no control plane has confirmed it since the agent started.
+    pub from_disk: bool,
+    pub why_not_saved: Option<String>,
+}
+
+/// Everything that `/status` shows, each part published by the task that knows it.
+#[derive(Debug, Clone)]
+pub struct Known {
+    pub node: Arc<str>,
+    pub control_plane: watch::Receiver<ControlPlaneStatus>,
+    pub accepted: watch::Receiver<AcceptedStatus>,
+    pub envoy: watch::Receiver<envoy::Status>,
+}
+
+impl Known {
+    /// Why the node cannot do its work, if it cannot.
+    fn unready(&self) -> Option<String> {
+        let envoy = self.envoy.borrow();
+        if envoy.state == envoy::State::Live {
+            return None;
+        }
+        let mut why = format!("Envoy is {}", name_of(envoy.state));
+        if let Some(reason) = &envoy.reason {
+            why += &format!(": {reason}");
+        }
+        if envoy.state == envoy::State::Waiting {
+            let control_plane = self.control_plane.borrow();
+            match (&control_plane.in_use, &control_plane.reason) {
+                (Some(name), _) => why += &format!("; {name} is connected and has sent none"),
+                (None, Some(reason)) => why += &format!("; no control plane answers: {reason}"),
+                (None, None) => why += "; no control plane has answered",
+            }
+        }
+        Some(why)
+    }
+}
+
+fn name_of(state: envoy::State) -> String {
+    // The names of the JSON API.
+    json!(state).as_str().unwrap_or_default().to_owned()
+}
+
+/// The routes of `listen.api`.
+pub fn router(known: Known) -> Router {
+    let mut registry = metrics::registry();
+    registry.register_collector(Box::new(known.clone()));
+    let registry: Arc<Registry> = Arc::new(registry);
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .route("/status", get(status))
+        .route("/metrics", get(async move || metrics::response(&registry)))
+        .with_state(known)
+}
+
+/// Serves the API until the daemon stops; requests under way are answered.
+pub async fn serve(listener: TcpListener, known: Known, mut stop: Stop) -> std::io::Result<()> {
+    axum::serve(listener, router(known)).with_graceful_shutdown(async move { stop.requested().await }).await
+}
+
+async fn ready(State(known): State<Known>) -> Response {
+    match known.unready() {
+        None => "ready\n".into_response(),
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
+    }
+}
+
+async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
+    Json(json!({
+        "node": *known.node,
+        "version": env!("CARGO_PKG_VERSION"),
+        "ready": known.unready().is_none(),
+        "why_not_ready": known.unready(),
+        "control_plane": *known.control_plane.borrow(),
+        "accepted": *known.accepted.borrow(),
+        "envoy": *known.envoy.borrow(),
+    }))
+}
+
+/// Read at each scrape from what the tasks publish: there is no second place that could say something else.
+impl Collector for Known {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let control_plane = self.control_plane.borrow().clone();
+        let accepted = self.accepted.borrow().clone();
+        let envoy = self.envoy.borrow().clone();
+        let mut gauge = |name: &str, help: &str, value: f64| {
+            ConstGauge::new(value).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)
+        };
+        gauge(
+            "vmesh_agent_control_plane_connected",
+            "Whether configuration comes from a control plane",
+            f64::from(u8::from(control_plane.in_use.is_some())),
+        )?;
+        let reports = control_plane.reported_to.values().filter(|reported| **reported).count();
+        gauge("vmesh_agent_reports", "Other control planes that have this node's report", reports as f64)?;
+        if let Some(age) = accepted.confirmed.and_then(age) {
+            let help = "How long ago a control plane last confirmed the configuration";
+            gauge("vmesh_agent_config_age_seconds", help, age.as_secs_f64())?;
+        }
+        if let Some(age) = accepted.saved.and_then(age) {
+            gauge("vmesh_agent_cache_age_seconds", "Age of the configuration on disk", age.as_secs_f64())?;
+        }
+        let live = f64::from(u8::from(envoy.state == envoy::State::Live));
+        gauge("vmesh_agent_envoy_live", "Whether Envoy is live", live)?;
+        let mut counter = |name: &str, help: &str, value: u64| {
+            ConstCounter::new(value).encode(encoder.encode_descriptor(
+                name,
+                help,
+                None::<&Unit>,
+                MetricType::Counter,
+            )?)
+        };
+        counter("vmesh_agent_rejections", "Configurations that Envoy rejected", accepted.rejections)?;
+        counter("vmesh_agent_envoy_restarts", "How often Envoy ended by itself", envoy.restarts)?;
+        let help = "Resources that Envoy accepted";
+        let mut family =
+            encoder.encode_descriptor("vmesh_agent_accepted_resources", help, None, MetricType::Gauge)?;
+        for (kind, count) in &accepted.resources {
+            let labels = [("kind", kind.as_str())];
+            ConstGauge::new(*count as f64).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+fn age(since: SystemTime) -> Option<Duration> {
+    SystemTime::now().duration_since(since).ok()
+}
+
+pub(crate) fn epoch_seconds<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
+}
+
+fn optional_epoch_seconds<S: Serializer>(
+    time: &Option<SystemTime>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => epoch_seconds(time, serializer),
+        None => serializer.serialize_none(),
+    }
+}
