@@ -18,12 +18,21 @@
 //!
 //! Rule numbers (R25) are those of `reference/xds-rules.md`.
 
+mod glance;
+#[cfg(any(feature = "client", feature = "server"))]
+mod grpc;
 mod kind;
 mod resource;
 mod session;
 mod snapshot;
 mod store;
 
+#[cfg(feature = "client")]
+pub mod client;
+#[cfg(feature = "server")]
+pub mod server;
+
+pub use glance::Glance;
 pub use kind::{Kind, PerKind};
 pub use resource::{Resource, encodings};
 pub use session::{

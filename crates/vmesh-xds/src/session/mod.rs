@@ -107,9 +107,9 @@ impl Session {
         }
     }
 
-    /// Keeps what the client does for [`Session::poll_event`]. Without it, nothing is kept.
-    pub fn recording(self) -> Session {
-        Session { events: Some(VecDeque::new()), ..self }
+    /// Keeps what the client does, from now on, for [`Session::poll_event`].
+    pub fn record_events(&mut self) {
+        self.events.get_or_insert_default();
     }
 
     pub fn status(&self) -> &SessionStatus {

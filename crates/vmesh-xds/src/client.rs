@@ -1,0 +1,242 @@
+//! A client's end of an ADS stream over HTTP/2, on TCP, a Unix socket, or whatever connection one has made.
+
+use crate::grpc::{Failure, Messages, framed};
+use crate::{Glance, Kind};
+use bytes::Bytes;
+use http::{HeaderMap, Request, header};
+use http_body::{Body, Frame};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use prost::Message;
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tonic::Code;
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+
+pub use crate::grpc::Failure as StreamFailure;
+
+/// One delta ADS stream on a connection of its own. Dropping it closes both.
+pub struct AdsStream {
+    requests: mpsc::Sender<Bytes>,
+    state: Opening,
+    connection: JoinHandle<()>,
+}
+
+enum Opening {
+    /// A server may answer no sooner than it has seen a request.
+    Sent(Pin<Box<dyn Future<Output = hyper::Result<http::Response<Incoming>>> + Send>>),
+    Open(Box<Messages<Incoming>>),
+    Ended(Failure),
+}
+
+/// More than any server sends in one piece.
+const RESPONSE_MAX: usize = 256 << 20;
+const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+
+impl AdsStream {
+    /// To `http://host:port` or `unix:/path`.
+    pub async fn connect(uri: &str) -> io::Result<AdsStream> {
+        if let Some(path) = uri.strip_prefix("unix:") {
+            return AdsStream::connect_unix(path.trim_start_matches("//")).await;
+        }
+        let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("{uri}: {why}"));
+        let parsed: http::Uri = uri.parse().map_err(|_| invalid("not a URI"))?;
+        if parsed.scheme_str() != Some("http") {
+            return Err(invalid("only http://host:port and unix:/path are connected to here"));
+        }
+        let host = parsed.host().ok_or_else(|| invalid("there is no host in it"))?;
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let tcp = TcpStream::connect((host, parsed.port_u16().unwrap_or(80))).await?;
+        tcp.set_nodelay(true)?;
+        AdsStream::over(tcp).await
+    }
+
+    pub async fn connect_unix(path: impl AsRef<Path>) -> io::Result<AdsStream> {
+        AdsStream::over(UnixStream::connect(path).await?).await
+    }
+
+    /// Over a connection that is there, such as one with TLS that agreed on `h2`.
+    pub async fn over<I>(io: I) -> io::Result<AdsStream>
+    where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut http = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+        http.timer(TokioTimer::new())
+            // A path that drops packets is noticed within 40 s (R57).
+            .keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(1 << 20)
+            .max_send_buf_size(64 << 10);
+        let (mut http, connection) = http.handshake(TokioIo::new(io)).await.map_err(io::Error::other)?;
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the connection belongs to this stream, and ends with it"
+        )]
+        let connection = tokio::spawn(async move { _ = connection.await });
+
+        let (requests, body) = mpsc::channel(16);
+        let mut request = Request::new(Outgoing(body));
+        *request.method_mut() = http::Method::POST;
+        *request.uri_mut() = http::Uri::builder()
+            .scheme("http")
+            .authority("vmesh")
+            .path_and_query(PATH)
+            .build()
+            .map_err(io::Error::other)?;
+        let headers = request.headers_mut();
+        headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/grpc"));
+        headers.insert(header::TE, header::HeaderValue::from_static("trailers"));
+        let response = Box::pin(async move { http.send_request(request).await });
+        Ok(AdsStream { requests, state: Opening::Sent(response), connection })
+    }
+
+    /// Waits while the server takes nothing. An error means that the stream has ended; [`AdsStream::next`] tells how.
+    pub async fn send(&self, request: &DeltaDiscoveryRequest) -> Result<(), Failure> {
+        let gone = |_| Failure::new(Code::Unavailable, "the stream has ended");
+        self.requests.send(framed(request)).await.map_err(gone)
+    }
+
+    /// The next response. Dropping the future loses nothing.
+    pub async fn next(&mut self) -> Result<DeltaDiscoveryResponse, Failure> {
+        let message = self.next_bytes().await?;
+        let malformed = |error| Failure::new(Code::Internal, format!("not a response: {error}"));
+        DeltaDiscoveryResponse::decode(message).map_err(malformed)
+    }
+
+    /// The same, not decoded: a [`Glance`] is often enough.
+    pub async fn next_bytes(&mut self) -> Result<Bytes, Failure> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Failure>> {
+        loop {
+            let failure = match &mut self.state {
+                Opening::Sent(response) => match std::task::ready!(response.as_mut().poll(cx)) {
+                    Ok(response) => match refusal(&response) {
+                        Some(failure) => failure,
+                        None => {
+                            let messages = Messages::new(response.into_body(), RESPONSE_MAX);
+                            self.state = Opening::Open(Box::new(messages));
+                            continue;
+                        }
+                    },
+                    Err(error) => Failure::new(Code::Unavailable, error.to_string()),
+                },
+                Opening::Open(messages) => match std::task::ready!(messages.poll_message(cx)) {
+                    Some(Ok(message)) => return Poll::Ready(Ok(message)),
+                    Some(Err(failure)) => failure,
+                    None => messages
+                        .trailers()
+                        .and_then(status_in)
+                        .unwrap_or_else(|| Failure::new(Code::Unavailable, "the server ended the stream")),
+                },
+                Opening::Ended(failure) => return Poll::Ready(Err(failure.clone())),
+            };
+            self.state = Opening::Ended(failure);
+        }
+    }
+}
+
+impl Drop for AdsStream {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+fn refusal<B>(response: &http::Response<B>) -> Option<Failure> {
+    if response.status() != http::StatusCode::OK {
+        return Some(Failure::new(Code::Unavailable, format!("HTTP {}", response.status())));
+    }
+    status_in(response.headers())
+}
+
+fn status_in(headers: &HeaderMap) -> Option<Failure> {
+    let status = tonic::Status::from_header_map(headers)?;
+    Some(Failure::new(status.code(), status.message()))
+}
+
+/// The requests, as they are sent.
+struct Outgoing(mpsc::Receiver<Bytes>);
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_recv(cx).map(|message| message.map(|message| Ok(Frame::data(message))))
+    }
+}
+
+/// A client that wants what a proxy wants, ACKs all it gets, and keeps nothing: ten thousand of them fit in one
+/// process. It asks for all clusters, for their endpoints, and then for all listeners.
+pub struct BenchClient {
+    stream: AdsStream,
+    node: Option<Node>,
+    clusters: BTreeSet<String>,
+    seen: BTreeSet<Kind>,
+}
+
+impl BenchClient {
+    pub async fn connect(uri: &str, node: Node) -> io::Result<BenchClient> {
+        let stream = AdsStream::connect(uri).await?;
+        Ok(BenchClient { stream, node: Some(node), clusters: BTreeSet::new(), seen: BTreeSet::new() })
+    }
+
+    /// The next response, ACKed.
+    pub async fn next(&mut self) -> Result<Glance, Failure> {
+        if let Some(node) = self.node.take() {
+            self.send(Kind::Cluster, "", Vec::new(), Some(node)).await?;
+        }
+        let message = self.stream.next_bytes().await?;
+        let malformed = || Failure::new(Code::Internal, "not a response");
+        let glance = Glance::of(&message).ok_or_else(malformed)?;
+        let kind = glance.kind.ok_or_else(malformed)?;
+        if kind == Kind::Cluster {
+            glance.removed.iter().for_each(|name| _ = self.clusters.remove(name));
+            let new: Vec<_> =
+                glance.resources.iter().filter(|name| !self.clusters.contains(*name)).cloned().collect();
+            self.clusters.extend(new.iter().cloned());
+            if !new.is_empty() {
+                self.send(Kind::Endpoint, "", new, None).await?;
+            }
+        }
+        self.send(kind, &glance.nonce, Vec::new(), None).await?;
+        if kind == Kind::Cluster && self.seen.insert(Kind::Listener) {
+            self.send(Kind::Listener, "", Vec::new(), None).await?;
+        }
+        Ok(glance)
+    }
+
+    async fn send(
+        &self,
+        kind: Kind,
+        nonce: &str,
+        names: Vec<String>,
+        node: Option<Node>,
+    ) -> Result<(), Failure> {
+        let request = DeltaDiscoveryRequest {
+            node,
+            type_url: kind.type_url().to_owned(),
+            resource_names_subscribe: names,
+            response_nonce: nonce.to_owned(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        self.stream.send(&request).await
+    }
+}

@@ -1,0 +1,93 @@
+use crate::Kind;
+use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
+
+/// What a delta response is about, without the content of its resources.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Glance {
+    pub kind: Option<Kind>,
+    pub nonce: String,
+    /// The names.
+    pub resources: Vec<String>,
+    pub removed: Vec<String>,
+}
+
+impl Glance {
+    /// `None`: it is not a message.
+    pub fn of(message: &[u8]) -> Option<Glance> {
+        let mut glance = Glance::default();
+        fields(message, |tag, content| {
+            match tag {
+                2 => glance.resources.push(name_in(content)?),
+                4 => glance.kind = Kind::from_type_url(std::str::from_utf8(content).ok()?),
+                5 => glance.nonce = text(content)?,
+                6 => glance.removed.push(text(content)?),
+                _ => {}
+            }
+            Some(())
+        })?;
+        Some(glance)
+    }
+}
+
+fn name_in(resource: &[u8]) -> Option<String> {
+    let mut name = String::new();
+    fields(resource, |tag, content| {
+        if tag == 3 {
+            name = text(content)?;
+        }
+        Some(())
+    })?;
+    Some(name)
+}
+
+fn text(content: &[u8]) -> Option<String> {
+    std::str::from_utf8(content).ok().map(str::to_owned)
+}
+
+/// Calls `field` with each length-delimited field.
+fn fields<'a>(mut message: &'a [u8], mut field: impl FnMut(u32, &'a [u8]) -> Option<()>) -> Option<()> {
+    while !message.is_empty() {
+        let (tag, wire_type) = decode_key(&mut message).ok()?;
+        if wire_type == WireType::LengthDelimited {
+            let len = usize::try_from(decode_varint(&mut message).ok()?).ok()?;
+            let (content, rest) = message.split_at_checked(len)?;
+            field(tag, content)?;
+            message = rest;
+        } else {
+            skip_field(wire_type, tag, &mut message, DecodeContext::default()).ok()?;
+        }
+    }
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message;
+    use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
+
+    #[test]
+    fn a_glance_sees_the_names() {
+        let resource =
+            |name: &str| Resource { name: name.into(), version: "1".into(), ..Resource::default() };
+        let response = DeltaDiscoveryResponse {
+            type_url: Kind::Endpoint.type_url().into(),
+            nonce: "7".into(),
+            resources: vec![resource("a"), resource("b")],
+            removed_resources: vec!["c".into()],
+            ..DeltaDiscoveryResponse::default()
+        };
+        let glance = Glance::of(&response.encode_to_vec()).unwrap();
+        assert_eq!(
+            glance,
+            Glance {
+                kind: Some(Kind::Endpoint),
+                nonce: "7".into(),
+                resources: vec!["a".into(), "b".into()],
+                removed: vec!["c".into()],
+            }
+        );
+        assert_eq!(Glance::of(b"\xff\xff\xff"), None);
+        assert_eq!(Glance::of(b"\x12\x7f"), None);
+    }
+}

@@ -1,0 +1,121 @@
+//! gRPC's framing, for both drivers: each message follows a byte for compression and four for its length.
+
+#[cfg(feature = "client")]
+use bytes::BufMut;
+use bytes::{Buf, Bytes, BytesMut};
+use http_body::Body;
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use tonic::Code;
+
+/// How a call ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub code: Code,
+    pub message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Failure {
+        Failure { code, message: message.into() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.code, self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// The messages in a body. Nothing is kept between two of them.
+pub(crate) struct Messages<B> {
+    body: Pin<Box<B>>,
+    buffer: BytesMut,
+    limit: usize,
+    trailers: Option<http::HeaderMap>,
+}
+
+impl<B: Body> Messages<B> {
+    pub(crate) fn new(body: B, limit: usize) -> Messages<B> {
+        Messages { body: Box::pin(body), buffer: BytesMut::new(), limit, trailers: None }
+    }
+
+    pub(crate) fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Failure>>> {
+        loop {
+            match self.take() {
+                Ok(Some(message)) => return Poll::Ready(Some(Ok(message))),
+                Ok(None) => {}
+                Err(failure) => return Poll::Ready(Some(Err(failure))),
+            }
+            match ready!(self.body.as_mut().poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => self.append(data),
+                    Err(frame) => self.trailers = frame.into_trailers().ok(),
+                },
+                Some(Err(_)) => {
+                    let failure = Failure::new(Code::Unavailable, "the connection broke");
+                    return Poll::Ready(Some(Err(failure)));
+                }
+                None if self.buffer.is_empty() => return Poll::Ready(None),
+                None => {
+                    self.buffer = BytesMut::new();
+                    let failure = Failure::new(Code::InvalidArgument, "the stream ended within a message");
+                    return Poll::Ready(Some(Err(failure)));
+                }
+            }
+        }
+    }
+
+    /// What came after the last message.
+    #[cfg(feature = "client")]
+    pub(crate) fn trailers(&self) -> Option<&http::HeaderMap> {
+        self.trailers.as_ref()
+    }
+
+    /// The first message, if it is complete.
+    fn take(&mut self) -> Result<Option<Bytes>, Failure> {
+        let Some((&[compressed, ref len @ ..], _)) = self.buffer.split_first_chunk::<5>() else {
+            return Ok(None);
+        };
+        let (len, limit) = (u32::from_be_bytes(*len) as usize, self.limit);
+        if compressed != 0 {
+            return Err(Failure::new(Code::Unimplemented, "compressed messages are not taken"));
+        }
+        if len > limit {
+            let message = format!("a message of {len} bytes: the limit is {limit}");
+            return Err(Failure::new(Code::ResourceExhausted, message));
+        }
+        if self.buffer.len() < 5 + len {
+            return Ok(None);
+        }
+        self.buffer.advance(5);
+        let message = self.buffer.split_to(len).freeze();
+        if self.buffer.is_empty() {
+            self.buffer = BytesMut::new();
+        }
+        Ok(Some(message))
+    }
+
+    fn append(&mut self, mut data: impl Buf) {
+        let bytes = data.copy_to_bytes(data.remaining());
+        if self.buffer.is_empty() {
+            self.buffer = BytesMut::from(bytes);
+        } else {
+            self.buffer.extend_from_slice(&bytes);
+        }
+    }
+}
+
+#[cfg(feature = "client")]
+pub(crate) fn framed(message: &impl prost::Message) -> Bytes {
+    let len = message.encoded_len();
+    let mut framed = BytesMut::with_capacity(5 + len);
+    framed.put_u8(0);
+    framed.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
+    // A `BytesMut` has room for whatever is written to it.
+    _ = message.encode(&mut framed);
+    framed.freeze()
+}

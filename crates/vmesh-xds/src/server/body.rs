@@ -1,0 +1,259 @@
+use super::service::{Inner, PeerInfo};
+use super::Admitted;
+use crate::grpc::{Failure, Messages};
+use crate::{Protocol, Request, Session, SessionError, State};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue};
+use http_body::{Body, Frame};
+use prost::Message;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+use tokio::time::Sleep;
+use tonic::{Code, Status};
+use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
+
+/// The responses of one stream. Whoever writes them to the connection polls this, and with it the whole stream: its
+/// requests, its session and its timer. It is polled only while the client takes what is written, so a slow client
+/// costs what the session holds and nothing more (R60).
+pub struct AdsBody<B>(Option<Box<Stream<B>>>);
+
+pub(super) struct Stream<B> {
+    service: Arc<Inner>,
+    protocol: Protocol,
+    requests: Messages<B>,
+    peer: PeerInfo,
+    session: Session,
+    admitted: Option<Admitted>,
+    /// What the observer was told.
+    told: Told,
+    frames: VecDeque<Bytes>,
+    /// The stream ends with this once `frames` are written.
+    end: Option<Failure>,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+type Told = (State, u64, [u64; 3]);
+
+/// An ACK of Envoy's repeats every name (R59).
+const REQUEST_MAX: usize = 64 << 20;
+/// As much as a client may say before it is answered.
+const REQUESTS_AT_ONCE: usize = 64;
+/// Whoever opens a stream has something to ask.
+const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(30);
+
+impl<B> AdsBody<B> {
+    pub(super) fn empty() -> AdsBody<B> {
+        AdsBody(None)
+    }
+
+    pub(super) fn streaming(stream: Stream<B>) -> AdsBody<B> {
+        AdsBody(Some(Box::new(stream)))
+    }
+}
+
+impl<B: Body> Body for AdsBody<B> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let Some(stream) = &mut self.0 else { return Poll::Ready(None) };
+        let frame = match ready!(stream.poll_next(cx)) {
+            Ok(data) => Frame::data(data),
+            Err(Failure { code, message }) => {
+                self.0 = None;
+                Frame::trailers(trailers(code, &message))
+            }
+        };
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_none()
+    }
+}
+
+/// Nothing in here is pinned but what is boxed.
+impl<B> Unpin for AdsBody<B> {}
+
+impl<B: Body> Stream<B> {
+    pub(super) fn new(service: Arc<Inner>, protocol: Protocol, peer: PeerInfo, body: B) -> Stream<B> {
+        let session = match protocol {
+            Protocol::Delta => Session::delta(service.control_plane.clone()),
+            Protocol::Sotw => Session::sotw(service.control_plane.clone()),
+        };
+        service.counters.streams.fetch_add(1, Relaxed);
+        service.counters.streams_opened.fetch_add(1, Relaxed);
+        Stream {
+            service,
+            protocol,
+            requests: Messages::new(body, REQUEST_MAX),
+            peer,
+            session,
+            admitted: None,
+            told: Told::default(),
+            frames: VecDeque::new(),
+            end: None,
+            timer: Some(Box::pin(tokio::time::sleep(FIRST_REQUEST_WITHIN))),
+        }
+    }
+
+    /// The next bytes to write, or with what the stream ends.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Failure>> {
+        loop {
+            if let Some(frame) = self.frames.pop_front() {
+                return Poll::Ready(Ok(frame));
+            }
+            if let Some(end) = self.end.take() {
+                return Poll::Ready(Err(end));
+            }
+            let mut busy = self.read_requests(cx);
+            busy |= self.read_feed(cx);
+            let now = now();
+            if let Some(response) = self.session.poll_response(now) {
+                let counters = &self.service.counters;
+                counters.responses.fetch_add(1, Relaxed);
+                counters.bytes.fetch_add(response.len() as u64, Relaxed);
+                counters.resources.fetch_add(response.resources as u64, Relaxed);
+                self.frames.extend(response.into_frames());
+                busy = true;
+            }
+            self.tell_observer();
+            if !busy && self.end.is_none() && self.poll_timer(cx).is_pending() {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Whether there was one.
+    fn read_requests(&mut self, cx: &mut Context<'_>) -> bool {
+        for read in 0..REQUESTS_AT_ONCE {
+            let request = match self.requests.poll_message(cx) {
+                Poll::Pending => return read > 0,
+                Poll::Ready(request) => request,
+            };
+            let done = match request {
+                Some(message) => message.and_then(|message| self.on_message(message)),
+                None => Err(Failure::new(Code::Ok, "")),
+            };
+            if let Err(end) = done {
+                self.end = Some(end);
+                return true;
+            }
+        }
+        true
+    }
+
+    fn on_message(&mut self, message: Bytes) -> Result<(), Failure> {
+        let malformed =
+            |error| Failure::new(Code::InvalidArgument, format!("not a request: {error}"));
+        let request: Request = match self.protocol {
+            Protocol::Delta => DeltaDiscoveryRequest::decode(message).map_err(malformed)?.into(),
+            Protocol::Sotw => DiscoveryRequest::decode(message).map_err(malformed)?.into(),
+        };
+        let invalid = |error: SessionError| Failure::new(Code::from(i32::from(error.code())), error.to_string());
+        let now = now();
+        self.service.counters.requests.fetch_add(1, Relaxed);
+        if self.admitted.is_none() {
+            let node = request.introduction().map_err(invalid)?;
+            let admitted = self.service.admission.admit(node, &self.peer).map_err(|refusal| {
+                self.service.counters.streams_refused.fetch_add(1, Relaxed);
+                Failure::new(refusal.code(), refusal.to_string())
+            })?;
+            if admitted.observer.wants_events() {
+                self.session.record_events();
+            }
+            if let Some(snapshot) = admitted.feed.latest() {
+                self.session.on_snapshot(now, snapshot);
+            }
+            self.admitted = Some(admitted);
+            self.timer = None;
+        }
+        self.session.on_request(now, request).map_err(invalid)
+    }
+
+    /// Whether there was anything new.
+    fn read_feed(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(Admitted { feed, .. }) = &mut self.admitted else { return false };
+        if feed.poll_changed(cx).is_pending() && !feed.is_stopped() {
+            return false;
+        }
+        if feed.is_stopped() {
+            self.end.get_or_insert_with(|| Failure::new(Code::Unavailable, "shutting down"));
+        } else if let Some(snapshot) = feed.latest() {
+            self.session.on_snapshot(now(), snapshot);
+        }
+        true
+    }
+
+    fn tell_observer(&mut self) {
+        let Some(Admitted { observer, .. }) = &mut self.admitted else { return };
+        while let Some(event) = self.session.poll_event() {
+            observer.on_event(event);
+        }
+        let status = self.session.status();
+        let sum =
+            |count: fn(&crate::KindStatus) -> u64| status.kinds.iter().map(|(_, kind)| count(kind)).sum();
+        let counts: [u64; 3] = [sum(|kind| kind.acks), sum(|kind| kind.nacks), status.unknown_types];
+        let (state, generation, before) = &self.told;
+        if *state == status.state && *generation == status.generation_acked && *before == counts {
+            return;
+        }
+        let counters = &self.service.counters;
+        for (counter, (now, before)) in [&counters.acks, &counters.nacks, &counters.unknown_types]
+            .into_iter()
+            .zip(counts.into_iter().zip(*before))
+        {
+            counter.fetch_add(now - before, Relaxed);
+        }
+        self.told = (status.state.clone(), status.generation_acked, counts);
+        observer.on_status(status);
+    }
+
+    /// Ready when the session has waited long enough.
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.admitted.is_none() {
+            if let Some(timer) = &mut self.timer {
+                ready!(timer.as_mut().poll(cx));
+                self.end = Some(Failure::new(Code::DeadlineExceeded, "no request came"));
+            }
+            return Poll::Ready(());
+        }
+        let Some(at) = self.session.poll_timeout() else {
+            self.timer = None;
+            return Poll::Pending;
+        };
+        let at = tokio::time::Instant::from_std(at);
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
+        if timer.deadline() != at {
+            timer.as_mut().reset(at);
+        }
+        timer.as_mut().poll(cx)
+    }
+}
+
+impl<B> Drop for Stream<B> {
+    fn drop(&mut self) {
+        self.service.counters.streams.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Tokio's clock, so that a test can move it.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+pub(super) fn trailers(code: Code, message: &str) -> HeaderMap {
+    let mut trailers = HeaderMap::with_capacity(2);
+    if Status::new(code, message).add_header(&mut trailers).is_err() {
+        trailers.insert("grpc-status", HeaderValue::from(i32::from(code)));
+    }
+    trailers
+}

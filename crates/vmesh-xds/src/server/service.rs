@@ -1,0 +1,181 @@
+use super::body::{AdsBody, Stream, trailers};
+use super::{Feed, Hub};
+use crate::{Event, Protocol, SessionStatus};
+use http::{HeaderValue, header};
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::task::{Context, Poll};
+use tonic::Code;
+use vmesh_proto::envoy::config::core::v3::Node;
+
+/// Decides who may connect, and what it sees.
+pub trait Admission: Send + Sync + 'static {
+    fn admit(&self, node: &Node, peer: &PeerInfo) -> Result<Admitted, Refusal>;
+}
+
+pub struct Admitted {
+    pub feed: Feed,
+    pub observer: Box<dyn Observer>,
+}
+
+/// Follows one stream. It is dropped when the stream ends.
+pub trait Observer: Send + 'static {
+    /// Called at each ACK and NACK, and whenever the state or the generation changes. It must not block.
+    fn on_status(&mut self, status: &SessionStatus);
+
+    /// What the client does, name by name, for an observer that [asks for it](Observer::wants_events).
+    fn on_event(&mut self, event: Event) {
+        _ = event;
+    }
+
+    fn wants_events(&self) -> bool {
+        false
+    }
+}
+
+/// Why a client is not served.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Not yet: it should try again (R51, R62).
+    #[error("{0}")]
+    NotReady(String),
+    /// What it says of itself makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// It may not.
+    #[error("{0}")]
+    Denied(String),
+}
+
+impl Refusal {
+    pub(super) fn code(&self) -> Code {
+        match self {
+            Refusal::NotReady(_) => Code::Unavailable,
+            Refusal::Invalid(_) => Code::InvalidArgument,
+            Refusal::Denied(_) => Code::PermissionDenied,
+        }
+    }
+}
+
+/// What is known of the other end besides what it says. Whoever accepts connections puts it into the extensions of
+/// the requests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerInfo {
+    pub address: Option<SocketAddr>,
+    /// The user at the other end of a Unix socket.
+    pub uid: Option<u32>,
+    /// Who it proved to be, such as the SPIFFE id of its certificate.
+    pub identity: Option<Arc<str>>,
+}
+
+/// Of all streams since the start, unless it says otherwise.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Now.
+    pub streams: AtomicU64,
+    pub streams_opened: AtomicU64,
+    pub streams_refused: AtomicU64,
+    pub requests: AtomicU64,
+    pub responses: AtomicU64,
+    /// Of the responses, gRPC's framing included.
+    pub bytes: AtomicU64,
+    pub resources: AtomicU64,
+    pub acks: AtomicU64,
+    pub nacks: AtomicU64,
+    pub unknown_types: AtomicU64,
+}
+
+/// `envoy.service.discovery.v3.AggregatedDiscoveryService`, for hyper or for tonic's router.
+#[derive(Clone)]
+pub struct AdsService {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub hub: Hub,
+    pub admission: Box<dyn Admission>,
+    pub control_plane: Arc<str>,
+    pub counters: Arc<Counters>,
+}
+
+impl AdsService {
+    /// `control_plane` names this instance and its build (R64).
+    pub fn new(hub: Hub, admission: impl Admission, control_plane: impl Into<Arc<str>>) -> AdsService {
+        let control_plane = control_plane.into();
+        let inner = Inner { hub, admission: Box::new(admission), control_plane, counters: Arc::default() };
+        AdsService { inner: Arc::new(inner) }
+    }
+
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.inner.counters
+    }
+
+    pub fn hub(&self) -> &Hub {
+        &self.inner.hub
+    }
+
+    /// Answers one call. It never fails: what is wrong with a call is in its answer.
+    pub fn answer<B>(&self, request: http::Request<B>) -> http::Response<AdsBody<B>>
+    where
+        B: http_body::Body,
+    {
+        let protocol = match request.uri().path() {
+            "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources" => {
+                Protocol::Delta
+            }
+            "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources" => {
+                Protocol::Sotw
+            }
+            path => return refused(Code::Unimplemented, &format!("there is no method {path} here")),
+        };
+        let content_type = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+        if !content_type.is_some_and(|content_type| content_type.starts_with(b"application/grpc")) {
+            let mut response = http::Response::new(AdsBody::empty());
+            *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
+            return response;
+        }
+        if self.inner.hub.is_stopping() {
+            return refused(Code::Unavailable, "shutting down");
+        }
+        let (mut parts, body) = request.into_parts();
+        let peer = parts.extensions.remove::<PeerInfo>().unwrap_or_default();
+        let stream = Stream::new(self.inner.clone(), protocol, peer, body);
+        grpc(http::Response::new(AdsBody::streaming(stream)))
+    }
+}
+
+fn refused<B>(code: Code, message: &str) -> http::Response<AdsBody<B>> {
+    let mut response = grpc(http::Response::new(AdsBody::empty()));
+    response.headers_mut().extend(trailers(code, message));
+    response
+}
+
+fn grpc<B>(mut response: http::Response<AdsBody<B>>) -> http::Response<AdsBody<B>> {
+    let content_type = HeaderValue::from_static("application/grpc");
+    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+    response
+}
+
+impl<B> tower::Service<http::Request<B>> for AdsService
+where
+    B: http_body::Body,
+{
+    type Response = http::Response<AdsBody<B>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        ready(Ok(self.answer(request)))
+    }
+}
+
+impl tonic::server::NamedService for AdsService {
+    const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
+}
