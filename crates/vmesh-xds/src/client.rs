@@ -24,8 +24,6 @@ use tonic::Code;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
-pub use crate::grpc::Failure as StreamFailure;
-
 /// One delta ADS stream on a connection of its own. Dropping it closes both.
 pub struct AdsStream {
     requests: mpsc::Sender<Bytes>,

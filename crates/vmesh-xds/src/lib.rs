@@ -33,6 +33,8 @@ pub mod client;
 pub mod server;
 
 pub use glance::Glance;
+#[cfg(any(feature = "client", feature = "server"))]
+pub use grpc::Failure;
 pub use kind::{Kind, PerKind};
 pub use resource::{Resource, encodings};
 pub use session::{

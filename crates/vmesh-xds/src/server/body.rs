@@ -1,5 +1,5 @@
-use super::service::{Inner, PeerInfo};
 use super::Admitted;
+use super::service::{Inner, PeerInfo};
 use crate::grpc::{Failure, Messages};
 use crate::{Protocol, Request, Session, SessionError, State};
 use bytes::Bytes;
@@ -152,13 +152,13 @@ impl<B: Body> Stream<B> {
     }
 
     fn on_message(&mut self, message: Bytes) -> Result<(), Failure> {
-        let malformed =
-            |error| Failure::new(Code::InvalidArgument, format!("not a request: {error}"));
+        let malformed = |error| Failure::new(Code::InvalidArgument, format!("not a request: {error}"));
         let request: Request = match self.protocol {
             Protocol::Delta => DeltaDiscoveryRequest::decode(message).map_err(malformed)?.into(),
             Protocol::Sotw => DiscoveryRequest::decode(message).map_err(malformed)?.into(),
         };
-        let invalid = |error: SessionError| Failure::new(Code::from(i32::from(error.code())), error.to_string());
+        let invalid =
+            |error: SessionError| Failure::new(Code::from(i32::from(error.code())), error.to_string());
         let now = now();
         self.service.counters.requests.fetch_add(1, Relaxed);
         if self.admitted.is_none() {

@@ -1,0 +1,409 @@
+use crate::{Groups, Scope, Snapshot, Store};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fmt;
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::task::{Context, Poll, Waker};
+
+/// Where stores are published and streams get them from. A publication wakes the streams that may see a group that
+/// changed, and no other.
+#[derive(Clone, Default)]
+pub struct Hub {
+    registry: Arc<RwLock<Registry>>,
+}
+
+/// What is published at once: no stream sees a part of it. A route that comes with the move of a client to a wider
+/// scope is never seen without the cluster that the move brings.
+#[derive(Default)]
+pub struct Publication {
+    stores: Vec<(Arc<str>, Arc<Store>)>,
+    moves: Vec<(FeedControl, Arc<str>, Arc<Scope>)>,
+}
+
+impl Publication {
+    pub fn new() -> Publication {
+        Publication::default()
+    }
+
+    /// `store` becomes the latest of a class.
+    pub fn store(mut self, class: impl Into<Arc<str>>, store: Arc<Store>) -> Publication {
+        self.stores.push((class.into(), store));
+        self
+    }
+
+    /// A connected client gets another class or scope. Nothing happens if it is gone.
+    pub fn scope(mut self, feed: &FeedControl, class: impl Into<Arc<str>>, scope: Arc<Scope>) -> Publication {
+        self.moves.push((feed.clone(), class.into(), scope));
+        self
+    }
+}
+
+impl Hub {
+    pub fn new() -> Hub {
+        Hub::default()
+    }
+
+    /// Makes `store` the latest of a class, which is there from its first publication on.
+    pub fn publish(&self, class: impl Into<Arc<str>>, store: Arc<Store>) {
+        self.publish_all(Publication::new().store(class, store));
+    }
+
+    pub fn publish_all(&self, publication: Publication) {
+        let mut registry = self.write();
+        let mut concerned = HashSet::new();
+        for (class, store) in publication.stores {
+            registry.publish(class, store, &mut concerned);
+        }
+        for (feed, class, scope) in publication.moves {
+            if feed.registry.ptr_eq(&Arc::downgrade(&self.registry)) && registry.displace(feed.id) {
+                registry.place(feed.id, class, scope);
+                concerned.insert(feed.id);
+            }
+        }
+        let bells: Vec<_> =
+            concerned.iter().filter_map(|feed| registry.feeds.get(feed)).map(Place::bell).collect();
+        // A stream that wakes reads the registry.
+        drop(registry);
+        bells.iter().for_each(|bell| ring(bell));
+    }
+
+    /// The latest store of a class.
+    pub fn latest(&self, class: &str) -> Option<Arc<Store>> {
+        self.read().classes.get(class)?.latest.clone()
+    }
+
+    /// What a client of this class and scope is to be sent, from now on. The class need not be published yet.
+    pub fn subscribe(&self, class: impl Into<Arc<str>>, scope: Arc<Scope>) -> Feed {
+        let mut registry = self.write();
+        let id = registry.next_feed;
+        registry.next_feed += 1;
+        let bell = Arc::new(Mutex::new(Bell { stopped: registry.stopping, ..Bell::default() }));
+        let class = class.into();
+        registry.feeds.insert(id, Place { class: class.clone(), scope: scope.clone(), bell: bell.clone() });
+        registry.place(id, class, scope);
+        Feed { control: FeedControl { id, registry: Arc::downgrade(&self.registry) }, bell }
+    }
+
+    /// Every stream takes leave of its client.
+    pub fn stop(&self) {
+        let mut registry = self.write();
+        registry.stopping = true;
+        let bells: Vec<_> = registry.feeds.values().map(Place::bell).collect();
+        drop(registry);
+        for bell in bells {
+            lock(&bell).stopped = true;
+            ring(&bell);
+        }
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        self.read().stopping
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Registry> {
+        self.registry.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Registry> {
+        self.registry.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Default)]
+struct Registry {
+    classes: HashMap<Arc<str>, Class>,
+    feeds: HashMap<u64, Place>,
+    next_feed: u64,
+    stopping: bool,
+}
+
+/// Clients that are served from one store.
+#[derive(Default)]
+struct Class {
+    latest: Option<Arc<Store>>,
+    see_all: HashSet<u64>,
+    see_many: HashMap<u64, Arc<Scope>>,
+    see_few: HashMap<Arc<str>, HashSet<u64>>,
+}
+
+/// Up to so many groups, it is the groups that know who sees them. A wider scope is asked instead, because the memory
+/// of an index would grow with the product of clients and groups.
+const FEW: usize = 64;
+
+struct Place {
+    class: Arc<str>,
+    scope: Arc<Scope>,
+    bell: Arc<Mutex<Bell>>,
+}
+
+impl Place {
+    fn bell(&self) -> Arc<Mutex<Bell>> {
+        self.bell.clone()
+    }
+}
+
+#[derive(Default)]
+struct Bell {
+    rung: bool,
+    stopped: bool,
+    waker: Option<Waker>,
+}
+
+impl Registry {
+    fn publish(&mut self, key: Arc<str>, store: Arc<Store>, concerned: &mut HashSet<u64>) {
+        let class = self.classes.entry(key.clone()).or_default();
+        let before = class.latest.replace(store.clone());
+        let changed: Option<BTreeSet<&Arc<str>>> = match &before {
+            Some(before) if store.descends_with(before) && store.is_partial() == before.is_partial() => {
+                store.changed_since(before.generation()).map(Iterator::collect)
+            }
+            _ => None,
+        };
+        let Some(changed) = changed else {
+            let of_class = self.feeds.iter().filter(|(_, place)| place.class == key);
+            concerned.extend(of_class.map(|(id, _)| *id));
+            return;
+        };
+        if changed.is_empty() {
+            return;
+        }
+        concerned.extend(&class.see_all);
+        let sees_one = |scope: &Scope| changed.iter().any(|key| scope.contains(key));
+        concerned.extend(class.see_many.iter().filter(|(_, scope)| sees_one(scope)).map(|(id, _)| *id));
+        concerned.extend(changed.iter().filter_map(|key| class.see_few.get(*key)).flatten());
+    }
+
+    fn place(&mut self, id: u64, key: Arc<str>, scope: Arc<Scope>) {
+        let class = self.classes.entry(key.clone()).or_default();
+        match &scope.groups {
+            Groups::All => _ = class.see_all.insert(id),
+            Groups::Named(keys) if keys.len() > FEW => _ = class.see_many.insert(id, scope.clone()),
+            Groups::Named(keys) => keys.iter().for_each(|key| {
+                class.see_few.entry(key.clone()).or_default().insert(id);
+            }),
+        }
+        if let Some(place) = self.feeds.get_mut(&id) {
+            (place.class, place.scope) = (key, scope);
+        }
+    }
+
+    /// False: it is gone.
+    fn displace(&mut self, id: u64) -> bool {
+        let Some(place) = self.feeds.get(&id) else { return false };
+        let Some(class) = self.classes.get_mut(&place.class) else { return true };
+        match &place.scope.groups {
+            Groups::All => _ = class.see_all.remove(&id),
+            Groups::Named(keys) if keys.len() > FEW => _ = class.see_many.remove(&id),
+            Groups::Named(keys) => keys.iter().for_each(|key| {
+                if let Some(feeds) = class.see_few.get_mut(key) {
+                    feeds.remove(&id);
+                    if feeds.is_empty() {
+                        class.see_few.remove(key);
+                    }
+                }
+            }),
+        }
+        true
+    }
+}
+
+fn ring(bell: &Mutex<Bell>) {
+    let waker = {
+        let mut bell = lock(bell);
+        bell.rung = true;
+        bell.waker.take()
+    };
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
+/// One stream's subscription to a [`Hub`].
+pub struct Feed {
+    control: FeedControl,
+    bell: Arc<Mutex<Bell>>,
+}
+
+impl Feed {
+    /// What the client is to have now. `None` until its class is published.
+    pub fn latest(&self) -> Option<Snapshot> {
+        let hub = Hub { registry: self.control.registry.upgrade()? };
+        let registry = hub.read();
+        let place = registry.feeds.get(&self.control.id)?;
+        let store = registry.classes.get(&place.class)?.latest.clone()?;
+        Some(Snapshot { store, scope: place.scope.clone() })
+    }
+
+    /// Waits until [`Feed::latest`] may have changed, or the hub stops.
+    pub async fn changed(&mut self) {
+        poll_fn(|cx| self.poll_changed(cx)).await;
+    }
+
+    pub(super) fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut bell = lock(&self.bell);
+        if std::mem::take(&mut bell.rung) {
+            return Poll::Ready(());
+        }
+        match &bell.waker {
+            Some(waker) if waker.will_wake(cx.waker()) => {}
+            _ => bell.waker = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        lock(&self.bell).stopped
+    }
+
+    /// Changes what the client sees while its stream goes on.
+    pub fn control(&self) -> FeedControl {
+        self.control.clone()
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        if let Some(registry) = self.control.registry.upgrade() {
+            let hub = Hub { registry };
+            let mut registry = hub.write();
+            registry.displace(self.control.id);
+            registry.feeds.remove(&self.control.id);
+        }
+    }
+}
+
+impl fmt::Debug for Feed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "feed {}", self.control.id)
+    }
+}
+
+/// A handle on a [`Feed`] that its stream owns. It may outlive it.
+#[derive(Clone, Debug)]
+pub struct FeedControl {
+    id: u64,
+    registry: Weak<RwLock<Registry>>,
+}
+
+impl FeedControl {
+    /// Nothing happens if the stream has ended. See [`Publication::scope`] for a move that is part of a change.
+    pub fn set_scope(&self, class: impl Into<Arc<str>>, scope: Arc<Scope>) {
+        if let Some(registry) = self.registry.upgrade() {
+            Hub { registry }.publish_all(Publication::new().scope(self, class, scope));
+        }
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} feeds of {} classes", self.feeds.len(), self.classes.len())
+    }
+}
+
+/// No code panics while it holds one of these locks, and if it did, the data would still be sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Group, Kind, Resource};
+
+    fn store(before: &Store, key: &str, content: &str) -> Store {
+        let group = Group::new(key, [Resource::from_bytes(Kind::Cluster, key, content.as_bytes())]);
+        before.apply([(key.into(), Some(group))])
+    }
+
+    fn is_rung(feed: &mut Feed) -> bool {
+        feed.poll_changed(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
+
+    fn sees(feed: &Feed, name: &str) -> bool {
+        feed.latest().is_some_and(|snapshot| snapshot.get(Kind::Cluster, name).is_some())
+    }
+
+    #[test]
+    fn a_publication_wakes_those_whom_it_concerns() {
+        let hub = Hub::new();
+        let one = store(&Store::default(), "a", "1");
+        hub.publish("class", Arc::new(one.clone()));
+        let many = |key: &str| (0..100).map(|i| format!("x{i}")).chain([key.to_owned()]);
+        let mut feeds = [
+            hub.subscribe("class", Arc::new(Scope::all())),
+            hub.subscribe("class", Arc::new(Scope::named(["a"]))),
+            hub.subscribe("class", Arc::new(Scope::named(many("a")))),
+            hub.subscribe("class", Arc::new(Scope::named(["b"]))),
+            hub.subscribe("class", Arc::new(Scope::named(many("b")))),
+            hub.subscribe("other", Arc::new(Scope::all())),
+        ];
+        let mut rung = |store: &Store| {
+            hub.publish("class", Arc::new(store.clone()));
+            feeds.iter_mut().map(|feed| if is_rung(feed) { '!' } else { '.' }).collect::<String>()
+        };
+        assert_eq!(rung(&one), "......");
+        let two = store(&one, "a", "2");
+        assert_eq!(rung(&two), "!!!...");
+        assert_eq!(rung(&store(&two, "c", "1")), "!.....");
+        assert_eq!(rung(&store(&Store::default(), "b", "1")), "!!!!!.", "another line of stores");
+    }
+
+    #[test]
+    fn a_client_that_sees_only_its_own_hears_that_its_class_is_there() {
+        let hub = Hub::new();
+        let mut feed = hub.subscribe("class", Arc::new(Scope::named([""; 0])));
+        assert!(feed.latest().is_none());
+        hub.publish("class", Arc::new(Store::default()));
+        assert!(is_rung(&mut feed) && feed.latest().is_some());
+    }
+
+    #[test]
+    fn a_scope_can_change_while_the_stream_goes_on() {
+        let hub = Hub::new();
+        let one = store(&store(&Store::default(), "a", "1"), "b", "1");
+        hub.publish("class", Arc::new(one.clone()));
+        let mut feed = hub.subscribe("class", Arc::new(Scope::named(["a"])));
+        assert!(sees(&feed, "a") && !sees(&feed, "b"));
+        let control = feed.control();
+        control.set_scope("class", Arc::new(Scope::named(["b"])));
+        assert!(is_rung(&mut feed));
+        assert!(!sees(&feed, "a") && sees(&feed, "b"));
+        let two = store(&one, "a", "2");
+        hub.publish("class", Arc::new(two.clone()));
+        assert!(!is_rung(&mut feed));
+        hub.publish("class", Arc::new(store(&two, "b", "2")));
+        assert!(is_rung(&mut feed));
+        control.set_scope("unborn", Arc::new(Scope::all()));
+        assert!(feed.latest().is_none());
+        hub.publish("unborn", Arc::new(one));
+        assert!(sees(&feed, "a"));
+        drop(feed);
+        control.set_scope("class", Arc::new(Scope::all()));
+        let registry = hub.read();
+        assert!(registry.feeds.is_empty());
+        assert!(registry.classes.values().all(|class| class.see_few.is_empty() && class.see_all.is_empty()));
+    }
+
+    #[test]
+    fn stores_and_moves_are_published_at_once() {
+        let hub = Hub::new();
+        let feed = hub.subscribe("class", Arc::new(Scope::named(["a"])));
+        let both = store(&store(&Store::default(), "a", "1"), "b", "1");
+        let wider = Publication::new()
+            .store("class", Arc::new(both.clone()))
+            .store("other", Arc::new(both))
+            .scope(&feed.control(), "class", Arc::new(Scope::named(["a", "b"])));
+        hub.publish_all(wider);
+        assert!(sees(&feed, "a") && sees(&feed, "b"));
+        assert!(hub.latest("other").is_some() && hub.latest("third").is_none());
+    }
+
+    #[test]
+    fn a_hub_that_stops_tells_every_stream() {
+        let hub = Hub::new();
+        let mut early = hub.subscribe("class", Arc::new(Scope::all()));
+        hub.stop();
+        assert!(is_rung(&mut early) && early.is_stopped());
+        assert!(hub.subscribe("class", Arc::new(Scope::all())).is_stopped());
+    }
+}
