@@ -1,6 +1,129 @@
-//! x
+//! The node daemon: it feeds the local Envoy from a control plane, and from disk when none answers.
+//!
+//! Start reading at [`Agent::start`].
+//!
+//! | task            | wakes on                                      | publishes                       |
+//! |-----------------|-----------------------------------------------|---------------------------------|
+//! | `control plane` | its stream, the relay, a timer                | `watch<ControlPlaneStatus>`     |
+//! | `reports`       | a list of replicas, their streams             | what it knows of each replica   |
+//! | `xds`           | Envoy's connections to `xds.sock`             | `watch<AcceptedStatus>`         |
+//! | `cache`         | what Envoy accepted, 200 ms of silence        | `accepted.bin`                  |
+//! | `envoy`         | the first configuration, Envoy's end, a timer | `watch<envoy::Status>`          |
+//! | `envoy output`  | a line from Envoy                             | our log                         |
+//! | `api`           | HTTP requests                                 | `/status`, `/metrics`, `/readyz` |
+//!
+//! **Invariant:** no discovery backend: `cargo tree -p vmesh-agent -e normal` lists neither `vmesh-discovery` nor
+//! `vmesh-control`.
+
 pub mod bootstrap;
+pub mod cache;
 pub mod config;
 pub mod envoy;
 pub mod identity;
+mod retry;
 pub mod status;
+
+use std::fs::{DirBuilder, File, TryLockError};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use vmesh_daemon::Tasks;
+use vmesh_daemon::fsx;
+
+pub use config::Config;
+
+/// A running agent. Its sockets are bound and its files are written: what can fail at start has not.
+pub struct Agent {
+    pub tasks: Tasks,
+    pub known: status::Known,
+    /// Held for as long as the agent runs.
+    pub lock: File,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("could not create {}", .path.display())]
+    Directory {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("another vmesh-agent runs with {}: give each agent a `run_dir` of its own", .0.display())]
+    Taken(PathBuf),
+    #[error("could not lock {}", .path.display())]
+    Lock {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("could not listen on {address} for the API (`listen.api`)")]
+    Api {
+        address: SocketAddr,
+        #[source]
+        cause: io::Error,
+    },
+    #[error(transparent)]
+    Envoy(#[from] envoy::EnvoyError),
+}
+
+impl Agent {
+    pub async fn start(config: Config) -> Result<Agent, StartError> {
+        let config = Arc::new(config);
+        make_dir(&config.run_dir)?;
+        make_dir(&config.state_dir)?;
+        let lock = lock(&config.run_dir)?;
+        // Only now: what lies in there is ours.
+        for dir in [&config.run_dir, &config.state_dir] {
+            if let Err(error) = fsx::sweep(dir) {
+                tracing::warn!("{}", vmesh_daemon::report::one_line(&error));
+            }
+        }
+        let api = TcpListener::bind(config.api).await;
+        let api = api.map_err(|cause| StartError::Api { address: config.api, cause })?;
+
+        let mut tasks = Tasks::new();
+        let (envoy, envoy_status) = watch::channel(envoy::Status::default());
+        let (control_plane, control_plane_status) = watch::channel(status::ControlPlaneStatus::default());
+        let (accepted, accepted_status) = watch::channel(status::AcceptedStatus::default());
+        let known = status::Known {
+            node: config.name.shared(),
+            control_plane: control_plane_status,
+            accepted: accepted_status,
+            envoy: envoy_status,
+        };
+        let (has_config, config_is_there) = watch::channel(false);
+        _ = (control_plane, accepted, has_config);
+        envoy::spawn(&mut tasks, &config, envoy, config_is_there)?;
+        tasks.spawn_draining("api", |stop| status::serve(api, known.clone(), stop));
+        tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());
+        Ok(Agent { tasks, known, lock })
+    }
+
+    /// How long the tasks may take to stop: Envoy's leave-taking, and then what it takes to see it gone.
+    pub fn stops_within(config: &Config) -> Duration {
+        config.envoy.drain.0 + Duration::from_secs(15)
+    }
+}
+
+fn make_dir(path: &Path) -> Result<(), StartError> {
+    // One that is there keeps its mode: its group may be Envoy's.
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|cause| StartError::Directory { path: path.to_owned(), cause })
+}
+
+fn lock(run_dir: &Path) -> Result<File, StartError> {
+    let path = run_dir.join("agent.lock");
+    let failed = |cause| StartError::Lock { path: path.clone(), cause };
+    let file = File::options().create(true).write(true).truncate(false).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError::Taken(run_dir.to_owned())),
+        Err(TryLockError::Error(cause)) => Err(failed(cause)),
+    }
+}

@@ -1,1 +1,119 @@
-fn main() {}
+//! `vmesh-agent --config /etc/vmesh/agent.yaml`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing::{error, info, warn};
+use vmesh_agent::config::{Config, Manage};
+use vmesh_agent::{Agent, identity};
+use vmesh_daemon::report::{self, one_line};
+use vmesh_daemon::{logs, signals, systemd};
+
+/// The node daemon of vmesh: it feeds the local Envoy from a control plane, and from disk when none answers.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration.
+    #[arg(long, value_name = "FILE", default_value = "/etc/vmesh/agent.yaml", env = "VMESH_AGENT_CONFIG")]
+    config: PathBuf,
+    /// Read the configuration, print what the agent would do, and exit.
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            _ = error.print();
+            // `--help` and `--version` are no errors.
+            return if error.use_stderr() { report::USAGE.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    let config = match Config::load(&arguments.config) {
+        Ok(config) => config,
+        Err(error) => return report::refused(&error),
+    };
+    if arguments.check {
+        print!("{}", summary(&config));
+        return ExitCode::SUCCESS;
+    }
+    if let Err(error) = logs::init(config.log.as_deref()) {
+        return report::refused(&error);
+    }
+    // One thread: the work is to pass on what arrives, and each more thread costs memory on every host of the fleet.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(run(config)),
+        Err(error) => report::failed(&error),
+    }
+}
+
+async fn run(config: Config) -> ExitCode {
+    let stops_within = Agent::stops_within(&config);
+    let (terminated, agent) = match (signals::terminated(), Agent::start(config).await) {
+        (Ok(terminated), Ok(agent)) => (terminated, agent),
+        (Err(error), _) => return report::failed(&error),
+        (_, Err(error)) => return report::failed(&error),
+    };
+    let Agent { mut tasks, known, lock: _lock } = agent;
+    info!(node = &*known.node, "serving");
+    systemd::ready("serving");
+    let code = tokio::select! {
+        signal = terminated => {
+            info!("{signal}: stopping");
+            ExitCode::SUCCESS
+        }
+        (name, result) = tasks.first_exit() => {
+            match result {
+                Ok(()) => error!("task `{name}` ended, which it never should: stopping"),
+                Err(died) => error!("task `{name}` failed: stopping: {}", one_line(&died)),
+            }
+            report::FAILURE.into()
+        }
+    };
+    systemd::stopping();
+    let late = tasks.stop_within(stops_within).await;
+    if !late.is_empty() {
+        warn!("still running and left behind: {}", late.join(", "));
+    }
+    code
+}
+
+/// What `--check` prints.
+fn summary(config: &Config) -> String {
+    use std::fmt::Write;
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| _ = writeln!(text, "{name:<14} {value}");
+    line("node", config.name.to_string());
+    for (index, control_plane) in config.control_planes.iter().enumerate() {
+        line(if index == 0 { "control plane" } else { "" }, control_plane.to_string());
+    }
+    let manage = match config.envoy.manage {
+        Manage::Child => "started by the agent",
+        Manage::Systemd => "started by systemd",
+    };
+    line("envoy", format!("{}, {manage}", config.envoy.path.display()));
+    line("api", config.api.to_string());
+    for (index, workload) in config.workloads.iter().enumerate() {
+        let beyond = if workload.listen.ip().is_loopback() { "" } else { ", PLAINTEXT beyond this host" };
+        let (service, listen) = (&workload.service, workload.listen);
+        let name = if index == 0 { "workloads" } else { "" };
+        line(name, format!("{service} on port {}, reached at {listen}{beyond}", workload.port));
+    }
+    match &config.upstreams {
+        vmesh_model::node::Upstreams::All => {
+            line("upstreams", "every service, and a local port for none".to_owned())
+        }
+        vmesh_model::node::Upstreams::Declared(upstreams) => {
+            for (index, upstream) in upstreams.iter().enumerate() {
+                let listen =
+                    upstream.listen.map_or_else(|| "no local port".to_owned(), |listen| listen.to_string());
+                line(if index == 0 { "upstreams" } else { "" }, format!("{} at {listen}", upstream.service));
+            }
+        }
+    }
+    line("reports as", identity::build(None));
+    text
+}

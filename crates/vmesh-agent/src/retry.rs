@@ -1,0 +1,102 @@
+//! Whom to ask next, and when.
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
+
+/// Random enough to keep a fleet from acting as one; nothing secret depends on it.
+#[derive(Debug)]
+pub(crate) struct Dice(u64);
+
+impl Dice {
+    pub(crate) fn new() -> Dice {
+        // The standard library seeds its hash maps from the system's randomness.
+        Dice(RandomState::new().hash_one(0u8) | 1)
+    }
+
+    fn roll(&mut self) -> u64 {
+        // xorshift64*
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    /// A number below `end`; 0 where there is none.
+    fn below(&mut self, end: u64) -> u64 {
+        self.roll().checked_rem(end).unwrap_or(0)
+    }
+
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            let other = self.below(last as u64 + 1) as usize;
+            items.swap(last, other);
+        }
+    }
+}
+
+impl Default for Dice {
+    fn default() -> Self {
+        Dice::new()
+    }
+}
+
+/// Pauses that grow, each a random one of those that its predecessor allows ("decorrelated jitter"): nodes that lost
+/// their control plane together do not come back together.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    shortest: Duration,
+    longest: Duration,
+    last: Duration,
+    dice: Dice,
+}
+
+impl Backoff {
+    pub(crate) fn new(shortest: Duration, longest: Duration) -> Backoff {
+        Backoff { shortest, longest, last: shortest, dice: Dice::new() }
+    }
+
+    /// The next pause.
+    pub(crate) fn pause(&mut self) -> Duration {
+        let span = (self.last * 3).saturating_sub(self.shortest);
+        let extra = self.dice.below(u64::try_from(span.as_micros()).unwrap_or(u64::MAX));
+        self.last = (self.shortest + Duration::from_micros(extra)).min(self.longest);
+        self.last
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.last = self.shortest;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_stay_between_the_shortest_and_the_longest_and_differ_between_nodes() {
+        let (shortest, longest) = (Duration::from_millis(200), Duration::from_secs(5));
+        let pauses = || {
+            let mut backoff = Backoff::new(shortest, longest);
+            (0..200).map(|_| backoff.pause()).collect::<Vec<_>>()
+        };
+        let (one, two) = (pauses(), pauses());
+        assert!(one.iter().chain(&two).all(|pause| (shortest..=longest).contains(pause)));
+        assert!(one.iter().any(|pause| *pause > longest / 2));
+        assert_ne!(one, two);
+        assert!(one[0] < Duration::from_millis(600));
+    }
+
+    #[test]
+    fn a_shuffle_loses_nothing_and_begins_anywhere() {
+        let mut dice = Dice::new();
+        let mut firsts = [0; 3];
+        for _ in 0..600 {
+            let mut items = [0, 1, 2];
+            dice.shuffle(&mut items);
+            firsts[items[0]] += 1;
+            items.sort();
+            assert_eq!(items, [0, 1, 2]);
+        }
+        assert!(firsts.iter().all(|count| *count > 100), "{firsts:?}");
+    }
+}

@@ -1,0 +1,218 @@
+//! Envoy's life, as the agent leads it. What Envoy serves comes from a control plane in the place of the relay.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::watch;
+use vmesh_agent::envoy::{self, State, Status};
+use vmesh_daemon::Tasks;
+use vmesh_testkit::app::{Behaviour, HttpApp};
+use vmesh_testkit::load::{Load, Plan};
+use vmesh_testkit::wait_for;
+
+use crate::fixture::{ControlPlane, Place, SOON, orders};
+
+/// The tasks of an agent that look after Envoy.
+struct Supervised {
+    tasks: Tasks,
+    status: watch::Receiver<Status>,
+    has_config: watch::Sender<bool>,
+}
+
+impl Supervised {
+    fn start(place: &Place, settings: &str) -> Supervised {
+        let config = Arc::new(place.config(&["127.0.0.1:1".parse().unwrap()], settings));
+        let mut tasks = Tasks::new();
+        let (sender, status) = watch::channel(Status::default());
+        let (has_config, given) = watch::channel(true);
+        std::fs::create_dir_all(&config.run_dir).unwrap();
+        envoy::spawn(&mut tasks, &config, sender, given).unwrap();
+        Supervised { tasks, status, has_config }
+    }
+
+    async fn is(&mut self, what: &str, is: impl Fn(&Status) -> bool) -> Status {
+        let seen = wait_for(what, SOON, async || {
+            let status = self.status.borrow().clone();
+            if is(&status) { Ok(status) } else { Err(format!("{status:?}")) }
+        });
+        seen.await.unwrap()
+    }
+
+    async fn is_live(&mut self) -> Status {
+        self.is("a live Envoy", |status| status.state == State::Live).await
+    }
+
+    async fn stop(self) {
+        assert!(self.tasks.stop_within(SOON).await.is_empty());
+    }
+}
+
+async fn serving(place: &Place) -> (ControlPlane, HttpApp) {
+    std::fs::create_dir_all(place.run_dir()).unwrap();
+    let app = HttpApp::start("orders-1", "v1", place.at(8080)).unwrap();
+    let control_plane = ControlPlane::on_socket(place.run_dir().join("xds.sock")).await;
+    control_plane.publish(orders(place.upstream(), app.address()));
+    (control_plane, app)
+}
+
+async fn load(place: &Place) -> Load {
+    let load = Load::start(Plan::to(place.upstream()).rate(500.0)).unwrap();
+    served(&load, 50).await;
+    load
+}
+
+async fn served(load: &Load, more: u64) {
+    let before = load.so_far().ok;
+    wait_for("answers", SOON, async || {
+        let report = load.so_far();
+        if report.ok >= before + more { Ok(()) } else { Err(report.to_string()) }
+    })
+    .await
+    .unwrap();
+}
+
+/// Without the tasks' own stop: as after SIGKILL.
+fn crash(agent: Supervised) {
+    drop(agent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn envoy_starts_when_there_is_something_to_serve() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, "");
+    agent.has_config.send_replace(false);
+    let status = agent.is("a reason", |status| status.reason.is_some()).await;
+    if status.state == State::Waiting {
+        assert_eq!(status.reason.as_deref(), Some("there is no configuration to serve yet"));
+    }
+    agent.has_config.send_replace(true);
+    let status = agent.is_live().await;
+    assert_eq!(status.version.as_deref(), Some(vmesh_proto::ENVOY_VERSION));
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_that_is_killed_is_started_again() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, "");
+    let first = agent.is_live().await.pid.unwrap();
+    kill_process(Pid::from_raw(first).unwrap(), Signal::KILL).unwrap();
+    let status =
+        agent.is("a second Envoy", |status| status.restarts == 1 && status.state == State::Live).await;
+    assert_ne!(status.pid, Some(first));
+    let load = load(&place).await;
+    assert_eq!(load.stop().await.failures, 0);
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_crashes_costs_no_request_and_the_next_takes_its_envoy_over() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, "");
+    let first = agent.is_live().await.pid;
+    let load = load(&place).await;
+    crash(agent);
+    served(&load, 50).await;
+    let mut agent = Supervised::start(&place, "");
+    let status = agent.is_live().await;
+    assert!(status.adopted && status.pid == first, "{status:?}");
+    served(&load, 50).await;
+    let report = load.stop().await;
+    assert_eq!((report.failures, report.raced), (0, 0), "{report}");
+
+    // Its end is seen although it is not the new agent's child.
+    kill_process(Pid::from_raw(first.unwrap()).unwrap(), Signal::KILL).unwrap();
+    let status =
+        agent.is("a second Envoy", |status| status.restarts == 1 && status.state == State::Live).await;
+    assert!(!status.adopted);
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_with_another_configuration_hands_over_without_a_failed_request() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, "");
+    let first = agent.is_live().await.pid;
+    let load = load(&place).await;
+    crash(agent);
+    let mut agent = Supervised::start(&place, ", max_connections: 1000");
+    let status = agent.is("another Envoy", |status| status.state == State::Live && status.pid != first).await;
+    assert!(!status.adopted);
+    let gone = async || vmesh_testkit::process::naming(&place.dir).len();
+    let one = wait_for("the first Envoy to leave", SOON, async || match gone().await {
+        1 => Ok(()),
+        more => Err(format!("{more} run")),
+    });
+    one.await.unwrap();
+    served(&load, 50).await;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{report}");
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_that_does_not_come_up_leaves_the_old_one_serving() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, "");
+    let first = agent.is_live().await.pid;
+    let load = load(&place).await;
+    crash(agent);
+    let mut agent = Supervised::start(&place, ", extra_args: [--no-such-option]");
+    let status = agent.is("the old Envoy", |status| status.adopted && status.state == State::Live).await;
+    assert_eq!(status.pid, first);
+    served(&load, 50).await;
+    assert_eq!(load.stop().await.failures, 0);
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_lets_requests_under_way_finish_and_leaves_no_process() {
+    let place = Place::new();
+    let (_control_plane, app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, "");
+    agent.is_live().await;
+    app.behave(Behaviour::Slow(Duration::from_millis(500)));
+    let load = Load::start(Plan::to(place.upstream()).closed_loop().connections(1)).unwrap();
+    wait_for("a request under way", SOON, async || (app.requests() > 0).then_some(())).await.unwrap();
+    let (report, ()) = tokio::join!(load.stop(), agent.stop());
+    assert_eq!((report.ok, report.failures), (1, 0), "{report}");
+    assert!(vmesh_testkit::process::naming(&place.dir).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_that_is_to_be_kept_goes_on_when_the_agent_stops() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, ", keep_on_stop: true");
+    agent.is_live().await;
+    let load = load(&place).await;
+    agent.stop().await;
+    served(&load, 50).await;
+    assert_eq!(load.stop().await.failures, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_of_another_unit_is_watched_and_left_alone() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    // What the other unit would run.
+    let mut unit = Supervised::start(&place, ", keep_on_stop: true");
+    let pid = unit.is_live().await.pid;
+    let mut config = place.config(&["127.0.0.1:1".parse().unwrap()], "");
+    config.envoy.manage = vmesh_agent::config::Manage::Systemd;
+    let (sender, status) = watch::channel(Status::default());
+    let (has_config, given) = watch::channel(true);
+    let mut tasks = Tasks::new();
+    envoy::spawn(&mut tasks, &Arc::new(config), sender, given).unwrap();
+    let mut agent = Supervised { tasks, status, has_config };
+    assert_eq!(agent.is_live().await.pid, pid);
+    agent.stop().await;
+    assert_eq!(place.envoy().state().await.unwrap(), "LIVE");
+    unit.is_live().await;
+}

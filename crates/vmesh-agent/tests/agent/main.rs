@@ -1,0 +1,4 @@
+//! The agent, with the real Envoy.
+
+mod envoy;
+mod fixture;
