@@ -147,6 +147,12 @@ impl FromStr for Address {
 
     /// `host:port`, `[::1]:8080`.
     fn from_str(text: &str) -> Result<Address, String> {
+        if text.contains('/') {
+            return Err(format!(
+                "`{}`: only a host and a port, without scheme and path",
+                crate::yaml::short(text)
+            ));
+        }
         let (host, port) = text
             .rsplit_once(':')
             .ok_or_else(|| format!("`{text}` has no port: write `{text}:8080`, an address and a port"))?;

@@ -1,0 +1,388 @@
+//! What files say: one module per format, each a pure function from text to services.
+//!
+//! | module | written by | one file is |
+//! |---|---|---|
+//! | [`native`] | people, Ansible | one service, a list of them, or several YAML documents |
+//! | [`prometheus`] | whatever feeds `file_sd_configs` | groups of targets, named by a label |
+//! | [`linkerd`] | Linkerd 1.x `io.l5d.fs`, Pinterest's kingpin | one service: a line for each endpoint |
+//! | [`smartstack`] | Airbnb's synapse (`file_output`) | one service: a JSON list |
+//!
+//! One bad record costs that record; too many bad ones cost the file, because then it is more likely that the file is
+//! not what it seems (half written, another format) than that so many records went bad one by one.
+
+pub mod linkerd;
+pub mod native;
+pub mod prometheus;
+pub mod smartstack;
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer};
+use vmesh_model::yaml::{self, Node};
+use vmesh_model::{Address, Health, Labels, Place, Problem, Protocol, ServiceName, Weight};
+
+/// How the files of a source are written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Told by each file's content.
+    #[default]
+    Auto,
+    Native,
+    Prometheus,
+    Linkerd,
+    SmartStack,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Auto => "auto",
+            Format::Native => "native",
+            Format::Prometheus => "prometheus",
+            Format::Linkerd => "linkerd",
+            Format::SmartStack => "smartstack",
+        })
+    }
+}
+
+/// A file to be parsed.
+#[derive(Debug)]
+pub struct Input<'a> {
+    /// For places.
+    pub file: &'a Arc<str>,
+    /// What its service is called if the text does not say: the file's name.
+    pub name: &'a str,
+    pub text: &'a str,
+    /// By its name it is YAML or JSON, and not a list of lines.
+    pub is_yaml: bool,
+    /// The text as YAML, read at most once.
+    documents: OnceCell<Vec<yaml::Document>>,
+}
+
+impl<'a> Input<'a> {
+    pub fn new(file: &'a Arc<str>, name: &'a str, text: &'a str, is_yaml: bool) -> Self {
+        Input { file, name, text, is_yaml, documents: OnceCell::new() }
+    }
+
+    fn documents(&self) -> &[yaml::Document] {
+        self.documents.get_or_init(|| yaml::parse(self.file, self.file, self.text))
+    }
+
+    /// The values of the text, or why there are none that can be used.
+    fn roots(&self) -> Result<Vec<Arc<Node>>, Parsed> {
+        let problems: Vec<_> = self.documents().iter().flat_map(|d| d.problems.iter().cloned()).collect();
+        if !problems.is_empty() {
+            return Err(Parsed::refused(problems));
+        }
+        let roots: Vec<_> = self.documents().iter().filter_map(|document| document.root.clone()).collect();
+        if roots.iter().all(|root| root.items().is_some_and(<[_]>::is_empty)) {
+            return Err(nothing(self));
+        }
+        Ok(roots)
+    }
+}
+
+/// What a file says.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Parsed {
+    /// No two of one name.
+    pub services: Vec<ParsedService>,
+    /// Services that the file names and says nothing usable of: what was known of them holds.
+    pub unreadable: Vec<ServiceName>,
+    pub problems: Vec<Problem>,
+    /// Nothing of the file can be used; `problems` say why.
+    pub failed: bool,
+    /// The file says in as many words that there is nothing: `[]`, or nothing but comments.
+    pub says_nothing: bool,
+    /// How many records it has, and how many of them are bad.
+    records: usize,
+    bad: usize,
+    /// What is wrong with those.
+    left_out: Vec<Problem>,
+}
+
+/// A service as a format says it; names are not resolved yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParsedService {
+    pub name: ServiceName,
+    pub protocol: Option<Protocol>,
+    pub port: Option<NonZeroU16>,
+    /// No two of one address.
+    pub endpoints: Vec<ParsedEndpoint>,
+    pub place: Place,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParsedEndpoint {
+    pub address: Address,
+    pub weight: Weight,
+    pub health: Health,
+    pub zone: Option<Arc<str>>,
+    pub version: Option<Arc<str>>,
+    pub labels: Labels,
+    pub place: Place,
+}
+
+/// An endpoint as it is written: its weight still in the format's own convention.
+#[derive(Debug, Clone)]
+struct Record {
+    address: Address,
+    weight: Option<Share>,
+    health: Health,
+    zone: Option<Arc<str>>,
+    version: Option<Arc<str>>,
+    labels: Labels,
+    place: Place,
+}
+
+impl Record {
+    fn new(address: Address, place: Place) -> Record {
+        Record {
+            address,
+            weight: None,
+            health: Health::Unknown,
+            zone: None,
+            version: None,
+            labels: Labels::new(),
+            place,
+        }
+    }
+}
+
+/// A weight as formats write it: `2`, `0.5`, `0` for "drain".
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Share(f64);
+
+impl Share {
+    fn parse(text: &str) -> Result<Share, String> {
+        let wrong = || format!("`{}` is not a weight: a number from 0 to {}", yaml::short(text), Weight::MAX);
+        // Not every text that std reads as a number is meant as one: `inf`, `nan`, `1e3`.
+        if !text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+            return Err(wrong());
+        }
+        let share = text.parse::<f64>().map_err(|_| wrong())?;
+        if share <= f64::from(Weight::MAX) { Ok(Share(share)) } else { Err(wrong()) }
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Share::parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+    }
+}
+
+/// Weights count relative to those of the same service, so each service has its own scale: whole numbers as they
+/// are, and where one is a fraction all times 100. `default` is that of the format, for records without a weight.
+fn weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, Health)> {
+    let share = move |record: &Record| record.weight.map_or(default, |share| share.0);
+    let fractions = records.iter().any(|record| share(record).fract() != 0.0);
+    let scale = if fractions { 100.0 } else { 1.0 };
+    records.iter().map(move |record| {
+        let share = share(record);
+        if share == 0.0 {
+            return (Weight::ONE, Health::Draining);
+        }
+        let scaled = (share * scale).round().clamp(1.0, f64::from(Weight::MAX));
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "clamped to 1..=1,000,000"
+        )]
+        let weight = Weight::new(scaled as u32).unwrap_or_default();
+        (weight, record.health)
+    })
+}
+
+impl Parsed {
+    /// The whole file is unusable.
+    fn refused(problems: Vec<Problem>) -> Parsed {
+        Parsed { problems, failed: true, ..Parsed::default() }
+    }
+
+    fn problem(&mut self, place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) {
+        self.problems.push(Problem::new(place, subject, message));
+    }
+
+    /// Says that a record is left out, and why.
+    fn bad_record(&mut self, place: Place, subject: &Arc<str>, why: impl Into<String>) {
+        self.left_out.push(Problem::new(place, subject.clone(), why));
+    }
+
+    /// Adds a service with its good records. `bad` is how many were left out: if that is all of them, the service is
+    /// not empty but unreadable.
+    fn service(
+        &mut self,
+        mut service: ParsedService,
+        mut records: Vec<Record>,
+        bad: usize,
+        default_weight: f64,
+    ) {
+        self.records += records.len() + bad;
+        self.bad += bad;
+        if records.is_empty() && bad > 0 {
+            self.unreadable.push(service.name);
+            return;
+        }
+        let subject = subject_of(&service.name);
+        let mut last: BTreeMap<Address, usize> = BTreeMap::new();
+        for (index, record) in records.iter().enumerate() {
+            if let Some(earlier) = last.insert(record.address.clone(), index)
+                && let Some(earlier) = records.get(earlier)
+            {
+                let line = earlier.place.line;
+                let message =
+                    format!("`{}` is also in line {line}: this one, the last, counts", record.address);
+                self.problem(record.place.clone(), subject.clone(), message);
+            }
+        }
+        let mut index = 0;
+        records.retain(|record| {
+            index += 1;
+            last.get(&record.address) == Some(&(index - 1))
+        });
+        let weighed: Vec<_> = weights(&records, default_weight).collect();
+        service.endpoints = records
+            .into_iter()
+            .zip(weighed)
+            .map(|(record, (weight, health))| ParsedEndpoint {
+                address: record.address,
+                weight,
+                health,
+                zone: record.zone,
+                version: record.version,
+                labels: record.labels,
+                place: record.place,
+            })
+            .collect();
+        self.services.push(service);
+    }
+
+    /// Judges the file as a whole.
+    fn judged(mut self, file: &Arc<str>) -> Parsed {
+        let (bad, records) = (self.bad, self.records);
+        let too_many = bad == records || (records >= 5 && (bad > 5 || bad * 4 > records));
+        if bad > 0 && too_many && !self.failed {
+            self.failed = true;
+            let message = format!("{bad} of {records} endpoints are bad: this is more than single mistakes");
+            self.problem(Place::file(file.clone()), file.clone(), message);
+        }
+        if self.failed {
+            self.services.clear();
+            self.unreadable.clear();
+        }
+        let unreadable: Vec<_> = self.unreadable.iter().map(subject_of).collect();
+        for mut problem in std::mem::take(&mut self.left_out) {
+            if !self.failed && !unreadable.contains(&problem.subject) {
+                problem.message.push_str("; this endpoint is left out");
+            }
+            self.problems.push(problem);
+        }
+        self.problems.sort();
+        self.problems.dedup();
+        self
+    }
+}
+
+pub(crate) fn subject_of(service: &ServiceName) -> Arc<str> {
+    format!("service `{service}`").into()
+}
+
+/// A service that is named by its file.
+fn named_by_file(input: &Input<'_>) -> Result<ParsedService, Problem> {
+    let place = Place::file(input.file.clone());
+    match input.name.parse() {
+        Ok(name) => Ok(ParsedService { name, protocol: None, port: None, endpoints: Vec::new(), place }),
+        Err(wrong) => Err(Problem::new(
+            place,
+            input.file.clone(),
+            format!("the file's name names its service, and {wrong}"),
+        )),
+    }
+}
+
+/// Reads `bytes` as `format`. `sticky` is what [`Format::Auto`] found in this file before: a text that was cut short
+/// can look like another format, so it is only left for a format in which everything is right.
+pub fn parse(
+    file: &Arc<str>,
+    name: &str,
+    is_yaml: bool,
+    bytes: &[u8],
+    limit: usize,
+    format: Format,
+    sticky: Option<Format>,
+) -> (Parsed, Option<Format>) {
+    let text = match yaml::text_of(file, file, bytes, limit) {
+        Ok(text) => text,
+        Err(problem) => return (Parsed::refused(vec![problem]), sticky),
+    };
+    let input = Input::new(file, name, text, is_yaml);
+    if format != Format::Auto {
+        return (parse_as(format, &input), Some(format));
+    }
+    let Some(detected) = detect(&input) else {
+        return (nothing(&input), sticky);
+    };
+    let parsed = parse_as(sticky.unwrap_or(detected), &input);
+    match sticky {
+        Some(before) if before != detected && parsed.failed => {
+            let other = parse_as(detected, &input);
+            if other.problems.is_empty() { (other, Some(detected)) } else { (parsed, sticky) }
+        }
+        Some(_) => (parsed, sticky),
+        None => (parsed, Some(detected)),
+    }
+}
+
+fn parse_as(format: Format, input: &Input<'_>) -> Parsed {
+    match format {
+        Format::Auto | Format::Native => native::parse(input),
+        Format::Prometheus => prometheus::parse(input),
+        Format::Linkerd => linkerd::parse(input),
+        Format::SmartStack => smartstack::parse(input),
+    }
+}
+
+/// Tells the format by the content; `None` if there is nothing in it.
+fn detect(input: &Input<'_>) -> Option<Format> {
+    if !input.is_yaml && linkerd::looks_like(input.text) {
+        return Some(Format::Linkerd);
+    }
+    let Some(first) = input.documents().first() else {
+        // A list of lines without a line is a service without endpoints; what else would have no extension?
+        return (!input.is_yaml && has_comment(input.text)).then_some(Format::Linkerd);
+    };
+    let Some(root) = &first.root else { return Some(Format::Native) };
+    let Some(items) = root.items() else { return Some(Format::Native) };
+    let item = items.first()?;
+    let has = |key: &str| item.get(key).is_some();
+    Some(if has("targets") {
+        Format::Prometheus
+    } else if has("host") && has("port") && !has("endpoints") {
+        Format::SmartStack
+    } else {
+        Format::Native
+    })
+}
+
+fn has_comment(text: &str) -> bool {
+    text.lines().any(|line| line.trim_start().starts_with('#'))
+}
+
+/// A file without a value in it: `[]`, or nothing but comments, means that; nothing at all means nothing.
+fn nothing(input: &Input<'_>) -> Parsed {
+    if has_comment(input.text) || input.text.contains('[') {
+        return Parsed { says_nothing: true, ..Parsed::default() };
+    }
+    let place = Place::file(input.file.clone());
+    let message = "the file says nothing: if no service is meant, say so by `[]` or a comment";
+    Parsed::refused(vec![Problem::new(place, input.file.clone(), message)])
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,92 @@
+//! Lists of lines: Linkerd 1.x `io.l5d.fs`, and the `host:port` lines of Pinterest's kingpin.
+//!
+//! ```text
+//! # payment pool
+//! 10.1.0.4 8080
+//! 10.1.0.5 8080 * 2.5     # new box
+//! pay-old.internal:8080
+//! ```
+//!
+//! The file is the service. Unlike in Linkerd one bad line does not cost the file, and a file of zero bytes is never
+//! meant: writers that are not atomic leave one behind for a moment. A file of nothing but comments is.
+
+use vmesh_model::{Address, Host, Place};
+
+use super::{Input, Parsed, Record, Share, has_comment, named_by_file, nothing, subject_of};
+
+/// Whether the first line that says something is an endpoint.
+pub(super) fn looks_like(text: &str) -> bool {
+    text.lines().map(|line| without_comment(line).trim()).find(|line| !line.is_empty()).is_some_and(|line| {
+        let is_port = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        let mut words = line.split_ascii_whitespace();
+        match (words.next(), words.next()) {
+            (Some(host), Some(port)) if is_port(port) => !host.ends_with(':'),
+            (Some(word), None | Some("*")) => word.rsplit_once(':').is_some_and(|(_, port)| is_port(port)),
+            _ => false,
+        }
+    })
+}
+
+fn without_comment(line: &str) -> &str {
+    line.split_once('#').map_or(line, |(before, _)| before)
+}
+
+pub fn parse(input: &Input<'_>) -> Parsed {
+    let service = match named_by_file(input) {
+        Ok(service) => service,
+        Err(problem) => return Parsed::refused(vec![problem]),
+    };
+    let subject = subject_of(&service.name);
+    let mut parsed = Parsed::default();
+    let (mut records, mut bad) = (Vec::new(), 0);
+    for (number, line) in (1..).zip(input.text.lines()) {
+        let said = without_comment(line);
+        let words: Vec<&str> = said.split_ascii_whitespace().collect();
+        if words.is_empty() {
+            continue;
+        }
+        let at = |word: &str| {
+            // A word is a part of its line, so where it begins is the difference of the two.
+            let bytes = word.as_ptr().addr().saturating_sub(said.as_ptr().addr());
+            let column = said.get(..bytes).unwrap_or_default().chars().count() + 1;
+            Place::at(input.file.clone(), number, u32::try_from(column).unwrap_or(u32::MAX))
+        };
+        match record(&words, at(words.first().copied().unwrap_or_default())) {
+            Ok(record) => records.push(record),
+            Err((word, wrong)) => {
+                bad += 1;
+                parsed.bad_record(at(word), &subject, wrong);
+            }
+        }
+    }
+    if records.is_empty() && parsed.problems.is_empty() && !has_comment(input.text) {
+        return nothing(input);
+    }
+    parsed.service(service, records, bad, 1.0);
+    parsed.judged(input.file)
+}
+
+/// An endpoint, or the word that is wrong and why.
+fn record<'a>(words: &[&'a str], place: Place) -> Result<Record, (&'a str, String)> {
+    let (first, address, rest) = match words {
+        [] => return Err(("", "an empty line".to_owned())),
+        // `host:port`, but not the `::1` of `::1 8080`.
+        [first, rest @ ..] if rest.first().is_none_or(|word| *word == "*") => {
+            (*first, first.parse::<Address>(), rest)
+        }
+        [host, port, rest @ ..] => {
+            let port = vmesh_model::endpoint::parse_port(port).map_err(|wrong| (*port, wrong))?;
+            (*host, Host::parse(host).map(|host| Address { host, port }), rest)
+        }
+        [first] => (*first, first.parse::<Address>(), &[][..]),
+    };
+    let address = address.map_err(|wrong| (first, wrong))?;
+    let weight = match rest {
+        [] => None,
+        ["*", weight] => Some(Share::parse(weight).map_err(|wrong| (*weight, wrong))?),
+        [word, ..] => {
+            return Err((*word, format!("`{word}` after the endpoint: expected `host port * weight`")));
+        }
+    };
+    Ok(Record { weight, ..Record::new(address, place) })
+}

@@ -1,0 +1,176 @@
+//! The native format: one service, a list of services, or several YAML documents of either.
+//!
+//! ```yaml
+//! service: orders           # default: the file's name
+//! protocol: http
+//! port: 80
+//! endpoints:
+//!   - 10.0.1.11:8080
+//!   - {address: "10.0.1.12:8080", zone: eu-1a, version: v2, weight: 2, health: draining, labels: {rack: r7}}
+//! ```
+//!
+//! Strict: this is written for vmesh, so a field that is not known here is a mistake of spelling.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, IgnoredAny};
+use vmesh_model::strict::read;
+use vmesh_model::yaml::Node;
+use vmesh_model::{Address, Health, Labels, Place, Problem, Protocol, ServiceName};
+
+use super::{Input, Parsed, ParsedService, Record, Share, subject_of};
+
+/// All of a service but its endpoints, which are read one by one.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Head {
+    service: Option<ServiceName>,
+    protocol: Option<Protocol>,
+    port: Option<NonZeroU16>,
+    #[serde(rename = "endpoints")]
+    _endpoints: IgnoredAny,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Endpoint {
+    address: Dialled,
+    zone: Option<Arc<str>>,
+    version: Option<Arc<str>>,
+    weight: Option<Share>,
+    #[serde(default)]
+    health: Health,
+    #[serde(default)]
+    labels: Labels,
+}
+
+struct Dialled(Address);
+
+impl<'de> Deserialize<'de> for Dialled {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map(Dialled).map_err(de::Error::custom)
+    }
+}
+
+pub fn parse(input: &Input<'_>) -> Parsed {
+    let roots = match input.roots() {
+        Ok(roots) => roots,
+        Err(parsed) => return parsed,
+    };
+    let services: Vec<&Node> = roots
+        .iter()
+        .flat_map(|root| root.items().unwrap_or(std::slice::from_ref(root)))
+        .map(|node| &**node)
+        .collect();
+    let mut parsed = Parsed::default();
+    let mut seen: BTreeMap<ServiceName, Place> = BTreeMap::new();
+    for node in &services {
+        let place = node.place(input.file);
+        let Some(name) = name_of(node, input, services.len() > 1, &mut parsed) else { continue };
+        if let Some(first) = seen.get(&name) {
+            let message =
+                format!("a second service `{name}`: only the first one counts, in line {}", first.line);
+            parsed.problem(place, subject_of(&name), message);
+            continue;
+        }
+        seen.insert(name.clone(), place.clone());
+        if let Err(problems) = service(node, &name, input, &mut parsed) {
+            parsed.problems.extend(problems);
+            parsed.unreadable.push(name);
+        }
+    }
+    parsed.judged(input.file)
+}
+
+/// What a service is called, read leniently, so that one with mistakes in it is still known by its name.
+fn name_of(node: &Node, input: &Input<'_>, several: bool, parsed: &mut Parsed) -> Option<ServiceName> {
+    let refuse = |place, message: String| Problem::new(place, input.file.clone(), message);
+    let problem = if node.entries().is_none() {
+        let found = node.describe();
+        refuse(
+            node.place(input.file),
+            format!("expected a service, a mapping with `endpoints`, found {found}"),
+        )
+    } else {
+        match node.get("service") {
+            Some(given) => match given.text().unwrap_or_default().parse() {
+                Ok(name) => return Some(name),
+                Err(wrong) => refuse(given.place(input.file), format!("`service`: {wrong}")),
+            },
+            None if several => refuse(
+                node.place(input.file),
+                "`service` is missing: in a file of several services each has to say its name".to_owned(),
+            ),
+            None => match input.name.parse() {
+                Ok(name) => return Some(name),
+                Err(wrong) => refuse(
+                    node.place(input.file),
+                    format!("`service` is missing, and the file's name cannot stand in for it: {wrong}"),
+                ),
+            },
+        }
+    };
+    // Which service it is that goes wrong here is not known, so nothing of the file may be taken for all of it.
+    parsed.problems.push(problem);
+    parsed.failed = true;
+    None
+}
+
+fn service(
+    node: &Node,
+    name: &ServiceName,
+    input: &Input<'_>,
+    parsed: &mut Parsed,
+) -> Result<(), Vec<Problem>> {
+    let subject = subject_of(name);
+    let head: Head = read(input.file, &subject, node, None)?;
+    let place = node.place(input.file);
+    let list = node.get("endpoints");
+    let Some(items) = list.and_then(|list| list.items()) else {
+        let (place, found) =
+            list.map_or((place, "nothing".to_owned()), |n| (n.place(input.file), n.describe()));
+        let message =
+            format!("`endpoints`: expected a list, found {found}; a service without endpoints has `[]`");
+        return Err(vec![Problem::new(place, subject, message)]);
+    };
+    let (mut records, mut bad) = (Vec::new(), 0);
+    for item in items {
+        match endpoint(item, &subject, input.file) {
+            Ok(record) => records.push(record),
+            Err(problems) => {
+                bad += 1;
+                // One record, however much is wrong with it.
+                let mut problems = problems.into_iter();
+                if let Some(first) = problems.next() {
+                    parsed.bad_record(first.place, &subject, first.message);
+                }
+                parsed.problems.extend(problems);
+            }
+        }
+    }
+    let name = head.service.unwrap_or_else(|| name.clone());
+    let service =
+        ParsedService { name, protocol: head.protocol, port: head.port, endpoints: Vec::new(), place };
+    parsed.service(service, records, bad, 1.0);
+    Ok(())
+}
+
+fn endpoint(node: &Node, subject: &Arc<str>, file: &Arc<str>) -> Result<Record, Vec<Problem>> {
+    let place = node.place(file);
+    let wrong = |message: String| vec![Problem::new(place.clone(), subject.clone(), message)];
+    if let Some(text) = node.text().filter(|_| !node.is_null()) {
+        let address = text.parse().map_err(wrong)?;
+        return Ok(Record::new(address, place));
+    }
+    if node.entries().is_none() {
+        let found = node.describe();
+        return Err(wrong(format!(
+            "expected an endpoint, `host:port` or a mapping with `address`, found {found}"
+        )));
+    }
+    let Endpoint { address, zone, version, weight, health, labels } = read(file, subject, node, None)?;
+    Ok(Record { address: address.0, weight, health, zone, version, labels, place })
+}

@@ -1,0 +1,164 @@
+//! Prometheus `file_sd`: groups of targets with labels. Fleets generate these anyway, so reading them is a backend
+//! that costs nobody any work.
+//!
+//! ```yaml
+//! - targets: ['10.1.0.4:8080', '10.1.0.5:8080']
+//!   labels: {service: pay, zone: dc1-a, version: v3}
+//! ```
+//!
+//! There is no standard for what labels mean. Here: `service` or `job`, `zone` or `az`, `version`, `weight`,
+//! `protocol` or `__scheme__`; the others become the endpoint's labels, but for those that begin with `__`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use vmesh_model::strict::read;
+use vmesh_model::yaml::Node;
+use vmesh_model::{Labels, Problem, Protocol, ServiceName};
+
+use super::{Input, Parsed, ParsedService, Record, Share, named_by_file, subject_of};
+
+/// As Prometheus reads it, which knows no other field.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Group {
+    targets: Vec<String>,
+    #[serde(default)]
+    labels: Labels,
+}
+
+/// A service that is being put together from several groups.
+struct Building {
+    service: ParsedService,
+    records: Vec<Record>,
+    bad: usize,
+    readable: bool,
+}
+
+pub fn parse(input: &Input<'_>) -> Parsed {
+    let roots = match input.roots() {
+        Ok(roots) => roots,
+        Err(parsed) => return parsed,
+    };
+    let mut parsed = Parsed::default();
+    let mut services: BTreeMap<ServiceName, Building> = BTreeMap::new();
+    for root in &roots {
+        let Some(groups) = root.items() else {
+            let message =
+                format!("expected a list of groups (`targets`, `labels`), found {}", root.describe());
+            return Parsed::refused(vec![Problem::new(root.place(input.file), input.file.clone(), message)]);
+        };
+        for group in groups {
+            if let Err(problems) = read_group(group, input, &mut services, &mut parsed) {
+                // Which service it belongs to is as uncertain as the rest of the group.
+                parsed.problems.extend(problems);
+                parsed.failed = true;
+            }
+        }
+    }
+    for (name, Building { service, records, bad, readable }) in services {
+        if readable {
+            parsed.service(service, records, bad, 1.0);
+        } else {
+            parsed.unreadable.push(name);
+        }
+    }
+    parsed.judged(input.file)
+}
+
+fn read_group(
+    node: &Node,
+    input: &Input<'_>,
+    services: &mut BTreeMap<ServiceName, Building>,
+    parsed: &mut Parsed,
+) -> Result<(), Vec<Problem>> {
+    let Group { targets, mut labels } = read(input.file, input.file, node, None)?;
+    let place = node.place(input.file);
+    let label = |name: &str| node.find(input.file, &["labels".into(), name.into()]);
+    let service = match take(&mut labels, &["service", "job"]) {
+        Some((key, name)) => match name.parse() {
+            Ok(name) => ParsedService { name, protocol: None, port: None, endpoints: Vec::new(), place },
+            Err(wrong) => {
+                let message = format!("the label `{key}` names the service, and {wrong}");
+                return Err(vec![Problem::new(label(key), input.file.clone(), message)]);
+            }
+        },
+        None => ParsedService { place, ..named_by_file(input).map_err(|problem| vec![problem])? },
+    };
+    let subject = subject_of(&service.name);
+    let building = services.entry(service.name.clone()).or_insert_with(|| Building {
+        service,
+        records: Vec::new(),
+        bad: 0,
+        readable: true,
+    });
+
+    let protocol = match take(&mut labels, &["protocol", "__scheme__"]) {
+        None => None,
+        // Whoever scrapes by https speaks TLS to the instance, and so does every caller.
+        Some(("__scheme__", scheme)) if *scheme == *"https" => Some(Protocol::Tls),
+        Some((key, text)) => match text.parse::<Protocol>() {
+            Ok(protocol) => Some(protocol),
+            Err(wrong) => {
+                parsed.problem(label(key), subject.clone(), wrong);
+                building.readable = false;
+                None
+            }
+        },
+    };
+    match (building.service.protocol, protocol) {
+        (None, given) => building.service.protocol = given,
+        (Some(first), Some(other)) if first != other => {
+            let line = building.service.place.line;
+            let message = format!("{other} here and {first} in line {line}: the first counts");
+            parsed.problem(node.place(input.file), subject.clone(), message);
+        }
+        _ => {}
+    }
+    let zone = take(&mut labels, &["zone", "az"]).map(|(_, zone)| zone);
+    let version = take(&mut labels, &["version"]).map(|(_, version)| version);
+    let mut weight = None;
+    if let Some((key, text)) = take(&mut labels, &["weight"]) {
+        match Share::parse(&text) {
+            Ok(share) => weight = Some(share),
+            Err(wrong) => {
+                parsed.problem(label(key), subject.clone(), wrong);
+                building.readable = false;
+            }
+        }
+    }
+    labels.retain(|name, _| !name.starts_with("__"));
+
+    for (index, target) in targets.iter().enumerate() {
+        let place = node.find(input.file, &["targets".into(), index.into()]);
+        match target.parse() {
+            Ok(address) => building.records.push(Record {
+                weight,
+                zone: zone.clone(),
+                version: version.clone(),
+                labels: labels.clone(),
+                ..Record::new(address, place)
+            }),
+            Err(wrong) => {
+                building.bad += 1;
+                parsed.bad_record(place, &subject, wrong);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes the first of `names` that there is out of `labels`; the others go with it, they mean the same.
+fn take<'a>(labels: &mut Labels, names: &[&'a str]) -> Option<(&'a str, Arc<str>)> {
+    let mut found = None;
+    for name in names {
+        if let Some(value) = labels.remove(*name)
+            && found.is_none()
+            && !value.is_empty()
+        {
+            found = Some((*name, value));
+        }
+    }
+    found
+}

@@ -1,0 +1,89 @@
+//! Airbnb SmartStack: what synapse's `file_output` writes, one JSON list per service.
+//!
+//! ```json
+//! [{"name": "web1", "host": "10.1.0.4", "port": 8080, "id": 3, "weight": 10, "labels": {"az": "a1"}}]
+//! ```
+//!
+//! Lenient about fields, since it is somebody else's format and grows at their pace: what is not known is ignored.
+
+use serde::Deserialize;
+use vmesh_model::strict::read;
+use vmesh_model::{Address, Health, Host, Labels, Problem};
+
+use super::{Input, Parsed, Record, Share, named_by_file, subject_of};
+
+/// What synapse's own readers take an instance without a weight for, where others have one.
+const DEFAULT_WEIGHT: f64 = 10.0;
+
+#[derive(Deserialize)]
+struct Instance {
+    host: String,
+    /// A number, or a text: nerve passes on what its configuration says.
+    port: String,
+    weight: Option<Share>,
+    #[serde(default)]
+    labels: Labels,
+    #[serde(default)]
+    disabled: bool,
+}
+
+pub fn parse(input: &Input<'_>) -> Parsed {
+    let service = match named_by_file(input) {
+        Ok(service) => service,
+        Err(problem) => return Parsed::refused(vec![problem]),
+    };
+    let subject = subject_of(&service.name);
+    let mut parsed = Parsed::default();
+    let roots = match input.roots() {
+        Ok(roots) => roots,
+        Err(nothing) if nothing.says_nothing => {
+            parsed.service(service, Vec::new(), 0, DEFAULT_WEIGHT);
+            return parsed;
+        }
+        Err(failed) => return failed,
+    };
+    let (mut records, mut bad) = (Vec::new(), 0);
+    for root in &roots {
+        let Some(items) = root.items() else {
+            let message = format!("expected a list of instances (`host`, `port`), found {}", root.describe());
+            return Parsed::refused(vec![Problem::new(root.place(input.file), input.file.clone(), message)]);
+        };
+        for item in items {
+            let place = item.place(input.file);
+            let Instance { host, port, weight, mut labels, disabled } =
+                match read(input.file, &subject, item, None) {
+                    Ok(instance) => instance,
+                    Err(problems) => {
+                        bad += 1;
+                        let mut problems = problems.into_iter();
+                        if let Some(first) = problems.next() {
+                            parsed.bad_record(first.place, &subject, first.message);
+                        }
+                        parsed.problems.extend(problems);
+                        continue;
+                    }
+                };
+            let address =
+                vmesh_model::endpoint::parse_port(&port).map_err(|wrong| ("port", wrong)).and_then(|port| {
+                    Ok(Address { host: Host::parse(&host).map_err(|wrong| ("host", wrong))?, port })
+                });
+            match address {
+                Ok(address) => records.push(Record {
+                    weight,
+                    health: if disabled { Health::Draining } else { Health::Unknown },
+                    zone: labels.remove("az").or_else(|| labels.remove("zone")),
+                    version: labels.remove("version"),
+                    labels,
+                    ..Record::new(address, place)
+                }),
+                Err((field, wrong)) => {
+                    bad += 1;
+                    parsed.bad_record(item.find(input.file, &[field.into()]), &subject, wrong);
+                }
+            }
+        }
+    }
+    let default = if records.iter().any(|record| record.weight.is_some()) { DEFAULT_WEIGHT } else { 1.0 };
+    parsed.service(service, records, bad, default);
+    parsed.judged(input.file)
+}

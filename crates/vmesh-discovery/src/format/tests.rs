@@ -1,0 +1,731 @@
+use expect_test::{Expect, expect};
+
+use super::*;
+
+fn show(parsed: &Parsed, format: Option<Format>) -> String {
+    let mut shown = format.map_or_else(|| "?".to_owned(), |format| format.to_string());
+    if parsed.failed {
+        shown += " FAILED";
+    }
+    if parsed.says_nothing {
+        shown += " says nothing";
+    }
+    shown += "\n";
+    for service in &parsed.services {
+        shown += &format!("{}", service.name);
+        shown += &service.protocol.map(|protocol| format!(" {protocol}")).unwrap_or_default();
+        shown += &service.port.map(|port| format!(" port {port}")).unwrap_or_default();
+        shown += &format!(" ({})\n", service.place);
+        for endpoint in &service.endpoints {
+            shown += &format!("  {} weight {} {}", endpoint.address, endpoint.weight.get(), endpoint.health);
+            shown += &endpoint.zone.as_ref().map(|zone| format!(" zone {zone}")).unwrap_or_default();
+            shown +=
+                &endpoint.version.as_ref().map(|version| format!(" version {version}")).unwrap_or_default();
+            if !endpoint.labels.is_empty() {
+                shown += &format!(" {:?}", endpoint.labels);
+            }
+            shown += "\n";
+        }
+    }
+    for name in &parsed.unreadable {
+        shown += &format!("{name} unreadable\n");
+    }
+    for problem in &parsed.problems {
+        shown += &format!("{problem}\n");
+    }
+    shown
+}
+
+fn read_as(format: Format, file: &str, text: impl AsRef<[u8]>) -> String {
+    let stem = file.trim_end_matches(".yaml").trim_end_matches(".json");
+    let is_yaml = stem != file;
+    let (parsed, found) = parse(&file.into(), stem, is_yaml, text.as_ref(), yaml::MAX_TEXT, format, None);
+    show(&parsed, found)
+}
+
+fn check(file: &str, text: impl AsRef<[u8]>, expected: Expect) {
+    expected.assert_eq(&read_as(Format::Auto, file, text));
+}
+
+#[test]
+fn a_native_file_is_one_service() {
+    check(
+        "orders.yaml",
+        r#"
+service: orders
+protocol: http            # tcp (default) | http | http2 | grpc | tls | mysql | ...
+port: 80
+endpoints:
+  - 10.0.1.11:8080
+  - {address: "10.0.1.12:8080", zone: eu-1a, version: v2, weight: 2, health: draining, labels: {rack: r7}}
+  - address: "[fd00::7]:8080"
+  - db.internal:5432
+  - 127.1:80
+"#,
+        expect![[r#"
+            native
+            orders http port 80 (orders.yaml:2:1)
+              10.0.1.11:8080 weight 1 unknown
+              10.0.1.12:8080 weight 2 draining zone eu-1a version v2 {"rack": "r7"}
+              [fd00::7]:8080 weight 1 unknown
+              db.internal:5432 weight 1 unknown
+              127.0.0.1:80 weight 1 unknown
+        "#]],
+    );
+    check(
+        "team.orders",
+        "endpoints: [10.0.0.1:80]\n",
+        expect![[r#"
+        native
+        team.orders (team.orders:1:1)
+          10.0.0.1:80 weight 1 unknown
+    "#]],
+    );
+    check(
+        "orders.yaml",
+        "endpoints: []\n",
+        expect![[r#"
+        native
+        orders (orders.yaml:1:1)
+    "#]],
+    );
+}
+
+#[test]
+fn a_native_file_is_several_services() {
+    check(
+        "all.json",
+        r#"[{"service": "a", "endpoints": ["10.0.0.1:80"]}, {"service": "b", "protocol": "grpc", "endpoints": []}]"#,
+        expect![[r#"
+            native
+            a (all.json:1:2)
+              10.0.0.1:80 weight 1 unknown
+            b grpc (all.json:1:50)
+        "#]],
+    );
+    check(
+        "all.yaml",
+        "service: a\nendpoints: [10.0.0.1:80]\n---\n- service: b\n  endpoints: []\n",
+        expect![[r#"
+            native
+            a (all.yaml:1:1)
+              10.0.0.1:80 weight 1 unknown
+            b (all.yaml:4:3)
+        "#]],
+    );
+}
+
+#[test]
+fn a_service_with_a_mistake_costs_that_service() {
+    check(
+        "all.yaml",
+        "
+- service: a
+  protcol: http
+  endpoints: [10.0.0.1:80]
+- service: b
+  protocol: htpp
+  port: 0
+  endpoints: [10.0.0.2:80]
+- service: c
+  endpoint: [10.0.0.3:80]
+- service: d
+  endpoints:
+- service: e
+  endpoints: {address: 10.0.0.4:80}
+- service: f
+  endpoints: [10.0.0.5:80]
+- service: f
+  endpoints: [10.0.0.6:80]
+- service: g
+  port: 70000
+  protocol: soap
+  endpoints: 10.0.0.7:80
+",
+        expect![[r#"
+            native
+            f (all.yaml:15:3)
+              10.0.0.5:80 weight 1 unknown
+            a unreadable
+            b unreadable
+            c unreadable
+            d unreadable
+            e unreadable
+            g unreadable
+            all.yaml:3:3: unknown field `protcol`, did you mean `protocol`?
+            all.yaml:6:13: `protocol`: `htpp` is not known here, did you mean `http`?
+            all.yaml:7:9: `port`: expected a whole number from 1 to 65535, found the number 0
+            all.yaml:10:3: unknown field `endpoint`, did you mean `endpoints`?
+            all.yaml:12:12: `endpoints`: expected a list, found nothing; a service without endpoints has `[]`
+            all.yaml:14:14: `endpoints`: expected a list, found a mapping; a service without endpoints has `[]`
+            all.yaml:17:3: a second service `f`: only the first one counts, in line 15
+            all.yaml:20:9: `port`: expected a whole number from 0 to 65535, found the number 70000
+            all.yaml:21:13: `protocol`: expected one of `tcp`, `http`, `http2`, `grpc`, `tls`, `mysql`, `postgres`, `redis`, `mongo`, `kafka`, `thrift` or `dubbo`, found `soap`
+        "#]],
+    );
+}
+
+#[test]
+fn an_endpoint_with_a_mistake_costs_that_endpoint() {
+    check(
+        "orders.yaml",
+        "
+endpoints:
+  - 10.0.0.1:80
+  - 10.0.0.2:0
+  - 10.0.0.3:70000
+  - 10.0.0.4
+  - 10.0.0.256:80
+  - {address: 10.0.0.5:80, weigth: 2}
+  - 10.1.0.1:80
+  - 10.1.0.2:80
+  - 10.1.0.3:80
+  - 10.1.0.4:80
+  - 10.1.0.5:80
+  - 10.1.0.6:80
+  - 10.1.0.7:80
+  - 10.1.0.8:80
+  - 10.1.0.9:80
+  - 10.1.0.10:80
+  - 10.1.0.11:80
+  - 10.1.0.12:80
+  - 10.1.0.13:80
+  - 10.1.0.14:80
+  - 10.1.0.15:80
+",
+        expect![[r#"
+            native
+            orders (orders.yaml:2:1)
+              10.0.0.1:80 weight 1 unknown
+              10.1.0.1:80 weight 1 unknown
+              10.1.0.2:80 weight 1 unknown
+              10.1.0.3:80 weight 1 unknown
+              10.1.0.4:80 weight 1 unknown
+              10.1.0.5:80 weight 1 unknown
+              10.1.0.6:80 weight 1 unknown
+              10.1.0.7:80 weight 1 unknown
+              10.1.0.8:80 weight 1 unknown
+              10.1.0.9:80 weight 1 unknown
+              10.1.0.10:80 weight 1 unknown
+              10.1.0.11:80 weight 1 unknown
+              10.1.0.12:80 weight 1 unknown
+              10.1.0.13:80 weight 1 unknown
+              10.1.0.14:80 weight 1 unknown
+              10.1.0.15:80 weight 1 unknown
+            orders.yaml:4:5: port 0 is not a port: 1 to 65535; this endpoint is left out
+            orders.yaml:5:5: port 70000 is out of range: 1 to 65535; this endpoint is left out
+            orders.yaml:6:5: `10.0.0.4` has no port: write `10.0.0.4:8080`, an address and a port; this endpoint is left out
+            orders.yaml:7:5: `10.0.0.256` is neither an IP address nor a host name; this endpoint is left out
+            orders.yaml:8:28: unknown field `weigth`, did you mean `weight`?; this endpoint is left out
+        "#]],
+    );
+    check(
+        "orders.yaml",
+        "
+endpoints:
+  - {address: 10.0.0.1:80, weight: -1}
+  - {address: 10.0.0.2:80, weight: heavy, health: ill}
+  - {zone: a}
+  - {address: 10.0.0.3:80, labels: [a]}
+  - 10.0.0.4:80
+",
+        expect![[r#"
+            native FAILED
+            orders.yaml: 4 of 5 endpoints are bad: this is more than single mistakes
+            orders.yaml:3:36: `weight`: `-1` is not a weight: a number from 0 to 1000000
+            orders.yaml:4:36: `weight`: `heavy` is not a weight: a number from 0 to 1000000
+            orders.yaml:4:51: `health`: expected one of `unknown`, `healthy`, `unhealthy` or `draining`, found `ill`
+            orders.yaml:5:5: `address` is missing
+            orders.yaml:6:36: `labels`: expected a mapping, found a list
+        "#]],
+    );
+    check(
+        "orders.yaml",
+        "
+endpoints:
+  - 10.0.0.1:80
+  - [10.0.0.2:80]
+  -
+  - 8080
+",
+        expect![[r#"
+            native
+            orders (orders.yaml:2:1)
+              10.0.0.1:80 weight 1 unknown
+            orders.yaml:4:5: expected an endpoint, `host:port` or a mapping with `address`, found a list; this endpoint is left out
+            orders.yaml:5:4: expected an endpoint, `host:port` or a mapping with `address`, found nothing; this endpoint is left out
+            orders.yaml:6:5: `8080` has no port: write `8080:8080`, an address and a port; this endpoint is left out
+        "#]],
+    );
+}
+
+#[test]
+fn too_many_bad_endpoints_are_a_bad_file() {
+    let bad = |good: usize, bad: usize| {
+        let good = (0..good).map(|i| format!("  - 10.0.{}.{}:80\n", i / 200, i % 200));
+        let all: String = good.chain((0..bad).map(|i| format!("  - bad{i}\n"))).collect();
+        let shown = read_as(Format::Auto, "a.yaml", format!("endpoints:\n{all}"));
+        shown.lines().next().unwrap().to_owned()
+            + "; "
+            + shown.lines().filter(|l| l.contains("more than")).next().unwrap_or("")
+    };
+    expect![[r#"
+        native FAILED; a.yaml: 1 of 1 endpoints are bad: this is more than single mistakes
+        native; 
+        native; 
+        native FAILED; a.yaml: 2 of 5 endpoints are bad: this is more than single mistakes
+        native; 
+        native FAILED; a.yaml: 6 of 406 endpoints are bad: this is more than single mistakes
+    "#]]
+    .assert_eq(&format!(
+        "{}\n{}\n{}\n{}\n{}\n{}\n",
+        bad(0, 1), // All of them.
+        bad(1, 3), // Too few to judge.
+        bad(3, 1),
+        bad(3, 2), // 2 of 5 are more than a quarter.
+        bad(40, 5),
+        bad(400, 6),
+    ));
+    // In a file of several services, one without a good endpoint is unreadable and not empty.
+    check(
+        "all.yaml",
+        "[{service: a, endpoints: [x, y]}, {service: b, endpoints: [a:1, a:2, a:3, a:4, a:5, a:6]}]",
+        expect![[r#"
+            native
+            b (all.yaml:1:35)
+              a:1 weight 1 unknown
+              a:2 weight 1 unknown
+              a:3 weight 1 unknown
+              a:4 weight 1 unknown
+              a:5 weight 1 unknown
+              a:6 weight 1 unknown
+            a unreadable
+            all.yaml:1:27: `x` has no port: write `x:8080`, an address and a port
+            all.yaml:1:30: `y` has no port: write `y:8080`, an address and a port
+        "#]],
+    );
+}
+
+#[test]
+fn weights_are_scaled_per_service_and_nothing_is_a_drain() {
+    check(
+        "all.yaml",
+        "
+- service: whole
+  endpoints: [{address: a:1, weight: 3}, {address: a:2, weight: 0}, a:3]
+- service: fractions
+  endpoints: [{address: a:1, weight: 0.5}, {address: a:2, weight: 2}, a:3, {address: a:4, weight: 0.001}, {address: a:5, weight: 0.0}]
+- service: wrong
+  endpoints: [a:1, a:2, a:3, a:4, a:5, a:6, {address: b:1, weight: 1e3}, {address: b:2, weight: 1000001}]
+",
+        expect![[r#"
+            native
+            whole (all.yaml:2:3)
+              a:1 weight 3 unknown
+              a:2 weight 1 draining
+              a:3 weight 1 unknown
+            fractions (all.yaml:4:3)
+              a:1 weight 50 unknown
+              a:2 weight 200 unknown
+              a:3 weight 100 unknown
+              a:4 weight 1 unknown
+              a:5 weight 1 draining
+            wrong (all.yaml:6:3)
+              a:1 weight 1 unknown
+              a:2 weight 1 unknown
+              a:3 weight 1 unknown
+              a:4 weight 1 unknown
+              a:5 weight 1 unknown
+              a:6 weight 1 unknown
+            all.yaml:7:68: `weight`: `1e3` is not a weight: a number from 0 to 1000000; this endpoint is left out
+            all.yaml:7:97: `weight`: `1000001` is not a weight: a number from 0 to 1000000; this endpoint is left out
+        "#]],
+    );
+}
+
+#[test]
+fn of_two_endpoints_with_one_address_the_last_counts() {
+    check(
+        "orders.yaml",
+        "endpoints:\n- 10.0.0.1:80\n- {address: 10.0.0.1:80, weight: 2}\n- Web:80\n- web:80\n",
+        expect![[r#"
+            native
+            orders (orders.yaml:1:1)
+              10.0.0.1:80 weight 2 unknown
+              web:80 weight 1 unknown
+            orders.yaml:3:3: `10.0.0.1:80` is also in line 2: this one, the last, counts
+            orders.yaml:5:3: `web:80` is also in line 4: this one, the last, counts
+        "#]],
+    );
+}
+
+#[test]
+fn a_file_that_is_not_a_service_is_refused_whole() {
+    for (text, expected) in [
+        (
+            "",
+            expect![[r#"
+            ? FAILED
+            a.yaml: the file is empty
+        "#]],
+        ),
+        (
+            "\n\n",
+            expect![[r#"
+            ? FAILED
+            a.yaml: the file says nothing: if no service is meant, say so by `[]` or a comment
+        "#]],
+        ),
+        (
+            "---\n",
+            expect![[r#"
+            ? FAILED
+            a.yaml: the file says nothing: if no service is meant, say so by `[]` or a comment
+        "#]],
+        ),
+        (
+            "service: a\nendpoints: [10.0.0.1:80\n",
+            expect![[r#"
+            native FAILED
+            a.yaml:2:12: this `[` is never closed
+        "#]],
+        ),
+        (
+            "service: a\n",
+            expect![[r#"
+            native
+            a unreadable
+            a.yaml:1:1: `endpoints` is missing
+        "#]],
+        ),
+        (
+            "service: a|b\nendpoints: []\n",
+            expect![[r#"
+            native FAILED
+            a.yaml:1:10: `service`: `a|b` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
+        "#]],
+        ),
+        (
+            "- endpoints: []\n- service: a\n  endpoints: []\n",
+            expect![[r#"
+                native FAILED
+                a.yaml:1:3: `service` is missing: in a file of several services each has to say its name
+            "#]],
+        ),
+        (
+            "text",
+            expect![[r#"
+            native FAILED
+            a.yaml:1:1: expected a service, a mapping with `endpoints`, found the text `text`
+        "#]],
+        ),
+        (
+            "- 10.0.0.1:80\n",
+            expect![[r#"
+            native FAILED
+            a.yaml:1:3: expected a service, a mapping with `endpoints`, found the text `10.0.0.1:80`
+        "#]],
+        ),
+        (
+            "version_info: '7'\nresources: []\n",
+            expect![[r#"
+            native
+            a unreadable
+            a.yaml:1:1: `endpoints` is missing
+            a.yaml:1:1: unknown field `version_info`: expected one of `service`, `protocol`, `port` or `endpoints`
+            a.yaml:2:1: unknown field `resources`: expected one of `service`, `protocol`, `port` or `endpoints`
+        "#]],
+        ),
+    ] {
+        check("a.yaml", text, expected);
+    }
+    check(
+        "a.yaml",
+        b"service: a\nendpoints: [\xff]\n",
+        expect![[r#"
+        ? FAILED
+        a.yaml:2:13: the text is not UTF-8: byte 0xff belongs to no character
+    "#]],
+    );
+    check(
+        "-bad-.yaml",
+        "endpoints: [a:1]",
+        expect![[r#"
+        native FAILED
+        -bad-.yaml:1:1: `service` is missing, and the file's name cannot stand in for it: `-bad-` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
+    "#]],
+    );
+    check(
+        "a.yaml",
+        vec![b'#'; yaml::MAX_TEXT + 1],
+        expect![[r#"
+        ? FAILED
+        a.yaml: larger than 16 MiB, the most that is read
+    "#]],
+    );
+}
+
+#[test]
+fn nothing_is_meant_only_if_it_is_said() {
+    check(
+        "a.yaml",
+        "[]\n",
+        expect![[r#"
+        ? says nothing
+    "#]],
+    );
+    check(
+        "a.json",
+        "[ ]",
+        expect![[r#"
+        ? says nothing
+    "#]],
+    );
+    check(
+        "a.yaml",
+        "# none at the moment\n",
+        expect![[r#"
+        ? says nothing
+    "#]],
+    );
+    check(
+        "a",
+        "# none at the moment\n",
+        expect![[r#"
+        linkerd
+        a (a)
+    "#]],
+    );
+    check(
+        "a",
+        "",
+        expect![[r#"
+        ? FAILED
+        a: the file is empty
+    "#]],
+    );
+    check(
+        "a",
+        "\n \n",
+        expect![[r#"
+        ? FAILED
+        a: the file says nothing: if no service is meant, say so by `[]` or a comment
+    "#]],
+    );
+    expect![[r#"
+        smartstack
+        a (a.json)
+    "#]]
+    .assert_eq(&read_as(Format::SmartStack, "a.json", "[]"));
+    expect![[r#"
+        prometheus says nothing
+    "#]]
+    .assert_eq(&read_as(Format::Prometheus, "a.json", "[]"));
+    expect![[r#"
+        linkerd
+        a (a.json)
+    "#]]
+    .assert_eq(&read_as(Format::Linkerd, "a.json", "#\n"));
+}
+
+#[test]
+fn prometheus_groups_are_services_by_label() {
+    check(
+        "targets.json",
+        r#"[
+  {"targets": ["10.1.0.4:8080", "10.1.0.5:8080"], "labels": {"service": "pay", "zone": "dc1-a", "version": "v3", "team": "x", "__meta_y": "z"}},
+  {"targets": ["10.1.0.6:8080"], "labels": {"service": "pay", "az": "dc1-b", "weight": "0.5", "protocol": "http"}},
+  {"targets": ["10.2.0.1:443"], "labels": {"job": "web", "__scheme__": "https", "weight": "0"}},
+  {"targets": ["node:9100"]},
+  {"targets": [], "labels": {"service": "gone"}}
+]"#,
+        expect![[r#"
+            prometheus
+            gone (targets.json:6:3)
+            pay http (targets.json:2:3)
+              10.1.0.4:8080 weight 100 unknown zone dc1-a version v3 {"team": "x"}
+              10.1.0.5:8080 weight 100 unknown zone dc1-a version v3 {"team": "x"}
+              10.1.0.6:8080 weight 50 unknown zone dc1-b
+            targets (targets.json:5:3)
+              node:9100 weight 1 unknown
+            web tls (targets.json:4:3)
+              10.2.0.1:443 weight 1 draining
+        "#]],
+    );
+}
+
+#[test]
+fn bad_prometheus_groups() {
+    check(
+        "targets.yaml",
+        "
+- targets: [10.1.0.4, 'http://a:80/x', 10.1.0.5:80, 10.1.0.6:80, 10.1.0.7:80, 10.1.0.8:80, 10.1.0.9:80, 10.1.0.10:80]
+  labels: {service: pay}
+- targets: [10.2.0.4:80]
+  labels: {service: web, protocol: soap}
+- targets: [10.3.0.4:80]
+  labels: {service: api, weight: many}
+- targets: [10.4.0.4:80]
+  labels: {service: x, protocol: http}
+- targets: [10.4.0.5:80]
+  labels: {service: x, protocol: grpc}
+",
+        expect![[r#"
+            prometheus
+            pay (targets.yaml:2:3)
+              10.1.0.5:80 weight 1 unknown
+              10.1.0.6:80 weight 1 unknown
+              10.1.0.7:80 weight 1 unknown
+              10.1.0.8:80 weight 1 unknown
+              10.1.0.9:80 weight 1 unknown
+              10.1.0.10:80 weight 1 unknown
+            x http (targets.yaml:8:3)
+              10.4.0.4:80 weight 1 unknown
+              10.4.0.5:80 weight 1 unknown
+            api unreadable
+            web unreadable
+            targets.yaml:2:13: `10.1.0.4` has no port: write `10.1.0.4:8080`, an address and a port; this endpoint is left out
+            targets.yaml:2:23: `http://a:80/x`: only a host and a port, without scheme and path; this endpoint is left out
+            targets.yaml:5:36: `soap` is not a protocol: one of tcp, http, http2, grpc, tls, mysql, postgres, redis, mongo, kafka, thrift, dubbo
+            targets.yaml:7:34: `many` is not a weight: a number from 0 to 1000000
+            targets.yaml:10:3: grpc here and http in line 8: the first counts
+        "#]],
+    );
+    check(
+        "targets.yaml",
+        "- targets: [a:1]\n  label: {service: a}\n-\n",
+        expect![[r#"
+        prometheus FAILED
+        targets.yaml:2:3: unknown field `label`, did you mean `labels`?
+        targets.yaml:3:2: expected a mapping of `targets`, `labels`, found nothing
+    "#]],
+    );
+    check(
+        "targets.yaml",
+        "- targets: [a:1]\n  labels: {service: a b}\n",
+        expect![[r#"
+        prometheus FAILED
+        targets.yaml:2:21: the label `service` names the service, and `a b` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
+    "#]],
+    );
+    expect![[r#"
+        prometheus FAILED
+        a.yaml:1:1: expected a list of groups (`targets`, `labels`), found a mapping
+    "#]]
+    .assert_eq(&read_as(Format::Prometheus, "a.yaml", "targets: [a:1]"));
+}
+
+#[test]
+fn linkerd_lists_are_lines() {
+    check(
+        "pay",
+        "# payment pool\r\n10.1.0.4 8080\r\n10.1.0.5 8080 * 2.5     # new box\r\npay-old.internal 8080\r\n127.1 8888\r\n::1 80\r\n10.1.0.6:80\r\n10.1.0.7:80 * 0\r\n\r\n",
+        expect![[r#"
+            linkerd
+            pay (pay)
+              10.1.0.4:8080 weight 100 unknown
+              10.1.0.5:8080 weight 250 unknown
+              pay-old.internal:8080 weight 100 unknown
+              127.0.0.1:8888 weight 100 unknown
+              [::1]:80 weight 100 unknown
+              10.1.0.6:80 weight 100 unknown
+              10.1.0.7:80 weight 1 draining
+        "#]],
+    );
+    check(
+        "pay",
+        "10.1.0.1 80\n10.1.0.2 80\n10.1.0.3 80\n10.1.0.4 80\n10.1.0.5 80\n10.1.0.6 80\n10.1.0.7 80\n10.1.0.8 80\n10.1.0.9 80\n10.1.0.10 80\n10.1.0.11 80\n10.1.0.12 80\n\
+         10.1.2.310.4.5.6:9000\n10.2.0.1 0\n\t10.2.0.2  80  x 3\n10.2.0.3 80 * NaN\n",
+        expect![[r#"
+            linkerd
+            pay (pay)
+              10.1.0.1:80 weight 1 unknown
+              10.1.0.2:80 weight 1 unknown
+              10.1.0.3:80 weight 1 unknown
+              10.1.0.4:80 weight 1 unknown
+              10.1.0.5:80 weight 1 unknown
+              10.1.0.6:80 weight 1 unknown
+              10.1.0.7:80 weight 1 unknown
+              10.1.0.8:80 weight 1 unknown
+              10.1.0.9:80 weight 1 unknown
+              10.1.0.10:80 weight 1 unknown
+              10.1.0.11:80 weight 1 unknown
+              10.1.0.12:80 weight 1 unknown
+            pay:13:1: `10.1.2.310.4.5.6` is neither an IP address nor a host name; this endpoint is left out
+            pay:14:10: port 0 is not a port: 1 to 65535; this endpoint is left out
+            pay:15:16: `x` after the endpoint: expected `host port * weight`; this endpoint is left out
+            pay:16:15: `NaN` is not a weight: a number from 0 to 1000000; this endpoint is left out
+        "#]],
+    );
+    expect![[r#"
+        linkerd FAILED
+        pay.v2: the file says nothing: if no service is meant, say so by `[]` or a comment
+    "#]]
+    .assert_eq(&read_as(Format::Linkerd, "pay.v2", "just words here\n"));
+}
+
+#[test]
+fn smartstack_lists_are_instances() {
+    check(
+        "pay.json",
+        r#"[{"name":"web1","host":"10.1.0.4","port":8080,"id":3,"weight":20,"haproxy_server_options":"","labels":{"az":"a1","rack":"r1"}},
+ {"name":"web2","host":"web2.internal","port":"8081"},
+ {"host":"10.1.0.6","port":8080,"weight":0},
+ {"host":"10.1.0.7","port":8080,"disabled":true}]"#,
+        expect![[r#"
+            smartstack
+            pay (pay.json)
+              10.1.0.4:8080 weight 20 unknown zone a1 {"rack": "r1"}
+              web2.internal:8081 weight 10 unknown
+              10.1.0.6:8080 weight 1 draining
+              10.1.0.7:8080 weight 10 draining
+        "#]],
+    );
+    check(
+        "pay.json",
+        r#"[{"host":"10.1.0.4","port":8080}, {"host":"10.1.0.5","port":null}, {"host":"10.1.0 6","port":1}, {"host":"10.1.0.7","port":99999}, {"port":1}]"#,
+        expect![[r#"
+            smartstack FAILED
+            pay.json: 4 of 5 endpoints are bad: this is more than single mistakes
+            pay.json:1:61: `port`: expected a text, found nothing
+            pay.json:1:76: `10.1.0 6` is neither an IP address nor a host name
+            pay.json:1:124: port 99999 is out of range: 1 to 65535
+            pay.json:1:132: `host` is missing
+        "#]],
+    );
+    expect![[r#"
+        smartstack FAILED
+        pay.json:1:1: expected a list of instances (`host`, `port`), found a mapping
+    "#]]
+    .assert_eq(&read_as(Format::SmartStack, "pay.json", r#"{"host": "a", "port": 1}"#));
+}
+
+#[test]
+fn a_file_keeps_its_format_unless_all_is_right_in_another() {
+    let again = |sticky, text: &str| {
+        let (parsed, found) =
+            parse(&"pay".into(), "pay", false, text.as_bytes(), yaml::MAX_TEXT, Format::Auto, Some(sticky));
+        show(&parsed, found)
+    };
+    expect![[r#"
+        linkerd
+        pay (pay)
+          10.0.0.1:80 weight 1 unknown
+    "#]]
+    .assert_eq(&again(Format::Linkerd, "10.0.0.1 80\n"));
+    expect![[r#"
+        linkerd says nothing
+    "#]]
+    .assert_eq(&again(Format::Linkerd, "service: pay\nendpoints: [10.0.0.1:80]\n"));
+    expect![[r#"
+        linkerd
+        pay (pay)
+          10.0.0.1:80 weight 1 unknown
+          10.0.0.0:80 weight 1 unknown
+    "#]]
+    .assert_eq(&again(Format::Native, "10.0.0.1 80\n10.0.0 80\n"));
+    expect![[r#"
+        smartstack says nothing
+    "#]]
+    .assert_eq(&again(Format::SmartStack, "[]"));
+}

@@ -1,0 +1,248 @@
+//! What a discovery source is, and how its views are followed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::fmt;
+use std::future::Future;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use vmesh_model::{Problem, Registration, ServiceName};
+
+use crate::guard::Guard;
+
+/// One discovery system. One implementation per file: `file.rs`.
+pub trait Source: Send + 'static {
+    /// Waits for the next view. Always the complete view, never a delta: after an error, a restart or a missed event
+    /// there is nothing to resynchronise. Dropping the future loses no data.
+    fn next(&mut self) -> impl Future<Output = Result<Registrations, SourceError>> + Send;
+}
+
+/// All that one source says. What did not change since its last view keeps its pointer.
+///
+/// A reading has more than two outcomes, and each service has its own: it is here with endpoints; it is here without
+/// one, which may be meant ([`Seen::empty_on_purpose`]); it is absent, which may be meant too (`emptied`); or it could
+/// not be read, and then the last that was read is here, marked [`State::Stale`]. A source that cannot be read at all,
+/// or that looks as if it had lost its content, is a [`SourceError`] and no view.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registrations {
+    pub services: BTreeMap<ServiceName, Seen>,
+    pub problems: Vec<Problem>,
+    /// Services that are absent because the source says in as many words that there is nothing.
+    #[serde(skip)]
+    pub emptied: BTreeSet<ServiceName>,
+}
+
+/// One service as one source says it, and how far that can be trusted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    pub registration: Arc<Registration>,
+    #[serde(default)]
+    pub state: State,
+    /// Why it is not fresh, in words for an operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub because: Option<Arc<str>>,
+    /// It has no endpoints, and the source says so in as many words: `endpoints: []`.
+    #[serde(default)]
+    pub empty_on_purpose: bool,
+}
+
+impl Seen {
+    pub fn fresh(registration: Arc<Registration>) -> Seen {
+        Seen { registration, state: State::Fresh, because: None, empty_on_purpose: false }
+    }
+
+    pub fn stale(registration: Arc<Registration>, because: impl Into<Arc<str>>) -> Seen {
+        Seen { state: State::Stale, because: Some(because.into()), ..Seen::fresh(registration) }
+    }
+}
+
+/// How far a service's endpoints can be trusted to be those of now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    #[default]
+    Fresh,
+    /// It could not be read; this is the last that was.
+    Stale,
+    /// The source says something else, which is suspicious and not believed yet.
+    Held,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::Fresh => "fresh",
+            State::Stale => "stale",
+            State::Held => "held",
+        })
+    }
+}
+
+/// Why a source has no view to give.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("discovery source `{source_name}` could not {what}")]
+    Failed {
+        source_name: Arc<str>,
+        /// `read /etc/vmesh/services.d`
+        what: String,
+        #[source]
+        cause: Box<dyn Error + Send + Sync>,
+    },
+    /// It answered, and the answer looks like an accident.
+    #[error("discovery source `{source_name}`: {what}")]
+    Suspect { source_name: Arc<str>, what: String },
+}
+
+/// What is known of a source: the last good view, and whether it is still that of now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct View {
+    /// `None` until the source has answered once: until then nothing may be served.
+    pub last_good: Option<Arc<Registrations>>,
+    /// Why the source does not answer; `None` if it does.
+    pub stale_because: Option<Arc<str>>,
+    /// How many services the guard holds.
+    pub held: usize,
+}
+
+impl View {
+    /// What was good before a restart. It is served until the source answers, however long that takes.
+    pub fn restored(last_good: Arc<Registrations>) -> View {
+        let held = held(&last_good);
+        let stale_because = Some("the source has not answered since the start; this is from before".into());
+        View { last_good: Some(last_good), stale_because, held }
+    }
+
+    /// The services, each as stale as the whole source is.
+    pub fn services(&self) -> impl Iterator<Item = (&ServiceName, Seen)> {
+        let services = self.last_good.iter().flat_map(|last_good| &last_good.services);
+        services.map(|(name, seen)| {
+            let mut seen = seen.clone();
+            if let (State::Fresh, Some(because)) = (seen.state, &self.stale_because) {
+                seen.state = State::Stale;
+                seen.because = Some(because.clone());
+            }
+            (name, seen)
+        })
+    }
+}
+
+fn held(registrations: &Registrations) -> usize {
+    registrations.services.values().filter(|seen| seen.state == State::Held).count()
+}
+
+/// Publishes what `source` sees and `guard` believes, for as long as it is polled. On failure the last good view
+/// stays, marked stale: a dead registry must not empty the mesh.
+pub async fn follow(mut source: impl Source, mut guard: Guard, views: watch::Sender<View>) {
+    let mut backoff = Backoff::default();
+    loop {
+        let outcome = tokio::select! {
+            outcome = source.next() => Some(outcome),
+            // What was held is confirmed by time alone: the source still says the same.
+            () = until(guard.deadline()) => None,
+        };
+        let now = Instant::now().into_std();
+        match outcome {
+            Some(Err(error)) => {
+                guard.source_failed(now);
+                let because: Arc<str> = chain(&error).into();
+                let is_news = views.send_if_modified(|view| {
+                    let is_news = view.stale_because.as_ref() != Some(&because);
+                    view.stale_because = Some(because.clone());
+                    is_news
+                });
+                if is_news {
+                    tracing::warn!("{because}; the last good view stays in force");
+                }
+                backoff.wait().await;
+                continue;
+            }
+            Some(Ok(seen)) => {
+                backoff.reset();
+                guard.see(seen, now);
+            }
+            None => {}
+        }
+        let believed = guard.believed(now);
+        views.send_if_modified(|view| {
+            let is_same = view.last_good.as_deref() == Some(&believed);
+            if is_same && view.stale_because.is_none() {
+                return false;
+            }
+            view.held = held(&believed);
+            if !is_same {
+                view.last_good = Some(Arc::new(believed));
+            }
+            if view.stale_because.take().is_some() && view.last_good.is_some() {
+                tracing::info!("discovery source `{}` answers", guard.source());
+            }
+            true
+        });
+    }
+}
+
+async fn until(deadline: Option<std::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// An error and its causes, in one line.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line = format!("{line}: {error}");
+        cause = error.source();
+    }
+    line
+}
+
+/// How long to leave a source alone that fails: from 100 ms, twice as long each time, up to 30 s.
+#[derive(Debug)]
+pub struct Backoff {
+    next: Duration,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    /// How long to wait now. Half of it is drawn, so that what failed together does not come back together.
+    pub fn draw(&mut self) -> Duration {
+        let whole = self.next;
+        self.next = (whole * 2).min(Self::LONGEST);
+        whole / 2 + jitter(whole / 2)
+    }
+
+    pub async fn wait(&mut self) {
+        tokio::time::sleep(self.draw()).await;
+    }
+
+    pub fn reset(&mut self) {
+        self.next = Self::FIRST;
+    }
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Backoff { next: Self::FIRST }
+    }
+}
+
+/// A time between nothing and `most`.
+pub(crate) fn jitter(most: Duration) -> Duration {
+    // The seed of a std hash map is random; nothing here depends on how random.
+    let random = RandomState::new().hash_one(0u8) >> 32;
+    let share = u32::try_from(random).unwrap_or_default();
+    most.mul_f64(f64::from(share) / f64::from(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests;
