@@ -122,8 +122,8 @@ impl EnvoyLogLevel {
 /// Everything that is wrong with a configuration, one line each.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("the configuration could not be read")]
-    Read(#[source] FileError),
+    #[error(transparent)]
+    Read(FileError),
     #[error("{}", lines(.0))]
     Wrong(Vec<Problem>),
 }

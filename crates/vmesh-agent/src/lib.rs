@@ -20,6 +20,7 @@ pub mod cache;
 pub mod config;
 pub mod envoy;
 pub mod identity;
+mod reports;
 mod retry;
 pub mod status;
 

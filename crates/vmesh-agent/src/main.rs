@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     if let Err(error) = logs::init(config.log.as_deref()) {
         return report::refused(&error);
     }
+    raise_open_files();
     // One thread: the work is to pass on what arrives, and each more thread costs memory on every host of the fleet.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
@@ -79,6 +80,15 @@ async fn run(config: Config) -> ExitCode {
         warn!("still running and left behind: {}", late.join(", "));
     }
     code
+}
+
+/// Every connection through Envoy is two files, and a child inherits the limit: the soft one of most systems is 1,024.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
 }
 
 /// What `--check` prints.

@@ -110,11 +110,14 @@ pub struct View {
     pub held: usize,
 }
 
+/// Why a [`View::restored`] is stale until the source answers, or fails and says why.
+pub const NOT_ANSWERED_YET: &str = "the source has not answered since the start; this is from before";
+
 impl View {
     /// What was good before a restart. It is served until the source answers, however long that takes.
     pub fn restored(last_good: Arc<Registrations>) -> View {
         let held = held(&last_good);
-        let stale_because = Some("the source has not answered since the start; this is from before".into());
+        let stale_because = Some(NOT_ANSWERED_YET.into());
         View { last_good: Some(last_good), stale_because, held }
     }
 

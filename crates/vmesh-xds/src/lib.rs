@@ -11,7 +11,8 @@
 //! - [`Resource`]: encoded once, when it is made; every stream sends the same bytes.
 //! - [`Group`], [`Store`]: what comes and goes together, and all of it at one moment; a change shares the rest.
 //! - [`Scope`], [`Snapshot`]: what one client may see.
-//! - [`Session`]: a server's end of one stream.
+//! - [`Session`]: a server's end of one stream. [`Subscriber`]: a client's.
+//! - [`Relay`]: a subscriber above, sessions below, and what the client below accepted.
 //!
 //! **Invariant:** no socket, no task, no clock: time is an argument, and `cargo tree -p vmesh-xds -e normal` lists no
 //! `tokio`. The drivers that have them are behind the features `server` and `client`.
@@ -22,10 +23,12 @@ mod glance;
 #[cfg(any(feature = "client", feature = "server"))]
 mod grpc;
 mod kind;
+mod relay;
 mod resource;
 mod session;
 mod snapshot;
 mod store;
+mod subscriber;
 
 #[cfg(feature = "client")]
 pub mod client;
@@ -36,9 +39,11 @@ pub use glance::Glance;
 #[cfg(any(feature = "client", feature = "server"))]
 pub use grpc::Failure;
 pub use kind::{Kind, PerKind};
+pub use relay::{ClientId, Relay};
 pub use resource::{Resource, encodings};
 pub use session::{
     Event, KindStatus, Protocol, Rejection, Request, Response, Session, SessionError, SessionStatus, State,
 };
 pub use snapshot::{Groups, Scope, Snapshot};
 pub use store::{Group, Store};
+pub use subscriber::{Subscriber, Ticket, Update};

@@ -68,14 +68,20 @@ impl Snapshot {
         };
         match found {
             Some(resource) if !resource.is_absent() => Known::Present(resource),
-            None if self.store.is_partial() => Known::Unknown,
+            None if self.store.is_partial() && !self.has_all(kind) => Known::Unknown,
             _ => Known::Absent,
         }
     }
 
     /// Whether [`Snapshot::of_kind`] is all there is.
     pub(crate) fn knows_all(&self, kind: Kind) -> bool {
-        matches!(self.find(kind, "*"), Known::Absent)
+        !self.store.is_partial() || self.has_all(kind)
+    }
+
+    /// Whether a partial store was told that it has all of a kind.
+    fn has_all(&self, kind: Kind) -> bool {
+        kind.has_wildcard()
+            && self.store.find(kind, "*", |key| self.scope.contains(key)).is_some_and(|star| star.is_absent())
     }
 
     /// Every resource of a kind, once.

@@ -95,12 +95,21 @@ impl Store {
 
     /// From now on what is not in the store does not exist.
     pub fn complete(&self) -> Store {
-        if !self.partial {
+        self.with_partial(false)
+    }
+
+    /// The opposite of [`Store::complete`].
+    pub fn incomplete(&self) -> Store {
+        self.with_partial(true)
+    }
+
+    fn with_partial(&self, partial: bool) -> Store {
+        if self.partial == partial {
             return self.clone();
         }
         // Every answer may differ now, so that no generation before this one can be compared with.
         let generation = self.generation + 1;
-        Store { partial: false, generation, log: Log::starting_at(generation), ..self.clone() }
+        Store { partial, generation, log: Log::starting_at(generation), ..self.clone() }
     }
 
     /// Sets or, with `None`, removes groups. The cost is that of the change; when there is none, the generation

@@ -1,4 +1,5 @@
 //! The agent, with the real Envoy.
 
+mod cli;
 mod envoy;
 mod fixture;

@@ -267,7 +267,7 @@ fn too_many_bad_endpoints_are_a_bad_file() {
         let shown = read_as(Format::Auto, "a.yaml", format!("endpoints:\n{all}"));
         shown.lines().next().unwrap().to_owned()
             + "; "
-            + shown.lines().filter(|l| l.contains("more than")).next().unwrap_or("")
+            + shown.lines().find(|l| l.contains("more than")).unwrap_or("")
     };
     expect![[r#"
         native FAILED; a.yaml: 1 of 1 endpoints are bad: this is more than single mistakes

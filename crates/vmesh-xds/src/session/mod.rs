@@ -346,6 +346,10 @@ impl Session {
                 }
                 _ => (name.into(), Held::Other),
             };
+            if let Held::Resource(resource) = &held {
+                let resource = Some(resource.clone());
+                self.record(|| Event::Accepted { kind, name: name.clone(), resource });
+            }
             let subscription = &mut self.subscriptions[kind];
             subscription.resumed = true;
             subscription.answer_due = false;

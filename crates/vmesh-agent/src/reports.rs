@@ -1,0 +1,89 @@
+//! This node's report to the control planes that it does not take configuration from.
+//!
+//! Every replica needs it to compute the same as the others, and they share no database. A report is a stream of its
+//! own whose one request says who the node is and what it needs; it stays open, and so the replica knows that the
+//! node is there.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use tracing::debug;
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest;
+use vmesh_xds::client::AdsStream;
+
+use crate::config::ControlPlane;
+use crate::retry::Backoff;
+use crate::status::ControlPlaneStatus;
+
+/// No resource has this type: a server that does not know it counts the request and keeps the stream.
+pub(crate) const TYPE_URL: &str = "type.googleapis.com/vmesh.NodeReport";
+
+const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
+
+/// Keeps a report at `replica` for as long as configuration comes from another one.
+pub(crate) async fn report(
+    replica: ControlPlane,
+    node: watch::Receiver<Node>,
+    status: watch::Sender<ControlPlaneStatus>,
+) {
+    let name = replica.to_string();
+    let mut in_use = status.subscribe();
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+    loop {
+        // Whoever gives the configuration has the report already.
+        let elsewhere = in_use.wait_for(|status| status.in_use.as_ref() != Some(&name)).await.is_ok();
+        if !elsewhere {
+            return;
+        }
+        tokio::select! {
+            ended = stream(&replica, node.clone(), || {
+                backoff.reset();
+                set(&status, &name, Some(true));
+            }) => debug!(control_plane = name, "the report's stream ended: {ended}"),
+            _ = in_use.wait_for(|status| status.in_use.as_ref() == Some(&name)) => {
+                set(&status, &name, None);
+                continue;
+            }
+        }
+        set(&status, &name, Some(false));
+        sleep(backoff.pause()).await;
+    }
+}
+
+/// `None`: it is not one of those that only get a report.
+fn set(status: &watch::Sender<ControlPlaneStatus>, name: &str, reported: Option<bool>) {
+    status.send_if_modified(|status| match reported {
+        Some(reported) => status.reported_to.insert(name.to_owned(), reported) != Some(reported),
+        None => status.reported_to.remove(name).is_some(),
+    });
+}
+
+/// One stream, until it ends; says why.
+async fn stream(replica: &ControlPlane, mut node: watch::Receiver<Node>, open: impl FnOnce()) -> String {
+    let mut stream = match timeout(CONNECTS_WITHIN, AdsStream::connect(&replica.to_string())).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return error.to_string(),
+        Err(_) => return format!("no connection within {} s", CONNECTS_WITHIN.as_secs()),
+    };
+    let request = DeltaDiscoveryRequest {
+        node: Some(node.borrow_and_update().clone()),
+        type_url: TYPE_URL.to_owned(),
+        ..DeltaDiscoveryRequest::default()
+    };
+    if let Err(failure) = stream.send(&request).await {
+        return failure.to_string();
+    }
+    open();
+    loop {
+        tokio::select! {
+            // There is nothing to answer, but a server may say what it likes.
+            answer = stream.next_bytes() => if let Err(failure) = answer {
+                return failure.to_string();
+            },
+            // A stream says only once who it is of.
+            Ok(()) = node.changed() => return "the report has changed".to_owned(),
+        }
+    }
+}

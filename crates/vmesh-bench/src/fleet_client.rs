@@ -1,0 +1,156 @@
+//! The clients of a fleet, counted together.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::google::protobuf::{ListValue, Struct, Value, value};
+use vmesh_testkit::{Failed, Result};
+use vmesh_xds::Kind;
+use vmesh_xds::client::BenchClient;
+
+/// Handshakes under way at once: more would only wait in the listener's queue.
+const CONNECTING: usize = 64;
+
+pub(crate) struct Fleet {
+    clients: JoinSet<String>,
+    nodes: usize,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Responses with endpoints, ACKed since they were last set to zero.
+    acked: AtomicUsize,
+    /// Assignments received in all.
+    held: AtomicUsize,
+    /// When the last client ACKed.
+    last_ack: Mutex<Option<SystemTime>>,
+    moved: Notify,
+}
+
+impl Fleet {
+    /// Connects `nodes` clients; `upstreams` are the services that one declares, none for all.
+    pub(crate) async fn connect(
+        to: SocketAddr,
+        nodes: usize,
+        upstreams: impl Fn(usize) -> Vec<String>,
+    ) -> Result<Fleet> {
+        let shared = Arc::new(Shared::default());
+        let connecting = Arc::new(Semaphore::new(CONNECTING));
+        let mut clients = JoinSet::new();
+        for number in 0..nodes {
+            let node = node(number, &upstreams(number));
+            clients.spawn(client(to, node, nodes, shared.clone(), connecting.clone()));
+        }
+        Ok(Fleet { clients, nodes, shared })
+    }
+
+    /// Waits until each client has the endpoints of so many services.
+    pub(crate) async fn until_held(&mut self, services: usize, bound: Duration) -> Result<()> {
+        let wanted = services * self.nodes;
+        let shared = self.shared.clone();
+        self.until("every client to have its endpoints", bound, || {
+            let held = shared.held.load(Ordering::Acquire);
+            if held >= wanted { Ok(()) } else { Err(format!("{held} of {wanted} assignments are there")) }
+        })
+        .await
+    }
+
+    /// From now on, [`Fleet::until_all_acked`] counts.
+    pub(crate) fn expect_one_each(&self) {
+        *self.shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.shared.acked.store(0, Ordering::Release);
+    }
+
+    /// Waits until every client has ACKed one response; returns when the last one did.
+    pub(crate) async fn until_all_acked(&mut self, bound: Duration) -> Result<SystemTime> {
+        let (shared, nodes) = (self.shared.clone(), self.nodes);
+        self.until("every client to ACK", bound, || {
+            let acked = shared.acked.load(Ordering::Acquire);
+            if acked >= nodes { Ok(()) } else { Err(format!("{acked} of {nodes} have")) }
+        })
+        .await?;
+        let last = *self.shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner);
+        last.ok_or_else(|| Failed::new("no client ACKed"))
+    }
+
+    async fn until(
+        &mut self,
+        what: &str,
+        bound: Duration,
+        reached: impl Fn() -> std::result::Result<(), String>,
+    ) -> Result<()> {
+        let shared = self.shared.clone();
+        let waiting = async {
+            loop {
+                let moved = shared.moved.notified();
+                match reached() {
+                    Ok(()) => return Ok(()),
+                    Err(_) => tokio::select! {
+                        () = moved => {}
+                        () = tokio::time::sleep(Duration::from_millis(100)) => {}
+                        Some(ended) = self.clients.join_next() => {
+                            let why = ended.unwrap_or_else(|panic| panic.to_string());
+                            return Err(Failed::new(format!("a client ended: {why}")));
+                        }
+                    },
+                }
+            }
+        };
+        match timeout(bound, waiting).await {
+            Ok(done) => done,
+            Err(_) => {
+                let so_far = reached().err().unwrap_or_default();
+                Err(Failed::new(format!("waited {} s for {what}: {so_far}", bound.as_secs())))
+            }
+        }
+    }
+}
+
+/// One client, until its stream ends: why it did.
+async fn client(to: SocketAddr, node: Node, nodes: usize, shared: Arc<Shared>, connecting: Arc<Semaphore>) -> String {
+    let permit = connecting.acquire().await;
+    let connected = BenchClient::connect(&format!("http://{to}"), node).await;
+    drop(permit);
+    let mut client = match connected {
+        Ok(client) => client,
+        Err(error) => return format!("could not connect to {to}: {error}"),
+    };
+    loop {
+        let seen = match client.next().await {
+            Ok(seen) => seen,
+            Err(failure) => return failure.to_string(),
+        };
+        if seen.kind == Some(Kind::Endpoint) && !seen.resources.is_empty() {
+            shared.held.fetch_add(seen.resources.len(), Ordering::AcqRel);
+            if shared.acked.fetch_add(1, Ordering::AcqRel) + 1 == nodes {
+                *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
+            }
+            shared.moved.notify_one();
+        }
+    }
+}
+
+fn node(number: usize, upstreams: &[String]) -> Node {
+    let text = |text: &str| Value { kind: Some(value::Kind::StringValue(text.to_owned())) };
+    let mut metadata = BTreeMap::new();
+    if !upstreams.is_empty() {
+        let values = upstreams.iter().map(|service| text(service)).collect();
+        let list = Value { kind: Some(value::Kind::ListValue(ListValue { values })) };
+        let vmesh = Struct { fields: [("upstreams".to_owned(), list)].into() };
+        metadata.insert("vmesh".to_owned(), Value { kind: Some(value::Kind::StructValue(vmesh)) });
+    }
+    Node {
+        id: format!("node-{number:05}"),
+        user_agent_name: "bench".to_owned(),
+        metadata: Some(Struct { fields: metadata }),
+        ..Node::default()
+    }
+}

@@ -1,0 +1,153 @@
+//! The HTTP API, read-only over TCP; what changes something is served on the Unix socket alone, where the file system
+//! says who may.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get};
+use axum::{Json, Router};
+use serde_json::{Map, Value, json};
+use vmesh_api::{
+    Done, Failure, ListedProblem, Nodes, Problems, Revision, Service, ServiceEndpoint, Services, Status,
+};
+use vmesh_catalog::World;
+use vmesh_model::{NodeName, ServiceName};
+use vmesh_proto::json::bytes_to_json;
+use vmesh_xds::Kind;
+
+use crate::control::Control;
+
+type Shared = State<Arc<Control>>;
+
+/// What anybody on loopback may ask.
+pub(crate) fn read_only(control: Arc<Control>) -> Router {
+    routes().with_state(control)
+}
+
+/// The same and what changes something.
+pub(crate) fn full(control: Arc<Control>) -> Router {
+    routes().route("/api/v1/nodes/{name}", delete(forget)).with_state(control)
+}
+
+fn routes() -> Router<Arc<Control>> {
+    Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/api/v1/services", get(services))
+        .route("/api/v1/nodes", get(nodes))
+        .route("/api/v1/nodes/{name}/config", get(config))
+        .route("/api/v1/problems", get(problems))
+        .route("/api/v1/revision", get(revision))
+        .route("/api/v1/status", get(status))
+        .route("/api/v1/explain", get(explain))
+        .fallback(async || failure(StatusCode::NOT_FOUND, "there is nothing at this path; see docs/api.md"))
+        .method_not_allowed_fallback(async || {
+            failure(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this cannot be done here: the API over TCP only reads, the Unix socket (`listen.api_socket`) also changes",
+            )
+        })
+}
+
+fn failure(status: StatusCode, error: impl Into<String>) -> Response {
+    (status, Json(Failure { error: error.into() })).into_response()
+}
+
+/// Ready is: every source has answered, or has failed and its last good state was on disk.
+async fn readyz(State(control): Shared) -> Response {
+    let waiting = control.waiting_for();
+    if waiting.is_empty() {
+        return "ready\n".into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for {}\n", waiting.join(", "))).into_response()
+}
+
+async fn metrics(State(control): Shared) -> Response {
+    vmesh_daemon::metrics::response(control.metrics()).map(axum::body::Body::from)
+}
+
+async fn services(State(control): Shared) -> Json<Services> {
+    let world = control.world();
+    let services = world.known().map(|name| service(&world, name)).collect();
+    Json(Services { services })
+}
+
+fn service(world: &World, name: &ServiceName) -> Service {
+    let registered = world.services.get(name);
+    Service {
+        name: name.clone(),
+        protocol: world.protocol(name),
+        state: registered.map(|service| service.state).unwrap_or_default(),
+        because: registered.and_then(|service| service.because.clone()),
+        endpoints: world.endpoints(name).iter().map(ServiceEndpoint::from).collect(),
+    }
+}
+
+async fn nodes(State(control): Shared) -> Json<Nodes> {
+    Json(Nodes { nodes: control.nodes() })
+}
+
+async fn problems(State(control): Shared) -> Json<Problems> {
+    Json(Problems { problems: control.problems().iter().map(ListedProblem::from).collect() })
+}
+
+async fn revision(State(control): Shared) -> Json<Revision> {
+    let world = control.world();
+    Json(Revision { revision: world.revision.to_string(), generation: world.generation })
+}
+
+async fn status(State(control): Shared) -> Json<Status> {
+    Json(control.status())
+}
+
+async fn explain(State(control): Shared, Query(asked): Query<BTreeMap<String, String>>) -> Response {
+    let (Some(service), Some(from)) = (asked.get("service"), asked.get("from")) else {
+        return failure(StatusCode::BAD_REQUEST, "ask with `?service=SERVICE&from=NODE`");
+    };
+    let service: ServiceName = match service.parse() {
+        Ok(service) => service,
+        Err(invalid) => return failure(StatusCode::BAD_REQUEST, format!("service: {invalid}")),
+    };
+    let from: NodeName = match from.parse() {
+        Ok(from) => from,
+        Err(invalid) => return failure(StatusCode::BAD_REQUEST, format!("from: {invalid}")),
+    };
+    match control.explain(&service, &from) {
+        Ok(explanation) => Json(explanation).into_response(),
+        Err(unknown) => failure(StatusCode::NOT_FOUND, unknown),
+    }
+}
+
+/// What the node is to have, as Envoy's `/config_dump` would print it.
+async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
+    let Some(snapshot) = name.parse().ok().and_then(|name: NodeName| control.snapshot(&name)) else {
+        return failure(StatusCode::NOT_FOUND, format!("there is no node `{name}`: `vmeshctl nodes` lists them"));
+    };
+    let mut all = Map::new();
+    for kind in Kind::ALL {
+        let resources = snapshot.of_kind(kind).map(|resource| {
+            let value = bytes_to_json(kind.type_url(), &resource.value())
+                .unwrap_or_else(|error| Value::String(error.to_string()));
+            json!({"name": **resource.name(), "version": resource.version(), "resource": value})
+        });
+        let resources: Vec<_> = resources.collect();
+        if !resources.is_empty() {
+            all.insert(kind.type_url().to_owned(), resources.into());
+        }
+    }
+    Json(Value::Object(all)).into_response()
+}
+
+async fn forget(State(control): Shared, Path(name): Path<String>) -> Response {
+    let Ok(name) = name.parse::<NodeName>() else {
+        return failure(StatusCode::NOT_FOUND, format!("there is no node `{name}`: `vmeshctl nodes` lists them"));
+    };
+    match control.forget(&name) {
+        Ok(()) => Json(Done { done: format!("node `{name}` is forgotten") }).into_response(),
+        Err(why) => failure(StatusCode::CONFLICT, why),
+    }
+}

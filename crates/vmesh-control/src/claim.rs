@@ -1,0 +1,152 @@
+//! What an xDS client claims of itself, read from the `node` of its first request.
+//!
+//! The agent, and any bare client, puts its report under `node.metadata.vmesh`. A claim that cannot be read refuses
+//! the client and says which field is wrong: a node that is sent less than it asked for would look healthy.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde_json::{Map, Number, Value};
+use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
+use vmesh_model::{Labels, NodeName, NodeReport, ServiceName};
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
+
+/// A `node` that cannot be served, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadClaim {
+    #[error("the xDS request's node.id: {0}")]
+    Name(vmesh_model::name::InvalidName),
+    #[error("node `{node}`: node.metadata.vmesh.{field}: {why}")]
+    Field { node: NodeName, field: &'static str, why: String },
+}
+
+/// Reads `node`.
+pub fn read(node: &Node) -> Result<NodeReport, BadClaim> {
+    let name: NodeName = node.id.parse().map_err(BadClaim::Name)?;
+    let wrong = |field, why| BadClaim::Field { node: name.clone(), field, why };
+    let metadata = node.metadata.as_ref().and_then(|metadata| metadata.fields.get("vmesh")).map(json);
+    let mut claim = match metadata {
+        None => Map::new(),
+        Some(Value::Object(claim)) => claim,
+        Some(_) => return Err(wrong("", "it is not a map".to_owned())),
+    };
+    let mut take = |field: &str| claim.remove(field).filter(|value| !value.is_null());
+    let zone = node.locality.as_ref().map(|locality| locality.zone.as_str()).filter(|zone| !zone.is_empty());
+    let text = |value: Value| value.as_str().map(Arc::<str>::from);
+    let address: Option<IpAddr> = parse(take("address")).map_err(|why| wrong("address", why))?;
+    let labels: Option<Labels> = parse(take("labels")).map_err(|why| wrong("labels", why))?;
+    let workloads: Option<Vec<Workload>> = parse(take("workloads")).map_err(|why| wrong("workloads", why))?;
+    let upstreams = upstreams(take("upstreams")).map_err(|why| wrong("upstreams", why))?;
+    let build = take("build").and_then(text).unwrap_or_else(|| node.user_agent_name.as_str().into());
+    let client = if node.user_agent_name.starts_with("gRPC") { Client::Grpc } else { Client::Envoy };
+    Ok(NodeReport {
+        name,
+        client,
+        address,
+        zone: zone.map(Arc::from),
+        labels: labels.unwrap_or_default(),
+        workloads: workloads.unwrap_or_default(),
+        upstreams,
+        build,
+    })
+}
+
+fn parse<T: serde::de::DeserializeOwned>(value: Option<Value>) -> Result<Option<T>, String> {
+    value.map(|value| serde_json::from_value(value).map_err(|error| error.to_string())).transpose()
+}
+
+/// `"*"`, or a list of names and of `{service, listen}`; everything if it is left out.
+fn upstreams(value: Option<Value>) -> Result<Upstreams, String> {
+    let list = match value {
+        None => return Ok(Upstreams::All),
+        Some(Value::String(all)) if all == "*" => return Ok(Upstreams::All),
+        Some(Value::Array(list)) => list,
+        Some(_) => return Err("neither a list nor \"*\"".to_owned()),
+    };
+    if list.iter().any(|one| one.as_str() == Some("*")) {
+        return Ok(Upstreams::All);
+    }
+    let one = |value: Value| match value {
+        Value::String(name) => match name.parse::<ServiceName>() {
+            Ok(service) => Ok(Upstream { service, listen: None }),
+            Err(invalid) => Err(invalid.to_string()),
+        },
+        other => serde_json::from_value(other).map_err(|error| error.to_string()),
+    };
+    list.into_iter().map(one).collect::<Result<_, _>>().map(Upstreams::Declared)
+}
+
+fn json(value: &ProtoValue) -> Value {
+    match &value.kind {
+        None | Some(Kind::NullValue(_)) => Value::Null,
+        Some(Kind::BoolValue(value)) => Value::Bool(*value),
+        Some(Kind::StringValue(value)) => Value::String(value.clone()),
+        // Protobuf has only floats; a port has to become a whole number again.
+        Some(Kind::NumberValue(value)) if value.fract() == 0.0 && value.abs() < 9e15 => {
+            Value::Number(Number::from(*value as i64))
+        }
+        Some(Kind::NumberValue(value)) => Number::from_f64(*value).map_or(Value::Null, Value::Number),
+        Some(Kind::StructValue(value)) => object(value),
+        Some(Kind::ListValue(list)) => Value::Array(list.values.iter().map(json).collect()),
+    }
+}
+
+fn object(value: &Struct) -> Value {
+    Value::Object(value.fields.iter().map(|(key, value)| (key.clone(), json(value))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmesh_proto::google::protobuf::ListValue;
+
+    fn proto(value: &Value) -> ProtoValue {
+        let kind = match value {
+            Value::Null => Kind::NullValue(0),
+            Value::Bool(value) => Kind::BoolValue(*value),
+            Value::Number(number) => Kind::NumberValue(number.as_f64().unwrap()),
+            Value::String(text) => Kind::StringValue(text.clone()),
+            Value::Array(list) => Kind::ListValue(ListValue { values: list.iter().map(proto).collect() }),
+            Value::Object(map) => Kind::StructValue(Struct {
+                fields: map.iter().map(|(key, value)| (key.clone(), proto(value))).collect(),
+            }),
+        };
+        ProtoValue { kind: Some(kind) }
+    }
+
+    fn claim(id: &str, vmesh: Value) -> Result<NodeReport, String> {
+        let fields = [("vmesh".to_owned(), proto(&vmesh))].into();
+        let node = Node { id: id.to_owned(), metadata: Some(Struct { fields }), ..Node::default() };
+        read(&node).map_err(|bad| bad.to_string())
+    }
+
+    #[test]
+    fn a_client_that_says_nothing_calls_everything() {
+        let report = read(&Node { id: "web-1".to_owned(), ..Node::default() }).unwrap();
+        assert_eq!(report.upstreams, Upstreams::All);
+        assert_eq!(report.client, Client::Envoy);
+    }
+
+    #[test]
+    fn an_upstream_is_a_name_or_a_name_and_a_port() {
+        let upstreams = serde_json::json!(["orders", {"service": "payments", "listen": "127.0.0.1:9001"}]);
+        let report = claim("web-1", serde_json::json!({ "upstreams": upstreams })).unwrap();
+        let Upstreams::Declared(declared) = report.upstreams else { panic!("not declared") };
+        assert_eq!(declared[0].listen, None);
+        assert_eq!(declared[1].listen.unwrap().port(), 9001);
+    }
+
+    #[test]
+    fn a_claim_that_cannot_be_read_names_its_field() {
+        let wrong = |vmesh| claim("web-1", vmesh).unwrap_err();
+        assert_eq!(
+            wrong(serde_json::json!({"upstreams": 7})),
+            r#"node `web-1`: node.metadata.vmesh.upstreams: neither a list nor "*""#
+        );
+        assert!(wrong(serde_json::json!({"address": "10.0.0"})).contains("vmesh.address: invalid IP address"));
+        assert!(wrong(serde_json::json!({"workloads": [{"service": "a", "port": 70000}]})).contains("vmesh.workloads"));
+        assert!(claim("", serde_json::json!({})).unwrap_err().contains("node.id"));
+        assert!(claim("a|b", serde_json::json!({})).unwrap_err().contains("`a|b` is not a node name"));
+    }
+}

@@ -1,0 +1,197 @@
+//! `control.yaml`. [`Config::load`] is the only constructor: what it returns can be started.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use vmesh_daemon::fsx;
+use vmesh_discovery::file::FileConfig;
+use vmesh_model::{Place, Problem, load};
+
+/// Everything that `vmesh-control` is told.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// The SPIFFE trust domain of the mesh.
+    #[serde(default = "trust_domain")]
+    pub(crate) trust_domain: String,
+    /// Where services are registered; of two that know an endpoint, the first one's word holds.
+    pub(crate) discovery: Vec<SourceConfig>,
+    /// Where the mesh documents are; without it there are none.
+    pub(crate) documents: Option<DocumentsConfig>,
+    #[serde(default)]
+    pub(crate) listen: Listen,
+    /// Where the last good state is kept.
+    #[serde(default = "state_dir")]
+    pub(crate) state_dir: PathBuf,
+    /// `error`, `warn`, `info`, `debug` or `trace`; `$VMESH_LOG` outranks it.
+    pub(crate) log: Option<String>,
+}
+
+/// One discovery source.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum SourceConfig {
+    File(FileConfig),
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DocumentsConfig {
+    /// A directory; every `.yaml`, `.yml` and `.json` file in it, in the order of their names.
+    pub(crate) dir: PathBuf,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Listen {
+    /// mTLS, agents and proxies. Not served by this version.
+    pub(crate) xds: Option<SocketAddr>,
+    #[serde(default = "xds_plaintext")]
+    pub(crate) xds_plaintext: SocketAddr,
+    #[serde(default = "api")]
+    pub(crate) api: SocketAddr,
+    /// The API once more, for those whom the file system lets in: only here can something be changed. Default:
+    /// `api.sock` in `state_dir`.
+    pub(crate) api_socket: Option<PathBuf>,
+    /// Spells out that `xds_plaintext` and `api` may be on other addresses than loopback.
+    #[serde(default)]
+    pub(crate) insecure: bool,
+}
+
+fn trust_domain() -> String {
+    "mesh.internal".to_owned()
+}
+
+fn state_dir() -> PathBuf {
+    PathBuf::from("/var/lib/vmesh-control")
+}
+
+fn xds_plaintext() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15010))
+}
+
+fn api() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15014))
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Listen { xds: None, xds_plaintext: xds_plaintext(), api: api(), api_socket: None, insecure: false }
+    }
+}
+
+/// Why `control.yaml` cannot be used: every reason, not the first one.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("the configuration {path} could not be read")]
+    Unreadable {
+        path: PathBuf,
+        #[source]
+        cause: fsx::FileError,
+    },
+    #[error("{}", lines(.0))]
+    Wrong(Vec<Problem>),
+}
+
+fn lines(problems: &[Problem]) -> String {
+    problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
+}
+
+impl Config {
+    pub(crate) fn load(path: &Path) -> Result<Config, ConfigError> {
+        let bytes = fsx::read_capped(path, 1 << 20)
+            .map_err(|cause| ConfigError::Unreadable { path: path.to_owned(), cause })?;
+        Config::parse(&path.display().to_string(), &bytes)
+    }
+
+    fn parse(file: &str, bytes: &[u8]) -> Result<Config, ConfigError> {
+        let config: Config = load::strict_bytes(file, bytes).map_err(ConfigError::Wrong)?;
+        let mut problems = Vec::new();
+        let mut wrong = |message: String| problems.push(Problem::new(Place::file(file), "vmesh-control", message));
+        for (field, address) in [("xds_plaintext", config.listen.xds_plaintext), ("api", config.listen.api)] {
+            if !address.ip().is_loopback() && !config.listen.insecure {
+                wrong(format!(
+                    "`listen.{field}: {address}` would be reachable from other hosts without encryption or \
+                     authentication: use a loopback address, or spell it out with `listen.insecure: true`"
+                ));
+            }
+        }
+        if config.discovery.is_empty() {
+            wrong("`discovery` names no source: without one there are no services".to_owned());
+        }
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError::Wrong(problems)) }
+    }
+
+    pub(crate) fn api_socket(&self) -> PathBuf {
+        self.listen.api_socket.clone().unwrap_or_else(|| self.state_dir.join("api.sock"))
+    }
+
+    /// What it would do, for `--check`.
+    pub(crate) fn summary(&self) -> String {
+        let mut text = format!("trust domain   {}\n", self.trust_domain);
+        for SourceConfig::File(file) in &self.discovery {
+            text.push_str(&format!("discovery      file {}\n", file.path.display()));
+        }
+        match &self.documents {
+            Some(documents) => text.push_str(&format!("documents      {}\n", documents.dir.display())),
+            None => text.push_str("documents      none\n"),
+        }
+        text.push_str(&format!(
+            "xDS            {} (plaintext)\nAPI            http://{} and {}\nstate          {}\n",
+            self.listen.xds_plaintext,
+            self.listen.api,
+            self.api_socket().display(),
+            self.state_dir.display()
+        ));
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+
+    use super::*;
+
+    fn check(text: &str, expected: Expect) {
+        let shown = match Config::parse("control.yaml", text.as_bytes()) {
+            Ok(config) => config.summary(),
+            Err(error) => format!("{error}\n"),
+        };
+        expected.assert_eq(&shown);
+    }
+
+    #[test]
+    fn the_design_s_example_is_understood_but_for_the_registries_that_are_not_there_yet() {
+        check(
+            "trust_domain: example.internal\n\
+             discovery:\n  - file: {path: /etc/vmesh/services.d}\n\
+             documents:\n  dir: /etc/vmesh/mesh.d\n\
+             listen:\n  xds: \"0.0.0.0:15012\"\n  xds_plaintext: \"127.0.0.1:15010\"\n  api: \"127.0.0.1:15014\"\n\
+             state_dir: /var/lib/vmesh-control\n",
+            expect![[r#"
+                trust domain   example.internal
+                discovery      file /etc/vmesh/services.d
+                documents      /etc/vmesh/mesh.d
+                xDS            127.0.0.1:15010 (plaintext)
+                API            http://127.0.0.1:15014 and /var/lib/vmesh-control/api.sock
+                state          /var/lib/vmesh-control
+            "#]],
+        );
+    }
+
+    #[test]
+    fn plaintext_for_other_hosts_has_to_be_spelled_out() {
+        check(
+            "discovery: [{file: {path: services.d}}]\nlisten: {xds_plaintext: \"0.0.0.0:15010\"}\n",
+            expect![],
+        );
+    }
+
+    #[test]
+    fn an_unknown_field_is_named_with_its_place() {
+        check("discovery: [{file: {path: services.d}}]\nstate_dri: /tmp\n", expect![]);
+        check("discovery: [{consul: {address: x}}]\n", expect![]);
+    }
+}

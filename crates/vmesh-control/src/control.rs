@@ -1,0 +1,411 @@
+//! What the control plane is at any moment: the compiled world, and who is connected to it.
+//!
+//! One lock holds the compiler and the connections together, so that a node is never admitted to a world that it then
+//! misses a change of. Nobody waits for I/O under it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use prometheus_client::registry::Registry;
+use tokio::sync::{mpsc, watch};
+use vmesh_api::{Explanation, Node, NodeCounts, NodeState, Source, Status};
+use vmesh_catalog::World;
+use vmesh_compile::{ClassUpdate, Compiler, NodeConfig};
+use vmesh_model::{NodeName, NodeReport, Place, Problem, ServiceName};
+use vmesh_proto::envoy::config::core::v3::Node as XdsNode;
+use vmesh_xds::server::{
+    Admission, Admitted, FeedControl, Hub, Observer, PeerInfo, Publication, Refusal,
+};
+use vmesh_xds::{SessionStatus, Snapshot, State};
+
+use crate::claim;
+use crate::explain::{self, Standing};
+use crate::metrics::Propagation;
+use crate::worlds::{NodeEvent, Published, Sources};
+
+/// Everything that the API and the xDS streams share.
+pub(crate) struct Control {
+    pub(crate) trust_domain: String,
+    started: Instant,
+    hub: Hub,
+    published: watch::Receiver<Published>,
+    sources: Sources,
+    reports: mpsc::UnboundedSender<NodeEvent>,
+    inner: Mutex<Inner>,
+    propagation: Propagation,
+    registry: Registry,
+}
+
+struct Inner {
+    /// Set once: from then on there is something to serve, whatever becomes of the sources.
+    ready: bool,
+    compiler: Compiler,
+    connections: BTreeMap<u64, Connection>,
+    next: u64,
+    /// When the last store was published, for the time until it is ACKed.
+    published_at: BTreeMap<Arc<str>, (u64, Instant)>,
+}
+
+/// One xDS stream.
+struct Connection {
+    report: NodeReport,
+    feed: FeedControl,
+    config: NodeConfig,
+    state: State,
+    acked: u64,
+}
+
+impl Control {
+    pub(crate) fn new(
+        trust_domain: String,
+        hub: Hub,
+        published: watch::Receiver<Published>,
+        sources: Sources,
+        reports: mpsc::UnboundedSender<NodeEvent>,
+    ) -> Control {
+        let world = published.borrow().world.clone();
+        let inner = Inner {
+            ready: false,
+            compiler: Compiler::new(world),
+            connections: BTreeMap::new(),
+            next: 0,
+            published_at: BTreeMap::new(),
+        };
+        Control {
+            trust_domain,
+            started: Instant::now(),
+            hub,
+            published,
+            sources,
+            reports,
+            inner: Mutex::new(inner),
+            propagation: Propagation::default(),
+            registry: Registry::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic under the lock ends its task, which ends the process; until then the last state serves.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Compiles every world that is published, for as long as it is polled.
+    pub(crate) async fn compile_on_change(self: Arc<Control>) {
+        let mut published = self.published.clone();
+        loop {
+            let Published { world, waiting } = published.borrow_and_update().clone();
+            self.on_world(world, waiting.is_empty());
+            if published.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn on_world(&self, world: Arc<World>, complete: bool) {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let update = inner.compiler.update(world);
+        inner.ready |= complete;
+        let now = Instant::now();
+        let mut publication = Publication::new();
+        let mut classes: BTreeSet<Arc<str>> = update.classes.iter().map(|class| class.class.clone()).collect();
+        if update.documents || update.classes.iter().any(|class| !class.reshaped.is_empty()) {
+            for connection in inner.connections.values_mut() {
+                let reshaped = |class: &ClassUpdate| {
+                    class.class == connection.config.class
+                        && class.reshaped.iter().any(|service| concerns(connection, service))
+                };
+                if !update.documents && !update.classes.iter().any(reshaped) {
+                    continue;
+                }
+                let config = inner.compiler.node(&connection.report);
+                if config.class != connection.config.class || config.scope != connection.config.scope {
+                    let (class, scope) = (config.class.clone(), config.scope.clone());
+                    classes.insert(class.clone());
+                    publication = publication.scope(&connection.feed, class, scope);
+                }
+                connection.config = config;
+            }
+        }
+        if update.documents {
+            let used: BTreeSet<_> =
+                inner.connections.values().map(|connection| connection.config.class.clone()).collect();
+            inner.compiler.retain(&used);
+        }
+        for class in classes {
+            let Some(store) = inner.compiler.store(&class) else { continue };
+            let (generation, at) = (store.generation(), now);
+            if inner.published_at.get(&class).is_none_or(|(last, _)| *last != generation) {
+                inner.published_at.insert(class.clone(), (generation, at));
+            }
+            publication = publication.store(class, store);
+        }
+        // One step for all of it: no stream sees a new route without the cluster that came into its scope with it.
+        self.hub.publish_all(publication);
+    }
+
+    pub(crate) fn world(&self) -> Arc<World> {
+        self.published.borrow().world.clone()
+    }
+
+    /// What keeps it from being ready; empty when it is.
+    pub(crate) fn waiting_for(&self) -> Vec<String> {
+        if self.lock().ready {
+            return Vec::new();
+        }
+        let waiting = self.published.borrow().waiting.clone();
+        if waiting.is_empty() { vec!["the first compilation".to_owned()] } else { waiting.to_vec() }
+    }
+
+    pub(crate) fn metrics(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Every node that ever reported, and how it stands.
+    pub(crate) fn nodes(&self) -> Vec<Node> {
+        let world = self.world();
+        let inner = self.lock();
+        let mut reports: BTreeMap<&NodeName, &NodeReport> =
+            world.nodes.iter().map(|(name, report)| (name, &**report)).collect();
+        for connection in inner.connections.values() {
+            reports.insert(&connection.report.name, &connection.report);
+        }
+        let mut standings = inner.standings();
+        reports
+            .into_values()
+            .map(|report| {
+                let standing = standings.remove(&report.name).unwrap_or_default();
+                node(report, standing)
+            })
+            .collect()
+    }
+
+    pub(crate) fn node_counts(&self) -> NodeCounts {
+        let mut counts = NodeCounts::default();
+        for node in self.nodes() {
+            match node.state {
+                NodeState::Synced => counts.synced += 1,
+                NodeState::Pushing => counts.pushing += 1,
+                NodeState::Rejected => counts.rejected += 1,
+                NodeState::Offline => counts.offline += 1,
+            }
+        }
+        counts
+    }
+
+    /// Everything that wants mending, each once, sorted by place.
+    pub(crate) fn problems(&self) -> Vec<Problem> {
+        let world = self.world();
+        let inner = self.lock();
+        let mut all: BTreeSet<Problem> = world.problems.iter().cloned().collect();
+        all.extend(inner.compiler.problems());
+        all.extend(inner.connections.values().flat_map(|connection| connection.config.problems.iter().cloned()));
+        all.extend(inner.clones());
+        all.into_iter().collect()
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        let world = self.world();
+        let waiting_for = self.waiting_for();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            trust_domain: self.trust_domain.clone(),
+            revision: world.revision.to_string(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            ready: waiting_for.is_empty(),
+            waiting_for,
+            sources: self.sources(),
+            services: world.known().count(),
+            endpoints: world.services.values().map(|service| service.endpoints.len()).sum(),
+            documents: world.documents.len(),
+            nodes: self.node_counts(),
+            problems: self.problems().len(),
+        }
+    }
+
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        self.sources.status()
+    }
+
+    pub(crate) fn explain(&self, service: &ServiceName, from: &NodeName) -> Result<Explanation, String> {
+        let world = self.world();
+        let mut inner = self.lock();
+        let connected = inner.connections.values().find(|connection| connection.report.name == *from);
+        let report = match connected {
+            Some(connection) => connection.report.clone(),
+            None => match world.nodes.get(from) {
+                Some(report) => NodeReport::clone(report),
+                None => {
+                    return Err(format!(
+                        "there is no node `{from}`: no node of this name has connected; `vmeshctl nodes` lists those that have"
+                    ));
+                }
+            },
+        };
+        let standing = inner.standings().remove(from).unwrap_or_default();
+        explain::explain(&mut inner.compiler, &report, service, standing)
+    }
+
+    /// What the node `name` is to have.
+    pub(crate) fn snapshot(&self, name: &NodeName) -> Option<Snapshot> {
+        let world = self.world();
+        let mut inner = self.lock();
+        let connected = inner.connections.values().find(|connection| connection.report.name == *name);
+        let report = match connected {
+            Some(connection) => connection.report.clone(),
+            None => NodeReport::clone(world.nodes.get(name)?),
+        };
+        let config = inner.compiler.node(&report);
+        Some(Snapshot { store: inner.compiler.store(&config.class)?, scope: config.scope })
+    }
+
+    pub(crate) fn forget(&self, name: &NodeName) -> Result<(), String> {
+        if self.lock().connections.values().any(|connection| connection.report.name == *name) {
+            return Err(format!("node `{name}` is connected: stop its agent first, or it is known again at once"));
+        }
+        if !self.world().nodes.contains_key(name) {
+            return Err(format!("there is no node `{name}`"));
+        }
+        _ = self.reports.send(NodeEvent::Forget(name.clone()));
+        Ok(())
+    }
+
+    pub(crate) fn propagation(&self) -> &Propagation {
+        &self.propagation
+    }
+
+    pub(crate) fn with_registry(mut self, registry: Registry) -> Control {
+        self.registry = registry;
+        self
+    }
+}
+
+/// Whether `service` is something that the node calls, or that it serves.
+fn concerns(connection: &Connection, service: &ServiceName) -> bool {
+    connection.config.scope.contains(service.as_str())
+        || connection.report.workloads.iter().any(|workload| workload.service == *service)
+}
+
+impl Inner {
+    fn standings(&self) -> BTreeMap<NodeName, Standing> {
+        let mut standings: BTreeMap<NodeName, Standing> = BTreeMap::new();
+        for connection in self.connections.values() {
+            let standing = standings.entry(connection.report.name.clone()).or_default();
+            let (state, reason) = match &connection.state {
+                State::Synced => (NodeState::Synced, None),
+                State::Pushing => (NodeState::Pushing, None),
+                State::Rejected { reason } => (NodeState::Rejected, Some(reason.to_string())),
+            };
+            // Of several streams of one node, the one that fares worst tells how the node stands.
+            if standing.state == NodeState::Offline || state > standing.state {
+                *standing = Standing { state, reason };
+            }
+        }
+        standings
+    }
+
+    /// Two hosts that go by one name would take turns in each other's configuration.
+    fn clones(&self) -> Vec<Problem> {
+        let mut seen: BTreeMap<&NodeName, &NodeReport> = BTreeMap::new();
+        let mut problems = Vec::new();
+        for connection in self.connections.values() {
+            let report = &connection.report;
+            match seen.get(&report.name) {
+                None => _ = seen.insert(&report.name, report),
+                Some(first) if first.address != report.address => {
+                    let shown = |report: &NodeReport| {
+                        report.address.map_or_else(|| "an unnamed address".to_owned(), |address| address.to_string())
+                    };
+                    let message = format!(
+                        "two hosts go by the name `{}`, {} and {}: give each its own `node.name`; until then each is \
+                         served what it declares",
+                        report.name,
+                        shown(first),
+                        shown(report)
+                    );
+                    let place = Place::file(format!("node {}", report.name));
+                    problems.push(Problem::new(place, format!("Node `{}`", report.name), message));
+                }
+                Some(_) => {}
+            }
+        }
+        problems
+    }
+}
+
+fn node(report: &NodeReport, standing: Standing) -> Node {
+    Node {
+        name: report.name.clone(),
+        connected: standing.state != NodeState::Offline,
+        state: standing.state,
+        reason: standing.reason,
+        client: report.client,
+        address: report.address,
+        zone: report.zone.clone(),
+        labels: report.labels.clone(),
+        workloads: report.workloads.clone(),
+        upstreams: report.upstreams.clone(),
+        build: report.build.clone(),
+    }
+}
+
+/// The xDS side of [`Control`].
+pub(crate) struct Door(pub(crate) Arc<Control>);
+
+impl Admission for Door {
+    fn admit(&self, node: &XdsNode, _peer: &PeerInfo) -> Result<Admitted, Refusal> {
+        let control = &self.0;
+        let report = claim::read(node).map_err(|bad| Refusal::Invalid(bad.to_string()))?;
+        let mut inner = control.lock();
+        if !inner.ready {
+            let waiting = control.published.borrow().waiting.join(", ");
+            return Err(Refusal::NotReady(format!("this control plane is starting: it waits for {waiting}")));
+        }
+        let config = inner.compiler.node(&report);
+        if let Some(store) = inner.compiler.store(&config.class) {
+            control.hub.publish(config.class.clone(), store);
+        }
+        let feed = control.hub.subscribe(config.class.clone(), config.scope.clone());
+        let id = inner.next;
+        inner.next += 1;
+        // Only fails while the process is being stopped.
+        _ = control.reports.send(NodeEvent::Report(report.clone()));
+        let connection = Connection { report, feed: feed.control(), config, state: State::Pushing, acked: 0 };
+        inner.connections.insert(id, connection);
+        Ok(Admitted { feed, observer: Box::new(Watcher { control: control.clone(), id }) })
+    }
+}
+
+/// Keeps one connection's state; its drop is the end of the connection.
+struct Watcher {
+    control: Arc<Control>,
+    id: u64,
+}
+
+impl Observer for Watcher {
+    fn on_status(&mut self, status: &SessionStatus) {
+        let mut inner = self.control.lock();
+        let inner = &mut *inner;
+        let Some(connection) = inner.connections.get_mut(&self.id) else { return };
+        if connection.state != status.state {
+            connection.state = status.state.clone();
+            if let State::Rejected { reason } = &status.state {
+                tracing::warn!(node = %connection.report.name, %reason, "a node refused its configuration");
+            }
+        }
+        let before = std::mem::replace(&mut connection.acked, status.generation_acked);
+        if let Some((generation, at)) = inner.published_at.get(&connection.config.class)
+            && before < *generation
+            && status.generation_acked >= *generation
+        {
+            self.control.propagation.observe(at.elapsed());
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.control.lock().connections.remove(&self.id);
+    }
+}

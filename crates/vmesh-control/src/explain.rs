@@ -1,0 +1,222 @@
+//! How requests from a node reach a service: the answer to `vmeshctl explain`.
+//!
+//! Read from what was compiled, not from the documents again: it explains what the node is sent.
+
+use std::collections::BTreeSet;
+
+use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting, set_by};
+use vmesh_catalog::World;
+use vmesh_compile::Compiler;
+use vmesh_compile::effective::Effective;
+use vmesh_model::document::{Match, PathMatch, Retry, Rule, TextMatch};
+use vmesh_model::node::{Client, Upstreams};
+use vmesh_model::text::show_duration;
+use vmesh_model::{Health, NodeReport, Place, ServiceName, Settings};
+
+/// What is known of the node itself.
+pub(crate) struct Standing {
+    pub(crate) state: NodeState,
+    pub(crate) reason: Option<String>,
+}
+
+/// `Err` is a sentence: there is no such service.
+pub(crate) fn explain(
+    compiler: &mut Compiler,
+    report: &NodeReport,
+    service: &ServiceName,
+    node: Standing,
+) -> Result<Explanation, String> {
+    let world = compiler.world().clone();
+    let config = compiler.node(report);
+    let Some(shared) = compiler.class(&config.class) else {
+        return Err(format!("node `{}` has no class", report.name));
+    };
+    let Some(compiled) = shared.services.get(service) else {
+        return Err(format!(
+            "there is no service `{service}`: no discovery source and no document knows it; `vmeshctl services` lists \
+             those that there are"
+        ));
+    };
+    let shape = &compiled.shape;
+    let declared = match &report.upstreams {
+        Upstreams::All => true,
+        Upstreams::Declared(_) => config.scope.contains(service.as_str()),
+    };
+    let listeners = listeners(report, service, config.scope.own.resources().iter().map(|r| &**r.name()));
+    let routes = hops(&world, service);
+    let names: BTreeSet<ServiceName> =
+        std::iter::once(service.clone()).chain(shape.references.iter().cloned()).collect();
+    let clusters: Vec<_> = names.iter().flat_map(|name| clusters(&world, name)).collect();
+    let usable = |health: Health| matches!(health, Health::Unknown | Health::Healthy);
+    let endpoints = world.endpoints(service);
+    let obstacle = if !declared {
+        Some(format!("`{}` does not declare `{service}` among its upstreams", report.name))
+    } else if node.state == NodeState::Offline {
+        Some(format!("`{}` is offline: it goes on with what it was last sent", report.name))
+    } else if node.state == NodeState::Rejected {
+        Some(format!("`{}` refused its configuration and goes on with what it had", report.name))
+    } else if endpoints.is_empty() && shape.references.is_empty() {
+        Some("it has no endpoint: requests fail with 503".to_owned())
+    } else if !endpoints.is_empty() && !endpoints.iter().any(|endpoint| usable(endpoint.health)) {
+        Some("none of its endpoints is healthy: Envoy tries them all the same".to_owned())
+    } else if report.client == Client::Envoy && listeners.is_empty() {
+        Some(format!("`{}` has no port for it: give the upstream a `listen`", report.name))
+    } else {
+        None
+    };
+    let concerns = |place: &str| place.contains(&format!("`{service}`")) || place.contains(&format!("`{}`", report.name));
+    let problems = compiled
+        .problems
+        .iter()
+        .chain(config.problems.iter().filter(|problem| problem.message.contains(&format!("`{service}`"))))
+        .chain(world.problems.iter().filter(|problem| concerns(&problem.subject)))
+        .map(ListedProblem::from)
+        .collect();
+    let registered = world.services.get(service);
+    Ok(Explanation {
+        service: service.clone(),
+        from: report.name.clone(),
+        node: node.state,
+        reason: node.reason,
+        protocol: shape.effective.protocol,
+        state: registered.map(|service| service.state).unwrap_or_default(),
+        reachable: obstacle.is_none(),
+        obstacle,
+        listeners,
+        routes,
+        clusters,
+        settings: settings(&shape.settings, &shape.effective),
+        problems,
+    })
+}
+
+/// The declared ports for `service` that were not refused.
+fn listeners<'a>(
+    report: &NodeReport,
+    service: &ServiceName,
+    own: impl Iterator<Item = &'a str>,
+) -> Vec<String> {
+    let made: BTreeSet<_> = own.filter_map(|name| name.strip_prefix("outbound|")).collect();
+    let Upstreams::Declared(declared) = &report.upstreams else { return Vec::new() };
+    let ports = declared.iter().filter(|upstream| upstream.service == *service);
+    ports
+        .filter_map(|upstream| upstream.listen)
+        .map(|address| address.to_string())
+        .filter(|address| made.contains(address.as_str()))
+        .collect()
+}
+
+fn hops(world: &World, service: &ServiceName) -> Vec<Hop> {
+    let mut hops = Vec::new();
+    if let Some(route) = world.documents.routes.get(service) {
+        hops.extend(route.rules.iter().map(|rule| Hop { when: when(&rule.matches), then: then(service, rule) }));
+    }
+    hops.push(Hop { when: "anything else".to_owned(), then: format!("all of {service}") });
+    hops
+}
+
+fn when(matches: &Match) -> String {
+    let mut parts = Vec::new();
+    if !matches.method.is_empty() {
+        parts.push(matches.method.iter().map(|method| &*method.0).collect::<Vec<_>>().join(" or "));
+    }
+    match &matches.path {
+        None => {}
+        Some(PathMatch::Exact(path)) => parts.push(format!("path {path}")),
+        Some(PathMatch::Prefix(path)) => parts.push(format!("path {path}*")),
+        Some(PathMatch::Regex(regex)) => parts.push(format!("path ~ {regex}")),
+    }
+    parts.extend(matches.headers.iter().map(|(name, text)| format!("header {name} {}", shown(text))));
+    parts.extend(matches.query.iter().map(|(name, text)| format!("query {name} {}", shown(text))));
+    if parts.is_empty() { "any request".to_owned() } else { parts.join(", ") }
+}
+
+fn shown(text: &TextMatch) -> String {
+    match text {
+        TextMatch::Exact(text) => format!("= {text}"),
+        TextMatch::Prefix(text) => format!("= {text}*"),
+        TextMatch::Suffix(text) => format!("= *{text}"),
+        TextMatch::Contains(text) => format!("= *{text}*"),
+        TextMatch::Regex(regex) => format!("~ {regex}"),
+        TextMatch::Present(true) => "is there".to_owned(),
+        TextMatch::Present(false) => "is not there".to_owned(),
+    }
+}
+
+fn then(service: &ServiceName, rule: &Rule) -> String {
+    let mut text = match &rule.redirect {
+        Some(redirect) => match &redirect.service {
+            Some(other) => format!("as {other}'s routes say"),
+            None => {
+                let host = redirect.host.as_deref().unwrap_or_default();
+                let path = redirect.path.as_deref().or(redirect.prefix.as_deref()).unwrap_or_default();
+                format!("redirect {} to {host}{path}", redirect.code.unwrap_or(301))
+            }
+        },
+        None if rule.split.is_empty() => format!("all of {service}"),
+        None => {
+            let total: u32 = rule.split.iter().map(|target| target.weight).fold(0, u32::saturating_add);
+            let share = |weight: u32| f64::from(weight) * 100.0 / f64::from(total.max(1));
+            let targets = rule.split.iter().map(|target| {
+                let to = target.service.as_ref().unwrap_or(service);
+                let name = vmesh_compile::cluster_name(to, target.subset.as_ref());
+                format!("{:.0}% {name}", share(target.weight))
+            });
+            targets.collect::<Vec<_>>().join(", ")
+        }
+    };
+    if let Some(timeout) = rule.timeout {
+        text.push_str(&format!(", timeout {timeout}"));
+    }
+    if let Some(retry) = &rule.retry {
+        text.push_str(&format!(", retry {}", retries(retry)));
+    }
+    text
+}
+
+fn retries(retry: &Retry) -> String {
+    let on: Vec<_> = retry.on.iter().map(|on| on.as_str()).collect();
+    match (retry.attempts, on.is_empty()) {
+        (0, _) => "never".to_owned(),
+        (n, true) => format!("{n} times"),
+        (n, false) => format!("{n} times on {}", on.join(", ")),
+    }
+}
+
+fn clusters(world: &World, service: &ServiceName) -> Vec<Cluster> {
+    let endpoints = world.endpoints(service);
+    let all = endpoints.iter().map(ServiceEndpoint::from).collect();
+    let mut clusters = vec![Cluster { name: service.to_string(), endpoints: all }];
+    if let Some(document) = world.documents.services.get(service) {
+        clusters.extend(document.subsets.iter().map(|(name, subset)| Cluster {
+            name: vmesh_compile::cluster_name(service, Some(name)),
+            endpoints: endpoints.iter().filter(|e| subset.contains(e)).map(ServiceEndpoint::from).collect(),
+        }));
+    }
+    clusters
+}
+
+fn settings(settings: &Settings, effective: &Effective) -> Vec<Setting> {
+    let outliers = &effective.outlier_detection;
+    let values = [
+        ("load_balancing", effective.load_balancing.policy.as_str().to_owned()),
+        ("timeouts.connect", show_duration(effective.connect)),
+        ("timeouts.request", effective.request.map_or_else(|| "none".to_owned(), show_duration)),
+        ("timeouts.idle", show_duration(effective.idle)),
+        ("retry", retries(&effective.retry)),
+        (
+            "outlier_detection",
+            outliers.consecutive_5xx.map_or_else(
+                || "5 failed connections".to_owned(),
+                |n| format!("5 failed connections, {n} times 5xx"),
+            ),
+        ),
+    ];
+    let origin = |name: &str| settings.origins.get(name).map(|origin| (origin.document.as_str(), &origin.place));
+    let setting = |(name, value): (&str, String)| Setting {
+        name: name.to_owned(),
+        value,
+        set_by: set_by(origin(name) as Option<(&str, &Place)>),
+    };
+    values.into_iter().map(setting).collect()
+}

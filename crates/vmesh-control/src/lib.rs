@@ -1,0 +1,24 @@
+//! The control plane: discovery and documents in, xDS out. Start reading at [`run`].
+//!
+//! | task | wakes on | publishes |
+//! |---|---|---|
+//! | `discovery <source>` | the source | `watch<View>` |
+//! | `documents` | the directory, a timer | `watch<DocumentsView>` |
+//! | `worlds` | any view, the documents, a node's report | `watch<Published>` |
+//! | `compiler` | `watch<Published>` | a store per class of nodes, to the hub |
+//! | `state` | `watch<Published>`, debounced | the last good state on disk |
+//! | `xds` | connections | responses; takes leave of its clients |
+//! | `api`, `api socket` | connections | answers |
+
+mod api;
+mod claim;
+mod config;
+mod control;
+mod documents;
+mod explain;
+mod metrics;
+mod persist;
+mod run;
+mod worlds;
+
+pub use run::main;

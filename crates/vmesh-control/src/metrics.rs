@@ -1,0 +1,129 @@
+//! `/metrics` of the control plane: read from what it is at each scrape, so that nothing is counted twice.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use vmesh_xds::server::Counters;
+
+use crate::control::Control;
+
+/// From a store's publication to a node's acknowledgement of all of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Propagation(Histogram);
+
+impl Default for Propagation {
+    fn default() -> Self {
+        let bounds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+        Propagation(Histogram::new(bounds))
+    }
+}
+
+impl Propagation {
+    pub(crate) fn observe(&self, took: Duration) {
+        self.0.observe(took.as_secs_f64());
+    }
+}
+
+/// Reads [`Control`] and the xDS counters at each scrape.
+pub(crate) struct Scrape {
+    pub(crate) control: std::sync::Weak<Control>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl fmt::Debug for Scrape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scrape")
+    }
+}
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let counters = &self.counters;
+        for (name, help, counter) in [
+            ("vmesh_xds_streams_opened", "xDS streams since the start", &counters.streams_opened),
+            ("vmesh_xds_streams_refused", "xDS streams that were not served", &counters.streams_refused),
+            ("vmesh_xds_requests", "Requests of xDS clients", &counters.requests),
+            ("vmesh_xds_responses", "Responses to xDS clients", &counters.responses),
+            ("vmesh_xds_resources_sent", "Resources in those responses", &counters.resources),
+            ("vmesh_xds_bytes_sent", "Bytes of those responses", &counters.bytes),
+            ("vmesh_xds_acks", "Responses that were accepted", &counters.acks),
+            ("vmesh_xds_nacks", "Responses that were refused", &counters.nacks),
+            ("vmesh_xds_unknown_types", "Requests for types that are not served", &counters.unknown_types),
+        ] {
+            count(&mut encoder, name, help, counter.load(Relaxed))?;
+        }
+        let encodings = "Resources encoded, each once for all streams";
+        count(&mut encoder, "vmesh_xds_encodings", encodings, vmesh_xds::encodings())?;
+        gauge(&mut encoder, "vmesh_xds_streams", "xDS streams now", counters.streams.load(Relaxed) as f64)?;
+
+        let Some(control) = self.control.upgrade() else { return Ok(()) };
+        let world = control.world();
+        let endpoints: usize = world.services.values().map(|service| service.endpoints.len()).sum();
+        let nodes = control.node_counts();
+        for (name, help, value) in [
+            ("vmesh_services", "Services known", world.known().count()),
+            ("vmesh_endpoints", "Endpoints of all services", endpoints),
+            ("vmesh_documents", "Mesh documents in force", world.documents.len()),
+            ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
+            ("vmesh_ready", "Whether it serves", usize::from(control.waiting_for().is_empty())),
+        ] {
+            gauge(&mut encoder, name, help, value as f64)?;
+        }
+        let states = [
+            ("synced", nodes.synced),
+            ("pushing", nodes.pushing),
+            ("rejected", nodes.rejected),
+            ("offline", nodes.offline),
+        ];
+        labelled(&mut encoder, "vmesh_nodes", "Nodes by state", "state", &states.map(|(s, n)| (s.to_owned(), n as f64)))?;
+        let sources = control.sources();
+        let ages: Vec<_> = sources
+            .iter()
+            .filter_map(|source| Some((source.name.to_string(), source.age_seconds? as f64)))
+            .collect();
+        let help = "Seconds since a source last answered";
+        labelled(&mut encoder, "vmesh_discovery_last_success_age_seconds", help, "source", &ages)?;
+        let stale: Vec<_> = sources
+            .iter()
+            .map(|source| (source.name.to_string(), f64::from(u8::from(source.state != vmesh_catalog::State::Fresh))))
+            .collect();
+        let help = "1 while a source is stale or held";
+        labelled(&mut encoder, "vmesh_discovery_not_fresh", help, "source", &stale)?;
+        let histogram = &control.propagation().0;
+        let help = "From the publication of a change to its acknowledgement by a node";
+        let metric = encoder.encode_descriptor("vmesh_propagation_seconds", help, None, histogram.metric_type())?;
+        histogram.encode(metric)
+    }
+}
+
+fn count(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
+    let counter = ConstCounter::new(value);
+    counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)
+}
+
+fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: f64) -> fmt::Result {
+    let gauge = ConstGauge::new(value);
+    gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
+}
+
+fn labelled(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    label: &str,
+    values: &[(String, f64)],
+) -> fmt::Result {
+    let kind = ConstGauge::new(0.0).metric_type();
+    let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
+    for (of, value) in values {
+        ConstGauge::new(*value).encode(metric.encode_family(&[(label, of.as_str())])?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! From the command line to the tasks, and from a signal to the end.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use clap::Parser;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{mpsc, watch};
+use vmesh_catalog::Catalog;
+use vmesh_daemon::{Stop, Tasks, logs, metrics as scrape, report, signals, systemd};
+use vmesh_discovery::{Guard, Registrations, View, file::FileSource, follow};
+use vmesh_model::NodeReport;
+use vmesh_xds::server::{AdsService, Hub};
+
+use crate::config::{Config, SourceConfig};
+use crate::control::{Control, Door};
+use crate::documents::{self, DocumentsView};
+use crate::metrics::Scrape;
+use crate::persist::{Disk, PersistError};
+use crate::worlds::{self, Known, NodeEvent, Published, Sources};
+use crate::api;
+
+/// How long streams and answers may take to end.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// The vmesh control plane.
+#[derive(Debug, Parser)]
+#[command(name = "vmesh-control", version)]
+struct Cli {
+    #[arg(long, value_name = "FILE", default_value = "/etc/vmesh/control.yaml")]
+    config: PathBuf,
+
+    /// Read the configuration, print what it would do, and exit.
+    #[arg(long)]
+    check: bool,
+}
+
+/// Why it could not start, or ended.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("could not listen on {what}; is another vmesh-control running?")]
+    Listen {
+        what: String,
+        #[source]
+        cause: std::io::Error,
+    },
+    #[error("could not start the runtime")]
+    Runtime(#[source] std::io::Error),
+    #[error("could not wait for signals")]
+    Signals(#[source] std::io::Error),
+    #[error("could not open the state")]
+    State(#[source] PersistError),
+    #[error("the task `{name}` ended, and nothing works without it: {why}")]
+    Died { name: Arc<str>, why: String },
+}
+
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            _ = error.print();
+            return if error.use_stderr() { report::USAGE.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    let config = match Config::load(&cli.config) {
+        Ok(config) => config,
+        Err(error) => return report::refused(&error),
+    };
+    if cli.check {
+        print!("{}", config.summary());
+        let problems = documents::check(&config);
+        problems.iter().for_each(|problem| eprintln!("{problem}"));
+        return if problems.is_empty() { ExitCode::SUCCESS } else { report::FAILURE.into() };
+    }
+    if let Err(error) = logs::init(config.log.as_deref()) {
+        return report::refused(&error);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report::failed(&RunError::Runtime(error)),
+    };
+    match runtime.block_on(run(config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", report::one_line(&error));
+            report::failed(&error)
+        }
+    }
+}
+
+async fn run(config: Config) -> Result<(), RunError> {
+    // Sockets first: an address that is taken is an error of the start, and of nothing else.
+    let xds = listen(config.listen.xds_plaintext).await?;
+    let api_tcp = listen(config.listen.api).await?;
+    let disk = Disk::open(&config.state_dir).map_err(RunError::State)?;
+    let api_socket = listen_unix(&config.api_socket())?;
+    if config.listen.xds.is_some() {
+        tracing::warn!("`listen.xds` is not served by this version: agents use `listen.xds_plaintext`");
+    }
+    let signal = signals::terminated().map_err(RunError::Signals)?;
+
+    let mut tasks = Tasks::new();
+    let mut known = Vec::new();
+    for source in &config.discovery {
+        known.push(start_source(source, &disk, &mut tasks));
+    }
+    let sources = Sources::new(known);
+    let mut catalog = Catalog::new(config.discovery.len());
+    for report in restored::<Vec<NodeReport>>(&disk, "nodes").unwrap_or_default() {
+        catalog.on_node(report);
+    }
+    let kept = restored(&disk, "documents").unwrap_or_default();
+    let (documents_in, documents) = watch::channel(DocumentsView::default());
+    let follower = documents::Follower::new(config.documents.clone(), kept);
+    let follower = follower.read_once(&documents_in).await;
+    tasks.spawn("documents", follower.follow(documents_in));
+
+    let waiting: Arc<[String]> = Arc::from(["discovery".to_owned()]);
+    let (published_in, published) = watch::channel(Published { world: catalog.world().clone(), waiting });
+    let (reports_in, reports) = mpsc::unbounded_channel::<NodeEvent>();
+    let hub = Hub::new();
+    let control = Arc::new_cyclic(|weak| {
+        let counters = Arc::default();
+        let mut registry = scrape::registry();
+        registry.register_collector(Box::new(Scrape { control: weak.clone(), counters: Arc::clone(&counters) }));
+        Control::new(config.trust_domain.clone(), hub.clone(), published.clone(), sources.clone(), reports_in)
+            .with_registry(registry, counters)
+    });
+    tasks.spawn("worlds", worlds::publish(catalog, sources.clone(), documents.clone(), reports, published_in));
+    tasks.spawn("compiler", control.clone().compile_on_change());
+    tasks.spawn("state", crate::persist::keep(disk, sources, documents, published));
+
+    let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
+    let service = AdsService::with_counters(hub, Door(control.clone()), name, control.counters().clone());
+    tasks.spawn_draining("xds", |stop| vmesh_xds::server::serve(xds, service, stopped(stop)));
+    tasks.spawn_draining("api", |stop| serve_http(api_tcp, api::read_only(control.clone()), stop));
+    tasks.spawn_draining("api socket", |stop| serve_http(api_socket, api::full(control.clone()), stop));
+    tasks.spawn("watchdog", systemd::watchdog());
+    systemd::ready("serving");
+    tracing::info!(xds = %config.listen.xds_plaintext, api = %config.listen.api, "vmesh-control has started");
+
+    let outcome = tokio::select! {
+        signal = signal => {
+            tracing::info!(?signal, "stopping");
+            Ok(())
+        }
+        (name, result) = tasks.first_exit() => {
+            let why = result.err().map_or_else(|| "it returned".to_owned(), |died| died.to_string());
+            Err(RunError::Died { name, why })
+        }
+    };
+    systemd::stopping();
+    let late = tasks.stop_within(DRAIN).await;
+    if !late.is_empty() {
+        tracing::warn!("still running after {} s and abandoned: {}", DRAIN.as_secs(), late.join(", "));
+    }
+    outcome
+}
+
+/// Follows one source, from its last good state if there is one.
+fn start_source(source: &SourceConfig, disk: &Disk, tasks: &mut Tasks) -> Known {
+    let SourceConfig::File(config) = source;
+    let name: Arc<str> = config.name();
+    let last_good: Option<Registrations> = restored(disk, &part(&name));
+    let guard_config = config.guard();
+    let (guard, view) = match &last_good {
+        Some(last_good) => (
+            Guard::restored(name.clone(), guard_config, last_good),
+            View::restored(Arc::new(last_good.clone())),
+        ),
+        None => (Guard::new(name.clone(), guard_config), View::default()),
+    };
+    let (views_in, views) = watch::channel(view);
+    let source = FileSource::new(config.clone());
+    tasks.spawn(format!("discovery {name}"), follow(source, guard, views_in));
+    Known::new(name, views, last_good.is_some())
+}
+
+/// The name of the state file of a source: its own name may have `/` in it.
+pub(crate) fn part(source: &str) -> String {
+    let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
+    format!("source-{}", source.chars().map(safe).collect::<String>())
+}
+
+fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T> {
+    match disk.load(part) {
+        Ok(Some(loaded)) => {
+            let age = loaded.written.elapsed().unwrap_or_default();
+            tracing::info!(part, age_seconds = age.as_secs(), "the last good state was loaded");
+            Some(loaded.value)
+        }
+        Ok(None) => None,
+        Err(error) => {
+            tracing::error!("{}", report::one_line(&error));
+            None
+        }
+    }
+}
+
+async fn listen(address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|cause| RunError::Listen { what: address.to_string(), cause })
+}
+
+/// A socket that a process left behind is replaced; one that somebody serves is an error.
+fn listen_unix(path: &Path) -> Result<UnixListener, RunError> {
+    let failed = |cause| RunError::Listen { what: path.display().to_string(), cause };
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(failed(std::io::ErrorKind::AddrInUse.into()));
+    }
+    _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).map_err(failed)?;
+    Ok(listener)
+}
+
+async fn serve_http<L>(listener: L, routes: Router, stop: Stop) -> std::io::Result<()>
+where
+    L: axum::serve::Listener,
+    L::Addr: std::fmt::Debug,
+{
+    axum::serve(listener, routes).with_graceful_shutdown(stopped(stop)).await
+}
+
+async fn stopped(mut stop: Stop) {
+    stop.requested().await;
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
+}

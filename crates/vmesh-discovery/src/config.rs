@@ -1,0 +1,154 @@
+//! The `discovery:` part of `control.yaml`: a list of sources, each `kind: {..}`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer};
+use vmesh_model::text::{parse_duration, show_duration};
+use vmesh_model::yaml::MAX_TEXT;
+
+use crate::format::Format;
+use crate::guard::GuardConfig;
+
+/// One source: `file: {path: /etc/vmesh/services.d}`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceConfig {
+    File(FileConfig),
+}
+
+impl SourceConfig {
+    /// What the source is called in messages and in the API.
+    pub fn name(&self) -> Arc<str> {
+        match self {
+            SourceConfig::File(config) => config.name(),
+        }
+    }
+
+    pub fn guard(&self) -> GuardConfig {
+        match self {
+            SourceConfig::File(config) => config.guard.clone().for_files(),
+        }
+    }
+}
+
+/// A directory of files, or one file.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileConfig {
+    /// A directory, read with all that is below it, or a single file.
+    pub path: PathBuf,
+    /// How the files are written. Built in: told by the content of each.
+    #[serde(default)]
+    pub format: Format,
+    /// Whether to be told of changes by the kernel. Without, `poll` is all there is.
+    #[serde(default = "yes")]
+    pub watch: bool,
+    /// How often everything is read again, for file systems that tell nothing of changes made elsewhere (NFS, overlay,
+    /// 9p). Built in: 10 s; 1 s at least.
+    #[serde(default = "ten_seconds", deserialize_with = "seconds")]
+    pub poll: Duration,
+    /// How often host names are resolved again. Built in: 30 s; 1 s at least.
+    #[serde(default = "half_a_minute", deserialize_with = "seconds")]
+    pub resolve_interval: Duration,
+    /// Larger files are not read. Built in: 16 MiB.
+    #[serde(default = "max_bytes")]
+    pub max_bytes: usize,
+    /// A directory of more files is taken for the wrong directory. Built in: 10,000.
+    #[serde(default = "max_files")]
+    pub max_files: usize,
+    #[serde(default)]
+    pub guard: GuardConfig,
+}
+
+impl FileConfig {
+    /// With all that is built in.
+    pub fn of(path: impl Into<PathBuf>) -> FileConfig {
+        FileConfig {
+            path: path.into(),
+            format: Format::Auto,
+            watch: true,
+            poll: ten_seconds(),
+            resolve_interval: half_a_minute(),
+            max_bytes: max_bytes(),
+            max_files: max_files(),
+            guard: GuardConfig::default(),
+        }
+    }
+
+    pub fn name(&self) -> Arc<str> {
+        format!("file:{}", self.path.display()).into()
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn ten_seconds() -> Duration {
+    Duration::from_secs(10)
+}
+
+fn half_a_minute() -> Duration {
+    Duration::from_secs(30)
+}
+
+fn max_bytes() -> usize {
+    MAX_TEXT
+}
+
+fn max_files() -> usize {
+    10_000
+}
+
+/// At least a second: less is load without use.
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let interval = parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)?;
+    if interval >= Duration::from_secs(1) {
+        Ok(interval)
+    } else {
+        Err(de::Error::custom(format!("{} is too short: 1s at least", show_duration(interval))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+    use vmesh_model::load::strict;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Control {
+        discovery: Vec<SourceConfig>,
+    }
+
+    fn read(text: &str) -> String {
+        match strict::<Control>("control.yaml", text) {
+            Ok(control) => control
+                .discovery
+                .iter()
+                .map(|source| format!("{} {source:?} {:?}\n", source.name(), source.guard().removal_hold))
+                .collect(),
+            Err(problems) => problems.iter().map(|problem| format!("{problem}\n")).collect(),
+        }
+    }
+
+    #[test]
+    fn a_source_is_a_kind_and_what_it_needs() {
+        expect![].assert_eq(&read("discovery:\n  - file: {path: /etc/vmesh/services.d}\n"));
+        expect![].assert_eq(&read(
+            "discovery:\n  - file: {path: a, format: linkerd, watch: false, poll: 1s, resolve_interval: 5m, max_bytes: 100, max_files: 5, guard: {removal_hold: 5s}}\n",
+        ));
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_source_is_said_at_its_place() {
+        expect![].assert_eq(&read("discovery:\n  - file: {pat: /etc}\n"));
+        expect![].assert_eq(&read(
+            "discovery:\n  - file: {path: a, poll: 100ms, format: yaml, guard: {remove: 1s}}\n  - consul: {}\n  - file: a\n",
+        ));
+    }
+}

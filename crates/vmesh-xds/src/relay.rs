@@ -1,0 +1,367 @@
+use crate::subscriber::{Ticket, Update};
+use crate::{Event, Group, Kind, PerKind, Resource, Store, Subscriber};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+
+/// Stands between a control plane and the Envoy of one node.
+///
+/// What the control plane sends goes into a [store](Relay::store), which sessions serve to Envoy; what Envoy does comes
+/// back as [`Event`]s. A response of the control plane is answered when Envoy has answered for each resource in it,
+/// with Envoy's own words. What Envoy took is [accepted](Relay::accepted): whoever keeps that can start again from it
+/// and serve Envoy with no control plane at all.
+pub struct Relay {
+    upstream: Subscriber,
+    store: Arc<Store>,
+    clients: BTreeMap<ClientId, PerKind<BTreeSet<Arc<str>>>>,
+    next_client: u64,
+    transits: PerKind<Transit>,
+    accepted_revision: u64,
+}
+
+/// One connection of Envoy's. There are two while it restarts without a gap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ClientId(u64);
+
+/// What of one kind is on its way.
+#[derive(Default)]
+struct Transit {
+    unanswered: VecDeque<Unanswered>,
+    /// What Envoy refused: its fingerprint, and why.
+    refused: BTreeMap<Arc<str>, (u64, Arc<str>)>,
+}
+
+struct Unanswered {
+    ticket: Ticket,
+    /// For which names Envoy has not answered; `None` is a removal.
+    waiting: BTreeMap<Arc<str>, Option<u64>>,
+    reasons: Vec<Arc<str>>,
+}
+
+/// A server sends the next response of a kind after 30 s without an answer; one that is older is never answered.
+const UNANSWERED_MAX: usize = 4;
+
+impl Relay {
+    /// Nothing is known: Envoy gets no answer before the control plane has given one.
+    pub fn new(node: Node) -> Relay {
+        let mut upstream = Subscriber::new(node);
+        upstream.subscribe_all(Kind::Cluster);
+        upstream.subscribe_all(Kind::Listener);
+        Relay {
+            upstream,
+            store: Arc::new(Store::partial()),
+            clients: BTreeMap::new(),
+            next_client: 0,
+            transits: PerKind::default(),
+            accepted_revision: 0,
+        }
+    }
+
+    /// Goes on with what Envoy [accepted](Relay::accepted) before.
+    pub fn restore(node: Node, accepted: impl IntoIterator<Item = Arc<Resource>>) -> Relay {
+        let mut relay = Relay::new(node);
+        let mut changes = Vec::new();
+        for resource in accepted {
+            let kind = resource.kind();
+            if !kind.has_wildcard() && !resource.is_absent() {
+                relay.upstream.subscribe(kind, resource.name().clone());
+            }
+            changes.push(present(resource.clone()));
+            relay.upstream.hold(resource);
+        }
+        relay.store = Arc::new(relay.store.apply(changes));
+        relay
+    }
+
+    /// What sessions are to serve. It is another one whenever there is something new to serve.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// What Envoy took last of each name, tombstones included.
+    pub fn accepted(&self) -> impl Iterator<Item = &Arc<Resource>> {
+        self.upstream.all_held()
+    }
+
+    /// Grows with each change of [`Relay::accepted`].
+    pub fn accepted_revision(&self) -> u64 {
+        self.accepted_revision
+    }
+
+    /// What Envoy refused, and why.
+    pub fn refused(&self) -> impl Iterator<Item = (Kind, &Arc<str>, &Arc<str>)> {
+        self.transits
+            .iter()
+            .flat_map(|(kind, transit)| transit.refused.iter().map(move |(name, (_, why))| (kind, name, why)))
+    }
+
+    /// Answers Envoy as if what is not known did not exist, until the control plane speaks. Envoy serves nothing while
+    /// it waits, so there comes a time when this is better.
+    pub fn stop_waiting(&mut self) {
+        self.store = Arc::new(self.store.complete());
+    }
+}
+
+/// Upstream.
+impl Relay {
+    pub fn set_node(&mut self, node: Node) {
+        self.upstream.set_node(node);
+    }
+
+    pub fn on_connected(&mut self) {
+        self.upstream.on_connected();
+        self.void_tickets();
+    }
+
+    /// Envoy does not notice.
+    pub fn on_disconnected(&mut self) {
+        self.upstream.on_disconnected();
+        self.void_tickets();
+    }
+
+    /// What is on its way still goes to Envoy, but nobody waits for the answer.
+    fn void_tickets(&mut self) {
+        self.transits.iter_mut().for_each(|(_, transit)| transit.unanswered.clear());
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.upstream.is_connected()
+    }
+
+    pub fn poll_request(&mut self) -> Option<DeltaDiscoveryRequest> {
+        self.upstream.poll_request()
+    }
+
+    pub fn on_response(&mut self, response: DeltaDiscoveryResponse) {
+        let Some(Update { ticket, resources, removed }) = self.upstream.on_response(response) else { return };
+        let kind = ticket.kind();
+        let mut changes = Vec::new();
+        let mut entry = Unanswered { ticket, waiting: BTreeMap::new(), reasons: Vec::new() };
+        for resource in resources {
+            let name = resource.name().clone();
+            self.transits[kind].supersede(&name);
+            let refused = self.transits[kind].refused.get(&name);
+            if let Some((_, reason)) = refused.filter(|(refused, _)| *refused == resource.fingerprint()) {
+                // Envoy need not be asked twice, and goes on with the last one it took.
+                entry.blame(reason.clone());
+                continue;
+            }
+            let is_held = self.upstream.held(kind, &name).is_some_and(|held| *held == resource);
+            if !is_held {
+                entry.waiting.insert(name, Some(resource.fingerprint()));
+            }
+            changes.push(present(resource));
+        }
+        for name in removed {
+            self.transits[kind].supersede(&name);
+            self.transits[kind].refused.remove(&name);
+            let served = self.store.get(kind, &name).is_some();
+            changes.push(match kind.has_wildcard() {
+                true => gone(kind, &name),
+                false => present(Resource::absent(kind, name.clone())),
+            });
+            // Of a secret Envoy is never told that it is gone (R30).
+            if served && kind != Kind::Secret {
+                entry.waiting.insert(name, None);
+            } else {
+                self.accept_removal(kind, &name);
+            }
+        }
+        if self.upstream.is_subscribed_to_all(kind) {
+            let all = Resource::absent(kind, "*");
+            if self.upstream.held(kind, "*").is_none() {
+                self.upstream.hold(all.clone());
+                self.accepted_revision += 1;
+            }
+            changes.push(present(all));
+        }
+        self.store = Arc::new(self.store.incomplete().apply(changes));
+        let transit = &mut self.transits[kind];
+        transit.unanswered.push_back(entry);
+        if transit.unanswered.len() > UNANSWERED_MAX {
+            transit.unanswered.pop_front();
+        }
+        self.answer(kind);
+    }
+
+    /// Answers what Envoy has answered for, in the order in which it came.
+    fn answer(&mut self, kind: Kind) {
+        if !kind.has_wildcard() && !self.clients.is_empty() {
+            // What no Envoy asks for, none answers for.
+            let wanted: Vec<_> = self.clients.values().map(|client| &client[kind]).collect();
+            for entry in &mut self.transits[kind].unanswered {
+                entry.waiting.retain(|name, _| wanted.iter().any(|names| names.contains(name)));
+            }
+        }
+        let unanswered = &mut self.transits[kind].unanswered;
+        while unanswered.front().is_some_and(|entry| entry.waiting.is_empty()) {
+            let Some(Unanswered { ticket, reasons, .. }) = unanswered.pop_front() else { return };
+            match reasons.is_empty() {
+                true => self.upstream.acknowledge(ticket),
+                false => self.upstream.reject(ticket, &reasons.join("\n")),
+            }
+        }
+    }
+
+    fn accept_removal(&mut self, kind: Kind, name: &Arc<str>) {
+        match kind.has_wildcard() {
+            true => self.upstream.forget(kind, name),
+            false => self.upstream.hold(Resource::absent(kind, name.clone())),
+        }
+        self.accepted_revision += 1;
+    }
+}
+
+/// Downstream.
+impl Relay {
+    pub fn on_client_connected(&mut self) -> ClientId {
+        let id = ClientId(self.next_client);
+        self.next_client += 1;
+        self.clients.insert(id, PerKind::default());
+        id
+    }
+
+    /// What it asked for stays asked for: an Envoy that comes next wants the same.
+    pub fn on_client_disconnected(&mut self, client: ClientId) {
+        self.clients.remove(&client);
+    }
+
+    /// An event of the session that serves this client.
+    pub fn on_client_event(&mut self, client: ClientId, event: Event) {
+        match event {
+            Event::Subscribed { kind, name } => {
+                if let Some(client) = self.clients.get_mut(&client) {
+                    client[kind].insert(name.clone());
+                }
+                match &*name {
+                    "*" => self.upstream.subscribe_all(kind),
+                    _ => self.upstream.subscribe(kind, name),
+                }
+            }
+            Event::Unsubscribed { kind, name } => {
+                if let Some(client) = self.clients.get_mut(&client) {
+                    client[kind].remove(&name);
+                }
+                self.leave(kind, &name);
+                self.answer(kind);
+            }
+            Event::Accepted { kind, name, resource } => self.on_accepted(kind, &name, resource),
+            Event::Rejected { resource, reason } => self.on_rejected(&resource, &reason),
+        }
+    }
+
+    fn on_accepted(&mut self, kind: Kind, name: &Arc<str>, resource: Option<Arc<Resource>>) {
+        let fingerprint = resource.as_ref().map(|resource| resource.fingerprint());
+        // Endpoints whose removal is due may be taken as an assignment without any.
+        let removed = self.transits[kind].take(name, |waiting| waiting.is_none() || waiting == fingerprint)
+            == Some(None);
+        let served = self.store.get(kind, name).map(|served| served.fingerprint());
+        match resource {
+            Some(resource) if served == fingerprint => {
+                self.transits[kind].refused.remove(name);
+                if self.upstream.held(kind, name).is_none_or(|held| *held != resource) {
+                    self.upstream.hold(resource);
+                    self.accepted_revision += 1;
+                }
+            }
+            _ if removed || (fingerprint.is_none() && served.is_none()) => self.accept_removal(kind, name),
+            _ => {}
+        }
+        self.answer(kind);
+        if kind == Kind::Listener && self.is_connected() {
+            self.prune();
+        }
+    }
+
+    fn on_rejected(&mut self, resource: &Arc<Resource>, reason: &Arc<str>) {
+        let (kind, name) = (resource.kind(), resource.name());
+        let fingerprint = resource.fingerprint();
+        for entry in &mut self.transits[kind].unanswered {
+            if entry.waiting.get(name) == Some(&Some(fingerprint)) {
+                entry.waiting.remove(name);
+                entry.blame(reason.clone());
+            }
+        }
+        self.transits[kind].refused.insert(name.clone(), (fingerprint, reason.clone()));
+        // An Envoy that starts now must not get what this one refused.
+        let is_served = self.store.get(kind, name).is_some_and(|served| served == resource);
+        if is_served {
+            let good = self.upstream.held(kind, name).cloned();
+            let change = good.map_or_else(|| gone(kind, name), present);
+            self.store = Arc::new(self.store.apply([change]));
+        }
+        self.answer(kind);
+    }
+
+    /// No client wants `name` any more, perhaps.
+    fn leave(&mut self, kind: Kind, name: &Arc<str>) {
+        let wanted = self.clients.values().any(|client| client[kind].contains(name));
+        // While no control plane answers, what is thrown away could not be had again.
+        if wanted || &**name == "*" || !self.is_connected() {
+            return;
+        }
+        self.upstream.unsubscribe(kind, name);
+        if !kind.has_wildcard() {
+            self.transits[kind].refused.remove(name);
+            self.store = Arc::new(self.store.apply([gone(kind, name)]));
+            self.accepted_revision += 1;
+        }
+    }
+
+    /// An Envoy that has its listeners has asked for all that they need. What only an earlier one asked for goes.
+    fn prune(&mut self) {
+        for kind in [Kind::Endpoint, Kind::Route] {
+            let wanted = |name: &Arc<str>| self.clients.values().any(|client| client[kind].contains(name));
+            let left: Vec<_> =
+                self.upstream.subscriptions(kind).filter(|name| !wanted(name)).cloned().collect();
+            left.iter().for_each(|name| self.leave(kind, name));
+            self.answer(kind);
+        }
+    }
+}
+
+impl Transit {
+    /// A newer response decides about `name`.
+    fn supersede(&mut self, name: &str) {
+        self.unanswered.iter_mut().for_each(|entry| _ = entry.waiting.remove(name));
+    }
+
+    /// Takes what was waited for, if it is `this`.
+    fn take(&mut self, name: &str, this: impl Fn(Option<u64>) -> bool) -> Option<Option<u64>> {
+        let mut taken = None;
+        for entry in &mut self.unanswered {
+            if entry.waiting.get(name).is_some_and(|waiting| this(*waiting)) {
+                taken = entry.waiting.remove(name);
+            }
+        }
+        taken
+    }
+}
+
+impl Unanswered {
+    fn blame(&mut self, reason: Arc<str>) {
+        if !self.reasons.contains(&reason) {
+            self.reasons.push(reason);
+        }
+    }
+}
+
+type Change = (Arc<str>, Option<Arc<Group>>);
+
+/// Each resource comes and goes alone.
+fn key(kind: Kind, name: &str) -> Arc<str> {
+    format!("{kind} {name}").into()
+}
+
+fn present(resource: Arc<Resource>) -> Change {
+    let key = key(resource.kind(), resource.name());
+    (key.clone(), Some(Group::new(key, [resource])))
+}
+
+fn gone(kind: Kind, name: &str) -> Change {
+    (key(kind, name), None)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,535 @@
+use super::*;
+use crate::{Scope, Session, Snapshot, State};
+use Kind::*;
+use prost::Message;
+use std::time::{Duration, Instant};
+
+/// A control plane, the relay, and an Envoy that answers each response as `temper` says.
+struct Chain {
+    now: Instant,
+    world: Store,
+    control: Option<Session>,
+    relay: Relay,
+    envoy: Option<(ClientId, Session, bool)>,
+    /// `None`: Envoy does not answer for now.
+    temper: Option<fn(&str) -> Option<&'static str>>,
+    unanswered: Vec<(Kind, String, String)>,
+    /// What Envoy received and what the control plane sent.
+    envoy_got: Vec<String>,
+    relay_got: Vec<String>,
+}
+
+fn takes_all(_: &str) -> Option<&'static str> {
+    None
+}
+
+fn refuses_bad(response: &str) -> Option<&'static str> {
+    response.contains("=bad").then_some("a: this is bad")
+}
+
+fn node() -> Node {
+    Node { id: "web-1".into(), ..Node::default() }
+}
+
+fn resource(kind: Kind, name: &str, content: &str) -> Arc<Resource> {
+    Resource::from_bytes(kind, name, format!("{name}={content}").as_bytes())
+}
+
+impl Chain {
+    fn new(world: &str) -> Chain {
+        Chain::with(Relay::new(node()), world)
+    }
+
+    fn with(relay: Relay, world: &str) -> Chain {
+        let mut chain = Chain {
+            now: Instant::now(),
+            world: Store::default(),
+            control: None,
+            relay,
+            envoy: None,
+            temper: Some(takes_all),
+            unanswered: Vec::new(),
+            envoy_got: Vec::new(),
+            relay_got: Vec::new(),
+        };
+        chain.control_has(world);
+        chain
+    }
+
+    fn control_has(&mut self, world: &str) {
+        let mut kind = Cluster;
+        let mut groups = BTreeMap::new();
+        for word in world.split_whitespace() {
+            match word.split_once('=') {
+                Some((name, content)) => {
+                    _ = groups.insert(key(kind, name), present(resource(kind, name, content)).1)
+                }
+                None => kind = Kind::ALL.into_iter().find(|kind| kind.to_string() == word).unwrap(),
+            }
+        }
+        let gone: Vec<_> = self.world.groups().map(|group| (group.key().clone(), None)).collect();
+        let gone = gone.into_iter().filter(|(key, _)| !groups.contains_key(key)).collect::<Vec<_>>();
+        self.world = self.world.apply(gone.into_iter().chain(groups));
+        self.run();
+    }
+
+    fn control_starts(&mut self) {
+        self.control = Some(Session::delta("control"));
+        self.relay.on_connected();
+        self.run();
+    }
+
+    fn control_dies(&mut self) {
+        self.control = None;
+        self.relay.on_disconnected();
+        self.run();
+    }
+
+    /// As Envoy starts: all clusters, their endpoints, all listeners, and the routes named as the listeners.
+    fn envoy_starts(&mut self) {
+        let mut session = Session::delta("agent");
+        session.record_events();
+        self.envoy = Some((self.relay.on_client_connected(), session, false));
+        self.ask(Cluster, &[]);
+    }
+
+    fn envoy_dies(&mut self) {
+        let (id, ..) = self.envoy.take().unwrap();
+        self.unanswered.clear();
+        self.relay.on_client_disconnected(id);
+        self.run();
+    }
+
+    fn ask(&mut self, kind: Kind, names: &[&str]) {
+        let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+        let (plus, minus) = names.into_iter().partition(|name| !name.starts_with('-'));
+        self.say(DeltaDiscoveryRequest {
+            type_url: kind.type_url().into(),
+            resource_names_subscribe: plus,
+            resource_names_unsubscribe: minus.iter().map(|name: &String| name[1..].into()).collect(),
+            ..DeltaDiscoveryRequest::default()
+        });
+    }
+
+    fn say(&mut self, mut request: DeltaDiscoveryRequest) {
+        let Some((_, session, introduced)) = &mut self.envoy else { return };
+        if !std::mem::replace(introduced, true) {
+            request.node = Some(node());
+        }
+        session.on_request(self.now, request).unwrap();
+        self.run();
+    }
+
+    fn run(&mut self) {
+        loop {
+            let mut busy = false;
+            let scope = Arc::new(Scope::all());
+            if let Some(control) = &mut self.control {
+                control.on_snapshot(
+                    self.now,
+                    Snapshot { store: Arc::new(self.world.clone()), scope: scope.clone() },
+                );
+                while let Some(request) = self.relay.poll_request() {
+                    control.on_request(self.now, request).unwrap();
+                    busy = true;
+                }
+                while let Some(response) = control.poll_response(self.now) {
+                    let response = decoded(response);
+                    self.relay_got.push(text(&response));
+                    self.relay.on_response(response);
+                    busy = true;
+                }
+            }
+            if let Some((id, session, _)) = &mut self.envoy {
+                session.on_snapshot(self.now, Snapshot { store: self.relay.store().clone(), scope });
+                while let Some(event) = session.poll_event() {
+                    self.relay.on_client_event(*id, event);
+                    busy = true;
+                }
+                while let Some(response) = session.poll_response(self.now) {
+                    let (kind, response) = (response.kind, decoded(response));
+                    self.envoy_got.push(text(&response));
+                    self.unanswered.push((kind, response.nonce.clone(), text(&response)));
+                    busy = true;
+                }
+            }
+            busy |= self.envoy_answers();
+            if !busy {
+                return;
+            }
+        }
+    }
+
+    fn envoy_answers(&mut self) -> bool {
+        let Some(temper) = self.temper else { return false };
+        let Some((_, session, _)) = &mut self.envoy else { return false };
+        let busy = !self.unanswered.is_empty();
+        for (kind, nonce, response) in std::mem::take(&mut self.unanswered) {
+            let request = |kind: Kind| DeltaDiscoveryRequest {
+                type_url: kind.type_url().into(),
+                resource_names_unsubscribe: vec!["never".into()],
+                ..DeltaDiscoveryRequest::default()
+            };
+            let names = |mark: fn(&&str) -> bool| {
+                let words = response.split(' ').skip(1).filter(mark);
+                words
+                    .map(|word| word.trim_start_matches('-').split('=').next().unwrap().to_owned())
+                    .collect::<Vec<_>>()
+            };
+            let follow = match kind {
+                Cluster => Some(Endpoint),
+                Listener => Some(Route),
+                _ => None,
+            };
+            if let Some(follow) = follow {
+                let resource_names_subscribe = names(|word| !word.starts_with('-'));
+                let resource_names_unsubscribe = names(|word| word.starts_with('-'));
+                session
+                    .on_request(
+                        self.now,
+                        DeltaDiscoveryRequest {
+                            resource_names_subscribe,
+                            resource_names_unsubscribe,
+                            ..request(follow)
+                        },
+                    )
+                    .unwrap();
+            }
+            let error = temper(&response).map(|message| vmesh_proto::google::rpc::Status {
+                message: message.into(),
+                ..Default::default()
+            });
+            let answer =
+                DeltaDiscoveryRequest { response_nonce: nonce, error_detail: error, ..request(kind) };
+            session.on_request(self.now, answer).unwrap();
+            if kind == Cluster {
+                session
+                    .on_request(
+                        self.now,
+                        DeltaDiscoveryRequest { type_url: Listener.type_url().into(), ..Default::default() },
+                    )
+                    .unwrap();
+            }
+        }
+        busy
+    }
+
+    fn envoy_got(&mut self) -> String {
+        std::mem::take(&mut self.envoy_got).join(", ")
+    }
+
+    fn relay_got(&mut self) -> String {
+        std::mem::take(&mut self.relay_got).join(", ")
+    }
+
+    fn accepted(&self) -> String {
+        let words = self.relay.accepted().map(|resource| match resource.is_absent() {
+            true => format!("-{}", resource.name()),
+            false => String::from_utf8_lossy(&resource.value()).into_owned(),
+        });
+        words.collect::<Vec<_>>().join(" ")
+    }
+
+    fn control_state(&self) -> &State {
+        &self.control.as_ref().unwrap().status().state
+    }
+
+    /// The agent stops, and another one goes on from what it left.
+    fn restart(self, world: &str) -> Chain {
+        Chain::with(Relay::restore(node(), self.relay.accepted().cloned().collect::<Vec<_>>()), world)
+    }
+}
+
+fn decoded(response: crate::Response) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse::decode(&response.into_frames().concat()[5..]).unwrap()
+}
+
+fn text(response: &DeltaDiscoveryResponse) -> String {
+    let mut words = vec![Kind::from_type_url(&response.type_url).unwrap().to_string()];
+    words.extend(response.resources.iter().map(|resource| {
+        let value = &resource.resource.as_ref().unwrap().value;
+        let text = String::from_utf8_lossy(value).into_owned();
+        if text.contains('=') { text } else { format!("{}=empty", resource.name) }
+    }));
+    words.extend(response.removed_resources.iter().map(|name| format!("-{name}")));
+    words.join(" ")
+}
+
+const WORLD: &str = "cluster a=1 endpoints a=1 listener l=1 route l=1";
+const ALL: &str = "cluster a=1, endpoints a=1, listener l=1, route l=1";
+const ACCEPTED: &str = "- a=1 a=1 - l=1 l=1";
+
+fn accepted_all() -> String {
+    ACCEPTED.replace("- ", "-* ")
+}
+
+#[test]
+fn envoy_gets_what_the_control_plane_has_and_its_acks_go_back() {
+    let mut chain = Chain::new(WORLD);
+    chain.envoy_starts();
+    assert_eq!(chain.envoy_got(), "", "nothing is known yet");
+    chain.control_starts();
+    assert_eq!(chain.envoy_got(), ALL);
+    assert_eq!(*chain.control_state(), State::Synced);
+    assert_eq!(chain.accepted(), accepted_all());
+    chain.control_has("cluster a=2 endpoints a=2 listener l=1 route l=2");
+    assert_eq!(chain.envoy_got(), "cluster a=2, endpoints a=1, endpoints a=2, route l=2");
+    assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn an_empty_world_is_an_answer() {
+    let mut chain = Chain::new("");
+    chain.control_starts();
+    chain.envoy_starts();
+    assert_eq!(chain.envoy_got(), "cluster, listener");
+    assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn nothing_is_acked_before_envoy_has_acked_it() {
+    let mut chain = Chain::new(WORLD);
+    chain.control_starts();
+    assert_eq!(chain.relay_got(), "cluster a=1");
+    assert_eq!(*chain.control_state(), State::Pushing, "no Envoy is there");
+    assert_eq!(chain.accepted(), "-*");
+    chain.temper = None;
+    chain.envoy_starts();
+    assert_eq!(chain.envoy_got(), "cluster a=1");
+    assert_eq!(*chain.control_state(), State::Pushing);
+    chain.temper = Some(takes_all);
+    chain.run();
+    assert_eq!(*chain.control_state(), State::Synced);
+    assert_eq!(chain.accepted(), accepted_all());
+}
+
+#[test]
+fn what_envoy_refuses_is_refused_in_its_own_words_and_the_last_good_one_stays() {
+    let mut chain = Chain::new(WORLD);
+    chain.temper = Some(refuses_bad);
+    chain.control_starts();
+    chain.envoy_starts();
+    chain.envoy_got();
+    chain.control_has("cluster a=bad b=1 endpoints a=1 b=1 listener l=1 route l=1");
+    assert_eq!(*chain.control_state(), State::Rejected { reason: "cluster a: a: this is bad".into() });
+    assert_eq!(chain.accepted(), "-* a=1 b=1 a=1 b=1 -* l=1 l=1");
+    assert_eq!(chain.relay.refused().count(), 1);
+
+    // Another Envoy gets the good one, and another control plane hears of the refusal at once.
+    chain.envoy_dies();
+    chain.envoy_got();
+    chain.envoy_starts();
+    assert!(chain.envoy_got().starts_with("cluster a=1 b=1"), "{:?}", chain.envoy_got);
+    chain.control_dies();
+    chain.control_starts();
+    assert_eq!(*chain.control_state(), State::Rejected { reason: "cluster a: a: this is bad".into() });
+    assert!(!chain.envoy_got().contains("bad"));
+
+    chain.control_has("cluster a=3 b=1 endpoints a=1 b=1 listener l=1 route l=1");
+    assert_eq!(*chain.control_state(), State::Synced);
+    assert_eq!(chain.relay.refused().count(), 0);
+}
+
+#[test]
+fn what_was_never_good_is_not_accepted() {
+    let mut chain = Chain::new("cluster a=bad");
+    chain.temper = Some(refuses_bad);
+    chain.control_starts();
+    chain.envoy_starts();
+    assert!(matches!(chain.control_state(), State::Rejected { .. }));
+    assert!(!chain.accepted().contains("bad"), "{}", chain.accepted());
+}
+
+#[test]
+fn a_node_that_starts_without_a_control_plane_serves_what_envoy_had() {
+    let mut chain = Chain::new(WORLD);
+    chain.control_starts();
+    chain.envoy_starts();
+    let mut chain = chain.restart(WORLD);
+    chain.envoy_starts();
+    assert_eq!(chain.envoy_got(), ALL);
+    assert_eq!(chain.accepted(), accepted_all());
+    // Nothing changed meanwhile, so nothing is sent to anyone.
+    chain.control_starts();
+    assert_eq!(chain.relay_got(), "");
+    assert_eq!(chain.envoy_got(), "");
+    assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn what_changed_while_the_control_plane_was_away_is_all_that_is_sent() {
+    let mut chain = Chain::new("cluster a=1 b=1 endpoints a=1 b=1 listener l=1 route l=1");
+    chain.control_starts();
+    chain.envoy_starts();
+    let mut chain = chain.restart("cluster b=1 endpoints b=2 listener l=1 route l=2");
+    chain.envoy_starts();
+    chain.envoy_got();
+    chain.control_starts();
+    assert_eq!(chain.relay_got(), "endpoints b=2, route l=2");
+    chain.now += Duration::from_secs(1);
+    chain.run();
+    assert_eq!(chain.relay_got(), "cluster -a");
+    assert_eq!(chain.envoy_got(), "endpoints b=2, route l=2, cluster -a");
+    assert_eq!(chain.accepted(), "-* b=1 b=2 -* l=1 l=2");
+    assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn envoy_does_not_notice_that_the_control_plane_is_gone() {
+    let mut chain = Chain::new(WORLD);
+    chain.control_starts();
+    chain.envoy_starts();
+    chain.envoy_got();
+    chain.control_dies();
+    chain.ask(Endpoint, &["-a"]);
+    chain.ask(Endpoint, &["a"]);
+    assert_eq!(chain.envoy_got(), "endpoints a=1", "what Envoy dropped is still there");
+    chain.control_starts();
+    assert_eq!(chain.envoy_got(), "");
+    assert_eq!(
+        chain.relay_got(),
+        "cluster a=1, endpoints a=1, listener l=1, route l=1",
+        "only the first time"
+    );
+}
+
+#[test]
+fn what_was_on_its_way_when_the_control_plane_died_is_accepted_when_envoy_acks_it() {
+    let mut chain = Chain::new(WORLD);
+    chain.control_starts();
+    chain.envoy_starts();
+    chain.temper = None;
+    chain.control_has("cluster a=2 endpoints a=1 listener l=1 route l=1");
+    chain.control_dies();
+    assert_eq!(chain.accepted(), accepted_all());
+    chain.temper = Some(takes_all);
+    chain.run();
+    assert_eq!(chain.accepted(), "-* a=2 a=1 -* l=1 l=1");
+}
+
+#[test]
+fn what_was_on_its_way_and_is_gone_when_the_control_plane_is_back_is_removed() {
+    let mut chain = Chain::new("cluster a=1");
+    chain.control_starts();
+    chain.control_dies();
+    chain.control_has("cluster b=1");
+    chain.envoy_starts();
+    assert!(chain.envoy_got().starts_with("cluster a=1"));
+    chain.control_starts();
+    chain.now += Duration::from_secs(1);
+    chain.run();
+    assert_eq!(*chain.control_state(), State::Synced);
+    assert_eq!(chain.accepted().split(' ').filter(|word| word.contains('=')).collect::<Vec<_>>(), ["b=1"]);
+}
+
+#[test]
+fn an_envoy_that_outlives_the_agent_is_not_sent_what_it_has() {
+    let mut chain = Chain::new(WORLD);
+    chain.control_starts();
+    chain.envoy_starts();
+    let mut chain = chain.restart(WORLD);
+    let mut session = Session::delta("agent");
+    session.record_events();
+    chain.envoy = Some((chain.relay.on_client_connected(), session, false));
+    let version = |kind: Kind, name: &str| (name.to_owned(), resource(kind, name, "1").version().to_owned());
+    for (kind, name, by_name) in
+        [(Cluster, "a", false), (Endpoint, "a", true), (Listener, "l", false), (Route, "l", true)]
+    {
+        chain.say(DeltaDiscoveryRequest {
+            type_url: kind.type_url().into(),
+            resource_names_subscribe: by_name.then(|| name.to_owned()).into_iter().collect(),
+            initial_resource_versions: [version(kind, name)].into(),
+            ..DeltaDiscoveryRequest::default()
+        });
+    }
+    chain.control_starts();
+    assert_eq!(chain.envoy_got(), "");
+    assert_eq!(chain.relay_got(), "");
+    chain.control_has("cluster a=1 endpoints a=2 listener l=1 route l=1");
+    assert_eq!(chain.envoy_got(), "endpoints a=2");
+    assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn an_envoy_that_already_has_what_is_on_its_way_counts_as_an_ack() {
+    let mut chain = Chain::new("cluster a=2");
+    chain.control_starts();
+    assert_eq!(*chain.control_state(), State::Pushing);
+    let mut session = Session::delta("agent");
+    session.record_events();
+    chain.envoy = Some((chain.relay.on_client_connected(), session, false));
+    chain.say(DeltaDiscoveryRequest {
+        type_url: Cluster.type_url().into(),
+        initial_resource_versions: [("a".to_owned(), resource(Cluster, "a", "2").version().to_owned())]
+            .into(),
+        ..DeltaDiscoveryRequest::default()
+    });
+    assert_eq!(chain.envoy_got(), "");
+    assert!(chain.accepted().contains("a=2"));
+}
+
+#[test]
+fn what_only_an_earlier_envoy_asked_for_is_left_when_the_next_one_has_its_listeners() {
+    let mut chain = Chain::new("cluster a=1 endpoints a=1 listener l=1 route l=1 old=1");
+    chain.control_starts();
+    chain.envoy_starts();
+    chain.ask(Route, &["old"]);
+    assert!(chain.accepted().contains("old=1"));
+    chain.envoy_dies();
+    assert!(chain.accepted().contains("old=1"));
+    chain.envoy_starts();
+    assert!(!chain.accepted().contains("old=1"));
+    chain.relay_got();
+    chain.control_has("cluster a=1 endpoints a=1 listener l=1 route l=1 old=2");
+    assert_eq!(chain.relay_got(), "");
+}
+
+#[test]
+fn an_envoy_need_not_wait_for_ever() {
+    let mut chain = Chain::new(WORLD);
+    chain.envoy_starts();
+    assert_eq!(chain.envoy_got(), "");
+    chain.relay.stop_waiting();
+    chain.run();
+    assert_eq!(chain.envoy_got(), "cluster, listener");
+    chain.control_starts();
+    assert_eq!(chain.envoy_got(), "cluster a=1, endpoints a=1, listener l=1, route l=1");
+    assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn a_name_that_the_control_plane_does_not_know_is_told_to_envoy() {
+    let mut chain = Chain::new(WORLD);
+    chain.control_starts();
+    chain.envoy_starts();
+    chain.envoy_got();
+    chain.ask(Route, &["x"]);
+    assert_eq!(chain.envoy_got(), "route -x");
+    assert_eq!(*chain.control_state(), State::Synced);
+    chain.ask(Route, &["-x"]);
+    assert_eq!(chain.accepted(), accepted_all());
+}
+
+#[test]
+fn a_response_that_makes_no_sense_is_refused() {
+    let mut relay = Relay::new(node());
+    relay.on_connected();
+    while relay.poll_request().is_some() {}
+    let nonce = || "7".to_owned();
+    relay.on_response(DeltaDiscoveryResponse {
+        type_url: "banana".into(),
+        nonce: nonce(),
+        ..Default::default()
+    });
+    let refusal = relay.poll_request().unwrap();
+    assert!(refusal.error_detail.is_some() && refusal.type_url == "banana" && refusal.response_nonce == "7");
+    let empty =
+        vmesh_proto::envoy::service::discovery::v3::Resource { name: "x".into(), ..Default::default() };
+    relay.on_response(DeltaDiscoveryResponse {
+        type_url: Cluster.type_url().into(),
+        nonce: nonce(),
+        resources: vec![empty],
+        ..Default::default()
+    });
+    assert!(relay.poll_request().unwrap().error_detail.unwrap().message.starts_with("x: "));
+}

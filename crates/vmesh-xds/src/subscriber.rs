@@ -1,0 +1,266 @@
+use crate::{Kind, PerKind, Resource};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use vmesh_proto::google::rpc;
+
+/// A client's end of a delta ADS stream, and of the streams that follow when it breaks.
+///
+/// It answers a response only when its owner says so, because the owner knows later whether what came is any good.
+/// What the owner [holds](Subscriber::hold) is not sent again after a reconnect.
+pub struct Subscriber {
+    node: Node,
+    /// Counts the streams, so that an answer to an older one is not given on a newer.
+    stream: u64,
+    connected: bool,
+    introduced: bool,
+    interests: PerKind<Interest>,
+    answers: VecDeque<DeltaDiscoveryRequest>,
+}
+
+#[derive(Default)]
+struct Interest {
+    wildcard: bool,
+    names: BTreeSet<Arc<str>>,
+    /// Whether a request of this kind went out on this stream.
+    asked: bool,
+    /// Names, and `*`, to be told on this stream.
+    subscribe: BTreeSet<Arc<str>>,
+    unsubscribe: BTreeSet<Arc<str>>,
+    /// With tombstones of what there is not.
+    held: BTreeMap<Arc<str>, Arc<Resource>>,
+    /// What came and is not held in that version.
+    unheld: BTreeSet<Arc<str>>,
+}
+
+/// One response.
+#[derive(Debug)]
+pub struct Update {
+    pub ticket: Ticket,
+    pub resources: Vec<Arc<Resource>>,
+    pub removed: Vec<Arc<str>>,
+}
+
+/// The right to answer one response, once.
+#[derive(Debug)]
+pub struct Ticket {
+    kind: Kind,
+    nonce: String,
+    stream: u64,
+}
+
+impl Ticket {
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+impl Subscriber {
+    pub fn new(node: Node) -> Subscriber {
+        Subscriber {
+            node,
+            stream: 0,
+            connected: false,
+            introduced: false,
+            interests: PerKind::default(),
+            answers: VecDeque::new(),
+        }
+    }
+
+    /// Who this is, from the next stream on.
+    pub fn set_node(&mut self, node: Node) {
+        self.node = node;
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.connected
+    }
+
+    /// A stream is open: everything is asked for anew.
+    pub fn on_connected(&mut self) {
+        self.on_disconnected();
+        self.stream += 1;
+        self.connected = true;
+    }
+
+    pub fn on_disconnected(&mut self) {
+        self.connected = false;
+        self.introduced = false;
+        self.answers.clear();
+        for (_, interest) in self.interests.iter_mut() {
+            interest.asked = false;
+            interest.subscribe.clear();
+            interest.unsubscribe.clear();
+        }
+    }
+
+    pub fn subscribe(&mut self, kind: Kind, name: impl Into<Arc<str>>) {
+        let name = name.into();
+        let interest = &mut self.interests[kind];
+        if interest.names.insert(name.clone()) && interest.asked {
+            interest.unsubscribe.remove(&name);
+            interest.subscribe.insert(name);
+        }
+    }
+
+    /// What was held of it is forgotten.
+    pub fn unsubscribe(&mut self, kind: Kind, name: &str) {
+        let interest = &mut self.interests[kind];
+        let Some(name) = interest.names.take(name) else { return };
+        if !interest.wildcard {
+            interest.held.remove(&name);
+            interest.unheld.remove(&name);
+        }
+        if interest.asked && !interest.subscribe.remove(&name) {
+            interest.unsubscribe.insert(name);
+        }
+    }
+
+    pub fn subscribe_all(&mut self, kind: Kind) {
+        let interest = &mut self.interests[kind];
+        if kind.has_wildcard() && !std::mem::replace(&mut interest.wildcard, true) && interest.asked {
+            interest.subscribe.insert("*".into());
+        }
+    }
+
+    pub fn is_subscribed(&self, kind: Kind, name: &str) -> bool {
+        self.interests[kind].names.contains(name)
+    }
+
+    pub fn is_subscribed_to_all(&self, kind: Kind) -> bool {
+        self.interests[kind].wildcard
+    }
+
+    /// By name.
+    pub fn subscriptions(&self, kind: Kind) -> impl Iterator<Item = &Arc<str>> {
+        self.interests[kind].names.iter()
+    }
+
+    /// The next request to send.
+    pub fn poll_request(&mut self) -> Option<DeltaDiscoveryRequest> {
+        if !self.connected {
+            return None;
+        }
+        let asked = Kind::ALL.into_iter().find_map(|kind| self.interests[kind].ask(kind));
+        let mut request = asked.or_else(|| self.answers.pop_front())?;
+        if !std::mem::replace(&mut self.introduced, true) {
+            request.node = Some(self.node.clone());
+        }
+        Some(request)
+    }
+
+    /// `None`: there is nothing in it that anybody asked for, and it is refused.
+    pub fn on_response(&mut self, response: DeltaDiscoveryResponse) -> Option<Update> {
+        let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
+        let Some(kind) = Kind::from_type_url(&type_url) else {
+            self.answers.push_back(refusal(type_url, nonce, "nobody asked for this type"));
+            return None;
+        };
+        let mut update = Update {
+            ticket: Ticket { kind, nonce, stream: self.stream },
+            resources: Vec::with_capacity(resources.len()),
+            removed: removed_resources.into_iter().map(Arc::from).collect(),
+        };
+        for resource in resources {
+            let Some(any) = resource.resource.filter(|any| any.type_url == type_url) else {
+                self.reject(update.ticket, &format!("{}: not a resource of this type", resource.name));
+                return None;
+            };
+            update.resources.push(Resource::with_version(kind, resource.name, &resource.version, &any.value));
+        }
+        let interest = &mut self.interests[kind];
+        for resource in &update.resources {
+            if interest.held.get(resource.name()).is_none_or(|held| held != resource) {
+                interest.unheld.insert(resource.name().clone());
+            }
+        }
+        update.removed.iter().for_each(|name| _ = interest.unheld.remove(name));
+        Some(update)
+    }
+
+    /// Holds all that came, and says so.
+    pub fn accept(&mut self, update: Update) {
+        update.resources.into_iter().for_each(|resource| self.hold(resource));
+        update.removed.iter().for_each(|name| self.forget(update.ticket.kind, name));
+        self.acknowledge(update.ticket);
+    }
+
+    /// ACK. On another stream than that of the response it means nothing.
+    pub fn acknowledge(&mut self, ticket: Ticket) {
+        if ticket.stream == self.stream && self.connected {
+            self.answers.push_back(answer(ticket.kind.type_url().to_owned(), ticket.nonce));
+        }
+    }
+
+    /// NACK.
+    pub fn reject(&mut self, ticket: Ticket, reason: &str) {
+        if ticket.stream == self.stream && self.connected {
+            self.answers.push_back(refusal(ticket.kind.type_url().to_owned(), ticket.nonce, reason));
+        }
+    }
+
+    /// From now on this is what there is of that name, or that there is none.
+    pub fn hold(&mut self, resource: Arc<Resource>) {
+        let interest = &mut self.interests[resource.kind()];
+        interest.unheld.remove(resource.name());
+        interest.held.insert(resource.name().clone(), resource);
+    }
+
+    pub fn forget(&mut self, kind: Kind, name: &str) {
+        let interest = &mut self.interests[kind];
+        interest.unheld.remove(name);
+        interest.held.remove(name);
+    }
+
+    pub fn held(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
+        self.interests[kind].held.get(name)
+    }
+
+    pub fn all_held(&self) -> impl Iterator<Item = &Arc<Resource>> {
+        self.interests.iter().flat_map(|(_, interest)| interest.held.values())
+    }
+}
+
+impl Interest {
+    fn ask(&mut self, kind: Kind) -> Option<DeltaDiscoveryRequest> {
+        let mut request = DeltaDiscoveryRequest {
+            type_url: kind.type_url().to_owned(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        if !self.asked {
+            if !self.wildcard && self.names.is_empty() {
+                return None;
+            }
+            self.asked = true;
+            // No name at all means "all" (R21).
+            let star = (self.wildcard && !self.names.is_empty()).then(|| "*".to_owned());
+            request.resource_names_subscribe =
+                star.into_iter().chain(self.names.iter().map(|name| name.to_string())).collect();
+            let held = self.held.values().filter(|resource| !resource.is_absent());
+            let held = held.map(|resource| (resource.name().to_string(), resource.version().to_owned()));
+            // What came and was never held may be gone by now: with a version that no server has, one hears of it.
+            let unheld = self.unheld.iter().map(|name| (name.to_string(), String::new()));
+            request.initial_resource_versions = held.chain(unheld).collect();
+            return Some(request);
+        }
+        if self.subscribe.is_empty() && self.unsubscribe.is_empty() {
+            return None;
+        }
+        let names = |names: &mut BTreeSet<Arc<str>>| {
+            std::mem::take(names).iter().map(|name| name.to_string()).collect()
+        };
+        request.resource_names_subscribe = names(&mut self.subscribe);
+        request.resource_names_unsubscribe = names(&mut self.unsubscribe);
+        Some(request)
+    }
+}
+
+fn answer(type_url: String, response_nonce: String) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest { type_url, response_nonce, ..DeltaDiscoveryRequest::default() }
+}
+
+fn refusal(type_url: String, nonce: String, reason: &str) -> DeltaDiscoveryRequest {
+    let error = rpc::Status { code: 3, message: reason.to_owned(), ..rpc::Status::default() };
+    DeltaDiscoveryRequest { error_detail: Some(error), ..answer(type_url, nonce) }
+}

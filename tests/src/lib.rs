@@ -1,0 +1,270 @@
+//! A whole mesh for one test: a control plane, agents with real Envoys, applications, on addresses and in a directory
+//! of the test's own. The tests are in `tests/`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use http::Method;
+use serde_json::Value;
+use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_testkit::place::{Loopback, TempDir, tempdir};
+use vmesh_testkit::process::{Daemon, binary};
+use vmesh_testkit::{Failed, Result, envoy, wait_for};
+
+/// How long anything may take that takes milliseconds on an idle machine.
+pub const BOUND: Duration = Duration::from_secs(30);
+
+/// A mesh, stopped and removed when dropped.
+pub struct Mesh {
+    dir: TempDir,
+    home: Loopback,
+    pub xds: SocketAddr,
+    pub api: SocketAddr,
+    control: Option<Daemon>,
+    agents: BTreeMap<String, Agent>,
+}
+
+struct Agent {
+    config: PathBuf,
+    daemon: Option<Daemon>,
+    place: Loopback,
+}
+
+impl Mesh {
+    /// A control plane on `services.d` and `mesh.d`, both empty but for what `files` names.
+    pub async fn start(files: &[(&str, &str)]) -> Result<Mesh> {
+        let mut mesh = Mesh::prepare(files)?;
+        mesh.start_control().await?;
+        Ok(mesh)
+    }
+
+    /// The same, not started.
+    pub fn prepare(files: &[(&str, &str)]) -> Result<Mesh> {
+        let (dir, home) = (tempdir()?, Loopback::unique()?);
+        let xds = SocketAddr::new(home.ip(), home.port()?);
+        let api = SocketAddr::new(home.ip(), home.port()?);
+        let mesh = Mesh { dir, home, xds, api, control: None, agents: BTreeMap::new() };
+        for dir in ["services.d", "mesh.d", "agents"] {
+            make(&mesh.path(dir))?;
+        }
+        for (file, text) in files {
+            mesh.write(file, text)?;
+        }
+        let config = format!(
+            "discovery:\n  - file: {{path: services.d}}\ndocuments: {{dir: mesh.d}}\n\
+             listen: {{xds_plaintext: \"{xds}\", api: \"{api}\"}}\nstate_dir: state/control\n"
+        );
+        mesh.write("control.yaml", &config)?;
+        Ok(mesh)
+    }
+
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.dir.join(file)
+    }
+
+    pub fn home(&self) -> &Loopback {
+        &self.home
+    }
+
+    /// Writes as careful tools do: to a temporary file, renamed.
+    pub fn write(&self, file: &str, text: &str) -> Result<()> {
+        let path = self.path(file);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = path.with_file_name(format!(".{name}.tmp"));
+        let written = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path));
+        written.map_err(Failed::to(format!("could not write {}", path.display())))
+    }
+
+    pub fn remove(&self, file: &str) -> Result<()> {
+        fs::remove_file(self.path(file)).map_err(Failed::to(format!("could not remove {file}")))
+    }
+
+    pub async fn start_control(&mut self) -> Result<()> {
+        let mut daemon = self.spawn_control()?;
+        daemon.wait_http(&Peer::Tcp(self.api), "/readyz", BOUND).await?;
+        self.control = Some(daemon);
+        Ok(())
+    }
+
+    /// Started, and not waited for.
+    pub fn spawn_control(&self) -> Result<Daemon> {
+        let mut command = Command::new(binary("vmesh-control")?);
+        command.args(["--config", "control.yaml"]).current_dir(&*self.dir);
+        Daemon::spawn("vmesh-control", command)
+    }
+
+    pub fn control(&mut self) -> Result<&mut Daemon> {
+        self.control.as_mut().ok_or_else(|| Failed::new("the control plane was not started"))
+    }
+
+    /// An agent on an address of its own, where also its applications dial their upstreams: the services of `calls` on
+    /// the ports from 9001 on. `more` is YAML that is added to its configuration.
+    pub async fn agent(&mut self, name: &str, calls: &[&str], more: &str) -> Result<()> {
+        let place = Loopback::unique()?;
+        let ip = place.ip();
+        let mut config = format!(
+            "control_plane: [\"http://{}\"]\nstate_dir: state/{name}\nrun_dir: run/{name}\n\
+             envoy: {{path: {:?}, manage: child, concurrency: 1, drain: 1s}}\n\
+             listen: {{api: \"{ip}:15020\"}}\nnode: {{name: {name}, address: {ip}}}\n",
+            self.xds,
+            envoy::find()?.display().to_string(),
+        );
+        if !calls.is_empty() {
+            config.push_str("upstreams:\n");
+        }
+        for (at, service) in calls.iter().enumerate() {
+            config.push_str(&format!("  - {{service: {service}, listen: \"{ip}:{}\"}}\n", 9001 + at));
+        }
+        config.push_str(&more.replace("{ip}", &ip.to_string()));
+        let file = format!("agents/{name}.yaml");
+        self.write(&file, &config)?;
+        let daemon = self.spawn_agent(&file, name)?;
+        self.agents.insert(name.to_owned(), Agent { config: file.into(), daemon: Some(daemon), place });
+        Ok(())
+    }
+
+    fn spawn_agent(&self, file: &str, name: &str) -> Result<Daemon> {
+        let mut command = Command::new(binary("vmesh-agent")?);
+        command.args(["--config", file]).current_dir(&*self.dir);
+        Daemon::spawn(format!("vmesh-agent {name}"), command)
+    }
+
+    fn the(&mut self, name: &str) -> Result<&mut Agent> {
+        self.agents.get_mut(name).ok_or_else(|| Failed::new(format!("there is no agent {name}")))
+    }
+
+    pub fn agent_daemon(&mut self, name: &str) -> Result<&mut Daemon> {
+        let agent = self.the(name)?;
+        agent.daemon.as_mut().ok_or_else(|| Failed::new(format!("the agent {name} is not running")))
+    }
+
+    /// Starts an agent again that was killed.
+    pub fn restart_agent(&mut self, name: &str) -> Result<()> {
+        let file = self.the(name)?.config.display().to_string();
+        let daemon = self.spawn_agent(&file, name)?;
+        self.the(name)?.daemon = Some(daemon);
+        Ok(())
+    }
+
+    /// Where the node's applications dial the upstream that is number `at` of its `calls`.
+    pub fn upstream(&self, name: &str, at: u16) -> Result<SocketAddr> {
+        let agent = self.agents.get(name).ok_or_else(|| Failed::new(format!("there is no agent {name}")))?;
+        Ok(SocketAddr::new(agent.place.ip(), 9001 + at))
+    }
+
+    pub fn agent_api(&self, name: &str) -> Result<SocketAddr> {
+        let agent = self.agents.get(name).ok_or_else(|| Failed::new(format!("there is no agent {name}")))?;
+        Ok(SocketAddr::new(agent.place.ip(), 15020))
+    }
+
+    pub fn envoy(&self, name: &str) -> envoy::Envoy {
+        envoy::Envoy::at_socket(self.path(&format!("run/{name}/admin.sock")))
+    }
+
+    /// Waits until the node has accepted all that concerns it, and what it accepted is what the control plane has.
+    pub async fn synced(&self, name: &str) -> Result<()> {
+        wait_for(format!("{name} to be in sync"), BOUND, async || {
+            let nodes = self.get("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
+            let all = nodes.get("nodes").and_then(Value::as_array).cloned().unwrap_or_default();
+            match all.iter().find(|node| text(node, "name") == name) {
+                Some(node) if text(node, "state") == "synced" => Ok(()),
+                Some(node) => Err(format!("{} {}", text(node, "state"), text(node, "reason"))),
+                None => Err("not connected".to_owned()),
+            }
+        })
+        .await
+    }
+
+    /// Waits until an HTTP request to `address` is answered with 200.
+    pub async fn answers(&self, address: SocketAddr) -> Result<()> {
+        wait_for(format!("an answer of {address}"), BOUND, async || {
+            match fetch(&Peer::Tcp(address), Method::GET, "/", BOUND).await {
+                Ok((status, _)) if status.is_success() => Ok(()),
+                Ok((status, body)) => Err(format!("{status} {}", String::from_utf8_lossy(&body))),
+                Err(error) => Err(vmesh_daemon::report::one_line(&error)),
+            }
+        })
+        .await
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Value> {
+        let body = self.get_text(path).await?;
+        serde_json::from_str(&body).map_err(Failed::to(format!("{path} is not JSON: {body}")))
+    }
+
+    pub async fn get_text(&self, path: &str) -> Result<String> {
+        let (status, body) = fetch(&Peer::Tcp(self.api), Method::GET, path, BOUND)
+            .await
+            .map_err(Failed::to(format!("could not ask for {path}")))?;
+        let body = String::from_utf8_lossy(&body).into_owned();
+        if status.is_success() { Ok(body) } else { Err(Failed::new(format!("{path}: {status}: {body}"))) }
+    }
+
+    /// The sum of a metric of the control plane over its labels.
+    pub async fn metric(&self, name: &str) -> Result<f64> {
+        let text = self.get_text("/metrics").await?;
+        let values: Vec<f64> = text
+            .lines()
+            .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])))
+            .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
+            .collect();
+        if values.is_empty() { Err(Failed::new(format!("no metric {name} in\n{text}"))) } else { Ok(values.iter().sum()) }
+    }
+
+    /// Every listed problem, `place: message`, the test's directory cut off.
+    pub async fn problems(&self) -> Result<Vec<String>> {
+        let answer = self.get("/api/v1/problems").await?;
+        let all = answer.get("problems").and_then(Value::as_array).cloned().unwrap_or_default();
+        Ok(all.iter().map(|problem| format!("{}: {}", text(problem, "place"), text(problem, "message"))).collect())
+    }
+
+    /// Waits until a problem is listed that contains `part`, and returns it.
+    pub async fn problem(&self, part: &str) -> Result<String> {
+        wait_for(format!("a problem with `{part}`"), BOUND, async || {
+            let problems = self.problems().await.map_err(|failed| failed.to_string())?;
+            problems.iter().find(|problem| problem.contains(part)).cloned().ok_or(problems.join("\n"))
+        })
+        .await
+    }
+
+    /// The addresses of a service's endpoints, with their health where it is not unknown.
+    pub async fn endpoints(&self, service: &str) -> Result<Vec<String>> {
+        let answer = self.get("/api/v1/services").await?;
+        let all = answer.get("services").and_then(Value::as_array).cloned().unwrap_or_default();
+        let Some(service) = all.iter().find(|known| text(known, "name") == service) else { return Ok(Vec::new()) };
+        let endpoints = service.get("endpoints").and_then(Value::as_array).cloned().unwrap_or_default();
+        let shown = |endpoint: &Value| match text(endpoint, "health").as_str() {
+            "unknown" => text(endpoint, "address"),
+            health => format!("{} {health}", text(endpoint, "address")),
+        };
+        Ok(endpoints.iter().map(shown).collect())
+    }
+
+    /// Waits until the service's endpoints are these.
+    pub async fn until_endpoints(&self, service: &str, expected: &[&str]) -> Result<()> {
+        wait_for(format!("{service} to be {expected:?}"), BOUND, async || {
+            let now = self.endpoints(service).await.map_err(|failed| failed.to_string())?;
+            if now == expected { Ok(()) } else { Err(format!("{now:?}")) }
+        })
+        .await
+    }
+
+    /// Runs `vmeshctl` against this control plane.
+    pub fn ctl(&self, args: &[&str]) -> Result<Output> {
+        let mut command = Command::new(binary("vmeshctl")?);
+        command.args(args).env("VMESH_API", format!("http://{}", self.api));
+        command.output().map_err(Failed::to("could not start vmeshctl"))
+    }
+}
+
+pub fn text(value: &Value, field: &str) -> String {
+    value.get(field).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+fn make(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).map_err(Failed::to(format!("could not make {}", dir.display())))
+}

@@ -1,0 +1,172 @@
+//! Parts die, and traffic goes on.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::symlink;
+use std::time::{Duration, Instant};
+
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::load::{Load, Plan};
+use vmesh_testkit::place::Loopback;
+use vmesh_testkit::process::Daemon;
+use vmesh_testkit::{Result, wait_for};
+use vmesh_tests::{BOUND, Mesh};
+
+async fn mesh_with_orders(place: &Loopback) -> Result<(Mesh, HttpApp, SocketAddr)> {
+    let app = HttpApp::start("a", "v1", SocketAddr::new(place.ip(), place.port()?))?;
+    let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
+    let mut mesh = Mesh::start(&[("services.d/orders.yaml", &services)]).await?;
+    mesh.agent("web-1", &["orders"], "").await?;
+    mesh.synced("web-1").await?;
+    let target = mesh.upstream("web-1", 0)?;
+    mesh.answers(target).await?;
+    Ok((mesh, app, target))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_control_plane_killed_ten_times_fails_no_request_and_sends_nothing_again() -> Result<()> {
+    let place = Loopback::unique()?;
+    let (mut mesh, _app, target) = mesh_with_orders(&place).await?;
+    let revision = mesh.get("/api/v1/revision").await?["revision"].clone();
+    let updates = async |mesh: &Mesh| -> Result<Vec<Option<u64>>> {
+        let envoy = mesh.envoy("web-1");
+        let mut all = Vec::new();
+        for name in ["cluster_manager.cds.update_success", "listener_manager.lds.update_success"] {
+            all.push(envoy.stat(name).await?);
+        }
+        Ok(all)
+    };
+    let before = updates(&mesh).await?;
+    let load = Load::start(Plan::to(target).rate(300.0))?;
+    for round in 0..10 {
+        mesh.control()?.kill()?;
+        mesh.start_control().await?;
+        mesh.synced("web-1").await?;
+        assert_eq!(mesh.get("/api/v1/revision").await?["revision"], revision, "in round {round}");
+        assert_eq!(mesh.metric("vmesh_xds_resources_sent_total").await?, 0.0, "in round {round}");
+    }
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    assert!(report.ok > 100, "there was no load");
+    assert_eq!(updates(&mesh).await?, before, "Envoy was sent something again");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_restarted_without_a_control_plane_serves_its_envoy_within_two_seconds() -> Result<()> {
+    let place = Loopback::unique()?;
+    let (mut mesh, _app, target) = mesh_with_orders(&place).await?;
+    mesh.control()?.kill()?;
+    // As a host that reboots: neither the agent nor its Envoy is left.
+    mesh.agent_daemon("web-1")?.terminate(BOUND).await?;
+    wait_for("Envoy to be gone", BOUND, async || match tokio::net::TcpStream::connect(target).await {
+        Ok(_) => Err("it accepts"),
+        Err(_) => Ok(()),
+    })
+    .await?;
+    let started = Instant::now();
+    mesh.restart_agent("web-1")?;
+    mesh.answers(target).await?;
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(2), "the first request was answered after {took:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_killed_under_load_fails_no_request() -> Result<()> {
+    let place = Loopback::unique()?;
+    let (mut mesh, _app, target) = mesh_with_orders(&place).await?;
+    let load = Load::start(Plan::to(target).rate(300.0))?;
+    mesh.agent_daemon("web-1")?.kill()?;
+    mesh.restart_agent("web-1")?;
+    mesh.synced("web-1").await?;
+    let app = HttpApp::start("b", "v1", SocketAddr::new(place.ip(), place.port()?))?;
+    let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
+    mesh.write("services.d/orders.yaml", &services)?;
+    wait_for("the new instance to get traffic", BOUND, async || match load.so_far().by_instance.get("b") {
+        Some(_) => Ok(()),
+        None => Err("none yet"),
+    })
+    .await?;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_envoy_is_started_again() -> Result<()> {
+    let place = Loopback::unique()?;
+    let (mesh, _app, target) = mesh_with_orders(&place).await?;
+    let run = mesh.path("run/web-1");
+    let envoys = vmesh_testkit::process::naming(&run);
+    assert!(!envoys.is_empty(), "no process names {}", run.display());
+    for envoy in envoys {
+        // The agent itself does not name its run directory on its command line.
+        _ = rustix_kill(envoy);
+    }
+    mesh.answers(target).await
+}
+
+fn rustix_kill(pid: impl std::fmt::Display) -> std::io::Result<std::process::ExitStatus> {
+    std::process::Command::new("kill").args(["-9", &pid.to_string()]).status()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_control_plane_serves_what_it_served_though_its_source_is_unreadable() -> Result<()> {
+    let place = Loopback::unique()?;
+    let (mut mesh, app, target) = mesh_with_orders(&place).await?;
+    let address = app.address().to_string();
+    mesh.write("mesh.d/orders.yaml", "kind: Service\nname: orders\ntimeouts: {request: 3s}\n")?;
+    wait_for("the document to be in force", BOUND, async || {
+        let status = mesh.get("/api/v1/status").await.map_err(|failed| failed.to_string())?;
+        if status["documents"] == 1 { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await?;
+    mesh.synced("web-1").await?;
+    // The state is written a moment after a change.
+    wait_for("the state to be kept", BOUND, async || {
+        let kept = fs::read_dir(mesh.path("state/control")).into_iter().flatten().flatten();
+        let kept: String = kept.filter_map(|entry| fs::read_to_string(entry.path()).ok()).collect();
+        if kept.contains(&address) && kept.contains("request: 3s") { Ok(()) } else { Err(kept) }
+    })
+    .await?;
+    let revision = mesh.get("/api/v1/revision").await?["revision"].clone();
+    mesh.control()?.kill()?;
+    for dir in ["services.d", "mesh.d"] {
+        // A loop of links cannot be read, not even by root.
+        fs::rename(mesh.path(dir), mesh.path(&format!("{dir}.away"))).expect("renamed");
+        symlink(mesh.path(dir), mesh.path(dir)).expect("linked");
+    }
+    mesh.start_control().await?;
+    mesh.until_endpoints("orders", &[&address]).await?;
+    assert_eq!(mesh.get("/api/v1/revision").await?["revision"], revision);
+    mesh.synced("web-1").await?;
+    mesh.answers(target).await?;
+    let services = mesh.get("/api/v1/services").await?;
+    assert_eq!(services["services"][0]["state"], "stale", "{services}");
+    assert_eq!(mesh.metric("vmesh_xds_resources_sent_total").await?, 0.0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_control_plane_without_state_and_with_an_unreadable_source_serves_nobody() -> Result<()> {
+    let mesh = Mesh::prepare(&[])?;
+    fs::remove_dir(mesh.path("services.d")).expect("removed");
+    symlink(mesh.path("services.d"), mesh.path("services.d")).expect("linked");
+    let _control: Daemon = mesh.spawn_control()?;
+    let waiting = wait_for("a word on what it waits for", BOUND, async || {
+        let answer = vmesh_daemon::fetch::fetch(
+            &vmesh_daemon::fetch::Peer::Tcp(mesh.api),
+            http::Method::GET,
+            "/readyz",
+            BOUND,
+        )
+        .await
+        .map_err(|error| error.to_string())?;
+        let text = String::from_utf8_lossy(&answer.1).into_owned();
+        if answer.0.as_u16() == 503 && text.contains("services.d") { Ok(text) } else { Err(text) }
+    })
+    .await?;
+    assert!(waiting.contains("file:services.d"), "{waiting}");
+    Ok(())
+}
