@@ -122,7 +122,8 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
         let registration = services.get_mut(current.as_ref().unwrap()).unwrap();
         registration.endpoints = registration.endpoints.iter().cloned().chain([endpoint]).collect();
     }
-    let seen = |registration| Seen { registration: Arc::new(registration), state: State::Fresh, because: None };
+    let seen =
+        |registration| Seen { registration: Arc::new(registration), state: State::Fresh, because: None };
     services.into_iter().map(|(name, registration)| (name, seen(registration))).collect()
 }
 

@@ -70,7 +70,11 @@ fn report() -> NodeReport {
         zone: Some("a".into()),
         labels: [("role".into(), "web".into())].into(),
         workloads: Vec::new(),
-        upstreams: Upstreams::Declared(vec![upstream("s0", 9000), upstream("s1", 9001), upstream("s2", 9002)]),
+        upstreams: Upstreams::Declared(vec![
+            upstream("s0", 9000),
+            upstream("s1", 9001),
+            upstream("s2", 9002),
+        ]),
         build: "".into(),
     }
 }

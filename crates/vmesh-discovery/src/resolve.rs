@@ -182,7 +182,9 @@ mod tests {
         fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
             match self.0.lock().unwrap().get(host) {
                 Some(addresses) => Ok(addresses.iter().map(|a| a.parse().unwrap()).collect()),
-                None => Err(io::Error::other("failed to lookup address information: Name or service not known")),
+                None => {
+                    Err(io::Error::other("failed to lookup address information: Name or service not known"))
+                }
             }
         }
     }

@@ -227,7 +227,9 @@ fn plain(error: &notify::Error) -> String {
         notify::ErrorKind::MaxFilesWatch => {
             "the host has no watches left: raise fs.inotify.max_user_watches".to_owned()
         }
-        notify::ErrorKind::Io(error) if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) => {
+        notify::ErrorKind::Io(error)
+            if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) =>
+        {
             "the host has no watchers left: raise fs.inotify.max_user_instances".to_owned()
         }
         notify::ErrorKind::Io(error) => error.to_string(),

@@ -94,7 +94,9 @@ fn file(script: &str, expected: Expect) {
 
 #[test]
 fn additions_are_believed_at_once_and_removals_of_a_registry_after_a_while() {
-    registry("0: 1 2 3\n1: 1 2 3 4\n2: 1 2 4\n5: 1 4\n6: 1 3 4\n12:\n15:\n16: 1 4 5\n26:", expect![[r#"
+    registry(
+        "0: 1 2 3\n1: 1 2 3 4\n2: 1 2 4\n5: 1 4\n6: 1 3 4\n12:\n15:\n16: 1 4 5\n26:",
+        expect![[r#"
         0: 1 2 3             => fresh 1 2 3
         1: 1 2 3 4           => fresh 1 2 3 4
         2: 1 2 4             => fresh 1 2 3 4 until 12
@@ -104,134 +106,190 @@ fn additions_are_believed_at_once_and_removals_of_a_registry_after_a_while() {
         15:                  => fresh 1 3 4
         16: 1 4 5            => fresh 1 3 4 5 until 26
         26:                  => fresh 1 4 5
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_file_is_edited_on_purpose() {
-    file("0: 1 2 3\n1: 1 2\n2: 1\n3: 4", expect![[r#"
+    file(
+        "0: 1 2 3\n1: 1 2\n2: 1\n3: 4",
+        expect![[r#"
         0: 1 2 3             => fresh 1 2 3
         1: 1 2               => fresh 1 2
         2: 1                 => fresh 1
         3: 4                 => fresh 4
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_drain_is_believed_at_once_and_so_is_its_end() {
-    registry("0: 1 2 3 4 5\n1: 1 2 3d 4d 5d\n2: 1 2", expect![[r#"
+    registry(
+        "0: 1 2 3 4 5\n1: 1 2 3d 4d 5d\n2: 1 2",
+        expect![[r#"
         0: 1 2 3 4 5         => fresh 1 2 3 4 5
         1: 1 2 3d 4d 5d      => fresh 1 2 3d 4d 5d
         2: 1 2               => fresh 1 2
-    "#]]);
-    registry("0: 1 2\n1: 1d 2d\n2: .\n3: -", expect![[r#"
+    "#]],
+    );
+    registry(
+        "0: 1 2\n1: 1d 2d\n2: .\n3: -",
+        expect![[r#"
         0: 1 2               => fresh 1 2
         1: 1d 2d             => fresh 1d 2d
         2: .                 => fresh 
         3: -                 => gone
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_service_that_is_gone_stays_until_that_is_confirmed() {
-    file("0: 1 2\n5: -\n34:\n35:", expect![[r#"
+    file(
+        "0: 1 2\n5: -\n34:\n35:",
+        expect![[r#"
         0: 1 2               => fresh 1 2
         5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
         34:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
         35:                  => gone
-    "#]]);
-    file("0: 1 2\n5: -\n20: 1\n40: -\n69:\n70:", expect![[r#"
+    "#]],
+    );
+    file(
+        "0: 1 2\n5: -\n20: 1\n40: -\n69:\n70:",
+        expect![[r#"
         0: 1 2               => fresh 1 2
         5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
         20: 1                => fresh 1
         40: -                => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 70
         69:                  => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 70
         70:                  => gone
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_service_that_is_empty_stays_unless_that_is_said_on_purpose() {
-    registry("0: 1\n5: .\n34:\n35:\n36: -", expect![[r#"
+    registry(
+        "0: 1\n5: .\n34:\n35:\n36: -",
+        expect![[r#"
         0: 1                 => fresh 1
         5: .                 => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 35
         34:                  => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 35
         35:                  => fresh 
         36: -                => gone
-    "#]]);
-    file("0: 1 2\n5: []", expect![[r#"
+    "#]],
+    );
+    file(
+        "0: 1 2\n5: []",
+        expect![[r#"
         0: 1 2               => fresh 1 2
         5: []                => fresh 
-    "#]]);
-    file("0: 1 2\n5: emptied", expect![[r#"
+    "#]],
+    );
+    file(
+        "0: 1 2\n5: emptied",
+        expect![[r#"
         0: 1 2               => fresh 1 2
         5: emptied           => gone
-    "#]]);
+    "#]],
+    );
     let config = GuardConfig { allow_empty: vec!["orders".parse().unwrap()], ..GuardConfig::default() };
-    run(config.clone(), "0: 1 2 3 4 5 6\n5: .", expect![[r#"
+    run(
+        config.clone(),
+        "0: 1 2 3 4 5 6\n5: .",
+        expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
         5: .                 => fresh 
-    "#]]);
-    run(config, "0: 1 2 3 4 5 6\n5: -", expect![[r#"
+    "#]],
+    );
+    run(
+        config,
+        "0: 1 2 3 4 5 6\n5: -",
+        expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
         5: -                 => gone
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
-    file("0: 1 2 3 4 5 6 7 8 9 10\n5: 1 2 3 4\n10: 1 2 3 11\n64:\n65:\n66: 1 2 11", expect![[r#"
+    file(
+        "0: 1 2 3 4 5 6 7 8 9 10\n5: 1 2 3 4\n10: 1 2 3 11\n64:\n65:\n66: 1 2 11",
+        expect![[r#"
         0: 1 2 3 4 5 6 7 8 9 10 => fresh 1 2 3 4 5 6 7 8 9 10
         5: 1 2 3 4           => held 1 2 3 4 5 6 7 8 9 10 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m, in case that is a mistake) until 65
         10: 1 2 3 11         => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m, in case that is a mistake) until 65
         64:                  => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m, in case that is a mistake) until 65
         65:                  => fresh 1 2 3 11
         66: 1 2 11           => fresh 1 2 11
-    "#]]);
+    "#]],
+    );
     // Half is left; and few were there.
-    file("0: 1 2 3 4 5 6\n5: 1 2 3", expect![[r#"
+    file(
+        "0: 1 2 3 4 5 6\n5: 1 2 3",
+        expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
         5: 1 2 3             => fresh 1 2 3
-    "#]]);
-    file("0: 1 2 3 4\n5: 1", expect![[r#"
+    "#]],
+    );
+    file(
+        "0: 1 2 3 4\n5: 1",
+        expect![[r#"
         0: 1 2 3 4           => fresh 1 2 3 4
         5: 1                 => fresh 1
-    "#]]);
+    "#]],
+    );
     // Replacing all of them is a deployment.
-    file("0: 1 2 3 4 5 6\n5: 11 12 13 14 15 16", expect![[r#"
+    file(
+        "0: 1 2 3 4 5 6\n5: 11 12 13 14 15 16",
+        expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
         5: 11 12 13 14 15 16 => fresh 11 12 13 14 15 16
-    "#]]);
+    "#]],
+    );
     // It recovers, and what went meanwhile goes.
-    file("0: 1 2 3 4 5 6\n5: 1 2\n10: 1 2 3 4", expect![[r#"
+    file(
+        "0: 1 2 3 4 5 6\n5: 1 2\n10: 1 2 3 4",
+        expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
         5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
         10: 1 2 3 4          => fresh 1 2 3 4
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn what_turns_from_few_into_none_has_to_be_confirmed_anew() {
-    file("0: 1 2 3 4 5 6\n5: 1\n60: -\n65:\n89:\n90:", expect![[r#"
+    file(
+        "0: 1 2 3 4 5 6\n5: 1\n60: -\n65:\n89:\n90:",
+        expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
         5: 1                 => held 1 2 3 4 5 6 (`file:services.d` names 1 endpoint of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
         60: -                => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 90
         65:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 90
         89:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 90
         90:                  => gone
-    "#]]);
-    file("0: 1 2 3 4 5 6\n5: -\n20: 1 2\n64:\n65:", expect![[r#"
+    "#]],
+    );
+    file(
+        "0: 1 2 3 4 5 6\n5: -\n20: 1 2\n64:\n65:",
+        expect![[r#"
         0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
         5: -                 => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 35
         20: 1 2              => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
         64:                  => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
         65:                  => fresh 1 2
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn small_steps_in_a_row_are_one_large_one_for_a_registry() {
-    registry("0: 1 2 3 4 5 6 7 8\n1: 1 2 3 4 5 6\n2: 1 2 3 4 5\n3: 1 2 3\n10:\n62:\n63:", expect![[r#"
+    registry(
+        "0: 1 2 3 4 5 6 7 8\n1: 1 2 3 4 5 6\n2: 1 2 3 4 5\n3: 1 2 3\n10:\n62:\n63:",
+        expect![[r#"
         0: 1 2 3 4 5 6 7 8   => fresh 1 2 3 4 5 6 7 8
         1: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6 7 8 until 11
         2: 1 2 3 4 5         => fresh 1 2 3 4 5 6 7 8 until 11
@@ -239,12 +297,15 @@ fn small_steps_in_a_row_are_one_large_one_for_a_registry() {
         10:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m, in case that is a mistake) until 63
         62:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m, in case that is a mistake) until 63
         63:                  => fresh 1 2 3
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_source_that_does_not_answer_confirms_nothing() {
-    file("0: 1 2\n5: -\n10: failed\n90:\n100: -\n129:\n130:", expect![[r#"
+    file(
+        "0: 1 2\n5: -\n10: failed\n90:\n100: -\n129:\n130:",
+        expect![[r#"
         0: 1 2               => fresh 1 2
         5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
         10: failed           => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake)
@@ -252,8 +313,11 @@ fn a_source_that_does_not_answer_confirms_nothing() {
         100: -               => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 130
         129:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 130
         130:                 => gone
-    "#]]);
-    registry("0: 1 2\n5: 1\n10: failed\n60:\n70: 1\n79:\n80:", expect![[r#"
+    "#]],
+    );
+    registry(
+        "0: 1 2\n5: 1\n10: failed\n60:\n70: 1\n79:\n80:",
+        expect![[r#"
         0: 1 2               => fresh 1 2
         5: 1                 => fresh 1 2 until 15
         10: failed           => fresh 1 2
@@ -261,7 +325,8 @@ fn a_source_that_does_not_answer_confirms_nothing() {
         70: 1                => fresh 1 2 until 80
         79:                  => fresh 1 2 until 80
         80:                  => fresh 1
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
