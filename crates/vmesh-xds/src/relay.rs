@@ -147,6 +147,7 @@ impl Relay {
                 entry.blame(reason.clone());
                 continue;
             }
+            self.transits[kind].refused.remove(&name);
             let is_held = self.upstream.held(kind, &name).is_some_and(|held| *held == resource);
             if !is_held {
                 entry.waiting.insert(name, Some(resource.fingerprint()));
@@ -259,7 +260,7 @@ impl Relay {
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
         match resource {
             Some(resource) if served == fingerprint => {
-                self.transits[kind].refused.remove(name);
+                // What it held already is no news, nor does it unsay what it refused since.
                 if self.upstream.held(kind, name).is_none_or(|held| *held != resource) {
                     self.upstream.hold(resource);
                     self.accepted_revision += 1;

@@ -1,0 +1,669 @@
+//! What is on the disk: which files there are, what each of them says, and what it last said that could be used.
+//!
+//! Everything here blocks, and is called on a thread that is there for that. A file is read again if the kernel says
+//! that it changed, if its metadata did, and now and then anyway; it is parsed again if its bytes did.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::{File, FileType, Metadata};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::fs::{Mode, OFlags};
+use vmesh_model::yaml::too_large;
+use vmesh_model::{Place, Problem, Registration, ServiceName};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::watch::{Directories, Directory, Hints, Look, Watch, links};
+use crate::config::FileConfig;
+use crate::format::{self, Format, Parsed, ParsedService, subject_of};
+use crate::source::{Registrations, SourceError};
+
+/// A file that changed a moment ago may be half written, if nobody said that it was closed.
+const SETTLED: Duration = Duration::from_millis(100);
+/// Deeper directories are a loop or somebody's backup.
+const MAX_DEPTH: usize = 8;
+
+/// What is known of a service.
+#[derive(Debug, Clone)]
+pub(super) enum Known {
+    /// As its file says.
+    Parsed(Arc<ParsedService>),
+    /// As it was before a restart: its file has not been readable since.
+    Restored(Arc<Registration>),
+}
+
+/// A service, and why what its file says now cannot be used.
+#[derive(Debug, Clone)]
+pub(super) struct Told {
+    pub(super) known: Known,
+    pub(super) stale_because: Option<Arc<str>>,
+}
+
+/// All that the disk says.
+#[derive(Debug, Default)]
+pub(super) struct Scan {
+    pub(super) services: BTreeMap<ServiceName, Told>,
+    pub(super) problems: Vec<Problem>,
+    /// Services whose files say in as many words that there is nothing.
+    pub(super) emptied: BTreeSet<ServiceName>,
+    /// Something is just being changed: look again in a while.
+    pub(super) again: Option<Duration>,
+    /// How many files were parsed, for the tests and for whoever wonders.
+    pub(super) parsed: usize,
+}
+
+/// One file.
+#[derive(Debug, Default)]
+struct FileState {
+    /// Of what was read last.
+    stat: Option<Stat>,
+    /// Of the bytes that were parsed last; `None` if they could not be read.
+    hash: Option<u64>,
+    /// What it was found to be.
+    format: Option<Format>,
+    services: BTreeMap<ServiceName, Told>,
+    problems: Vec<Problem>,
+    /// What it named before it said that there is nothing.
+    emptied: BTreeSet<ServiceName>,
+    /// It is not there any more, since so long.
+    missing_since: Option<Instant>,
+}
+
+/// What tells whether a file was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    id: (u64, u64),
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stat {
+    fn of(metadata: &Metadata) -> Stat {
+        Stat {
+            id: (metadata.dev(), metadata.ino()),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// A file that was found.
+struct Found {
+    path: PathBuf,
+    /// What its service is called if it does not say.
+    name: String,
+    is_yaml: bool,
+    /// What it is, or why that cannot be known.
+    stat: Result<(Stat, Option<SystemTime>), String>,
+}
+
+/// What was found below a directory.
+#[derive(Default)]
+struct Walk {
+    files: Vec<Found>,
+    directories: Directories,
+    /// The ids of directories that were read, so that links do not lead round in circles.
+    visited: BTreeSet<(u64, u64)>,
+    /// Below these anything may be.
+    unreadable: Vec<(PathBuf, String)>,
+    problems: Vec<Problem>,
+}
+
+#[derive(Debug)]
+pub(super) struct Disk {
+    config: FileConfig,
+    source: Arc<str>,
+    hints: Arc<Hints>,
+    watch: Option<Watch>,
+    files: BTreeMap<PathBuf, FileState>,
+    /// What was known before a restart, until its file has been read.
+    restored: BTreeMap<ServiceName, Arc<Registration>>,
+    /// What has been said of the watches in the log.
+    complained: bool,
+    #[cfg(test)]
+    pub(super) no_watches: bool,
+}
+
+impl Disk {
+    pub(super) fn new(config: FileConfig, hints: Arc<Hints>, last_good: Option<&Registrations>) -> Disk {
+        let restored = last_good.into_iter().flat_map(|last_good| &last_good.services);
+        Disk {
+            source: config.name(),
+            config,
+            hints,
+            watch: None,
+            files: BTreeMap::new(),
+            restored: restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
+            complained: false,
+            #[cfg(test)]
+            no_watches: false,
+        }
+    }
+
+    /// Looks at the disk. With `verify` every file is read, whatever its metadata say.
+    pub(super) fn scan(&mut self, look: &Look, verify: bool) -> Result<Scan, SourceError> {
+        let mut scan = Scan::default();
+        let mut walk = self.walk()?;
+        if self.config.watch {
+            // What was changed before the watch was there has to be looked for; a new directory may hold another.
+            for _ in 0..MAX_DEPTH {
+                let (is_new, problem) = self.arm(&walk.directories);
+                if !is_new {
+                    scan.problems.extend(problem);
+                    break;
+                }
+                walk = self.walk()?;
+            }
+        }
+        self.judge(&walk)?;
+        scan.problems.append(&mut walk.problems);
+        for (directory, why) in &walk.unreadable {
+            let file: Arc<str> = directory.display().to_string().into();
+            let message = format!("{why}; what was last read below it stays in force");
+            scan.problems.push(Problem::new(Place::file(file.clone()), file, message));
+        }
+
+        let now = Instant::now();
+        let mut present = BTreeSet::new();
+        for found in &walk.files {
+            present.insert(found.path.clone());
+            self.read(found, look, verify, &mut scan);
+        }
+        self.keep_unreadable(&walk.unreadable);
+        self.forget(&present, &walk.unreadable, now, &mut scan);
+        self.merge(&mut scan);
+        Ok(scan)
+    }
+
+    fn failed(&self, path: &Path, cause: io::Error) -> SourceError {
+        SourceError::Failed {
+            source_name: self.source.clone(),
+            what: format!("read {}", path.display()),
+            cause: plain(&cause).into(),
+        }
+    }
+
+    fn suspect(&self, what: String) -> SourceError {
+        SourceError::Suspect { source_name: self.source.clone(), what }
+    }
+
+    fn walk(&self) -> Result<Walk, SourceError> {
+        let root = &self.config.path;
+        let metadata = std::fs::metadata(root).map_err(|error| self.failed(root, error))?;
+        let mut walk = Walk::default();
+        walk.watch_way(root);
+        if metadata.is_dir() {
+            let mut prefix = String::new();
+            self.walk_into(root, &metadata, &mut prefix, 0, &mut walk).map_err(|e| self.failed(root, e))?;
+            walk.files.sort_by(|a, b| a.path.cmp(&b.path));
+        } else if metadata.is_file() {
+            let name = root.file_name().unwrap_or_default().to_string_lossy();
+            let (name, is_yaml) = stem(&name);
+            let stat = Ok((Stat::of(&metadata), metadata.modified().ok()));
+            walk.files.push(Found { path: root.clone(), name: name.to_owned(), is_yaml, stat });
+        } else {
+            let kind = kind(metadata.file_type());
+            let what = format!("{} is a {kind}, neither a directory nor a file", root.display());
+            return Err(self.suspect(what));
+        }
+        Ok(walk)
+    }
+
+    fn walk_into(
+        &self,
+        directory: &Path,
+        metadata: &Metadata,
+        prefix: &mut String,
+        depth: usize,
+        walk: &mut Walk,
+    ) -> io::Result<()> {
+        let id = (metadata.dev(), metadata.ino());
+        let entries = std::fs::read_dir(directory)?;
+        walk.visited.insert(id);
+        walk.directories.insert(directory.to_owned(), Directory { id, only: None });
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if !is_skipped(&entry.file_name()) {
+                names.push((entry.file_name(), entry.file_type()?));
+            }
+        }
+        // In order, so that of two links to one directory it is always the same that counts.
+        names.sort_by(|a, b| a.0.cmp(&b.0));
+        for (name, file_type) in names {
+            let path = directory.join(&name);
+            if file_type.is_symlink() {
+                walk.watch_way(&path);
+            }
+            let metadata = std::fs::metadata(&path);
+            let text = name.to_string_lossy();
+            let is_directory = metadata.as_ref().map_or(file_type.is_dir(), Metadata::is_dir);
+            if !is_directory && self.config.format == Format::Auto && !is_read(&text) {
+                let message =
+                    "not read: the name of a discovery file ends in `.yaml`, `.yml`, `.json` or in nothing";
+                walk.problem(&path, message);
+                continue;
+            }
+            match metadata {
+                Ok(metadata) if metadata.is_dir() => {
+                    if walk.visited.contains(&(metadata.dev(), metadata.ino())) {
+                        continue;
+                    }
+                    if depth + 1 >= MAX_DEPTH {
+                        walk.problem(&path, &format!("not read: nested deeper than {MAX_DEPTH} directories"));
+                        continue;
+                    }
+                    let length = prefix.len();
+                    prefix.push_str(&text);
+                    prefix.push('.');
+                    if let Err(error) = self.walk_into(&path, &metadata, prefix, depth + 1, walk) {
+                        walk.unreadable.push((path, plain(&error)));
+                    }
+                    prefix.truncate(length);
+                }
+                // Opening a FIFO waits for somebody to write to it, and opening a device may do anything.
+                Ok(metadata) if !metadata.is_file() => {
+                    walk.problem(&path, &format!("not read: it is a {}", kind(metadata.file_type())));
+                }
+                // Gone since the directory was read.
+                Err(error) if error.kind() == ErrorKind::NotFound && !file_type.is_symlink() => {}
+                // What was below it is unknown, or it was never a directory.
+                Err(error) if is_directory => walk.unreadable.push((path, plain(&error))),
+                metadata => {
+                    let (stem, is_yaml) = stem(&text);
+                    let name = format!("{prefix}{stem}");
+                    let stat = match metadata {
+                        Ok(metadata) => Ok((Stat::of(&metadata), metadata.modified().ok())),
+                        Err(error) if error.kind() == ErrorKind::NotFound => {
+                            Err("a link to something that does not exist".to_owned())
+                        }
+                        Err(error) => Err(plain(&error)),
+                    };
+                    walk.files.push(Found { path, name, is_yaml, stat });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether what was found looks like what was meant, as a whole.
+    fn judge(&self, walk: &Walk) -> Result<(), SourceError> {
+        let path = self.config.path.display();
+        if walk.files.len() > self.config.max_files {
+            let most = self.config.max_files;
+            return Err(
+                self.suspect(format!("{path} holds more than {most} files: is it the right directory?"))
+            );
+        }
+        let before = self.files.len().max(usize::from(!self.restored.is_empty()));
+        if walk.files.is_empty() && walk.unreadable.is_empty() && before > 0 {
+            let what = format!(
+                "{path} is empty and was not before: is something not mounted? \
+                 If that is meant, leave one file in it that holds `[]`"
+            );
+            return Err(self.suspect(what));
+        }
+        Ok(())
+    }
+
+    /// Sees to it that the kernel tells of changes in these directories. Returns whether it does so anew, and what is
+    /// wrong if it does not.
+    fn arm(&mut self, directories: &Directories) -> (bool, Option<Problem>) {
+        let (is_new, result) = match self.watch() {
+            Ok(watch) => watch.arm(directories),
+            Err(why) => (false, Err(why)),
+        };
+        let problem = result.err().map(|why| {
+            let every = vmesh_model::text::show_duration(self.config.poll);
+            let message = format!("{why}; until then changes are seen only every {every}");
+            if !self.complained {
+                tracing::warn!("discovery source `{}` is not told of changes: {message}", self.source);
+            }
+            let place = Place::file(self.config.path.display().to_string());
+            Problem::new(place, self.source.clone(), message)
+        });
+        self.complained = problem.is_some();
+        (is_new, problem)
+    }
+
+    fn watch(&mut self) -> Result<&mut Watch, String> {
+        #[cfg(test)]
+        if self.no_watches {
+            return Err("the host has no watches left: raise fs.inotify.max_user_watches".to_owned());
+        }
+        match &mut self.watch {
+            Some(watch) => Ok(watch),
+            none => Ok(none.insert(Watch::new(self.hints.clone())?)),
+        }
+    }
+
+    /// Reads a file if there is reason to.
+    fn read(&mut self, found: &Found, look: &Look, verify: bool, scan: &mut Scan) {
+        let again = |scan: &mut Scan, wait: Duration| {
+            scan.again = Some(scan.again.map_or(wait, |sooner| sooner.min(wait)));
+        };
+        let known = self.files.get(&found.path);
+        let (stat, modified) = match &found.stat {
+            Ok(stat) => *stat,
+            Err(why) => {
+                let why = why.clone();
+                self.refuse(found, why);
+                return;
+            }
+        };
+        let is_unchanged = known.is_some_and(|known| known.stat == Some(stat));
+        let is_whole = look.whole.contains(&found.path);
+        if is_unchanged && !is_whole && !verify {
+            self.reappeared(&found.path);
+            return;
+        }
+        if look.busy.contains(&found.path) {
+            // Its own events say when it is done.
+            return;
+        }
+        if !is_unchanged
+            && !is_whole
+            && let Some(age) = modified.and_then(|modified| SystemTime::now().duration_since(modified).ok())
+            && age < SETTLED
+        {
+            again(scan, SETTLED - age);
+            return;
+        }
+        match read_bytes(&found.path, self.config.max_bytes) {
+            Ok(Content::Whole(bytes, stat)) => self.take(found, &bytes, stat, scan),
+            Ok(Content::Changing) => again(scan, SETTLED),
+            Ok(Content::TooLarge) => self.refuse(found, too_large(self.config.max_bytes)),
+            Err(error) if error.kind() == ErrorKind::NotFound => again(scan, SETTLED),
+            Err(error) => self.refuse(found, plain(&error)),
+        }
+    }
+
+    fn reappeared(&mut self, path: &Path) {
+        if let Some(state) = self.files.get_mut(path) {
+            state.missing_since = None;
+        }
+    }
+
+    /// Takes what a file says now.
+    fn take(&mut self, found: &Found, bytes: &[u8], stat: Stat, scan: &mut Scan) {
+        let state = self.files.entry(found.path.clone()).or_default();
+        state.stat = Some(stat);
+        state.missing_since = None;
+        let hash = xxh3_64(bytes);
+        if state.hash == Some(hash) {
+            return;
+        }
+        state.hash = Some(hash);
+        scan.parsed += 1;
+        let file: Arc<str> = found.path.display().to_string().into();
+        let (limit, format) = (self.config.max_bytes, self.config.format);
+        let (parsed, detected) =
+            format::parse(&file, &found.name, found.is_yaml, bytes, limit, format, state.format);
+        state.format = detected;
+        self.learn(&found.path, &file, parsed);
+    }
+
+    /// A file that cannot be read: what it said last holds.
+    fn refuse(&mut self, found: &Found, why: String) {
+        let file: Arc<str> = found.path.display().to_string().into();
+        let state = self.files.entry(found.path.clone()).or_default();
+        state.stat = None;
+        state.hash = None;
+        state.missing_since = None;
+        let problem = Problem::new(Place::file(file.clone()), file.clone(), why);
+        let refused = Parsed { problems: vec![problem], failed: true, ..Parsed::default() };
+        self.learn(&found.path, &file, refused);
+    }
+
+    fn learn(&mut self, path: &Path, file: &Arc<str>, parsed: Parsed) {
+        let restored = &mut self.restored;
+        let state = self.files.entry(path.to_owned()).or_default();
+        let mut before = std::mem::take(&mut state.services);
+        let because = |about: Option<&ServiceName>| -> Arc<str> {
+            let subject = about.map(subject_of);
+            let about_it = |p: &&Problem| subject.as_ref().is_none_or(|subject| p.subject == *subject);
+            let first = parsed.problems.iter().find(about_it).or(parsed.problems.first());
+            first.map_or_else(|| "it cannot be read".into(), |problem| problem.to_string().into())
+        };
+        // Before the first reading of a file what was known of it is what was known before a restart.
+        for (name, registration) in restored.extract_if(.., |_, known| known.place.file == *file) {
+            let told = Told { known: Known::Restored(registration), stale_because: None };
+            before.entry(name).or_insert(told);
+        }
+        if parsed.failed {
+            let because = because(None);
+            before.values_mut().for_each(|told| told.stale_because = Some(because.clone()));
+            state.services = before;
+        } else {
+            if parsed.says_nothing {
+                state.emptied.extend(before.keys().cloned());
+            } else {
+                state.emptied.clear();
+            }
+            for name in &parsed.unreadable {
+                if let Some((name, mut told)) = before.remove_entry(name) {
+                    told.stale_because = Some(because(Some(&name)));
+                    state.services.insert(name, told);
+                }
+            }
+            for service in parsed.services {
+                // What says the same is the same: the pointer tells all the way to the proxies.
+                let known = match before.remove(&service.name) {
+                    Some(Told { known: Known::Parsed(same), .. }) if *same == service => same,
+                    _ => Arc::new(service),
+                };
+                let told = Told { known: Known::Parsed(known.clone()), stale_because: None };
+                state.services.insert(known.name.clone(), told);
+            }
+        }
+        let with_outcome = |mut problem: Problem| {
+            let known = |name: &ServiceName| state.services.contains_key(name);
+            let unreadable = parsed.unreadable.iter().find(|name| subject_of(name) == problem.subject);
+            let outcome = match (parsed.failed, unreadable) {
+                (true, _) if state.services.is_empty() => "nothing of this file is in force",
+                (true, _) => "what was last read of this file stays in force",
+                (false, Some(name)) if known(name) => "what was last read of this service stays in force",
+                (false, Some(_)) => "this service is not in force",
+                (false, None) => return problem,
+            };
+            problem.message = format!("{}; {outcome}", problem.message);
+            problem
+        };
+        state.problems = parsed.problems.into_iter().map(with_outcome).collect();
+    }
+
+    /// Below a directory that cannot be read everything stays as it was, also what was known before a restart.
+    fn keep_unreadable(&mut self, unreadable: &[(PathBuf, String)]) {
+        for (directory, why) in unreadable {
+            let because: Arc<str> = format!("{}: {why}", directory.display()).into();
+            for (path, state) in &mut self.files {
+                if path.starts_with(directory) {
+                    state.stat = None;
+                    state.services.values_mut().for_each(|told| told.stale_because = Some(because.clone()));
+                }
+            }
+            let below = |known: &Registration| Path::new(&*known.place.file).starts_with(directory);
+            for (name, known) in self.restored.extract_if(.., |_, known| below(known)) {
+                let state = self.files.entry(PathBuf::from(&*known.place.file)).or_default();
+                let told = Told { known: Known::Restored(known), stale_because: Some(because.clone()) };
+                state.services.insert(name, told);
+            }
+        }
+    }
+
+    /// Forgets the files that are gone, and not just being replaced.
+    fn forget(
+        &mut self,
+        present: &BTreeSet<PathBuf>,
+        unreadable: &[(PathBuf, String)],
+        now: Instant,
+        scan: &mut Scan,
+    ) {
+        self.files.retain(|path, state| {
+            if present.contains(path) || unreadable.iter().any(|(directory, _)| path.starts_with(directory)) {
+                return true;
+            }
+            let gone = now.saturating_duration_since(*state.missing_since.get_or_insert(now));
+            if gone < SETTLED {
+                let wait = SETTLED - gone;
+                scan.again = Some(scan.again.map_or(wait, |sooner| sooner.min(wait)));
+            }
+            gone < SETTLED
+        });
+        // What was there before a restart and is not any more is absent, which is for the guard to judge.
+        if scan.again.is_none() {
+            self.restored.clear();
+        }
+    }
+
+    /// Puts the files together: of two that name one service the first counts.
+    fn merge(&self, scan: &mut Scan) {
+        let mut first: BTreeMap<&ServiceName, (&Path, &Told)> = BTreeMap::new();
+        for (path, state) in &self.files {
+            scan.problems.extend(state.problems.iter().cloned());
+            for (name, told) in &state.services {
+                let Some((_, first)) = first.get(name) else {
+                    first.insert(name, (path, told));
+                    continue;
+                };
+                let message =
+                    format!("`{name}` is also in {}, which counts, since it is the first", place(first));
+                scan.problems.push(Problem::new(place(told), subject_of(name), message));
+            }
+        }
+        scan.services = first.into_iter().map(|(name, (_, told))| (name.clone(), told.clone())).collect();
+        let emptied = self.files.values().flat_map(|state| &state.emptied);
+        scan.emptied = emptied.filter(|name| !scan.services.contains_key(*name)).cloned().collect();
+        scan.problems.sort();
+        scan.problems.dedup();
+    }
+}
+
+fn place(told: &Told) -> Place {
+    match &told.known {
+        Known::Parsed(service) => service.place.clone(),
+        Known::Restored(registration) => registration.place.clone(),
+    }
+}
+
+impl Walk {
+    fn problem(&mut self, path: &Path, message: &str) {
+        let file: Arc<str> = path.display().to_string().into();
+        self.problems.push(Problem::new(Place::file(file.clone()), file, message));
+    }
+
+    /// Watches every link on the way to `path`, and the directory in which the way ends.
+    fn watch_way(&mut self, path: &Path) {
+        let (mut way, end) = links(path);
+        if let (Some(parent), Some(name)) = (end.parent(), end.file_name()) {
+            way.push((parent.to_owned(), name.to_owned()));
+        }
+        for (directory, name) in way {
+            match self.directories.get_mut(&directory) {
+                Some(Directory { only: Some(names), .. }) => _ = names.insert(name),
+                Some(Directory { only: None, .. }) => {}
+                None => {
+                    if let Ok(metadata) = std::fs::metadata(&directory) {
+                        let id = (metadata.dev(), metadata.ino());
+                        let only = Some(BTreeSet::from([name]));
+                        self.directories.insert(directory, Directory { id, only });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Bytes of a file, if they are those of one moment.
+enum Content {
+    Whole(Vec<u8>, Stat),
+    /// It was changed while it was read.
+    Changing,
+    TooLarge,
+}
+
+fn read_bytes(path: &Path, limit: usize) -> io::Result<Content> {
+    // It was a regular file when it was looked at. Should it have been replaced by a FIFO since, opening it does not
+    // wait, and it is not read.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let before = file.metadata()?;
+    if !before.is_file() {
+        return Ok(Content::Changing);
+    }
+    let limit = u64::try_from(limit).unwrap_or(u64::MAX);
+    if before.size() > limit {
+        return Ok(Content::TooLarge);
+    }
+    let mut bytes = Vec::with_capacity(usize::try_from(before.size()).unwrap_or_default());
+    (&mut file).take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    let after = Stat::of(&file.metadata()?);
+    if after != Stat::of(&before) || u64::try_from(bytes.len()).ok() != Some(after.size) {
+        return Ok(Content::Changing);
+    }
+    Ok(Content::Whole(bytes, after))
+}
+
+/// Names that editors, package managers and careful writers leave behind, and hidden ones.
+pub(super) fn is_skipped(name: &OsStr) -> bool {
+    const ENDINGS: [&str; 9] =
+        ["~", ".swp", ".swo", ".swx", ".tmp", ".bak", ".rpmsave", ".rpmnew", ".rpmorig"];
+    let name = name.to_string_lossy();
+    name.starts_with('.')
+        || name == "4913"
+        || (name.starts_with('#') && name.ends_with('#'))
+        || name.contains(".dpkg-")
+        || ENDINGS.iter().any(|ending| name.ends_with(ending))
+}
+
+/// A file's name without its ending, and whether that says YAML.
+fn stem(name: &str) -> (&str, bool) {
+    let endings = [".yaml", ".yml", ".json"];
+    match endings.iter().find_map(|ending| name.strip_suffix(ending)) {
+        Some(stem) => (stem, true),
+        None => (name, false),
+    }
+}
+
+/// Whether a file of this name is read if its format has to be told by its content.
+fn is_read(name: &str) -> bool {
+    stem(name).1 || !name.contains('.')
+}
+
+fn kind(file_type: FileType) -> &'static str {
+    if file_type.is_fifo() {
+        "FIFO"
+    } else if file_type.is_socket() {
+        "socket"
+    } else if file_type.is_dir() {
+        "directory"
+    } else {
+        "device"
+    }
+}
+
+/// What an error of the file system means to somebody who has to mend it.
+fn plain(error: &io::Error) -> String {
+    use rustix::io::Errno;
+    let number = error.raw_os_error();
+    let is = |errno: Errno| number == Some(errno.raw_os_error());
+    if is(Errno::LOOP) {
+        "a link that leads back to itself".to_owned()
+    } else if is(Errno::ACCESS) || is(Errno::PERM) {
+        "permission denied: the control plane's user has to be able to read it".to_owned()
+    } else if is(Errno::NOENT) {
+        "it does not exist".to_owned()
+    } else if is(Errno::STALE) || is(Errno::NOTCONN) {
+        "its file system is gone".to_owned()
+    } else {
+        // std appends the number.
+        let text = error.to_string();
+        text.split(" (os error").next().unwrap_or(&text).to_lowercase()
+    }
+}
