@@ -259,12 +259,13 @@ impl Relay {
             == Some(None);
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
         match resource {
-            Some(resource) if served == fingerprint => {
-                // What it held already is no news, nor does it unsay what it refused since.
-                if self.upstream.held(kind, name).is_none_or(|held| *held != resource) {
-                    self.upstream.hold(resource);
-                    self.accepted_revision += 1;
-                }
+            // What it held already is no news, nor does it unsay what it refused since.
+            Some(resource)
+                if served == fingerprint
+                    && self.upstream.held(kind, name).is_none_or(|held| *held != resource) =>
+            {
+                self.upstream.hold(resource);
+                self.accepted_revision += 1;
             }
             _ if removed || (fingerprint.is_none() && served.is_none()) => self.accept_removal(kind, name),
             _ => {}
