@@ -158,6 +158,11 @@ impl Config {
         self.run_dir.join("admin.sock")
     }
 
+    /// The last configuration that Envoy accepted.
+    pub fn cache(&self) -> PathBuf {
+        self.state_dir.join("accepted.bin")
+    }
+
     pub fn bootstrap(&self) -> PathBuf {
         self.run_dir.join("bootstrap.json")
     }

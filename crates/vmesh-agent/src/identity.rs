@@ -1,6 +1,9 @@
 //! Who this node is and what it needs, as it tells control planes and its own Envoy.
 
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmesh_model::node::Upstreams;
@@ -18,6 +21,16 @@ pub fn build(envoy_version: Option<&str>) -> String {
         Some(envoy) => format!("{USER_AGENT}/{VERSION} envoy/{envoy}"),
         None => format!("{USER_AGENT}/{VERSION}"),
     }
+}
+
+/// The version of the Envoy at `path`, if it says so at once.
+pub async fn envoy_version(path: &Path) -> Option<String> {
+    let mut command = tokio::process::Command::new(path);
+    command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(Duration::from_secs(3), command.output()).await.ok()?.ok()?;
+    // `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    Some(said.split_once("version: ")?.1.split('/').nth(1)?.to_owned())
 }
 
 /// The part of the node's metadata that is vmesh's: the field names are those of `vmesh_model::node`.

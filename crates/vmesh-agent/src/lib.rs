@@ -2,15 +2,15 @@
 //!
 //! Start reading at [`Agent::start`].
 //!
-//! | task            | wakes on                                      | publishes                       |
-//! |-----------------|-----------------------------------------------|---------------------------------|
-//! | `control plane` | its stream, the relay, a timer                | `watch<ControlPlaneStatus>`     |
-//! | `reports`       | a list of replicas, their streams             | what it knows of each replica   |
-//! | `xds`           | Envoy's connections to `xds.sock`             | `watch<AcceptedStatus>`         |
-//! | `cache`         | what Envoy accepted, 200 ms of silence        | `accepted.bin`                  |
-//! | `envoy`         | the first configuration, Envoy's end, a timer | `watch<envoy::Status>`          |
-//! | `envoy output`  | a line from Envoy                             | our log                         |
-//! | `api`           | HTTP requests                                 | `/status`, `/metrics`, `/readyz` |
+//! | task              | wakes on                                       | publishes                            |
+//! |-------------------|------------------------------------------------|--------------------------------------|
+//! | `control plane`   | its stream, what Envoy says, a timer           | `watch<ControlPlaneStatus>`, the hub |
+//! | `report to <url>` | whether configuration comes from there         | which replicas have the report       |
+//! | `xds`             | Envoy's connections to `xds.sock`              | what Envoy says, to `control plane`  |
+//! | `cache`           | what Envoy accepted, 200 ms after it did       | `accepted.bin`                       |
+//! | `envoy`           | the first configuration, Envoy's end, a timer  | `watch<envoy::Status>`               |
+//! | `envoy output`    | a line from Envoy                              | our log                              |
+//! | `api`             | HTTP requests                                  | `/status`, `/metrics`, `/readyz`     |
 //!
 //! **Invariant:** no discovery backend: `cargo tree -p vmesh-agent -e normal` lists neither `vmesh-discovery` nor
 //! `vmesh-control`.
@@ -20,6 +20,7 @@ pub mod cache;
 pub mod config;
 pub mod envoy;
 pub mod identity;
+pub mod relay;
 mod reports;
 mod retry;
 pub mod status;
@@ -70,6 +71,8 @@ pub enum StartError {
         cause: io::Error,
     },
     #[error(transparent)]
+    Relay(#[from] relay::RelayError),
+    #[error(transparent)]
     Envoy(#[from] envoy::EnvoyError),
 }
 
@@ -99,7 +102,9 @@ impl Agent {
             envoy: envoy_status,
         };
         let (has_config, config_is_there) = watch::channel(false);
-        _ = (control_plane, accepted, has_config);
+        let build = identity::build(identity::envoy_version(&config.envoy.path).await.as_deref());
+        let node = identity::node(&config, &build);
+        relay::spawn(&mut tasks, &config, node, relay::Published { control_plane, accepted, has_config })?;
         envoy::spawn(&mut tasks, &config, envoy, config_is_there)?;
         tasks.spawn_draining("api", |stop| status::serve(api, known.clone(), stop));
         tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());

@@ -23,11 +23,7 @@ pub(crate) const TYPE_URL: &str = "type.googleapis.com/vmesh.NodeReport";
 const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Keeps a report at `replica` for as long as configuration comes from another one.
-pub(crate) async fn report(
-    replica: ControlPlane,
-    node: watch::Receiver<Node>,
-    status: watch::Sender<ControlPlaneStatus>,
-) {
+pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sender<ControlPlaneStatus>) {
     let name = replica.to_string();
     let mut in_use = status.subscribe();
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
@@ -61,29 +57,29 @@ fn set(status: &watch::Sender<ControlPlaneStatus>, name: &str, reported: Option<
 }
 
 /// One stream, until it ends; says why.
-async fn stream(replica: &ControlPlane, mut node: watch::Receiver<Node>, open: impl FnOnce()) -> String {
+async fn stream(replica: &ControlPlane, node: Node, open: impl FnOnce()) -> String {
     let mut stream = match timeout(CONNECTS_WITHIN, AdsStream::connect(&replica.to_string())).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return error.to_string(),
         Err(_) => return format!("no connection within {} s", CONNECTS_WITHIN.as_secs()),
     };
     let request = DeltaDiscoveryRequest {
-        node: Some(node.borrow_and_update().clone()),
+        node: Some(node),
         type_url: TYPE_URL.to_owned(),
         ..DeltaDiscoveryRequest::default()
     };
     if let Err(failure) = stream.send(&request).await {
         return failure.to_string();
     }
-    open();
+    match timeout(CONNECTS_WITHIN, stream.opened()).await {
+        Ok(Ok(())) => open(),
+        Ok(Err(failure)) => return failure.to_string(),
+        Err(_) => return format!("no answer within {} s", CONNECTS_WITHIN.as_secs()),
+    }
     loop {
-        tokio::select! {
-            // There is nothing to answer, but a server may say what it likes.
-            answer = stream.next_bytes() => if let Err(failure) = answer {
-                return failure.to_string();
-            },
-            // A stream says only once who it is of.
-            Ok(()) = node.changed() => return "the report has changed".to_owned(),
+        // There is nothing to answer, but a server may say what it likes.
+        if let Err(failure) = stream.next_bytes().await {
+            return failure.to_string();
         }
     }
 }

@@ -26,6 +26,11 @@ impl Dice {
         self.roll().checked_rem(end).unwrap_or(0)
     }
 
+    /// A time below `end`.
+    pub(crate) fn time_below(&mut self, end: Duration) -> Duration {
+        Duration::from_micros(self.below(u64::try_from(end.as_micros()).unwrap_or(u64::MAX)))
+    }
+
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             let other = self.below(last as u64 + 1) as usize;
@@ -58,8 +63,7 @@ impl Backoff {
     /// The next pause.
     pub(crate) fn pause(&mut self) -> Duration {
         let span = (self.last * 3).saturating_sub(self.shortest);
-        let extra = self.dice.below(u64::try_from(span.as_micros()).unwrap_or(u64::MAX));
-        self.last = (self.shortest + Duration::from_micros(extra)).min(self.longest);
+        self.last = (self.shortest + self.dice.time_below(span)).min(self.longest);
         self.last
     }
 

@@ -102,9 +102,14 @@ impl AdsStream {
     }
 
     /// Waits while the server takes nothing. An error means that the stream has ended; [`AdsStream::next`] tells how.
-    pub async fn send(&self, request: &DeltaDiscoveryRequest) -> Result<(), Failure> {
+    pub fn send(
+        &self,
+        request: &DeltaDiscoveryRequest,
+    ) -> impl Future<Output = Result<(), Failure>> + Send + use<> {
+        // Not borrowed from the stream, which cannot be shared between threads.
+        let (requests, request) = (self.requests.clone(), framed(request));
         let gone = |_| Failure::new(Code::Unavailable, "the stream has ended");
-        self.requests.send(framed(request)).await.map_err(gone)
+        async move { requests.send(request).await.map_err(gone) }
     }
 
     /// The next response. Dropping the future loses nothing.
@@ -119,32 +124,44 @@ impl AdsStream {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Failure>> {
-        loop {
-            let failure = match &mut self.state {
-                Opening::Sent(response) => match std::task::ready!(response.as_mut().poll(cx)) {
-                    Ok(response) => match refusal(&response) {
-                        Some(failure) => failure,
-                        None => {
-                            let messages = Messages::new(response.into_body(), RESPONSE_MAX);
-                            self.state = Opening::Open(Box::new(messages));
-                            continue;
-                        }
-                    },
-                    Err(error) => Failure::new(Code::Unavailable, error.to_string()),
-                },
-                Opening::Open(messages) => match std::task::ready!(messages.poll_message(cx)) {
-                    Some(Ok(message)) => return Poll::Ready(Ok(message)),
-                    Some(Err(failure)) => failure,
-                    None => messages
-                        .trailers()
-                        .and_then(status_in)
-                        .unwrap_or_else(|| Failure::new(Code::Unavailable, "the server ended the stream")),
-                },
-                Opening::Ended(failure) => return Poll::Ready(Err(failure.clone())),
-            };
-            self.state = Opening::Ended(failure);
+    /// Waits until the server has taken the stream. Its first answer may be long in coming: nothing may have changed.
+    pub async fn opened(&mut self) -> Result<(), Failure> {
+        poll_fn(|cx| self.poll_open(cx)).await;
+        match &self.state {
+            Opening::Ended(failure) => Err(failure.clone()),
+            _ => Ok(()),
         }
+    }
+
+    fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Opening::Sent(response) = &mut self.state {
+            self.state = match std::task::ready!(response.as_mut().poll(cx)) {
+                Ok(response) => match refusal(&response) {
+                    Some(failure) => Opening::Ended(failure),
+                    None => Opening::Open(Box::new(Messages::new(response.into_body(), RESPONSE_MAX))),
+                },
+                Err(error) => Opening::Ended(Failure::new(Code::Unavailable, error.to_string())),
+            };
+        }
+        Poll::Ready(())
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Failure>> {
+        std::task::ready!(self.poll_open(cx));
+        let failure = match &mut self.state {
+            Opening::Open(messages) => match std::task::ready!(messages.poll_message(cx)) {
+                Some(Ok(message)) => return Poll::Ready(Ok(message)),
+                Some(Err(failure)) => failure,
+                None => messages
+                    .trailers()
+                    .and_then(status_in)
+                    .unwrap_or_else(|| Failure::new(Code::Unavailable, "the server ended the stream")),
+            },
+            Opening::Ended(failure) => failure.clone(),
+            Opening::Sent(_) => return Poll::Pending,
+        };
+        self.state = Opening::Ended(failure.clone());
+        Poll::Ready(Err(failure))
     }
 }
 

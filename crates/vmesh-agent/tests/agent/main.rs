@@ -1,5 +1,8 @@
 //! The agent, with the real Envoy.
 
+#[cfg(test)]
 mod cli;
+#[cfg(test)]
 mod envoy;
+#[cfg(test)]
 mod fixture;

@@ -1,0 +1,480 @@
+//! Between the control planes and Envoy.
+//!
+//! One task owns the [`Relay`]: it keeps a stream to one control plane, hears what Envoy does, and publishes what
+//! Envoy is to be served. Envoy is served by [`vmesh_xds::server`] on `xds.sock`, from what was published last: whether
+//! a control plane answers or not makes no difference to it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::{debug, info, warn};
+use vmesh_daemon::fsx;
+use vmesh_daemon::report::one_line;
+use vmesh_daemon::{Stop, Tasks};
+use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_xds::client::AdsStream;
+use vmesh_xds::server::{Admission, Admitted, AdsService, Hub, Observer, PeerInfo, Refusal, serve};
+use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, SessionStatus, Store};
+
+use crate::cache;
+use crate::config::{Config, ControlPlane};
+use crate::reports;
+use crate::retry::{Backoff, Dice};
+use crate::status::{AcceptedStatus, ControlPlaneStatus};
+
+const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
+/// A control plane that takes no request for so long is given up.
+const TAKES_WITHIN: Duration = Duration::from_secs(5);
+/// A stream that lasted so long was no failure, whatever ended it.
+const LASTING: Duration = Duration::from_secs(5);
+/// What Envoy accepts in a burst is written once.
+const SAVES_AFTER: Duration = Duration::from_millis(200);
+/// An Envoy that asks for what is neither on disk nor to be had from a control plane waits no longer: while it waits
+/// for one thing it serves nothing.
+const STOPS_WAITING_AFTER: Duration = Duration::from_secs(5);
+
+/// The hub has one class: there is one node.
+const CLASS: &str = "";
+
+#[derive(Debug, thiserror::Error)]
+#[error("could not listen on {} for Envoy", .path.display())]
+pub struct RelayError {
+    path: PathBuf,
+    #[source]
+    cause: io::Error,
+}
+
+/// Where the relay tells what it knows.
+pub struct Published {
+    pub control_plane: watch::Sender<ControlPlaneStatus>,
+    pub accepted: watch::Sender<AcceptedStatus>,
+    /// Whether there is something to serve.
+    pub has_config: watch::Sender<bool>,
+}
+
+pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Published) -> Result<(), RelayError> {
+    let listener = listen(&config.xds_socket())?;
+    let relay = restore(config, node.clone(), &published.accepted);
+    let hub = Hub::new();
+    let (said, downstream) = mpsc::unbounded_channel();
+    let admission = Local { hub: hub.clone(), said, streams: AtomicU64::new(0) };
+    let service = AdsService::new(hub.clone(), admission, crate::identity::build(None));
+    // Dropped at stop, after Envoy has taken its leave.
+    tasks.spawn("xds", serve(listener, service, std::future::pending()));
+
+    let (to_save, saves) = watch::channel(Vec::new());
+    let (path, name) = (config.cache(), config.name.to_string());
+    let saved = published.accepted.clone();
+    tasks.spawn_draining("cache", |_| save(path, name, saves, saved));
+
+    if config.control_planes.len() > 1 {
+        for replica in &config.control_planes {
+            let report = reports::report(replica.clone(), node.clone(), published.control_plane.clone());
+            tasks.spawn(format!("report to {replica}"), report);
+        }
+    }
+    let mut dice = Dice::new();
+    let mut replicas = config.control_planes.clone();
+    dice.shuffle(&mut replicas);
+    tasks.spawn_draining("control plane", |stop| {
+        let revision = relay.accepted_revision();
+        let driver = Driver {
+            relay,
+            hub,
+            store: None,
+            downstream,
+            clients: BTreeMap::new(),
+            published,
+            to_save,
+            revision,
+            save_at: None,
+            stop_waiting_at: None,
+            stop,
+            dice,
+        };
+        driver.run(replicas)
+    });
+    Ok(())
+}
+
+fn listen(path: &Path) -> Result<UnixListener, RelayError> {
+    let bind = || {
+        // Left by an agent before this one; no other runs, by the lock on the run directory.
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        // The group of the run directory is how an Envoy with a user of its own gets in.
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o660))?;
+        Ok(listener)
+    };
+    bind().map_err(|cause| RelayError { path: path.to_owned(), cause })
+}
+
+fn restore(config: &Config, node: Node, status: &watch::Sender<AcceptedStatus>) -> Relay {
+    let path = config.cache();
+    match cache::load(config.name.as_str(), &path) {
+        Ok(Some(accepted)) => {
+            info!(
+                resources = count(&accepted).values().sum::<usize>(),
+                "serving from {} until a control plane answers",
+                path.display()
+            );
+            let saved = std::fs::metadata(&path).and_then(|metadata| metadata.modified()).ok();
+            status.send_modify(|status| {
+                status.resources = count(&accepted);
+                status.saved = saved;
+                status.confirmed = saved;
+                status.from_disk = true;
+            });
+            Relay::restore(node, accepted)
+        }
+        Ok(None) => Relay::new(node),
+        Err(error) => {
+            warn!("{} is not served: {}", path.display(), one_line(&error));
+            Relay::new(node)
+        }
+    }
+}
+
+fn count<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for resource in accepted.into_iter().filter(|resource| !resource.is_absent()) {
+        *counts.entry(resource.kind().to_string()).or_default() += 1;
+    }
+    counts
+}
+
+/// Writes what is to be saved, the latest only, until nothing more can come.
+async fn save(
+    path: PathBuf,
+    node: String,
+    mut saves: watch::Receiver<Vec<Arc<Resource>>>,
+    status: watch::Sender<AcceptedStatus>,
+) {
+    while saves.changed().await.is_ok() {
+        let accepted = saves.borrow_and_update().clone();
+        let (path, node) = (path.clone(), node.clone());
+        let written = tokio::task::spawn_blocking(move || {
+            fsx::write_atomically(&path, &cache::encode(&node, &accepted), fsx::PRIVATE)
+        });
+        let why_not = match written.await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(one_line(&error)),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(why) = &why_not {
+            warn!("a restart without a control plane would serve an older configuration: {why}");
+        }
+        status.send_modify(|status| {
+            if why_not.is_none() {
+                status.saved = Some(SystemTime::now());
+            }
+            status.why_not_saved = why_not;
+        });
+    }
+}
+
+/// What the streams of Envoy tell the relay, each under its number.
+enum Said {
+    Connected(u64),
+    Did(u64, Event),
+    Gone(u64),
+}
+
+/// Lets everybody in who gets to the socket: its mode says who that is.
+struct Local {
+    hub: Hub,
+    said: mpsc::UnboundedSender<Said>,
+    streams: AtomicU64,
+}
+
+impl Admission for Local {
+    fn admit(&self, _: &Node, _: &PeerInfo) -> Result<Admitted, Refusal> {
+        let number = self.streams.fetch_add(1, Ordering::Relaxed);
+        _ = self.said.send(Said::Connected(number));
+        let feed = self.hub.subscribe(CLASS, Arc::new(Scope::all()));
+        Ok(Admitted { feed, observer: Box::new(Listening { number, said: self.said.clone() }) })
+    }
+}
+
+struct Listening {
+    number: u64,
+    said: mpsc::UnboundedSender<Said>,
+}
+
+impl Observer for Listening {
+    fn on_status(&mut self, _: &SessionStatus) {}
+
+    fn on_event(&mut self, event: Event) {
+        _ = self.said.send(Said::Did(self.number, event));
+    }
+
+    fn wants_events(&self) -> bool {
+        true
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        _ = self.said.send(Said::Gone(self.number));
+    }
+}
+
+/// The daemon is to stop.
+struct Stopped;
+
+struct Driver {
+    relay: Relay,
+    hub: Hub,
+    /// What was published last.
+    store: Option<Arc<Store>>,
+    downstream: mpsc::UnboundedReceiver<Said>,
+    clients: BTreeMap<u64, ClientId>,
+    published: Published,
+    to_save: watch::Sender<Vec<Arc<Resource>>>,
+    /// What of [`Relay::accepted`] is saved, or about to be.
+    revision: u64,
+    save_at: Option<Instant>,
+    stop_waiting_at: Option<Instant>,
+    stop: Stop,
+    dice: Dice,
+}
+
+impl Driver {
+    /// Stays with one replica for as long as it answers, and goes on to the next when it does not.
+    async fn run(mut self, replicas: Vec<ControlPlane>) {
+        self.publish();
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut failures = 0;
+        for replica in replicas.iter().cycle() {
+            let began = Instant::now();
+            let Ok(why) = self.follow(replica).await else { break };
+            if began.elapsed() >= LASTING {
+                failures = 0;
+                backoff.reset();
+            }
+            failures += 1;
+            self.is_gone(replica, why, failures == 1);
+            // One that was not tried yet is, almost at once: not by a whole fleet in the same millisecond.
+            let pause = if failures < replicas.len() {
+                self.dice.time_below(Duration::from_millis(200))
+            } else {
+                backoff.pause()
+            };
+            if self.alongside(sleep(pause)).await.is_err() {
+                break;
+            }
+        }
+        // What Envoy accepted in the last moment is not lost.
+        if self.save_at.is_some() {
+            self.save();
+        }
+    }
+
+    fn is_gone(&self, replica: &ControlPlane, why: String, news: bool) {
+        if news {
+            warn!(control_plane = %replica, "no configuration from there: {why}");
+        } else {
+            debug!(control_plane = %replica, "no configuration from there: {why}");
+        }
+        self.published.control_plane.send_modify(|status| {
+            if status.in_use.take().is_some() || status.since.is_none() {
+                status.since = Some(SystemTime::now());
+            }
+            status.reason = Some(format!("{replica}: {why}"));
+        });
+    }
+
+    /// Takes configuration from `replica` until that ends; says why.
+    async fn follow(&mut self, replica: &ControlPlane) -> Result<String, Stopped> {
+        let url = replica.to_string();
+        let mut stream = match self.alongside(timeout(CONNECTS_WITHIN, AdsStream::connect(&url))).await? {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return Ok(format!("could not connect: {error}")),
+            Err(_) => return Ok(format!("no connection within {} s", CONNECTS_WITHIN.as_secs())),
+        };
+        self.relay.on_connected();
+        let ended = self.converse(replica, &mut stream).await;
+        self.relay.on_disconnected();
+        self.confirm();
+        self.flush();
+        ended
+    }
+
+    async fn converse(&mut self, replica: &ControlPlane, stream: &mut AdsStream) -> Result<String, Stopped> {
+        if let Err(why) = self.send(stream).await {
+            return Ok(why);
+        }
+        match self.alongside(timeout(TAKES_WITHIN, stream.opened())).await? {
+            Ok(Ok(())) => self.is_in_use(replica),
+            Ok(Err(failure)) => return Ok(failure.to_string()),
+            Err(_) => {
+                return Ok(format!(
+                    "it takes connections and does not answer for {} s",
+                    TAKES_WITHIN.as_secs()
+                ));
+            }
+        }
+        loop {
+            if let Err(why) = self.send(stream).await {
+                return Ok(why);
+            }
+            tokio::select! {
+                response = stream.next() => match response {
+                    Ok(response) => {
+                        self.relay.on_response(response);
+                        self.confirm();
+                        self.flush();
+                    }
+                    Err(failure) => return Ok(failure.to_string()),
+                },
+                idle = self.idle() => idle?,
+            }
+        }
+    }
+
+    async fn send(&mut self, stream: &mut AdsStream) -> Result<(), String> {
+        while let Some(request) = self.relay.poll_request() {
+            match timeout(TAKES_WITHIN, stream.send(&request)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) => return Err(failure.to_string()),
+                Err(_) => return Err(format!("it takes no request for {} s", TAKES_WITHIN.as_secs())),
+            }
+        }
+        Ok(())
+    }
+
+    fn is_in_use(&self, replica: &ControlPlane) {
+        info!(control_plane = %replica, "configuration comes from there");
+        self.published.control_plane.send_modify(|status| {
+            status.in_use = Some(replica.to_string());
+            status.since = Some(SystemTime::now());
+            status.reason = None;
+        });
+    }
+
+    fn confirm(&self) {
+        self.published.accepted.send_modify(|status| {
+            status.confirmed = Some(SystemTime::now());
+            status.from_disk = false;
+        });
+    }
+
+    /// Does `work`, and meanwhile what Envoy needs.
+    async fn alongside<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stopped> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return Ok(done),
+                idle = self.idle() => idle?,
+            }
+        }
+    }
+
+    /// Waits for one thing that is not the control plane's doing, and deals with it. Cancel-safe.
+    async fn idle(&mut self) -> Result<(), Stopped> {
+        let wake_at = [self.save_at, self.stop_waiting_at].into_iter().flatten().min();
+        let timer = async {
+            match wake_at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.stop.requested() => return Err(Stopped),
+            said = self.downstream.recv() => {
+                // An Envoy that starts says much at once.
+                let mut next = said;
+                while let Some(said) = next {
+                    self.hear(said);
+                    next = self.downstream.try_recv().ok();
+                }
+            }
+            () = timer => self.on_timer(Instant::now()),
+        }
+        self.flush();
+        Ok(())
+    }
+
+    fn hear(&mut self, said: Said) {
+        match said {
+            Said::Connected(number) => _ = self.clients.insert(number, self.relay.on_client_connected()),
+            Said::Gone(number) => {
+                if let Some(client) = self.clients.remove(&number) {
+                    self.relay.on_client_disconnected(client);
+                }
+            }
+            Said::Did(number, event) => {
+                if let Event::Rejected { resource, reason } = &event {
+                    let rejection = format!("{} {}: {reason}", resource.kind(), resource.name());
+                    warn!("Envoy rejected {rejection}");
+                    self.published.accepted.send_modify(|status| {
+                        status.rejections += 1;
+                        status.last_rejection = Some(rejection);
+                    });
+                }
+                if let Some(client) = self.clients.get(&number) {
+                    self.relay.on_client_event(*client, event);
+                }
+            }
+        }
+    }
+
+    fn on_timer(&mut self, now: Instant) {
+        if self.save_at.is_some_and(|at| at <= now) {
+            self.save();
+        }
+        if self.stop_waiting_at.is_some_and(|at| at <= now) {
+            self.stop_waiting_at = None;
+            self.relay.stop_waiting();
+        }
+    }
+
+    fn save(&mut self) {
+        self.save_at = None;
+        let accepted: Vec<_> = self.relay.accepted().cloned().collect();
+        self.published.accepted.send_modify(|status| status.resources = count(&accepted));
+        self.to_save.send_replace(accepted);
+    }
+
+    /// Tells everybody what has become of what happened.
+    fn flush(&mut self) {
+        self.publish();
+        if self.relay.accepted_revision() != self.revision {
+            self.revision = self.relay.accepted_revision();
+            self.save_at.get_or_insert_with(|| Instant::now() + SAVES_AFTER);
+        }
+        let alone = !self.relay.is_connected() && !self.clients.is_empty();
+        // Only what was accepted once is served without a control plane: an agent that knows nothing says nothing, and
+        // the Envoy that it finds keeps what it has.
+        let waits = alone && *self.published.has_config.borrow() && self.relay.store().is_partial();
+        self.stop_waiting_at = match (waits, self.stop_waiting_at) {
+            (true, None) => Some(Instant::now() + STOPS_WAITING_AFTER),
+            (true, set) => set,
+            (false, _) => None,
+        };
+    }
+
+    fn publish(&mut self) {
+        let store = self.relay.store();
+        if self.store.as_ref().is_some_and(|published| Arc::ptr_eq(published, store)) {
+            return;
+        }
+        self.hub.publish(CLASS, store.clone());
+        self.store = Some(store.clone());
+        if !*self.published.has_config.borrow() {
+            let is_all = |kind| self.relay.accepted().any(|one| one.kind() == kind && &**one.name() == "*");
+            self.published.has_config.send_replace(is_all(Kind::Cluster) && is_all(Kind::Listener));
+        }
+    }
+}
