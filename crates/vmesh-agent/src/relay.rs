@@ -473,8 +473,10 @@ impl Driver {
         self.hub.publish(CLASS, store.clone());
         self.store = Some(store.clone());
         if !*self.published.has_config.borrow() {
-            let is_all = |kind| self.relay.accepted().any(|one| one.kind() == kind && &**one.name() == "*");
-            self.published.has_config.send_replace(is_all(Kind::Cluster) && is_all(Kind::Listener));
+            // Not the listeners as well: a control plane sends them when Envoy has taken the clusters.
+            let clusters =
+                self.relay.accepted().any(|one| one.kind() == Kind::Cluster && &**one.name() == "*");
+            self.published.has_config.send_replace(clusters);
         }
     }
 }

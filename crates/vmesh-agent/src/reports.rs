@@ -38,7 +38,10 @@ pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sen
                 backoff.reset();
                 set(&status, &name, Some(true));
             }) => debug!(control_plane = name, "the report's stream ended: {ended}"),
-            _ = in_use.wait_for(|status| status.in_use.as_ref() == Some(&name)) => {
+            () = async {
+                // Dropped here: what it returns holds the lock that `set` needs.
+                _ = in_use.wait_for(|status| status.in_use.as_ref() == Some(&name)).await;
+            } => {
                 set(&status, &name, None);
                 continue;
             }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use vmesh_agent::Config;
 use vmesh_daemon::tasks::spawn_handle;
 use vmesh_proto::envoy::config::cluster::v3::Cluster;
@@ -110,7 +110,6 @@ pub(crate) struct ControlPlane {
     hub: Hub,
     store: Mutex<Store>,
     pub(crate) seen: watch::Receiver<Seen>,
-    stop: Option<oneshot::Sender<()>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -158,9 +157,8 @@ impl ControlPlane {
         let hub = Hub::new();
         let (seen, seen_by_tests) = watch::channel(Seen::default());
         let service = AdsService::new(hub.clone(), Everybody { hub: hub.clone(), seen }, "test");
-        let (stop, stopped) = oneshot::channel::<()>();
-        let task = spawn_handle(serve(listener, service, async move { _ = stopped.await }));
-        ControlPlane { hub, store: Mutex::default(), seen: seen_by_tests, stop: Some(stop), task }
+        let task = spawn_handle(serve(listener, service, std::future::pending()));
+        ControlPlane { hub, store: Mutex::default(), seen: seen_by_tests, task }
     }
 
     pub(crate) fn publish(&self, resources: Vec<Arc<Resource>>) {
@@ -173,7 +171,6 @@ impl ControlPlane {
     pub(crate) async fn crash(mut self) {
         self.task.abort();
         _ = (&mut self.task).await;
-        self.stop = None;
     }
 }
 

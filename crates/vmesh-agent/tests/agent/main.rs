@@ -6,3 +6,5 @@ mod cli;
 mod envoy;
 #[cfg(test)]
 mod fixture;
+#[cfg(test)]
+mod relay;
