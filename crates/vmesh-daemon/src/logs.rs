@@ -57,7 +57,10 @@ pub fn init(configured: Option<&str>) -> Result<(), LogError> {
 
 fn filter(text: Option<&str>) -> Result<Targets, LogError> {
     let filter = text.map(str::trim).filter(|text| !text.is_empty()).unwrap_or(DEFAULT);
-    filter.parse().map_err(|cause| LogError::Filter { filter: filter.to_owned(), cause })
+    // `debug` means ours, not every HTTP/2 frame; who wants those names `h2`.
+    let quiet = ["h2", "hyper", "hyper_util", "tower"].iter().filter(|name| !filter.contains(**name));
+    let all: String = quiet.map(|name| format!("{name}=info,")).chain([filter.to_owned()]).collect();
+    all.parse().map_err(|cause| LogError::Filter { filter: filter.to_owned(), cause })
 }
 
 /// Gives each event to the journal as a record whose structured values are the event's fields and those of the

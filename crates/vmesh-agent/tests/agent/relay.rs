@@ -45,6 +45,10 @@ impl Agent {
     }
 }
 
+fn saved(status: &Value) -> bool {
+    status["accepted"]["saved"].is_u64() && status["accepted"]["resources"]["listener"] == 1
+}
+
 fn app(place: &Place, name: &str, port: u16) -> HttpApp {
     HttpApp::start(name, "v1", place.at(port)).unwrap()
 }
@@ -96,7 +100,7 @@ async fn envoy_serves_what_the_control_plane_says_and_its_acks_go_up() {
     let Some(ValueKind::StringValue(build)) = &vmesh.fields["build"].kind else { panic!() };
     assert!(build.ends_with(&format!("envoy/{}", vmesh_proto::ENVOY_VERSION)), "{build}");
 
-    let status = agent.status("a saved configuration", |status| status["accepted"]["saved"].is_u64()).await;
+    let status = agent.status("a saved configuration", saved).await;
     assert_eq!(status["control_plane"]["in_use"], format!("http://{address}"));
     assert_eq!(status["accepted"]["resources"]["listener"], 1);
     let metrics = agent.daemon.wait_http(&agent.api, "/metrics", SOON).await.unwrap();
@@ -135,11 +139,7 @@ async fn a_node_that_starts_without_a_control_plane_serves_the_last_good_configu
     let (control, address) = control_plane(&place, 15010, &app).await;
     let mut agent = Agent::start(&place, &[address]);
     agent.ready().await;
-    agent
-        .status("a saved configuration", |status| {
-            status["accepted"]["saved"].is_u64() && status["accepted"]["resources"]["listener"] == 1
-        })
-        .await;
+    agent.status("a saved configuration", saved).await;
     agent.daemon.terminate(SOON).await.unwrap();
     control.crash().await;
 
