@@ -6,7 +6,8 @@
 //! agent that is killed or upgraded must not cost a request. A restarted agent takes over the Envoy that it finds
 //! ([`process`] says how it knows that it is the one). If the configuration has meanwhile changed what Envoy is
 //! started with, a second Envoy starts beside the first one, binds the same ports (`SO_REUSEPORT`), and only when it
-//! is live does the first take its leave.
+//! is live does the first take its leave. What that costs: a connection that sits in the queue of a listener while it
+//! closes is reset by the kernel, unless `net.ipv4.tcp_migrate_req` is 1.
 //!
 //! Stopping the agent stops its Envoy, unless `keep_on_stop` is set: on a host without a service manager nobody
 //! else would. That takes leave of clients first, for `envoy.drain` at most.
@@ -42,6 +43,8 @@ const STABLE: Duration = Duration::from_secs(60);
 /// How often a live Envoy is asked whether it still is; its end is seen at once.
 const LOOK: Duration = Duration::from_secs(5);
 const LOOK_SOON: Duration = Duration::from_millis(50);
+/// For those who were let in while the listeners closed.
+const LAST_IN: Duration = Duration::from_millis(500);
 const EXITS_WITHIN: Duration = Duration::from_secs(5);
 
 /// What is known of the local Envoy.
@@ -411,13 +414,14 @@ impl Supervisor {
                 warn!(pid = envoy.pid(), "Envoy does not take its leave: {}", one_line(&error));
             }
         }
-        let gone = async {
-            while admin::connections(socket).await.is_ok_and(|open| open > 0) {
-                sleep(LOOK_SOON).await;
-            }
-        };
         tokio::select! {
-            _ = timeout_at(deadline, gone) => {}
+            _ = timeout_at(deadline, idle(socket)) => {}
+            _ = envoy.exited() => return,
+        }
+        // Its listeners still accept: whoever was let in last would be cut off by the signal.
+        _ = admin::post(socket, "/drain_listeners").await;
+        tokio::select! {
+            _ = timeout(LAST_IN, idle(socket)) => {}
             _ = envoy.exited() => return,
         }
         envoy.signal(Signal::TERM);
@@ -432,6 +436,13 @@ async fn kill(envoy: &mut Process) {
     envoy.signal(Signal::KILL);
     if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
         error!(pid = envoy.pid(), "Envoy does not end when killed: it hangs in the kernel");
+    }
+}
+
+/// Waits until no client is connected.
+async fn idle(socket: &Path) {
+    while admin::connections(socket).await.is_ok_and(|open| open > 0) {
+        sleep(LOOK_SOON).await;
     }
 }
 
