@@ -29,7 +29,7 @@ impl SourceConfig {
 
     pub fn guard(&self) -> GuardConfig {
         match self {
-            SourceConfig::File(config) => config.guard.clone().for_files(),
+            SourceConfig::File(config) => config.guard(),
         }
     }
 }
@@ -80,6 +80,11 @@ impl FileConfig {
 
     pub fn name(&self) -> Arc<str> {
         format!("file:{}", self.path.display()).into()
+    }
+
+    /// When to believe these files that something is gone.
+    pub fn guard(&self) -> GuardConfig {
+        self.guard.clone().for_files()
     }
 }
 
@@ -138,16 +143,29 @@ mod tests {
 
     #[test]
     fn a_source_is_a_kind_and_what_it_needs() {
-        expect![].assert_eq(&read("discovery:\n  - file: {path: /etc/vmesh/services.d}\n"));
-        expect![].assert_eq(&read(
+        expect![[r#"
+            file:/etc/vmesh/services.d File(FileConfig { path: "/etc/vmesh/services.d", format: Auto, watch: true, poll: 10s, resolve_interval: 30s, max_bytes: 16777216, max_files: 10000, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, shrink_ratio: 0.5, shrink_min: 5, allow_empty: [] } }) Some(0ns)
+        "#]].assert_eq(&read("discovery:\n  - file: {path: /etc/vmesh/services.d}\n"));
+        expect![[r#"
+            file:a File(FileConfig { path: "a", format: Linkerd, watch: false, poll: 1s, resolve_interval: 300s, max_bytes: 100, max_files: 5, guard: GuardConfig { removal_hold: Some(5s), confirm_empty: 30s, confirm_shrink: 60s, shrink_ratio: 0.5, shrink_min: 5, allow_empty: [] } }) Some(5s)
+        "#]].assert_eq(&read(
             "discovery:\n  - file: {path: a, format: linkerd, watch: false, poll: 1s, resolve_interval: 5m, max_bytes: 100, max_files: 5, guard: {removal_hold: 5s}}\n",
         ));
     }
 
     #[test]
     fn what_is_wrong_with_a_source_is_said_at_its_place() {
-        expect![].assert_eq(&read("discovery:\n  - file: {pat: /etc}\n"));
-        expect![].assert_eq(&read(
+        expect![[r#"
+            control.yaml:2:12: unknown field `pat`, did you mean `path`?
+        "#]]
+        .assert_eq(&read("discovery:\n  - file: {pat: /etc}\n"));
+        expect![[r#"
+            control.yaml:2:27: `poll`: 100ms is too short: 1s at least
+            control.yaml:2:42: `format`: expected one of `auto`, `native`, `prometheus`, `linkerd` or `smartstack`, found `yaml`
+            control.yaml:2:56: unknown field `remove`, did you mean `removal_hold`?
+            control.yaml:3:5: `discovery`: expected `file`, found `consul`
+            control.yaml:4:11: `file`: expected a mapping of `path`, `format`, `watch`, `poll`, `resolve_interval`, `max_bytes`, `max_files`, `guard`, found the text `a`
+        "#]].assert_eq(&read(
             "discovery:\n  - file: {path: a, poll: 100ms, format: yaml, guard: {remove: 1s}}\n  - consul: {}\n  - file: a\n",
         ));
     }

@@ -21,11 +21,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName};
 
-use crate::config::FileConfig;
+pub use crate::config::FileConfig;
 use crate::format::{ParsedEndpoint, ParsedService, subject_of};
 use crate::resolve::{Names, Resolve, Resolved, SystemResolver};
 use crate::source::{Registrations, Seen, Source, SourceError, State};
@@ -123,12 +123,39 @@ impl<R: Resolve> FileSource<R> {
         [heard, self.look_at].into_iter().flatten().fold(self.verify_at, Instant::min)
     }
 
-    /// Takes what a look found.
-    fn found(&mut self, scan: Scan, now: Instant) {
+    /// When there is something to do although nothing was heard.
+    fn wake_at(&mut self, now: Instant) -> Instant {
+        let names = self.names.look_up();
+        let look = self.looking.is_none().then(|| self.next_look());
+        let first_view = Some(self.started + FIRST_NAMES).filter(|at| self.told.is_none() && *at > now);
+        let never = now + Duration::from_secs(3600);
+        [names, look, first_view].into_iter().flatten().fold(never, Instant::min)
+    }
+
+    fn panicked(&self, panicked: JoinError) -> SourceError {
+        let what = "look at its files".to_owned();
+        SourceError::Failed { source_name: self.name.clone(), what, cause: panicked.into() }
+    }
+
+    /// Takes what a look found. After one that failed the next is due at once: whoever waits for it decides when.
+    fn found(&mut self, found: Result<Scan, SourceError>, now: Instant) -> Result<(), SourceError> {
+        let scan = match found {
+            Ok(scan) => scan,
+            Err(error) => {
+                self.has_failed = true;
+                self.look_at = Some(now);
+                return Err(error);
+            }
+        };
         self.look_at = scan.again.map(|wait| now + wait);
         let hosts: BTreeSet<Arc<str>> = scan.services.values().flat_map(hosts).collect();
-        self.names.want(&hosts);
+        match scan.again {
+            // A file that has not been read yet may need a name that was known before.
+            Some(_) => self.names.want(&hosts),
+            None => self.names.want_only(&hosts),
+        }
         self.scan = Some(scan);
+        Ok(())
     }
 
     /// The view as of now, unless it is the one that was told last or it is too early for the first.
@@ -184,33 +211,20 @@ impl<R: Resolve> Source for FileSource<R> {
             if self.looking.is_none() && self.next_look() <= now {
                 self.look(now);
             }
-            let mut due = self.names.look_up().unwrap_or(self.verify_at);
-            if self.told.is_none() {
-                due = due.min(if self.scan.is_some() { self.started + FIRST_NAMES } else { due });
-            }
-            if self.looking.is_none() {
-                due = due.min(self.next_look());
-            }
-            tokio::select! {
+            let due = self.wake_at(now);
+            let is_news = tokio::select! {
                 found = finished(&mut self.looking) => {
                     self.looking = None;
-                    let now = Instant::now();
-                    match found {
-                        Ok(scan) => self.found(scan, now),
-                        Err(error) => {
-                            // Whoever waits decides when to try again.
-                            self.has_failed = true;
-                            self.look_at = Some(now);
-                            return Err(error);
-                        }
-                    }
+                    self.look_at = None;
+                    let found = found.unwrap_or_else(|panicked| Err(self.panicked(panicked)));
+                    self.found(found, Instant::now())?;
+                    true
                 }
-                () = self.names.changed() => {}
-                () = self.hints.news() => {}
-                // Never at once: what is due has been begun above, or waits for something that is selected here.
-                () = tokio::time::sleep_until(due.max(now + Duration::from_millis(1))) => {}
-            }
-            if let Some(view) = self.view(Instant::now()) {
+                () = self.names.changed() => true,
+                () = self.hints.news() => false,
+                () = tokio::time::sleep_until(due) => self.told.is_none(),
+            };
+            if is_news && let Some(view) = self.view(Instant::now()) {
                 return Ok(view);
             }
         }
@@ -218,26 +232,28 @@ impl<R: Resolve> Source for FileSource<R> {
 }
 
 /// The end of the look that is under way; never, if none is.
-async fn finished(looking: &mut Option<JoinHandle<Result<Scan, SourceError>>>) -> Result<Scan, SourceError> {
-    let Some(handle) = looking else { return std::future::pending().await };
-    handle.await.unwrap_or_else(|panicked| {
-        Err(SourceError::Failed {
-            source_name: "file".into(),
-            what: "look at its files".to_owned(),
-            cause: panicked.into(),
-        })
-    })
+async fn finished<T>(looking: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match looking {
+        Some(handle) => handle.await,
+        None => std::future::pending().await,
+    }
 }
 
-fn hosts(told: &Told) -> impl Iterator<Item = Arc<str>> {
-    let endpoints = match &told.known {
-        Known::Parsed(service) => service.endpoints.as_slice(),
-        Known::Restored(_) => &[],
-    };
-    endpoints.iter().filter_map(|endpoint| match &endpoint.address.host {
-        Host::Name(name) => Some(name.clone()),
-        Host::Ip(_) => None,
-    })
+/// The names that a service needs, also those that it was made of before a restart: their addresses will be wanted
+/// when its file can be read again.
+fn hosts(told: &Told) -> Vec<Arc<str>> {
+    match &told.known {
+        Known::Parsed(service) => {
+            let hosts = service.endpoints.iter().filter_map(|endpoint| match &endpoint.address.host {
+                Host::Name(name) => Some(name.clone()),
+                Host::Ip(_) => None,
+            });
+            hosts.collect()
+        }
+        Known::Restored(registration) => {
+            registration.endpoints.iter().filter_map(|endpoint| endpoint.hostname.clone()).collect()
+        }
+    }
 }
 
 fn resolved_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<SocketAddr>> {

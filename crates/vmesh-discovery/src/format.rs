@@ -201,7 +201,7 @@ fn weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, He
 
 impl Parsed {
     /// The whole file is unusable.
-    fn refused(problems: Vec<Problem>) -> Parsed {
+    pub(crate) fn refused(problems: Vec<Problem>) -> Parsed {
         Parsed { problems, failed: true, ..Parsed::default() }
     }
 
@@ -277,11 +277,10 @@ impl Parsed {
             self.unreadable.clear();
         }
         let unreadable: Vec<_> = self.unreadable.iter().map(subject_of).collect();
-        for mut problem in std::mem::take(&mut self.left_out) {
-            if !self.failed && !unreadable.contains(&problem.subject) {
-                problem.message.push_str("; this endpoint is left out");
-            }
-            self.problems.push(problem);
+        for problem in std::mem::take(&mut self.left_out) {
+            let costs_more = self.failed || unreadable.contains(&problem.subject);
+            let outcome = "this endpoint is left out";
+            self.problems.push(if costs_more { problem } else { problem.with_outcome(outcome) });
         }
         self.problems.sort();
         self.problems.dedup();

@@ -231,42 +231,34 @@ impl Watched {
             (None, Some((since, _))) => Some((since + config.confirm_shrink, config.confirm_shrink)),
             (None, None) => None,
         };
-        match held_until {
-            Some((until, hold)) if now < until => {
-                let because = self.reason(told, before, source, hold);
-                self.missed(target, now);
-                Verdict::Show(Seen {
-                    state: State::Held,
-                    because: Some(because),
-                    ..self.merged(told, target, |_| true)
-                })
-            }
-            Some(_) => self.accept(told),
-            None if excused => self.accept(told),
-            None if told.is_none() => self.accept(None),
-            None => {
-                self.missed(target, now);
-                let hold = config.removal_hold.unwrap_or(GuardConfig::REMOVAL_HOLD);
-                let missing = std::mem::take(&mut self.missing);
-                let stays = |endpoint: &Endpoint| {
-                    let since = missing.get(&endpoint.address);
-                    endpoint.health != Health::Draining && since.is_some_and(|since| now < *since + hold)
-                };
-                let seen = self.merged(told, target, stays);
-                let shown = &seen.registration.endpoints;
-                self.missing = missing;
-                self.missing.retain(|address, _| shown.binary_search_by_key(address, |e| e.address).is_ok());
-                Verdict::Show(seen)
-            }
+        if let Some((until, hold)) = held_until
+            && now < until
+        {
+            let because = self.reason(told, before, source, hold);
+            self.missed(target, now);
+            let shown = self.merged(told, target, |_| true);
+            return Verdict::Show(Seen { state: State::Held, because: Some(because), ..shown });
         }
-    }
-
-    /// Believes what is told.
-    fn accept(&mut self, told: Option<&Seen>) -> Verdict {
-        self.missing.clear();
         self.none_since = None;
         self.few_since = None;
-        told.map_or(Verdict::Gone, |told| Verdict::Show(told.clone()))
+        let Some(told) = told else { return Verdict::Gone };
+        if excused {
+            self.missing.clear();
+            return Verdict::Show(told.clone());
+        }
+        // Also what was confirmed as a whole: what went last has not been gone for long.
+        self.missed(target, now);
+        let hold = config.removal_hold.unwrap_or(GuardConfig::REMOVAL_HOLD);
+        let missing = std::mem::take(&mut self.missing);
+        let stays = |endpoint: &Endpoint| {
+            let since = missing.get(&endpoint.address);
+            endpoint.health != Health::Draining && since.is_some_and(|since| now < *since + hold)
+        };
+        let seen = self.merged(Some(told), target, stays);
+        let shown = &seen.registration.endpoints;
+        self.missing = missing;
+        self.missing.retain(|address, _| shown.binary_search_by_key(address, |e| e.address).is_ok());
+        Verdict::Show(seen)
     }
 
     /// Remembers since when which endpoint is missing.

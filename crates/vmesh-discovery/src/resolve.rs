@@ -72,8 +72,13 @@ impl<R: Resolve> Names<R> {
     }
 
     /// Needs these names and no others.
-    pub fn want(&mut self, hosts: &BTreeSet<Arc<str>>) {
+    pub fn want_only(&mut self, hosts: &BTreeSet<Arc<str>>) {
         self.names.retain(|host, _| hosts.contains(host));
+        self.want(hosts);
+    }
+
+    /// Needs these names too.
+    pub fn want(&mut self, hosts: &BTreeSet<Arc<str>>) {
         let now = Instant::now();
         for host in hosts {
             self.names.entry(host.clone()).or_insert_with(|| Name {
@@ -222,7 +227,7 @@ mod tests {
         dns.set("db", &[]);
         until(&mut names, "db", r#"Addresses([10.0.0.3], Some("it has no address"))"#).await;
 
-        names.want(&hosts(&["web"]));
+        names.want_only(&hosts(&["web"]));
         assert_eq!(names.get("db"), Resolved::Pending);
     }
 

@@ -242,11 +242,11 @@ impl Library {
         };
         for (identity, candidate) in &claimed {
             let wrong = candidate.version.as_ref().err().into_iter().flatten();
-            problems.extend(wrong.map(|problem| with_outcome(problem.clone(), outcome(identity))));
+            problems.extend(wrong.map(|problem| problem.clone().with_outcome(outcome(identity))));
         }
         for (identity, place, message) in broken {
             let problem = Problem::new(place, identity.to_string(), message);
-            problems.push(with_outcome(problem, outcome(&identity)));
+            problems.push(problem.with_outcome(outcome(&identity)));
         }
         for (file, contents) in &self.files {
             problems.extend(contents.unsupported.iter().cloned());
@@ -255,7 +255,7 @@ impl Library {
                 false => NOT_IN_FORCE,
             };
             let wrong = contents.unidentified.iter();
-            problems.extend(wrong.map(|problem| with_outcome(problem.clone(), outcome)));
+            problems.extend(wrong.map(|problem| problem.clone().with_outcome(outcome)));
         }
         problems.sort();
         problems.dedup();
@@ -303,23 +303,6 @@ impl Library {
 }
 
 const NOT_IN_FORCE: &str = "it is not in force";
-
-/// Says of a problem what it costs: `outcome`, which is a sentence but for its capital and its full stop.
-fn with_outcome(mut problem: Problem, outcome: &str) -> Problem {
-    let message = &mut problem.message;
-    match (message.ends_with('?'), outcome.split_at_checked(1)) {
-        (true, Some((first, rest))) => {
-            message.push(' ');
-            message.push_str(&first.to_uppercase());
-            message.push_str(rest);
-        }
-        _ => {
-            message.push_str("; ");
-            message.push_str(outcome);
-        }
-    }
-    problem
-}
 
 impl PartialEq for Parsed {
     fn eq(&self, other: &Parsed) -> bool {

@@ -48,6 +48,23 @@ impl Problem {
     pub fn new(place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) -> Problem {
         Problem { place, subject: subject.into(), message: message.into() }
     }
+
+    /// Adds what it costs: `outcome`, which is a sentence but for its capital and its full stop.
+    pub fn with_outcome(mut self, outcome: &str) -> Problem {
+        let message = &mut self.message;
+        match (message.ends_with('?'), outcome.split_at_checked(1)) {
+            (true, Some((first, rest))) => {
+                message.push(' ');
+                message.push_str(&first.to_uppercase());
+                message.push_str(rest);
+            }
+            _ => {
+                message.push_str("; ");
+                message.push_str(outcome);
+            }
+        }
+        self
+    }
 }
 
 impl fmt::Display for Problem {

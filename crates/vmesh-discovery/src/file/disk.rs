@@ -165,8 +165,8 @@ impl Disk {
         scan.problems.append(&mut walk.problems);
         for (directory, why) in &walk.unreadable {
             let file: Arc<str> = directory.display().to_string().into();
-            let message = format!("{why}; what was last read below it stays in force");
-            scan.problems.push(Problem::new(Place::file(file.clone()), file, message));
+            let problem = Problem::new(Place::file(file.clone()), file, &**why);
+            scan.problems.push(problem.with_outcome("what was last read below it stays in force"));
         }
 
         let now = Instant::now();
@@ -364,7 +364,8 @@ impl Disk {
             return;
         }
         if look.busy.contains(&found.path) {
-            // Its own events say when it is done.
+            // Its own events say when it is done; until then this is not all that there is.
+            again(scan, SETTLED);
             return;
         }
         if !is_unchanged
@@ -417,8 +418,7 @@ impl Disk {
         state.hash = None;
         state.missing_since = None;
         let problem = Problem::new(Place::file(file.clone()), file.clone(), why);
-        let refused = Parsed { problems: vec![problem], failed: true, ..Parsed::default() };
-        self.learn(&found.path, &file, refused);
+        self.learn(&found.path, &file, Parsed::refused(vec![problem]));
     }
 
     fn learn(&mut self, path: &Path, file: &Arc<str>, parsed: Parsed) {
@@ -462,7 +462,7 @@ impl Disk {
                 state.services.insert(known.name.clone(), told);
             }
         }
-        let with_outcome = |mut problem: Problem| {
+        let with_outcome = |problem: Problem| {
             let known = |name: &ServiceName| state.services.contains_key(name);
             let unreadable = parsed.unreadable.iter().find(|name| subject_of(name) == problem.subject);
             let outcome = match (parsed.failed, unreadable) {
@@ -472,19 +472,19 @@ impl Disk {
                 (false, Some(_)) => "this service is not in force",
                 (false, None) => return problem,
             };
-            problem.message = format!("{}; {outcome}", problem.message);
-            problem
+            problem.with_outcome(outcome)
         };
         state.problems = parsed.problems.into_iter().map(with_outcome).collect();
     }
 
     /// Below a directory that cannot be read everything stays as it was, also what was known before a restart.
-    fn keep_unreadable(&mut self, unreadable: &[(PathBuf, String)]) {
+    pub(super) fn keep_unreadable(&mut self, unreadable: &[(PathBuf, String)]) {
         for (directory, why) in unreadable {
             let because: Arc<str> = format!("{}: {why}", directory.display()).into();
             for (path, state) in &mut self.files {
                 if path.starts_with(directory) {
                     state.stat = None;
+                    state.hash = None;
                     state.services.values_mut().for_each(|told| told.stale_because = Some(because.clone()));
                 }
             }
@@ -498,7 +498,7 @@ impl Disk {
     }
 
     /// Forgets the files that are gone, and not just being replaced.
-    fn forget(
+    pub(super) fn forget(
         &mut self,
         present: &BTreeSet<PathBuf>,
         unreadable: &[(PathBuf, String)],
@@ -523,7 +523,7 @@ impl Disk {
     }
 
     /// Puts the files together: of two that name one service the first counts.
-    fn merge(&self, scan: &mut Scan) {
+    pub(super) fn merge(&self, scan: &mut Scan) {
         let mut first: BTreeMap<&ServiceName, (&Path, &Told)> = BTreeMap::new();
         for (path, state) in &self.files {
             scan.problems.extend(state.problems.iter().cloned());

@@ -1,1 +1,747 @@
+use std::fs;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use expect_test::{Expect, expect};
+use rustix::fs::{FileType, Mode};
+use tokio::sync::watch as channel;
+use vmesh_testkit::TempDir;
+
+use super::watch::Look;
+use super::*;
+use crate::format::Format;
+use crate::{Guard, GuardConfig, View, follow};
+
+/// More than any of this takes, on any machine.
+const BOUND: Duration = Duration::from_secs(20);
+
+/// A source that reads a directory of the test's own.
+struct Live {
+    dir: TempDir,
+    views: channel::Receiver<View>,
+    _task: tokio::task::JoinSet<()>,
+}
+
+/// Resolves what it has been told, and hangs on `slow`.
+#[derive(Clone, Default)]
+struct Dns(Arc<Mutex<BTreeMap<String, IpAddr>>>);
+
+impl Dns {
+    fn set(&self, host: &str, ip: &str) {
+        self.0.lock().unwrap().insert(host.to_owned(), ip.parse().unwrap());
+    }
+}
+
+impl Resolve for Dns {
+    fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
+        let deadline = std::time::Instant::now() + BOUND;
+        loop {
+            match self.0.lock().unwrap().get(host) {
+                Some(ip) => return Ok(vec![*ip]),
+                None if host == "slow" && std::time::Instant::now() < deadline => {}
+                None => return Err(io::Error::other("no such host")),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+fn write(dir: &Path, files: &[(&str, &str)]) {
+    for (path, text) in files {
+        let path = dir.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+}
+
+/// Replaces a file as careful writers do.
+fn replace(dir: &Path, path: &str, text: &str) {
+    fs::write(dir.join(".tmp"), text).unwrap();
+    fs::rename(dir.join(".tmp"), dir.join(path)).unwrap();
+}
+
+fn config(path: &Path) -> FileConfig {
+    // Long, so that what is seen is seen because the kernel told.
+    FileConfig { poll: Duration::from_secs(600), ..FileConfig::of(path) }
+}
+
+impl Live {
+    fn of(dir: TempDir, config: FileConfig, last_good: Option<Registrations>, dns: Dns) -> Live {
+        let guard =
+            GuardConfig { confirm_empty: Duration::from_secs(300), ..config.guard.clone() }.for_files();
+        let last_good = last_good.map(Arc::new);
+        let (guard, view) = match &last_good {
+            Some(last_good) => (Guard::restored("file", guard, last_good), View::restored(last_good.clone())),
+            None => (Guard::new("file", guard), View::default()),
+        };
+        let (publish, views) = channel::channel(view);
+        let mut task = tokio::task::JoinSet::new();
+        task.spawn(follow(FileSource::with_resolver(config, last_good.as_deref(), dns), guard, publish));
+        Live { dir, views, _task: task }
+    }
+
+    fn start(files: &[(&str, &str)]) -> Live {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        write(&dir, files);
+        let config = config(&dir);
+        Live::of(dir, config, None, Dns::default())
+    }
+
+    fn show(&self, view: &View) -> String {
+        show(view, &self.dir)
+    }
+
+    /// Waits until what is known is `expected`.
+    async fn until(&mut self, expected: &str) {
+        let changed = async {
+            while show(&self.views.borrow_and_update(), &self.dir).trim() != expected.trim() {
+                self.views.changed().await.unwrap();
+            }
+        };
+        if tokio::time::timeout(BOUND, changed).await.is_err() {
+            panic!("expected\n{expected}\nfound\n{}", self.show(&self.views.borrow()));
+        }
+    }
+
+    /// Waits until `enough`, and returns all the views up to there.
+    async fn views_until(&mut self, enough: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut all = Vec::new();
+        let changed = async {
+            loop {
+                let shown = show(&self.views.borrow_and_update(), &self.dir);
+                all.push(shown.clone());
+                if enough(&shown) {
+                    return;
+                }
+                self.views.changed().await.unwrap();
+            }
+        };
+        let outcome = tokio::time::timeout(BOUND, changed).await;
+        assert!(outcome.is_ok(), "not within {BOUND:?}: {all:#?}");
+        all
+    }
+
+    /// What is known, once there is anything.
+    async fn first(&mut self, expected: Expect) {
+        let shown = self.views_until(|shown| !shown.is_empty()).await;
+        expected.assert_eq(shown.last().unwrap());
+    }
+}
+
+fn show(view: &View, dir: &Path) -> String {
+    let mut shown = String::new();
+    for (name, seen) in view.services() {
+        let endpoints = seen.registration.endpoints.iter();
+        let endpoints: Vec<_> = endpoints.map(|e| format!(" {}", e.address)).collect();
+        let because = seen.because.as_ref().map(|because| format!(" ({because})")).unwrap_or_default();
+        shown += &format!("{name} {}{}{because}\n", seen.state, endpoints.concat());
+    }
+    for problem in view.last_good.iter().flat_map(|last_good| &last_good.problems) {
+        shown += &format!("{problem}\n");
+    }
+    if let Some(because) = &view.stale_because {
+        shown += &format!("STALE {because}\n");
+    }
+    shown.replace(&format!("{}/", dir.display()), "").replace(&dir.display().to_string(), "DIR")
+}
+
+const ORDERS: &str = "endpoints: [10.0.0.1:80, 10.0.0.2:80]\n";
+
+#[tokio::test]
+async fn a_directory_holds_files_of_all_formats() {
+    let mut live = Live::start(&[
+        ("orders.yaml", ORDERS),
+        ("targets.json", r#"[{"targets": ["10.1.0.1:80"], "labels": {"job": "web"}}]"#),
+        ("pay", "10.2.0.1 8080\n10.2.0.2 8080 * 2\n"),
+        ("users/v2", "127.1 80\n"),
+        ("users/v3/canary.yml", "endpoints: ['10.3.0.1:80']\n"),
+        ("nerve.json", r#"[{"host": "10.4.0.1", "port": 80}]"#),
+        // What is left lying about.
+        (".orders.yaml.swp", "x"),
+        ("orders.yaml~", "x"),
+        ("#orders.yaml#", "x"),
+        ("4913", "x"),
+        ("orders.yaml.rpmsave", "x"),
+        ("orders.yaml.dpkg-old", "x"),
+        ("orders.tmp", "x"),
+        (".git/config", "x"),
+        // What somebody may have meant.
+        ("README.md", "x"),
+        ("orders.ymal", ORDERS),
+    ]);
+    live.first(expect![[r#"
+        nerve fresh 10.4.0.1:80
+        orders fresh 10.0.0.1:80 10.0.0.2:80
+        pay fresh 10.2.0.1:8080 10.2.0.2:8080
+        users.v2 fresh 127.0.0.1:80
+        users.v3.canary fresh 10.3.0.1:80
+        web fresh 10.1.0.1:80
+        README.md: not read: the name of a discovery file ends in `.yaml`, `.yml`, `.json` or in nothing
+        orders.ymal: not read: the name of a discovery file ends in `.yaml`, `.yml`, `.json` or in nothing
+    "#]])
+        .await;
+}
+
+#[tokio::test]
+async fn a_single_file_is_a_source_too() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("all.yaml", "[{service: a, endpoints: [10.0.0.1:80]}]"), ("other", "x")]);
+    let config = config(&dir.join("all.yaml"));
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.until("a fresh 10.0.0.1:80").await;
+    replace(
+        &live.dir,
+        "all.yaml",
+        "[{service: b, endpoints: [10.0.0.2:80]}, {service: a, endpoints: [10.0.0.3:80]}]",
+    );
+    live.until("a fresh 10.0.0.3:80\nb fresh 10.0.0.2:80").await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_renamed_into_place_is_seen() {
+    let mut live = Live::start(&[("orders.yaml", ORDERS)]);
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
+    for i in 3..20 {
+        replace(&live.dir, "orders.yaml", &format!("endpoints: [10.0.0.{i}:80, 10.0.0.1:80]\n"));
+        live.until(&format!("orders fresh 10.0.0.1:80 10.0.0.{i}:80")).await;
+    }
+    replace(&live.dir, "web", "10.0.1.1 80\n");
+    live.until("orders fresh 10.0.0.1:80 10.0.0.19:80\nweb fresh 10.0.1.1:80").await;
+    fs::create_dir(live.dir.join("team")).unwrap();
+    replace(&live.dir, "team/api", "10.0.2.1 80\n");
+    live.until("orders fresh 10.0.0.1:80 10.0.0.19:80\nteam.api fresh 10.0.2.1:80\nweb fresh 10.0.1.1:80")
+        .await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_half_written_is_not_read() {
+    let mut live = Live::start(&[("orders.yaml", "endpoints: [10.0.0.1:80, 10.0.0.2:80]\n")]);
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
+    let path = live.dir.join("orders.yaml");
+    let writer = std::thread::spawn(move || {
+        // Truncates, and takes its time: longer than any quiet period but that of an open file.
+        let mut file = fs::File::create(path).unwrap();
+        for part in ["", "endpoints:\n- 10.0.0.8:80\n", "- 10.0.0.9:80\n"] {
+            file.write_all(part.as_bytes()).unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
+    let seen = live.views_until(|shown| shown.contains("10.0.0.9")).await;
+    writer.join().unwrap();
+    expect![[r#"
+        orders fresh 10.0.0.1:80 10.0.0.2:80
+        orders fresh 10.0.0.8:80 10.0.0.9:80
+    "#]]
+    .assert_eq(&seen.concat());
+}
+
+#[tokio::test]
+async fn a_file_that_is_deleted_and_written_again_was_never_gone() {
+    let mut live = Live::start(&[("orders.yaml", ORDERS), ("web", "10.0.1.1 80")]);
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80\nweb fresh 10.0.1.1:80").await;
+    let path = live.dir.join("orders.yaml");
+    let writer = std::thread::spawn(move || {
+        fs::remove_file(&path).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        fs::write(&path, "endpoints: [10.0.0.3:80]\n").unwrap();
+    });
+    let seen = live.views_until(|shown| shown.contains("10.0.0.3")).await;
+    writer.join().unwrap();
+    expect![[r#"
+        orders fresh 10.0.0.1:80 10.0.0.2:80
+        web fresh 10.0.1.1:80
+        orders fresh 10.0.0.3:80
+        web fresh 10.0.1.1:80
+    "#]]
+    .assert_eq(&seen.concat());
+}
+
+#[tokio::test]
+async fn a_deleted_file_is_held() {
+    let mut live = Live::start(&[("orders.yaml", ORDERS), ("web", "10.0.1.1 80")]);
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80\nweb fresh 10.0.1.1:80").await;
+    fs::remove_file(live.dir.join("orders.yaml")).unwrap();
+    let seen = live.views_until(|shown| shown.contains("held")).await;
+    expect![[r#"
+        orders held 10.0.0.1:80 10.0.0.2:80 (`file` no longer names it, and it had 2 endpoints: what was known stays for 5m, in case that is a mistake)
+        web fresh 10.0.1.1:80
+        orders.yaml:1:1: `file` no longer names it, and it had 2 endpoints: what was known stays for 5m, in case that is a mistake
+    "#]].assert_eq(seen.last().unwrap());
+}
+
+#[tokio::test]
+async fn a_link_that_is_swapped_is_seen() {
+    // As Kubernetes does for its volumes, and deployment tools for their releases.
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(
+        &dir,
+        &[("d/..1/orders.yaml", ORDERS), ("d/..1/web", "10.0.1.1 80\n"), ("releases/1/pay", "10.0.2.1 80\n")],
+    );
+    symlink("..1", dir.join("d/..data")).unwrap();
+    symlink("..data/orders.yaml", dir.join("d/orders.yaml")).unwrap();
+    symlink("..data/web", dir.join("d/web")).unwrap();
+    symlink("releases/1", dir.join("current")).unwrap();
+    symlink("../current", dir.join("d/live")).unwrap();
+    let config = config(&dir.join("d"));
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.until("live.pay fresh 10.0.2.1:80\norders fresh 10.0.0.1:80 10.0.0.2:80\nweb fresh 10.0.1.1:80")
+        .await;
+
+    write(&live.dir, &[("d/..2/orders.yaml", "endpoints: [10.0.0.3:80]\n"), ("d/..2/web", "10.0.1.2 80\n")]);
+    symlink("..2", live.dir.join("d/..data_tmp")).unwrap();
+    fs::rename(live.dir.join("d/..data_tmp"), live.dir.join("d/..data")).unwrap();
+    fs::remove_dir_all(live.dir.join("d/..1")).unwrap();
+    live.until("live.pay fresh 10.0.2.1:80\norders fresh 10.0.0.3:80\nweb fresh 10.0.1.2:80").await;
+
+    // Twice, because after the first swap the links are others.
+    for n in 2..4 {
+        write(&live.dir, &[(&format!("releases/{n}/pay"), &format!("10.0.2.{n} 80\n"))]);
+        symlink(format!("releases/{n}"), live.dir.join("next")).unwrap();
+        fs::rename(live.dir.join("next"), live.dir.join("current")).unwrap();
+        live.until(&format!("live.pay fresh 10.0.2.{n}:80\norders fresh 10.0.0.3:80\nweb fresh 10.0.1.2:80"))
+            .await;
+    }
+    // And in place, in the directory that no link is in.
+    fs::write(live.dir.join("releases/3/pay"), "10.0.2.9 80\n").unwrap();
+    live.until("live.pay fresh 10.0.2.9:80\norders fresh 10.0.0.3:80\nweb fresh 10.0.1.2:80").await;
+}
+
+#[tokio::test]
+async fn a_directory_that_is_replaced_is_watched_again() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("d/orders.yaml", ORDERS), ("new/orders.yaml", "endpoints: [10.0.0.3:80]\n")]);
+    let config = config(&dir.join("d"));
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
+    fs::rename(live.dir.join("d"), live.dir.join("old")).unwrap();
+    fs::rename(live.dir.join("new"), live.dir.join("d")).unwrap();
+    live.until("orders fresh 10.0.0.3:80").await;
+    replace(&live.dir, "d/orders.yaml", "endpoints: [10.0.0.4:80]\n");
+    live.until("orders fresh 10.0.0.4:80").await;
+}
+
+#[tokio::test]
+async fn a_directory_that_is_gone_or_empty_is_an_accident() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("d/orders.yaml", ORDERS)]);
+    let config = config(&dir.join("d"));
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
+    fs::rename(live.dir.join("d"), live.dir.join("away")).unwrap();
+    let seen = live.views_until(|shown| shown.contains("STALE")).await;
+    expect![[r#"
+        orders stale 10.0.0.1:80 10.0.0.2:80 (discovery source `file:d` could not read d: it does not exist)
+        STALE discovery source `file:d` could not read d: it does not exist
+    "#]]
+    .assert_eq(seen.last().unwrap());
+    fs::create_dir(live.dir.join("d")).unwrap();
+    let seen = live.views_until(|shown| shown.contains("mounted")).await;
+    expect![[r#"
+        orders stale 10.0.0.1:80 10.0.0.2:80 (discovery source `file:d`: d is empty and was not before: is something not mounted? If that is meant, leave one file in it that holds `[]`)
+        STALE discovery source `file:d`: d is empty and was not before: is something not mounted? If that is meant, leave one file in it that holds `[]`
+    "#]].assert_eq(seen.last().unwrap());
+    write(&live.dir, &[("d/orders.yaml", ORDERS)]);
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
+    // This is how to mean it.
+    replace(&live.dir, "d/orders.yaml", "[]\n");
+    live.until("").await;
+}
+
+#[tokio::test]
+async fn without_being_told_everything_is_seen_at_the_next_poll() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("orders.yaml", ORDERS)]);
+    let config = FileConfig { watch: false, poll: Duration::from_secs(1), ..FileConfig::of(&*dir) };
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
+    // Also if the metadata say that nothing happened.
+    let path = live.dir.join("orders.yaml");
+    let before = fs::metadata(&path).unwrap().modified().unwrap();
+    fs::write(&path, ORDERS.replace("10.0.0.2", "10.0.0.9")).unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_modified(before).unwrap();
+    live.until("orders fresh 10.0.0.1:80 10.0.0.9:80").await;
+}
+
+#[tokio::test]
+async fn a_host_without_watches_is_polled_and_says_so() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("orders.yaml", ORDERS)]);
+    let config = FileConfig { poll: Duration::from_secs(1), ..FileConfig::of(&*dir) };
+    let source = FileSource::with_resolver(config, None, Dns::default());
+    source.disk.lock().unwrap().no_watches = true;
+    let (publish, views) = channel::channel(View::default());
+    let mut task = tokio::task::JoinSet::new();
+    task.spawn(follow(source, Guard::new("file", GuardConfig::default().for_files()), publish));
+    let mut live = Live { dir, views, _task: task };
+    live.first(expect![[r#"
+        orders fresh 10.0.0.1:80 10.0.0.2:80
+        DIR: the host has no watches left: raise fs.inotify.max_user_watches; until then changes are seen only every 1s
+    "#]]).await;
+    replace(&live.dir, "orders.yaml", "endpoints: [10.0.0.3:80]\n");
+    live.views_until(|shown| shown.contains("orders fresh 10.0.0.3:80\n")).await;
+}
+
+#[tokio::test]
+async fn a_change_during_a_storm_of_others_is_seen() {
+    let mut live = Live::start(&[("orders.yaml", ORDERS), ("noise", "10.0.1.1 80\n")]);
+    live.until("noise fresh 10.0.1.1:80\norders fresh 10.0.0.1:80 10.0.0.2:80").await;
+    let (stop, dir) = (Arc::new(std::sync::atomic::AtomicBool::new(false)), live.dir.to_path_buf());
+    let noise = std::thread::spawn({
+        let stop = stop.clone();
+        move || {
+            for i in 0.. {
+                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    return;
+                }
+                fs::write(dir.join(".other"), i.to_string()).unwrap();
+                fs::rename(dir.join(".other"), dir.join("noise.yaml.tmp")).unwrap();
+            }
+        }
+    });
+    replace(&live.dir, "orders.yaml", "endpoints: [10.0.0.3:80]\n");
+    let started = Instant::now();
+    live.until("noise fresh 10.0.1.1:80\norders fresh 10.0.0.3:80").await;
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    noise.join().unwrap();
+    assert!(started.elapsed() < BOUND);
+}
+
+#[tokio::test]
+async fn what_is_no_file_is_not_opened_and_what_is_no_text_is_not_read() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(
+        &dir,
+        &[
+            ("good.yaml", ORDERS),
+            ("zero.yaml", ""),
+            ("cut.json", r#"{"service": "cut", "endpoints": ["10.0.0.1:80", "10.0"#),
+            ("unknown.yaml", "endpoint: [10.0.0.1:80]\nendpoints: []\n"),
+            ("number.yaml", "endpoints: [{address: 10.0.0.1:80, weight: many}]\n"),
+            ("port.yaml", "endpoints: [10.0.0.1:0, 10.0.0.1:70000, 10.0.0.2:80]\n"),
+            ("a/b/c/d/e/f/g/h/deep.yaml", ORDERS),
+        ],
+    );
+    fs::write(dir.join("latin1.yaml"), b"endpoints: [] # \xe4\n").unwrap();
+    fs::File::create(dir.join("huge.yaml")).unwrap().set_len(50 << 20).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, dir.join("pipe"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(dir.join("socket")).unwrap();
+    symlink("/dev/zero", dir.join("zeros")).unwrap();
+    symlink("nowhere", dir.join("dangling.yaml")).unwrap();
+    symlink("loop", dir.join("loop")).unwrap();
+    symlink(".", dir.join("round")).unwrap();
+    fs::write(dir.join("-.yaml"), ORDERS).unwrap();
+    let config = config(&dir);
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.first(expect![[r#"
+        good fresh 10.0.0.1:80 10.0.0.2:80
+        port fresh 10.0.0.2:80
+        -.yaml:1:1: `service` is missing, and the file's name cannot stand in for it: `-` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; nothing of this file is in force
+        a/b/c/d/e/f/g/h: not read: nested deeper than 8 directories
+        cut.json:1:49: the quote that begins here never ends; nothing of this file is in force
+        dangling.yaml: a link to something that does not exist; nothing of this file is in force
+        huge.yaml: larger than 16 MiB, the most that is read; nothing of this file is in force
+        latin1.yaml:1:17: the text is not UTF-8: byte 0xe4 belongs to no character; nothing of this file is in force
+        loop: a link that leads back to itself; nothing of this file is in force
+        number.yaml: 1 of 1 endpoints are bad: this is more than single mistakes; nothing of this file is in force
+        number.yaml:1:44: `weight`: `many` is not a weight: a number from 0 to 1000000; nothing of this file is in force
+        pipe: not read: it is a FIFO
+        port.yaml:1:13: port 0 is not a port: 1 to 65535; this endpoint is left out
+        port.yaml:1:25: port 70000 is out of range: 1 to 65535; this endpoint is left out
+        socket: not read: it is a socket
+        unknown.yaml:1:1: unknown field `endpoint`, did you mean `endpoints`? This service is not in force
+        zero.yaml: the file is empty; nothing of this file is in force
+        zeros: not read: it is a device
+    "#]]).await;
+}
+
+#[tokio::test]
+async fn a_bad_file_keeps_what_was_last_good_of_it() {
+    let mut live = Live::start(&[
+        ("all.yaml", "- {service: a, endpoints: [10.0.0.1:80]}\n- {service: b, endpoints: [10.0.0.2:80]}\n"),
+        ("orders.yaml", ORDERS),
+    ]);
+    let good = "a fresh 10.0.0.1:80\nb fresh 10.0.0.2:80\norders fresh 10.0.0.1:80 10.0.0.2:80";
+    live.until(good).await;
+    for (bad, expected) in [
+        (
+            "",
+            expect![[r#"
+            a stale 10.0.0.1:80 (all.yaml: the file is empty)
+            b stale 10.0.0.2:80 (all.yaml: the file is empty)
+            orders fresh 10.0.0.1:80 10.0.0.2:80
+            all.yaml: the file is empty; what was last read of this file stays in force
+        "#]],
+        ),
+        (
+            "- {service: a, endpoints: [10.0.0.9:80]}\n- {service: b, endpoints: [10.0.0",
+            expect![[r#"
+            a stale 10.0.0.1:80 (all.yaml:2:27: this `[` is never closed)
+            b stale 10.0.0.2:80 (all.yaml:2:27: this `[` is never closed)
+            orders fresh 10.0.0.1:80 10.0.0.2:80
+            all.yaml:2:27: this `[` is never closed; what was last read of this file stays in force
+        "#]],
+        ),
+        (
+            "- {service: a, endpoints: [10.0.0.9:80]}\n- {service: b, endpoint: []}\n",
+            expect![[r#"
+                a fresh 10.0.0.9:80
+                b stale 10.0.0.2:80 (all.yaml:2:16: unknown field `endpoint`, did you mean `endpoints`?)
+                orders fresh 10.0.0.1:80 10.0.0.2:80
+                all.yaml:2:16: unknown field `endpoint`, did you mean `endpoints`? What was last read of this service stays in force
+            "#]],
+        ),
+        (
+            "- {service: a, endpoints: [10.0.0.9:80]}\n- {service: b, endpoints: [bad]}\n",
+            expect![[r#"
+            a fresh 10.0.0.9:80
+            b stale 10.0.0.2:80 (all.yaml:2:28: `bad` has no port: write `bad:8080`, an address and a port)
+            orders fresh 10.0.0.1:80 10.0.0.2:80
+            all.yaml:2:28: `bad` has no port: write `bad:8080`, an address and a port; what was last read of this service stays in force
+        "#]],
+        ),
+        (
+            "- {service: a, endpoints: [x]}\n- {service: b, endpoints: [y]}\n",
+            expect![[r#"
+            a stale 10.0.0.1:80 (all.yaml: 2 of 2 endpoints are bad: this is more than single mistakes)
+            b stale 10.0.0.2:80 (all.yaml: 2 of 2 endpoints are bad: this is more than single mistakes)
+            orders fresh 10.0.0.1:80 10.0.0.2:80
+            all.yaml: 2 of 2 endpoints are bad: this is more than single mistakes; what was last read of this file stays in force
+            all.yaml:1:28: `x` has no port: write `x:8080`, an address and a port; what was last read of this file stays in force
+            all.yaml:2:28: `y` has no port: write `y:8080`, an address and a port; what was last read of this file stays in force
+        "#]],
+        ),
+    ] {
+        replace(&live.dir, "all.yaml", bad);
+        let seen = live.views_until(|shown| shown.contains("all.yaml")).await;
+        expected.assert_eq(seen.last().unwrap());
+        replace(
+            &live.dir,
+            "all.yaml",
+            "- {service: a, endpoints: [10.0.0.1:80]}\n- {service: b, endpoints: [10.0.0.2:80]}\n",
+        );
+        live.until(good).await;
+    }
+    fs::remove_file(live.dir.join("all.yaml")).unwrap();
+    symlink("all.yaml", live.dir.join("all.yaml")).unwrap();
+    let seen = live.views_until(|shown| shown.contains("all.yaml:") && !shown.contains("held")).await;
+    expect![[r#"
+        a stale 10.0.0.1:80 (all.yaml: a link that leads back to itself)
+        b stale 10.0.0.2:80 (all.yaml: a link that leads back to itself)
+        orders fresh 10.0.0.1:80 10.0.0.2:80
+        all.yaml: a link that leads back to itself; what was last read of this file stays in force
+    "#]]
+    .assert_eq(seen.last().unwrap());
+}
+
+#[tokio::test]
+async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
+    let mut live =
+        Live::start(&[("orders.yaml", "endpoints: [10.0.0.1:80, db:80]\n"), ("web", "10.0.1.1 80\n")]);
+    let shown = live.views_until(|shown| shown.contains("web")).await;
+    expect![[r#"
+        orders stale 10.0.0.1:80 (`db` cannot be resolved: no such host; this endpoint is left out)
+        web fresh 10.0.1.1:80
+        orders.yaml:1:26: `db` cannot be resolved: no such host; this endpoint is left out
+    "#]]
+    .assert_eq(shown.last().unwrap());
+    let mut last_good = (**live.views.borrow().last_good.as_ref().unwrap()).clone();
+    let Live { dir, .. } = live;
+    // It could be resolved then.
+    let known = last_good.services.get_mut("orders").unwrap();
+    let mut registration = (*known.registration).clone();
+    let mut endpoints = registration.endpoints.to_vec();
+    endpoints.push(Endpoint {
+        address: "10.0.0.7:80".parse().unwrap(),
+        hostname: Some("db".into()),
+        ..endpoints[0].clone()
+    });
+    registration.endpoints = endpoints.into();
+    *known = Seen::fresh(registration.into());
+
+    fs::write(dir.join("orders.yaml"), "endpoints: [10.0.0.1:80, db:80\n").unwrap();
+    let config = config(&dir);
+    let mut live = Live::of(dir, config, Some(last_good), Dns::default());
+    live.first(expect![[r#"
+        orders stale 10.0.0.1:80 10.0.0.7:80 (the source has not answered since the start; this is from before)
+        web stale 10.0.1.1:80 (the source has not answered since the start; this is from before)
+        orders.yaml:1:26: `db` cannot be resolved: no such host; this endpoint is left out
+        STALE the source has not answered since the start; this is from before
+    "#]]).await;
+    let seen = live.views_until(|shown| !shown.contains("STALE")).await;
+    expect![[r#"
+        orders stale 10.0.0.1:80 10.0.0.7:80 (orders.yaml:1:12: this `[` is never closed)
+        web fresh 10.0.1.1:80
+        orders.yaml:1:12: this `[` is never closed; what was last read of this file stays in force
+    "#]]
+    .assert_eq(seen.last().unwrap());
+    replace(&live.dir, "orders.yaml", "endpoints: [10.0.0.1:80, db:80]\n");
+    let seen = live.views_until(|shown| shown.contains("resolved")).await;
+    expect![[r#"
+        orders stale 10.0.0.1:80 10.0.0.7:80 (`db` cannot be resolved: no such host; its last addresses stay in force)
+        web fresh 10.0.1.1:80
+        orders.yaml:1:26: `db` cannot be resolved: no such host; its last addresses stay in force
+    "#]]
+    .assert_eq(seen.last().unwrap());
+}
+
+#[tokio::test]
+async fn a_service_in_two_files_is_that_of_the_first() {
+    let mut live = Live::start(&[
+        ("b.yaml", "service: orders\nendpoints: [10.0.0.2:80]\n"),
+        ("a.yaml", "---\nservice: orders\nendpoints: [10.0.0.1:80]\n"),
+        ("orders", "10.0.0.3 80\n"),
+    ]);
+    live.first(expect![[r#"
+        orders fresh 10.0.0.1:80
+        b.yaml:1:1: `orders` is also in a.yaml:2:1, which counts, since it is the first
+        orders: `orders` is also in a.yaml:2:1, which counts, since it is the first
+    "#]])
+        .await;
+}
+
+#[tokio::test]
+async fn a_directory_of_far_too_many_files_is_the_wrong_one() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("a", "10.0.0.1 80"), ("b", "10.0.0.1 80"), ("c", "10.0.0.1 80")]);
+    let config = FileConfig { max_files: 2, ..config(&dir) };
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.first(expect![[r#"
+        STALE discovery source `file:DIR`: DIR holds more than 2 files: is it the right directory?
+    "#]])
+        .await;
+}
+
+#[tokio::test]
+async fn a_source_whose_path_does_not_exist_says_so() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    let config = config(&dir.join("services.d"));
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.first(expect![[r#"
+        STALE discovery source `file:services.d` could not read services.d: it does not exist
+    "#]])
+        .await;
+    write(&live.dir, &[("services.d/orders.yaml", ORDERS)]);
+    live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
+}
+
+#[tokio::test]
+async fn names_are_resolved_and_a_slow_one_holds_up_only_its_service() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    let dns = Dns::default();
+    dns.set("db", "10.1.0.1");
+    write(
+        &dir,
+        &[("orders.yaml", "endpoints: [db:80, db:81, 10.1.0.1:82]\n"), ("pay", "nowhere 80\n10.2.0.1 80\n")],
+    );
+    let config = FileConfig { resolve_interval: Duration::from_secs(1), ..config(&dir) };
+    let mut live = Live::of(dir, config, None, dns.clone());
+    live.first(expect![[r#"
+        orders fresh 10.1.0.1:80 10.1.0.1:81 10.1.0.1:82
+        pay stale 10.2.0.1:80 (`nowhere` cannot be resolved: no such host; this endpoint is left out)
+        pay:1:1: `nowhere` cannot be resolved: no such host; this endpoint is left out
+    "#]])
+        .await;
+    let pay = "pay stale 10.2.0.1:80 (`nowhere` cannot be resolved: no such host; this endpoint is left out)";
+    let problem = "pay:1:1: `nowhere` cannot be resolved: no such host; this endpoint is left out";
+    // It moves, and is found there.
+    dns.set("db", "10.1.0.2");
+    live.until(&format!("orders fresh 10.1.0.1:82 10.1.0.2:80 10.1.0.2:81\n{pay}\n{problem}")).await;
+    // One that takes its time keeps its own service waiting, and no other.
+    replace(&live.dir, "orders.yaml", "endpoints: [slow:80]\n");
+    replace(&live.dir, "web", "10.3.0.1 80\n");
+    live.until(&format!(
+        "orders fresh 10.1.0.1:82 10.1.0.2:80 10.1.0.2:81\n{pay}\nweb fresh 10.3.0.1:80\n{problem}"
+    ))
+    .await;
+    dns.set("slow", "10.1.0.3");
+    dns.set("nowhere", "10.2.0.2");
+    live.until("orders fresh 10.1.0.3:80\npay fresh 10.2.0.1:80 10.2.0.2:80\nweb fresh 10.3.0.1:80").await;
+}
+
+/// The disk alone, without time: looks at it as if the files had been settled for long.
+fn scan(disk: &mut Disk, whole: &[PathBuf], verify: bool) -> Scan {
+    let look = Look { whole: whole.iter().cloned().collect(), ..Look::default() };
+    disk.scan(&look, verify).unwrap()
+}
+
+fn age(path: &Path) {
+    let long_ago = SystemTime::now() - Duration::from_secs(60);
+    fs::File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
+}
+
+#[test]
+fn of_a_thousand_files_the_one_that_changed_is_parsed() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    let text = |service: usize, first: usize| {
+        let endpoints = (first..first + 10).map(|i| {
+            format!("  - {{address: \"10.{}.{}.{i}:80\", zone: a}}\n", service / 250, service % 250)
+        });
+        format!("service: s{service}\nprotocol: http\nendpoints:\n{}", endpoints.collect::<String>())
+    };
+    for service in 0..1000 {
+        let path = dir.join(format!("s{service}.yaml"));
+        fs::write(&path, text(service, 1)).unwrap();
+        age(&path);
+    }
+    let mut disk = Disk::new(FileConfig { watch: false, ..FileConfig::of(&*dir) }, Arc::default(), None);
+    let first = scan(&mut disk, &[], true);
+    assert_eq!((first.parsed, first.services.len()), (1000, 1000));
+    let same = scan(&mut disk, &[], true);
+    assert_eq!(same.parsed, 0);
+    let path = dir.join("s500.yaml");
+    fs::write(&path, text(500, 2)).unwrap();
+    let changed = scan(&mut disk, &[path], false);
+    assert_eq!(changed.parsed, 1);
+    for (name, told) in &changed.services {
+        let (Known::Parsed(before), Known::Parsed(now)) = (&first.services[name].known, &told.known) else {
+            panic!()
+        };
+        assert_eq!(Arc::ptr_eq(before, now), name.as_str() != "s500", "{name}");
+    }
+}
+
+#[test]
+fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("team/orders", "10.0.0.1 80\n"), ("web", "10.0.1.1 80\n")]);
+    age(&dir.join("team/orders"));
+    age(&dir.join("web"));
+    let mut disk = Disk::new(config(&dir), Arc::default(), None);
+    let first = scan(&mut disk, &[], true);
+    assert_eq!(first.services.len(), 2);
+    // Permissions mean nothing to root, so the directory is taken away, which reads the same to what is tested here.
+    fs::rename(dir.join("team"), dir.join(".team")).unwrap();
+    disk.keep_unreadable(&[(dir.join("team"), "permission denied".to_owned())]);
+    let mut kept = Scan::default();
+    disk.forget(
+        &BTreeSet::from([dir.join("web")]),
+        &[(dir.join("team"), String::new())],
+        std::time::Instant::now(),
+        &mut kept,
+    );
+    disk.merge(&mut kept);
+    assert_eq!(kept.services.len(), 2);
+    assert!(
+        kept.services["team.orders"].stale_because.as_ref().unwrap().ends_with("team: permission denied")
+    );
+    // And is read again when it can be.
+    fs::rename(dir.join(".team"), dir.join("team")).unwrap();
+    let again = scan(&mut disk, &[], false);
+    assert!(again.services["team.orders"].stale_because.is_none());
+}
+
+#[test]
+fn a_format_that_is_given_is_not_guessed() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    write(&dir, &[("web.example.com", "10.0.0.1 80\n"), ("pay.txt", "10.0.0.2:80\n")]);
+    fs::read_dir(&dir).unwrap().for_each(|entry| age(&entry.unwrap().path()));
+    let linkerd = FileConfig { format: Format::Linkerd, ..config(&dir) };
+    let found = scan(&mut Disk::new(linkerd, Arc::default(), None), &[], true);
+    assert_eq!(
+        found.services.keys().map(ServiceName::as_str).collect::<Vec<_>>(),
+        ["pay.txt", "web.example.com"]
+    );
+}

@@ -216,7 +216,7 @@ endpoints:
             orders.yaml:5:5: port 70000 is out of range: 1 to 65535; this endpoint is left out
             orders.yaml:6:5: `10.0.0.4` has no port: write `10.0.0.4:8080`, an address and a port; this endpoint is left out
             orders.yaml:7:5: `10.0.0.256` is neither an IP address nor a host name; this endpoint is left out
-            orders.yaml:8:28: unknown field `weigth`, did you mean `weight`?; this endpoint is left out
+            orders.yaml:8:28: unknown field `weigth`, did you mean `weight`? This endpoint is left out
         "#]],
     );
     check(
@@ -728,4 +728,35 @@ fn a_file_keeps_its_format_unless_all_is_right_in_another() {
         smartstack says nothing
     "#]]
     .assert_eq(&again(Format::SmartStack, "[]"));
+}
+
+#[test]
+fn no_bytes_break_a_parser() {
+    let samples: [&[u8]; 4] = [
+        b"service: a\nport: 80\nendpoints:\n- 10.0.0.1:80\n- {address: \"b:1\", weight: 0.5, labels: {a: b}}\n",
+        b"- targets: ['a:1', 'b:2']\n  labels: {job: x, weight: '2', __scheme__: https}\n",
+        b"# pool\n10.0.0.1 80 * 2.5\n::1 80\nb:1\n",
+        b"[{\"host\": \"a\", \"port\": 1, \"weight\": 3, \"labels\": {\"az\": \"z\"}}]",
+    ];
+    let formats = [Format::Auto, Format::Native, Format::Prometheus, Format::Linkerd, Format::SmartStack];
+    let read = |bytes: &[u8]| {
+        for format in formats {
+            let (parsed, _) =
+                parse(&"a".into(), "a", false, bytes, yaml::MAX_TEXT, format, Some(Format::Native));
+            assert!(parsed.problems.iter().all(|problem| !problem.message.contains('\n')), "{parsed:?}");
+            let is_silent = parsed.failed && parsed.problems.is_empty();
+            assert!(!is_silent, "{} fails without a word", String::from_utf8_lossy(bytes));
+        }
+    };
+    for sample in samples {
+        for cut in 0..sample.len() {
+            read(&sample[..cut]);
+            read(&sample[cut..]);
+            for byte in b"\0\t\n :-{}[]\"'&*!|>%#,.\xff0" {
+                let mut changed = sample.to_vec();
+                changed[cut] = *byte;
+                read(&changed);
+            }
+        }
+    }
 }

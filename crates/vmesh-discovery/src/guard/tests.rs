@@ -286,6 +286,20 @@ fn what_turns_from_few_into_none_has_to_be_confirmed_anew() {
 }
 
 #[test]
+fn what_went_just_before_the_rest_is_confirmed_stays_its_own_time() {
+    registry(
+        "0: 1 2 3 4 5\n1: 1\n60: 2\n61:\n70:",
+        expect![[r#"
+        0: 1 2 3 4 5         => fresh 1 2 3 4 5
+        1: 1                 => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m, in case that is a mistake) until 61
+        60: 2                => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m, in case that is a mistake) until 61
+        61:                  => fresh 1 2 until 70
+        70:                  => fresh 2
+    "#]],
+    );
+}
+
+#[test]
 fn small_steps_in_a_row_are_one_large_one_for_a_registry() {
     registry(
         "0: 1 2 3 4 5 6 7 8\n1: 1 2 3 4 5 6\n2: 1 2 3 4 5\n3: 1 2 3\n10:\n62:\n63:",
