@@ -649,7 +649,7 @@ fn kind(file_type: FileType) -> &'static str {
 }
 
 /// What an error of the file system means to somebody who has to mend it.
-fn plain(error: &io::Error) -> String {
+pub(super) fn plain(error: &io::Error) -> String {
     use rustix::io::Errno;
     let number = error.raw_os_error();
     let is = |errno: Errno| number == Some(errno.raw_os_error());

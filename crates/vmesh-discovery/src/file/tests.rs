@@ -745,3 +745,19 @@ fn a_format_that_is_given_is_not_guessed() {
         ["pay.txt", "web.example.com"]
     );
 }
+
+#[test]
+fn errors_of_the_file_system_are_said_in_plain_words() {
+    use rustix::io::Errno;
+    let errors = [Errno::ACCESS, Errno::LOOP, Errno::NOENT, Errno::STALE, Errno::IO, Errno::MFILE];
+    let said: String =
+        errors.into_iter().map(|errno| format!("{}\n", super::disk::plain(&errno.into()))).collect();
+    expect![[r#"
+        permission denied: the control plane's user has to be able to read it
+        a link that leads back to itself
+        it does not exist
+        its file system is gone
+        input/output error
+        too many open files
+    "#]].assert_eq(&said);
+}
