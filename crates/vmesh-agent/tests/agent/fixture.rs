@@ -183,21 +183,28 @@ impl Drop for ControlPlane {
 /// An HTTP listener on `listen`, whose requests go to `orders`, whose one instance is at `to`.
 pub(crate) fn orders(listen: SocketAddr, to: SocketAddr) -> Vec<Arc<Resource>> {
     vec![
-        Resource::new(Kind::Cluster, "orders", &cluster("orders", to)),
+        Resource::new(Kind::Cluster, "orders", &cluster("orders", &[to])),
         Resource::new(Kind::Listener, "outbound", &listener("outbound", listen, "orders")),
     ]
 }
 
-fn cluster(name: &str, to: SocketAddr) -> Cluster {
-    let endpoint = Endpoint { address: Some(address(to)), ..Endpoint::default() };
-    let endpoint =
-        LbEndpoint { host_identifier: Some(HostIdentifier::Endpoint(endpoint)), ..LbEndpoint::default() };
+/// Each instance as Envoy is told of it, in about as many bytes as a compiled cluster with its endpoints has.
+pub(crate) fn cluster(name: &str, instances: &[SocketAddr]) -> Cluster {
+    let endpoint = |instance: &SocketAddr| LbEndpoint {
+        host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
+            address: Some(address(*instance)),
+            ..Endpoint::default()
+        })),
+        ..LbEndpoint::default()
+    };
+    let endpoints =
+        LocalityLbEndpoints { lb_endpoints: instances.iter().map(endpoint).collect(), ..Default::default() };
     Cluster {
         name: name.to_owned(),
         connect_timeout: Some(duration(Duration::from_secs(1))),
         load_assignment: Some(ClusterLoadAssignment {
             cluster_name: name.to_owned(),
-            endpoints: vec![LocalityLbEndpoints { lb_endpoints: vec![endpoint], ..Default::default() }],
+            endpoints: vec![endpoints],
             ..Default::default()
         }),
         ..Cluster::default()

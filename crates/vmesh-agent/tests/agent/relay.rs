@@ -13,7 +13,7 @@ use vmesh_testkit::process::Daemon;
 use vmesh_testkit::wait_for;
 use vmesh_xds::{Kind, Resource, State};
 
-use crate::fixture::{ControlPlane, Place, SOON, listener, orders};
+use crate::fixture::{ControlPlane, Place, SOON, cluster, listener, orders};
 
 struct Agent {
     daemon: Daemon,
@@ -252,4 +252,26 @@ async fn a_first_start_without_a_control_plane_says_what_it_waits_for() {
     agent.ready().await;
     let resident = agent.daemon.resident_bytes().unwrap();
     assert!(resident < 20 << 20, "{} MiB", resident >> 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_services_fit_into_twenty_mebibytes() {
+    let place = Place::new();
+    let app = app(&place, "one", 8081);
+    let (control, address) = control_plane(&place, 15010, &app).await;
+    let mut all = orders(place.upstream(), app.address());
+    for number in 0..1000 {
+        let name = format!("service-{number}");
+        let instances: Vec<_> = (1..=10).map(|instance| place.at(20_000 + instance)).collect();
+        all.push(Resource::new(Kind::Cluster, name.clone(), &cluster(&name, &instances)));
+    }
+    control.publish(all);
+    let mut agent = Agent::start(&place, &[address]);
+    agent.ready().await;
+    agent.status("a saved configuration", |status| status["accepted"]["resources"]["cluster"] == 1001).await;
+    let resident = agent.daemon.resident_bytes().unwrap();
+    assert!(resident < 20 << 20, "{} KiB", resident >> 10);
+    if std::env::var_os("VMESH_ECHO").is_some() {
+        eprintln!("resident: {} KiB", resident >> 10);
+    }
 }
