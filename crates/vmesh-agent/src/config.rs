@@ -168,6 +168,11 @@ impl Config {
     }
 }
 
+/// From the working directory: another process reads what is written there, from wherever it is.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}
+
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
@@ -305,8 +310,8 @@ impl Written {
         };
         let config = Config {
             control_planes: self.control_plane,
-            state_dir: self.state_dir,
-            run_dir: self.run_dir,
+            state_dir: absolute(self.state_dir),
+            run_dir: absolute(self.run_dir),
             envoy: self.envoy,
             api: self.listen.api.0,
             dns: self.listen.dns.map(|socket| socket.0),
@@ -419,11 +424,6 @@ impl Config {
         }
         if self.envoy.concurrency == Some(0) {
             problems.add("envoy", "`envoy.concurrency` is 0: Envoy needs at least one worker");
-        }
-        for (what, path) in [("state_dir", &self.state_dir), ("run_dir", &self.run_dir)] {
-            if !path.is_absolute() {
-                problems.add(what, format!("`{what}` is not an absolute path: {}", path.display()));
-            }
         }
         // sun_path(7) of a Unix socket has 108 bytes, one of them for the end.
         let longest = self.admin_socket().as_os_str().len() + ".old".len();
@@ -726,13 +726,12 @@ log: debug
     fn contradictions_are_refused() {
         refused(
             &format!(
-                "{SMALL}upstreams: [{{service: a}}, \"*\"]\nrun_dir: run\nenvoy: {{keep_on_stop: true, concurrency: 0}}"
+                "{SMALL}upstreams: [{{service: a}}, \"*\"]\nenvoy: {{keep_on_stop: true, concurrency: 0}}"
             ),
             expect![[r#"
                 agent.yaml: `upstreams`: "*" stands alone: it is every service, and a local port for none
                 agent.yaml: `envoy.keep_on_stop` is for `manage: child`: under systemd Envoy's unit is its own
-                agent.yaml: `envoy.concurrency` is 0: Envoy needs at least one worker
-                agent.yaml: `run_dir` is not an absolute path: run"#]],
+                agent.yaml: `envoy.concurrency` is 0: Envoy needs at least one worker"#]],
         );
     }
 }
