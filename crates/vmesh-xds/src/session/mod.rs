@@ -16,7 +16,7 @@ use response::Head;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use subscription::{Absence, Held, InFlight, Item, Subscription, Target, Work};
+use subscription::{Absence, Entry, Held, InFlight, Item, Subscription, Target, Work};
 use vmesh_proto::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 use vmesh_proto::google::rpc;
@@ -214,6 +214,8 @@ impl Session {
     fn on_sotw(&mut self, now: Instant, kind: Kind, request: DiscoveryRequest) -> Result<(), SessionError> {
         self.on_answer(now, kind, &request.response_nonce, request.error_detail);
         let subscription = &mut self.subscriptions[kind];
+        let ever_named = subscription.ever_named;
+        subscription.ever_named |= !request.resource_names.is_empty();
         // The client had not seen the last response yet: it will ask again when it has (R10). Before there was any
         // response, a nonce is one of an earlier stream (R07).
         if subscription.last_nonce != 0
@@ -226,8 +228,7 @@ impl Session {
         subscription.answer_due |= first && complete;
 
         let names = request.resource_names;
-        let star = names.iter().any(|name| name == "*") || (names.is_empty() && !subscription.ever_named);
-        subscription.ever_named |= !names.is_empty();
+        let star = names.iter().any(|name| name == "*") || (names.is_empty() && !ever_named);
         subscription.mark = !subscription.mark;
         let (mark, before) = (subscription.mark, subscription.named);
         let mut kept = 0;
@@ -247,7 +248,7 @@ impl Session {
             self.subscribe_to_all(kind);
         }
         if kept < before {
-            let unmarked = |(_, entry): &(&Arc<str>, &subscription::Entry)| entry.named && entry.mark != mark;
+            let unmarked = |(_, entry): &(&Arc<str>, &Entry)| entry.named && entry.mark != mark;
             let entries = &self.subscriptions[kind].entries;
             let dropped: Vec<_> = entries.iter().filter(unmarked).map(|(name, _)| name.clone()).collect();
             dropped.iter().for_each(|name| self.unsubscribe(kind, name));
@@ -271,6 +272,13 @@ impl Session {
             return;
         }
         subscription.answer_due = true;
+        // What it asked for, was sent, and left before it read it: now it will keep it.
+        for item in subscription.in_flight.iter().flat_map(|response| &response.items) {
+            subscription
+                .entries
+                .entry(item.name.clone())
+                .or_insert_with(|| Entry { held: Held::Other, ..Entry::default() });
+        }
         self.record(|| Event::Subscribed { kind, name: "*".into() });
         self.weigh_all(kind);
     }
@@ -316,7 +324,7 @@ impl Session {
                 entry.asked = true;
                 self.weigh(kind, &Arc::from(name));
             }
-            None => _ = self.status.kinds[kind].rejected.remove(name),
+            None => self.forget(kind, name),
         }
         self.record(|| Event::Unsubscribed { kind, name: name.into() });
     }
@@ -342,7 +350,8 @@ impl Session {
                     (present.name().clone(), Held::Resource(present.clone()))
                 }
                 Some(Target::Empty) if *without_endpoints(&name).version() == *version => {
-                    (name.into(), Held::Empty)
+                    let empty = without_endpoints(&name);
+                    (name.into(), Held::Empty(empty))
                 }
                 _ => (name.into(), Held::Other),
             };
@@ -385,7 +394,7 @@ impl Session {
 
     /// A refusal need not mean that nothing was applied, and rarely means every resource of the response (R17). Those
     /// that the error names are at fault; the others are sent once more without them. If it names none, the response
-    /// is sent in halves until the fault is found. Each resource that is at fault is not sent again (R13).
+    /// is sent in halves until the fault is found. What is at fault is not sent again (R13).
     fn on_nack(&mut self, kind: Kind, response: InFlight, error: &str) {
         let reason: Arc<str> = truncated(error, REASON_MAX).into();
         let status = &mut self.status.kinds[kind];
@@ -393,46 +402,88 @@ impl Session {
         status.last_error = Some(reason.clone());
 
         let subscription = &mut self.subscriptions[kind];
-        let suspects: Vec<Item> = response.items.into_iter().filter(|item| subscription.has(item)).collect();
-        let named = names_in(&reason, &suspects);
-        let (guilty, others): (Vec<Item>, Vec<Item>) = if named.contains(&true) {
-            let mut named = named.into_iter();
-            suspects.into_iter().partition(|_| named.next().unwrap_or(false))
-        } else if suspects.len() > 1 && subscription.isolations_left > 0 {
-            subscription.isolations_left -= 1;
-            let names: Vec<_> = suspects.iter().map(|item| item.name.clone()).collect();
-            let (left, right) = names.split_at(names.len() / 2);
-            subscription.isolated.push_front(right.to_vec());
-            subscription.isolated.push_front(left.to_vec());
-            (Vec::new(), suspects)
-        } else {
-            (suspects, Vec::new())
-        };
-        if !guilty.is_empty() {
+        let complete = Absence::of(self.protocol, kind) == Absence::Omitted;
+        let mut guilty = names_in(&reason, response.items.iter().map(|item| &*item.name));
+        let mut repeated = response.repeated;
+        if complete && response.overlaps {
+            repeated.extend(subscription.entries.keys().cloned());
+        }
+        let alone = response.items.len() == 1 && repeated.is_empty();
+        let named = names_in(&reason, repeated.iter().map(|name| &**name));
+        let mut named = named.into_iter().map(|named| named && !guilty.contains(&true));
+        repeated.retain(|_| named.next().unwrap_or(false));
+        if !guilty.contains(&true) && repeated.is_empty() {
+            if alone || subscription.isolations_left == 0 {
+                guilty.fill(true);
+            } else {
+                subscription.isolate(response.items.iter().map(|item| item.name.clone()).collect());
+            }
+        }
+        if guilty.contains(&true) {
             let known = subscription.rejected_since.into_iter().chain(response.behind_since);
             subscription.rejected_since = known.min();
         }
-        for Item { name, before, sent } in guilty {
-            let Some(resource) = sent else { continue };
-            let good = match before {
-                Held::Resource(good) => Some(good),
-                Held::Rejected(before) => before.1,
-                _ => None,
-            };
-            if let Some(entry) = self.subscriptions[kind].entries.get_mut(&name) {
-                entry.held = Held::Rejected(Box::new((resource.fingerprint(), good)));
+        // What the client has from an earlier stream is unknown until it takes a first complete set.
+        subscription.answer_due |=
+            complete && !response.items.is_empty() && self.status.kinds[kind].acks == 0;
+        for (item, guilty) in response.items.into_iter().zip(guilty) {
+            self.on_refused(kind, item, guilty, &reason);
+        }
+        for name in repeated {
+            self.on_repeated_refused(kind, &name, &reason);
+        }
+    }
+
+    fn on_refused(&mut self, kind: Kind, item: Item, guilty: bool, reason: &Arc<str>) {
+        let subscription = &mut self.subscriptions[kind];
+        let is_last = subscription.has(&item);
+        let Item { name, before, sent } = item;
+        let good = before.resource().cloned();
+        let held = match (before, &sent) {
+            (_, Some(resource)) if guilty => Held::Rejected(Box::new((resource.fingerprint(), good))),
+            (rejected @ Held::Rejected(_), _) => rejected,
+            _ => Held::Unsure(good),
+        };
+        if is_last {
+            let entry = subscription.entries.entry(name.clone()).or_default();
+            // No endpoints is the least that can be sent: whoever refuses that is not asked again.
+            if !(guilty && matches!(entry.held, Held::Empty(_))) {
+                entry.held = held;
             }
-            let rejection = Rejection { version: resource.version().into(), reason: reason.clone() };
-            self.status.kinds[kind].rejected.insert(name.clone(), rejection);
             self.weigh(kind, &name);
+        } else if let Some(later) = subscription.sent_after(&name, sent.as_ref()) {
+            later.before = held;
+        }
+        if let Some(resource) = sent.filter(|_| guilty) {
+            if is_last {
+                let rejection = Rejection { version: resource.version().into(), reason: reason.clone() };
+                self.status.kinds[kind].rejected.insert(name, rejection);
+            }
             self.record(|| Event::Rejected { resource, reason: reason.clone() });
         }
-        for Item { name, before, .. } in others {
-            if let Some(entry) = self.subscriptions[kind].entries.get_mut(&name) {
-                entry.held = before;
-            }
-            self.weigh(kind, &name);
+    }
+
+    /// The client refuses what it was believed to have, and was sent again.
+    fn on_repeated_refused(&mut self, kind: Kind, name: &Arc<str>, reason: &Arc<str>) {
+        let Subscription { entries, in_flight, .. } = &mut self.subscriptions[kind];
+        if in_flight.iter().flat_map(|later| &later.items).any(|item| item.name == *name) {
+            // It was sent something else since.
+            return;
         }
+        let Some(entry) = entries.get_mut(name) else { return };
+        let (fingerprint, version) = match &entry.held {
+            Held::Rejected(rejected) => (rejected.0, None),
+            held => match held.resource() {
+                Some(resource) => (resource.fingerprint(), Some(resource.version().into())),
+                None => return,
+            },
+        };
+        entry.held = Held::Rejected(Box::new((fingerprint, None)));
+        if let Some(version) = version {
+            let rejection = Rejection { version, reason: reason.clone() };
+            self.status.kinds[kind].rejected.insert(name.clone(), rejection);
+        }
+        self.weigh(kind, name);
     }
 }
 
@@ -453,8 +504,10 @@ impl Session {
             since: now,
             adds: false,
             blocking: true,
+            overlaps: !subscription.in_flight.is_empty(),
             behind_since: subscription.behind_since.or(generation),
             items: Vec::with_capacity(batch.len()),
+            repeated: Vec::new(),
         };
         let (mut resources, mut removed, mut touched) = (Vec::new(), Vec::new(), Vec::new());
         for (name, outgoing) in batch {
@@ -468,9 +521,10 @@ impl Session {
                     response.adds |= work == Some(Work::New);
                     (Held::Resource(resource.clone()), Some(resource))
                 }
-                Outgoing::Empty(resource) => (Held::Empty, Some(resource)),
+                Outgoing::Empty(resource) => (Held::Empty(resource.clone()), Some(resource)),
                 Outgoing::Absent => (Held::Absent, None),
                 Outgoing::Good(resource) => {
+                    response.repeated.push(name);
                     resources.push(resource);
                     continue;
                 }
@@ -494,12 +548,15 @@ impl Session {
             resources =
                 subscription.entries.values().filter_map(|entry| entry.held.resource().cloned()).collect();
             resources.sort_by(|a, b| a.name().cmp(b.name()));
-            removed.clear();
         }
         subscription.last_nonce = self.nonce;
         subscription.in_flight.push_back(response);
         if subscription.in_flight.len() > IN_FLIGHT_MAX {
             subscription.in_flight.pop_front();
+        }
+        if kind == Kind::Cluster {
+            // The endpoints of a cluster that leaves stay until it has left.
+            removed.iter().for_each(|name| self.weigh(Kind::Endpoint, name));
         }
         // A cluster that Envoy takes again warms until its assignment comes, and Envoy does not ask for it (R46).
         for name in touched {
@@ -509,6 +566,9 @@ impl Session {
                 entry.asked = true;
                 self.weigh(Kind::Endpoint, &name);
             }
+        }
+        if absence == Absence::Omitted {
+            removed.clear();
         }
         let status = &mut self.status.kinds[kind];
         status.responses += 1;
@@ -589,8 +649,8 @@ impl Session {
     /// What goes into the next response.
     fn batch(&mut self, kind: Kind, due: Due) -> Vec<(Arc<str>, Outgoing)> {
         let Some(snapshot) = &self.snapshot else { return Vec::new() };
-        let subscription = &mut self.subscriptions[kind];
         let absence = Absence::of(self.protocol, kind);
+        let subscription = &mut self.subscriptions[kind];
         let is_due = |work: &Work| if *work == Work::Gone { due.removals } else { due.changes };
 
         let mut alone = None;
@@ -604,13 +664,12 @@ impl Session {
         if alone.is_none() {
             subscription.isolations_left = ISOLATIONS;
         }
+        let subscription = &self.subscriptions[kind];
         let mut size = 0;
         let mut batch = Vec::new();
         let mut take = |name: &Arc<str>| {
-            let Some(outgoing) = subscription.outgoing(name, absence, Target::of(snapshot, kind, name))
-            else {
-                return true;
-            };
+            let target = target(snapshot, &self.subscriptions, kind, name);
+            let Some(outgoing) = subscription.outgoing(name, absence, target) else { return true };
             size += outgoing.len() + name.len();
             if size > SPLIT_AT && absence != Absence::Omitted && !batch.is_empty() {
                 return false;
@@ -635,7 +694,7 @@ impl Session {
     fn weigh(&mut self, kind: Kind, name: &Arc<str>) {
         let Some(snapshot) = &self.snapshot else { return };
         let absence = Absence::of(self.protocol, kind);
-        let target = Target::of(snapshot, kind, name);
+        let target = target(snapshot, &self.subscriptions, kind, name);
         self.subscriptions[kind].weigh(name, absence, target, snapshot.store.generation());
     }
 
@@ -651,6 +710,9 @@ impl Session {
     fn forget(&mut self, kind: Kind, name: &str) {
         self.subscriptions[kind].forget(name);
         self.status.kinds[kind].rejected.remove(name);
+        if kind == Kind::Cluster {
+            self.weigh(Kind::Endpoint, &Arc::from(name));
+        }
     }
 
     fn generation(&self) -> u64 {
@@ -735,6 +797,8 @@ impl Subscription {
                 Outgoing::Good(rejected.1.clone().unwrap_or_else(|| without_endpoints(name)))
             }
             (Target::Resource(new), ..) => Outgoing::Resource(new.clone()),
+            (Target::Leaving, _, Some(Held::Resource(held))) => Outgoing::Good(held.clone()),
+            (Target::Leaving, ..) => Outgoing::Empty(without_endpoints(name)),
             (Target::Empty, ..) | (Target::Absent, Absence::Empty, _) => {
                 Outgoing::Empty(without_endpoints(name))
             }
@@ -743,10 +807,30 @@ impl Subscription {
         })
     }
 
-    /// Whether the client still has what this item brought.
+    /// Sends these in halves, and each half alone.
+    fn isolate(&mut self, names: Vec<Arc<str>>) {
+        self.isolations_left -= 1;
+        let (left, right) = names.split_at(names.len() / 2);
+        self.isolated.push_front(right.to_vec());
+        self.isolated.push_front(left.to_vec());
+    }
+
+    /// What was sent of `name` after `sent`, and is not answered.
+    fn sent_after(&mut self, name: &str, sent: Option<&Arc<Resource>>) -> Option<&mut Item> {
+        let mut items = self.in_flight.iter_mut().flat_map(|response| &mut response.items);
+        items.find(|item| *item.name == *name && same(&item.before, sent))
+    }
+
+    /// Whether nothing else was sent since this item was.
     fn has(&self, item: &Item) -> bool {
         let held = self.entries.get(&item.name).map(|entry| &entry.held);
-        held.is_some_and(|held| item.sent.is_some() && same(held, item.sent.as_ref()))
+        match &item.sent {
+            Some(_) => held.is_some_and(|held| same(held, item.sent.as_ref())),
+            None => match held {
+                Some(held) => matches!(held, Held::Absent),
+                None => self.wildcard,
+            },
+        }
     }
 }
 
@@ -754,15 +838,37 @@ impl Held {
     fn resource(&self) -> Option<&Arc<Resource>> {
         match self {
             Held::Resource(resource) => Some(resource),
+            Held::Unsure(good) => good.as_ref(),
             Held::Rejected(rejected) => rejected.1.as_ref(),
-            Held::Nothing | Held::Other | Held::Absent | Held::Empty => None,
+            Held::Nothing | Held::Other | Held::Absent | Held::Empty(_) => None,
         }
+    }
+}
+
+/// What the client should have of a name.
+fn target<'a>(
+    snapshot: &'a Snapshot,
+    subscriptions: &PerKind<Subscription>,
+    kind: Kind,
+    name: &str,
+) -> Target<'a> {
+    match Target::of(snapshot, kind, name) {
+        Target::Absent if kind == Kind::Endpoint => {
+            let cluster = subscriptions[Kind::Cluster].entries.get(name).map(|entry| &entry.held);
+            match cluster {
+                Some(Held::Resource(_) | Held::Rejected(_) | Held::Unsure(_) | Held::Other) => {
+                    Target::Leaving
+                }
+                _ => Target::Absent,
+            }
+        }
+        target => target,
     }
 }
 
 fn same(held: &Held, sent: Option<&Arc<Resource>>) -> bool {
     match (held, sent) {
-        (Held::Resource(held), Some(sent)) => held.fingerprint() == sent.fingerprint(),
+        (Held::Resource(held) | Held::Empty(held), Some(sent)) => held.fingerprint() == sent.fingerprint(),
         _ => false,
     }
 }
@@ -793,12 +899,12 @@ fn truncated(text: &str, max: usize) -> &str {
     text.get(..text.floor_char_boundary(max)).unwrap_or(text)
 }
 
-/// Which of the items the error text names.
-fn names_in(text: &str, items: &[Item]) -> Vec<bool> {
-    if items.len().saturating_mul(text.len()) > SEARCH_MAX {
-        return vec![false; items.len()];
+/// Which of the names the error text has in it.
+fn names_in<'a>(text: &str, names: impl ExactSizeIterator<Item = &'a str>) -> Vec<bool> {
+    if names.len().saturating_mul(text.len()) > SEARCH_MAX {
+        return vec![false; names.len()];
     }
-    items.iter().map(|item| mentions(text, &item.name)).collect()
+    names.map(|name| mentions(text, name)).collect()
 }
 
 /// Whether `name` is in the text, and not merely a part of a longer name.

@@ -68,8 +68,10 @@ pub(super) enum Held {
     /// It was told that there is none.
     Absent,
     /// An assignment without endpoints, made for it alone.
-    Empty,
+    Empty(Arc<Resource>),
     Resource(Arc<Resource>),
+    /// It refused a response, and perhaps not for this name; it may have the last good resource.
+    Unsure(Option<Arc<Resource>>),
     /// It refused the resource with this fingerprint, and has the last good one if any.
     Rejected(Box<(u64, Option<Arc<Resource>>)>),
 }
@@ -80,6 +82,8 @@ pub(super) enum Target<'a> {
     Resource(&'a Arc<Resource>),
     /// An assignment without endpoints: the cluster exists, and Envoy waits for an answer (R30, R31).
     Empty,
+    /// The same of a cluster that is gone and that the client still has: it keeps the endpoints until then.
+    Leaving,
     Absent,
     /// The store cannot tell yet.
     Unknown,
@@ -102,8 +106,12 @@ pub(super) struct InFlight {
     pub adds: bool,
     /// False after the client asked for more meanwhile: it does not wait for its own answer then (R20).
     pub blocking: bool,
+    /// Whether an older response was not answered either when it was sent.
+    pub overlaps: bool,
     pub behind_since: Option<u64>,
     pub items: Vec<Item>,
+    /// What is in it though the client should have it.
+    pub repeated: Vec<Arc<str>>,
 }
 
 pub(super) struct Item {
@@ -173,19 +181,22 @@ fn work(entry: Option<&Entry>, wildcard: bool, absence: Absence, target: Target<
         (Target::Resource(new), Held::Rejected(rejected)) if rejected.0 == new.fingerprint() => {
             again.filter(|_| rejected.1.is_some() || new.kind() == Kind::Endpoint)
         }
-        (Target::Resource(_), Held::Nothing | Held::Absent) => Some(Work::New),
+        (Target::Resource(_), Held::Nothing | Held::Absent | Held::Unsure(None)) => Some(Work::New),
         (Target::Resource(_), Held::Rejected(rejected)) if rejected.1.is_none() => Some(Work::New),
         (Target::Resource(new), Held::Resource(old)) if new.fingerprint() == old.fingerprint() => again,
         (Target::Resource(_), _) => Some(Work::Changed),
 
         (Target::Empty, Held::Nothing | Held::Absent) => Some(Work::New),
-        (Target::Empty, Held::Empty) => again,
+        (Target::Empty, Held::Empty(_)) => again,
         (Target::Empty, _) => Some(Work::Changed),
+
+        (Target::Leaving, Held::Nothing | Held::Absent) => Some(Work::New),
+        (Target::Leaving, _) => again,
 
         (Target::Absent, _) if absence == Absence::Untold => None,
         (Target::Absent, Held::Nothing) => (*named || *asked).then_some(Work::Changed),
         (Target::Absent, Held::Absent) => again,
-        (Target::Absent, Held::Empty) if absence == Absence::Empty => again,
+        (Target::Absent, Held::Empty(_)) if absence == Absence::Empty => again,
         (Target::Absent, _) => again.or(Some(Work::Gone)),
     }
 }

@@ -82,6 +82,7 @@ fn r13_a_refused_cluster_that_never_was_good_is_left_out() {
     envoy.names(Cluster, &[]);
     envoy.expect("cluster bad=1");
     envoy.sotw_nack(Cluster, &[], "bad: bad");
+    envoy.expect_acked("cluster");
     envoy.expect_silence_for(3600);
     envoy.server_has("cluster bad=1 c=1");
     envoy.expect("cluster c=1");
