@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// The exit code for a command line or a configuration that is refused (`EX_USAGE` of sysexits.h).
@@ -45,7 +46,8 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = String> 
 
 /// Prints the chain to stderr.
 pub fn print(error: &(dyn Error + 'static)) {
-    eprintln!("{}", Chain(error));
+    // Where nobody reads stderr, nobody is told; that is no reason to panic.
+    _ = writeln!(std::io::stderr(), "{}", Chain(error));
 }
 
 /// Prints the chain and gives the code of a failure.
