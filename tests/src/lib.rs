@@ -212,14 +212,21 @@ impl Mesh {
             .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])))
             .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
             .collect();
-        if values.is_empty() { Err(Failed::new(format!("no metric {name} in\n{text}"))) } else { Ok(values.iter().sum()) }
+        if values.is_empty() {
+            Err(Failed::new(format!("no metric {name} in\n{text}")))
+        } else {
+            Ok(values.iter().sum())
+        }
     }
 
     /// Every listed problem, `place: message`, the test's directory cut off.
     pub async fn problems(&self) -> Result<Vec<String>> {
         let answer = self.get("/api/v1/problems").await?;
         let all = answer.get("problems").and_then(Value::as_array).cloned().unwrap_or_default();
-        Ok(all.iter().map(|problem| format!("{}: {}", text(problem, "place"), text(problem, "message"))).collect())
+        Ok(all
+            .iter()
+            .map(|problem| format!("{}: {}", text(problem, "place"), text(problem, "message")))
+            .collect())
     }
 
     /// Waits until a problem is listed that contains `part`, and returns it.
@@ -235,7 +242,9 @@ impl Mesh {
     pub async fn endpoints(&self, service: &str) -> Result<Vec<String>> {
         let answer = self.get("/api/v1/services").await?;
         let all = answer.get("services").and_then(Value::as_array).cloned().unwrap_or_default();
-        let Some(service) = all.iter().find(|known| text(known, "name") == service) else { return Ok(Vec::new()) };
+        let Some(service) = all.iter().find(|known| text(known, "name") == service) else {
+            return Ok(Vec::new());
+        };
         let endpoints = service.get("endpoints").and_then(Value::as_array).cloned().unwrap_or_default();
         let shown = |endpoint: &Value| match text(endpoint, "health").as_str() {
             "unknown" => text(endpoint, "address"),

@@ -7,8 +7,8 @@ use std::pin::Pin;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
 use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -154,7 +154,8 @@ impl Body for Stream {
 /// The baseline itself: commands come on stdin, one a line, and are answered on stdout.
 pub(crate) async fn serve(endpoints: usize) -> Result<()> {
     let message = message(endpoints);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(Failed::to("could not listen"))?;
+    let listener =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(Failed::to("could not listen"))?;
     let address = listener.local_addr().map_err(Failed::to("could not listen"))?;
     println!("{address} {}", message.len());
     let streams = Arc::new(Streams::default());
@@ -187,7 +188,8 @@ pub(crate) async fn serve(endpoints: usize) -> Result<()> {
                     let written = streams.round.load(Ordering::Acquire);
                     streams.open.fetch_add(1, Ordering::AcqRel);
                     let body = Stream { streams, written, message, requests: request.into_body() };
-                    let response = http::Response::builder().header("content-type", "application/grpc").body(body);
+                    let response =
+                        http::Response::builder().header("content-type", "application/grpc").body(body);
                     std::future::ready(response)
                 });
                 http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(io), answer).await

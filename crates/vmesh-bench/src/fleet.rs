@@ -75,13 +75,21 @@ async fn run(options: &Options) -> Result<()> {
     let base = measure_baseline(options).await?;
 
     println!("\nconnect to synced       {:>9.2} s    all {nodes} nodes", ours.connect.as_secs_f64());
-    println!("resident                {:>9.1} MiB  with no node {:.1} MiB", mib(ours.resident), mib(ours.resident_idle));
+    println!(
+        "resident                {:>9.1} MiB  with no node {:.1} MiB",
+        mib(ours.resident),
+        mib(ours.resident_idle)
+    );
     let per_stream = ours.resident.saturating_sub(ours.resident_idle) as f64 / *nodes as f64;
     println!("resident per stream     {:>9.1} KiB", per_stream / 1024.0);
     println!("bytes per push          {:>9.0}      baseline {:.0}", ours.bytes_per_push, base.bytes_per_push);
     println!("pushes per change       {:>9.2}      {nodes} streams", ours.pushes_per_change);
     println!("encodings per change    {:>9.2}", ours.encodings_per_change);
-    println!("CPU per push            {:>9.1} us   baseline {:.1} us", us(ours.cpu_per_push), us(base.cpu_per_push));
+    println!(
+        "CPU per push            {:>9.1} us   baseline {:.1} us",
+        us(ours.cpu_per_push),
+        us(base.cpu_per_push)
+    );
     println!("\n                                  p50          p99");
     println!("file written to seen      {}", ours.seen.row());
     println!("file written to last ACK  {}", ours.whole.row());
@@ -139,7 +147,8 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     fleet.until_held(expected, BOUND).await?;
     let connect = started.elapsed();
     wait_for("all nodes to be in sync", BOUND, async || {
-        let synced = mesh.metric("vmesh_nodes{state=\"synced\"}").await.map_err(|failed| failed.to_string())?;
+        let synced =
+            mesh.metric("vmesh_nodes{state=\"synced\"}").await.map_err(|failed| failed.to_string())?;
         if synced as usize == options.nodes { Ok(()) } else { Err(format!("{synced} are")) }
     })
     .await?;
@@ -264,7 +273,8 @@ impl Mesh {
     /// The services that node `node` declares, the one that changes among them; none is all.
     fn upstreams(&self, node: usize) -> Vec<String> {
         let Some(count) = self.options.upstreams else { return Vec::new() };
-        let others = (0..count.saturating_sub(1)).map(|at| 1 + (node * 7 + at) % (self.options.services - 1).max(1));
+        let others =
+            (0..count.saturating_sub(1)).map(|at| 1 + (node * 7 + at) % (self.options.services - 1).max(1));
         std::iter::once(0).chain(others).map(name).collect()
     }
 
@@ -328,9 +338,9 @@ fn open_files(nodes: usize) -> Result<()> {
     let now = getrlimit(Resource::Nofile);
     if now.current.is_some_and(|limit| limit < wanted) {
         let maximum = now.maximum.map(|limit| limit.max(wanted));
-        setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum }).map_err(Failed::to(format!(
-            "{nodes} nodes need {wanted} open files: raise the limit with `ulimit -n {wanted}`"
-        )))?;
+        setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum }).map_err(Failed::to(
+            format!("{nodes} nodes need {wanted} open files: raise the limit with `ulimit -n {wanted}`"),
+        ))?;
     }
     Ok(())
 }

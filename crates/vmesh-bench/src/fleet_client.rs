@@ -115,7 +115,13 @@ impl Fleet {
 }
 
 /// One client, until its stream ends: why it did.
-async fn client(to: SocketAddr, node: Node, nodes: usize, shared: Arc<Shared>, connecting: Arc<Semaphore>) -> String {
+async fn client(
+    to: SocketAddr,
+    node: Node,
+    nodes: usize,
+    shared: Arc<Shared>,
+    connecting: Arc<Semaphore>,
+) -> String {
     let permit = connecting.acquire().await;
     let connected = BenchClient::connect(&format!("http://{to}"), node).await;
     drop(permit);

@@ -144,8 +144,12 @@ impl Catalog {
             let all: BTreeSet<_> = sources.chain(&self.document_problems).cloned().collect();
             all.into_iter().collect()
         };
+        let generation = self.world.generation + 1;
+        let nodes_generation =
+            if changes.nodes.is_empty() { self.world.nodes_generation } else { generation };
         self.world = Arc::new(World {
-            generation: self.world.generation + 1,
+            generation,
+            nodes_generation,
             changes,
             revision: Revision::of(self.services_hash, self.documents_hash),
             services: self.services.clone(),

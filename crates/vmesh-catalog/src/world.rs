@@ -20,6 +20,8 @@ pub struct World {
     pub services: RedBlackTreeMapSync<ServiceName, Arc<Service>>,
     pub documents: Arc<Documents>,
     pub nodes: RedBlackTreeMapSync<NodeName, Arc<NodeReport>>,
+    /// The generation in which `nodes` last changed.
+    pub nodes_generation: u64,
     /// What is wrong with sources and documents; what is wrong between them is for the compiler to say.
     pub problems: Arc<[Problem]>,
 }
@@ -129,6 +131,7 @@ impl World {
             services: RedBlackTreeMapSync::new_sync(),
             documents: Arc::default(),
             nodes: RedBlackTreeMapSync::new_sync(),
+            nodes_generation: 0,
             problems: Arc::from([]),
         }
     }

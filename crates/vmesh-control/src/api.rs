@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get};
 use axum::{Json, Router};
+use prometheus_client::registry::Registry;
 use serde_json::{Map, Value, json};
 use vmesh_api::{
     Done, Failure, ListedProblem, Nodes, Problems, Revision, Service, ServiceEndpoint, Services, Status,
@@ -23,20 +24,21 @@ use crate::control::Control;
 type Shared = State<Arc<Control>>;
 
 /// What anybody on loopback may ask.
-pub(crate) fn read_only(control: Arc<Control>) -> Router {
-    routes().with_state(control)
+pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Router {
+    routes(registry).with_state(control)
 }
 
 /// The same and what changes something.
-pub(crate) fn full(control: Arc<Control>) -> Router {
-    routes().route("/api/v1/nodes/{name}", delete(forget)).with_state(control)
+pub(crate) fn full(control: Arc<Control>, registry: Arc<Registry>) -> Router {
+    routes(registry).route("/api/v1/nodes/{name}", delete(forget)).with_state(control)
 }
 
-fn routes() -> Router<Arc<Control>> {
+fn routes(registry: Arc<Registry>) -> Router<Arc<Control>> {
+    let scrape = async move || vmesh_daemon::metrics::response(&registry).map(axum::body::Body::from);
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(scrape))
         .route("/api/v1/services", get(services))
         .route("/api/v1/nodes", get(nodes))
         .route("/api/v1/nodes/{name}/config", get(config))
@@ -64,10 +66,6 @@ async fn readyz(State(control): Shared) -> Response {
         return "ready\n".into_response();
     }
     (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for {}\n", waiting.join(", "))).into_response()
-}
-
-async fn metrics(State(control): Shared) -> Response {
-    vmesh_daemon::metrics::response(control.metrics()).map(axum::body::Body::from)
 }
 
 async fn services(State(control): Shared) -> Json<Services> {
@@ -125,7 +123,10 @@ async fn explain(State(control): Shared, Query(asked): Query<BTreeMap<String, St
 /// What the node is to have, as Envoy's `/config_dump` would print it.
 async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
     let Some(snapshot) = name.parse().ok().and_then(|name: NodeName| control.snapshot(&name)) else {
-        return failure(StatusCode::NOT_FOUND, format!("there is no node `{name}`: `vmeshctl nodes` lists them"));
+        return failure(
+            StatusCode::NOT_FOUND,
+            format!("there is no node `{name}`: `vmeshctl nodes` lists them"),
+        );
     };
     let mut all = Map::new();
     for kind in Kind::ALL {
@@ -144,7 +145,10 @@ async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
 
 async fn forget(State(control): Shared, Path(name): Path<String>) -> Response {
     let Ok(name) = name.parse::<NodeName>() else {
-        return failure(StatusCode::NOT_FOUND, format!("there is no node `{name}`: `vmeshctl nodes` lists them"));
+        return failure(
+            StatusCode::NOT_FOUND,
+            format!("there is no node `{name}`: `vmeshctl nodes` lists them"),
+        );
     };
     match control.forget(&name) {
         Ok(()) => Json(Done { done: format!("node `{name}` is forgotten") }).into_response(),

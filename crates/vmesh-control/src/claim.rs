@@ -14,7 +14,7 @@ use vmesh_proto::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
 
 /// A `node` that cannot be served, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BadClaim {
+pub(crate) enum BadClaim {
     #[error("the xDS request's node.id: {0}")]
     Name(vmesh_model::name::InvalidName),
     #[error("node `{node}`: node.metadata.vmesh.{field}: {why}")]
@@ -22,7 +22,7 @@ pub enum BadClaim {
 }
 
 /// Reads `node`.
-pub fn read(node: &Node) -> Result<NodeReport, BadClaim> {
+pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
     let name: NodeName = node.id.parse().map_err(BadClaim::Name)?;
     let wrong = |field, why| BadClaim::Field { node: name.clone(), field, why };
     let metadata = node.metadata.as_ref().and_then(|metadata| metadata.fields.get("vmesh")).map(json);
@@ -144,8 +144,13 @@ mod tests {
             wrong(serde_json::json!({"upstreams": 7})),
             r#"node `web-1`: node.metadata.vmesh.upstreams: neither a list nor "*""#
         );
-        assert!(wrong(serde_json::json!({"address": "10.0.0"})).contains("vmesh.address: invalid IP address"));
-        assert!(wrong(serde_json::json!({"workloads": [{"service": "a", "port": 70000}]})).contains("vmesh.workloads"));
+        assert!(
+            wrong(serde_json::json!({"address": "10.0.0"})).contains("vmesh.address: invalid IP address")
+        );
+        assert!(
+            wrong(serde_json::json!({"workloads": [{"service": "a", "port": 70000}]}))
+                .contains("vmesh.workloads")
+        );
         assert!(claim("", serde_json::json!({})).unwrap_err().contains("node.id"));
         assert!(claim("a|b", serde_json::json!({})).unwrap_err().contains("`a|b` is not a node name"));
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use vmesh_daemon::fsx;
-use vmesh_discovery::file::FileConfig;
+use vmesh_discovery::SourceConfig;
 use vmesh_model::{Place, Problem, load};
 
 /// Everything that `vmesh-control` is told.
@@ -26,13 +26,6 @@ pub(crate) struct Config {
     pub(crate) state_dir: PathBuf,
     /// `error`, `warn`, `info`, `debug` or `trace`; `$VMESH_LOG` outranks it.
     pub(crate) log: Option<String>,
-}
-
-/// One discovery source.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum SourceConfig {
-    File(FileConfig),
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -108,7 +101,8 @@ impl Config {
     fn parse(file: &str, bytes: &[u8]) -> Result<Config, ConfigError> {
         let config: Config = load::strict_bytes(file, bytes).map_err(ConfigError::Wrong)?;
         let mut problems = Vec::new();
-        let mut wrong = |message: String| problems.push(Problem::new(Place::file(file), "vmesh-control", message));
+        let mut wrong =
+            |message: String| problems.push(Problem::new(Place::file(file), "vmesh-control", message));
         for (field, address) in [("xds_plaintext", config.listen.xds_plaintext), ("api", config.listen.api)] {
             if !address.ip().is_loopback() && !config.listen.insecure {
                 wrong(format!(
@@ -130,8 +124,8 @@ impl Config {
     /// What it would do, for `--check`.
     pub(crate) fn summary(&self) -> String {
         let mut text = format!("trust domain   {}\n", self.trust_domain);
-        for SourceConfig::File(file) in &self.discovery {
-            text.push_str(&format!("discovery      file {}\n", file.path.display()));
+        for source in &self.discovery {
+            text.push_str(&format!("discovery      {}\n", source.name()));
         }
         match &self.documents {
             Some(documents) => text.push_str(&format!("documents      {}\n", documents.dir.display())),
@@ -172,7 +166,7 @@ mod tests {
              state_dir: /var/lib/vmesh-control\n",
             expect![[r#"
                 trust domain   example.internal
-                discovery      file /etc/vmesh/services.d
+                discovery      file:/etc/vmesh/services.d
                 documents      /etc/vmesh/mesh.d
                 xDS            127.0.0.1:15010 (plaintext)
                 API            http://127.0.0.1:15014 and /var/lib/vmesh-control/api.sock
@@ -185,13 +179,19 @@ mod tests {
     fn plaintext_for_other_hosts_has_to_be_spelled_out() {
         check(
             "discovery: [{file: {path: services.d}}]\nlisten: {xds_plaintext: \"0.0.0.0:15010\"}\n",
-            expect![],
+            expect![[r#"
+                control.yaml: `listen.xds_plaintext: 0.0.0.0:15010` would be reachable from other hosts without encryption or authentication: use a loopback address, or spell it out with `listen.insecure: true`
+            "#]],
         );
     }
 
     #[test]
     fn an_unknown_field_is_named_with_its_place() {
-        check("discovery: [{file: {path: services.d}}]\nstate_dri: /tmp\n", expect![]);
-        check("discovery: [{consul: {address: x}}]\n", expect![]);
+        check("discovery: [{file: {path: services.d}}]\nstate_dri: /tmp\n", expect![[r#"
+            control.yaml:2:1: unknown field `state_dri`, did you mean `state_dir`?
+        "#]]);
+        check("discovery: [{consul: {address: x}}]\n", expect![[r#"
+            control.yaml:1:14: `discovery`: expected `file`, found `consul`
+        "#]]);
     }
 }

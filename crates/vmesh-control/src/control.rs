@@ -4,19 +4,18 @@
 //! misses a change of. Nobody waits for I/O under it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use prometheus_client::registry::Registry;
 use tokio::sync::{mpsc, watch};
 use vmesh_api::{Explanation, Node, NodeCounts, NodeState, Source, Status};
 use vmesh_catalog::World;
 use vmesh_compile::{ClassUpdate, Compiler, NodeConfig};
 use vmesh_model::{NodeName, NodeReport, Place, Problem, ServiceName};
 use vmesh_proto::envoy::config::core::v3::Node as XdsNode;
-use vmesh_xds::server::{
-    Admission, Admitted, FeedControl, Hub, Observer, PeerInfo, Publication, Refusal,
-};
+use vmesh_xds::server::{Admission, Admitted, FeedControl, Hub, Observer, PeerInfo, Publication, Refusal};
 use vmesh_xds::{SessionStatus, Snapshot, State};
 
 use crate::claim;
@@ -34,7 +33,8 @@ pub(crate) struct Control {
     reports: mpsc::UnboundedSender<NodeEvent>,
     inner: Mutex<Inner>,
     propagation: Propagation,
-    registry: Registry,
+    /// When the last world was taken up that changed what nodes are sent; nanoseconds of Unix time.
+    changed_at: AtomicU64,
 }
 
 struct Inner {
@@ -81,7 +81,7 @@ impl Control {
             reports,
             inner: Mutex::new(inner),
             propagation: Propagation::default(),
-            registry: Registry::default(),
+            changed_at: AtomicU64::new(0),
         }
     }
 
@@ -103,13 +103,19 @@ impl Control {
     }
 
     fn on_world(&self, world: Arc<World>, complete: bool) {
+        let seen = SystemTime::now();
         let mut inner = self.lock();
         let inner = &mut *inner;
         let update = inner.compiler.update(world);
+        if !update.classes.is_empty() || update.documents {
+            let since = seen.duration_since(UNIX_EPOCH).unwrap_or_default();
+            self.changed_at.store(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+        }
         inner.ready |= complete;
         let now = Instant::now();
         let mut publication = Publication::new();
-        let mut classes: BTreeSet<Arc<str>> = update.classes.iter().map(|class| class.class.clone()).collect();
+        let mut classes: BTreeSet<Arc<str>> =
+            update.classes.iter().map(|class| class.class.clone()).collect();
         if update.documents || update.classes.iter().any(|class| !class.reshaped.is_empty()) {
             for connection in inner.connections.values_mut() {
                 let reshaped = |class: &ClassUpdate| {
@@ -158,10 +164,6 @@ impl Control {
         if waiting.is_empty() { vec!["the first compilation".to_owned()] } else { waiting.to_vec() }
     }
 
-    pub(crate) fn metrics(&self) -> &Registry {
-        &self.registry
-    }
-
     /// Every node that ever reported, and how it stands.
     pub(crate) fn nodes(&self) -> Vec<Node> {
         let world = self.world();
@@ -200,7 +202,9 @@ impl Control {
         let inner = self.lock();
         let mut all: BTreeSet<Problem> = world.problems.iter().cloned().collect();
         all.extend(inner.compiler.problems());
-        all.extend(inner.connections.values().flat_map(|connection| connection.config.problems.iter().cloned()));
+        all.extend(
+            inner.connections.values().flat_map(|connection| connection.config.problems.iter().cloned()),
+        );
         all.extend(inner.clones());
         all.into_iter().collect()
     }
@@ -262,7 +266,9 @@ impl Control {
 
     pub(crate) fn forget(&self, name: &NodeName) -> Result<(), String> {
         if self.lock().connections.values().any(|connection| connection.report.name == *name) {
-            return Err(format!("node `{name}` is connected: stop its agent first, or it is known again at once"));
+            return Err(format!(
+                "node `{name}` is connected: stop its agent first, or it is known again at once"
+            ));
         }
         if !self.world().nodes.contains_key(name) {
             return Err(format!("there is no node `{name}`"));
@@ -271,13 +277,13 @@ impl Control {
         Ok(())
     }
 
-    pub(crate) fn propagation(&self) -> &Propagation {
-        &self.propagation
+    /// When the control plane last took up a change, in Unix time.
+    pub(crate) fn changed_at(&self) -> Duration {
+        Duration::from_nanos(self.changed_at.load(Relaxed))
     }
 
-    pub(crate) fn with_registry(mut self, registry: Registry) -> Control {
-        self.registry = registry;
-        self
+    pub(crate) fn propagation(&self) -> &Propagation {
+        &self.propagation
     }
 }
 
@@ -315,7 +321,9 @@ impl Inner {
                 None => _ = seen.insert(&report.name, report),
                 Some(first) if first.address != report.address => {
                     let shown = |report: &NodeReport| {
-                        report.address.map_or_else(|| "an unnamed address".to_owned(), |address| address.to_string())
+                        report
+                            .address
+                            .map_or_else(|| "an unnamed address".to_owned(), |address| address.to_string())
                     };
                     let message = format!(
                         "two hosts go by the name `{}`, {} and {}: give each its own `node.name`; until then each is \

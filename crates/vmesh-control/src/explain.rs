@@ -13,10 +13,18 @@ use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
 use vmesh_model::{Health, NodeReport, Place, ServiceName, Settings};
 
-/// What is known of the node itself.
+/// How the node itself stands.
+#[derive(Debug, Clone)]
 pub(crate) struct Standing {
     pub(crate) state: NodeState,
     pub(crate) reason: Option<String>,
+}
+
+/// Of a node without a stream.
+impl Default for Standing {
+    fn default() -> Self {
+        Standing { state: NodeState::Offline, reason: None }
+    }
 }
 
 /// `Err` is a sentence: there is no such service.
@@ -64,7 +72,9 @@ pub(crate) fn explain(
     } else {
         None
     };
-    let concerns = |place: &str| place.contains(&format!("`{service}`")) || place.contains(&format!("`{}`", report.name));
+    let concerns = |place: &str| {
+        place.contains(&format!("`{service}`")) || place.contains(&format!("`{}`", report.name))
+    };
     let problems = compiled
         .problems
         .iter()
@@ -109,7 +119,9 @@ fn listeners<'a>(
 fn hops(world: &World, service: &ServiceName) -> Vec<Hop> {
     let mut hops = Vec::new();
     if let Some(route) = world.documents.routes.get(service) {
-        hops.extend(route.rules.iter().map(|rule| Hop { when: when(&rule.matches), then: then(service, rule) }));
+        hops.extend(
+            route.rules.iter().map(|rule| Hop { when: when(&rule.matches), then: then(service, rule) }),
+        );
     }
     hops.push(Hop { when: "anything else".to_owned(), then: format!("all of {service}") });
     hops
@@ -212,7 +224,8 @@ fn settings(settings: &Settings, effective: &Effective) -> Vec<Setting> {
             ),
         ),
     ];
-    let origin = |name: &str| settings.origins.get(name).map(|origin| (origin.document.as_str(), &origin.place));
+    let origin =
+        |name: &str| settings.origins.get(name).map(|origin| (origin.document.as_str(), &origin.place));
     let setting = |(name, value): (&str, String)| Setting {
         name: name.to_owned(),
         value,

@@ -76,13 +76,21 @@ impl Collector for Scrape {
         ] {
             gauge(&mut encoder, name, help, value as f64)?;
         }
+        let help = "When the last change was taken up, in Unix time";
+        gauge(&mut encoder, "vmesh_last_change_timestamp_seconds", help, control.changed_at().as_secs_f64())?;
         let states = [
             ("synced", nodes.synced),
             ("pushing", nodes.pushing),
             ("rejected", nodes.rejected),
             ("offline", nodes.offline),
         ];
-        labelled(&mut encoder, "vmesh_nodes", "Nodes by state", "state", &states.map(|(s, n)| (s.to_owned(), n as f64)))?;
+        labelled(
+            &mut encoder,
+            "vmesh_nodes",
+            "Nodes by state",
+            "state",
+            &states.map(|(s, n)| (s.to_owned(), n as f64)),
+        )?;
         let sources = control.sources();
         let ages: Vec<_> = sources
             .iter()
@@ -92,13 +100,16 @@ impl Collector for Scrape {
         labelled(&mut encoder, "vmesh_discovery_last_success_age_seconds", help, "source", &ages)?;
         let stale: Vec<_> = sources
             .iter()
-            .map(|source| (source.name.to_string(), f64::from(u8::from(source.state != vmesh_catalog::State::Fresh))))
+            .map(|source| {
+                (source.name.to_string(), f64::from(u8::from(source.state != vmesh_catalog::State::Fresh)))
+            })
             .collect();
         let help = "1 while a source is stale or held";
         labelled(&mut encoder, "vmesh_discovery_not_fresh", help, "source", &stale)?;
         let histogram = &control.propagation().0;
         let help = "From the publication of a change to its acknowledgement by a node";
-        let metric = encoder.encode_descriptor("vmesh_propagation_seconds", help, None, histogram.metric_type())?;
+        let metric =
+            encoder.encode_descriptor("vmesh_propagation_seconds", help, None, histogram.metric_type())?;
         histogram.encode(metric)
     }
 }

@@ -12,17 +12,17 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, watch};
 use vmesh_catalog::Catalog;
 use vmesh_daemon::{Stop, Tasks, logs, metrics as scrape, report, signals, systemd};
-use vmesh_discovery::{Guard, Registrations, View, file::FileSource, follow};
+use vmesh_discovery::{Registrations, SourceConfig};
 use vmesh_model::NodeReport;
 use vmesh_xds::server::{AdsService, Hub};
 
-use crate::config::{Config, SourceConfig};
+use crate::api;
+use crate::config::Config;
 use crate::control::{Control, Door};
 use crate::documents::{self, DocumentsView};
 use crate::metrics::Scrape;
-use crate::persist::{Disk, PersistError};
+use crate::persist::{self, Disk, PersistError, part};
 use crate::worlds::{self, Known, NodeEvent, Published, Sources};
-use crate::api;
 
 /// How long streams and answers may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -123,22 +123,31 @@ async fn run(config: Config) -> Result<(), RunError> {
     let (published_in, published) = watch::channel(Published { world: catalog.world().clone(), waiting });
     let (reports_in, reports) = mpsc::unbounded_channel::<NodeEvent>();
     let hub = Hub::new();
-    let control = Arc::new_cyclic(|weak| {
-        let counters = Arc::default();
-        let mut registry = scrape::registry();
-        registry.register_collector(Box::new(Scrape { control: weak.clone(), counters: Arc::clone(&counters) }));
-        Control::new(config.trust_domain.clone(), hub.clone(), published.clone(), sources.clone(), reports_in)
-            .with_registry(registry, counters)
-    });
-    tasks.spawn("worlds", worlds::publish(catalog, sources.clone(), documents.clone(), reports, published_in));
-    tasks.spawn("compiler", control.clone().compile_on_change());
-    tasks.spawn("state", crate::persist::keep(disk, sources, documents, published));
-
+    let control = Arc::new(Control::new(
+        config.trust_domain.clone(),
+        hub.clone(),
+        published.clone(),
+        sources.clone(),
+        reports_in,
+    ));
     let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
-    let service = AdsService::with_counters(hub, Door(control.clone()), name, control.counters().clone());
+    let service = AdsService::new(hub, Door(control.clone()), name);
+    let mut registry = scrape::registry();
+    let counters = service.counters().clone();
+    registry.register_collector(Box::new(Scrape { control: Arc::downgrade(&control), counters }));
+    let registry = Arc::new(registry);
+    tasks
+        .spawn("worlds", worlds::publish(catalog, sources.clone(), documents.clone(), reports, published_in));
+    tasks.spawn("compiler", control.clone().compile_on_change());
+    tasks.spawn_draining("state", |stop| persist::keep(disk, sources, documents, published, stop));
+
     tasks.spawn_draining("xds", |stop| vmesh_xds::server::serve(xds, service, stopped(stop)));
-    tasks.spawn_draining("api", |stop| serve_http(api_tcp, api::read_only(control.clone()), stop));
-    tasks.spawn_draining("api socket", |stop| serve_http(api_socket, api::full(control.clone()), stop));
+    tasks.spawn_draining("api", |stop| {
+        serve_http(api_tcp, api::read_only(control.clone(), registry.clone()), stop)
+    });
+    tasks.spawn_draining("api socket", |stop| {
+        serve_http(api_socket, api::full(control.clone(), registry), stop)
+    });
     tasks.spawn("watchdog", systemd::watchdog());
     systemd::ready("serving");
     tracing::info!(xds = %config.listen.xds_plaintext, api = %config.listen.api, "vmesh-control has started");
@@ -163,27 +172,12 @@ async fn run(config: Config) -> Result<(), RunError> {
 
 /// Follows one source, from its last good state if there is one.
 fn start_source(source: &SourceConfig, disk: &Disk, tasks: &mut Tasks) -> Known {
-    let SourceConfig::File(config) = source;
-    let name: Arc<str> = config.name();
+    let name = source.name();
     let last_good: Option<Registrations> = restored(disk, &part(&name));
-    let guard_config = config.guard();
-    let (guard, view) = match &last_good {
-        Some(last_good) => (
-            Guard::restored(name.clone(), guard_config, last_good),
-            View::restored(Arc::new(last_good.clone())),
-        ),
-        None => (Guard::new(name.clone(), guard_config), View::default()),
-    };
-    let (views_in, views) = watch::channel(view);
-    let source = FileSource::new(config.clone());
-    tasks.spawn(format!("discovery {name}"), follow(source, guard, views_in));
-    Known::new(name, views, last_good.is_some())
-}
-
-/// The name of the state file of a source: its own name may have `/` in it.
-pub(crate) fn part(source: &str) -> String {
-    let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
-    format!("source-{}", source.chars().map(safe).collect::<String>())
+    let is_restored = last_good.is_some();
+    let (views, task) = vmesh_discovery::open(source.clone(), last_good.map(Arc::new));
+    tasks.spawn(format!("discovery {name}"), task);
+    Known::new(name, views, is_restored)
 }
 
 fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T> {
@@ -231,5 +225,7 @@ async fn stopped(mut stop: Stop) {
 }
 
 fn host_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map(|name| name.trim().to_owned())
+        .unwrap_or_default()
 }

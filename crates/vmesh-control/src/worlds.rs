@@ -98,6 +98,16 @@ impl Sources {
             .collect()
     }
 
+    /// What each source last said that was good and that it has said itself: what was restored is on the disk already.
+    pub(crate) fn last_good(&self) -> Vec<(Arc<str>, Arc<vmesh_discovery::Registrations>)> {
+        let good = self.0.iter().filter_map(|known| {
+            let view = known.view.borrow();
+            let last_good = view.last_good.clone().filter(|_| view.stale_because.is_none())?;
+            Some((known.name.clone(), last_good))
+        });
+        good.collect()
+    }
+
     fn answered(&self, index: usize) {
         if let Some(known) = self.0.get(index) {
             *known.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
