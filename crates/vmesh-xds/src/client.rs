@@ -239,7 +239,7 @@ impl BenchClient {
     }
 
     async fn send(
-        &self,
+        &mut self,
         kind: Kind,
         nonce: &str,
         names: Vec<String>,
