@@ -13,7 +13,7 @@ pub use status::{KindStatus, Rejection, SessionStatus, State};
 
 use crate::{Kind, PerKind, Resource, Snapshot};
 use response::Head;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use subscription::{Absence, Entry, Held, InFlight, Item, Subscription, Target, Work};
@@ -405,11 +405,8 @@ impl Session {
         let complete = Absence::of(self.protocol, kind) == Absence::Omitted;
         let mut guilty = names_in(&reason, response.items.iter().map(|item| &*item.name));
         let mut repeated = response.repeated;
-        if complete && response.overlaps {
-            repeated.extend(subscription.entries.keys().cloned());
-        }
         let alone = response.items.len() == 1 && repeated.is_empty();
-        let named = names_in(&reason, repeated.iter().map(|name| &**name));
+        let named = names_in(&reason, repeated.iter().map(|resource| &**resource.name()));
         let mut named = named.into_iter().map(|named| named && !guilty.contains(&true));
         repeated.retain(|_| named.next().unwrap_or(false));
         if !guilty.contains(&true) && repeated.is_empty() {
@@ -429,8 +426,8 @@ impl Session {
         for (item, guilty) in response.items.into_iter().zip(guilty) {
             self.on_refused(kind, item, guilty, &reason);
         }
-        for name in repeated {
-            self.on_repeated_refused(kind, &name, &reason);
+        for resource in repeated {
+            self.on_repeated_refused(kind, &resource, &reason);
         }
     }
 
@@ -464,25 +461,23 @@ impl Session {
     }
 
     /// The client refuses what it was believed to have, and was sent again.
-    fn on_repeated_refused(&mut self, kind: Kind, name: &Arc<str>, reason: &Arc<str>) {
+    fn on_repeated_refused(&mut self, kind: Kind, resource: &Arc<Resource>, reason: &Arc<str>) {
+        let name = resource.name();
         let Subscription { entries, in_flight, .. } = &mut self.subscriptions[kind];
-        if in_flight.iter().flat_map(|later| &later.items).any(|item| item.name == *name) {
-            // It was sent something else since.
+        let is_last = !in_flight.iter().flat_map(|later| &later.items).any(|item| item.name == *name);
+        let Some(entry) = entries.get_mut(name).filter(|_| is_last) else { return };
+        if entry.held.resource().is_none_or(|held| held.fingerprint() != resource.fingerprint()) {
             return;
         }
-        let Some(entry) = entries.get_mut(name) else { return };
-        let (fingerprint, version) = match &entry.held {
-            Held::Rejected(rejected) => (rejected.0, None),
-            held => match held.resource() {
-                Some(resource) => (resource.fingerprint(), Some(resource.version().into())),
-                None => return,
-            },
+        let refused = match &entry.held {
+            Held::Rejected(rejected) => rejected.0,
+            _ => {
+                let rejection = Rejection { version: resource.version().into(), reason: reason.clone() };
+                self.status.kinds[kind].rejected.insert(name.clone(), rejection);
+                resource.fingerprint()
+            }
         };
-        entry.held = Held::Rejected(Box::new((fingerprint, None)));
-        if let Some(version) = version {
-            let rejection = Rejection { version, reason: reason.clone() };
-            self.status.kinds[kind].rejected.insert(name.clone(), rejection);
-        }
+        entry.held = Held::Rejected(Box::new((refused, None)));
         self.weigh(kind, name);
     }
 }
@@ -504,7 +499,6 @@ impl Session {
             since: now,
             adds: false,
             blocking: true,
-            overlaps: !subscription.in_flight.is_empty(),
             behind_since: subscription.behind_since.or(generation),
             items: Vec::with_capacity(batch.len()),
             repeated: Vec::new(),
@@ -524,7 +518,7 @@ impl Session {
                 Outgoing::Empty(resource) => (Held::Empty(resource.clone()), Some(resource)),
                 Outgoing::Absent => (Held::Absent, None),
                 Outgoing::Good(resource) => {
-                    response.repeated.push(name);
+                    response.repeated.push(resource.clone());
                     resources.push(resource);
                     continue;
                 }
@@ -548,6 +542,12 @@ impl Session {
             resources =
                 subscription.entries.values().filter_map(|entry| entry.held.resource().cloned()).collect();
             resources.sort_by(|a, b| a.name().cmp(b.name()));
+            if !subscription.in_flight.is_empty() {
+                // A refusal may mean what an older one brought that is not answered either.
+                let new: HashSet<&Arc<str>> = response.items.iter().map(|item| &item.name).collect();
+                let repeated = resources.iter().filter(|resource| !new.contains(resource.name()));
+                response.repeated = repeated.cloned().collect();
+            }
         }
         subscription.last_nonce = self.nonce;
         subscription.in_flight.push_back(response);

@@ -106,12 +106,10 @@ pub(super) struct InFlight {
     pub adds: bool,
     /// False after the client asked for more meanwhile: it does not wait for its own answer then (R20).
     pub blocking: bool,
-    /// Whether an older response was not answered either when it was sent.
-    pub overlaps: bool,
     pub behind_since: Option<u64>,
     pub items: Vec<Item>,
     /// What is in it though the client should have it.
-    pub repeated: Vec<Arc<str>>,
+    pub repeated: Vec<Arc<Resource>>,
 }
 
 pub(super) struct Item {
