@@ -184,6 +184,10 @@ impl Library {
                 }
             }
         }
+        let mut chosen = library.good.clone();
+        settle(&mut chosen, &library.good);
+        library.current = Arc::new(assemble(&chosen));
+        library.good = chosen;
         library
     }
 
@@ -192,7 +196,7 @@ impl Library {
         self.good.values().map(|version| version.kept.clone()).collect()
     }
 
-    /// What [`Library::update`] last returned.
+    /// What is in force: what [`Library::update`] last returned, or what was restored.
     pub fn documents(&self) -> Arc<Documents> {
         self.current.clone()
     }
