@@ -79,7 +79,7 @@ impl<R: Resolve> FileSource<R> {
         last_good: Option<&Registrations>,
         resolver: R,
     ) -> FileSource<R> {
-        let hints = Arc::new(Hints::default());
+        let hints = Arc::new(Hints::below(&config.path));
         let mut names = Names::new(resolver, config.resolve_interval);
         for (host, addresses) in resolved_before(last_good) {
             names.remember(host, addresses.into_iter().map(|address| address.ip()).collect());

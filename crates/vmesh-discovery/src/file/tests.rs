@@ -759,5 +759,6 @@ fn errors_of_the_file_system_are_said_in_plain_words() {
         its file system is gone
         input/output error
         too many open files
-    "#]].assert_eq(&said);
+    "#]]
+    .assert_eq(&said);
 }

@@ -33,6 +33,9 @@ const MAX_PATHS: usize = 10_000;
 pub(super) struct Hints {
     heard: Mutex<Heard>,
     news: Notify,
+    /// What the kernel's absolute paths begin with where the configured path is relative: files are known by the path
+    /// under which they were found.
+    working_directory: Option<PathBuf>,
 }
 
 #[derive(Debug, Default)]
@@ -72,6 +75,19 @@ pub(super) struct Look {
 }
 
 impl Hints {
+    /// For files below `path`.
+    pub(super) fn below(path: &Path) -> Hints {
+        let working_directory = if path.is_relative() { std::env::current_dir().ok() } else { None };
+        Hints { working_directory, ..Hints::default() }
+    }
+
+    fn as_found(&self, path: PathBuf) -> PathBuf {
+        match self.working_directory.as_ref().and_then(|dir| path.strip_prefix(dir).ok()) {
+            Some(relative) => relative.to_owned(),
+            None => path,
+        }
+    }
+
     fn heard(&self) -> MutexGuard<'_, Heard> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,7 +131,7 @@ impl Hints {
                 let Some(is_open) = meaning(event.kind) else { return };
                 let mut is_news = false;
                 for path in event.paths {
-                    is_news |= heard.touch(path, is_open, now);
+                    is_news |= heard.touch(self.as_found(path), is_open, now);
                 }
                 if !is_news {
                     return;
@@ -347,5 +363,15 @@ mod tests {
         let expected = [(dir.join("releases"), "a".into()), (dir.clone(), "current".into())];
         assert_eq!((found.as_slice(), end), (&expected[..], dir.join("releases/42/a")));
         assert_eq!(links(&dir.join("loop")).0.len(), 40);
+    }
+
+    #[test]
+    fn a_relative_path_is_heard_of_under_the_name_by_which_it_was_found() {
+        let absolute = std::env::current_dir().unwrap().join("services.d/a.yaml");
+        assert_eq!(
+            Hints::below(Path::new("services.d")).as_found(absolute.clone()),
+            Path::new("services.d/a.yaml")
+        );
+        assert_eq!(Hints::below(Path::new("/etc/vmesh")).as_found(absolute.clone()), absolute);
     }
 }
