@@ -72,13 +72,14 @@ impl Fleet {
     /// Waits until every client has ACKed one response; returns when the last one did.
     pub(crate) async fn until_all_acked(&mut self, bound: Duration) -> Result<SystemTime> {
         let (shared, nodes) = (self.shared.clone(), self.nodes);
-        self.until("every client to ACK", bound, || {
-            let acked = shared.acked.load(Ordering::Acquire);
-            if acked >= nodes { Ok(()) } else { Err(format!("{acked} of {nodes} have")) }
+        let last = || *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner);
+        // The count is there a moment before the time is.
+        self.until("every client to ACK", bound, || match last() {
+            Some(_) => Ok(()),
+            None => Err(format!("{} of {nodes} have", shared.acked.load(Ordering::Acquire))),
         })
         .await?;
-        let last = *self.shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner);
-        last.ok_or_else(|| Failed::new("no client ACKed"))
+        last().ok_or_else(|| Failed::new("no client ACKed"))
     }
 
     async fn until(
