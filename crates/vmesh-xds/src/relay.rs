@@ -30,13 +30,19 @@ struct Transit {
     unanswered: VecDeque<Unanswered>,
     /// What Envoy refused: its fingerprint, and why.
     refused: BTreeMap<Arc<str>, (u64, Arc<str>)>,
+    /// The same, also of what has been something else since: Envoy's session does not ask it twice, so what comes back
+    /// must be known to be bad without its answer.
+    known_bad: BTreeMap<Arc<str>, (u64, Arc<str>)>,
 }
 
 struct Unanswered {
-    ticket: Ticket,
+    /// Gone with its stream.
+    ticket: Option<Ticket>,
     /// For which names Envoy has not answered; `None` is a removal.
     waiting: BTreeMap<Arc<str>, Option<u64>>,
     reasons: Vec<Arc<str>>,
+    /// Of the store that has it.
+    generation: u64,
 }
 
 /// A server sends the next response of a kind after 30 s without an answer; one that is older is never answered.
@@ -110,19 +116,33 @@ impl Relay {
     }
 
     pub fn on_connected(&mut self) {
+        self.take_back();
         self.upstream.on_connected();
-        self.void_tickets();
     }
 
-    /// Envoy does not notice.
+    /// Envoy does not notice. What is on its way to it still goes there, though nobody waits for the answer.
     pub fn on_disconnected(&mut self) {
         self.upstream.on_disconnected();
-        self.void_tickets();
+        for (_, transit) in self.transits.iter_mut() {
+            transit.unanswered.iter_mut().for_each(|entry| entry.ticket = None);
+        }
     }
 
-    /// What is on its way still goes to Envoy, but nobody waits for the answer.
-    fn void_tickets(&mut self) {
-        self.transits.iter_mut().for_each(|(_, transit)| transit.unanswered.clear());
+    /// The control plane is told what was accepted, and sends what differs from that: so what Envoy has not answered for
+    /// by now is served no longer, or the two would take different things for the same.
+    fn take_back(&mut self) {
+        let mut changes = Vec::new();
+        for (kind, transit) in self.transits.iter_mut() {
+            for entry in transit.unanswered.drain(..) {
+                changes.extend(entry.waiting.into_keys().map(|name| match self.upstream.held(kind, &name) {
+                    Some(held) => present(held.clone()),
+                    None => gone(kind, &name),
+                }));
+            }
+        }
+        if !changes.is_empty() {
+            self.store = Arc::new(self.store.incomplete().apply(changes));
+        }
     }
 
     pub fn is_connected(&self) -> bool {
@@ -136,23 +156,38 @@ impl Relay {
     pub fn on_response(&mut self, response: DeltaDiscoveryResponse) {
         let Some(Update { ticket, resources, removed }) = self.upstream.on_response(response) else { return };
         let kind = ticket.kind();
-        let mut changes = Vec::new();
-        let mut entry = Unanswered { ticket, waiting: BTreeMap::new(), reasons: Vec::new() };
+        let (mut changes, mut refused_before, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        let mut entry =
+            Unanswered { ticket: Some(ticket), waiting: BTreeMap::new(), reasons: Vec::new(), generation: 0 };
         for resource in resources {
             let name = resource.name().clone();
             self.transits[kind].supersede(&name);
-            let refused = self.transits[kind].refused.get(&name);
-            if let Some((_, reason)) = refused.filter(|(refused, _)| *refused == resource.fingerprint()) {
+            let bad = self.transits[kind].known_bad.get(&name).cloned();
+            if let Some((bad, reason)) = bad.filter(|(bad, _)| *bad == resource.fingerprint()) {
+                self.transits[kind].refused.insert(name.clone(), (bad, reason.clone()));
                 // Envoy need not be asked twice, and goes on with the last one it took.
-                entry.blame(reason.clone());
+                changes.push(match self.upstream.held(kind, &name) {
+                    Some(held) => present(held.clone()),
+                    None => gone(kind, &name),
+                });
+                refused_before.push((name, reason));
                 continue;
             }
             self.transits[kind].refused.remove(&name);
+            others.push(name.clone());
             let is_held = self.upstream.held(kind, &name).is_some_and(|held| *held == resource);
             if !is_held {
                 entry.waiting.insert(name, Some(resource.fingerprint()));
             }
             changes.push(present(resource));
+        }
+        for (name, reason) in refused_before {
+            // What Envoy said of two at once must not be said again of the one that has changed since.
+            let is_of_others = others.iter().any(|other| reason.contains(&**other));
+            entry.blame(match is_of_others {
+                true => format!("{name}: refused before, and the same since").into(),
+                false => reason,
+            });
         }
         for name in removed {
             self.transits[kind].supersede(&name);
@@ -178,6 +213,7 @@ impl Relay {
             changes.push(present(all));
         }
         self.store = Arc::new(self.store.incomplete().apply(changes));
+        entry.generation = self.store.generation();
         let transit = &mut self.transits[kind];
         transit.unanswered.push_back(entry);
         if transit.unanswered.len() > UNANSWERED_MAX {
@@ -189,18 +225,32 @@ impl Relay {
     /// Answers what Envoy has answered for, in the order in which it came.
     fn answer(&mut self, kind: Kind) {
         if !kind.has_wildcard() && !self.clients.is_empty() {
-            // What no Envoy asks for, none answers for.
+            // What no Envoy asks for, none answers for: it is let go of, and had anew when one asks.
             let wanted: Vec<_> = self.clients.values().map(|client| &client[kind]).collect();
+            let mut unwanted = Vec::new();
             for entry in &mut self.transits[kind].unanswered {
-                entry.waiting.retain(|name, _| wanted.iter().any(|names| names.contains(name)));
+                entry.waiting.retain(|name, waiting| {
+                    let is_wanted = wanted.iter().any(|names| names.contains(name));
+                    if !is_wanted {
+                        unwanted.push((name.clone(), waiting.is_none()));
+                    }
+                    is_wanted
+                });
+            }
+            for (name, is_removal) in unwanted {
+                if is_removal {
+                    self.accept_removal(kind, &name);
+                }
+                self.leave(kind, &name);
             }
         }
         let unanswered = &mut self.transits[kind].unanswered;
         while unanswered.front().is_some_and(|entry| entry.waiting.is_empty()) {
             let Some(Unanswered { ticket, reasons, .. }) = unanswered.pop_front() else { return };
-            match reasons.is_empty() {
-                true => self.upstream.acknowledge(ticket),
-                false => self.upstream.reject(ticket, &reasons.join("\n")),
+            match (ticket, reasons.is_empty()) {
+                (Some(ticket), true) => self.upstream.acknowledge(ticket),
+                (Some(ticket), false) => self.upstream.reject(ticket, &reasons.join("\n")),
+                (None, _) => {}
             }
         }
     }
@@ -249,6 +299,7 @@ impl Relay {
             }
             Event::Accepted { kind, name, resource } => self.on_accepted(kind, &name, resource),
             Event::Rejected { resource, reason } => self.on_rejected(&resource, &reason),
+            Event::Settled { kind, generation } => self.on_settled(kind, generation),
         }
     }
 
@@ -259,9 +310,10 @@ impl Relay {
             == Some(None);
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
         match resource {
-            // What it held already is no news, nor does it unsay what it refused since.
+            // Also what is served no longer: it is what Envoy has, and goes back to if it refuses what came since.
+            // But not what it has let go of in the same breath.
             Some(resource)
-                if served == fingerprint
+                if self.is_wanted(kind, name)
                     && self.upstream.held(kind, name).is_none_or(|held| *held != resource) =>
             {
                 self.upstream.hold(resource);
@@ -276,6 +328,36 @@ impl Relay {
         }
     }
 
+    fn is_wanted(&self, kind: Kind, name: &Arc<str>) -> bool {
+        kind.has_wildcard() || self.clients.values().any(|client| client[kind].contains(name))
+    }
+
+    /// Nothing more will be said of what came with `generation` or before: Envoy has what the store has of it.
+    fn on_settled(&mut self, kind: Kind, generation: u64) {
+        let mut settled = Vec::new();
+        for entry in &mut self.transits[kind].unanswered {
+            if entry.generation <= generation {
+                settled.extend(std::mem::take(&mut entry.waiting));
+            }
+        }
+        for (name, waiting) in settled {
+            // What nobody asked for by name, nobody was told.
+            if !self.is_wanted(kind, &name) {
+                continue;
+            }
+            let served = self.store.get(kind, &name).cloned();
+            match (waiting, served) {
+                (None, None) => self.accept_removal(kind, &name),
+                (Some(fingerprint), Some(served)) if served.fingerprint() == fingerprint => {
+                    self.upstream.hold(served);
+                    self.accepted_revision += 1;
+                }
+                _ => {}
+            }
+        }
+        self.answer(kind);
+    }
+
     fn on_rejected(&mut self, resource: &Arc<Resource>, reason: &Arc<str>) {
         let (kind, name) = (resource.kind(), resource.name());
         let fingerprint = resource.fingerprint();
@@ -286,6 +368,7 @@ impl Relay {
             }
         }
         self.transits[kind].refused.insert(name.clone(), (fingerprint, reason.clone()));
+        self.transits[kind].known_bad.insert(name.clone(), (fingerprint, reason.clone()));
         // An Envoy that starts now must not get what this one refused.
         let is_served = self.store.get(kind, name).is_some_and(|served| served == resource);
         if is_served {
@@ -306,6 +389,7 @@ impl Relay {
         self.upstream.unsubscribe(kind, name);
         if !kind.has_wildcard() {
             self.transits[kind].refused.remove(name);
+            self.transits[kind].known_bad.remove(name);
             self.store = Arc::new(self.store.apply([gone(kind, name)]));
             self.accepted_revision += 1;
         }

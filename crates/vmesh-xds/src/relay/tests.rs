@@ -1,6 +1,7 @@
 use super::*;
 use crate::{Scope, Session, Snapshot, State};
 use Kind::*;
+use proptest::prelude::*;
 use prost::Message;
 use std::time::{Duration, Instant};
 
@@ -12,21 +13,25 @@ struct Chain {
     relay: Relay,
     envoy: Option<(ClientId, Session, bool)>,
     /// `None`: Envoy does not answer for now.
-    temper: Option<fn(&str) -> Option<&'static str>>,
+    temper: Option<fn(&str) -> Option<String>>,
     unanswered: Vec<(Kind, String, String)>,
     /// What it asked for because of its clusters and listeners.
     followed: BTreeSet<(Kind, String)>,
+    /// What Envoy has.
+    view: BTreeMap<(Kind, String), String>,
     /// What Envoy received and what the control plane sent.
     envoy_got: Vec<String>,
     relay_got: Vec<String>,
 }
 
-fn takes_all(_: &str) -> Option<&'static str> {
+fn takes_all(_: &str) -> Option<String> {
     None
 }
 
-fn refuses_bad(response: &str) -> Option<&'static str> {
-    response.contains("=bad").then_some("a: this is bad")
+fn refuses_bad(response: &str) -> Option<String> {
+    let bad = response.split(' ').filter_map(|word| word.strip_suffix("=bad"));
+    let bad: Vec<_> = bad.map(|name| format!("{name}: this is bad")).collect();
+    (!bad.is_empty()).then(|| bad.join(", "))
 }
 
 fn node() -> Node {
@@ -52,6 +57,7 @@ impl Chain {
             temper: Some(takes_all),
             unanswered: Vec::new(),
             followed: BTreeSet::new(),
+            view: BTreeMap::new(),
             envoy_got: Vec::new(),
             relay_got: Vec::new(),
         };
@@ -99,6 +105,7 @@ impl Chain {
         session.record_events();
         self.envoy = Some((self.relay.on_client_connected(), session, false));
         self.followed.clear();
+        self.view.clear();
         self.run();
     }
 
@@ -157,6 +164,15 @@ impl Chain {
                 }
                 while let Some(response) = session.poll_response(self.now) {
                     let (kind, response) = (response.kind, decoded(response));
+                    for word in text(&response).split(' ').skip(1) {
+                        match word.split_once('=') {
+                            Some((_, "bad")) => {}
+                            Some((name, content)) => {
+                                _ = self.view.insert((kind, name.to_owned()), content.to_owned());
+                            }
+                            None => _ = self.view.remove(&(kind, word[1..].to_owned())),
+                        }
+                    }
                     self.envoy_got.push(text(&response));
                     self.unanswered.push((kind, response.nonce.clone(), text(&response)));
                     busy = true;
@@ -191,11 +207,13 @@ impl Chain {
                 _ => None,
             };
             if let Some(follow) = follow {
-                let mut resource_names_subscribe = names(|word| !word.starts_with('-'));
+                let mut resource_names_subscribe =
+                    names(|word| !word.starts_with('-') && !word.ends_with("=bad"));
                 resource_names_subscribe.retain(|name| self.followed.insert((follow, name.clone())));
                 let resource_names_unsubscribe = names(|word| word.starts_with('-'));
                 for name in &resource_names_unsubscribe {
                     self.followed.remove(&(follow, name.clone()));
+                    self.view.remove(&(follow, name.clone()));
                 }
                 session
                     .on_request(
@@ -208,10 +226,8 @@ impl Chain {
                     )
                     .unwrap();
             }
-            let error = temper(&response).map(|message| vmesh_proto::google::rpc::Status {
-                message: message.into(),
-                ..Default::default()
-            });
+            let error = temper(&response)
+                .map(|message| vmesh_proto::google::rpc::Status { message, ..Default::default() });
             let answer =
                 DeltaDiscoveryRequest { response_nonce: nonce, error_detail: error, ..request(kind) };
             session.on_request(self.now, answer).unwrap();
@@ -251,6 +267,148 @@ impl Chain {
     fn restart(self, world: &str) -> Chain {
         Chain::with(Relay::restore(node(), self.relay.accepted().cloned().collect::<Vec<_>>()), world)
     }
+
+    fn step(&mut self, step: &Step) {
+        match step {
+            Step::World(contents) => {
+                let mut world = String::new();
+                for (kind, contents) in [Cluster, Endpoint, Listener, Route].into_iter().zip(contents) {
+                    world += &format!("{kind} ");
+                    for (name, content) in
+                        ["a", "b"].into_iter().zip(contents).filter(|(_, content)| **content > 0)
+                    {
+                        world += &match content {
+                            3 => format!("{name}=bad "),
+                            content => format!("{name}={content} "),
+                        };
+                    }
+                }
+                self.control_has(&world);
+            }
+            Step::ControlStarts => self.control_starts(),
+            Step::ControlDies => self.control_dies(),
+            Step::EnvoyStarts if self.envoy.is_none() => self.envoy_starts(),
+            Step::EnvoyDies if self.envoy.is_some() => self.envoy_dies(),
+            Step::EnvoyStarts | Step::EnvoyDies => {}
+            Step::EnvoyAnswers(answers) => {
+                self.temper = answers.then_some(refuses_bad);
+                self.run();
+            }
+            Step::AgentRestarts => {
+                self.step(&Step::EnvoyDies);
+                self.control = None;
+                self.relay = Relay::restore(node(), self.relay.accepted().cloned().collect::<Vec<_>>());
+            }
+            Step::Wait => {
+                self.now += Duration::from_secs(31);
+                self.run();
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        self.step(&Step::EnvoyAnswers(true));
+        self.step(&Step::EnvoyStarts);
+        if self.control.is_none() {
+            self.control_starts();
+        }
+        for _ in 0..60 {
+            self.now += Duration::from_secs(5);
+            self.run();
+        }
+    }
+
+    fn assert_converged(&mut self) {
+        let world = |kind: Kind, name: &str| self.world.get(kind, name).map(|resource| resource.value());
+        let content = |kind: Kind, name: &str| {
+            world(kind, name)
+                .map(|value| String::from_utf8_lossy(&value).split_once('=').unwrap().1.to_owned())
+        };
+        for (kind, follow) in [(Cluster, Endpoint), (Listener, Route)] {
+            for name in ["a", "b"] {
+                let seen = self.view.get(&(kind, name.to_owned()));
+                let expected = content(kind, name);
+                if expected.as_deref() != Some("bad") {
+                    assert_eq!(seen, expected.as_ref(), "{kind} {name}");
+                }
+                if expected.is_none_or(|expected| expected == "bad") {
+                    continue;
+                }
+                let seen = self.view.get(&(follow, name.to_owned()));
+                match content(follow, name) {
+                    Some(expected) if expected == "bad" => {}
+                    None if follow == Endpoint => assert_eq!(seen.map(String::as_str), Some("empty")),
+                    expected => assert_eq!(seen, expected.as_ref(), "{follow} {name}"),
+                }
+            }
+        }
+        assert_ne!(*self.control_state(), State::Pushing);
+        for resource in self.relay.accepted().filter(|resource| !resource.is_absent()) {
+            let text = String::from_utf8_lossy(&resource.value()).into_owned();
+            assert!(!text.ends_with("=bad"), "{text}");
+        }
+        // And another one that starts from what was accepted has the same to serve.
+        let served = |chain: &Chain| {
+            let view = chain.view.iter().filter(|((kind, name), content)| match kind {
+                Endpoint => *content != "empty" && chain.view.contains_key(&(Cluster, name.clone())),
+                Route => chain.view.contains_key(&(Listener, name.clone())),
+                _ => true,
+            });
+            view.map(|((kind, name), content)| format!("{kind} {name}={content}")).collect::<Vec<_>>()
+        };
+        let before = served(self);
+        self.step(&Step::AgentRestarts);
+        self.step(&Step::EnvoyStarts);
+        self.step(&Step::Wait);
+        assert_eq!(served(self), before);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// Clusters, endpoints, listeners and routes of two names; 0 is none, 3 is refused.
+    World([[u8; 2]; 4]),
+    ControlStarts,
+    ControlDies,
+    EnvoyStarts,
+    EnvoyDies,
+    EnvoyAnswers(bool),
+    AgentRestarts,
+    Wait,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let world = prop::array::uniform4(prop::array::uniform2(0u8..=3)).prop_map(Step::World);
+    prop::collection::vec(
+        prop_oneof![
+            4 => world,
+            2 => Just(Step::ControlStarts),
+            1 => Just(Step::ControlDies),
+            2 => Just(Step::EnvoyStarts),
+            1 => Just(Step::EnvoyDies),
+            2 => any::<bool>().prop_map(Step::EnvoyAnswers),
+            1 => Just(Step::AgentRestarts),
+            1 => Just(Step::Wait),
+        ],
+        1..25,
+    )
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn envoy_ends_up_with_what_the_control_plane_has_whatever_happens(steps in steps()) {
+        let mut chain = Chain::new("");
+        chain.temper = Some(refuses_bad);
+        steps.iter().for_each(|step| chain.step(step));
+        chain.settle();
+        chain.assert_converged();
+    }
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
 }
 
 fn decoded(response: crate::Response) -> DeltaDiscoveryResponse {

@@ -38,6 +38,8 @@ pub struct Session {
     nonce: u64,
     status: SessionStatus,
     events: Option<VecDeque<Event>>,
+    /// The generation for which [`Event::Settled`] was last given.
+    settled: PerKind<Option<u64>>,
 }
 
 /// The variants of ADS: "incremental" and "state of the world".
@@ -67,6 +69,12 @@ pub enum Event {
     Rejected {
         resource: Arc<Resource>,
         reason: Arc<str>,
+    },
+    /// Of a kind that it asks for, it has been told all there was in this generation of the store, and has answered:
+    /// what it had already, or never had, it was not told again.
+    Settled {
+        kind: Kind,
+        generation: u64,
     },
 }
 
@@ -104,6 +112,7 @@ impl Session {
             nonce: 0,
             status: SessionStatus::default(),
             events: None,
+            settled: PerKind::default(),
         }
     }
 
@@ -151,6 +160,10 @@ impl Session {
             Some(before) if before.store.is_partial() == snapshot.store.is_partial() => {
                 snapshot.changes_since(&before, |changed| {
                     self.weigh(changed.kind(), changed.name());
+                    if &**changed.name() == "*" {
+                        // A partial store knows by now what there is not.
+                        self.weigh_all(changed.kind());
+                    }
                     if changed.kind() == Kind::Cluster {
                         // Whether an assignment is missing or empty depends on its cluster.
                         self.weigh(Kind::Endpoint, changed.name());
@@ -729,13 +742,21 @@ impl Session {
         let mut behind_since: Option<u64> = None;
         let mut quiet = self.snapshot.is_some();
         let mut seen = false;
+        let generation = self.generation();
         for (kind, subscription) in self.subscriptions.iter_mut() {
             let status = &mut self.status.kinds[kind];
             status.in_flight_since = subscription.in_flight.back().map(|response| response.since);
             if status.rejected.is_empty() {
                 subscription.rejected_since = None;
             }
-            quiet &= subscription.pending().is_empty() && subscription.in_flight.is_empty();
+            let is_quiet = subscription.pending().is_empty() && subscription.in_flight.is_empty();
+            if let (Some(events), true) = (&mut self.events, is_quiet && status.subscribed)
+                && self.settled[kind] != Some(generation)
+            {
+                self.settled[kind] = Some(generation);
+                events.push_back(Event::Settled { kind, generation });
+            }
+            quiet &= is_quiet;
             seen |= subscription.seen;
             let in_flight = subscription.in_flight.iter().filter_map(|response| response.behind_since);
             let behind = [subscription.behind_since, subscription.rejected_since];

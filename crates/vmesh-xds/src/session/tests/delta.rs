@@ -557,6 +557,19 @@ fn r51_a_store_that_does_not_know_says_nothing() {
 }
 
 #[test]
+fn r51_a_store_that_has_all_knows_what_there_is_not() {
+    let mut envoy = Envoy::connected_to("");
+    envoy.store = Store::partial();
+    envoy.show();
+    envoy.subscribe(Cluster, &["a"]);
+    envoy.expect_silence_for(3600);
+    let all = Group::new("all", [Resource::absent(Cluster, "*")]);
+    envoy.store = envoy.store.apply([("all".into(), Some(all))]);
+    envoy.show();
+    envoy.expect_acked("cluster -a");
+}
+
+#[test]
 fn r51_a_store_that_gives_up_answers_what_is_left() {
     let mut envoy = Envoy::connected_to("");
     envoy.store = Store::partial();

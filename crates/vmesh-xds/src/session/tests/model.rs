@@ -556,6 +556,30 @@ fn careful_steps() -> impl Strategy<Value = Vec<CarefulStep>> {
     vec(step, 1..80)
 }
 
+/// What no client would send, but anybody can.
+fn nonsense() -> impl Strategy<Value = (bool, DeltaDiscoveryRequest)> {
+    let name =
+        prop_oneof![Just(String::new()), Just("*".into()), Just("a".into()), Just("-".into()), "\\PC{0,9}"];
+    let nonce = prop_oneof![Just(String::new()), (0u64..20).prop_map(|nonce| nonce.to_string()), "\\PC{0,9}"];
+    let names = vec(name.clone(), 0..5);
+    let versions = prop::collection::btree_map(name, "[0-9a-f]{0,3}", 0..5);
+    let kind = prop::sample::select(&Kind::ALL[..]);
+    let known = (any::<bool>(), kind, prop::option::of("\\PC{0,30}"), nonce);
+    (known, names.clone(), names, versions).prop_map(
+        |((poll, kind, error, response_nonce), subscribe, unsubscribe, initial_resource_versions)| {
+            let request = DeltaDiscoveryRequest {
+                resource_names_subscribe: subscribe,
+                resource_names_unsubscribe: unsubscribe,
+                initial_resource_versions,
+                response_nonce,
+                error_detail: error.and_then(|message| super::error(&message)),
+                ..delta(kind, &[])
+            };
+            (poll, request)
+        },
+    )
+}
+
 /// `PROPTEST_CASES` asks for more.
 fn config() -> ProptestConfig {
     let more = ProptestConfig::default();
@@ -573,6 +597,30 @@ proptest! {
     #[test]
     fn a_sotw_client_ends_up_with_what_it_asked_for_whatever_happens(steps in steps(), temper in temper()) {
         converges(Protocol::Sotw, &steps, temper);
+    }
+
+    #[test]
+    fn nonsense_neither_panics_nor_is_answered_without_end(requests in vec(nonsense(), 1..40), sotw in any::<bool>()) {
+        let mut client = Client::new(if sotw { Protocol::Sotw } else { Protocol::Delta });
+        client.step(&Step::World([[1, 2, 3]; 5]));
+        for (poll, request) in requests {
+            match sotw {
+                false => client.send(request),
+                true => client.send(DiscoveryRequest {
+                    type_url: request.type_url,
+                    resource_names: request.resource_names_subscribe,
+                    response_nonce: request.response_nonce,
+                    error_detail: request.error_detail,
+                    ..DiscoveryRequest::default()
+                }),
+            }
+            if poll {
+                _ = client.session.poll_response(client.now);
+            }
+            client.step(&Step::World([[2, 1, 0]; 5]));
+        }
+        let responses = std::iter::from_fn(|| client.session.poll_response(client.now)).count();
+        prop_assert!(responses < 20, "{responses}");
     }
 
     #[test]
