@@ -70,7 +70,10 @@ fn no_pure_crate_reads_a_clock() {
         let source = format!("{}/../crates/{of}/src", env!("CARGO_MANIFEST_DIR"));
         for file in rust_files(source.as_ref()) {
             // The drivers are the edge, and behind features; tests may turn a clock as they like.
-            if file.components().any(|part| matches!(part.as_os_str().to_str(), Some("server" | "client" | "tests"))) {
+            if file
+                .components()
+                .any(|part| matches!(part.as_os_str().to_str(), Some("server" | "client" | "tests")))
+            {
                 continue;
             }
             let text = std::fs::read_to_string(&file).expect("a source file");
