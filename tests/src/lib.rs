@@ -150,6 +150,14 @@ impl Mesh {
         Ok(())
     }
 
+    /// Gives an agent that is not running another `node.name`.
+    pub fn rename_agent(&mut self, name: &str, node: &str) -> Result<()> {
+        let file = self.the(name)?.config.display().to_string();
+        let path = self.path(&file);
+        let config = fs::read_to_string(&path).map_err(Failed::to(format!("could not read {file}")))?;
+        self.write(&file, &config.replace(&format!("name: {name},"), &format!("name: {node},")))
+    }
+
     /// Where the node's applications dial the upstream that is number `at` of its `calls`.
     pub fn upstream(&self, name: &str, at: u16) -> Result<SocketAddr> {
         let agent = self.agents.get(name).ok_or_else(|| Failed::new(format!("there is no agent {name}")))?;

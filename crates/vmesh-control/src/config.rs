@@ -187,11 +187,17 @@ mod tests {
 
     #[test]
     fn an_unknown_field_is_named_with_its_place() {
-        check("discovery: [{file: {path: services.d}}]\nstate_dri: /tmp\n", expect![[r#"
+        check(
+            "discovery: [{file: {path: services.d}}]\nstate_dri: /tmp\n",
+            expect![[r#"
             control.yaml:2:1: unknown field `state_dri`, did you mean `state_dir`?
-        "#]]);
-        check("discovery: [{consul: {address: x}}]\n", expect![[r#"
+        "#]],
+        );
+        check(
+            "discovery: [{consul: {address: x}}]\n",
+            expect![[r#"
             control.yaml:1:14: `discovery`: expected `file`, found `consul`
-        "#]]);
+        "#]],
+        );
     }
 }

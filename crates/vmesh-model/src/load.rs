@@ -206,19 +206,21 @@ impl Library {
     pub fn update(&mut self, files: &[DocumentFile<'_>]) -> (Arc<Documents>, Vec<Problem>) {
         self.read(files);
         let mut problems = Vec::new();
-        let mut claimed: BTreeMap<&Identity, &Candidate> = BTreeMap::new();
+        let mut claims: BTreeMap<&Identity, Vec<&Candidate>> = BTreeMap::new();
         for candidate in self.files.values().flat_map(|contents| &contents.documents) {
-            match claimed.get(&candidate.identity) {
-                None => {
-                    claimed.insert(&candidate.identity, candidate);
-                }
-                Some(first) => {
-                    let identity = candidate.identity.to_string();
-                    let message =
-                        format!("a second {identity}: only the first one counts, at {}", first.place);
-                    problems.push(Problem::new(candidate.place.clone(), identity, message));
-                }
+            claims.entry(&candidate.identity).or_default().push(candidate);
+        }
+        let mut claimed: BTreeMap<&Identity, &Candidate> = BTreeMap::new();
+        for (identity, candidates) in claims {
+            // One that comes later must not take over from one that is in force.
+            let incumbent = self.good.get(identity).map(|version| &version.kept.file);
+            let stayed = candidates.iter().find(|candidate| Some(&candidate.place.file) == incumbent);
+            let Some(counts) = stayed.or(candidates.first()) else { continue };
+            for other in candidates.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
+                let message = format!("a second {identity}: the one at {} counts", counts.place);
+                problems.push(Problem::new(other.place.clone(), identity.to_string(), message));
             }
+            claimed.insert(identity, counts);
         }
 
         let mut chosen: BTreeMap<Identity, Arc<Version>> = BTreeMap::new();

@@ -124,6 +124,8 @@ pub(super) struct Disk {
     files: BTreeMap<PathBuf, FileState>,
     /// What was known before a restart, until its file has been read.
     restored: BTreeMap<ServiceName, Arc<Registration>>,
+    /// The file that counts for each service: one that comes later and names it too must not take it over.
+    incumbents: BTreeMap<ServiceName, Arc<str>>,
     /// What has been said of the watches in the log.
     complained: bool,
     #[cfg(test)]
@@ -133,7 +135,12 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(config: FileConfig, hints: Arc<Hints>, last_good: Option<&Registrations>) -> Disk {
         let restored = last_good.into_iter().flat_map(|last_good| &last_good.services);
+        let file = |registration: &Registration| registration.place.file.clone();
         Disk {
+            incumbents: restored
+                .clone()
+                .map(|(name, seen)| (name.clone(), file(&seen.registration)))
+                .collect(),
             source: config.name(),
             config,
             hints,
@@ -522,22 +529,29 @@ impl Disk {
         }
     }
 
-    /// Puts the files together: of two that name one service the first counts.
-    pub(super) fn merge(&self, scan: &mut Scan) {
-        let mut first: BTreeMap<&ServiceName, (&Path, &Told)> = BTreeMap::new();
-        for (path, state) in &self.files {
+    /// Puts the files together: of two that name one service the one counts that was there before, else the first.
+    pub(super) fn merge(&mut self, scan: &mut Scan) {
+        let mut claims: BTreeMap<&ServiceName, Vec<&Told>> = BTreeMap::new();
+        for state in self.files.values() {
             scan.problems.extend(state.problems.iter().cloned());
             for (name, told) in &state.services {
-                let Some((_, first)) = first.get(name) else {
-                    first.insert(name, (path, told));
-                    continue;
-                };
-                let message =
-                    format!("`{name}` is also in {}, which counts, since it is the first", place(first));
-                scan.problems.push(Problem::new(place(told), subject_of(name), message));
+                claims.entry(name).or_default().push(told);
             }
         }
-        scan.services = first.into_iter().map(|(name, (_, told))| (name.clone(), told.clone())).collect();
+        let mut incumbents = BTreeMap::new();
+        for (name, claims) in claims {
+            let incumbent = self.incumbents.get(name);
+            let stayed = claims.iter().find(|told| Some(&place(told).file) == incumbent);
+            let Some(counts) = stayed.or(claims.first()) else { continue };
+            let why = if stayed.is_some() { "since it was there before" } else { "since it is the first" };
+            for other in claims.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
+                let message = format!("`{name}` is also in {}, which counts, {why}", place(counts));
+                scan.problems.push(Problem::new(place(other), subject_of(name), message));
+            }
+            incumbents.insert(name.clone(), place(counts).file);
+            scan.services.insert(name.clone(), Told::clone(counts));
+        }
+        self.incumbents = incumbents;
         let emptied = self.files.values().flat_map(|state| &state.emptied);
         scan.emptied = emptied.filter(|name| !scan.services.contains_key(*name)).cloned().collect();
         scan.problems.sort();

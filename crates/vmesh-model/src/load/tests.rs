@@ -1021,10 +1021,10 @@ labels: {a: 2, b: 1}
         Service a [] (a.yaml:1:1)
         Node {a: 2, b: 1} (a.yaml:10:1)
         Node n (a.yaml:7:1)
-        b.yaml:1:1: a second Service `a`: only the first one counts, at a.yaml:1:1
-        b.yaml:5:1: a second Mesh: only the first one counts, at a.yaml:5:1
-        b.yaml:7:1: a second Node `n`: only the first one counts, at a.yaml:7:1
-        b.yaml:10:1: a second Node `{a: 2, b: 1}`: only the first one counts, at a.yaml:10:1
+        b.yaml:1:1: a second Service `a`: the one at a.yaml:1:1 counts
+        b.yaml:5:1: a second Mesh: the one at a.yaml:5:1 counts
+        b.yaml:7:1: a second Node `n`: the one at a.yaml:7:1 counts
+        b.yaml:10:1: a second Node `{a: 2, b: 1}`: the one at a.yaml:10:1 counts
     "#]]
     .assert_eq(&show(&mut library, two));
     assert_eq!(library.documents().services["a"].port, Some(1));
@@ -1036,10 +1036,10 @@ labels: {a: 2, b: 1}
         Node {a: 2, b: 1} (a.yaml:10:1)
         Node n (a.yaml:7:1)
         a.yaml:3:7: port 0 is not a port: 1 to 65535; its last good version stays in force
-        b.yaml:1:1: a second Service `a`: only the first one counts, at a.yaml:1:1
-        b.yaml:5:1: a second Mesh: only the first one counts, at a.yaml:5:1
-        b.yaml:7:1: a second Node `n`: only the first one counts, at a.yaml:7:1
-        b.yaml:10:1: a second Node `{a: 2, b: 1}`: only the first one counts, at a.yaml:10:1
+        b.yaml:1:1: a second Service `a`: the one at a.yaml:1:1 counts
+        b.yaml:5:1: a second Mesh: the one at a.yaml:5:1 counts
+        b.yaml:7:1: a second Node `n`: the one at a.yaml:7:1 counts
+        b.yaml:10:1: a second Node `{a: 2, b: 1}`: the one at a.yaml:10:1 counts
     "#]]
     .assert_eq(&show(&mut library, &bad));
     assert_eq!(library.documents().services["a"].port, Some(1));
@@ -1211,4 +1211,22 @@ fn no_text_breaks_the_reader() {
             read(&changed);
         }
     }
+}
+
+#[test]
+fn a_document_that_comes_later_does_not_take_over_from_one_in_force() {
+    let mut library = Library::default();
+    let incumbent: &[u8] = b"kind: Service\nname: orders\nport: 80\n";
+    let newcomer: &[u8] = b"kind: Service\nname: orders\nport: 81\n";
+    let file = |path, content| DocumentFile { path, content: Ok(content) };
+    library.update(&[file("z.yaml", incumbent)]);
+    let (documents, problems) = library.update(&[file("a.yaml", newcomer), file("z.yaml", incumbent)]);
+    let orders: ServiceName = "orders".parse().unwrap();
+    assert_eq!(documents.services[&orders].port, Some(80));
+    let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    assert_eq!(problems, ["a.yaml:1:1: a second Service `orders`: the one at z.yaml:1:1 counts"]);
+    // Nor after a restart.
+    let mut library = Library::restored(library.last_good());
+    let (documents, _) = library.update(&[file("a.yaml", newcomer), file("z.yaml", incumbent)]);
+    assert_eq!(documents.services[&orders].port, Some(80));
 }
