@@ -2,6 +2,8 @@
 //!
 //! Normal dependencies only, read from `cargo tree`: a test may use what the code may not.
 
+#![expect(clippy::expect_used, reason = "a test that cannot go on ends")]
+
 use std::collections::BTreeSet;
 use std::process::Command;
 

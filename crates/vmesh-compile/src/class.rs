@@ -13,7 +13,7 @@ use vmesh_xds::Store;
 use crate::service::{self, Compiled};
 
 /// What of a node decides how it sees services.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Class {
     pub client: Client,
     /// The `Node` documents that select it, the strongest last.

@@ -66,8 +66,12 @@ pub struct Update {
 }
 
 impl Compiler {
+    /// Begins with the class of an Envoy that no document speaks of: what is wrong with services and routes is known
+    /// before the first node has come.
     pub fn new(world: Arc<World>) -> Compiler {
-        Compiler { world, classes: BTreeMap::new() }
+        let class = Class::default();
+        let classes = BTreeMap::from([(class.key(), Shared::new(&world, class))]);
+        Compiler { world, classes }
     }
 
     pub fn world(&self) -> &Arc<World> {
@@ -94,9 +98,10 @@ impl Compiler {
         update
     }
 
-    /// Forgets the classes that are not among `used`.
+    /// Forgets the classes that are not among `used`, but for the first one.
     pub fn retain(&mut self, used: &BTreeSet<Arc<str>>) {
-        self.classes.retain(|key, _| used.contains(key));
+        let kept = Class::default().key();
+        self.classes.retain(|key, _| used.contains(key) || *key == kept);
     }
 
     /// The configuration of `report`'s node; compiles its class first, if it is the first of it.

@@ -1,5 +1,7 @@
 //! That the compiler's memory changes nothing: after any sequence of worlds it holds what the last one gives alone.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
