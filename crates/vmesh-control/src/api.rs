@@ -25,7 +25,7 @@ type Shared = State<Arc<Control>>;
 
 /// What anybody on loopback may ask.
 pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Router {
-    routes(registry).with_state(control)
+    routes(registry).route("/api/v1/nodes/{name}", delete(async || only_reads())).with_state(control)
 }
 
 /// The same and what changes something.
@@ -47,12 +47,12 @@ fn routes(registry: Arc<Registry>) -> Router<Arc<Control>> {
         .route("/api/v1/status", get(status))
         .route("/api/v1/explain", get(explain))
         .fallback(async || failure(StatusCode::NOT_FOUND, "there is nothing at this path; see docs/api.md"))
-        .method_not_allowed_fallback(async || {
-            failure(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "this cannot be done here: the API over TCP only reads, the Unix socket (`listen.api_socket`) also changes",
-            )
-        })
+        .method_not_allowed_fallback(async || only_reads())
+}
+
+fn only_reads() -> Response {
+    let why = "this cannot be done here: the API over TCP only reads, the Unix socket (`listen.api_socket`) also changes";
+    failure(StatusCode::METHOD_NOT_ALLOWED, why)
 }
 
 fn failure(status: StatusCode, error: impl Into<String>) -> Response {

@@ -1,0 +1,206 @@
+//! The documentation is true: every configuration in it is read by what would read it, every command in it runs.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vmesh_model::load::{DocumentFile, Library};
+use vmesh_testkit::Result;
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::place::{Loopback, tempdir};
+use vmesh_testkit::process::binary;
+use vmesh_tests::Mesh;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A fenced block: where it stands, the words after the fence, and its text.
+struct Block {
+    place: String,
+    info: String,
+    text: String,
+}
+
+fn blocks() -> Vec<Block> {
+    let docs = fs::read_dir(root().join("docs")).expect("docs").map(|entry| entry.expect("an entry").path());
+    let mut pages: Vec<_> =
+        docs.chain(["README.md", "ARCHITECTURE.md"].map(|page| root().join(page))).collect();
+    pages.retain(|page| page.extension().is_some_and(|extension| extension == "md"));
+    let mut blocks = Vec::new();
+    for page in pages {
+        let text = fs::read_to_string(&page).expect("a page");
+        let mut open: Option<Block> = None;
+        for (number, line) in text.lines().enumerate() {
+            match (line.strip_prefix("```"), &mut open) {
+                (Some(info), None) => {
+                    let place = format!("{}:{}", page.display(), number + 1);
+                    open = Some(Block { place, info: info.to_owned(), text: String::new() });
+                }
+                (Some(_), Some(_)) => blocks.extend(open.take()),
+                (None, Some(block)) => block.text.push_str(&format!("{line}\n")),
+                (None, None) => {}
+            }
+        }
+        assert!(open.is_none(), "{}: a block that does not end", page.display());
+    }
+    assert!(blocks.len() > 15, "the documentation is gone");
+    blocks
+}
+
+#[test]
+fn every_configuration_shown_is_accepted_by_what_reads_it() {
+    let dir = tempdir().expect("a directory");
+    for Block { place, info, text } in blocks() {
+        let program = match info.as_str() {
+            "yaml control" => "vmesh-control",
+            "yaml agent" => "vmesh-agent",
+            "yaml documents" => {
+                let file = DocumentFile { path: &place, content: Ok(text.as_bytes()) };
+                let (documents, problems) = Library::default().update(&[file]);
+                assert!(problems.is_empty() && !documents.is_empty(), "{place}: {problems:?}");
+                continue;
+            }
+            // Read by the running control plane below.
+            "yaml services" => continue,
+            "json" => {
+                serde_json::from_str::<serde_json::Value>(&text)
+                    .unwrap_or_else(|error| panic!("{place}: {error}"));
+                continue;
+            }
+            "console" | "text" | "" => continue,
+            other => panic!("{place}: a block of `{other}`, which no test reads"),
+        };
+        let file = dir.join("config.yaml");
+        fs::write(&file, text).expect("written");
+        let mut check = Command::new(binary(program).expect("built"));
+        let output = check.arg("--config").arg(&file).arg("--check").output().expect("it runs");
+        // The documents' directory of an example is not on this machine, which is a problem (1) and not an error (64).
+        let fine =
+            output.status.code().is_some_and(|code| code == 0 || (code == 1 && program == "vmesh-control"));
+        assert!(fine, "{place}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn every_example_is_accepted() {
+    let quickstart = root().join("examples/quickstart");
+    let mut agents = 0;
+    let check = |program: &str, config: &Path| {
+        let mut check = Command::new(binary(program).expect("built"));
+        let output = check.arg("--config").arg(config).arg("--check").current_dir(&quickstart).output();
+        let output = output.expect("it runs");
+        assert!(output.status.success(), "{}: {}", config.display(), String::from_utf8_lossy(&output.stderr));
+    };
+    check("vmesh-control", Path::new("control.yaml"));
+    for entry in fs::read_dir(quickstart.join("agents")).expect("agents") {
+        check("vmesh-agent", &entry.expect("an entry").path());
+        agents += 1;
+    }
+    assert!(agents >= 3, "the quickstart has lost its agents");
+}
+
+/// What the commands ask of: the mesh that the README speaks of.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()> {
+    let place = Loopback::unique()?;
+    let app = HttpApp::start("a", "v1", std::net::SocketAddr::new(place.ip(), place.port()?))?;
+    let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
+    let mut mesh = Mesh::start(&[("services.d/orders.yaml", &services)]).await?;
+    mesh.agent("web-1", &["orders"], "").await?;
+    mesh.synced("web-1").await?;
+
+    let mut ran = BTreeSet::new();
+    for Block { place, info, text } in blocks() {
+        if info == "yaml services" {
+            let other = Mesh::start(&[("services.d/shown.yaml", &text)]).await?;
+            assert_eq!(other.problems().await?, Vec::<String>::new(), "{place}");
+            let services = other.get("/api/v1/services").await?;
+            assert_ne!(services["services"].as_array().map(Vec::len), Some(0), "{place}");
+        }
+        if info != "console" {
+            continue;
+        }
+        for line in text.lines() {
+            let command =
+                line.strip_prefix("$ ").unwrap_or_else(|| panic!("{place}: `{line}` is no command"));
+            let words: Vec<_> = command.split_whitespace().collect();
+            match words.as_slice() {
+                ["vmeshctl", args @ ..] => {
+                    let output = mesh.ctl(args)?;
+                    let text = String::from_utf8_lossy(&output.stdout);
+                    assert!(output.status.success(), "{place}: `{command}`: {text}");
+                    assert!(!text.trim().is_empty(), "{place}: `{command}` says nothing");
+                }
+                ["vmesh-control", "--config", "control.yaml", "--check"] => {
+                    let mut check = Command::new(binary("vmesh-control")?);
+                    check.args(["--config", "control.yaml", "--check"]).current_dir(mesh.path("."));
+                    assert!(check.status().expect("it runs").success(), "{place}");
+                }
+                ["vmesh-agent", "--config", "agent.yaml", "--check"] => {
+                    let mut check = Command::new(binary("vmesh-agent")?);
+                    check.args(["--config", "agents/web-1.yaml", "--check"]).current_dir(mesh.path("."));
+                    assert!(check.status().expect("it runs").success(), "{place}");
+                }
+                // These run the tests, or are run beside them by `.ci/run`; a bench is no test.
+                ["cargo", "xtask", "demo" | "test", ..] | ["cargo", "xtask", "bench", "fleet", ..] => {}
+                other => panic!("{place}: nothing runs {other:?}"),
+            }
+            ran.insert(command.to_owned());
+        }
+    }
+    assert!(ran.len() >= 10, "{ran:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_exit_codes_are_those_of_the_documentation() -> Result<()> {
+    let services = "service: orders\nprotocol: http\nendpoints: [\"127.0.0.1:1\"]\n";
+    let mut mesh = Mesh::start(&[("services.d/orders.yaml", services)]).await?;
+    let code = |mesh: &Mesh, args: &[&str]| Ok::<_, vmesh_testkit::Failed>(mesh.ctl(args)?.status.code());
+    assert_eq!(code(&mesh, &["problems"])?, Some(0));
+    assert_eq!(code(&mesh, &["services", "ordres"])?, Some(4));
+    assert_eq!(code(&mesh, &["explain", "orders", "--from", "nobody"])?, Some(4));
+    assert_eq!(code(&mesh, &["forget", "nobody"])?, Some(1));
+    assert_eq!(code(&mesh, &["nods"])?, Some(64));
+    mesh.write("mesh.d/bad.yaml", "kind: Servce\n")?;
+    mesh.problem("did you mean `Service`?").await?;
+    assert_eq!(code(&mesh, &["problems"])?, Some(3));
+    assert_eq!(code(&mesh, &["problems", "--json"])?, Some(3));
+    mesh.control()?.kill()?;
+    let output = mesh.ctl(&["status"])?;
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("is vmesh-control running there?") && said.contains("because:"), "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_forgotten_through_the_unix_socket_once_it_is_offline() -> Result<()> {
+    let mut mesh = Mesh::start(&[]).await?;
+    mesh.agent("web-1", &[], "").await?;
+    mesh.synced("web-1").await?;
+    let socket = format!("unix:{}", mesh.path("state/control/api.sock").display());
+    let forget = ["--api", &socket, "forget", "web-1"];
+    let refused = mesh.ctl(&forget)?;
+    assert!(
+        String::from_utf8_lossy(&refused.stderr).contains("is connected: stop its agent first"),
+        "{refused:?}"
+    );
+    mesh.agent_daemon("web-1")?.terminate(vmesh_tests::BOUND).await?;
+    vmesh_testkit::wait_for("web-1 to be forgotten", vmesh_tests::BOUND, async || {
+        let output = mesh.ctl(&forget).map_err(|failed| failed.to_string())?;
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).into_owned())
+        }
+    })
+    .await?;
+    vmesh_testkit::wait_for("no node", vmesh_tests::BOUND, async || {
+        let nodes = mesh.get("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
+        if nodes["nodes"].as_array().is_some_and(Vec::is_empty) { Ok(()) } else { Err(nodes.to_string()) }
+    })
+    .await
+}
