@@ -18,7 +18,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use vmesh_catalog::State;
+use vmesh_model::State;
 use vmesh_model::node::{Client, Upstreams, Workload};
 use vmesh_model::{Endpoint, Health, Labels, NodeName, Place, Problem, Protocol, ServiceName};
 

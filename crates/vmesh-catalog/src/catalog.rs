@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
-use vmesh_model::{Documents, Endpoint, NodeName, NodeReport, Place, Problem, Registration, ServiceName};
+use vmesh_model::{
+    Documents, Endpoint, NodeName, NodeReport, Place, Problem, Registration, ServiceName, State,
+};
 
-use crate::world::{Changes, Revision, Service, State, World, service_hash};
+use crate::world::{Changes, Revision, Service, World, service_hash};
 
 /// One service as one source says it, and how far that can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,4 +14,4 @@ pub mod state;
 pub mod world;
 
 pub use catalog::{Catalog, Seen, SourceView};
-pub use world::{Changes, Revision, Service, State, World};
+pub use world::{Changes, Revision, Service, World};

@@ -5,8 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
-use serde::{Deserialize, Serialize};
-use vmesh_model::{Documents, Endpoint, NodeName, NodeReport, Place, Problem, Protocol, ServiceName};
+use vmesh_model::{Documents, Endpoint, NodeName, NodeReport, Place, Problem, Protocol, ServiceName, State};
 use xxhash_rust::xxh3::Xxh3Default;
 
 /// Immutable, and replaced whole at every change; what did not change keeps its pointer.
@@ -49,28 +48,6 @@ pub struct Service {
     pub because: Option<Arc<str>>,
     /// Where each source speaks of it, in the order of the sources.
     pub places: Vec<Place>,
-}
-
-/// How far a service's endpoints can be trusted to be those of now.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    #[default]
-    Fresh,
-    /// A source could not be read; this is the last that it said.
-    Stale,
-    /// A source says something else, which is suspicious and not believed yet.
-    Held,
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            State::Fresh => "fresh",
-            State::Stale => "stale",
-            State::Held => "held",
-        })
-    }
 }
 
 /// Names a configuration by its content: equal on every replica that sees the same services and documents, and

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vmesh_catalog::World;
 use vmesh_model::document::Policy;
 use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
+use vmesh_model::strict::did_you_mean;
 use vmesh_model::{NodeReport, Place, Problem, ServiceName};
 use vmesh_proto::duration;
 use vmesh_proto::envoy::config::listener::v3::Listener;
@@ -23,7 +24,7 @@ use crate::class::Shared;
 use crate::cluster::local_cluster;
 use crate::endpoints::local_assignment;
 use crate::listener::{Direction, Routes, http_listener, outbound_name, tcp_listener};
-use crate::route::{Share, near};
+use crate::route::Share;
 
 /// Above so many services, a node that asks for all of them is told what that costs it.
 const MANY: usize = 200;
@@ -105,7 +106,7 @@ impl Node<'_> {
         let shape = match self.shared.services.get(service) {
             Some(compiled) => compiled.shape.clone(),
             None => {
-                let near = self.world.known().find(|known| near(known.as_str(), service.as_str()));
+                let near = did_you_mean(service.as_str(), self.world.known().map(ServiceName::as_str));
                 let hint = near.map_or_else(String::new, |near| format!(", did you mean `{near}`?"));
                 self.problem(format!(
                     "calls `{service}`, which no discovery source and no document knows{hint}: its port stays closed"

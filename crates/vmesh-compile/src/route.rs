@@ -10,6 +10,7 @@ use vmesh_model::document::{
     TextMatch,
 };
 use vmesh_model::node::Client;
+use vmesh_model::strict::did_you_mean;
 use vmesh_model::{Problem, ServiceName};
 use vmesh_proto::envoy::config::core::v3::{DataSource, data_source};
 use vmesh_proto::envoy::config::route::v3::header_matcher::HeaderMatchSpecifier;
@@ -243,28 +244,12 @@ impl Router<'_> {
 }
 
 fn unknown_service(world: &World, what: &str, service: &ServiceName) -> String {
-    let near = world.known().find(|known| near(known.as_str(), service.as_str()));
+    let near = did_you_mean(service.as_str(), world.known().map(ServiceName::as_str));
     let hint = near.map_or_else(
         || "register it, or take it out of the route".to_owned(),
         |near| format!("did you mean `{near}`?"),
     );
     format!("{what} `{service}`, which no discovery source and no document knows: {hint}")
-}
-
-/// Whether two names are one slip of the finger apart.
-pub(crate) fn near(one: &str, other: &str) -> bool {
-    let (long, short) = if one.len() >= other.len() { (one, other) } else { (other, one) };
-    if long == short || long.len() - short.len() > 1 {
-        return false;
-    }
-    let (long, short) = (long.as_bytes(), short.as_bytes());
-    let head = long.iter().zip(short).take_while(|(a, b)| a == b).count();
-    let rest = long.iter().rev().zip(short.iter().rev()).take_while(|(a, b)| a == b).count();
-    let swapped = long.len() == short.len()
-        && head + rest + 2 == long.len()
-        && long.get(head) == short.get(head + 1)
-        && long.get(head + 1) == short.get(head);
-    head + rest + 1 >= long.len() || swapped
 }
 
 /// A rule whose every target is gone must not fall through to another rule: the answer says what is wrong.

@@ -18,8 +18,9 @@ use std::sync::Arc;
 
 use expect_test::expect_file;
 use serde_json::{Map, Value, json};
-use vmesh_catalog::{Catalog, Seen, SourceView, State};
+use vmesh_catalog::{Catalog, Seen, SourceView};
 use vmesh_compile::compile;
+use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
 use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
 use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Registration, Weight};

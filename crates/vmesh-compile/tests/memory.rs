@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use vmesh_catalog::{Catalog, Seen, SourceView, State};
+use vmesh_catalog::{Catalog, Seen, SourceView};
 use vmesh_compile::{Compiler, compile};
+use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
 use vmesh_model::node::{Client, Upstream, Upstreams};
 use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Protocol, Registration, ServiceName, Weight};

@@ -101,7 +101,7 @@ impl Collector for Scrape {
         let stale: Vec<_> = sources
             .iter()
             .map(|source| {
-                (source.name.to_string(), f64::from(u8::from(source.state != vmesh_catalog::State::Fresh)))
+                (source.name.to_string(), f64::from(u8::from(source.state != vmesh_model::State::Fresh)))
             })
             .collect();
         let help = "1 while a source is stale or held";

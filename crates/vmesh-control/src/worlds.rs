@@ -8,8 +8,9 @@ use tokio_stream::StreamExt;
 use tokio_stream::StreamMap;
 use tokio_stream::wrappers::WatchStream;
 use vmesh_api::Source;
-use vmesh_catalog::{Catalog, Seen, SourceView, State, World};
+use vmesh_catalog::{Catalog, Seen, SourceView, World};
 use vmesh_discovery::View;
+use vmesh_model::State;
 use vmesh_model::{NodeName, NodeReport, Place, Problem};
 
 use crate::documents::DocumentsView;
@@ -182,12 +183,8 @@ fn take_view(catalog: &mut Catalog, sources: &Sources, index: usize, view: &View
     let services = view
         .services()
         .map(|(name, seen)| {
-            let state = match seen.state {
-                vmesh_discovery::State::Fresh => State::Fresh,
-                vmesh_discovery::State::Stale => State::Stale,
-                vmesh_discovery::State::Held => State::Held,
-            };
-            (name.clone(), Seen { registration: seen.registration, state, because: seen.because })
+            let vmesh_discovery::Seen { registration, state, because, .. } = seen;
+            (name.clone(), Seen { registration, state, because })
         })
         .collect();
     catalog.on_view(index, SourceView { services, problems });

@@ -28,7 +28,9 @@ use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName};
 pub use crate::config::FileConfig;
 use crate::format::{ParsedEndpoint, ParsedService, subject_of};
 use crate::resolve::{Names, Resolve, Resolved, SystemResolver};
-use crate::source::{Registrations, Seen, Source, SourceError, State};
+use vmesh_model::State;
+
+use crate::source::{Registrations, Seen, Source, SourceError};
 use disk::{Disk, Known, Scan, Told};
 use watch::Hints;
 

@@ -19,7 +19,9 @@ use vmesh_model::text::{parse_duration, show_duration};
 use vmesh_model::{Endpoint, Health, Problem, Registration, ServiceName};
 
 use crate::format::subject_of;
-use crate::source::{Registrations, Seen, State};
+use vmesh_model::State;
+
+use crate::source::{Registrations, Seen};
 
 /// When a removal is believed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

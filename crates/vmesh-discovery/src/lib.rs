@@ -29,7 +29,8 @@ use tokio::sync::watch;
 pub use config::{FileConfig, SourceConfig};
 pub use file::FileSource;
 pub use guard::{Guard, GuardConfig};
-pub use source::{Registrations, Seen, Source, SourceError, State, View, follow};
+pub use source::{Registrations, Seen, Source, SourceError, View, follow};
+pub use vmesh_model::State;
 
 /// The source that `config` describes: its views, and the task that has to be run for them to come.
 ///

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
-use std::fmt;
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -11,7 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use vmesh_model::{Problem, Registration, ServiceName};
+use vmesh_model::{Problem, Registration, ServiceName, State};
 
 use crate::guard::Guard;
 
@@ -58,28 +57,6 @@ impl Seen {
 
     pub fn stale(registration: Arc<Registration>, because: impl Into<Arc<str>>) -> Seen {
         Seen { state: State::Stale, because: Some(because.into()), ..Seen::fresh(registration) }
-    }
-}
-
-/// How far a service's endpoints can be trusted to be those of now.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    #[default]
-    Fresh,
-    /// It could not be read; this is the last that was.
-    Stale,
-    /// The source says something else, which is suspicious and not believed yet.
-    Held,
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            State::Fresh => "fresh",
-            State::Stale => "stale",
-            State::Held => "held",
-        })
     }
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`name`] | [`ServiceName`], [`NodeName`]: what may be called a service or a node |
 //! | [`endpoint`] | [`Endpoint`], [`Health`], [`Weight`], [`Protocol`]: one instance of a service |
-//! | [`registration`] | [`Registration`]: what one discovery source says of one service |
+//! | [`registration`] | [`Registration`]: what one discovery source says of one service; [`State`]: how far to trust it |
 //! | [`document`] | the mesh documents `Mesh`, `Service`, `Route`, `Node`, and [`Documents`], a consistent set of them |
 //! | [`load`] | strict loading of documents: file, line, column, a did-you-mean, every problem at once |
 //! | [`yaml`], [`strict`] | under it: text to a tree that knows its positions, tree to type |
@@ -32,4 +32,4 @@ pub use endpoint::{Address, Endpoint, Health, Host, Labels, Protocol, Weight};
 pub use name::{NodeName, ServiceName};
 pub use node::NodeReport;
 pub use problem::{Place, Problem};
-pub use registration::Registration;
+pub use registration::{Registration, State};

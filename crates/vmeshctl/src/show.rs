@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use vmesh_api::{
     Explanation, Node, NodeState, Nodes, Problems, Service, ServiceEndpoint, Services, Source, Status,
 };
-use vmesh_catalog::State;
+use vmesh_model::State;
 use vmesh_model::node::Upstreams;
 
 use crate::table::table;
