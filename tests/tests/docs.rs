@@ -1,5 +1,7 @@
 //! The documentation is true: every configuration in it is read by what would read it, every command in it runs.
 
+#![expect(clippy::expect_used, reason = "a test that cannot go on ends")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

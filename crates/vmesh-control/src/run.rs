@@ -12,8 +12,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, watch};
 use vmesh_catalog::Catalog;
 use vmesh_daemon::{Stop, Tasks, logs, metrics as scrape, report, signals, systemd};
-use vmesh_discovery::{Registrations, SourceConfig};
-use vmesh_model::NodeReport;
+use vmesh_discovery::{Registrations, SourceConfig, View};
+use vmesh_model::{NodeReport, Place, Problem};
 use vmesh_xds::server::{AdsService, Hub};
 
 use crate::api;
@@ -34,7 +34,7 @@ struct Cli {
     #[arg(long, value_name = "FILE", default_value = "/etc/vmesh/control.yaml")]
     config: PathBuf,
 
-    /// Read the configuration, print what it would do, and exit.
+    /// Read the configuration, the sources and the documents, say what is there, and exit.
     #[arg(long)]
     check: bool,
 }
@@ -71,10 +71,11 @@ pub fn main() -> ExitCode {
         Err(error) => return report::refused(&error),
     };
     if cli.check {
-        print!("{}", config.summary());
-        let problems = documents::check(&config);
-        problems.iter().for_each(|problem| eprintln!("{problem}"));
-        return if problems.is_empty() { ExitCode::SUCCESS } else { report::FAILURE.into() };
+        return match check(&config) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => report::FAILURE.into(),
+            Err(error) => report::failed(&error),
+        };
     }
     if let Err(error) = logs::init(config.log.as_deref()) {
         return report::refused(&error);
@@ -88,6 +89,40 @@ pub fn main() -> ExitCode {
         Err(error) => {
             tracing::error!("{}", report::one_line(&error));
             report::failed(&error)
+        }
+    }
+}
+
+/// Reads everything once and says what is there and what is wrong with it; whether nothing is.
+fn check(config: &Config) -> Result<bool, RunError> {
+    print!("{}", config.summary());
+    let mut problems = documents::check(config);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Runtime)?;
+    for source in &config.discovery {
+        let view = runtime.block_on(first_view(source.clone()));
+        let seen = view.last_good.unwrap_or_default();
+        let endpoints: usize = seen.services.values().map(|seen| seen.registration.endpoints.len()).sum();
+        println!("{}: {} services, {endpoints} endpoints", source.name(), seen.services.len());
+        problems.extend(seen.problems.iter().cloned());
+        if let Some(because) = view.stale_because {
+            let name = source.name();
+            problems.push(Problem::new(Place::file(name.clone()), name, because.to_string()));
+        }
+    }
+    problems.iter().for_each(|problem| eprintln!("{problem}"));
+    Ok(problems.is_empty())
+}
+
+/// What a source says first, or why it does not.
+async fn first_view(source: SourceConfig) -> View {
+    let (mut views, task) = vmesh_discovery::open(source, None);
+    let answered = |view: &View| view.last_good.is_some() || view.stale_because.is_some();
+    tokio::select! {
+        () = task => View::default(),
+        view = views.wait_for(answered) => view.map(|view| view.clone()).unwrap_or_default(),
+        () = tokio::time::sleep(Duration::from_secs(10)) => {
+            View { stale_because: Some("no answer within 10 s".into()), ..View::default() }
         }
     }
 }
