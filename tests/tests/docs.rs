@@ -206,3 +206,31 @@ async fn a_node_is_forgotten_through_the_unix_socket_once_it_is_offline() -> Res
     })
     .await
 }
+
+/// An invariant whose proof is gone is a wish.
+#[test]
+fn every_test_that_the_architecture_names_is_there() {
+    let page = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let mut sources = String::new();
+    let mut directories = vec![root().join("crates"), root().join("tests")];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                sources.push_str(&fs::read_to_string(&path).expect("a source"));
+            }
+        }
+    }
+    let names =
+        page.split('`').skip(1).step_by(2).filter_map(|code| code.rsplit_once("::").map(|(_, name)| name));
+    let tests: Vec<_> = names.filter(|name| name.matches('_').count() >= 3).collect();
+    assert!(tests.len() >= 8, "{tests:?}");
+    for test in tests {
+        assert!(
+            sources.contains(&format!("fn {test}(")),
+            "ARCHITECTURE.md names `{test}`, which is not there"
+        );
+    }
+}
