@@ -45,8 +45,8 @@ impl Mesh {
     /// The same, not started.
     pub fn prepare(files: &[(&str, &str)]) -> Result<Mesh> {
         let (dir, home) = (tempdir()?, Loopback::unique()?);
-        let xds = SocketAddr::new(home.ip(), home.port()?);
-        let api = SocketAddr::new(home.ip(), home.port()?);
+        // The address is nobody else's, and so are all its ports.
+        let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
         let mesh = Mesh { dir, home, xds, api, control: None, agents: BTreeMap::new() };
         for dir in ["services.d", "mesh.d", "agents"] {
             make(&mesh.path(dir))?;

@@ -33,7 +33,7 @@ fn orders(addresses: &[SocketAddr]) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn grpc_resolves_and_calls_a_service_and_follows_its_changes() -> Result<()> {
     let place = Loopback::unique()?;
-    let (one, two) = (SocketAddr::new(place.ip(), place.port()?), SocketAddr::new(place.ip(), place.port()?));
+    let (one, two) = (SocketAddr::new(place.ip(), 8081), SocketAddr::new(place.ip(), 8082));
     let _one = server(one, "one").await?;
     let _two = server(two, "two").await?;
     let mesh = Mesh::start(&[("services.d/orders.yaml", &orders(&[one]))]).await?;

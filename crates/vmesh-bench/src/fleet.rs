@@ -11,7 +11,7 @@ mod baseline;
 mod fleet_client;
 
 use std::fmt::Write as _;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,7 +21,7 @@ use fleet_client::Fleet;
 use http::Method;
 use vmesh_daemon::fetch::{Peer, fetch};
 use vmesh_daemon::report;
-use vmesh_testkit::place::{TempDir, free_port, tempdir};
+use vmesh_testkit::place::{Loopback, TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{Failed, Result, wait_for};
 
@@ -230,6 +230,7 @@ async fn measure_baseline(options: &Options) -> Result<Base> {
 /// The control plane under measurement, and its files.
 struct Mesh {
     dir: TempDir,
+    _home: Loopback,
     control: Daemon,
     xds: SocketAddr,
     api: SocketAddr,
@@ -246,8 +247,8 @@ impl Mesh {
     async fn start(options: &Options) -> Result<Mesh> {
         let dir = tempdir()?;
         make(&dir.join("services.d"))?;
-        let home = Ipv4Addr::LOCALHOST.into();
-        let (xds, api) = (SocketAddr::new(home, free_port(home)?), SocketAddr::new(home, free_port(home)?));
+        let home = Loopback::unique()?;
+        let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
         for service in 0..options.services {
             write(&dir.join(format!("services.d/{}.yaml", name(service))), &registered(service, options, 1))?;
         }
@@ -260,7 +261,7 @@ impl Mesh {
         command.args(["--config", "control.yaml"]).current_dir(&*dir);
         let mut control = Daemon::spawn("vmesh-control", command)?;
         control.wait_http(&Peer::Tcp(api), "/readyz", BOUND).await?;
-        Ok(Mesh { dir, control, xds, api, options: options.clone() })
+        Ok(Mesh { dir, _home: home, control, xds, api, options: options.clone() })
     }
 
     fn write_service(&self, service: usize, weight: usize) -> Result<()> {
