@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use http::Method;
 use serde_json::Value;
-use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::fetch::Peer;
+use vmesh_testkit::api::{Api, field};
 use vmesh_testkit::place::{Loopback, TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{Failed, Result, envoy, wait_for};
@@ -24,8 +24,18 @@ pub struct Mesh {
     home: Loopback,
     pub xds: SocketAddr,
     pub api: SocketAddr,
+    /// More control planes that agents started from now on are told of.
+    pub replicas: Vec<SocketAddr>,
     control: Option<Daemon>,
     agents: BTreeMap<String, Agent>,
+}
+
+/// A control plane beside the one of a [`Mesh`].
+pub struct Replica {
+    pub xds: SocketAddr,
+    pub api: Api,
+    pub daemon: Daemon,
+    _home: Loopback,
 }
 
 struct Agent {
@@ -47,7 +57,7 @@ impl Mesh {
         let (dir, home) = (tempdir()?, Loopback::unique()?);
         // The address is nobody else's, and so are all its ports.
         let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
-        let mesh = Mesh { dir, home, xds, api, control: None, agents: BTreeMap::new() };
+        let mesh = Mesh { dir, home, xds, api, replicas: Vec::new(), control: None, agents: BTreeMap::new() };
         for dir in ["services.d", "mesh.d", "agents"] {
             make(&mesh.path(dir))?;
         }
@@ -90,6 +100,24 @@ impl Mesh {
         Ok(())
     }
 
+    /// A second control plane from the same files, on the same ports of an address of its own.
+    pub async fn start_replica(&self) -> Result<Replica> {
+        let home = Loopback::unique()?;
+        let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
+        let config = fs::read_to_string(self.path("control.yaml"))
+            .map_err(Failed::to("could not read control.yaml"))?;
+        let config = config
+            .replace(&self.xds.to_string(), &xds.to_string())
+            .replace(&self.api.to_string(), &api.to_string())
+            .replace("state/control", "state/replica");
+        self.write("replica.yaml", &config)?;
+        let mut command = Command::new(binary("vmesh-control")?);
+        command.args(["--config", "replica.yaml"]).current_dir(&*self.dir);
+        let mut daemon = Daemon::spawn("the replica", command)?;
+        daemon.wait_http(&Peer::Tcp(api), "/readyz", BOUND).await?;
+        Ok(Replica { xds, api: Api(api), daemon, _home: home })
+    }
+
     /// Started, and not waited for.
     pub fn spawn_control(&self) -> Result<Daemon> {
         let mut command = Command::new(binary("vmesh-control")?);
@@ -106,11 +134,15 @@ impl Mesh {
     pub async fn agent(&mut self, name: &str, calls: &[&str], more: &str) -> Result<()> {
         let place = Loopback::unique()?;
         let ip = place.ip();
+        let control_planes: Vec<_> = std::iter::once(self.xds)
+            .chain(self.replicas.iter().copied())
+            .map(|xds| format!("\"http://{xds}\""))
+            .collect();
         let mut config = format!(
-            "control_plane: [\"http://{}\"]\nstate_dir: state/{name}\nrun_dir: run/{name}\n\
+            "control_plane: [{}]\nstate_dir: state/{name}\nrun_dir: run/{name}\n\
              envoy: {{path: {:?}, manage: child, concurrency: 1, drain: 1s}}\n\
              listen: {{api: \"{ip}:15020\"}}\nnode: {{name: {name}, address: {ip}}}\n",
-            self.xds,
+            control_planes.join(", "),
             envoy::find()?.display().to_string(),
         );
         if !calls.is_empty() {
@@ -173,58 +205,26 @@ impl Mesh {
         envoy::Envoy::at_socket(self.path(&format!("run/{name}/admin.sock")))
     }
 
-    /// Waits until the node has accepted all that concerns it, and what it accepted is what the control plane has.
+    /// Waits until the node has accepted all that concerns it.
     pub async fn synced(&self, name: &str) -> Result<()> {
-        wait_for(format!("{name} to be in sync"), BOUND, async || {
-            let nodes = self.get("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
-            let all = nodes.get("nodes").and_then(Value::as_array).cloned().unwrap_or_default();
-            match all.iter().find(|node| text(node, "name") == name) {
-                Some(node) if text(node, "state") == "synced" => Ok(()),
-                Some(node) => Err(format!("{} {}", text(node, "state"), text(node, "reason"))),
-                None => Err("not connected".to_owned()),
-            }
-        })
-        .await
+        let api = Api(self.api);
+        wait_for(format!("{name} to be in sync"), BOUND, async || api.is_synced(name).await).await
     }
 
     /// Waits until an HTTP request to `address` is answered with 200.
     pub async fn answers(&self, address: SocketAddr) -> Result<()> {
         wait_for(format!("an answer of {address}"), BOUND, async || {
-            match fetch(&Peer::Tcp(address), Method::GET, "/", BOUND).await {
-                Ok((status, _)) if status.is_success() => Ok(()),
-                Ok((status, body)) => Err(format!("{status} {}", String::from_utf8_lossy(&body))),
-                Err(error) => Err(vmesh_daemon::report::one_line(&error)),
-            }
+            Api(address).text("/").await.map(|_| ()).map_err(|failed| failed.to_string())
         })
         .await
     }
 
     pub async fn get(&self, path: &str) -> Result<Value> {
-        let body = self.get_text(path).await?;
-        serde_json::from_str(&body).map_err(Failed::to(format!("{path} is not JSON: {body}")))
+        Api(self.api).json(path).await
     }
 
-    pub async fn get_text(&self, path: &str) -> Result<String> {
-        let (status, body) = fetch(&Peer::Tcp(self.api), Method::GET, path, BOUND)
-            .await
-            .map_err(Failed::to(format!("could not ask for {path}")))?;
-        let body = String::from_utf8_lossy(&body).into_owned();
-        if status.is_success() { Ok(body) } else { Err(Failed::new(format!("{path}: {status}: {body}"))) }
-    }
-
-    /// The sum of a metric of the control plane over its labels.
     pub async fn metric(&self, name: &str) -> Result<f64> {
-        let text = self.get_text("/metrics").await?;
-        let values: Vec<f64> = text
-            .lines()
-            .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])))
-            .filter_map(|line| line.rsplit(' ').next()?.parse().ok())
-            .collect();
-        if values.is_empty() {
-            Err(Failed::new(format!("no metric {name} in\n{text}")))
-        } else {
-            Ok(values.iter().sum())
-        }
+        Api(self.api).metric(name).await
     }
 
     /// Every listed problem, `place: message`, the test's directory cut off.
@@ -233,7 +233,7 @@ impl Mesh {
         let all = answer.get("problems").and_then(Value::as_array).cloned().unwrap_or_default();
         Ok(all
             .iter()
-            .map(|problem| format!("{}: {}", text(problem, "place"), text(problem, "message")))
+            .map(|problem| format!("{}: {}", field(problem, "place"), field(problem, "message")))
             .collect())
     }
 
@@ -250,13 +250,13 @@ impl Mesh {
     pub async fn endpoints(&self, service: &str) -> Result<Vec<String>> {
         let answer = self.get("/api/v1/services").await?;
         let all = answer.get("services").and_then(Value::as_array).cloned().unwrap_or_default();
-        let Some(service) = all.iter().find(|known| text(known, "name") == service) else {
+        let Some(service) = all.iter().find(|known| field(known, "name") == service) else {
             return Ok(Vec::new());
         };
         let endpoints = service.get("endpoints").and_then(Value::as_array).cloned().unwrap_or_default();
-        let shown = |endpoint: &Value| match text(endpoint, "health").as_str() {
-            "unknown" => text(endpoint, "address"),
-            health => format!("{} {health}", text(endpoint, "address")),
+        let shown = |endpoint: &Value| match field(endpoint, "health").as_str() {
+            "unknown" => field(endpoint, "address"),
+            health => format!("{} {health}", field(endpoint, "address")),
         };
         Ok(endpoints.iter().map(shown).collect())
     }
@@ -276,10 +276,6 @@ impl Mesh {
         command.args(args).env("VMESH_API", format!("http://{}", self.api));
         command.output().map_err(Failed::to("could not start vmeshctl"))
     }
-}
-
-pub fn text(value: &Value, field: &str) -> String {
-    value.get(field).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
 fn make(dir: &Path) -> Result<()> {

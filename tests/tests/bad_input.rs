@@ -123,6 +123,14 @@ async fn what_is_no_text_file_is_named_and_left_alone() -> Result<()> {
     mesh.problem("services.d/fifo.yaml: ").await?;
     symlink("loop.yaml", mesh.path("services.d/loop.yaml")).expect("linked");
     mesh.problem("services.d/loop.yaml: ").await?;
+    assert!(
+        Command::new("mkfifo").arg(mesh.path("mesh.d/fifo.yaml")).status().expect("mkfifo runs").success()
+    );
+    mesh.problem("mesh.d/fifo.yaml: it is not a file").await?;
+    let huge = fs::File::create(mesh.path("mesh.d/huge.yaml")).expect("created");
+    huge.set_len(50 << 20).expect("extended");
+    drop(huge);
+    mesh.problem("mesh.d/huge.yaml: ").await?;
     assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80", "10.0.0.2:80"]);
     // And it still hears of what is good.
     mesh.write("services.d/orders.yaml", &ORDERS.replace("10.0.0.2", "10.0.0.3"))?;

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant};
 
+use vmesh_testkit::api::Api;
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan};
 use vmesh_testkit::place::Loopback;
@@ -88,6 +89,76 @@ async fn an_agent_killed_under_load_fails_no_request() -> Result<()> {
         None => Err("none yet"),
     })
     .await?;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_vmesh_is_needed_for_traffic_to_flow() -> Result<()> {
+    let place = Loopback::unique()?;
+    let (mut mesh, _app, target) = mesh_with_orders(&place).await?;
+    let load = Load::start(Plan::to(target).rate(300.0))?;
+    mesh.control()?.kill()?;
+    mesh.agent_daemon("web-1")?.kill()?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let without = load.so_far();
+    assert_eq!(without.failures, 0, "{:?}", without.failed.first());
+    assert!(without.ok > 300, "there was no load");
+    mesh.restart_agent("web-1")?;
+    mesh.start_control().await?;
+    mesh.synced("web-1").await?;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_moves_to_another_replica_is_sent_nothing_that_it_has() -> Result<()> {
+    let place = Loopback::unique()?;
+    let app = HttpApp::start("a", "v1", SocketAddr::new(place.ip(), place.port()?))?;
+    let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
+    let mut mesh = Mesh::start(&[("services.d/orders.yaml", &services)]).await?;
+    let mut replica = mesh.start_replica().await?;
+    assert_eq!(
+        replica.api.json("/api/v1/revision").await?["revision"],
+        mesh.get("/api/v1/revision").await?["revision"]
+    );
+    mesh.replicas.push(replica.xds);
+    mesh.agent("web-1", &["orders"], "").await?;
+    let target = mesh.upstream("web-1", 0)?;
+    mesh.answers(target).await?;
+    // Both know the node; one of them configures it.
+    let known = async |api: Api| {
+        wait_for("the node to be known", BOUND, async || {
+            let nodes = api.json("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
+            if nodes["nodes"][0]["connected"] == true { Ok(()) } else { Err(nodes.to_string()) }
+        })
+        .await
+    };
+    known(Api(mesh.api)).await?;
+    known(replica.api).await?;
+    let sent = async |api: Api| api.metric("vmesh_xds_resources_sent_total").await;
+    let (first, second) = (sent(Api(mesh.api)).await?, sent(replica.api).await?);
+    assert!((first > 0.0) != (second > 0.0), "{first} and {second}: one of them configures it");
+
+    let load = Load::start(Plan::to(target).rate(300.0))?;
+    let left = if first > 0.0 {
+        mesh.control()?.kill()?;
+        replica.api
+    } else {
+        replica.daemon.kill()?;
+        Api(mesh.api)
+    };
+    // It is in use once it takes part in changes.
+    mesh.write("mesh.d/orders.yaml", "kind: Service\nname: orders\ntimeouts: {request: 3s}\n")?;
+    wait_for("the change to be sent", BOUND, async || {
+        let sent = sent(left).await.map_err(|failed| failed.to_string())?;
+        if sent > 0.0 { Ok(()) } else { Err("nothing yet".to_owned()) }
+    })
+    .await?;
+    wait_for("web-1 to be in sync", BOUND, async || left.is_synced("web-1").await).await?;
+    assert_eq!(sent(left).await?, 1.0, "the route changed, and nothing else was sent");
     let report = load.stop().await;
     assert_eq!(report.failures, 0, "{:?}", report.failed.first());
     Ok(())

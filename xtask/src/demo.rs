@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use http::Method;
-use serde_json::Value;
-use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::fetch::Peer;
+use vmesh_testkit::api::{Api, field};
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan, Report};
 use vmesh_testkit::process::Daemon;
@@ -27,7 +26,7 @@ pub(crate) struct Options {
 }
 
 const SECONDS: Duration = Duration::from_secs(1);
-const API: SocketAddr = local(Ipv4Addr::new(127, 0, 0, 1), 15014);
+const API: Api = Api(local(Ipv4Addr::new(127, 0, 0, 1), 15014));
 /// Where the application on web-1 dials `orders`.
 const ORDERS: SocketAddr = local(Ipv4Addr::new(127, 0, 1, 1), 9001);
 const AGENTS: [&str; 3] = ["web-1", "orders-1", "orders-2"];
@@ -82,10 +81,10 @@ impl Demo {
             demo.in_sync(name).await?;
         }
         let up = wait_for("web-1's Envoy to serve orders", 30 * SECONDS, async || {
-            ask(ORDERS, "/").await.map(|_| ()).map_err(|failed| failed.to_string())
+            Api(ORDERS).text("/").await.map(|_| ()).map_err(|failed| failed.to_string())
         });
         up.await?;
-        println!("  control plane  127.0.0.1:15010 (xDS), http://{API} (API)");
+        println!("  control plane  127.0.0.1:15010 (xDS), http://{} (API)", API.0);
         println!("  web-1          127.0.1.1, its application dials orders on {ORDERS}");
         println!("  orders-1       127.0.1.2, serves orders v1");
         println!("  orders-2       127.0.1.3, serves orders v2");
@@ -173,10 +172,10 @@ impl Demo {
             &before.replace("split: [{subset: v1, weight: 90}", "spilt: [{subset: v1, weight: 90}"),
         )?;
         let listed = wait_for("the problem to be listed", 15 * SECONDS, async || {
-            let problems = api("/api/v1/problems").await.map_err(|failed| failed.to_string())?;
+            let problems = API.json("/api/v1/problems").await.map_err(|failed| failed.to_string())?;
             let first = problems.pointer("/problems/0");
             match first {
-                Some(problem) => Ok((text(problem, "place"), text(problem, "message"))),
+                Some(problem) => Ok((field(problem, "place"), field(problem, "message"))),
                 None => Err("no problem listed".to_owned()),
             }
         });
@@ -191,10 +190,10 @@ impl Demo {
         no_failure(&report)?;
         write(&file, &before)?;
         wait_for("the problem to be gone", 15 * SECONDS, async || {
-            let problems = api("/api/v1/problems").await.map_err(|failed| failed.to_string())?;
+            let problems = API.json("/api/v1/problems").await.map_err(|failed| failed.to_string())?;
             match problems.pointer("/problems/0") {
                 None => Ok(()),
-                Some(problem) => Err(text(problem, "message")),
+                Some(problem) => Err(field(problem, "message")),
             }
         })
         .await
@@ -223,7 +222,7 @@ impl Demo {
             report.failures
         );
         no_failure(&report)?;
-        let sent = metric("vmesh_xds_resources_sent_total").await?;
+        let sent = API.metric("vmesh_xds_resources_sent_total").await?;
         println!("   resources sent since it is back: {sent}");
         check(sent == 0.0, "nothing was sent again")
     }
@@ -236,14 +235,7 @@ impl Demo {
             {
                 return Err(format!("the agent of {ended} has ended:\n{}", agent.output()));
             }
-            let nodes = api("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
-            let all = nodes.get("nodes").and_then(Value::as_array).cloned().unwrap_or_default();
-            let node = all.iter().find(|node| text(node, "name") == name);
-            match node.map(|node| (text(node, "state"), text(node, "reason"))) {
-                Some((state, _)) if state == "synced" => Ok(()),
-                Some((state, reason)) => Err(format!("{state} {reason}")),
-                None => Err("not connected".to_owned()),
-            }
+            API.is_synced(name).await
         })
         .await
     }
@@ -292,7 +284,7 @@ async fn start_control(binaries: &Path, dir: &Path) -> Result<Daemon> {
     let mut command = Command::new(binaries.join("vmesh-control"));
     command.args(["--config", "control.yaml"]).current_dir(dir);
     let mut control = Daemon::spawn("vmesh-control", command)?;
-    control.wait_http(&Peer::Tcp(API), "/readyz", 20 * SECONDS).await?;
+    control.wait_http(&Peer::Tcp(API.0), "/readyz", 20 * SECONDS).await?;
     Ok(control)
 }
 
@@ -331,39 +323,6 @@ fn no_failure(report: &Report) -> Result<()> {
 
 fn check(holds: bool, what: &str) -> Result<()> {
     if holds { Ok(()) } else { Err(Failed::new(format!("this did not happen: {what}"))) }
-}
-
-async fn ask(at: SocketAddr, path: &str) -> Result<String> {
-    let answer = fetch(&Peer::Tcp(at), Method::GET, path, 5 * SECONDS).await;
-    let (status, body) = answer.map_err(Failed::to(format!("could not ask {at} for {path}")))?;
-    if !status.is_success() {
-        return Err(Failed::new(format!("{at} answered {status} for {path}")));
-    }
-    Ok(String::from_utf8_lossy(&body).into_owned())
-}
-
-async fn api(path: &str) -> Result<Value> {
-    let body = ask(API, path).await?;
-    serde_json::from_str(&body).map_err(Failed::to(format!("{path} is not JSON")))
-}
-
-/// The sum of a metric over its labels.
-async fn metric(name: &str) -> Result<f64> {
-    let body = ask(API, "/metrics").await?;
-    let values = body
-        .lines()
-        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])))
-        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
-    let values: Vec<_> = values.collect();
-    if values.is_empty() {
-        Err(Failed::new(format!("there is no metric {name}")))
-    } else {
-        Ok(values.iter().sum())
-    }
-}
-
-fn text(value: &Value, field: &str) -> String {
-    value.get(field).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
 fn read(file: &Path) -> Result<String> {

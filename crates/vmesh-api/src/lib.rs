@@ -20,7 +20,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vmesh_model::State;
 use vmesh_model::node::{Client, Upstreams, Workload};
-use vmesh_model::{Endpoint, Health, Labels, NodeName, Place, Problem, Protocol, ServiceName};
+use vmesh_model::{Endpoint, Health, Labels, NodeName, Problem, Protocol, ServiceName};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Services {
@@ -225,9 +225,4 @@ pub struct Done {
 pub struct Failure {
     /// What was attempted, on what, why it failed, what to do next.
     pub error: String,
-}
-
-/// `built in`, or the document and its place.
-pub fn set_by(origin: Option<(&str, &Place)>) -> String {
-    origin.map_or_else(|| "built in".to_owned(), |(document, place)| format!("{document} ({place})"))
 }

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use fleet_client::Fleet;
-use http::Method;
-use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::fetch::Peer;
 use vmesh_daemon::report;
+use vmesh_testkit::api::Api;
 use vmesh_testkit::place::{Loopback, TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{Failed, Result, wait_for};
@@ -148,7 +148,7 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     let connect = started.elapsed();
     wait_for("all nodes to be in sync", BOUND, async || {
         let synced =
-            mesh.metric("vmesh_nodes{state=\"synced\"}").await.map_err(|failed| failed.to_string())?;
+            mesh.api.metric("vmesh_nodes{state=\"synced\"}").await.map_err(|failed| failed.to_string())?;
         if synced as usize == options.nodes { Ok(()) } else { Err(format!("{synced} are")) }
     })
     .await?;
@@ -196,7 +196,7 @@ async fn change(mesh: &Mesh, fleet: &mut Fleet, round: usize) -> Result<Taken> {
     let written = SystemTime::now();
     mesh.write_service(0, 2 + round % 50)?;
     let last_ack = fleet.until_all_acked(BOUND).await?;
-    let seen = mesh.metric("vmesh_last_change_timestamp_seconds").await?;
+    let seen = mesh.api.metric("vmesh_last_change_timestamp_seconds").await?;
     Ok(Taken { written, seen: UNIX_EPOCH + Duration::from_secs_f64(seen), last_ack })
 }
 
@@ -233,7 +233,7 @@ struct Mesh {
     _home: Loopback,
     control: Daemon,
     xds: SocketAddr,
-    api: SocketAddr,
+    api: Api,
     options: Options,
 }
 
@@ -248,19 +248,20 @@ impl Mesh {
         let dir = tempdir()?;
         make(&dir.join("services.d"))?;
         let home = Loopback::unique()?;
-        let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
+        let (xds, api) = (SocketAddr::new(home.ip(), 15010), Api(SocketAddr::new(home.ip(), 15014)));
         for service in 0..options.services {
             write(&dir.join(format!("services.d/{}.yaml", name(service))), &registered(service, options, 1))?;
         }
         let config = format!(
-            "discovery: [{{file: {{path: services.d}}}}]\nlisten: {{xds_plaintext: \"{xds}\", api: \"{api}\"}}\nstate_dir: state\n\
-             log: warn\n"
+            "discovery: [{{file: {{path: services.d}}}}]\nlisten: {{xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\n\
+             log: warn\n",
+            api.0
         );
         write(&dir.join("control.yaml"), &config)?;
         let mut command = Command::new(binary("vmesh-control")?);
         command.args(["--config", "control.yaml"]).current_dir(&*dir);
         let mut control = Daemon::spawn("vmesh-control", command)?;
-        control.wait_http(&Peer::Tcp(api), "/readyz", BOUND).await?;
+        control.wait_http(&Peer::Tcp(api.0), "/readyz", BOUND).await?;
         Ok(Mesh { dir, _home: home, control, xds, api, options: options.clone() })
     }
 
@@ -279,20 +280,11 @@ impl Mesh {
         std::iter::once(0).chain(others).map(name).collect()
     }
 
-    async fn metric(&self, name: &str) -> Result<f64> {
-        let (_, body) = fetch(&Peer::Tcp(self.api), Method::GET, "/metrics", BOUND)
-            .await
-            .map_err(Failed::to("could not ask for the metrics"))?;
-        let text = String::from_utf8_lossy(&body);
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
-        value.ok_or_else(|| Failed::new(format!("there is no metric {name}")))
-    }
-
     async fn counted(&self) -> Result<Counted> {
         Ok(Counted {
-            responses: self.metric("vmesh_xds_responses_total").await?,
-            bytes: self.metric("vmesh_xds_bytes_sent_total").await?,
-            encodings: self.metric("vmesh_xds_encodings_total").await?,
+            responses: self.api.metric("vmesh_xds_responses_total").await?,
+            bytes: self.api.metric("vmesh_xds_bytes_sent_total").await?,
+            encodings: self.api.metric("vmesh_xds_encodings_total").await?,
         })
     }
 }

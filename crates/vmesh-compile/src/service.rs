@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use vmesh_catalog::World;
-use vmesh_model::document::{Documents, Locality, Placed, Route, Service, Subset};
+use vmesh_model::document::{Documents, Placed, Route, Service, Subset};
 use vmesh_model::node::Client;
 use vmesh_model::{Endpoint, Place, Problem, ServiceName, Settings};
 use vmesh_xds::{Group, Kind, Resource};
@@ -190,9 +190,5 @@ impl Shape {
             || self.effective.idle != other.effective.idle
             || self.shares != other.shares
             || self.effective.load_balancing != other.effective.load_balancing
-    }
-
-    pub fn prefers_near(&self) -> bool {
-        self.effective.load_balancing.locality == Locality::PreferLocal
     }
 }

@@ -3,15 +3,15 @@
 //! What the kernel says of changes is a hint; what counts is the content, compared by its hash. A directory that cannot
 //! be read is no reason to forget what it said.
 
+use std::error::Error;
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
-use rustix::fs::{Mode, OFlags};
 use tokio::sync::{Notify, watch};
+use vmesh_daemon::fsx;
 use vmesh_model::load::{DocumentFile, Kept, Library};
 use vmesh_model::yaml::MAX_TEXT;
 use vmesh_model::{Documents, Place, Problem};
@@ -170,26 +170,17 @@ fn read_directory(dir: &Path) -> Result<Vec<Raw>, String> {
             .extension()
             .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
         if wanted && !name.starts_with(['.', '#']) {
-            files.push(Raw { path: path.display().to_string(), content: read_file(&path) });
+            // One byte more than the reader takes, so that it is the one to say that it is too much.
+            let content = fsx::read_capped(&path, MAX_TEXT as u64 + 1);
+            let content = content.map_err(|error| match error.source() {
+                Some(cause) => cause.to_string(),
+                None => error.to_string(),
+            });
+            files.push(Raw { path: path.display().to_string(), content });
         }
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(files)
-}
-
-/// Never waits: a FIFO in the directory has nobody at its other end.
-fn read_file(path: &Path) -> Result<Vec<u8>, String> {
-    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|error| std::io::Error::from(error).to_string())?;
-    let file = fs::File::from(file);
-    let metadata = file.metadata().map_err(|error| error.to_string())?;
-    if !metadata.is_file() {
-        return Err("it is not a file".to_owned());
-    }
-    // One byte more than may be, so that the reader can say that it is too much.
-    let mut bytes = Vec::new();
-    file.take(MAX_TEXT as u64 + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    Ok(bytes)
 }
 
 fn hash(files: &Result<Vec<Raw>, String>) -> u64 {

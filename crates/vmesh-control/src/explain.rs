@@ -4,14 +4,14 @@
 
 use std::collections::BTreeSet;
 
-use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting, set_by};
+use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
 use vmesh_catalog::World;
 use vmesh_compile::Compiler;
 use vmesh_compile::effective::Effective;
 use vmesh_model::document::{Match, PathMatch, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
-use vmesh_model::{Health, NodeReport, Place, ServiceName, Settings};
+use vmesh_model::{Health, NodeReport, ServiceName, Settings};
 
 /// How the node itself stands.
 #[derive(Debug, Clone)]
@@ -46,10 +46,7 @@ pub(crate) fn explain(
         ));
     };
     let shape = &compiled.shape;
-    let declared = match &report.upstreams {
-        Upstreams::All => true,
-        Upstreams::Declared(_) => config.scope.contains(service.as_str()),
-    };
+    let declared = config.scope.contains(service.as_str());
     let listeners = listeners(report, service, config.scope.own.resources().iter().map(|r| &**r.name()));
     let routes = hops(&world, service);
     let names: BTreeSet<ServiceName> =
@@ -224,12 +221,11 @@ fn settings(settings: &Settings, effective: &Effective) -> Vec<Setting> {
             ),
         ),
     ];
-    let origin =
-        |name: &str| settings.origins.get(name).map(|origin| (origin.document.as_str(), &origin.place));
+    let built_in = || "built in".to_owned();
     let setting = |(name, value): (&str, String)| Setting {
         name: name.to_owned(),
         value,
-        set_by: set_by(origin(name) as Option<(&str, &Place)>),
+        set_by: settings.origins.get(name).map_or_else(built_in, ToString::to_string),
     };
     values.into_iter().map(setting).collect()
 }

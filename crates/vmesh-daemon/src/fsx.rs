@@ -94,10 +94,15 @@ pub fn sweep(dir: &Path) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Reads `path`, at most `limit` bytes of it: a larger file is an error and not a part of a file.
+/// Reads the file `path`, at most `limit` bytes of it: a larger file is an error and not a part of a file. It never
+/// waits: a FIFO has perhaps nobody at its other end.
 pub fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
     let fail = |cause| FileError::Failed { what: "read", path: path.to_owned(), cause };
-    let file = File::open(path).map_err(fail)?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| fail(errno.into()))?);
+    if !file.metadata().map_err(fail)?.is_file() {
+        return Err(fail(io::Error::other("it is not a file")));
+    }
     let mut bytes = Vec::new();
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(fail)?;
     if bytes.len() as u64 > limit {
@@ -177,6 +182,15 @@ mod tests {
         std::fs::write(dir.0.join("state.bin"), "whole").unwrap();
         sweep(&dir.0).unwrap();
         assert_eq!(dir.names(), ["state.bin"]);
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let dir = Dir::new("fifo");
+        let path = dir.0.join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::RUSR | Mode::WUSR).unwrap();
+        let error = read_capped(&path, 10).unwrap_err();
+        assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "it is not a file");
     }
 
     #[test]

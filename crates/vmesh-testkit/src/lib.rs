@@ -2,6 +2,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
+//! | [`api`] | the HTTP API of a control plane under test |
 //! | [`envoy`] | the pinned Envoy, found or fetched; `--mode validate`; an admin client |
 //! | [`python`] | a Python with pinned packages, for gRPC's own xDS client |
 //! | [`app`] | [`app::HttpApp`]: an HTTP application that can be slow, ill or killed |
@@ -14,6 +15,7 @@
 //!
 //! Applications and load run on threads of their own ([`background`]), so a test that blocks cannot make them fail.
 
+pub mod api;
 pub mod app;
 mod cache;
 pub mod envoy;
