@@ -7,6 +7,7 @@
 //! | [`config`] | [`SourceConfig`]: the `discovery:` part of `control.yaml` |
 //! | [`file`](mod@file) | [`FileSource`]: a directory of files |
 //! | [`format`](mod@format) | what files say: pure parsers, from text to services |
+//! | [`assemble`] | from what a format says to what can be dialled |
 //! | [`resolve`] | host names of endpoints, resolved and resolved again |
 //!
 //! Two tasks per source at most: [`follow`] is one, for whoever starts it to own; lookups and looks at the disk are
@@ -15,6 +16,7 @@
 //! **Invariant:** it knows neither Envoy nor xDS: `cargo tree -p vmesh-discovery -e normal` lists neither
 //! `vmesh-proto` nor `vmesh-xds`.
 
+pub mod assemble;
 pub mod config;
 pub mod file;
 pub mod format;

@@ -5,6 +5,7 @@ use std::error::Error;
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,36 @@ pub trait Source: Send + 'static {
     /// Waits for the next view. Always the complete view, never a delta: after an error, a restart or a missed event
     /// there is nothing to resynchronise. Dropping the future loses no data.
     fn next(&mut self) -> impl Future<Output = Result<Registrations, SourceError>> + Send;
+
+    /// Reads `services` again, which lost most or all of what they had, as strongly as the source can: Consul
+    /// `consistent`, ZooKeeper `sync`, a file once more. The answer is the complete view that follows from it.
+    fn confirm(
+        &mut self,
+        services: &BTreeSet<ServiceName>,
+    ) -> impl Future<Output = Result<Registrations, SourceError>> + Send;
+}
+
+/// What a source counts, for metrics and `vmeshctl discovery`. Each is a total since the start.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests to the registry, reads of a file, lines of a plug-in.
+    pub reads: AtomicU64,
+    /// Those that failed.
+    pub failed_reads: AtomicU64,
+    /// Records that were left out because they make no sense, counted once per reading.
+    pub bad_records: AtomicU64,
+    /// Consul: the index went back or was missing.
+    pub index_resets: AtomicU64,
+    /// ZooKeeper: sessions that expired.
+    pub sessions_expired: AtomicU64,
+    /// Connections that were made, the first included.
+    pub connects: AtomicU64,
+    /// Connections that are open now.
+    pub connections: AtomicU64,
+    /// Removals that were not believed at once, by services.
+    pub held: AtomicU64,
+    /// Services of which a removal was not believed at all: what was missing came back.
+    pub rejected: AtomicU64,
 }
 
 /// All that one source says. What did not change since its last view keeps its pointer.

@@ -18,8 +18,9 @@ use vmesh_model::{Place, Problem, Registration, ServiceName};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::watch::{Directories, Directory, Hints, Look, Watch, links};
+use crate::assemble::{Known, Statement, Told};
 use crate::config::FileConfig;
-use crate::format::{self, Format, Parsed, ParsedService, subject_of};
+use crate::format::{self, Format, Parsed, subject_of};
 use crate::source::{Registrations, SourceError};
 
 /// A file that changed a moment ago may be half written, if nobody said that it was closed.
@@ -27,29 +28,10 @@ const SETTLED: Duration = Duration::from_millis(100);
 /// Deeper directories are a loop or somebody's backup.
 const MAX_DEPTH: usize = 8;
 
-/// What is known of a service.
-#[derive(Debug, Clone)]
-pub(super) enum Known {
-    /// As its file says.
-    Parsed(Arc<ParsedService>),
-    /// As it was before a restart: its file has not been readable since.
-    Restored(Arc<Registration>),
-}
-
-/// A service, and why what its file says now cannot be used.
-#[derive(Debug, Clone)]
-pub(super) struct Told {
-    pub(super) known: Known,
-    pub(super) stale_because: Option<Arc<str>>,
-}
-
 /// All that the disk says.
 #[derive(Debug, Default)]
 pub(super) struct Scan {
-    pub(super) services: BTreeMap<ServiceName, Told>,
-    pub(super) problems: Vec<Problem>,
-    /// Services whose files say in as many words that there is nothing.
-    pub(super) emptied: BTreeSet<ServiceName>,
+    pub(super) told: Statement,
     /// Something is just being changed: look again in a while.
     pub(super) again: Option<Duration>,
     /// How many files were parsed, for the tests and for whoever wonders.
@@ -162,18 +144,18 @@ impl Disk {
             for _ in 0..MAX_DEPTH {
                 let (is_new, problem) = self.arm(&walk.directories);
                 if !is_new {
-                    scan.problems.extend(problem);
+                    scan.told.problems.extend(problem);
                     break;
                 }
                 walk = self.walk()?;
             }
         }
         self.judge(&walk)?;
-        scan.problems.append(&mut walk.problems);
+        scan.told.problems.append(&mut walk.problems);
         for (directory, why) in &walk.unreadable {
             let file: Arc<str> = directory.display().to_string().into();
             let problem = Problem::new(Place::file(file.clone()), file, &**why);
-            scan.problems.push(problem.with_outcome("what was last read below it stays in force"));
+            scan.told.problems.push(problem.with_outcome("what was last read below it stays in force"));
         }
 
         let now = Instant::now();
@@ -533,7 +515,7 @@ impl Disk {
     pub(super) fn merge(&mut self, scan: &mut Scan) {
         let mut claims: BTreeMap<&ServiceName, Vec<&Told>> = BTreeMap::new();
         for state in self.files.values() {
-            scan.problems.extend(state.problems.iter().cloned());
+            scan.told.problems.extend(state.problems.iter().cloned());
             for (name, told) in &state.services {
                 claims.entry(name).or_default().push(told);
             }
@@ -546,16 +528,16 @@ impl Disk {
             let why = if stayed.is_some() { "since it was there before" } else { "since it is the first" };
             for other in claims.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
                 let message = format!("`{name}` is also in {}, which counts, {why}", place(counts));
-                scan.problems.push(Problem::new(place(other), subject_of(name), message));
+                scan.told.problems.push(Problem::new(place(other), subject_of(name), message));
             }
             incumbents.insert(name.clone(), place(counts).file);
-            scan.services.insert(name.clone(), Told::clone(counts));
+            scan.told.services.insert(name.clone(), Told::clone(counts));
         }
         self.incumbents = incumbents;
         let emptied = self.files.values().flat_map(|state| &state.emptied);
-        scan.emptied = emptied.filter(|name| !scan.services.contains_key(*name)).cloned().collect();
-        scan.problems.sort();
-        scan.problems.dedup();
+        scan.told.emptied = emptied.filter(|name| !scan.told.services.contains_key(*name)).cloned().collect();
+        scan.told.problems.sort();
+        scan.told.problems.dedup();
     }
 }
 

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -11,7 +12,11 @@ use tokio::sync::watch as channel;
 use vmesh_testkit::TempDir;
 
 use super::watch::Look;
+use vmesh_model::{Endpoint, ServiceName};
+
 use super::*;
+use crate::Seen;
+use crate::assemble::Known;
 use crate::format::Format;
 use crate::{Guard, GuardConfig, View, follow};
 
@@ -688,15 +693,16 @@ fn of_a_thousand_files_the_one_that_changed_is_parsed() {
     }
     let mut disk = Disk::new(FileConfig { watch: false, ..FileConfig::of(&*dir) }, Arc::default(), None);
     let first = scan(&mut disk, &[], true);
-    assert_eq!((first.parsed, first.services.len()), (1000, 1000));
+    assert_eq!((first.parsed, first.told.services.len()), (1000, 1000));
     let same = scan(&mut disk, &[], true);
     assert_eq!(same.parsed, 0);
     let path = dir.join("s500.yaml");
     fs::write(&path, text(500, 2)).unwrap();
     let changed = scan(&mut disk, &[path], false);
     assert_eq!(changed.parsed, 1);
-    for (name, told) in &changed.services {
-        let (Known::Parsed(before), Known::Parsed(now)) = (&first.services[name].known, &told.known) else {
+    for (name, told) in &changed.told.services {
+        let (Known::Parsed(before), Known::Parsed(now)) = (&first.told.services[name].known, &told.known)
+        else {
             panic!()
         };
         assert_eq!(Arc::ptr_eq(before, now), name.as_str() != "s500", "{name}");
@@ -711,7 +717,7 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
     age(&dir.join("web"));
     let mut disk = Disk::new(config(&dir), Arc::default(), None);
     let first = scan(&mut disk, &[], true);
-    assert_eq!(first.services.len(), 2);
+    assert_eq!(first.told.services.len(), 2);
     // Permissions mean nothing to root, so the directory is taken away, which reads the same to what is tested here.
     fs::rename(dir.join("team"), dir.join(".team")).unwrap();
     disk.keep_unreadable(&[(dir.join("team"), "permission denied".to_owned())]);
@@ -723,14 +729,18 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
         &mut kept,
     );
     disk.merge(&mut kept);
-    assert_eq!(kept.services.len(), 2);
+    assert_eq!(kept.told.services.len(), 2);
     assert!(
-        kept.services["team.orders"].stale_because.as_ref().unwrap().ends_with("team: permission denied")
+        kept.told.services["team.orders"]
+            .stale_because
+            .as_ref()
+            .unwrap()
+            .ends_with("team: permission denied")
     );
     // And is read again when it can be.
     fs::rename(dir.join(".team"), dir.join("team")).unwrap();
     let again = scan(&mut disk, &[], false);
-    assert!(again.services["team.orders"].stale_because.is_none());
+    assert!(again.told.services["team.orders"].stale_because.is_none());
 }
 
 #[test]
@@ -741,7 +751,7 @@ fn a_format_that_is_given_is_not_guessed() {
     let linkerd = FileConfig { format: Format::Linkerd, ..config(&dir) };
     let found = scan(&mut Disk::new(linkerd, Arc::default(), None), &[], true);
     assert_eq!(
-        found.services.keys().map(ServiceName::as_str).collect::<Vec<_>>(),
+        found.told.services.keys().map(ServiceName::as_str).collect::<Vec<_>>(),
         ["pay.txt", "web.example.com"]
     );
 }

@@ -16,6 +16,10 @@ impl Source for Scripted {
             None => std::future::pending().await,
         }
     }
+
+    async fn confirm(&mut self, _: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
+        std::future::pending().await
+    }
 }
 
 fn registrations(services: &[(&str, u16)]) -> Registrations {

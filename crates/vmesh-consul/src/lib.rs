@@ -1,0 +1,1 @@
+//! A thin client of Consul's HTTP API: blocking queries, KV, registration.

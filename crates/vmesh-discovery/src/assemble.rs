@@ -1,0 +1,242 @@
+//! From what a format says to what can be dialled: names are resolved, and what did not change keeps its pointer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName, State};
+
+use crate::format::{ParsedEndpoint, ParsedService, subject_of};
+use crate::resolve::{Names, Resolve, Resolved};
+use crate::source::{Registrations, Seen};
+
+/// What is known of a service.
+#[derive(Debug, Clone)]
+pub enum Known {
+    Parsed(Arc<ParsedService>),
+    /// From before a restart, and it could not be read since. Its names are resolved already.
+    Restored(Arc<Registration>),
+}
+
+/// A service, and why what its source says of it now cannot be used.
+#[derive(Debug, Clone)]
+pub struct Told {
+    pub known: Known,
+    pub stale_because: Option<Arc<str>>,
+}
+
+impl Told {
+    pub fn fresh(service: Arc<ParsedService>) -> Told {
+        Told { known: Known::Parsed(service), stale_because: None }
+    }
+}
+
+/// All that a source says, names not resolved.
+#[derive(Debug, Clone, Default)]
+pub struct Statement {
+    pub services: BTreeMap<ServiceName, Told>,
+    pub problems: Vec<Problem>,
+    /// Services that are absent because the source says in as many words that there is nothing.
+    pub emptied: BTreeSet<ServiceName>,
+}
+
+/// Makes [`Registrations`] of [`Statement`]s, for one source.
+pub struct Assembler<R> {
+    source: Arc<str>,
+    names: Names<R>,
+    built: BTreeMap<ServiceName, Built>,
+}
+
+/// A service with its names resolved.
+#[derive(Debug, Clone)]
+struct Built {
+    parsed: Arc<ParsedService>,
+    has_names: bool,
+    seen: Seen,
+    problems: Vec<Problem>,
+}
+
+impl<R: Resolve> Assembler<R> {
+    /// `interval` is how often names are resolved again; `last_good` what was known before a restart, whose names
+    /// are known until they are resolved again.
+    pub fn new(
+        source: Arc<str>,
+        resolver: R,
+        interval: Duration,
+        last_good: Option<&Registrations>,
+    ) -> Assembler<R> {
+        let mut names = Names::new(resolver, interval);
+        for (host, addresses) in resolved_before(last_good) {
+            names.remember(host, addresses.into_iter().map(|address| address.ip()).collect());
+        }
+        Assembler { source, names, built: BTreeMap::new() }
+    }
+
+    /// Takes note of the names that `told` needs. Those that it does not need are forgotten, unless it `may_grow`:
+    /// what has not been read yet may need a name that was known before.
+    pub fn want<'a>(&mut self, told: impl IntoIterator<Item = &'a Told>, may_grow: bool) {
+        let hosts: BTreeSet<Arc<str>> = told.into_iter().flat_map(hosts).collect();
+        if may_grow { self.names.want(&hosts) } else { self.names.want_only(&hosts) }
+    }
+
+    /// Whether there are names that were never tried: services would begin without endpoints.
+    pub fn any_pending(&self) -> bool {
+        self.names.any_pending()
+    }
+
+    /// Begins the lookups that are due, and returns when the next is.
+    pub fn look_up(&mut self) -> Option<Instant> {
+        self.names.look_up()
+    }
+
+    /// Waits until something else is known of a name. Dropping the future loses nothing.
+    pub async fn changed(&mut self) {
+        self.names.changed().await;
+    }
+
+    /// The view of `statement` as of now. A service whose names are looked up for the first time is not in it.
+    pub fn view(&mut self, statement: &Statement) -> Registrations {
+        let mut view = Registrations {
+            services: BTreeMap::new(),
+            problems: statement.problems.clone(),
+            emptied: statement.emptied.clone(),
+        };
+        let mut built = BTreeMap::new();
+        for (name, told) in &statement.services {
+            let before = self.built.remove(name);
+            let seen = match &told.known {
+                Known::Restored(registration) => Seen::fresh(registration.clone()),
+                Known::Parsed(parsed) => {
+                    let Some(now) = build(parsed, before, &self.names, &self.source) else { continue };
+                    view.problems.extend(now.problems.iter().cloned());
+                    let seen = now.seen.clone();
+                    built.insert(name.clone(), now);
+                    seen
+                }
+            };
+            let seen = match &told.stale_because {
+                None => seen,
+                Some(because) => Seen { state: State::Stale, because: Some(because.clone()), ..seen },
+            };
+            view.services.insert(name.clone(), seen);
+        }
+        self.built = built;
+        view.problems.sort();
+        view.problems.dedup();
+        view
+    }
+}
+
+/// The names that a service needs, also those that it was made of before a restart: their addresses will be wanted
+/// when its file can be read again.
+fn hosts(told: &Told) -> Vec<Arc<str>> {
+    match &told.known {
+        Known::Parsed(service) => {
+            let hosts = service.endpoints.iter().filter_map(|endpoint| match &endpoint.address.host {
+                Host::Name(name) => Some(name.clone()),
+                Host::Ip(_) => None,
+            });
+            hosts.collect()
+        }
+        Known::Restored(registration) => {
+            registration.endpoints.iter().filter_map(|endpoint| endpoint.hostname.clone()).collect()
+        }
+    }
+}
+
+fn resolved_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<SocketAddr>> {
+    let mut before: BTreeMap<Arc<str>, Vec<SocketAddr>> = BTreeMap::new();
+    let services = last_good.into_iter().flat_map(|last_good| last_good.services.values());
+    for endpoint in services.flat_map(|seen| seen.registration.endpoints.iter()) {
+        if let Some(host) = &endpoint.hostname {
+            before.entry(host.clone()).or_default().push(endpoint.address);
+        }
+    }
+    before
+}
+
+/// Puts addresses for names; `None` while a name is looked up for the first time and nothing is known of the service.
+/// What comes out as it was keeps its pointer.
+fn build<R: Resolve>(
+    parsed: &Arc<ParsedService>,
+    before: Option<Built>,
+    names: &Names<R>,
+    source: &Arc<str>,
+) -> Option<Built> {
+    if let Some(before) = &before
+        && !before.has_names
+        && Arc::ptr_eq(&before.parsed, parsed)
+    {
+        return Some(before.clone());
+    }
+    let subject = subject_of(&parsed.name);
+    let mut endpoints: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
+    let (mut problems, mut unresolved, mut has_names) = (Vec::new(), None, false);
+    for endpoint in &parsed.endpoints {
+        let port = endpoint.address.port.get();
+        match &endpoint.address.host {
+            Host::Ip(ip) => {
+                let address = SocketAddr::new(*ip, port);
+                endpoints.insert(address, resolved(endpoint, address, None, source));
+            }
+            Host::Name(host) => {
+                has_names = true;
+                let (addresses, failure, outcome) = match names.get(host) {
+                    Resolved::Pending => return before,
+                    Resolved::Addresses(addresses, failure) => {
+                        (addresses, failure, "its last addresses stay in force")
+                    }
+                    Resolved::Failed(why) => (Arc::from([]), Some(why), "this endpoint is left out"),
+                };
+                for ip in addresses.iter() {
+                    let address = SocketAddr::new(*ip, port);
+                    // One that is given by its address is described better than one that is found by a name.
+                    let named = || resolved(endpoint, address, Some(host.clone()), source);
+                    endpoints.entry(address).or_insert_with(named);
+                }
+                if let Some(why) = failure {
+                    let message = format!("`{host}` cannot be resolved: {why}; {outcome}");
+                    unresolved.get_or_insert_with(|| message.clone());
+                    problems.push(Problem::new(endpoint.place.clone(), subject.clone(), message));
+                }
+            }
+        }
+    }
+    let registration = Registration {
+        service: parsed.name.clone(),
+        protocol: parsed.protocol,
+        port: parsed.port.map(Into::into),
+        endpoints: endpoints.into_values().collect(),
+        place: parsed.place.clone(),
+    };
+    let registration = match before {
+        Some(before) if *before.seen.registration == registration => before.seen.registration,
+        _ => Arc::new(registration),
+    };
+    let mut seen = match unresolved {
+        Some(why) => Seen::stale(registration, why),
+        None => Seen::fresh(registration),
+    };
+    seen.empty_on_purpose = parsed.endpoints.is_empty();
+    Some(Built { parsed: parsed.clone(), has_names, seen, problems })
+}
+
+fn resolved(
+    endpoint: &ParsedEndpoint,
+    address: SocketAddr,
+    hostname: Option<Arc<str>>,
+    source: &Arc<str>,
+) -> Endpoint {
+    Endpoint {
+        address,
+        hostname,
+        weight: endpoint.weight,
+        health: endpoint.health,
+        zone: endpoint.zone.clone(),
+        version: endpoint.version.clone(),
+        labels: endpoint.labels.clone(),
+        source: source.clone(),
+    }
+}

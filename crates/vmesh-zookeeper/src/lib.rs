@@ -1,0 +1,1 @@
+//! ZooKeeper for vmesh: a subtree mirrored, and an ephemeral node kept.
