@@ -6,20 +6,31 @@ use std::process::Command;
 
 use crate::{Failed, Result};
 
-/// `$VMESH_TOOLS_CACHE`, else `$XDG_CACHE_HOME/vmesh`, else `~/.cache/vmesh`.
+/// `$XDG_CACHE_HOME/vmesh`, else `~/.cache/vmesh`.
 fn dir() -> Result<PathBuf> {
-    let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let dir = from("VMESH_TOOLS_CACHE")
-        .or_else(|| from("XDG_CACHE_HOME").map(|dir| dir.join("vmesh")))
+    let dir = from("XDG_CACHE_HOME")
+        .map(|dir| dir.join("vmesh"))
         .or_else(|| from("HOME").map(|dir| dir.join(".cache/vmesh")))
-        .ok_or_else(|| Failed::new("no place to keep fetched tools: set VMESH_TOOLS_CACHE to a directory"))?;
+        .ok_or_else(|| Failed::new("no place to keep fetched tools: set XDG_CACHE_HOME to a directory"))?;
     std::fs::create_dir_all(&dir).map_err(Failed::to(format!("could not create {}", dir.display())))?;
     Ok(dir)
+}
+
+fn from(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// `name` in the directory that `$VMESH_TOOLS_CACHE` names: somebody else's, looked into first and never written to.
+pub(crate) fn provided(name: &str) -> Option<PathBuf> {
+    from("VMESH_TOOLS_CACHE").map(|dir| dir.join(name)).filter(|path| path.exists())
 }
 
 /// The path of `name` in the cache. If it is not there, `make` is given an empty directory and returns the path, in
 /// that directory, of what is to be kept under the name: all of it appears at once. Others wait meanwhile.
 pub(crate) fn get(name: &str, make: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<PathBuf> {
+    if let Some(provided) = provided(name) {
+        return Ok(provided);
+    }
     let dir = dir()?;
     let kept = dir.join(name);
     if kept.exists() {
