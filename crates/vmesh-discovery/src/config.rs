@@ -88,7 +88,7 @@ impl FileConfig {
     }
 }
 
-fn yes() -> bool {
+pub(crate) fn yes() -> bool {
     true
 }
 
@@ -96,7 +96,7 @@ fn ten_seconds() -> Duration {
     Duration::from_secs(10)
 }
 
-fn half_a_minute() -> Duration {
+pub(crate) fn half_a_minute() -> Duration {
     Duration::from_secs(30)
 }
 
@@ -109,7 +109,7 @@ fn max_files() -> usize {
 }
 
 /// At least a second: less is load without use.
-fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+pub(crate) fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let interval = parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)?;
     if interval >= Duration::from_secs(1) {
         Ok(interval)

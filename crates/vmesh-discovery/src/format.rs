@@ -205,6 +205,11 @@ impl Parsed {
         Parsed { problems, failed: true, ..Parsed::default() }
     }
 
+    /// How many records were left out.
+    pub(crate) fn bad_records(&self) -> u64 {
+        self.bad as u64
+    }
+
     fn problem(&mut self, place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) {
         self.problems.push(Problem::new(place, subject, message));
     }

@@ -6,6 +6,7 @@
 //! | [`guard`] | [`Guard`]: whether to believe a source that says less than it did |
 //! | [`config`] | [`SourceConfig`]: the `discovery:` part of `control.yaml` |
 //! | [`file`](mod@file) | [`FileSource`]: a directory of files |
+//! | [`plugin`] | [`PluginSource`]: a program that reads a registry of another kind |
 //! | [`format`](mod@format) | what files say: pure parsers, from text to services |
 //! | [`assemble`] | from what a format says to what can be dialled |
 //! | [`resolve`] | host names of endpoints, resolved and resolved again |
@@ -21,6 +22,7 @@ pub mod config;
 pub mod file;
 pub mod format;
 pub mod guard;
+pub mod plugin;
 pub mod resolve;
 pub mod source;
 
@@ -31,6 +33,7 @@ use tokio::sync::watch;
 pub use config::{FileConfig, SourceConfig};
 pub use file::FileSource;
 pub use guard::{Guard, GuardConfig};
+pub use plugin::{PluginConfig, PluginSource};
 pub use source::{Registrations, Seen, Source, SourceError, View, follow};
 pub use vmesh_model::State;
 

@@ -65,11 +65,16 @@ pub fn parse(input: &Input<'_>) -> Parsed {
         .flat_map(|root| root.items().unwrap_or(std::slice::from_ref(root)))
         .map(|node| &**node)
         .collect();
+    parse_nodes(input, &services, services.len() > 1)
+}
+
+/// The services that `nodes` are; each has to say its name if `several` could be there.
+pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> Parsed {
     let mut parsed = Parsed::default();
     let mut seen: BTreeMap<ServiceName, Place> = BTreeMap::new();
-    for node in &services {
+    for node in nodes {
         let place = node.place(input.file);
-        let Some(name) = name_of(node, input, services.len() > 1, &mut parsed) else { continue };
+        let Some(name) = name_of(node, input, several, &mut parsed) else { continue };
         if let Some(first) = seen.get(&name) {
             let message =
                 format!("a second service `{name}`: only the first one counts, in line {}", first.line);

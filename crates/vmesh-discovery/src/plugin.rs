@@ -1,0 +1,168 @@
+//! Discovery by a program of somebody else's: whatever registry it reads, it speaks JSON lines with vmesh.
+//!
+//! The program is started, told who asks, and prints whole views; see [`protocol`] for the lines. It runs for as long as
+//! its standard input is open.
+//!
+//! | wakes on | does |
+//! |---|---|
+//! | a line of the program | takes it: a view, a failure, a sign of life |
+//! | `silence` without a line | ends the program, and starts it again |
+//! | the program's end | a failure; the next call starts it again |
+//! | a name that resolves to something else | puts the addresses in |
+//!
+//! A program that fails, hangs, prints nonsense or is not there costs what it knows nothing: its last good view stays in
+//! force, marked stale, and the same guard stands before it as before every registry.
+
+mod config;
+pub mod protocol;
+mod talk;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+use vmesh_model::{Registration, ServiceName};
+
+use crate::assemble::{Assembler, Known, Statement, Told};
+use crate::resolve::SystemResolver;
+use crate::source::{Counters, Registrations, Source, SourceError};
+pub use config::PluginConfig;
+use protocol::View;
+use talk::Talk;
+
+/// How long the first view waits for names to be resolved: without them services would begin without endpoints.
+const FIRST_NAMES: Duration = Duration::from_secs(5);
+
+/// Reads services from what a program prints.
+pub struct PluginSource {
+    name: Arc<str>,
+    talk: Talk,
+    assembler: Assembler<SystemResolver>,
+    statement: Option<Statement>,
+    /// What was known before a restart, for services that cannot be read now.
+    restored: BTreeMap<ServiceName, Arc<Registration>>,
+    told: Option<Registrations>,
+    /// Since when the first view waits for names.
+    first_names: Option<Instant>,
+    /// Something went wrong since the last view: the next is news whatever it says.
+    has_failed: bool,
+    confirmations: u64,
+}
+
+impl PluginSource {
+    /// `last_good` is what was known before a restart.
+    pub fn new(
+        config: PluginConfig,
+        last_good: Option<&Registrations>,
+        counters: Arc<Counters>,
+    ) -> PluginSource {
+        let name = config.name();
+        let assembler = Assembler::new(name.clone(), SystemResolver, config.resolve_interval, last_good);
+        let restored = last_good.into_iter().flat_map(|last_good| &last_good.services);
+        let restored = restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect();
+        PluginSource {
+            name,
+            talk: Talk::new(config, counters),
+            assembler,
+            statement: None,
+            restored,
+            told: None,
+            first_names: None,
+            has_failed: false,
+            confirmations: 0,
+        }
+    }
+
+    /// Takes a view: what did not change keeps its pointer, and what cannot be read stays as it was.
+    fn take(&mut self, view: View) {
+        let parsed = view.parsed;
+        let before = self.statement.take().unwrap_or_default().services;
+        let mut statement = Statement { problems: parsed.problems, ..Statement::default() };
+        for service in parsed.services {
+            let name = service.name.clone();
+            let same = before.get(&name).and_then(|told| match &told.known {
+                Known::Parsed(known) if **known == service => Some(known.clone()),
+                _ => None,
+            });
+            statement.services.insert(name, Told::fresh(same.unwrap_or_else(|| Arc::new(service))));
+        }
+        let because: Arc<str> = format!("what `{}` says of it cannot be read", self.name).into();
+        for name in parsed.unreadable {
+            let known = before.get(&name).map(|told| told.known.clone());
+            let known = known.or_else(|| self.restored.get(&name).cloned().map(Known::Restored));
+            if let Some(known) = known {
+                statement.services.insert(name, Told { known, stale_because: Some(because.clone()) });
+            }
+        }
+        self.assembler.want(statement.services.values(), false);
+        self.statement = Some(statement);
+    }
+
+    /// Takes what was said; returns which request for confirmation it answers.
+    fn heard(&mut self, said: Result<Option<View>, SourceError>) -> Result<Option<u64>, SourceError> {
+        self.has_failed |= said.is_err();
+        let Some(view) = said? else { return Ok(None) };
+        let confirms = view.confirms;
+        self.take(view);
+        Ok(confirms)
+    }
+
+    /// The view as of now, unless it is the one that was told last or it is too early for the first.
+    fn view(&mut self, now: Instant) -> Option<Registrations> {
+        let statement = self.statement.as_ref()?;
+        if self.told.is_none() && self.assembler.any_pending() {
+            let since = *self.first_names.get_or_insert(now);
+            if now < since + FIRST_NAMES {
+                return None;
+            }
+        }
+        let view = self.assembler.view(statement);
+        if !self.has_failed && self.told.as_ref() == Some(&view) {
+            return None;
+        }
+        self.has_failed = false;
+        self.told = Some(view.clone());
+        Some(view)
+    }
+}
+
+impl Source for PluginSource {
+    async fn next(&mut self) -> Result<Registrations, SourceError> {
+        loop {
+            let lookup = self.assembler.look_up();
+            let first_view =
+                self.first_names.filter(|_| self.told.is_none()).map(|since| since + FIRST_NAMES);
+            let never = Instant::now() + Duration::from_secs(3600);
+            let due = [lookup, first_view].into_iter().flatten().fold(never, Instant::min);
+            tokio::select! {
+                said = self.talk.said() => { self.heard(said)?; }
+                () = self.assembler.changed() => {}
+                () = sleep_until(due) => {}
+            }
+            if let Some(view) = self.view(Instant::now()) {
+                return Ok(view);
+            }
+        }
+    }
+
+    /// Asks the program to read its registry again, and waits for the view that answers.
+    async fn confirm(&mut self, services: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
+        self.confirmations += 1;
+        let id = self.confirmations;
+        self.talk.tell(protocol::confirm(id, services)).await?;
+        loop {
+            let said = self.talk.said().await;
+            if self.heard(said)? == Some(id) {
+                let now = self.view(Instant::now());
+                return now.or_else(|| self.told.clone()).ok_or_else(|| SourceError::Suspect {
+                    source_name: self.name.clone(),
+                    what: "its names are still looked up".to_owned(),
+                });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

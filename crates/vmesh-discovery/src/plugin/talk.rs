@@ -1,0 +1,275 @@
+//! The program: started, heard, told, and ended.
+
+use std::fmt;
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
+use tokio::time::{Instant, sleep_until};
+
+use super::PluginConfig;
+use super::protocol::{self, Said, View};
+use crate::source::{Counters, SourceError};
+
+/// A program that ends at once is not started more often than this.
+const RESTART: Duration = Duration::from_secs(1);
+/// Lines of the log are cut here.
+const MAX_LOG_LINE: usize = 2_000;
+
+/// The conversation with a program, over as many runs of it as it takes.
+pub(super) struct Talk {
+    config: PluginConfig,
+    source: Arc<str>,
+    counters: Arc<Counters>,
+    running: Option<Running>,
+    /// When it may be started.
+    start_at: Instant,
+    /// When it last said anything.
+    heard: Instant,
+}
+
+struct Running {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+    stderr: Option<BufReader<ChildStderr>>,
+    /// What it has said of a line that is not complete yet.
+    line: Vec<u8>,
+    log: Vec<u8>,
+    /// What it has not taken yet of what it is told.
+    unsaid: Vec<u8>,
+}
+
+/// Why nothing more is heard of a program.
+#[derive(Debug)]
+enum Ended {
+    Exited(Option<ExitStatus>),
+    Silent(Duration),
+    TooLong(usize),
+    NotText,
+    Io(io::Error),
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ended::Exited(Some(status)) => write!(f, "it ended ({status}); it is started again"),
+            Ended::Exited(None) => f.write_str("it closed its output; it is started again"),
+            Ended::Silent(silence) => write!(
+                f,
+                "it said nothing for {} s, and was ended; it is started again: a program without news prints \
+                 `{{\"type\": \"alive\"}}` now and then",
+                silence.as_secs()
+            ),
+            Ended::TooLong(limit) => write!(f, "it printed a line of more than {limit} bytes (`max_bytes`)"),
+            Ended::NotText => f.write_str("it printed bytes that are not UTF-8"),
+            Ended::Io(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Ended {}
+
+impl Talk {
+    pub(super) fn new(config: PluginConfig, counters: Arc<Counters>) -> Talk {
+        let now = Instant::now();
+        Talk { source: config.name(), config, counters, running: None, start_at: now, heard: now }
+    }
+
+    /// The next view, or `None` if what was said last still holds. Dropping the future loses nothing.
+    pub(super) async fn said(&mut self) -> Result<Option<View>, SourceError> {
+        let line = self.line().await?;
+        self.counters.reads.fetch_add(1, Relaxed);
+        match protocol::read(&self.source, &line) {
+            Ok(Said::View(view)) => {
+                self.counters.bad_records.fetch_add(view.parsed.bad_records(), Relaxed);
+                Ok(Some(view))
+            }
+            Ok(Said::Failed(message)) => Err(self.failed("read its registry".to_owned(), message)),
+            Ok(Said::Alive) => Ok(None),
+            // The program goes on: its next line may be better.
+            Err(why) => Err(self.failed("understand what its program said".to_owned(), why)),
+        }
+    }
+
+    /// Tells the program a line, also one that it takes its time to read.
+    pub(super) async fn tell(&mut self, line: String) -> Result<(), SourceError> {
+        let running = self.running().await?;
+        running.unsaid.extend_from_slice(line.as_bytes());
+        match running.speak().await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.ended(Ended::Io(error))),
+        }
+    }
+
+    async fn line(&mut self) -> Result<String, SourceError> {
+        let (silence, limit, source) = (self.config.silence, self.config.max_bytes, self.source.clone());
+        self.running().await?;
+        let deadline = self.heard + silence;
+        let Some(running) = &mut self.running else { return Err(self.ended(Ended::Exited(None))) };
+        let line = tokio::select! {
+            line = running.listen(limit, &source) => line,
+            () = sleep_until(deadline) => Err(Ended::Silent(silence)),
+        };
+        match line {
+            Ok(line) => {
+                self.heard = Instant::now();
+                Ok(line)
+            }
+            Err(ended) => Err(self.ended(ended)),
+        }
+    }
+
+    /// The program; started if it does not run.
+    async fn running(&mut self) -> Result<&mut Running, SourceError> {
+        if self.running.is_none() {
+            sleep_until(self.start_at).await;
+            let now = Instant::now();
+            (self.start_at, self.heard) = (now + RESTART, now);
+            match Running::start(&self.config.command) {
+                Ok(mut running) => {
+                    running.unsaid = protocol::hello(&self.source).into_bytes();
+                    self.counters.connects.fetch_add(1, Relaxed);
+                    self.counters.connections.store(1, Relaxed);
+                    self.running = Some(running);
+                }
+                Err(error) => {
+                    let what = format!("start its program `{}`", self.config.shown());
+                    return Err(self.failed(what, error));
+                }
+            }
+        }
+        match &mut self.running {
+            Some(running) => Ok(running),
+            None => Err(SourceError::Suspect {
+                source_name: self.source.clone(),
+                what: "its program is gone".into(),
+            }),
+        }
+    }
+
+    /// The program is of no use any more: it is killed, unless it is dead.
+    fn ended(&mut self, why: Ended) -> SourceError {
+        let why = match (why, &mut self.running) {
+            (Ended::Exited(None), Some(running)) => Ended::Exited(running.child.try_wait().ok().flatten()),
+            (why, _) => why,
+        };
+        self.running = None;
+        self.counters.connections.store(0, Relaxed);
+        self.failed(format!("hear of its program `{}`", self.config.shown()), why)
+    }
+
+    fn failed(
+        &self,
+        what: String,
+        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> SourceError {
+        self.counters.failed_reads.fetch_add(1, Relaxed);
+        SourceError::Failed { source_name: self.source.clone(), what, cause: cause.into() }
+    }
+}
+
+impl Running {
+    fn start(command: &[String]) -> io::Result<Running> {
+        let mut words = command.iter();
+        let program = words.next().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut child = Command::new(program)
+            .args(words)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (Some(stdin), Some(stdout), stderr) = pipes else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        Ok(Running {
+            child,
+            stdin,
+            stdout: BufReader::new(stdout),
+            stderr: stderr.map(BufReader::new),
+            line: Vec::new(),
+            log: Vec::new(),
+            unsaid: Vec::new(),
+        })
+    }
+
+    /// The next line that it prints. What it logs meanwhile is logged, and what it was not told yet is told.
+    async fn listen(&mut self, limit: usize, source: &str) -> Result<String, Ended> {
+        loop {
+            let Running { stdin, stdout, stderr, line, log, unsaid, .. } = self;
+            tokio::select! {
+                whole = take_line(stdout, line, limit) => {
+                    return match whole {
+                        Ok(true) => String::from_utf8(std::mem::take(line)).map_err(|_| Ended::NotText),
+                        Ok(false) => Err(Ended::Exited(None)),
+                        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Err(Ended::TooLong(limit)),
+                        Err(error) => Err(Ended::Io(error)),
+                    };
+                }
+                logged = log_line(stderr, log) => {
+                    match logged {
+                        Some(text) => tracing::info!("{source}: {text}"),
+                        None => *stderr = None,
+                    }
+                }
+                told = stdin.write(unsaid), if !unsaid.is_empty() => match told {
+                    Ok(count) => _ = unsaid.drain(..count),
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(Ended::Exited(None)),
+                    Err(error) => return Err(Ended::Io(error)),
+                },
+            }
+        }
+    }
+
+    /// Dropping the future leaves the rest to be said later.
+    async fn speak(&mut self) -> io::Result<()> {
+        while !self.unsaid.is_empty() {
+            let count = self.stdin.write(&self.unsaid).await?;
+            self.unsaid.drain(..count);
+        }
+        Ok(())
+    }
+}
+
+/// Adds to `line` until it is whole, its end cut off; false at the end of the output. Dropping the future loses nothing:
+/// what was read is in `line`.
+async fn take_line(
+    from: &mut (impl tokio::io::AsyncBufRead + Unpin),
+    line: &mut Vec<u8>,
+    limit: usize,
+) -> io::Result<bool> {
+    loop {
+        let read = from.fill_buf().await?;
+        if read.is_empty() {
+            return Ok(false);
+        }
+        let end = read.iter().position(|byte| *byte == b'\n');
+        let (part, consumed) = match end {
+            Some(end) => (read.get(..end).unwrap_or_default(), end + 1),
+            None => (read, read.len()),
+        };
+        line.extend_from_slice(part);
+        from.consume(consumed);
+        if line.len() > limit {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        if end.is_some() {
+            return Ok(true);
+        }
+    }
+}
+
+/// The next line of its log; `None` at its end.
+async fn log_line(from: &mut Option<BufReader<ChildStderr>>, line: &mut Vec<u8>) -> Option<String> {
+    let Some(from) = from else { return std::future::pending().await };
+    match take_line(from, line, MAX_LOG_LINE).await {
+        Ok(true) => {}
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {}
+        Ok(false) | Err(_) => return None,
+    }
+    Some(String::from_utf8_lossy(&std::mem::take(line)).trim_end().to_owned())
+}

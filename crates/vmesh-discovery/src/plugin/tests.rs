@@ -1,0 +1,169 @@
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
+
+use vmesh_testkit::{TempDir, tempdir, wait_for};
+
+use super::*;
+use crate::source::chain;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A plug-in in shell: what it prints comes from the files of its directory.
+fn plugin(dir: &Path, script: &str) -> PluginConfig {
+    let path = dir.join("plugin.sh");
+    fs::write(&path, format!("#!/bin/sh\ncd {}\n{script}\n", dir.display())).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let yaml = format!("{{command: [{:?}], silence: 1s}}", path.display().to_string());
+    vmesh_model::load::strict("control.yaml", &yaml).unwrap()
+}
+
+fn source(config: PluginConfig) -> (PluginSource, Arc<Counters>) {
+    let counters = Arc::new(Counters::default());
+    (PluginSource::new(config, None, counters.clone()), counters)
+}
+
+fn show(view: &Registrations) -> String {
+    let services = view.services.iter().map(|(name, seen)| {
+        let addresses: Vec<_> = seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
+        format!("{name} {} {addresses:?}", seen.state)
+    });
+    services.collect::<Vec<_>>().join("; ")
+}
+
+async fn said(source: &mut PluginSource) -> String {
+    match tokio::time::timeout(SOON, source.next()).await.unwrap() {
+        Ok(view) => show(&view),
+        Err(error) => chain(&error),
+    }
+}
+
+fn place() -> TempDir {
+    tempdir().unwrap()
+}
+
+#[tokio::test]
+async fn a_program_is_told_who_asks_and_its_views_are_taken() {
+    let dir = place();
+    let script = r#"read hello; echo "$hello" > hello; echo "to the log" >&2
+        echo '{"type":"view","services":[{"service":"orders","endpoints":["10.0.0.1:80"]},{"service":"pay","endpoints":["10.0.0.9:80"]}]}'
+        echo '{"type":"view","services":[{"service":"orders","endpoints":["10.0.0.1:80","10.0.0.2:80"]},{"service":"pay","endpoints":["10.0.0.9:80"]}]}'
+        cat > rest"#;
+    let (mut source, counters) = source(plugin(&dir, script));
+    let first = source.next().await.unwrap();
+    assert_eq!(show(&first), r#"orders fresh ["10.0.0.1:80"]; pay fresh ["10.0.0.9:80"]"#);
+    let second = source.next().await.unwrap();
+    assert_eq!(show(&second), r#"orders fresh ["10.0.0.1:80", "10.0.0.2:80"]; pay fresh ["10.0.0.9:80"]"#);
+    assert!(Arc::ptr_eq(&first.services["pay"].registration, &second.services["pay"].registration));
+    let hello = fs::read_to_string(dir.join("hello")).unwrap();
+    assert_eq!(hello, "{\"type\":\"hello\",\"protocol\":1,\"source\":\"plugin:plugin.sh\"}\n");
+    assert_eq!(counters.reads.load(Relaxed), 2);
+}
+
+#[tokio::test]
+async fn a_program_that_fails_ends_or_is_silent_is_a_failure_and_is_started_again() {
+    let dir = place();
+    let script = r#"read hello; echo run >> runs
+        case $(wc -l < runs) in
+        1) echo '{"type":"view","services":[{"service":"a","endpoints":["10.0.0.1:80"]}]}'; echo '{"type":"failed","message":"503"}'; exit 3;;
+        2) echo 'Traceback (most recent call last):'; sleep 60;;
+        *) echo '{"type":"view","services":[{"service":"a","endpoints":["10.0.0.1:80"]}]}'; cat > rest;;
+        esac"#;
+    let (mut source, counters) = source(plugin(&dir, script));
+    assert_eq!(said(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
+    assert_eq!(
+        said(&mut source).await,
+        "discovery source `plugin:plugin.sh` could not read its registry: 503"
+    );
+    let ended = said(&mut source).await;
+    assert!(
+        ended.contains("could not hear of its program `/") && ended.contains("it is started again"),
+        "{ended}"
+    );
+    let nonsense = said(&mut source).await;
+    assert!(
+        nonsense.ends_with(
+            "could not understand what its program said: `Traceback (most recent call last):` is not a JSON object: \
+             logs belong on standard error"
+        ),
+        "{nonsense}"
+    );
+    let silent = said(&mut source).await;
+    assert!(silent.contains("it said nothing for 1 s, and was ended"), "{silent}");
+    // The same view as the first, and news all the same: the source answers again.
+    assert_eq!(said(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
+    assert_eq!(counters.connects.load(Relaxed), 3);
+}
+
+#[tokio::test]
+async fn a_program_is_asked_to_confirm_and_answers_with_a_view() {
+    let dir = place();
+    let script = r#"read hello
+        echo '{"type":"view","services":[{"service":"a","endpoints":["10.0.0.1:80"]}]}'
+        read asked; echo "$asked" > asked
+        echo '{"type":"view","services":[{"service":"b","endpoints":[]}]}'
+        echo '{"type":"view","confirms":1,"services":[]}'; cat > rest"#;
+    let (mut source, _) = source(plugin(&dir, script));
+    assert_eq!(said(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
+    let services = BTreeSet::from(["a".parse().unwrap()]);
+    let confirmed = tokio::time::timeout(SOON, source.confirm(&services)).await.unwrap().unwrap();
+    assert_eq!(show(&confirmed), "");
+    let asked = fs::read_to_string(dir.join("asked")).unwrap();
+    assert_eq!(asked, "{\"type\":\"confirm\",\"id\":1,\"services\":[\"a\"]}\n");
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_of_a_service_leaves_it_as_it_was() {
+    let dir = place();
+    let script = r#"read hello
+        echo '{"type":"view","services":[{"service":"a","endpoints":["10.0.0.1:80"]},{"service":"b","endpoints":["10.0.0.2:80"]}]}'
+        echo '{"type":"view","services":[{"service":"a","endpoints":["10.0.0.1"]},{"service":"b","endpoints":["10.0.0.2:80","10.0.0.3:80","10.0.0.4:80","10.0.0.5:80","10.0.0.6:80"]}]}'
+        cat > rest"#;
+    let (mut source, counters) = source(plugin(&dir, script));
+    said(&mut source).await;
+    let second = said(&mut source).await;
+    assert!(second.starts_with(r#"a stale ["10.0.0.1:80"]; b fresh ["10.0.0.2:80", "#), "{second}");
+    assert_eq!(counters.bad_records.load(Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_line_without_end_a_program_that_is_not_there_and_bytes_are_failures() {
+    let dir = place();
+    let mut config = plugin(&dir, "read hello; printf '\\377\\376\\n'; yes | tr -d '\\n'");
+    config.max_bytes = 100_000;
+    let (mut source, _) = source(config);
+    let bytes = said(&mut source).await;
+    assert!(bytes.ends_with("it printed bytes that are not UTF-8"), "{bytes}");
+    let dir = place();
+    let mut config = plugin(&dir, "read hello; yes | tr -d '\\n'");
+    config.max_bytes = 100_000;
+    let (mut source, _) = self::source(config);
+    let long = said(&mut source).await;
+    assert!(long.ends_with("it printed a line of more than 100000 bytes (`max_bytes`)"), "{long}");
+    let config = PluginConfig { command: vec!["/no/such/plugin".to_owned()], ..plugin(&dir, "") };
+    let (mut source, _) = self::source(config);
+    assert_eq!(
+        said(&mut source).await,
+        "discovery source `plugin:plugin` could not start its program `/no/such/plugin`: No such file or directory \
+         (os error 2)"
+    );
+}
+
+#[tokio::test]
+async fn a_program_goes_when_its_source_does() {
+    let dir = place();
+    let (mut source, _) = source(plugin(
+        &dir,
+        "read hello; echo '{\"type\":\"view\",\"services\":[]}'; cat > rest; echo gone > gone; sleep 60",
+    ));
+    assert_eq!(said(&mut source).await, "");
+    let path = dir.to_path_buf();
+    assert!(!vmesh_testkit::process::naming(&path).is_empty());
+    drop(source);
+    wait_for("the program to be gone", SOON, async || {
+        vmesh_testkit::process::naming(&path).is_empty().then_some(()).ok_or("it runs")
+    })
+    .await
+    .unwrap();
+}
