@@ -10,6 +10,7 @@
 //! | [`load`] | [`load::Load`]: requests at a rate, and what became of each |
 //! | [`process`] | [`process::Daemon`]: a binary under test, its output, its signals, its end |
 //! | [`place`] | addresses, ports and directories that no other test uses |
+//! | [`zookeeper`] | real ZooKeepers, of today and of long ago; a client for tests |
 //! | [`wait`] | [`wait_for`]: waits for a value, with a bound, and says what it saw last |
 //!
 //! A tool that is missing is fetched or is an error that says which command installs it; nothing here skips.
@@ -27,6 +28,7 @@ pub mod place;
 pub mod process;
 pub mod python;
 pub mod wait;
+pub mod zookeeper;
 
 use std::sync::OnceLock;
 

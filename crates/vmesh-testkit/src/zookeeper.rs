@@ -1,0 +1,517 @@
+//! Real ZooKeepers: one server or several, of today and of long ago, and what tests do to them.
+//!
+//! Each server has an address of its own and the ports that everybody knows (2181, 2281 for TLS). They run from
+//! Debian's packages, by hash, on the Java of the machine.
+
+mod client;
+
+use std::fmt::Write as _;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+pub use client::{Client, Kind};
+
+use crate::debian::{self, Deb};
+use crate::place::{Loopback, TempDir, tempdir};
+use crate::process::Daemon;
+use crate::{Failed, Result, cache, wait_for};
+
+const CLIENT_PORT: u16 = 2181;
+const SECURE_PORT: u16 = 2281;
+/// How long servers may take to serve: a JVM and an election, on a machine that does other things too.
+const SERVING: Duration = Duration::from_secs(60);
+const INSTALL: &str = "it needs Java: `apt-get install openjdk-17-jre-headless`";
+
+/// Which ZooKeeper.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// 3.8.0, of Debian 12.
+    V3_8,
+    /// 3.4.13, of Debian 11: without persistent watches, containers and `create2`.
+    V3_4,
+}
+
+const V3_8: &[Deb] = &[
+    Deb {
+        path: "pool/main/z/zookeeper/libzookeeper-java_3.8.0-11+deb12u2_all.deb",
+        sha256: "b2976f2bb4352d01713d3e40a8e047a3219c05f5fa53054e050246a6bc179053",
+    },
+    Deb {
+        path: "pool/main/libs/libslf4j-java/libslf4j-java_1.7.32-1_all.deb",
+        sha256: "38166cb6ec4a956b1f45f5baf18a115fd692c7fe0318b7cb332c4caaa7375f4e",
+    },
+    Deb {
+        path: "pool/main/libc/libcommons-cli-java/libcommons-cli-java_1.5.0-1_all.deb",
+        sha256: "6307cc25286cf9c1afdcc16c1215534203aadc7a58e0f6103734d1ccc3da7f65",
+    },
+    Deb {
+        path: "pool/main/d/dropwizard-metrics/libdropwizard-metrics-java_3.2.6-1_all.deb",
+        sha256: "2597703fc3f830534184c71ca2749e0c819fd7a724c7603e3b6264a5fb336a37",
+    },
+    Deb {
+        path: "pool/main/s/snappy-java/libsnappy-java_1.1.8.3-1_all.deb",
+        sha256: "529cb792389534224ba1513d55ba2c2af287c44cdf1dc8ec2d3b44474cce27d7",
+    },
+    Deb {
+        path: "pool/main/n/netty/libnetty-java_4.1.48-7+deb12u2_all.deb",
+        sha256: "a8368dfd04f0dc8f6c9234fd99069106a9be0a60f7a71e6d212ab7629cd1e1a3",
+    },
+    Deb {
+        path: "pool/main/n/netty-tcnative/libnetty-tcnative-java_2.0.28-1_all.deb",
+        sha256: "da71f6b0146183a3526188017720dfb42ec3901edd9db7daacc657fb05c2fa5b",
+    },
+];
+const V3_8_JARS: &[&str] = &[
+    "zookeeper",
+    "zookeeper-jute",
+    "slf4j-api",
+    "slf4j-simple",
+    "commons-cli",
+    "metrics-core",
+    "snappy-java",
+    "netty-buffer",
+    "netty-codec",
+    "netty-common",
+    "netty-handler",
+    "netty-resolver",
+    "netty-transport",
+    "netty-transport-native-unix-common",
+    "netty-transport-native-epoll",
+    "netty-tcnative",
+];
+
+const V3_4: &[Deb] = &[
+    Deb {
+        path: "pool/main/z/zookeeper/libzookeeper-java_3.4.13-6+deb11u1_all.deb",
+        sha256: "9c4ab50e6d8fef7cd21b4d0a68d1bca1aea93e59022c806f1857504565e4b79d",
+    },
+    Deb {
+        path: "pool/main/a/apache-log4j1.2/liblog4j1.2-java_1.2.17-10+deb11u1_all.deb",
+        sha256: "05e48f24a5b7d0f8c3743a817a34f8cb93a1137b4a9ffec8614878ec79276646",
+    },
+    Deb {
+        path: "pool/main/libs/libslf4j-java/libslf4j-java_1.7.30-1_all.deb",
+        sha256: "c37ffc17158b4b127b39df1a3f36a7f6d8a39f72d8d16c8bbd66bd111947bb22",
+    },
+];
+const V3_4_JARS: &[&str] = &["zookeeper", "slf4j-api", "slf4j-simple", "log4j-1.2"];
+
+impl Version {
+    fn classpath(self) -> Result<String> {
+        let (name, debs, jars) = match self {
+            Version::V3_8 => ("zookeeper-3.8.0", V3_8, V3_8_JARS),
+            Version::V3_4 => ("zookeeper-3.4.13", V3_4, V3_4_JARS),
+        };
+        let dir = debian::unpacked(name, debs)?.join("usr/share/java");
+        let jars: Vec<_> =
+            jars.iter().map(|jar| dir.join(format!("{jar}.jar")).display().to_string()).collect();
+        Ok(jars.join(":"))
+    }
+}
+
+/// How servers are to be.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub version: Version,
+    pub servers: usize,
+    /// A TLS port that asks for a client certificate: see [`ZooKeeper::tls`].
+    pub tls: bool,
+    /// Nobody may do anything without SASL DIGEST-MD5 as this user with this password.
+    pub sasl: Option<(&'static str, &'static str)>,
+    /// A server without a quorum goes on answering reads to those who accept that.
+    pub read_only: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { version: Version::V3_8, servers: 1, tls: false, sasl: None, read_only: false }
+    }
+}
+
+/// The files of a certificate authority that signed the servers' certificates, and one for a client.
+#[derive(Debug, Clone)]
+pub struct TlsFiles {
+    pub ca: PathBuf,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+/// One server or an ensemble.
+pub struct ZooKeeper {
+    options: Options,
+    classpath: String,
+    members: Vec<Member>,
+    dir: TempDir,
+}
+
+struct Member {
+    place: Loopback,
+    dir: PathBuf,
+    daemon: Option<Daemon>,
+}
+
+impl ZooKeeper {
+    /// One server of today.
+    pub async fn one() -> Result<ZooKeeper> {
+        ZooKeeper::start(Options::default()).await
+    }
+
+    /// Three servers of today.
+    pub async fn three() -> Result<ZooKeeper> {
+        ZooKeeper::start(Options { servers: 3, ..Options::default() }).await
+    }
+
+    /// Starts the servers and waits until all of them serve.
+    pub async fn start(options: Options) -> Result<ZooKeeper> {
+        let classpath = options.version.classpath()?;
+        let dir = tempdir()?;
+        let mut members = Vec::new();
+        for number in 1..=options.servers {
+            let path = dir.join(number.to_string());
+            members.push(Member { place: Loopback::unique()?, dir: path, daemon: None });
+        }
+        let mut servers = ZooKeeper { options, classpath, members, dir };
+        if servers.options.tls {
+            servers.make_certificates()?;
+        }
+        for index in 0..servers.members.len() {
+            servers.configure(index)?;
+            servers.launch(index)?;
+        }
+        for index in 0..servers.members.len() {
+            servers.wait_serving(index).await?;
+        }
+        Ok(servers)
+    }
+
+    fn member(&self, index: usize) -> Result<&Member> {
+        self.members.get(index).ok_or_else(|| Failed::new(format!("there is no ZooKeeper {index}")))
+    }
+
+    fn configure(&self, index: usize) -> Result<()> {
+        let member = self.member(index)?;
+        let ip = member.place.ip();
+        let data = member.dir.join("data");
+        make(&data)?;
+        let mut config = format!(
+            "tickTime=200\ninitLimit=50\nsyncLimit=25\ndataDir={}\nclientPort={CLIENT_PORT}\nclientPortAddress={ip}\n\
+             minSessionTimeout=400\nmaxSessionTimeout=3600000\nmaxClientCnxns=0\nadmin.enableServer=false\n\
+             4lw.commands.whitelist=*\n",
+            data.display()
+        );
+        if self.members.len() > 1 {
+            for (number, member) in self.members.iter().enumerate() {
+                _ = writeln!(config, "server.{}={}:2888:3888", number + 1, member.place);
+            }
+            write(&data.join("myid"), &(index + 1).to_string())?;
+        }
+        if self.options.tls {
+            let file = |name: &str| self.dir.join(name).display().to_string();
+            _ = write!(
+                config,
+                "secureClientPort={SECURE_PORT}\nsecureClientPortAddress={ip}\nssl.keyStore.location={}\n\
+                 ssl.keyStore.type=PEM\nssl.trustStore.location={}\nssl.trustStore.type=PEM\nssl.clientAuth=need\n",
+                file("server.pem"),
+                file("ca.pem")
+            );
+        }
+        if let Some((user, password)) = self.options.sasl {
+            config += "authProvider.sasl=org.apache.zookeeper.server.auth.SASLAuthenticationProvider\n\
+                       enforce.auth.enabled=true\nenforce.auth.schemes=sasl\n";
+            let login = format!(
+                "Server {{\n org.apache.zookeeper.server.auth.DigestLoginModule required user_{user}=\"{password}\";\n}};\n"
+            );
+            write(&member.dir.join("login.conf"), &login)?;
+        }
+        write(&member.dir.join("zoo.cfg"), &config)
+    }
+
+    fn launch(&mut self, index: usize) -> Result<()> {
+        let member = self.member(index)?;
+        let java =
+            debian::on_path("java").ok_or_else(|| Failed::new(format!("found no `java`; {INSTALL}")))?;
+        let mut command = Command::new(java);
+        command.args(["-Xmx192m", "-Xms32m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]);
+        // A test that kills a server does not take the power away from its disk.
+        command.args([
+            "-Dzookeeper.forceSync=no",
+            "-Djava.net.preferIPv4Stack=true",
+            "-Dzookeeper.skipACL=no",
+        ]);
+        command.arg(format!("-Dreadonlymode.enabled={}", self.options.read_only));
+        if self.options.tls {
+            command.arg("-Dzookeeper.serverCnxnFactory=org.apache.zookeeper.server.NettyServerCnxnFactory");
+        }
+        if self.options.sasl.is_some() {
+            let login = member.dir.join("login.conf");
+            command.arg(format!("-Djava.security.auth.login.config={}", login.display()));
+        }
+        command.args(["-cp", &self.classpath, "org.apache.zookeeper.server.quorum.QuorumPeerMain"]);
+        command.arg(member.dir.join("zoo.cfg"));
+        let daemon = Daemon::spawn(format!("ZooKeeper {index} ({})", member.place), command)?;
+        if let Some(member) = self.members.get_mut(index) {
+            member.daemon = Some(daemon);
+        }
+        Ok(())
+    }
+
+    /// Waits until server `index` answers requests: `ruok` says nothing about that, `srvr` does.
+    pub async fn wait_serving(&mut self, index: usize) -> Result<()> {
+        let address = self.address(index)?;
+        let Some(daemon) = self.members.get_mut(index).and_then(|member| member.daemon.as_mut()) else {
+            return Err(Failed::new(format!("ZooKeeper {index} was not started")));
+        };
+        wait_for(format!("ZooKeeper {address} to serve"), SERVING, async || {
+            if let Some(status) = daemon.has_exited() {
+                return Err(format!("it ended ({status}): {}", daemon.output()));
+            }
+            match ask(address, "srvr").await {
+                Ok(said) if said.contains("Mode:") => Ok(()),
+                Ok(said) => Err(said),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+        .await
+    }
+
+    /// Where server `index` is: in the clear.
+    pub fn address(&self, index: usize) -> Result<SocketAddr> {
+        Ok(SocketAddr::new(self.member(index)?.place.ip(), CLIENT_PORT))
+    }
+
+    pub fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// What clients are told to connect to: `127.1.2.3:2181,127.1.2.4:2181`.
+    pub fn connect(&self) -> String {
+        self.all(CLIENT_PORT)
+    }
+
+    /// The same for the TLS ports.
+    pub fn secure_connect(&self) -> String {
+        self.all(SECURE_PORT)
+    }
+
+    fn all(&self, port: u16) -> String {
+        let all: Vec<_> = self.members.iter().map(|member| format!("{}:{port}", member.place)).collect();
+        all.join(",")
+    }
+
+    /// What a client of the TLS ports needs.
+    pub fn tls(&self) -> TlsFiles {
+        let file = |name: &str| self.dir.join(name);
+        TlsFiles { ca: file("ca.pem"), cert: file("client.pem"), key: file("client.key") }
+    }
+
+    /// A client of the test's own, connected to server `index`. Its session lasts for an hour without it.
+    pub async fn client(&self, index: usize) -> Result<Client> {
+        Client::connect(self.address(index)?, Duration::from_secs(3600)).await
+    }
+
+    fn daemon(&mut self, index: usize) -> Result<&mut Daemon> {
+        let daemon = self.members.get_mut(index).and_then(|member| member.daemon.as_mut());
+        daemon.ok_or_else(|| Failed::new(format!("ZooKeeper {index} was not started")))
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.kill()
+    }
+
+    /// SIGSTOP: it holds its connections and answers nobody.
+    pub fn freeze(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.freeze()
+    }
+
+    pub fn thaw(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.thaw()
+    }
+
+    /// Starts server `index` again with the data that it had. It serves once it has a quorum.
+    pub fn launch_again(&mut self, index: usize) -> Result<()> {
+        self.kill(index)?;
+        self.launch(index)
+    }
+
+    /// Starts server `index` again with the data that it had, and waits until it serves.
+    pub async fn restart(&mut self, index: usize) -> Result<()> {
+        self.launch_again(index)?;
+        self.wait_serving(index).await
+    }
+
+    /// Starts all servers again, and all that they knew is gone.
+    pub async fn restart_empty(&mut self) -> Result<()> {
+        for index in 0..self.members.len() {
+            self.kill(index)?;
+            let data = self.member(index)?.dir.join("data");
+            fs::remove_dir_all(&data).map_err(Failed::to(format!("could not remove {}", data.display())))?;
+            self.configure(index)?;
+        }
+        for index in 0..self.members.len() {
+            self.launch(index)?;
+        }
+        for index in 0..self.members.len() {
+            self.wait_serving(index).await?;
+        }
+        Ok(())
+    }
+
+    /// The server that leads now.
+    pub async fn leader(&self) -> Result<usize> {
+        wait_for("a leader", SERVING, async || {
+            for index in 0..self.members.len() {
+                let said = ask(self.address(index).map_err(|failed| failed.to_string())?, "srvr").await;
+                if said.is_ok_and(|said| said.contains("Mode: leader")) {
+                    return Ok(index);
+                }
+            }
+            Err("none".to_owned())
+        })
+        .await
+    }
+
+    /// The sessions of the clients that are connected to server `index`, as `cons` lists them.
+    pub async fn sessions(&self, index: usize) -> Result<Vec<i64>> {
+        let said = ask(self.address(index)?, "cons").await?;
+        let ids = said.lines().filter_map(|line| {
+            let id = line.split("sid=0x").nth(1)?.split(',').next()?;
+            u64::from_str_radix(id, 16).ok().map(u64::cast_signed)
+        });
+        Ok(ids.collect())
+    }
+
+    /// The server that holds the connection of `session`.
+    pub async fn server_of(&self, session: i64) -> Result<usize> {
+        wait_for(format!("session {session:#x} to be connected"), SERVING, async || {
+            let mut seen = Vec::new();
+            for index in 0..self.members.len() {
+                match self.sessions(index).await {
+                    Ok(sessions) if sessions.contains(&session) => return Ok(index),
+                    Ok(sessions) => seen.push(format!("{sessions:x?}")),
+                    Err(failed) => seen.push(failed.to_string()),
+                }
+            }
+            Err(seen.join(", "))
+        })
+        .await
+    }
+
+    /// How many watches server `index` keeps (`wchs`).
+    pub async fn watches(&self, index: usize) -> Result<usize> {
+        let said = ask(self.address(index)?, "wchs").await?;
+        let total = said.lines().find_map(|line| line.strip_prefix("Total watches:")?.trim().parse().ok());
+        total.ok_or_else(|| Failed::new(format!("wchs said: {said}")))
+    }
+
+    fn make_certificates(&self) -> Result<()> {
+        let addresses: Vec<_> = self.members.iter().map(|member| format!("IP:{}", member.place)).collect();
+        let extensions =
+            format!("subjectAltName={}\nextendedKeyUsage=serverAuth,clientAuth\n", addresses.join(","));
+        write(&self.dir.join("extensions"), &extensions)?;
+        self.openssl(
+            &["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key"],
+            &["-out", "ca.pem", "-subj", "/CN=test-ca", "-days", "30"],
+        )?;
+        for name in ["server", "client"] {
+            let (key, request, cert) = (format!("{name}.key"), format!("{name}.csr"), format!("{name}.pem"));
+            let subject = format!("/CN=test-{name}");
+            self.openssl(
+                &["req", "-newkey", "rsa:2048", "-nodes", "-keyout", &key],
+                &["-out", &request, "-subj", &subject],
+            )?;
+            self.openssl(
+                &["x509", "-req", "-in", &request, "-CA", "ca.pem", "-CAkey", "ca.key"],
+                &["-CAcreateserial", "-days", "30", "-extfile", "extensions", "-out", &cert],
+            )?;
+        }
+        // Java wants the certificate and its key, in PKCS#8 as openssl writes it, in one file.
+        let read = |name: &str| {
+            let path = self.dir.join(name);
+            fs::read_to_string(&path).map_err(Failed::to(format!("could not read {}", path.display())))
+        };
+        let both = read("server.pem")? + &read("server.key")?;
+        write(&self.dir.join("server.pem"), &both)
+    }
+
+    fn openssl(&self, args: &[&str], more: &[&str]) -> Result<()> {
+        let mut openssl = Command::new("openssl");
+        openssl.current_dir(&*self.dir).args(args).args(more);
+        cache::run(&mut openssl, "certificates need openssl: `apt-get install openssl`")
+    }
+}
+
+/// What the server at `address` says to a four-letter word.
+pub async fn ask(address: SocketAddr, word: &str) -> Result<String> {
+    let talk = async {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(word.as_bytes()).await?;
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await?;
+        Ok::<_, std::io::Error>(said)
+    };
+    let what = format!("could not ask ZooKeeper {address} for `{word}`");
+    match timeout(Duration::from_secs(5), talk).await {
+        Ok(said) => said.map_err(Failed::to(what)),
+        Err(_) => Err(Failed::new(format!("{what}: no answer within 5 s"))),
+    }
+}
+
+/// An address on which nothing listens.
+pub fn nowhere() -> Result<(Loopback, String)> {
+    let place = Loopback::unique()?;
+    let ip: IpAddr = place.ip();
+    Ok((place, format!("{ip}:{CLIENT_PORT}")))
+}
+
+fn make(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).map_err(Failed::to(format!("could not create {}", dir.display())))
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).map_err(Failed::to(format!("could not write {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_of_either_age_keeps_what_it_is_told() {
+        for version in [Version::V3_8, Version::V3_4] {
+            let mut servers = ZooKeeper::start(Options { version, ..Options::default() }).await.unwrap();
+            let mut client = servers.client(0).await.unwrap();
+            client.make("/a/b", b"one", Kind::Persistent).await.unwrap();
+            let name = client.create("/a/c-", b"", Kind::EphemeralSequential).await.unwrap();
+            assert_eq!(name, "/a/c-0000000001");
+            client.set("/a/b", b"two").await.unwrap();
+            assert_eq!(client.get("/a/b").await.unwrap(), b"two");
+            assert_eq!(servers.sessions(0).await.unwrap(), [client.session()]);
+            servers.restart(0).await.unwrap();
+            let mut other = servers.client(0).await.unwrap();
+            assert_eq!(other.children("/a").await.unwrap(), ["b", "c-0000000001"]);
+            other.delete_all("/a").await.unwrap();
+            assert!(other.get("/a").await.is_err());
+        }
+    }
+
+    #[tokio::test]
+    async fn three_servers_have_a_leader() {
+        let servers = ZooKeeper::three().await.unwrap();
+        let leader = servers.leader().await.unwrap();
+        let mut client = servers.client(leader).await.unwrap();
+        client.make("/a", b"", Kind::Persistent).await.unwrap();
+        assert_eq!(servers.server_of(client.session()).await.unwrap(), leader);
+    }
+}
