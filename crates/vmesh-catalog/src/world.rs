@@ -94,6 +94,8 @@ pub(crate) fn service_hash(service: &Service) -> u64 {
             text(key);
             text(value);
         }
+        // A document may make a source a fallback.
+        text(&endpoint.source);
     }
     hash.digest()
 }

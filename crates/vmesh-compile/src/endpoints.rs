@@ -1,9 +1,9 @@
 //! EDS: the endpoints of a cluster, grouped by zone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use vmesh_model::document::Locality;
+use vmesh_model::document::{Fallback, Locality};
 use vmesh_model::{Endpoint, Health};
 use vmesh_proto::envoy::config::core::v3::address::Address as AddressKind;
 use vmesh_proto::envoy::config::core::v3::socket_address::PortSpecifier;
@@ -14,11 +14,30 @@ use vmesh_proto::envoy::config::endpoint::v3::{
 };
 use vmesh_proto::uint32;
 
-/// Where a caller stands, as far as it matters to whom it calls.
+/// Which endpoints a caller wants first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Nearness<'a> {
+pub(crate) struct Preference<'a> {
     pub(crate) locality: Locality,
+    /// Of the caller.
     pub(crate) zone: Option<&'a str>,
+    pub(crate) fallback: &'a [Fallback],
+}
+
+impl Preference<'_> {
+    /// How many other endpoints come before this one, in steps: first what is no fallback, and in each step first what is
+    /// near.
+    fn rank(&self, endpoint: &Endpoint) -> (usize, bool) {
+        let step =
+            self.fallback.iter().position(|fallback| fallback.contains(endpoint)).map_or(0, |at| at + 1);
+        let is_far = self.locality == Locality::PreferLocal
+            && self.zone.is_some_and(|zone| endpoint.zone.as_deref() != Some(zone));
+        (step, is_far)
+    }
+}
+
+/// The region of an endpoint: the datacenter, where the source has several.
+fn region(endpoint: &Endpoint) -> &str {
+    endpoint.labels.get("datacenter").map(|datacenter| &**datacenter).unwrap_or_default()
 }
 
 /// The assignment `name` of `endpoints`. With no endpoint it is empty, and not missing: Envoy keeps its last
@@ -29,29 +48,35 @@ pub(crate) struct Nearness<'a> {
 pub(crate) fn assignment<'a>(
     name: &str,
     endpoints: impl Iterator<Item = &'a Endpoint>,
-    near: Nearness<'_>,
+    preference: Preference<'_>,
 ) -> ClusterLoadAssignment {
-    let mut zones: BTreeMap<&str, Vec<&Endpoint>> = BTreeMap::new();
+    type Group<'a> = ((usize, bool), &'a str, &'a str);
+    let mut groups: BTreeMap<Group<'_>, Vec<&Endpoint>> = BTreeMap::new();
     for endpoint in endpoints {
-        zones.entry(endpoint.zone.as_deref().unwrap_or_default()).or_default().push(endpoint);
+        let zone = endpoint.zone.as_deref().unwrap_or_default();
+        groups.entry((preference.rank(endpoint), region(endpoint), zone)).or_default().push(endpoint);
     }
-    // Priorities must have no gap, so without an endpoint of the caller's own zone all zones are the first.
-    let own = near.zone.filter(|zone| near.locality == Locality::PreferLocal && zones.contains_key(zone));
-    let mut localities: Vec<_> = zones
-        .into_iter()
-        .map(|(zone, endpoints)| {
-            let priority = u32::from(own.is_some_and(|own| own != zone));
-            locality(zone, priority, &endpoints)
-        })
-        .collect();
-    localities.sort_by_key(|locality| locality.priority);
-    ClusterLoadAssignment { cluster_name: name.to_owned(), endpoints: localities, ..Default::default() }
+    // Priorities must have no gap: what comes first of what is there is 0.
+    let ranks: BTreeSet<_> = groups.keys().map(|(rank, _, _)| *rank).collect();
+    let localities = groups.into_iter().map(|((rank, region, zone), endpoints)| {
+        let priority = u32::try_from(ranks.range(..rank).count()).unwrap_or(u32::MAX);
+        locality(region, zone, priority, &endpoints)
+    });
+    ClusterLoadAssignment {
+        cluster_name: name.to_owned(),
+        endpoints: localities.collect(),
+        ..Default::default()
+    }
 }
 
-fn locality(zone: &str, priority: u32, endpoints: &[&Endpoint]) -> LocalityLbEndpoints {
+fn locality(region: &str, zone: &str, priority: u32, endpoints: &[&Endpoint]) -> LocalityLbEndpoints {
     let weight = endpoints.iter().map(|e| e.weight.get()).fold(0, u32::saturating_add);
     LocalityLbEndpoints {
-        locality: Some(EnvoyLocality { zone: zone.to_owned(), ..EnvoyLocality::default() }),
+        locality: Some(EnvoyLocality {
+            region: region.to_owned(),
+            zone: zone.to_owned(),
+            ..EnvoyLocality::default()
+        }),
         lb_endpoints: endpoints.iter().map(|endpoint| lb_endpoint(endpoint)).collect(),
         load_balancing_weight: Some(uint32(weight)),
         priority,

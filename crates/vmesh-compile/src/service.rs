@@ -12,7 +12,7 @@ use vmesh_xds::{Group, Kind, Resource};
 use crate::class::Class;
 use crate::cluster::{eds_cluster, grpc_cluster};
 use crate::effective::Effective;
-use crate::endpoints::{Nearness, assignment};
+use crate::endpoints::{Preference, assignment};
 use crate::listener::api_listener;
 use crate::route::{Router, Share, cluster_name};
 
@@ -67,7 +67,9 @@ pub(crate) fn compile(
     before: Option<&Compiled>,
 ) -> Compiled {
     let shape = shape(world, name, class, before.map(|compiled| &compiled.shape));
-    let near = Nearness { locality: shape.effective.load_balancing.locality, zone: class.zone.as_deref() };
+    let balancing = &shape.effective.load_balancing;
+    let (locality, fallback) = (balancing.locality, &*balancing.fallback);
+    let preference = Preference { locality, zone: class.zone.as_deref(), fallback };
     let mut problems = shape.problems.clone();
     let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
     let reshaped = before.is_none_or(|before| !Arc::ptr_eq(&before.shape, &shape));
@@ -85,7 +87,7 @@ pub(crate) fn compile(
         assignments.push(match same {
             Some(same) => same.clone(),
             None => {
-                let message = assignment(cluster, of.iter(), near);
+                let message = assignment(cluster, of.iter(), preference);
                 Assignment { of, resource: Resource::new(Kind::Endpoint, cluster.as_str(), &message) }
             }
         });

@@ -88,7 +88,7 @@ fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
     (snapshot, problems, report.client)
 }
 
-/// `orders http`, and indented below it `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining rack=r7`.
+/// `orders http`, and indented below it `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining source=zk:a rack=r7`.
 fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
     let mut services: BTreeMap<_, Registration> = BTreeMap::new();
     let mut current: Option<vmesh_model::ServiceName> = None;
@@ -125,6 +125,7 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
                 "zone" => endpoint.zone = Some(value.into()),
                 "weight" => endpoint.weight = Weight::new(value.parse().unwrap()).unwrap(),
                 "health" => endpoint.health = serde_json::from_value(json!(value)).unwrap(),
+                "source" => endpoint.source = value.into(),
                 label => _ = endpoint.labels.insert(label.into(), value.into()),
             }
         }

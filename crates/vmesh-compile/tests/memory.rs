@@ -29,6 +29,7 @@ const DOCUMENTS: &[&str] = &[
     "kind: Service\nname: s1\nprotocol: tcp\nload_balancing: {policy: maglev, hash_on: source_ip}\n",
     "kind: Mesh\ntimeouts: {connect: 1s}\n",
     "kind: Node\nname: n\nload_balancing: {policy: random, locality: prefer_local}\n",
+    "kind: Service\nname: s3\nload_balancing: {fallback: [{zone: a}]}\n",
     "kind: Node\nlabels: {role: web}\nupstreams: [{service: s3}]\n",
 ];
 

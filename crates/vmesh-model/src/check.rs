@@ -152,6 +152,12 @@ fn settings(
         let message = format!("`hash_on` needs the policy `ring_hash` or `maglev`: `{policy}` does not hash");
         check.wrong_key(path!["load_balancing", "hash_on"], message);
     }
+    for (index, fallback) in balancing.iter().flat_map(|balancing| &balancing.fallback).enumerate() {
+        if fallback.source.is_none() && fallback.zone.is_none() && fallback.labels.is_empty() {
+            let message = "this fallback is every endpoint: give `source`, `zone` or `labels`";
+            check.wrong(path!["load_balancing", "fallback", index], message);
+        }
+    }
     if let Some(said) = retries {
         retry(said, timeouts.and_then(|t| t.request).map(|t| ("timeouts.request", t)), path!["retry"], check);
     }

@@ -165,6 +165,35 @@ pub struct LoadBalancing {
     /// Which endpoints come first: those of the caller's own zone, or all alike.
     #[serde(default)]
     pub locality: Locality,
+    /// Endpoints that are only used where those before them are too few or too ill, in this order: the datacenter on
+    /// the other side of the sea, the registry that is being left.
+    #[serde(default)]
+    pub fallback: Vec<Fallback>,
+}
+
+/// Endpoints that are a fallback: those that match all that is given here.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fallback {
+    /// The endpoints that this discovery source names: `zookeeper:zk1:2181`, or a whole kind of sources, `zookeeper`.
+    pub source: Option<Arc<str>>,
+    /// The endpoints in this zone.
+    pub zone: Option<Arc<str>>,
+    /// The endpoints that have all of these: `datacenter: dc2` say.
+    #[serde(default)]
+    pub labels: Labels,
+}
+
+impl Fallback {
+    pub fn contains(&self, endpoint: &crate::Endpoint) -> bool {
+        let is_of = |source: &Arc<str>| {
+            *source == endpoint.source
+                || endpoint.source.split_once(':').is_some_and(|(kind, _)| kind == &**source)
+        };
+        self.source.as_ref().is_none_or(is_of)
+            && self.zone.as_ref().is_none_or(|z| endpoint.zone.as_ref() == Some(z))
+            && self.labels.iter().all(|(key, value)| endpoint.labels.get(key) == Some(value))
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]

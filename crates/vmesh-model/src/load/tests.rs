@@ -556,7 +556,7 @@ fn every_field_there_is_can_be_written() {
         r#"
 == all.yaml
 kind: Mesh
-load_balancing: {policy: maglev, hash_on: {cookie: session}, locality: prefer_local}
+load_balancing: {policy: maglev, hash_on: {cookie: session}, locality: prefer_local, fallback: [{source: zookeeper}, {zone: b, labels: {dc: dc2}}]}
 timeouts: {connect: 1s, request: 10s, idle: 5m}
 retry: {attempts: 2, on: [5xx, gateway-error, retriable-4xx, deadline-exceeded], per_try_timeout: 1s}
 outlier_detection: {consecutive_5xx: 3, interval: 10s, base_ejection: 30s, max_ejection_percent: 100}
@@ -718,7 +718,7 @@ kind: Service
 name: a
 port: 0
 subsets: {v1: {}}
-load_balancing: {policy: random, hash_on: source_ip}
+load_balancing: {policy: random, hash_on: source_ip, fallback: [{}]}
 outlier_detection: {max_ejection_percent: 101}
 retry: {attempts: 100, per_try_timeout: 2s}
 timeouts: {request: 1s}
@@ -773,6 +773,7 @@ rules:
             a.yaml:3:7: port 0 is not a port: 1 to 65535; it is not in force
             a.yaml:4:11: subset `v1` asks for nothing, which is the whole service: give `version`, `zone` or `labels`; it is not in force
             a.yaml:5:34: `hash_on` needs the policy `ring_hash` or `maglev`: `random` does not hash; it is not in force
+            a.yaml:5:65: this fallback is every endpoint: give `source`, `zone` or `labels`; it is not in force
             a.yaml:6:43: 101 percent is more than all of them; it is not in force
             a.yaml:7:19: 100 retries would multiply an outage instead of bridging it: 10 at most; it is not in force
             a.yaml:7:41: `per_try_timeout` (2s) is longer than `timeouts.request` (1s), which ends them all; it is not in force
