@@ -19,6 +19,7 @@ pub mod bootstrap;
 pub mod cache;
 pub mod config;
 pub mod envoy;
+pub mod health;
 pub mod identity;
 pub mod relay;
 mod reports;

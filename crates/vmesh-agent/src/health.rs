@@ -1,0 +1,242 @@
+//! Whether an application is well: asked again and again, and judged with patience.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::Method;
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use tracing::info;
+use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::report::one_line;
+use vmesh_model::text::Time;
+
+use crate::retry::Dice;
+
+/// How an application is asked whether it is well: `tcp`, or `{http: /healthz, interval: 2s}`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Check {
+    /// The path that has to be answered with 2xx or 3xx; without it a connection is enough.
+    pub http: Option<String>,
+    /// From one answer to the next question.
+    pub interval: Duration,
+    /// Without an answer for so long it counts as a failure.
+    pub timeout: Duration,
+    /// So many successes in a row make an application well that was ill.
+    pub rise: u32,
+    /// So many failures in a row make it ill.
+    pub fall: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    http: Option<String>,
+    interval: Option<Time>,
+    timeout: Option<Time>,
+    rise: Option<u32>,
+    fall: Option<u32>,
+}
+
+impl Written {
+    const TCP: Written = Written { http: None, interval: None, timeout: None, rise: None, fall: None };
+
+    fn check<E: de::Error>(self) -> Result<Check, E> {
+        let check = Check {
+            http: self.http,
+            interval: self.interval.map_or(Duration::from_secs(2), |time| time.0),
+            timeout: self.timeout.map_or(Duration::from_secs(1), |time| time.0),
+            rise: self.rise.unwrap_or(2),
+            fall: self.fall.unwrap_or(3),
+        };
+        if check.http.as_ref().is_some_and(|path| !path.starts_with('/')) {
+            return Err(E::custom("`http` is a path and begins with `/`"));
+        }
+        if check.rise == 0 || check.fall == 0 {
+            return Err(E::custom("`rise` and `fall` are 1 at least: how many answers in a row decide"));
+        }
+        if check.interval < Duration::from_millis(100) {
+            return Err(E::custom("`interval` is 100ms at least: more often is load without use"));
+        }
+        Ok(check)
+    }
+}
+
+impl<'de> Deserialize<'de> for Check {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+
+        impl<'de> Visitor<'de> for Either {
+            type Value = Check;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`tcp`, or a check as {http: /healthz}")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Check, E> {
+                match text {
+                    "tcp" => Written::TCP.check(),
+                    other => Err(E::custom(format!("`{other}` is no check: `tcp`, or {{http: /healthz}}"))),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Check, A::Error> {
+                Written::deserialize(MapAccessDeserializer::new(map))?.check()
+            }
+        }
+
+        deserializer.deserialize_any(Either)
+    }
+}
+
+/// What is known of an application.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Health {
+    /// Not asked often enough yet: nothing is claimed of it.
+    #[default]
+    Unknown,
+    Well,
+    Ill,
+}
+
+/// Turns answers into a state that does not flap.
+#[derive(Debug)]
+struct Judge {
+    rise: u32,
+    fall: u32,
+    health: Health,
+    /// How many answers in a row spoke against `health`; the first one decides while it is unknown and good.
+    against: u32,
+}
+
+impl Judge {
+    fn new(check: &Check) -> Judge {
+        Judge { rise: check.rise, fall: check.fall, health: Health::Unknown, against: 0 }
+    }
+
+    /// What is known after one more answer. The first success is believed at once: an application that was there before
+    /// the agent must not be missing for the time of `rise`.
+    fn on(&mut self, is_well: bool) -> Health {
+        let (now, needed) = match (self.health, is_well) {
+            (Health::Well, true) | (Health::Ill, false) => {
+                self.against = 0;
+                return self.health;
+            }
+            (Health::Unknown, true) => (Health::Well, 1),
+            (Health::Ill, true) => (Health::Well, self.rise),
+            (Health::Unknown | Health::Well, false) => (Health::Ill, self.fall),
+        };
+        self.against += 1;
+        if self.against >= needed {
+            (self.health, self.against) = (now, 0);
+        }
+        self.health
+    }
+}
+
+/// Asks the application at `address` for as long as it is polled. `who` is for the log.
+pub(crate) async fn watch(who: String, check: Check, address: SocketAddr, health: watch::Sender<Health>) {
+    let mut judge = Judge::new(&check);
+    let mut dice = Dice::new();
+    loop {
+        let answer = ask(&check, address).await;
+        let now = judge.on(answer.is_ok());
+        let is_news = health.send_if_modified(|health| std::mem::replace(health, now) != now);
+        if is_news {
+            match answer {
+                Ok(()) => info!("{who} is well"),
+                Err(why) => info!("{who} is ill: {why}"),
+            }
+        }
+        // The workloads of a host do not all ask at once.
+        sleep(check.interval + dice.time_below(check.interval / 10)).await;
+    }
+}
+
+async fn ask(check: &Check, address: SocketAddr) -> Result<(), String> {
+    match &check.http {
+        None => match timeout(check.timeout, TcpStream::connect(address)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(format!("connecting to {address}: {error}")),
+            Err(_) => Err(format!("{address} took no connection within {} s", check.timeout.as_secs_f32())),
+        },
+        Some(path) => match fetch(&Peer::Tcp(address), Method::GET, path, check.timeout).await {
+            Ok((status, _)) if status.is_success() || status.is_redirection() => Ok(()),
+            Ok((status, _)) => Err(format!("GET {path} at {address} was answered with {status}")),
+            Err(error) => Err(one_line(&error)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmesh_testkit::app::HttpApp;
+    use vmesh_testkit::{Loopback, wait_for};
+
+    use super::*;
+
+    fn check(rise: u32, fall: u32) -> Check {
+        Check { rise, fall, ..Written::TCP.check::<serde_json::Error>().unwrap() }
+    }
+
+    #[test]
+    fn health_follows_rise_and_fall_and_the_first_success_counts() {
+        let run = |answers: &str| {
+            let mut judge = Judge::new(&check(2, 3));
+            answers
+                .chars()
+                .map(|answer| match judge.on(answer == '+') {
+                    Health::Unknown => '?',
+                    Health::Well => 'w',
+                    Health::Ill => 'i',
+                })
+                .collect::<String>()
+        };
+        assert_eq!(run("+--+---+-++"), "wwwwwwiiiiw");
+        assert_eq!(run("---"), "??i");
+        assert_eq!(run("--+"), "??w");
+    }
+
+    #[test]
+    fn a_check_is_a_word_or_a_mapping() {
+        let parse =
+            |text: &str| vmesh_model::load::strict::<Check>("a.yaml", text).map_err(|all| all[0].to_string());
+        assert_eq!(parse("tcp").unwrap(), check(2, 3));
+        let full = parse("{http: /healthz, interval: 5s, timeout: 500ms, rise: 1, fall: 1}").unwrap();
+        assert_eq!((full.http.as_deref(), full.interval), (Some("/healthz"), Duration::from_secs(5)));
+        for (text, why) in [
+            ("udp", "`udp` is no check"),
+            ("{http: healthz}", "begins with `/`"),
+            ("{fall: 0}", "1 at least"),
+            ("{interval: 1ms}", "100ms at least"),
+            ("{htp: /x}", "did you mean `http`?"),
+        ] {
+            let said = parse(text).unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_application_is_asked_and_its_illness_is_seen() {
+        let place = Loopback::unique().unwrap();
+        let address = SocketAddr::new(place.ip(), place.port().unwrap());
+        let app = HttpApp::start("a", "v1", address).unwrap();
+        let (health, mut seen) = watch::channel(Health::default());
+        let fast = Check { http: Some("/".to_owned()), interval: Duration::from_millis(100), ..check(1, 2) };
+        let mut tasks = vmesh_daemon::Tasks::new();
+        tasks.spawn("health", super::watch("workload `a`".to_owned(), fast, address, health));
+        let bound = Duration::from_secs(20);
+        timeout(bound, seen.wait_for(|health| *health == Health::Well)).await.unwrap().unwrap();
+        drop(app);
+        timeout(bound, seen.wait_for(|health| *health == Health::Ill)).await.unwrap().unwrap();
+        let _back = wait_for("the port to be free", bound, async || HttpApp::start("a", "v1", address))
+            .await
+            .unwrap();
+        timeout(bound, seen.wait_for(|health| *health == Health::Well)).await.unwrap().unwrap();
+    }
+}
