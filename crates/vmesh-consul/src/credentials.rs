@@ -1,0 +1,330 @@
+//! The files that a client is let in by: the token and the certificates. Read again when they change.
+
+use std::fmt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use http::HeaderValue;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::time::Instant;
+
+use crate::config::{Config, Tls};
+
+/// How often files are looked at, at most.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A token is a UUID, or a JWT at most: what is longer is another file.
+const MAX_TOKEN: usize = 16 << 10;
+/// Where operating systems keep whom they trust: Debian, Red Hat, SUSE, Alpine.
+const SYSTEM_BUNDLES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+
+/// Something made of files, and which edition of them it is.
+#[derive(Clone)]
+pub(crate) struct Edition<T> {
+    pub(crate) value: T,
+    /// Grows with every change.
+    pub(crate) number: u64,
+}
+
+pub(crate) struct Credentials {
+    token_file: Option<PathBuf>,
+    tls: Tls,
+    token: tokio::sync::Mutex<Files<HeaderValue>>,
+    config: tokio::sync::Mutex<Files<Arc<ClientConfig>>>,
+    /// What an operator should know of these files; at most one line for each of the two.
+    complaints: Mutex<[Option<Arc<str>>; 2]>,
+}
+
+/// What was last made of files.
+struct Files<T> {
+    looked_at: Option<Instant>,
+    /// How they looked when they were read, whatever came out.
+    looks: Vec<Look>,
+    good: Option<Edition<T>>,
+    failure: Option<String>,
+}
+
+impl<T> Files<T> {
+    fn new() -> Files<T> {
+        Files { looked_at: None, looks: Vec::new(), good: None, failure: None }
+    }
+}
+
+/// What tells one edition of a file from another. The change time covers a rewrite within one tick of its clock.
+#[derive(Debug, PartialEq, Eq)]
+struct Look(Option<[i64; 7]>);
+
+impl Look {
+    async fn at(path: &Path) -> Look {
+        let look = tokio::fs::metadata(path).await.ok().map(|m| {
+            let (dev, ino, size) = (m.dev().cast_signed(), m.ino().cast_signed(), m.size().cast_signed());
+            [dev, ino, size, m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()]
+        });
+        Look(look)
+    }
+}
+
+const TOKEN: usize = 0;
+const TLS: usize = 1;
+
+impl Credentials {
+    pub(crate) fn new(config: &Config) -> Credentials {
+        Credentials {
+            token_file: config.token_file.clone(),
+            tls: config.tls.clone(),
+            token: tokio::sync::Mutex::new(Files::new()),
+            config: tokio::sync::Mutex::new(Files::new()),
+            complaints: Mutex::new([None, None]),
+        }
+    }
+
+    /// What an operator should know although it works: a token that others may read, a file that cannot be read now.
+    pub(crate) fn complaints(&self) -> Vec<Arc<str>> {
+        self.complaints.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
+    }
+
+    fn complain(&self, about: usize, complaint: Option<String>) {
+        let mut complaints = self.complaints.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = complaints.get_mut(about)
+            && before.as_deref() != complaint.as_deref()
+        {
+            if let Some(complaint) = &complaint {
+                tracing::warn!("{complaint}");
+            }
+            *before = complaint.map(Into::into);
+        }
+    }
+
+    /// The token as of now; `None` if none is configured. `again`: it was refused, so look at once.
+    pub(crate) async fn token(&self, again: bool) -> Result<Option<Edition<HeaderValue>>, String> {
+        let Some(path) = &self.token_file else { return Ok(None) };
+        let mut files = self.token.lock().await;
+        let paths = [path.as_path()];
+        self.refresh(TOKEN, &mut files, &paths, again, async || {
+            let (token, complaint) = read_token(path).await?;
+            Ok((token, complaint))
+        })
+        .await
+        .map(Some)
+    }
+
+    /// How TLS is spoken as of now.
+    pub(crate) async fn tls(&self) -> Result<Edition<Arc<ClientConfig>>, String> {
+        let mut files = self.config.lock().await;
+        let paths: Vec<&Path> = [&self.tls.ca_file, &self.tls.cert_file, &self.tls.key_file]
+            .into_iter()
+            .filter_map(|path| path.as_deref())
+            .collect();
+        let tls = self.tls.clone();
+        self.refresh(TLS, &mut files, &paths, false, async || {
+            let read = tokio::task::spawn_blocking(move || client_config(&tls)).await;
+            let config = read.map_err(|panicked| panicked.to_string())??;
+            Ok((Arc::new(config), None))
+        })
+        .await
+    }
+
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        self.tls.server_name.as_deref()
+    }
+
+    /// What stands in the files, read again if they look otherwise. A file that was good and is not now does not
+    /// take away what it was good for: it may just be being written.
+    async fn refresh<T: Clone>(
+        &self,
+        which: usize,
+        files: &mut Files<T>,
+        paths: &[&Path],
+        again: bool,
+        read: impl AsyncFnOnce() -> Result<(T, Option<String>), String>,
+    ) -> Result<Edition<T>, String> {
+        let now = Instant::now();
+        let is_due = again || files.looked_at.is_none_or(|at| now >= at + LOOK_EVERY);
+        if is_due {
+            files.looked_at = Some(now);
+            let mut looks = Vec::new();
+            for path in paths {
+                looks.push(Look::at(path).await);
+            }
+            if looks != files.looks || files.good.is_none() {
+                let number = files.good.as_ref().map_or(0, |good| good.number);
+                files.looks = looks;
+                match read().await {
+                    Ok((value, complaint)) => {
+                        self.complain(which, complaint);
+                        files.good = Some(Edition { value, number: number + 1 });
+                        files.failure = None;
+                    }
+                    Err(wrong) => {
+                        if files.good.is_some() {
+                            self.complain(which, Some(format!("{wrong}; what was read before stays in use")));
+                        }
+                        files.failure = Some(wrong);
+                    }
+                }
+            }
+        }
+        match (&files.good, &files.failure) {
+            (Some(good), _) => Ok(good.clone()),
+            (None, failure) => Err(failure.clone().unwrap_or_else(|| "nothing was read".to_owned())),
+        }
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("token_file", &self.token_file).finish_non_exhaustive()
+    }
+}
+
+async fn read_token(path: &Path) -> Result<(HeaderValue, Option<String>), String> {
+    let shown = path.display();
+    let failed = |error: std::io::Error| {
+        format!("the token file {shown} cannot be read: {error}; it has to be readable for this process")
+    };
+    let mode = tokio::fs::metadata(path).await.map_err(failed)?.mode();
+    let text = tokio::fs::read(path).await.map_err(failed)?;
+    let token = token_in(&text).map_err(|wrong| format!("the token file {shown} {wrong}"))?;
+    let complaint = (mode & 0o044 != 0).then(|| {
+        let mode = mode & 0o777;
+        format!("the token file {shown} may be read by others (mode {mode:04o}): `chmod 0600 {shown}`")
+    });
+    Ok((token, complaint))
+}
+
+/// The token is never part of a message.
+fn token_in(text: &[u8]) -> Result<HeaderValue, &'static str> {
+    if text.len() > MAX_TOKEN {
+        return Err("is too long for a token");
+    }
+    let text = text.trim_ascii();
+    if text.is_empty() {
+        return Err("is empty: a token is expected in it, and nothing else");
+    }
+    if !text.iter().all(u8::is_ascii_graphic) {
+        return Err("has more in it than a token: one word is expected, in ASCII");
+    }
+    let mut token = HeaderValue::from_bytes(text).map_err(|_| "is not a token")?;
+    token.set_sensitive(true);
+    Ok(token)
+}
+
+fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
+    let mut roots = RootCertStore::empty();
+    let ca_file = match &tls.ca_file {
+        Some(path) => path.clone(),
+        None => SYSTEM_BUNDLES.iter().map(PathBuf::from).find(|path| path.is_file()).ok_or_else(|| {
+            format!(
+                "this system has no bundle of certificate authorities ({}): set `tls.ca_file`",
+                SYSTEM_BUNDLES.join(", ")
+            )
+        })?,
+    };
+    let (added, ignored) = roots.add_parsable_certificates(certificates(&ca_file, "tls.ca_file")?);
+    if added == 0 {
+        let shown = ca_file.display();
+        return Err(format!(
+            "`tls.ca_file` {shown} has no usable certificate in it ({ignored} are unusable)"
+        ));
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| format!("TLS cannot be set up: {error}"))?
+        .with_root_certificates(roots);
+    let mut config = match (&tls.cert_file, &tls.key_file) {
+        (None, None) => builder.with_no_client_auth(),
+        (Some(cert), Some(key)) => {
+            let chain = certificates(cert, "tls.cert_file")?;
+            let private = PrivateKeyDer::from_pem_file(key)
+                .map_err(|error| format!("`tls.key_file` {} cannot be used: {error}", key.display()))?;
+            builder.with_client_auth_cert(chain, private).map_err(|error| {
+                format!("{} and {} do not go together: {error}", cert.display(), key.display())
+            })?
+        }
+        _ => return Err("`tls.cert_file` and `tls.key_file` need each other: one is missing".to_owned()),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn certificates(path: &Path, field: &str) -> Result<Vec<CertificateDer<'static>>, String> {
+    let shown = path.display();
+    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    match read {
+        Ok(all) if all.is_empty() => Err(format!("`{field}` {shown} has no PEM certificate in it")),
+        Ok(all) => Ok(all),
+        Err(error) => Err(format!("`{field}` {shown} cannot be used: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn with_token(path: &Path) -> Credentials {
+        Credentials::new(&Config { token_file: Some(path.to_owned()), ..Config::default() })
+    }
+
+    async fn seen(credentials: &Credentials) -> String {
+        match credentials.token(true).await {
+            Ok(Some(token)) => format!("{} {:?} {:?}", token.number, token.value.to_str(), token.value),
+            Ok(None) => "none".to_owned(),
+            Err(wrong) => wrong,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_is_read_again_when_its_file_changes_and_stays_when_it_cannot_be_read() {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        let path = dir.join("token");
+        let credentials = with_token(&path);
+        assert!(seen(&credentials).await.contains("cannot be read: No such file"));
+        std::fs::write(&path, "").unwrap();
+        assert!(seen(&credentials).await.contains("is empty"));
+        std::fs::write(&path, "one\n").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(seen(&credentials).await, "1 Ok(\"one\") Sensitive");
+        assert_eq!(seen(&credentials).await, "1 Ok(\"one\") Sensitive");
+        assert_eq!(credentials.complaints(), []);
+
+        std::fs::write(&path, "two").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        assert_eq!(seen(&credentials).await, "2 Ok(\"two\") Sensitive");
+        assert!(credentials.complaints().concat().contains("may be read by others (mode 0640)"));
+
+        std::fs::write(&path, "two words").unwrap();
+        assert_eq!(seen(&credentials).await, "2 Ok(\"two\") Sensitive");
+        let complaint = credentials.complaints().concat();
+        assert!(
+            complaint.contains("one word is expected") && !complaint.contains("two words"),
+            "{complaint}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_certificate_that_cannot_be_used_is_named() {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        let path = dir.join("ca.pem");
+        std::fs::write(&path, "no PEM").unwrap();
+        let tls = |tls| Credentials::new(&Config { tls, ..Config::default() });
+        let said = tls(Tls { ca_file: Some(path.clone()), ..Tls::default() }).tls().await.err().unwrap();
+        assert!(
+            said.starts_with("`tls.ca_file` ") && said.ends_with("has no PEM certificate in it"),
+            "{said}"
+        );
+        let gone = Some(dir.join("none"));
+        let said = tls(Tls { ca_file: gone, ..Tls::default() }).tls().await.err().unwrap();
+        assert!(said.contains("cannot be used"), "{said}");
+    }
+}

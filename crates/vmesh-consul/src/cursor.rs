@@ -1,0 +1,338 @@
+//! What to ask next in a row of blocking queries, and what to make of each answer. Pure: it is told the time.
+//!
+//! The rules are those of Consul's own documentation (api-docs/features/blocking) and what its clients learnt:
+//! an answer is not a change; an index that went back, is 0 or missing begins anew; after a failure one looks at what
+//! there is before one waits for what comes.
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::client::Meta;
+
+/// How far one row of queries has come.
+#[derive(Debug, Clone)]
+pub struct Cursor {
+    /// What to ask for next; 0 is "whatever there is".
+    ask: u64,
+    /// The index of the last answer that was believed.
+    seen: u64,
+    hash: Option<u64>,
+    token: u64,
+    /// The next answer has to come from the leader.
+    strong: bool,
+    due: Instant,
+    /// How often nothing was new although the server did not wait: it answers for reasons that are not ours.
+    idle: u32,
+    allowance: Allowance,
+    backoff: Backoff,
+}
+
+/// What an answer is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    News,
+    /// As before.
+    Same,
+    /// It may be from the past, for this reason: not to be believed. The next query asks the leader.
+    Doubtful(String),
+}
+
+impl Cursor {
+    /// The first query is due `at`.
+    pub fn new(at: Instant) -> Cursor {
+        Cursor {
+            ask: 0,
+            seen: 0,
+            hash: None,
+            token: 0,
+            strong: false,
+            due: at,
+            idle: 0,
+            allowance: Allowance::new(at),
+            backoff: Backoff::default(),
+        }
+    }
+
+    /// When to ask next.
+    pub fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// The index to ask for.
+    pub fn index(&self) -> u64 {
+        self.ask
+    }
+
+    /// Whether to ask the leader, whatever else is configured.
+    pub fn is_strong(&self) -> bool {
+        self.strong
+    }
+
+    /// The hash of the last answer that was believed.
+    pub fn hash(&self) -> Option<u64> {
+        self.hash
+    }
+
+    /// The next query asks for what there is, at once.
+    pub fn start_over(&mut self, now: Instant) {
+        self.ask = 0;
+        self.due = now;
+    }
+
+    /// Takes an answer. `was_strong` is how it was asked for, and `resets` counts how often an index went back.
+    pub fn took(
+        &mut self,
+        meta: &Meta,
+        was_strong: bool,
+        max_stale: Duration,
+        now: Instant,
+        resets: &mut u64,
+    ) -> Verdict {
+        self.backoff = Backoff::default();
+        let asked = self.ask;
+        let index = meta.index.unwrap_or_default();
+        let went_back = index < self.seen || index == 0;
+        if !was_strong {
+            let doubt = if !meta.known_leader {
+                Some("the server that answers knows of no leader".to_owned())
+            } else if meta.last_contact > max_stale {
+                let age = meta.last_contact.as_secs_f64();
+                Some(format!("the server that answers has not heard of its leader for {age:.1} s"))
+            } else if went_back && self.seen > 0 {
+                Some(format!("the index went back from {} to {index}", self.seen))
+            } else {
+                None
+            };
+            if let Some(doubt) = doubt {
+                self.ask = 0;
+                self.strong = true;
+                self.due = self.allowance.take(now, Duration::ZERO);
+                return Verdict::Doubtful(doubt);
+            }
+        }
+        if went_back {
+            *resets += 1;
+        }
+        self.strong = false;
+        self.seen = index;
+        self.ask = index;
+        let other_token = std::mem::replace(&mut self.token, meta.token) != meta.token && self.hash.is_some();
+        if other_token {
+            // What another token may see may be more at the same index.
+            self.ask = 0;
+        }
+        let is_same = self.hash.replace(meta.hash) == Some(meta.hash);
+        let waited = is_same && index == asked && asked > 0;
+        self.idle = if is_same && !waited && asked > 0 { (self.idle + 1).min(8) } else { 0 };
+        self.due = if waited { now } else { self.allowance.take(now, pause(self.idle)) };
+        if is_same { Verdict::Same } else { Verdict::News }
+    }
+
+    /// Takes note of a failure: the next query comes later, and asks for what there is.
+    pub fn failed(&mut self, now: Instant) {
+        self.ask = 0;
+        self.due = now + self.backoff.draw();
+    }
+}
+
+/// What an answer that was no news costs in time, so that a busy table elsewhere does not make everybody ask all the
+/// time.
+fn pause(idle: u32) -> Duration {
+    match idle {
+        0 => Duration::ZERO,
+        n => Duration::from_millis(100 << n.min(6)).min(Duration::from_secs(5)),
+    }
+}
+
+/// A few queries at once, and then one for each [`Allowance::EVERY`] (a token bucket).
+#[derive(Debug, Clone)]
+struct Allowance {
+    left: u32,
+    since: Instant,
+}
+
+impl Allowance {
+    const BURST: u32 = 5;
+    const EVERY: Duration = Duration::from_millis(500);
+
+    fn new(now: Instant) -> Allowance {
+        Allowance { left: Self::BURST, since: now }
+    }
+
+    /// When the next query may be sent, `pause` from now at the earliest.
+    fn take(&mut self, now: Instant, pause: Duration) -> Instant {
+        let at = now + pause;
+        let earned = at.saturating_duration_since(self.since).as_millis() / Self::EVERY.as_millis();
+        let earned = u32::try_from(earned).unwrap_or(Self::BURST);
+        if self.left.saturating_add(earned) >= Self::BURST {
+            self.left = Self::BURST;
+            self.since = at;
+        } else {
+            self.left += earned;
+            self.since += Self::EVERY * earned;
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                at
+            }
+            None => {
+                self.since += Self::EVERY;
+                self.since
+            }
+        }
+    }
+}
+
+/// From 100 ms, twice as long each time, up to 30 s; half of it is drawn.
+#[derive(Debug, Clone)]
+struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Backoff(Duration::from_millis(100))
+    }
+}
+
+impl Backoff {
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    fn draw(&mut self) -> Duration {
+        let whole = self.0;
+        self.0 = (whole * 2).min(Self::LONGEST);
+        // The seed of a std hash map is random; nothing here depends on how random.
+        let share = u32::try_from(RandomState::new().hash_one(0u8) >> 32).unwrap_or_default();
+        whole / 2 + (whole / 2).mul_f64(f64::from(share) / f64::from(u32::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meta(index: u64, hash: u64) -> Meta {
+        Meta {
+            index: Some(index),
+            known_leader: true,
+            last_contact: Duration::ZERO,
+            filtered: false,
+            translated: false,
+            hash,
+            token: 1,
+        }
+    }
+
+    struct Row {
+        cursor: Cursor,
+        now: Instant,
+        resets: u64,
+    }
+
+    impl Row {
+        async fn new() -> Row {
+            let now = Instant::now();
+            Row { cursor: Cursor::new(now), now, resets: 0 }
+        }
+
+        /// What becomes of an answer, what is asked next, and in how many milliseconds.
+        fn take(&mut self, meta: &Meta) -> (Verdict, u64, bool, u128) {
+            let strong = self.cursor.is_strong();
+            let max_stale = Duration::from_secs(10);
+            let verdict = self.cursor.took(meta, strong, max_stale, self.now, &mut self.resets);
+            let wait = self.cursor.due() - self.now;
+            self.now = self.cursor.due();
+            (verdict, self.cursor.index(), self.cursor.is_strong(), wait.as_millis())
+        }
+    }
+
+    fn doubt(text: &str) -> Verdict {
+        Verdict::Doubtful(text.to_owned())
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_news_only_if_it_says_something_else() {
+        let mut row = Row::new().await;
+        assert_eq!(row.take(&meta(10, 1)), (Verdict::News, 10, false, 0));
+        assert_eq!(row.take(&meta(10, 1)), (Verdict::Same, 10, false, 0));
+        // The index moves for something else: the pauses grow.
+        assert_eq!(row.take(&meta(11, 1)), (Verdict::Same, 11, false, 200));
+        assert_eq!(row.take(&meta(12, 1)), (Verdict::Same, 12, false, 400));
+        assert_eq!(row.take(&meta(13, 2)), (Verdict::News, 13, false, 0));
+        assert_eq!(row.resets, 0);
+    }
+
+    #[tokio::test]
+    async fn an_index_that_goes_back_is_asked_of_the_leader_and_then_believed() {
+        let mut row = Row::new().await;
+        row.take(&meta(900, 1));
+        let verdict = doubt("the index went back from 900 to 20");
+        assert_eq!(row.take(&meta(20, 2)), (verdict, 0, true, 0));
+        assert_eq!(row.take(&meta(20, 2)), (Verdict::News, 20, false, 0));
+        assert_eq!(row.resets, 1);
+    }
+
+    #[tokio::test]
+    async fn an_index_of_nothing_never_blocks_and_is_not_asked_for_all_the_time() {
+        let mut row = Row::new().await;
+        let nothing = Meta { index: None, ..meta(0, 1) };
+        assert_eq!(row.take(&nothing).0, Verdict::News);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            let (verdict, index, _, wait) = row.take(&nothing);
+            assert_eq!((verdict, index), (Verdict::Same, 0));
+            waits.push(wait);
+        }
+        assert!(waits.iter().skip(4).all(|wait| *wait == 500), "{waits:?}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_a_leader_or_from_long_ago_is_doubtful() {
+        let mut row = Row::new().await;
+        let verdict = doubt("the server that answers knows of no leader");
+        assert_eq!(row.take(&Meta { known_leader: false, ..meta(5, 1) }), (verdict, 0, true, 0));
+        assert_eq!(row.take(&meta(5, 1)).0, Verdict::News);
+        let verdict = doubt("the server that answers has not heard of its leader for 11.0 s");
+        assert_eq!(
+            row.take(&Meta { last_contact: Duration::from_secs(11), ..meta(6, 2) }),
+            (verdict, 0, true, 0)
+        );
+        assert_eq!(row.cursor.hash(), Some(1));
+    }
+
+    #[tokio::test]
+    async fn another_token_asks_for_what_there_is() {
+        let mut row = Row::new().await;
+        assert_eq!(row.take(&meta(5, 1)).1, 5);
+        assert_eq!(row.take(&Meta { token: 2, ..meta(5, 1) }).1, 0);
+        assert_eq!(row.take(&Meta { token: 2, ..meta(5, 3) }), (Verdict::News, 5, false, 0));
+    }
+
+    #[tokio::test]
+    async fn failures_are_further_and_further_apart_and_then_all_is_asked_for() {
+        let mut row = Row::new().await;
+        row.take(&meta(5, 1));
+        let mut least = Duration::from_millis(50);
+        for _ in 0..12 {
+            row.cursor.failed(row.now);
+            let wait = row.cursor.due() - row.now;
+            assert!(wait >= least && wait <= least * 2, "{wait:?}");
+            least = (least * 2).min(Duration::from_secs(15));
+            row.now = row.cursor.due();
+        }
+        assert_eq!(row.cursor.index(), 0);
+        assert_eq!(row.take(&meta(5, 1)).0, Verdict::Same);
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_news_is_asked_for_twice_a_second() {
+        let mut row = Row::new().await;
+        let started = row.now;
+        for n in 1..=25 {
+            assert_eq!(row.take(&meta(n, n)).0, Verdict::News);
+        }
+        let took = (row.now - started).as_secs();
+        assert!((9..=11).contains(&took), "{took} s");
+    }
+}

@@ -1,0 +1,93 @@
+//! The key-value store.
+
+use std::fmt;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::Deserialize;
+
+use crate::client::{Client, Query, escaped};
+use crate::watch::{Pace, Watch};
+
+/// One key and what it says.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The whole key, prefix included.
+    pub key: String,
+    pub value: Vec<u8>,
+    /// Grows whenever the entry is written.
+    pub modify_index: u64,
+    /// Whatever the writer uses them for.
+    pub flags: u64,
+}
+
+impl fmt::Debug for Entry {
+    /// Values may be secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({} bytes, index {})", self.key, self.value.len(), self.modify_index)
+    }
+}
+
+/// All that stands below a prefix.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Entries {
+    /// In the order of their keys.
+    pub entries: Vec<Entry>,
+    /// There is no such prefix (404), which is also what a token is told that may not read it.
+    pub absent: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Raw {
+    key: String,
+    /// `null` is the empty value.
+    #[serde(default)]
+    value: Option<String>,
+    #[serde(default)]
+    modify_index: u64,
+    #[serde(default)]
+    flags: u64,
+}
+
+impl Client {
+    /// Watches all keys that begin with `prefix`: `vmesh/documents/`. Needs `key_prefix "…" { policy = "read" }`.
+    pub fn watch_keys(&self, prefix: &str, pace: Pace) -> Watch<Entries> {
+        let prefix: Vec<_> = prefix.trim_start_matches('/').split('/').map(escaped).collect();
+        let path = format!("/v1/kv/{}", prefix.join("/"));
+        let query = Query { flags: &["recurse"], ..Query::default() };
+        Watch::new(self.clone(), path, query, pace, entries)
+    }
+}
+
+/// Reads the answer of `/v1/kv/…?recurse`; `None` is that of a prefix that is not there.
+fn entries(body: Option<&[u8]>) -> Result<Entries, String> {
+    let Some(body) = body else { return Ok(Entries { entries: Vec::new(), absent: true }) };
+    let raw: Vec<Raw> = serde_json::from_slice(body).map_err(|wrong| wrong.to_string())?;
+    let entry = |raw: Raw| {
+        let value = BASE64_STANDARD
+            .decode(raw.value.unwrap_or_default())
+            .map_err(|wrong| format!("the value of `{}` is not base64: {wrong}", raw.key))?;
+        Ok(Entry { key: raw.key, value, modify_index: raw.modify_index, flags: raw.flags })
+    };
+    let mut entries = raw.into_iter().map(entry).collect::<Result<Vec<_>, String>>()?;
+    entries.sort_by(|a, b| a.key.cmp(&b.key));
+    Ok(Entries { entries, absent: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_bytes_and_a_prefix_that_is_not_there_is_absent() {
+        let body = br#"[{"Key":"b","Value":null,"ModifyIndex":3,"Flags":1,"LockIndex":0},
+                        {"Key":"a","Value":"aGk=","ModifyIndex":2,"CreateIndex":2}]"#;
+        let read = entries(Some(body)).unwrap();
+        assert_eq!(format!("{:?}", read.entries), "[a (2 bytes, index 2), b (0 bytes, index 3)]");
+        assert_eq!(read.entries[0].value, b"hi");
+        assert!(entries(None).unwrap().absent);
+        assert!(entries(Some(br#"[{"Key":"a","Value":"?"}]"#)).unwrap_err().starts_with("the value of `a`"));
+        assert!(entries(Some(b"{}")).is_err());
+    }
+}

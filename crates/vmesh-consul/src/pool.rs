@@ -1,0 +1,400 @@
+//! The connections to one address.
+//!
+//! In plaintext a connection carries one request at a time, and a blocking query keeps it for minutes; over TLS one
+//! connection carries many (HTTP/2). Either way there is a bound on what one address sees.
+
+use std::future::Future;
+use std::io;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+
+use crate::Counters;
+use crate::config::Address;
+use crate::credentials::Edition;
+use crate::error::ErrorKind;
+
+/// From the first packet to the end of the TLS handshake.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// Go's servers, of which Consul is one, take 250 streams on a connection; what is beyond would wait unseen.
+pub(crate) const MAX_STREAMS: usize = 200;
+/// A connection that was not used for so long may have been forgotten by a firewall on the way.
+const MAX_IDLE: Duration = Duration::from_secs(50);
+/// A peer that vanished without a word is noticed after three missed answers, long before a blocking query ends.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+
+const UNKNOWN: u8 = 0;
+const ONE_AT_A_TIME: u8 = 1;
+const MANY: u8 = 2;
+
+/// The tasks that move bytes; they end with the client that owns them.
+pub(crate) type Drivers = Arc<Mutex<JoinSet<()>>>;
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) struct Pool {
+    pub(crate) address: Address,
+    max: usize,
+    /// One for each HTTP/1.1 connection that may be in use.
+    permits: Arc<Semaphore>,
+    idle: Mutex<Vec<Idle>>,
+    shared: Mutex<Vec<Arc<Shared>>>,
+    speaks: AtomicU8,
+    /// Held while an HTTP/2 connection is made, since all who wait for it will share it. What is in it is when the
+    /// last attempt failed, and why: those who waited for that one need not try again one by one.
+    connecting: tokio::sync::Mutex<Option<(Instant, ErrorKind)>>,
+    /// Changes when this address is left for another: nobody waits here any more.
+    left: watch::Sender<u64>,
+    counters: Arc<Counters>,
+    drivers: Drivers,
+}
+
+/// An HTTP/1.1 connection that nobody uses.
+struct Idle {
+    sender: http1::SendRequest<Full<Bytes>>,
+    tls: u64,
+    since: Instant,
+}
+
+/// An HTTP/2 connection.
+pub(crate) struct Shared {
+    sender: http2::SendRequest<Full<Bytes>>,
+    tls: u64,
+    streams: AtomicUsize,
+}
+
+/// The right to send one request.
+pub(crate) enum Lease {
+    One { sender: http1::SendRequest<Full<Bytes>>, tls: u64, is_new: bool, permit: OwnedSemaphorePermit },
+    Many(Stream),
+}
+
+/// One of the streams of a connection.
+pub(crate) struct Stream(Arc<Shared>);
+
+impl Stream {
+    fn of(shared: &Arc<Shared>) -> Stream {
+        shared.streams.fetch_add(1, Ordering::Relaxed);
+        Stream(shared.clone())
+    }
+
+    pub(crate) fn sender(&self) -> http2::SendRequest<Full<Bytes>> {
+        self.0.sender.clone()
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+enum Connected {
+    One(http1::SendRequest<Full<Bytes>>),
+    Many(http2::SendRequest<Full<Bytes>>),
+}
+
+impl Pool {
+    pub(crate) fn new(address: Address, max: usize, counters: Arc<Counters>, drivers: Drivers) -> Pool {
+        let speaks = if address.is_tls() { UNKNOWN } else { ONE_AT_A_TIME };
+        Pool {
+            address,
+            max,
+            permits: Arc::new(Semaphore::new(max)),
+            idle: Mutex::new(Vec::new()),
+            shared: Mutex::new(Vec::new()),
+            speaks: AtomicU8::new(speaks),
+            connecting: tokio::sync::Mutex::new(None),
+            left: watch::Sender::new(0),
+            counters,
+            drivers,
+        }
+    }
+
+    /// How many requests may be under way at once.
+    pub(crate) fn capacity(&self) -> usize {
+        match self.speaks.load(Ordering::Relaxed) {
+            ONE_AT_A_TIME => self.max,
+            _ => self.max.saturating_mul(MAX_STREAMS),
+        }
+    }
+
+    /// Hears when this address is left.
+    pub(crate) fn left(&self) -> watch::Receiver<u64> {
+        self.left.subscribe()
+    }
+
+    /// Requests under way here end, and no connection is kept.
+    pub(crate) fn leave(&self) {
+        locked(&self.idle).clear();
+        locked(&self.shared).clear();
+        self.left.send_modify(|times| *times += 1);
+    }
+
+    /// Waits for a connection, and makes one if need be.
+    pub(crate) async fn lease(
+        &self,
+        tls: Option<&Edition<Arc<ClientConfig>>>,
+        server_name: Option<&str>,
+    ) -> Result<Lease, ErrorKind> {
+        if self.speaks.load(Ordering::Relaxed) == ONE_AT_A_TIME {
+            return self.lease_one(tls, server_name).await;
+        }
+        let edition = tls.map_or(0, |tls| tls.number);
+        if let Some(stream) = self.stream(edition) {
+            return Ok(Lease::Many(stream));
+        }
+        let asked = Instant::now();
+        let mut last_failure = self.connecting.lock().await;
+        if let Some(stream) = self.stream(edition) {
+            return Ok(Lease::Many(stream));
+        }
+        if self.speaks.load(Ordering::Relaxed) == ONE_AT_A_TIME {
+            drop(last_failure);
+            return self.lease_one(tls, server_name).await;
+        }
+        if let Some((at, failure)) = &*last_failure
+            && *at >= asked
+        {
+            return Err(failure.clone());
+        }
+        match self.connect(tls, server_name).await {
+            Ok(Connected::Many(sender)) => {
+                self.speaks.store(MANY, Ordering::Relaxed);
+                let shared = Arc::new(Shared { sender, tls: edition, streams: AtomicUsize::new(0) });
+                let stream = Stream::of(&shared);
+                locked(&self.shared).push(shared);
+                Ok(Lease::Many(stream))
+            }
+            Ok(Connected::One(sender)) => {
+                self.speaks.store(ONE_AT_A_TIME, Ordering::Relaxed);
+                drop(last_failure);
+                let permit = self.permit().await?;
+                Ok(Lease::One { sender, tls: edition, is_new: true, permit })
+            }
+            Err(failure) => {
+                *last_failure = Some((Instant::now(), failure.clone()));
+                Err(failure)
+            }
+        }
+    }
+
+    /// A stream of a connection that has one left; of the one with most left, if no more connections may be made.
+    fn stream(&self, edition: u64) -> Option<Stream> {
+        let mut all = locked(&self.shared);
+        all.retain(|shared| !shared.sender.is_closed() && shared.tls == edition);
+        let streams = |shared: &&Arc<Shared>| shared.streams.load(Ordering::Relaxed);
+        let least = all.iter().min_by_key(streams)?;
+        // Filling one before the next keeps their number small.
+        let open = all.iter().filter(|shared| streams(shared) < MAX_STREAMS).max_by_key(streams);
+        match open {
+            Some(shared) => Some(Stream::of(shared)),
+            None if all.len() >= self.max => Some(Stream::of(least)),
+            None => None,
+        }
+    }
+
+    async fn permit(&self) -> Result<OwnedSemaphorePermit, ErrorKind> {
+        let closed = |_| ErrorKind::Unreachable("the client is closed".to_owned());
+        self.permits.clone().acquire_owned().await.map_err(closed)
+    }
+
+    async fn lease_one(
+        &self,
+        tls: Option<&Edition<Arc<ClientConfig>>>,
+        server_name: Option<&str>,
+    ) -> Result<Lease, ErrorKind> {
+        let edition = tls.map_or(0, |tls| tls.number);
+        let permit = self.permit().await?;
+        while let Some(mut sender) = self.idle(edition) {
+            if sender.ready().await.is_ok() {
+                return Ok(Lease::One { sender, tls: edition, is_new: false, permit });
+            }
+        }
+        match self.connect(tls, server_name).await? {
+            Connected::One(sender) => Ok(Lease::One { sender, tls: edition, is_new: true, permit }),
+            // The server was told to speak HTTP/2 since: from now on that is used.
+            Connected::Many(sender) => {
+                self.speaks.store(MANY, Ordering::Relaxed);
+                let shared = Arc::new(Shared { sender, tls: edition, streams: AtomicUsize::new(0) });
+                let stream = Stream::of(&shared);
+                locked(&self.shared).push(shared);
+                Ok(Lease::Many(stream))
+            }
+        }
+    }
+
+    /// The connection that was used last, so that those that are not needed grow old.
+    fn idle(&self, edition: u64) -> Option<http1::SendRequest<Full<Bytes>>> {
+        let mut all = locked(&self.idle);
+        let now = Instant::now();
+        all.retain(|idle| !idle.sender.is_closed() && idle.tls == edition && now < idle.since + MAX_IDLE);
+        all.pop().map(|idle| idle.sender)
+    }
+
+    /// Gives a connection back whose answer was read to its end.
+    pub(crate) fn give_back(&self, lease: Lease) {
+        if let Lease::One { sender, tls, permit, .. } = lease {
+            if !sender.is_closed() {
+                locked(&self.idle).push(Idle { sender, tls, since: Instant::now() });
+            }
+            drop(permit);
+        }
+    }
+
+    async fn connect(
+        &self,
+        tls: Option<&Edition<Arc<ClientConfig>>>,
+        server_name: Option<&str>,
+    ) -> Result<Connected, ErrorKind> {
+        match timeout(CONNECT_WITHIN, self.connect_unbounded(tls, server_name)).await {
+            Ok(connected) => connected,
+            Err(_) => Err(ErrorKind::Unreachable(format!(
+                "no connection within {} s: is there a firewall on the way?",
+                CONNECT_WITHIN.as_secs()
+            ))),
+        }
+    }
+
+    async fn connect_unbounded(
+        &self,
+        tls: Option<&Edition<Arc<ClientConfig>>>,
+        server_name: Option<&str>,
+    ) -> Result<Connected, ErrorKind> {
+        let failed = |error: io::Error| ErrorKind::Unreachable(error.to_string());
+        match &self.address {
+            Address::Unix(path) => {
+                let stream = UnixStream::connect(path).await.map_err(failed)?;
+                self.speak_one(stream).await
+            }
+            Address::Http { host, port } => self.speak_one(dial(host, *port).await.map_err(failed)?).await,
+            Address::Https { host, port } => {
+                let Some(tls) = tls else {
+                    return Err(ErrorKind::Credentials("TLS is not set up".to_owned()));
+                };
+                let name = server_name.unwrap_or(host);
+                let name = ServerName::try_from(name.to_owned()).map_err(|_| {
+                    ErrorKind::Credentials(format!("`{name}` is not a name that a certificate can have"))
+                })?;
+                let stream = dial(host, *port).await.map_err(failed)?;
+                let connector = TlsConnector::from(tls.value.clone());
+                let stream = connector.connect(name.clone(), stream).await.map_err(|error| {
+                    ErrorKind::Unreachable(format!("no TLS with `{}`: {error}", name.to_str()))
+                })?;
+                if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+                    self.speak_many(stream).await
+                } else {
+                    self.speak_one(stream).await
+                }
+            }
+        }
+    }
+
+    async fn speak_one(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Connected, ErrorKind> {
+        let io = TokioIo::new(stream);
+        let (sender, connection) = http1::handshake(io).await.map_err(broken)?;
+        self.drive(async move { drop(connection.await) });
+        Ok(Connected::One(sender))
+    }
+
+    async fn speak_many(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Connected, ErrorKind> {
+        let io = TokioIo::new(stream);
+        let (sender, connection) = http2::Builder::new(Executor(Arc::downgrade(&self.drivers)))
+            .timer(TokioTimer::new())
+            .keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            // Hundreds of answers at once must not wait for each other's window.
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(16 << 20)
+            .handshake(io)
+            .await
+            .map_err(broken)?;
+        self.drive(async move { drop(connection.await) });
+        Ok(Connected::Many(sender))
+    }
+
+    /// Moves the bytes of a connection until it ends.
+    fn drive(&self, connection: impl Future<Output = ()> + Send + 'static) {
+        let open = Open::new(&self.counters);
+        let mut drivers = locked(&self.drivers);
+        while drivers.try_join_next().is_some() {}
+        drivers.spawn(async move {
+            connection.await;
+            drop(open);
+        });
+    }
+}
+
+pub(crate) fn broken(error: hyper::Error) -> ErrorKind {
+    use std::error::Error;
+    let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+    ErrorKind::Unreachable(format!("{error}{cause}"))
+}
+
+/// A connection that counts as open.
+struct Open(Arc<Counters>);
+
+impl Open {
+    fn new(counters: &Arc<Counters>) -> Open {
+        counters.connects.fetch_add(1, Ordering::Relaxed);
+        counters.connections.fetch_add(1, Ordering::Relaxed);
+        Open(counters.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Runs what HTTP/2 needs run beside a connection, among the client's own tasks.
+#[derive(Clone)]
+struct Executor(Weak<Mutex<JoinSet<()>>>);
+
+impl<F> hyper::rt::Executor<F> for Executor
+where
+    F: Future + Send + 'static,
+    F::Output: Send,
+{
+    fn execute(&self, future: F) {
+        if let Some(drivers) = self.0.upgrade() {
+            locked(&drivers).spawn(async move { drop(future.await) });
+        }
+    }
+}
+
+async fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_keepidle(&stream, KEEPALIVE)?;
+    sockopt::set_tcp_keepintvl(&stream, KEEPALIVE / 3)?;
+    sockopt::set_tcp_keepcnt(&stream, 3)?;
+    // What is sent and not acknowledged for so long is lost: without, the kernel tries for a quarter of an hour.
+    let within = u32::try_from((KEEPALIVE * 2).as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(&stream, within)?;
+    Ok(stream)
+}

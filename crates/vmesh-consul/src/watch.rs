@@ -1,0 +1,162 @@
+//! One row of blocking queries, for whoever wants to know of one thing.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, sleep_until};
+
+use crate::client::{Answer, Client, Consistency, Query};
+use crate::cursor::{Cursor, Verdict};
+use crate::error::{ConsulError, ErrorKind};
+
+/// How a [`Watch`] asks.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    /// How long a query may wait for news; 10 min is Consul's bound.
+    pub wait: Duration,
+    /// Whether any server may answer.
+    pub consistency: Consistency,
+    /// A stale answer that may be older is asked for again, of the leader.
+    pub max_stale: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Pace {
+            wait: Duration::from_secs(60),
+            consistency: Consistency::Stale,
+            max_stale: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Pace {
+    /// How the next query of `cursor` is asked.
+    pub fn query(&self, cursor: &Cursor, wait: Duration) -> Query {
+        let consistency = match self.consistency {
+            Consistency::Stale if cursor.is_strong() => Consistency::Leader,
+            consistency => consistency,
+        };
+        let wait = if cursor.index() > 0 { wait.min(self.wait) } else { Duration::ZERO };
+        Query { index: cursor.index(), wait, consistency, ..Query::default() }
+    }
+}
+
+type Asked = Pin<Box<dyn Future<Output = Result<Answer<Option<Bytes>>, ConsulError>> + Send>>;
+
+/// Watches one path: [`Watch::next`] returns what it says whenever that is something else.
+pub struct Watch<T> {
+    client: Client,
+    path: String,
+    query: Query,
+    pace: Pace,
+    cursor: Cursor,
+    read: fn(Option<&[u8]>) -> Result<T, String>,
+    /// The query that is under way. It goes on when nobody waits for it, so that nothing is lost.
+    asked: Option<(bool, Asked)>,
+}
+
+impl<T> Watch<T> {
+    /// `read` makes a value of a body; of `None`, where the path is answered by 404.
+    pub fn new(
+        client: Client,
+        path: String,
+        query: Query,
+        pace: Pace,
+        read: fn(Option<&[u8]>) -> Result<T, String>,
+    ) -> Watch<T> {
+        let cursor = Cursor::new(Instant::now());
+        Watch { client, path, query, pace, cursor, read, asked: None }
+    }
+
+    /// Waits for the next value that differs from the last one. Dropping the future loses nothing. After an error the
+    /// next call waits as long as is decent and asks again: what was said last holds meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Whatever keeps the query from an answer that can be believed, each time.
+    pub async fn next(&mut self) -> Result<Answer<T>, ConsulError> {
+        loop {
+            let (was_strong, asked) = match &mut self.asked {
+                Some((was_strong, asked)) => (*was_strong, asked),
+                None => {
+                    sleep_until(self.cursor.due()).await;
+                    let query = self.query();
+                    let (client, path) = (self.client.clone(), self.path.clone());
+                    let asked: Asked = Box::pin(async move { client.get_or_nothing(&path, &query).await });
+                    let was_strong = self.is_strong();
+                    let (_, asked) = self.asked.insert((was_strong, asked));
+                    (was_strong, asked)
+                }
+            };
+            let outcome = asked.await;
+            self.asked = None;
+            if let Some(answer) = self.take(outcome, was_strong)? {
+                return Ok(answer);
+            }
+        }
+    }
+
+    /// Reads it now, as strongly as Consul can. [`Watch::next`] goes on from there.
+    pub async fn confirm(&mut self) -> Result<Answer<T>, ConsulError> {
+        let query = Query {
+            index: 0,
+            wait: Duration::ZERO,
+            consistency: Consistency::Consistent,
+            ..self.query.clone()
+        };
+        let answer = self.client.get_or_nothing(&self.path, &query).await?;
+        let value =
+            (self.read)(answer.value.as_deref()).map_err(|wrong| self.client.bad_body(&self.path, &wrong))?;
+        Ok(Answer { value, meta: answer.meta })
+    }
+
+    fn is_strong(&self) -> bool {
+        self.cursor.is_strong() || self.pace.consistency != Consistency::Stale
+    }
+
+    fn query(&self) -> Query {
+        let Query { index, wait, consistency, .. } = self.pace.query(&self.cursor, self.pace.wait);
+        Query { index, wait, consistency, ..self.query.clone() }
+    }
+
+    /// The news in an answer, if there is any.
+    fn take(
+        &mut self,
+        outcome: Result<Answer<Option<Bytes>>, ConsulError>,
+        was_strong: bool,
+    ) -> Result<Option<Answer<T>>, ConsulError> {
+        let now = Instant::now();
+        let answer = match outcome {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.cursor.failed(now);
+                return Err(error);
+            }
+        };
+        let mut resets = 0;
+        let before = self.cursor.clone();
+        let verdict = self.cursor.took(&answer.meta, was_strong, self.pace.max_stale, now, &mut resets);
+        self.client.counters().index_resets.fetch_add(resets, Ordering::Relaxed);
+        match verdict {
+            Verdict::Same => Ok(None),
+            Verdict::Doubtful(doubt) => {
+                tracing::debug!("{}: {doubt}: the leader is asked", self.path);
+                Ok(None)
+            }
+            Verdict::News => match (self.read)(answer.value.as_deref()) {
+                Ok(value) => Ok(Some(Answer { value, meta: answer.meta })),
+                Err(wrong) => {
+                    // It counts as not received, so that the next one is news whatever it says.
+                    self.cursor = before;
+                    self.cursor.failed(now);
+                    let error = self.client.bad_body(&self.path, &wrong);
+                    Err(ConsulError { kind: ErrorKind::BadBody(wrong), ..error })
+                }
+            },
+        }
+    }
+}
