@@ -5,6 +5,7 @@
 //! | [`api`] | the HTTP API of a control plane under test |
 //! | [`envoy`] | the pinned Envoy, found or fetched; `--mode validate`; an admin client |
 //! | [`debian`](mod@debian) | servers from Debian's packages, by their hash |
+//! | [`consul`] | real Consul servers: one or three, with ACLs and TLS |
 //! | [`python`] | a Python with pinned packages, for gRPC's own xDS client |
 //! | [`app`] | [`app::HttpApp`]: an HTTP application that can be slow, ill or killed |
 //! | [`load`] | [`load::Load`]: requests at a rate, and what became of each |
@@ -20,6 +21,7 @@
 pub mod api;
 pub mod app;
 mod cache;
+pub mod consul;
 pub mod debian;
 pub mod envoy;
 mod failed;

@@ -1,0 +1,453 @@
+//! Real Consul servers: one or three, with ACLs and TLS, and what tests do to them.
+//!
+//! Each server has an address of its own and the ports that everybody knows (8500, 8501 for TLS). They run from
+//! Debian's package, by its hash: 1.8.7, the last that Debian had.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::HOST;
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::debian::{self, Deb};
+use crate::place::{Loopback, TempDir, tempdir};
+use crate::process::Daemon;
+use crate::{Failed, Result, cache, wait_for};
+
+const DEB: Deb = Deb {
+    path: "pool/main/c/consul/consul_1.8.7+dfsg1-2+b3_amd64.deb",
+    sha256: "e4e888bba104daba1d9161f49bfc52649a7e4efd45b1a7ead5bc54f2cb9c89d9",
+};
+const HTTP_PORT: u16 = 8500;
+const HTTPS_PORT: u16 = 8501;
+/// How long servers may take to have a leader, on a machine that does other things too.
+const SERVING: Duration = Duration::from_secs(60);
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// May do everything, where ACLs are on.
+pub const MANAGEMENT_TOKEN: &str = "5a7c1e2d-0000-4000-8000-000000000001";
+
+/// How servers are to be.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub servers: usize,
+    pub datacenter: &'static str,
+    /// Who has no token may do nothing, and [`MANAGEMENT_TOKEN`] everything.
+    pub acl: bool,
+    /// A TLS port that asks for a client certificate: see [`Consul::tls`].
+    pub tls: bool,
+    /// `limits.http_max_conns_per_client`; Consul's own default is 200.
+    pub max_connections: Option<u32>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { servers: 1, datacenter: "dc1", acl: false, tls: false, max_connections: None }
+    }
+}
+
+/// The files of a certificate authority that signed the servers' certificates, and one for a client.
+#[derive(Debug, Clone)]
+pub struct TlsFiles {
+    pub ca: PathBuf,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+/// One server or a cluster, of one datacenter.
+pub struct Consul {
+    options: Options,
+    program: PathBuf,
+    members: Vec<Member>,
+    dir: TempDir,
+}
+
+struct Member {
+    place: Loopback,
+    dir: PathBuf,
+    daemon: Option<Daemon>,
+}
+
+impl Consul {
+    /// One server, which lets everybody do everything.
+    pub async fn one() -> Result<Consul> {
+        Consul::start(Options::default()).await
+    }
+
+    /// Three servers, which let everybody do everything.
+    pub async fn three() -> Result<Consul> {
+        Consul::start(Options { servers: 3, ..Options::default() }).await
+    }
+
+    /// Starts the servers and waits until they have a leader.
+    pub async fn start(options: Options) -> Result<Consul> {
+        let program = debian::unpacked("consul-1.8.7", &[DEB])?.join("usr/bin/consul");
+        let dir = tempdir()?;
+        let mut members = Vec::new();
+        for number in 1..=options.servers {
+            let path = dir.join(number.to_string());
+            make(&path)?;
+            members.push(Member { place: Loopback::unique()?, dir: path, daemon: None });
+        }
+        let mut consul = Consul { options, program, members, dir };
+        if consul.options.tls {
+            consul.make_certificates()?;
+        }
+        for index in 0..consul.members.len() {
+            consul.configure(index)?;
+            consul.launch(index)?;
+        }
+        for index in 0..consul.members.len() {
+            consul.wait_serving(index).await?;
+        }
+        Ok(consul)
+    }
+
+    fn member(&self, index: usize) -> Result<&Member> {
+        self.members.get(index).ok_or_else(|| Failed::new(format!("there is no Consul {index}")))
+    }
+
+    fn configure(&self, index: usize) -> Result<()> {
+        let member = self.member(index)?;
+        let all: Vec<_> = self.members.iter().map(|member| member.place.to_string()).collect();
+        let https = if self.options.tls { i32::from(HTTPS_PORT) } else { -1 };
+        let mut config = json!({
+            "node_name": format!("{}-{}", self.options.datacenter, index + 1),
+            "datacenter": self.options.datacenter,
+            "data_dir": member.dir.join("data"),
+            "server": true,
+            "bootstrap_expect": all.len(),
+            "retry_join": all,
+            "retry_interval": "200ms",
+            "bind_addr": member.place.to_string(),
+            "client_addr": member.place.to_string(),
+            "ports": {"http": HTTP_PORT, "https": https, "dns": -1, "grpc": -1},
+            "disable_update_check": true,
+            "disable_host_node_id": true,
+            "leave_on_terminate": false,
+            "log_level": "info",
+            // Elections as fast as they can be.
+            "performance": {"raft_multiplier": 1},
+            "connect": {"enabled": false},
+        });
+        let mut set = |key: &str, value: Value| {
+            if let Some(config) = config.as_object_mut() {
+                config.insert(key.to_owned(), value);
+            }
+        };
+        if self.options.acl {
+            set(
+                "acl",
+                json!({
+                    "enabled": true,
+                    "default_policy": "deny",
+                    "down_policy": "extend-cache",
+                    "tokens": {"master": MANAGEMENT_TOKEN, "agent": MANAGEMENT_TOKEN},
+                }),
+            );
+        }
+        if self.options.tls {
+            let file = |name: &str| self.dir.join(name);
+            set("ca_file", json!(file("consul-agent-ca.pem")));
+            set("cert_file", json!(file(&format!("{}-server-consul-0.pem", self.options.datacenter))));
+            set("key_file", json!(file(&format!("{}-server-consul-0-key.pem", self.options.datacenter))));
+            set("verify_incoming", json!(true));
+            set("verify_outgoing", json!(true));
+        }
+        if let Some(connections) = self.options.max_connections {
+            set("limits", json!({"http_max_conns_per_client": connections}));
+        }
+        let path = member.dir.join("consul.json");
+        fs::write(&path, config.to_string())
+            .map_err(Failed::to(format!("could not write {}", path.display())))
+    }
+
+    fn launch(&mut self, index: usize) -> Result<()> {
+        let member = self.member(index)?;
+        let mut command = Command::new(&self.program);
+        command.arg("agent").arg("-config-file").arg(member.dir.join("consul.json"));
+        let daemon = Daemon::spawn(format!("Consul {index} ({})", member.place), command)?;
+        if let Some(member) = self.members.get_mut(index) {
+            member.daemon = Some(daemon);
+        }
+        Ok(())
+    }
+
+    /// Waits until server `index` answers with the word of a leader.
+    pub async fn wait_serving(&mut self, index: usize) -> Result<()> {
+        let address = self.address(index)?;
+        let Some(daemon) = self.members.get_mut(index).and_then(|member| member.daemon.as_mut()) else {
+            return Err(Failed::new(format!("Consul {index} was not started")));
+        };
+        wait_for(format!("Consul {address} to serve"), SERVING, async || {
+            if let Some(status) = daemon.has_exited() {
+                return Err(format!("it ended ({status}): {}", daemon.output()));
+            }
+            // With ACLs it takes a moment more until the management token is known.
+            let asked = call(address, Method::GET, "/v1/catalog/services", Some(MANAGEMENT_TOKEN), "");
+            match asked.await {
+                Ok((StatusCode::OK, said)) if said.contains("\"consul\"") => Ok(()),
+                Ok((status, said)) => Err(format!("{status} {said}")),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+        .await
+    }
+
+    /// Where server `index` is: in the clear.
+    pub fn address(&self, index: usize) -> Result<SocketAddr> {
+        Ok(SocketAddr::new(self.member(index)?.place.ip(), HTTP_PORT))
+    }
+
+    /// `http://127.1.2.3:8500`
+    pub fn url(&self, index: usize) -> Result<String> {
+        Ok(format!("http://{}", self.address(index)?))
+    }
+
+    /// `https://127.1.2.3:8501`
+    pub fn https_url(&self, index: usize) -> Result<String> {
+        Ok(format!("https://{}:{HTTPS_PORT}", self.member(index)?.place))
+    }
+
+    /// What a client of the TLS ports needs.
+    pub fn tls(&self) -> TlsFiles {
+        let client = format!("{}-client-consul-0", self.options.datacenter);
+        TlsFiles {
+            ca: self.dir.join("consul-agent-ca.pem"),
+            cert: self.dir.join(format!("{client}.pem")),
+            key: self.dir.join(format!("{client}-key.pem")),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    fn daemon(&mut self, index: usize) -> Result<&mut Daemon> {
+        let daemon = self.members.get_mut(index).and_then(|member| member.daemon.as_mut());
+        daemon.ok_or_else(|| Failed::new(format!("Consul {index} was not started")))
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.kill()
+    }
+
+    /// SIGSTOP: it holds its connections and answers nobody.
+    pub fn freeze(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.freeze()
+    }
+
+    pub fn thaw(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.thaw()
+    }
+
+    /// Starts server `index` again with the data that it had. It serves once there is a leader.
+    pub fn launch_again(&mut self, index: usize) -> Result<()> {
+        self.kill(index)?;
+        self.launch(index)
+    }
+
+    /// Starts server `index` again with the data that it had, and waits until it serves.
+    pub async fn restart(&mut self, index: usize) -> Result<()> {
+        self.launch_again(index)?;
+        self.wait_serving(index).await
+    }
+
+    /// Starts all servers again, and all that they knew is gone: its indexes begin anew.
+    pub async fn restart_empty(&mut self) -> Result<()> {
+        for index in 0..self.members.len() {
+            self.kill(index)?;
+            let data = self.member(index)?.dir.join("data");
+            fs::remove_dir_all(&data).map_err(Failed::to(format!("could not remove {}", data.display())))?;
+        }
+        for index in 0..self.members.len() {
+            self.launch(index)?;
+        }
+        for index in 0..self.members.len() {
+            self.wait_serving(index).await?;
+        }
+        Ok(())
+    }
+
+    /// The server that leads now, as those say that answer.
+    pub async fn leader(&self) -> Result<usize> {
+        wait_for("a leader", SERVING, async || {
+            for index in 0..self.members.len() {
+                let address = self.address(index).map_err(|failed| failed.to_string())?;
+                let Ok((_, said)) = call(address, Method::GET, "/v1/status/leader", None, "").await else {
+                    continue;
+                };
+                let leads = |member: &Member| {
+                    said.trim_matches(['"', '\n']).starts_with(&format!("{}:", member.place))
+                };
+                if let Some(leader) = self.members.iter().position(leads) {
+                    return Ok(leader);
+                }
+            }
+            Err("none".to_owned())
+        })
+        .await
+    }
+
+    /// Makes the two datacenters know each other, by their wide area network.
+    pub async fn join_wan(&self, other: &Consul) -> Result<()> {
+        let path = format!("/v1/agent/join/{}?wan=1", other.member(0)?.place);
+        self.put(0, &path, &Value::Null).await?;
+        wait_for("the datacenters to know each other", SERVING, async || {
+            let path = format!("/v1/catalog/services?dc={}", other.options.datacenter);
+            self.get(0, &path).await
+        })
+        .await
+        .map(drop)
+    }
+
+    /// GET at server `index`, with all rights.
+    pub async fn get(&self, index: usize, path: &str) -> Result<Value> {
+        let (status, said) =
+            call(self.address(index)?, Method::GET, path, Some(MANAGEMENT_TOKEN), "").await?;
+        if !status.is_success() {
+            return Err(Failed::new(format!("GET {path}: {status} {said}")));
+        }
+        serde_json::from_str(&said).map_err(Failed::to(format!("GET {path}: {said}")))
+    }
+
+    /// PUT at server `index`, with all rights; the answer as text.
+    pub async fn put(&self, index: usize, path: &str, body: &Value) -> Result<String> {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let (status, said) =
+            call(self.address(index)?, Method::PUT, path, Some(MANAGEMENT_TOKEN), &body).await?;
+        if status.is_success() { Ok(said) } else { Err(Failed::new(format!("PUT {path}: {status} {said}"))) }
+    }
+
+    /// Registers a service with the agent that server `index` is: Consul's own words, see `/v1/agent/service/register`.
+    pub async fn register(&self, index: usize, service: &Value) -> Result<()> {
+        self.put(index, "/v1/agent/service/register", service).await.map(drop)
+    }
+
+    /// Takes the service with this ID away from the agent that server `index` is.
+    pub async fn deregister(&self, index: usize, id: &str) -> Result<()> {
+        self.put(index, &format!("/v1/agent/service/deregister/{id}"), &Value::Null).await.map(drop)
+    }
+
+    /// A token with these rules (`service_prefix "" { policy = "read" }`): its accessor, and the secret itself.
+    pub async fn token(&self, rules: &str) -> Result<(String, String)> {
+        let name =
+            format!("policy-{}", self.get(0, "/v1/acl/policies").await?.as_array().map_or(0, Vec::len));
+        self.put(0, "/v1/acl/policy", &json!({"Name": name, "Rules": rules})).await?;
+        let said = self.put(0, "/v1/acl/token", &json!({"Policies": [{"Name": name}]})).await?;
+        let said: Value = serde_json::from_str(&said).map_err(Failed::to("reading the token"))?;
+        let field = |name: &str| said.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        Ok((field("AccessorID"), field("SecretID")))
+    }
+
+    /// Ends a token: the servers know it no more.
+    pub async fn revoke(&self, accessor: &str) -> Result<()> {
+        let path = format!("/v1/acl/token/{accessor}");
+        let (status, said) =
+            call(self.address(0)?, Method::DELETE, &path, Some(MANAGEMENT_TOKEN), "").await?;
+        if status.is_success() { Ok(()) } else { Err(Failed::new(format!("DELETE {path}: {status} {said}"))) }
+    }
+
+    fn make_certificates(&self) -> Result<()> {
+        let run = |arguments: &[String]| {
+            let mut command = Command::new(&self.program);
+            command.arg("tls").args(arguments).current_dir(&*self.dir);
+            cache::run(&mut command, "Consul makes its own certificates")
+        };
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        run(&words("ca create"))?;
+        let datacenter = self.options.datacenter;
+        let mut server = words(&format!("cert create -server -dc {datacenter}"));
+        for member in &self.members {
+            server.push(format!("-additional-ipaddress={}", member.place));
+        }
+        run(&server)?;
+        run(&words(&format!("cert create -client -dc {datacenter}")))
+    }
+}
+
+/// One request on a connection of its own.
+async fn call(
+    address: SocketAddr,
+    method: Method,
+    path: &str,
+    token: Option<&str>,
+    body: &str,
+) -> Result<(StatusCode, String)> {
+    let what = format!("{method} {path} at {address}");
+    let exchange = async {
+        let stream = TcpStream::connect(address).await.map_err(Failed::to(what.clone()))?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(Failed::to(what.clone()))?;
+        let mut request = Request::builder().method(method).uri(path).header(HOST, address.to_string());
+        if let Some(token) = token {
+            request = request.header("x-consul-token", token);
+        }
+        let body = Full::new(Bytes::copy_from_slice(body.as_bytes()));
+        let request = request.body(body).map_err(Failed::to(what.clone()))?;
+        let answer = async {
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            let body = response.into_body().collect().await?.to_bytes();
+            Ok::<_, hyper::Error>((status, String::from_utf8_lossy(&body).into_owned()))
+        };
+        tokio::pin!(connection, answer);
+        tokio::select! {
+            answer = &mut answer => answer.map_err(Failed::to(what.clone())),
+            // The end of the connection may be seen before what was read from it.
+            _ = &mut connection => answer.await.map_err(Failed::to(what.clone())),
+        }
+    };
+    timeout(ANSWER, exchange).await.map_err(Failed::to(format!("{what}: no answer within {ANSWER:?}")))?
+}
+
+fn make(dir: &std::path::Path) -> Result<()> {
+    fs::create_dir_all(dir).map_err(Failed::to(format!("could not create {}", dir.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn three_servers_with_acls_and_tls_elect_another_leader() {
+        let options = Options { servers: 3, acl: true, tls: true, ..Options::default() };
+        let mut consul = Consul::start(options).await.unwrap();
+        consul.register(0, &json!({"Name": "pay", "Port": 80})).await.unwrap();
+        let leader = consul.leader().await.unwrap();
+        consul.kill(leader).unwrap();
+        let other = (leader + 1) % 3;
+        consul.wait_serving(other).await.unwrap();
+        assert_ne!(consul.leader().await.unwrap(), leader);
+        let (accessor, secret) = consul.token(r#"service_prefix "" { policy = "read" }"#).await.unwrap();
+        assert_eq!(secret.len(), 36);
+        consul.revoke(&accessor).await.unwrap();
+        assert!(consul.tls().ca.is_file() && consul.tls().cert.is_file() && consul.tls().key.is_file());
+    }
+
+    #[tokio::test]
+    async fn a_server_that_starts_empty_knows_nothing() {
+        let mut consul = Consul::one().await.unwrap();
+        let service = json!({"Name": "pay", "Port": 80});
+        consul.register(0, &service).await.unwrap();
+        let listed = async |consul: &Consul| consul.get(0, "/v1/catalog/services").await.unwrap().to_string();
+        wait_for("pay", SERVING, async || listed(&consul).await.contains("pay").then_some(())).await.unwrap();
+        consul.restart_empty().await.unwrap();
+        assert_eq!(listed(&consul).await, r#"{"consul":[]}"#);
+    }
+}
