@@ -1,6 +1,7 @@
 //! The main job on one machine: `examples/quickstart`, three agents with real Envoys on 127.0.1.1 to 127.0.1.3, small
 //! HTTP applications behind them, and traffic. Each step says what it shows, measures it, and fails the whole if it
-//! did not happen. No root needed.
+//! did not happen. No root needed. With `--discovery consul` or `zookeeper` the services are registered in a real one that
+//! the demo starts, and one more step takes it away.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,6 +15,7 @@ use vmesh_testkit::api::{Api, field};
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan, Report};
 use vmesh_testkit::process::Daemon;
+use vmesh_testkit::registry::{Instance, Registry};
 use vmesh_testkit::{Failed, Result, envoy, wait_for};
 
 use crate::build;
@@ -23,6 +25,16 @@ pub(crate) struct Options {
     /// Leave everything running at the end, and print the commands to try, until Ctrl-C.
     #[arg(long)]
     keep: bool,
+    /// Where the services are registered.
+    #[arg(long, value_enum, default_value_t = Discovery::File)]
+    discovery: Discovery,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Discovery {
+    File,
+    Consul,
+    Zookeeper,
 }
 
 const SECONDS: Duration = Duration::from_secs(1);
@@ -41,7 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     build::cargo("build vmesh", &[&["build"], packages.as_slice()].concat())?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failed::to("could not start a runtime"))?;
     runtime.block_on(async {
-        let mut demo = Demo::start(envoy).await?;
+        let mut demo = Demo::start(envoy, options.discovery).await?;
         demo.tour().await?;
         if options.keep {
             demo.keep().await?;
@@ -56,11 +68,13 @@ struct Demo {
     control: Daemon,
     agents: BTreeMap<&'static str, Daemon>,
     apps: Vec<HttpApp>,
+    /// `None`: files.
+    registry: Option<Registry>,
     step: usize,
 }
 
 impl Demo {
-    async fn start(envoy: PathBuf) -> Result<Demo> {
+    async fn start(envoy: PathBuf, discovery: Discovery) -> Result<Demo> {
         let target = build::target()?;
         let (dir, binaries) = (target.join("demo"), target.join("debug"));
         if dir.exists() {
@@ -71,12 +85,13 @@ impl Demo {
 
         let v1 = HttpApp::start("orders-1", "v1", local(Ipv4Addr::LOCALHOST, 8081))?;
         let v2 = HttpApp::start("orders-2", "v2", local(Ipv4Addr::LOCALHOST, 8082))?;
+        let registry = start_registry(discovery, &dir).await?;
         let control = start_control(&binaries, &dir).await?;
         let mut agents = BTreeMap::new();
         for name in AGENTS {
             agents.insert(name, start_agent(&binaries, &dir, &envoy, name)?);
         }
-        let mut demo = Demo { dir, binaries, control, agents, apps: vec![v1, v2], step: 0 };
+        let mut demo = Demo { dir, binaries, control, agents, apps: vec![v1, v2], registry, step: 0 };
         for name in AGENTS {
             demo.in_sync(name).await?;
         }
@@ -84,6 +99,9 @@ impl Demo {
             Api(ORDERS).text("/").await.map(|_| ()).map_err(|failed| failed.to_string())
         });
         up.await?;
+        if let Some(registry) = &demo.registry {
+            println!("  {:<14} {}", registry.name(), registry.source("")?.trim_start_matches("- "));
+        }
         println!("  control plane  127.0.0.1:15010 (xDS), http://{} (API)", API.0);
         println!("  web-1          127.0.1.1, its application dials orders on {ORDERS}");
         println!("  orders-1       127.0.1.2, serves orders v1");
@@ -96,6 +114,7 @@ impl Demo {
         self.instance_comes_and_goes().await?;
         self.bad_document().await?;
         self.control_plane_dies().await?;
+        self.registry_dies().await?;
         self.show("What the operator sees", &["nodes"])?;
         self.show("And how web-1 reaches orders", &["explain", "orders", "--from", "web-1"])?;
         println!("\nEverything that this demo claims has happened.");
@@ -125,41 +144,90 @@ impl Demo {
     }
 
     async fn instance_comes_and_goes(&mut self) -> Result<()> {
-        self.say("A third instance, a plain host without an agent, comes and goes by editing services.d/orders.yaml");
+        let by = match &self.registry {
+            None => "by editing services.d/orders.yaml".to_owned(),
+            Some(registry) => format!("by registering in {}", registry.name()),
+        };
+        self.say(&format!("A third instance, a plain host without an agent, comes and goes {by}"));
         let address = local(Ipv4Addr::new(127, 0, 1, 4), 8080);
         self.apps.push(HttpApp::start("orders-3", "v1", address)?);
         let load = Load::start(Plan::to(ORDERS).rate(500.0))?;
+        let third = Instance::new("orders", "orders-3", address);
         let file = self.dir.join("services.d/orders.yaml");
         let before = read(&file)?;
-        let line = format!("  - {{address: \"{address}\", version: v1, zone: eu-1a}}\n");
 
-        let edited = Instant::now();
-        write(&file, &format!("{before}{line}"))?;
+        let changed = Instant::now();
+        match &mut self.registry {
+            None => {
+                let line = format!("  - {{address: \"{address}\", version: v1, zone: eu-1a}}\n");
+                write(&file, &format!("{before}{line}"))?;
+            }
+            Some(registry) => registry.add(&third).await?,
+        }
         wait_for("traffic to reach orders-3", 15 * SECONDS, async || {
             let seen = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
             if seen > 0 { Ok(()) } else { Err("no request yet") }
         })
         .await?;
-        println!(
-            "   added: its first request came {} ms after the file was written",
-            edited.elapsed().as_millis()
-        );
+        println!("   added: its first request came {} ms later", changed.elapsed().as_millis());
 
-        let edited = Instant::now();
-        write(&file, &before)?;
+        let changed = Instant::now();
+        match &mut self.registry {
+            None => write(&file, &before)?,
+            Some(registry) => registry.remove(&third).await?,
+        }
         let (mut last, mut quiet) = (0, Instant::now());
         let mut followed = Duration::ZERO;
-        wait_for("traffic to leave orders-3", 15 * SECONDS, async || {
+        let hold = if self.registry.is_some() { 10 * SECONDS } else { Duration::ZERO };
+        wait_for("traffic to leave orders-3", hold + 15 * SECONDS, async || {
             let seen = load.so_far().by_instance.get("orders-3").copied().unwrap_or(0);
             if seen != last {
-                (last, quiet, followed) = (seen, Instant::now(), edited.elapsed());
+                (last, quiet, followed) = (seen, Instant::now(), changed.elapsed());
             }
             if quiet.elapsed() > SECONDS { Ok(()) } else { Err(format!("{seen} requests so far")) }
         })
         .await?;
-        println!("   removed: its last request came {} ms after the file was written", followed.as_millis());
+        println!("   removed: its last request came {} ms later", followed.as_millis());
+        if !hold.is_zero() {
+            println!(
+                "   (a registry's word that an instance is gone is believed after {} s)",
+                hold.as_secs()
+            );
+            check(followed >= hold - SECONDS, "the removal was held")?;
+        }
         let report = load.stop().await;
         println!("   meanwhile {} requests, {} failed", report.sent, report.failures);
+        no_failure(&report)
+    }
+
+    /// A registry that is gone says nothing, and that is no news.
+    async fn registry_dies(&mut self) -> Result<()> {
+        let Some(mut registry) = self.registry.take() else { return Ok(()) };
+        self.say(&format!(
+            "{} is killed (SIGKILL); traffic goes on, and the operator is told",
+            registry.name()
+        ));
+        let load = Load::start(Plan::to(ORDERS).rate(500.0))?;
+        for index in 0..registry.len() {
+            registry.kill(index)?;
+        }
+        wait_for("the source to be stale", 30 * SECONDS, async || {
+            let status = API.json("/api/v1/status").await.map_err(|failed| failed.to_string())?;
+            let state = status.pointer("/sources/0/state").cloned().unwrap_or_default();
+            if state == "stale" { Ok(()) } else { Err(state.to_string()) }
+        })
+        .await?;
+        self.print(&["discovery"])?;
+        registry.restart_all().await?;
+        wait_for("the source to be fresh", 60 * SECONDS, async || {
+            let status = API.json("/api/v1/status").await.map_err(|failed| failed.to_string())?;
+            let state = status.pointer("/sources/0/state").cloned().unwrap_or_default();
+            if state == "fresh" { Ok(()) } else { Err(state.to_string()) }
+        })
+        .await?;
+        let report = load.stop().await;
+        println!("   it is back and fresh; {} requests, {} failed", report.sent, report.failures);
+        self.registry = Some(registry);
         no_failure(&report)
     }
 
@@ -242,6 +310,12 @@ impl Demo {
 
     fn show(&mut self, what: &str, args: &[&str]) -> Result<()> {
         self.say(what);
+        let fine = self.print(args)?;
+        check(fine, &format!("vmeshctl {} finds nothing to mend", args.join(" ")))
+    }
+
+    /// What `vmeshctl` says, and whether it finds nothing to mend.
+    fn print(&self, args: &[&str]) -> Result<bool> {
         println!("   $ vmeshctl {}", args.join(" "));
         let output = Command::new(self.binaries.join("vmeshctl"))
             .args(args)
@@ -250,7 +324,7 @@ impl Demo {
         for line in String::from_utf8_lossy(&output.stdout).lines() {
             println!("   {line}");
         }
-        check(output.status.success(), &format!("vmeshctl {} finds nothing to mend", args.join(" ")))
+        Ok(output.status.success())
     }
 
     async fn keep(&self) -> Result<()> {
@@ -261,9 +335,12 @@ impl Demo {
         println!("  {ctl} status");
         println!("  {ctl} services orders");
         println!("  {ctl} explain orders --from web-1");
-        println!(
-            "  $EDITOR {dir}/services.d/orders.yaml    # add, drain (health: draining) or remove an endpoint"
-        );
+        match &self.registry {
+            None => println!(
+                "  $EDITOR {dir}/services.d/orders.yaml    # add, drain (health: draining) or remove an endpoint"
+            ),
+            Some(_) => println!("  {ctl} discovery"),
+        }
         println!("  $EDITOR {dir}/mesh.d/orders.yaml        # move the split, then watch: {ctl} problems");
         println!("  curl -s http://127.0.1.1:15020/status");
         tokio::signal::ctrl_c().await.map_err(Failed::to("could not wait for Ctrl-C"))
@@ -278,6 +355,24 @@ impl Demo {
         let status = self.control.terminate(15 * SECONDS).await?;
         check(status.success(), &format!("the control plane stopped in order ({status})"))
     }
+}
+
+/// Starts a real registry, registers the instances of `services.d/orders.yaml` in it, and has the control plane read it.
+async fn start_registry(discovery: Discovery, dir: &Path) -> Result<Option<Registry>> {
+    let mut registry = match discovery {
+        Discovery::File => return Ok(None),
+        Discovery::Consul => Registry::consul(1).await?,
+        Discovery::Zookeeper => Registry::zookeeper(1).await?,
+    };
+    for (id, last, version, zone) in [("orders-1", 2, "v1", "eu-1a"), ("orders-2", 3, "v2", "eu-1b")] {
+        let address = local(Ipv4Addr::new(127, 0, 1, last), 15008);
+        let (version, zone) = (version.to_owned(), zone.to_owned());
+        registry.add(&Instance { version, zone, ..Instance::new("orders", id, address) }).await?;
+    }
+    let file = dir.join("control.yaml");
+    let config = read(&file)?.replace("- file: {path: services.d}", &registry.source("")?);
+    write(&file, &config)?;
+    Ok(Some(registry))
 }
 
 async fn start_control(binaries: &Path, dir: &Path) -> Result<Daemon> {

@@ -10,6 +10,7 @@
 //! | [`app`] | [`app::HttpApp`]: an HTTP application that can be slow, ill or killed |
 //! | [`load`] | [`load::Load`]: requests at a rate, and what became of each |
 //! | [`process`] | [`process::Daemon`]: a binary under test, its output, its signals, its end |
+//! | [`registry`] | a registry of either kind, for what is to work alike with both |
 //! | [`place`] | addresses, ports and directories that no other test uses |
 //! | [`zookeeper`] | real ZooKeepers, of today and of long ago; a client for tests |
 //! | [`wait`] | [`wait_for`]: waits for a value, with a bound, and says what it saw last |
@@ -29,6 +30,7 @@ pub mod load;
 pub mod place;
 pub mod process;
 pub mod python;
+pub mod registry;
 pub mod wait;
 pub mod zookeeper;
 
