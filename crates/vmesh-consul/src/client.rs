@@ -164,6 +164,11 @@ impl Client {
         }
     }
 
+    /// The error of an answer to GET `path` that makes no sense to whoever asked.
+    pub fn bad_answer(&self, path: &str, wrong: String) -> ConsulError {
+        self.bad_body(path, &wrong)
+    }
+
     pub(crate) fn bad_body(&self, path: &str, wrong: &dyn fmt::Display) -> ConsulError {
         let address =
             self.0.pools.get(self.0.current.load(Ordering::Relaxed)).map(|pool| pool.address.clone());

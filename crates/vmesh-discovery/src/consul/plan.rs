@@ -1,0 +1,264 @@
+//! Who is watched, and whose turn it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use vmesh_consul::Cursor;
+use vmesh_model::{Problem, ServiceName};
+
+use crate::format::consul::Read;
+
+/// Reads of what there is, under way at once: the first of 2,000 services, say, or all after a failure.
+const AT_ONCE: usize = 64;
+/// How late a change may be seen, if services have to take turns.
+const ROUND: Duration = Duration::from_secs(10);
+/// A shorter wait than this is no wait.
+const SHORTEST: Duration = Duration::from_millis(250);
+
+/// A service in a datacenter, by its place in the list of those.
+pub(super) type Key = (usize, ServiceName);
+
+/// What a query is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Ask {
+    Catalog(usize),
+    Service(Key),
+}
+
+/// One datacenter's catalogue.
+#[derive(Debug)]
+pub(super) struct Datacenter {
+    /// `None`: the one that the agent is in.
+    pub(super) name: Option<Arc<str>>,
+    pub(super) cursor: Cursor,
+    pub(super) in_flight: bool,
+    /// It has been read, at least once.
+    pub(super) has_listed: bool,
+    /// The last answer listed nothing at all.
+    pub(super) empty: bool,
+    /// The last answer had things left out, because the token may not see them.
+    pub(super) filtered: bool,
+    /// Why it cannot be read now. Its services wait meanwhile.
+    pub(super) failure: Option<Arc<str>>,
+    /// Services that cannot be services here.
+    pub(super) problems: Vec<Problem>,
+}
+
+/// One service of one datacenter.
+#[derive(Debug)]
+pub(super) struct Watched {
+    /// As it is registered.
+    pub(super) spelling: Arc<str>,
+    pub(super) cursor: Cursor,
+    /// The last good answer.
+    pub(super) read: Option<Arc<Read>>,
+    /// Why the last answer is not of now.
+    pub(super) failure: Option<Arc<str>>,
+    /// Failures in a row.
+    pub(super) failures: u32,
+    /// Answers without an instance, in a row.
+    pub(super) empties: u32,
+    /// It is in the catalogue. One that is not is watched for as long as that may be for lack of rights.
+    pub(super) listed: bool,
+    in_flight: Option<Flight>,
+    queued: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flight {
+    /// It asks for what there is.
+    Read,
+    /// It waits for news.
+    Wait,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub(super) datacenters: Vec<Datacenter>,
+    pub(super) services: BTreeMap<Key, Watched>,
+    queue: BTreeSet<(Instant, Key)>,
+    /// Queries under way, also of services that are not watched any more.
+    flights: BTreeMap<Key, Flight>,
+    reads: usize,
+}
+
+impl Plan {
+    pub(super) fn new(datacenters: &[Arc<str>], now: Instant) -> Plan {
+        let one = |name: Option<&Arc<str>>| Datacenter {
+            name: name.cloned(),
+            cursor: Cursor::new(now),
+            in_flight: false,
+            has_listed: false,
+            empty: false,
+            filtered: false,
+            failure: None,
+            problems: Vec::new(),
+        };
+        let datacenters = if datacenters.is_empty() {
+            vec![one(None)]
+        } else {
+            datacenters.iter().map(|dc| one(Some(dc))).collect()
+        };
+        Plan { datacenters, ..Plan::default() }
+    }
+
+    /// Takes note of what a datacenter lists; returns the services that are not watched any more, or are gone from the
+    /// list for reasons that are not clear.
+    pub(super) fn list(
+        &mut self,
+        at: usize,
+        listed: BTreeMap<ServiceName, Arc<str>>,
+        problems: Vec<Problem>,
+        now: Instant,
+    ) -> Vec<ServiceName> {
+        let Some(dc) = self.datacenters.get_mut(at) else { return Vec::new() };
+        let first = !std::mem::replace(&mut dc.has_listed, true);
+        dc.problems = problems;
+        let filtered = dc.filtered;
+        let of_it: Vec<Key> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
+        let mut changed = Vec::new();
+        for key in of_it.into_iter().filter(|(_, name)| !listed.contains_key(name)) {
+            let is_known = self.services.get(&key).is_some_and(|watched| watched.read.is_some());
+            if filtered && is_known {
+                if let Some(watched) = self.services.get_mut(&key) {
+                    watched.listed = false;
+                    // Whether it is gone or hidden is what a read of it says.
+                    watched.cursor.start_over(now);
+                }
+                self.enqueue(&key);
+            } else {
+                self.forget(&key);
+                changed.push(key.1);
+            }
+        }
+        for (name, spelling) in listed {
+            let key = (at, name);
+            match self.services.get_mut(&key) {
+                Some(watched) => watched.listed = true,
+                None => {
+                    let watched = Watched {
+                        spelling,
+                        cursor: Cursor::new(now),
+                        read: None,
+                        failure: None,
+                        failures: 0,
+                        empties: 0,
+                        listed: true,
+                        in_flight: self.flights.get(&key).copied(),
+                        queued: None,
+                    };
+                    self.services.insert(key.clone(), watched);
+                    self.enqueue(&key);
+                    if first {
+                        changed.push(key.1);
+                    }
+                }
+            }
+        }
+        changed
+    }
+
+    pub(super) fn forget(&mut self, key: &Key) {
+        if let Some(watched) = self.services.remove(key)
+            && let Some(at) = watched.queued
+        {
+            self.queue.remove(&(at, key.clone()));
+        }
+    }
+
+    /// Puts a service in the line for when its next query is due; not while one is under way.
+    pub(super) fn enqueue(&mut self, key: &Key) {
+        let Some(watched) = self.services.get_mut(key) else { return };
+        if let Some(at) = watched.queued.take() {
+            self.queue.remove(&(at, key.clone()));
+        }
+        if watched.in_flight.is_none() {
+            let at = watched.cursor.due();
+            watched.queued = Some(at);
+            self.queue.insert((at, key.clone()));
+        }
+    }
+
+    /// All services of a datacenter that can be read again are asked for what there is.
+    pub(super) fn unpark(&mut self, at: usize) {
+        let now = Instant::now();
+        let of_it: Vec<Key> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
+        for key in of_it {
+            if let Some(watched) = self.services.get_mut(&key)
+                && watched.in_flight.is_none()
+            {
+                watched.cursor.start_over(now);
+                self.enqueue(&key);
+            }
+        }
+    }
+
+    /// The next service whose query may be sent now.
+    pub(super) fn take_due(&mut self, now: Instant, slots: usize) -> Option<Key> {
+        loop {
+            let key = self.queue.first().filter(|(at, _)| *at <= now).map(|(_, key)| key.clone())?;
+            let is_down = self.datacenters.get(key.0).is_none_or(|dc| dc.failure.is_some());
+            let watched = self.services.get_mut(&key)?;
+            if is_down {
+                // Asking every service of a Consul that does not answer is no help to it; `unpark` brings it back.
+                if let Some(at) = watched.queued.take() {
+                    self.queue.remove(&(at, key));
+                }
+                continue;
+            }
+            let flight = if watched.cursor.index() == 0 { Flight::Read } else { Flight::Wait };
+            if self.flights.len() >= slots || (flight == Flight::Read && self.reads >= AT_ONCE) {
+                return None;
+            }
+            if let Some(at) = watched.queued.take() {
+                self.queue.remove(&(at, key.clone()));
+            }
+            watched.in_flight = Some(flight);
+            self.flights.insert(key.clone(), flight);
+            self.reads += usize::from(flight == Flight::Read);
+            return Some(key);
+        }
+    }
+
+    /// A query has ended.
+    pub(super) fn back(&mut self, key: &Key) {
+        if self.flights.remove(key) == Some(Flight::Read) {
+            self.reads -= 1;
+        }
+        if let Some(watched) = self.services.get_mut(key) {
+            watched.in_flight = None;
+        }
+    }
+
+    /// When the next query may be sent.
+    pub(super) fn next_due(&self, slots: usize) -> Option<Instant> {
+        let catalogs = self.datacenters.iter().filter(|dc| !dc.in_flight).map(|dc| dc.cursor.due());
+        let service = self.queue.first().filter(|(_, key)| {
+            let reads = self.services.get(key).is_some_and(|watched| watched.cursor.index() == 0);
+            self.flights.len() < slots && !(reads && self.reads >= AT_ONCE)
+        });
+        catalogs.chain(service.map(|(at, _)| *at)).min()
+    }
+
+    /// How many rounds it takes until each service had its turn.
+    fn rounds(&self, slots: usize) -> u32 {
+        u32::try_from(self.services.len().div_ceil(slots.max(1))).unwrap_or(u32::MAX)
+    }
+
+    /// How long a query may wait for news, so that everybody has a turn.
+    pub(super) fn turn(&self, slots: usize, wait: Duration) -> Duration {
+        match self.rounds(slots) {
+            0 | 1 => wait,
+            rounds => (ROUND / rounds).clamp(SHORTEST, wait),
+        }
+    }
+
+    /// How late a change may be seen; `None` if it is seen at once.
+    pub(super) fn lateness(&self, slots: usize, wait: Duration) -> Option<Duration> {
+        let rounds = self.rounds(slots);
+        // Consul adds up to a sixteenth.
+        (rounds > 1).then(|| self.turn(slots, wait).mul_f64(17.0 / 16.0) * (rounds - 1))
+    }
+}

@@ -1,0 +1,713 @@
+//! Consul: what `/v1/health/service/<name>` says of one service, in one datacenter or several.
+//!
+//! Lenient: `null` is nothing, what is not known is ignored, and both spellings of `TaggedAddresses` are read. An entry
+//! that makes no sense costs that entry. Health is judged here and not by Consul (`?passing`), since an instance that is
+//! ill has to stay visible.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::Value;
+use vmesh_model::{
+    Address, Health, Host, Labels, Place, Problem, Protocol, Registration, ServiceName, Weight,
+};
+
+use super::{Parsed, ParsedService, Record, Share, subject_of};
+use crate::consul::config::{
+    AddressKind, ConsulConfig, Critical, HealthRules, Mapping, Pattern, TagPattern, Warning,
+};
+
+/// How instances are read: the part of the configuration that concerns them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rules {
+    require_tags: Vec<Pattern>,
+    exclude_tags: Vec<Pattern>,
+    node_meta: BTreeMap<String, Pattern>,
+    service_meta: BTreeMap<String, Pattern>,
+    kinds: Vec<String>,
+    endpoint_address: AddressKind,
+    port_name: Option<String>,
+    default_port: Option<NonZeroU16>,
+    map: Mapping,
+    tag_patterns: Vec<TagPattern>,
+    default_weight: Option<u32>,
+    health: HealthRules,
+}
+
+impl Rules {
+    pub fn of(config: &ConsulConfig) -> Rules {
+        Rules {
+            require_tags: config.require_tags.clone(),
+            exclude_tags: config.exclude_tags.clone(),
+            node_meta: config.node_meta.clone(),
+            service_meta: config.service_meta.clone(),
+            kinds: config.kinds.clone(),
+            endpoint_address: config.endpoint_address,
+            port_name: config.port_name.clone(),
+            default_port: config.default_port,
+            map: config.map.clone(),
+            tag_patterns: config.tag_patterns.clone(),
+            default_weight: config.default_weight,
+            health: config.health.clone(),
+        }
+    }
+
+    /// Whether a service with these tags, which are those of all its instances, can have one that is wanted.
+    pub fn may_want(&self, tags: &[String]) -> bool {
+        self.require_tags.iter().all(|pattern| tags.iter().any(|tag| pattern.matches(tag)))
+    }
+}
+
+/// What one datacenter says of one service.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Read {
+    /// How many instances it lists, whether they can be used or not.
+    pub listed: usize,
+    instances: Vec<Instance>,
+    bad: Vec<Problem>,
+    notes: Vec<Problem>,
+}
+
+impl Read {
+    /// How many entries make no sense.
+    pub fn bad(&self) -> u64 {
+        self.bad.len() as u64
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Instance {
+    record: Record,
+    protocol: Option<Protocol>,
+    /// Fabio: the share of all requests, from 0 to 1.
+    fraction: Option<f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    node: Option<Node>,
+    service: Option<Service>,
+    checks: Option<Vec<Check>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Node {
+    node: Option<String>,
+    address: Option<String>,
+    datacenter: Option<String>,
+    tagged_addresses: Option<BTreeMap<String, String>>,
+    meta: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Service {
+    #[serde(rename = "ID")]
+    id: Option<String>,
+    service: Option<String>,
+    tags: Option<Vec<String>>,
+    address: Option<String>,
+    port: Option<i64>,
+    #[serde(alias = "ports")]
+    ports: Option<Vec<NamedPort>>,
+    socket_path: Option<String>,
+    tagged_addresses: Option<BTreeMap<String, Tagged>>,
+    meta: Option<BTreeMap<String, String>>,
+    weights: Option<Weights>,
+    kind: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct NamedPort {
+    #[serde(alias = "name")]
+    name: Option<String>,
+    #[serde(alias = "port")]
+    port: Option<i64>,
+    #[serde(alias = "default")]
+    default: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Tagged {
+    #[serde(alias = "address")]
+    address: Option<String>,
+    #[serde(alias = "port")]
+    port: Option<i64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Weights {
+    passing: Option<u32>,
+    warning: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Check {
+    #[serde(rename = "CheckID")]
+    id: Option<String>,
+    name: Option<String>,
+    status: Option<String>,
+}
+
+/// Reads the answer for `service` of the source `source`. `translated`: it says that its addresses are those of the wide
+/// area network already.
+///
+/// # Errors
+///
+/// It is not a list in JSON, and why.
+pub fn read(
+    body: &[u8],
+    source: &str,
+    service: &ServiceName,
+    translated: bool,
+    rules: &Rules,
+) -> Result<Read, String> {
+    let mut read = Read::default();
+    let reader = Reader { place: place(source, service), subject: subject_of(service), translated, rules };
+    // As a whole first: it is seldom that something is wrong, and then the rest is read entry by entry.
+    if let Ok(entries) = serde_json::from_slice::<Vec<Entry>>(body) {
+        read.listed = entries.len();
+        for (index, entry) in entries.into_iter().enumerate() {
+            reader.entry(entry, index, &mut read);
+        }
+        return Ok(read);
+    }
+    let values: Option<Vec<Value>> = serde_json::from_slice(body).map_err(|wrong| wrong.to_string())?;
+    let values = values.unwrap_or_default();
+    read.listed = values.len();
+    for (index, value) in values.into_iter().enumerate() {
+        match serde_json::from_value(value) {
+            Ok(entry) => reader.entry(entry, index, &mut read),
+            Err(wrong) => reader.bad(&mut read, &format!("entry {}", index + 1), &wrong.to_string()),
+        }
+    }
+    Ok(read)
+}
+
+/// Where a service of a source is, in messages.
+fn place(source: &str, service: &ServiceName) -> Place {
+    Place::file(format!("{source}/{service}"))
+}
+
+struct Reader<'a> {
+    place: Place,
+    subject: Arc<str>,
+    translated: bool,
+    rules: &'a Rules,
+}
+
+/// Why an instance is not one of the endpoints.
+enum LeftOut {
+    /// It is not wanted.
+    Silently,
+    /// It is as it should be, and cannot be used.
+    Unusable(String),
+    Bad(String),
+}
+
+impl Reader<'_> {
+    fn bad(&self, read: &mut Read, who: &str, why: &str) {
+        read.bad.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {why}")));
+    }
+
+    fn note(&self, read: &mut Read, who: &str, what: &str) {
+        read.notes.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {what}")));
+    }
+
+    fn entry(&self, entry: Entry, index: usize, read: &mut Read) {
+        let node = entry.node.unwrap_or_default();
+        let Some(service) = entry.service else {
+            self.bad(read, &format!("entry {}", index + 1), "there is no `Service` in it");
+            return;
+        };
+        let who = {
+            let id = service.id.as_deref().or(service.service.as_deref()).unwrap_or("?");
+            format!("instance `{id}` on node `{}`", node.node.as_deref().unwrap_or("?"))
+        };
+        let mut notes = Vec::new();
+        match self.instance(&node, service, &entry.checks.unwrap_or_default(), &mut notes) {
+            Ok(instance) => read.instances.push(instance),
+            Err(LeftOut::Silently) => return,
+            Err(LeftOut::Unusable(why)) => {
+                self.note(read, &who, &format!("{why}; this endpoint is left out"))
+            }
+            Err(LeftOut::Bad(why)) => self.bad(read, &who, &why),
+        }
+        for note in notes {
+            self.note(read, &who, &note);
+        }
+    }
+
+    fn instance(
+        &self,
+        node: &Node,
+        service: Service,
+        checks: &[Check],
+        notes: &mut Vec<String>,
+    ) -> Result<Instance, LeftOut> {
+        let rules = self.rules;
+        let empty = BTreeMap::new();
+        let (meta, node_meta) =
+            (service.meta.as_ref().unwrap_or(&empty), node.meta.as_ref().unwrap_or(&empty));
+        let tags = service.tags.as_deref().unwrap_or_default();
+        self.wanted(service.kind.as_deref().unwrap_or_default(), tags, meta, node_meta)?;
+
+        let (health, weight) = self.health(checks, service.weights.as_ref())?;
+        let said = Said::of(tags, meta, node_meta, rules);
+        let address = self.address(node, &service, &said)?;
+        let mut record = Record::new(address, self.place.clone());
+        record.health = health;
+        record.weight = Some(weight);
+        let mut is_said = false;
+        if let Some(text) = said.weight {
+            match Share::parse(text) {
+                Ok(share) => {
+                    // A warning may still take its share away.
+                    record.weight = Some(if weight.0 == 0.0 { weight } else { share });
+                    is_said = true;
+                }
+                Err(wrong) => notes.push(format!("{wrong}; Consul's own weight counts")),
+            }
+        }
+        if let (false, Some(default), true) = (is_said, rules.default_weight, weight.0 > 0.0) {
+            record.weight = Some(Share(f64::from(default.min(Weight::MAX))));
+        }
+        let protocol = match said.protocol {
+            Some(text) => {
+                let protocol = protocol(text);
+                if protocol.is_none() {
+                    notes.push(format!("`{text}` is not a protocol that is known here; it is ignored"));
+                }
+                protocol
+            }
+            None => said.secure.then_some(Protocol::Tls),
+        };
+        let datacenter = node.datacenter.as_deref().filter(|name| !name.is_empty());
+        record.zone = said.zone.or(datacenter).map(Into::into);
+        record.version = said.version.map(Into::into);
+        record.labels = said.labels;
+        if let Some(datacenter) = datacenter {
+            record.labels.insert("datacenter".into(), datacenter.into());
+        }
+        if let Some(name) = node.node.as_deref() {
+            record.labels.insert("node".into(), name.into());
+        }
+        let fraction = said.fraction.filter(|_| !is_said);
+        Ok(Instance { record, protocol, fraction })
+    }
+
+    fn wanted(
+        &self,
+        kind: &str,
+        tags: &[String],
+        meta: &BTreeMap<String, String>,
+        node_meta: &BTreeMap<String, String>,
+    ) -> Result<(), LeftOut> {
+        let rules = self.rules;
+        let is_ordinary = kind.is_empty() || kind == "typical";
+        let has = |meta: &BTreeMap<String, String>, wanted: &BTreeMap<String, Pattern>| {
+            wanted.iter().all(|(key, pattern)| meta.get(key).is_some_and(|value| pattern.matches(value)))
+        };
+        let wanted = (is_ordinary || rules.kinds.iter().any(|wanted| wanted == kind))
+            && rules.may_want(tags)
+            && !rules.exclude_tags.iter().any(|pattern| tags.iter().any(|tag| pattern.matches(tag)))
+            && has(meta, &rules.service_meta)
+            && has(node_meta, &rules.node_meta);
+        if wanted { Ok(()) } else { Err(LeftOut::Silently) }
+    }
+
+    /// Maintenance outweighs critical, that a warning, and that passing: over the checks of the node and of the
+    /// service, as Consul itself sums them up.
+    fn health(&self, checks: &[Check], weights: Option<&Weights>) -> Result<(Health, Share), LeftOut> {
+        let rules = &self.rules.health;
+        let passing = Share(f64::from(weights.and_then(|weights| weights.passing).unwrap_or(1).max(1)));
+        let warning = Share(f64::from(weights.and_then(|weights| weights.warning).unwrap_or(1)));
+        let ignored = |check: &Check| {
+            let named = |name: &Option<String>, pattern: &Pattern| {
+                name.as_deref().is_some_and(|name| pattern.matches(name))
+            };
+            rules.ignore_checks.iter().any(|p| named(&check.id, p) || named(&check.name, p))
+        };
+        let state = checks.iter().filter(|check| !ignored(check)).map(Check::state).max();
+        Ok(match state {
+            // Nobody looks at it: Envoy's own checks have to.
+            None => (Health::Unknown, passing),
+            Some(State::Passing) => (Health::Healthy, passing),
+            Some(State::Warning) if rules.warning == Warning::Drain => (Health::Draining, passing),
+            // A weight of nothing becomes a drain with all other weights.
+            Some(State::Warning) => (Health::Healthy, warning),
+            Some(State::Critical) if rules.critical == Critical::Drop => return Err(LeftOut::Silently),
+            Some(State::Critical) => (Health::Unhealthy, passing),
+            Some(State::Maintenance) => (Health::Draining, passing),
+        })
+    }
+
+    fn address(&self, node: &Node, service: &Service, said: &Said<'_>) -> Result<Address, LeftOut> {
+        let full = |text: Option<&String>| {
+            text.map(|text| text.trim()).filter(|text| !text.is_empty()).map(str::to_owned)
+        };
+        let (own, nodes) = (full(service.address.as_ref()), full(node.address.as_ref()));
+        let kind = self.rules.endpoint_address;
+        let mut tagged_port = None;
+        let host = match kind.tag().filter(|_| !(self.translated && kind.is_wan())) {
+            None if kind == AddressKind::Node => nodes,
+            None => own.or(nodes),
+            Some(tag) => {
+                let tagged = service.tagged_addresses.as_ref().and_then(|all| all.get(tag));
+                let of_service = tagged.and_then(|tagged| full(tagged.address.as_ref()));
+                if of_service.is_some() {
+                    tagged_port = tagged.and_then(|tagged| tagged.port).filter(|port| *port != 0);
+                }
+                let of_node = || full(node.tagged_addresses.as_ref().and_then(|all| all.get(tag)));
+                let found = of_service.or_else(|| if own.is_some() { None } else { of_node() });
+                match kind {
+                    AddressKind::Virtual if found.is_none() => {
+                        return Err(LeftOut::Unusable("it has no virtual address".to_owned()));
+                    }
+                    _ => found.or(own).or(nodes),
+                }
+            }
+        };
+        let Some(host) = host else {
+            return Err(LeftOut::Bad("neither the service nor its node has an address".to_owned()));
+        };
+        let port = match said.port.map(ToOwned::to_owned).or(tagged_port.map(|port| port.to_string())) {
+            Some(port) => Some(port),
+            None => self.port(service)?.map(|port| port.to_string()),
+        };
+        let port = match port {
+            Some(port) => vmesh_model::endpoint::parse_port(&port).map_err(LeftOut::Bad)?,
+            None => {
+                let is_socket = service.socket_path.as_deref().is_some_and(|path| !path.is_empty());
+                match self.rules.default_port {
+                    _ if is_socket => {
+                        let why = "it listens on a Unix socket, which only its own host can reach";
+                        return Err(LeftOut::Unusable(why.to_owned()));
+                    }
+                    Some(port) => port,
+                    None => {
+                        let why = "it is registered without a port, and `default_port` is not set";
+                        return Err(LeftOut::Unusable(why.to_owned()));
+                    }
+                }
+            }
+        };
+        let host = Host::parse(&host).map_err(LeftOut::Bad)?;
+        if let Host::Ip(ip) = &host
+            && (ip.is_unspecified() || ip.is_multicast())
+        {
+            return Err(LeftOut::Bad(format!("`{ip}` is not an address that can be dialled")));
+        }
+        Ok(Address { host, port })
+    }
+
+    /// The port among those of the service; `None` if it has none.
+    fn port(&self, service: &Service) -> Result<Option<i64>, LeftOut> {
+        let ports = service.ports.as_deref().unwrap_or_default();
+        let given = |port: &NamedPort| port.port.filter(|port| *port != 0);
+        if let Some(wanted) = &self.rules.port_name
+            && !ports.is_empty()
+        {
+            let named = ports.iter().find(|port| port.name.as_ref() == Some(wanted));
+            return match named.and_then(given) {
+                Some(port) => Ok(Some(port)),
+                None => Err(LeftOut::Unusable(format!("it has no port named `{wanted}`"))),
+            };
+        }
+        if let Some(port) = service.port.filter(|port| *port != 0) {
+            return Ok(Some(port));
+        }
+        let chosen = match ports {
+            [] => return Ok(None),
+            [only] => Some(only),
+            several => several.iter().find(|port| port.default == Some(true)),
+        };
+        match chosen {
+            Some(port) => Ok(given(port)),
+            None => Err(LeftOut::Unusable(
+                "it has several ports and none of them is the default: `port_name` says which".to_owned(),
+            )),
+        }
+    }
+}
+
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum State {
+    Passing,
+    Warning,
+    Critical,
+    Maintenance,
+}
+
+impl Check {
+    fn state(&self) -> State {
+        let id = self.id.as_deref().unwrap_or_default();
+        if id == "_node_maintenance" || id.starts_with("_service_maintenance") {
+            return State::Maintenance;
+        }
+        match self.status.as_deref() {
+            Some("passing") => State::Passing,
+            Some("warning") => State::Warning,
+            Some("maintenance") => State::Maintenance,
+            // What is not known is not known to be well.
+            _ => State::Critical,
+        }
+    }
+}
+
+/// What tags and metadata say of an instance.
+#[derive(Default)]
+struct Said<'a> {
+    version: Option<&'a str>,
+    zone: Option<&'a str>,
+    protocol: Option<&'a str>,
+    weight: Option<&'a str>,
+    secure: bool,
+    fraction: Option<f64>,
+    port: Option<&'a str>,
+    labels: Labels,
+}
+
+impl<'a> Said<'a> {
+    fn of(
+        tags: &'a [String],
+        meta: &'a BTreeMap<String, String>,
+        node_meta: &'a BTreeMap<String, String>,
+        rules: &Rules,
+    ) -> Said<'a> {
+        let map = &rules.map;
+        let mut said = Said::default();
+        let found = |keys: &[String]| {
+            let of = |meta: &'a BTreeMap<String, String>| {
+                keys.iter()
+                    .find_map(|key| meta.get(key))
+                    .map(String::as_str)
+                    .filter(|value| !value.is_empty())
+            };
+            of(meta).or_else(|| of(node_meta))
+        };
+        said.version = found(&map.version);
+        said.zone = found(&map.zone);
+        said.protocol = found(&map.protocol);
+        said.weight = found(&map.weight);
+        said.secure = found(&map.secure).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        let mapped = [&map.version, &map.zone, &map.protocol, &map.weight, &map.secure];
+        for (key, value) in meta {
+            if !mapped.iter().any(|keys| keys.contains(key)) {
+                said.labels.insert(key.as_str().into(), value.as_str().into());
+            }
+        }
+        for tag in tags {
+            said.tag(tag, rules);
+        }
+        said
+    }
+
+    fn tag(&mut self, tag: &'a str, rules: &Rules) {
+        if let Some(route) = tag.strip_prefix("urlprefix-") {
+            self.fabio(route);
+            return;
+        }
+        if let Some(label) = tag.strip_prefix("traefik.") {
+            self.traefik(label);
+            return;
+        }
+        for pattern in &rules.tag_patterns {
+            if let Some(value) = pattern.value(tag) {
+                self.set(&pattern.key, value);
+                return;
+            }
+        }
+        if let Some((key, value)) = tag.split_once(['=', ':'])
+            && !value.is_empty()
+            && ["version", "zone", "az", "protocol", "proto", "weight"].contains(&key)
+        {
+            let key = match key {
+                "az" => "zone",
+                "proto" => "protocol",
+                key => key,
+            };
+            self.set(key, value);
+            return;
+        }
+        if tag.len() > 1 && tag.starts_with('v') && tag.as_bytes().get(1).is_some_and(u8::is_ascii_digit) {
+            self.set("version", tag);
+        }
+        // A tag is there or not: in labels, which have values, that is `true`.
+        self.labels.insert(format!("tag.{tag}").into(), "true".into());
+    }
+
+    /// Metadata, and the first of several tags, count.
+    fn set(&mut self, key: &str, value: &'a str) {
+        let field = match key {
+            "version" => &mut self.version,
+            "zone" => &mut self.zone,
+            "protocol" => &mut self.protocol,
+            "weight" => &mut self.weight,
+            label => {
+                self.labels.entry(label.into()).or_insert_with(|| value.into());
+                return;
+            }
+        };
+        field.get_or_insert(value);
+    }
+
+    /// `urlprefix-host/path proto=grpc weight=0.3`: where requests go is for routes to say, how they are spoken and
+    /// how many of them is for here.
+    fn fabio(&mut self, route: &'a str) {
+        for option in route.split_whitespace().skip(1) {
+            match option.split_once('=') {
+                Some(("proto", value)) => self.set("protocol", value),
+                Some(("weight", value)) => {
+                    let fraction = Share::parse(value).ok().map(|share| share.0);
+                    self.fraction = self.fraction.or(fraction.filter(|f| *f > 0.0 && *f <= 1.0));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// `traefik.http.services.<name>.loadbalancer.server.scheme=h2c`, and `.port`.
+    fn traefik(&mut self, label: &'a str) {
+        let Some((key, value)) = label.split_once('=') else { return };
+        let key = key.to_ascii_lowercase();
+        if !key.contains(".services.") {
+            return;
+        }
+        if key.ends_with(".loadbalancer.server.scheme") {
+            self.set("protocol", value);
+        } else if key.ends_with(".loadbalancer.server.port") {
+            self.port.get_or_insert(value);
+        }
+    }
+}
+
+/// As fleets write it. Whoever speaks HTTP over TLS is passed through: requests cannot be told apart.
+fn protocol(text: &str) -> Option<Protocol> {
+    let text = text.to_ascii_lowercase();
+    Some(match text.as_str() {
+        "http1" | "http/1.1" | "http1.1" | "ws" => Protocol::Http,
+        "h2" | "h2c" | "http/2" => Protocol::Http2,
+        "https" | "grpcs" | "ssl" | "wss" => Protocol::Tls,
+        "postgresql" => Protocol::Postgres,
+        "mongodb" => Protocol::Mongo,
+        other => return other.parse().ok(),
+    })
+}
+
+/// What was known of a datacenter's instances before a restart, as if it were read.
+pub fn remembered(registration: &Registration, datacenter: &str) -> Read {
+    let of_it = |labels: &Labels| labels.get("datacenter").is_some_and(|name| **name == *datacenter);
+    let instances =
+        registration.endpoints.iter().filter(|endpoint| of_it(&endpoint.labels)).filter_map(|endpoint| {
+            let host = match &endpoint.hostname {
+                Some(name) => Host::Name(name.clone()),
+                None => Host::Ip(endpoint.address.ip()),
+            };
+            let address = Address { host, port: NonZeroU16::new(endpoint.address.port())? };
+            let record = Record {
+                address,
+                weight: Some(Share(f64::from(endpoint.weight.get()))),
+                health: endpoint.health,
+                zone: endpoint.zone.clone(),
+                version: endpoint.version.clone(),
+                labels: endpoint.labels.clone(),
+                place: registration.place.clone(),
+            };
+            Some(Instance { record, protocol: registration.protocol, fraction: None })
+        });
+    let instances: Vec<_> = instances.collect();
+    Read { listed: instances.len(), instances, ..Read::default() }
+}
+
+/// The service of which `reads` are what each datacenter says.
+pub fn combine(source: &str, service: &ServiceName, reads: &[&Read]) -> Parsed {
+    let place = place(source, service);
+    let mut parsed = Parsed::default();
+    let mut instances: BTreeMap<&Address, Instance> = BTreeMap::new();
+    for instance in reads.iter().flat_map(|read| &read.instances) {
+        // An endpoint stays while any record of it stands, and is as well as the best of them says: whoever registers
+        // anew after a failure is there twice for a while.
+        match instances.get_mut(&instance.record.address) {
+            Some(known) if wellness(known.record.health) >= wellness(instance.record.health) => {}
+            Some(known) => *known = instance.clone(),
+            None => _ = instances.insert(&instance.record.address, instance.clone()),
+        }
+    }
+    let mut instances: Vec<Instance> = instances.into_values().collect();
+    share_out(&mut instances);
+    let (protocol, disagreement) = agreed(&instances);
+    if let Some(disagreement) = disagreement {
+        parsed.problem(place.clone(), subject_of(service), disagreement);
+    }
+    let mut bad = 0;
+    for read in reads {
+        bad += read.bad.len();
+        parsed.problems.extend(read.notes.iter().cloned());
+        for problem in &read.bad {
+            parsed.bad_record(problem.place.clone(), &problem.subject, problem.message.clone());
+        }
+    }
+    let file = place.file.clone();
+    let head = ParsedService { name: service.clone(), protocol, port: None, endpoints: Vec::new(), place };
+    let records = instances.into_iter().map(|instance| instance.record).collect();
+    parsed.service(head, records, bad, 1.0);
+    parsed.judged(&file)
+}
+
+fn wellness(health: Health) -> u8 {
+    match health {
+        Health::Healthy => 3,
+        Health::Unknown => 2,
+        Health::Draining => 1,
+        Health::Unhealthy => 0,
+    }
+}
+
+/// Fabio's weights are shares of all requests; what they leave is for those without one.
+fn share_out(instances: &mut [Instance]) {
+    let given: f64 = instances.iter().filter_map(|instance| instance.fraction).sum();
+    let others = instances.iter().filter(|instance| instance.fraction.is_none()).count();
+    if given == 0.0 {
+        return;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "no service has 2^52 endpoints")]
+    let rest = (1.0 - given).max(0.0) / others.max(1) as f64;
+    for instance in instances {
+        let draining = instance.record.weight.is_some_and(|weight| weight.0 == 0.0);
+        if !draining {
+            let share = instance.fraction.unwrap_or(rest);
+            // Whole numbers, so that they are taken as they are.
+            instance.record.weight = Some(Share((share * 1000.0).round()));
+        }
+    }
+}
+
+/// The protocol that most instances name, and what to say if others name another one.
+fn agreed(instances: &[Instance]) -> (Option<Protocol>, Option<String>) {
+    let mut counts: BTreeMap<&str, (usize, Protocol)> = BTreeMap::new();
+    for protocol in instances.iter().filter_map(|instance| instance.protocol) {
+        counts.entry(protocol.as_str()).or_insert((0, protocol)).0 += 1;
+    }
+    let most = counts.values().max_by_key(|(count, _)| *count).map(|(_, protocol)| *protocol);
+    let disagreement = (counts.len() > 1).then(|| {
+        let each: Vec<_> = counts.iter().map(|(name, (count, _))| format!("{count} say `{name}`")).collect();
+        format!(
+            "its instances do not agree on the protocol ({}): `{}` is taken; a `Service` document can say it",
+            each.join(", "),
+            most.unwrap_or_default()
+        )
+    });
+    (most, disagreement)
+}
+
+#[cfg(test)]
+mod tests;
