@@ -32,12 +32,25 @@ impl SourceConfig {
             SourceConfig::File(config) => config.guard(),
         }
     }
+
+    /// Whether nothing is served before this source has answered, however long that takes.
+    pub fn required(&self) -> bool {
+        match self {
+            SourceConfig::File(config) => config.required,
+        }
+    }
 }
 
 /// A directory of files, or one file.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileConfig {
+    /// What it is called in messages and commands. Built in: `file:` and the path.
+    #[serde(default, deserialize_with = "name")]
+    pub name: Option<Arc<str>>,
+    /// Whether nothing is served before it has answered, however long that takes. Without, 30 s are enough.
+    #[serde(default = "yes")]
+    pub required: bool,
     /// A directory, read with all that is below it, or a single file.
     pub path: PathBuf,
     /// How the files are written. Built in: told by the content of each.
@@ -67,6 +80,8 @@ impl FileConfig {
     /// With all that is built in.
     pub fn of(path: impl Into<PathBuf>) -> FileConfig {
         FileConfig {
+            name: None,
+            required: true,
             path: path.into(),
             format: Format::Auto,
             watch: true,
@@ -79,12 +94,26 @@ impl FileConfig {
     }
 
     pub fn name(&self) -> Arc<str> {
-        format!("file:{}", self.path.display()).into()
+        self.name.clone().unwrap_or_else(|| format!("file:{}", self.path.display()).into())
     }
 
     /// When to believe these files that something is gone.
     pub fn guard(&self) -> GuardConfig {
         self.guard.clone().for_files()
+    }
+}
+
+/// One word: it is an argument of commands and part of a file's name.
+pub(crate) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<str>>, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    let is_word = name.chars().all(|c| c.is_ascii_alphanumeric() || "._:-/".contains(c));
+    if is_word && (1..=100).contains(&name.len()) {
+        Ok(Some(name.into()))
+    } else {
+        Err(de::Error::custom(format!(
+            "`{}` is no name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`",
+            vmesh_model::yaml::short(&name)
+        )))
     }
 }
 
@@ -144,10 +173,10 @@ mod tests {
     #[test]
     fn a_source_is_a_kind_and_what_it_needs() {
         expect![[r#"
-            file:/etc/vmesh/services.d File(FileConfig { path: "/etc/vmesh/services.d", format: Auto, watch: true, poll: 10s, resolve_interval: 30s, max_bytes: 16777216, max_files: 10000, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, shrink_ratio: 0.5, shrink_min: 5, allow_empty: [] } }) Some(0ns)
+            file:/etc/vmesh/services.d File(FileConfig { name: None, required: true, path: "/etc/vmesh/services.d", format: Auto, watch: true, poll: 10s, resolve_interval: 30s, max_bytes: 16777216, max_files: 10000, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }) Some(0ns)
         "#]].assert_eq(&read("discovery:\n  - file: {path: /etc/vmesh/services.d}\n"));
         expect![[r#"
-            file:a File(FileConfig { path: "a", format: Linkerd, watch: false, poll: 1s, resolve_interval: 300s, max_bytes: 100, max_files: 5, guard: GuardConfig { removal_hold: Some(5s), confirm_empty: 30s, confirm_shrink: 60s, shrink_ratio: 0.5, shrink_min: 5, allow_empty: [] } }) Some(5s)
+            file:a File(FileConfig { name: None, required: true, path: "a", format: Linkerd, watch: false, poll: 1s, resolve_interval: 300s, max_bytes: 100, max_files: 5, guard: GuardConfig { removal_hold: Some(5s), confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }) Some(5s)
         "#]].assert_eq(&read(
             "discovery:\n  - file: {path: a, format: linkerd, watch: false, poll: 1s, resolve_interval: 5m, max_bytes: 100, max_files: 5, guard: {removal_hold: 5s}}\n",
         ));
@@ -164,7 +193,7 @@ mod tests {
             control.yaml:2:42: `format`: expected one of `auto`, `native`, `prometheus`, `linkerd` or `smartstack`, found `yaml`
             control.yaml:2:56: unknown field `remove`, did you mean `removal_hold`?
             control.yaml:3:5: `discovery`: expected `file`, found `consul`
-            control.yaml:4:11: `file`: expected a mapping of `path`, `format`, `watch`, `poll`, `resolve_interval`, `max_bytes`, `max_files`, `guard`, found the text `a`
+            control.yaml:4:11: `file`: expected a mapping of `name`, `required`, `path`, `format`, `watch`, `poll`, `resolve_interval`, `max_bytes`, `max_files`, `guard`, found the text `a`
         "#]].assert_eq(&read(
             "discovery:\n  - file: {path: a, poll: 100ms, format: yaml, guard: {remove: 1s}}\n  - consul: {}\n  - file: a\n",
         ));

@@ -17,6 +17,7 @@ mod disk;
 mod watch;
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ use vmesh_model::ServiceName;
 use crate::assemble::Assembler;
 pub use crate::config::FileConfig;
 use crate::resolve::{Resolve, SystemResolver};
-use crate::source::{Registrations, Source, SourceError};
+use crate::source::{Counters, Registrations, Source, SourceError};
 use disk::{Disk, Scan};
 use watch::Hints;
 
@@ -39,6 +40,7 @@ const FIRST_FILES: Duration = Duration::from_millis(500);
 /// Reads services from files.
 pub struct FileSource<R = SystemResolver> {
     name: Arc<str>,
+    counters: Arc<Counters>,
     poll: Duration,
     disk: Arc<Mutex<Disk>>,
     hints: Arc<Hints>,
@@ -56,8 +58,8 @@ pub struct FileSource<R = SystemResolver> {
 
 impl FileSource {
     /// `last_good` is what was known before a restart: it holds for files that cannot be read now.
-    pub fn new(config: FileConfig, last_good: Option<&Registrations>) -> FileSource {
-        FileSource::with_resolver(config, last_good, SystemResolver)
+    pub fn new(config: FileConfig, last_good: Option<&Registrations>, counters: Arc<Counters>) -> FileSource {
+        FileSource::with_resolver(config, last_good, counters, SystemResolver)
     }
 }
 
@@ -65,6 +67,7 @@ impl<R: Resolve> FileSource<R> {
     pub fn with_resolver(
         config: FileConfig,
         last_good: Option<&Registrations>,
+        counters: Arc<Counters>,
         resolver: R,
     ) -> FileSource<R> {
         let hints = Arc::new(Hints::below(&config.path));
@@ -72,6 +75,7 @@ impl<R: Resolve> FileSource<R> {
         let now = Instant::now();
         FileSource {
             name: config.name(),
+            counters,
             poll: config.poll,
             disk: Arc::new(Mutex::new(Disk::new(config, hints.clone(), last_good))),
             hints,
@@ -124,8 +128,16 @@ impl<R: Resolve> FileSource<R> {
     /// Takes what a look found. After one that failed the next is due at once: whoever waits for it decides when.
     fn found(&mut self, found: Result<Scan, SourceError>, now: Instant) -> Result<(), SourceError> {
         let scan = match found {
-            Ok(scan) => scan,
+            Ok(scan) => {
+                self.counters.reads.fetch_add(scan.read, Relaxed);
+                self.counters.failed_reads.fetch_add(scan.refused, Relaxed);
+                self.counters.bad_records.fetch_add(scan.bad_records, Relaxed);
+                self.counters.answered_now();
+                scan
+            }
             Err(error) => {
+                self.counters.reads.fetch_add(1, Relaxed);
+                self.counters.failed_reads.fetch_add(1, Relaxed);
                 self.has_failed = true;
                 self.look_at = Some(now);
                 return Err(error);

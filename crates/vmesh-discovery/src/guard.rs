@@ -1,89 +1,163 @@
 //! Whether to believe a source that says less than it did.
 //!
 //! What appears is believed at once. What disappears may have been taken away, or a generator, a registry or a mount
-//! may have had an accident, and proxies that lose the endpoints of a service cannot do without them. So a service
-//! that loses everything, or most of it, is held until the source has said the same for a while.
+//! may have had an accident, and proxies that lose the endpoints of a service cannot do without them.
+//!
+//! | what a source does | what is believed | [`Kind`] |
+//! |---|---|---|
+//! | fails | what it said last; nothing that is held is confirmed by the time that passes | |
+//! | no longer names an endpoint | that, after `removal_hold`; at once if it drained | |
+//! | no longer names a service | that, after `confirm_empty` and two more readings | [`Kind::Absent`] |
+//! | names no endpoint of it | the same | [`Kind::Empty`] |
+//! | names less than half of five or more | that, after `confirm_shrink` and two more readings | [`Kind::Shrunk`] |
+//! | says that all of two or more became unhealthy at once | that, after `confirm_unhealthy` | [`Kind::Unhealthy`] |
+//! | loses much of all that it named at once | no removal, until it names enough again or that is accepted | [`Kind::Fleet`] |
 //!
 //! The evidence: kingpin refuses less than half of at least five, Finagle removes one epoch (10 s) late, Synapse and
 //! Dubbo keep the previous backends over an empty answer, Eureka stops expiring below 85 % of renewals. What is judged
 //! is what is left after additions, and not what was removed: replacing ten instances by ten others is a deployment.
+//!
+//! The operator's word outranks it: [`Guard::accept`], [`Guard::freeze`], [`Guard::thaw`].
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+mod config;
+mod evict;
+mod fleet;
+mod watched;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use serde::Deserialize;
-use serde::de::{self, Deserializer};
-use vmesh_model::text::{parse_duration, show_duration};
-use vmesh_model::{Endpoint, Health, Problem, Registration, ServiceName};
+use vmesh_model::text::show_duration;
+use vmesh_model::{Place, Problem, ServiceName, State};
 
 use crate::format::subject_of;
-use vmesh_model::State;
-
 use crate::source::{Registrations, Seen};
 
-/// When a removal is believed.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct GuardConfig {
-    /// An endpoint that is gone stays for so long. Built in: 10 s for registries, whose clients lose their sessions
-    /// and come back; nothing for files, since an edit is deliberate.
-    #[serde(deserialize_with = "some_duration")]
-    pub removal_hold: Option<Duration>,
-    /// A service that is gone, or has no endpoints left, stays as it was for so long.
-    #[serde(deserialize_with = "duration")]
-    pub confirm_empty: Duration,
-    /// A service that shrinks below `shrink_ratio` keeps its endpoints for so long.
-    #[serde(deserialize_with = "duration")]
-    pub confirm_shrink: Duration,
-    /// What share of its endpoints has to be left.
-    #[serde(deserialize_with = "ratio")]
-    pub shrink_ratio: f64,
-    /// Services with fewer endpoints shrink as they like: one of two is half of them.
-    pub shrink_min: usize,
-    /// Services that may lose everything at once.
-    pub allow_empty: Vec<ServiceName>,
+pub(crate) use config::duration;
+pub use config::{FleetConfig, GuardConfig};
+pub use evict::{Absences, Evicted, Evictions};
+use fleet::{Fleet, Loss};
+use watched::{Outcome, Rules, Watched};
+
+/// Why something is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// The service is named, without an endpoint.
+    Empty,
+    /// It has too few of the endpoints that it had.
+    Shrunk,
+    /// It is not named any more.
+    Absent,
+    /// All its endpoints became unhealthy at once.
+    Unhealthy,
+    /// Too much of all that the source named is gone at once.
+    Fleet,
 }
 
-impl Default for GuardConfig {
-    fn default() -> Self {
-        GuardConfig {
-            removal_hold: None,
-            confirm_empty: Duration::from_secs(30),
-            confirm_shrink: Duration::from_secs(60),
-            shrink_ratio: 0.5,
-            shrink_min: 5,
-            allow_empty: Vec::new(),
+impl Kind {
+    pub const ALL: [Kind; 5] = [Kind::Empty, Kind::Shrunk, Kind::Absent, Kind::Unhealthy, Kind::Fleet];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Empty => "empty",
+            Kind::Shrunk => "shrunk",
+            Kind::Absent => "absent",
+            Kind::Unhealthy => "unhealthy",
+            Kind::Fleet => "fleet",
         }
     }
 }
 
-impl GuardConfig {
-    const REMOVAL_HOLD: Duration = Duration::from_secs(10);
-
-    /// The defaults of a source that is edited on purpose.
-    pub fn for_files(mut self) -> GuardConfig {
-        self.removal_hold.get_or_insert(Duration::ZERO);
-        self
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 
-pub(crate) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+/// Something that is said and not believed yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// `None`: the source as a whole, with [`Kind::Fleet`].
+    pub service: Option<ServiceName>,
+    pub kind: Kind,
+    pub since: Instant,
+    /// When it may be believed at the earliest; `None`: when it is accepted, or the source names enough again.
+    pub until: Option<Instant>,
+    /// How many endpoints there were, and how many the source names now.
+    pub had: usize,
+    pub has: usize,
+    /// How many readings that were asked for said the same, and how many have to.
+    pub confirmed: u32,
+    pub confirmations: u32,
+    /// In words for an operator.
+    pub because: Arc<str>,
 }
 
-fn some_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-    duration(deserializer).map(Some)
+/// What happened to something that was said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum What {
+    /// It is held from now on.
+    Held,
+    /// A reading that was asked for said the same.
+    Confirmed,
+    /// It was said for long and often enough, and is believed.
+    Believed,
+    /// It was never believed: what was missing is back.
+    Returned,
+    /// It is believed by the operator's word.
+    Accepted,
+    /// No change of the source is taken, by the operator's word.
+    Frozen,
+    Thawed,
+    /// The source does not answer.
+    Failing,
+    Answering,
+    /// It has not for so long that what was known is given up (`max_stale`).
+    GivenUp,
+    /// An endpoint is not used, by the operator's word.
+    Evicted,
+    Admitted,
 }
 
-fn ratio<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-    let ratio = f64::deserialize(deserializer)?;
-    if (0.0..=1.0).contains(&ratio) {
-        Ok(ratio)
-    } else {
-        Err(de::Error::custom(format!("{ratio} is not a share: from 0 to 1")))
+impl What {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            What::Held => "held",
+            What::Confirmed => "confirmed",
+            What::Believed => "believed",
+            What::Returned => "returned",
+            What::Accepted => "accepted",
+            What::Frozen => "frozen",
+            What::Thawed => "thawed",
+            What::Failing => "failing",
+            What::Answering => "answering",
+            What::GivenUp => "given up",
+            What::Evicted => "evicted",
+            What::Admitted => "admitted",
+        }
     }
+}
+
+/// One thing that happened, to be told to the operator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notice {
+    pub what: What,
+    /// `None`: the source as a whole.
+    pub service: Option<ServiceName>,
+    /// How it is or was held.
+    pub kind: Option<Kind>,
+    pub text: Arc<str>,
+}
+
+/// Why there is nothing to accept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotAccepted {
+    #[error("nothing is held")]
+    NothingHeld,
+    #[error("the source is frozen: thaw it first")]
+    Frozen,
 }
 
 /// What is believed of one source. Pure: it is told the time.
@@ -93,26 +167,25 @@ pub struct Guard {
     config: GuardConfig,
     told: Registrations,
     services: BTreeMap<ServiceName, Watched>,
+    fleet: Fleet,
+    /// Nothing of the source is taken away.
+    fleet_hold: Option<FleetHold>,
     /// Since when the source does not answer, so that nothing is confirmed by the time that passes.
     failing_since: Option<Instant>,
+    /// What was known was given up, and nothing has been said since.
+    given_up: bool,
+    /// No change is taken, by the operator's word.
+    frozen: Option<SystemTime>,
+    held: Vec<Held>,
+    notices: Vec<Notice>,
 }
 
-/// One service that is believed to exist.
 #[derive(Debug)]
-struct Watched {
-    shown: Seen,
-    /// What of the endpoints shown is not told any more, and since when.
-    missing: BTreeMap<SocketAddr, Instant>,
-    /// Since when nothing is told of it, or no endpoint.
-    none_since: Option<Instant>,
-    /// Since when it is told to have too few endpoints, and how many it had.
-    few_since: Option<(Instant, usize)>,
-}
-
-/// What is to be shown of a service.
-enum Verdict {
-    Gone,
-    Show(Seen),
+struct FleetHold {
+    since: Instant,
+    /// What was known when it began.
+    had: usize,
+    because: Arc<str>,
 }
 
 impl Guard {
@@ -123,7 +196,13 @@ impl Guard {
             config,
             told: Registrations::default(),
             services: BTreeMap::new(),
+            fleet: Fleet::default(),
+            fleet_hold: None,
             failing_since: None,
+            given_up: false,
+            frozen: None,
+            held: Vec::new(),
+            notices: Vec::new(),
         }
     }
 
@@ -132,25 +211,29 @@ impl Guard {
         let mut guard = Guard::new(source, config);
         let watched = |(name, seen): (&ServiceName, &Seen)| (name.clone(), Watched::new(seen.clone()));
         guard.services = last_good.services.iter().map(watched).collect();
+        guard.fleet = Fleet::knowing(last_good);
         guard.told = last_good.clone();
         guard
     }
 
-    pub fn source(&self) -> &str {
+    pub fn source(&self) -> &Arc<str> {
         &self.source
     }
 
     /// Takes what the source says now.
     pub fn see(&mut self, told: Registrations, now: Instant) {
         if self.failing_since.take().is_some() {
-            // What was held before the failure has to be said for the whole time again.
-            for watched in self.services.values_mut() {
-                watched.missing.values_mut().for_each(|since| *since = now);
-                watched.none_since = watched.none_since.map(|_| now);
-                watched.few_since = watched.few_since.map(|(_, of)| (now, of));
-            }
+            self.begin_again(now);
         }
+        self.given_up = false;
+        let Guard { config, fleet, .. } = self;
+        let excused = |name: &ServiceName| config.allow_empty.contains(name) || told.emptied.contains(name);
+        if self.fleet_hold.is_none() && self.frozen.is_none() {
+            fleet.age(config.fleet.window, now);
+        }
+        fleet.turn(&self.told, &told, excused, now);
         self.told = told;
+        self.judge_fleet(now);
     }
 
     /// The source does not answer: what it said last stands, and nothing that is held is confirmed meanwhile.
@@ -158,157 +241,327 @@ impl Guard {
         self.failing_since.get_or_insert(now);
     }
 
+    fn begin_again(&mut self, now: Instant) {
+        self.services.values_mut().for_each(|watched| watched.begin_again(now));
+    }
+
+    fn judge_fleet(&mut self, now: Instant) {
+        match (self.fleet.judge(&self.config.fleet), &self.fleet_hold) {
+            (Some(loss), None) if self.frozen.is_none() => {
+                let because = self.too_much(&loss);
+                self.note(What::Held, None, Some(Kind::Fleet), because.clone());
+                self.fleet_hold = Some(FleetHold { since: now, had: loss.endpoints.0, because });
+            }
+            (None, Some(_)) => {
+                self.fleet_hold = None;
+                self.begin_again(now);
+                let text =
+                    format!("`{}` names enough again: what is still missing goes as ever", self.source);
+                self.note(What::Returned, None, Some(Kind::Fleet), text);
+            }
+            _ => {}
+        }
+    }
+
+    fn too_much(&self, loss: &Loss) -> Arc<str> {
+        let Loss { endpoints, services } = loss;
+        format!(
+            "`{}` names {} of the {} endpoints and {} of the {} services that it named within the last {}: nothing of it \
+             is taken away until it names enough again or that is accepted",
+            self.source,
+            endpoints.1,
+            endpoints.0,
+            services.1,
+            services.0,
+            show_duration(self.config.fleet.window)
+        )
+        .into()
+    }
+
     /// What to believe at `now`.
     pub fn believed(&mut self, now: Instant) -> Registrations {
+        if self.frozen.is_some() && !self.services.is_empty() {
+            return self.as_it_was();
+        }
+        if let (Some(since), Some(most)) = (self.failing_since, self.config.max_stale)
+            && since + most <= now
+        {
+            return self.give_up(most);
+        }
         let now = self.failing_since.unwrap_or(now);
         let mut believed = Registrations { problems: self.told.problems.clone(), ..Registrations::default() };
         for (name, told) in &self.told.services {
-            self.services.entry(name.clone()).or_insert_with(|| Watched::new(told.clone()));
+            if !self.services.contains_key(name) {
+                self.services.insert(name.clone(), Watched::new(told.clone()));
+            }
         }
-        let Guard { source, config, told, services, .. } = self;
+        let Guard { source, config, told, services, held, notices, fleet_hold, .. } = self;
+        held.clear();
+        if let Some(hold) = fleet_hold {
+            held.push(Held {
+                service: None,
+                kind: Kind::Fleet,
+                since: hold.since,
+                until: None,
+                had: hold.had,
+                has: told.services.values().map(|seen| seen.registration.endpoints.len()).sum(),
+                confirmed: 0,
+                confirmations: 0,
+                because: hold.because.clone(),
+            });
+        }
+        let fleet = fleet_hold.as_ref().map(|hold| (&hold.because, hold.since));
+        let rules = Rules { config, source, fleet, now };
         services.retain(|name, watched| {
             let on_purpose = config.allow_empty.contains(name) || told.emptied.contains(name);
-            match watched.judge(told.services.get(name), on_purpose, config, source, now) {
-                Verdict::Gone => false,
-                Verdict::Show(seen) => {
-                    watched.shown = seen.clone();
-                    if let (State::Held, Some(because)) = (seen.state, &seen.because) {
-                        let place = seen.registration.place.clone();
-                        believed.problems.push(Problem::new(place, subject_of(name), &**because));
+            let (seen, outcome) = watched.judge(name, told.services.get(name), on_purpose, &rules);
+            let was = watched.held.take();
+            let mut note = |what, kind, text: Arc<str>| {
+                notices.push(Notice { what, service: Some(name.clone()), kind: Some(kind), text });
+            };
+            match (was, outcome) {
+                (None, Outcome::Plain | Outcome::Believed) => {}
+                (Some(kind), Outcome::Believed) => {
+                    note(What::Believed, kind, format!("`{source}` keeps to what it says").into());
+                }
+                (Some(kind), Outcome::Plain) => {
+                    let text = match kind {
+                        Kind::Unhealthy => format!("`{source}` says that not all are unhealthy"),
+                        _ => format!("`{source}` names what was missing again"),
+                    };
+                    note(What::Returned, kind, text.into());
+                }
+                (was, Outcome::Held(now)) => {
+                    if was != Some(now.kind) {
+                        note(What::Held, now.kind, now.because.clone());
                     }
-                    believed.services.insert(name.clone(), seen);
-                    true
+                    // The source's own problem says it for all of them.
+                    if now.kind != Kind::Fleet
+                        && let Some(seen) = &seen
+                    {
+                        let place = seen.registration.place.clone();
+                        believed.problems.push(Problem::new(place, subject_of(name), &*now.because));
+                    }
+                    watched.held = Some(now.kind);
+                    held.push(now);
                 }
             }
+            let Some(seen) = seen else { return false };
+            watched.shown = seen.clone();
+            believed.services.insert(name.clone(), seen);
+            true
         });
+        if held.len() == 1 && fleet_hold.is_some() {
+            // What was missing has been accepted piece by piece.
+            self.fleet.accept();
+            self.fleet_hold = None;
+            self.held.clear();
+        }
+        if let Some(hold) = &self.fleet_hold {
+            let subject = format!("discovery source `{}`", self.source);
+            believed.problems.push(Problem::new(Place::file(self.source.clone()), subject, &*hold.because));
+        }
         believed
     }
 
-    /// When [`Guard::believed`] will say something else although the source says the same.
+    /// What is shown while no change is taken.
+    fn as_it_was(&mut self) -> Registrations {
+        let mut shown = Registrations { problems: self.told.problems.clone(), ..Registrations::default() };
+        let because: Arc<str> = format!(
+            "`{}` says something else of it now, and is frozen: no change of it is taken until it is thawed",
+            self.source
+        )
+        .into();
+        for (name, watched) in &self.services {
+            let told = self.told.services.get(name);
+            let is_same = told.is_some_and(|told| {
+                Arc::ptr_eq(&told.registration, &watched.shown.registration)
+                    || told.registration == watched.shown.registration
+            });
+            let seen = match is_same {
+                true => watched.shown.clone(),
+                false => {
+                    let because = Some(because.clone());
+                    Seen { state: State::Held, because, ..watched.shown.clone() }
+                }
+            };
+            shown.services.insert(name.clone(), seen);
+        }
+        self.held.clear();
+        shown
+    }
+
+    /// What is left of a source that has not answered for longer than `most`.
+    fn give_up(&mut self, most: Duration) -> Registrations {
+        if !self.given_up {
+            self.given_up = true;
+            let text = format!(
+                "`{}` has not answered for {}: what was known of it is given up (`guard.max_stale`)",
+                self.source,
+                show_duration(most)
+            );
+            self.note(What::GivenUp, None, None, text);
+        }
+        self.services.clear();
+        self.held.clear();
+        self.told = Registrations::default();
+        self.fleet = Fleet::default();
+        self.fleet_hold = None;
+        Registrations::default()
+    }
+
+    /// When [`Guard::believed`] will say something else, or [`Guard::to_confirm`] will, although the source says the
+    /// same.
     pub fn deadline(&self) -> Option<Instant> {
-        if self.failing_since.is_some() {
+        if let Some(since) = self.failing_since {
+            let give_up = self.config.max_stale.map(|most| since + most);
+            return give_up.filter(|_| !self.given_up && self.frozen.is_none());
+        }
+        if self.frozen.is_some() {
             return None;
         }
-        self.services.values().filter_map(|watched| watched.deadline(&self.config)).min()
-    }
-}
-
-impl Watched {
-    fn new(shown: Seen) -> Watched {
-        Watched { shown, missing: BTreeMap::new(), none_since: None, few_since: None }
+        let is_fleet = self.fleet_hold.is_some();
+        self.services.values().filter_map(|watched| watched.deadline(&self.config, is_fleet)).min()
     }
 
-    fn judge(
+    /// The services that lost most or all of what they had and are to be read again now, as strongly as the source
+    /// can, to find out whether that is so.
+    pub fn to_confirm(&self, now: Instant) -> BTreeSet<ServiceName> {
+        if self.failing_since.is_some() || self.frozen.is_some() || self.fleet_hold.is_some() {
+            return BTreeSet::new();
+        }
+        let due =
+            |at| self.services.iter().filter(move |(_, watched)| watched.wants_reading(&self.config, at));
+        if due(now).next().is_none() {
+            return BTreeSet::new();
+        }
+        // One reading for those that are due a moment later too.
+        due(now + Self::TOGETHER).map(|(name, _)| name.clone()).collect()
+    }
+
+    const TOGETHER: Duration = Duration::from_millis(500);
+
+    /// Takes the reading that [`Guard::to_confirm`] asked for.
+    pub fn confirmed(&mut self, services: &BTreeSet<ServiceName>, told: Registrations, now: Instant) {
+        self.see(told, now);
+        // What is said now decides what is still doubted.
+        self.believed(now);
+        for name in services {
+            let Some(watched) = self.services.get_mut(name) else { continue };
+            if let (Some(times), Some(kind)) = (watched.confirm(), watched.held) {
+                let of = self.config.confirmations;
+                let text = format!("`{}` was read again and says the same: {times} of {of}", self.source);
+                self.note(What::Confirmed, Some(name.clone()), Some(kind), text);
+            }
+        }
+    }
+
+    /// That reading failed, and confirms nothing.
+    pub fn not_confirmed(&mut self, services: &BTreeSet<ServiceName>, why: &Arc<str>, now: Instant) {
+        for name in services {
+            if let Some(watched) = self.services.get_mut(name) {
+                watched.not_confirmed(why, &self.config, now);
+            }
+        }
+    }
+
+    /// What is held as of the last [`Guard::believed`]: the source as a whole first, then by service.
+    pub fn held(&self) -> Vec<Held> {
+        let mut all = self.held.clone();
+        for held in &mut all {
+            let watched = held.service.as_ref().and_then(|name| self.services.get(name));
+            if let Some(watched) = watched
+                && let Some(why) = watched.reading_failed()
+            {
+                held.because =
+                    format!("{}; reading it again to be sure has failed: {why}", held.because).into();
+            }
+        }
+        all
+    }
+
+    /// How many endpoints are shown that are not told any more.
+    pub fn missing(&self) -> usize {
+        self.services.values().map(Watched::missing).sum()
+    }
+
+    /// Believes what is told of `service`, or of all that is held. What was held is returned.
+    pub fn accept(&mut self, service: Option<&ServiceName>) -> Result<Vec<ServiceName>, NotAccepted> {
+        if self.frozen.is_some() {
+            return Err(NotAccepted::Frozen);
+        }
+        let is_meant = |name: &ServiceName, watched: &Watched| match service {
+            Some(service) => service == name && (watched.held.is_some() || watched.missing() > 0),
+            None => watched.held.is_some() || (self.fleet_hold.is_some() && watched.missing() > 0),
+        };
+        let meant: Vec<_> = self
+            .services
+            .iter()
+            .filter(|(name, watched)| is_meant(name, watched))
+            .map(|(name, _)| name.clone())
+            .collect();
+        if meant.is_empty() && (service.is_some() || self.fleet_hold.is_none()) {
+            return Err(NotAccepted::NothingHeld);
+        }
+        for name in &meant {
+            let told = self.told.services.get(name);
+            let Some(watched) = self.services.get_mut(name) else { continue };
+            let kind = watched.held.take();
+            if !watched.accept(told) {
+                self.services.remove(name);
+            }
+            self.note(What::Accepted, Some(name.clone()), kind, "by the operator's word".to_owned());
+        }
+        if service.is_none() {
+            if self.fleet_hold.take().is_some() {
+                let text = "by the operator's word: what is gone may go".to_owned();
+                self.note(What::Accepted, None, Some(Kind::Fleet), text);
+            }
+            self.fleet.accept();
+        }
+        Ok(meant)
+    }
+
+    /// Takes no change of the source from now on, additions neither; `since` is for the operator. `false` if that was
+    /// so before.
+    pub fn freeze(&mut self, since: SystemTime) -> bool {
+        let is_news = self.frozen.is_none();
+        if is_news {
+            self.frozen = Some(since);
+            let text = "no change of it is taken, by the operator's word".to_owned();
+            self.note(What::Frozen, None, None, text);
+        }
+        is_news
+    }
+
+    /// Takes changes again. `false` if it was not frozen.
+    pub fn thaw(&mut self, now: Instant) -> bool {
+        let is_news = self.frozen.take().is_some();
+        if is_news {
+            self.note(What::Thawed, None, None, "its changes are taken again".to_owned());
+            self.begin_again(now);
+            self.judge_fleet(now);
+        }
+        is_news
+    }
+
+    pub fn frozen(&self) -> Option<SystemTime> {
+        self.frozen
+    }
+
+    /// What happened since this was last asked.
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    fn note(
         &mut self,
-        told: Option<&Seen>,
-        on_purpose: bool,
-        config: &GuardConfig,
-        source: &str,
-        now: Instant,
-    ) -> Verdict {
-        let is_settled = self.missing.is_empty() && self.none_since.is_none() && self.few_since.is_none();
-        if let Some(told) = told
-            && is_settled
-            && Arc::ptr_eq(&told.registration, &self.shown.registration)
-        {
-            return Verdict::Show(told.clone());
-        }
-        let target: &[Endpoint] = told.map(|told| &*told.registration.endpoints).unwrap_or_default();
-        let on_purpose = on_purpose || told.is_some_and(|told| told.empty_on_purpose);
-        // Those that drain have taken their leave: they are not missed.
-        let counts =
-            |endpoints: &[Endpoint]| endpoints.iter().filter(|e| e.health != Health::Draining).count();
-        let before = self.few_since.map_or_else(|| counts(&self.shown.registration.endpoints), |(_, of)| of);
-        let excused = target.is_empty() && on_purpose;
-        let none = target.is_empty() && before > 0 && !excused;
-        #[expect(clippy::cast_precision_loss, reason = "no service has 2^52 endpoints")]
-        let few = before >= config.shrink_min
-            && (target.len() as f64) < config.shrink_ratio * before as f64
-            && !excused;
-        self.none_since = none.then(|| self.none_since.unwrap_or(now));
-        self.few_since = few.then(|| self.few_since.unwrap_or((now, before)));
-
-        let held_until = match (self.none_since, self.few_since) {
-            (Some(since), _) => Some((since + config.confirm_empty, config.confirm_empty)),
-            (None, Some((since, _))) => Some((since + config.confirm_shrink, config.confirm_shrink)),
-            (None, None) => None,
-        };
-        if let Some((until, hold)) = held_until
-            && now < until
-        {
-            let because = self.reason(told, before, source, hold);
-            self.missed(target, now);
-            let shown = self.merged(told, target, |_| true);
-            return Verdict::Show(Seen { state: State::Held, because: Some(because), ..shown });
-        }
-        self.none_since = None;
-        self.few_since = None;
-        let Some(told) = told else { return Verdict::Gone };
-        if excused {
-            self.missing.clear();
-            return Verdict::Show(told.clone());
-        }
-        // Also what was confirmed as a whole: what went last has not been gone for long.
-        self.missed(target, now);
-        let hold = config.removal_hold.unwrap_or(GuardConfig::REMOVAL_HOLD);
-        let missing = std::mem::take(&mut self.missing);
-        let stays = |endpoint: &Endpoint| {
-            let since = missing.get(&endpoint.address);
-            endpoint.health != Health::Draining && since.is_some_and(|since| now < *since + hold)
-        };
-        let seen = self.merged(Some(told), target, stays);
-        let shown = &seen.registration.endpoints;
-        self.missing = missing;
-        self.missing.retain(|address, _| shown.binary_search_by_key(address, |e| e.address).is_ok());
-        Verdict::Show(seen)
-    }
-
-    /// Remembers since when which endpoint is missing.
-    fn missed(&mut self, target: &[Endpoint], now: Instant) {
-        let missing = &mut self.missing;
-        let is_told = |address: &SocketAddr| target.binary_search_by_key(address, |e| e.address).is_ok();
-        missing.retain(|address, _| !is_told(address));
-        for endpoint in self.shown.registration.endpoints.iter().filter(|e| !is_told(&e.address)) {
-            missing.entry(endpoint.address).or_insert(now);
-        }
-    }
-
-    /// What is told, and of what was shown besides that what `stays`. Shares the pointer with either if it is equal.
-    fn merged(&self, told: Option<&Seen>, target: &[Endpoint], stays: impl Fn(&Endpoint) -> bool) -> Seen {
-        let shown = &self.shown.registration;
-        let is_told = |address: &SocketAddr| target.binary_search_by_key(address, |e| e.address).is_ok();
-        let kept: Vec<_> =
-            shown.endpoints.iter().filter(|e| !is_told(&e.address) && stays(e)).cloned().collect();
-        let Some(told) = told else { return self.shown.clone() };
-        if kept.is_empty() {
-            return told.clone();
-        }
-        let mut endpoints: Vec<_> = target.iter().cloned().chain(kept).collect();
-        endpoints.sort_by_key(|endpoint| endpoint.address);
-        let merged = Registration { endpoints: endpoints.into(), ..(*told.registration).clone() };
-        let registration = if merged == **shown { shown.clone() } else { Arc::new(merged) };
-        Seen { registration, empty_on_purpose: false, ..told.clone() }
-    }
-
-    fn reason(&self, told: Option<&Seen>, before: usize, source: &str, hold: Duration) -> Arc<str> {
-        let endpoints = |n: usize| if n == 1 { "1 endpoint".to_owned() } else { format!("{n} endpoints") };
-        let stay = format!("what was known stays for {}, in case that is a mistake", show_duration(hold));
-        let left = told.map(|told| told.registration.endpoints.len());
-        let said = match left {
-            None => format!("no longer names it, and it had {}", endpoints(before)),
-            Some(0) => format!("names no endpoint of it any more, and it had {}", endpoints(before)),
-            Some(left) => format!("names {} of it, and it had {before}", endpoints(left)),
-        };
-        format!("`{source}` {said}: {stay}").into()
-    }
-
-    fn deadline(&self, config: &GuardConfig) -> Option<Instant> {
-        let hold = match (self.none_since, self.few_since) {
-            (Some(since), _) => return Some(since + config.confirm_empty),
-            (None, Some((since, _))) => return Some(since + config.confirm_shrink),
-            (None, None) => config.removal_hold.unwrap_or(GuardConfig::REMOVAL_HOLD),
-        };
-        self.missing.values().min().map(|since| *since + hold)
+        what: What,
+        service: Option<ServiceName>,
+        kind: Option<Kind>,
+        text: impl Into<Arc<str>>,
+    ) {
+        self.notices.push(Notice { what, service, kind, text: text.into() });
     }
 }
 

@@ -3,7 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`source`] | trait [`Source`]: whole views, never deltas; [`follow`], which keeps the last good one |
-//! | [`guard`] | [`Guard`]: whether to believe a source that says less than it did |
+//! | [`guard`] | [`Guard`]: whether to believe a source that says less than it did; evictions |
 //! | [`config`] | [`SourceConfig`]: the `discovery:` part of `control.yaml` |
 //! | [`file`](mod@file) | [`FileSource`]: a directory of files |
 //! | [`plugin`] | [`PluginSource`]: a program that reads a registry of another kind |
@@ -19,6 +19,7 @@
 
 pub mod assemble;
 pub mod config;
+pub mod consul;
 pub mod file;
 pub mod format;
 pub mod guard;
@@ -27,35 +28,43 @@ pub mod resolve;
 pub mod source;
 
 use std::sync::Arc;
-
-use tokio::sync::watch;
+use std::time::SystemTime;
 
 pub use config::{FileConfig, SourceConfig};
 pub use file::FileSource;
 pub use guard::{Guard, GuardConfig};
 pub use plugin::{PluginConfig, PluginSource};
-pub use source::{Registrations, Seen, Source, SourceError, View, follow};
+pub use source::{Command, Counters, Handle, Registrations, Seen, Source, SourceError, View, follow};
 pub use vmesh_model::State;
 
-/// The source that `config` describes: its views, and the task that has to be run for them to come.
+/// The source that `config` describes: a handle of it, and the task that has to be run for its views to come.
 ///
-/// `last_good` is what was known before a restart. It is the first view, and stands until the source answers.
+/// `last_good` is what was known before a restart. It is the first view, and stands until the source answers. A source
+/// that was `frozen` still is.
 pub fn open(
     config: SourceConfig,
     last_good: Option<Arc<Registrations>>,
-) -> (watch::Receiver<View>, impl Future<Output = ()> + Send + 'static) {
-    let (name, guard) = (config.name(), config.guard());
-    let (guard, view) = match &last_good {
-        Some(last_good) => (Guard::restored(name, guard, last_good), View::restored(last_good.clone())),
-        None => (Guard::new(name, guard), View::default()),
+    frozen: Option<SystemTime>,
+) -> (Handle, impl Future<Output = ()> + Send + 'static) {
+    let name = config.name();
+    let (mut guard, view) = match &last_good {
+        Some(last_good) => {
+            (Guard::restored(name.clone(), config.guard(), last_good), View::restored(last_good.clone()))
+        }
+        None => (Guard::new(name.clone(), config.guard()), View::default()),
     };
-    let (publish, views) = watch::channel(view);
+    if let Some(since) = frozen {
+        guard.freeze(since);
+    }
+    let (handle, link) = source::link(name, view);
+    let counters = handle.counters.clone();
     let task = async move {
+        let last_good = last_good.as_deref();
         match config {
             SourceConfig::File(config) => {
-                follow(FileSource::new(config, last_good.as_deref()), guard, publish).await;
+                follow(FileSource::new(config, last_good, counters), guard, link).await;
             }
         }
     };
-    (views, task)
+    (handle, task)
 }

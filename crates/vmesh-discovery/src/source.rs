@@ -1,19 +1,23 @@
 //! What a discovery source is, and how its views are followed.
 
+mod counters;
+mod events;
+mod follow;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
-use tokio::time::Instant;
 use vmesh_model::{Problem, Registration, ServiceName, State};
 
-use crate::guard::Guard;
+use crate::guard::Held;
+pub use counters::{ByKind, Counters};
+pub use events::{Event, Events};
+pub use follow::{Command, Handle, Link, follow, link};
 
 /// One discovery system. One implementation per file: `file.rs`.
 pub trait Source: Send + 'static {
@@ -27,29 +31,6 @@ pub trait Source: Send + 'static {
         &mut self,
         services: &BTreeSet<ServiceName>,
     ) -> impl Future<Output = Result<Registrations, SourceError>> + Send;
-}
-
-/// What a source counts, for metrics and `vmeshctl discovery`. Each is a total since the start.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// Requests to the registry, reads of a file, lines of a plug-in.
-    pub reads: AtomicU64,
-    /// Those that failed.
-    pub failed_reads: AtomicU64,
-    /// Records that were left out because they make no sense, counted once per reading.
-    pub bad_records: AtomicU64,
-    /// Consul: the index went back or was missing.
-    pub index_resets: AtomicU64,
-    /// ZooKeeper: sessions that expired.
-    pub sessions_expired: AtomicU64,
-    /// Connections that were made, the first included.
-    pub connects: AtomicU64,
-    /// Connections that are open now.
-    pub connections: AtomicU64,
-    /// Removals that were not believed at once, by services.
-    pub held: AtomicU64,
-    /// Services of which a removal was not believed at all: what was missing came back.
-    pub rejected: AtomicU64,
 }
 
 /// All that one source says. What did not change since its last view keeps its pointer.
@@ -114,8 +95,10 @@ pub struct View {
     pub last_good: Option<Arc<Registrations>>,
     /// Why the source does not answer; `None` if it does.
     pub stale_because: Option<Arc<str>>,
-    /// How many services the guard holds.
-    pub held: usize,
+    /// What the guard holds: the source as a whole first, then by service.
+    pub held: Arc<[Held]>,
+    /// Since when no change of the source is taken, by the operator's word.
+    pub frozen: Option<SystemTime>,
 }
 
 /// Why a [`View::restored`] is stale until the source answers, or fails and says why.
@@ -124,9 +107,7 @@ pub const NOT_ANSWERED_YET: &str = "the source has not answered since the start;
 impl View {
     /// What was good before a restart. It is served until the source answers, however long that takes.
     pub fn restored(last_good: Arc<Registrations>) -> View {
-        let held = held(&last_good);
-        let stale_because = Some(NOT_ANSWERED_YET.into());
-        View { last_good: Some(last_good), stale_because, held }
+        View { last_good: Some(last_good), stale_because: Some(NOT_ANSWERED_YET.into()), ..View::default() }
     }
 
     /// The services, each as stale as the whole source is.
@@ -140,67 +121,6 @@ impl View {
             }
             (name, seen)
         })
-    }
-}
-
-fn held(registrations: &Registrations) -> usize {
-    registrations.services.values().filter(|seen| seen.state == State::Held).count()
-}
-
-/// Publishes what `source` sees and `guard` believes, for as long as it is polled. On failure the last good view
-/// stays, marked stale: a dead registry must not empty the mesh.
-pub async fn follow(mut source: impl Source, mut guard: Guard, views: watch::Sender<View>) {
-    let mut backoff = Backoff::default();
-    loop {
-        let outcome = tokio::select! {
-            outcome = source.next() => Some(outcome),
-            // What was held is confirmed by time alone: the source still says the same.
-            () = until(guard.deadline()) => None,
-        };
-        let now = Instant::now().into_std();
-        match outcome {
-            Some(Err(error)) => {
-                guard.source_failed(now);
-                let because: Arc<str> = chain(&error).into();
-                let is_news = views.send_if_modified(|view| {
-                    let is_news = view.stale_because.as_ref() != Some(&because);
-                    view.stale_because = Some(because.clone());
-                    is_news
-                });
-                if is_news {
-                    tracing::warn!("{because}; the last good view stays in force");
-                }
-                backoff.wait().await;
-                continue;
-            }
-            Some(Ok(seen)) => {
-                backoff.reset();
-                guard.see(seen, now);
-            }
-            None => {}
-        }
-        let believed = guard.believed(now);
-        views.send_if_modified(|view| {
-            let is_same = view.last_good.as_deref() == Some(&believed);
-            if is_same && view.stale_because.is_none() {
-                return false;
-            }
-            view.held = held(&believed);
-            if !is_same {
-                view.last_good = Some(Arc::new(believed));
-            }
-            if view.stale_because.take().is_some() && view.last_good.is_some() {
-                tracing::info!("discovery source `{}` answers", guard.source());
-            }
-            true
-        });
-    }
-}
-
-async fn until(deadline: Option<std::time::Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
-        None => std::future::pending().await,
     }
 }
 

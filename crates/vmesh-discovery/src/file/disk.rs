@@ -36,6 +36,11 @@ pub(super) struct Scan {
     pub(super) again: Option<Duration>,
     /// How many files were parsed, for the tests and for whoever wonders.
     pub(super) parsed: usize,
+    /// How many were read, and how many of them could not be used at all.
+    pub(super) read: u64,
+    pub(super) refused: u64,
+    /// Records that were left out.
+    pub(super) bad_records: u64,
 }
 
 /// One file.
@@ -342,7 +347,7 @@ impl Disk {
             Ok(stat) => *stat,
             Err(why) => {
                 let why = why.clone();
-                self.refuse(found, why);
+                self.refuse(found, why, scan);
                 return;
             }
         };
@@ -365,12 +370,13 @@ impl Disk {
             again(scan, SETTLED - age);
             return;
         }
+        scan.read += 1;
         match read_bytes(&found.path, self.config.max_bytes) {
             Ok(Content::Whole(bytes, stat)) => self.take(found, &bytes, stat, scan),
             Ok(Content::Changing) => again(scan, SETTLED),
-            Ok(Content::TooLarge) => self.refuse(found, too_large(self.config.max_bytes)),
+            Ok(Content::TooLarge) => self.refuse(found, too_large(self.config.max_bytes), scan),
             Err(error) if error.kind() == ErrorKind::NotFound => again(scan, SETTLED),
-            Err(error) => self.refuse(found, plain(&error)),
+            Err(error) => self.refuse(found, plain(&error), scan),
         }
     }
 
@@ -396,11 +402,16 @@ impl Disk {
         let (parsed, detected) =
             format::parse(&file, &found.name, found.is_yaml, bytes, limit, format, state.format);
         state.format = detected;
+        match parsed.failed {
+            true => scan.refused += 1,
+            false => scan.bad_records += parsed.problems.len() as u64,
+        }
         self.learn(&found.path, &file, parsed);
     }
 
     /// A file that cannot be read: what it said last holds.
-    fn refuse(&mut self, found: &Found, why: String) {
+    fn refuse(&mut self, found: &Found, why: String, scan: &mut Scan) {
+        scan.refused += 1;
         let file: Arc<str> = found.path.display().to_string().into();
         let state = self.files.entry(found.path.clone()).or_default();
         state.stat = None;

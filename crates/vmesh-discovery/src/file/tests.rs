@@ -18,6 +18,7 @@ use super::*;
 use crate::Seen;
 use crate::assemble::Known;
 use crate::format::Format;
+use crate::source::link;
 use crate::{Guard, GuardConfig, View, follow};
 
 /// More than any of this takes, on any machine.
@@ -82,10 +83,12 @@ impl Live {
             Some(last_good) => (Guard::restored("file", guard, last_good), View::restored(last_good.clone())),
             None => (Guard::new("file", guard), View::default()),
         };
-        let (publish, views) = channel::channel(view);
+        let (handle, link) = link("file".into(), view);
+        let counters = handle.counters.clone();
+        let source = FileSource::with_resolver(config, last_good.as_deref(), counters, dns);
         let mut task = tokio::task::JoinSet::new();
-        task.spawn(follow(FileSource::with_resolver(config, last_good.as_deref(), dns), guard, publish));
-        Live { dir, views, _task: task }
+        task.spawn(follow(source, guard, link));
+        Live { dir, views: handle.views, _task: task }
     }
 
     fn start(files: &[(&str, &str)]) -> Live {
@@ -271,9 +274,9 @@ async fn a_deleted_file_is_held() {
     fs::remove_file(live.dir.join("orders.yaml")).unwrap();
     let seen = live.views_until(|shown| shown.contains("held")).await;
     expect![[r#"
-        orders held 10.0.0.1:80 10.0.0.2:80 (`file` no longer names it, and it had 2 endpoints: what was known stays for 5m, in case that is a mistake)
+        orders held 10.0.0.1:80 10.0.0.2:80 (`file` no longer names it, and it had 2 endpoints: what was known stays for 5m at least, in case that is a mistake)
         web fresh 10.0.1.1:80
-        orders.yaml:1:1: `file` no longer names it, and it had 2 endpoints: what was known stays for 5m, in case that is a mistake
+        orders.yaml:1:1: `file` no longer names it, and it had 2 endpoints: what was known stays for 5m at least, in case that is a mistake
     "#]].assert_eq(seen.last().unwrap());
 }
 
@@ -375,12 +378,12 @@ async fn a_host_without_watches_is_polled_and_says_so() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("orders.yaml", ORDERS)]);
     let config = FileConfig { poll: Duration::from_secs(1), ..FileConfig::of(&*dir) };
-    let source = FileSource::with_resolver(config, None, Dns::default());
+    let source = FileSource::with_resolver(config, None, Arc::default(), Dns::default());
     source.disk.lock().unwrap().no_watches = true;
-    let (publish, views) = channel::channel(View::default());
+    let (handle, link) = link("file".into(), View::default());
     let mut task = tokio::task::JoinSet::new();
-    task.spawn(follow(source, Guard::new("file", GuardConfig::default().for_files()), publish));
-    let mut live = Live { dir, views, _task: task };
+    task.spawn(follow(source, Guard::new("file", GuardConfig::default().for_files()), link));
+    let mut live = Live { dir, views: handle.views, _task: task };
     live.first(expect![[r#"
         orders fresh 10.0.0.1:80 10.0.0.2:80
         DIR: the host has no watches left: raise fs.inotify.max_user_watches; until then changes are seen only every 1s

@@ -1,6 +1,6 @@
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
-use vmesh_model::{Labels, Place, Weight};
+use vmesh_model::{Endpoint, Health, Labels, Registration, Weight};
 
 use super::*;
 
@@ -17,11 +17,16 @@ fn endpoint(port: u16, health: Health) -> Endpoint {
     }
 }
 
-/// `1 2 3d`: endpoints by their ports, those with `d` draining.
+/// `1 2 3d 4u`: endpoints by their ports, those with `d` draining, with `u` unhealthy, with `h` healthy.
 fn seen(service: &str, endpoints: &str) -> Seen {
-    let endpoint = |word: &str| match word.strip_suffix('d') {
-        Some(port) => endpoint(port.parse().unwrap(), Health::Draining),
-        None => endpoint(word.parse().unwrap(), Health::Unknown),
+    let endpoint = |word: &str| {
+        let (port, health) = match word.split_at(word.len() - 1) {
+            (port, "d") => (port, Health::Draining),
+            (port, "u") => (port, Health::Unhealthy),
+            (port, "h") => (port, Health::Healthy),
+            _ => (word, Health::Unknown),
+        };
+        endpoint(port.parse().unwrap(), health)
     };
     let mut endpoints: Vec<_> = endpoints.split_whitespace().map(endpoint).collect();
     endpoints.sort_by_key(|e| e.address);
@@ -35,39 +40,102 @@ fn seen(service: &str, endpoints: &str) -> Seen {
 }
 
 fn ports(seen: &Seen) -> Vec<String> {
-    let mark = |e: &Endpoint| if e.health == Health::Draining { "d" } else { "" };
+    let mark = |e: &Endpoint| match e.health {
+        Health::Draining => "d",
+        Health::Unhealthy => "u",
+        Health::Healthy => "h",
+        Health::Unknown => "",
+    };
     seen.registration.endpoints.iter().map(|e| format!("{}{}", e.address.port(), mark(e))).collect()
 }
 
+/// A guard of a source that says the same whenever it is read again, unless it cannot be.
+struct Sim {
+    guard: Guard,
+    told: Registrations,
+    unreadable: bool,
+    /// When it was read again, and what was believed when.
+    read: Vec<Instant>,
+    believed: Vec<(Instant, Registrations)>,
+}
+
+impl Sim {
+    fn of(config: GuardConfig) -> Sim {
+        Sim {
+            guard: Guard::new("file:services.d", config),
+            told: Registrations::default(),
+            unreadable: false,
+            read: Vec::new(),
+            believed: Vec::new(),
+        }
+    }
+
+    fn believed(&mut self, now: Instant) -> Registrations {
+        let believed = self.guard.believed(now);
+        self.believed.push((now, believed.clone()));
+        believed
+    }
+
+    fn see(&mut self, told: Registrations, now: Instant) {
+        self.told = told.clone();
+        self.guard.see(told, now);
+    }
+
+    /// Lets the time pass as `follow` does.
+    fn until(&mut self, now: Instant) {
+        let mut steps = 0;
+        while let Some(deadline) = self.guard.deadline().filter(|deadline| *deadline <= now) {
+            let services = self.guard.to_confirm(deadline);
+            if !services.is_empty() {
+                match self.unreadable {
+                    true => self.guard.not_confirmed(&services, &"no answer".into(), deadline),
+                    false => {
+                        self.guard.confirmed(&services, self.told.clone(), deadline);
+                        self.read.push(deadline);
+                    }
+                }
+            }
+            self.believed(deadline);
+            steps += 1;
+            assert!(steps < 10_000, "it never comes to rest");
+        }
+    }
+}
+
 /// What a source says at which second, a line each: `10: orders 1 2 3`. `-` is a service that is absent, `[]` one that
-/// is empty on purpose, `failed` a source that does not answer, and a line without anything lets the time pass.
+/// is empty on purpose, `failed` a source that does not answer, `unreadable` one that cannot be read again, and a line
+/// without anything lets the time pass. `accept`, `freeze` and `thaw` are the operator's words.
 fn run(config: GuardConfig, script: &str, expected: Expect) {
     let start = Instant::now();
-    let mut guard = Guard::new("file:services.d", config);
+    let mut sim = Sim::of(config);
+    let orders: ServiceName = "orders".parse().unwrap();
     let mut shown = String::new();
     for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let (second, said) = line.split_once(':').unwrap();
         let now = start + Duration::from_secs(second.parse().unwrap());
+        sim.until(now);
         match said.trim() {
             "" => {}
-            "failed" => {
-                guard.source_failed(now);
-            }
-            "-" => guard.see(Registrations::default(), now),
+            "failed" => sim.guard.source_failed(now),
+            "unreadable" => sim.unreadable = true,
+            "accept" => _ = sim.guard.accept(Some(&orders)).unwrap(),
+            "freeze" => assert!(sim.guard.freeze(SystemTime::UNIX_EPOCH)),
+            "thaw" => assert!(sim.guard.thaw(now)),
+            "-" => sim.see(Registrations::default(), now),
             "emptied" => {
-                let emptied = std::iter::once("orders".parse().unwrap()).collect();
-                guard.see(Registrations { emptied, ..Registrations::default() }, now);
+                let emptied = std::iter::once(orders.clone()).collect();
+                sim.see(Registrations { emptied, ..Registrations::default() }, now);
             }
             said => {
                 let told = Seen {
                     empty_on_purpose: said == "[]",
                     ..seen("orders", said.trim_matches(['[', ']', '.']))
                 };
-                let services = std::iter::once(("orders".parse().unwrap(), told)).collect();
-                guard.see(Registrations { services, ..Registrations::default() }, now);
+                let services = std::iter::once((orders.clone(), told)).collect();
+                sim.see(Registrations { services, ..Registrations::default() }, now);
             }
         }
-        let believed = guard.believed(now);
+        let believed = sim.believed(now);
         shown += &format!("{line:<20} => ");
         match believed.services.get("orders") {
             None => shown += "gone",
@@ -76,8 +144,9 @@ fn run(config: GuardConfig, script: &str, expected: Expect) {
                 shown += &seen.because.as_ref().map(|because| format!(" ({because})")).unwrap_or_default();
             }
         }
-        if let Some(deadline) = guard.deadline() {
-            shown += &format!(" until {}", (deadline - start).as_secs());
+        if let Some(deadline) = sim.guard.deadline() {
+            let until = sim.guard.held().iter().filter_map(|held| held.until).min().unwrap_or(deadline);
+            shown += &format!(" until {}", (until - start).as_secs());
         }
         shown += "\n";
     }
@@ -149,22 +218,22 @@ fn a_service_that_is_gone_stays_until_that_is_confirmed() {
     file(
         "0: 1 2\n5: -\n34:\n35:",
         expect![[r#"
-        0: 1 2               => fresh 1 2
-        5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
-        34:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
-        35:                  => gone
-    "#]],
+            0: 1 2               => fresh 1 2
+            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            34:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            35:                  => gone
+        "#]],
     );
     file(
         "0: 1 2\n5: -\n20: 1\n40: -\n69:\n70:",
         expect![[r#"
-        0: 1 2               => fresh 1 2
-        5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
-        20: 1                => fresh 1
-        40: -                => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 70
-        69:                  => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 70
-        70:                  => gone
-    "#]],
+            0: 1 2               => fresh 1 2
+            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            20: 1                => fresh 1
+            40: -                => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 70
+            69:                  => held 1 (`file:services.d` no longer names it, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 70
+            70:                  => gone
+        "#]],
     );
 }
 
@@ -173,12 +242,12 @@ fn a_service_that_is_empty_stays_unless_that_is_said_on_purpose() {
     registry(
         "0: 1\n5: .\n34:\n35:\n36: -",
         expect![[r#"
-        0: 1                 => fresh 1
-        5: .                 => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 35
-        34:                  => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s, in case that is a mistake) until 35
-        35:                  => fresh 
-        36: -                => gone
-    "#]],
+            0: 1                 => fresh 1
+            5: .                 => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 35
+            34:                  => held 1 (`file:services.d` names no endpoint of it any more, and it had 1 endpoint: what was known stays for 30s at least, in case that is a mistake) until 35
+            35:                  => fresh 
+            36: -                => gone
+        "#]],
     );
     file(
         "0: 1 2\n5: []",
@@ -218,13 +287,13 @@ fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
     file(
         "0: 1 2 3 4 5 6 7 8 9 10\n5: 1 2 3 4\n10: 1 2 3 11\n64:\n65:\n66: 1 2 11",
         expect![[r#"
-        0: 1 2 3 4 5 6 7 8 9 10 => fresh 1 2 3 4 5 6 7 8 9 10
-        5: 1 2 3 4           => held 1 2 3 4 5 6 7 8 9 10 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m, in case that is a mistake) until 65
-        10: 1 2 3 11         => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m, in case that is a mistake) until 65
-        64:                  => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m, in case that is a mistake) until 65
-        65:                  => fresh 1 2 3 11
-        66: 1 2 11           => fresh 1 2 11
-    "#]],
+            0: 1 2 3 4 5 6 7 8 9 10 => fresh 1 2 3 4 5 6 7 8 9 10
+            5: 1 2 3 4           => held 1 2 3 4 5 6 7 8 9 10 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m at least, in case that is a mistake) until 65
+            10: 1 2 3 11         => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m at least, in case that is a mistake) until 65
+            64:                  => held 1 2 3 4 5 6 7 8 9 10 11 (`file:services.d` names 4 endpoints of it, and it had 10: what was known stays for 1m at least, in case that is a mistake) until 65
+            65:                  => fresh 1 2 3 11
+            66: 1 2 11           => fresh 1 2 11
+        "#]],
     );
     // Half is left; and few were there.
     file(
@@ -253,10 +322,10 @@ fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
     file(
         "0: 1 2 3 4 5 6\n5: 1 2\n10: 1 2 3 4",
         expect![[r#"
-        0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
-        5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
-        10: 1 2 3 4          => fresh 1 2 3 4
-    "#]],
+            0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
+            5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+            10: 1 2 3 4          => fresh 1 2 3 4
+        "#]],
     );
 }
 
@@ -265,23 +334,23 @@ fn what_turns_from_few_into_none_has_to_be_confirmed_anew() {
     file(
         "0: 1 2 3 4 5 6\n5: 1\n60: -\n65:\n89:\n90:",
         expect![[r#"
-        0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
-        5: 1                 => held 1 2 3 4 5 6 (`file:services.d` names 1 endpoint of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
-        60: -                => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 90
-        65:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 90
-        89:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 90
-        90:                  => gone
-    "#]],
+            0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
+            5: 1                 => held 1 2 3 4 5 6 (`file:services.d` names 1 endpoint of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+            60: -                => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 90
+            65:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 90
+            89:                  => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 90
+            90:                  => gone
+        "#]],
     );
     file(
         "0: 1 2 3 4 5 6\n5: -\n20: 1 2\n64:\n65:",
         expect![[r#"
-        0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
-        5: -                 => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s, in case that is a mistake) until 35
-        20: 1 2              => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
-        64:                  => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m, in case that is a mistake) until 65
-        65:                  => fresh 1 2
-    "#]],
+            0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
+            5: -                 => held 1 2 3 4 5 6 (`file:services.d` no longer names it, and it had 6 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            20: 1 2              => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+            64:                  => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+            65:                  => fresh 1 2
+        "#]],
     );
 }
 
@@ -290,12 +359,12 @@ fn what_went_just_before_the_rest_is_confirmed_stays_its_own_time() {
     registry(
         "0: 1 2 3 4 5\n1: 1\n60: 2\n61:\n70:",
         expect![[r#"
-        0: 1 2 3 4 5         => fresh 1 2 3 4 5
-        1: 1                 => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m, in case that is a mistake) until 61
-        60: 2                => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m, in case that is a mistake) until 61
-        61:                  => fresh 1 2 until 70
-        70:                  => fresh 2
-    "#]],
+            0: 1 2 3 4 5         => fresh 1 2 3 4 5
+            1: 1                 => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m at least, in case that is a mistake) until 61
+            60: 2                => held 1 2 3 4 5 (`file:services.d` names 1 endpoint of it, and it had 5: what was known stays for 1m at least, in case that is a mistake) until 61
+            61:                  => fresh 1 2 until 70
+            70:                  => fresh 2
+        "#]],
     );
 }
 
@@ -304,14 +373,14 @@ fn small_steps_in_a_row_are_one_large_one_for_a_registry() {
     registry(
         "0: 1 2 3 4 5 6 7 8\n1: 1 2 3 4 5 6\n2: 1 2 3 4 5\n3: 1 2 3\n10:\n62:\n63:",
         expect![[r#"
-        0: 1 2 3 4 5 6 7 8   => fresh 1 2 3 4 5 6 7 8
-        1: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6 7 8 until 11
-        2: 1 2 3 4 5         => fresh 1 2 3 4 5 6 7 8 until 11
-        3: 1 2 3             => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m, in case that is a mistake) until 63
-        10:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m, in case that is a mistake) until 63
-        62:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m, in case that is a mistake) until 63
-        63:                  => fresh 1 2 3
-    "#]],
+            0: 1 2 3 4 5 6 7 8   => fresh 1 2 3 4 5 6 7 8
+            1: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6 7 8 until 11
+            2: 1 2 3 4 5         => fresh 1 2 3 4 5 6 7 8 until 11
+            3: 1 2 3             => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m at least, in case that is a mistake) until 63
+            10:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m at least, in case that is a mistake) until 63
+            62:                  => held 1 2 3 4 5 6 7 8 (`file:services.d` names 3 endpoints of it, and it had 8: what was known stays for 1m at least, in case that is a mistake) until 63
+            63:                  => fresh 1 2 3
+        "#]],
     );
 }
 
@@ -320,14 +389,14 @@ fn a_source_that_does_not_answer_confirms_nothing() {
     file(
         "0: 1 2\n5: -\n10: failed\n90:\n100: -\n129:\n130:",
         expect![[r#"
-        0: 1 2               => fresh 1 2
-        5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 35
-        10: failed           => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake)
-        90:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake)
-        100: -               => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 130
-        129:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake) until 130
-        130:                 => gone
-    "#]],
+            0: 1 2               => fresh 1 2
+            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            10: failed           => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake)
+            90:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake)
+            100: -               => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 130
+            129:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 130
+            130:                 => gone
+        "#]],
     );
     registry(
         "0: 1 2\n5: 1\n10: failed\n60:\n70: 1\n79:\n80:",
@@ -356,7 +425,7 @@ fn what_was_believed_before_a_restart_is_guarded_too() {
     let believed = guard.believed(now);
     assert_eq!(ports(&believed.services["orders"]), ["1", "2"]);
     assert_eq!(believed.services["orders"].state, State::Held);
-    expect!["orders.yaml:1:1: `file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s, in case that is a mistake"].assert_eq(&believed.problems[0].to_string());
+    expect!["orders.yaml:1:1: `file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake"].assert_eq(&believed.problems[0].to_string());
 }
 
 #[test]
@@ -382,7 +451,7 @@ fn the_guard_is_configured_like_everything_else() {
         Ok(config) => format!("{config:?}"),
         Err(problems) => problems.iter().map(|problem| format!("{problem}\n")).collect(),
     };
-    expect![[r#"GuardConfig { removal_hold: Some(0ns), confirm_empty: 60s, confirm_shrink: 120s, shrink_ratio: 0.3, shrink_min: 3, allow_empty: ["batch"] }"#]].assert_eq(&read(
+    expect![[r#"GuardConfig { removal_hold: Some(0ns), confirm_empty: 60s, confirm_shrink: 120s, confirmations: 2, shrink_ratio: 0.3, shrink_min: 3, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: ["batch"] }"#]].assert_eq(&read(
         "removal_hold: 0s\nconfirm_empty: 1m\nconfirm_shrink: 2m\nshrink_ratio: 0.3\nshrink_min: 3\nallow_empty: [batch]\n",
     ));
     expect![[r#"
@@ -393,58 +462,541 @@ fn the_guard_is_configured_like_everything_else() {
     "#]].assert_eq(&read("removal: 5\nconfirm_empty: 5\nshrink_ratio: 50\nallow_empty: batch\n"));
 }
 
-proptest! {
-    /// Whatever a source says and when: what is told is shown, nothing goes earlier than it may, and what is told for
-    /// long enough is all that is shown.
-    #[test]
-    fn the_guard_only_ever_delays(
-        steps in prop::collection::vec((0u64..40, prop::option::of(prop::collection::btree_set(1u16..12, 0..10))), 1..20),
-    ) {
-        let config = GuardConfig::default();
-        let name: ServiceName = "orders".parse().unwrap();
-        let mut guard = Guard::new("test", config);
-        let mut now = Instant::now();
-        // When each endpoint was last told.
-        let mut last_told: BTreeMap<u16, Instant> = BTreeMap::new();
-        let mut told: Option<Vec<u16>> = None;
-        let mut shown: Vec<u16> = Vec::new();
-        for (wait, says) in steps {
-            now += Duration::from_secs(wait);
-            told = says.map(|ports| ports.into_iter().collect());
-            let text = told.as_ref().map(|ports| ports.iter().map(|p| format!("{p} ")).collect::<String>());
-            let services = text.map(|text| (name.clone(), seen("orders", &text))).into_iter().collect();
-            for port in &shown {
-                last_told.entry(*port).or_insert(now);
+#[test]
+fn what_cannot_be_read_again_stays_until_it_is_accepted() {
+    file(
+        "0: 1 2\n5: unreadable\n5: -\n35:\n600:\n601: accept",
+        expect![[r#"
+            0: 1 2               => fresh 1 2
+            5: unreadable        => fresh 1 2
+            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            35:                  => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            600:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            601: accept          => gone
+        "#]],
+    );
+}
+
+#[test]
+fn when_all_become_unhealthy_at_once_their_health_stays_for_a_while() {
+    registry(
+        "0: 1h 2h 3\n10: 1h 2u 3\n20: 1u 2u 3u\n25: 1u 2u 3u 4\n26: 1u 2u 3u\n50:\n56:\n60: 1h 2u 3u\n61: 1u 2u 3u",
+        expect![[r#"
+            0: 1h 2h 3           => fresh 1h 2h 3
+            10: 1h 2u 3          => fresh 1h 2u 3
+            20: 1u 2u 3u         => held 1h 2h 3 (`file:services.d` says that all its endpoints (3) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 50
+            25: 1u 2u 3u 4       => held 1h 2h 3 4 (`file:services.d` says that all its endpoints (3) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 50
+            26: 1u 2u 3u         => held 1h 2h 3 4 (`file:services.d` says that all its endpoints (3) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 50
+            50:                  => fresh 1u 2u 3u
+            56:                  => fresh 1u 2u 3u
+            60: 1h 2u 3u         => fresh 1h 2u 3u
+            61: 1u 2u 3u         => fresh 1u 2u 3u
+        "#]],
+    );
+    // One after the other is no accident of the checks.
+    registry(
+        "0: 1h 2h\n10: 1u 2h\n41: 1u 2u",
+        expect![[r#"
+        0: 1h 2h             => fresh 1h 2h
+        10: 1u 2h            => fresh 1u 2h
+        41: 1u 2u            => fresh 1u 2u
+    "#]],
+    );
+    // A new service whose checks have not passed yet; one endpoint alone; and one that recovers meanwhile.
+    registry(
+        "0: 1u 2u\n1: 1u 2u 3u",
+        expect![[r#"
+        0: 1u 2u             => fresh 1u 2u
+        1: 1u 2u 3u          => fresh 1u 2u 3u
+    "#]],
+    );
+    registry(
+        "0: 1h\n1: 1u",
+        expect![[r#"
+        0: 1h                => fresh 1h
+        1: 1u                => fresh 1u
+    "#]],
+    );
+    registry(
+        "0: 1h 2h\n1: 1u 2u\n10: 1h 2u\n31: 1u 2u",
+        expect![[r#"
+        0: 1h 2h             => fresh 1h 2h
+        1: 1u 2u             => held 1h 2h (`file:services.d` says that all its endpoints (2) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 31
+        10: 1h 2u            => fresh 1h 2u
+        31: 1u 2u            => held 1h 2h (`file:services.d` says that all its endpoints (2) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 61
+    "#]],
+    );
+    registry(
+        "0: 1h 2h\n1: 1u 2u\n10: accept\n15: 1u 2u",
+        expect![[r#"
+        0: 1h 2h             => fresh 1h 2h
+        1: 1u 2u             => held 1h 2h (`file:services.d` says that all its endpoints (2) became unhealthy within 30s: what was known of their health stays for as long, in case it is the checks that fail) until 31
+        10: accept           => fresh 1u 2u
+        15: 1u 2u            => fresh 1u 2u
+    "#]],
+    );
+}
+
+#[test]
+fn a_frozen_source_is_not_listened_to_and_its_holds_begin_anew_when_it_is_thawed() {
+    file(
+        "0: 1 2\n5: -\n20: freeze\n100: 3\n200: -\n300: thaw\n329:\n330:",
+        expect![[r#"
+            0: 1 2               => fresh 1 2
+            5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+            20: freeze           => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
+            100: 3               => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
+            200: -               => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
+            300: thaw            => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 330
+            329:                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 330
+            330:                 => gone
+        "#]],
+    );
+    file(
+        "0: freeze\n1: 1 2\n2: 1 2 3\n3: thaw",
+        expect![[r#"
+            0: freeze            => gone
+            1: 1 2               => fresh 1 2
+            2: 1 2 3             => held 1 2 (`file:services.d` says something else of it now, and is frozen: no change of it is taken until it is thawed)
+            3: thaw              => fresh 1 2 3
+        "#]],
+    );
+}
+
+#[test]
+fn what_is_accepted_goes_at_once_and_is_not_doubted_again() {
+    registry(
+        "0: 1 2 3 4 5 6\n5: 1 2\n6: accept\n7: 1",
+        expect![[r#"
+        0: 1 2 3 4 5 6       => fresh 1 2 3 4 5 6
+        5: 1 2               => held 1 2 3 4 5 6 (`file:services.d` names 2 endpoints of it, and it had 6: what was known stays for 1m at least, in case that is a mistake) until 65
+        6: accept            => fresh 1 2
+        7: 1                 => fresh 1 2 until 17
+    "#]],
+    );
+    registry(
+        "0: 1 2\n5: -\n6: accept",
+        expect![[r#"
+        0: 1 2               => fresh 1 2
+        5: -                 => held 1 2 (`file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake) until 35
+        6: accept            => gone
+    "#]],
+    );
+}
+
+#[test]
+fn without_a_hold_nothing_is_read_again() {
+    let nothing = GuardConfig {
+        confirm_empty: Duration::ZERO,
+        confirm_shrink: Duration::ZERO,
+        confirm_unhealthy: Duration::ZERO,
+        removal_hold: Some(Duration::ZERO),
+        ..GuardConfig::default()
+    };
+    run(
+        nothing,
+        "0: 1h 2h 3h 4h 5h 6h\n1: 1u 2u 3u 4u 5u 6u\n2: 1\n3: .\n4: 1\n5: -",
+        expect![[r#"
+        0: 1h 2h 3h 4h 5h 6h => fresh 1h 2h 3h 4h 5h 6h
+        1: 1u 2u 3u 4u 5u 6u => fresh 1u 2u 3u 4u 5u 6u
+        2: 1                 => fresh 1
+        3: .                 => fresh 
+        4: 1                 => fresh 1
+        5: -                 => gone
+    "#]],
+    );
+}
+
+/// A source of several services. `10: a 1 2; b 3`, `+` is a range: `a 1+20` are 20 endpoints from port 1 on.
+fn fleet(config: GuardConfig, script: &str, expected: Expect) {
+    let start = Instant::now();
+    let mut sim = Sim::of(config);
+    let mut shown = String::new();
+    for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let (second, said) = line.split_once(':').unwrap();
+        let now = start + Duration::from_secs(second.parse().unwrap());
+        sim.until(now);
+        match said.trim() {
+            "" => {}
+            "accept" => _ = sim.guard.accept(None).unwrap(),
+            said if said.starts_with("accept ") => {
+                _ = sim.guard.accept(Some(&said["accept ".len()..].parse().unwrap())).unwrap();
             }
-            for port in told.iter().flatten() {
-                last_told.insert(*port, now);
+            "failed" => sim.guard.source_failed(now),
+            said => {
+                let mut told = Registrations::default();
+                for service in said.split(';') {
+                    let (name, endpoints) = service.trim().split_once(' ').unwrap_or((service.trim(), ""));
+                    let mut ports = String::new();
+                    for word in endpoints.split_whitespace() {
+                        let (from, count) = word.split_once('+').unwrap_or((word, "1"));
+                        let (count, mark) = match count.strip_suffix('d') {
+                            Some(count) => (count, "d"),
+                            None => (count, ""),
+                        };
+                        match from.parse::<u16>() {
+                            Ok(from) => (from..from + count.parse::<u16>().unwrap())
+                                .for_each(|port| ports += &format!("{port}{mark} ")),
+                            Err(_) => ports += word,
+                        }
+                    }
+                    // What is told again in the same words is the same.
+                    let now = seen(name, &ports);
+                    let same =
+                        sim.told.services.get(name).filter(|known| known.registration == now.registration);
+                    told.services.insert(name.parse().unwrap(), same.cloned().unwrap_or(now));
+                }
+                sim.see(told, now);
             }
-            guard.see(Registrations { services, ..Registrations::default() }, now);
-            let believed = guard.believed(now);
-            let now_shown: Vec<u16> = believed.services.get(&name).map(|s| s.registration.endpoints.iter().map(|e| e.address.port()).collect()).unwrap_or_default();
-            for port in told.iter().flatten() {
-                prop_assert!(now_shown.contains(port), "told and not shown");
-            }
-            // Between two steps the source said what it said at the first of them.
-            let gone = shown.iter().filter(|port| !now_shown.contains(port));
-            for port in gone {
-                prop_assert!(now - last_told[port] >= Duration::from_secs(10), "gone too early");
-            }
-            let mut sorted = now_shown.clone();
-            sorted.dedup();
-            prop_assert_eq!(&sorted, &now_shown, "not sorted, or twice");
-            shown = now_shown;
         }
-        // Time alone settles it, along the deadlines.
-        for _ in 0..50 {
-            let Some(deadline) = guard.deadline() else { break };
-            prop_assert!(deadline > now, "a deadline that has passed");
-            now = deadline;
-            guard.believed(now);
+        let believed = sim.believed(now);
+        let counts = believed.services.iter().map(|(name, seen)| {
+            format!(
+                "{name} {}{}",
+                seen.registration.endpoints.len(),
+                if seen.state == State::Held { "!" } else { "" }
+            )
+        });
+        shown += &format!("{line:<24} => {}", counts.collect::<Vec<_>>().join(", "));
+        if let Some(fleet) = sim.guard.held().iter().find(|held| held.service.is_none()) {
+            shown += &format!(" ({})", fleet.because);
         }
-        prop_assert!(guard.deadline().is_none());
-        let believed = guard.believed(now);
-        let finally: Option<Vec<u16>> = believed.services.get(&name).map(|s| s.registration.endpoints.iter().map(|e| e.address.port()).collect());
-        prop_assert_eq!(finally, told);
+        shown += "\n";
     }
+    expected.assert_eq(&shown);
+}
+
+#[test]
+fn a_source_that_loses_much_of_all_at_once_loses_nothing_until_that_is_accepted() {
+    // Half of each service: no service by itself is suspicious.
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10; c 1+10\n100: a 1+5; b 1+5; c 1+5\n200:\n100000: a 1+5; b 1+5; c 1+5 50\n100001: accept\n100002: a 1+5; b 1+5; c 1+5",
+        expect![[r#"
+            0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
+            100: a 1+5; b 1+5; c 1+5 => a 10!, b 10!, c 10! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            200:                     => a 10!, b 10!, c 10! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            100000: a 1+5; b 1+5; c 1+5 50 => a 10!, b 10!, c 11! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            100001: accept           => a 5, b 5, c 6
+            100002: a 1+5; b 1+5; c 1+5 => a 5, b 5, c 6
+        "#]],
+    );
+    // It names enough again: what is still missing goes after its hold.
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10; c 1+10\n100: a 1+5; b 1+5; c 1+5\n200: a 1+10; b 1+8; c 1+8\n209:\n210:",
+        expect![[r#"
+            0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
+            100: a 1+5; b 1+5; c 1+5 => a 10!, b 10!, c 10! (`file:services.d` names 15 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            200: a 1+10; b 1+8; c 1+8 => a 10, b 10, c 10
+            209:                     => a 10, b 10, c 10
+            210:                     => a 10, b 8, c 8
+        "#]],
+    );
+    // Everything, and piece by piece.
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10; c 1+10\n100: a 1+10\n101: failed\n1000: a 1+10\n2000: accept b\n2001: accept c\n2002: a 1+9\n2012:",
+        expect![[r#"
+            0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
+            100: a 1+10              => a 10, b 10!, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            101: failed              => a 10, b 10!, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            1000: a 1+10             => a 10, b 10!, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            2000: accept b           => a 10, c 10! (`file:services.d` names 10 of the 30 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            2001: accept c           => a 10
+            2002: a 1+9              => a 10
+            2012:                    => a 9
+        "#]],
+    );
+}
+
+#[test]
+fn small_steps_within_the_window_are_one_large_one_and_slow_ones_are_none() {
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10; c 1+10\n100: a 1+7; b 1+10; c 1+10\n115: a 1+7; b 1+7; c 1+10\n130: a 1+7; b 1+7; c 1+7\n145: a 1+6; b 1+7; c 1+7",
+        expect![[r#"
+            0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
+            100: a 1+7; b 1+10; c 1+10 => a 10, b 10, c 10
+            115: a 1+7; b 1+7; c 1+10 => a 7, b 10, c 10
+            130: a 1+7; b 1+7; c 1+7 => a 7, b 7, c 10
+            145: a 1+6; b 1+7; c 1+7 => a 7!, b 7, c 7 (`file:services.d` names 20 of the 30 endpoints and 3 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+        "#]],
+    );
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10; c 1+10\n100: a 1+7; b 1+10; c 1+10\n135: a 1+7; b 1+7; c 1+10\n170: a 1+7; b 1+7; c 1+7\n205: a 1+6; b 1+7; c 1+7\n215:",
+        expect![[r#"
+            0: a 1+10; b 1+10; c 1+10 => a 10, b 10, c 10
+            100: a 1+7; b 1+10; c 1+10 => a 10, b 10, c 10
+            135: a 1+7; b 1+7; c 1+10 => a 7, b 10, c 10
+            170: a 1+7; b 1+7; c 1+7 => a 7, b 7, c 10
+            205: a 1+6; b 1+7; c 1+7 => a 7, b 7, c 7
+            215:                     => a 6, b 7, c 7
+        "#]],
+    );
+}
+
+#[test]
+fn a_replacement_a_drain_and_a_small_source_are_no_loss() {
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10\n100: a 101+10; b 101+10\n110:",
+        expect![[r#"
+        0: a 1+10; b 1+10        => a 10, b 10
+        100: a 101+10; b 101+10  => a 20, b 20
+        110:                     => a 10, b 10
+    "#]],
+    );
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10\n100: a 1+10 101+10; b 1+10 101+10\n140: a 101+10; b 101+10\n150:",
+        expect![[r#"
+            0: a 1+10; b 1+10        => a 10, b 10
+            100: a 1+10 101+10; b 1+10 101+10 => a 20, b 20
+            140: a 101+10; b 101+10  => a 20, b 20
+            150:                     => a 10, b 10
+        "#]],
+    );
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+10; b 1+10\n100: a 1+5 6+5d; b 1+5 6+5d\n110: a 1+5; b 1+5",
+        expect![[r#"
+            0: a 1+10; b 1+10        => a 10, b 10
+            100: a 1+5 6+5d; b 1+5 6+5d => a 10, b 10
+            110: a 1+5; b 1+5        => a 5, b 5
+        "#]],
+    );
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+9; b 1+10\n100: a 1+5; b 1+5\n110:",
+        expect![[r#"
+        0: a 1+9; b 1+10         => a 9, b 10
+        100: a 1+5; b 1+5        => a 9, b 10
+        110:                     => a 5, b 5
+    "#]],
+    );
+}
+
+#[test]
+fn services_that_are_gone_count_as_such_but_one_alone_is_judged_by_itself() {
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+20; b 1; c 1; d 1\n100: a 1+20; c 1; d 1\n130:\n200: a 1+20; c 1\n201: a 1+20",
+        expect![[r#"
+            0: a 1+20; b 1; c 1; d 1 => a 20, b 1, c 1, d 1
+            100: a 1+20; c 1; d 1    => a 20, b 1!, c 1, d 1
+            130:                     => a 20, c 1, d 1
+            200: a 1+20; c 1         => a 20, c 1, d 1!
+            201: a 1+20              => a 20, c 1!, d 1! (`file:services.d` names 20 of the 22 endpoints and 1 of the 3 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+        "#]],
+    );
+}
+
+const SERVICES: [&str; 3] = ["a", "b", "c"];
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// What it says of each service; `None`: nothing.
+    Says([Option<BTreeSet<u16>>; 3]),
+    Fails,
+    CanBeReadAgain(bool),
+    Accept(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let service = || prop::option::weighted(0.9, prop::collection::btree_set(1u16..20, 0..20));
+    prop_oneof![
+        8 => [service(), service(), service()].prop_map(Step::Says),
+        1 => Just(Step::Fails),
+        1 => any::<bool>().prop_map(Step::CanBeReadAgain),
+        1 => (0..SERVICES.len()).prop_map(Step::Accept),
+    ]
+}
+
+/// What may be taken away when, said in the simplest way: by looking back at all that was said.
+#[derive(Default)]
+struct Model {
+    /// What was said of each service, since when; a source that fails says nothing.
+    said: [Vec<(Option<Instant>, BTreeSet<u16>)>; 3],
+    /// How many endpoints were named, since when.
+    totals: Vec<(Instant, usize)>,
+    /// The source says less than 65 % of so many that it named for the whole window before.
+    fleet: Option<usize>,
+    /// How many were named of it at most since something is shown that is not named.
+    most: [usize; 3],
+    /// Since when a service of at least five has less than half of so many.
+    few: [Option<(Instant, usize)>; 3],
+    failing: bool,
+}
+
+impl Model {
+    fn says(&mut self, says: &[Option<BTreeSet<u16>>; 3], before: &Registrations, now: Instant) {
+        let again = std::mem::take(&mut self.failing);
+        for (at, says) in says.iter().enumerate() {
+            let said = self.said[at].last().map(|(_, said)| said.clone()).unwrap_or_default();
+            let is_all_named = shown(before, at) == said;
+            self.most[at] = if is_all_named { said.len() } else { self.most[at].max(said.len()) };
+            let before = self.most[at];
+            let says = says.clone().unwrap_or_default();
+            if again {
+                self.said[at].iter_mut().for_each(|(since, _)| *since = since.map(|_| now));
+            }
+            self.few[at] = match self.few[at] {
+                Some((_, of)) if says.len() * 2 >= of => None,
+                Some((since, of)) => Some((if again { now } else { since }, of)),
+                None if before >= 5 && says.len() * 2 < before => Some((now, before)),
+                None => None,
+            };
+            self.said[at].push((Some(now), says));
+        }
+        let total = says.iter().flatten().map(BTreeSet::len).sum();
+        let window = Duration::from_secs(60);
+        let begin = self.totals.iter().rposition(|(since, _)| *since + window <= now).unwrap_or(0);
+        let least = self.totals[begin..].iter().map(|(_, total)| *total).min().unwrap_or(0);
+        let is_little = |of: usize| total * 100 < of * 65;
+        self.fleet = match self.fleet {
+            Some(of) if is_little(of) => Some(of),
+            _ => (least >= 20 && is_little(least)).then_some(least),
+        };
+        self.totals.push((now, total));
+    }
+
+    /// Whether `port` of a service may be taken away at `now`.
+    fn allows(&mut self, at: usize, port: u16, read: &[Instant], now: Instant) -> Result<(), String> {
+        let said = &self.said[at];
+        // Since when what is said last holds of the service, back to when it was something else.
+        let since = |holds: &dyn Fn(&BTreeSet<u16>) -> bool| {
+            let last = said.iter().rposition(|(_, said)| !holds(said)).map_or(0, |at| at + 1);
+            said.get(last).and_then(|(since, _)| *since)
+        };
+        let reads_since = |since: Instant| read.iter().filter(|at| **at >= since).count();
+        let Some(unnamed) = since(&|said| !said.contains(&port)) else { return Err("it is named".into()) };
+        if now < unnamed + Duration::from_secs(10) {
+            return Err("it is not named for less than 10 s".into());
+        }
+        if self.failing {
+            return Err("the source does not answer".into());
+        }
+        if self.fleet.is_some() {
+            return Err("too much of all is gone".into());
+        }
+        if let Some(empty) = since(&|said| said.is_empty()) {
+            return match now >= empty + Duration::from_secs(30) && reads_since(empty) >= 2 {
+                true => Ok(()),
+                false => Err("nothing is named of it, and that is not confirmed".into()),
+            };
+        }
+        if let Some((few, _)) = self.few[at]
+            && (now < few + Duration::from_secs(60) || reads_since(few) < 2)
+        {
+            return Err("little is named of it, and that is not confirmed".into());
+        }
+        Ok(())
+    }
+}
+
+fn shown(believed: &Registrations, at: usize) -> BTreeSet<u16> {
+    let seen = believed.services.get(SERVICES[at]);
+    seen.into_iter().flat_map(|seen| seen.registration.endpoints.iter()).map(|e| e.address.port()).collect()
+}
+
+proptest! {
+    /// Whatever a source says and when: what is told is shown at once, nothing goes earlier than the rules allow, and
+    /// after a while in which it is the same what is told is what is shown.
+    #[test]
+    fn the_guard_only_ever_delays_and_never_takes_away_what_it_may_not(
+        steps in prop::collection::vec((0u64..50, step()), 1..40),
+    ) {
+        let mut sim = Sim::of(GuardConfig::default());
+        let mut model = Model::default();
+        let mut now = Instant::now();
+        let mut before = Registrations::default();
+        let mut told: [Option<BTreeSet<u16>>; 3] = Default::default();
+        for (wait, step) in steps {
+            now += Duration::from_secs(wait);
+            sim.until(now);
+            let mut accepted = None;
+            let waited = sim.believed.len();
+            check(&mut sim.believed, &sim.read, &mut model, &mut before, None)?;
+            prop_assert!(waited < 1000, "it never comes to rest");
+            match step {
+                Step::Says(says) => {
+                    let mut view = Registrations::default();
+                    for (name, ports) in SERVICES.iter().zip(&says) {
+                        let Some(ports) = ports else { continue };
+                        let text: String = ports.iter().map(|port| format!("{port} ")).collect();
+                        view.services.insert(name.parse().unwrap(), seen(name, &text));
+                    }
+                    sim.see(view, now);
+                    model.says(&says, &before, now);
+                    told = says;
+                }
+                Step::Fails => {
+                    sim.guard.source_failed(now);
+                    model.failing = true;
+                }
+                Step::CanBeReadAgain(can) => sim.unreadable = !can,
+                Step::Accept(at) => {
+                    let name = SERVICES[at].parse().unwrap();
+                    if sim.guard.accept(Some(&name)).is_ok() {
+                        accepted = Some(at);
+                        model.fleet = None;
+                        model.few[at] = None;
+                    }
+                }
+            }
+            let believed = sim.believed(now);
+            for (at, told) in told.iter().enumerate() {
+                let told = told.clone().unwrap_or_default();
+                prop_assert!(shown(&believed, at).is_superset(&told), "told and not shown");
+            }
+            check(&mut sim.believed, &sim.read, &mut model, &mut before, accepted)?;
+        }
+        // It answers, says the same, and can be read again: that settles it, but for what only a word settles.
+        sim.unreadable = false;
+        let last = sim.told.clone();
+        sim.see(last, now);
+        for _ in 0..100 {
+            let Some(deadline) = sim.guard.deadline() else { break };
+            // A reading may be overdue: it was of no use while the service was doubted for another reason.
+            now = now.max(deadline);
+            sim.until(now);
+        }
+        prop_assert!(sim.guard.deadline().is_none());
+        let mut believed = sim.believed(now);
+        if sim.guard.held().iter().any(|held| held.kind == Kind::Fleet) {
+            sim.guard.accept(None).unwrap();
+            believed = sim.believed(now);
+        }
+        prop_assert!(sim.guard.held().is_empty() && sim.guard.missing() == 0);
+        for (at, told) in told.iter().enumerate() {
+            prop_assert_eq!(shown(&believed, at), told.clone().unwrap_or_default());
+        }
+    }
+}
+
+/// Nothing went that may not, of what was believed one after the other.
+fn check(
+    believed: &mut Vec<(Instant, Registrations)>,
+    read: &[Instant],
+    model: &mut Model,
+    before: &mut Registrations,
+    accepted: Option<usize>,
+) -> Result<(), TestCaseError> {
+    for (now, believed) in believed.drain(..) {
+        for (at, name) in SERVICES.iter().enumerate() {
+            let (old, new) = (shown(before, at), shown(&believed, at));
+            for port in old.difference(&new).filter(|_| accepted != Some(at)) {
+                let allowed = model.allows(at, *port, read, now);
+                prop_assert!(allowed.is_ok(), "{port} of {name} went: {}", allowed.unwrap_err());
+            }
+            if old.difference(&new).next().is_some() && model.few[at].take().is_some() {
+                // So few are believed.
+                model.most[at] = model.said[at].last().map_or(0, |(_, said)| said.len());
+            }
+        }
+        *before = believed;
+    }
+    Ok(())
 }

@@ -1,24 +1,44 @@
 use std::collections::VecDeque;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use vmesh_model::{Endpoint, Health, Labels, Place, Weight};
 
 use super::*;
-use crate::GuardConfig;
+use crate::guard::{FleetConfig, Guard, GuardConfig, NotAccepted, What};
 
 /// Says what a test tells it to say.
-struct Scripted(mpsc::UnboundedReceiver<Result<Registrations, SourceError>>);
+struct Scripted {
+    heard: mpsc::UnboundedReceiver<Result<Registrations, SourceError>>,
+    last: Registrations,
+    confirms: Confirms,
+}
+
+/// What comes of reading it again.
+#[derive(Clone, Copy)]
+enum Confirms {
+    TheSame,
+    Never,
+    Fails,
+}
 
 impl Source for Scripted {
     async fn next(&mut self) -> Result<Registrations, SourceError> {
-        match self.0.recv().await {
-            Some(said) => said,
+        match self.heard.recv().await {
+            Some(said) => {
+                self.last = said?;
+                Ok(self.last.clone())
+            }
             None => std::future::pending().await,
         }
     }
 
     async fn confirm(&mut self, _: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
-        std::future::pending().await
+        match self.confirms {
+            Confirms::TheSame => Ok(self.last.clone()),
+            Confirms::Never => std::future::pending().await,
+            Confirms::Fails => Err(failed()),
+        }
     }
 }
 
@@ -60,37 +80,45 @@ fn show(view: &View) -> String {
         .services()
         .map(|(name, seen)| format!("{name} {} {}", seen.registration.endpoints.len(), seen.state))
         .collect();
-    format!("{services:?} stale: {:?} held: {}", view.stale_because.as_deref().unwrap_or("no"), view.held)
+    format!(
+        "{services:?} stale: {:?} held: {}",
+        view.stale_because.as_deref().unwrap_or("no"),
+        view.held.len()
+    )
 }
 
 struct Followed {
     say: mpsc::UnboundedSender<Result<Registrations, SourceError>>,
-    views: watch::Receiver<View>,
+    handle: Handle,
     _task: tokio::task::JoinSet<()>,
 }
 
 fn followed(first: View) -> Followed {
+    followed_with(first, Confirms::TheSame, GuardConfig::default())
+}
+
+fn followed_with(first: View, confirms: Confirms, config: GuardConfig) -> Followed {
     let (say, heard) = mpsc::unbounded_channel();
-    let (publish, views) = watch::channel(first.clone());
     let guard = match &first.last_good {
-        Some(last_good) => Guard::restored("test", GuardConfig::default().for_files(), last_good),
-        None => Guard::new("test", GuardConfig::default().for_files()),
+        Some(last_good) => Guard::restored("test", config.for_files(), last_good),
+        None => Guard::new("test", config.for_files()),
     };
+    let (handle, link) = link("test".into(), first);
     let mut task = tokio::task::JoinSet::new();
-    task.spawn(follow(Scripted(heard), guard, publish));
-    Followed { say, views, _task: task }
+    task.spawn(follow(Scripted { heard, last: Registrations::default(), confirms }, guard, link));
+    Followed { say, handle, _task: task }
 }
 
 impl Followed {
     async fn until(&mut self, expected: &str) {
         let changed = async {
-            while show(&self.views.borrow_and_update()) != expected {
-                self.views.changed().await.unwrap();
+            while show(&self.handle.views.borrow_and_update()) != expected {
+                self.handle.views.changed().await.unwrap();
             }
         };
         // The clock is paused: this bound is never waited for unless nothing else is left to happen.
         if tokio::time::timeout(Duration::from_secs(3600), changed).await.is_err() {
-            panic!("expected {expected}\nfound    {}", show(&self.views.borrow()));
+            panic!("expected {expected}\nfound    {}", show(&self.handle.views.borrow()));
         }
     }
 }
@@ -121,6 +149,98 @@ async fn what_is_held_is_believed_when_its_time_has_come() {
     assert_eq!(since.elapsed().as_secs(), 30);
 }
 
+fn what_happened(followed: &Followed) -> Vec<&'static str> {
+    followed.handle.events.all().iter().map(|event| event.what.as_str()).collect()
+}
+
+async fn ask<T>(followed: &Followed, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> T {
+    let (done, answer) = oneshot::channel();
+    followed.handle.commands.send(command(done)).await.unwrap();
+    answer.await.unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_held_waits_for_the_source_to_be_read_again() {
+    for (confirms, seconds) in [(Confirms::Fails, 3600), (Confirms::Never, 3600), (Confirms::TheSame, 30)] {
+        let mut followed = followed_with(View::default(), confirms, GuardConfig::default());
+        followed.say.send(Ok(registrations(&[("orders", 2)]))).unwrap();
+        followed.until(r#"["orders 2 fresh"] stale: "no" held: 0"#).await;
+        let since = Instant::now();
+        followed.say.send(Ok(Registrations::default())).unwrap();
+        followed.until(r#"["orders 2 held"] stale: "no" held: 1"#).await;
+        let is_gone = followed.handle.views.wait_for(|view| view.held.is_empty());
+        let gone = tokio::time::timeout(Duration::from_secs(3600), is_gone).await.is_ok();
+        assert_eq!((gone, since.elapsed().as_secs()), (seconds < 3600, seconds));
+        if let Confirms::TheSame = confirms {
+            assert_eq!(what_happened(&followed), ["held", "confirmed", "confirmed", "believed"]);
+            continue;
+        }
+        let why = followed.handle.views.borrow().held[0].because.clone();
+        assert!(why.contains("reading it again to be sure has failed"), "{why}");
+        // The operator is heard all the while.
+        let service = Some("orders".parse().unwrap());
+        let accepted = ask(&followed, |done| Command::Accept { service, done }).await;
+        assert_eq!(accepted, Ok(vec!["orders".parse().unwrap()]));
+        followed.until(r#"[] stale: "no" held: 0"#).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frozen_source_changes_nothing_and_a_thawed_one_is_guarded_as_ever() {
+    let mut followed = followed(View::default());
+    followed.say.send(Ok(registrations(&[("orders", 2)]))).unwrap();
+    followed.until(r#"["orders 2 fresh"] stale: "no" held: 0"#).await;
+    let since = SystemTime::UNIX_EPOCH;
+    assert!(ask(&followed, |done| Command::Freeze { since, done }).await);
+    assert!(!ask(&followed, |done| Command::Freeze { since, done }).await);
+    followed.say.send(Ok(registrations(&[("orders", 3), ("web", 1)]))).unwrap();
+    followed.until(r#"["orders 2 held"] stale: "no" held: 0"#).await;
+    let accept = ask(&followed, |done| Command::Accept { service: None, done }).await;
+    assert_eq!(accept, Err(NotAccepted::Frozen));
+    assert!(ask(&followed, |done| Command::Thaw { done }).await);
+    followed.until(r#"["orders 3 fresh", "web 1 fresh"] stale: "no" held: 0"#).await;
+    let accept = ask(&followed, |done| Command::Accept { service: None, done }).await;
+    assert_eq!(accept, Err(NotAccepted::NothingHeld));
+    assert_eq!(what_happened(&followed), ["frozen", "thawed"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_loses_most_of_all_is_held_until_that_is_accepted_and_counted() {
+    let config =
+        GuardConfig { fleet: FleetConfig { min: 4, ..FleetConfig::default() }, ..GuardConfig::default() };
+    let mut followed = followed_with(View::default(), Confirms::TheSame, config);
+    followed.say.send(Ok(registrations(&[("a", 4), ("b", 4), ("c", 4)]))).unwrap();
+    followed.until(r#"["a 4 fresh", "b 4 fresh", "c 4 fresh"] stale: "no" held: 0"#).await;
+    followed.say.send(Ok(registrations(&[("a", 4), ("b", 1)]))).unwrap();
+    followed.until(r#"["a 4 fresh", "b 4 held", "c 4 held"] stale: "no" held: 3"#).await;
+    tokio::time::sleep(Duration::from_secs(86_400)).await;
+    followed.until(r#"["a 4 fresh", "b 4 held", "c 4 held"] stale: "no" held: 3"#).await;
+    let accepted = ask(&followed, |done| Command::Accept { service: None, done }).await;
+    assert_eq!(accepted.unwrap().len(), 2);
+    followed.until(r#"["a 4 fresh", "b 1 fresh"] stale: "no" held: 0"#).await;
+    let held: Vec<_> = followed.handle.counters.held.all().map(|(kind, n)| format!("{kind} {n}")).collect();
+    assert_eq!(held, ["empty 0", "shrunk 0", "absent 0", "unhealthy 0", "fleet 3"]);
+    let accepted = followed.handle.events.all().iter().filter(|e| e.what == What::Accepted).count();
+    assert_eq!(accepted, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_known_of_a_source_that_is_away_for_too_long_is_given_up_if_that_is_asked_for() {
+    let config = GuardConfig { max_stale: Some(Duration::from_secs(60)), ..GuardConfig::default() };
+    let mut followed = followed_with(View::default(), Confirms::TheSame, config);
+    followed.say.send(Ok(registrations(&[("orders", 2)]))).unwrap();
+    followed.until(r#"["orders 2 fresh"] stale: "no" held: 0"#).await;
+    followed.say.send(Err(failed())).unwrap();
+    let cause = "discovery source `consul:dc1` could not list services: connection refused";
+    followed.until(&format!("[\"orders 2 stale\"] stale: {cause:?} held: 0")).await;
+    let since = Instant::now();
+    followed.until(&format!("[] stale: {cause:?} held: 0")).await;
+    assert_eq!(since.elapsed().as_secs(), 60);
+    followed.say.send(Ok(registrations(&[("orders", 1)]))).unwrap();
+    followed.until(r#"["orders 1 fresh"] stale: "no" held: 0"#).await;
+    assert_eq!(what_happened(&followed), ["failing", "given up", "answering"]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_was_good_before_a_restart_is_there_before_the_source_answers() {
     let before = serde_json::to_string(&registrations(&[("orders", 3)])).unwrap();
@@ -141,11 +261,11 @@ async fn a_view_that_says_the_same_is_not_published_again() {
     let mut followed = followed(View::default());
     followed.say.send(Ok(registrations(&[("orders", 2)]))).unwrap();
     followed.until(r#"["orders 2 fresh"] stale: "no" held: 0"#).await;
-    let before = followed.views.borrow().last_good.clone().unwrap();
+    let before = followed.handle.views.borrow().last_good.clone().unwrap();
     followed.say.send(Ok(registrations(&[("orders", 2)]))).unwrap();
     followed.say.send(Ok(registrations(&[("orders", 2), ("web", 1)]))).unwrap();
     followed.until(r#"["orders 2 fresh", "web 1 fresh"] stale: "no" held: 0"#).await;
-    let after = followed.views.borrow().last_good.clone().unwrap();
+    let after = followed.handle.views.borrow().last_good.clone().unwrap();
     assert!(!Arc::ptr_eq(&before, &after));
 }
 

@@ -1,0 +1,437 @@
+//! One service under guard.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vmesh_model::text::show_duration;
+use vmesh_model::{Endpoint, Health, Registration, ServiceName, State};
+
+use super::config::GuardConfig;
+use super::{Held, Kind};
+use crate::source::Seen;
+
+/// What judges a service besides what is said of it.
+pub(super) struct Rules<'a> {
+    pub(super) config: &'a GuardConfig,
+    pub(super) source: &'a str,
+    /// Why nothing of the whole source is taken away, and since when.
+    pub(super) fleet: Option<(&'a Arc<str>, Instant)>,
+    pub(super) now: Instant,
+}
+
+/// One service that is believed to exist.
+#[derive(Debug)]
+pub(super) struct Watched {
+    pub(super) shown: Seen,
+    /// What of the endpoints shown is not told any more, and since when.
+    missing: BTreeMap<SocketAddr, Instant>,
+    /// Nothing is told of it, or no endpoint.
+    none: Option<Doubt>,
+    /// It is told to have too few endpoints, and how many it had.
+    few: Option<(Doubt, usize)>,
+    /// How many endpoints were told at most since anything is missing; fewer, if fewer were believed. What is shown
+    /// has those that are missing and those that came for them, and tells nothing of how many there were.
+    peak: Option<usize>,
+    illness: Illness,
+    /// How it was held at the last judgement.
+    pub(super) held: Option<Kind>,
+}
+
+/// Something that is not believed until it has been said for long and often enough.
+#[derive(Debug)]
+struct Doubt {
+    since: Instant,
+    /// How many readings that were asked for said the same.
+    confirmed: u32,
+    /// The last one failed: when to ask again, and why it did.
+    failed: Option<(Instant, Arc<str>)>,
+}
+
+impl Doubt {
+    fn since(now: Instant) -> Doubt {
+        Doubt { since: now, confirmed: 0, failed: None }
+    }
+
+    fn needs_readings(&self, hold: Duration, config: &GuardConfig) -> bool {
+        !hold.is_zero() && self.confirmed < config.confirmations
+    }
+
+    fn is_over(&self, hold: Duration, config: &GuardConfig, now: Instant) -> bool {
+        self.since + hold <= now && !self.needs_readings(hold, config)
+    }
+
+    /// When something is to be done about it: a reading, at equal steps up to the end of the hold, or the end itself.
+    fn due(&self, hold: Duration, config: &GuardConfig) -> Instant {
+        match &self.failed {
+            _ if !self.needs_readings(hold, config) => self.since + hold,
+            Some((again, _)) => *again,
+            None => self.since + hold * (self.confirmed + 1) / config.confirmations.max(1),
+        }
+    }
+}
+
+/// What is told of the health of its endpoints.
+#[derive(Debug, Default)]
+struct Illness {
+    /// The unhealthy ones: since when (`None` is for long), and what was known of them before.
+    since: BTreeMap<SocketAddr, (Option<Instant>, Option<Health>)>,
+    /// All of them became so within the window, and that is not believed yet.
+    doubt: Option<Instant>,
+    /// All of them are, and that is believed.
+    believed: bool,
+}
+
+impl Illness {
+    fn see(&mut self, told: &[Endpoint], shown: &[Endpoint], window: Duration, now: Instant) {
+        let ill = |e: &&Endpoint| e.health == Health::Unhealthy;
+        let mut any_recovered = false;
+        self.since.retain(|address, _| {
+            let told = find(told, address);
+            let is_ill = told.as_ref().is_some_and(ill);
+            any_recovered |= told.is_some() && !is_ill;
+            is_ill
+        });
+        for endpoint in told.iter().filter(ill) {
+            let before = find(shown, &endpoint.address).map(|shown| shown.health);
+            self.since.entry(endpoint.address).or_insert_with(|| match before {
+                Some(Health::Unhealthy) => (None, None),
+                before => (Some(now), before),
+            });
+        }
+        let alive = told.iter().filter(|e| e.health != Health::Draining).count();
+        let all_are = alive >= 2 && self.since.len() == alive && !window.is_zero();
+        if any_recovered || self.since.is_empty() {
+            // The checks can tell one from the other.
+            self.doubt = None;
+        }
+        self.believed &= all_are;
+        if all_are && self.doubt.is_none() && !self.believed {
+            let at_once =
+                self.since.values().all(|(since, _)| since.is_some_and(|since| now <= since + window));
+            let any_was_well = self.since.values().any(|(_, before)| before.is_some());
+            self.doubt = (at_once && any_was_well).then_some(now);
+            self.believed = self.doubt.is_none();
+        }
+        if self.doubt.is_some_and(|since| since + window <= now) {
+            self.doubt = None;
+            self.believed = true;
+            self.since.values_mut().for_each(|(_, before)| *before = None);
+        }
+    }
+
+    /// `told` with the health that was known before.
+    fn undone(&self, told: &[Endpoint]) -> Vec<Endpoint> {
+        let undo = |endpoint: &Endpoint| {
+            let before = self.since.get(&endpoint.address).and_then(|(_, before)| *before);
+            Endpoint { health: before.unwrap_or(endpoint.health), ..endpoint.clone() }
+        };
+        told.iter().map(undo).collect()
+    }
+}
+
+/// What becomes of a service at a judgement.
+pub(super) enum Outcome {
+    /// What is told is shown, but for endpoints whose time has not come.
+    Plain,
+    /// What was held is believed.
+    Believed,
+    Held(Held),
+}
+
+impl Watched {
+    pub(super) fn new(shown: Seen) -> Watched {
+        Watched {
+            shown,
+            missing: BTreeMap::new(),
+            none: None,
+            few: None,
+            peak: None,
+            illness: Illness::default(),
+            held: None,
+        }
+    }
+
+    /// How many endpoints are shown and not told.
+    pub(super) fn missing(&self) -> usize {
+        self.missing.len()
+    }
+
+    /// What was held has to be said for the whole time again: the source could not be heard, or was not to be.
+    pub(super) fn begin_again(&mut self, now: Instant) {
+        self.missing.values_mut().for_each(|since| *since = now);
+        self.none = self.none.take().map(|_| Doubt::since(now));
+        self.few = self.few.take().map(|(_, of)| (Doubt::since(now), of));
+        self.illness.doubt = self.illness.doubt.map(|_| now);
+    }
+
+    /// Believes what is told, by the operator's word. `false` if that is that the service is gone.
+    pub(super) fn accept(&mut self, told: Option<&Seen>) -> bool {
+        let Some(told) = told else { return false };
+        let illness = std::mem::take(&mut self.illness);
+        *self = Watched::new(told.clone());
+        self.illness =
+            Illness { doubt: None, believed: illness.doubt.is_some() || illness.believed, ..illness };
+        true
+    }
+
+    /// What is to be shown of it (`None`: it is gone), and what becomes of it.
+    pub(super) fn judge(
+        &mut self,
+        name: &ServiceName,
+        told: Option<&Seen>,
+        on_purpose: bool,
+        rules: &Rules<'_>,
+    ) -> (Option<Seen>, Outcome) {
+        let Rules { config, now, .. } = *rules;
+        if let Some(told) = told
+            && self.is_settled()
+            && Arc::ptr_eq(&told.registration, &self.shown.registration)
+        {
+            return (Some(told.clone()), Outcome::Plain);
+        }
+        let target: &[Endpoint] = told.map(|told| &*told.registration.endpoints).unwrap_or_default();
+        let was_ill = self.illness.doubt.is_some();
+        self.illness.see(target, &self.shown.registration.endpoints, config.confirm_unhealthy, now);
+        let mut believed = was_ill && self.illness.doubt.is_none() && self.illness.believed;
+        let target: Cow<'_, [Endpoint]> = match self.illness.doubt {
+            Some(_) => self.illness.undone(target).into(),
+            None => target.into(),
+        };
+
+        let on_purpose = on_purpose || told.is_some_and(|told| told.empty_on_purpose);
+        // Those that drain have taken their leave: they are not missed.
+        let counts =
+            |endpoints: &[Endpoint]| endpoints.iter().filter(|e| e.health != Health::Draining).count();
+        let peak = self.peak.unwrap_or_else(|| counts(&self.shown.registration.endpoints));
+        let before = self.few.as_ref().map_or(peak, |(_, of)| *of);
+        self.peak = Some(peak.max(counts(&target)));
+        let excused = target.is_empty() && on_purpose;
+        let none = target.is_empty() && before > 0 && !excused;
+        #[expect(clippy::cast_precision_loss, reason = "no service has 2^52 endpoints")]
+        let few = before >= config.shrink_min
+            && (target.len() as f64) < config.shrink_ratio * before as f64
+            && !excused;
+        self.none = none.then(|| self.none.take().unwrap_or_else(|| Doubt::since(now)));
+        self.few = few.then(|| self.few.take().unwrap_or_else(|| (Doubt::since(now), before)));
+
+        if let Some((doubt, hold, kind)) = self.doubt(told, config) {
+            if rules.fleet.is_some() || !doubt.is_over(hold, config, now) {
+                let held = self.held_as(name, told, &target, before, (doubt, hold, kind), rules);
+                self.missed(&target, now);
+                let shown = self.merged(told, &target, |_| true);
+                let because = Some(held.because.clone());
+                return (Some(Seen { state: State::Held, because, ..shown }), Outcome::Held(held));
+            }
+            believed = true;
+            self.peak = Some(counts(&target));
+        }
+        self.none = None;
+        self.few = None;
+        let outcome = |believed: bool| if believed { Outcome::Believed } else { Outcome::Plain };
+        let Some(told) = told else { return (None, outcome(believed)) };
+        if excused {
+            self.missing.clear();
+            self.peak = None;
+            return (Some(told.clone()), outcome(believed));
+        }
+        // Also what was confirmed as a whole: what went last has not been gone for long.
+        self.missed(&target, now);
+        let (hold, fleet) = (config.removal_hold(), rules.fleet);
+        let missing = std::mem::take(&mut self.missing);
+        let stays = |endpoint: &Endpoint| {
+            let since = missing.get(&endpoint.address);
+            let in_time = since.is_some_and(|since| fleet.is_some() || now < *since + hold);
+            endpoint.health != Health::Draining && in_time
+        };
+        let has = target.len();
+        let seen = self.merged(Some(told), &target, stays);
+        let shown = &seen.registration.endpoints;
+        self.missing = missing;
+        self.missing.retain(|address, _| find(shown, address).is_some());
+        if self.missing.is_empty() {
+            self.peak = None;
+        }
+        let held = match (fleet, self.illness.doubt) {
+            (Some((because, since)), _) if !self.missing.is_empty() => Held {
+                service: Some(name.clone()),
+                kind: Kind::Fleet,
+                since,
+                until: None,
+                had: has + self.missing.len(),
+                has,
+                confirmed: 0,
+                confirmations: 0,
+                because: because.clone(),
+            },
+            (_, Some(since)) => self.held_ill(name, has, since, rules),
+            _ => return (Some(seen), outcome(believed)),
+        };
+        let because = Some(held.because.clone());
+        (Some(Seen { state: State::Held, because, ..seen }), Outcome::Held(held))
+    }
+
+    fn is_settled(&self) -> bool {
+        self.missing.is_empty() && self.none.is_none() && self.few.is_none() && self.illness.doubt.is_none()
+    }
+
+    /// What of it is doubted, for how long, and how that is called.
+    fn doubt(&self, told: Option<&Seen>, config: &GuardConfig) -> Option<(&Doubt, Duration, Kind)> {
+        let none = if told.is_some() { Kind::Empty } else { Kind::Absent };
+        match (&self.none, &self.few) {
+            (Some(doubt), _) => Some((doubt, config.confirm_empty, none)),
+            (None, Some((doubt, _))) => Some((doubt, config.confirm_shrink, Kind::Shrunk)),
+            (None, None) => None,
+        }
+    }
+
+    fn held_as(
+        &self,
+        name: &ServiceName,
+        told: Option<&Seen>,
+        target: &[Endpoint],
+        before: usize,
+        (doubt, hold, kind): (&Doubt, Duration, Kind),
+        rules: &Rules<'_>,
+    ) -> Held {
+        let held = Held {
+            service: Some(name.clone()),
+            kind,
+            since: doubt.since,
+            until: Some(doubt.since + hold),
+            had: before,
+            has: target.len(),
+            confirmed: doubt.confirmed,
+            confirmations: rules.config.confirmations,
+            because: Arc::default(),
+        };
+        match rules.fleet {
+            Some((because, since)) => {
+                Held { kind: Kind::Fleet, since, until: None, because: because.clone(), ..held }
+            }
+            None => Held { because: reason(rules.source, told, before, hold), ..held },
+        }
+    }
+
+    fn held_ill(&self, name: &ServiceName, has: usize, since: Instant, rules: &Rules<'_>) -> Held {
+        let window = rules.config.confirm_unhealthy;
+        let because = format!(
+            "`{}` says that all its endpoints ({}) became unhealthy within {}: \
+             what was known of their health stays for as long, in case it is the checks that fail",
+            rules.source,
+            self.illness.since.len(),
+            show_duration(window),
+        );
+        Held {
+            service: Some(name.clone()),
+            kind: Kind::Unhealthy,
+            since,
+            until: Some(since + window),
+            had: has,
+            has,
+            confirmed: 0,
+            confirmations: 0,
+            because: because.into(),
+        }
+    }
+
+    /// Whether a reading is due that says whether what is doubted is so.
+    pub(super) fn wants_reading(&self, config: &GuardConfig, now: Instant) -> bool {
+        // Which of the two it is makes no difference here.
+        self.doubt(None, config).is_some_and(|(doubt, hold, _)| {
+            doubt.needs_readings(hold, config) && doubt.due(hold, config) <= now
+        })
+    }
+
+    /// A reading that was asked for says that it is so. Returns how many have.
+    pub(super) fn confirm(&mut self) -> Option<u32> {
+        let none = self.none.as_mut();
+        let few = self.few.as_mut().map(|(doubt, _)| doubt);
+        let doubts = none.into_iter().chain(few).map(|doubt| {
+            doubt.failed = None;
+            doubt.confirmed = doubt.confirmed.saturating_add(1);
+            doubt.confirmed
+        });
+        // That of `none` is first, and it is the one that counts.
+        doubts.collect::<Vec<_>>().first().copied()
+    }
+
+    /// A reading that was asked for failed. The next is one step later.
+    pub(super) fn not_confirmed(&mut self, why: &Arc<str>, config: &GuardConfig, now: Instant) {
+        let step = |hold: Duration| (hold / config.confirmations.max(1)).clamp(Self::SOONEST, Self::LATEST);
+        if let Some(doubt) = &mut self.none {
+            doubt.failed = Some((now + step(config.confirm_empty), why.clone()));
+        }
+        if let Some((doubt, _)) = &mut self.few {
+            doubt.failed = Some((now + step(config.confirm_shrink), why.clone()));
+        }
+    }
+
+    const SOONEST: Duration = Duration::from_millis(500);
+    const LATEST: Duration = Duration::from_secs(30);
+
+    /// Why the last reading that was asked for failed, if it did.
+    pub(super) fn reading_failed(&self) -> Option<&Arc<str>> {
+        let few = self.few.as_ref().map(|(doubt, _)| doubt);
+        let doubt = self.none.as_ref().or(few)?;
+        doubt.failed.as_ref().map(|(_, why)| why)
+    }
+
+    /// Remembers since when which endpoint is missing.
+    fn missed(&mut self, target: &[Endpoint], now: Instant) {
+        let missing = &mut self.missing;
+        missing.retain(|address, _| find(target, address).is_none());
+        let is_told = |e: &&Endpoint| find(target, &e.address).is_some();
+        for endpoint in self.shown.registration.endpoints.iter().filter(|e| !is_told(e)) {
+            missing.entry(endpoint.address).or_insert(now);
+        }
+    }
+
+    /// What is told, and of what was shown besides that what `stays`. Shares the pointer with either if it is equal.
+    fn merged(&self, told: Option<&Seen>, target: &[Endpoint], stays: impl Fn(&Endpoint) -> bool) -> Seen {
+        let shown = &self.shown.registration;
+        let is_told = |e: &Endpoint| find(target, &e.address).is_some();
+        let kept: Vec<_> = shown.endpoints.iter().filter(|e| !is_told(e) && stays(e)).cloned().collect();
+        let Some(told) = told else { return self.shown.clone() };
+        if kept.is_empty() && std::ptr::eq(target, &*told.registration.endpoints) {
+            return told.clone();
+        }
+        let mut endpoints = target.to_vec();
+        endpoints.extend(kept);
+        endpoints.sort_by_key(|endpoint| endpoint.address);
+        let merged = Registration { endpoints: endpoints.into(), ..(*told.registration).clone() };
+        let registration = if merged == **shown { shown.clone() } else { Arc::new(merged) };
+        Seen { registration, empty_on_purpose: false, ..told.clone() }
+    }
+
+    /// When it will be judged otherwise although the source says the same.
+    pub(super) fn deadline(&self, config: &GuardConfig, is_fleet: bool) -> Option<Instant> {
+        let ill = self.illness.doubt.map(|since| since + config.confirm_unhealthy);
+        if is_fleet {
+            return ill;
+        }
+        let doubt = self.doubt(None, config).map(|(doubt, hold, _)| doubt.due(hold, config));
+        let missing = self.missing.values().min().map(|since| *since + config.removal_hold());
+        // While all of it is held, single endpoints do not go.
+        [doubt.or(missing), ill].into_iter().flatten().min()
+    }
+}
+
+fn find<'a>(endpoints: &'a [Endpoint], address: &SocketAddr) -> Option<&'a Endpoint> {
+    let at = endpoints.binary_search_by_key(address, |endpoint| endpoint.address).ok()?;
+    endpoints.get(at)
+}
+
+fn reason(source: &str, told: Option<&Seen>, before: usize, hold: Duration) -> Arc<str> {
+    let endpoints = |n: usize| if n == 1 { "1 endpoint".to_owned() } else { format!("{n} endpoints") };
+    let said = match told.map(|told| told.registration.endpoints.len()) {
+        None => format!("no longer names it, and it had {}", endpoints(before)),
+        Some(0) => format!("names no endpoint of it any more, and it had {}", endpoints(before)),
+        Some(left) => format!("names {} of it, and it had {before}", endpoints(left)),
+    };
+    let stay =
+        format!("what was known stays for {} at least, in case that is a mistake", show_duration(hold));
+    format!("`{source}` {said}: {stay}").into()
+}
