@@ -59,6 +59,9 @@ pub struct Query {
     /// Answer when there is something newer than this, or after `wait`; 0 is at once.
     pub index: u64,
     pub wait: Duration,
+    /// The token that `index` was seen with, as [`Meta::token`] says; 0 is any. With another one the answer comes at
+    /// once: it may see more at the same index.
+    pub token: u64,
     pub consistency: Consistency,
     pub datacenter: Option<Arc<str>>,
     /// More parameters, as `recurse`; not escaped, so no more than letters.
@@ -306,7 +309,12 @@ impl Client {
         let mut left = pool.left();
         // A full sixteenth is what the server may add, so that not all come back at once.
         let within = query.wait + query.wait / 16 + MARGIN;
-        let target = self.target(path, query);
+        let current = token.as_ref().map_or(0, |token| token.number);
+        let target = if query.token == 0 || query.token == current {
+            self.target(path, query)
+        } else {
+            self.target(path, &Query { index: 0, ..query.clone() })
+        };
         loop {
             let tls = match pool.address.is_tls() {
                 true => Some(self.0.credentials.tls().await.map_err(ErrorKind::Credentials)?),
@@ -337,11 +345,10 @@ impl Client {
                     return Err(ErrorKind::Unreachable("it was left for another server".to_owned()));
                 }
             };
-            let token = token.as_ref().map_or(0, |token| token.number);
             return match outcome {
                 Ok(Ok((parts, body))) => {
                     pool.give_back(lease);
-                    Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, token })
+                    Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, token: current })
                 }
                 // A connection that was kept may have been closed by the server just then.
                 Ok(Err(Broken::BeforeTheAnswer(_)))
@@ -484,6 +491,7 @@ mod tests {
         let query = Query {
             index: 7,
             wait: Duration::from_secs(3600),
+            token: 0,
             consistency: Consistency::Stale,
             datacenter: Some("dc1".into()),
             flags: &["recurse"],

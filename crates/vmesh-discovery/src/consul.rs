@@ -432,6 +432,8 @@ impl<R: Resolve> ConsulSource<R> {
                 "Consul shows no instance of it".to_owned()
             };
             let why: Arc<str> = why.into();
+            // It is looked at again, and not waited for: nothing was learnt.
+            watched.cursor.failed(now);
             if watched.failure.as_ref() != Some(&why) {
                 watched.failure = Some(why);
                 self.judge(&key.1);
