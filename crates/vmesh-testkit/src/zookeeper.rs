@@ -125,7 +125,8 @@ pub struct Options {
     pub tls: bool,
     /// Nobody may do anything without SASL DIGEST-MD5 as this user with this password.
     pub sasl: Option<(&'static str, &'static str)>,
-    /// A server without a quorum goes on answering reads to those who accept that.
+    /// A server without a quorum goes on answering reads to those who accept that, in sessions that only it knows:
+    /// 3.8 opens no others then.
     pub read_only: bool,
 }
 
@@ -221,6 +222,9 @@ impl ZooKeeper {
                 file("server.pem"),
                 file("ca.pem")
             );
+        }
+        if self.options.read_only {
+            config += "localSessionsEnabled=true\nlocalSessionsUpgradingEnabled=true\n";
         }
         if let Some((user, password)) = self.options.sasl {
             config += "authProvider.sasl=org.apache.zookeeper.server.auth.SASLAuthenticationProvider\n\

@@ -1,0 +1,310 @@
+//! Servers, credentials and TLS, as they are written in YAML.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer};
+
+/// How to get a session.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// `zk1:2181,zk2:2181/chroot`.
+    pub connect: Connect,
+    #[serde(default)]
+    pub auth: Option<Auth>,
+    #[serde(default)]
+    pub sasl: Option<Sasl>,
+    #[serde(default)]
+    pub tls: Option<Tls>,
+    /// How long the servers keep a session without hearing from it; they may insist on another. Two fifths of it
+    /// without an answer are a lost connection. Built in: 10 s.
+    #[serde(default = "ten_seconds", deserialize_with = "duration")]
+    pub session_timeout: Duration,
+    /// Whether a server that has lost its quorum will do for reading. Built in: yes, and what it says is stale. Servers
+    /// offer that only with `readonlymode.enabled`, and 3.8 only with `localSessionsEnabled` too.
+    #[serde(default = "yes")]
+    pub read_only: bool,
+    #[serde(default)]
+    pub watch: Watch,
+}
+
+impl Config {
+    /// With all that is built in.
+    pub fn of(connect: Connect) -> Config {
+        Config {
+            connect,
+            auth: None,
+            sasl: None,
+            tls: None,
+            session_timeout: ten_seconds(),
+            read_only: yes(),
+            watch: Watch::Auto,
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn ten_seconds() -> Duration {
+    Duration::from_secs(10)
+}
+
+/// Credentials of the scheme `digest`. They go over the wire as they are: use TLS.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// A file with `user:password` in it, read again at each connection.
+    pub digest_file: PathBuf,
+}
+
+/// Credentials of SASL.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sasl {
+    #[serde(default)]
+    pub mechanism: Mechanism,
+    /// A file with `user:password` in it, read again at each connection.
+    pub credentials_file: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mechanism {
+    #[default]
+    DigestMd5,
+}
+
+impl<'de> Deserialize<'de> for Mechanism {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.to_ascii_lowercase().as_str() {
+            "digest-md5" => Ok(Mechanism::DigestMd5),
+            "gssapi" | "kerberos" => Err(de::Error::custom(
+                "GSSAPI (Kerberos) needs a C library that is not built in: use `digest-md5`, or a client certificate \
+                 (`tls`)",
+            )),
+            _ => Err(de::Error::custom(format!("`{text}` is not a mechanism of SASL: `digest-md5`"))),
+        }
+    }
+}
+
+/// TLS towards the servers' `secureClientPort`. Files are PEM and read again at each connection.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// Who signed the servers' certificates.
+    pub ca_file: PathBuf,
+    /// A certificate to show to servers that ask for one, and its key.
+    #[serde(default)]
+    pub cert_file: Option<PathBuf>,
+    #[serde(default)]
+    pub key_file: Option<PathBuf>,
+}
+
+/// How to hear of changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Watch {
+    /// One watch per root where the server knows that (3.6 and later), else `one-shot`.
+    #[default]
+    Auto,
+    Persistent,
+    /// Two watches per node, armed again after each event.
+    OneShot,
+}
+
+/// The servers, each `host:port`, and the node that is taken for the root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connect {
+    servers: Vec<String>,
+    /// Empty, or a path without a slash at its end.
+    chroot: String,
+}
+
+impl Connect {
+    pub fn servers(&self) -> &[String] {
+        &self.servers
+    }
+
+    /// Empty if there is none.
+    pub fn chroot(&self) -> &str {
+        &self.chroot
+    }
+}
+
+impl fmt::Display for Connect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.servers.join(","), self.chroot)
+    }
+}
+
+impl FromStr for Connect {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Connect, String> {
+        let (servers, chroot) = match text.find('/') {
+            Some(at) => text.split_at(at),
+            None => (text, ""),
+        };
+        if servers.ends_with(':') {
+            return Err(format!(
+                "`{text}`: only hosts and ports, without a scheme: `zk1:2181,zk2:2181/chroot`"
+            ));
+        }
+        let chroot = if chroot == "/" { "" } else { chroot };
+        if !chroot.is_empty() {
+            check_path(chroot).map_err(|wrong| format!("the chroot {wrong}"))?;
+        }
+        let servers = servers.split(',').map(|server| server_of(server.trim())).collect::<Result<_, _>>()?;
+        Ok(Connect { servers, chroot: chroot.to_owned() })
+    }
+}
+
+impl<'de> Deserialize<'de> for Connect {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+fn server_of(text: &str) -> Result<String, String> {
+    let wrong = |why: &str| Err(format!("`{text}` is not a server, `host:2181`: {why}"));
+    let after_ipv6 = text.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    let (host, port) = match after_ipv6 {
+        Some((host, "")) => (host, None),
+        Some((host, port)) => (host, port.strip_prefix(':').or(Some(""))),
+        None => match text.rsplit_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (text, None),
+        },
+    };
+    let is_ipv6 = after_ipv6.is_some();
+    if host.is_empty() {
+        return wrong("it has no host");
+    }
+    if !is_ipv6 && host.contains(':') {
+        return wrong("an IPv6 address is written `[::1]:2181`");
+    }
+    if host.contains(char::is_whitespace) {
+        return wrong("there is a blank in it");
+    }
+    let port = match port.map(str::parse::<u16>) {
+        None => 2181,
+        Some(Ok(port)) if port > 0 => port,
+        Some(_) => return wrong("its port is none, from 1 to 65535"),
+    };
+    Ok(if is_ipv6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") })
+}
+
+/// Whether `path` is one that a node can have.
+pub fn check_path(path: &str) -> Result<(), String> {
+    let wrong = |why: &str| Err(format!("`{path}` is not the path of a node: {why}"));
+    let Some(below) = path.strip_prefix('/') else { return wrong("it does not begin with `/`") };
+    if below.is_empty() {
+        return Ok(());
+    }
+    if path.contains(|c: char| c.is_control() || ('\u{f000}'..='\u{f8ff}').contains(&c)) {
+        return wrong("there is a character in it that ZooKeeper does not allow");
+    }
+    for segment in below.split('/') {
+        match segment {
+            "" => return wrong("there is nothing between two `/`, or after the last"),
+            "." | ".." => return wrong("ZooKeeper knows no relative paths"),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// `10s`, `500ms`, `1m`.
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let millis = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        _ => 0,
+    };
+    match number.parse::<u64>().ok().and_then(|number| number.checked_mul(millis)) {
+        Some(millis) if millis > 0 => Ok(Duration::from_millis(millis)),
+        _ => Err(de::Error::custom(format!("`{text}` is not a duration: `10s`, `500ms`, `1m`"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+
+    fn connect(text: &str) -> String {
+        match text.parse::<Connect>() {
+            Ok(connect) => format!("{:?} {:?} {connect}", connect.servers(), connect.chroot()),
+            Err(wrong) => wrong,
+        }
+    }
+
+    #[test]
+    fn servers_are_hosts_and_ports_and_a_chroot() {
+        let shown: Vec<_> = [
+            "zk1:2181,zk2:2182,zk3:2183/prod/mesh",
+            "zk1",
+            "zk1, zk2/",
+            "[::1]:2181,[fd00::7]",
+            "::1:2181",
+            "",
+            "zk1:2181,",
+            "zk1:x",
+            "zk1:0",
+            "tcp://zk1:2181",
+            "zk1/a/",
+            "zk1/a//b",
+            "zk1/a/../b",
+        ]
+        .map(|text| format!("{text:?}: {}\n", connect(text)))
+        .into_iter()
+        .collect();
+        expect![[r#"
+            "zk1:2181,zk2:2182,zk3:2183/prod/mesh": ["zk1:2181", "zk2:2182", "zk3:2183"] "/prod/mesh" zk1:2181,zk2:2182,zk3:2183/prod/mesh
+            "zk1": ["zk1:2181"] "" zk1:2181
+            "zk1, zk2/": ["zk1:2181", "zk2:2181"] "" zk1:2181,zk2:2181
+            "[::1]:2181,[fd00::7]": ["[::1]:2181", "[fd00::7]:2181"] "" [::1]:2181,[fd00::7]:2181
+            "::1:2181": `::1:2181` is not a server, `host:2181`: an IPv6 address is written `[::1]:2181`
+            "": `` is not a server, `host:2181`: it has no host
+            "zk1:2181,": `` is not a server, `host:2181`: it has no host
+            "zk1:x": `zk1:x` is not a server, `host:2181`: its port is none, from 1 to 65535
+            "zk1:0": `zk1:0` is not a server, `host:2181`: its port is none, from 1 to 65535
+            "tcp://zk1:2181": `tcp://zk1:2181`: only hosts and ports, without a scheme: `zk1:2181,zk2:2181/chroot`
+            "zk1/a/": the chroot `/a/` is not the path of a node: there is nothing between two `/`, or after the last
+            "zk1/a//b": the chroot `/a//b` is not the path of a node: there is nothing between two `/`, or after the last
+            "zk1/a/../b": the chroot `/a/../b` is not the path of a node: ZooKeeper knows no relative paths
+        "#]].assert_eq(&shown.concat());
+    }
+
+    fn config(json: &str) -> String {
+        match serde_json::from_str::<Config>(json) {
+            Ok(config) => format!("{config:?}"),
+            Err(wrong) => wrong.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_configuration_has_servers_and_what_is_built_in() {
+        expect![[r#"Config { connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto }"#]]
+            .assert_eq(&config(r#"{"connect": "zk1"}"#));
+        expect![[r#"Config { connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: Some(Auth { digest_file: "/etc/d" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/s" }), tls: Some(Tls { ca_file: "/etc/ca", cert_file: None, key_file: None }), session_timeout: 30s, read_only: false, watch: OneShot }"#]].assert_eq(&config(
+            r#"{"connect": "zk1", "auth": {"digest_file": "/etc/d"}, "sasl": {"credentials_file": "/etc/s"},
+                "tls": {"ca_file": "/etc/ca"}, "session_timeout": "30s", "read_only": false, "watch": "one-shot"}"#,
+        ));
+        expect!["GSSAPI (Kerberos) needs a C library that is not built in: use `digest-md5`, or a client certificate (`tls`) at line 1 column 49"]
+            .assert_eq(&config(r#"{"connect": "zk1", "sasl": {"mechanism": "GSSAPI", "credentials_file": "/x"}}"#));
+        expect!["`soon` is not a duration: `10s`, `500ms`, `1m` at line 1 column 45"]
+            .assert_eq(&config(r#"{"connect": "zk1", "session_timeout": "soon"}"#));
+    }
+}

@@ -1,0 +1,2 @@
+//! One ephemeral node.
+pub struct Holder;

@@ -1,0 +1,105 @@
+use expect_test::expect;
+
+use super::*;
+
+fn event(kind: zk::EventType, path: &str) -> zk::WatchedEvent {
+    zk::WatchedEvent::new(kind, path)
+}
+
+fn tree(paths: &[&str]) -> Option<Arc<Node>> {
+    let mut tree = Some(Arc::new(Node::leaf("", 1)));
+    for path in paths {
+        put(&mut tree, path, Some(Arc::new(Node::leaf("", 1))));
+    }
+    tree
+}
+
+fn starts(roots: &[Root], seen: &[Seen], events: &[(usize, zk::EventType, &str)]) -> String {
+    let mut dirty = Dirty::default();
+    for (root, kind, path) in events {
+        assert!(dirty.note(roots, *root, event(*kind, path)));
+    }
+    let starts = dirty.starts(roots, seen);
+    let known = |start: &Start| {
+        let known = start.known.iter().map(|name| format!(" {name}"));
+        known.collect::<String>()
+    };
+    starts.iter().map(|s| format!("{} {} {:?}{}\n", s.root, s.path, s.want, known(s))).collect()
+}
+
+#[test]
+fn events_for_one_path_are_one_reading_of_it() {
+    use zk::EventType::*;
+    let roots = [Root::new("/services").unwrap(), Root::new("/").unwrap()];
+    let seen = [
+        Seen { tree: tree(&["pay", "pay/a", "orders"]), failed: None },
+        Seen { tree: tree(&["x"]), failed: None },
+    ];
+    let told = starts(
+        &roots,
+        &seen,
+        &[
+            (0, NodeDataChanged, "/services/pay/a"),
+            (0, NodeDataChanged, "/services/pay/a"),
+            (0, NodeCreated, "/services/orders/1"),
+            // Made, and something in it, and changed: one reading of all of it.
+            (0, NodeCreated, "/services/new"),
+            (0, NodeCreated, "/services/new/1"),
+            (0, NodeDataChanged, "/services/new/1"),
+            // Sorts between a node and what is below it.
+            (0, NodeCreated, "/services/new-er"),
+            // One of whose parents nothing was heard.
+            (0, NodeCreated, "/services/deep/er/1"),
+            (0, NodeDataChanged, "/services/orders"),
+            (0, NodeChildrenChanged, "/services/orders"),
+            (0, NodeChildrenChanged, "/services/pay"),
+            (1, NodeDeleted, "/x"),
+            (1, NodeCreated, "/y"),
+        ],
+    );
+    expect![[r#"
+        0 /services/deep All
+        0 /services/new All
+        0 /services/new-er All
+        0 /services/orders All
+        0 /services/pay Children a
+        0 /services/pay/a Data
+        1 /x All
+        1 /y All
+    "#]]
+    .assert_eq(&told);
+}
+
+#[test]
+fn a_root_that_is_not_there_is_read_whole_when_anything_is_heard_of_it() {
+    let roots = [Root::new("/a").unwrap()];
+    let told = starts(&roots, &[Seen::default()], &[(0, zk::EventType::NodeCreated, "/a/b/c")]);
+    assert_eq!(told, "0 /a All\n");
+}
+
+#[test]
+fn what_is_too_deep_or_not_wanted_is_not_read() {
+    let mut root = Root::new("/dubbo").unwrap().keeping(|path| !path.ends_with("consumers"));
+    root.max_depth = 3;
+    for (path, covered) in [
+        ("/dubbo", true),
+        ("/dubbo/com.acme.Pay/providers/x", true),
+        ("/dubbo/com.acme.Pay/providers/x/y", false),
+        ("/dubbo/com.acme.Pay/consumers", false),
+        ("/dubbo/com.acme.Pay/consumers/x", false),
+    ] {
+        assert_eq!(root.covers(path), covered, "{path}");
+    }
+    assert!(root.is_deepest("/dubbo/a/b/c") && !root.is_deepest("/dubbo/a/b"));
+    let mut top = Root::new("/").unwrap();
+    top.max_depth = 1;
+    assert!(top.covers("/") && top.covers("/a") && !top.covers("/a/b"));
+}
+
+#[test]
+fn a_path_that_no_node_can_have_is_no_root() {
+    assert_eq!(
+        Root::new("services").unwrap_err(),
+        "`services` is not the path of a node: it does not begin with `/`"
+    );
+}

@@ -1,0 +1,370 @@
+//! A session: how to get one, what becomes of it, and how often to try.
+
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use zookeeper_client as zk;
+
+use crate::config::{Config, Mechanism};
+
+/// What is worth counting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// So many requests for data or children.
+    Reads(u64),
+    /// So many of those failed; that a node was gone is no failure.
+    FailedReads(u64),
+    /// A connection was made, the first included.
+    Connected,
+    /// A connection ended.
+    Disconnected,
+    /// A session expired: it took longer to connect again than the servers keep a session.
+    Expired,
+}
+
+/// Is told of what is worth counting, from the task where it happens: it must not wait.
+pub type Count = Arc<dyn Fn(Counted) + Send + Sync>;
+
+/// Why there is no session, or why something could not be done in it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("could not read {}", file.display())]
+    File {
+        file: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("{} has to hold `user:password` in one line", .0.display())]
+    Credentials(PathBuf),
+    #[error("cannot use the certificates in {files}: {why}")]
+    Certificates { files: String, why: String },
+    #[error("`tls` has a cert_file and no key_file, or the other way round: a certificate needs its key")]
+    CertificateWithoutKey,
+    #[error("could not open a session with ZooKeeper: {0}")]
+    Unreachable(String),
+    #[error(
+        "ZooKeeper ({servers}) refused the credentials, or wants some of another kind: see `sasl` and `auth`, and \
+         `enforce.auth.schemes` of the servers"
+    )]
+    Refused { servers: String },
+    /// What was attempted on which node.
+    #[error("could not {what} {path}: {why}")]
+    Request { what: &'static str, path: String, why: String },
+    #[error(
+        "ZooKeeper ({0}) is older than 3.6 and has no persistent watches: set `watch` to auto or one-shot"
+    )]
+    NoPersistentWatches(String),
+    #[error("the session with ZooKeeper ({servers}) {why}")]
+    Lost { servers: String, why: &'static str },
+    #[error(
+        "ZooKeeper has lost its quorum, and the server at hand only answers reads: what it says may be out of date"
+    )]
+    ReadOnly,
+    #[error("the task that keeps the session ended unexpectedly, and begins anew")]
+    Ended,
+}
+
+impl Error {
+    pub(crate) fn request(what: &'static str, path: &str, cause: &zk::Error) -> Error {
+        Error::Request { what, path: path.to_owned(), why: words(cause) }
+    }
+
+    /// An error and its cause, in one line.
+    pub fn line(&self) -> String {
+        match std::error::Error::source(self) {
+            Some(cause) => format!("{self}: {cause}"),
+            None => self.to_string(),
+        }
+    }
+}
+
+/// What an error of the protocol means for whoever has to mend it.
+pub(crate) fn words(error: &zk::Error) -> String {
+    let fixed = match error {
+        zk::Error::NoAuth => {
+            "not allowed; the node's ACL has to give READ (to read it) or WRITE, CREATE or DELETE (to change it) to these \
+             credentials"
+        }
+        zk::Error::NoNode => "there is no such node",
+        zk::Error::ConnectionLoss => "the connection was lost",
+        zk::Error::Throttled => "the server is overloaded and refuses requests",
+        zk::Error::NotReadOnly => "the server has lost its quorum and only answers reads",
+        zk::Error::QuotaExceeded => "the quota of a node above it is used up",
+        zk::Error::SessionExpired => "the session expired",
+        zk::Error::NoChildrenForEphemerals => {
+            "the node above it is ephemeral, and such nodes have no children"
+        }
+        other => return other.to_string(),
+    };
+    fixed.to_owned()
+}
+
+/// Whether an error concerns the connection or the session and not the node that was asked for.
+pub(crate) fn is_of_session(error: &zk::Error) -> bool {
+    matches!(
+        error,
+        zk::Error::ConnectionLoss
+            | zk::Error::SessionExpired
+            | zk::Error::SessionMoved
+            | zk::Error::ClientClosed
+            | zk::Error::AuthFailed
+            | zk::Error::NoHosts
+            | zk::Error::Timeout
+            | zk::Error::Throttled
+            // What the client says when its own session task is gone.
+            | zk::Error::UnexpectedError(_)
+            | zk::Error::RuntimeInconsistent
+            | zk::Error::Custom(_)
+    )
+}
+
+/// What the files say that the configuration names.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Secrets {
+    digest: Option<Vec<u8>>,
+    sasl: Option<(String, String)>,
+    tls: Option<Pem>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct Pem {
+    ca: String,
+    identity: Option<(String, String)>,
+}
+
+/// Nothing of it may get into a log.
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secrets")
+    }
+}
+
+impl Secrets {
+    pub(crate) async fn read(config: &Config) -> Result<Secrets, Error> {
+        let digest = match &config.auth {
+            Some(auth) => {
+                let (user, password) = credentials(&auth.digest_file).await?;
+                Some(format!("{user}:{password}").into_bytes())
+            }
+            None => None,
+        };
+        let sasl = match &config.sasl {
+            Some(sasl) => Some(credentials(&sasl.credentials_file).await?),
+            None => None,
+        };
+        let tls = match &config.tls {
+            Some(tls) => {
+                let identity = match (&tls.cert_file, &tls.key_file) {
+                    (Some(cert), Some(key)) => Some((text(cert).await?, text(key).await?)),
+                    (None, None) => None,
+                    _ => return Err(Error::CertificateWithoutKey),
+                };
+                Some(Pem { ca: text(&tls.ca_file).await?, identity })
+            }
+            None => None,
+        };
+        Ok(Secrets { digest, sasl, tls })
+    }
+
+    /// Whether there is anything that an ACL could name.
+    pub(crate) fn name_somebody(&self) -> bool {
+        self.digest.is_some()
+            || self.sasl.is_some()
+            || self.tls.as_ref().is_some_and(|tls| tls.identity.is_some())
+    }
+}
+
+async fn text(file: &Path) -> Result<String, Error> {
+    tokio::fs::read_to_string(file).await.map_err(|cause| Error::File { file: file.to_owned(), cause })
+}
+
+async fn credentials(file: &Path) -> Result<(String, String), Error> {
+    let text = text(file).await?;
+    let line = text.trim();
+    match line.split_once(':') {
+        Some((user, password)) if !user.is_empty() && !line.contains('\n') => {
+            Ok((user.to_owned(), password.to_owned()))
+        }
+        _ => Err(Error::Credentials(file.to_owned())),
+    }
+}
+
+/// A new session. Servers are tried in a random order, each once. `read_only` allows one with a server that has lost
+/// its quorum.
+pub(crate) async fn open(
+    config: &Config,
+    secrets: &Secrets,
+    read_only: bool,
+    is_old: bool,
+) -> Result<zk::Client, Error> {
+    let mut connector = zk::Client::connector()
+        .with_session_timeout(config.session_timeout)
+        .with_readonly(read_only)
+        .with_fail_eagerly();
+    if let Some(digest) = &secrets.digest {
+        connector = connector.with_auth("digest", digest);
+    }
+    if let (Some(sasl), Some((user, password))) = (&config.sasl, &secrets.sasl) {
+        let Mechanism::DigestMd5 = sasl.mechanism;
+        connector = connector.with_sasl(zk::SaslOptions::digest_md5(user.clone(), password.clone()));
+    }
+    if let (Some(tls), Some(pem)) = (&config.tls, &secrets.tls) {
+        connector = connector.with_tls(options(pem).map_err(|why| {
+            let files = [Some(&tls.ca_file), tls.cert_file.as_ref(), tls.key_file.as_ref()];
+            let files: Vec<_> = files.into_iter().flatten().map(|file| file.display().to_string()).collect();
+            Error::Certificates { files: files.join(", "), why: why.to_string() }
+        })?);
+    }
+    if is_old {
+        connector = connector.with_server_version(3, 4, 0);
+    }
+    let cluster = config.connect.to_string();
+    let opened = if config.tls.is_some() {
+        connector.secure_connect(&cluster).await
+    } else {
+        connector.connect(&cluster).await
+    };
+    match opened {
+        Ok(client) => Ok(client),
+        Err(zk::Error::AuthFailed) => Err(Error::Refused { servers: config.connect.to_string() }),
+        Err(zk::Error::NoHosts | zk::Error::Timeout | zk::Error::ConnectionLoss) => {
+            Err(Error::Unreachable(diagnosis(config).await))
+        }
+        Err(other) => Err(Error::Unreachable(format!("{}: {}", config.connect, words(&other)))),
+    }
+}
+
+fn options(pem: &Pem) -> Result<zk::TlsOptions, zk::Error> {
+    let options = zk::TlsOptions::new().with_pem_ca(&pem.ca)?;
+    match &pem.identity {
+        Some((cert, key)) => options.with_pem_identity(cert, key),
+        None => Ok(options),
+    }
+}
+
+/// Why no server would do. The client does not say, so each is knocked at once more.
+async fn diagnosis(config: &Config) -> String {
+    const AT_MOST: usize = 7;
+    let mut said = Vec::new();
+    let servers = config.connect.servers();
+    for server in servers.iter().take(AT_MOST) {
+        said.push(match timeout(Duration::from_millis(500), TcpStream::connect(server.as_str())).await {
+            Ok(Ok(_)) if config.tls.is_some() => format!(
+                "{server} accepts connections but no session: it has no quorum, refuses the certificate or the credentials, \
+                 shows one that `ca_file` did not sign for this name, or speaks no TLS there"
+            ),
+            Ok(Ok(_)) => format!(
+                "{server} accepts connections but no session: it has no quorum, refuses the credentials, or is no ZooKeeper"
+            ),
+            Ok(Err(error)) => format!("{server}: {}", plain(&error)),
+            Err(_) => format!("{server} does not answer"),
+        });
+    }
+    if servers.len() > AT_MOST {
+        said.push(format!("and {} more", servers.len() - AT_MOST));
+    }
+    said.join("; ")
+}
+
+/// Without the number at the end and what std puts before what `getaddrinfo` says.
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    let said = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
+    let said = said.split(" (os error").next().unwrap_or(said);
+    said.to_lowercase()
+}
+
+/// Counts a connection for as long as it lasts.
+pub(crate) struct Connection(Count);
+
+impl Connection {
+    pub(crate) fn new(count: &Count) -> Connection {
+        count(Counted::Connected);
+        Connection(count.clone())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        (self.0)(Counted::Disconnected);
+    }
+}
+
+/// How long to leave servers alone that would not have us: from 100 ms, twice as long each time, up to 30 s. Half of
+/// it is drawn, so that clients that were thrown out together do not come back together.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    next: Duration,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    pub(crate) fn new() -> Backoff {
+        Backoff { next: Self::FIRST }
+    }
+
+    pub(crate) fn draw(&mut self) -> Duration {
+        let whole = self.next;
+        self.next = (whole * 2).min(Self::LONGEST);
+        whole / 2 + jitter(whole / 2)
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.next = Self::FIRST;
+    }
+}
+
+/// A time between nothing and `most`.
+pub(crate) fn jitter(most: Duration) -> Duration {
+    // The seed of a std hash map is random; nothing here depends on how random.
+    let random = RandomState::new().hash_one(0u8) >> 32;
+    let share = u32::try_from(random).unwrap_or_default();
+    most.mul_f64(f64::from(share) / f64::from(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wait_for_a_session_grows_to_half_a_minute_and_begins_anew_after_success() {
+        let mut backoff = Backoff::new();
+        let waits: Vec<_> = (0..12).map(|_| backoff.draw()).collect();
+        for (index, wait) in waits.iter().enumerate() {
+            let whole = Duration::from_millis(100 << index).min(Duration::from_secs(30));
+            assert!(*wait >= whole / 2 && *wait <= whole, "{waits:?}");
+        }
+        backoff.reset();
+        assert!(backoff.draw() <= Duration::from_millis(100));
+    }
+
+    #[tokio::test]
+    async fn credentials_are_one_line_and_stay_out_of_logs() {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        let file = dir.join("digest");
+        let mut config = Config::of("zk1".parse().unwrap());
+        config.auth = Some(crate::config::Auth { digest_file: file.clone() });
+        let read = async |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            Secrets::read(&config).await.map(|secrets| (secrets.digest.clone(), format!("{secrets:?}")))
+        };
+        let (digest, shown) = read("mesh:s3cr:et\n").await.unwrap();
+        assert_eq!(digest.unwrap(), b"mesh:s3cr:et");
+        assert!(!shown.contains("s3cr"));
+        for wrong in ["", "mesh", ":x", "a:b\nc:d"] {
+            let said = read(wrong).await.unwrap_err().to_string();
+            assert!(said.ends_with("has to hold `user:password` in one line"), "{said}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        let said = Secrets::read(&config).await.unwrap_err().line();
+        assert!(said.starts_with("could not read ") && said.contains("No such file"), "{said}");
+    }
+}
