@@ -9,6 +9,7 @@ use serde::de::{self, Deserializer};
 use vmesh_model::text::{parse_duration, show_duration};
 use vmesh_model::yaml::MAX_TEXT;
 
+use crate::consul::ConsulConfig;
 use crate::format::Format;
 use crate::guard::GuardConfig;
 
@@ -16,7 +17,8 @@ use crate::guard::GuardConfig;
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceConfig {
-    File(FileConfig),
+    File(Box<FileConfig>),
+    Consul(Box<ConsulConfig>),
 }
 
 impl SourceConfig {
@@ -24,12 +26,14 @@ impl SourceConfig {
     pub fn name(&self) -> Arc<str> {
         match self {
             SourceConfig::File(config) => config.name(),
+            SourceConfig::Consul(config) => config.name(),
         }
     }
 
     pub fn guard(&self) -> GuardConfig {
         match self {
             SourceConfig::File(config) => config.guard(),
+            SourceConfig::Consul(config) => config.guard.clone(),
         }
     }
 
@@ -37,6 +41,7 @@ impl SourceConfig {
     pub fn required(&self) -> bool {
         match self {
             SourceConfig::File(config) => config.required,
+            SourceConfig::Consul(config) => config.required,
         }
     }
 }
@@ -192,10 +197,10 @@ mod tests {
             control.yaml:2:27: `poll`: 100ms is too short: 1s at least
             control.yaml:2:42: `format`: expected one of `auto`, `native`, `prometheus`, `linkerd` or `smartstack`, found `yaml`
             control.yaml:2:56: unknown field `remove`, did you mean `removal_hold`?
-            control.yaml:3:5: `discovery`: expected `file`, found `consul`
+            control.yaml:3:5: `discovery`: expected one of `file` or `consul`, found `etcd`
             control.yaml:4:11: `file`: expected a mapping of `name`, `required`, `path`, `format`, `watch`, `poll`, `resolve_interval`, `max_bytes`, `max_files`, `guard`, found the text `a`
         "#]].assert_eq(&read(
-            "discovery:\n  - file: {path: a, poll: 100ms, format: yaml, guard: {remove: 1s}}\n  - consul: {}\n  - file: a\n",
+            "discovery:\n  - file: {path: a, poll: 100ms, format: yaml, guard: {remove: 1s}}\n  - etcd: {}\n  - file: a\n",
         ));
     }
 }

@@ -10,6 +10,7 @@
 //! One bad record costs that record; too many bad ones cost the file, because then it is more likely that the file is
 //! not what it seems (half written, another format) than that so many records went bad one by one.
 
+pub mod consul;
 pub mod linkerd;
 pub mod native;
 pub mod prometheus;
@@ -130,7 +131,7 @@ pub struct ParsedEndpoint {
 }
 
 /// An endpoint as it is written: its weight still in the format's own convention.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct Record {
     address: Address,
     weight: Option<Share>,

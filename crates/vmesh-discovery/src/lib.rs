@@ -6,6 +6,7 @@
 //! | [`guard`] | [`Guard`]: whether to believe a source that says less than it did; evictions |
 //! | [`config`] | [`SourceConfig`]: the `discovery:` part of `control.yaml` |
 //! | [`file`](mod@file) | [`FileSource`]: a directory of files |
+//! | [`consul`] | [`ConsulSource`]: the services of a Consul cluster |
 //! | [`plugin`] | [`PluginSource`]: a program that reads a registry of another kind |
 //! | [`format`](mod@format) | what files say: pure parsers, from text to services |
 //! | [`assemble`] | from what a format says to what can be dialled |
@@ -31,6 +32,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 pub use config::{FileConfig, SourceConfig};
+pub use consul::{ConsulConfig, ConsulSource};
 pub use file::FileSource;
 pub use guard::{Guard, GuardConfig};
 pub use plugin::{PluginConfig, PluginSource};
@@ -62,7 +64,10 @@ pub fn open(
         let last_good = last_good.as_deref();
         match config {
             SourceConfig::File(config) => {
-                follow(FileSource::new(config, last_good, counters), guard, link).await;
+                follow(FileSource::new(*config, last_good, counters), guard, link).await;
+            }
+            SourceConfig::Consul(config) => {
+                follow(ConsulSource::new(*config, last_good, counters), guard, link).await;
             }
         }
     };
