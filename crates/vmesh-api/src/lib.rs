@@ -11,9 +11,15 @@
 //! | `GET /api/v1/explain?service=S&from=N` | [`Explanation`] |
 //! | `GET /api/v1/nodes/N/config` | the node's resources as Envoy would print them |
 //! | `DELETE /api/v1/nodes/N` | forgets a node that is offline; [`Done`] |
+//! | `GET /api/v1/discovery` | [`Discovery`] |
+//! | `GET /api/v1/discovery/events` | [`Events`] |
+//! | `POST /api/v1/discovery/accept` | [`Accept`] is believed; [`Done`] |
+//! | `POST /api/v1/discovery/evict`, `admit` | [`EndpointOf`] is not used, or is again; [`Done`] |
+//! | `POST /api/v1/discovery/freeze`, `thaw` | no change of [`Which`] is taken, or is again; [`Done`] |
 //!
 //! An error is [`Failure`], with a status of 4xx or 5xx.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -162,6 +168,150 @@ pub struct Source {
     /// Since it last answered.
     pub age_seconds: Option<u64>,
     pub services: usize,
+}
+
+/// Every source, how it stands, and what of it is not believed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Discovery {
+    pub sources: Vec<DiscoverySource>,
+    /// Endpoints that are not used, by the operator's word.
+    pub evicted: Vec<Evicted>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiscoverySource {
+    pub name: Arc<str>,
+    pub state: SourceState,
+    /// Why it is not fresh.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub because: Option<Arc<str>>,
+    /// Whether nothing is served before it has answered.
+    pub required: bool,
+    /// Since it last answered; `None` if it has not since the start.
+    pub age_seconds: Option<u64>,
+    /// When that was, in Unix time.
+    pub answered_at: Option<u64>,
+    /// Since when it is frozen, in Unix time, and the command that ends it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_at: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    pub services: usize,
+    pub endpoints: usize,
+    /// Endpoints in use that it does not name any more.
+    pub missing: u64,
+    /// The source as a whole first, then by service.
+    pub held: Vec<Held>,
+    pub counters: SourceCounters,
+}
+
+/// How a discovery source stands; of several that hold, the last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceState {
+    Fresh,
+    /// Something that it says is not believed yet.
+    Held,
+    /// It does not answer; what it said last holds.
+    Stale,
+    /// No change of it is taken, by the operator's word.
+    Frozen,
+}
+
+/// Something that a source says and that is not believed yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// `None`: the source as a whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceName>,
+    /// `empty`, `shrunk`, `absent`, `unhealthy` or `fleet`.
+    pub kind: Arc<str>,
+    /// For how long it has been held.
+    pub age_seconds: u64,
+    /// When it may be believed at the earliest; `None`: when it is accepted, or the source names enough again.
+    pub remaining_seconds: Option<u64>,
+    /// How many endpoints there were, and how many the source names now.
+    pub had: usize,
+    pub has: usize,
+    /// How many readings that were asked for said the same, and how many have to.
+    pub confirmed: u32,
+    pub confirmations: u32,
+    pub because: Arc<str>,
+    /// What makes it believed at once.
+    pub command: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evicted {
+    pub service: ServiceName,
+    pub address: SocketAddr,
+    pub age_seconds: u64,
+    /// What makes it used again.
+    pub command: String,
+}
+
+/// Totals since the start, but for `connections`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceCounters {
+    pub reads: u64,
+    pub failed_reads: u64,
+    pub bad_records: u64,
+    pub index_resets: u64,
+    pub sessions_expired: u64,
+    pub connects: u64,
+    pub connections: u64,
+    /// By kind: what was not believed at once, and what was not believed at all because it came back.
+    pub held: BTreeMap<Arc<str>, u64>,
+    pub rejected: BTreeMap<Arc<str>, u64>,
+}
+
+/// What happened, the oldest first; the last 256 of each source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Events {
+    pub events: Vec<Event>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Unix time, in milliseconds.
+    pub at_millis: u64,
+    pub age_seconds: u64,
+    /// `None`: all sources.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Arc<str>>,
+    /// `held`, `confirmed`, `believed`, `returned`, `accepted`, `frozen`, `thawed`, `failing`, `answering`, `given up`,
+    /// `evicted` or `admitted`.
+    pub what: Arc<str>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceName>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<Arc<str>>,
+    pub text: Arc<str>,
+}
+
+/// What is to be believed: one service of a source, or all that is held of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Accept {
+    pub source: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceName>,
+}
+
+/// An endpoint of a service, whichever source names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndpointOf {
+    pub service: ServiceName,
+    pub address: SocketAddr,
+}
+
+/// One source, or all.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Which {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

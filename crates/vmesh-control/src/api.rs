@@ -4,15 +4,18 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use prometheus_client::registry::Registry;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use vmesh_api::{
-    Done, Failure, ListedProblem, Nodes, Problems, Revision, Service, ServiceEndpoint, Services, Status,
+    Accept, Discovery, Done, EndpointOf, Events, Failure, ListedProblem, Nodes, Problems, Revision, Service,
+    ServiceEndpoint, Services, Status, Which,
 };
 use vmesh_catalog::World;
 use vmesh_model::{NodeName, ServiceName};
@@ -20,17 +23,29 @@ use vmesh_proto::json::bytes_to_json;
 use vmesh_xds::Kind;
 
 use crate::control::Control;
+use crate::discovery::Refused;
 
 type Shared = State<Arc<Control>>;
 
 /// What anybody on loopback may ask.
 pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Router {
-    routes(registry).route("/api/v1/nodes/{name}", delete(async || only_reads())).with_state(control)
+    let mut routes = routes(registry).route("/api/v1/nodes/{name}", delete(async || only_reads()));
+    for what in ["accept", "evict", "admit", "freeze", "thaw"] {
+        routes = routes.route(&format!("/api/v1/discovery/{what}"), post(async || only_reads()));
+    }
+    routes.with_state(control)
 }
 
 /// The same and what changes something.
 pub(crate) fn full(control: Arc<Control>, registry: Arc<Registry>) -> Router {
-    routes(registry).route("/api/v1/nodes/{name}", delete(forget)).with_state(control)
+    routes(registry)
+        .route("/api/v1/nodes/{name}", delete(forget))
+        .route("/api/v1/discovery/accept", post(accept))
+        .route("/api/v1/discovery/evict", post(evict))
+        .route("/api/v1/discovery/admit", post(admit))
+        .route("/api/v1/discovery/freeze", post(freeze))
+        .route("/api/v1/discovery/thaw", post(thaw))
+        .with_state(control)
 }
 
 fn routes(registry: Arc<Registry>) -> Router<Arc<Control>> {
@@ -46,6 +61,8 @@ fn routes(registry: Arc<Registry>) -> Router<Arc<Control>> {
         .route("/api/v1/revision", get(revision))
         .route("/api/v1/status", get(status))
         .route("/api/v1/explain", get(explain))
+        .route("/api/v1/discovery", get(discovery))
+        .route("/api/v1/discovery/events", get(events))
         .fallback(async || failure(StatusCode::NOT_FOUND, "there is nothing at this path; see docs/api.md"))
         .method_not_allowed_fallback(async || only_reads())
 }
@@ -141,6 +158,65 @@ async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
         }
     }
     Json(Value::Object(all)).into_response()
+}
+
+async fn discovery(State(control): Shared) -> Json<Discovery> {
+    Json(control.desk.show())
+}
+
+async fn events(State(control): Shared) -> Json<Events> {
+    Json(Events { events: control.desk.events() })
+}
+
+async fn accept(State(control): Shared, body: Bytes) -> Response {
+    match asked::<Accept>(&body) {
+        Ok(Accept { source, service }) => done(control.desk.accept(&source, service).await),
+        Err(wrong) => *wrong,
+    }
+}
+
+async fn evict(State(control): Shared, body: Bytes) -> Response {
+    match asked::<EndpointOf>(&body) {
+        Ok(EndpointOf { service, address }) => done(control.desk.evict(&service, address).await),
+        Err(wrong) => *wrong,
+    }
+}
+
+async fn admit(State(control): Shared, body: Bytes) -> Response {
+    match asked::<EndpointOf>(&body) {
+        Ok(EndpointOf { service, address }) => done(control.desk.admit(&service, address).await),
+        Err(wrong) => *wrong,
+    }
+}
+
+async fn freeze(State(control): Shared, body: Bytes) -> Response {
+    match asked::<Which>(&body) {
+        Ok(Which { source }) => done(control.desk.freeze(source.as_deref()).await),
+        Err(wrong) => *wrong,
+    }
+}
+
+async fn thaw(State(control): Shared, body: Bytes) -> Response {
+    match asked::<Which>(&body) {
+        Ok(Which { source }) => done(control.desk.thaw(source.as_deref()).await),
+        Err(wrong) => *wrong,
+    }
+}
+
+/// What a body asks for; else what is wrong with it.
+fn asked<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
+    serde_json::from_slice(body).map_err(|error| {
+        let why = format!("the body is not what is asked for here: {error}; see docs/api.md");
+        Box::new(failure(StatusCode::BAD_REQUEST, why))
+    })
+}
+
+fn done(outcome: Result<String, Refused>) -> Response {
+    match outcome {
+        Ok(done) => Json(Done { done }).into_response(),
+        Err(refused @ Refused::Unknown(_)) => failure(StatusCode::NOT_FOUND, refused.to_string()),
+        Err(refused @ Refused::Conflict(_)) => failure(StatusCode::CONFLICT, refused.to_string()),
+    }
 }
 
 async fn forget(State(control): Shared, Path(name): Path<String>) -> Response {

@@ -8,6 +8,9 @@ use vmesh_daemon::fsx;
 use vmesh_discovery::SourceConfig;
 use vmesh_model::{Place, Problem, load};
 
+use crate::documents::DocumentsConfig;
+use crate::persist;
+
 /// Everything that `vmesh-control` is told.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,13 +29,6 @@ pub(crate) struct Config {
     pub(crate) state_dir: PathBuf,
     /// `error`, `warn`, `info`, `debug` or `trace`; `$VMESH_LOG` outranks it.
     pub(crate) log: Option<String>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct DocumentsConfig {
-    /// A directory; every `.yaml`, `.yml` and `.json` file in it, in the order of their names.
-    pub(crate) dir: PathBuf,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -114,6 +110,21 @@ impl Config {
         if config.discovery.is_empty() {
             wrong("`discovery` names no source: without one there are no services".to_owned());
         }
+        for (at, source) in config.discovery.iter().enumerate() {
+            let (name, part) = (source.name(), persist::part(&source.name()));
+            let earlier = config.discovery.iter().take(at).map(SourceConfig::name);
+            if let Some(other) = earlier.into_iter().find(|other| persist::part(other) == part) {
+                wrong(match other == name {
+                    true => format!(
+                        "two sources of discovery are called `{name}`: give one of them a `name` of its own"
+                    ),
+                    false => format!(
+                        "two sources of discovery are called `{other}` and `{name}`, whose state would be kept in \
+                         one file: give one of them another `name`"
+                    ),
+                });
+            }
+        }
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Wrong(problems)) }
     }
 
@@ -128,7 +139,7 @@ impl Config {
             text.push_str(&format!("discovery      {}\n", source.name()));
         }
         match &self.documents {
-            Some(documents) => text.push_str(&format!("documents      {}\n", documents.dir.display())),
+            Some(documents) => text.push_str(&format!("documents      {documents}\n")),
             None => text.push_str("documents      none\n"),
         }
         text.push_str(&format!(
@@ -186,6 +197,32 @@ mod tests {
     }
 
     #[test]
+    fn two_sources_of_one_name_would_be_taken_for_each_other() {
+        check(
+            "discovery: [{file: {path: a}}, {file: {path: b, name: \"file:a\"}}, {file: {path: c/d}}, {file: {path: c_d}}]\n",
+            expect![[r#"
+                control.yaml: two sources of discovery are called `file:a`: give one of them a `name` of its own
+                control.yaml: two sources of discovery are called `file:c/d` and `file:c_d`, whose state would be kept in one file: give one of them another `name`
+            "#]],
+        );
+        check(
+            "discovery: [{file: {path: a, name: one}}, {file: {path: a, name: two, required: false}}]\n",
+            expect![[r#"
+                trust domain   mesh.internal
+                discovery      one
+                discovery      two
+                documents      none
+                xDS            127.0.0.1:15010 (plaintext)
+                API            http://127.0.0.1:15014 and /var/lib/vmesh-control/api.sock
+                state          /var/lib/vmesh-control
+            "#]],
+        );
+        check("discovery: [{file: {path: a, name: \"my files\"}}]\n", expect![[r#"
+            control.yaml:1:36: `name`: `my files` is no name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`
+        "#]]);
+    }
+
+    #[test]
     fn an_unknown_field_is_named_with_its_place() {
         check(
             "discovery: [{file: {path: services.d}}]\nstate_dri: /tmp\n",
@@ -196,8 +233,8 @@ mod tests {
         check(
             "discovery: [{consul: {address: x}}]\n",
             expect![[r#"
-            control.yaml:1:14: `discovery`: expected `file`, found `consul`
-        "#]],
+                control.yaml:1:32: `address`: `x` is not an address of Consul: it has no scheme; write `http://host:8500`, `https://host:8501` or `unix:/path/of/socket`
+            "#]],
         );
     }
 }

@@ -19,6 +19,7 @@ use vmesh_xds::server::{Admission, Admitted, FeedControl, Hub, Observer, PeerInf
 use vmesh_xds::{SessionStatus, Snapshot, State};
 
 use crate::claim;
+use crate::discovery::Desk;
 use crate::explain::{self, Standing};
 use crate::metrics::Propagation;
 use crate::worlds::{NodeEvent, Published, Sources};
@@ -30,6 +31,7 @@ pub(crate) struct Control {
     hub: Hub,
     published: watch::Receiver<Published>,
     sources: Sources,
+    pub(crate) desk: Desk,
     reports: mpsc::UnboundedSender<NodeEvent>,
     inner: Mutex<Inner>,
     propagation: Propagation,
@@ -62,6 +64,7 @@ impl Control {
         hub: Hub,
         published: watch::Receiver<Published>,
         sources: Sources,
+        desk: Desk,
         reports: mpsc::UnboundedSender<NodeEvent>,
     ) -> Control {
         let world = published.borrow().world.clone();
@@ -78,6 +81,7 @@ impl Control {
             hub,
             published,
             sources,
+            desk,
             reports,
             inner: Mutex::new(inner),
             propagation: Propagation::default(),

@@ -2,9 +2,9 @@
 //!
 //! | task | wakes on | publishes |
 //! |---|---|---|
-//! | `discovery <source>` | the source | `watch<View>` |
+//! | `discovery <source>` | the source, the operator | `watch<View>` |
 //! | `documents` | the directory, a timer | `watch<DocumentsView>` |
-//! | `worlds` | any view, the documents, a node's report | `watch<Published>` |
+//! | `worlds` | any view, the documents, a node's report, an eviction | `watch<Published>` |
 //! | `compiler` | `watch<Published>` | a store per class of nodes, to the hub |
 //! | `state` | `watch<Published>`, debounced | the last good state on disk |
 //! | `xds` | connections | responses; takes leave of its clients |
@@ -14,9 +14,11 @@ mod api;
 mod claim;
 mod config;
 mod control;
+mod discovery;
 mod documents;
 mod explain;
 mod metrics;
+mod overrides;
 mod persist;
 mod run;
 mod worlds;

@@ -1,5 +1,6 @@
 //! `/metrics` of the control plane: read from what it is at each scrape, so that nothing is counted twice.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -10,6 +11,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
+use vmesh_api::{Discovery, DiscoverySource, SourceCounters, SourceState};
 use vmesh_xds::server::Counters;
 
 use crate::control::Control;
@@ -91,21 +93,7 @@ impl Collector for Scrape {
             "state",
             &states.map(|(s, n)| (s.to_owned(), n as f64)),
         )?;
-        let sources = control.sources();
-        let ages: Vec<_> = sources
-            .iter()
-            .filter_map(|source| Some((source.name.to_string(), source.age_seconds? as f64)))
-            .collect();
-        let help = "Seconds since a source last answered";
-        labelled(&mut encoder, "vmesh_discovery_last_success_age_seconds", help, "source", &ages)?;
-        let stale: Vec<_> = sources
-            .iter()
-            .map(|source| {
-                (source.name.to_string(), f64::from(u8::from(source.state != vmesh_model::State::Fresh)))
-            })
-            .collect();
-        let help = "1 while a source is stale or held";
-        labelled(&mut encoder, "vmesh_discovery_not_fresh", help, "source", &stale)?;
+        discovery(&mut encoder, &control.desk.show())?;
         let histogram = &control.propagation().0;
         let help = "From the publication of a change to its acknowledgement by a node";
         let metric =
@@ -113,6 +101,85 @@ impl Collector for Scrape {
         histogram.encode(metric)
     }
 }
+
+/// What `GET /api/v1/discovery` says.
+fn discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt::Result {
+    let sources = &discovery.sources;
+    let each = |value: &dyn Fn(&DiscoverySource) -> Option<f64>| -> Vec<(String, f64)> {
+        sources.iter().filter_map(|source| Some((source.name.to_string(), value(source)?))).collect()
+    };
+    let ages = each(&|source| source.age_seconds.map(|age| age as f64));
+    let help = "Seconds since a source last answered";
+    labelled(encoder, "vmesh_discovery_last_success_age_seconds", help, "source", &ages)?;
+    let not_fresh = each(&|source| Some(f64::from(u8::from(source.state != SourceState::Fresh))));
+    let help = "1 while a source is stale, held or frozen";
+    labelled(encoder, "vmesh_discovery_not_fresh", help, "source", &not_fresh)?;
+    let held = each(&|source| Some(source.held.len() as f64));
+    let help = "What a source says and is not believed yet, by services";
+    labelled(encoder, "vmesh_discovery_held", help, "source", &held)?;
+    let missing = each(&|source| Some(source.missing as f64));
+    let help = "Endpoints in use that a source does not name any more";
+    labelled(encoder, "vmesh_discovery_held_removals", help, "source", &missing)?;
+    let connections = each(&|source| Some(source.counters.connections as f64));
+    let help = "Connections to the registry now";
+    labelled(encoder, "vmesh_discovery_connections", help, "source", &connections)?;
+    let evicted = discovery.evicted.len() as f64;
+    gauge(encoder, "vmesh_discovery_evicted", "Endpoints that the operator has evicted", evicted)?;
+
+    let states = [
+        ("fresh", SourceState::Fresh),
+        ("held", SourceState::Held),
+        ("stale", SourceState::Stale),
+        ("frozen", SourceState::Frozen),
+    ];
+    let kind = ConstGauge::new(0.0).metric_type();
+    let help = "1 for the state in which a source is";
+    let mut metric = encoder.encode_descriptor("vmesh_discovery_source_state", help, None, kind)?;
+    for source in sources {
+        for (name, state) in states {
+            let is = f64::from(u8::from(source.state == state));
+            let labels = [("source", &*source.name), ("state", name)];
+            ConstGauge::new(is).encode(metric.encode_family(&labels)?)?;
+        }
+    }
+
+    for (name, help, counter) in TOTALS {
+        let kind = ConstCounter::new(0u64).metric_type();
+        let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
+        for source in sources {
+            let labels = [("source", &*source.name)];
+            ConstCounter::new(counter(&source.counters)).encode(metric.encode_family(&labels)?)?;
+        }
+    }
+    for (name, help, by_reason) in REASONS {
+        let kind = ConstCounter::new(0u64).metric_type();
+        let mut metric = encoder.encode_descriptor(name, help, None, kind)?;
+        for source in sources {
+            for (reason, number) in by_reason(&source.counters) {
+                let labels = [("source", &*source.name), ("reason", &**reason)];
+                ConstCounter::new(*number).encode(metric.encode_family(&labels)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+type Total = (&'static str, &'static str, fn(&SourceCounters) -> u64);
+type ByReason = (&'static str, &'static str, fn(&SourceCounters) -> &BTreeMap<Arc<str>, u64>);
+
+const TOTALS: [Total; 6] = [
+    ("vmesh_discovery_reads", "Requests to a registry, reads of a file, lines of a plug-in", |c| c.reads),
+    ("vmesh_discovery_failed_reads", "Those that failed", |c| c.failed_reads),
+    ("vmesh_discovery_bad_records", "Records that were left out", |c| c.bad_records),
+    ("vmesh_discovery_index_resets", "Consul: the index went back or was missing", |c| c.index_resets),
+    ("vmesh_discovery_sessions_expired", "ZooKeeper: sessions that expired", |c| c.sessions_expired),
+    ("vmesh_discovery_connects", "Connections that were made", |c| c.connects),
+];
+
+const REASONS: [ByReason; 2] = [
+    ("vmesh_discovery_holds", "What was not believed at once, by services", |c| &c.held),
+    ("vmesh_discovery_rejected_updates", "What was never believed: it came back", |c| &c.rejected),
+];
 
 fn count(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
     let counter = ConstCounter::new(value);

@@ -19,8 +19,10 @@ use vmesh_xds::server::{AdsService, Hub};
 use crate::api;
 use crate::config::Config;
 use crate::control::{Control, Door};
+use crate::discovery::Desk;
 use crate::documents::{self, DocumentsView};
 use crate::metrics::Scrape;
+use crate::overrides::{self, Kept, Overrides};
 use crate::persist::{self, Disk, PersistError, part};
 use crate::worlds::{self, Known, NodeEvent, Published, Sources};
 
@@ -96,9 +98,9 @@ pub fn main() -> ExitCode {
 /// Reads everything once and says what is there and what is wrong with it; whether nothing is.
 fn check(config: &Config) -> Result<bool, RunError> {
     print!("{}", config.summary());
-    let mut problems = documents::check(config);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Runtime)?;
+    let mut problems = runtime.block_on(documents::check(config.documents.clone()));
     for source in &config.discovery {
         let view = runtime.block_on(first_view(source.clone()));
         let seen = view.last_good.unwrap_or_default();
@@ -116,7 +118,8 @@ fn check(config: &Config) -> Result<bool, RunError> {
 
 /// What a source says first, or why it does not.
 async fn first_view(source: SourceConfig) -> View {
-    let (mut views, task) = vmesh_discovery::open(source, None);
+    let (handle, task) = vmesh_discovery::open(source, None, None);
+    let mut views = handle.views;
     let answered = |view: &View| view.last_good.is_some() || view.stale_because.is_some();
     tokio::select! {
         () = task => View::default(),
@@ -140,10 +143,13 @@ async fn run(config: Config) -> Result<(), RunError> {
 
     let mut tasks = Tasks::new();
     let mut known = Vec::new();
+    let kept: Kept = restored(&disk, overrides::PART).unwrap_or_default();
     for source in &config.discovery {
-        known.push(start_source(source, &disk, &mut tasks));
+        known.push(start_source(source, &disk, &kept, &mut tasks));
     }
     let sources = Sources::new(known);
+    let overrides = Overrides::new(kept, disk.clone());
+    let desk = Desk::new(sources.clone(), overrides.clone(), &config.api_socket());
     let mut catalog = Catalog::new(config.discovery.len());
     for report in restored::<Vec<NodeReport>>(&disk, "nodes").unwrap_or_default() {
         catalog.on_node(report);
@@ -163,6 +169,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         hub.clone(),
         published.clone(),
         sources.clone(),
+        desk,
         reports_in,
     ));
     let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
@@ -171,8 +178,10 @@ async fn run(config: Config) -> Result<(), RunError> {
     let counters = service.counters().clone();
     registry.register_collector(Box::new(Scrape { control: Arc::downgrade(&control), counters }));
     let registry = Arc::new(registry);
-    tasks
-        .spawn("worlds", worlds::publish(catalog, sources.clone(), documents.clone(), reports, published_in));
+    tasks.spawn(
+        "worlds",
+        worlds::publish(catalog, sources.clone(), overrides, documents.clone(), reports, published_in),
+    );
     tasks.spawn("compiler", control.clone().compile_on_change());
     tasks.spawn_draining("state", |stop| persist::keep(disk, sources, documents, published, stop));
 
@@ -205,14 +214,15 @@ async fn run(config: Config) -> Result<(), RunError> {
     outcome
 }
 
-/// Follows one source, from its last good state if there is one.
-fn start_source(source: &SourceConfig, disk: &Disk, tasks: &mut Tasks) -> Known {
+/// Follows one source, from its last good state if there is one, and frozen if it was.
+fn start_source(source: &SourceConfig, disk: &Disk, kept: &Kept, tasks: &mut Tasks) -> Known {
     let name = source.name();
     let last_good: Option<Registrations> = restored(disk, &part(&name));
     let is_restored = last_good.is_some();
-    let (views, task) = vmesh_discovery::open(source.clone(), last_good.map(Arc::new));
+    let last_good = last_good.map(Arc::new);
+    let (handle, task) = vmesh_discovery::open(source.clone(), last_good, kept.frozen_since(&name));
     tasks.spawn(format!("discovery {name}"), task);
-    Known::new(name, views, is_restored)
+    Known::new(handle, is_restored, source.required(), source.guard().removal_hold())
 }
 
 fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T> {

@@ -1,7 +1,10 @@
 //! From views, documents and reports to worlds: the task that owns the [`Catalog`].
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
@@ -9,14 +12,21 @@ use tokio_stream::StreamMap;
 use tokio_stream::wrappers::WatchStream;
 use vmesh_api::Source;
 use vmesh_catalog::{Catalog, Seen, SourceView, World};
-use vmesh_discovery::View;
+use vmesh_discovery::guard::{Absences, Evictions, What};
+use vmesh_discovery::source::NOT_ANSWERED_YET;
+use vmesh_discovery::{Handle, View};
 use vmesh_model::State;
-use vmesh_model::{NodeName, NodeReport, Place, Problem};
+use vmesh_model::{NodeName, NodeReport, Place, Problem, ServiceName};
 
 use crate::documents::DocumentsView;
+use crate::overrides::Overrides;
 
 /// How long a source may stay silent, neither answering nor failing, before what it said last is served.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the first world waits for a source that is not `required`.
+const GRACE: Duration = Duration::from_secs(30);
+/// An eviction ends when no source has named the endpoint for so long, or for the longest `removal_hold`.
+const FORGET_EVICTED: Duration = Duration::from_secs(10);
 
 /// What the compiler and the API read.
 #[derive(Debug, Clone)]
@@ -39,31 +49,55 @@ pub(crate) struct Sources(Arc<[Known]>);
 
 #[derive(Debug)]
 pub(crate) struct Known {
-    pub(crate) name: Arc<str>,
-    pub(crate) view: watch::Receiver<View>,
-    /// Whether `view` began with a last good state from the disk.
-    pub(crate) restored: bool,
-    answered: Mutex<Option<Instant>>,
+    pub(crate) handle: Handle,
+    /// Whether its view began with a last good state from the disk.
+    restored: bool,
+    pub(crate) required: bool,
+    removal_hold: Duration,
+    /// It is not waited for any more, though it has never answered.
+    done_without: AtomicBool,
 }
 
 impl Known {
-    pub(crate) fn new(name: Arc<str>, view: watch::Receiver<View>, restored: bool) -> Known {
-        Known { name, view, restored, answered: Mutex::default() }
+    pub(crate) fn new(handle: Handle, restored: bool, required: bool, removal_hold: Duration) -> Known {
+        Known { handle, restored, required, removal_hold, done_without: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.handle.name
+    }
+
+    pub(crate) fn view(&self) -> View {
+        self.handle.views.borrow().clone()
     }
 
     fn waiting(&self, patient: bool) -> Option<String> {
-        let view = self.view.borrow();
+        if self.done_without.load(Relaxed) {
+            return None;
+        }
+        let view = self.handle.views.borrow();
         let failed = view.stale_because.as_deref();
         let answered = view.last_good.is_some() && failed.is_none();
         // A state from before holds once the source has shown that it will not answer.
-        let silent = failed.is_none_or(|because| because == vmesh_discovery::source::NOT_ANSWERED_YET);
+        let silent = failed.is_none_or(|because| because == NOT_ANSWERED_YET);
         if answered || (self.restored && !(silent && patient)) {
             return None;
         }
         Some(match failed {
-            Some(because) => format!("discovery source `{}` ({because})", self.name),
-            None => format!("discovery source `{}`", self.name),
+            Some(because) => format!("discovery source `{}` ({because})", self.name()),
+            None => format!("discovery source `{}`", self.name()),
         })
+    }
+}
+
+impl Known {
+    fn absent(&self) -> String {
+        format!(
+            "discovery source `{}` has not answered within {} s of the start, and is not `required`: what is served \
+             lacks it until it answers",
+            self.name(),
+            GRACE.as_secs()
+        )
     }
 }
 
@@ -77,41 +111,72 @@ impl Sources {
         self.0
             .iter()
             .map(|known| {
-                let view = known.view.borrow();
-                let state = match (&view.stale_because, view.held) {
-                    (Some(_), _) => State::Stale,
-                    (None, 0) => State::Fresh,
-                    (None, _) => State::Held,
+                let view = known.handle.views.borrow();
+                let (state, because) = match (view.frozen, &view.stale_because, view.held.len()) {
+                    (Some(_), ..) => (State::Held, Some("it is frozen: see `vmeshctl discovery`".into())),
+                    (None, Some(because), _) => (State::Stale, Some(because.clone())),
+                    (None, None, 0) => (State::Fresh, None),
+                    (None, None, _) => {
+                        (State::Held, Some("something is held back: see `vmeshctl discovery`".into()))
+                    }
                 };
-                let because = match view.held {
-                    0 => view.stale_because.clone(),
-                    held => Some(format!("{held} services are held back: see `vmeshctl services`").into()),
-                };
-                let answered = *known.answered.lock().unwrap_or_else(PoisonError::into_inner);
+                let answered = known.handle.counters.answered();
                 Source {
-                    name: known.name.clone(),
+                    name: known.name().clone(),
                     state,
                     because,
-                    age_seconds: answered.map(|at| at.elapsed().as_secs()),
+                    age_seconds: answered.map(|at| at.elapsed().unwrap_or_default().as_secs()),
                     services: view.last_good.as_ref().map_or(0, |last_good| last_good.services.len()),
                 }
             })
             .collect()
     }
 
+    pub(crate) fn all(&self) -> &[Known] {
+        &self.0
+    }
+
     /// What each source last said that was good and that it has said itself: what was restored is on the disk already.
     pub(crate) fn last_good(&self) -> Vec<(Arc<str>, Arc<vmesh_discovery::Registrations>)> {
         let good = self.0.iter().filter_map(|known| {
-            let view = known.view.borrow();
+            let view = known.handle.views.borrow();
             let last_good = view.last_good.clone().filter(|_| view.stale_because.is_none())?;
-            Some((known.name.clone(), last_good))
+            Some((known.name().clone(), last_good))
         });
         good.collect()
     }
 
-    fn answered(&self, index: usize) {
-        if let Some(known) = self.0.get(index) {
-            *known.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    /// Whether any source names the endpoint, as far as is believed.
+    pub(crate) fn names(&self, service: &ServiceName, address: &SocketAddr) -> bool {
+        self.0.iter().any(|known| {
+            let view = known.handle.views.borrow();
+            let seen = view.last_good.as_ref().and_then(|last_good| last_good.services.get(service));
+            seen.is_some_and(|seen| {
+                seen.registration.endpoints.iter().any(|endpoint| endpoint.address == *address)
+            })
+        })
+    }
+
+    /// Whether every source answers, so that what none of them names is named by none.
+    fn all_answer(&self) -> bool {
+        self.0.iter().all(|known| {
+            let view = known.handle.views.borrow();
+            view.last_good.is_some() && view.stale_because.is_none()
+        })
+    }
+
+    /// How long no source may name an evicted endpoint before that is forgotten.
+    fn forget_evicted(&self) -> Duration {
+        self.0.iter().map(|known| known.removal_hold).fold(FORGET_EVICTED, Duration::max)
+    }
+
+    /// Those that are not required are not waited for any more.
+    fn do_without(&self) {
+        for known in self.0.iter().filter(|known| !known.required) {
+            if known.handle.views.borrow().last_good.is_none() {
+                known.done_without.store(true, Relaxed);
+                tracing::warn!("{}", known.absent());
+            }
         }
     }
 
@@ -120,27 +185,35 @@ impl Sources {
     }
 }
 
-/// Publishes a world for each change of a view, the documents, or what nodes report.
+/// Publishes a world for each change of a view, the documents, what nodes report, or the operator's overrides.
 pub(crate) async fn publish(
     mut catalog: Catalog,
     sources: Sources,
+    overrides: Arc<Overrides>,
     mut documents: watch::Receiver<DocumentsView>,
     mut nodes: mpsc::UnboundedReceiver<NodeEvent>,
     published: watch::Sender<Published>,
 ) {
     let mut views: StreamMap<usize, WatchStream<View>> = StreamMap::new();
     for (index, known) in sources.0.iter().enumerate() {
-        views.insert(index, WatchStream::new(known.view.clone()));
+        views.insert(index, WatchStream::new(known.handle.views.clone()));
     }
-    let patience = tokio::time::sleep(PATIENCE);
-    tokio::pin!(patience);
-    let mut patient = true;
+    let (patience, grace) = (tokio::time::sleep(PATIENCE), tokio::time::sleep(GRACE));
+    tokio::pin!(patience, grace);
+    let (mut patient, mut gracious) = (true, true);
+    let mut kept = overrides.subscribe();
+    let mut evicted = kept.borrow_and_update().evicted.clone();
+    let mut absences = Absences::default();
+    let hold = sources.forget_evicted();
     take_documents(&mut catalog, &documents.borrow_and_update().clone());
     loop {
+        let forget_at = absences.deadline(hold);
         tokio::select! {
             view = views.next(), if !views.is_empty() => {
-                if let Some((index, view)) = view {
-                    take_view(&mut catalog, &sources, index, &view);
+                if let Some((index, view)) = view
+                    && let Some(known) = sources.0.get(index)
+                {
+                    take_view(&mut catalog, index, known, &view, &evicted);
                 }
             }
             Ok(()) = documents.changed() => {
@@ -158,8 +231,22 @@ pub(crate) async fn publish(
                 }
                 None => return,
             },
+            Ok(()) = kept.changed() => {
+                let now = kept.borrow_and_update().evicted.clone();
+                if now != evicted {
+                    evicted = now;
+                    take_all(&mut catalog, &sources, &evicted);
+                }
+            }
+            () = until(forget_at) => {}
             () = &mut patience, if patient => patient = false,
+            () = &mut grace, if gracious => {
+                gracious = false;
+                sources.do_without();
+                take_all(&mut catalog, &sources, &evicted);
+            }
         }
+        forget_unnamed(&mut absences, &sources, &overrides, &evicted, hold).await;
         let waiting = sources.waiting(patient);
         published.send_if_modified(|last| {
             let is_news = !Arc::ptr_eq(&last.world, catalog.world()) || last.waiting != waiting;
@@ -169,21 +256,66 @@ pub(crate) async fn publish(
     }
 }
 
-fn take_view(catalog: &mut Catalog, sources: &Sources, index: usize, view: &View) {
-    if view.last_good.is_some() && view.stale_because.is_none() {
-        sources.answered(index);
+async fn until(deadline: Option<std::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
     }
-    let mut problems = view.last_good.as_ref().map_or_else(Vec::new, |last_good| last_good.problems.clone());
-    if let (Some(because), Some(known)) = (&view.stale_because, sources.0.get(index))
-        && **because != *vmesh_discovery::source::NOT_ANSWERED_YET
+}
+
+/// Ends the evictions of endpoints that no source names any more.
+async fn forget_unnamed(
+    absences: &mut Absences,
+    sources: &Sources,
+    overrides: &Arc<Overrides>,
+    evicted: &Evictions,
+    hold: Duration,
+) {
+    if evicted.is_empty() {
+        return;
+    }
+    if !sources.all_answer() {
+        absences.unknown();
+        return;
+    }
+    let now = tokio::time::Instant::now().into_std();
+    let over = absences.over(evicted, |service, address| sources.names(service, address), hold, now);
+    for evicted in &over {
+        overrides.change(|kept| kept.evicted.admit(&evicted.service, &evicted.address));
+        overrides.tell(What::Admitted, evicted, "no source names it any more, so its eviction has ended");
+    }
+    if !over.is_empty()
+        && let Err(error) = overrides.save().await
     {
-        let subject = format!("discovery source `{}`", known.name);
-        problems.push(Problem::new(Place::file(known.name.clone()), subject, because.to_string()));
+        tracing::error!("{}", vmesh_daemon::report::one_line(&error));
+    }
+}
+
+fn take_all(catalog: &mut Catalog, sources: &Sources, evicted: &Evictions) {
+    for (index, known) in sources.0.iter().enumerate() {
+        take_view(catalog, index, known, &known.view(), evicted);
+    }
+}
+
+fn take_view(catalog: &mut Catalog, index: usize, known: &Known, view: &View, evicted: &Evictions) {
+    let mut problems = view.last_good.as_ref().map_or_else(Vec::new, |last_good| last_good.problems.clone());
+    let mut problem = |message: String| {
+        let subject = format!("discovery source `{}`", known.name());
+        problems.push(Problem::new(Place::file(known.name().clone()), subject, message));
+    };
+    if let Some(because) = &view.stale_because
+        && **because != *NOT_ANSWERED_YET
+    {
+        problem(because.to_string());
+    }
+    if view.last_good.is_none() && known.done_without.load(Relaxed) {
+        problem(known.absent());
     }
     let services = view
         .services()
         .map(|(name, seen)| {
             let vmesh_discovery::Seen { registration, state, because, .. } = seen;
+            let registration = evicted.apply(registration);
             (name.clone(), Seen { registration, state, because })
         })
         .collect();

@@ -373,17 +373,14 @@ impl Guard {
         )
         .into();
         for (name, watched) in &self.services {
-            let told = self.told.services.get(name);
-            let is_same = told.is_some_and(|told| {
+            let same = self.told.services.get(name).filter(|told| {
                 Arc::ptr_eq(&told.registration, &watched.shown.registration)
                     || told.registration == watched.shown.registration
             });
-            let seen = match is_same {
-                true => watched.shown.clone(),
-                false => {
-                    let because = Some(because.clone());
-                    Seen { state: State::Held, because, ..watched.shown.clone() }
-                }
+            let because = Some(because.clone());
+            let seen = match same {
+                Some(told) => told.clone(),
+                None => Seen { state: State::Held, because, ..watched.shown.clone() },
             };
             shown.services.insert(name.clone(), seen);
         }

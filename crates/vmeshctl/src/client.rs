@@ -5,10 +5,17 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vmesh_api::{Done, Explanation, Failure, Nodes, Problems, Services, Status};
-use vmesh_daemon::fetch::{FetchError, Peer, fetch};
+use vmesh_api::{
+    Accept, Discovery, Done, EndpointOf, Events, Explanation, Failure, Nodes, Problems, Services, Status,
+    Which,
+};
+use vmesh_daemon::fetch::{Peer, fetch};
+
+use crate::post::post;
 
 const WITHIN: Duration = Duration::from_secs(10);
 
@@ -25,7 +32,7 @@ pub(crate) enum AskError {
     Unreachable {
         peer: Peer,
         #[source]
-        cause: Box<FetchError>,
+        cause: Box<dyn std::error::Error + Send + Sync>,
     },
     #[error("the control plane at {peer} answered {status}: {message}")]
     Refused { peer: Peer, status: StatusCode, message: String },
@@ -81,11 +88,50 @@ impl Api {
         self.ask(Method::DELETE, &format!("/api/v1/nodes/{}", escaped(node))).await
     }
 
+    pub(crate) async fn discovery(&self) -> Result<Discovery, AskError> {
+        self.ask(Method::GET, "/api/v1/discovery").await
+    }
+
+    pub(crate) async fn discovery_events(&self) -> Result<Events, AskError> {
+        self.ask(Method::GET, "/api/v1/discovery/events").await
+    }
+
+    pub(crate) async fn accept(&self, accept: &Accept) -> Result<Done, AskError> {
+        self.say("/api/v1/discovery/accept", accept).await
+    }
+
+    pub(crate) async fn evict(&self, endpoint: &EndpointOf) -> Result<Done, AskError> {
+        self.say("/api/v1/discovery/evict", endpoint).await
+    }
+
+    pub(crate) async fn admit(&self, endpoint: &EndpointOf) -> Result<Done, AskError> {
+        self.say("/api/v1/discovery/admit", endpoint).await
+    }
+
+    pub(crate) async fn freeze(&self, which: &Which) -> Result<Done, AskError> {
+        self.say("/api/v1/discovery/freeze", which).await
+    }
+
+    pub(crate) async fn thaw(&self, which: &Which) -> Result<Done, AskError> {
+        self.say("/api/v1/discovery/thaw", which).await
+    }
+
     async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, AskError> {
+        let answer = fetch(&self.0, method, path, WITHIN).await;
+        self.answer(answer.map_err(Into::into))
+    }
+
+    async fn say<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, AskError> {
+        let body = serde_json::to_vec(body).map_err(AskError::Print)?;
+        self.answer(post(&self.0, path, body.into(), WITHIN).await.map_err(Into::into))
+    }
+
+    fn answer<T: DeserializeOwned>(
+        &self,
+        answer: Result<(StatusCode, Bytes), Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Result<T, AskError> {
         let peer = self.0.clone();
-        let (status, body) = fetch(&peer, method, path, WITHIN)
-            .await
-            .map_err(|cause| AskError::Unreachable { peer: peer.clone(), cause: Box::new(cause) })?;
+        let (status, body) = answer.map_err(|cause| AskError::Unreachable { peer: peer.clone(), cause })?;
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|cause| AskError::Foreign { peer, cause });
         }

@@ -4,25 +4,29 @@
 //! |---|---|
 //! | 0 | answered, and all is well |
 //! | 1 | could not ask: no control plane there, or not an answer that can be read |
-//! | 3 | answered, and something wants attention: a node rejected, a service not fresh, a problem, no way through |
-//! | 4 | answered, and there is no such service or node |
+//! | 3 | answered, and something wants attention: a node rejected, a service or a source not fresh, an endpoint evicted, a problem, no way through |
+//! | 4 | answered, and there is no such service, node, source or endpoint, or nothing of it is held |
 //! | 64 | the command line is wrong |
 
 mod client;
+mod post;
 mod show;
 mod table;
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use client::{Api, AskError};
 use serde::Serialize;
+use vmesh_api::{Accept, Done, EndpointOf, Which};
 use vmesh_daemon::report;
+use vmesh_model::ServiceName;
 
 /// Exit code: answered, and something wants attention.
 const ATTENTION: u8 = 3;
-/// Exit code: there is no such service or node.
+/// Exit code: there is no such service, node, source or endpoint.
 const UNKNOWN: u8 = 4;
 
 /// Ask a vmesh control plane what it knows and does.
@@ -42,7 +46,7 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 all is well; 1 could not ask; 3 something wants attention; \
-                          4 no such service or node; 64 wrong command line";
+                          4 no such service, node, source or endpoint; 64 wrong command line";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -56,8 +60,30 @@ enum Command {
     Problems,
     /// How requests from a node reach a service: port, routes, clusters, endpoints, and who set what.
     Explain(Explain),
+    /// Every discovery source: how it stands, what of it is held and why, and what releases it.
+    Discovery {
+        #[command(subcommand)]
+        say: Option<Say>,
+    },
     /// Forget a node that is offline and not coming back (through the Unix socket of the API only).
     Forget { node: String },
+}
+
+/// What changes something goes through the Unix socket of the API only.
+#[derive(Debug, Subcommand)]
+enum Say {
+    /// What happened to the sources, the last at the end.
+    Events,
+    /// Believe what a source says of a service, or all that is held of it.
+    Accept { source: String, service: Option<ServiceName> },
+    /// Use an endpoint no more, whichever source names it.
+    Evict { service: ServiceName, address: SocketAddr },
+    /// Use an endpoint again that was evicted.
+    Admit { service: ServiceName, address: SocketAddr },
+    /// Take no change of a source, or of all, not even additions.
+    Freeze { source: Option<String> },
+    /// Take the changes of a source, or of all, again.
+    Thaw { source: Option<String> },
 }
 
 #[derive(Debug, Args)]
@@ -120,10 +146,33 @@ async fn run(cli: &Cli) -> Result<Shown, AskError> {
         Command::Explain(Explain { service, from }) => {
             shown(cli, api.explain(service, from).await?, show::explanation)
         }
-        Command::Forget { node } => {
-            shown(cli, api.forget(node).await?, |done| (format!("{}\n", done.done), false))
-        }
+        Command::Discovery { say: None } => shown(cli, api.discovery().await?, show::discovery),
+        Command::Discovery { say: Some(say) } => discovery(cli, say).await,
+        Command::Forget { node } => shown(cli, api.forget(node).await?, done),
     }
+}
+
+async fn discovery(cli: &Cli, say: &Say) -> Result<Shown, AskError> {
+    let api = &cli.api;
+    let answer = match say {
+        Say::Events => return shown(cli, api.discovery_events().await?, show::events),
+        Say::Accept { source, service } => {
+            api.accept(&Accept { source: source.clone(), service: service.clone() }).await?
+        }
+        Say::Evict { service, address } => {
+            api.evict(&EndpointOf { service: service.clone(), address: *address }).await?
+        }
+        Say::Admit { service, address } => {
+            api.admit(&EndpointOf { service: service.clone(), address: *address }).await?
+        }
+        Say::Freeze { source } => api.freeze(&Which { source: source.clone() }).await?,
+        Say::Thaw { source } => api.thaw(&Which { source: source.clone() }).await?,
+    };
+    shown(cli, answer, done)
+}
+
+fn done(done: &Done) -> (String, bool) {
+    (format!("{}\n", done.done), false)
 }
 
 /// `answer` in words or as it came; the exit code is the same for both.

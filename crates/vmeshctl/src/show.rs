@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use vmesh_api::{
-    Explanation, Node, NodeState, Nodes, Problems, Service, ServiceEndpoint, Services, Source, Status,
+    Discovery, DiscoverySource, Events, Explanation, Held, Node, NodeState, Nodes, Problems, Service,
+    ServiceEndpoint, Services, Source, SourceState, Status,
 };
 use vmesh_model::State;
 use vmesh_model::node::Upstreams;
@@ -189,6 +190,112 @@ fn calls(node: &Node) -> String {
     }
 }
 
+pub(crate) fn discovery(answer: &Discovery) -> (String, bool) {
+    let heading = ["SOURCE", "STATE", "ANSWERED", "SERVICES", "ENDPOINTS", "HELD", "MISSING"];
+    let mut rows = vec![heading.map(str::to_owned)];
+    for source in &answer.sources {
+        let answered = match source.age_seconds {
+            None => "never".to_owned(),
+            seconds => format!("{} ago", age(seconds)),
+        };
+        rows.push([
+            source.name.to_string(),
+            source_state(source.state).to_owned(),
+            answered,
+            source.services.to_string(),
+            source.endpoints.to_string(),
+            source.held.iter().filter(|held| held.service.is_some()).count().to_string(),
+            source.missing.to_string(),
+        ]);
+    }
+    let mut text = table(&rows);
+    answer.sources.iter().for_each(|source| text.push_str(&of_source(source)));
+    for evicted in &answer.evicted {
+        text.push_str(&format!(
+            "\n{} of {} is evicted: it has not been used for {}\n  to use it again: {}\n",
+            evicted.address,
+            evicted.service,
+            age(Some(evicted.age_seconds)),
+            evicted.command
+        ));
+    }
+    let is_fresh = answer.sources.iter().all(|source| source.state == SourceState::Fresh);
+    (text, !is_fresh || !answer.evicted.is_empty())
+}
+
+/// So many services are shown of those that a source holds.
+const HELD_SHOWN: usize = 20;
+
+fn of_source(source: &DiscoverySource) -> String {
+    let mut text = String::new();
+    let why = |because: &str| format!("\n{} is {}: {because}\n", source.name, source_state(source.state));
+    // What is held says it in more words.
+    if let (Some(because), true) = (&source.because, source.state != SourceState::Held) {
+        text.push_str(&why(because));
+    }
+    if let Some(command) = &source.command {
+        text.push_str(&format!("  to take its changes again: {command}\n"));
+    }
+    for held in source.held.iter().take(HELD_SHOWN) {
+        text.push_str(&one_held(source, held));
+    }
+    if let Some(more) = source.held.len().checked_sub(HELD_SHOWN)
+        && more > 0
+    {
+        text.push_str(&format!("\nand {more} more of {}: `--json` lists them all\n", source.name));
+    }
+    text
+}
+
+fn one_held(source: &DiscoverySource, held: &Held) -> String {
+    let what = match &held.service {
+        Some(service) => format!("{service} of {}", source.name),
+        None => format!("all that is gone of {}", source.name),
+    };
+    let readings = match (held.confirmations, held.confirmed) {
+        (0, _) => String::new(),
+        (of, confirmed) => format!(", and {of} more readings have to say the same ({confirmed} so far)"),
+    };
+    let until = match held.remaining_seconds {
+        None => "until that is accepted, or the source names enough again".to_owned(),
+        Some(seconds) => format!("{} more at least{readings}", age(Some(seconds))),
+    };
+    format!(
+        "\n{what} has been HELD ({}) for {}; {until}\n  why: {}\n  to believe it now: {}\n",
+        held.kind,
+        age(Some(held.age_seconds)),
+        held.because,
+        held.command
+    )
+}
+
+fn source_state(state: SourceState) -> &'static str {
+    match state {
+        SourceState::Fresh => "fresh",
+        SourceState::Held => "HELD",
+        SourceState::Stale => "STALE",
+        SourceState::Frozen => "FROZEN",
+    }
+}
+
+pub(crate) fn events(answer: &Events) -> (String, bool) {
+    if answer.events.is_empty() {
+        return ("nothing has happened since the control plane started\n".to_owned(), false);
+    }
+    let mut rows = vec![["AGO", "SOURCE", "SERVICE", "WHAT", "WHY"].map(str::to_owned)];
+    for event in &answer.events {
+        let kind = event.kind.as_ref().map_or_else(String::new, |kind| format!(" ({kind})"));
+        rows.push([
+            age(Some(event.age_seconds)),
+            event.source.as_deref().unwrap_or("-").to_owned(),
+            event.service.as_ref().map_or("-", |service| service.as_str()).to_owned(),
+            format!("{}{kind}", event.what),
+            event.text.to_string(),
+        ]);
+    }
+    (table(&rows), false)
+}
+
 fn joined(names: impl Iterator<Item = String>) -> String {
     let names: Vec<_> = names.collect();
     match names.len() {
@@ -305,6 +412,73 @@ mod tests {
                 orders   http      2 (1 draining)  v1 x2     eu-1a x2  STALE
                 orders: cannot read services.d
                 attention: true
+            "#]],
+        );
+    }
+
+    #[test]
+    fn what_is_held_is_shown_with_why_and_what_releases_it() {
+        let counters = r#"{"reads": 1, "failed_reads": 0, "bad_records": 0, "index_resets": 0, "sessions_expired": 0,
+            "connects": 1, "connections": 1, "held": {}, "rejected": {}}"#;
+        let answer = format!(
+            r#"{{"sources": [
+                {{"name": "file:services.d", "state": "fresh", "required": true, "age_seconds": 2, "answered_at": 1,
+                  "services": 2, "endpoints": 5, "missing": 0, "held": [], "counters": {counters}}},
+                {{"name": "consul:dc1", "state": "held", "because": "2 services", "required": true, "age_seconds": 1,
+                  "answered_at": 1, "services": 9, "endpoints": 80, "missing": 3, "counters": {counters}, "held": [
+                    {{"service": "orders", "kind": "absent", "age_seconds": 12, "remaining_seconds": 18, "had": 3, "has": 0,
+                      "confirmed": 0, "confirmations": 2, "because": "`consul:dc1` no longer names it",
+                      "command": "vmeshctl --api unix:/s discovery accept consul:dc1 orders"}},
+                    {{"kind": "fleet", "age_seconds": 300, "remaining_seconds": null, "had": 80, "has": 40,
+                      "confirmed": 0, "confirmations": 0, "because": "half of it is gone",
+                      "command": "vmeshctl --api unix:/s discovery accept consul:dc1"}}]}},
+                {{"name": "zk", "state": "frozen", "because": "no change of it is taken", "required": false,
+                  "age_seconds": null, "answered_at": null, "frozen_at": 1,
+                  "command": "vmeshctl --api unix:/s discovery thaw zk", "services": 0, "endpoints": 0, "missing": 0,
+                  "held": [], "counters": {counters}}}],
+              "evicted": [{{"service": "orders", "address": "10.0.0.1:80", "age_seconds": 60,
+                           "command": "vmeshctl --api unix:/s discovery admit orders 10.0.0.1:80"}}]}}"#
+        );
+        check(
+            discovery,
+            &answer,
+            expect![[r#"
+                SOURCE           STATE   ANSWERED  SERVICES  ENDPOINTS  HELD  MISSING
+                file:services.d  fresh   2s ago    2         5          0     0
+                consul:dc1       HELD    1s ago    9         80         1     3
+                zk               FROZEN  never     0         0          0     0
+
+                orders of consul:dc1 has been HELD (absent) for 12s; 18s more at least, and 2 more readings have to say the same (0 so far)
+                  why: `consul:dc1` no longer names it
+                  to believe it now: vmeshctl --api unix:/s discovery accept consul:dc1 orders
+
+                all that is gone of consul:dc1 has been HELD (fleet) for 5m; until that is accepted, or the source names enough again
+                  why: half of it is gone
+                  to believe it now: vmeshctl --api unix:/s discovery accept consul:dc1
+
+                zk is FROZEN: no change of it is taken
+                  to take its changes again: vmeshctl --api unix:/s discovery thaw zk
+
+                10.0.0.1:80 of orders is evicted: it has not been used for 60s
+                  to use it again: vmeshctl --api unix:/s discovery admit orders 10.0.0.1:80
+                attention: true
+            "#]],
+        );
+    }
+
+    #[test]
+    fn what_happened_is_a_line_each() {
+        check(
+            events,
+            r#"{"events": [
+                {"at_millis": 1, "age_seconds": 90, "source": "consul:dc1", "what": "held", "kind": "absent",
+                 "service": "orders", "text": "`consul:dc1` no longer names it"},
+                {"at_millis": 2, "age_seconds": 3, "what": "evicted", "service": "orders", "text": "10.0.0.1:80: not used"}]}"#,
+            expect![[r#"
+                AGO  SOURCE      SERVICE  WHAT           WHY
+                90s  consul:dc1  orders   held (absent)  `consul:dc1` no longer names it
+                3s   -           orders   evicted        10.0.0.1:80: not used
+                attention: false
             "#]],
         );
     }

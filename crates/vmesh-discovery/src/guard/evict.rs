@@ -41,6 +41,14 @@ impl Evictions {
         is_news
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn contains(&self, service: &ServiceName, address: &SocketAddr) -> bool {
+        self.0.get(service).is_some_and(|addresses| addresses.contains_key(address))
+    }
+
     pub fn all(&self) -> impl Iterator<Item = Evicted> {
         self.0.iter().flat_map(|(service, addresses)| {
             let evicted = |(address, since): (&SocketAddr, &u64)| Evicted {

@@ -1,0 +1,373 @@
+//! What the operator sees of discovery and says to it.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::oneshot;
+use vmesh_api::{Discovery, DiscoverySource, Event, Evicted, Held, SourceCounters, SourceState};
+use vmesh_discovery::guard::{self, NotAccepted, What};
+use vmesh_discovery::source::{ByKind, Events};
+use vmesh_discovery::{Command, Counters, View};
+use vmesh_model::ServiceName;
+use vmesh_model::strict::did_you_mean;
+
+use crate::overrides::{Overrides, unix_now};
+use crate::persist::PersistError;
+use crate::worlds::{Known, Sources};
+
+/// Why the operator's word has no effect.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refused {
+    /// What it is about is not there.
+    #[error("{0}")]
+    Unknown(String),
+    #[error("{0}")]
+    Conflict(String),
+}
+
+/// The sources and the overrides, for the API.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    sources: Sources,
+    overrides: Arc<Overrides>,
+    /// How `vmeshctl` reaches the API that changes something.
+    ctl: String,
+}
+
+impl Desk {
+    /// `socket` is where the API changes something.
+    pub(crate) fn new(sources: Sources, overrides: Arc<Overrides>, socket: &Path) -> Desk {
+        let socket = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
+        let ctl = format!("vmeshctl --api {} discovery", word(&format!("unix:{}", socket.display())));
+        Desk { sources, overrides, ctl }
+    }
+
+    pub(crate) fn show(&self) -> Discovery {
+        let evicted = self.overrides.kept().evicted;
+        let evicted = evicted.all().map(|guard::Evicted { service, address, since }| Evicted {
+            command: format!("{} admit {service} {address}", self.ctl),
+            age_seconds: unix_now().saturating_sub(since),
+            service,
+            address,
+        });
+        Discovery {
+            sources: self.sources.all().iter().map(|known| self.source(known)).collect(),
+            evicted: evicted.collect(),
+        }
+    }
+
+    fn source(&self, known: &Known) -> DiscoverySource {
+        let (view, counters) = (known.view(), &known.handle.counters);
+        let (state, because) = standing(&view);
+        let answered = counters.answered();
+        let name = word(known.name());
+        let services = view.last_good.iter().flat_map(|last_good| last_good.services.values());
+        DiscoverySource {
+            state,
+            because,
+            required: known.required,
+            age_seconds: answered.map(|at| at.elapsed().unwrap_or_default().as_secs()),
+            answered_at: answered.map(|at| unix(at).as_secs()),
+            frozen_at: view.frozen.map(|since| unix(since).as_secs()),
+            command: view.frozen.map(|_| format!("{} thaw {name}", self.ctl)),
+            services: view.last_good.as_ref().map_or(0, |last_good| last_good.services.len()),
+            endpoints: services.map(|seen| seen.registration.endpoints.len()).sum(),
+            missing: counters.missing.load(Relaxed),
+            held: view.held.iter().map(|held| self.held(&name, held)).collect(),
+            counters: counted(counters),
+            name: known.name().clone(),
+        }
+    }
+
+    fn held(&self, source: &str, held: &guard::Held) -> Held {
+        let now = Instant::now();
+        let service = held.service.as_ref().map_or_else(String::new, |service| format!(" {service}"));
+        Held {
+            service: held.service.clone(),
+            kind: held.kind.as_str().into(),
+            age_seconds: now.saturating_duration_since(held.since).as_secs(),
+            remaining_seconds: held.until.map(|until| {
+                // Rounded up: while it is held something remains.
+                until.saturating_duration_since(now).as_secs_f64().ceil() as u64
+            }),
+            had: held.had,
+            has: held.has,
+            confirmed: held.confirmed,
+            confirmations: held.confirmations,
+            because: held.because.clone(),
+            command: format!("{} accept {source}{service}", self.ctl),
+        }
+    }
+
+    /// What happened, the oldest first.
+    pub(crate) fn events(&self) -> Vec<Event> {
+        let of = |source: Option<&Arc<str>>, events: &Events| {
+            let source = source.cloned();
+            events.all().into_iter().map(move |event| (event.at, shown(source.clone(), event)))
+        };
+        let own = of(None, &self.overrides.events);
+        let sources =
+            self.sources.all().iter().flat_map(|known| of(Some(known.name()), &known.handle.events));
+        let mut all: Vec<_> = own.chain(sources).collect();
+        all.sort_by_key(|(at, _)| *at);
+        all.into_iter().map(|(_, event)| event).collect()
+    }
+
+    fn the(&self, source: &str) -> Result<&Known, Refused> {
+        let all = self.sources.all();
+        if let Some(known) = all.iter().find(|known| **known.name() == *source) {
+            return Ok(known);
+        }
+        let names: Vec<_> = all.iter().map(|known| &**known.name()).collect();
+        Err(Refused::Unknown(match did_you_mean(source, names.iter().copied()) {
+            Some(meant) => format!("there is no discovery source `{source}`: did you mean `{meant}`?"),
+            None => format!("there is no discovery source `{source}`: there is {}", quoted(&names)),
+        }))
+    }
+
+    /// Believes what a source says of `service`, or all that is held of it.
+    pub(crate) async fn accept(&self, source: &str, service: Option<ServiceName>) -> Result<String, Refused> {
+        let known = self.the(source)?;
+        let (done, answer) = oneshot::channel();
+        tell(known, Command::Accept { service: service.clone(), done }).await?;
+        match heard(known, answer.await)? {
+            Ok(accepted) => {
+                let names: Vec<_> = accepted.iter().map(ServiceName::as_str).collect();
+                Ok(match names.as_slice() {
+                    [] => format!("what `{source}` says is believed"),
+                    names => format!("what `{source}` says of {} is believed", quoted(names)),
+                })
+            }
+            Err(NotAccepted::NothingHeld) => Err(Refused::Unknown(match service {
+                Some(service) => {
+                    format!("nothing of `{service}` is held of `{source}`: `vmeshctl discovery` says what is")
+                }
+                None => format!("nothing of `{source}` is held"),
+            })),
+            Err(NotAccepted::Frozen) => Err(Refused::Conflict(format!(
+                "`{source}` is frozen, and nothing of it is taken: thaw it first, with `{} thaw {}`",
+                self.ctl,
+                word(source)
+            ))),
+        }
+    }
+
+    /// Takes no change of the source, or of all.
+    pub(crate) async fn freeze(&self, source: Option<&str>) -> Result<String, Refused> {
+        let mut said = Vec::new();
+        for known in self.which(source)? {
+            let name = known.name();
+            // What is kept comes first: a process that ends here comes back frozen.
+            let since = unix_now();
+            self.overrides.change(|kept| {
+                let is_news = !kept.frozen.contains_key(name);
+                kept.frozen.entry(name.clone()).or_insert(since);
+                is_news
+            });
+            let (done, answer) = oneshot::channel();
+            tell(known, Command::Freeze { since: UNIX_EPOCH + Duration::from_secs(since), done }).await?;
+            said.push(match heard(known, answer.await)? {
+                true => format!("`{name}` is frozen: no change of it is taken"),
+                false => format!("`{name}` was frozen already"),
+            });
+        }
+        Ok(self.kept(said).await)
+    }
+
+    /// Takes the changes of the source, or of all, again.
+    pub(crate) async fn thaw(&self, source: Option<&str>) -> Result<String, Refused> {
+        let mut said = Vec::new();
+        for known in self.which(source)? {
+            let name = known.name();
+            self.overrides.change(|kept| kept.frozen.remove(name).is_some());
+            let (done, answer) = oneshot::channel();
+            tell(known, Command::Thaw { done }).await?;
+            said.push(match heard(known, answer.await)? {
+                true => format!("`{name}` is thawed: its changes are taken, and guarded as ever"),
+                false => format!("`{name}` was not frozen"),
+            });
+        }
+        Ok(self.kept(said).await)
+    }
+
+    fn which(&self, source: Option<&str>) -> Result<Vec<&Known>, Refused> {
+        match source {
+            Some(source) => Ok(vec![self.the(source)?]),
+            None => Ok(self.sources.all().iter().collect()),
+        }
+    }
+
+    /// Uses an endpoint no more, whichever source names it.
+    pub(crate) async fn evict(&self, service: &ServiceName, address: SocketAddr) -> Result<String, Refused> {
+        let is_evicted = self.overrides.kept().evicted.contains(service, &address);
+        if !is_evicted && !self.sources.names(service, &address) {
+            return Err(Refused::Unknown(self.not_named(service, address)));
+        }
+        let is_news = self.overrides.change(|kept| kept.evicted.evict(service.clone(), address, unix_now()));
+        if !is_news {
+            return Ok(self.kept(vec![format!("{address} of `{service}` was evicted already")]).await);
+        }
+        let evicted = guard::Evicted { service: service.clone(), address, since: unix_now() };
+        self.overrides.tell(What::Evicted, &evicted, "it is not used, by the operator's word");
+        let left = match self.endpoints_left(service) {
+            0 => "; it was the last, and requests to the service fail now",
+            _ => "",
+        };
+        Ok(self.kept(vec![format!("{address} of `{service}` is not used any more{left}")]).await)
+    }
+
+    /// Uses an endpoint again that was evicted.
+    pub(crate) async fn admit(&self, service: &ServiceName, address: SocketAddr) -> Result<String, Refused> {
+        if !self.overrides.change(|kept| kept.evicted.admit(service, &address)) {
+            return Err(Refused::Unknown(format!(
+                "{address} of `{service}` is not evicted: `vmeshctl discovery` lists what is"
+            )));
+        }
+        let evicted = guard::Evicted { service: service.clone(), address, since: unix_now() };
+        self.overrides.tell(What::Admitted, &evicted, "it is used again, by the operator's word");
+        Ok(self.kept(vec![format!("{address} of `{service}` is used again")]).await)
+    }
+
+    fn endpoints_left(&self, service: &ServiceName) -> usize {
+        let evicted = self.overrides.kept().evicted;
+        let views = self.sources.all().iter().map(Known::view);
+        let registrations = views.filter_map(|view| {
+            let last_good = view.last_good?;
+            last_good.services.get(service).map(|seen| seen.registration.clone())
+        });
+        let left = registrations.map(|registration| evicted.apply(registration).endpoints.len());
+        left.sum()
+    }
+
+    fn not_named(&self, service: &ServiceName, address: SocketAddr) -> String {
+        let views: Vec<_> = self.sources.all().iter().filter_map(|known| known.view().last_good).collect();
+        let mut names = views.iter().flat_map(|view| view.services.keys());
+        if names.clone().any(|name| name == service) {
+            return format!(
+                "no source names {address} of `{service}`: `vmeshctl services {service}` lists its endpoints"
+            );
+        }
+        match did_you_mean(service.as_str(), names.by_ref().map(ServiceName::as_str)) {
+            Some(meant) => format!("no source names the service `{service}`: did you mean `{meant}`?"),
+            None => format!("no source names the service `{service}`: `vmeshctl services` lists them"),
+        }
+    }
+
+    /// Makes it last, and says if that did not succeed.
+    async fn kept(&self, mut said: Vec<String>) -> String {
+        if let Err(error) = self.overrides.save().await {
+            tracing::error!("{}", vmesh_daemon::report::one_line(&error));
+            let PersistError::File(_) = &error else { return said.join("\n") };
+            said.push(format!(
+                "but a restart of the control plane forgets that: {}",
+                vmesh_daemon::report::one_line(&error)
+            ));
+        }
+        said.join("\n")
+    }
+}
+
+async fn tell(known: &Known, command: Command) -> Result<(), Refused> {
+    known.handle.commands.send(command).await.map_err(|_| ended(known))
+}
+
+fn heard<T>(known: &Known, answer: Result<T, oneshot::error::RecvError>) -> Result<T, Refused> {
+    answer.map_err(|_| ended(known))
+}
+
+/// Only while the process is being stopped.
+fn ended(known: &Known) -> Refused {
+    Refused::Conflict(format!("discovery source `{}` is not followed any more", known.name()))
+}
+
+fn standing(view: &View) -> (SourceState, Option<Arc<str>>) {
+    let frozen = view.frozen.map(|_| {
+        let services = view.last_good.iter().flat_map(|last_good| last_good.services.values());
+        let differ = services.filter(|seen| seen.state == vmesh_model::State::Held).count();
+        let failing = view.stale_because.as_ref().map_or_else(String::new, |why| format!("; and {why}"));
+        format!(
+            "no change of it is taken, by the operator's word; it says something else now of {differ} services in \
+             use{failing}"
+        )
+    });
+    match (frozen, &view.stale_because, view.held.first()) {
+        (Some(frozen), ..) => (SourceState::Frozen, Some(frozen.into())),
+        (None, Some(because), _) => (SourceState::Stale, Some(because.clone())),
+        (None, None, Some(held)) => {
+            let because = match held.service {
+                None => held.because.clone(),
+                Some(_) => format!("what it says of {} services is not believed yet", view.held.len()).into(),
+            };
+            (SourceState::Held, Some(because))
+        }
+        (None, None, None) if view.last_good.is_none() => {
+            (SourceState::Stale, Some("it has not answered yet".into()))
+        }
+        (None, None, None) => (SourceState::Fresh, None),
+    }
+}
+
+fn counted(counters: &Counters) -> SourceCounters {
+    let by_kind = |counts: &ByKind| counts.all().map(|(kind, n)| (kind.as_str().into(), n)).collect();
+    SourceCounters {
+        reads: counters.reads.load(Relaxed),
+        failed_reads: counters.failed_reads.load(Relaxed),
+        bad_records: counters.bad_records.load(Relaxed),
+        index_resets: counters.index_resets.load(Relaxed),
+        sessions_expired: counters.sessions_expired.load(Relaxed),
+        connects: counters.connects.load(Relaxed),
+        connections: counters.connections.load(Relaxed),
+        held: by_kind(&counters.held),
+        rejected: by_kind(&counters.rejected),
+    }
+}
+
+fn shown(source: Option<Arc<str>>, event: vmesh_discovery::source::Event) -> Event {
+    let at = unix(event.at);
+    Event {
+        at_millis: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+        age_seconds: event.at.elapsed().unwrap_or_default().as_secs(),
+        source,
+        what: event.what.as_str().into(),
+        service: event.service,
+        kind: event.kind.map(|kind| kind.as_str().into()),
+        text: event.text,
+    }
+}
+
+fn unix(at: SystemTime) -> Duration {
+    at.duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+fn quoted(names: &[&str]) -> String {
+    let all: Vec<_> = names.iter().take(5).map(|name| format!("`{name}`")).collect();
+    match names.len() {
+        n @ 6.. => format!("{} and {} more", all.join(", "), n - all.len()),
+        _ => all.join(", "),
+    }
+}
+
+/// `text` as one word of a shell.
+fn word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._:-/@%+=,".contains(c);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_survives_the_shell() {
+        assert_eq!(word("file:/etc/vmesh/services.d"), "file:/etc/vmesh/services.d");
+        assert_eq!(word("file:my services"), "'file:my services'");
+        assert_eq!(word("it's"), r"'it'\''s'");
+        assert_eq!(word(""), "''");
+    }
+}
