@@ -1,28 +1,62 @@
-//! The mesh documents on the disk: a directory of YAML and JSON files, read again when it changes.
+//! The mesh documents: from a directory, or from a registry where there is no configuration management.
 //!
-//! What the kernel says of changes is a hint; what counts is the content, compared by its hash. A directory that cannot
-//! be read is no reason to forget what it said.
+//! | module | where they are |
+//! |---|---|
+//! | [`dir`] | a directory of files |
+//! | [`consul`] | a prefix of Consul's key-value store |
+//! | [`zookeeper`] | a subtree of ZooKeeper |
+//!
+//! What counts is the content, compared by its hash; each document stays in its last good version while it has a
+//! problem. A place that cannot be read is no reason to forget what it said.
 
-use std::error::Error;
-use std::fs;
-use std::path::{Path, PathBuf};
+mod consul;
+mod dir;
+mod zookeeper;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::{Notify, watch};
-use vmesh_daemon::fsx;
+use serde::Deserialize;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
 use vmesh_model::load::{DocumentFile, Kept, Library};
-use vmesh_model::yaml::MAX_TEXT;
 use vmesh_model::{Documents, Place, Problem};
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::config::{Config, DocumentsConfig};
+pub(crate) use consul::KvConfig;
+pub(crate) use zookeeper::TreeConfig;
 
-/// Several files that are written by one tool are one change.
-const QUIET: Duration = Duration::from_millis(30);
-/// Where the kernel tells nothing (network file systems), this is how late a change is seen.
-const POLL: Duration = Duration::from_secs(2);
+/// How long the first reading of a registry may take before the last good documents are served instead.
+const FIRST: Duration = Duration::from_secs(10);
+/// How long documents stay that vanished from a registry together with most of the others.
+const HOLD: Duration = Duration::from_secs(60);
+/// Fewer documents come and go as they like.
+const FEW: usize = 5;
+
+/// Where the documents are.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum DocumentsConfig {
+    /// A directory; every `.yaml`, `.yml` and `.json` file in it, in the order of their names.
+    Dir(PathBuf),
+    /// The keys of Consul that begin with a prefix.
+    ConsulKv(KvConfig),
+    /// The nodes of ZooKeeper below a path.
+    Zookeeper(TreeConfig),
+}
+
+impl fmt::Display for DocumentsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DocumentsConfig::Dir(dir) => dir.display().fmt(f),
+            DocumentsConfig::ConsulKv(config) => write!(f, "consul-kv:{}", config.prefix),
+            DocumentsConfig::Zookeeper(config) => write!(f, "zookeeper:{}", config.path),
+        }
+    }
+}
 
 /// The documents in force, and what is wrong with the others.
 #[derive(Debug, Clone, Default)]
@@ -33,67 +67,182 @@ pub(crate) struct DocumentsView {
     pub(crate) problems: Arc<[Problem]>,
     /// What is in force, for the next start.
     pub(crate) kept: Arc<[Kept]>,
+    /// Why nothing may be served yet: a registry has never answered, and nothing is known from before.
+    pub(crate) waiting: Option<Arc<str>>,
 }
 
-/// Reads the directory for as long as it is polled.
-pub(crate) struct Follower {
-    dir: Option<PathBuf>,
-    library: Library,
-    seen: Option<u64>,
-}
-
-/// A file as it was read.
+/// A text as it was read.
+#[derive(Debug)]
 struct Raw {
+    /// For places, and the same for as long as it is the same text: `/etc/vmesh/mesh.d/orders.yaml`.
     path: String,
     content: Result<Vec<u8>, String>,
 }
 
-impl Follower {
-    pub(crate) fn new(config: Option<DocumentsConfig>, kept: Vec<Kept>) -> Follower {
-        // Without a directory there are no documents, whatever there was.
-        let kept = if config.is_some() { kept } else { Vec::new() };
-        Follower { dir: config.map(|config| config.dir), library: Library::restored(kept), seen: None }
+/// The place that is read.
+enum Shelf {
+    Nothing,
+    Dir(dir::Dir),
+    Consul(consul::Keys),
+    Zookeeper(zookeeper::Tree),
+}
+
+impl Shelf {
+    fn new(config: Option<DocumentsConfig>, known: BTreeSet<String>) -> Shelf {
+        match config {
+            None => Shelf::Nothing,
+            Some(DocumentsConfig::Dir(path)) => Shelf::Dir(dir::Dir::new(path)),
+            Some(DocumentsConfig::ConsulKv(config)) => Shelf::Consul(consul::Keys::new(config)),
+            Some(DocumentsConfig::Zookeeper(config)) => Shelf::Zookeeper(zookeeper::Tree::new(config, known)),
+        }
     }
 
-    /// The first reading, so that no world is published without the documents.
+    /// All texts, whenever they may have changed; at once the first time. After an error the next call takes its time.
+    async fn next(&mut self) -> Result<Vec<Raw>, String> {
+        match self {
+            Shelf::Nothing => std::future::pending().await,
+            Shelf::Dir(dir) => dir.next().await,
+            Shelf::Consul(keys) => keys.next().await,
+            Shelf::Zookeeper(tree) => tree.next().await,
+        }
+    }
+
+    /// All texts as of now, read as strongly as the registry can.
+    async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
+        match self {
+            Shelf::Nothing => std::future::pending().await,
+            Shelf::Dir(dir) => dir.next().await,
+            Shelf::Consul(keys) => keys.confirm().await,
+            Shelf::Zookeeper(tree) => tree.confirm().await,
+        }
+    }
+
+    /// An edit of files is somebody's decision; a registry may have lost its content.
+    fn is_registry(&self) -> bool {
+        matches!(self, Shelf::Consul(_) | Shelf::Zookeeper(_))
+    }
+}
+
+/// Reads the documents for as long as it is polled.
+pub(crate) struct Follower {
+    /// What it is called: the directory, `consul-kv:vmesh/`.
+    place: Arc<str>,
+    shelf: Shelf,
+    library: Library,
+    seen: Option<u64>,
+    /// The texts of the last reading that was believed, by their places.
+    paths: BTreeSet<String>,
+    /// Since when most of them are gone.
+    few_since: Option<Instant>,
+    has_answered: bool,
+}
+
+impl Follower {
+    pub(crate) fn new(config: Option<DocumentsConfig>, kept: Vec<Kept>) -> Follower {
+        // Without a place there are no documents, whatever there was.
+        let kept = if config.is_some() { kept } else { Vec::new() };
+        let place = config.as_ref().map_or_else(String::new, DocumentsConfig::to_string);
+        let paths: BTreeSet<String> = kept.iter().map(|kept| kept.file.to_string()).collect();
+        let shelf = Shelf::new(config, paths.clone());
+        Follower {
+            place: place.into(),
+            has_answered: !shelf.is_registry() || !kept.is_empty(),
+            paths,
+            shelf,
+            library: Library::restored(kept),
+            seen: None,
+            few_since: None,
+        }
+    }
+
+    /// The first reading, so that no world is published without the documents. A registry that does not answer is not
+    /// waited for for ever: what was known from before is served, or nothing at all.
     pub(crate) async fn read_once(mut self, views: &watch::Sender<DocumentsView>) -> Follower {
-        self.read(views).await;
+        if let Shelf::Nothing = self.shelf {
+            return self;
+        }
+        let read = timeout(FIRST, self.shelf.next()).await;
+        let read = read.unwrap_or_else(|_| Err(format!("no answer within {} s", FIRST.as_secs())));
+        self.publish(read, views);
         self
     }
 
     pub(crate) async fn follow(mut self, views: watch::Sender<DocumentsView>) {
-        let Some(dir) = self.dir.clone() else { return std::future::pending().await };
-        let news = Arc::new(Notify::new());
-        let mut watching = watch_directory(&dir, &news);
         loop {
-            tokio::select! {
-                () = news.notified() => tokio::time::sleep(QUIET).await,
-                () = tokio::time::sleep(POLL) => {
-                    // A directory that was replaced is watched no more, and says nothing of it.
-                    if watching.as_ref().is_none_or(|(_, of)| *of != identity(&dir)) {
-                        watching = watch_directory(&dir, &news);
+            let confirm_at = self.few_since.map(|since| since + HOLD);
+            let read = tokio::select! {
+                read = self.shelf.next() => read,
+                () = until(confirm_at) => match self.shelf.confirm().await {
+                    Ok(files) => {
+                        self.believe(&files);
+                        Ok(files)
                     }
-                }
-            }
-            self.read(&views).await;
+                    Err(why) => {
+                        // Not confirmed: it has to be so for the whole time again.
+                        self.few_since = Some(Instant::now());
+                        Err(why)
+                    }
+                },
+            };
+            self.publish(read, &views);
         }
     }
 
-    async fn read(&mut self, views: &watch::Sender<DocumentsView>) {
-        let Some(dir) = self.dir.clone() else { return };
-        let files = tokio::task::spawn_blocking(move || read_directory(&dir)).await;
-        let files = files.unwrap_or_else(|panic| Err(format!("reading them panicked: {panic}")));
-        let hash = hash(&files);
+    /// Most documents are gone, and that is confirmed.
+    fn believe(&mut self, files: &[Raw]) {
+        if !files.is_empty() {
+            self.paths = files.iter().map(|file| file.path.clone()).collect();
+            self.few_since = None;
+        }
+    }
+
+    fn publish(&mut self, read: Result<Vec<Raw>, String>, views: &watch::Sender<DocumentsView>) {
+        eprintln!(
+            std::time::SystemTime::now(),
+            read.as_ref().map(|r| r
+                .iter()
+                .map(|r| (r.path.clone(), r.content.clone().map(|c| c.len())))
+                .collect::<Vec<_>>())
+        );
+        let read = read.and_then(|files| self.judge(files, Instant::now()));
+        let hash = hash(&read);
         if self.seen == Some(hash) {
             return;
         }
         self.seen = Some(hash);
-        views.send_replace(self.take(files));
+        views.send_replace(self.take(read));
+    }
+
+    /// Whether to believe a registry that has fewer documents than it had.
+    fn judge(&mut self, files: Vec<Raw>, now: Instant) -> Result<Vec<Raw>, String> {
+        if self.shelf.is_registry() {
+            let left = files.iter().filter(|file| self.paths.contains(&file.path)).count();
+            let had = self.paths.len();
+            if files.is_empty() && had > 0 {
+                return Err(format!(
+                    "there is none any more, where there were {had}, which looks like an accident; to mean it, leave one \
+                     that has nothing but a comment in it"
+                ));
+            }
+            if had >= FEW && left * 2 < had {
+                self.few_since.get_or_insert(now);
+                return Err(format!(
+                    "{left} of {had} documents are left, which looks like an accident; that is believed when it is still \
+                     so after {} s",
+                    HOLD.as_secs()
+                ));
+            }
+        }
+        self.few_since = None;
+        self.paths = files.iter().map(|file| file.path.clone()).collect();
+        Ok(files)
     }
 
     fn take(&mut self, files: Result<Vec<Raw>, String>) -> DocumentsView {
+        let mut waiting = None;
         let (documents, problems) = match &files {
             Ok(files) => {
+                self.has_answered = true;
                 let files: Vec<_> = files
                     .iter()
                     .map(|file| DocumentFile {
@@ -104,10 +253,13 @@ impl Follower {
                 self.library.update(&files)
             }
             Err(why) => {
-                let dir = self.dir.as_deref().unwrap_or(Path::new(".")).display().to_string();
+                if !self.has_answered {
+                    waiting = Some(format!("the documents of `{}` ({why})", self.place).into());
+                }
                 let message =
                     format!("the documents could not be read: {why}; what was last read stays in force");
-                (self.library.documents(), vec![Problem::new(Place::file(dir), "documents", message)])
+                let place = Place::file(self.place.clone());
+                (self.library.documents(), vec![Problem::new(place, "documents", message)])
             }
         };
         for problem in &problems {
@@ -120,67 +272,22 @@ impl Follower {
             hash.update(kept.text.as_bytes());
         }
         let hash = if kept.is_empty() { 0 } else { hash.digest() };
-        DocumentsView { documents, hash, problems: problems.into(), kept }
+        DocumentsView { documents, hash, problems: problems.into(), kept, waiting }
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 
 /// The problems of the documents that `config` names, for `--check`.
-pub(crate) fn check(config: &Config) -> Vec<Problem> {
-    let Some(documents) = &config.documents else { return Vec::new() };
-    let mut follower = Follower::new(Some(documents.clone()), Vec::new());
-    follower.take(read_directory(&documents.dir)).problems.to_vec()
-}
-
-type Identity = Option<(u64, u64)>;
-
-fn identity(dir: &Path) -> Identity {
-    use std::os::unix::fs::MetadataExt;
-    fs::metadata(dir).ok().map(|metadata| (metadata.dev(), metadata.ino()))
-}
-
-/// `None` where the kernel will not tell: then there is the poll.
-fn watch_directory(dir: &Path, news: &Arc<Notify>) -> Option<(RecommendedWatcher, Identity)> {
-    let news = news.clone();
-    let heard = move |event: notify::Result<notify::Event>| {
-        // Reading is an event too: heeding it would be a loop.
-        if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_)) && !is_closed(&event.kind)) {
-            news.notify_one();
-        }
-    };
-    let identity = identity(dir);
-    let mut watcher = notify::recommended_watcher(heard).ok()?;
-    watcher.watch(dir, RecursiveMode::NonRecursive).ok()?;
-    Some((watcher, identity))
-}
-
-/// Closed after writing: what was written is whole.
-fn is_closed(kind: &EventKind) -> bool {
-    use notify::event::{AccessKind, AccessMode};
-    matches!(kind, EventKind::Access(AccessKind::Close(AccessMode::Write)))
-}
-
-/// Every `.yaml`, `.yml` and `.json` file, by name.
-fn read_directory(dir: &Path) -> Result<Vec<Raw>, String> {
-    let entries = fs::read_dir(dir).map_err(|error| error.to_string())?;
-    let mut files = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(|error| error.to_string())?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let wanted = path
-            .extension()
-            .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
-        if wanted && !name.starts_with(['.', '#']) {
-            // One byte more than the reader takes, so that it is the one to say that it is too much.
-            let content = fsx::read_capped(&path, MAX_TEXT as u64 + 1);
-            let content = content.map_err(|error| match error.source() {
-                Some(cause) => cause.to_string(),
-                None => error.to_string(),
-            });
-            files.push(Raw { path: path.display().to_string(), content });
-        }
-    }
-    files.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(files)
+pub(crate) async fn check(config: Option<DocumentsConfig>) -> Vec<Problem> {
+    let (views, view) = watch::channel(DocumentsView::default());
+    Follower::new(config, Vec::new()).read_once(&views).await;
+    view.borrow().problems.to_vec()
 }
 
 fn hash(files: &Result<Vec<Raw>, String>) -> u64 {
@@ -203,3 +310,15 @@ fn hash(files: &Result<Vec<Raw>, String>) -> u64 {
     }
     hash.digest()
 }
+
+/// A value of no bytes is what a write that failed leaves behind.
+fn not_empty(text: Vec<u8>) -> Result<Vec<u8>, String> {
+    if text.is_empty() {
+        Err("it is empty: if no document is meant, say so by a comment".to_owned())
+    } else {
+        Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests;

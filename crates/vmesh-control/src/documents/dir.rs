@@ -1,0 +1,107 @@
+//! Documents in a directory: every `.yaml`, `.yml` and `.json` file, in the order of their names.
+//!
+//! What the kernel says of changes is a hint; what counts is the content. A directory that cannot be read is no reason to
+//! forget what it said.
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::Notify;
+use vmesh_daemon::fsx;
+use vmesh_model::yaml::MAX_TEXT;
+
+use super::Raw;
+
+/// Several files that are written by one tool are one change.
+const QUIET: Duration = Duration::from_millis(30);
+/// Where the kernel tells nothing (network file systems), this is how late a change is seen.
+const POLL: Duration = Duration::from_secs(2);
+
+/// A directory, and whoever tells of its changes.
+pub(super) struct Dir {
+    path: PathBuf,
+    news: Arc<Notify>,
+    watching: Option<(RecommendedWatcher, Identity)>,
+    was_read: bool,
+}
+
+impl Dir {
+    pub(super) fn new(path: PathBuf) -> Dir {
+        Dir { path, news: Arc::default(), watching: None, was_read: false }
+    }
+
+    /// Its files: at once the first time, and then whenever they may have changed.
+    pub(super) async fn next(&mut self) -> Result<Vec<Raw>, String> {
+        if self.was_read {
+            tokio::select! {
+                () = self.news.notified() => tokio::time::sleep(QUIET).await,
+                () = tokio::time::sleep(POLL) => {}
+            }
+        }
+        // Watched before it is read, so that no change falls between. One that was replaced is watched no more, and says
+        // nothing of it.
+        if self.watching.as_ref().is_none_or(|(_, of)| *of != identity(&self.path)) {
+            self.watching = watch_directory(&self.path, &self.news);
+        }
+        self.was_read = true;
+        let path = self.path.clone();
+        let files = tokio::task::spawn_blocking(move || read(&path)).await;
+        files.unwrap_or_else(|panic| Err(format!("reading them panicked: {panic}")))
+    }
+}
+
+type Identity = Option<(u64, u64)>;
+
+fn identity(dir: &Path) -> Identity {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(dir).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// `None` where the kernel will not tell: then there is the poll.
+fn watch_directory(dir: &Path, news: &Arc<Notify>) -> Option<(RecommendedWatcher, Identity)> {
+    let news = news.clone();
+    let heard = move |event: notify::Result<notify::Event>| {
+        // Reading is an event too: heeding it would be a loop.
+        if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_)) && !is_closed(&event.kind)) {
+            news.notify_one();
+        }
+    };
+    let identity = identity(dir);
+    let mut watcher = notify::recommended_watcher(heard).ok()?;
+    watcher.watch(dir, RecursiveMode::NonRecursive).ok()?;
+    Some((watcher, identity))
+}
+
+/// Closed after writing: what was written is whole.
+fn is_closed(kind: &EventKind) -> bool {
+    use notify::event::{AccessKind, AccessMode};
+    matches!(kind, EventKind::Access(AccessKind::Close(AccessMode::Write)))
+}
+
+/// Every `.yaml`, `.yml` and `.json` file, by name.
+pub(super) fn read(dir: &Path) -> Result<Vec<Raw>, String> {
+    let entries = fs::read_dir(dir).map_err(|error| error.to_string())?;
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| error.to_string())?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let wanted = path
+            .extension()
+            .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
+        if wanted && !name.starts_with(['.', '#']) {
+            // One byte more than the reader takes, so that it is the one to say that it is too much.
+            let content = fsx::read_capped(&path, MAX_TEXT as u64 + 1);
+            let content = content.map_err(|error| match error.source() {
+                Some(cause) => cause.to_string(),
+                None => error.to_string(),
+            });
+            files.push(Raw { path: path.display().to_string(), content });
+        }
+    }
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
+}
