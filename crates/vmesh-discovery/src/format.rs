@@ -15,6 +15,7 @@ pub mod linkerd;
 pub mod native;
 pub mod prometheus;
 pub mod smartstack;
+pub mod znode;
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -272,8 +273,7 @@ impl Parsed {
     /// Judges the file as a whole.
     fn judged(mut self, file: &Arc<str>) -> Parsed {
         let (bad, records) = (self.bad, self.records);
-        let too_many = bad == records || (records >= 5 && (bad > 5 || bad * 4 > records));
-        if bad > 0 && too_many && !self.failed {
+        if too_many(bad, records) && !self.failed {
             self.failed = true;
             let message = format!("{bad} of {records} endpoints are bad: this is more than single mistakes");
             self.problem(Place::file(file.clone()), file.clone(), message);
@@ -292,6 +292,11 @@ impl Parsed {
         self.problems.dedup();
         self
     }
+}
+
+/// Whether so many bad records are more than single mistakes.
+fn too_many(bad: usize, records: usize) -> bool {
+    bad > 0 && (bad == records || (records >= 5 && (bad > 5 || bad * 4 > records)))
 }
 
 pub(crate) fn subject_of(service: &ServiceName) -> Arc<str> {

@@ -1,0 +1,135 @@
+//! Twitter's serversets, also Aurora's and Finagle's.
+//!
+//! ```json
+//! {"serviceEndpoint": {"host": "vm-17.dc1", "port": 31002},
+//!  "additionalEndpoints": {"http": {"host": "vm-17.dc1", "port": 31002}},
+//!  "status": "ALIVE", "shard": 7, "metadata": {"version": "v3"}}
+//! ```
+//!
+//! Nodes are named `member_0000000042`. Beside them may be `vector_..` with weights, each for the members that it
+//! selects; those that select the same member multiply, and -1 takes a member out.
+
+use serde_json::Value;
+use vmesh_model::{Address, Health, Labels, Place, Protocol};
+
+use super::{
+    Directory, Member, Offer, Read, Record, Recorded, Rules, Share, add_labels, address, find, json,
+    protocol_of, readable, scalar, text_at,
+};
+
+/// One entry of a `vector_..`.
+struct Weighing {
+    selects: Selects,
+    weight: f64,
+}
+
+enum Selects {
+    Member(String),
+    Address(String),
+    Shard(String),
+}
+
+pub(super) fn read(directory: &Directory<'_>, rules: &Rules, read: &mut Read) {
+    let mut weighings = Vec::new();
+    for member in directory.members.iter().filter(|member| member.name.starts_with("vector_")) {
+        match readable(member).and_then(|()| vector(member)) {
+            Ok(more) => weighings.extend(more),
+            Err(why) => {
+                let message = format!("{why}; its weights are ignored");
+                read.note(directory.place_of(member), message);
+            }
+        }
+    }
+    for member in directory.members.iter().filter(|member| member.name.starts_with("member_")) {
+        let place = directory.place_of(member);
+        match readable(member).and_then(|()| record(member, place.clone(), rules, &weighings)) {
+            Ok(Some(offer)) => read.offers.push(offer),
+            Ok(None) => {}
+            Err(why) => read.bad_record(place, why),
+        }
+    }
+}
+
+fn vector(member: &Member<'_>) -> Result<Vec<Weighing>, String> {
+    let value = json(member)?;
+    let entries = value.get("vector").and_then(Value::as_array).ok_or("there is no list `vector` in it")?;
+    let weighing = |entry: &Value| {
+        let (what, which) = entry.get("select")?.as_str()?.split_once('=')?;
+        let selects = match what {
+            "member" => Selects::Member(which.to_owned()),
+            "inet" => Selects::Address(which.to_owned()),
+            "shard" => Selects::Shard(which.to_owned()),
+            _ => return None,
+        };
+        Some(Weighing { selects, weight: entry.get("weight").and_then(Value::as_f64).unwrap_or(1.0) })
+    };
+    Ok(entries.iter().filter_map(weighing).collect())
+}
+
+fn record(member: &Member<'_>, place: Place, rules: &Rules, weighings: &[Weighing]) -> Recorded {
+    let value = json(member)?;
+    let (address, protocol) = endpoint(&value, rules)?;
+    let shard = value.get("shard").and_then(scalar);
+    let shown = address.to_string();
+    let selected = weighings.iter().filter(|weighing| match &weighing.selects {
+        Selects::Member(name) => name == member.name,
+        Selects::Address(inet) => *inet == shown,
+        Selects::Shard(of) => Some(of) == shard.as_ref(),
+    });
+    let weight = selected.fold(None, |weight, weighing| Some(weight.unwrap_or(1.0) * weighing.weight));
+    // Exactly this is how writers say that a member is not to be used.
+    if weight == Some(-1.0) {
+        return Ok(None);
+    }
+    let mut labels = Labels::new();
+    if let Some(shard) = shard {
+        labels.insert("shard".into(), shard.into());
+    }
+    if let Some(metadata) = value.get("metadata").and_then(Value::as_object) {
+        add_labels(&mut labels, metadata, &["zone", "az", "version"]);
+    }
+    if !member.is_ephemeral {
+        labels.insert("liveness".into(), "none".into());
+    }
+    let map = &rules.map;
+    let text = |own: &[String], built_in: &[&str]| text_at(&value, own, built_in).map(Into::into);
+    let mapped = text_at(&value, &map.protocol, &["metadata.protocol"]).and_then(|name| protocol_of(&name));
+    let record = Record {
+        weight: weight.map(|weight| Share(weight.clamp(0.0, 1_000_000.0))),
+        health: health(&value),
+        zone: text(&map.zone, &["metadata.zone", "metadata.az"]),
+        version: text(&map.version, &["metadata.version"]),
+        labels,
+        ..Record::new(address, place)
+    };
+    let protocol = mapped.or(protocol);
+    Ok(Some(Offer {
+        service: None,
+        interface: None,
+        scheme: None,
+        protocol,
+        created: member.created,
+        record,
+    }))
+}
+
+/// The endpoint that is asked for, and what is spoken there if its name says so.
+fn endpoint(value: &Value, rules: &Rules) -> Result<(Address, Option<Protocol>), String> {
+    let Some(name) = &rules.endpoint else {
+        let endpoint = value.get("serviceEndpoint").ok_or("there is no `serviceEndpoint` in it")?;
+        return Ok((address(endpoint.get("host"), endpoint.get("port"))?, None));
+    };
+    let endpoint = find(value, "additionalEndpoints").and_then(|all| all.get(name));
+    let endpoint =
+        endpoint.ok_or_else(|| format!("there is no endpoint `{name}` in `additionalEndpoints`"))?;
+    Ok((address(endpoint.get("host"), endpoint.get("port"))?, protocol_of(name)))
+}
+
+/// Deprecated by its makers, and written by everybody: without it a member is alive.
+fn health(value: &Value) -> Health {
+    match value.get("status").and_then(Value::as_str) {
+        None | Some("ALIVE") => Health::Healthy,
+        Some("STOPPING") => Health::Draining,
+        Some(_) => Health::Unhealthy,
+    }
+}
