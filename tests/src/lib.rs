@@ -54,6 +54,11 @@ impl Mesh {
 
     /// The same, not started.
     pub fn prepare(files: &[(&str, &str)]) -> Result<Mesh> {
+        Mesh::prepare_on("  - file: {path: services.d}\n", "documents: {dir: mesh.d}\n", files)
+    }
+
+    /// A control plane on these sources, a list in YAML, and with more YAML for `control.yaml`; not started.
+    pub fn prepare_on(discovery: &str, more: &str, files: &[(&str, &str)]) -> Result<Mesh> {
         let (dir, home) = (tempdir()?, Loopback::unique()?);
         // The address is nobody else's, and so are all its ports.
         let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
@@ -65,7 +70,7 @@ impl Mesh {
             mesh.write(file, text)?;
         }
         let config = format!(
-            "discovery:\n  - file: {{path: services.d}}\ndocuments: {{dir: mesh.d}}\n\
+            "discovery:\n{discovery}\n{more}\n\
              listen: {{xds_plaintext: \"{xds}\", api: \"{api}\"}}\nstate_dir: state/control\n"
         );
         mesh.write("control.yaml", &config)?;

@@ -17,6 +17,9 @@ use vmesh_model::node::{self, Upstream, Upstreams};
 use vmesh_model::text::Time;
 use vmesh_model::{Labels, NodeName, Place, Problem, Protocol, ServiceName, load};
 
+use crate::health::Check;
+use crate::register::{Instance, OnStop, Plan, Register, Registry};
+
 /// Where the first workload's inbound listener is, unless it says otherwise; the others follow.
 pub const INBOUND_PORT: u16 = 15008;
 
@@ -38,6 +41,9 @@ pub struct Config {
     pub labels: Labels,
     pub workloads: Vec<node::Workload>,
     pub upstreams: Upstreams,
+    pub registry: Registry,
+    /// The workloads that register themselves.
+    pub registrations: Vec<Plan>,
     pub log: Option<String>,
 }
 
@@ -163,6 +169,15 @@ impl Config {
         self.state_dir.join("accepted.bin")
     }
 
+    /// Whether the workloads are withdrawn from their registries when the agent stops: where Envoy stops with it, they
+    /// cannot be reached through it any more.
+    pub fn withdraws_on_stop(&self) -> bool {
+        match self.registry.on_stop {
+            Some(on_stop) => on_stop == OnStop::Withdraw,
+            None => self.envoy.manage == Manage::Child && !self.envoy.keep_on_stop,
+        }
+    }
+
     pub fn bootstrap(&self) -> PathBuf {
         self.run_dir.join("bootstrap.json")
     }
@@ -209,6 +224,8 @@ struct Written {
     #[serde(default)]
     upstreams: Vec<WrittenUpstream>,
     #[serde(default)]
+    registry: Registry,
+    #[serde(default)]
     capture: Capture,
     log: Option<String>,
 }
@@ -250,16 +267,9 @@ struct WrittenWorkload {
     port: Port,
     host: Option<IpAddr>,
     protocol: Option<Protocol>,
-    health: Option<Health>,
+    health: Option<Check>,
     listen: Option<Socket>,
-}
-
-/// How the application is asked whether it is well.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-enum Health {
-    Http(String),
-    Tcp,
+    register: Option<Register>,
 }
 
 #[derive(Debug)]
@@ -290,7 +300,7 @@ impl Written {
                 "`control_plane` is empty: name at least one, as \"http://127.0.0.1:15010\"",
             );
         }
-        let name = match self.node.name {
+        let name = match self.node.name.clone() {
             Some(name) => Some(name),
             None => match host_name.parse() {
                 Ok(name) => Some(name),
@@ -303,6 +313,7 @@ impl Written {
                 }
             },
         };
+        let registrations = registrations(&self, name.as_ref(), problems);
         let upstreams = upstreams(self.upstreams, self.capture.outbound, problems);
         let workloads = match self.capture.inbound {
             CaptureMode::Off => Vec::new(),
@@ -321,6 +332,8 @@ impl Written {
             labels: self.node.labels,
             workloads,
             upstreams,
+            registry: self.registry,
+            registrations,
             log: self.log,
         };
         config.check(problems);
@@ -350,6 +363,61 @@ fn upstreams(written: Vec<WrittenUpstream>, mode: CaptureMode, problems: &mut Pr
     }
 }
 
+/// What registries are told, and by whom the applications are known.
+fn registrations(written: &Written, name: Option<&NodeName>, problems: &mut Problems) -> Vec<Plan> {
+    let mut plans = Vec::new();
+    for workload in &written.workloads {
+        let Some(register) = &workload.register else { continue };
+        let who = format!("workload `{}`", workload.service);
+        let mut wrong = |message: &str| problems.add("workloads", format!("{who}: {message}"));
+        if register.consul.is_none() && register.zookeeper.is_none() {
+            wrong("`register` names no registry: `consul`, `zookeeper`, or both");
+        }
+        if register.zookeeper.is_some() && written.registry.zookeeper.is_none() {
+            wrong(
+                "to register in ZooKeeper, say where it is: `registry: {zookeeper: {connect: \"zk1:2181\"}}`",
+            );
+        }
+        if register.zookeeper.as_ref().is_some_and(|there| !is_path(&there.path)) {
+            wrong("`register.zookeeper.path` is the path of the service, as `/services/orders`");
+        }
+        let Some(address) = register.address.or(written.node.address) else {
+            wrong("which address is to be registered? give `node.address`, or `register.address`");
+            continue;
+        };
+        if address.is_unspecified() {
+            wrong("an address that others can dial is to be registered, and not all of them");
+        }
+        let Some(name) = name else { continue };
+        let port = register.port.unwrap_or(workload.port.0);
+        let instance = Instance {
+            service: workload.service.clone(),
+            id: format!("{name}-{}-{port}", workload.service),
+            address,
+            port,
+            protocol: workload.protocol.map(|protocol| protocol.as_str().into()),
+            weight: register.weight,
+            version: register.version.clone(),
+            zone: written.node.zone.clone(),
+            labels: register.labels.clone(),
+        };
+        let host = workload.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
+        plans.push(Plan {
+            instance,
+            consul: register.consul.clone(),
+            zookeeper: register.zookeeper.clone(),
+            application: SocketAddr::new(host, workload.port.0),
+            check: workload.health.clone(),
+        });
+    }
+    plans
+}
+
+/// Whether it is a path of ZooKeeper's, and not its root.
+fn is_path(path: &str) -> bool {
+    path.starts_with('/') && !path.ends_with('/') && !path.contains("//") && !path.contains('\0')
+}
+
 fn workloads(
     written: Vec<WrittenWorkload>,
     address: Option<IpAddr>,
@@ -369,13 +437,6 @@ fn workloads(
             );
             continue;
         };
-        if let Some(Health::Http(path)) = &workload.health
-            && !path.starts_with('/')
-        {
-            let wrong =
-                format!("workload `{}`: `health.http` is a path and begins with `/`", workload.service);
-            problems.add("workloads", wrong);
-        }
         workloads.push(node::Workload {
             service: workload.service,
             port: workload.port.0,

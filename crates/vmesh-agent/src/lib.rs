@@ -12,6 +12,8 @@
 //! | `envoy output`    | a line from Envoy                              | our log                              |
 //! | `api`             | HTTP requests                                  | `/status`, `/metrics`, `/readyz`     |
 //!
+//! Workloads that register themselves have tasks of their own: see [`register`]. They end before the others do.
+//!
 //! **Invariant:** no discovery backend: `cargo tree -p vmesh-agent -e normal` lists neither `vmesh-discovery` nor
 //! `vmesh-control`.
 
@@ -21,6 +23,7 @@ pub mod config;
 pub mod envoy;
 pub mod health;
 pub mod identity;
+pub mod register;
 pub mod relay;
 mod reports;
 mod retry;
@@ -44,6 +47,8 @@ pub use config::Config;
 /// A running agent. Its sockets are bound and its files are written: what can fail at start has not.
 pub struct Agent {
     pub tasks: Tasks,
+    /// Those that keep workloads registered: they are to end first, so that nobody dials an Envoy that takes its leave.
+    pub registrations: Tasks,
     pub known: status::Known,
     /// Held for as long as the agent runs.
     pub lock: File,
@@ -96,11 +101,15 @@ impl Agent {
         let (envoy, envoy_status) = watch::channel(envoy::Status::default());
         let (control_plane, control_plane_status) = watch::channel(status::ControlPlaneStatus::default());
         let (accepted, accepted_status) = watch::channel(status::AcceptedStatus::default());
+        let withdraws = config.withdraws_on_stop();
+        let (registrations, registered) =
+            register::spawn(&config.registrations, &config.registry, &config.run_dir, withdraws);
         let known = status::Known {
             node: config.name.shared(),
             control_plane: control_plane_status,
             accepted: accepted_status,
             envoy: envoy_status,
+            registered: registered.into(),
         };
         let (has_config, config_is_there) = watch::channel(false);
         let build = identity::build(identity::envoy_version(&config.envoy.path).await.as_deref());
@@ -109,7 +118,12 @@ impl Agent {
         envoy::spawn(&mut tasks, &config, envoy, config_is_there)?;
         tasks.spawn_draining("api", |stop| status::serve(api, known.clone(), stop));
         tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());
-        Ok(Agent { tasks, known, lock })
+        Ok(Agent { tasks, registrations, known, lock })
+    }
+
+    /// How long the registrations may take to be withdrawn.
+    pub fn withdraws_within(config: &Config) -> Duration {
+        config.registry.settle.0 + Duration::from_secs(20)
     }
 
     /// How long the tasks may take to stop: Envoy's leave-taking, and then what it takes to see it gone.

@@ -48,19 +48,25 @@ fn main() -> ExitCode {
     // One thread: the work is to pass on what arrives, and each more thread costs memory on every host of the fleet.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime {
-        Ok(runtime) => runtime.block_on(run(config)),
+        Ok(runtime) => {
+            let code = runtime.block_on(run(config));
+            // What was to end has. What is to outlast the agent for a while (the session of a workload that stays
+            // registered) would be closed by ending it.
+            std::mem::forget(runtime);
+            code
+        }
         Err(error) => report::failed(&error),
     }
 }
 
 async fn run(config: Config) -> ExitCode {
-    let stops_within = Agent::stops_within(&config);
+    let (withdraws_within, stops_within) = (Agent::withdraws_within(&config), Agent::stops_within(&config));
     let (terminated, agent) = match (signals::terminated(), Agent::start(config).await) {
         (Ok(terminated), Ok(agent)) => (terminated, agent),
         (Err(error), _) => return report::failed(&error),
         (_, Err(error)) => return report::failed(&error),
     };
-    let Agent { mut tasks, known, lock: _lock } = agent;
+    let Agent { mut tasks, registrations, known, lock: _lock } = agent;
     info!(node = &*known.node, "serving");
     systemd::ready("serving");
     let code = tokio::select! {
@@ -77,7 +83,8 @@ async fn run(config: Config) -> ExitCode {
         }
     };
     systemd::stopping();
-    let late = tasks.stop_within(stops_within).await;
+    let mut late = registrations.stop_within(withdraws_within).await;
+    late.extend(tasks.stop_within(stops_within).await);
     if !late.is_empty() {
         warn!("still running and left behind: {}", late.join(", "));
     }
@@ -113,6 +120,9 @@ fn summary(config: &Config) -> String {
         let (service, listen) = (&workload.service, workload.listen);
         let name = if index == 0 { "workloads" } else { "" };
         line(name, format!("{service} on port {}, reached at {listen}{beyond}", workload.port));
+    }
+    for plan in &config.registrations {
+        line("registered", plan.to_string());
     }
     match &config.upstreams {
         vmesh_model::node::Upstreams::All => {

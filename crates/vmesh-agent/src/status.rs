@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use vmesh_daemon::{Stop, metrics};
 
 use crate::envoy;
+use crate::register::{self, Registered};
 
 /// What is known of the control planes and of the configuration that came from them.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -63,6 +64,8 @@ pub struct Known {
     pub control_plane: watch::Receiver<ControlPlaneStatus>,
     pub accepted: watch::Receiver<AcceptedStatus>,
     pub envoy: watch::Receiver<envoy::Status>,
+    /// One for each workload and registry.
+    pub registered: Arc<[watch::Receiver<Registered>]>,
 }
 
 impl Known {
@@ -127,6 +130,7 @@ async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
         "control_plane": *known.control_plane.borrow(),
         "accepted": *known.accepted.borrow(),
         "envoy": *known.envoy.borrow(),
+        "registered": known.registered.iter().map(|one| one.borrow().clone()).collect::<Vec<_>>(),
     }))
 }
 
@@ -153,6 +157,8 @@ impl Collector for Known {
         if let Some(age) = accepted.saved.and_then(age) {
             gauge("vmesh_agent_cache_age_seconds", "Age of the configuration on disk", age.as_secs_f64())?;
         }
+        let failing = known_failing(&self.registered);
+        gauge("vmesh_agent_registrations_failing", "Registrations that a registry does not take", failing)?;
         let live = f64::from(u8::from(envoy.state == envoy::State::Live));
         gauge("vmesh_agent_envoy_live", "Whether Envoy is live", live)?;
         let mut counter = |name: &str, help: &str, value: u64| {
@@ -174,6 +180,10 @@ impl Collector for Known {
         }
         Ok(())
     }
+}
+
+fn known_failing(registered: &[watch::Receiver<Registered>]) -> f64 {
+    registered.iter().filter(|one| one.borrow().state == register::State::Failing).count() as f64
 }
 
 fn age(since: SystemTime) -> Option<Duration> {

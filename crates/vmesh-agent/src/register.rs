@@ -1,0 +1,293 @@
+//! Workloads that register themselves, for hosts where nobody else does: what nerve did.
+//!
+//! Off unless a workload has `register`. A workload is registered once its application is known to be well, and says how it
+//! is for as long as the agent runs. It drains while a file of its service's name, or `all`, lies in `drain_dir`; at a
+//! stop that takes Envoy along it is withdrawn first, and Envoy takes its leave when the fleet has had time to learn of it.
+//!
+//! | task | wakes on | does |
+//! |---|---|---|
+//! | `health <service>` | a timer | asks the application |
+//! | `drain files` | a timer | looks which services are to drain |
+//! | `registration of <service> in <registry>` | either, a timer | keeps the registry's record true |
+
+mod consul;
+pub(crate) mod record;
+mod zookeeper;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tracing::warn;
+use vmesh_daemon::Tasks;
+use vmesh_model::text::Time;
+use vmesh_model::{Labels, ServiceName};
+
+use crate::health::{self, Check, Health};
+pub use record::Format;
+pub(crate) use record::Instance;
+
+/// How often it is looked for files in `drain_dir`.
+const DRAIN_POLL: Duration = Duration::from_millis(500);
+
+/// `registry:` of `agent.yaml`: the registries that workloads can register in.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    pub consul: Option<vmesh_consul::Config>,
+    pub zookeeper: Option<vmesh_zookeeper::Config>,
+    /// A service drains while a file of its name is in here, and all do while there is one called `all`. Built in:
+    /// `drain` in `run_dir`.
+    pub drain_dir: Option<PathBuf>,
+    /// How long the fleet has to learn of a withdrawal before Envoy takes its leave.
+    pub settle: Time,
+    /// What becomes of registrations when the agent stops. Built in: `withdraw` where Envoy stops with it, else `keep`.
+    pub on_stop: Option<OnStop>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        let settle = Time(Duration::from_secs(3));
+        Registry { consul: None, zookeeper: None, drain_dir: None, settle, on_stop: None }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnStop {
+    Withdraw,
+    /// The application goes on, and the next agent takes over: an upgrade of the agent.
+    Keep,
+}
+
+/// `workloads[].register`: what registries are told of a workload. One of `consul` and `zookeeper` at least.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Register {
+    pub consul: Option<InConsul>,
+    pub zookeeper: Option<InZookeeper>,
+    /// Built in: `node.address`.
+    pub address: Option<IpAddr>,
+    /// Built in: the workload's own; the inbound listener's, to have others call through Envoy.
+    pub port: Option<u16>,
+    pub weight: Option<u16>,
+    pub version: Option<Arc<str>>,
+    pub labels: Labels,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct InConsul {
+    pub tags: Vec<String>,
+    /// Without a word of the agent for so long the instance is critical.
+    pub ttl: Time,
+    /// An instance that is critical for so long is deregistered by Consul. Built in: never.
+    pub gone_after: Option<Time>,
+}
+
+impl Default for InConsul {
+    fn default() -> Self {
+        InConsul { tags: Vec::new(), ttl: Time(Duration::from_secs(30)), gone_after: None }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InZookeeper {
+    /// Of the service: `/services/orders`. What is missing of it is made.
+    pub path: String,
+    pub format: Format,
+}
+
+/// A workload that registers, everything decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    pub(crate) instance: Instance,
+    pub(crate) consul: Option<InConsul>,
+    pub(crate) zookeeper: Option<InZookeeper>,
+    /// Where the application listens, and how it is asked; without a check it counts as well.
+    pub(crate) application: SocketAddr,
+    pub(crate) check: Option<Check>,
+}
+
+/// For `--check`: `orders as web-17-orders-8080 at 10.0.1.17:8080 in consul`.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Instance { service, id, address, port, .. } = &self.instance;
+        write!(f, "{service} as {id} at {}", SocketAddr::new(*address, *port))?;
+        if self.consul.is_some() {
+            f.write_str(" in Consul")?;
+        }
+        match &self.zookeeper {
+            Some(there) => write!(f, " in ZooKeeper, {} ({})", there.path, there.format),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How a registration stands, for `/status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Registered {
+    pub service: ServiceName,
+    pub registry: &'static str,
+    pub state: State,
+    /// Why it is not as it is meant to be.
+    pub reason: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// The application has not been found well yet.
+    Waiting,
+    Registered,
+    /// Registered, and known to be ill; in ZooKeeper, which has no word for that, withdrawn.
+    Ill,
+    Draining,
+    Withdrawn,
+    /// The registry does not do what it is asked.
+    Failing,
+}
+
+/// What is to be said of a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Want {
+    Nothing,
+    Well,
+    Ill,
+    Drained,
+}
+
+/// What decides that, and when it changes.
+pub(crate) struct Wanted {
+    service: ServiceName,
+    health: watch::Receiver<Health>,
+    drained: watch::Receiver<Drained>,
+}
+
+impl Wanted {
+    pub(crate) fn now(&mut self) -> Want {
+        let is_drained = self.drained.borrow_and_update().contains(&self.service);
+        match *self.health.borrow_and_update() {
+            Health::Unknown => Want::Nothing,
+            _ if is_drained => Want::Drained,
+            Health::Well => Want::Well,
+            Health::Ill => Want::Ill,
+        }
+    }
+
+    pub(crate) async fn changed(&mut self) {
+        tokio::select! {
+            _ = self.health.changed() => {}
+            _ = self.drained.changed() => {}
+        }
+    }
+}
+
+/// The services that are to drain.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Drained(BTreeSet<String>);
+
+impl Drained {
+    fn contains(&self, service: &ServiceName) -> bool {
+        self.0.contains("all") || self.0.contains(service.as_str())
+    }
+
+    fn read(dir: &Path) -> Drained {
+        let entries = fs::read_dir(dir).into_iter().flatten();
+        Drained(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+    }
+}
+
+async fn watch_drain_files(dir: PathBuf, drained: watch::Sender<Drained>) {
+    loop {
+        let now = Drained::read(&dir);
+        drained.send_if_modified(|drained| std::mem::replace(drained, now) != *drained);
+        sleep(DRAIN_POLL).await;
+    }
+}
+
+/// Publishes how a registration stands, and says in the log when that changes.
+pub(crate) struct Report(watch::Sender<Registered>);
+
+impl Report {
+    pub(crate) fn set(&self, state: State, reason: Option<String>) {
+        self.0.send_if_modified(|now| {
+            let is_news = now.state != state || now.reason != reason;
+            if is_news && let Some(why) = &reason {
+                warn!("registration of {} in {}: {why}", now.service, now.registry);
+            } else if is_news {
+                tracing::info!("registration of {} in {}: {state:?}", now.service, now.registry);
+            }
+            (now.state, now.reason) = (state, reason);
+            is_news
+        });
+    }
+}
+
+/// Starts what keeps the registrations of `plans` true. They end, in order, before Envoy is told to.
+pub(crate) fn spawn(
+    plans: &[Plan],
+    registry: &Registry,
+    run_dir: &Path,
+    withdraw: bool,
+) -> (Tasks, Vec<watch::Receiver<Registered>>) {
+    let (mut tasks, mut known) = (Tasks::new(), Vec::new());
+    if plans.is_empty() {
+        return (tasks, known);
+    }
+    let (drained_in, drained) = watch::channel(Drained::default());
+    let dir = registry.drain_dir.clone().unwrap_or_else(|| run_dir.join("drain"));
+    tasks.spawn("drain files", watch_drain_files(dir, drained_in));
+    let settle = registry.settle.0;
+    for plan in plans {
+        let service = plan.instance.service.clone();
+        let (health_in, health) = watch::channel(Health::Well);
+        if let Some(check) = &plan.check {
+            health_in.send_replace(Health::Unknown);
+            let who = format!("workload `{service}`");
+            let watched = health::watch(who, check.clone(), plan.application, health_in);
+            tasks.spawn(format!("health {service}"), watched);
+        } else {
+            // Held, so that whoever waits for a change waits for ever.
+            tasks.spawn(format!("health {service}"), async move {
+                health_in.closed().await;
+                std::future::pending::<()>().await;
+            });
+        }
+        let mut start = |registry| {
+            let registered =
+                Registered { service: service.clone(), registry, state: State::Waiting, reason: None };
+            let (report, status) = watch::channel(registered);
+            known.push(status);
+            let wanted =
+                Wanted { service: service.clone(), health: health.clone(), drained: drained.clone() };
+            (format!("registration of {service} in {registry}"), wanted, Report(report))
+        };
+        if let Some(settings) = &plan.consul {
+            let (name, wanted, report) = start("consul");
+            let client = vmesh_consul::Client::new(&registry.consul.clone().unwrap_or_default());
+            let (instance, settings) = (plan.instance.clone(), settings.clone());
+            let leave = withdraw.then_some(settle);
+            tasks.spawn_draining(name, move |stop| {
+                consul::keep(client, instance, settings, wanted, report, leave, stop)
+            });
+        }
+        if let (Some(settings), Some(config)) = (&plan.zookeeper, &registry.zookeeper) {
+            let (name, wanted, report) = start("zookeeper");
+            let (instance, settings, config) = (plan.instance.clone(), settings.clone(), config.clone());
+            let leave = withdraw.then_some(settle);
+            tasks.spawn_draining(name, move |stop| {
+                zookeeper::keep(config, instance, settings, wanted, report, leave, stop)
+            });
+        }
+    }
+    (tasks, known)
+}
