@@ -5,6 +5,7 @@
 //! | `cargo xtask demo` | the main job, on this machine, without root: see [`demo`] |
 //! | `cargo xtask test` | builds everything and runs every test |
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
+//! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
 //! | `cargo xtask codegen` | writes `vmesh-proto` anew from the pinned Envoy |
 
 mod build;
@@ -49,6 +50,12 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// From a registration in a real Consul or ZooKeeper to an xDS client's ACK, and what the registry sees.
+    #[command(disable_help_flag = true)]
+    Discovery {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -56,6 +63,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test { rest } => test(&rest),
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
+        Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
         Command::Codegen => codegen(),
     };
     match done {

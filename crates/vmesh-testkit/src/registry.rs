@@ -92,6 +92,35 @@ impl Registry {
         }
     }
 
+    /// Registers many instances as fast as the registry takes them.
+    pub async fn fill(&mut self, instances: &[Instance]) -> Result<()> {
+        match self {
+            Registry::Consul(consul) => {
+                // A transaction may have 64 operations: a node and its service each.
+                for some in instances.chunks(32) {
+                    let operations = some.iter().flat_map(|instance| {
+                        let Instance { service, id, address, version, zone } = instance;
+                        let meta = json!({"version": version, "zone": zone, "protocol": "http"});
+                        let node = json!({"Node": id, "Address": address.ip().to_string()});
+                        let of = json!({"ID": id, "Service": service, "Port": address.port(), "Meta": meta});
+                        [
+                            json!({"Node": {"Verb": "set", "Node": node}}),
+                            json!({"Service": {"Verb": "set", "Node": id, "Service": of}}),
+                        ]
+                    });
+                    put(consul, "/v1/txn", &operations.collect::<Vec<_>>().into()).await?;
+                }
+                Ok(())
+            }
+            Registry::ZooKeeper(..) => {
+                for instance in instances {
+                    self.add(instance).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
     pub async fn remove(&mut self, instance: &Instance) -> Result<()> {
         match self {
             Registry::Consul(consul) => {

@@ -1,0 +1,182 @@
+//! `cargo xtask bench discovery`: from an instance's registration in a real Consul or ZooKeeper to the ACK of an xDS
+//! client, and what the registry sees of it.
+//!
+//! A change is one more instance of a service, drawn in turn. The clock starts when the registry has answered that it is
+//! registered; before that nobody can know. The control plane is its own process; so is the registry, and both share the
+//! machine with the client.
+
+mod fleet_client;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant, SystemTime};
+
+use clap::{Parser, ValueEnum};
+use fleet_client::Fleet;
+use vmesh_daemon::fetch::Peer;
+use vmesh_daemon::report;
+use vmesh_testkit::api::Api;
+use vmesh_testkit::consul::{self, Consul};
+use vmesh_testkit::place::{Loopback, tempdir};
+use vmesh_testkit::process::{Daemon, binary};
+use vmesh_testkit::registry::{Instance, Registry};
+use vmesh_testkit::{Failed, Result};
+
+#[derive(Debug, Clone, Parser)]
+#[command(name = "cargo xtask bench discovery")]
+struct Options {
+    #[arg(value_enum)]
+    registry: Kind,
+    #[arg(long, default_value_t = 10)]
+    services: usize,
+    /// Endpoints of each service.
+    #[arg(long, default_value_t = 10)]
+    endpoints: usize,
+    #[arg(long, default_value_t = 50)]
+    changes: usize,
+    /// Consul only: over plaintext HTTP/1.1, where every query under way takes a connection.
+    #[arg(long)]
+    plaintext: bool,
+    /// Ends non-zero if the p99 is more than so many milliseconds.
+    #[arg(long)]
+    at_most: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Consul,
+    Zookeeper,
+}
+
+const BOUND: Duration = Duration::from_secs(300);
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report::failed(&error),
+    };
+    match runtime.block_on(run(&options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => report::failed(&failed),
+    }
+}
+
+/// Instance `endpoint` of service `service`.
+fn instance(service: usize, endpoint: usize) -> Instance {
+    let [_, _, a, b] = u32::try_from(service).unwrap_or_default().to_be_bytes();
+    let ip = IpAddr::V4(Ipv4Addr::new(10, a, b, u8::try_from(endpoint % 250 + 1).unwrap_or(1)));
+    let port = 8000 + u16::try_from(endpoint / 250).unwrap_or_default();
+    let name = format!("service-{service:05}");
+    Instance::new(&name, &format!("{name}-{endpoint:05}"), SocketAddr::new(ip, port))
+}
+
+async fn run(options: &Options) -> Result<()> {
+    let Options { services, endpoints, changes, .. } = *options;
+    let mut registry = match options.registry {
+        Kind::Consul => {
+            let tls = !options.plaintext;
+            Registry::Consul(Consul::start(consul::Options { tls, ..consul::Options::default() }).await?)
+        }
+        Kind::Zookeeper => Registry::zookeeper(1).await?,
+    };
+    println!("{}: {services} services x {endpoints} endpoints, {changes} changes", registry.name());
+    let began = Instant::now();
+    let all: Vec<_> =
+        (0..services).flat_map(|service| (0..endpoints).map(move |at| instance(service, at))).collect();
+    registry.fill(&all).await?;
+    println!("registered in           {:>9.2} s", began.elapsed().as_secs_f64());
+
+    let dir = tempdir()?;
+    let home = Loopback::unique()?;
+    let (xds, api) = (SocketAddr::new(home.ip(), 15010), Api(SocketAddr::new(home.ip(), 15014)));
+    let config = format!(
+        "discovery:\n  {}\nlisten: {{xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\nlog: warn\n",
+        source(options, &registry)?,
+        api.0
+    );
+    let file = dir.join("control.yaml");
+    std::fs::write(&file, config).map_err(Failed::to("could not write control.yaml"))?;
+    let mut command = Command::new(binary("vmesh-control")?);
+    command.args(["--config", "control.yaml"]).current_dir(&*dir);
+    let started = Instant::now();
+    let mut control = Daemon::spawn("vmesh-control", command)?;
+    control.wait_http(&Peer::Tcp(api.0), "/readyz", BOUND).await?;
+    println!("start to ready          {:>9.2} s", started.elapsed().as_secs_f64());
+    let mut fleet = Fleet::connect(xds, 1, |_| Vec::new()).await?;
+    fleet.until_held(services, BOUND).await?;
+    let first = counters(&api).await?;
+    println!("reads until then        {:>9.0}", first.reads);
+
+    // Everybody waits for news by now.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = counters(&api).await?;
+    let mut times = Vec::new();
+    for change in 0..changes + 3 {
+        let new = instance(change * 7 % services, endpoints + change);
+        fleet.expect_one_each();
+        registry.add(&new).await?;
+        let registered = SystemTime::now();
+        let acked = fleet.until_all_acked(BOUND).await?;
+        // The first ones are not counted: every allocation is a new one.
+        if change >= 3 {
+            times.push(acked.duration_since(registered).unwrap_or_default());
+        }
+        // A registry under constant change is another measurement.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    let after = counters(&api).await?;
+    times.sort();
+    let p = |share: f64| {
+        let at = ((times.len() as f64 * share).ceil() as usize).saturating_sub(1);
+        times.get(at).copied().unwrap_or_default().as_secs_f64() * 1e3
+    };
+    println!("registered to last ACK  p50 {:.1} ms, p99 {:.1} ms", p(0.5), p(0.99));
+    println!("reads per change        {:>9.2}", (after.reads - before.reads) / (changes + 3) as f64);
+    println!("connections             {:>9.0}    made {:.0}", after.connections, after.connects);
+    println!("resident                {:>9.1} MiB", control.resident_bytes()? as f64 / f64::from(1 << 20));
+    match options.at_most {
+        Some(most) if p(0.99) > most => {
+            Err(Failed::new(format!("the p99 is {:.1} ms, more than {most}", p(0.99))))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn source(options: &Options, registry: &Registry) -> Result<String> {
+    match registry {
+        Registry::Consul(consul) if !options.plaintext => {
+            let files = consul.tls();
+            Ok(format!(
+                "- consul: {{name: registry, address: \"{}\", tls: {{ca_file: {:?}, cert_file: {:?}, key_file: {:?}, \
+                 server_name: server.dc1.consul}}}}",
+                consul.https_url(0)?,
+                files.ca.display().to_string(),
+                files.cert.display().to_string(),
+                files.key.display().to_string()
+            ))
+        }
+        other => other.source(""),
+    }
+}
+
+struct Counters {
+    reads: f64,
+    connects: f64,
+    connections: f64,
+}
+
+async fn counters(api: &Api) -> Result<Counters> {
+    let discovery = api.json("/api/v1/discovery").await?;
+    let counter = |name: &str| {
+        let value = discovery.pointer(&format!("/sources/0/counters/{name}"));
+        value
+            .and_then(serde_json::Value::as_f64)
+            .ok_or_else(|| Failed::new(format!("no counter {name} in {discovery}")))
+    };
+    Ok(Counters {
+        reads: counter("reads")?,
+        connects: counter("connects")?,
+        connections: counter("connections")?,
+    })
+}
