@@ -95,7 +95,7 @@ impl Config {
     }
 
     fn parse(file: &str, bytes: &[u8]) -> Result<Config, ConfigError> {
-        let config: Config = load::strict_bytes(file, bytes).map_err(ConfigError::Wrong)?;
+        let mut config: Config = load::strict_bytes(file, bytes).map_err(ConfigError::Wrong)?;
         let mut problems = Vec::new();
         let mut wrong =
             |message: String| problems.push(Problem::new(Place::file(file), "vmesh-control", message));
@@ -124,6 +124,11 @@ impl Config {
                     ),
                 });
             }
+        }
+        if let Some(Err(why)) =
+            config.documents.as_mut().map(|documents| documents.complete(&config.discovery))
+        {
+            wrong(why);
         }
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Wrong(problems)) }
     }
@@ -217,9 +222,12 @@ mod tests {
                 state          /var/lib/vmesh-control
             "#]],
         );
-        check("discovery: [{file: {path: a, name: \"my files\"}}]\n", expect![[r#"
+        check(
+            "discovery: [{file: {path: a, name: \"my files\"}}]\n",
+            expect![[r#"
             control.yaml:1:36: `name`: `my files` is no name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]

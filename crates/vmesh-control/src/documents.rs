@@ -22,6 +22,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
+use vmesh_discovery::SourceConfig;
 use vmesh_model::load::{DocumentFile, Kept, Library};
 use vmesh_model::{Documents, Place, Problem};
 use xxhash_rust::xxh3::Xxh3Default;
@@ -46,6 +47,37 @@ pub(crate) enum DocumentsConfig {
     ConsulKv(KvConfig),
     /// The nodes of ZooKeeper below a path.
     Zookeeper(TreeConfig),
+}
+
+impl DocumentsConfig {
+    /// Where the registry of the documents is, if that was not said: where the services are registered.
+    pub(crate) fn complete(&mut self, discovery: &[SourceConfig]) -> Result<(), String> {
+        match self {
+            DocumentsConfig::Dir(_) => {}
+            DocumentsConfig::ConsulKv(config) => {
+                let first = discovery.iter().find_map(|source| match source {
+                    SourceConfig::Consul(consul) => Some(consul.client()),
+                    _ => None,
+                });
+                config.consul = Some(config.consul.take().or(first).unwrap_or_default());
+            }
+            DocumentsConfig::Zookeeper(config) => {
+                let first = discovery.iter().find_map(|source| match source {
+                    SourceConfig::Zookeeper(zookeeper) => Some(zookeeper.client()),
+                    _ => None,
+                });
+                config.zookeeper = config.zookeeper.take().or(first);
+                if config.zookeeper.is_none() {
+                    return Err("`documents.zookeeper` does not say where ZooKeeper is, and no source of `discovery` \
+                                does: write `zookeeper: {connect: \"zk1:2181\"}` in it"
+                        .to_owned());
+                }
+                vmesh_zookeeper::Root::new(config.path.clone())
+                    .map_err(|wrong| format!("`documents.zookeeper.path`: {wrong}"))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for DocumentsConfig {
@@ -197,13 +229,6 @@ impl Follower {
     }
 
     fn publish(&mut self, read: Result<Vec<Raw>, String>, views: &watch::Sender<DocumentsView>) {
-        eprintln!(
-            std::time::SystemTime::now(),
-            read.as_ref().map(|r| r
-                .iter()
-                .map(|r| (r.path.clone(), r.content.clone().map(|c| c.len())))
-                .collect::<Vec<_>>())
-        );
         let read = read.and_then(|files| self.judge(files, Instant::now()));
         let hash = hash(&read);
         if self.seen == Some(hash) {

@@ -247,7 +247,8 @@ pub(crate) async fn publish(
             }
         }
         forget_unnamed(&mut absences, &sources, &overrides, &evicted, hold).await;
-        let waiting = sources.waiting(patient);
+        let documents_wait = documents.borrow().waiting.clone().map(|why| why.to_string());
+        let waiting = sources.waiting(patient).iter().cloned().chain(documents_wait).collect();
         published.send_if_modified(|last| {
             let is_news = !Arc::ptr_eq(&last.world, catalog.world()) || last.waiting != waiting;
             *last = Published { world: catalog.world().clone(), waiting };
