@@ -12,6 +12,8 @@ use vmesh_model::yaml::MAX_TEXT;
 use crate::consul::ConsulConfig;
 use crate::format::Format;
 use crate::guard::GuardConfig;
+use crate::plugin::PluginConfig;
+use crate::zookeeper::ZookeeperConfig;
 
 /// One source: `file: {path: /etc/vmesh/services.d}`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -19,6 +21,8 @@ use crate::guard::GuardConfig;
 pub enum SourceConfig {
     File(Box<FileConfig>),
     Consul(Box<ConsulConfig>),
+    Zookeeper(Box<ZookeeperConfig>),
+    Plugin(Box<PluginConfig>),
 }
 
 impl SourceConfig {
@@ -27,6 +31,8 @@ impl SourceConfig {
         match self {
             SourceConfig::File(config) => config.name(),
             SourceConfig::Consul(config) => config.name(),
+            SourceConfig::Zookeeper(config) => config.name(),
+            SourceConfig::Plugin(config) => config.name(),
         }
     }
 
@@ -34,6 +40,8 @@ impl SourceConfig {
         match self {
             SourceConfig::File(config) => config.guard(),
             SourceConfig::Consul(config) => config.guard.clone(),
+            SourceConfig::Zookeeper(config) => config.guard.clone(),
+            SourceConfig::Plugin(config) => config.guard.clone(),
         }
     }
 
@@ -42,6 +50,8 @@ impl SourceConfig {
         match self {
             SourceConfig::File(config) => config.required,
             SourceConfig::Consul(config) => config.required,
+            SourceConfig::Zookeeper(config) => config.required,
+            SourceConfig::Plugin(config) => config.required,
         }
     }
 }
@@ -197,7 +207,7 @@ mod tests {
             control.yaml:2:27: `poll`: 100ms is too short: 1s at least
             control.yaml:2:42: `format`: expected one of `auto`, `native`, `prometheus`, `linkerd` or `smartstack`, found `yaml`
             control.yaml:2:56: unknown field `remove`, did you mean `removal_hold`?
-            control.yaml:3:5: `discovery`: expected one of `file` or `consul`, found `etcd`
+            control.yaml:3:5: `discovery`: expected one of `file`, `consul`, `zookeeper` or `plugin`, found `etcd`
             control.yaml:4:11: `file`: expected a mapping of `name`, `required`, `path`, `format`, `watch`, `poll`, `resolve_interval`, `max_bytes`, `max_files`, `guard`, found the text `a`
         "#]].assert_eq(&read(
             "discovery:\n  - file: {path: a, poll: 100ms, format: yaml, guard: {remove: 1s}}\n  - etcd: {}\n  - file: a\n",

@@ -7,6 +7,7 @@
 //! | [`config`] | [`SourceConfig`]: the `discovery:` part of `control.yaml` |
 //! | [`file`](mod@file) | [`FileSource`]: a directory of files |
 //! | [`consul`] | [`ConsulSource`]: the services of a Consul cluster |
+//! | [`zookeeper`] | [`ZookeeperSource`]: what services leave in ZooKeeper |
 //! | [`plugin`] | [`PluginSource`]: a program that reads a registry of another kind |
 //! | [`format`](mod@format) | what files say: pure parsers, from text to services |
 //! | [`assemble`] | from what a format says to what can be dialled |
@@ -27,6 +28,7 @@ pub mod guard;
 pub mod plugin;
 pub mod resolve;
 pub mod source;
+pub mod zookeeper;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -38,6 +40,7 @@ pub use guard::{Guard, GuardConfig};
 pub use plugin::{PluginConfig, PluginSource};
 pub use source::{Command, Counters, Handle, Registrations, Seen, Source, SourceError, View, follow};
 pub use vmesh_model::State;
+pub use zookeeper::{ZookeeperConfig, ZookeeperSource};
 
 /// The source that `config` describes: a handle of it, and the task that has to be run for its views to come.
 ///
@@ -68,6 +71,12 @@ pub fn open(
             }
             SourceConfig::Consul(config) => {
                 follow(ConsulSource::new(*config, last_good, counters), guard, link).await;
+            }
+            SourceConfig::Plugin(config) => {
+                follow(PluginSource::new(*config, last_good, counters), guard, link).await;
+            }
+            SourceConfig::Zookeeper(config) => {
+                follow(ZookeeperSource::new(*config, last_good, counters), guard, link).await;
             }
         }
     };

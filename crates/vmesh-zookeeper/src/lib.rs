@@ -31,4 +31,4 @@ pub use config::Config;
 pub use holder::Holder;
 pub use mirror::{Mirror, Root, View};
 pub use session::{Counted, Error};
-pub use tree::{Node, Owner};
+pub use tree::{Node, Owner, Stat};

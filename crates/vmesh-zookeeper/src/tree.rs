@@ -82,6 +82,16 @@ pub(crate) enum Children {
 }
 
 impl Node {
+    pub fn new(data: Bytes, stat: Stat, children: BTreeMap<Arc<str>, Arc<Node>>) -> Node {
+        let size = 1 + children.values().map(|child| child.size).sum::<usize>();
+        Node { data, stat, unreadable: None, children, size }
+    }
+
+    /// Whether anything was ever read of it: a node that may not be read is known by its parent only.
+    pub fn was_read(&self) -> bool {
+        self.stat.created != 0
+    }
+
     /// How many nodes there are, this one included.
     pub fn size(&self) -> usize {
         self.size

@@ -10,11 +10,11 @@
 //! text, a number, nothing, or any of those in a list after the name of its class.
 
 use serde_json::Value;
-use vmesh_model::{Health, Labels, Place, Protocol};
+use vmesh_model::{Health, Host, Labels, Place, Protocol};
 
 use super::dubbo;
 use super::{
-    Member, Offer, Prefer, Record, Recorded, Rules, add_labels, address, first, json, presence, protocol_of,
+    Member, Offer, Prefer, Record, Recorded, Rules, add_labels, address, json, presence, protocol_of,
     text_at, weight_at,
 };
 
@@ -22,8 +22,7 @@ use super::{
 const NOT_LABELS: &[&str] = &["@class", "instance_status", "timestamp", "weight", "zone", "version"];
 
 pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Recorded {
-    // A directory: Curator's parents are empty, or hold the address of who made them.
-    if !member.is_ephemeral && first(member.data) != Some(b'{') && std::str::from_utf8(member.data).is_ok() {
+    if !member.is_ephemeral && is_directory(member.data) {
         return Ok(None);
     }
     let mut value = json(member)?;
@@ -68,6 +67,12 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     };
     let scheme = scheme.map(Into::into);
     Ok(Some(Offer { service: None, interface: None, scheme, protocol, created: member.created, record }))
+}
+
+/// Curator's parents are empty, or hold the address of who made them, which is what Curator writes where nothing is said.
+fn is_directory(data: &[u8]) -> bool {
+    let text = std::str::from_utf8(data).map(str::trim);
+    text.is_ok_and(|text| text.is_empty() || matches!(Host::parse(text), Ok(Host::Ip(_))))
 }
 
 /// Jackson may write the class and then the object, in a list.

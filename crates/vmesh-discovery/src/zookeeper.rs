@@ -1,0 +1,250 @@
+//! Discovery by ZooKeeper: services as their instances leave them below some roots.
+//!
+//! | wakes on | does |
+//! |---|---|
+//! | a change below a root | reads the directories that changed, and nothing else |
+//! | a connection or a session that is lost, or is there again | says that it is stale, or is not any more |
+//! | a name that resolves to something else | puts the addresses in |
+//!
+//! What goes wrong costs as little as possible: a bad record that record, a bad directory that service, a root that
+//! cannot be read that root, and each keeps what was last good of it. A directory that is empty, or a root that is gone,
+//! is no word of anybody: that is for the guard to believe.
+
+pub mod config;
+mod reading;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+use vmesh_model::ServiceName;
+use vmesh_zookeeper::{Counted, Mirror, View};
+
+use crate::assemble::{Assembler, Statement};
+use crate::resolve::{Resolve, SystemResolver};
+use crate::source::{Counters, Registrations, Source, SourceError};
+pub use config::{RootConfig, ZookeeperConfig};
+use reading::Reading;
+
+/// How long the first view waits for names to be resolved: without them services would begin without endpoints.
+const FIRST_NAMES: Duration = Duration::from_secs(5);
+/// News that come so close together are one view.
+const SETTLE: Duration = Duration::from_millis(15);
+/// How many reasons are told of one outage. Whoever is told waits before listening again, and has to hear of its end.
+const REASONS: u32 = 4;
+
+/// Reads services from ZooKeeper.
+pub struct ZookeeperSource<R = SystemResolver> {
+    name: Arc<str>,
+    mirror: Mirror,
+    counters: Arc<Counters>,
+    reading: Reading,
+    assembler: Assembler<R>,
+    statement: Statement,
+    /// Everything was read once.
+    has_read: bool,
+    /// Why what is known may not be what is there; and it has been told.
+    stale_because: Option<Arc<str>>,
+    reasons: u32,
+    first_names: Option<Instant>,
+    settle_at: Option<Instant>,
+    told: Option<Registrations>,
+    /// The last thing told was a failure, so the next view is news whatever it says.
+    has_failed: bool,
+    /// A root that no node can have, which the configuration should not have let through.
+    broken: Option<String>,
+}
+
+impl ZookeeperSource {
+    /// `last_good` is what was known before a restart: it holds for what cannot be read now.
+    pub fn new(
+        config: ZookeeperConfig,
+        last_good: Option<&Registrations>,
+        counters: Arc<Counters>,
+    ) -> ZookeeperSource {
+        ZookeeperSource::with_resolver(config, last_good, counters, SystemResolver)
+    }
+}
+
+impl<R: Resolve> ZookeeperSource<R> {
+    pub fn with_resolver(
+        config: ZookeeperConfig,
+        last_good: Option<&Registrations>,
+        counters: Arc<Counters>,
+        resolver: R,
+    ) -> ZookeeperSource<R> {
+        let name = config.name();
+        let roots: Result<Vec<_>, String> = config.roots.iter().map(RootConfig::root).collect();
+        let (roots, broken) = match roots {
+            Ok(roots) => (roots, None),
+            Err(wrong) => (Vec::new(), Some(wrong)),
+        };
+        let counted = counters.clone();
+        ZookeeperSource {
+            mirror: Mirror::new(config.client(), roots, move |what| count(&counted, what)),
+            counters,
+            reading: Reading::new(name.clone(), config.roots, last_good),
+            assembler: Assembler::new(name.clone(), resolver, config.resolve_interval, last_good),
+            statement: Statement::default(),
+            has_read: false,
+            stale_because: None,
+            reasons: 0,
+            first_names: None,
+            settle_at: None,
+            told: None,
+            has_failed: false,
+            broken,
+            name,
+        }
+    }
+
+    fn failed(
+        &mut self,
+        what: &str,
+        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> SourceError {
+        self.has_failed = true;
+        SourceError::Failed { source_name: self.name.clone(), what: what.to_owned(), cause: cause.into() }
+    }
+
+    /// Takes a view of the mirror.
+    fn heard(&mut self, view: &View) -> Result<(), SourceError> {
+        if let Some(because) = &view.stale_because {
+            let is_news = self.stale_because.as_ref() != Some(because);
+            self.stale_because = Some(because.clone());
+            // What comes from a server without a quorum is better than nothing, and only than that.
+            if !self.has_read && !view.roots.is_empty() {
+                self.take(view)?;
+                return Ok(());
+            }
+            if is_news && self.reasons < REASONS {
+                self.reasons += 1;
+                return Err(self.failed("read from ZooKeeper", because.to_string()));
+            }
+            return Ok(());
+        }
+        self.stale_because = None;
+        self.reasons = 0;
+        self.counters.answered_now();
+        self.take(view)
+    }
+
+    fn take(&mut self, view: &View) -> Result<(), SourceError> {
+        self.reading.take(&view.roots);
+        self.counters.bad_records.fetch_add(self.reading.take_bad_records(), Relaxed);
+        if let Some((path, why)) = self.reading.unknown_root() {
+            // To serve the others would be to say that this one has no services.
+            let (what, why) = (format!("read {path}, of which nothing is known yet"), why.to_string());
+            return Err(self.failed(&what, why));
+        }
+        self.has_read = true;
+        self.statement = self.reading.statement();
+        self.assembler.want(self.statement.services.values(), false);
+        self.settle(Instant::now());
+        Ok(())
+    }
+
+    fn settle(&mut self, now: Instant) {
+        self.settle_at.get_or_insert(now + SETTLE);
+    }
+
+    /// When there is something to do although nothing was heard.
+    fn wake_at(&mut self, now: Instant) -> Instant {
+        let names = self.assembler.look_up();
+        let first_view =
+            self.first_names.map(|since| since + FIRST_NAMES).filter(|at| self.told.is_none() && *at > now);
+        let never = now + Duration::from_secs(3600);
+        [names, first_view, self.settle_at].into_iter().flatten().fold(never, Instant::min)
+    }
+
+    /// The view as of now, unless it is the one that was told last or it is too early for the first.
+    fn view(&mut self, now: Instant) -> Option<Registrations> {
+        if !self.has_read {
+            return None;
+        }
+        if self.told.is_none() {
+            let since = *self.first_names.get_or_insert(now);
+            self.assembler.look_up();
+            if self.assembler.any_pending() && now < since + FIRST_NAMES {
+                return None;
+            }
+        }
+        let mut statement = None;
+        if let Some(because) = &self.stale_because {
+            let mut stale = self.statement.clone();
+            for told in stale.services.values_mut() {
+                told.stale_because.get_or_insert_with(|| because.clone());
+            }
+            statement = Some(stale);
+        }
+        let view = self.assembler.view(statement.as_ref().unwrap_or(&self.statement));
+        if !self.has_failed && self.told.as_ref() == Some(&view) {
+            return None;
+        }
+        self.has_failed = false;
+        self.told = Some(view.clone());
+        Some(view)
+    }
+}
+
+fn count(counters: &Counters, what: Counted) {
+    match what {
+        Counted::Reads(by) => _ = counters.reads.fetch_add(by, Relaxed),
+        Counted::FailedReads(by) => _ = counters.failed_reads.fetch_add(by, Relaxed),
+        Counted::Connected => {
+            counters.connects.fetch_add(1, Relaxed);
+            counters.connections.fetch_add(1, Relaxed);
+        }
+        Counted::Disconnected => _ = counters.connections.fetch_sub(1, Relaxed),
+        Counted::Expired => _ = counters.sessions_expired.fetch_add(1, Relaxed),
+    }
+}
+
+impl<R: Resolve> Source for ZookeeperSource<R> {
+    async fn next(&mut self) -> Result<Registrations, SourceError> {
+        if let Some(wrong) = self.broken.clone() {
+            return Err(self.failed("read its roots", wrong));
+        }
+        loop {
+            let now = Instant::now();
+            if self.settle_at.is_some_and(|at| at <= now) {
+                self.settle_at = None;
+                // In an outage the view is the one that was told.
+                if (self.stale_because.is_none() || self.told.is_none())
+                    && let Some(view) = self.view(now)
+                {
+                    return Ok(view);
+                }
+            }
+            let due = self.wake_at(now);
+            tokio::select! {
+                view = self.mirror.changed() => self.heard(&view)?,
+                () = self.assembler.changed() => self.settle(Instant::now()),
+                () = sleep_until(due) => {
+                    if self.told.is_none() {
+                        self.settle(Instant::now());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Everything is read once more, from a server that has caught up with its leader.
+    async fn confirm(&mut self, _: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
+        let view = match self.mirror.confirm().await {
+            Ok(view) => view,
+            Err(error) => return Err(self.failed("read everything again", error)),
+        };
+        self.heard(&view)?;
+        match (self.view(Instant::now()), &self.told) {
+            (Some(view), _) => Ok(view),
+            (None, Some(told)) => Ok(told.clone()),
+            (None, None) => Err(SourceError::Suspect {
+                source_name: self.name.clone(),
+                what: "not everything has been read yet".to_owned(),
+            }),
+        }
+    }
+}

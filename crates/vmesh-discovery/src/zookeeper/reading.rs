@@ -1,0 +1,456 @@
+//! From what is below the roots to what a source says. Pure: it is told what was read.
+//!
+//! Only what changed is read again: a directory whose node keeps its pointer says what it said, and a service of which
+//! no directory changed keeps its pointer too.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use vmesh_model::{Place, Problem, Registration, ServiceName};
+use vmesh_zookeeper::mirror::Seen;
+use vmesh_zookeeper::{Node, Owner};
+
+use super::config::RootConfig;
+use crate::assemble::{Known, Statement, Told};
+use crate::format::znode::{
+    Directory, Member, Read, Rules, ZnodeFormat, combine, default_weight, detect, may_be_record, read,
+};
+use crate::format::{ParsedService, subject_of};
+use crate::source::Registrations;
+
+/// What all roots say.
+pub(super) struct Reading {
+    source: Arc<str>,
+    roots: Vec<RootReading>,
+    /// Who says something of a service: roots, and paths below them.
+    said_by: BTreeMap<Arc<str>, BTreeSet<(usize, Arc<str>)>>,
+    services: BTreeMap<ServiceName, Service>,
+    /// Names that no service can have, and what is wrong with them.
+    misnamed: BTreeMap<Arc<str>, Problem>,
+    /// What was known before a restart, and where that was.
+    restored: BTreeMap<ServiceName, Arc<Registration>>,
+    restored_at: BTreeSet<Arc<str>>,
+    /// Records that made no sense when they were read.
+    bad_records: u64,
+}
+
+struct Service {
+    parsed: Arc<ParsedService>,
+    stale_because: Option<Arc<str>>,
+    problems: Vec<Problem>,
+}
+
+struct RootReading {
+    config: RootConfig,
+    rules: Rules,
+    /// Told once, and then kept: a directory in which two formats mix would flip from one to the other.
+    format: Option<ZnodeFormat>,
+    tree: Option<Arc<Node>>,
+    failed: Option<Arc<str>>,
+    directories: BTreeMap<Arc<str>, DirectoryReading>,
+    /// Nodes of which nothing could be read, by path, and why: what is below them is unknown.
+    unread: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+/// What is known of a directory.
+struct DirectoryReading {
+    /// What its service is called, if its records do not say.
+    own: Arc<str>,
+    /// What was read of it last that could be used.
+    good: Option<Arc<Read>>,
+    /// Why what is there now cannot be used.
+    failed: Option<Arc<str>>,
+    problems: Vec<Problem>,
+}
+
+impl Reading {
+    pub(super) fn new(
+        source: Arc<str>,
+        roots: Vec<RootConfig>,
+        last_good: Option<&Registrations>,
+    ) -> Reading {
+        let root = |config: RootConfig| RootReading {
+            rules: config.rules(),
+            format: Some(config.format).filter(|format| *format != ZnodeFormat::Auto),
+            config,
+            tree: None,
+            failed: None,
+            directories: BTreeMap::new(),
+            unread: BTreeMap::new(),
+        };
+        let known = last_good.into_iter().flat_map(|last_good| &last_good.services);
+        let restored: BTreeMap<_, _> =
+            known.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect();
+        Reading {
+            restored_at: restored.values().map(|known| known.place.file.clone()).collect(),
+            restored,
+            source,
+            roots: roots.into_iter().map(root).collect(),
+            said_by: BTreeMap::new(),
+            services: BTreeMap::new(),
+            misnamed: BTreeMap::new(),
+            bad_records: 0,
+        }
+    }
+
+    /// How many records made no sense since this was last asked for.
+    pub(super) fn take_bad_records(&mut self) -> u64 {
+        std::mem::take(&mut self.bad_records)
+    }
+
+    /// A root of which nothing is known, neither from now nor from before a restart, and why.
+    pub(super) fn unknown_root(&self) -> Option<(&str, &Arc<str>)> {
+        let unknown = |root: &&RootReading| root.tree.is_none() && root.failed.is_some();
+        let root = self.roots.iter().filter(unknown).find(|root| {
+            let place = self.place(&root.config.path);
+            !self.restored.values().any(|known| is_at_or_below(&known.place.file, &place))
+        })?;
+        Some((&root.config.path, root.failed.as_ref()?))
+    }
+
+    fn place(&self, path: &str) -> String {
+        place_of(&self.source, path)
+    }
+
+    /// Takes what was read, one for each root in their order.
+    pub(super) fn take(&mut self, seen: &[Seen]) {
+        let mut affected = BTreeSet::new();
+        for (index, seen) in seen.iter().enumerate() {
+            self.take_root(index, seen, &mut affected);
+        }
+        for name in affected {
+            self.judge(&name);
+        }
+    }
+
+    fn take_root(&mut self, index: usize, seen: &Seen, affected: &mut BTreeSet<Arc<str>>) {
+        let Some(root) = self.roots.get_mut(index) else { return };
+        if root.failed != seen.failed {
+            root.failed.clone_from(&seen.failed);
+            let names = self.said_by.iter().filter(|(_, by)| by.iter().any(|(root, _)| *root == index));
+            affected.extend(names.map(|(name, _)| name.clone()));
+        }
+        let before = std::mem::replace(&mut root.tree, seen.tree.clone());
+        let mut changed = Vec::new();
+        if root.format.is_none() {
+            root.format = seen.tree.as_deref().and_then(detected);
+            // What was read before its format was known is all new.
+            differences(&mut String::new(), None, seen.tree.as_ref(), &mut changed);
+        } else {
+            differences(&mut String::new(), before.as_ref(), seen.tree.as_ref(), &mut changed);
+        }
+        for (path, node) in changed {
+            self.take_directory(index, &path, node.as_deref(), affected);
+        }
+    }
+
+    fn take_directory(
+        &mut self,
+        index: usize,
+        path: &str,
+        node: Option<&Node>,
+        affected: &mut BTreeSet<Arc<str>>,
+    ) {
+        let Some(root) = self.roots.get_mut(index) else { return };
+        match node.filter(|node| !node.was_read()).and_then(|node| node.unreadable.clone()) {
+            Some(why) => _ = root.unread.insert(path.into(), why),
+            None => _ = root.unread.remove(path),
+        }
+        let before = root.directories.remove(path);
+        // Also what is all garbage by now was a directory of records, if it was before a restart.
+        let place = format!("{}{}", place_of(&self.source, &root.config.path), below(path));
+        let was_one = before.is_some() || self.restored_at.contains(place.as_str());
+        let named = |known: &DirectoryReading| {
+            let read = known.good.iter().flat_map(|read| read.services());
+            read.map(|name| name.unwrap_or_else(|| known.own.clone())).collect::<BTreeSet<_>>()
+        };
+        let before_names = before.as_ref().map(named).unwrap_or_default();
+        let now = node.and_then(|node| root.directory(&self.source, path, node, before, was_one));
+        let mut now_names = BTreeSet::new();
+        if let Some((now, bad)) = now {
+            self.bad_records += bad;
+            now_names = named(&now);
+            root.directories.insert(path.into(), now);
+        }
+        for name in before_names.difference(&now_names) {
+            if let Some(by) = self.said_by.get_mut(name) {
+                by.remove(&(index, path.into()));
+            }
+        }
+        for name in &now_names {
+            self.said_by.entry(name.clone()).or_default().insert((index, path.into()));
+        }
+        affected.extend(before_names);
+        affected.extend(now_names);
+    }
+
+    /// Puts together what is said of a service.
+    fn judge(&mut self, name: &Arc<str>) {
+        let by = self.said_by.get(name).cloned().unwrap_or_default();
+        if by.is_empty() {
+            self.said_by.remove(name);
+        }
+        let said: Vec<(&RootReading, &Arc<str>, &DirectoryReading)> = by
+            .iter()
+            .filter_map(|(index, path)| {
+                let root = self.roots.get(*index)?;
+                root.config.wants(name).then_some((root, path, root.directories.get(path)?))
+            })
+            .collect();
+        self.misnamed.remove(name);
+        let Some((first, path, _)) = said.first() else {
+            self.services.remove(&**name);
+            return;
+        };
+        // Records that name their services have several in a directory, and one in several.
+        let path = if first.format == Some(ZnodeFormat::Dubbo) { "" } else { path };
+        let place = Place::file(format!("{}{}", self.place(&first.config.path), below(path)));
+        let service: ServiceName = match name.parse() {
+            Ok(service) => service,
+            Err(wrong) => {
+                let message = format!("{wrong}; this service is left out, `exclude` takes it off this list");
+                self.misnamed.insert(name.clone(), Problem::new(place, self.source.clone(), message));
+                return;
+            }
+        };
+        let subject = subject_of(&service);
+        let reads: Vec<(&str, &Read)> =
+            said.iter().filter_map(|(_, _, known)| Some((&*known.own, known.good.as_deref()?))).collect();
+        let weight = default_weight(first.format.unwrap_or_default());
+        let mut problems = Vec::new();
+        let parsed = combine(&service, place, &reads, weight, &mut problems);
+        let stale_because =
+            said.iter().find_map(|(root, _, known)| known.failed.as_ref().or(root.failed.as_ref()));
+        let stale_because = stale_because.cloned();
+        for (_, _, known) in &said {
+            let about = known.problems.iter().cloned();
+            problems.extend(about.map(|problem| Problem { subject: subject.clone(), ..problem }));
+        }
+        match parsed {
+            None => _ = self.services.remove(&service),
+            Some(parsed) => {
+                let parsed = match self.services.get(&service) {
+                    Some(before) if *before.parsed == parsed => before.parsed.clone(),
+                    _ => Arc::new(parsed),
+                };
+                self.services.insert(service, Service { parsed, stale_because, problems });
+            }
+        }
+    }
+
+    /// All that is said now.
+    pub(super) fn statement(&self) -> Statement {
+        let mut statement = Statement::default();
+        for (name, service) in &self.services {
+            let known = Known::Parsed(service.parsed.clone());
+            let stale_because = service.stale_because.clone();
+            statement.services.insert(name.clone(), Told { known, stale_because });
+            statement.problems.extend(service.problems.iter().cloned());
+        }
+        statement.problems.extend(self.misnamed.values().cloned());
+        let mut holes: Vec<(String, Arc<str>)> = Vec::new();
+        for root in &self.roots {
+            let place = self.place(&root.config.path);
+            let says =
+                |message: String| Problem::new(Place::file(place.as_str()), self.source.clone(), message);
+            if let Some(why) = &root.failed {
+                statement.problems.push(says(format!("{why}; what was known stays")));
+                holes.push((place.clone(), why.clone()));
+                continue;
+            }
+            if root.tree.is_none() {
+                let message = "there is no such node: what comes there is seen as soon as it does";
+                statement.problems.push(says(message.to_owned()));
+            }
+            if root.format.is_none() && root.tree.as_deref().is_some_and(has_content) {
+                let message = "what is there looks like no format that is known: set `format`";
+                statement.problems.push(says(message.to_owned()));
+                holes.push((place.clone(), message.into()));
+            }
+            for (path, why) in &root.unread {
+                let at = format!("{place}{}", below(path));
+                let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+                // As a record of a directory it is a problem of that one's service.
+                if !root.directories.contains_key(parent) {
+                    let message = format!("{why}; what was known below it stays");
+                    statement.problems.push(Problem::new(
+                        Place::file(at.as_str()),
+                        self.source.clone(),
+                        message,
+                    ));
+                }
+                holes.push((at, why.clone()));
+            }
+            for (path, known) in root.directories.iter().filter(|(_, known)| known.good.is_none()) {
+                let Some(why) = &known.failed else { continue };
+                holes.push((format!("{place}{}", below(path)), why.clone()));
+                let subject: Arc<str> = format!("service `{}`", known.own).into();
+                let about = known.problems.iter().cloned();
+                let about = about.map(|problem| Problem { subject: subject.clone(), ..problem });
+                statement.problems.extend(about);
+            }
+        }
+        for (name, registration) in &self.restored {
+            let at = &registration.place.file;
+            let hole = holes.iter().find(|(hole, _)| is_at_or_below(at, hole) || is_at_or_below(hole, at));
+            if let (false, Some((_, why))) = (statement.services.contains_key(name), hole) {
+                let known = Known::Restored(registration.clone());
+                statement.services.insert(name.clone(), Told { known, stale_because: Some(why.clone()) });
+            }
+        }
+        statement
+    }
+}
+
+impl RootReading {
+    /// Reads a directory, if it is one of records; and how many of them make no sense.
+    fn directory(
+        &self,
+        source: &Arc<str>,
+        path: &str,
+        node: &Node,
+        before: Option<DirectoryReading>,
+        was_one: bool,
+    ) -> Option<(DirectoryReading, u64)> {
+        let format = self.format?;
+        let (path_of_records, records) = match format {
+            ZnodeFormat::Dubbo => ("/providers", &**node.children.get("providers")?),
+            _ => ("", node),
+        };
+        if !self.config.recurse && format != ZnodeFormat::Dubbo && path.contains('/') {
+            return None;
+        }
+        let members: Vec<Member<'_>> = records
+            .children
+            .iter()
+            .map(|(name, node)| (member(name, node), !node.children.is_empty()))
+            // A directory in the directory.
+            .filter(|(member, has_children)| !has_children || may_be_record(format, member))
+            .map(|(member, _)| member)
+            .collect();
+        let is_one = was_one || members.iter().any(|member| may_be_record(format, member));
+        if !is_one || members.is_empty() {
+            return None;
+        }
+        let own: Arc<str> = match &before {
+            Some(before) => before.own.clone(),
+            None => self.own_name(path).into(),
+        };
+        let place = format!("{}{}{path_of_records}", place_of(source, &self.config.path), below(path));
+        let read = read(format, &Directory { place: &place, members }, &self.rules);
+        if read.is_empty() {
+            return None;
+        }
+        let bad = u64::try_from(read.bad()).unwrap_or(u64::MAX);
+        let subject: Arc<str> = own.clone();
+        let mut problems: Vec<Problem> = read.problems(&subject).collect();
+        let good = before.and_then(|before| before.good);
+        // What cannot be read now of what was read before is as it was.
+        let unreadable = records.unreadable.clone();
+        let unreadable =
+            unreadable.or_else(|| records.children.values().find_map(|node| node.unreadable.clone()));
+        let known = match read.failed() {
+            Some(why) => {
+                let message = format!("{why}; what was known stays");
+                problems.push(Problem::new(Place::file(place), subject, message));
+                DirectoryReading { own, good, failed: Some(why.into()), problems }
+            }
+            None => {
+                let good = match good {
+                    Some(before) if *before == read => before,
+                    _ => Arc::new(read),
+                };
+                DirectoryReading { own, good: Some(good), failed: unreadable, problems }
+            }
+        };
+        Some((known, bad))
+    }
+
+    /// What a service is called by its path below the root: `a/b` is `a.b`, and the root itself its last name.
+    fn own_name(&self, path: &str) -> String {
+        if path.is_empty() {
+            return self.config.path.rsplit('/').next().unwrap_or_default().to_owned();
+        }
+        path.replace('/', ".")
+    }
+}
+
+fn place_of(source: &str, root: &str) -> String {
+    format!("{source}{}", if root == "/" { "" } else { root })
+}
+
+fn below(path: &str) -> String {
+    if path.is_empty() { String::new() } else { format!("/{path}") }
+}
+
+fn is_at_or_below(path: &str, above: &str) -> bool {
+    path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+fn member<'a>(name: &'a str, node: &'a Node) -> Member<'a> {
+    Member {
+        name,
+        data: &node.data,
+        is_ephemeral: matches!(node.stat.owner, Owner::Session(_)),
+        created: node.stat.created,
+        unreadable: node.unreadable.as_deref().filter(|_| !node.was_read()),
+    }
+}
+
+/// What the nodes below look like; a few thousand tell.
+fn detected(tree: &Node) -> Option<ZnodeFormat> {
+    const ENOUGH: usize = 5000;
+    fn collect<'a>(node: &'a Node, into: &mut Vec<Member<'a>>) {
+        for (name, child) in &node.children {
+            if into.len() >= ENOUGH {
+                return;
+            }
+            into.push(member(name, child));
+            collect(child, into);
+        }
+    }
+    let mut votes = Vec::new();
+    collect(tree, &mut votes);
+    detect(votes)
+}
+
+/// Whether there is any data, or anybody's session, below a node.
+fn has_content(tree: &Node) -> bool {
+    tree.children
+        .values()
+        .any(|child| !child.data.is_empty() || child.stat.owner.is_session() || has_content(child))
+}
+
+/// The nodes that differ, with their paths: all above and below a difference, and nothing else.
+fn differences(
+    path: &mut String,
+    before: Option<&Arc<Node>>,
+    now: Option<&Arc<Node>>,
+    into: &mut Vec<(String, Option<Arc<Node>>)>,
+) {
+    match (before, now) {
+        (None, None) => return,
+        (Some(before), Some(now)) if Arc::ptr_eq(before, now) => return,
+        _ => {}
+    }
+    into.push((path.clone(), now.cloned()));
+    let names: BTreeSet<&Arc<str>> =
+        children_of(before).chain(children_of(now)).map(|(name, _)| name).collect();
+    for name in names {
+        let length = path.len();
+        if length > 0 {
+            path.push('/');
+        }
+        path.push_str(name);
+        let of = |node: Option<&Arc<Node>>| node.and_then(|node| node.children.get(name)).cloned();
+        differences(path, of(before).as_ref(), of(now).as_ref(), into);
+        path.truncate(length);
+    }
+}
+
+fn children_of(node: Option<&Arc<Node>>) -> impl Iterator<Item = (&Arc<str>, &Arc<Node>)> {
+    node.into_iter().flat_map(|node| &node.children)
+}
+
+#[cfg(test)]
+mod tests;
