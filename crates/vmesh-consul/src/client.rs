@@ -283,7 +283,8 @@ impl Client {
         let credentials = &self.0.credentials;
         let token = credentials.token(false).await.map_err(ErrorKind::Credentials)?;
         let used = token.as_ref().map(|token| token.number);
-        let reply = self.try_exchange(pool, method, path, query, body.clone(), token, may_leave).await?;
+        let reply = self.try_exchange(pool, method, path, query, body.clone(), token, may_leave).await;
+        let reply = reply.map_err(|kind| self.explained(pool, kind))?;
         if reply.status != 403 {
             return Ok(reply);
         }
@@ -292,6 +293,18 @@ impl Client {
                 self.try_exchange(pool, method, path, query, body, Some(token), may_leave).await
             }
             _ => Ok(reply),
+        }
+    }
+
+    /// A server that wants a certificate says so after the handshake (TLS 1.3), and closes: often nobody hears it.
+    fn explained(&self, pool: &Pool, kind: ErrorKind) -> ErrorKind {
+        match kind {
+            ErrorKind::Unreachable(why) if pool.address.is_tls() && !self.0.credentials.has_certificate() => {
+                ErrorKind::Unreachable(format!(
+                    "{why} (if it wants a client certificate, set `tls.cert_file` and `tls.key_file`)"
+                ))
+            }
+            kind => kind,
         }
     }
 
@@ -310,7 +323,7 @@ impl Client {
         // A full sixteenth is what the server may add, so that not all come back at once.
         let within = query.wait + query.wait / 16 + MARGIN;
         let current = token.as_ref().map_or(0, |token| token.number);
-        let target = if query.token == 0 || query.token == current {
+        let mut target = if query.token == 0 || query.token == current {
             self.target(path, query)
         } else {
             self.target(path, &Query { index: 0, ..query.clone() })
@@ -354,6 +367,9 @@ impl Client {
                 Ok(Err(Broken::BeforeTheAnswer(_)))
                     if matches!(lease, Lease::One { is_new: false, .. }) && method == "GET" =>
                 {
+                    // Or the server went away meanwhile: the one that is there now may have begun anew, and would wait
+                    // for an index that it does not reach for long.
+                    target = self.target(path, &Query { index: 0, ..query.clone() });
                     continue;
                 }
                 Ok(Err(Broken::BeforeTheAnswer(error))) => Err(broken(error)),

@@ -132,6 +132,10 @@ impl Credentials {
         .await
     }
 
+    pub(crate) fn has_certificate(&self) -> bool {
+        self.tls.cert_file.is_some()
+    }
+
     pub(crate) fn server_name(&self) -> Option<&str> {
         self.tls.server_name.as_deref()
     }
