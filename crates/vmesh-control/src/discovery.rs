@@ -169,10 +169,16 @@ impl Desk {
             });
             let (done, answer) = oneshot::channel();
             tell(known, Command::Freeze { since: UNIX_EPOCH + Duration::from_secs(since), done }).await?;
-            said.push(match heard(known, answer.await)? {
+            let is_news = heard(known, answer.await)?;
+            said.push(match is_news {
                 true => format!("`{name}` is frozen: no change of it is taken"),
                 false => format!("`{name}` was frozen already"),
             });
+            if let (true, Some(last_good)) = (is_news, known.view().last_good)
+                && let Err(error) = self.overrides.save_frozen(name, last_good).await
+            {
+                said.push(not_kept(&error));
+            }
         }
         Ok(self.kept(said).await)
     }
@@ -259,15 +265,16 @@ impl Desk {
     /// Makes it last, and says if that did not succeed.
     async fn kept(&self, mut said: Vec<String>) -> String {
         if let Err(error) = self.overrides.save().await {
-            tracing::error!("{}", vmesh_daemon::report::one_line(&error));
-            let PersistError::File(_) = &error else { return said.join("\n") };
-            said.push(format!(
-                "but a restart of the control plane forgets that: {}",
-                vmesh_daemon::report::one_line(&error)
-            ));
+            said.push(not_kept(&error));
         }
         said.join("\n")
     }
+}
+
+fn not_kept(error: &PersistError) -> String {
+    let error = vmesh_daemon::report::one_line(error);
+    tracing::error!("{error}");
+    format!("but a restart of the control plane forgets that: {error}")
 }
 
 async fn tell(known: &Known, command: Command) -> Result<(), Refused> {

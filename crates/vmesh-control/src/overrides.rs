@@ -7,10 +7,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use vmesh_discovery::Registrations;
 use vmesh_discovery::guard::{Evicted, Evictions, Notice, What};
 use vmesh_discovery::source::Events;
 
-use crate::persist::{Disk, PersistError};
+use crate::persist::{self, Disk, PersistError};
 
 /// The name of its part of the state.
 pub(crate) const PART: &str = "overrides";
@@ -68,6 +69,18 @@ impl Overrides {
             this.disk.save(PART, &this.kept())
         });
         // It is only cancelled when the process ends, which waits for nothing.
+        saved.await.unwrap_or(Ok(()))
+    }
+
+    /// Writes what is known of a source that is frozen: what was frozen is what comes back after a restart, and the state
+    /// is else written a moment after a change.
+    pub(crate) async fn save_frozen(
+        self: &Arc<Self>,
+        source: &str,
+        last_good: Arc<Registrations>,
+    ) -> Result<(), PersistError> {
+        let (this, part) = (self.clone(), persist::part(source));
+        let saved = tokio::task::spawn_blocking(move || this.disk.save(&part, &last_good));
         saved.await.unwrap_or(Ok(()))
     }
 
