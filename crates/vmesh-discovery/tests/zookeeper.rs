@@ -121,6 +121,16 @@ fn config(connect: &str, more: &str) -> String {
 
 #[tokio::test]
 async fn every_format_is_read_as_its_writers_leave_it() {
+    let expected = expect![[r#"
+        cache.prod 10.1.0.9:9000 healthy
+        db 10.1.0.7:5432 healthy
+        pay http 10.1.0.4:8080 healthy
+        pay-svc dubbo 10.1.0.17:20880 healthy x200
+        pay.main 10.1.0.3:31002 healthy x7
+        role.prod.job http 10.1.0.1:31003 healthy x2 10.1.0.2:31003 draining
+        shop grpc 10.1.0.6:50051 healthy
+        team.a.orders 10.1.0.5:8080 draining
+    "#]];
     for version in [Version::V3_8, Version::V3_4] {
         let servers = ZooKeeper::start(Options { version, ..Options::default() }).await.unwrap();
         let mut client = servers.client(0).await.unwrap();
@@ -175,25 +185,7 @@ async fn every_format_is_read_as_its_writers_leave_it() {
                      {path: /dubbo}, {path: /leader}, {path: /kingpin}]";
         let mut watched = Watched::new(&config(&servers.connect(), roots));
         let view = watched.until("a view", |said, _| said.is_ok()).await.unwrap();
-        expect![[r#"
-            cache.prod 10.1.0.9:9000 healthy
-            db 10.1.0.7:5432 healthy
-            pay http 10.1.0.4:8080 healthy
-            pay-svc dubbo 10.1.0.17:20880 healthy x200
-            pay.main 10.1.0.3:31002 healthy x7
-            role.prod.job http 10.1.0.1:31003 healthy x2 10.1.0.2:31003 draining
-            shop grpc 10.1.0.6:50051 healthy
-            team.a.orders 10.1.0.5:8080 draining
-        "#]
-            cache.prod 10.1.0.9:9000 healthy
-            db 10.1.0.7:5432 healthy
-            pay http 10.1.0.4:8080 healthy
-            pay-svc dubbo 10.1.0.17:20880 healthy x200
-            pay.main 10.1.0.3:31002 healthy x7
-            role.prod.job http 10.1.0.1:31003 healthy x2 10.1.0.2:31003 draining
-            shop grpc 10.1.0.6:50051 healthy
-            team.a.orders 10.1.0.5:8080 draining
-        "#]].assert_eq(&shown(&view));
+        expected.assert_eq(&shown(&view));
         // The leader goes, and the next one leads.
         client.delete("/leader/db/candidate_0000000000").await.unwrap();
         let has = |shown: &str| shown.contains("db 10.1.0.8:5432");

@@ -319,9 +319,13 @@ impl ZooKeeper {
         TlsFiles { ca: file("ca.pem"), cert: file("client.pem"), key: file("client.key") }
     }
 
-    /// A client of the test's own, connected to server `index`. Its session lasts for an hour without it.
+    /// A client of the test's own, connected to server `index` as soon as that has a quorum: right after its leader was
+    /// killed it may still say that it serves. Its session lasts for an hour without it.
     pub async fn client(&self, index: usize) -> Result<Client> {
-        Client::connect(self.address(index)?, Duration::from_secs(3600)).await
+        let address = self.address(index)?;
+        let lasts = Duration::from_secs(3600);
+        let what = format!("a session with ZooKeeper {address}");
+        wait_for(what, SERVING, async || Client::connect(address, lasts).await).await
     }
 
     fn daemon(&mut self, index: usize) -> Result<&mut Daemon> {
