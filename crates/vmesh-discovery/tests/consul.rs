@@ -571,7 +571,7 @@ async fn maintenance_is_a_drain_and_its_end_is_the_end_of_it() {
 }
 
 #[tokio::test]
-async fn what_was_known_before_a_restart_holds_for_what_cannot_be_read() {
+async fn a_consul_that_is_gone_at_the_start_is_a_failure_and_no_empty_view() {
     let consul = Consul::one().await.unwrap();
     consul.register(0, &instance("pay", "pay-1", "10.0.0.1")).await.unwrap();
     let config = format!("{{address: \"{}\", wait: 1s}}", consul.url(0).unwrap());

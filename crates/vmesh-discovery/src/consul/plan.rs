@@ -262,3 +262,72 @@ impl Plan {
         (rounds > 1).then(|| self.turn(slots, wait).mul_f64(17.0 / 16.0) * (rounds - 1))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(services: usize) -> Plan {
+        let now = Instant::now();
+        let mut plan = Plan::new(&[], now);
+        let listed = (0..services).map(|n| (format!("s{n:04}").parse().unwrap(), "s".into())).collect();
+        plan.list(0, listed, Vec::new(), now);
+        plan
+    }
+
+    #[tokio::test]
+    async fn the_first_reads_are_bounded_and_each_service_has_its_turn() {
+        let mut plan = plan(200);
+        let now = Instant::now();
+        let mut taken: Vec<Key> = Vec::new();
+        while let Some(key) = plan.take_due(now, 1000) {
+            taken.push(key);
+        }
+        assert_eq!(taken.len(), AT_ONCE);
+        assert_eq!(plan.next_due(1000), Some(plan.datacenters[0].cursor.due()));
+        let mut seen = BTreeSet::new();
+        while let Some(key) = taken.pop() {
+            assert!(seen.insert(key.clone()), "{key:?} has had its turn");
+            plan.back(&key);
+            plan.services.get_mut(&key).unwrap().cursor.failed(now);
+            plan.enqueue(&key);
+            taken.extend(plan.take_due(now, 1000));
+        }
+        assert_eq!(seen.len(), 200);
+    }
+
+    #[tokio::test]
+    async fn services_that_take_turns_wait_for_less() {
+        let minute = Duration::from_secs(60);
+        for (services, turn, late) in [(8, 60_000, None), (9, 5_000, Some(5_312)), (80, 1_000, Some(9_562))] {
+            let plan = plan(services);
+            assert_eq!(plan.turn(8, minute).as_millis(), turn);
+            assert_eq!(plan.lateness(8, minute).map(|late| late.as_millis()), late);
+        }
+        assert_eq!(plan(2000).turn(8, minute), SHORTEST);
+    }
+
+    #[tokio::test]
+    async fn nobody_is_asked_while_the_catalogue_cannot_be_read() {
+        let mut plan = plan(3);
+        plan.datacenters[0].failure = Some("down".into());
+        assert_eq!(plan.take_due(Instant::now(), 1000), None);
+        plan.datacenters[0].failure = None;
+        plan.unpark(0);
+        assert!(plan.take_due(Instant::now(), 1000).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_service_that_comes_back_while_its_query_is_under_way_is_not_asked_twice() {
+        let mut plan = plan(1);
+        let now = Instant::now();
+        let key = plan.take_due(now, 10).unwrap();
+        plan.list(0, BTreeMap::new(), Vec::new(), now);
+        assert!(plan.services.is_empty());
+        plan.list(0, BTreeMap::from([(key.1.clone(), "s".into())]), Vec::new(), now);
+        assert_eq!(plan.take_due(now, 10), None);
+        plan.back(&key);
+        plan.enqueue(&key);
+        assert_eq!(plan.take_due(now, 10), Some(key));
+    }
+}

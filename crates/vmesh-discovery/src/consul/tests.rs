@@ -1,1 +1,262 @@
+//! What servers say that cannot be made to at will: headers of newer ones, answers from the past, nonsense.
 
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::time::timeout;
+use vmesh_model::load::strict;
+
+use super::*;
+
+type Headers = BTreeMap<&'static str, String>;
+
+/// A server that says what it is told to, and blocks as Consul does.
+struct Fake {
+    place: vmesh_testkit::Loopback,
+    said: Arc<Mutex<Said>>,
+    _task: JoinSet<()>,
+}
+
+#[derive(Default)]
+struct Said {
+    index: u64,
+    /// Status, headers and body by path; `leader ` before the path is what is said to who asks the leader.
+    answers: BTreeMap<String, (u16, Headers, String)>,
+}
+
+impl Fake {
+    async fn start() -> Fake {
+        let place = vmesh_testkit::Loopback::unique().unwrap();
+        let listener = TcpListener::bind((place.ip(), 8500)).await.unwrap();
+        let said = Arc::new(Mutex::new(Said { index: 10, ..Said::default() }));
+        let mut task = JoinSet::new();
+        let state = said.clone();
+        task.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                connections.spawn(serve(stream, state.clone()));
+                while connections.try_join_next().is_some() {}
+            }
+        });
+        Fake { place, said, _task: task }
+    }
+
+    /// From now on `path` is answered with this, at a new index.
+    fn say(&self, path: &str, status: u16, headers: &[(&'static str, &str)], body: &serde_json::Value) {
+        let mut said = self.said.lock().unwrap();
+        said.index += 1;
+        let headers = headers.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+        let body = body.as_str().map_or_else(|| body.to_string(), str::to_owned);
+        said.answers.insert(path.to_owned(), (status, headers, body));
+    }
+
+    fn unsay(&self, path: &str) {
+        let mut said = self.said.lock().unwrap();
+        said.index += 1;
+        said.answers.remove(path);
+    }
+
+    fn source(&self, last_good: Option<&Registrations>) -> ConsulSource {
+        let text = format!("{{address: \"http://{}:8500\", name: test, wait: 1s}}", self.place);
+        let config: ConsulConfig = strict("control.yaml", &text).unwrap();
+        ConsulSource::new(config, last_good, Arc::new(Counters::default()))
+    }
+}
+
+/// One request after the other, as HTTP/1.1 has it.
+async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<Said>>) {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    let mut stream = BufReader::new(stream);
+    loop {
+        let (mut first, mut line) = (String::new(), String::new());
+        if stream.read_line(&mut first).await.unwrap_or(0) == 0 {
+            return;
+        }
+        while stream.read_line(&mut line).await.unwrap_or(0) > 2 {
+            line.clear();
+        }
+        let target = first.split(' ').nth(1).unwrap();
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        let asked: u64 = query.split('&').find_map(|q| q.strip_prefix("index=")?.parse().ok()).unwrap_or(0);
+        let path =
+            if query.split('&').any(|q| q == "stale") { path.to_owned() } else { format!("leader {path}") };
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while said.lock().unwrap().index <= asked && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let answer = {
+            let said = said.lock().unwrap();
+            let plain = path.trim_start_matches("leader ");
+            let (status, headers, body) = said
+                .answers
+                .get(&path)
+                .or_else(|| said.answers.get(plain))
+                .cloned()
+                .unwrap_or((200, Headers::new(), "[]".to_owned()));
+            let index = format!("X-Consul-Index: {}\r\n", said.index);
+            let index = if headers.contains_key("X-Consul-Index") { "" } else { &index };
+            let headers: String =
+                headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+            format!("HTTP/1.1 {status} X\r\n{index}{headers}Content-Length: {}\r\n\r\n{body}", body.len())
+        };
+        if stream.get_mut().write_all(answer.as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
+
+const CATALOG: &str = "/v1/catalog/services";
+const PAY: &str = "/v1/health/service/pay";
+const FILTERED: &[(&str, &str)] = &[("X-Consul-Results-Filtered-By-ACLs", "true")];
+const NO_LEADER: &[(&str, &str)] = &[("X-Consul-KnownLeader", "false")];
+
+fn instances(addresses: &[&str]) -> serde_json::Value {
+    let one = |address: &&str| {
+        json!({"Node": {"Node": "n", "Address": address, "Datacenter": "dc1"},
+               "Service": {"ID": address, "Service": "pay", "Port": 80}, "Checks": []})
+    };
+    addresses.iter().map(one).collect()
+}
+
+fn both(orders: bool) -> serde_json::Value {
+    if orders { json!({"consul": [], "pay": [], "orders": []}) } else { json!({"consul": [], "pay": []}) }
+}
+
+/// `pay 10.0.0.1:80 10.0.0.2:80 stale`, or the failure.
+fn line(said: &Result<Registrations, SourceError>) -> String {
+    match said {
+        Ok(view) => {
+            let services = view.services.iter().map(|(name, seen)| {
+                let addresses: Vec<_> =
+                    seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
+                format!("{name} {} {}", addresses.join(" "), seen.state)
+            });
+            services.collect::<Vec<_>>().join(", ")
+        }
+        Err(error) => chain(error),
+    }
+}
+
+/// Whatever the source says on its way there, up to what contains `wanted`.
+async fn until(source: &mut ConsulSource, wanted: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    let found = async {
+        loop {
+            all.push(line(&source.next().await));
+            if all.last().unwrap().contains(wanted) {
+                break;
+            }
+        }
+    };
+    let found = timeout(Duration::from_secs(60), found).await;
+    assert!(found.is_ok(), "waited for {wanted}; seen: {all:#?}");
+    all
+}
+
+#[tokio::test]
+async fn a_service_that_only_the_token_hides_is_kept_until_it_is_really_gone() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(true));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    let mut source = fake.source(None);
+    assert_eq!(until(&mut source, "pay").await, ["orders 10.0.0.9:80 fresh, pay 10.0.0.1:80 fresh"]);
+
+    fake.say("/v1/health/service/orders", 200, FILTERED, &json!([]));
+    fake.say(CATALOG, 200, FILTERED, &both(false));
+    let seen = until(&mut source, "orders 10.0.0.9:80 stale").await;
+    assert!(seen.iter().all(|line| line.contains("orders 10.0.0.9:80")), "{seen:#?}");
+
+    // The token sees all of it again, and there is nothing.
+    fake.say("/v1/health/service/orders", 200, &[], &json!([]));
+    let seen = until(&mut source, "pay").await;
+    assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
+}
+
+#[tokio::test]
+async fn an_answer_without_a_leader_is_never_a_removal() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(false));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    let mut source = fake.source(None);
+    until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
+
+    // A server that was cut off says less; the leader cannot be asked.
+    fake.say(&format!("leader {PAY}"), 500, &[], &json!("No cluster leader"));
+    fake.say(PAY, 200, NO_LEADER, &instances(&["10.0.0.1"]));
+    let seen = until(&mut source, "stale").await;
+    assert!(seen.iter().all(|line| line.contains("10.0.0.2")), "{seen:#?}");
+    // The leader says so too.
+    fake.unsay(&format!("leader {PAY}"));
+    until(&mut source, "pay 10.0.0.1:80 fresh").await;
+}
+
+#[tokio::test]
+async fn an_index_that_goes_back_or_is_missing_is_asked_of_the_leader() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(false));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    let mut source = fake.source(None);
+    until(&mut source, "10.0.0.2").await;
+    // A server that lags behind; the leader knows better.
+    fake.say(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]));
+    fake.say(PAY, 200, &[("X-Consul-Index", "3")], &instances(&["10.0.0.1"]));
+    let seen = until(&mut source, "10.0.0.3").await;
+    assert_eq!(seen, ["pay 10.0.0.1:80 10.0.0.2:80 10.0.0.3:80 fresh"]);
+    // No index at all: what is said by the leader counts, however often that has to be asked.
+    fake.say(&format!("leader {PAY}"), 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
+    fake.say(PAY, 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
+    until(&mut source, "pay 10.0.0.4:80 fresh").await;
+    assert!(source.counters.index_resets.load(Ordering::Relaxed) >= 1);
+}
+
+#[tokio::test]
+async fn nonsense_costs_the_service_that_it_is_about() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(true));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    let mut source = fake.source(None);
+    until(&mut source, "pay").await;
+    let entries = json!([{"Node": 1}, 2, null, "x", {}, {}]);
+    for nonsense in [json!("{\"cut\": "), entries] {
+        fake.say("/v1/health/service/orders", 200, &[], &nonsense);
+        let seen = until(&mut source, "orders 10.0.0.9:80 stale").await;
+        assert!(seen.iter().all(|line| line.ends_with("pay 10.0.0.1:80 fresh")), "{seen:#?}");
+        fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+        until(&mut source, "orders 10.0.0.9:80 fresh").await;
+    }
+    // And a catalogue of nonsense or of nothing costs nothing but its freshness.
+    for (status, nonsense, said) in [
+        (200, json!("<html>"), "not what Consul is documented to say"),
+        (200, json!({}), "not even itself"),
+        (500, json!("rpc error"), "HTTP 500"),
+        (403, json!("ACL not found"), "refused the token"),
+    ] {
+        fake.say(CATALOG, status, &[], &nonsense);
+        let seen = until(&mut source, said).await;
+        assert!(seen.iter().all(|line| line.contains("orders") || line.contains(said)), "{seen:#?}");
+        fake.say(CATALOG, 200, &[], &both(true));
+        until(&mut source, "orders 10.0.0.9:80 fresh, pay 10.0.0.1:80 fresh").await;
+    }
+}
+
+#[tokio::test]
+async fn what_was_known_before_a_restart_stands_in_for_a_service_that_cannot_be_read() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(true));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    let before = fake.source(None).next().await.unwrap();
+
+    fake.say("/v1/health/service/orders", 500, &[], &json!("rpc error"));
+    let mut source = fake.source(Some(&before));
+    assert_eq!(until(&mut source, "pay").await, ["orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh"]);
+    let mut source = fake.source(None);
+    assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 fresh"]);
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    until(&mut source, "orders 10.0.0.9:80 fresh").await;
+}
