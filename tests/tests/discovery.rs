@@ -61,13 +61,14 @@ fn run_printed(mesh: &Mesh, text: &str, label: &str) -> Result<Output> {
     let command =
         text.lines().find_map(|line| line.trim().strip_prefix(label)).expect("a command is printed");
     let words: Vec<_> = command.split_whitespace().collect();
-    assert_eq!(words[0], "vmeshctl", "{command}");
-    mesh.ctl(&words[1..])
+    let (program, words) = words.split_first().expect("a command has words");
+    assert_eq!(*program, "vmeshctl", "{command}");
+    mesh.ctl(words)
 }
 
 async fn happened(mesh: &Mesh) -> Result<Vec<String>> {
     let events = mesh.get("/api/v1/discovery/events").await?;
-    let events = events["events"].as_array().cloned().unwrap_or_default();
+    let events = events.get("events").and_then(Value::as_array).cloned().unwrap_or_default();
     Ok(events.iter().map(|event| format!("{} {}", field(event, "what"), field(event, "service"))).collect())
 }
 
