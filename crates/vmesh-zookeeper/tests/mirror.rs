@@ -461,3 +461,24 @@ async fn confirm_reads_everything_again() {
     assert_eq!(show(&mirrored.mirror.confirm().await.unwrap()), "[x=2]");
     assert!(mirrored.count(|c| &c.reads) >= before + 3, "the root, its children, the child");
 }
+
+/// A server that throws everybody out: overloaded, or with a wrong idea of who we are.
+#[tokio::test]
+async fn a_server_that_throws_us_out_is_left_alone_for_longer_each_time() {
+    let place = vmesh_testkit::Loopback::unique().unwrap();
+    let listener = tokio::net::TcpListener::bind((place.ip(), 2181)).await.unwrap();
+    let mut mirrored = Mirrored::of(config(&format!("{place}:2181")), &["/a"]);
+    let mut accepted = 0;
+    let began = tokio::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(3) {
+        tokio::select! {
+            _ = listener.accept() => accepted += 1,
+            _ = mirrored.mirror.changed() => {}
+            () = tokio::time::sleep(Duration::from_millis(100)) => {}
+        }
+    }
+    // At most after 50, 150, 350, 750, 1550 ms, and a knock after each to find out why.
+    assert!((2..=14).contains(&accepted), "{accepted} connections within 3 s");
+    let why = mirrored.mirror.view().stale_because.unwrap();
+    assert!(why.contains("accepts connections but no session"), "{why}");
+}

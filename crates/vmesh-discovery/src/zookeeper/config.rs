@@ -178,3 +178,62 @@ fn roots<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<RootConfig>, 
     }
     Ok(roots)
 }
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+    use vmesh_model::load::strict;
+
+    use super::*;
+
+    fn read(text: &str) -> String {
+        match strict::<ZookeeperConfig>("control.yaml", text) {
+            Ok(config) => format!("{} {config:?}\n", config.name()),
+            Err(problems) => problems.iter().map(|problem| format!("{problem}\n")).collect(),
+        }
+    }
+
+    #[test]
+    fn a_zookeeper_is_its_servers_and_what_is_below_which_root() {
+        expect![[r#"
+            zookeeper:zk1:2181 ZookeeperConfig { name: None, required: true, connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto, roots: [RootConfig { path: "/services", format: Auto, endpoint: None, group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: Mapping { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 30s, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
+        "#]].assert_eq(&read("connect: zk1\nroots: [{path: /services}]\n"));
+        expect![[r#"
+            old ZookeeperConfig { name: Some("old"), required: false, connect: Connect { servers: ["zk1:2181", "zk2:2182"], chroot: "/prod" }, auth: Some(Auth { digest_file: "/etc/zk.digest" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/zk.sasl" }), tls: Some(Tls { ca_file: "/etc/ca.pem", cert_file: Some("/etc/c.pem"), key_file: Some("/etc/k.pem") }), session_timeout: 30s, read_only: false, watch: OneShot, roots: [RootConfig { path: "/discovery", format: ServerSet, endpoint: Some("http"), group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: Mapping { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/dubbo", format: Dubbo, endpoint: None, group_by: Interface, prefer: Port, recurse: true, services: [Pattern("com.acme.*")], exclude: [Pattern("*Test")], map: Mapping { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/services", format: Curator, endpoint: None, group_by: Application, prefer: SslPort, recurse: false, services: [Pattern("*")], exclude: [], map: Mapping { zone: ["metadata.dc"], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 60s, guard: GuardConfig { removal_hold: Some(20s), confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
+        "#]].assert_eq(&read(
+            "name: old\nrequired: false\nconnect: zk1:2181,zk2:2182/prod\nauth: {digest_file: /etc/zk.digest}\n\
+             sasl: {mechanism: digest-md5, credentials_file: /etc/zk.sasl}\n\
+             tls: {ca_file: /etc/ca.pem, cert_file: /etc/c.pem, key_file: /etc/k.pem}\n\
+             session_timeout: 30s\nread_only: false\nwatch: one-shot\nresolve_interval: 1m\nguard: {removal_hold: 20s}\n\
+             roots:\n  - {path: /discovery, format: serverset, endpoint: http}\n\
+             \x20 - {path: /dubbo, format: dubbo, group_by: interface, services: ['com.acme.*'], exclude: ['*Test']}\n\
+             \x20 - {path: /services, format: curator, prefer: ssl_port, recurse: false, map: {zone: [metadata.dc]}}\n",
+        ));
+    }
+
+    #[test]
+    fn what_is_wrong_with_it_is_said_at_its_place() {
+        expect![[r#"
+            control.yaml:1:10: `connect`: `zk1:99999` is not a server, `host:2181`: its port is none, from 1 to 65535
+            control.yaml:2:8: unknown field `digest`, did you mean `digest_file`?
+            control.yaml:3:19: `mechanism`: GSSAPI (Kerberos) needs a C library that is not built in: use `digest-md5`, or a client certificate (`tls`)
+            control.yaml:4:18: `session_timeout`: 10ms is too short: 1s at least
+            control.yaml:5:8: `watch`: expected one of `auto`, `persistent` or `one-shot`, found `sometimes`
+            control.yaml:7:12: `path`: `services` is not the path of a node: it does not begin with `/`
+            control.yaml:7:30: `format`: expected one of `auto`, `serverset`, `curator`, `nerve`, `dubbo` or `hostport`, found `finagle`
+            control.yaml:8:6: unknown field `pat`, did you mean `path`?
+        "#]].assert_eq(&read(
+            "connect: zk1:99999\nauth: {digest: /etc/zk.digest}\nsasl: {mechanism: gssapi, credentials_file: /x}\n\
+             session_timeout: 10ms\nwatch: sometimes\nroots:\n  - {path: services, format: finagle}\n  - {pat: /a}\n",
+        ));
+        expect![[r#"
+            control.yaml:2:8: `roots`: one root at least: `[{path: /services}]`
+        "#]].assert_eq(&read("connect: zk1\nroots: []\n"));
+        expect![[r#"
+            control.yaml:2:8: `roots`: two roots have the same path
+        "#]].assert_eq(&read("connect: zk1\nroots: [{path: /a}, {path: /a, format: nerve}]\n"));
+        expect![[r#"
+            control.yaml:1:1: `connect` is missing
+        "#]].assert_eq(&read("roots: [{path: /a}]\n"));
+    }
+}
