@@ -101,18 +101,6 @@ impl Bench {
         }
         Ok(())
     }
-
-    /// Runs the command that `vmeshctl discovery` shows for what is held.
-    async fn run_the_command_shown(&self, said: &str) -> Result<()> {
-        let command = said.lines().find_map(|line| line.trim().split_once("vmeshctl discovery accept"));
-        let Some((_, rest)) = command else { return Err(Failed::new(format!("no command in:\n{said}"))) };
-        let socket = format!("unix:{}", self.mesh.path("state/control/api.sock").display());
-        let mut args = vec!["--api", &socket, "discovery", "accept"];
-        args.extend(rest.split_whitespace());
-        let output = self.mesh.ctl(&args)?;
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
-    }
 }
 
 fn instance(number: usize) -> Result<(HttpApp, Instance, Loopback)> {
@@ -151,7 +139,7 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     let since = Instant::now();
     let because = bench.until_source("stale").await?;
     assert!(!because.is_empty());
-    bench.told(&["registry", "stale", "last good"]).await?;
+    bench.told(&["registry is STALE", "last good view stays in force"]).await?;
     tokio::time::sleep((60 * SECOND).saturating_sub(since.elapsed())).await;
     bench.until(&all).await?;
     bench.registry.restart_all().await?;
@@ -177,7 +165,7 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     for instance in &gone {
         bench.registry.remove(instance).await?;
     }
-    bench.told(&["orders", "held", "vmeshctl discovery accept"]).await?;
+    bench.told(&["orders of registry has been HELD", "discovery accept registry"]).await?;
     bench.until(&all).await?;
     for instance in &gone {
         bench.registry.add(instance).await?;
@@ -202,10 +190,9 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
 
     // It comes back without anything: everything is held, and what is registered again is fresh.
     bench.registry.restart_empty().await?;
-    let said = bench.told(&["orders", "held", "vmeshctl discovery accept"]).await?;
+    let said = bench.told(&["orders of registry has been HELD", "discovery accept registry"]).await?;
     bench.until(&all).await?;
     bench.none_failed("the registry came back empty");
-    // And if it is meant, the operator says so: with the very command that is shown.
     bench.register_all().await?;
     bench.until_source("fresh").await?;
     bench.until(&all).await?;
@@ -309,7 +296,7 @@ async fn a_consul_token_that_is_revoked_takes_nothing_away() -> Result<()> {
     server.revoke(&accessor).await?;
     let because = bench.until_source("stale").await?;
     assert!(because.contains("token"), "{because}");
-    bench.told(&["registry", "stale", "token"]).await?;
+    bench.told(&["registry is STALE", "token", "last good view stays in force"]).await?;
     bench.until(&all).await?;
     bench.none_failed("the token was revoked");
 

@@ -232,6 +232,9 @@ fn of_source(source: &DiscoverySource) -> String {
     // What is held says it in more words.
     if let (Some(because), true) = (&source.because, source.state != SourceState::Held) {
         text.push_str(&why(because));
+        if source.state == SourceState::Stale && source.services > 0 {
+            text.push_str("  its last good view stays in force, however long this lasts; traffic goes on\n");
+        }
     }
     if let Some(command) = &source.command {
         text.push_str(&format!("  to take its changes again: {command}\n"));
