@@ -228,12 +228,15 @@ mod tests {
         ));
         expect![[r#"
             control.yaml:2:8: `roots`: one root at least: `[{path: /services}]`
-        "#]].assert_eq(&read("connect: zk1\nroots: []\n"));
+        "#]]
+        .assert_eq(&read("connect: zk1\nroots: []\n"));
         expect![[r#"
             control.yaml:2:8: `roots`: two roots have the same path
-        "#]].assert_eq(&read("connect: zk1\nroots: [{path: /a}, {path: /a, format: nerve}]\n"));
+        "#]]
+        .assert_eq(&read("connect: zk1\nroots: [{path: /a}, {path: /a, format: nerve}]\n"));
         expect![[r#"
             control.yaml:1:1: `connect` is missing
-        "#]].assert_eq(&read("roots: [{path: /a}]\n"));
+        "#]]
+        .assert_eq(&read("roots: [{path: /a}]\n"));
     }
 }
