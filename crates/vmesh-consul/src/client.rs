@@ -59,9 +59,9 @@ pub struct Query {
     /// Answer when there is something newer than this, or after `wait`; 0 is at once.
     pub index: u64,
     pub wait: Duration,
-    /// The token that `index` was seen with, as [`Meta::token`] says; 0 is any. With another one the answer comes at
-    /// once: it may see more at the same index.
-    pub token: u64,
+    /// What `index` was seen with, as [`Meta::view`] says; 0 is anything. With another one the answer comes at once: the
+    /// same index may be something else there, and a server that began anew would not reach it for long.
+    pub view: u64,
     pub consistency: Consistency,
     pub datacenter: Option<Arc<str>>,
     /// More parameters, as `recurse`; not escaped, so no more than letters.
@@ -83,8 +83,8 @@ pub struct Meta {
     pub translated: bool,
     /// Of the body: equal bodies have equal hashes.
     pub hash: u64,
-    /// Grows with every change of the token.
-    pub token: u64,
+    /// Another one whenever the token has changed, another address is asked, or a connection to it was lost.
+    pub view: u64,
 }
 
 /// An answer and what it is worth.
@@ -113,7 +113,7 @@ struct Reply {
     status: u16,
     headers: HeaderMap,
     body: Bytes,
-    token: u64,
+    view: u64,
 }
 
 impl Client {
@@ -122,9 +122,11 @@ impl Client {
         let counters = Arc::new(Counters::default());
         let drivers = Arc::new(Mutex::new(JoinSet::new()));
         let max = config.max_connections.get();
-        let pool = |address: &Address| Pool::new(address.clone(), max, counters.clone(), drivers.clone());
+        let pool = |(number, address): (u64, &Address)| {
+            Pool::new(address.clone(), number, max, counters.clone(), drivers.clone())
+        };
         Client(Arc::new(Inner {
-            pools: config.address.iter().map(pool).collect(),
+            pools: (1..).zip(config.address.iter()).map(pool).collect(),
             current: AtomicUsize::new(0),
             credentials: Credentials::new(config),
             namespace: config.namespace.clone(),
@@ -322,18 +324,20 @@ impl Client {
         let mut left = pool.left();
         // A full sixteenth is what the server may add, so that not all come back at once.
         let within = query.wait + query.wait / 16 + MARGIN;
-        let current = token.as_ref().map_or(0, |token| token.number);
-        let mut target = if query.token == 0 || query.token == current {
-            self.target(path, query)
-        } else {
-            self.target(path, &Query { index: 0, ..query.clone() })
-        };
         loop {
             let tls = match pool.address.is_tls() {
                 true => Some(self.0.credentials.tls().await.map_err(ErrorKind::Credentials)?),
                 false => None,
             };
             let mut lease = pool.lease(tls.as_ref(), self.0.credentials.server_name()).await?;
+            // What another token may see, and what a server that was started again has, may be something else at the same
+            // index: there is no waiting for its successor.
+            let view = pool.view_of(token.as_ref().map_or(0, |token| token.number));
+            let target = if query.view == 0 || query.view == view {
+                self.target(path, query)
+            } else {
+                self.target(path, &Query { index: 0, ..query.clone() })
+            };
             self.0.counters.requests.fetch_add(1, Ordering::Relaxed);
             let is_many = matches!(lease, Lease::Many(_));
             let request = request(method, &pool.address, &target, body.clone(), token.as_ref(), is_many)?;
@@ -361,19 +365,23 @@ impl Client {
             return match outcome {
                 Ok(Ok((parts, body))) => {
                     pool.give_back(lease);
-                    Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, token: current })
+                    Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, view })
                 }
                 // A connection that was kept may have been closed by the server just then.
                 Ok(Err(Broken::BeforeTheAnswer(_)))
                     if matches!(lease, Lease::One { is_new: false, .. }) && method == "GET" =>
                 {
-                    // Or the server went away meanwhile: the one that is there now may have begun anew, and would wait
-                    // for an index that it does not reach for long.
-                    target = self.target(path, &Query { index: 0, ..query.clone() });
+                    pool.broke();
                     continue;
                 }
-                Ok(Err(Broken::BeforeTheAnswer(error))) => Err(broken(error)),
-                Ok(Err(Broken::After(kind))) => Err(kind),
+                Ok(Err(Broken::BeforeTheAnswer(error))) => {
+                    pool.broke();
+                    Err(broken(error))
+                }
+                Ok(Err(Broken::After(kind))) => {
+                    pool.broke();
+                    Err(kind)
+                }
                 Err(_) => Err(ErrorKind::Timeout(within)),
             };
         }
@@ -473,7 +481,7 @@ fn answer(reply: Reply) -> Answer<Bytes> {
         filtered: says("x-consul-results-filtered-by-acls"),
         translated: says("x-consul-translate-addresses"),
         hash: xxh3_64(&reply.body).max(NOTHING + 1),
-        token: reply.token,
+        view: reply.view,
     };
     Answer { value: reply.body, meta }
 }
@@ -507,7 +515,7 @@ mod tests {
         let query = Query {
             index: 7,
             wait: Duration::from_secs(3600),
-            token: 0,
+            view: 0,
             consistency: Consistency::Stale,
             datacenter: Some("dc1".into()),
             flags: &["recurse"],

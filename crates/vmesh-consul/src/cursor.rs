@@ -19,7 +19,7 @@ pub struct Cursor {
     /// The index of the last answer that was believed.
     seen: u64,
     hash: Option<u64>,
-    token: u64,
+    view: u64,
     /// The next answer has to come from the leader.
     strong: bool,
     due: Instant,
@@ -46,7 +46,7 @@ impl Cursor {
             ask: 0,
             seen: 0,
             hash: None,
-            token: 0,
+            view: 0,
             strong: false,
             due: at,
             idle: 0,
@@ -70,9 +70,9 @@ impl Cursor {
         self.strong
     }
 
-    /// The token that the last answer was seen with.
-    pub fn token(&self) -> u64 {
-        self.token
+    /// What the last answer was seen with: see [`Meta::view`].
+    pub fn view(&self) -> u64 {
+        self.view
     }
 
     /// The hash of the last answer that was believed.
@@ -123,7 +123,7 @@ impl Cursor {
         self.strong = false;
         self.seen = index;
         self.ask = index;
-        self.token = meta.token;
+        self.view = meta.view;
         let is_same = self.hash.replace(meta.hash) == Some(meta.hash);
         let waited = is_same && index == asked && asked > 0;
         self.idle = if is_same && !waited && asked > 0 { (self.idle + 1).min(8) } else { 0 };
@@ -221,7 +221,7 @@ mod tests {
             filtered: false,
             translated: false,
             hash,
-            token: 1,
+            view: 1,
         }
     }
 

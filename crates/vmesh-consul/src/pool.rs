@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::io;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -61,6 +61,10 @@ pub(crate) struct Pool {
     connecting: tokio::sync::Mutex<Option<(Instant, ErrorKind)>>,
     /// Changes when this address is left for another: nobody waits here any more.
     left: watch::Sender<u64>,
+    /// Which of the client's addresses it is, from 1.
+    number: u64,
+    /// How often a connection was lost that was not given up here: the server may be another one since.
+    broken: AtomicU64,
     counters: Arc<Counters>,
     drivers: Drivers,
 }
@@ -111,7 +115,13 @@ enum Connected {
 }
 
 impl Pool {
-    pub(crate) fn new(address: Address, max: usize, counters: Arc<Counters>, drivers: Drivers) -> Pool {
+    pub(crate) fn new(
+        address: Address,
+        number: u64,
+        max: usize,
+        counters: Arc<Counters>,
+        drivers: Drivers,
+    ) -> Pool {
         let speaks = if address.is_tls() { UNKNOWN } else { ONE_AT_A_TIME };
         Pool {
             address,
@@ -122,9 +132,21 @@ impl Pool {
             speaks: AtomicU8::new(speaks),
             connecting: tokio::sync::Mutex::new(None),
             left: watch::Sender::new(0),
+            number,
+            broken: AtomicU64::new(0),
             counters,
             drivers,
         }
+    }
+
+    /// A connection was lost.
+    pub(crate) fn broke(&self) {
+        self.broken.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Names this server, as long as it is certain to be the same one, and a token.
+    pub(crate) fn view_of(&self, token: u64) -> u64 {
+        (token << 40) | (self.number << 32) | (self.broken.load(Ordering::Relaxed) & u64::from(u32::MAX))
     }
 
     /// How many requests may be under way at once.
@@ -198,6 +220,9 @@ impl Pool {
     /// A stream of a connection that has one left; of the one with most left, if no more connections may be made.
     fn stream(&self, edition: u64) -> Option<Stream> {
         let mut all = locked(&self.shared);
+        if all.iter().any(|shared| shared.sender.is_closed()) {
+            self.broke();
+        }
         all.retain(|shared| !shared.sender.is_closed() && shared.tls == edition);
         let streams = |shared: &&Arc<Shared>| shared.streams.load(Ordering::Relaxed);
         let least = all.iter().min_by_key(streams)?;
@@ -226,6 +251,7 @@ impl Pool {
             if sender.ready().await.is_ok() {
                 return Ok(Lease::One { sender, tls: edition, is_new: false, permit });
             }
+            self.broke();
         }
         match self.connect(tls, server_name).await? {
             Connected::One(sender) => Ok(Lease::One { sender, tls: edition, is_new: true, permit }),
@@ -244,6 +270,9 @@ impl Pool {
     fn idle(&self, edition: u64) -> Option<http1::SendRequest<Full<Bytes>>> {
         let mut all = locked(&self.idle);
         let now = Instant::now();
+        if all.iter().any(|idle| idle.sender.is_closed()) {
+            self.broke();
+        }
         all.retain(|idle| !idle.sender.is_closed() && idle.tls == edition && now < idle.since + MAX_IDLE);
         all.pop().map(|idle| idle.sender)
     }

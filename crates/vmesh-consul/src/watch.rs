@@ -41,7 +41,7 @@ impl Pace {
             consistency => consistency,
         };
         let wait = if cursor.index() > 0 { wait.min(self.wait) } else { Duration::ZERO };
-        Query { index: cursor.index(), wait, token: cursor.token(), consistency, ..Query::default() }
+        Query { index: cursor.index(), wait, view: cursor.view(), consistency, ..Query::default() }
     }
 }
 
@@ -119,8 +119,8 @@ impl<T> Watch<T> {
     }
 
     fn query(&self) -> Query {
-        let Query { index, wait, token, consistency, .. } = self.pace.query(&self.cursor, self.pace.wait);
-        Query { index, wait, token, consistency, ..self.query.clone() }
+        let Query { index, wait, view, consistency, .. } = self.pace.query(&self.cursor, self.pace.wait);
+        Query { index, wait, view, consistency, ..self.query.clone() }
     }
 
     /// The news in an answer, if there is any.
