@@ -131,7 +131,7 @@ impl Consul {
             "retry_interval": "200ms",
             "bind_addr": member.place.to_string(),
             "client_addr": member.place.to_string(),
-            "ports": {"http": HTTP_PORT, "https": https, "dns": -1, "grpc": -1},
+            "ports": {"http": HTTP_PORT, "https": https, "dns": 8600, "grpc": -1},
             "disable_update_check": true,
             "disable_host_node_id": true,
             "leave_on_terminate": false,
