@@ -25,7 +25,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use vmesh_consul::{
-    Answer, Client, Consistency, ConsulError, ErrorKind, Meta, Pace, Query, Verdict, escaped,
+    Answer, Client, Consistency, ConsulError, Cursor, ErrorKind, Meta, Pace, Query, Verdict, escaped,
 };
 use vmesh_model::{Place, Problem, Registration, ServiceName};
 
@@ -239,7 +239,7 @@ impl<R: Resolve> ConsulSource<R> {
 
     /// Takes the cursor's word on an answer; `false`: it is not to be believed.
     fn believe(
-        cursor: &mut vmesh_consul::Cursor,
+        cursor: &mut Cursor,
         meta: &Meta,
         was_strong: bool,
         max_stale: Duration,
@@ -269,6 +269,10 @@ impl<R: Resolve> ConsulSource<R> {
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return Ok(()) };
         dc.in_flight = false;
         let Answer { value, meta } = match answer {
+            Ok(answer) if is_outdated(&dc.cursor, &answer) => {
+                dc.cursor.start_over(now);
+                return Ok(());
+            }
             Ok(answer) => answer,
             Err(error) => {
                 dc.cursor.failed(now);
@@ -356,6 +360,7 @@ impl<R: Resolve> ConsulSource<R> {
 
     /// Takes note of the services of a datacenter.
     fn list(&mut self, at: usize, names: Names, now: Instant) {
+        let is_first = self.plan.datacenters.get(at).is_some_and(|dc| !dc.has_listed);
         let mut listed: BTreeMap<ServiceName, Arc<str>> = BTreeMap::new();
         let mut problems = Vec::new();
         for (spelling, tags) in names {
@@ -375,7 +380,13 @@ impl<R: Resolve> ConsulSource<R> {
                 }
             }
         }
-        let changed = self.plan.list(at, listed, problems, now);
+        let mut changed = self.plan.list(at, listed, problems, now);
+        if is_first {
+            for name in self.hidden(at) {
+                self.plan.watch_hidden(at, &name, now);
+                changed.push(name);
+            }
+        }
         for name in changed {
             self.judge(&name);
         }
@@ -384,13 +395,31 @@ impl<R: Resolve> ConsulSource<R> {
         self.settle(now);
     }
 
+    /// The services that were known before a restart and are not listed, where the token may not see everything.
+    fn hidden(&self, at: usize) -> Vec<ServiceName> {
+        let Some(dc) = self.plan.datacenters.get(at).filter(|dc| dc.filtered) else { return Vec::new() };
+        let was_here = |registration: &Registration| {
+            let of = dc.name.as_ref().filter(|_| self.plan.datacenters.len() > 1);
+            of.is_none_or(|dc| remembered(registration, dc).listed > 0)
+        };
+        let is_hidden = |(name, registration): &(&ServiceName, &Arc<Registration>)| {
+            !self.plan.services.contains_key(&(at, (*name).clone()))
+                && self.config.services.has(name.as_str())
+                && was_here(registration)
+        };
+        self.last_good.iter().filter(is_hidden).map(|(name, _)| name.clone()).collect()
+    }
+
     fn heard_service(&mut self, key: &Key, answer: ServiceAnswer, was_strong: bool, now: Instant) {
         let max_stale = self.pace.max_stale;
-        let filtered_catalog = self.plan.datacenters.get(key.0).is_some_and(|dc| dc.filtered);
         // It may be one that is not listed any more.
         let Some(watched) = self.plan.services.get_mut(key) else { return };
         let had_failure = watched.failure.is_some();
         let answer = match answer {
+            Ok(answer) if is_outdated(&watched.cursor, &answer) => {
+                watched.cursor.start_over(now);
+                return;
+            }
             Ok(answer) => answer,
             Err(error) => {
                 watched.cursor.failed(now);
@@ -426,12 +455,8 @@ impl<R: Resolve> ConsulSource<R> {
                 watched.cursor.start_over(now + EMPTY_AGAIN);
                 return;
             }
-            let why = if answer.meta.filtered || filtered_catalog || watched.listed {
-                format!("Consul lists it, and shows no instance of it: {RIGHTS}")
-            } else {
-                "Consul shows no instance of it".to_owned()
-            };
-            let why: Arc<str> = why.into();
+            let where_it_is = if watched.listed { "lists it" } else { "hides something from this token" };
+            let why: Arc<str> = format!("Consul {where_it_is}, and shows no instance of it: {RIGHTS}").into();
             // It is looked at again, and not waited for: nothing was learnt.
             watched.cursor.failed(now);
             if watched.failure.as_ref() != Some(&why) {
@@ -768,6 +793,12 @@ impl<R: Resolve> Source for ConsulSource<R> {
             }),
         }
     }
+}
+
+/// Whether an answer was found to be as before, and what was before is not what is known now: something else was read
+/// while it was waited for.
+fn is_outdated<T>(cursor: &Cursor, answer: &Answer<Option<T>>) -> bool {
+    answer.value.is_none() && cursor.hash() != Some(answer.meta.hash)
 }
 
 /// What a task needs to read one service.

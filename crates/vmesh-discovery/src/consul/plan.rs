@@ -120,7 +120,8 @@ impl Plan {
         let of_it: Vec<Key> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
         let mut changed = Vec::new();
         for key in of_it.into_iter().filter(|(_, name)| !listed.contains_key(name)) {
-            let is_known = self.services.get(&key).is_some_and(|watched| watched.read.is_some());
+            let is_known =
+                self.services.get(&key).is_some_and(|watched| watched.read.is_some() || !watched.listed);
             if filtered && is_known {
                 if let Some(watched) = self.services.get_mut(&key) {
                     watched.listed = false;
@@ -138,19 +139,7 @@ impl Plan {
             match self.services.get_mut(&key) {
                 Some(watched) => watched.listed = true,
                 None => {
-                    let watched = Watched {
-                        spelling,
-                        cursor: Cursor::new(now),
-                        read: None,
-                        failure: None,
-                        failures: 0,
-                        empties: 0,
-                        listed: true,
-                        in_flight: self.flights.get(&key).copied(),
-                        queued: None,
-                    };
-                    self.services.insert(key.clone(), watched);
-                    self.enqueue(&key);
+                    self.watch(key.clone(), spelling, true, now);
                     if first {
                         changed.push(key.1);
                     }
@@ -158,6 +147,27 @@ impl Plan {
             }
         }
         changed
+    }
+
+    /// Watches a service that is not listed, perhaps because the token may not see it.
+    pub(super) fn watch_hidden(&mut self, at: usize, name: &ServiceName, now: Instant) {
+        self.watch((at, name.clone()), name.as_str().into(), false, now);
+    }
+
+    fn watch(&mut self, key: Key, spelling: Arc<str>, listed: bool, now: Instant) {
+        let watched = Watched {
+            spelling,
+            cursor: Cursor::new(now),
+            read: None,
+            failure: None,
+            failures: 0,
+            empties: 0,
+            listed,
+            in_flight: self.flights.get(&key).copied(),
+            queued: None,
+        };
+        self.services.insert(key.clone(), watched);
+        self.enqueue(&key);
     }
 
     pub(super) fn forget(&mut self, key: &Key) {

@@ -24,6 +24,8 @@ struct Said {
     index: u64,
     /// Status, headers and body by path; `leader ` before the path is what is said to who asks the leader.
     answers: BTreeMap<String, (u16, Headers, String)>,
+    /// Who waits at this path for news is told nothing for now, whatever there is.
+    mute: Option<&'static str>,
 }
 
 impl Fake {
@@ -84,7 +86,10 @@ async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<Said>>) {
         let path =
             if query.split('&').any(|q| q == "stale") { path.to_owned() } else { format!("leader {path}") };
         let deadline = Instant::now() + Duration::from_secs(1);
-        while said.lock().unwrap().index <= asked && Instant::now() < deadline {
+        let waits = |said: &Said| {
+            (said.index <= asked && Instant::now() < deadline) || (asked > 0 && said.mute == Some(&*path))
+        };
+        while waits(&said.lock().unwrap()) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let answer = {
@@ -259,4 +264,45 @@ async fn what_was_known_before_a_restart_stands_in_for_a_service_that_cannot_be_
     assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 fresh"]);
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     until(&mut source, "orders 10.0.0.9:80 fresh").await;
+}
+
+#[tokio::test]
+async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwhile() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(false));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    let mut source = fake.source(None);
+    until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
+    // A query is under way that waits for news.
+    fake.said.lock().unwrap().mute = Some(PAY);
+    assert!(timeout(Duration::from_millis(1500), source.next()).await.is_err());
+
+    // An instance is away for a moment, and just then the service is read again.
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    let read = source.confirm(&BTreeSet::from(["pay".parse().unwrap()])).await;
+    assert_eq!(line(&read), "pay 10.0.0.1:80 fresh");
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    fake.said.lock().unwrap().mute = None;
+    until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
+}
+
+#[tokio::test]
+async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_restart() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(true));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    let before = fake.source(None).next().await.unwrap();
+
+    fake.say("/v1/health/service/orders", 200, FILTERED, &json!([]));
+    fake.say(CATALOG, 200, FILTERED, &both(false));
+    let mut source = fake.source(Some(&before));
+    assert_eq!(until(&mut source, "pay").await, ["orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh"]);
+    let read = source.confirm(&BTreeSet::from(["orders".parse().unwrap()])).await;
+    assert_eq!(line(&read), "orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh");
+
+    // It may be seen, and is really gone.
+    fake.say("/v1/health/service/orders", 200, &[], &json!([]));
+    let seen = until(&mut source, "pay").await;
+    assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
 }
