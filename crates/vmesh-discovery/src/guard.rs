@@ -445,6 +445,10 @@ impl Guard {
         self.believed(now);
         for name in services {
             let Some(watched) = self.services.get_mut(name) else { continue };
+            if let Some(why) = self.told.services.get(name).and_then(unreadable) {
+                watched.not_confirmed(&why, &self.config, now);
+                continue;
+            }
             if let (Some(times), Some(kind)) = (watched.confirm(), watched.held) {
                 let of = self.config.confirmations;
                 let text = format!("`{}` was read again and says the same: {times} of {of}", self.source);
@@ -560,6 +564,12 @@ impl Guard {
     ) {
         self.notices.push(Notice { what, service, kind, text: text.into() });
     }
+}
+
+/// Why nothing is told of a service, if that is because it could not be read: this confirms nothing.
+fn unreadable(told: &Seen) -> Option<Arc<str>> {
+    let is_unread = told.state == State::Stale && told.registration.endpoints.is_empty();
+    is_unread.then(|| told.because.clone().unwrap_or_else(|| "it could not be read".into()))
 }
 
 #[cfg(test)]

@@ -83,7 +83,7 @@ pub struct FleetConfig {
     /// More than this share of the services, and not one alone, which is judged by itself; 1 is never.
     #[serde(deserialize_with = "ratio")]
     pub services: f64,
-    /// A source that knew fewer endpoints may lose what it likes.
+    /// A source that knew fewer endpoints may lose what it likes, but not all endpoints of several services.
     pub min: usize,
     /// How long is at once.
     #[serde(deserialize_with = "duration")]

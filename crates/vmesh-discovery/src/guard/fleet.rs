@@ -82,8 +82,9 @@ impl Fleet {
             let is_more = (had - has) as f64 > share * had as f64;
             is_more
         };
-        let is_fleet = endpoints.0 >= config.min;
         let several = services.0 - services.1 > 1;
+        // A registry that was started again without its content says that nothing is there, however little there was.
+        let is_fleet = endpoints.0 >= config.min || (several && endpoints.1 == 0);
         let too_much =
             is_more(endpoints, config.endpoints) || (several && is_more(services, config.services));
         (is_fleet && too_much).then_some(Loss { endpoints, services })

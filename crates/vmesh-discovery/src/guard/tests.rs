@@ -793,6 +793,60 @@ fn services_that_are_gone_count_as_such_but_one_alone_is_judged_by_itself() {
     );
 }
 
+#[test]
+fn a_small_source_that_loses_everything_is_held_too() {
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+3; b 1+2\n100: c\n200:\n210: a 1+3; b 1+2\n220:\n300: c\n400: accept",
+        expect![[r#"
+            0: a 1+3; b 1+2          => a 3, b 2
+            100: c                   => a 3!, b 2!, c 0 (`file:services.d` names 0 of the 5 endpoints and 0 of the 2 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            200:                     => a 3!, b 2!, c 0 (`file:services.d` names 0 of the 5 endpoints and 0 of the 2 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            210: a 1+3; b 1+2        => a 3, b 2
+            220:                     => a 3, b 2
+            300: c                   => a 3!, b 2!, c 0 (`file:services.d` names 0 of the 5 endpoints and 0 of the 2 services that it named within the last 1m: nothing of it is taken away until it names enough again or that is accepted)
+            400: accept              => c 0
+        "#]],
+    );
+    // One service alone is judged by itself.
+    fleet(
+        GuardConfig::default(),
+        "0: a 1+3\n100: c\n130:",
+        expect![[r#"
+        0: a 1+3                 => a 3
+        100: c                   => a 3!, c 0
+        130:                     => c 0
+    "#]],
+    );
+}
+
+#[test]
+fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let orders: ServiceName = "orders".parse().unwrap();
+    let told = |seen: Seen| Registrations {
+        services: std::iter::once((orders.clone(), seen)).collect(),
+        ..Registrations::default()
+    };
+    let mut sim = Sim::of(GuardConfig::default());
+    sim.see(told(seen("orders", "1 2 3")), at(0));
+    sim.believed(at(0));
+    let nothing = seen("orders", "").registration;
+    sim.see(told(Seen::stale(nothing.clone(), "`vm-1` cannot be resolved")), at(10));
+    sim.believed(at(10));
+    sim.until(at(3600));
+    let believed = sim.believed(at(3600));
+    assert_eq!(ports(&believed.services["orders"]), ["1", "2", "3"]);
+    let why = sim.guard.held().first().unwrap().because.clone();
+    assert!(why.ends_with("has failed: `vm-1` cannot be resolved"), "{why}");
+    // It can be read, and there is nothing.
+    sim.see(told(Seen::fresh(nothing)), at(3610));
+    sim.believed(at(3610));
+    sim.until(at(3700));
+    assert!(sim.believed(at(3700)).services["orders"].registration.endpoints.is_empty());
+}
+
 const SERVICES: [&str; 3] = ["a", "b", "c"];
 
 #[derive(Debug, Clone)]
