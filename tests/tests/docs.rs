@@ -9,6 +9,7 @@ use std::process::Command;
 
 use vmesh_model::load::{DocumentFile, Library};
 use vmesh_testkit::Result;
+use vmesh_testkit::api::Api;
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::place::{Loopback, tempdir};
 use vmesh_testkit::process::binary;
@@ -34,14 +35,19 @@ fn blocks() -> Vec<Block> {
     for page in pages {
         let text = fs::read_to_string(&page).expect("a page");
         let mut open: Option<Block> = None;
+        let mut indent = "";
         for (number, line) in text.lines().enumerate() {
-            match (line.strip_prefix("```"), &mut open) {
+            // A block in a list is as far in as what it belongs to.
+            match (line.trim_start().strip_prefix("```"), &mut open) {
                 (Some(info), None) => {
                     let place = format!("{}:{}", page.display(), number + 1);
+                    indent = line.split('`').next().unwrap_or_default();
                     open = Some(Block { place, info: info.to_owned(), text: String::new() });
                 }
                 (Some(_), Some(_)) => blocks.extend(open.take()),
-                (None, Some(block)) => block.text.push_str(&format!("{line}\n")),
+                (None, Some(block)) => {
+                    block.text.push_str(&format!("{}\n", line.strip_prefix(indent).unwrap_or(line)));
+                }
                 (None, None) => {}
             }
         }
@@ -109,7 +115,11 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
     let place = Loopback::unique()?;
     let app = HttpApp::start("a", "v1", std::net::SocketAddr::new(place.ip(), place.port()?))?;
     let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
-    let mut mesh = Mesh::start(&[("services.d/orders.yaml", &services)]).await?;
+    // A source of the name that the runbook uses; what is in it is for no command to say.
+    let sources = "  - file: {path: services.d}\n  - file: {path: consul.yaml, name: consul}\n";
+    let files = [("services.d/orders.yaml", services.as_str()), ("consul.yaml", "[]\n")];
+    let mut mesh = Mesh::prepare_on(sources, "documents: {dir: mesh.d}\n", &files)?;
+    mesh.start_control().await?;
     mesh.agent("web-1", &["orders"], "").await?;
     mesh.synced("web-1").await?;
 
@@ -130,14 +140,23 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
             let words: Vec<_> = command.split_whitespace().collect();
             match words.as_slice() {
                 ["vmeshctl", args @ ..] => {
-                    // Where something can be changed, if it is left as it is built in.
+                    // Where something can be changed, if it is left as it is built in; and the instance that there is.
                     let socket = format!("unix:{}", mesh.path("state/control/api.sock").display());
                     let here = |word: &&'_ str| match *word {
                         "unix:/var/lib/vmesh-control/api.sock" => socket.clone(),
+                        "10.0.1.17:8080" => app.address().to_string(),
                         word => word.to_owned(),
                     };
-                    let args: Vec<_> = args.iter().map(here).collect();
-                    let output = mesh.ctl(&args.iter().map(String::as_str).collect::<Vec<_>>())?;
+                    let here: Vec<_> = args.iter().map(here).collect();
+                    let output = mesh.ctl(&here.iter().map(String::as_str).collect::<Vec<_>>())?;
+                    if args.contains(&"accept") {
+                        // Nothing is held of a source that is well; that it is understood is what can be seen here.
+                        let said = String::from_utf8_lossy(&output.stderr);
+                        let is_nothing = said.contains("nothing of `") && output.status.code() == Some(4);
+                        assert!(is_nothing, "{place}: `{command}`: {said}");
+                        ran.insert(command.to_owned());
+                        continue;
+                    }
                     let text = String::from_utf8_lossy(&output.stdout);
                     assert!(output.status.success(), "{place}: `{command}`: {text}");
                     assert!(!text.trim().is_empty(), "{place}: `{command}` says nothing");
@@ -160,7 +179,22 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
         }
     }
     assert!(ran.len() >= 10, "{ran:?}");
+
+    let control = Api(mesh.api).text("/metrics").await?;
+    let agent = Api(mesh.agent_api("web-1")?).text("/metrics").await?;
+    let known: BTreeSet<_> = [&control, &agent].into_iter().flat_map(|text| words(text)).collect();
+    let page = fs::read_to_string(root().join("docs/operations.md")).expect("a page");
+    let named: BTreeSet<_> = words(&page).filter(|word| word.starts_with("vmesh_")).collect();
+    let named: BTreeSet<_> =
+        named.into_iter().map(|name| name.strip_suffix("_total").unwrap_or(name)).collect();
+    // The crate, in a filter of the log, is none.
+    let unknown: Vec<_> = named.difference(&known).filter(|name| **name != "vmesh_discovery").collect();
+    assert!(unknown.is_empty() && named.len() >= 20, "no daemon has a metric {unknown:?}");
     Ok(())
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
 }
 
 #[tokio::test(flavor = "multi_thread")]
