@@ -26,13 +26,17 @@ struct Block {
     text: String,
 }
 
-fn blocks() -> Vec<Block> {
+fn pages() -> Vec<PathBuf> {
     let docs = fs::read_dir(root().join("docs")).expect("docs").map(|entry| entry.expect("an entry").path());
     let mut pages: Vec<_> =
         docs.chain(["README.md", "ARCHITECTURE.md"].map(|page| root().join(page))).collect();
     pages.retain(|page| page.extension().is_some_and(|extension| extension == "md"));
+    pages
+}
+
+fn blocks() -> Vec<Block> {
     let mut blocks = Vec::new();
-    for page in pages {
+    for page in pages() {
         let text = fs::read_to_string(&page).expect("a page");
         let mut open: Option<Block> = None;
         let mut indent = "";
@@ -109,6 +113,30 @@ fn every_example_is_accepted() {
     assert!(agents >= 3, "the quickstart has lost its agents");
 }
 
+#[test]
+fn every_link_leads_to_a_page_and_a_heading_that_are_there() {
+    for page in pages() {
+        let text = fs::read_to_string(&page).expect("a page");
+        let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for link in links.filter(|link| !link.contains("://")) {
+            let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let to = if file.is_empty() { page.clone() } else { page.with_file_name(file) };
+            let target = fs::read_to_string(&to);
+            let target = target.unwrap_or_else(|error| panic!("{}: {link}: {error}", page.display()));
+            let is_there = anchor.is_empty() || headings(&target).any(|heading| heading == anchor);
+            assert!(is_there, "{}: there is no heading for {link}", page.display());
+        }
+    }
+}
+
+/// As they are in links: in lower case, without what is neither a letter nor a digit, joined by dashes.
+fn headings(text: &str) -> impl Iterator<Item = String> {
+    text.lines().filter(|line| line.starts_with('#')).map(|line| {
+        let kept = line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
+        kept.chars().filter(|c| c.is_alphanumeric() || "-_".contains(*c)).collect()
+    })
+}
+
 /// What the commands ask of: the mesh that the README speaks of.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()> {
@@ -172,7 +200,8 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
                     assert!(check.status().expect("it runs").success(), "{place}");
                 }
                 // These run the tests, or are run beside them by `.ci/run`; a bench is no test.
-                ["cargo", "xtask", "demo" | "test", ..] | ["cargo", "xtask", "bench", "fleet", ..] => {}
+                ["cargo", "xtask", "demo" | "test", ..]
+                | ["cargo", "xtask", "bench", "fleet" | "discovery", ..] => {}
                 other => panic!("{place}: nothing runs {other:?}"),
             }
             ran.insert(command.to_owned());
