@@ -156,6 +156,19 @@ pub enum State {
     Failing,
 }
 
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::Waiting => "waiting for the application to be well",
+            State::Registered => "registered",
+            State::Ill => "known to be ill",
+            State::Draining => "draining",
+            State::Withdrawn => "withdrawn",
+            State::Failing => "failing",
+        })
+    }
+}
+
 /// What is to be said of a workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
@@ -224,7 +237,7 @@ impl Report {
             if is_news && let Some(why) = &reason {
                 warn!("registration of {} in {}: {why}", now.service, now.registry);
             } else if is_news {
-                tracing::info!("registration of {} in {}: {state:?}", now.service, now.registry);
+                tracing::info!("registration of {} in {}: it is {state}", now.service, now.registry);
             }
             (now.state, now.reason) = (state, reason);
             is_news
