@@ -43,6 +43,8 @@ pub struct ZookeeperSource<R = SystemResolver> {
     reading: Reading,
     assembler: Assembler<R>,
     statement: Statement,
+    /// Something is known from before a restart.
+    is_restored: bool,
     /// Everything was read once.
     has_read: bool,
     /// Why what is known may not be what is there; and it has been told.
@@ -88,6 +90,7 @@ impl<R: Resolve> ZookeeperSource<R> {
             reading: Reading::new(name.clone(), config.roots, last_good),
             assembler: Assembler::new(name.clone(), resolver, config.resolve_interval, last_good),
             statement: Statement::default(),
+            is_restored: last_good.is_some(),
             has_read: false,
             stale_because: None,
             reasons: 0,
@@ -114,8 +117,9 @@ impl<R: Resolve> ZookeeperSource<R> {
         if let Some(because) = &view.stale_because {
             let is_news = self.stale_because.as_ref() != Some(because);
             self.stale_because = Some(because.clone());
-            // What comes from a server without a quorum is better than nothing, and only than that.
-            if !self.has_read && !view.roots.is_empty() {
+            // What comes from a server without a quorum is better than nothing, and only than that: it may be older than
+            // what was known before a restart, and what it lacks is no removal.
+            if !self.has_read && !self.is_restored && !view.roots.is_empty() {
                 self.take(view)?;
                 return Ok(());
             }
@@ -246,5 +250,32 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
                 what: "not everything has been read yet".to_owned(),
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmesh_model::load::strict;
+    use vmesh_zookeeper::mirror::Seen;
+
+    use super::*;
+
+    fn source(last_good: Option<&Registrations>) -> ZookeeperSource {
+        let config =
+            strict("control.yaml", "{connect: \"127.0.0.1:1\", roots: [{path: /services}]}").unwrap();
+        ZookeeperSource::new(config, last_good, Arc::new(Counters::default()))
+    }
+
+    #[tokio::test]
+    async fn a_server_without_a_quorum_is_better_than_nothing_and_worse_than_what_was_known() {
+        let because = Some("it has lost its quorum".into());
+        let cut_off = View { roots: vec![Seen::default()], stale_because: because };
+        let mut knows_nothing = source(None);
+        knows_nothing.heard(&cut_off).unwrap();
+        assert!(knows_nothing.view(Instant::now()).is_some());
+        let mut knows = source(Some(&Registrations::default()));
+        let said = knows.heard(&cut_off).unwrap_err();
+        assert!(crate::source::chain(&said).ends_with("it has lost its quorum"));
+        assert!(knows.view(Instant::now()).is_none());
     }
 }
