@@ -42,9 +42,9 @@ impl PluginConfig {
         self.name.clone().unwrap_or_else(|| format!("plugin:{file}").into())
     }
 
-    /// Its command line, for messages.
-    pub(super) fn shown(&self) -> String {
-        self.command.join(" ")
+    /// The program, for messages; without its arguments, which may be secrets.
+    pub(super) fn program(&self) -> &str {
+        self.command.first().map_or("", String::as_str)
     }
 }
 

@@ -17,6 +17,8 @@ use crate::source::{Counters, SourceError};
 
 /// A program that ends at once is not started more often than this.
 const RESTART: Duration = Duration::from_secs(1);
+/// What a program that does not listen is to be told is not kept beyond this.
+const MAX_UNSAID: usize = 1 << 20;
 /// Lines of the log are cut here.
 const MAX_LOG_LINE: usize = 2_000;
 
@@ -99,6 +101,10 @@ impl Talk {
     /// Tells the program a line, also one that it takes its time to read.
     pub(super) async fn tell(&mut self, line: String) -> Result<(), SourceError> {
         let running = self.running().await?;
+        if !running.unsaid.is_empty() && running.unsaid.len() + line.len() > MAX_UNSAID {
+            let why = "it does not read its standard input";
+            return Err(self.failed("ask its program to read its registry again".to_owned(), why));
+        }
         running.unsaid.extend_from_slice(line.as_bytes());
         match running.speak().await {
             Ok(()) => Ok(()),
@@ -112,6 +118,8 @@ impl Talk {
         let deadline = self.heard + silence;
         let Some(running) = &mut self.running else { return Err(self.ended(Ended::Exited(None))) };
         let line = tokio::select! {
+            // What it has said while nobody listened comes first: that was not its silence.
+            biased;
             line = running.listen(limit, &source) => line,
             () = sleep_until(deadline) => Err(Ended::Silent(silence)),
         };
@@ -138,7 +146,7 @@ impl Talk {
                     self.running = Some(running);
                 }
                 Err(error) => {
-                    let what = format!("start its program `{}`", self.config.shown());
+                    let what = format!("start its program `{}`", self.config.program());
                     return Err(self.failed(what, error));
                 }
             }
@@ -160,7 +168,7 @@ impl Talk {
         };
         self.running = None;
         self.counters.connections.store(0, Relaxed);
-        self.failed(format!("hear of its program `{}`", self.config.shown()), why)
+        self.failed(format!("hear of its program `{}`", self.config.program()), why)
     }
 
     fn failed(

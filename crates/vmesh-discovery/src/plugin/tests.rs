@@ -141,7 +141,10 @@ async fn a_line_without_end_a_program_that_is_not_there_and_bytes_are_failures()
     let (mut source, _) = self::source(config);
     let long = said(&mut source).await;
     assert!(long.ends_with("it printed a line of more than 100000 bytes (`max_bytes`)"), "{long}");
-    let config = PluginConfig { command: vec!["/no/such/plugin".to_owned()], ..plugin(&dir, "") };
+    let config = PluginConfig {
+        command: ["/no/such/plugin", "--token=s3cret"].map(String::from).to_vec(),
+        ..plugin(&dir, "")
+    };
     let (mut source, _) = self::source(config);
     assert_eq!(
         said(&mut source).await,
@@ -166,4 +169,35 @@ async fn a_program_goes_when_its_source_does() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn what_was_said_while_nobody_listened_is_no_silence() {
+    let dir = place();
+    let script = r#"read hello; for i in 1 2 3 4 5 6 7 8 9 10; do echo '{"type":"failed","message":"503"}'; done; cat > rest"#;
+    let (mut source, _) = source(plugin(&dir, script));
+    for _ in 0..10 {
+        let failed = said(&mut source).await;
+        assert!(failed.ends_with("could not read its registry: 503"), "{failed}");
+        // As long as its silence may be, and longer.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_does_not_read_is_not_told_without_end() {
+    let dir = place();
+    let alive = r#"{"type":"alive"}"#;
+    let (mut source, _) = source(plugin(&dir, &format!("while sleep 0.1; do echo '{alive}'; done")));
+    let services: BTreeSet<_> = (0..4000).map(|n| format!("service-{n:04}").parse().unwrap()).collect();
+    let refused = async {
+        loop {
+            let asked = tokio::time::timeout(Duration::from_millis(20), source.confirm(&services)).await;
+            if let Ok(Err(error)) = asked {
+                return chain(&error);
+            }
+        }
+    };
+    let refused = tokio::time::timeout(SOON, refused).await.unwrap();
+    assert!(refused.ends_with("registry again: it does not read its standard input"), "{refused}");
 }
