@@ -22,7 +22,8 @@ pub use follow::{Command, Handle, Link, follow, link};
 /// One discovery system. One implementation per file: `file.rs`.
 pub trait Source: Send + 'static {
     /// Waits for the next view. Always the complete view, never a delta: after an error, a restart or a missed event
-    /// there is nothing to resynchronise. Dropping the future loses no data.
+    /// there is nothing to resynchronise. Dropping the future loses no data. How often a registry that fails is asked is
+    /// for the source to say; after an error it is left alone for 2 s at most.
     fn next(&mut self) -> impl Future<Output = Result<Registrations, SourceError>> + Send;
 
     /// Reads `services` again, which lost most or all of what they had, as strongly as the source can: Consul
@@ -135,7 +136,8 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     line
 }
 
-/// How long to leave a source alone that fails: from 100 ms, twice as long each time, up to 30 s.
+/// How long to leave a source alone that fails: from 100 ms, twice as long each time, up to 2 s. It keeps one that fails
+/// at once from spinning, and no more: sources pace themselves, and what they have heard meanwhile waits to be taken.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
@@ -143,7 +145,7 @@ pub struct Backoff {
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
-    const LONGEST: Duration = Duration::from_secs(30);
+    const LONGEST: Duration = Duration::from_secs(2);
 
     /// How long to wait now. Half of it is drawn, so that what failed together does not come back together.
     pub fn draw(&mut self) -> Duration {
