@@ -133,9 +133,7 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     bench.none_failed("the leader was killed");
 
     // All of them are gone for a minute: what was known holds, and the operator knows since when.
-    for index in 0..bench.registry.len() {
-        bench.registry.kill(index)?;
-    }
+    bench.registry.kill_all()?;
     let since = Instant::now();
     let because = bench.until_source("stale").await?;
     assert!(!because.is_empty());
@@ -148,14 +146,10 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     bench.none_failed("all servers were killed for a minute");
 
     // They hold their connections and say nothing.
-    for index in 0..bench.registry.len() {
-        bench.registry.freeze(index)?;
-    }
+    bench.registry.freeze_all()?;
     bench.until_source("stale").await?;
     bench.until(&all).await?;
-    for index in 0..bench.registry.len() {
-        bench.registry.thaw(index)?;
-    }
+    bench.registry.thaw_all()?;
     bench.until_source("fresh").await?;
     bench.until(&all).await?;
     bench.none_failed("all servers were frozen");
@@ -237,13 +231,9 @@ async fn a_bad_day_of_zookeeper_fails_no_request() -> Result<()> {
             .unwrap_or_default())
     };
     let before = expired(&bench).await?;
-    for index in 0..bench.registry.len() {
-        bench.registry.freeze(index)?;
-    }
+    bench.registry.freeze_all()?;
     tokio::time::sleep(15 * SECOND).await;
-    for index in 0..bench.registry.len() {
-        bench.registry.thaw(index)?;
-    }
+    bench.registry.thaw_all()?;
     wait_for("the session to expire", LONG, async || {
         let now = expired(&bench).await.map_err(|failed| failed.to_string())?;
         if now > before { Ok(()) } else { Err(format!("{now} expired so far")) }

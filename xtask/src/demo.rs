@@ -208,9 +208,7 @@ impl Demo {
             registry.name()
         ));
         let load = Load::start(Plan::to(ORDERS).rate(500.0))?;
-        for index in 0..registry.len() {
-            registry.kill(index)?;
-        }
+        registry.kill_all()?;
         wait_for("the source to be stale", 30 * SECONDS, async || {
             let status = API.json("/api/v1/status").await.map_err(|failed| failed.to_string())?;
             let state = status.pointer("/sources/0/state").cloned().unwrap_or_default();

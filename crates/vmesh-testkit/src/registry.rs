@@ -194,6 +194,18 @@ impl Registry {
         }
     }
 
+    pub fn kill_all(&mut self) -> Result<()> {
+        (0..self.len()).try_for_each(|index| self.kill(index))
+    }
+
+    pub fn freeze_all(&mut self) -> Result<()> {
+        (0..self.len()).try_for_each(|index| self.freeze(index))
+    }
+
+    pub fn thaw_all(&mut self) -> Result<()> {
+        (0..self.len()).try_for_each(|index| self.thaw(index))
+    }
+
     /// Starts one server again on the data that it had, and waits until it serves.
     pub async fn restart(&mut self, index: usize) -> Result<()> {
         match self {
