@@ -218,11 +218,10 @@ async fn run(config: Config) -> Result<(), RunError> {
 fn start_source(source: &SourceConfig, disk: &Disk, kept: &Kept, tasks: &mut Tasks) -> Known {
     let name = source.name();
     let last_good: Option<Registrations> = restored(disk, &part(&name));
-    let is_restored = last_good.is_some();
     let last_good = last_good.map(Arc::new);
-    let (handle, task) = vmesh_discovery::open(source.clone(), last_good, kept.frozen_since(&name));
+    let (handle, task) = vmesh_discovery::open(source.clone(), last_good.clone(), kept.frozen_since(&name));
     tasks.spawn(format!("discovery {name}"), task);
-    Known::new(handle, is_restored, source.required(), source.guard().removal_hold())
+    Known::new(handle, last_good, source.required(), source.guard().removal_hold())
 }
 
 fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T> {

@@ -14,7 +14,7 @@ use vmesh_api::Source;
 use vmesh_catalog::{Catalog, Seen, SourceView, World};
 use vmesh_discovery::guard::{Absences, Evictions, What};
 use vmesh_discovery::source::NOT_ANSWERED_YET;
-use vmesh_discovery::{Handle, View};
+use vmesh_discovery::{Handle, Registrations, View};
 use vmesh_model::State;
 use vmesh_model::{NodeName, NodeReport, Place, Problem, ServiceName};
 
@@ -50,8 +50,8 @@ pub(crate) struct Sources(Arc<[Known]>);
 #[derive(Debug)]
 pub(crate) struct Known {
     pub(crate) handle: Handle,
-    /// Whether its view began with a last good state from the disk.
-    restored: bool,
+    /// The last good state from the disk that its view began with.
+    restored: Option<Arc<Registrations>>,
     pub(crate) required: bool,
     removal_hold: Duration,
     /// It is not waited for any more, though it has never answered.
@@ -59,7 +59,12 @@ pub(crate) struct Known {
 }
 
 impl Known {
-    pub(crate) fn new(handle: Handle, restored: bool, required: bool, removal_hold: Duration) -> Known {
+    pub(crate) fn new(
+        handle: Handle,
+        restored: Option<Arc<Registrations>>,
+        required: bool,
+        removal_hold: Duration,
+    ) -> Known {
         Known { handle, restored, required, removal_hold, done_without: AtomicBool::new(false) }
     }
 
@@ -80,7 +85,7 @@ impl Known {
         let answered = view.last_good.is_some() && failed.is_none();
         // A state from before holds once the source has shown that it will not answer.
         let silent = failed.is_none_or(|because| because == NOT_ANSWERED_YET);
-        if answered || (self.restored && !(silent && patient)) {
+        if answered || (self.restored.is_some() && !(silent && patient)) {
             return None;
         }
         Some(match failed {
@@ -136,12 +141,16 @@ impl Sources {
         &self.0
     }
 
-    /// What each source last said that was good and that it has said itself: what was restored is on the disk already.
-    pub(crate) fn last_good(&self) -> Vec<(Arc<str>, Arc<vmesh_discovery::Registrations>)> {
+    /// What each source last said that was good, and that it has said itself: what was restored is on the disk already.
+    /// Also of a source that has failed since: what is served has to outlive a restart. But not that it was given up
+    /// (`max_stale`): what was known before is more than nothing to the next start.
+    pub(crate) fn last_good(&self) -> Vec<(Arc<str>, Arc<Registrations>)> {
         let good = self.0.iter().filter_map(|known| {
             let view = known.handle.views.borrow();
-            let last_good = view.last_good.clone().filter(|_| view.stale_because.is_none())?;
-            Some((known.name().clone(), last_good))
+            let last_good = view.last_good.clone()?;
+            let is_restored = known.restored.as_ref().is_some_and(|before| Arc::ptr_eq(before, &last_good));
+            let is_given_up = view.stale_because.is_some() && last_good.services.is_empty();
+            (!is_restored && !is_given_up).then(|| (known.name().clone(), last_good))
         });
         good.collect()
     }
@@ -331,5 +340,48 @@ fn take_node(catalog: &mut Catalog, event: NodeEvent) {
     match event {
         NodeEvent::Report(report) => _ = catalog.on_node(report),
         NodeEvent::Forget(name) => _ = catalog.forget_node(&name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmesh_discovery::Seen;
+    use vmesh_discovery::source::link;
+    use vmesh_model::Registration;
+
+    use super::*;
+
+    fn registrations(service: &str) -> Arc<Registrations> {
+        let service: ServiceName = service.parse().unwrap();
+        let registration = Registration {
+            service: service.clone(),
+            protocol: None,
+            port: None,
+            endpoints: Arc::from([]),
+            place: Place::file("test"),
+        };
+        let services = std::iter::once((service, Seen::fresh(registration.into()))).collect();
+        Arc::new(Registrations { services, ..Registrations::default() })
+    }
+
+    #[test]
+    fn what_was_served_is_kept_though_the_source_has_failed_since_and_what_was_kept_is_not_written_again() {
+        let before = registrations("before");
+        let (handle, link) = link("test".into(), View::restored(before.clone()));
+        let known = Known::new(handle, Some(before), true, Duration::ZERO);
+        let sources = Sources::new(vec![known]);
+        let kept = || sources.last_good().into_iter().map(|(_, good)| good).next();
+        assert_eq!(kept(), None);
+        let failing = |view: &mut View| view.stale_because = Some("it does not answer".into());
+        link.views.send_modify(failing);
+        assert_eq!(kept(), None);
+        // It answers, and fails before that is written.
+        let now = registrations("now");
+        link.views.send_replace(View { last_good: Some(now.clone()), ..View::default() });
+        link.views.send_modify(failing);
+        assert_eq!(kept(), Some(now));
+        // What is given up after a while (`max_stale`) is still the best that is known at the next start.
+        link.views.send_modify(|view| view.last_good = Some(Arc::default()));
+        assert_eq!(kept(), None);
     }
 }
