@@ -398,6 +398,13 @@ async fn a_fallback_registry_takes_over_when_the_first_has_no_instance() -> Resu
     )
     .await?;
     assert_eq!(reached("orders-2"), 0, "the fallback was used");
+    let explained = mesh.ctl(&["explain", "orders", "--from", "web-1"])?;
+    let explained = String::from_utf8_lossy(&explained.stdout).into_owned();
+    let ranks = [(of_first.address, 0), (of_second.address, 1)].map(|(address, priority)| {
+        let line = explained.lines().find(|line| line.contains(&address.to_string()));
+        line.is_some_and(|line| line.ends_with(&format!(" {priority}")))
+    });
+    assert!(explained.contains("PRIORITY") && ranks == [true; 2], "{explained}");
     first.remove(&of_first).await?;
     wait_for(
         "traffic to orders-2",

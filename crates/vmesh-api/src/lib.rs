@@ -57,6 +57,9 @@ pub struct ServiceEndpoint {
     pub source: Arc<str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<Arc<str>>,
+    /// Of an explanation: how many others come before it. Envoy uses it when those are too few or too ill.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u32>,
 }
 
 impl From<&Endpoint> for ServiceEndpoint {
@@ -70,6 +73,7 @@ impl From<&Endpoint> for ServiceEndpoint {
             labels: endpoint.labels.clone(),
             source: endpoint.source.clone(),
             hostname: endpoint.hostname.clone(),
+            priority: None,
         }
     }
 }

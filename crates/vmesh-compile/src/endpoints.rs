@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use vmesh_model::document::{Fallback, Locality};
+use vmesh_model::document::{LoadBalancing, Locality};
 use vmesh_model::{Endpoint, Health};
 use vmesh_proto::envoy::config::core::v3::address::Address as AddressKind;
 use vmesh_proto::envoy::config::core::v3::socket_address::PortSpecifier;
@@ -14,25 +14,18 @@ use vmesh_proto::envoy::config::endpoint::v3::{
 };
 use vmesh_proto::uint32;
 
-/// Which endpoints a caller wants first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Preference<'a> {
-    pub(crate) locality: Locality,
-    /// Of the caller.
-    pub(crate) zone: Option<&'a str>,
-    pub(crate) fallback: &'a [Fallback],
-}
-
-impl Preference<'_> {
-    /// How many other endpoints come before this one, in steps: first what is no fallback, and in each step first what is
-    /// near.
-    fn rank(&self, endpoint: &Endpoint) -> (usize, bool) {
-        let step =
-            self.fallback.iter().position(|fallback| fallback.contains(endpoint)).map_or(0, |at| at + 1);
-        let is_far = self.locality == Locality::PreferLocal
-            && self.zone.is_some_and(|zone| endpoint.zone.as_deref() != Some(zone));
-        (step, is_far)
-    }
+/// How many other endpoints come before each of these for a caller in `zone`, as Envoy's priorities: first what is no
+/// fallback, and in each step first what is near. There is no gap: what comes first of what is there is 0.
+pub fn priorities(endpoints: &[&Endpoint], balancing: &LoadBalancing, zone: Option<&str>) -> Vec<u32> {
+    let rank = |endpoint: &Endpoint| {
+        let fallback = balancing.fallback.iter().position(|fallback| fallback.contains(endpoint));
+        let is_far = balancing.locality == Locality::PreferLocal
+            && zone.is_some_and(|zone| endpoint.zone.as_deref() != Some(zone));
+        (fallback.map_or(0, |at| at + 1), is_far)
+    };
+    let all: Vec<_> = endpoints.iter().map(|endpoint| rank(endpoint)).collect();
+    let ranks: BTreeSet<_> = all.iter().copied().collect();
+    all.iter().map(|rank| u32::try_from(ranks.range(..rank).count()).unwrap_or(u32::MAX)).collect()
 }
 
 /// The region of an endpoint: the datacenter, where the source has several.
@@ -45,23 +38,21 @@ fn region(endpoint: &Endpoint) -> &str {
 ///
 /// Every locality has a weight, the sum of its endpoints': gRPC skips a locality without one (gRFC A27), and Envoy
 /// looks at it only under a locality-weighted policy, which vmesh does not use.
-pub(crate) fn assignment<'a>(
+pub(crate) fn assignment(
     name: &str,
-    endpoints: impl Iterator<Item = &'a Endpoint>,
-    preference: Preference<'_>,
+    endpoints: &[Endpoint],
+    balancing: &LoadBalancing,
+    zone: Option<&str>,
 ) -> ClusterLoadAssignment {
-    type Group<'a> = ((usize, bool), &'a str, &'a str);
-    let mut groups: BTreeMap<Group<'_>, Vec<&Endpoint>> = BTreeMap::new();
-    for endpoint in endpoints {
+    let endpoints: Vec<&Endpoint> = endpoints.iter().collect();
+    let mut groups: BTreeMap<(u32, &str, &str), Vec<&Endpoint>> = BTreeMap::new();
+    for (endpoint, priority) in endpoints.iter().zip(priorities(&endpoints, balancing, zone)) {
         let zone = endpoint.zone.as_deref().unwrap_or_default();
-        groups.entry((preference.rank(endpoint), region(endpoint), zone)).or_default().push(endpoint);
+        groups.entry((priority, region(endpoint), zone)).or_default().push(endpoint);
     }
-    // Priorities must have no gap: what comes first of what is there is 0.
-    let ranks: BTreeSet<_> = groups.keys().map(|(rank, _, _)| *rank).collect();
-    let localities = groups.into_iter().map(|((rank, region, zone), endpoints)| {
-        let priority = u32::try_from(ranks.range(..rank).count()).unwrap_or(u32::MAX);
-        locality(region, zone, priority, &endpoints)
-    });
+    let localities = groups
+        .into_iter()
+        .map(|((priority, region, zone), endpoints)| locality(region, zone, priority, &endpoints));
     ClusterLoadAssignment {
         cluster_name: name.to_owned(),
         endpoints: localities.collect(),

@@ -27,6 +27,7 @@ use vmesh_model::{NodeReport, Problem, ServiceName};
 use vmesh_xds::{Snapshot, Store};
 
 pub use class::{Class, Reshaped, Shared};
+pub use endpoints::priorities;
 pub use node::NodeConfig;
 pub use route::cluster_name;
 pub use service::{Compiled, Shape};

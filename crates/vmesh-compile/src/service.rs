@@ -12,7 +12,7 @@ use vmesh_xds::{Group, Kind, Resource};
 use crate::class::Class;
 use crate::cluster::{eds_cluster, grpc_cluster};
 use crate::effective::Effective;
-use crate::endpoints::{Preference, assignment};
+use crate::endpoints::assignment;
 use crate::listener::api_listener;
 use crate::route::{Router, Share, cluster_name};
 
@@ -67,9 +67,7 @@ pub(crate) fn compile(
     before: Option<&Compiled>,
 ) -> Compiled {
     let shape = shape(world, name, class, before.map(|compiled| &compiled.shape));
-    let balancing = &shape.effective.load_balancing;
-    let (locality, fallback) = (balancing.locality, &*balancing.fallback);
-    let preference = Preference { locality, zone: class.zone.as_deref(), fallback };
+    let (balancing, zone) = (&shape.effective.load_balancing, class.zone.as_deref());
     let mut problems = shape.problems.clone();
     let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
     let reshaped = before.is_none_or(|before| !Arc::ptr_eq(&before.shape, &shape));
@@ -87,7 +85,7 @@ pub(crate) fn compile(
         assignments.push(match same {
             Some(same) => same.clone(),
             None => {
-                let message = assignment(cluster, of.iter(), preference);
+                let message = assignment(cluster, &of, balancing, zone);
                 Assignment { of, resource: Resource::new(Kind::Endpoint, cluster.as_str(), &message) }
             }
         });

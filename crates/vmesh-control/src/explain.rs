@@ -6,12 +6,12 @@ use std::collections::BTreeSet;
 
 use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
 use vmesh_catalog::World;
-use vmesh_compile::Compiler;
 use vmesh_compile::effective::Effective;
+use vmesh_compile::{Class, Compiler};
 use vmesh_model::document::{Match, PathMatch, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
-use vmesh_model::{Health, NodeReport, ServiceName, Settings};
+use vmesh_model::{Endpoint, Health, NodeReport, ServiceName, Settings};
 
 /// How the node itself stands.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ pub(crate) fn explain(
     let routes = hops(&world, service);
     let names: BTreeSet<ServiceName> =
         std::iter::once(service.clone()).chain(shape.references.iter().cloned()).collect();
-    let clusters: Vec<_> = names.iter().flat_map(|name| clusters(&world, name)).collect();
+    let clusters: Vec<_> = names.iter().flat_map(|name| clusters(&world, name, &shared.class)).collect();
     let usable = |health: Health| matches!(health, Health::Unknown | Health::Healthy);
     let endpoints = world.endpoints(service);
     let obstacle = if !declared {
@@ -192,14 +192,25 @@ fn retries(retry: &Retry) -> String {
     }
 }
 
-fn clusters(world: &World, service: &ServiceName) -> Vec<Cluster> {
-    let endpoints = world.endpoints(service);
-    let all = endpoints.iter().map(ServiceEndpoint::from).collect();
-    let mut clusters = vec![Cluster { name: service.to_string(), endpoints: all }];
+fn clusters(world: &World, service: &ServiceName, class: &Class) -> Vec<Cluster> {
+    let endpoints: Vec<&Endpoint> = world.endpoints(service).iter().collect();
+    let settings = world.documents.settings(service, &class.nodes);
+    let balancing = Effective::of(&settings, world.protocol(service)).load_balancing;
+    let cluster = |name: String, endpoints: &[&Endpoint]| {
+        let priorities = vmesh_compile::priorities(endpoints, &balancing, class.zone.as_deref());
+        // Where all come first there is nothing to say.
+        let several = priorities.iter().any(|priority| *priority > 0);
+        let endpoints = endpoints.iter().zip(priorities).map(|(endpoint, priority)| ServiceEndpoint {
+            priority: several.then_some(priority),
+            ..ServiceEndpoint::from(*endpoint)
+        });
+        Cluster { name, endpoints: endpoints.collect() }
+    };
+    let mut clusters = vec![cluster(service.to_string(), &endpoints)];
     if let Some(document) = world.documents.services.get(service) {
-        clusters.extend(document.subsets.iter().map(|(name, subset)| Cluster {
-            name: vmesh_compile::cluster_name(service, Some(name)),
-            endpoints: endpoints.iter().filter(|e| subset.contains(e)).map(ServiceEndpoint::from).collect(),
+        clusters.extend(document.subsets.iter().map(|(name, subset)| {
+            let part: Vec<_> = endpoints.iter().copied().filter(|e| subset.contains(e)).collect();
+            cluster(vmesh_compile::cluster_name(service, Some(name)), &part)
         }));
     }
     clusters

@@ -134,18 +134,26 @@ pub(crate) fn service(answer: &Services) -> (String, bool) {
 
 fn endpoint_table(endpoints: &[ServiceEndpoint]) -> String {
     let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
-    let mut rows = vec![["ENDPOINT", "HEALTH", "WEIGHT", "VERSION", "ZONE", "SOURCE"].map(str::to_owned)];
+    // Where all come first there is nothing to say.
+    let ranked = endpoints.iter().any(|endpoint| endpoint.priority.is_some());
+    let heading = ["ENDPOINT", "HEALTH", "WEIGHT", "VERSION", "ZONE", "SOURCE"].into_iter();
+    let heading = heading.chain(ranked.then_some("PRIORITY")).map(str::to_owned).collect();
+    let mut cells: Vec<Vec<String>> = vec![heading];
     for endpoint in endpoints {
-        rows.push([
+        let mut row = vec![
             endpoint.address.to_string(),
             endpoint.health.to_string(),
             endpoint.weight.to_string(),
             or_dash(endpoint.version.as_deref()),
             or_dash(endpoint.zone.as_deref()),
             endpoint.source.to_string(),
-        ]);
+        ];
+        if ranked {
+            row.push(endpoint.priority.map_or_else(|| "-".to_owned(), |priority| priority.to_string()));
+        }
+        cells.push(row);
     }
-    table(&rows)
+    table(&cells)
 }
 
 pub(crate) fn nodes(answer: &Nodes) -> (String, bool) {
