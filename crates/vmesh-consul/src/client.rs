@@ -24,6 +24,8 @@ use crate::pool::{Lease, Pool, broken};
 pub const MAX_BODY: usize = 64 << 20;
 /// What a request may take beyond the time that it asks to wait for. A server without a leader alone takes 7 s to say so.
 pub const MARGIN: Duration = Duration::from_secs(10);
+/// How long a server may take to say who leads its own datacenter.
+const IS_WELL_WITHIN: Duration = Duration::from_secs(2);
 /// Consul's own bound for blocking queries.
 pub const MAX_WAIT: Duration = Duration::from_secs(600);
 
@@ -223,7 +225,7 @@ impl Client {
                 Err(kind) => kind,
             };
             self.0.counters.failures.fetch_add(1, Ordering::Relaxed);
-            if kind.is_the_servers() && pools.len() > 1 {
+            if kind.is_the_servers() && pools.len() > 1 && !self.is_of_datacenter(pool, query, &kind).await {
                 self.leave(at, &kind);
                 if attempt < attempts {
                     attempt += 1;
@@ -236,6 +238,21 @@ impl Client {
                 address: pool.address.clone(),
                 kind,
             });
+        }
+    }
+
+    /// Whether it is the datacenter that was asked about that fails, and not the server that passed the question on:
+    /// leaving that one would cost the other datacenters their queries, again and again for as long as this one is away.
+    async fn is_of_datacenter(&self, pool: &Pool, query: &Query, kind: &ErrorKind) -> bool {
+        if query.datacenter.is_none() || matches!(kind, ErrorKind::Unreachable(_) | ErrorKind::Limited(_)) {
+            return false;
+        }
+        let query = Query::default();
+        let asked = self.exchange(pool, "GET", "/v1/status/leader", &query, None, true);
+        match timeout(IS_WELL_WITHIN, asked).await {
+            // The address of the leader of its own datacenter, in quotes.
+            Ok(Ok(reply)) => reply.status == 200 && reply.body.len() > 2,
+            Ok(Err(_)) | Err(_) => false,
         }
     }
 
@@ -525,5 +542,53 @@ mod tests {
             "/v1/kv/a?stale&index=7&wait=600000ms&recurse&dc=dc1&ns=team%20a&partition=p"
         );
         assert_eq!(escaped("a b/ö?&-._~"), "a%20b%2F%C3%B6%3F%26-._~");
+    }
+
+    type Says = &'static [(&'static str, &'static str, &'static str)];
+    const WELL: Says = &[
+        ("/v1/status/leader", "200", "\"10.0.0.1:8300\""),
+        ("dc=dc2", "500", "No path to datacenter"),
+        ("", "200", "{}"),
+    ];
+    const ILL: Says = &[("/v1/status/leader", "200", "\"\""), ("", "500", "No cluster leader")];
+
+    /// A server that answers every request by the first of `says` whose text is in its first line.
+    async fn server(tasks: &mut JoinSet<()>, says: Says) -> Address {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        tasks.spawn(async move {
+            loop {
+                let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+                let (mut first, mut line) = (String::new(), String::new());
+                stream.read_line(&mut first).await.unwrap();
+                while stream.read_line(&mut line).await.unwrap_or(0) > 2 {
+                    line.clear();
+                }
+                let (_, status, body) = says.iter().find(|(asked, ..)| first.contains(asked)).unwrap();
+                let answer = format!(
+                    "HTTP/1.1 {status} X\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                    body.len()
+                );
+                _ = stream.get_mut().write_all(answer.as_bytes()).await;
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn a_server_is_not_left_for_what_ails_another_datacenter() {
+        let mut tasks = JoinSet::new();
+        for (says, stays) in [(WELL, true), (ILL, false)] {
+            let first = server(&mut tasks, says).await;
+            let second = server(&mut tasks, WELL).await;
+            let config = Config::of([first.clone(), second.clone()]);
+            let client = Client::new(&config);
+            let query = Query { datacenter: Some("dc2".into()), ..Query::default() };
+            let failed = client.get_bytes("/v1/catalog/services", &query).await.unwrap_err();
+            assert!(failed.to_string().starts_with("GET /v1/catalog/services at"), "{failed}");
+            let asked = if stays { first } else { second };
+            assert_eq!(client.address(), asked.to_string());
+        }
     }
 }
