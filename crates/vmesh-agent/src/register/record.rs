@@ -57,6 +57,13 @@ pub enum Format {
     HostPort,
 }
 
+impl Format {
+    /// Whether a record can say that its instance takes nothing new, and is not gone yet.
+    pub(crate) fn can_drain(self) -> bool {
+        matches!(self, Format::Serverset | Format::Spring | Format::Nerve)
+    }
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -78,8 +85,9 @@ pub(crate) struct Znode {
     pub(crate) data: Vec<u8>,
 }
 
-/// What `instance` is in ZooKeeper. `now` is when it was registered: Curator wants to know.
-pub(crate) fn znode(format: Format, instance: &Instance, now: SystemTime) -> Znode {
+/// What `instance` is in ZooKeeper. `since` is when it was registered: Curator wants to know. That it `drains` is said
+/// where the format can.
+pub(crate) fn znode(format: Format, instance: &Instance, since: SystemTime, drains: bool) -> Znode {
     let Instance { id, address, port, .. } = instance;
     let host = address.to_string();
     let (child, sequential, data) = match format {
@@ -87,7 +95,7 @@ pub(crate) fn znode(format: Format, instance: &Instance, now: SystemTime) -> Zno
             let data = json!({
                 "serviceEndpoint": {"host": host, "port": port},
                 "additionalEndpoints": {},
-                "status": "ALIVE",
+                "status": if drains { "STOPPING" } else { "ALIVE" },
                 "metadata": instance.metadata(),
             });
             ("member_".to_owned(), true, data)
@@ -99,22 +107,25 @@ pub(crate) fn znode(format: Format, instance: &Instance, now: SystemTime) -> Zno
                 labels.insert("az".to_owned(), zone);
             }
             let mut data = json!({"host": host, "port": port, "name": id, "labels": labels});
-            if let (Some(weight), Some(data)) = (instance.weight, data.as_object_mut()) {
+            // No share of the traffic.
+            let weight = if drains { Some(0) } else { instance.weight };
+            if let (Some(weight), Some(data)) = (weight, data.as_object_mut()) {
                 data.insert("weight".to_owned(), json!(weight));
             }
             (format!("{id}_"), true, data)
         }
-        Format::Curator => (id.clone(), false, curator(instance, json!(instance.metadata()), now)),
+        Format::Curator => (id.clone(), false, curator(instance, json!(instance.metadata()), since)),
         Format::Spring => {
             let mut metadata = instance.metadata();
-            metadata.insert("instance_status".to_owned(), json!("UP"));
+            metadata
+                .insert("instance_status".to_owned(), json!(if drains { "OUT_OF_SERVICE" } else { "UP" }));
             let payload = json!({
                 "@class": "org.springframework.cloud.zookeeper.discovery.ZookeeperInstance",
                 "id": instance.service,
                 "name": instance.service,
                 "metadata": metadata,
             });
-            (id.clone(), false, curator(instance, payload, now))
+            (id.clone(), false, curator(instance, payload, since))
         }
         Format::HostPort => {
             let text = std::net::SocketAddr::new(*address, *port).to_string();
@@ -124,8 +135,8 @@ pub(crate) fn znode(format: Format, instance: &Instance, now: SystemTime) -> Zno
     Znode { child, sequential, data: data.to_string().into_bytes() }
 }
 
-fn curator(instance: &Instance, payload: Value, now: SystemTime) -> Value {
-    let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+fn curator(instance: &Instance, payload: Value, since: SystemTime) -> Value {
+    let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
     json!({
         "name": instance.service,
         "id": instance.id,
@@ -194,7 +205,7 @@ mod tests {
 
     fn check(format: Format, expected: Expect) {
         let Znode { child, sequential, data } =
-            znode(format, &example(), UNIX_EPOCH + Duration::from_secs(7));
+            znode(format, &example(), UNIX_EPOCH + Duration::from_secs(7), false);
         let number = if sequential { "0000000007" } else { "" };
         expected.assert_eq(&format!("{child}{number} {}\n", String::from_utf8(data).unwrap()));
     }
@@ -231,6 +242,18 @@ mod tests {
             10.0.1.17:8080 10.0.1.17:8080
         "#]],
         );
+    }
+
+    #[test]
+    fn a_record_that_drains_says_so_where_its_readers_understand_it() {
+        for (format, said) in [
+            (Format::Serverset, r#""status":"STOPPING""#),
+            (Format::Nerve, r#""weight":0"#),
+            (Format::Spring, r#""instance_status":"OUT_OF_SERVICE""#),
+        ] {
+            let record = znode(format, &example(), UNIX_EPOCH, true);
+            assert!(format.can_drain() && String::from_utf8(record.data).unwrap().contains(said), "{format}");
+        }
     }
 
     #[test]
