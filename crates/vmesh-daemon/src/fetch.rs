@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HOST;
+use http::header::{CONTENT_TYPE, HOST};
 use http::{HeaderValue, Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1;
@@ -16,7 +16,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 /// Answers beyond this are refused: `/config_dump` of the largest node is well below it.
-pub const MAX_ANSWER: usize = 256 << 20;
+const MAX_ANSWER: usize = 256 << 20;
 
 /// Where the server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,8 +48,12 @@ pub struct FetchError {
 enum Cause {
     #[error("nothing listens there that lets this user in: {0}")]
     Connect(#[source] std::io::Error),
-    #[error("no answer within {} s", .0.as_secs_f32())]
-    Timeout(Duration),
+    #[error(
+        "no answer within {} s{}",
+        .within.as_secs_f32(),
+        if *.has_effect { "; it may have been done all the same" } else { "" }
+    )]
+    Timeout { within: Duration, has_effect: bool },
     #[error("the answer is larger than {MAX_ANSWER} bytes")]
     TooLarge,
     #[error("{0}")]
@@ -70,23 +74,50 @@ pub async fn fetch(
     path: &str,
     within: Duration,
 ) -> Result<(StatusCode, Bytes), FetchError> {
+    send(peer, method, path, None, within).await
+}
+
+/// [`fetch`], by `POST` and with JSON.
+pub async fn post(
+    peer: &Peer,
+    path: &str,
+    json: Bytes,
+    within: Duration,
+) -> Result<(StatusCode, Bytes), FetchError> {
+    send(peer, Method::POST, path, Some(json), within).await
+}
+
+async fn send(
+    peer: &Peer,
+    method: Method,
+    path: &str,
+    json: Option<Bytes>,
+    within: Duration,
+) -> Result<(StatusCode, Bytes), FetchError> {
+    let has_effect = json.is_some();
     let exchange = async {
         match peer {
             Peer::Tcp(address) => {
                 let io = TcpStream::connect(address).await.map_err(Cause::Connect)?;
-                ask(io, &method, path, &address.to_string()).await
+                ask(io, &method, path, json, &address.to_string()).await
             }
             Peer::Unix(socket) => {
                 let io = UnixStream::connect(socket).await.map_err(Cause::Connect)?;
-                ask(io, &method, path, "localhost").await
+                ask(io, &method, path, json, "localhost").await
             }
         }
     };
-    let answer = timeout(within, exchange).await.unwrap_or(Err(Cause::Timeout(within)));
+    let answer = timeout(within, exchange).await.unwrap_or(Err(Cause::Timeout { within, has_effect }));
     answer.map_err(|cause| FetchError { method, path: path.to_owned(), peer: peer.clone(), cause })
 }
 
-async fn ask<T>(io: T, method: &Method, path: &str, host: &str) -> Result<(StatusCode, Bytes), Cause>
+async fn ask<T>(
+    io: T,
+    method: &Method,
+    path: &str,
+    json: Option<Bytes>,
+    host: &str,
+) -> Result<(StatusCode, Bytes), Cause>
 where
     TokioIo<T>: Read + Write + Unpin,
 {
@@ -94,9 +125,13 @@ where
         Cause::Http(error.into())
     }
     let (mut requests, connection) = http1::handshake(TokioIo::new(io)).await.map_err(http)?;
-    let mut request = Request::new(Full::<Bytes>::default());
+    let is_json = json.is_some();
+    let mut request = Request::new(Full::new(json.unwrap_or_default()));
     *request.method_mut() = method.clone();
     *request.uri_mut() = path.parse::<Uri>().map_err(http)?;
+    if is_json {
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
     request.headers_mut().insert(HOST, HeaderValue::from_str(host).map_err(http)?);
     let exchange = async {
         let response = requests.send_request(request).await.map_err(http)?;
@@ -140,6 +175,29 @@ mod tests {
         let answer = fetch(&peer, Method::POST, "/drain?x=1", Duration::from_secs(5)).await.unwrap();
         assert_eq!(answer, (StatusCode::SERVICE_UNAVAILABLE, Bytes::from("later")));
         assert!(server.await.unwrap().starts_with("POST /drain?x=1 HTTP/1.1\r\nhost: 127.0.0.1:"));
+    }
+
+    #[tokio::test]
+    async fn json_is_posted_and_what_may_have_been_done_is_said() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = Peer::Tcp(listener.local_addr().unwrap());
+        let within = Duration::from_millis(300);
+        let server = crate::tasks::spawn_handle(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = String::new();
+            stream.read_to_string(&mut request).await.unwrap();
+            request
+        });
+        let unanswered = post(&peer, "/evict", "{\"a\":1}".into(), within).await.unwrap_err();
+        assert_eq!(
+            crate::report::one_line(&unanswered),
+            format!(
+                "POST /evict at {peer} failed; because: no answer within 0.3 s; it may have been done all the same"
+            )
+        );
+        let request = server.await.unwrap();
+        assert!(request.contains("content-type: application/json\r\n"), "{request}");
+        assert!(request.ends_with("\r\n\r\n{\"a\":1}"), "{request}");
     }
 
     #[tokio::test]

@@ -13,9 +13,7 @@ use vmesh_api::{
     Accept, Discovery, Done, EndpointOf, Events, Explanation, Failure, Nodes, Problems, Services, Status,
     Which,
 };
-use vmesh_daemon::fetch::{Peer, fetch};
-
-use crate::post::post;
+use vmesh_daemon::fetch::{FetchError, Peer, fetch, post};
 
 const WITHIN: Duration = Duration::from_secs(10);
 
@@ -32,7 +30,7 @@ pub(crate) enum AskError {
     Unreachable {
         peer: Peer,
         #[source]
-        cause: Box<dyn std::error::Error + Send + Sync>,
+        cause: Box<FetchError>,
     },
     #[error("the control plane at {peer} answered {status}: {message}")]
     Refused { peer: Peer, status: StatusCode, message: String },
@@ -117,21 +115,21 @@ impl Api {
     }
 
     async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, AskError> {
-        let answer = fetch(&self.0, method, path, WITHIN).await;
-        self.answer(answer.map_err(Into::into))
+        self.answer(fetch(&self.0, method, path, WITHIN).await)
     }
 
     async fn say<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, AskError> {
         let body = serde_json::to_vec(body).map_err(AskError::Print)?;
-        self.answer(post(&self.0, path, body.into(), WITHIN).await.map_err(Into::into))
+        self.answer(post(&self.0, path, body.into(), WITHIN).await)
     }
 
     fn answer<T: DeserializeOwned>(
         &self,
-        answer: Result<(StatusCode, Bytes), Box<dyn std::error::Error + Send + Sync>>,
+        answer: Result<(StatusCode, Bytes), FetchError>,
     ) -> Result<T, AskError> {
         let peer = self.0.clone();
-        let (status, body) = answer.map_err(|cause| AskError::Unreachable { peer: peer.clone(), cause })?;
+        let (status, body) =
+            answer.map_err(|cause| AskError::Unreachable { peer: peer.clone(), cause: Box::new(cause) })?;
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|cause| AskError::Foreign { peer, cause });
         }

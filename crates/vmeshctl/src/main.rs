@@ -9,7 +9,6 @@
 //! | 64 | the command line is wrong |
 
 mod client;
-mod post;
 mod show;
 mod table;
 
