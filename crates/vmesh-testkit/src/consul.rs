@@ -1,12 +1,14 @@
 //! Real Consul servers: one or three, with ACLs and TLS, and what tests do to them.
 //!
 //! Each server has an address of its own and the ports that everybody knows (8500, 8501 for TLS). They run from
-//! Debian's package, by its hash: 1.8.7, the last that Debian had.
+//! Debian's package, by its hash: 1.8.7, the last that Debian had. Where `$VMESH_TOOLS_CACHE` does not have it, a
+//! `consul` of that version on the PATH will do.
 
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,6 +30,7 @@ const DEB: Deb = Deb {
     path: "pool/main/c/consul/consul_1.8.7+dfsg1-2+b3_amd64.deb",
     sha256: "e4e888bba104daba1d9161f49bfc52649a7e4efd45b1a7ead5bc54f2cb9c89d9",
 };
+const VERSION: &str = "1.8.7";
 const HTTP_PORT: u16 = 8500;
 const HTTPS_PORT: u16 = 8501;
 /// How long servers may take to have a leader, on a machine that does other things too.
@@ -78,6 +81,37 @@ struct Member {
     daemon: Option<Daemon>,
 }
 
+/// The Consul to test with: the package that `$VMESH_TOOLS_CACHE` has, else a `consul` of the pinned version on the PATH,
+/// else the package, which is fetched on first use and checked against its hash.
+fn program() -> Result<PathBuf> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(found) = FOUND.get() {
+        return Ok(found.clone());
+    }
+    let there = if debian::is_provided(&[DEB]) { None } else { on_path() };
+    let found = match there {
+        Some(path) => path,
+        None => debian::unpacked(&format!("consul-{VERSION}"), &[DEB])?.join("usr/bin/consul"),
+    };
+    Ok(FOUND.get_or_init(|| found).clone())
+}
+
+fn on_path() -> Option<PathBuf> {
+    let path = debian::on_path("consul")?;
+    let said = Command::new(&path).arg("version").output().map(|output| output.stdout).unwrap_or_default();
+    let is_pinned = is_pinned(&String::from_utf8_lossy(&said));
+    if !is_pinned {
+        eprintln!("{} is not Consul {VERSION} and is left alone", path.display());
+    }
+    is_pinned.then_some(path)
+}
+
+/// `said` is what `consul version` says: its first line is `Consul v1.8.7`, and Debian adds a revision to it.
+fn is_pinned(said: &str) -> bool {
+    let version = said.lines().next().and_then(|line| line.trim().strip_prefix("Consul v"));
+    version.is_some_and(|version| version.split(['+', '-', ' ']).next() == Some(VERSION))
+}
+
 impl Consul {
     /// One server, which lets everybody do everything.
     pub async fn one() -> Result<Consul> {
@@ -91,7 +125,7 @@ impl Consul {
 
     /// Starts the servers and waits until they have a leader.
     pub async fn start(options: Options) -> Result<Consul> {
-        let program = debian::unpacked("consul-1.8.7", &[DEB])?.join("usr/bin/consul");
+        let program = program()?;
         let dir = tempdir()?;
         let mut members = Vec::new();
         for number in 1..=options.servers {
@@ -346,10 +380,11 @@ impl Consul {
 
     /// A token with these rules (`service_prefix "" { policy = "read" }`): its accessor, and the secret itself.
     pub async fn token(&self, rules: &str) -> Result<(String, String)> {
+        let at = self.leader().await?;
         let name =
-            format!("policy-{}", self.get(0, "/v1/acl/policies").await?.as_array().map_or(0, Vec::len));
-        self.put(0, "/v1/acl/policy", &json!({"Name": name, "Rules": rules})).await?;
-        let said = self.put(0, "/v1/acl/token", &json!({"Policies": [{"Name": name}]})).await?;
+            format!("policy-{}", self.get(at, "/v1/acl/policies").await?.as_array().map_or(0, Vec::len));
+        self.put(at, "/v1/acl/policy", &json!({"Name": name, "Rules": rules})).await?;
+        let said = self.put(at, "/v1/acl/token", &json!({"Policies": [{"Name": name}]})).await?;
         let said: Value = serde_json::from_str(&said).map_err(Failed::to("reading the token"))?;
         let field = |name: &str| said.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
         Ok((field("AccessorID"), field("SecretID")))
@@ -359,7 +394,8 @@ impl Consul {
     pub async fn revoke(&self, accessor: &str) -> Result<()> {
         let path = format!("/v1/acl/token/{accessor}");
         let (status, said) =
-            call(self.address(0)?, Method::DELETE, &path, Some(MANAGEMENT_TOKEN), "").await?;
+            call(self.address(self.leader().await?)?, Method::DELETE, &path, Some(MANAGEMENT_TOKEN), "")
+                .await?;
         if status.is_success() { Ok(()) } else { Err(Failed::new(format!("DELETE {path}: {status} {said}"))) }
     }
 

@@ -38,6 +38,11 @@ pub fn unpacked(name: &str, debs: &[Deb]) -> Result<PathBuf> {
     })
 }
 
+/// Whether `$VMESH_TOOLS_CACHE` has one of these packages.
+pub fn is_provided(debs: &[Deb]) -> bool {
+    debs.iter().any(|deb| cache::provided(deb.file()).is_some())
+}
+
 /// The program `name` on the PATH.
 pub fn on_path(name: &str) -> Option<PathBuf> {
     let paths = std::env::var_os("PATH")?;
