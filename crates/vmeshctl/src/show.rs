@@ -263,6 +263,13 @@ fn one_held(source: &DiscoverySource, held: &Held) -> String {
         Some(service) => format!("{service} of {}", source.name),
         None => format!("all that is gone of {}", source.name),
     };
+    if let ("fleet", Some(_)) = (&*held.kind, &held.service) {
+        // Why, and for how long, is said of the source as a whole.
+        return format!(
+            "\n{what} has been HELD with it: {} of its {} endpoints are named\n  to believe it now: {}\n",
+            held.has, held.had, held.command
+        );
+    }
     let readings = match (held.confirmations, held.confirmed) {
         (0, _) => String::new(),
         (of, confirmed) => format!(", and {of} more readings have to say the same ({confirmed} so far)"),
@@ -442,7 +449,10 @@ mod tests {
                       "command": "vmeshctl --api unix:/s discovery accept consul:dc1 orders"}},
                     {{"kind": "fleet", "age_seconds": 300, "remaining_seconds": null, "had": 80, "has": 40,
                       "confirmed": 0, "confirmations": 0, "because": "half of it is gone",
-                      "command": "vmeshctl --api unix:/s discovery accept consul:dc1"}}]}},
+                      "command": "vmeshctl --api unix:/s discovery accept consul:dc1"}},
+                    {{"service": "pay", "kind": "fleet", "age_seconds": 300, "remaining_seconds": null, "had": 6, "has": 2,
+                      "confirmed": 0, "confirmations": 0, "because": "half of it is gone",
+                      "command": "vmeshctl --api unix:/s discovery accept consul:dc1 pay"}}]}},
                 {{"name": "zk", "state": "frozen", "because": "no change of it is taken", "required": false,
                   "age_seconds": null, "answered_at": null, "frozen_at": 1,
                   "command": "vmeshctl --api unix:/s discovery thaw zk", "services": 0, "endpoints": 0, "missing": 0,
@@ -456,7 +466,7 @@ mod tests {
             expect![[r#"
                 SOURCE           STATE   ANSWERED  SERVICES  ENDPOINTS  HELD  MISSING
                 file:services.d  fresh   2s ago    2         5          0     0
-                consul:dc1       HELD    1s ago    9         80         1     3
+                consul:dc1       HELD    1s ago    9         80         2     3
                 zk               FROZEN  never     0         0          0     0
 
                 orders of consul:dc1 has been HELD (absent) for 12s; 18s more at least, and 2 more readings have to say the same (0 so far)
@@ -466,6 +476,9 @@ mod tests {
                 all that is gone of consul:dc1 has been HELD (fleet) for 5m; until that is accepted, or the source names enough again
                   why: half of it is gone
                   to believe it now: vmeshctl --api unix:/s discovery accept consul:dc1
+
+                pay of consul:dc1 has been HELD with it: 2 of its 6 endpoints are named
+                  to believe it now: vmeshctl --api unix:/s discovery accept consul:dc1 pay
 
                 zk is FROZEN: no change of it is taken
                   to take its changes again: vmeshctl --api unix:/s discovery thaw zk
