@@ -39,6 +39,9 @@ use plan::{Ask, Datacenter, Key, Plan, Watched};
 
 /// How long the first view waits for names to be resolved: without them services would begin without endpoints.
 const FIRST_NAMES: Duration = Duration::from_secs(5);
+/// How long the first view waits for a datacenter that cannot be read and of which nothing is known from before: without
+/// it every proxy that has endpoints there would lose them.
+const FIRST_DATACENTERS: Duration = Duration::from_secs(30);
 /// News that come so close together are one view.
 const SETTLE: Duration = Duration::from_millis(15);
 /// The catalogue is asked more often than `wait` says: it is how one notices that nobody answers any more.
@@ -69,6 +72,7 @@ pub struct ConsulSource<R = SystemResolver> {
     parsed: BTreeMap<ServiceName, Arc<ParsedService>>,
     problems: BTreeMap<ServiceName, Vec<Problem>>,
     statement: Statement,
+    started: Instant,
     /// Since when the first view waits for names.
     first_names: Option<Instant>,
     settle_at: Option<Instant>,
@@ -128,6 +132,7 @@ impl<R: Resolve> ConsulSource<R> {
             parsed: BTreeMap::new(),
             problems: BTreeMap::new(),
             statement: Statement::default(),
+            started: Instant::now(),
             first_names: None,
             settle_at: None,
             told: None,
@@ -600,6 +605,13 @@ impl<R: Resolve> ConsulSource<R> {
         (Some(Told { known, stale_because }), problems)
     }
 
+    /// Whether nothing is known of a datacenter, neither from now nor from before a restart.
+    fn is_unknown(&self, dc: &Datacenter) -> bool {
+        let was_in =
+            |name: &Arc<str>| self.last_good.values().any(|known| remembered(known, name).listed > 0);
+        !dc.has_listed && !dc.name.as_ref().is_some_and(was_in)
+    }
+
     /// Why it is too early for the first view, or that there will be none.
     fn is_ready(&mut self, now: Instant) -> Result<bool, SourceError> {
         if self.told.is_some() {
@@ -608,6 +620,11 @@ impl<R: Resolve> ConsulSource<R> {
         let answered = |dc: &Datacenter| dc.has_listed || dc.failure.is_some();
         if !self.plan.datacenters.iter().all(answered)
             || !self.plan.datacenters.iter().any(|dc| dc.has_listed)
+        {
+            return Ok(false);
+        }
+        if now < self.started + FIRST_DATACENTERS
+            && self.plan.datacenters.iter().any(|dc| self.is_unknown(dc))
         {
             return Ok(false);
         }
@@ -687,10 +704,14 @@ impl<R: Resolve> ConsulSource<R> {
         let names = self.assembler.look_up();
         let slots = self.slots();
         let ask = self.plan.next_due(slots);
-        let first_view =
-            self.first_names.map(|since| since + FIRST_NAMES).filter(|at| self.told.is_none() && *at > now);
+        let is_first = |at: &Instant| self.told.is_none() && *at > now;
+        let first_names = self.first_names.map(|since| since + FIRST_NAMES).filter(is_first);
+        let first_datacenters = Some(self.started + FIRST_DATACENTERS).filter(is_first);
         let never = now + Duration::from_secs(3600);
-        [names, ask, first_view, self.settle_at].into_iter().flatten().fold(never, Instant::min)
+        [names, ask, first_names, first_datacenters, self.settle_at]
+            .into_iter()
+            .flatten()
+            .fold(never, Instant::min)
     }
 
     /// The services of a datacenter and what is said of those in `wanted`, as strongly as Consul can.

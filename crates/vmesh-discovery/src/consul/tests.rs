@@ -22,7 +22,8 @@ struct Fake {
 #[derive(Default)]
 struct Said {
     index: u64,
-    /// Status, headers and body by path; `leader ` before the path is what is said to who asks the leader.
+    /// Status, headers and body by path; `leader ` before the path is what is said to who asks the leader, and `dc2 ` what
+    /// that datacenter says.
     answers: BTreeMap<String, (u16, Headers, String)>,
     /// Who waits at this path for news is told nothing for now, whatever there is.
     mute: Option<&'static str>,
@@ -62,7 +63,11 @@ impl Fake {
     }
 
     fn source(&self, last_good: Option<&Registrations>) -> ConsulSource {
-        let text = format!("{{address: \"http://{}:8500\", name: test, wait: 1s}}", self.place);
+        self.source_of("", last_good)
+    }
+
+    fn source_of(&self, more: &str, last_good: Option<&Registrations>) -> ConsulSource {
+        let text = format!("{{address: \"http://{}:8500\", name: test, wait: 1s{more}}}", self.place);
         let config: ConsulConfig = strict("control.yaml", &text).unwrap();
         ConsulSource::new(config, last_good, Arc::new(Counters::default()))
     }
@@ -83,8 +88,9 @@ async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<Said>>) {
         let target = first.split(' ').nth(1).unwrap();
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
         let asked: u64 = query.split('&').find_map(|q| q.strip_prefix("index=")?.parse().ok()).unwrap_or(0);
-        let path =
-            if query.split('&').any(|q| q == "stale") { path.to_owned() } else { format!("leader {path}") };
+        let has = |flag: &str| query.split('&').any(|q| q == flag);
+        let path = if has("dc=dc2") { format!("dc2 {path}") } else { path.to_owned() };
+        let path = if has("stale") { path } else { format!("leader {path}") };
         let deadline = Instant::now() + Duration::from_secs(1);
         let waits = |said: &Said| {
             (said.index <= asked && Instant::now() < deadline) || (asked > 0 && said.mute == Some(&*path))
@@ -305,4 +311,29 @@ async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_re
     fake.say("/v1/health/service/orders", 200, &[], &json!([]));
     let seen = until(&mut source, "pay").await;
     assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
+}
+
+#[tokio::test]
+async fn the_first_view_waits_for_a_datacenter_of_which_nothing_is_known() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(false));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.say(&format!("dc2 {CATALOG}"), 500, &[], &json!("No path to datacenter"));
+    let mut source = fake.source_of(", datacenters: [dc1, dc2]", None);
+    let too_early = timeout(Duration::from_secs(2), source.next()).await;
+    assert!(too_early.is_err(), "{}", line(&too_early.unwrap()));
+    fake.say(&format!("dc2 {CATALOG}"), 200, &[], &both(false));
+    fake.say(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.1"]));
+    assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 10.0.2.1:80 fresh"]);
+
+    // What was known before a restart is as good as an answer.
+    let mut before = source.told.clone().unwrap();
+    let pay = before.services.values_mut().next().unwrap();
+    let mut endpoints = pay.registration.endpoints.to_vec();
+    endpoints[1].labels.insert("datacenter".into(), "dc2".into());
+    pay.registration = Arc::new(Registration { endpoints: endpoints.into(), ..(*pay.registration).clone() });
+    fake.say(&format!("dc2 {CATALOG}"), 500, &[], &json!("No path to datacenter"));
+    let mut source = fake.source_of(", datacenters: [dc1, dc2]", Some(&before));
+    let first = timeout(Duration::from_secs(20), source.next()).await.unwrap();
+    assert_eq!(line(&first), "pay 10.0.0.1:80 10.0.2.1:80 stale");
 }
