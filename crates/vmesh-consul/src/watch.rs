@@ -57,6 +57,8 @@ pub struct Watch<T> {
     read: fn(Option<&[u8]>) -> Result<T, String>,
     /// The query that is under way. It goes on when nobody waits for it, so that nothing is lost.
     asked: Option<(bool, Asked)>,
+    /// The last thing told was a failure.
+    has_failed: bool,
 }
 
 impl<T> Watch<T> {
@@ -69,11 +71,11 @@ impl<T> Watch<T> {
         read: fn(Option<&[u8]>) -> Result<T, String>,
     ) -> Watch<T> {
         let cursor = Cursor::new(Instant::now());
-        Watch { client, path, query, pace, cursor, read, asked: None }
+        Watch { client, path, query, pace, cursor, read, asked: None, has_failed: false }
     }
 
-    /// Waits for the next value that differs from the last one. Dropping the future loses nothing. After an error the
-    /// next call waits as long as is decent and asks again: what was said last holds meanwhile.
+    /// Waits for the next value that differs from the last one, or the first after an error. Dropping the future loses
+    /// nothing. After an error the next call waits as long as is decent and asks again: what was said last holds meanwhile.
     ///
     /// # Errors
     ///
@@ -94,7 +96,9 @@ impl<T> Watch<T> {
             };
             let outcome = asked.await;
             self.asked = None;
-            if let Some(answer) = self.take(outcome, was_strong)? {
+            let taken = self.take(outcome, was_strong);
+            self.has_failed = taken.is_err() || (self.has_failed && matches!(taken, Ok(None)));
+            if let Some(answer) = taken? {
                 return Ok(answer);
             }
         }
@@ -142,12 +146,13 @@ impl<T> Watch<T> {
         let verdict = self.cursor.took(&answer.meta, was_strong, self.pace.max_stale, now, &mut resets);
         self.client.counters().index_resets.fetch_add(resets, Ordering::Relaxed);
         match verdict {
-            Verdict::Same => Ok(None),
+            Verdict::Same if !self.has_failed => Ok(None),
             Verdict::Doubtful(doubt) => {
                 tracing::debug!("{}: {doubt}: the leader is asked", self.path);
                 Ok(None)
             }
-            Verdict::News => match (self.read)(answer.value.as_deref()) {
+            // Whoever was told of a failure has to hear of its end.
+            Verdict::News | Verdict::Same => match (self.read)(answer.value.as_deref()) {
                 Ok(value) => Ok(Some(Answer { value, meta: answer.meta })),
                 Err(wrong) => {
                     // It counts as not received, so that the next one is news whatever it says.

@@ -49,6 +49,26 @@ async fn a_prefix_of_keys_is_watched_from_nothing_to_nothing() {
 }
 
 #[tokio::test]
+async fn the_end_of_an_outage_is_news_although_nothing_has_changed() {
+    let mut consul = Consul::one().await.unwrap();
+    let client = client(&[&consul.url(0).unwrap()]);
+    let mut watch = client.watch_keys("mesh/docs/", Pace::default());
+    consul.put(0, "/v1/kv/mesh/docs/a", &json!(1)).await.unwrap();
+    assert_eq!(next(&mut watch).await, "mesh/docs/a=1");
+    consul.kill(0).unwrap();
+    timeout(BOUND, watch.next()).await.unwrap().unwrap_err();
+    consul.restart(0).await.unwrap();
+    let again = async {
+        loop {
+            if let Ok(answer) = watch.next().await {
+                return answer.value.entries.len();
+            }
+        }
+    };
+    assert_eq!(timeout(BOUND, again).await.unwrap(), 1);
+}
+
+#[tokio::test]
 async fn a_service_is_registered_kept_alive_maintained_and_taken_away() {
     let consul = Consul::one().await.unwrap();
     let client = client(&[&consul.url(0).unwrap()]);
