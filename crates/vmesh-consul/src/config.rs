@@ -191,6 +191,14 @@ impl FromStr for Address {
                 Err(wrong("the socket's path has to be absolute"))
             };
         }
+        if text.contains('@') {
+            // There may be a password in it, and errors are shown and logged.
+            return Err(
+                "an address of Consul has no user in it, and this one has an `@`: the token belongs into \
+                        `token_file`"
+                    .to_owned(),
+            );
+        }
         let (tls, rest) = match (text.strip_prefix("http://"), text.strip_prefix("https://")) {
             (Some(rest), _) => (false, rest),
             (_, Some(rest)) => (true, rest),
@@ -199,9 +207,6 @@ impl FromStr for Address {
         let rest = rest.strip_suffix('/').unwrap_or(rest);
         if rest.contains(['/', '?', '#']) {
             return Err(wrong("there is a path in it"));
-        }
-        if rest.contains('@') {
-            return Err(wrong("a user has no place in it, the token belongs into `token_file`"));
         }
         let (host, port) = match rest.strip_prefix('[') {
             Some(rest) => {
@@ -274,6 +279,7 @@ mod tests {
             "http://a:b",
             "http://u:p@a",
             "http://a/v1",
+            "u:p@a:8500/x",
             "http://fd00::7:80",
             "http://[a]:1",
             "unix:a",
@@ -287,8 +293,9 @@ mod tests {
             `http://` is not an address of Consul: the host is missing or has characters that no host has
             `http://a:0` is not an address of Consul: the port is not one from 1 to 65535
             `http://a:b` is not an address of Consul: the port is not one from 1 to 65535
-            `http://u:p@a` is not an address of Consul: a user has no place in it, the token belongs into `token_file`
+            an address of Consul has no user in it, and this one has an `@`: the token belongs into `token_file`
             `http://a/v1` is not an address of Consul: there is a path in it
+            an address of Consul has no user in it, and this one has an `@`: the token belongs into `token_file`
             `http://fd00::7:80` is not an address of Consul: an IPv6 address is written in brackets
             `http://[a]:1` is not an address of Consul: what is in brackets is not an IPv6 address
             `unix:a` is not an address of Consul: the socket's path has to be absolute
