@@ -1,7 +1,7 @@
 //! Documents in Consul's key-value store: one text per key below a prefix, for fleets without configuration management.
 
 use serde::Deserialize;
-use vmesh_consul::{Client, Entries, Pace, Watch};
+use vmesh_consul::{Answer, Client, Entries, Entry, Pace, Watch};
 use vmesh_daemon::report::one_line;
 
 use super::Raw;
@@ -28,16 +28,52 @@ impl Keys {
     }
 
     pub(super) async fn next(&mut self) -> Result<Vec<Raw>, String> {
-        self.watch.next().await.map(|answer| texts(answer.value)).map_err(|error| one_line(&error))
+        texts(self.watch.next().await.map_err(|error| one_line(&error))?)
     }
 
     pub(super) async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
-        self.watch.confirm().await.map(|answer| texts(answer.value)).map_err(|error| one_line(&error))
+        texts(self.watch.confirm().await.map_err(|error| one_line(&error))?)
     }
 }
 
-fn texts(entries: Entries) -> Vec<Raw> {
-    let keys = entries.entries.into_iter().filter(|entry| !entry.key.ends_with('/'));
-    keys.map(|entry| Raw { path: format!("consul-kv:{}", entry.key), content: super::not_empty(entry.value) })
-        .collect()
+fn texts(answer: Answer<Entries>) -> Result<Vec<Raw>, String> {
+    if answer.meta.filtered {
+        // What the token may not see is no document that was removed.
+        return Err("Consul leaves out keys that the token may not read: it needs `key_prefix \"..\" { policy = \"read\" }` \
+                    for all of the prefix"
+            .to_owned());
+    }
+    let keys = answer.value.entries.into_iter().filter(|entry| !entry.key.ends_with('/'));
+    let raw = |entry: Entry| Raw {
+        path: format!("consul-kv:{}", entry.key),
+        content: super::not_empty(entry.value),
+    };
+    Ok(keys.map(raw).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use vmesh_consul::Meta;
+
+    use super::*;
+
+    #[test]
+    fn what_the_token_may_not_see_is_no_removal() {
+        let answer = |filtered| Answer {
+            value: Entries::default(),
+            meta: Meta {
+                index: Some(7),
+                known_leader: true,
+                last_contact: Duration::ZERO,
+                filtered,
+                translated: false,
+                hash: 1,
+                view: 1,
+            },
+        };
+        assert!(texts(answer(false)).unwrap().is_empty());
+        assert!(texts(answer(true)).unwrap_err().contains("key_prefix"));
+    }
 }
