@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use zookeeper_client as zk;
 
 use crate::config::{Config, check_path};
@@ -73,6 +73,7 @@ impl Holder {
             tell,
             orders: ordered,
             backoff: Backoff::new(),
+            stands_since: None,
             held: None,
             withdraw: None,
             is_old: false,
@@ -132,6 +133,8 @@ struct Keeper {
     tell: watch::Sender<Standing>,
     orders: mpsc::UnboundedReceiver<Order>,
     backoff: Backoff,
+    /// Since when it stands.
+    stands_since: Option<Instant>,
     /// Where the node was last known to stand.
     held: Option<String>,
     /// Who waits for it to be taken away.
@@ -156,7 +159,7 @@ impl Keeper {
                 }
                 Over::Because(error) => {
                     self.waiting(&error);
-                    let wait = self.backoff.draw();
+                    let wait = self.pause();
                     if self.obeying(sleep(wait)).await.is_none() {
                         self.tell.send_replace(Standing::Withdrawn);
                         return;
@@ -164,6 +167,17 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// How long to leave it alone. What stood for longer than that begins anew: a session that expires now and then is no
+    /// reason to come back late.
+    fn pause(&mut self) -> Duration {
+        let pause = self.backoff.draw();
+        if self.stands_since.take().is_some_and(|since| since.elapsed() > pause) {
+            self.backoff.reset();
+            return self.backoff.draw();
+        }
+        pause
     }
 
     fn waiting(&self, error: &Error) {
@@ -222,7 +236,7 @@ impl Keeper {
                 Ok(Ok(Some(over))) => return over,
                 // Something happened to the node.
                 Ok(Ok(None)) => {
-                    sleep(self.backoff.draw()).await;
+                    sleep(self.pause()).await;
                     continue;
                 }
                 Ok(Err(error)) if is_of_session(&error) && error != zk::Error::Throttled => {
@@ -238,7 +252,7 @@ impl Keeper {
                 Ok(Err(error)) => {
                     // The session is well, and what is asked for is refused.
                     self.waiting(&Error::request("hold", &self.wanted.path, &error));
-                    let wait = self.backoff.draw();
+                    let wait = self.pause();
                     if self.obeying(sleep(wait)).await.is_none() {
                         return Over::Withdrawn;
                     }
@@ -291,6 +305,7 @@ impl Keeper {
                 client.set_data(&path, &self.wanted.data, None).await?;
                 continue;
             }
+            self.stands_since.get_or_insert_with(Instant::now);
             let now = Standing::Held(path.as_str().into());
             self.tell.send_if_modified(|standing| std::mem::replace(standing, now.clone()) != now);
             let order = tokio::select! {
@@ -299,7 +314,7 @@ impl Keeper {
                         return Ok(None);
                     }
                     // Somebody else writes to it; not in a tight loop.
-                    sleep(self.backoff.draw()).await;
+                    sleep(self.pause()).await;
                     continue;
                 }
                 order = self.orders.recv() => order,

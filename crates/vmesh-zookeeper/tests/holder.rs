@@ -70,6 +70,21 @@ async fn a_node_stands_until_it_is_withdrawn() {
 }
 
 #[tokio::test]
+async fn what_happened_long_ago_does_not_keep_a_node_away() {
+    let servers = ZooKeeper::one().await.unwrap();
+    let mut client = servers.client(0).await.unwrap();
+    let mut holder = hold(&servers.connect(), "/services/pay/web-1", "one", false);
+    held(&mut holder).await;
+    let soon = Duration::from_secs(10);
+    for _ in 0..9 {
+        // It has stood for a while.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        client.delete("/services/pay/web-1").await.unwrap();
+        wait_for("the node", soon, async || client.get("/services/pay/web-1").await.map(drop)).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_node_of_an_older_session_is_replaced_without_a_gap() {
     let servers = ZooKeeper::one().await.unwrap();
     let mut older = servers.client(0).await.unwrap();
