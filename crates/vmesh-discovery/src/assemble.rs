@@ -12,6 +12,11 @@ use crate::format::{ParsedEndpoint, ParsedService, subject_of};
 use crate::resolve::{Names, Resolve, Resolved};
 use crate::source::{Registrations, Seen};
 
+/// How long the first view of a source waits for names to be resolved: without them services would begin without
+/// endpoints, and a control plane that knows nothing from before would take them from every proxy. A name server that is
+/// dead costs a lookup 5 to 30 s.
+pub(crate) const FIRST_NAMES: Duration = Duration::from_secs(30);
+
 /// What is known of a service.
 #[derive(Debug, Clone)]
 pub enum Known {

@@ -29,7 +29,7 @@ use vmesh_consul::{
 };
 use vmesh_model::{Place, Problem, Registration, ServiceName};
 
-use crate::assemble::{Assembler, Known, Statement, Told};
+use crate::assemble::{Assembler, FIRST_NAMES, Known, Statement, Told};
 use crate::format::consul::{Read, Rules, combine, read, remembered};
 use crate::format::{ParsedService, subject_of};
 use crate::resolve::{Resolve, SystemResolver};
@@ -37,8 +37,6 @@ use crate::source::{Counters, Registrations, Source, SourceError, chain};
 pub use config::ConsulConfig;
 use plan::{Ask, Datacenter, Key, Plan, Watched};
 
-/// How long the first view waits for names to be resolved: without them services would begin without endpoints.
-const FIRST_NAMES: Duration = Duration::from_secs(5);
 /// How long the first view waits for a datacenter that cannot be read and of which nothing is known from before: without
 /// it every proxy that has endpoints there would lose them.
 const FIRST_DATACENTERS: Duration = Duration::from_secs(30);

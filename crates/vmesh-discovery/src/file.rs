@@ -25,15 +25,13 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
-use crate::assemble::Assembler;
+use crate::assemble::{Assembler, FIRST_NAMES};
 pub use crate::config::FileConfig;
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError};
 use disk::{Disk, Scan};
 use watch::Hints;
 
-/// How long the first view waits for names to be resolved: without them services would begin without endpoints.
-const FIRST_NAMES: Duration = Duration::from_secs(5);
 /// How long it waits for files that are being written.
 const FIRST_FILES: Duration = Duration::from_millis(500);
 

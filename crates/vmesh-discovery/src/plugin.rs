@@ -24,15 +24,12 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use vmesh_model::{Registration, ServiceName};
 
-use crate::assemble::{Assembler, Known, Statement, Told};
+use crate::assemble::{Assembler, FIRST_NAMES, Known, Statement, Told};
 use crate::resolve::SystemResolver;
 use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::PluginConfig;
 use protocol::View;
 use talk::Talk;
-
-/// How long the first view waits for names to be resolved: without them services would begin without endpoints.
-const FIRST_NAMES: Duration = Duration::from_secs(5);
 
 /// Reads services from what a program prints.
 pub struct PluginSource {

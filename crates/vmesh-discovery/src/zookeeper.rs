@@ -22,14 +22,12 @@ use tokio::time::{Instant, sleep_until};
 use vmesh_model::ServiceName;
 use vmesh_zookeeper::{Counted, Mirror, View};
 
-use crate::assemble::{Assembler, Statement};
+use crate::assemble::{Assembler, FIRST_NAMES, Statement};
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::{RootConfig, ZookeeperConfig};
 use reading::Reading;
 
-/// How long the first view waits for names to be resolved: without them services would begin without endpoints.
-const FIRST_NAMES: Duration = Duration::from_secs(5);
 /// News that come so close together are one view.
 const SETTLE: Duration = Duration::from_millis(15);
 /// How many reasons are told of one outage. Whoever is told waits before listening again, and has to hear of its end.
