@@ -29,6 +29,9 @@ use crate::worlds::{self, Known, NodeEvent, Published, Sources};
 /// How long streams and answers may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// How long `--check` waits for a source: longer than a first view waits for names that are looked up.
+const FIRST_VIEW: Duration = Duration::from_secs(40);
+
 /// The vmesh control plane.
 #[derive(Debug, Parser)]
 #[command(name = "vmesh-control", version)]
@@ -124,8 +127,9 @@ async fn first_view(source: SourceConfig) -> View {
     tokio::select! {
         () = task => View::default(),
         view = views.wait_for(answered) => view.map(|view| view.clone()).unwrap_or_default(),
-        () = tokio::time::sleep(Duration::from_secs(10)) => {
-            View { stale_because: Some("no answer within 10 s".into()), ..View::default() }
+        () = tokio::time::sleep(FIRST_VIEW) => {
+            let because = format!("no answer within {} s", FIRST_VIEW.as_secs());
+            View { stale_because: Some(because.into()), ..View::default() }
         }
     }
 }
