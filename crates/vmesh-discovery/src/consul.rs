@@ -393,6 +393,11 @@ impl<R: Resolve> ConsulSource<R> {
         for name in changed {
             self.judge(&name);
         }
+        if self.plan.datacenters.iter().all(|dc| dc.has_listed) {
+            // What none of them lists is gone: it is not to come back from before a restart when it cannot be read.
+            let plan = &self.plan;
+            self.last_good.retain(|name, _| plan.watches(name));
+        }
         let all_read = self.plan.services.values().all(|watched| watched.read.is_some());
         self.assembler.want(self.statement.services.values(), !all_read);
         self.settle(now);

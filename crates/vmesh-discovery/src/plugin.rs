@@ -92,6 +92,8 @@ impl PluginSource {
                 statement.services.insert(name, Told { known, stale_because: Some(because.clone()) });
             }
         }
+        // What is not named is gone: it is not to come back from before a restart when something cannot be read.
+        self.restored.retain(|name, _| statement.services.contains_key(name));
         self.assembler.want(statement.services.values(), false);
         self.statement = Some(statement);
     }

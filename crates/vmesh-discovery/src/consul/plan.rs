@@ -149,6 +149,11 @@ impl Plan {
         changed
     }
 
+    /// Whether a service is watched, in whichever datacenter.
+    pub(super) fn watches(&self, name: &ServiceName) -> bool {
+        (0..self.datacenters.len()).any(|at| self.services.contains_key(&(at, name.clone())))
+    }
+
     /// Watches a service that is not listed, perhaps because the token may not see it.
     pub(super) fn watch_hidden(&mut self, at: usize, name: &ServiceName, now: Instant) {
         self.watch((at, name.clone()), name.as_str().into(), false, now);

@@ -337,3 +337,20 @@ async fn the_first_view_waits_for_a_datacenter_of_which_nothing_is_known() {
     let first = timeout(Duration::from_secs(20), source.next()).await.unwrap();
     assert_eq!(line(&first), "pay 10.0.0.1:80 10.0.2.1:80 stale");
 }
+
+#[tokio::test]
+async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(true));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    let before = fake.source(None).next().await.unwrap();
+    fake.say(CATALOG, 200, &[], &both(false));
+    let mut source = fake.source(Some(&before));
+    assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 fresh"]);
+    // It is there again, and nobody knows with what.
+    fake.say("/v1/health/service/orders", 500, &[], &json!("rpc error"));
+    fake.say(CATALOG, 200, &[], &both(true));
+    let said = timeout(Duration::from_secs(20), source.next()).await.map(|said| line(&said));
+    assert!(said.as_ref().is_ok_and(|line| line == "pay 10.0.0.1:80 fresh"), "{said:?}");
+}

@@ -47,6 +47,8 @@ struct RootReading {
     format: Option<ZnodeFormat>,
     tree: Option<Arc<Node>>,
     failed: Option<Arc<str>>,
+    /// It could be read once, if only to find that it is not there.
+    was_read: bool,
     directories: BTreeMap<Arc<str>, DirectoryReading>,
     /// Nodes of which nothing could be read, by path, and why: what is below them is unknown.
     unread: BTreeMap<Arc<str>, Arc<str>>,
@@ -75,6 +77,7 @@ impl Reading {
             config,
             tree: None,
             failed: None,
+            was_read: false,
             directories: BTreeMap::new(),
             unread: BTreeMap::new(),
         };
@@ -100,7 +103,7 @@ impl Reading {
 
     /// A root of which nothing is known, neither from now nor from before a restart, and why.
     pub(super) fn unknown_root(&self) -> Option<(&str, &Arc<str>)> {
-        let unknown = |root: &&RootReading| root.tree.is_none() && root.failed.is_some();
+        let unknown = |root: &&RootReading| !root.was_read && root.failed.is_some();
         let root = self.roots.iter().filter(unknown).find(|root| {
             let place = self.place(&root.config.path);
             !self.restored.values().any(|known| is_at_or_below(&known.place.file, &place))
@@ -121,6 +124,9 @@ impl Reading {
         for name in affected {
             self.judge(&name);
         }
+        // What can be read where it was is what is there: else what went long ago would come back with the next failure.
+        let holes = self.holes();
+        self.restored.retain(|_, known| hole_of(&holes, known).is_some());
     }
 
     fn take_root(&mut self, index: usize, seen: &Seen, affected: &mut BTreeSet<Arc<str>>) {
@@ -130,6 +136,7 @@ impl Reading {
             let names = self.said_by.iter().filter(|(_, by)| by.iter().any(|(root, _)| *root == index));
             affected.extend(names.map(|(name, _)| name.clone()));
         }
+        root.was_read |= seen.failed.is_none() || seen.tree.is_some();
         let before = std::mem::replace(&mut root.tree, seen.tree.clone());
         let mut changed = Vec::new();
         if root.format.is_none() {
@@ -248,61 +255,82 @@ impl Reading {
             statement.problems.extend(service.problems.iter().cloned());
         }
         statement.problems.extend(self.misnamed.values().cloned());
-        let mut holes: Vec<(String, Arc<str>)> = Vec::new();
         for root in &self.roots {
             let place = self.place(&root.config.path);
             let says =
                 |message: String| Problem::new(Place::file(place.as_str()), self.source.clone(), message);
             if let Some(why) = &root.failed {
                 statement.problems.push(says(format!("{why}; what was known stays")));
-                holes.push((place.clone(), why.clone()));
                 continue;
             }
             if root.tree.is_none() {
                 let message = "there is no such node: what comes there is seen as soon as it does";
                 statement.problems.push(says(message.to_owned()));
             }
-            if root.format.is_none() && root.tree.as_deref().is_some_and(has_content) {
-                let message = "what is there looks like no format that is known: set `format`";
-                statement.problems.push(says(message.to_owned()));
-                holes.push((place.clone(), message.into()));
+            if root.is_of_no_format() {
+                statement.problems.push(says(NO_FORMAT.to_owned()));
             }
             for (path, why) in &root.unread {
-                let at = format!("{place}{}", below(path));
                 let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
                 // As a record of a directory it is a problem of that one's service.
                 if !root.directories.contains_key(parent) {
+                    let at = Place::file(format!("{place}{}", below(path)));
                     let message = format!("{why}; what was known below it stays");
-                    statement.problems.push(Problem::new(
-                        Place::file(at.as_str()),
-                        self.source.clone(),
-                        message,
-                    ));
+                    statement.problems.push(Problem::new(at, self.source.clone(), message));
                 }
-                holes.push((at, why.clone()));
             }
-            for (path, known) in root.directories.iter().filter(|(_, known)| known.good.is_none()) {
-                let Some(why) = &known.failed else { continue };
-                holes.push((format!("{place}{}", below(path)), why.clone()));
+            for known in root.directories.values().filter(|known| known.hole().is_some()) {
                 let subject: Arc<str> = format!("service `{}`", known.own).into();
                 let about = known.problems.iter().cloned();
                 let about = about.map(|problem| Problem { subject: subject.clone(), ..problem });
                 statement.problems.extend(about);
             }
         }
+        let holes = self.holes();
         for (name, registration) in &self.restored {
-            let at = &registration.place.file;
-            let hole = holes.iter().find(|(hole, _)| is_at_or_below(at, hole) || is_at_or_below(hole, at));
-            if let (false, Some((_, why))) = (statement.services.contains_key(name), hole) {
+            let why = hole_of(&holes, registration);
+            if let (false, Some(why)) = (statement.services.contains_key(name), why) {
                 let known = Known::Restored(registration.clone());
                 statement.services.insert(name.clone(), Told { known, stale_because: Some(why.clone()) });
             }
         }
         statement
     }
+
+    /// Where nothing is known of what is there, and why.
+    fn holes(&self) -> Vec<(String, Arc<str>)> {
+        let mut holes = Vec::new();
+        for root in &self.roots {
+            let place = self.place(&root.config.path);
+            if let Some(why) = &root.failed {
+                holes.push((place, why.clone()));
+                continue;
+            }
+            if root.is_of_no_format() {
+                holes.push((place.clone(), NO_FORMAT.into()));
+            }
+            let unread = root.unread.iter();
+            let unusable = root.directories.iter().filter_map(|(path, known)| Some((path, known.hole()?)));
+            let below =
+                |(path, why): (&Arc<str>, &Arc<str>)| (format!("{place}{}", below(path)), why.clone());
+            holes.extend(unread.chain(unusable).map(below));
+        }
+        holes
+    }
+}
+
+impl DirectoryReading {
+    /// Why nothing of it could be used ever.
+    fn hole(&self) -> Option<&Arc<str>> {
+        self.failed.as_ref().filter(|_| self.good.is_none())
+    }
 }
 
 impl RootReading {
+    fn is_of_no_format(&self) -> bool {
+        self.format.is_none() && self.tree.as_deref().is_some_and(has_content)
+    }
+
     /// Reads a directory, if it is one of records; and how many of them make no sense.
     fn directory(
         &self,
@@ -373,6 +401,15 @@ impl RootReading {
         }
         path.replace('/', ".")
     }
+}
+
+const NO_FORMAT: &str = "what is there looks like no format that is known: set `format`";
+
+/// Why nothing is known of where this was, if that is so.
+fn hole_of<'a>(holes: &'a [(String, Arc<str>)], known: &Registration) -> Option<&'a Arc<str>> {
+    let at = &known.place.file;
+    let is_there = |(hole, _): &&(String, Arc<str>)| is_at_or_below(at, hole) || is_at_or_below(hole, at);
+    holes.iter().find(is_there).map(|(_, why)| why)
 }
 
 fn place_of(source: &str, root: &str) -> String {

@@ -402,3 +402,31 @@ fn what_cannot_be_read_after_a_restart_is_what_was_known_before() {
     let (path, why) = fresh.unknown_root().unwrap();
     assert_eq!((path, &**why), ("/gone", "could not read /gone: not allowed"));
 }
+
+#[test]
+fn what_went_since_a_restart_does_not_come_back_when_something_cannot_be_read() {
+    let yaml = "- {path: /s, format: nerve}\n";
+    let (orders, pay) =
+        (r#"orders/1 {"host":"10.0.0.2","port":80}"#, r#"pay/1 {"host":"10.0.0.1","port":80}"#);
+    let both = tree(&format!("{orders}\n{pay}"));
+    let mut before = reading(yaml);
+    before.take(std::slice::from_ref(&both));
+    let mut assembler = Assembler::new("zk".into(), SystemResolver, std::time::Duration::from_secs(30), None);
+    let last_good: Registrations = assembler.view(&before.statement());
+
+    let mut after = Reading::new("zk".into(), roots(yaml), Some(&last_good));
+    // Unreadable from the start: what was known stays, also while others are read.
+    let hidden = then(&both, &format!("{orders}\n?pay"));
+    after.take(std::slice::from_ref(&hidden));
+    assert!(show(&after).contains("pay restored"), "{}", show(&after));
+    let less = then(&hidden, "other");
+    after.take(std::slice::from_ref(&less));
+    after.take(&[Seen { failed: Some("could not read /s: not allowed".into()), ..less }]);
+    assert!(after.unknown_root().is_none());
+    check(
+        &after,
+        expect![[r#"
+            zk: zk/s: could not read /s: not allowed; what was known stays
+        "#]],
+    );
+}
