@@ -257,7 +257,10 @@ impl<R: Resolve> ConsulSource<R> {
                 tracing::debug!("{doubt}: the leader is asked");
                 false
             }
-            Verdict::News | Verdict::Same => true,
+            Verdict::News | Verdict::Same => {
+                counters.answered_now();
+                true
+            }
         }
     }
 

@@ -28,6 +28,8 @@ use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::{RootConfig, ZookeeperConfig};
 use reading::Reading;
 
+/// How often it is noted that a session without news is alive.
+const HEARTBEAT: Duration = Duration::from_secs(5);
 /// News that come so close together are one view.
 const SETTLE: Duration = Duration::from_millis(15);
 /// How many reasons are told of one outage. Whoever is told waits before listening again, and has to hear of its end.
@@ -152,13 +154,19 @@ impl<R: Resolve> ZookeeperSource<R> {
         self.settle_at.get_or_insert(now + SETTLE);
     }
 
+    /// Whether the session is alive: its servers answer it all the time, also if there is no news.
+    fn is_heard(&self) -> bool {
+        self.has_read && self.stale_because.is_none()
+    }
+
     /// When there is something to do although nothing was heard.
     fn wake_at(&mut self, now: Instant) -> Instant {
         let names = self.assembler.look_up();
         let first_view =
             self.first_names.map(|since| since + FIRST_NAMES).filter(|at| self.told.is_none() && *at > now);
         let never = now + Duration::from_secs(3600);
-        [names, first_view, self.settle_at].into_iter().flatten().fold(never, Instant::min)
+        let heartbeat = self.is_heard().then_some(now + HEARTBEAT);
+        [names, first_view, self.settle_at, heartbeat].into_iter().flatten().fold(never, Instant::min)
     }
 
     /// The view as of now, unless it is the one that was told last or it is too early for the first.
@@ -225,6 +233,9 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
                 view = self.mirror.changed() => self.heard(&view)?,
                 () = self.assembler.changed() => self.settle(Instant::now()),
                 () = sleep_until(due) => {
+                    if self.is_heard() {
+                        self.counters.answered_now();
+                    }
                     if self.told.is_none() {
                         self.settle(Instant::now());
                     }

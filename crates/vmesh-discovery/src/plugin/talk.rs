@@ -88,11 +88,15 @@ impl Talk {
         self.counters.reads.fetch_add(1, Relaxed);
         match protocol::read(&self.source, &line) {
             Ok(Said::View(view)) => {
+                self.counters.answered_now();
                 self.counters.bad_records.fetch_add(view.parsed.bad_records(), Relaxed);
                 Ok(Some(view))
             }
             Ok(Said::Failed(message)) => Err(self.failed("read its registry".to_owned(), message)),
-            Ok(Said::Alive) => Ok(None),
+            Ok(Said::Alive) => {
+                self.counters.answered_now();
+                Ok(None)
+            }
             // The program goes on: its next line may be better.
             Err(why) => Err(self.failed("understand what its program said".to_owned(), why)),
         }
