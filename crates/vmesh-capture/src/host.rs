@@ -1,0 +1,54 @@
+//! What has to be known of a host before rules can be made for it. Gathered by [`crate::facts`], or by a test.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use crate::spec::{Account, Unit};
+
+/// The host as it is now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Host {
+    /// By name. Numbers need not be here.
+    pub users: BTreeMap<String, u32>,
+    pub groups: BTreeMap<String, u32>,
+    /// The control groups of the units that have one now.
+    pub units: BTreeMap<Unit, Cgroup>,
+    /// Where there is no IPv6, nothing is asked of ip6tables.
+    pub ipv6: bool,
+    pub never: Never,
+}
+
+/// What is never captured, whatever is configured: without it a mistake could not be mended over the network, or
+/// connections would go round in circles.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Never {
+    /// Envoy's user, and the agent's where it has one of its own.
+    pub users: BTreeSet<u32>,
+    /// Of slices that are never empty. A service's own would be stale after its next start, and Envoy's connections would
+    /// come back to it.
+    pub slices: BTreeSet<Cgroup>,
+    /// The ports on which this host takes SSH, those of the sessions that are open included. 22 is always one.
+    pub ssh: BTreeSet<u16>,
+    /// The ports on which Envoy and the agent listen. 15001 and 15006 always are.
+    pub own: BTreeSet<u16>,
+    pub control_planes: BTreeSet<SocketAddr>,
+}
+
+/// A control group of version 2.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cgroup {
+    /// Below the root of the hierarchy, without the first `/`: `system.slice/app.service`.
+    pub path: String,
+    /// The kernel's number, which is the inode of its directory. Rules mean this one, also when another has the path.
+    pub id: u64,
+}
+
+impl Host {
+    pub(crate) fn user(&self, account: &Account) -> Option<u32> {
+        account.number().or_else(|| self.users.get(account.as_str()).copied())
+    }
+
+    pub(crate) fn group(&self, account: &Account) -> Option<u32> {
+        account.number().or_else(|| self.groups.get(account.as_str()).copied())
+    }
+}

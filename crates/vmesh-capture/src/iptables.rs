@@ -1,0 +1,405 @@
+//! iptables and ip6tables, for hosts without nft: chains of our own, and one jump to each, first in the chain that it is in.
+//!
+//! One transaction for a table and a family, with `--noflush` and under the lock that everybody takes. Sets are spelled out:
+//! a rule for each address, so thousands of addresses are better served by nftables. The dead-man is a list of the `recent`
+//! match with one entry that stands for everybody.
+//!
+//! What differs from nftables: TPROXY to an Envoy that does not listen loses the packet until the dead-man lapses, and while the
+//! kernel sends SYN cookies, connections by TPROXY fail.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::plan::{Change, Kind, Label, Plan, Step, Tool, compare};
+use crate::program::{Chain, Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost};
+use crate::spec::Ports;
+
+const PREFIX: &str = "VMESH_";
+/// `multiport` takes so many; a range counts for two.
+const MAX_PORTS: usize = 15;
+const TABLES: [&str; 3] = ["nat", "mangle", "filter"];
+
+/// What is in the tables of both families.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Actual {
+    pub(crate) v4: Family,
+    /// `None` where the host has no IPv6.
+    pub(crate) v6: Option<Family>,
+}
+
+/// One family, as its `iptables-save` prints it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Family(BTreeMap<String, ActualTable>);
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct ActualTable {
+    /// Ours.
+    chains: BTreeMap<String, Vec<Option<Label>>>,
+    jumps: Vec<ActualJump>,
+    /// How many rules of others are in the chains that the kernel calls, and whether those accept what they do not name.
+    base: BTreeMap<String, (usize, bool)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ActualJump {
+    chain: String,
+    /// What is before it in that chain.
+    before: usize,
+    /// What follows `-A`.
+    text: String,
+    label: Option<Label>,
+}
+
+/// What there was before we came: with iptables over nftables, chains and tables appear with their first rule and stay
+/// when it goes. Kept on disk with the rest of what is to be undone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Footprint {
+    /// Family, table and chain, each separated by a blank: `ip nat OUTPUT`.
+    chains: BTreeSet<String>,
+    /// `ip nat`.
+    tables: BTreeSet<String>,
+}
+
+impl Family {
+    /// Reads what `iptables-save` prints.
+    pub fn parse(text: &str) -> Family {
+        let mut family = Family::default();
+        let mut table = None;
+        for line in text.lines() {
+            if let Some(name) = line.strip_prefix('*') {
+                table = Some(family.0.entry(name.trim().to_owned()).or_default());
+                continue;
+            }
+            let Some(table) = table.as_deref_mut() else { continue };
+            if let Some(declared) = line.strip_prefix(':') {
+                let mut words = declared.split_whitespace();
+                let (Some(name), policy) = (words.next(), words.next()) else { continue };
+                if name.starts_with(PREFIX) {
+                    table.chains.entry(name.to_owned()).or_default();
+                } else if policy != Some("-") {
+                    table.base.insert(name.to_owned(), (0, policy == Some("ACCEPT")));
+                }
+            } else if let Some(rule) = line.strip_prefix("-A ") {
+                table.add(rule);
+            }
+        }
+        family
+    }
+}
+
+impl ActualTable {
+    fn add(&mut self, rule: &str) {
+        let chain = rule.split(' ').next().unwrap_or_default();
+        let label = comment(rule).and_then(Label::parse);
+        if let Some(rules) = self.chains.get_mut(chain) {
+            rules.push(label);
+            return;
+        }
+        let before = self.base.get(chain).map_or(0, |(rules, _)| *rules)
+            + self.jumps.iter().filter(|jump| jump.chain == chain).count();
+        let mut words = rule.split(' ');
+        let goes = words.any(|word| word == "-j" || word == "-g");
+        if goes && words.next().is_some_and(|to| to.starts_with(PREFIX)) {
+            self.jumps.push(ActualJump { chain: chain.to_owned(), before, text: rule.to_owned(), label });
+        } else if let Some((rules, _)) = self.base.get_mut(chain) {
+            *rules += 1;
+        }
+    }
+}
+
+fn comment(rule: &str) -> Option<&str> {
+    let (_, rest) = rule.split_once("--comment \"")?;
+    Some(rest.split_once('"')?.0)
+}
+
+/// What has to be done for the host to be as `program` says. The dead-man is apart: see [`crate::apply::Applier::refresh`].
+pub fn plan(program: &Program, actual: &Actual) -> Plan {
+    let mut plan = Plan::default();
+    let families = [(true, Some(&actual.v4)), (false, actual.v6.as_ref())];
+    for (v4, now) in families.into_iter().filter_map(|(v4, now)| Some((v4, now?))) {
+        let mut input = String::new();
+        for table in TABLES {
+            let wanted = if v4 || program.ipv6 { Wanted::of(program, table, v4) } else { Wanted::default() };
+            let nothing = ActualTable::default();
+            let (text, changes) = wanted.transaction(table, now.0.get(table).unwrap_or(&nothing), v4);
+            input.push_str(&text);
+            plan.changes.extend(changes);
+        }
+        if !input.is_empty() {
+            let tool = if v4 { Tool::IptablesRestore } else { Tool::Ip6tablesRestore };
+            plan.steps.push(Step { tool, input });
+        }
+    }
+    plan
+}
+
+/// One table as it is to be.
+#[derive(Default)]
+struct Wanted {
+    chains: Vec<(String, Vec<(Label, String)>)>,
+    /// The chain that the kernel calls, and the jump.
+    jumps: Vec<(&'static str, Label, String)>,
+}
+
+/// The table of a chain, and the chain that calls it.
+fn home(chain: &Chain) -> (&'static str, Option<&'static str>) {
+    match chain.hook {
+        Some(Hook::Outbound) => ("nat", Some("OUTPUT")),
+        Some(Hook::Inbound) => ("nat", Some("PREROUTING")),
+        Some(Hook::Tproxy) => ("mangle", Some("PREROUTING")),
+        Some(Hook::Strict) => ("filter", Some("INPUT")),
+        // That it is there is enough.
+        Some(Hook::Hold) | None => ("nat", None),
+    }
+}
+
+impl Wanted {
+    fn of(program: &Program, table: &str, v4: bool) -> Wanted {
+        let mut wanted = Wanted::default();
+        let seconds = program.alive.map_or(0, |alive| alive.get());
+        for chain in &program.chains {
+            let (home, base) = home(chain);
+            if home != table {
+                continue;
+            }
+            let name = chain_name(&chain.name);
+            let mut rules = Vec::new();
+            for rule in &chain.rules {
+                let texts = spelled(rule, v4, seconds);
+                let several = texts.len() > 1;
+                for (number, text) in texts.into_iter().enumerate() {
+                    let rule_name =
+                        if several { format!("{}#{number}", rule.name) } else { rule.name.clone() };
+                    rules.push((Label::of(&rule_name, &format!("{text}{}", rule.identity())), text));
+                }
+            }
+            if let Some(base) = base {
+                // Whatever was open stays as it is.
+                let text = format!("-p tcp --syn -j {name}");
+                wanted.jumps.push((base, Label::of("jump", &text), text));
+            }
+            wanted.chains.push((name, rules));
+        }
+        wanted
+    }
+
+    fn transaction(&self, table: &str, now: &ActualTable, v4: bool) -> (String, Vec<Change>) {
+        let family = if v4 { "ip" } else { "ip6" };
+        let mut changes = Vec::new();
+        for (name, rules) in &self.chains {
+            let what = format!("{family} {table} {name}");
+            match now.chains.get(name) {
+                None => changes.push(Change { kind: Kind::Missing, what }),
+                Some(there) => {
+                    let labels: Vec<Label> = rules.iter().map(|(label, _)| label.clone()).collect();
+                    changes.extend(compare(&what, &labels, there));
+                }
+            }
+        }
+        let unwanted: Vec<&String> =
+            now.chains.keys().filter(|name| !self.chains.iter().any(|(wanted, _)| wanted == *name)).collect();
+        let gone = |name: &&String| Change { kind: Kind::Unwanted, what: format!("{family} {table} {name}") };
+        changes.extend(unwanted.iter().map(gone));
+
+        let right = |jump: &ActualJump, base: &str, label: &Label| {
+            jump.chain == base && jump.label.as_ref() == Some(label) && jump.before == 0
+        };
+        let mut missing = Vec::new();
+        for (base, label, text) in &self.jumps {
+            if !now.jumps.iter().any(|jump| right(jump, base, label)) {
+                let elsewhere = now.jumps.iter().any(|jump| jump.label.as_ref() == Some(label));
+                let (kind, how) = if elsewhere {
+                    (Kind::Different, "is not first")
+                } else {
+                    (Kind::Missing, "is not there")
+                };
+                changes.push(Change { kind, what: format!("{family} {table} {base}: the jump to us {how}") });
+                missing.push((base, label, text));
+            }
+        }
+        let wrong = |jump: &&ActualJump| !self.jumps.iter().any(|(base, label, _)| right(jump, base, label));
+        let wrong: Vec<&ActualJump> = now.jumps.iter().filter(wrong).collect();
+        if missing.is_empty() {
+            changes.extend(wrong.iter().map(|jump| Change {
+                kind: Kind::Unwanted,
+                what: format!("{family} {table} {}: a jump to us", jump.chain),
+            }));
+        }
+        if changes.is_empty() {
+            return (String::new(), changes);
+        }
+        let mut text = format!("*{table}\n");
+        for (name, _) in &self.chains {
+            // Makes it, or empties it.
+            _ = writeln!(text, ":{name} - [0:0]");
+        }
+        for jump in wrong {
+            _ = writeln!(text, "-D {}", jump.text);
+        }
+        for verb in ["-F", "-X"] {
+            for name in &unwanted {
+                _ = writeln!(text, "{verb} {name}");
+            }
+        }
+        for (name, rules) in &self.chains {
+            for (label, rule) in rules {
+                _ = writeln!(text, "-A {name} -m comment --comment \"{label}\" {rule}");
+            }
+        }
+        for (base, label, jump) in missing {
+            _ = writeln!(text, "-I {base} 1 -m comment --comment \"{label}\" {jump}");
+        }
+        text.push_str("COMMIT\n");
+        (text, changes)
+    }
+}
+
+fn chain_name(name: &str) -> String {
+    format!("{PREFIX}{}", name.to_ascii_uppercase())
+}
+
+/// The rules that together say what one says, for one family.
+fn spelled(rule: &Rule, v4: bool, seconds: u32) -> Vec<String> {
+    let mut texts = vec![if rule.then == Verdict::Nothing { String::new() } else { "-p tcp".to_owned() }];
+    for condition in &rule.when {
+        let ways = ways(condition, v4, seconds);
+        texts = texts.iter().flat_map(|text| ways.iter().map(move |way| format!("{text}{way}"))).collect();
+    }
+    let verdict = match &rule.then {
+        Verdict::Return | Verdict::Nothing => "-j RETURN".to_owned(),
+        Verdict::Goto(chain) => format!("-g {}", chain_name(chain)),
+        Verdict::Redirect(port) => format!("-j REDIRECT --to-ports {port}"),
+        Verdict::Tproxy(port) => format!("-j TPROXY --on-port {port}"),
+        Verdict::Drop => "-j DROP".to_owned(),
+        Verdict::Reset => "-j REJECT --reject-with tcp-reset".to_owned(),
+    };
+    texts.into_iter().map(|text| format!("{text} {verdict}").trim_start().to_owned()).collect()
+}
+
+/// The ways in which a condition can hold, each with a blank before it.
+fn ways(condition: &Match, v4: bool, seconds: u32) -> Vec<String> {
+    let one = |text: &str| vec![text.to_owned()];
+    match condition {
+        // The jump sees to it.
+        Match::Syn => one(""),
+        Match::OutLoopback => one(" -o lo"),
+        Match::InLoopback => one(" -i lo"),
+        Match::ToThisHost => one(" -m addrtype --dst-type LOCAL"),
+        Match::Users(users) => users.iter().map(|user| format!(" -m owner --uid-owner {user}")).collect(),
+        Match::Groups(groups) => {
+            groups.iter().map(|group| format!(" -m owner --gid-owner {group}")).collect()
+        }
+        Match::Cgroup(group) => vec![format!(" -m cgroup --path {}", group.path)],
+        Match::OutInterfaces(names) => names.iter().map(|name| format!(" -o {name}")).collect(),
+        Match::InInterfaces(names) => names.iter().map(|name| format!(" -i {name}")).collect(),
+        Match::Destinations(cidrs) | Match::Sources(cidrs) => {
+            let flag = if matches!(condition, Match::Sources(_)) { "-s" } else { "-d" };
+            let cidrs = outermost(cidrs).into_iter().filter(|cidr| cidr.is_ipv4() == v4);
+            cidrs.map(|cidr| format!(" {flag} {cidr}")).collect()
+        }
+        Match::Ports(ports) => multiport(&merged_ports(ports)),
+        Match::Pairs(pairs) => {
+            let pairs = pairs.iter().filter(|pair| is_family(pair.ip(), v4));
+            pairs.map(|pair| format!(" -d {} -m tcp --dport {}", pair.ip(), pair.port())).collect()
+        }
+        Match::Percent(percent) => {
+            vec![format!(" -m statistic --mode random --probability 0.{:02}", percent.get())]
+        }
+        Match::Alive => {
+            let (name, mask) = recent(v4);
+            vec![format!(" -m recent --name {name} --mask {mask} --rcheck --seconds {seconds}")]
+        }
+        Match::Untracked => one(" -m conntrack --ctstate INVALID"),
+    }
+}
+
+fn multiport(ports: &BTreeSet<Ports>) -> Vec<String> {
+    let mut lists: Vec<(usize, String)> = Vec::new();
+    for ports in ports {
+        let (cost, text) = if ports.first() == ports.last() {
+            (1, ports.first().to_string())
+        } else {
+            (2, format!("{}:{}", ports.first(), ports.last()))
+        };
+        match lists.last_mut() {
+            Some((count, list)) if *count + cost <= MAX_PORTS => {
+                *count += cost;
+                _ = write!(list, ",{text}");
+            }
+            _ => lists.push((cost, text)),
+        }
+    }
+    lists.into_iter().map(|(_, list)| format!(" -m multiport --dports {list}")).collect()
+}
+
+/// The list of the dead-man, and the mask that makes one entry of everybody.
+pub(crate) fn recent(v4: bool) -> (&'static str, &'static str) {
+    if v4 { ("vmesh4", "0.0.0.0") } else { ("vmesh6", "::") }
+}
+
+impl Footprint {
+    /// Reads what `nft -j list chains` prints: the tables of iptables, before anything of ours is in them.
+    pub fn parse(json: &str) -> Option<Footprint> {
+        let value: Value = serde_json::from_str(json).ok()?;
+        let mut footprint = Footprint::default();
+        let text = |value: &Value, key: &str| Some(value.get(key)?.as_str()?.to_owned());
+        for item in value.get("nftables")?.as_array()? {
+            if let Some(chain) = item.get("chain") {
+                let (family, table, name) =
+                    (text(chain, "family")?, text(chain, "table")?, text(chain, "name")?);
+                if (family == "ip" || family == "ip6") && TABLES.contains(&table.as_str()) {
+                    footprint.chains.insert(format!("{family} {table} {name}"));
+                    footprint.tables.insert(format!("{family} {table}"));
+                }
+            }
+            if let Some(table) = item.get("table") {
+                let (family, name) = (text(table, "family")?, text(table, "name")?);
+                if (family == "ip" || family == "ip6") && TABLES.contains(&name.as_str()) {
+                    footprint.tables.insert(format!("{family} {name}"));
+                }
+            }
+        }
+        Some(footprint)
+    }
+}
+
+/// What takes away the chains and tables that came with our first rule: those that were not in `before` and in which nothing
+/// is now. To be done once our own are gone.
+pub fn leftovers(before: &Footprint, now: &Footprint, actual: &Actual) -> Plan {
+    let mut plan = Plan::default();
+    let mut input = String::new();
+    let is_empty = |family: &str, table: &str, chain: &str| {
+        let family = if family == "ip" { Some(&actual.v4) } else { actual.v6.as_ref() };
+        let table = family.and_then(|family| family.0.get(table));
+        table.and_then(|table| table.base.get(chain)).is_some_and(|(rules, accepts)| *rules == 0 && *accepts)
+    };
+    let mut left: BTreeSet<&str> = BTreeSet::new();
+    let mut remove = |what: &str, name: &str| {
+        _ = writeln!(input, "delete {what} {name}");
+        plan.changes.push(Change { kind: Kind::Unwanted, what: format!("{what} {name}, which is empty") });
+    };
+    for chain in &now.chains {
+        let mut words = chain.split(' ');
+        let (Some(family), Some(table), Some(name)) = (words.next(), words.next(), words.next()) else {
+            continue;
+        };
+        if !before.chains.contains(chain) && is_empty(family, table, name) {
+            remove("chain", chain);
+        } else if let Some((table, _)) = chain.rsplit_once(' ') {
+            left.insert(table);
+        }
+    }
+    for table in &now.tables {
+        if !before.tables.contains(table) && !left.contains(table.as_str()) {
+            remove("table", table);
+        }
+    }
+    if !input.is_empty() {
+        plan.steps.push(Step { tool: Tool::Nft, input });
+    }
+    plan
+}

@@ -1,0 +1,480 @@
+//! nftables: one table of our own, `inet vmesh`, which nobody else's reload touches. It is replaced whole in one
+//! transaction, so that no packet sees half of it; what is connected through a redirect stays connected. Where only
+//! elements of sets differ, only those are changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+
+use serde_json::Value;
+
+use crate::host::Cgroup;
+use crate::plan::{Change, Kind, Label, Plan, Step, Tool, compare};
+use crate::program::{Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost};
+use crate::spec::{Cidr, Ports, Seconds};
+
+pub(crate) const TABLE: &str = "inet vmesh";
+const ALIVE: &str = "alive";
+const PURE_SYN: &str = "tcp flags & (fin|syn|rst|ack)";
+
+/// What is in our table. Sets whose form we do not know are as good as missing.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Actual {
+    exists: bool,
+    sets: BTreeMap<String, Elements>,
+    chains: BTreeMap<String, ActualChain>,
+    /// The dead-man was refreshed in time.
+    pub alive: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+struct ActualChain {
+    hook: Option<String>,
+    rules: Vec<Option<Label>>,
+}
+
+/// What `nft -j list table inet vmesh` says cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`nft -j` printed something that is not its JSON: {0}")]
+pub struct Unreadable(String);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Elements {
+    Pairs(BTreeSet<SocketAddr>),
+    Cidrs(BTreeSet<Cidr>),
+    Ports(BTreeSet<Ports>),
+    Users(BTreeSet<u32>),
+    Groups(BTreeSet<u32>),
+    Interfaces(BTreeSet<String>),
+    Alive,
+}
+
+/// A [`Program`] in nftables' terms.
+struct Table {
+    /// With whether it holds IPv4.
+    sets: BTreeMap<String, (Elements, bool)>,
+    chains: Vec<(String, Option<Hook>, Vec<(Label, String)>)>,
+}
+
+/// What has to be done for the host to be as `program` says. With `alive`, redirects that lapse hold from the first moment;
+/// otherwise they begin when the dead-man is first refreshed.
+pub fn plan(program: &Program, actual: &Actual, alive: bool) -> Plan {
+    if program.is_absent() {
+        return absent(actual);
+    }
+    let table = Table::of(program);
+    let mut changes = table.structure(actual);
+    if changes.is_empty() {
+        let mut input = String::new();
+        for (name, (wanted, v4)) in &table.sets {
+            if let Some(now) = actual.sets.get(name) {
+                let (text, change) = elements(name, wanted, now, *v4);
+                input.push_str(&text);
+                changes.extend(change);
+            }
+        }
+        let steps = if input.is_empty() { Vec::new() } else { vec![Step { tool: Tool::Nft, input }] };
+        return Plan { changes, steps };
+    }
+    if !actual.exists {
+        changes = vec![Change { kind: Kind::Missing, what: format!("table {TABLE}") }];
+    }
+    let input = table.text(program.alive.filter(|_| alive));
+    Plan { changes, steps: vec![Step { tool: Tool::Nft, input }] }
+}
+
+fn absent(actual: &Actual) -> Plan {
+    if !actual.exists {
+        return Plan::default();
+    }
+    Plan {
+        changes: vec![Change { kind: Kind::Unwanted, what: format!("table {TABLE}") }],
+        steps: vec![Step { tool: Tool::Nft, input: format!("delete table {TABLE}\n") }],
+    }
+}
+
+/// The transaction that holds the dead-man off for another `timeout`. Adding an element that is there does not renew it.
+pub(crate) fn refresh(timeout: Seconds) -> String {
+    format!(
+        "add element {TABLE} {ALIVE} {{ tcp }}\ndelete element {TABLE} {ALIVE} {{ tcp }}\n\
+         add element {TABLE} {ALIVE} {{ tcp timeout {timeout} }}\n"
+    )
+}
+
+/// The transaction that lets it lapse now.
+pub(crate) fn withdraw() -> String {
+    format!("flush set {TABLE} {ALIVE}\n")
+}
+
+impl Table {
+    fn of(program: &Program) -> Table {
+        let mut table = Table { sets: BTreeMap::new(), chains: Vec::new() };
+        if program.alive.is_some() {
+            table.sets.insert(ALIVE.to_owned(), (Elements::Alive, true));
+        }
+        for chain in &program.chains {
+            let mut rules: Vec<(Label, String)> = Vec::new();
+            let mut push = |name: &str, text: String, identity: &str| {
+                rules.push((Label::of(name, &format!("{text}{identity}")), text));
+            };
+            if matches!(chain.hook, Some(Hook::Outbound | Hook::Inbound | Hook::Strict)) {
+                push("not_tcp", "meta l4proto != tcp return".to_owned(), "");
+                push("not_syn", format!("{PURE_SYN} != syn return"), "");
+            }
+            for rule in &chain.rules {
+                let identity = rule.identity();
+                if rule.when.iter().any(is_of_one_family) {
+                    for (v4, digit) in [(true, '4'), (false, '6')] {
+                        let name = format!("{}{digit}", rule.name);
+                        push(&name, table_rule(&mut table.sets, &chain.name, &name, rule, v4), &identity);
+                    }
+                } else {
+                    push(
+                        &rule.name,
+                        table_rule(&mut table.sets, &chain.name, &rule.name, rule, true),
+                        &identity,
+                    );
+                }
+            }
+            table.chains.push((chain.name.clone(), chain.hook, rules));
+        }
+        table
+    }
+
+    /// What cannot be mended by changing elements.
+    fn structure(&self, actual: &Actual) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let mut change = |kind, what: String| changes.push(Change { kind, what });
+        for (name, (wanted, _)) in &self.sets {
+            match actual.sets.get(name) {
+                None => change(Kind::Missing, format!("set {name}")),
+                Some(now) if std::mem::discriminant(now) != std::mem::discriminant(wanted) => {
+                    change(Kind::Different, format!("set {name}: its type"));
+                }
+                Some(_) => {}
+            }
+        }
+        for name in actual.sets.keys().filter(|name| !self.sets.contains_key(*name)) {
+            change(Kind::Unwanted, format!("set {name}"));
+        }
+        for name in
+            actual.chains.keys().filter(|name| !self.chains.iter().any(|(wanted, ..)| wanted == *name))
+        {
+            change(Kind::Unwanted, format!("chain {name}"));
+        }
+        for (name, hook, rules) in &self.chains {
+            let Some(now) = actual.chains.get(name) else {
+                changes.push(Change { kind: Kind::Missing, what: format!("chain {name}") });
+                continue;
+            };
+            if now.hook != hook.map(place) {
+                changes.push(Change {
+                    kind: Kind::Different,
+                    what: format!("chain {name}: where it is hooked"),
+                });
+            }
+            let wanted: Vec<Label> = rules.iter().map(|(label, _)| label.clone()).collect();
+            changes.extend(compare(name, &wanted, &now.rules));
+        }
+        changes
+    }
+
+    fn text(&self, alive: Option<Seconds>) -> String {
+        let mut text = format!("add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
+        for (name, (elements, v4)) in &self.sets {
+            _ = writeln!(text, "\tset {name} {{\n\t\t{}", elements.kind(*v4));
+            let list = match (elements, alive) {
+                (Elements::Alive, Some(timeout)) => vec![format!("tcp timeout {timeout}")],
+                _ => elements.list(),
+            };
+            if !list.is_empty() {
+                _ = writeln!(text, "\t\telements = {{ {} }}", list.join(", "));
+            }
+            text.push_str("\t}\n");
+        }
+        // Those that are gone to come before those that go there.
+        for (name, hook, rules) in self.chains.iter().rev() {
+            _ = writeln!(text, "\tchain {name} {{");
+            if let Some(hook) = hook {
+                _ = writeln!(text, "\t\t{}", hooked(*hook));
+            }
+            for (label, rule) in rules {
+                _ = writeln!(text, "\t\t{rule} comment \"{label}\"");
+            }
+            text.push_str("\t}\n");
+        }
+        text.push_str("}\n");
+        text
+    }
+}
+
+fn is_of_one_family(condition: &Match) -> bool {
+    matches!(condition, Match::Destinations(_) | Match::Sources(_) | Match::Pairs(_))
+}
+
+/// Before iptables' rules, which come at -100.
+const BEFORE_IPTABLES: i64 = -101;
+
+/// Type, hook, priority.
+fn parts(hook: Hook) -> (&'static str, &'static str, i64) {
+    match hook {
+        Hook::Outbound => ("nat", "output", BEFORE_IPTABLES),
+        Hook::Inbound => ("nat", "prerouting", BEFORE_IPTABLES),
+        Hook::Tproxy => ("filter", "prerouting", -150),
+        Hook::Strict => ("filter", "input", 0),
+        Hook::Hold => ("filter", "output", 0),
+    }
+}
+
+fn hooked(hook: Hook) -> String {
+    let (kind, hook, priority) = parts(hook);
+    format!("type {kind} hook {hook} priority {priority}; policy accept;")
+}
+
+fn place(hook: Hook) -> String {
+    let (kind, hook, priority) = parts(hook);
+    format!("{kind} {hook} {priority} accept")
+}
+
+/// The text of a rule; its sets are added to `sets`.
+fn table_rule(
+    sets: &mut BTreeMap<String, (Elements, bool)>,
+    chain: &str,
+    name: &str,
+    rule: &Rule,
+    v4: bool,
+) -> String {
+    let set_name = format!("{chain}_{name}");
+    let mut set = |elements: Elements| {
+        sets.insert(set_name.clone(), (elements, v4));
+        format!("@{set_name}")
+    };
+    let ip = if v4 { "ip" } else { "ip6" };
+    let mut words: Vec<String> = Vec::new();
+    for condition in &rule.when {
+        words.push(match condition {
+            Match::Syn => format!("{PURE_SYN} == syn"),
+            Match::OutLoopback => "oifname \"lo\"".to_owned(),
+            Match::InLoopback => "iifname \"lo\"".to_owned(),
+            Match::ToThisHost => "fib daddr type local".to_owned(),
+            Match::Users(users) => format!("meta skuid {}", set(Elements::Users(users.clone()))),
+            Match::Groups(groups) => format!("meta skgid {}", set(Elements::Groups(groups.clone()))),
+            Match::Cgroup(Cgroup { path, .. }) => {
+                format!("socket cgroupv2 level {} \"{path}\"", path.split('/').count())
+            }
+            Match::OutInterfaces(names) => format!("oifname {}", set(Elements::Interfaces(names.clone()))),
+            Match::InInterfaces(names) => format!("iifname {}", set(Elements::Interfaces(names.clone()))),
+            Match::Destinations(cidrs) => format!("{ip} daddr {}", set(of_family(cidrs, v4))),
+            Match::Sources(cidrs) => format!("{ip} saddr {}", set(of_family(cidrs, v4))),
+            Match::Ports(ports) => format!("tcp dport {}", set(Elements::Ports(merged_ports(ports)))),
+            Match::Pairs(pairs) => {
+                let pairs = pairs.iter().filter(|pair| is_family(pair.ip(), v4)).copied().collect();
+                format!("{ip} daddr . tcp dport {}", set(Elements::Pairs(pairs)))
+            }
+            Match::Percent(percent) => format!("numgen random mod 100 < {}", percent.get()),
+            Match::Alive => format!("meta l4proto tcp meta l4proto @{ALIVE}"),
+            Match::Untracked => "ct state invalid".to_owned(),
+        });
+    }
+    let is_tcp = rule
+        .when
+        .iter()
+        .any(|condition| matches!(condition, Match::Syn | Match::Ports(_) | Match::Pairs(_) | Match::Alive));
+    words.push(match &rule.then {
+        Verdict::Return => "return".to_owned(),
+        Verdict::Goto(chain) => format!("goto {chain}"),
+        // nft wants to read that it is TCP in the rule itself.
+        Verdict::Redirect(port) if is_tcp => format!("counter redirect to :{port}"),
+        Verdict::Redirect(port) => format!("meta l4proto tcp counter redirect to :{port}"),
+        Verdict::Tproxy(port) => format!("tproxy to :{port} counter accept"),
+        Verdict::Drop => "counter drop".to_owned(),
+        Verdict::Reset => "counter reject with tcp reset".to_owned(),
+        Verdict::Nothing => "continue".to_owned(),
+    });
+    words.join(" ")
+}
+
+fn of_family(cidrs: &BTreeSet<Cidr>, v4: bool) -> Elements {
+    Elements::Cidrs(outermost(cidrs).into_iter().filter(|cidr| cidr.is_ipv4() == v4).collect())
+}
+
+impl Elements {
+    fn kind(&self, v4: bool) -> &'static str {
+        match (self, v4) {
+            (Elements::Pairs(_), true) => "type ipv4_addr . inet_service",
+            (Elements::Pairs(_), false) => "type ipv6_addr . inet_service",
+            (Elements::Cidrs(_), true) => "type ipv4_addr\n\t\tflags interval",
+            (Elements::Cidrs(_), false) => "type ipv6_addr\n\t\tflags interval",
+            (Elements::Ports(_), _) => "type inet_service\n\t\tflags interval",
+            (Elements::Users(_), _) => "type uid",
+            (Elements::Groups(_), _) => "type gid",
+            (Elements::Interfaces(_), _) => "type ifname",
+            (Elements::Alive, _) => "type inet_proto\n\t\tflags timeout",
+        }
+    }
+
+    fn list(&self) -> Vec<String> {
+        match self {
+            Elements::Pairs(pairs) => {
+                pairs.iter().map(|pair| format!("{} . {}", pair.ip(), pair.port())).collect()
+            }
+            Elements::Cidrs(cidrs) => cidrs.iter().map(ToString::to_string).collect(),
+            Elements::Ports(ports) => ports.iter().map(ToString::to_string).collect(),
+            Elements::Users(ids) | Elements::Groups(ids) => ids.iter().map(ToString::to_string).collect(),
+            Elements::Interfaces(names) => names.iter().map(|name| format!("\"{name}\"")).collect(),
+            Elements::Alive => Vec::new(),
+        }
+    }
+
+    /// What intervals cover: kernels and versions of nft differ in where they cut them.
+    fn cover(&self) -> Option<Vec<(u128, u128)>> {
+        let mut spans: Vec<(u128, u128)> = match self {
+            Elements::Cidrs(cidrs) => cidrs.iter().map(Cidr::span).collect(),
+            Elements::Ports(ports) => {
+                ports.iter().map(|ports| (ports.first().into(), ports.last().into())).collect()
+            }
+            _ => return None,
+        };
+        spans.sort_unstable();
+        let mut merged: Vec<(u128, u128)> = Vec::new();
+        for (first, end) in spans {
+            match merged.last_mut() {
+                Some((_, last)) if first <= last.saturating_add(1) => *last = (*last).max(end),
+                _ => merged.push((first, end)),
+            }
+        }
+        Some(merged)
+    }
+}
+
+/// The commands that make the set what it is to be.
+fn elements(name: &str, wanted: &Elements, now: &Elements, v4: bool) -> (String, Option<Change>) {
+    let mut text = String::new();
+    if let (Some(to), Some(from)) = (wanted.cover(), now.cover()) {
+        if to == from {
+            return (text, None);
+        }
+        // Intervals that overlap cannot be exchanged one by one.
+        _ = writeln!(text, "flush set {TABLE} {name}");
+        if !to.is_empty() {
+            _ = writeln!(text, "add element {TABLE} {name} {{ {} }}", wanted.list().join(", "));
+        }
+    } else {
+        let (to, from) = (BTreeSet::from_iter(wanted.list()), BTreeSet::from_iter(now.list()));
+        for (verb, list) in [("delete", from.difference(&to)), ("add", to.difference(&from))] {
+            let list: Vec<&str> = list.map(String::as_str).collect();
+            if !list.is_empty() {
+                _ = writeln!(text, "{verb} element {TABLE} {name} {{ {} }}", list.join(", "));
+            }
+        }
+    }
+    let family = if matches!(wanted, Elements::Pairs(_) | Elements::Cidrs(_)) {
+        if v4 { " (IPv4)" } else { " (IPv6)" }
+    } else {
+        ""
+    };
+    let what = format!("set {name}: its elements{family}");
+    let change = (!text.is_empty()).then_some(Change { kind: Kind::Different, what });
+    (text, change)
+}
+
+impl Actual {
+    /// There is no table of ours.
+    pub fn absent() -> Actual {
+        Actual::default()
+    }
+
+    /// Reads what `nft -j list table inet vmesh` prints: see libnftables-json(5).
+    pub fn parse(json: &str) -> Result<Actual, Unreadable> {
+        let unreadable = |what: &str| Unreadable(what.to_owned());
+        let value: Value = serde_json::from_str(json).map_err(|error| Unreadable(error.to_string()))?;
+        let list =
+            value.get("nftables").and_then(Value::as_array).ok_or_else(|| unreadable("no `nftables`"))?;
+        let mut actual = Actual::default();
+        for item in list {
+            if item.get("table").is_some() {
+                actual.exists = true;
+            } else if let Some(set) = item.get("set") {
+                let name = text(set, "name").ok_or_else(|| unreadable("a set without a name"))?;
+                if let Some(elements) = parse_set(set) {
+                    if elements == Elements::Alive {
+                        actual.alive =
+                            set.get("elem").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
+                    }
+                    actual.sets.insert(name.to_owned(), elements);
+                }
+            } else if let Some(chain) = item.get("chain") {
+                let name = text(chain, "name").ok_or_else(|| unreadable("a chain without a name"))?;
+                let hook = text(chain, "hook").map(|hook| {
+                    let word = |key| text(chain, key).unwrap_or_default();
+                    let priority = chain.get("prio").and_then(Value::as_i64).unwrap_or_default();
+                    format!("{} {hook} {priority} {}", word("type"), word("policy"))
+                });
+                actual.chains.insert(name.to_owned(), ActualChain { hook, ..ActualChain::default() });
+            } else if let Some(rule) = item.get("rule") {
+                let chain = text(rule, "chain").and_then(|name| actual.chains.get_mut(name));
+                let chain = chain.ok_or_else(|| unreadable("a rule before its chain"))?;
+                let label = text(rule, "comment").and_then(Label::parse);
+                chain.rules.push(label);
+            }
+        }
+        Ok(actual)
+    }
+
+    pub fn exists(&self) -> bool {
+        self.exists
+    }
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
+    value.get(key)?.as_str()
+}
+
+fn parse_set(set: &Value) -> Option<Elements> {
+    let none = Vec::new();
+    let elements = set.get("elem").and_then(Value::as_array).unwrap_or(&none);
+    // An element with a comment or a time-out is wrapped.
+    let elements = elements.iter().map(|element| element.pointer("/elem/val").unwrap_or(element));
+    let kind = set.get("type")?;
+    if kind.is_array() {
+        return elements.map(pair).collect::<Option<_>>().map(Elements::Pairs);
+    }
+    match kind.as_str()? {
+        "ipv4_addr" | "ipv6_addr" => elements.map(cidr).collect::<Option<_>>().map(Elements::Cidrs),
+        "inet_service" => elements.map(ports).collect::<Option<_>>().map(Elements::Ports),
+        "uid" => elements.map(id).collect::<Option<_>>().map(Elements::Users),
+        "gid" => elements.map(id).collect::<Option<_>>().map(Elements::Groups),
+        "ifname" => elements
+            .map(|name| name.as_str().map(str::to_owned))
+            .collect::<Option<_>>()
+            .map(Elements::Interfaces),
+        "inet_proto" => Some(Elements::Alive),
+        _ => None,
+    }
+}
+
+fn pair(element: &Value) -> Option<SocketAddr> {
+    let parts = element.get("concat")?.as_array()?;
+    let [ip, port] = parts.as_slice() else { return None };
+    let ip: IpAddr = ip.as_str()?.parse().ok()?;
+    Some(SocketAddr::new(ip, u16::try_from(port.as_u64()?).ok()?))
+}
+
+fn cidr(element: &Value) -> Option<Cidr> {
+    match element.get("prefix") {
+        Some(prefix) => format!("{}/{}", text(prefix, "addr")?, prefix.get("len")?.as_u64()?).parse().ok(),
+        None => element.as_str()?.parse().ok(),
+    }
+}
+
+fn ports(element: &Value) -> Option<Ports> {
+    let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
+    match element.get("range").and_then(Value::as_array).map(Vec::as_slice) {
+        Some([first, last]) => Ports::range(port(first)?, port(last)?),
+        _ => port(element).and_then(|port| Ports::range(port, port)),
+    }
+}
+
+fn id(element: &Value) -> Option<u32> {
+    element.as_u64().and_then(|id| u32::try_from(id).ok()).or_else(|| element.as_str()?.parse().ok())
+}

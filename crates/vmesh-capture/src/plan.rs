@@ -1,0 +1,199 @@
+//! What would be done to a host, as text, and why.
+
+use std::fmt;
+
+/// A program that changes rules; the path is [`crate::apply::Tools`]'s business.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tool {
+    Nft,
+    IptablesRestore,
+    Ip6tablesRestore,
+}
+
+impl Tool {
+    pub fn name(self) -> &'static str {
+        match self {
+            Tool::Nft => "nft",
+            Tool::IptablesRestore => "iptables-restore",
+            Tool::Ip6tablesRestore => "ip6tables-restore",
+        }
+    }
+
+    pub fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Tool::Nft => &["-f", "-"],
+            // Others change these tables too: wait for the lock that all of them take.
+            Tool::IptablesRestore | Tool::Ip6tablesRestore => &["--noflush", "-w", "5"],
+        }
+    }
+}
+
+/// One transaction: all of it happens or nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    pub tool: Tool,
+    pub input: String,
+}
+
+/// One difference between what is there and what is to be.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Change {
+    pub kind: Kind,
+    /// `outbound/vips4`: chain and rule; `set captured_vips4`; for iptables with the family before it.
+    pub what: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// It is not there.
+    Missing,
+    /// It is there and is not to be.
+    Unwanted,
+    /// It is there by name and says something else.
+    Different,
+    /// It is not ours.
+    Foreign,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sign = match self.kind {
+            Kind::Missing => "+",
+            Kind::Unwanted => "-",
+            Kind::Different => "~",
+            Kind::Foreign => "!",
+        };
+        write!(f, "{sign} {}", self.what)
+    }
+}
+
+/// Empty if the host is as it should be. Where nobody changed the spec, its changes are drift.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    pub changes: Vec<Change>,
+    pub steps: Vec<Step>,
+}
+
+impl Plan {
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+}
+
+/// What `--dry-run` prints.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            return writeln!(f, "nothing to do");
+        }
+        for change in &self.changes {
+            writeln!(f, "{change}")?;
+        }
+        for step in &self.steps {
+            writeln!(f, "\n{} {} <<'.'", step.tool.name(), step.tool.arguments().join(" "))?;
+            f.write_str(&step.input)?;
+            writeln!(f, ".")?;
+        }
+        Ok(())
+    }
+}
+
+/// A rule is known by its comment: its name, and a hash of its text. So it is found again whatever a version of a tool makes
+/// of the text when it lists it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Label {
+    pub(crate) name: String,
+    pub(crate) hash: String,
+}
+
+const MARK: &str = "vmesh";
+
+impl Label {
+    pub(crate) fn of(name: &str, text: &str) -> Label {
+        let hash = xxhash_rust::xxh3::xxh3_64(text.as_bytes());
+        Label { name: name.to_owned(), hash: format!("{:08x}", hash & 0xffff_ffff) }
+    }
+
+    pub(crate) fn parse(comment: &str) -> Option<Label> {
+        let mut words = comment.split(' ');
+        let (mark, name, hash) = (words.next()?, words.next()?, words.next()?);
+        let whole = mark == MARK && words.next().is_none();
+        whole.then(|| Label { name: name.to_owned(), hash: hash.to_owned() })
+    }
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{MARK} {} {}", self.name, self.hash)
+    }
+}
+
+/// How the rules of a chain differ, by their labels; `None` is a rule that bears none.
+pub(crate) fn compare(chain: &str, wanted: &[Label], actual: &[Option<Label>]) -> Vec<Change> {
+    let mut changes = Vec::new();
+    let mut change = |kind, what: String| changes.push(Change { kind, what });
+    for label in wanted {
+        let same_name = || actual.iter().flatten().filter(|other| other.name == label.name);
+        if same_name().next().is_none() {
+            change(Kind::Missing, format!("{chain}/{}", label.name));
+        } else if !same_name().any(|other| other.hash == label.hash) {
+            change(Kind::Different, format!("{chain}/{}", label.name));
+        }
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for label in actual {
+        match label {
+            None => change(Kind::Foreign, format!("{chain}: a rule that is not ours")),
+            Some(label) if !wanted.iter().any(|other| other.name == label.name) => {
+                change(Kind::Unwanted, format!("{chain}/{}", label.name));
+            }
+            Some(label) if !seen.insert(&label.name) => {
+                change(Kind::Unwanted, format!("{chain}/{}: once more", label.name));
+            }
+            Some(_) => {}
+        }
+    }
+    let order: Vec<&Label> = actual.iter().flatten().collect();
+    if changes.is_empty() && !order.iter().copied().eq(wanted) {
+        changes.push(Change { kind: Kind::Different, what: format!("{chain}: the order of its rules") });
+    }
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+
+    use super::*;
+
+    /// `name:hash` for each rule, `?` for one that is not ours.
+    fn check(wanted: &str, actual: &str, expected: Expect) {
+        let label = |text: &str| {
+            let (name, hash) = text.split_once(':')?;
+            Some(Label { name: name.to_owned(), hash: hash.to_owned() })
+        };
+        let wanted: Vec<Label> = wanted.split_whitespace().filter_map(label).collect();
+        let actual: Vec<Option<Label>> = actual.split_whitespace().map(label).collect();
+        let changes = compare("c", &wanted, &actual);
+        expected.assert_eq(&changes.iter().map(|change| format!("{change}; ")).collect::<String>());
+    }
+
+    #[test]
+    fn every_rule_that_differs_is_named() {
+        check("a:1 b:2", "a:1 b:2", expect![[""]]);
+        check("a:1 b:2", "a:1", expect![["+ c/b; "]]);
+        check("a:1 b:2", "a:1 b:3", expect![["~ c/b; "]]);
+        check("a:1 b:2", "b:2 a:1", expect![["~ c: the order of its rules; "]]);
+        check("a:1", "a:1 a:1", expect![["- c/a: once more; "]]);
+        check("a:1", "? a:1 z:9", expect![["! c: a rule that is not ours; - c/z; "]]);
+        check("", "a:1", expect![["- c/a; "]]);
+    }
+
+    #[test]
+    fn a_label_is_read_back_from_its_comment() {
+        let label = Label::of("outbound", "text");
+        assert_eq!(Label::parse(&label.to_string()), Some(label));
+        assert_eq!(Label::parse("something else"), None);
+        assert_eq!(Label::parse("vmesh a b c"), None);
+    }
+}

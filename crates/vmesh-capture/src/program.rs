@@ -1,0 +1,599 @@
+//! What is to be in the kernel, before it is nftables' or iptables'. Both backends say this and nothing else, so that they
+//! mean the same.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use crate::host::{Cgroup, Host};
+use crate::spec::{
+    Account, Cidr, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent, Ports, Seconds, Selection,
+    Spec, Unit,
+};
+
+/// Chains of rules. A packet takes the first rule that fits, in the chains that have a hook.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Program {
+    pub(crate) chains: Vec<Chain>,
+    /// There is a dead-man, with this time-out.
+    pub(crate) alive: Option<Seconds>,
+    pub(crate) ipv6: bool,
+}
+
+/// How sure we are of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Everything lapses with the dead-man, also what is to fail closed: who tries a program and dies has changed nothing.
+    Trial,
+    Confirmed,
+}
+
+/// Something in a spec that has no effect on this host, or not the one that was meant. The rest of the spec has.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Note {
+    /// The place in the spec: `outbound.exclude.users`.
+    pub subject: &'static str,
+    pub message: String,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.subject, self.message)
+    }
+}
+
+/// Envoy's own connections would be captured, and come back to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "outbound connections cannot be captured: it is not known which are Envoy's own, and they would go round in circles; \
+     run Envoy as a user of its own, or in a slice of its own"
+)]
+pub struct NoLoopGuard;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Chain {
+    pub(crate) name: String,
+    pub(crate) hook: Option<Hook>,
+    pub(crate) rules: Vec<Rule>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Hook {
+    /// What the host sends, where destinations may be rewritten. Pure SYNs only: whatever was open stays as it is.
+    Outbound,
+    /// What the host is sent, likewise.
+    Inbound,
+    /// What the host is sent, before it is known which socket takes it.
+    Tproxy,
+    /// What the host is sent, once it is known that the host takes it. Pure SYNs only.
+    Strict,
+    /// Sees everything and does nothing. It keeps connection tracking alive: when its last user goes, connections that
+    /// were redirected are reset.
+    Hold,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub(crate) name: String,
+    pub(crate) when: Vec<Match>,
+    pub(crate) then: Verdict,
+}
+
+impl Rule {
+    /// What the text of the rule does not say and the kernel goes by.
+    pub(crate) fn identity(&self) -> String {
+        let ids = self.when.iter().filter_map(|condition| match condition {
+            Match::Cgroup(group) => Some(format!(" {}", group.id)),
+            _ => None,
+        });
+        ids.collect()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Match {
+    Syn,
+    /// To or from this host over its loopback interface.
+    OutLoopback,
+    InLoopback,
+    /// The destination is an address of this host.
+    ToThisHost,
+    Users(BTreeSet<u32>),
+    Groups(BTreeSet<u32>),
+    /// One control group and those below it.
+    Cgroup(Cgroup),
+    OutInterfaces(BTreeSet<String>),
+    InInterfaces(BTreeSet<String>),
+    Destinations(BTreeSet<Cidr>),
+    Sources(BTreeSet<Cidr>),
+    Ports(BTreeSet<Ports>),
+    /// Destination address and port.
+    Pairs(BTreeSet<SocketAddr>),
+    /// Drawn for each connection anew; a rule has it last but for [`Match::Alive`].
+    Percent(Percent),
+    /// The dead-man has been refreshed in time.
+    Alive,
+    Untracked,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Return,
+    Goto(String),
+    Redirect(u16),
+    Tproxy(u16),
+    /// Nothing comes back.
+    Drop,
+    /// The caller is told at once.
+    Reset,
+    Nothing,
+}
+
+/// DNS over TCP: what resolves names must not depend on names.
+const DNS: u16 = 53;
+const SSH: u16 = 22;
+/// Never routed; a cloud's metadata service is here.
+const LINK_LOCAL: [Cidr; 2] = [Cidr::v4(169, 254, 0, 0, 16), Cidr::v6(0xfe80, 10)];
+
+impl Program {
+    /// Nothing at all: the host as it was before.
+    pub fn absent() -> Program {
+        Program::default()
+    }
+
+    /// Captures nothing, and keeps what was captured connected. To be applied before [`Program::absent`], which resets what
+    /// is still connected through a redirect.
+    pub fn drained(ipv6: bool) -> Program {
+        Program { chains: vec![chain("outbound", Hook::Outbound), hold()], alive: None, ipv6 }
+    }
+
+    pub fn is_absent(&self) -> bool {
+        self.chains.is_empty()
+    }
+
+    /// Whether there is something to refresh.
+    pub fn has_dead_man(&self) -> bool {
+        self.alive.is_some()
+    }
+
+    /// The program for `spec` on `host`, and what of the spec it does not contain.
+    ///
+    /// # Errors
+    /// If outbound connections are to be captured and nothing tells Envoy's own from others.
+    pub fn new(spec: &Spec, host: &Host, stage: Stage) -> Result<(Program, Vec<Note>), NoLoopGuard> {
+        let captures = spec.outbound.capture != Outward::Off;
+        if captures && host.never.users.is_empty() && host.never.slices.is_empty() {
+            return Err(NoLoopGuard);
+        }
+        let mut build = Build { spec, host, stage, notes: Vec::new(), chains: Vec::new() };
+        if captures {
+            build.outbound();
+        }
+        build.inbound();
+        let Build { mut chains, mut notes, .. } = build;
+        if !chains.is_empty() {
+            chains.push(hold());
+        }
+        let has_alive = |rule: &Rule| rule.when.contains(&Match::Alive);
+        let alive = chains.iter().flat_map(|chain| &chain.rules).any(has_alive);
+        notes.sort();
+        let alive = alive.then_some(spec.dead_man.timeout);
+        Ok((Program { chains, alive, ipv6: host.ipv6 }, notes))
+    }
+}
+
+fn chain(name: &str, hook: Hook) -> Chain {
+    Chain { name: name.to_owned(), hook: Some(hook), rules: Vec::new() }
+}
+
+fn hold() -> Chain {
+    let rule = Rule { name: "hold".to_owned(), when: vec![Match::Untracked], then: Verdict::Nothing };
+    Chain { rules: vec![rule], ..chain("hold", Hook::Hold) }
+}
+
+impl Chain {
+    fn rule(&mut self, name: impl Into<String>, when: impl Into<Vec<Match>>, then: Verdict) {
+        self.rules.push(Rule { name: name.into(), when: when.into(), then });
+    }
+
+    /// Nothing, where there is nothing to match.
+    fn ports(&mut self, name: &str, ports: BTreeSet<Ports>, then: Verdict) {
+        if !ports.is_empty() {
+            self.rule(name, [Match::Ports(ports)], then);
+        }
+    }
+}
+
+struct Build<'a> {
+    spec: &'a Spec,
+    host: &'a Host,
+    stage: Stage,
+    notes: Vec<Note>,
+    chains: Vec<Chain>,
+}
+
+/// Who calls, in the terms of the kernel.
+#[derive(Default)]
+struct Callers {
+    users: BTreeSet<u32>,
+    groups: BTreeSet<u32>,
+    cgroups: BTreeSet<Cgroup>,
+}
+
+impl Callers {
+    fn rules(self, chain: &mut Chain, name: &str, then: &Verdict) {
+        if !self.users.is_empty() {
+            chain.rule(format!("{name}_users"), [Match::Users(self.users)], then.clone());
+        }
+        if !self.groups.is_empty() {
+            chain.rule(format!("{name}_groups"), [Match::Groups(self.groups)], then.clone());
+        }
+        cgroups(self.cgroups, chain, name, then);
+    }
+}
+
+/// One rule each: nftables has no sets of control groups that older kernels know.
+fn cgroups(groups: BTreeSet<Cgroup>, chain: &mut Chain, name: &str, then: &Verdict) {
+    for (number, group) in groups.into_iter().enumerate() {
+        chain.rule(format!("{name}_unit_{number}"), [Match::Cgroup(group)], then.clone());
+    }
+}
+
+impl Build<'_> {
+    fn note(&mut self, subject: &'static str, message: impl Into<String>) {
+        self.notes.push(Note { subject, message: message.into() });
+    }
+
+    fn alive(&self, on_loss: OnLoss) -> Option<Match> {
+        (on_loss == OnLoss::Open || self.stage == Stage::Trial).then_some(Match::Alive)
+    }
+
+    fn ssh(&self) -> BTreeSet<u16> {
+        self.host.never.ssh.iter().copied().chain([SSH]).collect()
+    }
+
+    fn own(&self) -> BTreeSet<u16> {
+        self.host.never.own.iter().copied().chain([OUTBOUND_PORT, INBOUND_PORT]).collect()
+    }
+
+    /// `out` -> `captured` (may this caller be captured?) -> `real` (may this destination be?) -> `to_<percent>`.
+    fn outbound(&mut self) {
+        let out = &self.spec.outbound;
+        let mut gate = chain("outbound", Hook::Outbound);
+        let never = &self.host.never;
+        if !never.users.is_empty() {
+            gate.rule("envoy", [Match::Users(never.users.clone())], Verdict::Return);
+        }
+        cgroups(never.slices.clone(), &mut gate, "envoy", &Verdict::Return);
+        let ssh = singles(&self.ssh());
+        gate.ports("ssh", ssh, Verdict::Return);
+        if !never.control_planes.is_empty() {
+            gate.rule("control_planes", [Match::Pairs(never.control_planes.clone())], Verdict::Return);
+        }
+        self.callers("outbound.exclude", &out.exclude).rules(&mut gate, "exclude", &Verdict::Return);
+        let captured = Verdict::Goto("captured".to_owned());
+        if out.include.names_callers() {
+            self.callers("outbound.include", &out.include).rules(&mut gate, "include", &captured);
+        } else {
+            gate.rule("all", [], captured);
+        }
+        let mut chains = vec![gate];
+        let ssh = self.ssh();
+        for address in out.addresses.keys().filter(|address| ssh.contains(&address.port())) {
+            let message =
+                format!("{address} is not captured: port {} is SSH, which never is", address.port());
+            self.notes.push(Note { subject: "outbound.addresses", message });
+        }
+
+        let mut captured = Chain { name: "captured".to_owned(), hook: None, rules: Vec::new() };
+        let vips = self.vips();
+        if !vips.is_empty() {
+            // Only a trial lapses: what is not captured goes nowhere.
+            let mut when = vec![Match::Pairs(vips)];
+            when.extend(self.alive(OnLoss::Closed));
+            captured.rule("vips", when, Verdict::Redirect(OUTBOUND_PORT));
+        }
+        if out.capture == Outward::Vip {
+            chains.push(captured);
+            self.chains.extend(chains);
+            return;
+        }
+        captured.rule("loopback", [Match::OutLoopback], Verdict::Return);
+        captured.rule("this_host", [Match::ToThisHost], Verdict::Return);
+        captured.rule("link_local", [Match::Destinations(LINK_LOCAL.into())], Verdict::Return);
+        captured.ports("dns", singles(&[DNS].into()), Verdict::Return);
+        let (exclude, include) = (&out.exclude, &out.include);
+        captured.ports("exclude_ports", exclude.ports.clone(), Verdict::Return);
+        if !exclude.cidrs.is_empty() {
+            captured.rule("exclude_cidrs", [Match::Destinations(exclude.cidrs.clone())], Verdict::Return);
+        }
+        if !exclude.interfaces.is_empty() {
+            let interfaces = exclude.interfaces.iter().map(ToString::to_string).collect();
+            captured.rule("exclude_interfaces", [Match::OutInterfaces(interfaces)], Verdict::Return);
+        }
+        // Each list that there is has to agree, so each has a chain that is left for the next where it does.
+        let interfaces = include.interfaces.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
+        let lists = [
+            ("ports", (!include.ports.is_empty()).then(|| Match::Ports(include.ports.clone()))),
+            ("cidrs", (!include.cidrs.is_empty()).then(|| Match::Destinations(include.cidrs.clone()))),
+            ("interfaces", (!interfaces.is_empty()).then_some(Match::OutInterfaces(interfaces))),
+        ];
+        let mut last = captured;
+        for (what, list) in lists.into_iter().filter_map(|(what, list)| Some((what, list?))) {
+            let next = format!("included_{what}");
+            last.rule(format!("include_{what}"), [list], Verdict::Goto(next.clone()));
+            chains.push(last);
+            last = Chain { name: next, hook: None, rules: Vec::new() };
+        }
+        let dials = self.dials();
+        let mut shares: BTreeSet<Percent> = dials.keys().copied().collect();
+        shares.insert(Percent::ALL);
+        // From the smallest: who is listed twice has the smaller.
+        for (share, callers) in dials {
+            let then = if share.get() == 0 { Verdict::Return } else { Verdict::Goto(to(share)) };
+            callers.rules(&mut last, &format!("dial_{}", share.get()), &then);
+        }
+        last.rule("dial", [], Verdict::Goto(to(Percent::ALL)));
+        chains.push(last);
+        for share in shares.into_iter().filter(|share| share.get() > 0) {
+            chains.push(self.destinations(share));
+        }
+        self.chains.extend(chains);
+    }
+
+    /// The redirects, for callers of whose connections at most `share` is captured.
+    fn destinations(&self, share: Percent) -> Chain {
+        let out = &self.spec.outbound;
+        let mut groups: BTreeMap<(Percent, OnLoss), BTreeSet<SocketAddr>> = BTreeMap::new();
+        for (address, own) in &out.addresses {
+            let percent = own.percent.unwrap_or(out.percent);
+            let key = (percent.min(share), own.on_loss.unwrap_or(out.on_loss));
+            groups.entry(key).or_default().insert(*address);
+        }
+        let mut chain = Chain { name: to(share), hook: None, rules: Vec::new() };
+        for ((percent, on_loss), pairs) in groups {
+            let name =
+                format!("{}_{}", percent.get(), if on_loss == OnLoss::Open { "open" } else { "closed" });
+            self.redirect(&mut chain, &name, vec![Match::Pairs(pairs.clone())], percent, on_loss);
+            if out.capture == Outward::All && percent < Percent::ALL {
+                // What was not drawn is not to be drawn for again below.
+                chain.rule(format!("{name}_rest"), [Match::Pairs(pairs)], Verdict::Return);
+            }
+        }
+        if out.capture == Outward::All {
+            self.redirect(&mut chain, "everything", Vec::new(), out.percent.min(share), out.on_loss);
+        }
+        chain
+    }
+
+    fn redirect(
+        &self,
+        chain: &mut Chain,
+        name: &str,
+        mut when: Vec<Match>,
+        percent: Percent,
+        on_loss: OnLoss,
+    ) {
+        if percent.get() == 0 {
+            return;
+        }
+        if percent < Percent::ALL {
+            when.push(Match::Percent(percent));
+        }
+        when.extend(self.alive(on_loss));
+        chain.rule(name, when, Verdict::Redirect(OUTBOUND_PORT));
+    }
+
+    fn vips(&mut self) -> BTreeSet<SocketAddr> {
+        let ssh = self.ssh();
+        let mut vips = BTreeSet::new();
+        for vip in &self.spec.outbound.vips {
+            if ssh.contains(&vip.port()) {
+                self.note(
+                    "outbound.vips",
+                    format!("{vip} is not captured: port {} is SSH, which never is", vip.port()),
+                );
+            } else if vip.ip().is_loopback()
+                || vip.ip().is_unspecified()
+                || vip.ip().is_multicast()
+                || vip.port() == 0
+            {
+                self.note("outbound.vips", format!("{vip} is not captured: no other host could have it"));
+            } else {
+                vips.insert(*vip);
+            }
+        }
+        vips
+    }
+
+    fn callers(&mut self, subject: &'static str, of: &Selection) -> Callers {
+        let mut callers = Callers::default();
+        for account in &of.users {
+            callers.users.extend(self.user(subject, account));
+        }
+        for account in &of.groups {
+            callers.groups.extend(self.group(subject, account));
+        }
+        for unit in &of.units {
+            callers.cgroups.extend(self.unit(subject, unit));
+        }
+        callers
+    }
+
+    fn dials(&mut self) -> BTreeMap<Percent, Callers> {
+        let subject = "outbound.dial";
+        let dial = &self.spec.outbound.dial;
+        let mut dials: BTreeMap<Percent, Callers> = BTreeMap::new();
+        for (account, percent) in &dial.users {
+            dials.entry(*percent).or_default().users.extend(self.user(subject, account));
+        }
+        for (account, percent) in &dial.groups {
+            dials.entry(*percent).or_default().groups.extend(self.group(subject, account));
+        }
+        for (unit, percent) in &dial.units {
+            dials.entry(*percent).or_default().cgroups.extend(self.unit(subject, unit));
+        }
+        dials.retain(|percent, _| *percent < Percent::ALL);
+        dials
+    }
+
+    fn user(&mut self, subject: &'static str, account: &Account) -> Option<u32> {
+        let found = self.host.user(account);
+        if found.is_none() {
+            self.note(subject, format!("there is no user `{account}`: it selects nothing until there is"));
+        }
+        found
+    }
+
+    fn group(&mut self, subject: &'static str, account: &Account) -> Option<u32> {
+        let found = self.host.group(account);
+        if found.is_none() {
+            self.note(subject, format!("there is no group `{account}`: it selects nothing until there is"));
+        }
+        found
+    }
+
+    fn unit(&mut self, subject: &'static str, unit: &Unit) -> Option<Cgroup> {
+        let found = self.host.units.get(unit).cloned();
+        if found.is_none() {
+            self.note(subject, format!("{unit} does not run: it selects nothing until it does"));
+        }
+        found
+    }
+
+    fn inbound(&mut self) {
+        let inbound = &self.spec.inbound;
+        let never: BTreeSet<u16> = self.ssh().into_iter().chain(self.own()).collect();
+        for (subject, ports) in [("inbound.ports", &inbound.ports), ("inbound.strict", &inbound.strict)] {
+            for port in never.iter().filter(|port| ports.iter().any(|ports| ports.contains(**port))) {
+                let whose = if self.own().contains(port) { "Envoy's or the agent's own" } else { "SSH" };
+                self.note(subject, format!("{port} is left out: it is {whose}"));
+            }
+        }
+        let strict = &inbound.strict;
+        let captured = if inbound.capture == Inward::Off { BTreeSet::new() } else { inbound.ports.clone() };
+        // Strict ports are captured by the rule that does not lapse.
+        let closed =
+            if inbound.on_loss == OnLoss::Closed { captured.clone() } else { both(&captured, strict) };
+        let open = without(&captured, &closed);
+        let mut rules = Vec::new();
+        for (name, ports, on_loss) in [("open", open, OnLoss::Open), ("closed", closed, OnLoss::Closed)] {
+            if !ports.is_empty() {
+                let mut when = vec![Match::ToThisHost, Match::Ports(ports)];
+                when.extend(self.alive(on_loss));
+                rules.push((name, when));
+            }
+        }
+        let refusal = |then: Verdict, build: &Self| {
+            let mut when = vec![Match::ToThisHost, Match::Syn, Match::Ports(strict.clone())];
+            when.extend(build.alive(OnLoss::Closed));
+            Rule { name: "strict".to_owned(), when, then }
+        };
+        match inbound.capture {
+            _ if rules.is_empty() => {}
+            Inward::Off => {}
+            Inward::Redirect => {
+                let mut chain = self.inward("inbound", Hook::Inbound);
+                for (name, when) in rules {
+                    chain.rule(name, when, Verdict::Redirect(INBOUND_PORT));
+                }
+                self.chains.push(chain);
+            }
+            Inward::Tproxy => {
+                let mut chain = self.inward("tproxy", Hook::Tproxy);
+                for (name, when) in rules {
+                    chain.rule(name, when, Verdict::Tproxy(INBOUND_PORT));
+                }
+                if !strict.is_empty() {
+                    // Here and not where the packet is taken: there one for Envoy looks the same.
+                    chain.rules.push(refusal(Verdict::Drop, self));
+                }
+                self.chains.push(chain);
+                return;
+            }
+        }
+        if !strict.is_empty() {
+            let mut chain = self.inward("strict", Hook::Strict);
+            chain.rules.push(refusal(Verdict::Reset, self));
+            self.chains.push(chain);
+        }
+    }
+
+    /// A chain that begins with what is never touched.
+    fn inward(&self, name: &str, hook: Hook) -> Chain {
+        let mut chain = chain(name, hook);
+        chain.rule("loopback", [Match::InLoopback], Verdict::Return);
+        chain.ports("ssh", singles(&self.ssh()), Verdict::Return);
+        chain.ports("own", singles(&self.own()), Verdict::Return);
+        let exclude = &self.spec.inbound.exclude;
+        if !exclude.cidrs.is_empty() {
+            chain.rule("exclude_cidrs", [Match::Sources(exclude.cidrs.clone())], Verdict::Return);
+        }
+        if !exclude.interfaces.is_empty() {
+            let interfaces = exclude.interfaces.iter().map(ToString::to_string).collect();
+            chain.rule("exclude_interfaces", [Match::InInterfaces(interfaces)], Verdict::Return);
+        }
+        chain
+    }
+}
+
+fn to(share: Percent) -> String {
+    format!("to_{}", share.get())
+}
+
+fn singles(ports: &BTreeSet<u16>) -> BTreeSet<Ports> {
+    ports.iter().filter_map(|port| Ports::range(*port, *port)).collect()
+}
+
+/// The ports that are in both.
+fn both(one: &BTreeSet<Ports>, other: &BTreeSet<Ports>) -> BTreeSet<Ports> {
+    let pairs = one.iter().flat_map(|a| other.iter().map(move |b| (a, b)));
+    pairs.filter_map(|(a, b)| Ports::range(a.first().max(b.first()), a.last().min(b.last()))).collect()
+}
+
+/// The ports of the first that are not in the second.
+fn without(these: &BTreeSet<Ports>, those: &BTreeSet<Ports>) -> BTreeSet<Ports> {
+    let mut left: Vec<Ports> = these.iter().copied().collect();
+    for cut in those {
+        let parts = |ports: Ports| {
+            if cut.last() < ports.first() || ports.last() < cut.first() {
+                return [Some(ports), None];
+            }
+            [
+                Ports::range(ports.first(), cut.first().saturating_sub(1))
+                    .filter(|_| ports.first() < cut.first()),
+                cut.last().checked_add(1).and_then(|first| Ports::range(first, ports.last())),
+            ]
+        };
+        left = left.into_iter().flat_map(parts).flatten().collect();
+    }
+    left.into_iter().collect()
+}
+
+/// The same ports in as few ranges as can be: nftables refuses sets whose elements overlap.
+pub(crate) fn merged_ports(ports: &BTreeSet<Ports>) -> BTreeSet<Ports> {
+    let mut merged: Vec<Ports> = Vec::new();
+    for ports in ports {
+        match merged.last_mut() {
+            Some(last) if ports.first() <= last.last().saturating_add(1) => {
+                let end = last.last().max(ports.last());
+                *last = Ports::range(last.first(), end).unwrap_or(*last);
+            }
+            _ => merged.push(*ports),
+        }
+    }
+    merged.into_iter().collect()
+}
+
+/// The same networks without those that are inside another.
+pub(crate) fn outermost(cidrs: &BTreeSet<Cidr>) -> BTreeSet<Cidr> {
+    let inside = |inner: &Cidr, outer: &Cidr| {
+        let ((a, b), (c, d)) = (inner.span(), outer.span());
+        inner != outer && inner.is_ipv4() == outer.is_ipv4() && c <= a && b <= d
+    };
+    cidrs.iter().filter(|cidr| !cidrs.iter().any(|other| inside(cidr, other))).copied().collect()
+}
+
+pub(crate) fn is_family(ip: IpAddr, v4: bool) -> bool {
+    ip.is_ipv4() == v4
+}

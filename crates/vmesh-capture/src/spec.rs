@@ -1,0 +1,600 @@
+//! What an operator and the control plane want captured. Read with [`vmesh_model::load::strict`], which names the place of
+//! what is wrong; what is valid on its own and cannot be had on this host is a [`Note`](crate::Note) of the
+//! [`Program`](crate::Program).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+use vmesh_model::text::{parse_duration, show_duration};
+
+/// Where Envoy takes what the host sends.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Where Envoy takes what the host is sent.
+pub const INBOUND_PORT: u16 = 15006;
+
+/// Which connections go through Envoy. Nothing, unless something is said.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Spec {
+    pub outbound: Outbound,
+    pub inbound: Inbound,
+    pub dead_man: DeadMan,
+}
+
+/// Connections that programs of this host open.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Outbound {
+    pub capture: Outward,
+    /// Virtual addresses, which exist nowhere but in Envoy. They are captured for every caller that may be, whatever
+    /// `percent`, `on_loss` and the destinations in `include` and `exclude` say: a connection that is not captured
+    /// has nowhere to go.
+    pub vips: BTreeSet<SocketAddr>,
+    /// Endpoints by their real addresses, for programs that find them themselves.
+    pub addresses: BTreeMap<SocketAddr, Destination>,
+    /// The share of new connections to real addresses that is captured.
+    pub percent: Percent,
+    pub on_loss: OnLoss,
+    /// Where anything is listed, nothing else is captured. Callers are alternatives (`users`, `groups` or `units`);
+    /// `ports`, `cidrs` and `interfaces` must all agree.
+    pub include: Selection,
+    /// Never captured.
+    pub exclude: Selection,
+    /// The largest share of a caller's connections that is captured. The smaller of this and the destination's counts.
+    pub dial: Dial,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outward {
+    #[default]
+    Off,
+    /// Virtual addresses only: nothing that works today changes.
+    Vip,
+    /// And the listed endpoints.
+    Addresses,
+    /// And everything else.
+    All,
+}
+
+/// What differs for one real address.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Destination {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub percent: Option<Percent>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_loss: Option<OnLoss>,
+}
+
+/// What becomes of new connections when nobody refreshes the dead-man: Envoy or the agent is dead or hangs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLoss {
+    /// They go past Envoy.
+    #[default]
+    Open,
+    /// They fail.
+    Closed,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Selection {
+    pub ports: BTreeSet<Ports>,
+    pub cidrs: BTreeSet<Cidr>,
+    /// The interfaces by which packets leave (outbound) or arrive (inbound). Whole names.
+    pub interfaces: BTreeSet<Interface>,
+    /// Names or numbers.
+    pub users: BTreeSet<Account>,
+    /// Names or numbers. A process's effective group, not its supplementary ones: the kernel sees no other.
+    pub groups: BTreeSet<Account>,
+    pub units: BTreeSet<Unit>,
+}
+
+impl Selection {
+    pub(crate) fn names_callers(&self) -> bool {
+        !(self.users.is_empty() && self.groups.is_empty() && self.units.is_empty())
+    }
+}
+
+/// Shares by caller.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Dial {
+    pub users: BTreeMap<Account, Percent>,
+    pub groups: BTreeMap<Account, Percent>,
+    pub units: BTreeMap<Unit, Percent>,
+}
+
+/// Connections that programs of this host accept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Inbound {
+    pub capture: Inward,
+    /// Captured.
+    pub ports: BTreeSet<Ports>,
+    /// Reached through Envoy or not at all, from outside of this host. Those that are not in `ports` are refused to
+    /// everybody outside: their callers come through an explicit port of Envoy's.
+    pub strict: BTreeSet<Ports>,
+    pub on_loss: OnLoss,
+    /// Neither captured nor refused: a load balancer whose health checks speak no TLS.
+    pub exclude: Sources,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sources {
+    pub cidrs: BTreeSet<Cidr>,
+    pub interfaces: BTreeSet<Interface>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Inward {
+    #[default]
+    Off,
+    Redirect,
+    /// Envoy sees the client's address and the port that it called. Envoy's listener must be `transparent`, for which it
+    /// needs CAP_NET_ADMIN. With nftables an Envoy that does not listen is passed by at once.
+    Tproxy,
+}
+
+/// Redirects with [`OnLoss::Open`] hold as long as somebody says so: a time-out in the kernel, that works with no process alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DeadMan {
+    /// 3 s to 10 min. Refresh it at a fifth of this or sooner.
+    pub timeout: Seconds,
+}
+
+impl Default for DeadMan {
+    fn default() -> Self {
+        DeadMan { timeout: Seconds(30) }
+    }
+}
+
+/// A time-out in whole seconds, from 3 s to 10 min, written `30s`: iptables knows nothing finer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Seconds(u32);
+
+impl Seconds {
+    pub fn get(self) -> u32 {
+        self.0
+    }
+
+    pub fn duration(self) -> Duration {
+        Duration::from_secs(self.0.into())
+    }
+}
+
+impl TryFrom<Duration> for Seconds {
+    type Error = String;
+
+    fn try_from(duration: Duration) -> Result<Self, String> {
+        match u32::try_from(duration.as_secs()) {
+            Ok(seconds @ 3..=600) if duration.subsec_nanos() == 0 => Ok(Seconds(seconds)),
+            _ => Err(format!("{} is not from 3s to 10m, in whole seconds", show_duration(duration))),
+        }
+    }
+}
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}s", self.0)
+    }
+}
+
+impl FromStr for Seconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        parse_duration(text)?.try_into()
+    }
+}
+
+/// A share of new connections, 0 to 100. Whole, since nftables draws from a hundred.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct Percent(u8);
+
+impl Percent {
+    pub const ALL: Percent = Percent(100);
+
+    /// `None` above 100.
+    pub fn new(percent: u8) -> Option<Percent> {
+        (percent <= 100).then_some(Percent(percent))
+    }
+
+    pub fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl Default for Percent {
+    fn default() -> Self {
+        Percent::ALL
+    }
+}
+
+impl<'de> Deserialize<'de> for Percent {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = u64::deserialize(deserializer)?;
+        let percent = u8::try_from(number).ok().and_then(Percent::new);
+        percent.ok_or_else(|| de::Error::custom(format!("{number} is not a share: 0 to 100, in percent")))
+    }
+}
+
+/// One port or a range: `8080`, `8000-8100`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ports {
+    first: u16,
+    last: u16,
+}
+
+impl Ports {
+    /// `None` where the range is empty or begins with 0.
+    pub fn range(first: u16, last: u16) -> Option<Ports> {
+        (first > 0 && first <= last).then_some(Ports { first, last })
+    }
+
+    pub fn first(self) -> u16 {
+        self.first
+    }
+
+    pub fn last(self) -> u16 {
+        self.last
+    }
+
+    pub fn contains(self, port: u16) -> bool {
+        self.first <= port && port <= self.last
+    }
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last {
+            write!(f, "{}", self.first)
+        } else {
+            write!(f, "{}-{}", self.first, self.last)
+        }
+    }
+}
+
+impl FromStr for Ports {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a port or a range of ports, such as 8080 or 8000-8100");
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let port = |text: &str| text.trim().parse::<u16>().map_err(|_| wrong());
+        Ports::range(port(first)?, port(last)?).ok_or_else(wrong)
+    }
+}
+
+/// A network, `10.0.0.0/8`, or one address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cidr {
+    address: IpAddr,
+    length: u8,
+}
+
+impl Cidr {
+    pub const fn v4(a: u8, b: u8, c: u8, d: u8, length: u8) -> Cidr {
+        Cidr { address: IpAddr::V4(Ipv4Addr::new(a, b, c, d)), length }
+    }
+
+    pub const fn v6(first: u16, length: u8) -> Cidr {
+        Cidr { address: IpAddr::V6(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0)), length }
+    }
+
+    pub fn is_ipv4(&self) -> bool {
+        self.address.is_ipv4()
+    }
+
+    /// The first and the last address, as numbers.
+    pub(crate) fn span(&self) -> (u128, u128) {
+        let (number, width) = number(self.address);
+        let hosts = host_bits(width - u32::from(self.length));
+        (number & !hosts, number | hosts)
+    }
+
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let (first, last) = self.span();
+        let (number, _) = number(address);
+        self.is_ipv4() == address.is_ipv4() && first <= number && number <= last
+    }
+}
+
+fn number(address: IpAddr) -> (u128, u32) {
+    match address {
+        IpAddr::V4(address) => (u32::from(address).into(), 32),
+        IpAddr::V6(address) => (u128::from(address), 128),
+    }
+}
+
+/// So many bits, all set.
+fn host_bits(count: u32) -> u128 {
+    1_u128.checked_shl(count).map_or(u128::MAX, |above| above - 1)
+}
+
+impl fmt::Display for Cidr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = if self.is_ipv4() { 32 } else { 128 };
+        if self.length == whole {
+            write!(f, "{}", self.address)
+        } else {
+            write!(f, "{}/{}", self.address, self.length)
+        }
+    }
+}
+
+impl FromStr for Cidr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong =
+            || format!("`{text}` is not an address or a network, such as 10.1.2.3, 10.0.0.0/8 or fd00::/8");
+        let (address, length) = match text.split_once('/') {
+            Some((address, length)) => (address, Some(length)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let (number, width) = number(address);
+        let length = match length {
+            Some(length) => {
+                length.parse::<u8>().ok().filter(|length| u32::from(*length) <= width).ok_or_else(wrong)?
+            }
+            None => u8::try_from(width).map_err(|_| wrong())?,
+        };
+        let kept = number & !host_bits(width - u32::from(length));
+        if kept != number {
+            let network = match address {
+                IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::from(u32::try_from(kept).map_err(|_| wrong())?)),
+                IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::from(kept)),
+            };
+            return Err(format!(
+                "`{text}` has bits beyond its length: did you mean {network}/{length}, or {address}?"
+            ));
+        }
+        Ok(Cidr { address, length })
+    }
+}
+
+/// The name of a network interface.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Interface(String);
+
+impl Interface {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Interface {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // The kernel's own limit is 15 bytes. `*` and `+` mean "anything" to nft and iptables.
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@' | ':');
+        if (1..=15).contains(&text.len()) && text.chars().all(plain) {
+            Ok(Interface(text.to_owned()))
+        } else {
+            Err(format!("`{text}` is not the name of an interface: whole names, as `ip link` shows them"))
+        }
+    }
+}
+
+/// A user or a group, by name or number.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Account(String);
+
+impl Account {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    pub fn number(&self) -> Option<u32> {
+        self.0.parse().ok()
+    }
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Account {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@' | '$');
+        if (1..=64).contains(&text.len()) && text.chars().all(plain) {
+            Ok(Account(text.to_owned()))
+        } else {
+            Err(format!("`{text}` is not the name or number of a user or group"))
+        }
+    }
+}
+
+/// A systemd unit that has a control group: a slice, a service or a scope.
+///
+/// Rules know a control group by a number that it loses when its unit stops, so a service that is started again is not
+/// known until the rules are made again. A slice that always has something in it keeps its number.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Unit(String);
+
+impl Unit {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Unit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@' | ':' | '\\');
+        let kind = [".slice", ".service", ".scope"]
+            .iter()
+            .any(|kind| text.ends_with(kind) && text.len() > kind.len());
+        if kind && text.len() <= 255 && text.chars().all(plain) {
+            Ok(Unit(text.to_owned()))
+        } else {
+            Err(format!(
+                "`{text}` is not a unit with processes: its whole name, such as app.service or batch.slice"
+            ))
+        }
+    }
+}
+
+/// Values that are written as text; those that look like numbers may be written as numbers.
+macro_rules! text {
+    ($($name:ident: $what:literal),+) => {$(
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Text;
+
+                impl Visitor<'_> for Text {
+                    type Value = $name;
+
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str($what)
+                    }
+
+                    fn visit_str<E: de::Error>(self, text: &str) -> Result<$name, E> {
+                        text.parse().map_err(E::custom)
+                    }
+
+                    fn visit_u64<E: de::Error>(self, number: u64) -> Result<$name, E> {
+                        number.to_string().parse().map_err(E::custom)
+                    }
+
+                    fn visit_i64<E: de::Error>(self, number: i64) -> Result<$name, E> {
+                        number.to_string().parse().map_err(E::custom)
+                    }
+                }
+
+                deserializer.deserialize_any(Text)
+            }
+        }
+    )+};
+}
+
+text!(
+    Ports: "a port or a range of ports",
+    Cidr: "an address or a network",
+    Interface: "the name of an interface",
+    Account: "the name or number of a user or group",
+    Unit: "the name of a systemd unit",
+    Seconds: "a duration, such as 30s"
+);
+
+#[cfg(test)]
+mod tests {
+    use expect_test::{Expect, expect};
+    use vmesh_model::load::strict;
+
+    use super::*;
+
+    fn wrong(yaml: &str, expected: Expect) {
+        let problems = strict::<Spec>("capture.yaml", yaml).unwrap_err();
+        expected.assert_eq(&problems.iter().map(|problem| format!("{problem}\n")).collect::<String>());
+    }
+
+    #[test]
+    fn a_spec_is_read_and_written_alike() {
+        let spec: Spec = strict(
+            "capture.yaml",
+            "outbound:\n  capture: addresses\n  vips: ['240.240.0.10:80', '[fdfe::10]:80']\n  \
+             addresses: {'10.0.1.11:8080': {percent: 5, on_loss: closed}, '[fd00::1]:443': {}}\n  percent: 50\n  \
+             include: {ports: [8080, 9000-9100], cidrs: [10.0.0.0/8, 10.9.9.9], units: [batch.slice]}\n  \
+             exclude: {users: [backup, 1001], interfaces: [docker0]}\n  dial: {units: {app.service: 1}}\n\
+             inbound: {capture: tproxy, ports: [8080], strict: [3306], on_loss: closed}\ndead_man: {timeout: 1m}\n",
+        )
+        .unwrap();
+        assert_eq!(spec.dead_man.timeout.get(), 60);
+        assert_eq!(spec.outbound.exclude.users.first().unwrap().number(), Some(1001));
+        let json = serde_json::to_string(&spec).unwrap();
+        assert_eq!(strict::<Spec>("capture.json", &json).unwrap(), spec, "{json}");
+        assert_eq!(strict::<Spec>("empty.yaml", "{}").unwrap(), Spec::default());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_place() {
+        wrong(
+            "outbound: {capture: everything, percent: 101, includes: {}}\n",
+            expect![[r#"
+                capture.yaml:1:21: `capture`: expected one of `off`, `vip`, `addresses` or `all`, found `everything`
+                capture.yaml:1:42: `percent`: 101 is not a share: 0 to 100, in percent
+                capture.yaml:1:47: unknown field `includes`, did you mean `include`?
+            "#]],
+        );
+        wrong(
+            "outbound:\n  include: {ports: [0, 70000, 90-80], cidrs: [10.1.2.3/8, nonsense, 10.0.0.0/33]}\n",
+            expect![[r#"
+                capture.yaml:2:21: `ports`: `0` is not a port or a range of ports, such as 8080 or 8000-8100
+                capture.yaml:2:24: `ports`: `70000` is not a port or a range of ports, such as 8080 or 8000-8100
+                capture.yaml:2:31: `ports`: `90-80` is not a port or a range of ports, such as 8080 or 8000-8100
+                capture.yaml:2:47: `cidrs`: `10.1.2.3/8` has bits beyond its length: did you mean 10.0.0.0/8, or 10.1.2.3?
+                capture.yaml:2:59: `cidrs`: `nonsense` is not an address or a network, such as 10.1.2.3, 10.0.0.0/8 or fd00::/8
+                capture.yaml:2:69: `cidrs`: `10.0.0.0/33` is not an address or a network, such as 10.1.2.3, 10.0.0.0/8 or fd00::/8
+            "#]],
+        );
+        wrong(
+            "outbound: {exclude: {interfaces: ['eth*'], users: ['a b'], units: [app]}}\n",
+            expect![[r#"
+            capture.yaml:1:35: `interfaces`: `eth*` is not the name of an interface: whole names, as `ip link` shows them
+            capture.yaml:1:52: `users`: `a b` is not the name or number of a user or group
+            capture.yaml:1:68: `units`: `app` is not a unit with processes: its whole name, such as app.service or batch.slice
+        "#]],
+        );
+        wrong(
+            "dead_man: {timeout: 1s}\ninbound: {ports: [-1]}\n",
+            expect![[r#"
+            capture.yaml:1:21: `timeout`: 1s is not from 3s to 10m, in whole seconds
+            capture.yaml:2:19: `ports`: `-1` is not a port or a range of ports, such as 8080 or 8000-8100
+        "#]],
+        );
+        wrong(
+            "outbound: {vips: ['orders.mesh:80']}\n",
+            expect![[r#"
+            capture.yaml:1:19: `vips`: `orders.mesh:80` is not an IP address and a port, such as 127.0.0.1:8080
+        "#]],
+        );
+    }
+
+    #[test]
+    fn a_network_contains_what_is_in_it() {
+        let cidr = |text: &str| text.parse::<Cidr>().unwrap();
+        assert!(cidr("10.0.0.0/8").contains("10.255.0.1".parse().unwrap()));
+        assert!(!cidr("10.0.0.0/8").contains("11.0.0.0".parse().unwrap()));
+        assert!(cidr("::/0").contains("fd00::1".parse().unwrap()));
+        assert!(!cidr("::/0").contains("10.0.0.1".parse().unwrap()));
+        assert!(cidr("fd00::1").contains("fd00::1".parse().unwrap()));
+    }
+}
