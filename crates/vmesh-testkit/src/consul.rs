@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -22,8 +23,9 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::debian::{self, Deb};
-use crate::place::{Loopback, TempDir, tempdir};
+use crate::place::{TempDir, tempdir};
 use crate::process::Daemon;
+use crate::servers::{Server, Servers};
 use crate::{Failed, Result, cache, wait_for};
 
 const DEB: Deb = Deb {
@@ -71,14 +73,8 @@ pub struct TlsFiles {
 pub struct Consul {
     options: Options,
     program: PathBuf,
-    members: Vec<Member>,
+    servers: Servers,
     dir: TempDir,
-}
-
-struct Member {
-    place: Loopback,
-    dir: PathBuf,
-    daemon: Option<Daemon>,
 }
 
 /// The Consul to test with: the package that `$VMESH_TOOLS_CACHE` has, else a `consul` of the pinned version on the PATH,
@@ -112,6 +108,19 @@ fn is_pinned(said: &str) -> bool {
     version.is_some_and(|version| version.split(['+', '-', ' ']).next() == Some(VERSION))
 }
 
+impl Deref for Consul {
+    type Target = Servers;
+    fn deref(&self) -> &Servers {
+        &self.servers
+    }
+}
+
+impl DerefMut for Consul {
+    fn deref_mut(&mut self) -> &mut Servers {
+        &mut self.servers
+    }
+}
+
 impl Consul {
     /// One server, which lets everybody do everything.
     pub async fn one() -> Result<Consul> {
@@ -127,33 +136,24 @@ impl Consul {
     pub async fn start(options: Options) -> Result<Consul> {
         let program = program()?;
         let dir = tempdir()?;
-        let mut members = Vec::new();
-        for number in 1..=options.servers {
-            let path = dir.join(number.to_string());
-            make(&path)?;
-            members.push(Member { place: Loopback::unique()?, dir: path, daemon: None });
-        }
-        let mut consul = Consul { options, program, members, dir };
+        let servers = Servers::new("Consul", options.servers, &dir)?;
+        let mut consul = Consul { options, program, servers, dir };
         if consul.options.tls {
             consul.make_certificates()?;
         }
-        for index in 0..consul.members.len() {
+        for index in 0..consul.servers.len() {
             consul.configure(index)?;
             consul.launch(index)?;
         }
-        for index in 0..consul.members.len() {
+        for index in 0..consul.servers.len() {
             consul.wait_serving(index).await?;
         }
         Ok(consul)
     }
 
-    fn member(&self, index: usize) -> Result<&Member> {
-        self.members.get(index).ok_or_else(|| Failed::new(format!("there is no Consul {index}")))
-    }
-
     fn configure(&self, index: usize) -> Result<()> {
-        let member = self.member(index)?;
-        let all: Vec<_> = self.members.iter().map(|member| member.place.to_string()).collect();
+        let member = self.servers.server(index)?;
+        let all: Vec<_> = self.servers.iter().map(|member| member.place.to_string()).collect();
         let https = if self.options.tls { i32::from(HTTPS_PORT) } else { -1 };
         let mut config = json!({
             "node_name": format!("{}-{}", self.options.datacenter, index + 1),
@@ -207,26 +207,18 @@ impl Consul {
     }
 
     fn launch(&mut self, index: usize) -> Result<()> {
-        let member = self.member(index)?;
+        let member = self.servers.server(index)?;
         let mut command = Command::new(&self.program);
         command.arg("agent").arg("-config-file").arg(member.dir.join("consul.json"));
         let daemon = Daemon::spawn(format!("Consul {index} ({})", member.place), command)?;
-        if let Some(member) = self.members.get_mut(index) {
-            member.daemon = Some(daemon);
-        }
+        self.servers.started(index, daemon);
         Ok(())
     }
 
     /// Waits until server `index` answers with the word of a leader.
     pub async fn wait_serving(&mut self, index: usize) -> Result<()> {
         let address = self.address(index)?;
-        let Some(daemon) = self.members.get_mut(index).and_then(|member| member.daemon.as_mut()) else {
-            return Err(Failed::new(format!("Consul {index} was not started")));
-        };
-        wait_for(format!("Consul {address} to serve"), SERVING, async || {
-            if let Some(status) = daemon.has_exited() {
-                return Err(format!("it ended ({status}): {}", daemon.output()));
-            }
+        let asked = async || {
             // With ACLs it takes a moment more until the management token is known.
             let asked = call(address, Method::GET, "/v1/catalog/services", Some(MANAGEMENT_TOKEN), "");
             match asked.await {
@@ -234,13 +226,13 @@ impl Consul {
                 Ok((status, said)) => Err(format!("{status} {said}")),
                 Err(error) => Err(error.to_string()),
             }
-        })
-        .await
+        };
+        self.servers.wait(index, asked).await
     }
 
     /// Where server `index` is: in the clear.
     pub fn address(&self, index: usize) -> Result<SocketAddr> {
-        Ok(SocketAddr::new(self.member(index)?.place.ip(), HTTP_PORT))
+        Ok(SocketAddr::new(self.servers.server(index)?.place.ip(), HTTP_PORT))
     }
 
     /// `http://127.1.2.3:8500`
@@ -250,7 +242,7 @@ impl Consul {
 
     /// `https://127.1.2.3:8501`
     pub fn https_url(&self, index: usize) -> Result<String> {
-        Ok(format!("https://{}:{HTTPS_PORT}", self.member(index)?.place))
+        Ok(format!("https://{}:{HTTPS_PORT}", self.servers.server(index)?.place))
     }
 
     /// What a client of the TLS ports needs.
@@ -263,36 +255,9 @@ impl Consul {
         }
     }
 
-    pub fn len(&self) -> usize {
-        self.members.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.members.is_empty()
-    }
-
-    fn daemon(&mut self, index: usize) -> Result<&mut Daemon> {
-        let daemon = self.members.get_mut(index).and_then(|member| member.daemon.as_mut());
-        daemon.ok_or_else(|| Failed::new(format!("Consul {index} was not started")))
-    }
-
-    /// SIGKILL.
-    pub fn kill(&mut self, index: usize) -> Result<()> {
-        self.daemon(index)?.kill()
-    }
-
-    /// SIGSTOP: it holds its connections and answers nobody.
-    pub fn freeze(&mut self, index: usize) -> Result<()> {
-        self.daemon(index)?.freeze()
-    }
-
-    pub fn thaw(&mut self, index: usize) -> Result<()> {
-        self.daemon(index)?.thaw()
-    }
-
     /// Starts server `index` again with the data that it had. It serves once there is a leader.
     pub fn launch_again(&mut self, index: usize) -> Result<()> {
-        self.kill(index)?;
+        self.servers.kill(index)?;
         self.launch(index)
     }
 
@@ -304,15 +269,13 @@ impl Consul {
 
     /// Starts all servers again, and all that they knew is gone: its indexes begin anew.
     pub async fn restart_empty(&mut self) -> Result<()> {
-        for index in 0..self.members.len() {
-            self.kill(index)?;
-            let data = self.member(index)?.dir.join("data");
-            fs::remove_dir_all(&data).map_err(Failed::to(format!("could not remove {}", data.display())))?;
+        for index in 0..self.servers.len() {
+            self.servers.wipe(index)?;
         }
-        for index in 0..self.members.len() {
+        for index in 0..self.servers.len() {
             self.launch(index)?;
         }
-        for index in 0..self.members.len() {
+        for index in 0..self.servers.len() {
             self.wait_serving(index).await?;
         }
         Ok(())
@@ -321,15 +284,15 @@ impl Consul {
     /// The server that leads now, as those say that answer.
     pub async fn leader(&self) -> Result<usize> {
         wait_for("a leader", SERVING, async || {
-            for index in 0..self.members.len() {
+            for index in 0..self.servers.len() {
                 let address = self.address(index).map_err(|failed| failed.to_string())?;
                 let Ok((_, said)) = call(address, Method::GET, "/v1/status/leader", None, "").await else {
                     continue;
                 };
-                let leads = |member: &Member| {
+                let leads = |member: &Server| {
                     said.trim_matches(['"', '\n']).starts_with(&format!("{}:", member.place))
                 };
-                if let Some(leader) = self.members.iter().position(leads) {
+                if let Some(leader) = self.servers.iter().position(leads) {
                     return Ok(leader);
                 }
             }
@@ -340,7 +303,7 @@ impl Consul {
 
     /// Makes the two datacenters know each other, by their wide area network.
     pub async fn join_wan(&self, other: &Consul) -> Result<()> {
-        let path = format!("/v1/agent/join/{}?wan=1", other.member(0)?.place);
+        let path = format!("/v1/agent/join/{}?wan=1", other.servers.server(0)?.place);
         self.put(0, &path, &Value::Null).await?;
         wait_for("the datacenters to know each other", SERVING, async || {
             let path = format!("/v1/catalog/services?dc={}", other.options.datacenter);
@@ -409,7 +372,7 @@ impl Consul {
         run(&words("ca create"))?;
         let datacenter = self.options.datacenter;
         let mut server = words(&format!("cert create -server -dc {datacenter}"));
-        for member in &self.members {
+        for member in self.servers.iter() {
             server.push(format!("-additional-ipaddress={}", member.place));
         }
         run(&server)?;
@@ -450,10 +413,6 @@ async fn call(
         }
     };
     timeout(ANSWER, exchange).await.map_err(Failed::to(format!("{what}: no answer within {ANSWER:?}")))?
-}
-
-fn make(dir: &std::path::Path) -> Result<()> {
-    fs::create_dir_all(dir).map_err(Failed::to(format!("could not create {}", dir.display())))
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@
 //! | [`app`] | [`app::HttpApp`]: an HTTP application that can be slow, ill or killed |
 //! | [`load`] | [`load::Load`]: requests at a rate, and what became of each |
 //! | [`process`] | [`process::Daemon`]: a binary under test, its output, its signals, its end |
+//! | [`servers`] | the servers of a registry, and what tests do to them |
 //! | [`registry`] | a registry of either kind, for what is to work alike with both |
+//! | [`netns`] | network namespaces as hosts on a switch, and the tools for their rules |
 //! | [`place`] | addresses, ports and directories that no other test uses |
 //! | [`zookeeper`] | real ZooKeepers, of today and of long ago; a client for tests |
 //! | [`wait`] | [`wait_for`]: waits for a value, with a bound, and says what it saw last |
@@ -27,10 +29,12 @@ pub mod debian;
 pub mod envoy;
 mod failed;
 pub mod load;
+pub mod netns;
 pub mod place;
 pub mod process;
 pub mod python;
 pub mod registry;
+pub mod servers;
 pub mod wait;
 pub mod zookeeper;
 

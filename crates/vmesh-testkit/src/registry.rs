@@ -1,11 +1,13 @@
 //! A registry of either kind, for what is to work alike with both: the demo, the benches, faults under load.
 
 use std::net::SocketAddr;
+use std::ops::{Deref, DerefMut};
 
 use serde_json::json;
 
 use crate::Result;
 use crate::consul::{self, Consul};
+use crate::servers::Servers;
 use crate::zookeeper::{self, Client, ZooKeeper};
 
 /// One instance of a service, as its owner registers it.
@@ -36,6 +38,25 @@ pub enum Registry {
     Consul(Consul),
     /// Nodes in SmartStack's format below `/services`. They are not ephemeral: who registers in a test is one process.
     ZooKeeper(ZooKeeper, Option<Client>),
+}
+
+impl Deref for Registry {
+    type Target = Servers;
+    fn deref(&self) -> &Servers {
+        match self {
+            Registry::Consul(consul) => consul,
+            Registry::ZooKeeper(zookeeper, _) => zookeeper,
+        }
+    }
+}
+
+impl DerefMut for Registry {
+    fn deref_mut(&mut self) -> &mut Servers {
+        match self {
+            Registry::Consul(consul) => consul,
+            Registry::ZooKeeper(zookeeper, _) => zookeeper,
+        }
+    }
 }
 
 impl Registry {
@@ -153,57 +174,11 @@ impl Registry {
         }
     }
 
-    pub fn len(&self) -> usize {
-        match self {
-            Registry::Consul(consul) => consul.len(),
-            Registry::ZooKeeper(zookeeper, _) => zookeeper.len(),
-        }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     pub async fn leader(&self) -> Result<usize> {
         match self {
             Registry::Consul(consul) => consul.leader().await,
             Registry::ZooKeeper(zookeeper, _) => zookeeper.leader().await,
         }
-    }
-
-    /// SIGKILL of one server.
-    pub fn kill(&mut self, index: usize) -> Result<()> {
-        match self {
-            Registry::Consul(consul) => consul.kill(index),
-            Registry::ZooKeeper(zookeeper, _) => zookeeper.kill(index),
-        }
-    }
-
-    /// SIGSTOP of one server: it holds its sockets and answers nobody.
-    pub fn freeze(&mut self, index: usize) -> Result<()> {
-        match self {
-            Registry::Consul(consul) => consul.freeze(index),
-            Registry::ZooKeeper(zookeeper, _) => zookeeper.freeze(index),
-        }
-    }
-
-    pub fn thaw(&mut self, index: usize) -> Result<()> {
-        match self {
-            Registry::Consul(consul) => consul.thaw(index),
-            Registry::ZooKeeper(zookeeper, _) => zookeeper.thaw(index),
-        }
-    }
-
-    pub fn kill_all(&mut self) -> Result<()> {
-        (0..self.len()).try_for_each(|index| self.kill(index))
-    }
-
-    pub fn freeze_all(&mut self) -> Result<()> {
-        (0..self.len()).try_for_each(|index| self.freeze(index))
-    }
-
-    pub fn thaw_all(&mut self) -> Result<()> {
-        (0..self.len()).try_for_each(|index| self.thaw(index))
     }
 
     /// Starts one server again on the data that it had, and waits until it serves.

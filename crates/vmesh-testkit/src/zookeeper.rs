@@ -8,6 +8,7 @@ mod client;
 use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -21,6 +22,7 @@ pub use client::{Client, Kind};
 use crate::debian::{self, Deb};
 use crate::place::{Loopback, TempDir, tempdir};
 use crate::process::Daemon;
+use crate::servers::Servers;
 use crate::{Failed, Result, cache, wait_for};
 
 const CLIENT_PORT: u16 = 2181;
@@ -148,14 +150,21 @@ pub struct TlsFiles {
 pub struct ZooKeeper {
     options: Options,
     classpath: String,
-    members: Vec<Member>,
+    servers: Servers,
     dir: TempDir,
 }
 
-struct Member {
-    place: Loopback,
-    dir: PathBuf,
-    daemon: Option<Daemon>,
+impl Deref for ZooKeeper {
+    type Target = Servers;
+    fn deref(&self) -> &Servers {
+        &self.servers
+    }
+}
+
+impl DerefMut for ZooKeeper {
+    fn deref_mut(&mut self) -> &mut Servers {
+        &mut self.servers
+    }
 }
 
 impl ZooKeeper {
@@ -173,31 +182,23 @@ impl ZooKeeper {
     pub async fn start(options: Options) -> Result<ZooKeeper> {
         let classpath = options.version.classpath()?;
         let dir = tempdir()?;
-        let mut members = Vec::new();
-        for number in 1..=options.servers {
-            let path = dir.join(number.to_string());
-            members.push(Member { place: Loopback::unique()?, dir: path, daemon: None });
+        let servers = Servers::new("ZooKeeper", options.servers, &dir)?;
+        let mut zookeeper = ZooKeeper { options, classpath, servers, dir };
+        if zookeeper.options.tls {
+            zookeeper.make_certificates()?;
         }
-        let mut servers = ZooKeeper { options, classpath, members, dir };
-        if servers.options.tls {
-            servers.make_certificates()?;
+        for index in 0..zookeeper.servers.len() {
+            zookeeper.configure(index)?;
+            zookeeper.launch(index)?;
         }
-        for index in 0..servers.members.len() {
-            servers.configure(index)?;
-            servers.launch(index)?;
+        for index in 0..zookeeper.servers.len() {
+            zookeeper.wait_serving(index).await?;
         }
-        for index in 0..servers.members.len() {
-            servers.wait_serving(index).await?;
-        }
-        Ok(servers)
-    }
-
-    fn member(&self, index: usize) -> Result<&Member> {
-        self.members.get(index).ok_or_else(|| Failed::new(format!("there is no ZooKeeper {index}")))
+        Ok(zookeeper)
     }
 
     fn configure(&self, index: usize) -> Result<()> {
-        let member = self.member(index)?;
+        let member = self.servers.server(index)?;
         let ip = member.place.ip();
         let data = member.dir.join("data");
         make(&data)?;
@@ -207,8 +208,8 @@ impl ZooKeeper {
              4lw.commands.whitelist=*\n",
             data.display()
         );
-        if self.members.len() > 1 {
-            for (number, member) in self.members.iter().enumerate() {
+        if self.servers.len() > 1 {
+            for (number, member) in self.servers.iter().enumerate() {
                 _ = writeln!(config, "server.{}={}:2888:3888", number + 1, member.place);
             }
             write(&data.join("myid"), &(index + 1).to_string())?;
@@ -238,7 +239,7 @@ impl ZooKeeper {
     }
 
     fn launch(&mut self, index: usize) -> Result<()> {
-        let member = self.member(index)?;
+        let member = self.servers.server(index)?;
         let java =
             debian::on_path("java").ok_or_else(|| Failed::new(format!("found no `java`; {INSTALL}")))?;
         let mut command = Command::new(java);
@@ -260,42 +261,24 @@ impl ZooKeeper {
         command.args(["-cp", &self.classpath, "org.apache.zookeeper.server.quorum.QuorumPeerMain"]);
         command.arg(member.dir.join("zoo.cfg"));
         let daemon = Daemon::spawn(format!("ZooKeeper {index} ({})", member.place), command)?;
-        if let Some(member) = self.members.get_mut(index) {
-            member.daemon = Some(daemon);
-        }
+        self.servers.started(index, daemon);
         Ok(())
     }
 
     /// Waits until server `index` answers requests: `ruok` says nothing about that, `srvr` does.
     pub async fn wait_serving(&mut self, index: usize) -> Result<()> {
         let address = self.address(index)?;
-        let Some(daemon) = self.members.get_mut(index).and_then(|member| member.daemon.as_mut()) else {
-            return Err(Failed::new(format!("ZooKeeper {index} was not started")));
+        let asked = async || match ask(address, "srvr").await {
+            Ok(said) if said.contains("Mode:") => Ok(()),
+            Ok(said) => Err(said),
+            Err(error) => Err(error.to_string()),
         };
-        wait_for(format!("ZooKeeper {address} to serve"), SERVING, async || {
-            if let Some(status) = daemon.has_exited() {
-                return Err(format!("it ended ({status}): {}", daemon.output()));
-            }
-            match ask(address, "srvr").await {
-                Ok(said) if said.contains("Mode:") => Ok(()),
-                Ok(said) => Err(said),
-                Err(error) => Err(error.to_string()),
-            }
-        })
-        .await
+        self.servers.wait(index, asked).await
     }
 
     /// Where server `index` is: in the clear.
     pub fn address(&self, index: usize) -> Result<SocketAddr> {
-        Ok(SocketAddr::new(self.member(index)?.place.ip(), CLIENT_PORT))
-    }
-
-    pub fn len(&self) -> usize {
-        self.members.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.members.is_empty()
+        Ok(SocketAddr::new(self.servers.server(index)?.place.ip(), CLIENT_PORT))
     }
 
     /// What clients are told to connect to: `127.1.2.3:2181,127.1.2.4:2181`.
@@ -309,7 +292,7 @@ impl ZooKeeper {
     }
 
     fn all(&self, port: u16) -> String {
-        let all: Vec<_> = self.members.iter().map(|member| format!("{}:{port}", member.place)).collect();
+        let all: Vec<_> = self.servers.iter().map(|member| format!("{}:{port}", member.place)).collect();
         all.join(",")
     }
 
@@ -328,28 +311,9 @@ impl ZooKeeper {
         wait_for(what, SERVING, async || Client::connect(address, lasts).await).await
     }
 
-    fn daemon(&mut self, index: usize) -> Result<&mut Daemon> {
-        let daemon = self.members.get_mut(index).and_then(|member| member.daemon.as_mut());
-        daemon.ok_or_else(|| Failed::new(format!("ZooKeeper {index} was not started")))
-    }
-
-    /// SIGKILL.
-    pub fn kill(&mut self, index: usize) -> Result<()> {
-        self.daemon(index)?.kill()
-    }
-
-    /// SIGSTOP: it holds its connections and answers nobody.
-    pub fn freeze(&mut self, index: usize) -> Result<()> {
-        self.daemon(index)?.freeze()
-    }
-
-    pub fn thaw(&mut self, index: usize) -> Result<()> {
-        self.daemon(index)?.thaw()
-    }
-
     /// Starts server `index` again with the data that it had. It serves once it has a quorum.
     pub fn launch_again(&mut self, index: usize) -> Result<()> {
-        self.kill(index)?;
+        self.servers.kill(index)?;
         self.launch(index)
     }
 
@@ -361,16 +325,14 @@ impl ZooKeeper {
 
     /// Starts all servers again, and all that they knew is gone.
     pub async fn restart_empty(&mut self) -> Result<()> {
-        for index in 0..self.members.len() {
-            self.kill(index)?;
-            let data = self.member(index)?.dir.join("data");
-            fs::remove_dir_all(&data).map_err(Failed::to(format!("could not remove {}", data.display())))?;
+        for index in 0..self.servers.len() {
+            self.servers.wipe(index)?;
             self.configure(index)?;
         }
-        for index in 0..self.members.len() {
+        for index in 0..self.servers.len() {
             self.launch(index)?;
         }
-        for index in 0..self.members.len() {
+        for index in 0..self.servers.len() {
             self.wait_serving(index).await?;
         }
         Ok(())
@@ -379,7 +341,7 @@ impl ZooKeeper {
     /// The server that leads now.
     pub async fn leader(&self) -> Result<usize> {
         wait_for("a leader", SERVING, async || {
-            for index in 0..self.members.len() {
+            for index in 0..self.servers.len() {
                 let said = ask(self.address(index).map_err(|failed| failed.to_string())?, "srvr").await;
                 if said.is_ok_and(|said| said.contains("Mode: leader")) {
                     return Ok(index);
@@ -404,7 +366,7 @@ impl ZooKeeper {
     pub async fn server_of(&self, session: i64) -> Result<usize> {
         wait_for(format!("session {session:#x} to be connected"), SERVING, async || {
             let mut seen = Vec::new();
-            for index in 0..self.members.len() {
+            for index in 0..self.servers.len() {
                 match self.sessions(index).await {
                     Ok(sessions) if sessions.contains(&session) => return Ok(index),
                     Ok(sessions) => seen.push(format!("{sessions:x?}")),
@@ -424,7 +386,7 @@ impl ZooKeeper {
     }
 
     fn make_certificates(&self) -> Result<()> {
-        let addresses: Vec<_> = self.members.iter().map(|member| format!("IP:{}", member.place)).collect();
+        let addresses: Vec<_> = self.servers.iter().map(|member| format!("IP:{}", member.place)).collect();
         let extensions =
             format!("subjectAltName={}\nextendedKeyUsage=serverAuth,clientAuth\n", addresses.join(","));
         write(&self.dir.join("extensions"), &extensions)?;

@@ -1,0 +1,114 @@
+//! The servers of a registry, each with an address and a directory of its own, and what tests do to them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::place::Loopback;
+use crate::process::Daemon;
+use crate::{Failed, Result, wait_for};
+
+/// How long servers may take to serve: an election, and perhaps a JVM, on a machine that does other things too.
+const SERVING: Duration = Duration::from_secs(60);
+
+/// One server or several, of one kind.
+pub struct Servers {
+    /// `Consul`, for messages.
+    kind: &'static str,
+    all: Vec<Server>,
+}
+
+/// One of them.
+pub(crate) struct Server {
+    pub(crate) place: Loopback,
+    pub(crate) dir: PathBuf,
+    daemon: Option<Daemon>,
+}
+
+impl Servers {
+    /// Addresses and directories below `dir` for so many; nothing is started.
+    pub(crate) fn new(kind: &'static str, count: usize, dir: &Path) -> Result<Servers> {
+        let server = |number: usize| {
+            let dir = dir.join(number.to_string());
+            fs::create_dir_all(&dir).map_err(Failed::to(format!("could not make {}", dir.display())))?;
+            Ok(Server { place: Loopback::unique()?, dir, daemon: None })
+        };
+        Ok(Servers { kind, all: (1..=count).map(server).collect::<Result<_>>()? })
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Server> {
+        self.all.iter()
+    }
+
+    pub(crate) fn server(&self, index: usize) -> Result<&Server> {
+        self.all.get(index).ok_or_else(|| Failed::new(format!("there is no {} {index}", self.kind)))
+    }
+
+    pub(crate) fn started(&mut self, index: usize, daemon: Daemon) {
+        if let Some(server) = self.all.get_mut(index) {
+            server.daemon = Some(daemon);
+        }
+    }
+
+    fn daemon(&mut self, index: usize) -> Result<&mut Daemon> {
+        let kind = self.kind;
+        let daemon = self.all.get_mut(index).and_then(|server| server.daemon.as_mut());
+        daemon.ok_or_else(|| Failed::new(format!("{kind} {index} was not started")))
+    }
+
+    /// Waits until server `index` serves, which is when `asked` is `Ok`.
+    pub(crate) async fn wait(
+        &mut self,
+        index: usize,
+        asked: impl AsyncFn() -> std::result::Result<(), String>,
+    ) -> Result<()> {
+        let what = format!("{} {index} ({}) to serve", self.kind, self.server(index)?.place);
+        let daemon = self.daemon(index)?;
+        wait_for(what, SERVING, async || match daemon.has_exited() {
+            Some(status) => Err(format!("it ended ({status}): {}", daemon.output())),
+            None => asked().await,
+        })
+        .await
+    }
+
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.kill()
+    }
+
+    /// SIGSTOP: it holds its connections and answers nobody.
+    pub fn freeze(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.freeze()
+    }
+
+    pub fn thaw(&mut self, index: usize) -> Result<()> {
+        self.daemon(index)?.thaw()
+    }
+
+    pub fn kill_all(&mut self) -> Result<()> {
+        (0..self.len()).try_for_each(|index| self.kill(index))
+    }
+
+    pub fn freeze_all(&mut self) -> Result<()> {
+        (0..self.len()).try_for_each(|index| self.freeze(index))
+    }
+
+    pub fn thaw_all(&mut self) -> Result<()> {
+        (0..self.len()).try_for_each(|index| self.thaw(index))
+    }
+
+    /// SIGKILL, and its data is gone.
+    pub(crate) fn wipe(&mut self, index: usize) -> Result<()> {
+        self.kill(index)?;
+        let data = self.server(index)?.dir.join("data");
+        fs::remove_dir_all(&data).map_err(Failed::to(format!("could not remove {}", data.display())))
+    }
+}
