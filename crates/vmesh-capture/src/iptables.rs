@@ -342,24 +342,25 @@ pub(crate) fn recent(v4: bool) -> (&'static str, &'static str) {
 }
 
 impl Footprint {
-    /// Reads what `nft -j list chains` prints: the tables of iptables, before anything of ours is in them.
-    pub fn parse(json: &str) -> Option<Footprint> {
-        let value: Value = serde_json::from_str(json).ok()?;
+    /// Reads what `nft -j list chains` and `nft -j list tables` print. `None` if it is not their JSON.
+    pub fn parse(listings: &[&str]) -> Option<Footprint> {
         let mut footprint = Footprint::default();
         let text = |value: &Value, key: &str| Some(value.get(key)?.as_str()?.to_owned());
-        for item in value.get("nftables")?.as_array()? {
-            if let Some(chain) = item.get("chain") {
-                let (family, table, name) =
-                    (text(chain, "family")?, text(chain, "table")?, text(chain, "name")?);
-                if (family == "ip" || family == "ip6") && TABLES.contains(&table.as_str()) {
-                    footprint.chains.insert(format!("{family} {table} {name}"));
-                    footprint.tables.insert(format!("{family} {table}"));
-                }
-            }
-            if let Some(table) = item.get("table") {
-                let (family, name) = (text(table, "family")?, text(table, "name")?);
-                if (family == "ip" || family == "ip6") && TABLES.contains(&name.as_str()) {
-                    footprint.tables.insert(format!("{family} {name}"));
+        let is_iptables =
+            |family: &str, table: &str| (family == "ip" || family == "ip6") && TABLES.contains(&table);
+        for listing in listings {
+            let value: Value = serde_json::from_str(listing).ok()?;
+            for item in value.get("nftables")?.as_array()? {
+                if let Some(chain) = item.get("chain") {
+                    let (family, table) = (text(chain, "family")?, text(chain, "table")?);
+                    if is_iptables(&family, &table) {
+                        footprint.chains.insert(format!("{family} {table} {}", text(chain, "name")?));
+                    }
+                } else if let Some(table) = item.get("table") {
+                    let (family, name) = (text(table, "family")?, text(table, "name")?);
+                    if is_iptables(&family, &name) {
+                        footprint.tables.insert(format!("{family} {name}"));
+                    }
                 }
             }
         }

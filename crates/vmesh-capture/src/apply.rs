@@ -1,0 +1,309 @@
+//! The edge: runs `nft`, `iptables-save` and `iptables-restore`, and reads back what they did.
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::iptables::{self, Family, Footprint};
+use crate::nft;
+use crate::plan::{Plan, Tool};
+use crate::program::Program;
+use crate::spec::Seconds;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Backend {
+    Nft,
+    Iptables,
+}
+
+/// The programs, by path or by a name on the PATH.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tools {
+    pub nft: PathBuf,
+    pub iptables_save: PathBuf,
+    pub iptables_restore: PathBuf,
+    pub ip6tables_save: PathBuf,
+    pub ip6tables_restore: PathBuf,
+    /// Where the kernel keeps the lists of iptables' `recent`.
+    pub recent: PathBuf,
+    /// No call takes longer; one that does is killed. The lock of iptables is waited for 5 s.
+    pub timeout: Duration,
+}
+
+impl Default for Tools {
+    fn default() -> Self {
+        Tools {
+            nft: "nft".into(),
+            iptables_save: "iptables-save".into(),
+            iptables_restore: "iptables-restore".into(),
+            ip6tables_save: "ip6tables-save".into(),
+            ip6tables_restore: "ip6tables-restore".into(),
+            recent: "/proc/net/xt_recent".into(),
+            timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What of ours is on the host.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Actual {
+    Nft(nft::Actual),
+    Iptables(iptables::Actual),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("could not run `{command}` to {purpose}; is it installed, and allowed to this process?")]
+    NotRun {
+        command: String,
+        purpose: &'static str,
+        #[source]
+        cause: std::io::Error,
+    },
+    #[error(
+        "`{command}` was to {purpose} and had not ended after {after:?}, so it was killed: does something hold the \
+             lock of the rules?"
+    )]
+    Slow { command: String, purpose: &'static str, after: Duration },
+    #[error("`{command}` was to {purpose} and failed: {said}{hint}")]
+    Failed { command: String, purpose: &'static str, said: String, hint: &'static str },
+    #[error("could not read the rules that are there")]
+    Unreadable(#[from] nft::Unreadable),
+    #[error("could not refresh the dead-man in {path}; connections go past Envoy when it lapses")]
+    Recent {
+        path: PathBuf,
+        #[source]
+        cause: std::io::Error,
+    },
+    #[error(
+        "`{tool}` said that it had changed the rules, and this is not as it should be: {changes}; does another program \
+             change them at the same time?"
+    )]
+    NotDone { tool: &'static str, changes: String },
+}
+
+/// Changes the rules of this host. Needs CAP_NET_ADMIN; with iptables CAP_NET_RAW too.
+#[derive(Debug, Clone)]
+pub struct Applier {
+    pub backend: Backend,
+    pub tools: Tools,
+    /// Whether the host has IPv6: see [`crate::Host::ipv6`].
+    pub ipv6: bool,
+}
+
+const READ: &str = "list the rules";
+
+impl Applier {
+    /// What of ours is there now. Reading changes nothing.
+    pub async fn read(&self) -> Result<Actual, Error> {
+        match self.backend {
+            Backend::Nft => self.read_nft().await.map(Actual::Nft),
+            Backend::Iptables => {
+                let v4 = self.run(&self.tools.iptables_save, &[], READ, None).await?;
+                let v6 = match self.ipv6 {
+                    true => Some(self.run(&self.tools.ip6tables_save, &[], READ, None).await?),
+                    false => None,
+                };
+                let (v4, v6) = (Family::parse(&v4), v6.map(|text| Family::parse(&text)));
+                Ok(Actual::Iptables(iptables::Actual { v4, v6 }))
+            }
+        }
+    }
+
+    async fn read_nft(&self) -> Result<nft::Actual, Error> {
+        let nft = &self.tools.nft;
+        match self.run(nft, &["-j", "list", "table", "inet", "vmesh"], READ, None).await {
+            Ok(json) => Ok(nft::Actual::parse(&json)?),
+            Err(failed) => {
+                // That it is not there is told in words, which are not the same in all versions.
+                let tables = self.run(nft, &["list", "tables"], READ, None).await?;
+                let is_there = tables.lines().any(|line| line.trim() == "table inet vmesh");
+                if is_there { Err(failed) } else { Ok(nft::Actual::absent()) }
+            }
+        }
+    }
+
+    /// What would be done for the host to be as `program` says. With `alive`, what lapses holds at once.
+    pub fn plan(&self, program: &Program, actual: &Actual, alive: bool) -> Plan {
+        match actual {
+            Actual::Nft(actual) => nft::plan(program, actual, alive),
+            Actual::Iptables(actual) => iptables::plan(program, actual),
+        }
+    }
+
+    /// Whether the kernel and the tools would take a plan; changes nothing.
+    pub async fn check(&self, plan: &Plan) -> Result<(), Error> {
+        for step in &plan.steps {
+            let test = if step.tool == Tool::Nft { "-c" } else { "--test" };
+            let arguments: Vec<&str> = [test].iter().chain(step.tool.arguments()).copied().collect();
+            self.run(self.path(step.tool), &arguments, "check new rules", Some(&step.input)).await?;
+        }
+        Ok(())
+    }
+
+    /// Does what a plan says, in order. Each step is all or nothing; those before one that fails are done.
+    pub async fn apply(&self, plan: &Plan) -> Result<(), Error> {
+        for step in &plan.steps {
+            let arguments = step.tool.arguments();
+            self.run(self.path(step.tool), arguments, "change the rules", Some(&step.input)).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the host be as `program` says, reads back, and returns what was done. Does nothing if it is so already. With
+    /// `alive`, the dead-man is refreshed in the end.
+    pub async fn bring(&self, program: &Program, alive: Option<Seconds>) -> Result<Plan, Error> {
+        let actual = self.read().await?;
+        let plan = self.plan(program, &actual, alive.is_some());
+        self.apply(&plan).await?;
+        if !plan.is_empty() {
+            let left = self.plan(program, &self.read().await?, alive.is_some());
+            if !left.is_empty() {
+                let tool = if self.backend == Backend::Nft { "nft" } else { "iptables-restore" };
+                let changes: Vec<String> = left.changes.iter().map(ToString::to_string).collect();
+                return Err(Error::NotDone { tool, changes: changes.join("; ") });
+            }
+        }
+        if let Some(timeout) = alive.filter(|_| program.has_dead_man()) {
+            self.refresh(timeout).await?;
+        }
+        Ok(plan)
+    }
+
+    /// What there is before the first rule of ours, to be kept until [`Applier::off`]. `None` where nothing needs it: with
+    /// nftables, with iptables of its own part in the kernel, and where there is no nft to ask or to clean up with.
+    pub async fn footprint(&self) -> Option<Footprint> {
+        if self.backend == Backend::Nft {
+            return None;
+        }
+        let chains = self.run(&self.tools.nft, &["-j", "list", "chains"], READ, None).await.ok()?;
+        let tables = self.run(&self.tools.nft, &["-j", "list", "tables"], READ, None).await.ok()?;
+        Footprint::parse(&[&chains, &tables])
+    }
+
+    /// Leaves the host as it was before. Connections through a redirect are reset: apply [`Program::drained`] first, and
+    /// wait until there are none.
+    pub async fn off(&self, before: Option<&Footprint>) -> Result<Plan, Error> {
+        let mut plan = self.bring(&Program::absent(), None).await?;
+        if let (Some(before), Some(now)) = (before, self.footprint().await)
+            && let Actual::Iptables(actual) = self.read().await?
+        {
+            let more = iptables::leftovers(before, &now, &actual);
+            self.apply(&more).await?;
+            plan.changes.extend(more.changes);
+            plan.steps.extend(more.steps);
+        }
+        Ok(plan)
+    }
+
+    /// Holds the dead-man off for another `timeout`. Who calls this has just seen Envoy accept a connection.
+    pub async fn refresh(&self, timeout: Seconds) -> Result<(), Error> {
+        match self.backend {
+            Backend::Nft => self.change_alive(&nft::refresh(timeout)).await,
+            Backend::Iptables => self.recent(|address| format!("+{address}\n")),
+        }
+    }
+
+    /// Lets the dead-man lapse now: Envoy is known to be dead.
+    pub async fn withdraw(&self) -> Result<(), Error> {
+        match self.backend {
+            Backend::Nft => self.change_alive(&nft::withdraw()).await,
+            Backend::Iptables => self.recent(|_| "/\n".to_owned()),
+        }
+    }
+
+    async fn change_alive(&self, input: &str) -> Result<(), Error> {
+        let purpose = "refresh the dead-man";
+        self.run(&self.tools.nft, Tool::Nft.arguments(), purpose, Some(input)).await.map(drop)
+    }
+
+    fn recent(&self, line: impl Fn(&str) -> String) -> Result<(), Error> {
+        let families: &[bool] = if self.ipv6 { &[true, false] } else { &[true] };
+        for v4 in families {
+            let (name, anybody) = iptables::recent(*v4);
+            let path = self.tools.recent.join(name);
+            std::fs::write(&path, line(anybody)).map_err(|cause| Error::Recent { path, cause })?;
+        }
+        Ok(())
+    }
+
+    fn path(&self, tool: Tool) -> &Path {
+        match tool {
+            Tool::Nft => &self.tools.nft,
+            Tool::IptablesRestore => &self.tools.iptables_restore,
+            Tool::Ip6tablesRestore => &self.tools.ip6tables_restore,
+        }
+    }
+
+    async fn run(
+        &self,
+        program: &Path,
+        arguments: &[&str],
+        purpose: &'static str,
+        input: Option<&str>,
+    ) -> Result<String, Error> {
+        let command = [&[program.to_string_lossy().as_ref()], arguments].concat().join(" ");
+        let done = timeout(self.tools.timeout, output(program, arguments, input)).await;
+        let output = match done {
+            Err(_) => return Err(Error::Slow { command, purpose, after: self.tools.timeout }),
+            Ok(Err(cause)) => return Err(Error::NotRun { command, purpose, cause }),
+            Ok(Ok(output)) => output,
+        };
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        let said: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).take(4).collect();
+        let said = if said.is_empty() { output.status.to_string() } else { said.join(" / ") };
+        let hint = hint(&said);
+        Err(Error::Failed { command, purpose, said, hint })
+    }
+}
+
+async fn output(program: &Path, arguments: &[&str], input: Option<&str>) -> std::io::Result<Output> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        // Messages are looked into.
+        .env("LC_ALL", "C")
+        .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let stdin = child.stdin.take();
+    let write = async {
+        if let (Some(mut stdin), Some(input)) = (stdin, input) {
+            // One that ends before it has read all says why itself.
+            _ = stdin.write_all(input.as_bytes()).await;
+        }
+    };
+    let ((), output) = tokio::join!(write, child.wait_with_output());
+    output
+}
+
+/// What to do about what a tool said.
+fn hint(said: &str) -> &'static str {
+    let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
+    if has(&["Operation not permitted", "Permission denied", "must be root"]) {
+        "; it needs CAP_NET_ADMIN (and CAP_NET_RAW for iptables)"
+    } else if has(&["cgroup"]) {
+        "; a control group that is named has gone meanwhile: plan again"
+    } else if has(&[
+        "Could not process rule: No such file",
+        "No such file or directory",
+        "Couldn't load match",
+        "Protocol not",
+    ]) {
+        "; the kernel may lack a module, or another program changed the rules meanwhile: plan again"
+    } else if has(&["incompatible, use 'nft' tool"]) {
+        "; rules that iptables cannot show are in its tables: use the nftables backend"
+    } else if has(&["xtables lock"]) {
+        "; another program holds the lock of iptables"
+    } else {
+        ""
+    }
+}

@@ -1,0 +1,318 @@
+//! Commit-confirm: a new spec holds for a while, and is taken back unless somebody confirms that the host still works. Pure:
+//! told the time, it says what is wanted; the caller keeps [`State`] on disk and makes the host be so.
+//!
+//! The order is: change, write [`Commit::state`] to the disk, apply [`Commit::wanted`]. Then an agent that dies between any two
+//! of these takes back at its next start what it had not confirmed; until that start, the dead-man does, since in a trial
+//! everything lapses with it.
+
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::iptables::Footprint;
+use crate::program::{Program, Stage};
+use crate::spec::{Outward, Spec};
+
+/// What has to survive the agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct State {
+    /// The last spec that was confirmed. Nothing, to begin with.
+    pub confirmed: Spec,
+    /// One that waits for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trial: Option<Spec>,
+    /// From before our first rule: see [`crate::apply::Applier::footprint`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub footprint: Option<Footprint>,
+}
+
+/// What became of a proposal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proposed {
+    /// It is what is wanted already.
+    Same,
+    /// In force, and nothing to confirm: endpoints came or went, or everything is switched off.
+    Routine,
+    /// In force until it is confirmed or taken back.
+    Trial,
+}
+
+/// Why a spec is not in force any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reverted {
+    /// Nobody confirmed it in time.
+    Unconfirmed,
+    /// The agent ended before anybody had.
+    Restarted,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Commit {
+    state: State,
+    until: Option<Instant>,
+    bypassed: bool,
+    nothing: Spec,
+}
+
+impl Commit {
+    /// Begins with what the disk has. A trial that is on it is over: whoever began it cannot confirm it.
+    pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Reverted>) {
+        let reverted = state.trial.take().map(|_| Reverted::Restarted);
+        (Commit { state, until: None, bypassed, nothing: Spec::default() }, reverted)
+    }
+
+    /// Wants `spec`, to be confirmed within `patience`. A trial that is under way is replaced, and what it was to replace is
+    /// still what is gone back to.
+    pub fn propose(&mut self, spec: Spec, now: Instant, patience: Duration) -> Proposed {
+        let current = self.state.trial.as_ref().unwrap_or(&self.state.confirmed);
+        if *current == spec {
+            return Proposed::Same;
+        }
+        if is_off(&spec) || is_routine(&self.state.confirmed, &spec) {
+            self.state.confirmed = spec;
+            self.state.trial = None;
+            self.until = None;
+            return Proposed::Routine;
+        }
+        // Endpoints that come and go in a trial do not lengthen it.
+        let same_trial = self.state.trial.as_ref().is_some_and(|trial| is_routine(trial, &spec));
+        if !same_trial {
+            self.until = now.checked_add(patience);
+        }
+        self.state.trial = Some(spec);
+        if same_trial { Proposed::Routine } else { Proposed::Trial }
+    }
+
+    /// The host works with what is on trial. False if nothing is.
+    pub fn confirm(&mut self) -> bool {
+        self.until = None;
+        let Some(spec) = self.state.trial.take() else { return false };
+        self.state.confirmed = spec;
+        true
+    }
+
+    /// It does not, or it could not be applied. False if nothing is on trial.
+    pub fn revert(&mut self) -> bool {
+        self.until = None;
+        self.state.trial.take().is_some()
+    }
+
+    /// To be called at [`Commit::until`] or later.
+    pub fn tick(&mut self, now: Instant) -> Option<Reverted> {
+        let over = self.until.is_some_and(|until| until <= now);
+        (over && self.revert()).then_some(Reverted::Unconfirmed)
+    }
+
+    /// When the trial ends.
+    pub fn until(&self) -> Option<Instant> {
+        self.until
+    }
+
+    /// Whether the flag of the bypass is there. While it is, nothing is wanted, and what is proposed waits.
+    pub fn set_bypassed(&mut self, bypassed: bool) {
+        self.bypassed = bypassed;
+    }
+
+    /// What is to be on the host now.
+    pub fn wanted(&self) -> (&Spec, Stage) {
+        match &self.state.trial {
+            _ if self.bypassed => (&self.nothing, Stage::Confirmed),
+            Some(spec) => (spec, Stage::Trial),
+            None => (&self.state.confirmed, Stage::Confirmed),
+        }
+    }
+
+    /// To be on the disk before [`Commit::wanted`] is applied.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Remembers what there was before our first rule; `None` once there is none of ours.
+    pub fn set_footprint(&mut self, footprint: Option<Footprint>) {
+        self.state.footprint = footprint;
+    }
+}
+
+fn is_off(spec: &Spec) -> bool {
+    spec.outbound.capture == Outward::Off
+        && spec.inbound.capture == crate::spec::Inward::Off
+        && spec.inbound.strict.is_empty()
+}
+
+/// Whether only endpoints differ. They change all day, and no change of theirs can cut a host off: what may be captured is
+/// said by the rest.
+fn is_routine(from: &Spec, to: &Spec) -> bool {
+    let without = |spec: &Spec| {
+        let mut spec = spec.clone();
+        spec.outbound.vips.clear();
+        spec.outbound.addresses.clear();
+        spec
+    };
+    without(from) == without(to)
+}
+
+/// How the dead-man is held off: while Envoy is well, at a fifth of its time-out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beat {
+    timeout: Duration,
+    last: Option<Instant>,
+}
+
+/// What to do for the dead-man now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    /// Call [`crate::apply::Applier::refresh`], then [`Beat::refreshed`].
+    Refresh,
+    /// Look again after this.
+    Wait(Duration),
+    /// Envoy is not well. The redirects lapse after this, or have lapsed if it is zero.
+    Lapses(Duration),
+}
+
+impl Beat {
+    pub fn new(timeout: Duration) -> Beat {
+        Beat { timeout, last: None }
+    }
+
+    /// `healthy`: Envoy has just accepted a connection at the port of the redirects.
+    pub fn due(&self, now: Instant, healthy: bool) -> Due {
+        let since = self.last.map(|last| now.saturating_duration_since(last));
+        let age = since.unwrap_or(self.timeout);
+        let every = self.timeout / 5;
+        match healthy {
+            true if age >= every => Due::Refresh,
+            true => Due::Wait(every - age),
+            false => Due::Lapses(self.timeout.saturating_sub(age)),
+        }
+    }
+
+    pub fn refreshed(&mut self, now: Instant) {
+        self.last = Some(now);
+    }
+}
+
+/// Takes leave: what is to be on the host, where nothing is wanted any more and `open` connections go through redirects still.
+/// They are waited for until `patience` after `since`, the moment from which nothing was wanted.
+pub fn leaving(open: usize, since: Instant, now: Instant, patience: Duration, ipv6: bool) -> Program {
+    if open > 0 && now.saturating_duration_since(since) < patience {
+        Program::drained(ipv6)
+    } else {
+        Program::absent()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::Inward;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn spec(port: &str) -> Spec {
+        let mut spec = Spec::default();
+        spec.inbound.capture = Inward::Redirect;
+        spec.inbound.ports.insert(port.parse().unwrap());
+        spec
+    }
+
+    fn with_vip(mut spec: Spec) -> Spec {
+        spec.outbound.vips.insert("240.240.0.1:80".parse().unwrap());
+        spec
+    }
+
+    /// What the next start of the agent would find.
+    fn restarted(commit: &Commit) -> (Commit, Option<Reverted>) {
+        let json = serde_json::to_string(commit.state()).unwrap();
+        Commit::start(serde_json::from_str(&json).unwrap(), false)
+    }
+
+    #[test]
+    fn a_spec_that_is_confirmed_stays_and_outlives_the_agent() {
+        let now = Instant::now();
+        let (mut commit, _) = Commit::start(State::default(), false);
+        assert_eq!(commit.propose(spec("80"), now, MINUTE), Proposed::Trial);
+        assert_eq!(commit.wanted(), (&spec("80"), Stage::Trial));
+        assert!(commit.confirm());
+        assert_eq!(commit.tick(now + 2 * MINUTE), None);
+        let (commit, reverted) = restarted(&commit);
+        assert_eq!((commit.wanted(), reverted), ((&spec("80"), Stage::Confirmed), None));
+    }
+
+    #[test]
+    fn a_spec_that_nobody_confirms_is_taken_back_in_time() {
+        let now = Instant::now();
+        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
+        commit.propose(spec("81"), now, MINUTE);
+        commit.propose(spec("82"), now + MINUTE / 2, MINUTE);
+        assert_eq!(commit.until(), Some(now + MINUTE + MINUTE / 2));
+        assert_eq!(commit.tick(now + MINUTE), None);
+        assert_eq!(commit.tick(now + MINUTE + MINUTE / 2), Some(Reverted::Unconfirmed));
+        assert_eq!(commit.wanted(), (&spec("80"), Stage::Confirmed));
+        assert!(!commit.confirm(), "too late");
+        assert_eq!(commit.wanted().0, &spec("80"));
+    }
+
+    #[test]
+    fn an_agent_that_dies_in_a_trial_goes_back_at_its_next_start() {
+        let now = Instant::now();
+        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
+        commit.propose(spec("81"), now, MINUTE);
+        let (commit, reverted) = restarted(&commit);
+        assert_eq!((commit.wanted(), reverted), ((&spec("80"), Stage::Confirmed), Some(Reverted::Restarted)));
+    }
+
+    #[test]
+    fn endpoints_that_come_and_go_need_no_trial_and_do_not_lengthen_one() {
+        let now = Instant::now();
+        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
+        assert_eq!(commit.propose(with_vip(spec("80")), now, MINUTE), Proposed::Routine);
+        assert_eq!(commit.wanted(), (&with_vip(spec("80")), Stage::Confirmed));
+        assert_eq!(commit.propose(spec("81"), now, MINUTE), Proposed::Trial);
+        assert_eq!(commit.propose(with_vip(spec("81")), now + MINUTE / 2, MINUTE), Proposed::Routine);
+        assert_eq!((commit.wanted().1, commit.until()), (Stage::Trial, Some(now + MINUTE)));
+        assert_eq!(commit.propose(with_vip(spec("81")), now, MINUTE), Proposed::Same);
+    }
+
+    #[test]
+    fn switching_off_needs_nobodys_leave() {
+        let now = Instant::now();
+        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
+        assert_eq!(commit.propose(Spec::default(), now, MINUTE), Proposed::Routine);
+        assert_eq!(commit.wanted(), (&Spec::default(), Stage::Confirmed));
+    }
+
+    #[test]
+    fn a_bypass_outranks_everything_and_forgets_nothing() {
+        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, true);
+        assert_eq!(commit.wanted().0, &Spec::default());
+        commit.propose(spec("81"), Instant::now(), MINUTE);
+        assert_eq!(commit.wanted().0, &Spec::default());
+        commit.set_bypassed(false);
+        assert_eq!(commit.wanted(), (&spec("81"), Stage::Trial));
+    }
+
+    #[test]
+    fn the_dead_man_is_refreshed_in_time_and_only_while_envoy_is_well() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut beat = Beat::new(30 * second);
+        assert_eq!(beat.due(now, false), Due::Lapses(Duration::ZERO));
+        assert_eq!(beat.due(now, true), Due::Refresh);
+        beat.refreshed(now);
+        assert_eq!(beat.due(now + second, true), Due::Wait(5 * second));
+        assert_eq!(beat.due(now + 6 * second, true), Due::Refresh);
+        assert_eq!(beat.due(now + 6 * second, false), Due::Lapses(24 * second));
+        assert_eq!(beat.due(now + 31 * second, false), Due::Lapses(Duration::ZERO));
+        // A clock that went back, which `Instant` does not, would be no reason to panic.
+        assert_eq!(beat.due(now.checked_sub(second).unwrap_or(now), true), Due::Wait(6 * second));
+    }
+
+    #[test]
+    fn leave_is_taken_when_nobody_is_left_or_patience_ends() {
+        let now = Instant::now();
+        assert!(leaving(0, now, now, MINUTE, true).is_absent());
+        assert!(!leaving(3, now, now + MINUTE / 2, MINUTE, true).is_absent());
+        assert!(leaving(3, now, now + MINUTE, MINUTE, true).is_absent());
+    }
+}

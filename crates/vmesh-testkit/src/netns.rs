@@ -1,0 +1,340 @@
+//! Network namespaces as VMs: hosts with addresses of both families on a switch of their own, for what only packets can show.
+//!
+//! Nothing of it is in the namespace of the test, so any number of tests run at once. Names carry the process id; what a
+//! crashed test left is taken away by the next.
+//!
+//! A socket belongs to the namespace in which it was made, wherever it is used: [`Host::within`] makes it on a thread that
+//! goes there.
+
+mod tools;
+
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Gid, Pid, Signal, Uid, kill_process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space, set_thread_gid, set_thread_uid};
+
+use crate::{Failed, Result, TempDir, tempdir};
+
+pub use tools::{Iptables, Tools};
+
+/// Where iproute2 keeps the names of namespaces.
+const NAMES: &str = "/run/netns";
+const INSTALL: &str =
+    "namespaces need root (CAP_NET_ADMIN and CAP_SYS_ADMIN) and iproute2: `apt-get install iproute2`";
+
+/// A switch, and the network 10.88.0.0/16 and fd88::/64 on it.
+#[derive(Debug)]
+pub struct Switch {
+    space: Space,
+    next: AtomicU32,
+}
+
+/// A host on a [`Switch`]. It has a default route, to the switch, which forwards nothing.
+#[derive(Debug)]
+pub struct Host {
+    space: Space,
+    dir: TempDir,
+    pub v4: Ipv4Addr,
+    pub v6: Ipv6Addr,
+}
+
+/// One namespace, gone when dropped, with all that runs in it.
+#[derive(Debug)]
+struct Space {
+    name: String,
+}
+
+impl Switch {
+    /// # Errors
+    /// Where the machine can have no namespaces: says what is missing.
+    pub fn new() -> Result<Switch> {
+        static REAP: Once = Once::new();
+        REAP.call_once(reap);
+        let space = Space::new()?;
+        space.ip(&["link", "add", "br0", "type", "bridge"])?;
+        // Nobody waits for a spanning tree or for multicast.
+        for file in ["forward_delay", "multicast_snooping"] {
+            _ = space.run("sh", &["-c", &format!("echo 0 > /sys/class/net/br0/bridge/{file}")]);
+        }
+        space.ip(&["addr", "add", "10.88.255.254/16", "dev", "br0"])?;
+        space.ip(&["-6", "addr", "add", "fd88::ffff/64", "dev", "br0", "nodad"])?;
+        space.ip(&["link", "set", "br0", "up"])?;
+        Ok(Switch { space, next: AtomicU32::new(1) })
+    }
+
+    /// Another host, as the switch sees a machine that has just booted.
+    pub fn host(&self) -> Result<Host> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let [_, _, high, low] = number.to_be_bytes();
+        let (v4, v6) = (
+            Ipv4Addr::new(10, 88, high, low),
+            Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, u16::from_be_bytes([high, low])),
+        );
+        let host = Host { space: Space::new()?, dir: tempdir()?, v4, v6 };
+        let (name, port) = (host.space.name.as_str(), format!("p{number}"));
+        let veth = ["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", name];
+        self.space.ip(&veth)?;
+        self.space.ip(&["link", "set", &port, "master", "br0", "up"])?;
+        host.space.ip(&["addr", "add", &format!("{v4}/16"), "dev", "eth0"])?;
+        // Without waiting for who else may have it.
+        host.space.ip(&["-6", "addr", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"])?;
+        host.space.ip(&["link", "set", "eth0", "up"])?;
+        host.space.ip(&["route", "add", "default", "via", "10.88.255.254"])?;
+        host.space.ip(&["-6", "route", "add", "default", "via", "fd88::ffff"])?;
+        Ok(host)
+    }
+
+    /// Cuts the host off, as a pulled cable does, or joins it again.
+    pub fn set_link(&self, host: &Host, up: bool) -> Result<()> {
+        let [.., high, low] = host.v4.octets();
+        let port = format!("p{}", u16::from_be_bytes([high, low]));
+        self.space.ip(&["link", "set", &port, if up { "up" } else { "down" }])
+    }
+}
+
+impl Host {
+    /// Its name for `ip netns`.
+    pub fn name(&self) -> &str {
+        &self.space.name
+    }
+
+    /// Both addresses.
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+
+    /// A command that runs on this host. [`crate::process::Daemon::spawn`] takes it: nothing is between the two.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        self.space.command(program.as_ref())
+    }
+
+    /// As [`Host::command`], as another user and group, who need not have a name.
+    pub fn command_as(&self, id: u32, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = self.space.command("setpriv".as_ref());
+        command
+            .args(["--reuid", &id.to_string(), "--regid", &id.to_string(), "--clear-groups", "--"])
+            .arg(program);
+        command
+    }
+
+    /// Runs a command to its end and returns what it printed.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        self.space.run(program, arguments)
+    }
+
+    /// `ip` with these arguments.
+    pub fn ip(&self, arguments: &[&str]) -> Result<()> {
+        self.space.ip(arguments)
+    }
+
+    /// What `work` returns on a thread that is on this host. Processes that it starts are there too.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        self.space.within(None, work)
+    }
+
+    /// As [`Host::within`], as another user and group.
+    pub fn within_as<T: Send>(&self, id: u32, work: impl FnOnce() -> T + Send) -> Result<T> {
+        self.space.within(Some(id), work)
+    }
+
+    /// The tools for rules, as programs that act on this host wherever they are started.
+    pub fn tools(&self, iptables: Iptables) -> Result<Tools> {
+        Tools::new(&self.space.path(), &self.dir, iptables)
+    }
+
+    /// Kills all that runs on this host, as a power cut does.
+    pub fn kill_all(&self) {
+        self.space.kill_all();
+    }
+}
+
+impl Space {
+    fn new() -> Result<Space> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("vmesh-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        // Left by an earlier process with the same id.
+        if Path::new(NAMES).join(&name).exists() {
+            drop(Space { name: name.clone() });
+        }
+        output(Command::new("ip").args(["netns", "add", &name]))?;
+        let space = Space { name };
+        space.ip(&["link", "set", "lo", "up"])?;
+        Ok(space)
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new(NAMES).join(&self.name)
+    }
+
+    /// nsenter and not `ip netns exec`: that would hide the control groups.
+    fn command(&self, program: &std::ffi::OsStr) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
+        command
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let output = output(self.command(program.as_ref()).args(arguments))?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn ip(&self, arguments: &[&str]) -> Result<()> {
+        output(Command::new("ip").args(["-n", &self.name]).args(arguments)).map(drop)
+    }
+
+    fn within<T: Send>(&self, id: Option<u32>, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let path = self.path();
+        let space = File::open(&path).map_err(Failed::to(format!("could not open {}", path.display())))?;
+        let enter = || -> rustix::io::Result<()> {
+            move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))?;
+            if let Some(id) = id {
+                set_thread_gid(Gid::from_raw(id))?;
+                set_thread_uid(Uid::from_raw(id))?;
+            }
+            Ok(())
+        };
+        let name = &self.name;
+        let there = thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                enter().map_err(Failed::to(format!("could not enter {name}; {INSTALL}")))?;
+                Ok(work())
+            });
+            thread.join()
+        });
+        there.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    fn kill_all(&self) {
+        for _ in 0..50 {
+            let pids = Command::new("ip").args(["netns", "pids", &self.name]).output();
+            let pids =
+                pids.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+            let me = rustix::process::getpid();
+            let pids = pids.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
+            let pids: Vec<Pid> = pids.filter(|pid| *pid != me).collect();
+            if pids.is_empty() {
+                return;
+            }
+            for pid in pids {
+                _ = kill_process(pid, Signal::KILL);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        self.kill_all();
+        _ = Command::new("ip").args(["netns", "del", &self.name]).output();
+    }
+}
+
+/// Takes away the namespaces of test processes that are gone.
+fn reap() {
+    for entry in fs::read_dir(NAMES).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(pid) = owner(&name)
+            && !Path::new("/proc").join(pid.to_string()).exists()
+        {
+            drop(Space { name });
+        }
+    }
+}
+
+/// The process that a namespace belongs to, by its name.
+fn owner(name: &str) -> Option<u32> {
+    let (pid, number) = name.strip_prefix("vmesh-")?.split_once('-')?;
+    number.parse::<u32>().ok()?;
+    pid.parse().ok()
+}
+
+fn output(command: &mut Command) -> Result<Output> {
+    let shown = crate::cache::show(command);
+    let output = command.output().map_err(Failed::to(format!("could not run `{shown}`; {INSTALL}")))?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(Failed::new(format!("`{shown}` failed ({}): {}; {INSTALL}", output.status, said.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn two_hosts_reach_each_other_by_both_families_and_the_test_is_not_among_them() {
+        let switch = Switch::new().unwrap();
+        let (a, b) = (switch.host().unwrap(), switch.host().unwrap());
+        for ip in b.addresses() {
+            let server = b.within(|| TcpListener::bind((ip, 8080))).unwrap().unwrap();
+            let mut client = a.within(|| TcpStream::connect((ip, 8080))).unwrap().unwrap();
+            let (mut served, from) = server.accept().unwrap();
+            assert!(a.addresses().contains(&from.ip()), "{from}");
+            // On this thread, which is not there.
+            client.write_all(b"x").unwrap();
+            served.read_exact(&mut [0]).unwrap();
+        }
+        switch.set_link(&b, false).unwrap();
+        let cut = TcpStream::connect_timeout;
+        let to = (b.v4, 8080).into();
+        assert!(a.within(|| cut(&to, Duration::from_millis(300))).unwrap().is_err());
+        let path = a.space.path();
+        drop(a);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn who_is_sent_to_a_host_as_another_user_is_that_user_and_nobody_else_becomes_it() {
+        let switch = Switch::new().unwrap();
+        let host = switch.host().unwrap();
+        let id = host.within_as(4242, || rustix::process::geteuid().as_raw()).unwrap();
+        assert_eq!((id, rustix::process::geteuid().as_raw()), (4242, 0));
+        let said = output(host.command_as(4243, "id").arg("-u")).unwrap();
+        assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), "4243");
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_known_by_its_name() {
+        assert_eq!(owner("vmesh-123-4"), Some(123));
+        assert_eq!(owner("vmesh-prod"), None);
+        assert_eq!(owner("th-sw"), None);
+        // No process has this id: the kernel's largest is 4194304.
+        let name = "vmesh-4194999-0".to_owned();
+        output(Command::new("ip").args(["netns", "add", &name])).unwrap();
+        reap();
+        assert!(!Path::new(NAMES).join(name).exists());
+    }
+
+    #[test]
+    fn the_tools_act_on_their_host_and_not_on_another() {
+        let switch = Switch::new().unwrap();
+        let (a, b) = (switch.host().unwrap(), switch.host().unwrap());
+        let (on_a, on_b) = (a.tools(Iptables::Nft).unwrap(), b.tools(Iptables::Nft).unwrap());
+        output(Command::new(&on_a.nft).args(["add", "table", "inet", "x"])).unwrap();
+        let listed = |nft: &Path| {
+            let output = output(Command::new(nft).args(["list", "ruleset"])).unwrap();
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        assert!(listed(&on_a.nft).contains("table inet x"));
+        assert_eq!(listed(&on_b.nft), "");
+        for kind in [Iptables::Nft, Iptables::Legacy] {
+            let tools = b.tools(kind).unwrap();
+            for tool in [&tools.iptables_save, &tools.ip6tables_save] {
+                output(&mut Command::new(tool)).unwrap();
+            }
+        }
+    }
+}
