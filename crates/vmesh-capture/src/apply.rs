@@ -1,5 +1,6 @@
 //! The edge: runs `nft`, `iptables-save` and `iptables-restore`, and reads back what they did.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -118,12 +119,13 @@ impl Applier {
         let nft = &self.tools.nft;
         match self.run(nft, &["-j", "list", "table", "inet", "vmesh"], READ, None).await {
             Ok(json) => Ok(nft::Actual::parse(&json)?),
-            Err(failed) => {
+            Err(failed @ Error::Failed { .. }) => {
                 // That it is not there is told in words, which are not the same in all versions.
                 let tables = self.run(nft, &["list", "tables"], READ, None).await?;
                 let is_there = tables.lines().any(|line| line.trim() == "table inet vmesh");
                 if is_there { Err(failed) } else { Ok(nft::Actual::absent()) }
             }
+            Err(failed) => Err(failed),
         }
     }
 
@@ -208,11 +210,17 @@ impl Applier {
         }
     }
 
-    /// Lets the dead-man lapse now: Envoy is known to be dead.
+    /// Lets the dead-man lapse now: Envoy is known to be dead. Where there is no dead-man, nothing happens.
     pub async fn withdraw(&self) -> Result<(), Error> {
         match self.backend {
-            Backend::Nft => self.change_alive(&nft::withdraw()).await,
-            Backend::Iptables => self.recent(|_| "/\n".to_owned()),
+            Backend::Iptables => match self.recent(|_| "/\n".to_owned()) {
+                Err(Error::Recent { cause, .. }) if cause.kind() == ErrorKind::NotFound => Ok(()),
+                done => done,
+            },
+            Backend::Nft => match self.change_alive(&nft::withdraw()).await {
+                Err(failed) if self.read_nft().await?.has_dead_man() => Err(failed),
+                _ => Ok(()),
+            },
         }
     }
 
@@ -221,14 +229,23 @@ impl Applier {
         self.run(&self.tools.nft, Tool::Nft.arguments(), purpose, Some(input)).await.map(drop)
     }
 
+    /// Writes to the list of each family. One is not there where no rule of that family asks for it.
     fn recent(&self, line: impl Fn(&str) -> String) -> Result<(), Error> {
         let families: &[bool] = if self.ipv6 { &[true, false] } else { &[true] };
+        let mut written = false;
+        let mut absent = None;
         for v4 in families {
             let (name, anybody) = iptables::recent(*v4);
             let path = self.tools.recent.join(name);
-            std::fs::write(&path, line(anybody)).map_err(|cause| Error::Recent { path, cause })?;
+            match std::fs::write(&path, line(anybody)) {
+                Ok(()) => written = true,
+                Err(cause) if cause.kind() == ErrorKind::NotFound => {
+                    absent = Some(Error::Recent { path, cause })
+                }
+                Err(cause) => return Err(Error::Recent { path, cause }),
+            }
         }
-        Ok(())
+        absent.filter(|_| !written).map_or(Ok(()), Err)
     }
 
     fn path(&self, tool: Tool) -> &Path {

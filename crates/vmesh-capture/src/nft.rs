@@ -17,7 +17,7 @@ pub(crate) const TABLE: &str = "inet vmesh";
 const ALIVE: &str = "alive";
 const PURE_SYN: &str = "tcp flags & (fin|syn|rst|ack)";
 
-/// What is in our table. Sets whose form we do not know are as good as missing.
+/// What is in our table.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Actual {
     exists: bool,
@@ -47,13 +47,21 @@ enum Elements {
     Groups(BTreeSet<u32>),
     Interfaces(BTreeSet<String>),
     Alive,
+    /// Of a type that we have no use for.
+    Unknown,
 }
 
 /// A [`Program`] in nftables' terms.
 struct Table {
     /// With whether it holds IPv4.
     sets: BTreeMap<String, (Elements, bool)>,
-    chains: Vec<(String, Option<Hook>, Vec<(Label, String)>)>,
+    chains: Vec<TableChain>,
+}
+
+struct TableChain {
+    name: String,
+    hook: Option<Hook>,
+    rules: Vec<(Label, String)>,
 }
 
 /// What has to be done for the host to be as `program` says. With `alive`, redirects that lapse hold from the first moment;
@@ -136,7 +144,7 @@ impl Table {
                     );
                 }
             }
-            table.chains.push((chain.name.clone(), chain.hook, rules));
+            table.chains.push(TableChain { name: chain.name.clone(), hook: chain.hook, rules });
         }
         table
     }
@@ -158,11 +166,11 @@ impl Table {
             change(Kind::Unwanted, format!("set {name}"));
         }
         for name in
-            actual.chains.keys().filter(|name| !self.chains.iter().any(|(wanted, ..)| wanted == *name))
+            actual.chains.keys().filter(|name| !self.chains.iter().any(|wanted| wanted.name == **name))
         {
             change(Kind::Unwanted, format!("chain {name}"));
         }
-        for (name, hook, rules) in &self.chains {
+        for TableChain { name, hook, rules } in &self.chains {
             let Some(now) = actual.chains.get(name) else {
                 changes.push(Change { kind: Kind::Missing, what: format!("chain {name}") });
                 continue;
@@ -193,7 +201,7 @@ impl Table {
             text.push_str("\t}\n");
         }
         // Those that are gone to come before those that go there.
-        for (name, hook, rules) in self.chains.iter().rev() {
+        for TableChain { name, hook, rules } in self.chains.iter().rev() {
             _ = writeln!(text, "\tchain {name} {{");
             if let Some(hook) = hook {
                 _ = writeln!(text, "\t\t{}", hooked(*hook));
@@ -309,7 +317,7 @@ impl Elements {
             (Elements::Users(_), _) => "type uid",
             (Elements::Groups(_), _) => "type gid",
             (Elements::Interfaces(_), _) => "type ifname",
-            (Elements::Alive, _) => "type inet_proto\n\t\tflags timeout",
+            (Elements::Alive | Elements::Unknown, _) => "type inet_proto\n\t\tflags timeout",
         }
     }
 
@@ -322,7 +330,7 @@ impl Elements {
             Elements::Ports(ports) => ports.iter().map(ToString::to_string).collect(),
             Elements::Users(ids) | Elements::Groups(ids) => ids.iter().map(ToString::to_string).collect(),
             Elements::Interfaces(names) => names.iter().map(|name| format!("\"{name}\"")).collect(),
-            Elements::Alive => Vec::new(),
+            Elements::Alive | Elements::Unknown => Vec::new(),
         }
     }
 
@@ -396,13 +404,12 @@ impl Actual {
                 actual.exists = true;
             } else if let Some(set) = item.get("set") {
                 let name = text(set, "name").ok_or_else(|| unreadable("a set without a name"))?;
-                if let Some(elements) = parse_set(set) {
-                    if elements == Elements::Alive {
-                        actual.alive =
-                            set.get("elem").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
-                    }
-                    actual.sets.insert(name.to_owned(), elements);
+                let elements = parse_set(set).unwrap_or(Elements::Unknown);
+                if elements == Elements::Alive {
+                    actual.alive =
+                        set.get("elem").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
                 }
+                actual.sets.insert(name.to_owned(), elements);
             } else if let Some(chain) = item.get("chain") {
                 let name = text(chain, "name").ok_or_else(|| unreadable("a chain without a name"))?;
                 let hook = text(chain, "hook").map(|hook| {
@@ -423,6 +430,10 @@ impl Actual {
 
     pub fn exists(&self) -> bool {
         self.exists
+    }
+
+    pub(crate) fn has_dead_man(&self) -> bool {
+        self.sets.contains_key(ALIVE)
     }
 }
 

@@ -500,7 +500,7 @@ impl Build<'_> {
                 self.chains.push(chain);
             }
             Inward::Tproxy => {
-                let mut chain = self.inward("tproxy", Hook::Tproxy);
+                let mut chain = self.inward("inbound", Hook::Tproxy);
                 for (name, when) in rules {
                     chain.rule(name, when, Verdict::Tproxy(INBOUND_PORT));
                 }

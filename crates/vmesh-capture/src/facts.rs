@@ -1,0 +1,259 @@
+//! The other edge: what [`Host`] has to say, read from the host.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::host::{Cgroup, Host, Never};
+use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
+
+/// What the agent knows of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Own {
+    /// Envoy's user, and the agent's where it has one.
+    pub users: BTreeSet<u32>,
+    /// Slices of ours that always have something in them: `vmesh.slice`.
+    pub slices: BTreeSet<Unit>,
+    /// Where Envoy and the agent listen.
+    pub ports: BTreeSet<u16>,
+    pub control_planes: BTreeSet<SocketAddr>,
+}
+
+/// Where things are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    /// `/proc`.
+    pub proc: PathBuf,
+    /// Below which `net/tcp` is: `/proc/self`.
+    pub net: PathBuf,
+    /// Control groups of version 2; `None` where there are none.
+    pub cgroup: Option<PathBuf>,
+    pub getent: PathBuf,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        Places {
+            proc: "/proc".into(),
+            net: "/proc/self".into(),
+            cgroup: cgroup_mount(&mounts),
+            getent: "getent".into(),
+        }
+    }
+}
+
+/// Where a `mounts` file says that control groups of version 2 are.
+fn cgroup_mount(mounts: &str) -> Option<PathBuf> {
+    let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let mount = mounts.find(|mount| mount.get(2) == Some(&"cgroup2"))?;
+    mount.get(1).map(PathBuf::from)
+}
+
+impl Places {
+    /// The host as far as `spec` needs it. What cannot be found is missing, and becomes a note of the program.
+    pub async fn host(&self, spec: &Spec, own: &Own) -> Host {
+        let out = &spec.outbound;
+        let (mut users, mut groups) = (BTreeMap::new(), BTreeMap::new());
+        let named = out.include.users.iter().chain(&out.exclude.users).chain(out.dial.users.keys());
+        self.look_up("passwd", named, &mut users).await;
+        let named = out.include.groups.iter().chain(&out.exclude.groups).chain(out.dial.groups.keys());
+        self.look_up("group", named, &mut groups).await;
+        let units = out.include.units.iter().chain(&out.exclude.units).chain(out.dial.units.keys());
+        let wanted: BTreeSet<&Unit> = units.chain(&own.slices).collect();
+        let mut units = self.units(&wanted);
+        let mut slices = BTreeSet::new();
+        for slice in &own.slices {
+            slices.extend(units.get(slice).cloned());
+        }
+        units.retain(|unit, _| !own.slices.contains(unit) || spec_names(spec, unit));
+        Host {
+            users,
+            groups,
+            units,
+            ipv6: self.net.join("net/if_inet6").exists(),
+            never: Never {
+                users: own.users.clone(),
+                slices,
+                ssh: self.ssh_ports(),
+                own: own.ports.clone(),
+                control_planes: own.control_planes.clone(),
+            },
+        }
+    }
+
+    /// Names to numbers, by all that the host's name service switch knows: files, LDAP, sssd.
+    async fn look_up(
+        &self,
+        database: &str,
+        named: impl Iterator<Item = &Account>,
+        into: &mut BTreeMap<String, u32>,
+    ) {
+        for account in named.filter(|account| account.number().is_none()) {
+            let name = account.as_str();
+            let mut command = Command::new(&self.getent);
+            command.args([database, name]).stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+            // A directory server that does not answer must not keep rules from being applied.
+            let Ok(Ok(output)) = timeout(Duration::from_secs(5), command.output()).await else { continue };
+            let line = String::from_utf8_lossy(&output.stdout).into_owned();
+            if let Some(id) = id_of(&line) {
+                into.insert(name.to_owned(), id);
+            }
+        }
+    }
+
+    /// The control groups that these units have now.
+    fn units(&self, wanted: &BTreeSet<&Unit>) -> BTreeMap<Unit, Cgroup> {
+        let mut found = BTreeMap::new();
+        if let (Some(root), false) = (&self.cgroup, wanted.is_empty()) {
+            walk(root, "", 0, wanted, &mut found);
+        }
+        found
+    }
+
+    /// The ports on which something that takes SSH listens, and those of its open sessions.
+    fn ssh_ports(&self) -> BTreeSet<u16> {
+        let sockets = self.sockets();
+        let inodes: BTreeSet<u64> = self.ssh_inodes();
+        sockets
+            .iter()
+            .filter(|socket| inodes.contains(&socket.inode))
+            .map(|socket| socket.local_port)
+            .collect()
+    }
+
+    /// How many open connections have come through a redirect: see [`crate::confirm::leaving`].
+    pub fn redirected(&self) -> usize {
+        let ours =
+            |socket: &&Socket| socket.is_open() && [OUTBOUND_PORT, INBOUND_PORT].contains(&socket.local_port);
+        self.sockets().iter().filter(ours).count()
+    }
+
+    fn sockets(&self) -> Vec<Socket> {
+        let read = |name| fs::read_to_string(self.net.join(name)).unwrap_or_default();
+        ["net/tcp", "net/tcp6"].into_iter().flat_map(|name| sockets(&read(name))).collect()
+    }
+
+    /// The sockets of processes that are SSH daemons by name. A listener that systemd holds for one is not among them, and its
+    /// sessions are.
+    fn ssh_inodes(&self) -> BTreeSet<u64> {
+        const NAMES: [&str; 4] = ["sshd", "sshd-session", "sshd-auth", "dropbear"];
+        let mut inodes = BTreeSet::new();
+        for process in fs::read_dir(&self.proc).into_iter().flatten().flatten() {
+            let path = process.path();
+            let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
+            if !NAMES.contains(&name.trim()) {
+                continue;
+            }
+            for file in fs::read_dir(path.join("fd")).into_iter().flatten().flatten() {
+                let target = fs::read_link(file.path()).unwrap_or_default();
+                inodes.extend(target.to_str().and_then(socket_inode));
+            }
+        }
+        inodes
+    }
+}
+
+fn spec_names(spec: &Spec, unit: &Unit) -> bool {
+    let out = &spec.outbound;
+    out.include.units.contains(unit) || out.exclude.units.contains(unit) || out.dial.units.contains_key(unit)
+}
+
+/// `name:x:1000:...`
+fn id_of(line: &str) -> Option<u32> {
+    line.trim().split(':').nth(2)?.parse().ok()
+}
+
+/// `socket:[12345]`
+fn socket_inode(target: &str) -> Option<u64> {
+    target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// Deeper than systemd nests units of users.
+const MAX_DEPTH: usize = 8;
+
+fn walk(dir: &Path, below: &str, depth: usize, wanted: &BTreeSet<&Unit>, found: &mut BTreeMap<Unit, Cgroup>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Ok(metadata) = entry.metadata() else { continue };
+        if !metadata.is_dir() {
+            continue;
+        }
+        let path = if below.is_empty() { name.clone() } else { format!("{below}/{name}") };
+        if let Some(unit) = wanted.iter().find(|unit| unit.as_str() == name) {
+            let cgroup = Cgroup { path: path.clone(), id: metadata.ino() };
+            found.entry((*unit).clone()).or_insert(cgroup);
+        }
+        if depth < MAX_DEPTH {
+            walk(&entry.path(), &path, depth + 1, wanted, found);
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Socket {
+    local_port: u16,
+    /// As in the kernel's `tcp_states.h`: 1 is established, 10 listens.
+    state: u8,
+    inode: u64,
+}
+
+impl Socket {
+    /// Carries data one way or both.
+    fn is_open(&self) -> bool {
+        const ESTABLISHED: u8 = 1;
+        const FIN_WAIT_1: u8 = 4;
+        const FIN_WAIT_2: u8 = 5;
+        const CLOSE_WAIT: u8 = 8;
+        [ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT].contains(&self.state)
+    }
+}
+
+/// Reads `/proc/net/tcp` or `tcp6`: see proc_net_tcp.rst of the kernel. Lines that are not so are left out.
+fn sockets(text: &str) -> Vec<Socket> {
+    let socket = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (_, port) = words.get(1)?.split_once(':')?;
+        Some(Socket {
+            local_port: u16::from_str_radix(port, 16).ok()?,
+            state: u8::from_str_radix(words.get(3)?, 16).ok()?,
+            inode: words.get(9)?.parse().ok()?,
+        })
+    };
+    text.lines().skip(1).filter_map(socket).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_are_read_from_what_the_kernel_prints() {
+        let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
+            0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345 1 0 100 0 0 10 0\n   \
+            1: 0100007F:3A99 0100007F:1F90 01 00000000:00000000 00:00000000 00000000  1000        0 777 1 0 100 0 0 10 0\n\
+            garbage\n";
+        let [ssh, redirected] = sockets(text).try_into().unwrap();
+        assert_eq!((ssh.local_port, ssh.inode, ssh.is_open()), (22, 12345, false));
+        assert_eq!((redirected.local_port, redirected.is_open()), (OUTBOUND_PORT, true));
+        assert_eq!(sockets(""), []);
+    }
+
+    #[test]
+    fn small_things_are_read_or_left_out() {
+        assert_eq!(id_of("app:x:1001:1001::/:/bin/sh\n"), Some(1001));
+        assert_eq!(id_of(""), None);
+        assert_eq!(socket_inode("socket:[42]"), Some(42));
+        assert_eq!(socket_inode("/dev/null"), None);
+        let mounts = "sysfs /sys sysfs rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw,nsdelegate 0 0\n";
+        assert_eq!(cgroup_mount(mounts), Some("/sys/fs/cgroup".into()));
+        assert_eq!(cgroup_mount("tmpfs /sys/fs/cgroup tmpfs rw 0 0\n"), None);
+    }
+}

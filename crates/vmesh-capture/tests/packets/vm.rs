@@ -1,0 +1,276 @@
+//! A host whose connections are captured, another that it calls, and small servers in the places of Envoy and the applications.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use vmesh_capture::apply::{Applier, Backend, Tools};
+use vmesh_capture::host::Never;
+use vmesh_capture::spec::Seconds;
+use vmesh_capture::{Host, Plan, Program, Spec, Stage};
+use vmesh_model::load::strict;
+use vmesh_testkit::netns::{self, Iptables, Switch};
+use vmesh_testkit::process::Daemon;
+
+/// Generous: what is waited for comes at once or never.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+/// How long a connection that is not to come about is waited for.
+pub(crate) const NEVER: Duration = Duration::from_millis(400);
+/// Envoy's user.
+pub(crate) const ENVOY: u32 = 4000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Nft,
+    IptablesNft,
+    IptablesLegacy,
+}
+
+pub(crate) struct Vm {
+    pub(crate) switch: Switch,
+    /// Ours.
+    pub(crate) a: netns::Host,
+    /// Another.
+    pub(crate) b: netns::Host,
+    pub(crate) tools: netns::Tools,
+    pub(crate) applier: Applier,
+    pub(crate) facts: Host,
+    pub(crate) kind: Kind,
+    /// Keeps `/proc/<pid>/net` of `a` there.
+    _anchor: Daemon,
+}
+
+impl Vm {
+    pub(crate) fn new(kind: Kind) -> Vm {
+        let switch = Switch::new().unwrap();
+        let (a, b) = (switch.host().unwrap(), switch.host().unwrap());
+        let iptables = if kind == Kind::IptablesLegacy { Iptables::Legacy } else { Iptables::Nft };
+        let tools = a.tools(iptables).unwrap();
+        let mut sleep = a.command("sleep");
+        sleep.arg("infinity");
+        let anchor = Daemon::spawn("anchor", sleep).unwrap();
+        let applier = Applier {
+            backend: if kind == Kind::Nft { Backend::Nft } else { Backend::Iptables },
+            tools: Tools {
+                nft: tools.nft.clone(),
+                iptables_save: tools.iptables_save.clone(),
+                iptables_restore: tools.iptables_restore.clone(),
+                ip6tables_save: tools.ip6tables_save.clone(),
+                ip6tables_restore: tools.ip6tables_restore.clone(),
+                recent: format!("/proc/{}/net/xt_recent", anchor.pid()).into(),
+                timeout: SOON,
+            },
+            ipv6: true,
+        };
+        let never = Never { users: [ENVOY].into(), own: [15020].into(), ..Never::default() };
+        let facts = Host { ipv6: true, never, ..Host::default() };
+        Vm { switch, a, b, tools, applier, facts, kind, _anchor: anchor }
+    }
+
+    pub(crate) fn program(&self, yaml: &str, stage: Stage) -> Program {
+        let spec: Spec = strict("spec.yaml", yaml).unwrap();
+        let (program, notes) = Program::new(&spec, &self.facts, stage).unwrap();
+        assert_eq!(notes, []);
+        program
+    }
+
+    /// Makes the host capture as `yaml` says, with the dead-man held off for ten minutes.
+    pub(crate) async fn capture(&self, yaml: &str) -> Plan {
+        self.bring(&self.program(yaml, Stage::Confirmed)).await
+    }
+
+    pub(crate) async fn bring(&self, program: &Program) -> Plan {
+        let long: Seconds = "10m".parse().unwrap();
+        self.applier.bring(program, Some(long)).await.unwrap()
+    }
+
+    /// What every firewall tool shows, but for counters and times.
+    pub(crate) fn ruleset(&self) -> String {
+        let nft = printed(Command::new(&self.tools.nft).args(["list", "ruleset"]));
+        let save = printed(&mut Command::new(&self.tools.iptables_save));
+        let save6 = printed(&mut Command::new(&self.tools.ip6tables_save));
+        let mut text = String::new();
+        for line in [nft, save, save6].iter().flat_map(|text| text.lines()) {
+            if line.starts_with('#') {
+                continue;
+            }
+            let words: Vec<&str> = line.split(' ').collect();
+            let mut at = 0;
+            while let Some(word) = words.get(at) {
+                if *word == "packets" || *word == "bytes" {
+                    at += 1;
+                } else if !(word.starts_with('[') && word.contains(':') && line.starts_with(':')) {
+                    text.push_str(word);
+                    text.push(' ');
+                }
+                at += 1;
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    /// The addresses of `b`, and this port.
+    pub(crate) fn at_b(&self, port: u16) -> [SocketAddr; 2] {
+        self.b.addresses().map(|ip| SocketAddr::new(ip, port))
+    }
+
+    pub(crate) fn at_a(&self, port: u16) -> [SocketAddr; 2] {
+        self.a.addresses().map(|ip| SocketAddr::new(ip, port))
+    }
+
+    /// Envoy's place for what the host sends.
+    pub(crate) fn outbound_envoy(&self) -> [Server; 2] {
+        ["127.0.0.1:15001", "[::1]:15001"].map(|at| Server::new(&self.a, at.parse().unwrap(), "envoy"))
+    }
+
+    pub(crate) fn app_at_b(&self, port: u16) -> Server {
+        Server::new(&self.b, SocketAddr::new("::".parse::<IpAddr>().unwrap(), port), "app")
+    }
+
+    pub(crate) fn app_at_a(&self, port: u16) -> Server {
+        Server::new(&self.a, SocketAddr::new("::".parse::<IpAddr>().unwrap(), port), "app")
+    }
+
+    /// Who answers at `to`, for a caller on `a`.
+    pub(crate) fn call(&self, to: SocketAddr) -> String {
+        who(self.a.within(|| connect(to)).unwrap())
+    }
+
+    pub(crate) fn call_as(&self, id: u32, to: SocketAddr) -> String {
+        who(self.a.within_as(id, || connect(to)).unwrap())
+    }
+
+    pub(crate) fn call_from_b(&self, to: SocketAddr) -> String {
+        who(self.b.within(|| connect(to)).unwrap())
+    }
+
+    /// How many of so many connections to `to` reach Envoy.
+    pub(crate) fn share(&self, of: usize, to: SocketAddr) -> usize {
+        let answers = self.a.within(|| (0..of).map(|_| who(connect(to))).collect::<Vec<_>>()).unwrap();
+        assert!(answers.iter().all(|who| who == "app" || who == "envoy"), "{answers:?}");
+        answers.iter().filter(|who| *who == "envoy").count()
+    }
+}
+
+pub(crate) fn printed(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
+    TcpStream::connect_timeout(&to, NEVER)
+}
+
+fn who(stream: std::io::Result<TcpStream>) -> String {
+    match stream.and_then(Call::new) {
+        Ok(call) => call.who,
+        Err(error) if error.kind() == std::io::ErrorKind::TimedOut => "nobody".to_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => "refused".to_owned(),
+        Err(error) => format!("{:?}", error.kind()),
+    }
+}
+
+/// An open connection to a [`Server`].
+pub(crate) struct Call {
+    stream: BufReader<TcpStream>,
+    pub(crate) who: String,
+    /// The caller's address, as the server sees it.
+    pub(crate) from: IpAddr,
+    /// The server's own, as it sees it.
+    pub(crate) to: SocketAddr,
+}
+
+impl Call {
+    fn new(stream: TcpStream) -> std::io::Result<Call> {
+        stream.set_read_timeout(Some(SOON))?;
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line)?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [who, from, to] = words.as_slice() else { return Err(std::io::ErrorKind::UnexpectedEof.into()) };
+        let (who, from, to) = ((*who).to_owned(), from.parse().unwrap(), to.parse().unwrap());
+        Ok(Call { stream, who, from, to })
+    }
+
+    pub(crate) fn open(host: &netns::Host, to: SocketAddr) -> Call {
+        let stream = host.within(|| TcpStream::connect_timeout(&to, SOON)).unwrap();
+        Call::new(stream.unwrap()).unwrap()
+    }
+
+    /// Whether the connection still carries something there and back.
+    pub(crate) fn works(&mut self) -> bool {
+        let mut byte = [0];
+        let asked = self.stream.get_mut().write_all(b"x");
+        asked.and_then(|()| self.stream.read_exact(&mut byte)).is_ok()
+    }
+}
+
+/// Says who it is, who called and what it was called by, and then echoes. Gone when dropped; its connections stay.
+pub(crate) struct Server {
+    listener: Arc<TcpListener>,
+}
+
+impl Server {
+    pub(crate) fn new(host: &netns::Host, at: SocketAddr, name: &'static str) -> Server {
+        let listener = Arc::new(host.within(|| TcpListener::bind(at)).unwrap().unwrap());
+        let accepting = listener.clone();
+        thread::spawn(move || {
+            while let Ok((stream, from)) = accepting.accept() {
+                thread::spawn(move || serve(stream, from, name));
+            }
+        });
+        Server { listener }
+    }
+}
+
+fn serve(mut stream: TcpStream, from: SocketAddr, name: &str) -> std::io::Result<()> {
+    let local = stream.local_addr()?;
+    let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+    writeln!(stream, "{name} {} {local}", from.ip().to_canonical())?;
+    let mut buffer = [0; 64];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return stream.shutdown(Shutdown::Both),
+            count => stream.write_all(buffer.get(..count).unwrap_or_default())?,
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It stops listening at once, and `accept` ends.
+        _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Envoy's place for what the host is sent, with a socket that takes connections to any address. A process, so that it can
+/// be stopped and killed.
+pub(crate) async fn transparent_envoy(host: &netns::Host) -> Daemon {
+    const SCRIPT: &str = r#"
+import ipaddress, socket, threading
+def plain(ip): ip = ipaddress.ip_address(ip); return getattr(ip, "ipv4_mapped", None) or ip
+def serve(conn, peer):
+    me = conn.getsockname(); ip = plain(me[0])
+    at = f"{ip}:{me[1]}" if ip.version == 4 else f"[{ip}]:{me[1]}"
+    conn.sendall(f"envoy {plain(peer[0])} {at}\n".encode())
+    while data := conn.recv(64): conn.sendall(data)
+server = socket.socket(socket.AF_INET6)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+server.setsockopt(socket.SOL_IP, 19, 1)      # IP_TRANSPARENT
+server.setsockopt(socket.IPPROTO_IPV6, 75, 1)  # IPV6_TRANSPARENT
+server.bind(("::", 15006)); server.listen(100); print("listening", flush=True)
+while True:
+    conn, peer = server.accept()
+    threading.Thread(target=serve, args=(conn, peer), daemon=True).start()
+"#;
+    let mut python = host.command("python3");
+    python.args(["-c", SCRIPT]);
+    let mut envoy = Daemon::spawn("envoy", python).unwrap();
+    envoy.wait_line("listening", SOON).await.unwrap();
+    envoy
+}
