@@ -64,6 +64,13 @@ pub struct Footprint {
     tables: BTreeSet<String>,
 }
 
+impl Actual {
+    /// There is nothing of ours.
+    pub fn absent(ipv6: bool) -> Actual {
+        Actual { v4: Family::default(), v6: ipv6.then(Family::default) }
+    }
+}
+
 impl Family {
     /// Reads what `iptables-save` prints.
     pub fn parse(text: &str) -> Family {

@@ -171,7 +171,7 @@ impl Program {
         }
         build.inbound();
         let Build { mut chains, mut notes, .. } = build;
-        if !chains.is_empty() {
+        if chains.iter().any(|chain| matches!(chain.hook, Some(Hook::Outbound | Hook::Inbound))) {
             chains.push(hold());
         }
         let has_alive = |rule: &Rule| rule.when.contains(&Match::Alive);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use vm::{Call, ENVOY, Kind, SOON, Server, Vm, printed, transparent_envoy};
 use vmesh_capture::apply::Backend;
+use vmesh_capture::facts::{Own, Places};
 use vmesh_capture::host::Cgroup;
 use vmesh_capture::{Program, Stage};
 use vmesh_testkit::wait_for;
@@ -429,6 +430,63 @@ with_every_backend! {
         }
     }
 
+    async fn containers_of_the_host_are_left_alone_and_so_are_the_ports_that_they_publish(vm: Vm) {
+        let container = vm.switch.host().unwrap();
+        vm.a.ip(&["link", "add", "docker0", "type", "bridge"]).unwrap();
+        vm.a.ip(&["addr", "add", "172.30.0.1/24", "dev", "docker0"]).unwrap();
+        vm.a.ip(&["link", "set", "docker0", "up"]).unwrap();
+        vm.a.ip(&["link", "add", "vc", "type", "veth", "peer", "name", "eth1", "netns", container.name()]).unwrap();
+        vm.a.ip(&["link", "set", "vc", "master", "docker0", "up"]).unwrap();
+        container.ip(&["addr", "add", "172.30.0.2/24", "dev", "eth1"]).unwrap();
+        container.ip(&["link", "set", "eth1", "up"]).unwrap();
+        container.ip(&["route", "replace", "default", "via", "172.30.0.1"]).unwrap();
+        container.ip(&["link", "set", "eth0", "down"]).unwrap();
+        vm.a.within(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")).unwrap().unwrap();
+        vm.damage(
+            "printf '*nat\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
+             -A POSTROUTING -s 172.30.0.0/24 ! -o docker0 -j MASQUERADE\n\
+             -A DOCKER ! -i docker0 -p tcp --dport 8088 -j DNAT --to-destination 172.30.0.2:80\nCOMMIT\n' | iptables-restore --noflush",
+        );
+        let _apps = (vm.app_at_b(8080), vm.app_at_a(8080), vm.outbound_envoy());
+        let _envoy = Server::new(&vm.a, "[::]:15006".parse().unwrap(), "envoy");
+        let _inside = Server::new(&container, "0.0.0.0:80".parse().unwrap(), "container");
+        vm.capture("outbound: {capture: all}\ninbound: {capture: redirect, ports: [8080]}").await;
+        let [to, _] = vm.at_b(8080);
+        assert_eq!(vm.call(to), "envoy");
+        let out = Call::open(&container, to);
+        assert_eq!((out.who.as_str(), out.from), ("app", vm.a.v4.into()));
+        assert_eq!(vm.call_from_b(vm.at_a(8088)[0]), "container");
+        assert_eq!(vm.call_from_b(vm.at_a(8080)[0]), "envoy");
+        // The host itself calls its container.
+        assert_eq!(vm.call("172.30.0.2:80".parse().unwrap()), "envoy");
+        vm.capture("outbound: {capture: all, exclude: {interfaces: [docker0]}}").await;
+        assert_eq!(vm.call("172.30.0.2:80".parse().unwrap()), "container");
+    }
+
+    async fn many_addresses_are_captured_and_one_more_disturbs_nobody(vm: Vm) {
+        let _envoy = vm.outbound_envoy();
+        let count = if vm.kind == Kind::Nft { 5000 } else { 500 };
+        let vip = |number: u16| {
+            let [high, low] = number.to_be_bytes();
+            [format!("'240.0.{high}.{low}:80'"), format!("'[fdfe::{number:x}]:80'")]
+        };
+        let yaml = |count: u16| format!("outbound: {{capture: vip, vips: [{}]}}", (1..=count).flat_map(vip).collect::<Vec<_>>().join(", "));
+        let started = Instant::now();
+        vm.capture(&yaml(count)).await;
+        eprintln!("{count} addresses of each family in {:?}", started.elapsed());
+        let mut last = Call::open(&vm.a, vip(count)[0].trim_matches('\'').parse().unwrap());
+        let mut last6 = Call::open(&vm.a, vip(count)[1].trim_matches('\'').parse().unwrap());
+        let started = Instant::now();
+        let plan = vm.capture(&yaml(count + 1)).await;
+        eprintln!("one more in {:?}", started.elapsed());
+        assert!(last.works() && last6.works() && last.who == "envoy");
+        assert_eq!(vm.call(vip(count + 1)[0].trim_matches('\'').parse().unwrap()), "envoy");
+        if vm.kind == Kind::Nft {
+            let [step] = plan.steps.as_slice() else { panic!("{plan}") };
+            assert_eq!(step.input.lines().count(), 2, "{plan}");
+        }
+    }
+
     async fn the_bypass_takes_everything_away_with_nothing_else_working(vm: Vm) {
         let _servers = (vm.app_at_b(8080), vm.app_at_a(3306), vm.outbound_envoy());
         have_other_rules(&vm);
@@ -559,6 +617,49 @@ impl Drop for Group {
         _ = std::fs::remove_dir(self.slice.join("app.service"));
         _ = std::fs::remove_dir(&self.slice);
     }
+}
+
+#[tokio::test]
+async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects() {
+    let vm = Vm::new(Kind::Nft);
+    let group = Group::new();
+    let dir = vmesh_testkit::tempdir().unwrap();
+    let sshd = dir.join("sshd");
+    // The kernel calls it by the name of this file, as it does the real one.
+    let python = printed(Command::new("python3").args(["-c", "import sys; print(sys.executable)"]));
+    let script = format!(
+        "#!{}\nimport socket\nserver = socket.create_server(('10.88.0.1', 2222))\nprint('up', flush=True)\n\
+         conn, _ = server.accept()\nconn.recv(1)\n",
+        python.trim()
+    );
+    std::fs::write(&sshd, script).unwrap();
+    std::fs::set_permissions(&sshd, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut daemon = vmesh_testkit::process::Daemon::spawn("sshd", vm.a.command(&sshd)).unwrap();
+    daemon.wait_line("up", SOON).await.unwrap();
+
+    let places = Places { net: format!("/proc/{}", daemon.pid()).into(), ..Places::default() };
+    let spec = vmesh_model::load::strict(
+        "spec.yaml",
+        "outbound: {capture: all, include: {users: [root, no-such-user], units: [app.service, no-such.service]}}",
+    );
+    let own =
+        Own { users: [ENVOY].into(), slices: [group.slice().parse().unwrap()].into(), ..Own::default() };
+    let host = places.host(&spec.unwrap(), &own).await;
+    assert_eq!(host.never.ssh, [2222].into());
+    assert_eq!(host.never.slices, [Cgroup { path: group.slice(), id: group.slice_id() }].into());
+    assert_eq!(host.users, [("root".to_owned(), 0)].into());
+    assert!(host.ipv6);
+    // Another test may have a unit of that name too.
+    assert_eq!(host.units.len(), 1);
+    assert!(host.units.values().all(|unit| unit.path.ends_with("/app.service")));
+
+    assert_eq!(places.redirected(), 0);
+    let (_app, _envoy) = (vm.app_at_b(8080), vm.outbound_envoy());
+    vm.capture("outbound: {capture: all}").await;
+    let call = Call::open(&vm.a, vm.at_b(8080)[1]);
+    assert_eq!((call.who.as_str(), places.redirected()), ("envoy", 1));
+    drop(call);
+    wait_for("nobody", SOON, async || (places.redirected() == 0).then_some(())).await.unwrap();
 }
 
 #[tokio::test]
