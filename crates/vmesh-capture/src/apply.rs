@@ -99,6 +99,26 @@ pub struct Applier {
 const READ: &str = "list the rules";
 
 impl Applier {
+    /// The backend that works here: nftables, else iptables. Asks the kernel too, and changes nothing.
+    ///
+    /// # Errors
+    /// If neither works: what is wrong with nftables, since it is what one should have.
+    pub async fn detect(tools: Tools, ipv6: bool) -> Result<Applier, Error> {
+        let nftables = Applier { backend: Backend::Nft, tools, ipv6 };
+        let Err(wrong) = nftables.works().await else { return Ok(nftables) };
+        let iptables = Applier { backend: Backend::Iptables, ..nftables };
+        iptables.works().await.map(|()| iptables).map_err(|_| wrong)
+    }
+
+    async fn works(&self) -> Result<(), Error> {
+        self.read().await?;
+        let nothing = match self.backend {
+            Backend::Nft => Actual::Nft(nft::Actual::absent()),
+            Backend::Iptables => Actual::Iptables(iptables::Actual::absent(self.ipv6)),
+        };
+        self.check(&self.plan(&Program::sample(self.ipv6), &nothing, true)).await
+    }
+
     /// What of ours is there now. Reading changes nothing.
     pub async fn read(&self) -> Result<Actual, Error> {
         match self.backend {
@@ -307,6 +327,8 @@ fn hint(said: &str) -> &'static str {
     let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
     if has(&["Operation not permitted", "Permission denied", "must be root"]) {
         "; it needs CAP_NET_ADMIN (and CAP_NET_RAW for iptables)"
+    } else if has(&["JSON support not compiled"]) {
+        "; this nft cannot print JSON: install one that can, or use the iptables backend"
     } else if has(&["cgroup"]) {
         "; a control group that is named has gone meanwhile: plan again"
     } else if has(&[

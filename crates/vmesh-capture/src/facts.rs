@@ -36,6 +36,8 @@ pub struct Places {
     /// Control groups of version 2; `None` where there are none.
     pub cgroup: Option<PathBuf>,
     pub getent: PathBuf,
+    /// The directory of `sshd_config`.
+    pub ssh: PathBuf,
 }
 
 impl Default for Places {
@@ -46,6 +48,7 @@ impl Default for Places {
             net: "/proc/self".into(),
             cgroup: cgroup_mount(&mounts),
             getent: "getent".into(),
+            ssh: "/etc/ssh".into(),
         }
     }
 }
@@ -118,15 +121,19 @@ impl Places {
         found
     }
 
-    /// The ports on which something that takes SSH listens, and those of its open sessions.
+    /// The ports on which something that takes SSH listens, those of its open sessions, and those of its configuration: other
+    /// processes' sockets are shown to root and to CAP_SYS_PTRACE only.
     fn ssh_ports(&self) -> BTreeSet<u16> {
+        let inodes = self.ssh_inodes();
         let sockets = self.sockets();
-        let inodes: BTreeSet<u64> = self.ssh_inodes();
-        sockets
-            .iter()
-            .filter(|socket| inodes.contains(&socket.inode))
-            .map(|socket| socket.local_port)
-            .collect()
+        let sockets = sockets.iter().filter(|socket| inodes.contains(&socket.inode));
+        sockets.map(|socket| socket.local_port).chain(self.configured_ssh_ports()).collect()
+    }
+
+    fn configured_ssh_ports(&self) -> BTreeSet<u16> {
+        let more = fs::read_dir(self.ssh.join("sshd_config.d")).into_iter().flatten().flatten();
+        let files = more.map(|entry| entry.path()).chain([self.ssh.join("sshd_config")]);
+        files.flat_map(|file| sshd_ports(&fs::read_to_string(file).unwrap_or_default())).collect()
     }
 
     /// How many open connections have come through a redirect: see [`crate::confirm::leaving`].
@@ -164,6 +171,25 @@ impl Places {
 fn spec_names(spec: &Spec, unit: &Unit) -> bool {
     let out = &spec.outbound;
     out.include.units.contains(unit) || out.exclude.units.contains(unit) || out.dial.units.contains_key(unit)
+}
+
+/// The ports in an `sshd_config`: see sshd_config(5). One that is not in force any more does no harm.
+fn sshd_ports(text: &str) -> BTreeSet<u16> {
+    let port = |line: &str| {
+        let line = line.trim().replacen('=', " ", 1);
+        let mut words = line.split_whitespace();
+        let keyword = words.next()?.to_ascii_lowercase();
+        let value = words.next()?;
+        match keyword.as_str() {
+            "port" => value.parse().ok(),
+            // An IPv6 address without a port has colons too.
+            "listenaddress" if value.starts_with('[') || value.matches(':').count() == 1 => {
+                value.rsplit_once(':')?.1.parse().ok()
+            }
+            _ => None,
+        }
+    };
+    text.lines().filter_map(port).collect()
 }
 
 /// `name:x:1000:...`
@@ -244,6 +270,13 @@ mod tests {
         assert_eq!((ssh.local_port, ssh.inode, ssh.is_open()), (22, 12345, false));
         assert_eq!((redirected.local_port, redirected.is_open()), (OUTBOUND_PORT, true));
         assert_eq!(sockets(""), []);
+    }
+
+    #[test]
+    fn the_ports_of_sshd_are_read_from_its_configuration() {
+        let text = "# Port 1\nPort 2222\n port=2223\nListenAddress 10.0.0.1\nListenAddress 10.0.0.1:2224\n\
+            ListenAddress [fd00::1]:2225\nListenAddress fd00::2226\nPort many\nPermitRootLogin no\nPort\n";
+        assert_eq!(sshd_ports(text), [2222, 2223, 2224, 2225].into());
     }
 
     #[test]

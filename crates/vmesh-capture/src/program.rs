@@ -7,8 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::host::{Cgroup, Host};
 use crate::spec::{
-    Account, Cidr, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent, Ports, Seconds, Selection,
-    Spec, Unit,
+    Account, Cidr, DeadMan, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent, Ports, Seconds,
+    Selection, Spec, Unit,
 };
 
 /// Chains of rules. A packet takes the first rule that fits, in the chains that have a hook.
@@ -145,6 +145,14 @@ impl Program {
     /// is still connected through a redirect.
     pub fn drained(ipv6: bool) -> Program {
         Program { chains: vec![chain("outbound", Hook::Outbound), hold()], alive: None, ipv6 }
+    }
+
+    /// Has what the others have, and captures nothing that is ever sent: to ask a kernel whether it can.
+    pub(crate) fn sample(ipv6: bool) -> Program {
+        let mut outbound = chain("outbound", Hook::Outbound);
+        let nowhere = [SocketAddr::from(([0, 0, 0, 0], 1)), SocketAddr::from(([0_u16; 8], 1))];
+        outbound.rule("vips", [Match::Pairs(nowhere.into()), Match::Alive], Verdict::Redirect(OUTBOUND_PORT));
+        Program { chains: vec![outbound, hold()], alive: Some(DeadMan::default().timeout), ipv6 }
     }
 
     pub fn is_absent(&self) -> bool {

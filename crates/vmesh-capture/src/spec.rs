@@ -139,6 +139,8 @@ pub struct Sources {
 pub enum Inward {
     #[default]
     Off,
+    /// Works everywhere. Envoy sees the client's address, and asks the kernel for the port. A firewall of this host sees the
+    /// packets go to 15006: one that refuses what it does not know has to let that port in.
     Redirect,
     /// Envoy sees the client's address and the port that it called. Envoy's listener must be `transparent`, for which it
     /// needs CAP_NET_ADMIN. With nftables an Envoy that does not listen is passed by at once.

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vm::{Call, ENVOY, Kind, SOON, Server, Vm, printed, transparent_envoy};
-use vmesh_capture::apply::Backend;
+use vmesh_capture::apply::{Applier, Backend};
 use vmesh_capture::facts::{Own, Places};
 use vmesh_capture::host::Cgroup;
 use vmesh_capture::{Program, Stage};
@@ -637,7 +637,8 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
     let mut daemon = vmesh_testkit::process::Daemon::spawn("sshd", vm.a.command(&sshd)).unwrap();
     daemon.wait_line("up", SOON).await.unwrap();
 
-    let places = Places { net: format!("/proc/{}", daemon.pid()).into(), ..Places::default() };
+    let places =
+        Places { net: format!("/proc/{}", daemon.pid()).into(), ssh: dir.join("none"), ..Places::default() };
     let spec = vmesh_model::load::strict(
         "spec.yaml",
         "outbound: {capture: all, include: {users: [root, no-such-user], units: [app.service, no-such.service]}}",
@@ -660,6 +661,21 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
     assert_eq!((call.who.as_str(), places.redirected()), ("envoy", 1));
     drop(call);
     wait_for("nobody", SOON, async || (places.redirected() == 0).then_some(())).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_backend_that_works_is_found_and_asking_changes_nothing() {
+    let vm = Vm::new(Kind::IptablesNft);
+    let before = vm.ruleset();
+    let mut tools = vm.applier.tools.clone();
+    assert_eq!(Applier::detect(tools.clone(), true).await.unwrap().backend, Backend::Nft);
+    tools.nft = "/no/such/nft".into();
+    assert_eq!(Applier::detect(tools.clone(), true).await.unwrap().backend, Backend::Iptables);
+    assert_eq!(vm.ruleset(), before);
+    tools.ip6tables_save = "/no/such/save".into();
+    assert_eq!(Applier::detect(tools.clone(), false).await.unwrap().backend, Backend::Iptables);
+    let error = Applier::detect(tools, true).await.unwrap_err().to_string();
+    assert!(error.starts_with("could not run `/no/such/nft"), "{error}");
 }
 
 #[tokio::test]
