@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use vm::{Call, ENVOY, Kind, SOON, Server, Vm, printed, transparent_envoy};
 use vmesh_capture::apply::{Applier, Backend};
+use vmesh_capture::confirm::{Commit, Proposed, Reverted, State};
 use vmesh_capture::facts::{Own, Places};
 use vmesh_capture::host::Cgroup;
-use vmesh_capture::{Program, Stage};
+use vmesh_capture::{Program, Spec, Stage};
 use vmesh_testkit::wait_for;
 
 /// A test for each backend.
@@ -275,7 +276,7 @@ with_every_backend! {
             assert_eq!(vm.call_from_b(direct), "app");
         }
         // Whatever is configured.
-        let everything: vmesh_capture::Spec =
+        let everything: Spec =
             vmesh_model::load::strict("spec.yaml", "inbound: {capture: redirect, ports: [1-65535], strict: [1-65535]}").unwrap();
         let (program, notes) = Program::new(&everything, &vm.facts, Stage::Confirmed).unwrap();
         assert_eq!(notes.len(), 10, "{notes:?}");
@@ -484,6 +485,45 @@ with_every_backend! {
         if vm.kind == Kind::Nft {
             let [step] = plan.steps.as_slice() else { panic!("{plan}") };
             assert_eq!(step.input.lines().count(), 2, "{plan}");
+        }
+    }
+
+    async fn a_wrong_spec_is_taken_back_and_ssh_works_meanwhile(vm: Vm) {
+        let _apps = (vm.app_at_a(22), vm.app_at_a(8080), vm.app_at_b(22), vm.app_at_b(8080));
+        let before = vm.ruleset();
+        let mut session = Call::open(&vm.b, vm.at_a(22)[0]);
+        // Nobody listens where this sends everything.
+        let wrong: Spec = vmesh_model::load::strict(
+            "spec.yaml",
+            "outbound: {capture: all, on_loss: closed}\ninbound: {capture: redirect, ports: [1-65535], strict: [1-65535], on_loss: closed}",
+        ).unwrap();
+        for agent_dies in [false, true] {
+            let now = Instant::now();
+            let (mut commit, _) = Commit::start(State::default(), false);
+            assert_eq!(commit.propose(wrong.clone(), now, Duration::from_secs(60)), Proposed::Trial);
+            commit.set_footprint(vm.applier.footprint().await);
+            let on_disk = serde_json::to_string(commit.state()).unwrap();
+            let (spec, stage) = commit.wanted();
+            vm.bring(&Program::new(spec, &vm.facts, stage).unwrap().0).await;
+            assert_eq!((vm.call_from_b(vm.at_a(8080)[0]), vm.call(vm.at_b(8080)[0])), ("refused".to_owned(), "refused".to_owned()));
+            // A session that is open, one that is opened, and one from here.
+            assert!(session.works());
+            assert_eq!((vm.call_from_b(vm.at_a(22)[1]), vm.call(vm.at_b(22)[0])), ("app".to_owned(), "app".to_owned()));
+            if agent_dies {
+                let (again, reverted) = Commit::start(serde_json::from_str(&on_disk).unwrap(), false);
+                assert_eq!(reverted, Some(Reverted::Restarted));
+                commit = again;
+            } else {
+                assert_eq!(commit.tick(now + Duration::from_secs(60)), Some(Reverted::Unconfirmed));
+            }
+            let (spec, stage) = commit.wanted();
+            assert!(Program::new(spec, &vm.facts, stage).unwrap().0.is_absent());
+            vm.applier.off(commit.state().footprint.as_ref()).await.unwrap();
+            assert_eq!((vm.call_from_b(vm.at_a(8080)[0]), vm.call(vm.at_b(8080)[0])), ("app".to_owned(), "app".to_owned()));
+            if vm.kind != Kind::IptablesLegacy {
+                assert_eq!(vm.ruleset(), before);
+            }
+            assert!(session.works());
         }
     }
 
