@@ -1,6 +1,9 @@
-//! nftables: one table of our own, `inet vmesh`, which nobody else's reload touches. It is replaced whole in one
-//! transaction, so that no packet sees half of it; what is connected through a redirect stays connected. Where only
-//! elements of sets differ, only those are changed.
+//! nftables: one table of our own, `inet vmesh`. Reloads of firewalld and Docker and whatever iptables does leave it alone; `nft
+//! flush ruleset`, which a restart of nftables.service is, does not, and it is applied again. It is replaced whole in one
+//! transaction, so that no packet sees half of it; what is connected through a redirect stays connected. Where only elements of
+//! sets differ, only those are changed.
+//!
+//! nft knows control groups below `/sys/fs/cgroup` only, so rules by unit need version 2 to be mounted there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
