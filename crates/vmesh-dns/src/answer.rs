@@ -1,0 +1,302 @@
+//! One query, one response: what an authoritative server of one small zone says (RFC 1034, 1035, 2308, 6891, 8482, 9619).
+//!
+//! | the query | the response |
+//! |---|---|
+//! | is a response, or has no whole header | none: to answer it could go on for ever (RFC 5625 section 6.2) |
+//! | cannot be read, has not one question, two OPT records or one that is not the root's | FORMERR |
+//! | is an UPDATE, NOTIFY or other operation | NOTIMP |
+//! | has a version of EDNS other than 0 | BADVERS |
+//! | is for another zone or class, or for a transfer of zones | REFUSED |
+//! | is for a name that is not there | NXDOMAIN, and the SOA with how long to believe it |
+//! | is for records that the name has not got | NOERROR, and the SOA |
+//! | is for A or AAAA | the addresses, beginning with another one for another query |
+//! | is for ANY | those of one family (RFC 8482 section 4.1) |
+//!
+//! The question is sent back as it came, in its case: resolvers that vary it to tell an answer from a forgery want it so.
+
+use domain::base::iana::{Class, Opcode, OptRcode, Rtype};
+use domain::base::message_builder::{AnswerBuilder, PushError};
+use domain::base::opt::{Opt, OptRecord};
+use domain::base::wire::ParseError;
+use domain::base::{Message, MessageBuilder, Name, ParsedName, Question, Serial, StaticCompressor, Ttl};
+use domain::rdata::{A, Aaaa, Ns, Soa};
+
+use crate::table::{Addresses, MAX_NAME, Table};
+
+/// How a query came, and hence how long its response may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    Udp,
+    Tcp,
+}
+
+/// Bytes of a response over UDP at most, and what EDNS says that we take: no fragment on any link (RFC 9715).
+pub const MAX_UDP: usize = 1232;
+/// Bytes of a response over UDP to who says nothing of it (RFC 1035 section 4.2.1).
+const PLAIN_UDP: usize = 512;
+/// The root, type, class, TTL and length of an OPT record without options.
+const OPT_LEN: usize = 11;
+/// What is before the question: RFC 1035 section 4.1.1.
+const HEADER_LEN: usize = 12;
+
+/// The response to `query`, or nothing where none must be given. At most [`MAX_UDP`] bytes over UDP; over TCP without the length
+/// that precedes it there, and at most as long as [`crate::table::MAX_ADDRESSES`] make it.
+pub fn answer(table: &Table, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
+    let message = Message::from_slice(query).ok()?;
+    if message.header().qr() {
+        return None;
+    }
+    let (asked, verdict) = match Asked::read(message) {
+        Ok(asked) => {
+            let verdict = judge(table, message, &asked);
+            (Some(asked), verdict)
+        }
+        Err(Unread) if message.header().opcode() != Opcode::QUERY => (None, Verdict::Fails(OptRcode::NOTIMP)),
+        Err(Unread) => (None, Verdict::Fails(OptRcode::FORMERR)),
+    };
+    // Silence is what a resolver copes with best.
+    respond(table, message, asked.as_ref(), &verdict, transport).ok()
+}
+
+struct Asked<'a> {
+    question: Question<ParsedName<&'a [u8]>>,
+    /// The name in lower case, to look for.
+    wire: Vec<u8>,
+    edns: Option<Edns>,
+}
+
+#[derive(Clone, Copy)]
+struct Edns {
+    version: u8,
+    size: usize,
+    dnssec_ok: bool,
+}
+
+struct Unread;
+
+/// A response could not be written, which the sizes of names and tables exclude.
+struct Unsaid;
+
+enum Unwritten {
+    TooLong,
+    Other,
+}
+
+impl From<PushError> for Unsaid {
+    fn from(_: PushError) -> Unsaid {
+        Unsaid
+    }
+}
+
+impl From<PushError> for Unwritten {
+    fn from(error: PushError) -> Unwritten {
+        if matches!(error, PushError::LimitExceeded) { Unwritten::TooLong } else { Unwritten::Other }
+    }
+}
+
+impl From<Unsaid> for Unwritten {
+    fn from(_: Unsaid) -> Unwritten {
+        Unwritten::Other
+    }
+}
+
+impl From<ParseError> for Unread {
+    fn from(_: ParseError) -> Unread {
+        Unread
+    }
+}
+
+impl<'a> Asked<'a> {
+    fn read(message: &'a Message<[u8]>) -> Result<Asked<'a>, Unread> {
+        let question = message.sole_question()?;
+        let mut wire = Vec::with_capacity(MAX_NAME);
+        for label in question.qname().iter() {
+            wire.push(u8::try_from(label.len()).map_err(|_| Unread)?);
+            wire.extend(label.as_slice().iter().map(u8::to_ascii_lowercase));
+        }
+        // A pointer: there is nothing before the first name that it could mean.
+        let sent = message.as_slice().get(HEADER_LEN..).and_then(|rest| rest.get(..wire.len()));
+        if !sent.is_some_and(|sent| sent.eq_ignore_ascii_case(&wire)) {
+            return Err(Unread);
+        }
+        let mut edns = None;
+        for record in message.additional()? {
+            let record = record?;
+            if record.rtype() != Rtype::OPT {
+                continue;
+            }
+            if edns.is_some() || !record.owner().is_root() {
+                return Err(Unread);
+            }
+            let record = record.into_record::<Opt<_>>()?.ok_or(Unread)?;
+            let opt = OptRecord::from_record(record);
+            edns = Some(Edns {
+                version: opt.version(),
+                size: usize::from(opt.udp_payload_size()),
+                dnssec_ok: opt.dnssec_ok(),
+            });
+        }
+        Ok(Asked { question, wire, edns })
+    }
+}
+
+/// What the response says.
+enum Verdict<'t> {
+    Fails(OptRcode),
+    /// The zone's own name.
+    Apex,
+    Known(&'t Addresses),
+    Unknown,
+}
+
+fn judge<'t>(table: &'t Table, message: &Message<[u8]>, asked: &Asked<'_>) -> Verdict<'t> {
+    if message.header().opcode() != Opcode::QUERY {
+        return Verdict::Fails(OptRcode::NOTIMP);
+    }
+    if asked.edns.is_some_and(|edns| edns.version > 0) {
+        return Verdict::Fails(OptRcode::BADVERS);
+    }
+    let suffix = table.zone().suffix.wire();
+    let transfer = matches!(asked.question.qtype(), Rtype::AXFR | Rtype::IXFR);
+    if asked.question.qclass() != Class::IN || transfer || !is_below(&asked.wire, suffix) {
+        return Verdict::Fails(OptRcode::REFUSED);
+    }
+    if asked.wire == suffix {
+        return Verdict::Apex;
+    }
+    table.at(&asked.wire).map_or(Verdict::Unknown, Verdict::Known)
+}
+
+/// Whether a name is `suffix` or below it. Both end with the root, which no label contains at its place.
+fn is_below(name: &[u8], suffix: &[u8]) -> bool {
+    let mut rest = name;
+    while rest.len() > suffix.len() {
+        let Some((len, after)) = rest.split_first() else { return false };
+        rest = after.get(usize::from(*len)..).unwrap_or_default();
+    }
+    rest == suffix
+}
+
+type Answer = AnswerBuilder<StaticCompressor<Vec<u8>>>;
+
+fn respond(
+    table: &Table,
+    query: &Message<[u8]>,
+    asked: Option<&Asked<'_>>,
+    verdict: &Verdict<'_>,
+    transport: Transport,
+) -> Result<Vec<u8>, Unsaid> {
+    let edns = asked.and_then(|asked| asked.edns);
+    let most = match (transport, edns) {
+        (Transport::Tcp, _) => usize::from(u16::MAX),
+        (Transport::Udp, None) => PLAIN_UDP,
+        (Transport::Udp, Some(edns)) => edns.size.clamp(PLAIN_UDP, MAX_UDP),
+    };
+    let mut builder = MessageBuilder::from_target(StaticCompressor::new(Vec::with_capacity(PLAIN_UDP)))
+        .map_err(|_| Unsaid)?;
+    let header = builder.header_mut();
+    header.set_id(query.header().id());
+    header.set_qr(true);
+    header.set_opcode(query.header().opcode());
+    header.set_rd(query.header().rd());
+    header.set_aa(!matches!(verdict, Verdict::Fails(_)));
+    let rcode = match verdict {
+        Verdict::Fails(rcode) => *rcode,
+        Verdict::Unknown => OptRcode::NXDOMAIN,
+        Verdict::Apex | Verdict::Known(_) => OptRcode::NOERROR,
+    };
+    header.set_rcode(rcode.rcode());
+    // The limit of the library is the length that is too long.
+    builder.set_push_limit(most + 1 - edns.map_or(0, |_| OPT_LEN));
+
+    let mut question = builder.question();
+    if let Some(asked) = asked {
+        question.push(asked.question)?;
+    }
+    let mut answers = question.answer();
+    if let (Some(asked), false) = (asked, matches!(verdict, Verdict::Fails(_))) {
+        match records(table, query.header().id(), asked, verdict, &mut answers) {
+            Ok(()) => {}
+            // Not a part of them: a resolver might take it for the whole (RFC 2181 section 9).
+            Err(Unwritten::TooLong) => answers = answers.tc_rewind_into(),
+            Err(Unwritten::Other) => return Err(Unsaid),
+        }
+    }
+    let mut authority = answers.authority();
+    let counts = authority.counts();
+    let said = counts.ancount() > 0 || authority.header().tc() || matches!(verdict, Verdict::Fails(_));
+    if !said {
+        let ttl = Ttl::from_secs(table.zone().negative_ttl);
+        authority.push((apex(table)?, Class::IN, ttl, soa(table)?))?;
+    }
+    let mut additional = authority.additional();
+    if let Some(edns) = edns {
+        additional.set_push_limit(most + 1);
+        additional.opt(|opt| {
+            opt.set_rcode(rcode);
+            opt.set_udp_payload_size(u16::try_from(MAX_UDP).unwrap_or(u16::MAX));
+            opt.set_dnssec_ok(edns.dnssec_ok);
+            Ok(())
+        })?;
+    }
+    Ok(additional.finish().into_target())
+}
+
+/// The records that are asked for, where there are any.
+fn records(
+    table: &Table,
+    id: u16,
+    asked: &Asked<'_>,
+    verdict: &Verdict<'_>,
+    answers: &mut Answer,
+) -> Result<(), Unwritten> {
+    let ttl = Ttl::from_secs(table.zone().ttl);
+    let name = asked.question.qname();
+    match (verdict, asked.question.qtype()) {
+        (Verdict::Apex, Rtype::SOA | Rtype::ANY) => answers.push((name, Class::IN, ttl, soa(table)?))?,
+        (Verdict::Apex, Rtype::NS) => answers.push((name, Class::IN, ttl, Ns::new(apex(table)?)))?,
+        (Verdict::Known(addresses), qtype) => {
+            let any_v4 = qtype == Rtype::ANY && !addresses.v4.is_empty();
+            if qtype == Rtype::A || any_v4 {
+                for v4 in rotated(&addresses.v4, id) {
+                    answers.push((name, Class::IN, ttl, A::new(v4)))?;
+                }
+            } else if matches!(qtype, Rtype::AAAA | Rtype::ANY) {
+                for v6 in rotated(&addresses.v6, id) {
+                    answers.push((name, Class::IN, ttl, Aaaa::new(v6)))?;
+                }
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// All of them, beginning elsewhere for another query: many clients take the first.
+fn rotated<A: Copy>(addresses: &[A], by: u16) -> impl Iterator<Item = A> {
+    let by = usize::from(by) % addresses.len().max(1);
+    addresses.iter().cycle().skip(by).take(addresses.len()).copied()
+}
+
+type Domain<'a> = &'a Name<[u8]>;
+
+fn apex(table: &Table) -> Result<Domain<'_>, Unsaid> {
+    Name::from_slice(table.zone().suffix.wire()).map_err(|_| Unsaid)
+}
+
+/// As RFC 6303 section 3 has it for zones that only a host itself serves. Nobody transfers them, so the serial means nothing.
+fn soa(table: &Table) -> Result<Soa<Domain<'_>>, Unsaid> {
+    let nobody = Name::from_slice(b"\x06nobody\x07invalid\x00").map_err(|_| Unsaid)?;
+    Ok(Soa::new(
+        apex(table)?,
+        nobody,
+        Serial(1),
+        Ttl::from_secs(3600),
+        Ttl::from_secs(1200),
+        Ttl::from_secs(604_800),
+        Ttl::from_secs(table.zone().negative_ttl),
+    ))
+}
+
+#[cfg(test)]
+mod tests;
