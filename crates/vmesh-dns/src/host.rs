@@ -23,9 +23,14 @@ pub const DNSMASQ: &str = "/etc/dnsmasq.d/vmesh.conf";
 
 /// A drop-in for systemd-resolved: names below the suffix go to `server`, as a routing domain.
 ///
-/// **Only for hosts whose other servers belong to links** (DHCP, `.network` files, NetworkManager). What has `DNS=` in
-/// resolved.conf is one list, of which one server is used at a time for whatever is asked: other servers there would be asked for
-/// our names, and ours for theirs, which it refuses. And once there is one server, `FallbackDNS=` is not used any more.
+/// **Only for hosts whose other servers belong to links** (DHCP, `.network` files, NetworkManager). All `DNS=` of resolved.conf
+/// and its drop-ins are one list, of which one server is used for everything: where there is another, it is asked for our names,
+/// and says that they do not exist. Such a host needs [`resolved_delegate`], or its servers moved to a link, or dnsmasq. Servers
+/// in `FallbackDNS=` are not used any more once there is one.
+///
+/// Servers of resolved.conf are always asked beside those of links for names that no domain claims. So ours is asked for foreign
+/// names, too, and refuses; what the links' servers say stands, also that a name does not exist. With `DNSSEC=yes`, see
+/// [`resolved_negative_anchor`].
 pub fn resolved_drop_in(server: SocketAddr, suffix: &Suffix) -> String {
     format!(
         "# Written by vmesh: names below {suffix} are answered on this host.\n[Resolve]\nDNS={server}\nDomains=~{suffix}\n"

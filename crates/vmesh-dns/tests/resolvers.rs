@@ -1,4 +1,4 @@
-//! Resolvers that others have written, asking the server: ldns's drill, and dnsmasq in front of it.
+//! Resolvers that others have written, asking the server: ldns's drill, and dnsmasq and systemd-resolved in front of it.
 
 #![expect(clippy::indexing_slicing, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -10,10 +10,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use expect_test::{Expect, expect};
+use tokio::net::{TcpListener, UdpSocket};
 use vmesh_dns::host;
 use vmesh_dns::server::Limits;
 use vmesh_dns::table::Suffix;
 use vmesh_testkit::debian::{self, Deb};
+use vmesh_testkit::netns::{Host, Switch};
 use vmesh_testkit::process::Daemon;
 use vmesh_testkit::{Loopback, TempDir, tempdir, wait_for};
 
@@ -85,13 +87,24 @@ const DNSMASQ: &[Deb] = &[
     ),
 ];
 
+const RESOLVED: &[Deb] = &[
+    deb(
+        "pool/main/s/systemd/systemd-resolved_252.39-1~deb12u2_amd64.deb",
+        "40c94e9ce1a1f77806eeccfaf701392acb60df51412be9e8f124f5ebf4443335",
+    ),
+    deb(
+        "pool/main/s/systemd/libsystemd-shared_252.39-1~deb12u2_amd64.deb",
+        "01458465c816b9eb63b92241869ddb46f332b8f498cf7a5979b84ec293cfdfda",
+    ),
+];
+
 /// `program`, where it is installed, else out of `debs`.
 fn program(name: &str, cached: &str, path: &str, debs: &[Deb]) -> Command {
     if let (false, Some(program)) = (debian::is_provided(debs), debian::on_path(name)) {
         return Command::new(program);
     }
     let root = debian::unpacked(cached, debs).unwrap_or_else(|failed| {
-        panic!("{failed}; or have `{name}` on the PATH: `apt-get install ldnsutils dnsmasq-base`")
+        panic!("{failed}; or, where it is not systemd-resolved: `apt-get install ldnsutils dnsmasq-base`")
     });
     let mut command = Command::new(root.join(path));
     let libraries: Vec<PathBuf> =
@@ -100,11 +113,23 @@ fn program(name: &str, cached: &str, path: &str, debs: &[Deb]) -> Command {
     command
 }
 
+/// The same, on another host.
+fn on_host(host: &Host, command: Command) -> Command {
+    let mut there = host.command(command.get_program());
+    there.args(command.get_args());
+    there.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    there
+}
+
 /// What drill prints: the status, the flags, and the records without what changes (TTLs are one of 1 to 5).
 fn drill(server: SocketAddr, arguments: &str) -> String {
+    drilled(server, arguments, |drill| drill)
+}
+
+fn drilled(server: SocketAddr, arguments: &str, place: impl FnOnce(Command) -> Command) -> String {
     let mut drill = program("drill", "ldnsutils-1.8.3", "usr/bin/drill", DRILL);
     drill.args(["-p", &server.port().to_string(), &format!("@{}", server.ip())]).args(arguments.split(' '));
-    let output = drill.output().unwrap();
+    let output = place(drill).output().unwrap();
     let (said, complained) =
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert!(output.status.success(), "drill {arguments}: {said}{complained}");
@@ -222,6 +247,14 @@ async fn a_resolver_understands_what_it_is_told_over_udp_and_tcp() {
     server.stop().await;
 }
 
+async fn started(dnsmasq: &Daemon) {
+    let started = async || {
+        let said = dnsmasq.output();
+        if said.contains("started, version") { Ok(()) } else { Err(said) }
+    };
+    wait_for("dnsmasq to start", BOUND, started).await.unwrap();
+}
+
 /// A dnsmasq that knows one name of its own, and otherwise only what is in `lines`.
 struct Dnsmasq {
     address: SocketAddr,
@@ -246,11 +279,7 @@ impl Dnsmasq {
         command.arg(format!("--conf-file={}", path.display()));
         let daemon = Daemon::spawn("dnsmasq", command).unwrap();
         let dnsmasq = Dnsmasq { address, daemon, _place: place, _dir: dir };
-        let started = async || {
-            let said = dnsmasq.daemon.output();
-            if said.contains("started, version") { Ok(()) } else { Err(said) }
-        };
-        wait_for("dnsmasq to start", BOUND, started).await.unwrap();
+        started(&dnsmasq.daemon).await;
         dnsmasq
     }
 }
@@ -324,4 +353,205 @@ async fn dnsmasq_drops_virtual_addresses_for_rebinding_unless_it_is_told() {
     assert!(!drill(dnsmasq.address, "-u orders.mesh AAAA").contains(&v6.to_string()));
     assert!(dnsmasq.daemon.output().contains("possible DNS-rebind attack"), "{}", dnsmasq.daemon.output());
     server.stop().await;
+}
+
+/// A host with a systemd-resolved of its own, our server at 127.0.0.1:15053, and a name server elsewhere that knows
+/// `db.example.com`, and of anything else says that it does not exist.
+struct Resolved {
+    host: Host,
+    ours: Server,
+    resolved: Daemon,
+    dir: TempDir,
+    _elsewhere: (Switch, Host, Daemon, TempDir),
+}
+
+/// Where the other name server is said to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Other {
+    /// As DHCP or a `.network` file has it.
+    Link,
+    /// `DNS=` in `/etc/systemd/resolved.conf`.
+    Global,
+}
+
+impl Resolved {
+    /// `main` goes into resolved.conf, and `files` below /etc.
+    async fn start(other: Other, main: &str, files: &[(&str, String)]) -> Resolved {
+        let switch = Switch::new().unwrap();
+        let (host, elsewhere) = (switch.host().unwrap(), switch.host().unwrap());
+        let [other_ip, _] = elsewhere.addresses();
+        let other_dir = tempdir().unwrap();
+        let conf = other_dir.join("dnsmasq.conf");
+        let text = "port=53\nno-resolv\nno-hosts\nno-daemon\nuser=root\ngroup=root\nlog-queries\nlog-facility=-\n\
+                    host-record=db.example.com,192.0.2.7\naddress=/#/\nlocal-ttl=1\n";
+        std::fs::write(&conf, text).unwrap();
+        let mut dnsmasq = program("dnsmasq", "dnsmasq-2.90", "usr/sbin/dnsmasq", DNSMASQ);
+        dnsmasq.arg(format!("--conf-file={}", conf.display()));
+        let dnsmasq = Daemon::spawn("dnsmasq", on_host(&elsewhere, dnsmasq)).unwrap();
+        started(&dnsmasq).await;
+
+        let bind = || {
+            let udp = std::net::UdpSocket::bind("127.0.0.1:15053").unwrap();
+            (udp, std::net::TcpListener::bind("127.0.0.1:15053").unwrap())
+        };
+        let (udp, tcp) = host.within(bind).unwrap();
+        udp.set_nonblocking(true).unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        let (udp, tcp) = (UdpSocket::from_std(udp).unwrap(), TcpListener::from_std(tcp).unwrap());
+        let ours = Server::of(udp, tcp, names(), Limits::default());
+
+        let dir = tempdir().unwrap();
+        for below in ["etc/systemd", "run/systemd/netif/links", "run/systemd/resolve"] {
+            std::fs::create_dir_all(dir.join(below)).unwrap();
+        }
+        let global = if other == Other::Global { format!("DNS={other_ip}\n") } else { String::new() };
+        let main = format!("[Resolve]\nLLMNR=no\nMulticastDNS=no\n{global}{main}");
+        std::fs::write(dir.join("etc/systemd/resolved.conf"), main).unwrap();
+        for (path, text) in files {
+            let path = dir.join(path.strip_prefix('/').unwrap());
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        if other == Other::Link {
+            let links = host.run("ip", &["-o", "-4", "addr", "show", "up", "scope", "global"]).unwrap();
+            let index = links.split(':').next().unwrap().trim().to_owned();
+            let state = format!("ADMIN_STATE=configured\nOPER_STATE=routable\nDNS={other_ip}\n");
+            std::fs::write(dir.join("run/systemd/netif/links").join(index), state).unwrap();
+        }
+        for (file, entry) in
+            [("passwd", "systemd-resolve:x:0:0::/:/bin/false\n"), ("group", "systemd-resolve:x:0:\n")]
+        {
+            std::fs::write(dir.join("etc").join(file), entry).unwrap();
+        }
+        // Its files, seen by it alone; it becomes the program, so that it ends with the test.
+        let script = "set -e; d=$1; shift; mount --bind $d/etc /etc; mount --bind $d/run /run; exec \"$@\"";
+        let resolved =
+            program("systemd-resolved", "systemd-resolved-252", "lib/systemd/systemd-resolved", RESOLVED);
+        let mut command = host.command("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"]);
+        command.arg(&*dir).arg(resolved.get_program());
+        let root = PathBuf::from(resolved.get_program()).ancestors().nth(3).unwrap().to_owned();
+        let libraries =
+            ["usr/lib/x86_64-linux-gnu/systemd", "lib/x86_64-linux-gnu/systemd"].map(|dir| root.join(dir));
+        command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap());
+        command.env("SYSTEMD_LOG_TARGET", "console").env("SYSTEMD_LOG_LEVEL", "debug");
+        let resolved = Daemon::spawn("systemd-resolved", command).unwrap();
+        let host =
+            Resolved { host, ours, resolved, dir, _elsewhere: (switch, elsewhere, dnsmasq, other_dir) };
+        let up = async || {
+            // It says so when its stub listens, and all of its files have been read.
+            let up = host.resolved.output().contains("Using system hostname");
+            if up && host.dir.join("run/systemd/resolve/stub-resolv.conf").exists() {
+                Ok(())
+            } else {
+                Err(host.resolved.output())
+            }
+        };
+        wait_for("systemd-resolved to start", BOUND, up).await.unwrap();
+        host
+    }
+
+    fn check(&self, questions: &[&str], expected: Expect) {
+        let shown = questions.iter().map(|question| format!("{question}\n{}", self.drill(question)));
+        expected.assert_eq(&shown.collect::<String>());
+    }
+
+    fn drill(&self, arguments: &str) -> String {
+        let stub = "127.0.0.53:53".parse().unwrap();
+        drilled(stub, arguments, |drill| on_host(&self.host, drill))
+    }
+}
+
+fn drop_in() -> (&'static str, String) {
+    (host::RESOLVED_DROP_IN, host::resolved_drop_in("127.0.0.1:15053".parse().unwrap(), &Suffix::default()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn systemd_resolved_asks_us_for_the_zone_and_its_links_for_the_rest() {
+    let host = Resolved::start(Other::Link, "", &[drop_in()]).await;
+    host.check(
+        &[
+            "-u orders.mesh A",
+            "-t orders.mesh AAAA",
+            "-u OrDeRs.mEsH A",
+            "-u v6only.mesh A",
+            "-u v6only.mesh AAAA",
+            "-u v2.mesh A",
+            "-u nope.mesh A",
+            "-u db.example.com A",
+            "-u nope.example.com A",
+        ],
+        expect![[r#"
+            -u orders.mesh A
+            NOERROR [qr rd ra]
+              orders.mesh. t IN A 240.0.0.1
+            -t orders.mesh AAAA
+            NOERROR [qr rd ra]
+              orders.mesh. t IN AAAA fd76:6d65:7368::1
+            -u OrDeRs.mEsH A
+            NOERROR [qr rd ra]
+              OrDeRs.mEsH. t IN A 240.0.0.1
+            -u v6only.mesh A
+            NOERROR [qr rd ra]
+              mesh. t IN SOA mesh. nobody.invalid. 1 3600 1200 604800 5
+            -u v6only.mesh AAAA
+            NOERROR [qr rd ra]
+              v6only.mesh. t IN AAAA fd76:6d65:7368::3
+            -u v2.mesh A
+            NOERROR [qr rd ra]
+              mesh. t IN SOA mesh. nobody.invalid. 1 3600 1200 604800 5
+            -u nope.mesh A
+            NXDOMAIN [qr rd ra]
+              mesh. t IN SOA mesh. nobody.invalid. 1 3600 1200 604800 5
+            -u db.example.com A
+            NOERROR [qr rd ra]
+              db.example.com. t IN A 192.0.2.7
+            -u nope.example.com A
+            NXDOMAIN [qr rd ra]
+        "#]],
+    );
+    let whole = host.drill("-t many.mesh A");
+    assert_eq!(whole.matches(" t IN A 240.9.9.").count(), 100, "{whole}");
+    host.ours.tables.send_replace(Arc::new(table("orders 240.0.0.77")));
+    let moved = async || {
+        let shown = host.drill("-u orders.mesh A");
+        if shown.contains(" A 240.0.0.77") { Ok(()) } else { Err(shown) }
+    };
+    wait_for("the change behind systemd-resolved", BOUND, moved).await.unwrap();
+}
+
+/// What the drop-in's documentation warns of: the servers are one list, and the first one is believed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn systemd_resolved_does_not_keep_apart_servers_in_its_own_files() {
+    let host = Resolved::start(Other::Global, "", &[drop_in()]).await;
+    host.check(
+        &["-u orders.mesh A", "-u db.example.com A"],
+        expect![[r#"
+        -u orders.mesh A
+        NXDOMAIN [qr rd ra]
+        -u db.example.com A
+        NOERROR [qr rd ra]
+          db.example.com. t IN A 192.0.2.7
+    "#]],
+    );
+    assert_eq!(host.ours.counts.udp.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn systemd_resolved_that_validates_needs_to_know_that_the_zone_is_not_signed() {
+    let host = Resolved::start(Other::Link, "DNSSEC=yes\n", &[drop_in()]).await;
+    assert!(host.drill("-u orders.mesh A").starts_with("SERVFAIL"));
+    let anchor = (host::RESOLVED_NEGATIVE_ANCHOR, host::resolved_negative_anchor(&Suffix::default()));
+    let host = Resolved::start(Other::Link, "DNSSEC=yes\n", &[drop_in(), anchor]).await;
+    host.check(
+        &["-u orders.mesh A", "-u nope.mesh A"],
+        expect![[r#"
+        -u orders.mesh A
+        NOERROR [qr rd ra]
+          orders.mesh. t IN A 240.0.0.1
+        -u nope.mesh A
+        NXDOMAIN [qr rd ra]
+          mesh. t IN SOA mesh. nobody.invalid. 1 3600 1200 604800 5
+    "#]],
+    );
 }

@@ -26,6 +26,10 @@ impl Server {
                 break (udp, tcp);
             }
         };
+        Server::of(udp, tcp, table, limits)
+    }
+
+    pub(crate) fn of(udp: UdpSocket, tcp: TcpListener, table: Table, limits: Limits) -> Server {
         let address = tcp.local_addr().unwrap();
         let (tables, watched) = watch::channel(Arc::new(table));
         let counts = Arc::new(Counts::default());
