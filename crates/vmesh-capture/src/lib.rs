@@ -1,6 +1,8 @@
 //! Which connections of a host go through its Envoy, said to the kernel: planned, applied, watched, taken away.
 //!
-//!     Spec + Host -> Program -> plan(Program, Actual) -> Plan -> Applier -> the kernel -> Actual
+//! ```text
+//! Spec + Host -> Program -> plan(Program, Actual) -> Plan -> Applier -> the kernel -> Actual
+//! ```
 //!
 //! | module | what is in it |
 //! |---|---|
