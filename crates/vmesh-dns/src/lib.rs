@@ -1,6 +1,8 @@
 //! The names of one zone on one host, answered from memory.
 //!
-//!     names -> VirtualIps -> Table -> answer(Table, query) -> response
+//! ```text
+//! names -> VirtualIps -> Table -> answer(Table, query) -> response
+//! ```
 //!
 //! | module | what is in it |
 //! |---|---|
