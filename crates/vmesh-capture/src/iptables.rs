@@ -4,8 +4,8 @@
 //! a rule for each address, so thousands of addresses are better served by nftables. The dead-man is a list of the `recent`
 //! match with one entry that stands for everybody.
 //!
-//! What differs from nftables: TPROXY to an Envoy that does not listen loses the packet until the dead-man lapses, and while the
-//! kernel sends SYN cookies, connections by TPROXY fail.
+//! What differs from nftables: TPROXY to an Envoy that does not listen loses the packet until the dead-man lapses. While the kernel
+//! sends SYN cookies, connections by TPROXY are expected to fail (not tried).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;

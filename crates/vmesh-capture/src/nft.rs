@@ -1,5 +1,5 @@
-//! nftables: one table of our own, `inet vmesh`. Reloads of firewalld and Docker and whatever iptables does leave it alone; `nft
-//! flush ruleset`, which a restart of nftables.service is, does not, and it is applied again. It is replaced whole in one
+//! nftables: one table of our own, `inet vmesh`. What iptables does leaves it alone (reloads of firewalld and Docker too, if they
+//! touch no table but theirs: not tried); `nft flush ruleset`, which a restart of nftables.service is, does not, and it is applied again. It is replaced whole in one
 //! transaction, so that no packet sees half of it; what is connected through a redirect stays connected. Where only elements of
 //! sets differ, only those are changed.
 //!

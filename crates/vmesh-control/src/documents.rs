@@ -21,12 +21,13 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 use vmesh_discovery::SourceConfig;
 use vmesh_model::load::{DocumentFile, Kept, Library};
 use vmesh_model::{Documents, Place, Problem};
 use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::worlds::until;
 pub(crate) use consul::KvConfig;
 pub(crate) use zookeeper::TreeConfig;
 
@@ -298,13 +299,6 @@ impl Follower {
         }
         let hash = if kept.is_empty() { 0 } else { hash.digest() };
         DocumentsView { documents, hash, problems: problems.into(), kept, waiting }
-    }
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
     }
 }
 

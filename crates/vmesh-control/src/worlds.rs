@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tokio_stream::StreamMap;
 use tokio_stream::wrappers::WatchStream;
@@ -247,7 +248,7 @@ pub(crate) async fn publish(
                     take_all(&mut catalog, &sources, &evicted);
                 }
             }
-            () = until(forget_at) => {}
+            () = until(forget_at.map(Instant::from_std)) => {}
             () = &mut patience, if patient => patient = false,
             () = &mut grace, if gracious => {
                 gracious = false;
@@ -266,9 +267,10 @@ pub(crate) async fn publish(
     }
 }
 
-async fn until(deadline: Option<std::time::Instant>) {
+/// Waits for `deadline`; for ever, if there is none.
+pub(crate) async fn until(deadline: Option<Instant>) {
     match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
 }
@@ -288,7 +290,7 @@ async fn forget_unnamed(
         absences.unknown();
         return;
     }
-    let now = tokio::time::Instant::now().into_std();
+    let now = Instant::now().into_std();
     let over = absences.over(evicted, |service, address| sources.names(service, address), hold, now);
     for evicted in &over {
         overrides.change(|kept| kept.evicted.admit(&evicted.service, &evicted.address));

@@ -201,6 +201,21 @@ fn weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, He
     })
 }
 
+/// The records of one service, with weights on one scale.
+fn weighed(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
+    let weights: Vec<_> = weights(&records, default).collect();
+    let endpoint = |(record, (weight, health)): (Record, _)| ParsedEndpoint {
+        address: record.address,
+        weight,
+        health,
+        zone: record.zone,
+        version: record.version,
+        labels: record.labels,
+        place: record.place,
+    };
+    records.into_iter().zip(weights).map(endpoint).collect()
+}
+
 impl Parsed {
     /// The whole file is unusable.
     pub(crate) fn refused(problems: Vec<Problem>) -> Parsed {
@@ -253,20 +268,7 @@ impl Parsed {
             index += 1;
             last.get(&record.address) == Some(&(index - 1))
         });
-        let weighed: Vec<_> = weights(&records, default_weight).collect();
-        service.endpoints = records
-            .into_iter()
-            .zip(weighed)
-            .map(|(record, (weight, health))| ParsedEndpoint {
-                address: record.address,
-                weight,
-                health,
-                zone: record.zone,
-                version: record.version,
-                labels: record.labels,
-                place: record.place,
-            })
-            .collect();
+        service.endpoints = weighed(records, default_weight);
         self.services.push(service);
     }
 

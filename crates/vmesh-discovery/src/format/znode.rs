@@ -27,7 +27,7 @@ use vmesh_model::endpoint::parse_port;
 use vmesh_model::yaml::short;
 use vmesh_model::{Address, Health, Host, Labels, Place, Problem, Protocol, ServiceName};
 
-use super::{ParsedEndpoint, ParsedService, Record, Share, subject_of, too_many, weights};
+use super::{ParsedService, Record, Share, subject_of, too_many, weighed};
 
 /// How the nodes below a root are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -324,17 +324,7 @@ pub fn combine(
         return None;
     }
     let has_weights = records.iter().any(|record| record.weight.is_some());
-    let weighed: Vec<_> = weights(&records, if has_weights { format_weight } else { 1.0 }).collect();
-    let endpoint = |(record, (weight, health)): (Record, _)| ParsedEndpoint {
-        address: record.address,
-        weight,
-        health,
-        zone: record.zone,
-        version: record.version,
-        labels: record.labels,
-        place: record.place,
-    };
-    let endpoints = records.into_iter().zip(weighed).map(endpoint).collect();
+    let endpoints = weighed(records, if has_weights { format_weight } else { 1.0 });
     Some(ParsedService { name: name.clone(), protocol, port: None, endpoints, place })
 }
 
