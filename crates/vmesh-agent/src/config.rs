@@ -442,7 +442,7 @@ fn workloads(
             port: workload.port.0,
             host: workload.host,
             protocol: workload.protocol,
-            listen,
+            listen: Some(listen),
         });
     }
     workloads
@@ -464,11 +464,12 @@ impl Config {
             let who = format!("workload `{}`", workload.service);
             let application =
                 SocketAddr::new(workload.host.unwrap_or(Ipv4Addr::LOCALHOST.into()), workload.port);
-            if workload.listen == application {
+            let Some(listen) = workload.listen else { continue };
+            if listen == application {
                 let wrong = format!("{who} listens on {application} itself: give Envoy another `listen`");
                 problems.add(&who, wrong);
             }
-            take(workload.listen, who, problems);
+            take(listen, who, problems);
         }
         if let Upstreams::Declared(upstreams) = &self.upstreams {
             for upstream in upstreams {
@@ -699,8 +700,8 @@ log: debug
         )
         .unwrap();
         assert_eq!(config.control_planes[1].to_string(), "http://mesh2.example:15010");
-        assert_eq!(config.workloads[0].listen.to_string(), "127.0.0.1:15008");
-        assert_eq!(config.workloads[1].listen.to_string(), "0.0.0.0:7379");
+        assert_eq!(config.workloads[0].listen.unwrap().to_string(), "127.0.0.1:15008");
+        assert_eq!(config.workloads[1].listen.unwrap().to_string(), "0.0.0.0:7379");
         assert_eq!(config.envoy.drain.0, Duration::from_secs(3));
         assert!(matches!(&config.upstreams, Upstreams::Declared(all) if all.len() == 1));
     }
@@ -710,7 +711,7 @@ log: debug
         let workloads = "workloads: [{service: a, port: 80}, {service: b, port: 81}]\n";
         let on = |address: &str| {
             let config = parse(&format!("{SMALL}node: {{address: {address}}}\n{workloads}")).unwrap();
-            config.workloads.iter().map(|workload| workload.listen.to_string()).collect::<Vec<_>>()
+            config.workloads.iter().map(|workload| workload.listen.unwrap().to_string()).collect::<Vec<_>>()
         };
         assert_eq!(on("127.0.3.7"), ["127.0.3.7:15008", "127.0.3.7:15009"]);
         assert_eq!(on("10.0.3.7"), ["127.0.0.1:15008", "127.0.0.1:15009"]);

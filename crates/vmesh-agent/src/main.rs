@@ -116,10 +116,14 @@ fn summary(config: &Config) -> String {
     line("envoy", format!("{}, {manage}", config.envoy.path.display()));
     line("api", config.api.to_string());
     for (index, workload) in config.workloads.iter().enumerate() {
-        let beyond = if workload.listen.ip().is_loopback() { "" } else { ", PLAINTEXT beyond this host" };
-        let (service, listen) = (&workload.service, workload.listen);
+        let (service, port) = (&workload.service, workload.port);
         let name = if index == 0 { "workloads" } else { "" };
-        line(name, format!("{service} on port {}, reached at {listen}{beyond}", workload.port));
+        let Some(listen) = workload.listen else {
+            line(name, format!("{service} on port {port}"));
+            continue;
+        };
+        let beyond = if listen.ip().is_loopback() { "" } else { ", PLAINTEXT beyond this host" };
+        line(name, format!("{service} on port {port}, reached at {listen}{beyond}"));
     }
     for plan in &config.registrations {
         line("registered", plan.to_string());

@@ -143,14 +143,15 @@ impl Node<'_> {
         }
         let application =
             SocketAddr::new(workload.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), workload.port);
-        if application == workload.listen {
+        let Some(listen) = workload.listen else { return };
+        if application == listen {
             self.problem(format!(
                 "workload `{service}`: Envoy cannot listen on {application}, where the application listens: give it \
                  another `listen`"
             ));
             return;
         }
-        if !self.take(workload.listen, format!("workload `{service}`")) {
+        if !self.take(listen, format!("workload `{service}`")) {
             return;
         }
         let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
@@ -159,10 +160,10 @@ impl Node<'_> {
         let idle = Duration::from_secs(3600);
         let listener = if protocol.is_http() {
             let routes = Routes::Inline(Box::new(to_the_application(&name)));
-            http_listener(&name, workload.listen, Direction::Inbound, routes, idle)
+            http_listener(&name, listen, Direction::Inbound, routes, idle)
         } else {
             let share = Share { cluster: name.clone(), weight: 1 };
-            tcp_listener(&name, workload.listen, Direction::Inbound, &[share], idle, false)
+            tcp_listener(&name, listen, Direction::Inbound, &[share], idle, false)
         };
         self.add(listener);
     }

@@ -22,7 +22,7 @@ use vmesh_catalog::{Catalog, Seen, SourceView};
 use vmesh_compile::compile;
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
+use vmesh_model::node::{Capture, Client, Upstream, Upstreams, Workload};
 use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Registration, Weight};
 use vmesh_proto::json::bytes_to_json;
 use vmesh_xds::{Kind, Snapshot};
@@ -150,6 +150,7 @@ fn read_node(text: &str) -> NodeReport {
         labels: Labels::new(),
         workloads: Vec::new(),
         upstreams: Upstreams::Declared(Vec::new()),
+        capture: Capture::default(),
         build: "".into(),
     };
     for word in head {
@@ -174,7 +175,7 @@ fn read_node(text: &str) -> NodeReport {
                 port: port.parse().unwrap(),
                 host: None,
                 protocol: None,
-                listen: listen.parse().unwrap(),
+                listen: Some(listen.parse().unwrap()),
             }),
             ["client", "grpc"] => report.client = Client::Grpc,
             other => panic!("{other:?}"),

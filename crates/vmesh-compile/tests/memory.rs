@@ -10,7 +10,7 @@ use vmesh_catalog::{Catalog, Seen, SourceView};
 use vmesh_compile::{Compiler, compile};
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Client, Upstream, Upstreams};
+use vmesh_model::node::{Capture, Client, Upstream, Upstreams};
 use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Protocol, Registration, ServiceName, Weight};
 use vmesh_xds::{Kind, Snapshot};
 
@@ -79,6 +79,7 @@ fn report() -> NodeReport {
             upstream("s1", 9001),
             upstream("s2", 9002),
         ]),
+        capture: Capture::default(),
         build: "".into(),
     }
 }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde_json::{Map, Number, Value};
-use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
+use vmesh_model::node::{Capture, Client, Upstream, Upstreams, Workload};
 use vmesh_model::{Labels, NodeName, NodeReport, ServiceName};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
@@ -37,6 +37,7 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
     let address: Option<IpAddr> = parse(take("address")).map_err(|why| wrong("address", why))?;
     let labels: Option<Labels> = parse(take("labels")).map_err(|why| wrong("labels", why))?;
     let workloads: Option<Vec<Workload>> = parse(take("workloads")).map_err(|why| wrong("workloads", why))?;
+    let capture: Option<Capture> = parse(take("capture")).map_err(|why| wrong("capture", why))?;
     let upstreams = upstreams(take("upstreams")).map_err(|why| wrong("upstreams", why))?;
     let build = take("build").and_then(text).unwrap_or_else(|| node.user_agent_name.as_str().into());
     let client = if node.user_agent_name.starts_with("gRPC") { Client::Grpc } else { Client::Envoy };
@@ -48,6 +49,7 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
         labels: labels.unwrap_or_default(),
         workloads: workloads.unwrap_or_default(),
         upstreams,
+        capture: capture.unwrap_or_default(),
         build,
     })
 }
@@ -99,6 +101,7 @@ fn object(value: &Struct) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmesh_model::node::{Inward, Outward};
     use vmesh_proto::google::protobuf::ListValue;
 
     fn proto(value: &Value) -> ProtoValue {
@@ -135,6 +138,21 @@ mod tests {
         let Upstreams::Declared(declared) = report.upstreams else { panic!("not declared") };
         assert_eq!(declared[0].listen, None);
         assert_eq!(declared[1].listen.unwrap().port(), 9001);
+    }
+
+    #[test]
+    fn what_a_node_captures_is_read_and_what_is_left_out_is_not_captured() {
+        let capture =
+            |said| claim("web-1", serde_json::json!({ "capture": said })).map(|report| report.capture);
+        let both = Capture { outbound: Some(Outward::Addresses), inbound: Some(Inward::Tproxy) };
+        assert_eq!(capture(serde_json::json!({"outbound": "addresses", "inbound": "tproxy"})), Ok(both));
+        assert_eq!(
+            capture(serde_json::json!({"outbound": null, "of_a_newer_agent": 1})),
+            Ok(Capture::default())
+        );
+        assert_eq!(claim("web-1", serde_json::json!({})).unwrap().capture, Capture::default());
+        let wrong = capture(serde_json::json!({"outbound": "everything"})).unwrap_err();
+        assert!(wrong.contains("vmesh.capture: unknown variant `everything`, expected one of"), "{wrong}");
     }
 
     #[test]

@@ -19,6 +19,9 @@ pub struct NodeReport {
     #[serde(default)]
     pub workloads: Vec<Workload>,
     pub upstreams: Upstreams,
+    /// What reaches Envoy although nobody dials it.
+    #[serde(default)]
+    pub capture: Capture,
     /// What it runs, for `vmeshctl nodes`: `vmesh-agent/0.1.0 envoy/1.40.0`.
     #[serde(default)]
     pub build: Arc<str>,
@@ -44,8 +47,41 @@ pub struct Workload {
     pub host: Option<IpAddr>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<Protocol>,
-    /// Where Envoy listens for it.
-    pub listen: SocketAddr,
+    /// Where Envoy listens for it; `None` where only captured connections reach it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+}
+
+/// Which connections the host hands to Envoy by rules of the kernel. The words are those of the rules' own spec.
+///
+/// A newer agent may say more; what this version does not know here is none of its business.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Capture {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outbound: Option<Outward>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inbound: Option<Inward>,
+}
+
+/// Which connections that programs of the host open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outward {
+    /// Those to virtual addresses.
+    Vip,
+    /// And those to the real addresses of endpoints.
+    Addresses,
+    /// And all the others.
+    All,
+}
+
+/// How connections that programs of the host accept reach Envoy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Inward {
+    Redirect,
+    /// With the address that was called; Envoy's listener has to be transparent.
+    Tproxy,
 }
 
 /// Which services a node calls.

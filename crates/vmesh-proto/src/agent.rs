@@ -1,0 +1,119 @@
+//! What a control plane tells the agents of its nodes, and Envoy never sees: vmesh's own messages.
+//!
+//! They are written by hand, in the form in which prost would generate them from
+//!
+//! ```text
+//! package vmesh.agent.v1;
+//! message Destination {
+//!   message Endpoint { string address = 1; bool capture = 2; bool out_of_service = 3; }
+//!   enum OnLoss { UNSPECIFIED = 0; OPEN = 1; CLOSED = 2; }
+//!   string service = 1;
+//!   uint32 port = 2;
+//!   string virtual_v4 = 3;
+//!   string virtual_v6 = 4;
+//!   repeated Endpoint endpoints = 5;
+//!   bool endpoints_on_port = 6;
+//!   optional uint32 percent = 7;
+//!   OnLoss on_loss = 8;
+//! }
+//! ```
+//!
+//! A field is never given another meaning, and its number never given away: agents and control planes of different
+//! versions talk to each other. What a reader does not know it passes over.
+
+use prost::{Message, Name};
+
+/// Where a service is reached without anybody dialing Envoy. The resource bears the name of the service.
+#[derive(Clone, PartialEq, Message)]
+pub struct Destination {
+    #[prost(string, tag = "1")]
+    pub service: String,
+    /// At the virtual addresses. 0: the service has none yet, and no virtual address either.
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    /// `240.17.3.9`; empty if there is none.
+    #[prost(string, tag = "3")]
+    pub virtual_v4: String,
+    /// `fd76:6d65:7368::1`; empty if there is none.
+    #[prost(string, tag = "4")]
+    pub virtual_v6: String,
+    #[prost(message, repeated, tag = "5")]
+    pub endpoints: Vec<destination::Endpoint>,
+    /// Whether every endpoint listens on `port`: a host that is out of the mesh can then use their addresses in place of the
+    /// virtual ones.
+    #[prost(bool, tag = "6")]
+    pub endpoints_on_port: bool,
+    /// The share of new connections to real addresses that is captured, 0 to 100; the host's own default if left out.
+    #[prost(uint32, optional, tag = "7")]
+    pub percent: Option<u32>,
+    /// What becomes of them when nobody says any more that Envoy lives.
+    #[prost(enumeration = "destination::OnLoss", tag = "8")]
+    pub on_loss: i32,
+}
+
+pub mod destination {
+    use prost::{Enumeration, Message};
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Endpoint {
+        /// `10.0.1.11:8080` or `[2001:db8::1]:8080`.
+        #[prost(string, tag = "1")]
+        pub address: String,
+        /// Whether there is a listener for connections to it: `outbound|10.0.1.11:8080`.
+        #[prost(bool, tag = "2")]
+        pub capture: bool,
+        /// Unhealthy, or on its way out: not where a new connection should go.
+        #[prost(bool, tag = "3")]
+        pub out_of_service: bool,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Enumeration)]
+    #[repr(i32)]
+    pub enum OnLoss {
+        /// The host's own default.
+        Unspecified = 0,
+        /// They go past Envoy.
+        Open = 1,
+        /// They fail.
+        Closed = 2,
+    }
+}
+
+impl Name for Destination {
+    const NAME: &'static str = "Destination";
+    const PACKAGE: &'static str = "vmesh.agent.v1";
+
+    fn type_url() -> String {
+        "type.googleapis.com/vmesh.agent.v1.Destination".to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers are a contract with agents and control planes of other versions.
+    #[test]
+    fn the_bytes_of_a_destination_stay_what_they_are() {
+        let endpoint =
+            destination::Endpoint { address: "10.0.1.11:80".to_owned(), capture: true, out_of_service: true };
+        let destination = Destination {
+            service: "orders".to_owned(),
+            port: 80,
+            virtual_v4: "240.0.0.1".to_owned(),
+            virtual_v6: "fd00::1".to_owned(),
+            endpoints: vec![endpoint],
+            endpoints_on_port: true,
+            percent: Some(0),
+            on_loss: destination::OnLoss::Closed.into(),
+        };
+        let bytes = destination.encode_to_vec();
+        let expected = b"\x0a\x06orders\x10\x50\x1a\x09240.0.0.1\x22\x07fd00::1\
+            \x2a\x12\x0a\x0c10.0.1.11:80\x10\x01\x18\x01\x30\x01\x38\x00\x40\x02";
+        assert_eq!(bytes, expected);
+        // Of a newer version: one more field, of which this one knows nothing.
+        let newer = [&bytes[..], b"\x7a\x03new"].concat();
+        assert_eq!(Destination::decode(&newer[..]).unwrap(), destination);
+        assert_eq!(Destination::type_url(), "type.googleapis.com/vmesh.agent.v1.Destination");
+    }
+}
