@@ -142,6 +142,20 @@ mod tests {
     }
 
     #[test]
+    fn another_version_s_kinds_are_passed_over() {
+        let mut newer = encode("web-1", &accepted());
+        let unknown = DeltaDiscoveryResponse {
+            type_url: "type.googleapis.com/vmesh.agent.v2.Something".to_owned(),
+            resources: vec![ProtoResource { name: "new".to_owned(), ..ProtoResource::default() }],
+            ..DeltaDiscoveryResponse::default()
+        };
+        newer.extend(unknown.encode_length_delimited_to_vec());
+        let checksum = xxh3_64(&newer[HEAD.len() + 8..]).to_le_bytes();
+        newer[HEAD.len()..HEAD.len() + 8].copy_from_slice(&checksum);
+        assert_eq!(decode("web-1", &newer).unwrap().len(), accepted().len());
+    }
+
+    #[test]
     fn the_configuration_of_another_node_is_not_served() {
         let error = decode("web-2", &encode("web-1", &accepted())).unwrap_err();
         assert_eq!(error.to_string(), "it is the configuration of node `web-1`");

@@ -17,12 +17,18 @@ pub enum Kind {
     Route,
     /// SDS.
     Secret,
+    /// What concerns the node and not its proxy: of vmesh's own, between a control plane and an agent. A [`Relay`] takes it
+    /// for itself.
+    ///
+    /// [`Relay`]: crate::Relay
+    Local,
 }
 
-const KINDS: usize = 5;
+const KINDS: usize = 6;
 
 impl Kind {
-    pub const ALL: [Kind; KINDS] = [Kind::Cluster, Kind::Endpoint, Kind::Listener, Kind::Route, Kind::Secret];
+    pub const ALL: [Kind; KINDS] =
+        [Kind::Cluster, Kind::Endpoint, Kind::Listener, Kind::Route, Kind::Secret, Kind::Local];
 
     pub const fn type_url(self) -> &'static str {
         match self {
@@ -31,6 +37,7 @@ impl Kind {
             Kind::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Kind::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
             Kind::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+            Kind::Local => "type.googleapis.com/vmesh.agent.v1.Destination",
         }
     }
 
@@ -40,7 +47,7 @@ impl Kind {
 
     /// Whether a client may ask for all there is of it (R21). The other kinds are asked for by name.
     pub const fn has_wildcard(self) -> bool {
-        matches!(self, Kind::Cluster | Kind::Listener)
+        matches!(self, Kind::Cluster | Kind::Listener | Kind::Local)
     }
 }
 
@@ -53,6 +60,7 @@ impl fmt::Display for Kind {
             Kind::Listener => "listener",
             Kind::Route => "route",
             Kind::Secret => "secret",
+            Kind::Local => "local",
         })
     }
 }
@@ -107,6 +115,7 @@ mod tests {
             listener::v3::Listener::type_url(),
             route::v3::RouteConfiguration::type_url(),
             tls::v3::Secret::type_url(),
+            vmesh_proto::agent::Destination::type_url(),
         ];
         assert_eq!(Kind::ALL.map(Kind::type_url).to_vec(), messages);
         assert_eq!(Kind::from_type_url(&messages[3]), Some(Kind::Route));

@@ -39,7 +39,7 @@ pub use glance::Glance;
 #[cfg(any(feature = "client", feature = "server"))]
 pub use grpc::Failure;
 pub use kind::{Kind, PerKind};
-pub use relay::{ClientId, Relay};
+pub use relay::{CheckLocal, ClientId, Relay};
 pub use resource::{Resource, encodings};
 pub use session::{
     Event, KindStatus, Protocol, Rejection, Request, Response, Session, SessionError, SessionStatus, State,

@@ -18,7 +18,12 @@ pub struct Relay {
     next_client: u64,
     transits: PerKind<Transit>,
     accepted_revision: u64,
+    /// Whether it can be made out. `None`: nobody here takes what is not for Envoy.
+    check_local: Option<CheckLocal>,
 }
+
+/// Says what is wrong with a resource of [`Kind::Local`].
+pub type CheckLocal = fn(&Resource) -> Result<(), String>;
 
 /// One connection of Envoy's. There are two while it restarts without a gap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,14 +59,24 @@ impl Relay {
         let mut upstream = Subscriber::new(node);
         upstream.subscribe_all(Kind::Cluster);
         upstream.subscribe_all(Kind::Listener);
+        // Whoever asks below is told that there is nothing that is not for Envoy.
+        let store = Store::partial().apply([present(Resource::absent(Kind::Local, "*"))]);
         Relay {
             upstream,
-            store: Arc::new(Store::partial()),
+            store: Arc::new(store),
             clients: BTreeMap::new(),
             next_client: 0,
             transits: PerKind::default(),
             accepted_revision: 0,
+            check_local: None,
         }
+    }
+
+    /// Asks also for what concerns the node and not its proxy. What `check` can make out is [accepted](Relay::accepted)
+    /// at once, and no session ever serves it.
+    pub fn take_local(&mut self, check: CheckLocal) {
+        self.check_local = Some(check);
+        self.upstream.subscribe_all(Kind::Local);
     }
 
     /// Goes on with what Envoy [accepted](Relay::accepted) before.
@@ -73,7 +88,9 @@ impl Relay {
             if !kind.has_wildcard() && !resource.is_absent() {
                 relay.upstream.subscribe(kind, resource.name().clone());
             }
-            changes.push(present(resource.clone()));
+            if kind != Kind::Local {
+                changes.push(present(resource.clone()));
+            }
             relay.upstream.hold(resource);
         }
         relay.store = Arc::new(relay.store.apply(changes));
@@ -154,7 +171,11 @@ impl Relay {
     }
 
     pub fn on_response(&mut self, response: DeltaDiscoveryResponse) {
-        let Some(Update { ticket, resources, removed }) = self.upstream.on_response(response) else { return };
+        let Some(update) = self.upstream.on_response(response) else { return };
+        if update.ticket.kind() == Kind::Local {
+            return self.on_local(update);
+        }
+        let Update { ticket, resources, removed } = update;
         let kind = ticket.kind();
         let (mut changes, mut refused_before, mut others) = (Vec::new(), Vec::new(), Vec::new());
         let mut entry =
@@ -222,6 +243,26 @@ impl Relay {
         self.answer(kind);
     }
 
+    /// What is not for Envoy is answered here. What is bad costs itself: what is held of that name stays.
+    fn on_local(&mut self, Update { ticket, resources, removed }: Update) {
+        let Some(check) = self.check_local else {
+            return self.upstream.reject(ticket, "nobody asked for this type");
+        };
+        let mut reasons = Vec::new();
+        for resource in resources {
+            match check(&resource) {
+                Ok(()) => self.upstream.hold(resource),
+                Err(why) => reasons.push(format!("{}: {why}", resource.name())),
+            }
+        }
+        removed.iter().for_each(|name| self.upstream.forget(Kind::Local, name));
+        self.accepted_revision += 1;
+        match reasons.is_empty() {
+            true => self.upstream.acknowledge(ticket),
+            false => self.upstream.reject(ticket, &reasons.join("\n")),
+        }
+    }
+
     /// Answers what Envoy has answered for, in the order in which it came.
     fn answer(&mut self, kind: Kind) {
         if !kind.has_wildcard() && !self.clients.is_empty() {
@@ -281,6 +322,8 @@ impl Relay {
     /// An event of the session that serves this client.
     pub fn on_client_event(&mut self, client: ClientId, event: Event) {
         match event {
+            // What it asks for and never gets is nobody's business above.
+            Event::Subscribed { kind: Kind::Local, .. } | Event::Unsubscribed { kind: Kind::Local, .. } => {}
             Event::Subscribed { kind, name } => {
                 if let Some(client) = self.clients.get_mut(&client) {
                     client[kind].insert(name.clone());
@@ -304,6 +347,9 @@ impl Relay {
     }
 
     fn on_accepted(&mut self, kind: Kind, name: &Arc<str>, resource: Option<Arc<Resource>>) {
+        if kind == Kind::Local {
+            return;
+        }
         let fingerprint = resource.as_ref().map(|resource| resource.fingerprint());
         // Endpoints whose removal is due may be taken as an assignment without any.
         let removed = self.transits[kind].take(name, |waiting| waiting.is_none() || waiting == fingerprint)

@@ -700,3 +700,68 @@ fn a_response_that_makes_no_sense_is_refused() {
     });
     assert!(relay.poll_request().unwrap().error_detail.unwrap().message.starts_with("x: "));
 }
+
+fn readable(resource: &Resource) -> Result<(), String> {
+    match resource.value().ends_with(b"=bad") {
+        true => Err("this is bad".to_owned()),
+        false => Ok(()),
+    }
+}
+
+fn agent(mut relay: Relay, world: &str) -> Chain {
+    relay.take_local(readable);
+    Chain::with(relay, world)
+}
+
+#[test]
+fn what_is_not_for_envoy_is_answered_by_the_relay_and_never_served() {
+    let mut chain = agent(Relay::new(node()), "cluster a=1 endpoints a=1 local a=1 b=1");
+    chain.envoy_starts();
+    chain.control_starts();
+    assert_eq!(chain.accepted(), "-* a=1 a=1 -* a=1 b=1");
+    assert_eq!(chain.envoy_got(), "cluster a=1, endpoints a=1, listener");
+    assert_eq!(*chain.control_state(), State::Synced);
+
+    // Whoever asks is told at once that there is none, whether a control plane answers or not.
+    chain.control_dies();
+    chain.ask(Local, &[]);
+    assert_eq!(chain.envoy_got(), "local");
+    chain.ask(Local, &["a"]);
+    assert_eq!(chain.envoy_got(), "local -a");
+    assert_eq!(chain.accepted(), "-* a=1 a=1 -* a=1 b=1");
+
+    // And it is not sent again to an agent that has it.
+    let mut chain = chain.restart("cluster a=1 endpoints a=1 local b=2");
+    chain.relay.take_local(readable);
+    chain.relay_got();
+    chain.control_starts();
+    assert!(chain.relay_got().contains("local b=2"));
+    chain.now += Duration::from_secs(31);
+    chain.run();
+    assert_eq!(chain.relay_got(), "local -a");
+    assert_eq!(chain.accepted(), "-* a=1 a=1 -* b=2");
+}
+
+#[test]
+fn what_cannot_be_made_out_costs_itself() {
+    let mut chain = agent(Relay::new(node()), "local a=1 b=1");
+    chain.control_starts();
+    chain.control_has("local a=bad b=2 c=bad");
+    assert_eq!(chain.accepted(), "-* -* a=1 b=2");
+    let state = format!("{:?}", chain.control_state());
+    assert!(state.contains("Rejected") && state.contains("a: this is bad"), "{state}");
+    chain.control_has("local a=3 b=2");
+    assert_eq!(chain.accepted(), "-* -* a=3 b=2");
+    assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn a_relay_that_does_not_take_it_does_not_ask_for_it() {
+    let mut chain = Chain::new("cluster a=1 endpoints a=1 local a=1");
+    chain.envoy_starts();
+    chain.control_starts();
+    chain.ask(Local, &[]);
+    assert_eq!(chain.accepted(), "-* a=1 a=1 -*");
+    assert_eq!(*chain.control_state(), State::Synced);
+    assert!(!chain.relay_got().contains("local"));
+}

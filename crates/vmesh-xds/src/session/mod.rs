@@ -653,7 +653,7 @@ impl Session {
             Kind::Cluster => &[Kind::Listener, Kind::Route],
             Kind::Endpoint => &[Kind::Cluster],
             Kind::Route => &[Kind::Listener],
-            Kind::Listener | Kind::Secret => &[],
+            Kind::Listener | Kind::Secret | Kind::Local => &[],
         };
         by.iter()
             .any(|by| !self.subscriptions[*by].is_quiet(now) || !self.status.kinds[*by].rejected.is_empty())

@@ -158,7 +158,7 @@ impl Absence {
         match (protocol, kind) {
             (_, Kind::Secret) => Absence::Untold,
             (Protocol::Delta, _) => Absence::Removed,
-            (Protocol::Sotw, Kind::Cluster | Kind::Listener) => Absence::Omitted,
+            (Protocol::Sotw, Kind::Cluster | Kind::Listener | Kind::Local) => Absence::Omitted,
             (Protocol::Sotw, Kind::Endpoint) => Absence::Empty,
             (Protocol::Sotw, Kind::Route) => Absence::Untold,
         }
