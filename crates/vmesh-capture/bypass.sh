@@ -1,15 +1,15 @@
 #!/bin/sh
-# Takes this host out of the mesh, now, with nothing else of vmesh working: its rules are removed, and a flag keeps the agent
+# Takes this host out of the mesh, now, with nothing else of vmesh working: its rules are removed, and a flag keeps vmesh-net
 # from bringing them back.
 #
 #   bypass                      removes all rules; connections that go through Envoy are reset
 #   bypass --keep-connections   captures nothing new, and leaves what keeps open connections open; run `bypass` later
-#   bypass --lift               takes the flag away: the agent captures again as it is configured
+#   bypass --lift               takes the flag away: the host captures again as it is configured
 #
 # Safe to repeat. Ends with 0 when nothing is captured any more.
 set -u
 
-flag=${VMESH_BYPASS_FLAG:-/var/lib/vmesh-agent/bypass}
+flag=${VMESH_BYPASS_FLAG:-/var/lib/vmesh-net/bypass}
 mode=${1:-}
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin
 LC_ALL=C
@@ -29,7 +29,7 @@ case $mode in
     '' | --keep-connections) ;;
     --lift)
         rm -f "$flag" || exit 1
-        echo 'bypass: lifted; the agent captures again as it is configured'
+        echo 'bypass: lifted; the host captures again as it is configured'
         exit 0
         ;;
     *)
@@ -38,9 +38,9 @@ case $mode in
         ;;
 esac
 
-# The flag first: an agent that lives must not undo the rest.
+# The flag first: a vmesh-net that lives must not undo the rest.
 if ! { mkdir -p "${flag%/*}" && echo "by $(id -un 2>/dev/null) at $(date 2>/dev/null)" >"$flag"; }; then
-    fail "could not write $flag; an agent that runs brings the rules back: stop it (systemctl stop vmesh-agent)"
+    fail "could not write $flag; a vmesh-net that runs brings the rules back: stop it (systemctl stop vmesh-net)"
 fi
 
 if has nft && nft list tables 2>/dev/null | grep -qx 'table inet vmesh'; then

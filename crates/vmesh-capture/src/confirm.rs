@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::iptables::Footprint;
 use crate::program::{Program, Stage};
-use crate::spec::{Outward, Spec};
+use crate::spec::Spec;
 
 /// What has to survive the agent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +69,7 @@ impl Commit {
         if *current == spec {
             return Proposed::Same;
         }
-        if is_off(&spec) || is_routine(&self.state.confirmed, &spec) {
+        if spec.is_off() || is_routine(&self.state.confirmed, &spec) {
             self.state.confirmed = spec;
             self.state.trial = None;
             self.until = None;
@@ -134,15 +134,9 @@ impl Commit {
     }
 }
 
-fn is_off(spec: &Spec) -> bool {
-    spec.outbound.capture == Outward::Off
-        && spec.inbound.capture == crate::spec::Inward::Off
-        && spec.inbound.strict.is_empty()
-}
-
 /// Whether only endpoints differ. They change all day, and no change of theirs can cut a host off: what may be captured is
 /// said by the rest.
-fn is_routine(from: &Spec, to: &Spec) -> bool {
+pub fn is_routine(from: &Spec, to: &Spec) -> bool {
     let without = |spec: &Spec| {
         let mut spec = spec.clone();
         spec.outbound.vips.clear();

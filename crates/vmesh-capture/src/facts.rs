@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::host::{Cgroup, Host, Never};
 use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
 
-/// What the agent knows of itself.
+/// What is known of vmesh itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Own {
     /// Envoy's user, and the agent's where it has one.
@@ -136,6 +136,24 @@ impl Places {
         files.flat_map(|file| sshd_ports(&fs::read_to_string(file).unwrap_or_default())).collect()
     }
 
+    /// The number of a user, given by name or by number.
+    pub async fn user_id(&self, user: &Account) -> Option<u32> {
+        if let Some(number) = user.number() {
+            return Some(number);
+        }
+        let mut found = BTreeMap::new();
+        self.look_up("passwd", [user].into_iter(), &mut found).await;
+        found.into_values().next()
+    }
+
+    /// The SSH sessions that others have with this host: the connections to ports on which it takes SSH.
+    pub fn ssh_sessions(&self, ports: &BTreeSet<u16>) -> Vec<Session> {
+        let sessions = self.sockets().into_iter().filter(|socket| {
+            socket.state == ESTABLISHED && socket.inode != 0 && ports.contains(&socket.local_port)
+        });
+        sessions.map(|socket| Session { inode: socket.inode, stuck: socket.is_stuck() }).collect()
+    }
+
     /// How many open connections have come through a redirect: see [`crate::confirm::leaving`].
     pub fn redirected(&self) -> usize {
         let ours =
@@ -223,18 +241,37 @@ fn walk(dir: &Path, below: &str, depth: usize, wanted: &BTreeSet<&Unit>, found: 
     }
 }
 
+/// A connection of somebody's who works on this host from elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Session {
+    /// The kernel's number of the socket: the same session has the same.
+    pub inode: u64,
+    /// What was sent is not acknowledged and has been sent again.
+    pub stuck: bool,
+}
+
+/// As in the kernel's `tcp_states.h`.
+const ESTABLISHED: u8 = 1;
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Socket {
     local_port: u16,
     /// As in the kernel's `tcp_states.h`: 1 is established, 10 listens.
     state: u8,
+    /// Bytes that the other end has not acknowledged.
+    unacknowledged: u32,
+    /// How often what is unacknowledged has been sent again.
+    retransmits: u32,
     inode: u64,
 }
 
 impl Socket {
+    fn is_stuck(&self) -> bool {
+        self.unacknowledged > 0 && self.retransmits > 0
+    }
+
     /// Carries data one way or both.
     fn is_open(&self) -> bool {
-        const ESTABLISHED: u8 = 1;
         const FIN_WAIT_1: u8 = 4;
         const FIN_WAIT_2: u8 = 5;
         const CLOSE_WAIT: u8 = 8;
@@ -250,6 +287,8 @@ fn sockets(text: &str) -> Vec<Socket> {
         Some(Socket {
             local_port: u16::from_str_radix(port, 16).ok()?,
             state: u8::from_str_radix(words.get(3)?, 16).ok()?,
+            unacknowledged: u32::from_str_radix(words.get(4)?.split_once(':')?.0, 16).ok()?,
+            retransmits: u32::from_str_radix(words.get(6)?, 16).ok()?,
             inode: words.get(9)?.parse().ok()?,
         })
     };
@@ -264,11 +303,12 @@ mod tests {
     fn sockets_are_read_from_what_the_kernel_prints() {
         let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
             0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345 1 0 100 0 0 10 0\n   \
-            1: 0100007F:3A99 0100007F:1F90 01 00000000:00000000 00:00000000 00000000  1000        0 777 1 0 100 0 0 10 0\n\
+            1: 0100007F:3A99 0100007F:1F90 01 00000030:00000000 01:00000010 00000002  1000        0 777 1 0 100 0 0 10 0\n\
             garbage\n";
         let [ssh, redirected] = sockets(text).try_into().unwrap();
         assert_eq!((ssh.local_port, ssh.inode, ssh.is_open()), (22, 12345, false));
         assert_eq!((redirected.local_port, redirected.is_open()), (OUTBOUND_PORT, true));
+        assert_eq!((ssh.is_stuck(), redirected.is_stuck()), (false, true));
         assert_eq!(sockets(""), []);
     }
 

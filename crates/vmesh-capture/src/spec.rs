@@ -26,6 +26,15 @@ pub struct Spec {
     pub dead_man: DeadMan,
 }
 
+impl Spec {
+    /// Whether it captures nothing and refuses nothing.
+    pub fn is_off(&self) -> bool {
+        self.outbound.capture == Outward::Off
+            && self.inbound.capture == Inward::Off
+            && self.inbound.strict.is_empty()
+    }
+}
+
 /// Connections that programs of this host open.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -1,0 +1,87 @@
+//! The agent's and the operator's end of the socket.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::timeout;
+
+use crate::protocol::{Answer, Ask, MAX_LINE};
+
+/// Rules are changed by programs that may wait for a lock.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(40);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error(
+        "could not reach vmesh-net at {}; does it run (`systemctl status vmesh-net`), and may this user ask it?",
+        .path.display()
+    )]
+    Connect {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("vmesh-net at {} went away before it had answered", .path.display())]
+    Gone {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("vmesh-net at {} has not answered in {} s", .path.display(), ANSWERS_WITHIN.as_secs())]
+    Slow { path: PathBuf },
+    #[error("vmesh-net at {} answered what this version does not understand", .path.display())]
+    Garbled {
+        path: PathBuf,
+        #[source]
+        cause: serde_json::Error,
+    },
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    reader: BufReader<OwnedReadHalf>,
+    writer: OwnedWriteHalf,
+}
+
+impl Client {
+    pub async fn connect(path: &Path) -> Result<Client, ClientError> {
+        let stream = UnixStream::connect(path).await;
+        let stream = stream.map_err(|cause| ClientError::Connect { path: path.to_owned(), cause })?;
+        let (reader, writer) = stream.into_split();
+        Ok(Client { path: path.to_owned(), reader: BufReader::new(reader), writer })
+    }
+
+    /// Asks, and waits for the answer. After an error the connection is of no use.
+    pub async fn ask(&mut self, ask: &Ask) -> Result<Answer, ClientError> {
+        let path = || self.path.clone();
+        let garbled = |cause| ClientError::Garbled { path: path(), cause };
+        let mut line = serde_json::to_vec(ask).map_err(garbled)?;
+        line.push(b'\n');
+        let mut answer = Vec::new();
+        let exchange = async {
+            self.writer.write_all(&line).await?;
+            let mut limited = (&mut self.reader).take(MAX_LINE as u64);
+            match limited.read_until(b'\n', &mut answer).await? {
+                0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                _ => Ok(()),
+            }
+        };
+        match timeout(ANSWERS_WITHIN, exchange).await {
+            Err(_) => Err(ClientError::Slow { path: self.path.clone() }),
+            Ok(Err(cause)) => Err(ClientError::Gone { path: self.path.clone(), cause }),
+            Ok(Ok(())) => serde_json::from_slice(&answer)
+                .map_err(|cause| ClientError::Garbled { path: self.path.clone(), cause }),
+        }
+    }
+}
+
+/// One question on a connection of its own.
+pub async fn ask(path: &Path, ask: &Ask) -> Result<Answer, ClientError> {
+    Client::connect(path).await?.ask(ask).await
+}

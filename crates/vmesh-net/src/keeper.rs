@@ -1,0 +1,772 @@
+//! What is on the host, and why. One task owns all of it: the judgement is [`vmesh_capture::confirm`]'s, which is pure; here it
+//! is told the time, written to disk, and made so.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tracing::{error, info, warn};
+use vmesh_capture::apply::{Applier, Backend, Error, Tools};
+use vmesh_capture::confirm::{
+    Beat, Commit, Due, Proposed, Reverted, State as Committed, is_routine, leaving,
+};
+use vmesh_capture::facts::{Own, Places, Session};
+use vmesh_capture::host::Host;
+use vmesh_capture::spec::{Inward, Outward, Spec, Unit};
+use vmesh_capture::{Plan, Program, Stage};
+use vmesh_daemon::report::one_line;
+use vmesh_daemon::{Stop, fsx, systemd};
+
+use crate::probe::{self, Looks, SELF_TEST};
+use crate::protocol::{Answer, Ask, Drift, Envoy, Redirects, State, Status, Want};
+use crate::rules::Changed;
+
+const TICK: Duration = Duration::from_secs(1);
+/// How often everything is looked at though nobody said that it changed: units that were restarted have another control group,
+/// and not all tools tell the kernel's listeners.
+const LOOKS_EVERY: u64 = 10;
+/// Changes come in bursts: a firewall that loads its rules makes several.
+const SETTLES: Duration = Duration::from_millis(50);
+/// An agent that says nothing for so long is not well.
+const AGENT_SPEAKS_WITHIN: Duration = Duration::from_secs(5);
+/// A trial may not be endless, nor too short for anybody to confirm it.
+const PATIENCE: std::ops::RangeInclusive<u32> = 5..=3600;
+const MAX_STATE: u64 = 16 << 20;
+
+/// What this host is told at the start.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Whichever works, if it is not said.
+    pub backend: Option<Backend>,
+    pub tools: Tools,
+    pub places: Places,
+    /// Envoy's user and the agent's.
+    pub users: BTreeSet<u32>,
+    /// Slices of vmesh that are never empty.
+    pub slices: BTreeSet<Unit>,
+    pub state_dir: PathBuf,
+    /// How long connections through redirects are waited for when nothing is to be captured any more.
+    pub drain: Duration,
+}
+
+impl Options {
+    fn state_file(&self) -> PathBuf {
+        self.state_dir.join("state.json")
+    }
+
+    /// What `/usr/lib/vmesh/bypass` writes.
+    fn bypass_flag(&self) -> PathBuf {
+        self.state_dir.join("bypass")
+    }
+}
+
+/// A question, and where its answer goes.
+pub struct Question {
+    pub ask: Ask,
+    pub answer: oneshot::Sender<Answer>,
+}
+
+/// What is on the disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+struct Kept {
+    commit: Committed,
+    ports: BTreeSet<u16>,
+    control_planes: BTreeSet<SocketAddr>,
+}
+
+pub struct Keeper {
+    options: Options,
+    applier: Option<Applier>,
+    commit: Commit,
+    known: Known,
+    trial: u64,
+    /// The sessions from when the trial began.
+    sessions: Vec<Session>,
+    /// What was taken back, and why: it is not tried again until somebody says so.
+    refused: Option<(Spec, String)>,
+    /// Why the trial could not be confirmed so far.
+    doubt: Option<String>,
+    beat: Beat,
+    envoy: watch::Receiver<Envoy>,
+    looks: watch::Sender<Looks>,
+    /// Envoy was gone at the last look, too.
+    was_gone: bool,
+    /// The redirects were taken back before their time.
+    withdrawn: bool,
+    lapsed: bool,
+    agent_spoke: Option<Instant>,
+    leaving_since: Option<std::time::Instant>,
+    stopping: bool,
+    on_host: Option<Program>,
+    notes: Vec<String>,
+    error: Option<String>,
+    drift: Drift,
+    drifted_at: Option<Instant>,
+    changed_by: Option<(Instant, Changed)>,
+}
+
+/// What the agent knows of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Known {
+    ports: BTreeSet<u16>,
+    control_planes: BTreeSet<SocketAddr>,
+}
+
+impl Keeper {
+    /// Begins with what the disk has; a state that cannot be read is nothing, which the agent's next word mends.
+    pub fn start(options: Options, envoy: watch::Receiver<Envoy>, looks: watch::Sender<Looks>) -> Keeper {
+        let kept = load(&options.state_file());
+        let bypassed = options.bypass_flag().exists();
+        let (commit, reverted) = Commit::start(kept.commit, bypassed);
+        if reverted == Some(Reverted::Restarted) {
+            warn!("what was on trial when this process ended is taken back");
+        }
+        Keeper {
+            applier: None,
+            beat: Beat::new(commit.wanted().0.dead_man.timeout.duration()),
+            commit,
+            known: Known { ports: kept.ports, control_planes: kept.control_planes },
+            trial: 0,
+            sessions: Vec::new(),
+            refused: None,
+            doubt: None,
+            envoy,
+            looks,
+            was_gone: false,
+            withdrawn: false,
+            lapsed: false,
+            agent_spoke: None,
+            leaving_since: None,
+            stopping: false,
+            on_host: None,
+            notes: Vec::new(),
+            error: None,
+            drift: Drift::default(),
+            drifted_at: None,
+            changed_by: None,
+            options,
+        }
+    }
+
+    /// Keeps the host as it is wanted until `stop`, and then leaves it as it was.
+    pub async fn run(
+        mut self,
+        mut asked: mpsc::Receiver<Question>,
+        mut changed: mpsc::Receiver<Changed>,
+        mut stop: Stop,
+    ) {
+        self.bring().await;
+        systemd::ready(&self.in_words());
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut count = 0;
+        loop {
+            tokio::select! {
+                question = asked.recv() => match question {
+                    Some(Question { ask, answer }) => {
+                        let said = self.answer(ask).await;
+                        // Whoever asked may have gone.
+                        _ = answer.send(said);
+                    }
+                    None => stop.requested().await,
+                },
+                Some(change) = changed.recv() => {
+                    sleep(SETTLES).await;
+                    let mut change = change;
+                    while let Ok(later) = changed.try_recv() {
+                        change = later;
+                    }
+                    self.changed_by = Some((Instant::now(), change));
+                    if !self.wanted().0.is_off() {
+                        self.bring().await;
+                    }
+                }
+                _ = ticks.tick() => {
+                    count += 1;
+                    self.tick(count % LOOKS_EVERY == 0).await;
+                }
+                () = stop.requested() => break,
+            }
+        }
+        self.leave().await;
+    }
+
+    async fn leave(&mut self) {
+        self.stopping = true;
+        systemd::stopping();
+        loop {
+            self.bring().await;
+            let gone = self.on_host.as_ref().is_some_and(Program::is_absent);
+            if gone {
+                info!("the host's rules are as they were");
+                return;
+            }
+            if self.error.is_some()
+                && self.leaving_since.is_some_and(|since| since.elapsed() > 2 * self.options.drain)
+            {
+                error!(
+                    "the rules of vmesh could not be taken away: run /usr/lib/vmesh/bypass ({})",
+                    self.error.as_deref().unwrap_or_default()
+                );
+                return;
+            }
+            sleep(TICK / 2).await;
+        }
+    }
+
+    fn wanted(&self) -> (Spec, Stage) {
+        match self.stopping {
+            true => (Spec::default(), Stage::Confirmed),
+            false => {
+                let (spec, stage) = self.commit.wanted();
+                (spec.clone(), stage)
+            }
+        }
+    }
+
+    async fn tick(&mut self, look: bool) {
+        let bypassed = self.options.bypass_flag().exists();
+        let mut bring = look || self.leaving_since.is_some();
+        if bypassed != (self.state() == State::Bypassed) {
+            info!("{}", if bypassed { "bypassed: nothing is captured" } else { "the bypass is lifted" });
+            self.commit.set_bypassed(bypassed);
+            bring = true;
+        }
+        if self.commit.tick(std::time::Instant::now()).is_some() {
+            let doubt = self.doubt.take().unwrap_or_else(|| "nobody confirmed it in time".to_owned());
+            self.taken_back(doubt);
+            bring = true;
+        }
+        if bring {
+            self.bring().await;
+        }
+        self.hold_off_dead_man().await;
+        systemd::status(&self.in_words());
+    }
+
+    /// Remembers why; what is wanted is what it was before.
+    fn taken_back(&mut self, why: String) {
+        warn!("a change of capture is taken back: {why}");
+        self.refused = self.refused.take().map(|(spec, _)| (spec, why));
+        if let Err(error) = self.save() {
+            warn!("{error}");
+        }
+    }
+
+    async fn hold_off_dead_man(&mut self) {
+        let Some(program) = self.on_host.as_ref().filter(|program| program.has_dead_man()) else {
+            self.lapsed = false;
+            return;
+        };
+        let (spec, _) = self.wanted();
+        let timeout = spec.dead_man.timeout;
+        debug_assert!(program.has_dead_man());
+        let envoy = *self.envoy.borrow();
+        let Some(applier) = &self.applier else { return };
+        let now = std::time::Instant::now();
+        let gone = envoy == Envoy::Gone;
+        if gone && self.was_gone && !self.withdrawn {
+            match applier.withdraw().await {
+                Ok(()) => {
+                    warn!("Envoy is gone: new connections go past it where that is allowed");
+                    self.withdrawn = true;
+                    self.beat = Beat::new(timeout.duration());
+                }
+                Err(error) => warn!("redirects lapse by themselves: {}", one_line(&error)),
+            }
+        }
+        self.was_gone = gone;
+        let well = envoy == Envoy::Well && self.agent_is_well();
+        match self.beat.due(now, well) {
+            Due::Refresh => match applier.refresh(timeout).await {
+                Ok(()) => {
+                    if std::mem::take(&mut self.withdrawn) || std::mem::take(&mut self.lapsed) {
+                        info!("Envoy and the agent are well: redirects hold again");
+                    }
+                    self.lapsed = false;
+                    self.beat.refreshed(now);
+                }
+                Err(error) => {
+                    self.error = Some(one_line(&error));
+                    warn!("{}", one_line(&error));
+                    self.bring().await;
+                }
+            },
+            Due::Lapses(left) if left.is_zero() && !self.lapsed => {
+                warn!(
+                    "redirects have lapsed, since {}: new connections go past Envoy where that is allowed",
+                    match envoy {
+                        Envoy::Well => "the agent says nothing",
+                        Envoy::Gone => "Envoy is gone",
+                        Envoy::Hangs => "Envoy takes connections and does not serve them",
+                        Envoy::Unknown => "Envoy has not been looked at",
+                    }
+                );
+                self.lapsed = true;
+            }
+            Due::Lapses(_) | Due::Wait(_) => {}
+        }
+    }
+
+    fn agent_is_well(&self) -> bool {
+        self.agent_spoke.is_some_and(|spoke| spoke.elapsed() < AGENT_SPEAKS_WITHIN)
+    }
+
+    async fn answer(&mut self, ask: Ask) -> Answer {
+        match ask {
+            Ask::Status => {}
+            Ask::Plan { want } => {
+                return match self.plan(want).await {
+                    Ok(text) => Answer::Plan(text),
+                    Err(why) => Answer::Refused(why),
+                };
+            }
+            Ask::Well => self.agent_spoke = Some(Instant::now()),
+            Ask::Want(want) => {
+                self.agent_spoke = Some(Instant::now());
+                if let Err(why) = self.want(want).await {
+                    return Answer::Refused(why);
+                }
+            }
+            Ask::Confirm { trial } => {
+                if let Err(why) = self.confirm(trial).await {
+                    self.doubt = Some(why.clone());
+                    return Answer::Refused(why);
+                }
+            }
+            Ask::Revert { trial, why } => {
+                if trial != self.trial || !self.commit.revert() {
+                    return Answer::Refused("nothing of that number is on trial".to_owned());
+                }
+                self.taken_back(why);
+                self.bring().await;
+            }
+            Ask::Retry => {
+                self.refused = None;
+            }
+        }
+        Answer::Status(Box::new(self.status()))
+    }
+
+    async fn want(&mut self, want: Want) -> Result<(), String> {
+        let spec = with_self_test(want.spec);
+        let known = Known { ports: want.ports, control_planes: want.control_planes };
+        let known_changed = std::mem::replace(&mut self.known, known.clone()) != known;
+        let is_refused =
+            self.refused.as_ref().is_some_and(|(refused, why)| !why.is_empty() && is_routine(refused, &spec));
+        let spec = if is_refused { self.confirmed_with_endpoints_of(spec) } else { spec };
+        let patience = want.confirm_within.clamp(*PATIENCE.start(), *PATIENCE.end());
+        let now = std::time::Instant::now();
+        match self.commit.propose(spec.clone(), now, Duration::from_secs(patience.into())) {
+            Proposed::Same if !known_changed => return Ok(()),
+            Proposed::Same | Proposed::Routine => {
+                if let Err(error) = self.save() {
+                    warn!("after a restart an older state would be in force: {error}");
+                }
+            }
+            Proposed::Trial => {
+                self.trial += 1;
+                self.doubt = None;
+                self.refused = Some((spec, String::new()));
+                self.sessions = self.options.places.ssh_sessions(&self.host().await.never.ssh);
+                if let Err(error) = self.save() {
+                    // Then a process that dies in the trial would not know what to go back to.
+                    self.commit.revert();
+                    self.refused = None;
+                    return Err(format!("the change is not tried: {error}"));
+                }
+                info!(trial = self.trial, "a change of capture is on trial for {patience} s");
+            }
+        }
+        self.leaving_since = None;
+        self.bring().await;
+        if let (Some(error), true) = (&self.error, self.commit.until().is_some()) {
+            let why = format!("it could not be applied: {error}");
+            self.commit.revert();
+            self.taken_back(why.clone());
+            self.bring().await;
+            return Err(why);
+        }
+        Ok(())
+    }
+
+    /// What is in force instead of what was taken back, with endpoints that live.
+    fn confirmed_with_endpoints_of(&self, spec: Spec) -> Spec {
+        let mut confirmed = self.commit.state().confirmed.clone();
+        if confirmed.outbound.capture != Outward::Off {
+            confirmed.outbound.vips = spec.outbound.vips;
+            confirmed.outbound.addresses = spec.outbound.addresses;
+        }
+        confirmed
+    }
+
+    /// What this process can see for itself, before it believes whoever confirms.
+    async fn confirm(&mut self, trial: u64) -> Result<(), String> {
+        if trial != self.trial || self.commit.until().is_none() {
+            return Err("nothing of that number is on trial".to_owned());
+        }
+        let (spec, _) = self.wanted();
+        let looks = looks(&spec);
+        for (wanted, port) in [(looks.outbound, "15001"), (looks.inbound, "15006")] {
+            let at: SocketAddr = match (wanted, format!("127.0.0.1:{port}").parse()) {
+                (true, Ok(at)) => at,
+                _ => continue,
+            };
+            let seen = probe::look(at).await;
+            if seen != Envoy::Well {
+                return Err(format!("Envoy does not serve its capture port {port}: {seen:?}"));
+            }
+        }
+        if proves_itself(&spec) {
+            let seen = probe::look(SELF_TEST).await;
+            if seen != Envoy::Well {
+                return Err(format!(
+                    "a connection to {SELF_TEST} was not captured and served by Envoy: {seen:?}"
+                ));
+            }
+        }
+        let ports = self.host().await.never.ssh;
+        sessions_live(&self.sessions, &self.options.places.ssh_sessions(&ports))?;
+        self.commit.confirm();
+        self.refused = None;
+        self.doubt = None;
+        info!(trial, "confirmed");
+        if let Err(error) = self.save() {
+            warn!("a restart would take back what was just confirmed: {error}");
+        }
+        self.bring().await;
+        Ok(())
+    }
+
+    async fn host(&self) -> Host {
+        let (spec, _) = self.wanted();
+        host(&self.options, &spec, &self.known).await
+    }
+
+    /// Makes the host be as it is wanted, and remembers why not.
+    async fn bring(&mut self) {
+        match self.try_bring().await {
+            Ok(()) => self.error = None,
+            Err(why) => {
+                if self.error.as_ref() != Some(&why) {
+                    error!("the host is not as it is wanted: {why}");
+                }
+                self.error = Some(why);
+            }
+        }
+    }
+
+    async fn try_bring(&mut self) -> Result<(), String> {
+        let (spec, stage) = self.wanted();
+        self.looks.send_if_modified(|looks| {
+            let now = self::looks(&spec);
+            std::mem::replace(looks, now) != now
+        });
+        let host = self.host().await;
+        let applier = match &self.applier {
+            Some(applier) => applier.clone(),
+            None => {
+                let applier = applier(&self.options, host.ipv6).await.map_err(|error| one_line(&error))?;
+                self.applier.insert(applier).clone()
+            }
+        };
+        if spec.is_off() {
+            return self.take_away(&applier).await.map_err(|error| one_line(&error));
+        }
+        self.leaving_since = None;
+        let (program, notes) = Program::new(&spec, &host, stage).map_err(|error| error.to_string())?;
+        self.tell(notes.iter().map(ToString::to_string).collect());
+        if self.commit.state().footprint.is_none()
+            && let Some(footprint) = applier.footprint().await
+            && self.on_host.as_ref().is_none_or(Program::is_absent)
+        {
+            self.commit.set_footprint(Some(footprint));
+            self.save()?;
+        }
+        let mut seen = *self.envoy.borrow();
+        if seen == Envoy::Unknown {
+            let port = if looks(&spec).outbound { SELF_TEST.port() } else { 15006 };
+            seen = probe::look(SocketAddr::from(([127, 0, 0, 1], port))).await;
+        }
+        let well = seen == Envoy::Well && self.agent_is_well();
+        let actual = applier.read().await.map_err(|error| one_line(&error))?;
+        let plan = applier.plan(&program, &actual, well);
+        if !plan.is_empty() {
+            if self.on_host.as_ref() == Some(&program) {
+                self.drifted(&plan);
+            }
+            let alive = well.then_some(spec.dead_man.timeout);
+            applier.bring(&program, alive).await.map_err(|error| one_line(&error))?;
+            self.beat = Beat::new(spec.dead_man.timeout.duration());
+            if well {
+                self.beat.refreshed(std::time::Instant::now());
+                self.lapsed = false;
+                self.withdrawn = false;
+            }
+        }
+        self.on_host = Some(program);
+        Ok(())
+    }
+
+    async fn take_away(&mut self, applier: &Applier) -> Result<(), Error> {
+        let since = *self.leaving_since.get_or_insert_with(std::time::Instant::now);
+        let open = self.options.places.redirected();
+        let now = std::time::Instant::now();
+        let program = leaving(open, since, now, self.options.drain, applier.ipv6);
+        if program.is_absent() {
+            if !self.on_host.as_ref().is_some_and(Program::is_absent) {
+                let plan = applier.off(self.commit.state().footprint.as_ref()).await?;
+                if !plan.is_empty() {
+                    info!("the host's rules are as they were before vmesh");
+                }
+                self.commit.set_footprint(None);
+                if let Err(error) = self.save() {
+                    warn!("{error}");
+                }
+            }
+            self.leaving_since = None;
+        } else if self.on_host.as_ref() != Some(&program) {
+            info!("nothing new is captured; {open} connections through redirects are left to end");
+            applier.bring(&program, None).await?;
+        }
+        self.on_host = Some(program);
+        self.notes.clear();
+        Ok(())
+    }
+
+    fn tell(&mut self, notes: Vec<String>) {
+        for note in notes.iter().filter(|note| !self.notes.contains(note)) {
+            warn!("{note}");
+        }
+        self.notes = notes;
+    }
+
+    fn drifted(&mut self, plan: &Plan) {
+        let by = self.changed_by.take().filter(|(when, _)| when.elapsed() < TICK).map(|(_, changed)| changed);
+        let by = by.filter(|changed| !changed.by.is_empty());
+        let by = by.map(|Changed { by, pid }| format!("{by} (pid {pid})"));
+        let what: Vec<String> = plan.changes.iter().map(ToString::to_string).take(20).collect();
+        warn!(
+            by = by.as_deref().unwrap_or("somebody"),
+            "rules of vmesh were changed and are mended: {}",
+            what.join("; ")
+        );
+        self.drift = Drift { count: self.drift.count + 1, seconds_ago: None, what, by };
+        self.drifted_at = Some(Instant::now());
+    }
+
+    async fn plan(&self, want: Option<Want>) -> Result<String, String> {
+        let (spec, stage) = match &want {
+            Some(want) => (with_self_test(want.spec.clone()), Stage::Confirmed),
+            None => self.wanted(),
+        };
+        let known = want.map_or_else(
+            || self.known.clone(),
+            |want| Known { ports: want.ports, control_planes: want.control_planes },
+        );
+        plan(&self.options, &spec, stage, &known).await
+    }
+
+    fn state(&self) -> State {
+        let (spec, stage) = self.commit.wanted();
+        match (self.options.bypass_flag().exists(), spec.is_off(), stage) {
+            _ if self.leaving_since.is_some() => State::Leaving,
+            (true, _, _) => State::Bypassed,
+            (false, true, _) => State::Off,
+            (false, false, Stage::Trial) => State::Trial,
+            (false, false, Stage::Confirmed) => State::Confirmed,
+        }
+    }
+
+    fn status(&self) -> Status {
+        let (mut spec, _) = self.wanted();
+        let virtual_addresses = spec.outbound.vips.iter().filter(|vip| **vip != SELF_TEST).count();
+        let real_addresses = spec.outbound.addresses.len();
+        spec.outbound.vips.clear();
+        spec.outbound.addresses.clear();
+        let dead_man = self.on_host.as_ref().is_some_and(Program::has_dead_man);
+        let trial = self.commit.until();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            backend: self.applier.as_ref().map(|applier| {
+                match applier.backend {
+                    Backend::Nft => "nft",
+                    Backend::Iptables => "iptables",
+                }
+                .to_owned()
+            }),
+            state: self.state(),
+            spec,
+            virtual_addresses,
+            real_addresses,
+            trial: trial.map(|_| self.trial),
+            trial_ends_in: trial
+                .map(|until| until.saturating_duration_since(std::time::Instant::now()).as_secs()),
+            reverted: self.refused.as_ref().map(|(_, why)| why.clone()).filter(|why| !why.is_empty()),
+            envoy: *self.envoy.borrow(),
+            redirects: match (dead_man, self.lapsed || self.withdrawn) {
+                (false, _) => Redirects::None,
+                (true, true) => Redirects::Lapsed,
+                (true, false) => Redirects::Hold,
+            },
+            agent_silent_for: self.agent_spoke.map(|spoke| spoke.elapsed().as_secs()),
+            drift: Drift {
+                seconds_ago: self.drifted_at.map(|at| at.elapsed().as_secs()),
+                ..self.drift.clone()
+            },
+            notes: self.notes.clone(),
+            error: self.error.clone(),
+            connections: self.options.places.redirected(),
+        }
+    }
+
+    /// What `systemctl status` shows.
+    fn in_words(&self) -> String {
+        let state = self.state();
+        match &self.error {
+            Some(error) => format!("{state}; {error}"),
+            None if self.lapsed || self.withdrawn => format!("{state}; redirects have lapsed"),
+            None => state.to_string(),
+        }
+    }
+
+    fn save(&self) -> Result<(), String> {
+        let kept = Kept {
+            commit: self.commit.state().clone(),
+            ports: self.known.ports.clone(),
+            control_planes: self.known.control_planes.clone(),
+        };
+        let json = serde_json::to_vec(&kept).map_err(|error| error.to_string())?;
+        fsx::write_atomically(&self.options.state_file(), &json, fsx::PRIVATE)
+            .map_err(|error| one_line(&error))
+    }
+}
+
+fn load(path: &Path) -> Kept {
+    let text = match fsx::read_capped(path, MAX_STATE) {
+        Ok(text) => text,
+        Err(error) if error.is_not_found() => return Kept::default(),
+        Err(error) => {
+            warn!("begins with nothing captured, until the agent says what is wanted: {}", one_line(&error));
+            return Kept::default();
+        }
+    };
+    serde_json::from_slice(&text).unwrap_or_else(|error| {
+        warn!(
+            "{} is not what this version writes; begins with nothing captured, until the agent says what is wanted: {error}",
+            path.display()
+        );
+        Kept::default()
+    })
+}
+
+async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {
+    match options.backend {
+        Some(backend) => Ok(Applier { backend, tools: options.tools.clone(), ipv6 }),
+        None => Applier::detect(options.tools.clone(), ipv6).await,
+    }
+}
+
+async fn host(options: &Options, spec: &Spec, known: &Known) -> Host {
+    let own = Own {
+        users: options.users.clone(),
+        slices: options.slices.clone(),
+        ports: known.ports.clone(),
+        control_planes: known.control_planes.clone(),
+    };
+    options.places.host(spec, &own).await
+}
+
+async fn plan(options: &Options, spec: &Spec, stage: Stage, known: &Known) -> Result<String, String> {
+    let host = host(options, spec, known).await;
+    let applier = applier(options, host.ipv6).await.map_err(|error| one_line(&error))?;
+    let (program, notes) = match spec.is_off() {
+        true => (Program::absent(), Vec::new()),
+        false => Program::new(spec, &host, stage).map_err(|error| error.to_string())?,
+    };
+    let actual = applier.read().await.map_err(|error| one_line(&error))?;
+    let plan = applier.plan(&program, &actual, false);
+    applier.check(&plan).await.map_err(|error| one_line(&error))?;
+    let notes: String = notes.iter().map(|note| format!("note: {note}\n")).collect();
+    Ok(format!("{notes}{plan}"))
+}
+
+/// What [`Ask::Plan`] answers, where nobody runs who could be asked. Needs the privileges that applying needs.
+pub async fn plan_here(options: &Options, want: Want) -> Result<String, String> {
+    let known = Known { ports: want.ports, control_planes: want.control_planes };
+    plan(options, &with_self_test(want.spec), Stage::Confirmed, &known).await
+}
+
+fn with_self_test(mut spec: Spec) -> Spec {
+    if spec.outbound.capture != Outward::Off {
+        spec.outbound.vips.insert(SELF_TEST);
+    }
+    spec
+}
+
+fn looks(spec: &Spec) -> Looks {
+    Looks { outbound: spec.outbound.capture != Outward::Off, inbound: spec.inbound.capture != Inward::Off }
+}
+
+/// Whether connections of this process are captured, as anybody's are.
+fn proves_itself(spec: &Spec) -> bool {
+    let (include, exclude) = (&spec.outbound.include, &spec.outbound.exclude);
+    let everybody = include.users.is_empty() && include.groups.is_empty() && include.units.is_empty();
+    let nobody = exclude.users.is_empty() && exclude.groups.is_empty() && exclude.units.is_empty();
+    spec.outbound.capture != Outward::Off && everybody && nobody
+}
+
+/// Whether those who worked on this host over SSH still can. Some may have ended; that all did, or that one gets no answer any
+/// more, is this change's doing until proved otherwise.
+fn sessions_live(before: &[Session], now: &[Session]) -> Result<(), String> {
+    let still = |session: &&Session| now.iter().find(|later| later.inode == session.inode);
+    let living: Vec<_> = before.iter().filter_map(|session| still(&session)).collect();
+    if !before.is_empty() && living.is_empty() {
+        return Err(format!(
+            "the SSH sessions that were open ({}) have all ended since; if they were closed on purpose, try again",
+            before.len()
+        ));
+    }
+    let stuck = living.iter().filter(|session| session.stuck).count();
+    if stuck > 0 {
+        return Err(format!("{stuck} SSH sessions get no answer since"));
+    }
+    Ok(())
+}
+
+/// Answers within `patience`, or says that the keeper is busy.
+pub async fn asked(to: &mpsc::Sender<Question>, ask: Ask, patience: Duration) -> Answer {
+    let (answer, said) = oneshot::channel();
+    let exchange = async {
+        to.send(Question { ask, answer }).await.ok()?;
+        said.await.ok()
+    };
+    match timeout(patience, exchange).await {
+        Ok(Some(answer)) => answer,
+        Ok(None) => Answer::Refused("vmesh-net is stopping".to_owned()),
+        Err(_) => Answer::Refused("vmesh-net is busy changing rules: ask again".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(inode: u64, stuck: bool) -> Session {
+        Session { inode, stuck }
+    }
+
+    #[test]
+    fn sessions_that_end_one_by_one_are_nobodys_fault_and_all_at_once_are() {
+        assert_eq!(sessions_live(&[], &[]), Ok(()));
+        assert_eq!(sessions_live(&[session(1, false), session(2, true)], &[session(1, false)]), Ok(()));
+        assert_eq!(sessions_live(&[], &[session(1, true)]), Ok(()));
+        assert!(sessions_live(&[session(1, false)], &[session(3, false)]).unwrap_err().contains("all ended"));
+        assert!(sessions_live(&[session(1, false)], &[session(1, true)]).unwrap_err().contains("no answer"));
+    }
+}

@@ -1,0 +1,40 @@
+//! The one part of vmesh with privileges on a host: it keeps the rules that send connections through Envoy.
+//!
+//! ```text
+//! agent --(a typed spec, "I am well", "it works")--> net.sock --> Keeper --> vmesh_capture's Applier --> the kernel
+//! ```
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`protocol`] | what is asked and answered on the socket: one line of JSON each |
+//! | [`client`] | [`client::Client`]: the other end, for the agent and `vmeshctl` |
+//! | [`keeper`] | [`keeper::Keeper`]: what is on the host and why; decides everything |
+//! | [`probe`] | whether Envoy takes connections, whether a capture works from end to end |
+//! | [`rules`] | who changed the host's rules, told by the kernel |
+//! | [`server`] | the socket: who may ask what |
+//!
+//! | task | wakes on | publishes |
+//! |---|---|---|
+//! | `keeper` | what is asked, a second's tick, a change of rules | [`protocol::Status`] |
+//! | `envoy probe` | a second's tick, while something is captured | `watch<Health>` |
+//! | `rules` | the kernel's notices | who changed rules |
+//! | `socket` | connections | what is asked, to `keeper` |
+//!
+//! It takes no rules, only a [`vmesh_capture::Spec`]; what may never be captured it finds out itself. It reads no configuration,
+//! opens no port, and speaks to nobody but the agent's user and root.
+//!
+//! **Who dies, and what becomes of the rules.** The agent or Envoy: nobody refreshes the dead-man, and what may fail open lapses;
+//! an Envoy that is seen to be gone is not waited for. This process: the same, by the kernel's clock. Told to stop, it captures
+//! nothing new, waits for the connections that go through redirects, and leaves the host as it was.
+
+pub mod client;
+pub mod keeper;
+pub mod probe;
+pub mod protocol;
+pub mod rules;
+pub mod server;
+
+/// Where the socket is.
+pub const SOCKET: &str = "/run/vmesh-net/net.sock";
+/// Where the state and the flag of the bypass are.
+pub const STATE_DIR: &str = "/var/lib/vmesh-net";

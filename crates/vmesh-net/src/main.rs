@@ -1,0 +1,171 @@
+//! `vmesh-net --agent-user vmesh-agent --envoy-user vmesh-envoy`
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tracing::{error, info, warn};
+use vmesh_capture::apply::{Backend, Tools};
+use vmesh_capture::facts::Places;
+use vmesh_capture::spec::{Account, Unit};
+use vmesh_daemon::report::{self, one_line};
+use vmesh_daemon::{Tasks, logs, signals, systemd};
+use vmesh_model::text::parse_duration;
+use vmesh_net::keeper::{Keeper, Options};
+use vmesh_net::probe::{self, Looks};
+use vmesh_net::protocol::Envoy;
+use vmesh_net::{SOCKET, STATE_DIR, rules, server};
+
+/// The privileged part of a vmesh node: keeps the host's capture rules as the agent wants them, and safe.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The user, by name or number, that may say what is captured; its own connections never are.
+    #[arg(long, value_name = "USER", default_value = "vmesh-agent")]
+    agent_user: Account,
+    /// Envoy's user, by name or number: its connections are never captured, or they would go round in circles.
+    #[arg(long, value_name = "USER", default_value = "vmesh-envoy")]
+    envoy_user: Account,
+    /// A systemd slice whose connections are never captured; it must never be empty while something is.
+    #[arg(long, value_name = "SLICE")]
+    slice: Vec<Unit>,
+    /// What changes the rules.
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: Chosen,
+    /// Where the agent asks.
+    #[arg(long, value_name = "PATH", default_value = SOCKET)]
+    socket: PathBuf,
+    /// Where the state and the flag of the bypass are.
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+    state_dir: PathBuf,
+    /// How long open connections are waited for before redirects are taken away.
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
+    drain: Duration,
+    /// error, warn, info, debug or trace.
+    #[arg(long, value_name = "LEVEL")]
+    log: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Chosen {
+    /// nftables where it works, else iptables.
+    Auto,
+    Nft,
+    Iptables,
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            _ = error.print();
+            return if error.use_stderr() { report::USAGE.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    if let Err(error) = logs::init(arguments.log.as_deref()) {
+        return report::refused(&error);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return report::failed(&error),
+    };
+    match runtime.block_on(run(arguments)) {
+        After::Exit(code) => code,
+        After::Again => {
+            drop(runtime);
+            again()
+        }
+    }
+}
+
+/// What is to be done once everything has ended.
+enum After {
+    Exit(ExitCode),
+    /// Become what is now in the place of this program: an upgrade, which takes no rule away.
+    Again,
+}
+
+fn again() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let program = arguments.next().unwrap_or_else(|| "vmesh-net".into());
+    report::failed(&std::process::Command::new(program).args(arguments).exec())
+}
+
+async fn run(arguments: Arguments) -> After {
+    let failed = |error: &(dyn std::error::Error + 'static)| After::Exit(report::failed(error));
+    let (terminated, mut reload) = match (signals::terminated(), signal(SignalKind::hangup())) {
+        (Ok(terminated), Ok(reload)) => (terminated, reload),
+        (Err(error), _) | (_, Err(error)) => return failed(&error),
+    };
+    let places = Places::default();
+    let user = async |account: &Account| places.user_id(account).await;
+    let (Some(agent), Some(envoy)) = (user(&arguments.agent_user).await, user(&arguments.envoy_user).await)
+    else {
+        error!(
+            "there is no user `{}` or `{}`: create both (systemd-sysusers), or name them with --agent-user and --envoy-user",
+            arguments.agent_user, arguments.envoy_user
+        );
+        return After::Exit(report::USAGE.into());
+    };
+    if let Err(error) = std::fs::create_dir_all(&arguments.state_dir) {
+        error!("could not create {}: {error}", arguments.state_dir.display());
+        return After::Exit(report::FAILURE.into());
+    }
+    let listener = match server::listen(&arguments.socket) {
+        Ok(listener) => listener,
+        Err(error) => return failed(&error),
+    };
+    let options = Options {
+        backend: match arguments.backend {
+            Chosen::Auto => None,
+            Chosen::Nft => Some(Backend::Nft),
+            Chosen::Iptables => Some(Backend::Iptables),
+        },
+        tools: Tools::default(),
+        places,
+        // Its own user is not among them: that it is captured like any other shows that a capture works.
+        users: [agent, envoy].into(),
+        slices: arguments.slice.into_iter().collect(),
+        state_dir: arguments.state_dir,
+        drain: arguments.drain,
+    };
+    let drain = options.drain;
+    let (told, seen) = watch::channel(Envoy::Unknown);
+    let (looks, look) = watch::channel(Looks::default());
+    let (ask, asked) = mpsc::channel(16);
+    let (changed, changes) = mpsc::channel(1);
+    let keeper = Keeper::start(options, seen, looks);
+    let mut tasks = Tasks::new();
+    tasks.spawn("envoy probe", probe::watch_envoy(look, told));
+    tasks.spawn("rules", rules::watch(changed));
+    tasks.spawn("socket", server::serve(listener, agent, ask));
+    tasks.spawn("watchdog", systemd::watchdog());
+    tasks.spawn_draining("keeper", |stop| keeper.run(asked, changes, stop));
+    let code = tokio::select! {
+        signal = terminated => {
+            info!("{signal}: taking the rules away");
+            ExitCode::SUCCESS
+        }
+        _ = reload.recv() => {
+            info!("SIGHUP: starting again, with the rules as they are");
+            return After::Again;
+        }
+        (name, result) = tasks.first_exit() => {
+            match result {
+                Ok(()) => error!("task `{name}` ended, which it never should: stopping"),
+                Err(died) => error!("task `{name}` failed: stopping: {}", one_line(&died)),
+            }
+            report::FAILURE.into()
+        }
+    };
+    let late = tasks.stop_within(2 * drain + Duration::from_secs(30)).await;
+    if !late.is_empty() {
+        warn!("still running and left behind: {}", late.join(", "));
+    }
+    After::Exit(code)
+}

@@ -1,0 +1,69 @@
+//! Whether Envoy takes what is redirected to it.
+//!
+//! Envoy closes a connection that is made to its capture ports themselves: they lead nowhere (the guard against loops). So
+//! that it does, and soon, shows that a worker of it runs. That the kernel alone takes a connection shows nothing: it does for
+//! an Envoy that is stopped, too.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
+
+use crate::protocol::Envoy;
+
+/// A virtual address that no name ever has, at a port that leads nowhere: captured along with the others, it shows that a
+/// capture works from end to end.
+pub const SELF_TEST: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(240, 0, 0, 0)), OUTBOUND_PORT);
+
+const EVERY: Duration = Duration::from_secs(1);
+const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
+/// On a machine that is out of breath an Envoy may take its time: this is no reason to bypass it.
+const CLOSES_WITHIN: Duration = Duration::from_secs(3);
+
+/// Which of the two ports to look at; none while nothing is captured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Looks {
+    pub outbound: bool,
+    pub inbound: bool,
+}
+
+/// Looks at the ports that `looks` has, once a second, and tells what it saw.
+pub async fn watch_envoy(mut looks: watch::Receiver<Looks>, told: watch::Sender<Envoy>) {
+    loop {
+        let at = *looks.borrow_and_update();
+        let mut seen = Envoy::Unknown;
+        for (wanted, port) in [(at.outbound, OUTBOUND_PORT), (at.inbound, INBOUND_PORT)] {
+            if wanted && matches!(seen, Envoy::Unknown | Envoy::Well) {
+                seen = look(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await;
+            }
+        }
+        told.send_replace(seen);
+        tokio::select! {
+            () = sleep(EVERY) => {}
+            changed = looks.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// Dials `address`, which Envoy is to close at once.
+pub async fn look(address: SocketAddr) -> Envoy {
+    let mut stream = match timeout(CONNECTS_WITHIN, TcpStream::connect(address)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => return Envoy::Gone,
+        // No route, no answer, no file descriptor: it is not served, and not known to be gone.
+        _ => return Envoy::Hangs,
+    };
+    let mut nothing = [0; 1];
+    match timeout(CLOSES_WITHIN, stream.read(&mut nothing)).await {
+        // Closed or reset.
+        Ok(Ok(0) | Err(_)) => Envoy::Well,
+        // Somebody else's port.
+        Ok(Ok(_)) => Envoy::Gone,
+        Err(_) => Envoy::Hangs,
+    }
+}

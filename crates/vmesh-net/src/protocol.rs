@@ -1,0 +1,160 @@
+//! What is asked and answered on the socket: one line of JSON each, an answer for each question, in order.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+use vmesh_capture::Spec;
+
+/// A line beyond this is refused: far above the spec of a host with ten thousand destinations.
+pub const MAX_LINE: usize = 4 << 20;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "ask", deny_unknown_fields)]
+pub enum Ask {
+    /// What there is. Whoever gets to the socket may ask.
+    Status,
+    /// What would be done for a spec, or for what is wanted now; changes nothing.
+    Plan { want: Option<Want> },
+    /// This is to be on the host. Said at each change and after each connect.
+    Want(Want),
+    /// The agent is well. Said every second: its silence lets redirects lapse.
+    Well,
+    /// What is on trial works, as far as whoever asks can see.
+    Confirm { trial: u64 },
+    /// It does not.
+    Revert { trial: u64, why: String },
+    /// What was taken back may be tried again.
+    Retry,
+}
+
+impl Ask {
+    /// Whether it changes nothing.
+    pub fn only_reads(&self) -> bool {
+        matches!(self, Ask::Status | Ask::Plan { .. })
+    }
+}
+
+/// What an agent wants.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Want {
+    pub spec: Spec,
+    /// Where Envoy and the agent listen.
+    pub ports: BTreeSet<u16>,
+    pub control_planes: BTreeSet<SocketAddr>,
+    /// Seconds that a trial may take before it is taken back.
+    pub confirm_within: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    Status(Box<Status>),
+    /// For people.
+    Plan(String),
+    Refused(String),
+}
+
+/// What is on the host, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    pub version: String,
+    /// What changes the rules here: `nft` or `iptables`.
+    pub backend: Option<String>,
+    pub state: State,
+    /// What is wanted now, without its endpoints.
+    pub spec: Spec,
+    pub virtual_addresses: usize,
+    pub real_addresses: usize,
+    /// The number of the trial that is under way.
+    pub trial: Option<u64>,
+    /// Seconds that it has left.
+    pub trial_ends_in: Option<u64>,
+    /// Why the last trial is not in force.
+    pub reverted: Option<String>,
+    pub envoy: Envoy,
+    pub redirects: Redirects,
+    /// Seconds since the agent last said that it is well.
+    pub agent_silent_for: Option<u64>,
+    pub drift: Drift,
+    /// What of the spec has no effect on this host.
+    pub notes: Vec<String>,
+    /// Why the host is not as it is wanted.
+    pub error: Option<String>,
+    /// Open connections through a redirect.
+    pub connections: usize,
+}
+
+impl Status {
+    /// Whether new connections go through Envoy now, of those that are meant to.
+    pub fn captures(&self) -> bool {
+        matches!(self.state, State::Trial | State::Confirmed)
+            && self.error.is_none()
+            && self.redirects != Redirects::Lapsed
+            && self.envoy == Envoy::Well
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Nothing is wanted, and nothing is there.
+    #[default]
+    Off,
+    /// Nothing new is captured; what was is left to end.
+    Leaving,
+    Trial,
+    Confirmed,
+    /// The flag of the bypass is there.
+    Bypassed,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::Off => "off",
+            State::Leaving => "leaving",
+            State::Trial => "on trial",
+            State::Confirmed => "confirmed",
+            State::Bypassed => "bypassed",
+        })
+    }
+}
+
+/// Whether Envoy takes the connections that are redirected to it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Envoy {
+    /// Nobody looked: nothing is captured.
+    #[default]
+    Unknown,
+    Well,
+    /// Nobody listens.
+    Gone,
+    /// The kernel takes connections, and nobody serves them.
+    Hangs,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Redirects {
+    /// There are none that could lapse.
+    #[default]
+    None,
+    Hold,
+    Lapsed,
+}
+
+/// Changes of our rules by others, mended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Drift {
+    pub count: u64,
+    pub seconds_ago: Option<u64>,
+    pub what: Vec<String>,
+    /// `firewalld (pid 812)`, where the kernel said who.
+    pub by: Option<String>,
+}
