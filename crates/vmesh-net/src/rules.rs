@@ -48,11 +48,12 @@ pub async fn watch(told: mpsc::Sender<Changed>) {
     }
 }
 
+#[expect(deprecated, reason = "what is registered is owned by what registers it, and closed after it")]
 fn open() -> io::Result<AsyncFd<OwnedFd>> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::NETFILTER))?;
     bind(&socket, &SocketAddrNetlink::new(0, GROUP))?;
-    AsyncFd::register(socket)
+    AsyncFd::new(socket)
 }
 
 async fn receive(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
