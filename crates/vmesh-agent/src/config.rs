@@ -11,14 +11,21 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
+use vmesh_capture::spec::{Outbound, Ports};
 use vmesh_daemon::fsx::{self, FileError};
 use vmesh_model::endpoint::{Address, Host};
 use vmesh_model::node::{self, Upstream, Upstreams};
 use vmesh_model::text::Time;
 use vmesh_model::{Labels, NodeName, Place, Problem, Protocol, ServiceName, load};
 
+use vmesh_dns::{Zone, table::Suffix};
+
+use crate::capture::settings::{self, Capture, Mode};
 use crate::health::Check;
 use crate::register::{Instance, OnStop, Plan, Register, Registry};
+
+/// Where the host's resolver asks for names, unless it is said otherwise.
+pub const DNS_PORT: u16 = 15053;
 
 /// Where the first workload's inbound listener is, unless it says otherwise; the others follow.
 pub const INBOUND_PORT: u16 = 15008;
@@ -33,8 +40,12 @@ pub struct Config {
     pub run_dir: PathBuf,
     pub envoy: Envoy,
     pub api: SocketAddr,
-    /// Accepted and not served yet.
+    /// Where the host's resolver asks for names of the mesh.
     pub dns: Option<SocketAddr>,
+    /// What these names end with, and how long they may be kept.
+    pub zone_of_names: Zone,
+    /// What reaches Envoy although nobody dials it.
+    pub capture: Capture,
     pub name: NodeName,
     pub address: Option<IpAddr>,
     pub zone: Option<Arc<str>>,
@@ -70,6 +81,11 @@ pub struct Envoy {
     pub drain: Time,
     /// `manage: child` only: Envoy goes on serving when the agent is stopped, and the next agent takes it over.
     pub keep_on_stop: bool,
+    /// `manage: systemd` only: where Envoy's supervisor keeps its sockets. With `manage: child` that is `run_dir`.
+    pub run_dir: PathBuf,
+    pub hot_restart: HotRestart,
+    /// An Envoy that answers nothing for so long is killed and started again.
+    pub hung_after: Time,
     /// Open downstream connections beyond this are refused, before memory or file descriptors run out.
     pub max_connections: u32,
     pub log_level: EnvoyLogLevel,
@@ -84,10 +100,27 @@ impl Default for Envoy {
             concurrency: None,
             drain: Time(Duration::from_secs(10)),
             keep_on_stop: false,
+            run_dir: "/run/vmesh-envoy".into(),
+            hot_restart: HotRestart::default(),
+            hung_after: Time(Duration::from_secs(60)),
             max_connections: 50_000,
             log_level: EnvoyLogLevel::default(),
             extra_args: Vec::new(),
         }
+    }
+}
+
+/// How one Envoy takes over from another.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HotRestart {
+    /// Connections that were open when another Envoy took over (a database's, a message queue's) may stay for so long.
+    pub parent_shutdown: Time,
+}
+
+impl Default for HotRestart {
+    fn default() -> Self {
+        HotRestart { parent_shutdown: Time(Duration::from_secs(600)) }
     }
 }
 
@@ -164,6 +197,11 @@ impl Config {
         self.run_dir.join("admin.sock")
     }
 
+    /// Where Envoy's supervisor says how Envoy is; with `manage: systemd`.
+    pub fn status_socket(&self) -> PathBuf {
+        self.envoy.run_dir.join("status.sock")
+    }
+
     /// The last configuration that Envoy accepted.
     pub fn cache(&self) -> PathBuf {
         self.state_dir.join("accepted.bin")
@@ -226,7 +264,9 @@ struct Written {
     #[serde(default)]
     registry: Registry,
     #[serde(default)]
-    capture: Capture,
+    capture: settings::Written,
+    #[serde(default)]
+    dns: Dns,
     log: Option<String>,
 }
 
@@ -278,18 +318,33 @@ enum WrittenUpstream {
     One(Upstream),
 }
 
+/// What the agent says of the names that it answers.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Capture {
-    outbound: CaptureMode,
-    inbound: CaptureMode,
+struct Dns {
+    suffix: Option<String>,
+    ttl: Option<Time>,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum CaptureMode {
-    Off,
-    #[default]
-    Explicit,
+impl Dns {
+    fn zone(&self, problems: &mut Problems) -> Zone {
+        let mut zone = Zone::default();
+        match self.suffix.as_deref().map(str::parse::<Suffix>) {
+            Some(Ok(suffix)) => zone.suffix = suffix,
+            Some(Err(wrong)) => problems.add("dns", format!("`dns.suffix`: {wrong}")),
+            None => {}
+        }
+        if let Some(ttl) = self.ttl {
+            match u32::try_from(ttl.0.as_secs()) {
+                Ok(seconds @ 1..=3600) if ttl.0.subsec_nanos() == 0 => {
+                    zone.ttl = seconds;
+                    zone.negative_ttl = seconds;
+                }
+                _ => problems.add("dns", "`dns.ttl` is from 1s to 1h, in whole seconds"),
+            }
+        }
+        zone
+    }
 }
 
 impl Written {
@@ -314,18 +369,36 @@ impl Written {
             },
         };
         let registrations = registrations(&self, name.as_ref(), problems);
-        let upstreams = upstreams(self.upstreams, self.capture.outbound, problems);
+        let mut capture =
+            self.capture.complete(|field, wrong| problems.add(field, format!("`{field}` {wrong}")));
+        let upstreams = upstreams(self.upstreams, &self.capture.outbound, problems);
         let workloads = match self.capture.inbound {
-            CaptureMode::Off => Vec::new(),
-            CaptureMode::Explicit => workloads(self.workloads, self.node.address, problems),
+            Mode::Off => Vec::new(),
+            Mode::Explicit => workloads(self.workloads, self.node.address, true, problems),
+            Mode::Transparent(_) => workloads(self.workloads, self.node.address, false, problems),
         };
+        if capture.inbound() {
+            let ports = workloads.iter().filter_map(|workload| Ports::range(workload.port, workload.port));
+            capture.spec.inbound.ports = ports.collect();
+            if workloads.is_empty() {
+                problems.add(
+                    "capture.inbound",
+                    "`capture.inbound` captures what workloads accept: there are no `workloads`",
+                );
+            }
+        }
+        let dns = self.listen.dns.map(|socket| socket.0);
+        let dns =
+            dns.or_else(|| capture.outbound().then_some(SocketAddr::from((Ipv4Addr::LOCALHOST, DNS_PORT))));
         let config = Config {
             control_planes: self.control_plane,
             state_dir: absolute(self.state_dir),
             run_dir: absolute(self.run_dir),
-            envoy: self.envoy,
+            envoy: Envoy { run_dir: absolute(self.envoy.run_dir), ..self.envoy },
             api: self.listen.api.0,
-            dns: self.listen.dns.map(|socket| socket.0),
+            dns,
+            zone_of_names: self.dns.zone(problems),
+            capture,
             name: name?,
             address: self.node.address,
             zone: self.node.zone,
@@ -341,7 +414,7 @@ impl Written {
     }
 }
 
-fn upstreams(written: Vec<WrittenUpstream>, mode: CaptureMode, problems: &mut Problems) -> Upstreams {
+fn upstreams(written: Vec<WrittenUpstream>, mode: &Mode<Outbound>, problems: &mut Problems) -> Upstreams {
     let mut declared = Vec::new();
     let mut all = false;
     for upstream in written {
@@ -357,9 +430,9 @@ fn upstreams(written: Vec<WrittenUpstream>, mode: CaptureMode, problems: &mut Pr
         );
     }
     match mode {
-        CaptureMode::Off => Upstreams::Declared(Vec::new()),
-        CaptureMode::Explicit if all => Upstreams::All,
-        CaptureMode::Explicit => Upstreams::Declared(declared),
+        Mode::Off => Upstreams::Declared(Vec::new()),
+        _ if all => Upstreams::All,
+        _ => Upstreams::Declared(declared),
     }
 }
 
@@ -421,6 +494,7 @@ fn is_path(path: &str) -> bool {
 fn workloads(
     written: Vec<WrittenWorkload>,
     address: Option<IpAddr>,
+    explicit: bool,
     problems: &mut Problems,
 ) -> Vec<node::Workload> {
     // Beyond loopback the inbound listener is plaintext in this version: that has to be spelled out with `listen`.
@@ -428,21 +502,21 @@ fn workloads(
     let mut workloads = Vec::new();
     for (index, workload) in written.into_iter().enumerate() {
         let port = u16::try_from(index).ok().and_then(|index| INBOUND_PORT.checked_add(index));
-        let Some(listen) =
-            workload.listen.map(|socket| socket.0).or(port.map(|port| SocketAddr::new(ip, port)))
-        else {
+        let listen = workload.listen.map(|socket| socket.0);
+        let listen = listen.or_else(|| port.filter(|_| explicit).map(|port| SocketAddr::new(ip, port)));
+        if explicit && listen.is_none() {
             problems.add(
                 "workloads",
                 format!("workload `{}` has no port left: give it a `listen`", workload.service),
             );
             continue;
-        };
+        }
         workloads.push(node::Workload {
             service: workload.service,
             port: workload.port.0,
             host: workload.host,
             protocol: workload.protocol,
-            listen: Some(listen),
+            listen,
         });
     }
     workloads
@@ -525,19 +599,6 @@ impl<'de> Deserialize<'de> for Port {
         match u16::deserialize(deserializer)? {
             0 => Err(de::Error::custom("port 0 is not a port: 1 to 65535")),
             port => Ok(Port(port)),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for CaptureMode {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match String::deserialize(deserializer)?.as_str() {
-            "off" => Ok(CaptureMode::Off),
-            "explicit" => Ok(CaptureMode::Explicit),
-            "transparent" => Err(de::Error::custom(
-                "`transparent` capture is not in this version: write `explicit` and dial the `listen` of each upstream",
-            )),
-            other => Err(de::Error::custom(format!("`{other}` is not a capture mode: `off` or `explicit`"))),
         }
     }
 }
@@ -627,15 +688,16 @@ impl<'de> Deserialize<'de> for WrittenUpstream {
             type Value = WrittenUpstream;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an upstream, as {service: payments, listen: \"127.0.0.1:9001\"}")
+                f.write_str("an upstream, as {service: payments, listen: \"127.0.0.1:9001\"} or `payments`")
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<WrittenUpstream, E> {
                 match text {
                     "*" => Ok(WrittenUpstream::All),
-                    name => Err(E::custom(format!(
-                        "an upstream has a local port: {{service: {name}, listen: \"127.0.0.1:9001\"}}; only \"*\" has none"
-                    ))),
+                    name => match name.parse() {
+                        Ok(service) => Ok(WrittenUpstream::One(Upstream { service, listen: None })),
+                        Err(wrong) => Err(E::custom(wrong)),
+                    },
                 }
             }
 
@@ -746,11 +808,54 @@ log: debug
                 r#"agent.yaml:1:17: `control_plane`: `http://10.0.0.5:15010` is plaintext and leaves this host: anybody on the way can read and change the configuration. If that is acceptable, write {address: "http://10.0.0.5:15010", insecure: true}"#
             ]],
         );
+    }
+
+    #[test]
+    fn transparent_alone_is_what_changes_least() {
+        let config = parse(&format!(
+            "{SMALL}capture: {{outbound: transparent, inbound: transparent}}\nupstreams: [payments]\n\
+             workloads: [{{service: web, port: 8080}}]"
+        ))
+        .unwrap();
+        assert_eq!(config.capture.spec.outbound.capture, vmesh_capture::spec::Outward::Vip);
+        assert_eq!(config.capture.spec.inbound.capture, vmesh_capture::spec::Inward::Redirect);
+        assert!(config.capture.spec.inbound.ports.iter().all(|ports| ports.contains(8080)));
+        assert_eq!(config.workloads[0].listen, None);
+        assert_eq!(config.dns.unwrap().to_string(), "127.0.0.1:15053");
+        let config = parse(&format!(
+            "{SMALL}capture: {{outbound: {{capture: addresses, percent: 5, dial: {{units: {{app.service: 50}}}}}}, \
+             dead_man: {{timeout: 5s}}, confirm: {{by: operator, within: 2m}}}}\ndns: {{suffix: Mesh.Example, ttl: 2s}}"
+        ))
+        .unwrap();
+        assert_eq!(config.capture.confirm.by, settings::Confirmer::Operator);
+        assert_eq!(config.capture.spec.outbound.percent.get(), 5);
+        assert_eq!(config.zone_of_names.suffix.as_str(), "mesh.example");
+    }
+
+    #[test]
+    fn what_cannot_be_captured_is_refused_with_the_place() {
         refused(
-            &format!("{SMALL}capture: {{outbound: transparent}}"),
-            expect![
-                "agent.yaml:2:21: `outbound`: `transparent` capture is not in this version: write `explicit` and dial the `listen` of each upstream"
-            ],
+            &format!(
+                "{SMALL}capture: {{outbound: all, inbound: {{capture: tproxi}}, dead_man: {{timeout: 1s}}}}"
+            ),
+            expect![[r#"
+                agent.yaml:2:21: `outbound`: `all` is not a capture mode: `off`, `explicit`, `transparent`, or a map as {capture: addresses, percent: 5}
+                agent.yaml:2:45: `capture`: `tproxi` is not known here, did you mean `tproxy`?
+                agent.yaml:2:74: `timeout`: 1s is not from 3s to 10m, in whole seconds"#]],
+        );
+        refused(
+            &format!(
+                "{SMALL}capture: {{outbound: {{percent: 5, vips: [\"240.0.0.1:80\"]}}, inbound: {{capture: redirect, ports: [80]}}, \
+                 confirm: {{within: 1s}}}}\ndns: {{suffix: local, ttl: 2h}}"
+            ),
+            expect![[r#"
+                agent.yaml: `capture.outbound` says neither `vip`, `addresses` nor `all`: what is to be captured?
+                agent.yaml: `capture.outbound` has `vips` or `addresses`: these come from the control plane
+                agent.yaml: `capture.inbound` has `ports`: these are the workloads'
+                agent.yaml: `capture.confirm` is `within` less than 5s or more than 1h
+                agent.yaml: `capture.inbound` captures what workloads accept: there are no `workloads`
+                agent.yaml: `dns.suffix`: `local` cannot be the suffix of names: resolvers ask the local network for `local`, by multicast (RFC 6762); built in is `mesh`
+                agent.yaml: `dns.ttl` is from 1s to 1h, in whole seconds"#]],
         );
     }
 
@@ -764,7 +869,6 @@ log: debug
                 agent.yaml:3:15: `api`: `localhost` is not an IP address and a port, as "127.0.0.1:9001"
                 agent.yaml:4:17: `manage`: expected one of `systemd` or `child`, found `docker`
                 agent.yaml:4:32: `drain`: `5` is not a duration: a number and a unit, such as 250ms, 2s, 1m30s or 1h
-                agent.yaml:5:13: `upstreams`: an upstream has a local port: {service: payments, listen: "127.0.0.1:9001"}; only "*" has none
                 agent.yaml:6:23: `service`: `a b` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
                 agent.yaml:6:34: `port`: port 0 is not a port: 1 to 65535"#]],
         );

@@ -44,6 +44,7 @@ pub fn metadata(config: &Config, build: &str) -> Value {
         "labels": config.labels,
         "workloads": config.workloads,
         "upstreams": upstreams,
+        "capture": config.capture.report(),
         "build": build,
     })
 }
@@ -127,6 +128,7 @@ upstreams: [{service: payments, listen: "127.0.0.1:9001"}]
                   "listen": "127.0.0.1:9001"
                 }
               ],
+              "capture": {},
               "build": "vmesh-agent/0 envoy/1"
             }"#]]
         .assert_eq(&shown);

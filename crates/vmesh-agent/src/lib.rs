@@ -10,6 +10,9 @@
 //! | `cache`           | what Envoy accepted, 200 ms after it did       | `accepted.bin`                       |
 //! | `envoy`           | the first configuration, Envoy's end, a timer  | `watch<envoy::Status>`               |
 //! | `envoy output`    | a line from Envoy                              | our log                              |
+//! | `capture`         | destinations, vmesh-net's word, a second's tick | `watch<capture::Status>`, to vmesh-net |
+//! | `names`           | destinations, whether they are captured        | the names that `dns` answers         |
+//! | `dns`             | queries                                        | answers                              |
 //! | `api`             | HTTP requests                                  | `/status`, `/metrics`, `/readyz`     |
 //!
 //! Workloads that register themselves have tasks of their own: see [`register`]. They end before the others do.
@@ -19,7 +22,10 @@
 
 pub mod bootstrap;
 pub mod cache;
+pub mod capture;
 pub mod config;
+pub mod destinations;
+pub mod dns;
 pub mod envoy;
 pub mod health;
 pub mod identity;
@@ -80,6 +86,8 @@ pub enum StartError {
     Relay(#[from] relay::RelayError),
     #[error(transparent)]
     Envoy(#[from] envoy::EnvoyError),
+    #[error(transparent)]
+    Dns(#[from] dns::DnsError),
 }
 
 impl Agent {
@@ -104,7 +112,14 @@ impl Agent {
         let withdraws = config.withdraws_on_stop();
         let (registrations, registered) =
             register::spawn(&config.registrations, &config.registry, &config.run_dir, withdraws);
+        let (destinations, reached) = watch::channel(Arc::default());
+        let (capture, captured) = watch::channel(capture::Status::default());
+        let queries = Arc::default();
         let known = status::Known {
+            capture: captured.clone(),
+            destinations: reached.clone(),
+            zone: config.zone_of_names.clone(),
+            queries: Arc::clone(&queries),
             node: config.name.shared(),
             control_plane: control_plane_status,
             accepted: accepted_status,
@@ -114,8 +129,18 @@ impl Agent {
         let (has_config, config_is_there) = watch::channel(false);
         let build = identity::build(identity::envoy_version(&config.envoy.path).await.as_deref());
         let node = identity::node(&config, &build);
-        relay::spawn(&mut tasks, &config, node, relay::Published { control_plane, accepted, has_config })?;
+        relay::spawn(
+            &mut tasks,
+            &config,
+            node,
+            relay::Published { control_plane, accepted, has_config, destinations },
+        )?;
         envoy::spawn(&mut tasks, &config, envoy, config_is_there)?;
+        capture::spawn(&mut tasks, config.clone(), reached.clone(), capture);
+        if let Some(address) = config.dns {
+            let zone = config.zone_of_names.clone();
+            dns::spawn(&mut tasks, address, zone, reached, captured, queries).await?;
+        }
         tasks.spawn_draining("api", |stop| status::serve(api, known.clone(), stop));
         tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());
         Ok(Agent { tasks, registrations, known, lock })

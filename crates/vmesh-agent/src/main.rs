@@ -140,6 +140,17 @@ fn summary(config: &Config) -> String {
             }
         }
     }
+    let capture = &config.capture;
+    if capture.outbound() || capture.inbound() {
+        let json = serde_json::to_string(&capture.spec).unwrap_or_default();
+        line("captured", format!("{json}, by vmesh-net at {}", capture.socket.display()));
+        if config.upstreams == vmesh_model::node::Upstreams::Declared(Vec::new()) && capture.outbound() {
+            line("", "no upstreams: nothing is captured but what `Node` documents add; `upstreams: [\"*\"]` is all".to_owned());
+        }
+    }
+    if let Some(dns) = config.dns {
+        line("names", format!("below {}, answered at {dns}", config.zone_of_names.suffix));
+    }
     line("reports as", identity::build(None));
     text
 }

@@ -26,6 +26,7 @@ use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, SessionStatus, St
 
 use crate::cache;
 use crate::config::{Config, ControlPlane};
+use crate::destinations::{self, Destinations};
 use crate::reports;
 use crate::retry::{Backoff, Dice};
 use crate::status::{AcceptedStatus, ControlPlaneStatus};
@@ -58,11 +59,17 @@ pub struct Published {
     pub accepted: watch::Sender<AcceptedStatus>,
     /// Whether there is something to serve.
     pub has_config: watch::Sender<bool>,
+    /// Where services are reached, as far as Envoy listens for it.
+    pub destinations: watch::Sender<Arc<Destinations>>,
 }
 
 pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Published) -> Result<(), RelayError> {
     let listener = listen(&config.xds_socket())?;
-    let relay = restore(config, node.clone(), &published.accepted);
+    let mut relay = restore(config, node.clone(), &published.accepted);
+    if config.capture.outbound() {
+        relay.take_local(|resource| destinations::decode(resource).map(drop));
+    }
+    published.destinations.send_replace(Arc::new(destinations::destinations(relay.accepted())));
     let hub = Hub::new();
     let (said, downstream) = mpsc::unbounded_channel();
     let admission = Local { hub: hub.clone(), said, streams: AtomicU64::new(0) };
@@ -452,6 +459,14 @@ impl Driver {
         self.publish();
         if self.relay.accepted_revision() != self.revision {
             self.revision = self.relay.accepted_revision();
+            let now = destinations::destinations(self.relay.accepted());
+            self.published.destinations.send_if_modified(|known| {
+                let differs = **known != now;
+                if differs {
+                    *known = Arc::new(now);
+                }
+                differs
+            });
             self.save_at.get_or_insert_with(|| Instant::now() + SAVES_AFTER);
         }
         let alone = !self.relay.is_connected() && !self.clients.is_empty();

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::State;
@@ -22,6 +24,12 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use vmesh_daemon::{Stop, metrics};
 
+use vmesh_dns::Zone;
+use vmesh_dns::server::Counts;
+
+use crate::capture;
+use crate::destinations::Destinations;
+use crate::dns;
 use crate::envoy;
 use crate::register::{self, Registered};
 
@@ -64,6 +72,11 @@ pub struct Known {
     pub control_plane: watch::Receiver<ControlPlaneStatus>,
     pub accepted: watch::Receiver<AcceptedStatus>,
     pub envoy: watch::Receiver<envoy::Status>,
+    pub capture: watch::Receiver<capture::Status>,
+    pub destinations: watch::Receiver<Arc<Destinations>>,
+    pub zone: Zone,
+    /// What became of queries for names.
+    pub queries: Arc<Counts>,
     /// One for each workload and registry.
     pub registered: Arc<[watch::Receiver<Registered>]>,
 }
@@ -105,6 +118,7 @@ pub fn router(known: Known) -> Router {
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/status", get(status))
+        .route("/names", get(names))
         .route("/metrics", get(async move || metrics::response(&registry)))
         .with_state(known)
 }
@@ -130,8 +144,20 @@ async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
         "control_plane": *known.control_plane.borrow(),
         "accepted": *known.accepted.borrow(),
         "envoy": *known.envoy.borrow(),
+        "capture": *known.capture.borrow(),
         "registered": known.registered.iter().map(|one| one.borrow().clone()).collect::<Vec<_>>(),
     }))
+}
+
+/// What each name means now: `{"orders.mesh": ["240.17.3.9"]}`.
+async fn names(State(known): State<Known>) -> Json<BTreeMap<String, Vec<IpAddr>>> {
+    let table = dns::table(&known.zone, &known.destinations.borrow(), known.capture.borrow().captures);
+    let named = table.iter().map(|(name, addresses)| {
+        let v4 = addresses.v4.iter().copied().map(IpAddr::from);
+        let all = v4.chain(addresses.v6.iter().copied().map(IpAddr::from));
+        (format!("{name}.{}", known.zone.suffix), all.collect())
+    });
+    Json(named.collect())
 }
 
 /// Read at each scrape from what the tasks publish: there is no second place that could say something else.
@@ -161,6 +187,34 @@ impl Collector for Known {
         gauge("vmesh_agent_registrations_failing", "Registrations that a registry does not take", failing)?;
         let live = f64::from(u8::from(envoy.state == envoy::State::Live));
         gauge("vmesh_agent_envoy_live", "Whether Envoy is live", live)?;
+        let capture = self.capture.borrow().clone();
+        if capture.wanted {
+            let captures = f64::from(u8::from(capture.captures));
+            gauge("vmesh_agent_capture_active", "Whether connections are captured now", captures)?;
+            let net = capture.net.unwrap_or_default();
+            let trial = f64::from(u8::from(net.trial.is_some()));
+            gauge(
+                "vmesh_agent_capture_on_trial",
+                "Whether a change of capture waits to be confirmed",
+                trial,
+            )?;
+            let reverted = f64::from(u8::from(net.reverted.is_some()));
+            gauge("vmesh_agent_capture_reverted", "Whether a change of capture was taken back", reverted)?;
+            let bypassed = f64::from(u8::from(net.state == vmesh_net::protocol::State::Bypassed));
+            gauge(
+                "vmesh_agent_capture_bypassed",
+                "Whether the host is out of the mesh by its bypass",
+                bypassed,
+            )?;
+            let drift = net.drift.count as f64;
+            gauge(
+                "vmesh_agent_capture_drift",
+                "Changes of vmesh's rules by others, mended since vmesh-net began",
+                drift,
+            )?;
+            let connections = net.connections as f64;
+            gauge("vmesh_agent_capture_connections", "Open connections through a redirect", connections)?;
+        }
         let mut counter = |name: &str, help: &str, value: u64| {
             ConstCounter::new(value).encode(encoder.encode_descriptor(
                 name,
@@ -171,6 +225,12 @@ impl Collector for Known {
         };
         counter("vmesh_agent_rejections", "Configurations that Envoy rejected", accepted.rejections)?;
         counter("vmesh_agent_envoy_restarts", "How often Envoy ended by itself", envoy.restarts)?;
+        if !self.destinations.borrow().is_empty() {
+            let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+            let (udp, tcp) = (count(&self.queries.udp), count(&self.queries.tcp));
+            counter("vmesh_agent_dns_queries", "Questions for names", udp + tcp)?;
+            counter("vmesh_agent_dns_dropped", "Questions that got no answer", count(&self.queries.dropped))?;
+        }
         let help = "Resources that Envoy accepted";
         let mut family =
             encoder.encode_descriptor("vmesh_agent_accepted_resources", help, None, MetricType::Gauge)?;
@@ -194,7 +254,7 @@ pub(crate) fn epoch_seconds<S: Serializer>(time: &SystemTime, serializer: S) -> 
     serializer.serialize_u64(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
 }
 
-fn optional_epoch_seconds<S: Serializer>(
+pub(crate) fn optional_epoch_seconds<S: Serializer>(
     time: &Option<SystemTime>,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {

@@ -1,0 +1,90 @@
+//! What of the host's connections is to go through Envoy: decided here, without privileges; made so by `vmesh-net`.
+//!
+//! ```text
+//! agent.yaml + Destinations --(wanted)--> Want --(net.sock)--> vmesh-net --> the kernel
+//! ```
+//!
+//! The task `capture` says what is wanted at each change, says every second that the agent is well, and when a change is on
+//! trial looks whether the host still works, and confirms it if it does. See [`probes`].
+
+pub mod probes;
+pub mod settings;
+mod task;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use vmesh_capture::spec::Destination;
+use vmesh_model::node::Upstreams;
+use vmesh_net::protocol::Want;
+
+use crate::config::Config;
+use crate::destinations::Destinations;
+
+pub use task::{Status, spawn};
+
+/// What this host is to capture.
+pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTreeSet<SocketAddr>) -> Want {
+    let mut spec = config.capture.spec.clone();
+    if config.capture.outbound() {
+        for destination in destinations.values() {
+            spec.outbound.vips.extend(&destination.virtual_addresses);
+            let own = Destination { percent: destination.percent, on_loss: destination.on_loss };
+            spec.outbound.addresses.extend(destination.captured.iter().map(|address| (*address, own)));
+        }
+    }
+    Want {
+        spec,
+        ports: ports(config),
+        control_planes,
+        confirm_within: u32::try_from(config.capture.confirm.within.0.as_secs()).unwrap_or(u32::MAX),
+    }
+}
+
+/// Where the agent and Envoy listen, beside the ports of capture.
+fn ports(config: &Config) -> BTreeSet<u16> {
+    let mut ports: BTreeSet<u16> = [config.api.port()].into();
+    ports.extend(config.dns.map(|dns| dns.port()));
+    ports.extend(config.workloads.iter().filter_map(|workload| workload.listen).map(|listen| listen.port()));
+    if let Upstreams::Declared(upstreams) = &config.upstreams {
+        ports.extend(upstreams.iter().filter_map(|upstream| upstream.listen).map(|listen| listen.port()));
+    }
+    ports
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use expect_test::expect;
+
+    use super::*;
+    use crate::destinations;
+
+    fn wanted_by(capture: &str) -> String {
+        let text = format!(
+            "control_plane: [\"http://127.0.0.1:15010\"]\nupstreams: [\"*\"]\nworkloads: [{{service: web, port: 8080}}]\n{capture}"
+        );
+        let config = Config::parse("agent.yaml", text.as_bytes(), "web-17").unwrap();
+        let orders = destinations::Destination {
+            virtual_addresses: ["240.0.0.1:80".parse().unwrap()].into(),
+            captured: ["10.0.1.11:8080".parse().unwrap()].into(),
+            percent: vmesh_capture::spec::Percent::new(25),
+            ..Default::default()
+        };
+        let all = [(Arc::from("orders"), orders)].into();
+        let want = wanted(&config, &all, ["10.0.0.5:15010".parse().unwrap()].into());
+        serde_json::to_string(&want).unwrap()
+    }
+
+    #[test]
+    fn what_is_wanted_is_the_configuration_and_what_the_control_plane_adds() {
+        expect![[r#"{"spec":{"outbound":{"capture":"addresses","vips":["240.0.0.1:80"],"addresses":{"10.0.1.11:8080":{"percent":25}},"percent":50,"on_loss":"open","include":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"exclude":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"dial":{"users":{},"groups":{},"units":{}}},"inbound":{"capture":"off","ports":[],"strict":[],"on_loss":"open","exclude":{"cidrs":[],"interfaces":[]}},"dead_man":{"timeout":"30s"}},"ports":[15008,15020,15053],"control_planes":["10.0.0.5:15010"],"confirm_within":60}"#]].assert_eq(&wanted_by("capture: {outbound: {capture: addresses, percent: 50}}"));
+        expect![[r#"{"spec":{"outbound":{"capture":"off","vips":[],"addresses":{},"percent":100,"on_loss":"open","include":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"exclude":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"dial":{"users":{},"groups":{},"units":{}}},"inbound":{"capture":"tproxy","ports":["8080"],"strict":["8080"],"on_loss":"open","exclude":{"cidrs":[],"interfaces":[]}},"dead_man":{"timeout":"30s"}},"ports":[15020],"control_planes":["10.0.0.5:15010"],"confirm_within":60}"#]].assert_eq(&wanted_by("capture: {inbound: {capture: tproxy, strict: [8080]}}"));
+    }
+
+    #[test]
+    fn nothing_is_wanted_where_nothing_is_to_be_captured() {
+        expect![[r#"{"spec":{"outbound":{"capture":"off","vips":[],"addresses":{},"percent":100,"on_loss":"open","include":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"exclude":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"dial":{"users":{},"groups":{},"units":{}}},"inbound":{"capture":"off","ports":[],"strict":[],"on_loss":"open","exclude":{"cidrs":[],"interfaces":[]}},"dead_man":{"timeout":"30s"}},"ports":[15008,15020],"control_planes":["10.0.0.5:15010"],"confirm_within":60}"#]].assert_eq(&wanted_by(""));
+    }
+}

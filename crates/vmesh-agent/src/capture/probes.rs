@@ -1,0 +1,182 @@
+//! Whether a host still works after a change of what it captures. What worked before has to work now; what did not is no
+//! argument against the change.
+//!
+//! | probe | asks |
+//! |---|---|
+//! | `control plane` | for a new connection to each control plane: one has to be had |
+//! | `dns` | the agent's own server, over UDP, for the zone of its names |
+//! | `resolver` | the host's first name server, for `localhost.`: any answer is one |
+//!
+//! That Envoy serves its ports, that a connection to a virtual address comes to it, and that SSH sessions live is seen by
+//! `vmesh-net` itself, which believes nobody in this.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::net::{TcpStream, UdpSocket, lookup_host};
+use tokio::time::timeout;
+
+use crate::config::Config;
+
+const WITHIN: Duration = Duration::from_secs(2);
+/// Datagrams get lost.
+const TRIES: usize = 2;
+
+/// What each probe found: nothing wrong, or what.
+pub type Found = BTreeMap<&'static str, Result<(), String>>;
+
+/// Runs all probes.
+pub async fn all(config: &Config) -> Found {
+    let (control_plane, dns, resolver) = tokio::join!(control_plane(config), dns(config), resolver());
+    let mut found = Found::from([("control plane", control_plane)]);
+    found.extend(dns.map(|dns| ("dns", dns)));
+    found.extend(resolver.map(|resolver| ("resolver", resolver)));
+    found
+}
+
+/// What works no more: `control plane: ...; dns: ...`.
+pub fn worse(before: &Found, now: &Found) -> Option<String> {
+    let lost = now.iter().filter_map(|(probe, found)| {
+        let why = found.as_ref().err()?;
+        let worked = before.get(probe).is_none_or(Result::is_ok);
+        worked.then(|| format!("{probe}: {why}"))
+    });
+    let lost: Vec<_> = lost.collect();
+    (!lost.is_empty()).then(|| lost.join("; "))
+}
+
+async fn control_plane(config: &Config) -> Result<(), String> {
+    let mut wrong = Vec::new();
+    for control_plane in &config.control_planes {
+        let address = control_plane.address.to_string();
+        match within(TcpStream::connect(&address)).await {
+            Ok(_) => return Ok(()),
+            Err(why) => wrong.push(format!("{address}: {why}")),
+        }
+    }
+    Err(format!("no connection to any control plane: {}", wrong.join("; ")))
+}
+
+async fn dns(config: &Config) -> Option<Result<(), String>> {
+    let server = config.dns?;
+    Some(answers(server, config.zone_of_names.suffix.as_str()).await)
+}
+
+async fn resolver() -> Option<Result<(), String>> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let server = first_server(&text)?;
+    Some(answers(SocketAddr::new(server, 53), "localhost").await)
+}
+
+/// The first `nameserver` of a resolv.conf(5).
+fn first_server(text: &str) -> Option<IpAddr> {
+    text.lines().find_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok())
+}
+
+/// Whether a server says anything at all about a name.
+async fn answers(server: SocketAddr, name: &str) -> Result<(), String> {
+    let mut last = String::new();
+    for _ in 0..TRIES {
+        match within(exchange(server, name)).await {
+            Ok(()) => return Ok(()),
+            Err(why) => last = why,
+        }
+    }
+    Err(format!("{server} does not answer: {last}"))
+}
+
+async fn exchange(server: SocketAddr, name: &str) -> std::io::Result<()> {
+    let local: IpAddr =
+        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind(SocketAddr::new(local, 0)).await?;
+    socket.connect(server).await?;
+    let query = query(name);
+    socket.send(&query).await?;
+    let mut answer = [0; 512];
+    loop {
+        let len = socket.recv(&mut answer).await?;
+        // Ours, by its number, and a response.
+        if len >= 12
+            && answer.first_chunk::<2>() == query.first_chunk::<2>()
+            && answer.get(2).is_some_and(|flags| flags & 0x80 != 0)
+        {
+            return Ok(());
+        }
+    }
+}
+
+/// A question for the A record of `name` (RFC 1035 section 4.1).
+fn query(name: &str) -> Vec<u8> {
+    const ID: [u8; 2] = *b"vm";
+    // Recursion desired; one question.
+    let mut query = [&ID[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
+    for label in name.split('.').filter(|label| !label.is_empty()) {
+        query.push(u8::try_from(label.len()).unwrap_or_default());
+        query.extend(label.as_bytes());
+    }
+    query.extend([0, 0, 1, 0, 1]);
+    query
+}
+
+async fn within<T>(work: impl Future<Output = std::io::Result<T>>) -> Result<T, String> {
+    match timeout(WITHIN, work).await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("nothing within {} s", WITHIN.as_secs())),
+    }
+}
+
+/// The addresses of the control planes, which are never captured.
+pub async fn control_plane_addresses(config: &Config) -> std::collections::BTreeSet<SocketAddr> {
+    let mut addresses = std::collections::BTreeSet::new();
+    for control_plane in &config.control_planes {
+        if let Ok(found) = within(lookup_host(control_plane.address.to_string())).await {
+            addresses.extend(found);
+        }
+    }
+    addresses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_worked_before_can_get_worse() {
+        let ill = || Err("refused".to_owned());
+        let before = Found::from([("control plane", ill()), ("dns", Ok(()))]);
+        assert_eq!(worse(&before, &before), None);
+        assert_eq!(worse(&before, &[("dns", ill())].into()).unwrap(), "dns: refused");
+        assert_eq!(worse(&Found::new(), &[("resolver", ill())].into()).unwrap(), "resolver: refused");
+    }
+
+    #[test]
+    fn the_first_name_server_is_found() {
+        assert_eq!(
+            first_server("# nameserver 1.1.1.1\nsearch a\n nameserver\t10.0.0.2\nnameserver 10.0.0.3"),
+            "10.0.0.2".parse().ok()
+        );
+        assert_eq!(first_server("options edns0"), None);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_answers_anything_answers_and_a_closed_port_does_not() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = server.local_addr().unwrap();
+        let refuse = async {
+            let mut query = [0; 512];
+            let (len, from) = server.recv_from(&mut query).await.unwrap();
+            // Something that is no response comes first.
+            server.send_to(&query[..len], from).await.unwrap();
+            query[2] |= 0x80;
+            query[3] = 5;
+            server.send_to(&query[..len], from).await.unwrap();
+        };
+        let (answered, ()) = tokio::join!(answers(address, "mesh"), refuse);
+        assert_eq!(answered, Ok(()));
+        drop(server);
+        assert!(answers(address, "mesh").await.unwrap_err().contains("does not answer"));
+    }
+}

@@ -1,0 +1,199 @@
+//! `capture:` of `agent.yaml`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+use vmesh_capture::Spec;
+use vmesh_capture::spec::{DeadMan, Inbound, Inward, Outbound, Outward};
+use vmesh_model::node;
+use vmesh_model::text::Time;
+
+/// How connections reach Envoy that nobody made to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capture {
+    /// Without what control planes and workloads add: see [`super::wanted`].
+    pub spec: Spec,
+    pub confirm: Confirm,
+    /// Where vmesh-net is.
+    pub socket: PathBuf,
+}
+
+impl Capture {
+    pub fn outbound(&self) -> bool {
+        self.spec.outbound.capture != Outward::Off
+    }
+
+    pub fn inbound(&self) -> bool {
+        self.spec.inbound.capture != Inward::Off
+    }
+
+    /// What control planes are told.
+    pub fn report(&self) -> node::Capture {
+        node::Capture {
+            outbound: match self.spec.outbound.capture {
+                Outward::Off => None,
+                Outward::Vip => Some(node::Outward::Vip),
+                Outward::Addresses => Some(node::Outward::Addresses),
+                Outward::All => Some(node::Outward::All),
+            },
+            inbound: match self.spec.inbound.capture {
+                Inward::Off => None,
+                Inward::Redirect => Some(node::Inward::Redirect),
+                Inward::Tproxy => Some(node::Inward::Tproxy),
+            },
+        }
+    }
+}
+
+/// Who says that a host still works after a change of what it captures, and by when.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Confirm {
+    pub by: Confirmer,
+    pub within: Time,
+}
+
+impl Default for Confirm {
+    fn default() -> Self {
+        Confirm { by: Confirmer::default(), within: Time(Duration::from_secs(60)) }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Confirmer {
+    /// The agent's own probes.
+    #[default]
+    Probes,
+    /// Somebody who runs `vmeshctl capture confirm`.
+    Operator,
+}
+
+/// `capture:` as it is written.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Written {
+    pub(crate) outbound: Mode<Outbound>,
+    pub(crate) inbound: Mode<Inbound>,
+    dead_man: DeadMan,
+    confirm: Confirm,
+    socket: PathBuf,
+}
+
+impl Default for Written {
+    fn default() -> Self {
+        Written {
+            outbound: Mode::default(),
+            inbound: Mode::default(),
+            dead_man: DeadMan::default(),
+            confirm: Confirm::default(),
+            socket: vmesh_net::SOCKET.into(),
+        }
+    }
+}
+
+impl Written {
+    /// What of it stands in contradiction goes to `problem`, with the field.
+    pub(crate) fn complete(&self, mut problem: impl FnMut(&str, &str)) -> Capture {
+        let mut spec = Spec { dead_man: self.dead_man, ..Spec::default() };
+        if let Mode::Transparent(outbound) = &self.outbound {
+            spec.outbound = (**outbound).clone();
+            if spec.outbound.capture == Outward::Off {
+                problem(
+                    "capture.outbound",
+                    "says neither `vip`, `addresses` nor `all`: what is to be captured?",
+                );
+            }
+            if !(spec.outbound.vips.is_empty() && spec.outbound.addresses.is_empty()) {
+                problem("capture.outbound", "has `vips` or `addresses`: these come from the control plane");
+            }
+        }
+        if let Mode::Transparent(inbound) = &self.inbound {
+            spec.inbound = (**inbound).clone();
+            if spec.inbound.capture == Inward::Off {
+                problem("capture.inbound", "says neither `redirect` nor `tproxy`: how is it to be captured?");
+            }
+            if !spec.inbound.ports.is_empty() {
+                problem("capture.inbound", "has `ports`: these are the workloads'");
+            }
+        }
+        if !(5..=3600).contains(&self.confirm.within.0.as_secs()) {
+            problem("capture.confirm", "is `within` less than 5s or more than 1h");
+        }
+        Capture { spec, confirm: self.confirm.clone(), socket: self.socket.clone() }
+    }
+}
+
+/// One direction: `off`, `explicit`, `transparent`, or how transparent in a map.
+#[derive(Debug, Default)]
+pub(crate) enum Mode<T> {
+    Off,
+    #[default]
+    Explicit,
+    Transparent(Box<T>),
+}
+
+/// What `transparent` alone means: what changes least.
+pub(crate) trait Least {
+    const EXAMPLE: &'static str;
+    fn least() -> Self;
+}
+
+impl Least for Outbound {
+    const EXAMPLE: &'static str = "{capture: addresses, percent: 5}";
+    fn least() -> Self {
+        Outbound { capture: Outward::Vip, ..Outbound::default() }
+    }
+}
+
+impl Least for Inbound {
+    const EXAMPLE: &'static str = "{capture: tproxy}";
+    fn least() -> Self {
+        Inbound { capture: Inward::Redirect, ..Inbound::default() }
+    }
+}
+
+impl<'de, T: Least + Deserialize<'de>> Deserialize<'de> for Mode<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either<T>(std::marker::PhantomData<T>);
+
+        impl<'de, T: Least + Deserialize<'de>> Visitor<'de> for Either<T> {
+            type Value = Mode<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a capture mode: `off`, `explicit`, `transparent`, or a map as {}", T::EXAMPLE)
+            }
+
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<Mode<T>, E> {
+                // YAML 1.1 has it that `off` is `false`, and some tools write it so.
+                if on {
+                    Err(de::Error::invalid_value(de::Unexpected::Bool(on), &self))
+                } else {
+                    Ok(Mode::Off)
+                }
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Mode<T>, E> {
+                match text {
+                    "off" => Ok(Mode::Off),
+                    "explicit" => Ok(Mode::Explicit),
+                    "transparent" => Ok(Mode::Transparent(Box::new(T::least()))),
+                    other => Err(E::custom(format!(
+                        "`{other}` is not a capture mode: `off`, `explicit`, `transparent`, or a map as {}",
+                        T::EXAMPLE
+                    ))),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Mode<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(|how| Mode::Transparent(Box::new(how)))
+            }
+        }
+
+        deserializer.deserialize_any(Either(std::marker::PhantomData))
+    }
+}

@@ -1,0 +1,237 @@
+//! The task that speaks with vmesh-net.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tracing::{debug, info, warn};
+use vmesh_daemon::Tasks;
+use vmesh_daemon::report::one_line;
+use vmesh_net::client::{Client, ClientError};
+use vmesh_net::protocol::{self, Answer, Ask};
+
+use super::probes::{self, Found};
+use super::settings::Confirmer;
+use super::wanted;
+use crate::config::Config;
+use crate::destinations::Destinations;
+
+const SECOND: Duration = Duration::from_secs(1);
+/// Endpoints come in bursts, and each change of rules costs one run of a tool.
+const SETTLES: Duration = Duration::from_millis(50);
+/// Names of control planes may come to mean other addresses.
+const LOOKS_UP_EVERY: Duration = Duration::from_secs(60);
+/// After a change, for whatever it breaks to break.
+const WATCHES_FOR: Duration = Duration::from_secs(2);
+
+/// What is known of capture on this host.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Status {
+    /// Whether anything is to be captured.
+    pub wanted: bool,
+    /// Whether it is, now.
+    pub captures: bool,
+    /// What vmesh-net says.
+    pub net: Option<Box<protocol::Status>>,
+    /// Why nothing is known of it.
+    pub reason: Option<String>,
+    #[serde(serialize_with = "crate::status::optional_epoch_seconds")]
+    pub confirmed: Option<SystemTime>,
+}
+
+/// Starts the task. With nothing to capture it still says so: what was captured before is then taken back.
+pub fn spawn(
+    tasks: &mut Tasks,
+    config: Arc<Config>,
+    destinations: watch::Receiver<Arc<Destinations>>,
+    status: watch::Sender<Status>,
+) {
+    let wanted = config.capture.outbound() || config.capture.inbound() || !config.capture.spec.is_off();
+    status.send_modify(|status| status.wanted = wanted);
+    if !wanted && !config.capture.socket.exists() {
+        return;
+    }
+    let speaker = Speaker {
+        config,
+        destinations,
+        status,
+        control_planes: BTreeSet::new(),
+        looked_up: None,
+        before: None,
+        on_trial: None,
+    };
+    tasks.spawn("capture", speaker.run());
+}
+
+struct Speaker {
+    config: Arc<Config>,
+    destinations: watch::Receiver<Arc<Destinations>>,
+    status: watch::Sender<Status>,
+    control_planes: BTreeSet<SocketAddr>,
+    looked_up: Option<Instant>,
+    /// What worked when nothing was on trial.
+    before: Option<Found>,
+    on_trial: Option<(u64, Instant)>,
+}
+
+impl Speaker {
+    async fn run(mut self) {
+        let mut pause = Duration::from_millis(200);
+        loop {
+            let error = match Client::connect(&self.config.capture.socket).await {
+                Ok(mut client) => {
+                    pause = Duration::from_millis(200);
+                    // Ends with an error only.
+                    let Err(error) = self.converse(&mut client).await;
+                    error
+                }
+                Err(error) => error,
+            };
+            let why = one_line(&error);
+            let is_new = self.status.borrow().reason.as_ref() != Some(&why);
+            if is_new && self.status.borrow().wanted {
+                warn!("what is captured is in nobody's hands: {why}");
+            }
+            self.status.send_modify(|status| {
+                status.net = None;
+                status.captures = false;
+                status.reason = Some(why);
+            });
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+
+    async fn converse(&mut self, client: &mut Client) -> Result<std::convert::Infallible, ClientError> {
+        self.look_up().await;
+        if self.before.is_none() {
+            self.before = Some(probes::all(&self.config).await);
+        }
+        self.want(client).await?;
+        let mut ticks = interval(SECOND);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = self.destinations.changed() => {
+                    if changed.is_err() {
+                        // The relay has ended, and with it soon the agent: what is captured stays.
+                        std::future::pending::<()>().await;
+                    }
+                    sleep(SETTLES).await;
+                    self.want(client).await?;
+                }
+                _ = ticks.tick() => {
+                    let answer = client.ask(&Ask::Well).await?;
+                    self.heard(answer);
+                    if self.look_up().await {
+                        self.want(client).await?;
+                    }
+                    self.attend(client).await?;
+                }
+            }
+        }
+    }
+
+    async fn want(&mut self, client: &mut Client) -> Result<(), ClientError> {
+        let destinations = self.destinations.borrow_and_update().clone();
+        let want = wanted(&self.config, &destinations, self.control_planes.clone());
+        let answer = client.ask(&Ask::Want(want)).await?;
+        self.heard(answer);
+        Ok(())
+    }
+
+    /// Whether the addresses of control planes are others than they were.
+    async fn look_up(&mut self) -> bool {
+        if self.looked_up.is_some_and(|when| when.elapsed() < LOOKS_UP_EVERY) {
+            return false;
+        }
+        self.looked_up = Some(Instant::now());
+        let now = probes::control_plane_addresses(&self.config).await;
+        // A resolver that is away for a while says nothing about where control planes are.
+        let differ = !now.is_empty() && now != self.control_planes;
+        if differ {
+            self.control_planes = now;
+        }
+        differ
+    }
+
+    /// Looks after a trial, if there is one.
+    async fn attend(&mut self, client: &mut Client) -> Result<(), ClientError> {
+        let net = self.status.borrow().net.clone();
+        let Some(trial) = net.and_then(|net| net.trial) else {
+            self.on_trial = None;
+            return Ok(());
+        };
+        let began = match self.on_trial {
+            Some((known, began)) if known == trial => began,
+            _ => {
+                let began = Instant::now();
+                self.on_trial = Some((trial, began));
+                began
+            }
+        };
+        if self.config.capture.confirm.by == Confirmer::Operator || began.elapsed() < WATCHES_FOR {
+            return Ok(());
+        }
+        let found = probes::all(&self.config).await;
+        let before = self.before.clone().unwrap_or_default();
+        let answer = match probes::worse(&before, &found) {
+            Some(lost) => {
+                debug!(trial, "not confirmed yet: {lost}");
+                // It may be slow. Once half of the time is over it is not.
+                let patience = self.config.capture.confirm.within.0 / 2;
+                if began.elapsed() < patience {
+                    return Ok(());
+                }
+                client.ask(&Ask::Revert { trial, why: lost }).await?
+            }
+            None => client.ask(&Ask::Confirm { trial }).await?,
+        };
+        match &answer {
+            Answer::Status(status) if status.trial.is_none() && status.reverted.is_none() => {
+                info!(trial, "what is captured is confirmed");
+                self.before = Some(found);
+                self.status.send_modify(|status| status.confirmed = Some(SystemTime::now()));
+            }
+            Answer::Refused(why) => debug!(trial, "not confirmed yet: {why}"),
+            _ => {}
+        }
+        self.heard(answer);
+        Ok(())
+    }
+
+    fn heard(&mut self, answer: Answer) {
+        match answer {
+            Answer::Status(net) => {
+                if let Some(why) = &net.reverted
+                    && self.status.borrow().net.as_ref().and_then(|net| net.reverted.as_ref()) != Some(why)
+                {
+                    warn!(
+                        "a change of what is captured was taken back: {why}; `vmeshctl capture retry` tries it again"
+                    );
+                }
+                self.status.send_if_modified(|status| {
+                    let captures = net.captures();
+                    let changed =
+                        status.captures != captures || status.net.is_none() || status.reason.is_some();
+                    status.captures = captures;
+                    status.reason = None;
+                    status.net = Some(net);
+                    changed
+                });
+            }
+            Answer::Refused(why) => {
+                let is_new = self.status.borrow().reason.as_ref() != Some(&why);
+                if is_new {
+                    warn!("vmesh-net refused: {why}");
+                }
+                self.status.send_modify(|status| status.reason = Some(why));
+            }
+            Answer::Plan(_) => {}
+        }
+    }
+}
