@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::document::{
-    ConnectionLimits, LoadBalancing, Match, Mesh, Node, OutlierDetection, PathMatch, Policy, Redirect, Retry,
-    Route, Rule, Service, SubsetName, TextMatch, Timeouts,
+    Capture, ConnectionLimits, LoadBalancing, Match, Mesh, Node, OutlierDetection, PathMatch, Policy,
+    Redirect, Retry, Route, Rule, Service, SubsetName, TextMatch, Timeouts,
 };
 use crate::strict::{did_you_mean, one_of};
 use crate::yaml::{self, Step, short};
@@ -75,6 +75,7 @@ pub(crate) fn mesh(mesh: &Mesh, check: &mut Check<'_>) {
         &mesh.retry,
         &mesh.outlier_detection,
         &mesh.connection_limits,
+        &mesh.capture,
         check,
     );
 }
@@ -95,6 +96,7 @@ pub(crate) fn service(service: &Service, check: &mut Check<'_>) {
         &service.retry,
         &service.outlier_detection,
         &service.connection_limits,
+        &service.capture,
         check,
     );
 }
@@ -127,6 +129,7 @@ pub(crate) fn node(node: &Node, check: &mut Check<'_>) {
         &node.retry,
         &node.outlier_detection,
         &node.connection_limits,
+        &node.capture,
         check,
     );
 }
@@ -143,6 +146,7 @@ fn settings(
     retries: &Option<Retry>,
     outliers: &Option<OutlierDetection>,
     limits: &Option<ConnectionLimits>,
+    capture: &Option<Capture>,
     check: &mut Check<'_>,
 ) {
     if let Some(LoadBalancing { policy, hash_on: Some(_), .. }) = balancing
@@ -166,6 +170,12 @@ fn settings(
     {
         let at = path!["outlier_detection", "max_ejection_percent"];
         check.wrong(at, format!("{percent} percent is more than all of them"));
+    }
+    if let Some(percent) = capture.and_then(|capture| capture.percent)
+        && percent > 100
+    {
+        let message = format!("{percent} percent is more than all of them: 0 to 100");
+        check.wrong(path!["capture", "percent"], message);
     }
     if let Some(limits) = limits {
         let none = [

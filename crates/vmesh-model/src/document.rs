@@ -54,6 +54,10 @@ pub struct Mesh {
     pub outlier_detection: Option<OutlierDetection>,
     /// How much one caller may have under way at once.
     pub connection_limits: Option<ConnectionLimits>,
+    /// Which connections to real addresses go through the mesh, where a node captures them.
+    pub capture: Option<Capture>,
+    /// What becomes of captured connections that are to no service. Built in: `allow-any`.
+    pub outbound: Option<Outbound>,
 }
 
 /// `kind: Service`: what the owner says of a service.
@@ -79,6 +83,8 @@ pub struct Service {
     pub outlier_detection: Option<OutlierDetection>,
     /// How much one caller may have under way at once.
     pub connection_limits: Option<ConnectionLimits>,
+    /// Which connections to real addresses go through the mesh, where a node captures them.
+    pub capture: Option<Capture>,
 }
 
 /// `kind: Node`: the same settings for chosen nodes, by name or by labels.
@@ -103,6 +109,10 @@ pub struct Node {
     pub outlier_detection: Option<OutlierDetection>,
     /// How much one caller may have under way at once.
     pub connection_limits: Option<ConnectionLimits>,
+    /// Which connections to real addresses go through the mesh, where a node captures them.
+    pub capture: Option<Capture>,
+    /// What becomes of captured connections that are to no service. Built in: `allow-any`.
+    pub outbound: Option<Outbound>,
 }
 
 impl Node {
@@ -352,6 +362,57 @@ pub struct ConnectionLimits {
     pub max_retries: Option<u32>,
 }
 
+/// Which connections to the real addresses of a service are captured. It is the rules of the host that act on it and not
+/// its Envoy, so that turning it up or down touches no connection that stands. Virtual addresses exist nowhere but in
+/// Envoy: connections to them are always captured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Capture {
+    /// The share of new connections, 0 to 100. Built in: what the host says, all of them if it says nothing.
+    pub percent: Option<u32>,
+    /// What becomes of new connections when the host's Envoy or agent is gone. Built in: what the host says, `open` if it
+    /// says nothing.
+    pub on_loss: Option<OnLoss>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLoss {
+    /// They go past Envoy.
+    Open,
+    /// They fail: what the mesh enforces is not passed by.
+    Closed,
+}
+
+impl OnLoss {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            OnLoss::Open => "open",
+            OnLoss::Closed => "closed",
+        }
+    }
+}
+
+/// What becomes of captured connections that are to no service.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outbound {
+    /// They go on to where they were going.
+    #[default]
+    AllowAny,
+    /// They are closed.
+    RegistryOnly,
+}
+
+impl Outbound {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outbound::AllowAny => "allow-any",
+            Outbound::RegistryOnly => "registry-only",
+        }
+    }
+}
+
 /// `kind: Route`: how requests to a service are routed. The first rule that matches decides; a request that none
 /// matches goes to the service as if there were no document.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -482,6 +543,7 @@ pub struct Settings {
     pub retry: Option<Retry>,
     pub outlier_detection: Option<OutlierDetection>,
     pub connection_limits: Option<ConnectionLimits>,
+    pub capture: Capture,
     /// Which document set each value, by the value's name; what is missing is built in.
     pub origins: BTreeMap<&'static str, Origin>,
 }
@@ -506,23 +568,40 @@ impl Documents {
     pub fn settings(&self, service: &ServiceName, nodes: &[Arc<Placed<Node>>]) -> Settings {
         let mut settings = Settings::default();
         if let Some(mesh) = &self.mesh {
-            let said = Said::of(&mesh.load_balancing, &mesh.timeouts, &mesh.retry)
-                .with(&mesh.outlier_detection, &mesh.connection_limits);
+            let said = Said::of(&mesh.load_balancing, &mesh.timeouts, &mesh.retry).with(
+                &mesh.outlier_detection,
+                &mesh.connection_limits,
+                &mesh.capture,
+            );
             settings.overlay(said, || Origin { document: "Mesh".to_owned(), place: mesh.place.clone() });
         }
         if let Some(service) = self.services.get(service) {
-            let said = Said::of(&service.load_balancing, &service.timeouts, &service.retry)
-                .with(&service.outlier_detection, &service.connection_limits);
+            let said = Said::of(&service.load_balancing, &service.timeouts, &service.retry).with(
+                &service.outlier_detection,
+                &service.connection_limits,
+                &service.capture,
+            );
             let document = format!("Service `{}`", service.name);
             settings.overlay(said, || Origin { document: document.clone(), place: service.place.clone() });
         }
         for node in nodes {
-            let said = Said::of(&node.load_balancing, &node.timeouts, &node.retry)
-                .with(&node.outlier_detection, &node.connection_limits);
+            let said = Said::of(&node.load_balancing, &node.timeouts, &node.retry).with(
+                &node.outlier_detection,
+                &node.connection_limits,
+                &node.capture,
+            );
             let document = format!("Node `{}`", node.selector());
             settings.overlay(said, || Origin { document: document.clone(), place: node.place.clone() });
         }
         settings
+    }
+
+    /// What becomes of captured connections of a node that are to no service: `Node` over `Mesh` over built in.
+    ///
+    /// `nodes` are the `Node` documents that select it, the strongest last.
+    pub fn outbound(&self, nodes: &[Arc<Placed<Node>>]) -> Outbound {
+        let said = nodes.iter().rev().find_map(|node| node.outbound);
+        said.or(self.mesh.as_ref().and_then(|mesh| mesh.outbound)).unwrap_or_default()
     }
 
     /// The `Node` documents that speak of `report`, the strongest last.
@@ -548,6 +627,7 @@ struct Said<'a> {
     retry: Option<&'a Retry>,
     outlier_detection: Option<OutlierDetection>,
     connection_limits: Option<ConnectionLimits>,
+    capture: Capture,
 }
 
 impl<'a> Said<'a> {
@@ -560,17 +640,30 @@ impl<'a> Said<'a> {
         }
     }
 
-    fn with(mut self, outliers: &Option<OutlierDetection>, limits: &Option<ConnectionLimits>) -> Self {
+    fn with(
+        mut self,
+        outliers: &Option<OutlierDetection>,
+        limits: &Option<ConnectionLimits>,
+        capture: &Option<Capture>,
+    ) -> Self {
         self.outlier_detection = *outliers;
         self.connection_limits = *limits;
+        self.capture = capture.unwrap_or_default();
         self
     }
 }
 
 impl Settings {
     fn overlay(&mut self, said: Said<'_>, origin: impl Fn() -> Origin) {
-        let Settings { load_balancing, timeouts, retry, outlier_detection, connection_limits, origins } =
-            self;
+        let Settings {
+            load_balancing,
+            timeouts,
+            retry,
+            outlier_detection,
+            connection_limits,
+            capture,
+            origins,
+        } = self;
         let mut take = |name: &'static str, given: bool| {
             if given {
                 origins.insert(name, origin());
@@ -597,6 +690,12 @@ impl Settings {
         }
         if take("connection_limits", said.connection_limits.is_some()) {
             *connection_limits = said.connection_limits;
+        }
+        if take("capture.percent", said.capture.percent.is_some()) {
+            capture.percent = said.capture.percent;
+        }
+        if take("capture.on_loss", said.capture.on_loss.is_some()) {
+            capture.on_loss = said.capture.on_loss;
         }
     }
 }

@@ -4,6 +4,7 @@ use std::num::NonZeroU16;
 use expect_test::{Expect, expect};
 
 use super::*;
+use crate::document::{Capture, Node, Placed};
 use crate::text::Time;
 
 /// A configuration of its own, with one of everything that configurations are made of.
@@ -561,6 +562,8 @@ timeouts: {connect: 1s, request: 10s, idle: 5m}
 retry: {attempts: 2, on: [5xx, gateway-error, retriable-4xx, deadline-exceeded], per_try_timeout: 1s}
 outlier_detection: {consecutive_5xx: 3, interval: 10s, base_ejection: 30s, max_ejection_percent: 100}
 connection_limits: {max_connections: 10, max_pending_requests: 10, max_requests: 10, max_retries: 0}
+capture: {percent: 0, on_loss: open}
+outbound: allow-any
 ---
 kind: Service
 name: orders
@@ -568,6 +571,7 @@ protocol: http
 port: 80
 subsets: {v1: {version: v1, zone: a, labels: {rack: r7}}}
 load_balancing: {policy: ring_hash, hash_on: source_ip}
+capture: {percent: 100, on_loss: closed}
 ---
 kind: Route
 service: orders
@@ -592,6 +596,8 @@ upstreams: [{service: orders, listen: "127.0.0.1:9001"}, {service: payments}]
 kind: Node
 labels: {role: web, rack: r7}
 retry: {attempts: 0}
+capture: {on_loss: closed}
+outbound: registry-only
 ---
 kind: Node
 labels: {role: web}
@@ -604,13 +610,13 @@ labels: {role: web}
         expect![[r#"
             Mesh (all.yaml:1:1)
             Service legacy [] (more.json:2:2)
-            Service orders [v1] (all.yaml:8:1)
+            Service orders [v1] (all.yaml:10:1)
             Service payments [] (more.json:1:2)
-            Route orders with 4 rules (all.yaml:15:1)
+            Route orders with 4 rules (all.yaml:18:1)
             Route payments with 1 rules (one.json:1:1)
-            Node {role: web} (all.yaml:39:1)
-            Node {rack: r7, role: web} (all.yaml:35:1)
-            Node web-17 (all.yaml:31:1)
+            Node {role: web} (all.yaml:44:1)
+            Node {rack: r7, role: web} (all.yaml:38:1)
+            Node web-17 (all.yaml:34:1)
         "#]],
     );
 }
@@ -768,6 +774,18 @@ rules:
   - match: {path: {exact: /u}}
     timeout: 1s
     retry: {attempts: 3, per_try_timeout: 1500ms}
+---
+kind: Service
+name: d
+capture: {percent: 101}
+---
+kind: Mesh
+capture: {percent: -1, on_loss: fail, share: 10}
+outbound: deny
+---
+kind: Service
+name: e
+outbound: allow-any
 "#,
         expect![[r#"
             a.yaml:3:7: port 0 is not a port: 1 to 65535; it is not in force
@@ -804,8 +822,50 @@ rules:
             a.yaml:51:52: `http://x` is not a host: no scheme, no port, no path; it is not in force
             a.yaml:51:70: 200 is not a redirect: 301, 302, 303, 307 or 308; it is not in force
             a.yaml:54:43: `per_try_timeout` (1500ms) is longer than `timeout` (1s), which ends them all; it is not in force
+            a.yaml:58:20: 101 percent is more than all of them: 0 to 100; it is not in force
+            a.yaml:61:20: `percent`: expected a whole number from 0 to 4294967295, found the number -1; it is not in force
+            a.yaml:61:33: `on_loss`: expected one of `open` or `closed`, found `fail`; it is not in force
+            a.yaml:61:39: unknown field `share`: expected one of `percent` or `on_loss`; it is not in force
+            a.yaml:62:11: `outbound`: expected one of `allow-any` or `registry-only`, found `deny`; it is not in force
+            a.yaml:66:1: unknown field `outbound`: expected one of `name`, `protocol`, `port`, `subsets`, `load_balancing`, `timeouts`, `retry`, `outlier_detection`, `connection_limits` or `capture`; it is not in force
         "#]],
     );
+}
+
+#[test]
+fn what_is_captured_is_said_value_by_value_and_the_strongest_word_counts() {
+    let (documents, problems) = update(
+        &mut Library::default(),
+        "
+== a.yaml
+kind: Mesh
+capture: {percent: 10, on_loss: open}
+outbound: registry-only
+---
+kind: Service
+name: orders
+capture: {percent: 50}
+---
+kind: Node
+labels: {role: web}
+capture: {on_loss: closed}
+---
+kind: Node
+name: web-1
+outbound: allow-any
+",
+    );
+    assert_eq!(problems, "");
+    let said = |service: &str, nodes: &[Arc<Placed<Node>>]| {
+        let settings = documents.settings(&service.parse().unwrap(), nodes);
+        let Capture { percent, on_loss } = settings.capture;
+        let by: Vec<_> = settings.origins.iter().map(|(name, by)| format!("{name} by {by}")).collect();
+        format!("{percent:?} {on_loss:?} {:?}: {}", documents.outbound(nodes), by.join(", "))
+    };
+    expect!["Some(50) Some(Closed) AllowAny: capture.on_loss by Node `{role: web}` (a.yaml:9:1), capture.percent by Service `orders` (a.yaml:5:1)"]
+        .assert_eq(&said("orders", &documents.nodes));
+    expect!["Some(10) Some(Open) RegistryOnly: capture.on_loss by Mesh (a.yaml:1:1), capture.percent by Mesh (a.yaml:1:1)"]
+        .assert_eq(&said("payments", &[]));
 }
 
 #[test]

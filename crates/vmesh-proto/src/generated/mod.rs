@@ -87,6 +87,13 @@ pub mod envoy {
                     }
                 }
             }
+            pub mod listener {
+                pub mod original_dst {
+                    pub mod v3 {
+                        include!("envoy.extensions.filters.listener.original_dst.v3.rs");
+                    }
+                }
+            }
             pub mod network {
                 pub mod http_connection_manager {
                     pub mod v3 {
