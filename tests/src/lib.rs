@@ -1,6 +1,8 @@
 //! A whole mesh for one test: a control plane, agents with real Envoys, applications, on addresses and in a directory
 //! of the test's own. The tests are in `tests/`.
 
+pub mod vm;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;

@@ -79,7 +79,13 @@ impl Switch {
             Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, u16::from_be_bytes([high, low])),
         );
         let host = Host { space: Space::new()?, dir: tempdir()?, v4, v6 };
-        let (name, port) = (host.space.name.as_str(), format!("p{number}"));
+        self.wire(&host)?;
+        Ok(host)
+    }
+
+    fn wire(&self, host: &Host) -> Result<()> {
+        let (v4, v6) = (host.v4, host.v6);
+        let (name, port) = (host.space.name.as_str(), host.port());
         let veth = ["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", name];
         self.space.ip(&veth)?;
         self.space.ip(&["link", "set", &port, "master", "br0", "up"])?;
@@ -88,15 +94,29 @@ impl Switch {
         host.space.ip(&["-6", "addr", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"])?;
         host.space.ip(&["link", "set", "eth0", "up"])?;
         host.space.ip(&["route", "add", "default", "via", "10.88.255.254"])?;
-        host.space.ip(&["-6", "route", "add", "default", "via", "fd88::ffff"])?;
-        Ok(host)
+        host.space.ip(&["-6", "route", "add", "default", "via", "fd88::ffff"])
+    }
+
+    /// A command that runs on the switch: it reaches every host.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        self.space.command(program.as_ref())
+    }
+
+    /// Makes the host's namespace anew, with nothing in it but its addresses: what a reboot does to a network. All that
+    /// runs there is killed.
+    pub fn reboot(&self, host: &Host) -> Result<()> {
+        host.space.kill_all();
+        // With the cable, the old namespace is cut off, also where a socket keeps it there.
+        self.space.ip(&["link", "del", &host.port()])?;
+        output(Command::new("ip").args(["netns", "del", &host.space.name]))?;
+        output(Command::new("ip").args(["netns", "add", &host.space.name]))?;
+        host.space.ip(&["link", "set", "lo", "up"])?;
+        self.wire(host)
     }
 
     /// Cuts the host off, as a pulled cable does, or joins it again.
     pub fn set_link(&self, host: &Host, up: bool) -> Result<()> {
-        let [.., high, low] = host.v4.octets();
-        let port = format!("p{}", u16::from_be_bytes([high, low]));
-        self.space.ip(&["link", "set", &port, if up { "up" } else { "down" }])
+        self.space.ip(&["link", "set", &host.port(), if up { "up" } else { "down" }])
     }
 }
 
@@ -109,6 +129,17 @@ impl Host {
     /// Both addresses.
     pub fn addresses(&self) -> [IpAddr; 2] {
         [self.v4.into(), self.v6.into()]
+    }
+
+    /// Its port of the switch.
+    fn port(&self) -> String {
+        let [.., high, low] = self.v4.octets();
+        format!("p{}", u16::from_be_bytes([high, low]))
+    }
+
+    /// The file that stands for its namespace.
+    pub fn path(&self) -> PathBuf {
+        self.space.path()
     }
 
     /// A command that runs on this host. [`crate::process::Daemon::spawn`] takes it: nothing is between the two.
@@ -145,6 +176,13 @@ impl Host {
         self.space.within(Some(id), work)
     }
 
+    /// Takes the thread that calls it to this host, for good, as this user and group. It may be called after the host is gone, and
+    /// fails then.
+    pub fn entrance(&self) -> impl Fn(u32) -> Result<()> + Send + 'static {
+        let path = self.space.path();
+        move |id| enter(&path, Some(id))
+    }
+
     /// The tools for rules, as programs that act on this host wherever they are started.
     pub fn tools(&self, iptables: Iptables) -> Result<Tools> {
         Tools::new(&self.space.path(), &self.dir, iptables)
@@ -154,6 +192,20 @@ impl Host {
     pub fn kill_all(&self) {
         self.space.kill_all();
     }
+}
+
+/// Takes the calling thread to the namespace at `path`, for good.
+fn enter(path: &Path, id: Option<u32>) -> Result<()> {
+    let space = File::open(path).map_err(Failed::to(format!("could not open {}", path.display())))?;
+    let go = || -> rustix::io::Result<()> {
+        move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))?;
+        if let Some(id) = id {
+            set_thread_gid(Gid::from_raw(id))?;
+            set_thread_uid(Uid::from_raw(id))?;
+        }
+        Ok(())
+    };
+    go().map_err(Failed::to(format!("could not enter {}; {INSTALL}", path.display())))
 }
 
 impl Space {
@@ -192,19 +244,9 @@ impl Space {
 
     fn within<T: Send>(&self, id: Option<u32>, work: impl FnOnce() -> T + Send) -> Result<T> {
         let path = self.path();
-        let space = File::open(&path).map_err(Failed::to(format!("could not open {}", path.display())))?;
-        let enter = || -> rustix::io::Result<()> {
-            move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))?;
-            if let Some(id) = id {
-                set_thread_gid(Gid::from_raw(id))?;
-                set_thread_uid(Uid::from_raw(id))?;
-            }
-            Ok(())
-        };
-        let name = &self.name;
         let there = thread::scope(|scope| {
             let thread = scope.spawn(move || {
-                enter().map_err(Failed::to(format!("could not enter {name}; {INSTALL}")))?;
+                enter(&path, id)?;
                 Ok(work())
             });
             thread.join()
