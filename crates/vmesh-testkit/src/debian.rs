@@ -97,7 +97,7 @@ fn verified(file: &Path, deb: &Deb) -> Result<()> {
 }
 
 /// Python's urllib, since pip is needed anyway, and since it heeds the machine's proxy settings.
-fn fetched(from: &str, to: &Path) -> Result<()> {
+pub(crate) fn fetched(from: &str, to: &Path) -> Result<()> {
     const SCRIPT: &str = "import shutil, sys, urllib.request\n\
         with urllib.request.urlopen(sys.argv[1], timeout=60) as answer, open(sys.argv[2], 'wb') as file:\n    \
         shutil.copyfileobj(answer, file)";
@@ -108,7 +108,7 @@ fn fetched(from: &str, to: &Path) -> Result<()> {
 }
 
 /// The mirrors that apt is told of, in the order in which it reads its sources.
-fn mirrors() -> Vec<String> {
+pub(crate) fn mirrors() -> Vec<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     let directory = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten();
     let mut more: Vec<_> = directory.filter_map(|entry| Some(entry.ok()?.path())).collect();

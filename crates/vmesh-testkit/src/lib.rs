@@ -8,6 +8,7 @@
 //! | [`consul`] | real Consul servers: one or three, with ACLs and TLS |
 //! | [`python`] | a Python with pinned packages, for gRPC's own xDS client |
 //! | [`app`] | [`app::HttpApp`]: an HTTP application that can be slow, ill or killed |
+//! | [`hosts`] | hosts that are booted: a real systemd as PID 1, packages, power cuts |
 //! | [`load`] | [`load::Load`]: requests at a rate, and what became of each |
 //! | [`process`] | [`process::Daemon`]: a binary under test, its output, its signals, its end |
 //! | [`servers`] | the servers of a registry, and what tests do to them |
@@ -28,6 +29,7 @@ pub mod consul;
 pub mod debian;
 pub mod envoy;
 mod failed;
+pub mod hosts;
 pub mod load;
 pub mod netns;
 pub mod place;

@@ -182,7 +182,7 @@ impl Drop for Daemon {
 
 /// The kernel kills the child when the thread that started it is gone: no daemon outlives its test.
 #[expect(unsafe_code, reason = "the closure runs between fork and exec and makes one system call")]
-fn die_with_parent(command: &mut Command) {
+pub(crate) fn die_with_parent(command: &mut Command) {
     let parent = rustix::process::getpid();
     let hook = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
