@@ -1,14 +1,15 @@
-//! The operator's command. It knows the control plane's HTTP API and nothing else.
+//! The operator's command. It knows the control plane's HTTP API, and the host that it runs on ([`host`]).
 //!
 //! | exit code | means |
 //! |---|---|
 //! | 0 | answered, and all is well |
-//! | 1 | could not ask: no control plane there, or not an answer that can be read |
+//! | 1 | could not ask: no control plane there, or not an answer that can be read; could not do what was asked |
 //! | 3 | answered, and something wants attention: a node rejected, a service or a source not fresh, an endpoint evicted, a problem, no way through |
 //! | 4 | answered, and there is no such service, node, source or endpoint, or nothing of it is held |
 //! | 64 | the command line is wrong |
 
 mod client;
+mod host;
 mod show;
 mod table;
 
@@ -49,6 +50,19 @@ const EXIT_CODES: &str = "Exit codes: 0 all is well; 1 could not ask; 3 somethin
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    #[command(flatten)]
+    Api(Question),
+    /// What of this host goes through Envoy, and what stands in the way (on the host itself).
+    Capture(host::capture::Capture),
+    /// Take this host out of the mesh and back into it (on the host itself).
+    Bypass(host::capture::Bypass),
+    /// That this host's resolver asks the agent for names of the mesh (on the host itself).
+    Dns(host::dns::Dns),
+}
+
+/// What a control plane is asked.
+#[derive(Debug, Subcommand)]
+enum Question {
     /// The mesh on one screen: revision, sources, services, nodes, problems.
     Status,
     /// Every service, or the endpoints of one.
@@ -111,12 +125,20 @@ fn main() -> ExitCode {
             print!("{}", shown.text);
             ExitCode::from(shown.code)
         }
-        Err(AskError::Unknown(message)) => {
+        Err(CtlError::Api(AskError::Unknown(message))) => {
             eprintln!("{message}");
             UNKNOWN.into()
         }
         Err(error) => report::failed(&error),
     }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum CtlError {
+    #[error(transparent)]
+    Api(#[from] AskError),
+    #[error(transparent)]
+    Host(#[from] host::HostError),
 }
 
 /// What a command prints and how it ends.
@@ -125,12 +147,24 @@ struct Shown {
     code: u8,
 }
 
-async fn run(cli: &Cli) -> Result<Shown, AskError> {
-    let api = &cli.api;
+async fn run(cli: &Cli) -> Result<Shown, CtlError> {
     match &cli.command {
-        Command::Status => shown(cli, api.status().await?, show::status),
-        Command::Services { service: None } => shown(cli, api.services().await?, show::services),
-        Command::Services { service: Some(name) } => {
+        Command::Capture(ask) => {
+            let (text, json, attention) = host::capture::capture(ask).await?;
+            Ok(shown(cli, json, |_| (text.clone(), attention))?)
+        }
+        Command::Bypass(ask) => Ok(Shown { text: host::capture::bypass(ask)?, code: 0 }),
+        Command::Dns(ask) => Ok(Shown { text: host::dns::dns(ask).await?, code: 0 }),
+        Command::Api(question) => Ok(answer(cli, question).await?),
+    }
+}
+
+async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
+    let api = &cli.api;
+    match question {
+        Question::Status => shown(cli, api.status().await?, show::status),
+        Question::Services { service: None } => shown(cli, api.services().await?, show::services),
+        Question::Services { service: Some(name) } => {
             let mut answer = api.services().await?;
             answer.services.retain(|service| service.name.as_str() == name);
             if answer.services.is_empty() {
@@ -140,14 +174,14 @@ async fn run(cli: &Cli) -> Result<Shown, AskError> {
             }
             shown(cli, answer, show::service)
         }
-        Command::Nodes => shown(cli, api.nodes().await?, show::nodes),
-        Command::Problems => shown(cli, api.problems().await?, show::problems),
-        Command::Explain(Explain { service, from }) => {
+        Question::Nodes => shown(cli, api.nodes().await?, show::nodes),
+        Question::Problems => shown(cli, api.problems().await?, show::problems),
+        Question::Explain(Explain { service, from }) => {
             shown(cli, api.explain(service, from).await?, show::explanation)
         }
-        Command::Discovery { say: None } => shown(cli, api.discovery().await?, show::discovery),
-        Command::Discovery { say: Some(say) } => discovery(cli, say).await,
-        Command::Forget { node } => shown(cli, api.forget(node).await?, done),
+        Question::Discovery { say: None } => shown(cli, api.discovery().await?, show::discovery),
+        Question::Discovery { say: Some(say) } => discovery(cli, say).await,
+        Question::Forget { node } => shown(cli, api.forget(node).await?, done),
     }
 }
 

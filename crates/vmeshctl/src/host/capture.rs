@@ -1,0 +1,264 @@
+//! `vmeshctl capture`, `vmeshctl bypass`: what of this host goes through Envoy.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::{Args, Subcommand};
+use vmesh_capture::spec::Outward;
+use vmesh_net::client;
+use vmesh_net::protocol::{Answer, Ask, Envoy, Redirects, State, Status};
+
+use super::HostError;
+
+#[derive(Debug, Args)]
+pub(crate) struct Capture {
+    /// Where vmesh-net is asked.
+    #[arg(long, global = true, value_name = "PATH", default_value = vmesh_net::SOCKET, env = "VMESH_NET")]
+    socket: PathBuf,
+    #[command(subcommand)]
+    say: Option<Say>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Say {
+    /// What would be done to the host's rules now; nothing, if they are as they should be.
+    Plan,
+    /// A change that is on trial works: it stays.
+    Confirm,
+    /// A change that is on trial does not work: it is taken back at once.
+    Revert,
+    /// A change that was taken back may be tried again.
+    Retry,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bypass {
+    /// The script that needs nothing else of vmesh.
+    #[arg(long, value_name = "PATH", default_value = "/usr/lib/vmesh/bypass", env = "VMESH_BYPASS")]
+    script: PathBuf,
+    #[command(subcommand)]
+    say: Switch,
+}
+
+#[derive(Debug, Subcommand)]
+enum Switch {
+    /// Take this host out of the mesh, now.
+    On {
+        /// Capture nothing new, and leave open connections as they are.
+        #[arg(long)]
+        keep_connections: bool,
+    },
+    /// Take it back into the mesh, as it is configured.
+    Off,
+}
+
+/// The answer in words, in JSON, and whether something wants attention.
+pub(crate) async fn capture(ask: &Capture) -> Result<(String, serde_json::Value, bool), HostError> {
+    let question = match &ask.say {
+        None => Ask::Status,
+        Some(Say::Plan) => Ask::Plan { want: None },
+        Some(Say::Retry) => Ask::Retry,
+        Some(Say::Confirm) => Ask::Confirm { trial: trial(&ask.socket).await? },
+        Some(Say::Revert) => Ask::Revert {
+            trial: trial(&ask.socket).await?,
+            why: "an operator said that it does not work".to_owned(),
+        },
+    };
+    match client::ask(&ask.socket, &question).await? {
+        Answer::Status(status) => {
+            let (text, attention) = show(&status);
+            Ok((text, serde_json::json!(status), attention))
+        }
+        Answer::Plan(text) => {
+            let attention = text.trim() != "nothing to do";
+            Ok((text.clone(), serde_json::json!({ "plan": text }), attention))
+        }
+        Answer::Refused(why) => Err(HostError::Refused(why)),
+    }
+}
+
+async fn trial(socket: &Path) -> Result<u64, HostError> {
+    match client::ask(socket, &Ask::Status).await? {
+        Answer::Status(status) => {
+            status.trial.ok_or_else(|| HostError::Cannot("nothing is on trial on this host".to_owned()))
+        }
+        Answer::Refused(why) => Err(HostError::Refused(why)),
+        Answer::Plan(_) => Err(HostError::Refused("it answered something else".to_owned())),
+    }
+}
+
+pub(crate) fn show(status: &Status) -> (String, bool) {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| text.push_str(&format!("{name:<14}{value}\n"));
+    let trial = match (status.trial_ends_in, status.trial) {
+        (Some(seconds), Some(_)) => {
+            format!(", taken back in {seconds} s unless it is confirmed (`vmeshctl capture confirm`)")
+        }
+        _ => String::new(),
+    };
+    line("capture", format!("{}{trial}", status.state));
+    if status.state == State::Bypassed {
+        line("", "`vmeshctl bypass off` takes the host back into the mesh".to_owned());
+    }
+    let json = |value: serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let (outbound, inbound) = (&status.spec.outbound, &status.spec.inbound);
+    let (out, inward) = (json(serde_json::json!(outbound.capture)), json(serde_json::json!(inbound.capture)));
+    let shares = format!(
+        "{out}: {} virtual addresses, {} real ones, {} % of new connections",
+        status.virtual_addresses,
+        status.real_addresses,
+        outbound.percent.get()
+    );
+    line("outbound", if outbound.capture == Outward::Off { out } else { shares });
+    let ports: Vec<_> = inbound.ports.iter().map(ToString::to_string).collect();
+    line("inbound", format!("{inward}{}{}", if ports.is_empty() { "" } else { ": " }, ports.join(", ")));
+    line("rules by", status.backend.clone().unwrap_or_else(|| "nothing that works here".to_owned()));
+    line(
+        "envoy",
+        match status.envoy {
+            Envoy::Unknown => "not looked at: nothing is captured",
+            Envoy::Well => "takes what is captured",
+            Envoy::Gone => "GONE: nobody listens at its capture ports",
+            Envoy::Hangs => "HANGS: its capture ports are open, and nobody serves them",
+        }
+        .to_owned(),
+    );
+    line(
+        "redirects",
+        match status.redirects {
+            Redirects::None => "none that could lapse",
+            Redirects::Hold => "hold",
+            Redirects::Lapsed => "LAPSED: new connections go past Envoy where that is allowed",
+        }
+        .to_owned(),
+    );
+    line("connections", format!("{} open through a redirect", status.connections));
+    let silent = status.agent_silent_for;
+    line(
+        "agent",
+        silent.map_or_else(
+            || "has not been heard of".to_owned(),
+            |seconds| format!("heard of {seconds} s ago"),
+        ),
+    );
+    if let Some(seconds) = status.drift.seconds_ago {
+        let by = status.drift.by.as_deref().unwrap_or("somebody");
+        let what = status.drift.what.join("; ");
+        line(
+            "drift",
+            format!("mended {} times, the last {seconds} s ago: {by} changed {what}", status.drift.count),
+        );
+    }
+    if let Some(why) = &status.reverted {
+        line("TAKEN BACK", format!("{why}; `vmeshctl capture retry` tries it again"));
+    }
+    for note in &status.notes {
+        line("note", note.clone());
+    }
+    if let Some(error) = &status.error {
+        line("ERROR", error.clone());
+    }
+    let attention = status.error.is_some()
+        || status.reverted.is_some()
+        || status.redirects == Redirects::Lapsed
+        || matches!(status.envoy, Envoy::Gone | Envoy::Hangs)
+        || matches!(status.state, State::Bypassed | State::Trial);
+    (text, attention)
+}
+
+/// What the script says.
+pub(crate) fn bypass(ask: &Bypass) -> Result<String, HostError> {
+    let mut command = Command::new("/bin/sh");
+    command.arg(&ask.script);
+    match ask.say {
+        Switch::On { keep_connections: true } => _ = command.arg("--keep-connections"),
+        Switch::On { keep_connections: false } => {}
+        Switch::Off => _ = command.arg("--lift"),
+    }
+    run(&mut command)
+}
+
+/// What a command prints, or why it failed.
+pub(crate) fn run(command: &mut Command) -> Result<String, HostError> {
+    let shown = || {
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+    };
+    let name = shown();
+    let output = command.output().map_err(|cause| HostError::Run { command: name.clone(), cause })?;
+    let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    match output.status.success() {
+        true => Ok(said.into_owned()),
+        false => Err(HostError::Failed { command: name, said: format!("{wrong}{said}").trim().to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+
+    #[test]
+    fn a_host_that_is_well_fits_a_screen_and_wants_nothing() {
+        let mut status = Status {
+            backend: Some("nft".to_owned()),
+            state: State::Confirmed,
+            envoy: Envoy::Well,
+            redirects: Redirects::Hold,
+            virtual_addresses: 4,
+            agent_silent_for: Some(0),
+            ..Status::default()
+        };
+        status.spec.outbound.capture = Outward::Vip;
+        let (text, attention) = show(&status);
+        expect![[r#"
+            capture       confirmed
+            outbound      vip: 4 virtual addresses, 0 real ones, 100 % of new connections
+            inbound       off
+            rules by      nft
+            envoy         takes what is captured
+            redirects     hold
+            connections   0 open through a redirect
+            agent         heard of 0 s ago
+        "#]]
+        .assert_eq(&text);
+        assert!(!attention);
+    }
+
+    #[test]
+    fn what_is_wrong_stands_out_with_what_to_do() {
+        let mut status = Status {
+            state: State::Trial,
+            trial: Some(1),
+            trial_ends_in: Some(12),
+            envoy: Envoy::Hangs,
+            redirects: Redirects::Lapsed,
+            reverted: Some("dns: 127.0.0.1:15053 does not answer".to_owned()),
+            notes: vec!["outbound.include.units: app.service does not run".to_owned()],
+            error: Some("could not run `nft`".to_owned()),
+            ..Status::default()
+        };
+        status.drift.count = 2;
+        status.drift.seconds_ago = Some(41);
+        status.drift.by = Some("firewalld (pid 812)".to_owned());
+        status.drift.what = vec!["+ outbound/vips4".to_owned()];
+        let (text, attention) = show(&status);
+        expect![[r#"
+            capture       on trial, taken back in 12 s unless it is confirmed (`vmeshctl capture confirm`)
+            outbound      off
+            inbound       off
+            rules by      nothing that works here
+            envoy         HANGS: its capture ports are open, and nobody serves them
+            redirects     LAPSED: new connections go past Envoy where that is allowed
+            connections   0 open through a redirect
+            agent         has not been heard of
+            drift         mended 2 times, the last 41 s ago: firewalld (pid 812) changed + outbound/vips4
+            TAKEN BACK    dns: 127.0.0.1:15053 does not answer; `vmeshctl capture retry` tries it again
+            note          outbound.include.units: app.service does not run
+            ERROR         could not run `nft`
+        "#]]
+        .assert_eq(&text);
+        assert!(attention);
+    }
+}

@@ -1,0 +1,48 @@
+//! What is asked of and done to the host that this runs on; no control plane is needed for it.
+
+pub(crate) mod capture;
+pub(crate) mod dns;
+
+use std::path::PathBuf;
+
+use vmesh_daemon::fetch::FetchError;
+use vmesh_daemon::fsx::FileError;
+use vmesh_net::client::ClientError;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HostError {
+    #[error(transparent)]
+    Net(#[from] ClientError),
+    #[error("vmesh-net refused: {0}")]
+    Refused(String),
+    #[error(
+        "could not ask the agent for its names; does it run, and has it names to answer? (`--agent` says where)"
+    )]
+    Agent(#[source] Box<FetchError>),
+    #[error("what answers at {0} is not a vmesh-agent of this version")]
+    Foreign(String),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("could not remove {}", .path.display())]
+    Remove {
+        path: PathBuf,
+        #[source]
+        cause: std::io::Error,
+    },
+    #[error("{} is left as it is", .path.display())]
+    Marks {
+        path: PathBuf,
+        #[source]
+        cause: vmesh_dns::host::BadMarks,
+    },
+    #[error("could not run {command}")]
+    Run {
+        command: String,
+        #[source]
+        cause: std::io::Error,
+    },
+    #[error("{command} failed: {said}")]
+    Failed { command: String, said: String },
+    #[error("{0}")]
+    Cannot(String),
+}
