@@ -6,10 +6,12 @@
 //! | `cargo xtask test` | builds everything and runs every test |
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
 //! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
+//! | `cargo xtask hosts up 3` | booted hosts to try things on: see [`hosts`] |
 //! | `cargo xtask codegen` | writes `vmesh-proto` anew from the pinned Envoy |
 
 mod build;
 mod demo;
+mod hosts;
 
 use std::process::ExitCode;
 
@@ -38,6 +40,9 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Boots hosts with a systemd of their own, to try things on.
+    #[command(subcommand)]
+    Hosts(hosts::Command),
     /// Writes vmesh-proto's types anew from the Envoy binary that is pinned.
     Codegen,
 }
@@ -64,6 +69,7 @@ fn main() -> ExitCode {
         Command::Test { rest } => test(&rest),
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
         Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
+        Command::Hosts(command) => hosts::run(command),
         Command::Codegen => codegen(),
     };
     match done {
