@@ -102,6 +102,7 @@ pub struct Keeper {
     agent_spoke: Option<Instant>,
     leaving_since: Option<std::time::Instant>,
     stopping: bool,
+    bypassed: bool,
     on_host: Option<Program>,
     notes: Vec<String>,
     error: Option<String>,
@@ -143,6 +144,7 @@ impl Keeper {
             agent_spoke: None,
             leaving_since: None,
             stopping: false,
+            bypassed,
             on_host: None,
             notes: Vec::new(),
             error: None,
@@ -182,7 +184,8 @@ impl Keeper {
                         change = later;
                     }
                     self.changed_by = Some((Instant::now(), change));
-                    if !self.wanted().0.is_off() {
+                    // The script sets its flag before it changes any rule, so that they are not mended behind its back.
+                    if self.see_bypass() || !self.wanted().0.is_off() {
                         self.bring().await;
                     }
                 }
@@ -230,13 +233,7 @@ impl Keeper {
     }
 
     async fn tick(&mut self, look: bool) {
-        let bypassed = self.options.bypass_flag().exists();
-        let mut bring = look || self.leaving_since.is_some();
-        if bypassed != (self.state() == State::Bypassed) {
-            info!("{}", if bypassed { "bypassed: nothing is captured" } else { "the bypass is lifted" });
-            self.commit.set_bypassed(bypassed);
-            bring = true;
-        }
+        let mut bring = look || self.leaving_since.is_some() || self.see_bypass();
         if self.commit.tick(std::time::Instant::now()).is_some() {
             let doubt = self.doubt.take().unwrap_or_else(|| "nobody confirmed it in time".to_owned());
             self.taken_back(doubt);
@@ -247,6 +244,17 @@ impl Keeper {
         }
         self.hold_off_dead_man().await;
         systemd::status(&self.in_words());
+    }
+
+    /// Whether the flag of the bypass came or went.
+    fn see_bypass(&mut self) -> bool {
+        let bypassed = self.options.bypass_flag().exists();
+        let changed = std::mem::replace(&mut self.bypassed, bypassed) != bypassed;
+        if changed {
+            info!("{}", if bypassed { "bypassed: nothing is captured" } else { "the bypass is lifted" });
+            self.commit.set_bypassed(bypassed);
+        }
+        changed
     }
 
     /// Remembers why; what is wanted is what it was before.
@@ -574,7 +582,7 @@ impl Keeper {
 
     fn state(&self) -> State {
         let (spec, stage) = self.commit.wanted();
-        match (self.options.bypass_flag().exists(), spec.is_off(), stage) {
+        match (self.bypassed, spec.is_off(), stage) {
             _ if self.leaving_since.is_some() => State::Leaving,
             (true, _, _) => State::Bypassed,
             (false, true, _) => State::Off,

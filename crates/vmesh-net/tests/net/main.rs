@@ -1,0 +1,318 @@
+//! vmesh-net itself, as root on a host that is a namespace, with a real Envoy and both kinds of rules.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+mod vm;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use vm::{Agent, Rules, SOON, Vm, is_well, status};
+use vmesh_net::client;
+use vmesh_net::protocol::{Answer, Ask, Envoy, MAX_LINE, Redirects, State};
+use vmesh_testkit::wait_for;
+
+/// Real addresses, and a dead-man as short as it may be.
+const OPEN: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
+const CLOSED: &str =
+    "{outbound: {capture: addresses, on_loss: closed, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
+
+async fn tried_confirmed_and_left(rules: Rules) {
+    let mut vm = Vm::new(rules).await;
+    let before = vm.ruleset();
+    let mut agent = Agent::new(&vm, OPEN).await;
+    let trial = status(agent.want().await);
+    assert_eq!((trial.state, trial.trial), (State::Trial, Some(1)), "{trial:?}");
+    assert_eq!(vm.get(8080).unwrap(), "mesh", "a trial captures");
+    assert!(matches!(agent.confirm(7).await, Answer::Refused(_)), "another trial");
+    assert_eq!(status(agent.confirm(1).await).state, State::Confirmed);
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+    assert_eq!(vm.get(9999).unwrap(), "mesh", "who is not captured is not touched");
+    let again = status(agent.want().await);
+    assert_eq!((again.state, again.drift.count), (State::Confirmed, 0), "the same again changes nothing");
+    vm.terminate_net().await;
+    assert_eq!(vm.ruleset(), before);
+    assert_eq!(vm.get(8080).unwrap(), "direct");
+}
+
+#[tokio::test]
+async fn a_change_is_tried_confirmed_and_left_without_a_trace_by_nftables() {
+    tried_confirmed_and_left(Rules::Nft).await;
+}
+
+#[tokio::test]
+async fn a_change_is_tried_confirmed_and_left_without_a_trace_by_iptables() {
+    tried_confirmed_and_left(Rules::Iptables).await;
+}
+
+#[tokio::test]
+async fn what_nobody_confirms_is_taken_back_and_not_tried_again_unasked() {
+    let vm = Vm::new(Rules::Nft).await;
+    let before = vm.ruleset();
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.want.confirm_within = 5;
+    assert_eq!(status(agent.want().await).state, State::Trial);
+    let reverted = agent.well_until("the trial to end", |status| status.trial.is_none()).await;
+    assert!(reverted.reverted.as_ref().unwrap().contains("nobody confirmed"), "{reverted:?}");
+    vm.until("the rules to go", |status| status.state == State::Off).await;
+    assert_eq!(vm.ruleset(), before);
+    // The agent goes on saying what is wanted.
+    let still = status(agent.want().await);
+    assert_eq!((still.state, still.trial), (State::Off, None), "{still:?}");
+    // Another spec is another matter, and so is somebody's word.
+    client::ask(&vm.socket(), &Ask::Retry).await.unwrap();
+    agent.want.confirm_within = 60;
+    agent.capture().await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
+
+#[tokio::test]
+async fn a_process_that_is_killed_in_a_trial_takes_it_back_at_its_next_start() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let before = vm.ruleset();
+    let mut agent = Agent::new(&vm, OPEN).await;
+    assert_eq!(status(agent.want().await).state, State::Trial);
+    vm.net.take().unwrap().kill().unwrap();
+    assert_ne!(vm.ruleset(), before, "a crash takes nothing away");
+    // Until somebody comes, the kernel's clock ends the trial.
+    vm.answers_without_net("direct").await;
+    vm.start_net().await;
+    vm.until("the rules to go", |status| status.state == State::Off).await;
+    assert_eq!(vm.ruleset(), before);
+}
+
+#[tokio::test]
+async fn an_envoy_that_dies_or_hangs_is_gone_past_and_taken_up_again() {
+    for rules in [Rules::Nft, Rules::Iptables] {
+        let mut vm = Vm::new(rules).await;
+        let mut agent = Agent::new(&vm, OPEN).await;
+        agent.capture().await;
+        vm.envoy.take().unwrap().kill().unwrap();
+        let gone =
+            agent.well_until("Envoy to be missed", |status| status.redirects == Redirects::Lapsed).await;
+        assert_eq!(gone.envoy, Envoy::Gone);
+        assert_eq!(vm.get(8080).unwrap(), "direct");
+        vm.start_envoy().await;
+        agent.well_until("Envoy to be seen", is_well).await;
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+        vm.envoy.as_ref().unwrap().freeze().unwrap();
+        agent.well_until("Envoy to be missed", |status| status.redirects == Redirects::Lapsed).await;
+        assert_eq!(vm.get(8080).unwrap(), "direct");
+        vm.envoy.as_ref().unwrap().thaw().unwrap();
+        agent.well_until("Envoy to be seen", is_well).await;
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+    }
+}
+
+#[tokio::test]
+async fn what_is_to_fail_closed_does() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, CLOSED).await;
+    agent.capture().await;
+    vm.envoy.take().unwrap().kill().unwrap();
+    agent.well_until("Envoy to be missed", |status| status.envoy == Envoy::Gone).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(vm.get(8080).unwrap_err().contains("refused"));
+}
+
+#[tokio::test]
+async fn an_agent_that_says_nothing_lets_redirects_lapse_and_one_that_speaks_again_holds_them() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    agent.well_until("the redirects to hold", is_well).await;
+    vm.answers("direct").await;
+    agent.well_until("the redirects to hold", is_well).await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
+
+#[tokio::test]
+async fn rules_that_somebody_changes_are_mended_at_once_and_it_is_told_who_it_was() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    for (round, change) in
+        [&["delete", "table", "inet", "vmesh"][..], &["flush", "ruleset"]].into_iter().enumerate()
+    {
+        vm.nft(change);
+        let mended =
+            vm.until("the rules to be mended", |status| status.drift.count == round as u64 + 1).await;
+        assert!(mended.drift.by.as_ref().unwrap().starts_with("nft (pid "), "{mended:?}");
+        agent.well_until("the redirects to hold", is_well).await;
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+    }
+    // What is not ours stays.
+    vm.nft(&["add", "table", "inet", "foreign"]);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(vm.nft(&["list", "tables"]).contains("foreign"));
+    assert_eq!(vm.status().await.drift.count, 2);
+}
+
+#[tokio::test]
+async fn the_bypass_outlasts_a_restart_and_is_lifted() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let before = vm.ruleset();
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    let path = std::env::var("PATH").unwrap();
+    let script = |argument: &[&str]| {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../vmesh-capture/bypass.sh");
+        let done = Command::new("/bin/sh")
+            .arg(script)
+            .args(argument)
+            .env("PATH", format!("{}:{path}", vm.tools.dir.display()))
+            .env("VMESH_BYPASS_FLAG", vm.state_dir().join("bypass"))
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    };
+    script(&[]);
+    assert_eq!(vm.get(8080).unwrap(), "direct");
+    let bypassed = vm.until("the bypass to be seen", |status| status.state == State::Bypassed).await;
+    assert!(!bypassed.captures());
+    assert_eq!(vm.ruleset(), before);
+    assert_eq!(status(agent.want().await).state, State::Bypassed, "an agent does not lift it");
+    script(&["--lift"]);
+    agent.well_until("the bypass to be lifted", |status| status.state == State::Confirmed).await;
+    agent.well_until("the redirects to hold", is_well).await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+    script(&[]);
+    vm.net.take().unwrap().kill().unwrap();
+    vm.start_net().await;
+    assert_eq!(vm.status().await.state, State::Bypassed);
+    assert_eq!(vm.get(8080).unwrap(), "direct");
+}
+
+#[tokio::test]
+async fn an_upgrade_in_place_takes_no_rule_away_and_cuts_no_connection() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    let handle = || vm.nft(&["-a", "list", "table", "inet", "vmesh"]);
+    let table = handle();
+    let pid = vm.net.as_ref().unwrap().pid();
+    vm.net.as_ref().unwrap().signal(Signal::HUP).unwrap();
+    wait_for("the connection to end", SOON, async || match client::ask(&vm.socket(), &Ask::Status).await {
+        Ok(answer) if status(answer.clone()).agent_silent_for.is_none() => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await
+    .unwrap();
+    assert_eq!(vm.net.as_ref().unwrap().pid(), pid);
+    let mut agent = Agent::new(&vm, OPEN).await;
+    assert_eq!(status(agent.want().await).state, State::Confirmed, "no second trial");
+    agent.well_until("the redirects to hold", is_well).await;
+    let names = |table: &str| {
+        table.lines().filter(|line| line.contains("chain")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&handle()), names(&table), "the chains are the same, by their handles");
+}
+
+#[tokio::test]
+async fn captured_connections_are_left_to_end_before_the_rules_go() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let before = vm.ruleset();
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    // Envoy's application says its name and waits for the client to go.
+    vm.stay(true);
+    let to = std::net::SocketAddr::from((vm.b.v4, 8080));
+    let mut client = vm.a.within_as(vm::APP, || TcpStream::connect(to)).unwrap().unwrap();
+    let mut name = [0; 4];
+    client.read_exact(&mut name).unwrap();
+    assert_eq!(&name, b"mesh");
+    agent.want.spec.outbound.capture = vmesh_capture::spec::Outward::Off;
+    let leaving = status(agent.want().await);
+    assert_eq!(leaving.state, State::Leaving, "{leaving:?}");
+    client.write_all(b"still there?").unwrap();
+    let mut echo = [0; 12];
+    client.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"still there?");
+    vm.stay(false);
+    assert_eq!(vm.get(8080).unwrap(), "direct", "nothing new is captured");
+    drop(client);
+    vm.until("the rules to go", |status| status.state == State::Off).await;
+    assert_eq!(vm.ruleset(), before);
+    vm.terminate_net().await;
+}
+
+#[tokio::test]
+async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    std::fs::set_permissions(vm.socket(), std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+    let socket = vm.socket();
+    let ask = |line: Vec<u8>| {
+        let socket = socket.clone();
+        vm.a.within_as(vm::APP, move || {
+            let mut stream = UnixStream::connect(socket).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            // It may be closed before all is sent.
+            _ = stream.write_all(&line);
+            let mut answer = [0; 4096];
+            let len = stream.read(&mut answer).unwrap_or(0);
+            String::from_utf8_lossy(answer.get(..len).unwrap()).into_owned()
+        })
+        .unwrap()
+    };
+    assert!(ask(b"{\"ask\":\"status\"}\n".to_vec()).contains("\"confirmed\""));
+    for change in ["{\"ask\":\"retry\"}\n", "{\"ask\":\"well\"}\n", "{\"ask\":\"want\",\"spec\":{}}\n"] {
+        let said = ask(change.as_bytes().to_vec());
+        assert!(said.contains("may look, and change nothing"), "{change}: {said}");
+    }
+    assert!(ask(b"rm -rf /\n".to_vec()).contains("not a question of this version"));
+    let unknown = "{\"ask\":\"want\",\"spec\":{\"outbound\":{\"rules\":[\"accept\"]}}}\n";
+    assert!(ask(unknown.as_bytes().to_vec()).contains("unknown field `rules`"));
+    assert_eq!(ask(vec![b'a'; MAX_LINE + 10]), "");
+    assert_eq!(status(agent.want().await).state, State::Confirmed);
+}
+
+#[tokio::test]
+async fn a_state_that_cannot_be_read_is_nothing_and_the_agent_mends_it() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    vm.net.take().unwrap().kill().unwrap();
+    std::fs::write(vm.state_dir().join("state.json"), "{\"commit\": 7").unwrap();
+    vm.start_net().await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+    let output = vm.net.as_ref().unwrap().output();
+    assert!(output.contains("state.json is not what this version writes"), "{output}");
+}
+
+#[tokio::test]
+async fn what_would_be_done_is_shown_and_not_done() {
+    let vm = Vm::new(Rules::Nft).await;
+    let before = vm.ruleset();
+    let want = vm::want(&vm, OPEN);
+    let answer = client::ask(&vm.socket(), &Ask::Plan { want: Some(want) }).await.unwrap();
+    let Answer::Plan(text) = answer else { panic!("{answer:?}") };
+    assert!(text.contains("nft -f - <<'.'") && text.contains("redirect to :15001"), "{text}");
+    assert_eq!(vm.ruleset(), before);
+}
+
+#[tokio::test]
+async fn an_open_connection_lives_through_the_end_of_capture() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    // From before the rules.
+    let to = std::net::SocketAddr::from((vm.b.v4, 22));
+    let listener = vm.b.within(|| std::net::TcpListener::bind(to)).unwrap().unwrap();
+    let mut client = vm.a.within_as(vm::APP, || TcpStream::connect(to)).unwrap().unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    agent.capture().await;
+    agent.want.spec.outbound.capture = vmesh_capture::spec::Outward::Off;
+    agent.want().await;
+    vm.until("the rules to go", |status| status.state == State::Off).await;
+    server.write_all(b"still here").unwrap();
+    let mut said = [0; 10];
+    client.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"still here");
+}
