@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use vmesh_catalog::World;
 use vmesh_model::document::{Documents, LoadBalancing, Locality, Node, Placed};
-use vmesh_model::node::Client;
+use vmesh_model::node::{Client, Outward};
 use vmesh_model::{NodeReport, Problem, ServiceName};
 use vmesh_xds::Store;
 
 use crate::service::{self, Compiled};
+use crate::transparent::Index;
 
 /// What of a node decides how it sees services.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -20,6 +21,31 @@ pub struct Class {
     pub nodes: Vec<Arc<Placed<Node>>>,
     /// Its zone, where any document makes that matter.
     pub zone: Option<Arc<str>>,
+    /// Which connections to services are captured on their nodes. `None`: none.
+    pub captured: Option<Captured>,
+}
+
+/// Which connections to services are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Captured {
+    /// Those to virtual addresses.
+    Virtual,
+    /// And those to the real addresses of endpoints.
+    Addresses,
+}
+
+impl Captured {
+    /// What becomes of connections to no service is each node's own.
+    fn by(report: &NodeReport) -> Option<Captured> {
+        // A gRPC client has no listener that a connection could come by.
+        if report.client != Client::Envoy {
+            return None;
+        }
+        report.capture.outbound.map(|outward| match outward {
+            Outward::Vip => Captured::Virtual,
+            Outward::Addresses | Outward::All => Captured::Addresses,
+        })
+    }
 }
 
 impl Class {
@@ -28,6 +54,7 @@ impl Class {
             client: report.client,
             nodes: documents.nodes_for(report),
             zone: report.zone.clone().filter(|_| zones_matter(documents)),
+            captured: Captured::by(report),
         }
     }
 
@@ -37,6 +64,11 @@ impl Class {
             Client::Envoy => "envoy".to_owned(),
             Client::Grpc => "grpc".to_owned(),
         };
+        match self.captured {
+            None => {}
+            Some(Captured::Virtual) => key.push_str(" capture vip"),
+            Some(Captured::Addresses) => key.push_str(" capture addresses"),
+        }
         for node in &self.nodes {
             _ = write!(key, " node {}", node.selector());
         }
@@ -68,15 +100,15 @@ pub struct Shared {
 pub type Reshaped = Vec<ServiceName>;
 
 impl Shared {
-    pub fn new(world: &World, class: Class) -> Shared {
+    pub(crate) fn new(world: &World, index: &Index, class: Class) -> Shared {
         let mut shared = Shared { class, services: BTreeMap::new(), store: Arc::new(Store::default()) };
         let all: Vec<_> = world.known().cloned().collect();
-        shared.recompile(world, &all);
+        shared.recompile(world, index, &all);
         shared
     }
 
     /// Compiles `names` anew, and removes those that are no longer known.
-    pub fn recompile(&mut self, world: &World, names: &[ServiceName]) -> Reshaped {
+    pub(crate) fn recompile(&mut self, world: &World, index: &Index, names: &[ServiceName]) -> Reshaped {
         let mut changes = Vec::new();
         let mut reshaped = Vec::new();
         for name in names {
@@ -88,7 +120,7 @@ impl Shared {
                 continue;
             }
             let before = self.services.get(name);
-            let compiled = service::compile(world, name, &self.class, before);
+            let compiled = service::compile(world, index, name, &self.class, before);
             if before.is_none_or(|before| before.shape.calls_for_rescoping(&compiled.shape)) {
                 reshaped.push(name.clone());
             }

@@ -11,10 +11,13 @@ use vmesh_proto::envoy::config::cluster::v3::cluster::{
     ClusterDiscoveryType, CommonLbConfig, DiscoveryType, EdsClusterConfig, LbPolicy,
 };
 use vmesh_proto::envoy::config::cluster::v3::load_balancing_policy;
-use vmesh_proto::envoy::config::cluster::v3::{CircuitBreakers, Cluster, LoadBalancingPolicy};
+use vmesh_proto::envoy::config::cluster::v3::{
+    CircuitBreakers, Cluster, LoadBalancingPolicy, UpstreamConnectionOptions,
+};
 use vmesh_proto::envoy::config::core::v3::{
     AggregatedConfigSource, ApiVersion, ConfigSource, Http1ProtocolOptions, Http2ProtocolOptions,
-    HttpProtocolOptions as CommonHttpOptions, TypedExtensionConfig, config_source::ConfigSourceSpecifier,
+    HttpProtocolOptions as CommonHttpOptions, TcpKeepalive, TypedExtensionConfig,
+    config_source::ConfigSourceSpecifier,
 };
 use vmesh_proto::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use vmesh_proto::envoy::extensions::load_balancing_policies::least_request::v3::LeastRequest;
@@ -87,6 +90,58 @@ pub(crate) fn local_cluster(name: &str, protocol: Protocol, assignment: ClusterL
         load_assignment: Some(assignment),
         circuit_breakers: Some(circuit_breakers(&local)),
         typed_extension_protocol_options: protocol_options(&local),
+        ..Cluster::default()
+    }
+}
+
+/// A cluster of one application behind captured connections: each goes on to where it was going, so that it does not matter
+/// on which of the host's addresses the application listens.
+pub(crate) fn called_cluster(name: &str, protocol: Protocol) -> Cluster {
+    let local = Effective::of(&vmesh_model::Settings::default(), protocol);
+    Cluster {
+        connect_timeout: Some(duration(local.connect)),
+        circuit_breakers: Some(circuit_breakers(&local)),
+        typed_extension_protocol_options: protocol_options(&local),
+        ..original_destination(name)
+    }
+}
+
+/// Captured connections to what is no service, to where they were going.
+pub(crate) fn passthrough_cluster(name: &str) -> Cluster {
+    let any = Effective::of(&vmesh_model::Settings::default(), Protocol::Tcp);
+    Cluster {
+        connect_timeout: Some(duration(any.connect)),
+        circuit_breakers: Some(circuit_breakers(&any)),
+        // The keep-alive of the program ends at Envoy, and so does that of the other side.
+        upstream_connection_options: Some(UpstreamConnectionOptions {
+            tcp_keepalive: Some(TcpKeepalive {
+                keepalive_time: Some(uint32(300)),
+                keepalive_interval: Some(uint32(30)),
+                keepalive_probes: Some(uint32(5)),
+            }),
+            ..UpstreamConnectionOptions::default()
+        }),
+        ..original_destination(name)
+    }
+}
+
+fn original_destination(name: &str) -> Cluster {
+    Cluster {
+        name: name.to_owned(),
+        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),
+        lb_policy: LbPolicy::ClusterProvided.into(),
+        // An address that nobody has called for so long is forgotten.
+        cleanup_interval: Some(duration(Duration::from_secs(60))),
+        ..Cluster::default()
+    }
+}
+
+/// A cluster of nobody: what is sent there is closed at once.
+pub(crate) fn blackhole_cluster(name: &str) -> Cluster {
+    Cluster {
+        name: name.to_owned(),
+        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Static.into())),
+        connect_timeout: Some(duration(Duration::from_secs(1))),
         ..Cluster::default()
     }
 }

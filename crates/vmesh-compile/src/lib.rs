@@ -13,10 +13,13 @@ pub mod class;
 mod cluster;
 pub mod effective;
 mod endpoints;
+mod gate;
 mod listener;
 mod node;
+mod owners;
 mod route;
 mod service;
+mod transparent;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,7 +29,10 @@ use vmesh_model::document::Documents;
 use vmesh_model::{NodeReport, Problem, ServiceName};
 use vmesh_xds::{Snapshot, Store};
 
-pub use class::{Class, Reshaped, Shared};
+use owners::Owners;
+use transparent::{Index, Virtuals};
+
+pub use class::{Captured, Class, Reshaped, Shared};
 pub use endpoints::priorities;
 pub use node::NodeConfig;
 pub use route::cluster_name;
@@ -47,6 +53,8 @@ pub fn compile(world: &Arc<World>, report: &NodeReport) -> (Snapshot, Vec<Proble
 pub struct Compiler {
     world: Arc<World>,
     classes: BTreeMap<Arc<str>, Shared>,
+    /// `None` as long as no class captures anything.
+    index: Option<Index>,
 }
 
 /// What a new world changed for one class.
@@ -71,8 +79,8 @@ impl Compiler {
     /// before the first node has come.
     pub fn new(world: Arc<World>) -> Compiler {
         let class = Class::default();
-        let classes = BTreeMap::from([(class.key(), Shared::new(&world, class))]);
-        Compiler { world, classes }
+        let classes = BTreeMap::from([(class.key(), Shared::new(&world, &Index::default(), class))]);
+        Compiler { world, classes, index: None }
     }
 
     pub fn world(&self) -> &Arc<World> {
@@ -89,11 +97,16 @@ impl Compiler {
         if names.is_empty() {
             return update;
         }
+        let (names, unindexed) = match &mut self.index {
+            Some(index) => (index.update(&before, world, names), Index::default()),
+            None => (names, Index::default()),
+        };
+        let index = self.index.as_ref().unwrap_or(&unindexed);
         for (key, shared) in &mut self.classes {
             if documents {
                 renew(&mut shared.class, &world.documents);
             }
-            let reshaped = shared.recompile(world, &names).into_iter().collect();
+            let reshaped = shared.recompile(world, index, &names).into_iter().collect();
             update.classes.push(ClassUpdate { class: key.clone(), store: shared.store.clone(), reshaped });
         }
         update
@@ -103,13 +116,29 @@ impl Compiler {
     pub fn retain(&mut self, used: &BTreeSet<Arc<str>>) {
         let kept = Class::default().key();
         self.classes.retain(|key, _| used.contains(key) || *key == kept);
+        let captured = |this| self.classes.values().any(|shared| shared.class.captured == Some(this));
+        let (virtuals, addresses) = (captured(Captured::Virtual), captured(Captured::Addresses));
+        match &mut self.index {
+            Some(index) if !addresses && virtuals => index.owners = None,
+            Some(_) if !addresses => self.index = None,
+            _ => {}
+        }
     }
 
     /// The configuration of `report`'s node; compiles its class first, if it is the first of it.
     pub fn node(&mut self, report: &NodeReport) -> NodeConfig {
         let class = Class::of(&self.world.documents, report);
         let world = &self.world;
-        let shared = self.classes.entry(class.key()).or_insert_with(|| Shared::new(world, class));
+        if let Some(captured) = class.captured {
+            let index =
+                self.index.get_or_insert_with(|| Index { virtuals: Virtuals::new(world), owners: None });
+            if captured == Captured::Addresses {
+                index.owners.get_or_insert_with(|| Owners::new(world));
+            }
+        }
+        let unindexed = Index::default();
+        let index = self.index.as_ref().unwrap_or(&unindexed);
+        let shared = self.classes.entry(class.key()).or_insert_with(|| Shared::new(world, index, class));
         node::compile(world, shared, report)
     }
 

@@ -1,13 +1,18 @@
-//! LDS: one listener per declared upstream, one per workload, and for gRPC clients one per service.
+//! LDS: one listener per declared upstream, one per workload, and for gRPC clients one per service. Those for captured
+//! connections are put together in [`crate::transparent`] and [`crate::gate`].
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use vmesh_model::ServiceName;
+use vmesh_model::document::Policy;
 use vmesh_proto::envoy::config::core::v3::{
     Http1ProtocolOptions, HttpProtocolOptions, TrafficDirection,
 };
 use vmesh_proto::envoy::config::listener::v3::filter::ConfigType;
-use vmesh_proto::envoy::config::listener::v3::{ApiListener, Filter, FilterChain, Listener};
+use vmesh_proto::envoy::config::listener::v3::{
+    AdditionalAddress, ApiListener, Filter, FilterChain, FilterChainMatch, Listener,
+};
 use vmesh_proto::envoy::config::route::v3::RouteConfiguration;
 use vmesh_proto::envoy::extensions::filters::http::router::v3::Router;
 use vmesh_proto::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
@@ -23,9 +28,11 @@ use vmesh_proto::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::
 };
 use vmesh_proto::envoy::r#type::v3::HashPolicy;
 use vmesh_proto::envoy::r#type::v3::hash_policy::{PolicySpecifier, SourceIp};
-use vmesh_proto::{any, duration};
+use vmesh_proto::google::protobuf::Any;
+use vmesh_proto::{any, boolean, duration};
 
 use crate::cluster::ads;
+use crate::effective::Effective;
 use crate::endpoints::socket_address;
 use crate::route::Share;
 
@@ -43,17 +50,15 @@ pub(crate) enum Routes {
     Inline(Box<RouteConfiguration>),
 }
 
-/// A listener for HTTP.
-pub(crate) fn http_listener(
-    name: &str,
-    address: SocketAddr,
-    direction: Direction,
-    routes: Routes,
-    idle: Duration,
-) -> Listener {
+/// What Envoy does with the connections of a listener.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Handling(Filter);
+
+/// HTTP. `stat` is the name under which it is counted.
+pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> Handling {
     let manager = HttpConnectionManager {
         codec_type: CodecType::Auto.into(),
-        stat_prefix: stat_prefix(name),
+        stat_prefix: stat_prefix(stat),
         // What the application says of itself, the proxy does not overwrite.
         server_header_transformation: ServerHeaderTransformation::PassThrough.into(),
         http_protocol_options: Some(Http1ProtocolOptions {
@@ -71,18 +76,11 @@ pub(crate) fn http_listener(
         }],
         ..connection_manager(routes)
     };
-    listener(name, address, direction, "envoy.filters.network.http_connection_manager", any(&manager))
+    handling("envoy.filters.network.http_connection_manager", any(&manager))
 }
 
-/// A listener for anything else: bytes in, bytes out.
-pub(crate) fn tcp_listener(
-    name: &str,
-    address: SocketAddr,
-    direction: Direction,
-    shares: &[Share],
-    idle: Duration,
-    by_source: bool,
-) -> Listener {
+/// Anything else: bytes in, bytes out.
+pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool) -> Handling {
     let specifier = match shares {
         [only] => ClusterSpecifier::Cluster(only.cluster.clone()),
         several => ClusterSpecifier::WeightedClusters(WeightedCluster {
@@ -99,13 +97,31 @@ pub(crate) fn tcp_listener(
     let by_source =
         by_source.then_some(HashPolicy { policy_specifier: Some(PolicySpecifier::SourceIp(SourceIp {})) });
     let proxy = TcpProxy {
-        stat_prefix: stat_prefix(name),
+        stat_prefix: stat_prefix(stat),
         cluster_specifier: Some(specifier),
         idle_timeout: Some(duration(idle)),
         hash_policy: by_source.into_iter().collect(),
         ..TcpProxy::default()
     };
-    listener(name, address, direction, "envoy.filters.network.tcp_proxy", any(&proxy))
+    handling("envoy.filters.network.tcp_proxy", any(&proxy))
+}
+
+/// Whatever the service speaks: by its routes, or by the shares of its connections.
+pub(crate) fn to_service(
+    stat: &str,
+    service: &ServiceName,
+    effective: &Effective,
+    shares: &[Share],
+) -> Handling {
+    if effective.protocol.is_http() {
+        return http(stat, Routes::Named(service.to_string()), effective.idle);
+    }
+    let by_source = matches!(effective.load_balancing.policy, Policy::RingHash | Policy::Maglev);
+    tcp(stat, shares, effective.idle, by_source)
+}
+
+fn handling(filter: &str, config: Any) -> Handling {
+    Handling(Filter { name: filter.to_owned(), config_type: Some(ConfigType::TypedConfig(config)) })
 }
 
 /// What a gRPC client asks for to reach a service: no address, only routes (gRFC A27).
@@ -136,29 +152,57 @@ fn connection_manager(routes: Routes) -> HttpConnectionManager {
     }
 }
 
-fn listener(
+/// A listener that does the same with every connection.
+pub(crate) fn listener(
     name: &str,
     address: SocketAddr,
     direction: Direction,
-    filter: &str,
-    config: vmesh_proto::google::protobuf::Any,
+    handling: Handling,
 ) -> Listener {
-    let direction = match direction {
-        Direction::Outbound => TrafficDirection::Outbound,
-        Direction::Inbound => TrafficDirection::Inbound,
-    };
     Listener {
         name: name.to_owned(),
         address: Some(socket_address(address)),
-        traffic_direction: direction.into(),
-        filter_chains: vec![FilterChain {
-            filters: vec![Filter {
-                name: filter.to_owned(),
-                config_type: Some(ConfigType::TypedConfig(config)),
-            }],
-            ..FilterChain::default()
-        }],
+        traffic_direction: traffic_direction(direction).into(),
+        filter_chains: vec![chain("", None, handling)],
         ..Listener::default()
+    }
+}
+
+/// A listener that no socket is bound for: what was captured on its way to one of `addresses` is handed to it. It looks
+/// at nothing before its filters do, so that whoever waits for the other side to speak first does not wait for Envoy.
+///
+/// It is named by the first of the addresses; without any there is none.
+pub(crate) fn handed_to(addresses: &[SocketAddr], handling: Handling) -> Option<Listener> {
+    let (first, others) = addresses.split_first()?;
+    Some(Listener {
+        bind_to_port: Some(boolean(false)),
+        additional_addresses: others.iter().map(|address| additional_address(*address)).collect(),
+        ..listener(&outbound_name(*first), *first, Direction::Outbound, handling)
+    })
+}
+
+pub(crate) fn additional_address(address: SocketAddr) -> AdditionalAddress {
+    AdditionalAddress { address: Some(socket_address(address)), ..AdditionalAddress::default() }
+}
+
+/// What is done with the connections that `matching` picks.
+pub(crate) fn chain(
+    name: &str,
+    matching: Option<FilterChainMatch>,
+    Handling(filter): Handling,
+) -> FilterChain {
+    FilterChain {
+        name: name.to_owned(),
+        filter_chain_match: matching,
+        filters: vec![filter],
+        ..FilterChain::default()
+    }
+}
+
+pub(crate) fn traffic_direction(direction: Direction) -> TrafficDirection {
+    match direction {
+        Direction::Outbound => TrafficDirection::Outbound,
+        Direction::Inbound => TrafficDirection::Inbound,
     }
 }
 

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmesh_catalog::World;
-use vmesh_model::document::Policy;
-use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
+use vmesh_model::node::{Client, Outward, Upstream, Upstreams, Workload};
 use vmesh_model::strict::did_you_mean;
-use vmesh_model::{NodeReport, Place, Problem, ServiceName};
+use vmesh_model::{NodeReport, Place, Problem, Protocol, ServiceName};
 use vmesh_proto::duration;
-use vmesh_proto::envoy::config::listener::v3::Listener;
+use vmesh_proto::envoy::config::listener::v3::{FilterChain, Listener};
 use vmesh_proto::envoy::config::route::v3::route::Action;
 use vmesh_proto::envoy::config::route::v3::route_action::ClusterSpecifier;
 use vmesh_proto::envoy::config::route::v3::route_match::PathSpecifier;
@@ -21,9 +20,10 @@ use vmesh_proto::envoy::config::route::v3::{
 use vmesh_xds::{Group, Groups, Kind, Resource, Scope};
 
 use crate::class::Shared;
-use crate::cluster::local_cluster;
+use crate::cluster::{called_cluster, local_cluster};
 use crate::endpoints::local_assignment;
-use crate::listener::{Direction, Routes, http_listener, outbound_name, tcp_listener};
+use crate::gate;
+use crate::listener::{Direction, Handling, Routes, chain, http, listener, outbound_name, tcp, to_service};
 use crate::route::Share;
 
 /// Above so many services, a node that asks for all of them is told what that costs it.
@@ -53,6 +53,7 @@ pub(crate) fn compile(world: &World, shared: &Shared, report: &NodeReport) -> No
         ));
     }
     if report.client == Client::Envoy {
+        node.captured();
         for workload in &report.workloads {
             node.inbound(workload);
         }
@@ -119,20 +120,83 @@ impl Node<'_> {
         if !self.take(address, format!("upstream `{service}`")) {
             return;
         }
-        let effective = &shape.effective;
-        let listener = if effective.protocol.is_http() {
-            http_listener(
-                &name,
-                address,
-                Direction::Outbound,
-                Routes::Named(service.to_string()),
-                effective.idle,
-            )
-        } else {
-            let by_source = matches!(effective.load_balancing.policy, Policy::RingHash | Policy::Maglev);
-            tcp_listener(&name, address, Direction::Outbound, &shape.shares, effective.idle, by_source)
-        };
-        self.add(listener);
+        let handling = to_service(&name, service, &shape.effective, &shape.shares);
+        self.add(&listener(&name, address, Direction::Outbound, handling));
+    }
+
+    /// The listeners where captured connections arrive, before those that the node declares: without them all of what
+    /// is captured would fail.
+    fn captured(&mut self) {
+        let capture = self.report.capture;
+        if capture.outbound.is_none() && capture.inbound.is_none() {
+            return;
+        }
+        for cluster in gate::clusters() {
+            self.resources.push(Resource::new(Kind::Cluster, cluster.name.as_str(), &cluster));
+        }
+        if let Some(outward) = capture.outbound {
+            for address in gate::outbound_addresses(capture) {
+                self.take(address, "transparent capture".to_owned());
+            }
+            self.add(&gate::outbound(capture, self.world.documents.outbound(&self.shared.class.nodes)));
+            if outward == Outward::All {
+                self.name_what_is_swallowed();
+            }
+        }
+        if let Some(inward) = capture.inbound {
+            for address in gate::inbound_addresses(capture) {
+                self.take(address, "transparent capture".to_owned());
+            }
+            let chains = self.captured_workloads();
+            self.add(&gate::inbound(capture, inward, chains));
+        }
+    }
+
+    /// Envoy takes a listener on a wildcard address for that of every address with its port: a captured call to somebody
+    /// else would end here. The agent leaves such ports out of what is captured, and that should not surprise.
+    fn name_what_is_swallowed(&mut self) {
+        for workload in &self.report.workloads {
+            if let Some(listen) = workload.listen.filter(|listen| listen.ip().is_unspecified()) {
+                self.problem(format!(
+                    "workload `{}` is reached at {listen}, so calls to port {} of other hosts are not captured: Envoy could not                      tell them from calls to the workload; give it a `listen` with an address of the host",
+                    workload.service,
+                    listen.port()
+                ));
+            }
+        }
+    }
+
+    /// A chain for each workload, by the port where its application listens.
+    fn captured_workloads(&mut self) -> Vec<FilterChain> {
+        let report = self.report;
+        let mut by_port: BTreeMap<(Option<IpAddr>, u16), &ServiceName> = BTreeMap::new();
+        let mut chains = Vec::new();
+        for workload in &report.workloads {
+            let service = &workload.service;
+            // An application on loopback is called at an address of the host all the same.
+            let host = workload.host.filter(|host| !host.is_loopback() && !host.is_unspecified());
+            let port = workload.port;
+            if let Some(first) = by_port.get(&(host, port)) {
+                self.problem(format!(
+                    "workloads `{first}` and `{service}` have one port, {port}: captured connections to it count as calls to \
+                     `{first}`"
+                ));
+                continue;
+            }
+            by_port.insert((host, port), service);
+            let name = format!("inbound|{service}|{port}|captured");
+            let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
+            let cluster = match workload.host {
+                Some(host) => {
+                    local_cluster(&name, protocol, local_assignment(&name, SocketAddr::new(host, port)))
+                }
+                None => called_cluster(&name, protocol),
+            };
+            self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
+            let handling = to_the_application(&name, &format!("inbound|{service}"), protocol);
+            chains.push(chain(&name, Some(gate::called(host, port)), handling));
+        }
+        chains
     }
 
     fn inbound(&mut self, workload: &Workload) {
@@ -143,7 +207,14 @@ impl Node<'_> {
         }
         let application =
             SocketAddr::new(workload.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), workload.port);
-        let Some(listen) = workload.listen else { return };
+        let Some(listen) = workload.listen else {
+            if self.report.capture.inbound.is_none() {
+                self.problem(format!(
+                    "workload `{service}` has no `listen`, and no inbound connection is captured: Envoy serves it to nobody"
+                ));
+            }
+            return;
+        };
         if application == listen {
             self.problem(format!(
                 "workload `{service}`: Envoy cannot listen on {application}, where the application listens: give it \
@@ -157,15 +228,8 @@ impl Node<'_> {
         let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
         let cluster = local_cluster(&name, protocol, local_assignment(&name, application));
         self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
-        let idle = Duration::from_secs(3600);
-        let listener = if protocol.is_http() {
-            let routes = Routes::Inline(Box::new(to_the_application(&name)));
-            http_listener(&name, listen, Direction::Inbound, routes, idle)
-        } else {
-            let share = Share { cluster: name.clone(), weight: 1 };
-            tcp_listener(&name, listen, Direction::Inbound, &[share], idle, false)
-        };
-        self.add(listener);
+        let handling = to_the_application(&name, &name, protocol);
+        self.add(&listener(&name, listen, Direction::Inbound, handling));
     }
 
     fn take(&mut self, address: SocketAddr, who: String) -> bool {
@@ -179,8 +243,8 @@ impl Node<'_> {
         true
     }
 
-    fn add(&mut self, listener: Listener) {
-        self.resources.push(Resource::new(Kind::Listener, listener.name.as_str(), &listener));
+    fn add(&mut self, listener: &Listener) {
+        self.resources.push(Resource::new(Kind::Listener, listener.name.as_str(), listener));
     }
 
     fn problem(&mut self, message: String) {
@@ -195,8 +259,17 @@ fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
         && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
 
+/// What comes in goes to the application behind `cluster`, counted as `stat`.
+fn to_the_application(cluster: &str, stat: &str, protocol: Protocol) -> Handling {
+    let idle = Duration::from_secs(3600);
+    if protocol.is_http() {
+        return http(stat, Routes::Inline(Box::new(routes_to(cluster))), idle);
+    }
+    tcp(stat, &[Share { cluster: cluster.to_owned(), weight: 1 }], idle, false)
+}
+
 /// The caller's Envoy has the timeout and the retries; a second set here would multiply them.
-fn to_the_application(cluster: &str) -> RouteConfiguration {
+fn routes_to(cluster: &str) -> RouteConfiguration {
     let action = RouteAction {
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
         timeout: Some(duration(Duration::ZERO)),

@@ -1,6 +1,7 @@
 //! One service, as one class of nodes sees it: its group of resources.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use vmesh_catalog::World;
@@ -15,6 +16,7 @@ use crate::effective::Effective;
 use crate::endpoints::assignment;
 use crate::listener::api_listener;
 use crate::route::{Router, Share, cluster_name};
+use crate::transparent::{Index, Subject, Transparent};
 
 /// A service compiled for a class of nodes, together with what it was compiled from.
 #[derive(Debug, Clone)]
@@ -22,7 +24,16 @@ pub struct Compiled {
     pub group: Arc<Group>,
     pub shape: Arc<Shape>,
     assignments: Vec<Assignment>,
+    transparent: Option<Transparent>,
     pub problems: Vec<Problem>,
+}
+
+impl Compiled {
+    /// Where captured connections to the service are taken at its virtual addresses; of none, where nodes of the class
+    /// capture none or it has no port yet.
+    pub fn virtual_addresses(&self) -> &[SocketAddr] {
+        self.transparent.as_ref().map(|transparent| transparent.at.as_slice()).unwrap_or_default()
+    }
 }
 
 /// All of a service but its endpoints, which change a hundred times as often.
@@ -62,11 +73,14 @@ struct Assignment {
 /// Compiles `name` for `class`, taking over from `before` whatever would come out the same.
 pub(crate) fn compile(
     world: &World,
+    index: &Index,
     name: &ServiceName,
     class: &Class,
     before: Option<&Compiled>,
 ) -> Compiled {
-    let shape = shape(world, name, class, before.map(|compiled| &compiled.shape));
+    let settings = world.documents.settings(name, &class.nodes);
+    let capture = settings.capture;
+    let shape = shape(world, name, class, settings, before.map(|compiled| &compiled.shape));
     let (balancing, zone) = (&shape.effective.load_balancing, class.zone.as_deref());
     let mut problems = shape.problems.clone();
     let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
@@ -90,9 +104,15 @@ pub(crate) fn compile(
             }
         });
     }
-    let endpoints = assignments.iter().map(|assignment| assignment.resource.clone());
-    let resources: Vec<_> = shape.resources.iter().cloned().chain(endpoints).collect();
-    Compiled { group: Group::new(name.shared(), resources), shape, assignments, problems }
+    let transparent = class.captured.map(|captured| {
+        let subject = Subject { world, index, name, shape: &shape, endpoints: &all, capture };
+        let before = before.and_then(|before| before.transparent.as_ref()).map(|before| (before, !reshaped));
+        Transparent::of(&subject, captured, before, &mut problems)
+    });
+    let endpoints = assignments.iter().map(|assignment| &assignment.resource);
+    let captured = transparent.iter().flat_map(Transparent::resources);
+    let resources: Vec<_> = shape.resources.iter().chain(endpoints).chain(captured).cloned().collect();
+    Compiled { group: Group::new(name.shared(), resources), shape, assignments, transparent, problems }
 }
 
 fn empty_subset(shape: &Shape, cluster: &str, all: usize) -> Problem {
@@ -102,8 +122,13 @@ fn empty_subset(shape: &Shape, cluster: &str, all: usize) -> Problem {
     Problem::new(place, format!("Service `{}`", cluster.split('|').next().unwrap_or_default()), message)
 }
 
-fn shape(world: &World, name: &ServiceName, class: &Class, before: Option<&Arc<Shape>>) -> Arc<Shape> {
-    let settings = world.documents.settings(name, &class.nodes);
+fn shape(
+    world: &World,
+    name: &ServiceName,
+    class: &Class,
+    settings: Settings,
+    before: Option<&Arc<Shape>>,
+) -> Arc<Shape> {
     let effective = Effective::of(&settings, world.protocol(name));
     let inputs = Inputs {
         effective: effective.clone(),
@@ -169,7 +194,7 @@ fn shape(world: &World, name: &ServiceName, class: &Class, before: Option<&Arc<S
     })
 }
 
-fn known(before: &[Arc<Resource>], new: Arc<Resource>) -> Arc<Resource> {
+pub(crate) fn known(before: &[Arc<Resource>], new: Arc<Resource>) -> Arc<Resource> {
     let same = |old: &&Arc<Resource>| {
         old.kind() == new.kind() && old.name() == new.name() && old.version() == new.version()
     };

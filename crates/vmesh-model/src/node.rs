@@ -61,7 +61,15 @@ pub struct Capture {
     pub outbound: Option<Outward>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inbound: Option<Inward>,
+    /// The host has no IPv6 (`::1` cannot be bound): Envoy would refuse a listener that asks for it, and with it all capture.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub without_ipv6: bool,
 }
+
+/// Where Envoy takes captured connections that programs of the host open, on loopback.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Where Envoy takes captured connections that programs of the host are to accept.
+pub const INBOUND_PORT: u16 = 15006;
 
 /// Which connections that programs of the host open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -24,7 +24,7 @@ pub mod json;
 pub use generated::{envoy, google, udpa, xds};
 
 use bytes::Bytes;
-use google::protobuf::{Any, Duration, UInt32Value};
+use google::protobuf::{Any, BoolValue, Duration, UInt32Value};
 use prost::{Message, Name};
 
 /// The pinned Envoy: the one that these messages came from, and the one that tests and the demo run.
@@ -46,4 +46,9 @@ pub fn duration(value: std::time::Duration) -> Duration {
 /// A number that may be absent: protobuf's wrapper for a `u32`.
 pub fn uint32(value: u32) -> UInt32Value {
     UInt32Value { value }
+}
+
+/// A switch that may be absent: protobuf's wrapper for a `bool`.
+pub fn boolean(value: bool) -> BoolValue {
+    BoolValue { value }
 }

@@ -45,8 +45,15 @@ impl Capture {
                 Inward::Redirect => Some(node::Inward::Redirect),
                 Inward::Tproxy => Some(node::Inward::Tproxy),
             },
+            without_ipv6: (self.outbound() || self.inbound()) && !has_ipv6(),
         }
     }
+}
+
+/// Whether a program of this host can listen on `::1`. With `ipv6.disable=1` there is no such thing, with
+/// `net.ipv6.conf.lo.disable_ipv6=1` no such address.
+fn has_ipv6() -> bool {
+    std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
 /// Who says that a host still works after a change of what it captures, and by when.

@@ -1,0 +1,272 @@
+//! Captured connections to a service: the listeners that Envoy hands them to, and what the node's agent is told, so
+//! that it answers names and captures just these.
+//!
+//! ```text
+//! program -> 246.94.83.229:80 -> rules of the host -> virtual_outbound -> outbound|246.94.83.229:80 -> routes of the service
+//! program -> 10.0.1.11:8080   -> rules of the host -> virtual_outbound -> outbound|10.0.1.11:8080   -> the same
+//! ```
+//!
+//! Each listener is a resource of its own, the same for all nodes of a class, so that a change to one service, or the
+//! coming and going of one endpoint, never closes connections of another. A connection to the real address of an endpoint
+//! is balanced over the whole service as any other is: which instance the caller had in mind does not count.
+
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use vmesh_catalog::World;
+use vmesh_dns::virtual_ips::{Collision, Ranges, Virtual, VirtualIps};
+use vmesh_model::document::{Capture, OnLoss};
+use vmesh_model::{Endpoint, Health, Place, Problem, ServiceName};
+use vmesh_proto::agent::{Destination, destination};
+use vmesh_xds::{Kind, Resource};
+
+use crate::class::Captured;
+use crate::listener::{handed_to, to_service};
+use crate::owners::Owners;
+use crate::service::{Shape, known};
+
+/// The virtual address of every service, and who got none.
+#[derive(Debug, Default)]
+pub(crate) struct Virtuals {
+    ips: VirtualIps,
+    collisions: BTreeMap<Arc<str>, Vec<Collision>>,
+}
+
+impl Virtuals {
+    pub(crate) fn new(world: &World) -> Virtuals {
+        let (ips, all) = VirtualIps::new(&Ranges::default(), world.known().map(ServiceName::shared));
+        let mut collisions: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for collision in all {
+            collisions.entry(collision.name.clone()).or_default().push(collision);
+        }
+        Virtuals { ips, collisions }
+    }
+
+    /// The names that have other addresses in `other`, or are another one's collision there.
+    pub(crate) fn differing<'a>(&'a self, other: &'a Virtuals) -> impl Iterator<Item = &'a Arc<str>> {
+        let moved = self.ips.iter().filter(|(name, addresses)| other.ips.get(name) != Some(*addresses));
+        let told = self.collisions.iter().filter(|(name, all)| other.collisions.get(*name) != Some(*all));
+        moved.map(|(name, _)| name).chain(told.map(|(name, _)| name))
+    }
+}
+
+/// What captured connections depend on beyond the service itself.
+#[derive(Debug, Default)]
+pub(crate) struct Index {
+    pub(crate) virtuals: Virtuals,
+    /// Only where real addresses are captured.
+    pub(crate) owners: Option<Owners>,
+}
+
+impl Index {
+    /// Takes over `now`. Returns `names` and those that a change of them concerns.
+    pub(crate) fn update(
+        &mut self,
+        before: &World,
+        now: &World,
+        names: Vec<ServiceName>,
+    ) -> Vec<ServiceName> {
+        let mut all: BTreeSet<ServiceName> = names.iter().cloned().collect();
+        if let Some(owners) = &mut self.owners {
+            all.extend(owners.update(before, now, &names));
+        }
+        if names.iter().any(|name| before.is_known(name) != now.is_known(name)) {
+            let renewed = Virtuals::new(now);
+            let differing = renewed.differing(&self.virtuals).chain(self.virtuals.differing(&renewed));
+            all.extend(differing.filter_map(|name| name.parse().ok()));
+            self.virtuals = renewed;
+        }
+        all.into_iter().collect()
+    }
+}
+
+/// What of a service is there for captured connections.
+#[derive(Debug, Clone)]
+pub(crate) struct Transparent {
+    /// The virtual addresses with the port, the first of which names the listener.
+    pub(crate) at: Vec<SocketAddr>,
+    listener: Option<Arc<Resource>>,
+    by_endpoint: BTreeMap<SocketAddr, Arc<Resource>>,
+    destination: Arc<Resource>,
+}
+
+/// A service to compile.
+pub(crate) struct Subject<'a> {
+    pub(crate) world: &'a World,
+    pub(crate) index: &'a Index,
+    pub(crate) name: &'a ServiceName,
+    pub(crate) shape: &'a Arc<Shape>,
+    pub(crate) endpoints: &'a [Endpoint],
+    pub(crate) capture: Capture,
+}
+
+impl Transparent {
+    /// What `subject` is to nodes that capture `captured`. `before` is what was made last, and whether of the same shape.
+    pub(crate) fn of(
+        subject: &Subject<'_>,
+        captured: Captured,
+        before: Option<(&Transparent, bool)>,
+        problems: &mut Vec<Problem>,
+    ) -> Transparent {
+        let Subject { name, shape, endpoints, index, .. } = *subject;
+        let port = subject.port(problems);
+        let at: Vec<_> = port.map(|port| subject.virtual_addresses(port, problems)).unwrap_or_default();
+        let handling = OnceCell::new();
+        let make_handling = || to_service(&format!("outbound|{name}"), name, &shape.effective, &shape.shares);
+        // What has the same name, and was made of the same shape, is the same.
+        let reusable = before.filter(|(_, same_shape)| *same_shape).map(|(before, _)| before);
+        let listener = |addresses: &[SocketAddr], before: Option<&Arc<Resource>>| {
+            let listener = handed_to(addresses, handling.get_or_init(make_handling).clone())?;
+            let new = Resource::new(Kind::Listener, listener.name.as_str(), &listener);
+            Some(known(before.map(std::slice::from_ref).unwrap_or_default(), new))
+        };
+        let of_the_service = match reusable.filter(|before| before.at == at) {
+            Some(before) => before.listener.clone(),
+            None => listener(&at, before.and_then(|(before, _)| before.listener.as_ref())),
+        };
+        let mut by_endpoint = BTreeMap::new();
+        if let (Captured::Addresses, Some(owners)) = (captured, &index.owners) {
+            let mut shared = BTreeMap::new();
+            for endpoint in endpoints.iter().filter(|endpoint| can_be_captured(endpoint)) {
+                let address = endpoint.address;
+                if let Some(first) = owners.first(address).filter(|first| *first != name) {
+                    shared.entry(first).or_insert_with(Vec::new).push(address);
+                    continue;
+                }
+                let old = before.and_then(|(before, _)| before.by_endpoint.get(&address));
+                let resource = match old.filter(|_| reusable.is_some()) {
+                    Some(same) => Some(same.clone()),
+                    None => listener(&[address], old),
+                };
+                by_endpoint.extend(resource.map(|resource| (address, resource)));
+            }
+            problems.extend(shared.into_iter().map(|(first, addresses)| subject.shared(first, &addresses)));
+        }
+        let message = subject.destination(captured, port, &at, &by_endpoint);
+        let destination = Resource::new(Kind::Local, name.as_str(), &message);
+        let destination = known(
+            before.map(|(before, _)| std::slice::from_ref(&before.destination)).unwrap_or_default(),
+            destination,
+        );
+        Transparent { at, listener: of_the_service, by_endpoint, destination }
+    }
+
+    pub(crate) fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
+        self.listener.iter().chain(self.by_endpoint.values()).chain([&self.destination])
+    }
+}
+
+/// A listener for an address which is another one on every host, or which Envoy has a listener for anyway, would be hit
+/// by what is not for it. A name may lead elsewhere by the time that a program asks for it.
+fn can_be_captured(endpoint: &Endpoint) -> bool {
+    let ip = endpoint.address.ip();
+    let of_this_host = match ip {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_unspecified() || ip.is_link_local() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unspecified() || ip.is_unicast_link_local(),
+    };
+    endpoint.hostname.is_none() && !of_this_host && !ip.is_multicast() && !is_virtual(ip)
+}
+
+fn is_virtual(ip: IpAddr) -> bool {
+    let ranges = Ranges::default();
+    match ip {
+        IpAddr::V4(ip) => ranges.v4.contains(ip),
+        IpAddr::V6(ip) => ranges.v6.contains(ip),
+    }
+}
+
+impl Subject<'_> {
+    /// The port at the virtual addresses: the document's word, else discovery's, else that of the endpoints.
+    fn port(&self, problems: &mut Vec<Problem>) -> Option<u16> {
+        let documented = self.world.documents.services.get(self.name).and_then(|document| document.port);
+        let registered = || self.world.services.get(self.name).and_then(|service| service.port);
+        if let Some(port) = documented.or_else(registered) {
+            return Some(port);
+        }
+        let mut counts: BTreeMap<u16, usize> = BTreeMap::new();
+        for endpoint in self.endpoints {
+            *counts.entry(endpoint.address.port()).or_default() += 1;
+        }
+        // The lowest of those that are as common.
+        let (port, count) = counts.iter().rev().max_by_key(|(_, count)| **count)?;
+        if counts.len() > 1 {
+            let all: Vec<_> = counts.keys().take(5).map(u16::to_string).collect();
+            let more = if counts.len() > 5 { " and more" } else { "" };
+            problems.push(self.problem(format!(
+                "its endpoints listen on ports {}{more}, so at its virtual address it has port {port}, that of {count} of \
+                 {}; say which with `port`, or it changes when they do",
+                all.join(", "),
+                self.endpoints.len()
+            )));
+        }
+        Some(*port)
+    }
+
+    fn virtual_addresses(&self, port: u16, problems: &mut Vec<Problem>) -> Vec<SocketAddr> {
+        let collisions = self.index.virtuals.collisions.get(self.name.as_str());
+        problems
+            .extend(collisions.into_iter().flatten().map(|collision| self.problem(collision.to_string())));
+        let Some(Virtual { v4, v6 }) = self.index.virtuals.ips.get(self.name.as_str()) else {
+            return Vec::new();
+        };
+        let addresses = v4.map(IpAddr::from).into_iter().chain(v6.map(IpAddr::from));
+        addresses.map(|ip| SocketAddr::new(ip, port)).collect()
+    }
+
+    fn destination(
+        &self,
+        captured: Captured,
+        port: Option<u16>,
+        at: &[SocketAddr],
+        listeners: &BTreeMap<SocketAddr, Arc<Resource>>,
+    ) -> Destination {
+        let text = |v4: bool| at.iter().find(|at| at.is_ipv4() == v4).map(|at| at.ip().to_string());
+        let on_port = !self.endpoints.is_empty()
+            && self.endpoints.iter().all(|endpoint| Some(endpoint.address.port()) == port);
+        // Whoever neither captures the addresses nor could answer them has no use for news of every endpoint.
+        let told = captured == Captured::Addresses || on_port;
+        let endpoint = |endpoint: &Endpoint| destination::Endpoint {
+            address: endpoint.address.to_string(),
+            capture: listeners.contains_key(&endpoint.address),
+            out_of_service: matches!(endpoint.health, Health::Unhealthy | Health::Draining),
+        };
+        let on_loss = match self.capture.on_loss {
+            None => destination::OnLoss::Unspecified,
+            Some(OnLoss::Open) => destination::OnLoss::Open,
+            Some(OnLoss::Closed) => destination::OnLoss::Closed,
+        };
+        Destination {
+            service: self.name.to_string(),
+            port: port.unwrap_or_default().into(),
+            virtual_v4: text(true).unwrap_or_default(),
+            virtual_v6: text(false).unwrap_or_default(),
+            endpoints: self.endpoints.iter().filter(|_| told).map(endpoint).collect(),
+            endpoints_on_port: on_port,
+            percent: self.capture.percent,
+            on_loss: on_loss.into(),
+        }
+    }
+
+    fn shared(&self, first: &ServiceName, addresses: &[SocketAddr]) -> Problem {
+        let one = addresses.iter().min().map(SocketAddr::to_string).unwrap_or_default();
+        let which = match addresses.len() {
+            1 => one,
+            n => format!("{n} addresses ({one} is one of them)"),
+        };
+        self.problem(format!(
+            "{which} of `{}` and of `{first}`: a captured connection to a real address counts as a call to the first by \
+             name, `{first}`; call `{}` by its own name",
+            self.name, self.name
+        ))
+    }
+
+    fn problem(&self, message: String) -> Problem {
+        let documented = self.world.documents.services.get(self.name).map(|document| document.place.clone());
+        let registered =
+            || self.world.services.get(self.name).and_then(|service| service.places.first().cloned());
+        let place = documented.or_else(registered).unwrap_or_else(|| Place::file("documents"));
+        Problem::new(place, format!("Service `{}`", self.name), message)
+    }
+}
