@@ -7,11 +7,13 @@
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
 //! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
 //! | `cargo xtask hosts up 3` | booted hosts to try things on: see [`hosts`] |
+//! | `cargo xtask package` | Debian packages of the node and of the control plane |
 //! | `cargo xtask codegen` | writes `vmesh-proto` anew from the pinned Envoy |
 
 mod build;
 mod demo;
 mod hosts;
+mod package;
 
 use std::process::ExitCode;
 
@@ -40,6 +42,8 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Makes Debian packages.
+    Package(package::Options),
     /// Boots hosts with a systemd of their own, to try things on.
     #[command(subcommand)]
     Hosts(hosts::Command),
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Command::Test { rest } => test(&rest),
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
         Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
+        Command::Package(options) => package::run(&options),
         Command::Hosts(command) => hosts::run(command),
         Command::Codegen => codegen(),
     };
