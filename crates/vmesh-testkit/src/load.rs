@@ -15,11 +15,12 @@ use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 
-use crate::{Failed, Result, background};
+use crate::{Failed, Result, background, netns};
 
 /// What to send, and how fast.
 #[derive(Debug, Clone)]
@@ -34,6 +35,8 @@ pub struct Plan {
     pub rate: Option<f64>,
     /// A request that takes longer has failed.
     pub timeout: Duration,
+    /// Where it is sent from, if not from the test's own place.
+    from: Option<Handle>,
 }
 
 impl Plan {
@@ -47,7 +50,13 @@ impl Plan {
             connections: 4,
             rate: Some(200.0),
             timeout: Duration::from_secs(10),
+            from: None,
         }
+    }
+
+    /// Sent from this host.
+    pub fn from(self, host: &netns::Host) -> Result<Plan> {
+        Ok(Plan { from: Some(host.runtime()?), ..self })
     }
 
     pub fn host(self, host: &str) -> Plan {
@@ -140,7 +149,7 @@ impl Load {
             connection: None,
             drivers: JoinSet::new(),
         };
-        let runtime = background()?;
+        let runtime = plan.from.clone().map_or_else(background, Ok)?;
         let workers = (0..plan.connections.max(1)).map(|number| {
             let (worker, stopped, running) = (worker(number), stopped.clone(), running.clone());
             let task = runtime.spawn(async move {

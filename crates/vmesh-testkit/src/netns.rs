@@ -13,13 +13,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, Once, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Gid, Pid, Signal, Uid, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space, set_thread_gid, set_thread_uid};
+use tokio::runtime::{Builder, Handle, Runtime};
 
 use crate::{Failed, Result, TempDir, tempdir};
 
@@ -42,6 +43,7 @@ pub struct Switch {
 pub struct Host {
     space: Space,
     dir: TempDir,
+    runtime: Mutex<Option<Runtime>>,
     pub v4: Ipv4Addr,
     pub v6: Ipv6Addr,
 }
@@ -78,7 +80,7 @@ impl Switch {
             Ipv4Addr::new(10, 88, high, low),
             Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, u16::from_be_bytes([high, low])),
         );
-        let host = Host { space: Space::new()?, dir: tempdir()?, v4, v6 };
+        let host = Host { space: Space::new()?, dir: tempdir()?, runtime: Mutex::default(), v4, v6 };
         self.wire(&host)?;
         Ok(host)
     }
@@ -105,6 +107,7 @@ impl Switch {
     /// Makes the host's namespace anew, with nothing in it but its addresses: what a reboot does to a network. All that
     /// runs there is killed.
     pub fn reboot(&self, host: &Host) -> Result<()> {
+        host.end_runtime();
         host.space.kill_all();
         // With the cable, the old namespace is cut off, also where a socket keeps it there.
         self.space.ip(&["link", "del", &host.port()])?;
@@ -183,6 +186,29 @@ impl Host {
         move |id| enter(&path, Some(id))
     }
 
+    /// A runtime whose threads are on this host, and so are the sockets that its tasks make: until the host reboots.
+    pub fn runtime(&self) -> Result<Handle> {
+        let mut kept = self.runtime.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(runtime) = &*kept {
+            return Ok(runtime.handle().clone());
+        }
+        // What a thread does first, it does with all that it starts: they inherit its place.
+        let made = self.within(|| {
+            let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(2).thread_name("testkit-host").enable_all().build()
+        });
+        let runtime = made?.map_err(Failed::to("could not start a runtime on a host"))?;
+        Ok(kept.insert(runtime).handle().clone())
+    }
+
+    fn end_runtime(&self) {
+        let runtime = self.runtime.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(runtime) = runtime {
+            // Dropping it would wait, which a task may not.
+            runtime.shutdown_background();
+        }
+    }
+
     /// The tools for rules, as programs that act on this host wherever they are started.
     pub fn tools(&self, iptables: Iptables) -> Result<Tools> {
         Tools::new(&self.space.path(), &self.dir, iptables)
@@ -206,6 +232,12 @@ fn enter(path: &Path, id: Option<u32>) -> Result<()> {
         Ok(())
     };
     go().map_err(Failed::to(format!("could not enter {}; {INSTALL}", path.display())))
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.end_runtime();
+    }
 }
 
 impl Space {
