@@ -1,6 +1,7 @@
 //! Envoy's bootstrap. JSON and not YAML: Envoy reads YAML 1.1, where a cluster named `y` is a boolean.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -55,7 +56,8 @@ const STATS: &[(&str, &str)] = &[
     ("suffix", "init_fetch_timeout"),
 ];
 
-/// The bootstrap of this node's Envoy.
+/// The bootstrap of this node's Envoy. Nothing is in it that the agent knows anyway: what changes in here is another
+/// Envoy, and neither a new upstream nor a new agent is a reason for one.
 pub fn bootstrap(config: &Config) -> Value {
     // Beside the agent's own user only the group of the run directory: under systemd that is how the two meet.
     let admin_mode = match config.envoy.manage {
@@ -67,7 +69,6 @@ pub fn bootstrap(config: &Config) -> Value {
     let mut node = json!({
         "id": config.name,
         "cluster": identity::cluster(config),
-        "metadata": {"vmesh": identity::metadata(config, &identity::build(None))},
     });
     if let (Some(zone), Some(node)) = (&config.zone, node.as_object_mut()) {
         node.insert("locality".to_owned(), json!({"zone": zone}));
@@ -129,16 +130,48 @@ fn path(path: PathBuf) -> String {
     path.display().to_string()
 }
 
-/// How Envoy is started with its bootstrap at `file`; no hot restart, so that several Envoys run on one host
-/// without a number that tells them apart.
-pub fn arguments(config: &Config, file: &Path) -> Vec<String> {
+/// How an Envoy takes over from the one before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Takeover {
+    /// Not at all, or by binding the same ports: then several Envoys run on one host without a number that tells them
+    /// apart.
+    None,
+    /// Envoy's hot restart. `base_id` is the number that tells those of one line from all others on this machine.
+    Hot { base_id: u32, epoch: u32, parent_shutdown_s: u64 },
+}
+
+/// How Envoy is started with its bootstrap at `file`.
+pub fn arguments(config: &Config, file: &Path, takeover: Takeover) -> Vec<String> {
+    let mut arguments = started_with(file, takeover, config.envoy.drain.0);
+    arguments.extend(settings(config));
+    arguments
+}
+
+/// Those arguments that say which bootstrap it is, and how the one before it is taken over from.
+pub(crate) fn started_with(file: &Path, takeover: Takeover, drain: Duration) -> Vec<String> {
+    let mut arguments = vec!["--config-path".to_owned(), file.display().to_string()];
+    match takeover {
+        Takeover::None => arguments.push("--disable-hot-restart".to_owned()),
+        Takeover::Hot { base_id, epoch, parent_shutdown_s } => arguments.extend([
+            "--base-id".to_owned(),
+            base_id.to_string(),
+            "--restart-epoch".to_owned(),
+            epoch.to_string(),
+            // One whose parent dies meanwhile would otherwise ask for it for ever.
+            "--skip-hot-restart-on-no-parent".to_owned(),
+            "--parent-shutdown-time-s".to_owned(),
+            parent_shutdown_s.max(drain.as_secs() + 1).to_string(),
+        ]),
+    }
+    arguments
+}
+
+/// Those that are settings.
+pub(crate) fn settings(config: &Config) -> Vec<String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let concurrency = config.envoy.concurrency.map_or(cores.min(2), usize::from);
     let drain = config.envoy.drain.0.as_secs().max(1);
     let mut arguments: Vec<String> = [
-        "--config-path",
-        &file.display().to_string(),
-        "--disable-hot-restart",
         "--concurrency",
         &concurrency.to_string(),
         "--drain-time-s",

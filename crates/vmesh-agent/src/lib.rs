@@ -34,6 +34,7 @@ pub mod relay;
 mod reports;
 mod retry;
 pub mod status;
+pub mod supervisor;
 
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io;

@@ -1,26 +1,43 @@
-//! `vmesh-agent --config /etc/vmesh/agent.yaml`
+//! `vmesh-agent --config /etc/vmesh/agent.yaml`, and `vmesh-agent envoy` where Envoy has a unit of its own.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use tracing::{error, info, warn};
 use vmesh_agent::config::{Config, Manage};
-use vmesh_agent::{Agent, identity};
+use vmesh_agent::{Agent, identity, supervisor};
 use vmesh_daemon::report::{self, one_line};
-use vmesh_daemon::{logs, signals, systemd};
+use vmesh_daemon::{Tasks, logs, signals, systemd};
 
 /// The node daemon of vmesh: it feeds the local Envoy from a control plane, and from disk when none answers.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// The configuration.
     #[arg(long, value_name = "FILE", default_value = "/etc/vmesh/agent.yaml", env = "VMESH_AGENT_CONFIG")]
     config: PathBuf,
     /// Read the configuration, print what the agent would do, and exit.
     #[arg(long)]
     check: bool,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Lead the life of Envoy: start it, restart it, and let another one take over without a dropped request (SIGHUP).
+    Envoy {
+        /// The configuration of the agent.
+        #[arg(
+            long,
+            value_name = "FILE",
+            default_value = "/etc/vmesh/agent.yaml",
+            env = "VMESH_AGENT_CONFIG"
+        )]
+        config: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -32,7 +49,11 @@ fn main() -> ExitCode {
             return if error.use_stderr() { report::USAGE.into() } else { ExitCode::SUCCESS };
         }
     };
-    let config = match Config::load(&arguments.config) {
+    let file = match &arguments.command {
+        Some(Command::Envoy { config }) => config,
+        None => &arguments.config,
+    };
+    let config = match Config::load(file) {
         Ok(config) => config,
         Err(error) => return report::refused(&error),
     };
@@ -47,15 +68,16 @@ fn main() -> ExitCode {
     raise_open_files();
     // One thread: the work is to pass on what arrives, and each more thread costs memory on every host of the fleet.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    match runtime {
-        Ok(runtime) => {
+    match (runtime, arguments.command) {
+        (Ok(runtime), None) => {
             let code = runtime.block_on(run(config));
             // What was to end has. What is to outlast the agent for a while (the session of a workload that stays
             // registered) would be closed by ending it.
             std::mem::forget(runtime);
             code
         }
-        Err(error) => report::failed(&error),
+        (Ok(runtime), Some(Command::Envoy { config: file })) => runtime.block_on(run_envoy(&file, config)),
+        (Err(error), _) => report::failed(&error),
     }
 }
 
@@ -69,6 +91,17 @@ async fn run(config: Config) -> ExitCode {
     let Agent { mut tasks, registrations, known, lock: _lock } = agent;
     info!(node = &*known.node, "serving");
     systemd::ready("serving");
+    let code = until_told(terminated, &mut tasks).await;
+    let mut late = registrations.stop_within(withdraws_within).await;
+    late.extend(tasks.stop_within(stops_within).await);
+    if !late.is_empty() {
+        warn!("still running and left behind: {}", late.join(", "));
+    }
+    code
+}
+
+/// Waits for the signal that ends the daemon, or for the task that should not have ended.
+async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &mut Tasks) -> ExitCode {
     let code = tokio::select! {
         signal = terminated => {
             info!("{signal}: stopping");
@@ -83,8 +116,19 @@ async fn run(config: Config) -> ExitCode {
         }
     };
     systemd::stopping();
-    let mut late = registrations.stop_within(withdraws_within).await;
-    late.extend(tasks.stop_within(stops_within).await);
+    code
+}
+
+async fn run_envoy(file: &Path, config: Config) -> ExitCode {
+    let stops_within = supervisor::Running::stops_within(&config);
+    let (terminated, running) = match (signals::terminated(), supervisor::Running::start(file, config)) {
+        (Ok(terminated), Ok(running)) => (terminated, running),
+        (Err(error), _) => return report::failed(&error),
+        (_, Err(error)) => return report::failed(&error),
+    };
+    let supervisor::Running { mut tasks, status: _status, lock: _lock } = running;
+    let code = until_told(terminated, &mut tasks).await;
+    let late = tasks.stop_within(stops_within).await;
     if !late.is_empty() {
         warn!("still running and left behind: {}", late.join(", "));
     }

@@ -18,7 +18,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -104,7 +104,7 @@ impl Known {
     }
 }
 
-fn name_of(state: envoy::State) -> String {
+pub(crate) fn name_of(state: envoy::State) -> String {
     // The names of the JSON API.
     json!(state).as_str().unwrap_or_default().to_owned()
 }
@@ -252,6 +252,11 @@ fn age(since: SystemTime) -> Option<Duration> {
 
 pub(crate) fn epoch_seconds<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u64(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
+}
+
+pub(crate) fn from_epoch_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SystemTime, D::Error> {
+    let seconds = u64::deserialize(deserializer)?;
+    UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).ok_or_else(|| serde::de::Error::custom("not a time"))
 }
 
 pub(crate) fn optional_epoch_seconds<S: Serializer>(

@@ -1,4 +1,4 @@
-//! Envoy's admin interface.
+//! Envoy's admin interface, and what its supervisor says of it.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,51 +9,82 @@ use tokio::net::UnixStream;
 use vmesh_daemon::fetch::{FetchError, Peer, fetch};
 
 const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
+/// The dump of a node with thousands of services takes Envoy a second or two.
+const DUMPS_WITHIN: Duration = Duration::from_secs(20);
 
 /// What Envoy says of itself.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct ServerInfo {
+pub(crate) struct ServerInfo {
     /// `<commit>/1.40.0/Clean/RELEASE/BoringSSL`
     version: String,
-    pub(super) state: String,
+    pub(crate) state: String,
 }
 
 impl ServerInfo {
-    pub(super) fn version(&self) -> &str {
+    pub(crate) fn version(&self) -> &str {
         self.version.split('/').nth(1).unwrap_or(&self.version)
     }
 }
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum AdminError {
+pub(crate) enum AdminError {
+    #[error("Envoy's supervisor does not answer")]
+    Supervisor(#[source] FetchError),
     #[error("Envoy's admin interface does not answer")]
     Fetch(#[source] FetchError),
     #[error("Envoy refused `{path}` with {status}: {said}")]
     Refused { path: String, status: StatusCode, said: String },
-    #[error("Envoy's answer to /server_info is not what it was")]
+    #[error("Envoy's answer is not what it was")]
     Unknown(#[source] serde_json::Error),
 }
 
-pub(super) async fn server_info(socket: &Path) -> Result<ServerInfo, AdminError> {
+pub(crate) async fn server_info(socket: &Path) -> Result<ServerInfo, AdminError> {
     let body = ask(socket, Method::GET, "/server_info").await?;
     serde_json::from_slice(&body).map_err(AdminError::Unknown)
 }
 
-pub(super) async fn post(socket: &Path, path: &str) -> Result<(), AdminError> {
+/// How Envoy is, as its supervisor says on `socket`.
+pub(crate) async fn supervisor_status(socket: &Path) -> Result<super::Status, AdminError> {
+    let peer = Peer::Unix(socket.to_owned());
+    let answer = fetch(&peer, Method::GET, "/status", ANSWERS_WITHIN).await;
+    let (_, body) = answer.map_err(AdminError::Supervisor)?;
+    serde_json::from_slice(&body).map_err(AdminError::Unknown)
+}
+
+pub(crate) async fn post(socket: &Path, path: &str) -> Result<(), AdminError> {
     ask(socket, Method::POST, path).await.map(|_| ())
 }
 
 /// Downstream connections that are open, those to the admin interface aside.
-pub(super) async fn connections(socket: &Path) -> Result<u64, AdminError> {
+pub(crate) async fn connections(socket: &Path) -> Result<u64, AdminError> {
     let body = ask(socket, Method::GET, "/stats?filter=^listener\\..*downstream_cx_active$").await?;
     let text = String::from_utf8_lossy(&body);
     let counts = text.lines().filter(|line| !line.starts_with("listener.admin."));
     Ok(counts.filter_map(|line| line.rsplit_once(": ")?.1.trim().parse::<u64>().ok()).sum())
 }
 
+/// Everything that Envoy is configured with.
+pub(crate) async fn config_dump(socket: &Path) -> Result<serde_json::Value, AdminError> {
+    let body = ask(socket, Method::GET, "/config_dump").await?;
+    serde_json::from_slice(&body).map_err(AdminError::Unknown)
+}
+
+/// How many updates of clusters and listeners Envoy rejected.
+pub(crate) async fn rejected(socket: &Path) -> Result<u64, AdminError> {
+    let body = ask(
+        socket,
+        Method::GET,
+        "/stats?filter=^(cluster_manager.cds|listener_manager.lds).update_rejected$",
+    )
+    .await?;
+    let text = String::from_utf8_lossy(&body);
+    Ok(text.lines().filter_map(|line| line.rsplit_once(": ")?.1.trim().parse::<u64>().ok()).sum())
+}
+
 async fn ask(socket: &Path, method: Method, path: &str) -> Result<Vec<u8>, AdminError> {
     let peer = Peer::Unix(socket.to_owned());
-    match fetch(&peer, method, path, ANSWERS_WITHIN).await.map_err(AdminError::Fetch)? {
+    let within = if path == "/config_dump" { DUMPS_WITHIN } else { ANSWERS_WITHIN };
+    match fetch(&peer, method, path, within).await.map_err(AdminError::Fetch)? {
         (StatusCode::OK, body) => Ok(body.to_vec()),
         (status, body) => Err(AdminError::Refused {
             path: path.to_owned(),
@@ -64,7 +95,7 @@ async fn ask(socket: &Path, method: Method, path: &str) -> Result<Vec<u8>, Admin
 }
 
 /// The process that listens on the socket.
-pub(super) async fn listening_pid(socket: &Path) -> Option<i32> {
+pub(crate) async fn listening_pid(socket: &Path) -> Option<i32> {
     let stream = tokio::time::timeout(ANSWERS_WITHIN, UnixStream::connect(socket)).await.ok()?.ok()?;
     stream.peer_cred().ok()?.pid()
 }

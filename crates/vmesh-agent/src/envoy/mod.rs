@@ -1,6 +1,7 @@
 //! The local Envoy: started, watched, drained.
 //!
-//! With `manage: systemd` Envoy is a unit of its own; the agent writes its bootstrap and watches it.
+//! With `manage: systemd` Envoy is a unit of its own, with a [supervisor](crate::supervisor) of its own; the agent writes
+//! its bootstrap, and asks the supervisor how it is.
 //!
 //! With `manage: child` the agent starts Envoy and restarts it when it dies. The two do not die together, though: an
 //! agent that is killed or upgraded must not cost a request. A restarted agent takes over the Envoy that it finds
@@ -12,9 +13,10 @@
 //! Stopping the agent stops its Envoy, unless `keep_on_stop` is set: on a host without a service manager nobody
 //! else would. That takes leave of clients first, for `envoy.drain` at most.
 
-mod admin;
-mod output;
-mod process;
+pub(crate) mod admin;
+pub(crate) mod leave;
+pub(crate) mod output;
+pub(crate) mod process;
 
 use std::future::Future;
 use std::io;
@@ -22,10 +24,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rustix::process::Signal;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
 use vmesh_daemon::fsx::{self, FileError};
 use vmesh_daemon::report::one_line;
@@ -33,6 +34,7 @@ use vmesh_daemon::{Stop, Tasks};
 
 use crate::bootstrap;
 use crate::config::{Config, Manage};
+use leave::{EXITS_WITHIN, LOOK_SOON, answers, kill};
 use process::{Launch, Process, Record};
 
 const LIVE_WITHIN: Duration = Duration::from_secs(30);
@@ -42,19 +44,18 @@ const LAST_BACKOFF: Duration = Duration::from_secs(10);
 const STABLE: Duration = Duration::from_secs(60);
 /// How often a live Envoy is asked whether it still is; its end is seen at once.
 const LOOK: Duration = Duration::from_secs(5);
-const LOOK_SOON: Duration = Duration::from_millis(50);
-/// For those who were let in while the listeners closed.
-const LAST_IN: Duration = Duration::from_millis(500);
-const EXITS_WITHIN: Duration = Duration::from_secs(5);
 
 /// What is known of the local Envoy.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     pub state: State,
     pub pid: Option<i32>,
     pub version: Option<String>,
     /// When it came to this state.
-    #[serde(serialize_with = "crate::status::epoch_seconds")]
+    #[serde(
+        serialize_with = "crate::status::epoch_seconds",
+        deserialize_with = "crate::status::from_epoch_seconds"
+    )]
     pub since: SystemTime,
     /// How often Envoy ended without having been told to.
     pub restarts: u64,
@@ -64,7 +65,7 @@ pub struct Status {
     pub reason: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// There is no configuration to give it yet.
@@ -119,7 +120,7 @@ pub fn spawn(
     fsx::write_atomically(&path, text.as_bytes(), 0o640).map_err(EnvoyError::Bootstrap)?;
     let launch = Launch {
         program: config.envoy.path.clone(),
-        arguments: bootstrap::arguments(config, &path),
+        arguments: bootstrap::arguments(config, &path, bootstrap::Takeover::None),
         bootstrap: text,
     };
     let supervisor = Supervisor { config: config.clone(), launch, status };
@@ -163,21 +164,21 @@ impl Supervisor {
         });
     }
 
-    /// `manage: systemd`: who runs Envoy is somebody else.
+    /// `manage: systemd`: Envoy has a supervisor of its own, which says how it is.
     async fn watch_only(self) {
+        let socket = self.config.status_socket();
         loop {
-            match admin::listening_pid(&self.config.admin_socket()).await.and_then(Process::find) {
-                Some(mut envoy) => {
-                    self.set(State::Starting, |status| status.pid = Some(envoy.pid()));
-                    let ended = self.watch(&mut envoy).await;
-                    self.ended(&ended);
+            match admin::supervisor_status(&socket).await {
+                Ok(now) => {
+                    self.status.send_if_modified(|status| {
+                        let changed = *status != now;
+                        *status = now;
+                        changed
+                    });
                 }
-                None => self.set(State::Down, |status| {
+                Err(error) => self.set(State::Down, |status| {
                     status.pid = None;
-                    status.reason = Some(format!(
-                        "nothing listens on {}: is Envoy's unit running?",
-                        self.config.admin_socket().display()
-                    ));
+                    status.reason = Some(format!("is vmesh-envoy.service running? {}", one_line(&error)));
                 }),
             }
             sleep(Duration::from_millis(500)).await;
@@ -404,65 +405,17 @@ impl Supervisor {
         }
     }
 
-    /// Lets Envoy take leave of its clients, for `envoy.drain` at most, and ends it.
     async fn retire(&self, envoy: &mut Process, socket: &Path) {
-        let drain = self.config.envoy.drain.0;
-        let deadline = Instant::now() + drain;
-        info!(pid = envoy.pid(), "Envoy takes leave of its clients, {drain:?} at most");
-        for path in ["/healthcheck/fail", "/drain_listeners?graceful"] {
-            if let Err(error) = admin::post(socket, path).await {
-                warn!(pid = envoy.pid(), "Envoy does not take its leave: {}", one_line(&error));
-            }
-        }
-        tokio::select! {
-            _ = timeout_at(deadline, idle(socket)) => {}
-            _ = envoy.exited() => return,
-        }
-        // Its listeners still accept: whoever was let in last would be cut off by the signal.
-        _ = admin::post(socket, "/drain_listeners").await;
-        tokio::select! {
-            _ = timeout(LAST_IN, idle(socket)) => {}
-            _ = envoy.exited() => return,
-        }
-        envoy.signal(Signal::TERM);
-        if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
-            warn!(pid = envoy.pid(), "Envoy ignores SIGTERM and is killed");
-            kill(envoy).await;
-        }
+        leave::retire(envoy, socket, self.config.envoy.drain.0, leave::LAST_IN).await;
     }
 }
 
-async fn kill(envoy: &mut Process) {
-    envoy.signal(Signal::KILL);
-    if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
-        error!(pid = envoy.pid(), "Envoy does not end when killed: it hangs in the kernel");
-    }
-}
-
-/// Waits until no client is connected.
-async fn idle(socket: &Path) {
-    while admin::connections(socket).await.is_ok_and(|open| open > 0) {
-        sleep(LOOK_SOON).await;
-    }
-}
-
-/// Whether the process with this pid answers on the socket.
-async fn answers(socket: &Path, pid: i32, deadline: Instant) -> bool {
-    while Instant::now() < deadline {
-        if admin::listening_pid(socket).await == Some(pid) && admin::server_info(socket).await.is_ok() {
-            return true;
-        }
-        sleep(LOOK_SOON).await;
-    }
-    false
-}
-
-fn next(backoff: Duration) -> Duration {
+pub(crate) fn next(backoff: Duration) -> Duration {
     (backoff * 2).min(LAST_BACKOFF)
 }
 
 /// `None` if the daemon is to stop before `work` is done.
-async fn until<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn until<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
         done = work => Some(done),
         () = stop.requested() => None,

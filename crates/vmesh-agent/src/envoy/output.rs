@@ -11,7 +11,7 @@ use tokio::net::unix::pipe;
 use tracing::{debug, error, info, trace, warn};
 
 /// The FIFO that Envoy writes to, made if need be.
-pub(super) fn fifo(path: &Path) -> io::Result<()> {
+pub(crate) fn fifo(path: &Path) -> io::Result<()> {
     match rustix::fs::mkfifoat(CWD, path, Mode::from_raw_mode(0o600)) {
         Ok(()) => Ok(()),
         Err(Errno::EXIST) if FileType::from_raw_mode(rustix::fs::lstat(path)?.st_mode) == FileType::Fifo => {
@@ -23,7 +23,7 @@ pub(super) fn fifo(path: &Path) -> io::Result<()> {
 
 /// The end that is given to Envoy. It can be read too, so that it does not break when the agent goes; it does not
 /// block, so that what nobody reads is lost and Envoy goes on.
-pub(super) fn writer(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn writer(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let writer = rustix::fs::open(path, flags, Mode::empty())?;
     // The largest that an ordinary user may have: minutes of warnings while the agent is away.
@@ -32,7 +32,7 @@ pub(super) fn writer(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Logs what comes out of the FIFO, for as long as it is polled.
-pub(super) async fn log(reader: pipe::Receiver) -> io::Result<()> {
+pub(crate) async fn log(reader: pipe::Receiver) -> io::Result<()> {
     let mut lines = BufReader::new(reader).split(b'\n');
     while let Some(line) = lines.next_segment().await? {
         let line = String::from_utf8_lossy(&line);
@@ -48,7 +48,7 @@ pub(super) async fn log(reader: pipe::Receiver) -> io::Result<()> {
     Ok(())
 }
 
-pub(super) fn reader(path: &Path) -> io::Result<pipe::Receiver> {
+pub(crate) fn reader(path: &Path) -> io::Result<pipe::Receiver> {
     // Read and write: with no Envoy there is no end of file, only nothing to read.
     pipe::OpenOptions::new().read_write(true).open_receiver(path)
 }

@@ -22,27 +22,34 @@ use vmesh_daemon::fsx;
 
 /// What an Envoy was started with. Two that are equal are interchangeable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Launch {
-    pub(super) program: PathBuf,
-    pub(super) arguments: Vec<String>,
-    pub(super) bootstrap: String,
+pub(crate) struct Launch {
+    pub(crate) program: PathBuf,
+    pub(crate) arguments: Vec<String>,
+    pub(crate) bootstrap: String,
 }
 
-/// What is kept on disk of a running Envoy. A pid alone may be another process's by now: with the boot and the
-/// moment that it started in, it is the same process or none.
+/// Which process. A pid alone may be another process's by now: with the boot and the moment that it started in, it is
+/// the same process or none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Record {
-    pub(super) pid: i32,
+pub(crate) struct Identity {
+    pub(crate) pid: i32,
     /// Clock ticks between boot and the start of the process.
-    pub(super) started: u64,
-    pub(super) boot: String,
-    pub(super) launch: Launch,
+    pub(crate) started: u64,
+    pub(crate) boot: String,
+}
+
+/// What is kept on disk of a running Envoy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    #[serde(flatten)]
+    pub(crate) identity: Identity,
+    pub(crate) launch: Launch,
 }
 
 const MAX_RECORD: u64 = 16 << 20;
 
 /// A running process.
-pub(super) struct Process {
+pub(crate) struct Process {
     pid: Pid,
     started: u64,
     /// `None` on kernels before 5.3: there the process is looked at now and then.
@@ -53,10 +60,16 @@ pub(super) struct Process {
 
 impl Process {
     /// Starts `launch`, with its output going to `output`.
-    pub(super) fn start(launch: &Launch, output: OwnedFd) -> io::Result<Process> {
-        let errors = output.try_clone()?;
+    pub(crate) fn start(launch: &Launch, output: OwnedFd) -> io::Result<Process> {
         let mut command = Command::new(&launch.program);
-        command.args(&launch.arguments).process_group(0);
+        command.args(&launch.arguments);
+        Process::spawn(command, output)
+    }
+
+    /// Starts `command`, with its output going to `output`.
+    pub(crate) fn spawn(mut command: Command, output: OwnedFd) -> io::Result<Process> {
+        let errors = output.try_clone()?;
+        command.process_group(0);
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         let child = command.spawn()?;
         let pid = Pid::from_child(&child);
@@ -68,26 +81,35 @@ impl Process {
     }
 
     /// The process with this pid; `None` where there is none.
-    pub(super) fn find(pid: i32) -> Option<Process> {
+    pub(crate) fn find(pid: i32) -> Option<Process> {
         let pid = Pid::from_raw(pid)?;
         // In this order: the handle stays with the process whose start is read next, or that is gone by then.
         let handle = handle(pid).ok()?;
         Some(Process { pid, started: started(pid)?, handle, child: None })
     }
 
-    pub(super) fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
     }
 
-    pub(super) fn record(&self, launch: &Launch) -> Record {
-        Record { pid: self.pid(), started: self.started, boot: boot(), launch: launch.clone() }
+    pub(crate) fn record(&self, launch: &Launch) -> Record {
+        Record { identity: self.identity(), launch: launch.clone() }
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        Identity { pid: self.pid(), started: self.started, boot: boot() }
+    }
+
+    /// The process that `identity` speaks of, if it still runs.
+    pub(crate) fn identified(identity: &Identity) -> Option<Process> {
+        let process = Process::find(identity.pid)?;
+        (process.started == identity.started && boot() == identity.boot && !process.is_zombie())
+            .then_some(process)
     }
 
     /// The process that `record` speaks of, if it still runs.
-    pub(super) fn recorded(record: &Record) -> Option<Process> {
-        let process = Process::find(record.pid)?;
-        (process.started == record.started && boot() == record.boot && !process.is_zombie())
-            .then_some(process)
+    pub(crate) fn recorded(record: &Record) -> Option<Process> {
+        Process::identified(&record.identity)
     }
 
     fn is_zombie(&self) -> bool {
@@ -95,7 +117,7 @@ impl Process {
     }
 
     /// Waits for the end of the process and says how it ended. Cancel-safe.
-    pub(super) async fn exited(&mut self) -> String {
+    pub(crate) async fn exited(&mut self) -> String {
         match &self.handle {
             // Readable means ended. An error means that it cannot be waited for, and so is not there.
             Some(handle) => _ = handle.ready(Interest::READABLE).await,
@@ -109,7 +131,7 @@ impl Process {
         status.map_or_else(|| "it ended".to_owned(), |status| status.to_string())
     }
 
-    pub(super) fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let sent = match &self.handle {
             Some(handle) => pidfd_send_signal(handle.as_fd(), signal),
             None => kill_process(self.pid, signal),
@@ -156,7 +178,7 @@ fn boot() -> String {
 }
 
 impl Record {
-    pub(super) fn load(path: &Path) -> Option<Record> {
+    pub(crate) fn load(path: &Path) -> Option<Record> {
         let bytes = match fsx::read_capped(path, MAX_RECORD) {
             Ok(bytes) => bytes,
             Err(error) if error.is_not_found() => return None,
@@ -173,7 +195,7 @@ impl Record {
             .ok()
     }
 
-    pub(super) fn save(&self, path: &Path) -> Result<(), fsx::FileError> {
+    pub(crate) fn save(&self, path: &Path) -> Result<(), fsx::FileError> {
         let text = serde_json::to_vec_pretty(self).unwrap_or_default();
         fsx::write_atomically(path, &text, fsx::PRIVATE)
     }
@@ -206,8 +228,11 @@ mod tests {
     async fn another_process_under_the_same_pid_is_not_taken_over() {
         let (launch, mut process) = sleeper();
         let record = process.record(&launch);
-        assert!(Process::recorded(&Record { started: record.started + 1, ..record.clone() }).is_none());
-        assert!(Process::recorded(&Record { boot: "another".into(), ..record }).is_none());
+        let identity = record.identity;
+        assert!(
+            Process::identified(&Identity { started: identity.started + 1, ..identity.clone() }).is_none()
+        );
+        assert!(Process::identified(&Identity { boot: "another".into(), ..identity }).is_none());
         process.signal(Signal::KILL);
         process.exited().await;
     }

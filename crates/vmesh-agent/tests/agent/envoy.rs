@@ -197,23 +197,3 @@ async fn an_envoy_that_is_to_be_kept_goes_on_when_the_agent_stops() {
     served(&load, 50).await;
     assert_eq!(load.stop().await.failures, 0);
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_envoy_of_another_unit_is_watched_and_left_alone() {
-    let place = Place::new();
-    let (_control_plane, _app) = serving(&place).await;
-    // What the other unit would run.
-    let mut unit = Supervised::start(&place, ", keep_on_stop: true");
-    let pid = unit.is_live().await.pid;
-    let mut config = place.config(&["127.0.0.1:1".parse().unwrap()], "");
-    config.envoy.manage = vmesh_agent::config::Manage::Systemd;
-    let (sender, status) = watch::channel(Status::default());
-    let (has_config, given) = watch::channel(true);
-    let mut tasks = Tasks::new();
-    envoy::spawn(&mut tasks, &Arc::new(config), sender, given).unwrap();
-    let mut agent = Supervised { tasks, status, has_config };
-    assert_eq!(agent.is_live().await.pid, pid);
-    agent.stop().await;
-    assert_eq!(place.envoy().state().await.unwrap(), "LIVE");
-    unit.is_live().await;
-}

@@ -91,10 +91,6 @@ upstreams: [{{service: orders, listen: "{upstream}"}}]
         let text = self.text(control_planes, envoy_settings);
         Config::parse("agent.yaml", text.as_bytes(), "").unwrap()
     }
-
-    pub(crate) fn envoy(&self) -> envoy::Envoy {
-        envoy::Envoy::at_socket(self.run_dir().join("admin.sock"))
-    }
 }
 
 /// What the tests' control plane knows of those who connected.

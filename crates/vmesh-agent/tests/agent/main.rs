@@ -8,3 +8,5 @@ mod envoy;
 mod fixture;
 #[cfg(test)]
 mod relay;
+#[cfg(test)]
+mod supervisor;

@@ -1,0 +1,188 @@
+//! One Envoy that the supervisor started, or the supervisor before it, and what is on record of it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+use vmesh_daemon::fsx;
+use vmesh_daemon::report::one_line;
+
+use super::trial::{Binary, Stamp};
+use crate::envoy::output;
+use crate::envoy::process::{Identity, Process};
+
+const MAX_RECORD: u64 = 1 << 20;
+
+/// What an Envoy is started with.
+#[derive(Debug, Clone)]
+pub(super) struct Launch {
+    pub(super) program: PathBuf,
+    /// The file behind it when it was started last, which outlives an upgrade. `None` before that.
+    pub(super) file: Option<Arc<File>>,
+    pub(super) stamp: Option<Stamp>,
+    /// Without those that say which bootstrap and how it takes over.
+    pub(super) arguments: Vec<String>,
+    /// As the agent wrote it.
+    pub(super) bootstrap: Arc<str>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Role {
+    Serving,
+    /// It starts, and another one serves.
+    Candidate,
+    /// It takes leave of its clients.
+    Leaving,
+}
+
+/// What the next supervisor must know of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Kept {
+    pub(super) identity: Identity,
+    /// Counts the Envoys of this host.
+    pub(super) number: u64,
+    pub(super) role: Role,
+    pub(super) base_id: u32,
+    pub(super) epoch: u32,
+    pub(super) version: Option<String>,
+    pub(super) hot_restart: Option<String>,
+    pub(super) program: PathBuf,
+    pub(super) stamp: Option<Stamp>,
+    pub(super) arguments: Vec<String>,
+    /// Its own admin interface no longer listens: another one of its line started.
+    pub(super) admin_closed: bool,
+    /// When it is ended although it still has connections; for those that leave.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) until: Option<SystemTime>,
+}
+
+impl Kept {
+    pub(super) fn admin(&self, dir: &Path) -> PathBuf {
+        admin(dir, self.number)
+    }
+}
+
+pub(super) fn admin(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("admin.{number}.sock"))
+}
+
+/// As it was started, with the supervisor's changes.
+pub(super) fn bootstrap(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("bootstrap.{number}.json"))
+}
+
+/// As the agent wrote it.
+pub(super) fn source(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("bootstrap.{number}.source.json"))
+}
+
+pub(super) struct Member {
+    pub(super) process: Process,
+    pub(super) kept: Kept,
+    pub(super) launch: Launch,
+}
+
+/// Which line an Envoy is of.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Line {
+    pub(super) base_id: u32,
+    pub(super) epoch: u32,
+}
+
+impl Member {
+    /// Starts it; `arguments` are all of them. `again`: from the very file that `launch` was started from before,
+    /// whatever the path names by now.
+    pub(super) fn start(
+        launch: &Launch,
+        arguments: &[String],
+        again: bool,
+        output: &Path,
+        number: u64,
+        line: Line,
+        binary: Option<&Binary>,
+    ) -> io::Result<Member> {
+        let file = match (&launch.file, again) {
+            (Some(file), true) => file.clone(),
+            _ => Arc::new(File::open(&launch.program)?),
+        };
+        let mut command = match (&launch.file, again) {
+            (Some(file), true) => Command::new(format!("/proc/self/fd/{}", file.as_raw_fd())),
+            _ => Command::new(&launch.program),
+        };
+        command.arg0(&launch.program).args(arguments);
+        let process = Process::spawn(command, output::writer(output)?)?;
+        let launch = Launch { file: Some(file), ..launch.clone() };
+        let kept = Kept {
+            identity: process.identity(),
+            number,
+            role: Role::Candidate,
+            base_id: line.base_id,
+            epoch: line.epoch,
+            version: binary.map(|binary| binary.version.clone()),
+            hot_restart: binary.and_then(|binary| binary.hot_restart.clone()),
+            program: launch.program.clone(),
+            stamp: launch.stamp.clone(),
+            arguments: launch.arguments.clone(),
+            admin_closed: false,
+            until: None,
+        };
+        Ok(Member { process, kept, launch })
+    }
+
+    /// The process that an earlier supervisor started, if it still runs.
+    pub(super) fn find(kept: Kept, dir: &Path) -> Option<Member> {
+        let process = Process::identified(&kept.identity)?;
+        let text = fsx::read_capped(&source(dir, kept.number), MAX_RECORD).unwrap_or_default();
+        let launch = Launch {
+            program: kept.program.clone(),
+            file: File::open(format!("/proc/{}/exe", kept.identity.pid)).ok().map(Arc::new),
+            stamp: kept.stamp.clone(),
+            arguments: kept.arguments.clone(),
+            bootstrap: String::from_utf8_lossy(&text).into(),
+        };
+        Some(Member { process, kept, launch })
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.process.pid()
+    }
+}
+
+/// Every Envoy of a supervisor, on disk.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) last_number: u64,
+    pub(super) envoys: Vec<Kept>,
+}
+
+impl Record {
+    pub(super) fn load(path: &Path) -> Record {
+        let bytes = match fsx::read_capped(path, MAX_RECORD) {
+            Ok(bytes) => bytes,
+            Err(error) if error.is_not_found() => return Record::default(),
+            Err(error) => {
+                warn!("Envoys of an earlier supervisor are not looked for: {}", one_line(&error));
+                return Record::default();
+            }
+        };
+        serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+            warn!("{} is not a record of Envoys, none is looked for: {error}", path.display());
+            Record::default()
+        })
+    }
+
+    pub(super) fn save(&self, path: &Path) {
+        let text = serde_json::to_vec_pretty(self).unwrap_or_default();
+        if let Err(error) = fsx::write_atomically(path, &text, fsx::PRIVATE) {
+            warn!("a restarted supervisor will not find these Envoys: {}", one_line(&error));
+        }
+    }
+}

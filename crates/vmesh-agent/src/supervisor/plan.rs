@@ -1,0 +1,199 @@
+//! The judgement of the supervisor: pure, so that it can be tested as text.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde_json::Value;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// So many Envoys that only take leave there may be at once, beside the one that serves: each is a whole Envoy's memory.
+pub(super) const MOST_LEAVING: usize = 2;
+
+/// How a new Envoy takes over from the one that serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum How {
+    /// By Envoy's hot restart: it is handed the very sockets, so nobody who waits in their queues is lost.
+    Hot,
+    /// By binding the same ports beside it. A connection in the queue of the old one's listener when that closes is the
+    /// kernel's to reset, unless `net.ipv4.tcp_migrate_req` is 1. Why not hot is said.
+    Beside(String),
+}
+
+/// `old` and `new` are the hot restart versions. A parent that still takes leave would be ended by a third Envoy of the
+/// same line, with every connection that it was to keep.
+pub(super) fn how(old: Option<&str>, new: Option<&str>, parent_leaves: bool) -> How {
+    match (old, new) {
+        _ if parent_leaves => How::Beside("the Envoy before it still has connections".to_owned()),
+        (Some(old), Some(new)) if old == new => How::Hot,
+        (old, new) => How::Beside(format!(
+            "their hot restart versions are {} and {}",
+            old.unwrap_or("none"),
+            new.unwrap_or("none")
+        )),
+    }
+}
+
+/// What an Envoy has, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Holdings {
+    pub(super) clusters: BTreeSet<String>,
+    pub(super) listeners: BTreeSet<String>,
+    /// Why it has not taken what it was sent.
+    pub(super) refused: Option<String>,
+}
+
+/// From `/config_dump`, and the number of updates that Envoy says it rejected.
+pub(super) fn holdings(dump: &Value, rejected: u64) -> Holdings {
+    let configs = dump.get("configs").and_then(Value::as_array);
+    let all = |list: &'static str| {
+        configs.into_iter().flatten().filter_map(move |config| config.get(list)?.as_array()).flatten()
+    };
+    let name = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    let details = all("dynamic_listeners").find_map(|one| {
+        let why = one.pointer("/error_state/details")?.as_str()?;
+        Some(format!("listener {}: {why}", one.get("name")?.as_str()?))
+    });
+    let count = (rejected > 0).then(|| format!("it rejected {rejected} updates"));
+    Holdings {
+        clusters: all("dynamic_active_clusters")
+            .filter_map(|one| name(one.pointer("/cluster/name")))
+            .collect(),
+        listeners: all("dynamic_listeners")
+            .filter(|one| one.get("active_state").is_some())
+            .filter_map(|one| name(one.get("name")))
+            .collect(),
+        refused: details.or(count),
+    }
+}
+
+/// Whether an Envoy that is live has less than the one that it takes over from because it refused it; what the control
+/// plane took away meanwhile is not missing.
+pub(super) fn lacks(before: &Holdings, after: &Holdings) -> Result<(), String> {
+    let missing: Vec<&str> = before
+        .listeners
+        .difference(&after.listeners)
+        .chain(before.clusters.difference(&after.clusters))
+        .map(String::as_str)
+        .collect();
+    let (Some(first), Some(why)) = (missing.first(), &after.refused) else { return Ok(()) };
+    let others = match missing.len() - 1 {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Err(format!("it is without `{first}`{others}, which the Envoy before it has: {why}"))
+}
+
+/// The number of a line of Envoys: `--base-id`. Abstract sockets are named by it, which belong to a network namespace,
+/// and a file in `/dev/shm`, which hosts in namespaces may share: so it differs by both, and with each new line.
+pub(super) fn base_id(run_dir: &Path, network: u64, line: u64) -> u32 {
+    let hash = xxh3_64(format!("{}\0{network}\0{line}", run_dir.display()).as_bytes());
+    // Envoy multiplies it by ten in 32 bits. The small numbers are those that people choose.
+    1000 + u32::try_from(hash % 400_000_000).unwrap_or_default()
+}
+
+/// A bootstrap as the supervisor starts Envoy with it: its admin interface is a socket of this Envoy's own, for its user
+/// alone. `waits`: it becomes live only when it has been told what to serve, since another Envoy serves meanwhile.
+pub(super) fn bootstrap(text: &str, admin: &Path, waits: bool) -> Result<Value, String> {
+    let mut bootstrap: Value =
+        serde_json::from_str(text).map_err(|error| format!("it is not JSON: {error}"))?;
+    let Some(fields) = bootstrap.as_object_mut() else {
+        return Err("it is not a JSON object".to_owned());
+    };
+    let pipe = serde_json::json!({"path": admin.display().to_string(), "mode": 0o600});
+    fields.insert("admin".to_owned(), serde_json::json!({"address": {"pipe": pipe}}));
+    if waits {
+        for kind in ["cds_config", "lds_config"] {
+            let source = fields.get_mut("dynamic_resources").and_then(|dynamic| dynamic.get_mut(kind));
+            if let Some(source) = source.and_then(Value::as_object_mut) {
+                source.insert("initial_fetch_timeout".to_owned(), "0s".into());
+            }
+        }
+    }
+    Ok(bootstrap)
+}
+
+/// What tells one bootstrap from another.
+pub(super) fn digest(text: &str) -> String {
+    format!("{:016x}", xxh3_64(text.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn envoys_of_one_hot_restart_version_take_over_hot_and_others_beside() {
+        assert_eq!(how(Some("11.104"), Some("11.104"), false), How::Hot);
+        for (old, new, leaves) in [
+            (Some("11.104"), Some("11.104"), true),
+            (Some("11.104"), Some("12.104"), false),
+            (None, Some("11.104"), false),
+            (None, None, false),
+        ] {
+            assert!(matches!(how(old, new, leaves), How::Beside(_)), "{old:?} {new:?} {leaves}");
+        }
+    }
+
+    fn has(listeners: &[&str], clusters: &[&str], refused: Option<&str>) -> Holdings {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        Holdings { clusters: set(clusters), listeners: set(listeners), refused: refused.map(str::to_owned) }
+    }
+
+    #[test]
+    fn what_was_refused_is_missed_and_what_was_taken_away_is_not() {
+        let before = has(&["in", "out"], &["orders"], None);
+        lacks(&before, &before).unwrap();
+        lacks(&before, &has(&["in"], &[], None)).unwrap();
+        // It refuses something that the old one did not have either.
+        lacks(&before, &has(&["in", "out", "more"], &["orders"], Some("listener new: bad"))).unwrap();
+        assert_eq!(
+            lacks(&before, &has(&["out"], &[], Some("listener in: bad"))).unwrap_err(),
+            "it is without `in` and 1 more, which the Envoy before it has: listener in: bad"
+        );
+    }
+
+    #[test]
+    fn what_an_envoy_has_is_read_from_its_dump() {
+        let dump = json!({"configs": [
+            {"dynamic_active_clusters": [{"cluster": {"name": "orders"}}]},
+            {"dynamic_listeners": [
+                {"name": "in", "active_state": {}},
+                {"name": "bad", "error_state": {"details": "no such filter"}},
+            ]},
+        ]});
+        let expected = has(&["in"], &["orders"], Some("listener bad: no such filter"));
+        assert_eq!(holdings(&dump, 0), expected);
+        assert_eq!(holdings(&json!({}), 2).refused.unwrap(), "it rejected 2 updates");
+    }
+
+    #[test]
+    fn the_admin_interface_is_this_envoys_own_and_one_that_takes_over_waits_to_be_told() {
+        let text = r#"{"admin": {"address": {"socket_address": {}}},
+            "dynamic_resources": {"cds_config": {"ads": {}, "initial_fetch_timeout": "10s"}, "lds_config": {}}}"#;
+        let pipe = json!({"address": {"pipe": {"path": "/run/x/admin.1.sock", "mode": 384}}});
+        let first = bootstrap(text, Path::new("/run/x/admin.1.sock"), false).unwrap();
+        assert_eq!(first["admin"], pipe);
+        assert_eq!(first["dynamic_resources"]["cds_config"]["initial_fetch_timeout"], "10s");
+        let next = bootstrap(text, Path::new("/run/x/admin.1.sock"), true).unwrap();
+        for kind in ["cds_config", "lds_config"] {
+            assert_eq!(next["dynamic_resources"][kind]["initial_fetch_timeout"], "0s");
+        }
+        assert!(bootstrap("{", Path::new("/x"), true).unwrap_err().starts_with("it is not JSON: "));
+        assert_eq!(bootstrap("[]", Path::new("/x"), true).unwrap_err(), "it is not a JSON object");
+    }
+
+    #[test]
+    fn lines_of_envoys_have_numbers_of_their_own_that_envoy_can_multiply() {
+        let numbers = [
+            base_id(Path::new("/run/a"), 1, 1),
+            base_id(Path::new("/run/a"), 1, 2),
+            base_id(Path::new("/run/a"), 2, 1),
+            base_id(Path::new("/run/b"), 1, 1),
+        ];
+        assert_eq!(numbers.iter().collect::<BTreeSet<_>>().len(), numbers.len());
+        assert!(numbers.iter().all(|number| number.checked_mul(10).is_some()));
+        assert_eq!(base_id(Path::new("/run/a"), 1, 1), numbers[0]);
+    }
+}

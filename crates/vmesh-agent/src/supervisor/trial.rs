@@ -1,0 +1,211 @@
+//! Whether an Envoy would come up, found out before the one that serves is touched.
+//!
+//! A hot restart cannot be taken back entirely: the parent closes its admin interface when the child starts, and its
+//! listeners when the child is live. So what can be known before is: that the binary runs, that it takes the bootstrap,
+//! and that it takes everything that the serving Envoy has now from its control plane (an older Envoy may not).
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::process::Command;
+use tokio::time::timeout;
+use vmesh_daemon::fsx;
+use vmesh_daemon::report::one_line;
+
+/// For `--version`; a binary that does not even say that in this time hangs.
+const SAYS_WITHIN: Duration = Duration::from_secs(10);
+/// For a configuration of many thousand clusters on a busy machine.
+const VALIDATES_WITHIN: Duration = Duration::from_secs(60);
+/// Envoy's words, the last of them: those say what is wrong.
+const MAX_SAID: usize = 600;
+
+/// What a binary says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Binary {
+    /// `1.40.0`
+    pub(super) version: String,
+    /// `11.104`: two Envoys of which these are equal can take over from each other. `None`: it cannot at all.
+    pub(super) hot_restart: Option<String>,
+}
+
+/// Asks the binary who it is.
+pub(super) async fn ask(program: &Path) -> Result<Binary, String> {
+    let version = run(program, &["--version".to_owned()], SAYS_WITHIN).await?;
+    // `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`
+    let number = version.split_once("version: ").and_then(|(_, rest)| rest.split('/').nth(1));
+    let Some(number) = number else {
+        return Err(format!(
+            "{} is no Envoy: to `--version` it says `{}`",
+            program.display(),
+            tail(&version)
+        ));
+    };
+    let said = run(program, &["--hot-restart-version".to_owned()], SAYS_WITHIN).await?;
+    let hot_restart = said.split_whitespace().find(|word| is_hot_restart_version(word)).map(str::to_owned);
+    Ok(Binary { version: number.to_owned(), hot_restart })
+}
+
+fn is_hot_restart_version(word: &str) -> bool {
+    word.split_once('.').is_some_and(|(major, size)| {
+        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        is_number(major) && is_number(size)
+    })
+}
+
+/// Whether `program` would take `bootstrap`, and with it the resources that `dump` (a `/config_dump`) tells of.
+/// `arguments` is what it is to be started with, without its configuration; `scratch` is written to and removed.
+pub(super) async fn validate(
+    program: &Path,
+    arguments: &[String],
+    bootstrap: &Value,
+    dump: Option<&Value>,
+    scratch: &Path,
+) -> Result<(), String> {
+    check(program, arguments, bootstrap, scratch)
+        .await
+        .map_err(|said| format!("{} refuses the bootstrap: {said}", program.display()))?;
+    let Some(dump) = dump else { return Ok(()) };
+    let whole = with_resources(bootstrap.clone(), dump);
+    let lenient: Vec<String> =
+        arguments.iter().cloned().chain(["--allow-unknown-static-fields".to_owned()]).collect();
+    check(program, &lenient, &whole, scratch).await.map_err(|said| {
+        format!("{} refuses what the Envoy that serves has from its control plane: {said}", program.display())
+    })
+}
+
+async fn check(
+    program: &Path,
+    arguments: &[String],
+    bootstrap: &Value,
+    scratch: &Path,
+) -> Result<(), String> {
+    fsx::write_atomically(scratch, bootstrap.to_string().as_bytes(), fsx::PRIVATE)
+        .map_err(|error| one_line(&error))?;
+    let mut all: Vec<String> =
+        ["--mode", "validate", "--disable-hot-restart", "--config-path"].map(Into::into).into();
+    all.push(scratch.display().to_string());
+    all.extend_from_slice(arguments);
+    let checked = run(program, &all, VALIDATES_WITHIN).await;
+    _ = std::fs::remove_file(scratch);
+    checked.map(|_| ())
+}
+
+/// `bootstrap` with what an Envoy got dynamically as if it were part of it.
+fn with_resources(mut bootstrap: Value, dump: &Value) -> Value {
+    let configs = dump.get("configs").and_then(Value::as_array);
+    let all = |list: &str, path: &str| -> Vec<Value> {
+        let lists = configs.into_iter().flatten().filter_map(|config| config.get(list)?.as_array());
+        lists.flatten().filter_map(|one| plain(one.pointer(path)?)).collect()
+    };
+    let clusters = all("dynamic_active_clusters", "/cluster");
+    let listeners = all("dynamic_listeners", "/active_state/listener");
+    let Some(bootstrap_fields) = bootstrap.as_object_mut() else { return bootstrap };
+    let fixed = bootstrap_fields.entry("static_resources").or_insert_with(|| json!({}));
+    for (name, more) in [("clusters", clusters), ("listeners", listeners)] {
+        let list = fixed.as_object_mut().map(|fixed| fixed.entry(name).or_insert_with(|| json!([])));
+        if let Some(list) = list.and_then(Value::as_array_mut) {
+            list.extend(more);
+        }
+    }
+    bootstrap
+}
+
+/// A resource without the type that says what it is in a dump. `None` for one with a key in it, which a dump does not
+/// tell.
+fn plain(resource: &Value) -> Option<Value> {
+    let mut fields = resource.as_object()?.clone();
+    fields.remove("@type");
+    let resource = Value::Object(fields);
+    (!resource.to_string().contains("[redacted]")).then_some(resource)
+}
+
+/// Runs it to its end, and returns what it said, or why that is an error.
+async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<String, String> {
+    let shown = program.display();
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    let first = arguments.first().map(String::as_str).unwrap_or_default();
+    match timeout(within, command.output()).await {
+        Ok(Ok(Output { status, stdout, stderr })) => {
+            let said = [stdout, stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+            if status.success() { Ok(said) } else { Err(format!("{status}: {}", tail(&said))) }
+        }
+        Ok(Err(error)) => Err(format!("could not start {shown}: {error}")),
+        Err(_) => Err(format!("{shown} {first} hangs: no end after {} s", within.as_secs())),
+    }
+}
+
+fn tail(said: &str) -> String {
+    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let said = lines.join("; ");
+    let skip = said.chars().count().saturating_sub(MAX_SAID);
+    said.chars().skip(skip).collect()
+}
+
+/// Which file a path names now: another one has another stamp.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Stamp {
+    pub(super) path: PathBuf,
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: i64,
+    modified_ns: i64,
+}
+
+impl Stamp {
+    pub(super) fn of(path: &Path) -> Option<Stamp> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Stamp {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            bytes: metadata.size(),
+            modified: metadata.mtime(),
+            modified_ns: metadata.mtime_nsec(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_envoy_got_dynamically_is_added_to_the_bootstrap_but_for_what_has_a_key_in_it() {
+        let bootstrap = json!({"static_resources": {"clusters": [{"name": "xds"}]}});
+        let dump = json!({"configs": [
+            {"@type": "x", "bootstrap": {}},
+            {"dynamic_active_clusters": [
+                {"cluster": {"@type": "c", "name": "orders"}},
+                {"cluster": {"@type": "c", "name": "secret", "key": "[redacted]"}},
+            ]},
+            {"dynamic_listeners": [
+                {"name": "in", "active_state": {"listener": {"@type": "l", "name": "in"}}},
+                {"name": "never", "error_state": {}},
+            ]},
+        ]});
+        assert_eq!(
+            with_resources(bootstrap, &dump),
+            json!({"static_resources": {
+                "clusters": [{"name": "xds"}, {"name": "orders"}],
+                "listeners": [{"name": "in"}],
+            }})
+        );
+    }
+
+    #[tokio::test]
+    async fn the_real_envoy_says_who_it_is_and_what_is_none_is_told() {
+        let envoy = vmesh_testkit::envoy::find().unwrap();
+        let binary = ask(&envoy).await.unwrap();
+        assert_eq!(binary.version, vmesh_proto::ENVOY_VERSION);
+        assert!(binary.hot_restart.is_some_and(|version| is_hot_restart_version(&version)));
+        assert!(ask(Path::new("/bin/false")).await.unwrap_err().starts_with("exit status: 1: "));
+        assert!(ask(Path::new("/no/such")).await.unwrap_err().starts_with("could not start /no/such: "));
+        let said = ask(Path::new("/bin/true")).await.unwrap_err();
+        assert!(said.starts_with("/bin/true is no Envoy: to `--version` it says `true "), "{said}");
+    }
+}
