@@ -144,8 +144,9 @@ impl Node<'_> {
             }
         }
         if let Some(inward) = capture.inbound {
-            for address in gate::inbound_addresses(capture) {
-                self.take(address, "transparent capture".to_owned());
+            // The first is the wildcard of IPv4, which stands for every address.
+            if let Some(address) = gate::inbound_addresses(capture).first() {
+                self.take(*address, "transparent capture".to_owned());
             }
             let chains = self.captured_workloads();
             self.add(&gate::inbound(capture, inward, chains));
@@ -158,7 +159,8 @@ impl Node<'_> {
         for workload in &self.report.workloads {
             if let Some(listen) = workload.listen.filter(|listen| listen.ip().is_unspecified()) {
                 self.problem(format!(
-                    "workload `{}` is reached at {listen}, so calls to port {} of other hosts are not captured: Envoy could not                      tell them from calls to the workload; give it a `listen` with an address of the host",
+                    "workload `{}` is reached at {listen}, so calls to port {} of other hosts are not captured: Envoy could \
+                     not tell them from calls to the workload; give it a `listen` with an address of the host",
                     workload.service,
                     listen.port()
                 ));
@@ -184,7 +186,11 @@ impl Node<'_> {
                 continue;
             }
             by_port.insert((host, port), service);
-            let name = format!("inbound|{service}|{port}|captured");
+            let at = match workload.host {
+                Some(host) => SocketAddr::new(host, port).to_string(),
+                None => port.to_string(),
+            };
+            let name = format!("inbound|{service}|{at}|captured");
             let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
             let cluster = match workload.host {
                 Some(host) => {

@@ -2,11 +2,35 @@
 //! to one of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use vmesh_catalog::World;
-use vmesh_model::ServiceName;
+use vmesh_dns::Ranges;
+use vmesh_model::{Endpoint, ServiceName};
+
+/// A listener for an address which is another one on every host, or which Envoy has a listener for anyway, would be hit
+/// by what is not for it. And a name may lead elsewhere by the time that a program asks for it.
+pub(crate) fn can_be_captured(endpoint: &Endpoint) -> bool {
+    let (ip, ranges) = (endpoint.address.ip(), Ranges::default());
+    let is_unfit = match ip {
+        IpAddr::V4(ip) => {
+            ip.is_loopback()
+                || ip.is_unspecified()
+                || ip.is_link_local()
+                || ip.is_broadcast()
+                || ranges.v4.contains(ip)
+        }
+        IpAddr::V6(ip) => {
+            ip.is_loopback()
+                || ip.is_unspecified()
+                || ip.is_unicast_link_local()
+                || ip.to_ipv4_mapped().is_some()
+                || ranges.v6.contains(ip)
+        }
+    };
+    endpoint.hostname.is_none() && !is_unfit && !ip.is_multicast()
+}
 
 /// The services that have an endpoint at an address, in the order of their names.
 #[derive(Debug, Default)]
@@ -16,7 +40,7 @@ impl Owners {
     pub(crate) fn new(world: &World) -> Owners {
         let mut owners = Owners::default();
         for (name, service) in world.services.iter() {
-            service.endpoints.iter().for_each(|endpoint| owners.add(endpoint.address, name));
+            addresses(&service.endpoints).for_each(|address| owners.add(address, name));
         }
         owners
     }
@@ -42,10 +66,8 @@ impl Owners {
             if Arc::ptr_eq(&old, &new) {
                 continue;
             }
-            let addresses = |endpoints: &[vmesh_model::Endpoint]| {
-                endpoints.iter().map(|e| e.address).collect::<BTreeSet<_>>()
-            };
-            let (old, new) = (addresses(&old), addresses(&new));
+            let (old, new): (BTreeSet<_>, BTreeSet<_>) =
+                (addresses(&old).collect(), addresses(&new).collect());
             for address in old.difference(&new) {
                 self.remove(*address, name);
                 concerned.extend(self.0.get(address).into_iter().flatten().cloned());
@@ -72,4 +94,8 @@ impl Owners {
             self.0.remove(&address);
         }
     }
+}
+
+fn addresses(endpoints: &[Endpoint]) -> impl Iterator<Item = SocketAddr> {
+    endpoints.iter().filter(|endpoint| can_be_captured(endpoint)).map(|endpoint| endpoint.address)
 }

@@ -24,7 +24,7 @@ use vmesh_xds::{Kind, Resource};
 
 use crate::class::Captured;
 use crate::listener::{handed_to, to_service};
-use crate::owners::Owners;
+use crate::owners::{Owners, can_be_captured};
 use crate::service::{Shape, known};
 
 /// The virtual address of every service, and who got none.
@@ -155,25 +155,6 @@ impl Transparent {
 
     pub(crate) fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
         self.listener.iter().chain(self.by_endpoint.values()).chain([&self.destination])
-    }
-}
-
-/// A listener for an address which is another one on every host, or which Envoy has a listener for anyway, would be hit
-/// by what is not for it. A name may lead elsewhere by the time that a program asks for it.
-fn can_be_captured(endpoint: &Endpoint) -> bool {
-    let ip = endpoint.address.ip();
-    let of_this_host = match ip {
-        IpAddr::V4(ip) => ip.is_loopback() || ip.is_unspecified() || ip.is_link_local() || ip.is_broadcast(),
-        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unspecified() || ip.is_unicast_link_local(),
-    };
-    endpoint.hostname.is_none() && !of_this_host && !ip.is_multicast() && !is_virtual(ip)
-}
-
-fn is_virtual(ip: IpAddr) -> bool {
-    let ranges = Ranges::default();
-    match ip {
-        IpAddr::V4(ip) => ranges.v4.contains(ip),
-        IpAddr::V6(ip) => ranges.v6.contains(ip),
     }
 }
 

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -88,7 +89,7 @@ fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
     (snapshot, problems, report.client)
 }
 
-/// `orders http`, and indented below it `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining source=zk:a rack=r7`.
+/// `orders http port=80`, and indented below it `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining source=zk:a rack=r7`.
 fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
     let mut services: BTreeMap<_, Registration> = BTreeMap::new();
     let mut current: Option<vmesh_model::ServiceName> = None;
@@ -97,10 +98,11 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
         let first = words.next().unwrap();
         if !line.starts_with(' ') {
             let name: vmesh_model::ServiceName = first.parse().unwrap();
+            let (ports, protocols): (Vec<_>, Vec<_>) = words.partition(|word| word.starts_with("port="));
             let registration = Registration {
                 service: name.clone(),
-                protocol: words.next().map(|protocol| protocol.parse().unwrap()),
-                port: None,
+                protocol: protocols.first().map(|protocol| protocol.parse().unwrap()),
+                port: ports.first().map(|port| port["port=".len()..].parse().unwrap()),
                 endpoints: Arc::new([]),
                 place: Place::file("services.d"),
             };
@@ -126,6 +128,7 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
                 "weight" => endpoint.weight = Weight::new(value.parse().unwrap()).unwrap(),
                 "health" => endpoint.health = serde_json::from_value(json!(value)).unwrap(),
                 "source" => endpoint.source = value.into(),
+                "hostname" => endpoint.hostname = Some(value.into()),
                 label => _ = endpoint.labels.insert(label.into(), value.into()),
             }
         }
@@ -138,7 +141,7 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
 }
 
 /// `web-1 zone=eu-1a label.role=web`, and below it `calls orders 127.0.0.1:9001`, `calls *`, `serves orders 8080
-/// 127.0.0.1:15008`, `client grpc`.
+/// 127.0.0.1:15008`, `client grpc`, `captures outbound vip`, `captures inbound tproxy`, `has no IPv6`.
 fn read_node(text: &str) -> NodeReport {
     let mut lines = text.lines().filter(|line| !line.trim().is_empty());
     let mut head = lines.next().unwrap().split_whitespace();
@@ -170,14 +173,27 @@ fn read_node(text: &str) -> NodeReport {
                 let listen = rest.first().map(|listen| listen.parse().unwrap());
                 declared.push(Upstream { service: service.parse().unwrap(), listen });
             }
-            ["serves", service, port, listen] => report.workloads.push(Workload {
-                service: service.parse().unwrap(),
-                port: port.parse().unwrap(),
-                host: None,
-                protocol: None,
-                listen: Some(listen.parse().unwrap()),
-            }),
+            ["serves", service, application, rest @ ..] => {
+                let (host, port) = match application.parse::<SocketAddr>() {
+                    Ok(at) => (Some(at.ip()), at.port()),
+                    Err(_) => (None, application.parse().unwrap()),
+                };
+                report.workloads.push(Workload {
+                    service: service.parse().unwrap(),
+                    port,
+                    host,
+                    protocol: None,
+                    listen: rest.first().map(|listen| listen.parse().unwrap()),
+                });
+            }
             ["client", "grpc"] => report.client = Client::Grpc,
+            ["captures", "outbound", what] => {
+                report.capture.outbound = Some(serde_json::from_value(json!(what)).unwrap());
+            }
+            ["captures", "inbound", how] => {
+                report.capture.inbound = Some(serde_json::from_value(json!(how)).unwrap());
+            }
+            ["has", "no", "IPv6"] => report.capture.without_ipv6 = true,
             other => panic!("{other:?}"),
         }
     }
@@ -218,9 +234,11 @@ fn bootstrap(snapshot: &Snapshot) -> Value {
     }
     let mut listeners: Vec<_> = of("Listener").into_iter().map(|(_, listener)| listener).collect();
     for listener in &mut listeners {
-        let config = &mut listener["filter_chains"][0]["filters"][0]["typed_config"];
-        if let Some(rds) = config.as_object_mut().unwrap().remove("rds") {
-            config["route_config"] = routes[rds["route_config_name"].as_str().unwrap()].clone();
+        let chains = listener["filter_chains"].as_array_mut().unwrap();
+        for config in chains.iter_mut().map(|chain| &mut chain["filters"][0]["typed_config"]) {
+            if let Some(rds) = config.as_object_mut().unwrap().remove("rds") {
+                config["route_config"] = routes[rds["route_config_name"].as_str().unwrap()].clone();
+            }
         }
     }
     json!({"static_resources": {"clusters": clusters, "listeners": listeners}})

@@ -1,8 +1,8 @@
 //! That the compiler's memory changes nothing: after any sequence of worlds it holds what the last one gives alone.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot go on ends")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -10,17 +10,22 @@ use vmesh_catalog::{Catalog, Seen, SourceView};
 use vmesh_compile::{Compiler, compile};
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Capture, Client, Upstream, Upstreams};
-use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Protocol, Registration, ServiceName, Weight};
+use vmesh_model::node::{Capture, Client, Inward, Outward, Upstream, Upstreams};
+use vmesh_model::{
+    Endpoint, Health, Labels, NodeReport, Place, Problem, Protocol, Registration, ServiceName, Weight,
+};
 use vmesh_xds::{Kind, Snapshot};
 
 #[derive(Debug, Clone)]
 enum Step {
     /// Service, protocol (none: it goes), and the version of each of its endpoints.
-    Services(Vec<(u8, Option<bool>, Vec<u8>)>),
+    Services(Vec<(usize, Option<bool>, Vec<u8>)>),
     /// Which of `DOCUMENTS` are there.
     Documents(Vec<bool>),
 }
+
+/// The last two want the same virtual address.
+const NAMES: &[&str] = &["s0", "s1", "s2", "s3", "svc-318", "svc-19226"];
 
 const DOCUMENTS: &[&str] = &[
     "kind: Service\nname: s0\nsubsets: {v1: {version: v1}, v2: {version: v2}}\n",
@@ -31,10 +36,13 @@ const DOCUMENTS: &[&str] = &[
     "kind: Node\nname: n\nload_balancing: {policy: random, locality: prefer_local}\n",
     "kind: Service\nname: s3\nload_balancing: {fallback: [{zone: a}]}\n",
     "kind: Node\nlabels: {role: web}\nupstreams: [{service: s3}]\n",
+    "kind: Service\nname: svc-19226\nport: 8080\ncapture: {percent: 10}\n",
+    "kind: Node\nlabels: {role: web, rack: r1}\noutbound: registry-only\ncapture: {on_loss: closed}\n",
 ];
 
 fn step() -> impl Strategy<Value = Step> {
-    let service = (0u8..4, prop::option::weighted(0.8, any::<bool>()), prop::collection::vec(0u8..3, 0..4));
+    let service =
+        (0..NAMES.len(), prop::option::weighted(0.8, any::<bool>()), prop::collection::vec(0u8..3, 0..4));
     prop_oneof![
         3 => prop::collection::vec(service, 1..3).prop_map(Step::Services),
         1 => prop::collection::vec(any::<bool>(), DOCUMENTS.len()).prop_map(Step::Documents),
@@ -43,8 +51,9 @@ fn step() -> impl Strategy<Value = Step> {
 
 fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
     let endpoints = versions.iter().enumerate().map(|(at, version)| Endpoint {
-        address: format!("10.0.0.{}:80", at + 1).parse().unwrap(),
-        hostname: None,
+        // The same addresses for every service, and ports that are not always the same.
+        address: format!("10.0.0.{}:8{version}", at + 1).parse().unwrap(),
+        hostname: (at == 3).then(|| "db.example".into()),
         weight: Weight::ONE,
         health: Health::Unknown,
         zone: Some(if at % 2 == 0 { "a" } else { "b" }.into()),
@@ -60,6 +69,25 @@ fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
         place: Place::file("services.d"),
     };
     Seen { registration: Arc::new(registration), state: State::Fresh, because: None }
+}
+
+/// A node of each class that captures, and one that does not.
+fn reports() -> [NodeReport; 4] {
+    let captures = |outbound: Option<Outward>, upstreams: Upstreams| NodeReport {
+        capture: Capture { outbound, inbound: outbound.map(|_| Inward::Tproxy), without_ipv6: false },
+        upstreams,
+        ..report()
+    };
+    let declared = report().upstreams;
+    [
+        captures(None, declared.clone()),
+        captures(Some(Outward::Vip), Upstreams::All),
+        captures(Some(Outward::Addresses), declared),
+        NodeReport {
+            labels: [("role".into(), "web".into()), ("rack".into(), "r1".into())].into(),
+            ..captures(Some(Outward::All), Upstreams::All)
+        },
+    ]
 }
 
 fn report() -> NodeReport {
@@ -89,6 +117,13 @@ fn content(snapshot: &Snapshot) -> Vec<(Kind, String, String)> {
     Kind::ALL.into_iter().flat_map(of).collect()
 }
 
+/// Those of services. What is said of a route may hint at a name that has gone since.
+fn problems(compiler: &Compiler) -> Vec<Problem> {
+    let mut problems = compiler.problems();
+    problems.retain(|problem| problem.subject.starts_with("Service"));
+    problems
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -96,7 +131,6 @@ proptest! {
     fn any_way_to_a_world_gives_what_the_world_gives_alone(steps in prop::collection::vec(step(), 1..8)) {
         let mut catalog = Catalog::new(1);
         let mut compiler = Compiler::new(catalog.world().clone());
-        compiler.node(&report());
         let mut services: BTreeMap<ServiceName, Seen> = BTreeMap::new();
         let mut library = Library::default();
         let mut hash = 0;
@@ -104,7 +138,7 @@ proptest! {
             match step {
                 Step::Services(changes) => {
                     for (service, http, versions) in changes {
-                        let name: ServiceName = format!("s{service}").parse().unwrap();
+                        let name: ServiceName = NAMES[service].parse().unwrap();
                         match http {
                             None => _ = services.remove(&name),
                             Some(http) => _ = services.insert(name.clone(), seen(&name, http, &versions)),
@@ -123,11 +157,18 @@ proptest! {
                 }
             }
             compiler.update(catalog.world().clone());
-            let config = compiler.node(&report());
-            let store = compiler.store(&config.class).unwrap();
-            let remembered = Snapshot { store, scope: config.scope };
-            let (alone, _) = compile(catalog.world(), &report());
-            prop_assert_eq!(content(&remembered), content(&alone));
+            let (mut used, mut fresh) = (BTreeSet::new(), Compiler::new(catalog.world().clone()));
+            for report in reports() {
+                let config = compiler.node(&report);
+                let store = compiler.store(&config.class).unwrap();
+                used.insert(config.class);
+                let remembered = Snapshot { store, scope: config.scope };
+                let (alone, _) = compile(catalog.world(), &report);
+                prop_assert_eq!(content(&remembered), content(&alone));
+                fresh.node(&report);
+            }
+            compiler.retain(&used);
+            prop_assert_eq!(problems(&compiler), problems(&fresh));
         }
     }
 }
