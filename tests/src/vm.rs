@@ -79,7 +79,7 @@ impl Site {
         let ip = site.control_host.v4;
         let config = format!(
             "discovery:\n  - file: {{path: services.d}}\ndocuments: {{dir: mesh.d}}\n\
-             listen: {{xds_plaintext: {{address: \"{ip}:15010\", insecure: true}}, api: \"127.0.0.1:15014\"}}\n\
+             listen: {{xds_plaintext: \"{ip}:15010\", insecure: true, api: \"127.0.0.1:15014\"}}\n\
              state_dir: state\n"
         );
         site.write("control.yaml", &config)?;

@@ -16,7 +16,7 @@ use vmesh_capture::confirm::{
 };
 use vmesh_capture::facts::{Own, Places, Session};
 use vmesh_capture::host::Host;
-use vmesh_capture::spec::{Inward, Outward, Spec, Unit};
+use vmesh_capture::spec::{INBOUND_PORT, Inward, OUTBOUND_PORT, Outward, Spec, Unit};
 use vmesh_capture::{Plan, Program, Stage};
 use vmesh_daemon::report::one_line;
 use vmesh_daemon::{Stop, fsx, systemd};
@@ -420,12 +420,11 @@ impl Keeper {
         }
         let (spec, _) = self.wanted();
         let looks = looks(&spec);
-        for (wanted, port) in [(looks.outbound, "15001"), (looks.inbound, "15006")] {
-            let at: SocketAddr = match (wanted, format!("127.0.0.1:{port}").parse()) {
-                (true, Ok(at)) => at,
-                _ => continue,
-            };
-            let seen = probe::look(at).await;
+        for (wanted, port) in [(looks.outbound, OUTBOUND_PORT), (looks.inbound, INBOUND_PORT)] {
+            if !wanted {
+                continue;
+            }
+            let seen = probe::look(SocketAddr::from(([127, 0, 0, 1], port))).await;
             if seen != Envoy::Well {
                 return Err(format!("Envoy does not serve its capture port {port}: {seen:?}"));
             }
@@ -498,7 +497,7 @@ impl Keeper {
         }
         let mut seen = *self.envoy.borrow();
         if seen == Envoy::Unknown {
-            let port = if looks(&spec).outbound { SELF_TEST.port() } else { 15006 };
+            let port = if looks(&spec).outbound { OUTBOUND_PORT } else { INBOUND_PORT };
             seen = probe::look(SocketAddr::from(([127, 0, 0, 1], port))).await;
         }
         let well = seen == Envoy::Well && self.agent_is_well();

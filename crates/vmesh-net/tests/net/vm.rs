@@ -295,6 +295,8 @@ fn bootstrap_of(server: &str) -> serde_json::Value {
             }}],
             "filter_chains": [
                 {"filter_chain_match": {"destination_port": 15001}, "filters": proxy("nowhere")},
+                {"filter_chain_match": {"prefix_ranges": [{"address_prefix": "240.0.0.0", "prefix_len": 5}]},
+                 "filters": proxy("nowhere")},
                 {"filters": proxy("mesh")},
             ],
         }],
