@@ -1,6 +1,6 @@
 //! That the compiler's memory changes nothing: after any sequence of worlds it holds what the last one gives alone.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot go on ends")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
