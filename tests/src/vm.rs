@@ -197,8 +197,23 @@ impl Vm {
     }
 
     pub fn start_agent(&mut self) -> Result<()> {
-        let mut command = self.host.command_as(MESH, binary("vmesh-agent")?);
-        command.arg("--config").arg(self.dir.join("agent.yaml"));
+        let agent = binary("vmesh-agent")?;
+        // Envoy is its child, and may need to be transparent: what the drop-in of its unit gives it.
+        let (id, caps) = (MESH.to_string(), "+net_admin");
+        let mut command = self.host.command("setpriv");
+        command.args([
+            "--reuid",
+            &id,
+            "--regid",
+            &id,
+            "--clear-groups",
+            "--inh-caps",
+            caps,
+            "--ambient-caps",
+            caps,
+            "--",
+        ]);
+        command.arg(agent).arg("--config").arg(self.dir.join("agent.yaml"));
         self.agent = Some(Daemon::spawn(format!("the agent of {}", self.name), command)?);
         Ok(())
     }

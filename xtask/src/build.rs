@@ -42,8 +42,11 @@ pub(crate) fn target() -> Result<PathBuf> {
 
 /// Builds the bench and what it starts near release speed, and runs it.
 pub(crate) fn run_bench(name: &str, rest: &[String]) -> Result<()> {
-    let binaries = ["build", "--profile", "fast", "--package", "vmesh-control", "--package", "vmesh-bench"];
-    cargo("build the bench", &binaries)?;
+    let mut build = vec!["build", "--profile", "fast"];
+    for package in ["vmesh-control", "vmesh-agent", "vmesh-net", "vmesh-bench"] {
+        build.extend(["--package", package]);
+    }
+    cargo("build the bench", &build)?;
     let bench = target()?.join("fast").join(format!("bench-{name}"));
     let status = Command::new(&bench).args(rest).current_dir(root()).status();
     let status = status.map_err(Failed::to(format!("could not start {}", bench.display())))?;

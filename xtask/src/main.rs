@@ -5,6 +5,7 @@
 //! | `cargo xtask demo` | the main job, on this machine, without root: see [`demo`] |
 //! | `cargo xtask test` | builds everything and runs every test |
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
+//! | `cargo xtask bench capture` | explicit ports, redirects and TPROXY beside no Envoy at all, on hosts that are namespaces |
 //! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
 //! | `cargo xtask hosts up 3` | booted hosts to try things on: see [`hosts`] |
 //! | `cargo xtask package` | Debian packages of the node and of the control plane |
@@ -59,6 +60,12 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Requests to Envoy by explicit ports, redirects and TPROXY, beside the same past all of it; as root.
+    #[command(disable_help_flag = true)]
+    Capture {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
     /// From a registration in a real Consul or ZooKeeper to an xDS client's ACK, and what the registry sees.
     #[command(disable_help_flag = true)]
     Discovery {
@@ -73,6 +80,7 @@ fn main() -> ExitCode {
         Command::Test { rest } => test(&rest),
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
         Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
+        Command::Bench { bench: Bench::Capture { rest } } => build::run_bench("capture", &rest),
         Command::Package(options) => package::run(&options),
         Command::Hosts(command) => hosts::run(command),
         Command::Codegen => codegen(),

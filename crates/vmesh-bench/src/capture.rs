@@ -1,0 +1,251 @@
+//! What it costs that connections come to Envoy by rules of the kernel: requests through explicit ports, redirects and TPROXY,
+//! beside the same requests past all of it, in one run on the same hosts.
+//!
+//! Hosts are network namespaces with real agents, Envoys and rules. Rounds are interleaved, and the median of each is shown:
+//! client, Envoy and server share the machine's cores, so read the ratios.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::netns::Host;
+use vmesh_testkit::{Failed, Result};
+use vmesh_tests::vm::{APP, Rules, Site, Vm};
+
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// How long each way is measured in a round, in seconds.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Connections that are kept open, each with one request under way.
+    #[arg(long, default_value_t = 8)]
+    connections: usize,
+    /// Clients that make a connection for each request.
+    #[arg(long, default_value_t = 4)]
+    clients: usize,
+}
+
+/// One way to the application.
+struct Way<'a> {
+    name: &'static str,
+    from: &'a Host,
+    to: SocketAddr,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    per_second: f64,
+    p50: Duration,
+    p99: Duration,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Arguments::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn service(name: &str, protocol: &str, address: SocketAddr) -> String {
+    format!("service: {name}\nprotocol: {protocol}\nport: 80\nendpoints: [\"{address}\"]\n")
+}
+
+async fn run(arguments: Arguments) -> Result<()> {
+    let site = Site::start(&[]).await?;
+    let (client, server) = (site.outsider()?, site.outsider()?);
+    let app = |on: &Host, port: u16| {
+        let address = SocketAddr::from((on.v4, port));
+        on.within(|| HttpApp::start("bench", "v1", address))?
+    };
+    let (http, tcp) = (app(&server, 8080)?, app(&server, 8081)?);
+    site.write("services.d/http.yaml", &service("by-http", "http", http.address()))?;
+    site.write("services.d/tcp.yaml", &service("by-tcp", "tcp", tcp.address()))?;
+
+    let upstreams = "upstreams: [{service: by-http, listen: \"127.0.0.1:9001\"}, {service: by-tcp, listen: \"127.0.0.1:9002\"}]\n";
+    let outbound = format!("{upstreams}capture: {{outbound: {{capture: addresses}}}}");
+    let mut nft = site.vm("nft", Rules::Nft, &outbound).await?;
+    nft.start().await?;
+    let mut iptables = site.vm("iptables", Rules::Iptables, &outbound).await?;
+    iptables.start().await?;
+
+    let mut inbound = Vec::new();
+    for (name, rules, capture) in [
+        ("in-nft", Rules::Nft, "redirect"),
+        ("in-nft-tproxy", Rules::Nft, "tproxy"),
+        ("in-iptables", Rules::Iptables, "redirect"),
+        ("in-iptables-tproxy", Rules::Iptables, "tproxy"),
+    ] {
+        let more = format!(
+            "workloads: [{{service: {name}, port: 8080, protocol: tcp}}]\ncapture: {{inbound: {{capture: {capture}}}}}"
+        );
+        let mut vm = site.vm(name, rules, &more).await?;
+        let app = vm.app(name, "0.0.0.0:8080")?;
+        site.write(
+            &format!("services.d/{name}.yaml"),
+            &service(name, "tcp", SocketAddr::from((vm.host.v4, 8080))),
+        )?;
+        vm.start().await?;
+        inbound.push((vm, app));
+    }
+
+    let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
+    let ways = [
+        Way { name: "direct", from: &client, to: http.address() },
+        Way { name: "explicit port, TCP", from: &nft.host, to: local(9002) },
+        Way {
+            name: "nft REDIRECT, virtual address, TCP",
+            from: &nft.host,
+            to: virtual_address(&nft, "by-tcp")?,
+        },
+        Way { name: "nft REDIRECT, real address, TCP", from: &nft.host, to: tcp.address() },
+        Way {
+            name: "iptables REDIRECT, virtual address, TCP",
+            from: &iptables.host,
+            to: virtual_address(&iptables, "by-tcp")?,
+        },
+        Way { name: "iptables REDIRECT, real address, TCP", from: &iptables.host, to: tcp.address() },
+        Way { name: "explicit port, HTTP", from: &nft.host, to: local(9001) },
+        Way {
+            name: "nft REDIRECT, virtual address, HTTP",
+            from: &nft.host,
+            to: virtual_address(&nft, "by-http")?,
+        },
+        Way {
+            name: "iptables REDIRECT, virtual address, HTTP",
+            from: &iptables.host,
+            to: virtual_address(&iptables, "by-http")?,
+        },
+    ];
+    let mut ways = Vec::from(ways);
+    let names = [
+        "nft REDIRECT, inbound, TCP",
+        "nft TPROXY, inbound, TCP",
+        "iptables REDIRECT, inbound, TCP",
+        "iptables TPROXY, inbound, TCP",
+    ];
+    for ((vm, _), name) in inbound.iter().zip(names) {
+        ways.push(Way { name, from: &client, to: SocketAddr::from((vm.host.v4, 8080)) });
+    }
+
+    let span = Duration::from_secs(arguments.seconds);
+    let mut kept: Vec<Vec<Measured>> = vec![Vec::new(); ways.len()];
+    let mut fresh = kept.clone();
+    for round in 0..arguments.rounds {
+        eprintln!("round {} of {}", round + 1, arguments.rounds);
+        for (way, (kept, fresh)) in ways.iter().zip(kept.iter_mut().zip(&mut fresh)) {
+            kept.push(measure(way, arguments.connections, span, true)?);
+            fresh.push(measure(way, arguments.clients, span, false)?);
+        }
+    }
+    print("connections kept open", arguments.connections, &ways, &kept);
+    print("a connection for each request", arguments.clients, &ways, &fresh);
+    Ok(())
+}
+
+fn virtual_address(vm: &Vm, service: &str) -> Result<SocketAddr> {
+    let v4 = vm.names(service)?.into_iter().find(IpAddr::is_ipv4);
+    let v4 = v4.ok_or_else(|| Failed::new(format!("{service} has no virtual address on {}", vm.name)))?;
+    Ok(SocketAddr::new(v4, 80))
+}
+
+/// `clients` threads on the way's host, each with one request after the other.
+fn measure(way: &Way<'_>, clients: usize, span: Duration, keep: bool) -> Result<Measured> {
+    let (stop, start) = (Arc::new(AtomicBool::new(false)), Arc::new(Barrier::new(clients + 1)));
+    let threads: Vec<_> = (0..clients)
+        .map(|_| {
+            let (enter, to, stop, start) = (way.from.entrance(), way.to, stop.clone(), start.clone());
+            thread::spawn(move || -> Result<Vec<Duration>> {
+                let entered = enter(APP);
+                start.wait();
+                entered?;
+                let mut times = Vec::new();
+                let mut open = None;
+                while !stop.load(Ordering::Relaxed) {
+                    let began = Instant::now();
+                    let mut stream = match open.take() {
+                        Some(stream) => stream,
+                        None => connect(to)?,
+                    };
+                    request(&mut stream).map_err(Failed::to(format!("a request to {to} failed")))?;
+                    times.push(began.elapsed());
+                    open = Some(stream).filter(|_| keep);
+                }
+                Ok(times)
+            })
+        })
+        .collect();
+    start.wait();
+    let began = Instant::now();
+    thread::sleep(span);
+    stop.store(true, Ordering::Relaxed);
+    let took = began.elapsed();
+    let mut times = Vec::new();
+    for thread in threads {
+        let seen = thread.join().map_err(|_| Failed::new("a client panicked"))?;
+        times.extend(seen.map_err(|error| Failed::new(format!("{}: {error}", way.name)))?);
+    }
+    times.sort_unstable();
+    let at = |share: f64| times.get((times.len() as f64 * share) as usize).copied().unwrap_or_default();
+    Ok(Measured { per_second: times.len() as f64 / took.as_secs_f64(), p50: at(0.5), p99: at(0.99) })
+}
+
+fn connect(to: SocketAddr) -> Result<BufReader<TcpStream>> {
+    let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5));
+    let stream = stream.map_err(Failed::to(format!("could not connect to {to}")))?;
+    let set = stream.set_nodelay(true).and_then(|()| stream.set_read_timeout(Some(Duration::from_secs(10))));
+    set.map_err(Failed::to("could not set up a connection"))?;
+    Ok(BufReader::new(stream))
+}
+
+/// One request, and the whole of its answer.
+fn request(stream: &mut BufReader<TcpStream>) -> std::io::Result<()> {
+    stream.get_mut().write_all(b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n")?;
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        if stream.read_line(&mut line)? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        let line = line.trim_end().to_ascii_lowercase();
+        if let Some(value) = line.strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap_or(0);
+        }
+        if line.is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body)
+}
+
+fn print(what: &str, clients: usize, ways: &[Way<'_>], measured: &[Vec<Measured>]) {
+    println!("\n{what}, {clients} clients:\n");
+    println!("| way | requests/s | ratio | p50 | p99 |\n|---|---|---|---|---|");
+    let mut direct = None;
+    for (way, rounds) in ways.iter().zip(measured) {
+        let mut rounds = rounds.clone();
+        rounds.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));
+        let Some(median) = rounds.get(rounds.len() / 2) else { continue };
+        let direct = *direct.get_or_insert(median.per_second);
+        println!(
+            "| {} | {:.0} | {:.2} | {} µs | {} µs |",
+            way.name,
+            median.per_second,
+            median.per_second / direct,
+            median.p50.as_micros(),
+            median.p99.as_micros()
+        );
+    }
+}
