@@ -144,8 +144,12 @@ mod tests {
     fn what_a_node_captures_is_read_and_what_is_left_out_is_not_captured() {
         let capture =
             |said| claim("web-1", serde_json::json!({ "capture": said })).map(|report| report.capture);
-        let both = Capture { outbound: Some(Outward::Addresses), inbound: Some(Inward::Tproxy), without_ipv6: true };
-        assert_eq!(capture(serde_json::json!({"outbound": "addresses", "inbound": "tproxy", "without_ipv6": true})), Ok(both));
+        let both =
+            Capture { outbound: Some(Outward::Addresses), inbound: Some(Inward::Tproxy), without_ipv6: true };
+        assert_eq!(
+            capture(serde_json::json!({"outbound": "addresses", "inbound": "tproxy", "without_ipv6": true})),
+            Ok(both)
+        );
         assert_eq!(
             capture(serde_json::json!({"outbound": null, "of_a_newer_agent": 1})),
             Ok(Capture::default())

@@ -8,7 +8,7 @@ use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndp
 use vmesh_catalog::World;
 use vmesh_compile::effective::Effective;
 use vmesh_compile::{Class, Compiler};
-use vmesh_model::document::{Match, PathMatch, Retry, Rule, TextMatch};
+use vmesh_model::document::{Match, OnLoss, PathMatch, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
 use vmesh_model::{Endpoint, Health, NodeReport, ServiceName, Settings};
@@ -47,7 +47,10 @@ pub(crate) fn explain(
     };
     let shape = &compiled.shape;
     let declared = config.scope.contains(service.as_str());
-    let listeners = listeners(report, service, config.scope.own.resources().iter().map(|r| &**r.name()));
+    let mut listeners = listeners(report, service, config.scope.own.resources().iter().map(|r| &**r.name()));
+    if declared {
+        listeners.extend(compiled.virtual_addresses().iter().map(ToString::to_string));
+    }
     let routes = hops(&world, service);
     let names: BTreeSet<ServiceName> =
         std::iter::once(service.clone()).chain(shape.references.iter().cloned()).collect();
@@ -92,7 +95,7 @@ pub(crate) fn explain(
         listeners,
         routes,
         clusters,
-        settings: settings(&shape.settings, &shape.effective),
+        settings: settings(&world, service, &shared.class, &shape.effective),
         problems,
     })
 }
@@ -216,9 +219,10 @@ fn clusters(world: &World, service: &ServiceName, class: &Class) -> Vec<Cluster>
     clusters
 }
 
-fn settings(settings: &Settings, effective: &Effective) -> Vec<Setting> {
+fn settings(world: &World, service: &ServiceName, class: &Class, effective: &Effective) -> Vec<Setting> {
+    let Settings { capture, origins, .. } = world.documents.settings(service, &class.nodes);
     let outliers = &effective.outlier_detection;
-    let values = [
+    let mut values = vec![
         ("load_balancing", effective.load_balancing.policy.as_str().to_owned()),
         ("timeouts.connect", show_duration(effective.connect)),
         ("timeouts.request", effective.request.map_or_else(|| "none".to_owned(), show_duration)),
@@ -232,11 +236,18 @@ fn settings(settings: &Settings, effective: &Effective) -> Vec<Setting> {
             ),
         ),
     ];
+    if class.captured.is_some() {
+        let percent =
+            capture.percent.map_or_else(|| "as the host says".to_owned(), |share| format!("{share} %"));
+        values.push(("capture.percent", percent));
+        values
+            .push(("capture.on_loss", capture.on_loss.map_or("as the host says", OnLoss::as_str).to_owned()));
+    }
     let built_in = || "built in".to_owned();
     let setting = |(name, value): (&str, String)| Setting {
         name: name.to_owned(),
         value,
-        set_by: settings.origins.get(name).map_or_else(built_in, ToString::to_string),
+        set_by: origins.get(name).map_or_else(built_in, ToString::to_string),
     };
     values.into_iter().map(setting).collect()
 }
