@@ -130,7 +130,11 @@ fn listen(path: &Path) -> Result<UnixListener, RelayError> {
 fn restore(config: &Config, node: Node, status: &watch::Sender<AcceptedStatus>) -> Relay {
     let path = config.cache();
     match cache::load(config.name.as_str(), &path) {
-        Ok(Some(accepted)) => {
+        Ok(Some(mut accepted)) => {
+            if !config.capture.outbound() {
+                // Of a time when it captured: it is not asked for any more, so that nobody would ever take it away.
+                accepted.retain(|resource| resource.kind() != Kind::Local);
+            }
             info!(
                 resources = count(&accepted).values().sum::<usize>(),
                 "serving from {} until a control plane answers",
