@@ -1,38 +1,23 @@
 //! Capture on a host, by vmesh-net with a real agent, a real Envoy and the kernel's rules.
 
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, Status};
+use rustix::process::Signal;
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::netns::Host;
+use vmesh_testkit::process::Daemon;
 use vmesh_testkit::wait_for;
 use vmesh_tests::BOUND;
-use vmesh_tests::vm::{Rules, Site, Vm};
+use vmesh_tests::vm::{APP, Rules, Site, Traffic, Vm, get};
 
 const WEB: &str = "service: web\nprotocol: http\nport: 80\nendpoints: [\"ADDRESS:8080\"]\n";
 
-async fn status(vm: &Vm) -> Status {
-    match client::ask(&vm.socket(), &Ask::Status).await.unwrap() {
-        Answer::Status(status) => *status,
-        other => panic!("{other:?}"),
-    }
-}
-
-async fn until(vm: &Vm, what: &str, mut holds: impl FnMut(&Status) -> bool) {
-    wait_for(what, BOUND, async || {
-        let status = status(vm).await;
-        if holds(&status) { Ok(()) } else { Err(format!("{status:?}")) }
-    })
-    .await
-    .unwrap();
-}
-
 /// A client and a server on hosts of their own; the server is in no mesh.
-async fn pair(
-    rules: Rules,
-    capture: &str,
-) -> (Site, Vm, vmesh_testkit::netns::Host, vmesh_testkit::app::HttpApp) {
+async fn pair(rules: Rules, capture: &str) -> (Site, Vm, Host, HttpApp) {
     let site = Site::start(&[]).await.unwrap();
     let server = site.outsider().unwrap();
     let address = format!("{}:8080", server.v4);
@@ -54,20 +39,20 @@ async fn from_nothing_to_nothing(rules: Rules) {
     let name = vm.names("web").unwrap();
     assert_eq!(name.len(), 2, "{name:?}");
     for address in &name {
-        let at = std::net::SocketAddr::new(*address, 80).to_string();
+        let at = SocketAddr::new(*address, 80).to_string();
         assert!(vm.get(&at, "/by-name").unwrap().contains("web"), "{at}");
     }
     let real = app.address().to_string();
     let told = vm.get(&real, "/by-address").unwrap();
     assert!(told.contains("x-request-id"), "it came through Envoy: {told}");
     let net = vm.net.take().unwrap();
-    net.signal(rustix::process::Signal::TERM).unwrap();
+    net.signal(Signal::TERM).unwrap();
     drop_when_gone(net).await;
     assert_eq!(vm.ruleset().unwrap(), before);
     assert!(vm.get(&real, "/direct").unwrap().contains("/direct"));
 }
 
-async fn drop_when_gone(mut net: vmesh_testkit::process::Daemon) {
+async fn drop_when_gone(mut net: Daemon) {
     wait_for("vmesh-net to end", BOUND, async || net.has_exited()).await.unwrap();
 }
 
@@ -79,4 +64,185 @@ async fn a_host_captures_and_is_as_before_by_nftables() {
 #[tokio::test]
 async fn a_host_captures_and_is_as_before_by_iptables() {
     from_nothing_to_nothing(Rules::Iptables).await;
+}
+
+/// What an application sees of a request that came through Envoy.
+fn through_envoy(answer: &str) -> bool {
+    answer.contains("x-request-id")
+}
+
+/// An open connection that goes on with one request after the other.
+struct Kept(TcpStream);
+
+impl Kept {
+    fn open(from: &Host, to: SocketAddr) -> Kept {
+        let stream = from.within_as(APP, || TcpStream::connect(to)).unwrap().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        Kept(stream)
+    }
+
+    fn get(&mut self) -> std::io::Result<String> {
+        self.0.write_all(b"GET / HTTP/1.1\r\nHost: kept\r\n\r\n")?;
+        let mut text = String::new();
+        let mut byte = [0];
+        while !text.ends_with("}\n") && !text.ends_with('}') {
+            self.0.read_exact(&mut byte)?;
+            text.push(char::from(byte[0]));
+        }
+        Ok(text)
+    }
+}
+
+/// Another namespace behind a bridge of this host, as Docker makes them: its own network, masqueraded, with a published port.
+fn container(site: &Site, vm: &Vm, published: u16) -> (Host, HttpApp) {
+    let container = site.outsider().unwrap();
+    let host = &vm.host;
+    for arguments in [
+        &["link", "add", "docker0", "type", "bridge"][..],
+        &["addr", "add", "172.30.0.1/24", "dev", "docker0"],
+        &["link", "set", "docker0", "up"],
+        &["link", "add", "vc", "type", "veth", "peer", "name", "eth1", "netns", container.name()],
+        &["link", "set", "vc", "master", "docker0", "up"],
+    ] {
+        host.ip(arguments).unwrap();
+    }
+    for arguments in [
+        &["link", "set", "eth0", "down"][..],
+        &["addr", "add", "172.30.0.2/24", "dev", "eth1"],
+        &["link", "set", "eth1", "up"],
+        &["route", "replace", "default", "via", "172.30.0.1"],
+    ] {
+        container.ip(arguments).unwrap();
+    }
+    host.run("sh", &["-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]).unwrap();
+    let rules = format!(
+        "*nat\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
+         -A POSTROUTING -s 172.30.0.0/24 ! -o docker0 -j MASQUERADE\n\
+         -A DOCKER ! -i docker0 -p tcp --dport {published} -j DNAT --to-destination 172.30.0.2:80\nCOMMIT\n"
+    );
+    let path = host.tools(vmesh_testkit::netns::Iptables::Nft).unwrap().iptables_restore;
+    let script = format!("printf %s \"$1\" | {}", path.display());
+    host.run("sh", &["-c", &script, "sh", &rules]).unwrap();
+    let app = container.within(|| HttpApp::start("contained", "v1", SocketAddr::from(([172, 30, 0, 2], 80))));
+    (container, app.unwrap().unwrap())
+}
+
+async fn everything_that_arrives(rules: Rules, how: &str) {
+    let site = Site::start(&[]).await.unwrap();
+    let (caller, balancer) = (site.outsider().unwrap(), site.outsider().unwrap());
+    let capture = format!(
+        "workloads: [{{service: web, port: 8080, protocol: http}}, {{service: api, port: 8081, protocol: http}}]\n\
+         capture: {{inbound: {{capture: {how}, strict: [9090], exclude: {{cidrs: [\"{}/32\"]}}}}}}",
+        balancer.v4
+    );
+    let mut vm = site.vm("server", rules, &capture).await.unwrap();
+    let apps = ["web 8080", "api 8081", "hidden 9090"].map(|app| {
+        let (name, port) = app.split_once(' ').unwrap();
+        let v6 = format!("[::]:{port}");
+        vm.app(name, &v6).unwrap()
+    });
+    let (container, contained) = container(&site, &vm, 8088);
+    let before = vm.ruleset().unwrap();
+    let own = vm.host.v4;
+    let to = move |port| SocketAddr::from((own, port));
+    let mut old = Kept::open(&caller, to(8080));
+    assert!(!through_envoy(&old.get().unwrap()));
+    for (service, port) in [("web", 8080), ("api", 8081)] {
+        let text = format!("service: {service}\nprotocol: http\nendpoints: [\"{}\"]\n", to(port));
+        site.write(&format!("services.d/{service}.yaml"), &text).unwrap();
+    }
+    vm.start().await.unwrap();
+
+    let from = |host: &Host, to: String| host.within_as(APP, || get(&to, "/")).unwrap();
+    for address in vm.host.addresses() {
+        for port in [8080, 8081] {
+            let answer = from(&caller, SocketAddr::new(address, port).to_string()).unwrap();
+            assert!(through_envoy(&answer), "{address}:{port}: {answer}");
+            let name = if port == 8080 { "web" } else { "api" };
+            assert!(answer.contains(&format!("\"{name}\"")), "each workload has its own: {answer}");
+        }
+    }
+    assert!(
+        !through_envoy(&from(&balancer, to(8080).to_string()).unwrap()),
+        "a health check comes past Envoy"
+    );
+    assert!(!through_envoy(&vm.get("127.0.0.1:8080", "/").unwrap()), "localhost is nobody else's business");
+    assert!(!through_envoy(&vm.get(&to(8080).to_string(), "/").unwrap()), "nor is a host's call to itself");
+    assert!(!through_envoy(&old.get().unwrap()), "what was open is left alone");
+    assert!(from(&caller, to(9090).to_string()).is_err(), "a strict port is closed to the outside");
+    assert!(from(&balancer, to(9090).to_string()).is_ok(), "but for who is excluded");
+    assert!(vm.get("127.0.0.1:9090", "/").is_ok(), "and open to the host itself");
+    // Containers: what they send, and what they publish.
+    let answer = from(&container, to(8080).to_string()).unwrap();
+    assert!(answer.contains("\"web\""), "a container calls its host: {answer}");
+    let published = from(&caller, to(8088).to_string()).unwrap();
+    assert!(published.contains("contained") && !through_envoy(&published), "{published}");
+
+    drop_when_gone_by_term(&mut vm).await;
+    assert_eq!(vm.ruleset().unwrap(), before, "the rules of others are as they were");
+    assert!(!through_envoy(&from(&caller, to(8080).to_string()).unwrap()));
+    assert!(!through_envoy(&old.get().unwrap()));
+    drop((apps, contained));
+}
+
+async fn drop_when_gone_by_term(vm: &mut Vm) {
+    let net = vm.net.take().unwrap();
+    net.signal(Signal::TERM).unwrap();
+    drop_when_gone(net).await;
+}
+
+#[tokio::test]
+async fn what_arrives_at_a_host_comes_through_envoy_or_past_it_as_it_should_by_nft_redirect() {
+    everything_that_arrives(Rules::Nft, "redirect").await;
+}
+
+#[tokio::test]
+async fn what_arrives_at_a_host_comes_through_envoy_or_past_it_as_it_should_by_nft_tproxy() {
+    everything_that_arrives(Rules::Nft, "tproxy").await;
+}
+
+#[tokio::test]
+async fn what_arrives_at_a_host_comes_through_envoy_or_past_it_as_it_should_by_iptables() {
+    everything_that_arrives(Rules::Iptables, "redirect").await;
+}
+
+/// Under twenty requests a second to a real address.
+#[tokio::test]
+async fn the_agent_and_vmesh_net_come_and_go_without_a_failed_request_and_envoy_with_few() {
+    let capture = "capture: {outbound: {capture: addresses}, dead_man: {timeout: 5s}}";
+    let (site, mut vm, _server, app) = pair(Rules::Nft, capture).await;
+    vm.start().await.unwrap();
+    let to = app.address().to_string();
+    let traffic = Traffic::start(&vm.host, &to);
+    // The agent hangs: what may fail open does.
+    vm.agent.as_ref().unwrap().freeze().unwrap();
+    let look = async || match vm.get(&to, "/") {
+        Ok(answer) if !through_envoy(&answer) => Ok(()),
+        other => Err(format!("{other:?}")),
+    };
+    wait_for("the redirects to lapse", BOUND, look).await.unwrap();
+    vm.agent.as_ref().unwrap().thaw().unwrap();
+    vm.captures().await.unwrap();
+
+    // The agent is killed, and with it, being its child's parent, nothing: Envoy goes on.
+    vm.agent.take().unwrap().kill().unwrap();
+    vm.start_agent().unwrap();
+    vm.captures().await.unwrap();
+
+    vm.net.take().unwrap().kill().unwrap();
+    vm.start_net().unwrap();
+    vm.captures().await.unwrap();
+    assert!(through_envoy(&vm.get(&to, "/").unwrap()));
+
+    let so_far = traffic.so_far();
+    assert_eq!(so_far.failed.len(), 0, "{so_far:?}");
+
+    let pid = vm.status().unwrap().pointer("/envoy/pid").unwrap().as_i64().unwrap();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    vm.captures().await.unwrap();
+    let seen = traffic.stop();
+    // Those under way, and those until it was noticed; 2 s of twenty a second.
+    assert!(seen.failed.len() <= 45, "{seen:?}");
+    drop(site);
 }
