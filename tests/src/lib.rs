@@ -3,6 +3,8 @@
 
 pub mod vm;
 
+pub mod hosts;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;

@@ -1,0 +1,238 @@
+//! A mesh of booted hosts, installed from packages as an operator would.
+//!
+//! ```text
+//! mesh  vmesh-control          fd88::1, 10.88.0.1
+//! NAME  vmesh-agent and Envoy  what a test asks for: see Vms::node
+//! ```
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::Value;
+use vmesh_testkit::hosts::{Fleet, Host, Suite};
+use vmesh_testkit::place::{TempDir, tempdir};
+use vmesh_testkit::process::binary;
+use vmesh_testkit::{Failed, Result, envoy, wait_for};
+
+use crate::BOUND;
+
+/// The units of a node that are to be active.
+pub const UNITS: [&str; 3] = ["vmesh-agent.service", "vmesh-envoy.service", "vmesh-net.service"];
+
+/// Packages of the programs that are built.
+pub struct Packages {
+    pub agent: PathBuf,
+    pub control: PathBuf,
+    _dir: TempDir,
+}
+
+impl Packages {
+    pub fn make(version: &str) -> Result<Packages> {
+        let dir = tempdir()?;
+        let built = binary("vmesh-agent")?;
+        for other in ["vmesh-net", "vmesh-control", "vmeshctl"] {
+            binary(other)?;
+        }
+        let mut command = Command::new(binary("xtask")?);
+        command.args(["package", "--compression", "gzip", "--version", version, "--out"]).arg(&*dir);
+        command.arg("--binaries").arg(built.parent().unwrap_or(&built));
+        let output = command.output().map_err(Failed::to("could not run xtask"))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            return Err(Failed::new(format!("`xtask package` failed: {said}")));
+        }
+        let named = |name: &str| {
+            let files = std::fs::read_dir(&*dir).into_iter().flatten().flatten().map(|entry| entry.path());
+            let prefix = format!("{name}_{version}_");
+            let is_it = |path: &PathBuf| {
+                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+            };
+            { files }.find(is_it).ok_or_else(|| Failed::new(format!("`xtask package` made no {name}")))
+        };
+        Ok(Packages { agent: named("vmesh-agent")?, control: named("vmesh-control")?, _dir: dir })
+    }
+}
+
+/// A fleet with a control plane on its first host.
+pub struct Vms {
+    pub fleet: Fleet,
+    pub control: Host,
+    pub packages: Packages,
+}
+
+impl Vms {
+    /// A control plane that is ready, knows no service, and is told of them by [`Vms::service`].
+    pub async fn new() -> Result<Vms> {
+        Vms::of(Suite::Bookworm).await
+    }
+
+    pub async fn of(suite: Suite) -> Result<Vms> {
+        let packages = Packages::make("0.1.0")?;
+        let envoy = envoy::find()?;
+        let fleet = Fleet::of(suite, &[("/usr/bin/envoy", &envoy)])?;
+        let control = fleet.host("mesh")?;
+        control.install(&[&packages.control])?;
+        let config = format!(
+            "discovery: [{{file: {{path: /etc/vmesh/services.d}}}}]\ndocuments: {{dir: /etc/vmesh/mesh.d}}\n\
+             listen: {{xds_plaintext: \"{}:15010\", api: \"127.0.0.1:15014\", insecure: true, \
+             api_socket: /run/vmesh-control/api.sock}}\n",
+            control.v4()
+        );
+        control.write("/etc/vmesh/control.yaml", config)?;
+        control.sh("mkdir -p /etc/vmesh/services.d /etc/vmesh/mesh.d")?;
+        control.systemctl(&["start", "vmesh-control"])?;
+        Ok(Vms { fleet, control, packages })
+    }
+
+    /// Says where a service is.
+    pub fn service(&self, name: &str, protocol: &str, endpoints: &[SocketAddr]) -> Result<()> {
+        let endpoints: Vec<String> = endpoints.iter().map(|endpoint| format!("\"{endpoint}\"")).collect();
+        let text = format!("service: {name}\nprotocol: {protocol}\nendpoints: [{}]\n", endpoints.join(", "));
+        self.control.write(&format!("/etc/vmesh/services.d/{name}.yaml"), text)
+    }
+
+    /// A document of the mesh.
+    pub fn document(&self, file: &str, yaml: &str) -> Result<()> {
+        self.control.write(&format!("/etc/vmesh/mesh.d/{file}"), yaml)
+    }
+
+    /// What `agent.yaml` of a node has to say of the control plane and of itself, with `more` after it.
+    pub fn agent_yaml(&self, host: &Host, more: &str) -> String {
+        format!(
+            "control_plane: [{{address: \"http://{}:15010\", insecure: true}}]\nenvoy: {{concurrency: 1, drain: 1s}}\n\
+             node: {{name: {}, address: {}}}\n{more}",
+            self.control.v4(),
+            host.name(),
+            host.v4()
+        )
+    }
+
+    /// A node that serves: booted, installed, configured with `more`, and all its units active.
+    pub async fn node(&self, name: &str, more: &str) -> Result<Vm> {
+        let host = self.fleet.host(name)?;
+        host.write("/etc/vmesh/agent.yaml", self.agent_yaml(&host, more))?;
+        host.install(&[&self.packages.agent])?;
+        let vm = Vm { host };
+        vm.wait_up()?;
+        Ok(vm)
+    }
+}
+
+/// A node of the mesh.
+pub struct Vm {
+    pub host: Host,
+}
+
+impl Vm {
+    /// Until the agent, Envoy and what keeps the rules are active.
+    pub fn wait_up(&self) -> Result<()> {
+        UNITS.iter().try_for_each(|unit| self.host.wait_unit(unit, "active", 2 * BOUND))
+    }
+
+    /// The main processes of the units, by the host's own count.
+    pub fn main_pids(&self) -> Result<BTreeMap<&'static str, Option<u32>>> {
+        UNITS.iter().map(|unit| Ok((*unit, self.host.main_pid(unit)?))).collect()
+    }
+
+    /// The process of the Envoy that serves, by the host's own count; `None` while its supervisor knows of none.
+    pub fn envoy(&self) -> Result<Option<u64>> {
+        let words = ["curl", "-sS", "--unix-socket", "/run/vmesh-envoy/status.sock", "http://envoy/status"];
+        let said = self.host.exec(&words)?;
+        let status: Value =
+            serde_json::from_str(&said).map_err(Failed::to(format!("the supervisor said `{said}`")))?;
+        Ok(status.get("pid").and_then(Value::as_u64))
+    }
+
+    /// How many processes are an Envoy.
+    pub fn envoys(&self) -> Result<usize> {
+        let said = self.host.output(&["pgrep", "-c", "-x", "envoy"])?;
+        Ok(String::from_utf8_lossy(&said.stdout).trim().parse().unwrap_or_default())
+    }
+
+    /// What every tool for firewalls shows, without counters and times.
+    pub fn ruleset(&self) -> Result<String> {
+        ruleset(&self.host)
+    }
+
+    /// Waits until another Envoy than this one serves.
+    pub async fn wait_other_envoy(&self, than: Option<u64>) -> Result<Option<u64>> {
+        wait_for(format!("another Envoy than {than:?}"), 2 * BOUND, async || match self.envoy() {
+            Ok(now) if now.is_some() && now != than => Ok(now),
+            Ok(now) => Err(format!("{now:?}")),
+            Err(failed) => Err(failed.to_string()),
+        })
+        .await
+    }
+}
+
+/// What every tool for firewalls shows on a host, without counters and times.
+pub fn ruleset(host: &Host) -> Result<String> {
+    host.sh(
+        "for show in 'nft list ruleset' iptables-nft-save ip6tables-nft-save; do echo \"# $show\"; $show; done | \
+         sed -E '/^# (Generated|Completed|Warning)/d; s/ ?(packets|bytes) [0-9]+//g; s/\\[[0-9]+:[0-9]+\\]//g; \
+         s/ expires [0-9a-z]+//g'",
+    )
+}
+
+/// All that an installation could leave behind: files with owner, mode and content; users; rules; sysctls of the network; units.
+pub fn trace(host: &Host) -> Result<BTreeMap<String, String>> {
+    // Backups of the user database, and caches of the dynamic linker and of dpkg, are their tools' own.
+    let pruned = [
+        "/run/systemd",
+        "/run/udev",
+        "/run/credentials",
+        "/run/dbus",
+        "/run/user",
+        "/run/log",
+        "/run/host",
+        "/var/lib/dpkg",
+        "/var/lib/systemd",
+        "/var/lib/apt",
+        "/etc/*-",
+        "/etc/ld.so.cache",
+        "/etc/.pwd.lock",
+        // Every iptables makes it, and none may take it away.
+        "/run/xtables.lock",
+    ];
+    let pruned = pruned.map(|path| format!("-path '{path}'")).join(" -o ");
+    let files = host.sh(&format!(
+        "find /etc /usr /opt /srv /home /root /var/lib /run -xdev \\( {pruned} \\) -prune \
+         -o -type f -printf 'f %p %U:%G %m %s\\n' -o -type l -printf 'l %p %l\\n' -o -printf '%y %p %U:%G %m\\n'\n\
+         find /etc /root /var/lib -xdev \\( {pruned} \\) -prune -o -type f -print0 | xargs -0 sha256sum -b | \
+         sed -E 's/^([0-9a-f]+) .(.*)$/h \\2 \\1/'"
+    ))?;
+    let mut all = BTreeMap::new();
+    for line in files.lines() {
+        let mut words = line.splitn(3, ' ');
+        if let (Some(kind), Some(path)) = (words.next(), words.next()) {
+            all.insert(format!("{kind} {path}"), words.next().unwrap_or_default().to_owned());
+        }
+    }
+    let mut add = |what: &str, lines: String| {
+        for line in lines.lines() {
+            all.insert(format!("{what} {line}"), String::new());
+        }
+    };
+    add("user", host.sh("getent passwd; getent group")?);
+    add("unit", host.sh("systemctl list-unit-files --no-pager --no-legend")?);
+    // Random, or counted.
+    let counted = "fastopen_key|nf_conntrack_count|nf_conntrack_max|buckets|stat_refresh|flow_limit|inuse";
+    add("sysctl", host.sh(&format!("sysctl -a 2>/dev/null | grep '^net[.]' | grep -vE '{counted}'"))?);
+    all.insert("rules".to_owned(), ruleset(host)?);
+    Ok(all)
+}
+
+/// What is in one trace and not in the other.
+pub fn difference(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) -> Vec<String> {
+    let names: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let mut lines = Vec::new();
+    for name in names {
+        let (old, new) = (before.get(name), after.get(name));
+        if old != new {
+            lines.push(format!("{name}:\n- {}\n+ {}", old.map_or("", |o| o), new.map_or("", |n| n)));
+        }
+    }
+    lines
+}
