@@ -309,9 +309,7 @@ impl Host {
     /// Returns what apt said.
     pub fn install(&self, debs: &[&Path]) -> Result<String> {
         let mut words = vec!["env".to_owned(), "DEBIAN_FRONTEND=noninteractive".to_owned()];
-        words.extend(
-            ["apt-get", "install", "-y", "-q", "--no-download", "--allow-downgrades"].map(str::to_owned),
-        );
+        words.extend(["apt-get", "install", "-y", "-q", "--allow-downgrades"].map(str::to_owned));
         words.extend(["-o", "Dpkg::Options::=--force-confold"].map(str::to_owned));
         for deb in debs {
             let name = deb.file_name().unwrap_or_default().to_string_lossy();
