@@ -7,6 +7,7 @@
 //! The task `capture` says what is wanted at each change, says every second that the agent is well, and when a change is on
 //! trial looks whether the host still works, and confirms it if it does. See [`probes`].
 
+mod dry_run;
 pub mod probes;
 pub mod settings;
 mod task;
@@ -21,6 +22,7 @@ use vmesh_net::protocol::Want;
 use crate::config::Config;
 use crate::destinations::Destinations;
 
+pub use dry_run::dry_run;
 pub use task::{Status, spawn};
 
 /// What this host is to capture.

@@ -1,0 +1,52 @@
+//! `--dry-run`: what would be done to the host's rules for a configuration, before it is in force.
+
+use std::collections::BTreeSet;
+
+use vmesh_capture::apply::Tools;
+use vmesh_capture::facts::Places;
+use vmesh_daemon::report::one_line;
+use vmesh_net::client::{self, ClientError};
+use vmesh_net::keeper::{Options, plan_here};
+use vmesh_net::protocol::{Answer, Ask};
+
+use super::{probes, wanted};
+use crate::config::Config;
+use crate::{cache, destinations};
+
+/// The users under which the package runs the agent and Envoy.
+const USERS: [&str; 2] = ["vmesh-agent", "vmesh-envoy"];
+
+/// The plan as text, made by vmesh-net or, where none runs, here, which needs its privileges. Endpoints are those that Envoy
+/// accepted last: the control plane is not asked.
+///
+/// # Errors
+/// Says why there is no plan.
+pub async fn dry_run(config: &Config) -> Result<String, String> {
+    let accepted = cache::load(config.name.as_str(), &config.cache()).map_err(|error| one_line(&error))?;
+    let known = destinations::destinations(accepted.as_deref().unwrap_or_default());
+    let want = wanted(config, &known, probes::control_plane_addresses(config).await);
+    match client::ask(&config.capture.socket, &Ask::Plan { want: Some(want.clone()) }).await {
+        Ok(Answer::Plan(text)) => Ok(text),
+        Ok(Answer::Refused(why)) => Err(why),
+        Ok(Answer::Status(_)) => Err("vmesh-net answered something else".to_owned()),
+        Err(ClientError::Connect { .. }) => {
+            let places = Places::default();
+            let mut users = BTreeSet::new();
+            for user in USERS.into_iter().filter_map(|user| user.parse().ok()) {
+                users.extend(places.user_id(&user).await);
+            }
+            let slices = "vmesh.slice".parse().into_iter().collect();
+            let options = Options {
+                backend: None,
+                tools: Tools::default(),
+                places,
+                users,
+                slices,
+                state_dir: config.state_dir.clone(),
+                drain: std::time::Duration::ZERO,
+            };
+            plan_here(&options, want).await
+        }
+        Err(error) => Err(one_line(&error)),
+    }
+}
