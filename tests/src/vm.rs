@@ -247,6 +247,22 @@ impl Vm {
         self.host.within(|| get("127.0.0.1:15020", path))?
     }
 
+    /// A program of vmesh's on this host, as root: what it printed, and its exit code.
+    pub fn program(&self, name: &str, arguments: &[&str]) -> Result<(String, i32)> {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut command = self.host.command(binary(name)?);
+        command.args(arguments).env("PATH", format!("{}:{path}", self.tools.dir.display()));
+        let output = command.env("VMESH_NET", self.socket()).output();
+        let output = output.map_err(Failed::to(format!("could not run {name}")))?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok((String::from_utf8_lossy(&text).into_owned(), output.status.code().unwrap_or(-1)))
+    }
+
+    /// Where its agent's configuration is.
+    pub fn config_file(&self) -> PathBuf {
+        self.dir.join("agent.yaml")
+    }
+
     /// Where vmesh-net is asked.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("net/net.sock")

@@ -35,7 +35,24 @@ async fn pair(rules: Rules, capture: &str) -> (Site, Vm, Host, HttpApp) {
 async fn from_nothing_to_nothing(rules: Rules) {
     let (_site, mut vm, _server, app) = pair(rules, "capture: {outbound: {capture: addresses}}").await;
     let before = vm.ruleset().unwrap();
-    vm.start().await.unwrap();
+    let config = vm.config_file();
+    let dry_run = ["--config", config.to_str().unwrap(), "--dry-run"];
+    vm.start_net().unwrap();
+    let asked = async || match vm.program("vmesh-agent", &dry_run).unwrap() {
+        (plan, 3) => Ok(plan),
+        other => Err(format!("{other:?}")),
+    };
+    let plan = wait_for("a plan", BOUND, asked).await.unwrap();
+    let tool = if rules == Rules::Nft { "nft -f -" } else { "iptables-restore --noflush -w 5" };
+    assert!(plan.contains(tool) && plan.contains("redirect") || plan.contains("REDIRECT"), "{plan}");
+    assert_eq!(vm.ruleset().unwrap(), before, "a dry run changes nothing");
+    vm.start_agent().unwrap();
+    vm.captures().await.unwrap();
+    assert_eq!(vm.program("vmesh-agent", &dry_run).unwrap(), ("nothing to do\n".to_owned(), 0));
+    let (shown, code) = vm.program("vmeshctl", &["capture"]).unwrap();
+    assert!(code == 0 && shown.contains("capture       confirmed"), "{shown}");
+    assert_eq!(vm.program("vmeshctl", &["capture", "plan"]).unwrap().0, "nothing to do\n");
+    assert_eq!(vm.program("vmeshctl", &["capture", "confirm"]).unwrap().1, 1, "nothing is on trial");
     let name = vm.names("web").unwrap();
     assert_eq!(name.len(), 2, "{name:?}");
     for address in &name {
