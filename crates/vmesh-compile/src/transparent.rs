@@ -113,12 +113,13 @@ impl Transparent {
         let Subject { name, shape, endpoints, index, .. } = *subject;
         let port = subject.port(problems);
         let at: Vec<_> = port.map(|port| subject.virtual_addresses(port, problems)).unwrap_or_default();
+        let stat = format!("outbound|{name}");
         let handling = OnceCell::new();
-        let make_handling = || to_service(&format!("outbound|{name}"), name, &shape.effective, &shape.shares);
+        let make_handling = || to_service(&stat, name, &shape.effective, &shape.shares);
         // What has the same name, and was made of the same shape, is the same.
         let reusable = before.filter(|(_, same_shape)| *same_shape).map(|(before, _)| before);
         let listener = |addresses: &[SocketAddr], before: Option<&Arc<Resource>>| {
-            let listener = handed_to(addresses, handling.get_or_init(make_handling).clone())?;
+            let listener = handed_to(addresses, &stat, handling.get_or_init(make_handling).clone())?;
             let new = Resource::new(Kind::Listener, listener.name.as_str(), &listener);
             Some(known(before.map(std::slice::from_ref).unwrap_or_default(), new))
         };
