@@ -38,6 +38,8 @@ pub struct Places {
     pub getent: PathBuf,
     /// The directory of `sshd_config`.
     pub ssh: PathBuf,
+    /// Asked for the ports that systemd holds for SSH.
+    pub systemctl: PathBuf,
 }
 
 impl Default for Places {
@@ -49,6 +51,7 @@ impl Default for Places {
             cgroup: cgroup_mount(&mounts),
             getent: "getent".into(),
             ssh: "/etc/ssh".into(),
+            systemctl: "systemctl".into(),
         }
     }
 }
@@ -85,7 +88,7 @@ impl Places {
             never: Never {
                 users: own.users.clone(),
                 slices,
-                ssh: self.ssh_ports(),
+                ssh: self.ssh_ports().await,
                 own: own.ports.clone(),
                 control_planes: own.control_planes.clone(),
             },
@@ -121,13 +124,26 @@ impl Places {
         found
     }
 
-    /// The ports on which something that takes SSH listens, those of its open sessions, and those of its configuration: other
-    /// processes' sockets are shown to root and to CAP_SYS_PTRACE only.
-    fn ssh_ports(&self) -> BTreeSet<u16> {
+    /// The ports on which something that takes SSH listens, those of its open sessions, those of its configuration, and those that
+    /// systemd holds for it: other processes' sockets are shown to root and to CAP_SYS_PTRACE only.
+    async fn ssh_ports(&self) -> BTreeSet<u16> {
         let inodes = self.ssh_inodes();
         let sockets = self.sockets();
         let sockets = sockets.iter().filter(|socket| inodes.contains(&socket.inode));
-        sockets.map(|socket| socket.local_port).chain(self.configured_ssh_ports()).collect()
+        let held = self.ssh_ports_of_systemd().await;
+        sockets.map(|socket| socket.local_port).chain(self.configured_ssh_ports()).chain(held).collect()
+    }
+
+    /// Where SSH is started by a connection, nobody but systemd listens before the first.
+    async fn ssh_ports_of_systemd(&self) -> BTreeSet<u16> {
+        let mut command = Command::new(&self.systemctl);
+        command.args(["show", "--property=Listen", "ssh.socket", "sshd.socket", "dropbear.socket"]);
+        command.stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+        match timeout(Duration::from_secs(5), command.output()).await {
+            Ok(Ok(output)) => listened(&String::from_utf8_lossy(&output.stdout)),
+            // No systemd here, or none that answers: it holds no socket that would be used.
+            _ => BTreeSet::new(),
+        }
     }
 
     fn configured_ssh_ports(&self) -> BTreeSet<u16> {
@@ -206,6 +222,14 @@ fn sshd_ports(text: &str) -> BTreeSet<u16> {
             }
             _ => None,
         }
+    };
+    text.lines().filter_map(port).collect()
+}
+
+/// The ports in `Listen=[::]:22 (Stream)`, as `systemctl show` prints it.
+fn listened(text: &str) -> BTreeSet<u16> {
+    let port = |line: &str| {
+        line.strip_prefix("Listen=")?.strip_suffix(" (Stream)")?.rsplit_once(':')?.1.parse().ok()
     };
     text.lines().filter_map(port).collect()
 }
@@ -317,6 +341,13 @@ mod tests {
         let text = "# Port 1\nPort 2222\n port=2223\nListenAddress 10.0.0.1\nListenAddress 10.0.0.1:2224\n\
             ListenAddress [fd00::1]:2225\nListenAddress fd00::2226\nPort many\nPermitRootLogin no\nPort\n";
         assert_eq!(sshd_ports(text), [2222, 2223, 2224, 2225].into());
+    }
+
+    #[test]
+    fn the_ports_that_systemd_holds_for_ssh_are_read() {
+        let text = "Listen=[::]:2222 (Stream)\nListen=0.0.0.0:2223 (Stream)\n\nListen=/run/x (Stream)\nListen=53 (Datagram)\n";
+        assert_eq!(listened(text), [2222, 2223].into());
+        assert_eq!(listened(""), [].into());
     }
 
     #[test]
