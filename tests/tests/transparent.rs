@@ -108,6 +108,12 @@ async fn a_service_is_reached_by_its_virtual_and_by_its_real_addresses_whatever_
     for address in virtual_addresses(&vm, "cache", 6379).into_iter().chain([at(v4, 6380)]) {
         assert!(echoes(&mut connect(&vm.host, address).unwrap(), "ping"), "{address}");
     }
+    // The control plane says the same of it.
+    let told = site.control_api("/api/v1/explain?service=web&from=client").unwrap();
+    let explained: serde_json::Value = serde_json::from_str(&told).unwrap();
+    let listeners: Vec<_> = virtual_addresses(&vm, "web", 80).iter().map(SocketAddr::to_string).collect();
+    assert_eq!(explained["listeners"], serde_json::json!(listeners), "{told}");
+    assert_eq!(explained["reachable"], true, "{told}");
     // Nothing is captured that is not a service's.
     assert_eq!(greeting(&server, at(v4, 3307)).unwrap(), "hello from the old one");
 }

@@ -153,16 +153,17 @@ impl Node<'_> {
         }
     }
 
-    /// Envoy takes a listener on a wildcard address for that of every address with its port: a captured call to somebody
-    /// else would end here. The agent leaves such ports out of what is captured, and that should not surprise.
+    /// Envoy takes a listener on a wildcard address for that of every address with its port, so that it must not get captured
+    /// calls to that port of somebody else.
     fn name_what_is_swallowed(&mut self) {
         for workload in &self.report.workloads {
             if let Some(listen) = workload.listen.filter(|listen| listen.ip().is_unspecified()) {
                 self.problem(format!(
-                    "workload `{}` is reached at {listen}, so calls to port {} of other hosts are not captured: Envoy could \
-                     not tell them from calls to the workload; give it a `listen` with an address of the host",
+                    "workload `{}` is reached at {listen}, where Envoy would also take captured calls to port {port} of other \
+                     hosts: give it a `listen` with an address of this host, or leave {port} out of what is captured \
+                     (`capture.outbound.exclude`)",
                     workload.service,
-                    listen.port()
+                    port = listen.port()
                 ));
             }
         }
