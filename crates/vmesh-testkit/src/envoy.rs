@@ -124,11 +124,16 @@ fn fetched(version: &str, otherwise: &str) -> Result<PathBuf> {
 
 /// Whether Envoy takes `config` (a bootstrap, as JSON): `envoy --mode validate`. The error is Envoy's own.
 pub fn validate(config: &str) -> Result<(), String> {
+    find().map_or_else(|failed| Err(format!("{failed:?}")), |envoy| validate_by(&envoy, config))
+}
+
+/// The same, by the Envoy at this path.
+pub fn validate_by(envoy: &Path, config: &str) -> Result<(), String> {
     let checked = || -> Result<Result<(), String>> {
         let dir = tempdir()?;
         let path = dir.join("bootstrap.json");
         std::fs::write(&path, config).map_err(Failed::to("could not write the configuration"))?;
-        let mut envoy = Command::new(find()?);
+        let mut envoy = Command::new(envoy);
         envoy.args(["--mode", "validate", "--disable-hot-restart", "--log-level", "error", "--config-path"]);
         let output = envoy.arg(&path).output().map_err(Failed::to("could not run Envoy"))?;
         if output.status.success() {
