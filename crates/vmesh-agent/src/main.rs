@@ -23,7 +23,13 @@ struct Arguments {
     /// Read the configuration, print what the agent would do, and exit.
     #[arg(long)]
     check: bool,
+    /// Print what would be done to the host's rules of capture, and exit. Exit code 3: something would.
+    #[arg(long)]
+    dry_run: bool,
 }
+
+/// The exit code of `--dry-run` where the host is not as it would be.
+const DIFFERS: u8 = 3;
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
@@ -41,6 +47,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = supervisor::step() {
+        return code;
+    }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -61,6 +70,9 @@ fn main() -> ExitCode {
         // A reader that has seen enough (`| head`) is no failure.
         _ = std::io::stdout().write_all(summary(&config).as_bytes());
         return ExitCode::SUCCESS;
+    }
+    if arguments.dry_run {
+        return dry_run(&config);
     }
     if let Err(error) = logs::init(config.log.as_deref()) {
         return report::refused(&error);
@@ -141,6 +153,23 @@ fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         warn!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
+}
+
+fn dry_run(config: &Config) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report::failed(&error),
+    };
+    match runtime.block_on(vmesh_agent::capture::dry_run(config)) {
+        Ok(plan) => {
+            _ = std::io::stdout().write_all(plan.as_bytes());
+            if plan.trim() == "nothing to do" { ExitCode::SUCCESS } else { DIFFERS.into() }
+        }
+        Err(why) => {
+            _ = writeln!(std::io::stderr(), "no plan could be made: {why}");
+            report::FAILURE.into()
+        }
     }
 }
 

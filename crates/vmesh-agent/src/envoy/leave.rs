@@ -16,9 +16,14 @@ pub(crate) const LOOK_SOON: Duration = Duration::from_millis(50);
 pub(crate) const LAST_IN: Duration = Duration::from_millis(500);
 pub(crate) const EXITS_WITHIN: Duration = Duration::from_secs(5);
 
-/// Lets Envoy take leave of its clients, for `drain` at most, and ends it. Whoever is connected after that may stay for
-/// `stay`.
-pub(crate) async fn retire(envoy: &mut Process, socket: &Path, drain: Duration, stay: Duration) {
+/// Lets Envoy take leave of its clients, for `drain` at most, and ends it.
+pub(crate) async fn retire(envoy: &mut Process, socket: &Path, drain: Duration) {
+    take_leave(envoy, socket, drain, LAST_IN).await;
+    end(envoy).await;
+}
+
+/// Lets Envoy take leave of its clients, for `drain` at most. Whoever is connected after that may stay for `stay`.
+pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Duration, stay: Duration) {
     let deadline = Instant::now() + drain;
     info!(pid = envoy.pid(), "Envoy takes leave of its clients, {drain:?} at most");
     for path in ["/healthcheck/fail", "/drain_listeners?graceful"] {
@@ -34,9 +39,8 @@ pub(crate) async fn retire(envoy: &mut Process, socket: &Path, drain: Duration, 
     _ = admin::post(socket, "/drain_listeners").await;
     tokio::select! {
         _ = timeout(stay, idle(socket)) => {}
-        _ = envoy.exited() => return,
+        _ = envoy.exited() => {}
     }
-    end(envoy).await;
 }
 
 /// Ends Envoy without taking leave of anybody.

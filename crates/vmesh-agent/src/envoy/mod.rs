@@ -406,7 +406,7 @@ impl Supervisor {
     }
 
     async fn retire(&self, envoy: &mut Process, socket: &Path) {
-        leave::retire(envoy, socket, self.config.envoy.drain.0, leave::LAST_IN).await;
+        leave::retire(envoy, socket, self.config.envoy.drain.0).await;
     }
 }
 

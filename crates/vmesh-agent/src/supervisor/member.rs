@@ -3,9 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -14,6 +12,7 @@ use tracing::warn;
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 
+use super::orphan;
 use super::trial::{Binary, Stamp};
 use crate::envoy::output;
 use crate::envoy::process::{Identity, Process};
@@ -46,7 +45,8 @@ pub(super) enum Role {
 /// What the next supervisor must know of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Kept {
-    pub(super) identity: Identity,
+    /// `None` while it is being started: then it is the process that has its bootstrap on its command line.
+    pub(super) identity: Option<Identity>,
     /// Counts the Envoys of this host.
     pub(super) number: u64,
     pub(super) role: Role,
@@ -59,12 +59,47 @@ pub(super) struct Kept {
     pub(super) arguments: Vec<String>,
     /// Its own admin interface no longer listens: another one of its line started.
     pub(super) admin_closed: bool,
+    /// The one that it took over from hot, while that takes its leave.
+    #[serde(default)]
+    pub(super) parent: Option<u64>,
+    /// That one has died and not ended: the next time that this one would speak to it, it aborts.
+    #[serde(default)]
+    pub(super) parent_lost: bool,
     /// When it is ended although it still has connections; for those that leave.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) until: Option<SystemTime>,
 }
 
 impl Kept {
+    /// One that is about to be started.
+    pub(super) fn new(launch: &Launch, number: u64, line: Line, binary: Option<&Binary>) -> Kept {
+        Kept {
+            identity: None,
+            number,
+            role: Role::Candidate,
+            base_id: line.base_id,
+            epoch: line.epoch,
+            version: binary.map(|binary| binary.version.clone()),
+            hot_restart: binary.and_then(|binary| binary.hot_restart.clone()),
+            program: launch.program.clone(),
+            stamp: launch.stamp.clone(),
+            arguments: launch.arguments.clone(),
+            admin_closed: false,
+            parent: None,
+            parent_lost: false,
+            until: None,
+        }
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.identity.as_ref().map_or(0, |identity| identity.pid)
+    }
+
+    /// The process, if it still runs.
+    pub(super) fn process(&self) -> Option<Process> {
+        Process::identified(self.identity.as_ref()?)
+    }
+
     pub(super) fn admin(&self, dir: &Path) -> PathBuf {
         admin(dir, self.number)
     }
@@ -100,50 +135,34 @@ pub(super) struct Line {
 impl Member {
     /// Starts it; `arguments` are all of them. `again`: from the very file that `launch` was started from before,
     /// whatever the path names by now.
-    pub(super) fn start(
+    pub(super) async fn start(
         launch: &Launch,
         arguments: &[String],
         again: bool,
         output: &Path,
-        number: u64,
-        line: Line,
-        binary: Option<&Binary>,
+        kept: Kept,
     ) -> io::Result<Member> {
         let file = match (&launch.file, again) {
             (Some(file), true) => file.clone(),
             _ => Arc::new(File::open(&launch.program)?),
         };
-        let mut command = match (&launch.file, again) {
-            (Some(file), true) => Command::new(format!("/proc/self/fd/{}", file.as_raw_fd())),
-            _ => Command::new(&launch.program),
+        let program = match again {
+            true => PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())),
+            false => launch.program.clone(),
         };
-        command.arg0(&launch.program).args(arguments);
-        let process = Process::spawn(command, output::writer(output)?)?;
+        let process = orphan::start(&program, &launch.program, arguments, output::writer(output)?).await?;
         let launch = Launch { file: Some(file), ..launch.clone() };
-        let kept = Kept {
-            identity: process.identity(),
-            number,
-            role: Role::Candidate,
-            base_id: line.base_id,
-            epoch: line.epoch,
-            version: binary.map(|binary| binary.version.clone()),
-            hot_restart: binary.and_then(|binary| binary.hot_restart.clone()),
-            program: launch.program.clone(),
-            stamp: launch.stamp.clone(),
-            arguments: launch.arguments.clone(),
-            admin_closed: false,
-            until: None,
-        };
+        let kept = Kept { identity: Some(process.identity()), ..kept };
         Ok(Member { process, kept, launch })
     }
 
     /// The process that an earlier supervisor started, if it still runs.
     pub(super) fn find(kept: Kept, dir: &Path) -> Option<Member> {
-        let process = Process::identified(&kept.identity)?;
+        let process = kept.process()?;
         let text = fsx::read_capped(&source(dir, kept.number), MAX_RECORD).unwrap_or_default();
         let launch = Launch {
             program: kept.program.clone(),
-            file: File::open(format!("/proc/{}/exe", kept.identity.pid)).ok().map(Arc::new),
+            file: File::open(format!("/proc/{}/exe", process.pid())).ok().map(Arc::new),
             stamp: kept.stamp.clone(),
             arguments: kept.arguments.clone(),
             bootstrap: String::from_utf8_lossy(&text).into(),
@@ -154,6 +173,18 @@ impl Member {
     pub(super) fn pid(&self) -> i32 {
         self.process.pid()
     }
+}
+
+/// The processes that have `path` on their command line.
+pub(super) fn naming(path: &Path) -> Vec<Process> {
+    use std::os::unix::ffi::OsStrExt;
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    let named = |pid: &i32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words.split(|byte| *byte == 0).any(|word| word == path.as_os_str().as_bytes())
+    };
+    pids.filter(named).filter_map(Process::find).collect()
 }
 
 /// Every Envoy of a supervisor, on disk.

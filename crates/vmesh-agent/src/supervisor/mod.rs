@@ -29,6 +29,7 @@
 //! them, after they have taken leave of their clients.
 
 mod member;
+mod orphan;
 mod plan;
 mod shm;
 mod status;
@@ -54,12 +55,13 @@ use vmesh_daemon::{Stop, Tasks, systemd};
 use crate::bootstrap::{self, Takeover};
 use crate::config::Config;
 use crate::envoy::leave::{self, EXITS_WITHIN, LAST_IN, LOOK_SOON};
-use crate::envoy::process::Process;
+use crate::envoy::process::{Identity, Process};
 use crate::envoy::{State, admin, next, output, until};
 use member::{Kept, Launch, Line, Member, Record, Role};
-use plan::{Holdings, How, MOST_LEAVING};
+use plan::{Holdings, How, MOST_LEAVING, Parent};
 use trial::{Binary, Stamp};
 
+pub use orphan::step;
 pub use status::{Failure, Leaving, Status};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
@@ -216,6 +218,8 @@ enum Why {
     /// SIGHUP.
     Asked,
     Bootstrap,
+    /// The one that it took over from died before it was told to end.
+    ParentLost,
 }
 
 /// What became of a reload.
@@ -262,10 +266,7 @@ impl Supervisor {
         while !self.stop.is_requested() {
             let began = Instant::now();
             if self.serving.is_none() {
-                let mut stop = self.stop.clone();
-                if until(&mut stop, self.begin()).await.is_none() {
-                    break;
-                }
+                self.begin().await;
             }
             if self.serving.is_some() {
                 let Some(ended) = self.attend().await else { break };
@@ -324,7 +325,7 @@ impl Supervisor {
         let envoys = serving.into_iter().chain(candidate).chain(&self.leavers).cloned().collect();
         Record { last_number: self.last_number, envoys }.save(&self.record);
         let leaving = self.leavers.iter().map(|kept| Leaving {
-            pid: kept.identity.pid,
+            pid: kept.pid(),
             epoch: kept.epoch,
             version: kept.version.clone(),
             until: kept.until.unwrap_or(SystemTime::now()),
@@ -352,21 +353,24 @@ impl Supervisor {
     async fn adopt(&mut self) {
         let record = Record::load(&self.record);
         self.last_number = record.last_number;
-        let mut found: Vec<Member> = Vec::new();
-        for kept in record.envoys {
-            match Member::find(kept.clone(), &self.dir) {
-                Some(member) => found.push(member),
-                None => self.forget(&kept),
-            }
-        }
-        // One that was to take over has, if it is live; else what it did to the old one is undone below.
+        let mut gone = Vec::new();
         let mut serving: Option<Member> = None;
-        for mut member in found {
+        for mut kept in record.envoys {
+            if kept.identity.is_none() {
+                kept.identity = self.half_started(&kept).await;
+            }
+            let Some(mut member) = Member::find(kept.clone(), &self.dir) else {
+                gone.push(kept);
+                continue;
+            };
             match member.kept.role {
                 Role::Leaving => self.see_off(member),
                 Role::Serving => serving = Some(member),
-                Role::Candidate if self.is_live(&member).await => {
+                // One that was to take over has, if it is live.
+                Role::Candidate if self.is_live(&member.kept).await => {
                     if let Some(old) = serving.take() {
+                        let hot = old.kept.base_id == member.kept.base_id;
+                        member.kept.parent = hot.then_some(old.kept.number);
                         self.see_off(old);
                     }
                     serving = Some(member);
@@ -377,40 +381,64 @@ impl Supervisor {
                         "an Envoy that an earlier supervisor started is not live, and is ended"
                     );
                     leave::kill(&mut member.process).await;
-                    if let Some(old) = serving.as_mut().filter(|old| old.kept.base_id == member.kept.base_id)
-                    {
-                        self.candidate_is_gone(&mut old.kept);
-                    }
-                    self.forget(&member.kept);
+                    gone.push(member.kept);
                 }
             }
         }
-        let Some(mut member) = serving else {
-            self.keep(None);
-            return;
-        };
-        // Asked for patiently: right after a boot or under load it may take its time.
-        let deadline = Instant::now() + EXITS_WITHIN;
-        let admin = member.kept.admin(&self.dir);
-        if !member.kept.admin_closed && !leave::answers(&admin, member.pid(), deadline).await {
-            warn!(pid = member.pid(), "the Envoy of an earlier supervisor does not answer and is replaced");
-            leave::kill(&mut member.process).await;
-            self.forget(&member.kept);
-            self.keep(None);
-            return;
+        if let Some(mut member) = serving {
+            // Asked for patiently: right after a boot or under load it may take its time.
+            let patience = if member.kept.admin_closed { Duration::ZERO } else { EXITS_WITHIN };
+            let deadline = Instant::now() + patience.max(LOOK_SOON);
+            let answers = leave::answers(&member.kept.admin(&self.dir), member.pid(), deadline).await;
+            if answers || member.kept.admin_closed {
+                info!(pid = member.pid(), "took over the Envoy of an earlier supervisor");
+                member.kept.role = Role::Serving;
+                member.kept.admin_closed = !answers;
+                if !answers {
+                    self.candidate_is_gone(&mut member.kept);
+                }
+                self.link(&member.kept);
+                self.now_serving(member, true);
+            } else {
+                warn!(
+                    pid = member.pid(),
+                    "the Envoy of an earlier supervisor does not answer and is replaced"
+                );
+                leave::kill(&mut member.process).await;
+                gone.push(member.kept);
+            }
         }
-        info!(pid = member.pid(), "took over the Envoy of an earlier supervisor");
-        member.kept.role = Role::Serving;
-        self.link(&member.kept);
-        let blind = member.kept.admin_closed;
-        self.now_serving(member, true);
-        if blind {
-            self.regain().await;
+        // Only now: what those that are still there share with them is not removed.
+        for kept in gone {
+            self.forget(&kept);
         }
+        self.keep(None);
+        self.regain().await;
     }
 
-    async fn is_live(&self, member: &Member) -> bool {
-        let admin = member.kept.admin(&self.dir);
+    /// Which one it is that was being started when the supervisor died. One that is not live is ended.
+    async fn half_started(&self, kept: &Kept) -> Option<Identity> {
+        let path = member::bootstrap(&self.dir, kept.number);
+        if self.is_live(kept).await
+            && let Some(pid) = admin::listening_pid(&kept.admin(&self.dir)).await
+        {
+            return Some(Process::find(pid)?.identity());
+        }
+        // More than once: the first of them may just be starting the next.
+        for _ in 0..10 {
+            let found = member::naming(&path);
+            if found.is_empty() {
+                break;
+            }
+            for mut process in found {
+                leave::kill(&mut process).await;
+            }
+        }
+        None
+    }
+
+    async fn is_live(&self, kept: &Kept) -> bool {
+        let admin = kept.admin(&self.dir);
         admin::server_info(&admin).await.is_ok_and(|info| info.state == "LIVE")
     }
 
@@ -424,7 +452,10 @@ impl Supervisor {
                 Ok(launch) => break launch,
                 Err(why) => {
                     self.set(State::Waiting, |status| status.envoy.reason = Some(why));
-                    sleep(TICK / 4).await;
+                    let mut stop = self.stop.clone();
+                    if until(&mut stop, sleep(TICK / 4)).await.is_none() {
+                        return;
+                    }
                 }
             }
         };
@@ -444,10 +475,11 @@ impl Supervisor {
     }
 
     async fn fresh(&mut self, launch: &Launch, again: bool) {
-        let binary = trial::ask(&launch.program).await;
+        let mut stop = self.stop.clone();
+        let Some(binary) = until(&mut stop, trial::ask(&launch.program)).await else { return };
         let number = self.last_number + 1;
         let line = Line { base_id: plan::base_id(&self.dir, self.network, number), epoch: 0 };
-        match self.start(launch, again, line, binary.as_ref().ok(), false) {
+        match self.start(launch, again, line, binary.as_ref().ok(), false).await {
             Ok(mut member) => {
                 member.kept.role = Role::Serving;
                 self.link(&member.kept);
@@ -499,7 +531,7 @@ impl Supervisor {
     }
 
     /// Starts an Envoy. `waits`: it becomes live only when it has been told what to serve.
-    fn start(
+    async fn start(
         &mut self,
         launch: &Launch,
         again: bool,
@@ -528,7 +560,11 @@ impl Supervisor {
         };
         let mut arguments = bootstrap::started_with(&path, takeover, self.config.envoy.drain.0);
         arguments.extend_from_slice(&launch.arguments);
-        let member = Member::start(launch, &arguments, again, &self.output, number, line, binary)
+        // On record before it is there: a supervisor that dies in between leaves nobody whom the next does not find.
+        let kept = Kept::new(launch, number, line, binary);
+        self.keep(Some(&kept));
+        let member = Member::start(launch, &arguments, again, &self.output, kept)
+            .await
             .map_err(|error| format!("could not start {}: {error}", launch.program.display()))?;
         info!(pid = member.pid(), epoch = line.epoch, "started {}", launch.program.display());
         self.keep(Some(&member.kept));
@@ -574,6 +610,7 @@ impl Supervisor {
                 Some(gone) = self.leaving.join_next() => {
                     if let Ok(number) = gone {
                         self.has_left(number);
+                        tick_at = tick_at.min(Instant::now());
                     }
                     continue;
                 }
@@ -757,7 +794,7 @@ impl Supervisor {
             Err(why) => return Reload::Failed(why),
         };
         if self.leavers.len() >= MOST_LEAVING {
-            if why == Why::Bootstrap {
+            if why != Why::Asked {
                 return Reload::Later(format!(
                     "{} Envoys still take leave of their clients",
                     self.leavers.len()
@@ -832,8 +869,12 @@ impl Supervisor {
         before: &Holdings,
     ) -> Result<(), String> {
         let Some(mut old) = self.serving.take() else { return Err("no Envoy serves any more".to_owned()) };
-        let parent_leaves = self.leavers.iter().any(|kept| kept.base_id == old.kept.base_id);
-        let how = plan::how(old.kept.hot_restart.as_deref(), binary.hot_restart.as_deref(), parent_leaves);
+        let parent = match old.kept.parent {
+            _ if old.kept.parent_lost => Parent::Lost,
+            Some(number) if self.leavers.iter().any(|kept| kept.number == number) => Parent::Leaves,
+            _ => Parent::Gone,
+        };
+        let how = plan::how(old.kept.hot_restart.as_deref(), binary.hot_restart.as_deref(), parent);
         let hot = how == How::Hot;
         let line = match &how {
             How::Hot => Line { base_id: old.kept.base_id, epoch: old.kept.epoch + 1 },
@@ -855,7 +896,7 @@ impl Supervisor {
         let admin_was_closed = old.kept.admin_closed;
         old.kept.admin_closed |= hot;
         self.serving = Some(old);
-        let started = self.start(launch, again, line, Some(binary), true);
+        let started = self.start(launch, again, line, Some(binary), true).await;
         let Some(mut old) = self.serving.take() else { return Err("no Envoy serves any more".to_owned()) };
         let mut new = match started {
             Ok(new) => new,
@@ -874,6 +915,7 @@ impl Supervisor {
             Ok(()) => {
                 info!(pid = new.pid(), "Envoy took over after {} ms", began.elapsed().as_millis());
                 new.kept.role = Role::Serving;
+                new.kept.parent = hot.then_some(old.kept.number);
                 self.link(&new.kept);
                 self.see_off(old);
                 self.now_serving(new, false);
@@ -1012,10 +1054,12 @@ impl Supervisor {
         self.leaving.spawn(async move {
             if member.kept.admin_closed {
                 if timeout(left, member.process.exited()).await.is_err() {
-                    leave::end(&mut member.process).await;
+                    leave::kill(&mut member.process).await;
                 }
             } else {
-                leave::retire(&mut member.process, &admin, drain, left).await;
+                leave::take_leave(&mut member.process, &admin, drain, left).await;
+                // Not by SIGTERM: that makes it end the one that it took over from, which may still have connections.
+                leave::kill(&mut member.process).await;
             }
             member.kept.number
         });
@@ -1024,7 +1068,18 @@ impl Supervisor {
     fn has_left(&mut self, number: u64) {
         let Some(at) = self.leavers.iter().position(|kept| kept.number == number) else { return };
         let kept = self.leavers.remove(at);
-        info!(pid = kept.identity.pid, "an Envoy that took its leave is gone");
+        info!(pid = kept.pid(), "an Envoy that took its leave is gone");
+        // Its child ends it at that time, and sets it down as ended; any other end it does not know of.
+        let in_time = kept.until.is_some_and(|until| SystemTime::now() + PARENT_GRACE * 2 >= until);
+        let child = self.serving.as_mut().filter(|serving| serving.kept.parent == Some(number));
+        if let Some(child) = child.filter(|_| kept.admin_closed && !in_time) {
+            warn!(
+                pid = child.pid(),
+                "the Envoy before this one died before its time, and this one would abort with it: another one takes over"
+            );
+            child.kept.parent_lost = true;
+            self.wanted.get_or_insert(Why::ParentLost);
+        }
         self.forget(&kept);
         self.keep(None);
     }
@@ -1033,10 +1088,10 @@ impl Supervisor {
     async fn end_oldest(&mut self) {
         let Some(kept) = self.leavers.first().cloned() else { return };
         warn!(
-            pid = kept.identity.pid,
+            pid = kept.pid(),
             "this Envoy is ended, with the connections that it still has: it is the third"
         );
-        if let Some(mut process) = Process::identified(&kept.identity) {
+        if let Some(mut process) = kept.process() {
             leave::end(&mut process).await;
         }
         self.has_left(kept.number);
@@ -1061,13 +1116,19 @@ impl Supervisor {
                 warn!(pid = serving.pid(), "this Envoy cannot be told to take its leave and is ended");
                 leave::end(&mut serving.process).await;
             } else {
-                leave::retire(&mut serving.process, &admin, self.config.envoy.drain.0, LAST_IN).await;
+                leave::take_leave(&mut serving.process, &admin, self.config.envoy.drain.0, LAST_IN).await;
+                if serving.kept.parent_lost {
+                    // By SIGTERM it would look for the one that it took over from, for ten seconds, and abort.
+                    leave::kill(&mut serving.process).await;
+                } else {
+                    leave::end(&mut serving.process).await;
+                }
             }
             self.forget(&serving.kept);
         }
         self.leaving.abort_all();
         let mut last: JoinSet<()> = JoinSet::new();
-        for mut process in self.leavers.iter().filter_map(|kept| Process::identified(&kept.identity)) {
+        for mut process in self.leavers.iter().filter_map(Kept::process) {
             last.spawn(async move { leave::end(&mut process).await });
         }
         while last.join_next().await.is_some() {}

@@ -19,11 +19,21 @@ pub(super) enum How {
     Beside(String),
 }
 
-/// `old` and `new` are the hot restart versions. A parent that still takes leave would be ended by a third Envoy of the
-/// same line, with every connection that it was to keep.
-pub(super) fn how(old: Option<&str>, new: Option<&str>, parent_leaves: bool) -> How {
+/// The Envoy that the serving one took over from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Parent {
+    Gone,
+    /// It still has connections. A third Envoy of the same line would end it, and them.
+    Leaves,
+    /// It died. The serving one does not know, and aborts when it is to speak to it: for a third Envoy, or to end it.
+    Lost,
+}
+
+/// `old` and `new` are the hot restart versions.
+pub(super) fn how(old: Option<&str>, new: Option<&str>, parent: Parent) -> How {
     match (old, new) {
-        _ if parent_leaves => How::Beside("the Envoy before it still has connections".to_owned()),
+        _ if parent == Parent::Leaves => How::Beside("the Envoy before it still has connections".to_owned()),
+        _ if parent == Parent::Lost => How::Beside("the Envoy before it died".to_owned()),
         (Some(old), Some(new)) if old == new => How::Hot,
         (old, new) => How::Beside(format!(
             "their hot restart versions are {} and {}",
@@ -125,14 +135,15 @@ mod tests {
 
     #[test]
     fn envoys_of_one_hot_restart_version_take_over_hot_and_others_beside() {
-        assert_eq!(how(Some("11.104"), Some("11.104"), false), How::Hot);
-        for (old, new, leaves) in [
-            (Some("11.104"), Some("11.104"), true),
-            (Some("11.104"), Some("12.104"), false),
-            (None, Some("11.104"), false),
-            (None, None, false),
+        assert_eq!(how(Some("11.104"), Some("11.104"), Parent::Gone), How::Hot);
+        for (old, new, parent) in [
+            (Some("11.104"), Some("11.104"), Parent::Leaves),
+            (Some("11.104"), Some("11.104"), Parent::Lost),
+            (Some("11.104"), Some("12.104"), Parent::Gone),
+            (None, Some("11.104"), Parent::Gone),
+            (None, None, Parent::Gone),
         ] {
-            assert!(matches!(how(old, new, leaves), How::Beside(_)), "{old:?} {new:?} {leaves}");
+            assert!(matches!(how(old, new, parent), How::Beside(_)), "{old:?} {new:?} {parent:?}");
         }
     }
 
