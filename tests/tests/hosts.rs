@@ -1,0 +1,362 @@
+//! Booted hosts, with packages installed as an operator would: what systemd, dpkg and the parts of a node do together.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::hosts::Suite;
+use vmesh_testkit::load::{Load, Plan, Report};
+use vmesh_testkit::{Result, wait_for};
+use vmesh_tests::BOUND;
+use vmesh_tests::hosts::{Packages, UNITS, Vm, Vms, difference, ruleset, trace};
+
+/// Where `web` dials `orders`.
+const UPSTREAM: &str = "127.0.0.1:9001";
+
+fn upstream() -> Result<SocketAddr> {
+    UPSTREAM.parse().map_err(vmesh_testkit::Failed::to("an address"))
+}
+
+/// Requests of the application on this host to `orders`.
+fn load(vm: &Vm) -> Result<Load> {
+    Load::start(Plan::to(upstream()?).host("orders").rate(200.0).from(&vm.host.net)?)
+}
+
+async fn answers(vm: &Vm) -> Result<()> {
+    wait_for("orders to answer on web", 2 * BOUND, async || {
+        let plan = Plan::to(SocketAddr::from(([127, 0, 0, 1], 9001))).host("orders").connections(1);
+        let load = plan.from(&vm.host.net).and_then(Load::start).map_err(|failed| failed.to_string())?;
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        let report = load.stop().await;
+        match report.failed.first() {
+            None if report.ok > 0 => Ok(()),
+            failed => Err(format!("{failed:?}")),
+        }
+    })
+    .await
+}
+
+fn none_failed(what: &str, report: &Report) {
+    eprintln!("{what}: {} requests, {} failed, {} raced", report.sent, report.failures, report.raced);
+    assert_eq!(report.failures, 0, "{what}: {:?}", report.failed.first());
+    assert!(report.ok > 20, "{what}: there was no load");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_trace() -> Result<()> {
+    let began = Instant::now();
+    let step = |what: &str| eprintln!("{:5.1} s: {what}", began.elapsed().as_secs_f64());
+    let vms = Vms::new().await?;
+    step("a control plane is ready");
+    let client = vms.fleet.switch().host()?;
+    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
+    vms.service("orders", "http", &[orders.address()])?;
+
+    // Installed on a host that has nothing to say.
+    let host = vms.fleet.host("web")?;
+    host.sh(
+        "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
+    )?;
+    host.sh("nft add rule inet filter input tcp dport 25 drop")?;
+    let before = trace(&host)?;
+    let said = host.install(&[&vms.packages.agent])?;
+    assert!(said.contains("nothing is started, since nothing is configured"), "{said}");
+    for unit in UNITS {
+        assert_eq!(host.show(unit, "ActiveState")?, "inactive", "{unit}");
+    }
+    assert_eq!(host.systemctl(&["is-enabled", "vmesh.target"])?.trim(), "enabled");
+    host.systemctl(&["start", "vmesh.target"])?;
+    assert_eq!(host.show("vmesh-agent", "ConditionResult")?, "no");
+    host.systemctl(&["stop", "vmesh.target"])?;
+    step("installed, not configured");
+
+    // Configured, it serves.
+    let more = format!("upstreams: [{{service: orders, listen: \"{UPSTREAM}\"}}]\n");
+    host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, &more))?;
+    host.exec(&["vmesh-agent", "--check"])?;
+    host.systemctl(&["start", "--no-block", "vmesh.target"])?;
+    let vm = Vm { host };
+    vm.wait_up()?;
+    answers(&vm).await?;
+    step("it serves");
+    is_confined(&vm)?;
+
+    // The agent comes and goes; Envoy is the same.
+    let running = load(&vm)?;
+    let (pids, envoy) = (vm.main_pids()?, vm.envoy()?);
+    assert!(envoy.is_some() && vm.envoys()? == 1);
+    vm.host.systemctl(&["restart", "vmesh-agent"])?;
+    vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-agent"])?;
+    vm.host.wait_unit("vmesh-agent", "active", BOUND)?;
+    let now = vm.main_pids()?;
+    assert_ne!(now["vmesh-agent.service"], pids["vmesh-agent.service"]);
+    assert_eq!(now["vmesh-envoy.service"], pids["vmesh-envoy.service"]);
+    assert_eq!(vm.envoy()?, envoy);
+    none_failed("the agent was restarted and killed", &running.stop().await);
+    step("the agent was restarted and killed");
+
+    // So is Envoy when its supervisor is killed, and what keeps the rules is not touched.
+    let running = load(&vm)?;
+    vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-envoy"])?;
+    wait_for("another supervisor", BOUND, async || match vm.main_pids() {
+        Ok(now)
+            if now["vmesh-envoy.service"].is_some()
+                && now["vmesh-envoy.service"] != pids["vmesh-envoy.service"] =>
+        {
+            Ok(())
+        }
+        now => Err(format!("{now:?}")),
+    })
+    .await?;
+    vm.wait_up()?;
+    assert_eq!(vm.envoy()?, envoy);
+    assert_eq!(vm.main_pids()?["vmesh-net.service"], pids["vmesh-net.service"]);
+    none_failed("the supervisor was killed", &running.stop().await);
+    step("the supervisor was killed");
+
+    // A reload is another Envoy, and no request notices.
+    let running = load(&vm)?;
+    vm.host.systemctl(&["reload", "vmesh-envoy"])?;
+    let other = vm.wait_other_envoy(envoy).await?;
+    none_failed("Envoy was reloaded", &running.stop().await);
+    step("Envoy was reloaded");
+
+    // An upgrade: another agent; the supervisor, Envoy, and the rules stay.
+    let next = Packages::make("0.1.1")?;
+    let running = load(&vm)?;
+    let pids = vm.main_pids()?;
+    vm.host.install(&[&next.agent])?;
+    vm.wait_up()?;
+    let now = vm.main_pids()?;
+    assert_ne!(now["vmesh-agent.service"], pids["vmesh-agent.service"]);
+    assert_eq!(now["vmesh-envoy.service"], pids["vmesh-envoy.service"]);
+    // It became the new program in its place.
+    assert_eq!(now["vmesh-net.service"], pids["vmesh-net.service"]);
+    let program =
+        vm.host.sh(&format!("readlink /proc/{}/exe", now["vmesh-net.service"].unwrap_or_default()))?;
+    assert_eq!(program.trim(), "/usr/sbin/vmesh-net");
+    assert_eq!(vm.envoy()?, other);
+    none_failed("the package was upgraded", &running.stop().await);
+    step("upgraded");
+
+    // A new supervisor takes over by hand.
+    let running = load(&vm)?;
+    vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-envoy"])?;
+    vm.host.wait_unit("vmesh-envoy", "active", BOUND)?;
+    assert_eq!(vm.envoy()?, other);
+    none_failed("the new supervisor took over", &running.stop().await);
+
+    // The host reboots while there is no control plane.
+    vms.control.power_cut();
+    vm.host.reboot()?;
+    vm.wait_up()?;
+    answers(&vm).await?;
+    step("it serves after a reboot without a control plane");
+
+    // Removed, and then purged.
+    vm.host.sh(
+        "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
+    )?;
+    vm.host.sh("nft add rule inet filter input tcp dport 25 drop")?;
+    vm.host.remove("remove", &["vmesh-agent"])?;
+    assert_eq!(vm.envoys()?, 0);
+    assert!(!ruleset(&vm.host)?.contains("vmesh"));
+    assert!(vm.host.path("/etc/vmesh/agent.yaml").exists());
+    vm.host.remove("purge", &["vmesh-agent"])?;
+    vm.host.sh("rm -f /root/*.deb")?;
+    let left = difference(&before, &trace(&vm.host)?);
+    assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+    step("removed without a trace");
+    Ok(())
+}
+
+/// What the units say holds for the processes.
+fn is_confined(vm: &Vm) -> Result<()> {
+    let expected = [
+        ("vmesh-agent.service", "vmesh-agent", "0000000000000000"),
+        ("vmesh-envoy.service", "vmesh-envoy", "0000000000000000"),
+        // CAP_NET_ADMIN (12) and CAP_SYS_PTRACE (19).
+        ("vmesh-net.service", "root", "0000000000081000"),
+    ];
+    for (unit, user, capabilities) in expected {
+        let pid = vm.host.main_pid(unit)?.unwrap_or_default();
+        let status = vm.host.exec(&["cat", &format!("/proc/{pid}/status")])?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap_or_default().trim().to_owned()
+        };
+        assert_eq!(field("CapEff"), capabilities, "{unit}");
+        assert_eq!(field("CapBnd"), capabilities, "{unit}");
+        assert_eq!((field("NoNewPrivs"), field("Seccomp")), ("1".to_owned(), "2".to_owned()), "{unit}");
+        let owner = vm.host.exec(&["stat", "-c", "%U %G", &format!("/proc/{pid}")])?;
+        assert_eq!(owner.trim(), format!("{user} vmesh"), "{unit}");
+        let group = vm.host.exec(&["cat", &format!("/proc/{pid}/cgroup")])?;
+        assert_eq!(group.contains("/vmesh.slice/"), unit != "vmesh-net.service", "{unit}: {group}");
+        // A system that cannot be written to, but for what is its own.
+        let inside = ["nsenter", "--target", &pid.to_string(), "--mount", "--", "touch", "/usr/x"];
+        let refused = vm.host.output(&inside)?;
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("Read-only file system"), "{unit}");
+        let score = vm.host.exec(&["systemd-analyze", "--no-pager", "security", unit])?;
+        let score = score.lines().rev().find(|line| line.contains("exposure level")).unwrap_or_default();
+        eprintln!("{}", score.trim());
+    }
+    for (path, wanted) in [
+        ("/run/vmesh", "750 vmesh-agent:vmesh"),
+        ("/run/vmesh/xds.sock", "660 vmesh-agent:vmesh"),
+        ("/run/vmesh/bootstrap.json", "640 vmesh-agent:vmesh"),
+        ("/run/vmesh-envoy", "750 vmesh-envoy:vmesh"),
+        ("/run/vmesh-envoy/status.sock", "660 vmesh-envoy:vmesh"),
+        ("/run/vmesh-net", "750 root:vmesh"),
+        ("/run/vmesh-net/net.sock", "660 root:vmesh"),
+        ("/var/lib/vmesh-agent", "700 vmesh-agent:vmesh"),
+    ] {
+        let seen = vm.host.exec(&["stat", "-c", "%a %U:%G", path])?;
+        assert_eq!(seen.trim(), wanted, "{path}");
+    }
+    let admin = vm.host.sh("stat -Lc '%a %U' /run/vmesh-envoy/admin.sock")?;
+    assert_eq!(admin.trim(), "600 vmesh-envoy", "Envoy's admin interface");
+    Ok(())
+}
+
+/// Where a request of the application on this host to the real address of `orders` went: through Envoy, or not.
+fn goes_through_envoy(vm: &Vm, to: SocketAddr) -> Result<bool> {
+    let said = vm.host.exec(&["curl", "-sS", "--max-time", "10", &format!("http://{to}/")])?;
+    Ok(said.contains("x-request-id"))
+}
+
+async fn captured(vm: &Vm, to: SocketAddr) -> Result<()> {
+    wait_for("connections to be captured", 2 * BOUND, async || match goes_through_envoy(vm, to) {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            let journal = vm.host.journal("vmesh-net").unwrap_or_default();
+            Err(format!("they go past Envoy; {journal}"))
+        }
+        Err(failed) => Err(failed.to_string()),
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_a_failed_request()
+-> Result<()> {
+    let began = Instant::now();
+    let vms = Vms::new().await?;
+    let client = vms.fleet.switch().host()?;
+    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
+    let to = orders.address();
+    vms.service("orders", "http", &[to])?;
+    let host = vms.fleet.host("web")?;
+    host.sh(
+        "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
+    )?;
+    let before = ruleset(&host)?;
+    let more = "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n";
+    host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
+    // The load keeps its connections open, and would be waited for.
+    host.write("/etc/default/vmesh-agent", "VMESH_NET_OPTIONS=\"--drain 3s\"\n")?;
+    host.install(&[&vms.packages.agent])?;
+    let vm = Vm { host };
+    vm.wait_up()?;
+    captured(&vm, to).await?;
+    eprintln!("{:5.1} s: captured", began.elapsed().as_secs_f64());
+
+    let under_load = async |what: &str, work: &dyn Fn() -> Result<()>| -> Result<()> {
+        let load = Load::start(Plan::to(to).host("orders").rate(200.0).from(&vm.host.net)?)?;
+        wait_for("some load", BOUND, async || (load.so_far().ok > 20).then_some(())).await?;
+        let done = work();
+        let ok = load.so_far().ok;
+        wait_for("more load", BOUND, async || (load.so_far().ok > ok + 50).then_some(())).await?;
+        done?;
+        none_failed(&format!("{:5.1} s: {what}", began.elapsed().as_secs_f64()), &load.stop().await);
+        Ok(())
+    };
+    let systemctl = |words: &[&str]| vm.host.systemctl(words).map(drop);
+
+    under_load("Envoy is reloaded", &|| systemctl(&["reload", "vmesh-envoy"])).await?;
+    captured(&vm, to).await?;
+
+    // Stopped by hand, Envoy is not left before nobody is sent to it any more.
+    under_load("Envoy is stopped", &|| systemctl(&["stop", "vmesh-envoy"])).await?;
+    assert_eq!(vm.host.show("vmesh-net", "ActiveState")?, "inactive");
+    assert_eq!(vm.envoys()?, 0);
+    assert_eq!(vm.ruleset()?, before);
+    assert!(!goes_through_envoy(&vm, to)?);
+    under_load("Envoy is started", &|| systemctl(&["start", "vmesh-envoy"])).await?;
+    vm.wait_up()?;
+    captured(&vm, to).await?;
+    under_load("Envoy is restarted", &|| systemctl(&["restart", "vmesh-envoy"])).await?;
+    vm.wait_up()?;
+    captured(&vm, to).await?;
+
+    // A supervisor that crashes changes neither Envoy nor the rules.
+    let (net, rules, envoy) = (vm.host.main_pid("vmesh-net")?, vm.ruleset()?, vm.envoy()?);
+    under_load("the supervisor is killed", &|| {
+        systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-envoy"])?;
+        vm.host.wait_unit("vmesh-envoy", "active", BOUND)
+    })
+    .await?;
+    assert_eq!((vm.host.main_pid("vmesh-net")?, vm.ruleset()?, vm.envoy()?), (net, rules.clone(), envoy));
+
+    // What keeps the rules may be replaced, and may die: the rules stay.
+    under_load("what keeps the rules is reloaded", &|| systemctl(&["reload", "vmesh-net"])).await?;
+    assert_eq!((vm.host.main_pid("vmesh-net")?, vm.ruleset()?), (net, rules.clone()));
+    under_load("what keeps the rules is killed", &|| {
+        systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-net"])?;
+        assert_eq!(vm.ruleset()?, rules);
+        Ok(())
+    })
+    .await?;
+    vm.wait_up()?;
+    under_load("what keeps the rules is restarted", &|| systemctl(&["restart", "vmesh-net"])).await?;
+    captured(&vm, to).await?;
+
+    let next = Packages::make("0.1.1")?;
+    under_load("the package is upgraded", &|| vm.host.install(&[&next.agent]).map(drop)).await?;
+    captured(&vm, to).await?;
+
+    // A reboot, with nothing else of the mesh there.
+    vms.control.power_cut();
+    vm.host.reboot()?;
+    vm.host.sh(
+        "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
+    )?;
+    vm.wait_up()?;
+    captured(&vm, to).await?;
+    eprintln!("{:5.1} s: captured after a reboot", began.elapsed().as_secs_f64());
+
+    under_load("all is stopped", &|| {
+        systemctl(&["stop", "vmesh.target"])?;
+        // The target does not wait for what it takes along.
+        UNITS.iter().try_for_each(|unit| vm.host.wait_unit(unit, "inactive", 2 * BOUND))
+    })
+    .await?;
+    assert_eq!(vm.ruleset()?, before);
+    // With Envoy gone, its slice is not: who is in it next is known by it.
+    assert_eq!(vm.host.show("vmesh.slice", "ActiveState")?, "active");
+    systemctl(&["start", "vmesh.target"])?;
+    vm.wait_up()?;
+    captured(&vm, to).await?;
+    under_load("the package is removed", &|| vm.host.remove("remove", &["vmesh-agent"]).map(drop)).await?;
+    assert_eq!(vm.ruleset()?, before);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_packages_work_on_the_next_release_of_debian_too() -> Result<()> {
+    let vms = Vms::of(Suite::Trixie).await?;
+    let client = vms.fleet.switch().host()?;
+    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
+    vms.service("orders", "http", &[orders.address()])?;
+    let more = "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n";
+    let host = vms.fleet.host("web")?;
+    let before = ruleset(&host)?;
+    host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
+    host.install(&[&vms.packages.agent])?;
+    let vm = Vm { host };
+    vm.wait_up()?;
+    captured(&vm, orders.address()).await?;
+    is_confined(&vm)?;
+    vm.host.remove("purge", &["vmesh-agent"])?;
+    assert_eq!(vm.ruleset()?, before);
+    Ok(())
+}
