@@ -1,0 +1,308 @@
+//! What dies, hangs, fills up or is reloaded on booted hosts that capture, under load; and a change of capture made over SSH
+//! that is a mistake.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::load::{Load, Plan, Report};
+use vmesh_testkit::{Failed, Result, wait_for};
+use vmesh_tests::BOUND;
+use vmesh_tests::hosts::{UNITS, Vm, Vms, ruleset};
+
+/// Where a request of the application on this host went: through Envoy, or not.
+fn through_envoy(vm: &Vm, to: SocketAddr) -> Result<bool> {
+    let said = vm.host.exec(&["curl", "-sS", "--max-time", "5", &format!("http://{to}/")])?;
+    Ok(said.contains("x-request-id"))
+}
+
+async fn captured(vm: &Vm, to: SocketAddr, wanted: bool) -> Result<()> {
+    let what = if wanted { "connections to be captured" } else { "connections to go past Envoy" };
+    wait_for(what, 2 * BOUND, async || match through_envoy(vm, to) {
+        Ok(seen) if seen == wanted => Ok(()),
+        Ok(_) => {
+            Err(vm.host.sh("vmeshctl capture; journalctl -u vmesh-net -n 20 --no-pager").unwrap_or_default())
+        }
+        Err(failed) => Err(failed.to_string()),
+    })
+    .await
+}
+
+fn kill(vm: &Vm, signal: &str, unit: &str) -> Result<()> {
+    vm.host.systemctl(&["kill", "--kill-who=main", "-s", signal, unit]).map(drop)
+}
+
+fn signal_envoy(vm: &Vm, signal: &str) -> Result<()> {
+    let pid = vm.envoy()?.ok_or_else(|| Failed::new("there is no Envoy"))?;
+    vm.host.exec(&["kill", "-s", signal, &pid.to_string()]).map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved() -> Result<()> {
+    let began = Instant::now();
+    let vms = Vms::new().await?;
+    let server = vms.fleet.switch().host()?;
+    let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 8080)))??;
+    let to = orders.address();
+    vms.service("orders", "http", &[to])?;
+    let host = vms.fleet.host("web")?;
+    // A firewall of the host's own, that is loaded at boot and by a reload.
+    host.write("/etc/nftables.conf", FIREWALL)?;
+    host.systemctl(&["enable", "--now", "nftables"])?;
+    let before = ruleset(&host)?;
+    let more = "upstreams: [orders]\ncapture: {outbound: {capture: addresses}, dead_man: {timeout: 5s}}\n";
+    host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
+    host.install(&[&vms.packages.agent])?;
+    let vm = Vm { host };
+    vm.wait_up()?;
+    captured(&vm, to, true).await?;
+
+    // New connections and kept ones, four at a time, a hundred requests a second; each may take 10 s.
+    let under_load = async |what: &str, work: &dyn Fn() -> Result<()>, back: bool| -> Result<Report> {
+        let load = Load::start(Plan::to(to).host("orders").rate(100.0).from(&vm.host.net)?)?;
+        wait_for("some load", BOUND, async || (load.so_far().ok > 20).then_some(())).await?;
+        let done = work();
+        if back {
+            captured(&vm, to, true).await?;
+        }
+        let ok = load.so_far().ok;
+        wait_for("more load", BOUND, async || (load.so_far().ok > ok + 50).then_some(())).await?;
+        done?;
+        let report = load.stop().await;
+        eprintln!(
+            "{:5.1} s: {what}: {} requests, {} failed, {} raced",
+            began.elapsed().as_secs_f64(),
+            report.sent,
+            report.failures,
+            report.raced
+        );
+        Ok(report)
+    };
+    let none =
+        |what: &str, report: &Report| assert_eq!(report.failures, 0, "{what}: {:?}", report.failed.first());
+
+    let report = under_load("the agent is killed", &|| kill(&vm, "KILL", "vmesh-agent"), true).await?;
+    none("the agent is killed", &report);
+
+    let report = under_load(
+        "the agent is stopped by a signal until redirects lapse, and goes on",
+        &|| {
+            kill(&vm, "STOP", "vmesh-agent")?;
+            thread::sleep(Duration::from_secs(12));
+            assert!(!through_envoy(&vm, to)?, "the redirects have not lapsed");
+            kill(&vm, "CONT", "vmesh-agent")
+        },
+        true,
+    )
+    .await?;
+    none("the agent hangs", &report);
+
+    // What Envoy had under way is lost with it, and what is sent to it until it is missed: 2 s at most.
+    let report = under_load("Envoy is killed", &|| signal_envoy(&vm, "KILL"), true).await?;
+    assert!(report.failures <= 250, "{:?}", report.failed.first());
+
+    let both = || {
+        signal_envoy(&vm, "KILL")?;
+        kill(&vm, "KILL", "vmesh-envoy")?;
+        kill(&vm, "KILL", "vmesh-agent")
+    };
+    let report = under_load("Envoy, its supervisor and the agent are killed", &both, true).await?;
+    assert!(report.failures <= 350, "{:?}", report.failed.first());
+    vm.wait_up()?;
+
+    // An Envoy that hangs keeps what it has; new connections go past it once the dead-man lapses.
+    let report = under_load(
+        "Envoy is stopped by a signal, and goes on",
+        &|| {
+            signal_envoy(&vm, "STOP")?;
+            let lapsed = Instant::now();
+            while !through_envoy(&vm, to).is_ok_and(|through| !through) {
+                if lapsed.elapsed() > BOUND {
+                    return Err(Failed::new("the redirects have not lapsed"));
+                }
+                thread::sleep(Duration::from_millis(200));
+            }
+            eprintln!("{:.1} s until connections go past it", lapsed.elapsed().as_secs_f64());
+            signal_envoy(&vm, "CONT")
+        },
+        true,
+    )
+    .await?;
+    assert!(report.failures <= 60, "{:?}", report.failed.first());
+
+    // A firewall that flushes everything takes the redirects of open connections, too: those are reset, and no new ones.
+    let report = under_load(
+        "the firewall is reloaded",
+        &|| vm.host.systemctl(&["restart", "nftables"]).map(drop),
+        true,
+    )
+    .await?;
+    assert!(report.failures <= 10, "{:?}", report.failed.first());
+    let said = vm.host.sh("vmeshctl capture || :")?;
+    assert!(said.contains("drift") && said.contains("changed"), "{said}");
+
+    // A full disk: what is in force stays, and endpoints that come are captured all the same.
+    let more = server.within(|| HttpApp::start("orders-2", "v1", (server.v4, 8081)))??;
+    let full = || {
+        for dir in ["/var/lib/vmesh-agent", "/var/lib/vmesh-net"] {
+            vm.host.small_disk(dir, "256k")?;
+            vm.host.fill_disk(dir)?;
+        }
+        vm.host.systemctl(&["restart", "vmesh-agent"])?;
+        vm.host.systemctl(&["restart", "vmesh-net"])?;
+        vms.service("orders", "http", &[to, more.address()])
+    };
+    let report = under_load("the disks of vmesh are full", &full, true).await?;
+    none("the disks of vmesh are full", &report);
+    captured(&vm, more.address(), true).await?;
+    let empty = || {
+        for dir in ["/var/lib/vmesh-agent", "/var/lib/vmesh-net"] {
+            vm.host.sh(&format!("rm -f {dir}/.full && umount {dir}"))?;
+        }
+        vm.host.systemctl(&["restart", "vmesh-agent"])?;
+        vm.host.systemctl(&["restart", "vmesh-net"]).map(drop)
+    };
+    let report = under_load("there is room again", &empty, true).await?;
+    none("there is room again", &report);
+
+    // Out in under a second with nothing else working, and in again.
+    kill(&vm, "STOP", "vmesh-net")?;
+    let report = under_load(
+        "the bypass, while vmesh-net hangs",
+        &|| {
+            let switched = Instant::now();
+            vm.host.exec(&["/usr/lib/vmesh/bypass", "--keep-connections"])?;
+            let took = switched.elapsed();
+            eprintln!("the bypass took {} ms", took.as_millis());
+            assert!(!through_envoy(&vm, to)?);
+            Ok(())
+        },
+        false,
+    )
+    .await?;
+    none("the bypass", &report);
+    kill(&vm, "CONT", "vmesh-net")?;
+    let report = under_load(
+        "the bypass is lifted",
+        &|| vm.host.exec(&["/usr/lib/vmesh/bypass", "--lift"]).map(drop),
+        true,
+    )
+    .await?;
+    none("the bypass is lifted", &report);
+
+    let report =
+        under_load("all is stopped", &|| vm.host.systemctl(&["stop", "vmesh.target"]).map(drop), false)
+            .await?;
+    none("all is stopped", &report);
+    // The target is stopped before what belongs to it.
+    UNITS.iter().try_for_each(|unit| vm.host.wait_unit(unit, "inactive", 2 * BOUND))?;
+    assert_eq!(vm.ruleset()?, before);
+    Ok(())
+}
+
+/// What Debian's nftables.service loads: it flushes everything first.
+const FIREWALL: &str = "#!/usr/sbin/nft -f\nflush ruleset\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority \
+                        filter; policy accept;\n\t\ttcp dport 25 drop\n\t}\n}\n";
+
+/// Somebody who is logged in and watches: when each line came.
+struct Session {
+    child: std::process::Child,
+    seen: Arc<Mutex<Vec<Instant>>>,
+}
+
+impl Session {
+    fn open(vm: &Vm) -> Result<Session> {
+        let mut command = vm.host.ssh("while sleep 0.2; do echo tick; done");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(Failed::to("could not start ssh"))?;
+        let stdout = child.stdout.take().ok_or_else(|| Failed::new("ssh without an output"))?;
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let told = seen.clone();
+        thread::spawn(move || {
+            for _ in BufReader::new(stdout).lines().map_while(std::result::Result::ok) {
+                told.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
+            }
+        });
+        Ok(Session { child, seen })
+    }
+
+    fn ticks(&self) -> usize {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// The longest silence so far.
+    fn gap(&self) -> Duration {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let next = seen.iter().skip(1).copied().chain([now]);
+        seen.iter().zip(next).map(|(one, next)| next - *one).max().unwrap_or_default()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mistake_that_is_made_over_ssh_locks_nobody_out_and_is_taken_back() -> Result<()> {
+    let vms = Vms::new().await?;
+    let server = vms.fleet.switch().host()?;
+    let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 8080)))??;
+    let to = orders.address();
+    vms.service("orders", "http", &[to])?;
+    let vm = vms.node("web", "upstreams: [orders]\n").await?;
+    let before = vm.ruleset()?;
+    let session = Session::open(&vm)?;
+    wait_for("the session", BOUND, async || (session.ticks() > 5).then_some(())).await?;
+
+    // Everything is captured, in and out, every port is closed that is not captured, and nothing of it may lapse; and Envoy is
+    // stopped in its tracks, so that nothing of it works.
+    let wrong = "upstreams: [orders]\nworkloads: [{service: orders, port: 8080}]\n\
+        capture:\n  outbound: {capture: all, on_loss: closed}\n  inbound: {capture: redirect, on_loss: closed, strict: [1-65535]}\n  \
+        confirm: {within: 10s}\n";
+    let config = vms.agent_yaml(&vm.host, wrong);
+    let apply = format!("cat > /etc/vmesh/agent.yaml <<'EOF'\n{config}\nEOF\nsystemctl restart vmesh-agent");
+    let envoy = vm.envoy()?;
+    let output = vm.host.ssh(&apply).output().map_err(Failed::to("could not run ssh"))?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // The first look at what it captures, and then Envoy stops.
+    wait_for("the trial", 2 * BOUND, async || {
+        let said = vm.host.sh("vmeshctl capture --json || :").map_err(|failed| failed.to_string())?;
+        if said.contains("\"state\": \"trial\"") { Ok(()) } else { Err(said) }
+    })
+    .await?;
+    if let Some(pid) = envoy {
+        vm.host.exec(&["kill", "-s", "STOP", &pid.to_string()])?;
+    }
+    let new_session = || {
+        let output = vm.host.ssh("echo in").output();
+        output.is_ok_and(|output| output.stdout == b"in\n")
+    };
+    assert!(new_session(), "a new session in the middle of it");
+    wait_for("the rules to be as before", 2 * BOUND, async || match vm.ruleset() {
+        Ok(now) if now == before => Ok(()),
+        Ok(_) => Err(vm.host.sh("vmeshctl capture || :").unwrap_or_default()),
+        Err(failed) => Err(failed.to_string()),
+    })
+    .await?;
+    assert!(new_session(), "a new session after it");
+    let said = vm.host.sh("vmeshctl capture || :")?;
+    assert!(said.contains("TAKEN BACK") && said.contains("vmeshctl capture retry"), "{said}");
+    assert!(session.gap() < Duration::from_secs(5), "the session was silent for {:?}", session.gap());
+    eprintln!("the longest silence of the session: {} ms; {said}", session.gap().as_millis());
+    if let Some(pid) = envoy {
+        vm.host.exec(&["kill", "-s", "CONT", &pid.to_string()])?;
+    }
+    Ok(())
+}
