@@ -79,7 +79,7 @@ pub struct Consul {
 
 /// The Consul to test with: the package that `$VMESH_TOOLS_CACHE` has, else a `consul` of the pinned version on the PATH,
 /// else the package, which is fetched on first use and checked against its hash.
-fn program() -> Result<PathBuf> {
+pub fn program() -> Result<PathBuf> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     if let Some(found) = FOUND.get() {
         return Ok(found.clone());
