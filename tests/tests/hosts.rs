@@ -224,14 +224,13 @@ fn goes_through_envoy(vm: &Vm, to: SocketAddr) -> Result<bool> {
     Ok(said.contains("x-request-id"))
 }
 
+/// Waits until connections are captured, and not on trial any more.
 async fn captured(vm: &Vm, to: SocketAddr) -> Result<()> {
-    wait_for("connections to be captured", 2 * BOUND, async || match goes_through_envoy(vm, to) {
-        Ok(true) => Ok(()),
-        Ok(false) => {
-            let journal = vm.host.journal("vmesh-net").unwrap_or_default();
-            Err(format!("they go past Envoy; {journal}"))
-        }
-        Err(failed) => Err(failed.to_string()),
+    let asked = || vm.host.sh("echo '{\"ask\": \"status\"}' | nc -N -U /run/vmesh-net/net.sock");
+    wait_for("connections to be captured", 2 * BOUND, async || match (goes_through_envoy(vm, to), asked()) {
+        (Ok(true), Ok(status)) if status.contains("\"state\":\"confirmed\"") => Ok(()),
+        (Ok(through), Ok(status)) => Err(format!("through Envoy: {through}; {status}")),
+        (Err(failed), _) | (_, Err(failed)) => Err(failed.to_string()),
     })
     .await
 }
@@ -359,4 +358,82 @@ async fn the_packages_work_on_the_next_release_of_debian_too() -> Result<()> {
     vm.host.remove("purge", &["vmesh-agent"])?;
     assert_eq!(vm.ruleset()?, before);
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() -> Result<()> {
+    let vms = Vms::new().await?;
+    let client = vms.fleet.switch().host()?;
+    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
+    let to = orders.address();
+    vms.service("orders", "http", &[to])?;
+    let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
+    let host = &vm.host;
+    captured(&vm, to).await?;
+    let drop_in = |unit: &str, text: &str| {
+        let dir = format!("/run/systemd/system/{unit}.d");
+        match text {
+            "" => host.sh(&format!("rm -r {dir}"))?,
+            _ => host.sh(&format!("mkdir -p {dir}; printf '%s' '{text}' >{dir}/test.conf"))?,
+        };
+        host.systemctl(&["daemon-reload"])
+    };
+
+    // It does not hear that it is to stop.
+    drop_in("vmesh-net.service", "[Service]\nTimeoutStopSec=1s\nKillSignal=SIGURG\n")?;
+    host.systemctl(&["stop", "vmesh-net"])?;
+    assert_eq!(host.show("vmesh-net", "Result")?, "timeout");
+    assert!(!vm.ruleset()?.contains("vmesh"), "{}", host.journal("vmesh-net")?);
+    assert!(!goes_through_envoy(&vm, to)?);
+    assert!(!host.path("/var/lib/vmesh-net/bypass").exists(), "the operator's flag is the operator's");
+    drop_in("vmesh-net.service", "")?;
+    host.systemctl(&["reset-failed", "vmesh-net"])?;
+    host.systemctl(&["start", "vmesh-net"])?;
+    captured(&vm, to).await?;
+
+    // It cannot be started any more.
+    let broken = "[Unit]\nStartLimitBurst=2\n[Service]\nExecStart=\nExecStart=/bin/false\nRestartSec=100ms\n";
+    drop_in("vmesh-net.service", broken)?;
+    host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-net"])?;
+    host.wait_unit("vmesh-net", "failed", BOUND)?;
+    wait_for("the rules to be taken away", BOUND, async || match vm.ruleset() {
+        Ok(rules) if !rules.contains("vmesh") => Ok(()),
+        Ok(rules) => Err(rules),
+        Err(failed) => Err(failed.to_string()),
+    })
+    .await?;
+    assert_eq!(host.show("vmesh-net-failed", "Result")?, "success");
+    assert!(!goes_through_envoy(&vm, to)?);
+    drop_in("vmesh-net.service", "")?;
+    host.systemctl(&["reset-failed", "vmesh-net"])?;
+    host.systemctl(&["start", "vmesh-net"])?;
+    captured(&vm, to).await?;
+
+    // What TPROXY needs, Envoy has, and its supervisor too, and nobody else.
+    let example = "/usr/share/doc/vmesh-agent/examples/vmesh-envoy-tproxy.conf";
+    host.sh(&format!(
+        "mkdir -p /etc/systemd/system/vmesh-envoy.service.d; cp {example} /etc/systemd/system/vmesh-envoy.service.d/tproxy.conf"
+    ))?;
+    host.systemctl(&["daemon-reload"])?;
+    host.systemctl(&["restart", "vmesh-envoy"])?;
+    let envoy = vm.envoy()?.unwrap_or_default();
+    let effective = host.sh(&format!("sed -n 's/^CapEff:[[:space:]]*//p' /proc/{envoy}/status"))?;
+    assert_eq!(effective.trim(), "0000000000001000", "CAP_NET_ADMIN");
+    vm.wait_up()?;
+    captured(&vm, to).await?;
+
+    // The package knows that it may not be on a host: in a chroot it sees a host's rules, and leaves them alone.
+    let rules = vm.ruleset()?;
+    host.sh("mkdir -p /srv/other /srv/up /srv/work")?;
+    host.sh("mount -t tmpfs tmpfs /srv/up; mkdir /srv/up/u /srv/up/w; \
+         mount -t overlay -o lowerdir=/,upperdir=/srv/up/u,workdir=/srv/up/w overlay /srv/other; \
+         mount -t proc proc /srv/other/proc; mount -t tmpfs tmpfs /srv/other/run")?;
+    host.sh("chroot /srv/other env DEBIAN_FRONTEND=noninteractive dpkg --purge vmesh-agent")?;
+    host.sh("chroot /srv/other env DEBIAN_FRONTEND=noninteractive dpkg --install /root/vmesh-agent_0.1.0_amd64.deb")?;
+    assert_eq!(
+        host.exec(&["chroot", "/srv/other", "systemctl", "is-enabled", "vmesh.target"])?.trim(),
+        "enabled"
+    );
+    assert_eq!(vm.ruleset()?, rules);
+    vm.wait_up()
 }
