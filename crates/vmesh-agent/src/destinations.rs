@@ -25,8 +25,8 @@ pub struct Destination {
     pub on_loss: Option<OnLoss>,
 }
 
-/// What of `accepted` concerns this host.
-pub fn destinations<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>) -> Destinations {
+/// What of `accepted` concerns this host. Without `ipv6` Envoy listens at no IPv6 address.
+pub fn destinations<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>, ipv6: bool) -> Destinations {
     let (mut listeners, mut told) = (HashSet::new(), Vec::new());
     for resource in accepted.into_iter().filter(|resource| !resource.is_absent()) {
         match resource.kind() {
@@ -41,7 +41,7 @@ pub fn destinations<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>) -
     }
     // One that does not decode was refused and is not among them.
     let told = told.into_iter().filter_map(|resource| decode(resource).ok());
-    told.map(|told| (Arc::from(told.service.as_str()), destination(&told, &listeners))).collect()
+    told.map(|told| (Arc::from(told.service.as_str()), destination(&told, &listeners, ipv6))).collect()
 }
 
 /// # Errors
@@ -55,13 +55,13 @@ pub fn decode(resource: &Resource) -> Result<agent::Destination, String> {
     }
 }
 
-fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>) -> Destination {
+fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6: bool) -> Destination {
     let port = u16::try_from(told.port).unwrap_or_default();
     let at = |address: &str| address.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, port));
     let (v4, v6) = (at(&told.virtual_v4), at(&told.virtual_v6));
     let taken = |address: &SocketAddr| listeners.contains(address);
     // One listener has both, and bears the name of the first.
-    let both = v4.as_ref().is_some_and(taken);
+    let both = ipv6 && v4.as_ref().is_some_and(taken);
     let virtual_addresses = [v4.filter(taken), v6.filter(|v6| both || taken(v6))]
         .into_iter()
         .flatten()
@@ -149,16 +149,22 @@ mod tests {
                 },
             }
         "#]]
-        .assert_debug_eq(&destinations(&accepted));
+        .assert_debug_eq(&destinations(&accepted, true));
     }
 
     #[test]
     fn a_service_without_a_listener_has_no_address_here() {
-        let all = destinations(&[told("orders", |_| {}), Resource::absent(Kind::Local, "payments")]);
+        let all = destinations(&[told("orders", |_| {}), Resource::absent(Kind::Local, "payments")], true);
         let orders = &all["orders"];
         assert!(orders.virtual_addresses.is_empty() && orders.captured.is_empty());
         assert!(!orders.direct.is_empty(), "out of the mesh it can be dialed all the same");
         assert_eq!(all.len(), 1);
+    }
+
+    #[test]
+    fn a_host_without_ipv6_has_no_virtual_address_of_it() {
+        let all = destinations(&[told("orders", |_| {}), listener("outbound|240.0.0.1:80")], false);
+        assert_eq!(all["orders"].virtual_addresses, ["240.0.0.1:80".parse().unwrap()].into());
     }
 
     #[test]
@@ -170,7 +176,8 @@ mod tests {
             told.on_loss = 77;
             told.endpoints[0].address = "db.example:80".to_owned();
         });
-        let all = destinations(&[nonsense, listener("outbound|240.0.0.1:80"), listener("outbound|nowhere")]);
+        let all =
+            destinations(&[nonsense, listener("outbound|240.0.0.1:80"), listener("outbound|nowhere")], true);
         assert_eq!(all["orders"], Destination { direct: BTreeSet::new(), ..Destination::default() });
         let other = Resource::from_bytes(Kind::Local, "payments", &told("orders", |_| {}).value());
         assert!(decode(&other).unwrap_err().contains("payments speaks of service orders"));

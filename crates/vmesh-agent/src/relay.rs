@@ -65,11 +65,12 @@ pub struct Published {
 
 pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Published) -> Result<(), RelayError> {
     let listener = listen(&config.xds_socket())?;
+    let ipv6 = !config.capture.report().without_ipv6;
     let mut relay = restore(config, node.clone(), &published.accepted);
     if config.capture.outbound() {
         relay.take_local(|resource| destinations::decode(resource).map(drop));
     }
-    published.destinations.send_replace(Arc::new(destinations::destinations(relay.accepted())));
+    published.destinations.send_replace(Arc::new(destinations::destinations(relay.accepted(), ipv6)));
     let hub = Hub::new();
     let (said, downstream) = mpsc::unbounded_channel();
     let admission = Local { hub: hub.clone(), said, streams: AtomicU64::new(0) };
@@ -104,6 +105,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             revision,
             save_at: None,
             stop_waiting_at: None,
+            ipv6,
             stop,
             dice,
         };
@@ -257,6 +259,8 @@ struct Driver {
     revision: u64,
     save_at: Option<Instant>,
     stop_waiting_at: Option<Instant>,
+    /// Whether this host has IPv6.
+    ipv6: bool,
     stop: Stop,
     dice: Dice,
 }
@@ -463,7 +467,7 @@ impl Driver {
         self.publish();
         if self.relay.accepted_revision() != self.revision {
             self.revision = self.relay.accepted_revision();
-            let now = destinations::destinations(self.relay.accepted());
+            let now = destinations::destinations(self.relay.accepted(), self.ipv6);
             self.published.destinations.send_if_modified(|known| {
                 let differs = **known != now;
                 if differs {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vmesh_catalog::World;
-use vmesh_model::node::{Client, Outward, Upstream, Upstreams, Workload};
+use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
 use vmesh_model::strict::did_you_mean;
 use vmesh_model::{NodeReport, Place, Problem, Protocol, ServiceName};
 use vmesh_proto::duration;
@@ -134,14 +134,11 @@ impl Node<'_> {
         for cluster in gate::clusters() {
             self.resources.push(Resource::new(Kind::Cluster, cluster.name.as_str(), &cluster));
         }
-        if let Some(outward) = capture.outbound {
+        if capture.outbound.is_some() {
             for address in gate::outbound_addresses(capture) {
                 self.take(address, "transparent capture".to_owned());
             }
             self.add(&gate::outbound(capture, self.world.documents.outbound(&self.shared.class.nodes)));
-            if outward == Outward::All {
-                self.name_what_is_swallowed();
-            }
         }
         if let Some(inward) = capture.inbound {
             // The first is the wildcard of IPv4, which stands for every address.
@@ -150,22 +147,6 @@ impl Node<'_> {
             }
             let chains = self.captured_workloads();
             self.add(&gate::inbound(capture, inward, chains));
-        }
-    }
-
-    /// Envoy takes a listener on a wildcard address for that of every address with its port, so that it must not get captured
-    /// calls to that port of somebody else.
-    fn name_what_is_swallowed(&mut self) {
-        for workload in &self.report.workloads {
-            if let Some(listen) = workload.listen.filter(|listen| listen.ip().is_unspecified()) {
-                self.problem(format!(
-                    "workload `{}` is reached at {listen}, where Envoy would also take captured calls to port {port} of other \
-                     hosts: give it a `listen` with an address of this host, or leave {port} out of what is captured \
-                     (`capture.outbound.exclude`)",
-                    workload.service,
-                    port = listen.port()
-                ));
-            }
         }
     }
 

@@ -23,7 +23,10 @@ const USERS: [&str; 2] = ["vmesh-agent", "vmesh-envoy"];
 /// Says why there is no plan.
 pub async fn dry_run(config: &Config) -> Result<String, String> {
     let accepted = cache::load(config.name.as_str(), &config.cache()).map_err(|error| one_line(&error))?;
-    let known = destinations::destinations(accepted.as_deref().unwrap_or_default());
+    let known = destinations::destinations(
+        accepted.as_deref().unwrap_or_default(),
+        !config.capture.report().without_ipv6,
+    );
     let want = wanted(config, &known, probes::control_plane_addresses(config).await);
     match client::ask(&config.capture.socket, &Ask::Plan { want: Some(want.clone()) }).await {
         Ok(Answer::Plan(text)) => Ok(text),

@@ -15,7 +15,7 @@ mod task;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use vmesh_capture::spec::Destination;
+use vmesh_capture::spec::{Destination, INBOUND_PORT, Ports};
 use vmesh_model::node::Upstreams;
 use vmesh_net::protocol::Want;
 
@@ -34,6 +34,7 @@ pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTre
             let own = Destination { percent: destination.percent, on_loss: destination.on_loss };
             spec.outbound.addresses.extend(destination.captured.iter().map(|address| (*address, own)));
         }
+        spec.outbound.exclude.ports.extend(swallowed(config));
     }
     Want {
         spec,
@@ -41,6 +42,15 @@ pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTre
         control_planes,
         confirm_within: u32::try_from(config.capture.confirm.within.0.as_secs()).unwrap_or(u32::MAX),
     }
+}
+
+/// Ports on which Envoy listens at every address. It takes captured calls to such a port of any other host for its own
+/// (`use_original_dst` finds listeners on a wildcard address), so that these have to go past it.
+fn swallowed(config: &Config) -> impl Iterator<Item = Ports> {
+    let listens = config.workloads.iter().filter_map(|workload| workload.listen);
+    let everywhere = listens.filter(|listen| listen.ip().is_unspecified()).map(|listen| listen.port());
+    let inbound = config.capture.inbound().then_some(INBOUND_PORT);
+    everywhere.chain(inbound).filter_map(|port| Ports::range(port, port))
 }
 
 /// Where the agent and Envoy listen, beside the ports of capture.
@@ -83,6 +93,17 @@ mod tests {
     fn what_is_wanted_is_the_configuration_and_what_the_control_plane_adds() {
         expect![[r#"{"spec":{"outbound":{"capture":"addresses","vips":["240.0.0.1:80"],"addresses":{"10.0.1.11:8080":{"percent":25}},"percent":50,"on_loss":"open","include":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"exclude":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"dial":{"users":{},"groups":{},"units":{}}},"inbound":{"capture":"off","ports":[],"strict":[],"on_loss":"open","exclude":{"cidrs":[],"interfaces":[]}},"dead_man":{"timeout":"30s"}},"ports":[15008,15020,15053],"control_planes":["10.0.0.5:15010"],"confirm_within":60}"#]].assert_eq(&wanted_by("capture: {outbound: {capture: addresses, percent: 50}}"));
         expect![[r#"{"spec":{"outbound":{"capture":"off","vips":[],"addresses":{},"percent":100,"on_loss":"open","include":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"exclude":{"ports":[],"cidrs":[],"interfaces":[],"users":[],"groups":[],"units":[]},"dial":{"users":{},"groups":{},"units":{}}},"inbound":{"capture":"tproxy","ports":["8080"],"strict":["8080"],"on_loss":"open","exclude":{"cidrs":[],"interfaces":[]}},"dead_man":{"timeout":"30s"}},"ports":[15020],"control_planes":["10.0.0.5:15010"],"confirm_within":60}"#]].assert_eq(&wanted_by("capture: {inbound: {capture: tproxy, strict: [8080]}}"));
+    }
+
+    #[test]
+    fn a_port_that_envoy_has_at_every_address_is_not_captured_elsewhere() {
+        let text = "control_plane: [\"http://127.0.0.1:15010\"]\nnode: {name: a}\n\
+            workloads: [{service: web, port: 8080, listen: \"0.0.0.0:15008\"}, {service: api, port: 8081, listen: \"10.0.0.1:15009\"}]\n\
+            capture: {outbound: {capture: all}, inbound: transparent}";
+        let config = Config::parse("agent.yaml", text.as_bytes(), "").unwrap();
+        let want = wanted(&config, &Destinations::new(), BTreeSet::new());
+        let excluded: Vec<_> = want.spec.outbound.exclude.ports.iter().map(ToString::to_string).collect();
+        assert_eq!(excluded, ["15006", "15008"]);
     }
 
     #[test]
