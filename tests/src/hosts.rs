@@ -136,6 +136,14 @@ impl Vm {
         UNITS.iter().map(|unit| Ok((*unit, self.host.main_pid(unit)?))).collect()
     }
 
+    /// Kills the main process of a unit, and waits until another one is up.
+    pub fn kill(&self, unit: &str) -> Result<()> {
+        let old = self.host.main_pid(unit)?;
+        self.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", unit])?;
+        self.host.wait_main_pid(unit, BOUND, |now| now.is_some() && now != old)?;
+        self.host.wait_unit(unit, "active", BOUND)
+    }
+
     /// The process of the Envoy that serves, by the host's own count; `None` while its supervisor knows of none.
     pub fn envoy(&self) -> Result<Option<u64>> {
         let words = ["curl", "-sS", "--unix-socket", "/run/vmesh-envoy/status.sock", "http://envoy/status"];

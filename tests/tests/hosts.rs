@@ -48,6 +48,13 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     let step = |what: &str| eprintln!("{:5.1} s: {what}", began.elapsed().as_secs_f64());
     let vms = Vms::new().await?;
     step("a control plane is ready");
+    let pid = vms.control.main_pid("vmesh-control")?.unwrap_or_default();
+    let status = vms.control.exec(&["cat", &format!("/proc/{pid}/status")])?;
+    for line in ["CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+        assert!(status.contains(line), "vmesh-control: {status}");
+    }
+    let seen = vms.control.exec(&["stat", "-c", "%a %U", "/run/vmesh-control/api.sock"])?;
+    assert_eq!(seen.trim(), "660 vmesh-control");
     let client = vms.fleet.switch().host()?;
     let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
     vms.service("orders", "http", &[orders.address()])?;
@@ -86,8 +93,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     let (pids, envoy) = (vm.main_pids()?, vm.envoy()?);
     assert!(envoy.is_some() && vm.envoys()? == 1);
     vm.host.systemctl(&["restart", "vmesh-agent"])?;
-    vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-agent"])?;
-    vm.host.wait_unit("vmesh-agent", "active", BOUND)?;
+    vm.kill("vmesh-agent")?;
     let now = vm.main_pids()?;
     assert_ne!(now["vmesh-agent.service"], pids["vmesh-agent.service"]);
     assert_eq!(now["vmesh-envoy.service"], pids["vmesh-envoy.service"]);
@@ -97,17 +103,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
 
     // So is Envoy when its supervisor is killed, and what keeps the rules is not touched.
     let running = load(&vm)?;
-    vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-envoy"])?;
-    wait_for("another supervisor", BOUND, async || match vm.main_pids() {
-        Ok(now)
-            if now["vmesh-envoy.service"].is_some()
-                && now["vmesh-envoy.service"] != pids["vmesh-envoy.service"] =>
-        {
-            Ok(())
-        }
-        now => Err(format!("{now:?}")),
-    })
-    .await?;
+    vm.kill("vmesh-envoy")?;
     vm.wait_up()?;
     assert_eq!(vm.envoy()?, envoy);
     assert_eq!(vm.main_pids()?["vmesh-net.service"], pids["vmesh-net.service"]);
@@ -141,8 +137,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
 
     // A new supervisor takes over by hand.
     let running = load(&vm)?;
-    vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-envoy"])?;
-    vm.host.wait_unit("vmesh-envoy", "active", BOUND)?;
+    vm.kill("vmesh-envoy")?;
     assert_eq!(vm.envoy()?, other);
     none_failed("the new supervisor took over", &running.stop().await);
 
@@ -289,11 +284,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
 
     // A supervisor that crashes changes neither Envoy nor the rules.
     let (net, rules, envoy) = (vm.host.main_pid("vmesh-net")?, vm.ruleset()?, vm.envoy()?);
-    under_load("the supervisor is killed", &|| {
-        systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-envoy"])?;
-        vm.host.wait_unit("vmesh-envoy", "active", BOUND)
-    })
-    .await?;
+    under_load("the supervisor is killed", &|| vm.kill("vmesh-envoy")).await?;
     assert_eq!((vm.host.main_pid("vmesh-net")?, vm.ruleset()?, vm.envoy()?), (net, rules.clone(), envoy));
 
     // What keeps the rules may be replaced, and may die: the rules stay.

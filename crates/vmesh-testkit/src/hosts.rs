@@ -257,6 +257,19 @@ impl Host {
         Ok(self.show(unit, "MainPID")?.parse().ok().filter(|pid| *pid != 0))
     }
 
+    /// Waits for a main process that is as wanted.
+    pub fn wait_main_pid(
+        &self,
+        unit: &str,
+        bound: Duration,
+        wanted: impl Fn(Option<u32>) -> bool,
+    ) -> Result<Option<u32>> {
+        until(&format!("the main process of {unit} on {}", self.name), bound, || {
+            let now = self.main_pid(unit)?;
+            Ok(if wanted(now) { Ok(now) } else { Err(format!("{now:?}")) })
+        })
+    }
+
     /// Waits until a unit is in this state: `active`, `inactive`, `failed`.
     pub fn wait_unit(&self, unit: &str, state: &str, bound: Duration) -> Result<()> {
         let waited = until(&format!("{unit} on {} to be {state}", self.name), bound, || {

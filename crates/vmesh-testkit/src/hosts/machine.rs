@@ -216,6 +216,8 @@ pub(super) fn able() -> Result<()> {
             return Err(Failed::new(format!("the kernel has no file system `{system}`; {INSTALL}")));
         }
     }
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = lock(&ONE_AT_A_TIME);
     let probe = groups(&format!("probe-{}", std::process::id()))?;
     let made = probe.iter().try_for_each(|group| make(group));
     probe.iter().for_each(|group| clear(group));
