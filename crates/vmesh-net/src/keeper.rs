@@ -26,9 +26,13 @@ use crate::protocol::{Answer, Ask, Drift, Envoy, Redirects, State, Status, Want}
 use crate::rules::Changed;
 
 const TICK: Duration = Duration::from_secs(1);
-/// How often everything is looked at though nobody said that it changed: units that were restarted have another control group,
-/// and not all tools tell the kernel's listeners.
-const LOOKS_EVERY: u64 = 10;
+/// How often everything is looked at though nobody said that it changed.
+const LOOKS_EVERY: u64 = 60;
+/// The same where changes are not told: units that were restarted have another control group, and iptables with its own part in
+/// the kernel tells nobody.
+const LOOKS_OFTEN_EVERY: u64 = 10;
+/// Where others change their rules all the time, ours are looked at no more often than this.
+const RESTS: Duration = Duration::from_secs(1);
 /// Changes come in bursts: a firewall that loads its rules makes several.
 const SETTLES: Duration = Duration::from_millis(50);
 /// An agent that says nothing for so long is not well.
@@ -104,6 +108,11 @@ pub struct Keeper {
     stopping: bool,
     bypassed: bool,
     on_host: Option<Program>,
+    /// What was read of the host last.
+    host: Option<Host>,
+    /// When its rules were last looked at.
+    looked: Option<Instant>,
+    look_soon: bool,
     notes: Vec<String>,
     error: Option<String>,
     drift: Drift,
@@ -146,6 +155,9 @@ impl Keeper {
             stopping: false,
             bypassed,
             on_host: None,
+            host: None,
+            looked: None,
+            look_soon: false,
             notes: Vec::new(),
             error: None,
             drift: Drift::default(),
@@ -186,12 +198,15 @@ impl Keeper {
                     self.changed_by = Some((Instant::now(), change));
                     // The script sets its flag before it changes any rule, so that they are not mended behind its back.
                     if self.see_bypass() || !self.wanted().0.is_off() {
-                        self.bring().await;
+                        match self.looked.is_some_and(|looked| looked.elapsed() < RESTS) {
+                            true => self.look_soon = true,
+                            false => self.mend().await,
+                        }
                     }
                 }
                 _ = ticks.tick() => {
                     count += 1;
-                    self.tick(count % LOOKS_EVERY == 0).await;
+                    self.tick(count % self.looks_every() == 0).await;
                 }
                 () = stop.requested() => break,
             }
@@ -233,7 +248,10 @@ impl Keeper {
     }
 
     async fn tick(&mut self, look: bool) {
-        let mut bring = look || self.leaving_since.is_some() || self.see_bypass();
+        let mut bring = self.see_bypass() || look || self.leaving_since.is_some();
+        if std::mem::take(&mut self.look_soon) && !bring {
+            self.mend().await;
+        }
         if self.commit.tick(std::time::Instant::now()).is_some() {
             let doubt = self.doubt.take().unwrap_or_else(|| "nobody confirmed it in time".to_owned());
             self.taken_back(doubt);
@@ -381,7 +399,8 @@ impl Keeper {
                 self.trial += 1;
                 self.doubt = None;
                 self.refused = Some((spec, String::new()));
-                self.sessions = self.options.places.ssh_sessions(&self.host().await.never.ssh);
+                let ports = self.host().await.never.ssh;
+                self.sessions = self.options.places.ssh_sessions(&ports);
                 if let Err(error) = self.save() {
                     // Then a process that dies in the trial would not know what to go back to.
                     self.commit.revert();
@@ -450,14 +469,39 @@ impl Keeper {
         Ok(())
     }
 
-    async fn host(&self) -> Host {
+    fn looks_every(&self) -> u64 {
+        let told = self.applier.as_ref().is_none_or(|applier| applier.backend == Backend::Nft);
+        let out = &self.commit.wanted().0.outbound;
+        let no_units =
+            out.include.units.is_empty() && out.exclude.units.is_empty() && out.dial.units.is_empty();
+        if told && no_units { LOOKS_EVERY } else { LOOKS_OFTEN_EVERY }
+    }
+
+    /// The host as it is now: read anew.
+    async fn host(&mut self) -> Host {
         let (spec, _) = self.wanted();
-        host(&self.options, &spec, &self.known).await
+        let host = host(&self.options, &spec, &self.known).await;
+        self.host = Some(host.clone());
+        host
     }
 
     /// Makes the host be as it is wanted, and remembers why not.
     async fn bring(&mut self) {
-        match self.try_bring().await {
+        let host = self.host().await;
+        self.bring_on(host).await;
+    }
+
+    /// The same, where somebody changed rules: what is known of the host is what it was.
+    async fn mend(&mut self) {
+        match self.host.clone() {
+            Some(host) => self.bring_on(host).await,
+            None => self.bring().await,
+        }
+    }
+
+    async fn bring_on(&mut self, host: Host) {
+        self.looked = Some(Instant::now());
+        match self.try_bring(host).await {
             Ok(()) => self.error = None,
             Err(why) => {
                 if self.error.as_ref() != Some(&why) {
@@ -468,13 +512,12 @@ impl Keeper {
         }
     }
 
-    async fn try_bring(&mut self) -> Result<(), String> {
+    async fn try_bring(&mut self, host: Host) -> Result<(), String> {
         let (spec, stage) = self.wanted();
         self.looks.send_if_modified(|looks| {
             let now = self::looks(&spec);
             std::mem::replace(looks, now) != now
         });
-        let host = self.host().await;
         let applier = match &self.applier {
             Some(applier) => applier.clone(),
             None => {
@@ -616,7 +659,7 @@ impl Keeper {
                 .map(|until| until.saturating_duration_since(std::time::Instant::now()).as_secs()),
             reverted: self.refused.as_ref().map(|(_, why)| why.clone()).filter(|why| !why.is_empty()),
             envoy: *self.envoy.borrow(),
-            redirects: match (dead_man, self.lapsed || self.withdrawn) {
+            redirects: match (dead_man, self.has_lapsed()) {
                 (false, _) => Redirects::None,
                 (true, true) => Redirects::Lapsed,
                 (true, false) => Redirects::Hold,
@@ -630,6 +673,15 @@ impl Keeper {
             error: self.error.clone(),
             connections: self.options.places.redirected(),
         }
+    }
+
+    /// Whether the kernel holds no redirect that may lapse, by now.
+    fn has_lapsed(&self) -> bool {
+        let left = match self.beat.due(std::time::Instant::now(), false) {
+            Due::Lapses(left) => left,
+            Due::Refresh | Due::Wait(_) => Duration::ZERO,
+        };
+        self.withdrawn || left.is_zero()
     }
 
     /// What `systemctl status` shows.

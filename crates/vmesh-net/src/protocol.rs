@@ -15,7 +15,7 @@ pub const MAX_LINE: usize = 4 << 20;
 pub enum Ask {
     /// What there is. Whoever gets to the socket may ask.
     Status,
-    /// What would be done for a spec, or for what is wanted now; changes nothing.
+    /// What would be done for a spec, or for what is wanted now. It changes nothing, and runs the tools that change rules.
     Plan { want: Option<Want> },
     /// This is to be on the host. Said at each change and after each connect.
     Want(Want),
@@ -30,9 +30,9 @@ pub enum Ask {
 }
 
 impl Ask {
-    /// Whether it changes nothing.
-    pub fn only_reads(&self) -> bool {
-        matches!(self, Ask::Status | Ask::Plan { .. })
+    /// Whether anybody may ask it who gets to the socket.
+    pub fn is_for_anybody(&self) -> bool {
+        matches!(self, Ask::Status)
     }
 }
 

@@ -14,8 +14,12 @@ use tracing::{debug, warn};
 use crate::keeper::{Question, asked};
 use crate::protocol::{Answer, Ask, MAX_LINE};
 
-/// Connections at a time: the agent's, and a few of operators.
+/// Connections at a time of those who may change something: the agent's, and a few of operators.
 const CONNECTIONS: usize = 16;
+/// Of all others, who must not be in their way.
+const STRANGERS: usize = 8;
+/// What these may send in one line.
+const STRANGERS_LINE: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
@@ -42,48 +46,57 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
 
 /// Serves until it is dropped.
 pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question>) {
-    let mut connections = JoinSet::new();
+    let (mut trusted, mut strangers) = (JoinSet::new(), JoinSet::new());
     loop {
-        tokio::select! {
+        let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok(_) if connections.len() >= CONNECTIONS => warn!("too many connections: one is closed"),
-                Ok((stream, _)) => {
-                    connections.spawn(converse(stream, agent, to.clone()));
-                }
+                Ok((stream, _)) => stream,
                 Err(error) => {
                     warn!("could not accept a connection: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
                 }
             },
-            Some(_) = connections.join_next() => {}
+            Some(_) = trusted.join_next() => continue,
+            Some(_) = strangers.join_next() => continue,
+        };
+        let uid = match stream.peer_cred() {
+            Ok(peer) => peer.uid(),
+            Err(error) => {
+                warn!("a connection without a user is closed: {error}");
+                continue;
+            }
+        };
+        let may_change = uid == 0 || uid == agent;
+        let (of, limit) = if may_change { (&mut trusted, CONNECTIONS) } else { (&mut strangers, STRANGERS) };
+        if of.len() >= limit {
+            warn!(uid, "too many connections: one is closed");
+            continue;
         }
+        of.spawn(converse(stream, uid, may_change, to.clone()));
     }
 }
 
-async fn converse(stream: UnixStream, agent: u32, to: mpsc::Sender<Question>) {
-    let uid = match stream.peer_cred() {
-        Ok(peer) => peer.uid(),
-        Err(error) => return warn!("a connection without a user is closed: {error}"),
-    };
-    let may_change = uid == 0 || uid == agent;
+async fn converse(stream: UnixStream, uid: u32, may_change: bool, to: mpsc::Sender<Question>) {
+    let limit = if may_change { MAX_LINE } else { STRANGERS_LINE };
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
     loop {
         let mut line = Vec::new();
-        match (&mut reader).take(MAX_LINE as u64).read_until(b'\n', &mut line).await {
+        match (&mut reader).take(limit as u64).read_until(b'\n', &mut line).await {
             Ok(0) => return,
             Ok(_) if line.last() == Some(&b'\n') => {}
             Ok(_) => {
                 return warn!(
                     uid,
-                    "a question without an end, or longer than {MAX_LINE} bytes: the connection is closed"
+                    "a question without an end, or longer than {limit} bytes: the connection is closed"
                 );
             }
             Err(error) => return debug!(uid, "a connection broke: {error}"),
         }
         let answer = match serde_json::from_slice::<Ask>(&line) {
             Err(error) => Answer::Refused(format!("not a question of this version: {error}")),
-            Ok(ask) if !may_change && !ask.only_reads() => {
+            Ok(ask) if !may_change && !ask.is_for_anybody() => {
                 warn!(uid, "a change was asked for by a user that may not");
                 Answer::Refused(format!("user {uid} may look, and change nothing"))
             }

@@ -261,7 +261,12 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
         .unwrap()
     };
     assert!(ask(b"{\"ask\":\"status\"}\n".to_vec()).contains("\"confirmed\""));
-    for change in ["{\"ask\":\"retry\"}\n", "{\"ask\":\"well\"}\n", "{\"ask\":\"want\",\"spec\":{}}\n"] {
+    for change in [
+        "{\"ask\":\"retry\"}\n",
+        "{\"ask\":\"plan\"}\n",
+        "{\"ask\":\"well\"}\n",
+        "{\"ask\":\"want\",\"spec\":{}}\n",
+    ] {
         let said = ask(change.as_bytes().to_vec());
         assert!(said.contains("may look, and change nothing"), "{change}: {said}");
     }
@@ -269,6 +274,8 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
     let unknown = "{\"ask\":\"want\",\"spec\":{\"outbound\":{\"rules\":[\"accept\"]}}}\n";
     assert!(ask(unknown.as_bytes().to_vec()).contains("unknown field `rules`"));
     assert_eq!(ask(vec![b'a'; MAX_LINE + 10]), "");
+    // Any number of them is in nobody's way.
+    let _many: Vec<_> = (0..40).map(|_| vm.a.within_as(vm::APP, || UnixStream::connect(&socket))).collect();
     assert_eq!(status(agent.want().await).state, State::Confirmed);
 }
 
