@@ -428,3 +428,52 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     assert_eq!(vm.ruleset()?, rules);
     vm.wait_up()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Result<()> {
+    let vms = Vms::new().await?;
+    let client = vms.fleet.switch().host()?;
+    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
+    let to = orders.address();
+    vms.service("orders", "http", &[to])?;
+    let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
+    captured(&vm, to).await?;
+    let systemctl = |words: &[&str]| vm.host.systemctl(words).map(drop);
+    let under_load = async |what: &str, most: u64, work: &dyn Fn() -> Result<()>| -> Result<()> {
+        let load = Load::start(Plan::to(to).host("orders").rate(200.0).from(&vm.host.net)?)?;
+        wait_for("some load", BOUND, async || (load.so_far().ok > 20).then_some(())).await?;
+        let done = work();
+        let ok = load.so_far().ok;
+        wait_for("more load", BOUND, async || (load.so_far().ok > ok + 50).then_some(())).await?;
+        done?;
+        let report = load.stop().await;
+        eprintln!("{what}: {} requests, {} failed, {} raced", report.sent, report.failures, report.raced);
+        assert!(report.failures <= most, "{what}: {:?}", report.failed);
+        captured(&vm, to).await?;
+        Ok(())
+    };
+    under_load("firewalld is started", 0, &|| systemctl(&["start", "firewalld"])).await?;
+    let reload = || vm.host.exec(&["firewall-cmd", "--reload"]).map(drop);
+    under_load("firewalld is reloaded", 0, &reload).await?;
+    // What is open through a redirect may be cut by what follows: one request for each connection at most.
+    let cut = 4;
+    let forget = || {
+        vm.host.exec(&["firewall-cmd", "--add-port=8080/tcp"])?;
+        vm.host.exec(&["firewall-cmd", "--complete-reload"]).map(drop)
+    };
+    under_load("firewalld forgets its state", cut, &forget).await?;
+    under_load("firewalld is stopped", 0, &|| systemctl(&["stop", "firewalld"])).await?;
+    // These flush everybody's rules, ours too: they are mended.
+    under_load("nftables.service is restarted", cut, &|| systemctl(&["restart", "nftables"])).await?;
+    let flush = || vm.host.exec(&["nft", "flush", "ruleset"]).map(drop);
+    under_load("all rules are flushed", cut, &flush).await?;
+    assert!(vm.ruleset()?.contains("table inet vmesh"));
+    // Others' rules of iptables are theirs.
+    let docker =
+        "iptables -t nat -N DOCKER; iptables -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER";
+    under_load("iptables of others", 0, &|| vm.host.sh(docker).map(drop)).await?;
+    vm.host.remove("remove", &["vmesh-agent"])?;
+    let left = vm.ruleset()?;
+    assert!(left.contains("DOCKER") && !left.contains("vmesh"), "{left}");
+    Ok(())
+}
