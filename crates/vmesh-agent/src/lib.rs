@@ -29,6 +29,7 @@ pub mod dns;
 pub mod envoy;
 pub mod health;
 pub mod identity;
+pub mod outline;
 pub mod register;
 pub mod relay;
 mod reports;

@@ -23,6 +23,9 @@ struct Arguments {
     /// Read the configuration, print what the agent would do, and exit.
     #[arg(long)]
     check: bool,
+    /// With `--check`: print it as JSON.
+    #[arg(long, requires = "check")]
+    json: bool,
     /// Print what would be done to the host's rules of capture, and exit. Exit code 3: something would.
     #[arg(long)]
     dry_run: bool,
@@ -67,8 +70,12 @@ fn main() -> ExitCode {
         Err(error) => return report::refused(&error),
     };
     if arguments.check {
+        let text = match arguments.json {
+            true => format!("{}\n", vmesh_agent::outline::outline(&config)),
+            false => summary(&config),
+        };
         // A reader that has seen enough (`| head`) is no failure.
-        _ = std::io::stdout().write_all(summary(&config).as_bytes());
+        _ = std::io::stdout().write_all(text.as_bytes());
         return ExitCode::SUCCESS;
     }
     if arguments.dry_run {

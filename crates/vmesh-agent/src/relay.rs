@@ -436,6 +436,7 @@ impl Driver {
                     self.published.accepted.send_modify(|status| {
                         status.rejections += 1;
                         status.last_rejection = Some(rejection);
+                        status.last_rejected = Some(SystemTime::now());
                     });
                 }
                 if let Some(client) = self.clients.get(&number) {

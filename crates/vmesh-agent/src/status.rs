@@ -54,6 +54,8 @@ pub struct AcceptedStatus {
     pub resources: BTreeMap<String, usize>,
     pub rejections: u64,
     pub last_rejection: Option<String>,
+    #[serde(serialize_with = "optional_epoch_seconds")]
+    pub last_rejected: Option<SystemTime>,
     /// When the configuration on disk was written: what a restart without a control plane serves.
     #[serde(serialize_with = "optional_epoch_seconds")]
     pub saved: Option<SystemTime>,

@@ -1,0 +1,67 @@
+//! A configuration in short, as JSON: what `vmesh-agent --check --json` prints, for those that look after a host and shall
+//! not have to read `agent.yaml` themselves (`vmeshctl doctor`).
+
+use serde_json::{Value, json};
+use vmesh_model::node::Upstreams;
+
+use crate::config::{Config, Manage};
+
+/// Complete: what is built in stands there as if it had been said.
+pub fn outline(config: &Config) -> Value {
+    let workloads = config.workloads.iter().map(|workload| {
+        json!({
+            "service": workload.service.as_str(),
+            "port": workload.port,
+            "host": workload.host,
+            "protocol": workload.protocol.map(|protocol| protocol.as_str()),
+            "listen": workload.listen,
+        })
+    });
+    let upstreams = match &config.upstreams {
+        Upstreams::All => Vec::new(),
+        Upstreams::Declared(declared) => declared
+            .iter()
+            .map(|upstream| json!({"service": upstream.service.as_str(), "listen": upstream.listen}))
+            .collect(),
+    };
+    let capture = &config.capture;
+    json!({
+        "node": config.name.to_string(),
+        "control_planes": config.control_planes.iter().map(|one| one.address.to_string()).collect::<Vec<_>>(),
+        "state_dir": config.state_dir,
+        "run_dir": config.run_dir,
+        "api": config.api,
+        "dns": config.dns,
+        "suffix": config.zone_of_names.suffix.to_string(),
+        "envoy": {
+            "path": config.envoy.path,
+            "manage": match config.envoy.manage { Manage::Systemd => "systemd", Manage::Child => "child" },
+            "run_dir": config.envoy.run_dir,
+            "concurrency": config.envoy.concurrency,
+        },
+        "workloads": workloads.collect::<Vec<_>>(),
+        "every_service": config.upstreams == Upstreams::All,
+        "upstreams": upstreams,
+        "capture": {
+            "outbound": capture.spec.outbound.capture,
+            "inbound": capture.spec.inbound.capture,
+            "socket": capture.socket,
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+
+    #[test]
+    fn a_configuration_in_short_says_what_is_built_in_as_well() {
+        let text = b"control_plane: [\"http://127.0.0.1:15010\"]\nupstreams: [orders]\n\
+            workloads: [{service: web, port: 8080, protocol: http}]\ncapture: {outbound: transparent, inbound: transparent}\n";
+        let config = Config::parse("agent.yaml", text, "web-17").unwrap();
+        expect![[r#"{"node":"web-17","control_planes":["127.0.0.1:15010"],"state_dir":"/var/lib/vmesh-agent","run_dir":"/run/vmesh","api":"127.0.0.1:15020","dns":"127.0.0.1:15053","suffix":"mesh","envoy":{"path":"/usr/bin/envoy","manage":"systemd","run_dir":"/run/vmesh-envoy","concurrency":null},"workloads":[{"service":"web","port":8080,"host":null,"protocol":"http","listen":null}],"every_service":false,"upstreams":[{"service":"orders","listen":null}],"capture":{"outbound":"vip","inbound":"redirect","socket":"/run/vmesh-net/net.sock"}}"#]]
+        .assert_eq(&outline(&config).to_string());
+    }
+}
