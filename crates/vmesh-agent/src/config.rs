@@ -562,12 +562,12 @@ impl Config {
             problems.add("envoy", "`envoy.concurrency` is 0: Envoy needs at least one worker");
         }
         // sun_path(7) of a Unix socket has 108 bytes, one of them for the end.
-        let longest = self.admin_socket().as_os_str().len() + ".old".len();
-        if longest > 107 {
-            problems.add(
-                "run_dir",
-                format!("`run_dir` is too long for Unix sockets in it: {}", self.run_dir.display()),
-            );
+        let longest = "/admin.1234567890.sock".len();
+        for (field, dir) in [("run_dir", &self.run_dir), ("envoy.run_dir", &self.envoy.run_dir)] {
+            if dir.as_os_str().len() + longest > 107 {
+                let wrong = format!("`{field}` is too long for Unix sockets in it: {}", dir.display());
+                problems.add(field, wrong);
+            }
         }
     }
 }
