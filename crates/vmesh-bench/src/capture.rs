@@ -1,6 +1,8 @@
 //! What it costs that connections come to Envoy by rules of the kernel: requests through explicit ports, redirects and TPROXY,
 //! beside the same requests past all of it, in one run on the same hosts.
 //!
+//! With `--services`: endpoints that come and go, and what keeping up with them costs a host.
+//!
 //! Hosts are network namespaces with real agents, Envoys and rules. Rounds are interleaved, and the median of each is shown:
 //! client, Envoy and server share the machine's cores, so read the ratios.
 
@@ -31,6 +33,12 @@ struct Arguments {
     /// Clients that make a connection for each request.
     #[arg(long, default_value_t = 4)]
     clients: usize,
+    /// Instead: endpoints that come and go on a host that captures this many services by real address.
+    #[arg(long)]
+    services: Option<usize>,
+    /// Endpoints of each of these.
+    #[arg(long, default_value_t = 10)]
+    endpoints: usize,
 }
 
 /// One way to the application.
@@ -49,7 +57,12 @@ struct Measured {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Arguments::parse()).await {
+    let arguments = Arguments::parse();
+    let done = match arguments.services {
+        Some(services) => change(services, arguments.endpoints).await,
+        None => run(arguments).await,
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
@@ -152,6 +165,87 @@ async fn run(arguments: Arguments) -> Result<()> {
     print("connections kept open", arguments.connections, &ways, &kept);
     print("a connection for each request", arguments.clients, &ways, &fresh);
     Ok(())
+}
+
+/// From an endpoint that is written to a file to the rule that captures it, and what that costs the host.
+async fn change(services: usize, endpoints: usize) -> Result<()> {
+    const CHANGES: usize = 30;
+    let text = |extra: bool| -> String {
+        let service = |number: usize| {
+            let more = usize::from(extra && number == 0);
+            let all: Vec<_> = (0..endpoints + more)
+                .map(|at| format!("\"10.{}.{}.{}:8080\"", 100 + number / 200, number % 200, at + 1))
+                .collect();
+            format!("service: s{number}\nprotocol: tcp\nport: 80\nendpoints: [{}]\n", all.join(", "))
+        };
+        (0..services).map(service).collect::<Vec<_>>().join("---\n")
+    };
+    let site = Site::start(&[]).await?;
+    site.write("services.d/all.yaml", &text(false))?;
+    let mut vm =
+        site.vm("many", Rules::Nft, "upstreams: [\"*\"]\ncapture: {outbound: {capture: addresses}}").await?;
+    let began = Instant::now();
+    vm.start().await?;
+    until_captured(&vm, services * endpoints).await?;
+    println!("{services} services of {endpoints} endpoints");
+    println!("start to captured              {:.1} s", began.elapsed().as_secs_f64());
+    let daemons = [("vmesh-net", &vm.net), ("vmesh-agent", &vm.agent)];
+    let cpu = || daemons.map(|(_, daemon)| daemon.as_ref().map_or(0.0, |daemon| cpu_seconds(daemon.pid())));
+    let before = cpu();
+    let mut times = Vec::new();
+    for round in 0..CHANGES {
+        let extra = round % 2 == 0;
+        let began = Instant::now();
+        site.write("services.d/all.yaml", &text(extra))?;
+        until_captured(&vm, services * endpoints + usize::from(extra)).await?;
+        times.push(began.elapsed());
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    times.sort_unstable();
+    let at = |share: f64| times.get((times.len() as f64 * share) as usize).copied().unwrap_or_default();
+    println!("file written to rule, p50 / p99  {} / {} ms", at(0.5).as_millis(), at(0.99).as_millis());
+    for (((name, daemon), before), after) in daemons.iter().zip(before).zip(cpu()) {
+        let resident = daemon.as_ref().map_or(Ok(0), |daemon| daemon.resident_bytes())?;
+        println!(
+            "{name:<14} CPU per change {:.1} ms (its tools included), resident {} MiB",
+            (after - before) * 1000.0 / CHANGES as f64,
+            resident >> 20
+        );
+    }
+    let before = cpu();
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    for (((name, _), before), after) in daemons.iter().zip(before).zip(cpu()) {
+        println!("{name:<14} idle: {:.2} % of a core", (after - before) / 20.0 * 100.0);
+    }
+    Ok(())
+}
+
+async fn until_captured(vm: &Vm, addresses: usize) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let status = vmesh_net::client::ask(&vm.socket(), &vmesh_net::protocol::Ask::Status).await;
+        let status = status.map_err(Failed::to("vmesh-net did not answer"))?;
+        if let vmesh_net::protocol::Answer::Status(status) = &status
+            && status.real_addresses == addresses
+            && status.error.is_none()
+            && status.trial.is_none()
+        {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(Failed::new(format!("{addresses} addresses are not captured: {status:?}")));
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Of a process and of those that it has waited for: see proc_pid_stat(5).
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+    let ticks: u64 =
+        after.split_whitespace().skip(11).take(4).filter_map(|word| word.parse::<u64>().ok()).sum();
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }
 
 fn virtual_address(vm: &Vm, service: &str) -> Result<SocketAddr> {
