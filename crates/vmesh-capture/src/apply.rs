@@ -1,8 +1,10 @@
 //! The edge: runs `nft`, `iptables-save` and `iptables-restore`, and reads back what they did.
 
+use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
@@ -94,6 +96,27 @@ pub struct Applier {
     pub tools: Tools,
     /// Whether the host has IPv6: see [`crate::Host::ipv6`].
     pub ipv6: bool,
+    /// The programs that it ran last: what the kernel tells of their doing is not news.
+    pub ran: Ran,
+}
+
+/// Numbers of processes, the last few.
+#[derive(Debug, Clone, Default)]
+pub struct Ran(Arc<Mutex<VecDeque<u32>>>);
+
+impl Ran {
+    const KEPT: usize = 32;
+
+    pub fn contains(&self, pid: u32) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
+    }
+
+    fn add(&self, pid: Option<u32>) {
+        let mut pids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pids.extend(pid);
+        let surplus = pids.len().saturating_sub(Self::KEPT);
+        pids.drain(..surplus);
+    }
 }
 
 const READ: &str = "list the rules";
@@ -104,7 +127,7 @@ impl Applier {
     /// # Errors
     /// If neither works: what is wrong with nftables, since it is what one should have.
     pub async fn detect(tools: Tools, ipv6: bool) -> Result<Applier, Error> {
-        let nftables = Applier { backend: Backend::Nft, tools, ipv6 };
+        let nftables = Applier { backend: Backend::Nft, tools, ipv6, ran: Ran::default() };
         let Err(wrong) = nftables.works().await else { return Ok(nftables) };
         let iptables = Applier { backend: Backend::Iptables, ..nftables };
         iptables.works().await.map(|()| iptables).map_err(|_| wrong)
@@ -196,6 +219,30 @@ impl Applier {
         Ok(plan)
     }
 
+    /// [`Applier::bring`] from what is known to be there. Where only endpoints differ, nothing is read before or after: what is
+    /// done happens whole or is an error. Returns what is there then, besides what was done.
+    pub async fn bring_from(
+        &self,
+        program: &Program,
+        known: &Actual,
+        alive: Option<Seconds>,
+    ) -> Result<(Plan, Actual), Error> {
+        let then = match known {
+            Actual::Nft(known) => known.with_elements_of(program),
+            Actual::Iptables(_) => None,
+        };
+        let Some(then) = then else {
+            let plan = self.bring(program, alive).await?;
+            return Ok((plan, self.read().await?));
+        };
+        let plan = self.plan(program, known, alive.is_some());
+        self.apply(&plan).await?;
+        if let Some(timeout) = alive.filter(|_| program.has_dead_man()) {
+            self.refresh(timeout).await?;
+        }
+        Ok((plan, Actual::Nft(then)))
+    }
+
     /// What there is before the first rule of ours, to be kept until [`Applier::off`]. `None` where nothing needs it: with
     /// nftables, with iptables of its own part in the kernel, and where there is no nft to ask or to clean up with.
     pub async fn footprint(&self) -> Option<Footprint> {
@@ -284,7 +331,7 @@ impl Applier {
         input: Option<&str>,
     ) -> Result<String, Error> {
         let command = [&[program.to_string_lossy().as_ref()], arguments].concat().join(" ");
-        let done = timeout(self.tools.timeout, output(program, arguments, input)).await;
+        let done = timeout(self.tools.timeout, output(program, arguments, input, &self.ran)).await;
         let output = match done {
             Err(_) => return Err(Error::Slow { command, purpose, after: self.tools.timeout }),
             Ok(Err(cause)) => return Err(Error::NotRun { command, purpose, cause }),
@@ -301,7 +348,12 @@ impl Applier {
     }
 }
 
-async fn output(program: &Path, arguments: &[&str], input: Option<&str>) -> std::io::Result<Output> {
+async fn output(
+    program: &Path,
+    arguments: &[&str],
+    input: Option<&str>,
+    ran: &Ran,
+) -> std::io::Result<Output> {
     let mut child = Command::new(program)
         .args(arguments)
         // Messages are looked into.
@@ -311,6 +363,7 @@ async fn output(program: &Path, arguments: &[&str], input: Option<&str>) -> std:
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()?;
+    ran.add(child.id());
     let stdin = child.stdin.take();
     let write = async {
         if let (Some(mut stdin), Some(input)) = (stdin, input) {

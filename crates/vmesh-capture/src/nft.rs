@@ -435,6 +435,21 @@ impl Actual {
         self.exists
     }
 
+    /// What is there once elements of sets are as `program` says; `None` where more than these would change.
+    pub fn with_elements_of(&self, program: &Program) -> Option<Actual> {
+        let table = Table::of(program);
+        if !self.exists || program.is_absent() || !table.structure(self).is_empty() {
+            return None;
+        }
+        let mut actual = self.clone();
+        for (name, (elements, _)) in table.sets {
+            if elements != Elements::Alive {
+                actual.sets.insert(name, elements);
+            }
+        }
+        Some(actual)
+    }
+
     pub(crate) fn has_dead_man(&self) -> bool {
         self.sets.contains_key(ALIVE)
     }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{error, info, warn};
-use vmesh_capture::apply::{Applier, Backend, Error, Tools};
+use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
 use vmesh_capture::confirm::{
     Beat, Commit, Due, Proposed, Reverted, State as Committed, is_routine, leaving,
 };
@@ -33,6 +33,10 @@ const LOOKS_EVERY: u64 = 60;
 const LOOKS_OFTEN_EVERY: u64 = 10;
 /// Where others change their rules all the time, ours are looked at no more often than this.
 const RESTS: Duration = Duration::from_secs(1);
+/// What could not be done may be possible later: a lock is released, a disk has room.
+const TRIES_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// Endpoints that come and go are written together.
+const SAVES_AFTER: Duration = Duration::from_secs(10);
 /// Changes come in bursts: a firewall that loads its rules makes several.
 const SETTLES: Duration = Duration::from_millis(50);
 /// An agent that says nothing for so long is not well.
@@ -108,11 +112,15 @@ pub struct Keeper {
     stopping: bool,
     bypassed: bool,
     on_host: Option<Program>,
+    /// What is known to be in the kernel, as long as nobody else changed anything.
+    actual: Option<Actual>,
     /// What was read of the host last.
     host: Option<Host>,
     /// When its rules were last looked at.
     looked: Option<Instant>,
     look_soon: bool,
+    /// When endpoints that came and went are to be written to the disk.
+    save_at: Option<Instant>,
     notes: Vec<String>,
     error: Option<String>,
     drift: Drift,
@@ -155,6 +163,8 @@ impl Keeper {
             stopping: false,
             bypassed,
             on_host: None,
+            actual: None,
+            save_at: None,
             host: None,
             looked: None,
             look_soon: false,
@@ -191,10 +201,13 @@ impl Keeper {
                 },
                 Some(change) = changed.recv() => {
                     sleep(SETTLES).await;
-                    let mut change = change;
+                    let mut all = vec![change];
                     while let Ok(later) = changed.try_recv() {
-                        change = later;
+                        all.push(later);
                     }
+                    all.retain(|change| !self.is_ours(change));
+                    let Some(change) = all.pop() else { continue };
+                    self.actual = None;
                     self.changed_by = Some((Instant::now(), change));
                     // The script sets its flag before it changes any rule, so that they are not mended behind its back.
                     if self.see_bypass() || !self.wanted().0.is_off() {
@@ -215,6 +228,11 @@ impl Keeper {
     }
 
     async fn leave(&mut self) {
+        if self.save_at.is_some()
+            && let Err(error) = self.save()
+        {
+            warn!("{error}");
+        }
         self.stopping = true;
         systemd::stopping();
         loop {
@@ -248,7 +266,9 @@ impl Keeper {
     }
 
     async fn tick(&mut self, look: bool) {
-        let mut bring = self.see_bypass() || look || self.leaving_since.is_some();
+        let again =
+            self.error.is_some() && self.looked.is_none_or(|looked| looked.elapsed() >= TRIES_AGAIN_AFTER);
+        let mut bring = self.see_bypass() || look || again || self.leaving_since.is_some();
         if std::mem::take(&mut self.look_soon) && !bring {
             self.mend().await;
         }
@@ -259,6 +279,11 @@ impl Keeper {
         }
         if bring {
             self.bring().await;
+        }
+        if self.save_at.is_some_and(|at| at <= Instant::now())
+            && let Err(error) = self.save()
+        {
+            warn!("after a restart older endpoints would be captured, until the agent speaks: {error}");
         }
         self.hold_off_dead_man().await;
         systemd::status(&self.in_words());
@@ -390,6 +415,13 @@ impl Keeper {
         let now = std::time::Instant::now();
         match self.commit.propose(spec.clone(), now, Duration::from_secs(patience.into())) {
             Proposed::Same if !known_changed => return Ok(()),
+            // Of endpoints the agent speaks again at once after a restart: the disk is not written for each.
+            Proposed::Routine if !self.commit.wanted().0.is_off() && !known_changed => {
+                self.save_at.get_or_insert(Instant::now() + SAVES_AFTER);
+                self.leaving_since = None;
+                self.bring_endpoints().await;
+                return Ok(());
+            }
             Proposed::Same | Proposed::Routine => {
                 if let Err(error) = self.save() {
                     warn!("after a restart an older state would be in force: {error}");
@@ -469,12 +501,24 @@ impl Keeper {
         Ok(())
     }
 
+    fn is_ours(&self, change: &Changed) -> bool {
+        self.applier.as_ref().is_some_and(|applier| applier.ran.contains(change.pid))
+    }
+
     fn looks_every(&self) -> u64 {
         let told = self.applier.as_ref().is_none_or(|applier| applier.backend == Backend::Nft);
         let out = &self.commit.wanted().0.outbound;
         let no_units =
             out.include.units.is_empty() && out.exclude.units.is_empty() && out.dial.units.is_empty();
         if told && no_units { LOOKS_EVERY } else { LOOKS_OFTEN_EVERY }
+    }
+
+    /// Endpoints came or went: what is known of the host and of its rules is what it was.
+    async fn bring_endpoints(&mut self) {
+        match self.host.clone() {
+            Some(host) => self.bring_on(host).await,
+            None => self.bring().await,
+        }
     }
 
     /// The host as it is now: read anew.
@@ -488,11 +532,13 @@ impl Keeper {
     /// Makes the host be as it is wanted, and remembers why not.
     async fn bring(&mut self) {
         let host = self.host().await;
+        self.actual = None;
         self.bring_on(host).await;
     }
 
     /// The same, where somebody changed rules: what is known of the host is what it was.
     async fn mend(&mut self) {
+        self.actual = None;
         match self.host.clone() {
             Some(host) => self.bring_on(host).await,
             None => self.bring().await,
@@ -544,14 +590,21 @@ impl Keeper {
             seen = probe::look(SocketAddr::from(([127, 0, 0, 1], port))).await;
         }
         let well = seen == Envoy::Well && self.agent_is_well();
-        let actual = applier.read().await.map_err(|error| one_line(&error))?;
+        let actual = match self.actual.take() {
+            Some(actual) => actual,
+            None => applier.read().await.map_err(|error| one_line(&error))?,
+        };
         let plan = applier.plan(&program, &actual, well);
-        if !plan.is_empty() {
+        if plan.is_empty() {
+            self.actual = Some(actual);
+        } else {
             if self.on_host.as_ref() == Some(&program) {
                 self.drifted(&plan);
             }
             let alive = well.then_some(spec.dead_man.timeout);
-            applier.bring(&program, alive).await.map_err(|error| one_line(&error))?;
+            let brought = applier.bring_from(&program, &actual, alive).await;
+            let (_, now) = brought.map_err(|error| one_line(&error))?;
+            self.actual = Some(now);
             self.beat = Beat::new(spec.dead_man.timeout.duration());
             if well {
                 self.beat.refreshed(std::time::Instant::now());
@@ -694,7 +747,8 @@ impl Keeper {
         }
     }
 
-    fn save(&self) -> Result<(), String> {
+    fn save(&mut self) -> Result<(), String> {
+        self.save_at = None;
         let kept = Kept {
             commit: self.commit.state().clone(),
             ports: self.known.ports.clone(),
@@ -726,7 +780,7 @@ fn load(path: &Path) -> Kept {
 
 async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {
     match options.backend {
-        Some(backend) => Ok(Applier { backend, tools: options.tools.clone(), ipv6 }),
+        Some(backend) => Ok(Applier { backend, tools: options.tools.clone(), ipv6, ran: Ran::default() }),
         None => Applier::detect(options.tools.clone(), ipv6).await,
     }
 }

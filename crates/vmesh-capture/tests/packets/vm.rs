@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use vmesh_capture::apply::{Applier, Backend, Tools};
+use vmesh_capture::apply::{Applier, Backend, Ran, Tools};
 use vmesh_capture::host::Never;
 use vmesh_capture::spec::Seconds;
 use vmesh_capture::{Host, Plan, Program, Spec, Stage};
@@ -64,6 +64,7 @@ impl Vm {
                 timeout: SOON,
             },
             ipv6: true,
+            ran: Ran::default(),
         };
         let never = Never { users: [ENVOY].into(), own: [15020].into(), ..Never::default() };
         let facts = Host { ipv6: true, never, ..Host::default() };
