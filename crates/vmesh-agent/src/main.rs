@@ -214,16 +214,18 @@ fn summary(config: &Config) -> String {
         }
         vmesh_model::node::Upstreams::Declared(upstreams) => {
             for (index, upstream) in upstreams.iter().enumerate() {
-                let listen =
-                    upstream.listen.map_or_else(|| "no local port".to_owned(), |listen| listen.to_string());
-                line(if index == 0 { "upstreams" } else { "" }, format!("{} at {listen}", upstream.service));
+                let how = match upstream.listen {
+                    Some(listen) => format!(" at {listen}"),
+                    None if config.capture.outbound() => ", captured".to_owned(),
+                    None => " at no local port".to_owned(),
+                };
+                line(if index == 0 { "upstreams" } else { "" }, format!("{}{how}", upstream.service));
             }
         }
     }
     let capture = &config.capture;
     if capture.outbound() || capture.inbound() {
-        let json = serde_json::to_string(&capture.spec).unwrap_or_default();
-        line("captured", format!("{json}, by vmesh-net at {}", capture.socket.display()));
+        line("captured", format!("{capture}, by vmesh-net at {}", capture.socket.display()));
         if config.upstreams == vmesh_model::node::Upstreams::Declared(Vec::new()) && capture.outbound() {
             line("", "no upstreams: nothing is captured but what `Node` documents add; `upstreams: [\"*\"]` is all".to_owned());
         }

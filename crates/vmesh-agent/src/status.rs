@@ -214,8 +214,6 @@ impl Collector for Known {
                 "Changes of vmesh's rules by others, mended since vmesh-net began",
                 drift,
             )?;
-            let connections = net.connections as f64;
-            gauge("vmesh_agent_capture_connections", "Open connections through a redirect", connections)?;
         }
         let mut counter = |name: &str, help: &str, value: u64| {
             ConstCounter::new(value).encode(encoder.encode_descriptor(

@@ -119,6 +119,8 @@ pub struct Keeper {
     /// When its rules were last looked at.
     looked: Option<Instant>,
     look_soon: bool,
+    /// Open ones through a redirect, when somebody last asked.
+    connections: usize,
     /// When endpoints that came and went are to be written to the disk.
     save_at: Option<Instant>,
     notes: Vec<String>,
@@ -165,6 +167,7 @@ impl Keeper {
             on_host: None,
             actual: None,
             save_at: None,
+            connections: 0,
             host: None,
             looked: None,
             look_soon: false,
@@ -370,7 +373,8 @@ impl Keeper {
 
     async fn answer(&mut self, ask: Ask) -> Answer {
         match ask {
-            Ask::Status => {}
+            // The kernel walks all of its connections for this: not for what is asked every second.
+            Ask::Status => self.connections = self.options.places.redirected(),
             Ask::Plan { want } => {
                 return match self.plan(want).await {
                     Ok(text) => Answer::Plan(text),
@@ -619,6 +623,7 @@ impl Keeper {
     async fn take_away(&mut self, applier: &Applier) -> Result<(), Error> {
         let since = *self.leaving_since.get_or_insert_with(std::time::Instant::now);
         let open = self.options.places.redirected();
+        self.connections = open;
         let now = std::time::Instant::now();
         let program = leaving(open, since, now, self.options.drain, applier.ipv6);
         if program.is_absent() {
@@ -724,7 +729,7 @@ impl Keeper {
             },
             notes: self.notes.clone(),
             error: self.error.clone(),
-            connections: self.options.places.redirected(),
+            connections: self.connections,
         }
     }
 

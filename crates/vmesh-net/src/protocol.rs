@@ -84,7 +84,7 @@ pub struct Status {
     pub notes: Vec<String>,
     /// Why the host is not as it is wanted.
     pub error: Option<String>,
-    /// Open connections through a redirect.
+    /// Open connections through a redirect, counted when this is asked for by [`Ask::Status`].
     pub connections: usize,
 }
 

@@ -56,6 +56,27 @@ fn has_ipv6() -> bool {
     std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
+/// `outbound addresses, 5 % of new connections; inbound redirect of 8080`.
+impl fmt::Display for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (outbound, inbound) = (&self.spec.outbound, &self.spec.inbound);
+        match outbound.capture {
+            Outward::Off => f.write_str("outbound off"),
+            Outward::Vip => f.write_str("outbound virtual addresses"),
+            Outward::Addresses => {
+                write!(f, "outbound addresses, {} % of new connections", outbound.percent.get())
+            }
+            Outward::All => write!(f, "outbound everything, {} % of new connections", outbound.percent.get()),
+        }?;
+        let ports: Vec<_> = inbound.ports.iter().map(ToString::to_string).collect();
+        match inbound.capture {
+            Inward::Off => f.write_str("; inbound off"),
+            Inward::Redirect => write!(f, "; inbound redirect of {}", ports.join(", ")),
+            Inward::Tproxy => write!(f, "; inbound tproxy of {}", ports.join(", ")),
+        }
+    }
+}
+
 /// Who says that a host still works after a change of what it captures, and by when.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]

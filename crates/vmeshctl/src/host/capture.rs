@@ -104,7 +104,7 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
     let (outbound, inbound) = (&status.spec.outbound, &status.spec.inbound);
     let (out, inward) = (json(serde_json::json!(outbound.capture)), json(serde_json::json!(inbound.capture)));
     let shares = format!(
-        "{out}: {} virtual addresses, {} real ones, {} % of new connections",
+        "{out}: {} virtual and {} real addresses, {} % of new connections",
         status.virtual_addresses,
         status.real_addresses,
         outbound.percent.get()
@@ -214,7 +214,7 @@ mod tests {
         let (text, attention) = show(&status);
         expect![[r#"
             capture       confirmed
-            outbound      vip: 4 virtual addresses, 0 real ones, 100 % of new connections
+            outbound      vip: 4 virtual and 0 real addresses, 100 % of new connections
             inbound       off
             rules by      nft
             envoy         takes what is captured
