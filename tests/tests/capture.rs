@@ -38,6 +38,8 @@ async fn from_nothing_to_nothing(rules: Rules) {
     let config = vm.config_file();
     let dry_run = ["--config", config.to_str().unwrap(), "--dry-run"];
     vm.start_net().unwrap();
+    // Where none runs, the plan is made on the spot, with whichever backend works.
+    wait_for("vmesh-net", BOUND, async || vm.socket().exists().then_some(())).await.unwrap();
     let asked = async || match vm.program("vmesh-agent", &dry_run).unwrap() {
         (plan, 3) => Ok(plan),
         other => Err(format!("{other:?}")),
@@ -262,4 +264,36 @@ async fn the_agent_and_vmesh_net_come_and_go_without_a_failed_request_and_envoy_
     // Those under way, and those until it was noticed; 2 s of twenty a second.
     assert!(seen.failed.len() <= 45, "{seen:?}");
     drop(site);
+}
+
+/// The worst that can befall an agent: its state is lost, and no control plane is there to tell it anew.
+#[tokio::test]
+async fn an_agent_that_has_lost_its_state_takes_nothing_away_that_is_captured() {
+    let (mut site, mut vm, _server, _app) = pair(Rules::Nft, "capture: {outbound: transparent}").await;
+    vm.start().await.unwrap();
+    let name = vm.names("web").unwrap().into_iter().find(std::net::IpAddr::is_ipv4).unwrap();
+    let to = SocketAddr::new(name, 80).to_string();
+    let traffic = Traffic::start(&vm.host, &to);
+    site.kill_control();
+    vm.agent.take().unwrap().kill().unwrap();
+    std::fs::remove_file(vm.config_file().with_file_name("state").join("accepted.bin")).unwrap();
+    vm.start_agent().unwrap();
+    let spoken = async || {
+        let status = vm.status()?;
+        let silent = status.pointer("/capture/net/agent_silent_for").and_then(serde_json::Value::as_u64);
+        silent.filter(|seconds| *seconds < 2).ok_or_else(|| vmesh_testkit::Failed::new(status.to_string()))
+    };
+    wait_for("the agent to speak again", BOUND, spoken).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let seen = traffic.so_far();
+    assert!(seen.requests > 20 && seen.failed.is_empty(), "{seen:?}");
+    // Told anew, it goes on.
+    site.start_control().await.unwrap();
+    wait_for("the names", BOUND, async || {
+        (vm.names("web").is_ok_and(|names| names.len() == 2)).then_some(())
+    })
+    .await
+    .unwrap();
+    let seen = traffic.stop();
+    assert!(seen.failed.is_empty(), "{seen:?}");
 }

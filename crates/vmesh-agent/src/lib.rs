@@ -115,6 +115,7 @@ impl Agent {
         let (registrations, registered) =
             register::spawn(&config.registrations, &config.registry, &config.run_dir, withdraws);
         let (destinations, reached) = watch::channel(Arc::default());
+        let (has_all, reached_all) = watch::channel(false);
         let (capture, captured) = watch::channel(capture::Status::default());
         let queries = Arc::default();
         let known = status::Known {
@@ -135,10 +136,10 @@ impl Agent {
             &mut tasks,
             &config,
             node,
-            relay::Published { control_plane, accepted, has_config, destinations },
+            relay::Published { control_plane, accepted, has_config, destinations, has_all },
         )?;
         envoy::spawn(&mut tasks, &config, envoy, config_is_there)?;
-        capture::spawn(&mut tasks, config.clone(), reached.clone(), capture);
+        capture::spawn(&mut tasks, config.clone(), reached.clone(), reached_all, capture);
         if let Some(address) = config.dns {
             let zone = config.zone_of_names.clone();
             dns::spawn(&mut tasks, address, zone, reached, captured, queries).await?;

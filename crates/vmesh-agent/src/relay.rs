@@ -61,6 +61,8 @@ pub struct Published {
     pub has_config: watch::Sender<bool>,
     /// Where services are reached, as far as Envoy listens for it.
     pub destinations: watch::Sender<Arc<Destinations>>,
+    /// Whether these are all: until it is known, nothing that is captured is given up.
+    pub has_all: watch::Sender<bool>,
 }
 
 pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Published) -> Result<(), RelayError> {
@@ -71,6 +73,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
         relay.take_local(|resource| destinations::decode(resource).map(drop));
     }
     published.destinations.send_replace(Arc::new(destinations::destinations(relay.accepted(), ipv6)));
+    published.has_all.send_replace(has_all(&relay));
     let hub = Hub::new();
     let (said, downstream) = mpsc::unbounded_channel();
     let admission = Local { hub: hub.clone(), said, streams: AtomicU64::new(0) };
@@ -157,6 +160,10 @@ fn restore(config: &Config, node: Node, status: &watch::Sender<AcceptedStatus>) 
             Relay::new(node)
         }
     }
+}
+
+fn has_all(relay: &Relay) -> bool {
+    relay.has_all(Kind::Local) && relay.has_all(Kind::Listener)
 }
 
 fn count<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>) -> BTreeMap<String, usize> {
@@ -476,6 +483,9 @@ impl Driver {
                 }
                 differs
             });
+            if !*self.published.has_all.borrow() {
+                self.published.has_all.send_replace(has_all(&self.relay));
+            }
             self.save_at.get_or_insert_with(|| Instant::now() + SAVES_AFTER);
         }
         let alone = !self.relay.is_connected() && !self.clients.is_empty();

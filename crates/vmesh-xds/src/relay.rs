@@ -107,6 +107,12 @@ impl Relay {
         self.upstream.all_held()
     }
 
+    /// Whether [`Relay::accepted`] has all that there is of a kind which is asked for as a whole: the control plane has told it once,
+    /// now or before a restart, and nothing waits for Envoy's answer.
+    pub fn has_all(&self, kind: Kind) -> bool {
+        self.upstream.held(kind, "*").is_some() && self.transits[kind].unanswered.is_empty()
+    }
+
     /// Grows with each change of [`Relay::accepted`].
     pub fn accepted_revision(&self) -> u64 {
         self.accepted_revision
@@ -256,6 +262,7 @@ impl Relay {
             }
         }
         removed.iter().for_each(|name| self.upstream.forget(Kind::Local, name));
+        self.upstream.hold(Resource::absent(Kind::Local, "*"));
         self.accepted_revision += 1;
         match reasons.is_empty() {
             true => self.upstream.acknowledge(ticket),

@@ -48,6 +48,7 @@ pub fn spawn(
     tasks: &mut Tasks,
     config: Arc<Config>,
     destinations: watch::Receiver<Arc<Destinations>>,
+    has_all: watch::Receiver<bool>,
     status: watch::Sender<Status>,
 ) {
     let wanted = config.capture.outbound() || config.capture.inbound() || !config.capture.spec.is_off();
@@ -58,6 +59,7 @@ pub fn spawn(
     let speaker = Speaker {
         config,
         destinations,
+        has_all,
         status,
         control_planes: BTreeSet::new(),
         looked_up: None,
@@ -70,6 +72,7 @@ pub fn spawn(
 struct Speaker {
     config: Arc<Config>,
     destinations: watch::Receiver<Arc<Destinations>>,
+    has_all: watch::Receiver<bool>,
     status: watch::Sender<Status>,
     control_planes: BTreeSet<SocketAddr>,
     looked_up: Option<Instant>,
@@ -124,6 +127,7 @@ impl Speaker {
                     sleep(SETTLES).await;
                     self.want(client).await?;
                 }
+                Ok(()) = self.has_all.changed() => self.want(client).await?,
                 _ = ticks.tick() => {
                     let answer = client.ask(&Ask::Well).await?;
                     self.heard(answer);
@@ -137,6 +141,10 @@ impl Speaker {
     }
 
     async fn want(&mut self, client: &mut Client) -> Result<(), ClientError> {
+        // An agent that has lost its state knows of no destination, and Envoy serves them all the same.
+        if self.config.capture.outbound() && !*self.has_all.borrow_and_update() {
+            return Ok(());
+        }
         let destinations = self.destinations.borrow_and_update().clone();
         let want = wanted(&self.config, &destinations, self.control_planes.clone());
         let answer = client.ask(&Ask::Want(want)).await?;

@@ -718,7 +718,7 @@ fn what_is_not_for_envoy_is_answered_by_the_relay_and_never_served() {
     let mut chain = agent(Relay::new(node()), "cluster a=1 endpoints a=1 local a=1 b=1");
     chain.envoy_starts();
     chain.control_starts();
-    assert_eq!(chain.accepted(), "-* a=1 a=1 -* a=1 b=1");
+    assert_eq!(chain.accepted(), "-* a=1 a=1 -* -* a=1 b=1");
     assert_eq!(chain.envoy_got(), "cluster a=1, endpoints a=1, listener");
     assert_eq!(*chain.control_state(), State::Synced);
 
@@ -728,7 +728,7 @@ fn what_is_not_for_envoy_is_answered_by_the_relay_and_never_served() {
     assert_eq!(chain.envoy_got(), "local");
     chain.ask(Local, &["a"]);
     assert_eq!(chain.envoy_got(), "local -a");
-    assert_eq!(chain.accepted(), "-* a=1 a=1 -* a=1 b=1");
+    assert_eq!(chain.accepted(), "-* a=1 a=1 -* -* a=1 b=1");
 
     // And it is not sent again to an agent that has it.
     let mut chain = chain.restart("cluster a=1 endpoints a=1 local b=2");
@@ -739,7 +739,7 @@ fn what_is_not_for_envoy_is_answered_by_the_relay_and_never_served() {
     chain.now += Duration::from_secs(31);
     chain.run();
     assert_eq!(chain.relay_got(), "local -a");
-    assert_eq!(chain.accepted(), "-* a=1 a=1 -* b=2");
+    assert_eq!(chain.accepted(), "-* a=1 a=1 -* -* b=2");
 }
 
 #[test]
@@ -747,12 +747,27 @@ fn what_cannot_be_made_out_costs_itself() {
     let mut chain = agent(Relay::new(node()), "local a=1 b=1");
     chain.control_starts();
     chain.control_has("local a=bad b=2 c=bad");
-    assert_eq!(chain.accepted(), "-* -* a=1 b=2");
+    assert_eq!(chain.accepted(), "-* -* -* a=1 b=2");
     let state = format!("{:?}", chain.control_state());
     assert!(state.contains("Rejected") && state.contains("a: this is bad"), "{state}");
     chain.control_has("local a=3 b=2");
-    assert_eq!(chain.accepted(), "-* -* a=3 b=2");
+    assert_eq!(chain.accepted(), "-* -* -* a=3 b=2");
     assert_eq!(*chain.control_state(), State::Synced);
+}
+
+#[test]
+fn what_is_accepted_is_all_there_is_once_it_was_told_and_answered_for() {
+    let mut chain = agent(Relay::new(node()), "cluster a=1 endpoints a=1 local a=1");
+    assert!(!chain.relay.has_all(Local));
+    chain.control_starts();
+    assert!(chain.relay.has_all(Local));
+    assert!(!chain.relay.has_all(Listener), "nobody has asked for listeners");
+    chain.envoy_starts();
+    assert!(chain.relay.has_all(Listener));
+    // And so it is after a restart, from the disk.
+    let mut chain = chain.restart("cluster a=1");
+    chain.relay.take_local(readable);
+    assert!(chain.relay.has_all(Local) && chain.relay.has_all(Listener));
 }
 
 #[test]
