@@ -190,31 +190,18 @@ impl Collector for Known {
         let live = f64::from(u8::from(envoy.state == envoy::State::Live));
         gauge("vmesh_agent_envoy_live", "Whether Envoy is live", live)?;
         let capture = self.capture.borrow().clone();
-        if capture.wanted {
-            let captures = f64::from(u8::from(capture.captures));
-            gauge("vmesh_agent_capture_active", "Whether connections are captured now", captures)?;
-            let net = capture.net.unwrap_or_default();
-            let trial = f64::from(u8::from(net.trial.is_some()));
-            gauge(
-                "vmesh_agent_capture_on_trial",
-                "Whether a change of capture waits to be confirmed",
-                trial,
-            )?;
-            let reverted = f64::from(u8::from(net.reverted.is_some()));
-            gauge("vmesh_agent_capture_reverted", "Whether a change of capture was taken back", reverted)?;
-            let bypassed = f64::from(u8::from(net.state == vmesh_net::protocol::State::Bypassed));
-            gauge(
-                "vmesh_agent_capture_bypassed",
-                "Whether the host is out of the mesh by its bypass",
-                bypassed,
-            )?;
-            let drift = net.drift.count as f64;
-            gauge(
-                "vmesh_agent_capture_drift",
-                "Changes of vmesh's rules by others, mended since vmesh-net began",
-                drift,
-            )?;
-        }
+        let flag = |is: bool| f64::from(u8::from(is));
+        gauge("vmesh_agent_capture_wanted", "Whether connections are to be captured", flag(capture.wanted))?;
+        gauge("vmesh_agent_capture_active", "Whether they are captured now", flag(capture.captures))?;
+        let net = capture.net.unwrap_or_default();
+        let trial = flag(net.trial.is_some());
+        gauge("vmesh_agent_capture_on_trial", "Whether a change of capture waits to be confirmed", trial)?;
+        let reverted = flag(net.reverted.is_some());
+        gauge("vmesh_agent_capture_reverted", "Whether a change of capture was taken back", reverted)?;
+        let bypassed = flag(net.state == vmesh_net::protocol::State::Bypassed);
+        gauge("vmesh_agent_capture_bypassed", "Whether the host is out of the mesh by its bypass", bypassed)?;
+        let help = "Changes of vmesh's rules by others, mended since vmesh-net began";
+        gauge("vmesh_agent_capture_drift", help, net.drift.count as f64)?;
         let mut counter = |name: &str, help: &str, value: u64| {
             ConstCounter::new(value).encode(encoder.encode_descriptor(
                 name,
@@ -225,12 +212,10 @@ impl Collector for Known {
         };
         counter("vmesh_agent_rejections", "Configurations that Envoy rejected", accepted.rejections)?;
         counter("vmesh_agent_envoy_restarts", "How often Envoy ended by itself", envoy.restarts)?;
-        if !self.destinations.borrow().is_empty() {
-            let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
-            let (udp, tcp) = (count(&self.queries.udp), count(&self.queries.tcp));
-            counter("vmesh_agent_dns_queries", "Questions for names", udp + tcp)?;
-            counter("vmesh_agent_dns_dropped", "Questions that got no answer", count(&self.queries.dropped))?;
-        }
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let queries = count(&self.queries.udp) + count(&self.queries.tcp);
+        counter("vmesh_agent_dns_queries", "Questions for names", queries)?;
+        counter("vmesh_agent_dns_dropped", "Questions that got no answer", count(&self.queries.dropped))?;
         let help = "Resources that Envoy accepted";
         let mut family =
             encoder.encode_descriptor("vmesh_agent_accepted_resources", help, None, MetricType::Gauge)?;
