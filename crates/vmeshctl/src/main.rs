@@ -58,6 +58,8 @@ enum Command {
     Bypass(host::capture::Bypass),
     /// That this host's resolver asks the agent for names of the mesh (on the host itself).
     Dns(host::dns::Dns),
+    /// What is wrong with this host, what that means, and what mends it (on the host itself).
+    Doctor(host::doctor::Doctor),
 }
 
 /// What a control plane is asked.
@@ -154,6 +156,10 @@ async fn run(cli: &Cli) -> Result<Shown, CtlError> {
             Ok(shown(cli, json, |_| (text.clone(), attention))?)
         }
         Command::Bypass(ask) => Ok(Shown { text: host::capture::bypass(ask)?, code: 0 }),
+        Command::Doctor(ask) => {
+            let (text, json, attention) = host::doctor::doctor(ask).await?;
+            Ok(shown(cli, json, |_| (text.clone(), attention))?)
+        }
         Command::Dns(ask) => Ok(Shown { text: host::dns::dns(ask).await?, code: 0 }),
         Command::Api(question) => Ok(answer(cli, question).await?),
     }

@@ -105,16 +105,22 @@ fn read(root: &Path, path: &str) -> Option<String> {
 }
 
 fn status(ask: &Dns) -> String {
+    let (resolver, by) = wiring(&ask.root);
+    let by = by.map_or_else(|| "no: `vmeshctl dns enable`".to_owned(), |by| format!("by {by}"));
+    format!("resolver      {resolver}\nasks vmesh    {by}\n")
+}
+
+/// Which resolver the host has, and by what it is told to ask the agent.
+pub(crate) fn wiring(root: &Path) -> (&'static str, Option<String>) {
     let files = [RESOLVED_DELEGATE, RESOLVED_DROP_IN, RESOLVED_NEGATIVE_ANCHOR, DNSMASQ];
-    let written: Vec<_> = files.into_iter().filter(|file| at(&ask.root, file).exists()).collect();
-    let hosts = read(&ask.root, HOSTS).is_some_and(|hosts| hosts.contains("# vmesh begin"));
-    let has = detect(&ask.root);
+    let written: Vec<_> = files.into_iter().filter(|file| at(root, file).exists()).collect();
+    let hosts = read(root, HOSTS).is_some_and(|hosts| hosts.contains("# vmesh begin"));
     let by = match (written.is_empty(), hosts) {
-        (false, _) => format!("by {}", written.join(", ")),
-        (true, true) => format!("by the block of vmesh in {HOSTS}"),
-        (true, false) => "no: `vmeshctl dns enable`".to_owned(),
+        (false, _) => Some(written.join(", ")),
+        (true, true) => Some(format!("the block of vmesh in {HOSTS}")),
+        (true, false) => None,
     };
-    format!("resolver      {}\nasks vmesh    {by}\n", name(has))
+    (name(detect(root)), by)
 }
 
 fn name(resolver: Resolver) -> &'static str {

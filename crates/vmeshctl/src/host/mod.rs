@@ -2,6 +2,7 @@
 
 pub(crate) mod capture;
 pub(crate) mod dns;
+pub(crate) mod doctor;
 
 use std::path::PathBuf;
 

@@ -1,0 +1,387 @@
+//! D16 to D21: the rules of capture, and what stands in their way.
+
+use std::collections::BTreeSet;
+
+use vmesh_net::protocol::{Envoy, Redirects, State};
+
+use super::facts::{Facts, Outline, Question};
+use super::{Finding, Root, Skip, Verdict, by_hand, run, warning, wrong};
+
+const BYPASS: &str = "/usr/lib/vmesh/bypass";
+/// Drift that was mended longer ago is history.
+const RECENT: u64 = 3600;
+/// The agent speaks every second.
+const SILENT: u64 = 5;
+
+fn captures(facts: &Facts) -> Result<&Outline, Skip> {
+    let outline = facts.outline()?;
+    if outline.captures() { Ok(outline) } else { Err(Skip::NoMatter) }
+}
+
+/// D16: the rules are those that are wanted.
+pub(super) fn rules(facts: &Facts) -> Verdict {
+    captures(facts)?;
+    let mut found = Vec::new();
+    let past = "connections go past Envoy to where they are made to; names of the mesh mean the endpoints themselves";
+    let status = match &facts.net {
+        Ok(status) => status,
+        Err(why) => {
+            // The rules themselves are there to be seen, or not.
+            let there = facts.out(Question::Rules).map(|rules| rules.contains("table inet vmesh {"));
+            return match there {
+                Ok(false) => Ok(vec![
+                    wrong("the rules of capture are not there", past, run("systemctl restart vmesh-net"))
+                        .follows(&[Root::Net, Root::Envoy]),
+                ]),
+                _ if is_up(facts) && !why.contains("ermission denied") => Ok(vec![
+                    wrong(
+                        format!("vmesh-net runs, and does not answer: {why}"),
+                        "nobody mends the rules, or refreshes those that lapse",
+                        run("systemctl restart vmesh-net"),
+                    )
+                    .is(Root::Net),
+                ]),
+                _ => Err(Skip::Unseen(why.clone())),
+            };
+        }
+    };
+    if status.state == State::Bypassed {
+        let finding = wrong("this host is out of the mesh, by its bypass", past, run("vmeshctl bypass off"));
+        return Ok(vec![finding.is(Root::Bypass)]);
+    }
+    if let Some(error) = &status.error {
+        found.push(wrong(
+            format!("the rules are not as they are wanted: {error}"),
+            past,
+            by_hand("`journalctl -u vmesh-net -n 50` says what was tried"),
+        ));
+    }
+    if let Some(why) = &status.reverted {
+        found.push(wrong(
+            format!("a change of what is captured was taken back: {why}"),
+            "what was captured before the change still is, and nothing else",
+            run("vmeshctl capture retry"),
+        ));
+    }
+    if status.state == State::Trial {
+        let left = status.trial_ends_in.unwrap_or_default();
+        found.push(warning(
+            format!("a change of what is captured is on trial, and is taken back in {left} s"),
+            "unless it is confirmed, it will not hold",
+            run("vmeshctl capture confirm"),
+        ));
+    }
+    if status.state == State::Off && status.error.is_none() && status.reverted.is_none() {
+        found.push(
+            wrong(
+                "nothing is captured, although agent.yaml says that something is to be",
+                past,
+                by_hand("the agent captures what Envoy has accepted: `vmeshctl capture` and D9, D26 say what is missing"),
+            )
+            .follows(&[Root::Envoy, Root::Agent, Root::ControlPlane]),
+        );
+    }
+    if let Ok(plan) = &facts.plan
+        && plan.trim() != "nothing to do"
+        && status.error.is_none()
+        && status.state == State::Confirmed
+    {
+        let what = plan.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().trim();
+        found.push(wrong(
+            format!("the rules are not as they are wanted; to do: {what}"),
+            "some connections go past Envoy, or to where they should not",
+            run("systemctl restart vmesh-net"),
+        ));
+    }
+    if let Some(ago) = status.drift.seconds_ago.filter(|ago| *ago < RECENT) {
+        let by = status.drift.by.as_deref().unwrap_or("somebody");
+        found.push(warning(
+            format!("{by} changed the rules {ago} s ago; they were mended ({} times since vmesh-net began)", status.drift.count),
+            "until they were mended, connections went past Envoy; those through a redirect were reset",
+            by_hand("let it load its rules without `flush ruleset`, or less often; the finding goes away after an hour"),
+        ));
+    }
+    for note in &status.notes {
+        found.push(warning(
+            format!("a part of `capture` has no effect on this host: {note}"),
+            "the rest is captured as it is configured",
+            by_hand("mend it in /etc/vmesh/agent.yaml, then `systemctl restart vmesh-agent`"),
+        ));
+    }
+    Ok(found)
+}
+
+fn is_up(facts: &Facts) -> bool {
+    facts.unit("vmesh-net.service").ok().flatten().is_some_and(|unit| unit.get("ActiveState") == "active")
+}
+
+/// Chains of other meshes, by the beginning of their names.
+const MESHES: [(&str, &str); 6] = [
+    ("ISTIO_", "Istio"),
+    ("KUMA_", "Kuma"),
+    ("MESH_", "Kuma"),
+    ("CONSUL_", "Consul"),
+    ("PROXY_INIT_", "Linkerd"),
+    ("LINKERD_", "Linkerd"),
+];
+
+/// Before everything of ours that redirects.
+const OURS: i64 = -101;
+
+/// D17: rules of others that get connections first.
+pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
+    captures(facts)?;
+    let mut found = Vec::new();
+    let nft = facts.out(Question::Rules)?;
+    let legacy = facts.out(Question::LegacyRules).unwrap_or_default();
+    let chains = legacy.lines().filter_map(|line| line.strip_prefix(':')?.split_whitespace().next());
+    let mut seen: BTreeSet<(String, &str, String)> = BTreeSet::new();
+    let mesh =
+        |chain: &str| MESHES.iter().find(|(prefix, _)| chain.starts_with(prefix)).map(|(_, mesh)| *mesh);
+    for chain in chains {
+        if let Some(mesh) = mesh(chain) {
+            seen.insert((chain.to_owned(), mesh, "iptables-legacy -t nat -F CHAIN".to_owned()));
+        }
+    }
+    for chain in chains_of(nft) {
+        if chain.table == "inet vmesh" {
+            continue;
+        }
+        if let Some(mesh) = mesh(chain.name) {
+            let delete = format!("nft flush chain {} {}", chain.table, chain.name);
+            seen.insert((chain.name.to_owned(), mesh, delete));
+        } else if chain.hooked_before(OURS) && chain.redirects() {
+            found.push(wrong(
+                format!(
+                    "chain {} of table {} redirects connections before vmesh does",
+                    chain.name, chain.table
+                ),
+                "what it takes does not go through Envoy",
+                by_hand(format!(
+                    "is it meant to? `nft list chain {} {}`; else have its owner take it away",
+                    chain.table, chain.name
+                )),
+            ));
+        }
+    }
+    // One of each mesh is shown: the rest is taken away in the same way.
+    let mut told = BTreeSet::new();
+    for (chain, mesh, delete) in &seen {
+        if told.insert(*mesh) {
+            let others = seen.iter().filter(|(_, other, _)| other == mesh).count() - 1;
+            let more = if others == 0 { String::new() } else { format!(" and {others} more") };
+            found.push(wrong(
+                format!("{mesh}'s chain {chain}{more} is on this host"),
+                "two meshes capture the same connections: which one gets them is chance",
+                match others {
+                    0 => run(delete.replace("CHAIN", chain)),
+                    _ => by_hand(format!(
+                        "remove the other mesh by its own means; rule by rule: `{}`",
+                        delete.replace("CHAIN", chain)
+                    )),
+                },
+            ));
+        }
+    }
+    let by_legacy = legacy.lines().any(|line| line.starts_with("-A "));
+    if by_legacy
+        && nft.contains("hook output")
+        && !seen.iter().any(|(_, _, fix)| fix.starts_with("iptables-legacy"))
+    {
+        found.push(warning(
+            "rules of iptables-legacy are there beside those of nftables",
+            "`nft list ruleset` and `iptables-save` each show a part of what the kernel does",
+            by_hand("see them with `iptables-legacy-save`; move them with `iptables-restore-translate`, or have their owner use iptables-nft"),
+        ));
+    }
+    Ok(found)
+}
+
+struct Chain<'a> {
+    table: &'a str,
+    name: &'a str,
+    lines: Vec<&'a str>,
+}
+
+impl Chain<'_> {
+    /// Whether it sees what this host sends, for address translation, before `priority`.
+    fn hooked_before(&self, priority: i64) -> bool {
+        let hook = self.lines.iter().find(|line| line.starts_with("type nat hook output priority "));
+        let words = hook.and_then(|hook| hook.split("priority ").nth(1)?.split(';').next());
+        words.and_then(number_of).is_some_and(|own| own <= priority)
+    }
+
+    fn redirects(&self) -> bool {
+        { self.lines.iter() }.any(|line| line.contains("redirect to") || line.contains("dnat "))
+    }
+}
+
+/// `-150`, `dstnat`, `mangle - 5` (nft(8)).
+fn number_of(priority: &str) -> Option<i64> {
+    let mut words = priority.split_whitespace();
+    let first = words.next()?;
+    let base = match first {
+        "raw" => -300,
+        "mangle" => -150,
+        "dstnat" => -100,
+        "filter" => 0,
+        "security" => 50,
+        "srcnat" => 100,
+        number => return number.parse().ok(),
+    };
+    match (words.next(), words.next().and_then(|number| number.parse::<i64>().ok())) {
+        (Some("-"), Some(number)) => Some(base - number),
+        (Some("+"), Some(number)) => Some(base + number),
+        _ => Some(base),
+    }
+}
+
+/// What `nft list ruleset` shows, chain by chain.
+fn chains_of(ruleset: &str) -> Vec<Chain<'_>> {
+    let (mut table, mut chains) = ("", Vec::<Chain<'_>>::new());
+    for line in ruleset.lines() {
+        let trimmed = line.trim();
+        if let Some(name) = trimmed.strip_prefix("table ").and_then(|rest| rest.strip_suffix(" {")) {
+            table = name;
+        } else if let Some(name) = trimmed.strip_prefix("chain ").and_then(|rest| rest.strip_suffix(" {")) {
+            chains.push(Chain { table, name, lines: Vec::new() });
+        } else if let Some(chain) = chains.last_mut() {
+            chain.lines.push(trimmed);
+        }
+    }
+    chains
+}
+
+/// D19: what is Envoy's own is told from what is captured.
+pub(super) fn loop_guard(facts: &Facts) -> Verdict {
+    let outline = captures(facts)?;
+    let mut found = Vec::new();
+    let loops = "Envoy's own connections are captured again, and go round in circles";
+    if !outline.by_systemd() {
+        // By whom the agent runs is known to vmesh-net alone.
+        return Err(Skip::NoMatter);
+    }
+    facts.ran(Question::Users)?;
+    let ours = [("vmesh-agent", facts.user("vmesh-agent")), ("vmesh-envoy", facts.user("vmesh-envoy"))];
+    for (name, user) in ours {
+        match user {
+            None => found.push(wrong(
+                format!("there is no user {name}"),
+                loops,
+                run("systemd-sysusers /usr/lib/sysusers.d/vmesh.conf"),
+            )),
+            Some(0) => found.push(wrong(
+                format!("the user {name} is root"),
+                "no connection of any program of root is captured",
+                by_hand(format!(
+                    "give it an id of its own: `usermod -u 998 {name}`, then reinstall the package"
+                )),
+            )),
+            Some(_) => {}
+        }
+    }
+    let listening = facts.listening()?;
+    for workload in &outline.workloads {
+        let at = std::net::SocketAddr::new(
+            workload.host.unwrap_or(std::net::Ipv4Addr::LOCALHOST.into()),
+            workload.port,
+        );
+        let application = listening.iter().find(|listener| listener.takes(at));
+        if let Some((name, _)) =
+            ours.iter().find(|(_, user)| user.is_some() && application.map(|a| a.user) == *user)
+        {
+            found.push(wrong(
+                format!("the application of `{}` runs as {name}", workload.service),
+                "what it calls is taken for Envoy's own, and never captured",
+                by_hand("run it as a user of its own (`User=` of its unit)"),
+            ));
+        }
+    }
+    if let Ok(Some(slice)) = facts.unit("vmesh.slice")
+        && slice.get("ActiveState") != "active"
+    {
+        found.push(
+            wrong("vmesh.slice is not active", loops, run("systemctl start vmesh.slice"))
+                .follows(&[Root::Envoy]),
+        );
+    }
+    Ok(found)
+}
+
+/// D20: redirects hold, or why not.
+pub(super) fn dead_man(facts: &Facts) -> Verdict {
+    captures(facts)?;
+    let status = facts.net.as_ref().map_err(|why| Skip::Unseen(why.clone()))?;
+    if matches!(status.state, State::Off | State::Bypassed) {
+        return Ok(Vec::new());
+    }
+    let mut found: Vec<Finding> = Vec::new();
+    if let Some(silent) = status.agent_silent_for.filter(|silent| *silent > SILENT) {
+        found.push(
+            wrong(
+                format!("the agent has said nothing to vmesh-net for {silent} s"),
+                "redirects that may lapse do so when the dead-man runs out",
+                run("systemctl restart vmesh-agent"),
+            )
+            .is(Root::Agent)
+            .follows(&[Root::Agent]),
+        );
+    }
+    let gone = match status.envoy {
+        Envoy::Gone => Some("nobody listens at Envoy's capture ports"),
+        Envoy::Hangs => Some("Envoy's capture ports are open, and nobody serves them"),
+        Envoy::Unknown | Envoy::Well => None,
+    };
+    if let Some(what) = gone {
+        let fix = run("systemctl restart vmesh-envoy");
+        let effect = "connections to virtual addresses fail; those to real ones too, until redirects lapse";
+        found.push(wrong(what, effect, fix).is(Root::Envoy).follows(&[Root::Envoy]));
+    }
+    if status.redirects == Redirects::Lapsed {
+        found.push(
+            wrong(
+                "redirects have lapsed",
+                "new connections go past Envoy where that is allowed (`on_loss: open`), and fail where it is not",
+                by_hand("they hold again by themselves once the agent speaks and Envoy serves"),
+            )
+            .follows(&[Root::Envoy, Root::Agent, Root::Net]),
+        );
+    }
+    Ok(found)
+}
+
+/// D21: the way out works.
+pub(super) fn bypass(facts: &Facts) -> Verdict {
+    let outline = facts.outline()?;
+    if !(outline.by_systemd() || outline.captures()) {
+        return Err(Skip::NoMatter);
+    }
+    let effect = "in a hurry this host could not be taken out of the mesh";
+    let Some(owned) = facts.modes.get(BYPASS).cloned().unwrap_or(Ok(None))? else {
+        if !outline.captures() {
+            return Err(Skip::NoMatter);
+        }
+        let fix = run("apt-get install --reinstall vmesh-agent");
+        return Ok(vec![wrong(format!("{BYPASS} is not there"), effect, fix)]);
+    };
+    let mut found = Vec::new();
+    if owned.user != 0 {
+        let what = format!("{BYPASS} belongs to user {}, and root runs it", owned.user);
+        let effect = "whoever may write it is root at the next bypass, or when vmesh-net fails";
+        found.push(wrong(what, effect, run(format!("chown root:root {BYPASS}"))));
+    }
+    if owned.mode & 0o022 != 0 {
+        let what = format!("{BYPASS} may be written by others than root (mode {:o})", owned.mode & 0o7777);
+        let effect = "whoever may write it is root at the next bypass, or when vmesh-net fails";
+        found.push(wrong(what, effect, run(format!("chmod 755 {BYPASS}"))));
+    } else if owned.mode & 0o111 == 0 {
+        found.push(wrong(format!("{BYPASS} cannot be run"), effect, run(format!("chmod 755 {BYPASS}"))));
+    }
+    if let Ok(ran) = facts.ran(Question::BypassSyntax)
+        && ran.code != Some(0)
+    {
+        let what = format!("{BYPASS} is no script that sh accepts: {}", super::facts::last_line(&ran.err));
+        found.push(wrong(what, effect, run("apt-get install --reinstall vmesh-agent")));
+    }
+    Ok(found)
+}

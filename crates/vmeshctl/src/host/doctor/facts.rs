@@ -1,0 +1,357 @@
+//! What is known of a host when it is judged: texts of files, what commands and sockets said, or why they did not.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde_json::Value;
+use vmesh_net::protocol::Status;
+
+/// What was seen, or why it could not be looked at.
+pub(crate) type Seen<T> = Result<T, String>;
+
+/// What was gathered, once, and does not change while it is judged.
+#[derive(Debug, Clone)]
+pub(crate) struct Facts {
+    /// Seconds since 1970.
+    pub(crate) now: u64,
+    pub(crate) config: Config,
+    /// By path.
+    pub(crate) files: BTreeMap<String, Seen<String>>,
+    pub(crate) commands: BTreeMap<Question, Seen<Ran>>,
+    pub(crate) answers: BTreeMap<Socket, Seen<Value>>,
+    pub(crate) net: Seen<Status>,
+    /// What `vmeshctl capture plan` says.
+    pub(crate) plan: Seen<String>,
+    pub(crate) disks: Vec<Disk>,
+    /// By path; `None` where there is nothing.
+    pub(crate) modes: BTreeMap<String, Seen<Option<Owned>>>,
+    pub(crate) control_planes: Vec<Reach>,
+    /// Files that Envoy's process has open.
+    pub(crate) envoy_files: Seen<usize>,
+    /// The processors that may be used.
+    pub(crate) cores: usize,
+    pub(crate) names: Names,
+    /// Endpoints that were dialed, with what became of it.
+    pub(crate) dialed: Seen<Vec<(String, SocketAddr, Seen<()>)>>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Config {
+    /// There is none at this place.
+    Missing(PathBuf),
+    /// vmesh-agent does not take it.
+    Refused(String),
+    /// It could not be read.
+    Unseen(String),
+    Read(Box<Outline>),
+}
+
+/// What `vmesh-agent --check --json` prints, as far as it matters here.
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct Outline {
+    pub(crate) node: String,
+    pub(crate) control_planes: Vec<String>,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) api: SocketAddr,
+    pub(crate) dns: Option<SocketAddr>,
+    pub(crate) suffix: String,
+    pub(crate) envoy: EnvoyOutline,
+    pub(crate) workloads: Vec<Workload>,
+    pub(crate) upstreams: Vec<Upstream>,
+    pub(crate) capture: Capture,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct EnvoyOutline {
+    pub(crate) manage: Manage,
+    pub(crate) run_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Manage {
+    Systemd,
+    Child,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct Workload {
+    pub(crate) service: String,
+    pub(crate) port: u16,
+    pub(crate) host: Option<IpAddr>,
+    pub(crate) protocol: Option<String>,
+    pub(crate) listen: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct Upstream {
+    pub(crate) service: String,
+    pub(crate) listen: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct Capture {
+    pub(crate) outbound: String,
+    pub(crate) inbound: String,
+    pub(crate) socket: PathBuf,
+}
+
+impl Outline {
+    pub(crate) fn captures(&self) -> bool {
+        self.captures_outbound() || self.captures_inbound()
+    }
+
+    pub(crate) fn captures_outbound(&self) -> bool {
+        self.capture.outbound != "off"
+    }
+
+    pub(crate) fn captures_inbound(&self) -> bool {
+        self.capture.inbound != "off"
+    }
+
+    pub(crate) fn by_systemd(&self) -> bool {
+        self.envoy.manage == Manage::Systemd
+    }
+
+    pub(crate) fn admin_socket(&self) -> PathBuf {
+        if self.by_systemd() { &self.envoy.run_dir } else { &self.run_dir }.join("admin.sock")
+    }
+}
+
+/// A command that was run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Question {
+    Version,
+    Systemd,
+    Units,
+    Clock,
+    Route4,
+    Route6,
+    Rules,
+    LegacyRules,
+    BypassSyntax,
+    Users,
+    Resolve,
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+/// Who was asked over HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Socket {
+    Agent,
+    Supervisor,
+    Server,
+    Clusters,
+    Unready,
+    /// What warms in Envoy, twice, a second apart: `[first, second]`.
+    Warming,
+    Memory,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Disk {
+    pub(crate) path: String,
+    /// Bytes that may be written.
+    pub(crate) free: u64,
+    pub(crate) files_free: u64,
+    /// 0 where the file system does not count them.
+    pub(crate) files: u64,
+    pub(crate) read_only: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Owned {
+    pub(crate) user: u32,
+    pub(crate) mode: u32,
+}
+
+/// How a control plane was reached.
+#[derive(Debug, Clone)]
+pub(crate) struct Reach {
+    pub(crate) address: String,
+    /// With milliseconds.
+    pub(crate) resolved: Seen<u128>,
+    pub(crate) connected: Seen<u128>,
+}
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Names {
+    /// All that the agent has.
+    pub(crate) all: BTreeMap<String, Vec<IpAddr>>,
+    /// The one that was asked for.
+    pub(crate) asked: Option<String>,
+    /// Whether our own server answered it.
+    pub(crate) answered: Option<Seen<()>>,
+    pub(crate) resolver: String,
+    /// By what that resolver is told to ask us.
+    pub(crate) wired: Option<String>,
+}
+
+impl Facts {
+    pub(crate) fn outline(&self) -> Result<&Outline, super::Skip> {
+        match &self.config {
+            Config::Read(outline) => Ok(outline),
+            Config::Missing(_) => Err(super::Skip::Unseen("there is no configuration".into())),
+            Config::Refused(_) => Err(super::Skip::Unseen("the configuration is refused".into())),
+            Config::Unseen(why) => Err(super::Skip::Unseen(why.clone())),
+        }
+    }
+
+    pub(crate) fn file(&self, path: &str) -> Seen<&str> {
+        match self.files.get(path) {
+            Some(Ok(text)) => Ok(text),
+            Some(Err(why)) => Err(why.clone()),
+            None => Err(format!("{path} was not read")),
+        }
+    }
+
+    pub(crate) fn ran(&self, question: Question) -> Seen<&Ran> {
+        match self.commands.get(&question) {
+            Some(Ok(ran)) => Ok(ran),
+            Some(Err(why)) => Err(why.clone()),
+            None => Err("nobody looked".into()),
+        }
+    }
+
+    /// What a command printed, if it ended well.
+    pub(crate) fn out(&self, question: Question) -> Seen<&str> {
+        let ran = self.ran(question)?;
+        match ran.code {
+            Some(0) => Ok(&ran.out),
+            _ => Err(last_line(&ran.err)),
+        }
+    }
+
+    pub(crate) fn answer(&self, socket: Socket) -> Seen<&Value> {
+        match self.answers.get(&socket) {
+            Some(Ok(value)) => Ok(value),
+            Some(Err(why)) => Err(why.clone()),
+            None => Err(match self.outline() {
+                Err(super::Skip::Unseen(why)) => why,
+                _ => "nobody asked".into(),
+            }),
+        }
+    }
+
+    /// A unit, if systemd knows it.
+    pub(crate) fn unit(&self, name: &str) -> Seen<Option<Unit<'_>>> {
+        let units = self.out(Question::Units)?;
+        Ok(units.split("\n\n").map(Unit).find(|unit| unit.get("Id") == name))
+    }
+
+    pub(crate) fn listening(&self) -> Seen<Vec<Listener>> {
+        let mut all = listeners(self.file("/proc/net/tcp")?);
+        // A kernel without IPv6 has no such file.
+        all.extend(self.file("/proc/net/tcp6").map(listeners).unwrap_or_default());
+        Ok(all)
+    }
+
+    /// The user id of one of ours.
+    pub(crate) fn user(&self, name: &str) -> Option<u32> {
+        let users = self.ran(Question::Users).ok()?;
+        let mut fields = users.out.lines().map(|line| line.split(':'));
+        fields.find_map(|mut fields| (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?)
+    }
+}
+
+pub(crate) fn last_line(text: &str) -> String {
+    text.trim().lines().last().unwrap_or("it failed and said nothing").trim().to_owned()
+}
+
+/// What `systemctl show` prints of one unit.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unit<'a>(pub(crate) &'a str);
+
+impl<'a> Unit<'a> {
+    pub(crate) fn get(&self, property: &str) -> &'a str {
+        let values = self.0.lines().filter_map(|line| line.split_once('='));
+        { values }.find(|(name, _)| *name == property).map_or("", |(_, value)| value)
+    }
+
+    pub(crate) fn number(&self, property: &str) -> Option<u64> {
+        self.get(property).parse().ok()
+    }
+}
+
+/// A TCP socket that listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Listener {
+    pub(crate) at: SocketAddr,
+    pub(crate) user: u32,
+}
+
+impl Listener {
+    /// Whether a connection to `address` gets here.
+    pub(crate) fn takes(&self, address: SocketAddr) -> bool {
+        let same_family = self.at.is_ipv4() == address.is_ipv4();
+        let everywhere = self.at.ip().is_unspecified() && (same_family || self.at.is_ipv6());
+        self.at.port() == address.port() && (everywhere || self.at.ip() == address.ip())
+    }
+}
+
+/// Those of `/proc/net/tcp` or `tcp6` (proc(5)).
+pub(crate) fn listeners(text: &str) -> Vec<Listener> {
+    const LISTEN: &str = "0A";
+    let parse = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let &[_, local, _, state, _, _, _, user, ..] = words.as_slice() else { return None };
+        (state == LISTEN).then_some(())?;
+        Some(Listener { at: address(local)?, user: user.parse().ok()? })
+    };
+    text.lines().filter_map(parse).collect()
+}
+
+/// `0100007F:3A99`: words of 32 bits in the order of the machine, the port as it is read.
+fn address(text: &str) -> Option<SocketAddr> {
+    let (ip, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let mut bytes = Vec::new();
+    for word in ip.as_bytes().chunks(8) {
+        let word = u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok()?;
+        bytes.extend(word.to_ne_bytes());
+    }
+    let ip: IpAddr = match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok()?.into(),
+        16 => <[u8; 16]>::try_from(bytes).ok()?.into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip.to_canonical(), port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_listens_is_read_from_the_kernel_s_table_of_either_family() {
+        let v4 = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
+            \x20  0: 0100007F:3A99 00000000:0000 0A 00000000:00000000 00:00000000 00000000   998        0 1 1 0 100 0 0 10 0\n\
+            \x20  1: 0100007F:3A99 0100007F:D2F0 01 00000000:00000000 00:00000000 00000000   998        0 2 1 0 100 0 0 10 0\n";
+        let v6 = "   0: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000000 \
+            00:00000000 00000000  1000        0 3 1 0 100 0 0 10 0\n";
+        let shown: Vec<_> = [v4, v6]
+            .into_iter()
+            .flat_map(listeners)
+            .map(|listener| format!("{} by {}", listener.at, listener.user))
+            .collect();
+        assert_eq!(shown, ["127.0.0.1:15001 by 998", "[::1]:8080 by 1000"]);
+    }
+
+    #[test]
+    fn a_socket_on_every_address_takes_what_goes_to_any() {
+        let listener = |at: &str| Listener { at: at.parse().unwrap(), user: 0 };
+        let takes = |at: &str, to: &str| listener(at).takes(to.parse().unwrap());
+        assert!(takes("[::]:80", "10.0.0.1:80") && takes("0.0.0.0:80", "127.0.0.1:80"));
+        assert!(!takes("0.0.0.0:80", "[::1]:80") && !takes("127.0.0.1:80", "10.0.0.1:80"));
+        assert!(!takes("0.0.0.0:81", "10.0.0.1:80"));
+    }
+}

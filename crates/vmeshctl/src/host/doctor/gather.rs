@@ -1,0 +1,429 @@
+//! All that is looked at on the host. Each look has a bound of its own, and they go on side by side: 5 s in all.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
+use tokio::net::{TcpStream, UdpSocket, lookup_host};
+use tokio::process::Command;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::fsx;
+use vmesh_daemon::report::one_line;
+use vmesh_net::client;
+use vmesh_net::protocol::{Answer, Ask, Status};
+
+use super::envoy::clusters;
+use super::facts::{Config, Disk, Facts, Names, Outline, Owned, Question, Ran, Reach, Seen, Socket};
+
+/// For one look.
+const BOUND: Duration = Duration::from_millis(1500);
+/// For a connection that is to be had at once.
+const DIAL: Duration = Duration::from_millis(500);
+/// Endpoints that are dialed at most.
+const DIALED: usize = 20;
+const MAX_FILE: u64 = 16 << 20;
+/// Below this the kernel answers; a user's PATH may be without the programs of root.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+const FILES: [&str; 16] = [
+    "/proc/sys/kernel/osrelease",
+    "/proc/sys/kernel/hostname",
+    "/proc/sys/net/netfilter/nf_conntrack_count",
+    "/proc/sys/net/netfilter/nf_conntrack_max",
+    "/proc/sys/net/ipv4/ip_local_port_range",
+    "/proc/sys/net/ipv4/ip_local_reserved_ports",
+    "/proc/net/if_inet6",
+    "/proc/net/sockstat",
+    "/proc/net/tcp",
+    "/proc/net/tcp6",
+    "/proc/meminfo",
+    "/proc/uptime",
+    "/etc/machine-id",
+    "/etc/resolv.conf",
+    "/run/host/container-manager",
+    "/run/systemd/container",
+];
+
+const UNITS: [&str; 5] =
+    ["vmesh-agent.service", "vmesh-envoy.service", "vmesh-net.service", "vmesh.target", "vmesh.slice"];
+const PROPERTIES: &str = "Id,LoadState,ActiveState,SubState,Result,NRestarts,UnitFileState,ControlGroup,MemoryCurrent,MemoryHigh,\
+                          MemoryMax,ActiveEnterTimestampMonotonic";
+
+pub(super) async fn facts(config: &Path) -> Facts {
+    let agent = agent_program();
+    let (version, config) = tokio::join!(command(&agent, &["--version"]), read_config(&agent, config));
+    let outline = match &config {
+        Config::Read(outline) => Some(outline.as_ref()),
+        _ => None,
+    };
+    let (mut commands, (answers, names, dialed, envoy_files, limits), (net, plan), control_planes) =
+        tokio::join!(commands(), daemons(outline), capture(outline), control_planes(outline));
+    commands.insert(Question::Version, version);
+    if let Some(name) = &names.asked {
+        commands.insert(Question::Resolve, command("getent", &["ahosts", name]).await);
+    }
+    let mut files: BTreeMap<String, Seen<String>> =
+        FILES.iter().map(|path| ((*path).to_owned(), read(Path::new(path)))).collect();
+    files.insert("limits of Envoy".into(), limits);
+    let units = commands.get(&Question::Units).and_then(|ran| ran.as_ref().ok());
+    for unit in units.into_iter().flat_map(|ran| ran.out.split("\n\n")).map(super::facts::Unit) {
+        let events = format!("/sys/fs/cgroup{}/memory.events", unit.get("ControlGroup"));
+        files.insert(unit.get("Id").to_owned(), read(Path::new(&events)));
+    }
+    Facts {
+        now: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        disks: outline.map(disks).unwrap_or_default(),
+        modes: modes(outline),
+        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        config,
+        files,
+        commands,
+        answers,
+        net,
+        plan,
+        control_planes,
+        envoy_files,
+        names,
+        dialed,
+    }
+}
+
+/// The one that was installed with this program, else the one on the PATH.
+fn agent_program() -> String {
+    let own = std::env::current_exe().ok().map(|own| own.with_file_name("vmesh-agent"));
+    own.filter(|own| own.exists()).map_or_else(|| "vmesh-agent".into(), |own| own.display().to_string())
+}
+
+async fn read_config(agent: &str, path: &Path) -> Config {
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Config::Missing(path.to_owned());
+        }
+        _ => {}
+    }
+    if let Err(error) = std::fs::File::open(path) {
+        return Config::Unseen(format!("{} cannot be read by this user: {error}", path.display()));
+    }
+    let file = path.display().to_string();
+    match command(agent, &["--config", &file, "--check", "--json"]).await {
+        Err(why) => Config::Unseen(why),
+        Ok(ran) if ran.code != Some(0) => Config::Refused(ran.err.trim().to_owned()),
+        Ok(ran) => match serde_json::from_str::<Outline>(&ran.out) {
+            Ok(outline) => Config::Read(Box::new(outline)),
+            Err(error) => Config::Unseen(format!("{agent} is of another version than vmeshctl: {error}")),
+        },
+    }
+}
+
+fn read(path: &Path) -> Seen<String> {
+    match fsx::read_capped(path, MAX_FILE) {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) => Err(one_line(&error)),
+    }
+}
+
+async fn command(program: &str, arguments: &[&str]) -> Seen<Ran> {
+    let mut command = Command::new(program);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.args(arguments).env("LC_ALL", "C").env("PATH", format!("{path}:{PATH}"));
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    match timeout(BOUND, command.output()).await {
+        Err(_) => Err(format!("`{program}` has not ended in {} s", BOUND.as_secs_f32())),
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(format!("there is no `{program}` on this host"))
+        }
+        Ok(Err(error)) => Err(format!("`{program}` could not be run: {error}")),
+        Ok(Ok(output)) => Ok(Ran {
+            code: output.status.code(),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }),
+    }
+}
+
+async fn commands() -> BTreeMap<Question, Seen<Ran>> {
+    let units = [&["show", "--no-pager", "-p", PROPERTIES][..], &UNITS].concat();
+    let root = rustix::process::geteuid().is_root();
+    let as_root = async |program: &str, arguments: &[&str]| match root {
+        true => command(program, arguments).await,
+        false => Err("only root may".to_owned()),
+    };
+    // Its command loads a module of the kernel where there is none yet: that would be a change.
+    let has_legacy = read(Path::new("/proc/net/ip_tables_names")).is_ok_and(|names| !names.trim().is_empty());
+    let legacy = async || match has_legacy {
+        true => as_root("iptables-legacy-save", &[]).await,
+        false => Ok(Ran { code: Some(0), ..Ran::default() }),
+    };
+    let (systemd, units, clock, route4, route6, rules, legacy, syntax, users) = tokio::join!(
+        command("systemctl", &["--version"]),
+        command("systemctl", &units),
+        command("timedatectl", &["show", "-p", "NTPSynchronized"]),
+        command("ip", &["-4", "route", "get", "240.0.0.1"]),
+        command("ip", &["-6", "route", "get", "fd76:6d65:7368::1"]),
+        as_root("nft", &["list", "ruleset"]),
+        legacy(),
+        command("sh", &["-n", "/usr/lib/vmesh/bypass"]),
+        command("getent", &["passwd", "vmesh-agent", "vmesh-envoy"]),
+    );
+    [
+        (Question::Systemd, systemd),
+        (Question::Units, units),
+        (Question::Clock, clock),
+        (Question::Route4, route4),
+        (Question::Route6, route6),
+        (Question::Rules, rules),
+        (Question::LegacyRules, legacy),
+        (Question::BypassSyntax, syntax),
+        (Question::Users, users),
+    ]
+    .into()
+}
+
+async fn get(peer: &Peer, path: &str) -> Seen<Value> {
+    let (status, body) = fetch(peer, Method::GET, path, BOUND).await.map_err(|error| one_line(&error))?;
+    if status != StatusCode::OK {
+        let said = String::from_utf8_lossy(&body);
+        return Err(format!("{peer}{path} answered {status}: {}", said.trim()));
+    }
+    serde_json::from_slice(&body).map_err(|error| format!("{peer}{path} answered no JSON: {error}"))
+}
+
+type Daemons = (
+    BTreeMap<Socket, Seen<Value>>,
+    Names,
+    Seen<Vec<(String, SocketAddr, Seen<()>)>>,
+    Seen<usize>,
+    Seen<String>,
+);
+
+/// The agent, and Envoy by its supervisor.
+async fn daemons(outline: Option<&Outline>) -> Daemons {
+    let Some(outline) = outline else {
+        let nobody = || "there is no configuration".to_owned();
+        return (BTreeMap::new(), Names::default(), Err(nobody()), Err(nobody()), Err(nobody()));
+    };
+    let agent = Peer::Tcp(outline.api);
+    let envoy = Peer::Unix(match outline.by_systemd() {
+        true => outline.envoy.run_dir.join("status.sock"),
+        false => outline.admin_socket(),
+    });
+    let supervisor = async || match outline.by_systemd() {
+        true => get(&envoy, "/status").await,
+        false => Err("the agent starts Envoy".to_owned()),
+    };
+    let (status, (supervisor, server, all, unready, memory), warming, names) = tokio::join!(
+        get(&agent, "/status"),
+        async {
+            tokio::join!(
+                supervisor(),
+                get(&envoy, "/server_info"),
+                get(&envoy, "/clusters?format=json"),
+                get(&envoy, "/init_dump"),
+                get(&envoy, "/memory"),
+            )
+        },
+        warming(&envoy),
+        names(&agent, outline),
+    );
+    let pid = [(&supervisor, "/pid"), (&status, "/envoy/pid")]
+        .into_iter()
+        .find_map(|(answer, path)| answer.as_ref().ok()?.pointer(path)?.as_u64());
+    let process = |file: &str| match pid {
+        Some(pid) => Ok(PathBuf::from(format!("/proc/{pid}/{file}"))),
+        None => Err("it is not known which process Envoy is".to_owned()),
+    };
+    let open = process("fd").and_then(|dir| {
+        std::fs::read_dir(&dir)
+            .map(Iterator::count)
+            .map_err(|error| format!("could not read {}: {error}", dir.display()))
+    });
+    let limits = process("limits").and_then(|file| read(&file));
+    let dialed = match (&all, outline.capture.outbound.as_str()) {
+        (Ok(all), "off" | "vip") => Ok(dial(all).await),
+        (Ok(_), _) => Err("connections to real addresses are captured".to_owned()),
+        (Err(why), _) => Err(why.clone()),
+    };
+    let answers = [
+        (Socket::Agent, status),
+        (Socket::Supervisor, supervisor),
+        (Socket::Server, server),
+        (Socket::Clusters, all),
+        (Socket::Unready, unready),
+        (Socket::Memory, memory),
+        (Socket::Warming, warming),
+    ];
+    (answers.into(), names, dialed, open, limits)
+}
+
+/// Twice where something warms: what is gone a second later has come and gone as it should.
+async fn warming(envoy: &Peer) -> Seen<Value> {
+    let read = async || -> Seen<u64> {
+        let answer = get(envoy, "/stats?filter=warming&format=json").await?;
+        let stats = answer.get("stats").and_then(Value::as_array);
+        Ok(stats.into_iter().flatten().filter_map(|stat| stat.get("value")?.as_u64()).sum())
+    };
+    let first = read().await?;
+    if first == 0 {
+        return Ok(json!([0]));
+    }
+    sleep(Duration::from_secs(1)).await;
+    Ok(json!([first, read().await?]))
+}
+
+/// Some endpoints of each service, at once.
+async fn dial(all: &Value) -> Vec<(String, SocketAddr, Seen<()>)> {
+    let clusters = clusters(all);
+    // Subsets have the endpoints of their service.
+    let whole = clusters.iter().filter(|(name, _)| !name.contains('|'));
+    let endpoints = whole
+        .flat_map(|(name, all)| all.iter().filter_map(|endpoint| Some(((*name).to_owned(), endpoint.at?))));
+    let mut dials = JoinSet::new();
+    for (name, at) in endpoints.take(DIALED) {
+        dials.spawn(async move {
+            let result = match timeout(DIAL, TcpStream::connect(at)).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("no answer in {} ms", DIAL.as_millis())),
+            };
+            (name, at, result)
+        });
+    }
+    let mut dialed = dials.join_all().await;
+    dialed.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
+    dialed
+}
+
+async fn names(agent: &Peer, outline: &Outline) -> Names {
+    let (resolver, wired) = super::super::dns::wiring(Path::new("/"));
+    let mut names = Names { resolver: resolver.to_owned(), wired, ..Names::default() };
+    let Some(server) = outline.dns else { return names };
+    if let Ok(all) = get(agent, "/names").await {
+        names.all = serde_json::from_value(all).unwrap_or_default();
+    }
+    names.asked =
+        { names.all.iter() }.find(|(_, addresses)| !addresses.is_empty()).map(|(name, _)| name.clone());
+    let name = names.asked.clone().unwrap_or_else(|| format!("vmesh-doctor.{}", outline.suffix));
+    names.answered = Some(match timeout(BOUND, query(server, &name)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer in {} s", BOUND.as_secs_f32())),
+    });
+    names
+}
+
+/// Whether a server answers a question at all (RFC 1035, 4.1).
+async fn query(server: SocketAddr, name: &str) -> std::io::Result<()> {
+    let local: IpAddr = if server.is_ipv4() { [0u8; 4].into() } else { [0u8; 16].into() };
+    let socket = UdpSocket::bind((local, 0)).await?;
+    socket.connect(server).await?;
+    // Recursion is not asked for; one question, of type A and class IN.
+    let mut message = vec![0x76, 0x6d, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        message.push(u8::try_from(label.len()).unwrap_or(63));
+        message.extend(label.as_bytes());
+    }
+    message.extend([0, 0, 1, 0, 1]);
+    socket.send(&message).await?;
+    let mut answer = [0; 1500];
+    loop {
+        let length = socket.recv(&mut answer).await?;
+        if answer.get(..length).is_some_and(|answer| answer.len() >= 12 && answer.starts_with(&[0x76, 0x6d]))
+        {
+            return Ok(());
+        }
+    }
+}
+
+async fn capture(outline: Option<&Outline>) -> (Seen<Status>, Seen<String>) {
+    let Some(outline) = outline.filter(|outline| outline.captures()) else {
+        return (Err("nothing is to be captured".into()), Err("nothing is to be captured".into()));
+    };
+    let ask = async |ask: Ask| match timeout(BOUND, client::ask(&outline.capture.socket, &ask)).await {
+        Ok(Ok(Answer::Refused(why))) => Err(format!("vmesh-net refused: {why}")),
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(one_line(&error)),
+        Err(_) => Err(format!("vmesh-net has not answered in {} s", BOUND.as_secs_f32())),
+    };
+    let (status, plan) = tokio::join!(ask(Ask::Status), ask(Ask::Plan { want: None }));
+    let other = || "vmesh-net answered something else".to_owned();
+    let status = status.and_then(|answer| match answer {
+        Answer::Status(status) => Ok(*status),
+        _ => Err(other()),
+    });
+    let plan = plan.and_then(|answer| match answer {
+        Answer::Plan(plan) => Ok(plan),
+        _ => Err(other()),
+    });
+    (status, plan)
+}
+
+async fn control_planes(outline: Option<&Outline>) -> Vec<Reach> {
+    let mut reaches = JoinSet::new();
+    for (index, address) in outline.into_iter().flat_map(|outline| &outline.control_planes).enumerate() {
+        let address = address.clone();
+        reaches.spawn(async move { (index, reach(address).await) });
+    }
+    let mut reached = reaches.join_all().await;
+    reached.sort_by_key(|(index, _)| *index);
+    reached.into_iter().map(|(_, reach)| reach).collect()
+}
+
+async fn reach(address: String) -> Reach {
+    let slow = |what: &str| format!("{what} in {} s", BOUND.as_secs_f32());
+    let began = Instant::now();
+    let found = match timeout(BOUND, lookup_host(address.clone())).await {
+        Ok(Ok(found)) => Ok(found.collect::<Vec<_>>()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(slow("not found")),
+    };
+    let found = match found {
+        Ok(found) => found,
+        Err(why) => return Reach { address, resolved: Err(why), connected: Err("not tried".into()) },
+    };
+    let resolved = Ok(began.elapsed().as_millis());
+    let began = Instant::now();
+    let connected = match timeout(BOUND, TcpStream::connect(found.as_slice())).await {
+        Ok(Ok(_)) => Ok(began.elapsed().as_millis()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(slow("none")),
+    };
+    Reach { address, resolved, connected }
+}
+
+fn disks(outline: &Outline) -> Vec<Disk> {
+    let mut dirs = vec![outline.state_dir.clone(), outline.run_dir.clone()];
+    if outline.captures() {
+        dirs.push("/var/lib/vmesh-net".into());
+    }
+    let disk = |dir: &PathBuf| {
+        let stat = rustix::fs::statvfs(dir).ok()?;
+        Some(Disk {
+            path: dir.display().to_string(),
+            free: stat.f_bavail.saturating_mul(stat.f_frsize),
+            files_free: stat.f_ffree,
+            files: stat.f_files,
+            read_only: stat.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY),
+        })
+    };
+    dirs.iter().filter_map(disk).collect()
+}
+
+fn modes(outline: Option<&Outline>) -> BTreeMap<String, Seen<Option<Owned>>> {
+    let mut paths = vec![PathBuf::from("/usr/lib/vmesh/bypass")];
+    paths.extend(outline.map(Outline::admin_socket));
+    let mode = |path: &PathBuf| match std::fs::metadata(path) {
+        Ok(metadata) => {
+            Ok(Some(Owned { user: metadata.uid(), mode: metadata.permissions().mode() & 0o7777 }))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("could not look at {}: {error}", path.display())),
+    };
+    paths.iter().map(|path| (path.display().to_string(), mode(path))).collect()
+}

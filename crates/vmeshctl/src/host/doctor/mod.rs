@@ -1,0 +1,196 @@
+//! `vmeshctl doctor`: what is wrong with this host, what that means for those who use it, and what mends it.
+//!
+//! ```text
+//! gather (all I/O, 5 s in all) --> Facts --> one pure function for each check --> Report --> text or JSON
+//! ```
+//!
+//! It changes nothing and needs no control plane. What cannot be looked at is said to be so; what follows from something else
+//! that is wrong stands below that.
+
+mod capture;
+mod envoy;
+mod facts;
+mod gather;
+mod machine;
+mod mesh;
+mod network;
+mod report;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+
+use super::HostError;
+use facts::Facts;
+pub(crate) use report::Report;
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Look at these only: `D16,D36`.
+    #[arg(long, value_name = "CHECKS", value_delimiter = ',')]
+    only: Vec<String>,
+    /// The configuration of the agent.
+    #[arg(long, value_name = "FILE", default_value = "/etc/vmesh/agent.yaml", env = "VMESH_AGENT_CONFIG")]
+    config: PathBuf,
+}
+
+/// The report in words, in JSON, and whether something wants attention.
+pub(crate) async fn doctor(ask: &Doctor) -> Result<(String, serde_json::Value, bool), HostError> {
+    if let Some(unknown) = ask.only.iter().find(|only| !CHECKS.iter().any(|check| is(check, only))) {
+        let all: Vec<_> = CHECKS.iter().map(|check| check.id).collect();
+        return Err(HostError::Cannot(format!(
+            "there is no check `{unknown}`; there are {}",
+            all.join(", ")
+        )));
+    }
+    let began = Instant::now();
+    let facts = gather::facts(&ask.config).await;
+    let report = examine(&facts, &ask.only, began.elapsed());
+    Ok((report.text(), report.json(), report.wants_attention()))
+}
+
+fn is(check: &Check, name: &str) -> bool {
+    check.id.eq_ignore_ascii_case(name.trim())
+}
+
+/// What one check found: nothing, if all is well.
+type Verdict = Result<Vec<Finding>, Skip>;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Skip {
+    /// It could not be looked at, and why.
+    Unseen(String),
+    /// There is nothing of that kind on this host.
+    NoMatter,
+}
+
+impl From<String> for Skip {
+    fn from(why: String) -> Skip {
+        Skip::Unseen(why)
+    }
+}
+
+struct Check {
+    id: &'static str,
+    look: fn(&Facts) -> Verdict,
+}
+
+/// The names are those of `docs/doctor.md`, and stay.
+const CHECKS: &[Check] = &[
+    Check { id: "D1", look: machine::system },
+    Check { id: "D2", look: machine::units },
+    Check { id: "D3", look: machine::disks },
+    Check { id: "D4", look: machine::memory },
+    Check { id: "D5", look: envoy::open_files },
+    Check { id: "D6", look: machine::clock },
+    Check { id: "D7", look: machine::identity },
+    Check { id: "D9", look: mesh::control_planes },
+    Check { id: "D11", look: network::ports },
+    Check { id: "D12", look: network::conntrack },
+    Check { id: "D13", look: network::ephemeral_ports },
+    Check { id: "D14", look: network::routes },
+    Check { id: "D15", look: network::ipv6 },
+    Check { id: "D16", look: capture::rules },
+    Check { id: "D17", look: capture::foreign_rules },
+    Check { id: "D19", look: capture::loop_guard },
+    Check { id: "D20", look: capture::dead_man },
+    Check { id: "D21", look: capture::bypass },
+    Check { id: "D22", look: mesh::workloads },
+    Check { id: "D23", look: mesh::server_first },
+    Check { id: "D24", look: envoy::version },
+    Check { id: "D25", look: envoy::live },
+    Check { id: "D26", look: envoy::rejections },
+    Check { id: "D27", look: mesh::from_disk },
+    Check { id: "D28", look: envoy::warming },
+    Check { id: "D29", look: envoy::upstreams },
+    Check { id: "D30", look: envoy::size },
+    Check { id: "D36", look: mesh::names },
+    Check { id: "D37", look: mesh::registrations },
+    Check { id: "D38", look: mesh::age },
+    Check { id: "D39", look: mesh::endpoints },
+];
+
+/// What other findings may follow from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Root {
+    /// There is no sound configuration.
+    Config,
+    Agent,
+    Envoy,
+    Net,
+    Bypass,
+    ControlPlane,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    /// Something does not work.
+    Wrong,
+    /// Something will not, or works less well than it could.
+    Warning,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Fix {
+    /// One command, as root.
+    Run(String),
+    /// What no one command does.
+    Do(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Finding {
+    id: &'static str,
+    level: Level,
+    what: String,
+    effect: String,
+    fix: Fix,
+    is: Option<Root>,
+    follows: &'static [Root],
+}
+
+/// Something does not work.
+fn wrong(what: impl Into<String>, effect: impl Into<String>, fix: Fix) -> Finding {
+    let (what, effect) = (what.into(), effect.into());
+    Finding { id: "", level: Level::Wrong, what, effect, fix, is: None, follows: &[] }
+}
+
+fn warning(what: impl Into<String>, effect: impl Into<String>, fix: Fix) -> Finding {
+    Finding { level: Level::Warning, ..wrong(what, effect, fix) }
+}
+
+fn run(command: impl Into<String>) -> Fix {
+    Fix::Run(command.into())
+}
+
+fn by_hand(what: impl Into<String>) -> Fix {
+    Fix::Do(what.into())
+}
+
+impl Finding {
+    /// Others may follow from it.
+    fn is(self, root: Root) -> Finding {
+        Finding { is: Some(root), ..self }
+    }
+
+    /// It is shown below one of these, where there is one: the first counts most.
+    fn follows(self, roots: &'static [Root]) -> Finding {
+        Finding { follows: roots, ..self }
+    }
+}
+
+fn examine(facts: &Facts, only: &[String], took: std::time::Duration) -> Report {
+    let mut report = Report::new(facts, took);
+    for check in CHECKS {
+        if !only.is_empty() && !only.iter().any(|only| is(check, only)) {
+            continue;
+        }
+        match (check.look)(facts) {
+            Ok(findings) => report.looked(check.id, findings),
+            Err(Skip::Unseen(why)) => report.unseen(check.id, why),
+            Err(Skip::NoMatter) => {}
+        }
+    }
+    report
+}
