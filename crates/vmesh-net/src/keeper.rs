@@ -213,7 +213,9 @@ impl Keeper {
                     self.actual = None;
                     self.changed_by = Some((Instant::now(), change));
                     // The script sets its flag before it changes any rule, so that they are not mended behind its back.
-                    if self.see_bypass() || !self.wanted().0.is_off() {
+                    if self.see_bypass() {
+                        self.bring().await;
+                    } else if !self.wanted().0.is_off() {
                         match self.looked.is_some_and(|looked| looked.elapsed() < RESTS) {
                             true => self.look_soon = true,
                             false => self.mend().await,
