@@ -70,11 +70,20 @@ impl Daemon {
 
     /// Its resident memory now, in bytes.
     pub fn resident_bytes(&self) -> Result<u64> {
+        self.status_bytes("VmRSS:")
+    }
+
+    /// What of that is its own, and not pages of files: of programs that are not optimised these are mostly their text.
+    pub fn anonymous_bytes(&self) -> Result<u64> {
+        self.status_bytes("RssAnon:")
+    }
+
+    fn status_bytes(&self, field: &str) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid());
         let status = std::fs::read_to_string(&path).map_err(Failed::to(format!("could not read {path}")))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB"));
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix("kB"));
         let kib = line.and_then(|kib| kib.trim().parse::<u64>().ok());
-        Ok(1024 * kib.ok_or_else(|| Failed::new(format!("{path} has no VmRSS: {} has ended", self.name)))?)
+        Ok(1024 * kib.ok_or_else(|| Failed::new(format!("{path} has no {field} {} has ended", self.name)))?)
     }
 
     pub fn signal(&self, signal: Signal) -> Result<()> {

@@ -269,9 +269,11 @@ async fn a_thousand_services_fit_into_twenty_mebibytes() {
     let mut agent = Agent::start(&place, &[address]);
     agent.ready().await;
     agent.status("a saved configuration", |status| status["accepted"]["resources"]["cluster"] == 1001).await;
-    let resident = agent.daemon.resident_bytes().unwrap();
-    assert!(resident < 20 << 20, "{} KiB", resident >> 10);
+    // The optimised program has about 9 MiB of its files resident beside this; one that is not optimised twice as much.
+    let anonymous = agent.daemon.anonymous_bytes().unwrap();
+    assert!(anonymous < 8 << 20, "{} KiB", anonymous >> 10);
     if std::env::var_os("VMESH_ECHO").is_some() {
-        eprintln!("resident: {} KiB", resident >> 10);
+        let resident = agent.daemon.resident_bytes().unwrap();
+        eprintln!("anonymous: {} KiB, resident: {} KiB", anonymous >> 10, resident >> 10);
     }
 }
