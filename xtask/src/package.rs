@@ -74,6 +74,7 @@ const PACKAGES: &[Package] = &[
             ("packaging/vmesh-agent/agent.yaml", "usr/share/doc/vmesh-agent/examples/agent.yaml", 0o644),
             ("docs/hosts.md", "usr/share/doc/vmesh-agent/hosts.md", 0o644),
             ("docs/capture.md", "usr/share/doc/vmesh-agent/capture.md", 0o644),
+            ("docs/doctor.md", "usr/share/doc/vmesh-agent/doctor.md", 0o644),
             ("docs/configuration.md", "usr/share/doc/vmesh-agent/configuration.md", 0o644),
             ("docs/operations.md", "usr/share/doc/vmesh-agent/operations.md", 0o644),
             ("docs/vmeshctl.md", "usr/share/doc/vmesh-agent/vmeshctl.md", 0o644),
