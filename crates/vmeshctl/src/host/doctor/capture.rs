@@ -134,7 +134,8 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     let nft = facts.out(Question::Rules)?;
     let legacy = facts.out(Question::LegacyRules).unwrap_or_default();
-    let chains = legacy.lines().filter_map(|line| line.strip_prefix(':')?.split_whitespace().next());
+    // A chain without rules does nothing.
+    let chains = legacy.lines().filter_map(|line| line.strip_prefix("-A ")?.split_whitespace().next());
     let mut seen: BTreeSet<(String, &str, String)> = BTreeSet::new();
     let mesh =
         |chain: &str| MESHES.iter().find(|(prefix, _)| chain.starts_with(prefix)).map(|(_, mesh)| *mesh);
@@ -147,7 +148,7 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
         if chain.table == "inet vmesh" {
             continue;
         }
-        if let Some(mesh) = mesh(chain.name) {
+        if let Some(mesh) = mesh(chain.name).filter(|_| chain.has_rules()) {
             let delete = format!("nft flush chain {} {}", chain.table, chain.name);
             seen.insert((chain.name.to_owned(), mesh, delete));
         } else if chain.hooked_before(OURS) && chain.redirects() {
@@ -209,6 +210,11 @@ impl Chain<'_> {
         let hook = self.lines.iter().find(|line| line.starts_with("type nat hook output priority "));
         let words = hook.and_then(|hook| hook.split("priority ").nth(1)?.split(';').next());
         words.and_then(number_of).is_some_and(|own| own <= priority)
+    }
+
+    fn has_rules(&self) -> bool {
+        { self.lines.iter() }
+            .any(|line| !line.is_empty() && !line.starts_with('}') && !line.starts_with("type "))
     }
 
     fn redirects(&self) -> bool {

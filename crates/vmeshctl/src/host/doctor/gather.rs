@@ -187,7 +187,11 @@ async fn commands() -> BTreeMap<Question, Seen<Ran>> {
 }
 
 async fn get(peer: &Peer, path: &str) -> Seen<Value> {
-    let (status, body) = fetch(peer, Method::GET, path, BOUND).await.map_err(|error| one_line(&error))?;
+    let (status, body) = fetch(peer, Method::GET, path, BOUND).await.map_err(|error| {
+        // Whatever was asked: what could not be looked at for one reason is told once.
+        let why = one_line(&error);
+        format!("{peer}: {}", why.split_once("; because: ").map_or(why.as_str(), |(_, because)| because))
+    })?;
     if status != StatusCode::OK {
         let said = String::from_utf8_lossy(&body);
         return Err(format!("{peer}{path} answered {status}: {}", said.trim()));

@@ -15,6 +15,8 @@ mod machine;
 mod mesh;
 mod network;
 mod report;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::time::Instant;

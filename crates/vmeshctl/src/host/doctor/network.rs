@@ -163,11 +163,9 @@ pub(super) fn routes(facts: &Facts) -> Verdict {
         return Ok(Vec::new());
     }
     Ok(vec![wrong(
-        format!("the kernel has no route to virtual addresses (240.0.0.0/4): {}", last_line(&ran.err)),
+        format!("the kernel has no route to virtual addresses (240.0.0.0/5): {}", last_line(&ran.err)),
         "connections to names of the mesh fail at once: \"network is unreachable\"",
-        by_hand(
-            "give the host a default route, or one for 240.0.0.0/4 by the interface of its other traffic",
-        ),
+        run("ip route add 240.0.0.0/5 dev lo"),
     )])
 }
 

@@ -1,0 +1,150 @@
+//! `vmeshctl doctor` on a booted host: green while it is well; what is broken is found, and what is said to mend it does.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use vmesh_testkit::app::HttpApp;
+use vmesh_testkit::hosts::Host;
+use vmesh_testkit::{Failed, Result, wait_for};
+use vmesh_tests::BOUND;
+use vmesh_tests::hosts::Vms;
+
+/// The exit code, the text and the problems of the JSON.
+fn doctor(host: &Host) -> Result<(Option<i32>, String, Vec<Value>)> {
+    let text = host.output(&["vmeshctl", "doctor"])?;
+    let json = host.output(&["vmeshctl", "doctor", "--json"])?;
+    let said = String::from_utf8_lossy(&json.stdout).into_owned();
+    let json: Value = serde_json::from_str(&said).map_err(Failed::to(format!("doctor said `{said}`")))?;
+    let problems = json.get("problems").and_then(Value::as_array).cloned().unwrap_or_default();
+    Ok((text.status.code(), String::from_utf8_lossy(&text.stdout).into_owned(), problems))
+}
+
+async fn is_well(host: &Host) -> Result<String> {
+    wait_for("the host to be well", 2 * BOUND, async || match doctor(host) {
+        Ok((Some(0), text, problems)) if problems.is_empty() => Ok(text),
+        Ok((_, text, _)) => Err(text),
+        Err(failed) => Err(failed.to_string()),
+    })
+    .await
+}
+
+/// Waits for a finding of `check` with these words, and gives its fix if that is a command.
+async fn finds(host: &Host, check: &str, what: &str, effect: &str) -> Result<Option<String>> {
+    let found = wait_for(format!("{check} to say `{what}`"), 2 * BOUND, async || {
+        let (code, text, problems) = doctor(host).map_err(|failed| failed.to_string())?;
+        let word = |problem: &Value, name: &str| {
+            problem.get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
+        };
+        let is_it = |problem: &&Value| {
+            word(problem, "check") == check
+                && word(problem, "what").contains(what)
+                && word(problem, "effect").contains(effect)
+        };
+        let found = problems.iter().find(is_it).ok_or_else(|| text.clone())?;
+        let line = format!(" {check} ");
+        if code != Some(3) || !text.lines().any(|one| one.contains(&line) && one.contains("| fix: ")) {
+            return Err(format!("exit code {code:?}: {text}"));
+        }
+        eprintln!("{text}");
+        Ok(found.pointer("/fix/run").and_then(Value::as_str).map(str::to_owned))
+    })
+    .await?;
+    Ok(found)
+}
+
+/// What is broken is found, and the command that is printed mends it.
+async fn breaks_and_mends(host: &Host, breaks: &str, check: &str, what: &str, effect: &str) -> Result<()> {
+    eprintln!("-- {breaks}");
+    host.sh(breaks)?;
+    let fix = finds(host, check, what, effect).await?;
+    let fix = fix.ok_or_else(|| Failed::new(format!("{check} prints no one command for `{breaks}`")))?;
+    host.sh(&fix)?;
+    is_well(host).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Result<()> {
+    let vms = Vms::new().await?;
+    let server = vms.fleet.switch().host()?;
+    let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 80)))??;
+    vms.service("orders", "http", &[orders.address()])?;
+    let more = "upstreams: [orders]\nworkloads: [{service: web, port: 8080, protocol: http, host: 127.0.0.1}]\n\
+                capture: {outbound: transparent, inbound: transparent, dead_man: {timeout: 5s}}\n";
+    let vm = vms.node("web", more).await?;
+    let host = &vm.host;
+    let serve = "systemd-run --unit web-app python3 -m http.server 8080 --bind 127.0.0.1";
+    host.sh(serve)?;
+    host.exec(&["vmeshctl", "dns", "enable"])?;
+
+    let text = is_well(host).await?;
+    eprintln!("{text}");
+    assert!(text.contains(", 0 problems, ") && text.contains("node web (agent 0.1.0, envoy 1."), "{text}");
+    assert!(text.lines().count() <= 24, "more than a screen:\n{text}");
+    let said = host.exec(&["vmeshctl", "doctor", "--only", "D16,d36"])?;
+    assert!(said.starts_with("2 checks, 0 problems, "), "{said}");
+    let unknown = host.output(&["vmeshctl", "doctor", "--only", "D99"])?;
+    assert_eq!(unknown.status.code(), Some(1));
+    // Somebody who is neither root nor in the group sees what he may, and is told what he may not.
+    let stranger = host.sh("runuser -u nobody -- vmeshctl doctor || [ $? = 3 ]")?;
+    assert!(stranger.contains("not looked at: ") && stranger.contains("only root may"), "{stranger}");
+    eprintln!("{stranger}");
+
+    let stopped = "vmesh-agent.service is inactive";
+    breaks_and_mends(host, "systemctl stop vmesh-agent", "D2", stopped, "no change reaches it").await?;
+    let stopped = "vmesh-envoy.service is inactive";
+    breaks_and_mends(host, "systemctl stop vmesh-envoy", "D2", stopped, "through the mesh").await?;
+    let stopped = "vmesh-net.service is inactive";
+    breaks_and_mends(host, "systemctl stop vmesh-net", "D2", stopped, "rules of capture").await?;
+    // Its watchdog would end it after half a minute; until then only its rules are gone.
+    let hung = "systemctl kill --kill-who=main -s STOP vmesh-net; nft delete table inet vmesh";
+    breaks_and_mends(host, hung, "D16", "the rules of capture are not there", "go past Envoy").await?;
+    let bypassed = "out of the mesh, by its bypass";
+    breaks_and_mends(host, "vmeshctl bypass on", "D16", bypassed, "go past Envoy").await?;
+    let writable = "may be written by others than root";
+    breaks_and_mends(host, "chmod 777 /usr/lib/vmesh/bypass", "D21", writable, "is root").await?;
+    let unwired = "is not told to ask the agent";
+    breaks_and_mends(host, "vmeshctl dns disable", "D36", unwired, "do not find them").await?;
+    let foreign = "nft 'add table ip nat; add chain ip nat ISTIO_OUTPUT; add rule ip nat ISTIO_OUTPUT tcp dport 9 redirect to :15001'";
+    breaks_and_mends(host, foreign, "D17", "Istio's chain ISTIO_OUTPUT", "two meshes").await?;
+    host.sh("nft delete table ip nat")?;
+    breaks_and_mends(
+        host,
+        "systemctl disable vmesh.target",
+        "D2",
+        "vmesh.target is not enabled",
+        "next boot",
+    )
+    .await?;
+    let open = "chmod 666 /run/vmesh-envoy/admin.sock";
+    breaks_and_mends(host, open, "D25", "may be used by others", "can end Envoy").await?;
+
+    // What no one command mends.
+    host.systemctl(&["stop", "web-app"])?;
+    finds(host, "D22", "nobody listens on 127.0.0.1:8080", "are refused").await?;
+    host.sh(serve)?;
+    is_well(host).await?;
+    vms.control.systemctl(&["stop", "vmesh-control"])?;
+    finds(host, "D9", "cannot be reached", "no change arrives").await?;
+    vms.control.systemctl(&["start", "vmesh-control"])?;
+    is_well(host).await?;
+    let yaml = host.read("/etc/vmesh/agent.yaml")?;
+    host.write("/etc/vmesh/agent.yaml", format!("{yaml}surprise: 1\n"))?;
+    finds(host, "D2", "unknown field `surprise`", "does not start again").await?;
+    host.sh("rm /etc/vmesh/agent.yaml")?;
+    finds(host, "D2", "this host is not configured", "nothing of vmesh runs").await?;
+    let (_, text, problems) = doctor(host)?;
+    assert_eq!(problems.len(), 1, "{text}");
+    host.write("/etc/vmesh/agent.yaml", yaml)?;
+    is_well(host).await?;
+
+    // All at once, by the worst of them: within its time, and one cause on top.
+    host.sh("systemctl kill --kill-who=main -s STOP vmesh-agent vmesh-envoy vmesh-net")?;
+    let began = std::time::Instant::now();
+    let text = host.output(&["vmeshctl", "doctor"])?;
+    let took = began.elapsed();
+    eprintln!("{took:?}: {}", String::from_utf8_lossy(&text.stdout));
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert_eq!(text.status.code(), Some(3));
+    host.sh("systemctl kill --kill-who=main -s CONT vmesh-agent vmesh-envoy vmesh-net")?;
+    is_well(host).await.map(drop)
+}
