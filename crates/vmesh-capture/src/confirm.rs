@@ -51,6 +51,7 @@ pub enum Reverted {
 pub struct Commit {
     state: State,
     until: Option<Instant>,
+    patience: Duration,
     bypassed: bool,
     nothing: Spec,
 }
@@ -59,7 +60,7 @@ impl Commit {
     /// Begins with what the disk has. A trial that is on it is over: whoever began it cannot confirm it.
     pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Reverted>) {
         let reverted = state.trial.take().map(|_| Reverted::Restarted);
-        (Commit { state, until: None, bypassed, nothing: Spec::default() }, reverted)
+        (Commit { state, until: None, patience: Duration::ZERO, bypassed, nothing: Spec::default() }, reverted)
     }
 
     /// Wants `spec`, to be confirmed within `patience`. A trial that is under way is replaced, and what it was to replace is
@@ -79,13 +80,17 @@ impl Commit {
         let same_trial = self.state.trial.as_ref().is_some_and(|trial| is_routine(trial, &spec));
         if !same_trial {
             self.until = now.checked_add(patience);
+            self.patience = patience;
         }
         self.state.trial = Some(spec);
         if same_trial { Proposed::Routine } else { Proposed::Trial }
     }
 
-    /// The host works with what is on trial. False if nothing is.
+    /// The host works with what is on trial. False if nothing is, or if it is bypassed: what is not on the host shows nothing.
     pub fn confirm(&mut self) -> bool {
+        if self.bypassed {
+            return false;
+        }
         self.until = None;
         let Some(spec) = self.state.trial.take() else { return false };
         self.state.confirmed = spec;
@@ -98,8 +103,12 @@ impl Commit {
         self.state.trial.take().is_some()
     }
 
-    /// To be called at [`Commit::until`] or later.
+    /// To be called at [`Commit::until`] or later, and now and then before. A trial that is bypassed begins again once it is not:
+    /// else what an operator mends meanwhile would be taken back untried.
     pub fn tick(&mut self, now: Instant) -> Option<Reverted> {
+        if self.bypassed && self.until.is_some() {
+            self.until = now.checked_add(self.patience);
+        }
         let over = self.until.is_some_and(|until| until <= now);
         (over && self.revert()).then_some(Reverted::Unconfirmed)
     }
@@ -284,6 +293,19 @@ mod tests {
         assert_eq!(commit.wanted().0, &Spec::default());
         commit.set_bypassed(false);
         assert_eq!(commit.wanted(), (&spec("81"), Stage::Trial));
+    }
+
+    #[test]
+    fn a_trial_that_is_bypassed_is_neither_confirmed_nor_taken_back() {
+        let now = Instant::now();
+        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, true);
+        commit.propose(spec("81"), now, MINUTE);
+        assert!(!commit.confirm(), "it was never on the host");
+        assert_eq!(commit.tick(now + 2 * MINUTE), None);
+        commit.set_bypassed(false);
+        assert_eq!(commit.wanted(), (&spec("81"), Stage::Trial));
+        assert_eq!(commit.tick(now + 2 * MINUTE + MINUTE / 2), None);
+        assert_eq!(commit.tick(now + 3 * MINUTE), Some(Reverted::Unconfirmed));
     }
 
     #[test]

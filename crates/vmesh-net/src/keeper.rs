@@ -475,6 +475,11 @@ impl Keeper {
         if trial != self.trial || self.commit.until().is_none() {
             return Err("nothing of that number is on trial".to_owned());
         }
+        if self.bypassed {
+            return Err(
+                "the host is out of the mesh by its bypass: what is not on the host shows nothing".to_owned()
+            );
+        }
         let (spec, _) = self.wanted();
         let looks = looks(&spec);
         for (wanted, port) in [(looks.outbound, OUTBOUND_PORT), (looks.inbound, INBOUND_PORT)] {

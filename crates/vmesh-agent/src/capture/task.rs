@@ -170,6 +170,8 @@ impl Speaker {
     /// Looks after a trial, if there is one.
     async fn attend(&mut self, client: &mut Client) -> Result<(), ClientError> {
         let net = self.status.borrow().net.clone();
+        // While it is bypassed, nothing of it is on the host.
+        let net = net.filter(|net| net.state != protocol::State::Bypassed);
         let Some(trial) = net.and_then(|net| net.trial) else {
             self.on_trial = None;
             return Ok(());

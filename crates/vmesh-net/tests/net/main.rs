@@ -188,6 +188,27 @@ async fn the_bypass_outlasts_a_restart_and_is_lifted() {
 }
 
 #[tokio::test]
+async fn what_is_proposed_while_bypassed_is_not_confirmed_and_is_tried_once_the_bypass_is_lifted() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    let flag = vm.state_dir().join("bypass");
+    std::fs::write(&flag, "").unwrap();
+    vm.until("the bypass to be seen", |status| status.state == State::Bypassed).await;
+    agent.want.confirm_within = 5;
+    let trial = status(agent.want().await).trial.unwrap();
+    let refused = agent.confirm(trial).await;
+    assert!(matches!(&refused, Answer::Refused(why) if why.contains("bypass")), "{refused:?}");
+    // Longer than a trial may take.
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    let still = vm.status().await;
+    assert_eq!((still.trial, still.reverted), (Some(trial), None), "it was never tried");
+    std::fs::remove_file(&flag).unwrap();
+    agent.well_until("the trial to begin", |status| status.state == State::Trial).await;
+    assert_eq!(status(agent.confirm(trial).await).state, State::Confirmed);
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
+
+#[tokio::test]
 async fn an_upgrade_in_place_takes_no_rule_away_and_cuts_no_connection() {
     let vm = Vm::new(Rules::Nft).await;
     let mut agent = Agent::new(&vm, OPEN).await;
