@@ -60,7 +60,10 @@ impl Commit {
     /// Begins with what the disk has. A trial that is on it is over: whoever began it cannot confirm it.
     pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Reverted>) {
         let reverted = state.trial.take().map(|_| Reverted::Restarted);
-        (Commit { state, until: None, patience: Duration::ZERO, bypassed, nothing: Spec::default() }, reverted)
+        (
+            Commit { state, until: None, patience: Duration::ZERO, bypassed, nothing: Spec::default() },
+            reverted,
+        )
     }
 
     /// Wants `spec`, to be confirmed within `patience`. A trial that is under way is replaced, and what it was to replace is
