@@ -22,8 +22,10 @@ use vmesh_net::protocol::{Answer, Ask, Status};
 use super::envoy::clusters;
 use super::facts::{Config, Disk, Facts, Names, Outline, Owned, Question, Ran, Reach, Seen, Socket};
 
-/// For one look.
+/// For a command. One comes before all the rest.
 const BOUND: Duration = Duration::from_millis(1500);
+/// For an answer. At most three are waited for one after the other, by what warms.
+const ANSWERS: Duration = Duration::from_secs(1);
 /// For a connection that is to be had at once.
 const DIAL: Duration = Duration::from_millis(500);
 /// Endpoints that are dialed at most.
@@ -63,11 +65,15 @@ pub(super) async fn facts(config: &Path) -> Facts {
         Config::Read(outline) => Some(outline.as_ref()),
         _ => None,
     };
-    let (mut commands, (answers, names, dialed, envoy_files, limits), (net, plan), control_planes) =
-        tokio::join!(commands(), daemons(outline), capture(outline), control_planes(outline));
+    let (
+        mut commands,
+        (answers, (names, resolved), dialed, envoy_files, limits),
+        (net, plan),
+        control_planes,
+    ) = tokio::join!(commands(), daemons(outline), capture(outline), control_planes(outline));
     commands.insert(Question::Version, version);
-    if let Some(name) = &names.asked {
-        commands.insert(Question::Resolve, command("getent", &["ahosts", name]).await);
+    if let Some(resolved) = resolved {
+        commands.insert(Question::Resolve, resolved);
     }
     let mut files: BTreeMap<String, Seen<String>> =
         FILES.iter().map(|path| ((*path).to_owned(), read(Path::new(path)))).collect();
@@ -187,7 +193,7 @@ async fn commands() -> BTreeMap<Question, Seen<Ran>> {
 }
 
 async fn get(peer: &Peer, path: &str) -> Seen<Value> {
-    let (status, body) = fetch(peer, Method::GET, path, BOUND).await.map_err(|error| {
+    let (status, body) = fetch(peer, Method::GET, path, ANSWERS).await.map_err(|error| {
         // Whatever was asked: what could not be looked at for one reason is told once.
         let why = one_line(&error);
         format!("{peer}: {}", why.split_once("; because: ").map_or(why.as_str(), |(_, because)| because))
@@ -201,7 +207,7 @@ async fn get(peer: &Peer, path: &str) -> Seen<Value> {
 
 type Daemons = (
     BTreeMap<Socket, Seen<Value>>,
-    Names,
+    (Names, Option<Seen<Ran>>),
     Seen<Vec<(String, SocketAddr, Seen<()>)>>,
     Seen<usize>,
     Seen<String>,
@@ -211,7 +217,7 @@ type Daemons = (
 async fn daemons(outline: Option<&Outline>) -> Daemons {
     let Some(outline) = outline else {
         let nobody = || "there is no configuration".to_owned();
-        return (BTreeMap::new(), Names::default(), Err(nobody()), Err(nobody()), Err(nobody()));
+        return (BTreeMap::new(), (Names::default(), None), Err(nobody()), Err(nobody()), Err(nobody()));
     };
     let agent = Peer::Tcp(outline.api);
     let envoy = Peer::Unix(match outline.by_systemd() {
@@ -304,22 +310,29 @@ async fn dial(all: &Value) -> Vec<(String, SocketAddr, Seen<()>)> {
     dialed
 }
 
-async fn names(agent: &Peer, outline: &Outline) -> Names {
+/// With what the host's resolver says of one of them.
+async fn names(agent: &Peer, outline: &Outline) -> (Names, Option<Seen<Ran>>) {
     let (resolver, wired) = super::super::dns::wiring(Path::new("/"));
     let mut names = Names { resolver: resolver.to_owned(), wired, ..Names::default() };
-    let Some(server) = outline.dns else { return names };
+    let Some(server) = outline.dns else { return (names, None) };
     if let Ok(all) = get(agent, "/names").await {
         names.all = serde_json::from_value(all).unwrap_or_default();
     }
-    names.asked =
-        { names.all.iter() }.find(|(_, addresses)| !addresses.is_empty()).map(|(name, _)| name.clone());
+    let with_address = { names.all.iter() }.find(|(_, addresses)| !addresses.is_empty());
+    names.asked = with_address.map(|(name, _)| name.clone());
     let name = names.asked.clone().unwrap_or_else(|| format!("vmesh-doctor.{}", outline.suffix));
-    names.answered = Some(match timeout(BOUND, query(server, &name)).await {
+    let (answered, resolved) = tokio::join!(timeout(ANSWERS, query(server, &name)), async {
+        match &names.asked {
+            Some(name) => Some(command("getent", &["ahosts", name]).await),
+            None => None,
+        }
+    });
+    names.answered = Some(match answered {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer in {} s", BOUND.as_secs_f32())),
+        Err(_) => Err(format!("no answer in {} s", ANSWERS.as_secs())),
     });
-    names
+    (names, resolved)
 }
 
 /// Whether a server answers a question at all (RFC 1035, 4.1).
@@ -349,11 +362,11 @@ async fn capture(outline: Option<&Outline>) -> (Seen<Status>, Seen<String>) {
     let Some(outline) = outline.filter(|outline| outline.captures()) else {
         return (Err("nothing is to be captured".into()), Err("nothing is to be captured".into()));
     };
-    let ask = async |ask: Ask| match timeout(BOUND, client::ask(&outline.capture.socket, &ask)).await {
+    let ask = async |ask: Ask| match timeout(ANSWERS, client::ask(&outline.capture.socket, &ask)).await {
         Ok(Ok(Answer::Refused(why))) => Err(format!("vmesh-net refused: {why}")),
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => Err(one_line(&error)),
-        Err(_) => Err(format!("vmesh-net has not answered in {} s", BOUND.as_secs_f32())),
+        Err(_) => Err(format!("vmesh-net has not answered in {} s", ANSWERS.as_secs())),
     };
     let (status, plan) = tokio::join!(ask(Ask::Status), ask(Ask::Plan { want: None }));
     let other = || "vmesh-net answered something else".to_owned();

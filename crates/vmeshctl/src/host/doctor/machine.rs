@@ -186,7 +186,8 @@ fn uptime(facts: &Facts) -> Option<u64> {
     facts.file("/proc/uptime").ok()?.split('.').next()?.parse().ok()
 }
 
-const LITTLE_SPACE: u64 = 64 << 20;
+/// A /run of a small host has some 50 MiB in all.
+const LITTLE_SPACE: u64 = 16 << 20;
 const FEW_FILES: u64 = 256;
 
 /// D3: room, inodes and the mount of the directories that are written.
@@ -300,7 +301,7 @@ pub(super) fn identity(facts: &Facts) -> Verdict {
         if common.contains(&node.split('.').next().unwrap_or(node)) {
             found.push(wrong(
                 format!("the node is called `{node}`, as other hosts may be (this host: `{host}`)"),
-                "two nodes of one name are one to the control plane: it refuses the second",
+                "two nodes of one name are one to the control plane: what it shows and says of them is mixed up",
                 by_hand("give the host a name of its own (`hostnamectl hostname NAME`), or set `node.name`"),
             ));
         }

@@ -355,7 +355,7 @@ fn the_machine() {
         &[&|facts| file(facts, "/etc/machine-id", "\n"), &|facts| outline(facts).node = "localhost".into()],
         expect![[r#"
             ! D7 /etc/machine-id is ``, which is none | hosts made of one image are not told apart, in the journal and by DHCP | fix: rm -f /etc/machine-id; systemd-machine-id-setup
-            x D7 the node is called `localhost`, as other hosts may be (this host: `web-17`) | two nodes of one name are one to the control plane: it refuses the second | fix: give the host a name of its own (`hostnamectl hostname NAME`), or set `node.name`
+            x D7 the node is called `localhost`, as other hosts may be (this host: `web-17`) | two nodes of one name are one to the control plane: what it shows and says of them is mixed up | fix: give the host a name of its own (`hostnamectl hostname NAME`), or set `node.name`
         "#]],
     );
 }
@@ -380,7 +380,7 @@ fn the_network() {
             x D9 control plane 10.0.0.5:15010 cannot be reached: its name is not found: Name or service not known | Envoy goes on with the last configuration; no change arrives | fix: on 10.0.0.5: `systemctl status vmesh-control`; from here: `curl -v telnet://10.0.0.5:15010`
             ! D9 control plane 10.0.0.5:15010 is slow: it takes 0 ms for its name and 900 ms for a connection | changes arrive later | fix: `ping 10.0.0.5`; look at the network, or at that control plane's load
             ! D9 control plane 10.0.0.6:15010 cannot be reached: no TCP connection: none in 1.5 s | the others serve this node; there is less to fall back to | fix: on 10.0.0.6: `systemctl status vmesh-control`
-            x D9 a control plane can be reached, and the agent uses none: it has not said why | Envoy goes on with the last configuration; no change arrives | fix: `journalctl -u vmesh-agent -n 50`; a second host with this `node.name` is refused as well
+            x D9 a control plane can be reached, and the agent uses none: it has not said why | Envoy goes on with the last configuration; no change arrives | fix: `journalctl -u vmesh-agent -n 50` says what it is told there
         "#]],
     );
     check(
