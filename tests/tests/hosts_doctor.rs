@@ -118,6 +118,13 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     let open = "chmod 666 /run/vmesh-envoy/admin.sock";
     breaks_and_mends(host, open, "D25", "may be used by others", "can end Envoy").await?;
 
+    // A network without a way out: the route that is printed is enough for the kernel to redirect.
+    let lost = "no route to virtual addresses";
+    let apart = "ip -4 route del default";
+    breaks_and_mends(host, apart, "D14", lost, "network is unreachable").await?;
+    let said = host.sh("curl -4 -sS --max-time 5 http://orders.mesh/")?;
+    assert!(said.contains("x-request-id"), "{said}");
+
     // What no one command mends.
     host.systemctl(&["stop", "web-app"])?;
     finds(host, "D22", "nobody listens on 127.0.0.1:8080", "are refused").await?;
