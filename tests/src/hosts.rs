@@ -164,6 +164,29 @@ impl Vm {
         ruleset(&self.host)
     }
 
+    /// Where a request of the application on this host to a real address went: through Envoy, or not.
+    pub fn goes_through_envoy(&self, to: SocketAddr) -> Result<bool> {
+        let said = self.host.exec(&["curl", "-sS", "--max-time", "10", &format!("http://{to}/")])?;
+        Ok(said.contains("x-request-id"))
+    }
+
+    /// Waits until such requests go through Envoy, and that is confirmed.
+    pub async fn captured(&self, to: SocketAddr) -> Result<()> {
+        wait_for("connections to be captured", 2 * BOUND, async || match self.goes_through_envoy(to) {
+            Ok(true) => match self.host.sh("vmeshctl capture --json || :") {
+                Ok(said) if said.contains("\"state\": \"confirmed\"") => Ok(()),
+                Ok(said) => Err(said),
+                Err(failed) => Err(failed.to_string()),
+            },
+            Ok(false) => {
+                let journal = self.host.journal("vmesh-net").unwrap_or_default();
+                Err(format!("they go past Envoy; {journal}"))
+            }
+            Err(failed) => Err(failed.to_string()),
+        })
+        .await
+    }
+
     /// Waits until another Envoy than this one serves.
     pub async fn wait_other_envoy(&self, than: Option<u64>) -> Result<Option<u64>> {
         wait_for(format!("another Envoy than {than:?}"), 2 * BOUND, async || match self.envoy() {

@@ -8,7 +8,6 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -172,7 +171,6 @@ impl Vm {
     }
 
     pub fn start_net(&mut self) -> Result<()> {
-        let path = std::env::var("PATH").unwrap_or_default();
         let mut command = self.host.command(binary("vmesh-net")?);
         let backend = match self.backend {
             Rules::Nft => "nft",
@@ -191,7 +189,7 @@ impl Vm {
             .arg(self.dir.join("net/net.sock"))
             .arg("--state-dir")
             .arg(self.dir.join("net/state"))
-            .env("PATH", format!("{}:{path}", self.tools.dir.display()));
+            .env("PATH", self.tools.path());
         self.net = Some(Daemon::spawn(format!("vmesh-net of {}", self.name), command)?);
         Ok(())
     }
@@ -249,9 +247,8 @@ impl Vm {
 
     /// A program of vmesh's on this host, as root: what it printed, and its exit code.
     pub fn program(&self, name: &str, arguments: &[&str]) -> Result<(String, i32)> {
-        let path = std::env::var("PATH").unwrap_or_default();
         let mut command = self.host.command(binary(name)?);
-        command.args(arguments).env("PATH", format!("{}:{path}", self.tools.dir.display()));
+        command.args(arguments).env("PATH", self.tools.path());
         let output = command.env("VMESH_NET", self.socket()).output();
         let output = output.map_err(Failed::to(format!("could not run {name}")))?;
         let text = [output.stdout, output.stderr].concat();
@@ -291,32 +288,14 @@ impl Vm {
         Ok(addresses.iter().filter_map(|address| address.as_str()?.parse().ok()).collect())
     }
 
-    /// What every firewall tool shows, but for counters, times and handles.
+    /// What every tool for firewalls shows, but for counters and times.
     pub fn ruleset(&self) -> Result<String> {
-        ruleset(&self.tools)
+        self.tools.ruleset()
     }
 
     /// What an application on this host gets for `GET path`.
     pub fn get(&self, to: &str, path: &str) -> Result<String> {
         self.host.within_as(APP, || get(to, path))?
-    }
-}
-
-/// What every firewall tool shows, but for counters and times.
-pub fn ruleset(tools: &Tools) -> Result<String> {
-    let mut text = printed(Command::new(&tools.nft).args(["-s", "list", "ruleset"]))?;
-    for save in [&tools.iptables_save, &tools.ip6tables_save] {
-        text += &printed(&mut Command::new(save))?;
-    }
-    let kept = text.lines().filter(|line| !line.starts_with('#'));
-    Ok(kept.map(|line| line.split(" [").next().unwrap_or_default()).collect::<Vec<_>>().join("\n"))
-}
-
-fn printed(command: &mut Command) -> Result<String> {
-    let output = command.output().map_err(Failed::to(format!("could not run {command:?}")))?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        false => Err(Failed::new(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)))),
     }
 }
 

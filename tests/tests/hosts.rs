@@ -213,23 +213,6 @@ fn is_confined(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// Where a request of the application on this host to the real address of `orders` went: through Envoy, or not.
-fn goes_through_envoy(vm: &Vm, to: SocketAddr) -> Result<bool> {
-    let said = vm.host.exec(&["curl", "-sS", "--max-time", "10", &format!("http://{to}/")])?;
-    Ok(said.contains("x-request-id"))
-}
-
-/// Waits until connections are captured, and not on trial any more.
-async fn captured(vm: &Vm, to: SocketAddr) -> Result<()> {
-    let asked = || vm.host.sh("echo '{\"ask\": \"status\"}' | nc -N -U /run/vmesh-net/net.sock");
-    wait_for("connections to be captured", 2 * BOUND, async || match (goes_through_envoy(vm, to), asked()) {
-        (Ok(true), Ok(status)) if status.contains("\"state\":\"confirmed\"") => Ok(()),
-        (Ok(through), Ok(status)) => Err(format!("through Envoy: {through}; {status}")),
-        (Err(failed), _) | (_, Err(failed)) => Err(failed.to_string()),
-    })
-    .await
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_a_failed_request()
 -> Result<()> {
@@ -251,7 +234,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     host.install(&[&vms.packages.agent])?;
     let vm = Vm { host };
     vm.wait_up()?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
     eprintln!("{:5.1} s: captured", began.elapsed().as_secs_f64());
 
     let under_load = async |what: &str, work: &dyn Fn() -> Result<()>| -> Result<()> {
@@ -267,20 +250,20 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     let systemctl = |words: &[&str]| vm.host.systemctl(words).map(drop);
 
     under_load("Envoy is reloaded", &|| systemctl(&["reload", "vmesh-envoy"])).await?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
 
     // Stopped by hand, Envoy is not left before nobody is sent to it any more.
     under_load("Envoy is stopped", &|| systemctl(&["stop", "vmesh-envoy"])).await?;
     assert_eq!(vm.host.show("vmesh-net", "ActiveState")?, "inactive");
     assert_eq!(vm.envoys()?, 0);
     assert_eq!(vm.ruleset()?, before);
-    assert!(!goes_through_envoy(&vm, to)?);
+    assert!(!vm.goes_through_envoy(to)?);
     under_load("Envoy is started", &|| systemctl(&["start", "vmesh-envoy"])).await?;
     vm.wait_up()?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
     under_load("Envoy is restarted", &|| systemctl(&["restart", "vmesh-envoy"])).await?;
     vm.wait_up()?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
 
     // A supervisor that crashes changes neither Envoy nor the rules.
     let (net, rules, envoy) = (vm.host.main_pid("vmesh-net")?, vm.ruleset()?, vm.envoy()?);
@@ -298,11 +281,11 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     .await?;
     vm.wait_up()?;
     under_load("what keeps the rules is restarted", &|| systemctl(&["restart", "vmesh-net"])).await?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
 
     let next = Packages::make("0.1.1")?;
     under_load("the package is upgraded", &|| vm.host.install(&[&next.agent]).map(drop)).await?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
 
     // A reboot, with nothing else of the mesh there.
     vms.control.power_cut();
@@ -311,7 +294,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
         "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
     )?;
     vm.wait_up()?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
     eprintln!("{:5.1} s: captured after a reboot", began.elapsed().as_secs_f64());
 
     under_load("all is stopped", &|| {
@@ -325,7 +308,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     assert_eq!(vm.host.show("vmesh.slice", "ActiveState")?, "active");
     systemctl(&["start", "vmesh.target"])?;
     vm.wait_up()?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
     under_load("the package is removed", &|| vm.host.remove("remove", &["vmesh-agent"]).map(drop)).await?;
     assert_eq!(vm.ruleset()?, before);
     Ok(())
@@ -344,7 +327,7 @@ async fn the_packages_work_on_the_next_release_of_debian_too() -> Result<()> {
     host.install(&[&vms.packages.agent])?;
     let vm = Vm { host };
     vm.wait_up()?;
-    captured(&vm, orders.address()).await?;
+    vm.captured(orders.address()).await?;
     is_confined(&vm)?;
     vm.host.remove("purge", &["vmesh-agent"])?;
     assert_eq!(vm.ruleset()?, before);
@@ -360,7 +343,7 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     vms.service("orders", "http", &[to])?;
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
     let host = &vm.host;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
     let drop_in = |unit: &str, text: &str| {
         let dir = format!("/run/systemd/system/{unit}.d");
         match text {
@@ -375,12 +358,12 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     host.systemctl(&["stop", "vmesh-net"])?;
     assert_eq!(host.show("vmesh-net", "Result")?, "timeout");
     assert!(!vm.ruleset()?.contains("vmesh"), "{}", host.journal("vmesh-net")?);
-    assert!(!goes_through_envoy(&vm, to)?);
+    assert!(!vm.goes_through_envoy(to)?);
     assert!(!host.path("/var/lib/vmesh-net/bypass").exists(), "the operator's flag is the operator's");
     drop_in("vmesh-net.service", "")?;
     host.systemctl(&["reset-failed", "vmesh-net"])?;
     host.systemctl(&["start", "vmesh-net"])?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
 
     // It cannot be started any more.
     let broken = "[Unit]\nStartLimitBurst=2\n[Service]\nExecStart=\nExecStart=/bin/false\nRestartSec=100ms\n";
@@ -394,11 +377,11 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     })
     .await?;
     assert_eq!(host.show("vmesh-net-failed", "Result")?, "success");
-    assert!(!goes_through_envoy(&vm, to)?);
+    assert!(!vm.goes_through_envoy(to)?);
     drop_in("vmesh-net.service", "")?;
     host.systemctl(&["reset-failed", "vmesh-net"])?;
     host.systemctl(&["start", "vmesh-net"])?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
 
     // What TPROXY needs, Envoy has, and its supervisor too, and nobody else.
     let example = "/usr/share/doc/vmesh-agent/examples/vmesh-envoy-tproxy.conf";
@@ -411,7 +394,7 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     let effective = host.sh(&format!("sed -n 's/^CapEff:[[:space:]]*//p' /proc/{envoy}/status"))?;
     assert_eq!(effective.trim(), "0000000000001000", "CAP_NET_ADMIN");
     vm.wait_up()?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
 
     // The package knows that it may not be on a host: in a chroot it sees a host's rules, and leaves them alone.
     let rules = vm.ruleset()?;
@@ -437,7 +420,7 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
     let to = orders.address();
     vms.service("orders", "http", &[to])?;
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
-    captured(&vm, to).await?;
+    vm.captured(to).await?;
     let systemctl = |words: &[&str]| vm.host.systemctl(words).map(drop);
     let under_load = async |what: &str, most: u64, work: &dyn Fn() -> Result<()>| -> Result<()> {
         let load = Load::start(Plan::to(to).host("orders").rate(200.0).from(&vm.host.net)?)?;
@@ -449,7 +432,7 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
         let report = load.stop().await;
         eprintln!("{what}: {} requests, {} failed, {} raced", report.sent, report.failures, report.raced);
         assert!(report.failures <= most, "{what}: {:?}", report.failed);
-        captured(&vm, to).await?;
+        vm.captured(to).await?;
         Ok(())
     };
     under_load("firewalld is started", 0, &|| systemctl(&["start", "firewalld"])).await?;

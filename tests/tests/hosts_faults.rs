@@ -2,7 +2,6 @@
 //! that is a mistake.
 
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -13,24 +12,6 @@ use vmesh_testkit::load::{Load, Plan, Report};
 use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::BOUND;
 use vmesh_tests::hosts::{UNITS, Vm, Vms, ruleset};
-
-/// Where a request of the application on this host went: through Envoy, or not.
-fn through_envoy(vm: &Vm, to: SocketAddr) -> Result<bool> {
-    let said = vm.host.exec(&["curl", "-sS", "--max-time", "5", &format!("http://{to}/")])?;
-    Ok(said.contains("x-request-id"))
-}
-
-async fn captured(vm: &Vm, to: SocketAddr, wanted: bool) -> Result<()> {
-    let what = if wanted { "connections to be captured" } else { "connections to go past Envoy" };
-    wait_for(what, 2 * BOUND, async || match through_envoy(vm, to) {
-        Ok(seen) if seen == wanted => Ok(()),
-        Ok(_) => {
-            Err(vm.host.sh("vmeshctl capture; journalctl -u vmesh-net -n 20 --no-pager").unwrap_or_default())
-        }
-        Err(failed) => Err(failed.to_string()),
-    })
-    .await
-}
 
 fn kill(vm: &Vm, signal: &str, unit: &str) -> Result<()> {
     vm.host.systemctl(&["kill", "--kill-who=main", "-s", signal, unit]).map(drop)
@@ -59,7 +40,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     host.install(&[&vms.packages.agent])?;
     let vm = Vm { host };
     vm.wait_up()?;
-    captured(&vm, to, true).await?;
+    vm.captured(to).await?;
 
     // New connections and kept ones, four at a time, a hundred requests a second; each may take 10 s.
     let under_load = async |what: &str, work: &dyn Fn() -> Result<()>, back: bool| -> Result<Report> {
@@ -67,7 +48,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
         wait_for("some load", BOUND, async || (load.so_far().ok > 20).then_some(())).await?;
         let done = work();
         if back {
-            captured(&vm, to, true).await?;
+            vm.captured(to).await?;
         }
         let ok = load.so_far().ok;
         wait_for("more load", BOUND, async || (load.so_far().ok > ok + 50).then_some(())).await?;
@@ -93,7 +74,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
         &|| {
             kill(&vm, "STOP", "vmesh-agent")?;
             thread::sleep(Duration::from_secs(12));
-            assert!(!through_envoy(&vm, to)?, "the redirects have not lapsed");
+            assert!(!vm.goes_through_envoy(to)?, "the redirects have not lapsed");
             kill(&vm, "CONT", "vmesh-agent")
         },
         true,
@@ -120,7 +101,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
         &|| {
             signal_envoy(&vm, "STOP")?;
             let lapsed = Instant::now();
-            while !through_envoy(&vm, to).is_ok_and(|through| !through) {
+            while !vm.goes_through_envoy(to).is_ok_and(|through| !through) {
                 if lapsed.elapsed() > BOUND {
                     return Err(Failed::new("the redirects have not lapsed"));
                 }
@@ -158,7 +139,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     };
     let report = under_load("the disks of vmesh are full", &full, true).await?;
     none("the disks of vmesh are full", &report);
-    captured(&vm, more.address(), true).await?;
+    vm.captured(more.address()).await?;
     let empty = || {
         for dir in ["/var/lib/vmesh-agent", "/var/lib/vmesh-net"] {
             vm.host.sh(&format!("rm -f {dir}/.full && umount {dir}"))?;
@@ -178,7 +159,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
             vm.host.exec(&["/usr/lib/vmesh/bypass", "--keep-connections"])?;
             let took = switched.elapsed();
             eprintln!("the bypass took {} ms", took.as_millis());
-            assert!(!through_envoy(&vm, to)?);
+            assert!(!vm.goes_through_envoy(to)?);
             Ok(())
         },
         false,

@@ -6,19 +6,17 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
-use vmesh_daemon::{Stop, Tasks};
+use vmesh_daemon::{Stop, Tasks, sockets};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_xds::client::AdsStream;
 use vmesh_xds::server::{Admission, Admitted, AdsService, Hub, Observer, PeerInfo, Refusal, serve};
@@ -66,13 +64,18 @@ pub struct Published {
 }
 
 pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Published) -> Result<(), RelayError> {
-    let listener = listen(&config.xds_socket())?;
+    // No other agent serves it, by the lock on the run directory; its group is how an Envoy with a user of its own gets in.
+    let path = config.xds_socket();
+    let listener = sockets::listen(&path).map_err(|cause| RelayError { path, cause })?;
     let ipv6 = !config.capture.report().without_ipv6;
     let mut relay = restore(config, node.clone(), &published.accepted);
     if config.capture.outbound() {
         relay.take_local(|resource| destinations::decode(resource).map(drop));
     }
-    published.destinations.send_replace(Arc::new(destinations::destinations(relay.accepted(), ipv6)));
+    let captures = config.capture.outbound();
+    if captures {
+        published.destinations.send_replace(Arc::new(destinations::destinations(relay.accepted(), ipv6)));
+    }
     published.has_all.send_replace(has_all(&relay));
     let hub = Hub::new();
     let (said, downstream) = mpsc::unbounded_channel();
@@ -108,6 +111,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             revision,
             save_at: None,
             stop_waiting_at: None,
+            captures,
             ipv6,
             stop,
             dice,
@@ -115,21 +119,6 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
         driver.run(replicas)
     });
     Ok(())
-}
-
-fn listen(path: &Path) -> Result<UnixListener, RelayError> {
-    let bind = || {
-        // Left by an agent before this one; no other runs, by the lock on the run directory.
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
-        // The group of the run directory is how an Envoy with a user of its own gets in.
-        std::fs::set_permissions(path, PermissionsExt::from_mode(0o660))?;
-        Ok(listener)
-    };
-    bind().map_err(|cause| RelayError { path: path.to_owned(), cause })
 }
 
 fn restore(config: &Config, node: Node, status: &watch::Sender<AcceptedStatus>) -> Relay {
@@ -266,6 +255,8 @@ struct Driver {
     revision: u64,
     save_at: Option<Instant>,
     stop_waiting_at: Option<Instant>,
+    /// Whether anything outbound is captured: else nobody asks for destinations.
+    captures: bool,
     /// Whether this host has IPv6.
     ipv6: bool,
     stop: Stop,
@@ -475,16 +466,8 @@ impl Driver {
         self.publish();
         if self.relay.accepted_revision() != self.revision {
             self.revision = self.relay.accepted_revision();
-            let now = destinations::destinations(self.relay.accepted(), self.ipv6);
-            self.published.destinations.send_if_modified(|known| {
-                let differs = **known != now;
-                if differs {
-                    *known = Arc::new(now);
-                }
-                differs
-            });
-            if !*self.published.has_all.borrow() {
-                self.published.has_all.send_replace(has_all(&self.relay));
+            if self.captures {
+                self.publish_destinations();
             }
             self.save_at.get_or_insert_with(|| Instant::now() + SAVES_AFTER);
         }
@@ -497,6 +480,20 @@ impl Driver {
             (true, set) => set,
             (false, _) => None,
         };
+    }
+
+    fn publish_destinations(&self) {
+        let now = destinations::destinations(self.relay.accepted(), self.ipv6);
+        self.published.destinations.send_if_modified(|known| {
+            let differs = **known != now;
+            if differs {
+                *known = Arc::new(now);
+            }
+            differs
+        });
+        if !*self.published.has_all.borrow() {
+            self.published.has_all.send_replace(has_all(&self.relay));
+        }
     }
 
     fn publish(&mut self) {

@@ -219,28 +219,13 @@ impl Applier {
         Ok(plan)
     }
 
-    /// [`Applier::bring`] from what is known to be there. Where only endpoints differ, nothing is read before or after: what is
-    /// done happens whole or is an error. Returns what is there then, besides what was done.
-    pub async fn bring_from(
-        &self,
-        program: &Program,
-        known: &Actual,
-        alive: Option<Seconds>,
-    ) -> Result<(Plan, Actual), Error> {
-        let then = match known {
-            Actual::Nft(known) => known.with_elements_of(program),
-            Actual::Iptables(_) => None,
-        };
-        let Some(then) = then else {
-            let plan = self.bring(program, alive).await?;
-            return Ok((plan, self.read().await?));
-        };
-        let plan = self.plan(program, known, alive.is_some());
-        self.apply(&plan).await?;
-        if let Some(timeout) = alive.filter(|_| program.has_dead_man()) {
-            self.refresh(timeout).await?;
-        }
-        Ok((plan, Actual::Nft(then)))
+    /// [`Applier::bring`], where only elements of sets differ from what is known to be there: one run, and nothing is read, since it
+    /// happens whole or is an error. Returns what is there then; `None`, and nothing done, where more would change.
+    pub async fn bring_elements(&self, program: &Program, known: &Actual) -> Result<Option<Actual>, Error> {
+        let Actual::Nft(actual) = known else { return Ok(None) };
+        let Some(then) = actual.with_elements_of(program) else { return Ok(None) };
+        self.apply(&self.plan(program, known, false)).await?;
+        Ok(Some(Actual::Nft(then)))
     }
 
     /// What there is before the first rule of ours, to be kept until [`Applier::off`]. `None` where nothing needs it: with

@@ -38,15 +38,6 @@ pub enum Proposed {
     Trial,
 }
 
-/// Why a spec is not in force any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reverted {
-    /// Nobody confirmed it in time.
-    Unconfirmed,
-    /// The agent ended before anybody had.
-    Restarted,
-}
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Commit {
     state: State,
@@ -57,9 +48,9 @@ pub struct Commit {
 }
 
 impl Commit {
-    /// Begins with what the disk has. A trial that is on it is over: whoever began it cannot confirm it.
-    pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Reverted>) {
-        let reverted = state.trial.take().map(|_| Reverted::Restarted);
+    /// Begins with what the disk has. A trial that is on it is over, and is returned: whoever began it cannot confirm it.
+    pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Spec>) {
+        let reverted = state.trial.take();
         (
             Commit { state, until: None, patience: Duration::ZERO, bypassed, nothing: Spec::default() },
             reverted,
@@ -100,20 +91,20 @@ impl Commit {
         true
     }
 
-    /// It does not, or it could not be applied. False if nothing is on trial.
-    pub fn revert(&mut self) -> bool {
+    /// It does not, or it could not be applied. Returns what was on trial.
+    pub fn revert(&mut self) -> Option<Spec> {
         self.until = None;
-        self.state.trial.take().is_some()
+        self.state.trial.take()
     }
 
     /// To be called at [`Commit::until`] or later, and now and then before. A trial that is bypassed begins again once it is not:
-    /// else what an operator mends meanwhile would be taken back untried.
-    pub fn tick(&mut self, now: Instant) -> Option<Reverted> {
+    /// else what an operator mends meanwhile would be taken back untried. Returns what nobody confirmed in time.
+    pub fn tick(&mut self, now: Instant) -> Option<Spec> {
         if self.bypassed && self.until.is_some() {
             self.until = now.checked_add(self.patience);
         }
         let over = self.until.is_some_and(|until| until <= now);
-        (over && self.revert()).then_some(Reverted::Unconfirmed)
+        if over { self.revert() } else { None }
     }
 
     /// When the trial ends.
@@ -228,7 +219,7 @@ mod tests {
     }
 
     /// What the next start of the agent would find.
-    fn restarted(commit: &Commit) -> (Commit, Option<Reverted>) {
+    fn restarted(commit: &Commit) -> (Commit, Option<Spec>) {
         let json = serde_json::to_string(commit.state()).unwrap();
         Commit::start(serde_json::from_str(&json).unwrap(), false)
     }
@@ -253,7 +244,7 @@ mod tests {
         commit.propose(spec("82"), now + MINUTE / 2, MINUTE);
         assert_eq!(commit.until(), Some(now + MINUTE + MINUTE / 2));
         assert_eq!(commit.tick(now + MINUTE), None);
-        assert_eq!(commit.tick(now + MINUTE + MINUTE / 2), Some(Reverted::Unconfirmed));
+        assert_eq!(commit.tick(now + MINUTE + MINUTE / 2), Some(spec("82")));
         assert_eq!(commit.wanted(), (&spec("80"), Stage::Confirmed));
         assert!(!commit.confirm(), "too late");
         assert_eq!(commit.wanted().0, &spec("80"));
@@ -265,7 +256,7 @@ mod tests {
         let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
         commit.propose(spec("81"), now, MINUTE);
         let (commit, reverted) = restarted(&commit);
-        assert_eq!((commit.wanted(), reverted), ((&spec("80"), Stage::Confirmed), Some(Reverted::Restarted)));
+        assert_eq!((commit.wanted(), reverted), ((&spec("80"), Stage::Confirmed), Some(spec("81"))));
     }
 
     #[test]
@@ -308,7 +299,7 @@ mod tests {
         commit.set_bypassed(false);
         assert_eq!(commit.wanted(), (&spec("81"), Stage::Trial));
         assert_eq!(commit.tick(now + 2 * MINUTE + MINUTE / 2), None);
-        assert_eq!(commit.tick(now + 3 * MINUTE), Some(Reverted::Unconfirmed));
+        assert_eq!(commit.tick(now + 3 * MINUTE), Some(spec("81")));
     }
 
     #[test]

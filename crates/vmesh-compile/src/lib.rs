@@ -97,10 +97,11 @@ impl Compiler {
         if names.is_empty() {
             return update;
         }
-        let (names, unindexed) = match &mut self.index {
-            Some(index) => (index.update(&before, world, names), Index::default()),
-            None => (names, Index::default()),
+        let names = match &mut self.index {
+            Some(index) => index.update(&before, world, names),
+            None => names,
         };
+        let unindexed = Index::default();
         let index = self.index.as_ref().unwrap_or(&unindexed);
         for (key, shared) in &mut self.classes {
             if documents {

@@ -1,6 +1,5 @@
 //! From the command line to the tasks, and from a signal to the end.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,7 +10,7 @@ use clap::Parser;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, watch};
 use vmesh_catalog::Catalog;
-use vmesh_daemon::{Stop, Tasks, logs, metrics as scrape, report, signals, systemd};
+use vmesh_daemon::{Stop, Tasks, logs, metrics as scrape, report, signals, sockets, systemd};
 use vmesh_discovery::{Registrations, SourceConfig, View};
 use vmesh_model::{NodeReport, Place, Problem};
 use vmesh_xds::server::{AdsService, Hub};
@@ -254,10 +253,7 @@ fn listen_unix(path: &Path) -> Result<UnixListener, RunError> {
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(failed(std::io::ErrorKind::AddrInUse.into()));
     }
-    _ = std::fs::remove_file(path);
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).map_err(failed)?;
-    Ok(listener)
+    sockets::listen(path).map_err(failed)
 }
 
 async fn serve_http<L>(listener: L, routes: Router, stop: Stop) -> std::io::Result<()>

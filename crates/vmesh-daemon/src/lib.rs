@@ -8,6 +8,7 @@
 //! | [`logs`] | the journal under systemd, readable text on stderr elsewhere |
 //! | [`report`] | the one printer of error chains, and the exit codes |
 //! | [`fsx`] | files that are whole after a crash |
+//! | [`sockets`] | Unix sockets for a user and a group |
 //! | [`fetch`] | one HTTP request to something on this host |
 //! | [`metrics`] | `/metrics` text and what every process tells of itself |
 //!
@@ -19,6 +20,7 @@ pub mod logs;
 pub mod metrics;
 pub mod report;
 pub mod signals;
+pub mod sockets;
 pub mod systemd;
 pub mod tasks;
 

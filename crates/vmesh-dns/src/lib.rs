@@ -21,6 +21,8 @@
 //! - Any bytes are answered or dropped; none cost more than a bounded answer.
 
 pub mod answer;
+#[cfg(feature = "server")]
+pub mod ask;
 pub mod host;
 #[cfg(feature = "server")]
 pub mod server;

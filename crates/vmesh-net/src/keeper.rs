@@ -11,9 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{error, info, warn};
 use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
-use vmesh_capture::confirm::{
-    Beat, Commit, Due, Proposed, Reverted, State as Committed, is_routine, leaving,
-};
+use vmesh_capture::confirm::{Beat, Commit, Due, Proposed, State as Committed, is_routine, leaving};
 use vmesh_capture::facts::{Own, Places, Session};
 use vmesh_capture::host::Host;
 use vmesh_capture::spec::{INBOUND_PORT, Inward, OUTBOUND_PORT, Outward, Spec, Unit};
@@ -83,8 +81,8 @@ pub struct Question {
 #[serde(default)]
 struct Kept {
     commit: Committed,
-    ports: BTreeSet<u16>,
-    control_planes: BTreeSet<SocketAddr>,
+    known: Known,
+    refused: Option<(Spec, String)>,
 }
 
 pub struct Keeper {
@@ -131,7 +129,8 @@ pub struct Keeper {
 }
 
 /// What the agent knows of itself.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 struct Known {
     ports: BTreeSet<u16>,
     control_planes: BTreeSet<SocketAddr>,
@@ -143,17 +142,20 @@ impl Keeper {
         let kept = load(&options.state_file());
         let bypassed = options.bypass_flag().exists();
         let (commit, reverted) = Commit::start(kept.commit, bypassed);
-        if reverted == Some(Reverted::Restarted) {
-            warn!("what was on trial when this process ended is taken back");
+        let mut refused = kept.refused;
+        if let Some(spec) = reverted {
+            warn!("what was on trial when vmesh-net ended is taken back");
+            // It may be why.
+            refused = Some((spec, "vmesh-net ended while it was on trial".to_owned()));
         }
         Keeper {
             applier: None,
             beat: Beat::new(commit.wanted().0.dead_man.timeout.duration()),
             commit,
-            known: Known { ports: kept.ports, control_planes: kept.control_planes },
+            known: kept.known,
             trial: 0,
             sessions: Vec::new(),
-            refused: None,
+            refused,
             doubt: None,
             envoy,
             looks,
@@ -180,11 +182,13 @@ impl Keeper {
         }
     }
 
-    /// Keeps the host as it is wanted until `stop`, and then leaves it as it was.
+    /// Keeps the host as it is wanted until `stop`, and then leaves it as it was. When `again` changes it ends as well, and leaves
+    /// the rules to the process that comes next.
     pub async fn run(
         mut self,
         mut asked: mpsc::Receiver<Question>,
         mut changed: mpsc::Receiver<Changed>,
+        mut again: watch::Receiver<bool>,
         mut stop: Stop,
     ) {
         self.bring().await;
@@ -226,19 +230,25 @@ impl Keeper {
                     count += 1;
                     self.tick(count % self.looks_every() == 0).await;
                 }
+                Ok(()) = again.changed() => return self.end_untried(),
                 () = stop.requested() => break,
             }
         }
+        self.end_untried();
         self.leave().await;
     }
 
-    async fn leave(&mut self) {
-        if self.save_at.is_some()
-            && let Err(error) = self.save()
-        {
-            warn!("{error}");
+    /// What is told to end in a trial does not end by it: it is not confirmed, and not refused either.
+    fn end_untried(&mut self) {
+        self.commit.revert();
+        if let Err(error) = self.save() {
+            warn!("after the next start an older state would be in force: {error}");
         }
+    }
+
+    async fn leave(&mut self) {
         self.stopping = true;
+        self.leaving_since.get_or_insert_with(std::time::Instant::now);
         systemd::stopping();
         loop {
             self.bring().await;
@@ -277,9 +287,9 @@ impl Keeper {
         if std::mem::take(&mut self.look_soon) && !bring {
             self.mend().await;
         }
-        if self.commit.tick(std::time::Instant::now()).is_some() {
+        if let Some(spec) = self.commit.tick(std::time::Instant::now()) {
             let doubt = self.doubt.take().unwrap_or_else(|| "nobody confirmed it in time".to_owned());
-            self.taken_back(doubt);
+            self.taken_back(spec, doubt);
             bring = true;
         }
         if bring {
@@ -306,22 +316,21 @@ impl Keeper {
     }
 
     /// Remembers why; what is wanted is what it was before.
-    fn taken_back(&mut self, why: String) {
+    fn taken_back(&mut self, spec: Spec, why: String) {
         warn!("a change of capture is taken back: {why}");
-        self.refused = self.refused.take().map(|(spec, _)| (spec, why));
+        self.refused = Some((spec, why));
         if let Err(error) = self.save() {
             warn!("{error}");
         }
     }
 
     async fn hold_off_dead_man(&mut self) {
-        let Some(program) = self.on_host.as_ref().filter(|program| program.has_dead_man()) else {
+        if !self.on_host.as_ref().is_some_and(Program::has_dead_man) {
             self.lapsed = false;
             return;
-        };
+        }
         let (spec, _) = self.wanted();
         let timeout = spec.dead_man.timeout;
-        debug_assert!(program.has_dead_man());
         let envoy = *self.envoy.borrow();
         let Some(applier) = &self.applier else { return };
         let now = std::time::Instant::now();
@@ -397,14 +406,18 @@ impl Keeper {
                 }
             }
             Ask::Revert { trial, why } => {
-                if trial != self.trial || !self.commit.revert() {
+                let on_trial = if trial == self.trial { self.commit.revert() } else { None };
+                let Some(spec) = on_trial else {
                     return Answer::Refused("nothing of that number is on trial".to_owned());
-                }
-                self.taken_back(why);
+                };
+                self.taken_back(spec, why);
                 self.bring().await;
             }
             Ask::Retry => {
                 self.refused = None;
+                if let Err(error) = self.save() {
+                    warn!("after a restart it would not be tried again: {error}");
+                }
             }
         }
         Answer::Status(Box::new(self.status()))
@@ -413,13 +426,13 @@ impl Keeper {
     async fn want(&mut self, want: Want) -> Result<(), String> {
         let spec = with_self_test(want.spec);
         let known = Known { ports: want.ports, control_planes: want.control_planes };
-        let known_changed = std::mem::replace(&mut self.known, known.clone()) != known;
-        let is_refused =
-            self.refused.as_ref().is_some_and(|(refused, why)| !why.is_empty() && is_routine(refused, &spec));
+        let known_changed = self.known != known;
+        self.known = known;
+        let is_refused = self.refused.as_ref().is_some_and(|(refused, _)| is_routine(refused, &spec));
         let spec = if is_refused { self.confirmed_with_endpoints_of(spec) } else { spec };
         let patience = want.confirm_within.clamp(*PATIENCE.start(), *PATIENCE.end());
         let now = std::time::Instant::now();
-        match self.commit.propose(spec.clone(), now, Duration::from_secs(patience.into())) {
+        match self.commit.propose(spec, now, Duration::from_secs(patience.into())) {
             Proposed::Same if !known_changed => return Ok(()),
             // Of endpoints the agent speaks again at once after a restart: the disk is not written for each.
             Proposed::Routine if !self.commit.wanted().0.is_off() && !known_changed => {
@@ -436,13 +449,12 @@ impl Keeper {
             Proposed::Trial => {
                 self.trial += 1;
                 self.doubt = None;
-                self.refused = Some((spec, String::new()));
+                self.refused = None;
                 let ports = self.host().await.never.ssh;
                 self.sessions = self.options.places.ssh_sessions(&ports);
                 if let Err(error) = self.save() {
                     // Then a process that dies in the trial would not know what to go back to.
                     self.commit.revert();
-                    self.refused = None;
                     return Err(format!("the change is not tried: {error}"));
                 }
                 info!(trial = self.trial, "a change of capture is on trial for {patience} s");
@@ -450,10 +462,11 @@ impl Keeper {
         }
         self.leaving_since = None;
         self.bring().await;
-        if let (Some(error), true) = (&self.error, self.commit.until().is_some()) {
+        if let Some(error) = &self.error
+            && let Some(spec) = self.commit.revert()
+        {
             let why = format!("it could not be applied: {error}");
-            self.commit.revert();
-            self.taken_back(why.clone());
+            self.taken_back(spec, why.clone());
             self.bring().await;
             return Err(why);
         }
@@ -550,10 +563,7 @@ impl Keeper {
     /// The same, where somebody changed rules: what is known of the host is what it was.
     async fn mend(&mut self) {
         self.actual = None;
-        match self.host.clone() {
-            Some(host) => self.bring_on(host).await,
-            None => self.bring().await,
-        }
+        self.bring_endpoints().await;
     }
 
     async fn bring_on(&mut self, host: Host) {
@@ -612,15 +622,17 @@ impl Keeper {
             if self.on_host.as_ref() == Some(&program) {
                 self.drifted(&plan);
             }
-            let alive = well.then_some(spec.dead_man.timeout);
-            let brought = applier.bring_from(&program, &actual, alive).await;
-            let (_, now) = brought.map_err(|error| one_line(&error))?;
-            self.actual = Some(now);
-            self.beat = Beat::new(spec.dead_man.timeout.duration());
-            if well {
-                self.beat.refreshed(std::time::Instant::now());
-                self.lapsed = false;
-                self.withdrawn = false;
+            self.actual =
+                applier.bring_elements(&program, &actual).await.map_err(|error| one_line(&error))?;
+            if self.actual.is_none() {
+                let alive = well.then_some(spec.dead_man.timeout);
+                applier.bring(&program, alive).await.map_err(|error| one_line(&error))?;
+                self.beat = Beat::new(spec.dead_man.timeout.duration());
+                if well {
+                    self.beat.refreshed(std::time::Instant::now());
+                    self.lapsed = false;
+                    self.withdrawn = false;
+                }
             }
         }
         self.on_host = Some(program);
@@ -704,7 +716,6 @@ impl Keeper {
         let real_addresses = spec.outbound.addresses.len();
         spec.outbound.vips.clear();
         spec.outbound.addresses.clear();
-        let dead_man = self.on_host.as_ref().is_some_and(Program::has_dead_man);
         let trial = self.commit.until();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -722,13 +733,9 @@ impl Keeper {
             trial: trial.map(|_| self.trial),
             trial_ends_in: trial
                 .map(|until| until.saturating_duration_since(std::time::Instant::now()).as_secs()),
-            reverted: self.refused.as_ref().map(|(_, why)| why.clone()).filter(|why| !why.is_empty()),
+            reverted: self.refused.as_ref().map(|(_, why)| why.clone()),
             envoy: *self.envoy.borrow(),
-            redirects: match (dead_man, self.has_lapsed()) {
-                (false, _) => Redirects::None,
-                (true, true) => Redirects::Lapsed,
-                (true, false) => Redirects::Hold,
-            },
+            redirects: self.redirects(),
             agent_silent_for: self.agent_spoke.map(|spoke| spoke.elapsed().as_secs()),
             drift: Drift {
                 seconds_ago: self.drifted_at.map(|at| at.elapsed().as_secs()),
@@ -740,13 +747,15 @@ impl Keeper {
         }
     }
 
-    /// Whether the kernel holds no redirect that may lapse, by now.
-    fn has_lapsed(&self) -> bool {
-        let left = match self.beat.due(std::time::Instant::now(), false) {
-            Due::Lapses(left) => left,
-            Due::Refresh | Due::Wait(_) => Duration::ZERO,
-        };
-        self.withdrawn || left.is_zero()
+    /// What the kernel makes by now of redirects that may lapse.
+    fn redirects(&self) -> Redirects {
+        if !self.on_host.as_ref().is_some_and(Program::has_dead_man) {
+            return Redirects::None;
+        }
+        match self.beat.due(std::time::Instant::now(), false) {
+            Due::Lapses(left) if !left.is_zero() && !self.withdrawn => Redirects::Hold,
+            _ => Redirects::Lapsed,
+        }
     }
 
     /// What `systemctl status` shows.
@@ -754,7 +763,7 @@ impl Keeper {
         let state = self.state();
         match &self.error {
             Some(error) => format!("{state}; {error}"),
-            None if self.lapsed || self.withdrawn => format!("{state}; redirects have lapsed"),
+            None if self.redirects() == Redirects::Lapsed => format!("{state}; redirects have lapsed"),
             None => state.to_string(),
         }
     }
@@ -763,8 +772,8 @@ impl Keeper {
         self.save_at = None;
         let kept = Kept {
             commit: self.commit.state().clone(),
-            ports: self.known.ports.clone(),
-            control_planes: self.known.control_planes.clone(),
+            known: self.known.clone(),
+            refused: self.refused.clone(),
         };
         let json = serde_json::to_vec(&kept).map_err(|error| error.to_string())?;
         fsx::write_atomically(&self.options.state_file(), &json, fsx::PRIVATE)

@@ -21,7 +21,7 @@
 //! | `socket` | connections | what is asked, to `keeper` |
 //!
 //! It takes no rules, only a [`vmesh_capture::Spec`]; what may never be captured it finds out itself. It reads no configuration,
-//! opens no port, and speaks to nobody but the agent's user and root.
+//! opens no port, and does what the agent's user and root say; others who get to the socket may look.
 //!
 //! **Who dies, and what becomes of the rules.** The agent or Envoy: nobody refreshes the dead-man, and what may fail open lapses;
 //! an Envoy that is seen to be gone is not waited for. This process: the same, by the kernel's clock. Told to stop, it captures

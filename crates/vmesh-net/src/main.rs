@@ -139,13 +139,14 @@ async fn run(arguments: Arguments) -> After {
     let (looks, look) = watch::channel(Looks::default());
     let (ask, asked) = mpsc::channel(16);
     let (changed, changes) = mpsc::channel(1);
+    let (again, told_again) = watch::channel(false);
     let keeper = Keeper::start(options, seen, looks);
     let mut tasks = Tasks::new();
     tasks.spawn("envoy probe", probe::watch_envoy(look, told));
     tasks.spawn("rules", rules::watch(changed));
     tasks.spawn("socket", server::serve(listener, agent, ask));
     tasks.spawn("watchdog", systemd::watchdog());
-    tasks.spawn_draining("keeper", |stop| keeper.run(asked, changes, stop));
+    tasks.spawn_draining("keeper", |stop| keeper.run(asked, changes, told_again, stop));
     let code = tokio::select! {
         signal = terminated => {
             info!("{signal}: taking the rules away");
@@ -153,6 +154,9 @@ async fn run(arguments: Arguments) -> After {
         }
         _ = reload.recv() => {
             info!("SIGHUP: starting again, with the rules as they are");
+            again.send_replace(true);
+            // The keeper ends, or whatever else has.
+            _ = tasks.first_exit().await;
             return After::Again;
         }
         (name, result) = tasks.first_exit() => {

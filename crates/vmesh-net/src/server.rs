@@ -1,7 +1,6 @@
 //! The socket: who may ask what is told by the kernel (SO_PEERCRED, unix(7)), not by whoever asks.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
+use vmesh_daemon::sockets;
 
 use crate::keeper::{Question, asked};
 use crate::protocol::{Answer, Ask, MAX_LINE};
@@ -30,18 +30,9 @@ pub struct ListenError {
     cause: io::Error,
 }
 
-/// Binds the socket. Its mode lets in the group of its directory; what each may ask is told apart later.
+/// Binds the socket, which lets in the group of its directory; what each may ask is told apart later.
 pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
-    let bind = || {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
-        std::fs::set_permissions(path, PermissionsExt::from_mode(0o660))?;
-        Ok(listener)
-    };
-    bind().map_err(|cause| ListenError { path: path.to_owned(), cause })
+    sockets::listen(path).map_err(|cause| ListenError { path: path.to_owned(), cause })
 }
 
 /// Serves until it is dropped.

@@ -12,11 +12,12 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use tokio::net::{TcpStream, UdpSocket, lookup_host};
+use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
+use vmesh_dns::ask;
 
 use crate::config::Config;
 
@@ -79,45 +80,12 @@ fn first_server(text: &str) -> Option<IpAddr> {
 async fn answers(server: SocketAddr, name: &str) -> Result<(), String> {
     let mut last = String::new();
     for _ in 0..TRIES {
-        match within(exchange(server, name)).await {
+        match within(ask::answers(server, name)).await {
             Ok(()) => return Ok(()),
             Err(why) => last = why,
         }
     }
     Err(format!("{server} does not answer: {last}"))
-}
-
-async fn exchange(server: SocketAddr, name: &str) -> std::io::Result<()> {
-    let local: IpAddr =
-        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind(SocketAddr::new(local, 0)).await?;
-    socket.connect(server).await?;
-    let query = query(name);
-    socket.send(&query).await?;
-    let mut answer = [0; 512];
-    loop {
-        let len = socket.recv(&mut answer).await?;
-        // Ours, by its number, and a response.
-        if len >= 12
-            && answer.first_chunk::<2>() == query.first_chunk::<2>()
-            && answer.get(2).is_some_and(|flags| flags & 0x80 != 0)
-        {
-            return Ok(());
-        }
-    }
-}
-
-/// A question for the A record of `name` (RFC 1035 section 4.1).
-fn query(name: &str) -> Vec<u8> {
-    const ID: [u8; 2] = *b"vm";
-    // Recursion desired; one question.
-    let mut query = [&ID[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
-    for label in name.split('.').filter(|label| !label.is_empty()) {
-        query.push(u8::try_from(label.len()).unwrap_or_default());
-        query.extend(label.as_bytes());
-    }
-    query.extend([0, 0, 1, 0, 1]);
-    query
 }
 
 async fn within<T>(work: impl Future<Output = std::io::Result<T>>) -> Result<T, String> {
@@ -159,24 +127,5 @@ mod tests {
             "10.0.0.2".parse().ok()
         );
         assert_eq!(first_server("options edns0"), None);
-    }
-
-    #[tokio::test]
-    async fn a_server_that_answers_anything_answers_and_a_closed_port_does_not() {
-        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = server.local_addr().unwrap();
-        let refuse = async {
-            let mut query = [0; 512];
-            let (len, from) = server.recv_from(&mut query).await.unwrap();
-            // Something that is no response comes first.
-            server.send_to(&query[..len], from).await.unwrap();
-            query[2] |= 0x80;
-            query[3] = 5;
-            server.send_to(&query[..len], from).await.unwrap();
-        };
-        let (answered, ()) = tokio::join!(answers(address, "mesh"), refuse);
-        assert_eq!(answered, Ok(()));
-        drop(server);
-        assert!(answers(address, "mesh").await.unwrap_err().contains("does not answer"));
     }
 }

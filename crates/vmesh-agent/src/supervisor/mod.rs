@@ -128,8 +128,8 @@ impl Running {
         // Only now: what lies in there is ours.
         _ = fsx::sweep(&dir);
         let socket = config.status_socket();
-        let listener =
-            status::listen(&socket).map_err(|cause| StartError::Make { path: socket.clone(), cause })?;
+        let listener = vmesh_daemon::sockets::listen(&socket)
+            .map_err(|cause| StartError::Make { path: socket.clone(), cause })?;
         let fifo = dir.join("envoy.out");
         let failed = |cause| StartError::Make { path: fifo.clone(), cause };
         output::fifo(&fifo).map_err(failed)?;

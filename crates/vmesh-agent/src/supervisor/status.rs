@@ -1,8 +1,7 @@
 //! What the supervisor says of its Envoys, on a Unix socket, to whoever is in its group.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use axum::extract::State as Shared;
@@ -93,23 +92,6 @@ pub(super) struct Known {
     pub(super) status: watch::Receiver<Status>,
     /// Of the Envoy that serves.
     pub(super) admin: PathBuf,
-}
-
-/// Binds `path` for this user and for the group of its directory.
-pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path)?;
-    if let Some(dir) = path.parent() {
-        use std::os::unix::fs::MetadataExt;
-        let group = std::fs::metadata(dir)?.gid();
-        // One that this user is not a member of cannot be given; the agent is then not let in and says so.
-        _ = std::os::unix::fs::chown(path, None, Some(group));
-    }
-    std::fs::set_permissions(path, PermissionsExt::from_mode(0o660))?;
-    Ok(listener)
 }
 
 /// Answers until the supervisor stops.

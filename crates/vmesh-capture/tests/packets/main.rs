@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vm::{Call, ENVOY, Kind, SOON, Server, Vm, printed, transparent_envoy};
 use vmesh_capture::apply::{Applier, Backend};
-use vmesh_capture::confirm::{Commit, Proposed, Reverted, State};
+use vmesh_capture::confirm::{Commit, Proposed, State};
 use vmesh_capture::facts::{Own, Places};
 use vmesh_capture::host::Cgroup;
 use vmesh_capture::{Program, Spec, Stage};
@@ -511,10 +511,10 @@ with_every_backend! {
             assert_eq!((vm.call_from_b(vm.at_a(22)[1]), vm.call(vm.at_b(22)[0])), ("app".to_owned(), "app".to_owned()));
             if agent_dies {
                 let (again, reverted) = Commit::start(serde_json::from_str(&on_disk).unwrap(), false);
-                assert_eq!(reverted, Some(Reverted::Restarted));
+                assert_eq!(reverted, Some(wrong.clone()));
                 commit = again;
             } else {
-                assert_eq!(commit.tick(now + Duration::from_secs(60)), Some(Reverted::Unconfirmed));
+                assert_eq!(commit.tick(now + Duration::from_secs(60)), Some(wrong.clone()));
             }
             let (spec, stage) = commit.wanted();
             assert!(Program::new(spec, &vm.facts, stage).unwrap().0.is_absent());

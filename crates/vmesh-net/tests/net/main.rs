@@ -11,10 +11,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use vm::{Agent, Rules, SOON, Vm, is_well, status};
+use vm::{Agent, Rules, Vm, is_well, status};
 use vmesh_net::client;
 use vmesh_net::protocol::{Answer, Ask, Envoy, MAX_LINE, Redirects, State};
-use vmesh_testkit::wait_for;
 
 /// Real addresses, and a dead-man as short as it may be.
 const OPEN: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
@@ -83,6 +82,34 @@ async fn a_process_that_is_killed_in_a_trial_takes_it_back_at_its_next_start() {
     vm.start_net().await;
     vm.until("the rules to go", |status| status.state == State::Off).await;
     assert_eq!(vm.ruleset(), before);
+    // It may be why the process ended: it is not tried again unasked, now or after any other start.
+    for _ in 0..2 {
+        let mut agent = Agent::new(&vm, OPEN).await;
+        let off = status(agent.want().await);
+        assert_eq!((off.state, off.trial), (State::Off, None), "{off:?}");
+        assert!(off.reverted.as_ref().unwrap().contains("ended while it was on trial"), "{off:?}");
+        vm.net.take().unwrap().kill().unwrap();
+        vm.start_net().await;
+    }
+    client::ask(&vm.socket(), &Ask::Retry).await.unwrap();
+    Agent::new(&vm, OPEN).await.capture().await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
+
+#[tokio::test]
+async fn a_process_that_is_told_to_end_in_a_trial_tries_it_again_at_its_next_start() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let before = vm.ruleset();
+    let mut agent = Agent::new(&vm, OPEN).await;
+    assert_eq!(status(agent.want().await).state, State::Trial);
+    vm.net.as_ref().unwrap().signal(Signal::HUP).unwrap();
+    vm.begun_anew().await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    assert_eq!(status(agent.want().await).state, State::Trial);
+    vm.terminate_net().await;
+    assert_eq!(vm.ruleset(), before);
+    vm.start_net().await;
+    Agent::new(&vm, OPEN).await.capture().await;
 }
 
 #[tokio::test]
@@ -158,13 +185,13 @@ async fn the_bypass_outlasts_a_restart_and_is_lifted() {
     let before = vm.ruleset();
     let mut agent = Agent::new(&vm, OPEN).await;
     agent.capture().await;
-    let path = std::env::var("PATH").unwrap();
+    let path = vm.tools.path();
     let script = |argument: &[&str]| {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../vmesh-capture/bypass.sh");
         let done = Command::new("/bin/sh")
             .arg(script)
             .args(argument)
-            .env("PATH", format!("{}:{path}", vm.tools.dir.display()))
+            .env("PATH", &path)
             .env("VMESH_BYPASS_FLAG", vm.state_dir().join("bypass"))
             .output()
             .unwrap();
@@ -217,12 +244,7 @@ async fn an_upgrade_in_place_takes_no_rule_away_and_cuts_no_connection() {
     let table = handle();
     let pid = vm.net.as_ref().unwrap().pid();
     vm.net.as_ref().unwrap().signal(Signal::HUP).unwrap();
-    wait_for("the connection to end", SOON, async || match client::ask(&vm.socket(), &Ask::Status).await {
-        Ok(answer) if status(answer.clone()).agent_silent_for.is_none() => Ok(()),
-        other => Err(format!("{other:?}")),
-    })
-    .await
-    .unwrap();
+    vm.begun_anew().await;
     assert_eq!(vm.net.as_ref().unwrap().pid(), pid);
     let mut agent = Agent::new(&vm, OPEN).await;
     assert_eq!(status(agent.want().await).state, State::Confirmed, "no second trial");

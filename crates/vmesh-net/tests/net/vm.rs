@@ -84,7 +84,6 @@ impl Vm {
     }
 
     pub(crate) async fn start_net(&mut self) {
-        let path = std::env::var("PATH").unwrap_or_default();
         let mut command = self.a.command(binary("vmesh-net").unwrap());
         let backend = if self.rules == Rules::Nft { "nft" } else { "iptables" };
         command
@@ -100,7 +99,7 @@ impl Vm {
             .arg(self.socket())
             .arg("--state-dir")
             .arg(self.state_dir())
-            .env("PATH", format!("{}:{path}", self.tools.dir.display()));
+            .env("PATH", self.tools.path());
         self.net = Some(Daemon::spawn("vmesh-net", command).unwrap());
         wait_for("vmesh-net to answer", SOON, async || {
             client::ask(&self.socket(), &Ask::Status).await.map(drop)
@@ -158,17 +157,21 @@ impl Vm {
         .unwrap()
     }
 
-    /// What every firewall tool shows, but for counters and times.
     pub(crate) fn ruleset(&self) -> String {
-        let mut text = printed(Command::new(&self.tools.nft).args(["-s", "list", "ruleset"]));
-        text += &printed(&mut Command::new(&self.tools.iptables_save));
-        text += &printed(&mut Command::new(&self.tools.ip6tables_save));
-        let lines = text.lines().filter(|line| !line.starts_with('#'));
-        lines.map(|line| line.split(" [").next().unwrap()).collect::<Vec<_>>().join("\n")
+        self.tools.ruleset().unwrap()
     }
 
     pub(crate) fn nft(&self, arguments: &[&str]) -> String {
         printed(Command::new(&self.tools.nft).args(arguments))
+    }
+
+    /// Waits until vmesh-net is another one, which no agent has spoken to.
+    pub(crate) async fn begun_anew(&self) {
+        let look = async || match client::ask(&self.socket(), &Ask::Status).await {
+            Ok(Answer::Status(status)) if status.agent_silent_for.is_none() => Ok(()),
+            other => Err(format!("{other:?}")),
+        };
+        wait_for("vmesh-net to begin anew", SOON, look).await.unwrap();
     }
 
     pub(crate) async fn terminate_net(&mut self) {

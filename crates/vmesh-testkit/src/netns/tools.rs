@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::debian::{self, Deb};
 use crate::{Failed, Result};
@@ -110,6 +111,32 @@ const fn deb(path: &'static str, sha256: &'static str) -> Deb {
 }
 
 impl Tools {
+    /// The PATH of this process with these first.
+    pub fn path(&self) -> String {
+        format!("{}:{}", self.dir.display(), std::env::var("PATH").unwrap_or_default())
+    }
+
+    /// What every tool for firewalls shows, but for counters and times.
+    pub fn ruleset(&self) -> Result<String> {
+        let show = |program: &Path, arguments: &[&str]| {
+            let output = Command::new(program).args(arguments).output();
+            let output = output.map_err(Failed::to(format!("could not run {}", program.display())))?;
+            match output.status.success() {
+                true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+                false => Err(Failed::new(format!(
+                    "{} failed: {}",
+                    program.display(),
+                    String::from_utf8_lossy(&output.stderr)
+                ))),
+            }
+        };
+        let mut text = show(&self.nft, &["-s", "list", "ruleset"])?;
+        text += &show(&self.iptables_save, &[])?;
+        text += &show(&self.ip6tables_save, &[])?;
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        Ok(lines.map(|line| line.split(" [").next().unwrap_or_default()).collect::<Vec<_>>().join("\n"))
+    }
+
     /// Scripts in `dir`, which run the tools in the namespace at `space`.
     pub(super) fn new(space: &Path, dir: &Path, iptables: Iptables) -> Result<Tools> {
         let kind = match iptables {

@@ -1,7 +1,7 @@
 //! All that is looked at on the host. Each look has a bound of its own, and they go on side by side: 5 s in all.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -9,13 +9,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
-use tokio::net::{TcpStream, UdpSocket, lookup_host};
+use tokio::net::{TcpStream, lookup_host};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use vmesh_daemon::fetch::{Peer, fetch};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
+use vmesh_dns::ask;
 use vmesh_net::client;
 use vmesh_net::protocol::{Answer, Ask, Status};
 
@@ -321,7 +322,7 @@ async fn names(agent: &Peer, outline: &Outline) -> (Names, Option<Seen<Ran>>) {
     let with_address = { names.all.iter() }.find(|(_, addresses)| !addresses.is_empty());
     names.asked = with_address.map(|(name, _)| name.clone());
     let name = names.asked.clone().unwrap_or_else(|| format!("vmesh-doctor.{}", outline.suffix));
-    let (answered, resolved) = tokio::join!(timeout(ANSWERS, query(server, &name)), async {
+    let (answered, resolved) = tokio::join!(timeout(ANSWERS, ask::answers(server, &name)), async {
         match &names.asked {
             Some(name) => Some(command("getent", &["ahosts", name]).await),
             None => None,
@@ -333,29 +334,6 @@ async fn names(agent: &Peer, outline: &Outline) -> (Names, Option<Seen<Ran>>) {
         Err(_) => Err(format!("no answer in {} s", ANSWERS.as_secs())),
     });
     (names, resolved)
-}
-
-/// Whether a server answers a question at all (RFC 1035, 4.1).
-async fn query(server: SocketAddr, name: &str) -> std::io::Result<()> {
-    let local: IpAddr = if server.is_ipv4() { [0u8; 4].into() } else { [0u8; 16].into() };
-    let socket = UdpSocket::bind((local, 0)).await?;
-    socket.connect(server).await?;
-    // Recursion is not asked for; one question, of type A and class IN.
-    let mut message = vec![0x76, 0x6d, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-    for label in name.split('.') {
-        message.push(u8::try_from(label.len()).unwrap_or(63));
-        message.extend(label.as_bytes());
-    }
-    message.extend([0, 0, 1, 0, 1]);
-    socket.send(&message).await?;
-    let mut answer = [0; 1500];
-    loop {
-        let length = socket.recv(&mut answer).await?;
-        if answer.get(..length).is_some_and(|answer| answer.len() >= 12 && answer.starts_with(&[0x76, 0x6d]))
-        {
-            return Ok(());
-        }
-    }
 }
 
 async fn capture(outline: Option<&Outline>) -> (Seen<Status>, Seen<String>) {

@@ -1,0 +1,66 @@
+//! One question over UDP, to see that a server answers: what it says does not matter here.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use tokio::net::UdpSocket;
+
+const ID: [u8; 2] = *b"vm";
+/// QR of the header (RFC 1035 section 4.1.1): a response.
+const RESPONSE: u8 = 0x80;
+
+/// Asks `server` for the A record of `name`, and returns once it has said anything about it. Has no bound of its own.
+pub async fn answers(server: SocketAddr, name: &str) -> io::Result<()> {
+    let local: IpAddr =
+        if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind(SocketAddr::new(local, 0)).await?;
+    socket.connect(server).await?;
+    socket.send(&question(name)).await?;
+    let mut answer = [0; 512];
+    loop {
+        let len = socket.recv(&mut answer).await?;
+        if len >= 12 && answer.starts_with(&ID) && answer.get(2).is_some_and(|flags| flags & RESPONSE != 0) {
+            return Ok(());
+        }
+    }
+}
+
+/// RFC 1035 section 4.1: recursion desired, one question.
+fn question(name: &str) -> Vec<u8> {
+    let mut question = [&ID[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
+    for label in name.split('.').filter(|label| !label.is_empty()) {
+        question.push(u8::try_from(label.len()).unwrap_or_default());
+        question.extend(label.as_bytes());
+    }
+    question.extend([0, 0, 1, 0, 1]);
+    question
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_says_anything_answers_and_an_echo_or_a_closed_port_does_not() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = server.local_addr().unwrap();
+        let refuse = async {
+            let mut query = [0; 512];
+            let (len, from) = server.recv_from(&mut query).await.unwrap();
+            // Something that is no response comes first.
+            server.send_to(&query[..len], from).await.unwrap();
+            query[2] |= RESPONSE;
+            query[3] = 5;
+            server.send_to(&query[..len], from).await.unwrap();
+        };
+        let (answered, ()) = tokio::join!(answers(address, "mesh"), refuse);
+        answered.unwrap();
+        drop(server);
+        let closed = timeout(Duration::from_secs(10), answers(address, "mesh")).await;
+        assert!(closed.is_ok_and(|answered| answered.is_err()));
+    }
+}
