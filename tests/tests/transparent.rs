@@ -256,3 +256,66 @@ async fn a_change_to_one_service_cuts_no_connection_of_another_and_the_dial_cuts
         panic!("a virtual address is captured whatever the dial says");
     }
 }
+
+#[tokio::test]
+async fn a_host_that_calls_by_real_addresses_and_is_itself_one_of_them_serves_and_calls() {
+    let site = Site::start(&[]).await.unwrap();
+    let outsider = site.outsider().unwrap();
+    let _peer = http_app(&outsider, "peer", at(outsider.v4, 15008));
+    let mut vm = site.vm("shop", Rules::Nft, "").await.unwrap();
+    let v4 = vm.host.v4;
+    // As a host in production has it: Envoy listens for others at the address of the network card, which is registered.
+    let more = format!(
+        "upstreams: [\"*\"]\nworkloads: [{{service: shop, port: 8081, protocol: http, listen: \"{v4}:15008\"}}]\n\
+         capture: {{outbound: {{capture: addresses}}}}"
+    );
+    site.configure(&vm, &more).unwrap();
+    let _shop = http_app(&vm.host, "shop", "127.0.0.1:8081".parse().unwrap());
+    let both = format!(
+        "service: shop\nprotocol: http\nport: 80\nendpoints: [\"{v4}:15008\", \"{}:15008\"]\n",
+        outsider.v4
+    );
+    site.write("services.d/shop.yaml", &both).unwrap();
+    vm.start().await.unwrap();
+    named(&vm, "shop").await;
+    let refused = |vm: &Vm| vm.status().unwrap()["accepted"]["rejections"].clone();
+    assert_eq!(refused(&vm), 0, "{}", vm.status().unwrap()["accepted"]);
+    let told = outsider.within(|| get(&format!("{v4}:15008"), "/")).unwrap().unwrap();
+    assert!(told.contains("shop"), "{told}");
+    let told = vm.get(&format!("{}:15008", outsider.v4), "/").unwrap();
+    assert!(told.contains("x-request-id"), "it did not come through Envoy: {told}");
+
+    // An endpoint that goes and comes again changes nothing of it.
+    let other = format!("service: shop\nprotocol: http\nport: 80\nendpoints: [\"{}:15008\"]\n", outsider.v4);
+    for text in [&other, &both] {
+        site.write("services.d/shop.yaml", text).unwrap();
+        let seen = async || match site.control_api("/api/v1/services")? {
+            told if told.contains(&format!("{v4}:15008")) == (text == &both) => Ok(()),
+            told => Err(vmesh_testkit::Failed::new(told)),
+        };
+        wait_for("the endpoint to come or go", BOUND, seen).await.unwrap();
+        let told = outsider.within(|| get(&format!("{v4}:15008"), "/")).unwrap().unwrap();
+        assert!(told.contains("shop"), "{told}");
+        assert_eq!(refused(&vm), 0, "{}", vm.status().unwrap()["accepted"]);
+    }
+}
+
+#[tokio::test]
+async fn what_was_refused_since_a_disk_had_no_room_is_asked_for_again() {
+    let site = Site::start(&[]).await.unwrap();
+    site.write("services.d/web.yaml", "service: web\nport: 80\nendpoints: [\"10.88.250.1:8080\"]\n").unwrap();
+    let mut vm =
+        site.vm("client", Rules::Nft, "upstreams: [web]\ncapture: {outbound: transparent}").await.unwrap();
+    // No state can be written in its place.
+    let blocked = vm.state_file();
+    std::fs::create_dir_all(blocked.join("in the way")).unwrap();
+    vm.start_net().unwrap();
+    vm.start_agent().unwrap();
+    let refused = async || {
+        let said = vm.net.as_ref().unwrap().output() + &vm.agent.as_ref().unwrap().output();
+        if said.contains("the change is not tried") { Ok(()) } else { Err(vmesh_testkit::Failed::new(said)) }
+    };
+    wait_for("the change to be refused", BOUND, refused).await.unwrap();
+    std::fs::remove_dir_all(&blocked).unwrap();
+    vm.captures().await.unwrap();
+}

@@ -1,17 +1,23 @@
 //! Where services are reached from this host without anybody dialing Envoy: what the control plane says of it, as far as Envoy
 //! has taken the listeners. What Envoy does not listen for is neither captured nor named.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use prost::Message;
+use rpds::RedBlackTreeMapSync;
 use vmesh_capture::spec::{OnLoss, Percent};
 use vmesh_proto::agent::{self, destination};
 use vmesh_xds::{Kind, Resource};
 
-/// By service.
-pub type Destinations = BTreeMap<Arc<str>, Destination>;
+/// Cheap to clone, whatever there is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Destinations {
+    pub services: RedBlackTreeMapSync<Arc<str>, Arc<Destination>>,
+    /// Ports at which Envoy listens on every address for what this host calls.
+    pub everywhere: BTreeSet<u16>,
+}
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Destination {
@@ -27,21 +33,110 @@ pub struct Destination {
 
 /// What of `accepted` concerns this host. Without `ipv6` Envoy listens at no IPv6 address.
 pub fn destinations<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>, ipv6: bool) -> Destinations {
-    let (mut listeners, mut told) = (HashSet::new(), Vec::new());
-    for resource in accepted.into_iter().filter(|resource| !resource.is_absent()) {
-        match resource.kind() {
-            Kind::Listener => {
-                let address =
-                    resource.name().strip_prefix("outbound|").and_then(|address| address.parse().ok());
-                listeners.extend(address.map(|address: SocketAddr| address));
+    let accepted =
+        accepted.into_iter().map(|resource| ((resource.kind(), resource.name().clone()), resource));
+    let accepted: BTreeMap<_, _> = accepted.collect();
+    let mut reached = Reached::new(ipv6);
+    reached.update(accepted.keys().cloned(), |kind, name| accepted.get(&(kind, name.clone())).copied());
+    reached.now
+}
+
+/// [`Destinations`], kept up with what changes at the cost of what changes.
+#[derive(Debug)]
+pub struct Reached {
+    ipv6: bool,
+    listeners: HashSet<SocketAddr>,
+    /// The services that a listener at an address matters to: but for a moment it is one.
+    of: HashMap<SocketAddr, Vec<Arc<str>>>,
+    /// The same the other way round.
+    at: HashMap<Arc<str>, Vec<SocketAddr>>,
+    now: Destinations,
+}
+
+impl Reached {
+    /// Nothing yet. Without `ipv6` Envoy listens at no IPv6 address.
+    pub fn new(ipv6: bool) -> Reached {
+        let (listeners, now) = (HashSet::new(), Destinations::default());
+        Reached { ipv6, listeners, of: HashMap::new(), at: HashMap::new(), now }
+    }
+
+    pub fn now(&self) -> &Destinations {
+        &self.now
+    }
+
+    /// Takes over what is `accepted` now of names that changed. Says whether that made a difference.
+    pub fn update<'a>(
+        &mut self,
+        changed: impl IntoIterator<Item = (Kind, Arc<str>)>,
+        accepted: impl Fn(Kind, &Arc<str>) -> Option<&'a Arc<Resource>>,
+    ) -> bool {
+        let accepted = |kind, name: &Arc<str>| accepted(kind, name).filter(|resource| !resource.is_absent());
+        let (mut services, mut differs) = (BTreeSet::new(), false);
+        for (kind, name) in changed {
+            match kind {
+                Kind::Listener => {
+                    let address = name.strip_prefix("outbound|").and_then(|address| address.parse().ok());
+                    let Some(address): Option<SocketAddr> = address else { continue };
+                    let changed = match accepted(kind, &name).is_some() {
+                        true => self.listeners.insert(address),
+                        false => self.listeners.remove(&address),
+                    };
+                    if changed {
+                        services.extend(self.of.get(&address).into_iter().flatten().cloned());
+                        differs |= self.listens_everywhere(address);
+                    }
+                }
+                Kind::Local => _ = services.insert(name),
+                _ => {}
             }
-            Kind::Local => told.push(resource),
-            _ => {}
+        }
+        for service in services {
+            // One that does not decode was refused and is not among them.
+            let told = accepted(Kind::Local, &service).and_then(|resource| decode(resource).ok());
+            differs |= self.take_over(service, told);
+        }
+        differs
+    }
+
+    fn listens_everywhere(&mut self, changed: SocketAddr) -> bool {
+        if !changed.ip().is_unspecified() {
+            return false;
+        }
+        let everywhere = self.listeners.iter().filter(|address| address.ip().is_unspecified());
+        self.now.everywhere = everywhere.map(SocketAddr::port).collect();
+        true
+    }
+
+    fn take_over(&mut self, service: Arc<str>, told: Option<agent::Destination>) -> bool {
+        self.matter(&service, told.as_ref().map(awaited).unwrap_or_default());
+        let Some(told) = told else {
+            return self.now.services.remove_mut(&service);
+        };
+        let now = destination(&told, &self.listeners, self.ipv6);
+        let differs = self.now.services.get(&service).is_none_or(|before| **before != now);
+        if differs {
+            self.now.services.insert_mut(service, Arc::new(now));
+        }
+        differs
+    }
+
+    /// Listeners at these addresses matter to `service`, and no others.
+    fn matter(&mut self, service: &Arc<str>, addresses: Vec<SocketAddr>) {
+        for address in self.at.remove(service).unwrap_or_default() {
+            if let Some(services) = self.of.get_mut(&address) {
+                services.retain(|other| other != service);
+                if services.is_empty() {
+                    self.of.remove(&address);
+                }
+            }
+        }
+        for address in &addresses {
+            self.of.entry(*address).or_default().push(service.clone());
+        }
+        if !addresses.is_empty() {
+            self.at.insert(service.clone(), addresses);
         }
     }
-    // One that does not decode was refused and is not among them.
-    let told = told.into_iter().filter_map(|resource| decode(resource).ok());
-    told.map(|told| (Arc::from(told.service.as_str()), destination(&told, &listeners, ipv6))).collect()
 }
 
 /// # Errors
@@ -55,10 +150,22 @@ pub fn decode(resource: &Resource) -> Result<agent::Destination, String> {
     }
 }
 
-fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6: bool) -> Destination {
+/// The virtual addresses of either family.
+fn virtual_addresses(told: &agent::Destination) -> [Option<SocketAddr>; 2] {
     let port = u16::try_from(told.port).unwrap_or_default();
-    let at = |address: &str| address.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, port));
-    let (v4, v6) = (at(&told.virtual_v4), at(&told.virtual_v6));
+    [&told.virtual_v4, &told.virtual_v6]
+        .map(|address| address.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, port)))
+}
+
+/// Where listeners are awaited.
+fn awaited(told: &agent::Destination) -> Vec<SocketAddr> {
+    let captured = told.endpoints.iter().filter(|endpoint| endpoint.capture);
+    let captured = captured.filter_map(|endpoint| endpoint.address.parse().ok());
+    virtual_addresses(told).into_iter().flatten().chain(captured).collect()
+}
+
+fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6: bool) -> Destination {
+    let [v4, v6] = virtual_addresses(told);
     let taken = |address: &SocketAddr| listeners.contains(address);
     // One listener has both, and bears the name of the first.
     let both = ipv6 && v4.as_ref().is_some_and(taken);
@@ -89,6 +196,7 @@ fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6:
 #[cfg(test)]
 mod tests {
     use expect_test::expect;
+    use proptest::prelude::*;
     use vmesh_proto::envoy::config::listener::v3::Listener;
 
     use super::*;
@@ -149,22 +257,23 @@ mod tests {
                 },
             }
         "#]]
-        .assert_debug_eq(&destinations(&accepted, true));
+        .assert_debug_eq(&destinations(&accepted, true).services.iter().collect::<BTreeMap<_, _>>());
     }
 
     #[test]
     fn a_service_without_a_listener_has_no_address_here() {
-        let all = destinations(&[told("orders", |_| {}), Resource::absent(Kind::Local, "payments")], true);
+        let all =
+            destinations(&[told("orders", |_| {}), Resource::absent(Kind::Local, "payments")], true).services;
         let orders = &all["orders"];
         assert!(orders.virtual_addresses.is_empty() && orders.captured.is_empty());
         assert!(!orders.direct.is_empty(), "out of the mesh it can be dialed all the same");
-        assert_eq!(all.len(), 1);
+        assert_eq!(all.size(), 1);
     }
 
     #[test]
     fn a_host_without_ipv6_has_no_virtual_address_of_it() {
         let all = destinations(&[told("orders", |_| {}), listener("outbound|240.0.0.1:80")], false);
-        assert_eq!(all["orders"].virtual_addresses, ["240.0.0.1:80".parse().unwrap()].into());
+        assert_eq!(all.services["orders"].virtual_addresses, ["240.0.0.1:80".parse().unwrap()].into());
     }
 
     #[test]
@@ -178,10 +287,102 @@ mod tests {
         });
         let all =
             destinations(&[nonsense, listener("outbound|240.0.0.1:80"), listener("outbound|nowhere")], true);
-        assert_eq!(all["orders"], Destination { direct: BTreeSet::new(), ..Destination::default() });
+        assert_eq!(*all.services["orders"], Destination::default());
         let other = Resource::from_bytes(Kind::Local, "payments", &told("orders", |_| {}).value());
         assert!(decode(&other).unwrap_err().contains("payments speaks of service orders"));
         let garbage = Resource::from_bytes(Kind::Local, "payments", &[255, 255]);
         assert!(decode(&garbage).unwrap_err().contains("destination payments cannot be read"));
+    }
+
+    #[test]
+    fn ports_at_which_envoy_has_every_address_are_known() {
+        let at = |all: &[&str]| {
+            let all: Vec<_> = all.iter().map(|name| listener(name)).collect();
+            destinations(&all, true).everywhere
+        };
+        assert_eq!(
+            at(&["outbound|0.0.0.0:9001", "outbound|[::]:9002", "outbound|10.0.0.1:9003"]),
+            [9001, 9002].into()
+        );
+        assert_eq!(at(&["inbound|orders"]), [].into());
+    }
+
+    /// Services, ports, endpoints and listeners that come and go, one or several at a time, in any order.
+    #[derive(Debug, Clone)]
+    enum Change {
+        Told { service: usize, port: u32, endpoints: Vec<(u8, bool)> },
+        Forgotten(usize),
+        Listens(usize),
+        Stops(usize),
+    }
+
+    const SERVICES: [&str; 3] = ["a", "b", "c"];
+
+    fn listeners() -> Vec<String> {
+        let virtual_v4 = (0..3).flat_map(|n| [format!("240.0.0.{n}:80"), format!("240.0.0.{n}:81")]);
+        let real = (0..4).map(|n| format!("10.0.0.{n}:80"));
+        let others = ["[fd00::1]:80", "0.0.0.0:9001", "[::]:9001", "nowhere"].map(str::to_owned);
+        virtual_v4.chain(real).chain(others).map(|address| format!("outbound|{address}")).collect()
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let endpoints = prop::collection::vec((0_u8..4, any::<bool>()), 0..4);
+        prop_oneof![
+            4 => (0..3_usize, 80_u32..82, endpoints)
+                .prop_map(|(service, port, endpoints)| Change::Told { service, port, endpoints }),
+            1 => (0..3_usize).prop_map(Change::Forgotten),
+            4 => (0..listeners().len()).prop_map(Change::Listens),
+            2 => (0..listeners().len()).prop_map(Change::Stops),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_kept_up_is_what_there_would_be_from_nothing(
+            batches in prop::collection::vec(prop::collection::vec(change(), 1..4), 0..12),
+        ) {
+            let names = listeners();
+            let mut accepted: BTreeMap<(Kind, Arc<str>), Arc<Resource>> = BTreeMap::new();
+            let mut reached = Reached::new(true);
+            for batch in batches {
+                let mut changed = Vec::new();
+                for change in batch {
+                    let (key, now) = match change {
+                        Change::Told { service, port, endpoints } => {
+                            let resource = told(SERVICES[service], |told| {
+                                told.port = port;
+                                told.virtual_v4 = format!("240.0.0.{service}");
+                                told.virtual_v6 = format!("fd00::{service}");
+                                let endpoint = |(n, capture): (u8, bool)| destination::Endpoint {
+                                    address: format!("10.0.0.{n}:80"),
+                                    capture,
+                                    out_of_service: n == 3,
+                                };
+                                told.endpoints = endpoints.into_iter().map(endpoint).collect();
+                            });
+                            ((Kind::Local, resource.name().clone()), Some(resource))
+                        }
+                        Change::Forgotten(service) => ((Kind::Local, SERVICES[service].into()), None),
+                        Change::Listens(at) => {
+                            let resource = listener(&names[at]);
+                            ((Kind::Listener, resource.name().clone()), Some(resource))
+                        }
+                        Change::Stops(at) => ((Kind::Listener, names[at].as_str().into()), None),
+                    };
+                    match now {
+                        Some(now) => _ = accepted.insert(key.clone(), now),
+                        None => _ = accepted.remove(&key),
+                    }
+                    changed.push(key);
+                }
+                let before = reached.now().clone();
+                let differs = reached.update(changed, |kind, name| accepted.get(&(kind, name.clone())));
+                let anew = destinations(accepted.values(), true);
+                prop_assert_eq!(reached.now(), &anew);
+                prop_assert!(differs || before == anew, "a change went unseen");
+                let (of, at) = (reached.of.len(), reached.at.len());
+                prop_assert!(of <= 3 * 6 && at <= 3, "what is gone is forgotten: {of}, {at}");
+            }
+        }
     }
 }

@@ -24,7 +24,7 @@ use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, SessionStatus, St
 
 use crate::cache;
 use crate::config::{Config, ControlPlane};
-use crate::destinations::{self, Destinations};
+use crate::destinations::{self, Destinations, Reached};
 use crate::reports;
 use crate::retry::{Backoff, Dice};
 use crate::status::{AcceptedStatus, ControlPlaneStatus};
@@ -72,9 +72,11 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
     if config.capture.outbound() {
         relay.take_local(|resource| destinations::decode(resource).map(drop));
     }
-    let captures = config.capture.outbound();
-    if captures {
-        published.destinations.send_replace(Arc::new(destinations::destinations(relay.accepted(), ipv6)));
+    let mut reached = config.capture.outbound().then(|| Reached::new(ipv6));
+    if let Some(reached) = &mut reached {
+        let changed = relay.take_changes();
+        reached.update(changed, |kind, name| relay.accepted_of(kind, name));
+        published.destinations.send_replace(Arc::new(reached.now().clone()));
     }
     published.has_all.send_replace(has_all(&relay));
     let hub = Hub::new();
@@ -111,8 +113,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             revision,
             save_at: None,
             stop_waiting_at: None,
-            captures,
-            ipv6,
+            reached,
             stop,
             dice,
         };
@@ -255,10 +256,8 @@ struct Driver {
     revision: u64,
     save_at: Option<Instant>,
     stop_waiting_at: Option<Instant>,
-    /// Whether anything outbound is captured: else nobody asks for destinations.
-    captures: bool,
-    /// Whether this host has IPv6.
-    ipv6: bool,
+    /// Where anything outbound is captured: else nobody asks for destinations.
+    reached: Option<Reached>,
     stop: Stop,
     dice: Dice,
 }
@@ -466,10 +465,12 @@ impl Driver {
         self.publish();
         if self.relay.accepted_revision() != self.revision {
             self.revision = self.relay.accepted_revision();
-            if self.captures {
-                self.publish_destinations();
-            }
+            self.publish_destinations();
             self.save_at.get_or_insert_with(|| Instant::now() + SAVES_AFTER);
+        }
+        // After a refusal, too, which nothing more is accepted with.
+        if !*self.published.has_all.borrow() && has_all(&self.relay) {
+            self.published.has_all.send_replace(true);
         }
         let alone = !self.relay.is_connected() && !self.clients.is_empty();
         // Only what was accepted once is served without a control plane: an agent that knows nothing says nothing, and
@@ -482,17 +483,11 @@ impl Driver {
         };
     }
 
-    fn publish_destinations(&self) {
-        let now = destinations::destinations(self.relay.accepted(), self.ipv6);
-        self.published.destinations.send_if_modified(|known| {
-            let differs = **known != now;
-            if differs {
-                *known = Arc::new(now);
-            }
-            differs
-        });
-        if !*self.published.has_all.borrow() {
-            self.published.has_all.send_replace(has_all(&self.relay));
+    fn publish_destinations(&mut self) {
+        let (changed, relay) = (self.relay.take_changes(), &self.relay);
+        let Some(reached) = &mut self.reached else { return };
+        if reached.update(changed, |kind, name| relay.accepted_of(kind, name)) {
+            self.published.destinations.send_replace(Arc::new(reached.now().clone()));
         }
     }
 

@@ -153,7 +153,9 @@ async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
 
 /// What each name means now: `{"orders.mesh": ["240.17.3.9"]}`.
 async fn names(State(known): State<Known>) -> Json<BTreeMap<String, Vec<IpAddr>>> {
-    let table = dns::table(&known.zone, &known.destinations.borrow(), known.capture.borrow().captures);
+    let (destinations, captures) = (known.destinations.borrow().clone(), known.capture.borrow().captures);
+    // What has no name is told by the task that serves them.
+    let (table, _) = dns::table(&known.zone, &destinations, captures);
     let named = table.iter().map(|(name, addresses)| {
         let v4 = addresses.v4.iter().copied().map(IpAddr::from);
         let all = v4.chain(addresses.v6.iter().copied().map(IpAddr::from));

@@ -23,6 +23,8 @@ pub struct Class {
     pub zone: Option<Arc<str>>,
     /// Which connections to services are captured on their nodes. `None`: none.
     pub captured: Option<Captured>,
+    /// Their hosts have no IPv6: Envoy takes no address of it there, not even for a listener that no socket is bound for.
+    pub without_ipv6: bool,
 }
 
 /// Which connections to services are captured.
@@ -55,6 +57,7 @@ impl Class {
             nodes: documents.nodes_for(report),
             zone: report.zone.clone().filter(|_| zones_matter(documents)),
             captured: Captured::by(report),
+            without_ipv6: report.client == Client::Envoy && report.capture.without_ipv6,
         }
     }
 
@@ -68,6 +71,9 @@ impl Class {
             None => {}
             Some(Captured::Virtual) => key.push_str(" capture vip"),
             Some(Captured::Addresses) => key.push_str(" capture addresses"),
+        }
+        if self.without_ipv6 {
+            key.push_str(" without IPv6");
         }
         for node in &self.nodes {
             _ = write!(key, " node {}", node.selector());

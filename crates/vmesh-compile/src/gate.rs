@@ -42,12 +42,13 @@ pub(crate) fn clusters() -> [Cluster; 2] {
 /// outside reaches it.
 pub(crate) fn outbound(capture: Capture, policy: Outbound) -> Listener {
     let ranges = Ranges::default();
-    let virtual_addresses = [ranges.v4.to_string(), ranges.v6.to_string()];
-    let virtual_addresses = virtual_addresses.iter().filter_map(|range| cidr(range)).collect();
+    let v6 = (!capture.without_ipv6).then(|| ranges.v6.to_string());
+    let virtual_addresses = std::iter::once(ranges.v4.to_string()).chain(v6);
+    let virtual_addresses = virtual_addresses.filter_map(|range| cidr(&range)).collect();
     Listener {
         use_original_dst: Some(boolean(true)),
         filter_chains: vec![
-            loop_guard(OUTBOUND_PORT),
+            loop_guard(outbound_addresses(capture)),
             // The virtual address of no service: nowhere to go on to, and better told at once than after a time-out.
             closing(
                 "no service",
@@ -67,7 +68,7 @@ pub(crate) fn outbound(capture: Capture, policy: Outbound) -> Listener {
 pub(crate) fn inbound(capture: Capture, inward: Inward, workloads: Vec<FilterChain>) -> Listener {
     Listener {
         transparent: (inward == Inward::Tproxy).then(|| boolean(true)),
-        filter_chains: std::iter::once(loop_guard(INBOUND_PORT)).chain(workloads).collect(),
+        filter_chains: std::iter::once(loop_guard(inbound_addresses(capture))).chain(workloads).collect(),
         default_filter_chain: Some(chain("anything else", None, pass("inbound_passthrough"))),
         ..gate("virtual_inbound", inbound_addresses(capture), Direction::Inbound)
     }
@@ -113,14 +114,11 @@ fn gate(name: &str, addresses: Vec<SocketAddr>, direction: Direction) -> Listene
 }
 
 /// Who calls the listener itself would be sent on to it, and on, until nothing is left to connect with.
-fn loop_guard(port: u16) -> FilterChain {
-    let own = match port {
-        OUTBOUND_PORT => vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)],
-        // Its own address is any that the host has.
-        _ => Vec::new(),
-    };
-    let matching =
-        FilterChainMatch { prefix_ranges: own.into_iter().map(one).collect(), ..called(None, port) };
+fn loop_guard(own: Vec<SocketAddr>) -> FilterChain {
+    let port = own.first().map_or(0, SocketAddr::port);
+    // A wildcard's own address is any that the host has.
+    let own = own.into_iter().map(|own| own.ip()).filter(|ip| !ip.is_unspecified());
+    let matching = FilterChainMatch { prefix_ranges: own.map(one).collect(), ..called(None, port) };
     closing("loop guard", matching)
 }
 

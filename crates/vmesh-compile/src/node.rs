@@ -19,7 +19,7 @@ use vmesh_proto::envoy::config::route::v3::{
 };
 use vmesh_xds::{Group, Groups, Kind, Resource, Scope};
 
-use crate::class::Shared;
+use crate::class::{Captured, Shared};
 use crate::cluster::{called_cluster, local_cluster};
 use crate::endpoints::local_assignment;
 use crate::gate;
@@ -217,7 +217,7 @@ impl Node<'_> {
         let cluster = local_cluster(&name, protocol, local_assignment(&name, application));
         self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
         let handling = to_the_application(&name, &name, protocol);
-        self.add(&listener(&name, listen, Direction::Inbound, handling));
+        self.add_bound(&listener(&name, listen, Direction::Inbound, handling), listen);
     }
 
     fn take(&mut self, address: SocketAddr, who: String) -> bool {
@@ -229,6 +229,15 @@ impl Node<'_> {
         }
         self.taken.insert(address, who);
         true
+    }
+
+    /// A listener at an address that a socket is bound for. Envoy takes no second one of that address, bound or not: where
+    /// this host is itself an endpoint there, or listens for others, it goes without the listener that its class has for it.
+    fn add_bound(&mut self, listener: &Listener, address: SocketAddr) {
+        if self.shared.class.captured == Some(Captured::Addresses) && !address.ip().is_unspecified() {
+            self.resources.push(Resource::absent(Kind::Listener, outbound_name(address)));
+        }
+        self.add(listener);
     }
 
     fn add(&mut self, listener: &Listener) {

@@ -84,12 +84,17 @@ pub(crate) fn compile(
     let (balancing, zone) = (&shape.effective.load_balancing, class.zone.as_deref());
     let mut problems = shape.problems.clone();
     let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
+    let mut usable = all.clone();
+    if class.without_ipv6 && all.iter().any(|endpoint| endpoint.address.is_ipv6()) {
+        // Envoy would refuse the others along with them.
+        usable = all.iter().filter(|endpoint| endpoint.address.is_ipv4()).cloned().collect();
+    }
     let reshaped = before.is_none_or(|before| !Arc::ptr_eq(&before.shape, &shape));
     let mut assignments = Vec::with_capacity(shape.parts.len());
     for (at, (cluster, subset)) in shape.parts.iter().enumerate() {
         let of: Arc<[Endpoint]> = match subset {
-            None => all.clone(),
-            Some(subset) => all.iter().filter(|endpoint| subset.contains(endpoint)).cloned().collect(),
+            None => usable.clone(),
+            Some(subset) => usable.iter().filter(|endpoint| subset.contains(endpoint)).cloned().collect(),
         };
         if subset.is_some() && of.is_empty() && !all.is_empty() {
             problems.push(empty_subset(&shape, cluster, all.len()));
@@ -105,7 +110,8 @@ pub(crate) fn compile(
         });
     }
     let transparent = class.captured.map(|captured| {
-        let subject = Subject { world, index, name, shape: &shape, endpoints: &all, capture };
+        let ipv6 = !class.without_ipv6;
+        let subject = Subject { world, index, name, shape: &shape, endpoints: &all, capture, ipv6 };
         let before = before.and_then(|before| before.transparent.as_ref()).map(|before| (before, !reshaped));
         Transparent::of(&subject, captured, before, &mut problems)
     });

@@ -98,8 +98,11 @@ pub(crate) struct Subject<'a> {
     pub(crate) index: &'a Index,
     pub(crate) name: &'a ServiceName,
     pub(crate) shape: &'a Arc<Shape>,
+    /// All of them, of whichever its callers can use: the port of the service is the same for every caller.
     pub(crate) endpoints: &'a [Endpoint],
     pub(crate) capture: Capture,
+    /// Whether its callers have it.
+    pub(crate) ipv6: bool,
 }
 
 impl Transparent {
@@ -110,7 +113,7 @@ impl Transparent {
         before: Option<(&Transparent, bool)>,
         problems: &mut Vec<Problem>,
     ) -> Transparent {
-        let Subject { name, shape, endpoints, index, .. } = *subject;
+        let Subject { name, shape, index, .. } = *subject;
         let port = subject.port(problems);
         let at: Vec<_> = port.map(|port| subject.virtual_addresses(port, problems)).unwrap_or_default();
         let stat = format!("outbound|{name}");
@@ -130,7 +133,7 @@ impl Transparent {
         let mut by_endpoint = BTreeMap::new();
         if let (Captured::Addresses, Some(owners)) = (captured, &index.owners) {
             let mut shared = BTreeMap::new();
-            for endpoint in endpoints.iter().filter(|endpoint| can_be_captured(endpoint)) {
+            for endpoint in subject.usable().filter(|endpoint| can_be_captured(endpoint)) {
                 let address = endpoint.address;
                 if let Some(first) = owners.first(address).filter(|first| *first != name) {
                     shared.entry(first).or_insert_with(Vec::new).push(address);
@@ -159,7 +162,12 @@ impl Transparent {
     }
 }
 
-impl Subject<'_> {
+impl<'a> Subject<'a> {
+    fn usable(&self) -> impl Iterator<Item = &'a Endpoint> {
+        let ipv6 = self.ipv6;
+        self.endpoints.iter().filter(move |endpoint| ipv6 || endpoint.address.is_ipv4())
+    }
+
     /// The port at the virtual addresses: the document's word, else discovery's, else that of the endpoints.
     fn port(&self, problems: &mut Vec<Problem>) -> Option<u16> {
         let documented = self.world.documents.services.get(self.name).and_then(|document| document.port);
@@ -193,6 +201,7 @@ impl Subject<'_> {
         let Some(Virtual { v4, v6 }) = self.index.virtuals.ips.get(self.name.as_str()) else {
             return Vec::new();
         };
+        let v6 = v6.filter(|_| self.ipv6);
         let addresses = v4.map(IpAddr::from).into_iter().chain(v6.map(IpAddr::from));
         addresses.map(|ip| SocketAddr::new(ip, port)).collect()
     }
@@ -224,7 +233,7 @@ impl Subject<'_> {
             port: port.unwrap_or_default().into(),
             virtual_v4: text(true).unwrap_or_default(),
             virtual_v6: text(false).unwrap_or_default(),
-            endpoints: self.endpoints.iter().filter(|_| told).map(endpoint).collect(),
+            endpoints: self.usable().filter(|_| told).map(endpoint).collect(),
             endpoints_on_port: on_port,
             percent: self.capture.percent,
             on_loss: on_loss.into(),

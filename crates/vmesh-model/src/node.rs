@@ -61,7 +61,7 @@ pub struct Capture {
     pub outbound: Option<Outward>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inbound: Option<Inward>,
-    /// The host has no IPv6 (`::1` cannot be bound): Envoy would refuse a listener that asks for it, and with it all capture.
+    /// The host has no IPv6, or captures and has no `::1`: Envoy would refuse whatever has an address of it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub without_ipv6: bool,
 }

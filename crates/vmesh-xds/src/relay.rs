@@ -107,6 +107,16 @@ impl Relay {
         self.upstream.all_held()
     }
 
+    /// What Envoy took last of one name.
+    pub fn accepted_of(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
+        self.upstream.held(kind, name)
+    }
+
+    /// The names of which [`Relay::accepted`] may be another since this was called last.
+    pub fn take_changes(&mut self) -> BTreeSet<(Kind, Arc<str>)> {
+        self.upstream.take_changes()
+    }
+
     /// Whether [`Relay::accepted`] has all that there is of a kind which is asked for as a whole: the control plane has told it once,
     /// now or before a restart, and nothing waits for Envoy's answer.
     pub fn has_all(&self, kind: Kind) -> bool {

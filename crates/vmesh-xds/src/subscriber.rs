@@ -17,6 +17,8 @@ pub struct Subscriber {
     introduced: bool,
     interests: PerKind<Interest>,
     answers: VecDeque<DeltaDiscoveryRequest>,
+    /// Of what something else is held since [`Subscriber::take_changes`].
+    changes: BTreeSet<(Kind, Arc<str>)>,
 }
 
 #[derive(Default)]
@@ -65,6 +67,7 @@ impl Subscriber {
             introduced: false,
             interests: PerKind::default(),
             answers: VecDeque::new(),
+            changes: BTreeSet::new(),
         }
     }
 
@@ -111,6 +114,7 @@ impl Subscriber {
         if !interest.wildcard {
             interest.held.remove(&name);
             interest.unheld.remove(&name);
+            self.changes.insert((kind, name.clone()));
         }
         if interest.asked && !interest.subscribe.remove(&name) {
             interest.unsubscribe.insert(name);
@@ -204,13 +208,21 @@ impl Subscriber {
     pub fn hold(&mut self, resource: Arc<Resource>) {
         let interest = &mut self.interests[resource.kind()];
         interest.unheld.remove(resource.name());
+        self.changes.insert((resource.kind(), resource.name().clone()));
         interest.held.insert(resource.name().clone(), resource);
     }
 
     pub fn forget(&mut self, kind: Kind, name: &str) {
         let interest = &mut self.interests[kind];
         interest.unheld.remove(name);
-        interest.held.remove(name);
+        if let Some((name, _)) = interest.held.remove_entry(name) {
+            self.changes.insert((kind, name));
+        }
+    }
+
+    /// Of what something else may be held than when this was called last.
+    pub fn take_changes(&mut self) -> BTreeSet<(Kind, Arc<str>)> {
+        std::mem::take(&mut self.changes)
     }
 
     pub fn held(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {

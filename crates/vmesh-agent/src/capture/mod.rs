@@ -29,12 +29,12 @@ pub use task::{Status, spawn};
 pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTreeSet<SocketAddr>) -> Want {
     let mut spec = config.capture.spec.clone();
     if config.capture.outbound() {
-        for destination in destinations.values() {
+        for destination in destinations.services.values() {
             spec.outbound.vips.extend(&destination.virtual_addresses);
             let own = Destination { percent: destination.percent, on_loss: destination.on_loss };
             spec.outbound.addresses.extend(destination.captured.iter().map(|address| (*address, own)));
         }
-        spec.outbound.exclude.ports.extend(swallowed(config));
+        spec.outbound.exclude.ports.extend(swallowed(config, &destinations.everywhere));
     }
     Want {
         spec,
@@ -46,11 +46,18 @@ pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTre
 
 /// Ports on which Envoy listens at every address. It takes captured calls to such a port of any other host for its own
 /// (`use_original_dst` finds listeners on a wildcard address), so that these have to go past it.
-fn swallowed(config: &Config) -> impl Iterator<Item = Ports> {
-    let listens = config.workloads.iter().filter_map(|workload| workload.listen);
-    let everywhere = listens.filter(|listen| listen.ip().is_unspecified()).map(|listen| listen.port());
+///
+/// `everywhere` are those of what the host calls, some of which only the control plane knows.
+fn swallowed(config: &Config, everywhere: &BTreeSet<u16>) -> impl Iterator<Item = Ports> {
+    let upstreams = match &config.upstreams {
+        Upstreams::Declared(upstreams) => upstreams.as_slice(),
+        Upstreams::All => &[],
+    };
+    let workloads = config.workloads.iter().filter_map(|workload| workload.listen);
+    let listens = workloads.chain(upstreams.iter().filter_map(|upstream| upstream.listen));
+    let declared = listens.filter(|listen| listen.ip().is_unspecified()).map(|listen| listen.port());
     let inbound = config.capture.inbound().then_some(INBOUND_PORT);
-    everywhere.chain(inbound).filter_map(|port| Ports::range(port, port))
+    declared.chain(everywhere.iter().copied()).chain(inbound).filter_map(|port| Ports::range(port, port))
 }
 
 /// Where the agent and Envoy listen, beside the ports of capture.
@@ -84,7 +91,10 @@ mod tests {
             percent: vmesh_capture::spec::Percent::new(25),
             ..Default::default()
         };
-        let all = [(Arc::from("orders"), orders)].into();
+        let all = Destinations {
+            services: [(Arc::from("orders"), Arc::new(orders))].into_iter().collect(),
+            ..Destinations::default()
+        };
         let want = wanted(&config, &all, ["10.0.0.5:15010".parse().unwrap()].into());
         serde_json::to_string(&want).unwrap()
     }
@@ -98,12 +108,15 @@ mod tests {
     #[test]
     fn a_port_that_envoy_has_at_every_address_is_not_captured_elsewhere() {
         let text = "control_plane: [\"http://127.0.0.1:15010\"]\nnode: {name: a}\n\
+            upstreams: [{service: b, listen: \"0.0.0.0:9001\"}, {service: c, listen: \"127.0.0.1:9002\"}]\n\
             workloads: [{service: web, port: 8080, listen: \"0.0.0.0:15008\"}, {service: api, port: 8081, listen: \"10.0.0.1:15009\"}]\n\
             capture: {outbound: {capture: all}, inbound: transparent}";
         let config = Config::parse("agent.yaml", text.as_bytes(), "").unwrap();
-        let want = wanted(&config, &Destinations::new(), BTreeSet::new());
+        // Of a `Node` document.
+        let destinations = Destinations { everywhere: [9003].into(), ..Destinations::default() };
+        let want = wanted(&config, &destinations, BTreeSet::new());
         let excluded: Vec<_> = want.spec.outbound.exclude.ports.iter().map(ToString::to_string).collect();
-        assert_eq!(excluded, ["15006", "15008"]);
+        assert_eq!(excluded, ["9001", "9003", "15006", "15008"]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use tokio::net::{TcpStream, lookup_host};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use vmesh_dns::ask;
 
@@ -49,14 +50,24 @@ pub fn worse(before: &Found, now: &Found) -> Option<String> {
 }
 
 async fn control_plane(config: &Config) -> Result<(), String> {
-    let mut wrong = Vec::new();
+    // All at once: whoever waits for one after the other says nothing to vmesh-net meanwhile.
+    let mut dialed = JoinSet::new();
     for control_plane in &config.control_planes {
         let address = control_plane.address.to_string();
-        match within(TcpStream::connect(&address)).await {
-            Ok(_) => return Ok(()),
-            Err(why) => wrong.push(format!("{address}: {why}")),
+        dialed.spawn(async move {
+            let connected = within(TcpStream::connect(&address)).await;
+            connected.map(drop).map_err(|why| format!("{address}: {why}"))
+        });
+    }
+    let mut wrong = Vec::new();
+    while let Some(done) = dialed.join_next().await {
+        match done {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(why)) => wrong.push(why),
+            Err(died) => wrong.push(died.to_string()),
         }
     }
+    wrong.sort();
     Err(format!("no connection to any control plane: {}", wrong.join("; ")))
 }
 
@@ -98,13 +109,10 @@ async fn within<T>(work: impl Future<Output = std::io::Result<T>>) -> Result<T, 
 
 /// The addresses of the control planes, which are never captured.
 pub async fn control_plane_addresses(config: &Config) -> std::collections::BTreeSet<SocketAddr> {
-    let mut addresses = std::collections::BTreeSet::new();
-    for control_plane in &config.control_planes {
-        if let Ok(found) = within(lookup_host(control_plane.address.to_string())).await {
-            addresses.extend(found);
-        }
-    }
-    addresses
+    let names = config.control_planes.iter().map(|control_plane| control_plane.address.to_string());
+    let lookup = async |name: String| within(lookup_host(name)).await.map(Vec::from_iter).unwrap_or_default();
+    let found: JoinSet<Vec<SocketAddr>> = names.map(lookup).collect();
+    found.join_all().await.into_iter().flatten().collect()
 }
 
 #[cfg(test)]

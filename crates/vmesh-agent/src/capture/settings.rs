@@ -1,6 +1,7 @@
 //! `capture:` of `agent.yaml`.
 
 use std::fmt;
+use std::net::{Ipv6Addr, UdpSocket};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,15 +46,16 @@ impl Capture {
                 Inward::Redirect => Some(node::Inward::Redirect),
                 Inward::Tproxy => Some(node::Inward::Tproxy),
             },
-            without_ipv6: (self.outbound() || self.inbound()) && !has_ipv6(),
+            without_ipv6: !has_ipv6(self.outbound() || self.inbound()),
         }
     }
 }
 
-/// Whether a program of this host can listen on `::1`. With `ipv6.disable=1` there is no such thing, with
-/// `net.ipv6.conf.lo.disable_ipv6=1` no such address.
-fn has_ipv6() -> bool {
-    std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)).is_ok()
+/// Whether a program of this host can use IPv6, and where connections are captured whether it can listen on `::1`. With
+/// `ipv6.disable=1` there is no such thing, with `net.ipv6.conf.lo.disable_ipv6=1` no such address.
+fn has_ipv6(captures: bool) -> bool {
+    let address = if captures { Ipv6Addr::LOCALHOST } else { Ipv6Addr::UNSPECIFIED };
+    UdpSocket::bind((address, 0)).is_ok()
 }
 
 /// `outbound addresses, 5 % of new connections; inbound redirect of 8080`.

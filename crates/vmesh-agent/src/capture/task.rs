@@ -25,6 +25,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const SETTLES: Duration = Duration::from_millis(50);
 /// Names of control planes may come to mean other addresses.
 const LOOKS_UP_EVERY: Duration = Duration::from_secs(60);
+/// What vmesh-net refused may be possible later: its disk has room again, it is not busy any more.
+const ASKS_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// After a change, for whatever it breaks to break.
 const WATCHES_FOR: Duration = Duration::from_secs(2);
 
@@ -63,6 +65,7 @@ pub fn spawn(
         status,
         control_planes: BTreeSet::new(),
         looked_up: None,
+        refused: None,
         before: None,
         on_trial: None,
     };
@@ -76,6 +79,8 @@ struct Speaker {
     status: watch::Sender<Status>,
     control_planes: BTreeSet<SocketAddr>,
     looked_up: Option<Instant>,
+    /// When what is wanted was last asked for, where it was refused.
+    refused: Option<Instant>,
     /// What worked when nothing was on trial.
     before: Option<Found>,
     on_trial: Option<(u64, Instant)>,
@@ -112,7 +117,12 @@ impl Speaker {
     async fn converse(&mut self, client: &mut Client) -> Result<std::convert::Infallible, ClientError> {
         self.look_up().await;
         if self.before.is_none() {
-            self.before = Some(probes::all(&self.config).await);
+            let on_trial = match client.ask(&Ask::Status).await? {
+                Answer::Status(net) => net.trial.is_some(),
+                _ => false,
+            };
+            // An agent that starts in a trial cannot know what worked before it: all of it, then.
+            self.before = Some(if on_trial { Found::new() } else { probes::all(&self.config).await });
         }
         self.want(client).await?;
         let mut ticks = interval(SECOND);
@@ -131,7 +141,8 @@ impl Speaker {
                 _ = ticks.tick() => {
                     let answer = client.ask(&Ask::Well).await?;
                     self.heard(answer);
-                    if self.look_up().await {
+                    let again = self.refused.is_some_and(|when| when.elapsed() >= ASKS_AGAIN_AFTER);
+                    if self.look_up().await || again {
                         self.want(client).await?;
                     }
                     self.attend(client).await?;
@@ -148,6 +159,7 @@ impl Speaker {
         let destinations = self.destinations.borrow_and_update().clone();
         let want = wanted(&self.config, &destinations, self.control_planes.clone());
         let answer = client.ask(&Ask::Want(want)).await?;
+        self.refused = matches!(answer, Answer::Refused(_)).then(Instant::now);
         self.heard(answer);
         Ok(())
     }
