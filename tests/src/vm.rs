@@ -106,6 +106,11 @@ impl Site {
         self.control_host.within(|| get("127.0.0.1:15014", path))?
     }
 
+    /// What the control plane has logged.
+    pub fn control_output(&self) -> String {
+        self.control.as_ref().map(Daemon::output).unwrap_or_default()
+    }
+
     /// A power cut of the control plane.
     pub fn kill_control(&mut self) {
         self.control = None;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use vmesh_testkit::{Result, wait_for};
+use vmesh_tests::vm::{Rules, Site};
 use vmesh_tests::{BOUND, Mesh};
 use vmesh_xds::Kind;
 use vmesh_xds::client::AdsStream;
@@ -221,5 +222,45 @@ async fn two_hosts_of_one_name_are_a_problem_and_both_are_served() -> Result<()>
     mesh.restart_agent("web-1-clone")?;
     let problem = mesh.problem("two hosts go by the name `web-1`").await?;
     assert!(problem.contains("give each its own `node.name`"), "{problem}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hosts_that_are_copies_of_one_another_are_told_apart_by_where_they_come_from() -> Result<()> {
+    let site = Site::start(&[("services.d/orders.yaml", ORDERS)]).await?;
+    let mut vms = Vec::new();
+    for number in 1..=2 {
+        let mut vm = site.vm(&format!("vm-{number}"), Rules::Nft, "upstreams: [orders]").await?;
+        let config = fs::read_to_string(vm.config_file()).unwrap_or_default();
+        let (before, after) = config.split_once("node: ").unwrap_or_default();
+        let after = after.split_once('}').unwrap_or_default().1;
+        // As an image has it: its own name, and no address.
+        let copied = format!("{before}node: {{name: web}}{after}");
+        fs::write(vm.config_file(), copied).map_err(vmesh_testkit::Failed::to("could not write"))?;
+        vm.start_agent()?;
+        vms.push(vm);
+    }
+    let said = wait_for("the problem", BOUND, async || match site.control_api("/api/v1/problems")? {
+        said if said.contains("two hosts go by the name `web`") => Ok(said),
+        said => Err(vmesh_testkit::Failed::new(said)),
+    })
+    .await?;
+    for vm in &vms {
+        assert!(said.contains(&format!("one from {}", vm.host.v4)), "{said}");
+    }
+    assert!(site.control_api("/metrics")?.contains("vmesh_shared_node_names 1"));
+    let logged = site.control_output();
+    assert_eq!(logged.matches("two hosts go by the name").count(), 1, "{logged}");
+
+    // With a name of its own it is another node.
+    if let Some(agent) = &mut vms[1].agent {
+        agent.kill()?;
+    }
+    wait_for("the clone to go", BOUND, async || match site.control_api("/metrics")? {
+        said if said.contains("vmesh_shared_node_names 0") => Ok(()),
+        said => Err(vmesh_testkit::Failed::new(said)),
+    })
+    .await?;
+    assert!(!site.control_api("/api/v1/problems")?.contains("two hosts go by"));
     Ok(())
 }

@@ -74,11 +74,9 @@ async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Res
     let (vms, _orders, to) = mesh().await?;
     let host = vms.fleet.host("web")?;
     // Users that a site gives its own numbers.
-    host.sh(
-        "groupadd --gid 4321 vmesh; groupadd --gid 4322 vmesh-agent\n\
+    host.sh("groupadd --gid 4321 vmesh; groupadd --gid 4322 vmesh-agent\n\
          useradd --uid 4322 --gid 4322 --home-dir /srv/agent --shell /usr/sbin/nologin vmesh-agent\n\
-         useradd --system ops; usermod --append --groups vmesh ops",
-    )?;
+         useradd --system ops; usermod --append --groups vmesh ops")?;
     let users = "getent passwd vmesh-agent vmesh-envoy; getent group vmesh vmesh-agent";
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, CAPTURES))?;
     host.install(&[&vms.packages.agent])?;

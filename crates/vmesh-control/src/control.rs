@@ -4,6 +4,7 @@
 //! misses a change of. Nobody waits for I/O under it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,6 +46,8 @@ struct Inner {
     compiler: Compiler,
     connections: BTreeMap<u64, Connection>,
     next: u64,
+    /// The names of which it was logged that two hosts have them.
+    told: BTreeSet<NodeName>,
     /// When the last store was published, for the time until it is ACKed.
     published_at: BTreeMap<Arc<str>, (u64, Instant)>,
 }
@@ -52,6 +55,8 @@ struct Inner {
 /// One xDS stream.
 struct Connection {
     report: NodeReport,
+    /// The address that it comes from.
+    from: Option<IpAddr>,
     feed: FeedControl,
     config: NodeConfig,
     state: State,
@@ -73,6 +78,7 @@ impl Control {
             compiler: Compiler::new(world),
             connections: BTreeMap::new(),
             next: 0,
+            told: BTreeSet::new(),
             published_at: BTreeMap::new(),
         };
         Control {
@@ -185,6 +191,11 @@ impl Control {
                 node(report, standing)
             })
             .collect()
+    }
+
+    /// How many names two hosts go by.
+    pub(crate) fn shared_names(&self) -> usize {
+        self.lock().shared_names().len()
     }
 
     pub(crate) fn node_counts(&self) -> NodeCounts {
@@ -315,34 +326,75 @@ impl Inner {
         standings
     }
 
-    /// Two hosts that go by one name would take turns in each other's configuration.
-    fn clones(&self) -> Vec<Problem> {
-        let mut seen: BTreeMap<&NodeName, &NodeReport> = BTreeMap::new();
-        let mut problems = Vec::new();
+    /// The names that two hosts go by, with the connections of two of them.
+    fn shared_names(&self) -> BTreeMap<&NodeName, (&Connection, &Connection)> {
+        let mut seen: BTreeMap<&NodeName, &Connection> = BTreeMap::new();
+        let mut shared = BTreeMap::new();
         for connection in self.connections.values() {
-            let report = &connection.report;
-            match seen.get(&report.name) {
-                None => _ = seen.insert(&report.name, report),
-                Some(first) if first.address != report.address => {
-                    let shown = |report: &NodeReport| {
-                        report
-                            .address
-                            .map_or_else(|| "an unnamed address".to_owned(), |address| address.to_string())
-                    };
-                    let message = format!(
-                        "two hosts go by the name `{}`, {} and {}: give each its own `node.name`; until then each is \
-                         served what it declares",
-                        report.name,
-                        shown(first),
-                        shown(report)
-                    );
-                    let place = Place::file(format!("node {}", report.name));
-                    problems.push(Problem::new(place, format!("Node `{}`", report.name), message));
-                }
-                Some(_) => {}
+            let first = seen.entry(&connection.report.name).or_insert(connection);
+            if first.is_of_another_host_than(connection) {
+                shared.entry(&connection.report.name).or_insert((*first, connection));
             }
         }
-        problems
+        shared
+    }
+
+    /// Who looks at a node sees now the one, now the other.
+    fn clones(&self) -> Vec<Problem> {
+        let shared = self.shared_names();
+        let problem = |(name, (one, other)): (&NodeName, (&Connection, &Connection))| {
+            let place = Place::file(format!("node {name}"));
+            Problem::new(place, format!("Node `{name}`"), clash(name, one, other))
+        };
+        shared.into_iter().map(problem).collect()
+    }
+
+    /// Two of the hosts that go by `name`, if they do.
+    fn clash(&self, name: &NodeName) -> Option<String> {
+        let mut of_this_name = self.connections.values().filter(|connection| connection.report.name == *name);
+        let first = of_this_name.next()?;
+        let other = of_this_name.find(|other| first.is_of_another_host_than(other))?;
+        Some(clash(name, first, other))
+    }
+
+    /// After one of its connections has come or gone.
+    fn tell_of_clones(&mut self, name: &NodeName) {
+        match self.clash(name) {
+            Some(clash) if self.told.insert(name.clone()) => tracing::warn!(node = %name, "{clash}"),
+            Some(_) => {}
+            None => _ = self.told.remove(name),
+        }
+    }
+}
+
+fn clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
+    let shown = |connection: &Connection| {
+        let said = connection.report.address.map(|address| address.to_string());
+        let from = connection.from.map(|from| format!("from {from}"));
+        match (said, from) {
+            (Some(said), Some(from)) if from != format!("from {said}") => format!("{said} ({from})"),
+            (Some(said), _) => said,
+            (None, Some(from)) => format!("one {from}"),
+            (None, None) => "an unnamed address".to_owned(),
+        }
+    };
+    format!(
+        "two hosts go by the name `{name}`, {} and {}: give each its own `node.name`; until then each is served what it \
+         declares",
+        shown(one),
+        shown(other)
+    )
+}
+
+impl Connection {
+    /// By what they say of themselves, or by where they come from: hosts that are copies say the same. One host may well come
+    /// by IPv4 and by IPv6.
+    fn is_of_another_host_than(&self, other: &Connection) -> bool {
+        let comes_from_elsewhere = match (self.from, other.from) {
+            (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4() && one != other,
+            _ => false,
+        };
+        self.report.address != other.report.address || comes_from_elsewhere
     }
 }
 
@@ -366,7 +418,7 @@ fn node(report: &NodeReport, standing: Standing) -> Node {
 pub(crate) struct Door(pub(crate) Arc<Control>);
 
 impl Admission for Door {
-    fn admit(&self, node: &XdsNode, _peer: &PeerInfo) -> Result<Admitted, Refusal> {
+    fn admit(&self, node: &XdsNode, peer: &PeerInfo) -> Result<Admitted, Refusal> {
         let control = &self.0;
         let report = claim::read(node).map_err(|bad| Refusal::Invalid(bad.to_string()))?;
         let mut inner = control.lock();
@@ -383,8 +435,13 @@ impl Admission for Door {
         inner.next += 1;
         // Only fails while the process is being stopped.
         _ = control.reports.send(NodeEvent::Report(report.clone()));
-        let connection = Connection { report, feed: feed.control(), config, state: State::Pushing, acked: 0 };
+        let name = report.name.clone();
+        let from = peer.address.map(|address| address.ip().to_canonical());
+        let feed_control = feed.control();
+        let connection =
+            Connection { report, from, feed: feed_control, config, state: State::Pushing, acked: 0 };
         inner.connections.insert(id, connection);
+        inner.tell_of_clones(&name);
         Ok(Admitted { feed, observer: Box::new(Watcher { control: control.clone(), id }) })
     }
 }
@@ -418,6 +475,11 @@ impl Observer for Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.control.lock().connections.remove(&self.id);
+        let mut inner = self.control.lock();
+        if let Some(connection) = inner.connections.remove(&self.id)
+            && inner.told.contains(&connection.report.name)
+        {
+            inner.tell_of_clones(&connection.report.name);
+        }
     }
 }

@@ -74,6 +74,7 @@ impl Collector for Scrape {
             ("vmesh_endpoints", "Endpoints of all services", endpoints),
             ("vmesh_documents", "Mesh documents in force", world.documents.len()),
             ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
+            ("vmesh_shared_node_names", "Names of nodes that two hosts go by", control.shared_names()),
             ("vmesh_ready", "Whether it serves", usize::from(control.waiting_for().is_empty())),
         ] {
             gauge(&mut encoder, name, help, value as f64)?;

@@ -302,7 +302,10 @@ pub(super) fn identity(facts: &Facts) -> Verdict {
             found.push(wrong(
                 format!("the node is called `{node}`, as other hosts may be (this host: `{host}`)"),
                 "two nodes of one name are one to the control plane: what it shows and says of them is mixed up",
-                by_hand("give the host a name of its own (`hostnamectl hostname NAME`), or set `node.name`"),
+                by_hand(
+                    "give the host a name of its own (`hostnamectl hostname NAME`), or set `node.name`; `vmeshctl problems` \
+                     says whether another has it",
+                ),
             ));
         }
     }

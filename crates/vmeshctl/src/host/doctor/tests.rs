@@ -355,7 +355,7 @@ fn the_machine() {
         &[&|facts| file(facts, "/etc/machine-id", "\n"), &|facts| outline(facts).node = "localhost".into()],
         expect![[r#"
             ! D7 /etc/machine-id is ``, which is none | hosts made of one image are not told apart, in the journal and by DHCP | fix: rm -f /etc/machine-id; systemd-machine-id-setup
-            x D7 the node is called `localhost`, as other hosts may be (this host: `web-17`) | two nodes of one name are one to the control plane: what it shows and says of them is mixed up | fix: give the host a name of its own (`hostnamectl hostname NAME`), or set `node.name`
+            x D7 the node is called `localhost`, as other hosts may be (this host: `web-17`) | two nodes of one name are one to the control plane: what it shows and says of them is mixed up | fix: give the host a name of its own (`hostnamectl hostname NAME`), or set `node.name`; `vmeshctl problems` says whether another has it
         "#]],
     );
 }
