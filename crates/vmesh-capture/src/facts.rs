@@ -9,10 +9,14 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::process::Command;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::host::{Cgroup, Host, Never};
+use crate::host::{Cgroup, Host, Memory, Never, Number};
 use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
+
+/// A directory server that does not answer must not keep rules from being applied, nor the dead-man from being held off.
+pub const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
 
 /// What is known of vmesh itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -64,14 +68,18 @@ fn cgroup_mount(mounts: &str) -> Option<PathBuf> {
 }
 
 impl Places {
-    /// The host as far as `spec` needs it. What cannot be found is missing, and becomes a note of the program.
-    pub async fn host(&self, spec: &Spec, own: &Own) -> Host {
+    /// The host as far as `spec` needs it. What cannot be found is missing, and becomes a note of the program. What gives no answer
+    /// is as it is in `memory`; nothing is waited for longer than [`ANSWERS_WITHIN`], and everything at once: whoever calls this has a
+    /// dead-man to hold off.
+    pub async fn host(&self, spec: &Spec, own: &Own, memory: &Memory) -> Host {
         let out = &spec.outbound;
-        let (mut users, mut groups) = (BTreeMap::new(), BTreeMap::new());
-        let named = out.include.users.iter().chain(&out.exclude.users).chain(out.dial.users.keys());
-        self.look_up("passwd", named, &mut users).await;
-        let named = out.include.groups.iter().chain(&out.exclude.groups).chain(out.dial.groups.keys());
-        self.look_up("group", named, &mut groups).await;
+        let users = out.include.users.iter().chain(&out.exclude.users).chain(out.dial.users.keys());
+        let groups = out.include.groups.iter().chain(&out.exclude.groups).chain(out.dial.groups.keys());
+        let (users, groups, ssh) = tokio::join!(
+            self.look_up("passwd", users, &memory.users),
+            self.look_up("group", groups, &memory.groups),
+            self.ssh_ports(&memory.ssh),
+        );
         let units = out.include.units.iter().chain(&out.exclude.units).chain(out.dial.units.keys());
         let wanted: BTreeSet<&Unit> = units.chain(&own.slices).collect();
         let mut units = self.units(&wanted);
@@ -88,7 +96,7 @@ impl Places {
             never: Never {
                 users: own.users.clone(),
                 slices,
-                ssh: self.ssh_ports().await,
+                ssh,
                 own: own.ports.clone(),
                 control_planes: own.control_planes.clone(),
             },
@@ -98,21 +106,35 @@ impl Places {
     /// Names to numbers, by all that the host's name service switch knows: files, LDAP, sssd.
     async fn look_up(
         &self,
-        database: &str,
+        database: &'static str,
         named: impl Iterator<Item = &Account>,
-        into: &mut BTreeMap<String, u32>,
-    ) {
-        for account in named.filter(|account| account.number().is_none()) {
-            let name = account.as_str();
-            let mut command = Command::new(&self.getent);
-            command.args([database, name]).stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-            // A directory server that does not answer must not keep rules from being applied.
-            let Ok(Ok(output)) = timeout(Duration::from_secs(5), command.output()).await else { continue };
-            let line = String::from_utf8_lossy(&output.stdout).into_owned();
-            if let Some(id) = id_of(&line) {
-                into.insert(name.to_owned(), id);
-            }
+        before: &BTreeMap<String, Number>,
+    ) -> BTreeMap<String, Number> {
+        let names: BTreeSet<&str> =
+            named.filter(|account| account.number().is_none()).map(Account::as_str).collect();
+        let mut asked = JoinSet::new();
+        for name in &names {
+            let (name, getent) = ((*name).to_owned(), self.getent.clone());
+            asked.spawn(async move {
+                let said = said(&getent, &[database, &name]).await;
+                (name, said)
+            });
         }
+        let mut found = BTreeMap::new();
+        while let Some(answered) = asked.join_next().await {
+            let Ok((name, said)) = answered else { continue };
+            let last = match before.get(&name) {
+                Some(Number::Now(number) | Number::Last(number)) => Some(Number::Last(*number)),
+                Some(Number::Unanswered) | None => None,
+            };
+            let number = match said {
+                Some(Said { found: true, text }) => id_of(&text).map(Number::Now),
+                Some(Said { found: false, .. }) => last,
+                None => last.or(Some(Number::Unanswered)),
+            };
+            found.extend(number.map(|number| (name, number)));
+        }
+        found
     }
 
     /// The control groups that these units have now.
@@ -126,24 +148,17 @@ impl Places {
 
     /// The ports on which something that takes SSH listens, those of its open sessions, those of its configuration, and those that
     /// systemd holds for it: other processes' sockets are shown to root and to CAP_SYS_PTRACE only.
-    async fn ssh_ports(&self) -> BTreeSet<u16> {
+    async fn ssh_ports(&self, before: &BTreeSet<u16>) -> BTreeSet<u16> {
         let inodes = self.ssh_inodes();
         let sockets = self.sockets();
         let sockets = sockets.iter().filter(|socket| inodes.contains(&socket.inode));
-        let held = self.ssh_ports_of_systemd().await;
+        // Where SSH is started by a connection, nobody but systemd listens before the first.
+        let arguments = ["show", "--property=Listen", "ssh.socket", "sshd.socket", "dropbear.socket"];
+        let held = match said(&self.systemctl, &arguments).await {
+            Some(Said { found: true, text }) => listened(&text),
+            Some(Said { found: false, .. }) | None => before.clone(),
+        };
         sockets.map(|socket| socket.local_port).chain(self.configured_ssh_ports()).chain(held).collect()
-    }
-
-    /// Where SSH is started by a connection, nobody but systemd listens before the first.
-    async fn ssh_ports_of_systemd(&self) -> BTreeSet<u16> {
-        let mut command = Command::new(&self.systemctl);
-        command.args(["show", "--property=Listen", "ssh.socket", "sshd.socket", "dropbear.socket"]);
-        command.stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-        match timeout(Duration::from_secs(5), command.output()).await {
-            Ok(Ok(output)) => listened(&String::from_utf8_lossy(&output.stdout)),
-            // No systemd here, or none that answers: it holds no socket that would be used.
-            _ => BTreeSet::new(),
-        }
     }
 
     fn configured_ssh_ports(&self) -> BTreeSet<u16> {
@@ -157,9 +172,16 @@ impl Places {
         if let Some(number) = user.number() {
             return Some(number);
         }
-        let mut found = BTreeMap::new();
-        self.look_up("passwd", [user].into_iter(), &mut found).await;
-        found.into_values().next()
+        // At a boot everything is slow, and this is asked once.
+        for _ in 0..10 {
+            let found = self.look_up("passwd", [user].into_iter(), &BTreeMap::new()).await;
+            match found.into_values().next() {
+                Some(Number::Now(number)) => return Some(number),
+                Some(Number::Unanswered) => {}
+                Some(Number::Last(_)) | None => return None,
+            }
+        }
+        None
     }
 
     /// The SSH sessions that others have with this host: the connections to ports on which it takes SSH.
@@ -200,6 +222,22 @@ impl Places {
         }
         inodes
     }
+}
+
+/// What a program said that was asked for something.
+struct Said {
+    /// It ended with 0.
+    found: bool,
+    text: String,
+}
+
+/// `None` if it does not answer: it cannot be run, or hangs.
+async fn said(program: &Path, arguments: &[&str]) -> Option<Said> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    let output = timeout(ANSWERS_WITHIN, command.output()).await.ok()?.ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Some(Said { found: output.status.success(), text })
 }
 
 fn spec_names(spec: &Spec, unit: &Unit) -> bool {

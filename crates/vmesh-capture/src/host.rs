@@ -3,19 +3,43 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::spec::{Account, Unit};
 
 /// The host as it is now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Host {
-    /// By name. Numbers need not be here.
-    pub users: BTreeMap<String, u32>,
-    pub groups: BTreeMap<String, u32>,
+    /// By name; one that is not here does not exist. Numbers need not be here.
+    pub users: BTreeMap<String, Number>,
+    pub groups: BTreeMap<String, Number>,
     /// The control groups of the units that have one now.
     pub units: BTreeMap<Unit, Cgroup>,
     /// Where there is no IPv6, nothing is asked of ip6tables.
     pub ipv6: bool,
     pub never: Never,
+}
+
+/// The number of a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Number {
+    Now(u32),
+    /// It was this one. Nobody answers now, or it is said not to exist, which a directory that cannot be reached says of
+    /// everybody: who was left alone stays so.
+    Last(u32),
+    /// Nobody answers, and nobody ever did.
+    Unanswered,
+}
+
+/// What is kept of a host, for when it does not answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    pub users: BTreeMap<String, Number>,
+    pub groups: BTreeMap<String, Number>,
+    /// The ports on which it takes SSH.
+    pub ssh: BTreeSet<u16>,
 }
 
 /// What is never captured, whatever is configured: without it a mistake could not be mended over the network, or
@@ -43,12 +67,22 @@ pub struct Cgroup {
     pub id: u64,
 }
 
+impl Memory {
+    /// What is not asked for any more is kept: a change that is taken back asks for it again.
+    pub fn learn(&mut self, host: &Host) {
+        self.users.extend(host.users.clone());
+        self.groups.extend(host.groups.clone());
+        self.ssh.clone_from(&host.never.ssh);
+    }
+}
+
 impl Host {
-    pub(crate) fn user(&self, account: &Account) -> Option<u32> {
-        account.number().or_else(|| self.users.get(account.as_str()).copied())
+    /// `None` where there is no such user.
+    pub(crate) fn user(&self, account: &Account) -> Option<Number> {
+        account.number().map(Number::Now).or_else(|| self.users.get(account.as_str()).copied())
     }
 
-    pub(crate) fn group(&self, account: &Account) -> Option<u32> {
-        account.number().or_else(|| self.groups.get(account.as_str()).copied())
+    pub(crate) fn group(&self, account: &Account) -> Option<Number> {
+        account.number().map(Number::Now).or_else(|| self.groups.get(account.as_str()).copied())
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use crate::host::{Cgroup, Host};
+use crate::host::{Cgroup, Host, Number};
 use crate::spec::{
     Account, Cidr, DeadMan, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent, Ports, Seconds,
     Selection, Spec, Unit,
@@ -42,13 +42,20 @@ impl fmt::Display for Note {
     }
 }
 
-/// Envoy's own connections would be captured, and come back to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "outbound connections cannot be captured: it is not known which are Envoy's own, and they would go round in circles; \
-     run Envoy as a user of its own, or in a slice of its own"
-)]
-pub struct NoLoopGuard;
+/// Why nothing is captured outbound: it would capture those who must not be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unsafe {
+    #[error(
+        "outbound connections cannot be captured: it is not known which are Envoy's own, and they would go round in circles; \
+         run Envoy as a user of its own, or in a slice of its own"
+    )]
+    NoLoopGuard,
+    #[error(
+        "outbound connections cannot be captured: {subject} has `{account}`, and the host does not say which number that is; \
+         does `getent {database} {account}` answer? A number in its place needs no answer"
+    )]
+    Unanswered { subject: &'static str, database: &'static str, account: String },
+}
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Chain {
@@ -129,6 +136,7 @@ pub(crate) enum Verdict {
     Nothing,
 }
 
+const INCLUDE: &str = "outbound.include";
 /// DNS over TCP: what resolves names must not depend on names.
 const DNS: u16 = 53;
 const SSH: u16 = 22;
@@ -167,18 +175,21 @@ impl Program {
     /// The program for `spec` on `host`, and what of the spec it does not contain.
     ///
     /// # Errors
-    /// If outbound connections are to be captured and nothing tells Envoy's own from others.
-    pub fn new(spec: &Spec, host: &Host, stage: Stage) -> Result<(Program, Vec<Note>), NoLoopGuard> {
+    /// If outbound connections are to be captured and nothing tells from others those that must not be.
+    pub fn new(spec: &Spec, host: &Host, stage: Stage) -> Result<(Program, Vec<Note>), Unsafe> {
         let captures = spec.outbound.capture != Outward::Off;
         if captures && host.never.users.is_empty() && host.never.slices.is_empty() {
-            return Err(NoLoopGuard);
+            return Err(Unsafe::NoLoopGuard);
         }
-        let mut build = Build { spec, host, stage, notes: Vec::new(), chains: Vec::new() };
+        let mut build = Build { spec, host, stage, notes: Vec::new(), chains: Vec::new(), refused: None };
         if captures {
             build.outbound();
         }
         build.inbound();
-        let Build { mut chains, mut notes, .. } = build;
+        let Build { mut chains, mut notes, refused, .. } = build;
+        if let Some(refused) = refused {
+            return Err(refused);
+        }
         if chains.iter().any(|chain| matches!(chain.hook, Some(Hook::Outbound | Hook::Inbound))) {
             chains.push(hold());
         }
@@ -218,6 +229,7 @@ struct Build<'a> {
     stage: Stage,
     notes: Vec<Note>,
     chains: Vec<Chain>,
+    refused: Option<Unsafe>,
 }
 
 /// Who calls, in the terms of the kernel.
@@ -281,7 +293,7 @@ impl Build<'_> {
         self.callers("outbound.exclude", &out.exclude).rules(&mut gate, "exclude", &Verdict::Return);
         let captured = Verdict::Goto("captured".to_owned());
         if out.include.names_callers() {
-            self.callers("outbound.include", &out.include).rules(&mut gate, "include", &captured);
+            self.callers(INCLUDE, &out.include).rules(&mut gate, "include", &captured);
         } else {
             gate.rule("all", [], captured);
         }
@@ -446,19 +458,53 @@ impl Build<'_> {
     }
 
     fn user(&mut self, subject: &'static str, account: &Account) -> Option<u32> {
-        let found = self.host.user(account);
-        if found.is_none() {
-            self.note(subject, format!("there is no user `{account}`: it selects nothing until there is"));
-        }
-        found
+        self.number(subject, "passwd", "user", account, self.host.user(account))
     }
 
     fn group(&mut self, subject: &'static str, account: &Account) -> Option<u32> {
-        let found = self.host.group(account);
-        if found.is_none() {
-            self.note(subject, format!("there is no group `{account}`: it selects nothing until there is"));
+        self.number(subject, "group", "group", account, self.host.group(account))
+    }
+
+    fn number(
+        &mut self,
+        subject: &'static str,
+        database: &'static str,
+        what: &str,
+        account: &Account,
+        number: Option<Number>,
+    ) -> Option<u32> {
+        match number {
+            Some(Number::Now(number)) => Some(number),
+            Some(Number::Last(number)) => {
+                let message = format!(
+                    "the host does not know the {what} `{account}` any more, or not now: its last number, {number}, counts"
+                );
+                self.note(subject, message);
+                Some(number)
+            }
+            // Who is to be captured and is not loses nothing. Whoever is left out, or has a share, would be captured.
+            Some(Number::Unanswered) if subject == INCLUDE => {
+                self.note(
+                    subject,
+                    format!(
+                        "`getent {database} {account}` does not answer: it selects nothing until it does"
+                    ),
+                );
+                None
+            }
+            Some(Number::Unanswered) => {
+                let account = account.to_string();
+                self.refused.get_or_insert(Unsafe::Unanswered { subject, database, account });
+                None
+            }
+            None => {
+                self.note(
+                    subject,
+                    format!("there is no {what} `{account}`: it selects nothing until there is"),
+                );
+                None
+            }
         }
-        found
     }
 
     fn unit(&mut self, subject: &'static str, unit: &Unit) -> Option<Cgroup> {

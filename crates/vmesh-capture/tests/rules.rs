@@ -3,14 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use expect_test::{Expect, expect};
-use vmesh_capture::host::{Cgroup, Never};
-use vmesh_capture::program::NoLoopGuard;
+use vmesh_capture::host::{Cgroup, Never, Number};
+use vmesh_capture::program::Unsafe;
 use vmesh_capture::{Host, Program, Spec, Stage, iptables, nft};
 use vmesh_model::load::strict;
 
 fn host() -> Host {
     Host {
-        users: [("app".to_owned(), 1001)].into(),
+        users: [("app".to_owned(), Number::Now(1001))].into(),
         units: [(
             "app.service".parse().unwrap(),
             Cgroup { path: "system.slice/app.service".to_owned(), id: 4711 },
@@ -595,10 +595,33 @@ fn what_has_no_effect_on_this_host_is_said_and_costs_nothing_else() {
 }
 
 #[test]
+fn who_is_left_out_is_never_captured_because_nobody_says_who_it_is() {
+    let named = |number| Host { users: [("app".to_owned(), number)].into(), ..host() };
+    let of = |yaml: &str, number| Program::new(&spec(yaml), &named(number), Stage::Confirmed);
+    let excluded = "outbound: {capture: all, exclude: {users: [app]}}";
+    let (now, notes) = of(excluded, Number::Now(7)).unwrap();
+    assert_eq!(notes, []);
+    let (last, notes) = of(excluded, Number::Last(7)).unwrap();
+    assert_eq!(last, now);
+    let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
+    expect![[r#"
+        outbound.exclude: the host does not know the user `app` any more, or not now: its last number, 7, counts
+    "#]]
+    .assert_eq(&notes);
+    for yaml in [excluded, "outbound: {capture: all, dial: {users: {app: 1}}}"] {
+        let refused = of(yaml, Number::Unanswered).unwrap_err();
+        assert!(refused.to_string().contains("does `getent passwd app` answer?"), "{refused}");
+    }
+    // Who is to be captured and is not loses nothing.
+    let (_, notes) = of("outbound: {capture: all, include: {users: [app]}}", Number::Unanswered).unwrap();
+    assert!(notes.iter().any(|note| note.message.contains("does not answer")), "{notes:?}");
+}
+
+#[test]
 fn nothing_outbound_is_captured_where_envoys_own_connections_would_be() {
     let host = Host { never: Never::default(), ..host() };
     let refused = Program::new(&spec("outbound: {capture: vip}"), &host, Stage::Confirmed);
-    assert_eq!(refused, Err(NoLoopGuard));
+    assert_eq!(refused, Err(Unsafe::NoLoopGuard));
     assert!(
         Program::new(&spec("inbound: {capture: redirect, ports: [80]}"), &host, Stage::Confirmed).is_ok()
     );

@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
 use vmesh_capture::confirm::{Beat, Commit, Due, Proposed, State as Committed, is_routine, leaving};
 use vmesh_capture::facts::{Own, Places, Session};
-use vmesh_capture::host::Host;
+use vmesh_capture::host::{Host, Memory};
 use vmesh_capture::spec::{INBOUND_PORT, Inward, OUTBOUND_PORT, Outward, Spec, Unit};
 use vmesh_capture::{Plan, Program, Stage};
 use vmesh_daemon::report::one_line;
@@ -83,6 +83,7 @@ struct Kept {
     commit: Committed,
     known: Known,
     refused: Option<(Spec, String)>,
+    memory: Memory,
 }
 
 pub struct Keeper {
@@ -114,6 +115,7 @@ pub struct Keeper {
     actual: Option<Actual>,
     /// What was read of the host last.
     host: Option<Host>,
+    memory: Memory,
     /// When its rules were last looked at.
     looked: Option<Instant>,
     look_soon: bool,
@@ -171,6 +173,7 @@ impl Keeper {
             save_at: None,
             connections: 0,
             host: None,
+            memory: kept.memory,
             looked: None,
             look_soon: false,
             notes: Vec::new(),
@@ -298,7 +301,7 @@ impl Keeper {
         if self.save_at.is_some_and(|at| at <= Instant::now())
             && let Err(error) = self.save()
         {
-            warn!("after a restart older endpoints would be captured, until the agent speaks: {error}");
+            warn!("after a restart what was known before would be in force, until the agent speaks: {error}");
         }
         self.hold_off_dead_man().await;
         systemd::status(&self.in_words());
@@ -432,6 +435,7 @@ impl Keeper {
         let spec = if is_refused { self.confirmed_with_endpoints_of(spec) } else { spec };
         let patience = want.confirm_within.clamp(*PATIENCE.start(), *PATIENCE.end());
         let now = std::time::Instant::now();
+        let mut read = None;
         match self.commit.propose(spec, now, Duration::from_secs(patience.into())) {
             Proposed::Same if !known_changed => return Ok(()),
             // Of endpoints the agent speaks again at once after a restart: the disk is not written for each.
@@ -450,8 +454,9 @@ impl Keeper {
                 self.trial += 1;
                 self.doubt = None;
                 self.refused = None;
-                let ports = self.host().await.never.ssh;
-                self.sessions = self.options.places.ssh_sessions(&ports);
+                let host = self.host().await;
+                self.sessions = self.options.places.ssh_sessions(&host.never.ssh);
+                read = Some(host);
                 if let Err(error) = self.save() {
                     // Then a process that dies in the trial would not know what to go back to.
                     self.commit.revert();
@@ -461,7 +466,10 @@ impl Keeper {
             }
         }
         self.leaving_since = None;
-        self.bring().await;
+        match read {
+            Some(host) => self.bring_all(host).await,
+            None => self.bring().await,
+        }
         if let Some(error) = &self.error
             && let Some(spec) = self.commit.revert()
         {
@@ -512,8 +520,8 @@ impl Keeper {
                 ));
             }
         }
-        let ports = self.host().await.never.ssh;
-        sessions_live(&self.sessions, &self.options.places.ssh_sessions(&ports))?;
+        let host = self.host().await;
+        sessions_live(&self.sessions, &self.options.places.ssh_sessions(&host.never.ssh))?;
         self.commit.confirm();
         self.refused = None;
         self.doubt = None;
@@ -521,7 +529,7 @@ impl Keeper {
         if let Err(error) = self.save() {
             warn!("a restart would take back what was just confirmed: {error}");
         }
-        self.bring().await;
+        self.bring_all(host).await;
         Ok(())
     }
 
@@ -548,14 +556,24 @@ impl Keeper {
     /// The host as it is now: read anew.
     async fn host(&mut self) -> Host {
         let (spec, _) = self.wanted();
-        let host = host(&self.options, &spec, &self.known).await;
+        let host = host(&self.options, &spec, &self.known, &self.memory).await;
         self.host = Some(host.clone());
+        let before = self.memory.clone();
+        self.memory.learn(&host);
+        if self.memory != before {
+            self.save_at.get_or_insert(Instant::now() + SAVES_AFTER);
+        }
         host
     }
 
     /// Makes the host be as it is wanted, and remembers why not.
     async fn bring(&mut self) {
         let host = self.host().await;
+        self.bring_all(host).await;
+    }
+
+    /// The same, where the host has just been read.
+    async fn bring_all(&mut self, host: Host) {
         self.actual = None;
         self.bring_on(host).await;
     }
@@ -696,7 +714,7 @@ impl Keeper {
             || self.known.clone(),
             |want| Known { ports: want.ports, control_planes: want.control_planes },
         );
-        plan(&self.options, &spec, stage, &known).await
+        plan(&self.options, &spec, stage, &known, &self.memory).await
     }
 
     fn state(&self) -> State {
@@ -774,6 +792,7 @@ impl Keeper {
             commit: self.commit.state().clone(),
             known: self.known.clone(),
             refused: self.refused.clone(),
+            memory: self.memory.clone(),
         };
         let json = serde_json::to_vec(&kept).map_err(|error| error.to_string())?;
         fsx::write_atomically(&self.options.state_file(), &json, fsx::PRIVATE)
@@ -806,18 +825,24 @@ async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {
     }
 }
 
-async fn host(options: &Options, spec: &Spec, known: &Known) -> Host {
+async fn host(options: &Options, spec: &Spec, known: &Known, memory: &Memory) -> Host {
     let own = Own {
         users: options.users.clone(),
         slices: options.slices.clone(),
         ports: known.ports.clone(),
         control_planes: known.control_planes.clone(),
     };
-    options.places.host(spec, &own).await
+    options.places.host(spec, &own, memory).await
 }
 
-async fn plan(options: &Options, spec: &Spec, stage: Stage, known: &Known) -> Result<String, String> {
-    let host = host(options, spec, known).await;
+async fn plan(
+    options: &Options,
+    spec: &Spec,
+    stage: Stage,
+    known: &Known,
+    memory: &Memory,
+) -> Result<String, String> {
+    let host = host(options, spec, known, memory).await;
     let applier = applier(options, host.ipv6).await.map_err(|error| one_line(&error))?;
     let (program, notes) = match spec.is_off() {
         true => (Program::absent(), Vec::new()),
@@ -833,7 +858,7 @@ async fn plan(options: &Options, spec: &Spec, stage: Stage, known: &Known) -> Re
 /// What [`Ask::Plan`] answers, where nobody runs who could be asked. Needs the privileges that applying needs.
 pub async fn plan_here(options: &Options, want: Want) -> Result<String, String> {
     let known = Known { ports: want.ports, control_planes: want.control_planes };
-    plan(options, &with_self_test(want.spec), Stage::Confirmed, &known).await
+    plan(options, &with_self_test(want.spec), Stage::Confirmed, &known, &Memory::default()).await
 }
 
 fn with_self_test(mut spec: Spec) -> Spec {

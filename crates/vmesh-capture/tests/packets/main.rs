@@ -13,7 +13,7 @@ use vm::{Call, ENVOY, Kind, SOON, Server, Vm, printed, transparent_envoy};
 use vmesh_capture::apply::{Applier, Backend};
 use vmesh_capture::confirm::{Commit, Proposed, State};
 use vmesh_capture::facts::{Own, Places};
-use vmesh_capture::host::Cgroup;
+use vmesh_capture::host::{Cgroup, Memory, Number};
 use vmesh_capture::{Program, Spec, Stage};
 use vmesh_testkit::wait_for;
 
@@ -685,10 +685,10 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
     );
     let own =
         Own { users: [ENVOY].into(), slices: [group.slice().parse().unwrap()].into(), ..Own::default() };
-    let host = places.host(&spec.unwrap(), &own).await;
+    let host = places.host(&spec.unwrap(), &own, &Memory::default()).await;
     assert_eq!(host.never.ssh, [2222].into());
     assert_eq!(host.never.slices, [Cgroup { path: group.slice(), id: group.slice_id() }].into());
-    assert_eq!(host.users, [("root".to_owned(), 0)].into());
+    assert_eq!(host.users, [("root".to_owned(), Number::Now(0))].into());
     assert!(host.ipv6);
     // Another test may have a unit of that name too.
     assert_eq!(host.units.len(), 1);

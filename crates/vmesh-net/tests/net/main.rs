@@ -337,6 +337,54 @@ async fn a_state_that_cannot_be_read_is_nothing_and_the_agent_mends_it() {
     assert!(output.contains("state.json is not what this version writes"), "{output}");
 }
 
+/// A directory of users that hangs cannot be had from a real one at will, so `getent` and `systemctl` are scripts.
+#[tokio::test]
+async fn a_directory_of_users_that_hangs_captures_nobody_who_is_left_out_and_lets_nothing_lapse() {
+    const OTHER: u32 = 5999;
+    let mut vm = Vm::new(Rules::Nft).await;
+    let hangs = vm.state_dir().join("hangs");
+    let with_hang = |text: &str| format!("[ -e {} ] && exec sleep 600\n{text}", hangs.display());
+    let users: String =
+        (0..8).map(|n| format!("app{n}) echo app{n}:x:{}:1::/:/bin/sh;;\n", vm::APP + n)).collect();
+    vm.script("getent", &with_hang(&format!("case $2 in\n{users}*) exit 2;;\nesac")));
+    vm.script("systemctl", &with_hang("echo 'Listen=[::]:2244 (Stream)'"));
+    let spec = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, \
+        exclude: {users: [app0, app1, app2, app3, app4, app5, app6, app7]}}, dead_man: {timeout: 3s}}";
+    let mut agent = Agent::new(&vm, spec).await;
+    agent.capture().await;
+    assert_eq!((vm.get(8080).unwrap(), vm.get_as(OTHER, 8080).unwrap()), ("direct".into(), "mesh".into()));
+
+    std::fs::write(&hangs, "").unwrap();
+    agent.want.spec.outbound.exclude.ports.insert("9".parse().unwrap());
+    agent.capture().await;
+    for _ in 0..20 {
+        let status = agent.well().await;
+        assert_ne!(status.redirects, Redirects::Lapsed, "{status:?}");
+        assert_eq!(
+            (vm.get(8080).unwrap(), vm.get_as(OTHER, 8080).unwrap()),
+            ("direct".into(), "mesh".into())
+        );
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(vm.ruleset().contains("2244"), "what systemd held for SSH is kept");
+
+    // What was known is known after a restart, too.
+    vm.net.take().unwrap().kill().unwrap();
+    vm.start_net().await;
+    let mut agent = Agent { want: agent.want, ..Agent::new(&vm, spec).await };
+    agent.want().await;
+    let again = agent.well_until("capture to go on", is_well).await;
+    assert!(again.notes.iter().any(|note| note.contains("`app0`") && note.contains("5000")), "{again:?}");
+    assert_eq!((vm.get(8080).unwrap(), vm.get_as(OTHER, 8080).unwrap()), ("direct".into(), "mesh".into()));
+    assert!(vm.ruleset().contains("2244"));
+
+    // Somebody new, of whom nothing is known.
+    agent.want.spec.outbound.exclude.users.insert("new".parse().unwrap());
+    let Answer::Refused(why) = agent.want().await else { panic!("it was not refused") };
+    assert!(why.contains("does `getent passwd new` answer?"), "{why}");
+    assert_eq!((vm.get(8080).unwrap(), vm.get_as(OTHER, 8080).unwrap()), ("direct".into(), "mesh".into()));
+}
+
 #[tokio::test]
 async fn what_would_be_done_is_shown_and_not_done() {
     let vm = Vm::new(Rules::Nft).await;

@@ -60,6 +60,7 @@ impl Vm {
         fs::create_dir(dir.join("net")).unwrap();
         chown(dir.join("net"), None, Some(MESH)).unwrap();
         fs::set_permissions(dir.join("net"), Permissions::from_mode(0o2755)).unwrap();
+        fs::create_dir(dir.join("programs")).unwrap();
         let stay = Arc::new(AtomicBool::new(false));
         for (port, name) in [(8080, "direct"), (9999, "mesh")] {
             serve(&b, SocketAddr::from((b.v4, port)), name, stay.clone());
@@ -99,7 +100,7 @@ impl Vm {
             .arg(self.socket())
             .arg("--state-dir")
             .arg(self.state_dir())
-            .env("PATH", self.tools.path());
+            .env("PATH", format!("{}:{}", self.programs().display(), self.tools.path()));
         self.net = Some(Daemon::spawn("vmesh-net", command).unwrap());
         wait_for("vmesh-net to answer", SOON, async || {
             client::ask(&self.socket(), &Ask::Status).await.map(drop)
@@ -121,10 +122,26 @@ impl Vm {
         self.dir.join("net/state")
     }
 
+    /// What is here is found first when vmesh-net runs a program.
+    fn programs(&self) -> PathBuf {
+        self.dir.join("programs")
+    }
+
+    /// Has vmesh-net run this script instead of a program.
+    pub(crate) fn script(&self, name: &str, text: &str) {
+        let path = self.programs().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+    }
+
     /// The answering application's name.
     pub(crate) fn get(&self, port: u16) -> Result<String, String> {
+        self.get_as(APP, port)
+    }
+
+    pub(crate) fn get_as(&self, user: u32, port: u16) -> Result<String, String> {
         let to = SocketAddr::from((self.b.v4, port));
-        self.a.within_as(APP, || get(to)).unwrap().map_err(|error| error.to_string())
+        self.a.within_as(user, || get(to)).unwrap().map_err(|error| error.to_string())
     }
 
     pub(crate) async fn answers(&self, name: &str) {
@@ -184,7 +201,7 @@ impl Vm {
 
 /// An agent, as vmesh-net sees one.
 pub(crate) struct Agent {
-    client: Client,
+    pub(crate) client: Client,
     pub(crate) want: Want,
 }
 
