@@ -1,6 +1,7 @@
 //! The edge: runs `nft`, `iptables-save` and `iptables-restore`, and reads back what they did.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -21,6 +22,15 @@ use crate::spec::Seconds;
 pub enum Backend {
     Nft,
     Iptables,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Backend::Nft => "nft",
+            Backend::Iptables => "iptables",
+        })
+    }
 }
 
 /// The programs, by path or by a name on the PATH.
@@ -125,10 +135,15 @@ impl Applier {
     /// The backend that works here: nftables, else iptables. Asks the kernel too, and changes nothing.
     ///
     /// # Errors
-    /// If neither works: what is wrong with nftables, since it is what one should have.
+    /// If neither works: what is wrong with nftables, since it is what one should have. If nftables does not answer in time.
     pub async fn detect(tools: Tools, ipv6: bool) -> Result<Applier, Error> {
         let nftables = Applier { backend: Backend::Nft, tools, ipv6, ran: Ran::default() };
-        let Err(wrong) = nftables.works().await else { return Ok(nftables) };
+        let wrong = match nftables.works().await {
+            Ok(()) => return Ok(nftables),
+            // It is there, and busy: whoever turned to iptables for that would have both.
+            Err(slow @ Error::Slow { .. }) => return Err(slow),
+            Err(wrong) => wrong,
+        };
         let iptables = Applier { backend: Backend::Iptables, ..nftables };
         iptables.works().await.map(|()| iptables).map_err(|_| wrong)
     }
@@ -140,6 +155,39 @@ impl Applier {
             Backend::Iptables => Actual::Iptables(iptables::Actual::absent(self.ipv6)),
         };
         self.check(&self.plan(&Program::sample(self.ipv6), &nothing, true)).await
+    }
+
+    /// By what else there may be rules of ours on this host: an earlier process may have had another backend, or iptables may
+    /// have been of the other kind, and what one has made none of the others shows.
+    pub async fn others(&self) -> Vec<Applier> {
+        let of_kind = |kind: &str| {
+            let named =
+                |family: &str, path: &Path, what: &str| path.with_file_name(format!("{family}{kind}-{what}"));
+            let tools = Tools {
+                iptables_save: named("iptables", &self.tools.iptables_save, "save"),
+                iptables_restore: named("iptables", &self.tools.iptables_restore, "restore"),
+                ip6tables_save: named("ip6tables", &self.tools.ip6tables_save, "save"),
+                ip6tables_restore: named("ip6tables", &self.tools.ip6tables_restore, "restore"),
+                ..self.tools.clone()
+            };
+            Applier { backend: Backend::Iptables, tools, ..self.clone() }
+        };
+        if self.backend == Backend::Nft {
+            return ["", "-nft", "-legacy"].map(of_kind).into();
+        }
+        let version = self.run(&self.tools.iptables_save, &["--version"], "say its kind", None).await;
+        let other_kind = match version {
+            Ok(version) if version.contains("nf_tables") => Some("-legacy"),
+            Ok(_) => Some("-nft"),
+            Err(_) => None,
+        };
+        let nftables = Applier { backend: Backend::Nft, ..self.clone() };
+        other_kind.map(of_kind).into_iter().chain([nftables]).collect()
+    }
+
+    /// Whether nothing of ours is there by this backend.
+    pub async fn is_absent(&self) -> Result<bool, Error> {
+        Ok(self.plan(&Program::absent(), &self.read().await?, false).is_empty())
     }
 
     /// What of ours is there now. Reading changes nothing.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
 use vmesh_capture::confirm::{Beat, Commit, Due, Proposed, State as Committed, is_routine, leaving};
 use vmesh_capture::facts::{Own, Places, Session};
@@ -89,6 +89,8 @@ struct Kept {
 pub struct Keeper {
     options: Options,
     applier: Option<Applier>,
+    /// By what else there may be rules of an earlier process; none once it was seen that there are none.
+    others: Vec<Applier>,
     commit: Commit,
     known: Known,
     trial: u64,
@@ -152,6 +154,7 @@ impl Keeper {
         }
         Keeper {
             applier: None,
+            others: Vec::new(),
             beat: Beat::new(commit.wanted().0.dead_man.timeout.duration()),
             commit,
             known: kept.known,
@@ -607,6 +610,7 @@ impl Keeper {
             Some(applier) => applier.clone(),
             None => {
                 let applier = applier(&self.options, host.ipv6).await.map_err(|error| one_line(&error))?;
+                self.others = applier.others().await;
                 self.applier.insert(applier).clone()
             }
         };
@@ -654,6 +658,33 @@ impl Keeper {
             }
         }
         self.on_host = Some(program);
+        // Not before what is to be there is: translated connections live as long as somebody's rules translate.
+        self.end_others(&Program::absent()).await.map_err(|error| one_line(&error))
+    }
+
+    /// Makes what other backends have of ours be as `program` says.
+    async fn end_others(&mut self, program: &Program) -> Result<(), Error> {
+        for other in std::mem::take(&mut self.others) {
+            match other.is_absent().await {
+                Ok(true) => continue,
+                Ok(false) if program.is_absent() => {
+                    let ended = other.off(self.commit.state().footprint.as_ref()).await;
+                    if let Err(error) = ended {
+                        self.others.push(other);
+                        return Err(error);
+                    }
+                    info!("rules that an earlier vmesh-net had by {} are taken away", other.backend);
+                }
+                Ok(false) => {
+                    let drained = other.bring(program, None).await;
+                    self.others.push(other);
+                    drained?;
+                }
+                Err(Error::Slow { .. }) => self.others.push(other),
+                // It is not here, or cannot do anything here: nobody has made rules with it.
+                Err(error) => debug!("{} is not looked at again: {}", other.backend, one_line(&error)),
+            }
+        }
         Ok(())
     }
 
@@ -663,6 +694,7 @@ impl Keeper {
         self.connections = open;
         let now = std::time::Instant::now();
         let program = leaving(open, since, now, self.options.drain, applier.ipv6);
+        self.end_others(&program).await?;
         if program.is_absent() {
             if !self.on_host.as_ref().is_some_and(Program::is_absent) {
                 let plan = applier.off(self.commit.state().footprint.as_ref()).await?;
@@ -737,13 +769,7 @@ impl Keeper {
         let trial = self.commit.until();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            backend: self.applier.as_ref().map(|applier| {
-                match applier.backend {
-                    Backend::Nft => "nft",
-                    Backend::Iptables => "iptables",
-                }
-                .to_owned()
-            }),
+            backend: self.applier.as_ref().map(|applier| applier.backend.to_string()),
             state: self.state(),
             spec,
             virtual_addresses,

@@ -337,6 +337,56 @@ async fn a_state_that_cannot_be_read_is_nothing_and_the_agent_mends_it() {
     assert!(output.contains("state.json is not what this version writes"), "{output}");
 }
 
+#[tokio::test]
+async fn rules_of_an_earlier_backend_give_way_to_those_of_the_next_and_cost_no_connection() {
+    for (first, next) in [(Rules::Iptables, Rules::Nft), (Rules::Nft, Rules::Iptables)] {
+        let mut vm = Vm::new(first).await;
+        let before = vm.ruleset();
+        vm.stay(true);
+        Agent::new(&vm, OPEN).await.capture().await;
+        let to = std::net::SocketAddr::from((vm.b.v4, 8080));
+        let mut open = vm.a.within_as(vm::APP, || TcpStream::connect(to)).unwrap().unwrap();
+        let mut who = [0; 4];
+        open.read_exact(&mut who).unwrap();
+        assert_eq!(&who, b"mesh");
+        let mut echoes = |said: &[u8; 4]| {
+            open.write_all(said).unwrap();
+            open.read_exact(&mut who).unwrap();
+            assert_eq!(&who, said);
+        };
+        echoes(b"once");
+
+        vm.net.take().unwrap().kill().unwrap();
+        vm.rules = next;
+        vm.start_net().await;
+        vm.stay(false);
+        let mut agent = Agent::new(&vm, OPEN).await;
+        agent.want().await;
+        agent.well_until("capture to go on", is_well).await;
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+        echoes(b"more");
+        let table = vm.ruleset().contains("table inet vmesh");
+        let chains = vm.ruleset().contains("VMESH_");
+        assert_eq!((table, chains), (next == Rules::Nft, next == Rules::Iptables), "{}", vm.ruleset());
+        vm.terminate_net().await;
+        assert_eq!(vm.ruleset(), before, "{first:?}, then {next:?}");
+        assert_eq!(vm.get(8080).unwrap(), "direct");
+
+        // Nothing is wanted any more when the next one begins.
+        vm.rules = first;
+        vm.start_net().await;
+        let mut agent = Agent::new(&vm, OPEN).await;
+        agent.want().await;
+        agent.well_until("capture to go on", is_well).await;
+        vm.net.take().unwrap().kill().unwrap();
+        std::fs::remove_file(vm.state_dir().join("state.json")).unwrap();
+        vm.rules = next;
+        vm.start_net().await;
+        vm.until("the rules to go", |status| status.state == State::Off).await;
+        assert!(!vm.ruleset().contains("VMESH_") && !vm.ruleset().contains("inet vmesh"), "{}", vm.ruleset());
+    }
+}
+
 /// A directory of users that hangs cannot be had from a real one at will, so `getent` and `systemctl` are scripts.
 #[tokio::test]
 async fn a_directory_of_users_that_hangs_captures_nobody_who_is_left_out_and_lets_nothing_lapse() {

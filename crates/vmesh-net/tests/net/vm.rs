@@ -40,7 +40,7 @@ pub(crate) struct Vm {
     pub(crate) tools: Tools,
     pub(crate) envoy: Option<Daemon>,
     pub(crate) net: Option<Daemon>,
-    rules: Rules,
+    pub(crate) rules: Rules,
     stay: Arc<AtomicBool>,
     dir: TempDir,
     _switch: Switch,
