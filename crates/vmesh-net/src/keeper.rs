@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, error, info, warn};
@@ -39,6 +41,8 @@ const SAVES_AFTER: Duration = Duration::from_secs(10);
 const SETTLES: Duration = Duration::from_millis(50);
 /// An agent that says nothing for so long is not well.
 const AGENT_SPEAKS_WITHIN: Duration = Duration::from_secs(5);
+/// An agent that runs at all has spoken by then.
+const AGENT_BEGINS_WITHIN: Duration = Duration::from_secs(120);
 /// A trial may not be endless, nor too short for anybody to confirm it.
 const PATIENCE: std::ops::RangeInclusive<u32> = 5..=3600;
 const MAX_STATE: u64 = 16 << 20;
@@ -91,6 +95,8 @@ pub struct Keeper {
     applier: Option<Applier>,
     /// By what else there may be rules of an earlier process; none once it was seen that there are none.
     others: Vec<Applier>,
+    /// What was captured is not known: until the agent says it, or this moment, the kernel's rules stay as they are.
+    awaits_agent: Option<Instant>,
     commit: Commit,
     known: Known,
     trial: u64,
@@ -141,9 +147,9 @@ struct Known {
 }
 
 impl Keeper {
-    /// Begins with what the disk has; a state that cannot be read is nothing, which the agent's next word mends.
+    /// Begins with what the disk has. Where that cannot be read, the rules stay as they are until the agent's next word.
     pub fn start(options: Options, envoy: watch::Receiver<Envoy>, looks: watch::Sender<Looks>) -> Keeper {
-        let kept = load(&options.state_file());
+        let (kept, is_whole) = load(&options.state_file());
         let bypassed = options.bypass_flag().exists();
         let (commit, reverted) = Commit::start(kept.commit, bypassed);
         let mut refused = kept.refused;
@@ -155,6 +161,7 @@ impl Keeper {
         Keeper {
             applier: None,
             others: Vec::new(),
+            awaits_agent: (!is_whole).then(|| Instant::now() + AGENT_BEGINS_WITHIN),
             beat: Beat::new(commit.wanted().0.dead_man.timeout.duration()),
             commit,
             known: kept.known,
@@ -289,7 +296,8 @@ impl Keeper {
     async fn tick(&mut self, look: bool) {
         let again =
             self.error.is_some() && self.looked.is_none_or(|looked| looked.elapsed() >= TRIES_AGAIN_AFTER);
-        let mut bring = self.see_bypass() || look || again || self.leaving_since.is_some();
+        let waited = self.awaits_agent.is_some_and(|until| Instant::now() >= until);
+        let mut bring = self.see_bypass() || look || again || waited || self.leaving_since.is_some();
         if std::mem::take(&mut self.look_soon) && !bring {
             self.mend().await;
         }
@@ -375,7 +383,7 @@ impl Keeper {
                         Envoy::Well => "the agent says nothing",
                         Envoy::Gone => "Envoy is gone",
                         Envoy::Hangs => "Envoy takes connections and does not serve them",
-                        Envoy::Unknown => "Envoy has not been looked at",
+                        Envoy::Unknown | Envoy::Other => "Envoy has not been looked at",
                     }
                 );
                 self.lapsed = true;
@@ -430,6 +438,7 @@ impl Keeper {
     }
 
     async fn want(&mut self, want: Want) -> Result<(), String> {
+        self.awaits_agent = None;
         let spec = with_self_test(want.spec);
         let known = Known { ports: want.ports, control_planes: want.control_planes };
         let known_changed = self.known != known;
@@ -588,6 +597,10 @@ impl Keeper {
     }
 
     async fn bring_on(&mut self, host: Host) {
+        if self.awaits_agent.is_some_and(|until| !self.stopping && !self.bypassed && Instant::now() < until) {
+            return;
+        }
+        self.awaits_agent = None;
         self.looked = Some(Instant::now());
         match self.try_bring(host).await {
             Ok(()) => self.error = None,
@@ -807,6 +820,9 @@ impl Keeper {
         let state = self.state();
         match &self.error {
             Some(error) => format!("{state}; {error}"),
+            None if self.awaits_agent.is_some() => {
+                "waits for the agent; rules are left as they are".to_owned()
+            }
             None if self.redirects() == Redirects::Lapsed => format!("{state}; redirects have lapsed"),
             None => state.to_string(),
         }
@@ -826,22 +842,32 @@ impl Keeper {
     }
 }
 
-fn load(path: &Path) -> Kept {
+/// What is on the disk, and whether this version understands all of it. Of what it does not, the parts count that it does.
+fn load(path: &Path) -> (Kept, bool) {
     let text = match fsx::read_capped(path, MAX_STATE) {
         Ok(text) => text,
-        Err(error) if error.is_not_found() => return Kept::default(),
+        Err(error) if error.is_not_found() => return (Kept::default(), true),
         Err(error) => {
-            warn!("begins with nothing captured, until the agent says what is wanted: {}", one_line(&error));
-            return Kept::default();
+            warn!("what was captured is not known until the agent says it: {}", one_line(&error));
+            return (Kept::default(), false);
         }
     };
-    serde_json::from_slice(&text).unwrap_or_else(|error| {
-        warn!(
-            "{} is not what this version writes; begins with nothing captured, until the agent says what is wanted: {error}",
-            path.display()
-        );
-        Kept::default()
-    })
+    let error = match serde_json::from_slice(&text) {
+        Ok(kept) => return (kept, true),
+        Err(error) => error,
+    };
+    warn!(
+        "{} is not what this version writes; what was captured is not known until the agent says it: {error}",
+        path.display()
+    );
+    fn part<T: DeserializeOwned + Default>(of: &Value, name: &str) -> T {
+        of.get(name).and_then(|part| T::deserialize(part).ok()).unwrap_or_default()
+    }
+    let all = serde_json::from_slice(&text).unwrap_or(Value::Null);
+    let footprint = part(all.get("commit").unwrap_or(&Value::Null), "footprint");
+    let commit = Committed { footprint, ..Committed::default() };
+    let (known, refused, memory) = (part(&all, "known"), part(&all, "refused"), part(&all, "memory"));
+    (Kept { commit, known, refused, memory }, false)
 }
 
 async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {

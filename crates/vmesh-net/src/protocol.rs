@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
 
-use serde::{Deserialize, Serialize};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
 use vmesh_capture::Spec;
 
 /// A line beyond this is refused: far above the spec of a host with ten thousand destinations.
@@ -57,7 +58,8 @@ pub enum Answer {
     Refused(String),
 }
 
-/// What is on the host, and why.
+/// What is on the host, and why. Whoever asks may be older than who answers, for a moment in each upgrade: what it does not know,
+/// it leaves out, since an agent that understood nothing would let redirects lapse.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Status {
@@ -65,7 +67,8 @@ pub struct Status {
     /// What changes the rules here: `nft` or `iptables`.
     pub backend: Option<String>,
     pub state: State,
-    /// What is wanted now, without its endpoints.
+    /// What is wanted now, without its endpoints. To be shown; nothing else goes by it.
+    #[serde(deserialize_with = "known")]
     pub spec: Spec,
     pub virtual_addresses: usize,
     pub real_addresses: usize,
@@ -110,6 +113,9 @@ pub enum State {
     Confirmed,
     /// The flag of the bypass is there.
     Bypassed,
+    /// One of a newer version.
+    #[serde(other)]
+    Other,
 }
 
 impl fmt::Display for State {
@@ -120,6 +126,7 @@ impl fmt::Display for State {
             State::Trial => "on trial",
             State::Confirmed => "confirmed",
             State::Bypassed => "bypassed",
+            State::Other => "in a state that this version does not know",
         })
     }
 }
@@ -136,6 +143,9 @@ pub enum Envoy {
     Gone,
     /// The kernel takes connections, and nobody serves them.
     Hangs,
+    /// Something of a newer version.
+    #[serde(other)]
+    Other,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,6 +156,9 @@ pub enum Redirects {
     None,
     Hold,
     Lapsed,
+    /// Something of a newer version.
+    #[serde(other)]
+    Other,
 }
 
 /// Changes of our rules by others, mended.
@@ -157,4 +170,28 @@ pub struct Drift {
     pub what: Vec<String>,
     /// `firewalld (pid 812)`, where the kernel said who.
     pub by: Option<String>,
+}
+
+/// What is understood of a value, or its default.
+fn known<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(deserializer: D) -> Result<T, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(serde_json::from_value(value).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_older_agent_understands_what_it_knows_of_a_newer_answer() {
+        let newer = r#"{"status": {"version": "9", "state": "hibernates", "envoy": "winks", "redirects": "bend",
+            "spec": {"outbound": {"capture": "everything"}, "udp": {}}, "trial": 7, "moon": "full"}}"#;
+        let Answer::Status(status) = serde_json::from_str(newer).unwrap() else { panic!("no status") };
+        assert_eq!((status.version.as_str(), status.trial), ("9", Some(7)));
+        assert_eq!(
+            (status.state, status.envoy, status.redirects),
+            (State::Other, Envoy::Other, Redirects::Other)
+        );
+        assert_eq!(status.spec, Spec::default());
+    }
 }

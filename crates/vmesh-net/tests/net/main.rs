@@ -323,18 +323,31 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
 }
 
 #[tokio::test]
-async fn a_state_that_cannot_be_read_is_nothing_and_the_agent_mends_it() {
-    let mut vm = Vm::new(Rules::Nft).await;
-    let mut agent = Agent::new(&vm, OPEN).await;
-    agent.capture().await;
-    vm.net.take().unwrap().kill().unwrap();
-    std::fs::write(vm.state_dir().join("state.json"), "{\"commit\": 7").unwrap();
-    vm.start_net().await;
-    let mut agent = Agent::new(&vm, OPEN).await;
-    agent.capture().await;
-    assert_eq!(vm.get(8080).unwrap(), "mesh");
-    let output = vm.net.as_ref().unwrap().output();
-    assert!(output.contains("state.json is not what this version writes"), "{output}");
+async fn a_state_that_cannot_be_read_leaves_the_rules_as_they_are_until_the_agent_speaks() {
+    for rules in [Rules::Nft, Rules::Iptables] {
+        let mut vm = Vm::new(rules).await;
+        let before = vm.ruleset();
+        let mut agent = Agent::new(&vm, CLOSED).await;
+        agent.capture().await;
+        let path = vm.state_dir().join("state.json");
+        let of_a_newer_version =
+            std::fs::read_to_string(&path).unwrap().replace("\"on_loss\"", "\"on_loss_of\"");
+        // With iptables, what there was before the first rule is lost with all the rest.
+        let garbage = (rules == Rules::Nft).then_some("{\"commit\": 7");
+        for text in garbage.into_iter().chain([of_a_newer_version.as_str()]) {
+            vm.net.take().unwrap().kill().unwrap();
+            std::fs::write(&path, text).unwrap();
+            vm.start_net().await;
+            assert_eq!(vm.get(8080).unwrap(), "mesh", "what is closed stays so");
+            let output = vm.net.as_ref().unwrap().output();
+            assert!(output.contains("state.json is not what this version writes"), "{output}");
+            // Of which it cannot know that it was confirmed.
+            Agent::new(&vm, CLOSED).await.capture().await;
+            assert_eq!(vm.get(8080).unwrap(), "mesh");
+        }
+        vm.terminate_net().await;
+        assert_eq!(vm.ruleset(), before);
+    }
 }
 
 #[tokio::test]

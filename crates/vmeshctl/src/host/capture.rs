@@ -117,6 +117,7 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
         "envoy",
         match status.envoy {
             Envoy::Unknown => "not looked at: nothing is captured",
+            Envoy::Other => "in a way that this version does not know",
             Envoy::Well => "takes what is captured",
             Envoy::Gone => "GONE: nobody listens at its capture ports",
             Envoy::Hangs => "HANGS: its capture ports are open, and nobody serves them",
@@ -127,6 +128,7 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
         "redirects",
         match status.redirects {
             Redirects::None => "none that could lapse",
+            Redirects::Other => "in a way that this version does not know",
             Redirects::Hold => "hold",
             Redirects::Lapsed => "LAPSED: new connections go past Envoy where that is allowed",
         }

@@ -336,7 +336,7 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
     let gone = match status.envoy {
         Envoy::Gone => Some("nobody listens at Envoy's capture ports"),
         Envoy::Hangs => Some("Envoy's capture ports are open, and nobody serves them"),
-        Envoy::Unknown | Envoy::Well => None,
+        Envoy::Unknown | Envoy::Well | Envoy::Other => None,
     };
     if let Some(what) = gone {
         let fix = run("systemctl restart vmesh-envoy");
