@@ -38,8 +38,11 @@ case $mode in
         ;;
 esac
 
-# The flag first: a vmesh-net that lives must not undo the rest.
-if ! { mkdir -p "${flag%/*}" && echo "by $(id -un 2>/dev/null) at $(date 2>/dev/null)" >"$flag"; }; then
+# The flag first: a vmesh-net that lives must not undo the rest. That it is there counts; who set it is a courtesy, for which a full
+# disk may have no room.
+if mkdir -p "${flag%/*}" && : >>"$flag"; then
+    echo "by $(id -un 2>/dev/null) at $(date 2>/dev/null)" 2>/dev/null >"$flag" || :
+else
     fail "could not write $flag; a vmesh-net that runs brings the rules back: stop it (systemctl stop vmesh-net)"
 fi
 

@@ -1,5 +1,7 @@
 //! What a daemon tells systemd. Outside systemd (no `$NOTIFY_SOCKET`) all of this does nothing.
 
+use std::time::Duration;
+
 use sd_notify::NotifyState;
 use tracing::warn;
 
@@ -17,8 +19,19 @@ pub fn stopping() {
     send(&[NotifyState::Stopping]);
 }
 
+/// The daemon takes its leave, which may last for so long although `TimeoutStopSec=` of its unit is shorter.
+pub fn stopping_within(longest: Duration) {
+    let microseconds = u32::try_from(longest.as_micros()).unwrap_or(u32::MAX);
+    send(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(microseconds)]);
+}
+
 /// Tells systemd's watchdog that the runtime still runs its tasks; without a watchdog it waits for ever.
 pub async fn watchdog() {
+    watchdog_while(|| true).await;
+}
+
+/// Tells systemd's watchdog that all is well, as long as it is: see [`watchdog`].
+pub async fn watchdog_while(is_well: impl Fn() -> bool) {
     let Some(limit) = sd_notify::watchdog_enabled() else {
         return std::future::pending().await;
     };
@@ -26,7 +39,9 @@ pub async fn watchdog() {
     let mut ticks = tokio::time::interval((limit / 2).max(std::time::Duration::from_millis(1)));
     loop {
         ticks.tick().await;
-        send(&[NotifyState::Watchdog]);
+        if is_well() {
+            send(&[NotifyState::Watchdog]);
+        }
     }
 }
 

@@ -107,6 +107,8 @@ pub struct Keeper {
     /// Why the trial could not be confirmed so far.
     doubt: Option<String>,
     beat: Beat,
+    /// When it was last ready for whatever comes next.
+    turned: watch::Sender<Instant>,
     envoy: watch::Receiver<Envoy>,
     looks: watch::Sender<Looks>,
     /// Envoy was gone at the last look, too.
@@ -166,6 +168,7 @@ impl Keeper {
             commit,
             known: kept.known,
             trial: 0,
+            turned: watch::Sender::new(Instant::now()),
             sessions: Vec::new(),
             refused,
             doubt: None,
@@ -195,6 +198,11 @@ impl Keeper {
         }
     }
 
+    /// When it was last ready for whatever comes next: one for which this is long ago hangs.
+    pub fn turned(&self) -> watch::Receiver<Instant> {
+        self.turned.subscribe()
+    }
+
     /// Keeps the host as it is wanted until `stop`, and then leaves it as it was. When `again` changes it ends as well, and leaves
     /// the rules to the process that comes next.
     pub async fn run(
@@ -210,6 +218,7 @@ impl Keeper {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut count = 0;
         loop {
+            self.turned.send_replace(Instant::now());
             tokio::select! {
                 question = asked.recv() => match question {
                     Some(Question { ask, answer }) => {
@@ -264,6 +273,7 @@ impl Keeper {
         self.leaving_since.get_or_insert_with(std::time::Instant::now);
         systemd::stopping();
         loop {
+            self.turned.send_replace(Instant::now());
             self.bring().await;
             let gone = self.on_host.as_ref().is_some_and(Program::is_absent);
             if gone {

@@ -20,6 +20,9 @@ use vmesh_net::probe::{self, Looks};
 use vmesh_net::protocol::Envoy;
 use vmesh_net::{SOCKET, STATE_DIR, rules, server};
 
+/// A keeper that takes longer for one turn hangs, and is replaced by systemd's watchdog; its rules stay.
+const TURNS_WITHIN: Duration = Duration::from_secs(180);
+
 /// The privileged part of a vmesh node: keeps the host's capture rules as the agent wants them, and safe.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -145,7 +148,9 @@ async fn run(arguments: Arguments) -> After {
     tasks.spawn("envoy probe", probe::watch_envoy(look, told));
     tasks.spawn("rules", rules::watch(changed));
     tasks.spawn("socket", server::serve(listener, agent, ask));
-    tasks.spawn("watchdog", systemd::watchdog());
+    let turned = keeper.turned();
+    // The tools that it runs are waited for, one after another and never for ever.
+    tasks.spawn("watchdog", systemd::watchdog_while(move || turned.borrow().elapsed() < TURNS_WITHIN));
     tasks.spawn_draining("keeper", |stop| keeper.run(asked, changes, told_again, stop));
     let code = tokio::select! {
         signal = terminated => {

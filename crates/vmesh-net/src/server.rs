@@ -2,7 +2,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -35,9 +36,26 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     sockets::listen(path).map_err(|cause| ListenError { path: path.to_owned(), cause })
 }
 
+/// What strangers do is told, and not as often as they do it: the log is not theirs to fill.
+struct Seldom(Mutex<Option<Instant>>);
+
+impl Seldom {
+    const PAUSE: Duration = Duration::from_secs(10);
+
+    fn is_due(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| last.elapsed() >= Self::PAUSE);
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
+}
+
 /// Serves until it is dropped.
 pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question>) {
     let (mut trusted, mut strangers) = (JoinSet::new(), JoinSet::new());
+    let seldom = Arc::new(Seldom(Mutex::new(None)));
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -61,14 +79,22 @@ pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question
         let may_change = uid == 0 || uid == agent;
         let (of, limit) = if may_change { (&mut trusted, CONNECTIONS) } else { (&mut strangers, STRANGERS) };
         if of.len() >= limit {
-            warn!(uid, "too many connections: one is closed");
+            if may_change || seldom.is_due() {
+                warn!(uid, "too many connections: one is closed");
+            }
             continue;
         }
-        of.spawn(converse(stream, uid, may_change, to.clone()));
+        of.spawn(converse(stream, uid, may_change, seldom.clone(), to.clone()));
     }
 }
 
-async fn converse(stream: UnixStream, uid: u32, may_change: bool, to: mpsc::Sender<Question>) {
+async fn converse(
+    stream: UnixStream,
+    uid: u32,
+    may_change: bool,
+    seldom: Arc<Seldom>,
+    to: mpsc::Sender<Question>,
+) {
     let limit = if may_change { MAX_LINE } else { STRANGERS_LINE };
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
@@ -78,17 +104,22 @@ async fn converse(stream: UnixStream, uid: u32, may_change: bool, to: mpsc::Send
             Ok(0) => return,
             Ok(_) if line.last() == Some(&b'\n') => {}
             Ok(_) => {
-                return warn!(
-                    uid,
-                    "a question without an end, or longer than {limit} bytes: the connection is closed"
-                );
+                if may_change || seldom.is_due() {
+                    warn!(
+                        uid,
+                        "a question without an end, or longer than {limit} bytes: the connection is closed"
+                    );
+                }
+                return;
             }
             Err(error) => return debug!(uid, "a connection broke: {error}"),
         }
         let answer = match serde_json::from_slice::<Ask>(&line) {
             Err(error) => Answer::Refused(format!("not a question of this version: {error}")),
             Ok(ask) if !may_change && !ask.is_for_anybody() => {
-                warn!(uid, "a change was asked for by a user that may not");
+                if seldom.is_due() {
+                    warn!(uid, "a change was asked for by a user that may not");
+                }
                 Answer::Refused(format!("user {uid} may look, and change nothing"))
             }
             Ok(ask) => asked(&to, ask, PATIENCE).await,

@@ -566,6 +566,16 @@ with_every_backend! {
         let (_, took) = bypass(&[]);
         eprintln!("in {took:?}");
         assert!(!vm.ruleset().to_lowercase().contains("vmesh"));
+
+        // A full disk has room for a flag, and for no word.
+        let script = "mount -t tmpfs -o size=4k none $D && head -c 4096 /dev/zero >$D/full && ! echo >$D/more && \
+            VMESH_BYPASS_FLAG=$D/state/bypass sh $SCRIPT && test -e $D/state/bypass";
+        let mut full = Command::new("unshare");
+        full.args(["--mount", "sh", "-ec", script]).env("D", dir.join("state"));
+        full.env("SCRIPT", concat!(env!("CARGO_MANIFEST_DIR"), "/bypass.sh"));
+        full.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", vm.tools.dir.display()));
+        let said = printed(&mut full);
+        assert!(said.contains("nothing is captured any more"), "{said}");
     }
 }
 

@@ -313,6 +313,8 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
         let said = ask(change.as_bytes().to_vec());
         assert!(said.contains("may look, and change nothing"), "{change}: {said}");
     }
+    let told = vm.net.as_ref().unwrap().output().matches("by a user that may not").count();
+    assert_eq!(told, 1, "the log is not theirs to fill");
     assert!(ask(b"rm -rf /\n".to_vec()).contains("not a question of this version"));
     let unknown = "{\"ask\":\"want\",\"spec\":{\"outbound\":{\"rules\":[\"accept\"]}}}\n";
     assert!(ask(unknown.as_bytes().to_vec()).contains("unknown field `rules`"));
