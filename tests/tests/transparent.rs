@@ -319,3 +319,30 @@ async fn what_was_refused_since_a_disk_had_no_room_is_asked_for_again() {
     std::fs::remove_dir_all(&blocked).unwrap();
     vm.captures().await.unwrap();
 }
+
+#[tokio::test]
+async fn what_was_taken_back_is_tried_again_when_an_operator_says_so() {
+    let site = Site::start(&[]).await.unwrap();
+    let capture = "upstreams: [\"*\"]\ncapture: {outbound: transparent, confirm: {by: operator, within: 5s}}";
+    let mut vm = site.vm("client", Rules::Nft, capture).await.unwrap();
+    vm.start_net().unwrap();
+    vm.start_agent().unwrap();
+    let state = async |state: &str, reverted: bool| {
+        let look = async || {
+            let status = vm.status()?;
+            let net = &status["capture"]["net"];
+            match net["state"] == state && net["reverted"].is_null() != reverted {
+                true => Ok(()),
+                false => Err(vmesh_testkit::Failed::new(net.to_string())),
+            }
+        };
+        wait_for(&format!("capture to be {state}"), BOUND, look).await.unwrap();
+    };
+    state("trial", false).await;
+    state("off", true).await;
+    let (said, _) = vm.program("vmeshctl", &["capture", "retry"]).unwrap();
+    assert!(!said.contains("TAKEN BACK"), "{said}");
+    state("trial", false).await;
+    vm.program("vmeshctl", &["capture", "confirm"]).unwrap();
+    state("confirmed", false).await;
+}

@@ -36,9 +36,17 @@ const TAKES_WITHIN: Duration = Duration::from_secs(5);
 const LASTING: Duration = Duration::from_secs(5);
 /// What Envoy accepts in a burst is written once.
 const SAVES_AFTER: Duration = Duration::from_millis(200);
+/// One part in so many of the time goes into that,
+const SAVES_AT_MOST: u32 = 20;
+/// unless it is so old.
+const SAVES_AT_LAST: Duration = Duration::from_secs(30);
 /// An Envoy that asks for what is neither on disk nor to be had from a control plane waits no longer: while it waits
 /// for one thing it serves nothing.
 const STOPS_WAITING_AFTER: Duration = Duration::from_secs(5);
+/// A large answer comes in parts, of which none says that it is the last: it is whole when nothing has come for so long.
+const WHOLE_AFTER: Duration = Duration::from_secs(1);
+/// Where endpoints never cease to come and go, it is whole after so long.
+const WHOLE_AT_LAST: Duration = Duration::from_secs(60);
 
 /// The hub has one class: there is one node.
 const CLASS: &str = "";
@@ -113,6 +121,8 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             revision,
             save_at: None,
             stop_waiting_at: None,
+            whole: Whole::default(),
+            whole_at: None,
             reached,
             stop,
             dice,
@@ -157,11 +167,11 @@ fn has_all(relay: &Relay) -> bool {
 }
 
 fn count<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>) -> BTreeMap<String, usize> {
-    let mut counts = BTreeMap::new();
+    let mut counts: BTreeMap<Kind, usize> = BTreeMap::new();
     for resource in accepted.into_iter().filter(|resource| !resource.is_absent()) {
-        *counts.entry(resource.kind().to_string()).or_default() += 1;
+        *counts.entry(resource.kind()).or_default() += 1;
     }
-    counts
+    counts.into_iter().map(|(kind, count)| (kind.to_string(), count)).collect()
 }
 
 /// Writes what is to be saved, the latest only, until nothing more can come.
@@ -172,6 +182,7 @@ async fn save(
     status: watch::Sender<AcceptedStatus>,
 ) {
     while saves.changed().await.is_ok() {
+        let began = Instant::now();
         let accepted = saves.borrow_and_update().clone();
         let (path, node) = (path.clone(), node.clone());
         let written = tokio::task::spawn_blocking(move || {
@@ -191,6 +202,18 @@ async fn save(
             }
             status.why_not_saved = why_not;
         });
+        // All of it is written each time. Where that is much and endpoints never cease to change, it is not done all the time.
+        let rest = (began.elapsed() * SAVES_AT_MOST).min(SAVES_AT_LAST);
+        let mut differs = false;
+        let changes = async {
+            while saves.changed().await.is_ok() {
+                differs = true;
+            }
+        };
+        _ = timeout(rest, changes).await;
+        if differs {
+            saves.mark_changed();
+        }
     }
 }
 
@@ -243,6 +266,30 @@ impl Drop for Listening {
 /// The daemon is to stop.
 struct Stopped;
 
+/// Since when there is nothing more to come of what Envoy was to be told.
+#[derive(Debug, Default)]
+struct Whole {
+    revision: u64,
+    quiet_since: Option<Instant>,
+    began: Option<Instant>,
+}
+
+impl Whole {
+    /// When all is there, if nothing more comes after `now`. `answered`: whether all that has come is answered.
+    fn at(&mut self, answered: bool, revision: u64, now: Instant) -> Option<Instant> {
+        if !answered {
+            self.quiet_since = None;
+            return None;
+        }
+        if std::mem::replace(&mut self.revision, revision) != revision {
+            self.quiet_since = None;
+        }
+        let quiet_since = *self.quiet_since.get_or_insert(now);
+        let began = *self.began.get_or_insert(now);
+        Some((quiet_since + WHOLE_AFTER).min(began + WHOLE_AT_LAST))
+    }
+}
+
 struct Driver {
     relay: Relay,
     hub: Hub,
@@ -256,6 +303,9 @@ struct Driver {
     revision: u64,
     save_at: Option<Instant>,
     stop_waiting_at: Option<Instant>,
+    whole: Whole,
+    /// When it is, if nothing more comes.
+    whole_at: Option<Instant>,
     /// Where anything outbound is captured: else nobody asks for destinations.
     reached: Option<Reached>,
     stop: Stop,
@@ -395,7 +445,7 @@ impl Driver {
 
     /// Waits for one thing that is not the control plane's doing, and deals with it. Cancel-safe.
     async fn idle(&mut self) -> Result<(), Stopped> {
-        let wake_at = [self.save_at, self.stop_waiting_at].into_iter().flatten().min();
+        let wake_at = [self.save_at, self.stop_waiting_at, self.whole_at].into_iter().flatten().min();
         let timer = async {
             match wake_at {
                 Some(at) => sleep_until(at).await,
@@ -468,9 +518,13 @@ impl Driver {
             self.publish_destinations();
             self.save_at.get_or_insert_with(|| Instant::now() + SAVES_AFTER);
         }
-        // After a refusal, too, which nothing more is accepted with.
-        if !*self.published.has_all.borrow() && has_all(&self.relay) {
-            self.published.has_all.send_replace(true);
+        if !*self.published.has_all.borrow() {
+            let now = Instant::now();
+            self.whole_at = self.whole.at(has_all(&self.relay), self.relay.accepted_revision(), now);
+            if self.whole_at.is_some_and(|at| at <= now) {
+                self.whole_at = None;
+                self.published.has_all.send_replace(true);
+            }
         }
         let alone = !self.relay.is_connected() && !self.clients.is_empty();
         // Only what was accepted once is served without a control plane: an agent that knows nothing says nothing, and
@@ -504,5 +558,25 @@ impl Driver {
                 self.relay.accepted().any(|one| one.kind() == Kind::Cluster && &**one.name() == "*");
             self.published.has_config.send_replace(clusters);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_in_parts_is_whole_when_nothing_more_comes() {
+        let (mut whole, start) = (Whole::default(), Instant::now());
+        let at = |milliseconds: u64| start + Duration::from_millis(milliseconds);
+        assert_eq!(whole.at(false, 0, at(0)), None, "nothing has come");
+        // Between two parts all that has come is answered.
+        assert_eq!(whole.at(true, 3, at(100)), Some(at(1100)));
+        assert_eq!(whole.at(false, 3, at(110)), None);
+        assert_eq!(whole.at(true, 7, at(5000)), Some(at(6000)));
+        assert_eq!(whole.at(true, 7, at(5500)), Some(at(6000)));
+        // An endpoint comes.
+        assert_eq!(whole.at(true, 8, at(5900)), Some(at(6900)));
+        assert_eq!(whole.at(true, 9, at(59_900)), Some(at(60_100)), "they never cease to come");
     }
 }

@@ -1,7 +1,7 @@
 //! The task that speaks with vmesh-net.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -9,10 +9,12 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tracing::{debug, info, warn};
+use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
 use vmesh_daemon::Tasks;
 use vmesh_daemon::report::one_line;
 use vmesh_net::client::{Client, ClientError};
-use vmesh_net::protocol::{self, Answer, Ask};
+use vmesh_net::probe;
+use vmesh_net::protocol::{self, Answer, Ask, Envoy};
 
 use super::probes::{self, Found};
 use super::settings::Confirmer;
@@ -29,6 +31,8 @@ const LOOKS_UP_EVERY: Duration = Duration::from_secs(60);
 const ASKS_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// After a change, for whatever it breaks to break.
 const WATCHES_FOR: Duration = Duration::from_secs(2);
+
+const AWAITS_ENVOY: &str = "Envoy does not serve its capture ports yet: nothing is captured before";
 
 /// What is known of capture on this host.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -66,6 +70,8 @@ pub fn spawn(
         control_planes: BTreeSet::new(),
         looked_up: None,
         refused: None,
+        awaits_envoy: false,
+        may_retry: false,
         before: None,
         on_trial: None,
     };
@@ -81,6 +87,10 @@ struct Speaker {
     looked_up: Option<Instant>,
     /// When what is wanted was last asked for, where it was refused.
     refused: Option<Instant>,
+    /// Nothing is captured, and nothing is proposed before Envoy serves it: a trial would only run out.
+    awaits_envoy: bool,
+    /// What was taken back may be tried again, as somebody said since.
+    may_retry: bool,
     /// What worked when nothing was on trial.
     before: Option<Found>,
     on_trial: Option<(u64, Instant)>,
@@ -116,11 +126,10 @@ impl Speaker {
 
     async fn converse(&mut self, client: &mut Client) -> Result<std::convert::Infallible, ClientError> {
         self.look_up().await;
+        let answer = client.ask(&Ask::Status).await?;
+        let on_trial = matches!(&answer, Answer::Status(net) if net.trial.is_some());
+        self.heard(answer);
         if self.before.is_none() {
-            let on_trial = match client.ask(&Ask::Status).await? {
-                Answer::Status(net) => net.trial.is_some(),
-                _ => false,
-            };
             // An agent that starts in a trial cannot know what worked before it: all of it, then.
             self.before = Some(if on_trial { Found::new() } else { probes::all(&self.config).await });
         }
@@ -142,7 +151,7 @@ impl Speaker {
                     let answer = client.ask(&Ask::Well).await?;
                     self.heard(answer);
                     let again = self.refused.is_some_and(|when| when.elapsed() >= ASKS_AGAIN_AFTER);
-                    if self.look_up().await || again {
+                    if self.look_up().await || again || self.awaits_envoy || self.may_retry {
                         self.want(client).await?;
                     }
                     self.attend(client).await?;
@@ -156,12 +165,22 @@ impl Speaker {
         if self.config.capture.outbound() && !*self.has_all.borrow_and_update() {
             return Ok(());
         }
+        self.awaits_envoy = self.captures_nothing() && !serves(&self.config).await;
+        if self.awaits_envoy {
+            self.status.send_modify(|status| status.reason = Some(AWAITS_ENVOY.to_owned()));
+            return Ok(());
+        }
         let destinations = self.destinations.borrow_and_update().clone();
         let want = wanted(&self.config, &destinations, self.control_planes.clone());
         let answer = client.ask(&Ask::Want(want)).await?;
+        self.may_retry = false;
         self.refused = matches!(answer, Answer::Refused(_)).then(Instant::now);
         self.heard(answer);
         Ok(())
+    }
+
+    fn captures_nothing(&self) -> bool {
+        self.status.borrow().net.as_ref().is_some_and(|net| net.state == protocol::State::Off)
     }
 
     /// Whether the addresses of control planes are others than they were.
@@ -229,6 +248,9 @@ impl Speaker {
     fn heard(&mut self, answer: Answer) {
         match answer {
             Answer::Status(net) => {
+                let was_reverted =
+                    self.status.borrow().net.as_ref().is_some_and(|net| net.reverted.is_some());
+                self.may_retry |= was_reverted && net.reverted.is_none();
                 if let Some(why) = &net.reverted
                     && self.status.borrow().net.as_ref().and_then(|net| net.reverted.as_ref()) != Some(why)
                 {
@@ -236,12 +258,13 @@ impl Speaker {
                         "a change of what is captured was taken back: {why}; `vmeshctl capture retry` tries it again"
                     );
                 }
+                let reason = self.awaits_envoy.then(|| AWAITS_ENVOY.to_owned());
                 self.status.send_if_modified(|status| {
                     let captures = net.captures();
                     let changed =
-                        status.captures != captures || status.net.is_none() || status.reason.is_some();
+                        status.captures != captures || status.net.is_none() || status.reason != reason;
                     status.captures = captures;
-                    status.reason = None;
+                    status.reason = reason;
                     status.net = Some(net);
                     changed
                 });
@@ -256,4 +279,15 @@ impl Speaker {
             Answer::Plan(_) => {}
         }
     }
+}
+
+/// Whether Envoy serves what is to be captured.
+async fn serves(config: &Config) -> bool {
+    let capture = &config.capture;
+    for (wanted, port) in [(capture.outbound(), OUTBOUND_PORT), (capture.inbound(), INBOUND_PORT)] {
+        if wanted && probe::look((Ipv4Addr::LOCALHOST, port).into()).await != Envoy::Well {
+            return false;
+        }
+    }
+    true
 }
