@@ -38,6 +38,8 @@ struct Transit {
     /// The same, also of what has been something else since: Envoy's session does not ask it twice, so what comes back
     /// must be known to be bad without its answer.
     known_bad: BTreeMap<Arc<str>, (u64, Arc<str>)>,
+    /// What was taken by an earlier Envoy, and is refused by one that came since.
+    lacking: BTreeSet<Arc<str>>,
 }
 
 struct Unanswered {
@@ -107,12 +109,12 @@ impl Relay {
         self.upstream.all_held()
     }
 
-    /// What Envoy took last of one name.
-    pub fn accepted_of(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
-        self.upstream.held(kind, name)
+    /// What Envoy took last of one name, unless one that came since refuses just that.
+    pub fn in_force(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
+        self.upstream.held(kind, name).filter(|_| !self.transits[kind].lacking.contains(name))
     }
 
-    /// The names of which [`Relay::accepted`] may be another since this was called last.
+    /// The names of which [`Relay::in_force`] may be another since this was called last.
     pub fn take_changes(&mut self) -> BTreeSet<(Kind, Arc<str>)> {
         self.upstream.take_changes()
     }
@@ -123,7 +125,7 @@ impl Relay {
         self.upstream.held(kind, "*").is_some() && self.transits[kind].unanswered.is_empty()
     }
 
-    /// Grows with each change of [`Relay::accepted`].
+    /// Grows with each change of [`Relay::accepted`] and of [`Relay::in_force`].
     pub fn accepted_revision(&self) -> u64 {
         self.accepted_revision
     }
@@ -314,6 +316,7 @@ impl Relay {
     }
 
     fn accept_removal(&mut self, kind: Kind, name: &Arc<str>) {
+        self.transits[kind].lacking.remove(name);
         match kind.has_wildcard() {
             true => self.upstream.forget(kind, name),
             false => self.upstream.hold(Resource::absent(kind, name.clone())),
@@ -372,6 +375,9 @@ impl Relay {
         let removed = self.transits[kind].take(name, |waiting| waiting.is_none() || waiting == fingerprint)
             == Some(None);
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
+        if resource.is_some() {
+            self.is_lacking(kind, name, false);
+        }
         match resource {
             // Also what is served no longer: it is what Envoy has, and goes back to if it refuses what came since.
             // But not what it has let go of in the same breath.
@@ -388,6 +394,15 @@ impl Relay {
         self.answer(kind);
         if kind == Kind::Listener && self.is_connected() {
             self.prune();
+        }
+    }
+
+    /// Whether what is held of `name` is refused by an Envoy that came since.
+    fn is_lacking(&mut self, kind: Kind, name: &Arc<str>, now: bool) {
+        let lacking = &mut self.transits[kind].lacking;
+        if if now { lacking.insert(name.clone()) } else { lacking.remove(name) } {
+            self.upstream.note_change(kind, name);
+            self.accepted_revision += 1;
         }
     }
 
@@ -412,6 +427,7 @@ impl Relay {
             match (waiting, served) {
                 (None, None) => self.accept_removal(kind, &name),
                 (Some(fingerprint), Some(served)) if served.fingerprint() == fingerprint => {
+                    self.is_lacking(kind, &name, false);
                     self.upstream.hold(served);
                     self.accepted_revision += 1;
                 }
@@ -432,6 +448,9 @@ impl Relay {
         }
         self.transits[kind].refused.insert(name.clone(), (fingerprint, reason.clone()));
         self.transits[kind].known_bad.insert(name.clone(), (fingerprint, reason.clone()));
+        if self.upstream.held(kind, name).is_some_and(|held| held == resource) {
+            self.is_lacking(kind, name, true);
+        }
         // An Envoy that starts now must not get what this one refused.
         let is_served = self.store.get(kind, name).is_some_and(|served| served == resource);
         if is_served {

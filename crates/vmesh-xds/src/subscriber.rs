@@ -220,6 +220,11 @@ impl Subscriber {
         }
     }
 
+    /// For who goes by more than what is held.
+    pub fn note_change(&mut self, kind: Kind, name: &Arc<str>) {
+        self.changes.insert((kind, name.clone()));
+    }
+
     /// Of what something else may be held than when this was called last.
     pub fn take_changes(&mut self) -> BTreeSet<(Kind, Arc<str>)> {
         std::mem::take(&mut self.changes)

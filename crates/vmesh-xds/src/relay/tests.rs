@@ -502,6 +502,33 @@ fn what_envoy_refuses_is_refused_in_its_own_words_and_the_last_good_one_stays() 
 }
 
 #[test]
+fn what_a_later_envoy_refuses_of_what_an_earlier_one_took_is_not_in_force_until_one_takes_it() {
+    let mut chain = Chain::new("cluster a=1 listener l=bad m=1");
+    chain.control_starts();
+    chain.envoy_starts();
+    let in_force = |chain: &Chain| ["l", "m"].map(|name| chain.relay.in_force(Listener, name).is_some());
+    assert_eq!(in_force(&chain), [true, true]);
+    chain.relay.take_changes();
+
+    // Another version of it, or a host that has lost IPv6.
+    chain.envoy_dies();
+    chain.temper = Some(refuses_bad);
+    let before = chain.relay.accepted_revision();
+    chain.envoy_starts();
+    assert_eq!(in_force(&chain), [false, true]);
+    assert!(chain.relay.accepted_revision() > before);
+    assert!(chain.relay.take_changes().contains(&(Listener, "l".into())));
+    // What is on the disk is what one took last, for the way back.
+    assert!(chain.accepted().contains("l=bad"), "{}", chain.accepted());
+
+    chain.envoy_dies();
+    chain.temper = Some(takes_all);
+    chain.envoy_starts();
+    assert_eq!(in_force(&chain), [true, true]);
+    assert!(chain.relay.take_changes().contains(&(Listener, "l".into())));
+}
+
+#[test]
 fn what_was_never_good_is_not_accepted() {
     let mut chain = Chain::new("cluster a=bad");
     chain.temper = Some(refuses_bad);
