@@ -1,7 +1,6 @@
 //! Envoy's bootstrap. JSON and not YAML: Envoy reads YAML 1.1, where a cluster named `y` is a boolean.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -142,13 +141,13 @@ pub enum Takeover {
 
 /// How Envoy is started with its bootstrap at `file`.
 pub fn arguments(config: &Config, file: &Path, takeover: Takeover) -> Vec<String> {
-    let mut arguments = started_with(file, takeover, config.envoy.drain.0);
+    let mut arguments = started_with(file, takeover);
     arguments.extend(settings(config));
     arguments
 }
 
 /// Those arguments that say which bootstrap it is, and how the one before it is taken over from.
-pub(crate) fn started_with(file: &Path, takeover: Takeover, drain: Duration) -> Vec<String> {
+pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
     let mut arguments = vec!["--config-path".to_owned(), file.display().to_string()];
     match takeover {
         Takeover::None => arguments.push("--disable-hot-restart".to_owned()),
@@ -162,7 +161,7 @@ pub(crate) fn started_with(file: &Path, takeover: Takeover, drain: Duration) -> 
             // Asked for every five seconds: a parent that has died meanwhile makes its child abort (1.36 to 1.40).
             "--skip-hot-restart-parent-stats".to_owned(),
             "--parent-shutdown-time-s".to_owned(),
-            parent_shutdown_s.max(drain.as_secs() + 1).to_string(),
+            parent_shutdown_s.to_string(),
         ]),
     }
     arguments

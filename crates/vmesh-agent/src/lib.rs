@@ -97,7 +97,9 @@ impl Agent {
         let config = Arc::new(config);
         make_dir(&config.run_dir)?;
         make_dir(&config.state_dir)?;
-        let lock = lock(&config.run_dir)?;
+        let path = config.run_dir.join("agent.lock");
+        let lock = lock(&path).map_err(|cause| StartError::Lock { path, cause })?;
+        let lock = lock.ok_or_else(|| StartError::Taken(config.run_dir.clone()))?;
         // Only now: what lies in there is ours.
         for dir in [&config.run_dir, &config.state_dir] {
             if let Err(error) = fsx::sweep(dir) {
@@ -166,13 +168,12 @@ fn make_dir(path: &Path) -> Result<(), StartError> {
     made.map_err(|cause| StartError::Directory { path: path.to_owned(), cause })
 }
 
-fn lock(run_dir: &Path) -> Result<File, StartError> {
-    let path = run_dir.join("agent.lock");
-    let failed = |cause| StartError::Lock { path: path.clone(), cause };
-    let file = File::options().create(true).write(true).truncate(false).open(&path).map_err(failed)?;
+/// Locks the file at `path` for as long as it is held. `None`: another process has it.
+pub(crate) fn lock(path: &Path) -> io::Result<Option<File>> {
+    let file = File::options().create(true).write(true).truncate(false).open(path)?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StartError::Taken(run_dir.to_owned())),
-        Err(TryLockError::Error(cause)) => Err(failed(cause)),
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(cause)) => Err(cause),
     }
 }

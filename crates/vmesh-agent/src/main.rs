@@ -111,6 +111,7 @@ async fn run(config: Config) -> ExitCode {
     info!(node = &*known.node, "serving");
     systemd::ready("serving");
     let code = until_told(terminated, &mut tasks).await;
+    systemd::stopping_within(withdraws_within + stops_within);
     let mut late = registrations.stop_within(withdraws_within).await;
     late.extend(tasks.stop_within(stops_within).await);
     if !late.is_empty() {
@@ -121,7 +122,7 @@ async fn run(config: Config) -> ExitCode {
 
 /// Waits for the signal that ends the daemon, or for the task that should not have ended.
 async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &mut Tasks) -> ExitCode {
-    let code = tokio::select! {
+    tokio::select! {
         signal = terminated => {
             info!("{signal}: stopping");
             ExitCode::SUCCESS
@@ -133,13 +134,11 @@ async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &m
             }
             report::FAILURE.into()
         }
-    };
-    systemd::stopping();
-    code
+    }
 }
 
 async fn run_envoy(file: &Path, config: Config) -> ExitCode {
-    let stops_within = supervisor::Running::stops_within(&config);
+    let mut stops_within = supervisor::Running::stops_within(&config);
     let (terminated, running) = match (signals::terminated(), supervisor::Running::start(file, config)) {
         (Ok(terminated), Ok(running)) => (terminated, running),
         (Err(error), _) => return report::failed(&error),
@@ -147,6 +146,15 @@ async fn run_envoy(file: &Path, config: Config) -> ExitCode {
     };
     let supervisor::Running { mut tasks, status: _status, lock: _lock } = running;
     let code = until_told(terminated, &mut tasks).await;
+    if code != ExitCode::SUCCESS {
+        // A fault of ours is no reason for Envoy to leave: the next supervisor goes on with it.
+        return code;
+    }
+    // The settings are read again with each reload.
+    if let Ok(config) = Config::load(file) {
+        stops_within = stops_within.max(supervisor::Running::stops_within(&config));
+    }
+    systemd::stopping_within(stops_within);
     let late = tasks.stop_within(stops_within).await;
     if !late.is_empty() {
         warn!("still running and left behind: {}", late.join(", "));

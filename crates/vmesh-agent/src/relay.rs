@@ -83,7 +83,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
     let mut reached = config.capture.outbound().then(|| Reached::new(ipv6));
     if let Some(reached) = &mut reached {
         let changed = relay.take_changes();
-        reached.update(changed, |kind, name| relay.accepted_of(kind, name));
+        reached.update(changed, |kind, name| relay.in_force(kind, name));
         published.destinations.send_replace(Arc::new(reached.now().clone()));
     }
     published.has_all.send_replace(has_all(&relay));
@@ -540,7 +540,7 @@ impl Driver {
     fn publish_destinations(&mut self) {
         let (changed, relay) = (self.relay.take_changes(), &self.relay);
         let Some(reached) = &mut self.reached else { return };
-        if reached.update(changed, |kind, name| relay.accepted_of(kind, name)) {
+        if reached.update(changed, |kind, name| relay.in_force(kind, name)) {
             self.published.destinations.send_replace(Arc::new(reached.now().clone()));
         }
     }

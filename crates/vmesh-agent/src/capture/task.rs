@@ -85,8 +85,8 @@ struct Speaker {
     status: watch::Sender<Status>,
     control_planes: BTreeSet<SocketAddr>,
     looked_up: Option<Instant>,
-    /// When what is wanted was last asked for, where it was refused.
-    refused: Option<Instant>,
+    /// When what is wanted was last asked for, and why it was refused.
+    refused: Option<(Instant, String)>,
     /// Nothing is captured, and nothing is proposed before Envoy serves it: a trial would only run out.
     awaits_envoy: bool,
     /// What was taken back may be tried again, as somebody said since.
@@ -150,7 +150,7 @@ impl Speaker {
                 _ = ticks.tick() => {
                     let answer = client.ask(&Ask::Well).await?;
                     self.heard(answer);
-                    let again = self.refused.is_some_and(|when| when.elapsed() >= ASKS_AGAIN_AFTER);
+                    let again = self.refused.as_ref().is_some_and(|(when, _)| when.elapsed() >= ASKS_AGAIN_AFTER);
                     if self.look_up().await || again || self.awaits_envoy || self.may_retry {
                         self.want(client).await?;
                     }
@@ -174,7 +174,10 @@ impl Speaker {
         let want = wanted(&self.config, &destinations, self.control_planes.clone());
         let answer = client.ask(&Ask::Want(want)).await?;
         self.may_retry = false;
-        self.refused = matches!(answer, Answer::Refused(_)).then(Instant::now);
+        self.refused = match &answer {
+            Answer::Refused(why) => Some((Instant::now(), why.clone())),
+            _ => None,
+        };
         self.heard(answer);
         Ok(())
     }
@@ -258,7 +261,10 @@ impl Speaker {
                         "a change of what is captured was taken back: {why}; `vmeshctl capture retry` tries it again"
                     );
                 }
-                let reason = self.awaits_envoy.then(|| AWAITS_ENVOY.to_owned());
+                let reason = match &self.refused {
+                    _ if self.awaits_envoy => Some(AWAITS_ENVOY.to_owned()),
+                    refused => refused.as_ref().map(|(_, why)| why.clone()),
+                };
                 self.status.send_if_modified(|status| {
                     let captures = net.captures();
                     let changed =

@@ -38,6 +38,13 @@ pub(crate) enum AdminError {
     Unknown(#[source] serde_json::Error),
 }
 
+impl AdminError {
+    /// Nobody listens there, as against somebody who does not answer.
+    pub(crate) fn is_connect(&self) -> bool {
+        matches!(self, AdminError::Fetch(error) | AdminError::Supervisor(error) if error.is_connect())
+    }
+}
+
 pub(crate) async fn server_info(socket: &Path) -> Result<ServerInfo, AdminError> {
     let body = ask(socket, Method::GET, "/server_info").await?;
     serde_json::from_slice(&body).map_err(AdminError::Unknown)

@@ -26,13 +26,14 @@ pub(crate) async fn retire(envoy: &mut Process, socket: &Path, drain: Duration) 
 pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Duration, stay: Duration) {
     let deadline = Instant::now() + drain;
     info!(pid = envoy.pid(), "Envoy takes leave of its clients, {drain:?} at most");
-    for path in ["/healthcheck/fail", "/drain_listeners?graceful"] {
-        if let Err(error) = admin::post(socket, path).await {
-            warn!(pid = envoy.pid(), "Envoy does not take its leave: {}", one_line(&error));
+    let leaves = async {
+        for path in ["/healthcheck/fail", "/drain_listeners?graceful"] {
+            tell(socket, path).await;
         }
-    }
+        idle(socket).await;
+    };
     tokio::select! {
-        _ = timeout_at(deadline, idle(socket)) => {}
+        _ = timeout_at(deadline, leaves) => {}
         _ = envoy.exited() => return,
     }
     // Its listeners still accept: whoever was let in last would be cut off by the signal.
@@ -40,6 +41,17 @@ pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Durati
     tokio::select! {
         _ = timeout(stay, idle(socket)) => {}
         _ = envoy.exited() => {}
+    }
+}
+
+/// Until it has understood: on a busy host it may take its time. One that listens no more cannot be told.
+async fn tell(socket: &Path, path: &str) {
+    while let Err(error) = admin::post(socket, path).await {
+        warn!("Envoy does not take its leave: {}", one_line(&error));
+        if error.is_connect() {
+            return;
+        }
+        sleep(LOOK_SOON).await;
     }
 }
 
@@ -59,10 +71,14 @@ pub(crate) async fn kill(envoy: &mut Process) {
     }
 }
 
-/// Waits until no client is connected.
+/// Waits until no client is connected. That one does not answer in time says nothing of its clients.
 async fn idle(socket: &Path) {
-    while admin::connections(socket).await.is_ok_and(|open| open > 0) {
-        sleep(LOOK_SOON).await;
+    loop {
+        match admin::connections(socket).await {
+            Ok(0) => return,
+            Err(error) if error.is_connect() => return,
+            Ok(_) | Err(_) => sleep(LOOK_SOON).await,
+        }
     }
 }
 

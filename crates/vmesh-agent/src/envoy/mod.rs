@@ -188,12 +188,9 @@ impl Supervisor {
     /// `manage: child`.
     async fn supervise(self, mut has_config: watch::Receiver<bool>, mut stop: Stop) {
         let Some(first) = until(&mut stop, self.first(&mut has_config)).await else {
-            // Told to stop before it was settled which Envoy is ours: the one on record is.
-            let record = Record::load(&self.record_path());
-            if let Some(mut envoy) = record.and_then(|record| Process::recorded(&record))
-                && !self.config.envoy.keep_on_stop
-            {
-                self.retire(&mut envoy, &self.config.admin_socket()).await;
+            // Told to stop before it was settled which Envoy is ours: those on record are.
+            if !self.config.envoy.keep_on_stop {
+                self.retire_recorded().await;
             }
             self.set(State::Stopped, |status| status.pid = None);
             return;
@@ -202,7 +199,7 @@ impl Supervisor {
         let mut backoff = FIRST_BACKOFF;
         loop {
             let Some(mut envoy) = running.take() else {
-                running = self.start().await;
+                running = self.start(None).await;
                 if running.is_none() && until(&mut stop, sleep(backoff)).await.is_none() {
                     break;
                 }
@@ -248,6 +245,10 @@ impl Supervisor {
     /// The Envoy to begin with: one that an earlier agent left, else a new one as soon as there is something to serve.
     async fn first(&self, has_config: &mut watch::Receiver<bool>) -> Option<Process> {
         let left = Record::load(&self.record_path());
+        let left = match left {
+            Some(record) => Some(self.settle(record).await),
+            None => None,
+        };
         if let Some((record, mut envoy)) =
             left.and_then(|record| Some((record.clone(), Process::recorded(&record)?)))
         {
@@ -278,16 +279,73 @@ impl Supervisor {
             status.reason = Some("there is no configuration to serve yet".to_owned())
         });
         _ = has_config.wait_for(|has| *has).await;
-        self.start().await
+        self.start(None).await
     }
 
-    async fn start(&self) -> Option<Process> {
+    /// Ends what an earlier agent had begun: of two Envoys on record one stays, the new one if it is live.
+    async fn settle(&self, record: Record) -> Record {
+        let (socket, aside) = (self.config.admin_socket(), self.aside());
+        if let Some(mut old) = record.before.as_ref().and_then(Process::identified) {
+            let mut new = Process::recorded(&record);
+            let is_live = admin::server_info(&socket).await.is_ok_and(|info| info.state == "LIVE")
+                && new.as_ref().map(Process::pid) == admin::listening_pid(&socket).await;
+            if is_live {
+                warn!(pid = old.pid(), "an earlier agent left an Envoy that was to take its leave");
+                self.retire(&mut old, &aside).await;
+            } else {
+                if let Some(new) = &mut new {
+                    warn!(pid = new.pid(), "an earlier agent left an Envoy that is not live, and is ended");
+                    kill(new).await;
+                }
+                _ = std::fs::rename(&aside, &socket);
+                return self.keep_old(&old, record);
+            }
+        } else if let Some(old) = Process::recorded(&record)
+            && admin::listening_pid(&aside).await == Some(old.pid())
+        {
+            _ = std::fs::rename(&aside, &socket);
+        }
+        let record = Record { before: None, ..record };
+        _ = record.save(&self.record_path());
+        record
+    }
+
+    /// Puts on record that `old` serves on, with a launch that the next agent finds to be another one than its own.
+    fn keep_old(&self, old: &Process, record: Record) -> Record {
+        let record = old.record(&Launch { bootstrap: String::new(), ..record.launch });
+        _ = record.save(&self.record_path());
+        record
+    }
+
+    /// Lets those on record take their leave.
+    async fn retire_recorded(&self) {
+        let Some(record) = Record::load(&self.record_path()) else { return };
+        let aside = self.aside();
+        if let Some(mut old) = record.before.as_ref().and_then(Process::identified) {
+            self.retire(&mut old, &aside).await;
+        }
+        if let Some(mut envoy) = Process::recorded(&record) {
+            let socket = self.config.admin_socket();
+            let is_aside = admin::listening_pid(&aside).await == Some(envoy.pid());
+            self.retire(&mut envoy, if is_aside { &aside } else { &socket }).await;
+        }
+        _ = std::fs::remove_file(&aside);
+        _ = std::fs::remove_file(self.record_path());
+    }
+
+    /// Where the Envoy that is taken over from is asked.
+    fn aside(&self) -> PathBuf {
+        self.config.admin_socket().with_extension("sock.old")
+    }
+
+    async fn start(&self, before: Option<&Process>) -> Option<Process> {
         let started =
             output::writer(&self.output_path()).and_then(|output| Process::start(&self.launch, output));
         match started {
             Ok(envoy) => {
                 info!(pid = envoy.pid(), "started {}", self.launch.program.display());
-                if let Err(error) = envoy.record(&self.launch).save(&self.record_path()) {
+                let record = Record { before: before.map(Process::identity), ..envoy.record(&self.launch) };
+                if let Err(error) = record.save(&self.record_path()) {
                     warn!("a restarted agent will not find this Envoy: {}", one_line(&error));
                 }
                 self.set(State::Starting, |status| {
@@ -312,10 +370,10 @@ impl Supervisor {
     /// Replaces `old` by an Envoy with this agent's configuration. If that one does not come up, the old one stays.
     async fn hand_over(&self, mut old: Process) -> Process {
         let socket = self.config.admin_socket();
-        let aside = socket.with_extension("sock.old");
+        let aside = self.aside();
         // A bound socket keeps listening under its new name; the new Envoy makes its own under the old one.
         _ = std::fs::rename(&socket, &aside);
-        let mut new = self.start().await;
+        let mut new = self.start(Some(&old)).await;
         let live = match &mut new {
             Some(new) => tokio::select! {
                 live = self.live(Instant::now() + LIVE_WITHIN) => live,
@@ -327,6 +385,7 @@ impl Supervisor {
             (Some(new), Ok(())) => {
                 self.retire(&mut old, &aside).await;
                 _ = std::fs::remove_file(&aside);
+                _ = new.record(&self.launch).save(&self.record_path());
                 new
             }
             (new, live) => {
@@ -337,9 +396,7 @@ impl Supervisor {
                 }
                 _ = std::fs::rename(&aside, &socket);
                 if let Some(record) = Record::load(&self.record_path()) {
-                    // Of the old process, and with a launch that the next agent will find to be another one.
-                    let launch = Launch { bootstrap: String::new(), ..record.launch };
-                    _ = old.record(&launch).save(&self.record_path());
+                    self.keep_old(&old, record);
                 }
                 self.set(State::Starting, |status| {
                     status.pid = Some(old.pid());

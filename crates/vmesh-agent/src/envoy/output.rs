@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::unix::pipe;
 use tracing::{debug, error, info, trace, warn};
 
@@ -31,10 +31,14 @@ pub(crate) fn writer(path: &Path) -> io::Result<OwnedFd> {
     Ok(writer)
 }
 
+/// Longer lines are logged in pieces: what is read of one is held in memory.
+const MAX_LINE: u64 = 64 << 10;
+
 /// Logs what comes out of the FIFO, for as long as it is polled.
 pub(crate) async fn log(reader: pipe::Receiver) -> io::Result<()> {
-    let mut lines = BufReader::new(reader).split(b'\n');
-    while let Some(line) = lines.next_segment().await? {
+    let mut reader = BufReader::new(reader);
+    let mut line = Vec::new();
+    while next_line(&mut reader, &mut line).await? {
         let line = String::from_utf8_lossy(&line);
         let (level, component, message) = parse(line.trim_end());
         match level {
@@ -46,6 +50,12 @@ pub(crate) async fn log(reader: pipe::Receiver) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// False at the end.
+async fn next_line(reader: &mut (impl AsyncBufRead + Unpin), line: &mut Vec<u8>) -> io::Result<bool> {
+    line.clear();
+    Ok(reader.take(MAX_LINE).read_until(b'\n', line).await? > 0)
 }
 
 pub(crate) fn reader(path: &Path) -> io::Result<pipe::Receiver> {
@@ -72,6 +82,18 @@ mod tests {
         assert_eq!(parse("warning main: caught: it"), ("warning", "main", "caught: it"));
         assert_eq!(parse("[libprotobuf ERROR x] y: z"), ("info", "output", "[libprotobuf ERROR x] y: z"));
         assert_eq!(parse(""), ("info", "output", ""));
+    }
+
+    #[tokio::test]
+    async fn a_line_that_does_not_end_is_read_in_pieces() {
+        let endless = [vec![b'x'; 3 << 16], b"\nnext\n".to_vec()].concat();
+        let mut reader = BufReader::new(endless.as_slice());
+        let mut line = Vec::new();
+        let mut lengths = Vec::new();
+        while next_line(&mut reader, &mut line).await.unwrap() {
+            lengths.push(line.len());
+        }
+        assert_eq!(lengths, [1 << 16, 1 << 16, 1 << 16, 1, 5]);
     }
 
     #[tokio::test]

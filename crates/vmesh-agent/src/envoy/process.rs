@@ -44,6 +44,9 @@ pub(crate) struct Record {
     #[serde(flatten)]
     pub(crate) identity: Identity,
     pub(crate) launch: Launch,
+    /// The one that it takes over from, while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) before: Option<Identity>,
 }
 
 const MAX_RECORD: u64 = 16 << 20;
@@ -93,7 +96,7 @@ impl Process {
     }
 
     pub(crate) fn record(&self, launch: &Launch) -> Record {
-        Record { identity: self.identity(), launch: launch.clone() }
+        Record { identity: self.identity(), launch: launch.clone(), before: None }
     }
 
     pub(crate) fn identity(&self) -> Identity {

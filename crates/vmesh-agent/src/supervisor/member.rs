@@ -12,8 +12,8 @@ use tracing::warn;
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 
-use super::orphan;
 use super::trial::{Binary, Stamp};
+use super::{orphan, plan};
 use crate::envoy::output;
 use crate::envoy::process::{Identity, Process};
 
@@ -30,6 +30,36 @@ pub(super) struct Launch {
     pub(super) arguments: Vec<String>,
     /// As the agent wrote it.
     pub(super) bootstrap: Arc<str>,
+}
+
+/// What tells one launch from another: the bootstrap, by its digest, and the binary.
+pub(super) type LaunchId = (String, Option<Stamp>);
+
+impl Launch {
+    pub(super) fn id(&self) -> LaunchId {
+        (plan::digest(&self.bootstrap), self.stamp.clone())
+    }
+
+    /// Whether two would be the same Envoy.
+    pub(super) fn is_same(&self, other: &Launch) -> bool {
+        self.stamp == other.stamp && self.arguments == other.arguments && self.bootstrap == other.bootstrap
+    }
+
+    /// Whether an Envoy can be started from the file that this one was started from. Not from a script: the kernel
+    /// starts its interpreter, which then opens a path.
+    pub(super) fn is_startable(&self) -> bool {
+        use std::os::unix::fs::FileExt;
+        let mut magic = [0; 2];
+        self.file.as_ref().is_some_and(|file| file.read_exact_at(&mut magic, 0).is_ok() && magic != *b"#!")
+    }
+
+    /// What is to be executed. `again`: the very file that it was started from before, whatever its path names by now.
+    pub(super) fn executable(&self, again: bool) -> PathBuf {
+        match &self.file {
+            Some(file) if again => format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into(),
+            _ => self.program.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,10 +176,7 @@ impl Member {
             (Some(file), true) => file.clone(),
             _ => Arc::new(File::open(&launch.program)?),
         };
-        let program = match again {
-            true => PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())),
-            false => launch.program.clone(),
-        };
+        let program = launch.executable(again);
         let process = orphan::start(&program, &launch.program, arguments, output::writer(output)?).await?;
         let launch = Launch { file: Some(file), ..launch.clone() };
         let kept = Kept { identity: Some(process.identity()), ..kept };
@@ -177,14 +204,51 @@ impl Member {
 
 /// The processes that have `path` on their command line.
 pub(super) fn naming(path: &Path) -> Vec<Process> {
-    use std::os::unix::ffi::OsStrExt;
+    let names = |words: &[String]| words.iter().any(|word| Path::new(word) == path);
+    processes().into_iter().filter(|(_, words)| names(words)).map(|(process, _)| process).collect()
+}
+
+/// The Envoys whose bootstrap lies in `dir`.
+pub(super) fn started_in(dir: &Path) -> Vec<Member> {
+    processes().into_iter().filter_map(|(process, words)| stray(process, &words, dir)).collect()
+}
+
+fn processes() -> Vec<(Process, Vec<String>)> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
-    let named = |pid: &i32| {
-        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        words.split(|byte| *byte == 0).any(|word| word == path.as_os_str().as_bytes())
+    let known = |pid: i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let words = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+        Some((pid, words.collect::<Vec<_>>()))
     };
-    pids.filter(named).filter_map(Process::find).collect()
+    // In this order: most processes are nobody's Envoy, and need no handle.
+    let with_handle = |(pid, words): (i32, Vec<String>)| Some((Process::find(pid)?, words));
+    pids.filter_map(known)
+        .filter(|(_, words)| words.iter().any(|word| word.ends_with(".json")))
+        .filter_map(with_handle)
+        .collect()
+}
+
+/// An Envoy of which nothing is known but its command line.
+fn stray(process: Process, words: &[String], dir: &Path) -> Option<Member> {
+    let after = |name: &str| words.iter().skip_while(|word| *word != name).nth(1);
+    let config = Path::new(after("--config-path")?);
+    let number =
+        config.file_name()?.to_str()?.strip_prefix("bootstrap.")?.strip_suffix(".json")?.parse().ok()?;
+    if config.parent() != Some(dir) {
+        return None;
+    }
+    let number_of = |name: &str| after(name).and_then(|word| word.parse().ok()).unwrap_or_default();
+    let launch = Launch {
+        program: words.first()?.into(),
+        file: None,
+        stamp: None,
+        arguments: Vec::new(),
+        bootstrap: "".into(),
+    };
+    let line = Line { base_id: number_of("--base-id"), epoch: number_of("--restart-epoch") };
+    let kept = Kept { identity: Some(process.identity()), ..Kept::new(&launch, number, line, None) };
+    Some(Member { process, kept, launch })
 }
 
 /// Every Envoy of a supervisor, on disk.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
@@ -41,6 +42,24 @@ pub(super) fn how(old: Option<&str>, new: Option<&str>, parent: Parent) -> How {
             new.unwrap_or("none")
         )),
     }
+}
+
+/// How long the older Envoy may stay after another took over: not shorter than it takes its leave, since whoever ends it
+/// before that lets the younger one abort, which comes to end it at that time.
+pub(super) fn stay(parent_shutdown: Duration, drain: Duration) -> Duration {
+    Duration::from_secs(parent_shutdown.as_secs().max(drain.as_secs() + 1))
+}
+
+/// Whether to start what was `good` instead of what is on `disk`: that has crashed more than once, or was refused before.
+/// Where what was good crashes as well, what is on disk has its turn again.
+pub(super) fn is_better<Id: PartialEq>(
+    good: &Id,
+    disk: &Id,
+    crashed: Option<&(Id, u32)>,
+    refused: Option<&Id>,
+) -> bool {
+    let crashes = |id: &Id| crashed.is_some_and(|(crashed, times)| crashed == id && *times >= 2);
+    crashes(disk) || (refused == Some(disk) && !crashes(good))
 }
 
 /// What an Envoy has, by name.
@@ -145,6 +164,33 @@ mod tests {
         ] {
             assert!(matches!(how(old, new, parent), How::Beside(_)), "{old:?} {new:?} {parent:?}");
         }
+    }
+
+    #[test]
+    fn what_was_good_is_started_for_what_crashed_twice_or_was_refused_unless_it_crashes_itself() {
+        for (crashed, refused, better) in [
+            (None, None, false),
+            (Some(("disk", 1)), None, false),
+            (Some(("disk", 2)), None, true),
+            (None, Some("disk"), true),
+            (None, Some("another"), false),
+            (Some(("good", 1)), Some("disk"), true),
+            (Some(("good", 2)), Some("disk"), false),
+        ] {
+            assert_eq!(
+                is_better(&"good", &"disk", crashed.as_ref(), refused.as_ref()),
+                better,
+                "{crashed:?} {refused:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn nobody_is_ended_before_its_drain_is_over() {
+        let seconds = Duration::from_secs;
+        assert_eq!(stay(seconds(600), seconds(10)), seconds(600));
+        assert_eq!(stay(seconds(1), seconds(10)), seconds(11));
+        assert_eq!(stay(Duration::from_millis(1500), Duration::ZERO), seconds(1));
     }
 
     fn has(listeners: &[&str], clusters: &[&str], refused: Option<&str>) -> Holdings {

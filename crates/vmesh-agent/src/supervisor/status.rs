@@ -14,7 +14,6 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
-use vmesh_daemon::Stop;
 use vmesh_daemon::fetch::{Peer, fetch};
 use vmesh_daemon::report::one_line;
 
@@ -94,9 +93,9 @@ pub(super) struct Known {
     pub(super) admin: PathBuf,
 }
 
-/// Answers until the supervisor stops.
-pub(super) async fn serve(listener: UnixListener, known: Known, mut stop: Stop) -> io::Result<()> {
-    axum::serve(listener, router(known)).with_graceful_shutdown(async move { stop.requested().await }).await
+/// Answers for as long as it is polled.
+pub(super) async fn serve(listener: UnixListener, known: Known) -> io::Result<()> {
+    axum::serve(listener, router(known)).await
 }
 
 fn router(known: Known) -> Router {

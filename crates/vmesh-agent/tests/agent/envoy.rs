@@ -173,6 +173,34 @@ async fn an_envoy_that_does_not_come_up_leaves_the_old_one_serving() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_ends_while_one_envoy_takes_over_from_another_leaves_neither_behind() {
+    let place = Place::new();
+    let (_control_plane, _app) = serving(&place).await;
+    let mut agent = Supervised::start(&place, "");
+    let first = agent.is_live().await.pid.and_then(Pid::from_raw).unwrap();
+    crash(agent);
+    let other = ", max_connections: 1000";
+    // It crashes, and the next one is stopped.
+    for crashes in [true, false] {
+        let agent = Supervised::start(&place, other);
+        let new = async || {
+            let others = vmesh_testkit::process::naming(&place.dir);
+            others
+                .into_iter()
+                .find(|pid| *pid != first)
+                .inspect(|pid| kill_process(*pid, Signal::STOP).unwrap())
+        };
+        wait_for("another Envoy", SOON, new).await.unwrap();
+        if crashes {
+            crash(agent);
+        } else {
+            agent.stop().await;
+        }
+    }
+    assert!(vmesh_testkit::process::naming(&place.dir).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stop_lets_requests_under_way_finish_and_leaves_no_process() {
     let place = Place::new();
     let (_control_plane, app) = serving(&place).await;

@@ -1,5 +1,7 @@
 //! Envoy's life where it has a unit of its own: `vmesh-agent envoy`, with real Envoys, under load.
 
+mod faults;
+
 use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -430,7 +432,32 @@ async fn a_reload_with_nothing_changed_costs_no_request_and_no_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_reloads_in_a_row_keep_the_connections_of_both() {
+async fn a_second_reload_waits_until_the_first_envoy_has_left_and_costs_nothing_either() {
+    let mut host = Host::new();
+    host.settings += ", hot_restart: {parent_shutdown: 8s}";
+    let (_control_plane, _app) = serving(&host).await;
+    let mut supervisor = host.supervise();
+    let first = supervisor.is_live().await;
+    let clients = Clients::start(&host).await;
+    supervisor.hang_up();
+    let second = supervisor.reloaded(1).await;
+    supervisor.hang_up();
+    let status = supervisor.is("a reload that waits", waits_for_the_first).await;
+    assert_eq!((&status["pid"], &status["leaving"][0]["pid"]), (&second["pid"], &first["pid"]));
+    let third = supervisor.reloaded(2).await;
+    assert_eq!(third["epoch"], 2, "{third}");
+    clients.are_served().await;
+    host.one_is_left().await;
+    clients.are_served().await;
+    clients.lost_nothing().await;
+}
+
+fn waits_for_the_first(status: &Value) -> bool {
+    status["reload"].as_str().is_some_and(|reload| reload.contains("still has connections"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_is_asked_for_twice_does_not_wait_and_keeps_the_connections_of_both() {
     let host = Host::new();
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
@@ -439,6 +466,8 @@ async fn two_reloads_in_a_row_keep_the_connections_of_both() {
     let clients = Clients::that_stay(&host).await;
     supervisor.hang_up();
     supervisor.reloaded(1).await;
+    supervisor.hang_up();
+    supervisor.is("a reload that waits", waits_for_the_first).await;
     supervisor.hang_up();
     let status = supervisor.reloaded(2).await;
     // A third Envoy of the same line would end the first.

@@ -1,0 +1,209 @@
+//! The Envoy that serves: asked how it is, until it ends.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+use vmesh_daemon::report::one_line;
+
+use super::takeover::Why;
+use super::trial::{self, Stamp};
+use super::{STABLE, Supervisor, TICK};
+use crate::envoy::leave::{self, LOOK_SOON};
+use crate::envoy::{State, admin};
+
+/// How often a live Envoy is asked whether it still is; its end is seen at once.
+const LOOK: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+impl Supervisor {
+    /// Looks after the Envoy that serves until it ends, and says how; `None` when the supervisor is to stop.
+    pub(super) async fn attend(&mut self) -> Option<String> {
+        let mut silent_since: Option<Instant> = None;
+        let mut look_at = Instant::now();
+        let mut tick_at = Instant::now() + TICK;
+        loop {
+            let serving = self.serving.as_mut()?;
+            let mut hung_up = false;
+            tokio::select! {
+                biased;
+                () = self.stop.requested() => return None,
+                ended = serving.process.exited() => return Some(ended),
+                Some(()) = self.hangups.recv() => hung_up = true,
+                Some(answer) = self.asking.join_next() => {
+                    if let Ok((stamp, what)) = answer
+                        && self.seen_binary.as_ref() == Some(&stamp)
+                    {
+                        self.waits(Some(format!("another Envoy ({what}) is installed and waits for a reload (SIGHUP)")));
+                    }
+                    continue;
+                }
+                Some(gone) = self.leaving.join_next() => {
+                    if let Ok(number) = gone {
+                        self.has_left(number);
+                        tick_at = tick_at.min(Instant::now());
+                    }
+                    continue;
+                }
+                () = tokio::time::sleep_until(look_at.min(tick_at)) => {}
+            }
+            let now = Instant::now();
+            if hung_up {
+                info!("SIGHUP: another Envoy is to take over");
+                self.impatient = self.status.borrow().reload.is_some();
+                self.wanted = Some(Why::Asked);
+                tick_at = now;
+            }
+            if now >= look_at {
+                let pause = self.look(&mut silent_since).await;
+                look_at = Instant::now() + pause;
+                let hung_after = self.config.envoy.hung_after.0;
+                if silent_since.is_some_and(|since| since.elapsed() >= hung_after)
+                    && let Some(ended) = self.kill_hung(&format!("no answer for {hung_after:?}")).await
+                {
+                    return Some(ended);
+                }
+            }
+            if now >= tick_at {
+                tick_at = now + TICK;
+                self.look_at_files();
+                if let Some(why) = self.wanted {
+                    // Whoever asks for another Envoy because this one hangs is not told to wait for it.
+                    if why == Why::Asked && silent_since.is_some() {
+                        return self.kill_hung("it did not answer when it was to be reloaded").await;
+                    }
+                    let state = self.status.borrow().envoy.state;
+                    // One that somebody has told to fail its health checks is replaced if somebody asks for that.
+                    if state == State::Live || (state == State::Draining && why == Why::Asked) {
+                        if let Some(ended) = self.reload(why).await {
+                            return Some(ended);
+                        }
+                        silent_since = None;
+                        look_at = Instant::now();
+                    }
+                } else if self.serving.as_ref().is_some_and(|serving| serving.kept.admin_closed)
+                    && now >= self.regain_at
+                {
+                    let pause = (self.regain_pause * 2).min(LONGEST_PAUSE);
+                    self.regain().await;
+                    if self.serving.is_none() {
+                        return Some("it ended while another one was to take over".to_owned());
+                    }
+                    // One that has taken over has set both anew, and needs neither.
+                    (self.regain_at, self.regain_pause) = (Instant::now() + pause, pause);
+                    look_at = Instant::now();
+                }
+            }
+        }
+    }
+
+    async fn kill_hung(&mut self, why: &str) -> Option<String> {
+        let serving = self.serving.as_mut()?;
+        error!(pid = serving.pid(), "Envoy hangs and is killed: {why}");
+        leave::kill(&mut serving.process).await;
+        Some(format!("it hung and was killed: {why}"))
+    }
+
+    /// Asks Envoy how it is, and says when to ask again.
+    async fn look(&mut self, silent_since: &mut Option<Instant>) -> Duration {
+        let Some(serving) = &self.serving else { return LOOK };
+        if serving.kept.admin_closed {
+            self.set(State::Live, |status| {
+                status.envoy.reason = Some(
+                    "its admin interface is closed since another Envoy was to take over and did not"
+                        .to_owned(),
+                );
+            });
+            return LOOK;
+        }
+        let launch = serving.launch.clone();
+        let was = self.status.borrow().envoy.state;
+        match admin::server_info(&serving.kept.admin(&self.dir)).await {
+            Ok(info) if info.state == "LIVE" => {
+                *silent_since = None;
+                if was != State::Live {
+                    info!(pid = serving.pid(), version = info.version(), "Envoy is live");
+                }
+                let is_stable = self.live_since.get_or_insert_with(Instant::now).elapsed() >= STABLE;
+                if is_stable || self.good.is_none() {
+                    self.good = Some(launch);
+                }
+                self.set(State::Live, |status| {
+                    status.envoy.version = Some(info.version().to_owned());
+                    status.envoy.reason = None;
+                });
+                if !self.strays.is_empty() {
+                    self.see_off_strays().await;
+                }
+                LOOK
+            }
+            Ok(info) if info.state == "DRAINING" => {
+                *silent_since = None;
+                self.set(State::Draining, |status| {
+                    status.envoy.reason = Some("it has been told to fail its health checks".to_owned());
+                });
+                LOOK
+            }
+            Ok(info) => {
+                *silent_since = None;
+                self.set(State::Starting, |status| status.envoy.reason = Some(info.state));
+                LOOK_SOON
+            }
+            Err(error) => {
+                let since = *silent_since.get_or_insert_with(Instant::now);
+                let reason = one_line(&error);
+                // Before it has bound its socket that is no news.
+                if was != State::Starting || since.elapsed() > Duration::from_secs(5) {
+                    if was != State::Silent {
+                        warn!(
+                            "Envoy does not answer; it is killed if that lasts {:?}: {reason}",
+                            self.config.envoy.hung_after.0
+                        );
+                    }
+                    self.set(State::Silent, |status| status.envoy.reason = Some(reason));
+                }
+                LOOK_SOON
+            }
+        }
+    }
+
+    /// What of the files that Envoy was started from is another one by now.
+    fn look_at_files(&mut self) {
+        let Some(serving) = &self.serving else { return };
+        let stamp = Stamp::of(&self.config.envoy.path);
+        if let Ok(launch) = self.launch()
+            && launch.bootstrap != serving.launch.bootstrap
+            && self.refused != Some(launch.id())
+            && self.wanted.is_none()
+        {
+            info!("{} has changed: another Envoy is to take over", self.config.bootstrap().display());
+            self.wanted = Some(Why::Bootstrap);
+        }
+        let runs = serving.kept.stamp.clone();
+        if stamp != self.seen_binary {
+            self.seen_binary = stamp.clone();
+            self.asking.abort_all();
+            match stamp {
+                stamp if stamp == runs => self.waits(None),
+                None => {
+                    self.waits(Some(format!("there is no {} any more", self.config.envoy.path.display())))
+                }
+                Some(stamp) => {
+                    self.asking.spawn(async move {
+                        let version = trial::ask(&stamp.path).await;
+                        let what =
+                            version.map_or_else(|why| format!("not usable: {why}"), |binary| binary.version);
+                        (stamp, what)
+                    });
+                }
+            }
+        }
+    }
+
+    fn waits(&self, what: Option<String>) {
+        if let Some(what) = &what {
+            info!("{what}");
+        }
+        self.status.send_modify(|status| status.waiting_binary = what);
+    }
+}

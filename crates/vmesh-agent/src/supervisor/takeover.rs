@@ -1,0 +1,386 @@
+//! Another Envoy takes over from the one that serves.
+
+use std::io;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{error, info, warn};
+use vmesh_daemon::report::one_line;
+
+use super::member::{Kept, Launch, Line, Member, Role};
+use super::plan::{self, Holdings, How, MOST_LEAVING, Parent};
+use super::trial::{self, Binary};
+use super::{Supervisor, shm};
+use crate::envoy::admin;
+use crate::envoy::leave::{self, LOOK_SOON};
+
+/// A candidate has to be told by the agent what to serve, and to look up the names in it.
+const LIVE_WITHIN: Duration = Duration::from_secs(60);
+/// When the supervisor is to stop, a candidate may become live all the same: the old one cannot be asked any more.
+const LIVE_WITHIN_AT_STOP: Duration = Duration::from_secs(5);
+/// For the resources that a live Envoy does not have yet.
+const SETTLES_WITHIN: Duration = Duration::from_secs(2);
+
+/// Why another Envoy is to take over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Why {
+    /// SIGHUP.
+    Asked,
+    Bootstrap,
+    /// The one that it took over from died before it was told to end.
+    ParentLost,
+}
+
+/// What became of a reload.
+enum Reload {
+    Done,
+    /// It is to be tried again.
+    Later(String),
+    /// The one that served goes on, or is gone (`serving` says which).
+    Failed(String),
+}
+
+impl Supervisor {
+    /// Lets another Envoy take over. Returns how the serving one ended, if none serves afterwards.
+    pub(super) async fn reload(&mut self, why: Why) -> Option<String> {
+        let outcome = self.replace(why).await;
+        let gone = self.serving.is_none();
+        match outcome {
+            Reload::Done => {
+                self.wanted = None;
+                self.impatient = false;
+                self.refused = None;
+                self.status.send_modify(|status| {
+                    status.reload = None;
+                    status.reloads += 1;
+                    status.last_failure = None;
+                });
+                None
+            }
+            Reload::Later(why) => {
+                let said = format!("a reload waits: {why}");
+                if self.status.borrow().reload.as_ref() != Some(&said) {
+                    info!("{said}");
+                }
+                self.status.send_modify(|status| status.reload = Some(said));
+                None
+            }
+            Reload::Failed(why) => {
+                self.wanted = None;
+                self.impatient = false;
+                let what =
+                    format!("the reload failed and was rolled back: {why}; mend that and send SIGHUP again");
+                error!("{what}");
+                self.failed(what);
+                self.status.send_modify(|status| status.reload = None);
+                gone.then(|| "it ended while another one was to take over".to_owned())
+            }
+        }
+    }
+
+    async fn replace(&mut self, why: Why) -> Reload {
+        if !self.impatient && self.parent() == Parent::Leaves && !migrates() {
+            let longest = self.stay();
+            return Reload::Later(format!(
+                "the Envoy before this one still has connections, for {longest:?} at most after it was relieved; \
+                 SIGHUP once more does not wait, and may cost a connection"
+            ));
+        }
+        self.read_config();
+        let launch = match self.launch() {
+            Ok(launch) => launch,
+            Err(why) => return Reload::Failed(why),
+        };
+        if self.leavers.len() >= MOST_LEAVING {
+            if why != Why::Asked {
+                return Reload::Later(format!(
+                    "{} Envoys still take leave of their clients",
+                    self.leavers.len()
+                ));
+            }
+            self.end_oldest().await;
+        }
+        // Whoever takes over has to be told what to serve.
+        if let Err(error) = self.agent_listens().await {
+            let socket = self.config.xds_socket();
+            return Reload::Later(format!("the agent does not listen on {}: {error}", socket.display()));
+        }
+        self.status.send_modify(|status| status.reload = Some("another Envoy is tried out".to_owned()));
+        let Some(mut serving) = self.serving.take() else {
+            return Reload::Failed("no Envoy serves any more".to_owned());
+        };
+        let mut stop = self.stop.clone();
+        let tried = tokio::select! {
+            tried = self.try_out(&launch, &serving.kept) => Some(tried),
+            ended = serving.process.exited() => Some(Err(format!("the Envoy that served ended meanwhile: {ended}"))),
+            () = stop.requested() => None,
+        };
+        self.serving = Some(serving);
+        let (binary, before) = match tried {
+            None => return Reload::Later("the supervisor stops".to_owned()),
+            Some(Ok(tried)) => tried,
+            Some(Err(why)) => {
+                self.refused = Some(launch.id());
+                return Reload::Failed(why);
+            }
+        };
+        let done = self.take_over(&launch, false, &binary, &before).await;
+        if let Err(why) = done {
+            self.refused = Some(launch.id());
+            self.regain().await;
+            return Reload::Failed(why);
+        }
+        Reload::Done
+    }
+
+    async fn agent_listens(&self) -> io::Result<()> {
+        UnixStream::connect(self.config.xds_socket()).await.map(drop)
+    }
+
+    /// What became of the Envoy that the serving one took over from.
+    fn parent(&self) -> Parent {
+        let Some(serving) = &self.serving else { return Parent::Gone };
+        match serving.kept.parent {
+            _ if serving.kept.parent_lost => Parent::Lost,
+            Some(number) if self.leavers().any(|kept| kept.number == number) => Parent::Leaves,
+            _ => Parent::Gone,
+        }
+    }
+
+    /// Finds out, without touching anything, whether an Envoy would come up with `launch`.
+    async fn try_out(&self, launch: &Launch, serving: &Kept) -> Result<(Binary, Holdings), String> {
+        let binary = trial::ask(&launch.program)
+            .await
+            .map_err(|why| format!("{} does not run: {why}", launch.program.display()))?;
+        let bootstrap = plan::bootstrap(&launch.bootstrap, &self.dir.join("admin.trial.sock"), false)
+            .map_err(|why| format!("{} is of no use: {why}", self.config.bootstrap().display()))?;
+        let (dump, before) = match serving.admin_closed {
+            false => self.dump(serving).await?,
+            true => (Value::Null, Holdings::default()),
+        };
+        let scratch = self.dir.join("trial.json");
+        trial::validate(&launch.program, &launch.arguments, &bootstrap, Some(&dump), &scratch).await?;
+        Ok((binary, before))
+    }
+
+    async fn dump(&self, kept: &Kept) -> Result<(Value, Holdings), String> {
+        let admin = kept.admin(&self.dir);
+        let dump = admin::config_dump(&admin).await.map_err(|error| one_line(&error))?;
+        let rejected = admin::rejected(&admin).await.map_err(|error| one_line(&error))?;
+        let holdings = plan::holdings(&dump, rejected);
+        Ok((dump, holdings))
+    }
+
+    /// Starts an Envoy that takes over from the one that serves. If it does not, that one goes on, and is on record with
+    /// what it has lost.
+    async fn take_over(
+        &mut self,
+        launch: &Launch,
+        again: bool,
+        binary: &Binary,
+        before: &Holdings,
+    ) -> Result<(), String> {
+        let parent = self.parent();
+        let Some(mut old) = self.serving.take() else { return Err("no Envoy serves any more".to_owned()) };
+        let how = plan::how(old.kept.hot_restart.as_deref(), binary.hot_restart.as_deref(), parent);
+        let hot = how == How::Hot;
+        let line = match &how {
+            How::Hot => Line { base_id: old.kept.base_id, epoch: old.kept.epoch + 1 },
+            How::Beside(why) => {
+                info!("another Envoy takes over by binding the same ports: {why}");
+                if !migrates() {
+                    info!(
+                        "a connection that waits at that moment may be reset; `sysctl net.ipv4.tcp_migrate_req=1` prevents it"
+                    );
+                }
+                Line { base_id: plan::base_id(&self.dir, self.network, self.last_number + 1), epoch: 0 }
+            }
+        };
+        self.status.send_modify(|status| status.reload = Some("another Envoy starts".to_owned()));
+        let began = Instant::now();
+        // On record from its first moment as one that may not be asked any more.
+        let admin_was_closed = old.kept.admin_closed;
+        old.kept.admin_closed |= hot;
+        self.serving = Some(old);
+        let started = self.start(launch, again, line, Some(binary), true).await;
+        let Some(mut old) = self.serving.take() else { return Err("no Envoy serves any more".to_owned()) };
+        let mut new = match started {
+            Ok(new) => new,
+            Err(why) => {
+                old.kept.admin_closed = admin_was_closed;
+                self.serving = Some(old);
+                self.keep(None);
+                return Err(why);
+            }
+        };
+        let live = match self.becomes_live(&mut new, &mut old).await {
+            Ok(()) => self.has_all(&new.kept, before).await.map_err(|why| (why, true)),
+            Err(why) => Err((why, false)),
+        };
+        match live {
+            Ok(()) => {
+                info!(pid = new.pid(), "Envoy took over after {} ms", began.elapsed().as_millis());
+                new.kept.role = Role::Serving;
+                new.kept.parent = hot.then_some(old.kept.number);
+                self.link(&new.kept);
+                self.see_off(old);
+                self.now_serving(new, false);
+                Ok(())
+            }
+            Err((why, true)) if hot => {
+                self.undo(old, new, &why).await;
+                Err(why)
+            }
+            Err((why, _)) => {
+                let pid = new.pid();
+                leave::kill(&mut new.process).await;
+                warn!(pid, "the Envoy that was to take over is ended: {why}");
+                if hot {
+                    self.candidate_is_gone(&mut old.kept).await;
+                }
+                self.serving = Some(old);
+                self.forget(&new.kept);
+                self.keep(None);
+                Err(why)
+            }
+        }
+    }
+
+    /// `new` has taken over from `old` and should not have. The old one has closed its listeners for it: so the new one
+    /// serves, with what it has, until another one like the old one does.
+    async fn undo(&mut self, old: Member, mut new: Member, why: &str) {
+        warn!(
+            pid = new.pid(),
+            "the Envoy that took over is replaced by another one like the one before it: {why}"
+        );
+        let (launch, binary) = (old.launch.clone(), binary_of(&old.kept));
+        new.kept.role = Role::Serving;
+        new.kept.parent = Some(old.kept.number);
+        self.link(&new.kept);
+        self.see_off(old);
+        self.now_serving(new, false);
+        let again = launch.is_startable();
+        let before = Holdings::default();
+        let takes_over = self.take_over(&launch, again, &binary, &before);
+        // Boxed, since it is what this was called by.
+        if let Err(why) = Box::pin(takes_over).await {
+            error!("it goes on, with what it has: no other Envoy took over from it: {why}");
+        }
+    }
+
+    /// A child that was not live is gone; its parent serves on.
+    pub(super) async fn candidate_is_gone(&self, parent: &mut Kept) {
+        if let Err(why) = shm::forget_child(parent.base_id, parent.hot_restart.as_deref().unwrap_or_default())
+        {
+            warn!("no other Envoy can take over hot from this one: {why}");
+            parent.hot_restart = None;
+        }
+        // The child may not have come so far as to have it closed. Asked twice: a question that came in before that is
+        // answered all the same.
+        let admin = parent.admin(&self.dir);
+        parent.admin_closed =
+            admin::server_info(&admin).await.is_err() || admin::server_info(&admin).await.is_err();
+    }
+
+    /// Waits until `new` is live.
+    async fn becomes_live(&mut self, new: &mut Member, old: &mut Member) -> Result<(), String> {
+        let admin = new.kept.admin(&self.dir);
+        let mut deadline = Instant::now() + LIVE_WITHIN;
+        let mut stopping = self.stop.is_requested();
+        if stopping {
+            deadline = Instant::now() + LIVE_WITHIN_AT_STOP;
+        }
+        let hung_after = self.config.envoy.hung_after.0;
+        let mut last_answer = Instant::now();
+        let mut last = "no answer".to_owned();
+        loop {
+            tokio::select! {
+                biased;
+                ended = new.process.exited() => {
+                    return Err(format!("it ended before it was live: {ended}"));
+                }
+                ended = old.process.exited() => {
+                    return Err(format!("the Envoy that served ended meanwhile: {ended}"));
+                }
+                () = self.stop.requested(), if !stopping => {
+                    stopping = true;
+                    deadline = deadline.min(Instant::now() + LIVE_WITHIN_AT_STOP);
+                }
+                () = sleep(LOOK_SOON / 5) => {}
+            }
+            // Envoy binds its admin interface under a name of its own: nobody else answers there.
+            match timeout_at(deadline, admin::server_info(&admin)).await {
+                Ok(Ok(info)) if info.state == "LIVE" => return Ok(()),
+                Ok(Ok(info)) => {
+                    last = format!("it is {}", info.state);
+                    last_answer = Instant::now();
+                }
+                Ok(Err(error)) => last = one_line(&error),
+                Err(_) => {}
+            }
+            if last_answer.elapsed() >= hung_after {
+                return Err(format!("it hangs: no answer for {hung_after:?}"));
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("it was not live after {} s: {last}", LIVE_WITHIN.as_secs()));
+            }
+        }
+    }
+
+    /// Whether it has what the Envoy before it had.
+    async fn has_all(&self, kept: &Kept, before: &Holdings) -> Result<(), String> {
+        let deadline = Instant::now() + SETTLES_WITHIN;
+        loop {
+            let verdict = match self.dump(kept).await {
+                Ok((_, after)) => plan::lacks(before, &after),
+                // It was live a moment ago: whoever looks after it will see.
+                Err(_) => return Ok(()),
+            };
+            if verdict.is_ok() || Instant::now() >= deadline {
+                return verdict;
+            }
+            sleep(LOOK_SOON).await;
+        }
+    }
+
+    /// Gets back what the serving Envoy lost to one that did not take over, by letting another of its own kind do it.
+    pub(super) async fn regain(&mut self) {
+        let Some(serving) = self.serving.as_mut().filter(|serving| serving.kept.admin_closed) else { return };
+        if let Ok(ended) = timeout(Duration::ZERO, serving.process.exited()).await {
+            self.ended(&ended);
+            return;
+        }
+        let launch = serving.launch.clone();
+        let again = launch.is_startable();
+        let binary = binary_of(&serving.kept);
+        if binary.hot_restart.is_none() {
+            return;
+        }
+        let pid = serving.pid();
+        // Without it there is nobody to tell the next one what to serve.
+        if self.agent_listens().await.is_err() {
+            return;
+        }
+        info!(pid, "another Envoy like the one that serves takes over from it");
+        if let Err(why) = self.take_over(&launch, again, &binary, &Holdings::default()).await {
+            warn!("the Envoy that serves goes on and can no longer be asked how it is: {why}");
+            if let Some(serving) = self.serving.as_mut()
+                && let Ok(ended) = timeout(Duration::ZERO, serving.process.exited()).await
+            {
+                self.ended(&ended);
+            }
+        }
+    }
+}
+
+/// What its record says of the binary that it runs.
+fn binary_of(kept: &Kept) -> Binary {
+    Binary { version: kept.version.clone().unwrap_or_default(), hot_restart: kept.hot_restart.clone() }
+}
+
+/// Whether the kernel passes the connections that wait at a listener that is closed on to another one of the same port.
+fn migrates() -> bool {
+    std::fs::read_to_string("/proc/sys/net/ipv4/tcp_migrate_req").is_ok_and(|text| text.trim() == "1")
+}
