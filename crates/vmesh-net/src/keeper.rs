@@ -358,11 +358,15 @@ impl Keeper {
         let envoy = *self.envoy.borrow();
         let Some(applier) = &self.applier else { return };
         let now = std::time::Instant::now();
-        let gone = envoy == Envoy::Gone;
+        let gone = matches!(envoy, Envoy::Gone | Envoy::Stranger);
         if gone && self.was_gone && !self.withdrawn {
             match applier.withdraw().await {
                 Ok(()) => {
-                    warn!("Envoy is gone: new connections go past it where that is allowed");
+                    let what = match envoy {
+                        Envoy::Stranger => "somebody else's program has Envoy's capture port",
+                        _ => "Envoy is gone",
+                    };
+                    warn!("{what}: new connections go past it where that is allowed");
                     self.withdrawn = true;
                     self.beat = Beat::new(timeout.duration());
                 }
@@ -392,6 +396,7 @@ impl Keeper {
                     match envoy {
                         Envoy::Well => "the agent says nothing",
                         Envoy::Gone => "Envoy is gone",
+                        Envoy::Stranger => "somebody else's program has Envoy's capture port",
                         Envoy::Hangs => "Envoy takes connections and does not serve them",
                         Envoy::Unknown | Envoy::Other => "Envoy has not been looked at",
                     }
@@ -529,7 +534,7 @@ impl Keeper {
             if !wanted {
                 continue;
             }
-            let seen = probe::look(SocketAddr::from(([127, 0, 0, 1], port))).await;
+            let seen = probe::look_at(port, &self.options.users).await;
             if seen != Envoy::Well {
                 return Err(format!("Envoy does not serve its capture port {port}: {seen:?}"));
             }
@@ -653,7 +658,7 @@ impl Keeper {
         let mut seen = *self.envoy.borrow();
         if seen == Envoy::Unknown {
             let port = if looks(&spec).outbound { OUTBOUND_PORT } else { INBOUND_PORT };
-            seen = probe::look(SocketAddr::from(([127, 0, 0, 1], port))).await;
+            seen = probe::look_at(port, &self.options.users).await;
         }
         let well = seen == Envoy::Well && self.agent_is_well();
         let actual = match self.actual.take() {

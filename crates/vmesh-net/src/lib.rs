@@ -29,6 +29,7 @@
 
 pub mod client;
 pub mod keeper;
+mod owner;
 pub mod probe;
 pub mod protocol;
 pub mod rules;

@@ -137,7 +137,7 @@ async fn run(arguments: Arguments) -> After {
         state_dir: arguments.state_dir,
         drain: arguments.drain,
     };
-    let drain = options.drain;
+    let (drain, users) = (options.drain, options.users.clone());
     let (told, seen) = watch::channel(Envoy::Unknown);
     let (looks, look) = watch::channel(Looks::default());
     let (ask, asked) = mpsc::channel(16);
@@ -145,7 +145,7 @@ async fn run(arguments: Arguments) -> After {
     let (again, told_again) = watch::channel(false);
     let keeper = Keeper::start(options, seen, looks);
     let mut tasks = Tasks::new();
-    tasks.spawn("envoy probe", probe::watch_envoy(look, told));
+    tasks.spawn("envoy probe", probe::watch_envoy(look, users, told));
     tasks.spawn("rules", rules::watch(changed));
     tasks.spawn("socket", server::serve(listener, agent, ask));
     let turned = keeper.turned();

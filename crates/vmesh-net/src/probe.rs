@@ -4,6 +4,7 @@
 //! that it does, and soon, shows that a worker of it runs. That the kernel alone takes a connection shows nothing: it does for
 //! an Envoy that is stopped, too.
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
 
+use crate::owner;
 use crate::protocol::Envoy;
 
 /// A virtual address that no name ever has, which Envoy closes as it does all that are no service's: captured along with the
@@ -32,13 +34,17 @@ pub struct Looks {
 }
 
 /// Looks at the ports that `looks` has, once a second, and tells what it saw.
-pub async fn watch_envoy(mut looks: watch::Receiver<Looks>, told: watch::Sender<Envoy>) {
+pub async fn watch_envoy(
+    mut looks: watch::Receiver<Looks>,
+    users: BTreeSet<u32>,
+    told: watch::Sender<Envoy>,
+) {
     loop {
         let at = *looks.borrow_and_update();
         let mut seen = Envoy::Unknown;
         for (wanted, port) in [(at.outbound, OUTBOUND_PORT), (at.inbound, INBOUND_PORT)] {
             if wanted && matches!(seen, Envoy::Unknown | Envoy::Well) {
-                seen = look(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await;
+                seen = look_at(port, &users).await;
             }
         }
         told.send_replace(seen);
@@ -46,6 +52,16 @@ pub async fn watch_envoy(mut looks: watch::Receiver<Looks>, told: watch::Sender<
             () = sleep(EVERY) => {}
             changed = looks.changed() => if changed.is_err() { return },
         }
+    }
+}
+
+/// Looks at a capture port of this host's, which one of `users` is to have. Whoever else has it gets what others send, until the
+/// redirects are taken back: any program may take a port while Envoy is away.
+pub async fn look_at(port: u16, users: &BTreeSet<u32>) -> Envoy {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    match owner::listener(address) {
+        Some(user) if !users.contains(&user) => Envoy::Stranger,
+        _ => look(address).await,
     }
 }
 

@@ -141,6 +141,8 @@ pub enum Envoy {
     Well,
     /// Nobody listens.
     Gone,
+    /// Somebody listens, and it is another user's program.
+    Stranger,
     /// The kernel takes connections, and nobody serves them.
     Hangs,
     /// Something of a newer version.

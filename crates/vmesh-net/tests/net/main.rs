@@ -136,6 +136,21 @@ async fn an_envoy_that_dies_or_hangs_is_gone_past_and_taken_up_again() {
 }
 
 #[tokio::test]
+async fn a_program_that_takes_envoys_port_while_it_is_away_is_not_taken_for_envoy() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    vm.envoy.take().unwrap().kill().unwrap();
+    // It closes what comes, as Envoy does with what is for nobody.
+    let listener =
+        vm.a.within_as(vm::APP, || std::net::TcpListener::bind("127.0.0.1:15001")).unwrap().unwrap();
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    agent.well_until("it to be seen", |status| status.envoy == Envoy::Stranger).await;
+    agent.well_until("it to be gone past", |status| status.redirects == Redirects::Lapsed).await;
+    assert_eq!(vm.get(8080).unwrap(), "direct");
+}
+
+#[tokio::test]
 async fn what_is_to_fail_closed_does() {
     let mut vm = Vm::new(Rules::Nft).await;
     let mut agent = Agent::new(&vm, CLOSED).await;

@@ -120,6 +120,7 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
             Envoy::Other => "in a way that this version does not know",
             Envoy::Well => "takes what is captured",
             Envoy::Gone => "GONE: nobody listens at its capture ports",
+            Envoy::Stranger => "GONE: another user's program listens at its capture ports",
             Envoy::Hangs => "HANGS: its capture ports are open, and nobody serves them",
         }
         .to_owned(),
@@ -163,7 +164,7 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
     let attention = status.error.is_some()
         || status.reverted.is_some()
         || status.redirects == Redirects::Lapsed
-        || matches!(status.envoy, Envoy::Gone | Envoy::Hangs)
+        || matches!(status.envoy, Envoy::Gone | Envoy::Stranger | Envoy::Hangs)
         || matches!(status.state, State::Bypassed | State::Trial);
     (text, attention)
 }

@@ -334,6 +334,9 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
         );
     }
     let gone = match status.envoy {
+        Envoy::Stranger => Some(
+            "a program of another user listens at Envoy's capture ports (`ss -ltnp 'sport = 15001 or sport = 15006'`)",
+        ),
         Envoy::Gone => Some("nobody listens at Envoy's capture ports"),
         Envoy::Hangs => Some("Envoy's capture ports are open, and nobody serves them"),
         Envoy::Unknown | Envoy::Well | Envoy::Other => None,
