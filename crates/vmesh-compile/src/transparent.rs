@@ -27,6 +27,9 @@ use crate::listener::{handed_to, to_service};
 use crate::owners::{Owners, can_be_captured};
 use crate::service::{Shape, known};
 
+/// No host captures it, so that nobody who works there is locked out: see `vmesh_capture`.
+const SSH: u16 = 22;
+
 /// The virtual address of every service, and who got none.
 #[derive(Debug, Default)]
 pub(crate) struct Virtuals {
@@ -195,6 +198,14 @@ impl<'a> Subject<'a> {
     }
 
     fn virtual_addresses(&self, port: u16, problems: &mut Vec<Problem>) -> Vec<SocketAddr> {
+        if port == SSH {
+            problems.push(self.problem(
+                "its port is 22, SSH, which is never captured: it has no virtual address; its name means its endpoints, where \
+                 these have that port"
+                    .to_owned(),
+            ));
+            return Vec::new();
+        }
         let collisions = self.index.virtuals.collisions.get(self.name.as_str());
         problems
             .extend(collisions.into_iter().flatten().map(|collision| self.problem(collision.to_string())));

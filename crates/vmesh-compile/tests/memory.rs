@@ -74,7 +74,11 @@ fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
 /// A node of each class that captures, and one that does not.
 fn reports() -> [NodeReport; 4] {
     let captures = |outbound: Option<Outward>, upstreams: Upstreams| NodeReport {
-        capture: Capture { outbound, inbound: outbound.map(|_| Inward::Tproxy), without_ipv6: false },
+        capture: Capture {
+            outbound,
+            inbound: outbound.map(|_| Inward::Tproxy),
+            without_ipv6: outbound == Some(Outward::Vip),
+        },
         upstreams,
         ..report()
     };
