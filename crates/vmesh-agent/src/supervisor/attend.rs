@@ -14,6 +14,8 @@ use crate::envoy::{State, admin};
 
 /// How often a live Envoy is asked whether it still is; its end is seen at once.
 const LOOK: Duration = Duration::from_secs(5);
+/// One that is to be reloaded and has not answered for so long hangs, and is not only busy or about to start.
+const HANGS_AFTER: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 impl Supervisor {
@@ -69,7 +71,7 @@ impl Supervisor {
                 self.look_at_files();
                 if let Some(why) = self.wanted {
                     // Whoever asks for another Envoy because this one hangs is not told to wait for it.
-                    if why == Why::Asked && silent_since.is_some() {
+                    if why == Why::Asked && silent_since.is_some_and(|since| since.elapsed() >= HANGS_AFTER) {
                         return self.kill_hung("it did not answer when it was to be reloaded").await;
                     }
                     let state = self.status.borrow().envoy.state;

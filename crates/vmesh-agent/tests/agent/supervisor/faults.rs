@@ -405,3 +405,32 @@ async fn an_envoy_that_takes_over_and_lacks_something_is_replaced_while_it_serve
     Stream::open(&host).await.lives().await;
     assert!(clients.failures() <= 1, "{}", clients.kept.so_far());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_of_an_envoy_that_is_about_to_answer_waits_for_that() {
+    let host = Host::new();
+    let (_control_plane, _app) = serving(&host).await;
+    let real = envoy::find().unwrap();
+    host.install_script(&format!(
+        "case \"$*\" in *'--restart-epoch 0'*) sleep 3;; esac\nexec {} \"$@\"",
+        real.display()
+    ));
+    let mut supervisor = host.supervise();
+    supervisor.is("an Envoy that starts", |status| status["state"] == "starting").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    supervisor.hang_up();
+    let status = supervisor.reloaded(1).await;
+    assert_eq!((&status["restarts"], &status["epoch"]), (&0.into(), &1.into()), "{status}");
+
+    // And one that serves is busy for a moment.
+    let clients = Clients::that_stay(&host).await;
+    kill_process(pid(&status), Signal::STOP).unwrap();
+    supervisor.is("a silent Envoy", |status| status["state"] == "silent").await;
+    supervisor.hang_up();
+    supervisor.is("that it is asked for", |status| status["state"] == "silent").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    kill_process(pid(&status), Signal::CONT).unwrap();
+    let after = supervisor.is("an answer", |status| status["state"] == "live").await;
+    assert_eq!((&after["restarts"], &after["pid"]), (&0.into(), &status["pid"]), "{after}");
+    clients.are_served().await;
+}
