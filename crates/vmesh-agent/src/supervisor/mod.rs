@@ -23,14 +23,27 @@
 //! [`trial`] finds out without touching anything what can be known before. A candidate then takes over by Envoy's hot
 //! restart, which hands it the very sockets, or beside the old one where that is not to be had ([`plan::How`]); either
 //! becomes live only when it has been told what to serve. One that has not by then is ended, and what it did to the old
-//! one is undone: that takes the serving Envoy's admin interface away, so another of the *same* kind takes over from it.
+//! one is undone: that may have lost its admin interface, so another of the *same* kind takes over from it. A third Envoy
+//! of one line ends the first: so a reload waits for the clients that the first one still has.
 //!
 //! Envoys are not tied to their supervisor: they are on record, and the next one goes on with them. Only SIGTERM ends
 //! them, after they have taken leave of their clients.
+//!
+//! | file          | what is in it                                                                       |
+//! |---------------|-------------------------------------------------------------------------------------|
+//! | `adopt`       | the Envoys that an earlier supervisor left                                          |
+//! | `begin`       | an Envoy where none serves; how each one is started                                 |
+//! | `attend`      | the one that serves is asked how it is, and what is on disk is looked at            |
+//! | `takeover`    | another one takes over, or does not                                                 |
+//! | `farewell`    | those that leave, and the end                                                       |
+//! | [`plan`]      | all that is judged without asking anybody: pure                                     |
+//! | [`trial`]     | what can be known of a binary and a bootstrap before                                |
+//! | `member`, `orphan`, `shm`, `clients` | one Envoy: its record, its parents, its memory, who is connected |
 
 mod adopt;
 mod attend;
 mod begin;
+mod clients;
 mod farewell;
 mod member;
 mod orphan;

@@ -24,6 +24,8 @@ pub(super) enum How {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Parent {
     Gone,
+    /// It has no connections any more: that a third Envoy of the same line ends it costs nothing.
+    Idle,
     /// It still has connections. A third Envoy of the same line would end it, and them.
     Leaves,
     /// It died. The serving one does not know, and aborts when it is to speak to it: for a third Envoy, or to end it.
@@ -154,7 +156,9 @@ mod tests {
 
     #[test]
     fn envoys_of_one_hot_restart_version_take_over_hot_and_others_beside() {
-        assert_eq!(how(Some("11.104"), Some("11.104"), Parent::Gone), How::Hot);
+        for parent in [Parent::Gone, Parent::Idle] {
+            assert_eq!(how(Some("11.104"), Some("11.104"), parent), How::Hot);
+        }
         for (old, new, parent) in [
             (Some("11.104"), Some("11.104"), Parent::Leaves),
             (Some("11.104"), Some("11.104"), Parent::Lost),

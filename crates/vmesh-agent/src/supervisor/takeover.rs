@@ -12,7 +12,7 @@ use vmesh_daemon::report::one_line;
 use super::member::{Kept, Launch, Line, Member, Role};
 use super::plan::{self, Holdings, How, MOST_LEAVING, Parent};
 use super::trial::{self, Binary};
-use super::{Supervisor, shm};
+use super::{Supervisor, clients, shm};
 use crate::envoy::admin;
 use crate::envoy::leave::{self, LOOK_SOON};
 
@@ -142,10 +142,12 @@ impl Supervisor {
     /// What became of the Envoy that the serving one took over from.
     fn parent(&self) -> Parent {
         let Some(serving) = &self.serving else { return Parent::Gone };
-        match serving.kept.parent {
+        let parent = self.leavers().find(|kept| serving.kept.parent == Some(kept.number));
+        match parent {
             _ if serving.kept.parent_lost => Parent::Lost,
-            Some(number) if self.leavers().any(|kept| kept.number == number) => Parent::Leaves,
-            _ => Parent::Gone,
+            Some(parent) if clients::has_clients(parent.pid()) => Parent::Leaves,
+            Some(_) => Parent::Idle,
+            None => Parent::Gone,
         }
     }
 
@@ -282,6 +284,10 @@ impl Supervisor {
         let admin = parent.admin(&self.dir);
         parent.admin_closed =
             admin::server_info(&admin).await.is_err() || admin::server_info(&admin).await.is_err();
+        if parent.admin_closed {
+            // With its interface it has closed the account of the one before it.
+            parent.parent = None;
+        }
     }
 
     /// Waits until `new` is live.

@@ -432,20 +432,40 @@ async fn a_reload_with_nothing_changed_costs_no_request_and_no_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_reload_waits_until_the_first_envoy_has_left_and_costs_nothing_either() {
-    let mut host = Host::new();
-    host.settings += ", hot_restart: {parent_shutdown: 8s}";
+async fn a_second_reload_waits_until_the_first_envoy_has_no_clients_and_costs_nothing_either() {
+    let host = Host::new();
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
+    let stream = Stream::open(&host).await;
     let clients = Clients::start(&host).await;
     supervisor.hang_up();
     let second = supervisor.reloaded(1).await;
     supervisor.hang_up();
     let status = supervisor.is("a reload that waits", waits_for_the_first).await;
     assert_eq!((&status["pid"], &status["leaving"][0]["pid"]), (&second["pid"], &first["pid"]));
+    clients.are_served().await;
+    drop(stream);
     let third = supervisor.reloaded(2).await;
-    assert_eq!(third["epoch"], 2, "{third}");
+    assert_eq!((&third["epoch"], &third["restarts"]), (&2.into(), &0.into()), "{third}");
+    clients.are_served().await;
+    clients.lost_nothing().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_reload_waits_no_longer_than_the_first_envoy_may_stay() {
+    let mut host = Host::new();
+    host.settings += ", hot_restart: {parent_shutdown: 6s}";
+    let (_control_plane, _app) = serving(&host).await;
+    let mut supervisor = host.supervise();
+    supervisor.is_live().await;
+    let _stream = Stream::open(&host).await;
+    let clients = Clients::start(&host).await;
+    supervisor.hang_up();
+    supervisor.reloaded(1).await;
+    supervisor.hang_up();
+    supervisor.is("a reload that waits", waits_for_the_first).await;
+    assert_eq!(supervisor.reloaded(2).await["epoch"], 2);
     clients.are_served().await;
     host.one_is_left().await;
     clients.are_served().await;
