@@ -175,6 +175,35 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     .await?;
     none("the bypass is lifted", &report);
 
+    // What hangs for good is replaced by systemd's watchdog, each alone: nobody takes Envoy or the rules with it.
+    for unit in UNITS {
+        let drop_in = format!("/etc/systemd/system/{unit}.d/soon.conf");
+        vm.host.write(&drop_in, "[Service]\nWatchdogSec=4s\n")?;
+    }
+    vm.host.systemctl(&["daemon-reload"])?;
+    UNITS.iter().try_for_each(|unit| vm.host.systemctl(&["restart", unit]).map(drop))?;
+    vm.captured(to).await?;
+    let envoy = vm.envoy()?;
+    for unit in UNITS {
+        let restarts = || vm.host.systemctl(&["show", "--value", "--property=NRestarts", unit]);
+        let before = restarts()?;
+        let hang = || {
+            kill(&vm, "STOP", unit)?;
+            let hung = Instant::now();
+            while restarts()? == before {
+                if hung.elapsed() > BOUND {
+                    return Err(Failed::new(format!("{unit} hangs, and nobody has replaced it")));
+                }
+                thread::sleep(Duration::from_millis(200));
+            }
+            eprintln!("{unit} was replaced after {:.1} s", hung.elapsed().as_secs_f64());
+            Ok(())
+        };
+        let what = format!("{unit} hangs for good");
+        none(&what, &under_load(&what, &hang, true).await?);
+        assert_eq!(vm.envoy()?, envoy, "{unit}");
+    }
+
     let report =
         under_load("all is stopped", &|| vm.host.systemctl(&["stop", "vmesh.target"]).map(drop), false)
             .await?;

@@ -358,8 +358,14 @@ impl Keeper {
         let envoy = *self.envoy.borrow();
         let Some(applier) = &self.applier else { return };
         let now = std::time::Instant::now();
-        let gone = matches!(envoy, Envoy::Gone | Envoy::Stranger);
-        if gone && self.was_gone && !self.withdrawn {
+        let is_gone = |envoy| matches!(envoy, Envoy::Gone | Envoy::Stranger);
+        let gone = is_gone(envoy);
+        // What was seen may be a second old, and Envoy back since.
+        if gone
+            && self.was_gone
+            && !self.withdrawn
+            && is_gone(probe::look_at_all(looks(&spec), &self.options.users).await)
+        {
             match applier.withdraw().await {
                 Ok(()) => {
                     let what = match envoy {
@@ -657,8 +663,7 @@ impl Keeper {
         }
         let mut seen = *self.envoy.borrow();
         if seen == Envoy::Unknown {
-            let port = if looks(&spec).outbound { OUTBOUND_PORT } else { INBOUND_PORT };
-            seen = probe::look_at(port, &self.options.users).await;
+            seen = probe::look_at_all(looks(&spec), &self.options.users).await;
         }
         let well = seen == Envoy::Well && self.agent_is_well();
         let actual = match self.actual.take() {

@@ -41,18 +41,24 @@ pub async fn watch_envoy(
 ) {
     loop {
         let at = *looks.borrow_and_update();
-        let mut seen = Envoy::Unknown;
-        for (wanted, port) in [(at.outbound, OUTBOUND_PORT), (at.inbound, INBOUND_PORT)] {
-            if wanted && matches!(seen, Envoy::Unknown | Envoy::Well) {
-                seen = look_at(port, &users).await;
-            }
-        }
+        let seen = look_at_all(at, &users).await;
         told.send_replace(seen);
         tokio::select! {
             () = sleep(EVERY) => {}
             changed = looks.changed() => if changed.is_err() { return },
         }
     }
+}
+
+/// The worst of what it sees at the ports that `looks` has.
+pub async fn look_at_all(looks: Looks, users: &BTreeSet<u32>) -> Envoy {
+    let mut seen = Envoy::Unknown;
+    for (wanted, port) in [(looks.outbound, OUTBOUND_PORT), (looks.inbound, INBOUND_PORT)] {
+        if wanted && matches!(seen, Envoy::Unknown | Envoy::Well) {
+            seen = look_at(port, users).await;
+        }
+    }
+    seen
 }
 
 /// Looks at a capture port of this host's, which one of `users` is to have. Whoever else has it gets what others send, until the
