@@ -164,3 +164,39 @@ async fn a_removal_takes_back_what_the_resolver_was_told_and_ends_what_hangs() -
     assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_without_ipv6_captures_and_calls_services_that_have_it() -> Result<()> {
+    let (vms, _orders, to) = mesh().await?;
+    let v6 = "[fd88::77]:8080".parse().map_err(vmesh_testkit::Failed::to("an address"))?;
+    vms.service("orders", "http", &[to, v6])?;
+    let host = vms.fleet.host("web")?;
+    // As with `ipv6.disable=1`, which only a machine has that boots anew: there is no such thing as a socket of it.
+    for unit in ["vmesh-agent", "vmesh-envoy"] {
+        host.write(
+            &format!("/etc/systemd/system/{unit}.service.d/test.conf"),
+            "[Service]\nRestrictAddressFamilies=\nRestrictAddressFamilies=AF_INET AF_UNIX AF_NETLINK\n",
+        )?;
+    }
+    host.systemctl(&["daemon-reload"])?;
+    for more in [CAPTURES, "upstreams: [{service: orders, listen: \"127.0.0.1:9001\"}]\n"] {
+        host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
+        host.install(&[&vms.packages.agent])?;
+        host.systemctl(&["restart", "vmesh-agent"])?;
+        host.wait_unit("vmesh-envoy", "active", 2 * BOUND)?;
+        let called = if more == CAPTURES { to.to_string() } else { "127.0.0.1:9001".to_owned() };
+        wait_for("a request to go through Envoy", 2 * BOUND, async || {
+            let said = try_sh(
+                &host,
+                &format!("curl -sS --max-time 5 http://{called}/; curl -s 127.0.0.1:15020/status"),
+            )
+            .map_err(|failed| failed.to_string())?;
+            match said.contains("x-request-id") && said.contains("\"rejections\":0") {
+                true => Ok(()),
+                false => Err(said),
+            }
+        })
+        .await?;
+    }
+    Ok(())
+}

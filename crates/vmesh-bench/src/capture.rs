@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::netns::Host;
-use vmesh_testkit::{Failed, Result};
+use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::vm::{APP, Rules, Site, Vm};
 
 #[derive(Debug, Parser)]
@@ -39,6 +39,9 @@ struct Arguments {
     /// Endpoints of each of these.
     #[arg(long, default_value_t = 10)]
     endpoints: usize,
+    /// With `--services`: so many come or go in a second, for half a minute.
+    #[arg(long, default_value_t = 100)]
+    per_second: u32,
 }
 
 /// One way to the application.
@@ -59,7 +62,7 @@ struct Measured {
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match arguments.services {
-        Some(services) => change(services, arguments.endpoints).await,
+        Some(services) => change(services, arguments.endpoints, arguments.per_second).await,
         None => run(arguments).await,
     };
     match done {
@@ -168,24 +171,28 @@ async fn run(arguments: Arguments) -> Result<()> {
 }
 
 /// From an endpoint that is written to a file to the rule that captures it, and what that costs the host.
-async fn change(services: usize, endpoints: usize) -> Result<()> {
+async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()> {
     const CHANGES: usize = 30;
-    let text = |extra: bool| -> String {
-        let service = |number: usize| {
-            let more = usize::from(extra && number == 0);
-            let all: Vec<_> = (0..endpoints + more)
-                .map(|at| format!("\"10.{}.{}.{}:8080\"", 100 + number / 200, number % 200, at + 1))
-                .collect();
-            format!("service: s{number}\nprotocol: tcp\nport: 80\nendpoints: [{}]\n", all.join(", "))
-        };
-        (0..services).map(service).collect::<Vec<_>>().join("---\n")
+    const STORM: Duration = Duration::from_secs(30);
+    let write = |site: &Site, number: usize, extra: bool| {
+        let all: Vec<_> = (0..endpoints + usize::from(extra))
+            .map(|at| format!("\"10.{}.{}.{}:8080\"", 100 + number / 200, number % 200, at + 1))
+            .collect();
+        let text = format!("service: s{number}\nprotocol: tcp\nport: 80\nendpoints: [{}]\n", all.join(", "));
+        site.write(&format!("services.d/s{number}.yaml"), &text)
     };
     let site = Site::start(&[]).await?;
-    site.write("services.d/all.yaml", &text(false))?;
+    (0..services).try_for_each(|number| write(&site, number, false))?;
     let mut vm =
         site.vm("many", Rules::Nft, "upstreams: [\"*\"]\ncapture: {outbound: {capture: addresses}}").await?;
     let began = Instant::now();
-    vm.start().await?;
+    vm.start_net()?;
+    wait_for("vmesh-net", Duration::from_secs(30), async || match vm.socket().exists() {
+        true => Ok(()),
+        false => Err("no socket"),
+    })
+    .await?;
+    vm.start_agent()?;
     until_captured(&vm, services * endpoints).await?;
     println!("{services} services of {endpoints} endpoints");
     println!("start to captured              {:.1} s", began.elapsed().as_secs_f64());
@@ -196,7 +203,7 @@ async fn change(services: usize, endpoints: usize) -> Result<()> {
     for round in 0..CHANGES {
         let extra = round % 2 == 0;
         let began = Instant::now();
-        site.write("services.d/all.yaml", &text(extra))?;
+        write(&site, 0, extra)?;
         until_captured(&vm, services * endpoints + usize::from(extra)).await?;
         times.push(began.elapsed());
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -212,12 +219,57 @@ async fn change(services: usize, endpoints: usize) -> Result<()> {
             resident >> 20
         );
     }
+    let (began, before) = (Instant::now(), cpu());
+    let mut extra = vec![false; services];
+    let mut lapses = 0;
+    for at in 0.. {
+        let due = STORM.min(Duration::from_secs(1) * at / per_second.max(1));
+        if let Some(left) = due.checked_sub(began.elapsed()) {
+            tokio::time::sleep(left).await;
+        }
+        if due == STORM {
+            break;
+        }
+        // Not the neighbour: another service each time.
+        let number = usize::try_from(at).unwrap_or_default() * 7 % services;
+        if let Some(extra) = extra.get_mut(number) {
+            *extra = !*extra;
+            write(&site, number, *extra)?;
+        }
+        if at % per_second.max(1) == 0 && !holds(&vm).await? {
+            lapses += 1;
+        }
+    }
+    let wrote = began.elapsed();
+    until_captured(&vm, services * endpoints + extra.iter().filter(|extra| **extra).count()).await?;
+    println!(
+        "{per_second} a second for {:.0} s: all in force {} ms after the last; the dead-man had lapsed in {lapses} of {} looks",
+        wrote.as_secs_f64(),
+        (began.elapsed() - wrote).as_millis(),
+        STORM.as_secs(),
+    );
+    for (((name, _), before), after) in daemons.iter().zip(before).zip(cpu()) {
+        println!(
+            "{name:<14} meanwhile: {:.0} % of a core",
+            (after - before) / began.elapsed().as_secs_f64() * 100.0
+        );
+    }
     let before = cpu();
     tokio::time::sleep(Duration::from_secs(20)).await;
     for (((name, _), before), after) in daemons.iter().zip(before).zip(cpu()) {
         println!("{name:<14} idle: {:.2} % of a core", (after - before) / 20.0 * 100.0);
     }
     Ok(())
+}
+
+/// Whether redirects hold, and the agent speaks.
+async fn holds(vm: &Vm) -> Result<bool> {
+    use vmesh_net::protocol::{Answer, Ask, Redirects};
+    let status = vmesh_net::client::ask(&vm.socket(), &Ask::Status).await;
+    match status.map_err(Failed::to("vmesh-net did not answer"))? {
+        Answer::Status(status) => Ok(status.redirects == Redirects::Hold),
+        _ => Ok(false),
+    }
 }
 
 async fn until_captured(vm: &Vm, addresses: usize) -> Result<()> {
