@@ -3,13 +3,13 @@
 use std::time::{Duration, SystemTime};
 
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use super::member::{Kept, Member, Role};
-use super::{PARENT_GRACE, Supervisor, plan};
+use super::{PARENT_GRACE, Supervisor, clients, plan};
 use crate::envoy::State;
-use crate::envoy::leave::{self, LAST_IN};
+use crate::envoy::leave::{self, LAST_IN, LOOK_SOON};
 
 /// One that takes leave of its clients.
 pub(super) struct Leaver {
@@ -22,6 +22,10 @@ pub(super) struct Leaver {
 /// ended: of any other end it does not know.
 pub(super) fn ends_in_time(left: Duration) -> bool {
     left <= PARENT_GRACE * 2
+}
+
+fn has_clients(kept: &Kept) -> bool {
+    kept.process().is_some() && clients::has_clients(kept.pid())
 }
 
 impl Supervisor {
@@ -103,7 +107,12 @@ impl Supervisor {
                 serving.kept.role = Role::Leaving;
                 serving.kept.until = Some(until);
                 self.keep(Some(&serving.kept));
+                let deadline = Instant::now() + self.config.envoy.drain.0;
                 leave::take_leave(&mut serving.process, &admin, self.config.envoy.drain.0, LAST_IN).await;
+                // Those that leave since before may still answer, and the younger one would end the older one.
+                while Instant::now() < deadline && self.leavers().any(has_clients) {
+                    sleep(LOOK_SOON).await;
+                }
                 if serving.kept.parent_lost {
                     // By SIGTERM it would look for the one that it took over from, for ten seconds, and abort.
                     leave::kill(&mut serving.process).await;

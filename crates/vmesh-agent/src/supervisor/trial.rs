@@ -4,11 +4,13 @@
 //! listeners when the child is live. So what can be known before is: that the binary runs, that it takes the bootstrap,
 //! and that it takes everything that the serving Envoy has now from its control plane (an older Envoy may not).
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 use tokio::time::timeout;
 use vmesh_daemon::fsx;
@@ -20,6 +22,8 @@ const SAYS_WITHIN: Duration = Duration::from_secs(10);
 const VALIDATES_WITHIN: Duration = Duration::from_secs(60);
 /// Envoy's words, the last of them: those say what is wrong.
 const MAX_SAID: usize = 600;
+/// Of a program that is no Envoy, and does not stop talking.
+const MAX_KEPT: usize = 64 << 10;
 
 /// What a binary says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,16 +129,38 @@ fn plain(resource: &Value) -> Option<Value> {
 async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<String, String> {
     let shown = program.display();
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
     let first = arguments.first().map(String::as_str).unwrap_or_default();
-    match timeout(within, command.output()).await {
-        Ok(Ok(Output { status, stdout, stderr })) => {
-            let said = [stdout, stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+    let finished = async {
+        let mut child = command.spawn()?;
+        let (output, errors) = (child.stdout.take(), child.stderr.take());
+        tokio::try_join!(child.wait(), last_words(output), last_words(errors))
+    };
+    match timeout(within, finished).await {
+        Ok(Ok((status, output, errors))) => {
+            let said = output + &errors;
             if status.success() { Ok(said) } else { Err(format!("{status}: {}", tail(&said))) }
         }
         Ok(Err(error)) => Err(format!("could not start {shown}: {error}")),
         Err(_) => Err(format!("{shown} {first} hangs: no end after {} s", within.as_secs())),
     }
+}
+
+/// What was said last, however much it was.
+async fn last_words(from: Option<impl AsyncRead + Unpin>) -> io::Result<String> {
+    let Some(mut from) = from else { return Ok(String::new()) };
+    let mut said = Vec::new();
+    while from.read_buf(&mut said).await? > 0 {
+        if said.len() > 2 * MAX_KEPT {
+            said.drain(..said.len() - MAX_KEPT);
+        }
+    }
+    Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
 fn tail(said: &str) -> String {
@@ -207,5 +233,41 @@ mod tests {
         assert!(ask(Path::new("/no/such")).await.unwrap_err().starts_with("could not start /no/such: "));
         let said = ask(Path::new("/bin/true")).await.unwrap_err();
         assert!(said.starts_with("/bin/true is no Envoy: to `--version` it says `true "), "{said}");
+    }
+
+    #[tokio::test]
+    async fn what_is_found_in_the_middle_of_an_installation_is_no_envoy_and_says_why() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = vmesh_testkit::tempdir().unwrap();
+        let path = dir.join("envoy");
+        let whole = std::fs::read(vmesh_testkit::envoy::find().unwrap()).unwrap();
+        let mut foreign = whole.clone();
+        // `e_machine` of elf(5): one that nobody has.
+        foreign[18..20].copy_from_slice(&[0xfe, 0xca]);
+        let check = async |bytes: &[u8], mode: u32, expected: &str| {
+            std::fs::write(&path, bytes).unwrap();
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            let said = ask(&path).await.unwrap_err();
+            assert!(said.contains(expected), "{expected}: {said}");
+        };
+        check(&whole, 0o644, "Permission denied").await;
+        check(&foreign, 0o755, "Exec format error").await;
+        check(&whole[..10], 0o755, "Exec format error").await;
+        check(&whole[..whole.len() / 2], 0o755, "signal: ").await;
+        check(b"", 0o755, "").await;
+        let _written = std::fs::File::options().append(true).open(&path).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        let said = ask(&path).await.unwrap_err();
+        assert!(said.contains("Text file busy"), "{said}");
+    }
+
+    #[tokio::test]
+    async fn of_one_that_never_stops_talking_only_the_last_words_are_kept() {
+        let said = run(Path::new("/usr/bin/yes"), &["word".to_owned()], Duration::from_secs(1)).await;
+        assert_eq!(said.unwrap_err(), "/usr/bin/yes word hangs: no end after 1 s");
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let peak =
+            status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")).unwrap();
+        assert!(peak.parse::<u64>().unwrap() < 200 << 10, "{peak} kB");
     }
 }

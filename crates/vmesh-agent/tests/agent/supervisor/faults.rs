@@ -434,3 +434,27 @@ async fn a_reload_of_an_envoy_that_is_about_to_answer_waits_for_that() {
     assert_eq!((&after["restarts"], &after["pid"]), (&0.into(), &status["pid"]), "{after}");
     clients.are_served().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_right_after_a_reload_answers_what_both_envoys_have_accepted() {
+    let mut host = Host::new();
+    host.settings = "drain: 10s".to_owned();
+    let (_control_plane, app) = serving(&host).await;
+    let mut supervisor = host.supervise();
+    supervisor.is_live().await;
+    app.behave(Behaviour::Slow(Duration::from_secs(5)));
+    let load = Load::start(Plan::to(host.place.upstream()).closed_loop().connections(2)).unwrap();
+    wait_for("requests under way", SOON, async || (app.requests() >= 2).then_some(())).await.unwrap();
+    supervisor.hang_up();
+    supervisor.reloaded(1).await;
+    let stop = async {
+        supervisor.daemon.signal(Signal::TERM).unwrap();
+        supervisor.is("that it drains", |status| status["state"] == "draining").await;
+        // Whoever is impatient gets nothing faster.
+        supervisor.daemon.terminate(SOON).await.unwrap()
+    };
+    let (report, status) = tokio::join!(load.stop(), stop);
+    assert!(status.success());
+    assert_eq!((report.ok, report.failures), (2, 0), "{report}");
+    assert!(host.envoys().is_empty());
+}
