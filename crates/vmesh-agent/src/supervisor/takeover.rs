@@ -81,7 +81,8 @@ impl Supervisor {
     }
 
     async fn replace(&mut self, why: Why) -> Reload {
-        if !self.impatient && self.parent() == Parent::Leaves && !migrates() {
+        let may_be_hot = self.serving.as_ref().is_some_and(|serving| serving.kept.hot_restart.is_some());
+        if may_be_hot && !self.impatient && !migrates() && self.parent() == Parent::Leaves {
             let longest = self.stay();
             return Reload::Later(format!(
                 "the Envoy before this one still has connections, for {longest:?} at most after it was relieved; \
@@ -370,7 +371,9 @@ impl Supervisor {
             return;
         }
         info!(pid, "another Envoy like the one that serves takes over from it");
-        if let Err(why) = self.take_over(&launch, again, &binary, &Holdings::default()).await {
+        let taken = self.take_over(&launch, again, &binary, &Holdings::default()).await;
+        self.status.send_modify(|status| status.reload = None);
+        if let Err(why) = taken {
             warn!("the Envoy that serves goes on and can no longer be asked how it is: {why}");
             if let Some(serving) = self.serving.as_mut()
                 && let Ok(ended) = timeout(Duration::ZERO, serving.process.exited()).await

@@ -157,7 +157,9 @@ async fn an_envoy_that_cannot_be_asked_any_more_gets_a_successor_although_nobody
     clients.are_served().await;
     let control_plane = ControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
     control_plane.publish(resources(&host, app.address()));
-    let sees = |status: &Value| status["state"] == "live" && status["reason"].is_null();
+    let sees = |status: &Value| {
+        status["state"] == "live" && status["reason"].is_null() && status["reload"].is_null()
+    };
     let status = supervisor.is("an Envoy that can be asked", sees).await;
     assert_ne!(status["pid"], first["pid"]);
     host.envoy().wait_live(SOON).await.unwrap();
