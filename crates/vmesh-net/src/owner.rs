@@ -1,0 +1,92 @@
+//! Whose a listening socket is, by the kernel's own word: sock_diag(7). One question about one socket; the tables of
+//! `/proc/net/tcp` are as long as the host has connections.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use rustix::net::netlink::{self, SocketAddrNetlink};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with};
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IPPROTO_TCP: u8 = 6;
+/// As in linux/sock_diag.h and linux/netlink.h.
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST: u16 = 1;
+/// A `nlmsghdr` (RFC 3549 section 2.2).
+const HEADER: usize = 16;
+/// Of `inet_diag_msg` of linux/inet_diag.h: four bytes, the identity of the socket (48), and three numbers.
+const UID: usize = 4 + 48 + 12;
+
+/// The user whose socket takes new TCP connections to `address`. `None` where nobody listens, or the kernel does not say.
+pub(crate) fn listener(address: SocketAddr) -> Option<u32> {
+    ask(&question(address)).ok().as_deref().and_then(uid)
+}
+
+fn ask(question: &[u8]) -> io::Result<Vec<u8>> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, Some(netlink::SOCK_DIAG))?;
+    sendto(&socket, question, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+    // The kernel has answered by now: it does so within the call.
+    let mut answer = vec![0; 4096];
+    let (len, _) = recv(&socket, &mut answer, RecvFlags::empty())?;
+    answer.truncate(len);
+    Ok(answer)
+}
+
+/// A `nlmsghdr` and an `inet_diag_req_v2` for the one socket that has no other end.
+fn question(address: SocketAddr) -> Vec<u8> {
+    let (family, ip) = match address.ip() {
+        IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
+        IpAddr::V6(ip) => (AF_INET6, ip.octets().to_vec()),
+    };
+    let mut body = vec![family, IPPROTO_TCP, 0, 0];
+    // All states.
+    body.extend(u32::MAX.to_ne_bytes());
+    body.extend(address.port().to_be_bytes());
+    body.extend([0; 2]);
+    body.extend(&ip);
+    body.resize(body.len() + (16 - ip.len()) + 16 + 4, 0);
+    // INET_DIAG_NOCOOKIE, twice.
+    body.extend([0xff; 8]);
+    let mut bytes = u32::try_from(HEADER + body.len()).unwrap_or_default().to_ne_bytes().to_vec();
+    bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    bytes.extend(NLM_F_REQUEST.to_ne_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend(body);
+    bytes
+}
+
+fn uid(answer: &[u8]) -> Option<u32> {
+    let kind = u16::from_ne_bytes(*answer.get(4..)?.first_chunk()?);
+    let uid = answer.get(HEADER + UID..)?.first_chunk()?;
+    (kind == SOCK_DIAG_BY_FAMILY).then(|| u32::from_ne_bytes(*uid))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn the_kernel_says_whose_a_listener_is_and_nothing_of_one_that_is_not_there() {
+        for local in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(local).unwrap();
+            let address = listener.local_addr().unwrap();
+            assert_eq!(super::listener(address), Some(rustix::process::getuid().as_raw()));
+            // With connections that have come already, too.
+            let _open = std::net::TcpStream::connect(address).unwrap();
+            assert_eq!(super::listener(address), Some(rustix::process::getuid().as_raw()));
+            drop(listener);
+            assert_eq!(super::listener(address), None);
+        }
+    }
+
+    #[test]
+    fn an_answer_that_is_none_says_nothing() {
+        assert_eq!(uid(&[]), None);
+        assert_eq!(uid(&[0; 200]), None);
+        assert_eq!(uid(&[20; 40]), None);
+    }
+}
