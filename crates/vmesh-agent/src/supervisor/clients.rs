@@ -1,20 +1,36 @@
 //! Whether an Envoy that can no longer be asked has clients: from what the kernel says of its sockets.
 
 use std::collections::HashSet;
+use std::fmt::Display;
 use std::io;
 
 /// proc(5), `/proc/net/tcp`: the state of a socket that listens.
 const LISTEN: &str = "0A";
 
-/// True where it cannot be found out.
-pub(super) fn has_clients(pid: i32) -> bool {
-    find(pid).unwrap_or(true)
+/// The ports of this host at which somebody listens; `None` where that cannot be found out.
+pub(super) struct Ports(Option<HashSet<String>>);
+
+impl Ports {
+    pub(super) fn now() -> Ports {
+        Ports(table("self").ok().map(|table| listened(&table)))
+    }
+
+    /// Whether the process has connections to one of these ports. True where it cannot be found out.
+    pub(super) fn has_clients(&self, pid: i32) -> bool {
+        let Ports(Some(ports)) = self else { return true };
+        sockets(pid).and_then(|sockets| Ok(clients(&table(pid)?, ports, &sockets) > 0)).unwrap_or(true)
+    }
 }
 
-fn find(pid: i32) -> io::Result<bool> {
-    let mut table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp"))?;
+/// Of the network that the process is in.
+fn table(process: impl Display) -> io::Result<String> {
+    let mut table = std::fs::read_to_string(format!("/proc/{process}/net/tcp"))?;
     // Not there where the kernel has no IPv6.
-    table += &std::fs::read_to_string(format!("/proc/{pid}/net/tcp6")).unwrap_or_default();
+    table += &std::fs::read_to_string(format!("/proc/{process}/net/tcp6")).unwrap_or_default();
+    Ok(table)
+}
+
+fn sockets(pid: i32) -> io::Result<HashSet<u64>> {
     let mut sockets = HashSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
         // One that was closed meanwhile is nobody's.
@@ -23,7 +39,7 @@ fn find(pid: i32) -> io::Result<bool> {
             link.to_str().and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
         sockets.extend(inode);
     }
-    Ok(clients(&table, &sockets) > 0)
+    Ok(sockets)
 }
 
 struct Socket<'a> {
@@ -41,14 +57,21 @@ fn socket(line: &str) -> Option<Socket<'_>> {
     Some(Socket { port, state, inode: fields.nth(5)?.parse().ok()? })
 }
 
-/// How many of `sockets` are connections to a port at which somebody listens. The others go from Envoy to endpoints, and
-/// stay open although no client is there.
-fn clients(table: &str, sockets: &HashSet<u64>) -> usize {
-    let all = || table.lines().filter_map(socket);
-    let ports: HashSet<&str> = all().filter(|one| one.state == LISTEN).map(|one| one.port).collect();
-    all()
-        .filter(|one| one.state != LISTEN && ports.contains(one.port) && sockets.contains(&one.inode))
-        .count()
+fn listened(table: &str) -> HashSet<String> {
+    table
+        .lines()
+        .filter_map(socket)
+        .filter(|one| one.state == LISTEN)
+        .map(|one| one.port.to_owned())
+        .collect()
+}
+
+/// How many of `sockets` are connections to one of `ports`. The others go from Envoy to endpoints, and stay open although
+/// no client is there.
+fn clients(table: &str, ports: &HashSet<String>, sockets: &HashSet<u64>) -> usize {
+    let is_client =
+        |one: &Socket<'_>| one.state != LISTEN && ports.contains(one.port) && sockets.contains(&one.inode);
+    table.lines().filter_map(socket).filter(is_client).count()
 }
 
 #[cfg(test)]
@@ -65,7 +88,11 @@ mod tests {
    2: 0100007F:D431 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 12 1 0 20 4 30 10 -1
 ";
         for (sockets, expected) in [(vec![11], 1), (vec![10, 12], 0), (vec![10, 11, 12], 1), (vec![13], 0)] {
-            assert_eq!(clients(table, &HashSet::from_iter(sockets.clone())), expected, "{sockets:?}");
+            assert_eq!(
+                clients(table, &listened(table), &HashSet::from_iter(sockets.clone())),
+                expected,
+                "{sockets:?}"
+            );
         }
     }
 
@@ -73,10 +100,13 @@ mod tests {
     fn the_kernel_says_so_of_this_process() {
         let pid = std::process::id().cast_signed();
         let listener = TcpListener::bind("[::1]:0").unwrap();
-        assert!(!has_clients(pid));
+        let ports = Ports::now();
+        assert!(!ports.has_clients(pid));
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let _accepted = listener.accept().unwrap();
-        assert!(has_clients(pid));
-        assert!(has_clients(-1));
+        // Also when nobody new is let in any more.
+        drop(listener);
+        assert!(ports.has_clients(pid));
+        assert!(ports.has_clients(-1));
     }
 }

@@ -6,8 +6,10 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
+use super::clients::Ports;
 use super::member::{Kept, Member, Role};
-use super::{PARENT_GRACE, Supervisor, clients, plan};
+use super::plan::{self, Parent};
+use super::{PARENT_GRACE, Supervisor};
 use crate::envoy::State;
 use crate::envoy::leave::{self, LAST_IN, LOOK_SOON};
 
@@ -24,8 +26,16 @@ pub(super) fn ends_in_time(left: Duration) -> bool {
     left <= PARENT_GRACE * 2
 }
 
-fn has_clients(kept: &Kept) -> bool {
-    kept.process().is_some() && clients::has_clients(kept.pid())
+impl Leaver {
+    /// In this order: of one that ends meanwhile nothing can be found out, and nobody is its client.
+    fn has_clients(&self, ports: &Ports) -> bool {
+        ports.has_clients(self.kept.pid()) && self.kept.process().is_some()
+    }
+
+    /// Whether its end, now, is one that its child does not know of.
+    fn ends_too_soon(&self) -> bool {
+        self.kept.admin_closed && !ends_in_time(self.until.saturating_duration_since(Instant::now()))
+    }
 }
 
 impl Supervisor {
@@ -66,17 +76,32 @@ impl Supervisor {
 
     pub(super) fn has_left(&mut self, number: u64) {
         let Some(at) = self.leavers.iter().position(|leaver| leaver.kept.number == number) else { return };
-        let Leaver { kept, until } = self.leavers.remove(at);
-        info!(pid = kept.pid(), "an Envoy that took its leave is gone");
-        let died = kept.admin_closed && !ends_in_time(until.saturating_duration_since(Instant::now()));
-        if died && let Some(mut child) = self.serving.take() {
+        let leaver = self.leavers.remove(at);
+        info!(pid = leaver.kept.pid(), "an Envoy that took its leave is gone");
+        if leaver.ends_too_soon()
+            && let Some(mut child) = self.serving.take()
+        {
             if child.kept.parent == Some(number) {
                 self.parent_is_lost(&mut child.kept);
             }
             self.serving = Some(child);
         }
-        self.forget(&kept);
+        self.forget(&leaver.kept);
         self.keep(None);
+    }
+
+    /// What became of the Envoy that the serving one took over from.
+    pub(super) fn parent(&self) -> Parent {
+        let Some(serving) = &self.serving else { return Parent::Gone };
+        let parent = self.leavers.iter().find(|leaver| serving.kept.parent == Some(leaver.kept.number));
+        match parent {
+            _ if serving.kept.parent_lost => Parent::Lost,
+            Some(parent) if parent.has_clients(&Ports::now()) => Parent::Leaves,
+            Some(parent) if parent.kept.process().is_some() => Parent::Idle,
+            // It has ended this very moment.
+            Some(parent) if parent.ends_too_soon() => Parent::Lost,
+            Some(_) | None => Parent::Gone,
+        }
     }
 
     /// Ends the one that has been leaving for longest, with the connections that it still has.
@@ -108,9 +133,12 @@ impl Supervisor {
                 serving.kept.until = Some(until);
                 self.keep(Some(&serving.kept));
                 let deadline = Instant::now() + self.config.envoy.drain.0;
+                let ports = Ports::now();
                 leave::take_leave(&mut serving.process, &admin, self.config.envoy.drain.0, LAST_IN).await;
                 // Those that leave since before may still answer, and the younger one would end the older one.
-                while Instant::now() < deadline && self.leavers().any(has_clients) {
+                while Instant::now() < deadline
+                    && self.leavers.iter().any(|leaver| leaver.has_clients(&ports))
+                {
                     sleep(LOOK_SOON).await;
                 }
                 if serving.kept.parent_lost {

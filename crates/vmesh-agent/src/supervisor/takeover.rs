@@ -12,7 +12,7 @@ use vmesh_daemon::report::one_line;
 use super::member::{Kept, Launch, Line, Member, Role};
 use super::plan::{self, Holdings, How, MOST_LEAVING, Parent};
 use super::trial::{self, Binary};
-use super::{Supervisor, clients, shm};
+use super::{Supervisor, shm};
 use crate::envoy::admin;
 use crate::envoy::leave::{self, LOOK_SOON};
 
@@ -138,18 +138,6 @@ impl Supervisor {
 
     async fn agent_listens(&self) -> io::Result<()> {
         UnixStream::connect(self.config.xds_socket()).await.map(drop)
-    }
-
-    /// What became of the Envoy that the serving one took over from.
-    fn parent(&self) -> Parent {
-        let Some(serving) = &self.serving else { return Parent::Gone };
-        let parent = self.leavers().find(|kept| serving.kept.parent == Some(kept.number));
-        match parent {
-            _ if serving.kept.parent_lost => Parent::Lost,
-            Some(parent) if clients::has_clients(parent.pid()) => Parent::Leaves,
-            Some(_) => Parent::Idle,
-            None => Parent::Gone,
-        }
     }
 
     /// Finds out, without touching anything, whether an Envoy would come up with `launch`.
