@@ -38,6 +38,7 @@
 //! | `farewell`    | those that leave, and the end                                                       |
 //! | [`plan`]      | all that is judged without asking anybody: pure                                     |
 //! | [`trial`]     | what can be known of a binary and a bootstrap before                                |
+//! | `ports`       | Envoy's capture ports, kept from others while it is away                            |
 //! | `member`, `orphan`, `shm`, `clients` | one Envoy: its record, its parents, its memory, who is connected |
 
 mod adopt;
@@ -48,6 +49,7 @@ mod farewell;
 mod member;
 mod orphan;
 mod plan;
+mod ports;
 mod shm;
 mod status;
 mod takeover;
@@ -178,6 +180,7 @@ impl Running {
                 regain_pause: FIRST_BACKOFF,
                 seen_binary: None,
                 asking: JoinSet::new(),
+                ports: ports::Held::default(),
             };
             supervisor.run()
         });
@@ -250,6 +253,7 @@ struct Supervisor {
     seen_binary: Option<Stamp>,
     /// Asks a new binary who it is, which it may not answer.
     asking: JoinSet<(Stamp, String)>,
+    ports: ports::Held,
 }
 
 impl Supervisor {
@@ -257,6 +261,7 @@ impl Supervisor {
         self.adopt().await;
         let mut backoff = FIRST_BACKOFF;
         while !self.stop.is_requested() {
+            self.ports.hold_those_of(&self.config.capture);
             let began = Instant::now();
             if self.serving.is_none() {
                 self.begin().await;
@@ -350,7 +355,10 @@ impl Supervisor {
     /// The settings may have changed with what is to be reloaded.
     fn read_config(&mut self) {
         match Config::load(&self.file) {
-            Ok(config) if config.envoy.run_dir == self.dir => self.config = Arc::new(config),
+            Ok(config) if config.envoy.run_dir == self.dir => {
+                self.ports.hold_those_of(&config.capture);
+                self.config = Arc::new(config);
+            }
             Ok(_) => warn!("`envoy.run_dir` has changed: that takes a restart of this unit"),
             Err(error) => warn!("the settings of Envoy stay as they are: {}", one_line(&error)),
         }
