@@ -204,6 +204,15 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
         assert_eq!(vm.envoy()?, envoy, "{unit}");
     }
 
+    // Nobody takes Envoy's port while it is away.
+    let envoy = vm.envoy()?.ok_or_else(|| Failed::new("there is no Envoy"))?;
+    kill(&vm, "STOP", "vmesh-envoy")?;
+    vm.host.exec(&["kill", "-s", "KILL", &envoy.to_string()])?;
+    let bind = || std::net::TcpListener::bind("127.0.0.1:15001").map(drop).map_err(|error| error.kind());
+    assert_eq!(vm.host.net.within_as(5000, bind)?, Err(std::io::ErrorKind::AddrInUse));
+    kill(&vm, "CONT", "vmesh-envoy")?;
+    vm.captured(to).await?;
+
     let report =
         under_load("all is stopped", &|| vm.host.systemctl(&["stop", "vmesh.target"]).map(drop), false)
             .await?;

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::process::{Pid, test_kill_process};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -77,6 +78,8 @@ impl Options {
 /// A question, and where its answer goes.
 pub struct Question {
     pub ask: Ask,
+    /// Whoever asks, where the kernel says which process that is.
+    pub pid: Option<i32>,
     pub answer: oneshot::Sender<Answer>,
 }
 
@@ -117,6 +120,8 @@ pub struct Keeper {
     withdrawn: bool,
     lapsed: bool,
     agent_spoke: Option<Instant>,
+    /// The agent's process.
+    agent: Option<i32>,
     leaving_since: Option<std::time::Instant>,
     stopping: bool,
     bypassed: bool,
@@ -178,6 +183,7 @@ impl Keeper {
             withdrawn: false,
             lapsed: false,
             agent_spoke: None,
+            agent: None,
             leaving_since: None,
             stopping: false,
             bypassed,
@@ -221,8 +227,11 @@ impl Keeper {
             self.turned.send_replace(Instant::now());
             tokio::select! {
                 question = asked.recv() => match question {
-                    Some(Question { ask, answer }) => {
-                        let said = self.answer(ask).await;
+                    Some(Question { ask, pid, answer }) => {
+                        let said = match self.hears(&ask, pid) {
+                            Ok(()) => self.answer(ask).await,
+                            Err(why) => Answer::Refused(why),
+                        };
                         // Whoever asked may have gone.
                         _ = answer.send(said);
                     }
@@ -415,6 +424,23 @@ impl Keeper {
 
     fn agent_is_well(&self) -> bool {
         self.agent_spoke.is_some_and(|spoke| spoke.elapsed() < AGENT_SPEAKS_WITHIN)
+    }
+
+    /// One agent at a time says what is wanted: of two, each would undo what the other has done.
+    fn hears(&mut self, ask: &Ask, pid: Option<i32>) -> Result<(), String> {
+        if !matches!(ask, Ask::Want(_) | Ask::Well) {
+            return Ok(());
+        }
+        match (self.agent.filter(|_| self.agent_is_well()), pid) {
+            (Some(agent), Some(pid)) if agent != pid && lives(agent) => Err(format!(
+                "another agent (pid {agent}) says what is captured on this host, and this one (pid {pid}) is not heard: stop one \
+                 of them"
+            )),
+            _ => {
+                self.agent = pid;
+                Ok(())
+            }
+        }
     }
 
     async fn answer(&mut self, ask: Ask) -> Answer {
@@ -970,11 +996,16 @@ fn sessions_live(before: &[Session], now: &[Session]) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether there is such a process; one that must not be asked about is.
+fn lives(pid: i32) -> bool {
+    Pid::from_raw(pid).is_some_and(|pid| test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
+}
+
 /// Answers within `patience`, or says that the keeper is busy.
-pub async fn asked(to: &mpsc::Sender<Question>, ask: Ask, patience: Duration) -> Answer {
+pub async fn asked(to: &mpsc::Sender<Question>, ask: Ask, pid: Option<i32>, patience: Duration) -> Answer {
     let (answer, said) = oneshot::channel();
     let exchange = async {
-        to.send(Question { ask, answer }).await.ok()?;
+        to.send(Question { ask, pid, answer }).await.ok()?;
         said.await.ok()
     };
     match timeout(patience, exchange).await {

@@ -69,8 +69,8 @@ pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question
             Some(_) = trusted.join_next() => continue,
             Some(_) = strangers.join_next() => continue,
         };
-        let uid = match stream.peer_cred() {
-            Ok(peer) => peer.uid(),
+        let (uid, pid) = match stream.peer_cred() {
+            Ok(peer) => (peer.uid(), peer.pid()),
             Err(error) => {
                 warn!("a connection without a user is closed: {error}");
                 continue;
@@ -84,13 +84,13 @@ pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question
             }
             continue;
         }
-        of.spawn(converse(stream, uid, may_change, seldom.clone(), to.clone()));
+        of.spawn(converse(stream, (uid, pid), may_change, seldom.clone(), to.clone()));
     }
 }
 
 async fn converse(
     stream: UnixStream,
-    uid: u32,
+    (uid, pid): (u32, Option<i32>),
     may_change: bool,
     seldom: Arc<Seldom>,
     to: mpsc::Sender<Question>,
@@ -122,7 +122,7 @@ async fn converse(
                 }
                 Answer::Refused(format!("user {uid} may look, and change nothing"))
             }
-            Ok(ask) => asked(&to, ask, PATIENCE).await,
+            Ok(ask) => asked(&to, ask, pid, PATIENCE).await,
         };
         let Ok(mut line) = serde_json::to_vec(&answer) else { return };
         line.push(b'\n');

@@ -340,6 +340,25 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
 }
 
 #[tokio::test]
+async fn of_two_agents_the_second_is_told_so_until_the_first_is_gone() {
+    const FIRST: &str = "import socket, sys, time\n\
+        s = socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\nf = s.makefile('rw')\n\
+        while True:\n  f.write('{\"ask\": \"well\"}\\n'); f.flush(); f.readline(); print('spoke', flush=True); time.sleep(0.5)\n";
+    let vm = Vm::new(Rules::Nft).await;
+    let mut first = Command::new("python3");
+    first.args(["-c", FIRST]).arg(vm.socket());
+    let mut first = vmesh_testkit::process::Daemon::spawn("the first agent", first).unwrap();
+    first.wait_line("spoke", vm::SOON).await.unwrap();
+    let mut second = Agent::new(&vm, OPEN).await;
+    let Answer::Refused(why) = second.want().await else { panic!("both are heard") };
+    assert!(why.contains(&format!("another agent (pid {})", first.pid())), "{why}");
+    assert_eq!(vm.status().await.state, State::Off, "looking is for both");
+    first.kill().unwrap();
+    second.capture().await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
+
+#[tokio::test]
 async fn a_state_that_cannot_be_read_leaves_the_rules_as_they_are_until_the_agent_speaks() {
     for rules in [Rules::Nft, Rules::Iptables] {
         let mut vm = Vm::new(rules).await;
