@@ -460,3 +460,43 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
     assert!(left.contains("DOCKER") && !left.contains("vmesh"), "{left}");
     Ok(())
 }
+
+/// The rules name a control group by its number, which is another one after each start of the unit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> Result<()> {
+    let vms = Vms::new().await?;
+    let client = vms.fleet.switch().host()?;
+    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
+    let to = orders.address();
+    vms.service("orders", "http", &[to])?;
+    let host = vms.fleet.host("web")?;
+    let more =
+        "upstreams: [orders]\ncapture: {outbound: {capture: addresses, include: {units: [shop.service]}}}\n";
+    host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
+    host.install(&[&vms.packages.agent])?;
+    let vm = Vm { host };
+    vm.wait_up()?;
+    for unit in ["shop", "other"] {
+        let text = format!(
+            "[Service]\nExecStart=/bin/sh -c 'while sleep 0.3; do curl -sS --max-time 5 http://{to}/ >/run/{unit}.next 2>&1; \
+             mv /run/{unit}.next /run/{unit}.said; done'\n"
+        );
+        vm.host.write(&format!("/etc/systemd/system/{unit}.service"), text)?;
+    }
+    vm.host.systemctl(&["daemon-reload"])?;
+    for how in ["start", "restart"] {
+        vm.host.systemctl(&[how, "shop", "other"])?;
+        vm.host.sh("rm -f /run/shop.said /run/other.said")?;
+        wait_for(format!("shop to be captured after its {how}"), 4 * BOUND, async || {
+            let said =
+                vm.host.sh("cat /run/shop.said; nft list chain inet vmesh outbound; vmeshctl capture || :");
+            let said = said.map_err(|failed| failed.to_string())?;
+            if said.contains("x-request-id") { Ok(()) } else { Err(said) }
+        })
+        .await?;
+        let other = vm.host.sh("cat /run/other.said")?;
+        assert!(other.contains("orders-1") && !other.contains("x-request-id"), "{other}");
+        assert!(!vm.goes_through_envoy(to)?, "nor is root at a terminal");
+    }
+    Ok(())
+}
