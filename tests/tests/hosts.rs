@@ -500,3 +500,69 @@ async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> 
     }
     Ok(())
 }
+
+/// What needs more than the units have is in drop-ins, which are copied as their page says.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> Result<()> {
+    let vms = Vms::new().await?;
+    let client = vms.fleet.switch().host()?;
+    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
+    let to = orders.address();
+    vms.service("orders", "http", &[to])?;
+    let host = vms.fleet.host("web")?;
+    let shop = host.net.within(|| HttpApp::start("shop-1", "v1", (host.v4(), 8080)))??;
+    vms.service("shop", "http", &[shop.address()])?;
+    let before = ruleset(&host)?;
+    let drop_in = |unit: &str, name: &str| {
+        let dir = format!("/etc/systemd/system/{unit}.service.d");
+        host.sh(&format!(
+            "mkdir -p {dir}; cp /usr/share/doc/vmesh-agent/examples/{unit}-{name}.conf {dir}/{name}.conf; systemctl daemon-reload"
+        ))
+    };
+    // Not configured yet, so not started.
+    host.install(&[&vms.packages.agent])?;
+    drop_in("vmesh-envoy", "tproxy")?;
+    let more = "upstreams: [orders]\nworkloads: [{service: shop, port: 8080}]\n\
+        capture: {outbound: {capture: addresses}, inbound: {capture: tproxy}}\n";
+    host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
+    host.systemctl(&["start", "vmesh.target"])?;
+    let vm = Vm { host };
+    vm.wait_up()?;
+    vm.captured(to).await?;
+    // What others send arrives by Envoy, which says whom it is from, and is said to the application to be from there.
+    let arrives = async || {
+        wait_for("calls to arrive by Envoy", 2 * BOUND, async || {
+            let said =
+                vms.control.exec(&["curl", "-sS", "--max-time", "5", &format!("http://{}/", shop.address())]);
+            let said = said.map_err(|failed| failed.to_string())?;
+            if said.contains("shop-1") && said.contains("x-request-id") { Ok(()) } else { Err(said) }
+        })
+        .await
+    };
+    arrives().await?;
+    assert!(vm.ruleset()?.contains("tproxy"), "{}", vm.ruleset()?);
+
+    // The same host without nf_tables for its rules, as far as vmesh goes.
+    vm.host.sh("update-alternatives --set iptables /usr/sbin/iptables-legacy; \
+         update-alternatives --set ip6tables /usr/sbin/ip6tables-legacy")?;
+    let dir = "/etc/systemd/system/vmesh-net.service.d";
+    let example = "/usr/share/doc/vmesh-agent/examples/vmesh-net-iptables-legacy.conf";
+    vm.host
+        .sh(&format!("mkdir -p {dir}; cp {example} {dir}/iptables-legacy.conf; systemctl daemon-reload"))?;
+    vm.host.sh(
+        "sed -i 's/^VMESH_NET_OPTIONS=.*/VMESH_NET_OPTIONS=--backend iptables/' /etc/default/vmesh-agent",
+    )?;
+    let redirect = more.replace("tproxy", "redirect");
+    vm.host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&vm.host, &redirect))?;
+    vm.host.systemctl(&["restart", "vmesh-net", "vmesh-agent"])?;
+    vm.captured(to).await?;
+    arrives().await?;
+    let legacy = vm.host.sh("iptables-legacy-save; ip6tables-legacy-save")?;
+    assert!(legacy.contains("VMESH_"), "{legacy}");
+    assert_eq!(vm.ruleset()?, before, "nothing of ours is left in nf_tables");
+    vm.host.remove("remove", &["vmesh-agent"])?;
+    let legacy = vm.host.sh("iptables-legacy-save; ip6tables-legacy-save")?;
+    assert!(!legacy.contains("VMESH_"), "{legacy}");
+    assert_eq!(vm.ruleset()?, before);
+    Ok(())
+}
