@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::host::{Cgroup, Host, Memory, Never, Number};
+use crate::sockets::{self, Socket};
 use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
 
 /// A directory server that does not answer must not keep rules from being applied, nor the dead-man from being held off.
@@ -158,7 +159,7 @@ impl Places {
             Some(Said { found: true, text }) => listened(&text),
             Some(Said { found: false, .. }) | None => before.clone(),
         };
-        sockets.map(|socket| socket.local_port).chain(self.configured_ssh_ports()).chain(held).collect()
+        sockets.map(|socket| socket.local.port()).chain(self.configured_ssh_ports()).chain(held).collect()
     }
 
     fn configured_ssh_ports(&self) -> BTreeSet<u16> {
@@ -187,21 +188,25 @@ impl Places {
     /// The SSH sessions that others have with this host: the connections to ports on which it takes SSH.
     pub fn ssh_sessions(&self, ports: &BTreeSet<u16>) -> Vec<Session> {
         let sessions = self.sockets().into_iter().filter(|socket| {
-            socket.state == ESTABLISHED && socket.inode != 0 && ports.contains(&socket.local_port)
+            socket.is_established() && socket.inode != 0 && ports.contains(&socket.local.port())
         });
         sessions.map(|socket| Session { inode: socket.inode, stuck: socket.is_stuck() }).collect()
     }
 
     /// How many open connections have come through a redirect: see [`crate::confirm::leaving`].
     pub fn redirected(&self) -> usize {
-        let ours =
-            |socket: &&Socket| socket.is_open() && [OUTBOUND_PORT, INBOUND_PORT].contains(&socket.local_port);
+        let ours = |socket: &&Socket| {
+            socket.is_open() && [OUTBOUND_PORT, INBOUND_PORT].contains(&socket.local.port())
+        };
         self.sockets().iter().filter(ours).count()
     }
 
     fn sockets(&self) -> Vec<Socket> {
         let read = |name| fs::read_to_string(self.net.join(name)).unwrap_or_default();
-        ["net/tcp", "net/tcp6"].into_iter().flat_map(|name| sockets(&read(name))).collect()
+        ["net/tcp", "net/tcp6"]
+            .into_iter()
+            .flat_map(|name| sockets::parse(&read(name)).collect::<Vec<_>>())
+            .collect()
     }
 
     /// The sockets of processes that are SSH daemons by name. A listener that systemd holds for one is not among them, and its
@@ -217,7 +222,7 @@ impl Places {
             }
             for file in fs::read_dir(path.join("fd")).into_iter().flatten().flatten() {
                 let target = fs::read_link(file.path()).unwrap_or_default();
-                inodes.extend(target.to_str().and_then(socket_inode));
+                inodes.extend(target.to_str().and_then(sockets::inode));
             }
         }
         inodes
@@ -277,11 +282,6 @@ fn id_of(line: &str) -> Option<u32> {
     line.trim().split(':').nth(2)?.parse().ok()
 }
 
-/// `socket:[12345]`
-fn socket_inode(target: &str) -> Option<u64> {
-    target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
-}
-
 /// Deeper than systemd nests units of users.
 const MAX_DEPTH: usize = 8;
 
@@ -312,67 +312,9 @@ pub struct Session {
     pub stuck: bool,
 }
 
-/// As in the kernel's `tcp_states.h`.
-const ESTABLISHED: u8 = 1;
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Socket {
-    local_port: u16,
-    /// As in the kernel's `tcp_states.h`: 1 is established, 10 listens.
-    state: u8,
-    /// Bytes that the other end has not acknowledged.
-    unacknowledged: u32,
-    /// How often what is unacknowledged has been sent again.
-    retransmits: u32,
-    inode: u64,
-}
-
-impl Socket {
-    fn is_stuck(&self) -> bool {
-        self.unacknowledged > 0 && self.retransmits > 0
-    }
-
-    /// Carries data one way or both.
-    fn is_open(&self) -> bool {
-        const FIN_WAIT_1: u8 = 4;
-        const FIN_WAIT_2: u8 = 5;
-        const CLOSE_WAIT: u8 = 8;
-        [ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT].contains(&self.state)
-    }
-}
-
-/// Reads `/proc/net/tcp` or `tcp6`: see proc_net_tcp.rst of the kernel. Lines that are not so are left out.
-fn sockets(text: &str) -> Vec<Socket> {
-    let socket = |line: &str| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let (_, port) = words.get(1)?.split_once(':')?;
-        Some(Socket {
-            local_port: u16::from_str_radix(port, 16).ok()?,
-            state: u8::from_str_radix(words.get(3)?, 16).ok()?,
-            unacknowledged: u32::from_str_radix(words.get(4)?.split_once(':')?.0, 16).ok()?,
-            retransmits: u32::from_str_radix(words.get(6)?, 16).ok()?,
-            inode: words.get(9)?.parse().ok()?,
-        })
-    };
-    text.lines().skip(1).filter_map(socket).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sockets_are_read_from_what_the_kernel_prints() {
-        let text = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
-            0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345 1 0 100 0 0 10 0\n   \
-            1: 0100007F:3A99 0100007F:1F90 01 00000030:00000000 01:00000010 00000002  1000        0 777 1 0 100 0 0 10 0\n\
-            garbage\n";
-        let [ssh, redirected] = sockets(text).try_into().unwrap();
-        assert_eq!((ssh.local_port, ssh.inode, ssh.is_open()), (22, 12345, false));
-        assert_eq!((redirected.local_port, redirected.is_open()), (OUTBOUND_PORT, true));
-        assert_eq!((ssh.is_stuck(), redirected.is_stuck()), (false, true));
-        assert_eq!(sockets(""), []);
-    }
 
     #[test]
     fn the_ports_of_sshd_are_read_from_its_configuration() {
@@ -392,8 +334,6 @@ mod tests {
     fn small_things_are_read_or_left_out() {
         assert_eq!(id_of("app:x:1001:1001::/:/bin/sh\n"), Some(1001));
         assert_eq!(id_of(""), None);
-        assert_eq!(socket_inode("socket:[42]"), Some(42));
-        assert_eq!(socket_inode("/dev/null"), None);
         let mounts = "sysfs /sys sysfs rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw,nsdelegate 0 0\n";
         assert_eq!(cgroup_mount(mounts), Some("/sys/fs/cgroup".into()));
         assert_eq!(cgroup_mount("tmpfs /sys/fs/cgroup tmpfs rw 0 0\n"), None);

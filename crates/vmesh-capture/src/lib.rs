@@ -40,6 +40,7 @@ pub mod iptables;
 pub mod nft;
 pub mod plan;
 pub mod program;
+pub mod sockets;
 pub mod spec;
 
 pub use host::Host;

@@ -4,11 +4,10 @@ use std::collections::HashSet;
 use std::fmt::Display;
 use std::io;
 
-/// proc(5), `/proc/net/tcp`: the state of a socket that listens.
-const LISTEN: &str = "0A";
+use vmesh_capture::sockets::{self, Socket};
 
 /// The ports of this host at which somebody listens; `None` where that cannot be found out.
-pub(super) struct Ports(Option<HashSet<String>>);
+pub(super) struct Ports(Option<HashSet<u16>>);
 
 impl Ports {
     pub(super) fn now() -> Ports {
@@ -18,60 +17,40 @@ impl Ports {
     /// Whether the process has connections to one of these ports. True where it cannot be found out.
     pub(super) fn has_clients(&self, pid: i32) -> bool {
         let Ports(Some(ports)) = self else { return true };
-        sockets(pid).and_then(|sockets| Ok(clients(&table(pid)?, ports, &sockets) > 0)).unwrap_or(true)
+        numbers(pid).and_then(|sockets| Ok(clients(&table(pid)?, ports, &sockets) > 0)).unwrap_or(true)
     }
 }
 
 /// Of the network that the process is in.
-fn table(process: impl Display) -> io::Result<String> {
-    let mut table = std::fs::read_to_string(format!("/proc/{process}/net/tcp"))?;
-    // Not there where the kernel has no IPv6.
-    table += &std::fs::read_to_string(format!("/proc/{process}/net/tcp6")).unwrap_or_default();
-    Ok(table)
+fn table(process: impl Display) -> io::Result<Vec<Socket>> {
+    let read = |name| std::fs::read_to_string(format!("/proc/{process}/net/{name}"));
+    // The second is not there where the kernel has no IPv6.
+    let (tcp, tcp6) = (read("tcp")?, read("tcp6").unwrap_or_default());
+    Ok(sockets::parse(&tcp).chain(sockets::parse(&tcp6)).collect())
 }
 
-fn sockets(pid: i32) -> io::Result<HashSet<u64>> {
-    let mut sockets = HashSet::new();
+/// Of the sockets that the process has open.
+fn numbers(pid: i32) -> io::Result<HashSet<u64>> {
+    let mut numbers = HashSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
         // One that was closed meanwhile is nobody's.
         let Ok(link) = std::fs::read_link(entry?.path()) else { continue };
-        let inode: Option<u64> =
-            link.to_str().and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
-        sockets.extend(inode);
+        numbers.extend(link.to_str().and_then(sockets::inode));
     }
-    Ok(sockets)
+    Ok(numbers)
 }
 
-struct Socket<'a> {
-    /// In hexadecimal, as it is in the table.
-    port: &'a str,
-    state: &'a str,
-    inode: u64,
+fn listened(table: &[Socket]) -> HashSet<u16> {
+    table.iter().filter(|socket| socket.listens()).map(|socket| socket.local.port()).collect()
 }
 
-fn socket(line: &str) -> Option<Socket<'_>> {
-    let mut fields = line.split_whitespace().skip(1);
-    let (_, port) = fields.next()?.rsplit_once(':')?;
-    let state = fields.nth(1)?;
-    // Between the two: the queues, the timer, the retransmits, the user, the timeout.
-    Some(Socket { port, state, inode: fields.nth(5)?.parse().ok()? })
-}
-
-fn listened(table: &str) -> HashSet<String> {
-    table
-        .lines()
-        .filter_map(socket)
-        .filter(|one| one.state == LISTEN)
-        .map(|one| one.port.to_owned())
-        .collect()
-}
-
-/// How many of `sockets` are connections to one of `ports`. The others go from Envoy to endpoints, and stay open although
-/// no client is there.
-fn clients(table: &str, ports: &HashSet<String>, sockets: &HashSet<u64>) -> usize {
-    let is_client =
-        |one: &Socket<'_>| one.state != LISTEN && ports.contains(one.port) && sockets.contains(&one.inode);
-    table.lines().filter_map(socket).filter(is_client).count()
+/// How many of the sockets of these numbers are connections to one of `ports`. The others go from Envoy to endpoints, and stay open
+/// although no client is there.
+fn clients(table: &[Socket], ports: &HashSet<u16>, numbers: &HashSet<u64>) -> usize {
+    let is_client = |socket: &&Socket| {
+        !socket.listens() && ports.contains(&socket.local.port()) && numbers.contains(&socket.inode)
+    };
+    table.iter().filter(is_client).count()
 }
 
 #[cfg(test)]
@@ -87,11 +66,12 @@ mod tests {
    1: 0100007F:2329 0100007F:D431 01 00000000:00000000 00:00000000 00000000     0        0 11 1 0 20 4 30 10 -1
    2: 0100007F:D431 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 12 1 0 20 4 30 10 -1
 ";
-        for (sockets, expected) in [(vec![11], 1), (vec![10, 12], 0), (vec![10, 11, 12], 1), (vec![13], 0)] {
+        let table: Vec<Socket> = sockets::parse(table).collect();
+        for (numbers, expected) in [(vec![11], 1), (vec![10, 12], 0), (vec![10, 11, 12], 1), (vec![13], 0)] {
             assert_eq!(
-                clients(table, &listened(table), &HashSet::from_iter(sockets.clone())),
+                clients(&table, &listened(&table), &HashSet::from_iter(numbers.clone())),
                 expected,
-                "{sockets:?}"
+                "{numbers:?}"
             );
         }
     }

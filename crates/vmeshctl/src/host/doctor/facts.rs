@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde_json::Value;
+use vmesh_capture::sockets;
 use vmesh_net::protocol::Status;
 
 /// What was seen, or why it could not be looked at.
@@ -298,53 +299,15 @@ impl Listener {
     }
 }
 
-/// Those of `/proc/net/tcp` or `tcp6` (proc(5)).
+/// Those of `/proc/net/tcp` or `tcp6`.
 pub(crate) fn listeners(text: &str) -> Vec<Listener> {
-    const LISTEN: &str = "0A";
-    let parse = |line: &str| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let &[_, local, _, state, _, _, _, user, ..] = words.as_slice() else { return None };
-        (state == LISTEN).then_some(())?;
-        Some(Listener { at: address(local)?, user: user.parse().ok()? })
-    };
-    text.lines().filter_map(parse).collect()
-}
-
-/// `0100007F:3A99`: words of 32 bits in the order of the machine, the port as it is read.
-fn address(text: &str) -> Option<SocketAddr> {
-    let (ip, port) = text.split_once(':')?;
-    let port = u16::from_str_radix(port, 16).ok()?;
-    let mut bytes = Vec::new();
-    for word in ip.as_bytes().chunks(8) {
-        let word = u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok()?;
-        bytes.extend(word.to_ne_bytes());
-    }
-    let ip: IpAddr = match bytes.len() {
-        4 => <[u8; 4]>::try_from(bytes).ok()?.into(),
-        16 => <[u8; 16]>::try_from(bytes).ok()?.into(),
-        _ => return None,
-    };
-    Some(SocketAddr::new(ip.to_canonical(), port))
+    let listening = sockets::parse(text).filter(sockets::Socket::listens);
+    listening.map(|socket| Listener { at: socket.local, user: socket.user }).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_listens_is_read_from_the_kernel_s_table_of_either_family() {
-        let v4 = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
-            \x20  0: 0100007F:3A99 00000000:0000 0A 00000000:00000000 00:00000000 00000000   998        0 1 1 0 100 0 0 10 0\n\
-            \x20  1: 0100007F:3A99 0100007F:D2F0 01 00000000:00000000 00:00000000 00000000   998        0 2 1 0 100 0 0 10 0\n";
-        let v6 = "   0: 00000000000000000000000001000000:1F90 00000000000000000000000000000000:0000 0A 00000000:00000000 \
-            00:00000000 00000000  1000        0 3 1 0 100 0 0 10 0\n";
-        let shown: Vec<_> = [v4, v6]
-            .into_iter()
-            .flat_map(listeners)
-            .map(|listener| format!("{} by {}", listener.at, listener.user))
-            .collect();
-        assert_eq!(shown, ["127.0.0.1:15001 by 998", "[::1]:8080 by 1000"]);
-    }
 
     #[test]
     fn a_socket_on_every_address_takes_what_goes_to_any() {
