@@ -365,31 +365,18 @@ impl Keeper {
         let (spec, _) = self.wanted();
         let timeout = spec.dead_man.timeout;
         let envoy = *self.envoy.borrow();
-        let Some(applier) = &self.applier else { return };
         let now = std::time::Instant::now();
-        let is_gone = |envoy| matches!(envoy, Envoy::Gone | Envoy::Stranger);
         let gone = is_gone(envoy);
-        // What was seen may be a second old, and Envoy back since.
-        if gone
-            && self.was_gone
-            && !self.withdrawn
-            && is_gone(probe::look_at_all(looks(&spec), &self.options.users).await)
-        {
-            match applier.withdraw().await {
-                Ok(()) => {
-                    let what = match envoy {
-                        Envoy::Stranger => "somebody else's program has Envoy's capture port",
-                        _ => "Envoy is gone",
-                    };
-                    warn!("{what}: new connections go past it where that is allowed");
-                    self.withdrawn = true;
-                    self.beat = Beat::new(timeout.duration());
-                }
-                Err(error) => warn!("redirects lapse by themselves: {}", one_line(&error)),
-            }
+        if gone && self.was_gone {
+            self.go_past_envoy_if_gone().await;
         }
         self.was_gone = gone;
-        let well = envoy == Envoy::Well && self.agent_is_well();
+        let mut well = envoy == Envoy::Well && self.agent_is_well();
+        if well && self.withdrawn {
+            // It may have been seen before it went.
+            well = probe::look_at_all(looks(&spec), &self.options.users).await == Envoy::Well;
+        }
+        let Some(applier) = &self.applier else { return };
         match self.beat.due(now, well) {
             Due::Refresh => match applier.refresh(timeout).await {
                 Ok(()) => {
@@ -419,6 +406,28 @@ impl Keeper {
                 self.lapsed = true;
             }
             Due::Lapses(_) | Due::Wait(_) => {}
+        }
+    }
+
+    /// Takes the redirects back that may fail open, if Envoy is gone by now: what was seen of it may be a second old.
+    async fn go_past_envoy_if_gone(&mut self) {
+        let (spec, _) = self.wanted();
+        if self.withdrawn || !self.on_host.as_ref().is_some_and(Program::has_dead_man) {
+            return;
+        }
+        let envoy = probe::look_at_all(looks(&spec), &self.options.users).await;
+        let Some(applier) = self.applier.as_ref().filter(|_| is_gone(envoy)) else { return };
+        match applier.withdraw().await {
+            Ok(()) => {
+                let what = match envoy {
+                    Envoy::Stranger => "somebody else's program has Envoy's capture port",
+                    _ => "Envoy is gone",
+                };
+                warn!("{what}: new connections go past it where that is allowed");
+                self.withdrawn = true;
+                self.beat = Beat::new(spec.dead_man.timeout.duration());
+            }
+            Err(error) => warn!("redirects lapse by themselves: {}", one_line(&error)),
         }
     }
 
@@ -453,6 +462,7 @@ impl Keeper {
                     Err(why) => Answer::Refused(why),
                 };
             }
+            Ask::Look => self.go_past_envoy_if_gone().await,
             Ask::Well => self.agent_spoke = Some(Instant::now()),
             Ask::Want(want) => {
                 self.agent_spoke = Some(Instant::now());
@@ -688,7 +698,7 @@ impl Keeper {
             self.save()?;
         }
         let mut seen = *self.envoy.borrow();
-        if seen == Envoy::Unknown {
+        if seen == Envoy::Unknown || self.withdrawn {
             seen = probe::look_at_all(looks(&spec), &self.options.users).await;
         }
         let well = seen == Envoy::Well && self.agent_is_well();
@@ -964,6 +974,10 @@ fn with_self_test(mut spec: Spec) -> Spec {
         spec.outbound.vips.insert(SELF_TEST);
     }
     spec
+}
+
+fn is_gone(envoy: Envoy) -> bool {
+    matches!(envoy, Envoy::Gone | Envoy::Stranger)
 }
 
 fn looks(spec: &Spec) -> Looks {

@@ -16,6 +16,8 @@ pub const MAX_LINE: usize = 4 << 20;
 pub enum Ask {
     /// What there is. Whoever gets to the socket may ask.
     Status,
+    /// Envoy may have ended: is it there? Whoever gets to the socket may ask, and nobody is believed.
+    Look,
     /// What would be done for a spec, or for what is wanted now. It changes nothing, and runs the tools that change rules.
     Plan { want: Option<Want> },
     /// This is to be on the host. Said at each change and after each connect.
@@ -33,7 +35,7 @@ pub enum Ask {
 impl Ask {
     /// Whether anybody may ask it who gets to the socket.
     pub fn is_for_anybody(&self) -> bool {
-        matches!(self, Ask::Status)
+        matches!(self, Ask::Status | Ask::Look)
     }
 }
 

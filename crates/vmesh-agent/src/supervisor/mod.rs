@@ -65,11 +65,12 @@ use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
-use tracing::{error, warn};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, error, warn};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_daemon::{Stop, Tasks, systemd};
+use vmesh_net::protocol::Ask;
 
 use crate::config::Config;
 use crate::envoy::{State, next, output, until};
@@ -87,6 +88,8 @@ const LAST_BACKOFF: Duration = Duration::from_secs(10);
 const STABLE: Duration = Duration::from_secs(60);
 /// How often the files are looked at.
 const TICK: Duration = Duration::from_secs(1);
+/// Another Envoy is started in any case.
+const TELLS_WITHIN: Duration = Duration::from_millis(300);
 /// A parent is ended by its child; for the case that the child is not there any more.
 const PARENT_GRACE: Duration = Duration::from_secs(5);
 
@@ -269,6 +272,7 @@ impl Supervisor {
             if self.serving.is_some() {
                 let Some(ended) = self.attend().await else { break };
                 self.ended(&ended);
+                self.tell_net().await;
                 if began.elapsed() > STABLE {
                     backoff = FIRST_BACKOFF;
                 }
@@ -315,6 +319,17 @@ impl Supervisor {
         self.failed(format!("Envoy ended: {how}"));
         self.forget(&member.kept);
         self.keep(None);
+    }
+
+    /// Has vmesh-net look at once, which it else does every second: meanwhile calls would be refused that may go past Envoy.
+    async fn tell_net(&self) {
+        let capture = &self.config.capture;
+        if capture.outbound() || capture.inbound() {
+            let told = vmesh_net::client::ask(&capture.socket, &Ask::Look);
+            if !matches!(timeout(TELLS_WITHIN, told).await, Ok(Ok(_))) {
+                debug!("vmesh-net was not told that Envoy has ended, and sees it by itself");
+            }
+        }
     }
 
     fn has_crashed(&mut self, launch: &Launch) {

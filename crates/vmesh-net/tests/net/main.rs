@@ -151,6 +151,31 @@ async fn a_program_that_takes_envoys_port_while_it_is_away_is_not_taken_for_envo
 }
 
 #[tokio::test]
+async fn who_says_that_envoy_has_ended_is_not_believed_and_makes_it_be_seen_at_once() {
+    for rules in [Rules::Nft, Rules::Iptables] {
+        let mut vm = Vm::new(rules).await;
+        let mut agent = Agent::new(&vm, OPEN).await;
+        agent.capture().await;
+        let look = async || status(client::ask(&vm.socket(), &Ask::Look).await.unwrap());
+        assert_eq!(look().await.redirects, Redirects::Hold);
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+        vm.envoy.take().unwrap().kill().unwrap();
+        let socket = vm.socket();
+        assert_eq!(status(client::ask(&socket, &Ask::Look).await.unwrap()).redirects, Redirects::Lapsed);
+        assert_eq!(vm.get(8080).unwrap(), "direct", "the next call already");
+        // What was seen of it before it went counts no more.
+        for _ in 0..15 {
+            agent.well().await;
+            assert_eq!(vm.get(8080).unwrap(), "direct");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        vm.start_envoy().await;
+        agent.well_until("Envoy to be seen", is_well).await;
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+    }
+}
+
+#[tokio::test]
 async fn what_is_to_fail_closed_does() {
     let mut vm = Vm::new(Rules::Nft).await;
     let mut agent = Agent::new(&vm, CLOSED).await;
