@@ -42,6 +42,8 @@ const SAVES_AFTER: Duration = Duration::from_secs(10);
 const SETTLES: Duration = Duration::from_millis(50);
 /// An agent that says nothing for so long is not well.
 const AGENT_SPEAKS_WITHIN: Duration = Duration::from_secs(5);
+/// On this host nobody takes longer to refuse a connection.
+const SEEN_WITHIN: Duration = Duration::from_millis(500);
 /// An agent that runs at all has spoken by then.
 const AGENT_BEGINS_WITHIN: Duration = Duration::from_secs(120);
 /// A trial may not be endless, nor too short for anybody to confirm it.
@@ -415,7 +417,9 @@ impl Keeper {
         if self.withdrawn || !self.on_host.as_ref().is_some_and(Program::has_dead_man) {
             return;
         }
-        let envoy = probe::look_at_all(looks(&spec), &self.options.users).await;
+        // One that is gone is so at once; whoever asks must not keep everything waiting for one that hangs.
+        let looked = timeout(SEEN_WITHIN, probe::look_at_all(looks(&spec), &self.options.users)).await;
+        let envoy = looked.unwrap_or(Envoy::Hangs);
         let Some(applier) = self.applier.as_ref().filter(|_| is_gone(envoy)) else { return };
         match applier.withdraw().await {
             Ok(()) => {

@@ -33,6 +33,9 @@ impl Instance {
     }
 }
 
+/// A server of ZooKeeper that has lost its leader may have taken a write that nobody answers: clients say it again.
+const TRIES: usize = 3;
+
 /// Real servers, and whoever registers with them.
 pub enum Registry {
     Consul(Consul),
@@ -108,7 +111,15 @@ impl Registry {
                 let labels = json!({"version": version, "az": zone, "protocol": "http"});
                 let data = json!({"host": host, "port": port, "name": id, "labels": labels}).to_string();
                 let path = format!("/services/{service}/{id}");
-                self.client().await?.make(&path, data.as_bytes(), zookeeper::Kind::Persistent).await.map(drop)
+                let mut tries = 1..=TRIES;
+                loop {
+                    let made =
+                        self.client().await?.make(&path, data.as_bytes(), zookeeper::Kind::Persistent).await;
+                    match made {
+                        Err(_) if tries.next().is_some() => self.disconnect(),
+                        made => return made.map(drop),
+                    }
+                }
             }
         }
     }
@@ -149,8 +160,21 @@ impl Registry {
             }
             Registry::ZooKeeper(..) => {
                 let path = format!("/services/{}/{}", instance.service, instance.id);
-                self.client().await?.delete(&path).await
+                let mut tries = 1..=TRIES;
+                loop {
+                    // What an earlier try has deleted is no error.
+                    match self.client().await?.delete_all(&path).await {
+                        Err(_) if tries.next().is_some() => self.disconnect(),
+                        deleted => return deleted,
+                    }
+                }
             }
+        }
+    }
+
+    fn disconnect(&mut self) {
+        if let Registry::ZooKeeper(_, client) = self {
+            *client = None;
         }
     }
 

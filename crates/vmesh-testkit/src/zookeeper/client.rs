@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::{Failed, Result};
 
-const ANSWER: Duration = Duration::from_secs(30);
+const ANSWER: Duration = Duration::from_secs(15);
 const NO_NODE: i32 = -101;
 const NODE_EXISTS: i32 = -110;
 
