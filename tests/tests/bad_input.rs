@@ -249,7 +249,11 @@ async fn hosts_that_are_copies_of_one_another_are_told_apart_by_where_they_come_
         assert!(said.contains(&format!("one from {}", vm.host.v4)), "{said}");
     }
     assert!(site.control_api("/metrics")?.contains("vmesh_shared_node_names 1"));
-    let logged = site.control_output();
+    let logged = wait_for("the log to say so", BOUND, async || match site.control_output() {
+        said if said.contains("two hosts go by the name") => Ok(said),
+        said => Err(vmesh_testkit::Failed::new(said)),
+    })
+    .await?;
     assert_eq!(logged.matches("two hosts go by the name").count(), 1, "{logged}");
 
     // With a name of its own it is another node.

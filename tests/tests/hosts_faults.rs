@@ -84,7 +84,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
 
     // What Envoy had under way is lost with it, and what is sent to it until its supervisor has said so.
     let report = under_load("Envoy is killed", &|| signal_envoy(&vm, "KILL"), true).await?;
-    assert!(report.failures <= 50, "{:?}", report.failed.first());
+    assert!(report.failures <= 150, "{:?}", report.failed.first());
 
     let both = || {
         signal_envoy(&vm, "KILL")?;

@@ -353,6 +353,7 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
         let said = ask(change.as_bytes().to_vec());
         assert!(said.contains("may look, and change nothing"), "{change}: {said}");
     }
+    vm.says("by a user that may not").await;
     let told = vm.net.as_ref().unwrap().output().matches("by a user that may not").count();
     assert_eq!(told, 1, "the log is not theirs to fill");
     assert!(ask(b"rm -rf /\n".to_vec()).contains("not a question of this version"));
@@ -400,8 +401,7 @@ async fn a_state_that_cannot_be_read_leaves_the_rules_as_they_are_until_the_agen
             std::fs::write(&path, text).unwrap();
             vm.start_net().await;
             assert_eq!(vm.get(8080).unwrap(), "mesh", "what is closed stays so");
-            let output = vm.net.as_ref().unwrap().output();
-            assert!(output.contains("state.json is not what this version writes"), "{output}");
+            vm.says("state.json is not what this version writes").await;
             // Of which it cannot know that it was confirmed.
             Agent::new(&vm, CLOSED).await.capture().await;
             assert_eq!(vm.get(8080).unwrap(), "mesh");
@@ -473,7 +473,7 @@ async fn a_directory_of_users_that_hangs_captures_nobody_who_is_left_out_and_let
     vm.script("getent", &with_hang(&format!("case $2 in\n{users}*) exit 2;;\nesac")));
     vm.script("systemctl", &with_hang("echo 'Listen=[::]:2244 (Stream)'"));
     let spec = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, \
-        exclude: {users: [app0, app1, app2, app3, app4, app5, app6, app7]}}, dead_man: {timeout: 3s}}";
+        exclude: {users: [app0, app1, app2, app3, app4, app5, app6, app7]}}, dead_man: {timeout: 10s}}";
     let mut agent = Agent::new(&vm, spec).await;
     agent.capture().await;
     assert_eq!((vm.get(8080).unwrap(), vm.get_as(OTHER, 8080).unwrap()), ("direct".into(), "mesh".into()));

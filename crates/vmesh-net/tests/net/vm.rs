@@ -174,6 +174,17 @@ impl Vm {
         .unwrap()
     }
 
+    /// Waits until vmesh-net has said it in its log: what it prints takes its time to get here.
+    pub(crate) async fn says(&self, text: &str) {
+        let net = self.net.as_ref().unwrap();
+        wait_for(text, SOON, async || {
+            let said = net.output();
+            if said.contains(text) { Ok(()) } else { Err(said) }
+        })
+        .await
+        .unwrap();
+    }
+
     pub(crate) fn ruleset(&self) -> String {
         self.tools.ruleset().unwrap()
     }
