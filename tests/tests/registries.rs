@@ -11,7 +11,6 @@ use vmesh_testkit::consul::{self, Consul};
 use vmesh_testkit::load::{Load, Plan};
 use vmesh_testkit::place::Loopback;
 use vmesh_testkit::registry::{Instance, Registry};
-use vmesh_testkit::zookeeper::Kind;
 use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::Mesh;
 
@@ -242,11 +241,7 @@ async fn a_bad_day_of_zookeeper_fails_no_request() -> Result<()> {
     bench.recovered(&all, "the session expired").await?;
 
     // Bytes that are no record cost themselves.
-    let Registry::ZooKeeper(zookeeper, _) = &bench.registry else {
-        return Err(Failed::new("it is ZooKeeper"));
-    };
-    let mut client = zookeeper.client(0).await?;
-    client.make("/services/orders/garbage", b"\xff\xfe\x00garbage", Kind::Persistent).await?;
+    bench.registry.make("/services/orders/garbage", b"\xff\xfe\x00garbage").await?;
     let problem = bench.mesh.problem("garbage").await?;
     assert!(problem.contains("left out"), "{problem}");
     bench.until(&all).await?;
@@ -254,7 +249,7 @@ async fn a_bad_day_of_zookeeper_fails_no_request() -> Result<()> {
     for number in 0..9_000 {
         let id = format!("{number:05}-{}", "x".repeat(110));
         let data = json!({"host": format!("10.{}.{}.1", number / 250, number % 250), "port": 80}).to_string();
-        client.make(&format!("/services/large/{id}"), data.as_bytes(), Kind::Persistent).await?;
+        bench.registry.make(&format!("/services/large/{id}"), data.as_bytes()).await?;
     }
     wait_for("9,000 endpoints of one service", LONG, async || {
         let now = bench.mesh.endpoints("large").await.map_err(|failed| failed.to_string())?.len();

@@ -111,15 +111,7 @@ impl Registry {
                 let labels = json!({"version": version, "az": zone, "protocol": "http"});
                 let data = json!({"host": host, "port": port, "name": id, "labels": labels}).to_string();
                 let path = format!("/services/{service}/{id}");
-                let mut tries = 1..=TRIES;
-                loop {
-                    let made =
-                        self.client().await?.make(&path, data.as_bytes(), zookeeper::Kind::Persistent).await;
-                    match made {
-                        Err(_) if tries.next().is_some() => self.disconnect(),
-                        made => return made.map(drop),
-                    }
-                }
+                self.make(&path, data.as_bytes()).await
             }
         }
     }
@@ -160,16 +152,31 @@ impl Registry {
             }
             Registry::ZooKeeper(..) => {
                 let path = format!("/services/{}/{}", instance.service, instance.id);
-                let mut tries = 1..=TRIES;
-                loop {
+                let mut said = Ok(());
+                for first in 0..TRIES {
                     // What an earlier try has deleted is no error.
-                    match self.client().await?.delete_all(&path).await {
-                        Err(_) if tries.next().is_some() => self.disconnect(),
-                        deleted => return deleted,
+                    said = self.client(first).await?.delete_all(&path).await;
+                    if said.is_ok() {
+                        break;
                     }
+                    self.disconnect();
                 }
+                said
             }
         }
+    }
+
+    /// Makes a node of ZooKeeper, with those above it.
+    pub async fn make(&mut self, path: &str, data: &[u8]) -> Result<()> {
+        let mut said = Ok(());
+        for first in 0..TRIES {
+            said = self.client(first).await?.make(path, data, zookeeper::Kind::Persistent).await.map(drop);
+            if said.is_ok() {
+                break;
+            }
+            self.disconnect();
+        }
+        said
     }
 
     fn disconnect(&mut self) {
@@ -178,8 +185,8 @@ impl Registry {
         }
     }
 
-    /// A session to write with: the one of before, if its server is still there.
-    async fn client(&mut self) -> Result<&mut Client> {
+    /// A session to write with: the one of before, if its server is still there, or with server `first` or one after it.
+    async fn client(&mut self, first: usize) -> Result<&mut Client> {
         match self {
             Registry::ZooKeeper(zookeeper, client) => {
                 let mut last = client.take();
@@ -190,7 +197,7 @@ impl Registry {
                 }
                 let now = match last {
                     Some(alive) => alive,
-                    None => reconnect(zookeeper).await?,
+                    None => reconnect(zookeeper, first).await?,
                 };
                 Ok(client.insert(now))
             }
@@ -242,10 +249,10 @@ impl Registry {
     }
 }
 
-async fn reconnect(zookeeper: &ZooKeeper) -> Result<Client> {
+async fn reconnect(zookeeper: &ZooKeeper, first: usize) -> Result<Client> {
     let mut last = crate::Failed::new("there is no ZooKeeper");
-    for index in 0..zookeeper.len() {
-        match zookeeper.client(index).await {
+    for index in first..first + zookeeper.len() {
+        match zookeeper.client(index % zookeeper.len()).await {
             Ok(client) => return Ok(client),
             Err(failed) => last = failed,
         }
