@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use serde_json::Value;
+use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::hosts::{Fleet, Host, Suite};
 use vmesh_testkit::place::{TempDir, tempdir};
 use vmesh_testkit::process::binary;
@@ -84,6 +85,16 @@ impl Vms {
         control.sh("mkdir -p /etc/vmesh/services.d /etc/vmesh/mesh.d")?;
         control.systemctl(&["start", "vmesh-control"])?;
         Ok(Vms { fleet, control, packages })
+    }
+
+    /// A mesh, with `orders` on a host that is in none, and where that is.
+    pub async fn with_orders() -> Result<(Vms, HttpApp, SocketAddr)> {
+        let vms = Vms::new().await?;
+        let server = vms.fleet.switch().host()?;
+        let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 8080)))??;
+        let to = orders.address();
+        vms.service("orders", "http", &[to])?;
+        Ok((vms, orders, to))
     }
 
     /// Says where a service is.

@@ -217,11 +217,7 @@ fn is_confined(vm: &Vm) -> Result<()> {
 async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_a_failed_request()
 -> Result<()> {
     let began = Instant::now();
-    let vms = Vms::new().await?;
-    let client = vms.fleet.switch().host()?;
-    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
-    let to = orders.address();
-    vms.service("orders", "http", &[to])?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
     host.sh(
         "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
@@ -336,11 +332,7 @@ async fn the_packages_work_on_the_next_release_of_debian_too() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() -> Result<()> {
-    let vms = Vms::new().await?;
-    let client = vms.fleet.switch().host()?;
-    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
-    let to = orders.address();
-    vms.service("orders", "http", &[to])?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
     let host = &vm.host;
     vm.captured(to).await?;
@@ -414,11 +406,7 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Result<()> {
-    let vms = Vms::new().await?;
-    let client = vms.fleet.switch().host()?;
-    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
-    let to = orders.address();
-    vms.service("orders", "http", &[to])?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
     vm.captured(to).await?;
     let systemctl = |words: &[&str]| vm.host.systemctl(words).map(drop);
@@ -464,11 +452,7 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
 /// The rules name a control group by its number, which is another one after each start of the unit.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> Result<()> {
-    let vms = Vms::new().await?;
-    let client = vms.fleet.switch().host()?;
-    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
-    let to = orders.address();
-    vms.service("orders", "http", &[to])?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
     let more =
         "upstreams: [orders]\ncapture: {outbound: {capture: addresses, include: {units: [shop.service]}}}\n";
@@ -504,11 +488,7 @@ async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> 
 /// What needs more than the units have is in drop-ins, which are copied as their page says.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> Result<()> {
-    let vms = Vms::new().await?;
-    let client = vms.fleet.switch().host()?;
-    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
-    let to = orders.address();
-    vms.service("orders", "http", &[to])?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
     let shop = host.net.within(|| HttpApp::start("shop-1", "v1", (host.v4(), 8080)))??;
     vms.service("shop", "http", &[shop.address()])?;
@@ -560,6 +540,18 @@ async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> 
     let legacy = vm.host.sh("iptables-legacy-save; ip6tables-legacy-save")?;
     assert!(legacy.contains("VMESH_"), "{legacy}");
     assert_eq!(vm.ruleset()?, before, "nothing of ours is left in nf_tables");
+
+    // The other kind of iptables: what the first has made, only the first shows.
+    vm.host.sh("update-alternatives --set iptables /usr/sbin/iptables-nft; \
+         update-alternatives --set ip6tables /usr/sbin/ip6tables-nft")?;
+    vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-net"])?;
+    wait_for("the other kind to take over", 2 * BOUND, async || {
+        let legacy = vm.host.sh("iptables-legacy-save; ip6tables-legacy-save; vmeshctl capture || :")?;
+        let taken_over = !legacy.contains("VMESH_") && vm.ruleset()?.contains("VMESH_");
+        if taken_over { Ok(()) } else { Err(vmesh_testkit::Failed::new(legacy)) }
+    })
+    .await?;
+    vm.captured(to).await?;
     vm.host.remove("remove", &["vmesh-agent"])?;
     let legacy = vm.host.sh("iptables-legacy-save; ip6tables-legacy-save")?;
     assert!(!legacy.contains("VMESH_"), "{legacy}");

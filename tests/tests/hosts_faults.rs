@@ -275,11 +275,7 @@ impl Drop for Session {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mistake_that_is_made_over_ssh_locks_nobody_out_and_is_taken_back() -> Result<()> {
-    let vms = Vms::new().await?;
-    let server = vms.fleet.switch().host()?;
-    let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 8080)))??;
-    let to = orders.address();
-    vms.service("orders", "http", &[to])?;
+    let (vms, _orders, _) = Vms::with_orders().await?;
     let vm = vms.node("web", "upstreams: [orders]\n").await?;
     let before = vm.ruleset()?;
     let session = Session::open(&vm)?;

@@ -1,24 +1,11 @@
 //! Booted hosts on which the installation goes wrong half way, meets what others have made, or is taken away while it hangs.
 
-use std::net::SocketAddr;
-
-use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::hosts::Host;
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
 use vmesh_tests::hosts::{Packages, Vm, Vms, difference, ruleset, trace};
 
 const CAPTURES: &str = "upstreams: [\"*\"]\ncapture: {outbound: {capture: addresses}}\n";
-
-/// A mesh, with `orders` on a host that is in none.
-async fn mesh() -> Result<(Vms, HttpApp, SocketAddr)> {
-    let vms = Vms::new().await?;
-    let client = vms.fleet.switch().host()?;
-    let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
-    let to = orders.address();
-    vms.service("orders", "http", &[to])?;
-    Ok((vms, orders, to))
-}
 
 /// Whatever it ends with.
 fn try_sh(host: &Host, script: &str) -> Result<String> {
@@ -28,7 +15,7 @@ fn try_sh(host: &Host, script: &str) -> Result<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
-    let (vms, _orders, to) = mesh().await?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, CAPTURES))?;
     // What is asked whether a unit may be started kills the script that asks, once.
@@ -71,7 +58,7 @@ async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Result<()> {
-    let (vms, _orders, to) = mesh().await?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
     // Users that a site gives its own numbers.
     host.sh("groupadd --gid 4321 vmesh; groupadd --gid 4322 vmesh-agent\n\
@@ -123,7 +110,7 @@ async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Res
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_removal_takes_back_what_the_resolver_was_told_and_ends_what_hangs() -> Result<()> {
-    let (vms, _orders, to) = mesh().await?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
     let before = trace(&host)?;
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, CAPTURES))?;
@@ -167,7 +154,7 @@ async fn a_removal_takes_back_what_the_resolver_was_told_and_ends_what_hangs() -
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_without_ipv6_captures_and_calls_services_that_have_it() -> Result<()> {
-    let (vms, _orders, to) = mesh().await?;
+    let (vms, _orders, to) = Vms::with_orders().await?;
     let v6 = "[fd88::77]:8080".parse().map_err(vmesh_testkit::Failed::to("an address"))?;
     vms.service("orders", "http", &[to, v6])?;
     let host = vms.fleet.host("web")?;

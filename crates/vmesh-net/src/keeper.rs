@@ -397,13 +397,7 @@ impl Keeper {
             Due::Lapses(left) if left.is_zero() && !self.lapsed => {
                 warn!(
                     "redirects have lapsed, since {}: new connections go past Envoy where that is allowed",
-                    match envoy {
-                        Envoy::Well => "the agent says nothing",
-                        Envoy::Gone => "Envoy is gone",
-                        Envoy::Stranger => "somebody else's program has Envoy's capture port",
-                        Envoy::Hangs => "Envoy takes connections and does not serve them",
-                        Envoy::Unknown | Envoy::Other => "Envoy has not been looked at",
-                    }
+                    what_is_wrong(envoy)
                 );
                 self.lapsed = true;
             }
@@ -423,11 +417,7 @@ impl Keeper {
         let Some(applier) = self.applier.as_ref().filter(|_| is_gone(envoy)) else { return };
         match applier.withdraw().await {
             Ok(()) => {
-                let what = match envoy {
-                    Envoy::Stranger => "somebody else's program has Envoy's capture port",
-                    _ => "Envoy is gone",
-                };
-                warn!("{what}: new connections go past it where that is allowed");
+                warn!("{}: new connections go past it where that is allowed", what_is_wrong(envoy));
                 self.withdrawn = true;
                 self.beat = Beat::new(spec.dead_man.timeout.duration());
             }
@@ -978,6 +968,17 @@ fn with_self_test(mut spec: Spec) -> Spec {
         spec.outbound.vips.insert(SELF_TEST);
     }
     spec
+}
+
+/// Why redirects do not hold, by what was seen of Envoy.
+fn what_is_wrong(envoy: Envoy) -> &'static str {
+    match envoy {
+        Envoy::Well => "the agent says nothing",
+        Envoy::Gone => "Envoy is gone",
+        Envoy::Stranger => "somebody else's program has Envoy's capture port",
+        Envoy::Hangs => "Envoy takes connections and does not serve them",
+        Envoy::Unknown | Envoy::Other => "Envoy has not been looked at",
+    }
 }
 
 fn is_gone(envoy: Envoy) -> bool {

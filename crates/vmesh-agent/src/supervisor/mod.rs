@@ -261,10 +261,10 @@ struct Supervisor {
 
 impl Supervisor {
     async fn run(mut self) {
+        self.ports.hold_those_of(&self.config.capture);
         self.adopt().await;
         let mut backoff = FIRST_BACKOFF;
         while !self.stop.is_requested() {
-            self.ports.hold_those_of(&self.config.capture);
             let began = Instant::now();
             if self.serving.is_none() {
                 self.begin().await;

@@ -15,8 +15,9 @@ use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
 
 use crate::capture::settings::Capture;
 
+/// By address; `None` for one that could not be had, which is tried again each time and told once.
 #[derive(Debug, Default)]
-pub(super) struct Held(BTreeMap<SocketAddr, OwnedFd>);
+pub(super) struct Held(BTreeMap<SocketAddr, Option<OwnedFd>>);
 
 impl Held {
     /// Holds the ports at which Envoy is sent what is captured, and no others.
@@ -41,15 +42,19 @@ impl Held {
 
     fn hold(&mut self, wanted: Vec<SocketAddr>) {
         self.0.retain(|address, _| wanted.contains(address));
-        for address in wanted.into_iter().filter(|address| !self.0.contains_key(address)).collect::<Vec<_>>()
-        {
-            match bound(address) {
-                Ok(socket) => _ = self.0.insert(address, socket),
-                Err(error) => warn!(
-                    "{address} could not be kept for Envoy: {error}; if another user's program has it, Envoy cannot listen \
-                     there (`ss -ltnp`)"
-                ),
+        for address in wanted {
+            if matches!(self.0.get(&address), Some(Some(_))) {
+                continue;
             }
+            let socket = bound(address).map_err(|error| {
+                if !self.0.contains_key(&address) {
+                    warn!(
+                        "{address} could not be kept for Envoy: {error}; if another user's program has it, Envoy cannot \
+                         listen there (`ss -ltnp`)"
+                    );
+                }
+            });
+            self.0.insert(address, socket.ok());
         }
     }
 }
@@ -84,7 +89,7 @@ mod tests {
             let hold = || {
                 let mut held = Held::default();
                 held.hold(vec![address]);
-                assert_eq!(held.0.len(), 1, "{address}");
+                assert!(held.0.values().all(Option::is_some), "{address}");
                 held
             };
             let mut held = host.within_as(ENVOY, hold).unwrap();
@@ -114,7 +119,18 @@ mod tests {
             }
             drop(envoy);
             held.hold(Vec::new());
-            host.within_as(5000, || TcpListener::bind(address)).unwrap().unwrap();
+            // Whoever was there first is waited for.
+            let stranger = host.within_as(5000, || TcpListener::bind(address)).unwrap().unwrap();
+            let mut try_again = || {
+                let hold = || {
+                    held.hold(vec![address]);
+                    held.0.values().all(Option::is_some)
+                };
+                host.within_as(ENVOY, hold).unwrap()
+            };
+            assert!(!try_again());
+            drop(stranger);
+            assert!(try_again());
         }
     }
 }
