@@ -34,40 +34,62 @@ impl Report {
         !self.findings.is_empty()
     }
 
-    /// Each finding that follows from no other, with those that follow from it; red first.
+    /// Returns every finding exactly once: those that follow from no other, red first, each with the findings that follow
+    /// from it.
     fn folded(&self) -> Vec<(&Finding, Vec<&Finding>)> {
-        let cause = |finding: &Finding| {
-            // Nothing follows from itself.
-            let others =
-                |root| self.findings.iter().position(|other| other.is == Some(root) && other != finding);
-            finding.follows.iter().find_map(|root| others(*root))
-        };
-        // What follows from something that follows stands below the first cause. Roots are few and form no circle; the bound
-        // is for one that would be made by mistake.
-        let first = |finding: &Finding| {
-            let mut found = None;
-            let mut of = cause(finding);
-            for _ in 0..self.findings.len() {
-                let Some(index) = of else { break };
-                found = Some(index);
-                of = self.findings.get(index).and_then(cause);
-            }
-            found
-        };
+        let heads = self.heads();
         let mut folded: Vec<(usize, &Finding, Vec<&Finding>)> = Vec::new();
         for (index, finding) in self.findings.iter().enumerate() {
-            if first(finding).is_none() {
+            if heads.get(index) == Some(&index) {
                 folded.push((index, finding, Vec::new()));
             }
         }
-        for finding in &self.findings {
-            let of = first(finding);
-            if let Some((_, _, below)) = folded.iter_mut().find(|(index, ..)| Some(*index) == of) {
-                below.push(finding);
+        for (index, (finding, head)) in self.findings.iter().zip(&heads).enumerate() {
+            if index == *head {
+                continue;
+            }
+            match folded.iter_mut().find(|(of, ..)| of == head) {
+                Some((_, _, below)) => below.push(finding),
+                // Every head heads itself, so this is never reached; a finding would rather be printed alone than be lost.
+                None => folded.push((index, finding, Vec::new())),
             }
         }
         folded.sort_by_key(|(_, finding, _)| finding.level);
         folded.into_iter().map(|(_, finding, below)| (finding, below)).collect()
+    }
+
+    /// Returns for each finding the index of the finding that it is printed below; a finding that heads its own entry has
+    /// its own index. Two findings may name each other as their cause (a hanging Envoy and its silent ports do): of such a
+    /// circle the gravest finding, and of equally grave ones the first, is the head of the others.
+    fn heads(&self) -> Vec<usize> {
+        let causes: Vec<Option<usize>> = (0..self.findings.len()).map(|index| self.cause(index)).collect();
+        let cause_of = |index: usize| causes.get(index).copied().flatten();
+        let level_of = |index: usize| self.findings.get(index).map(|finding| finding.level);
+        (0..self.findings.len())
+            .map(|index| {
+                let mut path = vec![index];
+                let mut last = index;
+                loop {
+                    let Some(next) = cause_of(last) else { return last };
+                    if let Some(at) = path.iter().position(|passed| *passed == next) {
+                        let circle = path.iter().skip(at).copied();
+                        return circle.min_by_key(|one| (level_of(*one), *one)).unwrap_or(index);
+                    }
+                    path.push(next);
+                    last = next;
+                }
+            })
+            .collect()
+    }
+
+    /// Returns the index of the finding that this one follows from, which is never the finding itself.
+    fn cause(&self, index: usize) -> Option<usize> {
+        let finding = self.findings.get(index)?;
+        let others = |root| {
+            let mut others = self.findings.iter().enumerate();
+            others.find(|(at, other)| *at != index && other.is == Some(root)).map(|(at, _)| at)
+        };
+        finding.follows.iter().find_map(|root| others(*root))
     }
 
     /// The checks that were not made, by why.
@@ -154,4 +176,94 @@ fn who(facts: &Facts) -> String {
         _ => "this host".to_owned(),
     };
     if parts.is_empty() { node } else { format!("{node} ({})", parts.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::host::doctor::{Root, by_hand};
+
+    const ROOTS: [Root; 6] =
+        [Root::Config, Root::Agent, Root::Envoy, Root::Net, Root::Bypass, Root::ControlPlane];
+    /// Every way in which a finding names its causes, and all six roots at once.
+    const FOLLOWS: [&[Root]; 9] = [
+        &[],
+        &[Root::Config],
+        &[Root::Agent],
+        &[Root::Envoy],
+        &[Root::Net, Root::Envoy],
+        &[Root::Envoy, Root::Agent, Root::ControlPlane],
+        &[Root::Bypass, Root::Net],
+        &[Root::ControlPlane],
+        &ROOTS,
+    ];
+
+    fn report(findings: Vec<Finding>) -> Report {
+        Report {
+            who: "this host".into(),
+            took: Duration::ZERO,
+            looked: Vec::new(),
+            findings,
+            unseen: Vec::new(),
+        }
+    }
+
+    fn finding(number: usize, level: Level, is: Option<usize>, follows: usize) -> Finding {
+        Finding {
+            id: "D1",
+            level,
+            // Not the number alone: findings may well be equal to each other.
+            what: format!("finding {}", number % 3),
+            effect: "effect".into(),
+            fix: by_hand("fix"),
+            is: is.map(|root| ROOTS[root % ROOTS.len()]),
+            follows: FOLLOWS[follows % FOLLOWS.len()],
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_finding_is_dropped_and_none_is_printed_twice(
+            all in prop::collection::vec((any::<bool>(), prop::option::of(0..6usize), 0..9usize), 0..12)
+        ) {
+            let findings: Vec<Finding> = all
+                .iter()
+                .enumerate()
+                .map(|(number, (wrong, is, follows))| {
+                    finding(number, if *wrong { Level::Wrong } else { Level::Warning }, *is, *follows)
+                })
+                .collect();
+            let report = report(findings);
+            let folded = report.folded();
+            let mut printed: Vec<*const Finding> = folded
+                .iter()
+                .flat_map(|(head, below)| std::iter::once(*head).chain(below.iter().copied()))
+                .map(|finding| finding as *const Finding)
+                .collect();
+            printed.sort_unstable();
+            printed.dedup();
+            prop_assert_eq!(printed.len(), all.len());
+            prop_assert_eq!(folded.iter().map(|(_, below)| 1 + below.len()).sum::<usize>(), all.len());
+            let lines = report.text().lines().filter(|line| line.contains("finding ")).count();
+            prop_assert_eq!(lines, all.len());
+            // A report without problems is a report without findings.
+            prop_assert_eq!(report.text().contains(" 0 problems"), all.is_empty());
+        }
+    }
+
+    #[test]
+    fn of_findings_that_name_each_other_the_gravest_and_first_is_the_head() {
+        let envoy = Some(2);
+        let of = |levels: [Level; 2]| {
+            let findings = levels.into_iter().enumerate().map(|(n, level)| finding(n, level, envoy, 3));
+            let report = report(findings.collect());
+            let folded = report.folded();
+            assert_eq!(folded.len(), 1);
+            folded[0].0.what.clone()
+        };
+        assert_eq!(of([Level::Wrong, Level::Wrong]), "finding 0");
+        assert_eq!(of([Level::Warning, Level::Wrong]), "finding 1");
+    }
 }
