@@ -130,13 +130,14 @@ fn path(path: PathBuf) -> String {
 }
 
 /// How an Envoy takes over from the one before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Takeover {
     /// Not at all, or by binding the same ports: then several Envoys run on one host without a number that tells them
     /// apart.
     None,
-    /// Envoy's hot restart. `base_id` is the number that tells those of one line from all others on this machine.
-    Hot { base_id: u32, epoch: u32, parent_shutdown_s: u64 },
+    /// Envoy's hot restart. `base_id` is the number that tells those of one line from all others on this machine; `socket`
+    /// is what the names of the sockets begin with by which they speak to each other.
+    Hot { base_id: u32, epoch: u32, socket: PathBuf, parent_shutdown_s: u64 },
 }
 
 /// How Envoy is started with its bootstrap at `file`.
@@ -151,11 +152,16 @@ pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
     let mut arguments = vec!["--config-path".to_owned(), file.display().to_string()];
     match takeover {
         Takeover::None => arguments.push("--disable-hot-restart".to_owned()),
-        Takeover::Hot { base_id, epoch, parent_shutdown_s } => arguments.extend([
+        Takeover::Hot { base_id, epoch, socket, parent_shutdown_s } => arguments.extend([
             "--base-id".to_owned(),
             base_id.to_string(),
             "--restart-epoch".to_owned(),
             epoch.to_string(),
+            "--socket-path".to_owned(),
+            path(socket),
+            // Whoever can send to it can have Envoy hand over its listeners, or end.
+            "--socket-mode".to_owned(),
+            "600".to_owned(),
             // One whose parent dies meanwhile would otherwise ask for it for ever.
             "--skip-hot-restart-on-no-parent".to_owned(),
             // Asked for every five seconds: a parent that has died meanwhile makes its child abort (1.36 to 1.40).

@@ -188,6 +188,11 @@ impl Config {
         }
     }
 
+    /// Where the agent's API answers root's tools. Nobody else can listen there, as anybody can at `listen.api`.
+    pub fn api_socket(&self) -> PathBuf {
+        self.run_dir.join("agent.sock")
+    }
+
     /// In the node's run directory, and thereby a contract with whatever looks there.
     pub fn xds_socket(&self) -> PathBuf {
         self.run_dir.join("xds.sock")
@@ -562,7 +567,8 @@ impl Config {
             problems.add("envoy", "`envoy.concurrency` is 0: Envoy needs at least one worker");
         }
         // sun_path(7) of a Unix socket has 108 bytes, one of them for the end.
-        let longest = "/admin.1234567890.sock".len();
+        // The longest name of a socket of a hot restart; `admin.1234567890.sock` is shorter.
+        let longest = "/hr_parent_udp_4294967295".len();
         for (field, dir) in [("run_dir", &self.run_dir), ("envoy.run_dir", &self.envoy.run_dir)] {
             if dir.as_os_str().len() + longest > 107 {
                 let wrong = format!("`{field}` is too long for Unix sockets in it: {}", dir.display());

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,45 +11,89 @@ use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::warn;
-use vmesh_daemon::{Stop, Tasks};
+use vmesh_daemon::{Stop, Tasks, systemd};
 use vmesh_dns::server::{self, Counts, Limits};
 use vmesh_dns::table::Problem;
 use vmesh_dns::{Addresses, Table, Zone};
 
 use crate::capture;
 use crate::destinations::{Destination, Destinations};
+use crate::listen::{self, Listening};
 
 /// Services come in bursts.
 const SETTLES: Duration = Duration::from_millis(50);
 
-#[derive(Debug, thiserror::Error)]
-#[error("could not listen on {address} for DNS (`listen.dns`)")]
-pub struct DnsError {
-    address: SocketAddr,
-    #[source]
-    cause: io::Error,
-}
+/// The names under which systemd keeps the sockets while the agent restarts.
+const KEPT_UDP: &str = "dns-udp";
+const KEPT_TCP: &str = "dns-tcp";
 
-/// Binds the sockets and starts the tasks; what became of queries is counted in `counts`.
-pub async fn spawn(
+/// Starts the tasks; what became of queries is counted in `counts`. Of `inherited`, the sockets that systemd kept while the
+/// agent restarted, those of `address` are used, so that no query is refused meanwhile. An address that another program has is
+/// tried again until it is free: see [`listen::keep_trying`].
+pub fn spawn(
     tasks: &mut Tasks,
     address: SocketAddr,
+    inherited: Vec<(String, OwnedFd)>,
     zone: Zone,
     destinations: watch::Receiver<Arc<Destinations>>,
     capture: watch::Receiver<capture::Status>,
     counts: Arc<Counts>,
-) -> Result<watch::Receiver<Arc<Table>>, DnsError> {
-    let bind = async { Ok((UdpSocket::bind(address).await?, TcpListener::bind(address).await?)) };
-    let (udp, tcp) = bind.await.map_err(|cause| DnsError { address, cause })?;
+) -> (watch::Receiver<Arc<Table>>, watch::Receiver<Listening>) {
     let mut names = Names { zone, of: Destinations::default(), captures: false, problems: Vec::new() };
     let first = names.table(&destinations.borrow(), captures(&capture));
     let (tables, served) = watch::channel(Arc::new(first));
     let asked = served.clone();
     tasks.spawn("names", keep(names, destinations, capture, tables));
+    let kept = taken_over(inherited, address);
+    let (listening, is_listening) = watch::channel(Listening::at(address));
     tasks.spawn_draining("dns", |mut stop: Stop| async move {
+        let bind = || async move {
+            let udp = UdpSocket::bind(address).await?;
+            let tcp = TcpListener::bind(address).await?;
+            systemd::keep_socket(KEPT_UDP, &udp);
+            systemd::keep_socket(KEPT_TCP, &tcp);
+            Ok((udp, tcp))
+        };
+        let sockets = match kept {
+            Some(sockets) => {
+                listening.send_modify(Listening::set_bound);
+                Some(sockets)
+            }
+            None => listen::keep_trying("names (`listen.dns`)", bind, &listening, &mut stop).await,
+        };
+        let Some((udp, tcp)) = sockets else { return };
         server::serve(udp, tcp, asked, Limits::default(), counts, stop.requested()).await;
     });
-    Ok(served)
+    (served, is_listening)
+}
+
+/// Returns the two sockets of `address` among those that systemd kept. Those of another address, which the configuration
+/// named before, are closed for good.
+fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<(UdpSocket, TcpListener)> {
+    let (mut udp, mut tcp) = (None, None);
+    for (name, socket) in inherited {
+        match &*name {
+            KEPT_UDP => udp = Some(std::net::UdpSocket::from(socket)),
+            KEPT_TCP => tcp = Some(std::net::TcpListener::from(socket)),
+            _ => {}
+        }
+    }
+    let (udp, tcp) = (udp?, tcp?);
+    let is_at = |local: io::Result<SocketAddr>| local.is_ok_and(|local| local == address);
+    let usable = is_at(udp.local_addr()) && is_at(tcp.local_addr());
+    let ready = usable.then(|| {
+        udp.set_nonblocking(true)?;
+        tcp.set_nonblocking(true)?;
+        io::Result::Ok((UdpSocket::from_std(udp)?, TcpListener::from_std(tcp)?))
+    });
+    match ready {
+        Some(Ok(sockets)) => Some(sockets),
+        _ => {
+            systemd::forget_socket(KEPT_UDP);
+            systemd::forget_socket(KEPT_TCP);
+            None
+        }
+    }
 }
 
 fn captures(capture: &watch::Receiver<capture::Status>) -> bool {
@@ -129,6 +174,31 @@ fn addresses(destination: &Destination, captures: bool) -> Addresses {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn sockets_that_were_kept_are_used_at_their_own_address_only_and_lose_no_query() {
+        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = udp.local_addr().unwrap();
+        let tcp = std::net::TcpListener::bind(address).unwrap();
+        let kept = || {
+            let copies: [(&str, OwnedFd); 3] = [
+                ("something else", udp.try_clone().unwrap().into()),
+                (KEPT_UDP, udp.try_clone().unwrap().into()),
+                (KEPT_TCP, tcp.try_clone().unwrap().into()),
+            ];
+            copies.map(|(name, socket)| (name.to_owned(), socket)).into()
+        };
+        // Asked while nobody answers.
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        client.send_to(b"a query", address).await.unwrap();
+        assert!(taken_over(kept(), "127.0.0.1:1".parse().unwrap()).is_none());
+        assert!(taken_over(Vec::new(), address).is_none());
+        let (udp, tcp) = taken_over(kept(), address).unwrap();
+        let mut query = [0; 64];
+        let received = tokio::time::timeout(Duration::from_secs(10), udp.recv_from(&mut query)).await;
+        assert_eq!(received.unwrap().unwrap().0, 7);
+        assert_eq!(tcp.local_addr().unwrap(), address);
+    }
 
     #[test]
     fn a_name_is_virtual_while_it_is_captured_and_real_while_it_is_not() {

@@ -14,6 +14,7 @@
 //! | `names`           | destinations, whether they are captured        | the names that `dns` answers         |
 //! | `dns`             | queries                                        | answers                              |
 //! | `api`             | HTTP requests                                  | `/status`, `/metrics`, `/readyz`     |
+//! | `api socket`      | the same, on `agent.sock`                      | the same                             |
 //!
 //! Workloads that register themselves have tasks of their own: see [`register`]. They end before the others do.
 //!
@@ -29,6 +30,7 @@ pub mod dns;
 pub mod envoy;
 pub mod health;
 pub mod identity;
+pub mod listen;
 pub mod outline;
 pub mod register;
 pub mod relay;
@@ -39,7 +41,6 @@ pub mod supervisor;
 
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
-use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,10 +48,11 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use vmesh_daemon::Tasks;
 use vmesh_daemon::fsx;
+use vmesh_daemon::{Tasks, sockets, systemd};
 
 pub use config::Config;
+use listen::Listening;
 
 /// A running agent. Its sockets are bound and its files are written: what can fail at start has not.
 pub struct Agent {
@@ -78,9 +80,9 @@ pub enum StartError {
         #[source]
         cause: io::Error,
     },
-    #[error("could not listen on {address} for the API (`listen.api`)")]
+    #[error("could not listen on {} for the API", .path.display())]
     Api {
-        address: SocketAddr,
+        path: PathBuf,
         #[source]
         cause: io::Error,
     },
@@ -88,8 +90,6 @@ pub enum StartError {
     Relay(#[from] relay::RelayError),
     #[error(transparent)]
     Envoy(#[from] envoy::EnvoyError),
-    #[error(transparent)]
-    Dns(#[from] dns::DnsError),
 }
 
 impl Agent {
@@ -106,8 +106,10 @@ impl Agent {
                 tracing::warn!("{}", vmesh_daemon::report::one_line(&error));
             }
         }
-        let api = TcpListener::bind(config.api).await;
-        let api = api.map_err(|cause| StartError::Api { address: config.api, cause })?;
+        // Before anything else opens a file.
+        let inherited = systemd::inherited_sockets();
+        let path = config.api_socket();
+        let api_socket = sockets::listen(&path).map_err(|cause| StartError::Api { path, cause })?;
 
         let mut tasks = Tasks::new();
         let (envoy, envoy_status) = watch::channel(envoy::Status::default());
@@ -120,7 +122,10 @@ impl Agent {
         let (has_all, reached_all) = watch::channel(false);
         let (capture, captured) = watch::channel(capture::Status::default());
         let queries = Arc::default();
-        let known = status::Known {
+        let (api, api_listening) = watch::channel(Listening::at(config.api));
+        let mut known = status::Known {
+            api: api_listening,
+            dns: None,
             capture: captured.clone(),
             destinations: reached.clone(),
             zone: config.zone_of_names.clone(),
@@ -144,9 +149,21 @@ impl Agent {
         capture::spawn(&mut tasks, config.clone(), reached.clone(), reached_all, capture);
         if let Some(address) = config.dns {
             let zone = config.zone_of_names.clone();
-            dns::spawn(&mut tasks, address, zone, reached, captured, queries).await?;
+            let (_, listening) =
+                dns::spawn(&mut tasks, address, inherited, zone, reached, captured, queries);
+            known.dns = Some(listening);
         }
-        tasks.spawn_draining("api", |stop| status::serve(api, known.clone(), stop));
+        let answers = known.clone();
+        tasks.spawn_draining("api socket", |stop| status::serve(api_socket, answers, stop));
+        let answers = known.clone();
+        tasks.spawn_draining("api", |mut stop| async move {
+            let address = answers.api.borrow().address;
+            let bind = || TcpListener::bind(address);
+            match listen::keep_trying("the API (`listen.api`)", bind, &api, &mut stop).await {
+                Some(listener) => status::serve(listener, answers, stop).await,
+                None => Ok(()),
+            }
+        });
         tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());
         Ok(Agent { tasks, registrations, known, lock })
     }

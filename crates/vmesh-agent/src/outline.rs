@@ -31,6 +31,7 @@ pub fn outline(config: &Config) -> Value {
         "state_dir": config.state_dir,
         "run_dir": config.run_dir,
         "api": config.api,
+        "api_socket": config.api_socket(),
         "dns": config.dns,
         "suffix": config.zone_of_names.suffix.to_string(),
         "envoy": {
@@ -61,7 +62,7 @@ mod tests {
         let text = b"control_plane: [\"http://127.0.0.1:15010\"]\nupstreams: [orders]\n\
             workloads: [{service: web, port: 8080, protocol: http}]\ncapture: {outbound: transparent, inbound: transparent}\n";
         let config = Config::parse("agent.yaml", text, "web-17").unwrap();
-        expect![[r#"{"node":"web-17","control_planes":["127.0.0.1:15010"],"state_dir":"/var/lib/vmesh-agent","run_dir":"/run/vmesh","api":"127.0.0.1:15020","dns":"127.0.0.1:15053","suffix":"mesh","envoy":{"path":"/usr/bin/envoy","manage":"systemd","run_dir":"/run/vmesh-envoy","concurrency":null},"workloads":[{"service":"web","port":8080,"host":null,"protocol":"http","listen":null}],"every_service":false,"upstreams":[{"service":"orders","listen":null}],"capture":{"outbound":"vip","inbound":"redirect","socket":"/run/vmesh-net/net.sock"}}"#]]
+        expect![[r#"{"node":"web-17","control_planes":["127.0.0.1:15010"],"state_dir":"/var/lib/vmesh-agent","run_dir":"/run/vmesh","api":"127.0.0.1:15020","api_socket":"/run/vmesh/agent.sock","dns":"127.0.0.1:15053","suffix":"mesh","envoy":{"path":"/usr/bin/envoy","manage":"systemd","run_dir":"/run/vmesh-envoy","concurrency":null},"workloads":[{"service":"web","port":8080,"host":null,"protocol":"http","listen":null}],"every_service":false,"upstreams":[{"service":"orders","listen":null}],"capture":{"outbound":"vip","inbound":"redirect","socket":"/run/vmesh-net/net.sock"}}"#]]
         .assert_eq(&outline(&config).to_string());
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::serve::Listener;
 use axum::{Json, Router};
 use http::StatusCode;
 use prometheus_client::collector::Collector;
@@ -20,7 +21,6 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::json;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use vmesh_daemon::{Stop, metrics};
 
@@ -31,6 +31,7 @@ use crate::capture;
 use crate::destinations::Destinations;
 use crate::dns;
 use crate::envoy;
+use crate::listen::Listening;
 use crate::register::{self, Registered};
 
 /// What is known of the control planes and of the configuration that came from them.
@@ -71,6 +72,10 @@ pub struct AcceptedStatus {
 #[derive(Debug, Clone)]
 pub struct Known {
     pub node: Arc<str>,
+    /// Whether `listen.api` could be had.
+    pub api: watch::Receiver<Listening>,
+    /// Whether `listen.dns` could be had, where names are answered.
+    pub dns: Option<watch::Receiver<Listening>>,
     pub control_plane: watch::Receiver<ControlPlaneStatus>,
     pub accepted: watch::Receiver<AcceptedStatus>,
     pub envoy: watch::Receiver<envoy::Status>,
@@ -126,7 +131,11 @@ pub fn router(known: Known) -> Router {
 }
 
 /// Serves the API until the daemon stops; requests under way are answered.
-pub async fn serve(listener: TcpListener, known: Known, mut stop: Stop) -> std::io::Result<()> {
+pub async fn serve<L>(listener: L, known: Known, mut stop: Stop) -> std::io::Result<()>
+where
+    L: Listener,
+    L::Addr: std::fmt::Debug,
+{
     axum::serve(listener, router(known)).with_graceful_shutdown(async move { stop.requested().await }).await
 }
 
@@ -147,6 +156,10 @@ async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
         "accepted": *known.accepted.borrow(),
         "envoy": *known.envoy.borrow(),
         "capture": *known.capture.borrow(),
+        "listen": {
+            "api": *known.api.borrow(),
+            "dns": known.dns.as_ref().map(|dns| dns.borrow().clone()),
+        },
         "registered": known.registered.iter().map(|one| one.borrow().clone()).collect::<Vec<_>>(),
     }))
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -48,6 +48,8 @@ pub struct FetchError {
 enum Cause {
     #[error("nothing listens there that lets this user in: {0}")]
     Connect(#[source] std::io::Error),
+    #[error("a program of user {user} listens there, who is not believed: {}", believed(.users))]
+    Stranger { user: u32, users: Vec<u32> },
     #[error(
         "no answer within {} s{}",
         .within.as_secs_f32(),
@@ -75,6 +77,37 @@ pub async fn fetch(
     within: Duration,
 ) -> Result<(StatusCode, Bytes), FetchError> {
     send(peer, method, path, None, within).await
+}
+
+/// [`fetch`] from a Unix socket whose server runs as one of `users`, by their ids; another server is not even asked. The kernel
+/// says who listens (`SO_PEERCRED`), whoever owns the file.
+pub async fn fetch_from_users(
+    socket: &Path,
+    users: &[u32],
+    path: &str,
+    within: Duration,
+) -> Result<(StatusCode, Bytes), FetchError> {
+    let exchange = async {
+        let io = UnixStream::connect(socket).await.map_err(Cause::Connect)?;
+        let user = io.peer_cred().map_err(Cause::Connect)?.uid();
+        if !users.contains(&user) {
+            return Err(Cause::Stranger { user, users: users.to_vec() });
+        }
+        ask(io, &Method::GET, path, None, "localhost").await
+    };
+    let answer = timeout(within, exchange).await;
+    let answer = answer.unwrap_or(Err(Cause::Timeout { within, has_effect: false }));
+    answer.map_err(|cause| FetchError {
+        method: Method::GET,
+        path: path.to_owned(),
+        peer: Peer::Unix(socket.to_owned()),
+        cause,
+    })
+}
+
+fn believed(users: &[u32]) -> String {
+    let users: Vec<String> = users.iter().map(u32::to_string).collect();
+    format!("only users {} are", users.join(", "))
 }
 
 /// [`fetch`], by `POST` and with JSON.
@@ -198,6 +231,33 @@ mod tests {
         let request = server.await.unwrap();
         assert!(request.contains("content-type: application/json\r\n"), "{request}");
         assert!(request.ends_with("\r\n\r\n{\"a\":1}"), "{request}");
+    }
+
+    #[tokio::test]
+    async fn a_server_of_another_user_is_not_asked() {
+        let path = std::env::temp_dir().join(format!("vmesh-fetch-{}.sock", std::process::id()));
+        _ = std::fs::remove_file(&path);
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let me = rustix::process::geteuid().as_raw();
+        let server = crate::tasks::spawn_handle(async move {
+            let mut asked = Vec::new();
+            for _ in 0..2 {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = [0; 1024];
+                asked.push(stream.read(&mut request).await.unwrap());
+                _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+            }
+            asked
+        });
+        let within = Duration::from_secs(5);
+        let refused = fetch_from_users(&path, &[me + 1], "/names", within).await.unwrap_err();
+        let said = crate::report::one_line(&refused);
+        assert!(said.contains(&format!("a program of user {me} listens there")), "{said}");
+        let answer = fetch_from_users(&path, &[me + 1, me], "/names", within).await.unwrap();
+        assert_eq!(answer, (StatusCode::OK, Bytes::from("ok")));
+        // Nothing was said to the first.
+        assert_eq!(server.await.unwrap()[0], 0);
+        std::fs::remove_file(path).unwrap();
     }
 
     #[tokio::test]

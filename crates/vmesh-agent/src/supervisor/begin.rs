@@ -7,7 +7,7 @@ use vmesh_daemon::report::one_line;
 
 use super::member::{self, Kept, Launch, Line, Member, Role};
 use super::trial::{self, Binary, Stamp};
-use super::{FIRST_BACKOFF, Supervisor, TICK, plan};
+use super::{FIRST_BACKOFF, Supervisor, TICK, plan, shm};
 use crate::bootstrap::{self, Takeover};
 use crate::envoy::{State, until};
 
@@ -55,9 +55,14 @@ impl Supervisor {
         let mut stop = self.stop.clone();
         let executable = launch.executable(again);
         let Some(binary) = until(&mut stop, trial::ask(&executable)).await else { return };
-        let number = self.last_number + 1;
-        let line = Line { base_id: plan::base_id(&self.dir, self.network, number), epoch: 0 };
-        match self.start(launch, again, line, binary.as_ref().ok(), false).await {
+        let started = match shm::new_base_id() {
+            Ok(base_id) => {
+                let line = Line { base_id, epoch: 0 };
+                self.start(launch, again, line, binary.as_ref().ok(), false).await
+            }
+            Err(why) => Err(why),
+        };
+        match started {
             Ok(mut member) => {
                 member.kept.role = Role::Serving;
                 self.link(&member.kept);
@@ -150,6 +155,7 @@ impl Supervisor {
             _ => Takeover::Hot {
                 base_id: kept.base_id,
                 epoch: kept.epoch,
+                socket: shm::socket(&self.dir),
                 parent_shutdown_s: self.stay().as_secs(),
             },
         };

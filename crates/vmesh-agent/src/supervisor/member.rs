@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -84,6 +85,10 @@ pub(super) struct Kept {
     pub(super) epoch: u32,
     pub(super) version: Option<String>,
     pub(super) hot_restart: Option<String>,
+    /// Its sockets for a hot restart lie in the supervisor's directory. Those of an Envoy that an earlier version started
+    /// are abstract ones, where anybody may answer instead: nothing takes over from such an Envoy by a hot restart.
+    #[serde(default)]
+    pub(super) has_own_sockets: bool,
     pub(super) program: PathBuf,
     pub(super) stamp: Option<Stamp>,
     pub(super) arguments: Vec<String>,
@@ -111,6 +116,7 @@ impl Kept {
             epoch: line.epoch,
             version: binary.map(|binary| binary.version.clone()),
             hot_restart: binary.and_then(|binary| binary.hot_restart.clone()),
+            has_own_sockets: true,
             program: launch.program.clone(),
             stamp: launch.stamp.clone(),
             arguments: launch.arguments.clone(),
@@ -202,13 +208,13 @@ impl Member {
     }
 }
 
-/// The processes that have `path` on their command line.
+/// The processes of this user that have `path` on their command line.
 pub(super) fn naming(path: &Path) -> Vec<Process> {
     let names = |words: &[String]| words.iter().any(|word| Path::new(word) == path);
     processes().into_iter().filter(|(_, words)| names(words)).map(|(process, _)| process).collect()
 }
 
-/// The Envoys whose bootstrap lies in `dir`.
+/// The Envoys of this user whose bootstrap lies in `dir`.
 pub(super) fn started_in(dir: &Path) -> Vec<Member> {
     processes().into_iter().filter_map(|(process, words)| stray(process, &words, dir)).collect()
 }
@@ -216,7 +222,13 @@ pub(super) fn started_in(dir: &Path) -> Vec<Member> {
 fn processes() -> Vec<(Process, Vec<String>)> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
+    let user = rustix::process::geteuid().as_raw();
     let known = |pid: i32| {
+        // Any user may start a program with any words on its command line: only this user's are believed.
+        let owner = std::fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+        if owner != user {
+            return None;
+        }
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let words = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
         Some((pid, words.collect::<Vec<_>>()))
@@ -268,10 +280,14 @@ impl Record {
                 return Record::default();
             }
         };
-        serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+        let mut record: Record = serde_json::from_slice(&bytes).unwrap_or_else(|error| {
             warn!("{} is not a record of Envoys, none is looked for: {error}", path.display());
             Record::default()
-        })
+        });
+        for kept in record.envoys.iter_mut().filter(|kept| !kept.has_own_sockets) {
+            kept.hot_restart = None;
+        }
+        record
     }
 
     pub(super) fn save(&self, path: &Path) {

@@ -57,7 +57,7 @@ mod trial;
 
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -160,7 +160,6 @@ impl Running {
         tasks.spawn_draining("envoys", |stop| {
             let supervisor = Supervisor {
                 file,
-                network: network(),
                 record: dir.join("envoys.json"),
                 output: fifo,
                 dir,
@@ -197,11 +196,6 @@ impl Running {
     }
 }
 
-/// The number of the network namespace that this process is in.
-fn network() -> u64 {
-    std::fs::metadata("/proc/self/ns/net").map_or(0, |metadata| metadata.ino())
-}
-
 async fn tell_systemd(mut status: watch::Receiver<Status>) {
     let mut ready = false;
     loop {
@@ -228,7 +222,6 @@ struct Supervisor {
     dir: PathBuf,
     record: PathBuf,
     output: PathBuf,
-    network: u64,
     status: watch::Sender<Status>,
     hangups: Signal,
     stop: Stop,
@@ -363,7 +356,7 @@ impl Supervisor {
         }
         let others = self.serving.as_ref().map(|member| &member.kept).into_iter().chain(self.leavers());
         if others.filter(|other| other.number != kept.number).all(|other| other.base_id != kept.base_id) {
-            shm::remove(kept.base_id);
+            shm::remove(kept.base_id, &self.dir);
         }
     }
 

@@ -114,14 +114,6 @@ pub(super) fn lacks(before: &Holdings, after: &Holdings) -> Result<(), String> {
     Err(format!("it is without `{first}`{others}, which the Envoy before it has: {why}"))
 }
 
-/// The number of a line of Envoys: `--base-id`. Abstract sockets are named by it, which belong to a network namespace,
-/// and a file in `/dev/shm`, which hosts in namespaces may share: so it differs by both, and with each new line.
-pub(super) fn base_id(run_dir: &Path, network: u64, line: u64) -> u32 {
-    let hash = xxh3_64(format!("{}\0{network}\0{line}", run_dir.display()).as_bytes());
-    // Envoy multiplies it by ten in 32 bits. The small numbers are those that people choose.
-    1000 + u32::try_from(hash % 400_000_000).unwrap_or_default()
-}
-
 /// A bootstrap as the supervisor starts Envoy with it: its admin interface is a socket of this Envoy's own, for its user
 /// alone. `waits`: it becomes live only when it has been told what to serve, since another Envoy serves meanwhile.
 pub(super) fn bootstrap(text: &str, admin: &Path, waits: bool) -> Result<Value, String> {
@@ -243,18 +235,5 @@ mod tests {
         }
         assert!(bootstrap("{", Path::new("/x"), true).unwrap_err().starts_with("it is not JSON: "));
         assert_eq!(bootstrap("[]", Path::new("/x"), true).unwrap_err(), "it is not a JSON object");
-    }
-
-    #[test]
-    fn lines_of_envoys_have_numbers_of_their_own_that_envoy_can_multiply() {
-        let numbers = [
-            base_id(Path::new("/run/a"), 1, 1),
-            base_id(Path::new("/run/a"), 1, 2),
-            base_id(Path::new("/run/a"), 2, 1),
-            base_id(Path::new("/run/b"), 1, 1),
-        ];
-        assert_eq!(numbers.iter().collect::<BTreeSet<_>>().len(), numbers.len());
-        assert!(numbers.iter().all(|number| number.checked_mul(10).is_some()));
-        assert_eq!(base_id(Path::new("/run/a"), 1, 1), numbers[0]);
     }
 }

@@ -1,16 +1,25 @@
-//! The memory that the Envoys of one line share.
+//! What the Envoys of one line share: the number that names the line (`--base-id`), a file in `/dev/shm`, and the sockets
+//! by which a parent and its child speak to each other.
 //!
-//! A child that starts sets a flag there, and takes it away when its parent is told to drain; every other child ends at
-//! once while it is set. One that dies in between leaves it set for ever, and with that its parent could never again be
-//! taken over from. So whoever ended the child takes the flag away.
+//! `/dev/shm` is for every user of the host. Envoy does not start where another user's file has the name of its shared
+//! memory, so that name must be one that nobody can foresee: the number is random and is put on record. The sockets are
+//! files in the supervisor's own directory. By default they would be abstract ones, which any local user may take before
+//! Envoy does, and may send to: whoever speaks to a parent as its child can have it hand over its listeners, or end.
+//!
+//! A child that starts sets a flag in the shared memory, and takes it away when its parent is told to drain; every other
+//! child ends at once while it is set. One that dies in between leaves it set for ever, and with that its parent could
+//! never again be taken over from. So whoever ended the child takes the flag away.
 //!
 //! The layout is that of `source/server/hot_restart_impl.h`: a size, a version, two mutexes, the flags. Envoy's
 //! `--hot-restart-version` is that version and that size, so this is only done where it is the layout known here.
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use rustix::process::geteuid;
 
 /// `--hot-restart-version` of Envoy 1.36 to 1.40.
 const KNOWN: &str = "11.104";
@@ -19,6 +28,46 @@ const SIZE: u64 = 104;
 /// Two words, and two mutexes of 40 bytes.
 const FLAGS_AT: u64 = 96;
 const INITIALIZING: u64 = 1;
+
+/// Where Envoy (its C library) has shared memory.
+const SHARED_MEMORY: &str = "/dev/shm";
+/// The first of the names of a line's sockets, to which Envoy adds a role and a number. See `Config` for how long they get.
+const SOCKET: &str = "hr";
+/// Numbers below are those that people choose for their own Envoys.
+const LEAST_BASE_ID: u32 = 1000;
+/// Envoy multiplies the number by ten in 32 bits, and adds that of the epoch.
+const BASE_IDS: u32 = 400_000_000;
+/// How many numbers are tried before it is an error. That two in a row are taken does not happen by chance.
+const TRIES: usize = 32;
+/// The numbers of the sockets of one line: Envoy counts its epochs modulo three.
+const NUMBERS: u64 = 10;
+
+/// Returns a number for a new line of Envoys that nobody can foresee, and of which no file is there, whoever made it.
+pub(super) fn new_base_id() -> Result<u32, String> {
+    base_id_from(random, Path::new(SHARED_MEMORY))
+}
+
+fn random() -> Result<u32, String> {
+    getrandom::u32().map_err(|error| format!("the kernel gives no random numbers: {error}"))
+}
+
+fn base_id_from(mut random: impl FnMut() -> Result<u32, String>, dir: &Path) -> Result<u32, String> {
+    for _ in 0..TRIES {
+        let base_id = LEAST_BASE_ID + random()? % BASE_IDS;
+        // Not followed: a link that leads nowhere takes the name all the same.
+        match std::fs::symlink_metadata(file_in(dir, base_id)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(base_id),
+            Ok(_) => {}
+            Err(error) => return Err(format!("could not look into {}: {error}", dir.display())),
+        }
+    }
+    Err(format!("no name is free in {} after {TRIES} tries", dir.display()))
+}
+
+/// What Envoy is told its sockets are called (`--socket-path`). Only the supervisor's user gets into `dir`.
+pub(super) fn socket(dir: &Path) -> PathBuf {
+    dir.join(SOCKET)
+}
 
 /// Takes away what a child that died left, so that the next can start.
 pub(super) fn forget_child(base_id: u32, hot_restart: &str) -> Result<(), String> {
@@ -33,12 +82,22 @@ pub(super) fn forget_child(base_id: u32, hot_restart: &str) -> Result<(), String
 }
 
 fn path(base_id: u32) -> PathBuf {
+    file_in(Path::new(SHARED_MEMORY), base_id)
+}
+
+fn file_in(dir: &Path, base_id: u32) -> PathBuf {
     // Envoy multiplies the number by ten, to have numbers for its epochs.
-    Path::new("/dev/shm").join(format!("envoy_shared_memory_{}", u64::from(base_id) * 10))
+    dir.join(format!("envoy_shared_memory_{}", u64::from(base_id) * 10))
 }
 
 fn clear(path: &Path) -> io::Result<()> {
-    let file = File::options().read(true).write(true).open(path)?;
+    // The directory is every user's: what lies there under this name may be a link, or another user's.
+    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::options().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.uid() != geteuid().as_raw() {
+        return Err(io::Error::other(format!("it is another user's: user {}", metadata.uid())));
+    }
     let word = |at: u64| -> io::Result<u64> {
         let mut bytes = [0; 8];
         file.read_exact_at(&mut bytes, at)?;
@@ -54,9 +113,20 @@ fn clear(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Envoy leaves the file behind when it is killed.
-pub(super) fn remove(base_id: u32) {
+/// Removes what an Envoy that was killed leaves behind: its shared memory, and its sockets in `dir`.
+pub(super) fn remove(base_id: u32, dir: &Path) {
     _ = std::fs::remove_file(path(base_id));
+    let first = u64::from(base_id) * NUMBERS;
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let number = name.to_str().filter(|name| name.starts_with(SOCKET)).and_then(|name| {
+            let (_, number) = name.rsplit_once('_')?;
+            number.parse::<u64>().ok()
+        });
+        if number.is_some_and(|number| (first..first + NUMBERS).contains(&number)) {
+            _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -75,9 +145,43 @@ mod tests {
         clear(&path).unwrap();
         bytes[96..].copy_from_slice(&2u64.to_ne_bytes());
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
+        // Not through a link, whoever made it.
+        let link = dir.join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(clear(&link).is_err());
         bytes[8] = 12;
         std::fs::write(&path, &bytes).unwrap();
         assert!(clear(&path).is_err());
         assert!(forget_child(1, "12.104").unwrap_err().contains("not known"));
+    }
+
+    #[test]
+    fn a_number_whose_file_is_there_is_not_used_whatever_it_is() {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        std::fs::write(file_in(&dir, 1000), "").unwrap();
+        std::os::unix::fs::symlink("/no/such", file_in(&dir, 1001)).unwrap();
+        std::fs::create_dir(file_in(&dir, 1002)).unwrap();
+        let mut next = 0..;
+        let mut in_order = || Ok(next.next().unwrap());
+        assert_eq!(base_id_from(&mut in_order, &dir), Ok(1003));
+        let stuck = base_id_from(|| Ok(1), &dir).unwrap_err();
+        assert!(stuck.ends_with("after 32 tries"), "{stuck}");
+        // The largest that can be, which Envoy multiplies by ten, and adds an epoch to.
+        let largest = base_id_from(|| Ok(BASE_IDS - 1), &dir).unwrap();
+        assert!(largest.checked_mul(10).is_some_and(|number| number.checked_add(9).is_some()));
+        let two = [new_base_id().unwrap(), new_base_id().unwrap()];
+        assert_ne!(two[0], two[1]);
+    }
+
+    #[test]
+    fn the_sockets_of_one_line_are_removed_and_those_of_another_stay() {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        let names = ["hr_parent_10000", "hr_child_10002", "hr_parent_10010", "admin.1.sock", "hr_x"];
+        for name in names {
+            std::fs::write(dir.join(name), "").unwrap();
+        }
+        remove(1000, &dir);
+        let left: Vec<_> = names.into_iter().filter(|name| dir.join(name).exists()).collect();
+        assert_eq!(left, ["hr_parent_10010", "admin.1.sock", "hr_x"]);
     }
 }

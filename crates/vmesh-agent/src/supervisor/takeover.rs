@@ -186,7 +186,13 @@ impl Supervisor {
                         "a connection that waits at that moment may be reset; `sysctl net.ipv4.tcp_migrate_req=1` prevents it"
                     );
                 }
-                Line { base_id: plan::base_id(&self.dir, self.network, self.last_number + 1), epoch: 0 }
+                match shm::new_base_id() {
+                    Ok(base_id) => Line { base_id, epoch: 0 },
+                    Err(why) => {
+                        self.serving = Some(old);
+                        return Err(why);
+                    }
+                }
             }
         };
         self.status.send_modify(|status| status.reload = Some("another Envoy starts".to_owned()));

@@ -1,9 +1,17 @@
 //! The command.
 
+use std::net::SocketAddr;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use expect_test::{Expect, expect};
-use vmesh_testkit::tempdir;
+use serde_json::Value;
+use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::report::one_line;
+use vmesh_testkit::process::Daemon;
+use vmesh_testkit::{tempdir, wait_for};
+
+const SOON: Duration = Duration::from_secs(30);
 
 fn agent(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vmesh-agent")).args(arguments).output().unwrap()
@@ -71,23 +79,43 @@ fn a_wrong_configuration_is_refused_with_every_mistake_and_exit_code_64() {
     assert_eq!(agent(&["--version"]).status.code(), Some(0));
 }
 
-#[test]
-fn a_port_that_is_taken_is_an_error_at_start() {
+#[tokio::test]
+async fn ports_that_somebody_else_took_cost_the_agent_those_ports_until_they_are_free() {
     let place = vmesh_testkit::Loopback::unique().unwrap();
-    let _taken = std::net::TcpListener::bind((place.ip(), 15020)).unwrap();
+    let taken = std::net::TcpListener::bind((place.ip(), 15020)).unwrap();
+    let taken_names = std::net::UdpSocket::bind((place.ip(), 15053)).unwrap();
     let dir = tempdir().unwrap();
     let path = dir.join("agent.yaml");
     let (dir_text, ip) = (dir.display(), place.ip());
     let config = format!(
-        "control_plane: [\"http://127.0.0.1:1\"]\nstate_dir: {dir_text}/s\nrun_dir: {dir_text}/r\nlisten: {{api: \"{ip}:15020\"}}\n"
+        "control_plane: [\"http://127.0.0.1:1\"]\nstate_dir: {dir_text}/s\nrun_dir: {dir_text}/r\n\
+         listen: {{api: \"{ip}:15020\", dns: \"{ip}:15053\"}}\n"
     );
     std::fs::write(&path, config).unwrap();
-    let output = agent(&["--config", path.to_str().unwrap()]);
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&output.stderr).replace(&ip.to_string(), "IP");
-    expect![[r#"
-        could not listen on IP:15020 for the API (`listen.api`)
-          because: Address already in use (os error 98)
-    "#]]
-    .assert_eq(&said);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmesh-agent"));
+    command.arg("--config").arg(&path);
+    let mut daemon = Daemon::spawn("vmesh-agent", command).unwrap();
+    let socket = Peer::Unix(dir.join("r/agent.sock"));
+    let mut listens = async |bound: bool| {
+        let status = wait_for(format!("both to be bound: {bound}"), SOON, async || {
+            if let Some(status) = daemon.has_exited() {
+                return Err(format!("it ended: {status}"));
+            }
+            let (_, body) =
+                fetch(&socket, http::Method::GET, "/status", SOON).await.map_err(|error| one_line(&error))?;
+            let status: Value = serde_json::from_slice(&body).unwrap();
+            let is = |what: &str| {
+                let one = &status["listen"][what];
+                one["bound"] == bound && (bound || one["reason"].is_string())
+            };
+            if is("api") && is("dns") { Ok(status) } else { Err(status.to_string()) }
+        });
+        status.await.unwrap_or_else(|failed| panic!("{failed}\n{}", daemon.output()))
+    };
+    let status = listens(false).await;
+    assert_eq!(status["listen"]["api"]["reason"], "Address already in use (os error 98)");
+    drop((taken, taken_names));
+    listens(true).await;
+    let api = Peer::Tcp(SocketAddr::new(ip, 15020));
+    assert_eq!(fetch(&api, http::Method::GET, "/healthz", SOON).await.unwrap().0, 200);
 }
