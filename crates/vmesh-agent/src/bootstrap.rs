@@ -55,6 +55,46 @@ const STATS: &[(&str, &str)] = &[
     ("suffix", "init_fetch_timeout"),
 ];
 
+/// Files that Envoy has open beside its clients' connections, at least: its listeners on each worker, event loops, logs, the
+/// stream to the agent, its admin interface, health checks.
+const LEAST_RESERVE: u64 = 64;
+/// The same where there is room: a part of the limit, since listeners grow with services,
+const RESERVED_PART: u64 = 8;
+/// but no more than so many.
+const MOST_RESERVE: u64 = 8192;
+
+/// Returns how many connections of clients Envoy may take at once, of `configured` that it is to take, when its process may have
+/// `open_files` files open. Each client costs up to two: its own connection, and one to an endpoint. An Envoy that runs out of
+/// files can neither take the next client nor be asked how it is, so it must refuse clients before that.
+pub fn most_connections(configured: u64, open_files: u64) -> u64 {
+    let reserve = (open_files / RESERVED_PART).clamp(LEAST_RESERVE, MOST_RESERVE);
+    configured.min((open_files.saturating_sub(reserve) / 2).max(1))
+}
+
+/// Lowers what `bootstrap` allows of connections to what a process that may have `open_files` files open can hold. Returns the
+/// numbers before and after, where they differ.
+pub fn fit_to_open_files(bootstrap: &mut Value, open_files: u64) -> Option<(u64, u64)> {
+    let monitors = bootstrap.pointer_mut("/overload_manager/resource_monitors")?.as_array_mut()?;
+    let mut lowered = None;
+    for monitor in monitors {
+        let Some(limit) = monitor.pointer_mut("/typed_config/max_active_downstream_connections") else {
+            continue;
+        };
+        let Some(configured) = limit.as_u64() else { continue };
+        let fits = most_connections(configured, open_files);
+        if fits < configured {
+            *limit = fits.into();
+            lowered = Some((configured, fits));
+        }
+    }
+    lowered
+}
+
+/// Returns how many files a process started by this one may have open.
+pub fn open_files() -> u64 {
+    rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
 /// The bootstrap of this node's Envoy. Nothing is in it that the agent knows anyway: what changes in here is another
 /// Envoy, and neither a new upstream nor a new agent is a reason for one.
 pub fn bootstrap(config: &Config) -> Value {
@@ -74,7 +114,11 @@ pub fn bootstrap(config: &Config) -> Value {
     }
     json!({
         "node": node,
-        "admin": {"address": {"pipe": {"path": path(config.admin_socket()), "mode": admin_mode}}},
+        "admin": {
+            "address": {"pipe": {"path": path(config.admin_socket()), "mode": admin_mode}},
+            // Envoy can be asked how it is also while it takes no more clients.
+            "ignore_global_conn_limit": true,
+        },
         "dynamic_resources": {
             "ads_config": {
                 "api_type": "DELTA_GRPC",
@@ -217,6 +261,29 @@ upstreams: [{service: off, listen: "127.0.0.1:9001"}]
             let bootstrap = bootstrap(&config).to_string();
             vmesh_testkit::envoy::validate(&bootstrap).unwrap_or_else(|said| panic!("{said}\n{bootstrap}"));
         }
+    }
+
+    #[test]
+    fn connections_leave_room_for_those_to_endpoints_and_for_being_asked() {
+        for (configured, open_files, expected) in [
+            (50_000, 1_048_576, 50_000),
+            (50_000, 65_536, 28_672),
+            (50_000, 1024, 448),
+            (50_000, 256, 96),
+            (50, 256, 50),
+            (50_000, 64, 1),
+            (50_000, 0, 1),
+            (u64::MAX, u64::MAX, (u64::MAX - 8192) / 2),
+        ] {
+            assert_eq!(most_connections(configured, open_files), expected, "{configured} {open_files}");
+        }
+        let config =
+            Config::parse("agent.yaml", br#"control_plane: ["http://127.0.0.1:15010"]"#, "web-17").unwrap();
+        let mut bootstrap = bootstrap(&config);
+        assert_eq!(fit_to_open_files(&mut bootstrap, 1_048_576), None);
+        assert_eq!(fit_to_open_files(&mut bootstrap, 256), Some((50_000, 96)));
+        assert_eq!(fit_to_open_files(&mut bootstrap, 256), None);
+        assert_eq!(fit_to_open_files(&mut json!({}), 256), None);
     }
 
     #[test]

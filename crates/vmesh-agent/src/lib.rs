@@ -149,8 +149,7 @@ impl Agent {
         capture::spawn(&mut tasks, config.clone(), reached.clone(), reached_all, capture);
         if let Some(address) = config.dns {
             let zone = config.zone_of_names.clone();
-            let (_, listening) =
-                dns::spawn(&mut tasks, address, inherited, zone, reached, captured, queries);
+            let (_, listening) = dns::spawn(&mut tasks, address, inherited, zone, reached, captured, queries);
             known.dns = Some(listening);
         }
         let answers = known.clone();

@@ -13,6 +13,8 @@ const LISTEN: u8 = 10;
 pub struct Socket {
     /// An IPv4 address is one also where the socket is of IPv6.
     pub local: SocketAddr,
+    /// The other end; unspecified where the socket listens.
+    pub remote: SocketAddr,
     state: u8,
     /// Bytes that the other end has not acknowledged.
     unacknowledged: u32,
@@ -48,13 +50,14 @@ pub fn parse(text: &str) -> impl Iterator<Item = Socket> {
     text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
         let local = address(words.nth(1)?)?;
-        let state = u8::from_str_radix(words.nth(1)?, 16).ok()?;
+        let remote = address(words.next()?)?;
+        let state = u8::from_str_radix(words.next()?, 16).ok()?;
         let (unacknowledged, _) = words.next()?.split_once(':')?;
         let retransmits = u32::from_str_radix(words.nth(1)?, 16).ok()?;
         let user = words.next()?.parse().ok()?;
         let inode = words.nth(1)?.parse().ok()?;
         let unacknowledged = u32::from_str_radix(unacknowledged, 16).ok()?;
-        Some(Socket { local, state, unacknowledged, retransmits, user, inode })
+        Some(Socket { local, remote, state, unacknowledged, retransmits, user, inode })
     })
 }
 

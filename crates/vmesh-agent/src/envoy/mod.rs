@@ -114,7 +114,12 @@ pub fn spawn(
     status: watch::Sender<Status>,
     has_config: watch::Receiver<bool>,
 ) -> Result<(), EnvoyError> {
-    let text = format!("{:#}\n", bootstrap::bootstrap(config));
+    let mut text = bootstrap::bootstrap(config);
+    if config.envoy.manage == Manage::Child {
+        // Under systemd Envoy's unit has a limit of its own, which its supervisor knows.
+        bootstrap::fit_to_open_files(&mut text, bootstrap::open_files());
+    }
+    let text = format!("{text:#}\n");
     let path = config.bootstrap();
     // The group of the run directory may read it: under systemd Envoy has a user of its own.
     fsx::write_atomically(&path, text.as_bytes(), 0o640).map_err(EnvoyError::Bootstrap)?;

@@ -8,7 +8,7 @@ use vmesh_daemon::report::one_line;
 
 use super::takeover::Why;
 use super::trial::{self, Stamp};
-use super::{STABLE, Supervisor, TICK};
+use super::{STABLE, Supervisor, TICK, serving};
 use crate::envoy::leave::{self, LOOK_SOON};
 use crate::envoy::{State, admin};
 
@@ -22,6 +22,7 @@ impl Supervisor {
     /// Looks after the Envoy that serves until it ends, and says how; `None` when the supervisor is to stop.
     pub(super) async fn attend(&mut self) -> Option<String> {
         let mut silent_since: Option<Instant> = None;
+        let mut spared_until = Instant::now();
         let mut look_at = Instant::now();
         let mut tick_at = Instant::now() + TICK;
         loop {
@@ -60,10 +61,16 @@ impl Supervisor {
                 let pause = self.look(&mut silent_since).await;
                 look_at = Instant::now() + pause;
                 let hung_after = self.config.envoy.hung_after.0;
-                if silent_since.is_some_and(|since| since.elapsed() >= hung_after)
-                    && let Some(ended) = self.kill_hung(&format!("no answer for {hung_after:?}")).await
-                {
-                    return Some(ended);
+                let is_overdue = silent_since.is_some_and(|since| since.elapsed() >= hung_after);
+                if is_overdue && Instant::now() >= spared_until {
+                    if self.is_spared().await {
+                        spared_until = Instant::now() + LOOK;
+                    } else if let Some(ended) = self
+                        .kill_hung(&format!("no answer for {hung_after:?}, and no connection is taken"))
+                        .await
+                    {
+                        return Some(ended);
+                    }
                 }
             }
             if now >= tick_at {
@@ -97,6 +104,18 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// Whether the Envoy that cannot be asked serves all the same: to end it would cost connections that are in use.
+    async fn is_spared(&self) -> bool {
+        let Some(serving) = &self.serving else { return false };
+        let Some(sign) = serving::sign_of_life(serving.pid()).await else { return false };
+        let reason = format!("its admin interface does not answer; {}", sign.reason());
+        if self.status.borrow().envoy.reason.as_ref() != Some(&reason) {
+            warn!(pid = serving.pid(), "{reason}");
+        }
+        self.set(State::Silent, |status| status.envoy.reason = Some(reason));
+        true
     }
 
     async fn kill_hung(&mut self, why: &str) -> Option<String> {
@@ -158,11 +177,18 @@ impl Supervisor {
                 if was != State::Starting || since.elapsed() > Duration::from_secs(5) {
                     if was != State::Silent {
                         warn!(
-                            "Envoy does not answer; it is killed if that lasts {:?}: {reason}",
+                            "Envoy does not answer; it is killed if that lasts {:?} and it takes no connections: {reason}",
                             self.config.envoy.hung_after.0
                         );
                     }
-                    self.set(State::Silent, |status| status.envoy.reason = Some(reason));
+                    // Why it is not ended says more than why it was not asked.
+                    let is_spared =
+                        silent_since.is_some_and(|since| since.elapsed() >= self.config.envoy.hung_after.0);
+                    self.set(State::Silent, |status| {
+                        if !is_spared || status.envoy.reason.is_none() {
+                            status.envoy.reason = Some(reason);
+                        }
+                    });
                 }
                 LOOK_SOON
             }

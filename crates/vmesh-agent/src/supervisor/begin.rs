@@ -142,8 +142,9 @@ impl Supervisor {
         waits: bool,
     ) -> Result<Member, String> {
         let path = member::bootstrap(&self.dir, kept.number);
-        let bootstrap = plan::bootstrap(&launch.bootstrap, &kept.admin(&self.dir), waits)
-            .map_err(|why| format!("{} is of no use: {why}", self.config.bootstrap().display()))?;
+        let bootstrap =
+            plan::bootstrap(&launch.bootstrap, &kept.admin(&self.dir), waits, bootstrap::open_files())
+                .map_err(|why| format!("{} is of no use: {why}", self.config.bootstrap().display()))?;
         for (path, text) in [
             (&path, bootstrap.to_string().as_bytes()),
             (&member::source(&self.dir, kept.number), launch.bootstrap.as_bytes()),

@@ -22,7 +22,7 @@ impl Ports {
 }
 
 /// Of the network that the process is in.
-fn table(process: impl Display) -> io::Result<Vec<Socket>> {
+pub(super) fn table(process: impl Display) -> io::Result<Vec<Socket>> {
     let read = |name| std::fs::read_to_string(format!("/proc/{process}/net/{name}"));
     // The second is not there where the kernel has no IPv6.
     let (tcp, tcp6) = (read("tcp")?, read("tcp6").unwrap_or_default());
@@ -30,7 +30,7 @@ fn table(process: impl Display) -> io::Result<Vec<Socket>> {
 }
 
 /// Of the sockets that the process has open.
-fn numbers(pid: i32) -> io::Result<HashSet<u64>> {
+pub(super) fn numbers(pid: i32) -> io::Result<HashSet<u64>> {
     let mut numbers = HashSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
         // One that was closed meanwhile is nobody's.

@@ -104,17 +104,31 @@ impl Supervisor {
         }
     }
 
-    /// Ends the one that has been leaving for longest, with the connections that it still has.
-    pub(super) async fn end_oldest(&mut self) {
-        let Some(kept) = self.leavers().next().cloned() else { return };
-        warn!(
-            pid = kept.pid(),
-            "this Envoy is ended, with the connections that it still has: it is the third"
-        );
-        if let Some(mut process) = kept.process() {
-            leave::end(&mut process).await;
+    /// Ends those that have no clients any more.
+    pub(super) async fn end_idle_leavers(&mut self) {
+        let ports = Ports::now();
+        let idle: Vec<Kept> = self
+            .leavers
+            .iter()
+            .filter(|leaver| !leaver.has_clients(&ports))
+            .map(|leaver| leaver.kept.clone())
+            .collect();
+        for kept in idle {
+            // The parent of the one that serves is that one's to end: it aborts when it finds that gone.
+            let is_parent =
+                self.serving.as_ref().is_some_and(|serving| serving.kept.parent == Some(kept.number));
+            if is_parent && kept.process().is_some() {
+                continue;
+            }
+            info!(
+                pid = kept.pid(),
+                "this Envoy has no clients any more and is ended: another one takes over"
+            );
+            if let Some(mut process) = kept.process() {
+                leave::end(&mut process).await;
+            }
+            self.has_left(kept.number);
         }
-        self.has_left(kept.number);
     }
 
     /// Lets all of them leave, and ends them.

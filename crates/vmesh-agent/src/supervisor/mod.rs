@@ -39,6 +39,7 @@
 //! | [`plan`]      | all that is judged without asking anybody: pure                                     |
 //! | [`trial`]     | what can be known of a binary and a bootstrap before                                |
 //! | `ports`       | Envoy's capture ports, kept from others while it is away                            |
+//! | `serving`     | whether one that cannot be asked serves all the same                                |
 //! | `member`, `orphan`, `shm`, `clients` | one Envoy: its record, its parents, its memory, who is connected |
 
 mod adopt;
@@ -50,6 +51,7 @@ mod member;
 mod orphan;
 mod plan;
 mod ports;
+mod serving;
 mod shm;
 mod status;
 mod takeover;

@@ -7,6 +7,8 @@ use std::time::Duration;
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::bootstrap::fit_to_open_files;
+
 /// So many Envoys that only take leave there may be at once, beside the one that serves: each is a whole Envoy's memory.
 pub(super) const MOST_LEAVING: usize = 2;
 
@@ -115,15 +117,17 @@ pub(super) fn lacks(before: &Holdings, after: &Holdings) -> Result<(), String> {
 }
 
 /// A bootstrap as the supervisor starts Envoy with it: its admin interface is a socket of this Envoy's own, for its user
-/// alone. `waits`: it becomes live only when it has been told what to serve, since another Envoy serves meanwhile.
-pub(super) fn bootstrap(text: &str, admin: &Path, waits: bool) -> Result<Value, String> {
+/// alone, and it takes no more clients than a process with `open_files` can hold. `waits`: it becomes live only when it has been
+/// told what to serve, since another Envoy serves meanwhile.
+pub(super) fn bootstrap(text: &str, admin: &Path, waits: bool, open_files: u64) -> Result<Value, String> {
     let mut bootstrap: Value =
         serde_json::from_str(text).map_err(|error| format!("it is not JSON: {error}"))?;
     let Some(fields) = bootstrap.as_object_mut() else {
         return Err("it is not a JSON object".to_owned());
     };
     let pipe = serde_json::json!({"path": admin.display().to_string(), "mode": 0o600});
-    fields.insert("admin".to_owned(), serde_json::json!({"address": {"pipe": pipe}}));
+    let admin = serde_json::json!({"address": {"pipe": pipe}, "ignore_global_conn_limit": true});
+    fields.insert("admin".to_owned(), admin);
     if waits {
         for kind in ["cds_config", "lds_config"] {
             let source = fields.get_mut("dynamic_resources").and_then(|dynamic| dynamic.get_mut(kind));
@@ -132,6 +136,7 @@ pub(super) fn bootstrap(text: &str, admin: &Path, waits: bool) -> Result<Value, 
             }
         }
     }
+    fit_to_open_files(&mut bootstrap, open_files);
     Ok(bootstrap)
 }
 
@@ -225,15 +230,18 @@ mod tests {
     fn the_admin_interface_is_this_envoys_own_and_one_that_takes_over_waits_to_be_told() {
         let text = r#"{"admin": {"address": {"socket_address": {}}},
             "dynamic_resources": {"cds_config": {"ads": {}, "initial_fetch_timeout": "10s"}, "lds_config": {}}}"#;
-        let pipe = json!({"address": {"pipe": {"path": "/run/x/admin.1.sock", "mode": 384}}});
-        let first = bootstrap(text, Path::new("/run/x/admin.1.sock"), false).unwrap();
+        let pipe = json!({
+            "address": {"pipe": {"path": "/run/x/admin.1.sock", "mode": 384}},
+            "ignore_global_conn_limit": true,
+        });
+        let first = bootstrap(text, Path::new("/run/x/admin.1.sock"), false, 1024).unwrap();
         assert_eq!(first["admin"], pipe);
         assert_eq!(first["dynamic_resources"]["cds_config"]["initial_fetch_timeout"], "10s");
-        let next = bootstrap(text, Path::new("/run/x/admin.1.sock"), true).unwrap();
+        let next = bootstrap(text, Path::new("/run/x/admin.1.sock"), true, 1024).unwrap();
         for kind in ["cds_config", "lds_config"] {
             assert_eq!(next["dynamic_resources"][kind]["initial_fetch_timeout"], "0s");
         }
-        assert!(bootstrap("{", Path::new("/x"), true).unwrap_err().starts_with("it is not JSON: "));
-        assert_eq!(bootstrap("[]", Path::new("/x"), true).unwrap_err(), "it is not a JSON object");
+        assert!(bootstrap("{", Path::new("/x"), true, 1024).unwrap_err().starts_with("it is not JSON: "));
+        assert_eq!(bootstrap("[]", Path::new("/x"), true, 1024).unwrap_err(), "it is not a JSON object");
     }
 }

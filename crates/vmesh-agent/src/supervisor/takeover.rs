@@ -13,6 +13,7 @@ use super::member::{Kept, Launch, Line, Member, Role};
 use super::plan::{self, Holdings, How, MOST_LEAVING, Parent};
 use super::trial::{self, Binary};
 use super::{Supervisor, shm};
+use crate::bootstrap::open_files;
 use crate::envoy::admin;
 use crate::envoy::leave::{self, LOOK_SOON};
 
@@ -95,13 +96,18 @@ impl Supervisor {
             Err(why) => return Reload::Failed(why),
         };
         if self.leavers.len() >= MOST_LEAVING {
-            if why != Why::Asked {
-                return Reload::Later(format!(
-                    "{} Envoys still take leave of their clients",
-                    self.leavers.len()
-                ));
-            }
-            self.end_oldest().await;
+            self.end_idle_leavers().await;
+        }
+        // One without clients that the next of its line ends does not count.
+        let ended_by_next = usize::from(self.parent() == Parent::Idle);
+        // However often it is asked for: a reload cuts no connection.
+        if self.leavers.len() - ended_by_next.min(self.leavers.len()) >= MOST_LEAVING {
+            return Reload::Later(format!(
+                "{} Envoys still take leave of their clients, for {:?} at most after they were relieved, and each more costs the \
+                 memory of a whole Envoy; `systemctl restart vmesh-envoy` does not wait, and cuts connections",
+                self.leavers.len(),
+                self.stay()
+            ));
         }
         // Whoever takes over has to be told what to serve.
         if let Err(error) = self.agent_listens().await {
@@ -145,8 +151,9 @@ impl Supervisor {
         let binary = trial::ask(&launch.program)
             .await
             .map_err(|why| format!("{} does not run: {why}", launch.program.display()))?;
-        let bootstrap = plan::bootstrap(&launch.bootstrap, &self.dir.join("admin.trial.sock"), false)
-            .map_err(|why| format!("{} is of no use: {why}", self.config.bootstrap().display()))?;
+        let bootstrap =
+            plan::bootstrap(&launch.bootstrap, &self.dir.join("admin.trial.sock"), false, open_files())
+                .map_err(|why| format!("{} is of no use: {why}", self.config.bootstrap().display()))?;
         let (dump, before) = match serving.admin_closed {
             false => self.dump(serving).await?,
             true => (Value::Null, Holdings::default()),

@@ -44,6 +44,8 @@ pub(crate) enum HostError {
     },
     #[error("{command} failed: {said}")]
     Failed { command: String, said: String },
+    #[error("{unit}'s change is taken back, and its files are as they were: {why}")]
+    TakenBack { unit: &'static str, why: String },
     #[error("{0}")]
     Cannot(String),
 }

@@ -546,3 +546,100 @@ fn foreseen(dir: &Path, line: u64) -> u32 {
     let hash = xxhash_rust::xxh3::xxh3_64(format!("{}\0{network}\0{line}", dir.display()).as_bytes());
     1000 + u32::try_from(hash % 400_000_000).unwrap()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_with_few_file_descriptors_refuses_clients_before_it_runs_out_and_is_never_taken_for_one_that_hangs()
+ {
+    let mut host = Host::new();
+    host.settings += ", hung_after: 4s";
+    let (_control_plane, _app) = serving(&host).await;
+    host.write_bootstrap();
+    let mut command = Command::new("prlimit");
+    command
+        .args(["--nofile=256:256", env!("CARGO_BIN_EXE_vmesh-agent"), "envoy", "--config"])
+        .arg(host.file());
+    let daemon = Daemon::spawn("vmesh-agent envoy", command).unwrap();
+    let mut supervisor = Supervisor { daemon, socket: Peer::Unix(host.dir().join("status.sock")) };
+    let first = supervisor.is_live().await;
+    let mut served = Vec::new();
+    let mut refused = 0;
+    for _ in 0..140 {
+        let mut stream = TcpStream::connect(echo_through_envoy(&host)).await.unwrap();
+        if echoes(&mut stream).await { served.push(stream) } else { refused += 1 }
+    }
+    assert!(served.len() >= 80 && refused >= 40, "{} are served, {refused} are refused", served.len());
+    // For longer than it takes to be taken for one that hangs.
+    let until = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < until {
+        let (_, said) = supervisor.get("/server_info").await;
+        assert!(said.contains("\"LIVE\""), "{said}");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let status = supervisor.is_live().await;
+    assert_eq!((&status["pid"], &status["restarts"]), (&first["pid"], &0.into()), "{status}");
+    for stream in &mut served {
+        assert!(echoes(stream).await);
+    }
+}
+
+/// Whether a word comes back.
+async fn echoes(stream: &mut TcpStream) -> bool {
+    let mut word = [0; 4];
+    stream.write_all(b"echo").await.is_ok() && stream.read_exact(&mut word).await.is_ok() && word == *b"echo"
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_envoy_that_only_cannot_be_asked_is_not_ended() {
+    let mut host = Host::new();
+    host.settings += ", hung_after: 2s";
+    let (_control_plane, _app) = serving(&host).await;
+    let mut supervisor = host.supervise();
+    let first = supervisor.is_live().await;
+    let clients = Clients::that_stay(&host).await;
+    for socket in host.files("admin.") {
+        std::fs::remove_file(host.dir().join(socket)).unwrap();
+    }
+    let spared = |status: &Value| {
+        status["reason"].as_str().is_some_and(|reason| reason.contains("takes connections all the same"))
+    };
+    let status = supervisor.is("an Envoy that is spared", spared).await;
+    assert_eq!(status["state"], "silent");
+    // It would have been ended twice by now.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let status = supervisor.is("an Envoy that is spared", spared).await;
+    assert_eq!((&status["pid"], &status["restarts"]), (&first["pid"], &0.into()), "{status}");
+    clients.lost_nothing().await;
+    // One that serves nobody, either, is.
+    kill_process(pid(&first), Signal::STOP).unwrap();
+    supervisor.is("another Envoy", |status| status["restarts"] == 1 && status["state"] == "live").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn however_often_a_reload_is_asked_for_no_connection_is_cut() {
+    let host = Host::new();
+    let (_control_plane, _app) = serving(&host).await;
+    let mut supervisor = host.supervise();
+    supervisor.is_live().await;
+    let mut streams = vec![Stream::open(&host).await];
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..8 {
+        supervisor.hang_up();
+        // Either another one has taken over by then, or this one waits.
+        let settled = |status: &Value| {
+            let reload = status["reload"].as_str();
+            status["state"] == "live" && reload.is_none_or(|reload| reload.starts_with("a reload waits"))
+        };
+        let status = supervisor.is("the end of a reload, or one that waits", settled).await;
+        if seen.insert(status["pid"].to_string()) {
+            streams.push(Stream::open(&host).await);
+        }
+        assert!(status["leaving"].as_array().unwrap().len() <= 2, "{status}");
+        for stream in &mut streams {
+            stream.lives().await;
+        }
+    }
+    assert!(seen.len() >= 2, "{seen:?}");
+    // Once they are gone, so are those that served them.
+    drop(streams);
+    host.one_is_left().await;
+}

@@ -1,42 +1,86 @@
 //! `vmeshctl dns`: that this host's resolver asks the agent for names of the mesh, and for nothing else.
 //!
 //! What is written has its own file (or its own marks in `/etc/hosts`), so that it can be taken away whatever happened since.
+//! Suffix, server and the agent's socket are those of `agent.yaml`, as `vmesh-agent --check --json` tells them.
 
+mod change;
+mod resolver;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use http::{Method, StatusCode};
-use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::fetch::{Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
-use vmesh_dns::host::{
-    DNSMASQ, PLAIN_RESOLV_CONF, RESOLVED_DELEGATE, RESOLVED_DROP_IN, RESOLVED_NEGATIVE_ANCHOR, dnsmasq,
-    resolved_delegate, resolved_drop_in, resolved_negative_anchor, with_hosts_block, without_hosts_block,
-};
+use vmesh_dns::host::{PLAIN_RESOLV_CONF, with_hosts_block, without_hosts_block};
 use vmesh_dns::table::Suffix;
 use vmesh_dns::{Addresses, Table, Zone};
 
 use super::HostError;
 use super::capture::run;
+use super::doctor::{Config, read_configuration};
+use change::{Change, Wanted, foreign_names};
+use resolver::{FILES, Resolver};
+
+pub(crate) use resolver::wiring;
 
 const HOSTS: &str = "/etc/hosts";
 const MAX_FILE: u64 = 64 << 20;
 /// What keeps the block in `/etc/hosts`.
 const HOSTS_UNIT: &str = "vmesh-hosts.service";
+/// The user whose agent is believed, beside root and the user who asks.
+const AGENT_USER: &str = "vmesh-agent";
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// How often `sync --watch` looks for other names.
+const SYNC_EVERY: Duration = Duration::from_secs(2);
+
+/// Where the agent's API is asked for names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum AgentAddress {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+}
+
+impl std::str::FromStr for AgentAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<AgentAddress, String> {
+        match text.strip_prefix("unix:") {
+            Some(path) if !path.is_empty() => Ok(AgentAddress::Unix(path.into())),
+            _ => match text.parse() {
+                Ok(address) => Ok(AgentAddress::Tcp(address)),
+                Err(_) => Err("`unix:PATH` or an IP address and a port".to_owned()),
+            },
+        }
+    }
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct Dns {
-    /// Where the agent answers names (`listen.dns`).
-    #[arg(long, global = true, value_name = "ADDRESS", default_value = "127.0.0.1:15053")]
-    server: SocketAddr,
-    /// What names of the mesh end with (`dns.suffix`).
-    #[arg(long, global = true, value_name = "DOMAIN", default_value = "mesh")]
-    suffix: Suffix,
-    /// The agent's API (`listen.api`).
-    #[arg(long, global = true, value_name = "ADDRESS", default_value = "127.0.0.1:15020")]
-    agent: SocketAddr,
+    /// Where the agent answers names, if not at `listen.dns` of its configuration.
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    server: Option<SocketAddr>,
+    /// What names of the mesh end with, if not with `dns.suffix` of the agent's configuration.
+    #[arg(long, global = true, value_name = "DOMAIN")]
+    suffix: Option<Suffix>,
+    /// The agent's API, if not the socket of its configuration: `unix:PATH`, or `ADDRESS:PORT`, where only a port of root's, of
+    /// the agent's user or of your own is believed.
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    agent: Option<AgentAddress>,
+    /// The configuration of the agent.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        default_value = "/etc/vmesh/agent.yaml",
+        env = "VMESH_AGENT_CONFIG"
+    )]
+    config: PathBuf,
     /// Files are below this directory, and nothing is restarted unless it is `/`.
     #[arg(long, global = true, value_name = "DIR", default_value = "/")]
     root: PathBuf,
@@ -51,9 +95,17 @@ enum Say {
         /// Which one the host has.
         #[arg(long, value_enum, default_value = "auto")]
         resolver: Resolver,
+        /// A name outside the mesh that has to be found after the change as before, else it is taken back. The host's control
+        /// planes, time servers and package sources are looked up in any case.
+        #[arg(long, value_name = "NAME")]
+        keep: Vec<String>,
     },
     /// Take away what `enable` and `sync` wrote.
-    Disable,
+    Disable {
+        /// A name outside the mesh that has to be found after the change as before.
+        #[arg(long, value_name = "NAME")]
+        keep: Vec<String>,
+    },
     /// Write the names that the agent has now to /etc/hosts, for hosts with nothing but a plain resolv.conf.
     Sync {
         /// Go on doing so, every two seconds, where they change.
@@ -62,37 +114,107 @@ enum Say {
     },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Resolver {
-    Auto,
-    Resolved,
-    Dnsmasq,
-    Hosts,
+/// How the agent is to be asked: from its configuration, as far as the command line does not say otherwise.
+#[derive(Debug, Clone)]
+struct Settings {
+    /// `None` where the agent is configured to answer no names.
+    server: Option<SocketAddr>,
+    suffix: Suffix,
+    agent: AgentAddress,
+    control_planes: Vec<String>,
 }
 
-/// What is to be written, and what is to be restarted then.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Wiring {
-    files: Vec<(&'static str, String)>,
-    unit: &'static str,
+impl Settings {
+    /// What is built in, where there is no `agent.yaml`.
+    fn built_in() -> Settings {
+        Settings {
+            server: Some(SocketAddr::from(([127, 0, 0, 1], 15053))),
+            suffix: Suffix::default(),
+            agent: AgentAddress::Unix("/run/vmesh/agent.sock".into()),
+            control_planes: Vec::new(),
+        }
+    }
+
+    async fn of(ask: &Dns) -> Result<Settings, HostError> {
+        let mut settings = match read_configuration(&ask.config).await {
+            Config::Missing(_) => Settings::built_in(),
+            Config::Refused(why) => {
+                return Err(HostError::Cannot(format!(
+                    "vmesh-agent refuses {}, which says the suffix and where names are answered: {why}",
+                    ask.config.display()
+                )));
+            }
+            Config::Unseen(why) => {
+                return Err(HostError::Cannot(format!(
+                    "{} says the suffix and where names are answered, and could not be read: {why}",
+                    ask.config.display()
+                )));
+            }
+            Config::Read(outline) => Settings {
+                server: outline.dns,
+                suffix: outline.suffix.parse().map_err(|error| HostError::Cannot(format!("{error}")))?,
+                agent: AgentAddress::Unix(outline.api_socket()),
+                control_planes: outline.control_planes.clone(),
+            },
+        };
+        settings.server = ask.server.or(settings.server);
+        if let Some(suffix) = &ask.suffix {
+            settings.suffix = suffix.clone();
+        }
+        if let Some(agent) = &ask.agent {
+            settings.agent = agent.clone();
+        }
+        Ok(settings)
+    }
 }
 
 pub(crate) async fn dns(ask: &Dns) -> Result<String, HostError> {
     match &ask.say {
         None => Ok(status(ask)),
-        Some(Say::Enable { resolver }) => enable(ask, *resolver).await,
-        Some(Say::Disable) => disable(ask),
-        Some(Say::Sync { watch: false }) => sync(ask).await,
-        Some(Say::Sync { watch: true }) => loop {
-            // An agent that is away for a while leaves the names as they are.
-            match sync(ask).await {
-                Ok(said) if said.is_empty() => {}
-                Ok(said) => print!("{said}"),
-                Err(error) => eprintln!("{}", vmesh_daemon::report::one_line(&error)),
-            }
-            tokio::time::sleep(Duration::from_secs(2)).await;
-        },
+        Some(Say::Enable { resolver, keep }) => enable(ask, &Settings::of(ask).await?, *resolver, keep).await,
+        // Whatever the configuration says by now, or whether there is one: what was written is taken away.
+        Some(Say::Disable { keep }) => disable(ask, keep),
+        Some(Say::Sync { watch: false }) => sync(&ask.root, &Settings::of(ask).await?).await,
+        Some(Say::Sync { watch: true }) => watch(ask).await,
     }
+}
+
+/// Keeps the names in the hosts file until it is stopped. An agent that is away for a while leaves them as they are.
+async fn watch(ask: &Dns) -> Result<String, HostError> {
+    let mut settings = Settings::of(ask).await?;
+    let mut read = modified(&ask.config);
+    let mut last = String::new();
+    loop {
+        let now = modified(&ask.config);
+        if now != read {
+            match Settings::of(ask).await {
+                Ok(changed) => (settings, read) = (changed, now),
+                Err(error) => say_once(&mut last, vmesh_daemon::report::one_line(&error)),
+            }
+        }
+        match sync(&ask.root, &settings).await {
+            Ok(said) => {
+                if !said.is_empty() {
+                    print!("{said}");
+                }
+                last.clear();
+            }
+            Err(error) => say_once(&mut last, vmesh_daemon::report::one_line(&error)),
+        }
+        tokio::time::sleep(SYNC_EVERY).await;
+    }
+}
+
+/// The same is not said every two seconds.
+fn say_once(last: &mut String, said: String) {
+    if *last != said {
+        eprintln!("{said}");
+        *last = said;
+    }
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
 }
 
 fn at(root: &Path, path: &str) -> PathBuf {
@@ -110,178 +232,57 @@ fn status(ask: &Dns) -> String {
     format!("resolver      {resolver}\nasks vmesh    {by}\n")
 }
 
-/// Which resolver the host has, and by what it is told to ask the agent.
-pub(crate) fn wiring(root: &Path) -> (&'static str, Option<String>) {
-    let files = [RESOLVED_DELEGATE, RESOLVED_DROP_IN, RESOLVED_NEGATIVE_ANCHOR, DNSMASQ];
-    let written: Vec<_> = files.into_iter().filter(|file| at(root, file).exists()).collect();
-    let hosts = read(root, HOSTS).is_some_and(|hosts| hosts.contains("# vmesh begin"));
-    let by = match (written.is_empty(), hosts) {
-        (false, _) => Some(written.join(", ")),
-        (true, true) => Some(format!("the block of vmesh in {HOSTS}")),
-        (true, false) => None,
+async fn enable(
+    ask: &Dns,
+    settings: &Settings,
+    resolver: Resolver,
+    keep: &[String],
+) -> Result<String, HostError> {
+    let suffix = &settings.suffix;
+    let Some(server) = settings.server else {
+        return Err(HostError::Cannot(format!(
+            "by {} the agent answers no names: let it capture outbound connections, or give it `listen: {{dns: \"127.0.0.1:15053\"}}`",
+            ask.config.display()
+        )));
     };
-    (name(detect(root)), by)
-}
-
-fn name(resolver: Resolver) -> &'static str {
-    match resolver {
-        Resolver::Resolved => "systemd-resolved",
-        Resolver::Dnsmasq => "dnsmasq",
-        Resolver::Hosts | Resolver::Auto => "the C library alone, by /etc/resolv.conf",
-    }
-}
-
-/// Which resolver this host asks.
-fn detect(root: &Path) -> Resolver {
-    let resolv = read(root, "/etc/resolv.conf").unwrap_or_default();
-    let asks = |server: &str| {
-        resolv.lines().any(|line| line.split_whitespace().collect::<Vec<_>>() == ["nameserver", server])
-    };
-    let nss = read(root, "/etc/nsswitch.conf").unwrap_or_default();
-    let by_nss = nss.lines().any(|line| line.starts_with("hosts:") && line.contains("resolve"));
-    let runs = at(root, "/run/systemd/resolve/stub-resolv.conf").exists();
-    if runs && (asks("127.0.0.53") || asks("127.0.0.54") || by_nss) {
-        Resolver::Resolved
-    } else if at(root, "/etc/dnsmasq.d").is_dir() && (asks("127.0.0.1") || asks("::1")) {
-        Resolver::Dnsmasq
-    } else {
-        Resolver::Hosts
-    }
-}
-
-/// What the `DNS=` and `DNSSEC=` of resolved's configuration say, by file.
-fn resolved_settings(root: &Path) -> Vec<(PathBuf, String)> {
-    let dirs =
-        ["/usr/lib/systemd/resolved.conf.d", "/run/systemd/resolved.conf.d", "/etc/systemd/resolved.conf.d"];
-    let mut files = vec![at(root, "/etc/systemd/resolved.conf")];
-    for dir in dirs {
-        let entries = std::fs::read_dir(at(root, dir)).into_iter().flatten().flatten();
-        files.extend(
-            entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "conf")),
-        );
-    }
-    let ours = at(root, RESOLVED_DROP_IN);
-    files.retain(|file| *file != ours);
-    files.sort();
-    let mut settings = Vec::new();
-    for file in files {
-        let text = std::fs::read_to_string(&file).unwrap_or_default();
-        let lines = text.lines().map(str::trim).filter(|line| line.starts_with("DNS"));
-        settings.extend(lines.map(|line| (file.clone(), line.to_owned())));
-    }
-    settings
-}
-
-/// `systemd 252 (252.38-1~deb12u1)`
-fn resolved_version(said: &str) -> Option<u32> {
-    said.split_whitespace().nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-}
-
-/// What makes systemd-resolved of this version, with these settings, ask for the zone.
-fn for_resolved(
-    version: u32,
-    settings: &[(PathBuf, String)],
-    server: SocketAddr,
-    suffix: &Suffix,
-) -> Result<Wiring, HostError> {
-    let value = |line: &str, key: &str| {
-        let value = line.strip_prefix(key)?.trim_start().strip_prefix('=')?.trim();
-        (!value.is_empty()).then(|| value.to_owned())
-    };
-    let mut files = Vec::new();
-    if version >= 258 {
-        files.push((RESOLVED_DELEGATE, resolved_delegate(server, suffix)));
-    } else {
-        if let Some((file, line)) = settings.iter().find(|(_, line)| value(line, "DNS").is_some()) {
-            return Err(HostError::Cannot(format!(
-                "systemd-resolved {version} asks one server of its configuration for everything, and {} has `{line}`: move that \
-                 server to a link (a .network file, `DNS=` there), or use systemd 258, or dnsmasq, or `--resolver hosts`",
-                file.display()
-            )));
-        }
-        files.push((RESOLVED_DROP_IN, resolved_drop_in(server, suffix)));
-    }
-    let validates =
-        |line: &str| value(line, "DNSSEC").is_some_and(|value| ["yes", "true"].contains(&&*value));
-    if settings.iter().any(|(_, line)| validates(line)) {
-        files.push((RESOLVED_NEGATIVE_ANCHOR, resolved_negative_anchor(suffix)));
-    }
-    Ok(Wiring { files, unit: "systemd-resolved" })
-}
-
-async fn enable(ask: &Dns, resolver: Resolver) -> Result<String, HostError> {
-    let resolver = if resolver == Resolver::Auto { detect(&ask.root) } else { resolver };
-    let wiring = match resolver {
-        Resolver::Resolved => {
-            let version = match live(ask) {
-                true => resolved_version(&run(Command::new("resolvectl").arg("--version"))?),
-                false => Some(252),
-            };
-            let version =
-                version.ok_or_else(|| HostError::Cannot("resolvectl does not say its version".to_owned()))?;
-            for_resolved(version, &resolved_settings(&ask.root), ask.server, &ask.suffix)?
-        }
-        Resolver::Dnsmasq => {
-            Wiring { files: vec![(DNSMASQ, dnsmasq(ask.server, &ask.suffix))], unit: "dnsmasq" }
-        }
-        Resolver::Hosts | Resolver::Auto => {
-            let said = sync(ask).await?;
-            if live(ask) {
-                run(Command::new("systemctl").args(["enable", "--now", HOSTS_UNIT]))?;
+    let wiring = match if resolver == Resolver::Auto { resolver::detect(&ask.root) } else { resolver } {
+        Resolver::Resolved => match resolver::for_this_resolved(&ask.root, live(ask), server, suffix) {
+            // One that cannot be told of one zone costs the host no name: the names are written to its hosts file.
+            Err(HostError::Cannot(why)) if resolver == Resolver::Auto => {
+                let said = enable_hosts(ask, settings).await?;
+                return Ok(format!("{why}\nSo the names go to {HOSTS}, as by `--resolver hosts`.\n{said}"));
             }
-            return Ok(format!("{PLAIN_RESOLV_CONF}\n{said}{HOSTS_UNIT} keeps the block up to date\n"));
+            wiring => wiring?,
+        },
+        Resolver::Dnsmasq => resolver::for_dnsmasq(server, suffix),
+        Resolver::Hosts | Resolver::Auto => {
+            return Ok(format!("{PLAIN_RESOLV_CONF}\n{}", enable_hosts(ask, settings).await?));
         }
     };
-    let mut said = String::new();
-    let mut changed = false;
-    for (file, text) in &wiring.files {
-        let path = at(&ask.root, file);
-        if read(&ask.root, file).as_ref() == Some(text) {
-            continue;
-        }
-        if let Some(dir) = path.parent() {
-            std::fs::create_dir_all(dir)
-                .map_err(|cause| HostError::Run { command: format!("mkdir {}", dir.display()), cause })?;
-        }
-        // Resolvers have users of their own.
-        fsx::write_atomically(&path, text.as_bytes(), 0o644)?;
-        said += &format!("wrote {}\n", path.display());
-        changed = true;
+    let names = live(ask).then(|| foreign_names(&ask.root, keep, &settings.control_planes));
+    let files = wiring.files.into_iter().map(|(file, text)| (at(&ask.root, file), Wanted::Text(text)));
+    let said = Change { files: files.collect(), unit: wiring.unit, names: names.as_ref() }.make()?;
+    Ok(format!("{said}{} asks {server} for names below {suffix}\n", name_of(wiring.unit)))
+}
+
+fn name_of(unit: &str) -> &str {
+    if unit == "dnsmasq" { Resolver::Dnsmasq.name() } else { Resolver::Resolved.name() }
+}
+
+async fn enable_hosts(ask: &Dns, settings: &Settings) -> Result<String, HostError> {
+    let said = sync(&ask.root, settings).await?;
+    if live(ask) {
+        run(Command::new("systemctl").args(["enable", "--now", HOSTS_UNIT]))?;
     }
-    if changed && live(ask) {
-        run(Command::new("systemctl").args(["restart", wiring.unit]))?;
-        said += &format!("restarted {}\n", wiring.unit);
-    }
-    said += &format!("{} asks {} for names below {}\n", name(resolver), ask.server, ask.suffix);
-    Ok(said)
+    Ok(format!("{said}{HOSTS_UNIT} keeps the block up to date\n"))
 }
 
 fn live(ask: &Dns) -> bool {
     ask.root == Path::new("/")
 }
 
-fn disable(ask: &Dns) -> Result<String, HostError> {
+fn disable(ask: &Dns, keep: &[String]) -> Result<String, HostError> {
     let mut said = String::new();
-    let units = [
-        (RESOLVED_DELEGATE, "systemd-resolved"),
-        (RESOLVED_DROP_IN, "systemd-resolved"),
-        (RESOLVED_NEGATIVE_ANCHOR, "systemd-resolved"),
-        (DNSMASQ, "dnsmasq"),
-    ];
-    let mut restart = std::collections::BTreeSet::new();
-    for (file, unit) in units {
-        let path = at(&ask.root, file);
-        match std::fs::remove_file(&path) {
-            Ok(()) => {
-                said += &format!("removed {}\n", path.display());
-                restart.insert(unit);
-                // The directory may have been made for it. One with something else in it stays.
-                _ = path.parent().map(std::fs::remove_dir);
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(cause) => return Err(HostError::Remove { path, cause }),
-        }
-    }
     if live(ask) {
         // Where it never was enabled, that is what was wanted.
         _ = run(Command::new("systemctl").args(["disable", "--now", HOSTS_UNIT]));
@@ -291,15 +292,23 @@ fn disable(ask: &Dns) -> Result<String, HostError> {
         let without =
             without_hosts_block(&hosts).map_err(|cause| HostError::Marks { path: path.clone(), cause })?;
         if without != hosts {
-            fsx::write_atomically(&path, &without, 0o644)?;
+            replace(&path, &without)?;
             said += &format!("took the block of vmesh out of {}\n", path.display());
         }
     }
-    if live(ask) {
-        for unit in restart {
-            run(Command::new("systemctl").args(["try-restart", unit]))?;
-            said += &format!("restarted {unit}\n");
+    let names = live(ask).then(|| foreign_names(&ask.root, keep, &[]));
+    let mut failed = None;
+    for unit in FILES.map(|(_, unit)| unit).into_iter().collect::<BTreeSet<_>>() {
+        let files = FILES.into_iter().filter(|(_, of)| *of == unit);
+        let files = files.map(|(file, _)| (at(&ask.root, file), Wanted::Gone)).collect();
+        match (Change { files, unit, names: names.as_ref() }).make() {
+            Ok(done) => said += &done,
+            Err(error) => failed = Some(error),
         }
+    }
+    if let Some(error) = failed {
+        print!("{said}");
+        return Err(error);
     }
     if said.is_empty() {
         said.push_str("there was nothing of vmesh to take away\n");
@@ -307,32 +316,120 @@ fn disable(ask: &Dns) -> Result<String, HostError> {
     Ok(said)
 }
 
+/// Replaces a file that belongs to the host. A link stays one: the file behind it is replaced, and keeps its owner and its mode.
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
+    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let before = std::fs::metadata(&path).ok();
+    let mode = before.as_ref().map_or(0o644, |before| before.permissions().mode() & 0o7777);
+    fsx::write_atomically(&path, bytes, mode)?;
+    if let Some(before) = before {
+        // Only root may; whoever else could write it here was its owner.
+        _ = chown(&path, Some(before.uid()), Some(before.gid()));
+    }
+    Ok(())
+}
+
 /// Writes the agent's names to the hosts file, if they differ.
-async fn sync(ask: &Dns) -> Result<String, HostError> {
-    let peer = Peer::Tcp(ask.agent);
-    let (status, body) = fetch(&peer, Method::GET, "/names", Duration::from_secs(5))
-        .await
-        .map_err(|error| HostError::Agent(Box::new(error)))?;
-    let names: std::collections::BTreeMap<String, Vec<IpAddr>> = match status {
-        StatusCode::OK => serde_json::from_slice(&body).map_err(|_| HostError::Foreign(peer.to_string()))?,
-        _ => return Err(HostError::Foreign(peer.to_string())),
-    };
-    let path = at(&ask.root, HOSTS);
+async fn sync(root: &Path, settings: &Settings) -> Result<String, HostError> {
+    let names = names_of_agent(&settings.agent).await?;
+    let path = at(root, HOSTS);
     let hosts = match fsx::read_capped(&path, MAX_FILE) {
         Ok(hosts) => hosts,
         Err(error) if error.is_not_found() => Vec::new(),
         Err(error) => return Err(error.into()),
     };
-    let with = with_hosts_block(&hosts, &table(&ask.suffix, &names))
-        .map_err(|cause| HostError::Marks { path: path.clone(), cause })?;
+    let table = table(&settings.suffix, &names);
+    let written = table.iter().count();
+    if let (0, Some(other)) = (written, names.keys().next()) {
+        return Err(HostError::Cannot(format!(
+            "none of the agent's {} names ends with `.{}`: `{}` does not; the agent runs with another `dns.suffix` than its \
+             configuration says by now (`systemctl restart vmesh-agent`), or `--suffix` is another",
+            names.len(),
+            settings.suffix,
+            other.escape_default()
+        )));
+    }
+    let with =
+        with_hosts_block(&hosts, &table).map_err(|cause| HostError::Marks { path: path.clone(), cause })?;
     if with == hosts {
         return Ok(String::new());
     }
-    fsx::write_atomically(&path, &with, 0o644)?;
-    Ok(format!("wrote {} names to {}\n", names.len(), path.display()))
+    replace(&path, &with)?;
+    Ok(format!("wrote {written} names to {}\n", path.display()))
 }
 
-fn table(suffix: &Suffix, names: &std::collections::BTreeMap<String, Vec<IpAddr>>) -> Table {
+/// Asks the agent for its names. Only an agent of root's, of `vmesh-agent`'s or of this user's own is believed: any user of the
+/// host could listen at a port, and would say what all of its programs find.
+async fn names_of_agent(agent: &AgentAddress) -> Result<BTreeMap<String, Vec<IpAddr>>, HostError> {
+    let users = believed_users();
+    let (peer, answer) = match agent {
+        AgentAddress::Unix(path) => {
+            (Peer::Unix(path.clone()), fetch_from_users(path, &users, "/names", ANSWERS_WITHIN).await)
+        }
+        AgentAddress::Tcp(address) => {
+            let before = listeners_at(*address, &users)?;
+            let answer = fetch(&Peer::Tcp(*address), Method::GET, "/names", ANSWERS_WITHIN).await;
+            // The very sockets that were judged have answered.
+            if listeners_at(*address, &users)? != before {
+                return Err(HostError::Foreign(address.to_string()));
+            }
+            (Peer::Tcp(*address), answer)
+        }
+    };
+    let (status, body) = answer.map_err(|error| HostError::Agent(Box::new(error)))?;
+    match status {
+        StatusCode::OK => serde_json::from_slice(&body).map_err(|_| HostError::Foreign(peer.to_string())),
+        _ => Err(HostError::Foreign(peer.to_string())),
+    }
+}
+
+/// Returns the users whose agent is believed, by their ids.
+pub(crate) fn believed_users() -> Vec<u32> {
+    let mut users = vec![0, rustix::process::geteuid().as_raw()];
+    let of_agent = |passwd: &str| {
+        let fields = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        fields
+            .filter(|fields| fields.first() == Some(&AGENT_USER))
+            .find_map(|fields| fields.get(2)?.parse::<u32>().ok())
+    };
+    // The package makes a user of this host. Somebody else's directory may name one instead, and may hang.
+    let known = read(Path::new("/"), "/etc/passwd").as_deref().and_then(of_agent);
+    users.extend(known.or_else(|| {
+        let asked = run(Command::new("timeout").args(["1", "getent", "passwd", AGENT_USER])).ok()?;
+        of_agent(&asked)
+    }));
+    users.sort_unstable();
+    users.dedup();
+    users
+}
+
+/// Returns the sockets that listen at `address`, by their numbers. It is an error if one is of another user than these.
+fn listeners_at(address: SocketAddr, users: &[u32]) -> Result<Vec<u64>, HostError> {
+    let mut numbers = Vec::new();
+    for file in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let table = std::fs::read_to_string(file).unwrap_or_default();
+        for socket in vmesh_capture::sockets::parse(&table) {
+            let ip = socket.local.ip();
+            let takes = socket.listens()
+                && socket.local.port() == address.port()
+                && (ip.is_unspecified() || ip.to_canonical() == address.ip().to_canonical());
+            if !takes {
+                continue;
+            }
+            if !users.contains(&socket.user) {
+                return Err(HostError::Cannot(format!(
+                    "a program of user {} listens at {address}, who is not believed: only users {users:?} are; the agent is \
+                     asked at `unix:PATH`, its `agent.sock`",
+                    socket.user
+                )));
+            }
+            numbers.push(socket.inode);
+        }
+    }
+    Ok(numbers)
+}
+
+fn table(suffix: &Suffix, names: &BTreeMap<String, Vec<IpAddr>>) -> Table {
     let zone = Zone { suffix: suffix.clone(), ..Zone::default() };
     let ending = format!(".{suffix}");
     let entries = names.iter().filter_map(|(name, addresses)| {
@@ -347,19 +444,17 @@ mod tests {
 
     fn ask(root: &Path) -> Dns {
         Dns {
-            server: "127.0.0.1:15053".parse().unwrap(),
-            suffix: Suffix::default(),
-            agent: "127.0.0.1:1".parse().unwrap(),
+            server: None,
+            suffix: None,
+            agent: None,
+            config: "/no/such.yaml".into(),
             root: root.to_owned(),
             say: None,
         }
     }
 
-    fn root(files: &[(&str, &str)]) -> PathBuf {
-        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let root = std::env::temp_dir().join(format!("vmeshctl-dns-{}-{number}", std::process::id()));
-        _ = std::fs::remove_dir_all(&root);
+    pub(super) fn root(files: &[(&str, &str)]) -> vmesh_testkit::TempDir {
+        let root = vmesh_testkit::tempdir().unwrap();
         for (file, text) in files {
             let path = at(&root, file);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -388,20 +483,6 @@ mod tests {
 
     const STUB: &str = "nameserver 127.0.0.53\noptions edns0\n";
 
-    #[test]
-    fn the_resolver_of_a_host_is_told_by_what_it_asks() {
-        let run = ("/run/systemd/resolve/stub-resolv.conf", STUB);
-        assert_eq!(detect(&root(&[run, ("/etc/resolv.conf", STUB)])), Resolver::Resolved);
-        let nss = ("/etc/nsswitch.conf", "hosts: files resolve [!UNAVAIL=return] dns\n");
-        assert_eq!(
-            detect(&root(&[run, nss, ("/etc/resolv.conf", "nameserver 10.0.0.2\n")])),
-            Resolver::Resolved
-        );
-        let own = ("/etc/resolv.conf", "nameserver 127.0.0.1\n");
-        assert_eq!(detect(&root(&[own, ("/etc/dnsmasq.d/README", "")])), Resolver::Dnsmasq);
-        assert_eq!(detect(&root(&[("/etc/resolv.conf", "nameserver 10.0.0.2\n")])), Resolver::Hosts);
-    }
-
     #[tokio::test]
     async fn what_is_enabled_is_taken_away_without_a_trace() {
         for (resolver, dir) in
@@ -410,35 +491,101 @@ mod tests {
             let root =
                 root(&[("/etc/resolv.conf", STUB), (dir, ""), ("/etc/hosts", "127.0.0.1 localhost\n")]);
             let before = files(&root);
-            let said = enable(&ask(&root), resolver).await.unwrap();
+            let settings = Settings::built_in();
+            let said = enable(&ask(&root), &settings, resolver, &[]).await.unwrap();
             assert!(said.contains("wrote"), "{said}");
             assert!(files(&root).len() > before.len());
-            let again = enable(&ask(&root), resolver).await.unwrap();
+            let again = enable(&ask(&root), &settings, resolver, &[]).await.unwrap();
             assert!(!again.contains("wrote"), "{again}");
-            disable(&ask(&root)).unwrap();
+            disable(&ask(&root), &[]).unwrap();
             assert_eq!(files(&root), before);
-            assert!(disable(&ask(&root)).unwrap().contains("nothing"));
+            assert!(disable(&ask(&root), &[]).unwrap().contains("nothing"));
         }
     }
 
     #[test]
-    fn a_resolved_with_a_server_of_its_own_is_told_apart_and_one_that_validates_gets_an_anchor() {
-        let server = "127.0.0.1:15053".parse().unwrap();
-        let setting = |line: &str| vec![(PathBuf::from("/etc/systemd/resolved.conf"), line.to_owned())];
-        let wiring = |version, line: &str| for_resolved(version, &setting(line), server, &Suffix::default());
-        let refused = wiring(252, "DNS=10.0.0.2").unwrap_err().to_string();
-        assert!(refused.contains("resolved.conf has `DNS=10.0.0.2`"), "{refused}");
-        assert_eq!(wiring(258, "DNS=10.0.0.2").unwrap().files.len(), 1);
-        assert_eq!(wiring(252, "DNS=").unwrap().files.len(), 1);
-        assert_eq!(wiring(252, "DNSSEC=yes").unwrap().files.len(), 2);
-        assert_eq!(wiring(252, "DNSSEC=no").unwrap().files.len(), 1);
+    fn a_hosts_file_that_is_a_link_stays_one_and_keeps_owner_and_mode() {
+        let root = root(&[("/etc/real.hosts", "127.0.0.1 localhost\n")]);
+        let (link, real) = (root.join("etc/hosts"), root.join("etc/real.hosts"));
+        std::os::unix::fs::symlink("real.hosts", &link).unwrap();
+        std::fs::set_permissions(&real, PermissionsExt::from_mode(0o664)).unwrap();
+        replace(&link, b"127.0.0.1 other\n").unwrap();
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(std::fs::read(&real).unwrap(), b"127.0.0.1 other\n");
+        assert_eq!(std::fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o664);
+    }
+
+    #[tokio::test]
+    async fn suffix_and_server_are_those_of_the_settings() {
+        let root = root(&[("/etc/dnsmasq.d/x", "")]);
+        let settings = Settings {
+            server: Some("127.0.0.1:5454".parse().unwrap()),
+            suffix: "svc.corp".parse().unwrap(),
+            ..Settings::built_in()
+        };
+        enable(&ask(&root), &settings, Resolver::Dnsmasq, &[]).await.unwrap();
+        let written = std::fs::read_to_string(root.join("etc/dnsmasq.d/vmesh.conf")).unwrap();
+        assert!(written.contains("server=/svc.corp/127.0.0.1#5454\n"), "{written}");
+        let silent = Settings { server: None, ..settings };
+        let said = enable(&ask(&root), &silent, Resolver::Dnsmasq, &[]).await.unwrap_err().to_string();
+        assert!(said.contains("answers no names"), "{said}");
+    }
+
+    /// One request, answered with `body`.
+    async fn answer(mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin, body: &str) {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut request = [0; 1024];
+        _ = stream.read(&mut request).await;
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+        _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
+    }
+
+    #[tokio::test]
+    async fn names_come_from_an_agent_of_a_user_who_is_believed_and_from_no_other() {
+        let root = root(&[("/etc/hosts", "127.0.0.1 localhost\n")]);
+        let path = root.join("agent.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let tcp = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = tcp.local_addr().unwrap();
+        let me = rustix::process::geteuid().as_raw();
+        let refused = listeners_at(address, &[me + 1]).unwrap_err().to_string();
+        assert!(refused.contains(&format!("a program of user {me} listens at {address}")), "{refused}");
+        let other = fetch_from_users(&path, &[me + 1], "/names", ANSWERS_WITHIN).await.unwrap_err();
+        assert!(vmesh_daemon::report::one_line(&other).contains("who is not believed"));
+        drop(listener.accept().await.unwrap());
+        let names = r#"{"orders.mesh": ["240.0.0.1"], "a.b.mesh": ["240.0.0.2"]}"#;
+        for agent in [AgentAddress::Unix(path), AgentAddress::Tcp(address)] {
+            let settings = Settings { agent: agent.clone(), ..Settings::built_in() };
+            let serve = async {
+                match &agent {
+                    AgentAddress::Unix(_) => answer(listener.accept().await.unwrap().0, names).await,
+                    AgentAddress::Tcp(_) => answer(tcp.accept().await.unwrap().0, names).await,
+                }
+            };
+            std::fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n").unwrap();
+            let (said, ()) = tokio::join!(sync(&root, &settings), serve);
+            assert!(said.unwrap().starts_with("wrote 2 names"));
+            let hosts = std::fs::read_to_string(root.join("etc/hosts")).unwrap();
+            assert!(hosts.contains("240.0.0.1 orders.mesh\n"), "{hosts}");
+        }
+        let settings = Settings {
+            agent: AgentAddress::Tcp(address),
+            suffix: "svc.corp".parse().unwrap(),
+            ..Settings::built_in()
+        };
+        let (said, ()) = tokio::join!(sync(&root, &settings), async {
+            answer(tcp.accept().await.unwrap().0, names).await;
+        });
+        assert!(said.unwrap_err().to_string().contains("none of the agent's 2 names ends with `.svc.corp`"));
     }
 
     #[test]
-    fn versions_are_read() {
-        assert_eq!(resolved_version("systemd 252 (252.38-1~deb12u1)\n+PAM"), Some(252));
-        assert_eq!(resolved_version("systemd 258~rc1"), Some(258));
-        assert_eq!(resolved_version(""), None);
+    fn an_agent_is_at_a_socket_or_at_a_port() {
+        let parse = |text: &str| text.parse::<AgentAddress>();
+        assert_eq!(parse("unix:/a.sock"), Ok(AgentAddress::Unix("/a.sock".into())));
+        assert_eq!(parse("127.0.0.1:15020"), Ok(AgentAddress::Tcp("127.0.0.1:15020".parse().unwrap())));
+        parse("unix:").unwrap_err();
+        parse("localhost:1").unwrap_err();
     }
 
     #[test]

@@ -57,6 +57,9 @@ pub(crate) struct Outline {
     pub(crate) state_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
     pub(crate) api: SocketAddr,
+    /// Absent in what an agent before 0.1 prints.
+    #[serde(default)]
+    pub(crate) api_socket: Option<PathBuf>,
     pub(crate) dns: Option<SocketAddr>,
     pub(crate) suffix: String,
     pub(crate) envoy: EnvoyOutline,
@@ -115,6 +118,10 @@ impl Outline {
 
     pub(crate) fn by_systemd(&self) -> bool {
         self.envoy.manage == Manage::Systemd
+    }
+
+    pub(crate) fn api_socket(&self) -> PathBuf {
+        self.api_socket.clone().unwrap_or_else(|| self.run_dir.join("agent.sock"))
     }
 
     pub(crate) fn admin_socket(&self) -> PathBuf {

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use vmesh_daemon::fetch::{Peer, fetch};
+use vmesh_daemon::fetch::{FetchError, Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_dns::ask;
@@ -108,6 +109,11 @@ fn agent_program() -> String {
     own.filter(|own| own.exists()).map_or_else(|| "vmesh-agent".into(), |own| own.display().to_string())
 }
 
+/// Reads the configuration of the agent, as the agent itself understands it.
+pub(crate) async fn read_configuration(path: &Path) -> Config {
+    read_config(&agent_program(), path).await
+}
+
 async fn read_config(agent: &str, path: &Path) -> Config {
     match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -194,7 +200,11 @@ async fn commands() -> BTreeMap<Question, Seen<Ran>> {
 }
 
 async fn get(peer: &Peer, path: &str) -> Seen<Value> {
-    let (status, body) = fetch(peer, Method::GET, path, ANSWERS).await.map_err(|error| {
+    answer_of(peer, path, fetch(peer, Method::GET, path, ANSWERS).await)
+}
+
+fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchError>) -> Seen<Value> {
+    let (status, body) = answer.map_err(|error| {
         // Whatever was asked: what could not be looked at for one reason is told once.
         let why = one_line(&error);
         format!("{peer}: {}", why.split_once("; because: ").map_or(why.as_str(), |(_, because)| because))
@@ -204,6 +214,12 @@ async fn get(peer: &Peer, path: &str) -> Seen<Value> {
         return Err(format!("{peer}{path} answered {status}: {}", said.trim()));
     }
     serde_json::from_slice(&body).map_err(|error| format!("{peer}{path} answered no JSON: {error}"))
+}
+
+/// What the agent says at its socket. What another user's program says there is not believed.
+async fn agent_says(socket: &Path, path: &str) -> Seen<Value> {
+    let answer = fetch_from_users(socket, &super::super::dns::believed_users(), path, ANSWERS).await;
+    answer_of(&Peer::Unix(socket.to_owned()), path, answer)
 }
 
 type Daemons = (
@@ -220,7 +236,7 @@ async fn daemons(outline: Option<&Outline>) -> Daemons {
         let nobody = || "there is no configuration".to_owned();
         return (BTreeMap::new(), (Names::default(), None), Err(nobody()), Err(nobody()), Err(nobody()));
     };
-    let agent = Peer::Tcp(outline.api);
+    let agent = &outline.api_socket();
     let envoy = Peer::Unix(match outline.by_systemd() {
         true => outline.envoy.run_dir.join("status.sock"),
         false => outline.admin_socket(),
@@ -230,7 +246,7 @@ async fn daemons(outline: Option<&Outline>) -> Daemons {
         false => Err("the agent starts Envoy".to_owned()),
     };
     let (status, (supervisor, server, all, unready, memory), warming, names) = tokio::join!(
-        get(&agent, "/status"),
+        agent_says(agent, "/status"),
         async {
             tokio::join!(
                 supervisor(),
@@ -241,7 +257,7 @@ async fn daemons(outline: Option<&Outline>) -> Daemons {
             )
         },
         warming(&envoy),
-        names(&agent, outline),
+        names(agent, outline),
     );
     let pid = [(&supervisor, "/pid"), (&status, "/envoy/pid")]
         .into_iter()
@@ -312,11 +328,11 @@ async fn dial(all: &Value) -> Vec<(String, SocketAddr, Seen<()>)> {
 }
 
 /// With what the host's resolver says of one of them.
-async fn names(agent: &Peer, outline: &Outline) -> (Names, Option<Seen<Ran>>) {
+async fn names(agent: &Path, outline: &Outline) -> (Names, Option<Seen<Ran>>) {
     let (resolver, wired) = super::super::dns::wiring(Path::new("/"));
     let mut names = Names { resolver: resolver.to_owned(), wired, ..Names::default() };
     let Some(server) = outline.dns else { return (names, None) };
-    if let Ok(all) = get(agent, "/names").await {
+    if let Ok(all) = agent_says(agent, "/names").await {
         names.all = serde_json::from_value(all).unwrap_or_default();
     }
     let with_address = { names.all.iter() }.find(|(_, addresses)| !addresses.is_empty());

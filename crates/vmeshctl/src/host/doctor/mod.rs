@@ -24,7 +24,9 @@ use std::time::Instant;
 use clap::Args;
 
 use super::HostError;
+pub(crate) use facts::Config;
 use facts::Facts;
+pub(crate) use gather::read_configuration;
 pub(crate) use report::Report;
 
 #[derive(Debug, Args)]

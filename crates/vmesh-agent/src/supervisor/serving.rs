@@ -1,0 +1,147 @@
+//! Whether an Envoy that does not answer at its admin interface serves all the same: by what the kernel says of its sockets.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+use vmesh_capture::sockets::Socket;
+
+use super::clients;
+use crate::envoy::leave::LOOK_SOON;
+
+/// For a connection to be taken by one of Envoy's workers.
+const TAKEN_WITHIN: Duration = Duration::from_secs(2);
+/// Listeners that are dialed at most, one after the other.
+const DIALED: usize = 3;
+/// A process that has fewer files left than this cannot take a connection to its admin interface, or not answer it.
+const SPARE_FILES: usize = 4;
+
+/// What speaks for an Envoy that cannot be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SignOfLife {
+    /// A worker has taken a new connection.
+    TakesConnections,
+    /// It has no file descriptors left, and works: what is connected is served.
+    OutOfFiles,
+}
+
+impl SignOfLife {
+    pub(super) fn reason(self) -> &'static str {
+        match self {
+            SignOfLife::TakesConnections => "it takes connections all the same, and is not ended",
+            SignOfLife::OutOfFiles => {
+                "it has no file descriptors left (`LimitNOFILE=` of its unit), serves what is connected, and is not ended"
+            }
+        }
+    }
+}
+
+/// Looks for a sign of life of this process.
+pub(super) async fn sign_of_life(pid: i32) -> Option<SignOfLife> {
+    // A process that was stopped (SIGSTOP) has its connections taken by the kernel, and serves none.
+    if is_stopped(pid) {
+        return None;
+    }
+    if is_out_of_files(pid).unwrap_or(false) {
+        return Some(SignOfLife::OutOfFiles);
+    }
+    for address in listeners(pid).unwrap_or_default().into_iter().take(DIALED) {
+        if is_taken(pid, address).await {
+            return Some(SignOfLife::TakesConnections);
+        }
+    }
+    None
+}
+
+fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().next());
+    matches!(state, None | Some("T" | "t" | "Z" | "X"))
+}
+
+fn is_out_of_files(pid: i32) -> Option<bool> {
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    let limit = line.split_whitespace().next()?.parse::<usize>().ok()?;
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count();
+    Some(open + SPARE_FILES > limit)
+}
+
+/// Returns where the process listens, each address once.
+fn listeners(pid: i32) -> io::Result<Vec<SocketAddr>> {
+    let own = clients::numbers(pid)?;
+    let mut all: Vec<SocketAddr> = clients::table(pid)?
+        .iter()
+        .filter(|socket| socket.listens() && own.contains(&socket.inode))
+        .map(|socket| socket.local)
+        .collect();
+    all.sort_unstable();
+    all.dedup();
+    Ok(all)
+}
+
+/// Connects there and waits until the process has taken the connection: until then the kernel alone holds it, without a number.
+async fn is_taken(pid: i32, listener: SocketAddr) -> bool {
+    let ip = match listener.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    let to = SocketAddr::new(ip, listener.port());
+    let Ok(Ok(stream)) = timeout(TAKEN_WITHIN, TcpStream::connect(to)).await else { return false };
+    let Ok(from) = stream.local_addr() else { return false };
+    let deadline = Instant::now() + TAKEN_WITHIN;
+    let is_ours = |socket: &&Socket| {
+        !socket.listens()
+            && socket.local.port() == to.port()
+            && socket.remote == SocketAddr::new(from.ip().to_canonical(), from.port())
+    };
+    while Instant::now() < deadline {
+        sleep(LOOK_SOON).await;
+        let Ok(table) = clients::table(pid) else { return false };
+        match table.iter().find(is_ours) {
+            // The server's end is no longer there: somebody took the connection, and closed it.
+            None => return true,
+            Some(socket) if socket.inode != 0 => return true,
+            Some(_) => {}
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_only_the_kernel_has_taken_is_no_sign_of_life() {
+        let pid = std::process::id().cast_signed();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        assert!(listeners(pid).unwrap().contains(&address));
+        assert!(!is_taken(pid, address).await);
+        let serve = async {
+            let mut open = Vec::new();
+            loop {
+                open.push(listener.accept().await.unwrap());
+            }
+        };
+        tokio::select! {
+            taken = is_taken(pid, address) => assert!(taken),
+            () = serve => {}
+        }
+        let closes = async {
+            loop {
+                drop(listener.accept().await.unwrap());
+            }
+        };
+        tokio::select! {
+            taken = is_taken(pid, address) => assert!(taken),
+            () = closes => {}
+        }
+        assert_eq!(is_out_of_files(pid), Some(false));
+        assert!(!is_stopped(pid) && is_stopped(-1));
+    }
+}

@@ -1,0 +1,375 @@
+//! A change of the host's resolver, which is taken back where it costs the host other names.
+//!
+//! ```text
+//! names that are found --> files, restart --> the resolver runs, the same names are found --> done
+//!                                  └──────> not within 10 s --> files as they were, restart --> error
+//! ```
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use vmesh_daemon::fsx;
+use vmesh_daemon::report::one_line;
+
+use super::super::HostError;
+use super::super::capture::run;
+use super::MAX_FILE;
+
+/// A resolver that was restarted has to find again what it found before.
+const FOUND_WITHIN: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// For one look-up; a name that takes longer is not one that the check could rely on.
+const LOOKS_UP_WITHIN: Duration = Duration::from_secs(2);
+/// Names that are looked up before and after a change, at most.
+const MOST_NAMES: usize = 12;
+/// Ends a file of ours whose directory was made for it, so that the directory goes with the file, and no other does.
+const MADE_DIRECTORY: &str = "The directory was made by vmesh, too.";
+/// Resolvers have users of their own.
+const MODE: u32 = 0o644;
+
+/// What a file is to be.
+pub(super) enum Wanted {
+    Text(String),
+    Gone,
+}
+
+/// Files of one resolver, and how it is told that they have changed.
+pub(super) struct Change<'a> {
+    pub(super) files: Vec<(PathBuf, Wanted)>,
+    pub(super) unit: &'static str,
+    /// `None` below another root than `/`, where nothing is restarted.
+    pub(super) names: Option<&'a BTreeSet<String>>,
+}
+
+/// A file as it was before the change.
+struct Before {
+    path: PathBuf,
+    /// With its mode; `None` where there was no file.
+    was: Option<(Vec<u8>, u32)>,
+    /// The directory that was made for it.
+    made: Option<PathBuf>,
+}
+
+impl Change<'_> {
+    /// Makes the change and says what was done. Where the resolver does not run afterwards, or no longer finds a name that it
+    /// found before, all is as it was and it is an error.
+    pub(super) fn make(self) -> Result<String, HostError> {
+        let found = self.names.map(found_among).unwrap_or_default();
+        let live = self.names.is_some();
+        let ran = live && is_active(self.unit);
+        let mut done = Vec::new();
+        let mut said = String::new();
+        let mut changed = Ok(());
+        for (path, wanted) in &self.files {
+            match apply(path, wanted) {
+                Ok(None) => {}
+                Ok(Some((before, what))) => {
+                    done.push(before);
+                    said += &format!("{what} {}\n", path.display());
+                }
+                Err(error) => {
+                    changed = Err(error);
+                    break;
+                }
+            }
+        }
+        if let Err(error) = changed {
+            take_back(&done);
+            return Err(error);
+        }
+        if done.is_empty() || !live {
+            return Ok(said);
+        }
+        // One that does not run is not started for it: it reads its files when it is.
+        if !ran {
+            return Ok(said);
+        }
+        let restarted = run(Command::new("systemctl").args(["restart", self.unit]));
+        let verdict = match restarted {
+            Err(error) => Err(one_line(&error)),
+            Ok(_) => still_finds(self.unit, &found),
+        };
+        let Err(why) = verdict else {
+            said += &format!("restarted {}\n", self.unit);
+            return Ok(said);
+        };
+        take_back(&done);
+        let again = match run(Command::new("systemctl").args(["restart", self.unit])) {
+            Ok(_) => String::new(),
+            Err(error) => format!("; and as it was it does not start, either: {}", one_line(&error)),
+        };
+        Err(HostError::TakenBack { unit: self.unit, why: format!("{why}{again}") })
+    }
+}
+
+/// Returns how the file was, and what was done to it; `None` where it is as wanted.
+fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>, HostError> {
+    let was = match fsx::read_capped(path, MAX_FILE) {
+        Ok(bytes) => {
+            let mode =
+                std::fs::metadata(path).map_or(MODE, |metadata| metadata.permissions().mode() & 0o7777);
+            Some((bytes, mode))
+        }
+        Err(error) if error.is_not_found() => None,
+        Err(error) => return Err(error.into()),
+    };
+    let text_before = was.as_ref().map(|(bytes, _)| String::from_utf8_lossy(bytes).into_owned());
+    let is_foreign = text_before.as_ref().is_some_and(|text| !super::resolver::is_ours(text));
+    match wanted {
+        Wanted::Gone => {
+            let Some(text) = text_before else { return Ok(None) };
+            if is_foreign {
+                // Somebody else's file, under a name of ours: not ours to remove.
+                return Ok(None);
+            }
+            std::fs::remove_file(path).map_err(|cause| HostError::Remove { path: path.to_owned(), cause })?;
+            let dir = path.parent().filter(|_| text.trim_end().ends_with(MADE_DIRECTORY));
+            // One with something else in it stays.
+            let removed = dir.filter(|dir| std::fs::remove_dir(dir).is_ok());
+            let made = removed.map(Path::to_owned);
+            Ok(Some((Before { path: path.to_owned(), was, made }, "removed")))
+        }
+        Wanted::Text(text) => {
+            if is_foreign {
+                return Err(HostError::Cannot(format!(
+                    "{} is not of vmesh, which would have written it: move it away, then do this again",
+                    path.display()
+                )));
+            }
+            let dir = path.parent().filter(|dir| !dir.exists()).map(Path::to_owned);
+            let had_mark = text_before.as_ref().is_some_and(|text| text.trim_end().ends_with(MADE_DIRECTORY));
+            let text = match dir.is_some() || had_mark {
+                true => marked(text),
+                false => text.clone(),
+            };
+            if text_before.as_ref() == Some(&text) {
+                return Ok(None);
+            }
+            if let Some(dir) = &dir {
+                std::fs::create_dir_all(dir)
+                    .map_err(|cause| HostError::Run { command: format!("mkdir {}", dir.display()), cause })?;
+            }
+            if let Err(error) = fsx::write_atomically(path, text.as_bytes(), MODE) {
+                if let Some(dir) = &dir {
+                    _ = std::fs::remove_dir(dir);
+                }
+                return Err(error.into());
+            }
+            Ok(Some((Before { path: path.to_owned(), was, made: dir }, "wrote")))
+        }
+    }
+}
+
+/// `text` with the mark, as a comment of its own kind.
+fn marked(text: &str) -> String {
+    let comment = if text.starts_with(';') { ';' } else { '#' };
+    format!("{text}{comment} {MADE_DIRECTORY}\n")
+}
+
+/// Puts everything back, the last change first. What cannot be put back is said: there is nobody else to tell.
+fn take_back(done: &[Before]) {
+    for before in done.iter().rev() {
+        let back = match &before.was {
+            Some((bytes, mode)) => {
+                if let Some(dir) = &before.made {
+                    _ = std::fs::create_dir_all(dir);
+                }
+                fsx::write_atomically(&before.path, bytes, *mode).map_err(|error| one_line(&error))
+            }
+            None => {
+                let removed = std::fs::remove_file(&before.path).map_err(|error| error.to_string());
+                if let Some(dir) = &before.made {
+                    _ = std::fs::remove_dir(dir);
+                }
+                removed
+            }
+        };
+        if let Err(why) = back {
+            eprintln!("could not put {} back as it was: {why}", before.path.display());
+        }
+    }
+}
+
+fn is_active(unit: &str) -> bool {
+    let status = Command::new("systemctl").args(["is-active", "--quiet", unit]).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// Waits until the resolver runs and finds all of `names` again.
+fn still_finds(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
+    let deadline = Instant::now() + FOUND_WITHIN;
+    loop {
+        let lost: Vec<&String> = {
+            let found = found_among(names);
+            names.iter().filter(|name| !found.contains(*name)).collect()
+        };
+        let why = match (is_active(unit), lost.first()) {
+            (true, None) => return Ok(()),
+            (false, _) => format!("{unit} does not run with it (`journalctl -u {unit} -n 20`)"),
+            (true, Some(lost)) => format!("{lost}, which was found before, is not found any more"),
+        };
+        if Instant::now() >= deadline {
+            return Err(why);
+        }
+        sleep(LOOK_AGAIN);
+    }
+}
+
+/// Returns those that the host's programs find now, by the C library. All are looked up at once.
+pub(super) fn found_among(names: &BTreeSet<String>) -> BTreeSet<String> {
+    let within = format!("{}", LOOKS_UP_WITHIN.as_secs());
+    let look_up = |name: &String| {
+        let mut command = Command::new("timeout");
+        command.args([&within, "getent", "ahosts", "--", name]);
+        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::piped());
+        command.stderr(std::process::Stdio::null());
+        command.spawn().ok()
+    };
+    let children: Vec<_> = names.iter().map(|name| (name, look_up(name))).collect();
+    let finds = |child: Option<std::process::Child>| {
+        child
+            .and_then(|child| child.wait_with_output().ok())
+            .is_some_and(|output| output.status.success() && !output.stdout.is_empty())
+    };
+    children.into_iter().filter_map(|(name, child)| finds(child).then(|| name.clone())).collect()
+}
+
+/// Returns names outside the mesh on which this host depends, to see whether they are still found after a change: `named` first,
+/// then its control planes, and the hosts that its packages and its time come from. What `/etc/hosts` answers proves nothing and
+/// is left out.
+pub(super) fn foreign_names(root: &Path, named: &[String], control_planes: &[String]) -> BTreeSet<String> {
+    let read = |path: &str| super::read(root, path).unwrap_or_default();
+    let mut names: Vec<String> = named.to_vec();
+    names.extend(control_planes.iter().filter_map(|address| host_of(address)));
+    let resolv = read("/etc/resolv.conf");
+    let domains = resolv.lines().filter(|line| line.starts_with("search ") || line.starts_with("domain "));
+    names.extend(domains.flat_map(|line| line.split_whitespace().skip(1)).map(str::to_owned));
+    let mut sources = read("/etc/apt/sources.list");
+    for entry in std::fs::read_dir(super::at(root, "/etc/apt/sources.list.d")).into_iter().flatten().flatten()
+    {
+        let text = fsx::read_capped(&entry.path(), MAX_FILE).unwrap_or_default();
+        sources.push('\n');
+        sources += &String::from_utf8_lossy(&text);
+    }
+    let uncommented = sources.lines().filter(|line| !line.trim_start().starts_with('#'));
+    let urls = uncommented.flat_map(str::split_whitespace).filter(|word| word.contains("://"));
+    names.extend(urls.filter_map(|url| host_of(url.split_once("://")?.1)));
+    for file in ["/etc/chrony/chrony.conf", "/etc/chrony.conf", "/etc/ntp.conf", "/etc/ntpsec/ntp.conf"] {
+        let text = read(file);
+        let servers = text.lines().filter_map(|line| {
+            let mut words = line.split_whitespace();
+            ["server", "pool", "peer"].contains(&words.next()?).then(|| words.next())?
+        });
+        names.extend(servers.map(str::to_owned));
+    }
+    let hosts = read("/etc/hosts");
+    let in_hosts: BTreeSet<String> = hosts
+        .lines()
+        .flat_map(|line| line.split('#').next().unwrap_or_default().split_whitespace().skip(1))
+        .map(str::to_ascii_lowercase)
+        .collect();
+    let mut kept = BTreeSet::new();
+    for name in names {
+        let name = name.trim_matches('.').to_ascii_lowercase();
+        let is_name = name.contains('.')
+            && name.parse::<std::net::IpAddr>().is_err()
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
+        if is_name && !in_hosts.contains(&name) && kept.len() < MOST_NAMES {
+            kept.insert(name);
+        }
+    }
+    kept
+}
+
+/// The host of `HOST`, `HOST:PORT` or `HOST/PATH`; `None` for an address.
+fn host_of(text: &str) -> Option<String> {
+    let host = text.split('/').next()?.rsplit('@').next()?;
+    let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+    (!host.is_empty() && !host.starts_with('[')).then(|| host.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::root;
+    use super::*;
+
+    #[test]
+    fn names_that_the_host_depends_on_are_found_in_its_configuration() {
+        let root = root(&[
+            ("/etc/hosts", "127.0.1.1 web.corp.example web # in.comment\n"),
+            ("/etc/resolv.conf", "search corp.example mesh\nnameserver 10.0.0.2\n"),
+            (
+                "/etc/apt/sources.list",
+                "# deb http://old.example/debian x\ndeb [a=b] http://user@deb.example:80/debian x\n",
+            ),
+            ("/etc/apt/sources.list.d/a.sources", "URIs: https://packages.example/x\n"),
+            ("/etc/chrony/chrony.conf", "pool time.example iburst\nmakestep 1 3\n"),
+        ]);
+        let control_planes =
+            ["mesh1.example:15010", "10.0.0.5:15010", "[fd00::1]:15010", "web.corp.example:1"]
+                .map(str::to_owned);
+        let names =
+            foreign_names(&root, &["WWW.Corp.Example.".to_owned(), "bare".to_owned()], &control_planes);
+        let expected = [
+            "corp.example",
+            "deb.example",
+            "mesh1.example",
+            "packages.example",
+            "time.example",
+            "www.corp.example",
+        ];
+        assert_eq!(names.into_iter().collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_change_that_fails_half_way_leaves_nothing() {
+        let root =
+            root(&[("/etc/a/one.conf", "# Written by vmesh: old\n"), ("/etc/c", "a file, no directory")]);
+        let of = |path: &str, text: &str| (super::super::at(&root, path), Wanted::Text(text.to_owned()));
+        let change = Change {
+            files: vec![
+                of("/etc/a/one.conf", "# Written by vmesh: new\n"),
+                of("/etc/b/two.conf", "# Written by vmesh: new\n"),
+                of("/etc/c/three.conf", "# Written by vmesh: new\n"),
+            ],
+            unit: "none",
+            names: None,
+        };
+        change.make().unwrap_err();
+        let one = std::fs::read_to_string(root.join("etc/a/one.conf")).unwrap();
+        assert_eq!(one, "# Written by vmesh: old\n");
+        assert!(!root.join("etc/b").exists());
+    }
+
+    #[test]
+    fn a_directory_goes_with_the_file_that_it_was_made_for_and_no_other_does() {
+        let root = root(&[("/etc/there/x", "")]);
+        std::fs::remove_file(root.join("etc/there/x")).unwrap();
+        for (dir, stays) in [("/etc/there", true), ("/etc/made", false)] {
+            let path = super::super::at(&root, &format!("{dir}/vmesh.conf"));
+            let make =
+                |wanted| Change { files: vec![(path.clone(), wanted)], unit: "none", names: None }.make();
+            assert!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap().starts_with("wrote"));
+            assert_eq!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap(), "");
+            // Another text keeps who made the directory.
+            assert!(make(Wanted::Text("# Written by vmesh 2\n".into())).unwrap().starts_with("wrote"));
+            assert!(make(Wanted::Gone).unwrap().starts_with("removed"));
+            assert_eq!(path.parent().unwrap().is_dir(), stays, "{dir}");
+            assert_eq!(make(Wanted::Gone).unwrap(), "");
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_wrote_under_our_name_stays() {
+        let root = root(&[("/etc/dnsmasq.d/vmesh.conf", "server=/corp/10.0.0.1\n")]);
+        let path = root.join("etc/dnsmasq.d/vmesh.conf");
+        let make = |wanted| Change { files: vec![(path.clone(), wanted)], unit: "none", names: None }.make();
+        make(Wanted::Text("# Written by vmesh\n".into())).unwrap_err();
+        assert_eq!(make(Wanted::Gone).unwrap(), "");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "server=/corp/10.0.0.1\n");
+    }
+}
