@@ -84,7 +84,7 @@ impl Supervisor {
                     let state = self.status.borrow().envoy.state;
                     // One that somebody has told to fail its health checks is replaced if somebody asks for that.
                     if state == State::Live || (state == State::Draining && why == Why::Asked) {
-                        if let Some(ended) = self.reload(why).await {
+                        if let Some(ended) = self.reload().await {
                             return Some(ended);
                         }
                         silent_since = None;

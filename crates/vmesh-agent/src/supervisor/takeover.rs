@@ -45,8 +45,8 @@ enum Reload {
 
 impl Supervisor {
     /// Lets another Envoy take over. Returns how the serving one ended, if none serves afterwards.
-    pub(super) async fn reload(&mut self, why: Why) -> Option<String> {
-        let outcome = self.replace(why).await;
+    pub(super) async fn reload(&mut self) -> Option<String> {
+        let outcome = self.replace().await;
         let gone = self.serving.is_none();
         match outcome {
             Reload::Done => {
@@ -81,7 +81,7 @@ impl Supervisor {
         }
     }
 
-    async fn replace(&mut self, why: Why) -> Reload {
+    async fn replace(&mut self) -> Reload {
         let may_be_hot = self.serving.as_ref().is_some_and(|serving| serving.kept.hot_restart.is_some());
         if may_be_hot && !self.impatient && !migrates() && self.parent() == Parent::Leaves {
             let longest = self.stay();
