@@ -11,7 +11,8 @@ set -u
 
 flag=${VMESH_BYPASS_FLAG:-/var/lib/vmesh-net/bypass}
 mode=${1:-}
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin
+# Only root can put programs into these; the caller's own PATH comes after them.
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 LC_ALL=C
 export PATH LC_ALL
 failed=0

@@ -4,18 +4,16 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::iptables::{self, Family, Footprint};
 use crate::nft;
 use crate::plan::{Plan, Tool};
-use crate::program::Program;
+use crate::program::{Directions, Program};
+use crate::programs;
 use crate::spec::Seconds;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -33,7 +31,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// The programs, by path or by a name on the PATH.
+/// The programs, by path or by a name that [`programs::find`] looks up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tools {
     pub nft: PathBuf,
@@ -130,6 +128,8 @@ impl Ran {
 }
 
 const READ: &str = "list the rules";
+/// What a tool may print: rules for some hundred thousand destinations. The unit of vmesh-net has 256 MiB.
+const MAX_OUTPUT: u64 = 32 << 20;
 
 impl Applier {
     /// The backend that works here: nftables, else iptables. Asks the kernel too, and changes nothing.
@@ -221,7 +221,7 @@ impl Applier {
     }
 
     /// What would be done for the host to be as `program` says. With `alive`, what lapses holds at once.
-    pub fn plan(&self, program: &Program, actual: &Actual, alive: bool) -> Plan {
+    pub fn plan(&self, program: &Program, actual: &Actual, alive: impl Into<Directions>) -> Plan {
         match actual {
             Actual::Nft(actual) => nft::plan(program, actual, alive),
             Actual::Iptables(actual) => iptables::plan(program, actual),
@@ -250,19 +250,30 @@ impl Applier {
     /// Makes the host be as `program` says, reads back, and returns what was done. Does nothing if it is so already. With
     /// `alive`, the dead-man is refreshed in the end.
     pub async fn bring(&self, program: &Program, alive: Option<Seconds>) -> Result<Plan, Error> {
+        let alive = alive.map(|timeout| (timeout, Directions::BOTH));
+        self.bring_alive(program, alive).await
+    }
+
+    /// [`Applier::bring`], where the dead-man of some directions only is refreshed.
+    pub async fn bring_alive(
+        &self,
+        program: &Program,
+        alive: Option<(Seconds, Directions)>,
+    ) -> Result<Plan, Error> {
+        let directions = alive.map_or(Directions::NONE, |(_, directions)| directions);
         let actual = self.read().await?;
-        let plan = self.plan(program, &actual, alive.is_some());
+        let plan = self.plan(program, &actual, directions);
         self.apply(&plan).await?;
         if !plan.is_empty() {
-            let left = self.plan(program, &self.read().await?, alive.is_some());
+            let left = self.plan(program, &self.read().await?, directions);
             if !left.is_empty() {
                 let tool = if self.backend == Backend::Nft { "nft" } else { "iptables-restore" };
                 let changes: Vec<String> = left.changes.iter().map(ToString::to_string).collect();
                 return Err(Error::NotDone { tool, changes: changes.join("; ") });
             }
         }
-        if let Some(timeout) = alive.filter(|_| program.has_dead_man()) {
-            self.refresh(timeout).await?;
+        if let Some((timeout, directions)) = alive {
+            self.refresh_only(timeout, directions.and(program.dead_men())).await?;
         }
         Ok(plan)
     }
@@ -278,20 +289,35 @@ impl Applier {
 
     /// What there is before the first rule of ours, to be kept until [`Applier::off`]. `None` where nothing needs it: with
     /// nftables, with iptables of its own part in the kernel, and where there is no nft to ask or to clean up with.
-    pub async fn footprint(&self) -> Option<Footprint> {
+    ///
+    /// # Errors
+    /// If it is needed and cannot be had: whoever went on would leave chains and tables behind.
+    pub async fn footprint(&self) -> Result<Option<Footprint>, Error> {
         if self.backend == Backend::Nft {
-            return None;
+            return Ok(None);
         }
-        let chains = self.run(&self.tools.nft, &["-j", "list", "chains"], READ, None).await.ok()?;
-        let tables = self.run(&self.tools.nft, &["-j", "list", "tables"], READ, None).await.ok()?;
-        Footprint::parse(&[&chains, &tables])
+        let listed = async {
+            let chains = self.run(&self.tools.nft, &["-j", "list", "chains"], READ, None).await?;
+            let tables = self.run(&self.tools.nft, &["-j", "list", "tables"], READ, None).await?;
+            Ok(Footprint::parse(&[&chains, &tables]))
+        };
+        match listed.await {
+            Ok(footprint) => Ok(footprint),
+            Err(Error::NotRun { .. }) => Ok(None),
+            Err(failed) => {
+                let version =
+                    self.run(&self.tools.iptables_save, &["--version"], "say its kind", None).await?;
+                if version.contains("nf_tables") { Err(failed) } else { Ok(None) }
+            }
+        }
     }
 
     /// Leaves the host as it was before. Connections through a redirect are reset: apply [`Program::drained`] first, and
     /// wait until there are none.
     pub async fn off(&self, before: Option<&Footprint>) -> Result<Plan, Error> {
         let mut plan = self.bring(&Program::absent(), None).await?;
-        if let (Some(before), Some(now)) = (before, self.footprint().await)
+        if let Some(before) = before
+            && let Some(now) = self.footprint().await?
             && let Actual::Iptables(actual) = self.read().await?
         {
             let more = iptables::leftovers(before, &now, &actual);
@@ -304,23 +330,40 @@ impl Applier {
 
     /// Holds the dead-man off for another `timeout`. Who calls this has just seen Envoy accept a connection.
     pub async fn refresh(&self, timeout: Seconds) -> Result<(), Error> {
+        let directions = match self.backend {
+            Backend::Nft => self.read_nft().await?.dead_men(),
+            Backend::Iptables => Directions::BOTH,
+        };
+        self.refresh_only(timeout, directions).await
+    }
+
+    /// [`Applier::refresh`] for the directions in which there is a dead-man and Envoy's listener is well.
+    pub async fn refresh_only(&self, timeout: Seconds, directions: Directions) -> Result<(), Error> {
+        if directions.is_empty() {
+            return Ok(());
+        }
         match self.backend {
-            Backend::Nft => self.change_alive(&nft::refresh(timeout)).await,
-            Backend::Iptables => self.recent(|address| format!("+{address}\n")),
+            Backend::Nft => self.change_alive(&nft::refresh(timeout, directions)).await,
+            Backend::Iptables => self.recent(directions, |address| format!("+{address}\n")),
         }
     }
 
     /// Lets the dead-man lapse now: Envoy is known to be dead. Where there is no dead-man, nothing happens.
-    pub async fn withdraw(&self) -> Result<(), Error> {
+    pub async fn withdraw(&self, directions: Directions) -> Result<(), Error> {
         match self.backend {
-            Backend::Iptables => match self.recent(|_| "/\n".to_owned()) {
+            Backend::Iptables => match self.recent(directions, |_| "/\n".to_owned()) {
                 Err(Error::Recent { cause, .. }) if cause.kind() == ErrorKind::NotFound => Ok(()),
                 done => done,
             },
-            Backend::Nft => match self.change_alive(&nft::withdraw()).await {
-                Err(failed) if self.read_nft().await?.has_dead_man() => Err(failed),
-                _ => Ok(()),
-            },
+            Backend::Nft => {
+                let Err(failed) = self.change_alive(&nft::withdraw(directions)).await else { return Ok(()) };
+                let there = self.read_nft().await?.dead_men().and(directions);
+                match there.is_empty() {
+                    true => Ok(()),
+                    false if there == directions => Err(failed),
+                    false => self.change_alive(&nft::withdraw(there)).await,
+                }
+            }
         }
     }
 
@@ -330,12 +373,13 @@ impl Applier {
     }
 
     /// Writes to the list of each family. One is not there where no rule of that family asks for it.
-    fn recent(&self, line: impl Fn(&str) -> String) -> Result<(), Error> {
+    fn recent(&self, directions: Directions, line: impl Fn(&str) -> String) -> Result<(), Error> {
         let families: &[bool] = if self.ipv6 { &[true, false] } else { &[true] };
         let mut written = false;
         let mut absent = None;
-        for v4 in families {
-            let (name, anybody) = iptables::recent(*v4);
+        let lists = directions.iter().flat_map(|direction| families.iter().map(move |v4| (direction, *v4)));
+        for (direction, v4) in lists {
+            let (name, anybody) = iptables::recent(direction, v4);
             let path = self.tools.recent.join(name);
             match std::fs::write(&path, line(anybody)) {
                 Ok(()) => written = true,
@@ -364,8 +408,12 @@ impl Applier {
         input: Option<&str>,
     ) -> Result<String, Error> {
         let command = [&[program.to_string_lossy().as_ref()], arguments].concat().join(" ");
-        let done = timeout(self.tools.timeout, output(program, arguments, input, &self.ran)).await;
-        let output = match done {
+        let run = async {
+            let mut run = programs::command(program)?;
+            run.args(arguments);
+            programs::run(run, input, MAX_OUTPUT, |pid| self.ran.add(pid)).await
+        };
+        let output = match timeout(self.tools.timeout, run).await {
             Err(_) => return Err(Error::Slow { command, purpose, after: self.tools.timeout }),
             Ok(Err(cause)) => return Err(Error::NotRun { command, purpose, cause }),
             Ok(Ok(output)) => output,
@@ -379,33 +427,6 @@ impl Applier {
         let hint = hint(&said);
         Err(Error::Failed { command, purpose, said, hint })
     }
-}
-
-async fn output(
-    program: &Path,
-    arguments: &[&str],
-    input: Option<&str>,
-    ran: &Ran,
-) -> std::io::Result<Output> {
-    let mut child = Command::new(program)
-        .args(arguments)
-        // Messages are looked into.
-        .env("LC_ALL", "C")
-        .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    ran.add(child.id());
-    let stdin = child.stdin.take();
-    let write = async {
-        if let (Some(mut stdin), Some(input)) = (stdin, input) {
-            // One that ends before it has read all says why itself.
-            _ = stdin.write_all(input.as_bytes()).await;
-        }
-    };
-    let ((), output) = tokio::join!(write, child.wait_with_output());
-    output
 }
 
 /// What to do about what a tool said.

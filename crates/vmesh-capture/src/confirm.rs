@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::iptables::Footprint;
-use crate::program::{Program, Stage};
-use crate::spec::Spec;
+use crate::program::{Program, Stage, common_ports};
+use crate::spec::{Inward, Outbound, Outward, Spec};
 
 /// What has to survive the agent.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +149,24 @@ pub fn is_routine(from: &Spec, to: &Spec) -> bool {
     without(from) == without(to)
 }
 
+/// The part of `spec` that `wants` has as well. A direction that `wants` does not capture is left out, and so are inbound ports that
+/// it does not name: no listener of Envoy's takes what `wants` does not have.
+pub fn without_what_is_not_wanted(spec: &Spec, wants: &Spec) -> Spec {
+    let mut spec = spec.clone();
+    if wants.outbound.capture == Outward::Off {
+        spec.outbound = Outbound::default();
+    }
+    spec.outbound.capture = spec.outbound.capture.min(wants.outbound.capture);
+    if wants.inbound.capture == Inward::Off {
+        spec.inbound.capture = Inward::Off;
+        spec.inbound.ports.clear();
+    }
+    spec.inbound.ports = common_ports(&spec.inbound.ports, &wants.inbound.ports);
+    let named = &wants.inbound.ports | &wants.inbound.strict;
+    spec.inbound.strict = common_ports(&spec.inbound.strict, &named);
+    spec
+}
+
 /// How the dead-man is held off: while Envoy is well, at a fifth of its time-out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Beat {
@@ -202,7 +220,6 @@ pub fn leaving(open: usize, since: Instant, now: Instant, patience: Duration, ip
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::Inward;
 
     const MINUTE: Duration = Duration::from_secs(60);
 

@@ -2,22 +2,30 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Read;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::process::Command;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::host::{Cgroup, Host, Memory, Never, Number};
+use crate::programs;
 use crate::sockets::{self, Socket};
 use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
+use crate::units::{self, CgroupPath, MAX_UNITS};
 
 /// A directory server that does not answer must not keep rules from being applied, nor the dead-man from being held off.
 pub const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
+/// The same for all names together.
+const ALL_ANSWER_WITHIN: Duration = Duration::from_secs(4);
+/// Programs that look up names at a time: the host has more to do.
+const LOOK_UPS: usize = 16;
+/// Files of `sshd_config.d` that are read, and bytes of each.
+const MAX_FILES: usize = 64;
+const MAX_FILE: u64 = 256 << 10;
 
 /// What is known of vmesh itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -76,14 +84,14 @@ impl Places {
         let out = &spec.outbound;
         let users = out.include.users.iter().chain(&out.exclude.users).chain(out.dial.users.keys());
         let groups = out.include.groups.iter().chain(&out.exclude.groups).chain(out.dial.groups.keys());
-        let (users, groups, ssh) = tokio::join!(
+        let units = out.include.units.iter().chain(&out.exclude.units).chain(out.dial.units.keys());
+        let wanted: BTreeSet<&Unit> = units.chain(&own.slices).collect();
+        let (users, groups, ssh, mut units) = tokio::join!(
             self.look_up("passwd", users, &memory.users),
             self.look_up("group", groups, &memory.groups),
             self.ssh_ports(&memory.ssh),
+            self.units(&wanted, &memory.units),
         );
-        let units = out.include.units.iter().chain(&out.exclude.units).chain(out.dial.units.keys());
-        let wanted: BTreeSet<&Unit> = units.chain(&own.slices).collect();
-        let mut units = self.units(&wanted);
         let mut slices = BTreeSet::new();
         for slice in &own.slices {
             slices.extend(units.get(slice).cloned());
@@ -113,16 +121,21 @@ impl Places {
     ) -> BTreeMap<String, Number> {
         let names: BTreeSet<&str> =
             named.filter(|account| account.number().is_none()).map(Account::as_str).collect();
+        let mut names = names.into_iter();
         let mut asked = JoinSet::new();
-        for name in &names {
-            let (name, getent) = ((*name).to_owned(), self.getent.clone());
-            asked.spawn(async move {
-                let said = said(&getent, &[database, &name]).await;
-                (name, said)
-            });
-        }
         let mut found = BTreeMap::new();
-        while let Some(answered) = asked.join_next().await {
+        let deadline = Instant::now() + ALL_ANSWER_WITHIN;
+        loop {
+            while asked.len() < LOOK_UPS
+                && let Some(name) = names.next()
+            {
+                let (name, getent) = (name.to_owned(), self.getent.clone());
+                asked.spawn(async move {
+                    let answer = timeout_at(deadline, said(&getent, &[database, &name])).await;
+                    (name, answer.unwrap_or_default())
+                });
+            }
+            let Some(answered) = asked.join_next().await else { break };
             let Ok((name, said)) = answered else { continue };
             let last = match before.get(&name) {
                 Some(Number::Now(number) | Number::Last(number)) => Some(Number::Last(*number)),
@@ -138,13 +151,24 @@ impl Places {
         found
     }
 
-    /// The control groups that these units have now.
-    fn units(&self, wanted: &BTreeSet<&Unit>) -> BTreeMap<Unit, Cgroup> {
-        let mut found = BTreeMap::new();
-        if let (Some(root), false) = (&self.cgroup, wanted.is_empty()) {
-            walk(root, "", 0, wanted, &mut found);
-        }
-        found
+    /// The control groups that these units have now, as systemd says. Where it gives no answer, those in `before` that are there still.
+    async fn units(
+        &self,
+        wanted: &BTreeSet<&Unit>,
+        before: &BTreeMap<Unit, CgroupPath>,
+    ) -> BTreeMap<Unit, Cgroup> {
+        let (Some(root), false) = (&self.cgroup, wanted.is_empty()) else { return BTreeMap::new() };
+        // The spec has no more, see `Spec::limits`; the slices of vmesh are few.
+        let wanted: BTreeSet<&Unit> = wanted.iter().copied().take(2 * MAX_UNITS).collect();
+        let paths = match said(&self.systemctl, &units::question(&wanted)).await {
+            Some(Said { found: true, text }) => units::answer(&text, &wanted),
+            Some(Said { found: false, .. }) | None => {
+                let known = before.iter().filter(|(unit, _)| wanted.contains(unit));
+                known.map(|(unit, path)| (unit.clone(), path.clone())).collect()
+            }
+        };
+        let there = |(unit, path): (Unit, CgroupPath)| Some((unit, units::cgroup(root, &path)?));
+        paths.into_iter().filter_map(there).collect()
     }
 
     /// The ports on which something that takes SSH listens, those of its open sessions, those of its configuration, and those that
@@ -152,7 +176,8 @@ impl Places {
     async fn ssh_ports(&self, before: &BTreeSet<u16>) -> BTreeSet<u16> {
         let inodes = self.ssh_inodes();
         let sockets = self.sockets();
-        let sockets = sockets.iter().filter(|socket| inodes.contains(&socket.inode));
+        // A socket that another user made is no daemon's, whoever has it now.
+        let sockets = sockets.iter().filter(|socket| socket.user == 0 && inodes.contains(&socket.inode));
         // Where SSH is started by a connection, nobody but systemd listens before the first.
         let arguments = ["show", "--property=Listen", "ssh.socket", "sshd.socket", "dropbear.socket"];
         let held = match said(&self.systemctl, &arguments).await {
@@ -164,8 +189,9 @@ impl Places {
 
     fn configured_ssh_ports(&self) -> BTreeSet<u16> {
         let more = fs::read_dir(self.ssh.join("sshd_config.d")).into_iter().flatten().flatten();
-        let files = more.map(|entry| entry.path()).chain([self.ssh.join("sshd_config")]);
-        files.flat_map(|file| sshd_ports(&fs::read_to_string(file).unwrap_or_default())).collect()
+        let more = more.map(|entry| entry.path()).take(MAX_FILES);
+        let files = more.chain([self.ssh.join("sshd_config")]);
+        files.flat_map(|file| sshd_ports(&read_of_root(&file).unwrap_or_default())).collect()
     }
 
     /// The number of a user, given by name or by number.
@@ -209,15 +235,16 @@ impl Places {
             .collect()
     }
 
-    /// The sockets of processes that are SSH daemons by name. A listener that systemd holds for one is not among them, and its
-    /// sessions are.
+    /// The sockets of root's processes that are SSH daemons by their name and by their executable, which only root can have put
+    /// there. A name alone is anybody's to have (`prctl`, `/proc/self/comm`). A listener that systemd holds for a daemon is not
+    /// among them, and its sessions are.
     fn ssh_inodes(&self) -> BTreeSet<u64> {
         const NAMES: [&str; 4] = ["sshd", "sshd-session", "sshd-auth", "dropbear"];
         let mut inodes = BTreeSet::new();
         for process in fs::read_dir(&self.proc).into_iter().flatten().flatten() {
             let path = process.path();
             let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
-            if !NAMES.contains(&name.trim()) {
+            if !NAMES.contains(&name.trim()) || !is_roots_program(&path) {
                 continue;
             }
             for file in fs::read_dir(path.join("fd")).into_iter().flatten().flatten() {
@@ -229,6 +256,33 @@ impl Places {
     }
 }
 
+/// Reports whether the process in this folder of `/proc` is root's, and its program in directories that are root's.
+fn is_roots_program(process: &Path) -> bool {
+    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+    // Real, effective, saved and file system: those that a program of another user may have set.
+    let is_roots = uids.split_whitespace().count() == 4 && uids.split_whitespace().all(|uid| uid == "0");
+    let program = fs::read_link(process.join("exe")).unwrap_or_default();
+    // An upgrade replaces the program of a daemon that runs.
+    let program = program.to_str().map(|path| path.strip_suffix(" (deleted)").unwrap_or(path));
+    is_roots && program.is_some_and(|path| programs::is_trusted(Path::new(path)))
+}
+
+/// The text of a file that is root's and not too long.
+fn read_of_root(path: &Path) -> Option<String> {
+    let file = fs::File::open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    if !metadata.is_file() || metadata.uid() != 0 {
+        return None;
+    }
+    let mut text = Vec::new();
+    file.take(MAX_FILE).read_to_end(&mut text).ok()?;
+    Some(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// What `getent` or `systemctl` may print.
+const MAX_ANSWER: u64 = 1 << 20;
+
 /// What a program said that was asked for something.
 struct Said {
     /// It ended with 0.
@@ -238,9 +292,10 @@ struct Said {
 
 /// `None` if it does not answer: it cannot be run, or hangs.
 async fn said(program: &Path, arguments: &[&str]) -> Option<Said> {
-    let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
-    let output = timeout(ANSWERS_WITHIN, command.output()).await.ok()?.ok()?;
+    let mut command = programs::command(program).ok()?;
+    command.args(arguments);
+    let output =
+        timeout(ANSWERS_WITHIN, programs::run(command, None, MAX_ANSWER, |_| ())).await.ok()?.ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     Some(Said { found: output.status.success(), text })
 }
@@ -280,27 +335,6 @@ fn listened(text: &str) -> BTreeSet<u16> {
 /// `name:x:1000:...`
 fn id_of(line: &str) -> Option<u32> {
     line.trim().split(':').nth(2)?.parse().ok()
-}
-
-/// Deeper than systemd nests units of users.
-const MAX_DEPTH: usize = 8;
-
-fn walk(dir: &Path, below: &str, depth: usize, wanted: &BTreeSet<&Unit>, found: &mut BTreeMap<Unit, Cgroup>) {
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Ok(metadata) = entry.metadata() else { continue };
-        if !metadata.is_dir() {
-            continue;
-        }
-        let path = if below.is_empty() { name.clone() } else { format!("{below}/{name}") };
-        if let Some(unit) = wanted.iter().find(|unit| unit.as_str() == name) {
-            let cgroup = Cgroup { path: path.clone(), id: metadata.ino() };
-            found.entry((*unit).clone()).or_insert(cgroup);
-        }
-        if depth < MAX_DEPTH {
-            walk(&entry.path(), &path, depth + 1, wanted, found);
-        }
-    }
 }
 
 /// A connection of somebody's who works on this host from elsewhere.

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{Account, Unit};
+use crate::spec::{Account, MAX_NAMES, Unit};
+use crate::units::CgroupPath;
 
 /// The host as it is now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -40,6 +41,8 @@ pub struct Memory {
     pub groups: BTreeMap<String, Number>,
     /// The ports on which it takes SSH.
     pub ssh: BTreeSet<u16>,
+    /// The control groups of units that ran.
+    pub units: BTreeMap<Unit, CgroupPath>,
 }
 
 /// What is never captured, whatever is configured: without it a mistake could not be mended over the network, or
@@ -61,10 +64,16 @@ pub struct Never {
 /// A control group of version 2.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cgroup {
-    /// Below the root of the hierarchy, without the first `/`: `system.slice/app.service`.
-    pub path: String,
+    pub path: CgroupPath,
     /// The kernel's number, which is the inode of its directory. Rules mean this one, also when another has the path.
     pub id: u64,
+}
+
+/// How much is remembered of each kind, of specs that are not in force any more as well.
+const MAX_REMEMBERED: usize = 4 * MAX_NAMES;
+
+fn bound<K: Ord, V>(map: &mut BTreeMap<K, V>) {
+    while map.len() > MAX_REMEMBERED && map.pop_last().is_some() {}
 }
 
 impl Memory {
@@ -73,6 +82,16 @@ impl Memory {
         self.users.extend(host.users.clone());
         self.groups.extend(host.groups.clone());
         self.ssh.clone_from(&host.never.ssh);
+        let units = host.units.iter().map(|(unit, cgroup)| (unit.clone(), cgroup.path.clone()));
+        self.units.extend(units);
+        let slices = host.never.slices.iter().filter_map(|slice| {
+            let (_, name) = slice.path.as_str().rsplit_once('/').unwrap_or(("", slice.path.as_str()));
+            Some((name.parse().ok()?, slice.path.clone()))
+        });
+        self.units.extend(slices);
+        bound(&mut self.users);
+        bound(&mut self.groups);
+        bound(&mut self.units);
     }
 }
 

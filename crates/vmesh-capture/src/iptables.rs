@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::plan::{Change, Kind, Label, Plan, Step, Tool, compare};
-use crate::program::{Chain, Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost};
+use crate::program::{
+    Chain, Direction, Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost,
+};
 use crate::spec::Ports;
 
 const PREFIX: &str = "VMESH_";
@@ -167,7 +169,7 @@ fn home(chain: &Chain) -> (&'static str, Option<&'static str>) {
 impl Wanted {
     fn of(program: &Program, table: &str, v4: bool) -> Wanted {
         let mut wanted = Wanted::default();
-        let seconds = program.alive.map_or(0, |alive| alive.get());
+        let seconds = program.alive.map_or(0, |(timeout, _)| timeout.get());
         for chain in &program.chains {
             let (home, base) = home(chain);
             if home != table {
@@ -316,8 +318,8 @@ fn ways(condition: &Match, v4: bool, seconds: u32) -> Vec<String> {
         Match::Percent(percent) => {
             vec![format!(" -m statistic --mode random --probability 0.{:02}", percent.get())]
         }
-        Match::Alive => {
-            let (name, mask) = recent(v4);
+        Match::Alive(direction) => {
+            let (name, mask) = recent(*direction, v4);
             vec![format!(" -m recent --name {name} --mask {mask} --rcheck --seconds {seconds}")]
         }
         Match::Untracked => one(" -m conntrack --ctstate INVALID"),
@@ -343,9 +345,14 @@ fn multiport(ports: &BTreeSet<Ports>) -> Vec<String> {
     lists.into_iter().map(|(_, list)| format!(" -m multiport --dports {list}")).collect()
 }
 
-/// The list of the dead-man, and the mask that makes one entry of everybody.
-pub(crate) fn recent(v4: bool) -> (&'static str, &'static str) {
-    if v4 { ("vmesh4", "0.0.0.0") } else { ("vmesh6", "::") }
+/// The list of the dead-man of a direction, and the mask that makes one entry of everybody.
+pub(crate) fn recent(direction: Direction, v4: bool) -> (&'static str, &'static str) {
+    match (direction, v4) {
+        (Direction::Outbound, true) => ("vmesh4", "0.0.0.0"),
+        (Direction::Outbound, false) => ("vmesh6", "::"),
+        (Direction::Inbound, true) => ("vmesh_inbound4", "0.0.0.0"),
+        (Direction::Inbound, false) => ("vmesh_inbound6", "::"),
+    }
 }
 
 impl Footprint {
@@ -360,8 +367,11 @@ impl Footprint {
             for item in value.get("nftables")?.as_array()? {
                 if let Some(chain) = item.get("chain") {
                     let (family, table) = (text(chain, "family")?, text(chain, "table")?);
-                    if is_iptables(&family, &table) {
-                        footprint.chains.insert(format!("{family} {table} {}", text(chain, "name")?));
+                    let name = text(chain, "name")?;
+                    // It may come to stand in a command: a name that would mean more there is left alone.
+                    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+                    if is_iptables(&family, &table) && name.chars().all(plain) {
+                        footprint.chains.insert(format!("{family} {table} {name}"));
                     }
                 } else if let Some(table) = item.get("table") {
                     let (family, name) = (text(table, "family")?, text(table, "name")?);

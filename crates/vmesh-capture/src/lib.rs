@@ -14,7 +14,9 @@
 //! | [`mod@plan`] | [`Plan`]: the differences, by name, and the transactions that end them; what `--dry-run` prints |
 //! | [`confirm`] | commit-confirm, the dead-man, taking leave: told the time |
 //! | [`apply`] | [`apply::Applier`]: the only I/O, with [`facts`] |
-//! | [`facts`] | reads a [`Host`] from `/proc`, the control groups and `getent` |
+//! | [`facts`] | reads a [`Host`] from `/proc`, systemd and `getent` |
+//! | [`units`] | the control groups of systemd's units, as systemd says them |
+//! | [`programs`] | which program is run under a name, and with what environment |
 //!
 //! `bypass.sh` takes everything away with none of this working.
 //!
@@ -40,10 +42,12 @@ pub mod iptables;
 pub mod nft;
 pub mod plan;
 pub mod program;
+pub mod programs;
 pub mod sockets;
 pub mod spec;
+pub mod units;
 
 pub use host::Host;
 pub use plan::Plan;
-pub use program::{Note, Program, Stage};
+pub use program::{Direction, Directions, Note, Program, Stage};
 pub use spec::Spec;

@@ -13,11 +13,20 @@ use serde_json::Value;
 
 use crate::host::Cgroup;
 use crate::plan::{Change, Kind, Label, Plan, Step, Tool, compare};
-use crate::program::{Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost};
+use crate::program::{
+    Direction, Directions, Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost,
+};
 use crate::spec::{Cidr, Ports, Seconds};
 
 pub(crate) const TABLE: &str = "inet vmesh";
-const ALIVE: &str = "alive";
+/// The set that holds the dead-man of a direction off while it has its element.
+fn alive_set(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Outbound => "alive",
+        Direction::Inbound => "alive_inbound",
+    }
+}
+
 const PURE_SYN: &str = "tcp flags & (fin|syn|rst|ack)";
 
 /// What is in our table.
@@ -26,7 +35,7 @@ pub struct Actual {
     exists: bool,
     sets: BTreeMap<String, Elements>,
     chains: BTreeMap<String, ActualChain>,
-    /// The dead-man was refreshed in time.
+    /// A dead-man was refreshed in time.
     pub alive: bool,
 }
 
@@ -69,7 +78,7 @@ struct TableChain {
 
 /// What has to be done for the host to be as `program` says. With `alive`, redirects that lapse hold from the first moment;
 /// otherwise they begin when the dead-man is first refreshed.
-pub fn plan(program: &Program, actual: &Actual, alive: bool) -> Plan {
+pub fn plan(program: &Program, actual: &Actual, alive: impl Into<Directions>) -> Plan {
     if program.is_absent() {
         return absent(actual);
     }
@@ -90,7 +99,8 @@ pub fn plan(program: &Program, actual: &Actual, alive: bool) -> Plan {
     if !actual.exists {
         changes = vec![Change { kind: Kind::Missing, what: format!("table {TABLE}") }];
     }
-    let input = table.text(program.alive.filter(|_| alive));
+    let alive = alive.into();
+    let input = table.text(program.alive.map(|(timeout, directions)| (timeout, directions.and(alive))));
     Plan { changes, steps: vec![Step { tool: Tool::Nft, input }] }
 }
 
@@ -105,23 +115,27 @@ fn absent(actual: &Actual) -> Plan {
 }
 
 /// The transaction that holds the dead-man off for another `timeout`. Adding an element that is there does not renew it.
-pub(crate) fn refresh(timeout: Seconds) -> String {
-    format!(
-        "add element {TABLE} {ALIVE} {{ tcp }}\ndelete element {TABLE} {ALIVE} {{ tcp }}\n\
-         add element {TABLE} {ALIVE} {{ tcp timeout {timeout} }}\n"
-    )
+pub(crate) fn refresh(timeout: Seconds, directions: Directions) -> String {
+    let one = |direction| {
+        let set = alive_set(direction);
+        format!(
+            "add element {TABLE} {set} {{ tcp }}\ndelete element {TABLE} {set} {{ tcp }}\n\
+             add element {TABLE} {set} {{ tcp timeout {timeout} }}\n"
+        )
+    };
+    directions.iter().map(one).collect()
 }
 
 /// The transaction that lets it lapse now.
-pub(crate) fn withdraw() -> String {
-    format!("flush set {TABLE} {ALIVE}\n")
+pub(crate) fn withdraw(directions: Directions) -> String {
+    directions.iter().map(|direction| format!("flush set {TABLE} {}\n", alive_set(direction))).collect()
 }
 
 impl Table {
     fn of(program: &Program) -> Table {
         let mut table = Table { sets: BTreeMap::new(), chains: Vec::new() };
-        if program.alive.is_some() {
-            table.sets.insert(ALIVE.to_owned(), (Elements::Alive, true));
+        for direction in program.dead_men().iter() {
+            table.sets.insert(alive_set(direction).to_owned(), (Elements::Alive, true));
         }
         for chain in &program.chains {
             let mut rules: Vec<(Label, String)> = Vec::new();
@@ -190,12 +204,16 @@ impl Table {
         changes
     }
 
-    fn text(&self, alive: Option<Seconds>) -> String {
+    fn text(&self, alive: Option<(Seconds, Directions)>) -> String {
         let mut text = format!("add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
         for (name, (elements, v4)) in &self.sets {
             _ = writeln!(text, "\tset {name} {{\n\t\t{}", elements.kind(*v4));
             let list = match (elements, alive) {
-                (Elements::Alive, Some(timeout)) => vec![format!("tcp timeout {timeout}")],
+                (Elements::Alive, Some((timeout, directions)))
+                    if directions.iter().any(|direction| alive_set(direction) == name) =>
+                {
+                    vec![format!("tcp timeout {timeout}")]
+                }
                 _ => elements.list(),
             };
             if !list.is_empty() {
@@ -271,7 +289,7 @@ fn table_rule(
             Match::Users(users) => format!("meta skuid {}", set(Elements::Users(users.clone()))),
             Match::Groups(groups) => format!("meta skgid {}", set(Elements::Groups(groups.clone()))),
             Match::Cgroup(Cgroup { path, .. }) => {
-                format!("socket cgroupv2 level {} \"{path}\"", path.split('/').count())
+                format!("socket cgroupv2 level {} \"{path}\"", path.level())
             }
             Match::OutInterfaces(names) => format!("oifname {}", set(Elements::Interfaces(names.clone()))),
             Match::InInterfaces(names) => format!("iifname {}", set(Elements::Interfaces(names.clone()))),
@@ -283,14 +301,15 @@ fn table_rule(
                 format!("{ip} daddr . tcp dport {}", set(Elements::Pairs(pairs)))
             }
             Match::Percent(percent) => format!("numgen random mod 100 < {}", percent.get()),
-            Match::Alive => format!("meta l4proto tcp meta l4proto @{ALIVE}"),
+            Match::Alive(direction) => {
+                format!("meta l4proto tcp meta l4proto @{}", alive_set(*direction))
+            }
             Match::Untracked => "ct state invalid".to_owned(),
         });
     }
-    let is_tcp = rule
-        .when
-        .iter()
-        .any(|condition| matches!(condition, Match::Syn | Match::Ports(_) | Match::Pairs(_) | Match::Alive));
+    let is_tcp = rule.when.iter().any(|condition| {
+        matches!(condition, Match::Syn | Match::Ports(_) | Match::Pairs(_) | Match::Alive(_))
+    });
     words.push(match &rule.then {
         Verdict::Return => "return".to_owned(),
         Verdict::Goto(chain) => format!("goto {chain}"),
@@ -409,7 +428,7 @@ impl Actual {
                 let name = text(set, "name").ok_or_else(|| unreadable("a set without a name"))?;
                 let elements = parse_set(set).unwrap_or(Elements::Unknown);
                 if elements == Elements::Alive {
-                    actual.alive =
+                    actual.alive |=
                         set.get("elem").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
                 }
                 actual.sets.insert(name.to_owned(), elements);
@@ -450,8 +469,11 @@ impl Actual {
         Some(actual)
     }
 
-    pub(crate) fn has_dead_man(&self) -> bool {
-        self.sets.contains_key(ALIVE)
+    pub(crate) fn dead_men(&self) -> Directions {
+        Direction::BOTH
+            .into_iter()
+            .filter(|direction| self.sets.contains_key(alive_set(*direction)))
+            .collect()
     }
 }
 

@@ -15,9 +15,87 @@ use crate::spec::{
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Program {
     pub(crate) chains: Vec<Chain>,
-    /// There is a dead-man, with this time-out.
-    pub(crate) alive: Option<Seconds>,
+    /// The directions that have a dead-man, and its time-out.
+    pub(crate) alive: Option<(Seconds, Directions)>,
     pub(crate) ipv6: bool,
+}
+
+/// Which way a connection goes, as seen from this host. Each has a listener of Envoy's, and a dead-man, of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Direction {
+    Outbound,
+    Inbound,
+}
+
+impl Direction {
+    pub const BOTH: [Direction; 2] = [Direction::Outbound, Direction::Inbound];
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Direction::Outbound => "outbound",
+            Direction::Inbound => "inbound",
+        })
+    }
+}
+
+/// A set of directions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Directions {
+    pub outbound: bool,
+    pub inbound: bool,
+}
+
+impl Directions {
+    pub const NONE: Directions = Directions { outbound: false, inbound: false };
+    pub const BOTH: Directions = Directions { outbound: true, inbound: true };
+
+    pub fn only(direction: Direction) -> Directions {
+        Directions::NONE.with(direction)
+    }
+
+    #[must_use]
+    pub fn with(mut self, direction: Direction) -> Directions {
+        match direction {
+            Direction::Outbound => self.outbound = true,
+            Direction::Inbound => self.inbound = true,
+        }
+        self
+    }
+
+    pub fn contains(self, direction: Direction) -> bool {
+        match direction {
+            Direction::Outbound => self.outbound,
+            Direction::Inbound => self.inbound,
+        }
+    }
+
+    pub fn is_empty(self) -> bool {
+        self == Directions::NONE
+    }
+
+    /// The directions that are in both sets.
+    #[must_use]
+    pub fn and(self, other: Directions) -> Directions {
+        Directions { outbound: self.outbound && other.outbound, inbound: self.inbound && other.inbound }
+    }
+
+    pub fn iter(self) -> impl Iterator<Item = Direction> {
+        Direction::BOTH.into_iter().filter(move |direction| self.contains(*direction))
+    }
+}
+
+impl From<bool> for Directions {
+    fn from(all: bool) -> Directions {
+        if all { Directions::BOTH } else { Directions::NONE }
+    }
+}
+
+impl FromIterator<Direction> for Directions {
+    fn from_iter<I: IntoIterator<Item = Direction>>(directions: I) -> Directions {
+        directions.into_iter().fold(Directions::NONE, Directions::with)
+    }
 }
 
 /// How sure we are of a program.
@@ -118,8 +196,8 @@ pub(crate) enum Match {
     Pairs(BTreeSet<SocketAddr>),
     /// Drawn for each connection anew; a rule has it last but for [`Match::Alive`].
     Percent(Percent),
-    /// The dead-man has been refreshed in time.
-    Alive,
+    /// The dead-man of this direction has been refreshed in time.
+    Alive(Direction),
     Untracked,
 }
 
@@ -159,8 +237,16 @@ impl Program {
     pub(crate) fn sample(ipv6: bool) -> Program {
         let mut outbound = chain("outbound", Hook::Outbound);
         let nowhere = [SocketAddr::from(([0, 0, 0, 0], 1)), SocketAddr::from(([0_u16; 8], 1))];
-        outbound.rule("vips", [Match::Pairs(nowhere.into()), Match::Alive], Verdict::Redirect(OUTBOUND_PORT));
-        Program { chains: vec![outbound, hold()], alive: Some(DeadMan::default().timeout), ipv6 }
+        outbound.rule(
+            "vips",
+            [Match::Pairs(nowhere.into()), Match::Alive(Direction::Outbound)],
+            Verdict::Redirect(OUTBOUND_PORT),
+        );
+        Program {
+            chains: vec![outbound, hold()],
+            alive: Some((DeadMan::default().timeout, Directions::only(Direction::Outbound))),
+            ipv6,
+        }
     }
 
     pub fn is_absent(&self) -> bool {
@@ -170,6 +256,11 @@ impl Program {
     /// Whether there is something to refresh.
     pub fn has_dead_man(&self) -> bool {
         self.alive.is_some()
+    }
+
+    /// The directions in which there is something to refresh.
+    pub fn dead_men(&self) -> Directions {
+        self.alive.map_or(Directions::NONE, |(_, directions)| directions)
     }
 
     /// The program for `spec` on `host`, and what of the spec it does not contain.
@@ -193,10 +284,15 @@ impl Program {
         if chains.iter().any(|chain| matches!(chain.hook, Some(Hook::Outbound | Hook::Inbound))) {
             chains.push(hold());
         }
-        let has_alive = |rule: &Rule| rule.when.contains(&Match::Alive);
-        let alive = chains.iter().flat_map(|chain| &chain.rules).any(has_alive);
+        let conditions = chains.iter().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.when);
+        let alive: Directions = conditions
+            .filter_map(|condition| match condition {
+                Match::Alive(direction) => Some(*direction),
+                _ => None,
+            })
+            .collect();
         notes.sort();
-        let alive = alive.then_some(spec.dead_man.timeout);
+        let alive = (!alive.is_empty()).then_some((spec.dead_man.timeout, alive));
         Ok((Program { chains, alive, ipv6: host.ipv6 }, notes))
     }
 }
@@ -264,8 +360,8 @@ impl Build<'_> {
         self.notes.push(Note { subject, message: message.into() });
     }
 
-    fn alive(&self, on_loss: OnLoss) -> Option<Match> {
-        (on_loss == OnLoss::Open || self.stage == Stage::Trial).then_some(Match::Alive)
+    fn alive(&self, direction: Direction, on_loss: OnLoss) -> Option<Match> {
+        (on_loss == OnLoss::Open || self.stage == Stage::Trial).then_some(Match::Alive(direction))
     }
 
     fn ssh(&self) -> BTreeSet<u16> {
@@ -310,7 +406,7 @@ impl Build<'_> {
         if !vips.is_empty() {
             // Only a trial lapses: what is not captured goes nowhere.
             let mut when = vec![Match::Pairs(vips)];
-            when.extend(self.alive(OnLoss::Closed));
+            when.extend(self.alive(Direction::Outbound, OnLoss::Closed));
             captured.rule("vips", when, Verdict::Redirect(OUTBOUND_PORT));
         }
         if out.capture == Outward::Vip {
@@ -400,7 +496,7 @@ impl Build<'_> {
         if percent < Percent::ALL {
             when.push(Match::Percent(percent));
         }
-        when.extend(self.alive(on_loss));
+        when.extend(self.alive(Direction::Outbound, on_loss));
         chain.rule(name, when, Verdict::Redirect(OUTBOUND_PORT));
     }
 
@@ -527,20 +623,23 @@ impl Build<'_> {
         let strict = &inbound.strict;
         let captured = if inbound.capture == Inward::Off { BTreeSet::new() } else { inbound.ports.clone() };
         // Strict ports are captured by the rule that does not lapse.
-        let closed =
-            if inbound.on_loss == OnLoss::Closed { captured.clone() } else { both(&captured, strict) };
+        let closed = if inbound.on_loss == OnLoss::Closed {
+            captured.clone()
+        } else {
+            common_ports(&captured, strict)
+        };
         let open = without(&captured, &closed);
         let mut rules = Vec::new();
         for (name, ports, on_loss) in [("open", open, OnLoss::Open), ("closed", closed, OnLoss::Closed)] {
             if !ports.is_empty() {
                 let mut when = vec![Match::ToThisHost, Match::Ports(ports)];
-                when.extend(self.alive(on_loss));
+                when.extend(self.alive(Direction::Inbound, on_loss));
                 rules.push((name, when));
             }
         }
         let refusal = |then: Verdict, build: &Self| {
             let mut when = vec![Match::ToThisHost, Match::Syn, Match::Ports(strict.clone())];
-            when.extend(build.alive(OnLoss::Closed));
+            when.extend(build.alive(Direction::Inbound, OnLoss::Closed));
             Rule { name: "strict".to_owned(), when, then }
         };
         match inbound.capture {
@@ -600,7 +699,7 @@ fn singles(ports: &BTreeSet<u16>) -> BTreeSet<Ports> {
 }
 
 /// The ports that are in both.
-fn both(one: &BTreeSet<Ports>, other: &BTreeSet<Ports>) -> BTreeSet<Ports> {
+pub(crate) fn common_ports(one: &BTreeSet<Ports>, other: &BTreeSet<Ports>) -> BTreeSet<Ports> {
     let pairs = one.iter().flat_map(|a| other.iter().map(move |b| (a, b)));
     pairs.filter_map(|(a, b)| Ports::range(a.first().max(b.first()), a.last().min(b.last()))).collect()
 }

@@ -12,6 +12,8 @@ use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use vmesh_model::text::{parse_duration, show_duration};
 
+use crate::units::MAX_UNITS;
+
 /// Where Envoy takes what the host sends.
 pub const OUTBOUND_PORT: u16 = 15001;
 /// Where Envoy takes what the host is sent.
@@ -32,6 +34,47 @@ impl Spec {
         self.outbound.capture == Outward::Off
             && self.inbound.capture == Inward::Off
             && self.inbound.strict.is_empty()
+    }
+}
+
+/// Names of users and groups, and units, that one spec may have: each is looked up, and costs a program or an answer of systemd's.
+pub const MAX_NAMES: usize = 256;
+
+/// A spec that needs more of this host than it is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TooMuch {
+    #[error(
+        "it has {0} names of users and groups, and at most {MAX_NAMES} are looked up: name a group in their place, or write numbers, \
+         which are not looked up"
+    )]
+    Names(usize),
+    #[error("it has {0} units, and at most {MAX_UNITS} are watched: put them into a slice, and name that")]
+    Units(usize),
+}
+
+impl Spec {
+    /// Checks what the spec asks of the host.
+    ///
+    /// # Errors
+    /// If it has too many names or units.
+    pub fn limits(&self) -> Result<(), TooMuch> {
+        let out = &self.outbound;
+        let selections = [&out.include, &out.exclude];
+        let users = selections.iter().flat_map(|of| &of.users).chain(out.dial.users.keys());
+        let groups = selections.iter().flat_map(|of| &of.groups).chain(out.dial.groups.keys());
+        let named = |account: &&Account| account.number().is_none();
+        let (users, groups): (BTreeSet<_>, BTreeSet<_>) =
+            (users.filter(named).collect(), groups.filter(named).collect());
+        let units: BTreeSet<_> =
+            selections.iter().flat_map(|of| &of.units).chain(out.dial.units.keys()).collect();
+        let names = users.len() + groups.len();
+        if names > MAX_NAMES {
+            return Err(TooMuch::Names(names));
+        }
+        if units.len() > MAX_UNITS {
+            return Err(TooMuch::Units(units.len()));
+        }
+        Ok(())
     }
 }
 
@@ -58,7 +101,8 @@ pub struct Outbound {
     pub dial: Dial,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Each includes those before it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outward {
     #[default]
@@ -432,7 +476,9 @@ impl FromStr for Account {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@' | '$');
-        if (1..=64).contains(&text.len()) && text.chars().all(plain) {
+        // One that begins so would be an option of the program that looks it up.
+        let is_name = !text.starts_with('-') && text.chars().all(plain);
+        if (1..=64).contains(&text.len()) && is_name {
             Ok(Account(text.to_owned()))
         } else {
             Err(format!("`{text}` is not the name or number of a user or group"))

@@ -13,7 +13,7 @@ fn host() -> Host {
         users: [("app".to_owned(), Number::Now(1001))].into(),
         units: [(
             "app.service".parse().unwrap(),
-            Cgroup { path: "system.slice/app.service".to_owned(), id: 4711 },
+            Cgroup { path: "system.slice/app.service".parse().unwrap(), id: 4711 },
         )]
         .into(),
         ipv6: true,
@@ -130,6 +130,11 @@ fn everything_by_nftables() {
             delete table inet vmesh
             table inet vmesh {
             	set alive {
+            		type inet_proto
+            		flags timeout
+            		elements = { tcp timeout 30s }
+            	}
+            	set alive_inbound {
             		type inet_proto
             		flags timeout
             		elements = { tcp timeout 30s }
@@ -292,7 +297,7 @@ fn everything_by_nftables() {
             		tcp dport @inbound_own return comment "vmesh own"
             		ip saddr @inbound_exclude_cidrs4 return comment "vmesh exclude_cidrs4"
             		ip6 saddr @inbound_exclude_cidrs6 return comment "vmesh exclude_cidrs6"
-            		fib daddr type local tcp dport @inbound_open meta l4proto tcp meta l4proto @alive counter redirect to :15006 comment "vmesh open"
+            		fib daddr type local tcp dport @inbound_open meta l4proto tcp meta l4proto @alive_inbound counter redirect to :15006 comment "vmesh open"
             		fib daddr type local tcp dport @inbound_closed counter redirect to :15006 comment "vmesh closed"
             	}
             	chain to_100 {
@@ -351,7 +356,7 @@ fn tproxy_by_nftables() {
             add table inet vmesh
             delete table inet vmesh
             table inet vmesh {
-            	set alive {
+            	set alive_inbound {
             		type inet_proto
             		flags timeout
             		elements = { tcp timeout 30s }
@@ -386,7 +391,7 @@ fn tproxy_by_nftables() {
             		iifname "lo" return comment "vmesh loopback"
             		tcp dport @inbound_ssh return comment "vmesh ssh"
             		tcp dport @inbound_own return comment "vmesh own"
-            		fib daddr type local tcp dport @inbound_open meta l4proto tcp meta l4proto @alive tproxy to :15006 counter accept comment "vmesh open"
+            		fib daddr type local tcp dport @inbound_open meta l4proto tcp meta l4proto @alive_inbound tproxy to :15006 counter accept comment "vmesh open"
             		fib daddr type local tcp dport @inbound_closed tproxy to :15006 counter accept comment "vmesh closed"
             		fib daddr type local tcp flags & (fin|syn|rst|ack) == syn tcp dport @inbound_strict counter drop comment "vmesh strict"
             	}
@@ -459,7 +464,7 @@ fn everything_by_iptables() {
             -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
-            -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh4 --mask 0.0.0.0 --rcheck --seconds 30 -j TPROXY --on-port 15006
+            -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh_inbound4 --mask 0.0.0.0 --rcheck --seconds 30 -j TPROXY --on-port 15006
             -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j TPROXY --on-port 15006
             -A VMESH_INBOUND -m comment --comment "vmesh strict" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j DROP
             -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
@@ -496,7 +501,7 @@ fn everything_by_iptables() {
             -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
-            -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh6 --mask :: --rcheck --seconds 30 -j TPROXY --on-port 15006
+            -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh_inbound6 --mask :: --rcheck --seconds 30 -j TPROXY --on-port 15006
             -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j TPROXY --on-port 15006
             -A VMESH_INBOUND -m comment --comment "vmesh strict" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j DROP
             -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
@@ -511,61 +516,61 @@ fn redirect_by_iptables() {
     check_iptables(
         "inbound: {capture: redirect, ports: [8080, 3306], strict: [3306, 9000]}",
         expect![[r#"
-        + ip nat VMESH_INBOUND
-        + ip nat VMESH_HOLD
-        + ip nat PREROUTING: the jump to us is not there
-        + ip filter VMESH_STRICT
-        + ip filter INPUT: the jump to us is not there
-        + ip6 nat VMESH_INBOUND
-        + ip6 nat VMESH_HOLD
-        + ip6 nat PREROUTING: the jump to us is not there
-        + ip6 filter VMESH_STRICT
-        + ip6 filter INPUT: the jump to us is not there
+            + ip nat VMESH_INBOUND
+            + ip nat VMESH_HOLD
+            + ip nat PREROUTING: the jump to us is not there
+            + ip filter VMESH_STRICT
+            + ip filter INPUT: the jump to us is not there
+            + ip6 nat VMESH_INBOUND
+            + ip6 nat VMESH_HOLD
+            + ip6 nat PREROUTING: the jump to us is not there
+            + ip6 filter VMESH_STRICT
+            + ip6 filter INPUT: the jump to us is not there
 
-        iptables-restore --noflush -w 5 <<'.'
-        *nat
-        :VMESH_INBOUND - [0:0]
-        :VMESH_HOLD - [0:0]
-        -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
-        -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
-        -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
-        -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh4 --mask 0.0.0.0 --rcheck --seconds 30 -j REDIRECT --to-ports 15006
-        -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j REDIRECT --to-ports 15006
-        -A VMESH_HOLD -m comment --comment "vmesh hold" -m conntrack --ctstate INVALID -j RETURN
-        -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
-        COMMIT
-        *filter
-        :VMESH_STRICT - [0:0]
-        -A VMESH_STRICT -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
-        -A VMESH_STRICT -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
-        -A VMESH_STRICT -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
-        -A VMESH_STRICT -m comment --comment "vmesh strict" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306,9000 -j REJECT --reject-with tcp-reset
-        -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_STRICT
-        COMMIT
-        .
+            iptables-restore --noflush -w 5 <<'.'
+            *nat
+            :VMESH_INBOUND - [0:0]
+            :VMESH_HOLD - [0:0]
+            -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
+            -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
+            -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
+            -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh_inbound4 --mask 0.0.0.0 --rcheck --seconds 30 -j REDIRECT --to-ports 15006
+            -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j REDIRECT --to-ports 15006
+            -A VMESH_HOLD -m comment --comment "vmesh hold" -m conntrack --ctstate INVALID -j RETURN
+            -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
+            COMMIT
+            *filter
+            :VMESH_STRICT - [0:0]
+            -A VMESH_STRICT -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
+            -A VMESH_STRICT -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
+            -A VMESH_STRICT -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
+            -A VMESH_STRICT -m comment --comment "vmesh strict" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306,9000 -j REJECT --reject-with tcp-reset
+            -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_STRICT
+            COMMIT
+            .
 
-        ip6tables-restore --noflush -w 5 <<'.'
-        *nat
-        :VMESH_INBOUND - [0:0]
-        :VMESH_HOLD - [0:0]
-        -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
-        -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
-        -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
-        -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh6 --mask :: --rcheck --seconds 30 -j REDIRECT --to-ports 15006
-        -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j REDIRECT --to-ports 15006
-        -A VMESH_HOLD -m comment --comment "vmesh hold" -m conntrack --ctstate INVALID -j RETURN
-        -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
-        COMMIT
-        *filter
-        :VMESH_STRICT - [0:0]
-        -A VMESH_STRICT -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
-        -A VMESH_STRICT -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
-        -A VMESH_STRICT -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
-        -A VMESH_STRICT -m comment --comment "vmesh strict" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306,9000 -j REJECT --reject-with tcp-reset
-        -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_STRICT
-        COMMIT
-        .
-    "#]],
+            ip6tables-restore --noflush -w 5 <<'.'
+            *nat
+            :VMESH_INBOUND - [0:0]
+            :VMESH_HOLD - [0:0]
+            -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
+            -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
+            -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
+            -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh_inbound6 --mask :: --rcheck --seconds 30 -j REDIRECT --to-ports 15006
+            -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j REDIRECT --to-ports 15006
+            -A VMESH_HOLD -m comment --comment "vmesh hold" -m conntrack --ctstate INVALID -j RETURN
+            -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
+            COMMIT
+            *filter
+            :VMESH_STRICT - [0:0]
+            -A VMESH_STRICT -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
+            -A VMESH_STRICT -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
+            -A VMESH_STRICT -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
+            -A VMESH_STRICT -m comment --comment "vmesh strict" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306,9000 -j REJECT --reject-with tcp-reset
+            -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_STRICT
+            COMMIT
+            .
+        "#]],
     );
 }
 

@@ -1,29 +1,28 @@
-//! What is on the host, and why. One task owns all of it: the judgement is [`vmesh_capture::confirm`]'s, which is pure; here it
-//! is told the time, written to disk, and made so.
+//! What is on the host, and why. One task on a thread of its own owns all of it: the judgement is [`vmesh_capture::confirm`]'s,
+//! which is pure; here it is told the time, written to disk, and made so. It waits for disks, tools and `/proc`; the dead-man is
+//! held off elsewhere: see [`crate::pulse`].
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use rustix::process::{Pid, test_kill_process};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tracing::{debug, error, info, warn};
 use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
-use vmesh_capture::confirm::{Beat, Commit, Due, Proposed, State as Committed, is_routine, leaving};
+use vmesh_capture::confirm::{Commit, Proposed, is_routine, leaving, without_what_is_not_wanted};
 use vmesh_capture::facts::{Own, Places, Session};
 use vmesh_capture::host::{Host, Memory};
-use vmesh_capture::spec::{INBOUND_PORT, Inward, OUTBOUND_PORT, Outward, Spec, Unit};
-use vmesh_capture::{Plan, Program, Stage};
+use vmesh_capture::spec::{Inward, Outward, Spec, Unit};
+use vmesh_capture::{Directions, Plan, Program, Stage};
 use vmesh_daemon::report::one_line;
-use vmesh_daemon::{Stop, fsx, systemd};
+use vmesh_daemon::{Stop, systemd};
 
-use crate::probe::{self, Looks, SELF_TEST};
-use crate::protocol::{Answer, Ask, Drift, Envoy, Redirects, State, Status, Want};
+use crate::board::Board;
+use crate::kept::{AgentFacts, SavedState};
+use crate::probe::{self, Looks, SELF_TEST, Verdicts};
+use crate::protocol::{Ask, Drift, Envoy, State, Status, Want};
+use crate::pulse::{AgentWatch, Heartbeat, Order};
 use crate::rules::Changed;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -40,15 +39,10 @@ const TRIES_AGAIN_AFTER: Duration = Duration::from_secs(5);
 const SAVES_AFTER: Duration = Duration::from_secs(10);
 /// Changes come in bursts: a firewall that loads its rules makes several.
 const SETTLES: Duration = Duration::from_millis(50);
-/// An agent that says nothing for so long is not well.
-const AGENT_SPEAKS_WITHIN: Duration = Duration::from_secs(5);
-/// On this host nobody takes longer to refuse a connection.
-const SEEN_WITHIN: Duration = Duration::from_millis(500);
 /// An agent that runs at all has spoken by then.
 const AGENT_BEGINS_WITHIN: Duration = Duration::from_secs(120);
 /// A trial may not be endless, nor too short for anybody to confirm it.
 const PATIENCE: std::ops::RangeInclusive<u32> = 5..=3600;
-const MAX_STATE: u64 = 16 << 20;
 
 /// What this host is told at the start.
 #[derive(Debug, Clone)]
@@ -80,19 +74,25 @@ impl Options {
 /// A question, and where its answer goes.
 pub struct Question {
     pub ask: Ask,
-    /// Whoever asks, where the kernel says which process that is.
-    pub pid: Option<i32>,
-    pub answer: oneshot::Sender<Answer>,
+    pub answer: oneshot::Sender<Reply>,
 }
 
-/// What is on the disk.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-struct Kept {
-    commit: Committed,
-    known: Known,
-    refused: Option<(Spec, String)>,
-    memory: Memory,
+/// What the keeper answers. How things are now is put together by [`crate::board`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    Done,
+    Plan(String),
+    Refused(String),
+}
+
+/// How the keeper hears of the rest of the process, and tells it.
+pub struct Links {
+    pub verdicts: watch::Receiver<Verdicts>,
+    pub looks: watch::Sender<Looks>,
+    pub agent: AgentWatch,
+    pub beats: watch::Receiver<Heartbeat>,
+    pub orders: watch::Sender<Option<Order>>,
+    pub board: watch::Sender<Board>,
 }
 
 pub struct Keeper {
@@ -103,7 +103,9 @@ pub struct Keeper {
     /// What was captured is not known: until the agent says it, or this moment, the kernel's rules stay as they are.
     awaits_agent: Option<Instant>,
     commit: Commit,
-    known: Known,
+    known: AgentFacts,
+    /// What the agent last said that it wants, whatever became of it.
+    agent_wants: Option<Spec>,
     trial: u64,
     /// The sessions from when the trial began.
     sessions: Vec<Session>,
@@ -111,22 +113,16 @@ pub struct Keeper {
     refused: Option<(Spec, String)>,
     /// Why the trial could not be confirmed so far.
     doubt: Option<String>,
-    beat: Beat,
     /// When it was last ready for whatever comes next.
     turned: watch::Sender<Instant>,
-    envoy: watch::Receiver<Envoy>,
-    looks: watch::Sender<Looks>,
-    /// Envoy was gone at the last look, too.
-    was_gone: bool,
-    /// The redirects were taken back before their time.
-    withdrawn: bool,
-    lapsed: bool,
-    agent_spoke: Option<Instant>,
-    /// The agent's process.
-    agent: Option<i32>,
+    links: Links,
+    /// How often the rules were replaced whole: see [`Order::replaced`].
+    replaced: u64,
     leaving_since: Option<std::time::Instant>,
     stopping: bool,
     bypassed: bool,
+    /// What is on the host; `None` where that is not known: before the first look, and after a change that failed, of which anything
+    /// may have been done.
     on_host: Option<Program>,
     /// What is known to be in the kernel, as long as nobody else changed anything.
     actual: Option<Actual>,
@@ -136,29 +132,19 @@ pub struct Keeper {
     /// When its rules were last looked at.
     looked: Option<Instant>,
     look_soon: bool,
-    /// Open ones through a redirect, when somebody last asked.
-    connections: usize,
     /// When endpoints that came and went are to be written to the disk.
     save_at: Option<Instant>,
     notes: Vec<String>,
     error: Option<String>,
     drift: Drift,
-    drifted_at: Option<Instant>,
+    drifted_at: Option<std::time::Instant>,
     changed_by: Option<(Instant, Changed)>,
-}
-
-/// What the agent knows of itself.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-struct Known {
-    ports: BTreeSet<u16>,
-    control_planes: BTreeSet<SocketAddr>,
 }
 
 impl Keeper {
     /// Begins with what the disk has. Where that cannot be read, the rules stay as they are until the agent's next word.
-    pub fn start(options: Options, envoy: watch::Receiver<Envoy>, looks: watch::Sender<Looks>) -> Keeper {
-        let (kept, is_whole) = load(&options.state_file());
+    pub fn start(options: Options, links: Links) -> Keeper {
+        let (kept, is_whole) = SavedState::load(&options.state_file());
         let bypassed = options.bypass_flag().exists();
         let (commit, reverted) = Commit::start(kept.commit, bypassed);
         let mut refused = kept.refused;
@@ -171,28 +157,22 @@ impl Keeper {
             applier: None,
             others: Vec::new(),
             awaits_agent: (!is_whole).then(|| Instant::now() + AGENT_BEGINS_WITHIN),
-            beat: Beat::new(commit.wanted().0.dead_man.timeout.duration()),
             commit,
             known: kept.known,
+            agent_wants: None,
             trial: 0,
             turned: watch::Sender::new(Instant::now()),
             sessions: Vec::new(),
             refused,
             doubt: None,
-            envoy,
-            looks,
-            was_gone: false,
-            withdrawn: false,
-            lapsed: false,
-            agent_spoke: None,
-            agent: None,
+            links,
+            replaced: 0,
             leaving_since: None,
             stopping: false,
             bypassed,
             on_host: None,
             actual: None,
             save_at: None,
-            connections: 0,
             host: None,
             memory: kept.memory,
             looked: None,
@@ -217,10 +197,12 @@ impl Keeper {
         mut self,
         mut asked: mpsc::Receiver<Question>,
         mut changed: mpsc::Receiver<Changed>,
+        mut failed: mpsc::Receiver<String>,
         mut again: watch::Receiver<bool>,
         mut stop: Stop,
     ) {
         self.bring().await;
+        self.publish();
         systemd::ready(&self.in_words());
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -229,13 +211,12 @@ impl Keeper {
             self.turned.send_replace(Instant::now());
             tokio::select! {
                 question = asked.recv() => match question {
-                    Some(Question { ask, pid, answer }) => {
-                        let said = match self.hears(&ask, pid) {
-                            Ok(()) => self.answer(ask).await,
-                            Err(why) => Answer::Refused(why),
-                        };
+                    Some(Question { ask, answer }) => {
+                        let reply = self.answer(ask).await;
+                        // Before whoever asked looks at it.
+                        self.publish();
                         // Whoever asked may have gone.
-                        _ = answer.send(said);
+                        _ = answer.send(reply);
                     }
                     None => stop.requested().await,
                 },
@@ -259,6 +240,11 @@ impl Keeper {
                         }
                     }
                 }
+                Some(why) = failed.recv() => {
+                    warn!("{why}");
+                    self.error = Some(why);
+                    self.bring().await;
+                }
                 _ = ticks.tick() => {
                     count += 1;
                     self.tick(count % self.looks_every() == 0).await;
@@ -266,6 +252,7 @@ impl Keeper {
                 Ok(()) = again.changed() => return self.end_untried(),
                 () = stop.requested() => break,
             }
+            self.publish();
         }
         self.end_untried();
         self.leave().await;
@@ -286,6 +273,7 @@ impl Keeper {
         loop {
             self.turned.send_replace(Instant::now());
             self.bring().await;
+            self.publish();
             let gone = self.on_host.as_ref().is_some_and(Program::is_absent);
             if gone {
                 info!("the host's rules are as they were");
@@ -307,10 +295,20 @@ impl Keeper {
     fn wanted(&self) -> (Spec, Stage) {
         match self.stopping {
             true => (Spec::default(), Stage::Confirmed),
-            false => {
-                let (spec, stage) = self.commit.wanted();
-                (spec.clone(), stage)
-            }
+            false => match self.commit.wanted() {
+                (spec, Stage::Trial) => (spec.clone(), Stage::Trial),
+                (spec, Stage::Confirmed) => (self.as_far_as_served(spec), Stage::Confirmed),
+            },
+        }
+    }
+
+    /// What was confirmed, as far as the agent's configuration still has it. Where a change was taken back, the agent goes on telling
+    /// control planes its new configuration, and Envoy has listeners for that one only: what is not in it would lead nowhere.
+    fn as_far_as_served(&self, confirmed: &Spec) -> Spec {
+        let refused = self.refused.as_ref().map(|(spec, _)| spec);
+        match self.agent_wants.as_ref().or(refused) {
+            Some(wants) => without_what_is_not_wanted(confirmed, wants),
+            None => confirmed.clone(),
         }
     }
 
@@ -335,7 +333,6 @@ impl Keeper {
         {
             warn!("after a restart what was known before would be in force, until the agent speaks: {error}");
         }
-        self.hold_off_dead_man().await;
         systemd::status(&self.in_words());
     }
 
@@ -359,121 +356,31 @@ impl Keeper {
         }
     }
 
-    async fn hold_off_dead_man(&mut self) {
-        if !self.on_host.as_ref().is_some_and(Program::has_dead_man) {
-            self.lapsed = false;
-            return;
-        }
-        let (spec, _) = self.wanted();
-        let timeout = spec.dead_man.timeout;
-        let envoy = *self.envoy.borrow();
-        let now = std::time::Instant::now();
-        let gone = is_gone(envoy);
-        if gone && self.was_gone {
-            self.go_past_envoy_if_gone().await;
-        }
-        self.was_gone = gone;
-        let mut well = envoy == Envoy::Well && self.agent_is_well();
-        if well && self.withdrawn {
-            // It may have been seen before it went.
-            well = probe::look_at_all(looks(&spec), &self.options.users).await == Envoy::Well;
-        }
-        let Some(applier) = &self.applier else { return };
-        match self.beat.due(now, well) {
-            Due::Refresh => match applier.refresh(timeout).await {
-                Ok(()) => {
-                    if std::mem::take(&mut self.withdrawn) || std::mem::take(&mut self.lapsed) {
-                        info!("Envoy and the agent are well: redirects hold again");
-                    }
-                    self.lapsed = false;
-                    self.beat.refreshed(now);
-                }
-                Err(error) => {
-                    self.error = Some(one_line(&error));
-                    warn!("{}", one_line(&error));
-                    self.bring().await;
-                }
-            },
-            Due::Lapses(left) if left.is_zero() && !self.lapsed => {
-                warn!(
-                    "redirects have lapsed, since {}: new connections go past Envoy where that is allowed",
-                    what_is_wrong(envoy)
-                );
-                self.lapsed = true;
-            }
-            Due::Lapses(_) | Due::Wait(_) => {}
-        }
-    }
-
-    /// Takes the redirects back that may fail open, if Envoy is gone by now: what was seen of it may be a second old.
-    async fn go_past_envoy_if_gone(&mut self) {
-        let (spec, _) = self.wanted();
-        if self.withdrawn || !self.on_host.as_ref().is_some_and(Program::has_dead_man) {
-            return;
-        }
-        // One that is gone is so at once; whoever asks must not keep everything waiting for one that hangs.
-        let looked = timeout(SEEN_WITHIN, probe::look_at_all(looks(&spec), &self.options.users)).await;
-        let envoy = looked.unwrap_or(Envoy::Hangs);
-        let Some(applier) = self.applier.as_ref().filter(|_| is_gone(envoy)) else { return };
-        match applier.withdraw().await {
-            Ok(()) => {
-                warn!("{}: new connections go past it where that is allowed", what_is_wrong(envoy));
-                self.withdrawn = true;
-                self.beat = Beat::new(spec.dead_man.timeout.duration());
-            }
-            Err(error) => warn!("redirects lapse by themselves: {}", one_line(&error)),
-        }
-    }
-
-    fn agent_is_well(&self) -> bool {
-        self.agent_spoke.is_some_and(|spoke| spoke.elapsed() < AGENT_SPEAKS_WITHIN)
-    }
-
-    /// One agent at a time says what is wanted: of two, each would undo what the other has done.
-    fn hears(&mut self, ask: &Ask, pid: Option<i32>) -> Result<(), String> {
-        if !matches!(ask, Ask::Want(_) | Ask::Well) {
-            return Ok(());
-        }
-        match (self.agent.filter(|_| self.agent_is_well()), pid) {
-            (Some(agent), Some(pid)) if agent != pid && lives(agent) => Err(format!(
-                "another agent (pid {agent}) says what is captured on this host, and this one (pid {pid}) is not heard: stop one \
-                 of them"
-            )),
-            _ => {
-                self.agent = pid;
-                Ok(())
-            }
-        }
-    }
-
-    async fn answer(&mut self, ask: Ask) -> Answer {
+    async fn answer(&mut self, ask: Ask) -> Reply {
         match ask {
-            // The kernel walks all of its connections for this: not for what is asked every second.
-            Ask::Status => self.connections = self.options.places.redirected(),
+            // Answered without the keeper.
+            Ask::Status | Ask::Look | Ask::Well => {}
             Ask::Plan { want } => {
                 return match self.plan(want).await {
-                    Ok(text) => Answer::Plan(text),
-                    Err(why) => Answer::Refused(why),
+                    Ok(text) => Reply::Plan(text),
+                    Err(why) => Reply::Refused(why),
                 };
             }
-            Ask::Look => self.go_past_envoy_if_gone().await,
-            Ask::Well => self.agent_spoke = Some(Instant::now()),
             Ask::Want(want) => {
-                self.agent_spoke = Some(Instant::now());
                 if let Err(why) = self.want(want).await {
-                    return Answer::Refused(why);
+                    return Reply::Refused(why);
                 }
             }
             Ask::Confirm { trial } => {
                 if let Err(why) = self.confirm(trial).await {
                     self.doubt = Some(why.clone());
-                    return Answer::Refused(why);
+                    return Reply::Refused(why);
                 }
             }
             Ask::Revert { trial, why } => {
                 let on_trial = if trial == self.trial { self.commit.revert() } else { None };
                 let Some(spec) = on_trial else {
-                    return Answer::Refused("nothing of that number is on trial".to_owned());
+                    return Reply::Refused("nothing of that number is on trial".to_owned());
                 };
                 self.taken_back(spec, why);
                 self.bring().await;
@@ -485,13 +392,18 @@ impl Keeper {
                 }
             }
         }
-        Answer::Status(Box::new(self.status()))
+        Reply::Done
     }
 
     async fn want(&mut self, want: Want) -> Result<(), String> {
+        want.spec
+            .limits()
+            .map_err(|error| format!("this is not captured, and what was is as before: {error}"))?;
         self.awaits_agent = None;
         let spec = with_self_test(want.spec);
-        let known = Known { ports: want.ports, control_planes: want.control_planes };
+        let wants_another = self.agent_wants.as_ref().is_some_and(|before| !is_routine(before, &spec));
+        self.agent_wants = Some(spec.clone());
+        let known = AgentFacts { ports: want.ports, control_planes: want.control_planes };
         let known_changed = self.known != known;
         self.known = known;
         let is_refused = self.refused.as_ref().is_some_and(|(refused, _)| is_routine(refused, &spec));
@@ -500,9 +412,9 @@ impl Keeper {
         let now = std::time::Instant::now();
         let mut read = None;
         match self.commit.propose(spec, now, Duration::from_secs(patience.into())) {
-            Proposed::Same if !known_changed => return Ok(()),
+            Proposed::Same if !known_changed && !wants_another => return Ok(()),
             // Of endpoints the agent speaks again at once after a restart: the disk is not written for each.
-            Proposed::Routine if !self.commit.wanted().0.is_off() && !known_changed => {
+            Proposed::Routine if !self.commit.wanted().0.is_off() && !known_changed && !wants_another => {
                 self.save_at.get_or_insert(Instant::now() + SAVES_AFTER);
                 self.leaving_since = None;
                 self.bring_endpoints().await;
@@ -565,13 +477,10 @@ impl Keeper {
             );
         }
         let (spec, _) = self.wanted();
-        let looks = looks(&spec);
-        for (wanted, port) in [(looks.outbound, OUTBOUND_PORT), (looks.inbound, INBOUND_PORT)] {
-            if !wanted {
-                continue;
-            }
-            let seen = probe::look_at(port, &self.options.users).await;
+        for direction in looks(&spec).iter() {
+            let seen = probe::look_at(direction, &self.options.users).await;
             if seen != Envoy::Well {
+                let port = probe::port(direction);
                 return Err(format!("Envoy does not serve its capture port {port}: {seen:?}"));
             }
         }
@@ -666,7 +575,7 @@ impl Keeper {
 
     async fn try_bring(&mut self, host: Host) -> Result<(), String> {
         let (spec, stage) = self.wanted();
-        self.looks.send_if_modified(|looks| {
+        self.links.looks.send_if_modified(|looks| {
             let now = self::looks(&spec);
             std::mem::replace(looks, now) != now
         });
@@ -685,17 +594,13 @@ impl Keeper {
         let (program, notes) = Program::new(&spec, &host, stage).map_err(|error| error.to_string())?;
         self.tell(notes.iter().map(ToString::to_string).collect());
         if self.commit.state().footprint.is_none()
-            && let Some(footprint) = applier.footprint().await
             && self.on_host.as_ref().is_none_or(Program::is_absent)
+            && let Some(footprint) = applier.footprint().await.map_err(|error| one_line(&error))?
         {
             self.commit.set_footprint(Some(footprint));
             self.save()?;
         }
-        let mut seen = *self.envoy.borrow();
-        if seen == Envoy::Unknown || self.withdrawn {
-            seen = probe::look_at_all(looks(&spec), &self.options.users).await;
-        }
-        let well = seen == Envoy::Well && self.agent_is_well();
+        let well = self.well(&spec).await;
         let actual = match self.actual.take() {
             Some(actual) => actual,
             None => applier.read().await.map_err(|error| one_line(&error))?,
@@ -707,22 +612,60 @@ impl Keeper {
             if self.on_host.as_ref() == Some(&program) {
                 self.drifted(&plan);
             }
+            // Until it is known to be done: of a change that fails anything may be in the kernel.
+            self.on_host = None;
             self.actual =
                 applier.bring_elements(&program, &actual).await.map_err(|error| one_line(&error))?;
             if self.actual.is_none() {
-                let alive = well.then_some(spec.dead_man.timeout);
-                applier.bring(&program, alive).await.map_err(|error| one_line(&error))?;
-                self.beat = Beat::new(spec.dead_man.timeout.duration());
-                if well {
-                    self.beat.refreshed(std::time::Instant::now());
-                    self.lapsed = false;
-                    self.withdrawn = false;
-                }
+                let alive = Some((spec.dead_man.timeout, well)).filter(|(_, well)| !well.is_empty());
+                applier.bring_alive(&program, alive).await.map_err(|error| one_line(&error))?;
+                self.replaced += 1;
+                self.order(&applier, &spec, &program, well);
             }
         }
+        // Replaced or not, these are the dead-men that are there; nothing changes if they are known.
+        self.order(&applier, &spec, &program, Directions::NONE);
         self.on_host = Some(program);
         // Not before what is to be there is: translated connections live as long as somebody's rules translate.
         self.end_others(&Program::absent()).await.map_err(|error| one_line(&error))
+    }
+
+    /// The directions in which redirects may hold at once: Envoy's listener and the agent are well.
+    async fn well(&self, spec: &Spec) -> Directions {
+        if !self.links.agent.is_well() {
+            return Directions::NONE;
+        }
+        let wanted = looks(spec);
+        let mut seen = *self.links.verdicts.borrow();
+        let withdrawn = self.links.beats.borrow().withdrawn();
+        let unseen = |direction| seen.of(direction) == Envoy::Unknown || withdrawn.contains(direction);
+        if wanted.iter().any(unseen) {
+            seen = probe::look_at_all(wanted, &self.options.users).await;
+        }
+        seen.well().and(wanted)
+    }
+
+    /// Says what is in the kernel by now to whoever holds the dead-man off.
+    fn order(&self, applier: &Applier, spec: &Spec, program: &Program, refreshed: Directions) {
+        self.links.orders.send_if_modified(|order| {
+            let dead_men = program.dead_men();
+            let timeout = spec.dead_man.timeout;
+            let is_same = order.as_ref().is_some_and(|order| {
+                order.replaced == self.replaced && order.dead_men == dead_men && order.timeout == timeout
+            });
+            if is_same {
+                return false;
+            }
+            *order = (!dead_men.is_empty()).then(|| Order {
+                applier: applier.clone(),
+                timeout,
+                dead_men,
+                replaced: self.replaced,
+                refreshed,
+                at: std::time::Instant::now(),
+            });
+            true
+        });
     }
 
     /// Makes what other backends have of ours be as `program` says.
@@ -754,12 +697,13 @@ impl Keeper {
     async fn take_away(&mut self, applier: &Applier) -> Result<(), Error> {
         let since = *self.leaving_since.get_or_insert_with(std::time::Instant::now);
         let open = self.options.places.redirected();
-        self.connections = open;
         let now = std::time::Instant::now();
         let program = leaving(open, since, now, self.options.drain, applier.ipv6);
         self.end_others(&program).await?;
         if program.is_absent() {
             if !self.on_host.as_ref().is_some_and(Program::is_absent) {
+                self.links.orders.send_replace(None);
+                self.on_host = None;
                 let plan = applier.off(self.commit.state().footprint.as_ref()).await?;
                 if !plan.is_empty() {
                     info!("the host's rules are as they were before vmesh");
@@ -772,6 +716,8 @@ impl Keeper {
             self.leaving_since = None;
         } else if self.on_host.as_ref() != Some(&program) {
             info!("nothing new is captured; {open} connections through redirects are left to end");
+            self.links.orders.send_replace(None);
+            self.on_host = None;
             applier.bring(&program, None).await?;
         }
         self.on_host = Some(program);
@@ -797,19 +743,29 @@ impl Keeper {
             what.join("; ")
         );
         self.drift = Drift { count: self.drift.count + 1, seconds_ago: None, what, by };
-        self.drifted_at = Some(Instant::now());
+        self.drifted_at = Some(std::time::Instant::now());
     }
 
     async fn plan(&self, want: Option<Want>) -> Result<String, String> {
         let (spec, stage) = match &want {
-            Some(want) => (with_self_test(want.spec.clone()), Stage::Confirmed),
+            Some(want) => {
+                want.spec.limits().map_err(|error| error.to_string())?;
+                (with_self_test(want.spec.clone()), Stage::Confirmed)
+            }
             None => self.wanted(),
         };
         let known = want.map_or_else(
             || self.known.clone(),
-            |want| Known { ports: want.ports, control_planes: want.control_planes },
+            |want| AgentFacts { ports: want.ports, control_planes: want.control_planes },
         );
         plan(&self.options, &spec, stage, &known, &self.memory).await
+    }
+
+    /// Whether there may be rules of ours though nothing is wanted: they could not be taken away so far.
+    fn may_have_rules(&self) -> bool {
+        self.awaits_agent.is_none()
+            && self.applier.is_some()
+            && !self.on_host.as_ref().is_some_and(Program::is_absent)
     }
 
     fn state(&self) -> State {
@@ -817,52 +773,38 @@ impl Keeper {
         match (self.bypassed, spec.is_off(), stage) {
             _ if self.leaving_since.is_some() => State::Leaving,
             (true, _, _) => State::Bypassed,
+            // Rules that could not be taken away are not gone.
+            (false, true, _) if self.may_have_rules() => State::Leaving,
             (false, true, _) => State::Off,
             (false, false, Stage::Trial) => State::Trial,
             (false, false, Stage::Confirmed) => State::Confirmed,
         }
     }
 
-    fn status(&self) -> Status {
+    /// Lets the rest of the process see what there is now.
+    fn publish(&self) {
         let (mut spec, _) = self.wanted();
+        let looks = looks(&spec);
         let virtual_addresses = spec.outbound.vips.iter().filter(|vip| **vip != SELF_TEST).count();
         let real_addresses = spec.outbound.addresses.len();
         spec.outbound.vips.clear();
         spec.outbound.addresses.clear();
-        let trial = self.commit.until();
-        Status {
+        let trial_until = self.commit.until();
+        let status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             backend: self.applier.as_ref().map(|applier| applier.backend.to_string()),
             state: self.state(),
             spec,
             virtual_addresses,
             real_addresses,
-            trial: trial.map(|_| self.trial),
-            trial_ends_in: trial
-                .map(|until| until.saturating_duration_since(std::time::Instant::now()).as_secs()),
+            trial: trial_until.map(|_| self.trial),
             reverted: self.refused.as_ref().map(|(_, why)| why.clone()),
-            envoy: *self.envoy.borrow(),
-            redirects: self.redirects(),
-            agent_silent_for: self.agent_spoke.map(|spoke| spoke.elapsed().as_secs()),
-            drift: Drift {
-                seconds_ago: self.drifted_at.map(|at| at.elapsed().as_secs()),
-                ..self.drift.clone()
-            },
+            drift: self.drift.clone(),
             notes: self.notes.clone(),
             error: self.error.clone(),
-            connections: self.connections,
-        }
-    }
-
-    /// What the kernel makes by now of redirects that may lapse.
-    fn redirects(&self) -> Redirects {
-        if !self.on_host.as_ref().is_some_and(Program::has_dead_man) {
-            return Redirects::None;
-        }
-        match self.beat.due(std::time::Instant::now(), false) {
-            Due::Lapses(left) if !left.is_zero() && !self.withdrawn => Redirects::Hold,
-            _ => Redirects::Lapsed,
-        }
+            ..Status::default()
+        };
+        self.links.board.send_replace(Board { status, trial_until, drifted_at: self.drifted_at, looks });
     }
 
     /// What `systemctl status` shows.
@@ -873,51 +815,20 @@ impl Keeper {
             None if self.awaits_agent.is_some() => {
                 "waits for the agent; rules are left as they are".to_owned()
             }
-            None if self.redirects() == Redirects::Lapsed => format!("{state}; redirects have lapsed"),
             None => state.to_string(),
         }
     }
 
     fn save(&mut self) -> Result<(), String> {
         self.save_at = None;
-        let kept = Kept {
+        let state = SavedState {
             commit: self.commit.state().clone(),
             known: self.known.clone(),
             refused: self.refused.clone(),
             memory: self.memory.clone(),
         };
-        let json = serde_json::to_vec(&kept).map_err(|error| error.to_string())?;
-        fsx::write_atomically(&self.options.state_file(), &json, fsx::PRIVATE)
-            .map_err(|error| one_line(&error))
+        state.save(&self.options.state_file())
     }
-}
-
-/// What is on the disk, and whether this version understands all of it. Of what it does not, the parts count that it does.
-fn load(path: &Path) -> (Kept, bool) {
-    let text = match fsx::read_capped(path, MAX_STATE) {
-        Ok(text) => text,
-        Err(error) if error.is_not_found() => return (Kept::default(), true),
-        Err(error) => {
-            warn!("what was captured is not known until the agent says it: {}", one_line(&error));
-            return (Kept::default(), false);
-        }
-    };
-    let error = match serde_json::from_slice(&text) {
-        Ok(kept) => return (kept, true),
-        Err(error) => error,
-    };
-    warn!(
-        "{} is not what this version writes; what was captured is not known until the agent says it: {error}",
-        path.display()
-    );
-    fn part<T: DeserializeOwned + Default>(of: &Value, name: &str) -> T {
-        of.get(name).and_then(|part| T::deserialize(part).ok()).unwrap_or_default()
-    }
-    let all = serde_json::from_slice(&text).unwrap_or(Value::Null);
-    let footprint = part(all.get("commit").unwrap_or(&Value::Null), "footprint");
-    let commit = Committed { footprint, ..Committed::default() };
-    let (known, refused, memory) = (part(&all, "known"), part(&all, "refused"), part(&all, "memory"));
-    (Kept { commit, known, refused, memory }, false)
 }
 
 async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {
@@ -927,7 +838,7 @@ async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {
     }
 }
 
-async fn host(options: &Options, spec: &Spec, known: &Known, memory: &Memory) -> Host {
+async fn host(options: &Options, spec: &Spec, known: &AgentFacts, memory: &Memory) -> Host {
     let own = Own {
         users: options.users.clone(),
         slices: options.slices.clone(),
@@ -941,7 +852,7 @@ async fn plan(
     options: &Options,
     spec: &Spec,
     stage: Stage,
-    known: &Known,
+    known: &AgentFacts,
     memory: &Memory,
 ) -> Result<String, String> {
     let host = host(options, spec, known, memory).await;
@@ -959,7 +870,7 @@ async fn plan(
 
 /// What [`Ask::Plan`] answers, where nobody runs who could be asked. Needs the privileges that applying needs.
 pub async fn plan_here(options: &Options, want: Want) -> Result<String, String> {
-    let known = Known { ports: want.ports, control_planes: want.control_planes };
+    let known = AgentFacts { ports: want.ports, control_planes: want.control_planes };
     plan(options, &with_self_test(want.spec), Stage::Confirmed, &known, &Memory::default()).await
 }
 
@@ -968,21 +879,6 @@ fn with_self_test(mut spec: Spec) -> Spec {
         spec.outbound.vips.insert(SELF_TEST);
     }
     spec
-}
-
-/// Why redirects do not hold, by what was seen of Envoy.
-fn what_is_wrong(envoy: Envoy) -> &'static str {
-    match envoy {
-        Envoy::Well => "the agent says nothing",
-        Envoy::Gone => "Envoy is gone",
-        Envoy::Stranger => "somebody else's program has Envoy's capture port",
-        Envoy::Hangs => "Envoy takes connections and does not serve them",
-        Envoy::Unknown | Envoy::Other => "Envoy has not been looked at",
-    }
-}
-
-fn is_gone(envoy: Envoy) -> bool {
-    matches!(envoy, Envoy::Gone | Envoy::Stranger)
 }
 
 fn looks(spec: &Spec) -> Looks {
@@ -1015,22 +911,17 @@ fn sessions_live(before: &[Session], now: &[Session]) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether there is such a process; one that must not be asked about is.
-fn lives(pid: i32) -> bool {
-    Pid::from_raw(pid).is_some_and(|pid| test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
-}
-
 /// Answers within `patience`, or says that the keeper is busy.
-pub async fn asked(to: &mpsc::Sender<Question>, ask: Ask, pid: Option<i32>, patience: Duration) -> Answer {
+pub async fn asked(to: &mpsc::Sender<Question>, ask: Ask, patience: Duration) -> Reply {
     let (answer, said) = oneshot::channel();
     let exchange = async {
-        to.send(Question { ask, pid, answer }).await.ok()?;
+        to.send(Question { ask, answer }).await.ok()?;
         said.await.ok()
     };
     match timeout(patience, exchange).await {
-        Ok(Some(answer)) => answer,
-        Ok(None) => Answer::Refused("vmesh-net is stopping".to_owned()),
-        Err(_) => Answer::Refused("vmesh-net is busy changing rules: ask again".to_owned()),
+        Ok(Some(reply)) => reply,
+        Ok(None) => Reply::Refused("vmesh-net is stopping".to_owned()),
+        Err(_) => Reply::Refused("vmesh-net is busy changing rules: ask again".to_owned()),
     }
 }
 

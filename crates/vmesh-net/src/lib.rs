@@ -9,16 +9,22 @@
 //! | [`protocol`] | what is asked and answered on the socket: one line of JSON each |
 //! | [`client`] | [`client::Client`]: the other end, for the agent and `vmeshctl` |
 //! | [`keeper`] | [`keeper::Keeper`]: what is on the host and why; decides everything |
+//! | [`pulse`] | [`pulse::Pulse`]: holds the dead-man off, one for each direction |
+//! | [`board`] | [`board::StatusSource`]: what is answered to whoever asks how things are |
 //! | [`probe`] | whether Envoy takes connections, whether a capture works from end to end |
 //! | [`rules`] | who changed the host's rules, told by the kernel |
 //! | [`server`] | the socket: who may ask what |
 //!
-//! | task | wakes on | publishes |
-//! |---|---|---|
-//! | `keeper` | what is asked, a second's tick, a change of rules | [`protocol::Status`] |
-//! | `envoy probe` | a second's tick, while something is captured | `watch<Health>` |
-//! | `rules` | the kernel's notices | who changed rules |
-//! | `socket` | connections | what is asked, to `keeper` |
+//! | task | thread | wakes on | publishes |
+//! |---|---|---|---|
+//! | `keeper` | its own | what is asked, a second's tick, a change of rules | [`board::Board`], [`pulse::Order`] |
+//! | `dead-man` | main | a second's tick, an order, a question whether Envoy is gone | [`pulse::Heartbeat`] |
+//! | `envoy probe` | main | a second's tick, while something is captured | [`probe::Verdicts`] |
+//! | `rules` | main | the kernel's notices | who changed rules |
+//! | `socket` | main | connections | what is asked, to `keeper` and `dead-man` |
+//!
+//! Nothing on the main thread waits for a disk or walks through `/proc`: a full disk, a slow one or a thousand who ask let no
+//! redirect lapse.
 //!
 //! It takes no rules, only a [`vmesh_capture::Spec`]; what may never be captured it finds out itself. It reads no configuration,
 //! opens no port, and does what the agent's user and root say; others who get to the socket may look.
@@ -27,11 +33,14 @@
 //! an Envoy that is seen to be gone is not waited for. This process: the same, by the kernel's clock. Told to stop, it captures
 //! nothing new, waits for the connections that go through redirects, and leaves the host as it was.
 
+pub mod board;
 pub mod client;
 pub mod keeper;
+mod kept;
 mod owner;
 pub mod probe;
 pub mod protocol;
+pub mod pulse;
 pub mod rules;
 pub mod server;
 

@@ -1,13 +1,16 @@
 //! `vmesh-net --agent-user vmesh-agent --envoy-user vmesh-envoy`
 
+use std::future::Future;
+use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 use vmesh_capture::apply::{Backend, Tools};
 use vmesh_capture::facts::Places;
@@ -15,9 +18,11 @@ use vmesh_capture::spec::{Account, Unit};
 use vmesh_daemon::report::{self, one_line};
 use vmesh_daemon::{Tasks, logs, signals, systemd};
 use vmesh_model::text::parse_duration;
-use vmesh_net::keeper::{Keeper, Options};
-use vmesh_net::probe::{self, Looks};
-use vmesh_net::protocol::Envoy;
+use vmesh_net::board::{Board, StatusSource};
+use vmesh_net::keeper::{Keeper, Links, Options};
+use vmesh_net::probe::{self, Looks, Verdicts};
+use vmesh_net::pulse::{AgentWatch, Heartbeat, Pulse};
+use vmesh_net::server::Answers;
 use vmesh_net::{SOCKET, STATE_DIR, rules, server};
 
 /// A keeper that takes longer for one turn hangs, and is replaced by systemd's watchdog; its rules stay.
@@ -93,9 +98,26 @@ enum After {
     Again,
 }
 
+/// Runs what `make` returns on a thread of its own, which may block, and waits for its end.
+async fn on_a_thread_of_its_own<F: Future<Output = ()>>(
+    name: &'static str,
+    make: impl FnOnce() -> F + Send + 'static,
+) -> io::Result<()> {
+    let (ended, end) = oneshot::channel();
+    let work = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        // Nobody waits any more where the process ends.
+        _ = ended.send(runtime.map(|runtime| runtime.block_on(make())));
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
+    end.await.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
+}
+
 fn again() -> ExitCode {
     let mut arguments = std::env::args_os();
-    let program = arguments.next().unwrap_or_else(|| "vmesh-net".into());
+    // By its path, which systemd gives: a name would be looked up on the PATH.
+    let program = arguments.next().filter(|program| Path::new(program).is_absolute());
+    let program = program.unwrap_or_else(|| "/usr/sbin/vmesh-net".into());
     report::failed(&std::process::Command::new(program).args(arguments).exec())
 }
 
@@ -138,20 +160,55 @@ async fn run(arguments: Arguments) -> After {
         drain: arguments.drain,
     };
     let (drain, users) = (options.drain, options.users.clone());
-    let (told, seen) = watch::channel(Envoy::Unknown);
+    let (told, verdicts) = watch::channel(Verdicts::default());
     let (looks, look) = watch::channel(Looks::default());
     let (ask, asked) = mpsc::channel(16);
+    let (ask_look, asked_look) = mpsc::channel(16);
     let (changed, changes) = mpsc::channel(1);
+    let (fail, failed) = mpsc::channel(1);
     let (again, told_again) = watch::channel(false);
-    let keeper = Keeper::start(options, seen, looks);
+    let (orders, ordered) = watch::channel(None);
+    let (beats, beating) = watch::channel(Heartbeat::default());
+    let (board, published) = watch::channel(Board::default());
+    let agent_watch = AgentWatch::default();
+    let source = StatusSource {
+        board: published,
+        beats: beating.clone(),
+        orders: ordered.clone(),
+        verdicts: verdicts.clone(),
+        agent: agent_watch.clone(),
+        places: options.places.clone(),
+        connections: Arc::default(),
+    };
+    let links = Links {
+        verdicts: verdicts.clone(),
+        looks,
+        agent: agent_watch.clone(),
+        beats: beating,
+        orders,
+        board,
+    };
+    let pulse = Pulse {
+        orders: ordered,
+        verdicts,
+        looks: asked_look,
+        beats,
+        failed: fail,
+        agent: agent_watch,
+        users: users.clone(),
+    };
+    let keeper = Keeper::start(options, links);
     let mut tasks = Tasks::new();
     tasks.spawn("envoy probe", probe::watch_envoy(look, users, told));
     tasks.spawn("rules", rules::watch(changed));
-    tasks.spawn("socket", server::serve(listener, agent, ask));
+    tasks.spawn("dead-man", pulse.run());
+    tasks.spawn("socket", server::serve(listener, Answers { agent, keeper: ask, looks: ask_look, source }));
     let turned = keeper.turned();
     // The tools that it runs are waited for, one after another and never for ever.
     tasks.spawn("watchdog", systemd::watchdog_while(move || turned.borrow().elapsed() < TURNS_WITHIN));
-    tasks.spawn_draining("keeper", |stop| keeper.run(asked, changes, told_again, stop));
+    tasks.spawn_draining("keeper", |stop| {
+        on_a_thread_of_its_own("keeper", move || keeper.run(asked, changes, failed, told_again, stop))
+    });
     let code = tokio::select! {
         signal = terminated => {
             info!("{signal}: taking the rules away");

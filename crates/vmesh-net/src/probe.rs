@@ -13,6 +13,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
+use vmesh_capture::{Direction, Directions};
 
 use crate::owner;
 use crate::protocol::Envoy;
@@ -27,17 +28,34 @@ const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
 const CLOSES_WITHIN: Duration = Duration::from_secs(3);
 
 /// Which of the two ports to look at; none while nothing is captured.
+pub type Looks = Directions;
+
+/// What was seen at each port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Looks {
-    pub outbound: bool,
-    pub inbound: bool,
+pub struct Verdicts {
+    pub outbound: Envoy,
+    pub inbound: Envoy,
+}
+
+impl Verdicts {
+    pub fn of(self, direction: Direction) -> Envoy {
+        match direction {
+            Direction::Outbound => self.outbound,
+            Direction::Inbound => self.inbound,
+        }
+    }
+
+    /// The directions whose listener is well.
+    pub fn well(self) -> Directions {
+        Direction::BOTH.into_iter().filter(|direction| self.of(*direction) == Envoy::Well).collect()
+    }
 }
 
 /// Looks at the ports that `looks` has, once a second, and tells what it saw.
 pub async fn watch_envoy(
     mut looks: watch::Receiver<Looks>,
     users: BTreeSet<u32>,
-    told: watch::Sender<Envoy>,
+    told: watch::Sender<Verdicts>,
 ) {
     loop {
         let at = *looks.borrow_and_update();
@@ -50,21 +68,28 @@ pub async fn watch_envoy(
     }
 }
 
-/// The worst of what it sees at the ports that `looks` has.
-pub async fn look_at_all(looks: Looks, users: &BTreeSet<u32>) -> Envoy {
-    let mut seen = Envoy::Unknown;
-    for (wanted, port) in [(looks.outbound, OUTBOUND_PORT), (looks.inbound, INBOUND_PORT)] {
-        if wanted && matches!(seen, Envoy::Unknown | Envoy::Well) {
-            seen = look_at(port, users).await;
-        }
-    }
-    seen
+/// What it sees at the ports that `looks` has. One listener that is gone says nothing of the other.
+pub async fn look_at_all(looks: Looks, users: &BTreeSet<u32>) -> Verdicts {
+    let look = async |direction| match looks.contains(direction) {
+        true => look_at(direction, users).await,
+        false => Envoy::Unknown,
+    };
+    let (outbound, inbound) = tokio::join!(look(Direction::Outbound), look(Direction::Inbound));
+    Verdicts { outbound, inbound }
 }
 
-/// Looks at a capture port of this host's, which one of `users` is to have. Whoever else has it gets what others send, until the
+/// Envoy's capture port of a direction.
+pub fn port(direction: Direction) -> u16 {
+    match direction {
+        Direction::Outbound => OUTBOUND_PORT,
+        Direction::Inbound => INBOUND_PORT,
+    }
+}
+
+/// Looks at the capture port of a direction, which one of `users` is to have. Whoever else has it gets what others send, until the
 /// redirects are taken back: any program may take a port while Envoy is away.
-pub async fn look_at(port: u16, users: &BTreeSet<u32>) -> Envoy {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+pub async fn look_at(direction: Direction, users: &BTreeSet<u32>) -> Envoy {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port(direction)));
     match owner::listener(address) {
         Some(user) if !users.contains(&user) => Envoy::Stranger,
         _ => look(address).await,

@@ -1,5 +1,7 @@
 //! The socket: who may ask what is told by the kernel (SO_PEERCRED, unix(7)), not by whoever asks.
 
+use std::collections::VecDeque;
+use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,21 +9,29 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
 use tracing::{debug, warn};
 use vmesh_daemon::sockets;
 
-use crate::keeper::{Question, asked};
-use crate::protocol::{Answer, Ask, MAX_LINE};
+use crate::board::StatusSource;
+use crate::keeper::{Question, Reply, asked};
+use crate::protocol::{Answer, Ask, MAX_LINE, Status};
 
 /// Connections at a time of those who may change something: the agent's, and a few of operators.
 const CONNECTIONS: usize = 16;
-/// Of all others, who must not be in their way.
-const STRANGERS: usize = 8;
+/// Of all others together, who must not be in their way.
+const STRANGERS: usize = 64;
+/// Of one user among these. Beyond it the user's oldest connection is closed, so that who says nothing is in no one's way.
+const OF_ONE_STRANGER: usize = 8;
 /// What these may send in one line.
 const STRANGERS_LINE: usize = 4096;
+/// How long one of these may say nothing, or not take its answer.
+const STRANGERS_WITHIN: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A look at Envoy takes half a second for each port at most.
+const LOOKS_WITHIN: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 #[error("could not listen on {} for the agent", .path.display())]
@@ -52,9 +62,45 @@ impl Seldom {
     }
 }
 
+/// What connections are answered with.
+#[derive(Clone)]
+pub struct Answers {
+    /// The agent's user.
+    pub agent: u32,
+    pub keeper: mpsc::Sender<Question>,
+    pub looks: mpsc::Sender<oneshot::Sender<()>>,
+    pub source: StatusSource,
+}
+
+/// The connections of those who may only look, the oldest first.
+#[derive(Default)]
+struct Strangers(VecDeque<(u32, AbortHandle)>);
+
+impl Strangers {
+    /// Makes room for one more connection of `uid`. Returns whether one had to be closed for that.
+    fn make_room(&mut self, uid: u32) -> bool {
+        self.0.retain(|(_, connection)| !connection.is_finished());
+        let of = |uid: u32| self.0.iter().filter(|(user, _)| *user == uid).count();
+        let whose = if of(uid) >= OF_ONE_STRANGER {
+            uid
+        } else if self.0.len() >= STRANGERS {
+            // Whoever has most can spare one.
+            self.0.iter().map(|(user, _)| *user).max_by_key(|user| of(*user)).unwrap_or(uid)
+        } else {
+            return false;
+        };
+        let oldest = self.0.iter().position(|(user, _)| *user == whose);
+        if let Some((_, connection)) = oldest.and_then(|at| self.0.remove(at)) {
+            connection.abort();
+        }
+        true
+    }
+}
+
 /// Serves until it is dropped.
-pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question>) {
-    let (mut trusted, mut strangers) = (JoinSet::new(), JoinSet::new());
+pub async fn serve(listener: UnixListener, answers: Answers) {
+    let mut connections = JoinSet::new();
+    let (trusted, mut strangers) = (Arc::new(()), Strangers::default());
     let seldom = Arc::new(Seldom(Mutex::new(None)));
     loop {
         let stream = tokio::select! {
@@ -66,8 +112,7 @@ pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question
                     continue;
                 }
             },
-            Some(_) = trusted.join_next() => continue,
-            Some(_) = strangers.join_next() => continue,
+            Some(_) = connections.join_next() => continue,
         };
         let (uid, pid) = match stream.peer_cred() {
             Ok(peer) => (peer.uid(), peer.pid()),
@@ -76,31 +121,52 @@ pub async fn serve(listener: UnixListener, agent: u32, to: mpsc::Sender<Question
                 continue;
             }
         };
-        let may_change = uid == 0 || uid == agent;
-        let (of, limit) = if may_change { (&mut trusted, CONNECTIONS) } else { (&mut strangers, STRANGERS) };
-        if of.len() >= limit {
-            if may_change || seldom.is_due() {
-                warn!(uid, "too many connections: one is closed");
+        let peer = Peer { uid, pid, may_change: uid == 0 || uid == answers.agent };
+        if !peer.may_change {
+            if strangers.make_room(uid) && seldom.is_due() {
+                warn!(uid, "too many connections: the oldest is closed");
             }
+            let handle = connections.spawn(converse(stream, peer, seldom.clone(), answers.clone(), None));
+            strangers.0.push_back((uid, handle));
             continue;
         }
-        of.spawn(converse(stream, (uid, pid), may_change, seldom.clone(), to.clone()));
+        // Each conversation holds one.
+        if Arc::strong_count(&trusted) > CONNECTIONS {
+            warn!(uid, "too many connections: one is closed");
+            continue;
+        }
+        let held = Some(Arc::clone(&trusted));
+        connections.spawn(converse(stream, peer, seldom.clone(), answers.clone(), held));
     }
+}
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    uid: u32,
+    pid: Option<i32>,
+    may_change: bool,
 }
 
 async fn converse(
     stream: UnixStream,
-    (uid, pid): (u32, Option<i32>),
-    may_change: bool,
+    peer: Peer,
     seldom: Arc<Seldom>,
-    to: mpsc::Sender<Question>,
+    answers: Answers,
+    _held: Option<Arc<()>>,
 ) {
-    let limit = if may_change { MAX_LINE } else { STRANGERS_LINE };
+    let Peer { uid, may_change, .. } = peer;
+    let (limit, within) = match may_change {
+        true => (MAX_LINE, None),
+        false => (STRANGERS_LINE, Some(STRANGERS_WITHIN)),
+    };
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
     loop {
         let mut line = Vec::new();
-        match (&mut reader).take(limit as u64).read_until(b'\n', &mut line).await {
+        let mut limited = (&mut reader).take(limit as u64);
+        let read = limited.read_until(b'\n', &mut line);
+        match within_limit(within, read).await {
             Ok(0) => return,
             Ok(_) if line.last() == Some(&b'\n') => {}
             Ok(_) => {
@@ -122,12 +188,61 @@ async fn converse(
                 }
                 Answer::Refused(format!("user {uid} may look, and change nothing"))
             }
-            Ok(ask) => asked(&to, ask, pid, PATIENCE).await,
+            Ok(ask) => answers.answer(ask, peer.pid).await,
         };
         let Ok(mut line) = serde_json::to_vec(&answer) else { return };
         line.push(b'\n');
-        if writer.write_all(&line).await.is_err() {
+        if within_limit(within, writer.write_all(&line)).await.is_err() {
             return;
+        }
+    }
+}
+
+async fn within_limit<T>(
+    limit: Option<Duration>,
+    work: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    match limit {
+        None => work.await,
+        Some(limit) => match timeout(limit, work).await {
+            Ok(done) => done,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        },
+    }
+}
+
+impl Answers {
+    /// What needs no change of rules is answered here: that the agent is well is heard whatever the keeper waits for.
+    async fn answer(&self, ask: Ask, pid: Option<i32>) -> Answer {
+        let status = |status: Status| Answer::Status(Box::new(status));
+        let agent = &self.source.agent;
+        let _waits = match &ask {
+            Ask::Status => return status(self.source.counted().await),
+            Ask::Look => {
+                let (answer, looked) = oneshot::channel();
+                // Where so many ask already, they are answered by one look.
+                if self.looks.try_send(answer).is_ok() {
+                    _ = timeout(LOOKS_WITHIN, looked).await;
+                }
+                return status(self.source.status().await);
+            }
+            Ask::Well => {
+                return match agent.accept(pid) {
+                    Ok(()) => status(self.source.status().await),
+                    Err(why) => Answer::Refused(why),
+                };
+            }
+            Ask::Want(_) => match agent.accept(pid) {
+                Ok(()) => Some(agent.waits()),
+                Err(why) => return Answer::Refused(why),
+            },
+            Ask::Confirm { .. } | Ask::Revert { .. } if agent.is(pid) => Some(agent.waits()),
+            Ask::Confirm { .. } | Ask::Revert { .. } | Ask::Plan { .. } | Ask::Retry => None,
+        };
+        match asked(&self.keeper, ask, PATIENCE).await {
+            Reply::Done => status(self.source.status().await),
+            Reply::Plan(text) => Answer::Plan(text),
+            Reply::Refused(why) => Answer::Refused(why),
         }
     }
 }

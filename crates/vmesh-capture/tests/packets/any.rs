@@ -111,7 +111,11 @@ fn check(kind: Kind, rows: u32) {
     let vm = Vm::new(kind);
     let group = Group::new();
     let facts = Host {
-        units: [("any.slice".parse().unwrap(), Cgroup { path: group.slice(), id: group.slice_id() })].into(),
+        units: [(
+            "any.slice".parse().unwrap(),
+            Cgroup { path: group.slice().parse().unwrap(), id: group.slice_id() },
+        )]
+        .into(),
         ..vm.facts.clone()
     };
     let before = vm.ruleset();
@@ -119,7 +123,7 @@ fn check(kind: Kind, rows: u32) {
     let specs = proptest::collection::vec((spec(), any::<bool>()), 1..4);
     let result = TestRunner::new(config).run(&specs, |row| {
         runtime.block_on(async {
-            let footprint = vm.applier.footprint().await;
+            let footprint = vm.applier.footprint().await.unwrap();
             for (spec, trial) in row {
                 let stage = if trial { Stage::Trial } else { Stage::Confirmed };
                 let (program, _) = Program::new(&spec, &facts, stage).unwrap();

@@ -161,7 +161,7 @@ with_every_backend! {
         assert_eq!((group.call(&vm, address), vm.call(address)), ("envoy".to_owned(), "app".to_owned()));
 
         // And a slice that is never to be captured, with what is below it.
-        vm.facts.never.slices.insert(Cgroup { path: group.slice(), id: group.slice_id() });
+        vm.facts.never.slices.insert(Cgroup { path: group.slice().parse().unwrap(), id: group.slice_id() });
         vm.capture("outbound: {capture: all}").await;
         assert_eq!((group.call(&vm, address), vm.call(address)), ("app".to_owned(), "envoy".to_owned()));
     }
@@ -234,7 +234,7 @@ with_every_backend! {
             tokio::time::sleep(Duration::from_millis(600)).await;
         }
         vm.applier.refresh("10m".parse().unwrap()).await.unwrap();
-        vm.applier.withdraw().await.unwrap();
+        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
         assert_eq!((vm.call(to), vm.call(to6)), ("app".to_owned(), "app".to_owned()));
         drop(envoy);
     }
@@ -245,7 +245,7 @@ with_every_backend! {
                     inbound: {capture: redirect, ports: [3306], strict: [3306, 3307], on_loss: closed}";
         vm.bring(&vm.program(yaml, Stage::Trial)).await;
         assert_eq!(vm.call(vm.at_b(8080)[0]), "refused");
-        vm.applier.withdraw().await.unwrap();
+        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
         assert_eq!(vm.call(vm.at_b(8080)[0]), "app");
         for to in [vm.at_a(3306), vm.at_a(3307)].concat() {
             assert_eq!(vm.call_from_b(to), "app");
@@ -299,7 +299,7 @@ with_every_backend! {
             assert_eq!((vm.call_from_b(strict), vm.call_from_b(open)), ("envoy".to_owned(), "envoy".to_owned()));
         }
         drop(envoy);
-        vm.applier.withdraw().await.unwrap();
+        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
         for (strict, open) in vm.at_a(3306).into_iter().zip(vm.at_a(8080)) {
             assert_eq!((vm.call_from_b(strict), vm.call_from_b(open)), ("refused".to_owned(), "app".to_owned()));
             assert_eq!(vm.call(strict), "app");
@@ -327,7 +327,7 @@ with_every_backend! {
             assert_eq!(vm.call_from_b(to), "app");
         }
         // Captured connections go on without the rules, and without the dead-man.
-        vm.applier.withdraw().await.unwrap();
+        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
         for to in vm.at_a(8080) {
             assert_eq!(vm.call_from_b(to), "app");
         }
@@ -345,7 +345,7 @@ with_every_backend! {
             let passed_by = if vm.kind == Kind::Nft { "app" } else { "nobody" };
             assert_eq!(vm.call_from_b(to), passed_by);
         }
-        vm.applier.withdraw().await.unwrap();
+        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
         for to in vm.at_a(8080) {
             assert_eq!(vm.call_from_b(to), "app");
         }
@@ -362,7 +362,7 @@ with_every_backend! {
         for to in vm.at_a(3306) {
             assert_eq!((vm.call_from_b(to), vm.call(to)), ("nobody".to_owned(), "app".to_owned()));
         }
-        vm.applier.withdraw().await.unwrap();
+        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
         assert_eq!(vm.call_from_b(vm.at_a(3306)[0]), "nobody");
     }
 
@@ -377,7 +377,7 @@ with_every_backend! {
                 have_other_rules(&vm);
             }
             let before = vm.ruleset();
-            let footprint = vm.applier.footprint().await;
+            let footprint = vm.applier.footprint().await.unwrap();
             for yaml in all() {
                 vm.capture(&yaml).await;
                 assert_ne!(vm.ruleset(), before);
@@ -501,7 +501,7 @@ with_every_backend! {
             let now = Instant::now();
             let (mut commit, _) = Commit::start(State::default(), false);
             assert_eq!(commit.propose(wrong.clone(), now, Duration::from_secs(60)), Proposed::Trial);
-            commit.set_footprint(vm.applier.footprint().await);
+            commit.set_footprint(vm.applier.footprint().await.unwrap());
             let on_disk = serde_json::to_string(commit.state()).unwrap();
             let (spec, stage) = commit.wanted();
             vm.bring(&Program::new(spec, &vm.facts, stage).unwrap().0).await;
@@ -531,7 +531,7 @@ with_every_backend! {
         let _servers = (vm.app_at_b(8080), vm.app_at_a(3306), vm.outbound_envoy());
         have_other_rules(&vm);
         let before = vm.ruleset();
-        let footprint = vm.applier.footprint().await;
+        let footprint = vm.applier.footprint().await.unwrap();
         let [to, to6] = vm.at_b(8080);
         let dir = vmesh_testkit::tempdir().unwrap();
         let flag = dir.join("state/bypass");
@@ -636,7 +636,7 @@ impl Group {
 
     fn cgroup(&self) -> Cgroup {
         Cgroup {
-            path: format!("{}/app.service", self.slice()),
+            path: format!("{}/app.service", self.slice()).parse().unwrap(),
             id: Group::id(&self.slice.join("app.service")),
         }
     }
@@ -687,8 +687,21 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
     let mut daemon = vmesh_testkit::process::Daemon::spawn("sshd", vm.a.command(&sshd)).unwrap();
     daemon.wait_line("up", SOON).await.unwrap();
 
-    let places =
-        Places { net: format!("/proc/{}", daemon.pid()).into(), ssh: dir.join("none"), ..Places::default() };
+    // No systemd runs here: what it says is a script's.
+    let systemctl = dir.join("systemctl");
+    let text = format!(
+        "#!/bin/sh\ncase \"$*\" in *Listen*) exit 0;; esac\ncat <<'.'\nNames=app.service\nControlGroup=/{0}/app.service\n\n\
+         Names={0}\nControlGroup=/{0}\n\nNames=no-such.service\nControlGroup=\n.\n",
+        group.slice()
+    );
+    std::fs::write(&systemctl, text).unwrap();
+    std::fs::set_permissions(&systemctl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let places = Places {
+        net: format!("/proc/{}", daemon.pid()).into(),
+        ssh: dir.join("none"),
+        systemctl,
+        ..Places::default()
+    };
     let spec = vmesh_model::load::strict(
         "spec.yaml",
         "outbound: {capture: all, include: {users: [root, no-such-user], units: [app.service, no-such.service]}}",
@@ -697,12 +710,13 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
         Own { users: [ENVOY].into(), slices: [group.slice().parse().unwrap()].into(), ..Own::default() };
     let host = places.host(&spec.unwrap(), &own, &Memory::default()).await;
     assert_eq!(host.never.ssh, [2222].into());
-    assert_eq!(host.never.slices, [Cgroup { path: group.slice(), id: group.slice_id() }].into());
+    assert_eq!(
+        host.never.slices,
+        [Cgroup { path: group.slice().parse().unwrap(), id: group.slice_id() }].into()
+    );
     assert_eq!(host.users, [("root".to_owned(), Number::Now(0))].into());
     assert!(host.ipv6);
-    // Another test may have a unit of that name too.
-    assert_eq!(host.units.len(), 1);
-    assert!(host.units.values().all(|unit| unit.path.ends_with("/app.service")));
+    assert_eq!(host.units, [("app.service".parse().unwrap(), group.cgroup())].into());
 
     assert_eq!(places.redirected(), 0);
     let (_app, _envoy) = (vm.app_at_b(8080), vm.outbound_envoy());

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+mod failures;
+mod hostile;
 mod vm;
 
 use std::io::{Read, Write};
@@ -11,14 +13,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use vm::{Agent, Rules, Vm, is_well, status};
+use vm::{Agent, CLOSED, OPEN, Rules, Vm, is_well, status};
 use vmesh_net::client;
 use vmesh_net::protocol::{Answer, Ask, Envoy, MAX_LINE, Redirects, State};
-
-/// Real addresses, and a dead-man as short as it may be.
-const OPEN: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
-const CLOSED: &str =
-    "{outbound: {capture: addresses, on_loss: closed, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
 
 async fn tried_confirmed_and_left(rules: Rules) {
     let mut vm = Vm::new(rules).await;

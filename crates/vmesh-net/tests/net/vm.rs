@@ -22,6 +22,11 @@ use vmesh_testkit::place::{TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{envoy, wait_for};
 
+/// Real addresses, and a dead-man as short as it may be.
+pub(crate) const OPEN: &str =
+    "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
+pub(crate) const CLOSED: &str =
+    "{outbound: {capture: addresses, on_loss: closed, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// The user of the agent and of Envoy.
 pub(crate) const MESH: u32 = 4000;
@@ -123,7 +128,7 @@ impl Vm {
     }
 
     /// What is here is found first when vmesh-net runs a program.
-    fn programs(&self) -> PathBuf {
+    pub(crate) fn programs(&self) -> PathBuf {
         self.dir.join("programs")
     }
 

@@ -1,0 +1,127 @@
+//! What vmesh-net keeps on the disk.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tracing::warn;
+use vmesh_capture::confirm::State as Committed;
+use vmesh_capture::host::Memory;
+use vmesh_capture::spec::Spec;
+use vmesh_daemon::fsx;
+use vmesh_daemon::report::one_line;
+use xxhash_rust::xxh3::xxh3_64;
+
+const MAX_STATE: u64 = 16 << 20;
+/// How the file begins; 16 hexadecimal digits follow, which are the hash of the file without them.
+const CHECKSUM: &str = "{\"checksum\":\"";
+
+/// What has to outlive the process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct SavedState {
+    pub(crate) commit: Committed,
+    pub(crate) known: AgentFacts,
+    /// What was taken back, and why.
+    pub(crate) refused: Option<(Spec, String)>,
+    pub(crate) memory: Memory,
+}
+
+/// What the agent knows of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct AgentFacts {
+    pub(crate) ports: BTreeSet<u16>,
+    pub(crate) control_planes: BTreeSet<SocketAddr>,
+}
+
+impl SavedState {
+    pub(crate) fn save(&self, path: &Path) -> Result<(), String> {
+        let json = serde_json::to_string(self).map_err(|error| error.to_string())?;
+        let text = with_checksum(&json);
+        fsx::write_atomically(path, text.as_bytes(), fsx::PRIVATE).map_err(|error| one_line(&error))
+    }
+
+    /// Reads the file, and whether all of it is understood and undamaged. Of one that is not, the parts count that this version
+    /// understands.
+    pub(crate) fn load(path: &Path) -> (SavedState, bool) {
+        let text = match fsx::read_capped(path, MAX_STATE) {
+            Ok(text) => text,
+            Err(error) if error.is_not_found() => return (SavedState::default(), true),
+            Err(error) => {
+                warn!("what was captured is not known until the agent says it: {}", one_line(&error));
+                return (SavedState::default(), false);
+            }
+        };
+        let error = match serde_json::from_slice::<SavedState>(&text) {
+            Ok(state) if is_undamaged(&text) => return (state, true),
+            Ok(state) => {
+                warn!(
+                    "{} is damaged, its checksum is wrong: what was captured is not known until the agent says it",
+                    path.display()
+                );
+                // What is to be undone: of chains that are empty, and only of those.
+                let commit = Committed { footprint: state.commit.footprint, ..Committed::default() };
+                return (SavedState { commit, ..SavedState::default() }, false);
+            }
+            Err(error) => error,
+        };
+        warn!(
+            "{} is not what this version writes; what was captured is not known until the agent says it: {error}",
+            path.display()
+        );
+        (parts(&text), false)
+    }
+}
+
+fn parts(text: &[u8]) -> SavedState {
+    fn part<T: DeserializeOwned + Default>(of: &Value, name: &str) -> T {
+        of.get(name).and_then(|part| T::deserialize(part).ok()).unwrap_or_default()
+    }
+    let all = serde_json::from_slice(text).unwrap_or(Value::Null);
+    let footprint = part(all.get("commit").unwrap_or(&Value::Null), "footprint");
+    let commit = Committed { footprint, ..Committed::default() };
+    SavedState {
+        commit,
+        known: part(&all, "known"),
+        refused: part(&all, "refused"),
+        memory: part(&all, "memory"),
+    }
+}
+
+/// The object `json` with its checksum as the first field.
+fn with_checksum(json: &str) -> String {
+    let fields = json.strip_prefix('{').unwrap_or(json);
+    format!("{CHECKSUM}{:016x}\",{fields}", xxh3_64(fields.as_bytes()))
+}
+
+/// Whether the checksum is right. Earlier versions wrote none.
+fn is_undamaged(text: &[u8]) -> bool {
+    let Some(rest) = text.strip_prefix(CHECKSUM.as_bytes()) else { return true };
+    let Some((digits, rest)) = rest.split_at_checked(16) else { return false };
+    let Some(fields) = rest.strip_prefix(b"\",") else { return false };
+    format!("{:016x}", xxh3_64(fields)).as_bytes() == digits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_bit_that_changes_is_noticed_and_a_file_of_an_earlier_version_is_read() {
+        let json = serde_json::to_string(&SavedState::default()).unwrap();
+        assert!(is_undamaged(json.as_bytes()), "an earlier version's");
+        let text = with_checksum(&json);
+        assert!(is_undamaged(text.as_bytes()));
+        assert_eq!(serde_json::from_str::<SavedState>(&text).unwrap(), SavedState::default());
+        for at in CHECKSUM.len()..text.len() {
+            let mut damaged = text.clone().into_bytes();
+            damaged[at] ^= 1;
+            assert!(!is_undamaged(&damaged), "byte {at}");
+        }
+        assert!(!is_undamaged(&text.as_bytes()[..text.len() - 1]), "cut off");
+    }
+}

@@ -1,0 +1,281 @@
+//! What is on a host when something fails in the middle: a tool, a disk, a listener of Envoy's.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use vmesh_net::client;
+use vmesh_net::protocol::{Answer, Ask, Redirects, State};
+use vmesh_testkit::wait_for;
+
+use crate::vm::{self, Agent, OPEN, Rules, SOON, Vm, is_well, status};
+
+/// Runs of tools that are tried one by one: more than any of these scenarios makes.
+const RUNS: usize = 60;
+
+/// The tools of a host, of which the one that runs as the `fail`-th does not do what it says.
+struct Saboteur(PathBuf);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failure {
+    /// Nothing is done, and this is said.
+    Undone,
+    /// It is done, and said not to be.
+    Done,
+}
+
+impl Saboteur {
+    fn new(vm: &Vm) -> Saboteur {
+        let dir = vm.state_dir().parent().unwrap().join("saboteur");
+        fs::create_dir_all(&dir).unwrap();
+        for tool in ["nft", "iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore"] {
+            let (real, dir) = (vm.tools.dir.join(tool), dir.display());
+            vm.script(
+                tool,
+                &format!(
+                    "exec 9>>{dir}/lock; flock 9\nruns=$(cat {dir}/runs 2>/dev/null || echo 0); runs=$((runs + 1)); \
+                     echo $runs >{dir}/runs\n\
+                     if [ \"$runs\" = \"$(cat {dir}/fail 2>/dev/null)\" ]; then\n\
+                     [ -e {dir}/done ] && {real} \"$@\" >/dev/null\n: >{dir}/failed\necho sabotaged >&2; exit 1\nfi\n\
+                     exec 9>&-\nexec {real} \"$@\"",
+                    real = real.display(),
+                ),
+            );
+        }
+        Saboteur(dir)
+    }
+
+    fn arm(&self, run: usize, failure: Failure) {
+        self.disarm();
+        for name in ["runs", "failed", "done"] {
+            _ = fs::remove_file(self.0.join(name));
+        }
+        if failure == Failure::Done {
+            fs::write(self.0.join("done"), "").unwrap();
+        }
+        fs::write(self.0.join("fail"), run.to_string()).unwrap();
+    }
+
+    fn disarm(&self) {
+        _ = fs::remove_file(self.0.join("fail"));
+    }
+
+    fn has_struck(&self) -> bool {
+        self.0.join("failed").exists()
+    }
+}
+
+/// `off` means that the host's rules are what they were, whichever run of a tool failed before.
+async fn off_means_off(rules: Rules, failure: Failure) {
+    let mut vm = Vm::new(rules).await;
+    let saboteur = Saboteur::new(&vm);
+    vm.net.take().unwrap().kill().unwrap();
+    vm.start_net().await;
+    let before = vm.ruleset();
+    let mut missed = 0;
+    for run in 1..=RUNS {
+        client::ask(&vm.socket(), &Ask::Retry).await.unwrap();
+        let mut agent = Agent::new(&vm, OPEN).await;
+        saboteur.arm(run, failure);
+        // Any of these may be refused: one of its tools failed.
+        if let Answer::Status(tried) = agent.want().await
+            && let Some(trial) = tried.trial
+        {
+            agent.confirm(trial).await;
+        }
+        let seen = vm.status().await;
+        if seen.state == State::Off {
+            assert_eq!(vm.ruleset(), before, "{rules:?}, run {run} {failure:?}: {seen:?}");
+        }
+        agent.want.spec.outbound.vips.insert("240.1.2.3:80".parse().unwrap());
+        agent.want().await;
+        agent.want.spec = Default::default();
+        agent.want().await;
+        let seen = vm.status().await;
+        if seen.state == State::Off {
+            assert_eq!(vm.ruleset(), before, "{rules:?}, run {run} {failure:?}: {seen:?}");
+        }
+        saboteur.disarm();
+        vm.until("the rules to go", |status| status.state == State::Off && status.error.is_none()).await;
+        assert_eq!(vm.ruleset(), before, "{rules:?}, run {run} {failure:?}");
+        if !saboteur.has_struck() {
+            missed += 1;
+            if missed > 3 {
+                assert!(run > 8, "so few runs: {run}");
+                vm.terminate_net().await;
+                return;
+            }
+        }
+    }
+    panic!("more than {RUNS} runs of tools");
+}
+
+#[tokio::test]
+async fn off_leaves_nothing_whichever_run_of_nft_failed_without_doing_anything() {
+    off_means_off(Rules::Nft, Failure::Undone).await;
+}
+
+#[tokio::test]
+async fn off_leaves_nothing_whichever_run_of_nft_did_its_work_and_failed() {
+    off_means_off(Rules::Nft, Failure::Done).await;
+}
+
+#[tokio::test]
+async fn off_leaves_nothing_whichever_run_of_iptables_did_its_work_and_failed() {
+    off_means_off(Rules::Iptables, Failure::Done).await;
+}
+
+/// The same, where the process is told to end after the failure.
+#[tokio::test]
+async fn a_stop_after_a_failed_change_leaves_nothing() {
+    for rules in [Rules::Nft, Rules::Iptables] {
+        let mut vm = Vm::new(rules).await;
+        let saboteur = Saboteur::new(&vm);
+        let before = vm.ruleset();
+        for run in 1..=RUNS {
+            _ = fs::remove_file(vm.state_dir().join("state.json"));
+            vm.net.take().unwrap().kill().unwrap();
+            saboteur.arm(run, Failure::Done);
+            vm.start_net().await;
+            let mut agent = Agent::new(&vm, OPEN).await;
+            agent.want().await;
+            saboteur.disarm();
+            vm.terminate_net().await;
+            assert_eq!(vm.ruleset(), before, "{rules:?}, run {run}");
+            vm.start_net().await;
+            if !saboteur.has_struck() {
+                assert!(run > 3, "so few runs: {run}");
+                break;
+            }
+        }
+    }
+}
+
+/// A file system of its own in the place of the directory of the state, which can be made to hang.
+struct Disk {
+    at: PathBuf,
+    image: PathBuf,
+}
+
+impl Disk {
+    fn mount(at: &Path) -> Disk {
+        let image = at.with_extension("img");
+        fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        run(Command::new("mkfs.ext4").arg("-q").arg(&image));
+        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(at));
+        Disk { at: at.to_owned(), image }
+    }
+
+    /// Everybody who writes waits from now on.
+    fn freeze(&self) {
+        run(Command::new("fsfreeze").arg("-f").arg(&self.at));
+    }
+
+    fn thaw(&self) -> bool {
+        Command::new("fsfreeze").arg("-u").arg(&self.at).status().is_ok_and(|status| status.success())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.thaw();
+        _ = Command::new("umount").arg("--lazy").arg(&self.at).status();
+        _ = fs::remove_file(&self.image);
+    }
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The dead-man is held off by who neither writes to disks nor counts sockets.
+#[tokio::test]
+async fn a_disk_that_hangs_and_eight_who_ask_let_no_redirect_lapse() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    vm.net.take().unwrap().kill().unwrap();
+    let disk = Disk::mount(&vm.state_dir());
+    vm.start_net().await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    agent.well_until("the redirects to hold", is_well).await;
+    disk.freeze();
+    // The keeper waits for the disk now, and the agent for the keeper.
+    agent.want.ports.insert(15_999);
+    let wants = agent.want();
+    let looks = async {
+        // Three times as long as redirects hold that nobody refreshes.
+        for _ in 0..50 {
+            let askers: Vec<_> = (0..8).map(|_| vm.status()).collect();
+            for asker in askers {
+                assert_eq!(asker.await.redirects, Redirects::Hold);
+            }
+            assert_eq!(vm.get(8080).unwrap(), "mesh");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        assert!(disk.thaw());
+    };
+    let (answer, ()) = tokio::join!(wants, looks);
+    assert_eq!(status(answer).state, State::Confirmed);
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+    drop(disk);
+}
+
+/// Inbound and outbound capture each have a listener of Envoy's; this Envoy has the outbound one only.
+#[tokio::test]
+async fn a_listener_that_is_missing_costs_its_own_direction_only() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    agent.want.spec.inbound.capture = vmesh_capture::spec::Inward::Redirect;
+    agent.want.spec.inbound.ports.insert("8081".parse().unwrap());
+    assert_eq!(status(agent.want().await).state, State::Trial);
+    // Longer than redirects hold that nobody refreshes.
+    for _ in 0..25 {
+        let now = agent.well().await;
+        assert_eq!(now.redirects, Redirects::Hold, "{now:?}");
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let now = agent.well().await;
+    assert!(now.notes.iter().any(|note| note.contains("inbound redirects have lapsed")), "{now:?}");
+    let Answer::Refused(why) = agent.confirm(now.trial.unwrap()).await else { panic!("it was confirmed") };
+    assert!(why.contains("15006"), "{why}");
+}
+
+/// A change that gives up inbound capture is taken back: Envoy has no listener for it any more, so it does not come back.
+#[tokio::test]
+async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
+    const BOTH: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, \
+        inbound: {capture: redirect, on_loss: closed, ports: [8081]}, dead_man: {timeout: 3s}}";
+    let mut vm = Vm::new(Rules::Nft).await;
+    // What is confirmed on the disk is from when Envoy had a listener for it.
+    vm.net.take().unwrap().kill().unwrap();
+    let confirmed = serde_json::json!({"commit": {"confirmed": vm::want(&vm, BOTH).spec}});
+    fs::write(vm.state_dir().join("state.json"), confirmed.to_string()).unwrap();
+    vm.start_net().await;
+    let table = || vm.nft(&["list", "table", "inet", "vmesh"]);
+    assert!(table().contains("redirect to :15006"), "{}", table());
+
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.want.spec.outbound.percent = vmesh_capture::spec::Percent::new(99).unwrap();
+    agent.want.confirm_within = 5;
+    assert_eq!(status(agent.want().await).state, State::Trial);
+    let back = agent.well_until("the trial to end", |status| status.trial.is_none()).await;
+    assert!(back.reverted.is_some(), "{back:?}");
+    let look = async || if table().contains(":15006") { Err(table()) } else { Ok(()) };
+    wait_for("the inbound rules to stay away", SOON, look).await.unwrap();
+    agent.well_until("outbound capture to go on", is_well).await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+
+    // Neither does it after a restart.
+    vm.net.take().unwrap().kill().unwrap();
+    vm.start_net().await;
+    assert!(!vm.nft(&["list", "table", "inet", "vmesh"]).contains(":15006"));
+    // The configuration that was confirmed is wanted again, and is in force without a trial.
+    let mut agent = Agent::new(&vm, BOTH).await;
+    let again = status(agent.want().await);
+    assert_eq!((again.state, again.trial), (State::Confirmed, None), "{again:?}");
+    assert!(vm.nft(&["list", "table", "inet", "vmesh"]).contains("redirect to :15006"));
+}
