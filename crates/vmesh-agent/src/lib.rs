@@ -29,6 +29,7 @@ pub mod destinations;
 pub mod dns;
 pub mod envoy;
 pub mod health;
+pub mod hostcheck;
 pub mod identity;
 pub mod listen;
 pub mod outline;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing::{error, info, warn};
 use vmesh_agent::config::{Config, Manage};
-use vmesh_agent::{Agent, identity, supervisor};
+use vmesh_agent::{Agent, hostcheck, identity, supervisor};
 use vmesh_daemon::report::{self, one_line};
 use vmesh_daemon::{Tasks, logs, signals, systemd};
 
@@ -70,13 +70,7 @@ fn main() -> ExitCode {
         Err(error) => return report::refused(&error),
     };
     if arguments.check {
-        let text = match arguments.json {
-            true => format!("{}\n", vmesh_agent::outline::outline(&config)),
-            false => summary(&config),
-        };
-        // A reader that has seen enough (`| head`) is no failure.
-        _ = std::io::stdout().write_all(text.as_bytes());
-        return ExitCode::SUCCESS;
+        return check(file, &config, arguments.json);
     }
     if arguments.dry_run {
         return dry_run(&config);
@@ -171,6 +165,25 @@ fn raise_open_files() {
     }
 }
 
+/// Prints what the agent would do, and what on this host is in its way. The exit code is that of a failure where something is.
+fn check(file: &Path, config: &Config, json: bool) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report::failed(&error),
+    };
+    let problems = runtime.block_on(hostcheck::look(file, config));
+    let text = match json {
+        true => format!("{}\n", vmesh_agent::outline::outline(config, &problems)),
+        false => summary(config),
+    };
+    // A reader that has seen enough (`| head`) is no failure.
+    _ = std::io::stdout().write_all(text.as_bytes());
+    for hostcheck::HostProblem { what, fix, .. } in &problems {
+        _ = writeln!(std::io::stderr(), "{what}: {fix}");
+    }
+    if problems.is_empty() { ExitCode::SUCCESS } else { report::FAILURE.into() }
+}
+
 fn dry_run(config: &Config) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -179,7 +192,7 @@ fn dry_run(config: &Config) -> ExitCode {
     match runtime.block_on(vmesh_agent::capture::dry_run(config)) {
         Ok(plan) => {
             _ = std::io::stdout().write_all(plan.as_bytes());
-            if plan.trim() == "nothing to do" { ExitCode::SUCCESS } else { DIFFERS.into() }
+            if vmesh_net::protocol::would_change(&plan) { DIFFERS.into() } else { ExitCode::SUCCESS }
         }
         Err(why) => {
             _ = writeln!(std::io::stderr(), "no plan could be made: {why}");

@@ -5,9 +5,10 @@ use serde_json::{Value, json};
 use vmesh_model::node::Upstreams;
 
 use crate::config::{Config, Manage};
+use crate::hostcheck::HostProblem;
 
-/// Complete: what is built in stands there as if it had been said.
-pub fn outline(config: &Config) -> Value {
+/// Complete: what is built in stands there as if it had been said. `problems` are those of this host.
+pub fn outline(config: &Config, problems: &[HostProblem]) -> Value {
     let workloads = config.workloads.iter().map(|workload| {
         json!({
             "service": workload.service.as_str(),
@@ -48,6 +49,7 @@ pub fn outline(config: &Config) -> Value {
             "inbound": capture.spec.inbound.capture,
             "socket": capture.socket,
         },
+        "problems": problems,
     })
 }
 
@@ -62,7 +64,7 @@ mod tests {
         let text = b"control_plane: [\"http://127.0.0.1:15010\"]\nupstreams: [orders]\n\
             workloads: [{service: web, port: 8080, protocol: http}]\ncapture: {outbound: transparent, inbound: transparent}\n";
         let config = Config::parse("agent.yaml", text, "web-17").unwrap();
-        expect![[r#"{"node":"web-17","control_planes":["127.0.0.1:15010"],"state_dir":"/var/lib/vmesh-agent","run_dir":"/run/vmesh","api":"127.0.0.1:15020","api_socket":"/run/vmesh/agent.sock","dns":"127.0.0.1:15053","suffix":"mesh","envoy":{"path":"/usr/bin/envoy","manage":"systemd","run_dir":"/run/vmesh-envoy","concurrency":null},"workloads":[{"service":"web","port":8080,"host":null,"protocol":"http","listen":null}],"every_service":false,"upstreams":[{"service":"orders","listen":null}],"capture":{"outbound":"vip","inbound":"redirect","socket":"/run/vmesh-net/net.sock"}}"#]]
-        .assert_eq(&outline(&config).to_string());
+        expect![[r#"{"node":"web-17","control_planes":["127.0.0.1:15010"],"state_dir":"/var/lib/vmesh-agent","run_dir":"/run/vmesh","api":"127.0.0.1:15020","api_socket":"/run/vmesh/agent.sock","dns":"127.0.0.1:15053","suffix":"mesh","envoy":{"path":"/usr/bin/envoy","manage":"systemd","run_dir":"/run/vmesh-envoy","concurrency":null},"workloads":[{"service":"web","port":8080,"host":null,"protocol":"http","listen":null}],"every_service":false,"upstreams":[{"service":"orders","listen":null}],"capture":{"outbound":"vip","inbound":"redirect","socket":"/run/vmesh-net/net.sock"},"problems":[]}"#]]
+        .assert_eq(&outline(&config, &[]).to_string());
     }
 }

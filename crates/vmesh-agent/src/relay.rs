@@ -123,6 +123,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             stop_waiting_at: None,
             whole: Whole::default(),
             whole_at: None,
+            confirm_at: None,
             reached,
             stop,
             dice,
@@ -306,6 +307,9 @@ struct Driver {
     whole: Whole,
     /// When it is, if nothing more comes.
     whole_at: Option<Instant>,
+    /// When a control plane that has sent nothing since it took this node has confirmed what the node has: it was told the
+    /// versions of that, and sends only what differs.
+    confirm_at: Option<Instant>,
     /// Where anything outbound is captured: else nobody asks for destinations.
     reached: Option<Reached>,
     stop: Stop,
@@ -368,7 +372,11 @@ impl Driver {
         self.relay.on_connected();
         let ended = self.converse(replica, &mut stream).await;
         self.relay.on_disconnected();
-        self.confirm();
+        // What it had confirmed was so until now. One that never said that it would serve this node has confirmed nothing.
+        let was_in_use = self.published.control_plane.borrow().in_use.is_some();
+        if was_in_use && self.confirm_at.take().is_none() {
+            self.confirm();
+        }
         self.flush();
         ended
     }
@@ -395,6 +403,7 @@ impl Driver {
                 response = stream.next() => match response {
                     Ok(response) => {
                         self.relay.on_response(response);
+                        self.confirm_at = None;
                         self.confirm();
                         self.flush();
                     }
@@ -416,7 +425,8 @@ impl Driver {
         Ok(())
     }
 
-    fn is_in_use(&self, replica: &ControlPlane) {
+    fn is_in_use(&mut self, replica: &ControlPlane) {
+        self.confirm_at = Some(Instant::now() + WHOLE_AFTER);
         info!(control_plane = %replica, "configuration comes from there");
         self.published.control_plane.send_modify(|status| {
             status.in_use = Some(replica.to_string());
@@ -445,7 +455,8 @@ impl Driver {
 
     /// Waits for one thing that is not the control plane's doing, and deals with it. Cancel-safe.
     async fn idle(&mut self) -> Result<(), Stopped> {
-        let wake_at = [self.save_at, self.stop_waiting_at, self.whole_at].into_iter().flatten().min();
+        let wake_at = [self.save_at, self.stop_waiting_at, self.whole_at, self.confirm_at];
+        let wake_at = wake_at.into_iter().flatten().min();
         let timer = async {
             match wake_at {
                 Some(at) => sleep_until(at).await,
@@ -500,6 +511,10 @@ impl Driver {
         if self.stop_waiting_at.is_some_and(|at| at <= now) {
             self.stop_waiting_at = None;
             self.relay.stop_waiting();
+        }
+        if self.confirm_at.is_some_and(|at| at <= now) {
+            self.confirm_at = None;
+            self.confirm();
         }
     }
 

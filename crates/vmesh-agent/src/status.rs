@@ -89,6 +89,17 @@ pub struct Known {
 }
 
 impl Known {
+    /// Returns what Envoy has accepted. While a control plane is in use that has confirmed it, that is so at this moment: it
+    /// would send what differs.
+    fn accepted_now(&self) -> AcceptedStatus {
+        let mut accepted = self.accepted.borrow().clone();
+        if self.control_plane.borrow().in_use.is_some() && accepted.confirmed.is_some() && !accepted.from_disk
+        {
+            accepted.confirmed = Some(SystemTime::now());
+        }
+        accepted
+    }
+
     /// Why the node cannot do its work, if it cannot.
     fn unready(&self) -> Option<String> {
         let envoy = self.envoy.borrow();
@@ -153,7 +164,7 @@ async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
         "ready": known.unready().is_none(),
         "why_not_ready": known.unready(),
         "control_plane": *known.control_plane.borrow(),
-        "accepted": *known.accepted.borrow(),
+        "accepted": known.accepted_now(),
         "envoy": *known.envoy.borrow(),
         "capture": *known.capture.borrow(),
         "listen": {
@@ -181,7 +192,7 @@ async fn names(State(known): State<Known>) -> Json<BTreeMap<String, Vec<IpAddr>>
 impl Collector for Known {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let control_plane = self.control_plane.borrow().clone();
-        let accepted = self.accepted.borrow().clone();
+        let accepted = self.accepted_now();
         let envoy = self.envoy.borrow().clone();
         let mut gauge = |name: &str, help: &str, value: f64| {
             ConstGauge::new(value).encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)

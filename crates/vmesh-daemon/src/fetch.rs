@@ -63,6 +63,11 @@ enum Cause {
 }
 
 impl FetchError {
+    /// This user may not connect.
+    pub fn is_denied(&self) -> bool {
+        matches!(&self.cause, Cause::Connect(error) if error.kind() == std::io::ErrorKind::PermissionDenied)
+    }
+
     /// Nobody is there, as against somebody who answers badly.
     pub fn is_connect(&self) -> bool {
         matches!(self.cause, Cause::Connect(_))

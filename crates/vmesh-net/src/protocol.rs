@@ -60,6 +60,16 @@ pub enum Answer {
     Refused(String),
 }
 
+/// Reports whether a plan ([`Answer::Plan`]) would change anything. Notes stand before it in any case, and change nothing.
+pub fn would_change(plan: &str) -> bool {
+    plan.lines().any(|line| is_step(line.trim()))
+}
+
+/// Reports whether a line of a plan says that something is to be done.
+pub fn is_step(line: &str) -> bool {
+    !line.is_empty() && line != "nothing to do" && !line.starts_with("note: ")
+}
+
 /// What is on the host, and why. Whoever asks may be older than who answers, for a moment in each upgrade: what it does not know,
 /// it leaves out, since an agent that understood nothing would let redirects lapse.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -185,6 +195,19 @@ fn known<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(deserializer:
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plan_of_notes_alone_changes_nothing() {
+        for (plan, changes) in [
+            ("nothing to do\n", false),
+            ("note: outbound.dial: cron.service does not run\nnothing to do\n", false),
+            ("note: a\nnote: b\n\nnothing to do\n", false),
+            ("note: a\nadd table inet vmesh\n\nnft -f - <<'.'\n.\n", true),
+            ("", false),
+        ] {
+            assert_eq!(would_change(plan), changes, "{plan}");
+        }
+    }
 
     #[test]
     fn an_older_agent_understands_what_it_knows_of_a_newer_answer() {

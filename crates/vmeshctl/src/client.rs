@@ -15,6 +15,8 @@ use vmesh_api::{
 };
 use vmesh_daemon::fetch::{FetchError, Peer, fetch, post};
 
+use crate::print::printable;
+
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// A control plane's API.
@@ -135,6 +137,7 @@ impl Api {
         }
         let said: Option<Failure> = serde_json::from_slice(&body).ok();
         let message = said.map_or_else(|| String::from_utf8_lossy(&body).into_owned(), |said| said.error);
+        let message = printable(&message);
         match status {
             StatusCode::NOT_FOUND if !message.is_empty() => Err(AskError::Unknown(message)),
             _ => Err(AskError::Refused { peer, status, message }),

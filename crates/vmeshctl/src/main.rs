@@ -10,6 +10,7 @@
 
 mod client;
 mod host;
+mod print;
 mod show;
 mod table;
 
@@ -20,6 +21,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use client::{Api, AskError};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use vmesh_api::{Accept, Done, EndpointOf, Which};
 use vmesh_daemon::report;
 use vmesh_model::ServiceName;
@@ -128,10 +130,13 @@ fn main() -> ExitCode {
             ExitCode::from(shown.code)
         }
         Err(CtlError::Api(AskError::Unknown(message))) => {
-            eprintln!("{message}");
+            eprintln!("{}", print::printable(&message));
             UNKNOWN.into()
         }
-        Err(error) => report::failed(&error),
+        Err(error) => {
+            eprintln!("{}", print::terminal(&report::Chain(&error).to_string()));
+            report::FAILURE.into()
+        }
     }
 }
 
@@ -153,14 +158,14 @@ async fn run(cli: &Cli) -> Result<Shown, CtlError> {
     match &cli.command {
         Command::Capture(ask) => {
             let (text, json, attention) = host::capture::capture(ask).await?;
-            Ok(shown(cli, json, |_| (text.clone(), attention))?)
+            Ok(of_host(cli, text, &json, attention)?)
         }
-        Command::Bypass(ask) => Ok(Shown { text: host::capture::bypass(ask)?, code: 0 }),
+        Command::Bypass(ask) => Ok(Shown { text: print::terminal(&host::capture::bypass(ask)?), code: 0 }),
         Command::Doctor(ask) => {
             let (text, json, attention) = host::doctor::doctor(ask).await?;
-            Ok(shown(cli, json, |_| (text.clone(), attention))?)
+            Ok(of_host(cli, text, &json, attention)?)
         }
-        Command::Dns(ask) => Ok(Shown { text: host::dns::dns(ask).await?, code: 0 }),
+        Command::Dns(ask) => Ok(Shown { text: print::terminal(&host::dns::dns(ask).await?), code: 0 }),
         Command::Api(question) => Ok(answer(cli, question).await?),
     }
 }
@@ -214,12 +219,21 @@ fn done(done: &Done) -> (String, bool) {
     (format!("{}\n", done.done), false)
 }
 
-/// `answer` in words or as it came; the exit code is the same for both.
-fn shown<T: Serialize>(cli: &Cli, answer: T, show: impl Fn(&T) -> (String, bool)) -> Result<Shown, AskError> {
-    let (text, attention) = show(&answer);
+/// Shows `answer` in words or as it came; the exit code is the same for both.
+fn shown<T: Serialize + DeserializeOwned>(
+    cli: &Cli,
+    answer: T,
+    show: impl Fn(&T) -> (String, bool),
+) -> Result<Shown, AskError> {
+    let (text, attention) = show(&print::printable_answer(&answer).map_err(AskError::Print)?);
+    of_host(cli, text, &answer, attention)
+}
+
+/// Shows what is already in words, or `json` where that is asked for.
+fn of_host(cli: &Cli, text: String, json: &impl Serialize, attention: bool) -> Result<Shown, AskError> {
     let text = match cli.json {
-        true => format!("{}\n", serde_json::to_string_pretty(&answer).map_err(AskError::Print)?),
-        false => text,
+        true => print::json(&format!("{}\n", serde_json::to_string_pretty(json).map_err(AskError::Print)?)),
+        false => print::terminal(&text),
     };
     Ok(Shown { text, code: if attention { ATTENTION } else { 0 } })
 }

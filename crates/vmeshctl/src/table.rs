@@ -1,17 +1,38 @@
 //! Columns of text.
 
+/// Characters of a cell that are shown, but for the last of its row. A service's name has 253 at most, and is to be copied whole.
+const WIDEST: usize = 260;
+
+/// `text`, cut where it would push all other columns out of sight.
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(WIDEST) {
+        Some((at, _)) => format!("{}…", text.get(..at).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
 /// `rows` in columns as wide as their widest cell, two spaces apart, the first row being the heading.
 pub(crate) fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
     let mut widths = vec![0; rows.first().map_or(0, |row| row.as_ref().len())];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row.as_ref()) {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| {
+            let row = row.as_ref();
+            let last = row.len().saturating_sub(1);
+            let cells = row.iter().enumerate();
+            cells.map(|(index, cell)| if index == last { cell.clone() } else { cut(cell) }).collect()
+        })
+        .collect();
+    for row in &rows {
+        let but_last = row.len().saturating_sub(1);
+        for (width, cell) in widths.iter_mut().zip(row.iter().take(but_last)) {
             *width = (*width).max(cell.chars().count());
         }
     }
     let mut text = String::new();
     for row in rows {
         let mut line = String::new();
-        for (width, cell) in widths.iter().zip(row.as_ref()) {
+        for (width, cell) in widths.iter().zip(row) {
             line.push_str(&format!("{cell:<width$}  "));
         }
         text.push_str(line.trim_end());

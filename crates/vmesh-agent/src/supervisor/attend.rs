@@ -219,8 +219,8 @@ impl Supervisor {
                 Some(stamp) => {
                     self.asking.spawn(async move {
                         let version = trial::ask(&stamp.path).await;
-                        let what =
-                            version.map_or_else(|why| format!("not usable: {why}"), |binary| binary.version);
+                        let what = version
+                            .map_or_else(|one| format!("not usable: {}", one.why), |binary| binary.version);
                         (stamp, what)
                     });
                 }

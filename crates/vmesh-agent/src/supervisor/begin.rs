@@ -55,12 +55,14 @@ impl Supervisor {
         let mut stop = self.stop.clone();
         let executable = launch.executable(again);
         let Some(binary) = until(&mut stop, trial::ask(&executable)).await else { return };
-        let started = match shm::new_base_id() {
-            Ok(base_id) => {
+        let started = match (binary, shm::new_base_id()) {
+            // One that only took too long to say who it is, on a busy host, may well serve.
+            (Err(unusable), _) if !unusable.hangs => Err(unusable.why),
+            (binary, Ok(base_id)) => {
                 let line = Line { base_id, epoch: 0 };
                 self.start(launch, again, line, binary.as_ref().ok(), false).await
             }
-            Err(why) => Err(why),
+            (_, Err(why)) => Err(why),
         };
         match started {
             Ok(mut member) => {

@@ -82,6 +82,12 @@ use takeover::Why;
 use trial::Stamp;
 
 pub use orphan::step;
+
+/// Asks the binary whether it is an Envoy that runs here; says why not.
+pub async fn ask_binary(program: &Path) -> Result<(), String> {
+    trial::ask(program).await.map(drop).map_err(|unusable| unusable.why)
+}
+
 pub use status::{Failure, Leaving, Status};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);

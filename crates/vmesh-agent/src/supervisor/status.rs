@@ -62,8 +62,8 @@ pub struct Leaving {
 impl Status {
     /// One line, for `systemctl status`.
     pub fn line(&self) -> String {
-        let version = self.envoy.version.as_deref().unwrap_or_default();
-        let mut line = format!("Envoy {version} is {}", crate::status::name_of(self.envoy.state));
+        let version = self.envoy.version.as_ref().map(|version| format!(" {version}")).unwrap_or_default();
+        let mut line = format!("Envoy{version} is {}", crate::status::name_of(self.envoy.state));
         if let (Some(pid), Some(epoch)) = (self.envoy.pid, self.epoch) {
             line += &format!(" (pid {pid}, epoch {epoch})");
         }

@@ -150,7 +150,7 @@ impl Supervisor {
     async fn try_out(&self, launch: &Launch, serving: &Kept) -> Result<(Binary, Holdings), String> {
         let binary = trial::ask(&launch.program)
             .await
-            .map_err(|why| format!("{} does not run: {why}", launch.program.display()))?;
+            .map_err(|unusable| format!("{} does not run: {}", launch.program.display(), unusable.why))?;
         let bootstrap =
             plan::bootstrap(&launch.bootstrap, &self.dir.join("admin.trial.sock"), false, open_files())
                 .map_err(|why| format!("{} is of no use: {why}", self.config.bootstrap().display()))?;

@@ -20,6 +20,8 @@ use vmesh_daemon::report::one_line;
 const SAYS_WITHIN: Duration = Duration::from_secs(10);
 /// For a configuration of many thousand clusters on a busy machine.
 const VALIDATES_WITHIN: Duration = Duration::from_secs(60);
+/// What is said of a program that has not ended in time.
+const HANGS: &str = "hangs: no end after";
 /// Envoy's words, the last of them: those say what is wrong.
 const MAX_SAID: usize = 600;
 /// Of a program that is no Envoy, and does not stop talking.
@@ -34,8 +36,28 @@ pub(super) struct Binary {
     pub(super) hot_restart: Option<String>,
 }
 
+/// Why a binary cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Unusable {
+    pub(super) why: String,
+    /// It has not said who it is in time, as a good one may on a busy host.
+    pub(super) hangs: bool,
+}
+
 /// Asks the binary who it is.
-pub(super) async fn ask(program: &Path) -> Result<Binary, String> {
+pub(super) async fn ask(program: &Path) -> Result<Binary, Unusable> {
+    let unusable = |why: String| {
+        let hangs = why.contains(HANGS);
+        let why = match why.contains("Exec format error") {
+            true => format!("{} cannot be run on this machine: {why}", program.display()),
+            false => why,
+        };
+        Unusable { why, hangs }
+    };
+    who_is(program).await.map_err(unusable)
+}
+
+async fn who_is(program: &Path) -> Result<Binary, String> {
     let version = run(program, &["--version".to_owned()], SAYS_WITHIN).await?;
     // `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`
     let number = version.split_once("version: ").and_then(|(_, rest)| rest.split('/').nth(1));
@@ -147,7 +169,7 @@ async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<S
             if status.success() { Ok(said) } else { Err(format!("{status}: {}", tail(&said))) }
         }
         Ok(Err(error)) => Err(format!("could not start {shown}: {error}")),
-        Err(_) => Err(format!("{shown} {first} hangs: no end after {} s", within.as_secs())),
+        Err(_) => Err(format!("{shown} {first} {HANGS} {} s", within.as_secs())),
     }
 }
 
@@ -229,9 +251,9 @@ mod tests {
         let binary = ask(&envoy).await.unwrap();
         assert_eq!(binary.version, vmesh_proto::ENVOY_VERSION);
         assert!(binary.hot_restart.is_some_and(|version| is_hot_restart_version(&version)));
-        assert!(ask(Path::new("/bin/false")).await.unwrap_err().starts_with("exit status: 1: "));
-        assert!(ask(Path::new("/no/such")).await.unwrap_err().starts_with("could not start /no/such: "));
-        let said = ask(Path::new("/bin/true")).await.unwrap_err();
+        assert!(ask(Path::new("/bin/false")).await.unwrap_err().why.starts_with("exit status: 1: "));
+        assert!(ask(Path::new("/no/such")).await.unwrap_err().why.starts_with("could not start /no/such: "));
+        let said = ask(Path::new("/bin/true")).await.unwrap_err().why;
         assert!(said.starts_with("/bin/true is no Envoy: to `--version` it says `true "), "{said}");
     }
 
@@ -247,17 +269,18 @@ mod tests {
         let check = async |bytes: &[u8], mode: u32, expected: &str| {
             std::fs::write(&path, bytes).unwrap();
             std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
-            let said = ask(&path).await.unwrap_err();
+            let said = ask(&path).await.unwrap_err().why;
             assert!(said.contains(expected), "{expected}: {said}");
         };
         check(&whole, 0o644, "Permission denied").await;
+        check(&foreign, 0o755, "envoy cannot be run on this machine: could not start ").await;
         check(&foreign, 0o755, "Exec format error").await;
         check(&whole[..10], 0o755, "Exec format error").await;
         check(&whole[..whole.len() / 2], 0o755, "signal: ").await;
         check(b"", 0o755, "").await;
         let _written = std::fs::File::options().append(true).open(&path).unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-        let said = ask(&path).await.unwrap_err();
+        let said = ask(&path).await.unwrap_err().why;
         assert!(said.contains("Text file busy"), "{said}");
     }
 

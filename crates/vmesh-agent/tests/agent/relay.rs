@@ -163,6 +163,25 @@ async fn a_node_that_starts_without_a_control_plane_serves_the_last_good_configu
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_control_plane_that_has_nothing_new_for_a_restarted_agent_confirms_what_it_has() {
+    let place = Place::new();
+    let app = app(&place, "one", 8080);
+    let (_control_plane, at) = control_plane(&place, 15010, &app).await;
+    let mut agent = Agent::start(&place, &[at]);
+    agent.ready().await;
+    agent.status("a saved configuration", saved).await;
+    assert!(agent.daemon.terminate(SOON).await.unwrap().success());
+    let restarted = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let mut agent = Agent::start(&place, &[at]);
+    let confirmed = |status: &Value| {
+        status["control_plane"]["in_use"].is_string()
+            && status["accepted"]["from_disk"] == false
+            && status["accepted"]["confirmed"].as_u64().is_some_and(|at| at >= restarted)
+    };
+    agent.status("a configuration that is confirmed", confirmed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_crash_of_agent_or_control_plane_costs_a_request() {
     let place = Place::new();
     let (one, two) = (app(&place, "one", 8081), app(&place, "two", 8082));

@@ -6,9 +6,10 @@ use std::process::Command;
 use clap::{Args, Subcommand};
 use vmesh_capture::spec::Outward;
 use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, Envoy, Redirects, State, Status};
+use vmesh_net::protocol::{Answer, Ask, Envoy, Redirects, State, Status, would_change};
 
 use super::HostError;
+use crate::print::printable;
 
 #[derive(Debug, Args)]
 pub(crate) struct Capture {
@@ -70,7 +71,7 @@ pub(crate) async fn capture(ask: &Capture) -> Result<(String, serde_json::Value,
             Ok((text, serde_json::json!(status), attention))
         }
         Answer::Plan(text) => {
-            let attention = text.trim() != "nothing to do";
+            let attention = would_change(&text);
             Ok((text.clone(), serde_json::json!({ "plan": text }), attention))
         }
         Answer::Refused(why) => Err(HostError::Refused(why)),
@@ -89,7 +90,7 @@ async fn trial(socket: &Path) -> Result<u64, HostError> {
 
 pub(crate) fn show(status: &Status) -> (String, bool) {
     let mut text = String::new();
-    let mut line = |name: &str, value: String| text.push_str(&format!("{name:<14}{value}\n"));
+    let mut line = |name: &str, value: String| text.push_str(&format!("{name:<14}{}\n", printable(&value)));
     let trial = match (status.trial_ends_in, status.trial) {
         (Some(seconds), Some(_)) => {
             format!(", taken back in {seconds} s unless it is confirmed (`vmeshctl capture confirm`)")

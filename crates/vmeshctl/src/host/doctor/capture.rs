@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use vmesh_net::protocol::{Envoy, Redirects, State};
+use vmesh_net::protocol::{Envoy, Redirects, State, is_step, would_change};
 
 use super::facts::{Facts, Outline, Question};
 use super::{Finding, Root, Skip, Verdict, by_hand, run, warning, wrong};
@@ -82,11 +82,12 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
         );
     }
     if let Ok(plan) = &facts.plan
-        && plan.trim() != "nothing to do"
+        && would_change(plan)
         && status.error.is_none()
         && status.state == State::Confirmed
     {
-        let what = plan.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().trim();
+        let mut steps = plan.lines().map(str::trim).filter(|line| is_step(line));
+        let what = steps.next().unwrap_or_default();
         found.push(wrong(
             format!("the rules are not as they are wanted; to do: {what}"),
             "some connections go past Envoy, or to where they should not",

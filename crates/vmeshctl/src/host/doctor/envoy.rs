@@ -148,6 +148,17 @@ pub(super) fn live(facts: &Facts) -> Verdict {
                 "Envoy may serve nothing; it is killed and started again after `envoy.hung_after`",
                 run("systemctl restart vmesh-envoy"),
             ),
+            _ if ["cannot be run on this machine", "is no Envoy"]
+                .iter()
+                .any(|unusable| why.contains(unusable)) =>
+            {
+                (
+                    "no request of this host goes through the mesh",
+                    by_hand(
+                        "put an Envoy for this machine (`uname -m`) at `envoy.path`; it is started within seconds",
+                    ),
+                )
+            }
             _ => (
                 "no request of this host goes through the mesh",
                 by_hand("`journalctl -u vmesh-envoy -n 50` says why"),

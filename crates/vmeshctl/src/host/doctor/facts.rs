@@ -66,6 +66,17 @@ pub(crate) struct Outline {
     pub(crate) workloads: Vec<Workload>,
     pub(crate) upstreams: Vec<Upstream>,
     pub(crate) capture: Capture,
+    /// What on this host is in the way of this configuration.
+    #[serde(default)]
+    pub(crate) problems: Vec<HostProblem>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub(crate) struct HostProblem {
+    /// `file` or `envoy`.
+    pub(crate) concerns: String,
+    pub(crate) what: String,
+    pub(crate) fix: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]

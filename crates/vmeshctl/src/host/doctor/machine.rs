@@ -74,6 +74,10 @@ pub(super) fn units(facts: &Facts) -> Verdict {
         return child(facts);
     }
     let mut found = Vec::new();
+    for problem in outline.problems.iter().filter(|problem| problem.concerns == "file") {
+        let effect = "vmesh-agent or vmesh-envoy does not start again";
+        found.push(wrong(problem.what.clone(), effect, run(problem.fix.clone())).is(Root::Config));
+    }
     let systemd = facts.out(Question::Systemd).ok();
     let version = systemd.and_then(|said| said.split_whitespace().nth(1)?.parse::<u32>().ok());
     if let Some(version) = version.filter(|version| *version < OLDEST_SYSTEMD) {
@@ -132,6 +136,14 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                 }
             }
             ("active" | "reloading", _) => {}
+            ("activating", Root::Envoy) if is_down(facts) => found.push(
+                wrong(
+                    "vmesh-envoy.service waits for Envoy to start",
+                    effect,
+                    by_hand("see D25, which says why it does not"),
+                )
+                .follows(&[Root::Config, Root::Envoy]),
+            ),
             ("activating", Root::Envoy) => found.push(
                 wrong(
                     "vmesh-envoy.service waits for something to serve",
@@ -150,7 +162,10 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                 let finding = wrong(format!("{name} is {other}"), effect, run(format!("systemctl start {short}")));
                 // Stopping Envoy stops vmesh-net, and starting it starts it.
                 let finding = finding.is(root);
-                found.push(if root == Root::Net { finding.follows(&[Root::Envoy]) } else { finding });
+                found.push(match root {
+                    Root::Net => finding.follows(&[Root::Envoy]),
+                    _ => finding.follows(&[Root::Config]),
+                });
             }
         }
     }
@@ -164,6 +179,12 @@ pub(super) fn units(facts: &Facts) -> Verdict {
         ));
     }
     Ok(found)
+}
+
+/// Whether Envoy's supervisor says that Envoy does not start, as against waiting for something to serve.
+fn is_down(facts: &Facts) -> bool {
+    let status = facts.answer(Socket::Supervisor).ok();
+    status.and_then(|status| status.get("state")?.as_str()).is_some_and(|state| state == "down")
 }
 
 /// Where the agent starts Envoy: nobody else is asked but the agent.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::facts::{Config, Facts, Question, Socket};
 use super::{Finding, Fix, Level};
+use crate::print::printable;
 
 pub(crate) struct Report {
     who: String,
@@ -23,11 +24,22 @@ impl Report {
 
     pub(super) fn looked(&mut self, id: &'static str, findings: Vec<Finding>) {
         self.looked.push(id);
-        self.findings.extend(findings.into_iter().map(|finding| Finding { id, ..finding }));
+        // What Envoy, a control plane or a resolver said is in there.
+        let shown = findings.into_iter().map(|finding| Finding {
+            id,
+            what: printable_lines(&finding.what),
+            effect: printable_lines(&finding.effect),
+            fix: match finding.fix {
+                Fix::Run(command) => Fix::Run(printable_lines(&command)),
+                Fix::Do(what) => Fix::Do(printable_lines(&what)),
+            },
+            ..finding
+        });
+        self.findings.extend(shown);
     }
 
     pub(super) fn unseen(&mut self, id: &'static str, why: String) {
-        self.unseen.push((id, why));
+        self.unseen.push((id, printable_lines(&why)));
     }
 
     pub(crate) fn wants_attention(&self) -> bool {
@@ -163,6 +175,12 @@ impl Report {
     }
 }
 
+/// `text` made printable line by line. Lines after the first are indented: none of them can look like a finding.
+fn printable_lines(text: &str) -> String {
+    let lines: Vec<String> = text.lines().map(printable).collect();
+    lines.join("\n      ")
+}
+
 /// `node web-17 (agent 0.1.0, envoy 1.40.0)`
 fn who(facts: &Facts) -> String {
     let agent = facts.answer(Socket::Agent).ok().and_then(|status| status.get("version")?.as_str());
@@ -175,7 +193,7 @@ fn who(facts: &Facts) -> String {
         Config::Read(outline) => format!("node {}", outline.node),
         _ => "this host".to_owned(),
     };
-    if parts.is_empty() { node } else { format!("{node} ({})", parts.join(", ")) }
+    printable(&if parts.is_empty() { node } else { format!("{node} ({})", parts.join(", ")) })
 }
 
 #[cfg(test)]

@@ -1,0 +1,140 @@
+//! What reaches a terminal. Names, zones, labels, builds and reasons come from the network or from a registry: anybody there may
+//! have written what moves the cursor, hides a line, or looks like another one.
+//!
+//! Each text of an answer is made printable before it is laid out ([`printable_answer`]), so that it can begin no line of its own;
+//! and all that is printed goes through [`terminal`] once more, or, as JSON, through [`json`].
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// Characters of one text that are shown. Envoy's reasons have a few hundred.
+const LONGEST: usize = 2000;
+
+/// Reports whether a terminal would act on the character, or would show nothing for it.
+fn is_deceptive(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            // Soft hyphen; Arabic letter mark; marks and joiners without width; separators of lines; embeddings, overrides and
+            // isolates of bidirectional text; invisible operators; the byte order mark; interlinear notes; tags.
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
+        )
+}
+
+/// Returns `text` as one line in which nothing acts on a terminal, and which is not too long to read.
+pub(crate) fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len().min(LONGEST));
+    for (count, character) in text.chars().enumerate() {
+        if count == LONGEST {
+            let more = text.chars().count() - LONGEST;
+            shown.push_str(&format!("… ({more} more characters)"));
+            break;
+        }
+        match is_deceptive(character) {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+    }
+    shown
+}
+
+/// Returns `answer` with every text in it made [`printable`].
+pub(crate) fn printable_answer<T: Serialize + DeserializeOwned>(answer: &T) -> Result<T, serde_json::Error> {
+    let mut value = serde_json::to_value(answer)?;
+    make_printable(&mut value);
+    serde_json::from_value(value)
+}
+
+fn make_printable(value: &mut Value) {
+    match value {
+        Value::String(text) if text.chars().any(is_deceptive) || text.len() > LONGEST => {
+            *text = printable(text)
+        }
+        Value::Array(values) => values.iter_mut().for_each(make_printable),
+        Value::Object(fields) => {
+            let printed = std::mem::take(fields).into_iter().map(|(name, mut value)| {
+                make_printable(&mut value);
+                (printable(&name), value)
+            });
+            *fields = printed.collect();
+        }
+        _ => {}
+    }
+}
+
+/// Returns `text`, which may have several lines, without anything else that a terminal would act on.
+pub(crate) fn terminal(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut shown, character| {
+        match is_deceptive(character) && character != '\n' {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+        shown
+    })
+}
+
+/// Returns the JSON `text` with the same meaning, and without a character that a terminal would act on.
+pub(crate) fn json(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if is_deceptive(character) && character != '\n' {
+            let mut units = [0; 2];
+            for unit in character.encode_utf16(&mut units) {
+                shown.push_str(&format!("\\u{unit:04x}"));
+            }
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_acts_on_a_terminal_is_shown_as_what_it_is() {
+        for (text, shown) in [
+            ("orders", "orders"),
+            ("größe 日本語 🦀", "größe 日本語 🦀"),
+            ("\u{1b}[2J\u{1b}]0;x\u{7}", "\\u{1b}[2J\\u{1b}]0;x\\u{7}"),
+            ("a\nFAKE  ok\r\n\tb", "a\\nFAKE  ok\\r\\n\\tb"),
+            ("\u{9b}31m", "\\u{9b}31m"),
+            ("a\u{202e}b\u{2066}c", "a\\u{202e}b\\u{2066}c"),
+            ("z\u{200b}w\u{feff}\u{7f}\u{e0041}", "z\\u{200b}w\\u{feff}\\u{7f}\\u{e0041}"),
+            ("one\u{2028}two", "one\\u{2028}two"),
+        ] {
+            assert_eq!(printable(text), shown);
+        }
+        let long = "x".repeat(LONGEST + 7);
+        assert_eq!(printable(&long), format!("{}… (7 more characters)", "x".repeat(LONGEST)));
+        assert_eq!(terminal("a\n\u{1b}b\n"), "a\n\\u{1b}b\n");
+    }
+
+    #[test]
+    fn names_and_values_of_an_answer_are_made_printable_however_deep_they_are() {
+        let answer: BTreeMap<String, Vec<BTreeMap<String, String>>> =
+            [("a\n".to_owned(), vec![[("k\u{1b}".to_owned(), "v\u{202e}".to_owned())].into()])].into();
+        let shown = printable_answer(&answer).unwrap();
+        assert_eq!(format!("{shown:?}"), r#"{"a\\n": [{"k\\u{1b}": "v\\u{202e}"}]}"#);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_deceptive_is_printed_and_json_keeps_its_meaning(text in any::<String>()) {
+            prop_assert!(!printable(&text).chars().any(is_deceptive));
+            prop_assert!(!terminal(&text).chars().any(|character| character != '\n' && is_deceptive(character)));
+            let encoded = serde_json::to_string_pretty(&[&text]).unwrap();
+            let shown = json(&encoded);
+            prop_assert!(!shown.chars().any(|character| character != '\n' && is_deceptive(character)));
+            prop_assert_eq!(serde_json::from_str::<Vec<String>>(&shown).unwrap(), [text]);
+        }
+    }
+}
