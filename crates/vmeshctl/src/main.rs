@@ -94,9 +94,19 @@ enum Say {
     /// Believe what a source says of a service, or all that is held of it.
     Accept { source: String, service: Option<ServiceName> },
     /// Use an endpoint no more, whichever source names it.
-    Evict { service: ServiceName, address: SocketAddr },
+    Evict {
+        service: ServiceName,
+        /// Its address as `services` prints it, or its host name and port.
+        #[arg(value_name = "ADDRESS")]
+        endpoint: String,
+    },
     /// Use an endpoint again that was evicted.
-    Admit { service: ServiceName, address: SocketAddr },
+    Admit {
+        service: ServiceName,
+        /// Its address as `discovery` prints it.
+        #[arg(value_name = "ADDRESS")]
+        endpoint: String,
+    },
     /// Take no change of a source, or of all, not even additions.
     Freeze { source: Option<String> },
     /// Take the changes of a source, or of all, again.
@@ -173,9 +183,17 @@ async fn run(cli: &Cli) -> Result<Shown, CtlError> {
 async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
     let api = &cli.api;
     match question {
-        Question::Status => shown(cli, api.status().await?, show::status),
-        Question::Services { service: None } => shown(cli, api.services().await?, show::services),
+        Question::Status => {
+            let evicted = api.discovery().await?.evicted;
+            shown(cli, api.status().await?, |status| show::status(status, &evicted))
+        }
+        Question::Services { service: None } => {
+            let evicted = api.discovery().await?.evicted;
+            shown(cli, api.services().await?, |services| show::services(services, &evicted))
+        }
         Question::Services { service: Some(name) } => {
+            let mut evicted = api.discovery().await?.evicted;
+            evicted.retain(|evicted| evicted.service.as_str() == name);
             let mut answer = api.services().await?;
             answer.services.retain(|service| service.name.as_str() == name);
             if answer.services.is_empty() {
@@ -183,7 +201,7 @@ async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
                     "there is no service `{name}`: `vmeshctl services` lists those that there are"
                 )));
             }
-            shown(cli, answer, show::service)
+            shown(cli, answer, |services| show::service(services, &evicted))
         }
         Question::Nodes => shown(cli, api.nodes().await?, show::nodes),
         Question::Problems => shown(cli, api.problems().await?, show::problems),
@@ -192,7 +210,15 @@ async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
         }
         Question::Discovery { say: None } => shown(cli, api.discovery().await?, show::discovery),
         Question::Discovery { say: Some(say) } => discovery(cli, say).await,
-        Question::Forget { node } => shown(cli, api.forget(node).await?, done),
+        Question::Forget { node } => {
+            // What the control plane answers to this is the same for a node that it does not know and for one that is connected.
+            if !api.nodes().await?.nodes.iter().any(|known| known.name.as_str() == node) {
+                return Err(AskError::Unknown(format!(
+                    "there is no node `{node}`: `vmeshctl nodes` lists them"
+                )));
+            }
+            shown(cli, api.forget(node).await?, done)
+        }
     }
 }
 
@@ -203,11 +229,19 @@ async fn discovery(cli: &Cli, say: &Say) -> Result<Shown, AskError> {
         Say::Accept { source, service } => {
             api.accept(&Accept { source: source.clone(), service: service.clone() }).await?
         }
-        Say::Evict { service, address } => {
-            api.evict(&EndpointOf { service: service.clone(), address: *address }).await?
+        Say::Evict { service, endpoint } => {
+            let mut said = Vec::new();
+            for address in addresses(api, service, endpoint).await? {
+                said.push(api.evict(&EndpointOf { service: service.clone(), address }).await?.done);
+            }
+            Done { done: said.join("\n") }
         }
-        Say::Admit { service, address } => {
-            api.admit(&EndpointOf { service: service.clone(), address: *address }).await?
+        Say::Admit { service, endpoint } => {
+            let mut said = Vec::new();
+            for address in addresses(api, service, endpoint).await? {
+                said.push(api.admit(&EndpointOf { service: service.clone(), address }).await?.done);
+            }
+            Done { done: said.join("\n") }
         }
         Say::Freeze { source } => api.freeze(&Which { source: source.clone() }).await?,
         Say::Thaw { source } => api.thaw(&Which { source: source.clone() }).await?,
@@ -215,8 +249,39 @@ async fn discovery(cli: &Cli, say: &Say) -> Result<Shown, AskError> {
     shown(cli, answer, done)
 }
 
+/// Returns the addresses that `endpoint` means, which is one address, or the host name of endpoints, with their port.
+async fn addresses(api: &Api, service: &ServiceName, endpoint: &str) -> Result<Vec<SocketAddr>, AskError> {
+    if let Some(address) = written(endpoint) {
+        return Ok(vec![address]);
+    }
+    let services = api.services().await?.services;
+    let of = services.iter().filter(|known| known.name == *service).flat_map(|known| &known.endpoints);
+    let (host, port) = endpoint.rsplit_once(':').unwrap_or((endpoint, ""));
+    let named = of.filter(|known| {
+        known.hostname.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(host))
+            && known.address.port().to_string() == port
+    });
+    let found: Vec<SocketAddr> = named.map(|known| known.address).collect();
+    match found.is_empty() {
+        true => Err(AskError::Unknown(format!(
+            "`{endpoint}` is no endpoint of `{service}`: `vmeshctl services {service}` lists them, as 10.0.0.1:8080 or [fd00::1]:8080"
+        ))),
+        false => Ok(found),
+    }
+}
+
+/// Reads an address as `services` and Envoy print it. An IPv4 address that is written as one of IPv6 is the IPv4 address.
+fn written(endpoint: &str) -> Option<SocketAddr> {
+    let address = endpoint.trim().parse::<SocketAddr>().ok()?;
+    Some(match address.ip().to_canonical() {
+        ip if ip == address.ip() => address,
+        ip => SocketAddr::new(ip, address.port()),
+    })
+}
+
 fn done(done: &Done) -> (String, bool) {
-    (format!("{}\n", done.done), false)
+    // Each line is a text of its own.
+    (done.done.lines().map(|line| format!("{line}\n")).collect(), false)
 }
 
 /// Shows `answer` in words or as it came; the exit code is the same for both.

@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use vmesh_api::{
-    Discovery, DiscoverySource, Events, Explanation, Held, Node, NodeState, Nodes, Problems, Service,
-    ServiceEndpoint, Services, Source, SourceState, Status,
+    Discovery, DiscoverySource, Event, Events, Evicted, Explanation, Held, Node, NodeState, Nodes, Problems,
+    Service, ServiceEndpoint, Services, Source, SourceState, Status,
 };
 use vmesh_model::State;
 use vmesh_model::node::Upstreams;
 
 use crate::table::table;
 
-pub(crate) fn status(status: &Status) -> (String, bool) {
+pub(crate) fn status(status: &Status, evicted: &[Evicted]) -> (String, bool) {
     let nodes = &status.nodes;
     let all = nodes.synced + nodes.pushing + nodes.rejected + nodes.offline;
     let ready = match status.ready {
@@ -38,12 +38,15 @@ pub(crate) fn status(status: &Status) -> (String, bool) {
     for source in &status.sources {
         text.push_str(&source_line(source));
     }
+    if !evicted.is_empty() {
+        text.push_str(&format!("evicted       {} endpoints: see `vmeshctl discovery`\n", evicted.len()));
+    }
     match status.problems {
         0 => text.push_str("problems      none\n"),
         n => text.push_str(&format!("problems      {n}: see `vmeshctl problems`\n")),
     }
     let stale = status.sources.iter().any(|source| source.state != State::Fresh);
-    (text, !status.ready || stale || nodes.rejected > 0 || status.problems > 0)
+    (text, !status.ready || stale || nodes.rejected > 0 || status.problems > 0 || !evicted.is_empty())
 }
 
 fn source_line(source: &Source) -> String {
@@ -66,14 +69,14 @@ fn emphasised(state: State) -> String {
     }
 }
 
-pub(crate) fn services(answer: &Services) -> (String, bool) {
+pub(crate) fn services(answer: &Services, evicted: &[Evicted]) -> (String, bool) {
     let heading = ["SERVICE", "PROTOCOL", "ENDPOINTS", "VERSIONS", "ZONES", "STATE"].map(str::to_owned);
     let mut rows = vec![heading];
     for service in &answer.services {
         rows.push([
             service.name.to_string(),
             service.protocol.to_string(),
-            endpoints(service),
+            endpoints(service, evicted.iter().filter(|one| one.service == service.name).count()),
             counted(service.endpoints.iter().map(|endpoint| endpoint.version.as_deref())),
             counted(service.endpoints.iter().map(|endpoint| endpoint.zone.as_deref())),
             emphasised(service.state),
@@ -88,17 +91,18 @@ pub(crate) fn services(answer: &Services) -> (String, bool) {
     if answer.services.is_empty() {
         text = "no service: no discovery source names one\n".to_owned();
     }
-    (text, answer.services.iter().any(|service| service.state != State::Fresh))
+    (text, !evicted.is_empty() || answer.services.iter().any(|service| service.state != State::Fresh))
 }
 
-/// `3`, or `3 (1 draining)`.
-fn endpoints(service: &Service) -> String {
+/// `3`, or `3 (1 draining, 1 evicted)`; those that are evicted are not among the three.
+fn endpoints(service: &Service, evicted: usize) -> String {
     use vmesh_model::Health::{Draining, Healthy, Unhealthy, Unknown};
     let ill = |health| service.endpoints.iter().filter(|endpoint| endpoint.health == health).count();
     let marks: Vec<_> = [Unhealthy, Draining]
         .into_iter()
         .filter(|health| !matches!(health, Healthy | Unknown) && ill(*health) > 0)
         .map(|health| format!("{} {health}", ill(health)))
+        .chain((evicted > 0).then(|| format!("{evicted} evicted")))
         .collect();
     match marks.as_slice() {
         [] => service.endpoints.len().to_string(),
@@ -120,7 +124,7 @@ fn counted<'a>(values: impl Iterator<Item = Option<&'a str>>) -> String {
     shown.collect::<Vec<_>>().join(", ")
 }
 
-pub(crate) fn service(answer: &Services) -> (String, bool) {
+pub(crate) fn service(answer: &Services, evicted: &[Evicted]) -> (String, bool) {
     let mut text = String::new();
     for service in &answer.services {
         text.push_str(&format!("{}  {}  {}\n", service.name, service.protocol, emphasised(service.state)));
@@ -129,7 +133,8 @@ pub(crate) fn service(answer: &Services) -> (String, bool) {
         }
         text.push_str(&endpoint_table(&service.endpoints));
     }
-    (text, answer.services.iter().any(|service| service.state != State::Fresh))
+    evicted.iter().for_each(|evicted| text.push_str(&one_evicted(evicted)));
+    (text, !evicted.is_empty() || answer.services.iter().any(|service| service.state != State::Fresh))
 }
 
 fn endpoint_table(endpoints: &[ServiceEndpoint]) -> String {
@@ -218,17 +223,19 @@ pub(crate) fn discovery(answer: &Discovery) -> (String, bool) {
     }
     let mut text = table(&rows);
     answer.sources.iter().for_each(|source| text.push_str(&of_source(source)));
-    for evicted in &answer.evicted {
-        text.push_str(&format!(
-            "\n{} of {} is evicted: it has not been used for {}\n  to use it again: {}\n",
-            evicted.address,
-            evicted.service,
-            age(Some(evicted.age_seconds)),
-            evicted.command
-        ));
-    }
+    answer.evicted.iter().for_each(|evicted| text.push_str(&one_evicted(evicted)));
     let is_fresh = answer.sources.iter().all(|source| source.state == SourceState::Fresh);
     (text, !is_fresh || !answer.evicted.is_empty())
+}
+
+fn one_evicted(evicted: &Evicted) -> String {
+    format!(
+        "\n{} of {} is evicted: it has not been used for {}\n  to use it again: {}\n",
+        evicted.address,
+        evicted.service,
+        age(Some(evicted.age_seconds)),
+        evicted.command
+    )
 }
 
 /// So many services are shown of those that a source holds.
@@ -311,7 +318,35 @@ pub(crate) fn events(answer: &Events) -> (String, bool) {
             event.text.to_string(),
         ]);
     }
-    (table(&rows), false)
+    (
+        table(&rows),
+        answer.events.iter().enumerate().any(|(at, event)| is_in_force(event, answer.events.get(at + 1..))),
+    )
+}
+
+/// What ends what an event began.
+const ENDS: [(&str, &[&str]); 4] = [
+    ("frozen", &["thawed"]),
+    ("evicted", &["admitted"]),
+    ("failing", &["answering", "given up"]),
+    ("held", &["believed", "returned", "accepted", "held"]),
+];
+
+/// Whether what the event began has not ended by `later` ones.
+fn is_in_force(event: &Event, later: Option<&[Event]>) -> bool {
+    let refused = ["refused", "rejected"].contains(&&*event.what);
+    let Some((_, ends)) = ENDS.iter().find(|(what, _)| *what == &*event.what) else { return refused };
+    let is_end = |other: &&Event| {
+        let same_source = other.source.is_none() || other.source == event.source;
+        // What is said of a source as a whole is said of its services.
+        let same_service = other.service.is_none() || other.service == event.service;
+        let same_endpoint = event.what.as_ref() != "evicted"
+            || other.text.split(": ").next() == event.text.split(": ").next();
+        ends.contains(&&*other.what) && same_source && same_service && same_endpoint
+    };
+    let ended = later.into_iter().flatten().find(is_end);
+    // Held anew: the later event is the one that counts.
+    ended.is_none()
 }
 
 fn joined(names: impl Iterator<Item = String>) -> String {
@@ -417,7 +452,7 @@ mod tests {
     #[test]
     fn an_ill_endpoint_is_counted_and_a_stale_service_says_why() {
         check(
-            services,
+            |answer| services(answer, &[]),
             r#"{"services": [
                 {"name": "orders", "protocol": "http", "state": "stale", "because": "cannot read services.d",
                  "endpoints": [
@@ -502,9 +537,82 @@ mod tests {
                 AGO  SOURCE      SERVICE  WHAT           WHY
                 90s  consul:dc1  orders   held (absent)  `consul:dc1` no longer names it
                 3s   -           orders   evicted        10.0.0.1:80: not used
-                attention: false
+                attention: true
             "#]],
         );
+    }
+
+    #[test]
+    fn what_is_evicted_stays_visible_and_wants_attention() {
+        let evicted: Vec<Evicted> = serde_json::from_str(
+            r#"[{"service": "orders", "address": "[fd00::1]:80", "age_seconds": 60, "command": "vmeshctl discovery admit orders [fd00::1]:80"}]"#,
+        )
+        .unwrap();
+        let answer =
+            r#"{"services": [{"name": "orders", "protocol": "http", "state": "fresh", "endpoints": []}]}"#;
+        check(
+            |answer| services(answer, &evicted),
+            answer,
+            expect![[r#"
+                SERVICE  PROTOCOL  ENDPOINTS      VERSIONS  ZONES  STATE
+                orders   http      0 (1 evicted)  -         -      fresh
+                attention: true
+            "#]],
+        );
+        check(
+            |answer| service(answer, &evicted),
+            answer,
+            expect![[r#"
+                orders  http  fresh
+                ENDPOINT  HEALTH  WEIGHT  VERSION  ZONE  SOURCE
+
+                [fd00::1]:80 of orders is evicted: it has not been used for 60s
+                  to use it again: vmeshctl discovery admit orders [fd00::1]:80
+                attention: true
+            "#]],
+        );
+    }
+
+    #[test]
+    fn what_began_and_has_not_ended_wants_attention() {
+        let of = |all: &[(&str, &str)]| {
+            let list: Vec<_> = all
+                .iter()
+                .map(|(what, text)| {
+                    serde_json::json!({"at_millis": 1, "age_seconds": 1, "source": "a", "what": what, "service": "orders", "text": text})
+                })
+                .collect();
+            events(&serde_json::from_value(serde_json::json!({ "events": list })).unwrap()).1
+        };
+        for (all, attention) in [
+            (&[("frozen", "")][..], true),
+            (&[("frozen", ""), ("thawed", "")], false),
+            (&[("failing", ""), ("answering", ""), ("failing", "")], true),
+            (&[("evicted", "10.0.0.1:80: x"), ("admitted", "10.0.0.2:80: x")], true),
+            (&[("evicted", "10.0.0.1:80: x"), ("admitted", "10.0.0.1:80: x")], false),
+            (&[("held", ""), ("believed", "")], false),
+            (&[("refused", "")], true),
+            (&[("confirmed", "")], false),
+        ] {
+            assert_eq!(of(all), attention, "{all:?}");
+        }
+    }
+
+    #[test]
+    fn names_and_reasons_that_act_on_a_terminal_are_shown_as_what_they_are() {
+        let answer: Nodes = serde_json::from_str(
+            r#"{"nodes": [{"name": "web-1", "connected": true, "state": "rejected", "reason": "a\nweb-2  in sync\u001b[2J",
+                "client": "envoy", "address": null, "zone": "eu\u202e1", "labels": {}, "workloads": [], "upstreams": "all",
+                "build": "envoy\u001b]0;x\u0007"}]}"#,
+        )
+        .unwrap();
+        let (text, _) = nodes(&crate::print::printable_answer(&answer).unwrap());
+        expect![[r#"
+            NODE   STATE     ADDRESS  ZONE         SERVES  CALLS  RUNS
+            web-1  REJECTED  -        eu\u{202e}1  -       *      envoy\u{1b}]0;x\u{7}
+            web-1: a\nweb-2  in sync\u{1b}[2J
+        "#]]
+        .assert_eq(&text);
     }
 
     #[test]

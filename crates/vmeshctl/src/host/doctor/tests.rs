@@ -857,3 +857,73 @@ fn a_host_that_nobody_configured_has_one_problem() {
         - not looked at: D5, D9, D11, D14, D15, D16, D17, D19, D20, D21, D22, D23, D24, D25, D26, D27, D28, D29, D30, D36, D37, D38: there is no configuration
     "#]].assert_eq(&report(&facts, &[]).text());
 }
+
+#[test]
+fn a_plan_that_has_notes_and_nothing_to_do_is_no_finding() {
+    let mut facts = well();
+    facts.plan = Ok("note: outbound.dial: cron.service does not run\nnothing to do\n".into());
+    assert!(!report(&facts, &["D16"]).wants_attention());
+    facts.plan = Ok("note: outbound.dial: cron.service does not run\nadd table inet vmesh\n".into());
+    let text = report(&facts, &["D16"]).text();
+    assert!(text.contains("to do: add table inet vmesh |"), "{text}");
+}
+
+#[test]
+fn an_envoy_that_hangs_is_shown_by_whichever_checks_see_it() {
+    let mut facts = well();
+    set(&mut facts, Socket::Supervisor, "/state", json!("silent"));
+    status(&mut facts).envoy = protocol::Envoy::Hangs;
+    status(&mut facts).redirects = Redirects::Lapsed;
+    let report = report(&facts, &[]);
+    let text = report.text();
+    assert!(report.wants_attention() && text.contains(", 1 problem, "), "{text}");
+    for said in [
+        "x D20 Envoy's capture ports are open",
+        "and so D25 Envoy is silent",
+        "and so D20 redirects have lapsed",
+    ] {
+        assert!(text.contains(said), "{said}: {text}");
+    }
+}
+
+#[test]
+fn a_file_that_the_agents_user_cannot_read_is_above_the_unit_that_does_not_start_for_it() {
+    let mut facts = well();
+    outline(&mut facts).problems = vec![super::facts::HostProblem {
+        concerns: "file".into(),
+        what: "the user vmesh-agent cannot read /etc/vmesh/agent.yaml".into(),
+        fix: "chmod 644 /etc/vmesh/agent.yaml".into(),
+    }];
+    change_unit(&mut facts, "vmesh-agent.service", "ActiveState=active", "ActiveState=activating");
+    let text = report(&facts, &["D2"]).text();
+    assert!(
+        text.contains("x D2 the user vmesh-agent cannot read /etc/vmesh/agent.yaml | ")
+            && text.contains(
+                "| fix: chmod 644 /etc/vmesh/agent.yaml\n    and so D2 vmesh-agent.service is activating\n"
+            ),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_binary_that_is_no_envoy_comes_first_and_the_unit_that_waits_for_it_below() {
+    let mut facts = well();
+    change_unit(&mut facts, "vmesh-envoy.service", "ActiveState=active", "ActiveState=activating");
+    set(&mut facts, Socket::Supervisor, "/state", json!("down"));
+    let why = "/usr/bin/envoy cannot be run on this machine: could not start /usr/bin/envoy: Exec format error (os error 8)";
+    set(&mut facts, Socket::Supervisor, "/reason", json!(why));
+    let text = report(&facts, &["D2", "D25"]).text();
+    assert!(text.contains(&format!("x D25 Envoy is down: {why} | ")), "{text}");
+    assert!(text.contains("fix: put an Envoy for this machine (`uname -m`) at `envoy.path`"), "{text}");
+    assert!(text.contains("\n    and so D2 vmesh-envoy.service waits for Envoy to start\n"), "{text}");
+}
+
+#[test]
+fn what_envoy_or_a_control_plane_said_begins_no_line_and_moves_no_cursor() {
+    let mut facts = well();
+    let said = "bad\u{1b}[2J\n0 checks, 0 problems\u{202e}";
+    set(&mut facts, Socket::Agent, "/accepted/last_rejection", json!(said));
+    let text = report(&facts, &["D26"]).text();
+    assert!(!text.contains(['\u{1b}', '\u{202e}']) && !text.contains("\n0 checks"), "{text}");
+    assert!(text.contains("bad\\u{1b}[2J"), "{text}");
+}
