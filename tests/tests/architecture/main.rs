@@ -4,6 +4,8 @@
 
 #![expect(clippy::expect_used, reason = "a test that cannot go on ends")]
 
+mod purity;
+
 use std::collections::BTreeSet;
 use std::process::Command;
 
@@ -81,41 +83,55 @@ fn one_tls_and_no_c_library_beyond_it() {
     }
 }
 
-/// The invariant of `house-style.md`'s pages: a clock that is read in the middle is a clock that no test can turn.
+/// Time and text come in as arguments: a clock that is read in the middle is a clock that no test can turn.
 #[test]
 fn no_pure_crate_reads_a_clock() {
-    let crates = ["vmesh-model", "vmesh-catalog", "vmesh-compile", "vmesh-xds"].map(|of| format!("{of}/src"));
-    // What judges and what reads formats, of a crate whose rest is I/O.
-    let parts = ["vmesh-discovery/src/guard", "vmesh-discovery/src/format"].map(str::to_owned);
-    for of in crates.into_iter().chain(parts) {
-        let source = format!("{}/../crates/{of}", env!("CARGO_MANIFEST_DIR"));
-        for file in rust_files(source.as_ref()) {
-            // The drivers are the edge, and behind features; tests may turn a clock as they like.
-            if file
-                .components()
-                .any(|part| matches!(part.as_os_str().to_str(), Some("server" | "client" | "tests")))
-            {
-                continue;
-            }
-            let text = std::fs::read_to_string(&file).expect("a source file");
-            let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-            for clock in ["Instant::now", "SystemTime::now", "std::fs::", "std::net::Tcp", "std::env::var"] {
-                let driver = file.file_name().is_some_and(|name| name == "client.rs" || name == "tests.rs");
-                assert!(driver || !code.contains(clock), "{} uses {clock}", file.display());
-            }
-        }
+    let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates");
+    // (where the reading starts, the features whose modules are drivers with sockets, at least so many files)
+    let pure: &[(&str, &[&str], usize)] = &[
+        ("vmesh-model/src/lib.rs", &[], 12),
+        ("vmesh-catalog/src/lib.rs", &[], 4),
+        ("vmesh-compile/src/lib.rs", &[], 12),
+        ("vmesh-xds/src/lib.rs", &["server", "client"], 10),
+        ("vmesh-dns/src/answer.rs", &[], 1),
+        ("vmesh-dns/src/table.rs", &[], 1),
+        ("vmesh-discovery/src/guard.rs", &[], 3),
+        ("vmesh-discovery/src/format.rs", &[], 5),
+        ("vmesh-discovery/src/assemble.rs", &[], 1),
+        ("vmesh-agent/src/supervisor/plan.rs", &[], 1),
+    ];
+    for (start, drivers, files) in pure {
+        let reading = purity::read(&std::path::Path::new(crates).join(start), drivers);
+        assert!(reading.impure.is_empty(), "{start} reads the outside world:\n{}", reading.impure.join("\n"));
+        assert!(reading.files.len() >= *files, "{start}: only {:?} were read", reading.files);
+        assert!(reading.items > 5 * files, "{start}: only {} items were read", reading.items);
     }
 }
 
-fn rust_files(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir).expect("a source directory") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            files.extend(rust_files(&path));
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            files.push(path);
-        }
+/// The check itself, on code that it must refuse and on code that it must not.
+#[test]
+fn the_check_for_clocks_sees_them_wherever_they_stand() {
+    let refused = [
+        ("after a test module", "#[cfg(test)] mod tests { } fn f() { std::time::Instant::now(); }"),
+        ("after an import for tests", "#[cfg(test)] use a::b; fn f() -> Instant { Instant::now() }"),
+        ("under another name", "use std::time::Instant as Clock; fn f() { Clock::now(); }"),
+        ("as a function value", "fn f() { a.unwrap_or_else(Instant::now); }"),
+        ("without naming it", "fn f(since: Instant) { since.elapsed(); }"),
+        ("inside a macro", "fn f() { assert!(true, \"{:?}\", SystemTime::now()); }"),
+        ("in a method", "impl A { fn f() { let x = || std::fs::read(\"a\"); } }"),
+        ("imported in a group", "use std::{fmt, fs::{self, File}};"),
+        ("in an inner module", "mod inner { pub fn f() { std::env::var(\"A\"); } }"),
+        ("a socket", "fn f() { std::net::TcpStream::connect(a); }"),
+    ];
+    for (where_it_stands, code) in refused {
+        assert!(!purity::read_text(code).is_empty(), "{where_it_stands}: {code}");
     }
-    files
+    let accepted = [
+        "use std::net::{IpAddr, SocketAddr}; fn f(now: Instant) -> Duration { now.duration_since(a) }",
+        "/// Instant::now() is not called.\nfn f() { let s = \"std::fs::read\"; }",
+        "#[cfg(test)] mod tests { fn f() { Instant::now(); } }",
+    ];
+    for code in accepted {
+        assert_eq!(purity::read_text(code), Vec::<String>::new(), "{code}");
+    }
 }
