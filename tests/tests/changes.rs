@@ -59,8 +59,10 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
     let load = Load::start(Plan::to(target).rate(300.0))?;
     let canary = Load::start(Plan::to(target).rate(50.0).header("x-canary", "true"))?;
     let mut spare = Vec::new();
+    let mut seen = in_envoy(&mesh).await?;
     for round in 0..25u32 {
-        // Four changes a round: an instance comes or goes, a weight, a drain, the split between versions.
+        // Four changes a round, each of which Envoy has in force before the next is written.
+        // An instance comes or goes:
         match spare.pop() {
             Some(back) => apps.push(back),
             None => {
@@ -69,16 +71,19 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
             }
         }
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
-        pause().await;
-        apps[0].weight = 1 + round % 7;
+        seen = changed_in_envoy(&mesh, seen, "which instances there are").await?;
+        // A weight:
+        apps[0].weight = 2 + round % 7;
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
-        pause().await;
+        seen = changed_in_envoy(&mesh, seen, "a weight").await?;
+        // An instance is drained, or no longer:
         let last = apps.len() - 1;
-        apps[last].health = if round % 2 == 0 { "draining" } else { "healthy" };
+        apps[last].health = if apps[last].health == "draining" { "healthy" } else { "draining" };
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
-        pause().await;
+        seen = changed_in_envoy(&mesh, seen, "a drain").await?;
+        // The split between the versions:
         mesh.write("mesh.d/orders.yaml", &split(round % 5 * 20 + 10, 100))?;
-        pause().await;
+        seen = changed_in_envoy(&mesh, seen, "the split").await?;
     }
     no_failure(&load.stop().await, "while files changed a hundred times");
     let canary = canary.stop().await;
@@ -90,9 +95,34 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
     Ok(())
 }
 
-/// Not for anything to happen, but so that changes are apart as they are in life.
-async fn pause() {
-    tokio::time::sleep(Duration::from_millis(120)).await;
+/// Returns what Envoy itself says of `orders`: the instances of each version, with weight and health, and the split.
+async fn in_envoy(mesh: &Mesh) -> Result<Vec<String>> {
+    let envoy = mesh.envoy("web-1");
+    let clusters = envoy.clusters().await?;
+    let mut lines = Vec::new();
+    for cluster in clusters["cluster_statuses"].as_array().into_iter().flatten() {
+        let name = cluster["name"].as_str().unwrap_or_default();
+        for host in cluster["host_statuses"].as_array().into_iter().flatten() {
+            let port = &host["address"]["socket_address"]["port_value"];
+            let health = &host["health_status"]["eds_health_status"];
+            lines.push(format!("{name}: port {port}, weight {}, {health}", host["weight"]));
+        }
+    }
+    lines.sort();
+    let routes = envoy.get("/config_dump?resource=dynamic_route_configs").await?;
+    let weights =
+        routes.lines().filter(|line| line.contains("\"weight\":") || line.contains("\"name\": \"orders|"));
+    lines.extend(weights.map(|line| line.trim().to_owned()));
+    Ok(lines)
+}
+
+/// Waits until Envoy says something else of `orders` than `before`, and returns it.
+async fn changed_in_envoy(mesh: &Mesh, before: Vec<String>, what: &str) -> Result<Vec<String>> {
+    wait_for(format!("a change of {what} to reach Envoy"), BOUND, async || {
+        let now = in_envoy(mesh).await.map_err(|failed| failed.to_string())?;
+        if now == before { Err(now.join("\n")) } else { Ok(now) }
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -132,7 +162,14 @@ async fn a_new_instance_gets_traffic_and_a_drained_one_gets_no_more() -> Result<
     let drained = apps.remove(0);
     drained.app.kill();
     mesh.write("services.d/orders.yaml", &orders(&apps))?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    // The load goes on until Envoy, too, has only the new one.
+    let address = apps[0].app.address().to_string();
+    wait_for("Envoy to have b alone", BOUND, async || {
+        let endpoints = mesh.envoy("web-1").endpoints("orders").await.map_err(|failed| failed.to_string())?;
+        let alone = endpoints.as_deref() == Some(&[(address.clone(), true)][..]);
+        if alone { Ok(()) } else { Err(format!("{endpoints:?}")) }
+    })
+    .await?;
     no_failure(&load.stop().await, "while one instance replaced another");
     Ok(())
 }

@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Signal, kill_process};
 use vmesh_testkit::api::Api;
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan};
 use vmesh_testkit::place::Loopback;
-use vmesh_testkit::process::Daemon;
+use vmesh_testkit::process::{Daemon, naming};
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::{BOUND, Mesh};
 
@@ -168,18 +169,20 @@ async fn a_node_that_moves_to_another_replica_is_sent_nothing_that_it_has() -> R
 async fn a_killed_envoy_is_started_again() -> Result<()> {
     let place = Loopback::unique()?;
     let (mesh, _app, target) = mesh_with_orders(&place).await?;
+    // Of the agent's processes only Envoy names the run directory on its command line.
     let run = mesh.path("run/web-1");
-    let envoys = vmesh_testkit::process::naming(&run);
-    assert!(!envoys.is_empty(), "no process names {}", run.display());
-    for envoy in envoys {
-        // The agent itself does not name its run directory on its command line.
-        _ = rustix_kill(envoy);
+    let killed = naming(&run);
+    assert!(!killed.is_empty(), "no process names {}", run.display());
+    for envoy in &killed {
+        kill_process(*envoy, Signal::KILL).expect("Envoy is killed");
     }
+    wait_for("another Envoy", BOUND, async || {
+        let running = naming(&run);
+        let is_another = !running.is_empty() && running.iter().all(|envoy| !killed.contains(envoy));
+        if is_another { Ok(()) } else { Err(format!("{running:?} after {killed:?}")) }
+    })
+    .await?;
     mesh.answers(target).await
-}
-
-fn rustix_kill(pid: impl std::fmt::Display) -> std::io::Result<std::process::ExitStatus> {
-    std::process::Command::new("kill").args(["-9", &pid.to_string()]).status()
 }
 
 #[tokio::test(flavor = "multi_thread")]
