@@ -13,6 +13,11 @@ pub(crate) fn root() -> PathBuf {
 
 /// Runs cargo in the workspace, and says so.
 pub(crate) fn cargo(what: &str, args: &[&str]) -> Result<()> {
+    cargo_with(what, args, &[])
+}
+
+/// Runs cargo in the workspace with these variables in its environment, and says so.
+pub(crate) fn cargo_with(what: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     eprintln!("> cargo {}", args.join(" "));
     // The variables that the outer cargo set for this process would make the inner one build everything again.
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -24,6 +29,7 @@ pub(crate) fn cargo(what: &str, args: &[&str]) -> Result<()> {
             command.env_remove(name);
         }
     }
+    command.envs(environment.iter().copied());
     let status = command.current_dir(root()).args(args).status();
     let status = status.map_err(Failed::to(format!("could not start cargo to {what}")))?;
     if status.success() {

@@ -7,12 +7,14 @@
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
 //! | `cargo xtask bench capture` | explicit ports, redirects and TPROXY beside no Envoy at all, on hosts that are namespaces |
 //! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
+//! | `cargo xtask fuzz` | libFuzzer on everything that reads foreign bytes: see [`fuzz`] |
 //! | `cargo xtask hosts up 3` | booted hosts to try things on: see [`hosts`] |
 //! | `cargo xtask package` | Debian packages of the node and of the control plane |
 //! | `cargo xtask codegen` | writes `vmesh-proto` anew from the pinned Envoy |
 
 mod build;
 mod demo;
+mod fuzz;
 mod hosts;
 mod package;
 
@@ -43,6 +45,8 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Feeds every reader of foreign bytes with inputs that libFuzzer makes; needs a C++ compiler.
+    Fuzz(fuzz::Options),
     /// Makes Debian packages.
     Package(package::Options),
     /// Boots hosts with a systemd of their own, to try things on.
@@ -81,6 +85,7 @@ fn main() -> ExitCode {
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
         Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
         Command::Bench { bench: Bench::Capture { rest } } => build::run_bench("capture", &rest),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Package(options) => package::run(&options),
         Command::Hosts(command) => hosts::run(command),
         Command::Codegen => codegen(),

@@ -1,0 +1,25 @@
+//! Questions on `net.sock`, and the rules that a spec becomes, by either backend.
+
+use vmesh_capture::{Host, Program, Stage, iptables, nft};
+use vmesh_net::protocol::{Ask, Want};
+
+pub(crate) fn run(bytes: &[u8]) {
+    let Ok(ask) = serde_json::from_slice::<Ask>(bytes) else { return };
+    let text = serde_json::to_vec(&ask).expect("what was read can be written");
+    let again: Ask = serde_json::from_slice(&text).expect("what was written can be read");
+    assert_eq!(ask, again, "a question changes when it is written and read");
+    if let Ask::Want(want) | Ask::Plan { want: Some(want) } = ask {
+        rules(&want);
+    }
+}
+
+/// Every spec that can be read becomes rules or a refusal.
+fn rules(want: &Want) {
+    let host = Host { ipv6: true, ..Host::default() };
+    for stage in [Stage::Trial, Stage::Confirmed] {
+        let Ok((program, _)) = Program::new(&want.spec, &host, stage) else { continue };
+        let plan = nft::plan(&program, &nft::Actual::absent(), true);
+        assert!(program.is_absent() || !plan.is_empty(), "a program that has rules plans none");
+        _ = iptables::plan(&program, &iptables::Actual::absent(true));
+    }
+}

@@ -1,0 +1,18 @@
+//! Answers of Consul's `/v1/health/service/NAME`, one for each of several datacenters.
+
+use vmesh_discovery::format::consul::{Rules, combine, read};
+use vmesh_model::ServiceName;
+
+use crate::{files, parts};
+
+/// The parts of the input are the datacenters' answers.
+pub(crate) fn run(bytes: &[u8]) {
+    let Ok(service) = "orders".parse::<ServiceName>() else { return };
+    let rules = Rules::default();
+    let answers: Vec<_> = parts(bytes)
+        .take(3)
+        .filter_map(|body| read(body, "consul:dc1", &service, false, &rules).ok())
+        .collect();
+    let parsed = combine("consul", &service, &answers.iter().collect::<Vec<_>>());
+    files::check(&parsed, bytes.len());
+}

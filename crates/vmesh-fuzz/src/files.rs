@@ -1,0 +1,34 @@
+//! Service files: native, Prometheus, Linkerd, SmartStack, and the detection of the format.
+
+use std::sync::Arc;
+
+use vmesh_discovery::format::{Format, Parsed, parse};
+
+use crate::assert_printable;
+
+/// Far above the inputs that the fuzzer makes.
+const LIMIT: usize = 1 << 20;
+
+/// The first byte chooses the format and whether the file's name ends in `.yaml`.
+pub(crate) fn run(bytes: &[u8]) {
+    let Some((choice, text)) = bytes.split_first() else { return };
+    let formats = [Format::Auto, Format::Native, Format::Prometheus, Format::Linkerd, Format::SmartStack];
+    let format = formats.get(usize::from(choice >> 1) % formats.len()).copied().unwrap_or_default();
+    let (file, is_yaml) = (Arc::from("services.d/orders.yaml"), choice & 1 == 1);
+    let (parsed, found) = parse(&file, "orders", is_yaml, text, LIMIT, format, None);
+    check(&parsed, text.len());
+    // A format that was found once reads the same text again without a change of mind.
+    let (again, kept) = parse(&file, "orders", is_yaml, text, LIMIT, format, found);
+    assert_eq!((&parsed, found), (&again, kept), "the same text was read differently the second time");
+}
+
+/// What holds for whatever any format makes of `len` bytes.
+pub(crate) fn check(parsed: &Parsed, len: usize) {
+    for problem in &parsed.problems {
+        assert_printable(&problem.to_string());
+    }
+    assert!(!parsed.failed || !parsed.problems.is_empty(), "nothing says why the text cannot be used");
+    assert!(parsed.services.len() <= len + 1, "{} services of {len} bytes", parsed.services.len());
+    let endpoints: usize = parsed.services.iter().map(|service| service.endpoints.len()).sum();
+    assert!(endpoints <= len, "{endpoints} endpoints of {len} bytes");
+}

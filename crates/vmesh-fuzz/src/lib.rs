@@ -1,0 +1,82 @@
+//! Fuzz targets: each is a function of bytes that another program, a peer or another user can choose.
+//!
+//! A target panics where the code under test breaks a promise: it must end, stay within its limits, keep what it
+//! promises of its output, and never panic itself. `corpus/NAME/` holds the seeds of the target NAME and every input
+//! that ever broke it; `cargo test -p vmesh-fuzz` runs them all, without a fuzzer.
+//!
+//! ```text
+//! cargo xtask fuzz                    every target for a minute, from the corpus
+//! cargo xtask fuzz --seconds 3600     for an hour each
+//! cargo xtask fuzz dns                one target
+//! ```
+
+mod capture;
+mod consul;
+mod dns;
+mod documents;
+mod files;
+mod plugin;
+mod state;
+mod xds;
+mod znodes;
+
+use std::path::PathBuf;
+
+/// A reader of foreign bytes under test.
+#[derive(Debug)]
+pub struct Target {
+    /// The name on the command line, and of the directory of its corpus.
+    pub name: &'static str,
+    /// Runs the code under test once; panics where it breaks a promise.
+    pub run: fn(&[u8]),
+}
+
+/// All targets, in the order of their names.
+pub const TARGETS: &[Target] = &[
+    Target { name: "consul", run: consul::run },
+    Target { name: "dns", run: dns::run },
+    Target { name: "documents", run: documents::run },
+    Target { name: "files", run: files::run },
+    Target { name: "net_socket", run: capture::run },
+    Target { name: "plugin", run: plugin::run },
+    Target { name: "state", run: state::run },
+    Target { name: "xds_delta", run: xds::run_delta },
+    Target { name: "xds_sotw", run: xds::run_sotw },
+    Target { name: "znodes", run: znodes::run },
+];
+
+/// Names the target for the process that libFuzzer runs in.
+pub const ENVIRONMENT: &str = "VMESH_FUZZ_TARGET";
+
+impl Target {
+    /// Returns the target of that name.
+    pub fn find(name: &str) -> Option<&'static Target> {
+        TARGETS.iter().find(|target| target.name == name)
+    }
+
+    /// Returns the target that the environment names; ends the process with a message where it names none.
+    pub fn from_environment() -> &'static Target {
+        let name = std::env::var(ENVIRONMENT).unwrap_or_default();
+        Target::find(&name).unwrap_or_else(|| {
+            let names: Vec<&str> = TARGETS.iter().map(|target| target.name).collect();
+            eprintln!("{ENVIRONMENT} is `{name}`, which is no target: set it to one of {}", names.join(", "));
+            std::process::exit(2)
+        })
+    }
+
+    /// Returns the directory of the seeds.
+    pub fn corpus(&self) -> PathBuf {
+        PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/corpus")).join(self.name)
+    }
+}
+
+/// Splits bytes at each `0xFF`, which no UTF-8 text contains: one input can then hold several texts.
+fn parts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    bytes.split(|byte| *byte == 0xff)
+}
+
+/// A text that reaches terminals and logs holds no control character except the line feed.
+fn assert_printable(text: &str) {
+    let control = text.chars().find(|character| character.is_control() && *character != '\n');
+    assert!(control.is_none(), "a message holds the control character {control:?}: {text:?}");
+}

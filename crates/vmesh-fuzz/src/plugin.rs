@@ -1,0 +1,18 @@
+//! Lines that a discovery program prints to its standard output.
+
+use std::sync::Arc;
+
+use vmesh_discovery::plugin::protocol::{Said, read};
+
+use crate::{assert_printable, files};
+
+pub(crate) fn run(bytes: &[u8]) {
+    let source = Arc::from("plugin:srv");
+    for line in String::from_utf8_lossy(bytes).lines().take(16) {
+        match read(&source, line) {
+            Ok(Said::View(view)) => files::check(&view.parsed, line.len()),
+            Ok(Said::Alive) => {}
+            Ok(Said::Failed(reason)) | Err(reason) => assert_printable(&reason),
+        }
+    }
+}
