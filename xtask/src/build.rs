@@ -18,9 +18,20 @@ pub(crate) fn cargo(what: &str, args: &[&str]) -> Result<()> {
 
 /// Runs cargo in the workspace with these variables in its environment, and says so.
 pub(crate) fn cargo_with(what: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
-    eprintln!("> cargo {}", args.join(" "));
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    run_with(Path::new(&cargo), what, args, environment)
+}
+
+/// Runs a program in the workspace, and says so.
+pub(crate) fn run(program: &Path, what: &str, args: &[&str]) -> Result<()> {
+    run_with(program, what, args, &[])
+}
+
+fn run_with(program: &Path, what: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+    let name = program.file_name().unwrap_or_default().display().to_string();
+    eprintln!("> {name} {}", args.join(" "));
     // The variables that the outer cargo set for this process would make the inner one build everything again.
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name
             .to_str()
@@ -31,11 +42,11 @@ pub(crate) fn cargo_with(what: &str, args: &[&str], environment: &[(&str, &str)]
     }
     command.envs(environment.iter().copied());
     let status = command.current_dir(root()).args(args).status();
-    let status = status.map_err(Failed::to(format!("could not start cargo to {what}")))?;
+    let status = status.map_err(Failed::to(format!("could not start {name} to {what}")))?;
     if status.success() {
         Ok(())
     } else {
-        Err(Failed::new(format!("could not {what}: cargo ended with {status}")))
+        Err(Failed::new(format!("could not {what}: {name} ended with {status}")))
     }
 }
 

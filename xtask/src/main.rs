@@ -3,10 +3,11 @@
 //! | command | what it does |
 //! |---|---|
 //! | `cargo xtask demo` | the main job, on this machine, without root: see [`demo`] |
-//! | `cargo xtask test` | builds everything and runs every test |
+//! | `cargo xtask test` | builds everything and runs every test: see [`test`] |
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
 //! | `cargo xtask bench capture` | explicit ports, redirects and TPROXY beside no Envoy at all, on hosts that are namespaces |
 //! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
+//! | `cargo xtask deny` | checks the dependencies against `deny.toml`: see [`deny`] |
 //! | `cargo xtask fuzz` | libFuzzer on everything that reads foreign bytes: see [`fuzz`] |
 //! | `cargo xtask hosts up 3` | booted hosts to try things on: see [`hosts`] |
 //! | `cargo xtask package` | Debian packages of the node and of the control plane |
@@ -14,9 +15,11 @@
 
 mod build;
 mod demo;
+mod deny;
 mod fuzz;
 mod hosts;
 mod package;
+mod test;
 
 use std::process::ExitCode;
 
@@ -35,7 +38,7 @@ struct Cli {
 enum Command {
     /// The tour: a control plane, three agents with real Envoys, traffic, changes, a crash.
     Demo(demo::Options),
-    /// Builds everything and runs every test; what follows `--` goes to the test runner.
+    /// Builds everything and runs every test; what follows `--` goes to nextest.
     Test {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
@@ -45,6 +48,8 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Checks the dependencies: licences, bans, sources, and advisories where `VMESH_ADVISORY_DB` names a database.
+    Deny,
     /// Feeds every reader of foreign bytes with inputs that libFuzzer makes; needs a C++ compiler.
     Fuzz(fuzz::Options),
     /// Makes Debian packages.
@@ -81,10 +86,11 @@ enum Bench {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
-        Command::Test { rest } => test(&rest),
+        Command::Test { rest } => test::run(&rest),
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
         Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
         Command::Bench { bench: Bench::Capture { rest } } => build::run_bench("capture", &rest),
+        Command::Deny => deny::run(),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Package(options) => package::run(&options),
         Command::Hosts(command) => hosts::run(command),
@@ -94,14 +100,6 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failed) => report::failed(&failed),
     }
-}
-
-/// The binaries first: the tests start them.
-fn test(rest: &[String]) -> Result<()> {
-    vmesh_testkit::envoy::find()?;
-    build::cargo("build the binaries that the tests start", &["build", "--workspace", "--bins"])?;
-    let rest: Vec<_> = rest.iter().map(String::as_str).collect();
-    build::cargo("run the tests", &[&["test", "--workspace"], rest.as_slice()].concat())
 }
 
 fn codegen() -> Result<()> {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`api`] | the HTTP API of a control plane under test |
 //! | [`envoy`] | the pinned Envoy, found or fetched; `--mode validate`; an admin client |
+//! | [`cargo_tool`] | cargo's own tools: nextest, cargo-deny |
 //! | [`debian`](mod@debian) | servers from Debian's packages, by their hash |
 //! | [`consul`] | real Consul servers: one or three, with ACLs and TLS |
 //! | [`python`] | a Python with pinned packages, for gRPC's own xDS client |
@@ -25,6 +26,7 @@
 pub mod api;
 pub mod app;
 mod cache;
+pub mod cargo_tool;
 pub mod consul;
 pub mod debian;
 pub mod envoy;
