@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use serde_json::Value;
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan, Report};
 use vmesh_testkit::place::Loopback;
@@ -100,12 +101,13 @@ async fn in_envoy(mesh: &Mesh) -> Result<Vec<String>> {
     let envoy = mesh.envoy("web-1");
     let clusters = envoy.clusters().await?;
     let mut lines = Vec::new();
-    for cluster in clusters["cluster_statuses"].as_array().into_iter().flatten() {
-        let name = cluster["name"].as_str().unwrap_or_default();
-        for host in cluster["host_statuses"].as_array().into_iter().flatten() {
-            let port = &host["address"]["socket_address"]["port_value"];
-            let health = &host["health_status"]["eds_health_status"];
-            lines.push(format!("{name}: port {port}, weight {}, {health}", host["weight"]));
+    for cluster in clusters.pointer("/cluster_statuses").and_then(Value::as_array).into_iter().flatten() {
+        let name = cluster.pointer("/name").and_then(Value::as_str).unwrap_or_default();
+        for host in cluster.pointer("/host_statuses").and_then(Value::as_array).into_iter().flatten() {
+            let [port, health, weight] =
+                ["/address/socket_address/port_value", "/health_status/eds_health_status", "/weight"]
+                    .map(|path| host.pointer(path).cloned().unwrap_or_default());
+            lines.push(format!("{name}: port {port}, weight {weight}, {health}"));
         }
     }
     lines.sort();
