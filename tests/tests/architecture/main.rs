@@ -2,7 +2,7 @@
 //!
 //! Normal dependencies only, read from `cargo tree`: a test may use what the code may not.
 
-#![expect(clippy::expect_used, reason = "a test that cannot go on ends")]
+#![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on ends")]
 
 mod purity;
 
