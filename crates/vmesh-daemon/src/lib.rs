@@ -4,6 +4,9 @@
 //! |---|---|
 //! | [`tasks`] | [`Tasks`]: every task has a name, an owner and an observed end |
 //! | [`signals`] | the signal that ends the daemon |
+//! | [`descriptors`] | how many files this process may have open |
+//! | [`listen`], [`connections`], [`http`] | listeners that a crowd or an attacker does not exhaust |
+//! | [`text`] | text of others, made safe for a log or a terminal |
 //! | [`systemd`] | readiness, stopping and watchdog messages; nothing outside systemd |
 //! | [`logs`] | the journal under systemd, readable text on stderr elsewhere |
 //! | [`report`] | the one printer of error chains, and the exit codes |
@@ -14,8 +17,12 @@
 //!
 //! **Invariant:** no mesh noun: `cargo tree -p vmesh-daemon -e normal` lists no other crate of this workspace.
 
+pub mod connections;
+pub mod descriptors;
 pub mod fetch;
 pub mod fsx;
+pub mod http;
+pub mod listen;
 pub mod logs;
 pub mod metrics;
 pub mod report;
@@ -23,5 +30,6 @@ pub mod signals;
 pub mod sockets;
 pub mod systemd;
 pub mod tasks;
+pub mod text;
 
 pub use tasks::{Stop, Tasks};

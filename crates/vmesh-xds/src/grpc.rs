@@ -6,6 +6,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use http_body::Body;
 use std::fmt;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use tonic::Code;
 
@@ -30,17 +32,75 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// Memory that the incomplete messages of many streams share.
+pub(crate) struct Budget {
+    left: AtomicUsize,
+}
+
+/// What a stream may have of an incomplete message without taking anything from the budget: most requests are smaller,
+/// and are heard however many large ones are on their way.
+const FREE: usize = 4 << 10;
+
+impl Budget {
+    pub(crate) fn new(bytes: usize) -> Arc<Budget> {
+        Arc::new(Budget { left: AtomicUsize::new(bytes) })
+    }
+
+    fn take(&self, bytes: usize) -> bool {
+        let take = |left: usize| left.checked_sub(bytes);
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// What one stream has taken of a budget.
+struct Share {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+impl Share {
+    /// Makes it the share of who has `buffered` bytes. False: there is not so much left.
+    fn set(&mut self, buffered: usize) -> bool {
+        let bytes = buffered.saturating_sub(FREE);
+        if bytes > self.bytes && !self.budget.take(bytes - self.bytes) {
+            return false;
+        }
+        self.budget.give_back(self.bytes.saturating_sub(bytes));
+        self.bytes = bytes;
+        true
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.budget.give_back(self.bytes);
+    }
+}
+
 /// The messages in a body. Nothing is kept between two of them.
 pub(crate) struct Messages<B> {
     body: Pin<Box<B>>,
     buffer: BytesMut,
     limit: usize,
+    /// `None`: only `limit` bounds what is kept.
+    share: Option<Share>,
     trailers: Option<http::HeaderMap>,
 }
 
 impl<B: Body> Messages<B> {
     pub(crate) fn new(body: B, limit: usize) -> Messages<B> {
-        Messages { body: Box::pin(body), buffer: BytesMut::new(), limit, trailers: None }
+        Messages { body: Box::pin(body), buffer: BytesMut::new(), limit, share: None, trailers: None }
+    }
+
+    /// From now on a message has at most `limit` bytes, and what came of one counts towards `budget`.
+    #[cfg(feature = "server")]
+    pub(crate) fn bound(&mut self, limit: usize, budget: &Arc<Budget>) {
+        self.limit = limit;
+        self.share = Some(Share { budget: budget.clone(), bytes: 0 });
     }
 
     pub(crate) fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Failure>>> {
@@ -52,7 +112,14 @@ impl<B: Body> Messages<B> {
             }
             match ready!(self.body.as_mut().poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => self.append(data),
+                    Ok(data) => {
+                        self.append(data);
+                        let buffered = self.buffer.len();
+                        if self.share.as_mut().is_some_and(|share| !share.set(buffered)) {
+                            let message = "too many large requests are on their way: try again later";
+                            return Poll::Ready(Some(Err(Failure::new(Code::ResourceExhausted, message))));
+                        }
+                    }
                     Err(frame) => self.trailers = frame.into_trailers().ok(),
                 },
                 Some(Err(_)) => {
@@ -95,6 +162,10 @@ impl<B: Body> Messages<B> {
         let message = self.buffer.split_to(len).freeze();
         if self.buffer.is_empty() {
             self.buffer = BytesMut::new();
+        }
+        if let Some(share) = &mut self.share {
+            // Less than before, so that there is enough of it.
+            share.set(self.buffer.len());
         }
         Ok(Some(message))
     }

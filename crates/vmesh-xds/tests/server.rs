@@ -10,12 +10,14 @@ use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tonic::Code;
+use vmesh_daemon::connections::{Gate, Limits};
 use vmesh_proto::envoy::config::cluster::v3::Cluster;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use vmesh_xds::client::{AdsStream, BenchClient};
 use vmesh_xds::server::{
-    Admission, Admitted, AdsService, Counters, FeedControl, Hub, Observer, PeerInfo, Refusal, serve,
+    Admission, Admitted, AdsService, Bounded, Counters, FeedControl, Hub, Observer, PeerInfo, Refusal,
+    serve_bounded,
 };
 use vmesh_xds::{Failure, Group, Kind, Resource, Scope, SessionStatus, State, Store};
 
@@ -83,6 +85,15 @@ impl Server {
     }
 
     fn on(listener: impl vmesh_xds::server::Listener + 'static, address: String, port: u16) -> Server {
+        Server::bounded(listener, address, port, Bounded::default())
+    }
+
+    fn bounded(
+        listener: impl vmesh_xds::server::Listener + 'static,
+        address: String,
+        port: u16,
+        bounded: Bounded,
+    ) -> Server {
         let hub = Hub::new();
         let seen = Arc::<Mutex<Seen>>::default();
         let (sender, status) = watch::channel(None);
@@ -91,7 +102,7 @@ impl Server {
         let counters = service.counters().clone();
         let (stop, stopped) = tokio::sync::oneshot::channel();
         #[expect(clippy::disallowed_methods, reason = "a test owns it")]
-        let task = tokio::spawn(serve(listener, service, async move { _ = stopped.await }));
+        let task = tokio::spawn(serve_bounded(listener, service, bounded, async move { _ = stopped.await }));
         let mut server = Server {
             hub,
             counters,
@@ -348,6 +359,186 @@ async fn a_call_that_makes_no_sense_is_answered_with_a_status() {
         let response = call(&server, path, "application/grpc+proto", body).await;
         assert_eq!(status_of(response).await.0, status, "{body:?}");
     }
+}
+
+#[tokio::test]
+async fn a_request_that_would_be_large_in_memory_is_not_decoded() {
+    let server = Server::start().await;
+    // Before anybody is admitted: more than a mebibyte, and a mebibyte of empty strings.
+    for (names, len) in [(1, 1_100_000), (500_000, 0)] {
+        let mut envoy = server.connect().await;
+        let mut large = request(Kind::Endpoint, "web-1");
+        large.resource_names_subscribe = vec!["x".repeat(len); names];
+        envoy.send(&large).await.unwrap();
+        assert_eq!(end_of(&mut envoy).await.code, Code::ResourceExhausted, "{names} names");
+    }
+    // After that: 8 MB of empty strings.
+    let mut envoy = server.connect().await;
+    envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
+    within(envoy.next()).await.unwrap();
+    let mut large = request(Kind::Endpoint, "web-1");
+    large.resource_names_subscribe = vec![String::new(); 4_000_000];
+    envoy.send(&large).await.unwrap();
+    assert_eq!(end_of(&mut envoy).await.code, Code::ResourceExhausted);
+}
+
+#[tokio::test]
+async fn incomplete_requests_of_strangers_share_a_bounded_memory() {
+    let server = Server::start().await;
+    // 160 streams that each send most of a mebibyte and never the rest; 64 MiB is what they share.
+    let half: &'static [u8] = vec![&[0, 0, 0x0f, 0xff, 0xff][..], &vec![0; 900_000]].concat().leak();
+    let mut ended = tokio::task::JoinSet::new();
+    let (held, holding) = watch::channel(0);
+    for _ in 0..10 {
+        let tcp = TcpStream::connect(("127.0.0.1", server.port)).await.unwrap();
+        let executor = hyper_util::rt::TokioExecutor::new();
+        let io = hyper_util::rt::TokioIo::new(tcp);
+        let (http, connection) = hyper::client::conn::http2::handshake(executor, io).await.unwrap();
+        #[expect(clippy::disallowed_methods, reason = "it ends with the test")]
+        tokio::spawn(async move { _ = connection.await });
+        for _ in 0..16 {
+            let (mut http, held) = (http.clone(), held.clone());
+            ended.spawn(async move {
+                let (end, body) = tokio::sync::mpsc::channel::<Result<http_body::Frame<bytes::Bytes>, _>>(1);
+                let body = http_body_util::StreamBody::new(tokio_stream::wrappers::ReceiverStream::new(body));
+                _ = end.send(Ok::<_, std::convert::Infallible>(http_body::Frame::data(half.into()))).await;
+                let request = http::Request::post(format!("http://vmesh{DELTA}"));
+                let request = request.header("content-type", "application/grpc").body(body).unwrap();
+                let response = http.send_request(request).await.unwrap();
+                held.send_modify(|held| *held += 1);
+                let status = status_of(response).await;
+                drop(end);
+                status.0
+            });
+        }
+    }
+    let mut refused = 0;
+    while refused < 80 {
+        match within(ended.join_next()).await.unwrap().unwrap().as_str() {
+            // RESOURCE_EXHAUSTED; DEADLINE_EXCEEDED is of those who got their share and never made use of it.
+            "8" => refused += 1,
+            other => assert_eq!(other, "4"),
+        }
+    }
+    drop(holding);
+    let mut envoy = server.connect().await;
+    envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
+    assert_eq!(within(envoy.next()).await.unwrap().resources.len(), 1, "a small request is heard meanwhile");
+}
+
+#[tokio::test]
+async fn connections_that_show_nothing_are_closed_and_keep_nobody_out() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let limits = Limits { total: 40, per_origin: 40, pending: 20 };
+    let bounded = Bounded { gate: Gate::new(limits), max_age: None };
+    let server = Server::bounded(listener, format!("http://127.0.0.1:{port}"), port, bounded.clone());
+    let mut silent = Vec::new();
+    for i in 0..200 {
+        let mut tcp = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        // The second half begins HTTP/2 and then says nothing.
+        if i >= 100 {
+            _ = tcp.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+        }
+        silent.push(tcp);
+    }
+    let mut envoy = server.connect().await;
+    envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
+    assert_eq!(within(envoy.next()).await.unwrap().resources.len(), 1);
+    assert!(bounded.gate.counts().connections <= 40);
+    // Nobody presses any more, and all the same they are closed.
+    for mut tcp in silent {
+        _ = within(tcp.read_to_end(&mut Vec::new())).await;
+    }
+    envoy.send(&request(Kind::Listener, "web-1")).await.unwrap();
+    assert_eq!(within(envoy.next()).await.unwrap().type_url, Kind::Listener.type_url(), "it is used and stays");
+}
+
+#[tokio::test]
+async fn one_address_does_not_take_every_place() {
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let limits = Limits { total: 40, per_origin: 3, pending: 20 };
+    let bounded = Bounded { gate: Gate::new(limits), max_age: None };
+    let server = Server::bounded(listener, format!("http://127.0.0.1:{port}"), port, bounded);
+    let mut admitted = Vec::new();
+    for _ in 0..3 {
+        let mut envoy = server.connect().await;
+        envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
+        within(envoy.next()).await.unwrap();
+        admitted.push(envoy);
+    }
+    let fourth = async {
+        let mut envoy = AdsStream::connect(&server.address).await.map_err(drop)?;
+        envoy.send(&request(Kind::Cluster, "web-1")).await.map_err(drop)?;
+        envoy.next().await.map_err(drop)
+    };
+    assert!(within(fourth).await.is_err());
+    let mut elsewhere = AdsStream::connect(&format!("http://127.0.0.2:{port}")).await.unwrap();
+    elsewhere.send(&request(Kind::Cluster, "web-1")).await.unwrap();
+    // A client is at its own address, wherever the server is: this one comes from 127.0.0.1 as well.
+    assert!(within(elsewhere.next()).await.is_err());
+    assert_eq!(server.counters.connections_refused.load(Relaxed), 2);
+}
+
+#[tokio::test]
+async fn a_connection_of_its_maximum_age_takes_leave_of_its_client() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let bounded = Bounded { max_age: Some(Duration::from_millis(100)), ..Bounded::default() };
+    let server = Server::bounded(listener, format!("http://127.0.0.1:{port}"), port, bounded);
+    let mut envoy = server.connect().await;
+    envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
+    within(envoy.next()).await.unwrap();
+    let end = end_of(&mut envoy).await;
+    assert_eq!((end.code, &*end.message), (Code::Ok, ""), "no error: it connects again");
+}
+
+#[tokio::test]
+async fn an_authority_that_is_the_path_of_the_socket_is_served() {
+    let path = std::env::temp_dir().join(format!("vmesh-xds-authority-{}.sock", std::process::id()));
+    _ = std::fs::remove_file(&path);
+    let server = Server::on(UnixListener::bind(&path).unwrap(), format!("unix:{}", path.display()), 0);
+    let mut unix = tokio::net::UnixStream::connect(&path).await.unwrap();
+    let authority = b"run%2Fvmesh%2Fxds.sock";
+    let path_field = [&[0x04, u8::try_from(DELTA.len()).unwrap()], DELTA.as_bytes()].concat();
+    let content_type = [&[0x0f, 0x10, 16][..], b"application/grpc"].concat();
+    // As the C core of gRPC writes it: `:method POST`, `:scheme http`, and the rest as literals.
+    let block =
+        [&[0x83, 0x86][..], &path_field, &[0x41, 22], authority, &content_type, &[0x40, 2], b"te\x08trailers"]
+            .concat();
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        let len = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&len[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    let body = {
+        let message = request(Kind::Cluster, "web-1").encode_to_vec();
+        [&[0], &u32::try_from(message.len()).unwrap().to_be_bytes()[..], &message].concat()
+    };
+    let sent = [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        frame(4, 0, 0, b""),
+        frame(1, 4, 1, &block),
+        frame(0, 0, 1, &body),
+        // The same once more, by the table of HPACK alone.
+        frame(1, 4, 3, &[&[0x83, 0x86][..], &path_field, &[0xbf], &content_type].concat()),
+        frame(0, 0, 3, &body),
+    ];
+    unix.write_all(&sent.concat()).await.unwrap();
+    let mut answered = Vec::new();
+    while answered.len() < 2 {
+        let mut head = [0; 9];
+        within(unix.read_exact(&mut head)).await.unwrap();
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        within(unix.read_exact(&mut payload)).await.unwrap();
+        assert!(!matches!(head[3], 3 | 7), "reset, or the connection given up: {head:?} {payload:?}");
+        if head[3] == 0 {
+            answered.push(head[8]);
+        }
+    }
+    assert_eq!(answered, [1, 3]);
+    assert_eq!(server.counters.streams_opened.load(Relaxed), 2);
+    std::fs::remove_file(&path).unwrap();
 }
 
 #[tokio::test]

@@ -1,11 +1,11 @@
 use super::Admitted;
+use super::connection::{ConnectionUse, InUse};
 use super::service::{Inner, PeerInfo};
 use crate::grpc::{Failure, Messages};
-use crate::{Protocol, Request, Session, SessionError, State};
+use crate::{Bounds, Protocol, Request, Session, SessionError, State};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame};
-use prost::Message;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -15,7 +15,6 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 use tonic::{Code, Status};
-use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 
 /// The responses of one stream. Whoever writes them to the connection polls this, and with it the whole stream: its
 /// requests, its session and its timer. It is polled only while the client takes what is written, so a slow client
@@ -29,6 +28,11 @@ pub(super) struct Stream<B> {
     peer: PeerInfo,
     session: Session,
     admitted: Option<Admitted>,
+    /// Of the connection that the stream is on, if whoever serves it keeps one.
+    connection: Option<Arc<ConnectionUse>>,
+    in_use: Option<InUse>,
+    /// The connection has its maximum age.
+    aged: Option<Pin<Box<Sleep>>>,
     /// What the observer was told.
     told: Told,
     frames: VecDeque<Bytes>,
@@ -39,12 +43,10 @@ pub(super) struct Stream<B> {
 
 type Told = (State, u64, [u64; 3]);
 
-/// An ACK of Envoy's repeats every name (R59).
-const REQUEST_MAX: usize = 64 << 20;
 /// As much as a client may say before it is answered.
 const REQUESTS_AT_ONCE: usize = 64;
 /// Whoever opens a stream has something to ask.
-const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(30);
+const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
 impl<B> AdsBody<B> {
     pub(super) fn empty() -> AdsBody<B> {
@@ -84,18 +86,30 @@ impl<B: Body> Body for AdsBody<B> {
 impl<B> Unpin for AdsBody<B> {}
 
 impl<B: Body> Stream<B> {
-    pub(super) fn new(service: Arc<Inner>, protocol: Protocol, peer: PeerInfo, body: B) -> Stream<B> {
+    pub(super) fn new(
+        service: Arc<Inner>,
+        protocol: Protocol,
+        peer: PeerInfo,
+        connection: Option<Arc<ConnectionUse>>,
+        body: B,
+    ) -> Stream<B> {
         let session = match protocol {
             Protocol::Delta => Session::delta(service.control_plane.clone()),
             Protocol::Sotw => Session::sotw(service.control_plane.clone()),
         };
         service.counters.streams.fetch_add(1, Relaxed);
         service.counters.streams_opened.fetch_add(1, Relaxed);
+        let mut requests = Messages::new(body, Bounds::BEFORE_ADMISSION.bytes);
+        requests.bound(Bounds::BEFORE_ADMISSION.bytes, &service.budgets.before_admission);
+        let aged = connection.as_ref().and_then(|connection| connection.ends_at());
         Stream {
             service,
             protocol,
-            requests: Messages::new(body, REQUEST_MAX),
+            requests,
             peer,
+            connection,
+            in_use: None,
+            aged: aged.map(|at| Box::pin(tokio::time::sleep_until(at))),
             session,
             admitted: None,
             told: Told::default(),
@@ -126,6 +140,13 @@ impl<B: Body> Stream<B> {
                 busy = true;
             }
             self.tell_observer();
+            if let Some(aged) = &mut self.aged
+                && aged.as_mut().poll(cx).is_ready()
+            {
+                self.aged = None;
+                // Not an error: the client connects again, perhaps to another replica.
+                self.end.get_or_insert_with(|| Failure::new(Code::Ok, ""));
+            }
             if !busy && self.end.is_none() && self.poll_timer(cx).is_pending() {
                 return Poll::Pending;
             }
@@ -152,13 +173,10 @@ impl<B: Body> Stream<B> {
     }
 
     fn on_message(&mut self, message: Bytes) -> Result<(), Failure> {
-        let malformed = |error| Failure::new(Code::InvalidArgument, format!("not a request: {error}"));
-        let request: Request = match self.protocol {
-            Protocol::Delta => DeltaDiscoveryRequest::decode(message).map_err(malformed)?.into(),
-            Protocol::Sotw => DiscoveryRequest::decode(message).map_err(malformed)?.into(),
-        };
         let invalid =
             |error: SessionError| Failure::new(Code::from(i32::from(error.code())), error.to_string());
+        let bounds = if self.admitted.is_some() { Bounds::ADMITTED } else { Bounds::BEFORE_ADMISSION };
+        let request = Request::decode(self.protocol, message, &bounds).map_err(invalid)?;
         let now = now();
         self.service.counters.requests.fetch_add(1, Relaxed);
         if self.admitted.is_none() {
@@ -174,6 +192,8 @@ impl<B: Body> Stream<B> {
                 self.session.on_snapshot(now, snapshot);
             }
             self.admitted = Some(admitted);
+            self.in_use = self.connection.as_ref().map(ConnectionUse::begin);
+            self.requests.bound(Bounds::ADMITTED.bytes, &self.service.budgets.admitted);
             self.timer = None;
         }
         self.session.on_request(now, request).map_err(invalid)

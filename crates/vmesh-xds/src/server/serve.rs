@@ -1,4 +1,6 @@
-use super::{AdsService, PeerInfo};
+use super::authority::AnyAuthority;
+use super::connection::ConnectionUse;
+use super::{AdsService, Counters, PeerInfo};
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -6,11 +8,15 @@ use std::convert::Infallible;
 use std::future::{Future, ready};
 use std::io;
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use vmesh_daemon::connections::{Gate, Limits, Origin};
 
 /// Where connections come from.
 pub trait Listener: Send {
@@ -30,40 +36,105 @@ impl Listener for TcpListener {
 }
 
 impl Listener for UnixListener {
-    type Io = UnixStream;
+    type Io = AnyAuthority<UnixStream>;
 
-    async fn accept(&mut self) -> io::Result<(UnixStream, PeerInfo)> {
+    async fn accept(&mut self) -> io::Result<(Self::Io, PeerInfo)> {
         let (io, _) = UnixListener::accept(self).await?;
         let uid = io.peer_cred().ok().map(|credentials| credentials.uid());
-        Ok((io, PeerInfo { uid, ..PeerInfo::default() }))
+        Ok((AnyAuthority::new(io), PeerInfo { uid, ..PeerInfo::default() }))
     }
+}
+
+/// How many connections a listener keeps, and for how long.
+#[derive(Clone)]
+pub struct Bounded {
+    pub gate: Gate,
+    /// A connection of this age takes leave of its client, which connects again: so a fleet spreads over replicas that
+    /// came later. The ages of connections differ by a fifth, or those that began together would end together.
+    pub max_age: Option<Duration>,
+}
+
+/// As many as fit into the descriptors of most systems.
+const LIMITS: Limits = Limits { total: 768, per_origin: 768, pending: 256 };
+/// A client has so long to send its first request, HTTP/2's preface included.
+const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(10);
+/// gRPC keeps a connection when its last stream has ended: it may have use for it again.
+const UNUSED_FOR: Duration = Duration::from_secs(60);
+/// Streams end so long after their client was told (GOAWAY) to open no more of them,
+const STREAMS_END_AFTER: Duration = Duration::from_secs(1);
+/// and the connection is closed so long after that, whatever the client does.
+const CLOSED_AFTER: Duration = Duration::from_secs(10);
+
+impl Default for Bounded {
+    fn default() -> Bounded {
+        Bounded { gate: Gate::new(LIMITS), max_age: None }
+    }
+}
+
+/// Serves every connection of `listener` until `stop`, within the limits of most systems: see [`serve_bounded`].
+pub async fn serve(listener: impl Listener, service: AdsService, stop: impl Future<Output = ()> + Send) {
+    serve_bounded(listener, service, Bounded::default(), stop).await;
 }
 
 /// Serves every connection of `listener` until `stop`. Then the streams end with UNAVAILABLE, and this returns when
 /// the connections are closed; whoever cannot wait for them drops it.
-pub async fn serve(mut listener: impl Listener, service: AdsService, stop: impl Future<Output = ()> + Send) {
+pub async fn serve_bounded(
+    mut listener: impl Listener,
+    service: AdsService,
+    bounded: Bounded,
+    stop: impl Future<Output = ()> + Send,
+) {
     let (stopping, stopped) = watch::channel(false);
     let mut connections = JoinSet::new();
     let mut stop = pin!(stop);
+    let mut accepted = 0u64;
     loop {
-        tokio::select! {
+        let accept = async {
+            bounded.gate.room().await;
+            listener.accept().await
+        };
+        let (io, peer) = tokio::select! {
             () = &mut stop => break,
-            Some(_) = connections.join_next() => {}
-            accepted = listener.accept() => match accepted {
-                Ok((io, peer)) => {
-                    let mut stopped = stopped.clone();
-                    let stop = async move { _ = stopped.wait_for(|stopped| *stopped).await };
-                    connections.spawn(serve_connection(io, peer, service.clone(), stop));
+            Some(_) = connections.join_next() => continue,
+            accepted = accept => match accepted {
+                Ok(accepted) => accepted,
+                Err(_) => {
+                    // Out of file descriptors, most likely: those who wait are served when some are free.
+                    sleep(Duration::from_millis(100)).await;
+                    continue;
                 }
-                // Out of file descriptors, most likely: those who wait are served when some are free.
-                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             },
+        };
+        let counters = service.counters();
+        let origin = match (peer.address, peer.uid) {
+            (Some(address), _) => Origin::of_address(address.ip()),
+            (None, Some(uid)) => Origin::User(uid),
+            (None, None) => Origin::Unknown,
+        };
+        match bounded.gate.enter(origin) {
+            Ok(permit) => {
+                accepted += 1;
+                let age = bounded.max_age.map(|age| jittered(age, accepted));
+                let ends_at = age.map(|age| Instant::now() + age + STREAMS_END_AFTER);
+                let in_use = ConnectionUse::new(Some(permit), ends_at);
+                let mut stopped = stopped.clone();
+                let stop = async move { _ = stopped.wait_for(|stopped| *stopped).await };
+                connections.spawn(drive(io, peer, service.clone(), in_use, stop));
+            }
+            Err(_) => _ = counters.connections_refused.fetch_add(1, Relaxed),
         }
     }
     drop(listener);
     service.hub().stop();
     stopping.send_replace(true);
     while connections.join_next().await.is_some() {}
+}
+
+/// Between four and six fifths of `age`, by the number of a connection: consecutive ones are far apart.
+fn jittered(age: Duration, number: u64) -> Duration {
+    // The golden ratio of 2^32: its multiples are spread evenly.
+    let share = (number.wrapping_mul(0x9e37_79b9) & 0xffff_ffff) as f64 / f64::from(u32::MAX);
+    age.mul_f64(0.8 + 0.4 * share)
 }
 
 /// Serves one connection, for those who accept and shake hands themselves. It ends when the connection does: what was
@@ -76,8 +147,24 @@ pub async fn serve_connection<I>(
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    drive(io, peer, service, ConnectionUse::new(None, None), stop).await;
+}
+
+async fn drive<I>(
+    io: I,
+    peer: PeerInfo,
+    service: AdsService,
+    in_use: Arc<ConnectionUse>,
+    stop: impl Future<Output = ()> + Send,
+) where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let counters = service.counters().clone();
+    let _counted = Counted::new(counters.clone());
+    let of_streams = in_use.clone();
     let answer = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
+        request.extensions_mut().insert(of_streams.clone());
         ready(Ok::<_, Infallible>(service.answer(request)))
     });
     let mut http = http2::Builder::new(TokioExecutor::new());
@@ -86,12 +173,64 @@ pub async fn serve_connection<I>(
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(10))
         .max_concurrent_streams(16)
+        // What a client may have sent and nobody has read: requests are small, and a stranger's connection costs this.
+        .initial_stream_window_size(64 << 10)
+        .initial_connection_window_size(128 << 10)
         .max_header_list_size(16 << 10)
         .max_send_buf_size(64 << 10);
     let mut connection = pin!(http.serve_connection(TokioIo::new(io), answer));
-    tokio::select! {
-        _ = connection.as_mut() => return,
-        () = stop => connection.as_mut().graceful_shutdown(),
+    let aged = async {
+        match in_use.ends_at() {
+            Some(ends_at) => sleep_until(ends_at - STREAMS_END_AFTER).await,
+            None => std::future::pending().await,
+        }
+    };
+    let drains_within = tokio::select! {
+        _ = connection.as_mut() => Duration::ZERO,
+        () = stop => Duration::MAX,
+        () = in_use.unused(FIRST_REQUEST_WITHIN, UNUSED_FOR) => {
+            counters.connections_silent.fetch_add(1, Relaxed);
+            Duration::ZERO
+        }
+        () = in_use.evicted() => {
+            counters.connections_silent.fetch_add(1, Relaxed);
+            Duration::ZERO
+        }
+        () = aged => STREAMS_END_AFTER + CLOSED_AFTER,
+    };
+    if !drains_within.is_zero() {
+        connection.as_mut().graceful_shutdown();
+        _ = timeout(drains_within, connection).await;
     }
-    _ = connection.await;
+}
+
+/// One connection in the counters, for as long as it exists.
+struct Counted(Arc<Counters>);
+
+impl Counted {
+    fn new(counters: Arc<Counters>) -> Counted {
+        counters.connections.fetch_add(1, Relaxed);
+        Counted(counters)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_began_together_do_not_end_together() {
+        let age = Duration::from_secs(3600);
+        let mut ages: Vec<_> = (0..1000).map(|number| jittered(age, number).as_secs()).collect();
+        assert!(ages.iter().all(|age| (2880..=4320).contains(age)));
+        ages.sort_unstable();
+        let at_once = ages.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
+        assert!(at_once <= 10, "{at_once} s without any");
+    }
 }

@@ -1,5 +1,7 @@
 use super::body::{AdsBody, Stream, trailers};
+use super::connection::ConnectionUse;
 use super::{Feed, Hub};
+use crate::grpc::Budget;
 use crate::{Event, Protocol, SessionStatus};
 use http::{HeaderValue, header};
 use std::convert::Infallible;
@@ -75,6 +77,12 @@ pub struct PeerInfo {
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Now.
+    pub connections: AtomicU64,
+    /// Closed as soon as they were accepted, because there were too many.
+    pub connections_refused: AtomicU64,
+    /// Closed because they showed no request in time, or to make room for others.
+    pub connections_silent: AtomicU64,
+    /// Now.
     pub streams: AtomicU64,
     pub streams_opened: AtomicU64,
     pub streams_refused: AtomicU64,
@@ -99,13 +107,29 @@ pub(super) struct Inner {
     pub admission: Box<dyn Admission>,
     pub control_plane: Arc<str>,
     pub counters: Arc<Counters>,
+    pub budgets: Budgets,
 }
+
+/// Bytes of incomplete requests, of all streams together.
+pub(super) struct Budgets {
+    pub before_admission: Arc<Budget>,
+    pub admitted: Arc<Budget>,
+}
+
+/// What strangers can make the server keep: the largest first requests of 64 clients at the same moment.
+const BEFORE_ADMISSION_BYTES: usize = 64 << 20;
+const ADMITTED_BYTES: usize = 256 << 20;
 
 impl AdsService {
     /// `control_plane` names this instance and its build (R64).
     pub fn new(hub: Hub, admission: impl Admission, control_plane: impl Into<Arc<str>>) -> AdsService {
         let control_plane = control_plane.into();
-        let inner = Inner { hub, admission: Box::new(admission), control_plane, counters: Arc::default() };
+        let budgets = Budgets {
+            before_admission: Budget::new(BEFORE_ADMISSION_BYTES),
+            admitted: Budget::new(ADMITTED_BYTES),
+        };
+        let (admission, counters) = (Box::new(admission), Arc::default());
+        let inner = Inner { hub, admission, control_plane, counters, budgets };
         AdsService { inner: Arc::new(inner) }
     }
 
@@ -142,7 +166,8 @@ impl AdsService {
         }
         let (mut parts, body) = request.into_parts();
         let peer = parts.extensions.remove::<PeerInfo>().unwrap_or_default();
-        let stream = Stream::new(self.inner.clone(), protocol, peer, body);
+        let connection = parts.extensions.remove::<Arc<ConnectionUse>>();
+        let stream = Stream::new(self.inner.clone(), protocol, peer, connection, body);
         grpc(http::Response::new(AdsBody::streaming(stream)))
     }
 }

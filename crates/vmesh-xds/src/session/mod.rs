@@ -7,7 +7,7 @@ mod subscription;
 #[cfg(test)]
 mod tests;
 
-pub use request::{Request, SessionError};
+pub use request::{Bounds, Request, SessionError};
 pub use response::Response;
 pub use status::{KindStatus, Rejection, SessionStatus, State};
 

@@ -1,4 +1,7 @@
+use super::Protocol;
 use crate::Kind;
+use crate::glance::fields;
+use prost::Message;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 
@@ -9,7 +12,54 @@ pub enum Request {
     Sotw(DiscoveryRequest),
 }
 
+/// What may be in one request. A request is small on the wire and large in memory if it has many empty strings in it, so
+/// what it would become is counted before anything of it is decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Bytes of the whole request.
+    pub bytes: usize,
+    /// Names, versions and locators, all kinds of them together.
+    pub names: usize,
+}
+
+impl Bounds {
+    /// Of a client that is not admitted yet: enough for one that comes back with 15,000 resources.
+    pub const BEFORE_ADMISSION: Bounds = Bounds { bytes: 1 << 20, names: 50_000 };
+    /// An ACK of Envoy's repeats every name that it asked for (R59).
+    pub const ADMITTED: Bounds = Bounds { bytes: 16 << 20, names: 250_000 };
+}
+
+/// Who a client is: an agent with a thousand upstreams takes a third of this.
+const NODE_BYTES: usize = 256 << 10;
+/// Why a client refuses something. Envoy's errors can quote whole resources.
+const ERROR_BYTES: usize = 1 << 20;
+/// Structured details of an error. An agent sends one.
+const ERROR_DETAILS: usize = 16;
+
+/// The fields of `DeltaDiscoveryRequest` and `DiscoveryRequest` by their numbers.
+struct Tags {
+    node: u32,
+    error: u32,
+    names: &'static [u32],
+}
+
+const DELTA: Tags = Tags { node: 1, error: 7, names: &[3, 4, 5, 8, 9] };
+const SOTW: Tags = Tags { node: 2, error: 6, names: &[3, 7] };
+
 impl Request {
+    /// Decodes a message that a client sent. One that is larger than `bounds` is not decoded.
+    pub fn decode(protocol: Protocol, message: bytes::Bytes, bounds: &Bounds) -> Result<Request, SessionError> {
+        let tags = match protocol {
+            Protocol::Delta => &DELTA,
+            Protocol::Sotw => &SOTW,
+        };
+        tags.check(&message, bounds)?;
+        let malformed = |error: prost::DecodeError| SessionError::Malformed(error.to_string());
+        Ok(match protocol {
+            Protocol::Delta => DeltaDiscoveryRequest::decode(message).map_err(malformed)?.into(),
+            Protocol::Sotw => DiscoveryRequest::decode(message).map_err(malformed)?.into(),
+        })
+    }
     pub fn type_url(&self) -> &str {
         match self {
             Request::Delta(request) => &request.type_url,
@@ -39,6 +89,40 @@ impl From<DiscoveryRequest> for Request {
     }
 }
 
+impl Tags {
+    fn check(&self, message: &[u8], bounds: &Bounds) -> Result<(), SessionError> {
+        let too_large = |what, limit| Err(SessionError::TooLarge { what, limit });
+        if message.len() > bounds.bytes {
+            return too_large("bytes", bounds.bytes);
+        }
+        let (mut names, mut node, mut error, mut details) = (0, 0, 0, 0);
+        let counted = fields(message, |tag, content| {
+            // A field that comes again is merged with what came before.
+            if tag == self.node {
+                node += content.len();
+            } else if tag == self.error {
+                error += content.len();
+                // `google.rpc.Status.details`
+                fields(content, |tag, _| {
+                    details += usize::from(tag == 3);
+                    Some(())
+                })?;
+            } else if self.names.contains(&tag) {
+                names += 1;
+            }
+            Some(())
+        });
+        match counted {
+            None => Err(SessionError::Malformed("it is not a message".to_owned())),
+            Some(()) if names > bounds.names => too_large("names and versions", bounds.names),
+            Some(()) if node > NODE_BYTES => too_large("bytes in `node`", NODE_BYTES),
+            Some(()) if error > ERROR_BYTES => too_large("bytes in `error_detail`", ERROR_BYTES),
+            Some(()) if details > ERROR_DETAILS => too_large("`error_detail.details`", ERROR_DETAILS),
+            Some(()) => Ok(()),
+        }
+    }
+}
+
 /// Why a stream must end. All else that a client may send wrong costs it that request alone.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SessionError {
@@ -48,6 +132,10 @@ pub enum SessionError {
     NoTypeUrl,
     #[error("a request of the other variant of the protocol")]
     OtherVariant,
+    #[error("not a request: {0}")]
+    Malformed(String),
+    #[error("a request of more than {limit} {what}")]
+    TooLarge { what: &'static str, limit: usize },
     #[error("more than {limit} names of kind `{kind}` on one stream")]
     TooManyNames { kind: Kind, limit: usize },
     #[error("the names of kind `{kind}` on one stream take more than {limit} bytes")]
@@ -58,8 +146,55 @@ impl SessionError {
     /// The number of the gRPC status.
     pub fn code(&self) -> u16 {
         match self {
-            SessionError::NoNode | SessionError::NoTypeUrl | SessionError::OtherVariant => 3,
-            SessionError::TooManyNames { .. } | SessionError::NamesTooLong { .. } => 8,
+            SessionError::NoNode
+            | SessionError::NoTypeUrl
+            | SessionError::OtherVariant
+            | SessionError::Malformed(_) => 3,
+            SessionError::TooLarge { .. }
+            | SessionError::TooManyNames { .. } | SessionError::NamesTooLong { .. } => 8,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    const BOUNDS: Bounds = Bounds { bytes: 1 << 20, names: 10 };
+
+    fn refused(protocol: Protocol, message: impl Into<Bytes>) -> String {
+        Request::decode(protocol, message.into(), &BOUNDS).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_request_is_counted_before_it_is_decoded() {
+        let empty = |tag: u8, count: usize| [tag << 3 | 2, 0].repeat(count);
+        for (protocol, tags) in [(Protocol::Delta, &[3, 4, 5, 8, 9][..]), (Protocol::Sotw, &[3, 7])] {
+            for tag in tags {
+                assert_eq!(
+                    refused(protocol, empty(*tag, 11)),
+                    "a request of more than 10 names and versions",
+                    "{protocol:?} {tag}"
+                );
+                assert!(Request::decode(protocol, empty(*tag, 10).into(), &BOUNDS).is_ok());
+            }
+        }
+        let long = |tag: u8, len: usize| {
+            let mut field = vec![tag << 3 | 2];
+            prost::encoding::encode_varint(len as u64, &mut field);
+            field.extend(vec![0; len]);
+            field
+        };
+        assert_eq!(
+            refused(Protocol::Delta, long(1, NODE_BYTES + 1)),
+            "a request of more than 262144 bytes in `node`"
+        );
+        let half = long(2, NODE_BYTES / 2 + 1);
+        assert!(refused(Protocol::Sotw, half.repeat(2)).contains("`node`"), "two of them are merged");
+        assert_eq!(refused(Protocol::Delta, vec![0; 2 << 20]), "a request of more than 1048576 bytes");
+        let details = [&[7 << 3 | 2, 40][..], &empty(3, 20)].concat();
+        assert_eq!(refused(Protocol::Delta, details), "a request of more than 16 `error_detail.details`");
+        assert!(refused(Protocol::Delta, &b"\xff\xff"[..]).starts_with("not a request"));
     }
 }

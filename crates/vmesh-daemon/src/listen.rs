@@ -1,0 +1,31 @@
+//! TCP listeners.
+
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::net::{TcpListener, TcpSocket};
+
+/// How many connections the kernel keeps until they are accepted. A fleet that comes back at once is larger than the 128
+/// of most libraries; the kernel takes at most `net.core.somaxconn`, which is 4,096 by default.
+pub const BACKLOG: u32 = 4096;
+
+/// Listens at `address`. Must be called within the runtime that accepts.
+pub fn tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_an_error() {
+        let listener = tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        assert_eq!(tcp(address).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        tokio::net::TcpStream::connect(address).await.unwrap();
+    }
+}
