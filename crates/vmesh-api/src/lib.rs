@@ -11,6 +11,7 @@
 //! | `GET /api/v1/explain?service=S&from=N` | [`Explanation`] |
 //! | `GET /api/v1/nodes/N/config` | the node's resources as Envoy would print them |
 //! | `DELETE /api/v1/nodes/N` | forgets a node that is offline; [`Done`] |
+//! | `DELETE /api/v1/nodes?offline_for=1h` | forgets the nodes that have been offline for so long; [`Done`] |
 //! | `GET /api/v1/discovery` | [`Discovery`] |
 //! | `GET /api/v1/discovery/events` | [`Events`] |
 //! | `POST /api/v1/discovery/accept` | [`Accept`] is believed; [`Done`] |
@@ -98,6 +99,9 @@ pub struct Node {
     pub workloads: Vec<Workload>,
     pub upstreams: Upstreams,
     pub build: Arc<str>,
+    /// For how long it has been offline; `None` while it is connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offline_seconds: Option<u64>,
 }
 
 /// How a node stands towards the configuration of now.

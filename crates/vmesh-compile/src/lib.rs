@@ -55,6 +55,38 @@ pub struct Compiler {
     classes: BTreeMap<Arc<str>, Shared>,
     /// `None` as long as no class captures anything.
     index: Option<Index>,
+    zones: Zones,
+}
+
+/// How many endpoints are in each zone. A zone without any decides nothing: there a node sees services as a node without
+/// a zone does, and is of its class. Or every client that invents a zone would cost a compilation.
+#[derive(Debug, Default)]
+struct Zones(BTreeMap<Arc<str>, usize>);
+
+impl Zones {
+    /// Takes over what differs in the services `names`. True: there is a zone more or less.
+    fn update(&mut self, before: Option<&World>, now: &World, names: &[ServiceName]) -> bool {
+        let mut differ = false;
+        for name in names {
+            let zones = |world: &World| -> Vec<Arc<str>> {
+                world.endpoints(name).iter().filter_map(|endpoint| endpoint.zone.clone()).collect()
+            };
+            for zone in zones(now) {
+                let count = self.0.entry(zone).or_insert(0);
+                differ |= *count == 0;
+                *count += 1;
+            }
+            for zone in before.map(zones).unwrap_or_default() {
+                let Some(count) = self.0.get_mut(&zone) else { continue };
+                *count -= 1;
+                if *count == 0 {
+                    self.0.remove(&zone);
+                    differ = true;
+                }
+            }
+        }
+        differ
+    }
 }
 
 /// What a new world changed for one class.
@@ -72,6 +104,15 @@ pub struct Update {
     pub classes: Vec<ClassUpdate>,
     /// Every node needs a new [`NodeConfig`]: documents changed, and with them maybe its class.
     pub documents: bool,
+    /// Every node needs a new [`NodeConfig`]: a zone got its first endpoint or lost its last, and classes follow zones.
+    pub zones: bool,
+}
+
+impl Update {
+    /// Reports whether every node may be of another class now.
+    pub fn regroups(&self) -> bool {
+        self.documents || self.zones
+    }
 }
 
 impl Compiler {
@@ -80,7 +121,9 @@ impl Compiler {
     pub fn new(world: Arc<World>) -> Compiler {
         let class = Class::default();
         let classes = BTreeMap::from([(class.key(), Shared::new(&world, &Index::default(), class))]);
-        Compiler { world, classes, index: None }
+        let mut zones = Zones::default();
+        zones.update(None, &world, &world.known().cloned().collect::<Vec<_>>());
+        Compiler { world, classes, index: None, zones }
     }
 
     pub fn world(&self) -> &Arc<World> {
@@ -93,10 +136,11 @@ impl Compiler {
         let world = &self.world;
         let documents = !Arc::ptr_eq(&before.documents, &world.documents);
         let names = if documents { everything(&before, world) } else { changed(&before, world) };
-        let mut update = Update { classes: Vec::new(), documents };
+        let mut update = Update { classes: Vec::new(), documents, zones: false };
         if names.is_empty() {
             return update;
         }
+        update.zones = self.zones.update(Some(&before), world, &names);
         let names = match &mut self.index {
             Some(index) => index.update(&before, world, names),
             None => names,
@@ -128,7 +172,7 @@ impl Compiler {
 
     /// The configuration of `report`'s node; compiles its class first, if it is the first of it.
     pub fn node(&mut self, report: &NodeReport) -> NodeConfig {
-        let class = Class::of(&self.world.documents, report);
+        let class = self.class_of(report);
         let world = &self.world;
         if let Some(captured) = class.captured {
             let index =
@@ -141,6 +185,25 @@ impl Compiler {
         let index = self.index.as_ref().unwrap_or(&unindexed);
         let shared = self.classes.entry(class.key()).or_insert_with(|| Shared::new(world, index, class));
         node::compile(world, shared, report)
+    }
+
+    fn class_of(&self, report: &NodeReport) -> Class {
+        let mut class = Class::of(&self.world.documents, report);
+        class.zone = class.zone.filter(|zone| self.zones.0.contains_key(zone));
+        class
+    }
+
+    /// Returns the configuration of `report`'s node if its class is compiled, and compiles nothing but the node's own.
+    pub fn known_node(&self, report: &NodeReport) -> Option<NodeConfig> {
+        let shared = self.classes.get(&self.class_of(report).key())?;
+        Some(node::compile(&self.world, shared, report))
+    }
+
+    /// Forgets one class, unless it is the first one.
+    pub fn forget(&mut self, class: &str) {
+        if *class != *Class::default().key() {
+            self.classes.remove(class);
+        }
     }
 
     pub fn store(&self, class: &str) -> Option<Arc<Store>> {

@@ -12,24 +12,24 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use prometheus_client::registry::Registry;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
 use vmesh_api::{
-    Accept, Discovery, Done, EndpointOf, Events, Failure, ListedProblem, Nodes, Problems, Revision, Service,
-    ServiceEndpoint, Services, Status, Which,
+    Accept, Discovery, Done, EndpointOf, Events, Failure, ListedProblem, Revision, Service, ServiceEndpoint,
+    Status, Which,
 };
 use vmesh_catalog::World;
 use vmesh_model::{NodeName, ServiceName};
-use vmesh_proto::json::bytes_to_json;
-use vmesh_xds::Kind;
 
-use crate::control::Control;
+use crate::control::{self, Control};
 use crate::discovery::Refused;
+use crate::streamed;
 
 type Shared = State<Arc<Control>>;
 
 /// What anybody on loopback may ask.
 pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Router {
-    let mut routes = routes(registry).route("/api/v1/nodes/{name}", delete(async || only_reads()));
+    let mut routes = routes(registry)
+        .route("/api/v1/nodes", get(nodes).delete(async || only_reads()))
+        .route("/api/v1/nodes/{name}", delete(async || only_reads()));
     for what in ["accept", "evict", "admit", "freeze", "thaw"] {
         routes = routes.route(&format!("/api/v1/discovery/{what}"), post(async || only_reads()));
     }
@@ -39,6 +39,7 @@ pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Route
 /// The same and what changes something.
 pub(crate) fn full(control: Arc<Control>, registry: Arc<Registry>) -> Router {
     routes(registry)
+        .route("/api/v1/nodes", get(nodes).delete(forget_offline))
         .route("/api/v1/nodes/{name}", delete(forget))
         .route("/api/v1/discovery/accept", post(accept))
         .route("/api/v1/discovery/evict", post(evict))
@@ -55,7 +56,6 @@ fn routes(registry: Arc<Registry>) -> Router<Arc<Control>> {
         .route("/readyz", get(readyz))
         .route("/metrics", get(scrape))
         .route("/api/v1/services", get(services))
-        .route("/api/v1/nodes", get(nodes))
         .route("/api/v1/nodes/{name}/config", get(config))
         .route("/api/v1/problems", get(problems))
         .route("/api/v1/revision", get(revision))
@@ -85,10 +85,10 @@ async fn readyz(State(control): Shared) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for {}\n", waiting.join(", "))).into_response()
 }
 
-async fn services(State(control): Shared) -> Json<Services> {
+async fn services(State(control): Shared) -> Response {
     let world = control.world();
-    let services = world.known().map(|name| service(&world, name)).collect();
-    Json(Services { services })
+    let names: Vec<ServiceName> = world.known().cloned().collect();
+    streamed::list("services", names.into_iter().map(move |name| service(&world, &name)))
 }
 
 fn service(world: &World, name: &ServiceName) -> Service {
@@ -102,12 +102,14 @@ fn service(world: &World, name: &ServiceName) -> Service {
     }
 }
 
-async fn nodes(State(control): Shared) -> Json<Nodes> {
-    Json(Nodes { nodes: control.nodes() })
+async fn nodes(State(control): Shared) -> Response {
+    let nodes = control.nodes().into_iter();
+    streamed::list("nodes", nodes.map(|(report, standing)| control::node(&report, standing)))
 }
 
-async fn problems(State(control): Shared) -> Json<Problems> {
-    Json(Problems { problems: control.problems().iter().map(ListedProblem::from).collect() })
+async fn problems(State(control): Shared) -> Response {
+    let problems = control.problems().into_iter();
+    streamed::list("problems", problems.map(|problem| ListedProblem::from(&problem)))
 }
 
 async fn revision(State(control): Shared) -> Json<Revision> {
@@ -145,19 +147,7 @@ async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
             format!("there is no node `{name}`: `vmeshctl nodes` lists them"),
         );
     };
-    let mut all = Map::new();
-    for kind in Kind::ALL {
-        let resources = snapshot.of_kind(kind).map(|resource| {
-            let value = bytes_to_json(kind.type_url(), &resource.value())
-                .unwrap_or_else(|error| Value::String(error.to_string()));
-            json!({"name": **resource.name(), "version": resource.version(), "resource": value})
-        });
-        let resources: Vec<_> = resources.collect();
-        if !resources.is_empty() {
-            all.insert(kind.type_url().to_owned(), resources.into());
-        }
-    }
-    Json(Value::Object(all)).into_response()
+    streamed::config(&snapshot)
 }
 
 async fn discovery(State(control): Shared) -> Json<Discovery> {
@@ -229,5 +219,19 @@ async fn forget(State(control): Shared, Path(name): Path<String>) -> Response {
     match control.forget(&name) {
         Ok(()) => Json(Done { done: format!("node `{name}` is forgotten") }).into_response(),
         Err(why) => failure(StatusCode::CONFLICT, why),
+    }
+}
+
+async fn forget_offline(State(control): Shared, Query(asked): Query<BTreeMap<String, String>>) -> Response {
+    let Some(longer) = asked.get("offline_for") else {
+        return failure(StatusCode::BAD_REQUEST, "say which nodes: `?offline_for=1h`");
+    };
+    match vmesh_model::text::parse_duration(longer) {
+        Ok(longer) => {
+            let forgotten = control.forget_offline_for(longer);
+            let nodes = if forgotten == 1 { "node is" } else { "nodes are" };
+            Json(Done { done: format!("{forgotten} {nodes} forgotten") }).into_response()
+        }
+        Err(wrong) => failure(StatusCode::BAD_REQUEST, format!("offline_for: {wrong}")),
     }
 }

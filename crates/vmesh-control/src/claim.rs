@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde_json::{Map, Number, Value};
+use vmesh_daemon::text;
 use vmesh_model::node::{Capture, Client, Upstream, Upstreams, Workload};
 use vmesh_model::{Labels, NodeName, NodeReport, ServiceName};
 use vmesh_proto::envoy::config::core::v3::Node;
@@ -21,6 +22,30 @@ pub(crate) enum BadClaim {
     Field { node: NodeName, field: &'static str, why: String },
 }
 
+/// More than any node calls.
+const UPSTREAMS_MAX: usize = 2000;
+/// More than run on any host.
+const WORKLOADS_MAX: usize = 256;
+const LABELS_MAX: usize = 64;
+/// Of a zone, and of a label's name and value, in bytes.
+const TEXT_MAX: usize = 256;
+
+/// Says what is wrong with a text that is to be shown and compared.
+fn check_text(text: &str) -> Result<(), String> {
+    if text.len() > TEXT_MAX {
+        return Err(format!("`{}` is longer than {TEXT_MAX} bytes", text::escaped(text, 32)));
+    }
+    match text.chars().any(text::is_unsafe) {
+        true => Err(format!("`{}` has characters in it that are no text", text::escaped(text, TEXT_MAX))),
+        false => Ok(()),
+    }
+}
+
+/// Says that there are too many of something.
+fn check_number(number: usize, most: usize) -> Result<(), String> {
+    if number <= most { Ok(()) } else { Err(format!("there are {number}, and at most {most} are taken")) }
+}
+
 /// Reads `node`.
 pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
     let name: NodeName = node.id.parse().map_err(BadClaim::Name)?;
@@ -33,13 +58,23 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
     };
     let mut take = |field: &str| claim.remove(field).filter(|value| !value.is_null());
     let zone = node.locality.as_ref().map(|locality| locality.zone.as_str()).filter(|zone| !zone.is_empty());
-    let text = |value: Value| value.as_str().map(Arc::<str>::from);
+    zone.map_or(Ok(()), check_text).map_err(|why| wrong("locality.zone", why))?;
+    let shown = |text: &str| Arc::<str>::from(text::escaped(text, TEXT_MAX));
     let address: Option<IpAddr> = parse(take("address")).map_err(|why| wrong("address", why))?;
     let labels: Option<Labels> = parse(take("labels")).map_err(|why| wrong("labels", why))?;
     let workloads: Option<Vec<Workload>> = parse(take("workloads")).map_err(|why| wrong("workloads", why))?;
     let capture: Option<Capture> = parse(take("capture")).map_err(|why| wrong("capture", why))?;
     let upstreams = upstreams(take("upstreams")).map_err(|why| wrong("upstreams", why))?;
-    let build = take("build").and_then(text).unwrap_or_else(|| node.user_agent_name.as_str().into());
+    check_number(labels.as_ref().map_or(0, Labels::len), LABELS_MAX).map_err(|why| wrong("labels", why))?;
+    for (name, value) in labels.iter().flatten() {
+        check_text(name).and_then(|()| check_text(value)).map_err(|why| wrong("labels", why))?;
+    }
+    check_number(workloads.as_ref().map_or(0, Vec::len), WORKLOADS_MAX).map_err(|why| wrong("workloads", why))?;
+    if let Upstreams::Declared(declared) = &upstreams {
+        check_number(declared.len(), UPSTREAMS_MAX).map_err(|why| wrong("upstreams", why))?;
+    }
+    let build = take("build").and_then(|build| build.as_str().map(shown));
+    let build = build.unwrap_or_else(|| shown(&node.user_agent_name));
     let client = if node.user_agent_name.starts_with("gRPC") { Client::Grpc } else { Client::Envoy };
     Ok(NodeReport {
         name,
@@ -55,7 +90,9 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
 }
 
 fn parse<T: serde::de::DeserializeOwned>(value: Option<Value>) -> Result<Option<T>, String> {
-    value.map(|value| serde_json::from_value(value).map_err(|error| error.to_string())).transpose()
+    // What is wrong is quoted, and is the client's.
+    let shown = |error: serde_json::Error| text::escaped(&error.to_string(), text::MAX);
+    value.map(|value| serde_json::from_value(value).map_err(shown)).transpose()
 }
 
 /// `"*"`, or a list of names and of `{service, listen}`; everything if it is left out.
@@ -175,5 +212,28 @@ mod tests {
         );
         assert!(claim("", serde_json::json!({})).unwrap_err().contains("node.id"));
         assert!(claim("a|b", serde_json::json!({})).unwrap_err().contains("`a|b` is not a node name"));
+    }
+
+    #[test]
+    fn a_claim_has_limits_and_no_characters_that_a_terminal_would_obey() {
+        let wrong = |vmesh| claim("web-1", vmesh).unwrap_err();
+        assert_eq!(
+            wrong(serde_json::json!({"labels": {"a": "\u{1b}[2J"}})),
+            "node `web-1`: node.metadata.vmesh.labels: `\\u{1b}[2J` has characters in it that are no text"
+        );
+        assert!(wrong(serde_json::json!({"labels": {"x".repeat(300): ""}})).contains("longer than 256 bytes"));
+        let many: serde_json::Map<_, _> = (0..65).map(|i| (i.to_string(), "".into())).collect();
+        assert!(wrong(serde_json::json!({ "labels": many })).ends_with("at most 64 are taken"));
+        let many: Vec<_> = (0..2001).map(|i| format!("s{i}")).collect();
+        assert!(wrong(serde_json::json!({ "upstreams": many })).ends_with("at most 2000 are taken"));
+        let many: Vec<_> = (1..258).map(|port| serde_json::json!({"service": "a", "port": port})).collect();
+        assert!(wrong(serde_json::json!({ "workloads": many })).ends_with("at most 256 are taken"));
+        assert!(!wrong(serde_json::json!({"capture": {"outbound": "\u{1b}[31m"}})).contains('\u{1b}'));
+        let build = format!("\u{9b}31m{}", "x".repeat(300));
+        let build = claim("web-1", serde_json::json!({ "build": build })).unwrap().build;
+        assert!(build.starts_with("\\u{9b}31mxxx") && build.len() < 300, "{build}");
+        let zone = vmesh_proto::envoy::config::core::v3::Locality { zone: "a\nb".into(), ..Default::default() };
+        let node = Node { id: "web-1".to_owned(), locality: Some(zone), ..Node::default() };
+        assert!(read(&node).unwrap_err().to_string().contains("locality.zone: `a\\nb`"));
     }
 }

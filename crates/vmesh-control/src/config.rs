@@ -2,13 +2,16 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
-use vmesh_daemon::fsx;
+use vmesh_daemon::{connections, descriptors, fsx, http};
 use vmesh_discovery::SourceConfig;
+use vmesh_model::text::Time;
 use vmesh_model::{Place, Problem, load};
 
 use crate::documents::DocumentsConfig;
+use crate::known_nodes::NodeLimits;
 use crate::persist;
 
 /// Everything that `vmesh-control` is told.
@@ -29,7 +32,66 @@ pub(crate) struct Config {
     pub(crate) state_dir: PathBuf,
     /// `error`, `warn`, `info`, `debug` or `trace`; `$VMESH_LOG` outranks it.
     pub(crate) log: Option<String>,
+    #[serde(default)]
+    pub(crate) limits: Limits,
 }
+
+/// What clients may take.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Limits {
+    /// xDS connections at once; less where the process may not have so many files open.
+    pub(crate) connections: usize,
+    /// xDS connections from one address at once. Default: three quarters of all where xDS is served on loopback, else 1,024.
+    pub(crate) connections_per_address: Option<usize>,
+    /// An xDS connection of this age ends, and its client connects again: so nodes spread over replicas that came later.
+    pub(crate) connection_age: Time,
+    /// Names of nodes that are known, connected and offline together.
+    pub(crate) nodes: usize,
+    /// A node that has been offline for so long is forgotten.
+    pub(crate) forget_offline_after: Time,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: 20_000,
+            connections_per_address: None,
+            connection_age: Time(Duration::from_secs(3600)),
+            nodes: 20_000,
+            forget_offline_after: Time(Duration::from_secs(7 * 24 * 3600)),
+        }
+    }
+}
+
+/// Bytes that the reports of offline nodes may take in memory; about as many on the disk.
+const OFFLINE_BYTES: usize = 64 << 20;
+
+impl Limits {
+    /// For a process that may have `files` open.
+    pub(crate) fn xds(&self, listen: SocketAddr, files: usize) -> connections::Limits {
+        let apis = 2 * http::LIMITS.total;
+        let total = self.connections.min(descriptors::for_connections(files).saturating_sub(apis)).max(1);
+        let per_origin = match (self.connections_per_address, listen.ip().is_loopback()) {
+            (Some(most), _) => most,
+            // All clients are of this host, or come by a proxy.
+            (None, true) => total - total / 4,
+            (None, false) => 1024,
+        };
+        connections::Limits { total, per_origin: per_origin.min(total), pending: PENDING.min(total / 2).max(1) }
+    }
+
+    pub(crate) fn nodes(&self) -> NodeLimits {
+        NodeLimits {
+            names: self.nodes,
+            offline_bytes: OFFLINE_BYTES,
+            forget_offline_after: self.forget_offline_after.0,
+        }
+    }
+}
+
+/// Clients that connect and are not admitted yet. The others of a herd wait in the kernel's queue.
+const PENDING: usize = 1024;
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -105,6 +167,15 @@ impl Config {
                     "`listen.{field}: {address}` would be reachable from other hosts without encryption or \
                      authentication: use a loopback address, or spell it out with `listen.insecure: true`"
                 ));
+            }
+        }
+        for (field, number) in [
+            ("connections", Some(config.limits.connections)),
+            ("connections_per_address", config.limits.connections_per_address),
+            ("nodes", Some(config.limits.nodes)),
+        ] {
+            if number == Some(0) {
+                wrong(format!("`limits.{field}: 0` would let nobody in: leave it out for the default"));
             }
         }
         if config.discovery.is_empty() {
@@ -227,6 +298,28 @@ mod tests {
             expect![[r#"
             control.yaml:1:36: `name`: `my files` is no name of a source: 1 to 100 letters, digits, `.`, `_`, `:`, `-` or `/`
         "#]],
+        );
+    }
+
+    #[test]
+    fn connections_are_bounded_by_files_by_address_and_by_what_is_configured() {
+        let (loopback, all) = ("127.0.0.1:15010".parse().unwrap(), "0.0.0.0:15010".parse().unwrap());
+        let shown = |limits: &Limits, listen, files| {
+            let connections::Limits { total, per_origin, pending } = limits.xds(listen, files);
+            (total, per_origin, pending)
+        };
+        let limits = Limits::default();
+        assert_eq!(shown(&limits, loopback, 1 << 20), (20_000, 15_000, 1024));
+        assert_eq!(shown(&limits, all, 1 << 20), (20_000, 1024, 1024));
+        assert_eq!(shown(&limits, all, 1024), (640, 640, 320));
+        assert_eq!(shown(&limits, all, 10), (1, 1, 1));
+        let limits = Limits { connections: 100, connections_per_address: Some(7), ..Limits::default() };
+        assert_eq!(shown(&limits, loopback, 1 << 20), (100, 7, 50));
+        check(
+            "discovery: [{file: {path: services.d}}]\nlimits: {connections: 0}\n",
+            expect![[r#"
+                control.yaml: `limits.connections: 0` would let nobody in: leave it out for the default
+            "#]],
         );
     }
 

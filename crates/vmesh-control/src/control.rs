@@ -3,17 +3,17 @@
 //! One lock holds the compiler and the connections together, so that a node is never admitted to a world that it then
 //! misses a change of. Nobody waits for I/O under it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use vmesh_api::{Explanation, Node, NodeCounts, NodeState, Source, Status};
 use vmesh_catalog::World;
-use vmesh_compile::{ClassUpdate, Compiler, NodeConfig};
+use vmesh_compile::{ClassUpdate, Compiler, NodeConfig, compile};
 use vmesh_model::{NodeName, NodeReport, Place, Problem, ServiceName};
 use vmesh_proto::envoy::config::core::v3::Node as XdsNode;
 use vmesh_xds::server::{Admission, Admitted, FeedControl, Hub, Observer, PeerInfo, Publication, Refusal};
@@ -21,8 +21,11 @@ use vmesh_xds::{SessionStatus, Snapshot, State};
 
 use crate::claim;
 use crate::discovery::Desk;
+use crate::overrides::unix_now;
 use crate::explain::{self, Standing};
+use crate::known_nodes::KnownNodes;
 use crate::metrics::Propagation;
+use crate::persist::WriteStatus;
 use crate::worlds::{NodeEvent, Published, Sources};
 
 /// Everything that the API and the xDS streams share.
@@ -33,7 +36,10 @@ pub(crate) struct Control {
     published: watch::Receiver<Published>,
     sources: Sources,
     pub(crate) desk: Desk,
-    reports: mpsc::UnboundedSender<NodeEvent>,
+    reports: mpsc::Sender<NodeEvent>,
+    /// Whether the last good state is on the disk.
+    written: watch::Receiver<WriteStatus>,
+    went_offline: Notify,
     inner: Mutex<Inner>,
     propagation: Propagation,
     /// When the last world was taken up that changed what nodes are sent; nanoseconds of Unix time.
@@ -46,21 +52,35 @@ struct Inner {
     compiler: Compiler,
     connections: BTreeMap<u64, Connection>,
     next: u64,
+    known: KnownNodes,
+    /// How many connections are in each class, and the classes that were left last, the latest at the end.
+    users: BTreeMap<Arc<str>, usize>,
+    unused: VecDeque<Arc<str>>,
     /// The names of which it was logged that two hosts have them.
     told: BTreeSet<NodeName>,
     /// When the last store was published, for the time until it is ACKed.
     published_at: BTreeMap<Arc<str>, (u64, Instant)>,
 }
 
+/// Classes that are kept though no node is in them: a node that comes back is not worth a compilation, and whoever
+/// invents classes costs no more than these.
+const UNUSED_CLASSES: usize = 4;
+
 /// One xDS stream.
 struct Connection {
-    report: NodeReport,
+    report: Arc<NodeReport>,
     /// The address that it comes from.
     from: Option<IpAddr>,
     feed: FeedControl,
     config: NodeConfig,
     state: State,
     acked: u64,
+}
+
+/// Where reports of nodes go, and what is known of nodes at the start.
+pub(crate) struct NodeIntake {
+    pub(crate) reports: mpsc::Sender<NodeEvent>,
+    pub(crate) known: KnownNodes,
 }
 
 impl Control {
@@ -70,14 +90,19 @@ impl Control {
         published: watch::Receiver<Published>,
         sources: Sources,
         desk: Desk,
-        reports: mpsc::UnboundedSender<NodeEvent>,
+        nodes: NodeIntake,
+        written: watch::Receiver<WriteStatus>,
     ) -> Control {
+        let NodeIntake { reports, known } = nodes;
         let world = published.borrow().world.clone();
         let inner = Inner {
             ready: false,
             compiler: Compiler::new(world),
             connections: BTreeMap::new(),
             next: 0,
+            known,
+            users: BTreeMap::new(),
+            unused: VecDeque::new(),
             told: BTreeSet::new(),
             published_at: BTreeMap::new(),
         };
@@ -89,6 +114,8 @@ impl Control {
             sources,
             desk,
             reports,
+            written,
+            went_offline: Notify::new(),
             inner: Mutex::new(inner),
             propagation: Propagation::default(),
             changed_at: AtomicU64::new(0),
@@ -117,7 +144,7 @@ impl Control {
         let mut inner = self.lock();
         let inner = &mut *inner;
         let update = inner.compiler.update(world);
-        if !update.classes.is_empty() || update.documents {
+        if !update.classes.is_empty() || update.regroups() {
             let since = seen.duration_since(UNIX_EPOCH).unwrap_or_default();
             self.changed_at.store(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX), Relaxed);
         }
@@ -126,13 +153,13 @@ impl Control {
         let mut publication = Publication::new();
         let mut classes: BTreeSet<Arc<str>> =
             update.classes.iter().map(|class| class.class.clone()).collect();
-        if update.documents || update.classes.iter().any(|class| !class.reshaped.is_empty()) {
+        if update.regroups() || update.classes.iter().any(|class| !class.reshaped.is_empty()) {
             for connection in inner.connections.values_mut() {
                 let reshaped = |class: &ClassUpdate| {
                     class.class == connection.config.class
                         && class.reshaped.iter().any(|service| concerns(connection, service))
                 };
-                if !update.documents && !update.classes.iter().any(reshaped) {
+                if !update.regroups() && !update.classes.iter().any(reshaped) {
                     continue;
                 }
                 let config = inner.compiler.node(&connection.report);
@@ -144,10 +171,16 @@ impl Control {
                 connection.config = config;
             }
         }
-        if update.documents {
-            let used: BTreeSet<_> =
-                inner.connections.values().map(|connection| connection.config.class.clone()).collect();
-            inner.compiler.retain(&used);
+        let mut left = Vec::new();
+        if update.regroups() {
+            let mut users: BTreeMap<Arc<str>, usize> = BTreeMap::new();
+            for connection in inner.connections.values() {
+                *users.entry(connection.config.class.clone()).or_default() += 1;
+            }
+            left.extend(std::mem::take(&mut inner.users).into_keys().chain(inner.unused.drain(..)));
+            left.retain(|class| !users.contains_key(class));
+            inner.compiler.retain(&users.keys().cloned().collect());
+            inner.users = users;
         }
         for class in classes {
             let Some(store) = inner.compiler.store(&class) else { continue };
@@ -159,6 +192,20 @@ impl Control {
         }
         // One step for all of it: no stream sees a new route without the cluster that came into its scope with it.
         self.hub.publish_all(publication);
+        for class in left {
+            inner.published_at.remove(&class);
+            self.hub.forget(&class);
+        }
+    }
+
+    /// After the last connection of a class has gone, or moved to another.
+    fn forget_unused(&self, inner: &mut Inner) {
+        while inner.unused.len() > UNUSED_CLASSES {
+            let Some(class) = inner.unused.pop_front() else { return };
+            inner.compiler.forget(&class);
+            inner.published_at.remove(&class);
+            self.hub.forget(&class);
+        }
     }
 
     pub(crate) fn world(&self) -> Arc<World> {
@@ -174,21 +221,24 @@ impl Control {
         if waiting.is_empty() { vec!["the first compilation".to_owned()] } else { waiting.to_vec() }
     }
 
-    /// Every node that ever reported, and how it stands.
-    pub(crate) fn nodes(&self) -> Vec<Node> {
+    /// Every node that is known, and how it stands. The rest of an answer is made of it without the lock.
+    pub(crate) fn nodes(&self) -> Vec<(Arc<NodeReport>, Standing)> {
         let world = self.world();
         let inner = self.lock();
-        let mut reports: BTreeMap<&NodeName, &NodeReport> =
-            world.nodes.iter().map(|(name, report)| (name, &**report)).collect();
+        let reports = world.nodes.iter().map(|(name, report)| (name.clone(), report.clone()));
+        let mut reports: BTreeMap<NodeName, Arc<NodeReport>> = reports.collect();
         for connection in inner.connections.values() {
-            reports.insert(&connection.report.name, &connection.report);
+            reports.insert(connection.report.name.clone(), connection.report.clone());
         }
         let mut standings = inner.standings();
+        let now = unix_now();
         reports
             .into_values()
             .map(|report| {
-                let standing = standings.remove(&report.name).unwrap_or_default();
-                node(report, standing)
+                let mut standing = standings.remove(&report.name).unwrap_or_default();
+                standing.offline_since = inner.known.offline_since(&report.name);
+                standing.offline_for = standing.offline_since.map(|since| now.saturating_sub(since));
+                (report, standing)
             })
             .collect()
     }
@@ -200,14 +250,19 @@ impl Control {
 
     pub(crate) fn node_counts(&self) -> NodeCounts {
         let mut counts = NodeCounts::default();
-        for node in self.nodes() {
-            match node.state {
+        let (standings, offline) = {
+            let inner = self.lock();
+            (inner.standings(), inner.known.offline())
+        };
+        for standing in standings.into_values() {
+            match standing.state {
                 NodeState::Synced => counts.synced += 1,
                 NodeState::Pushing => counts.pushing += 1,
                 NodeState::Rejected => counts.rejected += 1,
                 NodeState::Offline => counts.offline += 1,
             }
         }
+        counts.offline += offline;
         counts
     }
 
@@ -221,6 +276,8 @@ impl Control {
             inner.connections.values().flat_map(|connection| connection.config.problems.iter().cloned()),
         );
         all.extend(inner.clones());
+        drop(inner);
+        all.extend(self.written.borrow().problem());
         all.into_iter().collect()
     }
 
@@ -249,34 +306,42 @@ impl Control {
 
     pub(crate) fn explain(&self, service: &ServiceName, from: &NodeName) -> Result<Explanation, String> {
         let world = self.world();
-        let mut inner = self.lock();
-        let connected = inner.connections.values().find(|connection| connection.report.name == *from);
-        let report = match connected {
-            Some(connection) => connection.report.clone(),
-            None => match world.nodes.get(from) {
-                Some(report) => NodeReport::clone(report),
-                None => {
-                    return Err(format!(
-                        "there is no node `{from}`: no node of this name has connected; `vmeshctl nodes` lists those that have"
-                    ));
-                }
-            },
+        let (report, standing) = {
+            let inner = self.lock();
+            let connected = inner.connections.values().find(|connection| connection.report.name == *from);
+            let report = connected.map(|connection| &connection.report).or_else(|| world.nodes.get(from));
+            let Some(report) = report.cloned() else {
+                return Err(format!(
+                    "there is no node `{from}`: no node of this name has connected; `vmeshctl nodes` lists those that have"
+                ));
+            };
+            let standing = inner.standings().remove(from).unwrap_or_default();
+            if let Some(config) = inner.compiler.known_node(&report) {
+                return explain::explain(&inner.compiler, config, &report, service, standing);
+            }
+            (report, standing)
         };
-        let standing = inner.standings().remove(from).unwrap_or_default();
-        explain::explain(&mut inner.compiler, &report, service, standing)
+        // A class that no connected node is in is compiled for this answer alone.
+        let mut compiler = Compiler::new(world);
+        let config = compiler.node(&report);
+        explain::explain(&compiler, config, &report, service, standing)
     }
 
     /// What the node `name` is to have.
     pub(crate) fn snapshot(&self, name: &NodeName) -> Option<Snapshot> {
         let world = self.world();
-        let mut inner = self.lock();
-        let connected = inner.connections.values().find(|connection| connection.report.name == *name);
-        let report = match connected {
-            Some(connection) => connection.report.clone(),
-            None => NodeReport::clone(world.nodes.get(name)?),
+        let report = {
+            let inner = self.lock();
+            let connected = inner.connections.values().find(|connection| connection.report.name == *name);
+            match connected {
+                Some(connection) => {
+                    let NodeConfig { class, scope, .. } = &connection.config;
+                    return Some(Snapshot { store: inner.compiler.store(class)?, scope: scope.clone() });
+                }
+                None => world.nodes.get(name)?.clone(),
+            }
         };
-        let config = inner.compiler.node(&report);
-        Some(Snapshot { store: inner.compiler.store(&config.class)?, scope: config.scope })
+        Some(compile(&world, &report).0)
     }
 
     pub(crate) fn forget(&self, name: &NodeName) -> Result<(), String> {
@@ -288,8 +353,65 @@ impl Control {
         if !self.world().nodes.contains_key(name) {
             return Err(format!("there is no node `{name}`"));
         }
-        _ = self.reports.send(NodeEvent::Forget(name.clone()));
-        Ok(())
+        match self.forget_all([name.clone()]) {
+            0 => Err(format!("node `{name}` cannot be forgotten just now: too much is going on; try again")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets the nodes that have been offline for `longer`, and returns how many.
+    pub(crate) fn forget_offline_for(&self, longer: Duration) -> usize {
+        let gone = self.lock().known.offline_for(longer, unix_now());
+        self.forget_all(gone)
+    }
+
+    /// Forgets nodes for as long as that is kept up with.
+    fn forget_all(&self, names: impl IntoIterator<Item = NodeName>) -> usize {
+        let mut forgotten = 0;
+        for name in names {
+            let mut inner = self.lock();
+            if inner.known.is_connected(&name) || self.reports.try_send(NodeEvent::Forget(name.clone())).is_err()
+            {
+                continue;
+            }
+            inner.known.forget(&name);
+            forgotten += 1;
+        }
+        forgotten
+    }
+
+    /// Forgets nodes that have been offline for too long, for as long as it is polled.
+    pub(crate) async fn forget_offline(self: Arc<Control>) {
+        let longest = self.lock().known.limits().forget_offline_after;
+        loop {
+            tokio::time::sleep(FORGETS_EVERY.min(longest)).await;
+            let forgotten = self.forget_offline_for(longest);
+            if forgotten > 0 {
+                tracing::info!(
+                    "forgot {forgotten} nodes that have been offline for more than {} (`limits.forget_offline_after`)",
+                    vmesh_model::text::show_duration(longest)
+                );
+            }
+        }
+    }
+
+    /// Waits until a node goes offline. Cancel-safe.
+    pub(crate) async fn nodes_went_offline(&self) {
+        self.went_offline.notified().await;
+    }
+
+    pub(crate) fn write_status(&self) -> WriteStatus {
+        self.written.borrow().clone()
+    }
+
+    /// How many classes of nodes are compiled.
+    pub(crate) fn classes(&self) -> usize {
+        self.hub.classes()
+    }
+
+    /// Since when each node that is known and not connected is offline, in Unix time.
+    pub(crate) fn offline_since(&self) -> BTreeMap<NodeName, u64> {
+        self.lock().known.all_offline()
     }
 
     /// When the control plane last took up a change, in Unix time.
@@ -301,6 +423,9 @@ impl Control {
         &self.propagation
     }
 }
+
+/// How often it is looked for nodes that have been offline for too long.
+const FORGETS_EVERY: Duration = Duration::from_secs(60);
 
 /// Whether `service` is something that the node calls, or that it serves.
 fn concerns(connection: &Connection, service: &ServiceName) -> bool {
@@ -320,7 +445,7 @@ impl Inner {
             };
             // Of several streams of one node, the one that fares worst tells how the node stands.
             if standing.state == NodeState::Offline || state > standing.state {
-                *standing = Standing { state, reason };
+                *standing = Standing { state, reason, ..Standing::default() };
             }
         }
         standings
@@ -351,7 +476,8 @@ impl Inner {
 
     /// Two of the hosts that go by `name`, if they do.
     fn clash(&self, name: &NodeName) -> Option<String> {
-        let mut of_this_name = self.connections.values().filter(|connection| connection.report.name == *name);
+        let ids = self.known.connections(name);
+        let mut of_this_name = ids.filter_map(|id| self.connections.get(&id));
         let first = of_this_name.next()?;
         let other = of_this_name.find(|other| first.is_of_another_host_than(other))?;
         Some(clash(name, first, other))
@@ -398,8 +524,10 @@ impl Connection {
     }
 }
 
-fn node(report: &NodeReport, standing: Standing) -> Node {
+/// As the API shows it.
+pub(crate) fn node(report: &NodeReport, standing: Standing) -> Node {
     Node {
+        offline_seconds: standing.offline_for,
         name: report.name.clone(),
         connected: standing.state != NodeState::Offline,
         state: standing.state,
@@ -422,10 +550,28 @@ impl Admission for Door {
         let control = &self.0;
         let report = claim::read(node).map_err(|bad| Refusal::Invalid(bad.to_string()))?;
         let mut inner = control.lock();
+        let inner = &mut *inner;
         if !inner.ready {
             let waiting = control.published.borrow().waiting.join(", ");
             return Err(Refusal::NotReady(format!("this control plane is starting: it waits for {waiting}")));
         }
+        // Whoever is connected is known, so that names that are not in use give way.
+        for name in inner.known.to_make_room(&report) {
+            if control.reports.try_send(NodeEvent::Forget(name.clone())).is_ok() {
+                inner.known.forget(&name);
+            }
+        }
+        if !inner.known.has_room(&report.name) {
+            let most = inner.known.limits().names;
+            return Err(Refusal::NotReady(format!(
+                "this control plane knows {most} nodes and no more: forget some (`vmeshctl forget`), or raise `limits.nodes`"
+            )));
+        }
+        if control.reports.try_send(NodeEvent::Report(report.clone())).is_err() {
+            let why = "this control plane has more reports of nodes than it keeps up with: try again";
+            return Err(Refusal::NotReady(why.to_owned()));
+        }
+        let report = Arc::new(report);
         let config = inner.compiler.node(&report);
         if let Some(store) = inner.compiler.store(&config.class) {
             control.hub.publish(config.class.clone(), store);
@@ -433,8 +579,9 @@ impl Admission for Door {
         let feed = control.hub.subscribe(config.class.clone(), config.scope.clone());
         let id = inner.next;
         inner.next += 1;
-        // Only fails while the process is being stopped.
-        _ = control.reports.send(NodeEvent::Report(report.clone()));
+        inner.known.connect(&report, id);
+        *inner.users.entry(config.class.clone()).or_default() += 1;
+        inner.unused.retain(|class| *class != config.class);
         let name = report.name.clone();
         let from = peer.address.map(|address| address.ip().to_canonical());
         let feed_control = feed.control();
@@ -476,10 +623,21 @@ impl Observer for Watcher {
 impl Drop for Watcher {
     fn drop(&mut self) {
         let mut inner = self.control.lock();
-        if let Some(connection) = inner.connections.remove(&self.id)
-            && inner.told.contains(&connection.report.name)
-        {
-            inner.tell_of_clones(&connection.report.name);
+        let inner = &mut *inner;
+        let Some(connection) = inner.connections.remove(&self.id) else { return };
+        let Connection { report, config, .. } = connection;
+        inner.known.disconnect(&report, self.id, unix_now());
+        self.control.went_offline.notify_one();
+        if inner.told.contains(&report.name) {
+            inner.tell_of_clones(&report.name);
+        }
+        if let Some(users) = inner.users.get_mut(&config.class) {
+            *users -= 1;
+            if *users == 0 {
+                inner.users.remove(&config.class);
+                inner.unused.push_back(config.class);
+                self.control.forget_unused(inner);
+            }
         }
     }
 }

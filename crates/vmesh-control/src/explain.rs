@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
 use vmesh_catalog::World;
 use vmesh_compile::effective::Effective;
-use vmesh_compile::{Class, Compiler};
+use vmesh_compile::{Class, Compiler, NodeConfig};
 use vmesh_model::document::{Match, OnLoss, PathMatch, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
@@ -18,24 +18,27 @@ use vmesh_model::{Endpoint, Health, NodeReport, ServiceName, Settings};
 pub(crate) struct Standing {
     pub(crate) state: NodeState,
     pub(crate) reason: Option<String>,
+    /// Since when no stream of it is open, in Unix time, and for how many seconds.
+    pub(crate) offline_since: Option<u64>,
+    pub(crate) offline_for: Option<u64>,
 }
 
 /// Of a node without a stream.
 impl Default for Standing {
     fn default() -> Self {
-        Standing { state: NodeState::Offline, reason: None }
+        Standing { state: NodeState::Offline, reason: None, offline_since: None, offline_for: None }
     }
 }
 
 /// `Err` is a sentence: there is no such service.
 pub(crate) fn explain(
-    compiler: &mut Compiler,
+    compiler: &Compiler,
+    config: NodeConfig,
     report: &NodeReport,
     service: &ServiceName,
     node: Standing,
 ) -> Result<Explanation, String> {
     let world = compiler.world().clone();
-    let config = compiler.node(report);
     let Some(shared) = compiler.class(&config.class) else {
         return Err(format!("node `{}` has no class", report.name));
     };

@@ -8,7 +8,8 @@
 //! | `compiler` | `watch<Published>` | a store per class of nodes, to the hub |
 //! | `state` | `watch<Published>`, debounced | the last good state on disk |
 //! | `xds` | connections | responses; takes leave of its clients |
-//! | `api`, `api socket` | connections | answers |
+//! | `api`, `api socket` | connections | answers, on a thread of their own |
+//! | `forget nodes` | a timer | that a node which has been offline for too long is forgotten |
 
 mod api;
 mod claim;
@@ -17,10 +18,12 @@ mod control;
 mod discovery;
 mod documents;
 mod explain;
+mod known_nodes;
 mod metrics;
 mod overrides;
 mod persist;
 mod run;
+mod streamed;
 mod worlds;
 
 pub use run::main;

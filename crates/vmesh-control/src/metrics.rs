@@ -49,6 +49,16 @@ impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let counters = &self.counters;
         for (name, help, counter) in [
+            (
+                "vmesh_xds_connections_refused",
+                "xDS connections that were closed because there were too many",
+                &counters.connections_refused,
+            ),
+            (
+                "vmesh_xds_connections_silent",
+                "xDS connections that were closed because they showed no request",
+                &counters.connections_silent,
+            ),
             ("vmesh_xds_streams_opened", "xDS streams since the start", &counters.streams_opened),
             ("vmesh_xds_streams_refused", "xDS streams that were not served", &counters.streams_refused),
             ("vmesh_xds_requests", "Requests of xDS clients", &counters.requests),
@@ -65,6 +75,9 @@ impl Collector for Scrape {
         count(&mut encoder, "vmesh_xds_encodings", encodings, vmesh_xds::encodings())?;
         gauge(&mut encoder, "vmesh_xds_streams", "xDS streams now", counters.streams.load(Relaxed) as f64)?;
 
+        let connections = counters.connections.load(Relaxed) as f64;
+        gauge(&mut encoder, "vmesh_xds_connections", "xDS connections now", connections)?;
+
         let Some(control) = self.control.upgrade() else { return Ok(()) };
         let world = control.world();
         let endpoints: usize = world.services.values().map(|service| service.endpoints.len()).sum();
@@ -75,10 +88,18 @@ impl Collector for Scrape {
             ("vmesh_documents", "Mesh documents in force", world.documents.len()),
             ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
             ("vmesh_shared_node_names", "Names of nodes that two hosts go by", control.shared_names()),
+            ("vmesh_classes", "Classes of nodes that are compiled", control.classes()),
+            (
+                "vmesh_state_unwritten",
+                "1 while a part of the last good state cannot be written",
+                usize::from(control.write_status().failing.is_some()),
+            ),
             ("vmesh_ready", "Whether it serves", usize::from(control.waiting_for().is_empty())),
         ] {
             gauge(&mut encoder, name, help, value as f64)?;
         }
+        let help = "Writes of the last good state that failed";
+        count(&mut encoder, "vmesh_state_write_failures", help, control.write_status().failures)?;
         let help = "When the last change was taken up, in Unix time";
         gauge(&mut encoder, "vmesh_last_change_timestamp_seconds", help, control.changed_at().as_secs_f64())?;
         let states = [

@@ -1,21 +1,26 @@
 //! The last good state on disk. What is encoded is [`vmesh_catalog::state`]'s; here is the disk.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use vmesh_catalog::{World, state};
 use vmesh_daemon::Stop;
-use vmesh_daemon::fsx::{self, FileError};
+use vmesh_daemon::fsx::{self, FileError, LockError};
 use vmesh_discovery::Registrations;
 use vmesh_model::load::Kept;
+use vmesh_model::{NodeName, NodeReport, Place, Problem};
+use xxhash_rust::xxh3::xxh3_64;
 
+use crate::control::Control;
 use crate::documents::DocumentsView;
-use crate::worlds::{Published, Sources};
+use crate::worlds::{Published, Sources, until};
 
 /// Far above any real fleet's state; a file beyond it is not one of ours.
 const MAX_BYTES: u64 = 1 << 30;
@@ -26,7 +31,9 @@ pub(crate) enum PersistError {
     #[error(
         "the state directory {0} cannot be used: it has to exist and belong to the user of vmesh-control"
     )]
-    Directory(PathBuf, #[source] std::io::Error),
+    Directory(PathBuf, #[source] FileError),
+    #[error("the state directory {0} (`state_dir`) cannot be used: each vmesh-control needs one of its own")]
+    Lock(PathBuf, #[source] LockError),
     #[error("the last good state could not be kept: a restart now would serve what was kept before")]
     File(#[source] FileError),
     #[error("{0} could not be encoded")]
@@ -44,6 +51,8 @@ pub(crate) enum PersistError {
 #[derive(Debug, Clone)]
 pub(crate) struct Disk {
     dir: PathBuf,
+    /// No other process writes there while this one has it.
+    _lock: Arc<File>,
 }
 
 /// A part of the state, and when it was written.
@@ -54,11 +63,23 @@ pub(crate) struct Loaded<T> {
 }
 
 impl Disk {
-    /// Makes `dir` if there is none, and finds out now whether it can be written.
+    /// Makes `dir` if there is none, locks it, removes what a killed writer left there, and finds out now whether it can
+    /// be written.
     pub(crate) fn open(dir: &Path) -> Result<Disk, PersistError> {
-        std::fs::create_dir_all(dir).map_err(|cause| PersistError::Directory(dir.to_owned(), cause))?;
-        fsx::write_atomically(&dir.join("writable"), b"", fsx::PRIVATE).map_err(PersistError::File)?;
-        Ok(Disk { dir: dir.to_owned() })
+        let unusable = |cause| PersistError::Directory(dir.to_owned(), cause);
+        fsx::make_private_dir(dir).map_err(unusable)?;
+        let lock =
+            fsx::lock(&dir.join("lock")).map_err(|cause| PersistError::Lock(dir.to_owned(), cause))?;
+        fsx::sweep(dir).map_err(unusable)?;
+        let disk = Disk { dir: dir.to_owned(), _lock: Arc::new(lock) };
+        if let Err(error) = fsx::write_atomically(&dir.join("writable"), b"", fsx::PRIVATE) {
+            if !error.is_disk_full() {
+                return Err(PersistError::File(error));
+            }
+            // What is there can be served all the same, and it is tried again.
+            tracing::error!("{}", vmesh_daemon::report::one_line(&error));
+        }
+        Ok(disk)
     }
 
     pub(crate) fn save<T: Serialize>(&self, part: &str, value: &T) -> Result<(), PersistError> {
@@ -86,6 +107,32 @@ impl Disk {
         }
     }
 
+    /// The nodes that were known before a restart, and when each was last seen, in Unix time.
+    pub(crate) fn load_nodes(&self) -> Vec<(NodeReport, u64)> {
+        let unix = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let mut nodes: BTreeMap<NodeName, (NodeReport, u64)> = BTreeMap::new();
+        if let Some(Loaded { value, written }) = self.load_or_log::<Vec<NodeReport>>(ALL_NODES) {
+            nodes.extend(value.into_iter().map(|report| (report.name.clone(), (report, unix(written)))));
+        }
+        for file in 0..NODE_FILES {
+            let Some(Loaded { value, written }) = self.load_or_log::<Vec<KeptNode>>(&node_part(file)) else {
+                continue;
+            };
+            for KeptNode { report, offline_since } in value {
+                let since = offline_since.unwrap_or_else(|| unix(written));
+                nodes.insert(report.name.clone(), (Arc::unwrap_or_clone(report), since));
+            }
+        }
+        nodes.into_values().collect()
+    }
+
+    fn load_or_log<T: DeserializeOwned>(&self, part: &str) -> Option<Loaded<T>> {
+        self.load(part).unwrap_or_else(|error| {
+            tracing::error!("{}", vmesh_daemon::report::one_line(&error));
+            None
+        })
+    }
+
     fn file(&self, part: &str) -> PathBuf {
         self.dir.join(format!("{part}.json"))
     }
@@ -93,13 +140,67 @@ impl Disk {
 
 /// Changes within so long are written once.
 const DEBOUNCE: Duration = Duration::from_millis(300);
+/// What could not be written is tried again after so long, and less and less often up to
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// so long.
+const RETRY_LAST: Duration = Duration::from_secs(15);
+
+/// Whether the last good state is on the disk.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct WriteStatus {
+    /// Why a part of it is not.
+    pub(crate) failing: Option<Arc<str>>,
+    /// Writes that failed, since the start.
+    pub(crate) failures: u64,
+    /// The directory.
+    pub(crate) dir: Arc<str>,
+}
+
+impl WriteStatus {
+    pub(crate) fn problem(&self) -> Option<Problem> {
+        let why = self.failing.as_ref()?;
+        let message = format!("{why}; it is tried again every few seconds");
+        Some(Problem::new(Place::file(&*self.dir), "the last good state", message))
+    }
+}
+
+/// A node that is known, as it is kept.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct KeptNode {
+    pub(crate) report: Arc<NodeReport>,
+    /// In Unix time; `None` while it is connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) offline_since: Option<u64>,
+}
+
+impl PartialEq for KeptNode {
+    /// By pointer: what did not change is not written again.
+    fn eq(&self, other: &KeptNode) -> bool {
+        Arc::ptr_eq(&self.report, &other.report) && self.offline_since == other.offline_since
+    }
+}
+
+/// Nodes are kept in so many files, so that a change of one does not write them all.
+const NODE_FILES: u64 = 64;
+/// The one file of earlier versions.
+const ALL_NODES: &str = "nodes";
+
+fn node_part(file: u64) -> String {
+    format!("nodes-{file:02}")
+}
+
+fn node_file(name: &NodeName) -> u64 {
+    xxh3_64(name.as_str().as_bytes()) % NODE_FILES
+}
 
 /// What was written last of each part, by pointer: what did not change is not written again.
 #[derive(Default)]
 struct Written {
     sources: BTreeMap<Arc<str>, Arc<Registrations>>,
     documents: Option<Arc<[Kept]>>,
-    nodes: Option<u64>,
+    nodes: BTreeMap<u64, Vec<KeptNode>>,
+    /// Whether the file of earlier versions is gone.
+    has_no_old_nodes: bool,
 }
 
 /// Keeps the last good state on the disk, and once more at the end.
@@ -108,12 +209,18 @@ pub(crate) async fn keep(
     sources: Sources,
     documents: watch::Receiver<DocumentsView>,
     mut published: watch::Receiver<Published>,
+    control: Arc<Control>,
+    status: watch::Sender<WriteStatus>,
     mut stop: Stop,
 ) {
     let mut written = Written::default();
+    let mut retry: Option<(Instant, Duration)> = None;
+    status.send_modify(|status| status.dir = disk.dir.display().to_string().into());
     loop {
         let stopping = tokio::select! {
             changed = published.changed() => changed.is_err(),
+            () = until(retry.map(|(at, _)| at)) => false,
+            () = control.nodes_went_offline() => false,
             () = stop.requested() => true,
         };
         if !stopping {
@@ -125,29 +232,54 @@ pub(crate) async fn keep(
         let world = published.borrow_and_update().world.clone();
         let documents = documents.borrow().clone();
         let good = sources.last_good();
+        let offline = control.offline_since();
         let to = disk.clone();
         let saved = tokio::task::spawn_blocking(move || {
-            save(&to, &good, &documents, &world, &mut written);
-            written
+            let failed = save(&to, &good, &documents, &world, &offline, &mut written);
+            (written, failed)
         });
-        written = saved.await.unwrap_or_default();
+        let failed;
+        // A panic in there is a bug of ours; it costs that everything is written once more.
+        (written, failed) = saved.await.unwrap_or_default();
+        retry = failed.as_ref().map(|_| {
+            let pause = retry.map_or(RETRY_FIRST, |(_, pause)| (pause * 2).min(RETRY_LAST));
+            (Instant::now() + pause, pause)
+        });
+        tell(&status, failed);
         if stopping {
             return;
         }
     }
 }
 
+/// Publishes whether everything is written, and logs when that changes.
+fn tell(status: &watch::Sender<WriteStatus>, failed: Option<String>) {
+    let before = status.borrow().failing.clone();
+    match (&before, &failed) {
+        (None, Some(why)) => tracing::error!("{why}; it is tried again"),
+        (Some(_), None) => tracing::info!("the last good state is on the disk again"),
+        _ => {}
+    }
+    status.send_modify(|status| {
+        status.failures += u64::from(failed.is_some());
+        status.failing = failed.map(Arc::from);
+    });
+}
+
+/// Writes what changed, and says what could not be written.
 fn save(
     disk: &Disk,
     good: &[(Arc<str>, Arc<Registrations>)],
     documents: &DocumentsView,
     world: &World,
+    offline: &BTreeMap<NodeName, u64>,
     written: &mut Written,
-) {
-    let note = |result: Result<(), PersistError>| match result {
+) -> Option<String> {
+    let mut failed = None;
+    let mut note = |result: Result<(), PersistError>| match result {
         Ok(()) => true,
         Err(error) => {
-            tracing::error!("{}", vmesh_daemon::report::one_line(&error));
+            failed.get_or_insert_with(|| vmesh_daemon::report::one_line(&error));
             false
         }
     };
@@ -161,12 +293,29 @@ fn save(
     if !known && note(disk.save("documents", &documents.kept)) {
         written.documents = Some(documents.kept.clone());
     }
-    if written.nodes != Some(world.nodes_generation) {
-        let nodes: Vec<_> = world.nodes.values().collect();
-        if note(disk.save("nodes", &nodes)) {
-            written.nodes = Some(world.nodes_generation);
+    let mut nodes: BTreeMap<u64, Vec<KeptNode>> = (0..NODE_FILES).map(|file| (file, Vec::new())).collect();
+    for (name, report) in world.nodes.iter() {
+        let kept = KeptNode { report: report.clone(), offline_since: offline.get(name).copied() };
+        nodes.entry(node_file(name)).or_default().push(kept);
+    }
+    let mut has_all = true;
+    for (file, nodes) in nodes {
+        // A file that never was is as good as an empty one.
+        let is_same = match written.nodes.get(&file) {
+            Some(written) => *written == nodes,
+            None => nodes.is_empty() && !disk.file(&node_part(file)).exists(),
+        };
+        if is_same || note(disk.save(&node_part(file), &nodes)) {
+            written.nodes.insert(file, nodes);
+        } else {
+            has_all = false;
         }
     }
+    if has_all && !written.has_no_old_nodes {
+        _ = std::fs::remove_file(disk.file(ALL_NODES));
+        written.has_no_old_nodes = true;
+    }
+    failed
 }
 
 /// The name of the state file of a source: its own name may have `/` in it.

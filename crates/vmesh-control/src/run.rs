@@ -6,27 +6,35 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use clap::Parser;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
+use tower::ServiceExt;
 use vmesh_catalog::Catalog;
-use vmesh_daemon::{Stop, Tasks, logs, metrics as scrape, report, signals, sockets, systemd};
+use vmesh_daemon::connections::Gate;
+use vmesh_daemon::tasks::{ThreadError, on_own_thread};
+use vmesh_daemon::{Stop, Tasks, descriptors, http, listen, logs, report, signals, sockets, systemd};
 use vmesh_discovery::{Registrations, SourceConfig, View};
-use vmesh_model::{NodeReport, Place, Problem};
-use vmesh_xds::server::{AdsService, Hub};
+use vmesh_model::{Place, Problem};
+use vmesh_xds::server::{AdsService, Bounded, Hub};
 
 use crate::api;
 use crate::config::Config;
-use crate::control::{Control, Door};
+use crate::control::{Control, Door, NodeIntake};
 use crate::discovery::Desk;
 use crate::documents::{self, DocumentsView};
+use crate::known_nodes::KnownNodes;
 use crate::metrics::Scrape;
 use crate::overrides::{self, Kept, Overrides};
-use crate::persist::{self, Disk, PersistError, part};
+use crate::persist::{self, Disk, PersistError, WriteStatus, part};
 use crate::worlds::{self, Known, NodeEvent, Published, Sources};
 
 /// How long streams and answers may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// Reports of nodes that wait to become part of a world. Whoever comes when there are more is told to try again.
+const REPORTS: usize = 10_000;
 
 /// How long `--check` waits for a source: longer than a first view waits for names that are looked up.
 const FIRST_VIEW: Duration = Duration::from_secs(40);
@@ -134,10 +142,15 @@ async fn first_view(source: SourceConfig) -> View {
 }
 
 async fn run(config: Config) -> Result<(), RunError> {
-    // Sockets first: an address that is taken is an error of the start, and of nothing else.
-    let xds = listen(config.listen.xds_plaintext).await?;
-    let api_tcp = listen(config.listen.api).await?;
+    let files = descriptors::raise_limit();
+    // First of all: until then one of them would kill the process.
+    let ignored = [signals::SIGHUP, signals::SIGUSR1, signals::SIGUSR2];
+    let why = "files are read when they change, and control.yaml at the start only";
+    let ignored = signals::ignored(&ignored, why).map_err(RunError::Signals)?;
     let disk = Disk::open(&config.state_dir).map_err(RunError::State)?;
+    // Sockets before anything else is done: an address that is taken is an error of the start, and of nothing else.
+    let xds = listen_tcp(config.listen.xds_plaintext)?;
+    let api_tcp = unbound(listen_tcp(config.listen.api)?.into_std(), || config.listen.api.to_string())?;
     let api_socket = listen_unix(&config.api_socket())?;
     if config.listen.xds.is_some() {
         tracing::warn!("`listen.xds` is not served by this version: agents use `listen.xds_plaintext`");
@@ -145,6 +158,7 @@ async fn run(config: Config) -> Result<(), RunError> {
     let signal = signals::terminated().map_err(RunError::Signals)?;
 
     let mut tasks = Tasks::new();
+    tasks.spawn("signals", ignored);
     let mut known = Vec::new();
     let kept: Kept = restored(&disk, overrides::PART).unwrap_or_default();
     for source in &config.discovery {
@@ -154,7 +168,10 @@ async fn run(config: Config) -> Result<(), RunError> {
     let overrides = Overrides::new(kept, disk.clone());
     let desk = Desk::new(sources.clone(), overrides.clone(), &config.api_socket());
     let mut catalog = Catalog::new(config.discovery.len());
-    for report in restored::<Vec<NodeReport>>(&disk, "nodes").unwrap_or_default() {
+    let nodes = disk.load_nodes();
+    let known_nodes =
+        KnownNodes::new(config.limits.nodes(), nodes.iter().map(|(report, since)| (report, *since)));
+    for (report, _) in nodes {
         catalog.on_node(report);
     }
     let kept = restored(&disk, "documents").unwrap_or_default();
@@ -165,7 +182,8 @@ async fn run(config: Config) -> Result<(), RunError> {
 
     let waiting: Arc<[String]> = Arc::from(["discovery".to_owned()]);
     let (published_in, published) = watch::channel(Published { world: catalog.world().clone(), waiting });
-    let (reports_in, reports) = mpsc::unbounded_channel::<NodeEvent>();
+    let (reports_in, reports) = mpsc::channel::<NodeEvent>(REPORTS);
+    let (written, write_status) = watch::channel(WriteStatus::default());
     let hub = Hub::new();
     let control = Arc::new(Control::new(
         config.trust_domain.clone(),
@@ -173,11 +191,12 @@ async fn run(config: Config) -> Result<(), RunError> {
         published.clone(),
         sources.clone(),
         desk,
-        reports_in,
+        NodeIntake { reports: reports_in, known: known_nodes },
+        write_status,
     ));
     let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
     let service = AdsService::new(hub, Door(control.clone()), name);
-    let mut registry = scrape::registry();
+    let mut registry = vmesh_daemon::metrics::registry();
     let counters = service.counters().clone();
     registry.register_collector(Box::new(Scrape { control: Arc::downgrade(&control), counters }));
     let registry = Arc::new(registry);
@@ -186,14 +205,32 @@ async fn run(config: Config) -> Result<(), RunError> {
         worlds::publish(catalog, sources.clone(), overrides, documents.clone(), reports, published_in),
     );
     tasks.spawn("compiler", control.clone().compile_on_change());
-    tasks.spawn_draining("state", |stop| persist::keep(disk, sources, documents, published, stop));
-
-    tasks.spawn_draining("xds", |stop| vmesh_xds::server::serve(xds, service, stopped(stop)));
-    tasks.spawn_draining("api", |stop| {
-        serve_http(api_tcp, api::read_only(control.clone(), registry.clone()), stop)
+    let of_state = control.clone();
+    tasks.spawn_draining("state", |stop| {
+        persist::keep(disk, sources, documents, published, of_state, written, stop)
     });
-    tasks.spawn_draining("api socket", |stop| {
-        serve_http(api_socket, api::full(control.clone(), registry), stop)
+    tasks.spawn("forget nodes", control.clone().forget_offline());
+
+    let limits = config.limits.xds(config.listen.xds_plaintext, files);
+    let bounded = Bounded { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
+    tasks.spawn_draining("xds", |stop| {
+        vmesh_xds::server::serve_bounded(xds, service, bounded, stopped(stop))
+    });
+    let (reads, all) = (api::read_only(control.clone(), registry.clone()), api::full(control, registry));
+    // Apart from xDS: whoever asks the API for much makes nobody wait for configuration.
+    tasks.spawn_draining("api", |stop| async move {
+        on_own_thread("api", move || async move { serve_http(TcpListener::from_std(api_tcp)?, reads, stop).await })
+            .await
+            .map_err(ServeError::Thread)?
+            .map_err(ServeError::Serve)
+    });
+    tasks.spawn_draining("api socket", |stop| async move {
+        on_own_thread("api socket", move || async move {
+            serve_http(tokio::net::UnixListener::from_std(api_socket)?, all, stop).await
+        })
+        .await
+        .map_err(ServeError::Thread)?
+        .map_err(ServeError::Serve)
     });
     tasks.spawn("watchdog", systemd::watchdog());
     systemd::ready("serving");
@@ -242,26 +279,45 @@ fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T
     }
 }
 
-async fn listen(address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
-    let listener = TcpListener::bind(address).await;
-    listener.map_err(|cause| RunError::Listen { what: address.to_string(), cause })
+/// Why the API ended.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error("the API could not be served")]
+    Thread(#[source] ThreadError),
+    #[error("the API could not be served")]
+    Serve(#[source] std::io::Error),
+}
+
+fn listen_tcp(address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
+    listen::tcp(address).map_err(|cause| RunError::Listen { what: address.to_string(), cause })
+}
+
+/// A listener that another runtime is to accept with.
+fn unbound<L>(listener: std::io::Result<L>, what: impl FnOnce() -> String) -> Result<L, RunError> {
+    listener.map_err(|cause| RunError::Listen { what: what(), cause })
 }
 
 /// A socket that a process left behind is replaced; one that somebody serves is an error.
-fn listen_unix(path: &Path) -> Result<UnixListener, RunError> {
+fn listen_unix(path: &Path) -> Result<std::os::unix::net::UnixListener, RunError> {
     let failed = |cause| RunError::Listen { what: path.display().to_string(), cause };
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(failed(std::io::ErrorKind::AddrInUse.into()));
     }
-    sockets::listen(path).map_err(failed)
+    let listener = sockets::listen(path).map_err(failed)?;
+    unbound(listener.into_std(), || path.display().to_string())
 }
 
-async fn serve_http<L>(listener: L, routes: Router, stop: Stop) -> std::io::Result<()>
-where
-    L: axum::serve::Listener,
-    L::Addr: std::fmt::Debug,
-{
-    axum::serve(listener, routes).with_graceful_shutdown(stopped(stop)).await
+async fn serve_http(listener: impl http::Listener, routes: Router, stop: Stop) -> std::io::Result<()> {
+    let answer = move |request: axum::http::Request<_>| {
+        let routes = routes.clone();
+        async move {
+            match routes.oneshot(request.map(Body::new)).await {
+                Ok(response) => response,
+                Err(never) => match never {},
+            }
+        }
+    };
+    http::serve(listener, Gate::new(http::LIMITS), answer, stop).await
 }
 
 async fn stopped(mut stop: Stop) {

@@ -201,7 +201,7 @@ pub(crate) async fn publish(
     sources: Sources,
     overrides: Arc<Overrides>,
     mut documents: watch::Receiver<DocumentsView>,
-    mut nodes: mpsc::UnboundedReceiver<NodeEvent>,
+    mut nodes: mpsc::Receiver<NodeEvent>,
     published: watch::Sender<Published>,
 ) {
     let mut views: StreamMap<usize, WatchStream<View>> = StreamMap::new();

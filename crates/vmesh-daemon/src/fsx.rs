@@ -27,10 +27,82 @@ pub enum FileError {
     TooLarge { path: PathBuf, limit: u64 },
 }
 
+/// Why a lock was not given.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    #[error("{} is locked by {by}", .path.display())]
+    Taken { path: PathBuf, by: String },
+    #[error("could not lock {}", .path.display())]
+    Failed {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+}
+
 impl FileError {
+    /// Whether there is no room, which there may be later.
+    pub fn is_disk_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, FileError::Failed { cause, .. } if matches!(cause.kind(), StorageFull | QuotaExceeded))
+    }
+
     pub fn is_not_found(&self) -> bool {
         matches!(self, FileError::Failed { cause, .. } if cause.kind() == io::ErrorKind::NotFound)
     }
+}
+
+/// Makes the directory `path` for the daemon's own user alone, whatever the umask is, and its parents where they are
+/// missing. One that is there keeps its mode: an operator may have given its group access.
+pub fn make_private_dir(path: &Path) -> Result<(), FileError> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+    let failed = |what, cause| FileError::Failed { what, path: path.to_owned(), cause };
+    if let Ok(metadata) = std::fs::metadata(path)
+        && metadata.is_dir()
+    {
+        if metadata.permissions().mode() & 0o022 != 0 {
+            tracing::warn!(
+                "{} can be written by others than its owner: `chmod go-w {0}`, or they can change what is kept there",
+                path.display()
+            );
+        }
+        return Ok(());
+    }
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700).create(path).map_err(|cause| failed("create the directory", cause))?;
+    // The umask can only have taken something away that the owner needs.
+    let mode = std::fs::Permissions::from_mode(0o700);
+    std::fs::set_permissions(path, mode).map_err(|cause| failed("set the mode of", cause))
+}
+
+/// Locks the file `path` for as long as the returned file is open, and writes into it which process has it. It fails at once
+/// if another process has it.
+pub fn lock(path: &Path) -> Result<File, LockError> {
+    let failed = |cause: io::Error| LockError::Failed { path: path.to_owned(), cause };
+    // NOFOLLOW: what somebody linked there is not written to.
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::from_raw_mode(PRIVATE)).map_err(|errno| failed(errno.into()))?;
+    let mut file = File::from(file);
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let mut owner = String::new();
+            _ = (&file).take(100).read_to_string(&mut owner);
+            let by = match owner.trim() {
+                "" => "another process".to_owned(),
+                owner => crate::text::escaped(owner, 100),
+            };
+            return Err(LockError::Taken { path: path.to_owned(), by });
+        }
+        Err(std::fs::TryLockError::Error(cause)) => return Err(failed(cause)),
+    }
+    // The umask must not keep the owner out, and a file of an earlier version may be open to all.
+    _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(PRIVATE));
+    let name = std::env::current_exe().ok().and_then(|exe| Some(exe.file_name()?.to_string_lossy().into_owned()));
+    let owner = format!("{} (pid {})", name.as_deref().unwrap_or("process"), std::process::id());
+    // Whoever is refused then does not hear who has it; a full disk is no reason not to start.
+    _ = file.set_len(0).and_then(|()| file.write_all(owner.as_bytes()));
+    Ok(file)
 }
 
 /// Replaces `path` by `bytes` so that a reader, or a crash at any moment, sees the old file or the new one and
@@ -173,6 +245,35 @@ mod tests {
         assert_eq!(dir.names(), ["taken"]);
         let missing = write_atomically(&dir.0.join("no/such"), b"x", PRIVATE).unwrap_err();
         assert!(missing.is_not_found());
+    }
+
+    #[test]
+    fn a_lock_names_who_has_it_and_ends_with_its_file() {
+        let dir = Dir::new("lock");
+        let path = dir.0.join("lock");
+        let lock = super::lock(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let refused = super::lock(&path).unwrap_err().to_string();
+        let pid = std::process::id();
+        assert!(refused.contains("is locked by ") && refused.ends_with(&format!("(pid {pid})")), "{refused}");
+        drop(lock);
+        drop(super::lock(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        symlink("/etc/hostname", &path).unwrap();
+        assert!(matches!(super::lock(&path).unwrap_err(), LockError::Failed { .. }));
+    }
+
+    #[test]
+    fn a_directory_is_made_for_its_owner_alone() {
+        let dir = Dir::new("private");
+        let made = dir.0.join("a/b");
+        make_private_dir(&made).unwrap();
+        assert_eq!(std::fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
+        std::fs::set_permissions(&made, std::os::unix::fs::PermissionsExt::from_mode(0o750)).unwrap();
+        make_private_dir(&made).unwrap();
+        assert_eq!(std::fs::metadata(&made).unwrap().mode() & 0o777, 0o750, "its mode is the operator's");
+        std::fs::write(dir.0.join("file"), "").unwrap();
+        assert!(make_private_dir(&dir.0.join("file")).is_err());
     }
 
     #[test]

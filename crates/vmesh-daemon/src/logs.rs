@@ -2,7 +2,7 @@
 //! text to stderr elsewhere.
 
 use std::fmt;
-use std::io::{self, IsTerminal};
+use std::io::{self, Write};
 
 use log::kv::{Key, Value};
 use systemd_journal_logger::{JournalLog, connected_to_journal};
@@ -19,6 +19,25 @@ use tracing_subscriber::{Layer, fmt as text};
 pub const VARIABLE: &str = "VMESH_LOG";
 
 const DEFAULT: &str = "info";
+
+/// The longest line, and the longest field of a journal's entry, in bytes: much of a line may be text of others.
+const LINE_MAX: usize = 16 << 10;
+
+/// Writes each line of the log with everything escaped that is not text. A line comes whole.
+struct Escaping<W>(W);
+
+impl<W: Write> Write for Escaping<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let line = String::from_utf8_lossy(bytes);
+        let line = line.strip_suffix('\n').unwrap_or(&line);
+        self.0.write_all(format!("{}\n", crate::text::escaped(line, LINE_MAX)).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
@@ -50,8 +69,8 @@ pub fn init(configured: Option<&str>) -> Result<(), LogError> {
             Err(error) => eprintln!("the journal's socket does not answer, logging to stderr: {error}"),
         }
     }
-    let lines =
-        text::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).with_target(false);
+    // Colours would be escaped with everything else that is no text.
+    let lines = text::layer().with_writer(|| Escaping(io::stderr())).with_ansi(false).with_target(false);
     start(tracing_subscriber::registry().with(lines).with(filter).try_init())
 }
 
@@ -76,6 +95,7 @@ struct Fields {
 
 impl Fields {
     fn put(&mut self, field: &Field, value: String) {
+        let value = crate::text::escaped(&value, LINE_MAX);
         match field.name() {
             "message" => self.message = value,
             name => self.values.push((name, value)),
@@ -204,6 +224,36 @@ mod tests {
                 "WARN lost node=web-17 version=41 error=connection reset",
             ]
         );
+    }
+
+    #[test]
+    fn what_others_say_does_neither_begin_a_line_nor_move_the_cursor() {
+        let said = "x\u{1b}[2J\nERROR forged\u{202e}";
+        let lines = journal_of(|| info!(build = said, "a node says {said}"));
+        let escaped = "x\\u{1b}[2J\\nERROR forged\\u{202e}";
+        assert_eq!(lines, [format!("INFO a node says {escaped} build={escaped}")]);
+
+        let written = Arc::new(Mutex::new(Vec::new()));
+        struct Sink(Arc<Mutex<Vec<u8>>>);
+        impl Write for Sink {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let sink = written.clone();
+        let lines = text::layer().with_writer(move || Escaping(Sink(sink.clone()))).with_ansi(false);
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
+            info!(build = %said, "a node says {said}");
+            info!("{}", "x".repeat(1 << 20));
+        });
+        let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+        assert_eq!(written.lines().count(), 2, "{written}");
+        assert!(written.chars().all(|c| c == '\n' || !crate::text::is_unsafe(c)));
+        assert!(written.len() < 2 * LINE_MAX);
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! The signal that ends a daemon.
+//! The signals that end a daemon, and those that do not.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::task::Poll;
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -36,6 +37,37 @@ pub fn terminated() -> io::Result<impl Future<Output = Signal> + Send> {
     })
 }
 
+/// A signal that would kill a process by default, and its name.
+pub type NamedSignal = (SignalKind, &'static str);
+
+pub const SIGHUP: NamedSignal = (SignalKind::hangup(), "SIGHUP");
+pub const SIGUSR1: NamedSignal = (SignalKind::user_defined1(), "SIGUSR1");
+pub const SIGUSR2: NamedSignal = (SignalKind::user_defined2(), "SIGUSR2");
+
+/// Waits for `signals` for as long as it is polled, and says that they change nothing: scripts send them to whatever writes
+/// a log. The handlers are in place when this returns, and stay when it is dropped.
+pub fn ignored(
+    signals: &[NamedSignal],
+    why: &'static str,
+) -> io::Result<impl Future<Output = ()> + Send + use<>> {
+    let mut streams = Vec::new();
+    for (kind, name) in signals {
+        streams.push((signal(*kind)?, *name));
+    }
+    Ok(async move {
+        loop {
+            let name = poll_fn(|cx| {
+                let received = streams.iter_mut().find_map(|(stream, name)| match stream.poll_recv(cx) {
+                    Poll::Ready(Some(())) => Some(*name),
+                    _ => None,
+                });
+                received.map_or(Poll::Pending, Poll::Ready)
+            });
+            tracing::info!("{} changes nothing: {why}", name.await);
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,5 +77,17 @@ mod tests {
         let terminated = terminated().unwrap();
         rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM).unwrap();
         assert_eq!(terminated.await, Signal::Terminate);
+    }
+
+    #[tokio::test]
+    async fn signals_that_mean_nothing_here_do_not_kill() {
+        use rustix::process::Signal as Raw;
+        drop(ignored(&[SIGHUP, SIGUSR1, SIGUSR2], "it is a test").unwrap());
+        for raw in [Raw::HUP, Raw::USR1, Raw::USR2] {
+            rustix::process::kill_process(rustix::process::getpid(), raw).unwrap();
+        }
+        let terminated = terminated().unwrap();
+        rustix::process::kill_process(rustix::process::getpid(), Raw::INT).unwrap();
+        assert_eq!(terminated.await, Signal::Interrupt);
     }
 }

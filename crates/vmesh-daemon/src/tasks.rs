@@ -210,6 +210,38 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "no message".to_owned())
 }
 
+/// Why a thread did not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum ThreadError {
+    #[error("could not start a thread of its own")]
+    Start(#[source] std::io::Error),
+    #[error("its thread panicked (a bug in vmesh)")]
+    Panicked,
+}
+
+/// Runs the future that `work` makes on a thread of its own with a runtime of its own, and waits for it: work that may be
+/// much then takes nothing from the tasks of this runtime. The thread goes on if this is dropped, so that what it runs has
+/// to end by a [`Stop`].
+pub async fn on_own_thread<F, T>(
+    name: &str,
+    work: impl FnOnce() -> F + Send + 'static,
+) -> Result<T, ThreadError>
+where
+    F: Future<Output = T>,
+    T: Send + 'static,
+{
+    let (done, is_done) = tokio::sync::oneshot::channel();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ThreadError::Start)?;
+    let run = move || {
+        let outcome = runtime.block_on(async { work().await });
+        _ = done.send(outcome);
+        // What has been given up must not keep the thread.
+        runtime.shutdown_background();
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(ThreadError::Start)?;
+    is_done.await.map_err(|_| ThreadError::Panicked)
+}
+
 /// Starts a future whose end the caller watches through the handle: for tests, and for parts that have to hand a
 /// handle on. A daemon's tasks belong in [`Tasks`].
 #[expect(clippy::disallowed_methods, reason = "this is the wrapper that the lint points to")]
@@ -234,6 +266,15 @@ mod tests {
         tasks.spawn("ends", async { Err::<(), _>(std::io::Error::other("no disk")) });
         let (name, result) = tasks.first_exit().await;
         assert_eq!((&*name, result.unwrap_err().to_string().as_str()), ("ends", "no disk"));
+    }
+
+    #[tokio::test]
+    async fn work_on_a_thread_of_its_own_is_waited_for_and_its_panic_is_seen() {
+        let here = std::thread::current().id();
+        let there = on_own_thread("there", async || std::thread::current().id()).await.unwrap();
+        assert_ne!(here, there);
+        let panicked = on_own_thread("there", async || assert_eq!(here, there)).await;
+        assert!(matches!(panicked, Err(ThreadError::Panicked)));
     }
 
     #[tokio::test]

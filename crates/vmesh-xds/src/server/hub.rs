@@ -67,6 +67,19 @@ impl Hub {
         bells.iter().for_each(|bell| ring(bell));
     }
 
+    /// Forgets a class and its store, if no client is in it.
+    pub fn forget(&self, class: &str) {
+        let mut registry = self.write();
+        if registry.classes.get(class).is_some_and(|class| class.feeds == 0) {
+            registry.classes.remove(class);
+        }
+    }
+
+    /// How many classes have a store.
+    pub fn classes(&self) -> usize {
+        self.read().classes.values().filter(|class| class.latest.is_some()).count()
+    }
+
     /// The latest store of a class.
     pub fn latest(&self, class: &str) -> Option<Arc<Store>> {
         self.read().classes.get(class)?.latest.clone()
@@ -121,6 +134,7 @@ struct Registry {
 #[derive(Default)]
 struct Class {
     latest: Option<Arc<Store>>,
+    feeds: usize,
     see_all: HashSet<u64>,
     see_many: HashMap<u64, Arc<Scope>>,
     see_few: HashMap<Arc<str>, HashSet<u64>>,
@@ -175,6 +189,7 @@ impl Registry {
 
     fn place(&mut self, id: u64, key: Arc<str>, scope: Arc<Scope>) {
         let class = self.classes.entry(key.clone()).or_default();
+        class.feeds += 1;
         match &scope.groups {
             Groups::All => _ = class.see_all.insert(id),
             Groups::Named(keys) if keys.len() > FEW => _ = class.see_many.insert(id, scope.clone()),
@@ -191,6 +206,7 @@ impl Registry {
     fn displace(&mut self, id: u64) -> bool {
         let Some(place) = self.feeds.get(&id) else { return false };
         let Some(class) = self.classes.get_mut(&place.class) else { return true };
+        class.feeds -= 1;
         match &place.scope.groups {
             Groups::All => _ = class.see_all.remove(&id),
             Groups::Named(keys) if keys.len() > FEW => _ = class.see_many.remove(&id),
@@ -346,6 +362,22 @@ mod tests {
         assert_eq!(rung(&two), "!!!...");
         assert_eq!(rung(&store(&two, "c", "1")), "!.....");
         assert_eq!(rung(&store(&Store::default(), "b", "1")), "!!!!!.", "another line of stores");
+    }
+
+    #[test]
+    fn a_class_is_forgotten_when_nobody_is_in_it() {
+        let hub = Hub::new();
+        hub.publish("class", Arc::new(Store::default()));
+        let (all, own) = (hub.subscribe("class", Arc::new(Scope::all())), Scope::named([""; 0]));
+        let own = hub.subscribe("class", Arc::new(own));
+        drop(all);
+        hub.forget("class");
+        assert_eq!(hub.classes(), 1, "one that sees nothing shared is in it");
+        own.control().set_scope("other", Arc::new(Scope::all()));
+        hub.forget("class");
+        assert_eq!((hub.classes(), hub.latest("class").is_some()), (0, false));
+        hub.publish("class", Arc::new(Store::default()));
+        assert!(hub.latest("class").is_some(), "it may come again");
     }
 
     #[test]

@@ -409,7 +409,7 @@ impl Session {
     /// that the error names are at fault; the others are sent once more without them. If it names none, the response
     /// is sent in halves until the fault is found. What is at fault is not sent again (R13).
     fn on_nack(&mut self, kind: Kind, response: InFlight, error: &str) {
-        let reason: Arc<str> = truncated(error, REASON_MAX).into();
+        let reason: Arc<str> = shown(error).into();
         let status = &mut self.status.kinds[kind];
         status.nacks += 1;
         status.last_error = Some(reason.clone());
@@ -916,8 +916,24 @@ const REASON_MAX: usize = 4096;
 /// Names times text: how far the search for names in an error goes.
 const SEARCH_MAX: usize = 64 << 20;
 
-fn truncated(text: &str, max: usize) -> &str {
-    text.get(..text.floor_char_boundary(max)).unwrap_or(text)
+/// A client's words, bounded, and without what a terminal or a log would take for more than words.
+fn shown(error: &str) -> String {
+    let mut shown = String::new();
+    for c in error.chars() {
+        match c {
+            // Envoy writes one line for each thing that is wrong.
+            '\n' => shown.push(c),
+            c if c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}') => {
+                shown.extend(c.escape_default());
+            }
+            c => shown.push(c),
+        }
+        if shown.len() > REASON_MAX {
+            break;
+        }
+    }
+    shown.truncate(shown.floor_char_boundary(REASON_MAX));
+    shown
 }
 
 /// Which of the names the error text has in it.
