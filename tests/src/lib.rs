@@ -134,6 +134,23 @@ impl Mesh {
         Daemon::spawn("vmesh-control", command)
     }
 
+    /// Goes on with a control plane that was started otherwise, when it is ready.
+    pub async fn adopt_control(&mut self, mut daemon: Daemon) -> Result<()> {
+        daemon.wait_http(&Peer::Tcp(self.api), "/readyz", BOUND).await?;
+        self.control = Some(daemon);
+        Ok(())
+    }
+
+    /// Where xDS is served.
+    pub fn xds(&self) -> SocketAddr {
+        self.xds
+    }
+
+    /// Where the API is served.
+    pub fn api(&self) -> SocketAddr {
+        self.api
+    }
+
     pub fn control(&mut self) -> Result<&mut Daemon> {
         self.control.as_mut().ok_or_else(|| Failed::new("the control plane was not started"))
     }

@@ -40,16 +40,14 @@ mod retry;
 pub mod status;
 pub mod supervisor;
 
-use std::fs::{DirBuilder, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio::sync::watch;
-use vmesh_daemon::fsx;
+use vmesh_daemon::fsx::{self, FileError, LockError};
 use vmesh_daemon::{Tasks, sockets, systemd};
 
 pub use config::Config;
@@ -63,18 +61,21 @@ pub struct Agent {
     pub known: status::Known,
     /// Held for as long as the agent runs.
     pub lock: File,
+    pub state_lock: File,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    #[error("could not create {}", .path.display())]
-    Directory {
-        path: PathBuf,
-        #[source]
-        cause: io::Error,
-    },
+    #[error("a directory of the agent cannot be used")]
+    Directory(#[source] FileError),
     #[error("another vmesh-agent runs with {}: give each agent a `run_dir` of its own", .0.display())]
     Taken(PathBuf),
+    #[error("{} (`state_dir`) cannot be used: each agent needs one of its own", .state_dir.display())]
+    State {
+        state_dir: PathBuf,
+        #[source]
+        cause: LockError,
+    },
     #[error("could not lock {}", .path.display())]
     Lock {
         path: PathBuf,
@@ -96,11 +97,15 @@ pub enum StartError {
 impl Agent {
     pub async fn start(config: Config) -> Result<Agent, StartError> {
         let config = Arc::new(config);
-        make_dir(&config.run_dir)?;
-        make_dir(&config.state_dir)?;
+        for dir in [&config.run_dir, &config.state_dir] {
+            fsx::make_private_dir(dir).map_err(StartError::Directory)?;
+        }
         let path = config.run_dir.join("agent.lock");
         let lock = lock(&path).map_err(|cause| StartError::Lock { path, cause })?;
         let lock = lock.ok_or_else(|| StartError::Taken(config.run_dir.clone()))?;
+        let path = config.state_dir.join("lock");
+        let state_lock = fsx::lock(&path)
+            .map_err(|cause| StartError::State { state_dir: config.state_dir.clone(), cause })?;
         // Only now: what lies in there is ours.
         for dir in [&config.run_dir, &config.state_dir] {
             if let Err(error) = fsx::sweep(dir) {
@@ -158,14 +163,14 @@ impl Agent {
         let answers = known.clone();
         tasks.spawn_draining("api", |mut stop| async move {
             let address = answers.api.borrow().address;
-            let bind = || TcpListener::bind(address);
+            let bind = || std::future::ready(vmesh_daemon::listen::tcp(address));
             match listen::keep_trying("the API (`listen.api`)", bind, &api, &mut stop).await {
                 Some(listener) => status::serve(listener, answers, stop).await,
                 None => Ok(()),
             }
         });
         tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());
-        Ok(Agent { tasks, registrations, known, lock })
+        Ok(Agent { tasks, registrations, known, lock, state_lock })
     }
 
     /// How long the registrations may take to be withdrawn.
@@ -177,12 +182,6 @@ impl Agent {
     pub fn stops_within(config: &Config) -> Duration {
         config.envoy.drain.0 + Duration::from_secs(15)
     }
-}
-
-fn make_dir(path: &Path) -> Result<(), StartError> {
-    // One that is there keeps its mode: its group may be Envoy's.
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|cause| StartError::Directory { path: path.to_owned(), cause })
 }
 
 /// Locks the file at `path` for as long as it is held. `None`: another process has it.

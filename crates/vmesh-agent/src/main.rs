@@ -9,7 +9,7 @@ use tracing::{error, info, warn};
 use vmesh_agent::config::{Config, Manage};
 use vmesh_agent::{Agent, hostcheck, identity, supervisor};
 use vmesh_daemon::report::{self, one_line};
-use vmesh_daemon::{Tasks, logs, signals, systemd};
+use vmesh_daemon::{Tasks, descriptors, logs, signals, systemd};
 
 /// The node daemon of vmesh: it feeds the local Envoy from a control plane, and from disk when none answers.
 #[derive(Debug, Parser)]
@@ -78,7 +78,8 @@ fn main() -> ExitCode {
     if let Err(error) = logs::init(config.log.as_deref()) {
         return report::refused(&error);
     }
-    raise_open_files();
+    // Every connection through Envoy is two files, and a child inherits the limit.
+    descriptors::raise_limit();
     // One thread: the work is to pass on what arrives, and each more thread costs memory on every host of the fleet.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match (runtime, arguments.command) {
@@ -96,12 +97,19 @@ fn main() -> ExitCode {
 
 async fn run(config: Config) -> ExitCode {
     let (withdraws_within, stops_within) = (Agent::withdraws_within(&config), Agent::stops_within(&config));
+    // First of all: until then one of them would kill the process.
+    let ignored = [signals::SIGHUP, signals::SIGUSR1, signals::SIGUSR2];
+    let ignored = match signals::ignored(&ignored, "agent.yaml is read at the start only") {
+        Ok(ignored) => ignored,
+        Err(error) => return report::failed(&error),
+    };
     let (terminated, agent) = match (signals::terminated(), Agent::start(config).await) {
         (Ok(terminated), Ok(agent)) => (terminated, agent),
         (Err(error), _) => return report::failed(&error),
         (_, Err(error)) => return report::failed(&error),
     };
-    let Agent { mut tasks, registrations, known, lock: _lock } = agent;
+    let Agent { mut tasks, registrations, known, lock: _lock, state_lock: _state_lock } = agent;
+    tasks.spawn("signals", ignored);
     info!(node = &*known.node, "serving");
     systemd::ready("serving");
     let code = until_told(terminated, &mut tasks).await;
@@ -133,12 +141,19 @@ async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &m
 
 async fn run_envoy(file: &Path, config: Config) -> ExitCode {
     let mut stops_within = supervisor::Running::stops_within(&config);
+    // SIGHUP is a reload.
+    let ignored = signals::ignored(&[signals::SIGUSR1, signals::SIGUSR2], "SIGHUP is what reloads");
+    let ignored = match ignored {
+        Ok(ignored) => ignored,
+        Err(error) => return report::failed(&error),
+    };
     let (terminated, running) = match (signals::terminated(), supervisor::Running::start(file, config)) {
         (Ok(terminated), Ok(running)) => (terminated, running),
         (Err(error), _) => return report::failed(&error),
         (_, Err(error)) => return report::failed(&error),
     };
     let supervisor::Running { mut tasks, status: _status, lock: _lock } = running;
+    tasks.spawn("signals", ignored);
     let code = until_told(terminated, &mut tasks).await;
     if code != ExitCode::SUCCESS {
         // A fault of ours is no reason for Envoy to leave: the next supervisor goes on with it.
@@ -154,15 +169,6 @@ async fn run_envoy(file: &Path, config: Config) -> ExitCode {
         warn!("still running and left behind: {}", late.join(", "));
     }
     code
-}
-
-/// Every connection through Envoy is two files, and a child inherits the limit: the soft one of most systems is 1,024.
-fn raise_open_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-        warn!("the limit of open files stays at {:?}: {error}", limit.current);
-    }
 }
 
 /// Prints what the agent would do, and what on this host is in its way. The exit code is that of a failure where something is.

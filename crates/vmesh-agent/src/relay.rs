@@ -18,7 +18,7 @@ use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_daemon::{Stop, Tasks, sockets};
 use vmesh_proto::envoy::config::core::v3::Node;
-use vmesh_xds::client::AdsStream;
+use vmesh_xds::client::{AdsStream, Code};
 use vmesh_xds::server::{Admission, Admitted, AdsService, Hub, Observer, PeerInfo, Refusal, serve};
 use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, SessionStatus, Store};
 
@@ -47,6 +47,9 @@ const STOPS_WAITING_AFTER: Duration = Duration::from_secs(5);
 const WHOLE_AFTER: Duration = Duration::from_secs(1);
 /// Where endpoints never cease to come and go, it is whole after so long.
 const WHOLE_AT_LAST: Duration = Duration::from_secs(60);
+
+/// Why a stream ended that the control plane ended because of its age.
+const TOOK_LEAVE: &str = "it took leave of a connection that was old, as it does with all";
 
 /// The hub has one class: there is one node.
 const CLASS: &str = "";
@@ -348,7 +351,9 @@ impl Driver {
     }
 
     fn is_gone(&self, replica: &ControlPlane, why: String, news: bool) {
-        if news {
+        if why == TOOK_LEAVE {
+            debug!(control_plane = %replica, "it took leave of an old connection");
+        } else if news {
             warn!(control_plane = %replica, "no configuration from there: {why}");
         } else {
             debug!(control_plane = %replica, "no configuration from there: {why}");
@@ -407,6 +412,8 @@ impl Driver {
                         self.confirm();
                         self.flush();
                     }
+                    // It ended without an error.
+                    Err(failure) if failure.code == Code::Ok => return Ok(TOOK_LEAVE.to_owned()),
                     Err(failure) => return Ok(failure.to_string()),
                 },
                 idle = self.idle() => idle?,

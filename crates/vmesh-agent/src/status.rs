@@ -10,7 +10,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::serve::Listener;
 use axum::{Json, Router};
 use http::StatusCode;
 use prometheus_client::collector::Collector;
@@ -22,6 +21,9 @@ use prometheus_client::registry::{Registry, Unit};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::json;
 use tokio::sync::watch;
+use tower::ServiceExt;
+use vmesh_daemon::connections::Gate;
+use vmesh_daemon::http::{LIMITS, Listener};
 use vmesh_daemon::{Stop, metrics};
 
 use vmesh_dns::Zone;
@@ -142,12 +144,18 @@ pub fn router(known: Known) -> Router {
 }
 
 /// Serves the API until the daemon stops; requests under way are answered.
-pub async fn serve<L>(listener: L, known: Known, mut stop: Stop) -> std::io::Result<()>
-where
-    L: Listener,
-    L::Addr: std::fmt::Debug,
-{
-    axum::serve(listener, router(known)).with_graceful_shutdown(async move { stop.requested().await }).await
+pub async fn serve(listener: impl Listener, known: Known, stop: Stop) -> std::io::Result<()> {
+    let routes = router(known);
+    let answer = move |request: http::Request<_>| {
+        let routes = routes.clone();
+        async move {
+            match routes.oneshot(request.map(axum::body::Body::new)).await {
+                Ok(response) => response,
+                Err(never) => match never {},
+            }
+        }
+    };
+    vmesh_daemon::http::serve(listener, Gate::new(LIMITS), answer, stop).await
 }
 
 async fn ready(State(known): State<Known>) -> Response {

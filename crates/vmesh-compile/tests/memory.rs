@@ -128,6 +128,40 @@ fn problems(compiler: &Compiler) -> Vec<Problem> {
     problems
 }
 
+/// A client says itself in which zone it is.
+#[test]
+fn a_zone_that_no_endpoint_is_in_costs_no_class_and_one_that_gets_an_endpoint_has_one() {
+    let mut catalog = Catalog::new(1);
+    let document = DOCUMENTS.iter().find(|document| document.contains("prefer_local")).unwrap();
+    let mut library = Library::default();
+    let (documents, problems) =
+        library.update(&[DocumentFile { path: "mesh.yaml", content: Ok(document.as_bytes()) }]);
+    catalog.on_documents(documents, 1, problems);
+    let service = |versions: &[u8]| {
+        let name: ServiceName = "s0".parse().unwrap();
+        let services = [(name.clone(), seen(&name, true, versions))].into();
+        SourceView { services, problems: Vec::new() }
+    };
+    // One endpoint, in zone `a`.
+    catalog.on_view(0, service(&[1]));
+    let mut compiler = Compiler::new(catalog.world().clone());
+    let of = |zone: &str| NodeReport { zone: Some(zone.into()), ..report() };
+    let in_a = compiler.node(&of("a")).class;
+    let classes: BTreeSet<_> =
+        (0..100).map(|i| compiler.node(&of(&format!("invented-{i}"))).class).collect();
+    assert_eq!(classes.len(), 1);
+    assert_eq!(classes, [compiler.node(&NodeReport { zone: None, ..report() }).class].into());
+    assert!(!classes.contains(&in_a));
+    assert!(classes.contains(&compiler.node(&of("b")).class));
+    // And now one in zone `b`.
+    catalog.on_view(0, service(&[1, 1]));
+    let update = compiler.update(catalog.world().clone());
+    assert!(update.regroups());
+    assert!(!classes.contains(&compiler.node(&of("b")).class));
+    catalog.on_view(0, service(&[1, 2]));
+    assert!(!compiler.update(catalog.world().clone()).regroups(), "no zone more or less");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 

@@ -69,7 +69,8 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
     for (name, value) in labels.iter().flatten() {
         check_text(name).and_then(|()| check_text(value)).map_err(|why| wrong("labels", why))?;
     }
-    check_number(workloads.as_ref().map_or(0, Vec::len), WORKLOADS_MAX).map_err(|why| wrong("workloads", why))?;
+    check_number(workloads.as_ref().map_or(0, Vec::len), WORKLOADS_MAX)
+        .map_err(|why| wrong("workloads", why))?;
     if let Upstreams::Declared(declared) = &upstreams {
         check_number(declared.len(), UPSTREAMS_MAX).map_err(|why| wrong("upstreams", why))?;
     }
@@ -221,7 +222,9 @@ mod tests {
             wrong(serde_json::json!({"labels": {"a": "\u{1b}[2J"}})),
             "node `web-1`: node.metadata.vmesh.labels: `\\u{1b}[2J` has characters in it that are no text"
         );
-        assert!(wrong(serde_json::json!({"labels": {"x".repeat(300): ""}})).contains("longer than 256 bytes"));
+        assert!(
+            wrong(serde_json::json!({"labels": {"x".repeat(300): ""}})).contains("longer than 256 bytes")
+        );
         let many: serde_json::Map<_, _> = (0..65).map(|i| (i.to_string(), "".into())).collect();
         assert!(wrong(serde_json::json!({ "labels": many })).ends_with("at most 64 are taken"));
         let many: Vec<_> = (0..2001).map(|i| format!("s{i}")).collect();
@@ -232,7 +235,8 @@ mod tests {
         let build = format!("\u{9b}31m{}", "x".repeat(300));
         let build = claim("web-1", serde_json::json!({ "build": build })).unwrap().build;
         assert!(build.starts_with("\\u{9b}31mxxx") && build.len() < 300, "{build}");
-        let zone = vmesh_proto::envoy::config::core::v3::Locality { zone: "a\nb".into(), ..Default::default() };
+        let zone =
+            vmesh_proto::envoy::config::core::v3::Locality { zone: "a\nb".into(), ..Default::default() };
         let node = Node { id: "web-1".to_owned(), locality: Some(zone), ..Node::default() };
         assert!(read(&node).unwrap_err().to_string().contains("locality.zone: `a\\nb`"));
     }

@@ -78,7 +78,11 @@ impl Limits {
             (None, true) => total - total / 4,
             (None, false) => 1024,
         };
-        connections::Limits { total, per_origin: per_origin.min(total), pending: PENDING.min(total / 2).max(1) }
+        connections::Limits {
+            total,
+            per_origin: per_origin.min(total),
+            pending: PENDING.min(total / 2).max(1),
+        }
     }
 
     pub(crate) fn nodes(&self) -> NodeLimits {

@@ -21,10 +21,10 @@ use vmesh_xds::{SessionStatus, Snapshot, State};
 
 use crate::claim;
 use crate::discovery::Desk;
-use crate::overrides::unix_now;
 use crate::explain::{self, Standing};
 use crate::known_nodes::KnownNodes;
 use crate::metrics::Propagation;
+use crate::overrides::unix_now;
 use crate::persist::WriteStatus;
 use crate::worlds::{NodeEvent, Published, Sources};
 
@@ -370,7 +370,8 @@ impl Control {
         let mut forgotten = 0;
         for name in names {
             let mut inner = self.lock();
-            if inner.known.is_connected(&name) || self.reports.try_send(NodeEvent::Forget(name.clone())).is_err()
+            if inner.known.is_connected(&name)
+                || self.reports.try_send(NodeEvent::Forget(name.clone())).is_err()
             {
                 continue;
             }

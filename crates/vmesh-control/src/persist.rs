@@ -68,8 +68,7 @@ impl Disk {
     pub(crate) fn open(dir: &Path) -> Result<Disk, PersistError> {
         let unusable = |cause| PersistError::Directory(dir.to_owned(), cause);
         fsx::make_private_dir(dir).map_err(unusable)?;
-        let lock =
-            fsx::lock(&dir.join("lock")).map_err(|cause| PersistError::Lock(dir.to_owned(), cause))?;
+        let lock = fsx::lock(&dir.join("lock")).map_err(|cause| PersistError::Lock(dir.to_owned(), cause))?;
         fsx::sweep(dir).map_err(unusable)?;
         let disk = Disk { dir: dir.to_owned(), _lock: Arc::new(lock) };
         if let Err(error) = fsx::write_atomically(&dir.join("writable"), b"", fsx::PRIVATE) {

@@ -213,16 +213,18 @@ async fn run(config: Config) -> Result<(), RunError> {
 
     let limits = config.limits.xds(config.listen.xds_plaintext, files);
     let bounded = Bounded { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
-    tasks.spawn_draining("xds", |stop| {
-        vmesh_xds::server::serve_bounded(xds, service, bounded, stopped(stop))
-    });
+    tasks
+        .spawn_draining("xds", |stop| vmesh_xds::server::serve_bounded(xds, service, bounded, stopped(stop)));
     let (reads, all) = (api::read_only(control.clone(), registry.clone()), api::full(control, registry));
     // Apart from xDS: whoever asks the API for much makes nobody wait for configuration.
     tasks.spawn_draining("api", |stop| async move {
-        on_own_thread("api", move || async move { serve_http(TcpListener::from_std(api_tcp)?, reads, stop).await })
-            .await
-            .map_err(ServeError::Thread)?
-            .map_err(ServeError::Serve)
+        on_own_thread(
+            "api",
+            move || async move { serve_http(TcpListener::from_std(api_tcp)?, reads, stop).await },
+        )
+        .await
+        .map_err(ServeError::Thread)?
+        .map_err(ServeError::Serve)
     });
     tasks.spawn_draining("api socket", |stop| async move {
         on_own_thread("api socket", move || async move {

@@ -15,10 +15,7 @@ use vmesh_xds::{Kind, Resource, Snapshot};
 const PIECE: usize = 32 << 10;
 
 /// Answers with `{"NAME":[ITEM,...]}`. The items are made one by one, as the client takes them.
-pub(crate) fn list<T: Serialize>(
-    name: &str,
-    items: impl Iterator<Item = T> + Send + 'static,
-) -> Response {
+pub(crate) fn list<T: Serialize>(name: &str, items: impl Iterator<Item = T> + Send + 'static) -> Response {
     let head = format!("{{\"{name}\":[");
     let mut is_first = true;
     let items = items.map(move |item| {
@@ -139,7 +136,10 @@ mod tests {
         let shown: Value = serde_json::from_str(&text(config(&all)).await).unwrap();
         let of = |kind: Kind| &shown[kind.type_url()][0];
         assert_eq!(of(Kind::Cluster)["resource"]["name"], "orders");
-        assert_eq!((&of(Kind::Secret)["name"], &of(Kind::Secret)["resource"]), (&json!("key"), &json!(REDACTED)));
+        assert_eq!(
+            (&of(Kind::Secret)["name"], &of(Kind::Secret)["resource"]),
+            (&json!("key"), &json!(REDACTED))
+        );
         let none = Snapshot { store: Arc::default(), scope: Arc::new(Scope::all()) };
         assert_eq!(text(config(&none)).await, "{}");
     }

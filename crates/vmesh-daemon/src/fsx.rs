@@ -69,7 +69,11 @@ pub fn make_private_dir(path: &Path) -> Result<(), FileError> {
         return Ok(());
     }
     let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true).mode(0o700).create(path).map_err(|cause| failed("create the directory", cause))?;
+    builder
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|cause| failed("create the directory", cause))?;
     // The umask can only have taken something away that the owner needs.
     let mode = std::fs::Permissions::from_mode(0o700);
     std::fs::set_permissions(path, mode).map_err(|cause| failed("set the mode of", cause))
@@ -81,7 +85,8 @@ pub fn lock(path: &Path) -> Result<File, LockError> {
     let failed = |cause: io::Error| LockError::Failed { path: path.to_owned(), cause };
     // NOFOLLOW: what somebody linked there is not written to.
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = rustix::fs::open(path, flags, Mode::from_raw_mode(PRIVATE)).map_err(|errno| failed(errno.into()))?;
+    let file =
+        rustix::fs::open(path, flags, Mode::from_raw_mode(PRIVATE)).map_err(|errno| failed(errno.into()))?;
     let mut file = File::from(file);
     match file.try_lock() {
         Ok(()) => {}
@@ -98,7 +103,8 @@ pub fn lock(path: &Path) -> Result<File, LockError> {
     }
     // The umask must not keep the owner out, and a file of an earlier version may be open to all.
     _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(PRIVATE));
-    let name = std::env::current_exe().ok().and_then(|exe| Some(exe.file_name()?.to_string_lossy().into_owned()));
+    let name =
+        std::env::current_exe().ok().and_then(|exe| Some(exe.file_name()?.to_string_lossy().into_owned()));
     let owner = format!("{} (pid {})", name.as_deref().unwrap_or("process"), std::process::id());
     // Whoever is refused then does not hear who has it; a full disk is no reason not to start.
     _ = file.set_len(0).and_then(|()| file.write_all(owner.as_bytes()));

@@ -100,8 +100,10 @@ pub enum Hosts {
 impl Hosts {
     /// Says what is wrong with the host that `request` names, and with which status it is answered.
     fn check<B>(self, request: &Request<B>) -> Result<(), (StatusCode, String)> {
-        let named = named_hosts(request.uri(), request.headers())
-            .ok_or((StatusCode::BAD_REQUEST, "the request has more than one `Host`, or none that is a host".to_owned()))?;
+        let named = named_hosts(request.uri(), request.headers()).ok_or((
+            StatusCode::BAD_REQUEST,
+            "the request has more than one `Host`, or none that is a host".to_owned(),
+        ))?;
         // HTTP/1.0 has no `Host`, and no browser speaks it.
         if named.is_empty() && request.version() >= Version::HTTP_11 {
             return Err((StatusCode::BAD_REQUEST, "a request of HTTP/1.1 needs a `Host`".to_owned()));
@@ -305,8 +307,9 @@ impl<I> Patient<I> {
             self.stalled = None;
             return written;
         }
-        let stalled =
-            self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + TAKES_WITHIN)));
+        let stalled = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + TAKES_WITHIN)));
         match stalled.as_mut().poll(cx) {
             Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
             Poll::Pending => Poll::Pending,

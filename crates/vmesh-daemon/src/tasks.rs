@@ -231,7 +231,8 @@ where
     T: Send + 'static,
 {
     let (done, is_done) = tokio::sync::oneshot::channel();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ThreadError::Start)?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ThreadError::Start)?;
     let run = move || {
         let outcome = runtime.block_on(async { work().await });
         _ = done.send(outcome);
@@ -273,7 +274,7 @@ mod tests {
         let here = std::thread::current().id();
         let there = on_own_thread("there", async || std::thread::current().id()).await.unwrap();
         assert_ne!(here, there);
-        let panicked = on_own_thread("there", async || assert_eq!(here, there)).await;
+        let panicked = on_own_thread("there", async move || assert_eq!(here, there)).await;
         assert!(matches!(panicked, Err(ThreadError::Panicked)));
     }
 

@@ -45,7 +45,10 @@ fn text(content: &[u8]) -> Option<String> {
 }
 
 /// Calls `field` with each length-delimited field.
-pub(crate) fn fields<'a>(mut message: &'a [u8], mut field: impl FnMut(u32, &'a [u8]) -> Option<()>) -> Option<()> {
+pub(crate) fn fields<'a>(
+    mut message: &'a [u8],
+    mut field: impl FnMut(u32, &'a [u8]) -> Option<()>,
+) -> Option<()> {
     while !message.is_empty() {
         let (tag, wire_type) = decode_key(&mut message).ok()?;
         if wire_type == WireType::LengthDelimited {

@@ -42,7 +42,8 @@ pub use kind::{Kind, PerKind};
 pub use relay::{CheckLocal, ClientId, Relay};
 pub use resource::{Resource, encodings};
 pub use session::{
-    Bounds, Event, KindStatus, Protocol, Rejection, Request, Response, Session, SessionError, SessionStatus, State,
+    Bounds, Event, KindStatus, Protocol, Rejection, Request, Response, Session, SessionError, SessionStatus,
+    State,
 };
 pub use snapshot::{Groups, Scope, Snapshot};
 pub use store::{Group, Store};

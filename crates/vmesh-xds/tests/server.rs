@@ -451,7 +451,11 @@ async fn connections_that_show_nothing_are_closed_and_keep_nobody_out() {
         _ = within(tcp.read_to_end(&mut Vec::new())).await;
     }
     envoy.send(&request(Kind::Listener, "web-1")).await.unwrap();
-    assert_eq!(within(envoy.next()).await.unwrap().type_url, Kind::Listener.type_url(), "it is used and stays");
+    assert_eq!(
+        within(envoy.next()).await.unwrap().type_url,
+        Kind::Listener.type_url(),
+        "it is used and stays"
+    );
 }
 
 #[tokio::test]
@@ -504,9 +508,16 @@ async fn an_authority_that_is_the_path_of_the_socket_is_served() {
     let path_field = [&[0x04, u8::try_from(DELTA.len()).unwrap()], DELTA.as_bytes()].concat();
     let content_type = [&[0x0f, 0x10, 16][..], b"application/grpc"].concat();
     // As the C core of gRPC writes it: `:method POST`, `:scheme http`, and the rest as literals.
-    let block =
-        [&[0x83, 0x86][..], &path_field, &[0x41, 22], authority, &content_type, &[0x40, 2], b"te\x08trailers"]
-            .concat();
+    let block = [
+        &[0x83, 0x86][..],
+        &path_field,
+        &[0x41, 22],
+        authority,
+        &content_type,
+        &[0x40, 2],
+        b"te\x08trailers",
+    ]
+    .concat();
     let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
         let len = u32::try_from(payload.len()).unwrap().to_be_bytes();
         [&len[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()

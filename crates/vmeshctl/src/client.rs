@@ -88,6 +88,11 @@ impl Api {
         self.ask(Method::DELETE, &format!("/api/v1/nodes/{}", escaped(node))).await
     }
 
+    pub(crate) async fn forget_offline_for(&self, longer: Duration) -> Result<Done, AskError> {
+        let longer = vmesh_model::text::show_duration(longer);
+        self.ask(Method::DELETE, &format!("/api/v1/nodes?offline_for={}", escaped(&longer))).await
+    }
+
     pub(crate) async fn discovery(&self) -> Result<Discovery, AskError> {
         self.ask(Method::GET, "/api/v1/discovery").await
     }

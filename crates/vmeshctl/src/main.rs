@@ -16,6 +16,7 @@ mod table;
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
@@ -82,8 +83,15 @@ enum Question {
         #[command(subcommand)]
         say: Option<Say>,
     },
-    /// Forget a node that is offline and not coming back (through the Unix socket of the API only).
-    Forget { node: String },
+    /// Forget a node that is offline and not coming back, or all that have been offline for long (through the Unix socket of
+    /// the API only).
+    Forget {
+        #[arg(required_unless_present = "offline_for")]
+        node: Option<String>,
+        /// Forget every node that has been offline for so long: `1h`, `7d`.
+        #[arg(long, value_name = "DURATION", conflicts_with = "node", value_parser = vmesh_model::text::parse_duration)]
+        offline_for: Option<Duration>,
+    },
 }
 
 /// What changes something goes through the Unix socket of the API only.
@@ -210,7 +218,11 @@ async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
         }
         Question::Discovery { say: None } => shown(cli, api.discovery().await?, show::discovery),
         Question::Discovery { say: Some(say) } => discovery(cli, say).await,
-        Question::Forget { node } => {
+        Question::Forget { offline_for: Some(longer), .. } => {
+            shown(cli, api.forget_offline_for(*longer).await?, done)
+        }
+        Question::Forget { node, .. } => {
+            let node = node.as_deref().unwrap_or_default();
             // What the control plane answers to this is the same for a node that it does not know and for one that is connected.
             if !api.nodes().await?.nodes.iter().any(|known| known.name.as_str() == node) {
                 return Err(AskError::Unknown(format!(

@@ -65,7 +65,10 @@ enum Number {
     Whole,
     /// The name of a field whose value follows.
     Name,
-    Length { text: Text, is_coded: bool },
+    Length {
+        text: Text,
+        is_coded: bool,
+    },
 }
 
 #[derive(Clone, Copy)]
@@ -142,7 +145,9 @@ impl Field {
                     _ => Field::Number { of, value, shift: shift.saturating_add(7) },
                 }
             }
-            Field::Length(text) => Field::number(Number::Length { text, is_coded: *byte & 0x80 != 0 }, *byte, 7),
+            Field::Length(text) => {
+                Field::number(Number::Length { text, is_coded: *byte & 0x80 != 0 }, *byte, 7)
+            }
             Field::Text { text, left, is_coded } => {
                 let is_authority = matches!(text, Text::Value { is_authority: true });
                 if is_authority && !is_coded && !is_of_host(*byte) {

@@ -923,7 +923,9 @@ fn shown(error: &str) -> String {
         match c {
             // Envoy writes one line for each thing that is wrong.
             '\n' => shown.push(c),
-            c if c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}') => {
+            c if c.is_control()
+                || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
+            {
                 shown.extend(c.escape_default());
             }
             c => shown.push(c),

@@ -48,7 +48,11 @@ const SOTW: Tags = Tags { node: 2, error: 6, names: &[3, 7] };
 
 impl Request {
     /// Decodes a message that a client sent. One that is larger than `bounds` is not decoded.
-    pub fn decode(protocol: Protocol, message: bytes::Bytes, bounds: &Bounds) -> Result<Request, SessionError> {
+    pub fn decode(
+        protocol: Protocol,
+        message: bytes::Bytes,
+        bounds: &Bounds,
+    ) -> Result<Request, SessionError> {
         let tags = match protocol {
             Protocol::Delta => &DELTA,
             Protocol::Sotw => &SOTW,
@@ -151,7 +155,8 @@ impl SessionError {
             | SessionError::OtherVariant
             | SessionError::Malformed(_) => 3,
             SessionError::TooLarge { .. }
-            | SessionError::TooManyNames { .. } | SessionError::NamesTooLong { .. } => 8,
+            | SessionError::TooManyNames { .. }
+            | SessionError::NamesTooLong { .. } => 8,
         }
     }
 }
