@@ -29,7 +29,8 @@ fn request(node: &str, zone: &str) -> DeltaDiscoveryRequest {
 
 /// A client that has got its clusters.
 async fn client(xds: SocketAddr, node: &str, zone: &str) -> Result<AdsStream> {
-    let mut stream = AdsStream::connect(&format!("http://{xds}")).await.map_err(Failed::to("could not connect"))?;
+    let mut stream =
+        AdsStream::connect(&format!("http://{xds}")).await.map_err(Failed::to("could not connect"))?;
     stream.send(&request(node, zone)).await.map_err(Failed::to("could not ask"))?;
     tokio::time::timeout(BOUND, stream.next())
         .await
@@ -63,18 +64,20 @@ async fn silent_connections_stop_neither_xds_nor_the_api_nor_files_nor_the_state
         silent.extend(TcpStream::connect_timeout(&to, BOUND).ok());
     }
     assert!(silent.len() > 1000, "{}", silent.len());
-    let mut stream = client(xds, "web-1", "").await?;
+    let stream = client(xds, "web-1", "").await?;
     let two = ORDERS.replace("}]", "}, {address: \"10.0.0.2:80\"}]");
     mesh.write("services.d/orders.yaml", &two)?;
     mesh.until_endpoints("orders", &["10.0.0.1:80", "10.0.0.2:80"]).await?;
     wait_for("the state to be written", BOUND, async || {
         let written = fs::read_dir(mesh.path("state/control")).map_err(|error| error.to_string())?;
-        let of_source = written.flatten().find(|entry| entry.file_name().to_string_lossy().starts_with("source-"));
+        let of_source =
+            written.flatten().find(|entry| entry.file_name().to_string_lossy().starts_with("source-"));
         let text = of_source.and_then(|entry| fs::read_to_string(entry.path()).ok()).unwrap_or_default();
         if text.contains("10.0.0.2:80") { Ok(()) } else { Err(text) }
     })
     .await?;
-    let listeners = DeltaDiscoveryRequest { type_url: Kind::Listener.type_url().to_owned(), ..request("web-1", "") };
+    let listeners =
+        DeltaDiscoveryRequest { type_url: Kind::Listener.type_url().to_owned(), ..request("web-1", "") };
     stream.send(&listeners).await.map_err(Failed::to("the stream has ended"))?;
     assert!(mesh.metric("vmesh_xds_connections").await? < 700.0);
     Ok(())
@@ -83,7 +86,9 @@ async fn silent_connections_stop_neither_xds_nor_the_api_nor_files_nor_the_state
 #[tokio::test(flavor = "multi_thread")]
 async fn the_api_answers_only_for_loopback_and_nobody_who_does_not_read_costs_much() -> Result<()> {
     let services: String = (0..3000)
-        .map(|i| format!("---\nservice: orders-with-a-long-name-{i}\nendpoints: [\"10.0.0.1:{}\"]\n", 1000 + i))
+        .map(|i| {
+            format!("---\nservice: orders-with-a-long-name-{i}\nendpoints: [\"10.0.0.1:{}\"]\n", 1000 + i)
+        })
         .collect();
     let mut mesh = Mesh::start(&[("services.d/orders.yaml", services.trim_start_matches("---\n"))]).await?;
     let (xds, api) = (mesh.xds(), mesh.api());
@@ -161,7 +166,8 @@ async fn invented_names_and_zones_cost_no_more_than_their_limit() -> Result<()> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_control_plane_leaves_the_state_of_the_first_alone_and_no_signal_of_a_script_kills() -> Result<()> {
+async fn a_second_control_plane_leaves_the_state_of_the_first_alone_and_no_signal_of_a_script_kills()
+-> Result<()> {
     let mut mesh = Mesh::start(&[("services.d/orders.yaml", ORDERS)]).await?;
     let pid = mesh.control()?.pid();
     fs::write(mesh.path("state/control/.nodes.json.1-0.vmesh-tmp"), "half").map_err(Failed::to("no file"))?;
@@ -170,7 +176,8 @@ async fn a_second_control_plane_leaves_the_state_of_the_first_alone_and_no_signa
     assert!(!status.success());
     let said = second.output();
     assert!(said.contains("is locked by vmesh-control (pid ") && said.contains(&pid.to_string()), "{said}");
-    let mode = |file: &str| fs::metadata(mesh.path(file)).map(|metadata| metadata.mode() & 0o777).ok();
+    let dir = mesh.path("");
+    let mode = |file: &str| fs::metadata(dir.join(file)).map(|metadata| metadata.mode() & 0o777).ok();
     assert_eq!((mode("state/control"), mode("state/control/lock")), (Some(0o700), Some(0o600)));
     for signal in [Signal::HUP, Signal::USR1, Signal::USR2] {
         mesh.control()?.signal(signal)?;

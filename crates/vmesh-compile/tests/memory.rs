@@ -147,8 +147,7 @@ fn a_zone_that_no_endpoint_is_in_costs_no_class_and_one_that_gets_an_endpoint_ha
     let mut compiler = Compiler::new(catalog.world().clone());
     let of = |zone: &str| NodeReport { zone: Some(zone.into()), ..report() };
     let in_a = compiler.node(&of("a")).class;
-    let classes: BTreeSet<_> =
-        (0..100).map(|i| compiler.node(&of(&format!("invented-{i}"))).class).collect();
+    let classes: BTreeSet<_> = (0..100).map(|i| compiler.node(&of(&format!("invented-{i}"))).class).collect();
     assert_eq!(classes.len(), 1);
     assert_eq!(classes, [compiler.node(&NodeReport { zone: None, ..report() }).class].into());
     assert!(!classes.contains(&in_a));

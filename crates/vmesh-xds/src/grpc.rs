@@ -42,6 +42,7 @@ pub(crate) struct Budget {
 const FREE: usize = 4 << 10;
 
 impl Budget {
+    #[cfg(feature = "server")]
     pub(crate) fn new(bytes: usize) -> Arc<Budget> {
         Arc::new(Budget { left: AtomicUsize::new(bytes) })
     }
