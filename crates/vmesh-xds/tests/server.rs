@@ -386,7 +386,7 @@ async fn a_request_that_would_be_large_in_memory_is_not_decoded() {
 async fn incomplete_requests_of_strangers_share_a_bounded_memory() {
     let server = Server::start().await;
     // 160 streams that each send most of a mebibyte and never the rest; 64 MiB is what they share.
-    let half: &'static [u8] = vec![&[0, 0, 0x0f, 0xff, 0xff][..], &vec![0; 900_000]].concat().leak();
+    let half: &'static [u8] = [&[0, 0, 0x0f, 0xff, 0xff][..], &vec![0; 900_000]].concat().leak();
     let mut ended = tokio::task::JoinSet::new();
     let (held, holding) = watch::channel(0);
     for _ in 0..10 {
