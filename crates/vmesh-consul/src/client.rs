@@ -1,16 +1,18 @@
 //! Requests, and whom they are sent to.
 
 use std::fmt;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, HOST};
 use http::{HeaderMap, HeaderValue, Method, Request, Version};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use xxhash_rust::xxh3::xxh3_64;
@@ -20,8 +22,14 @@ use crate::credentials::{Credentials, Edition};
 use crate::error::{ConsulError, ErrorKind};
 use crate::pool::{Lease, Pool, broken};
 
-/// Larger answers are not read: the health of a service of 20,000 instances is well below it.
-pub const MAX_BODY: usize = 64 << 20;
+/// Larger answers are not read: the health of a service of 20,000 instances is about as large.
+pub const MAX_BODY: usize = 32 << 20;
+/// Answers up to this size are read whenever they come: the health of a service of 100 instances is about as large.
+const SMALL_BODY: usize = 128 << 10;
+/// So many larger answers are in memory at once, from their first byte until they have been parsed. The others are left
+/// with the server meanwhile, so the answers of one client never take more than this times [`MAX_BODY`], and what the
+/// small ones do.
+const LARGE_BODIES: usize = 4;
 /// What a request may take beyond the time that it asks to wait for. A server without a leader alone takes 7 s to say so.
 pub const MARGIN: Duration = Duration::from_secs(10);
 /// How long a server may take to say who leads its own datacenter.
@@ -108,13 +116,30 @@ struct Inner {
     namespace: Option<String>,
     partition: Option<String>,
     counters: Arc<Counters>,
+    /// One permit for each answer of more than [`SMALL_BODY`] that may be in memory.
+    large_bodies: Arc<Semaphore>,
+}
+
+/// The bytes of an answer. While they are kept, a large answer keeps others from being read: parse and drop them.
+#[derive(Debug)]
+pub struct Body {
+    bytes: Bytes,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Deref for Body {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// An answer before it is judged.
 struct Reply {
     status: u16,
     headers: HeaderMap,
-    body: Bytes,
+    body: Body,
     view: u64,
 }
 
@@ -134,6 +159,7 @@ impl Client {
             namespace: config.namespace.clone(),
             partition: config.partition.clone(),
             counters,
+            large_bodies: Arc::new(Semaphore::new(LARGE_BODIES)),
         }))
     }
 
@@ -185,7 +211,7 @@ impl Client {
     }
 
     /// GET `path`, as it comes. 404 is an error.
-    pub async fn get_bytes(&self, path: &str, query: &Query) -> Result<Answer<Bytes>, ConsulError> {
+    pub async fn get_bytes(&self, path: &str, query: &Query) -> Result<Answer<Body>, ConsulError> {
         self.read(path, query, false).await
     }
 
@@ -194,7 +220,7 @@ impl Client {
         &self,
         path: &str,
         query: &Query,
-    ) -> Result<Answer<Option<Bytes>>, ConsulError> {
+    ) -> Result<Answer<Option<Body>>, ConsulError> {
         let Answer { value, meta } = self.read(path, query, true).await?;
         let value = if meta.hash == NOTHING { None } else { Some(value) };
         Ok(Answer { value, meta })
@@ -202,7 +228,7 @@ impl Client {
 
     /// Asks the address that worked last. One that fails is left for the next. What can be asked again at once is:
     /// a blocking query is not, since whoever waits for it should first look what there is.
-    async fn read(&self, path: &str, query: &Query, or_nothing: bool) -> Result<Answer<Bytes>, ConsulError> {
+    async fn read(&self, path: &str, query: &Query, or_nothing: bool) -> Result<Answer<Body>, ConsulError> {
         let pools = &self.0.pools;
         let attempts = if query.index == 0 { pools.len() } else { 1 };
         let mut attempt = 1;
@@ -280,7 +306,7 @@ impl Client {
         let outcome = self.exchange(pool, "PUT", path, &query, Some(body), false).await;
         let kind = match outcome {
             Ok(reply) => match ErrorKind::of(reply.status, &reply.body) {
-                None => return Ok(reply.body),
+                None => return Ok(reply.body.bytes),
                 Some(kind) => kind,
             },
             Err(kind) => kind,
@@ -371,7 +397,7 @@ impl Client {
             let whole = async {
                 let response = sent.await.map_err(Broken::BeforeTheAnswer)?;
                 let (parts, body) = response.into_parts();
-                Ok((parts, collected(body).await.map_err(Broken::After)?))
+                Ok((parts, collected(body, &self.0.large_bodies).await.map_err(Broken::After)?))
             };
             let outcome = tokio::select! {
                 outcome = timeout(within, whole) => outcome,
@@ -476,17 +502,28 @@ fn request(
     request.body(Full::new(body.unwrap_or_default())).map_err(|error| ErrorKind::BadBody(error.to_string()))
 }
 
-async fn collected(body: Incoming) -> Result<Bytes, ErrorKind> {
-    match Limited::new(body, MAX_BODY).collect().await {
-        Ok(whole) => Ok(whole.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => {
-            Err(ErrorKind::BadBody(format!("it is larger than {MAX_BODY} bytes")))
+/// Reads a body to its end. One that turns out to be large waits for its turn before more of it is read.
+async fn collected(mut body: Incoming, large_bodies: &Arc<Semaphore>) -> Result<Body, ErrorKind> {
+    let too_large = || ErrorKind::BadBody(format!("it is larger than {MAX_BODY} bytes"));
+    let (mut bytes, mut permit) = (BytesMut::new(), None);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| {
+            ErrorKind::Unreachable(format!("the connection broke within the answer: {error}"))
+        })?;
+        let Ok(data) = frame.into_data() else { continue };
+        if bytes.len() + data.len() > MAX_BODY {
+            return Err(too_large());
         }
-        Err(error) => Err(ErrorKind::Unreachable(format!("the connection broke within the answer: {error}"))),
+        if permit.is_none() && bytes.len() + data.len() > SMALL_BODY {
+            let closed = |_| ErrorKind::Unreachable("the client is closed".to_owned());
+            permit = Some(large_bodies.clone().acquire_owned().await.map_err(closed)?);
+        }
+        bytes.extend_from_slice(&data);
     }
+    Ok(Body { bytes: bytes.freeze(), _permit: permit })
 }
 
-fn answer(reply: Reply) -> Answer<Bytes> {
+fn answer(reply: Reply) -> Answer<Body> {
     let text = |name: &str| reply.headers.get(name).and_then(|value| value.to_str().ok());
     let says = |name: &str| text(name).is_some_and(|said| said.eq_ignore_ascii_case("true"));
     let meta = Meta {
@@ -542,6 +579,74 @@ mod tests {
             "/v1/kv/a?stale&index=7&wait=600000ms&recurse&dc=dc1&ns=team%20a&partition=p"
         );
         assert_eq!(escaped("a b/ö?&-._~"), "a%20b%2F%C3%B6%3F%26-._~");
+    }
+
+    /// A server that announces an answer of `length` bytes to every request, and sends as many as are taken.
+    async fn pouring(tasks: &mut JoinSet<()>, length: usize, sent: Arc<AtomicUsize>) -> Address {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+                let sent = sent.clone();
+                connections.spawn(async move {
+                    let mut line = String::new();
+                    while stream.read_line(&mut line).await.unwrap_or(0) > 2 {
+                        line.clear();
+                    }
+                    let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+                    let chunk = [&b"10000\r\n"[..], &[b' '; 1 << 16], b"\r\n"].concat();
+                    _ = stream.get_mut().write_all(head.as_bytes()).await;
+                    for _ in 0..length >> 16 {
+                        if stream.get_mut().write_all(&chunk).await.is_err() {
+                            return;
+                        }
+                        sent.fetch_add(1 << 16, Ordering::Relaxed);
+                    }
+                    _ = stream.get_mut().write_all(b"0\r\n\r\n").await;
+                });
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_end_is_not_read_to_its_end() {
+        let (mut tasks, sent) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
+        let address = pouring(&mut tasks, 1 << 30, sent.clone()).await;
+        let client = Client::new(&Config::of([address]));
+        let failed = client.get_bytes("/v1/health/service/a", &Query::default()).await.unwrap_err();
+        assert_eq!(failed.kind, ErrorKind::BadBody(format!("it is larger than {MAX_BODY} bytes")));
+        let sent = sent.load(Ordering::Relaxed);
+        assert!(sent <= MAX_BODY + (16 << 20), "{sent} bytes were taken");
+    }
+
+    #[tokio::test]
+    async fn only_a_few_large_answers_are_in_memory_at_once_and_all_come_in_time() {
+        const LARGE: usize = 16 << 20;
+        let (mut tasks, sent) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
+        let address = pouring(&mut tasks, LARGE, sent.clone()).await;
+        let client = Client::new(&Config::of([address]));
+        let mut asked = JoinSet::new();
+        for _ in 0..24 {
+            let client = client.clone();
+            asked.spawn(async move { client.get_bytes("/v1/health/service/a", &Query::default()).await });
+        }
+        let mut kept = Vec::new();
+        while kept.len() < LARGE_BODIES {
+            kept.push(asked.join_next().await.unwrap().unwrap().unwrap());
+        }
+        // The others wait with the server for as long as these are kept: what sockets and buffers hold is little.
+        let more = tokio::time::timeout(Duration::from_millis(300), asked.join_next()).await;
+        assert!(more.is_err(), "a fifth large answer was read");
+        let sent_now = sent.load(Ordering::Relaxed);
+        assert!(sent_now < LARGE_BODIES * LARGE + 20 * (8 << 20), "{sent_now} bytes were taken");
+        drop(kept);
+        while let Some(answer) = asked.join_next().await {
+            assert_eq!(answer.unwrap().unwrap().value.len(), LARGE);
+        }
     }
 
     type Says = &'static [(&'static str, &'static str, &'static str)];

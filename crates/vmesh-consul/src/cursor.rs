@@ -131,6 +131,12 @@ impl Cursor {
         if is_same { Verdict::Same } else { Verdict::News }
     }
 
+    /// Takes note of an answer that its reader refused: the same answer is news again.
+    pub fn refused(&mut self, now: Instant) {
+        self.hash = None;
+        self.failed(now);
+    }
+
     /// Takes note of a failure: the next query comes later, and asks for what there is.
     pub fn failed(&mut self, now: Instant) {
         self.ask = 0;

@@ -25,7 +25,7 @@ mod pool;
 pub mod watch;
 
 pub use agent::{Check, CheckStatus, Registration, Weights};
-pub use client::{Answer, Client, Consistency, Counters, Meta, Query, escaped};
+pub use client::{Answer, Body, Client, Consistency, Counters, Meta, Query, escaped};
 pub use config::{Address, Addresses, Config, MaxConnections, Tls};
 pub use cursor::{Cursor, Verdict};
 pub use error::{ConsulError, ErrorKind};

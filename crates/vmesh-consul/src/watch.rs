@@ -5,10 +5,9 @@ use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::time::{Instant, sleep_until};
 
-use crate::client::{Answer, Client, Consistency, Query};
+use crate::client::{Answer, Body, Client, Consistency, Query};
 use crate::cursor::{Cursor, Verdict};
 use crate::error::{ConsulError, ErrorKind};
 
@@ -45,7 +44,7 @@ impl Pace {
     }
 }
 
-type Asked = Pin<Box<dyn Future<Output = Result<Answer<Option<Bytes>>, ConsulError>> + Send>>;
+type Asked = Pin<Box<dyn Future<Output = Result<Answer<Option<Body>>, ConsulError>> + Send>>;
 
 /// Watches one path: [`Watch::next`] returns what it says whenever that is something else.
 pub struct Watch<T> {
@@ -130,7 +129,7 @@ impl<T> Watch<T> {
     /// The news in an answer, if there is any.
     fn take(
         &mut self,
-        outcome: Result<Answer<Option<Bytes>>, ConsulError>,
+        outcome: Result<Answer<Option<Body>>, ConsulError>,
         was_strong: bool,
     ) -> Result<Option<Answer<T>>, ConsulError> {
         let now = Instant::now();

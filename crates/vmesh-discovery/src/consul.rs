@@ -49,6 +49,8 @@ const CONFIRM_AT_ONCE: usize = 16;
 /// A service that is listed without instances is asked for again after so long, before that is called strange: it may
 /// just be going.
 const EMPTY_AGAIN: Duration = Duration::from_secs(1);
+/// All answers that are kept had no more bytes than this together: the health of 200,000 instances.
+const MAX_KEPT: usize = 256 << 20;
 /// What a token needs, in messages.
 const RIGHTS: &str = "the token needs `service_prefix \"\" { policy = \"read\" }` and `node_prefix \"\" { policy = \"read\" }`";
 
@@ -74,6 +76,9 @@ pub struct ConsulSource<R = SystemResolver> {
     /// Since when the first view waits for names.
     first_names: Option<Instant>,
     settle_at: Option<Instant>,
+    /// How many bytes the answers had that are kept, and how many they may have.
+    kept_bytes: usize,
+    max_kept: usize,
     told: Option<Registrations>,
     /// The catalogue could not be read, so the next view is news whatever it says.
     has_failed: bool,
@@ -133,6 +138,8 @@ impl<R: Resolve> ConsulSource<R> {
             started: Instant::now(),
             first_names: None,
             settle_at: None,
+            kept_bytes: 0,
+            max_kept: MAX_KEPT,
             told: None,
             has_failed: false,
             name,
@@ -387,6 +394,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
         }
         let mut changed = self.plan.list(at, listed, problems, now);
+        self.count_kept();
         if is_first {
             for name in self.hidden(at) {
                 self.plan.watch_hidden(at, &name, now);
@@ -458,6 +466,7 @@ impl<R: Resolve> ConsulSource<R> {
             if !watched.listed && !answer.meta.filtered {
                 // Nothing was kept from us: it is gone.
                 self.plan.forget(key);
+                self.count_kept();
                 self.judge(&key.1);
                 self.settle(now);
                 return;
@@ -478,6 +487,24 @@ impl<R: Resolve> ConsulSource<R> {
             return;
         }
         watched.empties = 0;
+        let had_bytes = watched.read.as_ref().map_or(0, |read| read.bytes);
+        if let Some(read) = &answer.value
+            && (self.kept_bytes + read.bytes).saturating_sub(had_bytes) > self.max_kept
+        {
+            let why = format!(
+                "Consul's answers have more than {} bytes together, which is more than is kept: see what its services \
+                 register (`services.include` chooses those that are wanted)",
+                self.max_kept
+            );
+            watched.cursor.refused(now);
+            watched.failure = Some(why.into());
+            self.judge(&key.1);
+            self.settle(now);
+            return;
+        }
+        if let Some(read) = &answer.value {
+            self.kept_bytes = (self.kept_bytes + read.bytes).saturating_sub(had_bytes);
+        }
         watched.failure = None;
         let is_news = match answer.value {
             Some(read) if watched.read.as_deref() == Some(&read) => false,
@@ -491,6 +518,12 @@ impl<R: Resolve> ConsulSource<R> {
             self.judge(&key.1);
             self.settle(now);
         }
+    }
+
+    /// Counts the bytes of what is kept anew, after services were forgotten.
+    fn count_kept(&mut self) {
+        let reads = self.plan.services.values().filter_map(|watched| watched.read.as_ref());
+        self.kept_bytes = reads.map(|read| read.bytes).sum();
     }
 
     fn settle(&mut self, now: Instant) {

@@ -14,7 +14,9 @@
 //! force, marked stale, and the same guard stands before it as before every registry.
 
 mod config;
+mod log;
 pub mod protocol;
+mod run;
 mod talk;
 
 use std::collections::{BTreeMap, BTreeSet};

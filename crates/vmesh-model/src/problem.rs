@@ -1,9 +1,12 @@
 //! What an operator has to mend, and where.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+use crate::text::printable;
 
 /// Where in the operator's own text something is. Line and column count from 1; a place without a line is the
 /// whole file, and one without a file has no text behind it (a node's report, say).
@@ -26,7 +29,8 @@ impl Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.file)?;
+        // The file stays as it is named, to be found again; it is shown escaped.
+        f.write_str(&printable(&self.file))?;
         if self.line > 0 {
             write!(f, ":{}:{}", self.line, self.column)?;
         }
@@ -45,8 +49,17 @@ pub struct Problem {
 }
 
 impl Problem {
+    /// Subject and message may quote the input: characters that a terminal would act on are escaped here, for all who show
+    /// a problem.
     pub fn new(place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) -> Problem {
-        Problem { place, subject: subject.into(), message: message.into() }
+        let (mut subject, mut message): (Arc<str>, String) = (subject.into(), message.into());
+        if let Cow::Owned(shown) = printable(&subject) {
+            subject = shown.into();
+        }
+        if let Cow::Owned(shown) = printable(&message) {
+            message = shown;
+        }
+        Problem { place, subject, message }
     }
 
     /// Adds what it costs: `outcome`, which is a sentence but for its capital and its full stop.

@@ -29,7 +29,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use zookeeper_client as zk;
 
 use crate::config::{Config, Watch, check_path};
-use crate::pass::{self, Findings, OneShots, Start, Want, depth};
+use crate::pass::{self, Excess, Findings, OneShots, Start, Want, depth};
 use crate::session::{Backoff, Connection, Count, Counted, Error, Secrets, is_of_session, jitter};
 use crate::tree::{Node, build, put};
 
@@ -45,6 +45,9 @@ const OLD: Duration = Duration::from_secs(3600);
 /// How long to stay with a server that only answers reads, before others are asked again.
 const READ_ONLY: Duration = Duration::from_secs(30);
 
+/// Bytes of data and names below one root that are kept in memory, if nothing else is set: 200,000 nodes of 1 KiB fit.
+const MAX_BYTES: usize = 256 << 20;
+
 /// A subtree to be mirrored.
 #[derive(Clone)]
 pub struct Root {
@@ -53,6 +56,8 @@ pub struct Root {
     pub max_depth: usize,
     /// A root with more nodes than this is taken for the wrong one.
     pub max_nodes: usize,
+    /// The same for the bytes of its nodes' data and names together.
+    pub max_bytes: usize,
     keep: Keep,
 }
 
@@ -60,11 +65,11 @@ pub struct Root {
 type Keep = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 impl Root {
-    /// `path` is absolute, below the chroot if there is one. Built in: 16 levels, 200,000 nodes.
+    /// `path` is absolute, below the chroot if there is one. Built in: 16 levels, 200,000 nodes, 256 MiB.
     pub fn new(path: impl Into<String>) -> Result<Root, String> {
         let path = path.into();
         check_path(&path)?;
-        Ok(Root { path, max_depth: 16, max_nodes: 200_000, keep: Arc::new(|_| true) })
+        Ok(Root { path, max_depth: 16, max_nodes: 200_000, max_bytes: MAX_BYTES, keep: Arc::new(|_| true) })
     }
 
     /// Leaves out nodes, with all below them, of which `keep` says no. It is told paths relative to the root.
@@ -407,18 +412,19 @@ impl Driver {
             let is_confirming = reply.is_some();
             let done = tokio::select! {
                 biased;
-                state = states.changed() => {
-                    if let Some(reply) = reply {
-                        _ = reply.send(Err(self.lost("lost its connection while everything was read again")));
-                    }
-                    return Ended::State(state);
-                }
+                // The answer first: it says why the connection ended, and the state only that it did.
                 done = async {
                     match whole {
                         true => self.whole(client, watches, is_confirming).await,
                         false => self.update(client, watches, dirty).await,
                     }
                 } => done,
+                state = states.changed() => {
+                    if let Some(reply) = reply {
+                        _ = reply.send(Err(self.lost("lost its connection while everything was read again")));
+                    }
+                    return Ended::State(state);
+                }
             };
             match (done, reply) {
                 (Ok(()), Some(reply)) => _ = reply.send(Ok(self.shared.views.borrow().clone())),
@@ -445,6 +451,10 @@ impl Driver {
                 )
             }
             zk::Error::Unimplemented => Ended::Error(Error::NoPersistentWatches(servers)),
+            // The next attempt is left to the back-off: the same server would send the same again.
+            error @ zk::Error::ReplyTooLarge { .. } => {
+                Ended::Error(Error::request("read from", &servers, &error))
+            }
             error if is_of_session(&error) && error != zk::Error::Throttled => {
                 match self.refusing(timeout(patience, states.changed())).await {
                     Ok(state) => Ended::State(state),
@@ -605,8 +615,8 @@ impl Driver {
             let (Some(root), Some(seen)) = (self.shared.roots.get(*index), self.seen.get_mut(*index)) else {
                 continue;
             };
-            if findings.too_many.contains(index) {
-                seen.failed = Some(too_many(root));
+            if let Some(excess) = findings.too_many.get(index) {
+                seen.failed = Some(excess.message(root));
                 self.refused.insert((*index, root.path.clone()));
                 continue;
             }
@@ -614,6 +624,14 @@ impl Driver {
             let relative = root.relative(path);
             let before = seen.tree.as_ref().and_then(|tree| child(tree, relative));
             let now = build(path, found, before);
+            // Judged before it is put in: a tree that grew node by node past its limit would have none.
+            if let Some(excess) =
+                excess_of(root, seen.tree.as_deref(), before.map(|node| &**node), now.as_deref())
+            {
+                seen.failed = Some(excess.message(root));
+                self.refused.insert((*index, root.path.clone()));
+                continue;
+            }
             if relative.is_empty() {
                 // A root that cannot be read is not one without content.
                 seen.failed = now.as_ref().and_then(|tree| tree.unreadable.clone());
@@ -622,21 +640,38 @@ impl Driver {
                 }
             }
             put(&mut seen.tree, relative, now);
-            if seen.tree.as_ref().is_some_and(|tree| tree.size() > root.max_nodes) {
-                seen.failed = Some(too_many(root));
-                self.refused.insert((*index, root.path.clone()));
-            }
         }
         self.refused.extend(findings.refused.iter().cloned());
     }
 }
 
-fn too_many(root: &Root) -> Arc<str> {
-    format!(
-        "there are more than {} nodes below {}: this is not taken for what is meant (see `max_nodes`)",
-        root.max_nodes, root.path
-    )
-    .into()
+/// Returns which limit of `root` its `tree` would exceed with `now` in the place of `before`.
+fn excess_of(root: &Root, tree: Option<&Node>, before: Option<&Node>, now: Option<&Node>) -> Option<Excess> {
+    let with = |of: fn(&Node) -> usize| {
+        let of = |node: Option<&Node>| node.map_or(0, of);
+        (of(tree) + of(now)).saturating_sub(of(before))
+    };
+    if with(Node::size) > root.max_nodes {
+        Some(Excess::Nodes)
+    } else if with(Node::bytes) > root.max_bytes {
+        Some(Excess::Bytes)
+    } else {
+        None
+    }
+}
+
+impl Excess {
+    fn message(self, root: &Root) -> Arc<str> {
+        let more = match self {
+            Excess::Nodes => format!("more than {} nodes below {}", root.max_nodes, root.path),
+            Excess::Bytes => format!("more than {} bytes in the nodes below {}", root.max_bytes, root.path),
+        };
+        let hint = match self {
+            Excess::Nodes => "see `max_nodes`",
+            Excess::Bytes => "no registry of services is that large",
+        };
+        format!("there are {more}: this is not taken for what is meant ({hint})").into()
+    }
 }
 
 fn child<'a>(tree: &'a Arc<Node>, relative: &str) -> Option<&'a Arc<Node>> {

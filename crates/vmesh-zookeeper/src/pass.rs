@@ -14,8 +14,9 @@ use crate::mirror::Root;
 use crate::session::{is_of_session, words};
 use crate::tree::{Children, Found, Here, Owner, Stat, join, segments};
 
-/// How many requests are under way at once. A server queues 1,000 before it stops reading from anybody.
-const AT_ONCE: usize = 128;
+/// How many requests are under way at once. A server queues 1,000 before it stops reading from anybody, and their replies,
+/// which the client bounds one by one (8 MiB), are in memory together.
+const AT_ONCE: usize = 64;
 
 /// What to read of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,13 +53,22 @@ pub(crate) type OneShots = JoinSet<(usize, zk::WatchedEvent)>;
 pub(crate) struct Findings {
     pub(crate) found: BTreeMap<usize, BTreeMap<String, Found>>,
     /// Roots below which there is more than is allowed.
-    pub(crate) too_many: BTreeSet<usize>,
+    pub(crate) too_many: BTreeMap<usize, Excess>,
     /// Nodes that could not be read.
     pub(crate) refused: BTreeSet<(usize, String)>,
     pub(crate) reads: u64,
     pub(crate) failed: u64,
     /// How many nodes were found to be read, by root.
     queued: BTreeMap<usize, usize>,
+    /// How many bytes of data and names were read, by root.
+    bytes: BTreeMap<usize, usize>,
+}
+
+/// A limit of a root that what is below it exceeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Excess {
+    Nodes,
+    Bytes,
 }
 
 type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, zk::Error>> + Send + 'a>>;
@@ -220,6 +230,9 @@ impl Findings {
         // To hear of the first child by one-shot watches its parent has to be listed although it has none yet.
         let may_have_children = !owner.is_session() && !deep && (watch || stat.num_children > 0);
         let all = job.want == Want::All;
+        if !self.has_room(&job, data.len() + job.path.len(), roots, todo) {
+            return;
+        }
         self.here(&job, |here| {
             here.data = Some(Ok((Bytes::from(data), kept)));
             if all {
@@ -234,16 +247,39 @@ impl Findings {
     fn children(&mut self, job: &Job, mut names: Vec<String>, roots: &[Root], todo: &mut VecDeque<Job>) {
         let Some(root) = roots.get(job.root) else { return };
         names.retain(|name| root.wants(&join(&job.path, name)));
+        if !self.has_room(job, names.iter().map(String::len).sum(), roots, todo) {
+            return;
+        }
         let new: Vec<_> = names.iter().filter(|name| !job.known.contains(name.as_str())).collect();
         let queued = self.queued.entry(job.root).or_default();
         *queued += new.len();
         if *queued > root.max_nodes {
-            self.too_many.insert(job.root);
-            todo.retain(|waiting| waiting.root != job.root);
+            self.give_up(job.root, Excess::Nodes, todo);
         } else {
             todo.extend(new.into_iter().map(|name| Job::new(job.root, join(&job.path, name), Want::All)));
         }
         self.here(job, |here| here.children = Children::Are(names));
+    }
+
+    /// Counts `more` bytes for the root of `job`; `false` if that is more than the root may have.
+    fn has_room(&mut self, job: &Job, more: usize, roots: &[Root], todo: &mut VecDeque<Job>) -> bool {
+        if self.too_many.contains_key(&job.root) {
+            return false;
+        }
+        let bytes = self.bytes.entry(job.root).or_default();
+        *bytes = bytes.saturating_add(more);
+        let has_room = roots.get(job.root).is_some_and(|root| *bytes <= root.max_bytes);
+        if !has_room {
+            self.give_up(job.root, Excess::Bytes, todo);
+        }
+        has_room
+    }
+
+    /// Reads no more below a root, and forgets what was read of it.
+    fn give_up(&mut self, root: usize, excess: Excess, todo: &mut VecDeque<Job>) {
+        self.too_many.insert(root, excess);
+        self.found.remove(&root);
+        todo.retain(|waiting| waiting.root != root);
     }
 
     fn refused(&mut self, job: Job, error: &zk::Error) {

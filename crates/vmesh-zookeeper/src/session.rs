@@ -97,6 +97,12 @@ pub(crate) fn words(error: &zk::Error) -> String {
         zk::Error::NotReadOnly => "the server has lost its quorum and only answers reads",
         zk::Error::QuotaExceeded => "the quota of a node above it is used up",
         zk::Error::SessionExpired => "the session expired",
+        zk::Error::ReplyTooLarge { announced, limit } => {
+            return format!(
+                "the server announces a reply of {announced} bytes, and at most {limit} are read: is it a ZooKeeper, and \
+                 does a node hold that much or have so many children?"
+            );
+        }
         zk::Error::NoChildrenForEphemerals => {
             "the node above it is ephemeral, and such nodes have no children"
         }
@@ -117,6 +123,7 @@ pub(crate) fn is_of_session(error: &zk::Error) -> bool {
             | zk::Error::NoHosts
             | zk::Error::Timeout
             | zk::Error::Throttled
+            | zk::Error::ReplyTooLarge { .. }
             // What the client says when its own session task is gone.
             | zk::Error::UnexpectedError(_)
             | zk::Error::RuntimeInconsistent

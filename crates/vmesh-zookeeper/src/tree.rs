@@ -16,6 +16,8 @@ pub struct Node {
     pub children: BTreeMap<Arc<str>, Arc<Node>>,
     /// How many nodes there are, this one included.
     size: usize,
+    /// How many bytes the data of all of them and the names of all below this one have.
+    bytes: usize,
 }
 
 /// What ZooKeeper says of a node, as far as it changes only when the node does.
@@ -83,8 +85,8 @@ pub(crate) enum Children {
 
 impl Node {
     pub fn new(data: Bytes, stat: Stat, children: BTreeMap<Arc<str>, Arc<Node>>) -> Node {
-        let size = 1 + children.values().map(|child| child.size).sum::<usize>();
-        Node { data, stat, unreadable: None, children, size }
+        let (size, bytes) = measured(&data, &children);
+        Node { data, stat, unreadable: None, children, size, bytes }
     }
 
     /// Whether anything was ever read of it: a node that may not be read is known by its parent only.
@@ -95,6 +97,11 @@ impl Node {
     /// How many nodes there are, this one included.
     pub fn size(&self) -> usize {
         self.size
+    }
+
+    /// How many bytes the data of all of them and the names of all below this one have.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// The node at a path relative to this one: `a/b`; this one at the empty path.
@@ -128,8 +135,16 @@ impl Node {
             unreadable: None,
             children: BTreeMap::new(),
             size: 1,
+            bytes: data.len(),
         }
     }
+}
+
+/// How many nodes, and how many bytes, a node with this data and these children has.
+fn measured(data: &Bytes, children: &BTreeMap<Arc<str>, Arc<Node>>) -> (usize, usize) {
+    let of = |(name, child): (&Arc<str>, &Arc<Node>)| (child.size, name.len() + child.bytes);
+    let add = |sum: (usize, usize), of: (usize, usize)| (sum.0 + of.0, sum.1 + of.1);
+    children.iter().map(of).fold((1, data.len()), add)
 }
 
 /// The names in a relative path.
@@ -189,8 +204,8 @@ pub(crate) fn build(
     {
         return Some(before.clone());
     }
-    let size = 1 + children.values().map(|child| child.size).sum::<usize>();
-    Some(Arc::new(Node { data, stat, unreadable, children, size }))
+    let (size, bytes) = measured(&data, &children);
+    Some(Arc::new(Node { data, stat, unreadable, children, size, bytes }))
 }
 
 fn same(before: &BTreeMap<Arc<str>, Arc<Node>>, now: &BTreeMap<Arc<str>, Arc<Node>>) -> bool {
@@ -214,13 +229,20 @@ pub(crate) fn put(tree: &mut Option<Arc<Node>>, path: &str, node: Option<Arc<Nod
         *tree = node;
         return;
     }
-    let (less, more) = (before.map_or(0, |before| before.size), node.as_ref().map_or(0, |node| node.size));
+    // A node's name is one of its parent's bytes.
+    let name = segments(path).last().map_or(0, str::len);
+    let of = |node: Option<&Arc<Node>>| node.map_or((0, 0), |node| (node.size, node.bytes + name));
+    let (less, more) = (of(before), of(node.as_ref()));
     let parents = || segments(path).take(segments(path).count().saturating_sub(1));
     let has_parent =
         tree.as_ref().is_some_and(|tree| tree.at(&parents().collect::<Vec<_>>().join("/")).is_some());
     let (true, Some(tree)) = (has_parent, tree) else { return };
+    let resize = |parent: &mut Node| {
+        parent.size = parent.size + more.0 - less.0;
+        parent.bytes = parent.bytes + more.1 - less.1;
+    };
     let mut parent = Arc::make_mut(tree);
-    parent.size = parent.size + more - less;
+    resize(parent);
     while let Some(name) = names.next() {
         if names.peek().is_none() {
             match node {
@@ -231,7 +253,7 @@ pub(crate) fn put(tree: &mut Option<Arc<Node>>, path: &str, node: Option<Arc<Nod
         }
         let Some(child) = parent.children.get_mut(name) else { return };
         parent = Arc::make_mut(child);
-        parent.size = parent.size + more - less;
+        resize(parent);
     }
 }
 

@@ -354,3 +354,23 @@ async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
     let said = timeout(Duration::from_secs(20), source.next()).await.map(|said| line(&said));
     assert!(said.as_ref().is_ok_and(|line| line == "pay 10.0.0.1:80 fresh"), "{said:?}");
 }
+
+#[tokio::test]
+async fn what_is_kept_of_all_answers_together_is_bounded_and_costs_the_service_that_is_too_much() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(true));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    let mut source = fake.source(None);
+    source.max_kept = 20_000;
+    until(&mut source, "orders 10.0.0.9:80 fresh, pay 10.0.0.1:80 fresh").await;
+    let many: Vec<_> = (0..250).map(|n| format!("10.0.1.{n}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&many));
+    until(&mut source, "orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh").await;
+    // The others go on, and so does this one when it is reasonable again.
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.2"]));
+    until(&mut source, "orders 10.0.0.9:80 stale, pay 10.0.0.2:80 fresh").await;
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.8"]));
+    until(&mut source, "orders 10.0.0.8:80 fresh").await;
+}

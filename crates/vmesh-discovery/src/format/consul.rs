@@ -65,6 +65,8 @@ impl Rules {
 pub struct Read {
     /// How many instances it lists, whether they can be used or not.
     pub listed: usize,
+    /// How many bytes the answer had.
+    pub bytes: usize,
     instances: Vec<Instance>,
     bad: Vec<Problem>,
     notes: Vec<Problem>,
@@ -170,7 +172,7 @@ pub fn read(
     translated: bool,
     rules: &Rules,
 ) -> Result<Read, String> {
-    let mut read = Read::default();
+    let mut read = Read { bytes: body.len(), ..Read::default() };
     let reader = Reader { place: place(source, service), subject: subject_of(service), translated, rules };
     // As a whole first: it is seldom that something is wrong, and then the rest is read entry by entry.
     if let Ok(entries) = serde_json::from_slice::<Vec<Entry>>(body) {

@@ -10,6 +10,8 @@ use vmesh_model::yaml::MAX_TEXT;
 use crate::config::{half_a_minute, seconds};
 use crate::guard::GuardConfig;
 
+use super::run::NEVER_PASSED;
+
 /// A program that reads a registry of another kind.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,6 +30,10 @@ pub struct PluginConfig {
     /// Longer lines are not read. Built in: 16 MiB.
     #[serde(default = "max_bytes")]
     pub max_bytes: usize,
+    /// Variables of the control plane's environment that the program gets besides the usual few (`PATH`, `HOME`, `LANG`, `TZ`,
+    /// proxies and certificates). Built in: none.
+    #[serde(default, deserialize_with = "pass_env")]
+    pub pass_env: Vec<String>,
     #[serde(default)]
     pub guard: GuardConfig,
     /// Whether to wait for it before the first configuration is served. Built in: true.
@@ -65,4 +71,23 @@ fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D:
         ));
     }
     Ok(words)
+}
+
+/// Names of variables; not those by which systemd and the control plane speak with each other.
+fn pass_env<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let names = Vec::<String>::deserialize(deserializer)?;
+    for name in &names {
+        if NEVER_PASSED.contains(&name.as_str()) {
+            return Err(de::Error::custom(format!(
+                "`{name}` is how the control plane speaks with systemd: no other program gets it"
+            )));
+        }
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return Err(de::Error::custom(format!(
+                "`{}` is not the name of a variable",
+                name.escape_debug()
+            )));
+        }
+    }
+    Ok(names)
 }

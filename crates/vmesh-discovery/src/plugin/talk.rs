@@ -2,25 +2,25 @@
 
 use std::fmt;
 use std::io;
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
+use tokio::process::{ChildStdin, ChildStdout};
 use tokio::time::{Instant, sleep_until};
 
 use super::PluginConfig;
+use super::log::Log;
 use super::protocol::{self, Said, View};
+use super::run::Run;
 use crate::source::{Counters, SourceError};
 
 /// A program that ends at once is not started more often than this.
 const RESTART: Duration = Duration::from_secs(1);
 /// What a program that does not listen is to be told is not kept beyond this.
 const MAX_UNSAID: usize = 1 << 20;
-/// Lines of the log are cut here.
-const MAX_LOG_LINE: usize = 2_000;
 
 /// The conversation with a program, over as many runs of it as it takes.
 pub(super) struct Talk {
@@ -35,13 +35,12 @@ pub(super) struct Talk {
 }
 
 struct Running {
-    child: Child,
+    run: Run,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
-    stderr: Option<BufReader<ChildStderr>>,
     /// What it has said of a line that is not complete yet.
     line: Vec<u8>,
-    log: Vec<u8>,
+    log: Log,
     /// What it has not taken yet of what it is told.
     unsaid: Vec<u8>,
 }
@@ -142,7 +141,7 @@ impl Talk {
             sleep_until(self.start_at).await;
             let now = Instant::now();
             (self.start_at, self.heard) = (now + RESTART, now);
-            match Running::start(&self.config.command) {
+            match Running::start(&self.config.command, &self.config.pass_env) {
                 Ok(mut running) => {
                     running.unsaid = protocol::hello(&self.source).into_bytes();
                     self.counters.connects.fetch_add(1, Relaxed);
@@ -167,7 +166,7 @@ impl Talk {
     /// The program is of no use any more: it is killed, unless it is dead.
     fn ended(&mut self, why: Ended) -> SourceError {
         let why = match (why, &mut self.running) {
-            (Ended::Exited(None), Some(running)) => Ended::Exited(running.child.try_wait().ok().flatten()),
+            (Ended::Exited(None), Some(running)) => Ended::Exited(running.run.end()),
             (why, _) => why,
         };
         self.running = None;
@@ -186,25 +185,17 @@ impl Talk {
 }
 
 impl Running {
-    fn start(command: &[String]) -> io::Result<Running> {
-        let mut words = command.iter();
-        let program = words.next().ok_or(io::ErrorKind::InvalidInput)?;
-        let mut child = Command::new(program)
-            .args(words)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()?;
+    fn start(command: &[String], pass_env: &[String]) -> io::Result<Running> {
+        let mut run = Run::start(command, pass_env)?;
+        let child = &mut run.child;
         let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), stderr) = pipes else { return Err(io::ErrorKind::BrokenPipe.into()) };
         Ok(Running {
-            child,
+            run,
             stdin,
             stdout: BufReader::new(stdout),
-            stderr: stderr.map(BufReader::new),
+            log: Log::new(stderr),
             line: Vec::new(),
-            log: Vec::new(),
             unsaid: Vec::new(),
         })
     }
@@ -212,7 +203,7 @@ impl Running {
     /// The next line that it prints. What it logs meanwhile is logged, and what it was not told yet is told.
     async fn listen(&mut self, limit: usize, source: &str) -> Result<String, Ended> {
         loop {
-            let Running { stdin, stdout, stderr, line, log, unsaid, .. } = self;
+            let Running { stdin, stdout, line, log, unsaid, .. } = self;
             tokio::select! {
                 whole = take_line(stdout, line, limit) => {
                     return match whole {
@@ -222,12 +213,7 @@ impl Running {
                         Err(error) => Err(Ended::Io(error)),
                     };
                 }
-                logged = log_line(stderr, log) => {
-                    match logged {
-                        Some(text) => tracing::info!("{source}: {text}"),
-                        None => *stderr = None,
-                    }
-                }
+                text = log.next() => tracing::info!("{source}: {text}"),
                 told = stdin.write(unsaid), if !unsaid.is_empty() => match told {
                     Ok(count) => _ = unsaid.drain(..count),
                     Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(Ended::Exited(None)),
@@ -273,15 +259,4 @@ async fn take_line(
             return Ok(true);
         }
     }
-}
-
-/// The next line of its log; `None` at its end.
-async fn log_line(from: &mut Option<BufReader<ChildStderr>>, line: &mut Vec<u8>) -> Option<String> {
-    let Some(from) = from else { return std::future::pending().await };
-    match take_line(from, line, MAX_LOG_LINE).await {
-        Ok(true) => {}
-        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {}
-        Ok(false) | Err(_) => return None,
-    }
-    Some(String::from_utf8_lossy(&std::mem::take(line)).trim_end().to_owned())
 }

@@ -201,3 +201,80 @@ async fn a_program_that_does_not_read_is_not_told_without_end() {
     let refused = tokio::time::timeout(SOON, refused).await.unwrap();
     assert!(refused.ends_with("registry again: it does not read its standard input"), "{refused}");
 }
+
+#[tokio::test]
+async fn what_a_program_has_started_goes_with_it_also_what_left_its_group() {
+    let dir = place();
+    let child = dir.join("child.sh");
+    fs::write(&child, "#!/bin/sh\nwhile :; do sleep 1; done\n").unwrap();
+    let script = format!(
+        "read hello; sh {0} & setsid sh {0} & setsid -f sh {0} </dev/null >/dev/null 2>&1\n\
+         echo '{{\"type\":\"view\",\"services\":[]}}'; sleep 1; exit 3",
+        child.display()
+    );
+    let mut config = plugin(&dir, &script);
+    config.silence = Duration::from_secs(30);
+    let (mut source, _) = source(config);
+    assert_eq!(said(&mut source).await, "");
+    let path = dir.to_path_buf();
+    wait_for("the program and its children to run", SOON, async || {
+        let running = vmesh_testkit::process::naming(&path).len();
+        if running >= 4 { Ok(()) } else { Err(running.to_string()) }
+    })
+    .await
+    .unwrap();
+    drop(source);
+    wait_for("all of them to be gone", SOON, async || {
+        let left = vmesh_testkit::process::naming(&path);
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?} run")) }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn a_program_has_the_environment_that_is_written_down_and_never_the_way_to_systemd() {
+    let dir = place();
+    let (mut source, _) = source(plugin(
+        &dir,
+        "read hello; env -0 | tr '\\0' '\\n' | cut -d= -f1 | sort > env; echo '{\"type\":\"view\",\"services\":[]}'; cat > rest",
+    ));
+    assert_eq!(said(&mut source).await, "");
+    let names = fs::read_to_string(dir.join("env")).unwrap();
+    // What the shell itself sets is not ours to say.
+    let of_the_shell = ["PWD", "OLDPWD", "SHLVL", "_", "VMESH_PLUGIN_RUN"];
+    for name in names.lines().filter(|name| !of_the_shell.contains(name)) {
+        assert!(run::ENVIRONMENT.contains(&name), "`{name}` was passed on");
+    }
+    // Cargo sets this one for every test, as systemd sets `NOTIFY_SOCKET` for a service.
+    assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some() && !names.contains("CARGO"), "{names}");
+    for name in run::NEVER_PASSED {
+        let yaml = format!("{{command: [/bin/true], pass_env: [{name}]}}");
+        let refused = vmesh_model::load::strict::<PluginConfig>("control.yaml", &yaml).unwrap_err();
+        assert!(refused[0].message.contains("speaks with systemd"), "{}", refused[0]);
+    }
+    let dir = place();
+    let mut config = plugin(
+        &dir,
+        "read hello; echo \"$CARGO_MANIFEST_DIR\" > env; echo '{\"type\":\"view\",\"services\":[]}'",
+    );
+    config.pass_env = vec!["CARGO_MANIFEST_DIR".to_owned()];
+    let (mut source, _) = self::source(config);
+    assert_eq!(said(&mut source).await, "");
+    let passed = fs::read_to_string(dir.join("env")).unwrap();
+    assert_eq!(passed.trim_end(), std::env::var("CARGO_MANIFEST_DIR").unwrap());
+}
+
+#[tokio::test]
+async fn a_program_that_fills_its_standard_error_is_heard_all_the_same() {
+    let dir = place();
+    let view =
+        "echo '{\"type\":\"view\",\"services\":[{\"service\":\"a\",\"endpoints\":[\"10.0.0.1:80\"]}]}'";
+    let script =
+        format!("read hello; head -c 50000000 /dev/zero >&2; yes | head -c 5000000 >&2; {view}; cat > rest");
+    let mut config = plugin(&dir, &script);
+    config.silence = Duration::from_secs(60);
+    let (mut source, _) = source(config);
+    let said = tokio::time::timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap();
+    assert_eq!(show(&said), r#"a fresh ["10.0.0.1:80"]"#);
+}

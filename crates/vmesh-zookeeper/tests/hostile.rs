@@ -1,0 +1,185 @@
+//! A server that is no ZooKeeper's friend: what it announces is not believed, and costs a connection at most.
+//!
+//! A fake, since a real server sends none of this.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "tests"
+)]
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use vmesh_testkit::wait_for;
+use vmesh_zookeeper::{Config, Mirror, Root};
+
+const BOUND: Duration = Duration::from_secs(60);
+
+const GET_DATA: i32 = 4;
+const GET_CHILDREN: i32 = 8;
+const SYNC: i32 = 9;
+
+/// How the server answers a request of one kind.
+#[derive(Clone, Copy)]
+enum Attack {
+    /// Announces a reply of so many bytes to every reading of data, and sends as many as are taken.
+    Announce(u32),
+    /// Lists so many children in a reply that has no room for one.
+    Count(i32),
+    /// Has children without end, each with so much data.
+    Pour(usize),
+}
+
+struct Server {
+    address: SocketAddr,
+    /// How many bytes of one reply the client took at most.
+    taken: Arc<AtomicUsize>,
+    _tasks: JoinSet<()>,
+}
+
+async fn server(attack: Attack) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (mut tasks, taken) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
+    let counted = taken.clone();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            connections.spawn(serve(stream, attack, counted.clone()));
+        }
+    });
+    Server { address, taken, _tasks: tasks }
+}
+
+async fn serve(mut stream: TcpStream, attack: Attack, taken: Arc<AtomicUsize>) -> io::Result<()> {
+    frame(&mut stream).await?;
+    let mut connected = [0_i32.to_be_bytes(), 10_000_i32.to_be_bytes()].concat();
+    connected.extend(7_i64.to_be_bytes());
+    connected.extend(16_i32.to_be_bytes());
+    connected.extend([0; 17]);
+    send(&mut stream, &connected).await?;
+    loop {
+        let request = frame(&mut stream).await?;
+        let number = |at: usize| i32::from_be_bytes(request[at..at + 4].try_into().unwrap());
+        let (xid, kind) = (number(0), number(4));
+        let mut reply =
+            [xid.to_be_bytes(), 0_i32.to_be_bytes(), 1_i32.to_be_bytes(), 0_i32.to_be_bytes()].concat();
+        match (kind, attack) {
+            (GET_DATA, Attack::Announce(length)) => {
+                stream.write_all(&length.to_be_bytes()).await?;
+                stream.write_all(&reply).await?;
+                let zeroes = vec![0; 1 << 16];
+                for sent in (0..length as usize).step_by(zeroes.len()) {
+                    taken.fetch_max(sent, Ordering::Relaxed);
+                    stream.write_all(&zeroes).await?;
+                }
+            }
+            (GET_CHILDREN, Attack::Count(count)) => {
+                reply.extend(count.to_be_bytes());
+                send(&mut stream, &reply).await?;
+            }
+            (GET_DATA, _) => {
+                let data = if let Attack::Pour(bytes) = attack { vec![b'x'; bytes] } else { Vec::new() };
+                reply.extend(i32::try_from(data.len()).unwrap().to_be_bytes());
+                reply.extend(&data);
+                reply.extend([0; 68]);
+                // It has children: the number of them is the fourth field from the end.
+                let at = reply.len() - 12;
+                reply[at..at + 4].copy_from_slice(&1_i32.to_be_bytes());
+                taken.fetch_add(data.len(), Ordering::Relaxed);
+                send(&mut stream, &reply).await?;
+            }
+            (GET_CHILDREN, Attack::Pour(_)) => {
+                reply.extend(100_i32.to_be_bytes());
+                for child in 0..100 {
+                    let name = format!("{child:04}");
+                    reply.extend(4_i32.to_be_bytes());
+                    reply.extend(name.as_bytes());
+                }
+                send(&mut stream, &reply).await?;
+            }
+            (SYNC, _) => {
+                reply.extend([0, 0, 0, 1, b'/']);
+                send(&mut stream, &reply).await?;
+            }
+            _ => send(&mut stream, &reply).await?,
+        }
+    }
+}
+
+async fn frame(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let length = stream.read_i32().await?;
+    let mut frame = vec![0; usize::try_from(length).unwrap()];
+    stream.read_exact(&mut frame).await?;
+    Ok(frame)
+}
+
+async fn send(stream: &mut TcpStream, frame: &[u8]) -> io::Result<()> {
+    let length = i32::try_from(frame.len()).unwrap();
+    stream.write_all(&[&length.to_be_bytes(), frame].concat()).await
+}
+
+fn mirror(server: &Server, max_bytes: usize) -> Mirror {
+    let mut root = Root::new("/services").unwrap();
+    root.max_bytes = max_bytes;
+    Mirror::new(Config::of(server.address.to_string().parse().unwrap()), vec![root], |_| {})
+}
+
+/// Waits until the mirror says a reason that contains `expected`, of the whole or of its root.
+async fn says(mirror: &mut Mirror, expected: &str) {
+    let said = async {
+        loop {
+            let view = mirror.changed().await;
+            let failed = view.roots.iter().find_map(|root| root.failed.clone());
+            if [view.stale_because, failed].into_iter().flatten().any(|said| said.contains(expected)) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(BOUND, said).await.unwrap_or_else(|_| panic!("it never says `{expected}`"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_is_not_taken_that_is_longer_than_any_should_be() {
+    for length in [u32::try_from(i32::MAX).unwrap(), 9 << 20, u32::MAX] {
+        let server = server(Attack::Announce(length)).await;
+        let mut mirror = mirror(&server, 1 << 20);
+        says(&mut mirror, &format!("the server announces a reply of {length} bytes")).await;
+        // What the sockets hold, and no more.
+        let taken = server.taken.load(Ordering::Relaxed);
+        assert!(taken <= 16 << 20, "{taken} bytes of a reply of {length} were taken");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_count_that_a_reply_has_no_room_for_reserves_nothing() {
+    let server = server(Attack::Count(i32::MAX)).await;
+    let mut mirror = mirror(&server, 1 << 20);
+    says(&mut mirror, "/services").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_is_not_kept_that_has_more_bytes_than_it_may() {
+    let server = server(Attack::Pour(100_000)).await;
+    let mut mirror = mirror(&server, 1 << 20);
+    says(&mut mirror, "there are more than 1048576 bytes in the nodes below /services").await;
+    assert!(mirror.view().roots[0].tree.is_none());
+    // The window of requests that were under way, and what they brought.
+    let taken = server.taken.load(Ordering::Relaxed);
+    wait_for("the reading to have ended", BOUND, async || {
+        let more = server.taken.load(Ordering::Relaxed);
+        if more <= 32 << 20 { Ok(()) } else { Err(format!("{taken} and then {more} bytes were read")) }
+    })
+    .await
+    .unwrap();
+}
