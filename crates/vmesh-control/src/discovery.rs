@@ -300,7 +300,7 @@ fn standing(view: &View) -> (SourceState, Option<Arc<str>>) {
              use{failing}"
         )
     });
-    match (frozen, &view.stale_because, view.held.first()) {
+    match (frozen, view.stale_because.as_ref().or(view.unusable.as_ref()), view.held.first()) {
         (Some(frozen), ..) => (SourceState::Frozen, Some(frozen.into())),
         (None, Some(because), _) => (SourceState::Stale, Some(because.clone())),
         (None, None, Some(held)) => {

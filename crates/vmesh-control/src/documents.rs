@@ -23,7 +23,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use vmesh_discovery::SourceConfig;
-use vmesh_model::load::{DocumentFile, Kept, Library};
+use vmesh_model::load::{DocumentFile, Kept, Library, NOT_IN_FORCE};
 use vmesh_model::{Documents, Place, Problem};
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -167,6 +167,8 @@ pub(crate) struct Follower {
     paths: BTreeSet<String>,
     /// Since when most of them are gone.
     few_since: Option<Instant>,
+    /// When they were last read to confirm that, at the earliest next.
+    confirm_after: Option<Instant>,
     has_answered: bool,
 }
 
@@ -179,12 +181,13 @@ impl Follower {
         let shelf = Shelf::new(config, paths.clone());
         Follower {
             place: place.into(),
-            has_answered: !shelf.is_registry() || !kept.is_empty(),
+            has_answered: matches!(shelf, Shelf::Nothing) || !kept.is_empty(),
             paths,
             shelf,
             library: Library::restored(kept),
             seen: None,
             few_since: None,
+            confirm_after: None,
         }
     }
 
@@ -202,22 +205,31 @@ impl Follower {
 
     pub(crate) async fn follow(mut self, views: watch::Sender<DocumentsView>) {
         loop {
-            let confirm_at = self.few_since.map(|since| since + HOLD);
+            // However the judgement of what is read turns out, it is read to be sure once in a while and no more often.
+            let confirm_at =
+                self.few_since.map(|since| (since + HOLD).max(self.confirm_after.unwrap_or(since)));
             let read = tokio::select! {
                 read = self.shelf.next() => read,
-                () = until(confirm_at) => match self.shelf.confirm().await {
-                    Ok(files) => {
-                        self.believe(&files);
-                        Ok(files)
-                    }
-                    Err(why) => {
-                        // Not confirmed: it has to be so for the whole time again.
-                        self.few_since = Some(Instant::now());
-                        Err(why)
-                    }
-                },
+                () = until(confirm_at) => self.confirm().await,
             };
             self.publish(read, &views);
+        }
+    }
+
+    /// Reads the documents again, of which most were gone for [`HOLD`], as strongly as their registry can.
+    async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
+        self.confirm_after = Some(Instant::now() + HOLD);
+        match timeout(HOLD, self.shelf.confirm()).await {
+            Ok(Ok(files)) => {
+                self.believe(&files);
+                Ok(files)
+            }
+            not_confirmed => {
+                // It has to be so for the whole time again.
+                self.few_since = Some(Instant::now());
+                let slow = || Err(format!("no answer within {} s when they were read again", HOLD.as_secs()));
+                not_confirmed.unwrap_or_else(|_| slow())
+            }
         }
     }
 
@@ -245,6 +257,8 @@ impl Follower {
             let left = files.iter().filter(|file| self.paths.contains(&file.path)).count();
             let had = self.paths.len();
             if files.is_empty() && had > 0 {
+                // Only a document ends this, and no time.
+                self.few_since = None;
                 return Err(format!(
                     "there is none any more, where there were {had}, which looks like an accident; to mean it, leave one \
                      that has nothing but a comment in it"
@@ -268,7 +282,6 @@ impl Follower {
         let mut waiting = None;
         let (documents, problems) = match &files {
             Ok(files) => {
-                self.has_answered = true;
                 let files: Vec<_> = files
                     .iter()
                     .map(|file| DocumentFile {
@@ -276,7 +289,16 @@ impl Follower {
                         content: file.content.as_deref().map_err(String::as_str),
                     })
                     .collect();
-                self.library.update(&files)
+                let (documents, problems) = self.library.update(&files);
+                // The first documents that are served have to be all that were meant: a route that is left out sends requests
+                // elsewhere. Later ones cost themselves.
+                match problems.iter().find(|problem| is_lost(problem)) {
+                    Some(lost) if !self.has_answered => {
+                        waiting = Some(format!("the documents of `{}` ({lost})", self.place).into());
+                    }
+                    _ => self.has_answered = true,
+                }
+                (documents, problems)
             }
             Err(why) => {
                 if !self.has_answered {
@@ -300,6 +322,12 @@ impl Follower {
         let hash = if kept.is_empty() { 0 } else { hash.digest() };
         DocumentsView { documents, hash, problems: problems.into(), kept, waiting }
     }
+}
+
+/// Reports whether a document is not in force for this problem, in any version.
+fn is_lost(problem: &Problem) -> bool {
+    // After a question the words begin with a capital letter.
+    problem.message.to_lowercase().ends_with(NOT_IN_FORCE)
 }
 
 /// The problems of the documents that `config` names, for `--check`.

@@ -82,6 +82,9 @@ impl Known {
             return None;
         }
         let view = self.handle.views.borrow();
+        if let Some(because) = &view.unusable {
+            return Some(format!("discovery source `{}` ({because})", self.name()));
+        }
         let failed = view.stale_because.as_deref();
         let answered = view.last_good.is_some() && failed.is_none();
         // A state from before holds once the source has shown that it will not answer.
@@ -118,7 +121,8 @@ impl Sources {
             .iter()
             .map(|known| {
                 let view = known.handle.views.borrow();
-                let (state, because) = match (view.frozen, &view.stale_because, view.held.len()) {
+                let stale_because = view.stale_because.as_ref().or(view.unusable.as_ref());
+                let (state, because) = match (view.frozen, stale_because, view.held.len()) {
                     (Some(_), ..) => (State::Held, Some("it is frozen: see `vmeshctl discovery`".into())),
                     (None, Some(because), _) => (State::Stale, Some(because.clone())),
                     (None, None, 0) => (State::Fresh, None),
@@ -151,7 +155,9 @@ impl Sources {
             let last_good = view.last_good.clone()?;
             let is_restored = known.restored.as_ref().is_some_and(|before| Arc::ptr_eq(before, &last_good));
             let is_given_up = view.stale_because.is_some() && last_good.services.is_empty();
-            (!is_restored && !is_given_up).then(|| (known.name().clone(), last_good))
+            // What may not be served now must not be taken by the next start for what was.
+            let is_unusable = view.unusable.is_some();
+            (!is_restored && !is_given_up && !is_unusable).then(|| (known.name().clone(), last_good))
         });
         good.collect()
     }
@@ -183,7 +189,11 @@ impl Sources {
     /// Those that are not required are not waited for any more.
     fn do_without(&self) {
         for known in self.0.iter().filter(|known| !known.required) {
-            if known.handle.views.borrow().last_good.is_none() {
+            let is_waited_for = {
+                let view = known.handle.views.borrow();
+                view.last_good.is_none() || view.unusable.is_some()
+            };
+            if is_waited_for {
                 known.done_without.store(true, Relaxed);
                 tracing::warn!("{}", known.absent());
             }
@@ -318,6 +328,9 @@ fn take_view(catalog: &mut Catalog, index: usize, known: &Known, view: &View, ev
     if let Some(because) = &view.stale_because
         && **because != *NOT_ANSWERED_YET
     {
+        problem(because.to_string());
+    }
+    if let Some(because) = &view.unusable {
         problem(because.to_string());
     }
     if view.last_good.is_none() && known.done_without.load(Relaxed) {

@@ -1,16 +1,17 @@
 //! From what a format says to what can be dialled: names are resolved, and what did not change keeps its pointer.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use vmesh_model::endpoint::dialable;
 use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName, State};
 
 use crate::format::{ParsedEndpoint, ParsedService, subject_of};
 use crate::resolve::{Names, Resolve, Resolved};
-use crate::source::{Registrations, Seen};
+use crate::source::{Extent, Registrations, Seen};
 
 /// How long the first view of a source waits for names to be resolved: without them services would begin without
 /// endpoints, and a control plane that knows nothing from before would take them from every proxy. A name server that is
@@ -30,11 +31,20 @@ pub enum Known {
 pub struct Told {
     pub known: Known,
     pub stale_because: Option<Arc<str>>,
+    /// Why it may have more endpoints than can be read.
+    pub partial_because: Option<Arc<str>>,
 }
 
 impl Told {
+    /// What the source says now.
     pub fn fresh(service: Arc<ParsedService>) -> Told {
-        Told { known: Known::Parsed(service), stale_because: None }
+        let partial_because = service.partial_because.clone();
+        Told { known: Known::Parsed(service), stale_because: None, partial_because }
+    }
+
+    /// What was known before, because what the source says now cannot be used.
+    pub fn stale(known: Known, because: impl Into<Arc<str>>) -> Told {
+        Told { known, stale_because: Some(because.into()), partial_because: None }
     }
 }
 
@@ -45,6 +55,8 @@ pub struct Statement {
     pub problems: Vec<Problem>,
     /// Services that are absent because the source says in as many words that there is nothing.
     pub emptied: BTreeSet<ServiceName>,
+    /// See [`Registrations::unusable`].
+    pub unusable: Vec<Arc<str>>,
 }
 
 /// Makes [`Registrations`] of [`Statement`]s, for one source.
@@ -59,6 +71,8 @@ pub struct Assembler<R> {
 struct Built {
     parsed: Arc<ParsedService>,
     has_names: bool,
+    /// A name of it has no address, and may have one: it has not been looked up yet, or no name server answered.
+    is_unresolved: bool,
     seen: Seen,
     problems: Vec<Problem>,
 }
@@ -107,6 +121,7 @@ impl<R: Resolve> Assembler<R> {
             services: BTreeMap::new(),
             problems: statement.problems.clone(),
             emptied: statement.emptied.clone(),
+            unusable: statement.unusable.clone(),
         };
         let mut built = BTreeMap::new();
         for (name, told) in &statement.services {
@@ -114,20 +129,46 @@ impl<R: Resolve> Assembler<R> {
             let seen = match &told.known {
                 Known::Restored(registration) => Seen::fresh(registration.clone()),
                 Known::Parsed(parsed) => {
-                    let Some(now) = build(parsed, before, &self.names, &self.source) else { continue };
+                    let known = before.as_ref().map(|before| before.seen.registration.clone());
+                    let mut now = build(parsed, before, &self.names, &self.source);
                     view.problems.extend(now.problems.iter().cloned());
+                    let is_unknown = now.is_unresolved && now.seen.registration.endpoints.is_empty();
+                    match known.filter(|known| !known.endpoints.is_empty()) {
+                        Some(known) if is_unknown => {
+                            now.seen.registration = known;
+                            now.seen.extent = Extent::Nothing;
+                        }
+                        _ => {}
+                    }
                     let seen = now.seen.clone();
                     built.insert(name.clone(), now);
+                    if is_unknown && seen.registration.endpoints.is_empty() {
+                        let because = seen.because.as_deref().unwrap_or("its names are not resolved");
+                        view.unusable.push(format!("service `{name}`: {because}").into());
+                        // Nothing is known of where it is: that it has no endpoints is nobody's word.
+                        continue;
+                    }
                     seen
                 }
             };
-            let seen = match &told.stale_because {
-                None => seen,
-                Some(because) => Seen { state: State::Stale, because: Some(because.clone()), ..seen },
+            let seen = match (&told.stale_because, &told.partial_because) {
+                (None, None) => seen,
+                (Some(because), _) => Seen {
+                    state: State::Stale,
+                    because: Some(because.clone()),
+                    extent: Extent::Nothing,
+                    ..seen
+                },
+                (None, Some(because)) => {
+                    let because = seen.because.or_else(|| Some(because.clone()));
+                    Seen { because, extent: Extent::Part, ..seen }
+                }
             };
             view.services.insert(name.clone(), seen);
         }
         self.built = built;
+        view.unusable.sort();
+        view.unusable.dedup();
         view.problems.sort();
         view.problems.dedup();
         view
@@ -162,23 +203,24 @@ fn resolved_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<
     before
 }
 
-/// Puts addresses for names; `None` while a name is looked up for the first time and nothing is known of the service.
-/// What comes out as it was keeps its pointer.
+/// Puts addresses for names. A name that has none yet withholds itself, and not its service; what was known of a service
+/// that is looked up again stays until its names are. What comes out as it was keeps its pointer.
 fn build<R: Resolve>(
     parsed: &Arc<ParsedService>,
     before: Option<Built>,
     names: &Names<R>,
     source: &Arc<str>,
-) -> Option<Built> {
+) -> Built {
     if let Some(before) = &before
         && !before.has_names
         && Arc::ptr_eq(&before.parsed, parsed)
     {
-        return Some(before.clone());
+        return before.clone();
     }
     let subject = subject_of(&parsed.name);
     let mut endpoints: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
-    let (mut problems, mut unresolved, mut has_names) = (Vec::new(), None, false);
+    let (mut problems, mut unresolved, mut has_names, mut is_unresolved) = (Vec::new(), None, false, false);
+    let (mut is_pending, mut is_overdue) = (false, false);
     for endpoint in &parsed.endpoints {
         let port = endpoint.address.port.get();
         match &endpoint.address.host {
@@ -189,14 +231,34 @@ fn build<R: Resolve>(
             Host::Name(host) => {
                 has_names = true;
                 let (addresses, failure, outcome) = match names.get(host) {
-                    Resolved::Pending => return before,
+                    Resolved::Pending => {
+                        is_unresolved = true;
+                        is_pending = true;
+                        is_overdue |= names.is_overdue(host);
+                        let overdue =
+                            names.is_overdue(host).then(|| "no name server has answered yet".into());
+                        // A lookup that has only just begun is nothing to be told of.
+                        unresolved.get_or_insert_with(|| format!("`{host}` is being looked up"));
+                        (Arc::from([]), overdue, "this endpoint is left out until then")
+                    }
                     Resolved::Addresses(addresses, failure) => {
                         (addresses, failure, "its last addresses stay in force")
                     }
-                    Resolved::Failed(why) => (Arc::from([]), Some(why), "this endpoint is left out"),
+                    Resolved::Failed(why) => {
+                        is_unresolved |= names.may_come(host);
+                        (Arc::from([]), Some(why), "this endpoint is left out")
+                    }
                 };
                 for ip in addresses.iter() {
-                    let address = SocketAddr::new(*ip, port);
+                    let ip = match dialable_for(host, *ip) {
+                        Ok(ip) => ip,
+                        Err(why) => {
+                            let message = format!("`{host}`: {why}; this endpoint is left out");
+                            problems.push(Problem::new(endpoint.place.clone(), subject.clone(), message));
+                            continue;
+                        }
+                    };
+                    let address = SocketAddr::new(ip, port);
                     // One that is given by its address is described better than one that is found by a name.
                     let named = || resolved(endpoint, address, Some(host.clone()), source);
                     endpoints.entry(address).or_insert_with(named);
@@ -207,6 +269,12 @@ fn build<R: Resolve>(
                     problems.push(Problem::new(endpoint.place.clone(), subject.clone(), message));
                 }
             }
+        }
+    }
+    if is_pending && !is_overdue {
+        // Its new names will be known in a moment: until then nothing of it goes.
+        for known in before.iter().flat_map(|before| before.seen.registration.endpoints.iter()) {
+            endpoints.entry(known.address).or_insert_with(|| known.clone());
         }
     }
     let registration = Registration {
@@ -225,7 +293,22 @@ fn build<R: Resolve>(
         None => Seen::fresh(registration),
     };
     seen.empty_on_purpose = parsed.endpoints.is_empty();
-    Some(Built { parsed: parsed.clone(), has_names, seen, problems })
+    if is_overdue {
+        // What its new name stands for may be what is missing now.
+        seen.extent = Extent::Part;
+    }
+    Built { parsed: parsed.clone(), has_names, is_unresolved, seen, problems }
+}
+
+/// Returns the address for which `host` stands on every host, or why it is none: what a name means on this host alone says
+/// nothing to others.
+fn dialable_for(host: &str, ip: IpAddr) -> Result<IpAddr, String> {
+    let ip = dialable(ip)?;
+    let is_local = host == "localhost" || host.ends_with(".localhost");
+    if ip.is_loopback() && !is_local {
+        return Err(format!("it stands for {ip} on this host only, see its /etc/hosts"));
+    }
+    Ok(ip)
 }
 
 fn resolved(

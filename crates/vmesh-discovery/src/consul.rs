@@ -71,6 +71,8 @@ pub struct ConsulSource<R = SystemResolver> {
     last_good: BTreeMap<ServiceName, Arc<Registration>>,
     parsed: BTreeMap<ServiceName, Arc<ParsedService>>,
     problems: BTreeMap<ServiceName, Vec<Problem>>,
+    /// Services of which nothing can be used and nothing is known from before, and why.
+    unusable: BTreeMap<ServiceName, Arc<str>>,
     statement: Statement,
     started: Instant,
     /// Since when the first view waits for names.
@@ -134,6 +136,7 @@ impl<R: Resolve> ConsulSource<R> {
             last_good: known.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
             parsed: BTreeMap::new(),
             problems: BTreeMap::new(),
+            unusable: BTreeMap::new(),
             statement: Statement::default(),
             started: Instant::now(),
             first_names: None,
@@ -401,13 +404,14 @@ impl<R: Resolve> ConsulSource<R> {
                 changed.push(name);
             }
         }
-        for name in changed {
-            self.judge(&name);
-        }
         if self.plan.datacenters.iter().all(|dc| dc.has_listed) {
             // What none of them lists is gone: it is not to come back from before a restart when it cannot be read.
             let plan = &self.plan;
-            self.last_good.retain(|name, _| plan.watches(name));
+            let gone = self.last_good.extract_if(.., |name, _| !plan.watches(name));
+            changed.extend(gone.map(|(name, _)| name));
+        }
+        for name in changed {
+            self.judge(&name);
         }
         let all_read = self.plan.services.values().all(|watched| watched.read.is_some());
         self.assembler.want(self.statement.services.values(), !all_read);
@@ -561,6 +565,7 @@ impl<R: Resolve> ConsulSource<R> {
     }
 
     fn judged(&mut self, name: &ServiceName) -> (Option<Told>, Vec<Problem>) {
+        self.unusable.remove(name);
         let restored = self.last_good.get(name).cloned();
         let (mut reads, mut stale_because, mut unread): (Vec<Arc<Read>>, Option<Arc<str>>, bool) =
             (Vec::new(), None, false);
@@ -598,11 +603,15 @@ impl<R: Resolve> ConsulSource<R> {
             let told = restored.map(|restored| Told {
                 known: Known::Restored(restored),
                 stale_because: stale_because.clone(),
+                partial_because: None,
             });
             let has_failed = self.plan.datacenters.iter().enumerate().any(|(at, _)| {
                 self.plan.services.get(&(at, name.clone())).is_some_and(|watched| watched.failure.is_some())
             });
             if let (true, Some(because)) = (has_failed, stale_because) {
+                if told.is_none() {
+                    self.unusable.insert(name.clone(), format!("service `{name}`: {because}").into());
+                }
                 let outcome = if told.is_some() { "what was known stays" } else { "nothing is known of it" };
                 problems.push(Problem::new(place(), subject_of(name), format!("{because}; {outcome}")));
             }
@@ -637,11 +646,20 @@ impl<R: Resolve> ConsulSource<R> {
                 match (before, restored) {
                     (Some(before), _) => Known::Parsed(before),
                     (None, Some(restored)) => Known::Restored(restored),
-                    (None, None) => return (None, problems),
+                    (None, None) => {
+                        let why =
+                            problems.first().map(|problem| problem.message.as_str()).unwrap_or(unusable);
+                        self.unusable.insert(name.clone(), format!("service `{name}`: {why}").into());
+                        return (None, problems);
+                    }
                 }
             }
         };
-        (Some(Told { known, stale_because }), problems)
+        let partial_because = match &known {
+            Known::Parsed(service) => service.partial_because.clone(),
+            Known::Restored(_) => None,
+        };
+        (Some(Told { known, stale_because, partial_because }), problems)
     }
 
     /// Whether nothing is known of a datacenter, neither from now nor from before a restart.
@@ -695,6 +713,7 @@ impl<R: Resolve> ConsulSource<R> {
             return Ok(None);
         }
         self.statement.problems = self.all_problems();
+        self.statement.unusable = self.unusable.values().cloned().collect();
         let view = self.assembler.view(&self.statement);
         if !self.has_failed && self.told.as_ref() == Some(&view) {
             return Ok(None);

@@ -7,8 +7,9 @@
 //! | [`linkerd`] | Linkerd 1.x `io.l5d.fs`, Pinterest's kingpin | one service: a line for each endpoint |
 //! | [`smartstack`] | Airbnb's synapse (`file_output`) | one service: a JSON list |
 //!
-//! One bad record costs that record; too many bad ones cost the file, because then it is more likely that the file is
-//! not what it seems (half written, another format) than that so many records went bad one by one.
+//! One bad record costs that record. Where too many records of one service are bad, what is good of it is taken and nothing of
+//! it is taken away, because then it is likely that what is missing is among the bad ones. Only a text that is not of its
+//! format at all (half written, say) costs the file.
 
 pub mod consul;
 pub mod linkerd;
@@ -76,11 +77,27 @@ impl<'a> Input<'a> {
         self.documents.get_or_init(|| yaml::parse(self.file, self.file, self.text))
     }
 
+    /// Returns what is wrong with a text of several JSON values, one to a line, which is not what YAML's grammar says of it.
+    fn second_json_value(&self) -> Option<Problem> {
+        let mut lines = (1..).zip(self.text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        let is_value =
+            |line: &str| line.starts_with('{') && serde_json::from_str::<de::IgnoredAny>(line).is_ok();
+        let (_, first) = lines.next()?;
+        let (number, second) = lines.next()?;
+        (is_value(first) && is_value(second)).then(|| {
+            let message = "a second JSON value: a file has one, so put them in a list, `[{..}, {..}]`";
+            Problem::new(Place::at(self.file.clone(), number, 1), self.file.clone(), message)
+        })
+    }
+
     /// The values of the text, or why there are none that can be used.
     fn roots(&self) -> Result<Vec<Arc<Node>>, Parsed> {
         let problems: Vec<_> = self.documents().iter().flat_map(|d| d.problems.iter().cloned()).collect();
         if !problems.is_empty() {
-            return Err(Parsed::refused(problems));
+            return Err(Parsed::refused(match self.second_json_value() {
+                Some(problem) => vec![problem],
+                None => problems,
+            }));
         }
         let roots: Vec<_> = self.documents().iter().filter_map(|document| document.root.clone()).collect();
         if roots.iter().all(|root| root.items().is_some_and(<[_]>::is_empty)) {
@@ -102,8 +119,9 @@ pub struct Parsed {
     pub failed: bool,
     /// The file says in as many words that there is nothing: `[]`, or nothing but comments.
     pub says_nothing: bool,
-    /// How many records it has, and how many of them are bad.
-    records: usize,
+    /// Something in it may be a service, and which one cannot be told: what is not named may be it.
+    pub has_unnamed: bool,
+    /// How many of its records are bad.
     bad: usize,
     /// What is wrong with those.
     left_out: Vec<Problem>,
@@ -118,6 +136,24 @@ pub struct ParsedService {
     /// No two of one address.
     pub endpoints: Vec<ParsedEndpoint>,
     pub place: Place,
+    /// Why it may have more endpoints than could be read.
+    pub partial_because: Option<Arc<str>>,
+    /// Other files may have more of it, as Prometheus puts one job together.
+    pub is_shared: bool,
+}
+
+impl ParsedService {
+    fn new(name: ServiceName, place: Place) -> ParsedService {
+        ParsedService {
+            name,
+            protocol: None,
+            port: None,
+            endpoints: Vec::new(),
+            place,
+            partial_because: None,
+            is_shared: false,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,6 +177,8 @@ struct Record {
     version: Option<Arc<str>>,
     labels: Labels,
     place: Place,
+    /// What of it cannot be used, and costs no more than itself.
+    note: Option<String>,
 }
 
 impl Record {
@@ -153,6 +191,7 @@ impl Record {
             version: None,
             labels: Labels::new(),
             place,
+            note: None,
         }
     }
 }
@@ -180,25 +219,38 @@ impl<'de> Deserialize<'de> for Share {
 }
 
 /// Weights count relative to those of the same service, so each service has its own scale: whole numbers as they
-/// are, and where one is a fraction all times 100. `default` is that of the format, for records without a weight.
+/// are, and where one is a fraction all times the power of ten, 100 at least, that makes whole numbers of all. `default` is
+/// that of the format, for records without a weight. What is not nothing never becomes nothing.
 fn weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, Health)> {
     let share = move |record: &Record| record.weight.map_or(default, |share| share.0);
-    let fractions = records.iter().any(|record| share(record).fract() != 0.0);
-    let scale = if fractions { 100.0 } else { 1.0 };
+    let scale = scale(records.iter().map(share));
     records.iter().map(move |record| {
         let share = share(record);
         if share == 0.0 {
             return (Weight::ONE, Health::Draining);
         }
-        let scaled = (share * scale).round().clamp(1.0, f64::from(Weight::MAX));
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "clamped to 1..=1,000,000"
-        )]
-        let weight = Weight::new(scaled as u32).unwrap_or_default();
-        (weight, record.health)
+        (whole_weight(share * scale), record.health)
     })
+}
+
+/// By how much `shares` are multiplied to become whole numbers, as far as the largest weight allows.
+fn scale(shares: impl Iterator<Item = f64> + Clone) -> f64 {
+    const SCALES: [f64; 5] = [100.0, 1_000.0, 10_000.0, 100_000.0, 1_000_000.0];
+    let largest = shares.clone().fold(0.0, f64::max);
+    if shares.clone().all(|share| share.fract() == 0.0) {
+        return 1.0;
+    }
+    let is_whole = |scaled: f64| (scaled - scaled.round()).abs() < 1e-6 && scaled.round() >= 1.0;
+    let fits = SCALES.into_iter().filter(|scale| largest * scale <= f64::from(Weight::MAX));
+    let exact =
+        fits.clone().find(|scale| shares.clone().all(|share| share == 0.0 || is_whole(share * scale)));
+    exact.or(fits.last()).unwrap_or(1.0)
+}
+
+fn whole_weight(scaled: f64) -> Weight {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 1..=1,000,000")]
+    let weight = Weight::new(scaled.round().clamp(1.0, f64::from(Weight::MAX)) as u32);
+    weight.unwrap_or_default()
 }
 
 /// The records of one service, with weights on one scale.
@@ -245,11 +297,14 @@ impl Parsed {
         bad: usize,
         default_weight: f64,
     ) {
-        self.records += records.len() + bad;
         self.bad += bad;
         if records.is_empty() && bad > 0 {
             self.unreadable.push(service.name);
             return;
+        }
+        let count = records.len() + bad;
+        if too_many(bad, count) {
+            service.partial_because = Some(partial(bad, count).into());
         }
         let subject = subject_of(&service.name);
         let mut last: BTreeMap<Address, usize> = BTreeMap::new();
@@ -272,14 +327,8 @@ impl Parsed {
         self.services.push(service);
     }
 
-    /// Judges the file as a whole.
-    fn judged(mut self, file: &Arc<str>) -> Parsed {
-        let (bad, records) = (self.bad, self.records);
-        if too_many(bad, records) && !self.failed {
-            self.failed = true;
-            let message = format!("{bad} of {records} endpoints are bad: this is more than single mistakes");
-            self.problem(Place::file(file.clone()), file.clone(), message);
-        }
+    /// Says of each bad record what it costs.
+    fn judged(mut self) -> Parsed {
         if self.failed {
             self.services.clear();
             self.unreadable.clear();
@@ -296,9 +345,14 @@ impl Parsed {
     }
 }
 
-/// Whether so many bad records are more than single mistakes.
+/// Reports whether so many of a service's records are bad that what is missing of it is likely to be among them.
 fn too_many(bad: usize, records: usize) -> bool {
-    bad > 0 && (bad == records || (records >= 5 && (bad > 5 || bad * 4 > records)))
+    bad > 0 && (bad == records || (records >= 5 && bad * 4 > records))
+}
+
+/// What is said of a service of which too many records are bad.
+fn partial(bad: usize, records: usize) -> String {
+    format!("{bad} of {records} records are bad, which is more than single mistakes")
 }
 
 pub(crate) fn subject_of(service: &ServiceName) -> Arc<str> {
@@ -309,7 +363,7 @@ pub(crate) fn subject_of(service: &ServiceName) -> Arc<str> {
 fn named_by_file(input: &Input<'_>) -> Result<ParsedService, Problem> {
     let place = Place::file(input.file.clone());
     match input.name.parse() {
-        Ok(name) => Ok(ParsedService { name, protocol: None, port: None, endpoints: Vec::new(), place }),
+        Ok(name) => Ok(ParsedService::new(name, place)),
         Err(wrong) => Err(Problem::new(
             place,
             input.file.clone(),
@@ -370,10 +424,18 @@ fn detect(input: &Input<'_>) -> Option<Format> {
         return (!input.is_yaml && has_comment(input.text)).then_some(Format::Linkerd);
     };
     let Some(root) = &first.root else { return Some(Format::Native) };
-    let Some(items) = root.items() else { return Some(Format::Native) };
+    // A group of Prometheus without the list around it, or with a mistake in it, is still meant as one.
+    let is_group = |node: &Node| {
+        let has = |key: &str| node.get(key).is_some();
+        let is_native = ["endpoints", "service", "address"].iter().any(|key| has(key));
+        has("targets") || (has("labels") && !is_native && !has("host"))
+    };
+    let Some(items) = root.items() else {
+        return Some(if is_group(root) { Format::Prometheus } else { Format::Native });
+    };
     let item = items.first()?;
     let has = |key: &str| item.get(key).is_some();
-    Some(if has("targets") {
+    Some(if is_group(item) {
         Format::Prometheus
     } else if has("host") && has("port") && !has("endpoints") {
         Format::SmartStack

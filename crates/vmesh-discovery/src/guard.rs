@@ -12,6 +12,7 @@
 //! | names less than half of five or more | that, after `confirm_shrink` and two more readings | [`Kind::Shrunk`] |
 //! | says that all of two or more became unhealthy at once | that, after `confirm_unhealthy` | [`Kind::Unhealthy`] |
 //! | loses much of all that it named at once | no removal, until it names enough again or that is accepted | [`Kind::Fleet`] |
+//! | names a service of which all or too much cannot be read | additions and health, and no removal, until it can be read or that is accepted | [`Kind::Unreadable`] |
 //!
 //! The evidence: kingpin refuses less than half of at least five, Finagle removes one epoch (10 s) late, Synapse and
 //! Dubbo keep the previous backends over an empty answer, Eureka stops expiring below 85 % of renewals. What is judged
@@ -30,10 +31,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmesh_model::text::show_duration;
-use vmesh_model::{Place, Problem, ServiceName, State};
+use vmesh_model::{Place, Problem, Registration, ServiceName, State};
 
 use crate::format::subject_of;
-use crate::source::{Registrations, Seen};
+use crate::source::{Extent, Registrations, Seen};
 
 pub(crate) use config::duration;
 pub use config::{FleetConfig, GuardConfig};
@@ -54,10 +55,13 @@ pub enum Kind {
     Unhealthy,
     /// Too much of all that the source named is gone at once.
     Fleet,
+    /// All of it, or too much, cannot be read: what is not named may be there.
+    Unreadable,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 5] = [Kind::Empty, Kind::Shrunk, Kind::Absent, Kind::Unhealthy, Kind::Fleet];
+    pub const ALL: [Kind; 6] =
+        [Kind::Empty, Kind::Shrunk, Kind::Absent, Kind::Unhealthy, Kind::Fleet, Kind::Unreadable];
 
     pub fn as_str(self) -> &'static str {
         match self {
@@ -66,6 +70,7 @@ impl Kind {
             Kind::Absent => "absent",
             Kind::Unhealthy => "unhealthy",
             Kind::Fleet => "fleet",
+            Kind::Unreadable => "unreadable",
         }
     }
 }
@@ -167,6 +172,8 @@ pub struct Guard {
     config: GuardConfig,
     told: Registrations,
     services: BTreeMap<ServiceName, Watched>,
+    /// Services that cannot be read and are not served any more, by the operator's word, and what was known of them.
+    dropped: BTreeMap<ServiceName, Arc<Registration>>,
     fleet: Fleet,
     /// Nothing of the source is taken away.
     fleet_hold: Option<FleetHold>,
@@ -196,6 +203,7 @@ impl Guard {
             config,
             told: Registrations::default(),
             services: BTreeMap::new(),
+            dropped: BTreeMap::new(),
             fleet: Fleet::default(),
             fleet_hold: None,
             failing_since: None,
@@ -290,8 +298,13 @@ impl Guard {
         }
         let now = self.failing_since.unwrap_or(now);
         let mut believed = Registrations { problems: self.told.problems.clone(), ..Registrations::default() };
-        for (name, told) in &self.told.services {
-            if !self.services.contains_key(name) {
+        let told = &self.told.services;
+        self.dropped.retain(|name, known| {
+            let told = told.get(name);
+            told.is_some_and(|told| told.extent == Extent::Nothing && told.registration == *known)
+        });
+        for (name, told) in told {
+            if !self.services.contains_key(name) && !self.dropped.contains_key(name) {
                 self.services.insert(name.clone(), Watched::new(told.clone()));
             }
         }
@@ -327,6 +340,7 @@ impl Guard {
                 (Some(kind), Outcome::Plain) => {
                     let text = match kind {
                         Kind::Unhealthy => format!("`{source}` says that not all are unhealthy"),
+                        Kind::Unreadable => format!("what `{source}` says of it can be read again"),
                         _ => format!("`{source}` names what was missing again"),
                     };
                     note(What::Returned, kind, text.into());
@@ -335,10 +349,9 @@ impl Guard {
                     if was != Some(now.kind) {
                         note(What::Held, now.kind, now.because.clone());
                     }
-                    // The source's own problem says it for all of them.
-                    if now.kind != Kind::Fleet
-                        && let Some(seen) = &seen
-                    {
+                    // A problem of the source says it for all of them, or why it cannot be read.
+                    let is_said = now.kind == Kind::Fleet || (now.kind == Kind::Unreadable && now.has == 0);
+                    if !is_said && let Some(seen) = &seen {
                         let place = seen.registration.place.clone();
                         believed.problems.push(Problem::new(place, subject_of(name), &*now.because));
                     }
@@ -351,11 +364,11 @@ impl Guard {
             believed.services.insert(name.clone(), seen);
             true
         });
-        if held.len() == 1 && fleet_hold.is_some() {
+        if held.iter().filter(|held| held.kind == Kind::Fleet).count() == 1 && fleet_hold.is_some() {
             // What was missing has been accepted piece by piece.
             self.fleet.accept();
             self.fleet_hold = None;
-            self.held.clear();
+            self.held.retain(|held| held.kind != Kind::Fleet);
         }
         if let Some(hold) = &self.fleet_hold {
             let subject = format!("discovery source `{}`", self.source);
@@ -400,6 +413,7 @@ impl Guard {
             self.note(What::GivenUp, None, None, text);
         }
         self.services.clear();
+        self.dropped.clear();
         self.held.clear();
         self.told = Registrations::default();
         self.fleet = Fleet::default();
@@ -508,6 +522,13 @@ impl Guard {
             let told = self.told.services.get(name);
             let Some(watched) = self.services.get_mut(name) else { continue };
             let kind = watched.held.take();
+            let told = match told {
+                Some(unread) if unread.extent == Extent::Nothing => {
+                    self.dropped.insert(name.clone(), unread.registration.clone());
+                    None
+                }
+                told => told,
+            };
             if !watched.accept(told) {
                 self.services.remove(name);
             }

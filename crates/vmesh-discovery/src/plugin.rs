@@ -90,8 +90,18 @@ impl PluginSource {
         for name in parsed.unreadable {
             let known = before.get(&name).map(|told| told.known.clone());
             let known = known.or_else(|| self.restored.get(&name).cloned().map(Known::Restored));
-            if let Some(known) = known {
-                statement.services.insert(name, Told { known, stale_because: Some(because.clone()) });
+            match known {
+                Some(known) => _ = statement.services.insert(name, Told::stale(known, because.clone())),
+                None => statement.unusable.push(format!("service `{name}`: {because}").into()),
+            }
+        }
+        if parsed.has_unnamed {
+            let unnamed: Arc<str> =
+                format!("`{}` names a service in a way that cannot be read", self.name).into();
+            statement.unusable.push(unnamed.clone());
+            // What is not named any more may be it.
+            for (name, told) in before {
+                statement.services.entry(name).or_insert_with(|| Told::stale(told.known, unnamed.clone()));
             }
         }
         // What is not named is gone: it is not to come back from before a restart when something cannot be read.

@@ -13,8 +13,15 @@ use crate::source::jitter;
 
 /// Lookups under way at once; each takes a thread that may wait for a dead name server.
 const AT_ONCE: usize = 16;
-/// A name that could not be resolved is tried again sooner.
+/// Lookups under way at once of names whose last lookup failed: what waits for a dead name server must leave places for the
+/// others.
+const FAILING_AT_ONCE: usize = AT_ONCE / 2;
+/// A name that could not be resolved is tried again after so long, then twice as long each time, up to the interval.
 const RETRY: Duration = Duration::from_secs(5);
+/// A new name without an answer for so long is a problem.
+const OVERDUE: Duration = Duration::from_secs(10);
+/// A name that is not looked up again for so long after it was due is a problem.
+const LATE: Duration = Duration::from_secs(60);
 
 /// Names to addresses. May block: it is called on a thread that is there for that.
 pub trait Resolve: Send + Sync + 'static {
@@ -48,7 +55,19 @@ pub struct Names<R> {
     resolver: Arc<R>,
     interval: Duration,
     names: BTreeMap<Arc<str>, Name>,
-    lookups: JoinSet<(Arc<str>, io::Result<Vec<IpAddr>>)>,
+    /// The names that are not being looked up, by when they are due.
+    queue: BTreeSet<(Instant, Arc<str>)>,
+    /// How many of the lookups under way are of names whose last lookup failed.
+    failing: usize,
+    lookups: JoinSet<Lookup>,
+}
+
+/// A lookup that has ended.
+#[derive(Debug)]
+struct Lookup {
+    host: Arc<str>,
+    was_failing: bool,
+    addresses: io::Result<Vec<IpAddr>>,
 }
 
 #[derive(Debug)]
@@ -56,41 +75,92 @@ struct Name {
     resolved: Resolved,
     due: Instant,
     is_under_way: bool,
+    /// Lookups that failed in a row.
+    failures: u32,
+    /// The last lookup failed because no name server answered, and not because there is no such name.
+    may_come: bool,
+    /// When it is a problem that no lookup has ended.
+    late_at: Instant,
+    is_late: bool,
+}
+
+impl Name {
+    fn new(resolved: Resolved, now: Instant) -> Name {
+        let late = if resolved == Resolved::Pending { OVERDUE } else { LATE };
+        Name {
+            resolved,
+            due: now,
+            is_under_way: false,
+            failures: 0,
+            may_come: false,
+            late_at: now + late,
+            is_late: false,
+        }
+    }
 }
 
 impl<R: Resolve> Names<R> {
     pub fn new(resolver: R, interval: Duration) -> Names<R> {
-        Names { resolver: Arc::new(resolver), interval, names: BTreeMap::new(), lookups: JoinSet::new() }
+        Names {
+            resolver: Arc::new(resolver),
+            interval,
+            names: BTreeMap::new(),
+            queue: BTreeSet::new(),
+            failing: 0,
+            lookups: JoinSet::new(),
+        }
     }
 
     /// Begins with what was known before a restart.
     pub fn remember(&mut self, host: Arc<str>, mut addresses: Vec<IpAddr>) {
         addresses.sort();
         addresses.dedup();
-        let resolved = Resolved::Addresses(addresses.into(), None);
-        self.names.insert(host, Name { resolved, due: Instant::now(), is_under_way: false });
+        self.insert(host, Resolved::Addresses(addresses.into(), None));
+    }
+
+    fn insert(&mut self, host: Arc<str>, resolved: Resolved) {
+        let name = Name::new(resolved, Instant::now());
+        self.queue.insert((name.due, host.clone()));
+        if let Some(before) = self.names.insert(host.clone(), name) {
+            self.queue.remove(&(before.due, host));
+        }
     }
 
     /// Needs these names and no others.
     pub fn want_only(&mut self, hosts: &BTreeSet<Arc<str>>) {
         self.names.retain(|host, _| hosts.contains(host));
+        self.queue.retain(|(_, host)| hosts.contains(host));
         self.want(hosts);
     }
 
     /// Needs these names too.
     pub fn want(&mut self, hosts: &BTreeSet<Arc<str>>) {
-        let now = Instant::now();
         for host in hosts {
-            self.names.entry(host.clone()).or_insert_with(|| Name {
-                resolved: Resolved::Pending,
-                due: now,
-                is_under_way: false,
-            });
+            if !self.names.contains_key(host) {
+                self.insert(host.clone(), Resolved::Pending);
+            }
         }
     }
 
     pub fn get(&self, host: &str) -> Resolved {
-        self.names.get(host).map_or(Resolved::Pending, |name| name.resolved.clone())
+        match self.names.get(host) {
+            None => Resolved::Pending,
+            Some(Name { resolved: Resolved::Addresses(addresses, None), is_late: true, .. }) => {
+                let why = format!("no lookup has ended for {} s after it was due", LATE.as_secs());
+                Resolved::Addresses(addresses.clone(), Some(why.into()))
+            }
+            Some(name) => name.resolved.clone(),
+        }
+    }
+
+    /// Reports whether a name has had no answer for so long that somebody should know.
+    pub fn is_overdue(&self, host: &str) -> bool {
+        self.names.get(host).is_some_and(|name| name.is_late)
+    }
+
+    /// Reports whether a name without an address may have one: no name server answered.
+    pub fn may_come(&self, host: &str) -> bool {
+        self.names.get(host).is_none_or(|name| name.may_come)
     }
 
     /// Whether there are names that were never tried.
@@ -98,34 +168,59 @@ impl<R: Resolve> Names<R> {
         self.names.values().any(|name| name.resolved == Resolved::Pending)
     }
 
-    /// Begins the lookups that are due, and returns when the next is.
+    /// Begins the lookups that are due, those first that have been due for longest, and returns when the next is.
     pub fn look_up(&mut self) -> Option<Instant> {
         let now = Instant::now();
-        for (host, name) in &mut self.names {
-            if self.lookups.len() >= AT_ONCE {
-                break;
+        let mut passed_over = Vec::new();
+        while self.lookups.len() < AT_ONCE
+            && let Some((due, _)) = self.queue.first()
+            && *due <= now
+            && let Some((due, host)) = self.queue.pop_first()
+        {
+            let Some(name) = self.names.get_mut(&host) else { continue };
+            let is_failing = name.failures > 0;
+            if is_failing && self.failing >= FAILING_AT_ONCE {
+                passed_over.push((due, host));
+                continue;
             }
-            if !name.is_under_way && name.due <= now {
-                name.is_under_way = true;
-                let (resolver, host) = (self.resolver.clone(), host.clone());
-                self.lookups.spawn_blocking(move || {
-                    let addresses = resolver.resolve(&host);
-                    (host, addresses)
-                });
-            }
+            name.is_under_way = true;
+            self.failing += usize::from(is_failing);
+            let resolver = self.resolver.clone();
+            self.lookups.spawn_blocking(move || {
+                let addresses = resolver.resolve(&host);
+                Lookup { host, was_failing: is_failing, addresses }
+            });
         }
-        // With all threads busy the next one begins when one of them is done.
-        let is_full = self.lookups.len() >= AT_ONCE;
-        self.names.values().filter(|name| !is_full && !name.is_under_way).map(|name| name.due).min()
+        // Those for which there is no place begin when a lookup ends.
+        let next = self.queue.first().map(|(due, _)| *due).filter(|_| self.lookups.len() < AT_ONCE);
+        self.queue.extend(passed_over);
+        next
     }
 
-    /// Waits until something else is known of a name. Dropping the future loses nothing.
+    /// Waits until something else is known of a name, or a name is late. Dropping the future loses nothing.
     pub async fn changed(&mut self) {
         loop {
-            let Some(done) = self.lookups.join_next().await else { return std::future::pending().await };
-            if let Ok((host, addresses)) = done
-                && self.learn(&host, addresses)
-            {
+            let late_at = self.names.values().filter(|name| !name.is_late).map(|name| name.late_at).min();
+            let late = async {
+                match late_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let done = tokio::select! {
+                Some(done) = self.lookups.join_next() => done,
+                () = late => {
+                    let now = Instant::now();
+                    for name in self.names.values_mut().filter(|name| name.late_at <= now) {
+                        name.is_late = true;
+                    }
+                    return;
+                }
+            };
+            // A lookup that panicked may have been of a name that fails; the bound is only ever too low then.
+            let Ok(Lookup { host, was_failing, addresses }) = done else { continue };
+            self.failing = self.failing.saturating_sub(usize::from(was_failing));
+            if self.learn(&host, addresses) {
                 return;
             }
             self.look_up();
@@ -134,31 +229,50 @@ impl<R: Resolve> Names<R> {
 
     fn learn(&mut self, host: &str, addresses: io::Result<Vec<IpAddr>>) -> bool {
         let Some(name) = self.names.get_mut(host) else { return false };
+        let addresses = addresses.and_then(|addresses| match addresses.is_empty() {
+            true => Err(io::Error::other("it has no address")),
+            false => Ok(addresses),
+        });
         let interval = match &addresses {
-            Ok(_) => self.interval,
-            Err(_) => self.interval.min(RETRY),
+            Ok(_) => {
+                name.failures = 0;
+                self.interval
+            }
+            Err(error) => {
+                name.may_come = !is_definite(error);
+                name.failures = name.failures.saturating_add(1);
+                (RETRY * 2_u32.pow((name.failures - 1).min(8))).min(self.interval)
+            }
         };
+        let was_late = std::mem::take(&mut name.is_late);
         name.is_under_way = false;
         name.due = Instant::now() + interval + jitter(interval / 10);
+        name.late_at = name.due + LATE;
+        self.queue.insert((name.due, host.into()));
         let resolved = match addresses {
-            Ok(mut addresses) if !addresses.is_empty() => {
+            Ok(mut addresses) => {
                 addresses.sort();
                 addresses.dedup();
                 Resolved::Addresses(addresses.into(), None)
             }
-            failed => {
-                let why: Arc<str> = match failed {
-                    Ok(_) => "it has no address".into(),
-                    Err(error) => plain(&error).into(),
-                };
+            Err(error) => {
+                let why: Arc<str> = plain(&error).into();
                 match &name.resolved {
                     Resolved::Addresses(before, _) => Resolved::Addresses(before.clone(), Some(why)),
                     Resolved::Pending | Resolved::Failed(_) => Resolved::Failed(why),
                 }
             }
         };
-        std::mem::replace(&mut name.resolved, resolved) != name.resolved
+        let before = std::mem::replace(&mut name.resolved, resolved);
+        was_late || before != name.resolved
     }
+}
+
+/// Reports whether a failed lookup says that there is no such name: in the words of glibc and of musl. Anything else may be
+/// over with the next lookup.
+fn is_definite(error: &io::Error) -> bool {
+    let said = error.to_string().to_lowercase();
+    ["not known", "no address", "does not resolve"].iter().any(|words| said.contains(words))
 }
 
 /// std prefixes what `getaddrinfo` says.
@@ -251,5 +365,77 @@ mod tests {
             Resolved::Addresses(addresses, None) => assert!(addresses.iter().all(IpAddr::is_loopback)),
             other => panic!("{other:?}"),
         }
+    }
+
+    /// A name server that answers `*.dead` never, and anything else after a while.
+    struct Slow {
+        answers_after: Duration,
+    }
+
+    impl Resolve for Arc<Slow> {
+        fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
+            if host.ends_with(".dead") {
+                std::thread::sleep(Duration::from_millis(150));
+                return Err(io::Error::other(
+                    "failed to lookup address information: Temporary failure in name resolution",
+                ));
+            }
+            std::thread::sleep(self.answers_after);
+            Ok(vec!["10.0.0.1".parse().unwrap()])
+        }
+    }
+
+    #[tokio::test]
+    async fn names_that_are_due_for_longest_come_first_whatever_they_are_called() {
+        let dns = Arc::new(Slow { answers_after: Duration::from_millis(20) });
+        // Due again long before all have had their turn.
+        let mut names = Names::new(dns, Duration::from_millis(60));
+        let all: Vec<String> = (0..200).map(|n| format!("vm-{n:03}.x")).collect();
+        names.want(&hosts(&all.iter().map(String::as_str).collect::<Vec<_>>()));
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while names.any_pending() {
+            assert!(Instant::now() < deadline, "some names never had their turn");
+            let due = names.look_up().unwrap_or(deadline);
+            _ = tokio::time::timeout_at(due, names.changed()).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn names_of_a_dead_zone_leave_places_for_the_others_and_are_told_of() {
+        let dns = Arc::new(Slow { answers_after: Duration::ZERO });
+        let mut names = Names::new(dns, Duration::from_millis(50));
+        let dead: Vec<String> = (0..40).map(|n| format!("a-{n:02}.dead")).collect();
+        names.want(&hosts(&dead.iter().map(String::as_str).collect::<Vec<_>>()));
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while names.any_pending() {
+            let due = names.look_up().unwrap_or(deadline);
+            _ = tokio::time::timeout_at(due, names.changed()).await;
+        }
+        assert!(names.may_come("a-00.dead"));
+        names.want(&hosts(&["shop.x"]));
+        let since = Instant::now();
+        while names.get("shop.x") == Resolved::Pending {
+            let due = names.look_up().unwrap_or(deadline);
+            assert!(names.failing <= FAILING_AT_ONCE, "{} places wait for a dead zone", names.failing);
+            _ = tokio::time::timeout_at(due, names.changed()).await;
+            assert!(since.elapsed() < Duration::from_secs(30), "`shop.x` has no turn");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_name_without_an_answer_is_overdue_and_whoever_waits_hears_of_it() {
+        struct Never;
+        impl Resolve for Never {
+            fn resolve(&self, _: &str) -> io::Result<Vec<IpAddr>> {
+                Err(io::Error::other("no"))
+            }
+        }
+        let mut names = Names::new(Never, Duration::from_secs(30));
+        names.want(&hosts(&["db"]));
+        assert!(!names.is_overdue("db"));
+        // No lookup begins: all places are taken, say.
+        names.changed().await;
+        assert!(names.is_overdue("db"));
+        assert_eq!(names.get("db"), Resolved::Pending);
     }
 }

@@ -47,6 +47,10 @@ pub struct Registrations {
     /// Services that are absent because the source says in as many words that there is nothing.
     #[serde(skip)]
     pub emptied: BTreeSet<ServiceName>,
+    /// What the source has and cannot be used, of which nothing is known from before either, and why: a file, a directory, a
+    /// service. A view with any of it must not be the first that is served: it would take away what others still serve.
+    #[serde(skip)]
+    pub unusable: Vec<Arc<str>>,
 }
 
 /// One service as one source says it, and how far that can be trusted.
@@ -61,11 +65,32 @@ pub struct Seen {
     /// It has no endpoints, and the source says so in as many words: `endpoints: []`.
     #[serde(default)]
     pub empty_on_purpose: bool,
+    /// How much of it the source says now.
+    #[serde(skip)]
+    pub extent: Extent,
+}
+
+/// How much of a service its source says now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    #[default]
+    Whole,
+    /// What is here is right, and more may be there that cannot be read: nothing may be taken for removed.
+    Part,
+    /// Nothing that can be used: this is what was read of it last.
+    Nothing,
 }
 
 impl Seen {
     pub fn fresh(registration: Arc<Registration>) -> Seen {
-        Seen { registration, state: State::Fresh, because: None, empty_on_purpose: false }
+        Seen {
+            registration,
+            state: State::Fresh,
+            because: None,
+            empty_on_purpose: false,
+            extent: Extent::Whole,
+        }
     }
 
     pub fn stale(registration: Arc<Registration>, because: impl Into<Arc<str>>) -> Seen {
@@ -100,6 +125,9 @@ pub struct View {
     pub held: Arc<[Held]>,
     /// Since when no change of the source is taken, by the operator's word.
     pub frozen: Option<SystemTime>,
+    /// Why what the source has said since the start may not be served yet: a part of it cannot be used, and nothing is
+    /// known of that part from before.
+    pub unusable: Option<Arc<str>>,
 }
 
 /// Why a [`View::restored`] is stale until the source answers, or fails and says why.

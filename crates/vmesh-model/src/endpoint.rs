@@ -97,19 +97,46 @@ pub enum Host {
     Name(Arc<str>),
 }
 
+/// Returns `ip` as it is dialled, IPv4 in IPv6 as IPv4 (`::ffff:10.0.0.1`), or why no other host can dial it.
+///
+/// The one place where that is decided: for addresses as they are written, and for those that a name resolves to.
+pub fn dialable(ip: IpAddr) -> Result<IpAddr, String> {
+    let ip = ip.to_canonical();
+    let why = match ip {
+        IpAddr::V4(v4) if v4.octets()[0] == 0 => "it stands for no host, or for all addresses of one",
+        IpAddr::V4(v4) if v4.is_broadcast() => "it is the broadcast address",
+        IpAddr::V6(v6) if v6.is_unspecified() => "it stands for all addresses of a host",
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+            "a link-local address means another host on every link, and says not on which"
+        }
+        ip if ip.is_multicast() => "it is a multicast address",
+        ip => return Ok(ip),
+    };
+    Err(format!("`{ip}` is not an address that can be dialled: {why}"))
+}
+
 impl Host {
-    /// An IP address, also in the short forms of `inet_aton` that fleets write (`127.1`), or a DNS name.
+    /// An IP address, also in the short forms of `inet_aton` that fleets write (`127.1`), or a DNS name. An address that
+    /// nobody can dial is an error: see [`dialable`].
     pub fn parse(text: &str) -> Result<Host, String> {
         let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
         if let Ok(ip) = bare.parse() {
-            return Ok(Host::Ip(ip));
+            return dialable(ip).map(Host::Ip);
         }
+        let neither = || format!("`{}` is neither an IP address nor a host name", crate::yaml::short(text));
         // A name whose last label is a number is an IPv4 address or an error, never DNS (RFC 1123, 2.1).
         let last = text.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
-        if !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit()) {
-            return short_ipv4(text)
-                .map(|ip| Host::Ip(ip.into()))
-                .ok_or_else(|| format!("`{text}` is neither an IP address nor a host name"));
+        let is_hexadecimal = last.strip_prefix("0x").or(last.strip_prefix("0X"));
+        let is_hexadecimal =
+            is_hexadecimal.is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()));
+        if is_hexadecimal || (!last.is_empty() && last.bytes().all(|b| b.is_ascii_digit())) {
+            if text.split('.').any(|part| part.len() > 1 && part.starts_with('0')) {
+                return Err(format!(
+                    "`{}`: a number that begins with 0 is octal, or hexadecimal, to some and decimal to others: write it without",
+                    crate::yaml::short(text)
+                ));
+            }
+            return dialable(short_ipv4(text).ok_or_else(neither)?.into()).map(Host::Ip);
         }
         let label = |l: &str| {
             (1..=63).contains(&l.len())
@@ -121,8 +148,7 @@ impl Host {
         if name.len() <= 253 && name.split('.').all(label) {
             Ok(Host::Name(name.to_ascii_lowercase().into()))
         } else {
-            let shown: String = text.chars().take(60).collect();
-            Err(format!("`{shown}` is neither an IP address nor a host name"))
+            Err(neither())
         }
     }
 }
@@ -153,14 +179,19 @@ impl FromStr for Address {
                 crate::yaml::short(text)
             ));
         }
+        let shown = crate::yaml::short(text);
+        if text.contains([',', ';']) || text.trim().contains(char::is_whitespace) {
+            return Err(format!("`{shown}`: one address each, `host:port`: make a list of several"));
+        }
         let (host, port) = text
             .rsplit_once(':')
-            .ok_or_else(|| format!("`{text}` has no port: write `{text}:8080`, an address and a port"))?;
+            .ok_or_else(|| format!("`{shown}` has no port: write `{shown}:8080`, an address and a port"))?;
         if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
-            return Err(format!("`{text}`: an IPv6 address with a port is written `[{host}]:{port}`"));
+            let (host, port) = (crate::yaml::short(host), crate::yaml::short(port));
+            return Err(format!("`{shown}`: an IPv6 address with a port is written `[{host}]:{port}`"));
         }
         if host.is_empty() {
-            return Err(format!("`{text}` has no host before the port"));
+            return Err(format!("`{shown}` has no host before the port"));
         }
         Ok(Address { host: Host::parse(host)?, port: parse_port(port)? })
     }
@@ -174,7 +205,7 @@ pub fn parse_port(text: &str) -> Result<NonZeroU16, String> {
             .ok()
             .and_then(NonZeroU16::new)
             .ok_or_else(|| format!("port {n} is out of range: 1 to 65535")),
-        Err(_) => Err(format!("`{text}` is not a port: 1 to 65535")),
+        Err(_) => Err(format!("`{}` is not a port: 1 to 65535", crate::yaml::short(text))),
     }
 }
 

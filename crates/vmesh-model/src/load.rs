@@ -308,7 +308,8 @@ impl Library {
     }
 }
 
-const NOT_IN_FORCE: &str = "it is not in force";
+/// How the message of a problem ends for which a document is not in force, in no version.
+pub const NOT_IN_FORCE: &str = "it is not in force";
 
 impl PartialEq for Parsed {
     fn eq(&self, other: &Parsed) -> bool {

@@ -236,6 +236,8 @@ pub fn text_of<'a>(
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(wrong(Place::file(file.clone()), "the text is UTF-16: save it as UTF-8".to_owned()));
     }
+    // A byte-order mark is no part of the text, whoever wrote it.
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     std::str::from_utf8(bytes).map_err(|error| {
         let good = bytes.get(..error.valid_up_to()).unwrap_or_default();
         let good = std::str::from_utf8(good).unwrap_or_default();
@@ -382,7 +384,13 @@ impl<'a> Builder<'a> {
 
     fn syntax(&mut self, error: &ScanError, text: &str) {
         let (line, column) = self.position(&tab(error, text).unwrap_or(*error.marker()));
-        self.problem(line, column, in_plain_words(error.kind()));
+        match bracketed_address(text, error.marker().line()) {
+            Some((column, address)) => {
+                let message = format!("a text that begins with `[` has to be in quotes: \"{address}\"");
+                self.problem(line, column, message);
+            }
+            None => self.problem(line, column, in_plain_words(error.kind())),
+        }
         self.root = None;
         self.exhausted |= matches!(error.kind(), ErrorKind::RecursionLimitExceeded);
     }
@@ -537,6 +545,20 @@ fn tab(error: &ScanError, text: &str) -> Option<Marker> {
     let (line, tabbed) = lines.take(100).find(|(_, line)| line.trim_start_matches(' ').starts_with('\t'))?;
     let column = tabbed.chars().take_while(|c| *c == ' ').count();
     Some(Marker::new(0, line + 1, column))
+}
+
+/// Finds `[fd00::1]:8080` without quotes in a line, which YAML takes for a list; returns its column and itself.
+fn bracketed_address(text: &str, line: usize) -> Option<(u32, String)> {
+    let line = text.split('\n').nth(line.checked_sub(1)?)?;
+    let at = line.find('[')?;
+    let rest = line.get(at..)?;
+    let (inside, after) = rest.split_once("]:")?;
+    let is_address =
+        inside.len() > 1 && inside.bytes().skip(1).all(|b| b.is_ascii_hexdigit() || b":.".contains(&b));
+    let digits = after.bytes().take_while(u8::is_ascii_digit).count();
+    let column = line.get(..at)?.chars().count() + 1;
+    (is_address && inside.contains(':') && digits > 0)
+        .then(|| Some((count(column), rest.get(..inside.len() + 2 + digits)?.to_owned())))?
 }
 
 const TAB: &str = "a tab: lines are indented with spaces";

@@ -374,3 +374,46 @@ async fn what_is_kept_of_all_answers_together_is_bounded_and_costs_the_service_t
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.8"]));
     until(&mut source, "orders 10.0.0.8:80 fresh").await;
 }
+
+#[tokio::test]
+async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_and_not_stale_for_ever() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(false));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    let mut before = fake.source(None);
+    let known = timeout(Duration::from_secs(60), before.next()).await.unwrap().unwrap();
+    assert_eq!(line(&Ok(known.clone())), "pay 10.0.0.1:80 fresh");
+    drop(before);
+    // Consul is dead at the start of the next control plane, and has nothing when it is back.
+    fake.say(CATALOG, 500, &[], &json!("rpc error"));
+    let mut source = fake.source(Some(&known));
+    timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap_err();
+    fake.say(CATALOG, 200, &[], &json!({"consul": [], "orders": []}));
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.7"]));
+    let seen = until(&mut source, "orders 10.0.0.7:80 fresh").await;
+    assert_eq!(seen.last().unwrap(), "orders 10.0.0.7:80 fresh");
+}
+
+#[tokio::test]
+async fn bad_records_cost_themselves_and_a_service_of_nothing_else_is_not_usable() {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &both(true));
+    fake.say(
+        PAY,
+        200,
+        &[],
+        &instances(&["10.0.0.1", "http://10.0.0.2", "http://10.0.0.3", "10.0.0.4", "x y"]),
+    );
+    fake.say("/v1/health/service/orders", 200, &[], &instances(&["http://10.0.0.9"]));
+    let mut source = fake.source(None);
+    let view = timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap();
+    assert_eq!(line(&Ok(view.clone())), "pay 10.0.0.1:80 10.0.0.4:80 fresh");
+    assert_eq!(view.unusable.len(), 1);
+    assert!(
+        view.unusable[0].starts_with("service `orders`: instance `http://10.0.0.9`"),
+        "{}",
+        view.unusable[0]
+    );
+    let pay = &view.services[&"pay".parse::<ServiceName>().unwrap()];
+    assert_eq!(pay.extent, crate::source::Extent::Part);
+}

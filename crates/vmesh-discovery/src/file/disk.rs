@@ -14,13 +14,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{Mode, OFlags};
 use vmesh_model::yaml::too_large;
-use vmesh_model::{Place, Problem, Registration, ServiceName};
+use vmesh_model::{Address, Place, Problem, Registration, ServiceName};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::watch::{Directories, Directory, Hints, Look, Watch, links};
 use crate::assemble::{Known, Statement, Told};
 use crate::config::FileConfig;
-use crate::format::{self, Format, Parsed, subject_of};
+use crate::format::{self, Format, Parsed, ParsedEndpoint, ParsedService, subject_of};
 use crate::source::{Registrations, SourceError};
 
 /// A file that changed a moment ago may be half written, if nobody said that it was closed.
@@ -56,6 +56,8 @@ struct FileState {
     problems: Vec<Problem>,
     /// What it named before it said that there is nothing.
     emptied: BTreeSet<ServiceName>,
+    /// What of it cannot be used and is not known from before, and why.
+    unusable: Vec<Arc<str>>,
     /// It is not there any more, since so long.
     missing_since: Option<Instant>,
 }
@@ -113,6 +115,8 @@ pub(super) struct Disk {
     restored: BTreeMap<ServiceName, Arc<Registration>>,
     /// The file that counts for each service: one that comes later and names it too must not take it over.
     incumbents: BTreeMap<ServiceName, Arc<str>>,
+    /// Services of which several files have a part, as they were put together last.
+    joined: BTreeMap<ServiceName, Arc<ParsedService>>,
     /// What has been said of the watches in the log.
     complained: bool,
     #[cfg(test)]
@@ -134,6 +138,7 @@ impl Disk {
             watch: None,
             files: BTreeMap::new(),
             restored: restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
+            joined: BTreeMap::new(),
             complained: false,
             #[cfg(test)]
             no_watches: false,
@@ -170,6 +175,11 @@ impl Disk {
             self.read(found, look, verify, &mut scan);
         }
         self.keep_unreadable(&walk.unreadable);
+        for (directory, why) in &walk.unreadable {
+            if !self.files.keys().any(|path| path.starts_with(directory)) {
+                scan.told.unusable.push(format!("{}: {why}", directory.display()).into());
+            }
+        }
         self.forget(&present, &walk.unreadable, now, &mut scan);
         self.merge(&mut scan);
         Ok(scan)
@@ -433,7 +443,8 @@ impl Disk {
         };
         // Before the first reading of a file what was known of it is what was known before a restart.
         for (name, registration) in restored.extract_if(.., |_, known| known.place.file == *file) {
-            let told = Told { known: Known::Restored(registration), stale_because: None };
+            let told =
+                Told { known: Known::Restored(registration), stale_because: None, partial_because: None };
             before.entry(name).or_insert(told);
         }
         if parsed.failed {
@@ -458,10 +469,25 @@ impl Disk {
                     Some(Told { known: Known::Parsed(same), .. }) if *same == service => same,
                     _ => Arc::new(service),
                 };
-                let told = Told { known: Known::Parsed(known.clone()), stale_because: None };
-                state.services.insert(known.name.clone(), told);
+                state.services.insert(known.name.clone(), Told::fresh(known));
+            }
+            if parsed.has_unnamed {
+                // What is not named any more may be what cannot be told by its name.
+                let because = because(None);
+                for (name, mut told) in before {
+                    told.stale_because = Some(because.clone());
+                    state.services.insert(name, told);
+                }
             }
         }
+        let is_known = |name: &ServiceName| state.services.contains_key(name);
+        let mut unusable: BTreeSet<Arc<str>> = BTreeSet::new();
+        if parsed.has_unnamed || (parsed.failed && state.services.is_empty()) {
+            unusable.insert(because(None));
+        }
+        unusable
+            .extend(parsed.unreadable.iter().filter(|name| !is_known(name)).map(|name| because(Some(name))));
+        state.unusable = unusable.into_iter().collect();
         let with_outcome = |problem: Problem| {
             let known = |name: &ServiceName| state.services.contains_key(name);
             let unreadable = parsed.unreadable.iter().find(|name| subject_of(name) == problem.subject);
@@ -491,7 +517,7 @@ impl Disk {
             let below = |known: &Registration| Path::new(&*known.place.file).starts_with(directory);
             for (name, known) in self.restored.extract_if(.., |_, known| below(known)) {
                 let state = self.files.entry(PathBuf::from(&*known.place.file)).or_default();
-                let told = Told { known: Known::Restored(known), stale_because: Some(because.clone()) };
+                let told = Told::stale(Known::Restored(known), because.clone());
                 state.services.insert(name, told);
             }
         }
@@ -527,12 +553,24 @@ impl Disk {
         let mut claims: BTreeMap<&ServiceName, Vec<&Told>> = BTreeMap::new();
         for state in self.files.values() {
             scan.told.problems.extend(state.problems.iter().cloned());
+            scan.told.unusable.extend(state.unusable.iter().cloned());
             for (name, told) in &state.services {
                 claims.entry(name).or_default().push(told);
             }
         }
         let mut incumbents = BTreeMap::new();
+        let mut joined = BTreeMap::new();
         for (name, claims) in claims {
+            if claims.len() > 1
+                && let Some(told) = join(name, &claims, self.joined.get(name))
+            {
+                if let Known::Parsed(service) = &told.known {
+                    joined.insert(name.clone(), service.clone());
+                }
+                incumbents.insert(name.clone(), place(&told).file);
+                scan.told.services.insert(name.clone(), told);
+                continue;
+            }
             let incumbent = self.incumbents.get(name);
             let stayed = claims.iter().find(|told| Some(&place(told).file) == incumbent);
             let Some(counts) = stayed.or(claims.first()) else { continue };
@@ -545,11 +583,40 @@ impl Disk {
             scan.told.services.insert(name.clone(), Told::clone(counts));
         }
         self.incumbents = incumbents;
+        self.joined = joined;
         let emptied = self.files.values().flat_map(|state| &state.emptied);
         scan.told.emptied = emptied.filter(|name| !scan.told.services.contains_key(*name)).cloned().collect();
         scan.told.problems.sort();
         scan.told.problems.dedup();
     }
+}
+
+/// Puts together a service of which each of several files has a part, as Prometheus does with a job: `None` if it is not
+/// meant so. What is as it was `before` keeps its pointer.
+fn join(name: &ServiceName, claims: &[&Told], before: Option<&Arc<ParsedService>>) -> Option<Told> {
+    let parts: Vec<&Arc<ParsedService>> = claims
+        .iter()
+        .map(|told| match &told.known {
+            Known::Parsed(service) if service.is_shared => Some(service),
+            Known::Parsed(_) | Known::Restored(_) => None,
+        })
+        .collect::<Option<_>>()?;
+    let mut whole = ParsedService::clone(parts.first()?);
+    let mut endpoints: BTreeMap<&Address, &ParsedEndpoint> = BTreeMap::new();
+    for endpoint in parts.iter().flat_map(|part| &part.endpoints) {
+        endpoints.entry(&endpoint.address).or_insert(endpoint);
+    }
+    whole.name = name.clone();
+    whole.endpoints = endpoints.into_values().cloned().collect();
+    whole.protocol = parts.iter().find_map(|part| part.protocol);
+    // A part that cannot be read now is what was read of it last, and all of the service may be more.
+    let stale = claims.iter().find_map(|told| told.stale_because.clone());
+    whole.partial_because = parts.iter().find_map(|part| part.partial_because.clone()).or(stale);
+    let whole = match before {
+        Some(before) if **before == whole => before.clone(),
+        _ => Arc::new(whole),
+    };
+    Some(Told::fresh(whole))
 }
 
 fn place(told: &Told) -> Place {

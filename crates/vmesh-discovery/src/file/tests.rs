@@ -453,8 +453,7 @@ async fn what_is_no_file_is_not_opened_and_what_is_no_text_is_not_read() {
         huge.yaml: larger than 16 MiB, the most that is read; nothing of this file is in force
         latin1.yaml:1:17: the text is not UTF-8: byte 0xe4 belongs to no character; nothing of this file is in force
         loop: a link that leads back to itself; nothing of this file is in force
-        number.yaml: 1 of 1 endpoints are bad: this is more than single mistakes; nothing of this file is in force
-        number.yaml:1:44: `weight`: `many` is not a weight: a number from 0 to 1000000; nothing of this file is in force
+        number.yaml:1:44: `weight`: `many` is not a weight: a number from 0 to 1000000; this service is not in force
         pipe: not read: it is a FIFO
         port.yaml:1:13: port 0 is not a port: 1 to 65535; this endpoint is left out
         port.yaml:1:25: port 70000 is out of range: 1 to 65535; this endpoint is left out
@@ -513,13 +512,12 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
         (
             "- {service: a, endpoints: [x]}\n- {service: b, endpoints: [y]}\n",
             expect![[r#"
-            a stale 10.0.0.1:80 (all.yaml: 2 of 2 endpoints are bad: this is more than single mistakes)
-            b stale 10.0.0.2:80 (all.yaml: 2 of 2 endpoints are bad: this is more than single mistakes)
-            orders fresh 10.0.0.1:80 10.0.0.2:80
-            all.yaml: 2 of 2 endpoints are bad: this is more than single mistakes; what was last read of this file stays in force
-            all.yaml:1:28: `x` has no port: write `x:8080`, an address and a port; what was last read of this file stays in force
-            all.yaml:2:28: `y` has no port: write `y:8080`, an address and a port; what was last read of this file stays in force
-        "#]],
+                a stale 10.0.0.1:80 (all.yaml:1:28: `x` has no port: write `x:8080`, an address and a port)
+                b stale 10.0.0.2:80 (all.yaml:2:28: `y` has no port: write `y:8080`, an address and a port)
+                orders fresh 10.0.0.1:80 10.0.0.2:80
+                all.yaml:1:28: `x` has no port: write `x:8080`, an address and a port; what was last read of this service stays in force
+                all.yaml:2:28: `y` has no port: write `y:8080`, an address and a port; what was last read of this service stays in force
+            "#]],
         ),
     ] {
         replace(&live.dir, "all.yaml", bad);
@@ -661,7 +659,7 @@ async fn names_are_resolved_and_a_slow_one_holds_up_only_its_service() {
     replace(&live.dir, "orders.yaml", "endpoints: [slow:80]\n");
     replace(&live.dir, "web", "10.3.0.1 80\n");
     live.until(&format!(
-        "orders fresh 10.1.0.1:82 10.1.0.2:80 10.1.0.2:81\n{pay}\nweb fresh 10.3.0.1:80\n{problem}"
+        "orders stale 10.1.0.1:82 10.1.0.2:80 10.1.0.2:81 (`slow` is being looked up)\n{pay}\nweb fresh 10.3.0.1:80\n{problem}"
     ))
     .await;
     dns.set("slow", "10.1.0.3");

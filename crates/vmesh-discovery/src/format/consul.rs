@@ -85,6 +85,8 @@ struct Instance {
     protocol: Option<Protocol>,
     /// Fabio: the share of all requests, from 0 to 1.
     fraction: Option<f64>,
+    /// Consul's index when it was registered: greater is later.
+    created: u64,
 }
 
 #[derive(Deserialize)]
@@ -121,6 +123,7 @@ struct Service {
     meta: Option<BTreeMap<String, String>>,
     weights: Option<Weights>,
     kind: Option<String>,
+    create_index: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -265,6 +268,7 @@ impl Reader<'_> {
         let (health, weight) = self.health(checks, service.weights.as_ref())?;
         let said = Said::of(tags, meta, node_meta, rules);
         let address = self.address(node, &service, &said)?;
+        let created = service.create_index.unwrap_or_default();
         let mut record = Record::new(address, self.place.clone());
         record.health = health;
         record.weight = Some(weight);
@@ -303,7 +307,7 @@ impl Reader<'_> {
             record.labels.insert("node".into(), name.into());
         }
         let fraction = said.fraction.filter(|_| !is_said);
-        Ok(Instance { record, protocol, fraction })
+        Ok(Instance { record, protocol, fraction, created })
     }
 
     fn wanted(
@@ -403,11 +407,6 @@ impl Reader<'_> {
             }
         };
         let host = Host::parse(&host).map_err(LeftOut::Bad)?;
-        if let Host::Ip(ip) = &host
-            && (ip.is_unspecified() || ip.is_multicast())
-        {
-            return Err(LeftOut::Bad(format!("`{ip}` is not an address that can be dialled")));
-        }
         Ok(Address { host, port })
     }
 
@@ -593,7 +592,7 @@ impl<'a> Said<'a> {
 }
 
 /// As fleets write it. Whoever speaks HTTP over TLS is passed through: requests cannot be told apart.
-fn protocol(text: &str) -> Option<Protocol> {
+pub(super) fn protocol(text: &str) -> Option<Protocol> {
     let text = text.to_ascii_lowercase();
     Some(match text.as_str() {
         "http1" | "http/1.1" | "http1.1" | "ws" => Protocol::Http,
@@ -616,15 +615,14 @@ pub fn remembered(registration: &Registration, datacenter: &str) -> Read {
             };
             let address = Address { host, port: NonZeroU16::new(endpoint.address.port())? };
             let record = Record {
-                address,
                 weight: Some(Share(f64::from(endpoint.weight.get()))),
                 health: endpoint.health,
                 zone: endpoint.zone.clone(),
                 version: endpoint.version.clone(),
                 labels: endpoint.labels.clone(),
-                place: registration.place.clone(),
+                ..Record::new(address, registration.place.clone())
             };
-            Some(Instance { record, protocol: registration.protocol, fraction: None })
+            Some(Instance { record, protocol: registration.protocol, fraction: None, created: 0 })
         });
     let instances: Vec<_> = instances.collect();
     Read { listed: instances.len(), instances, ..Read::default() }
@@ -637,9 +635,10 @@ pub fn combine(source: &str, service: &ServiceName, reads: &[&Read]) -> Parsed {
     let mut instances: BTreeMap<&Address, Instance> = BTreeMap::new();
     for instance in reads.iter().flat_map(|read| &read.instances) {
         // An endpoint stays while any record of it stands, and is as well as the best of them says: whoever registers
-        // anew after a failure is there twice for a while.
+        // anew after a failure is there twice for a while. Of two that are as well the younger one counts.
+        let rank = |instance: &Instance| (wellness(instance.record.health), instance.created);
         match instances.get_mut(&instance.record.address) {
-            Some(known) if wellness(known.record.health) >= wellness(instance.record.health) => {}
+            Some(known) if rank(known) >= rank(instance) => {}
             Some(known) => *known = instance.clone(),
             None => _ = instances.insert(&instance.record.address, instance.clone()),
         }
@@ -658,11 +657,10 @@ pub fn combine(source: &str, service: &ServiceName, reads: &[&Read]) -> Parsed {
             parsed.bad_record(problem.place.clone(), &problem.subject, problem.message.clone());
         }
     }
-    let file = place.file.clone();
-    let head = ParsedService { name: service.clone(), protocol, port: None, endpoints: Vec::new(), place };
+    let head = ParsedService { protocol, ..ParsedService::new(service.clone(), place) };
     let records = instances.into_iter().map(|instance| instance.record).collect();
     parsed.service(head, records, bad, 1.0);
-    parsed.judged(&file)
+    parsed.judged()
 }
 
 fn wellness(health: Health) -> u8 {
@@ -673,6 +671,9 @@ fn wellness(health: Health) -> u8 {
         Health::Unhealthy => 0,
     }
 }
+
+/// What is left of a whole by rounding, where shares add up to it.
+const NO_SHARE: f64 = 1e-9;
 
 /// Fabio's weights are shares of all requests; what they leave is for those without one.
 fn share_out(instances: &mut [Instance]) {
@@ -687,8 +688,10 @@ fn share_out(instances: &mut [Instance]) {
         let draining = instance.record.weight.is_some_and(|weight| weight.0 == 0.0);
         if !draining {
             let share = instance.fraction.unwrap_or(rest);
-            // Whole numbers, so that they are taken as they are.
-            instance.record.weight = Some(Share((share * 1000.0).round()));
+            // Whole numbers, so that they are taken as they are; what is not nothing does not become nothing.
+            let millionths = (share * f64::from(Weight::MAX)).round();
+            let is_nothing = share < NO_SHARE;
+            instance.record.weight = Some(Share(if is_nothing { 0.0 } else { millionths.max(1.0) }));
         }
     }
 }

@@ -63,7 +63,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
         return nothing(input);
     }
     parsed.service(service, records, bad, 1.0);
-    parsed.judged(input.file)
+    parsed.judged()
 }
 
 /// An endpoint, or the word that is wrong and why.

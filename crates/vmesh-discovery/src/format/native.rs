@@ -29,6 +29,7 @@ use super::{Input, Parsed, ParsedService, Record, Share, subject_of};
 struct Head {
     service: Option<ServiceName>,
     protocol: Option<Protocol>,
+    #[serde(default, deserialize_with = "port")]
     port: Option<NonZeroU16>,
     #[serde(rename = "endpoints")]
     _endpoints: IgnoredAny,
@@ -45,6 +46,12 @@ struct Endpoint {
     health: Health,
     #[serde(default)]
     labels: Labels,
+}
+
+/// `8080`; what is none is told the ports that there are.
+fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU16>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| vmesh_model::endpoint::parse_port(&text).map_err(de::Error::custom)).transpose()
 }
 
 struct Dialled(Address);
@@ -87,7 +94,11 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
             parsed.unreadable.push(name);
         }
     }
-    parsed.judged(input.file)
+    if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
+        // Nothing of it is a service.
+        parsed.failed = true;
+    }
+    parsed.judged()
 }
 
 /// What a service is called, read leniently, so that one with mistakes in it is still known by its name.
@@ -118,9 +129,9 @@ fn name_of(node: &Node, input: &Input<'_>, several: bool, parsed: &mut Parsed) -
             },
         }
     };
-    // Which service it is that goes wrong here is not known, so nothing of the file may be taken for all of it.
+    // Which service it is that goes wrong here is not known, so what the file does not name may be it.
     parsed.problems.push(problem);
-    parsed.failed = true;
+    parsed.has_unnamed = true;
     None
 }
 
@@ -158,7 +169,7 @@ fn service(
     }
     let name = head.service.unwrap_or_else(|| name.clone());
     let service =
-        ParsedService { name, protocol: head.protocol, port: head.port, endpoints: Vec::new(), place };
+        ParsedService { protocol: head.protocol, port: head.port, ..ParsedService::new(name, place) };
     parsed.service(service, records, bad, 1.0);
     Ok(())
 }
@@ -177,5 +188,5 @@ fn endpoint(node: &Node, subject: &Arc<str>, file: &Arc<str>) -> Result<Record, 
         )));
     }
     let Endpoint { address, zone, version, weight, health, labels } = read(file, subject, node, None)?;
-    Ok(Record { address: address.0, weight, health, zone, version, labels, place })
+    Ok(Record { weight, health, zone, version, labels, ..Record::new(address.0, place) })
 }

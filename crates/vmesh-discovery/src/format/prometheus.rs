@@ -14,18 +14,19 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use vmesh_model::strict::read;
-use vmesh_model::yaml::Node;
-use vmesh_model::{Labels, Problem, Protocol, ServiceName};
+use vmesh_model::yaml::{Node, short};
+use vmesh_model::{Labels, Problem, ServiceName};
 
+use super::consul::protocol as protocol_of;
 use super::{Input, Parsed, ParsedService, Record, Share, named_by_file, subject_of};
 
 /// As Prometheus reads it, which knows no other field.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Group {
-    targets: Vec<String>,
-    #[serde(default)]
-    labels: Labels,
+    /// `null` is nothing, as Prometheus itself takes it.
+    targets: Option<Vec<Option<String>>>,
+    labels: Option<BTreeMap<Arc<str>, Option<Arc<str>>>>,
 }
 
 /// A service that is being put together from several groups.
@@ -33,7 +34,6 @@ struct Building {
     service: ParsedService,
     records: Vec<Record>,
     bad: usize,
-    readable: bool,
 }
 
 pub fn parse(input: &Input<'_>) -> Parsed {
@@ -45,26 +45,28 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     let mut services: BTreeMap<ServiceName, Building> = BTreeMap::new();
     for root in &roots {
         let Some(groups) = root.items() else {
-            let message =
-                format!("expected a list of groups (`targets`, `labels`), found {}", root.describe());
+            let message = match root.entries() {
+                Some(_) => "a file of Prometheus is a list of groups: write `- targets: ..`, or `[{\"targets\": ..}]`".to_owned(),
+                None => format!("expected a list of groups (`targets`, `labels`), found {}", root.describe()),
+            };
             return Parsed::refused(vec![Problem::new(root.place(input.file), input.file.clone(), message)]);
         };
         for group in groups {
             if let Err(problems) = read_group(group, input, &mut services, &mut parsed) {
                 // Which service it belongs to is as uncertain as the rest of the group.
                 parsed.problems.extend(problems);
-                parsed.failed = true;
+                parsed.has_unnamed = true;
             }
         }
     }
-    for (name, Building { service, records, bad, readable }) in services {
-        if readable {
-            parsed.service(service, records, bad, 1.0);
-        } else {
-            parsed.unreadable.push(name);
-        }
+    for Building { service, records, bad } in services.into_values() {
+        parsed.service(service, records, bad, 1.0);
     }
-    parsed.judged(input.file)
+    if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
+        // Nothing of it is a group.
+        parsed.failed = true;
+    }
+    parsed.judged()
 }
 
 fn read_group(
@@ -73,39 +75,47 @@ fn read_group(
     services: &mut BTreeMap<ServiceName, Building>,
     parsed: &mut Parsed,
 ) -> Result<(), Vec<Problem>> {
-    let Group { targets, mut labels } = read(input.file, input.file, node, None)?;
+    if node.is_null() {
+        return Ok(());
+    }
+    let Group { targets, labels } = read(input.file, input.file, node, None)?;
+    let given = labels.unwrap_or_default().into_iter();
+    let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?))).collect();
     let place = node.place(input.file);
     let label = |name: &str| node.find(input.file, &["labels".into(), name.into()]);
     let service = match take(&mut labels, &["service", "job"]) {
         Some((key, name)) => match name.parse() {
-            Ok(name) => ParsedService { name, protocol: None, port: None, endpoints: Vec::new(), place },
+            Ok(name) => ParsedService::new(name, place),
             Err(wrong) => {
-                let message = format!("the label `{key}` names the service, and {wrong}");
-                return Err(vec![Problem::new(label(key), input.file.clone(), message)]);
+                // A name that no service can have was never that of one: nothing else is in doubt.
+                let message =
+                    format!("the label `{key}` names the service, and {wrong}; this group is left out");
+                parsed.problem(label(key), input.file.clone(), message);
+                return Ok(());
             }
         },
         None => ParsedService { place, ..named_by_file(input).map_err(|problem| vec![problem])? },
     };
+    let service = ParsedService { is_shared: true, ..service };
     let subject = subject_of(&service.name);
     let building = services.entry(service.name.clone()).or_insert_with(|| Building {
         service,
         records: Vec::new(),
         bad: 0,
-        readable: true,
     });
 
     let protocol = match take(&mut labels, &["protocol", "__scheme__"]) {
         None => None,
         // Whoever scrapes by https speaks TLS to the instance, and so does every caller.
-        Some(("__scheme__", scheme)) if *scheme == *"https" => Some(Protocol::Tls),
-        Some((key, text)) => match text.parse::<Protocol>() {
-            Ok(protocol) => Some(protocol),
-            Err(wrong) => {
-                parsed.problem(label(key), subject.clone(), wrong);
-                building.readable = false;
-                None
+        Some((key, text)) => {
+            let protocol = protocol_of(&text);
+            if protocol.is_none() {
+                let message =
+                    format!("`{}` is not a protocol that is known here; it is ignored", short(&text));
+                parsed.problem(label(key), subject.clone(), message);
             }
-        },
+            protocol
+        }
     };
     match (building.service.protocol, protocol) {
         (None, given) => building.service.protocol = given,
@@ -123,14 +133,14 @@ fn read_group(
         match Share::parse(&text) {
             Ok(share) => weight = Some(share),
             Err(wrong) => {
-                parsed.problem(label(key), subject.clone(), wrong);
-                building.readable = false;
+                parsed.problem(label(key), subject.clone(), format!("{wrong}; it is ignored"));
             }
         }
     }
     labels.retain(|name, _| !name.starts_with("__"));
 
-    for (index, target) in targets.iter().enumerate() {
+    for (index, target) in targets.iter().flatten().enumerate() {
+        let Some(target) = target else { continue };
         let place = node.find(input.file, &["targets".into(), index.into()]);
         match target.parse() {
             Ok(address) => building.records.push(Record {

@@ -6,6 +6,9 @@
 //!
 //! Lenient about fields, since it is somebody else's format and grows at their pace: what is not known is ignored.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use serde::Deserialize;
 use vmesh_model::strict::read;
 use vmesh_model::{Address, Health, Host, Labels, Problem};
@@ -20,11 +23,15 @@ struct Instance {
     host: String,
     /// A number, or a text: nerve passes on what its configuration says.
     port: String,
-    weight: Option<Share>,
-    #[serde(default)]
-    labels: Labels,
-    #[serde(default)]
-    disabled: bool,
+    weight: Option<String>,
+    labels: Option<BTreeMap<Arc<str>, Option<String>>>,
+    disabled: Option<bool>,
+    haproxy_server_options: Option<String>,
+}
+
+/// Reports whether an instance is registered with HAProxy's option to send it nothing.
+pub(super) fn is_disabled(haproxy_server_options: &str) -> bool {
+    haproxy_server_options.split_whitespace().any(|option| option == "disabled")
 }
 
 pub fn parse(input: &Input<'_>) -> Parsed {
@@ -50,7 +57,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
         };
         for item in items {
             let place = item.place(input.file);
-            let Instance { host, port, weight, mut labels, disabled } =
+            let Instance { host, port, weight, labels, disabled, haproxy_server_options } =
                 match read(input.file, &subject, item, None) {
                     Ok(instance) => instance,
                     Err(problems) => {
@@ -63,6 +70,19 @@ pub fn parse(input: &Input<'_>) -> Parsed {
                         continue;
                     }
                 };
+            // `null` is nothing, as synapse itself writes it.
+            let given = labels.unwrap_or_default().into_iter();
+            let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?.into()))).collect();
+            let weight = weight.and_then(|text| match Share::parse(&text) {
+                Ok(share) => Some(share),
+                Err(wrong) => {
+                    let at = item.find(input.file, &["weight".into()]);
+                    parsed.problem(at, subject.clone(), format!("{wrong}; it is ignored"));
+                    None
+                }
+            });
+            let is_disabled =
+                disabled == Some(true) || haproxy_server_options.as_deref().is_some_and(is_disabled);
             let address =
                 vmesh_model::endpoint::parse_port(&port).map_err(|wrong| ("port", wrong)).and_then(|port| {
                     Ok(Address { host: Host::parse(&host).map_err(|wrong| ("host", wrong))?, port })
@@ -70,7 +90,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
             match address {
                 Ok(address) => records.push(Record {
                     weight,
-                    health: if disabled { Health::Draining } else { Health::Unknown },
+                    health: if is_disabled { Health::Draining } else { Health::Unknown },
                     zone: labels.remove("az").or_else(|| labels.remove("zone")),
                     version: labels.remove("version"),
                     labels,
@@ -85,5 +105,5 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     }
     let default = if records.iter().any(|record| record.weight.is_some()) { DEFAULT_WEIGHT } else { 1.0 };
     parsed.service(service, records, bad, default);
-    parsed.judged(input.file)
+    parsed.judged()
 }

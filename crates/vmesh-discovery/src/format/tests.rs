@@ -154,12 +154,12 @@ fn a_service_with_a_mistake_costs_that_service() {
             g unreadable
             all.yaml:3:3: unknown field `protcol`, did you mean `protocol`?
             all.yaml:6:13: `protocol`: `htpp` is not known here, did you mean `http`?
-            all.yaml:7:9: `port`: expected a whole number from 1 to 65535, found the number 0
+            all.yaml:7:9: `port`: port 0 is not a port: 1 to 65535
             all.yaml:10:3: unknown field `endpoint`, did you mean `endpoints`?
             all.yaml:12:12: `endpoints`: expected a list, found nothing; a service without endpoints has `[]`
             all.yaml:14:14: `endpoints`: expected a list, found a mapping; a service without endpoints has `[]`
             all.yaml:17:3: a second service `f`: only the first one counts, in line 15
-            all.yaml:20:9: `port`: expected a whole number from 0 to 65535, found the number 70000
+            all.yaml:20:9: `port`: port 70000 is out of range: 1 to 65535
             all.yaml:21:13: `protocol`: expected one of `tcp`, `http`, `http2`, `grpc`, `tls`, `mysql`, `postgres`, `redis`, `mongo`, `kafka`, `thrift` or `dubbo`, found `soap`
         "#]],
     );
@@ -230,13 +230,14 @@ endpoints:
   - 10.0.0.4:80
 ",
         expect![[r#"
-            native FAILED
-            orders.yaml: 4 of 5 endpoints are bad: this is more than single mistakes
-            orders.yaml:3:36: `weight`: `-1` is not a weight: a number from 0 to 1000000
-            orders.yaml:4:36: `weight`: `heavy` is not a weight: a number from 0 to 1000000
+            native
+            orders (orders.yaml:2:1)
+              10.0.0.4:80 weight 1 unknown
+            orders.yaml:3:36: `weight`: `-1` is not a weight: a number from 0 to 1000000; this endpoint is left out
+            orders.yaml:4:36: `weight`: `heavy` is not a weight: a number from 0 to 1000000; this endpoint is left out
             orders.yaml:4:51: `health`: expected one of `unknown`, `healthy`, `unhealthy` or `draining`, found `ill`
-            orders.yaml:5:5: `address` is missing
-            orders.yaml:6:36: `labels`: expected a mapping, found a list
+            orders.yaml:5:5: `address` is missing; this endpoint is left out
+            orders.yaml:6:36: `labels`: expected a mapping, found a list; this endpoint is left out
         "#]],
     );
     check(
@@ -270,12 +271,12 @@ fn too_many_bad_endpoints_are_a_bad_file() {
             + shown.lines().find(|l| l.contains("more than")).unwrap_or("")
     };
     expect![[r#"
-        native FAILED; a.yaml: 1 of 1 endpoints are bad: this is more than single mistakes
         native; 
         native; 
-        native FAILED; a.yaml: 2 of 5 endpoints are bad: this is more than single mistakes
         native; 
-        native FAILED; a.yaml: 6 of 406 endpoints are bad: this is more than single mistakes
+        native; 
+        native; 
+        native; 
     "#]]
     .assert_eq(&format!(
         "{}\n{}\n{}\n{}\n{}\n{}\n",
@@ -325,9 +326,9 @@ fn weights_are_scaled_per_service_and_nothing_is_a_drain() {
               a:2 weight 1 draining
               a:3 weight 1 unknown
             fractions (all.yaml:4:3)
-              a:1 weight 50 unknown
-              a:2 weight 200 unknown
-              a:3 weight 100 unknown
+              a:1 weight 500 unknown
+              a:2 weight 2000 unknown
+              a:3 weight 1000 unknown
               a:4 weight 1 unknown
               a:5 weight 1 draining
             wrong (all.yaml:6:3)
@@ -408,7 +409,8 @@ fn a_file_that_is_not_a_service_is_refused_whole() {
         (
             "- endpoints: []\n- service: a\n  endpoints: []\n",
             expect![[r#"
-                native FAILED
+                native
+                a (a.yaml:2:3)
                 a.yaml:1:3: `service` is missing: in a file of several services each has to say its name
             "#]],
         ),
@@ -572,6 +574,8 @@ fn bad_prometheus_groups() {
 ",
         expect![[r#"
             prometheus
+            api (targets.yaml:6:3)
+              10.3.0.4:80 weight 1 unknown
             pay (targets.yaml:2:3)
               10.1.0.5:80 weight 1 unknown
               10.1.0.6:80 weight 1 unknown
@@ -579,15 +583,15 @@ fn bad_prometheus_groups() {
               10.1.0.8:80 weight 1 unknown
               10.1.0.9:80 weight 1 unknown
               10.1.0.10:80 weight 1 unknown
+            web (targets.yaml:4:3)
+              10.2.0.4:80 weight 1 unknown
             x http (targets.yaml:8:3)
               10.4.0.4:80 weight 1 unknown
               10.4.0.5:80 weight 1 unknown
-            api unreadable
-            web unreadable
             targets.yaml:2:13: `10.1.0.4` has no port: write `10.1.0.4:8080`, an address and a port; this endpoint is left out
             targets.yaml:2:23: `http://a:80/x`: only a host and a port, without scheme and path; this endpoint is left out
-            targets.yaml:5:36: `soap` is not a protocol: one of tcp, http, http2, grpc, tls, mysql, postgres, redis, mongo, kafka, thrift, dubbo
-            targets.yaml:7:34: `many` is not a weight: a number from 0 to 1000000
+            targets.yaml:5:36: `soap` is not a protocol that is known here; it is ignored
+            targets.yaml:7:34: `many` is not a weight: a number from 0 to 1000000; it is ignored
             targets.yaml:10:3: grpc here and http in line 8: the first counts
         "#]],
     );
@@ -595,22 +599,21 @@ fn bad_prometheus_groups() {
         "targets.yaml",
         "- targets: [a:1]\n  label: {service: a}\n-\n",
         expect![[r#"
-        prometheus FAILED
-        targets.yaml:2:3: unknown field `label`, did you mean `labels`?
-        targets.yaml:3:2: expected a mapping of `targets`, `labels`, found nothing
-    "#]],
+            prometheus FAILED
+            targets.yaml:2:3: unknown field `label`, did you mean `labels`?
+        "#]],
     );
     check(
         "targets.yaml",
         "- targets: [a:1]\n  labels: {service: a b}\n",
         expect![[r#"
-        prometheus FAILED
-        targets.yaml:2:21: the label `service` names the service, and `a b` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit
-    "#]],
+            prometheus
+            targets.yaml:2:21: the label `service` names the service, and `a b` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this group is left out
+        "#]],
     );
     expect![[r#"
         prometheus FAILED
-        a.yaml:1:1: expected a list of groups (`targets`, `labels`), found a mapping
+        a.yaml:1:1: a file of Prometheus is a list of groups: write `- targets: ..`, or `[{"targets": ..}]`
     "#]]
     .assert_eq(&read_as(Format::Prometheus, "a.yaml", "targets: [a:1]"));
 }
@@ -685,12 +688,13 @@ fn smartstack_lists_are_instances() {
         "pay.json",
         r#"[{"host":"10.1.0.4","port":8080}, {"host":"10.1.0.5","port":null}, {"host":"10.1.0 6","port":1}, {"host":"10.1.0.7","port":99999}, {"port":1}]"#,
         expect![[r#"
-            smartstack FAILED
-            pay.json: 4 of 5 endpoints are bad: this is more than single mistakes
-            pay.json:1:61: `port`: expected a text, found nothing
-            pay.json:1:76: `10.1.0 6` is neither an IP address nor a host name
-            pay.json:1:124: port 99999 is out of range: 1 to 65535
-            pay.json:1:132: `host` is missing
+            smartstack
+            pay (pay.json)
+              10.1.0.4:8080 weight 1 unknown
+            pay.json:1:61: `port`: expected a text, found nothing; this endpoint is left out
+            pay.json:1:76: `10.1.0 6` is neither an IP address nor a host name; this endpoint is left out
+            pay.json:1:124: port 99999 is out of range: 1 to 65535; this endpoint is left out
+            pay.json:1:132: `host` is missing; this endpoint is left out
         "#]],
     );
     expect![[r#"
@@ -759,4 +763,212 @@ fn no_bytes_break_a_parser() {
             }
         }
     }
+}
+
+/// What a file says: `format service [addresses, weights] partial | ..`, and its problems.
+fn said(name: &str, text: &str) -> String {
+    let (stem, is_yaml) = match name.rsplit_once('.') {
+        Some((stem, _)) => (stem, true),
+        None => (name, false),
+    };
+    let (parsed, format) = parse(&name.into(), stem, is_yaml, text.as_bytes(), 1 << 20, Format::Auto, None);
+    let services = parsed.services.iter().map(|service| {
+        let endpoints = service.endpoints.iter();
+        let endpoints: Vec<_> =
+            endpoints.map(|e| format!("{} *{} {}", e.address, e.weight.get(), e.health)).collect();
+        let partial =
+            service.partial_because.as_ref().map(|why| format!(" PARTIAL {why}")).unwrap_or_default();
+        let protocol = service.protocol.map(|protocol| format!(" {protocol}")).unwrap_or_default();
+        format!("{}{protocol} {endpoints:?}{partial}\n", service.name)
+    });
+    let problems = parsed.problems.iter().map(|problem| format!("{problem}\n"));
+    let failed = if parsed.failed { "FAILED\n" } else { "" };
+    let format = format.map_or("none".to_owned(), |format| format.to_string());
+    format!("{format}\n{failed}{}", services.chain(problems).collect::<String>())
+}
+
+#[test]
+fn null_is_nothing_wherever_the_writers_own_tool_takes_it_so() {
+    let prometheus = r#"[{"targets": ["10.0.0.1:80", null], "labels": {"job": "web", "owner": null}},
+        {"targets": null, "labels": {"job": "batch"}}, null, {"targets": ["10.0.0.2:80"], "labels": null}]"#;
+    expect![[r#"
+        prometheus
+        b ["10.0.0.2:80 *1 unknown"]
+        batch []
+        web ["10.0.0.1:80 *1 unknown"]
+    "#]]
+    .assert_eq(&said("b.json", prometheus));
+    let synapse = r#"[{"haproxy_server_options": null, "host": "10.0.1.2", "id": 205, "labels": null, "port": 9090, "weight": null},
+        {"haproxy_server_options": "check inter 2s disabled", "host": "10.0.1.3", "labels": {"az": null}, "port": 9090, "disabled": null}]"#;
+    expect![[r#"
+        smartstack
+        pay ["10.0.1.2:9090 *1 unknown", "10.0.1.3:9090 *1 draining"]
+    "#]]
+    .assert_eq(&said("pay.json", synapse));
+}
+
+#[test]
+fn a_label_that_cannot_be_used_costs_itself_and_a_name_its_group() {
+    let text = r#"
+- {targets: ["10.0.0.8:161"], labels: {job: switches, protocol: snmp}}
+- {targets: ["10.0.0.9:443"], labels: {job: portal, protocol: https}}
+- {targets: ["10.0.0.10:80"], labels: {job: scale, weight: heavy}}
+- {targets: ["10.0.0.5:9100"], labels: {job: "Node Exporter"}}
+"#;
+    expect![[r#"
+        prometheus
+        portal tls ["10.0.0.9:443 *1 unknown"]
+        scale ["10.0.0.10:80 *1 unknown"]
+        switches ["10.0.0.8:161 *1 unknown"]
+        e.yml:2:65: `snmp` is not a protocol that is known here; it is ignored
+        e.yml:4:60: `heavy` is not a weight: a number from 0 to 1000000; it is ignored
+        e.yml:5:46: the label `job` names the service, and `Node Exporter` is not a service name: 1 to 253 letters, digits, `.`, `_` or `-`, the first and the last a letter or a digit; this group is left out
+    "#]].assert_eq(&said("e.yml", text));
+    let text =
+        r#"[{"host": "10.0.1.2", "port": 9090, "weight": "heavy"}, {"host": "10.0.1.3", "port": 9090}]"#;
+    expect![[r#"
+        smartstack
+        pay ["10.0.1.2:9090 *1 unknown", "10.0.1.3:9090 *1 unknown"]
+        pay.json:1:47: `heavy` is not a weight: a number from 0 to 1000000; it is ignored
+    "#]]
+    .assert_eq(&said("pay.json", text));
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_text_in_any_format() {
+    for (name, text) in [
+        ("web", "\u{feff}10.0.0.1 8080\r\n10.0.0.2 8080\r\n"),
+        ("api", "\u{feff}# pool\r\n10.0.0.1 8080\r\n10.0.0.2 8080\r\n"),
+        ("a.yaml", "\u{feff}service: a\nendpoints: [10.0.0.1:8080, 10.0.0.2:8080]\n"),
+        (
+            "b.json",
+            "\u{feff}[{\"host\": \"10.0.0.1\", \"port\": 8080}, {\"host\": \"10.0.0.2\", \"port\": 8080}]",
+        ),
+        ("c.json", "\u{feff}[{\"targets\": [\"10.0.0.1:8080\", \"10.0.0.2:8080\"]}]"),
+    ] {
+        let said = said(name, text);
+        assert!(
+            said.contains(r#"["10.0.0.1:8080 *1 unknown", "10.0.0.2:8080 *1 unknown"]"#),
+            "{name}: {said}"
+        );
+    }
+}
+
+#[test]
+fn an_address_that_nobody_can_dial_is_left_out_in_every_format() {
+    let addresses = [
+        "0.0.0.0",
+        "0.1.2.3",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::",
+        "ff02::1",
+        "fe80::1",
+        "::ffff:0.0.0.0",
+        "010.0.0.1",
+        "10.0.0.010",
+        "0x7f.1",
+        "10.0.0.0x1",
+        "1",
+    ];
+    for address in addresses {
+        let bracketed = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
+        for (name, text) in [
+            ("pay.yaml", format!("endpoints: [\"{bracketed}:80\", \"10.9.9.9:80\"]\n")),
+            ("pay", format!("10.9.9.9 80\n{address} 80\n")),
+            (
+                "pay.json",
+                format!("[{{\"host\":\"{address}\",\"port\":80}},{{\"host\":\"10.9.9.9\",\"port\":80}}]"),
+            ),
+            ("pay.yml", format!("- targets: [\"{bracketed}:80\", \"10.9.9.9:80\"]\n")),
+        ] {
+            let said = said(name, &text);
+            assert!(
+                said.contains(r#"pay ["10.9.9.9:80 *1 unknown"]"#) && said.contains("left out"),
+                "{name}: {said}"
+            );
+        }
+    }
+    // One address in two spellings is one endpoint.
+    let said = said("pay.yaml", "endpoints: [\"[::ffff:10.0.0.1]:80\", \"10.0.0.1:80\"]\n");
+    assert!(said.contains(r#"pay ["10.0.0.1:80 *1 unknown"]"#), "{said}");
+}
+
+#[test]
+fn what_is_wrong_is_said_of_what_was_meant() {
+    expect![[r#"
+        native
+        FAILED
+        v6.yaml:3:5: a text that begins with `[` has to be in quotes: "[fd00::1]:8080"
+    "#]]
+    .assert_eq(&said("v6.yaml", "service: v6\nendpoints:\n  - [fd00::1]:8080\n"));
+    expect![[r#"
+        native
+        two.yaml:1:13: `10.0.0.1:8080,10.0.0.2:8080`: one address each, `host:port`: make a list of several
+    "#]]
+    .assert_eq(&said("two.yaml", "endpoints: [\"10.0.0.1:8080,10.0.0.2:8080\"]\n"));
+    expect![[r#"
+        prometheus
+        FAILED
+        map.yaml:1:1: a file of Prometheus is a list of groups: write `- targets: ..`, or `[{"targets": ..}]`
+    "#]]
+    .assert_eq(&said("map.yaml", "targets:\n  - a1.example:9103\nlabels:\n  job: zk\n"));
+    expect![[r#"
+        prometheus
+        FAILED
+        typo.json:1:24: unknown field `target`, did you mean `targets`?
+    "#]]
+    .assert_eq(&said("typo.json", "[{\"labels\":{\"job\":\"x\"},\"target\":[\"10.0.0.3:80\"]}]"));
+    let lines = "{\"service\":\"a\",\"endpoints\":[\"10.0.0.1:80\"]}\n{\"service\":\"b\",\"endpoints\":[\"10.0.0.2:80\"]}\n";
+    expect![[r#"
+        native
+        FAILED
+        lines.json:2:1: a second JSON value: a file has one, so put them in a list, `[{..}, {..}]`
+    "#]]
+    .assert_eq(&said("lines.json", lines));
+    expect![[r#"
+        native
+        port.yaml:1:7: `port`: port 70000 is out of range: 1 to 65535
+    "#]]
+    .assert_eq(&said("port.yaml", "port: 70000\nendpoints: [10.0.0.1:80]\n"));
+    expect![[r#"
+        native
+        escape.yaml:1:13: ` [31mred` has no port: write ` [31mred:8080`, an address and a port
+    "#]]
+    .assert_eq(&said("escape.yaml", "endpoints: [\"\\e[31mred\"]\n"));
+}
+
+#[test]
+fn bad_records_cost_themselves_and_leave_the_rest_of_their_service_in_doubt_if_they_are_many() {
+    let bad = "a1, a2, a3, a4, a5, a6, 10.8.0.1:80, 10.8.0.2:80";
+    let text = format!(
+        "- {{service: broken, endpoints: [{bad}]}}\n- {{service: s1, endpoints: [10.0.0.1:80]}}\n- {{endpoints: [10.0.0.9:80]}}\n"
+    );
+    let (parsed, _) = parse(&"all.yaml".into(), "all", true, text.as_bytes(), 1 << 20, Format::Auto, None);
+    let services: Vec<_> = parsed
+        .services
+        .iter()
+        .map(|s| (s.name.as_str(), s.endpoints.len(), s.partial_because.is_some()))
+        .collect();
+    assert_eq!(services, [("broken", 2, true), ("s1", 1, false)]);
+    assert!(!parsed.failed && parsed.has_unnamed);
+    let many: Vec<_> =
+        (0..206).map(|n| if n < 6 { format!("x{n}") } else { format!("10.0.0.{n}:80") }).collect();
+    let text = format!("endpoints: [{}]\n", many.join(", "));
+    let (parsed, _) = parse(&"a.yaml".into(), "a", true, text.as_bytes(), 1 << 20, Format::Auto, None);
+    assert_eq!((parsed.services[0].endpoints.len(), &parsed.services[0].partial_because), (200, &None));
+}
+
+#[test]
+fn a_weight_is_what_it_is_written_as_and_a_small_one_is_no_drain() {
+    expect![[r#"
+        linkerd
+        web ["10.0.0.1:80 *1000 unknown", "10.0.0.2:80 *1000 unknown", "10.0.0.3:80 *1 unknown", "10.0.0.4:80 *1 draining"]
+    "#]]
+        .assert_eq(&said("web", "10.0.0.1 80\n10.0.0.2 80\n10.0.0.3 80 * 0.001\n10.0.0.4 80 * 0\n"));
+    expect![[r#"
+        linkerd
+        api ["10.0.0.1:80 *1000000 unknown", "10.0.0.3:80 *1 unknown"]
+    "#]]
+    .assert_eq(&said("api", "10.0.0.1 80 * 1000000\n10.0.0.3 80 * 0.5\n"));
 }

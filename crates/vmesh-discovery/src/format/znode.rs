@@ -27,13 +27,13 @@ use vmesh_model::endpoint::parse_port;
 use vmesh_model::yaml::short;
 use vmesh_model::{Address, Health, Host, Labels, Place, Problem, Protocol, ServiceName};
 
-use super::{ParsedService, Record, Share, subject_of, too_many, weighed};
+use super::{ParsedService, Record, Share, partial, subject_of, too_many, weighed};
 
 /// How the nodes below a root are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ZnodeFormat {
-    /// Told by what is there when something is there for the first time, and then kept.
+    /// Told by what most of the nodes that are there look like.
     #[default]
     Auto,
     ServerSet,
@@ -156,16 +156,25 @@ impl Read {
         self.bad.len()
     }
 
-    /// Why nothing of it is to be used, if there is more wrong with it than single records.
-    pub fn failed(&self) -> Option<String> {
+    /// Returns why more may be there than could be read, if more is wrong with it than single records.
+    pub fn partial(&self) -> Option<String> {
         let (bad, records) = (self.bad.len(), self.bad.len() + self.offers.len());
-        let message = || format!("{bad} of {records} records are bad: this is more than single mistakes");
-        too_many(bad, records).then(message)
+        too_many(bad, records).then(|| partial(bad, records))
+    }
+
+    /// Reports whether nothing of it can be used, although something is there.
+    pub fn is_unusable(&self) -> bool {
+        self.offers.is_empty() && !self.bad.is_empty()
+    }
+
+    /// Reports whether it offers anything.
+    pub fn has_offers(&self) -> bool {
+        !self.offers.is_empty()
     }
 
     /// What there is to say about its records, each about `subject`.
     pub fn problems(&self, subject: &Arc<str>) -> impl Iterator<Item = Problem> {
-        let costs_more = self.failed().is_some();
+        let costs_more = self.is_unusable();
         let bad = self.bad.iter().cloned().map(move |problem| {
             if costs_more { problem } else { problem.with_outcome("this endpoint is left out") }
         });
@@ -207,7 +216,12 @@ fn each(
     for member in &directory.members {
         let place = directory.place_of(member);
         match readable(member).and_then(|()| record(member, place.clone(), rules)) {
-            Ok(Some(offer)) => read.offers.push(offer),
+            Ok(Some(mut offer)) => {
+                if let Some(note) = offer.record.note.take() {
+                    read.note(place, note);
+                }
+                read.offers.push(offer);
+            }
             Ok(None) => {}
             Err(why) => read.bad_record(place, why),
         }
@@ -269,14 +283,26 @@ pub fn looks_like(member: &Member<'_>) -> Option<ZnodeFormat> {
     hostport::may_be_record(member).then_some(ZnodeFormat::HostPort)
 }
 
-/// The format that most of `members` look like; of two with as many, the one that leaves less to chance.
-pub fn detect<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Option<ZnodeFormat> {
-    let mut votes: BTreeMap<ZnodeFormat, usize> = BTreeMap::new();
+/// How many of some nodes look like each format.
+pub type Votes = BTreeMap<ZnodeFormat, usize>;
+
+pub fn votes<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Votes {
+    let mut votes = Votes::new();
     for format in members.into_iter().filter_map(|member| looks_like(&member)) {
         *votes.entry(format).or_default() += 1;
     }
+    votes
+}
+
+/// Returns the format that most nodes look like; of two with as many, the one that leaves less to chance. One that was
+/// decided on stays until another has twice as many: where two mix, it must not change with every node.
+pub fn decide(votes: &Votes, before: Option<ZnodeFormat>) -> Option<ZnodeFormat> {
     let most = votes.values().max().copied()?;
-    votes.into_iter().find(|(_, count)| *count == most).map(|(format, _)| format)
+    let chosen = votes.iter().find(|(_, count)| **count == most).map(|(format, _)| *format);
+    match before {
+        Some(before) if most < 2 * votes.get(&before).copied().unwrap_or_default() => Some(before),
+        _ => chosen,
+    }
 }
 
 /// Puts together what directories, each with the name of its service, say of the service `name`; `None` if that is
@@ -325,7 +351,7 @@ pub fn combine(
     }
     let has_weights = records.iter().any(|record| record.weight.is_some());
     let endpoints = weighed(records, if has_weights { format_weight } else { 1.0 });
-    Some(ParsedService { name: name.clone(), protocol, port: None, endpoints, place })
+    Some(ParsedService { protocol, endpoints, ..ParsedService::new(name.clone(), place) })
 }
 
 /// What a weight is that is not given, where others are.
@@ -435,9 +461,13 @@ fn scalar(value: &Value) -> Option<String> {
     }
 }
 
-/// A weight at one of some paths.
-fn weight_at(value: &Value, own: &[String], built_in: &[&str]) -> Result<Option<Share>, String> {
-    text_at(value, own, built_in).map(|text| Share::parse(&text)).transpose()
+/// A weight at one of some paths; and what to say of one that cannot be used, which is ignored.
+fn weight_at(value: &Value, own: &[String], built_in: &[&str]) -> (Option<Share>, Option<String>) {
+    match text_at(value, own, built_in).map(|text| Share::parse(&text)) {
+        None => (None, None),
+        Some(Ok(share)) => (Some(share), None),
+        Some(Err(wrong)) => (None, Some(format!("{wrong}; it is ignored"))),
+    }
 }
 
 /// What a protocol is called, also by other names than ours; what is not known is not said.

@@ -1054,3 +1054,71 @@ fn check(
     }
     Ok(())
 }
+
+fn told_of(services: impl IntoIterator<Item = Seen>) -> Registrations {
+    let services = services.into_iter().map(|seen| (seen.registration.service.clone(), seen)).collect();
+    Registrations { services, ..Registrations::default() }
+}
+
+#[test]
+fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_is_accepted() {
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let part = |endpoints: &str| Seen {
+        extent: Extent::Part,
+        because: Some("3 of 6 records are bad".into()),
+        ..seen("pay", endpoints)
+    };
+    let name: ServiceName = "pay".parse().unwrap();
+    for accepts in [false, true] {
+        let mut guard = Guard::new("consul", GuardConfig::default());
+        guard.see(told_of([seen("pay", "1 2 3 4")]), at(0));
+        guard.believed(at(0));
+        // An addition, an illness, and three that are not named any more.
+        guard.see(told_of([part("1u 5")]), at(1));
+        let believed = guard.believed(at(600));
+        assert_eq!(ports(&believed.services[&name]), ["1u", "2", "3", "4", "5"]);
+        let held = guard.held();
+        assert_eq!((held.len(), held[0].kind, held[0].had, held[0].has), (1, Kind::Unreadable, 5, 2));
+        assert!(held[0].because.contains("3 endpoints that are not named stay"), "{}", held[0].because);
+        assert!(guard.take_notices().iter().any(|notice| notice.what == What::Held));
+        assert_eq!(guard.deadline(), None, "time alone ends it not");
+        if accepts {
+            assert_eq!(guard.accept(Some(&name)).unwrap(), std::slice::from_ref(&name));
+            assert_eq!(ports(&guard.believed(at(601)).services[&name]), ["1u", "5"]);
+            assert!(guard.held().is_empty());
+        } else {
+            // All of it can be read: what is missing goes as ever, and not at once.
+            guard.see(told_of([seen("pay", "1 2 3 5")]), at(700));
+            assert_eq!(ports(&guard.believed(at(701)).services[&name]), ["1", "2", "3", "4", "5"]);
+            assert_eq!(ports(&guard.believed(at(711)).services[&name]), ["1", "2", "3", "5"]);
+        }
+    }
+}
+
+#[test]
+fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted() {
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let known = seen("pay", "1 2");
+    let unread = Seen {
+        extent: Extent::Nothing,
+        state: State::Stale,
+        because: Some("Consul lists it, and shows no instance of it".into()),
+        ..known.clone()
+    };
+    let name: ServiceName = "pay".parse().unwrap();
+    let mut guard = Guard::restored("consul", GuardConfig::default(), &told_of([known]));
+    guard.see(told_of([unread.clone(), seen("web", "7")]), at(0));
+    assert_eq!(ports(&guard.believed(at(3600)).services[&name]), ["1", "2"]);
+    let held: Vec<_> =
+        guard.held().iter().map(|held| (held.service.clone(), held.kind, held.had, held.has)).collect();
+    assert_eq!(held, [(Some(name.clone()), Kind::Unreadable, 2, 0)]);
+    guard.accept(Some(&name)).unwrap();
+    // It stays gone for as long as the source says nothing else.
+    guard.see(told_of([unread, seen("web", "7")]), at(3700));
+    assert!(!guard.believed(at(3700)).services.contains_key(&name));
+    assert!(guard.held().is_empty());
+    guard.see(told_of([seen("pay", "3"), seen("web", "7")]), at(3800));
+    assert_eq!(ports(&guard.believed(at(3800)).services[&name]), ["3"]);
+}

@@ -11,7 +11,7 @@ use vmesh_model::{Endpoint, Health, Registration, ServiceName, State};
 
 use super::config::GuardConfig;
 use super::{Held, Kind};
-use crate::source::Seen;
+use crate::source::{Extent, Seen};
 
 /// What judges a service besides what is said of it.
 pub(super) struct Rules<'a> {
@@ -36,6 +36,8 @@ pub(super) struct Watched {
     /// has those that are missing and those that came for them, and tells nothing of how many there were.
     peak: Option<usize>,
     illness: Illness,
+    /// Since when all of it, or too much, cannot be read.
+    unread_since: Option<Instant>,
     /// How it was held at the last judgement.
     pub(super) held: Option<Kind>,
 }
@@ -150,6 +152,7 @@ impl Watched {
             few: None,
             peak: None,
             illness: Illness::default(),
+            unread_since: None,
             held: None,
         }
     }
@@ -188,6 +191,7 @@ impl Watched {
         let Rules { config, now, .. } = *rules;
         if let Some(told) = told
             && self.is_settled()
+            && told.extent == Extent::Whole
             && Arc::ptr_eq(&told.registration, &self.shown.registration)
         {
             return (Some(told.clone()), Outcome::Plain);
@@ -201,6 +205,12 @@ impl Watched {
             None => target.into(),
         };
 
+        if let Some(told) = told.filter(|told| told.extent != Extent::Whole) {
+            return self.judge_unread(name, told, &target, rules);
+        }
+        if self.unread_since.take().is_some() {
+            self.begin_again(now);
+        }
         let on_purpose = on_purpose || told.is_some_and(|told| told.empty_on_purpose);
         // Those that drain have taken their leave: they are not missed.
         let counts =
@@ -273,8 +283,57 @@ impl Watched {
         (Some(Seen { state: State::Held, because, ..seen }), Outcome::Held(held))
     }
 
+    /// Judges a service of which `told` is a part, or what was read of it last: nothing that was shown goes.
+    fn judge_unread(
+        &mut self,
+        name: &ServiceName,
+        told: &Seen,
+        target: &[Endpoint],
+        rules: &Rules<'_>,
+    ) -> (Option<Seen>, Outcome) {
+        let since = *self.unread_since.get_or_insert(rules.now);
+        (self.none, self.few) = (None, None);
+        self.missed(target, rules.now);
+        let seen = self.merged(Some(told), target, |endpoint| endpoint.health != Health::Draining);
+        let shown = &seen.registration.endpoints;
+        self.missing.retain(|address, _| find(shown, address).is_some());
+        let has = if told.extent == Extent::Nothing { 0 } else { target.len() };
+        if shown.len() == has {
+            return (Some(seen), Outcome::Plain);
+        }
+        let why = told.because.as_deref().unwrap_or("it cannot be read");
+        let because: Arc<str> = match has {
+            0 => format!("{why}; what was known stays until it can be read or that is accepted").into(),
+            _ => format!(
+                "{why}; {} endpoints that are not named stay until all can be read or that is accepted",
+                shown.len() - has
+            )
+            .into(),
+        };
+        let held = Held {
+            service: Some(name.clone()),
+            kind: Kind::Unreadable,
+            since,
+            until: None,
+            had: shown.len(),
+            has,
+            confirmed: 0,
+            confirmations: 0,
+            because: because.clone(),
+        };
+        let seen = match told.extent {
+            Extent::Nothing => seen,
+            _ => Seen { state: State::Held, because: Some(because), ..seen },
+        };
+        (Some(seen), Outcome::Held(held))
+    }
+
     fn is_settled(&self) -> bool {
-        self.missing.is_empty() && self.none.is_none() && self.few.is_none() && self.illness.doubt.is_none()
+        self.unread_since.is_none()
+            && self.missing.is_empty()
+            && self.none.is_none()
+            && self.few.is_none()
+            && self.illness.doubt.is_none()
     }
 
     /// What of it is doubted, for how long, and how that is called.
@@ -409,7 +468,8 @@ impl Watched {
     /// When it will be judged otherwise although the source says the same.
     pub(super) fn deadline(&self, config: &GuardConfig, is_fleet: bool) -> Option<Instant> {
         let ill = self.illness.doubt.map(|since| since + config.confirm_unhealthy);
-        if is_fleet {
+        // Only the source, or the operator, ends these.
+        if is_fleet || self.unread_since.is_some() {
             return ill;
         }
         let doubt = self.doubt(None, config).map(|(doubt, hold, _)| doubt.due(hold, config));

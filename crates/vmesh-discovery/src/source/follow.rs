@@ -61,7 +61,17 @@ pub fn link(name: Arc<str>, view: View) -> (Handle, Link) {
 pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
     let Link { views, mut commands, counters, events } = link;
     let stale_because = views.borrow().stale_because.clone();
-    let mut followed = Followed { guard, views, counters, events, stale_because, has_answered: false };
+    let is_usable = views.borrow().last_good.is_some();
+    let mut followed = Followed {
+        guard,
+        views,
+        counters,
+        events,
+        stale_because,
+        has_answered: false,
+        is_usable,
+        unusable: None,
+    };
     let mut backoff = Backoff::default();
     let mut again_at: Option<Instant> = None;
     followed.publish();
@@ -71,6 +81,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
             said = source.next(), if again_at.is_none() => match said {
                 Ok(told) => {
                     backoff.reset();
+                    followed.judge_usable(&told);
                     followed.heard(|guard, now| guard.see(told, now));
                 }
                 Err(error) => {
@@ -106,9 +117,47 @@ struct Followed {
     events: Events,
     stale_because: Option<Arc<str>>,
     has_answered: bool,
+    /// What the source says may be served: all of it could be used once, or was known from before.
+    is_usable: bool,
+    /// Why it may not.
+    unusable: Option<Arc<str>>,
 }
 
 impl Followed {
+    /// Judges whether a first view may be served: one of which a part cannot be used, and is not known from before, would
+    /// take that part away from everybody.
+    fn judge_usable(&mut self, told: &Registrations) {
+        /// So many reasons are given.
+        const SAID: usize = 3;
+        if self.is_usable {
+            return;
+        }
+        let source = self.guard.source().clone();
+        if told.unusable.is_empty() {
+            self.is_usable = true;
+            if self.unusable.take().is_some() {
+                let text = format!("all that `{source}` says can be used").into();
+                self.tell(vec![Notice { what: What::Answering, service: None, kind: None, text }]);
+            }
+            return;
+        }
+        let mut why: Vec<&str> = told.unusable.iter().take(SAID).map(|why| &**why).collect();
+        let more = format!("and {} more", told.unusable.len().saturating_sub(SAID));
+        if told.unusable.len() > SAID {
+            why.push(&more);
+        }
+        let because: Arc<str> = format!(
+            "a part of it cannot be used, and nothing is known of that from before: {}; mend it, or serve without it by \
+             `vmeshctl discovery accept`",
+            why.join("; ")
+        )
+        .into();
+        if self.unusable.as_ref() != Some(&because) {
+            self.unusable = Some(because.clone());
+            self.tell(vec![Notice { what: What::Failing, service: None, kind: None, text: because }]);
+        }
+    }
+
     /// The source has answered.
     fn heard(&mut self, take: impl FnOnce(&mut Guard, std::time::Instant)) {
         self.counters.answered_now();
@@ -171,7 +220,11 @@ impl Followed {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Accept { service, done } => {
-                let accepted = self.guard.accept(service.as_ref());
+                let mut accepted = self.guard.accept(service.as_ref());
+                if service.is_none() && self.unusable.take().is_some() {
+                    self.is_usable = true;
+                    accepted = accepted.or(Ok(Vec::new()));
+                }
                 self.publish();
                 _ = done.send(accepted);
             }
@@ -197,7 +250,10 @@ impl Followed {
         self.counters.missing.store(self.guard.missing() as u64, Relaxed);
         let (held, frozen) = (self.guard.held(), self.guard.frozen());
         self.views.send_if_modified(|view| {
-            let mut is_news = view.stale_because != self.stale_because || view.frozen != frozen;
+            let mut is_news = view.stale_because != self.stale_because
+                || view.frozen != frozen
+                || view.unusable != self.unusable;
+            view.unusable = self.unusable.clone();
             if let Some(believed) = believed
                 && view.last_good.as_deref() != Some(&believed)
             {

@@ -219,7 +219,7 @@ async fn a_source_that_loses_most_of_all_is_held_until_that_is_accepted_and_coun
     assert_eq!(accepted.unwrap().len(), 2);
     followed.until(r#"["a 4 fresh", "b 1 fresh"] stale: "no" held: 0"#).await;
     let held: Vec<_> = followed.handle.counters.held.all().map(|(kind, n)| format!("{kind} {n}")).collect();
-    assert_eq!(held, ["empty 0", "shrunk 0", "absent 0", "unhealthy 0", "fleet 3"]);
+    assert_eq!(held, ["empty 0", "shrunk 0", "absent 0", "unhealthy 0", "fleet 3", "unreadable 0"]);
     let accepted = followed.handle.events.all().iter().filter(|e| e.what == What::Accepted).count();
     assert_eq!(accepted, 3);
 }
@@ -293,4 +293,38 @@ fn the_backoff_grows_to_two_seconds_and_is_drawn() {
     assert!((millis(1_000)..=millis(2_000)).contains(&waits[11]), "{waits:?}");
     backoff.reset();
     assert!(backoff.draw() <= millis(100));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_first_view_of_which_a_part_cannot_be_used_is_not_served_until_it_can_or_that_is_accepted() {
+    let broken =
+        || Registrations { unusable: vec!["all.yaml:3:1: a tab".into()], ..registrations(&[("web", 1)]) };
+    for accepts in [false, true] {
+        let mut followed = followed(View::default());
+        followed.say.send(Ok(broken())).unwrap();
+        let unusable =
+            |view: &View| view.unusable.as_ref().is_some_and(|why| why.contains("all.yaml:3:1: a tab"));
+        followed.handle.views.wait_for(unusable).await.unwrap();
+        assert_eq!(what_happened(&followed), ["failing"]);
+        if accepts {
+            assert_eq!(ask(&followed, |done| Command::Accept { service: None, done }).await, Ok(Vec::new()));
+        } else {
+            followed.say.send(Ok(registrations(&[("pay", 1), ("web", 1)]))).unwrap();
+        }
+        followed.handle.views.wait_for(|view| view.unusable.is_none()).await.unwrap();
+        // From now on it costs itself.
+        followed.say.send(Ok(broken())).unwrap();
+        followed
+            .until(match accepts {
+                true => r#"["web 1 fresh"] stale: "no" held: 0"#,
+                false => r#"["pay 1 held", "web 1 fresh"] stale: "no" held: 1"#,
+            })
+            .await;
+        assert_eq!(followed.handle.views.borrow().unusable, None);
+    }
+    // What was known before a restart is served.
+    let mut followed = followed(View::restored(registrations(&[("web", 1)]).into()));
+    followed.say.send(Ok(broken())).unwrap();
+    followed.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
+    assert_eq!(followed.handle.views.borrow().unusable, None);
 }

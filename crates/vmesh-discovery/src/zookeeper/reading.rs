@@ -13,7 +13,8 @@ use vmesh_zookeeper::{Node, Owner};
 use super::config::RootConfig;
 use crate::assemble::{Known, Statement, Told};
 use crate::format::znode::{
-    Directory, Member, Read, Rules, ZnodeFormat, combine, default_weight, detect, may_be_record, read,
+    Directory, Member, Read, Rules, Votes, ZnodeFormat, combine, decide, default_weight, may_be_record, read,
+    votes,
 };
 use crate::format::{ParsedService, subject_of};
 use crate::source::Registrations;
@@ -37,14 +38,17 @@ pub(super) struct Reading {
 struct Service {
     parsed: Arc<ParsedService>,
     stale_because: Option<Arc<str>>,
+    partial_because: Option<Arc<str>>,
     problems: Vec<Problem>,
 }
 
 struct RootReading {
     config: RootConfig,
     rules: Rules,
-    /// Told once, and then kept: a directory in which two formats mix would flip from one to the other.
+    /// What most of what is there looks like, where that was not set.
     format: Option<ZnodeFormat>,
+    /// How many nodes look like each format, where it was not set.
+    votes: Votes,
     tree: Option<Arc<Node>>,
     failed: Option<Arc<str>>,
     /// It could be read once, if only to find that it is not there.
@@ -62,6 +66,8 @@ struct DirectoryReading {
     good: Option<Arc<Read>>,
     /// Why what is there now cannot be used.
     failed: Option<Arc<str>>,
+    /// Why more may be there than could be read.
+    partial_because: Option<Arc<str>>,
     problems: Vec<Problem>,
 }
 
@@ -74,6 +80,7 @@ impl Reading {
         let root = |config: RootConfig| RootReading {
             rules: config.rules(),
             format: Some(config.format).filter(|format| *format != ZnodeFormat::Auto),
+            votes: Votes::new(),
             config,
             tree: None,
             failed: None,
@@ -139,12 +146,20 @@ impl Reading {
         root.was_read |= seen.failed.is_none() || seen.tree.is_some();
         let before = std::mem::replace(&mut root.tree, seen.tree.clone());
         let mut changed = Vec::new();
-        if root.format.is_none() {
-            root.format = seen.tree.as_deref().and_then(detected);
-            // What was read before its format was known is all new.
-            differences(&mut String::new(), None, seen.tree.as_ref(), &mut changed);
-        } else {
+        let was_format = root.format;
+        if root.config.format == ZnodeFormat::Auto
+            && let Some(tree) = &seen.tree
+            && before.as_ref().is_none_or(|before| !Arc::ptr_eq(before, tree))
+        {
+            root.votes = look(tree);
+            root.format = decide(&root.votes, root.format).or(root.format);
+        }
+        if root.format == was_format && was_format.is_some() {
             differences(&mut String::new(), before.as_ref(), seen.tree.as_ref(), &mut changed);
+        } else {
+            // What was read before its format was known, or as another one, is all new.
+            differences(&mut String::new(), before.as_ref(), None, &mut changed);
+            differences(&mut String::new(), None, seen.tree.as_ref(), &mut changed);
         }
         for (path, node) in changed {
             self.take_directory(index, &path, node.as_deref(), affected);
@@ -229,6 +244,7 @@ impl Reading {
         let stale_because =
             said.iter().find_map(|(root, _, known)| known.failed.as_ref().or(root.failed.as_ref()));
         let stale_because = stale_because.cloned();
+        let partial_because = said.iter().find_map(|(_, _, known)| known.partial_because.clone());
         for (_, _, known) in &said {
             let about = known.problems.iter().cloned();
             problems.extend(about.map(|problem| Problem { subject: subject.clone(), ..problem }));
@@ -240,7 +256,7 @@ impl Reading {
                     Some(before) if *before.parsed == parsed => before.parsed.clone(),
                     _ => Arc::new(parsed),
                 };
-                self.services.insert(service, Service { parsed, stale_because, problems });
+                self.services.insert(service, Service { parsed, stale_because, partial_because, problems });
             }
         }
     }
@@ -250,8 +266,9 @@ impl Reading {
         let mut statement = Statement::default();
         for (name, service) in &self.services {
             let known = Known::Parsed(service.parsed.clone());
-            let stale_because = service.stale_because.clone();
-            statement.services.insert(name.clone(), Told { known, stale_because });
+            let (stale_because, partial_because) =
+                (service.stale_because.clone(), service.partial_because.clone());
+            statement.services.insert(name.clone(), Told { known, stale_because, partial_because });
             statement.problems.extend(service.problems.iter().cloned());
         }
         statement.problems.extend(self.misnamed.values().cloned());
@@ -270,6 +287,7 @@ impl Reading {
             if root.is_of_no_format() {
                 statement.problems.push(says(NO_FORMAT.to_owned()));
             }
+            statement.problems.extend(root.doubt().map(says));
             for (path, why) in &root.unread {
                 let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
                 // As a record of a directory it is a problem of that one's service.
@@ -287,14 +305,38 @@ impl Reading {
             }
         }
         let holes = self.holes();
+        // A place that cannot be read and of which nothing is known from before.
+        for (place, why) in self.holes_of_records() {
+            let covers = |known: &Arc<Registration>| {
+                is_at_or_below(&known.place.file, &place) || is_at_or_below(&place, &known.place.file)
+            };
+            if !self.restored.values().any(covers) {
+                statement.unusable.push(format!("{place}: {why}").into());
+            }
+        }
         for (name, registration) in &self.restored {
             let why = hole_of(&holes, registration);
             if let (false, Some(why)) = (statement.services.contains_key(name), why) {
                 let known = Known::Restored(registration.clone());
-                statement.services.insert(name.clone(), Told { known, stale_because: Some(why.clone()) });
+                statement.services.insert(name.clone(), Told::stale(known, why.clone()));
             }
         }
         statement
+    }
+
+    /// Directories of records, and nodes with more below them, of which nothing could be read ever, and why.
+    fn holes_of_records(&self) -> Vec<(String, Arc<str>)> {
+        let of = |root: &RootReading| {
+            let place = self.place(&root.config.path);
+            let unread = root.unread.iter().filter(|(path, _)| {
+                let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+                !root.directories.contains_key(parent)
+            });
+            let unusable = root.directories.iter().filter_map(|(path, known)| Some((path, known.hole()?)));
+            let at = |(path, why): (&Arc<str>, &Arc<str>)| (format!("{place}{}", below(path)), why.clone());
+            unread.chain(unusable).map(at).collect::<Vec<_>>()
+        };
+        self.roots.iter().filter(|root| root.failed.is_none()).flat_map(of).collect()
     }
 
     /// Where nothing is known of what is there, and why.
@@ -327,6 +369,30 @@ impl DirectoryReading {
 }
 
 impl RootReading {
+    /// Returns what is doubtful about the format that it is read as.
+    fn doubt(&self) -> Option<String> {
+        let format = self.format?;
+        let others = self.votes.iter().filter(|(other, count)| **other != format && **count > 0);
+        let others: Vec<_> = others.map(|(other, count)| format!("{count} like `{other}`")).collect();
+        if !others.is_empty() {
+            let ours = self.votes.get(&format).copied().unwrap_or_default();
+            return Some(format!(
+                "it is read as `{format}`, as {ours} of its nodes look, and those are left out that look otherwise ({}): set \
+                 `format`",
+                others.join(", ")
+            ));
+        }
+        let has_offers = |known: &DirectoryReading| known.good.as_ref().is_some_and(|read| read.has_offers());
+        let is_silent = self.tree.as_deref().is_some_and(has_content)
+            && !self.directories.values().any(|known| has_offers(known) || known.failed.is_some());
+        is_silent.then(|| {
+            let nodes = self.tree.as_deref().map_or(0, |tree| tree.size().saturating_sub(1));
+            format!(
+                "of the {nodes} nodes below it none is an instance in the format `{format}`: see `format`"
+            )
+        })
+    }
+
     fn is_of_no_format(&self) -> bool {
         self.format.is_none() && self.tree.as_deref().is_some_and(has_content)
     }
@@ -377,18 +443,19 @@ impl RootReading {
         let unreadable = records.unreadable.clone();
         let unreadable =
             unreadable.or_else(|| records.children.values().find_map(|node| node.unreadable.clone()));
-        let known = match read.failed() {
-            Some(why) => {
+        let partial: Option<Arc<str>> = read.partial().map(Into::into);
+        let known = match partial {
+            Some(why) if read.is_unusable() => {
                 let message = format!("{why}; what was known stays");
                 problems.push(Problem::new(Place::file(place), subject, message));
-                DirectoryReading { own, good, failed: Some(why.into()), problems }
+                DirectoryReading { own, good, failed: Some(why), partial_because: None, problems }
             }
-            None => {
+            partial_because => {
                 let good = match good {
                     Some(before) if *before == read => before,
                     _ => Arc::new(read),
                 };
-                DirectoryReading { own, good: Some(good), failed: unreadable, problems }
+                DirectoryReading { own, good: Some(good), failed: unreadable, partial_because, problems }
             }
         };
         Some((known, bad))
@@ -434,8 +501,8 @@ fn member<'a>(name: &'a str, node: &'a Node) -> Member<'a> {
     }
 }
 
-/// What the nodes below look like; a few thousand tell.
-fn detected(tree: &Node) -> Option<ZnodeFormat> {
+/// Counts what the nodes below look like; a few thousand tell.
+fn look(tree: &Node) -> Votes {
     const ENOUGH: usize = 5000;
     fn collect<'a>(node: &'a Node, into: &mut Vec<Member<'a>>) {
         for (name, child) in &node.children {
@@ -446,9 +513,9 @@ fn detected(tree: &Node) -> Option<ZnodeFormat> {
             collect(child, into);
         }
     }
-    let mut votes = Vec::new();
-    collect(tree, &mut votes);
-    detect(votes)
+    let mut members = Vec::new();
+    collect(tree, &mut members);
+    votes(members)
 }
 
 /// Whether there is any data, or anybody's session, below a node.

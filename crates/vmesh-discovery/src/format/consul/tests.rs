@@ -86,11 +86,7 @@ fn the_address_is_the_services_or_else_the_nodes() {
         pay.internal:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         127.0.0.1:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         [fd00::7]:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
-        FAILED
-        consul:dc1/pay: 1 of 1 endpoints are bad: this is more than single mistakes
-        consul:dc1/pay: instance `pay-1` on node `vm-1`: `0.0.0.0` is not an address that can be dialled
-        FAILED
-        consul:dc1/pay: 1 of 1 endpoints are bad: this is more than single mistakes
+        consul:dc1/pay: instance `pay-1` on node `vm-1`: `0.0.0.0` is not an address that can be dialled: it stands for no host, or for all addresses of one
         consul:dc1/pay: instance `pay-1` on node `vm-1`: `a b` is neither an IP address nor a host name
     "#]]
     .assert_eq(
@@ -156,8 +152,6 @@ fn the_port_is_the_one_that_there_is_or_the_one_that_was_asked_for() {
         consul:dc1/pay: instance `pay-1` on node `vm-1`: it is registered without a port, and `default_port` is not set; this endpoint is left out
         10.1.0.1:9000 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         consul:dc1/pay: instance `pay-1` on node `vm-1`: it listens on a Unix socket, which only its own host can reach; this endpoint is left out
-        FAILED
-        consul:dc1/pay: 1 of 1 endpoints are bad: this is more than single mistakes
         consul:dc1/pay: instance `pay-1` on node `vm-1`: port 70000 is out of range: 1 to 65535
     "#]]
     .assert_eq(
@@ -257,7 +251,7 @@ fn one_id_on_two_nodes_is_two_instances_and_one_address_is_one_endpoint() {
 }
 
 #[test]
-fn one_entry_that_makes_no_sense_costs_itself_and_too_many_cost_the_answer() {
+fn one_entry_that_makes_no_sense_costs_itself_and_too_many_leave_the_rest_in_doubt() {
     let good = |n: u8| entry(&json!({"ID": n.to_string()}), &json!({"Address": format!("10.1.0.{n}")}), &[]);
     let mut entries: Vec<_> = (1..=8).map(good).collect();
     entries.push(json!({"Node": {"Node": "vm-9", "Address": "10.1.0.9"}, "Checks": []}));
@@ -273,7 +267,13 @@ fn one_entry_that_makes_no_sense_costs_itself_and_too_many_cost_the_answer() {
 
     entries.drain(..4);
     entries.push(json!({"Node": 7, "Service": {}}));
-    assert!(shown(&[&json!(entries).to_string()], &Rules::default()).starts_with("FAILED\n"));
+    let text = shown(&[&json!(entries).to_string()], &Rules::default());
+    assert_eq!(text.lines().filter(|line| line.starts_with("10.1.0.")).count(), 4, "{text}");
+    let answer =
+        read(json!(entries).to_string().as_bytes(), "c", &"pay".parse().unwrap(), false, &Rules::default());
+    let parsed = combine("c", &"pay".parse().unwrap(), &[&answer.unwrap()]);
+    let partial = parsed.services[0].partial_because.as_deref();
+    assert_eq!(partial, Some("3 of 7 records are bad, which is more than single mistakes"));
     let name = "pay".parse().unwrap();
     assert!(read(b"{}", "c", &name, false, &Rules::default()).unwrap_err().starts_with("invalid type: map"));
     assert_eq!(read(b"null", "c", &name, false, &Rules::default()).unwrap().listed, 0);
@@ -392,9 +392,9 @@ fn fabio_and_traefik_tags_are_understood() {
         &body.to_string(),
         expect![[r#"
             grpc
-            10.0.0.1:8080 weight 100 unknown zone dc1 {"datacenter": "dc1", "node": "vm-1"}
-            10.0.0.2:8080 weight 450 unknown zone dc1 {"datacenter": "dc1", "node": "vm-1"}
-            10.0.0.3:8080 weight 450 unknown zone dc1 {"datacenter": "dc1", "node": "vm-1"}
+            10.0.0.1:8080 weight 100000 unknown zone dc1 {"datacenter": "dc1", "node": "vm-1"}
+            10.0.0.2:8080 weight 450000 unknown zone dc1 {"datacenter": "dc1", "node": "vm-1"}
+            10.0.0.3:8080 weight 450000 unknown zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         "#]],
     );
     let tags = json!([

@@ -56,8 +56,10 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
         None => add_labels(&mut labels, [(&"payload".to_owned(), payload)], &[]),
     }
     let present = presence(member, &mut labels);
+    let (weight, note) = weight_at(&value, &map.weight, &["payload.metadata.weight", "payload.weight"]);
     let record = Record {
-        weight: weight_at(&value, &map.weight, &["payload.metadata.weight", "payload.weight"])?,
+        weight,
+        note,
         health: health(&value, metadata, present),
         zone: text_at(&value, &map.zone, &["payload.metadata.zone", "payload.zone"]).map(Into::into),
         version: text_at(&value, &map.version, &["payload.metadata.version", "payload.version"])

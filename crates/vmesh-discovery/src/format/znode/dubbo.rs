@@ -52,7 +52,9 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     let (before, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, path) = before.split_once('/').unwrap_or((before, ""));
     let params = parameters(query);
-    let param = |name: &str| params.get(name).and_then(Value::as_str).filter(|value| !value.is_empty());
+    let given = |name: &str| params.get(name).and_then(Value::as_str).filter(|value| !value.is_empty());
+    // What a provider sets for all of its services is `default.<name>` in the URL of each.
+    let param = |name: &str| given(name).or_else(|| given(&format!("default.{name}")));
     if param("category").is_some_and(|category| category != "providers")
         || param("side").is_some_and(|side| side != "provider")
     {
@@ -80,10 +82,20 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
         }
     }
     let map = &rules.map;
-    let value = Value::Object(params.clone());
+    let mut value = params.clone();
+    for (name, default) in
+        params.iter().filter_map(|(name, value)| Some((name.strip_prefix("default.")?, value)))
+    {
+        if given(name).is_none() {
+            value.insert(name.to_owned(), default.clone());
+        }
+    }
+    let value = Value::Object(value);
     let said = text_at(&value, &map.version, &[]).or_else(|| version.map(str::to_owned));
+    let (weight, note) = weight_at(&value, &map.weight, &["weight"]);
     let record = Record {
-        weight: weight_at(&value, &map.weight, &["weight"])?,
+        weight,
+        note,
         health,
         zone: text_at(&value, &map.zone, &["zone", "region"]).map(Into::into),
         version: said.map(Into::into),

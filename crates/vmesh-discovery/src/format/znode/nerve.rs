@@ -16,6 +16,8 @@ use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
 use serde_json::Value;
 use vmesh_model::{Health, Labels, Place};
 
+use crate::format::smartstack::is_disabled;
+
 use super::{
     Member, Offer, Record, Recorded, Rules, add_labels, address, first, json, presence, protocol_of, scalar,
     text_at, weight_at,
@@ -37,7 +39,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     let mut labels = Labels::new();
     let mut health = presence(member, &mut labels);
     if let Some(options) = value.get("haproxy_server_options").and_then(Value::as_str)
-        && options.split_whitespace().any(|option| option == "disabled")
+        && is_disabled(options)
     {
         health = Health::Draining;
     }
@@ -53,8 +55,10 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     }
     let map = &rules.map;
     let zone = text_at(&value, &map.zone, &["labels.az", "labels.zone"]);
+    let (weight, note) = weight_at(&value, &map.weight, &["weight"]);
     let record = Record {
-        weight: weight_at(&value, &map.weight, &["weight"])?,
+        weight,
+        note,
         health,
         zone: zone.or_else(|| places.get("habitat").cloned()).map(Into::into),
         version: text_at(&value, &map.version, &["labels.version"]).map(Into::into),

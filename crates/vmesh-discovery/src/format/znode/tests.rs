@@ -55,7 +55,7 @@ fn shown(format: ZnodeFormat, rules: &Rules, text: &str) -> String {
         let combined = combine(&name, place, &[("pay", &read)], default_weight(format), &mut problems);
         shown += &combined.as_ref().map(show).unwrap_or_default();
     }
-    if let Some(why) = read.failed() {
+    if let Some(why) = read.partial() {
         shown += &format!("FAILED {why}\n");
     }
     problems.extend(read.problems(&"it".into()));
@@ -124,7 +124,7 @@ fn a_serverset_offers_the_endpoint_that_is_asked_for() {
         member_0000000002 {"serviceEndpoint":{"host":"10.0.0.2"}}
         "#,
         expect![[r#"
-            FAILED 2 of 2 records are bad: this is more than single mistakes
+            FAILED 2 of 2 records are bad, which is more than single mistakes
             zk/pay/member_0000000001: there is no `serviceEndpoint` in it
             zk/pay/member_0000000002: there is no port in it
         "#]],
@@ -173,9 +173,9 @@ fn a_record_that_makes_no_sense_costs_that_record() {
               10.0.0.1:80 weight 1 healthy
               10.0.0.2:80 weight 1 healthy
               10.0.0.3:80 weight 1 healthy
-            FAILED 2 of 5 records are bad: this is more than single mistakes
-            zk/pay/member_0000000004: its data is not JSON (Thrift's binary form is not read): expected ident at line 1 column 2
-            zk/pay/member_0000000005: its data is not an object in JSON
+            FAILED 2 of 5 records are bad, which is more than single mistakes
+            zk/pay/member_0000000004: its data is not JSON (Thrift's binary form is not read): expected ident at line 1 column 2; this endpoint is left out
+            zk/pay/member_0000000005: its data is not an object in JSON; this endpoint is left out
         "#]],
     );
     check(
@@ -231,8 +231,9 @@ fn nerve_writes_ports_and_weights_as_numbers_or_texts() {
         expect![[r#"
             pay
               10.1.0.17:31002 weight 1 healthy
+              10.1.0.19:31002 weight 1 healthy
             zk/pay/i-2_0000000002: there is no host in it; this endpoint is left out
-            zk/pay/i-3_0000000003: `-1` is not a weight: a number from 0 to 1000000; this endpoint is left out
+            zk/pay/i-3_0000000003: `-1` is not a weight: a number from 0 to 1000000; it is ignored
         "#]],
     );
 }
@@ -377,9 +378,9 @@ fn dubbo_3_says_what_is_spoken_in_the_metadata() {
         ZnodeFormat::Curator,
         instances,
         expect![[r#"
-        FAILED 1 of 1 records are bad: this is more than single mistakes
-        zk/pay/10.1.0.17:20880: there is no endpoint `rest` in `dubbo.endpoints`
-    "#]],
+            FAILED 1 of 1 records are bad, which is more than single mistakes
+            zk/pay/10.1.0.17:20880: there is no endpoint `rest` in `dubbo.endpoints`
+        "#]],
     );
 }
 
@@ -474,10 +475,10 @@ fn a_dubbo_url_that_makes_no_sense_costs_that_url() {
               10.1.0.18:20880 weight 1 healthy {"dubbo.interfaces": "com.acme.Pay"}
               10.1.0.19:20880 weight 1 healthy {"dubbo.interfaces": "com.acme.Pay"}
               10.1.0.20:20880 weight 1 healthy {"dubbo.interfaces": "com.acme.Pay"}
-            FAILED 3 of 7 records are bad: this is more than single mistakes
-            zk/pay/dubbo%3A%2F%2F10.1.0.21%2Fcom.acme.Pay%3Fapplication%3Dpay-s…: `10.1.0.21` has no port
-            zk/pay/dubbo%3A%2F%2F10.1.0.22%3A20880%2Fcom.acme.Pay%3Fside%3Dprov…: its URL names no `application`
-            zk/pay/dubbo%3A%2F%2F10.1.0.23%3A20880%2F%3Fapplication%3Dpay-svc%2…: its URL names no interface
+            FAILED 3 of 7 records are bad, which is more than single mistakes
+            zk/pay/dubbo%3A%2F%2F10.1.0.21%2Fcom.acme.Pay%3Fapplication%3Dpay-s…: `10.1.0.21` has no port; this endpoint is left out
+            zk/pay/dubbo%3A%2F%2F10.1.0.22%3A20880%2Fcom.acme.Pay%3Fside%3Dprov…: its URL names no `application`; this endpoint is left out
+            zk/pay/dubbo%3A%2F%2F10.1.0.23%3A20880%2F%3Fapplication%3Dpay-svc%2…: its URL names no interface; this endpoint is left out
         "#]],
     );
 }
@@ -542,7 +543,7 @@ fn the_candidate_with_the_lowest_number_leads() {
         latch-0000000003 nonsense
         ",
         expect![[r#"
-            FAILED 1 of 1 records are bad: this is more than single mistakes
+            FAILED 1 of 1 records are bad, which is more than single mistakes
             zk/pay/latch-0000000003: `nonsense` has no port: write `nonsense:8080`, an address and a port
         "#]],
     );
@@ -639,7 +640,8 @@ fn endpoints_that_differ_in_protocol_are_said() {
 
 #[test]
 fn the_format_is_told_by_what_most_nodes_look_like() {
-    let detected = |text: &str| detect(members(text)).map_or("?".to_owned(), |format| format.to_string());
+    let detected =
+        |text: &str| decide(&votes(members(text)), None).map_or("?".to_owned(), |format| format.to_string());
     assert_eq!(detected(r#"member_1 {"serviceEndpoint":{"host":"a","port":1}}"#), "serverset");
     assert_eq!(detected(r#"1 {"address":"a","port":1,"serviceType":"DYNAMIC"}"#), "curator");
     assert_eq!(detected(r#"1 {"host":"a","port":1}"#), "nerve");
@@ -666,7 +668,7 @@ fn a_node_that_may_not_be_read_is_a_bad_record() {
     let good = members(r#"member_2 {"serviceEndpoint":{"host":"10.0.0.2","port":80}}"#);
     let directory = Directory { place: "zk/pay", members: [good, vec![member]].concat() };
     let read = read(ZnodeFormat::ServerSet, &directory, &Rules::default());
-    assert!(read.failed().is_none());
+    assert!(read.partial().is_none());
     let problems: Vec<_> = read.problems(&"it".into()).map(|problem| problem.to_string()).collect();
     assert_eq!(
         problems,

@@ -201,12 +201,12 @@ fn a_directory_that_became_garbage_keeps_what_was_last_good() {
     check(
         &reading,
         expect![[r#"
-        orders (zk/s/orders) 10.0.0.3:80
-        pay (zk/s/pay) 10.0.0.1:80 10.0.0.2:80 STALE 2 of 2 records are bad: this is more than single mistakes
-        service `pay`: zk/s/pay/1: its data is not JSON (Thrift's binary form is not read): expected value at line 1 column 1
-        service `pay`: zk/s/pay/2: there is no port in it
-        service `pay`: zk/s/pay: 2 of 2 records are bad: this is more than single mistakes; what was known stays
-    "#]],
+            orders (zk/s/orders) 10.0.0.3:80
+            pay (zk/s/pay) 10.0.0.1:80 10.0.0.2:80 STALE 2 of 2 records are bad, which is more than single mistakes
+            service `pay`: zk/s/pay/1: its data is not JSON (Thrift's binary form is not read): expected value at line 1 column 1
+            service `pay`: zk/s/pay/2: there is no port in it
+            service `pay`: zk/s/pay: 2 of 2 records are bad, which is more than single mistakes; what was known stays
+        "#]],
     );
     assert_eq!(reading.take_bad_records(), 2);
     reading.take(&[then(&garbage, good)]);
@@ -262,16 +262,17 @@ fn a_format_is_told_once_and_kept() {
         &known,
         r#"
         pay/1 {"host":"10.0.0.1","port":80}
-        orders/1 {"serviceEndpoint":{"host":"10.0.0.2","port":80}}
-        orders/2 {"serviceEndpoint":{"host":"10.0.0.3","port":80}}
+        orders/member_1 {"serviceEndpoint":{"host":"10.0.0.2","port":80}}
+        orders/member_2 {"serviceEndpoint":{"host":"10.0.0.3","port":80}}
         "#,
     );
     reading.take(std::slice::from_ref(&other));
     check(
         &reading,
         expect![[r#"
-        pay (zk/s/pay) 10.0.0.1:80
-    "#]],
+            orders (zk/s/orders) 10.0.0.2:80 10.0.0.3:80
+            zk: zk/s: it is read as `serverset`, as 2 of its nodes look, and those are left out that look otherwise (1 like `nerve`): set `format`
+        "#]],
     );
 }
 
@@ -382,16 +383,16 @@ fn what_cannot_be_read_after_a_restart_is_what_was_known_before() {
         expect![[r#"
             orders restored STALE it may not be read
             other (zk/s/other) 10.0.0.6:80
-            pay restored STALE 1 of 1 records are bad: this is more than single mistakes
-            shop restored STALE 1 of 1 records are bad: this is more than single mistakes
+            pay restored STALE 1 of 1 records are bad, which is more than single mistakes
+            shop restored STALE 1 of 1 records are bad, which is more than single mistakes
             team.a restored STALE it may not be read
             x restored STALE could not read /gone: not allowed
             zk: zk/s/orders: it may not be read; what was known below it stays
             zk: zk/s/team: it may not be read; what was known below it stays
             service `pay`: zk/s/pay/1: its data is not JSON (Thrift's binary form is not read): expected value at line 1 column 1
-            service `pay`: zk/s/pay: 1 of 1 records are bad: this is more than single mistakes; what was known stays
+            service `pay`: zk/s/pay: 1 of 1 records are bad, which is more than single mistakes; what was known stays
             service `com.acme.A`: zk/dubbo/com.acme.A/providers/dubbo%3A%2F%2F10.0.0.9%3A20880%2Fcom.acme.A%3Fapp%3Dshop: its URL names no `application`
-            service `com.acme.A`: zk/dubbo/com.acme.A/providers: 1 of 1 records are bad: this is more than single mistakes; what was known stays
+            service `com.acme.A`: zk/dubbo/com.acme.A/providers: 1 of 1 records are bad, which is more than single mistakes; what was known stays
             zk: zk/gone: could not read /gone: not allowed; what was known stays
         "#]],
     );
