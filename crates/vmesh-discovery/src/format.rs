@@ -241,10 +241,10 @@ fn scale(shares: impl Iterator<Item = f64> + Clone) -> f64 {
         return 1.0;
     }
     let is_whole = |scaled: f64| (scaled - scaled.round()).abs() < 1e-6 && scaled.round() >= 1.0;
-    let fits = SCALES.into_iter().filter(|scale| largest * scale <= f64::from(Weight::MAX));
+    let mut fits = SCALES.into_iter().filter(|scale| largest * scale <= f64::from(Weight::MAX));
     let exact =
         fits.clone().find(|scale| shares.clone().all(|share| share == 0.0 || is_whole(share * scale)));
-    exact.or(fits.last()).unwrap_or(1.0)
+    exact.or(fits.next_back()).unwrap_or(1.0)
 }
 
 fn whole_weight(scaled: f64) -> Weight {

@@ -267,8 +267,8 @@ async fn each_kind_of_registration_is_read_as_it_is_meant() {
           10.0.8.5:80 weight 1 unknown zone b1
           127.0.0.1:80 weight 1 unknown zone b1
         fabio grpc
-          10.0.3.1:8080 weight 250 healthy zone dc1
-          10.0.3.2:8080 weight 750 healthy zone dc1
+          10.0.3.1:8080 weight 250000 healthy zone dc1
+          10.0.3.2:8080 weight 750000 healthy zone dc1
         health
           10.0.0.1:8080 weight 1 healthy zone dc1
           10.0.0.2:8080 weight 3 healthy zone dc1
