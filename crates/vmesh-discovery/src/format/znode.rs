@@ -305,6 +305,11 @@ pub fn decide(votes: &Votes, before: Option<ZnodeFormat>) -> Option<ZnodeFormat>
     }
 }
 
+/// Returns the format that most of `members` look like.
+pub fn detect<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Option<ZnodeFormat> {
+    decide(&votes(members), None)
+}
+
 /// Puts together what directories, each with the name of its service, say of the service `name`; `None` if that is
 /// nothing. `place` is where the service is, in messages.
 ///
