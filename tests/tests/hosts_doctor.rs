@@ -155,3 +155,68 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     host.sh("systemctl kill --kill-who=main -s CONT vmesh-agent vmesh-envoy vmesh-net")?;
     is_well(host).await.map(drop)
 }
+
+/// An ELF file of an ARM machine, on one that is none.
+const FOREIGN: &str = "python3 -c \"import struct; h=b'\\x7fELF\\x02\\x01\\x01'+b'\\0'*9+struct.pack('<HHIQQQIHHHHHH',2,183,1,0x400000,64,0,0,64,56,1,64,0,0)\\
++struct.pack('<IIQQQQQQ',1,5,0,0x400000,0x400000,120,120,4096); open('/usr/bin/envoy.new','wb').write(h)\"";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
+    let (vms, _orders, _) = Vms::with_orders().await?;
+    let more = "upstreams: [{service: orders, listen: \"127.0.0.1:9001\"}]\n\
+                capture: {outbound: transparent, dead_man: {timeout: 5s}}\n";
+    let vm = vms.node("web", more).await?;
+    let host = &vm.host;
+    host.exec(&["vmeshctl", "dns", "enable"])?;
+    is_well(host).await?;
+
+    // D27: a control plane that has nothing new has confirmed what the node has.
+    host.systemctl(&["restart", "vmesh-agent", "vmesh-envoy"])?;
+    is_well(host).await?;
+
+    // D2: a configuration that root can read, and the agent's user cannot.
+    let unreadable = "the user vmesh-agent cannot read /etc/vmesh/agent.yaml";
+    let breaks = "chmod 600 /etc/vmesh/agent.yaml; systemctl restart --no-block vmesh-agent; sleep 1";
+    host.sh("chmod 600 /etc/vmesh/agent.yaml")?;
+    let check = host.output(&["vmesh-agent", "--check"])?;
+    assert_eq!(check.status.code(), Some(1), "{check:?}");
+    let said = String::from_utf8_lossy(&check.stderr).into_owned();
+    assert!(said.contains(unreadable) && said.contains("chmod 644 /etc/vmesh/agent.yaml"), "{said}");
+    breaks_and_mends(host, breaks, "D2", unreadable, "does not start again").await?;
+    assert_eq!(host.output(&["vmesh-agent", "--check"])?.status.code(), Some(0));
+
+    // D20 and D25: an Envoy that hangs is seen by two checks, and is not hidden by either.
+    let hangs = "nobody serves them";
+    let stop = "pkill -STOP -x envoy";
+    breaks_and_mends(host, stop, "D20", hangs, "fail").await?;
+
+    // D11: another program has the agent's port. The agent goes on, and has it back once that is stopped.
+    host.systemctl(&["stop", "vmesh-agent"])?;
+    host.sh("systemd-run --unit squatter -p User=nobody python3 -m http.server 15020 --bind 127.0.0.1")?;
+    wait_for("the port to be taken", BOUND, async || {
+        host.sh("ss -lnt 'sport = :15020' | grep -q 15020").map_err(|failed| failed.to_string())
+    })
+    .await?;
+    host.systemctl(&["start", "vmesh-agent"])?;
+    finds(host, "D11", "127.0.0.1:15020 is taken by a program of user 65534", "cannot listen there").await?;
+    host.sh("ss -lntp 'sport = :15020' | grep -q python3 && systemctl stop squatter")?;
+    is_well(host).await?;
+
+    // D36: the resolver is told of another suffix than the agent's.
+    let yaml = host.read("/etc/vmesh/agent.yaml")?;
+    host.write("/etc/vmesh/agent.yaml", format!("{yaml}dns: {{suffix: svc.corp}}\n"))?;
+    let other = "is told to ask for another zone";
+    breaks_and_mends(host, "systemctl restart vmesh-agent", "D36", other, "do not find them").await?;
+    host.sh("getent ahosts orders.svc.corp")?;
+
+    // D25: what is at envoy.path is no Envoy of this machine.
+    host.sh(&format!("{FOREIGN}\nchmod 755 /usr/bin/envoy.new; mv /usr/bin/envoy /usr/bin/envoy.good; mv /usr/bin/envoy.new /usr/bin/envoy"))?;
+    assert_eq!(host.output(&["vmesh-agent", "--check"])?.status.code(), Some(1));
+    host.sh("systemctl restart --no-block vmesh-envoy")?;
+    finds(host, "D25", "/usr/bin/envoy cannot be run on this machine", "no request").await?;
+    let said = host.sh("systemctl status --no-pager vmesh-envoy || :")?;
+    assert!(said.contains("cannot be run on this machine"), "{said}");
+    host.sh("mv /usr/bin/envoy.good /usr/bin/envoy")?;
+    is_well(host).await?;
+    Ok(())
+}

@@ -27,7 +27,7 @@ use super::doctor::{Config, read_configuration};
 use change::{Change, Wanted, foreign_names};
 use resolver::{FILES, Resolver};
 
-pub(crate) use resolver::wiring;
+pub(crate) use resolver::{is_wired_for, wiring};
 
 const HOSTS: &str = "/etc/hosts";
 const MAX_FILE: u64 = 64 << 20;

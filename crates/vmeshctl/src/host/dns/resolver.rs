@@ -72,6 +72,19 @@ pub(crate) fn wiring(root: &Path) -> (&'static str, Option<String>) {
     (detect(root).name(), by)
 }
 
+/// Reports whether what the host's resolver is told names this server and this suffix. A block in the hosts file is kept up by who
+/// reads the configuration itself.
+pub(crate) fn is_wired_for(root: &Path, server: SocketAddr, suffix: &str) -> bool {
+    let Ok(suffix) = suffix.parse::<Suffix>() else { return false };
+    let texts = [
+        (RESOLVED_DELEGATE, resolved_delegate(server, &suffix)),
+        (RESOLVED_DROP_IN, resolved_drop_in(server, &suffix)),
+        (DNSMASQ, dnsmasq(server, &suffix)),
+    ];
+    let mut written = texts.iter().filter_map(|(file, wanted)| Some((read(root, file)?, wanted)));
+    written.all(|(text, wanted)| !is_ours(&text) || text.starts_with(wanted))
+}
+
 /// Returns which resolver this host asks.
 pub(super) fn detect(root: &Path) -> Resolver {
     let resolv = read(root, "/etc/resolv.conf").unwrap_or_default();
@@ -366,6 +379,20 @@ Current DNS Server: 10.0.0.2
         assert_eq!(resolved_version("systemd 252 (252.38-1~deb12u1)\n+PAM"), Some(252));
         assert_eq!(resolved_version("systemd 258~rc1"), Some(258));
         assert_eq!(resolved_version(""), None);
+    }
+
+    #[test]
+    fn a_resolver_that_is_told_of_another_suffix_or_server_is_told_apart() {
+        let server = "127.0.0.1:15053".parse().unwrap();
+        let text = dnsmasq(server, &Suffix::default()) + "# more\n";
+        let root =
+            root(&[(DNSMASQ, &text), (RESOLVED_DROP_IN, "# somebody else's\n[Resolve]\nDNS=10.0.0.2\n")]);
+        assert!(is_wired_for(&root, server, "mesh"));
+        assert!(!is_wired_for(&root, server, "svc.corp"));
+        assert!(!is_wired_for(&root, "127.0.0.1:5454".parse().unwrap(), "mesh"));
+        // By the block in the hosts file alone.
+        std::fs::remove_file(root.join(&DNSMASQ[1..])).unwrap();
+        assert!(is_wired_for(&root, server, "svc.corp"));
     }
 
     #[test]

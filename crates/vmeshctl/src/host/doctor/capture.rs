@@ -259,6 +259,85 @@ fn chains_of(ruleset: &str) -> Vec<Chain<'_>> {
     chains
 }
 
+/// D40: captured connections arrive at Envoy, of each family.
+pub(super) fn end_to_end(facts: &Facts) -> Verdict {
+    captures(facts)?;
+    let tried = facts.captured.as_ref().map_err(|why| Skip::Unseen(why.clone()))?;
+    let mut found = Vec::new();
+    for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
+        let of_family = || tried.iter().filter(|(at, _)| at.is_ipv4() == is_v4);
+        let failed: Vec<_> =
+            of_family().filter_map(|(at, result)| result.as_ref().err().map(|why| (at, why))).collect();
+        let Some((at, why)) = failed.first() else { continue };
+        let rule = facts.out(Question::Rules).ok().and_then(rule_in_the_way);
+        let of = of_family().count();
+        let (what, fix) = match rule {
+            Some((rule, fix)) => (format!("; {rule} is in the way"), fix),
+            None => (
+                String::new(),
+                "a firewall has to let tcp to port 15001 out (by the interface of the original route) and back: `nft list ruleset`, \
+                 `ip rule`"
+                    .to_owned(),
+            ),
+        };
+        found.push(
+            wrong(
+                format!(
+                    "captured connections of {family} do not arrive at Envoy: {at} cannot be reached: {why} ({} of {of} addresses){what}",
+                    failed.len()
+                ),
+                "connections to names of the mesh hang or fail, and captured ones to real addresses may, too",
+                by_hand(fix),
+            )
+            .follows(&[Root::Envoy, Root::Net, Root::Agent]),
+        );
+    }
+    Ok(found)
+}
+
+/// Returns the rule of others that takes captured connections away, most likely, and what to do about it.
+fn rule_in_the_way(ruleset: &str) -> Option<(String, String)> {
+    let chains = chains_of(ruleset);
+    let foreign = || chains.iter().filter(|chain| !chain.table.ends_with(" vmesh"));
+    for chain in foreign() {
+        if let Some(rule) = chain.lines.iter().find(|line| line.contains("notrack")) {
+            let what = format!("`{rule}` in chain {} of table {}", chain.name, chain.table);
+            let fix = format!(
+                "what is not tracked cannot be redirected: have `notrack` leave out what is captured (`nft list chain {} {}`)",
+                chain.table, chain.name
+            );
+            return Some((what, fix));
+        }
+    }
+    let hooked = |chain: &&Chain<'_>| {
+        let hook = chain.lines.iter().find(|line| line.starts_with("type filter hook "));
+        hook.is_some_and(|hook| ["output", "postrouting"].iter().any(|name| hook.contains(name)))
+    };
+    for chain in foreign().filter(hooked) {
+        let drops = chain.lines.iter().find(|line| {
+            line.contains("policy drop") || line.ends_with("drop") || line.split_whitespace().any(|word| word == "reject")
+        });
+        if let Some(rule) = drops {
+            let rule = if rule.starts_with("type ") { "policy drop" } else { rule };
+            let what = format!("`{rule}` in chain {} of table {}", chain.name, chain.table);
+            let fix = format!(
+                "let captured connections through, there and in the firewall's own configuration: `nft insert rule {} {} tcp dport 15001 accept`",
+                chain.table, chain.name
+            );
+            return Some((what, fix));
+        }
+    }
+    for chain in foreign() {
+        if let Some(rule) = chain.lines.iter().find(|line| line.contains(" fib ") && line.ends_with("drop")) {
+            let what = format!("`{rule}` in chain {} of table {}", chain.name, chain.table);
+            let fix = "it drops what comes back for an address that it takes for spoofed, as wg-quick's rule does: let it leave out \
+                       the loopback interface";
+            return Some((what, fix.to_owned()));
+        }
+    }
+    None
+}
+
 /// D19: what is Envoy's own is told from what is captured.
 pub(super) fn loop_guard(facts: &Facts) -> Verdict {
     let outline = captures(facts)?;

@@ -36,6 +36,8 @@ pub(crate) struct Facts {
     pub(crate) names: Names,
     /// Endpoints that were dialed, with what became of it.
     pub(crate) dialed: Seen<Vec<(String, SocketAddr, Seen<()>)>>,
+    /// Virtual addresses that were dialed as an application would, of both families.
+    pub(crate) captured: Seen<Vec<(SocketAddr, Seen<()>)>>,
 }
 
 #[derive(Debug, Clone)]
@@ -213,6 +215,8 @@ pub(crate) struct Names {
     pub(crate) resolver: String,
     /// By what that resolver is told to ask us.
     pub(crate) wired: Option<String>,
+    /// Whether what it is told is the suffix and the address of the configuration.
+    pub(crate) is_wired_as_configured: bool,
 }
 
 impl Facts {

@@ -1,7 +1,7 @@
 //! All that is looked at on the host. Each look has a bound of its own, and they go on side by side: 5 s in all.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -18,7 +18,7 @@ use vmesh_daemon::fetch::{FetchError, Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_dns::ask;
-use vmesh_net::client;
+use vmesh_net::{client, probe};
 use vmesh_net::protocol::{Answer, Ask, Status};
 
 use super::envoy::clusters;
@@ -32,6 +32,8 @@ const ANSWERS: Duration = Duration::from_secs(1);
 const DIAL: Duration = Duration::from_millis(500);
 /// Endpoints that are dialed at most.
 const DIALED: usize = 20;
+/// Virtual addresses of services that are dialed, of each family.
+const TRIED: usize = 5;
 const MAX_FILE: u64 = 16 << 20;
 /// Below this the kernel answers; a user's PATH may be without the programs of root.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -73,6 +75,11 @@ pub(super) async fn facts(config: &Path) -> Facts {
         (net, plan),
         control_planes,
     ) = tokio::join!(commands(), daemons(outline), capture(outline), control_planes(outline));
+    let captured = match (outline, &net) {
+        (Some(outline), Ok(status)) => try_capture(outline, status).await,
+        (_, Err(why)) => Err(why.clone()),
+        (None, _) => Err("there is no configuration".to_owned()),
+    };
     commands.insert(Question::Version, version);
     if let Some(resolved) = resolved {
         commands.insert(Question::Resolve, resolved);
@@ -100,6 +107,59 @@ pub(super) async fn facts(config: &Path) -> Facts {
         envoy_files,
         names,
         dialed,
+        captured,
+    }
+}
+
+/// Dials virtual addresses, whose connections Envoy takes where the capture works from end to end: that of vmesh-net's own test,
+/// and some of services.
+async fn try_capture(outline: &Outline, status: &Status) -> Seen<Vec<(SocketAddr, Seen<()>)>> {
+    let (include, exclude) = (&status.spec.outbound.include, &status.spec.outbound.exclude);
+    let is_everybody = include.users.is_empty() && include.groups.is_empty() && include.units.is_empty();
+    let is_nobody = exclude.users.is_empty() && exclude.groups.is_empty() && exclude.units.is_empty();
+    if !outline.captures_outbound() || !status.captures() {
+        return Err("no outbound connection is captured now".to_owned());
+    }
+    if !is_everybody || !is_nobody {
+        return Err("only connections of some programs are captured, perhaps not this one's".to_owned());
+    }
+    let mut addresses = vec![probe::SELF_TEST];
+    if outline.by_systemd() {
+        let envoy = Peer::Unix(outline.envoy.run_dir.join("status.sock"));
+        let listeners = get(&envoy, "/listeners?format=json").await.unwrap_or_default();
+        let all = listeners.get("listener_statuses").and_then(Value::as_array);
+        let virtual_of = all.into_iter().flatten().filter_map(|listener| {
+            let at = listener.pointer("/local_address/socket_address")?;
+            let ip = at.get("address")?.as_str()?.parse::<IpAddr>().ok()?;
+            let port = u16::try_from(at.get("port_value")?.as_u64()?).ok()?;
+            is_virtual(ip).then(|| SocketAddr::new(ip, port))
+        });
+        let (v4, v6): (Vec<_>, Vec<_>) = virtual_of.partition(SocketAddr::is_ipv4);
+        addresses.extend(v4.into_iter().take(TRIED).chain(v6.into_iter().take(TRIED)));
+    }
+    let mut dials = JoinSet::new();
+    for at in addresses {
+        dials.spawn(async move {
+            let result = match timeout(ANSWERS, TcpStream::connect(at)).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("no answer in {} s", ANSWERS.as_secs())),
+            };
+            (at, result)
+        });
+    }
+    let mut tried = dials.join_all().await;
+    tried.sort_by_key(|(at, _)| *at);
+    Ok(tried)
+}
+
+/// Whether vmesh gives such addresses to services.
+fn is_virtual(ip: IpAddr) -> bool {
+    match ip {
+        // 240.0.0.0/5.
+        IpAddr::V4(ip) => ip.octets().first().is_some_and(|first| first & 0xf8 == 240),
+        // fd76:6d65:7368::/48.
+        IpAddr::V6(ip) => ip.segments().starts_with(&[0xfd76, 0x6d65, 0x7368]),
     }
 }
 
@@ -340,6 +400,7 @@ async fn names(outline: &Outline) -> (Names, Option<Seen<Ran>>) {
     let (resolver, wired) = super::super::dns::wiring(Path::new("/"));
     let mut names = Names { resolver: resolver.to_owned(), wired, ..Names::default() };
     let Some(server) = outline.dns else { return (names, None) };
+    names.is_wired_as_configured = super::super::dns::is_wired_for(Path::new("/"), server, &outline.suffix);
     if let Ok(all) = agent_says(outline, "/names").await {
         names.all = serde_json::from_value(all).unwrap_or_default();
     }

@@ -257,6 +257,17 @@ pub(super) fn names(facts: &Facts) -> Verdict {
         ));
         return Ok(found);
     }
+    if !names.is_wired_as_configured {
+        found.push(wrong(
+            format!(
+                "the host's resolver ({}) is told to ask for another zone, or at another address, than {suffix} at {server}",
+                names.resolver
+            ),
+            lost,
+            run("vmeshctl dns enable"),
+        ));
+        return Ok(found);
+    }
     let ran = facts.ran(Question::Resolve)?;
     let said: Vec<IpAddr> =
         ran.out.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect();
@@ -266,12 +277,13 @@ pub(super) fn names(facts: &Facts) -> Verdict {
             wrong(
                 format!("{asked} is not found by the host's resolver ({})", names.resolver),
                 lost,
-                by_hand(match names.resolver.as_str() {
-                    "systemd-resolved" => {
-                        "`systemctl restart systemd-resolved`, then `resolvectl query` says why"
+                // By what is told to ask, and not by what the host asks: the two may differ.
+                run(match names.wired.as_deref().unwrap_or_default() {
+                    wired if wired.contains("dnsmasq") => "systemctl restart dnsmasq",
+                    wired if wired.contains("resolved") || wired.contains("dns-delegate") => {
+                        "systemctl restart systemd-resolved"
                     }
-                    "dnsmasq" => "`systemctl restart dnsmasq`; `journalctl -u dnsmasq` says why",
-                    _ => "`systemctl restart vmesh-hosts`, which keeps the names in /etc/hosts",
+                    _ => "systemctl enable --now vmesh-hosts && systemctl restart vmesh-hosts",
                 }),
             )
             .follows(&[Root::Agent]),

@@ -113,6 +113,7 @@ const CHECKS: &[Check] = &[
     Check { id: "D37", look: mesh::registrations },
     Check { id: "D38", look: mesh::age },
     Check { id: "D39", look: mesh::endpoints },
+    Check { id: "D40", look: capture::end_to_end },
 ];
 
 /// What other findings may follow from.

@@ -166,8 +166,10 @@ fn well() -> Facts {
             answered: Some(Ok(())),
             resolver: "systemd-resolved".into(),
             wired: Some("/etc/systemd/resolved.conf.d/vmesh.conf".into()),
+            is_wired_as_configured: true,
         },
         dialed: Ok(vec![("orders".into(), at("10.0.1.11:8080"), Ok(()))]),
+        captured: Ok(vec![(at("240.0.0.0:1"), Ok(())), (at("[fd76:6d65:7368::1]:80"), Ok(()))]),
     }
 }
 
@@ -222,7 +224,7 @@ fn change_unit(facts: &mut Facts, unit: &str, from: &str, to: &str) {
 fn a_host_that_is_well_is_two_lines() {
     let report = report(&well(), &[]);
     expect![[r#"
-        31 checks, 0 problems, 0.4 s   node web-17 (agent 0.1.0, envoy 1.40.0)
+        32 checks, 0 problems, 0.4 s   node web-17 (agent 0.1.0, envoy 1.40.0)
     "#]]
     .assert_eq(&report.text());
     assert!(!report.wants_attention());
@@ -742,7 +744,12 @@ fn services() {
         &[
             &|facts| facts.names.answered = Some(Err("no answer in 1.5 s".into())),
             &|facts| facts.names.wired = None,
+            &|facts| facts.names.is_wired_as_configured = false,
             &|facts| {
+                facts.commands.insert(Question::Resolve, failed(""));
+            },
+            &|facts| {
+                facts.names.wired = Some("the block of vmesh in /etc/hosts".into());
                 facts.commands.insert(Question::Resolve, failed(""));
             },
             &|facts| {
@@ -753,7 +760,9 @@ fn services() {
         expect![[r#"
             x D36 the agent does not answer names at 127.0.0.1:15053: no answer in 1.5 s | applications that dial names of the mesh do not find them | fix: systemctl restart vmesh-agent
             ! D36 the host's resolver (systemd-resolved) is not told to ask the agent for names below mesh | applications that dial names of the mesh do not find them | fix: vmeshctl dns enable
-            x D36 orders.mesh is not found by the host's resolver (systemd-resolved) | applications that dial names of the mesh do not find them | fix: `systemctl restart systemd-resolved`, then `resolvectl query` says why
+            x D36 the host's resolver (systemd-resolved) is told to ask for another zone, or at another address, than mesh at 127.0.0.1:15053 | applications that dial names of the mesh do not find them | fix: vmeshctl dns enable
+            x D36 orders.mesh is not found by the host's resolver (systemd-resolved) | applications that dial names of the mesh do not find them | fix: systemctl restart systemd-resolved
+            x D36 orders.mesh is not found by the host's resolver (systemd-resolved) | applications that dial names of the mesh do not find them | fix: systemctl enable --now vmesh-hosts && systemctl restart vmesh-hosts
             ! D36 orders.mesh is found as 192.0.2.7, and is 246.94.83.229 | somebody else answers for it, or an old answer is kept; connections go there | fix: `resolvectl flush-caches`; then `getent ahosts`, /etc/hosts, and who else answers for it
             ! D36 /etc/resolv.conf searches `mesh` | any bare name `x` that is a service is found as `x.mesh`, whatever was meant | fix: take `mesh` out of `search`, where the network or DHCP sets it
         "#]],
@@ -830,7 +839,7 @@ fn what_follows_from_something_is_below_it() {
     status(&mut facts).agent_silent_for = Some(40);
     facts.disks[0].free = 0;
     expect![[r#"
-        27 checks, 2 problems, 0.4 s   node web-17 (agent 0.1.0, envoy 1.40.0)
+        28 checks, 2 problems, 0.4 s   node web-17 (agent 0.1.0, envoy 1.40.0)
         x D2 vmesh-agent.service is inactive | Envoy goes on with what it has, no change reaches it, names of the mesh are not answered; redirects that may lapse do | fix: systemctl start vmesh-agent
             and so D11 nobody listens on 127.0.0.1:15020, for the agent's API
             and so D11 nobody listens on 127.0.0.1:15053, for names
@@ -854,7 +863,7 @@ fn a_host_that_nobody_configured_has_one_problem() {
     expect![[r#"
         8 checks, 1 problem, 0.4 s   this host (agent 0.1.0)
         x D2 this host is not configured: there is no /etc/vmesh/agent.yaml | nothing of vmesh runs here; applications are as they would be without it | fix: write /etc/vmesh/agent.yaml (an example: /usr/share/doc/vmesh-agent/examples/agent.yaml), then `systemctl start vmesh.target`
-        - not looked at: D5, D9, D11, D14, D15, D16, D17, D19, D20, D21, D22, D23, D24, D25, D26, D27, D28, D29, D30, D36, D37, D38: there is no configuration
+        - not looked at: D5, D9, D11, D14, D15, D16, D17, D19, D20, D21, D22, D23, D24, D25, D26, D27, D28, D29, D30, D36, D37, D38, D40: there is no configuration
     "#]].assert_eq(&report(&facts, &[]).text());
 }
 
@@ -926,4 +935,35 @@ fn what_envoy_or_a_control_plane_said_begins_no_line_and_moves_no_cursor() {
     let text = report(&facts, &["D26"]).text();
     assert!(!text.contains(['\u{1b}', '\u{202e}']) && !text.contains("\n0 checks"), "{text}");
     assert!(text.contains("bad\\u{1b}[2J"), "{text}");
+}
+
+#[test]
+fn a_capture_that_a_foreign_rule_breaks_names_the_rule() {
+    let broken = |index: usize, why: &str| {
+        let why = why.to_owned();
+        move |facts: &mut Facts| facts.captured.as_mut().unwrap()[index].1 = Err(why.clone())
+    };
+    let hangs = broken(0, "no answer in 1 s");
+    let with = |rules: &str, change: &dyn Fn(&mut Facts)| {
+        let mut facts = well();
+        facts.commands.insert(Question::Rules, ran(rules));
+        change(&mut facts);
+        report(&facts, &["D40"]).text().split_once('\n').unwrap().1.to_owned()
+    };
+    let drop = "table inet vmesh {\n\tchain outbound {\n\t}\n}\ntable inet eg {\n\tchain o {\n\
+                \t\ttype filter hook output priority filter; policy drop;\n\t\toifname \"lo\" accept\n\t}\n}\n";
+    let notrack = "table inet nt {\n\tchain o {\n\t\ttype filter hook output priority -300; policy accept;\n\
+                   \t\ttcp dport { 80, 8080 } notrack\n\t}\n}\n";
+    let shown = [
+        with(drop, &hangs),
+        with(notrack, &hangs),
+        with("", &broken(1, "Connection refused (os error 111)")),
+        with(drop, &|_| {}),
+    ];
+    expect![[r#"
+        x D40 captured connections of IPv4 do not arrive at Envoy: 240.0.0.0:1 cannot be reached: no answer in 1 s (1 of 1 addresses); `policy drop` in chain o of table inet eg is in the way | connections to names of the mesh hang or fail, and captured ones to real addresses may, too | fix: let captured connections through, there and in the firewall's own configuration: `nft insert rule inet eg o tcp dport 15001 accept`
+        x D40 captured connections of IPv4 do not arrive at Envoy: 240.0.0.0:1 cannot be reached: no answer in 1 s (1 of 1 addresses); `tcp dport { 80, 8080 } notrack` in chain o of table inet nt is in the way | connections to names of the mesh hang or fail, and captured ones to real addresses may, too | fix: what is not tracked cannot be redirected: have `notrack` leave out what is captured (`nft list chain inet nt o`)
+        x D40 captured connections of IPv6 do not arrive at Envoy: [fd76:6d65:7368::1]:80 cannot be reached: Connection refused (os error 111) (1 of 1 addresses) | connections to names of the mesh hang or fail, and captured ones to real addresses may, too | fix: a firewall has to let tcp to port 15001 out (by the interface of the original route) and back: `nft list ruleset`, `ip rule`
+    "#]]
+    .assert_eq(&shown.concat());
 }
