@@ -126,7 +126,7 @@ async fn no_question_for_a_name_is_lost_while_the_agent_restarts_or_is_killed() 
     }
     host.sh(": > /run/enough")?;
     let said = wait_for("what was lost", 2 * BOUND, async || {
-        let said = host.read("/run/asked").map_err(|failed| failed.to_string())?;
+        let said = host.sh("cat /run/asked").map_err(|failed| failed.to_string())?;
         if said.contains("lost") { Ok(said) } else { Err(said) }
     })
     .await?;

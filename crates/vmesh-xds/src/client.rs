@@ -38,8 +38,9 @@ enum Opening {
     Ended(Failure),
 }
 
-/// More than any server sends in one piece.
-const RESPONSE_MAX: usize = 256 << 20;
+/// Bytes of one response at most. A server sends at most 2 MiB in one, or a single resource if that is larger: this is one service
+/// with a hundred thousand endpoints. A client holds a response twice while it decodes it, and an agent's unit may have 512 MiB.
+const RESPONSE_MAX: usize = 16 << 20;
 const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
 impl AdsStream {

@@ -160,6 +160,16 @@ async fn end_of(stream: &mut AdsStream) -> Failure {
 }
 
 #[tokio::test]
+async fn a_response_that_no_server_of_a_mesh_sends_is_not_read_into_memory() {
+    let mut server = Server::start().await;
+    server.has("huge", 17 << 20);
+    let mut envoy = server.connect().await;
+    envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
+    let failure = end_of(&mut envoy).await;
+    assert!(failure.message.contains("the limit is 16777216"), "{failure:?}");
+}
+
+#[tokio::test]
 async fn a_client_follows_the_server_over_tcp() {
     let mut server = Server::start().await;
     server.has("large", 3_000_000);

@@ -76,7 +76,10 @@ pub(super) fn units(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     for problem in outline.problems.iter().filter(|problem| problem.concerns == "file") {
         let effect = "vmesh-agent or vmesh-envoy does not start again";
-        found.push(wrong(problem.what.clone(), effect, run(problem.fix.clone())).is(Root::Config));
+        let unit = if problem.what.contains("vmesh-envoy") { "vmesh-envoy" } else { "vmesh-agent" };
+        // One that is started again and again is started anew, and its restarts are counted anew.
+        let fix = run(format!("{} && systemctl start {unit}", problem.fix));
+        found.push(wrong(problem.what.clone(), effect, fix).is(Root::Config));
     }
     let systemd = facts.out(Question::Systemd).ok();
     let version = systemd.and_then(|said| said.split_whitespace().nth(1)?.parse::<u32>().ok());
