@@ -257,9 +257,12 @@ async fn a_node_is_forgotten_through_the_unix_socket_once_it_is_offline() -> Res
     let forget = ["--api", &socket, "forget", "web-1"];
     let refused = mesh.ctl(&forget)?;
     assert!(
-        String::from_utf8_lossy(&refused.stderr).contains("is connected: stop its agent first"),
+        refused.status.code() == Some(1)
+            && String::from_utf8_lossy(&refused.stderr).contains("is connected: stop its agent first"),
         "{refused:?}"
     );
+    let unknown = mesh.ctl(&["--api", &socket, "forget", "nobody"])?;
+    assert_eq!(unknown.status.code(), Some(4), "{unknown:?}");
     mesh.agent_daemon("web-1")?.terminate(vmesh_tests::BOUND).await?;
     vmesh_testkit::wait_for("web-1 to be forgotten", vmesh_tests::BOUND, async || {
         let output = mesh.ctl(&forget).map_err(|failed| failed.to_string())?;

@@ -21,6 +21,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use client::{Api, AskError};
+use http::StatusCode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmesh_api::{Accept, Done, EndpointOf, Which};
@@ -223,13 +224,15 @@ async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
         }
         Question::Forget { node, .. } => {
             let node = node.as_deref().unwrap_or_default();
-            // What the control plane answers to this is the same for a node that it does not know and for one that is connected.
-            if !api.nodes().await?.nodes.iter().any(|known| known.name.as_str() == node) {
-                return Err(AskError::Unknown(format!(
-                    "there is no node `{node}`: `vmeshctl nodes` lists them"
-                )));
+            match api.forget(node).await {
+                // A control plane may answer the same for a node that it does not know and for one that is connected.
+                Err(AskError::Refused { status: StatusCode::CONFLICT, .. })
+                    if !api.nodes().await?.nodes.iter().any(|known| known.name.as_str() == node) =>
+                {
+                    Err(AskError::Unknown(format!("there is no node `{node}`: `vmeshctl nodes` lists them")))
+                }
+                answer => shown(cli, answer?, done),
             }
-            shown(cli, api.forget(node).await?, done)
         }
     }
 }

@@ -315,7 +315,9 @@ fn rule_in_the_way(ruleset: &str) -> Option<(String, String)> {
     };
     for chain in foreign().filter(hooked) {
         let drops = chain.lines.iter().find(|line| {
-            line.contains("policy drop") || line.ends_with("drop") || line.split_whitespace().any(|word| word == "reject")
+            line.contains("policy drop")
+                || line.ends_with("drop")
+                || line.split_whitespace().any(|word| word == "reject")
         });
         if let Some(rule) = drops {
             let rule = if rule.starts_with("type ") { "policy drop" } else { rule };

@@ -18,8 +18,8 @@ use vmesh_daemon::fetch::{FetchError, Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_dns::ask;
-use vmesh_net::{client, probe};
 use vmesh_net::protocol::{Answer, Ask, Status};
+use vmesh_net::{client, probe};
 
 use super::envoy::clusters;
 use super::facts::{Config, Disk, Facts, Names, Outline, Owned, Question, Ran, Reach, Seen, Socket};
