@@ -30,7 +30,13 @@ pub fn escaped(text: &str, max: usize) -> String {
 /// Whether `c` does something else than to be shown.
 pub fn is_unsafe(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+        || matches!(
+            c,
+            // Soft hyphen; Arabic letter mark; marks and joiners without width; separators of lines; embeddings, overrides and
+            // isolates of bidirectional text; invisible operators; the byte order mark; interlinear notes; tags.
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
+        )
 }
 
 #[cfg(test)]

@@ -7,21 +7,10 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use vmesh_daemon::text::is_unsafe;
 
 /// Characters of one text that are shown. Envoy's reasons have a few hundred.
 const LONGEST: usize = 2000;
-
-/// Reports whether a terminal would act on the character, or would show nothing for it.
-fn is_deceptive(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            // Soft hyphen; Arabic letter mark; marks and joiners without width; separators of lines; embeddings, overrides and
-            // isolates of bidirectional text; invisible operators; the byte order mark; interlinear notes; tags.
-            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
-        )
-}
 
 /// Returns `text` as one line in which nothing acts on a terminal, and which is not too long to read.
 pub(crate) fn printable(text: &str) -> String {
@@ -32,7 +21,7 @@ pub(crate) fn printable(text: &str) -> String {
             shown.push_str(&format!("… ({more} more characters)"));
             break;
         }
-        match is_deceptive(character) {
+        match is_unsafe(character) {
             true => shown.extend(character.escape_default()),
             false => shown.push(character),
         }
@@ -49,9 +38,7 @@ pub(crate) fn printable_answer<T: Serialize + DeserializeOwned>(answer: &T) -> R
 
 fn make_printable(value: &mut Value) {
     match value {
-        Value::String(text) if text.chars().any(is_deceptive) || text.len() > LONGEST => {
-            *text = printable(text)
-        }
+        Value::String(text) if text.chars().any(is_unsafe) || text.len() > LONGEST => *text = printable(text),
         Value::Array(values) => values.iter_mut().for_each(make_printable),
         Value::Object(fields) => {
             let printed = std::mem::take(fields).into_iter().map(|(name, mut value)| {
@@ -67,7 +54,7 @@ fn make_printable(value: &mut Value) {
 /// Returns `text`, which may have several lines, without anything else that a terminal would act on.
 pub(crate) fn terminal(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, character| {
-        match is_deceptive(character) && character != '\n' {
+        match is_unsafe(character) && character != '\n' {
             true => shown.extend(character.escape_default()),
             false => shown.push(character),
         }
@@ -79,7 +66,7 @@ pub(crate) fn terminal(text: &str) -> String {
 pub(crate) fn json(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
-        if is_deceptive(character) && character != '\n' {
+        if is_unsafe(character) && character != '\n' {
             let mut units = [0; 2];
             for unit in character.encode_utf16(&mut units) {
                 shown.push_str(&format!("\\u{unit:04x}"));
@@ -129,11 +116,11 @@ mod tests {
     proptest! {
         #[test]
         fn nothing_deceptive_is_printed_and_json_keeps_its_meaning(text in any::<String>()) {
-            prop_assert!(!printable(&text).chars().any(is_deceptive));
-            prop_assert!(!terminal(&text).chars().any(|character| character != '\n' && is_deceptive(character)));
+            prop_assert!(!printable(&text).chars().any(is_unsafe));
+            prop_assert!(!terminal(&text).chars().any(|character| character != '\n' && is_unsafe(character)));
             let encoded = serde_json::to_string_pretty(&[&text]).unwrap();
             let shown = json(&encoded);
-            prop_assert!(!shown.chars().any(|character| character != '\n' && is_deceptive(character)));
+            prop_assert!(!shown.chars().any(|character| character != '\n' && is_unsafe(character)));
             prop_assert_eq!(serde_json::from_str::<Vec<String>>(&shown).unwrap(), [text]);
         }
     }
