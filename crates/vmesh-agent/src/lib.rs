@@ -53,6 +53,9 @@ use vmesh_daemon::{Tasks, sockets, systemd};
 pub use config::Config;
 use listen::Listening;
 
+/// The task that ends when the host gains or loses IPv6. The agent then ends as in a crash, without a leave, and begins anew.
+pub const IPV6: &str = "ipv6";
+
 /// A running agent. Its sockets are bound and its files are written: what can fail at start has not.
 pub struct Agent {
     pub tasks: Tasks,
@@ -170,6 +173,7 @@ impl Agent {
             }
         });
         tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());
+        tasks.spawn(IPV6, async move { config.capture.until_ipv6_changes().await });
         Ok(Agent { tasks, registrations, known, lock, state_lock })
     }
 

@@ -112,7 +112,11 @@ async fn run(config: Config) -> ExitCode {
     tasks.spawn("signals", ignored);
     info!(node = &*known.node, "serving");
     systemd::ready("serving");
-    let code = until_told(terminated, &mut tasks).await;
+    let code = match until_told(terminated, &mut tasks).await {
+        End::Stop(code) => code,
+        // Workloads stay registered, and an Envoy with a unit of its own is not touched: systemd starts the next agent at once.
+        End::Again(code) => return code,
+    };
     systemd::stopping_within(withdraws_within + stops_within);
     let mut late = registrations.stop_within(withdraws_within).await;
     late.extend(tasks.stop_within(stops_within).await);
@@ -123,20 +127,31 @@ async fn run(config: Config) -> ExitCode {
 }
 
 /// Waits for the signal that ends the daemon, or for the task that should not have ended.
-async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &mut Tasks) -> ExitCode {
+async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &mut Tasks) -> End {
     tokio::select! {
         signal = terminated => {
             info!("{signal}: stopping");
-            ExitCode::SUCCESS
+            End::Stop(ExitCode::SUCCESS)
         }
         (name, result) = tasks.first_exit() => {
             match result {
+                Ok(()) if *name == *vmesh_agent::IPV6 => {
+                    warn!("this host has gained or lost IPv6: beginning anew, to tell the control planes");
+                    return End::Again(report::FAILURE.into());
+                }
                 Ok(()) => error!("task `{name}` ended, which it never should: stopping"),
                 Err(died) => error!("task `{name}` failed: stopping: {}", one_line(&died)),
             }
-            report::FAILURE.into()
+            End::Stop(report::FAILURE.into())
         }
     }
+}
+
+/// How the daemon ends.
+enum End {
+    Stop(ExitCode),
+    /// As in a crash: the next process goes on with what this one leaves.
+    Again(ExitCode),
 }
 
 async fn run_envoy(file: &Path, config: Config) -> ExitCode {
@@ -154,7 +169,7 @@ async fn run_envoy(file: &Path, config: Config) -> ExitCode {
     };
     let supervisor::Running { mut tasks, status: _status, lock: _lock } = running;
     tasks.spawn("signals", ignored);
-    let code = until_told(terminated, &mut tasks).await;
+    let (End::Stop(code) | End::Again(code)) = until_told(terminated, &mut tasks).await;
     if code != ExitCode::SUCCESS {
         // A fault of ours is no reason for Envoy to leave: the next supervisor goes on with it.
         return code;

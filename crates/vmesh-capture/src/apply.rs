@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
+use crate::foreign::Ruleset;
 use crate::iptables::{self, Family, Footprint};
 use crate::nft;
 use crate::plan::{Plan, Tool};
@@ -218,6 +219,26 @@ impl Applier {
             }
             Err(failed) => Err(failed),
         }
+    }
+
+    /// The rules of others, by every tool that is here. One that is not, or that fails, has none.
+    pub async fn foreign_rules(&self) -> Ruleset {
+        let mut rules = Ruleset::default();
+        let tools = &self.tools;
+        let (nft, v4, v6) = tokio::join!(
+            self.run(&tools.nft, &["-j", "list", "ruleset"], READ, None),
+            self.run(&tools.iptables_save, &[], READ, None),
+            self.run(&tools.ip6tables_save, &[], READ, None),
+        );
+        if let Ok(json) = nft {
+            rules.add_nft(&json);
+        }
+        for (family, saved) in [("ip", v4), ("ip6", v6)] {
+            if let Ok(saved) = saved {
+                rules.add_iptables(family, &saved);
+            }
+        }
+        rules
     }
 
     /// What would be done for the host to be as `program` says. With `alive`, what lapses holds at once.

@@ -14,6 +14,7 @@
 //! | [`mod@plan`] | [`Plan`]: the differences, by name, and the transactions that end them; what `--dry-run` prints |
 //! | [`confirm`] | commit-confirm, the dead-man, taking leave: told the time |
 //! | [`apply`] | [`apply::Applier`]: the only I/O, with [`facts`] |
+//! | [`foreign`] | rules of others: what they do with captured connections, and which of them is in the way |
 //! | [`facts`] | reads a [`Host`] from `/proc`, systemd and `getent` |
 //! | [`units`] | the control groups of systemd's units, as systemd says them |
 //! | [`programs`] | which program is run under a name, and with what environment |
@@ -37,6 +38,7 @@
 pub mod apply;
 pub mod confirm;
 pub mod facts;
+pub mod foreign;
 pub mod host;
 pub mod iptables;
 pub mod nft;

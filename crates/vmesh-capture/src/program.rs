@@ -705,7 +705,7 @@ pub(crate) fn common_ports(one: &BTreeSet<Ports>, other: &BTreeSet<Ports>) -> BT
 }
 
 /// The ports of the first that are not in the second.
-fn without(these: &BTreeSet<Ports>, those: &BTreeSet<Ports>) -> BTreeSet<Ports> {
+pub(crate) fn without(these: &BTreeSet<Ports>, those: &BTreeSet<Ports>) -> BTreeSet<Ports> {
     let mut left: Vec<Ports> = these.iter().copied().collect();
     for cut in those {
         let parts = |ports: Ports| {

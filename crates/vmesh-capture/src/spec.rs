@@ -12,6 +12,7 @@ use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use vmesh_model::text::{parse_duration, show_duration};
 
+use crate::program::without;
 use crate::units::MAX_UNITS;
 
 /// Where Envoy takes what the host sends.
@@ -176,8 +177,19 @@ pub struct Inbound {
     /// everybody outside: their callers come through an explicit port of Envoy's.
     pub strict: BTreeSet<Ports>,
     pub on_loss: OnLoss,
+    /// A redirect may let in what the host's own filter (firewalld, ufw) keeps out. Otherwise such ports are not captured.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub bypass_filter: bool,
     /// Neither captured nor refused: a load balancer whose health checks speak no TLS.
     pub exclude: Sources,
+}
+
+impl Inbound {
+    /// Takes a port out of those that are captured.
+    pub fn leave_out(&mut self, port: u16) {
+        let port = Ports::range(port, port).into_iter().collect();
+        self.ports = without(&self.ports, &port);
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

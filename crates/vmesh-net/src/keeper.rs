@@ -3,6 +3,7 @@
 //! held off elsewhere: see [`crate::pulse`].
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tracing::{debug, error, info, warn};
 use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
 use vmesh_capture::confirm::{Commit, Proposed, is_routine, leaving, without_what_is_not_wanted};
 use vmesh_capture::facts::{Own, Places, Session};
+use vmesh_capture::foreign::{self, Ruleset};
 use vmesh_capture::host::{Host, Memory};
 use vmesh_capture::spec::{Inward, Outward, Spec, Unit};
 use vmesh_capture::{Directions, Plan, Program, Stage};
@@ -25,6 +27,8 @@ use crate::protocol::{Ask, Drift, Envoy, State, Status, Want};
 use crate::pulse::{AgentWatch, Heartbeat, Order};
 use crate::rules::Changed;
 
+/// Ports that are held against the rules of others; workloads have few.
+const MAX_JUDGED_PORTS: usize = 256;
 const TICK: Duration = Duration::from_secs(1);
 /// How often everything is looked at though nobody said that it changed.
 const LOOKS_EVERY: u64 = 60;
@@ -135,6 +139,12 @@ pub struct Keeper {
     /// When endpoints that came and went are to be written to the disk.
     save_at: Option<Instant>,
     notes: Vec<String>,
+    /// Why captured connections do not arrive, as far as this process can see.
+    path_fault: Option<String>,
+    /// Rules of others changed: what they do with captured connections is to be looked at.
+    check_path_soon: bool,
+    /// The rules of others, as long as nobody changed any.
+    foreign: Option<Ruleset>,
     error: Option<String>,
     drift: Drift,
     drifted_at: Option<std::time::Instant>,
@@ -178,6 +188,9 @@ impl Keeper {
             looked: None,
             look_soon: false,
             notes: Vec::new(),
+            path_fault: None,
+            check_path_soon: false,
+            foreign: None,
             error: None,
             drift: Drift::default(),
             drifted_at: None,
@@ -228,7 +241,8 @@ impl Keeper {
                     }
                     all.retain(|change| !self.is_ours(change));
                     let Some(change) = all.pop() else { continue };
-                    self.actual = None;
+                    self.forget_rules();
+                    self.check_path_soon = true;
                     self.changed_by = Some((Instant::now(), change));
                     // The script sets its flag before it changes any rule, so that they are not mended behind its back.
                     if self.see_bypass() {
@@ -332,6 +346,9 @@ impl Keeper {
             && let Err(error) = self.save()
         {
             warn!("after a restart what was known before would be in force, until the agent speaks: {error}");
+        }
+        if look || self.check_path_soon {
+            self.check_path(self.check_path_soon).await;
         }
         systemd::status(&self.in_words());
     }
@@ -485,12 +502,8 @@ impl Keeper {
             }
         }
         if proves_itself(&spec) {
-            let seen = probe::look(SELF_TEST).await;
-            if seen != Envoy::Well {
-                return Err(format!(
-                    "a connection to {SELF_TEST} was not captured and served by Envoy: {seen:?}"
-                ));
-            }
+            self.foreign = None;
+            self.path_is_open(&spec, true).await?;
         }
         let host = self.host().await;
         sessions_live(&self.sessions, &self.options.places.ssh_sessions(&host.never.ssh))?;
@@ -546,14 +559,95 @@ impl Keeper {
 
     /// The same, where the host has just been read.
     async fn bring_all(&mut self, host: Host) {
-        self.actual = None;
+        self.forget_rules();
         self.bring_on(host).await;
     }
 
     /// The same, where somebody changed rules: what is known of the host is what it was.
     async fn mend(&mut self) {
-        self.actual = None;
+        self.forget_rules();
         self.bring_endpoints().await;
+    }
+
+    /// What was read of rules, ours and others', counts no more.
+    fn forget_rules(&mut self) {
+        self.actual = None;
+        self.foreign = None;
+    }
+
+    /// The rules of others as they are now.
+    async fn foreign_rules(&mut self, applier: &Applier) -> &Ruleset {
+        if self.foreign.is_none() {
+            self.foreign = Some(applier.foreign_rules().await);
+        }
+        self.foreign.get_or_insert_default()
+    }
+
+    /// Leaves out the inbound ports that a redirect would open or close against the host's own filter, and says which.
+    async fn leave_out_conflicts(&mut self, spec: &mut Spec, applier: &Applier) -> Vec<String> {
+        if spec.inbound.capture != Inward::Redirect || spec.inbound.bypass_filter {
+            return Vec::new();
+        }
+        let ports = spec.inbound.ports.iter().flat_map(|ports| ports.first()..=ports.last());
+        let ports: Vec<u16> = ports.take(MAX_JUDGED_PORTS).collect();
+        let conflicts = foreign::inbound(self.foreign_rules(applier).await, ports);
+        let mut notes = Vec::new();
+        for conflict in conflicts {
+            spec.inbound.leave_out(conflict.port());
+            notes.push(format!("inbound.ports: {} is not captured: {conflict}", conflict.port()));
+        }
+        notes
+    }
+
+    /// Tries a captured connection from end to end, and looks for rules that are in its way.
+    async fn check_path(&mut self, with_rules: bool) {
+        self.check_path_soon = false;
+        let (spec, stage) = self.wanted();
+        let outbound_is_well = self.links.verdicts.borrow().outbound == Envoy::Well;
+        let is_there = self.on_host.as_ref().is_some_and(|program| !program.is_absent());
+        if stage == Stage::Trial || !proves_itself(&spec) || !outbound_is_well || !is_there {
+            self.path_fault = None;
+            return;
+        }
+        let fault = self.path_is_open(&spec, with_rules).await.err();
+        if let Some(why) = fault.as_ref().filter(|why| self.path_fault.as_ref() != Some(why)) {
+            warn!("{why}");
+        }
+        self.path_fault = fault;
+    }
+
+    /// Whether captured connections arrive: one is made, to an address that is there for this.
+    async fn path_is_open(&mut self, spec: &Spec, with_rules: bool) -> Result<(), String> {
+        let mut seen = probe::look(SELF_TEST).await;
+        if seen != Envoy::Well {
+            // One packet may be lost.
+            seen = probe::look(SELF_TEST).await;
+        }
+        let Some(applier) = self.applier.clone() else { return Ok(()) };
+        if seen != Envoy::Well {
+            let suspects = foreign::suspects(&applier.foreign_rules().await, SELF_TEST.port());
+            let suspects: Vec<String> = suspects.iter().take(3).map(ToString::to_string).collect();
+            let rules = match suspects.is_empty() {
+                true => String::new(),
+                false => format!("; rules that may be in its way: {}", suspects.join(" | ")),
+            };
+            return Err(format!(
+                "a connection to {SELF_TEST} was not captured and served by Envoy: {seen:?}{rules}"
+            ));
+        }
+        if with_rules {
+            let ports: BTreeSet<u16> =
+                spec.outbound.vips.iter().map(SocketAddr::port).take(MAX_JUDGED_PORTS).collect();
+            let rules = self.foreign_rules(&applier).await;
+            let lost = ports.into_iter().find_map(|port| Some((port, foreign::untracked(rules, port)?)));
+            if let Some((port, rule)) = lost {
+                return Err(format!(
+                    "connections to port {port} of virtual addresses lead nowhere: a rule keeps them from being tracked, and so from \
+                     being captured ({rule})"
+                ));
+            }
+        }
+        Ok(())
     }
 
     async fn bring_on(&mut self, host: Host) {
@@ -591,8 +685,10 @@ impl Keeper {
             return self.take_away(&applier).await.map_err(|error| one_line(&error));
         }
         self.leaving_since = None;
+        let mut spec = spec;
+        let left_out = self.leave_out_conflicts(&mut spec, &applier).await;
         let (program, notes) = Program::new(&spec, &host, stage).map_err(|error| error.to_string())?;
-        self.tell(notes.iter().map(ToString::to_string).collect());
+        self.tell(notes.iter().map(ToString::to_string).chain(left_out).collect());
         if self.commit.state().footprint.is_none()
             && self.on_host.as_ref().is_none_or(Program::is_absent)
             && let Some(footprint) = applier.footprint().await.map_err(|error| one_line(&error))?
@@ -800,7 +896,7 @@ impl Keeper {
             trial: trial_until.map(|_| self.trial),
             reverted: self.refused.as_ref().map(|(_, why)| why.clone()),
             drift: self.drift.clone(),
-            notes: self.notes.clone(),
+            notes: self.notes.iter().chain(&self.path_fault).cloned().collect(),
             error: self.error.clone(),
             ..Status::default()
         };

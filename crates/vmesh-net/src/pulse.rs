@@ -294,13 +294,15 @@ impl Pulse {
             }
         }
         if !refresh.is_empty() {
-            self.refresh(&order, refresh, now).await;
+            self.refresh(&order, refresh).await;
         }
     }
 
-    async fn refresh(&mut self, order: &Order, directions: Directions, now: Instant) {
+    async fn refresh(&mut self, order: &Order, directions: Directions) {
         match order.applier.refresh_only(order.timeout, directions).await {
             Ok(()) => {
+                // The kernel's clock began somewhere in between: nothing is said to have lapsed before it has.
+                let now = Instant::now();
                 for direction in directions.iter() {
                     self.change(direction, |dead_man| {
                         if dead_man.is_withdrawn || dead_man.has_lapsed {

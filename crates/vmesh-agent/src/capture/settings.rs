@@ -58,6 +58,32 @@ fn has_ipv6(captures: bool) -> bool {
     UdpSocket::bind((address, 0)).is_ok()
 }
 
+/// How often it is looked whether the host has IPv6.
+const LOOKS_EVERY: Duration = Duration::from_secs(3);
+/// Looks in a row that have to say the same: an interface that is set up anew has no address for a moment.
+const LOOKS: usize = 2;
+
+impl Capture {
+    /// Waits until the host gains or loses IPv6, which Envoy's listeners depend on: with an address that it cannot have, Envoy refuses
+    /// a listener whole. What this node is has been told to control planes, so the agent has to begin anew.
+    pub async fn until_ipv6_changes(&self) {
+        let captures = self.outbound() || self.inbound();
+        if !captures {
+            std::future::pending::<()>().await;
+        }
+        until_changed(|| has_ipv6(captures), LOOKS_EVERY).await;
+    }
+}
+
+async fn until_changed(look: impl Fn() -> bool, every: Duration) {
+    let before = look();
+    let mut others = 0;
+    while others < LOOKS {
+        tokio::time::sleep(every).await;
+        others = if look() == before { 0 } else { others + 1 };
+    }
+}
+
 /// `outbound addresses, 5 % of new connections; inbound redirect of 8080`.
 impl fmt::Display for Capture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -225,5 +251,29 @@ impl<'de, T: Least + Deserialize<'de>> Deserialize<'de> for Mode<T> {
         }
 
         deserializer.deserialize_any(Either(std::marker::PhantomData))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn ipv6_that_goes_for_a_moment_is_no_change_and_one_that_stays_away_is() {
+        let looks = Cell::new(0);
+        let until = async |has: fn(u32) -> bool| {
+            looks.set(0);
+            let look = || {
+                looks.set(looks.get() + 1);
+                has(looks.get())
+            };
+            until_changed(look, Duration::from_millis(1)).await;
+            looks.get()
+        };
+        assert_eq!(until(|look| look < 5).await, 6);
+        assert_eq!(until(|look| look == 3 || look > 7).await, 9, "gained");
+        assert_eq!(until(|look| look != 4 && look < 10).await, 11, "away for one look");
     }
 }

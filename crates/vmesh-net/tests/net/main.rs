@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 mod failures;
+mod firewalls;
 mod hostile;
 mod vm;
 
