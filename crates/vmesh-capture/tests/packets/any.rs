@@ -97,7 +97,14 @@ prop_compose! {
         on_loss in on_loss(),
         cidrs in btree_set(cidr(), 0..4),
     ) -> Inbound {
-        Inbound { capture, ports, strict, on_loss, exclude: Sources { cidrs, ..Sources::default() } }
+        Inbound {
+            capture,
+            ports,
+            strict,
+            on_loss,
+            bypass_filter: false,
+            exclude: Sources { cidrs, ..Sources::default() },
+        }
     }
 }
 
