@@ -78,7 +78,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
         let effect = "vmesh-agent or vmesh-envoy does not start again";
         let unit = if problem.what.contains("vmesh-envoy") { "vmesh-envoy" } else { "vmesh-agent" };
         // One that is started again and again is started anew, and its restarts are counted anew.
-        let fix = run(format!("{} && systemctl start {unit}", problem.fix));
+        let fix = run(format!("{} && systemctl reset-failed {unit} && systemctl start {unit}", problem.fix));
         found.push(wrong(problem.what.clone(), effect, fix).is(Root::Config));
     }
     let systemd = facts.out(Question::Systemd).ok();

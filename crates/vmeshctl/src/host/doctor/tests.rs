@@ -908,7 +908,7 @@ fn a_file_that_the_agents_user_cannot_read_is_above_the_unit_that_does_not_start
     assert!(
         text.contains("x D2 the user vmesh-agent cannot read /etc/vmesh/agent.yaml | ")
             && text.contains(
-                "| fix: chmod 644 /etc/vmesh/agent.yaml && systemctl start vmesh-agent\n    and so D2 vmesh-agent.service is activating\n"
+                "| fix: chmod 644 /etc/vmesh/agent.yaml && systemctl reset-failed vmesh-agent && systemctl start vmesh-agent\n    and so D2 vmesh-agent.service is activating\n"
             ),
         "{text}"
     );
