@@ -55,24 +55,24 @@ const STATS: &[(&str, &str)] = &[
     ("suffix", "init_fetch_timeout"),
 ];
 
-/// Files that Envoy has open beside its clients' connections, at least: its listeners on each worker, event loops, logs, the
-/// stream to the agent, its admin interface, health checks.
+/// Least number of files reserved for Envoy's other needs: listeners on each worker, event loops, logs, the stream to the agent,
+/// the admin interface, health checks.
 const LEAST_RESERVE: u64 = 64;
-/// The same where there is room: a part of the limit, since listeners grow with services,
+/// One part in so many of the limit is reserved, since listeners grow with services.
 const RESERVED_PART: u64 = 8;
-/// but no more than so many.
+/// Largest number of files that are reserved.
 const MOST_RESERVE: u64 = 8192;
 
-/// Returns how many connections of clients Envoy may take at once, of `configured` that it is to take, when its process may have
-/// `open_files` files open. Each client costs up to two: its own connection, and one to an endpoint. An Envoy that runs out of
+/// Returns the number of client connections, at most `configured`, that Envoy can hold when its process may have `open_files` files
+/// open. Each client costs up to two: its own connection, and one to an endpoint. An Envoy that runs out of
 /// files can neither take the next client nor be asked how it is, so it must refuse clients before that.
 pub fn most_connections(configured: u64, open_files: u64) -> u64 {
     let reserve = (open_files / RESERVED_PART).clamp(LEAST_RESERVE, MOST_RESERVE);
     configured.min((open_files.saturating_sub(reserve) / 2).max(1))
 }
 
-/// Lowers what `bootstrap` allows of connections to what a process that may have `open_files` files open can hold. Returns the
-/// numbers before and after, where they differ.
+/// Lowers the connection limit in `bootstrap` to the number that fits into `open_files`. Returns the limits before and after if
+/// they differ.
 pub fn fit_to_open_files(bootstrap: &mut Value, open_files: u64) -> Option<(u64, u64)> {
     let monitors = bootstrap.pointer_mut("/overload_manager/resource_monitors")?.as_array_mut()?;
     let mut lowered = None;
@@ -180,7 +180,7 @@ pub enum Takeover {
     /// apart.
     None,
     /// Envoy's hot restart. `base_id` is the number that tells those of one line from all others on this machine; `socket`
-    /// is what the names of the sockets begin with by which they speak to each other.
+    /// is the prefix of the sockets by which parent and child speak to each other.
     Hot { base_id: u32, epoch: u32, socket: PathBuf, parent_shutdown_s: u64 },
 }
 
@@ -203,7 +203,7 @@ pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
             epoch.to_string(),
             "--socket-path".to_owned(),
             path(socket),
-            // Whoever can send to it can have Envoy hand over its listeners, or end.
+            // A process that can send to the socket can take over Envoy's listeners, or end Envoy.
             "--socket-mode".to_owned(),
             "600".to_owned(),
             // One whose parent dies meanwhile would otherwise ask for it for ever.

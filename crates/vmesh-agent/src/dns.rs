@@ -67,8 +67,8 @@ pub fn spawn(
     (served, is_listening)
 }
 
-/// Returns the two sockets of `address` among those that systemd kept. Those of another address, which the configuration
-/// named before, are closed for good.
+/// Returns the two sockets of `address` among those that systemd kept. Has systemd close sockets of another address, which an
+/// earlier configuration named.
 fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<(UdpSocket, TcpListener)> {
     let (mut udp, mut tcp) = (None, None);
     for (name, socket) in inherited {
@@ -188,7 +188,7 @@ mod tests {
             ];
             copies.map(|(name, socket)| (name.to_owned(), socket)).into()
         };
-        // Asked while nobody answers.
+        // The query arrives while no agent runs.
         let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         client.send_to(b"a query", address).await.unwrap();
         assert!(taken_over(kept(), "127.0.0.1:1".parse().unwrap()).is_none());

@@ -1,5 +1,6 @@
-//! What `vmesh-agent --check` looks at beyond the text of a configuration: whether the users that run with it can read what it
-//! names, and whether its Envoy is one. Run by root, who can read everything, a check of the text alone says yes to what fails.
+//! Checks of the host for `vmesh-agent --check`: whether the units' users can read the files that a configuration names, and
+//! whether the binary at `envoy.path` is an Envoy. Root can read everything, so a check of the text alone passes for root on a host
+//! where the units fail.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ const GROUP: &str = "vmesh";
 pub struct HostProblem {
     pub concerns: Concern,
     pub what: String,
-    /// A command, or what to do where there is none.
+    /// The command that mends the problem, or words where no command does.
     pub fix: String,
 }
 
@@ -48,7 +49,7 @@ pub async fn look(file: &Path, config: &Config) -> Vec<HostProblem> {
     if envoy && problems.is_empty() {
         problems.extend(unreadable(ENVOY, file));
     }
-    // The check may be made where there is no Envoy: on an operator's own machine, or before it is installed.
+    // An operator also checks configurations on a machine without Envoy.
     let path = &config.envoy.path;
     if path.exists() {
         match supervisor::ask_binary(path).await {
@@ -81,7 +82,7 @@ fn named_files(config: &Config) -> Vec<PathBuf> {
 }
 
 fn unreadable(user: &str, file: &Path) -> Option<HostProblem> {
-    // One that is not there is told by whoever reads it.
+    // The agent itself reports a missing file when it reads it.
     if !file.exists() || !denied(user, "-r", file) {
         return None;
     }
@@ -109,7 +110,7 @@ fn open_way(user: &str, file: &Path, mode: u32) -> String {
     }
 }
 
-/// Whether the kernel denies `user` the access that `test` of the shell asks for. Where that cannot be asked, it does not.
+/// Whether the kernel denies `user` the access that `test` of the shell asks for. Returns false where `setpriv` cannot run.
 fn denied(user: &str, access: &str, path: &Path) -> bool {
     let mut command = Command::new("setpriv");
     command.args(["--reuid", user, "--regid", GROUP, "--init-groups", "--", "test", access]).arg(path);

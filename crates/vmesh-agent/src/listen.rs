@@ -1,5 +1,5 @@
-//! Ports that any user of the host could take before the agent does. Where one is taken the agent goes on without it, says so,
-//! and tries again: nobody else's program may keep Envoy from being fed.
+//! Ports that any user of the host could take before the agent does. The agent runs without a port that is taken, logs that, and
+//! retries: no other program may keep the agent from feeding Envoy.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use vmesh_daemon::Stop;
 
-/// How often an address that is taken is tried again.
+/// Pause between two attempts to bind an address that another program has.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// Whether the agent listens where its configuration says.

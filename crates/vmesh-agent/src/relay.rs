@@ -377,7 +377,7 @@ impl Driver {
         self.relay.on_connected();
         let ended = self.converse(replica, &mut stream).await;
         self.relay.on_disconnected();
-        // What it had confirmed was so until now. One that never said that it would serve this node has confirmed nothing.
+        // A control plane that opened no stream for this node has confirmed nothing.
         let was_in_use = self.published.control_plane.borrow().in_use.is_some();
         if was_in_use && self.confirm_at.take().is_none() {
             self.confirm();

@@ -1,8 +1,8 @@
 //! What reaches a terminal. Names, zones, labels, builds and reasons come from the network or from a registry: anybody there may
 //! have written what moves the cursor, hides a line, or looks like another one.
 //!
-//! Each text of an answer is made printable before it is laid out ([`printable_answer`]), so that it can begin no line of its own;
-//! and all that is printed goes through [`terminal`] once more, or, as JSON, through [`json`].
+//! [`printable_answer`] makes each text of an answer printable before the layout, so that no text begins a line of its own. The
+//! finished output goes through [`terminal`], or, as JSON, through [`json`].
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;

@@ -324,7 +324,7 @@ pub(crate) fn events(answer: &Events) -> (String, bool) {
     )
 }
 
-/// What ends what an event began.
+/// Events that begin a state, each with the events that end it.
 const ENDS: [(&str, &[&str]); 4] = [
     ("frozen", &["thawed"]),
     ("evicted", &["admitted"]),
@@ -332,20 +332,19 @@ const ENDS: [(&str, &[&str]); 4] = [
     ("held", &["believed", "returned", "accepted", "held"]),
 ];
 
-/// Whether what the event began has not ended by `later` ones.
+/// Whether the state that `event` began lasts, as no later event ended it.
 fn is_in_force(event: &Event, later: Option<&[Event]>) -> bool {
     let refused = ["refused", "rejected"].contains(&&*event.what);
     let Some((_, ends)) = ENDS.iter().find(|(what, _)| *what == &*event.what) else { return refused };
     let is_end = |other: &&Event| {
         let same_source = other.source.is_none() || other.source == event.source;
-        // What is said of a source as a whole is said of its services.
+        // An event of a whole source holds for its services.
         let same_service = other.service.is_none() || other.service == event.service;
         let same_endpoint = event.what.as_ref() != "evicted"
             || other.text.split(": ").next() == event.text.split(": ").next();
         ends.contains(&&*other.what) && same_source && same_service && same_endpoint
     };
     let ended = later.into_iter().flatten().find(is_end);
-    // Held anew: the later event is the one that counts.
     ended.is_none()
 }
 

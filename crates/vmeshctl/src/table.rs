@@ -1,6 +1,6 @@
 //! Columns of text.
 
-/// Characters of a cell that are shown, but for the last of its row. A service's name has 253 at most, and is to be copied whole.
+/// Number of characters that a cell shows, except the last cell of a row. A service's name has 253 at most and stays whole.
 const WIDEST: usize = 260;
 
 /// `text`, cut where it would push all other columns out of sight.

@@ -181,7 +181,7 @@ impl Supervisor {
                             self.config.envoy.hung_after.0
                         );
                     }
-                    // Why it is not ended says more than why it was not asked.
+                    // The reason why Envoy is spared stays in the status.
                     let is_spared =
                         silent_since.is_some_and(|since| since.elapsed() >= self.config.envoy.hung_after.0);
                     self.set(State::Silent, |status| {

@@ -56,7 +56,7 @@ impl Supervisor {
         let executable = launch.executable(again);
         let Some(binary) = until(&mut stop, trial::ask(&executable)).await else { return };
         let started = match (binary, shm::new_base_id()) {
-            // One that only took too long to say who it is, on a busy host, may well serve.
+            // On a busy host a good binary may take too long to print its version.
             (Err(unusable), _) if !unusable.hangs => Err(unusable.why),
             (binary, Ok(base_id)) => {
                 let line = Line { base_id, epoch: 0 };

@@ -104,7 +104,7 @@ impl Supervisor {
         }
     }
 
-    /// Ends those that have no clients any more.
+    /// Ends the leaving Envoys that have no clients any more.
     pub(super) async fn end_idle_leavers(&mut self) {
         let ports = Ports::now();
         let idle: Vec<Kept> = self
@@ -114,7 +114,7 @@ impl Supervisor {
             .map(|leaver| leaver.kept.clone())
             .collect();
         for kept in idle {
-            // The parent of the one that serves is that one's to end: it aborts when it finds that gone.
+            // The serving Envoy ends its own parent, and aborts if the parent is gone by then.
             let is_parent =
                 self.serving.as_ref().is_some_and(|serving| serving.kept.parent == Some(kept.number));
             if is_parent && kept.process().is_some() {

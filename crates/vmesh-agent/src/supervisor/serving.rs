@@ -1,4 +1,4 @@
-//! Whether an Envoy that does not answer at its admin interface serves all the same: by what the kernel says of its sockets.
+//! Detects from the kernel's socket tables whether an Envoy whose admin interface is silent still serves connections.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,9 +11,9 @@ use vmesh_capture::sockets::Socket;
 use super::clients;
 use crate::envoy::leave::LOOK_SOON;
 
-/// For a connection to be taken by one of Envoy's workers.
+/// Time that one of Envoy's workers has to accept a connection.
 const TAKEN_WITHIN: Duration = Duration::from_secs(2);
-/// Listeners that are dialed at most, one after the other.
+/// Number of listeners that a probe dials at most, one after the other.
 const DIALED: usize = 3;
 /// A process that has fewer files left than this cannot take a connection to its admin interface, or not answer it.
 const SPARE_FILES: usize = 4;
@@ -21,7 +21,7 @@ const SPARE_FILES: usize = 4;
 /// What speaks for an Envoy that cannot be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SignOfLife {
-    /// A worker has taken a new connection.
+    /// A worker has accepted a new connection.
     TakesConnections,
     /// It has no file descriptors left, and works: what is connected is served.
     OutOfFiles,

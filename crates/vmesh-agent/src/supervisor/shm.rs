@@ -3,12 +3,12 @@
 //!
 //! `/dev/shm` is for every user of the host. Envoy does not start where another user's file has the name of its shared
 //! memory, so that name must be one that nobody can foresee: the number is random and is put on record. The sockets are
-//! files in the supervisor's own directory. By default they would be abstract ones, which any local user may take before
-//! Envoy does, and may send to: whoever speaks to a parent as its child can have it hand over its listeners, or end.
+//! files in the supervisor's own directory. Envoy's default is abstract sockets, which any local user may bind first and may send
+//! to: a process that sends to a parent as its child can take over the parent's listeners, or end it.
 //!
 //! A child that starts sets a flag in the shared memory, and takes it away when its parent is told to drain; every other
-//! child ends at once while it is set. One that dies in between leaves it set for ever, and with that its parent could
-//! never again be taken over from. So whoever ended the child takes the flag away.
+//! child ends at once while it is set. A child that dies in between leaves the flag set for ever, and then no other
+//! Envoy can take over from the parent. So the supervisor clears the flag when it ends a child.
 //!
 //! The layout is that of `source/server/hot_restart_impl.h`: a size, a version, two mutexes, the flags. Envoy's
 //! `--hot-restart-version` is that version and that size, so this is only done where it is the layout known here.
@@ -37,12 +37,12 @@ const SOCKET: &str = "hr";
 const LEAST_BASE_ID: u32 = 1000;
 /// Envoy multiplies the number by ten in 32 bits, and adds that of the epoch.
 const BASE_IDS: u32 = 400_000_000;
-/// How many numbers are tried before it is an error. That two in a row are taken does not happen by chance.
+/// Number of attempts at a free number. Random numbers collide once in millions of attempts, so 32 collisions are an error.
 const TRIES: usize = 32;
 /// The numbers of the sockets of one line: Envoy counts its epochs modulo three.
 const NUMBERS: u64 = 10;
 
-/// Returns a number for a new line of Envoys that nobody can foresee, and of which no file is there, whoever made it.
+/// Returns an unpredictable number for a new line of Envoys. No user has a file under the name of its shared memory.
 pub(super) fn new_base_id() -> Result<u32, String> {
     base_id_from(random, Path::new(SHARED_MEMORY))
 }
@@ -145,7 +145,7 @@ mod tests {
         clear(&path).unwrap();
         bytes[96..].copy_from_slice(&2u64.to_ne_bytes());
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
-        // Not through a link, whoever made it.
+        // `clear` follows no symbolic link.
         let link = dir.join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(clear(&link).is_err());

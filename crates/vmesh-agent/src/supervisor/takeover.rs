@@ -98,7 +98,7 @@ impl Supervisor {
         if self.leavers.len() >= MOST_LEAVING {
             self.end_idle_leavers().await;
         }
-        // One without clients that the next of its line ends does not count.
+        // The next Envoy of the line ends an idle parent, which therefore does not count.
         let ended_by_next = usize::from(self.parent() == Parent::Idle);
         // However often it is asked for: a reload cuts no connection.
         if self.leavers.len() - ended_by_next.min(self.leavers.len()) >= MOST_LEAVING {

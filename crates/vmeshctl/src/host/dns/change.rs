@@ -22,22 +22,22 @@ use super::MAX_FILE;
 /// A resolver that was restarted has to find again what it found before.
 const FOUND_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// For one look-up; a name that takes longer is not one that the check could rely on.
+/// Time that one look-up may take. The check cannot rely on a slower name.
 const LOOKS_UP_WITHIN: Duration = Duration::from_secs(2);
-/// Names that are looked up before and after a change, at most.
+/// Number of names that a change looks up before and after, at most.
 const MOST_NAMES: usize = 12;
-/// Ends a file of ours whose directory was made for it, so that the directory goes with the file, and no other does.
+/// Last line of a file whose directory vmesh made, too. Removing the file then removes the directory; other directories stay.
 const MADE_DIRECTORY: &str = "The directory was made by vmesh, too.";
 /// Resolvers have users of their own.
 const MODE: u32 = 0o644;
 
-/// What a file is to be.
+/// The content that a file gets, or that the file is removed.
 pub(super) enum Wanted {
     Text(String),
     Gone,
 }
 
-/// Files of one resolver, and how it is told that they have changed.
+/// Changed files of one resolver, and the unit that reads them.
 pub(super) struct Change<'a> {
     pub(super) files: Vec<(PathBuf, Wanted)>,
     pub(super) unit: &'static str,
@@ -45,18 +45,18 @@ pub(super) struct Change<'a> {
     pub(super) names: Option<&'a BTreeSet<String>>,
 }
 
-/// A file as it was before the change.
+/// The state of a file before the change.
 struct Before {
     path: PathBuf,
     /// With its mode; `None` where there was no file.
     was: Option<(Vec<u8>, u32)>,
-    /// The directory that was made for it.
+    /// The directory that the change made, or removed, with the file.
     made: Option<PathBuf>,
 }
 
 impl Change<'_> {
-    /// Makes the change and says what was done. Where the resolver does not run afterwards, or no longer finds a name that it
-    /// found before, all is as it was and it is an error.
+    /// Applies the change and returns a line for each file. Restores all files and returns an error if the resolver does not run
+    /// afterwards, or no longer finds a name that it found before.
     pub(super) fn make(self) -> Result<String, HostError> {
         let found = self.names.map(found_among).unwrap_or_default();
         let live = self.names.is_some();
@@ -84,7 +84,7 @@ impl Change<'_> {
         if done.is_empty() || !live {
             return Ok(said);
         }
-        // One that does not run is not started for it: it reads its files when it is.
+        // A resolver that does not run reads the files when somebody starts it.
         if !ran {
             return Ok(said);
         }
@@ -106,7 +106,7 @@ impl Change<'_> {
     }
 }
 
-/// Returns how the file was, and what was done to it; `None` where it is as wanted.
+/// Returns the file's state before, and the verb for the message; `None` where the file already is as wanted.
 fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>, HostError> {
     let was = match fsx::read_capped(path, MAX_FILE) {
         Ok(bytes) => {
@@ -128,7 +128,7 @@ fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>,
             }
             std::fs::remove_file(path).map_err(|cause| HostError::Remove { path: path.to_owned(), cause })?;
             let dir = path.parent().filter(|_| text.trim_end().ends_with(MADE_DIRECTORY));
-            // One with something else in it stays.
+            // `remove_dir` leaves a directory that has other files.
             let removed = dir.filter(|dir| std::fs::remove_dir(dir).is_ok());
             let made = removed.map(Path::to_owned);
             Ok(Some((Before { path: path.to_owned(), was, made }, "removed")))
@@ -170,7 +170,7 @@ fn marked(text: &str) -> String {
     format!("{text}{comment} {MADE_DIRECTORY}\n")
 }
 
-/// Puts everything back, the last change first. What cannot be put back is said: there is nobody else to tell.
+/// Restores the files, the last change first. Prints which file it could not restore.
 fn take_back(done: &[Before]) {
     for before in done.iter().rev() {
         let back = match &before.was {
@@ -219,7 +219,7 @@ fn still_finds(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
     }
 }
 
-/// Returns those that the host's programs find now, by the C library. All are looked up at once.
+/// Returns those that the host's programs find now, by the C library. The look-ups run side by side.
 pub(super) fn found_among(names: &BTreeSet<String>) -> BTreeSet<String> {
     let within = format!("{}", LOOKS_UP_WITHIN.as_secs());
     let look_up = |name: &String| {
@@ -355,7 +355,7 @@ mod tests {
                 |wanted| Change { files: vec![(path.clone(), wanted)], unit: "none", names: None }.make();
             assert!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap().starts_with("wrote"));
             assert_eq!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap(), "");
-            // Another text keeps who made the directory.
+            // A new text keeps the mark.
             assert!(make(Wanted::Text("# Written by vmesh 2\n".into())).unwrap().starts_with("wrote"));
             assert!(make(Wanted::Gone).unwrap().starts_with("removed"));
             assert_eq!(path.parent().unwrap().is_dir(), stays, "{dir}");

@@ -1,6 +1,6 @@
 //! `vmeshctl dns`: that this host's resolver asks the agent for names of the mesh, and for nothing else.
 //!
-//! What is written has its own file (or its own marks in `/etc/hosts`), so that it can be taken away whatever happened since.
+//! vmesh writes files of its own (or between its own marks in `/etc/hosts`), so that `disable` can remove them at any time.
 //! Suffix, server and the agent's socket are those of `agent.yaml`, as `vmesh-agent --check --json` tells them.
 
 mod change;
@@ -31,7 +31,7 @@ pub(crate) use resolver::{is_wired_for, wiring};
 
 const HOSTS: &str = "/etc/hosts";
 const MAX_FILE: u64 = 64 << 20;
-/// What keeps the block in `/etc/hosts`.
+/// The unit that keeps the block in `/etc/hosts` up to date.
 const HOSTS_UNIT: &str = "vmesh-hosts.service";
 /// The user whose agent is believed, beside root and the user who asks.
 const AGENT_USER: &str = "vmesh-agent";
@@ -95,14 +95,14 @@ enum Say {
         /// Which one the host has.
         #[arg(long, value_enum, default_value = "auto")]
         resolver: Resolver,
-        /// A name outside the mesh that has to be found after the change as before, else it is taken back. The host's control
-        /// planes, time servers and package sources are looked up in any case.
+        /// A name outside the mesh. The command takes its change back if the host finds the name before and not after. The host's
+        /// control planes, time servers and package sources are looked up in any case.
         #[arg(long, value_name = "NAME")]
         keep: Vec<String>,
     },
     /// Take away what `enable` and `sync` wrote.
     Disable {
-        /// A name outside the mesh that has to be found after the change as before.
+        /// A name outside the mesh. The command takes its change back if the host finds the name before and not after.
         #[arg(long, value_name = "NAME")]
         keep: Vec<String>,
     },
@@ -114,7 +114,7 @@ enum Say {
     },
 }
 
-/// How the agent is to be asked: from its configuration, as far as the command line does not say otherwise.
+/// Addresses and suffix from the agent's configuration. Options of the command line take precedence.
 #[derive(Debug, Clone)]
 struct Settings {
     /// `None` where the agent is configured to answer no names.
@@ -125,7 +125,7 @@ struct Settings {
 }
 
 impl Settings {
-    /// What is built in, where there is no `agent.yaml`.
+    /// Returns the agent's defaults, for a host without `agent.yaml`.
     fn built_in() -> Settings {
         Settings {
             server: Some(SocketAddr::from(([127, 0, 0, 1], 15053))),
@@ -172,14 +172,14 @@ pub(crate) async fn dns(ask: &Dns) -> Result<String, HostError> {
     match &ask.say {
         None => Ok(status(ask)),
         Some(Say::Enable { resolver, keep }) => enable(ask, &Settings::of(ask).await?, *resolver, keep).await,
-        // Whatever the configuration says by now, or whether there is one: what was written is taken away.
+        // `disable` needs no configuration: it removes the files that vmesh wrote.
         Some(Say::Disable { keep }) => disable(ask, keep),
         Some(Say::Sync { watch: false }) => sync(&ask.root, &Settings::of(ask).await?).await,
         Some(Say::Sync { watch: true }) => watch(ask).await,
     }
 }
 
-/// Keeps the names in the hosts file until it is stopped. An agent that is away for a while leaves them as they are.
+/// Keeps the names in the hosts file up to date until it is stopped. While the agent does not answer the names stay.
 async fn watch(ask: &Dns) -> Result<String, HostError> {
     let mut settings = Settings::of(ask).await?;
     let mut read = modified(&ask.config);
@@ -205,7 +205,7 @@ async fn watch(ask: &Dns) -> Result<String, HostError> {
     }
 }
 
-/// The same is not said every two seconds.
+/// Prints a message unless it is the last one that was printed.
 fn say_once(last: &mut String, said: String) {
     if *last != said {
         eprintln!("{said}");
@@ -284,7 +284,7 @@ fn live(ask: &Dns) -> bool {
 fn disable(ask: &Dns, keep: &[String]) -> Result<String, HostError> {
     let mut said = String::new();
     if live(ask) {
-        // Where it never was enabled, that is what was wanted.
+        // Disabling fails for a unit that is not enabled, which is the wanted state.
         _ = run(Command::new("systemctl").args(["disable", "--now", HOSTS_UNIT]));
     }
     let path = at(&ask.root, HOSTS);
@@ -323,7 +323,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
     let mode = before.as_ref().map_or(0o644, |before| before.permissions().mode() & 0o7777);
     fsx::write_atomically(&path, bytes, mode)?;
     if let Some(before) = before {
-        // Only root may; whoever else could write it here was its owner.
+        // Only root may change the owner. Another user who can replace the file owns it already.
         _ = chown(&path, Some(before.uid()), Some(before.gid()));
     }
     Ok(())
@@ -403,7 +403,7 @@ pub(crate) fn believed_users() -> Vec<u32> {
     users
 }
 
-/// Returns the sockets that listen at `address`, by their numbers. It is an error if one is of another user than these.
+/// Returns the sockets that listen at `address`, by their numbers. Returns an error if another user owns one of them.
 fn listeners_at(address: SocketAddr, users: &[u32]) -> Result<Vec<u64>, HostError> {
     let mut numbers = Vec::new();
     for file in ["/proc/net/tcp", "/proc/net/tcp6"] {

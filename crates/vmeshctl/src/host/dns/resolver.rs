@@ -1,4 +1,4 @@
-//! Which resolver a host has, and what makes it ask the agent for one zone.
+//! Detects a host's resolver, and makes the settings by which the resolver asks the agent for one zone.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -156,9 +156,9 @@ pub(super) fn resolved_settings(root: &Path) -> Vec<(PathBuf, String)> {
 /// The servers that systemd-resolved asks, as `resolvectl status` shows them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ResolvedServers {
-    /// Of no link: of its configuration, or of an `/etc/resolv.conf` that is not its own.
+    /// Servers of resolved's configuration, or of an `/etc/resolv.conf` that resolved did not write.
     global: Vec<String>,
-    /// Used only as long as there is no other server at all.
+    /// Servers that resolved asks only while it has no other server.
     fallback: Vec<String>,
     /// Of all links.
     links: Vec<String>,
@@ -227,7 +227,7 @@ fn value<'a>(line: &'a str, key: &str) -> Option<&'a str> {
     (!value.is_empty()).then_some(value)
 }
 
-/// Returns what makes this host's systemd-resolved ask for the zone. `live`: it may be asked how it is.
+/// Returns the settings by which this host's systemd-resolved asks for the zone. `live`: `resolvectl` may be run.
 pub(super) fn for_this_resolved(
     root: &Path,
     live: bool,
@@ -246,9 +246,9 @@ pub(super) fn for_this_resolved(
     for_resolved(version, &resolved_settings(root), &servers, server, suffix)
 }
 
-/// Returns what makes systemd-resolved of this version, with these settings and servers, ask for the zone. Before 258 that is a
-/// server of its configuration, beside which it uses neither `FallbackDNS=` nor the servers of an `/etc/resolv.conf` that is not
-/// its own (resolved.conf(5)): where it needs those, it is an error.
+/// Returns the settings by which systemd-resolved of this version asks for the zone. Before 258 these are a server in its
+/// configuration. Beside such a server resolved asks neither `FallbackDNS=` nor the servers of an `/etc/resolv.conf` that it did
+/// not write (resolved.conf(5)): a host that needs those gets an error.
 fn for_resolved(
     version: u32,
     settings: &[(PathBuf, String)],

@@ -188,7 +188,7 @@ async fn read_config(agent: &str, path: &Path) -> Config {
     match command(agent, &["--config", &file, "--check", "--json"]).await {
         Err(why) => Config::Unseen(why),
         Ok(ran) => match serde_json::from_str::<Outline>(&ran.out) {
-            // Also where something on the host is in its way: that is told in it.
+            // The outline also lists problems of the host, which set the exit code.
             Ok(outline) => Config::Read(Box::new(outline)),
             Err(_) if ran.code != Some(0) => Config::Refused(ran.err.trim().to_owned()),
             Err(error) => Config::Unseen(format!("{agent} is of another version than vmeshctl: {error}")),
@@ -277,11 +277,11 @@ fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchE
     serde_json::from_slice(&body).map_err(|error| format!("{peer}{path} answered no JSON: {error}"))
 }
 
-/// What the agent says at its socket. What another user's program says there is not believed.
+/// Asks the agent at its socket. Believes only programs of root, of the agent's user and of this user.
 async fn agent_says(outline: &Outline, path: &str) -> Seen<Value> {
     let socket = outline.api_socket();
     let answer = fetch_from_users(&socket, &super::super::dns::believed_users(), path, ANSWERS).await;
-    // Whoever may not ask there is told what any user may know. Root always may.
+    // A user without access to the socket gets what the port tells everybody. Root always has access.
     if let Err(error) = &answer
         && error.is_denied()
         && !rustix::process::geteuid().is_root()

@@ -77,7 +77,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
     for problem in outline.problems.iter().filter(|problem| problem.concerns == "file") {
         let effect = "vmesh-agent or vmesh-envoy does not start again";
         let unit = if problem.what.contains("vmesh-envoy") { "vmesh-envoy" } else { "vmesh-agent" };
-        // One that is started again and again is started anew, and its restarts are counted anew.
+        // systemd counts the restarts of the unit anew.
         let fix = run(format!("{} && systemctl reset-failed {unit} && systemctl start {unit}", problem.fix));
         found.push(wrong(problem.what.clone(), effect, fix).is(Root::Config));
     }

@@ -277,7 +277,7 @@ pub(super) fn names(facts: &Facts) -> Verdict {
             wrong(
                 format!("{asked} is not found by the host's resolver ({})", names.resolver),
                 lost,
-                // By what is told to ask, and not by what the host asks: the two may differ.
+                // The wiring names the resolver to restart. `names.resolver` may be another one.
                 run(match names.wired.as_deref().unwrap_or_default() {
                     wired if wired.contains("dnsmasq") => "systemctl restart dnsmasq",
                     wired if wired.contains("resolved") || wired.contains("dns-delegate") => {

@@ -24,7 +24,7 @@ impl Report {
 
     pub(super) fn looked(&mut self, id: &'static str, findings: Vec<Finding>) {
         self.looked.push(id);
-        // What Envoy, a control plane or a resolver said is in there.
+        // Findings quote Envoy, control planes and resolvers.
         let shown = findings.into_iter().map(|finding| Finding {
             id,
             what: printable_lines(&finding.what),
