@@ -115,3 +115,54 @@ async fn a_host_with_a_plain_resolv_conf_has_the_names_in_its_hosts_file() -> Re
     assert_eq!(host.show("vmesh-hosts", "ActiveState")?, "inactive");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_the_resolver_that_would_cost_other_names_is_not_made_or_taken_back() -> Result<()> {
+    let vms = Vms::new().await?;
+    let server = vms.fleet.switch().host()?;
+    let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 80)))??;
+    vms.service("orders", "http", &[orders.address()])?;
+    let vm = vms.node("web", "upstreams: [\"*\"]\ncapture: {outbound: transparent}\n").await?;
+    let host = &vm.host;
+    answers(host, "127.0.0.1:15020/names", "orders.mesh").await?;
+    let consul = vmesh_testkit::consul::program()?;
+    host.copy_in(&consul, "/usr/local/bin/consul")?;
+    host.sh("systemd-run --unit consul /usr/local/bin/consul agent -dev -client 127.0.0.1 -bind 127.0.0.1 -dns-port 53")?;
+
+    // The only server of systemd-resolved is one of `FallbackDNS=`, which it would not ask beside ours.
+    host.sh("mkdir -p /etc/systemd/resolved.conf.d\n\
+         printf '[Resolve]\\nFallbackDNS=127.0.0.1\\n' > /etc/systemd/resolved.conf.d/10-corp.conf\n\
+         systemctl restart systemd-resolved")?;
+    resolves(host, "consul.service.consul", &["127.0.0.1"]).await?;
+    let said = host.exec(&["vmeshctl", "dns", "enable"])?;
+    assert!(said.contains("FallbackDNS") && said.contains("vmesh-hosts.service keeps the block"), "{said}");
+    resolves(host, "orders.mesh", &["24"]).await?;
+    resolves(host, "consul.service.consul", &["127.0.0.1"]).await?;
+    let refused = host.output(&["vmeshctl", "dns", "enable", "--resolver", "resolved"])?;
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    host.exec(&["vmeshctl", "dns", "disable"])?;
+    resolves(host, "consul.service.consul", &["127.0.0.1"]).await?;
+    // The directory was there before.
+    host.sh("rm /etc/systemd/resolved.conf.d/10-corp.conf; test -d /etc/systemd/resolved.conf.d")?;
+
+    // Its server is a link's by now. A resolver that does not start with the change is as it was before it.
+    host.sh("systemctl restart systemd-resolved; resolvectl dns eth0 127.0.0.1")?;
+    host.sh(
+        "mkdir -p /run/systemd/system/systemd-resolved.service.d\n\
+         printf '[Service]\\nExecStartPre=+/bin/sh -c \"! test -e /etc/systemd/resolved.conf.d/vmesh.conf\"\\n' \
+         > /run/systemd/system/systemd-resolved.service.d/picky.conf\n\
+         systemctl daemon-reload",
+    )?;
+    let taken_back = host.output(&["vmeshctl", "dns", "enable"])?;
+    let said = String::from_utf8_lossy(&taken_back.stderr).into_owned();
+    assert!(taken_back.status.code() == Some(1) && said.contains("change is taken back"), "{said}");
+    host.sh("! test -e /etc/systemd/resolved.conf.d/vmesh.conf; systemctl is-active systemd-resolved")?;
+
+    // What somebody else wrote under our name is neither replaced nor removed.
+    host.sh("rm -r /run/systemd/system/systemd-resolved.service.d; systemctl daemon-reload")?;
+    host.write("/etc/systemd/resolved.conf.d/vmesh.conf", "[Resolve]\nCache=yes\n")?;
+    assert_eq!(host.output(&["vmeshctl", "dns", "enable"])?.status.code(), Some(1));
+    host.exec(&["vmeshctl", "dns", "disable"])?;
+    assert_eq!(host.read("/etc/systemd/resolved.conf.d/vmesh.conf")?, "[Resolve]\nCache=yes\n");
+    Ok(())
+}

@@ -209,6 +209,16 @@ async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
     breaks_and_mends(host, "systemctl restart vmesh-agent", "D36", other, "do not find them").await?;
     host.sh("getent ahosts orders.svc.corp")?;
 
+    // D40: the host's own firewall drops what is redirected to Envoy. The rule is named, and what is said mends it.
+    host.sh(
+        "nft 'table inet eg { chain o { type filter hook output priority 0; policy drop; meta l4proto != tcp accept; \
+         oifname lo accept; ct state established accept; tcp dport { 8080, 15010 } accept; } }'",
+    )?;
+    finds(host, "D40", "`policy drop` in chain o of table inet eg is in the way", "hang or fail").await?;
+    host.sh("nft insert rule inet eg o tcp dport 15001 accept")?;
+    is_well(host).await?;
+    host.sh("nft delete table inet eg")?;
+
     // D25: what is at envoy.path is no Envoy of this machine.
     host.sh(&format!("{FOREIGN}\nchmod 755 /usr/bin/envoy.new; mv /usr/bin/envoy /usr/bin/envoy.good; mv /usr/bin/envoy.new /usr/bin/envoy"))?;
     assert_eq!(host.output(&["vmesh-agent", "--check"])?.status.code(), Some(1));
