@@ -90,7 +90,8 @@ while not os.path.exists('/run/enough') and time.monotonic() < end:
         s.connect(('127.0.0.1', 15053))
         s.send(question)
         answer = s.recv(512)
-        if answer[3] & 15 or not answer[7]:
+        # The last record is the answer, whose last four bytes are the address: a virtual one, also while the agent starts.
+        if answer[3] & 15 or not answer[7] or answer[-4] < 240:
             lost += 1
     except OSError:
         lost += 1

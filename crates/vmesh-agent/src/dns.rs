@@ -40,7 +40,9 @@ pub fn spawn(
     counts: Arc<Counts>,
 ) -> (watch::Receiver<Arc<Table>>, watch::Receiver<Listening>) {
     let mut names = Names { zone, of: Destinations::default(), captures: false, problems: Vec::new() };
-    let first = names.table(&destinations.borrow(), captures(&capture));
+    // Until vmesh-net has answered, a host that is to capture most likely does, as before the agent restarted: a real address,
+    // which resolvers keep for a while, would lead past Envoy.
+    let first = names.table(&destinations.borrow(), capture.borrow().wanted);
     let (tables, served) = watch::channel(Arc::new(first));
     let asked = served.clone();
     tasks.spawn("names", keep(names, destinations, capture, tables));
@@ -94,10 +96,6 @@ fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<
             None
         }
     }
-}
-
-fn captures(capture: &watch::Receiver<capture::Status>) -> bool {
-    capture.borrow().captures
 }
 
 async fn keep(
