@@ -51,6 +51,9 @@ const WHOLE_AT_LAST: Duration = Duration::from_secs(60);
 /// Why a stream ended that the control plane ended because of its age.
 const TOOK_LEAVE: &str = "it took leave of a connection that was old, as it does with all";
 
+/// Why a stream is given up on which Envoy's refusal was told.
+const RECOVERED: &str = "Envoy has taken what it refused before, which a new stream tells";
+
 /// The hub has one class: there is one node.
 const CLASS: &str = "";
 
@@ -124,6 +127,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             revision,
             save_at: None,
             stop_waiting_at: None,
+            retry_at: None,
             whole: Whole::default(),
             whole_at: None,
             confirm_at: None,
@@ -307,6 +311,8 @@ struct Driver {
     revision: u64,
     save_at: Option<Instant>,
     stop_waiting_at: Option<Instant>,
+    /// When something that Envoy refused is sent to it again.
+    retry_at: Option<std::time::Instant>,
     whole: Whole,
     /// When it is, if nothing more comes.
     whole_at: Option<Instant>,
@@ -351,8 +357,8 @@ impl Driver {
     }
 
     fn is_gone(&self, replica: &ControlPlane, why: String, news: bool) {
-        if why == TOOK_LEAVE {
-            debug!(control_plane = %replica, "it took leave of an old connection");
+        if why == TOOK_LEAVE || why == RECOVERED {
+            debug!(control_plane = %replica, "the stream begins anew: {why}");
         } else if news {
             warn!(control_plane = %replica, "no configuration from there: {why}");
         } else {
@@ -417,6 +423,10 @@ impl Driver {
                     Err(failure) => return Ok(failure.to_string()),
                 },
                 idle = self.idle() => idle?,
+            }
+            if self.relay.take_recovered() {
+                // What it was told on this stream cannot be taken back on it.
+                return Ok(RECOVERED.to_owned());
             }
         }
     }
@@ -495,8 +505,16 @@ impl Driver {
                 }
             }
             Said::Did(number, event) => {
-                if let Event::Rejected { resource, reason } = &event {
-                    let rejection = format!("{} {}: {reason}", resource.kind(), resource.name());
+                let rejection = match &event {
+                    Event::Rejected { resource, reason } => {
+                        Some(format!("{} {}: {reason}", resource.kind(), resource.name()))
+                    }
+                    Event::RemovalRejected { kind, name, reason } => {
+                        Some(format!("the removal of {kind} {name}: {reason}"))
+                    }
+                    _ => None,
+                };
+                if let Some(rejection) = rejection {
                     warn!("Envoy rejected {rejection}");
                     self.published.accepted.send_modify(|status| {
                         status.rejections += 1;
@@ -534,6 +552,7 @@ impl Driver {
 
     /// Tells everybody what has become of what happened.
     fn flush(&mut self) {
+        self.retry_at = self.relay.on_time(Instant::now().into_std());
         self.publish();
         if self.relay.accepted_revision() != self.revision {
             self.revision = self.relay.accepted_revision();

@@ -16,6 +16,11 @@
 //!   optional uint32 percent = 7;
 //!   OnLoss on_loss = 8;
 //! }
+//! message Refusals {
+//!   repeated Refusal refusals = 1;
+//!   bool others_taken = 2;
+//! }
+//! message Refusal { string name = 1; string version = 2; string reason = 3; bool removal = 4; }
 //! ```
 //!
 //! A field is never given another meaning, and its number never given away: agents and control planes of different
@@ -88,9 +93,53 @@ impl Name for Destination {
     }
 }
 
+/// What an agent's NACK is about, in `error_detail.details`: the resources that its Envoy refused, of the type of the NACK. A
+/// NACK without it says so in Envoy's words only.
+#[derive(Clone, PartialEq, Message)]
+pub struct Refusals {
+    #[prost(message, repeated, tag = "1")]
+    pub refusals: Vec<Refusal>,
+    /// All else that was in the response is taken.
+    #[prost(bool, tag = "2")]
+    pub others_taken: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Refusal {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// As the control plane sent it.
+    #[prost(string, tag = "2")]
+    pub version: String,
+    /// Envoy's words.
+    #[prost(string, tag = "3")]
+    pub reason: String,
+    /// It is the removal that was refused.
+    #[prost(bool, tag = "4")]
+    pub removal: bool,
+}
+
+impl Name for Refusals {
+    const NAME: &'static str = "Refusals";
+    const PACKAGE: &'static str = "vmesh.agent.v1";
+
+    fn type_url() -> String {
+        "type.googleapis.com/vmesh.agent.v1.Refusals".to_owned()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_bytes_of_refusals_stay_what_they_are() {
+        let refusal =
+            Refusal { name: "a".to_owned(), version: "1".to_owned(), reason: "no".to_owned(), removal: true };
+        let refusals = Refusals { refusals: vec![refusal], others_taken: true };
+        let expected = b"\x0a\x0c\x0a\x01a\x12\x011\x1a\x02no\x20\x01\x10\x01";
+        assert_eq!(refusals.encode_to_vec(), expected);
+    }
 
     /// The numbers are a contract with agents and control planes of other versions.
     #[test]

@@ -2,6 +2,8 @@ use crate::subscriber::{Ticket, Update};
 use crate::{Event, Group, Kind, PerKind, Resource, Store, Subscriber};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vmesh_proto::agent::{Refusal, Refusals};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
@@ -18,6 +20,10 @@ pub struct Relay {
     next_client: u64,
     transits: PerKind<Transit>,
     accepted_revision: u64,
+    /// Counts what is sent again.
+    attempts: u64,
+    /// Envoy has taken what the control plane was told that it refuses.
+    has_recovered: bool,
     /// Whether it can be made out. `None`: nobody here takes what is not for Envoy.
     check_local: Option<CheckLocal>,
 }
@@ -33,13 +39,53 @@ pub struct ClientId(u64);
 #[derive(Default)]
 struct Transit {
     unanswered: VecDeque<Unanswered>,
-    /// What Envoy refused: its fingerprint, and why.
-    refused: BTreeMap<Arc<str>, (u64, Arc<str>)>,
+    /// What Envoy refused of what is meant now.
+    refused: BTreeMap<Arc<str>, Refused>,
+    /// Names whose removal an Envoy refused, and why. It keeps what it has of them for as long as it is connected.
+    unremovable: BTreeMap<Arc<str>, (ClientId, Arc<str>)>,
     /// The same, also of what has been something else since: Envoy's session does not ask it twice, so what comes back
     /// must be known to be bad without its answer.
     known_bad: BTreeMap<Arc<str>, (u64, Arc<str>)>,
     /// What was taken by an earlier Envoy, and is refused by one that came since.
     lacking: BTreeSet<Arc<str>>,
+}
+
+struct Refused {
+    resource: Arc<Resource>,
+    reason: Arc<str>,
+    /// The host was at fault and not the content: it is tried again.
+    retry: Option<Retry>,
+}
+
+struct Retry {
+    pause: Duration,
+    /// `None`: not known yet, or it is being tried.
+    at: Option<Instant>,
+    is_tried: bool,
+}
+
+/// What the host did not let Envoy do is tried again after so long, then after twice as long each time, up to
+const RETRY_FIRST: Duration = Duration::from_secs(2);
+/// so long: an address that comes late is served within a minute, and Envoy's log has a line a minute.
+const RETRY_LAST: Duration = Duration::from_secs(60);
+/// One refusal's words in a NACK, in bytes,
+const REFUSAL_REASON_MAX: usize = 1024;
+/// and how many refusals it has. The control plane sends again what is not among them, and hears of it then.
+const REFUSALS_MAX: usize = 256;
+
+/// Reports whether Envoy's words are about the host (an address that somebody else has or that is not there) and not about
+/// the content: the same content may be taken later.
+fn is_of_host(reason: &str) -> bool {
+    let reason = reason.to_ascii_lowercase();
+    const OF_HOST: [&str; 6] = [
+        "address already in use",
+        "address in use",
+        "cannot assign requested address",
+        "cannot bind",
+        "permission denied",
+        "too many open files",
+    ];
+    OF_HOST.iter().any(|of_host| reason.contains(of_host))
 }
 
 struct Unanswered {
@@ -48,6 +94,7 @@ struct Unanswered {
     /// For which names Envoy has not answered; `None` is a removal.
     waiting: BTreeMap<Arc<str>, Option<u64>>,
     reasons: Vec<Arc<str>>,
+    refusals: Vec<Refusal>,
     /// Of the store that has it.
     generation: u64,
 }
@@ -70,6 +117,8 @@ impl Relay {
             next_client: 0,
             transits: PerKind::default(),
             accepted_revision: 0,
+            attempts: 0,
+            has_recovered: false,
             check_local: None,
         }
     }
@@ -132,9 +181,38 @@ impl Relay {
 
     /// What Envoy refused, and why.
     pub fn refused(&self) -> impl Iterator<Item = (Kind, &Arc<str>, &Arc<str>)> {
-        self.transits
-            .iter()
-            .flat_map(|(kind, transit)| transit.refused.iter().map(move |(name, (_, why))| (kind, name, why)))
+        self.transits.iter().flat_map(|(kind, transit)| {
+            let removals = transit.unremovable.iter().map(|(name, (_, reason))| (name, reason));
+            let contents = transit.refused.iter().map(|(name, refused)| (name, &refused.reason));
+            contents.chain(removals).map(move |(name, reason)| (kind, name, reason))
+        })
+    }
+
+    /// Reports, once, that Envoy has taken what the control plane was told that it refuses. A new stream tells it so.
+    pub fn take_recovered(&mut self) -> bool {
+        std::mem::take(&mut self.has_recovered)
+    }
+
+    /// Sends again what is due, and returns when more will be.
+    pub fn on_time(&mut self, now: Instant) -> Option<Instant> {
+        let (mut next, mut again) = (None::<Instant>, Vec::new());
+        for (_, transit) in self.transits.iter_mut() {
+            for refused in transit.refused.values_mut() {
+                let Some(retry) = refused.retry.as_mut().filter(|retry| !retry.is_tried) else { continue };
+                let at = *retry.at.get_or_insert(now + retry.pause);
+                if at <= now {
+                    (retry.at, retry.is_tried) = (None, true);
+                    self.attempts += 1;
+                    again.push(present(refused.resource.again(self.attempts)));
+                } else {
+                    next = next.into_iter().chain([at]).min();
+                }
+            }
+        }
+        if !again.is_empty() {
+            self.store = Arc::new(self.store.apply(again));
+        }
+        next
     }
 
     /// Answers Envoy as if what is not known did not exist, until the control plane speaks. Envoy serves nothing while
@@ -196,23 +274,26 @@ impl Relay {
         let Update { ticket, resources, removed } = update;
         let kind = ticket.kind();
         let (mut changes, mut refused_before, mut others) = (Vec::new(), Vec::new(), Vec::new());
-        let mut entry =
-            Unanswered { ticket: Some(ticket), waiting: BTreeMap::new(), reasons: Vec::new(), generation: 0 };
+        let mut entry = Unanswered {
+            ticket: Some(ticket),
+            waiting: BTreeMap::new(),
+            reasons: Vec::new(),
+            refusals: Vec::new(),
+            generation: 0,
+        };
         for resource in resources {
             let name = resource.name().clone();
             self.transits[kind].supersede(&name);
             let bad = self.transits[kind].known_bad.get(&name).cloned();
-            if let Some((bad, reason)) = bad.filter(|(bad, _)| *bad == resource.fingerprint()) {
-                self.transits[kind].refused.insert(name.clone(), (bad, reason.clone()));
+            if let Some((_, reason)) = bad.filter(|(bad, _)| *bad == resource.fingerprint()) {
                 // Envoy need not be asked twice, and goes on with the last one it took.
-                changes.push(match self.upstream.held(kind, &name) {
-                    Some(held) => present(held.clone()),
-                    None => gone(kind, &name),
-                });
-                refused_before.push((name, reason));
+                changes.push(self.last_good(kind, &name));
+                refused_before.push((resource.clone(), reason.clone()));
+                self.transits[kind].refuse(resource, reason);
                 continue;
             }
             self.transits[kind].refused.remove(&name);
+            self.transits[kind].unremovable.remove(&name);
             others.push(name.clone());
             let is_held = self.upstream.held(kind, &name).is_some_and(|held| *held == resource);
             if !is_held {
@@ -220,7 +301,9 @@ impl Relay {
             }
             changes.push(present(resource));
         }
-        for (name, reason) in refused_before {
+        for (resource, reason) in refused_before {
+            let name = resource.name();
+            entry.refuse(name, resource.version(), &reason, false);
             // What Envoy said of two at once must not be said again of the one that has changed since.
             let is_of_others = others.iter().any(|other| reason.contains(&**other));
             entry.blame(match is_of_others {
@@ -231,6 +314,12 @@ impl Relay {
         for name in removed {
             self.transits[kind].supersede(&name);
             self.transits[kind].refused.remove(&name);
+            if let Some((_, reason)) = self.transits[kind].unremovable.get(&name) {
+                // It has it still, and was asked before.
+                entry.refuse(&name, "", reason, true);
+                entry.blame(format!("{name}: {reason}").into());
+                continue;
+            }
             let served = self.store.get(kind, &name).is_some();
             changes.push(match kind.has_wildcard() {
                 true => gone(kind, &name),
@@ -266,11 +355,14 @@ impl Relay {
         let Some(check) = self.check_local else {
             return self.upstream.reject(ticket, "nobody asked for this type");
         };
-        let mut reasons = Vec::new();
+        let (mut reasons, mut refusals) = (Vec::new(), Vec::new());
         for resource in resources {
             match check(&resource) {
                 Ok(()) => self.upstream.hold(resource),
-                Err(why) => reasons.push(format!("{}: {why}", resource.name())),
+                Err(why) => {
+                    refusals.push(refusal(resource.name(), resource.version(), &why, false));
+                    reasons.push(format!("{}: {why}", resource.name()));
+                }
             }
         }
         removed.iter().for_each(|name| self.upstream.forget(Kind::Local, name));
@@ -278,7 +370,7 @@ impl Relay {
         self.accepted_revision += 1;
         match reasons.is_empty() {
             true => self.upstream.acknowledge(ticket),
-            false => self.upstream.reject(ticket, &reasons.join("\n")),
+            false => self.upstream.reject_some(ticket, &reasons.join("\n"), Some(&bounded(refusals))),
         }
     }
 
@@ -306,10 +398,12 @@ impl Relay {
         }
         let unanswered = &mut self.transits[kind].unanswered;
         while unanswered.front().is_some_and(|entry| entry.waiting.is_empty()) {
-            let Some(Unanswered { ticket, reasons, .. }) = unanswered.pop_front() else { return };
+            let Some(Unanswered { ticket, reasons, refusals, .. }) = unanswered.pop_front() else { return };
             match (ticket, reasons.is_empty()) {
                 (Some(ticket), true) => self.upstream.acknowledge(ticket),
-                (Some(ticket), false) => self.upstream.reject(ticket, &reasons.join("\n")),
+                (Some(ticket), false) => {
+                    self.upstream.reject_some(ticket, &reasons.join("\n"), Some(&bounded(refusals)));
+                }
                 (None, _) => {}
             }
         }
@@ -331,12 +425,37 @@ impl Relay {
         let id = ClientId(self.next_client);
         self.next_client += 1;
         self.clients.insert(id, PerKind::default());
+        // It may be another Envoy, or the cause may be gone: it is asked itself what it refuses. One that has refused it
+        // already is not asked again.
+        let mut changes = Vec::new();
+        for (_, transit) in self.transits.iter_mut() {
+            transit.known_bad.clear();
+            changes.extend(transit.refused.values().map(|refused| present(refused.resource.clone())));
+        }
+        if !changes.is_empty() {
+            self.store = Arc::new(self.store.apply(changes));
+        }
         id
     }
 
     /// What it asked for stays asked for: an Envoy that comes next wants the same.
     pub fn on_client_disconnected(&mut self, client: ClientId) {
         self.clients.remove(&client);
+        for kind in Kind::ALL {
+            let of_client = |(_, (by, _)): &(&Arc<str>, &(ClientId, Arc<str>))| *by == client;
+            let removed: Vec<_> = self.transits[kind]
+                .unremovable
+                .iter()
+                .filter(of_client)
+                .map(|(name, _)| name.clone())
+                .collect();
+            for name in removed {
+                // Nobody has it any more.
+                self.transits[kind].unremovable.remove(&name);
+                self.accept_removal(kind, &name);
+                self.has_recovered = true;
+            }
+        }
     }
 
     /// An event of the session that serves this client.
@@ -362,6 +481,9 @@ impl Relay {
             }
             Event::Accepted { kind, name, resource } => self.on_accepted(kind, &name, resource),
             Event::Rejected { resource, reason } => self.on_rejected(&resource, &reason),
+            Event::RemovalRejected { kind, name, reason } => {
+                self.on_removal_rejected(client, kind, &name, &reason);
+            }
             Event::Settled { kind, generation } => self.on_settled(kind, generation),
         }
     }
@@ -375,8 +497,17 @@ impl Relay {
         let removed = self.transits[kind].take(name, |waiting| waiting.is_none() || waiting == fingerprint)
             == Some(None);
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
-        if resource.is_some() {
+        let mut resource = resource;
+        if let Some(taken) = &mut resource {
             self.is_lacking(kind, name, false);
+            let refused = &mut self.transits[kind].refused;
+            if refused.get(name).is_some_and(|refused| refused.resource.is_again(taken))
+                && let Some(refused) = refused.remove(name)
+            {
+                *taken = refused.resource;
+                self.transits[kind].known_bad.remove(name);
+                self.has_recovered = true;
+            }
         }
         match resource {
             // Also what is served no longer: it is what Envoy has, and goes back to if it refuses what came since.
@@ -443,22 +574,50 @@ impl Relay {
         for entry in &mut self.transits[kind].unanswered {
             if entry.waiting.get(name) == Some(&Some(fingerprint)) {
                 entry.waiting.remove(name);
+                entry.refuse(name, resource.version(), reason, false);
                 entry.blame(reason.clone());
             }
         }
-        self.transits[kind].refused.insert(name.clone(), (fingerprint, reason.clone()));
-        self.transits[kind].known_bad.insert(name.clone(), (fingerprint, reason.clone()));
+        let original = self.transits[kind].refuse(resource.clone(), reason.clone());
+        let known_bad = (original.fingerprint(), reason.clone());
+        self.transits[kind].known_bad.insert(name.clone(), known_bad);
         if self.upstream.held(kind, name).is_some_and(|held| held == resource) {
             self.is_lacking(kind, name, true);
         }
         // An Envoy that starts now must not get what this one refused.
         let is_served = self.store.get(kind, name).is_some_and(|served| served == resource);
         if is_served {
-            let good = self.upstream.held(kind, name).cloned();
-            let change = good.map_or_else(|| gone(kind, name), present);
+            let change = self.last_good(kind, name);
             self.store = Arc::new(self.store.apply([change]));
         }
         self.answer(kind);
+    }
+
+    /// Envoy keeps what it has, though the store has it no more: that is what it is told from now on, and nobody asks again.
+    fn on_removal_rejected(&mut self, client: ClientId, kind: Kind, name: &Arc<str>, reason: &Arc<str>) {
+        let mut is_of_control_plane = false;
+        for entry in &mut self.transits[kind].unanswered {
+            if entry.waiting.get(name) == Some(&None) {
+                entry.waiting.remove(name);
+                entry.refuse(name, "", reason, true);
+                entry.blame(format!("{name}: {reason}").into());
+                is_of_control_plane = true;
+            }
+        }
+        if is_of_control_plane {
+            self.transits[kind].unremovable.insert(name.clone(), (client, reason.clone()));
+        }
+        self.answer(kind);
+    }
+
+    /// What is served in place of what was refused: the last that Envoy took, or that there is none. An Envoy that asks is
+    /// answered in any case, since it serves nothing while it waits (R31).
+    fn last_good(&self, kind: Kind, name: &Arc<str>) -> Change {
+        match self.upstream.held(kind, name) {
+            Some(held) => present(held.clone()),
+            None if kind.has_wildcard() => gone(kind, name),
+            None => present(Resource::absent(kind, name.clone())),
+        }
     }
 
     /// No client wants `name` any more, perhaps.
@@ -490,6 +649,25 @@ impl Relay {
 }
 
 impl Transit {
+    /// Notes what Envoy refused, and returns what the control plane sent of it.
+    fn refuse(&mut self, resource: Arc<Resource>, reason: Arc<str>) -> Arc<Resource> {
+        let before =
+            self.refused.remove(resource.name()).filter(|before| before.resource.is_again(&resource));
+        let (resource, retry) = match before {
+            Some(before) => (before.resource, before.retry),
+            None => (resource, None),
+        };
+        let retry = is_of_host(&reason).then(|| match retry {
+            Some(retry) if retry.is_tried => {
+                Retry { pause: (retry.pause * 2).min(RETRY_LAST), at: None, is_tried: false }
+            }
+            Some(retry) => retry,
+            None => Retry { pause: RETRY_FIRST, at: None, is_tried: false },
+        });
+        self.refused.insert(resource.name().clone(), Refused { resource: resource.clone(), reason, retry });
+        resource
+    }
+
     /// A newer response decides about `name`.
     fn supersede(&mut self, name: &str) {
         self.unanswered.iter_mut().for_each(|entry| _ = entry.waiting.remove(name));
@@ -508,11 +686,26 @@ impl Transit {
 }
 
 impl Unanswered {
+    fn refuse(&mut self, name: &str, version: &str, reason: &str, removal: bool) {
+        self.refusals.push(refusal(name, version, reason, removal));
+    }
+
     fn blame(&mut self, reason: Arc<str>) {
         if !self.reasons.contains(&reason) {
             self.reasons.push(reason);
         }
     }
+}
+
+fn refusal(name: &str, version: &str, reason: &str, removal: bool) -> Refusal {
+    let reason = reason.get(..reason.floor_char_boundary(REFUSAL_REASON_MAX)).unwrap_or(reason);
+    Refusal { name: name.to_owned(), version: version.to_owned(), reason: reason.to_owned(), removal }
+}
+
+fn bounded(mut refusals: Vec<Refusal>) -> Refusals {
+    let others_taken = refusals.len() <= REFUSALS_MAX;
+    refusals.truncate(REFUSALS_MAX);
+    Refusals { refusals, others_taken }
 }
 
 type Change = (Arc<str>, Option<Arc<Group>>);

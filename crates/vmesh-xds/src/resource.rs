@@ -78,6 +78,24 @@ impl Resource {
         })
     }
 
+    /// The same once more, for clients that refused it: to a [`Session`](crate::Session) it is another content, and is sent.
+    pub(crate) fn again(&self, attempt: u64) -> Arc<Resource> {
+        Arc::new(Resource {
+            kind: self.kind,
+            name: self.name.clone(),
+            version: self.version.clone(),
+            fingerprint: xxh3_64_with_seed(&self.fingerprint.to_le_bytes(), attempt),
+            encoded: self.encoded.clone(),
+            any_at: self.any_at,
+            value_at: self.value_at,
+        })
+    }
+
+    /// Reports whether both have the same bytes and version, whether or not one of them is sent [again](Resource::again).
+    pub(crate) fn is_again(&self, other: &Resource) -> bool {
+        self.kind == other.kind && self.encoded == other.encoded
+    }
+
     pub fn kind(&self) -> Kind {
         self.kind
     }

@@ -1,6 +1,7 @@
 use crate::{Kind, PerKind, Resource};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use vmesh_proto::agent;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use vmesh_proto::google::rpc;
@@ -58,7 +59,16 @@ impl Ticket {
     }
 }
 
+/// No resource has this type: a server counts the request and keeps the stream.
+const INTRODUCTION: &str = "type.googleapis.com/vmesh.NodeReport";
+/// Names with their versions that fit into a first request, whatever their length.
+const INTRODUCED_ALONE: usize = 1000;
+
 impl Subscriber {
+    fn held_names(&self) -> usize {
+        self.interests.iter().map(|(_, interest)| interest.held.len() + interest.names.len()).sum()
+    }
+
     pub fn new(node: Node) -> Subscriber {
         Subscriber {
             node,
@@ -146,6 +156,15 @@ impl Subscriber {
         if !self.connected {
             return None;
         }
+        if !self.introduced && self.held_names() > INTRODUCED_ALONE {
+            // Who comes with much says first who comes: a stranger's request has to be small.
+            self.introduced = true;
+            return Some(DeltaDiscoveryRequest {
+                node: Some(self.node.clone()),
+                type_url: INTRODUCTION.to_owned(),
+                ..DeltaDiscoveryRequest::default()
+            });
+        }
         let asked = Kind::ALL.into_iter().find_map(|kind| self.interests[kind].ask(kind));
         let mut request = asked.or_else(|| self.answers.pop_front())?;
         if !std::mem::replace(&mut self.introduced, true) {
@@ -199,8 +218,17 @@ impl Subscriber {
 
     /// NACK.
     pub fn reject(&mut self, ticket: Ticket, reason: &str) {
+        self.reject_some(ticket, reason, None);
+    }
+
+    /// NACK that says which resources it is about.
+    pub fn reject_some(&mut self, ticket: Ticket, reason: &str, refusals: Option<&agent::Refusals>) {
         if ticket.stream == self.stream && self.connected {
-            self.answers.push_back(refusal(ticket.kind.type_url().to_owned(), ticket.nonce, reason));
+            let mut answer = refusal(ticket.kind.type_url().to_owned(), ticket.nonce, reason);
+            if let Some(error) = &mut answer.error_detail {
+                error.details.extend(refusals.map(vmesh_proto::any));
+            }
+            self.answers.push_back(answer);
         }
     }
 

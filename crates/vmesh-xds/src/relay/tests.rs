@@ -394,6 +394,121 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     )
 }
 
+fn refuses_in_use(response: &str) -> Option<String> {
+    let bad = response.split(' ').filter_map(|word| word.strip_suffix("=bad"));
+    let bad: Vec<_> = bad
+        .map(|name| format!("{name}: cannot bind '10.99.0.1:9002': Cannot assign requested address"))
+        .collect();
+    (!bad.is_empty()).then(|| bad.join(", "))
+}
+
+fn keeps_all(response: &str) -> Option<String> {
+    response.contains(" -").then(|| "fewer than the minimum".to_owned())
+}
+
+#[test]
+fn what_the_host_does_not_let_envoy_do_is_tried_again_and_told_when_it_works() {
+    let mut chain = Chain::new("listener l=bad");
+    chain.control_starts();
+    chain.temper = Some(refuses_in_use);
+    chain.envoy_starts();
+    assert!(matches!(chain.control_state(), State::Rejected { .. }));
+    chain.envoy_got();
+    let mut now = chain.now;
+    let mut tries = 0;
+    for _ in 0..600 {
+        now += Duration::from_secs(1);
+        chain.relay.on_time(now);
+        chain.run();
+        tries += chain.envoy_got().matches("l=bad").count();
+    }
+    assert!((8..20).contains(&tries), "{tries} in ten minutes");
+    assert!(!chain.relay.take_recovered());
+    // The address comes.
+    chain.temper = Some(takes_all);
+    while !chain.envoy_got().contains("l=bad") {
+        now += Duration::from_secs(1);
+        chain.relay.on_time(now);
+        chain.run();
+    }
+    assert_eq!(chain.relay.refused().count(), 0);
+    assert!(chain.relay.take_recovered() && !chain.relay.take_recovered());
+    assert!(chain.accepted().contains("l=bad"));
+    chain.control_dies();
+    chain.relay_got();
+    chain.control_starts();
+    assert_eq!(*chain.control_state(), State::Synced);
+    assert!(!chain.relay_got().contains("l=bad"), "it is the same");
+    assert_eq!(chain.relay.on_time(now + Duration::from_secs(3600)), None);
+}
+
+#[test]
+fn what_one_envoy_refused_another_is_asked() {
+    let mut chain = Chain::new("cluster a=bad endpoints a=1");
+    chain.control_starts();
+    chain.temper = Some(refuses_bad);
+    chain.envoy_starts();
+    assert_eq!(chain.relay.refused().count(), 1);
+    chain.envoy_dies();
+    chain.temper = Some(takes_all);
+    chain.envoy_starts();
+    assert_eq!(chain.relay.refused().count(), 0);
+    assert!(chain.relay.take_recovered());
+    assert!(chain.accepted().contains("a=bad"));
+    // And one that refuses it as well costs one more refusal, not one each time something is sent.
+    let mut chain = Chain::new("cluster a=bad b=1");
+    chain.control_starts();
+    chain.temper = Some(refuses_bad);
+    chain.envoy_starts();
+    chain.envoy_dies();
+    chain.envoy_got();
+    chain.envoy_starts();
+    chain.control_has("cluster a=bad b=2");
+    assert_eq!(chain.envoy_got().matches("a=bad").count(), 1);
+}
+
+#[test]
+fn r31_an_envoy_after_one_that_refused_its_first_endpoints_is_answered() {
+    let mut chain = Chain::new("cluster a=1 endpoints a=bad");
+    chain.control_starts();
+    chain.temper = Some(refuses_bad);
+    chain.envoy_starts();
+    chain.envoy_dies();
+    chain.envoy_got();
+    chain.envoy_starts();
+    let got = chain.envoy_got();
+    assert!(got.contains("endpoints a=bad") || got.contains("endpoints a="), "{got}");
+    // The same Envoy, when it takes the cluster again and asks once more.
+    chain.ask(Endpoint, &["-a"]);
+    chain.ask(Endpoint, &["a"]);
+    assert!(chain.envoy_got().contains("endpoints a="), "no answer");
+}
+
+#[test]
+fn a_removal_that_envoy_refuses_is_sent_once_and_told_and_ends_with_that_envoy() {
+    let mut chain = Chain::new("cluster a=1 b=1");
+    chain.control_starts();
+    chain.envoy_starts();
+    chain.temper = Some(keeps_all);
+    chain.envoy_got();
+    chain.relay_got();
+    chain.control_has("cluster b=1");
+    assert_eq!(chain.envoy_got().matches("-a").count(), 1);
+    assert_eq!(chain.relay_got().matches("-a").count(), 1);
+    let reason = "cluster a cannot be removed: fewer than the minimum";
+    assert_eq!(*chain.control_state(), State::Rejected { reason: reason.into() });
+    assert!(chain.accepted().contains("a=1"), "Envoy has it");
+    // Another stream: it is told again, and Envoy is not asked again.
+    chain.control_dies();
+    chain.control_starts();
+    chain.step(&Step::Wait);
+    assert_eq!(chain.envoy_got(), "");
+    assert!(matches!(chain.control_state(), State::Rejected { .. }));
+    chain.envoy_dies();
+    assert!(!chain.accepted().contains("a=1"));
+    assert!(chain.relay.take_recovered());
+}
+
 proptest! {
     #![proptest_config(config())]
 
@@ -486,11 +601,13 @@ fn what_envoy_refuses_is_refused_in_its_own_words_and_the_last_good_one_stays() 
     assert_eq!(chain.accepted(), "-* a=1 b=1 a=1 b=1 -* l=1 l=1");
     assert_eq!(chain.relay.refused().count(), 1);
 
-    // Another Envoy gets the good one, and another control plane hears of the refusal at once.
+    // Another Envoy is asked itself and goes on with the good one, and another control plane hears of the refusal at once.
     chain.envoy_dies();
     chain.envoy_got();
     chain.envoy_starts();
-    assert!(chain.envoy_got().starts_with("cluster a=1 b=1"), "{:?}", chain.envoy_got);
+    let got = chain.envoy_got();
+    assert!(got.starts_with("cluster a=bad b=1") && got.contains("cluster a=1"), "{got}");
+    assert_eq!(chain.accepted(), "-* a=1 b=1 a=1 b=1 -* l=1 l=1");
     chain.control_dies();
     chain.control_starts();
     assert_eq!(*chain.control_state(), State::Rejected { reason: "cluster a: a: this is bad".into() });

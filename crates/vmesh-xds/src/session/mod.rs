@@ -12,11 +12,13 @@ pub use response::Response;
 pub use status::{KindStatus, Rejection, SessionStatus, State};
 
 use crate::{Kind, PerKind, Resource, Snapshot};
+use prost::{Message, Name};
 use response::Head;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use subscription::{Absence, Entry, Held, InFlight, Item, Subscription, Target, Work};
+use vmesh_proto::agent;
 use vmesh_proto::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 use vmesh_proto::google::rpc;
@@ -68,6 +70,12 @@ pub enum Event {
     },
     Rejected {
         resource: Arc<Resource>,
+        reason: Arc<str>,
+    },
+    /// It refused that there be none.
+    RemovalRejected {
+        kind: Kind,
+        name: Arc<str>,
         reason: Arc<str>,
     },
     /// Of a kind that it asks for, it has been told all there was in this generation of the store, and has answered:
@@ -390,8 +398,59 @@ impl Session {
         let Some(response) = subscription.in_flight.drain(..=at).next_back() else { return };
         match error {
             None => self.on_ack(now, kind, response),
-            Some(error) => self.on_nack(kind, response, &error.message),
+            Some(error) => match refusals(&error) {
+                Some(refusals) => self.on_refusals(kind, response, &error.message, &refusals),
+                None => self.on_nack(kind, response, &error.message),
+            },
         }
+    }
+
+    /// Notes that the client refused a response; returns its words.
+    fn note_nack(&mut self, kind: Kind, error: &str) -> Arc<str> {
+        let reason: Arc<str> = shown(error).into();
+        let status = &mut self.status.kinds[kind];
+        status.nacks += 1;
+        status.last_error = Some(reason.clone());
+        reason
+    }
+
+    /// An agent knows which resources were refused, in which version and why, and says so.
+    fn on_refusals(&mut self, kind: Kind, mut response: InFlight, error: &str, refusals: &agent::Refusals) {
+        let of_item = |item: &Item| {
+            let mut of_name = refusals.refusals.iter().filter(|refusal| *refusal.name == *item.name);
+            of_name.find(|refusal| match &item.sent {
+                Some(sent) => !refusal.removal && *refusal.version == *sent.version(),
+                None => refusal.removal,
+            })
+        };
+        let guilty: Vec<bool> = response.items.iter().map(|item| of_item(item).is_some()).collect();
+        if !guilty.contains(&true) {
+            // It means something that this response did not have.
+            return self.on_nack(kind, response, error);
+        }
+        self.note_nack(kind, error);
+        let subscription = &mut self.subscriptions[kind];
+        let known = subscription.rejected_since.into_iter().chain(response.behind_since);
+        subscription.rejected_since = known.min();
+        self.answer_first_set(kind, &response);
+        let items = std::mem::take(&mut response.items);
+        for (item, guilty) in items.into_iter().zip(guilty) {
+            if !guilty && refusals.others_taken {
+                let Item { name, sent, .. } = item;
+                self.status.kinds[kind].rejected.remove(&name);
+                self.record(|| Event::Accepted { kind, name, resource: sent });
+                continue;
+            }
+            let reason = of_item(&item).map_or_else(String::new, |refusal| shown(&refusal.reason));
+            self.on_refused(kind, item, guilty, &reason.into());
+        }
+    }
+
+    /// What the client has from an earlier stream is unknown until it takes a first complete set.
+    fn answer_first_set(&mut self, kind: Kind, refused: &InFlight) {
+        let complete = Absence::of(self.protocol, kind) == Absence::Omitted;
+        self.subscriptions[kind].answer_due |=
+            complete && !refused.items.is_empty() && self.status.kinds[kind].acks == 0;
     }
 
     fn on_ack(&mut self, now: Instant, kind: Kind, response: InFlight) {
@@ -399,6 +458,7 @@ impl Session {
         status.acks += 1;
         status.last_acked = Some(now);
         status.last_error = None;
+        status.refused_set = None;
         for Item { name, sent, .. } in response.items {
             self.status.kinds[kind].rejected.remove(&name);
             self.record(|| Event::Accepted { kind, name, resource: sent });
@@ -409,17 +469,17 @@ impl Session {
     /// that the error names are at fault; the others are sent once more without them. If it names none, the response
     /// is sent in halves until the fault is found. What is at fault is not sent again (R13).
     fn on_nack(&mut self, kind: Kind, response: InFlight, error: &str) {
-        let reason: Arc<str> = shown(error).into();
-        let status = &mut self.status.kinds[kind];
-        status.nacks += 1;
-        status.last_error = Some(reason.clone());
-
+        let reason = self.note_nack(kind, error);
+        if response.items.is_empty() && response.repeated.is_empty() {
+            // There is nothing in it that could be left out.
+            self.status.kinds[kind].refused_set = Some(reason);
+            return;
+        }
         let subscription = &mut self.subscriptions[kind];
-        let complete = Absence::of(self.protocol, kind) == Absence::Omitted;
-        let mut guilty = names_in(&reason, response.items.iter().map(|item| &*item.name));
-        let mut repeated = response.repeated;
+        let mut guilty = names_in(kind, &reason, response.items.iter().map(|item| &*item.name));
+        let mut repeated = response.repeated.clone();
         let alone = response.items.len() == 1 && repeated.is_empty();
-        let named = names_in(&reason, repeated.iter().map(|resource| &**resource.name()));
+        let named = names_in(kind, &reason, repeated.iter().map(|resource| &**resource.name()));
         let mut named = named.into_iter().map(|named| named && !guilty.contains(&true));
         repeated.retain(|_| named.next().unwrap_or(false));
         if !guilty.contains(&true) && repeated.is_empty() {
@@ -433,9 +493,7 @@ impl Session {
             let known = subscription.rejected_since.into_iter().chain(response.behind_since);
             subscription.rejected_since = known.min();
         }
-        // What the client has from an earlier stream is unknown until it takes a first complete set.
-        subscription.answer_due |=
-            complete && !response.items.is_empty() && self.status.kinds[kind].acks == 0;
+        self.answer_first_set(kind, &response);
         for (item, guilty) in response.items.into_iter().zip(guilty) {
             self.on_refused(kind, item, guilty, &reason);
         }
@@ -450,6 +508,7 @@ impl Session {
         let Item { name, before, sent } = item;
         let good = before.resource().cloned();
         let held = match (before, &sent) {
+            (_, None) if guilty => Held::Unremovable(good),
             (_, Some(resource)) if guilty => Held::Rejected(Box::new((resource.fingerprint(), good))),
             (rejected @ Held::Rejected(_), _) => rejected,
             _ => Held::Unsure(good),
@@ -464,13 +523,19 @@ impl Session {
         } else if let Some(later) = subscription.sent_after(&name, sent.as_ref()) {
             later.before = held;
         }
-        if let Some(resource) = sent.filter(|_| guilty) {
-            if is_last {
-                let rejection = Rejection { version: resource.version().into(), reason: reason.clone() };
-                self.status.kinds[kind].rejected.insert(name, rejection);
-            }
-            self.record(|| Event::Rejected { resource, reason: reason.clone() });
+        if !guilty {
+            return;
         }
+        if is_last {
+            let version = sent.as_ref().map_or("", |resource| resource.version()).into();
+            let rejection = Rejection { version, reason: reason.clone() };
+            self.status.kinds[kind].rejected.insert(name.clone(), rejection);
+        }
+        let reason = reason.clone();
+        self.record(|| match sent {
+            Some(resource) => Event::Rejected { resource, reason },
+            None => Event::RemovalRejected { kind, name, reason },
+        });
     }
 
     /// The client refuses what it was believed to have, and was sent again.
@@ -768,9 +833,7 @@ impl Session {
             None => self.generation(),
         };
         self.status.state = match self.status.rejection() {
-            Some((kind, name, rejection)) => {
-                State::Rejected { reason: format!("{kind} {name}: {}", rejection.reason).into() }
-            }
+            Some(reason) => State::Rejected { reason: reason.into() },
             None if quiet => State::Synced,
             None => State::Pushing,
         };
@@ -859,7 +922,7 @@ impl Held {
     fn resource(&self) -> Option<&Arc<Resource>> {
         match self {
             Held::Resource(resource) => Some(resource),
-            Held::Unsure(good) => good.as_ref(),
+            Held::Unsure(good) | Held::Unremovable(good) => good.as_ref(),
             Held::Rejected(rejected) => rejected.1.as_ref(),
             Held::Nothing | Held::Other | Held::Absent | Held::Empty(_) => None,
         }
@@ -877,9 +940,13 @@ fn target<'a>(
         Target::Absent if kind == Kind::Endpoint => {
             let cluster = subscriptions[Kind::Cluster].entries.get(name).map(|entry| &entry.held);
             match cluster {
-                Some(Held::Resource(_) | Held::Rejected(_) | Held::Unsure(_) | Held::Other) => {
-                    Target::Leaving
-                }
+                Some(
+                    Held::Resource(_)
+                    | Held::Rejected(_)
+                    | Held::Unsure(_)
+                    | Held::Unremovable(_)
+                    | Held::Other,
+                ) => Target::Leaving,
                 _ => Target::Absent,
             }
         }
@@ -938,29 +1005,46 @@ fn shown(error: &str) -> String {
     shown
 }
 
-/// Which of the names the error text has in it.
-fn names_in<'a>(text: &str, names: impl ExactSizeIterator<Item = &'a str>) -> Vec<bool> {
+/// What an agent says of a refusal beside its words.
+fn refusals(error: &rpc::Status) -> Option<agent::Refusals> {
+    let type_url = agent::Refusals::type_url();
+    let any = error.details.iter().find(|any| any.type_url == type_url)?;
+    agent::Refusals::decode(any.value.clone()).ok()
+}
+
+/// Which of the names the error text blames.
+fn names_in<'a>(kind: Kind, text: &str, names: impl ExactSizeIterator<Item = &'a str>) -> Vec<bool> {
     if names.len().saturating_mul(text.len()) > SEARCH_MAX {
         return vec![false; names.len()];
     }
-    names.map(|name| mentions(text, name)).collect()
+    names.map(|name| blames(kind, text, name)).collect()
 }
 
-/// Whether `name` is in the text, and not merely a part of a longer name.
-fn mentions(text: &str, name: &str) -> bool {
-    let in_name = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '|');
-    let ends_name = |rest: &str| {
-        let mut rest = rest.chars();
-        match rest.next() {
-            None => true,
-            Some('.' | ':' | '/') => !rest.next().is_some_and(in_name),
-            Some(c) => !in_name(c),
-        }
+/// Reports whether the text blames `name`, a resource of this kind: it stands where a name stands, before what is wrong
+/// with it. Anywhere else it may be a word, a part of another name, or a resource of another kind.
+///
+/// Envoy: `Error adding/updating cluster(s) a: why, b: why` and the same of `listener(s)`, one to a line. gRPC: `[resource
+/// index 0: a: why]`. Whoever writes no more than the name means it, too.
+fn blames(kind: Kind, text: &str, name: &str) -> bool {
+    let of_kind = match kind {
+        Kind::Cluster => "cluster(s) ",
+        Kind::Listener => "listener(s) ",
+        _ => "\n",
+    };
+    let begins = |before: &str| {
+        before.is_empty()
+            || before.ends_with(['\n', '['])
+            || before.ends_with(", ")
+            || before.ends_with("; ")
+            || before.ends_with(of_kind)
+            || before.strip_suffix(": ").is_some_and(|before| {
+                before.trim_end_matches(|c: char| c.is_ascii_digit()).ends_with("resource index ")
+            })
     };
     !name.is_empty()
         && text.match_indices(name).any(|(at, _)| {
-            let before = text.get(..at).and_then(|text| text.chars().next_back());
+            let before = text.get(..at).unwrap_or_default();
             let after = text.get(at + name.len()..).unwrap_or_default();
-            !before.is_some_and(in_name) && ends_name(after)
+            begins(before) && (after.starts_with(": ") || (before.is_empty() && after.is_empty()))
         })
 }

@@ -1,4 +1,4 @@
-use crate::{Kind, PerKind};
+use crate::PerKind;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -37,6 +37,9 @@ pub struct KindStatus {
     pub last_error: Option<Arc<str>>,
     /// The names whose present content the client refused.
     pub rejected: BTreeMap<Arc<str>, Rejection>,
+    /// Why the client refused its last response, where that was about no name: an empty set, such as a validator of Envoy's
+    /// refuses.
+    pub refused_set: Option<Arc<str>>,
     pub responses: u64,
     pub acks: u64,
     pub nacks: u64,
@@ -44,14 +47,20 @@ pub struct KindStatus {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
+    /// Empty: it refused the removal of the name.
     pub version: Arc<str>,
     pub reason: Arc<str>,
 }
 
 impl SessionStatus {
-    pub(super) fn rejection(&self) -> Option<(Kind, &Arc<str>, &Rejection)> {
+    /// Says one thing that the client refused, in an operator's words.
+    pub(super) fn rejection(&self) -> Option<String> {
         self.kinds.iter().find_map(|(kind, status)| {
-            status.rejected.first_key_value().map(|(name, rejection)| (kind, name, rejection))
+            let of_name = status.rejected.first_key_value().map(|(name, Rejection { version, reason })| {
+                let what = if version.is_empty() { " cannot be removed" } else { "" };
+                format!("{kind} {name}{what}: {reason}")
+            });
+            of_name.or_else(|| Some(format!("{kind}, all there is: {}", status.refused_set.as_ref()?)))
         })
     }
 }

@@ -74,6 +74,8 @@ pub(super) enum Held {
     Unsure(Option<Arc<Resource>>),
     /// It refused the resource with this fingerprint, and has the last good one if any.
     Rejected(Box<(u64, Option<Arc<Resource>>)>),
+    /// It refused that the name be removed, and has the last good resource, if any was known.
+    Unremovable(Option<Arc<Resource>>),
 }
 
 /// What the client should have of a name.
@@ -179,7 +181,10 @@ fn work(entry: Option<&Entry>, wildcard: bool, absence: Absence, target: Target<
         (Target::Resource(new), Held::Rejected(rejected)) if rejected.0 == new.fingerprint() => {
             again.filter(|_| rejected.1.is_some() || new.kind() == Kind::Endpoint)
         }
-        (Target::Resource(_), Held::Nothing | Held::Absent | Held::Unsure(None)) => Some(Work::New),
+        (
+            Target::Resource(_),
+            Held::Nothing | Held::Absent | Held::Unsure(None) | Held::Unremovable(None),
+        ) => Some(Work::New),
         (Target::Resource(_), Held::Rejected(rejected)) if rejected.1.is_none() => Some(Work::New),
         (Target::Resource(new), Held::Resource(old)) if new.fingerprint() == old.fingerprint() => again,
         (Target::Resource(_), _) => Some(Work::Changed),
@@ -193,7 +198,8 @@ fn work(entry: Option<&Entry>, wildcard: bool, absence: Absence, target: Target<
 
         (Target::Absent, _) if absence == Absence::Untold => None,
         (Target::Absent, Held::Nothing) => (*named || *asked).then_some(Work::Changed),
-        (Target::Absent, Held::Absent) => again,
+        // A removal that it refused is not sent again either, until there was something else under that name.
+        (Target::Absent, Held::Absent | Held::Unremovable(_)) => again,
         (Target::Absent, Held::Empty(_)) if absence == Absence::Empty => again,
         (Target::Absent, _) => again.or(Some(Work::Gone)),
     }
