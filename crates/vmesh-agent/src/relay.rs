@@ -51,6 +51,8 @@ const WHOLE_AT_LAST: Duration = Duration::from_secs(60);
 /// Why a stream ended that the control plane ended because of its age.
 const TOOK_LEAVE: &str = "it took leave of a connection that was old, as it does with all";
 
+/// Refusals that `/status` lists.
+const REFUSED_SHOWN: usize = 100;
 /// Why a stream is given up on which Envoy's refusal was told.
 const RECOVERED: &str = "Envoy has taken what it refused before, which a new stream tells";
 
@@ -472,7 +474,8 @@ impl Driver {
 
     /// Waits for one thing that is not the control plane's doing, and deals with it. Cancel-safe.
     async fn idle(&mut self) -> Result<(), Stopped> {
-        let wake_at = [self.save_at, self.stop_waiting_at, self.whole_at, self.confirm_at];
+        let retry_at = self.retry_at.map(Instant::from_std);
+        let wake_at = [self.save_at, self.stop_waiting_at, self.whole_at, self.confirm_at, retry_at];
         let wake_at = wake_at.into_iter().flatten().min();
         let timer = async {
             match wake_at {
@@ -552,6 +555,17 @@ impl Driver {
 
     /// Tells everybody what has become of what happened.
     fn flush(&mut self) {
+        let refused: Vec<_> = self
+            .relay
+            .refused()
+            .take(REFUSED_SHOWN)
+            .map(|(kind, name, reason)| format!("{kind} {name}: {reason}"))
+            .collect();
+        self.published.accepted.send_if_modified(|status| {
+            let is_news = status.refused != refused;
+            status.refused = refused;
+            is_news
+        });
         self.retry_at = self.relay.on_time(Instant::now().into_std());
         self.publish();
         if self.relay.accepted_revision() != self.revision {

@@ -57,6 +57,8 @@ pub struct AcceptedStatus {
     pub resources: BTreeMap<String, usize>,
     pub rejections: u64,
     pub last_rejection: Option<String>,
+    /// What Envoy refuses now, and why; the first 100.
+    pub refused: Vec<String>,
     #[serde(serialize_with = "optional_epoch_seconds")]
     pub last_rejected: Option<SystemTime>,
     /// When the configuration on disk was written: what a restart without a control plane serves.

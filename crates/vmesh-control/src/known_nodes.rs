@@ -1,5 +1,4 @@
-//! The names of nodes: which are connected, and since when the others are not. Names are chosen by clients, so that there
-//! is a limit to how many are known.
+//! Tracks the names of connected and offline nodes. Clients choose their names, so the number of known names is limited.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -7,7 +6,7 @@ use std::time::Duration;
 use vmesh_model::node::Upstreams;
 use vmesh_model::{NodeName, NodeReport};
 
-/// How many nodes are known, and for how long.
+/// Limits for the names of nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NodeLimits {
     /// Connected and offline together.
@@ -21,7 +20,7 @@ pub(crate) struct NodeLimits {
 #[derive(Debug)]
 pub(crate) struct KnownNodes {
     limits: NodeLimits,
-    /// The connections of each node that has any.
+    /// Connection ids by node.
     connected: BTreeMap<NodeName, BTreeSet<u64>>,
     offline: BTreeMap<NodeName, Offline>,
     /// The same, by time.
@@ -96,7 +95,7 @@ impl KnownNodes {
         self.connected.get(name).into_iter().flatten().copied()
     }
 
-    /// How many nodes are offline.
+    /// Returns the number of offline nodes.
     pub(crate) fn offline(&self) -> usize {
         self.offline.len()
     }
@@ -116,8 +115,8 @@ impl KnownNodes {
         gone.map(|(_, name)| name.clone()).collect()
     }
 
-    /// Returns the nodes that give way to the one that reports, if there are too many: those that have been offline for
-    /// longest. At most a few, as nodes come one by one.
+    /// Returns offline nodes to forget before `report` is added, longest offline first, while a limit is exceeded. Returns at most
+    /// [`MAKES_ROOM_FOR`] names.
     pub(crate) fn to_make_room(&self, report: &NodeReport) -> Vec<NodeName> {
         let is_new = !self.is_connected(&report.name) && !self.offline.contains_key(&report.name);
         let names = self.connected.len() + self.offline.len() + usize::from(is_new);
@@ -135,7 +134,7 @@ impl KnownNodes {
         giving_way
     }
 
-    /// Whether a node of this name may connect.
+    /// Reports whether a node of this name may connect.
     pub(crate) fn has_room(&self, name: &NodeName) -> bool {
         self.is_connected(name)
             || self.offline.contains_key(name)
@@ -143,10 +142,10 @@ impl KnownNodes {
     }
 }
 
-/// How many names give way at once: after a restart with a smaller limit there may be many too many.
+/// Bounds the work of one admission, also after a restart with a smaller limit.
 const MAKES_ROOM_FOR: usize = 64;
 
-/// About what a report takes in memory.
+/// Estimates the memory of a report.
 fn estimated_bytes(report: &NodeReport) -> usize {
     let labels: usize = report.labels.iter().map(|(key, value)| key.len() + value.len() + 96).sum();
     let upstreams = match &report.upstreams {

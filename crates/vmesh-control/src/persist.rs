@@ -51,7 +51,7 @@ pub(crate) enum PersistError {
 #[derive(Debug, Clone)]
 pub(crate) struct Disk {
     dir: PathBuf,
-    /// No other process writes there while this one has it.
+    /// Keeps other processes from using the directory.
     _lock: Arc<File>,
 }
 
@@ -75,7 +75,7 @@ impl Disk {
             if !error.is_disk_full() {
                 return Err(PersistError::File(error));
             }
-            // What is there can be served all the same, and it is tried again.
+            // A full disk must not stop the control plane: the state on it can still be read and served.
             tracing::error!("{}", vmesh_daemon::report::one_line(&error));
         }
         Ok(disk)
@@ -106,7 +106,7 @@ impl Disk {
         }
     }
 
-    /// The nodes that were known before a restart, and when each was last seen, in Unix time.
+    /// Returns the nodes known before a restart, each with the Unix time when it was last seen.
     pub(crate) fn load_nodes(&self) -> Vec<(NodeReport, u64)> {
         let unix = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let mut nodes: BTreeMap<NodeName, (NodeReport, u64)> = BTreeMap::new();
@@ -139,15 +139,15 @@ impl Disk {
 
 /// Changes within so long are written once.
 const DEBOUNCE: Duration = Duration::from_millis(300);
-/// What could not be written is tried again after so long, and less and less often up to
+/// First pause before a failed write is retried; each further pause doubles, up to
 const RETRY_FIRST: Duration = Duration::from_secs(1);
-/// so long.
+/// this one.
 const RETRY_LAST: Duration = Duration::from_secs(15);
 
-/// Whether the last good state is on the disk.
+/// Result of the last write of the state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct WriteStatus {
-    /// Why a part of it is not.
+    /// Error of the last write, if it failed.
     pub(crate) failing: Option<Arc<str>>,
     /// Writes that failed, since the start.
     pub(crate) failures: u64,
@@ -163,7 +163,7 @@ impl WriteStatus {
     }
 }
 
-/// A node that is known, as it is kept.
+/// One node in a state file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct KeptNode {
     pub(crate) report: Arc<NodeReport>,
@@ -179,7 +179,7 @@ impl PartialEq for KeptNode {
     }
 }
 
-/// Nodes are kept in so many files, so that a change of one does not write them all.
+/// Number of files that nodes are spread over, so that a change of one node rewrites one small file.
 const NODE_FILES: u64 = 64;
 /// The one file of earlier versions.
 const ALL_NODES: &str = "nodes";
@@ -238,7 +238,7 @@ pub(crate) async fn keep(
             (written, failed)
         });
         let failed;
-        // A panic in there is a bug of ours; it costs that everything is written once more.
+        // After a panic (a bug of ours) everything is written again.
         (written, failed) = saved.await.unwrap_or_default();
         retry = failed.as_ref().map(|_| {
             let pause = retry.map_or(RETRY_FIRST, |(_, pause)| (pause * 2).min(RETRY_LAST));
@@ -299,7 +299,7 @@ fn save(
     }
     let mut has_all = true;
     for (file, nodes) in nodes {
-        // A file that never was is as good as an empty one.
+        // An empty list needs no file.
         let is_same = match written.nodes.get(&file) {
             Some(written) => *written == nodes,
             None => nodes.is_empty() && !disk.file(&node_part(file)).exists(),

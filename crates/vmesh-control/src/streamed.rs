@@ -1,4 +1,4 @@
-//! Answers of the API that are made while they are written: an answer costs a piece of it, however slowly it is read.
+//! Streams large API responses chunk by chunk, so that a slow client costs one chunk of memory.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use vmesh_xds::{Kind, Resource, Snapshot};
 /// A piece is written when it is so large, in bytes.
 const PIECE: usize = 32 << 10;
 
-/// Answers with `{"NAME":[ITEM,...]}`. The items are made one by one, as the client takes them.
+/// Answers with `{"NAME":[ITEM,...]}`. Each item is serialised when the client reads it.
 pub(crate) fn list<T: Serialize>(name: &str, items: impl Iterator<Item = T> + Send + 'static) -> Response {
     let head = format!("{{\"{name}\":[");
     let mut is_first = true;
     let items = items.map(move |item| {
         let mut text = if std::mem::take(&mut is_first) { Vec::new() } else { vec![b','] };
-        // What is shown has no maps with keys that are not text.
+        // Serialisation fails only for maps with keys that are no strings; the API has none.
         _ = serde_json::to_writer(&mut text, &item);
         text
     });

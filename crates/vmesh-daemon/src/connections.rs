@@ -1,7 +1,6 @@
-//! Bounds on the connections of one listener: how many there are in all, from one origin, and of those that have shown
-//! nothing yet.
+//! Limits for the connections of one listener: in total, from one origin, and of those without a request.
 //!
-//! Use it so: wait for [`Gate::room`], accept, [`Gate::enter`] with the origin, and give up the connection when
+//! Callers wait for [`Gate::room`], accept, call [`Gate::enter`] with the origin, and close the connection when
 //! [`Permit::evicted`] returns. The [`Permit`] is kept for as long as the connection is open.
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,19 +12,19 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-/// How many connections a listener keeps.
+/// Limits of one listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     pub total: usize,
     pub per_origin: usize,
-    /// Connections that have not shown a request yet, or wait for the next one.
+    /// Connections without a request: new ones, and those that wait for their next one.
     pub pending: usize,
 }
 
-/// A new connection is left so long to show a request, however many others wait to come in.
+/// A connection may be pending this long before other clients can evict it.
 pub const GRACE: Duration = Duration::from_secs(1);
 
-/// Where a connection comes from: the unit in which clients are bounded.
+/// The client host or user that a connection belongs to; limits count per origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {
     Address(IpAddr),
@@ -57,7 +56,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Why a connection is not let in.
+/// The limit that refused a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     #[error("there are {0} connections, and no more are taken")]
@@ -66,7 +65,7 @@ pub enum Refused {
     Origin(Origin, usize),
 }
 
-/// Counts the connections of one listener and lets new ones in. Clones count together.
+/// Counts the connections of one listener and admits new ones. Clones share their counts.
 #[derive(Clone)]
 pub struct Gate {
     shared: Arc<Shared>,
@@ -76,7 +75,7 @@ struct Shared {
     limits: Limits,
     grace: Duration,
     state: Mutex<State>,
-    /// Told when a connection has gone or is no longer pending.
+    /// Notified when a connection closes or stops being pending.
     freed: Notify,
 }
 
@@ -127,8 +126,8 @@ impl Gate {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until one more connection may be accepted. While too many are pending, those that have shown nothing for
-    /// [`GRACE`] are closed: of the origin that has the most of them, the oldest first. Cancel-safe.
+    /// Waits until one more connection may be accepted. While too many are pending, this evicts pending connections older than
+    /// [`GRACE`], oldest first, from the origin that has the most of them. Cancel-safe.
     pub async fn room(&self) {
         loop {
             let freed = self.shared.freed.notified();
@@ -149,8 +148,8 @@ impl Gate {
         }
     }
 
-    /// Counts a connection that was accepted, as a pending one. A limit that is reached is made room for by connections
-    /// that have shown nothing for [`GRACE`]; where there are none the new one is refused.
+    /// Counts an accepted connection as pending. At a limit, this evicts a pending connection older than [`GRACE`]; without
+    /// such a connection it refuses the new one.
     pub fn enter(&self, origin: Origin) -> Result<Permit, Refused> {
         let Limits { total, per_origin, .. } = self.shared.limits;
         let grace = self.shared.grace;
@@ -192,8 +191,8 @@ impl Gate {
 }
 
 impl State {
-    /// Tells the oldest pending connection to close: of `origin`, or else of the origin that has the most of them. Its
-    /// place is free at once. Fails with the time at which there will be one that is old enough.
+    /// Tells the oldest pending connection to close, from `origin` or else from the origin that has the most of them, and frees
+    /// its place at once. Fails with the time at which a connection will be old enough.
     fn evict_one(&mut self, origin: Option<Origin>, grace: Duration, now: Instant) -> Result<(), Instant> {
         let heaviest = || {
             let origins = self.origins.iter().filter(|(_, count)| count.pending > 0);
@@ -242,7 +241,7 @@ struct Place {
 }
 
 impl Permit {
-    /// Notes that a request of the connection is served: it is not closed for the sake of others.
+    /// Marks the connection as serving a request: the gate no longer evicts it.
     pub fn set_busy(&self) {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         if !std::mem::replace(&mut place.is_pending, false) {
@@ -250,7 +249,7 @@ impl Permit {
         }
         let mut state = self.gate.lock();
         if state.pending.remove(&place.id).is_none() {
-            // It was evicted a moment ago; its connection is about to hear of it.
+            // The gate evicted this connection a moment ago; `evicted` returns next.
             place.is_pending = true;
             return;
         }
@@ -261,7 +260,7 @@ impl Permit {
         self.gate.shared.freed.notify_one();
     }
 
-    /// Notes that the connection waits for its next request: it is pending again.
+    /// Marks the connection as pending again, until its next request.
     pub fn set_idle(&self) {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut place.is_pending, true) {

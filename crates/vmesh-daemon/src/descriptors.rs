@@ -1,11 +1,11 @@
-//! File descriptors: how many this process may have, and how many of them connections may take.
+//! The limit of file descriptors of this process, and the share of it that connections may use.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Descriptors that no connection of a client may take: for the daemon's own files, its state, its registries, its
 /// children and its other sockets.
 pub const RESERVED: usize = 256;
-/// What a process is taken to have that has no limit. A number that no host of ours reaches by connections.
+/// Stands for "no limit". No host reaches this number of connections.
 const UNLIMITED: u64 = 1 << 20;
 
 /// Raises the soft limit of open files to the hard one, and returns the limit that holds then. The soft limit of most
@@ -18,8 +18,7 @@ pub fn raise_limit() -> usize {
     usize::try_from(getrlimit(Resource::Nofile).current.unwrap_or(UNLIMITED)).unwrap_or(usize::MAX)
 }
 
-/// How many descriptors of `limit` connections may take. At least half are left to them where the limit is so small that
-/// the reserve would take more.
+/// Returns the number of descriptors that connections may use under `limit`. Connections get at least half of a small limit.
 pub fn for_connections(limit: usize) -> usize {
     limit.saturating_sub(RESERVED.min(limit / 2))
 }

@@ -1,8 +1,8 @@
 //! An HTTP/1.1 server for a daemon's own API that no client can exhaust.
 //!
-//! A connection has to send the head of a request, its body and the next request in time, and has to take the answer in
-//! time. It is closed when it is old. [`Gate`] bounds how many there are. An answer that is a stream is made as fast as the
-//! client takes it, so that it costs no more than one piece.
+//! Every phase of a connection has a time-out: request head, request body, idle time, response write, and total age. [`Gate`]
+//! limits the number of connections. A streamed response body is polled only as fast as the client reads, so a slow client
+//! costs one chunk of memory.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -32,20 +32,20 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use crate::Stop;
 use crate::connections::{Gate, Limits, Origin, Permit};
 
-/// What an operator, a dashboard and a metrics scraper need, several times over.
+/// Several times what an operator, a dashboard and a metrics scraper need together.
 pub const LIMITS: Limits = Limits { total: 64, per_origin: 64, pending: 48 };
 
 /// A client has so long to send the head of a request, the first one and each that follows.
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
 /// A client has so long to send the body of a request.
 const BODY_WITHIN: Duration = Duration::from_secs(10);
-/// Nothing that is asked of a daemon is longer.
+/// The longest request of the APIs has a few hundred bytes.
 const BODY_MAX: usize = 64 << 10;
-/// A client that takes nothing of an answer for so long is given up.
+/// The server closes a connection whose client reads nothing of a response for this long.
 const TAKES_WITHIN: Duration = Duration::from_secs(10);
-/// A connection ends with the answer that is under way when it is so old.
+/// After this age a connection finishes its current response and closes.
 const AGE_MAX: Duration = Duration::from_secs(60);
-/// The answer that is under way then may take so long.
+/// Limit for that last response.
 const LAST_ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 /// Accepts connections: a TCP or a Unix listener.
@@ -118,7 +118,7 @@ impl Hosts {
     }
 }
 
-/// The hosts that the target and the `Host` of a request name. `None`: one of them is none.
+/// Returns the hosts named by the request target and by `Host`. `None` if one of them does not parse.
 fn named_hosts(uri: &Uri, headers: &HeaderMap) -> Option<Vec<Authority>> {
     let mut named: Vec<Authority> = uri.authority().cloned().into_iter().collect();
     let mut hosts = headers.get_all(HOST).iter();
@@ -244,7 +244,7 @@ fn failure(status: StatusCode, why: &str) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(format!("{{\"error\":\"{quoted}\"}}"))));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    // What is left of the request is not read.
+    // The server does not read the rest of the request.
     response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
     response
 }

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 
 use tokio::net::{TcpListener, TcpSocket};
 
-/// How many connections the kernel keeps until they are accepted. A fleet that comes back at once is larger than the 128
-/// of most libraries; the kernel takes at most `net.core.somaxconn`, which is 4,096 by default.
+/// Length of the accept queue. A reconnecting fleet overflows the 128 that most libraries ask for; the kernel caps the value at
+/// `net.core.somaxconn`, 4,096 by default.
 pub const BACKLOG: u32 = 4096;
 
 /// Listens at `address`. Must be called within the runtime that accepts.

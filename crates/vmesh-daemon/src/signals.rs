@@ -1,4 +1,4 @@
-//! The signals that end a daemon, and those that do not.
+//! Signals: SIGTERM and SIGINT stop a daemon, the others must not kill it.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -45,7 +45,7 @@ pub const SIGUSR1: NamedSignal = (SignalKind::user_defined1(), "SIGUSR1");
 pub const SIGUSR2: NamedSignal = (SignalKind::user_defined2(), "SIGUSR2");
 
 /// Waits for `signals` for as long as it is polled, and says that they change nothing: scripts send them to whatever writes
-/// a log. The handlers are in place when this returns, and stay when it is dropped.
+/// a log. This function installs the handlers before it returns; they stay installed when the future is dropped.
 pub fn ignored(
     signals: &[NamedSignal],
     why: &'static str,

@@ -13,7 +13,6 @@ pub fn escaped(text: &str, max: usize) -> String {
     for c in text.chars() {
         let before = escaped.len();
         if is_unsafe(c) {
-            // A `String` takes whatever is written to it.
             _ = write!(escaped, "{}", c.escape_default());
         } else {
             escaped.push(c);
@@ -27,7 +26,7 @@ pub fn escaped(text: &str, max: usize) -> String {
     escaped
 }
 
-/// Whether `c` does something else than to be shown.
+/// Reports whether `c` controls a terminal or the direction of text instead of being a glyph.
 pub fn is_unsafe(c: char) -> bool {
     c.is_control()
         || matches!(

@@ -230,6 +230,7 @@ impl Relay {
 
     pub fn on_connected(&mut self) {
         self.take_back();
+        self.has_recovered = false;
         self.upstream.on_connected();
     }
 

@@ -133,6 +133,26 @@ async fn what_envoy_rejects_goes_up_in_its_own_words_and_the_last_good_configura
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_somebody_else_had_is_served_when_it_is_free() {
+    let place = Place::new();
+    let app = app(&place, "one", 8081);
+    let taken = std::net::TcpListener::bind(place.upstream()).unwrap();
+    let (control, address) = control_plane(&place, 15010, &app).await;
+    let mut agent = Agent::start(&place, &[address]);
+    let mut seen = control.seen.clone();
+    seen.wait_for(|seen| matches!(seen.status.state, State::Rejected { .. })).await.unwrap();
+    let State::Rejected { reason } = seen.borrow().status.state.clone() else { panic!() };
+    assert!(reason.contains("Address already in use"), "{reason}");
+    drop(taken);
+    let load = load(&place);
+    served(&load, "one").await;
+    // What was told as refused is told as taken, which needs a new stream.
+    let synced = seen.wait_for(|seen| seen.status.state == State::Synced);
+    tokio::time::timeout(SOON, synced).await.unwrap().unwrap();
+    agent.status("the listener to be kept", saved).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_starts_without_a_control_plane_serves_the_last_good_configuration_within_two_seconds() {
     let place = Place::new();
     let app = app(&place, "one", 8081);

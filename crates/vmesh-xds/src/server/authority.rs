@@ -4,10 +4,10 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// A connection over a Unix socket, whose client may name the socket's path as the `:authority` of its requests, as
-/// gRPC's C core does (`run%2Fvmesh%2Fxds.sock`). No URI has a `%` there, and the `h2` crate resets such a stream. Nothing
-/// here goes by the authority, so each byte of it that no host has is read as `-`.
+/// gRPC's C core does (`run%2Fvmesh%2Fxds.sock`). No URI has a `%` there, and the `h2` crate resets such a stream. The server
+/// ignores the authority, so this adapter replaces each byte of it that is invalid in a host by `-`.
 ///
-/// The value is changed where it stands and keeps its length, so that the tables of HPACK at both ends stay the same.
+/// The replacement happens in place and keeps the length, so the HPACK tables of both ends stay in step.
 /// Huffman-coded values pass unchanged: the C core codes none of them.
 pub struct AnyAuthority<I> {
     io: I,
@@ -61,7 +61,7 @@ enum Field {
 
 #[derive(Clone, Copy)]
 enum Number {
-    /// A field from a table, or the new size of one.
+    /// An indexed field or a table size update.
     Whole,
     /// The name of a field whose value follows.
     Name,
@@ -137,7 +137,7 @@ impl Field {
                 Field::number(of, *byte, bits)
             }
             Field::Number { of, value, shift } => {
-                // What is too large for any field of ours may be anything: the `h2` crate refuses it.
+                // An overflowing number may decode to any value here: the `h2` crate rejects the block.
                 let more = u32::from(*byte & 0x7f).checked_shl(shift).unwrap_or(0);
                 let value = value.saturating_add(more);
                 match *byte & 0x80 {
@@ -245,7 +245,7 @@ mod tests {
         [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frames.concat()].concat()
     }
 
-    /// Whatever the pieces in which it is read, the same comes out.
+    /// Scans `bytes` whole and byte by byte, and checks that both results are equal.
     fn passed(bytes: &[u8]) -> Vec<u8> {
         let whole = {
             let (mut scanner, mut bytes) = (Scanner::default(), bytes.to_vec());
@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn only_the_authority_is_changed_and_only_what_no_host_has() {
         let (path, host) = (b"run%2Fvmesh%2Fxds.sock", b"run-2Fvmesh-2Fxds.sock");
-        // With and without a place in the table.
+        // Literals with incremental indexing, without indexing, and never indexed.
         for mark in [0x41, 0x01, 0x11] {
             let settings = frame(4, 0, b"%%%%%%");
             let data = frame(0, 0, b"\x41\x03a%b");

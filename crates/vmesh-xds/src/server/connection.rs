@@ -5,8 +5,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use vmesh_daemon::connections::Permit;
 
-/// What the admitted streams of one connection make of it. A connection without one is of no use to anybody, and is
-/// closed after a while.
+/// Counts the admitted streams of one connection. The server closes a connection that has had none for a while.
 pub(super) struct ConnectionUse {
     permit: Option<Permit>,
     admitted: AtomicUsize,

@@ -45,7 +45,7 @@ impl Listener for UnixListener {
     }
 }
 
-/// How many connections a listener keeps, and for how long.
+/// Limits for the number and the age of connections.
 #[derive(Clone)]
 pub struct Bounded {
     pub gate: Gate,
@@ -54,11 +54,11 @@ pub struct Bounded {
     pub max_age: Option<Duration>,
 }
 
-/// As many as fit into the descriptors of most systems.
+/// Fits into the 1,024 descriptors that most systems allow.
 const LIMITS: Limits = Limits { total: 768, per_origin: 768, pending: 256 };
 /// A client has so long to send its first request, HTTP/2's preface included.
 const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(10);
-/// gRPC keeps a connection when its last stream has ended: it may have use for it again.
+/// gRPC clients keep a connection after its last stream ended and may open another stream on it.
 const UNUSED_FOR: Duration = Duration::from_secs(60);
 /// Streams end so long after their client was told (GOAWAY) to open no more of them,
 const STREAMS_END_AFTER: Duration = Duration::from_secs(1);
