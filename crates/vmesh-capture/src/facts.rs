@@ -15,7 +15,7 @@ use crate::host::{Cgroup, Host, Memory, Never, Number};
 use crate::programs;
 use crate::sockets::{self, Socket};
 use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
-use crate::units::{self, CgroupPath, MAX_UNITS};
+use crate::units::{self, CgroupPath, MAX_UNITS, UnitPlaces};
 
 /// A directory server that does not answer must not keep rules from being applied, nor the dead-man from being held off.
 pub const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
@@ -86,12 +86,30 @@ impl Places {
         let groups = out.include.groups.iter().chain(&out.exclude.groups).chain(out.dial.groups.keys());
         let units = out.include.units.iter().chain(&out.exclude.units).chain(out.dial.units.keys());
         let wanted: BTreeSet<&Unit> = units.chain(&own.slices).collect();
-        let (users, groups, ssh, mut units) = tokio::join!(
+        let (users, groups, ssh, (mut units, parents)) = tokio::join!(
             self.look_up("passwd", users, &memory.users),
             self.look_up("group", groups, &memory.groups),
             self.ssh_ports(&memory.ssh),
             self.units(&wanted, &memory.units),
         );
+        let left_out = out.exclude.units.iter().chain(out.dial.units.keys());
+        let parents: Vec<_> = left_out.filter_map(|unit| parents.get(unit)).collect();
+        let mut nurseries = match &self.cgroup {
+            Some(root) => units::nurseries(root, parents),
+            None => Vec::new(),
+        };
+        if !nurseries.is_empty() {
+            // A unit that starts meanwhile must not be taken for one that is not left out: what was listed is older than this answer.
+            (units, _) = self.units(&wanted, &memory.units).await;
+            let is_left_out = |unit: &str| {
+                out.exclude.units.iter().chain(out.dial.units.keys()).any(|left| left.as_str() == unit)
+            };
+            for nursery in &mut nurseries {
+                nursery.children.retain(|child| {
+                    !is_left_out(child.path.name()) || units.values().any(|unit| unit == child)
+                });
+            }
+        }
         let mut slices = BTreeSet::new();
         for slice in &own.slices {
             slices.extend(units.get(slice).cloned());
@@ -101,6 +119,7 @@ impl Places {
             users,
             groups,
             units,
+            nurseries,
             ipv6: self.net.join("net/if_inet6").exists(),
             never: Never {
                 users: own.users.clone(),
@@ -151,24 +170,27 @@ impl Places {
         found
     }
 
-    /// The control groups that these units have now, as systemd says. Where it gives no answer, those in `before` that are there still.
+    /// The control groups that these units have now, and those in which they get one, as systemd says. Where it gives no answer, those in `before` that are there still.
     async fn units(
         &self,
         wanted: &BTreeSet<&Unit>,
         before: &BTreeMap<Unit, CgroupPath>,
-    ) -> BTreeMap<Unit, Cgroup> {
-        let (Some(root), false) = (&self.cgroup, wanted.is_empty()) else { return BTreeMap::new() };
+    ) -> (BTreeMap<Unit, Cgroup>, BTreeMap<Unit, Option<CgroupPath>>) {
+        let (Some(root), false) = (&self.cgroup, wanted.is_empty()) else { return Default::default() };
         // The spec has no more, see `Spec::limits`; the slices of vmesh are few.
         let wanted: BTreeSet<&Unit> = wanted.iter().copied().take(2 * MAX_UNITS).collect();
-        let paths = match said(&self.systemctl, &units::question(&wanted)).await {
+        let UnitPlaces { running, parents } = match said(&self.systemctl, &units::question(&wanted)).await {
             Some(Said { found: true, text }) => units::answer(&text, &wanted),
             Some(Said { found: false, .. }) | None => {
                 let known = before.iter().filter(|(unit, _)| wanted.contains(unit));
-                known.map(|(unit, path)| (unit.clone(), path.clone())).collect()
+                let running: BTreeMap<_, _> =
+                    known.map(|(unit, path)| (unit.clone(), path.clone())).collect();
+                let parents = running.iter().map(|(unit, path)| (unit.clone(), path.parent())).collect();
+                UnitPlaces { running, parents }
             }
         };
         let there = |(unit, path): (Unit, CgroupPath)| Some((unit, units::cgroup(root, &path)?));
-        paths.into_iter().filter_map(there).collect()
+        (running.into_iter().filter_map(there).collect(), parents)
     }
 
     /// The ports on which something that takes SSH listens, those of its open sessions, those of its configuration, and those that

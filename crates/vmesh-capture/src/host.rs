@@ -16,6 +16,8 @@ pub struct Host {
     pub groups: BTreeMap<String, Number>,
     /// The control groups of the units that have one now.
     pub units: BTreeMap<Unit, Cgroup>,
+    /// Where units get their control groups that are left out or have a share: nobody is captured who has just begun there.
+    pub nurseries: Vec<Nursery>,
     /// Where there is no IPv6, nothing is asked of ip6tables.
     pub ipv6: bool,
     pub never: Never,
@@ -61,6 +63,15 @@ pub struct Never {
     pub control_planes: BTreeSet<SocketAddr>,
 }
 
+/// A control group in which units are started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nursery {
+    /// `None` for the root of the hierarchy.
+    pub parent: Option<Cgroup>,
+    /// What is in it now, and known.
+    pub children: BTreeSet<Cgroup>,
+}
+
 /// A control group of version 2.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cgroup {
@@ -84,10 +95,11 @@ impl Memory {
         self.ssh.clone_from(&host.never.ssh);
         let units = host.units.iter().map(|(unit, cgroup)| (unit.clone(), cgroup.path.clone()));
         self.units.extend(units);
-        let slices = host.never.slices.iter().filter_map(|slice| {
-            let (_, name) = slice.path.as_str().rsplit_once('/').unwrap_or(("", slice.path.as_str()));
-            Some((name.parse().ok()?, slice.path.clone()))
-        });
+        let slices = host
+            .never
+            .slices
+            .iter()
+            .filter_map(|slice| Some((slice.path.name().parse().ok()?, slice.path.clone())));
         self.units.extend(slices);
         bound(&mut self.users);
         bound(&mut self.groups);

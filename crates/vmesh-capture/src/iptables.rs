@@ -183,7 +183,13 @@ impl Wanted {
                 for (number, text) in texts.into_iter().enumerate() {
                     let rule_name =
                         if several { format!("{}#{number}", rule.name) } else { rule.name.clone() };
-                    rules.push((Label::of(&rule_name, &format!("{text}{}", rule.identity())), text));
+                    rules.push((
+                        Label::of(
+                            &rule_name,
+                            &format!("{text}{}{}", rule.identity(), rule.identity_of_sets()),
+                        ),
+                        text,
+                    ));
                 }
             }
             if let Some(base) = base {
@@ -303,6 +309,9 @@ fn ways(condition: &Match, v4: bool, seconds: u32) -> Vec<String> {
             groups.iter().map(|group| format!(" -m owner --gid-owner {group}")).collect()
         }
         Match::Cgroup(group) => vec![format!(" -m cgroup --path {}", group.path)],
+        Match::AnyCgroup(groups) => {
+            groups.iter().map(|group| format!(" -m cgroup --path {}", group.path)).collect()
+        }
         Match::OutInterfaces(names) => names.iter().map(|name| format!(" -o {name}")).collect(),
         Match::InInterfaces(names) => names.iter().map(|name| format!(" -i {name}")).collect(),
         Match::Destinations(cidrs) | Match::Sources(cidrs) => {

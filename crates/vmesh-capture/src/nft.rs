@@ -58,6 +58,8 @@ enum Elements {
     Users(BTreeSet<u32>),
     Groups(BTreeSet<u32>),
     Interfaces(BTreeSet<String>),
+    /// By path. The kernel has their numbers: one that is gone, or was made anew, is listed as something else than its path.
+    Cgroups(BTreeSet<String>),
     Alive,
     /// Of a type that we have no use for.
     Unknown,
@@ -291,6 +293,11 @@ fn table_rule(
             Match::Cgroup(Cgroup { path, .. }) => {
                 format!("socket cgroupv2 level {} \"{path}\"", path.level())
             }
+            Match::AnyCgroup(groups) => {
+                let level = groups.first().map_or(1, |group| group.path.level());
+                let paths = groups.iter().map(|group| group.path.to_string()).collect();
+                format!("socket cgroupv2 level {level} {}", set(Elements::Cgroups(paths)))
+            }
             Match::OutInterfaces(names) => format!("oifname {}", set(Elements::Interfaces(names.clone()))),
             Match::InInterfaces(names) => format!("iifname {}", set(Elements::Interfaces(names.clone()))),
             Match::Destinations(cidrs) => format!("{ip} daddr {}", set(of_family(cidrs, v4))),
@@ -339,6 +346,7 @@ impl Elements {
             (Elements::Users(_), _) => "type uid",
             (Elements::Groups(_), _) => "type gid",
             (Elements::Interfaces(_), _) => "type ifname",
+            (Elements::Cgroups(_), _) => "type cgroupsv2",
             (Elements::Alive | Elements::Unknown, _) => "type inet_proto\n\t\tflags timeout",
         }
     }
@@ -351,7 +359,9 @@ impl Elements {
             Elements::Cidrs(cidrs) => cidrs.iter().map(ToString::to_string).collect(),
             Elements::Ports(ports) => ports.iter().map(ToString::to_string).collect(),
             Elements::Users(ids) | Elements::Groups(ids) => ids.iter().map(ToString::to_string).collect(),
-            Elements::Interfaces(names) => names.iter().map(|name| format!("\"{name}\"")).collect(),
+            Elements::Cgroups(names) | Elements::Interfaces(names) => {
+                names.iter().map(|name| format!("\"{name}\"")).collect()
+            }
             Elements::Alive | Elements::Unknown => Vec::new(),
         }
     }
@@ -380,7 +390,16 @@ impl Elements {
 /// The commands that make the set what it is to be.
 fn elements(name: &str, wanted: &Elements, now: &Elements, v4: bool) -> (String, Option<Change>) {
     let mut text = String::new();
-    if let (Some(to), Some(from)) = (wanted.cover(), now.cover()) {
+    if let (Elements::Cgroups(to), Elements::Cgroups(from)) = (wanted, now) {
+        if to == from {
+            return (text, None);
+        }
+        // One that is gone has no name by which it could be deleted.
+        _ = writeln!(text, "flush set {TABLE} {name}");
+        if !to.is_empty() {
+            _ = writeln!(text, "add element {TABLE} {name} {{ {} }}", wanted.list().join(", "));
+        }
+    } else if let (Some(to), Some(from)) = (wanted.cover(), now.cover()) {
         if to == from {
             return (text, None);
         }
@@ -499,9 +518,15 @@ fn parse_set(set: &Value) -> Option<Elements> {
             .map(|name| name.as_str().map(str::to_owned))
             .collect::<Option<_>>()
             .map(Elements::Interfaces),
+        "cgroupsv2" => Some(Elements::Cgroups(elements.map(listed).collect())),
         "inet_proto" => Some(Elements::Alive),
         _ => None,
     }
+}
+
+/// A control group as nft lists it: its path, or what it says of one that is gone.
+fn listed(element: &Value) -> String {
+    element.as_str().map_or_else(|| element.to_string(), str::to_owned)
 }
 
 fn pair(element: &Value) -> Option<SocketAddr> {

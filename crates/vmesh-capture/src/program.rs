@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use crate::host::{Cgroup, Host, Number};
+use crate::host::{Cgroup, Host, Number, Nursery};
 use crate::spec::{
     Account, Cidr, DeadMan, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent, Ports, Seconds,
     Selection, Spec, Unit,
@@ -165,6 +165,17 @@ pub(crate) struct Rule {
 }
 
 impl Rule {
+    /// The numbers of control groups in sets, for who spells sets out: they are no part of [`Rule::identity`].
+    pub(crate) fn identity_of_sets(&self) -> String {
+        let ids = self.when.iter().filter_map(|condition| match condition {
+            Match::AnyCgroup(groups) => {
+                Some(groups.iter().map(|group| format!(" {}", group.id)).collect::<String>())
+            }
+            _ => None,
+        });
+        ids.collect()
+    }
+
     /// What the text of the rule does not say and the kernel goes by.
     pub(crate) fn identity(&self) -> String {
         let ids = self.when.iter().filter_map(|condition| match condition {
@@ -187,6 +198,8 @@ pub(crate) enum Match {
     Groups(BTreeSet<u32>),
     /// One control group and those below it.
     Cgroup(Cgroup),
+    /// Any of these, which are all at one level.
+    AnyCgroup(BTreeSet<Cgroup>),
     OutInterfaces(BTreeSet<String>),
     InInterfaces(BTreeSet<String>),
     Destinations(BTreeSet<Cidr>),
@@ -414,6 +427,7 @@ impl Build<'_> {
             self.chains.extend(chains);
             return;
         }
+        let mut captured = self.leave_out_newcomers(captured, &mut chains);
         captured.rule("loopback", [Match::OutLoopback], Verdict::Return);
         captured.rule("this_host", [Match::ToThisHost], Verdict::Return);
         captured.rule("link_local", [Match::Destinations(LINK_LOCAL.into())], Verdict::Return);
@@ -455,6 +469,38 @@ impl Build<'_> {
             chains.push(self.destinations(share));
         }
         self.chains.extend(chains);
+    }
+
+    /// Lets go past Envoy what calls from a control group that is not known yet, where a unit that is left out or has a share may
+    /// start: a unit's first connection comes before anybody can make a rule for its new control group. Virtual addresses are
+    /// captured before. Returns the chain that goes on.
+    fn leave_out_newcomers(&self, mut captured: Chain, chains: &mut Vec<Chain>) -> Chain {
+        if self.host.nurseries.is_empty() {
+            return captured;
+        }
+        let known = Chain { name: "captured_known".to_owned(), hook: None, rules: Vec::new() };
+        let mut nurseries = Vec::new();
+        let mut has_root = false;
+        for (number, Nursery { parent, children }) in self.host.nurseries.iter().enumerate() {
+            let mut nursery = Chain { name: format!("begun_{number}"), hook: None, rules: Vec::new() };
+            if !children.is_empty() {
+                nursery.rule(
+                    "known",
+                    [Match::AnyCgroup(children.clone())],
+                    Verdict::Goto(known.name.clone()),
+                );
+            }
+            let when: Vec<Match> = parent.iter().cloned().map(Match::Cgroup).collect();
+            has_root |= when.is_empty();
+            captured.rule(format!("begun_{number}"), when, Verdict::Goto(nursery.name.clone()));
+            nurseries.push(nursery);
+        }
+        if !has_root {
+            captured.rule("known", [], Verdict::Goto(known.name.clone()));
+        }
+        chains.push(captured);
+        chains.extend(nurseries);
+        known
     }
 
     /// The redirects, for callers of whose connections at most `share` is captured.

@@ -500,8 +500,9 @@ impl FromStr for Account {
 
 /// A systemd unit that has a control group: a slice, a service or a scope.
 ///
-/// Rules know a control group by a number that it loses when its unit stops, so a service that is started again is not
-/// known until the rules are made again. A slice that always has something in it keeps its number.
+/// Rules know a control group by a number that it loses when its unit stops. So where a unit is left out, or has a share, connections
+/// to real addresses go past Envoy that come from a control group beside the unit's which the rules do not know yet: see
+/// [`crate::host::Nursery`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Unit(String);
 

@@ -12,7 +12,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use crate::host::Cgroup;
+use crate::host::{Cgroup, Nursery};
 use crate::spec::Unit;
 
 /// More units than this in one spec are refused: each costs rules, and an answer of systemd's.
@@ -32,6 +32,16 @@ pub struct CgroupPath(String);
 impl CgroupPath {
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The control group above; `None` where that is the root.
+    pub fn parent(&self) -> Option<CgroupPath> {
+        self.0.rsplit_once('/').map(|(parent, _)| CgroupPath(parent.to_owned()))
+    }
+
+    /// The name of the folder itself, which is a unit's.
+    pub fn name(&self) -> &str {
+        self.0.rsplit_once('/').map_or(&*self.0, |(_, name)| name)
     }
 
     /// How many folders deep it is; nftables calls this the level.
@@ -81,23 +91,90 @@ impl<'de> Deserialize<'de> for CgroupPath {
 
 /// The arguments of `systemctl` that ask for the control groups of `units`.
 pub(crate) fn question<'a>(units: &BTreeSet<&'a Unit>) -> Vec<&'a str> {
-    let mut arguments = vec!["--system", "--no-pager", "show", "--property=Names,ControlGroup", "--"];
+    let mut arguments = vec!["--system", "--no-pager", "show", "--property=Names,ControlGroup,Slice", "--"];
     arguments.extend(units.iter().map(|unit| unit.as_str()));
     arguments
 }
 
+/// Where systemd has a unit, or will have it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct UnitPlaces {
+    /// The control groups of the units that run.
+    pub(crate) running: BTreeMap<Unit, CgroupPath>,
+    /// The control groups in which units get theirs; `None` is the root.
+    pub(crate) parents: BTreeMap<Unit, Option<CgroupPath>>,
+}
+
 /// Reads what `systemctl` answers: a paragraph for each unit. A unit that does not run has no control group.
-pub(crate) fn answer(text: &str, wanted: &BTreeSet<&Unit>) -> BTreeMap<Unit, CgroupPath> {
-    let mut found = BTreeMap::new();
+pub(crate) fn answer(text: &str, wanted: &BTreeSet<&Unit>) -> UnitPlaces {
+    let mut found = UnitPlaces::default();
     for paragraph in text.split("\n\n") {
         let value = |key: &str| paragraph.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         let group = value("ControlGroup").and_then(|path| path.strip_prefix('/')?.parse::<CgroupPath>().ok());
-        let (Some(names), Some(group)) = (value("Names"), group) else { continue };
+        let Some(names) = value("Names") else { continue };
         for unit in wanted.iter().filter(|unit| names.split(' ').any(|name| name == unit.as_str())) {
-            found.entry((**unit).clone()).or_insert_with(|| group.clone());
+            // systemd knows no slice of a unit that has no file yet.
+            let slice = value("Slice").filter(|slice| !slice.is_empty()).unwrap_or("system.slice");
+            let parent = match &group {
+                Some(group) => group.parent(),
+                None => slice_path(slice),
+            };
+            found.parents.entry((**unit).clone()).or_insert(parent);
+            if let Some(group) = &group {
+                found.running.entry((**unit).clone()).or_insert_with(|| group.clone());
+            }
         }
     }
     found
+}
+
+/// The control group of a slice: `a-b.slice` is in `a.slice`, and `-.slice` is the root. See systemd.slice(5).
+fn slice_path(slice: &str) -> Option<CgroupPath> {
+    let name = slice.strip_suffix(".slice")?;
+    let ends = name.match_indices('-').map(|(at, _)| at).chain([name.len()]);
+    let folders: Vec<String> =
+        ends.map(|end| format!("{}.slice", name.get(..end).unwrap_or_default())).collect();
+    folders.join("/").parse().ok().filter(|_| name != "-")
+}
+
+/// Folders of one control group that are looked at: a host has a few hundred.
+const MAX_CHILDREN: usize = 4096;
+
+/// Lists the control groups in which the units of `parents` get theirs when they start, with what is in these now. For a parent that
+/// is not there yet, the nearest above it that is there stands. The deepest come first.
+pub(crate) fn nurseries<'a>(
+    root: &Path,
+    parents: impl IntoIterator<Item = &'a Option<CgroupPath>>,
+) -> Vec<Nursery> {
+    let mut there: BTreeSet<Option<CgroupPath>> = BTreeSet::new();
+    for parent in parents {
+        let mut parent = parent.clone();
+        while let Some(path) = parent.clone().filter(|path| cgroup(root, path).is_none()) {
+            parent = path.parent();
+        }
+        there.insert(parent);
+    }
+    let mut nurseries: Vec<Nursery> = there
+        .into_iter()
+        .filter_map(|path| {
+            let parent = match &path {
+                Some(path) => Some(cgroup(root, path)?),
+                None => None,
+            };
+            let dir = path.as_ref().map_or_else(|| root.to_owned(), |path| root.join(path.as_str()));
+            let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
+            let names = names.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            let children = names.take(MAX_CHILDREN).filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let whole = path.as_ref().map_or_else(|| name.clone(), |path| format!("{path}/{name}"));
+                cgroup(root, &whole.parse().ok()?)
+            });
+            Some(Nursery { parent, children: children.collect() })
+        })
+        .collect();
+    let level = |nursery: &Nursery| nursery.parent.as_ref().map_or(0, |parent| parent.path.level());
+    nurseries.sort_by_key(|nursery| std::cmp::Reverse(level(nursery)));
+    nurseries
 }
 
 /// The control group at `path` below the mount `root`, if it is there now.
@@ -158,14 +235,29 @@ mod tests {
         let wanted = units(&["app.service", "alias.service", "off.service", "bad.service"]);
         let text = "Names=app.service\nControlGroup=/system.slice/app.service\n\n\
             ControlGroup=/system.slice/real.service\nNames=real.service alias.service\n\n\
-            Names=off.service\nControlGroup=\n\nNames=bad.service\nControlGroup=/system.slice/x\" return #/bad.service\n\n\
+            Names=off.service\nControlGroup=\nSlice=a-b.slice\n\nNames=bad.service\nControlGroup=/system.slice/x\" return #/bad.service\n\n\
             Names=other.service\nControlGroup=/system.slice/other.service\n";
         let found = answer(text, &wanted.iter().collect());
-        let found: Vec<String> = found.iter().map(|(unit, path)| format!("{unit} {path}")).collect();
+        let running: Vec<String> =
+            found.running.iter().map(|(unit, path)| format!("{unit} {path}")).collect();
         assert_eq!(
-            found,
+            running,
             ["alias.service system.slice/real.service", "app.service system.slice/app.service"]
         );
-        assert_eq!(answer("", &wanted.iter().collect()), BTreeMap::new());
+        let shown =
+            |path: &Option<CgroupPath>| path.as_ref().map_or("the root".to_owned(), ToString::to_string);
+        let parents: Vec<String> =
+            found.parents.iter().map(|(unit, path)| format!("{unit} in {}", shown(path))).collect();
+        assert_eq!(
+            parents,
+            [
+                "alias.service in system.slice",
+                "app.service in system.slice",
+                "bad.service in system.slice",
+                "off.service in a.slice/a-b.slice",
+            ]
+        );
+        assert_eq!(answer("", &wanted.iter().collect()), UnitPlaces::default());
+        assert_eq!(slice_path("-.slice"), None);
     }
 }

@@ -14,7 +14,7 @@ use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
 use vmesh_capture::confirm::{Commit, Proposed, is_routine, leaving, without_what_is_not_wanted};
 use vmesh_capture::facts::{Own, Places, Session};
 use vmesh_capture::foreign::{self, Ruleset};
-use vmesh_capture::host::{Host, Memory};
+use vmesh_capture::host::{Host, Memory, Nursery};
 use vmesh_capture::spec::{Inward, Outward, Spec, Unit};
 use vmesh_capture::{Directions, Plan, Program, Stage};
 use vmesh_daemon::report::one_line;
@@ -97,6 +97,8 @@ pub struct Links {
     pub beats: watch::Receiver<Heartbeat>,
     pub orders: watch::Sender<Option<Order>>,
     pub board: watch::Sender<Board>,
+    /// The control groups in which units start that are left out or have a share.
+    pub nurseries: watch::Sender<BTreeSet<PathBuf>>,
 }
 
 pub struct Keeper {
@@ -211,6 +213,7 @@ impl Keeper {
         mut asked: mpsc::Receiver<Question>,
         mut changed: mpsc::Receiver<Changed>,
         mut failed: mpsc::Receiver<String>,
+        mut begun: mpsc::Receiver<()>,
         mut again: watch::Receiver<bool>,
         mut stop: Stop,
     ) {
@@ -252,6 +255,13 @@ impl Keeper {
                             true => self.look_soon = true,
                             false => self.mend().await,
                         }
+                    }
+                }
+                Some(()) = begun.recv() => {
+                    sleep(SETTLES).await;
+                    _ = begun.try_recv();
+                    if !self.wanted().0.is_off() {
+                        self.bring().await;
                     }
                 }
                 Some(why) = failed.recv() => {
@@ -542,6 +552,13 @@ impl Keeper {
     async fn host(&mut self) -> Host {
         let (spec, _) = self.wanted();
         let host = host(&self.options, &spec, &self.known, &self.memory).await;
+        let root = self.options.places.cgroup.clone().unwrap_or_default();
+        let dir = |nursery: &Nursery| match &nursery.parent {
+            Some(parent) => root.join(parent.path.as_str()),
+            None => root.clone(),
+        };
+        let dirs: BTreeSet<PathBuf> = host.nurseries.iter().map(dir).collect();
+        self.links.nurseries.send_if_modified(|known| std::mem::replace(known, dirs.clone()) != dirs);
         self.host = Some(host.clone());
         let before = self.memory.clone();
         self.memory.learn(&host);
@@ -656,7 +673,15 @@ impl Keeper {
         }
         self.awaits_agent = None;
         self.looked = Some(Instant::now());
-        match self.try_bring(host).await {
+        let has_units = !host.nurseries.is_empty();
+        let mut brought = self.try_bring(host).await;
+        if brought.is_err() && has_units {
+            // A unit may have stopped since its control group was read: once more, with what is there now.
+            self.forget_rules();
+            let host = self.host().await;
+            brought = self.try_bring(host).await;
+        }
+        match brought {
             Ok(()) => self.error = None,
             Err(why) => {
                 if self.error.as_ref() != Some(&why) {

@@ -12,6 +12,7 @@
 //! | [`pulse`] | [`pulse::Pulse`]: holds the dead-man off, one for each direction |
 //! | [`board`] | [`board::StatusSource`]: what is answered to whoever asks how things are |
 //! | [`probe`] | whether Envoy takes connections, whether a capture works from end to end |
+//! | [`cgroups`] | that units have started, told by the kernel |
 //! | [`rules`] | who changed the host's rules, told by the kernel |
 //! | [`server`] | the socket: who may ask what |
 //!
@@ -20,6 +21,7 @@
 //! | `keeper` | its own | what is asked, a second's tick, a change of rules | [`board::Board`], [`pulse::Order`] |
 //! | `dead-man` | main | a second's tick, an order, a question whether Envoy is gone | [`pulse::Heartbeat`] |
 //! | `envoy probe` | main | a second's tick, while something is captured | [`probe::Verdicts`] |
+//! | `control groups` | main | the kernel's notices | that units have started, to `keeper` |
 //! | `rules` | main | the kernel's notices | who changed rules |
 //! | `socket` | main | connections | what is asked, to `keeper` and `dead-man` |
 //!
@@ -34,6 +36,7 @@
 //! nothing new, waits for the connections that go through redirects, and leaves the host as it was.
 
 pub mod board;
+pub mod cgroups;
 pub mod client;
 pub mod keeper;
 mod kept;

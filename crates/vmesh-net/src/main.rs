@@ -23,7 +23,7 @@ use vmesh_net::keeper::{Keeper, Links, Options};
 use vmesh_net::probe::{self, Looks, Verdicts};
 use vmesh_net::pulse::{AgentWatch, Heartbeat, Pulse};
 use vmesh_net::server::Answers;
-use vmesh_net::{SOCKET, STATE_DIR, rules, server};
+use vmesh_net::{SOCKET, STATE_DIR, cgroups, rules, server};
 
 /// A keeper that takes longer for one turn hangs, and is replaced by systemd's watchdog; its rules stay.
 const TURNS_WITHIN: Duration = Duration::from_secs(180);
@@ -167,6 +167,8 @@ async fn run(arguments: Arguments) -> After {
     let (changed, changes) = mpsc::channel(1);
     let (fail, failed) = mpsc::channel(1);
     let (again, told_again) = watch::channel(false);
+    let (begin, begun) = mpsc::channel(1);
+    let (nurseries, watched) = watch::channel(Default::default());
     let (orders, ordered) = watch::channel(None);
     let (beats, beating) = watch::channel(Heartbeat::default());
     let (board, published) = watch::channel(Board::default());
@@ -187,6 +189,7 @@ async fn run(arguments: Arguments) -> After {
         beats: beating,
         orders,
         board,
+        nurseries,
     };
     let pulse = Pulse {
         orders: ordered,
@@ -201,13 +204,14 @@ async fn run(arguments: Arguments) -> After {
     let mut tasks = Tasks::new();
     tasks.spawn("envoy probe", probe::watch_envoy(look, users, told));
     tasks.spawn("rules", rules::watch(changed));
+    tasks.spawn("control groups", cgroups::watch(watched, begin));
     tasks.spawn("dead-man", pulse.run());
     tasks.spawn("socket", server::serve(listener, Answers { agent, keeper: ask, looks: ask_look, source }));
     let turned = keeper.turned();
     // The tools that it runs are waited for, one after another and never for ever.
     tasks.spawn("watchdog", systemd::watchdog_while(move || turned.borrow().elapsed() < TURNS_WITHIN));
     tasks.spawn_draining("keeper", |stop| {
-        on_a_thread_of_its_own("keeper", move || keeper.run(asked, changes, failed, told_again, stop))
+        on_a_thread_of_its_own("keeper", move || keeper.run(asked, changes, failed, begun, told_again, stop))
     });
     let code = tokio::select! {
         signal = terminated => {

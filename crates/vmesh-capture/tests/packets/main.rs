@@ -166,6 +166,41 @@ with_every_backend! {
         assert_eq!((group.call(&vm, address), vm.call(address)), ("app".to_owned(), "envoy".to_owned()));
     }
 
+    async fn a_unit_that_is_left_out_is_so_from_its_first_connection(vm: Vm) {
+        let mut vm = vm;
+        let _servers = (vm.app_at_b(8080), vm.outbound_envoy());
+        let group = Group::new();
+        let other = group.child("other.service");
+        let yaml = format!("outbound: {{capture: all, vips: {VIPS:?}, exclude: {{units: [app.service]}}}}");
+        let slice = Cgroup { path: group.slice().parse().unwrap(), id: group.slice_id() };
+        let nursery = |group: &Group| vmesh_capture::host::Nursery {
+            parent: Some(slice.clone()),
+            children: [other.clone(), group.cgroup()].into(),
+        };
+        vm.facts.units.insert("app.service".parse().unwrap(), group.cgroup());
+        vm.facts.nurseries = vec![nursery(&group)];
+        let address = vm.at_b(8080)[0];
+        vm.capture(&yaml).await;
+        assert_eq!(group.call(&vm, address), "app");
+        assert_eq!(group.call_in("other.service", &vm, address), "envoy", "who is not left out");
+        assert_eq!(vm.call(address), "envoy", "who is elsewhere");
+        // Both begin anew, and nobody has seen it yet.
+        group.make_anew();
+        assert_eq!(group.call(&vm, address), "app");
+        assert_eq!(group.call(&vm, vips()[0]), "envoy", "a virtual address leads nowhere else");
+        // Once it is seen.
+        vm.facts.units.insert("app.service".parse().unwrap(), group.cgroup());
+        vm.facts.nurseries = vec![nursery(&group)];
+        vm.capture(&yaml).await;
+        assert!(vm.capture(&yaml).await.is_empty());
+        assert_eq!(group.call(&vm, address), "app");
+        let newcomer = group.child("new.service");
+        assert_eq!(group.call_in("new.service", &vm, address), "app");
+        vm.facts.nurseries.first_mut().unwrap().children.insert(newcomer);
+        vm.capture(&yaml).await;
+        assert_eq!(group.call_in("new.service", &vm, address), "envoy");
+    }
+
     async fn a_share_of_connections_is_captured(vm: Vm) {
         let _servers = (vm.app_at_b(8080), vm.app_at_b(8081), vm.outbound_envoy());
         // Binomial: 200 of 1000 with a deviation of 13, so 100 to 300 holds but once in 10^14.
@@ -648,10 +683,20 @@ impl Group {
         std::fs::create_dir(&path).unwrap();
     }
 
+    fn child(&self, name: &str) -> Cgroup {
+        let path = self.slice.join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        Cgroup { path: format!("{}/{name}", self.slice()).parse().unwrap(), id: Group::id(&path) }
+    }
+
     /// Who answers a caller in the group.
     fn call(&self, vm: &Vm, to: SocketAddr) -> String {
+        self.call_in("app.service", vm, to)
+    }
+
+    fn call_in(&self, name: &str, vm: &Vm, to: SocketAddr) -> String {
         let script = format!(
-            "echo $$ >{}/app.service/cgroup.procs && exec 3<>/dev/tcp/{}/{} && read -r who rest <&3 && echo $who; \
+            "echo $$ >{}/{name}/cgroup.procs && exec 3<>/dev/tcp/{}/{} && read -r who rest <&3 && echo $who; \
              echo $$ >{}/cgroup.procs",
             self.slice.display(),
             to.ip(),
@@ -664,7 +709,9 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        _ = std::fs::remove_dir(self.slice.join("app.service"));
+        for name in ["app.service", "other.service", "new.service"] {
+            _ = std::fs::remove_dir(self.slice.join(name));
+        }
         _ = std::fs::remove_dir(&self.slice);
     }
 }

@@ -5,6 +5,7 @@
 mod failures;
 mod firewalls;
 mod hostile;
+mod units;
 mod vm;
 
 use std::io::{Read, Write};

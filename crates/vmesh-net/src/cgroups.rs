@@ -1,0 +1,69 @@
+//! The kernel's word that a control group was made where units start: inotify(7).
+
+use std::collections::BTreeSet;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, watch};
+
+/// Says that something was made or removed in one of the folders that are to be watched. Many changes may be said as one.
+pub async fn watch(mut dirs: watch::Receiver<BTreeSet<PathBuf>>, told: mpsc::Sender<()>) {
+    loop {
+        let wanted = dirs.borrow_and_update().clone();
+        let changed = async {
+            match open(&wanted) {
+                Ok(inotify) => loop {
+                    if receive(&inotify).await.is_err() {
+                        return std::future::pending().await;
+                    }
+                    // One that waits already says as much.
+                    _ = told.try_send(());
+                },
+                Err(error) => {
+                    if !wanted.is_empty() {
+                        tracing::warn!(
+                            "units that start are noticed within 10 s and not at once: no inotify: {error}"
+                        );
+                    }
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::select! {
+            () = changed => {}
+            next = dirs.changed() => if next.is_err() { return },
+        }
+    }
+}
+
+#[expect(deprecated, reason = "what is registered is owned by what registers it, and closed after it")]
+fn open(dirs: &BTreeSet<PathBuf>) -> io::Result<AsyncFd<OwnedFd>> {
+    if dirs.is_empty() {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+    for dir in dirs {
+        // One that has gone meanwhile is looked for again with the next change.
+        _ = inotify::add_watch(&inotify, dir, WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::ONLYDIR);
+    }
+    AsyncFd::new(inotify)
+}
+
+/// Waits for events, and takes them all.
+async fn receive(inotify: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    loop {
+        let mut ready = inotify.readable().await?;
+        let taken = ready.try_io(|inotify| {
+            let mut buffer = [MaybeUninit::uninit(); 4096];
+            Ok(rustix::io::read(inotify, &mut buffer).map(drop)?)
+        });
+        match taken {
+            Ok(done) => return done,
+            Err(_) => continue,
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Units that are left out, from their first connection on. No systemd runs here: what it says is a script's, and control groups
+//! are made by the test.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vmesh_testkit::wait_for;
+
+use crate::vm::{Agent, Rules, SOON, Vm, is_well};
+
+/// A slice in which units start, removed when the test ends.
+struct Slice {
+    root: PathBuf,
+    name: String,
+}
+
+impl Slice {
+    fn new() -> Slice {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).unwrap();
+        let root = PathBuf::from(mount.split(' ').nth(1).unwrap());
+        let slice = Slice { root, name: format!("vmeshunits{}.slice", std::process::id()) };
+        fs::create_dir_all(slice.dir()).unwrap();
+        slice
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.root.join(&self.name)
+    }
+
+    fn start(&self, unit: &str) -> PathBuf {
+        let dir = self.dir().join(unit);
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    /// Who answers a program of the unit.
+    fn call(&self, vm: &Vm, unit: &Path) -> String {
+        let script = format!(
+            "echo $$ >{}/cgroup.procs && exec 3<>/dev/tcp/{}/8080 && timeout 5 cat <&3; echo $$ >{}/cgroup.procs",
+            unit.display(),
+            vm.b.v4,
+            self.root.display(),
+        );
+        let output = vm.a.command("bash").args(["-c", &script]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+}
+
+impl Drop for Slice {
+    fn drop(&mut self) {
+        _ = Command::new("find")
+            .arg(self.dir())
+            .args(["-depth", "-type", "d", "-exec", "rmdir", "{}", ";"])
+            .status();
+    }
+}
+
+#[tokio::test]
+async fn a_unit_that_is_left_out_is_so_from_its_first_connection_and_others_are_captured_soon() {
+    let slice = Slice::new();
+    let vm = Vm::new(Rules::Nft).await;
+    let says = format!("Names=backup.service\nControlGroup=\nSlice={}", slice.name);
+    vm.script("systemctl", &format!("cat <<'.'\n{says}\n."));
+    let spec = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, exclude: {units: [backup.service]}}, \
+        dead_man: {timeout: 3s}}";
+    let mut agent = Agent::new(&vm, spec).await;
+    agent.capture().await;
+    agent.well_until("the redirects to hold", is_well).await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh", "who is in no unit");
+
+    // It starts, and calls before anybody has seen it.
+    let backup = slice.start("backup.service");
+    for _ in 0..3 {
+        assert_eq!(slice.call(&vm, &backup), "direct");
+        agent.well().await;
+    }
+    // Another unit starts in the same slice: it is captured as soon as it is seen, which takes no timer.
+    let web = slice.start("web.service");
+    wait_for("the other unit to be captured", SOON, async || {
+        agent.well().await;
+        let who = slice.call(&vm, &web);
+        if who == "mesh" { Ok(()) } else { Err(who) }
+    })
+    .await
+    .unwrap();
+    // systemd says where the unit is by now, and it stays left out; so it does when it is started again.
+    let path = format!("/{}/backup.service", slice.name);
+    vm.script(
+        "systemctl",
+        &format!("cat <<'.'\n{}\n.", says.replace("ControlGroup=", &format!("ControlGroup={path}"))),
+    );
+    for _ in 0..3 {
+        agent.want.ports.insert(15_999);
+        agent.want().await;
+        assert_eq!(slice.call(&vm, &backup), "direct");
+        fs::remove_dir(&backup).unwrap();
+        fs::create_dir(&backup).unwrap();
+        assert_eq!(slice.call(&vm, &backup), "direct", "started again");
+        agent.well().await;
+    }
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
