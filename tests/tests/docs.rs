@@ -200,7 +200,7 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
                     assert!(check.status().expect("it runs").success(), "{place}");
                 }
                 // These run the tests, or are run beside them by `.ci/run`; a bench is no test.
-                ["cargo", "xtask", "demo" | "test", ..]
+                ["cargo", "xtask", "demo" | "test" | "deny" | "fuzz", ..]
                 | ["cargo", "xtask", "bench", "fleet" | "discovery", ..] => {}
                 other => panic!("{place}: nothing runs {other:?}"),
             }
