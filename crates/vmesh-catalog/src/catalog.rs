@@ -255,6 +255,21 @@ mod tests {
         assert!(!catalog.on_view(0, view(&[("orders", &["10.0.0.1:80"])])));
     }
 
+    /// A source that names an endpoint that another source has already is another view, and no other world.
+    #[test]
+    fn what_another_source_says_again_changes_no_pointer() {
+        let mut catalog = Catalog::new(2);
+        catalog.on_view(0, view(&[("orders", &["10.0.0.1:80"])]));
+        let orders: ServiceName = "orders".parse().unwrap();
+        let before = catalog.world().services.get(&orders).unwrap().clone();
+        let again = view(&[("orders", &["10.0.0.1:80"])]);
+        let places = before.places.len();
+        catalog.on_view(1, again);
+        let now = catalog.world().services.get(&orders).unwrap();
+        assert_eq!(now.places.len(), places, "this test is about content that is the same");
+        assert!(Arc::ptr_eq(&before, now));
+    }
+
     #[test]
     fn what_did_not_change_keeps_its_pointer() {
         let mut catalog = Catalog::new(1);

@@ -20,24 +20,52 @@ use vmesh_xds::{Kind, Snapshot};
 enum Step {
     /// Service, protocol (none: it goes), and the version of each of its endpoints.
     Services(Vec<(usize, Option<bool>, Vec<u8>)>),
-    /// Which of `DOCUMENTS` are there.
-    Documents(Vec<bool>),
+    /// For each of `DOCUMENTS`: absent, or which version of it.
+    Documents(Vec<Option<usize>>),
 }
 
 /// The last two want the same virtual address.
 const NAMES: &[&str] = &["s0", "s1", "s2", "s3", "svc-318", "svc-19226"];
 
-const DOCUMENTS: &[&str] = &[
-    "kind: Service\nname: s0\nsubsets: {v1: {version: v1}, v2: {version: v2}}\n",
-    "kind: Route\nservice: s0\nrules:\n  - split: [{subset: v1, weight: 1}, {service: s1, weight: 1}]\n",
-    "kind: Route\nservice: s2\nrules:\n  - match: {path: {prefix: /a}}\n    redirect: {service: s0}\n",
-    "kind: Service\nname: s1\nprotocol: tcp\nload_balancing: {policy: maglev, hash_on: source_ip}\n",
-    "kind: Mesh\ntimeouts: {connect: 1s}\n",
-    "kind: Node\nname: n\nload_balancing: {policy: random, locality: prefer_local}\n",
-    "kind: Service\nname: s3\nload_balancing: {fallback: [{zone: a}]}\n",
-    "kind: Node\nlabels: {role: web}\nupstreams: [{service: s3}]\n",
-    "kind: Service\nname: svc-19226\nport: 8080\ncapture: {percent: 10}\n",
-    "kind: Node\nlabels: {role: web, rack: r1}\noutbound: registry-only\ncapture: {on_loss: closed}\n",
+/// Documents, each in the two versions of it that follow one another.
+const DOCUMENTS: &[[&str; 2]] = &[
+    [
+        "kind: Service\nname: s0\nsubsets: {v1: {version: v1}, v2: {version: v2}}\n",
+        "kind: Service\nname: s0\nsubsets: {v1: {version: v2}}\n",
+    ],
+    [
+        "kind: Route\nservice: s0\nrules:\n  - split: [{subset: v1, weight: 1}, {service: s1, weight: 1}]\n",
+        "kind: Route\nservice: s0\nrules:\n  - split: [{service: s1}]\n",
+    ],
+    [
+        "kind: Route\nservice: s2\nrules:\n  - match: {path: {prefix: /a}}\n    redirect: {service: s0}\n",
+        "kind: Route\nservice: s2\nrules:\n  - match: {path: {prefix: /b}}\n    split: [{service: s3}]\n",
+    ],
+    [
+        "kind: Service\nname: s1\nprotocol: tcp\nload_balancing: {policy: maglev, hash_on: source_ip}\n",
+        "kind: Service\nname: s1\nload_balancing: {policy: random}\n",
+    ],
+    ["kind: Mesh\ntimeouts: {connect: 1s}\n", "kind: Mesh\ntimeouts: {connect: 2s}\n"],
+    [
+        "kind: Node\nname: n\nload_balancing: {policy: random, locality: prefer_local}\n",
+        "kind: Node\nname: n\nload_balancing: {policy: round_robin}\ntimeouts: {connect: 3s}\n",
+    ],
+    [
+        "kind: Service\nname: s3\nload_balancing: {fallback: [{zone: a}]}\n",
+        "kind: Service\nname: s3\nload_balancing: {fallback: [{zone: b}]}\n",
+    ],
+    [
+        "kind: Node\nlabels: {role: web}\nupstreams: [{service: s3}]\n",
+        "kind: Node\nlabels: {role: web}\nupstreams: [{service: s2}]\ntimeouts: {connect: 4s}\n",
+    ],
+    [
+        "kind: Service\nname: svc-19226\nport: 8080\ncapture: {percent: 10}\n",
+        "kind: Service\nname: svc-19226\nport: 8081\n",
+    ],
+    [
+        "kind: Node\nlabels: {role: web, rack: r1}\noutbound: registry-only\ncapture: {on_loss: closed}\n",
+        "kind: Node\nlabels: {role: web, rack: r1}\noutbound: allow-any\nload_balancing: {policy: random}\n",
+    ],
 ];
 
 fn step() -> impl Strategy<Value = Step> {
@@ -45,7 +73,7 @@ fn step() -> impl Strategy<Value = Step> {
         (0..NAMES.len(), prop::option::weighted(0.8, any::<bool>()), prop::collection::vec(0u8..3, 0..4));
     prop_oneof![
         3 => prop::collection::vec(service, 1..3).prop_map(Step::Services),
-        1 => prop::collection::vec(any::<bool>(), DOCUMENTS.len()).prop_map(Step::Documents),
+        1 => prop::collection::vec(prop::option::of(0usize..2), DOCUMENTS.len()).prop_map(Step::Documents),
     ]
 }
 
@@ -132,7 +160,7 @@ fn problems(compiler: &Compiler) -> Vec<Problem> {
 #[test]
 fn a_zone_that_no_endpoint_is_in_costs_no_class_and_one_that_gets_an_endpoint_has_one() {
     let mut catalog = Catalog::new(1);
-    let document = DOCUMENTS.iter().find(|document| document.contains("prefer_local")).unwrap();
+    let document = DOCUMENTS.iter().flatten().find(|document| document.contains("prefer_local")).unwrap();
     let mut library = Library::default();
     let (documents, problems) =
         library.update(&[DocumentFile { path: "mesh.yaml", content: Ok(document.as_bytes()) }]);
@@ -184,7 +212,8 @@ proptest! {
                     catalog.on_view(0, SourceView { services: services.clone(), problems: Vec::new() });
                 }
                 Step::Documents(which) => {
-                    let text: Vec<_> = DOCUMENTS.iter().zip(which).filter(|(_, there)| *there).map(|(d, _)| *d).collect();
+                    let versions = DOCUMENTS.iter().zip(which);
+                    let text: Vec<_> = versions.filter_map(|(versions, which)| Some(versions[which?])).collect();
                     let text = text.join("---\n");
                     let file = DocumentFile { path: "mesh.yaml", content: Ok(text.as_bytes()) };
                     let files = if text.is_empty() { Vec::new() } else { vec![file] };
