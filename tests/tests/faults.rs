@@ -244,3 +244,45 @@ async fn a_control_plane_without_state_and_with_an_unreadable_source_serves_nobo
     assert!(waiting.contains("file:services.d"), "{waiting}");
     Ok(())
 }
+
+/// What `/readyz` says, if it does not say that it is ready.
+async fn waits_for(mesh: &Mesh) -> std::result::Result<String, String> {
+    let api = vmesh_daemon::fetch::Peer::Tcp(mesh.api());
+    let answer = vmesh_daemon::fetch::fetch(&api, http::Method::GET, "/readyz", BOUND).await;
+    let (status, body) = answer.map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&body).into_owned();
+    if status.as_u16() == 503 { Ok(text) } else { Err(format!("{status}: {text}")) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_replica_is_not_ready_while_a_part_of_its_input_cannot_be_used() -> Result<()> {
+    const PAY: &str = "service: pay\nprotocol: http\nendpoints: [\"10.0.0.2:80\"]\n";
+    const ROUTE: &str = "kind: Route\nservice: pay\nrules: [{timeout: 1s}]\n";
+    let broken = [
+        ("services.d/pay.yaml", "service: pay\nendpoints: [\"10.0.0.2:80\"\n", PAY),
+        ("services.d/pay.yaml", "service: pay\nendpoints: [\"10.0.0.2\", \"http://10.0.0.3\"]\n", PAY),
+        ("mesh.d/pay.yaml", "kind: Route\nservice: pay\nrules: [{timeout: soon}]\n", ROUTE),
+    ];
+    for (file, text, mended) in broken {
+        let orders = "service: orders\nendpoints: [\"10.0.0.1:80\"]\n";
+        let mesh = Mesh::prepare(&[("services.d/orders.yaml", orders), ("services.d/pay.yaml", PAY)])?;
+        mesh.write(file, text)?;
+        let mut control = mesh.spawn_control()?;
+        let waiting = wait_for("a word on what it waits for", BOUND, async || {
+            let said = waits_for(&mesh).await?;
+            if said.contains(file) { Ok(said) } else { Err(said) }
+        });
+        waiting.await?;
+        mesh.write(file, mended)?;
+        control.wait_http(&vmesh_daemon::fetch::Peer::Tcp(mesh.api()), "/readyz", BOUND).await?;
+        // From now on it costs itself.
+        mesh.write(file, text)?;
+        wait_for("the problem to be listed", BOUND, async || {
+            let problems = mesh.get("/api/v1/problems").await.map_err(|error| error.to_string())?.to_string();
+            if problems.contains(file) { Ok(()) } else { Err(problems) }
+        })
+        .await?;
+        assert!(waits_for(&mesh).await.is_err(), "it stays ready");
+    }
+    Ok(())
+}

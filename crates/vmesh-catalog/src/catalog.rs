@@ -8,6 +8,7 @@ use vmesh_model::{
     Documents, Endpoint, NodeName, NodeReport, Place, Problem, Registration, ServiceName, State,
 };
 
+use crate::names::{Names, SharedNames};
 use crate::world::{Changes, Revision, Service, World, service_hash};
 
 /// One service as one source says it, and how far that can be trusted.
@@ -47,6 +48,8 @@ pub struct Catalog {
     /// The sum of the hashes of `services`.
     services_hash: u64,
     nodes: RedBlackTreeMapSync<NodeName, Arc<NodeReport>>,
+    names: SharedNames,
+    name_problems: Vec<Problem>,
     world: Arc<World>,
 }
 
@@ -61,8 +64,16 @@ impl Catalog {
             services: RedBlackTreeMapSync::new_sync(),
             services_hash: 0,
             nodes: RedBlackTreeMapSync::new_sync(),
+            names: SharedNames::default(),
+            name_problems: Vec::new(),
             world: Arc::new(World::empty()),
         }
+    }
+
+    /// A catalog that knows which names were there before a restart, the first one first.
+    pub fn with_names(mut self, names: impl IntoIterator<Item = ServiceName>) -> Catalog {
+        self.names = Arc::new(Names::restored(names));
+        self
     }
 
     /// The world as of the last call that changed it.
@@ -138,12 +149,59 @@ impl Catalog {
         true
     }
 
+    /// Takes note of the names that came and went with `changes`.
+    fn note_names(&mut self, changes: &Changes, before: &World) {
+        let mut candidates: BTreeSet<&ServiceName> = changes.services.iter().collect();
+        if changes.documents {
+            for documents in [&before.documents, &self.documents] {
+                candidates.extend(documents.services.keys().chain(documents.routes.keys()));
+            }
+        }
+        let is_known = |name: &ServiceName| {
+            self.services.contains_key(name)
+                || self.documents.services.contains_key(name)
+                || self.documents.routes.contains_key(name)
+        };
+        let (now, gone): (Vec<_>, Vec<_>) = candidates
+            .into_iter()
+            .filter(|name| before.is_known(name) != is_known(name))
+            .cloned()
+            .partition(|name| is_known(name));
+        // A service that is registered now, or no more, may be what a document means although the name was known.
+        let differs =
+            |name: &&ServiceName| before.services.contains_key(*name) != self.services.contains_key(*name);
+        if now.is_empty()
+            && gone.is_empty()
+            && !changes.documents
+            && !changes.services.iter().any(|name| differs(&name))
+        {
+            return;
+        }
+        if !now.is_empty() || !gone.is_empty() {
+            let names = Arc::make_mut(&mut self.names);
+            names.add(now);
+            gone.iter().for_each(|name| names.remove(name));
+        }
+        let place_of = |name: &ServiceName| {
+            let registered = self.services.get(name).and_then(|service| service.places.first().cloned());
+            registered.or_else(|| self.documents.services.get(name).map(|document| document.place.clone()))
+        };
+        let registered: Vec<&str> = self.services.keys().map(ServiceName::as_str).collect();
+        let is_registered = |name: &ServiceName| self.services.contains_key(name);
+        self.name_problems = self.names.problems(&self.documents, place_of, is_registered, &registered);
+    }
+
     fn publish(&mut self, changes: Changes) {
+        if !changes.services.is_empty() || changes.documents {
+            let before = self.world.clone();
+            self.note_names(&changes, &before);
+        }
         let problems = if changes.services.is_empty() && !changes.documents && !changes.nodes.is_empty() {
             self.world.problems.clone()
         } else {
             let sources = self.sources.iter().flat_map(|source| &source.problems);
-            let all: BTreeSet<_> = sources.chain(&self.document_problems).cloned().collect();
+            let all: BTreeSet<_> =
+                sources.chain(&self.document_problems).chain(&self.name_problems).cloned().collect();
             all.into_iter().collect()
         };
         let generation = self.world.generation + 1;
@@ -157,6 +215,7 @@ impl Catalog {
             services: self.services.clone(),
             documents: self.documents.clone(),
             nodes: self.nodes.clone(),
+            names: self.names.clone(),
             problems,
         });
     }
@@ -292,5 +351,43 @@ mod tests {
         assert_ne!(one.world().revision, other.world().revision);
         other.on_view(0, view(&[("orders", &["10.0.0.1:80"])]));
         assert_eq!(one.world().revision, other.world().revision);
+    }
+
+    fn problems(catalog: &Catalog) -> String {
+        catalog.world().problems.iter().map(|problem| format!("{problem}\n")).collect()
+    }
+
+    #[test]
+    fn of_two_names_that_are_one_in_dns_the_newcomer_is_a_problem_also_after_a_restart() {
+        let mut catalog = Catalog::new(1);
+        catalog.on_view(0, view(&[("Orders", &["10.0.0.1:80"])]));
+        assert_eq!(problems(&catalog), "");
+        catalog.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
+        let said = problems(&catalog);
+        assert!(
+            said.contains("`Orders` was there first") && said.contains("`orders` is reached by upstreams"),
+            "{said}"
+        );
+        let mut restarted = Catalog::new(1).with_names(catalog.world().names.in_order());
+        restarted.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
+        assert_eq!(problems(&restarted), said);
+        restarted.on_view(0, view(&[("orders", &["10.0.0.2:80"])]));
+        assert_eq!(problems(&restarted), "");
+    }
+
+    #[test]
+    fn a_document_of_a_service_that_no_source_names_is_a_problem_with_a_guess() {
+        let text = "kind: Service\nname: OrderService\nprotocol: http\n---\nkind: Route\nservice: paymnets\nrules: [{timeout: 1s}]\n";
+        let file = vmesh_model::load::DocumentFile { path: "a.yaml", content: Ok(text.as_bytes()) };
+        let (documents, wrong) = vmesh_model::load::Library::default().update(&[file]);
+        assert_eq!(wrong, []);
+        let mut catalog = Catalog::new(1);
+        catalog.on_documents(documents, 7, Vec::new());
+        catalog.on_view(0, view(&[("orderservice", &["10.0.0.1:80"]), ("payments", &["10.0.0.2:80"])]));
+        let said = problems(&catalog);
+        assert!(said.contains("Did you mean `orderservice`?") && said.contains("a.yaml:1:1"), "{said}");
+        assert!(said.contains("no source names `paymnets`: did you mean `payments`?"), "{said}");
+        catalog.on_view(0, view(&[("OrderService", &["10.0.0.1:80"]), ("paymnets", &["10.0.0.2:80"])]));
+        assert_eq!(problems(&catalog), "");
     }
 }

@@ -8,6 +8,8 @@ use rpds::RedBlackTreeMapSync;
 use vmesh_model::{Documents, Endpoint, NodeName, NodeReport, Place, Problem, Protocol, ServiceName, State};
 use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::names::SharedNames;
+
 /// Immutable, and replaced whole at every change; what did not change keeps its pointer.
 #[derive(Debug, Clone)]
 pub struct World {
@@ -21,6 +23,8 @@ pub struct World {
     pub nodes: RedBlackTreeMapSync<NodeName, Arc<NodeReport>>,
     /// The generation in which `nodes` last changed.
     pub nodes_generation: u64,
+    /// Which names were there first.
+    pub names: SharedNames,
     /// What is wrong with sources and documents; what is wrong between them is for the compiler to say.
     pub problems: Arc<[Problem]>,
 }
@@ -111,6 +115,7 @@ impl World {
             documents: Arc::default(),
             nodes: RedBlackTreeMapSync::new_sync(),
             nodes_generation: 0,
+            names: SharedNames::default(),
             problems: Arc::from([]),
         }
     }

@@ -39,7 +39,15 @@ pub(crate) struct Virtuals {
 
 impl Virtuals {
     pub(crate) fn new(world: &World) -> Virtuals {
-        let (ips, all) = VirtualIps::new(&Ranges::default(), world.known().map(ServiceName::shared));
+        let (ips, all) = VirtualIps::new(
+            &Ranges::default(),
+            // One that DNS cannot tell from another has no name that a program could ask for.
+            world
+                .names
+                .sort(world.known().filter(|name| world.names.shadowed_by(name).is_none()))
+                .into_iter()
+                .map(ServiceName::shared),
+        );
         let mut collisions: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for collision in all {
             collisions.entry(collision.name.clone()).or_default().push(collision);
@@ -228,7 +236,8 @@ impl<'a> Subject<'a> {
         let on_port = !self.endpoints.is_empty()
             && self.endpoints.iter().all(|endpoint| Some(endpoint.address.port()) == port);
         // Whoever neither captures the addresses nor could answer them has no use for news of every endpoint.
-        let told = captured == Captured::Addresses || on_port;
+        let is_named = self.world.names.shadowed_by(self.name).is_none();
+        let told = is_named && (captured == Captured::Addresses || on_port);
         let endpoint = |endpoint: &Endpoint| destination::Endpoint {
             address: endpoint.address.to_string(),
             capture: listeners.contains_key(&endpoint.address),

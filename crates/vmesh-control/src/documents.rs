@@ -23,6 +23,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use vmesh_discovery::SourceConfig;
+use vmesh_discovery::file::privacy::redacted;
 use vmesh_model::load::{DocumentFile, Kept, Library, NOT_IN_FORCE};
 use vmesh_model::{Documents, Place, Problem};
 use xxhash_rust::xxh3::Xxh3Default;
@@ -110,6 +111,8 @@ struct Raw {
     /// For places, and the same for as long as it is the same text: `/etc/vmesh/mesh.d/orders.yaml`.
     path: String,
     content: Result<Vec<u8>, String>,
+    /// What it says may be quoted to everybody who reads problems and logs.
+    is_public: bool,
 }
 
 /// The place that is read.
@@ -169,6 +172,8 @@ pub(crate) struct Follower {
     few_since: Option<Instant>,
     /// When they were last read to confirm that, at the earliest next.
     confirm_after: Option<Instant>,
+    /// Whether problems quote files that not every user of the host may read.
+    quotes_private_files: bool,
     has_answered: bool,
 }
 
@@ -188,6 +193,7 @@ impl Follower {
             seen: None,
             few_since: None,
             confirm_after: None,
+            quotes_private_files: false,
         }
     }
 
@@ -282,6 +288,8 @@ impl Follower {
         let mut waiting = None;
         let (documents, problems) = match &files {
             Ok(files) => {
+                let private: BTreeSet<&str> =
+                    files.iter().filter(|file| !file.is_public).map(|file| file.path.as_str()).collect();
                 let files: Vec<_> = files
                     .iter()
                     .map(|file| DocumentFile {
@@ -290,6 +298,14 @@ impl Follower {
                     })
                     .collect();
                 let (documents, problems) = self.library.update(&files);
+                let is_private = |problem: &Problem| private.contains(&*problem.place.file);
+                let shown = |problem: Problem| match is_private(&problem) && !self.quotes_private_files {
+                    // The outcome says what the document costs, and is ours.
+                    true if is_lost(&problem) => redacted(problem).with_outcome(NOT_IN_FORCE),
+                    true => redacted(problem),
+                    false => problem,
+                };
+                let problems: Vec<_> = problems.into_iter().map(shown).collect();
                 // The first documents that are served have to be all that were meant: a route that is left out sends requests
                 // elsewhere. Later ones cost themselves.
                 match problems.iter().find(|problem| is_lost(problem)) {
@@ -333,7 +349,10 @@ fn is_lost(problem: &Problem) -> bool {
 /// The problems of the documents that `config` names, for `--check`.
 pub(crate) async fn check(config: Option<DocumentsConfig>) -> Vec<Problem> {
     let (views, view) = watch::channel(DocumentsView::default());
-    Follower::new(config, Vec::new()).read_once(&views).await;
+    let mut follower = Follower::new(config, Vec::new());
+    // Who runs it reads the files as their own user.
+    follower.quotes_private_files = true;
+    follower.read_once(&views).await;
     view.borrow().problems.to_vec()
 }
 

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use vmesh_catalog::{World, state};
+use vmesh_catalog::{Names, World, state};
 use vmesh_daemon::Stop;
 use vmesh_daemon::fsx::{self, FileError, LockError};
 use vmesh_discovery::Registrations;
@@ -192,11 +192,15 @@ fn node_file(name: &NodeName) -> u64 {
     xxh3_64(name.as_str().as_bytes()) % NODE_FILES
 }
 
+/// The state file of the names of services in use, the first one first.
+pub(crate) const NAMES: &str = "names";
+
 /// What was written last of each part, by pointer: what did not change is not written again.
 #[derive(Default)]
 struct Written {
     sources: BTreeMap<Arc<str>, Arc<Registrations>>,
     documents: Option<Arc<[Kept]>>,
+    names: Option<Arc<Names>>,
     nodes: BTreeMap<u64, Vec<KeptNode>>,
     /// Whether the file of earlier versions is gone.
     has_no_old_nodes: bool,
@@ -291,6 +295,11 @@ fn save(
     let known = written.documents.as_ref().is_some_and(|known| Arc::ptr_eq(known, &documents.kept));
     if !known && note(disk.save("documents", &documents.kept)) {
         written.documents = Some(documents.kept.clone());
+    }
+    // Which names were there first outlives a restart.
+    let known = written.names.as_ref().is_some_and(|known| Arc::ptr_eq(known, &world.names));
+    if !known && note(disk.save(NAMES, &world.names.in_order())) {
+        written.names = Some(world.names.clone());
     }
     let mut nodes: BTreeMap<u64, Vec<KeptNode>> = (0..NODE_FILES).map(|file| (file, Vec::new())).collect();
     for (name, report) in world.nodes.iter() {

@@ -16,7 +16,7 @@ use vmesh_daemon::connections::Gate;
 use vmesh_daemon::tasks::{ThreadError, on_own_thread};
 use vmesh_daemon::{Stop, Tasks, descriptors, http, listen, logs, report, signals, sockets, systemd};
 use vmesh_discovery::{Registrations, SourceConfig, View};
-use vmesh_model::{Place, Problem};
+use vmesh_model::{Place, Problem, ServiceName};
 use vmesh_xds::server::{AdsService, Bounded, Hub};
 
 use crate::api;
@@ -112,12 +112,17 @@ fn check(config: &Config) -> Result<bool, RunError> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RunError::Runtime)?;
     let mut problems = runtime.block_on(documents::check(config.documents.clone()));
     for source in &config.discovery {
+        let mut source = source.clone();
+        if let SourceConfig::File(config) = &mut source {
+            // Who runs it reads the files as their own user.
+            config.quotes_private_files = true;
+        }
         let view = runtime.block_on(first_view(source.clone()));
         let seen = view.last_good.unwrap_or_default();
         let endpoints: usize = seen.services.values().map(|seen| seen.registration.endpoints.len()).sum();
         println!("{}: {} services, {endpoints} endpoints", source.name(), seen.services.len());
         problems.extend(seen.problems.iter().cloned());
-        if let Some(because) = view.stale_because {
+        if let Some(because) = view.stale_because.or(view.unusable) {
             let name = source.name();
             problems.push(Problem::new(Place::file(name.clone()), name, because.to_string()));
         }
@@ -167,7 +172,8 @@ async fn run(config: Config) -> Result<(), RunError> {
     let sources = Sources::new(known);
     let overrides = Overrides::new(kept, disk.clone());
     let desk = Desk::new(sources.clone(), overrides.clone(), &config.api_socket());
-    let mut catalog = Catalog::new(config.discovery.len());
+    let names: Vec<ServiceName> = restored(&disk, persist::NAMES).unwrap_or_default();
+    let mut catalog = Catalog::new(config.discovery.len()).with_names(names);
     let nodes = disk.load_nodes();
     let known_nodes =
         KnownNodes::new(config.limits.nodes(), nodes.iter().map(|(report, since)| (report, *since)));

@@ -89,6 +89,9 @@ pub struct FileConfig {
     pub max_files: usize,
     #[serde(default)]
     pub guard: GuardConfig,
+    /// Whether problems quote files that not every user of the host may read: for who reads them as their own user.
+    #[serde(skip)]
+    pub quotes_private_files: bool,
 }
 
 impl FileConfig {
@@ -105,6 +108,7 @@ impl FileConfig {
             max_bytes: max_bytes(),
             max_files: max_files(),
             guard: GuardConfig::default(),
+            quotes_private_files: false,
         }
     }
 

@@ -14,6 +14,7 @@
 //! before, is an accident until one file in it says otherwise.
 
 mod disk;
+pub mod privacy;
 mod watch;
 
 use std::collections::BTreeSet;

@@ -274,6 +274,13 @@ impl Parsed {
         Parsed { problems, failed: true, ..Parsed::default() }
     }
 
+    /// Replaces every problem by what `redacted` makes of it, and what else quotes the file.
+    pub(crate) fn redact(&mut self, redacted: fn(Problem) -> Problem) {
+        self.problems = std::mem::take(&mut self.problems).into_iter().map(redacted).collect();
+        self.problems.sort();
+        self.problems.dedup();
+    }
+
     /// How many records were left out.
     pub(crate) fn bad_records(&self) -> u64 {
         self.bad as u64

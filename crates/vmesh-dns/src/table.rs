@@ -172,7 +172,10 @@ impl Table {
         }
         let mut table = Table { zone, names: BTreeMap::new() };
         let mut problems = Vec::new();
-        for (name, mut addresses) in by_name {
+        // Of names that are one in DNS the control plane gives addresses to one, if it can.
+        let mut in_order: Vec<_> = by_name.into_iter().collect();
+        in_order.sort_by_key(|(_, addresses)| addresses.v4.is_empty() && addresses.v6.is_empty());
+        for (name, mut addresses) in in_order {
             let too_many = [
                 limit(&mut addresses.v4).map(|count| ("IPv4", count)),
                 limit(&mut addresses.v6).map(|count| ("IPv6", count)),

@@ -12,8 +12,8 @@
 //! XXH3 is frozen since its release 0.8.0. It does not withstand somebody who looks for collisions; 27 bits could not whatever
 //! the hash. Who may add names may hence take another name's address away: see [`Collision`].
 //!
-//! **Collisions.** Of names that want the same address, the smallest (by bytes) has it, and the others go without it: everybody
-//! decides alike, and nobody else moves. In the built-in IPv4 range, two of 1,000 names collide with a probability of 0.4 %, two
+//! **Collisions.** Of names that want the same address, the first one given has it, and the others go without it: who gives the names
+//! says who was there first, and a newcomer takes no address that hosts and applications remember. In the built-in IPv4 range, two of 1,000 names collide with a probability of 0.4 %, two
 //! of 10,000 of 31 %; in IPv6 practically never.
 
 use std::collections::BTreeMap;
@@ -210,8 +210,8 @@ impl From<Virtual> for Addresses {
 /// Two names wanted one address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{name}` has no virtual address {address}, since `{kept_by}` has it and comes first in the order of names; it is reached \
-     by its other address, or has one again under another name"
+    "`{name}` has no virtual address {address}, since `{kept_by}` had it first; it is reached by its other address, or has one \
+     again under another name"
 )]
 pub struct Collision {
     pub name: Arc<str>,
@@ -228,22 +228,22 @@ pub struct VirtualIps {
 }
 
 impl VirtualIps {
-    /// The addresses of `names`, in whatever order they come, and the collisions by order of names.
+    /// The addresses of `names`, and the collisions by order of names: of two that want one address, the one that comes first has it.
     pub fn new<N>(ranges: &Ranges, names: impl IntoIterator<Item = N>) -> (VirtualIps, Vec<Collision>)
     where
         N: Into<Arc<str>>,
     {
-        let none = Virtual { v4: None, v6: None };
-        let mut all = VirtualIps {
-            of: names.into_iter().map(|name| (name.into(), none)).collect(),
-            ..VirtualIps::default()
-        };
-        let mut collisions = Vec::new();
-        // In the order of names, so that the first who comes is who keeps it.
-        for (name, addresses) in &mut all.of {
-            addresses.v4 = take(&mut all.v4, ranges.v4.wanted(name), name, &mut collisions);
-            addresses.v6 = take(&mut all.v6, ranges.v6.wanted(name), name, &mut collisions);
+        let (mut all, mut collisions) = (VirtualIps::default(), Vec::new());
+        for name in names {
+            let name: Arc<str> = name.into();
+            if all.of.contains_key(&name) {
+                continue;
+            }
+            let v4 = take(&mut all.v4, ranges.v4.wanted(&name), &name, &mut collisions);
+            let v6 = take(&mut all.v6, ranges.v6.wanted(&name), &name, &mut collisions);
+            all.of.insert(name, Virtual { v4, v6 });
         }
+        collisions.sort_by(|a, b| (&a.name, a.address).cmp(&(&b.name, b.address)));
         (all, collisions)
     }
 
@@ -354,33 +354,33 @@ mod tests {
             &names,
             &ranges,
             expect![[r#"
-            s00 240.0.0.99 fd76:6d65:7368:0:1cb9:a459:e0f1:ebe5
-            s01 240.0.0.87 fd76:6d65:7368:0:10a1:91b:a4dc:db81
-            s02 240.0.0.117 fd76:6d65:7368:0:9781:ecee:221e:6ed7
-            s03 240.0.0.218 fd76:6d65:7368:0:2aa9:f6bf:9d34:7982
-            s04 240.0.0.43 fd76:6d65:7368:0:91e3:3eb1:68e7:4fe4
-            s05 240.0.0.82 fd76:6d65:7368:0:8998:b56f:1ade:5006
-            s06 240.0.0.210 fd76:6d65:7368:0:6887:d890:d6e9:cc71
-            s07 240.0.0.182 fd76:6d65:7368:0:b280:a6ef:5a32:cdcb
-            s08 240.0.0.223 fd76:6d65:7368:0:8553:e7c8:ec4b:41c2
-            s09 240.0.0.75 fd76:6d65:7368:0:b17f:198a:216b:f7c6
-            s10 240.0.0.211 fd76:6d65:7368:0:7aa9:6104:5b92:3ff2
-            s11 240.0.0.56 fd76:6d65:7368:0:917:9fb1:b4:73a6
-            s12 240.0.0.141 fd76:6d65:7368:0:c91b:908a:71b6:ad65
-            s13 240.0.0.216 fd76:6d65:7368:0:8c9d:b9a7:c1a1:5f40
-            s14 240.0.0.151 fd76:6d65:7368:0:483a:f9a9:24f9:9bb6
-            s15 - fd76:6d65:7368:0:3481:2519:77ff:62a7
-            s16 240.0.0.10 fd76:6d65:7368:0:fc12:2955:e8b0:4a31
-            s17 240.0.0.59 fd76:6d65:7368:0:3a26:ae56:19d6:2218
-            s18 240.0.0.220 fd76:6d65:7368:0:a8d3:2416:2317:a3db
-            s19 240.0.0.48 fd76:6d65:7368:0:e604:28a1:8af8:e968
-            s20 240.0.0.146 fd76:6d65:7368:0:f0b5:1d05:4fe:123c
-            s21 240.0.0.121 fd76:6d65:7368:0:da84:e4f5:15ee:6608
-            s22 240.0.0.63 fd76:6d65:7368:0:3d5b:ac34:ae56:8021
-            s23 240.0.0.23 fd76:6d65:7368:0:20a6:fdc4:5173:3074
-            s24 240.0.0.140 fd76:6d65:7368:0:66d7:ad37:141c:a62d
-            `s15` has no virtual address 240.0.0.56, since `s11` has it and comes first in the order of names; it is reached by its other address, or has one again under another name
-        "#]],
+                s00 240.0.0.99 fd76:6d65:7368:0:1cb9:a459:e0f1:ebe5
+                s01 240.0.0.87 fd76:6d65:7368:0:10a1:91b:a4dc:db81
+                s02 240.0.0.117 fd76:6d65:7368:0:9781:ecee:221e:6ed7
+                s03 240.0.0.218 fd76:6d65:7368:0:2aa9:f6bf:9d34:7982
+                s04 240.0.0.43 fd76:6d65:7368:0:91e3:3eb1:68e7:4fe4
+                s05 240.0.0.82 fd76:6d65:7368:0:8998:b56f:1ade:5006
+                s06 240.0.0.210 fd76:6d65:7368:0:6887:d890:d6e9:cc71
+                s07 240.0.0.182 fd76:6d65:7368:0:b280:a6ef:5a32:cdcb
+                s08 240.0.0.223 fd76:6d65:7368:0:8553:e7c8:ec4b:41c2
+                s09 240.0.0.75 fd76:6d65:7368:0:b17f:198a:216b:f7c6
+                s10 240.0.0.211 fd76:6d65:7368:0:7aa9:6104:5b92:3ff2
+                s11 240.0.0.56 fd76:6d65:7368:0:917:9fb1:b4:73a6
+                s12 240.0.0.141 fd76:6d65:7368:0:c91b:908a:71b6:ad65
+                s13 240.0.0.216 fd76:6d65:7368:0:8c9d:b9a7:c1a1:5f40
+                s14 240.0.0.151 fd76:6d65:7368:0:483a:f9a9:24f9:9bb6
+                s15 - fd76:6d65:7368:0:3481:2519:77ff:62a7
+                s16 240.0.0.10 fd76:6d65:7368:0:fc12:2955:e8b0:4a31
+                s17 240.0.0.59 fd76:6d65:7368:0:3a26:ae56:19d6:2218
+                s18 240.0.0.220 fd76:6d65:7368:0:a8d3:2416:2317:a3db
+                s19 240.0.0.48 fd76:6d65:7368:0:e604:28a1:8af8:e968
+                s20 240.0.0.146 fd76:6d65:7368:0:f0b5:1d05:4fe:123c
+                s21 240.0.0.121 fd76:6d65:7368:0:da84:e4f5:15ee:6608
+                s22 240.0.0.63 fd76:6d65:7368:0:3d5b:ac34:ae56:8021
+                s23 240.0.0.23 fd76:6d65:7368:0:20a6:fdc4:5173:3074
+                s24 240.0.0.140 fd76:6d65:7368:0:66d7:ad37:141c:a62d
+                `s15` has no virtual address 240.0.0.56, since `s11` had it first; it is reached by its other address, or has one again under another name
+            "#]],
         );
     }
 
@@ -426,17 +426,25 @@ mod tests {
     proptest! {
         /// Small ranges, so that there are collisions.
         #[test]
-        fn an_address_depends_on_its_name_and_on_smaller_names_that_want_the_same(
+        fn an_address_depends_on_its_name_and_on_earlier_names_that_want_the_same(
             all in prop::collection::btree_set("[a-z]{1,3}", 0..80),
             leave in prop::collection::vec(any::<bool>(), 80),
         ) {
             let ranges = Ranges { v4: "240.7.7.0/24".parse().unwrap(), ..Ranges::default() };
             let some: BTreeSet<&String> =
                 all.iter().zip(&leave).filter(|(_, leave)| **leave).map(|(name, _)| name).collect();
+            // In an order that is not that of the names.
+            let seed = |name: &&String| xxh3_64_with_seed(name.as_bytes(), 1);
             for names in [all.iter().collect::<BTreeSet<_>>(), some] {
+                let mut names: Vec<_> = names.into_iter().collect();
+                names.sort_by_key(seed);
                 let (ips, collisions) = VirtualIps::new(&ranges, names.iter().map(|name| name.as_str()));
-                let (reversed, _) = VirtualIps::new(&ranges, names.iter().rev().map(|name| name.as_str()));
-                prop_assert_eq!(&ips, &reversed);
+                // A name that comes later takes nothing from those that were there.
+                let half: Vec<_> = names.iter().take(names.len() / 2).collect();
+                let (before, _) = VirtualIps::new(&ranges, half.iter().map(|name| name.as_str()));
+                for name in &half {
+                    prop_assert_eq!(before.get(name), ips.get(name));
+                }
                 for name in &names {
                     let wanted = ranges.v4.wanted(name);
                     let first = names.iter().find(|other| ranges.v4.wanted(other) == wanted).unwrap();

@@ -47,6 +47,7 @@ fn texts(answer: Answer<Entries>) -> Result<Vec<Raw>, String> {
     let raw = |entry: Entry| Raw {
         path: format!("consul-kv:{}", entry.key),
         content: super::not_empty(entry.value),
+        is_public: true,
     };
     Ok(keys.map(raw).collect())
 }

@@ -3,15 +3,16 @@
 //! What the kernel says of changes is a hint; what counts is the content. A directory that cannot be read is no reason to
 //! forget what it said.
 
-use std::error::Error;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use rustix::fs::{Mode, OFlags};
 use tokio::sync::Notify;
-use vmesh_daemon::fsx;
+use vmesh_discovery::file::privacy::is_public;
 use vmesh_model::yaml::MAX_TEXT;
 
 use super::Raw;
@@ -82,6 +83,21 @@ fn is_closed(kind: &EventKind) -> bool {
     matches!(kind, EventKind::Access(AccessKind::Close(AccessMode::Write)))
 }
 
+/// Reads at most `limit` bytes of a file, and reports whether every user of the host may read it. It never waits: a FIFO has
+/// perhaps nobody at its other end.
+fn read_file(path: &Path, limit: u64) -> std::io::Result<(Vec<u8>, bool)> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(std::io::Error::other("it is not a file"));
+    }
+    let is_public = is_public(&file, &metadata, path);
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok((bytes, is_public))
+}
+
 /// Every `.yaml`, `.yml` and `.json` file, by name.
 pub(super) fn read(dir: &Path) -> Result<Vec<Raw>, String> {
     let entries = fs::read_dir(dir).map_err(|error| error.to_string())?;
@@ -94,12 +110,11 @@ pub(super) fn read(dir: &Path) -> Result<Vec<Raw>, String> {
             .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
         if wanted && !name.starts_with(['.', '#']) {
             // One byte more than the reader takes, so that it is the one to say that it is too much.
-            let content = fsx::read_capped(&path, MAX_TEXT as u64 + 1);
-            let content = content.map_err(|error| match error.source() {
-                Some(cause) => cause.to_string(),
-                None => error.to_string(),
-            });
-            files.push(Raw { path: path.display().to_string(), content });
+            let (content, is_public) = match read_file(&path, MAX_TEXT as u64 + 1) {
+                Ok((content, is_public)) => (Ok(content), is_public),
+                Err(error) => (Err(error.to_string()), true),
+            };
+            files.push(Raw { path: path.display().to_string(), content, is_public });
         }
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));

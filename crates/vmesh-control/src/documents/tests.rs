@@ -172,7 +172,13 @@ fn most_documents_gone_from_a_registry_are_held_until_that_is_confirmed() {
         vmesh_model::load::strict("control.yaml", "consul_kv: {prefix: vmesh/}").unwrap();
     let mut follower = Follower::new(Some(config), Vec::new());
     let files = |range: std::ops::Range<u32>| -> Vec<Raw> {
-        range.map(|n| Raw { path: format!("consul-kv:vmesh/{n}"), content: Ok(b"# x".to_vec()) }).collect()
+        range
+            .map(|n| Raw {
+                path: format!("consul-kv:vmesh/{n}"),
+                content: Ok(b"# x".to_vec()),
+                is_public: true,
+            })
+            .collect()
     };
     let start = Instant::now();
     assert_eq!(follower.judge(files(0..6), start).unwrap().len(), 6);

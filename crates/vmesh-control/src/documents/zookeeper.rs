@@ -79,7 +79,7 @@ impl Tree {
                 Some(why) => Err(why.to_string()),
                 None => super::not_empty(node.data.to_vec()),
             };
-            texts.push(Raw { path, content });
+            texts.push(Raw { path, content, is_public: true });
         });
         texts.sort_by(|a, b| a.path.cmp(&b.path));
         self.texts = texts.iter().map(|text| text.path.clone()).collect();

@@ -17,6 +17,7 @@ use vmesh_model::yaml::too_large;
 use vmesh_model::{Address, Place, Problem, Registration, ServiceName};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::privacy::{is_public, redacted};
 use super::watch::{Directories, Directory, Hints, Look, Watch, links};
 use crate::assemble::{Known, Statement, Told};
 use crate::config::FileConfig;
@@ -50,6 +51,8 @@ struct FileState {
     stat: Option<Stat>,
     /// Of the bytes that were parsed last; `None` if they could not be read.
     hash: Option<u64>,
+    /// What it says may be quoted.
+    is_shown: bool,
     /// What it was found to be.
     format: Option<Format>,
     services: BTreeMap<ServiceName, Told>,
@@ -382,7 +385,10 @@ impl Disk {
         }
         scan.read += 1;
         match read_bytes(&found.path, self.config.max_bytes) {
-            Ok(Content::Whole(bytes, stat)) => self.take(found, &bytes, stat, scan),
+            Ok(Content::Whole { bytes, stat, is_public }) => {
+                let is_shown = is_public || self.config.quotes_private_files;
+                self.take(found, &bytes, stat, is_shown, scan);
+            }
             Ok(Content::Changing) => again(scan, SETTLED),
             Ok(Content::TooLarge) => self.refuse(found, too_large(self.config.max_bytes), scan),
             Err(error) if error.kind() == ErrorKind::NotFound => again(scan, SETTLED),
@@ -397,21 +403,25 @@ impl Disk {
     }
 
     /// Takes what a file says now.
-    fn take(&mut self, found: &Found, bytes: &[u8], stat: Stat, scan: &mut Scan) {
+    fn take(&mut self, found: &Found, bytes: &[u8], stat: Stat, is_shown: bool, scan: &mut Scan) {
         let state = self.files.entry(found.path.clone()).or_default();
         state.stat = Some(stat);
         state.missing_since = None;
         let hash = xxh3_64(bytes);
-        if state.hash == Some(hash) {
+        if state.hash == Some(hash) && state.is_shown == is_shown {
             return;
         }
         state.hash = Some(hash);
+        state.is_shown = is_shown;
         scan.parsed += 1;
         let file: Arc<str> = found.path.display().to_string().into();
         let (limit, format) = (self.config.max_bytes, self.config.format);
-        let (parsed, detected) =
+        let (mut parsed, detected) =
             format::parse(&file, &found.name, found.is_yaml, bytes, limit, format, state.format);
         state.format = detected;
+        if !is_shown {
+            parsed.redact(redacted);
+        }
         match parsed.failed {
             true => scan.refused += 1,
             false => scan.bad_records += parsed.problems.len() as u64,
@@ -656,7 +666,12 @@ impl Walk {
 
 /// Bytes of a file, if they are those of one moment.
 enum Content {
-    Whole(Vec<u8>, Stat),
+    Whole {
+        bytes: Vec<u8>,
+        stat: Stat,
+        /// Every user of the host may read it.
+        is_public: bool,
+    },
     /// It was changed while it was read.
     Changing,
     TooLarge,
@@ -681,7 +696,8 @@ fn read_bytes(path: &Path, limit: usize) -> io::Result<Content> {
     if after != Stat::of(&before) || u64::try_from(bytes.len()).ok() != Some(after.size) {
         return Ok(Content::Changing);
     }
-    Ok(Content::Whole(bytes, after))
+    let is_public = is_public(&file, &before, path);
+    Ok(Content::Whole { bytes, stat: after, is_public })
 }
 
 /// Names that editors, package managers and careful writers leave behind, and hidden ones.

@@ -773,3 +773,40 @@ fn errors_of_the_file_system_are_said_in_plain_words() {
     "#]]
     .assert_eq(&said);
 }
+
+#[test]
+fn what_a_file_says_that_not_everybody_may_read_is_not_shown_to_everybody() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    const SECRET: &str = "s3cr3t-t0k3n";
+    let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let (dir, elsewhere) = (vmesh_testkit::tempdir().unwrap(), vmesh_testkit::tempdir().unwrap());
+    fs::write(elsewhere.join("token"), SECRET).unwrap();
+    mode(&elsewhere.join("token"), 0o600);
+    // Everybody may read this one who gets to it, and nobody does.
+    fs::create_dir(elsewhere.join("private")).unwrap();
+    for (name, text) in [("list", format!("10.0.0.1 {SECRET}")), ("yaml", format!("endpoints: [{SECRET}]"))] {
+        fs::write(elsewhere.join("private").join(name), text).unwrap();
+        mode(&elsewhere.join("private").join(name), 0o644);
+    }
+    mode(&elsewhere.join("private"), 0o700);
+    symlink(elsewhere.join("token"), dir.join("a.yaml")).unwrap();
+    symlink(elsewhere.join("private/list"), dir.join("b")).unwrap();
+    symlink(elsewhere.join("private/yaml"), dir.join("c.yaml")).unwrap();
+    write(&dir, &[("d.yaml", &format!("service: \"{SECRET} \"\nendpoints: [{SECRET}:x]\n"))]);
+    mode(&dir.join("d.yaml"), 0o640);
+    write(&dir, &[("open.yaml", "endpoints: [everybody-may-see-this]\n")]);
+    mode(&dir.join("open.yaml"), 0o644);
+    for quotes in [false, true] {
+        let config = FileConfig { quotes_private_files: quotes, ..config(&dir) };
+        let mut disk = Disk::new(config, Arc::default(), None);
+        let all = ["a.yaml", "b", "c.yaml", "d.yaml", "open.yaml"].map(|file| dir.join(file));
+        let scan = scan(&mut disk, &all, true);
+        let said = format!("{:?} {:?}", scan.told.problems, scan.told.unusable);
+        assert_eq!(said.contains(SECRET), quotes, "{said}");
+        assert!(said.contains("everybody-may-see-this"), "{said}");
+        for file in ["a.yaml", "b", "c.yaml", "d.yaml"] {
+            let place = dir.join(file).display().to_string();
+            assert!(scan.told.problems.iter().any(|problem| *problem.place.file == *place), "{file}: {said}");
+        }
+    }
+}
