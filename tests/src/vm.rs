@@ -314,7 +314,7 @@ pub fn get(to: &str, path: &str) -> Result<String> {
     let address: SocketAddr = to.parse().map_err(Failed::to(format!("{to} is no address")))?;
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).map_err(failed())?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).map_err(failed())?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").map_err(failed())?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n").map_err(failed())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).map_err(failed())?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((answer.as_str(), ""));
