@@ -1,7 +1,7 @@
 //! Which program is run under a name, and with what environment.
 //!
-//! Who runs these programs is root or has capabilities. So a program is looked up only where nobody but root can put one, and it
-//! is given none of this process's environment: no `LD_*`, no `XTABLES_LIBDIR`, no `NOTIFY_SOCKET`.
+//! These programs run as root or with capabilities. So vmesh looks them up only in directories that nobody but root can write to, and
+//! passes on none of its own environment: no `LD_*`, no `XTABLES_LIBDIR`, no `NOTIFY_SOCKET`.
 
 use std::ffi::OsStr;
 use std::fs::Metadata;

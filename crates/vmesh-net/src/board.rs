@@ -1,5 +1,5 @@
-//! What is answered to whoever asks how things are: put together on the thread of the socket from what the keeper published last,
-//! so that an answer waits for no disk.
+//! Builds the status that `net.sock` answers, on the thread of the socket, from the keeper's last publication: an answer waits for no
+//! disk.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ const COUNTS_EVERY: Duration = Duration::from_secs(1);
 /// How long whoever asks waits for a keeper that starts.
 const STARTS_WITHIN: Duration = Duration::from_secs(30);
 
-/// What the keeper publishes.
+/// The part of a status that the keeper knows.
 #[derive(Debug, Clone, Default)]
 pub struct Board {
     /// Without what changes by itself.
@@ -29,7 +29,7 @@ pub struct Board {
     pub looks: Looks,
 }
 
-/// All that a [`Status`] is put together from.
+/// The sources that a [`Status`] is built from.
 #[derive(Debug, Clone)]
 pub struct StatusSource {
     pub board: watch::Receiver<Board>,
@@ -49,14 +49,14 @@ pub struct ConnectionCount {
 }
 
 impl StatusSource {
-    /// What there is now.
+    /// Builds the status.
     pub async fn status(&self) -> Status {
         self.started().await;
         let connections = self.connections.lock().await.count;
         self.with_connections(connections)
     }
 
-    /// The same, with the connections counted anew if the last count is old. One count serves all that ask meanwhile.
+    /// Builds the status, and counts connections again if the last count is old. Callers that ask meanwhile share one count.
     pub async fn counted(&self) -> Status {
         self.started().await;
         let mut known = self.connections.lock().await;
@@ -72,11 +72,11 @@ impl StatusSource {
         self.with_connections(count)
     }
 
-    /// Waits until the keeper has said for the first time how things are.
+    /// Waits for the keeper's first publication.
     async fn started(&self) {
         let mut board = self.board.clone();
         let published = board.wait_for(|board| !board.status.version.is_empty());
-        // Whoever asks later than that is told what there is: nothing is known.
+        // After that the caller gets an empty status.
         _ = timeout(STARTS_WITHIN, published).await;
     }
 

@@ -1,4 +1,4 @@
-//! What vmesh-net keeps on the disk.
+//! The state of vmesh-net on the disk.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -19,13 +19,13 @@ const MAX_STATE: u64 = 16 << 20;
 /// How the file begins; 16 hexadecimal digits follow, which are the hash of the file without them.
 const CHECKSUM: &str = "{\"checksum\":\"";
 
-/// What has to outlive the process.
+/// The state that outlives the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct SavedState {
     pub(crate) commit: Committed,
     pub(crate) known: AgentFacts,
-    /// What was taken back, and why.
+    /// The spec that the last failed trial tried, and why it failed.
     pub(crate) refused: Option<(Spec, String)>,
     pub(crate) memory: Memory,
 }
@@ -63,7 +63,7 @@ impl SavedState {
                     "{} is damaged, its checksum is wrong: what was captured is not known until the agent says it",
                     path.display()
                 );
-                // What is to be undone: of chains that are empty, and only of those.
+                // The footprint is kept: it leads only to the removal of empty chains.
                 let commit = Committed { footprint: state.commit.footprint, ..Committed::default() };
                 return (SavedState { commit, ..SavedState::default() }, false);
             }

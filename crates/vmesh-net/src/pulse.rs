@@ -1,7 +1,8 @@
 //! Holds the dead-man off: its own task, on the thread of the socket and of the probe, where nothing blocks. The keeper is on
 //! another, since it waits for disks and walks through `/proc`.
 //!
-//! The keeper says by an [`Order`] what is in the kernel. What became of it since is a [`Heartbeat`].
+//! The keeper publishes an [`Order`], which says which rules the kernel has. The task publishes a [`Heartbeat`], the state of each
+//! dead-man since then.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,12 +22,12 @@ use crate::probe::{self, Verdicts};
 use crate::protocol::{Envoy, Redirects};
 
 const TICK: Duration = Duration::from_secs(1);
-/// An agent that says nothing for so long is not well.
+/// The agent counts as hanging after this much silence.
 const AGENT_SPEAKS_WITHIN: Duration = Duration::from_secs(5);
 /// On this host nobody takes longer to refuse a connection.
 const SEEN_WITHIN: Duration = Duration::from_millis(500);
 
-/// What the keeper has in the kernel.
+/// The rules that the keeper has put into the kernel, as far as dead-men go.
 #[derive(Debug, Clone)]
 pub struct Order {
     pub applier: Applier,
@@ -35,18 +36,18 @@ pub struct Order {
     pub dead_men: Directions,
     /// Counts how often the rules were replaced whole, which makes the dead-men begin anew.
     pub replaced: u64,
-    /// The dead-men that were refreshed when the rules were replaced, and when this was.
+    /// The dead-men that the keeper refreshed when it replaced the rules, at `at`.
     pub refreshed: Directions,
     pub at: Instant,
 }
 
-/// What is known of one dead-man.
+/// The state of one dead-man.
 #[derive(Debug, Clone, Copy)]
 struct DeadMan {
     beat: Beat,
     /// Envoy's listener was gone at the last look, too.
     was_gone: bool,
-    /// The redirects were taken back before their time.
+    /// The task let the redirects lapse early, since Envoy was gone.
     is_withdrawn: bool,
     has_lapsed: bool,
 }
@@ -57,7 +58,7 @@ impl DeadMan {
     }
 }
 
-/// What the dead-men are by now.
+/// The state of the dead-men of both directions.
 #[derive(Debug, Clone, Default)]
 pub struct Heartbeat {
     replaced: u64,
@@ -80,13 +81,13 @@ impl Heartbeat {
         }
     }
 
-    /// The directions whose redirects were taken back before their time.
+    /// Returns the directions whose redirects the task let lapse early.
     pub fn withdrawn(&self) -> Directions {
         let is = |direction: &Direction| self.get(*direction).is_some_and(|dead_man| dead_man.is_withdrawn);
         Direction::BOTH.into_iter().filter(is).collect()
     }
 
-    /// What the dead-men are once `order` is taken up.
+    /// Returns the state of the dead-men after `order` is taken up.
     fn after(&self, order: &Order) -> Heartbeat {
         let mut next = self.clone();
         for direction in Direction::BOTH {
@@ -111,7 +112,7 @@ impl Heartbeat {
         next
     }
 
-    /// What the kernel makes by now of the redirects of a direction.
+    /// Returns whether the kernel still redirects connections of a direction.
     pub fn redirects(&self, order: Option<&Order>, direction: Direction, now: Instant) -> Redirects {
         let Some(order) = order else { return Redirects::None };
         match self.after(order).get(direction) {
@@ -124,7 +125,7 @@ impl Heartbeat {
     }
 }
 
-/// What is known of the agent: which process it is, and whether it is well.
+/// Records which process the agent is, and when it last spoke.
 #[derive(Debug, Clone, Default)]
 pub struct AgentWatch(Arc<Mutex<Agent>>);
 
@@ -132,7 +133,7 @@ pub struct AgentWatch(Arc<Mutex<Agent>>);
 struct Agent {
     pid: Option<i32>,
     spoke: Option<Instant>,
-    /// Questions of its that are not answered yet: it waits, and cannot say that it is well.
+    /// Questions of the agent that vmesh-net has not answered yet: while it waits, the agent cannot say that it is well.
     waits: usize,
 }
 
@@ -159,7 +160,7 @@ impl AgentWatch {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Notes that the agent has just spoken. One agent at a time says what is wanted: of two, each would undo what the other has done.
+    /// Records that the agent has just spoken. vmesh-net listens to one agent at a time: two would undo each other's changes.
     ///
     /// # Errors
     /// If another process is the agent, lives and is well.
@@ -187,7 +188,7 @@ impl AgentWatch {
         self.change(|agent| agent.is_well())
     }
 
-    /// Whether this process is the agent.
+    /// Reports whether this process is the agent.
     pub fn is(&self, pid: Option<i32>) -> bool {
         pid.is_some() && self.change(|agent| agent.pid == pid)
     }
@@ -198,7 +199,7 @@ impl AgentWatch {
     }
 }
 
-/// Whether there is such a process; one that must not be asked about is.
+/// Reports whether a process runs. A process that this one may not signal counts as running.
 fn lives(pid: i32) -> bool {
     Pid::from_raw(pid).is_some_and(|pid| test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
@@ -210,7 +211,7 @@ pub struct Pulse {
     /// Questions whether Envoy is gone by now; answered when it was looked at.
     pub looks: mpsc::Receiver<oneshot::Sender<()>>,
     pub beats: watch::Sender<Heartbeat>,
-    /// Tells the keeper that the rules are not what it thinks.
+    /// Tells the keeper that a refresh failed, so that it reads the rules again.
     pub failed: mpsc::Sender<String>,
     pub agent: AgentWatch,
     /// Envoy's user and the agent's.
@@ -278,7 +279,7 @@ impl Pulse {
             let Some(dead_man) = self.beats.borrow().get(direction).copied() else { continue };
             let mut envoy = verdicts.of(direction);
             if envoy == Envoy::Well && dead_man.is_withdrawn {
-                // It may have been seen before it went.
+                // The probe's verdict may be from before Envoy went.
                 envoy = probe::look_at(direction, &self.users).await;
             }
             match dead_man.beat.due(now, envoy == Envoy::Well && self.agent.is_well()) {
@@ -321,7 +322,8 @@ impl Pulse {
         }
     }
 
-    /// Takes the redirects back that may fail open, if Envoy's listener is gone by now: what was seen of it may be a second old.
+    /// Lets redirects that may fail open lapse at once if Envoy's listener is gone. Looks again first: the probe's verdict may be a
+    /// second old.
     async fn go_past_envoy_if_gone(&mut self, directions: Directions) {
         let Some(order) = self.orders.borrow().clone() else { return };
         let held = |direction: &Direction| {
@@ -331,7 +333,7 @@ impl Pulse {
         };
         let held: Vec<Direction> = order.dead_men.iter().filter(held).collect();
         for direction in held {
-            // One that is gone is so at once; whoever asks must not keep everything waiting for one that hangs.
+            // A closed port refuses at once; a hanging Envoy must not delay the refresh of the other direction.
             let looked = timeout(SEEN_WITHIN, probe::look_at(direction, &self.users)).await;
             let envoy = looked.unwrap_or(Envoy::Hangs);
             if !is_gone(envoy) {
@@ -359,7 +361,7 @@ impl Pulse {
     }
 }
 
-/// Why redirects do not hold, by what was seen of Envoy.
+/// Explains why redirects do not hold, by the probe's verdict on Envoy.
 pub fn why_not(envoy: Envoy) -> &'static str {
     match envoy {
         Envoy::Well => "the agent says nothing",

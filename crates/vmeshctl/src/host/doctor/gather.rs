@@ -14,6 +14,7 @@ use tokio::net::{TcpStream, lookup_host};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use vmesh_capture::programs;
 use vmesh_daemon::fetch::{FetchError, Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
@@ -204,10 +205,23 @@ fn read(path: &Path) -> Seen<String> {
 }
 
 async fn command(program: &str, arguments: &[&str]) -> Seen<Ran> {
-    let mut command = Command::new(program);
-    let path = std::env::var("PATH").unwrap_or_default();
-    command.args(arguments).env("LC_ALL", "C").env("PATH", format!("{path}:{PATH}"));
-    command.stdin(Stdio::null()).kill_on_drop(true);
+    let mut command = match rustix::process::geteuid().is_root() {
+        // As root nothing is run that another user could have put on the PATH, and nothing is given of the environment.
+        true => match programs::command(Path::new(program)) {
+            Ok(command) => command,
+            Err(error) if error.to_string().starts_with("no `") => {
+                return Err(format!("there is no `{program}` on this host"));
+            }
+            Err(error) => return Err(error.to_string()),
+        },
+        false => {
+            let mut command = Command::new(program);
+            let path = std::env::var("PATH").unwrap_or_default();
+            command.env("LC_ALL", "C").env("PATH", format!("{path}:{PATH}"));
+            command
+        }
+    };
+    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     match timeout(BOUND, command.output()).await {
         Err(_) => Err(format!("`{program}` has not ended in {} s", BOUND.as_secs_f32())),
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => {
