@@ -212,7 +212,7 @@ async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
     // D40: the host's own firewall drops what is redirected to Envoy. The rule is named, and what is said mends it.
     host.sh(
         "nft 'table inet eg { chain o { type filter hook output priority 0; policy drop; meta l4proto != tcp accept; \
-         oifname lo accept; ct state established accept; tcp dport { 8080, 15010 } accept; } }'",
+         oifname lo accept; ct state established accept; tcp dport { 8080, 15010 } accept; }; }'",
     )?;
     finds(host, "D40", "`policy drop` in chain o of table inet eg is in the way", "hang or fail").await?;
     host.sh("nft insert rule inet eg o tcp dport 15001 accept")?;
