@@ -40,9 +40,7 @@ pub fn spawn(
     counts: Arc<Counts>,
 ) -> (watch::Receiver<Arc<Table>>, watch::Receiver<Listening>) {
     let mut names = Names { zone, of: Destinations::default(), captures: false, problems: Vec::new() };
-    // Until vmesh-net has answered, a host that is to capture most likely does, as before the agent restarted: a real address,
-    // which resolvers keep for a while, would lead past Envoy.
-    let first = names.table(&destinations.borrow(), capture.borrow().wanted);
+    let first = names.table(&destinations.borrow(), is_virtual(&capture.borrow()));
     let (tables, served) = watch::channel(Arc::new(first));
     let asked = served.clone();
     tasks.spawn("names", keep(names, destinations, capture, tables));
@@ -98,6 +96,13 @@ fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<
     }
 }
 
+/// Whether names mean virtual addresses. Until vmesh-net has answered, a host that is to capture most likely does, as before the
+/// agent restarted: a real address, which resolvers keep for a while, would lead past Envoy.
+pub(crate) fn is_virtual(capture: &capture::Status) -> bool {
+    let is_unknown = capture.net.is_none() && capture.reason.is_none();
+    capture.captures || (capture.wanted && is_unknown)
+}
+
 async fn keep(
     mut names: Names,
     mut destinations: watch::Receiver<Arc<Destinations>>,
@@ -115,7 +120,7 @@ async fn keep(
             changed = capture.changed() => if changed.is_err() { return std::future::pending().await },
         }
         let now = destinations.borrow_and_update().clone();
-        let captures = capture.borrow_and_update().captures;
+        let captures = is_virtual(&capture.borrow_and_update());
         if names.differ(&now, captures) {
             tables.send_replace(Arc::new(names.table(&now, captures)));
         }
@@ -196,6 +201,18 @@ mod tests {
         let received = tokio::time::timeout(Duration::from_secs(10), udp.recv_from(&mut query)).await;
         assert_eq!(received.unwrap().unwrap().0, 7);
         assert_eq!(tcp.local_addr().unwrap(), address);
+    }
+
+    #[test]
+    fn names_stay_virtual_until_it_is_known_that_nothing_is_captured() {
+        let unknown = capture::Status { wanted: true, ..capture::Status::default() };
+        assert!(is_virtual(&unknown));
+        let gone = capture::Status { reason: Some("no answer".into()), ..unknown.clone() };
+        assert!(!is_virtual(&gone));
+        let bypassed = capture::Status { net: Some(Box::default()), ..unknown.clone() };
+        assert!(!is_virtual(&bypassed));
+        assert!(is_virtual(&capture::Status { captures: true, ..bypassed }));
+        assert!(!is_virtual(&capture::Status { wanted: false, ..unknown }));
     }
 
     #[test]

@@ -187,7 +187,8 @@ async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
 
 /// What each name means now: `{"orders.mesh": ["240.17.3.9"]}`.
 async fn names(State(known): State<Known>) -> Json<BTreeMap<String, Vec<IpAddr>>> {
-    let (destinations, captures) = (known.destinations.borrow().clone(), known.capture.borrow().captures);
+    let (destinations, captures) =
+        (known.destinations.borrow().clone(), dns::is_virtual(&known.capture.borrow()));
     // What has no name is told by the task that serves them.
     let (table, _) = dns::table(&known.zone, &destinations, captures);
     let named = table.iter().map(|(name, addresses)| {
