@@ -106,7 +106,9 @@ async fn no_question_for_a_name_is_lost_while_the_agent_restarts_or_is_killed() 
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: transparent}\n").await?;
     let host = &vm.host;
     wait_for("the name", 2 * BOUND, async || {
-        host.sh("curl -s 127.0.0.1:15020/names | grep -q orders.mesh").map_err(|failed| failed.to_string())
+        // Captured by then: before that the name means the endpoint itself.
+        host.sh("vmeshctl capture | grep -q '^capture *confirmed'\ncurl -s 127.0.0.1:15020/names | grep -q 'orders.mesh\":.\"24'")
+            .map_err(|failed| failed.to_string())
     })
     .await?;
     host.write("/usr/local/lib/asks.py", ASKS)?;
