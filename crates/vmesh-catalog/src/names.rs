@@ -1,5 +1,5 @@
-//! Which of the services' names was there first: of two that DNS cannot tell apart, or that want one virtual address, that one keeps
-//! it.
+//! The order in which service names came into use. Of two names that DNS cannot tell apart, or that want one virtual address, the
+//! earlier name keeps the DNS name and the address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use vmesh_model::{Documents, Place, Problem, ServiceName};
 /// Names of documents for which a similar name is looked for; looking is linear in all names.
 const MAX_GUESSES: usize = 50;
 
-/// The names in use, by when they came. What is here over a restart was there before all that comes later.
+/// Orders the names in use by when each was first seen. Names that were saved before a restart come before all others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Names {
     ranks: BTreeMap<ServiceName, u64>,
@@ -20,7 +20,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// The names of before a restart, the first one first.
+    /// Begins with the names that were saved before a restart, the earliest first.
     pub fn restored(names: impl IntoIterator<Item = ServiceName>) -> Names {
         let mut restored = Names::default();
         for name in names {
@@ -68,7 +68,7 @@ impl Names {
         same.iter().min_by_key(|name| self.rank_of(name)).filter(|first| *first != name)
     }
 
-    /// The names in use and those of before a restart, the first one first.
+    /// Returns the names in use and those that were saved before a restart, the earliest first.
     pub fn in_order(&self) -> Vec<ServiceName> {
         let mut names: Vec<_> = self.ranks.iter().collect();
         names.sort_by_key(|(_, rank)| **rank);
@@ -82,7 +82,8 @@ impl Names {
         names
     }
 
-    /// What is wrong with names: those that DNS cannot tell from another, and those of documents that no source knows.
+    /// Returns a problem for each name that DNS cannot tell from an earlier one, and for each document of a service that no source
+    /// names.
     pub(crate) fn problems(
         &self,
         documents: &Documents,
@@ -126,7 +127,7 @@ impl Names {
     }
 }
 
-/// The names, shared by the worlds in which they are the same.
+/// Shares one order of names between all worlds that have it.
 pub type SharedNames = Arc<Names>;
 
 #[cfg(test)]

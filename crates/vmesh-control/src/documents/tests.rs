@@ -198,4 +198,16 @@ fn most_documents_gone_from_a_registry_are_held_until_that_is_confirmed() {
     assert_eq!(follower.judge(files(0..1), start).unwrap().len(), 1);
     let why = follower.judge(Vec::new(), start).unwrap_err();
     assert!(why.contains("to mean it, leave one"), "{why}");
+
+    // Ten, then four, then none: nothing is left that time could confirm, so nothing is read again for it.
+    let mut follower = Follower::new(follower_config(), Vec::new());
+    follower.judge(files(0..10), start).unwrap();
+    follower.judge(files(0..4), start).unwrap_err();
+    assert_eq!(follower.few_since, Some(start));
+    follower.judge(Vec::new(), start).unwrap_err();
+    assert_eq!(follower.few_since, None);
+}
+
+fn follower_config() -> Option<DocumentsConfig> {
+    vmesh_model::load::strict("control.yaml", "consul_kv: {prefix: vmesh/}").ok()
 }

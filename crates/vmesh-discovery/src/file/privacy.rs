@@ -15,12 +15,12 @@ const ALL_READ: u32 = 0o004;
 const ALL_SEARCH: u32 = 0o001;
 
 /// Reports whether every user of the host may read the open file, which was found at `path`. Where a link leads out of its
-/// directory, they also have to be able to get to it.
+/// directory, every user also has to be able to reach the target through its directories.
 pub fn is_public(file: &File, metadata: &Metadata, path: &Path) -> bool {
     if metadata.mode() & ALL_READ == 0 {
         return false;
     }
-    // What was opened, whatever has become of the links since.
+    // The kernel names the file that was opened, whatever the links point to by now.
     let Ok(opened) = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())) else { return false };
     let directory = path.parent().and_then(|parent| std::fs::canonicalize(parent).ok());
     if directory.is_some_and(|directory| opened.parent() == Some(&directory)) {

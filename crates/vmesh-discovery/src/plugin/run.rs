@@ -49,7 +49,7 @@ pub(super) struct Run {
     pub(super) child: Child,
     /// The process group of the program, which it leads.
     group: Option<Pid>,
-    /// `VMESH_PLUGIN_RUN=..`, as it stands in the environment.
+    /// The environment variable by which the processes of this run are found: `VMESH_PLUGIN_RUN=..`.
     mark: Vec<u8>,
 }
 
