@@ -57,7 +57,12 @@ impl Supervisor {
         let Some(binary) = until(&mut stop, trial::ask(&executable)).await else { return };
         let started = match (binary, shm::new_base_id()) {
             // On a busy host a good binary may take too long to print its version.
-            (Err(unusable), _) if !unusable.hangs => Err(unusable.why),
+            (Err(unusable), _) if !unusable.hangs => {
+                // An attempt all the same.
+                self.last_number += 1;
+                self.keep(None);
+                Err(unusable.why)
+            }
             (binary, Ok(base_id)) => {
                 let line = Line { base_id, epoch: 0 };
                 self.start(launch, again, line, binary.as_ref().ok(), false).await

@@ -35,8 +35,8 @@ const SHARED_MEMORY: &str = "/dev/shm";
 const SOCKET: &str = "hr";
 /// Numbers below are those that people choose for their own Envoys.
 const LEAST_BASE_ID: u32 = 1000;
-/// Envoy multiplies the number by ten in 32 bits, and adds that of the epoch.
-const BASE_IDS: u32 = 400_000_000;
+/// Envoy multiplies the number by ten in 32 bits with a sign, and adds that of the epoch.
+const BASE_IDS: u32 = 200_000_000;
 /// Number of attempts at a free number. Random numbers collide once in millions of attempts, so 32 collisions are an error.
 const TRIES: usize = 32;
 /// The numbers of the sockets of one line: Envoy counts its epochs modulo three.
@@ -168,7 +168,7 @@ mod tests {
         assert!(stuck.ends_with("after 32 tries"), "{stuck}");
         // The largest that can be, which Envoy multiplies by ten, and adds an epoch to.
         let largest = base_id_from(|| Ok(BASE_IDS - 1), &dir).unwrap();
-        assert!(largest.checked_mul(10).is_some_and(|number| number.checked_add(9).is_some()));
+        assert!(largest.checked_mul(10).is_some_and(|number| i32::try_from(number + 9).is_ok()));
         let two = [new_base_id().unwrap(), new_base_id().unwrap()];
         assert_ne!(two[0], two[1]);
     }
