@@ -24,6 +24,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde_json::json;
+use vmesh_model::text::printable;
 use vmesh_model::yaml::{self, Node, short};
 use vmesh_model::{Place, ServiceName};
 
@@ -60,8 +61,17 @@ pub fn confirm(id: u64, services: &BTreeSet<ServiceName>) -> String {
     json!({"type": "confirm", "id": id, "services": services}).to_string() + "\n"
 }
 
-/// Reads one line; `source` is for places. The error says what is wrong with it.
+/// Reads one line; `source` is for places. The error says what is wrong with the line, and like the reason of a failure it is
+/// printable, whatever the program wrote.
 pub fn read(source: &Arc<str>, line: &str) -> Result<Said, String> {
+    match read_line(source, line) {
+        Ok(Said::Failed(reason)) => Ok(Said::Failed(printable(&reason).into_owned())),
+        Ok(said) => Ok(said),
+        Err(wrong) => Err(printable(&wrong).into_owned()),
+    }
+}
+
+fn read_line(source: &Arc<str>, line: &str) -> Result<Said, String> {
     // Only objects: YAML, of which JSON is a part, would take any text for a value.
     if !line.trim_start().starts_with('{') {
         return Err(format!("`{}` is not a JSON object: logs belong on standard error", short(line.trim())));
