@@ -4,9 +4,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use serde::Serialize;
+
+use vmesh_capture::programs;
 
 use crate::config::{Config, Manage};
 use crate::supervisor;
@@ -112,7 +114,10 @@ fn open_way(user: &str, file: &Path, mode: u32) -> String {
 
 /// Whether the kernel denies `user` the access that `test` of the shell asks for. Returns false where `setpriv` cannot run.
 fn denied(user: &str, access: &str, path: &Path) -> bool {
-    let mut command = Command::new("setpriv");
+    // `--check` may be run by root, whose `PATH` another user may be able to write to.
+    let Ok(mut command) = programs::command(Path::new("setpriv")).map(|command| command.into_std()) else {
+        return false;
+    };
     command.args(["--reuid", user, "--regid", GROUP, "--init-groups", "--", "test", access]).arg(path);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // 1 is `test`'s own no.

@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn a_source_is_a_kind_and_what_it_needs() {
         expect![[r#"
-            file:/etc/vmesh/services.d File(FileConfig { name: None, required: true, path: "/etc/vmesh/services.d", format: Auto, watch: true, poll: 10s, resolve_interval: 30s, max_bytes: 16777216, max_files: 10000, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }) Some(0ns)
+            file:/etc/vmesh/services.d File(FileConfig { name: None, required: true, path: "/etc/vmesh/services.d", format: Auto, watch: true, poll: 10s, resolve_interval: 30s, max_bytes: 16777216, max_files: 10000, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] }, quotes_private_files: false }) Some(0ns)
         "#]].assert_eq(&read("discovery:\n  - file: {path: /etc/vmesh/services.d}\n"));
         expect![[r#"
             file:a File(FileConfig { name: None, required: true, path: "a", format: Linkerd, watch: false, poll: 1s, resolve_interval: 300s, max_bytes: 100, max_files: 5, guard: GuardConfig { removal_hold: Some(5s), confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }) Some(5s)

@@ -14,7 +14,8 @@ mod print;
 mod show;
 mod table;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -106,14 +107,14 @@ enum Say {
     Evict {
         service: ServiceName,
         /// Its address as `services` prints it, or its host name and port.
-        #[arg(value_name = "ADDRESS")]
+        #[arg(value_name = "ADDRESS", value_parser = endpoint)]
         endpoint: String,
     },
     /// Use an endpoint again that was evicted.
     Admit {
         service: ServiceName,
         /// Its address as `discovery` prints it.
-        #[arg(value_name = "ADDRESS")]
+        #[arg(value_name = "ADDRESS", value_parser = endpoint)]
         endpoint: String,
     },
     /// Take no change of a source, or of all, not even additions.
@@ -292,6 +293,20 @@ fn written(endpoint: &str) -> Option<SocketAddr> {
         ip if ip == address.ip() => address,
         ip => SocketAddr::new(ip, address.port()),
     })
+}
+
+/// Parses an endpoint on the command line: an address with a port, or a host name with a port.
+fn endpoint(text: &str) -> Result<String, String> {
+    let is_named = |(host, port): (&str, &str)| {
+        !host.is_empty() && host.parse::<IpAddr>().is_err() && port.parse::<NonZeroU16>().is_ok()
+    };
+    match written(text).is_some() || text.trim().rsplit_once(':').is_some_and(is_named) {
+        true => Ok(text.to_owned()),
+        false => {
+            Err("invalid socket address: an address or a host name, with a port, as `services` prints it"
+                .to_owned())
+        }
+    }
 }
 
 fn done(done: &Done) -> (String, bool) {

@@ -4,11 +4,26 @@ pub(crate) mod capture;
 pub(crate) mod dns;
 pub(crate) mod doctor;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
+use vmesh_capture::programs;
 use vmesh_daemon::fetch::FetchError;
 use vmesh_daemon::fsx::FileError;
 use vmesh_net::client::ClientError;
+
+/// Builds the command that runs the host's program `name`. Root runs none that another user could have put on the `PATH`, and
+/// passes on nothing of its environment.
+pub(crate) fn host_program(name: &str) -> Command {
+    if !rustix::process::geteuid().is_root() {
+        return Command::new(name);
+    }
+    match programs::command(Path::new(name)) {
+        Ok(command) => command.into_std(),
+        // A program that is not there cannot be started, and the error of that names it.
+        Err(_) => Command::new(Path::new("/usr/bin").join(name)),
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HostError {

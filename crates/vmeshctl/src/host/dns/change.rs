@@ -8,15 +8,14 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 
-use super::super::HostError;
 use super::super::capture::run;
+use super::super::{HostError, host_program};
 use super::MAX_FILE;
 
 /// A resolver that was restarted has to find again what it found before.
@@ -88,7 +87,7 @@ impl Change<'_> {
         if !ran {
             return Ok(said);
         }
-        let restarted = run(Command::new("systemctl").args(["restart", self.unit]));
+        let restarted = run(host_program("systemctl").args(["restart", self.unit]));
         let verdict = match restarted {
             Err(error) => Err(one_line(&error)),
             Ok(_) => still_finds(self.unit, &found),
@@ -98,7 +97,7 @@ impl Change<'_> {
             return Ok(said);
         };
         take_back(&done);
-        let again = match run(Command::new("systemctl").args(["restart", self.unit])) {
+        let again = match run(host_program("systemctl").args(["restart", self.unit])) {
             Ok(_) => String::new(),
             Err(error) => format!("; and as it was it does not start, either: {}", one_line(&error)),
         };
@@ -195,7 +194,7 @@ fn take_back(done: &[Before]) {
 }
 
 fn is_active(unit: &str) -> bool {
-    let status = Command::new("systemctl").args(["is-active", "--quiet", unit]).status();
+    let status = host_program("systemctl").args(["is-active", "--quiet", unit]).status();
     status.is_ok_and(|status| status.success())
 }
 
@@ -223,7 +222,7 @@ fn still_finds(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
 pub(super) fn found_among(names: &BTreeSet<String>) -> BTreeSet<String> {
     let within = format!("{}", LOOKS_UP_WITHIN.as_secs());
     let look_up = |name: &String| {
-        let mut command = Command::new("timeout");
+        let mut command = host_program("timeout");
         command.args([&within, "getent", "ahosts", "--", name]);
         command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::piped());
         command.stderr(std::process::Stdio::null());

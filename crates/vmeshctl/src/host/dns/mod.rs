@@ -10,7 +10,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
@@ -21,9 +20,9 @@ use vmesh_dns::host::{PLAIN_RESOLV_CONF, with_hosts_block, without_hosts_block};
 use vmesh_dns::table::Suffix;
 use vmesh_dns::{Addresses, Table, Zone};
 
-use super::HostError;
 use super::capture::run;
 use super::doctor::{Config, read_configuration};
+use super::{HostError, host_program};
 use change::{Change, Wanted, foreign_names};
 use resolver::{FILES, Resolver};
 
@@ -272,7 +271,7 @@ fn name_of(unit: &str) -> &str {
 async fn enable_hosts(ask: &Dns, settings: &Settings) -> Result<String, HostError> {
     let said = sync(&ask.root, settings).await?;
     if live(ask) {
-        run(Command::new("systemctl").args(["enable", "--now", HOSTS_UNIT]))?;
+        run(host_program("systemctl").args(["enable", "--now", HOSTS_UNIT]))?;
     }
     Ok(format!("{said}{HOSTS_UNIT} keeps the block up to date\n"))
 }
@@ -285,7 +284,7 @@ fn disable(ask: &Dns, keep: &[String]) -> Result<String, HostError> {
     let mut said = String::new();
     if live(ask) {
         // Disabling fails for a unit that is not enabled, which is the wanted state.
-        _ = run(Command::new("systemctl").args(["disable", "--now", HOSTS_UNIT]));
+        _ = run(host_program("systemctl").args(["disable", "--now", HOSTS_UNIT]));
     }
     let path = at(&ask.root, HOSTS);
     if let Ok(hosts) = fsx::read_capped(&path, MAX_FILE) {
@@ -395,7 +394,7 @@ pub(crate) fn believed_users() -> Vec<u32> {
     // The package makes a user of this host. Somebody else's directory may name one instead, and may hang.
     let known = read(Path::new("/"), "/etc/passwd").as_deref().and_then(of_agent);
     users.extend(known.or_else(|| {
-        let asked = run(Command::new("timeout").args(["1", "getent", "passwd", AGENT_USER])).ok()?;
+        let asked = run(host_program("timeout").args(["1", "getent", "passwd", AGENT_USER])).ok()?;
         of_agent(&asked)
     }));
     users.sort_unstable();

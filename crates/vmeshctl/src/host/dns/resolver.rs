@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use clap::ValueEnum;
 use vmesh_capture::sockets;
@@ -12,8 +11,8 @@ use vmesh_dns::host::{
 };
 use vmesh_dns::table::Suffix;
 
-use super::super::HostError;
 use super::super::capture::run;
+use super::super::{HostError, host_program};
 use super::{HOSTS, at, read};
 
 /// The port at which resolvers are asked.
@@ -110,7 +109,7 @@ pub(super) fn detect(root: &Path) -> Resolver {
 /// Reports whether dnsmasq's unit is who listens at port 53 of this host's loopback addresses.
 fn dnsmasq_answers() -> bool {
     let show =
-        Command::new("systemctl").args(["show", "-p", "MainPID", "--value", "dnsmasq.service"]).output();
+        host_program("systemctl").args(["show", "-p", "MainPID", "--value", "dnsmasq.service"]).output();
     let pid = show.ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse::<u32>().ok());
     let Some(pid) = pid.filter(|pid| *pid > 0) else { return false };
     // Only root sees whose sockets these are. Whoever else asks is told that the dnsmasq that runs is meant.
@@ -236,8 +235,8 @@ pub(super) fn for_this_resolved(
 ) -> Result<Wiring, HostError> {
     let (mut version, mut servers) = (Some(252), ResolvedServers::default());
     if live {
-        version = resolved_version(&run(Command::new("resolvectl").arg("--version"))?);
-        let status = run(Command::new("resolvectl").args(["status", "--no-pager"]))?;
+        version = resolved_version(&run(host_program("resolvectl").arg("--version"))?);
+        let status = run(host_program("resolvectl").args(["status", "--no-pager"]))?;
         let drop_in = read(root, RESOLVED_DROP_IN).unwrap_or_default();
         servers = ResolvedServers::parse(&status).without_those_of(&drop_in);
     }
