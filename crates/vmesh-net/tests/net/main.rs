@@ -192,6 +192,8 @@ async fn an_agent_that_says_nothing_lets_redirects_lapse_and_one_that_speaks_aga
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     vm.answers("direct").await;
+    // The kernel lets them lapse by itself, and vmesh-net says so at its next look.
+    vm.until("the lapse to be told", |status| status.redirects == Redirects::Lapsed).await;
     agent.well_until("the redirects to hold", is_well).await;
     assert_eq!(vm.get(8080).unwrap(), "mesh");
 }
