@@ -182,12 +182,16 @@ impl Catalog {
             names.add(now);
             gone.iter().for_each(|name| names.remove(name));
         }
+        let services = &self.services;
+        let is_registered = |name: &ServiceName| services.contains_key(name);
+        for name in changes.services.iter().filter(|name| self.names.is_ambiguous(name)).collect::<Vec<_>>() {
+            Arc::make_mut(&mut self.names).prefer_registered(name, is_registered);
+        }
         let place_of = |name: &ServiceName| {
             let registered = self.services.get(name).and_then(|service| service.places.first().cloned());
             registered.or_else(|| self.documents.services.get(name).map(|document| document.place.clone()))
         };
         let registered: Vec<&str> = self.services.keys().map(ServiceName::as_str).collect();
-        let is_registered = |name: &ServiceName| self.services.contains_key(name);
         self.name_problems = self.names.problems(&self.documents, place_of, is_registered, &registered);
     }
 
@@ -389,6 +393,12 @@ mod tests {
         let said = problems(&catalog);
         assert!(said.contains("Did you mean `orderservice`?") && said.contains("a.yaml:1:1"), "{said}");
         assert!(said.contains("no source names `paymnets`: did you mean `payments`?"), "{said}");
+        // The document was there first, and is no service: the DNS name is that of the service which the document means.
+        let name = |text: &str| text.parse::<ServiceName>().unwrap();
+        let names = &catalog.world().names;
+        assert_eq!(names.shadowed_by(&name("orderservice")), None);
+        assert_eq!(names.shadowed_by(&name("OrderService")), Some(&name("orderservice")));
+        assert!(!said.contains("`OrderService` was there first"), "{said}");
         catalog.on_view(0, view(&[("OrderService", &["10.0.0.1:80"]), ("paymnets", &["10.0.0.2:80"])]));
         assert_eq!(problems(&catalog), "");
     }

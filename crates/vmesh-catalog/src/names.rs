@@ -58,6 +58,32 @@ impl Names {
         }
     }
 
+    /// Reports whether there is another name that DNS cannot tell from `name`.
+    pub(crate) fn is_ambiguous(&self, name: &ServiceName) -> bool {
+        self.folded.get(&name.as_str().to_ascii_lowercase()).is_some_and(|same| same.len() > 1)
+    }
+
+    /// Of the names that DNS cannot tell from `name`, puts the earliest that a source registers before those that only documents
+    /// have: a document with a mistake in its name must not take the DNS name away from the service that it means.
+    pub(crate) fn prefer_registered(
+        &mut self,
+        name: &ServiceName,
+        is_registered: impl Fn(&ServiceName) -> bool,
+    ) {
+        let Some(same) = self.folded.get(&name.as_str().to_ascii_lowercase()).filter(|same| same.len() > 1)
+        else {
+            return;
+        };
+        let Some(first) = same.iter().min_by_key(|name| self.rank_of(name)).cloned() else { return };
+        let registered = same.iter().filter(|name| is_registered(name)).min_by_key(|name| self.rank_of(name));
+        let Some(registered) = registered.filter(|registered| **registered != first).cloned() else { return };
+        if !is_registered(&first) {
+            let (rank, first_rank) = (self.rank_of(&registered), self.rank_of(&first));
+            self.ranks.insert(registered, first_rank);
+            self.ranks.insert(first, rank);
+        }
+    }
+
     fn rank_of(&self, name: &ServiceName) -> u64 {
         self.ranks.get(name).copied().unwrap_or(u64::MAX)
     }

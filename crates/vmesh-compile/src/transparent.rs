@@ -83,7 +83,9 @@ impl Index {
         if let Some(owners) = &mut self.owners {
             all.extend(owners.update(before, now, &names));
         }
-        if names.iter().any(|name| before.is_known(name) != now.is_known(name)) {
+        let has_other_names = names.iter().any(|name| before.is_known(name) != now.is_known(name));
+        // Which name comes first may change although no name came or went.
+        if has_other_names || !Arc::ptr_eq(&before.names, &now.names) {
             let renewed = Virtuals::new(now);
             let differing = renewed.differing(&self.virtuals).chain(self.virtuals.differing(&renewed));
             all.extend(differing.filter_map(|name| name.parse().ok()));

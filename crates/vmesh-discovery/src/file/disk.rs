@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{Mode, OFlags};
 use vmesh_model::yaml::too_large;
-use vmesh_model::{Address, Place, Problem, Registration, ServiceName};
+use vmesh_model::{Address, Endpoint, Host, Place, Problem, Registration, ServiceName};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::privacy::{is_public, redacted};
@@ -116,6 +116,8 @@ pub(super) struct Disk {
     files: BTreeMap<PathBuf, FileState>,
     /// What was known before a restart, until its file has been read.
     restored: BTreeMap<ServiceName, Arc<Registration>>,
+    /// The same, for as long as parts of them may be in files that cannot be used.
+    restored_parts: BTreeMap<ServiceName, Arc<Registration>>,
     /// The file that counts for each service: one that comes later and names it too must not take it over.
     incumbents: BTreeMap<ServiceName, Arc<str>>,
     /// Services of which several files have a part, as they were put together last.
@@ -140,7 +142,11 @@ impl Disk {
             hints,
             watch: None,
             files: BTreeMap::new(),
-            restored: restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
+            restored: restored
+                .clone()
+                .map(|(name, seen)| (name.clone(), seen.registration.clone()))
+                .collect(),
+            restored_parts: restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
             joined: BTreeMap::new(),
             complained: false,
             #[cfg(test)]
@@ -558,6 +564,29 @@ impl Disk {
         }
     }
 
+    /// A service of which several files may have a part is whole only when all of them could be used once since the start: what
+    /// was known of it before may be in one that cannot be used now, so nothing of it is taken for removed.
+    fn keep_restored_parts(&mut self, scan: &mut Scan) {
+        let never_used = self.files.values().find_map(|state| state.unusable.first());
+        let Some(because) = never_used.or(scan.told.unusable.first()) else {
+            if scan.again.is_none() {
+                self.restored_parts.clear();
+            }
+            return;
+        };
+        self.restored_parts.retain(|name, known| {
+            let Some(told) = scan.told.services.get_mut(name) else { return false };
+            let Known::Parsed(service) = &told.known else { return true };
+            let is_there =
+                |known: &Endpoint| service.endpoints.iter().any(|endpoint| is_of(&endpoint.address, known));
+            let is_missing = service.is_shared && !known.endpoints.iter().all(is_there);
+            if is_missing && told.partial_because.is_none() {
+                told.partial_because = Some(because.clone());
+            }
+            is_missing
+        });
+    }
+
     /// Puts the files together: of two that name one service the one counts that was there before, else the first.
     pub(super) fn merge(&mut self, scan: &mut Scan) {
         let mut claims: BTreeMap<&ServiceName, Vec<&Told>> = BTreeMap::new();
@@ -594,6 +623,7 @@ impl Disk {
         }
         self.incumbents = incumbents;
         self.joined = joined;
+        self.keep_restored_parts(scan);
         let emptied = self.files.values().flat_map(|state| &state.emptied);
         scan.told.emptied = emptied.filter(|name| !scan.told.services.contains_key(*name)).cloned().collect();
         scan.told.problems.sort();
@@ -627,6 +657,15 @@ fn join(name: &ServiceName, claims: &[&Told], before: Option<&Arc<ParsedService>
         _ => Arc::new(whole),
     };
     Some(Told::fresh(whole))
+}
+
+/// Reports whether `known` was made of an endpoint that is written as `address`.
+fn is_of(address: &Address, known: &Endpoint) -> bool {
+    address.port.get() == known.address.port()
+        && match &address.host {
+            Host::Ip(ip) => *ip == known.address.ip(),
+            Host::Name(name) => known.hostname.as_ref() == Some(name),
+        }
 }
 
 fn place(told: &Told) -> Place {

@@ -608,6 +608,74 @@ async fn a_service_in_two_files_is_that_of_the_first() {
         .await;
 }
 
+/// One job in several files, one of which cannot be read after a restart.
+#[tokio::test]
+async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_that_breaks() {
+    let group =
+        |address: &str| format!("[{{\"targets\": [\"{address}\"], \"labels\": {{\"job\": \"node\"}}}}]");
+    let mut live = Live::start(&[
+        ("a.json", &group("10.0.0.1:80")),
+        ("b.json", &group("10.0.0.2:80")),
+        ("c.json", &group("10.0.0.3:80")),
+    ]);
+    live.first(expect![[r#"
+        node fresh 10.0.0.1:80 10.0.0.2:80 10.0.0.3:80
+    "#]])
+        .await;
+    let last_good = (**live.views.borrow().last_good.as_ref().unwrap()).clone();
+    let Live { dir, .. } = live;
+    fs::write(dir.join("b.json"), "[{\"targets\": [").unwrap();
+    let config = FileConfig { watch: false, ..config(&dir) };
+    let mut disk = Disk::new(config, Arc::default(), Some(&last_good));
+    let all = ["a.json", "b.json", "c.json"].map(|file| dir.join(file));
+    let whole = |told: &crate::assemble::Told| match &told.known {
+        Known::Parsed(service) => service.endpoints.len(),
+        Known::Restored(known) => known.endpoints.len(),
+    };
+    let restarted = scan(&mut disk, &all, true);
+    let told = &restarted.told.services["node"];
+    assert_eq!(whole(told), 2);
+    let because = told.partial_because.as_deref().expect("what is missing may be in the file that is broken");
+    assert!(because.contains("b.json"), "{because}");
+    // Once it can be read what it does not name is gone.
+    fs::write(dir.join("b.json"), "[]").unwrap();
+    let mended = scan(&mut disk, &all, true);
+    assert_eq!(
+        (whole(&mended.told.services["node"]), &mended.told.services["node"].partial_because),
+        (2, &None)
+    );
+}
+
+#[tokio::test]
+async fn a_name_that_stands_for_loopback_on_this_host_only_is_no_endpoint() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    let dns = Dns::default();
+    for (host, ip) in
+        [("vm-17", "127.0.1.1"), ("vm-18", "::1"), ("vm-19", "::ffff:127.0.0.1"), ("vm-20", "10.0.0.20")]
+    {
+        dns.set(host, ip);
+    }
+    for (host, ip) in [("localhost", "127.0.0.1"), ("pay.localhost", "127.0.0.9")] {
+        dns.set(host, ip);
+    }
+    write(
+        &dir,
+        &[
+            ("web", "vm-17 80\nvm-18 80\nvm-19 80\nvm-20 80\n"),
+            ("own", "localhost 80\npay.localhost 80\n127.0.0.5 80\n"),
+        ],
+    );
+    let config = config(&dir);
+    let mut live = Live::of(dir, config, None, dns);
+    live.first(expect![[r#"
+        own fresh 127.0.0.1:80 127.0.0.5:80 127.0.0.9:80
+        web fresh 10.0.0.20:80
+        web:1:1: `vm-17`: it stands for 127.0.1.1 on this host only, see its /etc/hosts; this endpoint is left out
+        web:2:1: `vm-18`: it stands for ::1 on this host only, see its /etc/hosts; this endpoint is left out
+        web:3:1: `vm-19`: it stands for 127.0.0.1 on this host only, see its /etc/hosts; this endpoint is left out
+    "#]]).await;
+}
+
 #[tokio::test]
 async fn a_directory_of_far_too_many_files_is_the_wrong_one() {
     let dir = vmesh_testkit::tempdir().unwrap();

@@ -250,6 +250,44 @@ fn one_id_on_two_nodes_is_two_instances_and_one_address_is_one_endpoint() {
     ));
 }
 
+/// An agent that was reinstalled registers its services anew under other ids, and the old ones stand until they are reaped.
+#[test]
+fn of_two_ids_at_one_address_the_healthiest_and_then_the_youngest_decides() {
+    let of = |id: &str, created: u64, status: &str| {
+        entry(
+            &json!({"ID": id, "CreateIndex": created, "Tags": [format!("version={id}")]}),
+            &json!({}),
+            &[("c", status)],
+        )
+    };
+    let cases = [
+        // The younger one is critical, and the older one is how the instance is.
+        [("old", 10, "passing"), ("new", 20, "critical")],
+        [("old", 10, "critical"), ("new", 20, "passing")],
+        // As well as one another: the younger one, whatever they are called.
+        [("z", 10, "passing"), ("a", 20, "passing")],
+        [("a", 10, "critical"), ("z", 20, "critical")],
+    ];
+    let mut all = String::new();
+    for ids in cases {
+        let mut both: Vec<String> = Vec::new();
+        for order in [[0, 1], [1, 0]] {
+            let body: Vec<Value> =
+                order.iter().map(|at: &usize| of(ids[*at].0, ids[*at].1, ids[*at].2)).collect();
+            both.push(shown(&[&Value::from(body).to_string()], &Rules::default()));
+        }
+        assert_eq!(both[0], both[1], "the order of the answer decides nothing");
+        all += &both[0];
+    }
+    expect![[r#"
+        10.1.0.1:8080 weight 1 healthy zone dc1 version old {"datacenter": "dc1", "node": "vm-1"}
+        10.1.0.1:8080 weight 1 healthy zone dc1 version new {"datacenter": "dc1", "node": "vm-1"}
+        10.1.0.1:8080 weight 1 healthy zone dc1 version a {"datacenter": "dc1", "node": "vm-1"}
+        10.1.0.1:8080 weight 1 unhealthy zone dc1 version z {"datacenter": "dc1", "node": "vm-1"}
+    "#]]
+    .assert_eq(&all);
+}
+
 #[test]
 fn one_entry_that_makes_no_sense_costs_itself_and_too_many_leave_the_rest_in_doubt() {
     let good = |n: u8| entry(&json!({"ID": n.to_string()}), &json!({"Address": format!("10.1.0.{n}")}), &[]);

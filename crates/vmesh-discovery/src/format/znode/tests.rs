@@ -411,6 +411,48 @@ fn dubbo_providers_are_the_endpoints_of_their_application() {
     );
 }
 
+/// A provider's own word goes before what it sets for all of its services.
+#[test]
+fn what_dubbo_sets_for_all_services_of_a_provider_is_said_of_each() {
+    let url = |last: u8, more: &str| {
+        let query =
+            format!("default.version=2.0&default.group=g&default.weight=50&default.release=3.1{more}");
+        let query = query.replace('=', "%3D").replace('&', "%26");
+        format!("dubbo%3A%2F%2F10.1.0.{last}%3A20880%2Fcom.acme.Pay%3Fapplication%3Dpay%26{query}\n")
+    };
+    let text = [
+        url(1, ""),
+        url(2, "&weight=7&version=1.0&group=h"),
+        url(3, "&weight="),
+        url(4, "&default.disabled=true"),
+        url(5, "&default.enabled=false&enabled=true"),
+    ];
+    check(
+        ZnodeFormat::Dubbo,
+        &text.concat(),
+        expect![[r#"
+        pay dubbo
+          10.1.0.1:20880 weight 50 healthy version 2.0 {"dubbo.interfaces": "com.acme.Pay", "group": "g", "release": "3.1"}
+          10.1.0.2:20880 weight 7 healthy version 1.0 {"dubbo.interfaces": "com.acme.Pay", "group": "h", "release": "3.1"}
+          10.1.0.3:20880 weight 50 healthy version 2.0 {"dubbo.interfaces": "com.acme.Pay", "group": "g", "release": "3.1"}
+          10.1.0.4:20880 weight 50 draining version 2.0 {"dubbo.interfaces": "com.acme.Pay", "group": "g", "release": "3.1"}
+          10.1.0.5:20880 weight 50 healthy version 2.0 {"dubbo.interfaces": "com.acme.Pay", "group": "g", "release": "3.1"}
+    "#]],
+    );
+    let by_interface = Rules { group_by: GroupBy::Interface, ..Rules::default() };
+    check_with(
+        by_interface,
+        ZnodeFormat::Dubbo,
+        &text[..2].concat(),
+        expect![[r#"
+        g.com.acme.Pay-2.0 dubbo
+          10.1.0.1:20880 weight 50 healthy version 2.0 {"group": "g", "release": "3.1"}
+        h.com.acme.Pay-1.0 dubbo
+          10.1.0.2:20880 weight 7 healthy version 1.0 {"group": "h", "release": "3.1"}
+    "#]],
+    );
+}
+
 #[test]
 fn dubbo_interfaces_can_be_services() {
     check_with(

@@ -276,6 +276,63 @@ fn a_format_is_told_once_and_kept() {
     );
 }
 
+/// A lock that was there first is no reason to leave services out that come later, and a restart decides alike.
+#[test]
+fn a_stray_node_does_not_decide_the_format() {
+    let lock = tree("locks/leader 10.0.0.7:2888");
+    let mut before = reading("- {path: /services}\n");
+    before.take(std::slice::from_ref(&lock));
+    check(
+        &before,
+        expect![[r#"
+        locks (zk/services/locks) 10.0.0.7:2888
+    "#]],
+    );
+    let six: String = (1..=6)
+        .map(|n| {
+            format!("~billing/i{n} {{\"name\":\"billing\",\"address\":\"10.0.0.{n}\",\"port\":80,\"serviceType\":\"DYNAMIC\"}}\n")
+        })
+        .collect();
+    let all = then(&lock, &format!("locks/leader 10.0.0.7:2888\n{six}"));
+    before.take(std::slice::from_ref(&all));
+    check(
+        &before,
+        expect![[r#"
+        billing (zk/services/billing) 10.0.0.1:80 10.0.0.2:80 10.0.0.3:80 10.0.0.4:80 10.0.0.5:80 10.0.0.6:80
+        zk: zk/services: it is read as `curator`, as 6 of its nodes look, and those are left out that look otherwise (1 like `hostport`): set `format`
+    "#]],
+    );
+    let mut restarted = reading("- {path: /services}\n");
+    restarted.take(std::slice::from_ref(&all));
+    assert_eq!(show(&restarted), show(&before));
+}
+
+/// Nodes are there, and none is an instance of the format that the root is said to have.
+#[test]
+fn a_root_of_which_nothing_is_read_says_so_for_every_format() {
+    let foreign = [
+        ("curator", "a/instance-1 10.0.0.1:80\na/instance-2 instance-2\nb/instance-1 instance-1"),
+        ("nerve", "a/one 10.0.0.1:80\nb/two text"),
+        ("serverset", "a/one {\"host\":\"10.0.0.1\",\"port\":80}"),
+        ("dubbo", "a/one {\"host\":\"10.0.0.1\",\"port\":80}"),
+        ("hostport", "a/one {\"host\":\"10.0.0.1\",\"port\":80}"),
+    ];
+    for (format, nodes) in foreign {
+        let mut reading = reading(&format!("- {{path: /disc, format: {format}}}\n"));
+        reading.take(&[tree(nodes)]);
+        let shown = show(&reading);
+        assert!(shown.starts_with("zk: zk/disc: of the "), "{format}: {shown}");
+        assert!(
+            shown.contains(&format!("none is an instance in the format `{format}`")),
+            "{format}: {shown}"
+        );
+        // A root without any content is no problem: what comes there is read.
+        let mut empty = self::reading(&format!("- {{path: /disc, format: {format}}}\n"));
+        empty.take(&[tree("a")]);
+        assert_eq!(show(&empty), "", "{format}");
+    }
+}
+
 #[test]
 fn dubbo_is_grouped_over_all_interfaces_and_roots() {
     let url = |host: &str, interface: &str, more: &str| {
