@@ -37,6 +37,9 @@ struct Options {
     /// Consul only: over plaintext HTTP/1.1, where every query under way takes a connection.
     #[arg(long)]
     plaintext: bool,
+    /// Consul only: instances have no check of their own.
+    #[arg(long)]
+    unchecked: bool,
     /// Ends non-zero if the p99 is more than so many milliseconds.
     #[arg(long)]
     at_most: Option<f64>,
@@ -63,12 +66,13 @@ fn main() -> ExitCode {
 }
 
 /// Instance `endpoint` of service `service`.
-fn instance(service: usize, endpoint: usize) -> Instance {
+fn instance(service: usize, endpoint: usize, has_check: bool) -> Instance {
     let [_, _, a, b] = u32::try_from(service).unwrap_or_default().to_be_bytes();
     let ip = IpAddr::V4(Ipv4Addr::new(10, a, b, u8::try_from(endpoint % 250 + 1).unwrap_or(1)));
     let port = 8000 + u16::try_from(endpoint / 250).unwrap_or_default();
     let name = format!("service-{service:05}");
-    Instance::new(&name, &format!("{name}-{endpoint:05}"), SocketAddr::new(ip, port))
+    let instance = Instance::new(&name, &format!("{name}-{endpoint:05}"), SocketAddr::new(ip, port));
+    Instance { has_check, ..instance }
 }
 
 async fn run(options: &Options) -> Result<()> {
@@ -82,8 +86,9 @@ async fn run(options: &Options) -> Result<()> {
     };
     println!("{}: {services} services x {endpoints} endpoints, {changes} changes", registry.name());
     let began = Instant::now();
-    let all: Vec<_> =
-        (0..services).flat_map(|service| (0..endpoints).map(move |at| instance(service, at))).collect();
+    let has_check = !options.unchecked;
+    let of_one = |service| (0..endpoints).map(move |at| instance(service, at, has_check));
+    let all: Vec<_> = (0..services).flat_map(of_one).collect();
     registry.fill(&all).await?;
     println!("registered in           {:>9.2} s", began.elapsed().as_secs_f64());
 
@@ -113,7 +118,7 @@ async fn run(options: &Options) -> Result<()> {
     let before = counters(&api).await?;
     let mut times = Vec::new();
     for change in 0..changes + 3 {
-        let new = instance(change * 7 % services, endpoints + change);
+        let new = instance(change * 7 % services, endpoints + change, has_check);
         fleet.expect_one_each();
         registry.add(&new).await?;
         let registered = SystemTime::now();

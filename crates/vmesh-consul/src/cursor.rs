@@ -55,6 +55,13 @@ impl Cursor {
         }
     }
 
+    /// Lets `burst` queries through at once, and then one `every` so often. Built in: 5 and 500 ms.
+    #[must_use]
+    pub fn with_allowance(mut self, burst: u32, every: Duration) -> Cursor {
+        self.allowance = Allowance { left: burst, burst, every, ..self.allowance };
+        self
+    }
+
     /// When to ask next.
     pub fn due(&self) -> Instant {
         self.due
@@ -78,6 +85,28 @@ impl Cursor {
     /// The hash of the last answer that was believed.
     pub fn hash(&self) -> Option<u64> {
         self.hash
+    }
+
+    /// The index of the last answer that was believed; 0 if there was none.
+    pub fn seen(&self) -> u64 {
+        self.seen
+    }
+
+    /// The next query asks for what there is, when it is due.
+    pub fn read_again(&mut self) {
+        self.ask = 0;
+    }
+
+    /// The next query asks the leader for what there is, when it is due: the last answer is older than what another
+    /// answer showed.
+    pub fn ask_leader(&mut self) {
+        self.ask = 0;
+        self.strong = true;
+    }
+
+    /// The next query is not due before `at`.
+    pub fn postpone(&mut self, at: Instant) {
+        self.due = self.due.max(at);
     }
 
     /// The next query asks for what there is, at once.
@@ -153,11 +182,13 @@ fn pause(idle: u32) -> Duration {
     }
 }
 
-/// A few queries at once, and then one for each [`Allowance::EVERY`] (a token bucket).
+/// A few queries at once, and then one for each `every` (a token bucket).
 #[derive(Debug, Clone)]
 struct Allowance {
     left: u32,
     since: Instant,
+    burst: u32,
+    every: Duration,
 }
 
 impl Allowance {
@@ -165,20 +196,20 @@ impl Allowance {
     const EVERY: Duration = Duration::from_millis(500);
 
     fn new(now: Instant) -> Allowance {
-        Allowance { left: Self::BURST, since: now }
+        Allowance { left: Self::BURST, since: now, burst: Self::BURST, every: Self::EVERY }
     }
 
     /// When the next query may be sent, `pause` from now at the earliest.
     fn take(&mut self, now: Instant, pause: Duration) -> Instant {
         let at = now + pause;
-        let earned = at.saturating_duration_since(self.since).as_millis() / Self::EVERY.as_millis();
-        let earned = u32::try_from(earned).unwrap_or(Self::BURST);
-        if self.left.saturating_add(earned) >= Self::BURST {
-            self.left = Self::BURST;
+        let earned = at.saturating_duration_since(self.since).as_millis() / self.every.as_millis().max(1);
+        let earned = u32::try_from(earned).unwrap_or(self.burst);
+        if self.left.saturating_add(earned) >= self.burst {
+            self.left = self.burst;
             self.since = at;
         } else {
             self.left += earned;
-            self.since += Self::EVERY * earned;
+            self.since += self.every * earned;
         }
         match self.left.checked_sub(1) {
             Some(left) => {
@@ -186,7 +217,7 @@ impl Allowance {
                 at
             }
             None => {
-                self.since += Self::EVERY;
+                self.since += self.every;
                 self.since
             }
         }

@@ -12,17 +12,20 @@
 //! least itself, and answers whoever has no rights with a success and an empty list.
 //!
 //! Over TLS all services are watched at once, on few connections (HTTP/2). In plaintext each watch keeps a connection,
-//! so with more services than connections they take turns, with shorter waits; a problem says how late that may be.
+//! so with more services than connections they share blocking queries (the module `shared`).
 
+mod changes;
 pub mod config;
 mod plan;
+mod shared;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use vmesh_consul::{
     Answer, Client, Consistency, ConsulError, Cursor, ErrorKind, Meta, Pace, Query, Verdict, escaped,
@@ -34,8 +37,10 @@ use crate::format::consul::{Read, Rules, combine, read, remembered};
 use crate::format::{ParsedService, subject_of};
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError, chain};
+use changes::{ListDifference, Sweep};
 pub use config::ConsulConfig;
 use plan::{Ask, Datacenter, Key, Plan, Watched};
+use shared::ChecksAnswer;
 
 /// How long the first view waits for a datacenter that cannot be read and of which nothing is known from before: without
 /// it every proxy that has endpoints there would lose them.
@@ -65,7 +70,11 @@ pub struct ConsulSource<R = SystemResolver> {
     plan: Plan,
     asks: JoinSet<Outcome>,
     /// Who is asked by which task.
-    asked: HashMap<tokio::task::Id, Ask>,
+    asked: HashMap<tokio::task::Id, (Ask, AbortHandle)>,
+    /// Reads all services in turn, where they have no blocking queries of their own.
+    sweep: Sweep,
+    /// The keys of the hashes by which answers are compared, which nobody can guess.
+    hash_keys: RandomState,
     assembler: Assembler<R>,
     /// What was known before a restart.
     last_good: BTreeMap<ServiceName, Arc<Registration>>,
@@ -96,6 +105,7 @@ struct Outcome {
 enum What {
     /// Every service and its tags; `None` if the body is the one that is known.
     Catalog(Result<Answer<Option<Names>>, ConsulError>),
+    Checks(Result<Answer<ChecksAnswer>, ConsulError>),
     Service(ServiceAnswer),
 }
 
@@ -132,6 +142,8 @@ impl<R: Resolve> ConsulSource<R> {
             plan: Plan::new(&config.datacenters, Instant::now()),
             asks: JoinSet::new(),
             asked: HashMap::new(),
+            sweep: Sweep::new(Instant::now()),
+            hash_keys: RandomState::new(),
             assembler,
             last_good: known.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
             parsed: BTreeMap::new(),
@@ -163,7 +175,9 @@ impl<R: Resolve> ConsulSource<R> {
                 self.ask_catalog(at);
             }
         }
-        let slots = self.slots();
+        self.choose_mode(now);
+        self.start_shared(now);
+        let slots = self.read_slots();
         let wait = self.plan.turn(slots, self.config.wait);
         while let Some(key) = self.plan.take_due(now, slots) {
             self.ask_service(key, wait);
@@ -184,10 +198,17 @@ impl<R: Resolve> ConsulSource<R> {
                 what: What::Catalog(read_catalog(&client, &query, known).await),
             }
         };
-        self.asked.insert(self.asks.spawn(task).id(), ask);
+        self.spawn(ask, task);
+    }
+
+    fn spawn(&mut self, ask: Ask, task: impl Future<Output = Outcome> + Send + 'static) {
+        let task = self.asks.spawn(task);
+        self.asked.insert(task.id(), (ask, task));
     }
 
     fn ask_service(&mut self, key: Key, wait: Duration) {
+        let Some(watched) = self.plan.services.get_mut(&key) else { return };
+        watched.must_be_newer = std::mem::take(&mut watched.expects_news);
         let Some(watched) = self.plan.services.get(&key) else { return };
         let datacenter = self.plan.datacenters.get(key.0).and_then(|dc| dc.name.clone());
         let query = Query { datacenter, ..self.pace.query(&watched.cursor, wait) };
@@ -197,7 +218,7 @@ impl<R: Resolve> ConsulSource<R> {
         let task = async move {
             Outcome { ask: Ask::Service(key), was_strong, what: What::Service(reader.read(&query).await) }
         };
-        self.asked.insert(self.asks.spawn(task).id(), ask);
+        self.spawn(ask, task);
     }
 
     fn reader(&self, name: &ServiceName, watched: &Watched) -> ServiceReader {
@@ -215,6 +236,10 @@ impl<R: Resolve> ConsulSource<R> {
         let Outcome { ask, was_strong, what } = outcome;
         match (ask, what) {
             (Ask::Catalog(at), What::Catalog(answer)) => self.heard_catalog(at, answer, was_strong, now),
+            (Ask::Checks(at), What::Checks(answer)) => {
+                self.heard_checks(at, answer, was_strong, now);
+                Ok(())
+            }
             (Ask::Service(key), What::Service(answer)) => {
                 self.plan.back(&key);
                 self.heard_service(&key, answer, was_strong, now);
@@ -234,6 +259,10 @@ impl<R: Resolve> ConsulSource<R> {
                     dc.cursor.failed(now);
                 }
                 self.catalog_failed(at, failure.clone(), failure.into())
+            }
+            Some(Ask::Checks(at)) => {
+                self.checks_failed(at, "the task that reads them has failed", now);
+                Ok(())
             }
             Some(Ask::Service(key)) => {
                 self.plan.back(&key);
@@ -296,9 +325,12 @@ impl<R: Resolve> ConsulSource<R> {
                 return self.catalog_failed(at, failure, error.into());
             }
         };
+        let seen = dc.cursor.seen();
         if !Self::believe(&mut dc.cursor, &meta, was_strong, max_stale, now, &self.counters) {
             return Ok(());
         }
+        let has_moved = seen > 0 && dc.cursor.seen() != seen;
+        let mut difference = ListDifference::default();
         dc.filtered = meta.filtered;
         match value {
             Some(names) if names.is_empty() => {
@@ -309,7 +341,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
             Some(names) => {
                 dc.empty = false;
-                self.list(at, names, now);
+                difference = self.list(at, names, now);
             }
             None if dc.empty => {
                 dc.cursor.failed(now);
@@ -317,6 +349,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
             None => {}
         }
+        self.follow_list(at, &difference, has_moved, now);
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return Ok(()) };
         if dc.failure.take().is_some() {
             self.plan.unpark(at);
@@ -375,10 +408,11 @@ impl<R: Resolve> ConsulSource<R> {
     }
 
     /// Takes note of the services of a datacenter.
-    fn list(&mut self, at: usize, names: Names, now: Instant) {
+    fn list(&mut self, at: usize, names: Names, now: Instant) -> ListDifference {
         let is_first = self.plan.datacenters.get(at).is_some_and(|dc| !dc.has_listed);
         let mut listed: BTreeMap<ServiceName, Arc<str>> = BTreeMap::new();
         let mut problems = Vec::new();
+        let mut all_tags = BTreeMap::new();
         for (spelling, tags) in names {
             let lower = spelling.to_lowercase();
             if !self.config.services.has(&lower) || !self.rules.may_want(tags.as_deref().unwrap_or_default())
@@ -386,7 +420,12 @@ impl<R: Resolve> ConsulSource<R> {
                 continue;
             }
             match lower.parse::<ServiceName>() {
-                Ok(name) => _ = listed.entry(name).or_insert_with(|| spelling.into()),
+                Ok(name) => {
+                    let mut tags = tags.unwrap_or_default();
+                    tags.sort_unstable();
+                    all_tags.insert(name.clone(), self.hash_keys.hash_one(tags));
+                    _ = listed.entry(name).or_insert_with(|| spelling.into());
+                }
                 Err(wrong) => {
                     let place = Place::file(self.name.clone());
                     let message = format!(
@@ -396,6 +435,13 @@ impl<R: Resolve> ConsulSource<R> {
                 }
             }
         }
+        let difference = match self.plan.datacenters.get_mut(at) {
+            Some(dc) => {
+                let before = std::mem::replace(&mut dc.tags, all_tags);
+                ListDifference::between(&before, &dc.tags)
+            }
+            None => ListDifference::default(),
+        };
         let mut changed = self.plan.list(at, listed, problems, now);
         self.count_kept();
         if is_first {
@@ -416,6 +462,7 @@ impl<R: Resolve> ConsulSource<R> {
         let all_read = self.plan.services.values().all(|watched| watched.read.is_some());
         self.assembler.want(self.statement.services.values(), !all_read);
         self.settle(now);
+        difference
     }
 
     /// The services that were known before a restart and are not listed, where the token may not see everything.
@@ -456,7 +503,14 @@ impl<R: Resolve> ConsulSource<R> {
                 return;
             }
         };
+        let seen = watched.cursor.seen();
         if !Self::believe(&mut watched.cursor, &answer.meta, was_strong, max_stale, now, &self.counters) {
+            return;
+        }
+        let must_be_newer = std::mem::take(&mut watched.must_be_newer);
+        if must_be_newer && answer.value.is_none() && watched.cursor.seen() == seen && !was_strong {
+            // The server that answered has not heard of the change that another one showed.
+            watched.cursor.ask_leader();
             return;
         }
         watched.failures = 0;
@@ -734,15 +788,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
         }
         problems.extend(self.client.complaints().iter().map(ToString::to_string).map(of_all));
-        let (slots, services) = (self.slots(), self.plan.services.len());
-        if let Some(late) = self.plan.lateness(slots, self.config.wait) {
-            let late = late.as_secs_f64().ceil();
-            problems.push(of_all(format!(
-                "{services} services take turns on {slots} connections in plaintext, so a change is seen up to {late} s \
-                 late: use `https://` addresses, which need few connections, or raise `max_connections` here and \
-                 `http_max_conns_per_client` of Consul",
-            )));
-        }
+        problems.extend(self.lateness_problem().map(of_all));
         problems
     }
 
@@ -760,13 +806,13 @@ impl<R: Resolve> ConsulSource<R> {
     /// When there is something to do although nothing was heard.
     fn wake_at(&mut self, now: Instant) -> Instant {
         let names = self.assembler.look_up();
-        let slots = self.slots();
-        let ask = self.plan.next_due(slots);
+        let ask = self.plan.next_due(self.read_slots());
+        let sweep = self.sweep_due(now);
         let is_first = |at: &Instant| self.told.is_none() && *at > now;
         let first_names = self.first_names.map(|since| since + FIRST_NAMES).filter(is_first);
         let first_datacenters = Some(self.started + FIRST_DATACENTERS).filter(is_first);
         let never = now + Duration::from_secs(3600);
-        [names, ask, first_names, first_datacenters, self.settle_at]
+        [names, ask, sweep, first_names, first_datacenters, self.settle_at]
             .into_iter()
             .flatten()
             .fold(never, Instant::min)
@@ -841,9 +887,18 @@ impl<R: Resolve> Source for ConsulSource<R> {
                             self.done(outcome, now)?;
                         }
                         Err(lost) => {
-                            tracing::error!("{}: {lost}", self.name);
-                            let ask = self.asked.remove(&lost.id());
-                            self.lost(ask, now)?;
+                            let ask = self.asked.remove(&lost.id()).map(|(ask, _)| ask);
+                            match ask {
+                                // Its connection is wanted for queries that services share.
+                                Some(Ask::Service(key)) if lost.is_cancelled() => {
+                                    self.plan.back(&key);
+                                    self.plan.enqueue(&key);
+                                }
+                                ask => {
+                                    tracing::error!("{}: {lost}", self.name);
+                                    self.lost(ask, now)?;
+                                }
+                            }
                         }
                     }
                 }

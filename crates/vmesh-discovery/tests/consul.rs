@@ -421,22 +421,69 @@ async fn over_tls_many_services_are_watched_on_one_connection() {
     assert!(failure.contains("`tls.cert_file`"), "{failure}");
 }
 
-#[tokio::test]
-async fn more_services_than_connections_take_turns() {
+/// Forty services `s000` and so on, `plain` of which none has a check, and a source with twelve connections.
+async fn more_services_than_connections() -> (Consul, Watched) {
     let consul = Consul::start(Options { max_connections: Some(40), ..Options::default() }).await.unwrap();
     for n in 0..40 {
         let service = format!("s{n:03}");
         consul.register(0, &instance(&service, &service, "10.0.0.1")).await.unwrap();
     }
+    let plain = json!({"ID": "plain", "Name": "plain", "Address": "10.0.0.1", "Port": 8080});
+    consul.register(0, &plain).await.unwrap();
     let url = consul.url(0).unwrap();
     let mut watched = Watched::new(&format!("{{address: \"{url}\", max_connections: 12}}"));
     let view = watched.view_with("s039").await;
+    assert_eq!(view.services.len(), 41);
+    assert!(view.problems.is_empty(), "{}", watched.last);
+    (consul, watched)
+}
+
+#[tokio::test]
+async fn more_services_than_connections_share_queries_and_each_kind_of_change_is_seen() {
+    let (consul, mut watched) = more_services_than_connections().await;
+    // What is seen by difference costs fewer reads than there are services.
+    let reads = watched.counters.reads.load(Ordering::Relaxed);
+    consul.put(0, "/v1/agent/check/fail/s005:ttl", &Value::Null).await.unwrap();
+    watched.view_with("s005\n  10.0.0.1:8080 weight 1 unhealthy").await;
+    consul.put(0, "/v1/agent/check/pass/s005:ttl", &Value::Null).await.unwrap();
+    watched.view_without("unhealthy").await;
+    let cost = watched.counters.reads.load(Ordering::Relaxed) - reads;
+    assert!(cost < 40, "{cost} reads for two changes");
+
+    consul.register(0, &instance("s006", "s006-2", "10.0.0.2")).await.unwrap();
+    watched.view_with("10.0.0.2:8080").await;
+    consul.deregister(0, "s006-2").await.unwrap();
+    watched.view_without("10.0.0.2:8080").await;
+
+    // Without a check, in a service of such instances, in one of others, and in a new one.
+    for (service, address) in [("plain", "10.0.1.1"), ("s007", "10.0.1.2"), ("new", "10.0.1.3")] {
+        let id = format!("{service}-unchecked");
+        let body = json!({"ID": id, "Name": service, "Address": address, "Port": 8080});
+        consul.register(0, &body).await.unwrap();
+        watched.view_with(&format!("{address}:8080")).await;
+    }
+    // Another port of an instance whose check stays as it is.
+    let mut moved = instance("s008", "s008", "10.0.0.1");
+    moved["Port"] = json!(9090);
+    consul.register(0, &moved).await.unwrap();
+    watched.view_with("s008\n  10.0.0.1:9090").await;
+    for service in ["plain", "s007", "new"] {
+        consul.deregister(0, &format!("{service}-unchecked")).await.unwrap();
+    }
+    watched.view_without("10.0.1.").await;
+    consul.deregister(0, "s009").await.unwrap();
+    let view = watched.view_without("s009").await;
     assert_eq!(view.services.len(), 40);
-    assert!(
-        watched.last.contains("40 services take turns on 8 connections in plaintext"),
-        "{}",
-        watched.last
-    );
+
+    let confirmed = watched.source.confirm(&names(&["s006", "plain"])).await.unwrap();
+    assert_eq!(confirmed.services, view.services);
+    assert!(watched.counters.connects.load(Ordering::Relaxed) <= 12);
+    assert_eq!(watched.counters.failed_reads.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn many_changes_at_once_are_all_seen_on_few_connections() {
+    let (consul, mut watched) = more_services_than_connections().await;
     for n in 0..40 {
         let service = format!("s{n:03}");
         consul.register(0, &instance(&service, &format!("{service}-2"), "10.0.0.2")).await.unwrap();
@@ -444,7 +491,8 @@ async fn more_services_than_connections_take_turns() {
     watched
         .until("all changes", |said, _| {
             let view = said.as_ref().unwrap();
-            (view.services.values().all(|seen| seen.registration.endpoints.len() == 2)).then_some(())
+            let all = (0..40).all(|n| endpoints(view, &format!("s{n:03}")) == 2);
+            all.then_some(())
         })
         .await;
     assert!(watched.counters.connects.load(Ordering::Relaxed) <= 12);

@@ -18,6 +18,8 @@ pub struct Instance {
     pub address: SocketAddr,
     pub version: String,
     pub zone: String,
+    /// Consul: whether it is registered with a check of its own, which passes.
+    pub has_check: bool,
 }
 
 impl Instance {
@@ -29,8 +31,16 @@ impl Instance {
             address,
             version: "v1".to_owned(),
             zone: "eu-1a".to_owned(),
+            has_check: false,
         }
     }
+}
+
+/// The check of an instance, as the catalogue takes it.
+fn check_of(instance: &Instance) -> serde_json::Value {
+    let Instance { service, id, .. } = instance;
+    json!({"Node": id, "CheckID": format!("service:{id}"), "Name": "tcp", "Status": "passing",
+           "ServiceID": id, "ServiceName": service, "Output": "TCP connect: Success"})
 }
 
 /// A server of ZooKeeper that has lost its leader may have taken a write that nobody answers: clients say it again.
@@ -97,14 +107,17 @@ impl Registry {
 
     /// Registers `instance`, or replaces what is registered under its id.
     pub async fn add(&mut self, instance: &Instance) -> Result<()> {
-        let Instance { service, id, address, version, zone } = instance;
+        let Instance { service, id, address, version, zone, has_check } = instance;
         let (host, port) = (address.ip().to_string(), address.port());
         match self {
             Registry::Consul(consul) => {
                 let meta = json!({"version": version, "zone": zone, "protocol": "http"});
                 let registered = json!({"ID": id, "Service": service, "Port": port, "Meta": meta});
                 // A node of its own, as every VM is: it does not become ill with the server that was told of it.
-                let node = json!({"Node": id, "Address": host, "Service": registered});
+                let mut node = json!({"Node": id, "Address": host, "Service": registered});
+                if let (true, Some(node)) = (*has_check, node.as_object_mut()) {
+                    node.insert("Check".to_owned(), check_of(instance));
+                }
                 put(consul, "/v1/catalog/register", &node).await
             }
             Registry::ZooKeeper(..) => {
@@ -120,17 +133,21 @@ impl Registry {
     pub async fn fill(&mut self, instances: &[Instance]) -> Result<()> {
         match self {
             Registry::Consul(consul) => {
-                // A transaction may have 64 operations: a node and its service each.
-                for some in instances.chunks(32) {
+                // A transaction may have 64 operations: a node, its service and a check each.
+                for some in instances.chunks(21) {
                     let operations = some.iter().flat_map(|instance| {
-                        let Instance { service, id, address, version, zone } = instance;
+                        let Instance { service, id, address, version, zone, has_check } = instance;
                         let meta = json!({"version": version, "zone": zone, "protocol": "http"});
                         let node = json!({"Node": id, "Address": address.ip().to_string()});
                         let of = json!({"ID": id, "Service": service, "Port": address.port(), "Meta": meta});
+                        let check = json!({"Check": {"Verb": "set", "Check": check_of(instance)}});
                         [
-                            json!({"Node": {"Verb": "set", "Node": node}}),
-                            json!({"Service": {"Verb": "set", "Node": id, "Service": of}}),
+                            Some(json!({"Node": {"Verb": "set", "Node": node}})),
+                            Some(json!({"Service": {"Verb": "set", "Node": id, "Service": of}})),
+                            has_check.then_some(check),
                         ]
+                        .into_iter()
+                        .flatten()
                     });
                     put(consul, "/v1/txn", &operations.collect::<Vec<_>>().into()).await?;
                 }

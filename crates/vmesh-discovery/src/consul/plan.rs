@@ -8,12 +8,13 @@ use tokio::time::Instant;
 use vmesh_consul::Cursor;
 use vmesh_model::{Problem, ServiceName};
 
+use super::changes::CheckDigest;
 use crate::format::consul::Read;
 
 /// Reads of what there is, under way at once: the first of 2,000 services, say, or all after a failure.
 const AT_ONCE: usize = 64;
 /// How late a change may be seen, if services have to take turns.
-const ROUND: Duration = Duration::from_secs(10);
+pub(super) const ROUND: Duration = Duration::from_secs(10);
 /// A shorter wait than this is no wait.
 const SHORTEST: Duration = Duration::from_millis(250);
 
@@ -24,7 +25,38 @@ pub(super) type Key = (usize, ServiceName);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Ask {
     Catalog(usize),
+    Checks(usize),
     Service(Key),
+}
+
+/// The blocking query for all checks of a datacenter, where services have none of their own.
+#[derive(Debug)]
+pub(super) struct CheckWatch {
+    pub(super) cursor: Cursor,
+    pub(super) in_flight: bool,
+    /// The last answer that was believed.
+    pub(super) digest: Option<CheckDigest>,
+    /// When a difference pointed at a service last.
+    pub(super) pointed_at: Option<Instant>,
+    /// How many answers in a row pointed at nothing.
+    pub(super) fruitless: u32,
+    /// Why they cannot be read now: services take turns meanwhile.
+    pub(super) failure: Option<Arc<str>>,
+}
+
+impl CheckWatch {
+    /// All services of a datacenter share this query, so it may be sent more often than that of one service: ten times
+    /// in a second, after twenty at once.
+    fn new(now: Instant) -> CheckWatch {
+        CheckWatch {
+            cursor: Cursor::new(now).with_allowance(20, Duration::from_millis(100)),
+            in_flight: false,
+            digest: None,
+            pointed_at: None,
+            fruitless: 0,
+            failure: None,
+        }
+    }
 }
 
 /// One datacenter's catalogue.
@@ -44,6 +76,18 @@ pub(super) struct Datacenter {
     pub(super) failure: Option<Arc<str>>,
     /// Services that cannot be services here.
     pub(super) problems: Vec<Problem>,
+    pub(super) checks: CheckWatch,
+    /// The hash of each listed service's tags.
+    pub(super) tags: BTreeMap<ServiceName, u64>,
+    /// The list of services has a new index that nothing visible explains: when all services are to be read for it.
+    pub(super) unexplained: Option<Instant>,
+}
+
+impl Datacenter {
+    /// Whether its checks are to be asked for when that is due.
+    pub(super) fn wants_checks(&self) -> bool {
+        self.has_listed && self.failure.is_none() && !self.checks.in_flight
+    }
 }
 
 /// One service of one datacenter.
@@ -62,6 +106,12 @@ pub(super) struct Watched {
     pub(super) empties: u32,
     /// It is in the catalogue. One that is not is watched for as long as that may be for lack of rights.
     pub(super) listed: bool,
+    /// A difference elsewhere says that the next read must have something newer.
+    pub(super) expects_news: bool,
+    /// The query that is under way was sent for such a difference.
+    pub(super) must_be_newer: bool,
+    /// It is to be read once more when the read that is under way has ended.
+    read_again: bool,
     in_flight: Option<Flight>,
     queued: Option<Instant>,
 }
@@ -78,6 +128,8 @@ enum Flight {
 pub(super) struct Plan {
     pub(super) datacenters: Vec<Datacenter>,
     pub(super) services: BTreeMap<Key, Watched>,
+    /// Services have no blocking queries of their own: they are read when something points at them.
+    pub(super) is_scarce: bool,
     queue: BTreeSet<(Instant, Key)>,
     /// Queries under way, also of services that are not watched any more.
     flights: BTreeMap<Key, Flight>,
@@ -95,6 +147,9 @@ impl Plan {
             filtered: false,
             failure: None,
             problems: Vec::new(),
+            checks: CheckWatch::new(now),
+            tags: BTreeMap::new(),
+            unexplained: None,
         };
         let datacenters = if datacenters.is_empty() {
             vec![one(None)]
@@ -168,6 +223,9 @@ impl Plan {
             failures: 0,
             empties: 0,
             listed,
+            expects_news: false,
+            must_be_newer: false,
+            read_again: false,
             in_flight: self.flights.get(&key).copied(),
             queued: None,
         };
@@ -190,10 +248,36 @@ impl Plan {
             self.queue.remove(&(at, key.clone()));
         }
         if watched.in_flight.is_none() {
+            if std::mem::take(&mut watched.read_again) {
+                watched.cursor.read_again();
+            }
+            if self.is_scarce && watched.cursor.index() > 0 {
+                return;
+            }
             let at = watched.cursor.due();
             watched.queued = Some(at);
             self.queue.insert((at, key.clone()));
         }
+    }
+
+    /// Reads a service as soon as that is decent. With `expects_news`, an answer as old as the last one is asked for again,
+    /// of the leader.
+    pub(super) fn point_at(&mut self, key: &Key, expects_news: bool) {
+        let Some(watched) = self.services.get_mut(key) else { return };
+        watched.expects_news |= expects_news;
+        watched.read_again = true;
+        self.enqueue(key);
+    }
+
+    /// The services of which a query waits for news.
+    pub(super) fn waiting(&self) -> BTreeSet<Key> {
+        let waits = self.flights.iter().filter(|(_, flight)| **flight == Flight::Wait);
+        waits.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Whether there is a connection for reads that nothing has pointed at, besides those that are due.
+    pub(super) fn has_room(&self, slots: usize, now: Instant) -> bool {
+        self.flights.len() < (slots * 3 / 4).max(1) && self.queue.first().is_none_or(|(at, _)| *at > now)
     }
 
     /// All services of a datacenter that can be read again are asked for what there is.
@@ -250,11 +334,14 @@ impl Plan {
     /// When the next query may be sent.
     pub(super) fn next_due(&self, slots: usize) -> Option<Instant> {
         let catalogs = self.datacenters.iter().filter(|dc| !dc.in_flight).map(|dc| dc.cursor.due());
+        let shared = self.datacenters.iter().filter(|_| self.is_scarce).flat_map(|dc| {
+            [dc.wants_checks().then(|| dc.checks.cursor.due()), dc.unexplained].into_iter().flatten()
+        });
         let service = self.queue.first().filter(|(_, key)| {
             let reads = self.services.get(key).is_some_and(|watched| watched.cursor.index() == 0);
             self.flights.len() < slots && !(reads && self.reads >= AT_ONCE)
         });
-        catalogs.chain(service.map(|(at, _)| *at)).min()
+        catalogs.chain(shared).chain(service.map(|(at, _)| *at)).min()
     }
 
     /// How many rounds it takes until each service had its turn.

@@ -417,3 +417,87 @@ async fn bad_records_cost_themselves_and_a_service_of_nothing_else_is_not_usable
     let pay = &view.services[&"pay".parse::<ServiceName>().unwrap()];
     assert_eq!(pay.extent, crate::source::Extent::Part);
 }
+
+const STATE: &str = "/v1/health/state/any";
+
+/// A check of `service` on the node `n`.
+fn check(service: &str, status: &str) -> serde_json::Value {
+    json!({"Node": "n", "CheckID": service, "ServiceID": service, "ServiceName": service, "Status": status})
+}
+
+/// Three services, which is one more than four connections can watch, each with a check.
+async fn three_services() -> (Fake, ConsulSource) {
+    let fake = Fake::start().await;
+    fake.say(CATALOG, 200, &[], &json!({"consul": [], "pay": [], "orders": [], "cart": []}));
+    for (service, address) in [("pay", "10.0.0.1"), ("orders", "10.0.0.2"), ("cart", "10.0.0.3")] {
+        fake.say(&format!("/v1/health/service/{service}"), 200, &[], &instances(&[address]));
+    }
+    let all = json!([check("pay", "passing"), check("orders", "passing"), check("cart", "passing")]);
+    fake.say(STATE, 200, &[], &all);
+    // The services of this Consul are these, and not itself.
+    let source = fake.source_of(", max_connections: 4, services: {exclude: [consul]}", None);
+    (fake, source)
+}
+
+const ALL_THREE: &str = "cart 10.0.0.3:80 fresh, orders 10.0.0.2:80 fresh, pay 10.0.0.1:80 fresh";
+
+#[tokio::test]
+async fn a_list_of_checks_that_says_less_points_at_services_and_removes_none() {
+    let (fake, mut source) = three_services().await;
+    until(&mut source, ALL_THREE).await;
+    assert!(source.plan.is_scarce);
+    let filtered: (&[(&str, &str)], _) = (FILTERED, json!([]));
+    let bodies = [filtered, (&[], json!([])), (&[], json!(null)), (&[], json!([check("pay", "passing")]))];
+    for (n, (headers, body)) in bodies.into_iter().enumerate() {
+        fake.say(STATE, 200, headers, &body);
+        let address = format!("10.0.1.{n}");
+        fake.say("/v1/health/service/orders", 200, &[], &instances(&[&address]));
+        let seen = until(&mut source, &format!("orders {address}:80 fresh, pay 10.0.0.1:80 fresh")).await;
+        assert!(seen.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{seen:#?}");
+    }
+    // An index that went back is asked of the leader, and costs nothing.
+    fake.say(STATE, 200, &[("X-Consul-Index", "2")], &json!([]));
+    fake.say(PAY, 200, &[], &instances(&["10.0.0.7"]));
+    let seen = until(&mut source, "pay 10.0.0.7:80 fresh").await;
+    assert!(seen.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{seen:#?}");
+}
+
+#[tokio::test]
+async fn services_take_turns_while_the_checks_cannot_be_read_and_a_problem_says_so() {
+    let (fake, mut source) = three_services().await;
+    until(&mut source, ALL_THREE).await;
+    for (status, nonsense) in [(403, json!("Permission denied")), (200, json!("{\"cut\": "))] {
+        fake.say(STATE, status, &[], &nonsense);
+        let address = format!("10.0.2.{}", status % 100);
+        fake.say(PAY, 200, &[], &instances(&[&address]));
+        until(&mut source, &format!("pay {address}:80 fresh")).await;
+        let told = timeout(Duration::from_secs(60), async {
+            loop {
+                let problems = source.told.iter().flat_map(|view| &view.problems);
+                if let Some(problem) = problems.map(|problem| problem.message.clone()).next() {
+                    return problem;
+                }
+                line(&source.next().await);
+            }
+        });
+        let problem = told.await.unwrap();
+        assert!(problem.contains("up to 10 s late: GET /v1/health/state/any"), "{problem}");
+        fake.say(STATE, 200, &[], &json!([check("pay", "passing")]));
+        let ended = timeout(Duration::from_secs(60), async {
+            while source.told.as_ref().is_some_and(|view| !view.problems.is_empty()) {
+                line(&source.next().await);
+            }
+        });
+        ended.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_has_not_heard_of_a_change_is_not_the_last_that_is_asked() {
+    let (fake, mut source) = three_services().await;
+    fake.say("/v1/health/service/pay", 200, &[("X-Consul-Index", "5")], &instances(&["10.0.0.1"]));
+    until(&mut source, ALL_THREE).await;
+    fake.say(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.9"]));
+    fake.say(STATE, 200, &[], &json!([check("pay", "critical")]));
+    until(&mut source, "pay 10.0.0.9:80 fresh").await;
+}

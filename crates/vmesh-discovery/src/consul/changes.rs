@@ -1,0 +1,363 @@
+//! Which services have changed, as far as the checks and the list of services of a whole datacenter tell. Pure.
+//!
+//! Where connections are scarce, services have no blocking query of their own. A [`CheckDigest`] is compared with the one
+//! before, and [`Sweep`] spreads the reads of all services for changes that neither answer shows. Nothing here adds or
+//! removes anything: a difference is a reason to read a service.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Bound;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, SeqAccess, Visitor};
+use tokio::time::Instant;
+use vmesh_model::ServiceName;
+
+use super::plan::{Key, ROUND};
+
+/// Every service is read at least so often, although nothing has pointed at it: node addresses change unseen.
+const IDLE_ROUND: Duration = Duration::from_secs(60);
+/// The sweep reads no more than 500 services in a second, whatever their number, so that it costs Consul little.
+const LEAST_INTERVAL: Duration = Duration::from_millis(2);
+
+/// Holds one check of `/v1/health/state/any` without its output, since an output does not decide an instance's health.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct CheckRow {
+    node: Option<String>,
+    #[serde(rename = "CheckID")]
+    check_id: Option<String>,
+    status: Option<String>,
+    #[serde(rename = "ServiceID")]
+    service_id: Option<String>,
+    service_name: Option<String>,
+    create_index: Option<u64>,
+}
+
+/// Summarises all checks of a datacenter in a few bytes for each service.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct CheckDigest {
+    services: BTreeMap<String, ServiceDigest>,
+    /// The checks that belong to nodes, not to services.
+    nodes: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct ServiceDigest {
+    /// The sum of the hashes of the service's checks and of those of their nodes, so that their order does not matter.
+    sum: u64,
+    /// Counts the instances that have a check of their own.
+    instances: usize,
+}
+
+/// What is different between two lists of services.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct ListDifference {
+    /// Services that both lists have, with other tags.
+    pub(super) retagged: Vec<ServiceName>,
+    /// Is set if the lists differ in any way: other tags, or a service that only one list has.
+    pub(super) is_visible: bool,
+}
+
+impl ListDifference {
+    /// Compares the hashes of the tags of all services.
+    pub(super) fn between(
+        before: &BTreeMap<ServiceName, u64>,
+        now: &BTreeMap<ServiceName, u64>,
+    ) -> ListDifference {
+        let differs = |(name, tags): &(&ServiceName, &u64)| before.get(*name).is_some_and(|old| old != *tags);
+        ListDifference {
+            retagged: now.iter().filter(differs).map(|(name, _)| name.clone()).collect(),
+            is_visible: before != now,
+        }
+    }
+}
+
+/// What is different between two digests.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct CheckChanges {
+    /// The lower-case names of services whose checks, or whose nodes' checks, differ.
+    pub(super) services: Vec<String>,
+    /// A check of a node differs, which concerns instances without checks too.
+    pub(super) nodes: bool,
+}
+
+impl CheckChanges {
+    pub(super) fn is_empty(&self) -> bool {
+        self.services.is_empty() && !self.nodes
+    }
+}
+
+impl CheckDigest {
+    /// Reads the body of `/v1/health/state/any`. `keys` must be the same for digests that are compared.
+    pub(super) fn parse(body: &[u8], keys: &RandomState) -> Result<CheckDigest, serde_json::Error> {
+        let mut rows = Rows {
+            keys,
+            names: HashMap::new(),
+            checks: Vec::new(),
+            instances: HashSet::new(),
+            nodes: HashMap::new(),
+        };
+        let mut json = serde_json::Deserializer::from_slice(body);
+        json.deserialize_option(&mut rows)?;
+        json.end()?;
+        Ok(rows.digest())
+    }
+
+    /// Lists what differs from the digest `before`.
+    pub(super) fn changes_since(&self, before: &CheckDigest) -> CheckChanges {
+        let differs = |name: &&String| self.services.get(*name) != before.services.get(*name);
+        let mut services: Vec<String> = self.services.keys().filter(differs).cloned().collect();
+        services.extend(before.services.keys().filter(|name| !self.services.contains_key(*name)).cloned());
+        CheckChanges { services, nodes: self.nodes != before.nodes }
+    }
+
+    /// Returns how many instances of a service have a check of their own.
+    pub(super) fn checked_instances(&self, service: &str) -> usize {
+        self.services.get(service).map_or(0, |service| service.instances)
+    }
+}
+
+/// Folds the rows as they are parsed, since an answer may have 32 MiB of them.
+struct Rows<'a> {
+    keys: &'a RandomState,
+    /// The lower-case names of services, and their numbers.
+    names: HashMap<String, u32>,
+    /// Of each check of a service: the service, the hash of the node's name, and the hash of the check.
+    checks: Vec<(u32, u64, u64)>,
+    /// Instances by service, node and id.
+    instances: HashSet<(u32, u64)>,
+    /// The checks of each node, by the hash of its name.
+    nodes: HashMap<u64, u64>,
+}
+
+impl Rows<'_> {
+    fn add(&mut self, row: CheckRow) {
+        let (Some(node), Some(check)) = (row.node, row.check_id) else { return };
+        let node_hash = self.keys.hash_one(&node);
+        let service_id = row.service_id.unwrap_or_default();
+        let hash = self.keys.hash_one((&node, &check, &row.status, &service_id, row.create_index));
+        let Some(name) = row.service_name.filter(|name| !name.is_empty()) else {
+            let sum = self.nodes.entry(node_hash).or_default();
+            *sum = sum.wrapping_add(hash);
+            return;
+        };
+        let next = u32::try_from(self.names.len()).unwrap_or(u32::MAX);
+        let service = *self.names.entry(name.to_lowercase()).or_insert(next);
+        self.checks.push((service, node_hash, hash));
+        self.instances.insert((service, self.keys.hash_one((&node, &service_id))));
+    }
+
+    fn digest(self) -> CheckDigest {
+        let mut digests = vec![ServiceDigest::default(); self.names.len()];
+        for (service, node, hash) in &self.checks {
+            let of_node = self.nodes.get(node).copied().unwrap_or_default();
+            if let Some(digest) = digests.get_mut(*service as usize) {
+                digest.sum = digest.sum.wrapping_add(self.keys.hash_one((hash, of_node)));
+            }
+        }
+        for (service, _) in &self.instances {
+            if let Some(digest) = digests.get_mut(*service as usize) {
+                digest.instances += 1;
+            }
+        }
+        let named =
+            |(name, number): (String, u32)| (name, digests.get(number as usize).copied().unwrap_or_default());
+        CheckDigest {
+            services: self.names.into_iter().map(named).collect(),
+            nodes: self.nodes.values().fold(0, |sum, hash| sum.wrapping_add(*hash)),
+        }
+    }
+}
+
+impl<'de> Visitor<'de> for &mut Rows<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of checks")
+    }
+
+    fn visit_none<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
+        while let Some(row) = rows.next_element::<Option<CheckRow>>()? {
+            self.add(row.unwrap_or_default());
+        }
+        Ok(())
+    }
+}
+
+/// Reads all services in turn: quickly after a change that nothing explains, within [`ROUND`] after any change of the list
+/// of services, and within a minute otherwise.
+#[derive(Debug)]
+pub(super) struct Sweep {
+    /// The service that was read last.
+    after: Option<Key>,
+    /// Counts the services that the round has not read yet.
+    owed: usize,
+    /// Counts the services that the round may read without a pause.
+    hurried: usize,
+    /// From when on a hurried round may begin again.
+    hurry_again: Instant,
+    read_at: Instant,
+}
+
+impl Sweep {
+    pub(super) fn new(now: Instant) -> Sweep {
+        Sweep { after: None, owed: 0, hurried: 0, hurry_again: now, read_at: now }
+    }
+
+    /// Begins a round over `services` services: one of them may have changed.
+    pub(super) fn owe(&mut self, services: usize) {
+        self.owed = services;
+    }
+
+    /// Begins a round without pauses, at most once in [`ROUND`].
+    pub(super) fn hurry(&mut self, services: usize, now: Instant) {
+        self.owed = services;
+        if now >= self.hurry_again {
+            self.hurried = services;
+            self.hurry_again = now + ROUND;
+        }
+    }
+
+    /// When the next service of `services` is to be read.
+    pub(super) fn due(&self, services: usize) -> Instant {
+        if self.hurried > 0 {
+            return self.read_at;
+        }
+        let round = if self.owed > 0 { ROUND } else { IDLE_ROUND };
+        let interval = round / u32::try_from(services.max(1)).unwrap_or(u32::MAX);
+        self.read_at + interval.max(LEAST_INTERVAL)
+    }
+
+    /// How late a change is seen that only the sweep finds, in a round without hurry.
+    pub(super) fn lateness(services: usize) -> Duration {
+        ROUND.max(LEAST_INTERVAL * u32::try_from(services).unwrap_or(u32::MAX))
+    }
+
+    /// Takes the next service of the round, if its read is due.
+    pub(super) fn take<T>(&mut self, services: &BTreeMap<Key, T>, now: Instant) -> Option<Key> {
+        if self.due(services.len()) > now {
+            return None;
+        }
+        let after = self.after.take();
+        let from = after.as_ref().map_or(Bound::Unbounded, Bound::Excluded);
+        let next =
+            services.range::<Key, _>((from, Bound::Unbounded)).next().or_else(|| services.first_key_value());
+        self.read_at = now;
+        self.owed = self.owed.saturating_sub(1);
+        self.hurried = self.hurried.saturating_sub(1);
+        self.after = next.map(|(key, _)| key.clone());
+        self.after.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn check(node: &str, id: &str, service: &str, status: &str) -> Value {
+        json!({"Node": node, "CheckID": id, "ServiceID": service, "ServiceName": service, "Status": status,
+               "Output": "", "CreateIndex": 7})
+    }
+
+    struct Answers(RandomState, CheckDigest);
+
+    impl Answers {
+        fn changes(&mut self, body: &Value) -> String {
+            let digest = CheckDigest::parse(body.to_string().as_bytes(), &self.0).unwrap();
+            let changes = digest.changes_since(&self.1);
+            self.1 = digest;
+            format!("{}{}", changes.services.join(" "), if changes.nodes { " +nodes" } else { "" })
+        }
+    }
+
+    #[test]
+    fn services_are_named_whose_checks_or_nodes_differ_and_no_others() {
+        let mut answers = Answers(RandomState::new(), CheckDigest::default());
+        let serf = |status| check("n1", "serfHealth", "", status);
+        let (pay, orders) = (check("n1", "c1", "Pay", "passing"), check("n2", "c2", "orders", "passing"));
+        assert_eq!(answers.changes(&json!([serf("passing"), pay, orders])), "orders pay +nodes");
+        // Another order, and another output.
+        let mut noisy = pay.clone();
+        noisy["Output"] = json!("HTTP GET: 200 OK");
+        assert_eq!(answers.changes(&json!([orders, noisy, serf("passing")])), "");
+        // A status; a check that goes; an instance that comes; one that was registered anew.
+        assert_eq!(
+            answers.changes(&json!([check("n1", "c1", "Pay", "critical"), orders, serf("passing")])),
+            "pay"
+        );
+        assert_eq!(answers.changes(&json!([orders, serf("passing")])), "pay");
+        let more = check("n3", "c3", "orders", "passing");
+        assert_eq!(answers.changes(&json!([orders, more, serf("passing")])), "orders");
+        let mut anew = more.clone();
+        anew["CreateIndex"] = json!(9);
+        assert_eq!(answers.changes(&json!([orders, anew, pay, serf("passing")])), "orders pay");
+        assert_eq!(answers.1.checked_instances("orders"), 2);
+        // A node's check concerns the services on that node.
+        assert_eq!(answers.changes(&json!([orders, anew, pay, serf("critical")])), "pay +nodes");
+        // A token that lost its rights gets an empty answer: every service is read again.
+        assert_eq!(answers.changes(&Value::Null), "orders pay +nodes");
+    }
+
+    #[test]
+    fn a_service_with_other_tags_is_named_and_one_that_is_new_or_gone_is_visible() {
+        let list = |services: &[(&str, u64)]| -> BTreeMap<ServiceName, u64> {
+            services.iter().map(|(name, tags)| (name.parse().unwrap(), *tags)).collect()
+        };
+        let before = list(&[("orders", 1), ("pay", 1)]);
+        for (now, retagged, is_visible) in [
+            (list(&[("orders", 1), ("pay", 1)]), 0, false),
+            (list(&[("orders", 2), ("pay", 1)]), 1, true),
+            (list(&[("orders", 1)]), 0, true),
+            (list(&[("cart", 1), ("orders", 1), ("pay", 1)]), 0, true),
+        ] {
+            let difference = ListDifference::between(&before, &now);
+            assert_eq!((difference.retagged.len(), difference.is_visible), (retagged, is_visible), "{now:?}");
+        }
+    }
+
+    #[test]
+    fn nonsense_is_an_error_or_nothing() {
+        let parse = |body: &str| CheckDigest::parse(body.as_bytes(), &RandomState::new());
+        for body in ["", "{}", "[", "[{\"Node\": 1}]", "[] x", "<html>"] {
+            assert!(parse(body).is_err(), "{body}");
+        }
+        for body in ["null", "[]", "[null, {}]", "[{\"Node\": \"n\", \"ServiceName\": \"pay\"}]"] {
+            assert_eq!(parse(body).unwrap(), CheckDigest::default(), "{body}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_sweep_reads_each_service_in_turn_and_hurries_once_in_a_round() {
+        let now = Instant::now();
+        let services: BTreeMap<Key, ()> =
+            (0..10).map(|n| ((0, format!("s{n}").parse().unwrap()), ())).collect();
+        let mut sweep = Sweep::new(now);
+        assert_eq!(sweep.take(&services, now), None);
+        assert_eq!(sweep.due(10), now + IDLE_ROUND / 10);
+        sweep.hurry(10, now);
+        let read: Vec<Key> = std::iter::from_fn(|| sweep.take(&services, now)).collect();
+        assert!(read.iter().eq(services.keys()), "{read:?}");
+        // The second hurried round is refused; the sweep goes on at its usual pace from the first service.
+        sweep.hurry(10, now);
+        assert_eq!(sweep.due(10), now + ROUND / 10);
+        assert_eq!(sweep.take(&services, now), None);
+        assert_eq!(sweep.take(&services, now + ROUND / 10).as_ref(), services.keys().next());
+        sweep.hurry(10, now + ROUND);
+        assert_eq!(sweep.take(&services, now + ROUND).as_ref(), services.keys().nth(1));
+        assert_eq!(sweep.take(&BTreeMap::<Key, ()>::new(), now + ROUND), None);
+        assert_eq!(Sweep::lateness(50_000), Duration::from_secs(100));
+    }
+}

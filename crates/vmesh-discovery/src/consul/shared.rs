@@ -1,0 +1,280 @@
+//! How services are followed where connections are scarce: by blocking queries that all of them share.
+//!
+//! | shared query | points at |
+//! |---|---|
+//! | `/v1/health/state/any` | services whose checks differ |
+//! | `/v1/catalog/services` | services whose tags differ; with a new index and no difference, services with unchecked instances |
+//! | neither | all services in turn ([`Sweep`]) |
+//!
+//! A service that one of them points at is read by its own query, and only that answer adds or removes instances.
+
+use super::changes::{CheckChanges, CheckDigest};
+use super::*;
+
+/// Reads under way at once. With the shared queries of a datacenter, that stays below 20 connections.
+const READS_AT_ONCE: usize = 14;
+/// A change of the list and the checks that explain it are seen within so long of each other.
+const SAME_CHANGE: Duration = Duration::from_millis(300);
+/// When a service with unchecked instances may have changed, all such services are read at once, if there are no more
+/// than this; otherwise the sweep reads them.
+const UNCHECKED_AT_ONCE: usize = 64;
+/// A mebibyte of checks costs this pause, so that Consul spends no more than about half its time on them.
+const PAUSE_PER_MIB: Duration = Duration::from_millis(10);
+/// Answers that point at nothing (the outputs of checks change) make pauses from the first to the second.
+const FRUITLESS_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+const CHECKS: &str = "/v1/health/state/any";
+
+/// All checks of a datacenter; `None` if the body is the one that is known.
+pub(super) struct ChecksAnswer {
+    digest: Option<CheckDigest>,
+    bytes: usize,
+}
+
+pub(super) async fn read_checks(
+    client: &Client,
+    query: &Query,
+    known: Option<u64>,
+    keys: &RandomState,
+) -> Result<Answer<ChecksAnswer>, ConsulError> {
+    let Answer { value, meta } = client.get_bytes(CHECKS, query).await?;
+    let bytes = value.len();
+    if known == Some(meta.hash) {
+        return Ok(Answer { value: ChecksAnswer { digest: None, bytes }, meta });
+    }
+    match CheckDigest::parse(&value, keys) {
+        Ok(digest) => Ok(Answer { value: ChecksAnswer { digest: Some(digest), bytes }, meta }),
+        Err(wrong) => Err(client.bad_answer(CHECKS, wrong.to_string())),
+    }
+}
+
+impl<R: Resolve> ConsulSource<R> {
+    /// The connections for reads of services.
+    pub(super) fn read_slots(&self) -> usize {
+        match self.plan.is_scarce {
+            true => self.slots().saturating_sub(self.plan.datacenters.len()).clamp(1, READS_AT_ONCE),
+            false => self.slots(),
+        }
+    }
+
+    /// Changes between a blocking query for each service and shared ones, as the connections allow.
+    pub(super) fn choose_mode(&mut self, now: Instant) {
+        let (slots, services) = (self.slots(), self.plan.services.len());
+        // The list and the checks of each datacenter, a read, and one for a confirmation.
+        let can_share = self.client.capacity() >= self.plan.datacenters.len() * 2 + 2;
+        // The source returns to one query for each service only well below the limit, so that the mode does not flap.
+        let enough = if self.plan.is_scarce { slots / 2 } else { slots };
+        let is_scarce = can_share && services > enough;
+        if is_scarce == self.plan.is_scarce {
+            return;
+        }
+        self.plan.is_scarce = is_scarce;
+        if is_scarce {
+            let waiting = self.plan.waiting();
+            for (ask, task) in self.asked.values() {
+                if let Ask::Service(key) = ask
+                    && waiting.contains(key)
+                {
+                    task.abort();
+                }
+            }
+            self.sweep.owe(services);
+        }
+        let keys: Vec<Key> = self.plan.services.keys().cloned().collect();
+        for key in &keys {
+            self.plan.enqueue(key);
+        }
+        self.settle(now);
+    }
+
+    /// Asks for the checks that are due, and points at the services whose turn it is.
+    pub(super) fn start_shared(&mut self, now: Instant) {
+        if !self.plan.is_scarce {
+            return;
+        }
+        let services = self.plan.services.len();
+        for at in 0..self.plan.datacenters.len() {
+            let Some(dc) = self.plan.datacenters.get_mut(at) else { continue };
+            if dc.unexplained.is_some_and(|deadline| deadline <= now) {
+                dc.unexplained = None;
+                self.sweep.hurry(services, now);
+            }
+            if dc.wants_checks() && dc.checks.cursor.due() <= now {
+                self.ask_checks(at);
+            }
+        }
+        let slots = self.read_slots();
+        // What cannot be seen by difference is looked for without end.
+        if self.plan.datacenters.iter().any(|dc| dc.checks.failure.is_some()) {
+            self.sweep.owe(services);
+        }
+        if self.plan.has_room(slots, now)
+            && let Some(key) = self.sweep.take(&self.plan.services, now)
+        {
+            self.plan.point_at(&key, false);
+        }
+    }
+
+    /// When the sweep goes on, unless it waits for a read to end.
+    pub(super) fn sweep_due(&self, now: Instant) -> Option<Instant> {
+        let can_read = self.plan.is_scarce && self.plan.has_room(self.read_slots(), now);
+        can_read.then(|| self.sweep.due(self.plan.services.len()))
+    }
+
+    fn ask_checks(&mut self, at: usize) {
+        let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
+        dc.checks.in_flight = true;
+        let cursor = &dc.checks.cursor;
+        let query = Query { datacenter: dc.name.clone(), ..self.pace.query(cursor, CATALOG_WAIT) };
+        let was_strong = query.consistency != Consistency::Stale;
+        let (client, known, keys) = (self.client.clone(), cursor.hash(), self.hash_keys.clone());
+        let ask = Ask::Checks(at);
+        let task = async move {
+            let what = What::Checks(read_checks(&client, &query, known, &keys).await);
+            Outcome { ask: Ask::Checks(at), was_strong, what }
+        };
+        self.spawn(ask, task);
+    }
+
+    pub(super) fn heard_checks(
+        &mut self,
+        at: usize,
+        answer: Result<Answer<ChecksAnswer>, ConsulError>,
+        was_strong: bool,
+        now: Instant,
+    ) {
+        let max_stale = self.pace.max_stale;
+        let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
+        dc.checks.in_flight = false;
+        let Answer { value, meta } = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.checks_failed(at, &chain(&error), now);
+                return;
+            }
+        };
+        if !Self::believe(&mut dc.checks.cursor, &meta, was_strong, max_stale, now, &self.counters) {
+            return;
+        }
+        let had_failure = dc.checks.failure.take().is_some();
+        let mut pause = PAUSE_PER_MIB.mul_f64(value.bytes as f64 / f64::from(1 << 20));
+        let Some(digest) = value.digest else {
+            if had_failure {
+                self.settle(now);
+            }
+            return;
+        };
+        let changes = dc.checks.digest.as_ref().map(|before| digest.changes_since(before));
+        dc.checks.digest = Some(digest);
+        if changes.as_ref().is_some_and(CheckChanges::is_empty) {
+            let (first, longest) = FRUITLESS_PAUSE;
+            pause = pause.max((first * 2u32.pow(dc.checks.fruitless.min(6))).min(longest));
+            dc.checks.fruitless += 1;
+        } else {
+            dc.checks.fruitless = 0;
+        }
+        dc.checks.cursor.postpone(now + pause);
+        match changes {
+            Some(changes) => self.follow_checks(at, &changes, now),
+            // Services may have changed between their own read and this first answer.
+            None => self.sweep.owe(self.plan.services.len()),
+        }
+        if had_failure {
+            self.sweep.owe(self.plan.services.len());
+            self.settle(now);
+        }
+    }
+
+    /// Takes note that the checks cannot be read. Services take turns until they can.
+    pub(super) fn checks_failed(&mut self, at: usize, failure: &str, now: Instant) {
+        let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
+        dc.checks.in_flight = false;
+        dc.checks.cursor.failed(now);
+        // The log has a failure once, not each retry.
+        if dc.checks.failure.replace(failure.into()).is_none() {
+            tracing::debug!("{}: {failure}", self.name);
+        }
+        self.settle(now);
+    }
+
+    /// Points at the services whose checks differ.
+    fn follow_checks(&mut self, at: usize, changes: &CheckChanges, now: Instant) {
+        let mut any = false;
+        for name in changes.services.iter().filter_map(|name| name.parse::<ServiceName>().ok()) {
+            let key = (at, name);
+            any |= self.plan.services.contains_key(&key);
+            self.plan.point_at(&key, true);
+        }
+        if changes.nodes {
+            self.point_at_unchecked(at);
+        }
+        if any && let Some(dc) = self.plan.datacenters.get_mut(at) {
+            dc.checks.pointed_at = Some(now);
+            dc.unexplained = None;
+        }
+    }
+
+    /// Requests a read of each service with unchecked instances; more than [`UNCHECKED_AT_ONCE`] are left to the sweep.
+    fn point_at_unchecked(&mut self, at: usize) {
+        let digest = self.plan.datacenters.get(at).and_then(|dc| dc.checks.digest.as_ref());
+        let is_unchecked = |(key, watched): &(&Key, &Watched)| {
+            let checked = digest.map_or(0, |digest| digest.checked_instances(key.1.as_str()));
+            key.0 == at && watched.read.as_ref().is_some_and(|read| read.listed > checked)
+        };
+        let unchecked = self.plan.services.iter().filter(is_unchecked).map(|(key, _)| key.clone());
+        let unchecked: Vec<Key> = unchecked.take(UNCHECKED_AT_ONCE + 1).collect();
+        if unchecked.len() > UNCHECKED_AT_ONCE {
+            self.sweep.owe(self.plan.services.len());
+            return;
+        }
+        for key in &unchecked {
+            self.plan.point_at(key, false);
+        }
+    }
+
+    /// Follows a new answer of the list of services; `has_moved` says that its index is another one.
+    pub(super) fn follow_list(
+        &mut self,
+        at: usize,
+        difference: &ListDifference,
+        has_moved: bool,
+        now: Instant,
+    ) {
+        if !self.plan.is_scarce || !has_moved {
+            return;
+        }
+        for name in &difference.retagged {
+            self.plan.point_at(&(at, name.clone()), true);
+        }
+        // Another change may hide behind the one that is visible.
+        self.sweep.owe(self.plan.services.len());
+        if difference.is_visible {
+            return;
+        }
+        self.point_at_unchecked(at);
+        if let Some(dc) = self.plan.datacenters.get_mut(at)
+            && dc.checks.pointed_at.is_none_or(|pointed| now > pointed + SAME_CHANGE)
+        {
+            dc.unexplained.get_or_insert(now + SAME_CHANGE);
+        }
+    }
+
+    /// What an operator should know of changes that are seen late.
+    pub(super) fn lateness_problem(&self) -> Option<String> {
+        let services = self.plan.services.len();
+        if !self.plan.is_scarce {
+            let slots = self.slots();
+            let late = self.plan.lateness(slots, self.config.wait)?.as_secs_f64().ceil();
+            return Some(format!(
+                "{services} services take turns on {slots} connections in plaintext, so a change is seen up to {late} s \
+                 late: use `https://` addresses, which need few connections, or raise `max_connections` here and \
+                 `http_max_conns_per_client` of Consul",
+            ));
+        }
+        let failure = self.plan.datacenters.iter().find_map(|dc| dc.checks.failure.as_ref())?;
+        let late = Sweep::lateness(services).as_secs();
+        Some(format!(
+            "Consul does not list the checks of all services, so a change of one of {services} services is seen up to \
+             {late} s late: {failure}"
+        ))
+    }
+}
