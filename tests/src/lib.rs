@@ -120,11 +120,16 @@ impl Mesh {
             .replace(&self.api.to_string(), &api.to_string())
             .replace("state/control", "state/replica");
         self.write("replica.yaml", &config)?;
-        let mut command = Command::new(binary("vmesh-control")?);
-        command.args(["--config", "replica.yaml"]).current_dir(&*self.dir);
-        let mut daemon = Daemon::spawn("the replica", command)?;
+        let mut daemon = self.spawn_replica()?;
         daemon.wait_http(&Peer::Tcp(api), "/readyz", BOUND).await?;
         Ok(Replica { xds, api: Api(api), daemon, _home: home })
+    }
+
+    /// Starts the second control plane again, and does not wait for it.
+    pub fn spawn_replica(&self) -> Result<Daemon> {
+        let mut command = Command::new(binary("vmesh-control")?);
+        command.args(["--config", "replica.yaml"]).current_dir(&*self.dir);
+        Daemon::spawn("the replica", command)
     }
 
     /// Started, and not waited for.

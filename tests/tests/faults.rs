@@ -247,7 +247,12 @@ async fn a_control_plane_without_state_and_with_an_unreadable_source_serves_nobo
 
 /// What `/readyz` says, if it does not say that it is ready.
 async fn waits_for(mesh: &Mesh) -> std::result::Result<String, String> {
-    let api = vmesh_daemon::fetch::Peer::Tcp(mesh.api());
+    readiness(mesh.api()).await
+}
+
+/// The same of any control plane.
+async fn readiness(api: SocketAddr) -> std::result::Result<String, String> {
+    let api = vmesh_daemon::fetch::Peer::Tcp(api);
     let answer = vmesh_daemon::fetch::fetch(&api, http::Method::GET, "/readyz", BOUND).await;
     let (status, body) = answer.map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&body).into_owned();
@@ -284,5 +289,95 @@ async fn a_new_replica_is_not_ready_while_a_part_of_its_input_cannot_be_used() -
         .await?;
         assert!(waits_for(&mesh).await.is_err(), "it stays ready");
     }
+    Ok(())
+}
+
+/// A replica that begins without state beside one that serves, while a file is broken. The one that served dies: the agent and its
+/// Envoy go on with what they have until the file is mended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fresh_replica_with_a_broken_file_takes_nothing_from_nodes_that_another_replica_served()
+-> Result<()> {
+    const REFUSED: &str = "vmesh_xds_streams_refused_total";
+    let place = Loopback::unique()?;
+    let app = HttpApp::start("a", "v1", SocketAddr::new(place.ip(), place.port()?))?;
+    let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
+    let mut mesh = Mesh::start(&[("services.d/all.yaml", &services)]).await?;
+    // Its address has to be known to the agent; its state is thrown away.
+    let mut replica = mesh.start_replica().await?;
+    replica.daemon.kill()?;
+    fs::remove_dir_all(mesh.path("state/replica")).expect("removed");
+    mesh.replicas.push(replica.xds);
+    mesh.agent("web-1", &["orders"], "").await?;
+    mesh.synced("web-1").await?;
+    let target = mesh.upstream("web-1", 0)?;
+    mesh.answers(target).await?;
+
+    let load = Load::start(Plan::to(target).rate(100.0))?;
+    mesh.write("services.d/all.yaml", &format!("{services}---\nservice: pay\nendpoints: [\n"))?;
+    mesh.problem("is never closed").await?;
+    replica.daemon = mesh.spawn_replica()?;
+    let fresh = replica.api;
+    wait_for("a word on what the replica waits for", BOUND, async || {
+        let said = readiness(fresh.0).await?;
+        if said.contains("all.yaml") { Ok(()) } else { Err(said) }
+    })
+    .await?;
+    mesh.control()?.kill()?;
+    // The agent comes to the replica and is sent away.
+    let refused = fresh.metric(REFUSED).await?;
+    wait_for("the agent to be refused", BOUND, async || {
+        let now = fresh.metric(REFUSED).await.map_err(|failed| failed.to_string())?;
+        if now > refused { Ok(()) } else { Err(format!("{now}")) }
+    })
+    .await?;
+    Api(target).text("/").await?;
+    let nodes = fresh.json("/api/v1/nodes").await?;
+    assert_eq!(nodes["nodes"].as_array().map(Vec::len), Some(0), "{nodes}");
+    mesh.write("services.d/all.yaml", &services)?;
+    wait_for("web-1 to be in sync with the replica", BOUND, async || fresh.is_synced("web-1").await).await?;
+    let report = load.stop().await;
+    assert_eq!(report.failures, 0, "{:?}", report.failed.first());
+    assert!(report.ok > 10, "there was no load");
+    Ok(())
+}
+
+/// The addresses of a name, as the agent of `node` answers them.
+async fn until_named(mesh: &Mesh, node: &str, name: &str, address: &str) -> Result<()> {
+    let agent = Api(mesh.agent_api(node)?);
+    wait_for(format!("{name} to be {address}"), BOUND, async || {
+        let names = agent.json("/names").await.map_err(|failed| failed.to_string())?;
+        if names[name] == serde_json::json!([address]) { Ok(()) } else { Err(names.to_string()) }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dns_name_stays_with_the_service_that_had_it_first_over_restarts_and_on_a_replica() -> Result<()> {
+    let file = |name: &str, last: u8| format!("service: {name}\nendpoints: [\"10.0.0.{last}:80\"]\n");
+    // Capitals sort before the others, so both orders are tried.
+    let first = [("services.d/orders.yaml", file("orders", 1)), ("services.d/P.yaml", file("Pay", 3))];
+    let first: Vec<_> = first.iter().map(|(path, text)| (*path, text.as_str())).collect();
+    let mut mesh = Mesh::start(&first).await?;
+    let every = "upstreams: [\"*\"]\ncapture: {outbound: {capture: vip}, socket: no-net.sock}\n";
+    mesh.agent("web-1", &[], every).await?;
+    mesh.synced("web-1").await?;
+    let later = [("services.d/O.yaml", file("Orders", 2)), ("services.d/p.yaml", file("pay", 4))];
+    for (path, text) in &later {
+        mesh.write(path, text)?;
+    }
+    for round in 0..2 {
+        mesh.problem("`orders` was there first").await?;
+        mesh.problem("`Pay` was there first").await?;
+        mesh.synced("web-1").await?;
+        until_named(&mesh, "web-1", "orders.mesh", "10.0.0.1").await?;
+        until_named(&mesh, "web-1", "Pay.mesh", "10.0.0.3").await?;
+        if round == 0 {
+            mesh.control()?.kill()?;
+            mesh.start_control().await?;
+        }
+    }
+    let replica = mesh.start_replica().await?;
+    let problems = replica.api.text("/api/v1/problems").await?;
+    assert!(problems.contains("`orders` was there first"), "{problems}");
     Ok(())
 }

@@ -211,3 +211,46 @@ fn most_documents_gone_from_a_registry_are_held_until_that_is_confirmed() {
 fn follower_config() -> Option<DocumentsConfig> {
     vmesh_model::load::strict("control.yaml", "consul_kv: {prefix: vmesh/}").ok()
 }
+
+/// A document may be a link to a file that only the control plane's user may read, or be one itself: what is wrong with it is told by
+/// its place. Who runs `--check` reads it as their own user, and sees it.
+#[tokio::test]
+async fn what_documents_say_that_not_everybody_may_read_is_not_quoted() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    const SECRET: &str = "s3cr3t-t0k3n";
+    let mode = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let (dir, elsewhere) = (vmesh_testkit::tempdir().unwrap(), vmesh_testkit::tempdir().unwrap());
+    let text = format!("kind: Service\nname: pay\n{SECRET}: 1\n");
+    std::fs::write(elsewhere.join("token"), SECRET).unwrap();
+    mode(&elsewhere.join("token"), 0o600);
+    std::fs::create_dir(elsewhere.join("private")).unwrap();
+    std::fs::write(elsewhere.join("private/open"), &text).unwrap();
+    mode(&elsewhere.join("private/open"), 0o644);
+    mode(&elsewhere.join("private"), 0o700);
+    symlink(elsewhere.join("token"), dir.join("a.yaml")).unwrap();
+    symlink(elsewhere.join("private/open"), dir.join("b.yaml")).unwrap();
+    std::fs::write(dir.join("c.yaml"), text.replace("pay", "orders")).unwrap();
+    mode(&dir.join("c.yaml"), 0o640);
+    std::fs::write(
+        dir.join("open.yaml"),
+        text.replace("pay", "web").replace(SECRET, "everybody-may-see-this"),
+    )
+    .unwrap();
+    mode(&dir.join("open.yaml"), 0o644);
+    let config: DocumentsConfig =
+        vmesh_model::load::strict("control.yaml", &format!("dir: {}", dir.display())).unwrap();
+    let (views, view) = watch::channel(DocumentsView::default());
+    Follower::new(Some(config.clone()), Vec::new()).read_once(&views).await;
+    let view = view.borrow();
+    let said = format!("{:?} {:?}", view.problems, view.waiting);
+    assert!(!said.contains(SECRET), "{said}");
+    assert!(said.contains("everybody-may-see-this"), "{said}");
+    for file in ["a.yaml", "b.yaml", "c.yaml"] {
+        let place = dir.join(file).display().to_string();
+        assert!(view.problems.iter().any(|problem| *problem.place.file == *place), "{file}: {said}");
+    }
+    let checked = format!("{:?}", check(Some(config)).await);
+    assert!(checked.contains(SECRET), "{checked}");
+}
