@@ -346,7 +346,7 @@ async fn until_named(mesh: &Mesh, node: &str, name: &str, address: &str) -> Resu
     let agent = Api(mesh.agent_api(node)?);
     wait_for(format!("{name} to be {address}"), BOUND, async || {
         let names = agent.json("/names").await.map_err(|failed| failed.to_string())?;
-        if names[name] == serde_json::json!([address]) { Ok(()) } else { Err(names.to_string()) }
+        if names.get(name) == Some(&serde_json::json!([address])) { Ok(()) } else { Err(names.to_string()) }
     })
     .await
 }
