@@ -36,6 +36,8 @@ pub(super) struct CheckWatch {
     pub(super) in_flight: bool,
     /// The last answer that was believed.
     pub(super) digest: Option<CheckDigest>,
+    /// The size of the last answer: a large one comes later than the list of services.
+    pub(super) bytes: usize,
     /// When a difference pointed at a service last.
     pub(super) pointed_at: Option<Instant>,
     /// How many answers in a row pointed at nothing.
@@ -52,6 +54,7 @@ impl CheckWatch {
             cursor: Cursor::new(now).with_allowance(20, Duration::from_millis(100)),
             in_flight: false,
             digest: None,
+            bytes: 0,
             pointed_at: None,
             fruitless: 0,
             failure: None,

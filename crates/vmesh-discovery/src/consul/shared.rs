@@ -15,6 +15,8 @@ use super::*;
 const READS_AT_ONCE: usize = 14;
 /// A change of the list and the checks that explain it are seen within so long of each other.
 const SAME_CHANGE: Duration = Duration::from_millis(300);
+/// Each mebibyte of checks adds so much to [`SAME_CHANGE`], since Consul has to write them out.
+const SAME_CHANGE_PER_MIB: Duration = Duration::from_millis(150);
 /// When a service with unchecked instances may have changed, all such services are read at once, if there are no more
 /// than this; otherwise the sweep reads them.
 const UNCHECKED_AT_ONCE: usize = 64;
@@ -155,6 +157,7 @@ impl<R: Resolve> ConsulSource<R> {
         if !Self::believe(&mut dc.checks.cursor, &meta, was_strong, max_stale, now, &self.counters) {
             return;
         }
+        dc.checks.bytes = value.bytes;
         let had_failure = dc.checks.failure.take().is_some();
         let mut pause = PAUSE_PER_MIB.mul_f64(value.bytes as f64 / f64::from(1 << 20));
         let Some(digest) = value.digest else {
@@ -251,10 +254,11 @@ impl<R: Resolve> ConsulSource<R> {
             return;
         }
         self.point_at_unchecked(at);
-        if let Some(dc) = self.plan.datacenters.get_mut(at)
-            && dc.checks.pointed_at.is_none_or(|pointed| now > pointed + SAME_CHANGE)
-        {
-            dc.unexplained.get_or_insert(now + SAME_CHANGE);
+        let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
+        let mebibytes = dc.checks.bytes as f64 / f64::from(1 << 20);
+        let same_change = SAME_CHANGE + SAME_CHANGE_PER_MIB.mul_f64(mebibytes);
+        if dc.checks.pointed_at.is_none_or(|pointed| now > pointed + SAME_CHANGE) {
+            dc.unexplained.get_or_insert(now + same_change);
         }
     }
 
