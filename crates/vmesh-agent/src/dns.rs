@@ -70,6 +70,7 @@ pub fn spawn(
 /// Returns the two sockets of `address` among those that systemd kept. Has systemd close sockets of another address, which an
 /// earlier configuration named.
 fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<(UdpSocket, TcpListener)> {
+    let names: Vec<String> = inherited.iter().map(|(name, _)| name.clone()).collect();
     let (mut udp, mut tcp) = (None, None);
     for (name, socket) in inherited {
         match &*name {
@@ -78,7 +79,10 @@ fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<
             _ => {}
         }
     }
-    let (udp, tcp) = (udp?, tcp?);
+    let (Some(udp), Some(tcp)) = (udp, tcp) else {
+        forget(names.iter().map(String::as_str));
+        return None;
+    };
     let is_at = |local: io::Result<SocketAddr>| local.is_ok_and(|local| local == address);
     let usable = is_at(udp.local_addr()) && is_at(tcp.local_addr());
     let ready = usable.then(|| {
@@ -89,11 +93,19 @@ fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<
     match ready {
         Some(Ok(sockets)) => Some(sockets),
         _ => {
-            systemd::forget_socket(KEPT_UDP);
-            systemd::forget_socket(KEPT_TCP);
+            forget([KEPT_UDP, KEPT_TCP].into_iter());
             None
         }
     }
+}
+
+/// Has systemd close the sockets that it kept for names, where no names are to be answered any more: it would go on listening.
+pub(crate) fn forget_kept(inherited: &[(String, OwnedFd)]) {
+    forget(inherited.iter().map(|(name, _)| name.as_str()));
+}
+
+fn forget<'a>(kept: impl Iterator<Item = &'a str>) {
+    kept.filter(|name| [KEPT_UDP, KEPT_TCP].contains(name)).for_each(systemd::forget_socket);
 }
 
 /// Whether names mean virtual addresses. Until vmesh-net has answered, a host that is to capture most likely does, as before the

@@ -40,7 +40,7 @@ mod retry;
 pub mod status;
 pub mod supervisor;
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -160,6 +160,8 @@ impl Agent {
             let zone = config.zone_of_names.clone();
             let (_, listening) = dns::spawn(&mut tasks, address, inherited, zone, reached, captured, queries);
             known.dns = Some(listening);
+        } else {
+            dns::forget_kept(&inherited);
         }
         let answers = known.clone();
         tasks.spawn_draining("api socket", |stop| status::serve(api_socket, answers, stop));
@@ -188,12 +190,12 @@ impl Agent {
     }
 }
 
-/// Locks the file at `path` for as long as it is held. `None`: another process has it.
+/// Locks the file at `path` for as long as it is held. `None`: another process has it. Nobody else can open the file, and so
+/// nobody else can hold the lock: a directory of the agent's is open to its group.
 pub(crate) fn lock(path: &Path) -> io::Result<Option<File>> {
-    let file = File::options().create(true).write(true).truncate(false).open(path)?;
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(cause)) => Err(cause),
+    match fsx::lock(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(LockError::Taken { .. }) => Ok(None),
+        Err(LockError::Failed { cause, .. }) => Err(cause),
     }
 }

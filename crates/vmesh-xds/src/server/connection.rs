@@ -1,5 +1,4 @@
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
@@ -8,9 +7,15 @@ use vmesh_daemon::connections::Permit;
 /// Counts the admitted streams of one connection. The server closes a connection that has had none for a while.
 pub(super) struct ConnectionUse {
     permit: Option<Permit>,
-    admitted: AtomicUsize,
+    streams: Mutex<Streams>,
     changed: Notify,
     ends_at: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Streams {
+    admitted: usize,
+    has_shown_request: bool,
 }
 
 /// One admitted stream, for as long as it exists.
@@ -19,34 +24,57 @@ pub(super) struct InUse(Arc<ConnectionUse>);
 impl ConnectionUse {
     /// `ends_at`: when streams that still exist end by themselves.
     pub(super) fn new(permit: Option<Permit>, ends_at: Option<Instant>) -> Arc<ConnectionUse> {
-        Arc::new(ConnectionUse { permit, admitted: AtomicUsize::new(0), changed: Notify::new(), ends_at })
+        Arc::new(ConnectionUse { permit, streams: Mutex::default(), changed: Notify::new(), ends_at })
     }
 
     pub(super) fn ends_at(&self) -> Option<Instant> {
         self.ends_at
     }
 
+    /// Notes that the client has sent a request. A busy server may need seconds to admit its stream, and the gate evicts
+    /// only connections that show nothing; one whose request is never admitted is closed by [`ConnectionUse::unused`].
+    pub(super) fn show_request(&self) {
+        let mut streams = self.streams();
+        if !std::mem::replace(&mut streams.has_shown_request, true)
+            && let Some(permit) = &self.permit
+        {
+            permit.set_busy();
+        }
+    }
+
     pub(super) fn begin(self: &Arc<ConnectionUse>) -> InUse {
-        if self.admitted.fetch_add(1, Ordering::AcqRel) == 0 {
+        let mut streams = self.streams();
+        streams.admitted += 1;
+        if streams.admitted == 1 {
             if let Some(permit) = &self.permit {
                 permit.set_busy();
             }
             self.changed.notify_one();
         }
+        drop(streams);
         InUse(self.clone())
+    }
+
+    fn is_admitted(&self) -> bool {
+        self.streams().admitted > 0
+    }
+
+    /// Nothing panics while it holds this lock.
+    fn streams(&self) -> MutexGuard<'_, Streams> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the connection has had no admitted stream for `first`, or later for `later`.
     pub(super) async fn unused(&self, first: Duration, later: Duration) {
         let mut patience = first;
         loop {
-            if self.admitted.load(Ordering::Acquire) > 0 {
+            if self.is_admitted() {
                 patience = later;
                 self.changed.notified().await;
                 continue;
             }
             tokio::select! {
-                () = sleep(patience) => if self.admitted.load(Ordering::Acquire) == 0 { return },
+                () = sleep(patience) => if !self.is_admitted() { return },
                 () = self.changed.notified() => {}
             }
         }
@@ -63,7 +91,10 @@ impl ConnectionUse {
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        if self.0.admitted.fetch_sub(1, Ordering::AcqRel) == 1 {
+        // Count and permit change together: another stream of the connection may begin at the same moment.
+        let mut streams = self.0.streams();
+        streams.admitted = streams.admitted.saturating_sub(1);
+        if streams.admitted == 0 {
             if let Some(permit) = &self.0.permit {
                 permit.set_idle();
             }

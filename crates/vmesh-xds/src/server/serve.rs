@@ -164,6 +164,7 @@ async fn drive<I>(
     let of_streams = in_use.clone();
     let answer = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
+        of_streams.show_request();
         request.extensions_mut().insert(of_streams.clone());
         ready(Ok::<_, Infallible>(service.answer(request)))
     });

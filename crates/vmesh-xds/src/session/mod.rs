@@ -1005,11 +1005,19 @@ fn shown(error: &str) -> String {
     shown
 }
 
+/// Limits of what an agent says beside its words; a relay names 256 resources at most. More is not decoded, or not used: each
+/// resource of a response is compared with each of them.
+const REFUSALS_BYTES: usize = 256 << 10;
+const REFUSALS_USED: usize = 1024;
+
 /// What an agent says of a refusal beside its words.
 fn refusals(error: &rpc::Status) -> Option<agent::Refusals> {
     let type_url = agent::Refusals::type_url();
     let any = error.details.iter().find(|any| any.type_url == type_url)?;
-    agent::Refusals::decode(any.value.clone()).ok()
+    if any.value.len() > REFUSALS_BYTES {
+        return None;
+    }
+    agent::Refusals::decode(any.value.clone()).ok().filter(|said| said.refusals.len() <= REFUSALS_USED)
 }
 
 /// Which of the names the error text blames.
