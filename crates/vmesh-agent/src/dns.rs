@@ -192,7 +192,9 @@ mod tests {
 
     #[tokio::test]
     async fn sockets_that_were_kept_are_used_at_their_own_address_only_and_lose_no_query() {
-        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        // Nobody else uses the address, and so the port is free for both protocols.
+        let place = vmesh_testkit::Loopback::unique().unwrap();
+        let udp = std::net::UdpSocket::bind((place.ip(), 0)).unwrap();
         let address = udp.local_addr().unwrap();
         let tcp = std::net::TcpListener::bind(address).unwrap();
         let kept = || {

@@ -6,8 +6,11 @@ use std::net::{IpAddr, SocketAddr};
 const ESTABLISHED: u8 = 1;
 const FIN_WAIT_1: u8 = 4;
 const FIN_WAIT_2: u8 = 5;
+const TIME_WAIT: u8 = 6;
 const CLOSE_WAIT: u8 = 8;
+const LAST_ACK: u8 = 9;
 const LISTEN: u8 = 10;
+const CLOSING: u8 = 11;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Socket {
@@ -32,6 +35,12 @@ impl Socket {
 
     pub fn is_established(&self) -> bool {
         self.state == ESTABLISHED
+    }
+
+    /// Reports whether this end was closed while the other may not be yet. A program closed it, since the kernel alone does not.
+    pub fn is_closed_here(&self) -> bool {
+        const CLOSED_HERE: [u8; 5] = [FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT, LAST_ACK, CLOSING];
+        CLOSED_HERE.contains(&self.state)
     }
 
     /// Carries data one way or both.

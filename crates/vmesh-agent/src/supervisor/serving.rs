@@ -104,7 +104,8 @@ async fn is_taken(pid: i32, listener: SocketAddr) -> bool {
         match table.iter().find(is_ours) {
             // The server's end is no longer there: somebody took the connection, and closed it.
             None => return true,
-            Some(socket) if socket.inode != 0 => return true,
+            // The kernel keeps one that was taken and closed, without a number, until the other end closes as well.
+            Some(socket) if socket.inode != 0 || socket.is_closed_here() => return true,
             Some(_) => {}
         }
     }

@@ -87,7 +87,7 @@ impl Change<'_> {
         if !ran {
             return Ok(said);
         }
-        let restarted = run(host_program("systemctl").args(["restart", self.unit]));
+        let restarted = restart(self.unit);
         let verdict = match restarted {
             Err(error) => Err(one_line(&error)),
             Ok(_) => still_finds(self.unit, &found),
@@ -97,7 +97,7 @@ impl Change<'_> {
             return Ok(said);
         };
         take_back(&done);
-        let again = match run(host_program("systemctl").args(["restart", self.unit])) {
+        let again = match restart(self.unit) {
             Ok(_) => String::new(),
             Err(error) => format!("; and as it was it does not start, either: {}", one_line(&error)),
         };
@@ -191,6 +191,14 @@ fn take_back(done: &[Before]) {
             eprintln!("could not put {} back as it was: {why}", before.path.display());
         }
     }
+}
+
+/// Restarts a resolver. A unit that failed several times within seconds is not started any more by systemd, and this host
+/// would be without names: its failures so far are forgotten first.
+fn restart(unit: &str) -> Result<String, HostError> {
+    // A unit that is not loaded has no failures to forget.
+    _ = run(host_program("systemctl").args(["reset-failed", unit]));
+    run(host_program("systemctl").args(["restart", unit]))
 }
 
 fn is_active(unit: &str) -> bool {
