@@ -42,7 +42,7 @@ const BODY_WITHIN: Duration = Duration::from_secs(10);
 /// The longest request of the APIs has a few hundred bytes.
 const BODY_MAX: usize = 64 << 10;
 /// The server closes a connection whose client reads nothing of a response for this long.
-const TAKES_WITHIN: Duration = Duration::from_secs(10);
+const TAKES_WITHIN: Duration = Duration::from_secs(5);
 /// After this age a connection finishes its current response and closes.
 const AGE_MAX: Duration = Duration::from_secs(60);
 /// Limit for that last response.
