@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::foreign::Ruleset;
+use crate::foreign::{self, Ruleset};
 use crate::iptables::{self, Family, Footprint};
 use crate::nft;
 use crate::plan::{Plan, Tool};
@@ -96,6 +96,23 @@ pub enum Error {
              change them at the same time?"
     )]
     NotDone { tool: &'static str, changes: String },
+}
+
+impl Error {
+    fn is_not_installed(&self) -> bool {
+        matches!(self, Error::NotRun { cause, .. } if cause.kind() == ErrorKind::NotFound)
+    }
+}
+
+/// The error and its causes on one line.
+fn one_line(error: &Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        line = format!("{line}: {inner}");
+        cause = inner.source();
+    }
+    line
 }
 
 /// Changes the rules of this host. Needs CAP_NET_ADMIN; with iptables CAP_NET_RAW too.
@@ -221,24 +238,57 @@ impl Applier {
         }
     }
 
-    /// The rules of others, by every tool that is here. One that is not, or that fails, has none.
+    /// Reads the rules of others with every tool that is installed. An installed tool that fails, is slow or prints too much leaves a gap: see
+    /// [`Ruleset::gaps`].
     pub async fn foreign_rules(&self) -> Ruleset {
-        let mut rules = Ruleset::default();
         let tools = &self.tools;
-        let (nft, v4, v6) = tokio::join!(
-            self.run(&tools.nft, &["-j", "list", "ruleset"], READ, None),
+        let legacy = |save: &Path, name: &str| save.with_file_name(name);
+        let (legacy_v4, legacy_v6) = (
+            legacy(&tools.iptables_save, "iptables-legacy-save"),
+            legacy(&tools.ip6tables_save, "ip6tables-legacy-save"),
+        );
+        let (nft, v4, v6, legacy_v4, legacy_v6) = tokio::join!(
+            self.native_rules(),
             self.run(&tools.iptables_save, &[], READ, None),
             self.run(&tools.ip6tables_save, &[], READ, None),
+            self.run(&legacy_v4, &[], READ, None),
+            self.run(&legacy_v6, &[], READ, None),
         );
-        if let Ok(json) = nft {
-            rules.add_nft(&json);
+        let mut rules = Ruleset::default();
+        match nft {
+            Ok(Some(json)) => rules.add_nft(&json),
+            Ok(None) => {}
+            Err(error) => rules.add_gap(one_line(&error)),
         }
-        for (family, saved) in [("ip", v4), ("ip6", v6)] {
-            if let Ok(saved) = saved {
-                rules.add_iptables(family, &saved);
+        // A kernel without IPv6 refuses all questions about it.
+        let families = [("ip", v4, legacy_v4, true), ("ip6", v6, legacy_v6, self.ipv6)];
+        for (family, saved, legacy, is_there) in families {
+            // `iptables-save` may be `iptables-legacy-save` itself: its rules count once.
+            let is_legacy =
+                saved.as_ref().is_ok_and(|saved| !saved.is_empty() && !foreign::is_iptables_over_nft(saved));
+            for saved in [Some(saved), Some(legacy).filter(|_| !is_legacy)].into_iter().flatten() {
+                match saved {
+                    Ok(saved) => rules.add_iptables(family, &saved),
+                    Err(error) if is_there && !error.is_not_installed() => rules.add_gap(one_line(&error)),
+                    Err(_) => {}
+                }
             }
         }
         rules
+    }
+
+    /// What nft lists. `None` where it is not installed, and where it cannot list the rules but says that no table is somebody else's.
+    async fn native_rules(&self) -> Result<Option<String>, Error> {
+        let nft = &self.tools.nft;
+        let failed = match self.run(nft, &["-j", "list", "ruleset"], READ, None).await {
+            Ok(json) => return Ok(Some(json)),
+            Err(missing) if missing.is_not_installed() => return Ok(None),
+            Err(slow @ Error::Slow { .. }) => return Err(slow),
+            Err(failed) => failed,
+        };
+        let tables = self.run(nft, &["list", "tables"], READ, None).await?;
+        let is_ours = |line: &str| line.is_empty() || line == "table inet vmesh";
+        if tables.lines().all(|line| is_ours(line.trim())) { Ok(None) } else { Err(failed) }
     }
 
     /// What would be done for the host to be as `program` says. With `alive`, what lapses holds at once.

@@ -5,19 +5,32 @@
 //! was translated). Both are seen here before a packet is lost: [`inbound`]. Once packets are lost, [`suspects`] names the rules that
 //! may have dropped them.
 //!
-//! Pure: told the text, and bounded in what it follows. What it does not understand of a rule may hold or not.
+//! Pure: told the text, and bounded in what it follows. A condition that is not understood may hold or not. Rules that could not be
+//! read, and rules beyond the bounds, are never taken for "no filter": a port that cannot be judged is reported as [`Conflict::Unjudged`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::program::merged_ports;
 use crate::spec::{INBOUND_PORT, OUTBOUND_PORT, Ports};
 
 /// Rules that are followed for one packet; a ruleset that has more is not judged.
 const MAX_STEPS: usize = 100_000;
-/// Chains that jump to chains.
-const MAX_DEPTH: usize = 16;
+/// Rules that are followed for all packets of one judgement together.
+const MAX_STEPS_OF_ALL: usize = 4_000_000;
+/// Chains that jump to chains. The kernel takes no more than 16 jumps of nftables.
+const MAX_DEPTH: usize = 24;
+/// Rules that are kept, where each entry of a verdict map counts as one.
+const MAX_RULES: usize = 400_000;
+/// Ranges of inbound ports that are judged. Ports that no rule tells apart are one range.
+const MAX_JUDGED_RANGES: usize = 256;
+/// How long the last complete reading of the rules counts while they cannot be read. Longer would let a firewall that came meanwhile be
+/// passed by; not at all would switch capture off whenever a tool is slow once.
+const COUNTS_FOR: Duration = Duration::from_secs(300);
 /// Bytes of a rule that are shown.
 const MAX_TEXT: usize = 200;
 
@@ -162,10 +175,24 @@ struct Chain {
     rules: Vec<Rule>,
 }
 
-/// The rules of others, by table and chain.
+/// The listing that a chain was read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Listing {
+    /// `nft -j list ruleset`.
+    Nft,
+    /// `iptables-save` over nftables, whose chains the first lists as well, without the parts that only iptables understands.
+    IptablesOverNft,
+    /// `iptables-save` with iptables' own part in the kernel.
+    IptablesLegacy,
+}
+
+/// The rules of others, by listing, table and chain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ruleset {
-    chains: BTreeMap<(String, String), Chain>,
+    chains: BTreeMap<(Listing, String, String), Chain>,
+    rules: usize,
+    /// Reasons why this set may lack rules that the kernel has.
+    gaps: BTreeSet<String>,
 }
 
 /// A rule of somebody's, or the policy of a chain: `inet firewalld filter_INPUT: reject`.
@@ -187,45 +214,83 @@ struct Outcome {
     falls_through: bool,
     /// A rule that certainly keeps the connection from being tracked.
     untracked: Option<ForeignRule>,
+    /// The bound at which the walk stopped: the rest of the outcome says nothing.
+    gave_up: Option<&'static str>,
 }
 
-/// What a filter of the host's would do with captured inbound connections to a port.
+/// What a filter of the host's would do with captured inbound connections to some ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Conflict {
     /// Captured connections come in that are refused otherwise.
-    Opens { port: u16, refused_by: ForeignRule },
+    Opens { ports: Ports, refused_by: ForeignRule },
     /// Captured connections are refused, that come in otherwise.
-    Closes { port: u16, refused_by: ForeignRule },
+    Closes { ports: Ports, refused_by: ForeignRule },
+    /// Nobody knows: rules could not be read, or are more than are followed.
+    Unjudged { ports: Ports, why: String },
 }
 
 impl Conflict {
-    pub fn port(&self) -> u16 {
+    pub fn ports(&self) -> Ports {
         match self {
-            Conflict::Opens { port, .. } | Conflict::Closes { port, .. } => *port,
+            Conflict::Opens { ports, .. }
+            | Conflict::Closes { ports, .. }
+            | Conflict::Unjudged { ports, .. } => *ports,
         }
+    }
+
+    fn ports_mut(&mut self) -> &mut Ports {
+        match self {
+            Conflict::Opens { ports, .. }
+            | Conflict::Closes { ports, .. }
+            | Conflict::Unjudged { ports, .. } => ports,
+        }
+    }
+
+    /// Extends this conflict by `next`, if that is the same one for the ports that follow.
+    fn absorb(&mut self, next: &Conflict) -> bool {
+        let (mine, theirs) = (self.ports(), next.ports());
+        let follows = mine.last().checked_add(1) == Some(theirs.first());
+        let Some(both) = Ports::range(mine.first(), theirs.last()).filter(|_| follows) else { return false };
+        let widened = |conflict: &Conflict| {
+            let mut conflict = conflict.clone();
+            *conflict.ports_mut() = both;
+            conflict
+        };
+        let is_same = widened(self) == widened(next);
+        if is_same {
+            *self = widened(self);
+        }
+        is_same
     }
 }
 
 impl fmt::Display for Conflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Conflict::Opens { port, refused_by } => write!(
+            Conflict::Opens { ports, refused_by } => write!(
                 f,
-                "port {port} is kept closed by this host's own filter ({refused_by}), which lets translated connections in: a redirect \
+                "port {ports} is kept closed by this host's own filter ({refused_by}), which lets translated connections in: a redirect \
                  would open the port to the network. Take `capture.inbound: {{capture: tproxy}}`, open the port, or allow it by \
                  `capture.inbound: {{capture: redirect, bypass_filter: true}}`"
             ),
-            Conflict::Closes { port, refused_by } => write!(
+            Conflict::Closes { ports, refused_by } => write!(
                 f,
-                "this host's own filter lets connections in to port {port}, and refuses them once they are redirected to Envoy's port \
+                "this host's own filter lets connections in to port {ports}, and refuses them once they are redirected to Envoy's port \
                  {INBOUND_PORT} ({refused_by}): let TCP port {INBOUND_PORT} in there, or take `capture.inbound: {{capture: tproxy}}`"
+            ),
+            Conflict::Unjudged { ports, why } => write!(
+                f,
+                "whether this host's own filter keeps port {ports} closed is not known ({why}), and a redirect could open the port to the \
+                 network. Take `capture.inbound: {{capture: tproxy}}`, or allow it by `capture.inbound: {{capture: redirect, \
+                 bypass_filter: true}}`"
             ),
         }
     }
 }
 
-/// Finds the ports that a redirect of inbound connections would open or close, as far as the rules say it for certain.
-pub fn inbound(rules: &Ruleset, ports: impl IntoIterator<Item = u16>) -> Vec<Conflict> {
+/// Finds the ports that a redirect of inbound connections would open or close, as far as the rules say it for certain, and those that
+/// cannot be judged.
+pub fn inbound(rules: &Ruleset, ports: &BTreeSet<Ports>) -> Vec<Conflict> {
     let packet = |is_ipv4, port, is_translated| Packet {
         is_ipv4,
         hook: Hook::Input,
@@ -236,29 +301,117 @@ pub fn inbound(rules: &Ruleset, ports: impl IntoIterator<Item = u16>) -> Vec<Con
         over_loopback: false,
         from_elsewhere: true,
     };
-    let families = [true, false];
-    let redirected = families.map(|is_ipv4| (is_ipv4, rules.judge(&packet(is_ipv4, INBOUND_PORT, true))));
+    if let Some(why) = rules.gaps() {
+        return ports.iter().map(|ports| Conflict::Unjudged { ports: *ports, why: why.clone() }).collect();
+    }
+    let mut left = MAX_STEPS_OF_ALL;
+    let redirected =
+        [true, false].map(|is_ipv4| (is_ipv4, rules.judge(&packet(is_ipv4, INBOUND_PORT, true), &mut left)));
     let mut conflicts: Vec<Conflict> = Vec::new();
-    let ports: Vec<u16> = ports.into_iter().collect();
-    for (port, (is_ipv4, redirected)) in
-        ports.iter().flat_map(|port| redirected.iter().map(move |family| (*port, family)))
-    {
-        if conflicts.last().is_some_and(|last| last.port() == port) {
-            continue;
-        }
-        let direct = rules.judge(&packet(*is_ipv4, port, false));
-        match (direct.drops.first(), &direct.accepts, redirected.drops.first(), &redirected.accepts) {
-            // Some sources, or all, are kept out today, and none would be.
-            (Some(refused_by), _, None, _) => {
-                conflicts.push(Conflict::Opens { port, refused_by: refused_by.clone() });
-            }
-            (_, Some(_), Some(refused_by), None) => {
-                conflicts.push(Conflict::Closes { port, refused_by: refused_by.clone() });
-            }
-            _ => {}
+    for (number, range) in rules.told_apart(ports).enumerate() {
+        let conflict = if number < MAX_JUDGED_RANGES {
+            let of_family = |(is_ipv4, redirected): &(bool, Outcome)| {
+                let direct = rules.judge(&packet(*is_ipv4, range.first(), false), &mut left);
+                conflict(range, &direct, redirected)
+            };
+            redirected.iter().find_map(of_family)
+        } else {
+            let why =
+                format!("its rules tell more than {MAX_JUDGED_RANGES} ranges of the captured ports apart");
+            Some(Conflict::Unjudged { ports: range, why })
+        };
+        let Some(conflict) = conflict else { continue };
+        if !conflicts.last_mut().is_some_and(|last| last.absorb(&conflict)) {
+            conflicts.push(conflict);
         }
     }
     conflicts
+}
+
+fn conflict(ports: Ports, direct: &Outcome, redirected: &Outcome) -> Option<Conflict> {
+    if let Some(bound) = direct.gave_up.or(redirected.gave_up) {
+        return Some(Conflict::Unjudged { ports, why: bound.to_owned() });
+    }
+    match (direct.drops.first(), &direct.accepts, redirected.drops.first(), &redirected.accepts) {
+        // Some sources, or all, are kept out today, and none would be.
+        (Some(refused_by), _, None, _) => Some(Conflict::Opens { ports, refused_by: refused_by.clone() }),
+        (_, Some(_), Some(refused_by), None) => {
+            Some(Conflict::Closes { ports, refused_by: refused_by.clone() })
+        }
+        _ => None,
+    }
+}
+
+/// Judges inbound ports against the rules of others: once for each reading of the rules, however often endpoints change.
+///
+/// Call [`InboundJudge::forget`] when somebody changed rules, [`InboundJudge::read`] with what they are now if
+/// [`InboundJudge::rules`] has none, then [`InboundJudge::judge`].
+#[derive(Debug, Default)]
+pub struct InboundJudge {
+    rules: Option<Ruleset>,
+    verdict: Option<(BTreeSet<Ports>, Arc<Verdict>)>,
+    /// The last verdict on a complete reading of the rules, and the time of that reading.
+    last_complete: Option<(BTreeSet<Ports>, Arc<Verdict>, Instant)>,
+}
+
+/// The result of one judgement.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    pub conflicts: Vec<Conflict>,
+    /// Why the verdict is that of an earlier reading.
+    pub outdated: Option<String>,
+}
+
+impl InboundJudge {
+    /// Forgets the rules, since somebody changed some or may have.
+    pub fn forget(&mut self) {
+        self.rules = None;
+        self.verdict = None;
+    }
+
+    /// Returns the rules, if they were read after the last change.
+    pub fn rules(&self) -> Option<&Ruleset> {
+        self.rules.as_ref()
+    }
+
+    /// Records the current rules.
+    pub fn read(&mut self, rules: Ruleset) {
+        self.verdict = None;
+        self.rules = Some(rules);
+    }
+
+    /// Judges `ports`. If the current reading has gaps, the last complete verdict on these ports counts for another five
+    /// minutes; after that, and without such a verdict, the ports are [`Conflict::Unjudged`].
+    pub fn judge(&mut self, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Verdict> {
+        let Some(rules) = &self.rules else {
+            let why = "its rules have not been read";
+            let unjudged = |ports: &Ports| Conflict::Unjudged { ports: *ports, why: why.to_owned() };
+            return Arc::new(Verdict { conflicts: ports.iter().map(unjudged).collect(), outdated: None });
+        };
+        if let Some((judged, verdict)) = &self.verdict
+            && judged == ports
+        {
+            return Arc::clone(verdict);
+        }
+        let last = self
+            .last_complete
+            .as_ref()
+            .filter(|(judged, _, read)| judged == ports && now.saturating_duration_since(*read) < COUNTS_FOR);
+        let verdict = match (rules.gaps(), last) {
+            (None, _) => {
+                let verdict = Arc::new(Verdict { conflicts: inbound(rules, ports), outdated: None });
+                self.last_complete = Some((ports.clone(), Arc::clone(&verdict), now));
+                verdict
+            }
+            // Not kept: it ends.
+            (Some(why), Some((_, verdict, _))) => {
+                return Arc::new(Verdict { conflicts: verdict.conflicts.clone(), outdated: Some(why) });
+            }
+            (Some(_), None) => Arc::new(Verdict { conflicts: inbound(rules, ports), outdated: None }),
+        };
+        self.verdict = Some((ports.clone(), Arc::clone(&verdict)));
+        verdict
+    }
 }
 
 /// Names a rule that keeps connections to `port` from being tracked: they are not captured, and to a virtual address lead nowhere.
@@ -273,7 +426,8 @@ pub fn untracked(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
         over_loopback: false,
         from_elsewhere: false,
     };
-    [true, false].into_iter().find_map(|is_ipv4| rules.judge(&packet(is_ipv4)).untracked)
+    let mut left = MAX_STEPS_OF_ALL;
+    [true, false].into_iter().find_map(|is_ipv4| rules.judge(&packet(is_ipv4), &mut left).untracked)
 }
 
 /// Names the rules that may drop a captured outbound connection to `to_port`, or the answers of Envoy, or keep them from being
@@ -312,7 +466,10 @@ pub fn suspects(rules: &Ruleset, to_port: u16) -> Vec<ForeignRule> {
     ];
     let mut found: Vec<ForeignRule> = Vec::new();
     let of_ipv6 = packets.iter().map(|packet| Packet { is_ipv4: false, ..*packet });
-    for rule in packets.iter().copied().chain(of_ipv6).flat_map(|packet| rules.judge(&packet).drops) {
+    let mut left = MAX_STEPS_OF_ALL;
+    for rule in
+        packets.iter().copied().chain(of_ipv6).flat_map(|packet| rules.judge(&packet, &mut left).drops)
+    {
         if !found.contains(&rule) {
             found.push(rule);
         }
@@ -321,8 +478,53 @@ pub fn suspects(rules: &Ruleset, to_port: u16) -> Vec<ForeignRule> {
 }
 
 impl Ruleset {
-    /// What all chains that see the packet may do with it.
-    fn judge(&self, packet: &Packet) -> Outcome {
+    /// Records that rules could not be read, and why.
+    pub fn add_gap(&mut self, why: impl Into<String>) {
+        self.gaps.insert(why.into());
+    }
+
+    /// Explains which rules could not be read. `None` means that the set is complete.
+    pub fn gaps(&self) -> Option<String> {
+        let gaps: Vec<&str> = self.gaps.iter().take(3).map(String::as_str).collect();
+        (!gaps.is_empty()).then(|| gaps.join("; "))
+    }
+
+    /// Splits `ports` where some rule tells one port from the next.
+    fn told_apart(&self, ports: &BTreeSet<Ports>) -> impl Iterator<Item = Ports> {
+        let mut starts = BTreeSet::new();
+        for condition in self.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.conditions)
+        {
+            let mut condition = condition;
+            while let Condition::Not(inner) = condition {
+                condition = inner;
+            }
+            if let Condition::ToPorts(ports) = condition {
+                starts.extend(ports.iter().map(|ports| ports.first()));
+                starts.extend(ports.iter().filter_map(|ports| ports.last().checked_add(1)));
+            }
+        }
+        merged_ports(ports).into_iter().flat_map(move |wanted| {
+            let mut ranges = Vec::new();
+            let mut first = wanted.first();
+            for start in starts.range(first..=wanted.last()).copied().filter(|start| *start > wanted.first())
+            {
+                ranges.extend(Ports::range(first, start - 1));
+                first = start;
+            }
+            ranges.extend(Ports::range(first, wanted.last()));
+            ranges
+        })
+    }
+
+    /// Reports whether a chain that nft lists is one that `iptables-save` lists whole.
+    fn is_told_by_iptables(&self, (listing, table, name): &(Listing, String, String)) -> bool {
+        *listing == Listing::Nft
+            && self.chains.contains_key(&(Listing::IptablesOverNft, table.clone(), name.clone()))
+    }
+
+    /// Returns what all chains that see the packet may do with it, and takes at most `left` steps.
+    fn judge(&self, packet: &Packet, left: &mut usize) -> Outcome {
+        let budget = MAX_STEPS.min(*left);
         let mut steps = 0;
         let mut whole = Outcome { falls_through: true, ..Outcome::default() };
         let sees = |hook: Hook, priority: i64| {
@@ -332,13 +534,14 @@ impl Ruleset {
         };
         let mut all_accept = true;
         let mut accepts = None;
-        for ((table, name), chain) in &self.chains {
+        for (key, chain) in &self.chains {
+            let (_, table, name) = key;
             let Some((hook, priority, drops)) = chain.base else { continue };
             let other_family = if packet.is_ipv4 { "ip6 " } else { "ip " };
-            if !sees(hook, priority) || table.starts_with(other_family) {
+            if !sees(hook, priority) || table.starts_with(other_family) || self.is_told_by_iptables(key) {
                 continue;
             }
-            let mut outcome = self.walk(table, name, packet, 0, &mut steps);
+            let mut outcome = self.walk(key, packet, 0, &mut steps, budget);
             if outcome.falls_through {
                 let policy =
                     ForeignRule(format!("{table} {name}: policy {}", if drops { "drop" } else { "accept" }));
@@ -352,7 +555,12 @@ impl Ruleset {
             accepts = accepts.or(outcome.accepts);
             whole.untracked = whole.untracked.or(outcome.untracked);
             whole.drops.extend(outcome.drops);
+            whole.gave_up = whole.gave_up.or(outcome.gave_up);
+            if whole.gave_up.is_some() {
+                break;
+            }
         }
+        *left = left.saturating_sub(steps);
         let untouched = accepts.is_none() && whole.drops.is_empty();
         whole.accepts = match all_accept {
             true if untouched => Some(ForeignRule("no filter".to_owned())),
@@ -362,16 +570,27 @@ impl Ruleset {
         whole
     }
 
-    fn walk(&self, table: &str, name: &str, packet: &Packet, depth: usize, steps: &mut usize) -> Outcome {
+    fn walk(
+        &self,
+        key: &(Listing, String, String),
+        packet: &Packet,
+        depth: usize,
+        steps: &mut usize,
+        budget: usize,
+    ) -> Outcome {
         let mut outcome = Outcome::default();
-        let key = (table.to_owned(), name.to_owned());
-        let Some(chain) = self.chains.get(&key).filter(|_| depth < MAX_DEPTH) else {
+        let Some(chain) = self.chains.get(key) else {
             return Outcome { falls_through: true, ..outcome };
         };
+        if depth >= MAX_DEPTH {
+            return Outcome { gave_up: Some("its chains jump too deep"), ..outcome };
+        }
+        let (listing, table, name) = key;
         for rule in &chain.rules {
             *steps += 1;
-            if *steps > MAX_STEPS {
-                break;
+            if *steps > budget {
+                outcome.gave_up = Some("it has more rules than are followed");
+                return outcome;
             }
             let holds = rule.conditions.iter().fold(Truth::Yes, |all, one| all.and(one.holds(packet)));
             if holds == Truth::No {
@@ -393,9 +612,14 @@ impl Ruleset {
                 Action::Return => outcome.falls_through = true,
                 Action::Continue => goes_on = true,
                 Action::Jump(to) | Action::Goto(to) => {
-                    let inner = self.walk(table, to, packet, depth + 1, steps);
+                    let to = (*listing, table.clone(), to.clone());
+                    let inner = self.walk(&to, packet, depth + 1, steps, budget);
                     outcome.accepts = outcome.accepts.or(inner.accepts);
                     outcome.drops.extend(inner.drops);
+                    outcome.gave_up = inner.gave_up;
+                    if outcome.gave_up.is_some() {
+                        return outcome;
+                    }
                     let comes_back = inner.falls_through;
                     match rule.action {
                         Action::Goto(_) => outcome.falls_through |= comes_back,
@@ -410,10 +634,30 @@ impl Ruleset {
         Outcome { falls_through: true, ..outcome }
     }
 
-    /// Adds what `nft -j list ruleset` prints, without our own table and without those of iptables, which nft shows in part only.
+    fn add_rules(&mut self, key: (Listing, String, String), rules: Vec<Rule>) {
+        if self.rules + rules.len() > MAX_RULES {
+            self.add_gap(format!("it has more than {MAX_RULES} rules"));
+            return;
+        }
+        self.rules += rules.len();
+        self.chains.entry(key).or_default().rules.extend(rules);
+    }
+
+    /// Adds what `nft -j list ruleset` prints, without our own table. Of the tables of iptables only those chains count that
+    /// `iptables-save` does not list, since nft shows in part only what iptables made.
     pub fn add_nft(&mut self, json: &str) {
         let value: Value = serde_json::from_str(json).unwrap_or(Value::Null);
-        let items = value.get("nftables").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        let Some(items) = value.get("nftables").and_then(Value::as_array) else {
+            return self.add_gap("what `nft -j list ruleset` printed is not understood");
+        };
+        let verdict_maps: BTreeMap<(String, String), &[Value]> = items
+            .iter()
+            .filter_map(|item| {
+                let map = item.get("map")?;
+                let elements = map.get("elem").and_then(Value::as_array).map(Vec::as_slice);
+                Some((place(map, "name")?, elements.unwrap_or_default()))
+            })
+            .collect();
         for item in items {
             if let Some(chain) = item.get("chain") {
                 let Some((table, name)) = place(chain, "name") else { continue };
@@ -425,18 +669,23 @@ impl Ruleset {
                 };
                 let priority = chain.get("prio").and_then(Value::as_i64).unwrap_or_default();
                 let base = hook.map(|hook| (hook, priority, text(chain, "policy") == Some("drop")));
-                self.chains.entry((table, name)).or_default().base = base;
+                self.chains.entry((Listing::Nft, table, name)).or_default().base = base;
             } else if let Some(rule) = item.get("rule") {
-                let Some(key) = place(rule, "chain") else { continue };
+                let Some((table, chain)) = place(rule, "chain") else { continue };
                 let expressions = rule.get("expr").and_then(Value::as_array).map(Vec::as_slice);
-                let rule = nft_rule(expressions.unwrap_or_default());
-                self.chains.entry(key).or_default().rules.push(rule);
+                let map = |name: &str| verdict_maps.get(&(table.clone(), name.to_owned())).copied();
+                let rules = nft_rules(expressions.unwrap_or_default(), map);
+                self.add_rules((Listing::Nft, table, chain), rules);
             }
         }
     }
 
     /// Adds what `iptables-save` or `ip6tables-save` prints, without our own chains.
     pub fn add_iptables(&mut self, family: &str, saved: &str) {
+        let listing = match is_iptables_over_nft(saved) {
+            true => Listing::IptablesOverNft,
+            false => Listing::IptablesLegacy,
+        };
         let mut table = String::new();
         for line in saved.lines() {
             if let Some(name) = line.strip_prefix('*') {
@@ -457,38 +706,46 @@ impl Ruleset {
                     _ => 0,
                 };
                 let base = hook.map(|hook| (hook, priority, policy == "DROP"));
-                let key = (format!("{family} {table}"), name.to_owned());
+                let key = (listing, format!("{family} {table}"), name.to_owned());
                 self.chains.entry(key).or_default().base = base;
             } else if let Some(rule) = line.strip_prefix("-A ") {
                 let Some((chain, rest)) = rule.split_once(' ') else { continue };
                 if chain.starts_with("VMESH_") || rest.contains("-j VMESH_") || rest.contains("-g VMESH_") {
                     continue;
                 }
-                let key = (format!("{family} {table}"), chain.to_owned());
-                self.chains.entry(key).or_default().rules.push(iptables_rule(rest));
+                let key = (listing, format!("{family} {table}"), chain.to_owned());
+                self.add_rules(key, vec![iptables_rule(rest)]);
             }
         }
     }
+}
+
+/// Reports whether the `iptables-save` that printed this works over nftables, as the line says that it prints before each table.
+pub(crate) fn is_iptables_over_nft(saved: &str) -> bool {
+    let mut generated = saved.lines().filter(|line| line.starts_with("# Generated by "));
+    // Before 1.8.3 it was called xtables-save.
+    generated.any(|line| line.contains("(nf_tables)") || line.contains("xtables-save"))
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
     value.get(key)?.as_str()
 }
 
-/// The table and the chain, where these are neither ours nor iptables'.
-fn place(value: &Value, chain: &str) -> Option<(String, String)> {
-    const OF_IPTABLES: [&str; 5] = ["filter", "nat", "mangle", "raw", "security"];
+/// The table and the chain or map, where these are not ours.
+fn place(value: &Value, name: &str) -> Option<(String, String)> {
     let (family, table) = (text(value, "family")?, text(value, "table")?);
-    let is_of_iptables = matches!(family, "ip" | "ip6") && OF_IPTABLES.contains(&table);
     let is_ours = family == "inet" && table == "vmesh";
     // Those of bridges and devices see other packets.
-    if is_of_iptables || is_ours || !matches!(family, "ip" | "ip6" | "inet") {
+    if is_ours || !matches!(family, "ip" | "ip6" | "inet") {
         return None;
     }
-    Some((format!("{family} {table}"), text(value, chain)?.to_owned()))
+    Some((format!("{family} {table}"), text(value, name)?.to_owned()))
 }
 
-fn nft_rule(expressions: &[Value]) -> Rule {
+/// Converts a rule of nftables to one rule, or to one for each entry of its verdict map. `map` returns the entries of a named map.
+fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Value]>) -> Vec<Rule> {
+    let words: Vec<String> = expressions.iter().map(compact).collect();
+    let text = shortened(&words.join(" "));
     let mut conditions = Vec::new();
     let mut action = Action::Continue;
     for expression in expressions {
@@ -497,19 +754,74 @@ fn nft_rule(expressions: &[Value]) -> Rule {
         };
         match name.as_str() {
             "match" => conditions.push(nft_match(value)),
-            "accept" => action = Action::Accept,
-            "drop" | "reject" => action = Action::Drop,
-            "notrack" => action = Action::NoTrack,
-            "return" => action = Action::Return,
-            "jump" => action = Action::Jump(text(value, "target").unwrap_or_default().to_owned()),
-            "goto" => action = Action::Goto(text(value, "target").unwrap_or_default().to_owned()),
             "counter" | "log" | "comment" => {}
-            // A map of verdicts, a limit, a match of iptables: it may do anything or nothing.
-            _ => conditions.push(Condition::Unknown),
+            "vmap" => return verdict_map(value, map, &conditions, &text),
+            "xt" if text_of_xt(value) == Some(("target", "REJECT")) => action = Action::Drop,
+            _ => match nft_verdict(name, value) {
+                Some(verdict) => action = verdict,
+                // A limit or a match of iptables holds for some packets only.
+                None => conditions.push(Condition::Unknown),
+            },
         }
     }
-    let words: Vec<String> = expressions.iter().map(compact).collect();
-    Rule { conditions, action, text: shortened(&words.join(" ")) }
+    vec![Rule { conditions, action, text }]
+}
+
+fn text_of_xt(value: &Value) -> Option<(&str, &str)> {
+    Some((text(value, "type")?, text(value, "name")?))
+}
+
+fn nft_verdict(name: &str, value: &Value) -> Option<Action> {
+    let target = || text(value, "target").unwrap_or_default().to_owned();
+    Some(match name {
+        "accept" => Action::Accept,
+        "drop" | "reject" => Action::Drop,
+        "notrack" => Action::NoTrack,
+        "return" => Action::Return,
+        "continue" => Action::Continue,
+        "jump" => Action::Jump(target()),
+        "goto" => Action::Goto(target()),
+        _ => return None,
+    })
+}
+
+/// The entries of a verdict map (`ct state vmap { invalid : drop }`) as rules, in the place of the rule that has it. A packet takes one
+/// entry at most; the one for all others (`*`) comes last.
+fn verdict_map<'a>(
+    value: &'a Value,
+    map: impl Fn(&str) -> Option<&'a [Value]>,
+    conditions: &[Condition],
+    text: &str,
+) -> Vec<Rule> {
+    let data = value.get("data");
+    let entries = match data.and_then(Value::as_str).and_then(|name| name.strip_prefix('@')) {
+        Some(name) => map(name),
+        None => data.and_then(|data| data.get("set")).and_then(Value::as_array).map(Vec::as_slice),
+    };
+    let rule = |last: Option<Condition>, action| Rule {
+        conditions: conditions.iter().cloned().chain(last).collect(),
+        action,
+        text: text.to_owned(),
+    };
+    let (mut rules, mut others) = (Vec::new(), Vec::new());
+    for entry in entries.unwrap_or_default() {
+        let Some([key, verdict]) = entry.as_array().map(Vec::as_slice) else { continue };
+        let verdict = verdict.as_object().and_then(|verdict| verdict.iter().next());
+        let Some(action) = verdict.and_then(|(name, value)| nft_verdict(name, value)) else { continue };
+        let key = key.get("elem").and_then(|element| element.get("val")).unwrap_or(key);
+        if key.as_str() == Some("*") {
+            others.push(rule(None, action));
+            continue;
+        }
+        let condition = value.get("key").map_or(Condition::Unknown, |left| nft_compare(left, key, None));
+        rules.push(rule(Some(condition), action));
+    }
+    rules.extend(others);
+    if rules.is_empty() {
+        // An empty map, or one that is not understood.
+        rules.push(rule(Some(Condition::Unknown), Action::Continue));
+    }
+    rules
 }
 
 /// About what `nft list ruleset` shows of an expression.
@@ -542,15 +854,23 @@ fn compact(expression: &Value) -> String {
             [part("left"), op.to_owned(), part("right")].join(" ").replace("  ", " ")
         }
         "jump" | "goto" => format!("{name} {}", text(value, "target").unwrap_or_default()),
+        "vmap" => {
+            let data = value.get("data").map(side).unwrap_or_default();
+            format!("{} vmap {data}", value.get("key").map(side).unwrap_or_default())
+        }
         "counter" | "log" => name.clone(),
         _ => name.clone(),
     }
 }
 
 fn nft_match(value: &Value) -> Condition {
-    let (Some(left), Some(right)) = (value.get("left"), value.get("right")) else {
-        return Condition::Unknown;
-    };
+    match (value.get("left"), value.get("right")) {
+        (Some(left), Some(right)) => nft_compare(left, right, text(value, "op")),
+        _ => Condition::Unknown,
+    }
+}
+
+fn nft_compare(left: &Value, right: &Value, operator: Option<&str>) -> Condition {
     let meta = left.get("meta").and_then(|meta| text(meta, "key"));
     let ct = left.get("ct").and_then(|ct| text(ct, "key"));
     let payload =
@@ -579,7 +899,7 @@ fn nft_match(value: &Value) -> Condition {
         }
         _ => Condition::Unknown,
     };
-    match (text(value, "op"), condition) {
+    match (operator, condition) {
         (_, Condition::Unknown) => Condition::Unknown,
         (Some("!="), condition) => Condition::Not(Box::new(condition)),
         (Some("==" | "in") | None, condition) => condition,
@@ -737,10 +1057,19 @@ mod tests {
 
     fn shown(conflicts: &[Conflict]) -> Vec<String> {
         let short = |conflict: &Conflict| match conflict {
-            Conflict::Opens { port, refused_by } => format!("opens {port}: {refused_by}"),
-            Conflict::Closes { port, refused_by } => format!("closes {port}: {refused_by}"),
+            Conflict::Opens { ports, refused_by } => format!("opens {ports}: {refused_by}"),
+            Conflict::Closes { ports, refused_by } => format!("closes {ports}: {refused_by}"),
+            Conflict::Unjudged { ports, why } => format!("unjudged {ports}: {why}"),
         };
         conflicts.iter().map(short).collect()
+    }
+
+    fn ports(text: &str) -> BTreeSet<Ports> {
+        text.split_whitespace().map(|ports| ports.parse().unwrap()).collect()
+    }
+
+    fn judged(rules: &Ruleset, text: &str) -> Vec<String> {
+        shown(&inbound(rules, &ports(text)))
     }
 
     fn names(rules: &[ForeignRule]) -> Vec<String> {
@@ -769,8 +1098,8 @@ mod tests {
         let rules = nft(FIREWALLD);
         let closed = "inet firewalld filter_INPUT: reject";
         let some = [format!("opens 8081: {closed}"), format!("opens 9000: {closed}")];
-        assert_eq!(shown(&inbound(&rules, [22, 8005, 8081, 9000])), some);
-        assert_eq!(shown(&inbound(&Ruleset::default(), [8081])), [""; 0]);
+        assert_eq!(judged(&rules, "22 8005 8081 9000"), some);
+        assert_eq!(judged(&Ruleset::default(), "8081"), [""; 0]);
     }
 
     /// What ufw has, in short, with ports 22 and 8081 open.
@@ -788,13 +1117,13 @@ mod tests {
     fn a_redirect_that_ufw_would_drop_is_seen() {
         let rules = iptables(UFW);
         assert_eq!(
-            shown(&inbound(&rules, [22, 8081, 9999])),
+            judged(&rules, "22 8081 9999"),
             ["closes 22: ip filter INPUT: policy drop", "closes 8081: ip filter INPUT: policy drop"]
         );
         let open = iptables(&UFW.replace("--dport 22 ", "--dport 15006 "));
-        assert_eq!(shown(&inbound(&open, [8081])), [""; 0]);
+        assert_eq!(judged(&open, "8081"), [""; 0]);
         assert_eq!(
-            shown(&inbound(&open, [9999])),
+            judged(&open, "9999"),
             ["opens 9999: ip filter INPUT: policy drop"],
             "whoever opens 15006 opens all that is redirected"
         );
@@ -841,12 +1170,141 @@ mod tests {
     #[test]
     fn rules_that_go_round_in_circles_end_and_garbage_is_no_rule() {
         let circle = "*filter\n:INPUT DROP [0:0]\n:a - [0:0]\n-A INPUT -j a\n-A a -j a\n-A a -j a\n-A a -j a\nCOMMIT\n";
-        assert_eq!(inbound(&iptables(circle), [80]), []);
+        assert_eq!(judged(&iptables(circle), "80"), ["unjudged 80: its chains jump too deep"]);
         for garbage in ["", "[]", "{\"nftables\": 7}", "\0", "*\n-A\n-A x\n:\n"] {
-            assert_eq!(inbound(&iptables(garbage), [80]), []);
+            assert_eq!(judged(&iptables(garbage), "80"), [""; 0]);
             let mut rules = Ruleset::default();
             rules.add_nft(garbage);
-            assert_eq!(rules, Ruleset::default());
+            assert_eq!(
+                judged(&rules, "80"),
+                ["unjudged 80: what `nft -j list ruleset` printed is not understood"]
+            );
         }
+    }
+
+    #[test]
+    fn more_rules_than_are_followed_are_not_taken_for_no_filter() {
+        let accepts = "-A INPUT -p udp -j ACCEPT\n".repeat(MAX_STEPS + 1);
+        let rules = iptables(&format!(
+            "*filter\n:INPUT ACCEPT [0:0]\n{accepts}-A INPUT -p tcp --dport 80 -j DROP\nCOMMIT\n"
+        ));
+        assert_eq!(judged(&rules, "80"), ["unjudged 80: it has more rules than are followed"]);
+    }
+
+    #[test]
+    fn ports_that_no_rule_tells_apart_are_judged_together_and_those_beyond_the_bound_are_not_captured() {
+        let rules = iptables(
+            "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp --dport 8000:8010 -m conntrack ! --ctstate DNAT -j DROP\nCOMMIT\n",
+        );
+        let drops = "ip filter INPUT: -p tcp --dport 8000:8010 -m conntrack ! --ctstate DNAT -j DROP";
+        assert_eq!(judged(&rules, "1-65535"), [format!("opens 8000-8010: {drops}")]);
+        assert_eq!(judged(&rules, "1-7999 8011-65535"), [""; 0]);
+        let each: String =
+            (1..=300).map(|port| format!("-A INPUT -p tcp --dport {port} -j ACCEPT\n")).collect();
+        let rules = iptables(&format!("*filter\n:INPUT ACCEPT [0:0]\n{each}COMMIT\n"));
+        let why = "its rules tell more than 256 ranges of the captured ports apart";
+        assert_eq!(judged(&rules, "1-400"), [format!("unjudged 257-400: {why}")]);
+    }
+
+    const NFT_INPUT: &str = r#"{"chain": {"family": "ip", "table": "filter", "name": "input", "type": "filter", "hook": "input", "prio": 0, "policy": "drop"}}"#;
+
+    fn in_input(expressions: &str) -> String {
+        format!(
+            r#"{{"rule": {{"family": "ip", "table": "filter", "chain": "input", "expr": [{expressions}]}}}}"#
+        )
+    }
+
+    #[test]
+    fn a_table_of_nftables_that_is_called_as_one_of_iptables_counts_unless_iptables_lists_it() {
+        let dnat = in_input(
+            r#"{"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": "dnat"}}, {"accept": null}"#,
+        );
+        let native = format!("{NFT_INPUT}, {dnat}");
+        assert_eq!(judged(&nft(&native), "80"), ["opens 80: ip filter input: policy drop"]);
+        // iptables over nftables says in a comment that it does not list them.
+        let mut rules = nft(&native);
+        rules.add_iptables("ip", "# Table `filter' is incompatible, use 'nft' tool.\n");
+        assert_eq!(judged(&rules, "80"), ["opens 80: ip filter input: policy drop"]);
+        // What it lists, it lists better.
+        let chain =
+            native.replace("\"input\"", "\"INPUT\"").replace("\"hook\": \"INPUT\"", "\"hook\": \"input\"");
+        let saved = "# Generated by iptables-nft-save v1.8.9 (nf_tables) on Sat\n*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n";
+        let mut rules = nft(&chain);
+        rules.add_iptables("ip", saved);
+        assert_eq!(judged(&rules, "80"), [""; 0]);
+        // Legacy iptables has a table of that name of its own.
+        let mut rules = nft(&chain);
+        rules.add_iptables("ip", &saved.replace("-nft", "").replace(" (nf_tables)", ""));
+        assert_eq!(judged(&rules, "80"), ["opens 80: ip filter INPUT: policy drop"]);
+    }
+
+    #[test]
+    fn verdict_maps_are_followed_to_where_they_lead() {
+        let state = in_input(
+            r#"{"vmap": {"key": {"ct": {"key": "state"}}, "data": {"set": [["established", {"accept": null}], ["invalid", {"drop": null}]]}}}"#,
+        );
+        let from = in_input(
+            r#"{"vmap": {"key": {"meta": {"key": "iifname"}}, "data": {"set": [["lo", {"accept": null}], ["*", {"jump": {"target": "world"}}]]}}}"#,
+        );
+        let world = r#"{"chain": {"family": "ip", "table": "filter", "name": "world"}}"#;
+        let ports = r#"{"map": {"family": "ip", "name": "m", "table": "filter", "type": "inet_service", "map": "verdict", "elem": [[22, {"accept": null}], [{"range": [80, 90]}, {"drop": null}], [{"elem": {"val": 99, "timeout": 9}}, {"goto": {"target": "closed"}}]]}}"#;
+        let closed = r#"{"chain": {"family": "ip", "table": "filter", "name": "closed"}}"#;
+        let rule = |chain: &str, expressions: &str| {
+            in_input(expressions).replace("\"chain\": \"input\"", &format!("\"chain\": \"{chain}\""))
+        };
+        let by_port = rule(
+            "world",
+            r#"{"vmap": {"key": {"payload": {"protocol": "tcp", "field": "dport"}}, "data": "@m"}}"#,
+        );
+        let rejects = rule("closed", r#"{"reject": null}"#);
+        let open = NFT_INPUT.replace("\"drop\"", "\"accept\"");
+        let items = [open.as_str(), world, closed, &state, &from, &by_port, &rejects, ports].join(", ");
+        let by_map = "ip filter world: tcp dport vmap @m";
+        assert_eq!(
+            judged(&nft(&items), "22 70 80-90 91 99"),
+            [format!("opens 80-90: {by_map}"), "opens 99: ip filter closed: reject".to_owned()]
+        );
+        // Without the default the packets of other interfaces go on.
+        let items = items.replace(
+            "[\"*\", {\"jump\": {\"target\": \"world\"}}]",
+            "[\"eth7\", {\"jump\": {\"target\": \"world\"}}]",
+        );
+        assert_eq!(judged(&nft(&items), "80"), [format!("opens 80: {by_map}")]);
+    }
+
+    #[test]
+    fn rules_that_cannot_be_read_keep_the_last_complete_verdict_for_a_while_and_are_judged_once() {
+        let now = Instant::now();
+        let mut judge = InboundJudge::default();
+        let mut gap = Ruleset::default();
+        gap.add_gap("nft is slow");
+        judge.read(gap.clone());
+        assert_eq!(shown(&judge.judge(&ports("80"), now).conflicts), ["unjudged 80: nft is slow"]);
+        judge.forget();
+        assert_eq!(
+            shown(&judge.judge(&ports("80"), now).conflicts),
+            ["unjudged 80: its rules have not been read"]
+        );
+        judge.read(nft(FIREWALLD));
+        let closed = "opens 80: inet firewalld filter_INPUT: reject";
+        let first = judge.judge(&ports("22 80"), now);
+        assert_eq!(shown(&first.conflicts), [closed]);
+        assert!(Arc::ptr_eq(&first, &judge.judge(&ports("22 80"), now)), "judged once");
+        assert!(!Arc::ptr_eq(&first, &judge.judge(&ports("22"), now)));
+        judge.judge(&ports("22 80"), now);
+        judge.forget();
+        judge.read(gap);
+        let kept = judge.judge(&ports("22 80"), now + COUNTS_FOR / 2);
+        assert_eq!(
+            (shown(&kept.conflicts), kept.outdated.as_deref()),
+            (vec![closed.to_owned()], Some("nft is slow"))
+        );
+        assert_eq!(
+            shown(&judge.judge(&ports("22"), now).conflicts),
+            ["unjudged 22: nft is slow"],
+            "never judged"
+        );
+        let after = judge.judge(&ports("22 80"), now + COUNTS_FOR);
+        assert_eq!(shown(&after.conflicts), ["unjudged 22: nft is slow", "unjudged 80: nft is slow"]);
     }
 }

@@ -35,7 +35,7 @@ pub fn command(program: &Path) -> Result<Command> {
 /// Finds the program `name` in the directories of the PATH and in [`DIRECTORIES`], as far as [`is_trusted`] holds for it.
 ///
 /// # Errors
-/// If there is none: [`ErrorKind::NotFound`], which names a program that was passed over.
+/// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::PermissionDenied`], with the path, if there is one that is not trusted.
 pub fn find(name: &Path) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let directories = std::env::split_paths(&path).chain(std::env::split_paths(OsStr::new(DIRECTORIES)));
@@ -48,16 +48,18 @@ pub fn find(name: &Path) -> Result<PathBuf> {
             Err(_) => {}
         }
     }
-    let name = name.display();
-    Err(Error::new(
-        ErrorKind::NotFound,
-        match passed_over {
-            Some(path) => {
-                format!("{} is not run, since others than root may write to it or above it", path.display())
-            }
-            None => format!("no `{name}` in the directories of the PATH or in {DIRECTORIES}"),
-        },
-    ))
+    Err(match passed_over {
+        Some(path) => {
+            let why =
+                format!("{} is not run, since others than root may write to it or above it", path.display());
+            Error::new(ErrorKind::PermissionDenied, why)
+        }
+        None => {
+            let name = name.display();
+            let why = format!("no `{name}` in the directories of the PATH or in {DIRECTORIES}");
+            Error::new(ErrorKind::NotFound, why)
+        }
+    })
 }
 
 /// Reports whether only root can decide what is at `path`: it and each directory above it is root's, and writable by nobody else.

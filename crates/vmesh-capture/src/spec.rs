@@ -185,10 +185,9 @@ pub struct Inbound {
 }
 
 impl Inbound {
-    /// Takes a port out of those that are captured.
-    pub fn leave_out(&mut self, port: u16) {
-        let port = Ports::range(port, port).into_iter().collect();
-        self.ports = without(&self.ports, &port);
+    /// Takes ports out of those that are captured.
+    pub fn leave_out(&mut self, ports: Ports) {
+        self.ports = without(&self.ports, &[ports].into());
     }
 }
 

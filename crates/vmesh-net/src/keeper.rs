@@ -13,7 +13,7 @@ use tracing::{debug, error, info, warn};
 use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran, Tools};
 use vmesh_capture::confirm::{Commit, Proposed, is_routine, leaving, without_what_is_not_wanted};
 use vmesh_capture::facts::{Own, Places, Session};
-use vmesh_capture::foreign::{self, Ruleset};
+use vmesh_capture::foreign::{self, InboundJudge};
 use vmesh_capture::host::{Host, Memory, Nursery};
 use vmesh_capture::spec::{Inward, Outward, Spec, Unit};
 use vmesh_capture::{Directions, Plan, Program, Stage};
@@ -27,7 +27,7 @@ use crate::protocol::{Ask, Drift, Envoy, State, Status, Want};
 use crate::pulse::{AgentWatch, Heartbeat, Order};
 use crate::rules::Changed;
 
-/// Ports that are held against the rules of others; workloads have few.
+/// Ports of virtual addresses that are held against the rules of others.
 const MAX_JUDGED_PORTS: usize = 256;
 const TICK: Duration = Duration::from_secs(1);
 /// How often everything is looked at though nobody said that it changed.
@@ -145,8 +145,10 @@ pub struct Keeper {
     path_fault: Option<String>,
     /// Rules of others changed: what they do with captured connections is to be looked at.
     check_path_soon: bool,
-    /// The rules of others, as long as nobody changed any.
-    foreign: Option<Ruleset>,
+    /// Caches the rules of others until somebody changes rules, and the verdict on inbound ports.
+    foreign: InboundJudge,
+    /// A unit has started since the rules were last looked at.
+    bring_soon: bool,
     error: Option<String>,
     drift: Drift,
     drifted_at: Option<std::time::Instant>,
@@ -192,7 +194,8 @@ impl Keeper {
             notes: Vec::new(),
             path_fault: None,
             check_path_soon: false,
-            foreign: None,
+            foreign: InboundJudge::default(),
+            bring_soon: false,
             error: None,
             drift: Drift::default(),
             drifted_at: None,
@@ -261,7 +264,10 @@ impl Keeper {
                     sleep(SETTLES).await;
                     _ = begun.try_recv();
                     if !self.wanted().0.is_off() {
-                        self.bring().await;
+                        match self.looked.is_some_and(|looked| looked.elapsed() < RESTS) {
+                            true => self.bring_soon = true,
+                            false => self.bring().await,
+                        }
                     }
                 }
                 Some(why) = failed.recv() => {
@@ -340,7 +346,8 @@ impl Keeper {
         let again =
             self.error.is_some() && self.looked.is_none_or(|looked| looked.elapsed() >= TRIES_AGAIN_AFTER);
         let waited = self.awaits_agent.is_some_and(|until| Instant::now() >= until);
-        let mut bring = self.see_bypass() || look || again || waited || self.leaving_since.is_some();
+        let begun = std::mem::take(&mut self.bring_soon);
+        let mut bring = self.see_bypass() || begun || look || again || waited || self.leaving_since.is_some();
         if std::mem::take(&mut self.look_soon) && !bring {
             self.mend().await;
         }
@@ -512,7 +519,7 @@ impl Keeper {
             }
         }
         if proves_itself(&spec) {
-            self.foreign = None;
+            self.foreign.forget();
             self.path_is_open(&spec, true).await?;
         }
         let host = self.host().await;
@@ -589,29 +596,32 @@ impl Keeper {
     /// What was read of rules, ours and others', counts no more.
     fn forget_rules(&mut self) {
         self.actual = None;
-        self.foreign = None;
+        self.foreign.forget();
     }
 
-    /// The rules of others as they are now.
-    async fn foreign_rules(&mut self, applier: &Applier) -> &Ruleset {
-        if self.foreign.is_none() {
-            self.foreign = Some(applier.foreign_rules().await);
+    /// Reads the rules of others, unless they are known.
+    async fn read_foreign_rules(&mut self, applier: &Applier) {
+        if self.foreign.rules().is_none() {
+            let rules = applier.foreign_rules().await;
+            self.foreign.read(rules);
         }
-        self.foreign.get_or_insert_default()
     }
 
-    /// Leaves out the inbound ports that a redirect would open or close against the host's own filter, and says which.
+    /// Leaves out the inbound ports that a redirect would open or close against the host's own filter, or of which that is not known, and
+    /// says which.
     async fn leave_out_conflicts(&mut self, spec: &mut Spec, applier: &Applier) -> Vec<String> {
         if spec.inbound.capture != Inward::Redirect || spec.inbound.bypass_filter {
             return Vec::new();
         }
-        let ports = spec.inbound.ports.iter().flat_map(|ports| ports.first()..=ports.last());
-        let ports: Vec<u16> = ports.take(MAX_JUDGED_PORTS).collect();
-        let conflicts = foreign::inbound(self.foreign_rules(applier).await, ports);
-        let mut notes = Vec::new();
-        for conflict in conflicts {
-            spec.inbound.leave_out(conflict.port());
-            notes.push(format!("inbound.ports: {} is not captured: {conflict}", conflict.port()));
+        self.read_foreign_rules(applier).await;
+        let verdict = self.foreign.judge(&spec.inbound.ports, std::time::Instant::now());
+        let outdated = verdict.outdated.iter().map(|why| {
+            format!("inbound.ports: this host's own filter counts as it was last read, for 5 minutes at most: {why}")
+        });
+        let mut notes: Vec<String> = outdated.collect();
+        for conflict in &verdict.conflicts {
+            spec.inbound.leave_out(conflict.ports());
+            notes.push(format!("inbound.ports: {} is not captured: {conflict}", conflict.ports()));
         }
         notes
     }
@@ -655,8 +665,9 @@ impl Keeper {
         if with_rules {
             let ports: BTreeSet<u16> =
                 spec.outbound.vips.iter().map(SocketAddr::port).take(MAX_JUDGED_PORTS).collect();
-            let rules = self.foreign_rules(&applier).await;
-            let lost = ports.into_iter().find_map(|port| Some((port, foreign::untracked(rules, port)?)));
+            self.read_foreign_rules(&applier).await;
+            let untracked = |port| Some((port, foreign::untracked(self.foreign.rules()?, port)?));
+            let lost = ports.into_iter().find_map(untracked);
             if let Some((port, rule)) = lost {
                 return Err(format!(
                     "connections to port {port} of virtual addresses lead nowhere: a rule keeps them from being tracked, and so from \

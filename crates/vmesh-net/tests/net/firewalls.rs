@@ -72,6 +72,54 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
     assert_eq!(redirected(&vm), "8081, 8083");
 }
 
+/// This `nft` lists the table of vmesh as ever, and hangs when it is to list all tables.
+#[tokio::test]
+async fn a_filter_that_cannot_be_read_is_not_taken_for_none() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    firewalld(&vm);
+    let hangs = vm.state_dir().join("hangs");
+    let real = vm.tools.nft.display();
+    let script = format!(
+        "[ \"$*\" = '-j list ruleset' ] && [ -e {} ] && exec sleep 600\nexec {real} \"$@\"",
+        hangs.display()
+    );
+    vm.script("nft", &script);
+    fs::write(&hangs, "").unwrap();
+    vm.net.take().unwrap().kill().unwrap();
+    let state = serde_json::json!({"commit": {"confirmed": vm::want(&vm, INBOUND).spec}});
+    fs::write(vm.state_dir().join("state.json"), state.to_string()).unwrap();
+    vm.start_net().await;
+    let unread = ["8081 is not captured", "list ruleset", "bypass_filter: true"];
+    vm.until("the ports to be left out", |status| has_note(status, &unread)).await;
+    assert_eq!(redirected(&vm), "");
+
+    fs::remove_file(&hangs).unwrap();
+    vm.nft(&["add", "table", "inet", "another"]);
+    vm.until("the rules to be read", |status| !has_note(status, &["list ruleset"])).await;
+    assert_eq!(redirected(&vm), "8083");
+    // The last complete reading counts for five minutes.
+    fs::write(&hangs, "").unwrap();
+    vm.nft(&["delete", "table", "inet", "another"]);
+    let kept = ["counts as it was last read", "list ruleset"];
+    vm.until("the gap to be told", |status| has_note(status, &kept)).await;
+    assert_eq!(redirected(&vm), "8083");
+}
+
+/// A filter that is called as iptables' own is, and has chains of names that iptables does not know, and a map of verdicts.
+#[tokio::test]
+async fn a_filter_of_nftables_in_a_table_with_a_name_of_iptables_is_seen() {
+    let (vm, _agent) = confirmed(INBOUND).await;
+    vm.nft(&[
+        "add table ip filter; add chain ip filter in { type filter hook input priority 10; policy accept; }; \
+         add chain ip filter world; add rule ip filter in ct status dnat accept; \
+         add rule ip filter in iifname vmap { lo : accept, eth0 : jump world }; \
+         add rule ip filter world tcp dport vmap { 8083 : accept, * : drop }",
+    ]);
+    let words = ["8081 is not captured", "ip filter world: tcp dport vmap"];
+    vm.until("the port to be left out", |status| has_note(status, &words)).await;
+    assert_eq!(redirected(&vm), "8083");
+}
+
 #[tokio::test]
 async fn a_port_that_the_hosts_filter_lets_in_is_not_closed_by_a_redirect() {
     let (vm, _agent) = confirmed(INBOUND).await;

@@ -102,3 +102,32 @@ async fn a_unit_that_is_left_out_is_so_from_its_first_connection_and_others_are_
     }
     assert_eq!(vm.get(8080).unwrap(), "mesh");
 }
+
+/// Whoever makes control groups in a slice that is watched makes the host be read anew once a second at most: twice, where one of them
+/// went between the reading and the change.
+#[tokio::test]
+async fn control_groups_that_come_and_go_all_the_time_do_not_keep_the_keeper_busy() {
+    let slice = Slice::new();
+    let vm = Vm::new(Rules::Nft).await;
+    let asked = vm.state_dir().join("asked");
+    let says = format!("Names=backup.service\nControlGroup=\nSlice={}", slice.name);
+    // The keeper asks for the sockets of SSH once in each reading of the host.
+    vm.script(
+        "systemctl",
+        &format!("case \"$*\" in *Listen*) echo x >>{};; *) cat <<'.'\n{says}\n.\n;; esac", asked.display()),
+    );
+    let spec = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, exclude: {units: [backup.service]}}, \
+        dead_man: {timeout: 3s}}";
+    let mut agent = Agent::new(&vm, spec).await;
+    agent.capture().await;
+    let readings = || fs::read_to_string(&asked).unwrap_or_default().lines().count();
+    let before = readings();
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < std::time::Duration::from_secs(6) {
+        let unit = slice.start("web.service");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        fs::remove_dir(unit).unwrap();
+    }
+    let made = readings() - before;
+    assert!((2..=16).contains(&made), "{made} readings in 6 s");
+}
