@@ -2,6 +2,7 @@
 //! disk.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex, watch};
@@ -38,38 +39,38 @@ pub struct StatusSource {
     pub verdicts: watch::Receiver<Verdicts>,
     pub agent: AgentWatch,
     pub places: Places,
-    pub connections: Arc<Mutex<ConnectionCount>>,
+    pub connections: Arc<ConnectionCount>,
 }
 
 /// The open connections through a redirect, as last counted.
 #[derive(Debug, Default)]
 pub struct ConnectionCount {
-    count: usize,
-    at: Option<Instant>,
+    /// Read without waiting: the agent's word that it is well is answered with it.
+    count: AtomicUsize,
+    /// The time of the last count; locked while connections are counted.
+    counted: Mutex<Option<Instant>>,
 }
 
 impl StatusSource {
-    /// Builds the status.
+    /// Builds the status. Waits for no count of connections.
     pub async fn status(&self) -> Status {
         self.started().await;
-        let connections = self.connections.lock().await.count;
-        self.with_connections(connections)
+        self.with_connections(self.connections.count.load(Ordering::Relaxed))
     }
 
     /// Builds the status, and counts connections again if the last count is old. Callers that ask meanwhile share one count.
     pub async fn counted(&self) -> Status {
         self.started().await;
-        let mut known = self.connections.lock().await;
-        if known.at.is_none_or(|at| at.elapsed() >= COUNTS_EVERY) {
+        let mut counted = self.connections.counted.lock().await;
+        if counted.is_none_or(|at| at.elapsed() >= COUNTS_EVERY) {
             let places = self.places.clone();
             if let Ok(count) = tokio::task::spawn_blocking(move || places.redirected()).await {
-                known.count = count;
+                self.connections.count.store(count, Ordering::Relaxed);
             }
-            known.at = Some(Instant::now());
+            *counted = Some(Instant::now());
         }
-        let count = known.count;
-        drop(known);
-        self.with_connections(count)
+        drop(counted);
+        self.with_connections(self.connections.count.load(Ordering::Relaxed))
     }
 
     /// Waits for the keeper's first publication.
@@ -118,5 +119,45 @@ fn note_of_inbound((envoy, redirects): (Envoy, Redirects)) -> Option<String> {
         )),
         (Envoy::Well | Envoy::Unknown, _) => None,
         (_, _) => Some(format!("{}, as far as connections from outside go", why_not(envoy))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::process::Command;
+
+    use super::*;
+
+    /// A table of connections that the kernel takes long to print is a FIFO here, which nobody writes to before the test does.
+    #[tokio::test]
+    async fn whoever_says_that_it_is_well_waits_for_no_count_of_connections() {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        fs::create_dir(dir.join("net")).unwrap();
+        let table = dir.join("net/tcp");
+        assert!(Command::new("mkfifo").arg(&table).status().unwrap().success());
+        let board =
+            Board { status: Status { version: "1".to_owned(), ..Status::default() }, ..Board::default() };
+        let source = StatusSource {
+            board: watch::channel(board).1,
+            beats: watch::channel(Heartbeat::default()).1,
+            orders: watch::channel(None).1,
+            verdicts: watch::channel(Verdicts::default()).1,
+            agent: AgentWatch::default(),
+            places: Places { net: dir.to_path_buf(), ..Places::default() },
+            connections: Arc::default(),
+        };
+        let counts = source.counted();
+        let answered = async {
+            // The count has begun: the lock is taken before the table is opened.
+            while source.connections.counted.try_lock().is_ok() {
+                tokio::task::yield_now().await;
+            }
+            let answered = timeout(Duration::from_secs(5), source.status()).await;
+            fs::write(&table, "").unwrap();
+            answered
+        };
+        let (_, answered) = tokio::join!(counts, answered);
+        assert!(answered.is_ok(), "the answer waited for the count");
     }
 }
