@@ -147,20 +147,43 @@ async fn a_users_program_called_sshd_lifts_nothing_from_its_port() {
     let mut agent = Agent::new(&vm, "{inbound: {strict: [8080]}, dead_man: {timeout: 3s}}").await;
     let captured = agent.capture().await;
     assert!(captured.notes.iter().all(|note| !note.contains("SSH")), "{captured:?}");
-    let table = vm.nft(&["list", "table", "inet", "vmesh"]);
-    let ssh = table.split("set strict_ssh").nth(1).unwrap().split('}').next().unwrap();
-    assert!(!ssh.contains("8080"), "{table}");
+    assert!(!strict_ssh(&vm).contains("8080"), "{}", strict_ssh(&vm));
 
-    // Root's own program of that name, which is not where only root can put it.
+    // Root's own program of that name, from a directory of root's.
     let mut command = vm.a.command("/usr/bin/python3");
     command.args(["-c", &LISTENS.replace("8080", "8081")]);
     let mut roots = Daemon::spawn("sshd", command).unwrap();
     roots.wait_line("up", SOON).await.unwrap();
     agent.want.spec.inbound.strict.insert("8081".parse().unwrap());
     agent.capture().await;
+    assert!(strict_ssh(&vm).contains("8081"), "{}", strict_ssh(&vm));
+
+    // A program of that name that root runs, and that another user can replace.
+    let users = vm.state_dir().parent().unwrap().join("users");
+    fs::create_dir(&users).unwrap();
+    fs::copy("/usr/bin/python3", users.join("python3")).unwrap();
+    for path in [users.clone(), users.join("python3")] {
+        chown(path, Some(vm::APP), Some(vm::APP)).unwrap();
+    }
+    let mut command = vm.a.command(users.join("python3"));
+    command.args(["-c", &LISTENS.replace("8080", "8082")]);
+    let mut replaceable = Daemon::spawn("sshd", command).unwrap();
+    replaceable.wait_line("up", SOON).await.unwrap();
+    agent.want.spec.inbound.strict.insert("8082".parse().unwrap());
+    agent.capture().await;
+    let ssh = strict_ssh(&vm);
+    assert!(ssh.contains("8081") && !ssh.contains("8082"), "{ssh}");
+}
+
+/// The ports that count as SSH's where only the mesh may call.
+fn strict_ssh(vm: &Vm) -> String {
     let table = vm.nft(&["list", "table", "inet", "vmesh"]);
-    let ssh = table.split("set strict_ssh").nth(1).unwrap().split('}').next().unwrap();
-    assert!(ssh.contains("8081"), "{table}");
+    table
+        .split("set strict_ssh")
+        .nth(1)
+        .and_then(|rest| rest.split('}').next())
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// Strangers that say nothing do not keep Envoy's supervisor, or another stranger, from being answered.
