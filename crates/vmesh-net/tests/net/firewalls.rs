@@ -40,8 +40,9 @@ async fn confirmed(spec: &str) -> (Vm, Agent) {
 
 /// The inbound ports that are redirected by now.
 fn redirected(vm: &Vm) -> String {
-    let table = vm.nft(&["list", "table", "inet", "vmesh"]);
-    let set = table.split("set inbound_closed {").nth(1).and_then(|rest| rest.split('}').next());
+    // Without a port to redirect there is no table.
+    let rules = vm.ruleset();
+    let set = rules.split("set inbound_closed {").nth(1).and_then(|rest| rest.split('}').next());
     set.and_then(|set| set.split("elements = {").nth(1)).unwrap_or_default().trim().to_owned()
 }
 
