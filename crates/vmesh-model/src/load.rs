@@ -176,7 +176,8 @@ impl Library {
         for kept in kept {
             // As it stood in its file: the same line, and the same indentation.
             let indent = usize::try_from(kept.column.saturating_sub(1)).unwrap_or_default().min(MAX_TEXT);
-            let text = format!("{:indent$}{}", "", kept.text);
+            // A width in a format string panics above 65,535.
+            let text = " ".repeat(indent) + &kept.text;
             let contents = Contents::parse(&kept.file, text.as_bytes(), kept.line);
             for candidate in contents.documents {
                 if let Ok(version) = candidate.version {

@@ -1255,6 +1255,15 @@ fn the_last_good_versions_outlive_a_restart() {
 }
 
 #[test]
+fn a_saved_document_may_stand_far_to_the_right() {
+    for column in [1, 65_537, u32::MAX] {
+        let kept = serde_json::json!([{"file": "a.json", "line": 1, "column": column, "text": "{}"}]);
+        let kept: Vec<Kept> = serde_json::from_value(kept).unwrap();
+        assert_eq!(Library::restored(kept).last_good(), []);
+    }
+}
+
+#[test]
 fn no_text_breaks_the_reader() {
     let text = DESIGN.as_bytes();
     let mut library = Library::default();
