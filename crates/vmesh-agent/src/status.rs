@@ -23,7 +23,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use tower::ServiceExt;
 use vmesh_daemon::connections::Gate;
-use vmesh_daemon::http::{LIMITS, Listener};
+use vmesh_daemon::http::Listener;
 use vmesh_daemon::{Stop, metrics};
 
 use vmesh_dns::Zone;
@@ -157,7 +157,8 @@ pub async fn serve(listener: impl Listener, known: Known, stop: Stop) -> std::io
             }
         }
     };
-    vmesh_daemon::http::serve(listener, Gate::new(LIMITS), answer, stop).await
+    let gate = Gate::new(listener.limits());
+    vmesh_daemon::http::serve(listener, gate, answer, stop).await
 }
 
 async fn ready(State(known): State<Known>) -> Response {

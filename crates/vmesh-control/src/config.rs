@@ -72,11 +72,12 @@ impl Limits {
     pub(crate) fn xds(&self, listen: SocketAddr, files: usize) -> connections::Limits {
         let apis = 2 * http::LIMITS.total;
         let total = self.connections.min(descriptors::for_connections(files).saturating_sub(apis)).max(1);
+        let most_of_all = (total - total / 4).max(1);
         let per_origin = match (self.connections_per_address, listen.ip().is_loopback()) {
             (Some(most), _) => most,
             // All clients are of this host, or come by a proxy.
-            (None, true) => total - total / 4,
-            (None, false) => 1024,
+            (None, true) => most_of_all,
+            (None, false) => most_of_all.min(1024),
         };
         connections::Limits {
             total,
@@ -85,9 +86,11 @@ impl Limits {
         }
     }
 
-    pub(crate) fn nodes(&self) -> NodeLimits {
+    pub(crate) fn nodes(&self, xds: connections::Limits) -> NodeLimits {
         NodeLimits {
             names: self.nodes,
+            // A connection can carry several nodes: the limit of connections alone would not limit their names.
+            names_per_origin: xds.per_origin,
             offline_bytes: OFFLINE_BYTES,
             forget_offline_after: self.forget_offline_after.0,
         }
@@ -315,7 +318,7 @@ mod tests {
         let limits = Limits::default();
         assert_eq!(shown(&limits, loopback, 1 << 20), (20_000, 15_000, 1024));
         assert_eq!(shown(&limits, all, 1 << 20), (20_000, 1024, 1024));
-        assert_eq!(shown(&limits, all, 1024), (640, 640, 320));
+        assert_eq!(shown(&limits, all, 1024), (640, 480, 320));
         assert_eq!(shown(&limits, all, 10), (1, 1, 1));
         let limits = Limits { connections: 100, connections_per_address: Some(7), ..Limits::default() };
         assert_eq!(shown(&limits, loopback, 1 << 20), (100, 7, 50));

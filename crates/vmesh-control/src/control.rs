@@ -22,7 +22,7 @@ use vmesh_xds::{SessionStatus, Snapshot, State};
 use crate::claim;
 use crate::discovery::Desk;
 use crate::explain::{self, Standing};
-use crate::known_nodes::KnownNodes;
+use crate::known_nodes::{KnownNodes, MAKES_ROOM_FOR};
 use crate::metrics::Propagation;
 use crate::overrides::unix_now;
 use crate::persist::WriteStatus;
@@ -556,18 +556,16 @@ impl Admission for Door {
             let waiting = control.published.borrow().waiting.join(", ");
             return Err(Refusal::NotReady(format!("this control plane is starting: it waits for {waiting}")));
         }
-        // Whoever is connected is known, so that names that are not in use give way.
-        for name in inner.known.to_make_room(&report) {
-            if control.reports.try_send(NodeEvent::Forget(name.clone())).is_ok() {
-                inner.known.forget(&name);
+        let origin = peer.origin();
+        // Nodes that are offline give way to a node that connects.
+        for _ in 0..MAKES_ROOM_FOR {
+            let Some(name) = inner.known.to_make_room(&report) else { break };
+            if control.reports.try_send(NodeEvent::Forget(name.clone())).is_err() {
+                break;
             }
+            inner.known.forget(&name);
         }
-        if !inner.known.has_room(&report.name) {
-            let most = inner.known.limits().names;
-            return Err(Refusal::NotReady(format!(
-                "this control plane knows {most} nodes and no more: forget some (`vmeshctl forget`), or raise `limits.nodes`"
-            )));
-        }
+        inner.known.check_room(&report.name, origin).map_err(|full| Refusal::NotReady(full.to_string()))?;
         if control.reports.try_send(NodeEvent::Report(report.clone())).is_err() {
             let why = "this control plane has more reports of nodes than it keeps up with: try again";
             return Err(Refusal::NotReady(why.to_owned()));
@@ -580,7 +578,7 @@ impl Admission for Door {
         let feed = control.hub.subscribe(config.class.clone(), config.scope.clone());
         let id = inner.next;
         inner.next += 1;
-        inner.known.connect(&report, id);
+        inner.known.connect(&report, id, origin);
         *inner.users.entry(config.class.clone()).or_default() += 1;
         inner.unused.retain(|class| *class != config.class);
         let name = report.name.clone();

@@ -1,8 +1,11 @@
-//! Tracks the names of connected and offline nodes. Clients choose their names, so the number of known names is limited.
+//! Tracks the names of connected and offline nodes. Clients choose their names, so the number of names is limited: in
+//! total, and of those that connect from one origin. Where names have to be forgotten, they are the oldest offline names
+//! of the origin that has the most of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
+use vmesh_daemon::connections::Origin;
 use vmesh_model::node::Upstreams;
 use vmesh_model::{NodeName, NodeReport};
 
@@ -11,6 +14,8 @@ use vmesh_model::{NodeName, NodeReport};
 pub(crate) struct NodeLimits {
     /// Connected and offline together.
     pub(crate) names: usize,
+    /// Connected from one origin.
+    pub(crate) names_per_origin: usize,
     /// Bytes that the reports of offline nodes take, by estimate.
     pub(crate) offline_bytes: usize,
     pub(crate) forget_offline_after: Duration,
@@ -20,12 +25,24 @@ pub(crate) struct NodeLimits {
 #[derive(Debug)]
 pub(crate) struct KnownNodes {
     limits: NodeLimits,
-    /// Connection ids by node.
-    connected: BTreeMap<NodeName, BTreeSet<u64>>,
+    connected: BTreeMap<NodeName, Connected>,
+    /// Number of connected names by origin.
+    connected_from: HashMap<Origin, usize>,
     offline: BTreeMap<NodeName, Offline>,
-    /// The same, by time.
-    order: BTreeSet<(u64, NodeName)>,
+    /// Offline names, longest offline first.
+    by_time: BTreeSet<(u64, NodeName)>,
+    /// Offline names by the origin that they were connected from, longest offline first.
+    by_origin: HashMap<Origin, BTreeSet<(u64, NodeName)>>,
+    /// The sizes of the sets in `by_origin`.
+    by_size: BTreeSet<(usize, Origin)>,
     offline_bytes: usize,
+}
+
+#[derive(Debug)]
+struct Connected {
+    connections: BTreeSet<u64>,
+    /// Of the first of the connections.
+    origin: Origin,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +50,21 @@ struct Offline {
     /// In Unix time.
     since: u64,
     bytes: usize,
+    origin: Origin,
+}
+
+/// The limit that refuses a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NoRoom {
+    #[error(
+        "this control plane knows {0} nodes and no more: forget some (`vmeshctl forget`), or raise `limits.nodes`"
+    )]
+    Names(usize),
+    #[error(
+        "{1} nodes are connected from {0}, and no more are taken from there: if that is a proxy, or a router that many hosts \
+         share, raise `limits.connections_per_address`"
+    )]
+    Origin(Origin, usize),
 }
 
 impl KnownNodes {
@@ -44,11 +76,14 @@ impl KnownNodes {
         let mut known = KnownNodes {
             limits,
             connected: BTreeMap::new(),
+            connected_from: HashMap::new(),
             offline: BTreeMap::new(),
-            order: BTreeSet::new(),
+            by_time: BTreeSet::new(),
+            by_origin: HashMap::new(),
+            by_size: BTreeSet::new(),
             offline_bytes: 0,
         };
-        restored.into_iter().for_each(|(report, since)| known.set_offline(report, since));
+        restored.into_iter().for_each(|(report, since)| known.set_offline(report, since, Origin::Unknown));
         known
     }
 
@@ -56,32 +91,63 @@ impl KnownNodes {
         &self.limits
     }
 
-    fn set_offline(&mut self, report: &NodeReport, since: u64) {
-        self.forget(&report.name);
+    fn set_offline(&mut self, report: &NodeReport, since: u64, origin: Origin) {
+        let name = &report.name;
+        self.forget(name);
         let bytes = estimated_bytes(report);
         self.offline_bytes += bytes;
-        self.offline.insert(report.name.clone(), Offline { since, bytes });
-        self.order.insert((since, report.name.clone()));
+        self.offline.insert(name.clone(), Offline { since, bytes, origin });
+        self.by_time.insert((since, name.clone()));
+        self.change_names_of(origin, |names| names.insert((since, name.clone())));
     }
 
-    pub(crate) fn connect(&mut self, report: &NodeReport, connection: u64) {
+    /// Changes the offline names of `origin`, and its size with them.
+    fn change_names_of(
+        &mut self,
+        origin: Origin,
+        change: impl FnOnce(&mut BTreeSet<(u64, NodeName)>) -> bool,
+    ) {
+        let names = self.by_origin.entry(origin).or_default();
+        self.by_size.remove(&(names.len(), origin));
+        change(names);
+        match names.len() {
+            0 => _ = self.by_origin.remove(&origin),
+            size => _ = self.by_size.insert((size, origin)),
+        }
+    }
+
+    pub(crate) fn connect(&mut self, report: &NodeReport, connection: u64, origin: Origin) {
         self.forget(&report.name);
-        self.connected.entry(report.name.clone()).or_default().insert(connection);
+        let connected = self.connected.entry(report.name.clone()).or_insert_with(|| {
+            *self.connected_from.entry(origin).or_default() += 1;
+            Connected { connections: BTreeSet::new(), origin }
+        });
+        connected.connections.insert(connection);
     }
 
     pub(crate) fn disconnect(&mut self, report: &NodeReport, connection: u64, now: u64) {
-        let Some(connections) = self.connected.get_mut(&report.name) else { return };
-        connections.remove(&connection);
-        if connections.is_empty() {
-            self.connected.remove(&report.name);
-            self.set_offline(report, now);
+        let Some(connected) = self.connected.get_mut(&report.name) else { return };
+        connected.connections.remove(&connection);
+        if !connected.connections.is_empty() {
+            return;
         }
+        let origin = connected.origin;
+        self.connected.remove(&report.name);
+        if let Some(names) = self.connected_from.get_mut(&origin) {
+            *names = names.saturating_sub(1);
+            if *names == 0 {
+                self.connected_from.remove(&origin);
+            }
+        }
+        self.set_offline(report, now, origin);
     }
 
     /// Forgets a node that is offline.
     pub(crate) fn forget(&mut self, name: &NodeName) {
-        if let Some(Offline { since, bytes }) = self.offline.remove(name) {
-            self.order.remove(&(since, name.clone()));
+        if let Some(Offline { since, bytes, origin }) = self.offline.remove(name) {
+            let entry = (since, name.clone());
+            self.by_time.remove(&entry);
+            self.change_names_of(origin, |names| names.remove(&entry));
             self.offline_bytes -= bytes;
         }
     }
@@ -92,7 +158,7 @@ impl KnownNodes {
 
     /// The connections of a node.
     pub(crate) fn connections(&self, name: &NodeName) -> impl Iterator<Item = u64> {
-        self.connected.get(name).into_iter().flatten().copied()
+        self.connected.get(name).into_iter().flat_map(|connected| &connected.connections).copied()
     }
 
     /// Returns the number of offline nodes.
@@ -111,39 +177,41 @@ impl KnownNodes {
     /// Returns the nodes that have been offline for at least `longer`.
     pub(crate) fn offline_for(&self, longer: Duration, now: u64) -> Vec<NodeName> {
         let longer = longer.as_secs();
-        let gone = self.order.iter().take_while(|(since, _)| now.saturating_sub(*since) >= longer);
+        let gone = self.by_time.iter().take_while(|(since, _)| now.saturating_sub(*since) >= longer);
         gone.map(|(_, name)| name.clone()).collect()
     }
 
-    /// Returns offline nodes to forget before `report` is added, longest offline first, while a limit is exceeded. Returns at most
-    /// [`MAKES_ROOM_FOR`] names.
-    pub(crate) fn to_make_room(&self, report: &NodeReport) -> Vec<NodeName> {
+    /// Returns an offline node to forget before `report` is added: while a limit is exceeded, the node of the origin with the
+    /// most offline nodes that has been offline for longest.
+    pub(crate) fn to_make_room(&self, report: &NodeReport) -> Option<NodeName> {
         let is_new = !self.is_connected(&report.name) && !self.offline.contains_key(&report.name);
         let names = self.connected.len() + self.offline.len() + usize::from(is_new);
-        let mut too_many = names.saturating_sub(self.limits.names);
-        let mut too_large = self.offline_bytes.saturating_sub(self.limits.offline_bytes);
-        let mut giving_way = Vec::new();
-        for (_, name) in self.order.iter().filter(|(_, name)| *name != report.name).take(MAKES_ROOM_FOR) {
-            if too_many == 0 && too_large == 0 {
-                break;
-            }
-            too_many = too_many.saturating_sub(1);
-            too_large = too_large.saturating_sub(self.offline.get(name).map_or(0, |offline| offline.bytes));
-            giving_way.push(name.clone());
+        if names <= self.limits.names && self.offline_bytes <= self.limits.offline_bytes {
+            return None;
         }
-        giving_way
+        let largest_first = self.by_size.iter().rev().filter_map(|(_, origin)| self.by_origin.get(origin));
+        let mut longest_offline_first = largest_first.flatten().map(|(_, name)| name);
+        longest_offline_first.find(|name| **name != report.name).cloned()
     }
 
-    /// Reports whether a node of this name may connect.
-    pub(crate) fn has_room(&self, name: &NodeName) -> bool {
-        self.is_connected(name)
-            || self.offline.contains_key(name)
-            || self.connected.len() + self.offline.len() < self.limits.names
+    /// Reports whether a node of this name may connect from `origin`.
+    pub(crate) fn check_room(&self, name: &NodeName, origin: Origin) -> Result<(), NoRoom> {
+        if self.is_connected(name) {
+            return Ok(());
+        }
+        let NodeLimits { names, names_per_origin, .. } = self.limits;
+        if self.connected_from.get(&origin).is_some_and(|connected| *connected >= names_per_origin) {
+            return Err(NoRoom::Origin(origin, names_per_origin));
+        }
+        if self.offline.contains_key(name) || self.connected.len() + self.offline.len() < names {
+            return Ok(());
+        }
+        Err(NoRoom::Names(names))
     }
 }
 
 /// Bounds the work of one admission, also after a restart with a smaller limit.
-const MAKES_ROOM_FOR: usize = 64;
+pub(crate) const MAKES_ROOM_FOR: usize = 64;
 
 /// Estimates the memory of a report.
 fn estimated_bytes(report: &NodeReport) -> usize {
@@ -179,52 +247,109 @@ mod tests {
         all.iter().map(ToString::to_string).collect()
     }
 
+    /// Forgets nodes as an admission of `report` does, and returns their names.
+    fn make_room(known: &mut KnownNodes, report: &NodeReport) -> Vec<String> {
+        let mut forgotten = Vec::new();
+        while let Some(name) = known.to_make_room(report) {
+            known.forget(&name);
+            forgotten.push(name.to_string());
+        }
+        forgotten
+    }
+
+    fn from(last: u8) -> Origin {
+        Origin::of_address([10, 0, 0, last].into())
+    }
+
     fn limits(names: usize, offline_bytes: usize) -> NodeLimits {
-        NodeLimits { names, offline_bytes, forget_offline_after: Duration::from_secs(100) }
+        let forget_offline_after = Duration::from_secs(100);
+        NodeLimits { names, names_per_origin: 100, offline_bytes, forget_offline_after }
     }
 
     #[test]
     fn names_that_are_not_in_use_give_way_and_those_that_are_do_not() {
         let (a, b, c, d) = (report("a"), report("b"), report("c"), report("d"));
         let mut known = KnownNodes::new(limits(3, 1 << 20), [(&a, 20), (&b, 10)]);
-        known.connect(&c, 1);
-        assert_eq!(names(known.to_make_room(&a)), [""; 0], "it is known");
-        assert_eq!(names(known.to_make_room(&d)), ["b"]);
-        assert!(!known.has_room(&d.name));
-        known.forget(&b.name);
-        assert!(known.has_room(&d.name));
-        known.connect(&d, 2);
-        known.connect(&a, 3);
-        assert!(known.to_make_room(&b).is_empty() && !known.has_room(&b.name), "all are connected");
-        assert!(known.has_room(&a.name));
+        known.connect(&c, 1, from(1));
+        assert_eq!(known.to_make_room(&a), None, "it is known");
+        assert_eq!(known.check_room(&d.name, from(1)), Err(NoRoom::Names(3)));
+        assert_eq!(make_room(&mut known, &d), ["b"]);
+        assert_eq!(known.check_room(&d.name, from(1)), Ok(()));
+        known.connect(&d, 2, from(1));
+        known.connect(&a, 3, from(1));
+        assert_eq!(make_room(&mut known, &b), [""; 0], "all are connected");
+        assert_eq!(known.check_room(&b.name, from(1)), Err(NoRoom::Names(3)));
+        assert_eq!(known.check_room(&a.name, from(1)), Ok(()));
         known.disconnect(&a, 3, 30);
-        assert_eq!(names(known.to_make_room(&b)), ["a"]);
+        assert_eq!(make_room(&mut known, &b), ["a"]);
         assert_eq!(known.connections(&d.name).collect::<Vec<_>>(), [2]);
+    }
+
+    #[test]
+    fn one_origin_cannot_take_all_names() {
+        let per_origin = NodeLimits { names_per_origin: 2, ..limits(100, 1 << 20) };
+        let mut known = KnownNodes::new(per_origin, []);
+        known.connect(&report("a"), 1, from(1));
+        known.connect(&report("a"), 2, from(1));
+        known.connect(&report("b"), 3, from(1));
+        let (a, c) = (report("a"), report("c"));
+        assert_eq!(known.check_room(&c.name, from(1)), Err(NoRoom::Origin(from(1), 2)));
+        assert_eq!(known.check_room(&a.name, from(1)), Ok(()), "it is connected");
+        assert_eq!(known.check_room(&c.name, from(2)), Ok(()));
+        known.disconnect(&a, 1, 10);
+        assert_eq!(known.check_room(&c.name, from(1)), Err(NoRoom::Origin(from(1), 2)));
+        known.disconnect(&a, 2, 10);
+        assert_eq!(known.check_room(&c.name, from(1)), Ok(()));
+        known.connect(&c, 4, from(1));
+        assert_eq!(
+            known.check_room(&a.name, from(1)),
+            Err(NoRoom::Origin(from(1), 2)),
+            "also not if it is known"
+        );
+    }
+
+    #[test]
+    fn names_that_one_origin_invents_give_way_before_those_of_others() {
+        let mut known = KnownNodes::new(limits(5, 1 << 20), [(&report("restored"), 1)]);
+        known.connect(&report("honest"), 1, from(1));
+        known.disconnect(&report("honest"), 1, 10);
+        for (at, name) in ["w", "x", "y", "z"].into_iter().enumerate() {
+            let at = at as u64 + 20;
+            make_room(&mut known, &report(name));
+            known.connect(&report(name), at, from(9));
+            known.disconnect(&report(name), at, at);
+        }
+        let all: Vec<_> = known.all_offline().into_keys().collect();
+        assert_eq!(names(all), ["honest", "restored", "x", "y", "z"]);
     }
 
     #[test]
     fn the_memory_of_offline_nodes_is_bounded() {
         let mut known = KnownNodes::new(limits(1000, 2000), []);
         for (at, name) in ["a", "b", "c", "d", "e"].into_iter().enumerate() {
-            known.connect(&report(name), at as u64);
+            known.connect(&report(name), at as u64, from(1));
             known.disconnect(&report(name), at as u64, at as u64);
         }
-        assert_eq!(names(known.to_make_room(&report("f"))), ["a", "b"]);
+        assert_eq!(make_room(&mut known, &report("f")), ["a", "b"]);
     }
 
     #[test]
     fn a_node_is_offline_when_its_last_connection_has_gone() {
         let a = report("a");
         let mut known = KnownNodes::new(limits(10, 1 << 20), []);
-        known.connect(&a, 1);
-        known.connect(&a, 2);
+        known.connect(&a, 1, from(1));
+        known.connect(&a, 2, from(1));
         known.disconnect(&a, 1, 50);
         assert_eq!(known.offline_since(&a.name), None);
         known.disconnect(&a, 2, 60);
         assert_eq!(known.offline_since(&a.name), Some(60));
         assert_eq!(names(known.offline_for(Duration::from_secs(11), 70)), [""; 0]);
         assert_eq!(names(known.offline_for(Duration::from_secs(10), 70)), ["a"]);
-        known.connect(&a, 3);
+        known.connect(&a, 3, from(1));
         assert_eq!(known.offline(), 0);
+        known.disconnect(&a, 3, 80);
+        known.forget(&a.name);
+        assert!(known.connected_from.is_empty() && known.by_origin.is_empty() && known.by_size.is_empty());
+        assert_eq!((known.offline_bytes, known.by_time.len()), (0, 0));
     }
 }

@@ -175,8 +175,9 @@ async fn run(config: Config) -> Result<(), RunError> {
     let names: Vec<ServiceName> = restored(&disk, persist::NAMES).unwrap_or_default();
     let mut catalog = Catalog::new(config.discovery.len()).with_names(names);
     let nodes = disk.load_nodes();
+    let limits = config.limits.xds(config.listen.xds_plaintext, files);
     let known_nodes =
-        KnownNodes::new(config.limits.nodes(), nodes.iter().map(|(report, since)| (report, *since)));
+        KnownNodes::new(config.limits.nodes(limits), nodes.iter().map(|(report, since)| (report, *since)));
     for (report, _) in nodes {
         catalog.on_node(report);
     }
@@ -217,7 +218,6 @@ async fn run(config: Config) -> Result<(), RunError> {
     });
     tasks.spawn("forget nodes", control.clone().forget_offline());
 
-    let limits = config.limits.xds(config.listen.xds_plaintext, files);
     let bounded = Bounded { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
     tasks
         .spawn_draining("xds", |stop| vmesh_xds::server::serve_bounded(xds, service, bounded, stopped(stop)));
@@ -325,7 +325,8 @@ async fn serve_http(listener: impl http::Listener, routes: Router, stop: Stop) -
             }
         }
     };
-    http::serve(listener, Gate::new(http::LIMITS), answer, stop).await
+    let gate = Gate::new(listener.limits());
+    http::serve(listener, gate, answer, stop).await
 }
 
 async fn stopped(mut stop: Stop) {

@@ -1,8 +1,9 @@
 //! An HTTP/1.1 server for a daemon's own API that no client can exhaust.
 //!
 //! Every phase of a connection has a time-out: request head, request body, idle time, response write, and total age. [`Gate`]
-//! limits the number of connections. A streamed response body is polled only as fast as the client reads, so a slow client
-//! costs one chunk of memory.
+//! limits the number of connections; while a client is slow to send its request or to read its response, its connection can
+//! be evicted for others. A streamed response body is polled only as fast as the client reads, so a slow client costs one
+//! chunk of memory.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -17,7 +18,7 @@ use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HOST};
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
-use http_body::{Body, Frame};
+use http_body::Body;
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -33,7 +34,9 @@ use crate::Stop;
 use crate::connections::{Gate, Limits, Origin, Permit};
 
 /// Several times what an operator, a dashboard and a metrics scraper need together.
-pub const LIMITS: Limits = Limits { total: 64, per_origin: 64, pending: 48 };
+pub const LIMITS: Limits = Limits { total: 64, per_origin: 24, pending: 48 };
+/// On a loopback address, where all the users of a host have the same one.
+pub const LOOPBACK_LIMITS: Limits = Limits { per_origin: LIMITS.total, ..LIMITS };
 
 /// A client has so long to send the head of a request, the first one and each that follows.
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
@@ -56,6 +59,11 @@ pub trait Listener: Send + 'static {
 
     /// The names by which the server may be asked for.
     fn hosts(&self) -> Hosts;
+
+    /// The limits for a [`Gate`] before this listener.
+    fn limits(&self) -> Limits {
+        LIMITS
+    }
 }
 
 impl Listener for TcpListener {
@@ -71,6 +79,13 @@ impl Listener for TcpListener {
     fn hosts(&self) -> Hosts {
         let is_loopback = self.local_addr().is_ok_and(|address| address.ip().is_loopback());
         if is_loopback { Hosts::Loopback } else { Hosts::Any }
+    }
+
+    fn limits(&self) -> Limits {
+        match self.hosts() {
+            Hosts::Loopback => LOOPBACK_LIMITS,
+            Hosts::Any => LIMITS,
+        }
     }
 }
 
@@ -189,13 +204,15 @@ async fn serve_connection<I, A, F, B>(
     let permit = Arc::new(permit);
     let of_requests = permit.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        let (answer, busy) = (answer.clone(), Busy::new(of_requests.clone()));
+        let (answer, permit) = (answer.clone(), of_requests.clone());
         async move {
-            let response = match read(hosts, request).await {
-                Ok(request) => answer(request).await.map(Either::Left),
+            Ok::<_, Infallible>(match read(hosts, request).await {
+                Ok(request) => {
+                    let _busy = Busy::new(&permit);
+                    answer(request).await.map(Either::Left)
+                }
                 Err((status, why)) => failure(status, &why).map(Either::Right),
-            };
-            Ok::<_, Infallible>(response.map(|body| Answer { body: Box::pin(body), _busy: busy }))
+            })
         }
     });
     let mut http = http1::Builder::new();
@@ -249,45 +266,19 @@ fn failure(status: StatusCode, why: &str) -> Response<Full<Bytes>> {
     response
 }
 
-/// Says that a request is served, for as long as it exists.
-struct Busy(Arc<Permit>);
+/// Marks a connection as busy while its answer is computed.
+struct Busy<'a>(&'a Permit);
 
-impl Busy {
-    fn new(permit: Arc<Permit>) -> Busy {
+impl Busy<'_> {
+    fn new(permit: &Permit) -> Busy<'_> {
         permit.set_busy();
         Busy(permit)
     }
 }
 
-impl Drop for Busy {
+impl Drop for Busy<'_> {
     fn drop(&mut self) {
         self.0.set_idle();
-    }
-}
-
-/// The body of an answer. Its connection is busy until it is written.
-struct Answer<B> {
-    body: Pin<Box<B>>,
-    _busy: Busy,
-}
-
-impl<B: Body> Body for Answer<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        self.body.as_mut().poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
     }
 }
 
@@ -359,6 +350,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Patient<I> {
 
 #[cfg(test)]
 mod tests {
+    use http_body::Frame;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
@@ -451,6 +443,32 @@ mod tests {
         let mut silent = Vec::new();
         for _ in 0..100 {
             silent.push(TcpStream::connect(address).await.unwrap());
+        }
+        let answer = ask(address, "GET /a HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await;
+        assert!(answer.ends_with("/a\n"), "{answer}");
+        assert!(gate.counts().connections <= 8, "{:?}", gate.counts());
+    }
+
+    /// Each connection makes some progress, so that no time-out ends it.
+    #[tokio::test]
+    async fn clients_that_are_slow_keep_nobody_out() {
+        let (address, gate, _tasks) = server(Limits { total: 8, per_origin: 8, pending: 6 }).await;
+        let requests = [
+            "GET /endless HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            "POST /a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n",
+        ];
+        let mut slow = JoinSet::new();
+        for request in requests.into_iter().cycle().take(100) {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            slow.spawn(async move {
+                let mut some = [0; 16 << 10];
+                let (mut read, mut write) = stream.split();
+                while write.write_all(b"x").await.is_ok() {
+                    _ = timeout(Duration::from_millis(100), read.read(&mut some)).await;
+                    sleep(Duration::from_millis(100)).await;
+                }
+            });
         }
         let answer = ask(address, "GET /a HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await;
         assert!(answer.ends_with("/a\n"), "{answer}");

@@ -16,7 +16,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use vmesh_daemon::connections::{Gate, Limits, Origin};
+use vmesh_daemon::connections::{Gate, Limits};
 
 /// Where connections come from.
 pub trait Listener: Send {
@@ -106,12 +106,7 @@ pub async fn serve_bounded(
             },
         };
         let counters = service.counters();
-        let origin = match (peer.address, peer.uid) {
-            (Some(address), _) => Origin::of_address(address.ip()),
-            (None, Some(uid)) => Origin::User(uid),
-            (None, None) => Origin::Unknown,
-        };
-        match bounded.gate.enter(origin) {
+        match bounded.gate.enter(peer.origin()) {
             Ok(permit) => {
                 accepted += 1;
                 let age = bounded.max_age.map(|age| jittered(age, accepted));

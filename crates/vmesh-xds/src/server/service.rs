@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::task::{Context, Poll};
 use tonic::Code;
+use vmesh_daemon::connections::Origin;
 use vmesh_proto::envoy::config::core::v3::Node;
 
 /// Decides who may connect, and what it sees.
@@ -71,6 +72,17 @@ pub struct PeerInfo {
     pub uid: Option<u32>,
     /// Who it proved to be, such as the SPIFFE id of its certificate.
     pub identity: Option<Arc<str>>,
+}
+
+impl PeerInfo {
+    /// What the limits of connections count by.
+    pub fn origin(&self) -> Origin {
+        match (self.address, self.uid) {
+            (Some(address), _) => Origin::of_address(address.ip()),
+            (None, Some(uid)) => Origin::User(uid),
+            (None, None) => Origin::Unknown,
+        }
+    }
 }
 
 /// Of all streams since the start, unless it says otherwise.
