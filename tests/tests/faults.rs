@@ -260,12 +260,11 @@ async fn readiness(api: SocketAddr) -> std::result::Result<String, String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_replica_is_not_ready_while_a_part_of_its_input_cannot_be_used() -> Result<()> {
+async fn a_new_replica_is_not_ready_while_a_part_of_its_input_cannot_be_read() -> Result<()> {
     const PAY: &str = "service: pay\nprotocol: http\nendpoints: [\"10.0.0.2:80\"]\n";
     const ROUTE: &str = "kind: Route\nservice: pay\nrules: [{timeout: 1s}]\n";
     let broken = [
         ("services.d/pay.yaml", "service: pay\nendpoints: [\"10.0.0.2:80\"\n", PAY),
-        ("services.d/pay.yaml", "service: pay\nendpoints: [\"10.0.0.2\", \"http://10.0.0.3\"]\n", PAY),
         ("mesh.d/pay.yaml", "kind: Route\nservice: pay\nrules: [{timeout: soon}]\n", ROUTE),
     ];
     for (file, text, mended) in broken {
@@ -288,6 +287,43 @@ async fn a_new_replica_is_not_ready_while_a_part_of_its_input_cannot_be_used() -
         })
         .await?;
         assert!(waits_for(&mesh).await.is_err(), "it stays ready");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_new_replica_what_was_read_and_makes_no_sense_costs_itself() -> Result<()> {
+    const ORDERS: (&str, &str) =
+        ("services.d/orders.yaml", "service: orders\nendpoints: [\"10.0.0.1:80\"]\n");
+    const UNDIALABLE: (&str, &str) = ("services.d/pay.yaml", "service: pay\nendpoints: [\"0.0.0.0:80\"]\n");
+    let bad = [
+        ("services.d/web.yaml", "service: web\nendpoints: [\"10.0.0.2\", \"http://10.0.0.3\"]\n"),
+        ("services.d/what is this", "10.0.0.4 80\n"),
+        ("services.d/named.yaml", "service: \"no name\"\nendpoints: [\"10.0.0.5:80\"]\n"),
+    ];
+    let mesh = Mesh::start(&[&[ORDERS, UNDIALABLE], &bad[..]].concat()).await?;
+    mesh.until_endpoints("orders", &["10.0.0.1:80"]).await?;
+    mesh.until_endpoints("pay", &[]).await?;
+    for (file, _) in [&[UNDIALABLE], &bad[..]].concat() {
+        mesh.problem(file).await?;
+    }
+    // A record that nobody can dial is a record all the same, and of a file with such a name nobody ever had a service.
+    for lonely in [UNDIALABLE, bad[1]] {
+        Mesh::start(&[lonely]).await?.problem(lonely.0).await?;
+    }
+    // Where nothing at all can be used, nothing is served.
+    for lonely in [bad[0], bad[2]] {
+        let mesh = Mesh::prepare(&[lonely])?;
+        let _control = mesh.spawn_control()?;
+        wait_for("a word on what it waits for", BOUND, async || {
+            let said = waits_for(&mesh).await?;
+            if said.contains(lonely.0) && said.contains("nothing of it can be used") {
+                Ok(())
+            } else {
+                Err(said)
+            }
+        })
+        .await?;
     }
     Ok(())
 }

@@ -620,6 +620,9 @@ impl FromStr for ControlPlane {
             ));
         };
         let address: Address = address.trim_end_matches('/').parse()?;
+        if let Host::Ip(ip) = address.host {
+            vmesh_model::endpoint::dialable(ip)?;
+        }
         Ok(ControlPlane { address })
     }
 }

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmesh_model::endpoint::dialable;
+use vmesh_model::yaml::short;
 use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName, State};
 
-use crate::format::{ParsedEndpoint, ParsedService, subject_of};
+use crate::format::{ParsedEndpoint, ParsedService, subject_of, too_many};
 use crate::resolve::{Names, Resolve, Resolved};
 use crate::source::{Extent, Registrations, Seen};
 
@@ -57,6 +58,8 @@ pub struct Statement {
     pub emptied: BTreeSet<ServiceName>,
     /// See [`Registrations::unusable`].
     pub unusable: Vec<Arc<str>>,
+    /// See [`Registrations::left_out`].
+    pub left_out: Vec<Arc<str>>,
 }
 
 /// Makes [`Registrations`] of [`Statement`]s, for one source.
@@ -122,6 +125,7 @@ impl<R: Resolve> Assembler<R> {
             problems: statement.problems.clone(),
             emptied: statement.emptied.clone(),
             unusable: statement.unusable.clone(),
+            left_out: statement.left_out.clone(),
         };
         let mut built = BTreeMap::new();
         for (name, told) in &statement.services {
@@ -169,6 +173,8 @@ impl<R: Resolve> Assembler<R> {
         self.built = built;
         view.unusable.sort();
         view.unusable.dedup();
+        view.left_out.sort();
+        view.left_out.dedup();
         view.problems.sort();
         view.problems.dedup();
         view
@@ -221,13 +227,23 @@ fn build<R: Resolve>(
     let mut endpoints: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
     let (mut problems, mut unresolved, mut has_names, mut is_unresolved) = (Vec::new(), None, false, false);
     let (mut is_pending, mut is_overdue) = (false, false);
+    // Records without an address that other hosts can dial.
+    let mut undialable = 0;
     for endpoint in &parsed.endpoints {
         let port = endpoint.address.port.get();
         match &endpoint.address.host {
-            Host::Ip(ip) => {
-                let address = SocketAddr::new(*ip, port);
-                endpoints.insert(address, resolved(endpoint, address, None, source));
-            }
+            Host::Ip(ip) => match dialable(*ip) {
+                Ok(ip) => {
+                    let address = SocketAddr::new(ip, port);
+                    endpoints.insert(address, resolved(endpoint, address, None, source));
+                }
+                Err(why) => {
+                    undialable += 1;
+                    let node = endpoint.labels.get("node").map(|node| format!("node `{}`: ", short(node)));
+                    let message = format!("{}{why}; this endpoint is left out", node.unwrap_or_default());
+                    problems.push(Problem::new(endpoint.place.clone(), subject.clone(), message));
+                }
+            },
             Host::Name(host) => {
                 has_names = true;
                 let (addresses, failure, outcome) = match names.get(host) {
@@ -249,6 +265,7 @@ fn build<R: Resolve>(
                         (Arc::from([]), Some(why), "this endpoint is left out")
                     }
                 };
+                let before = problems.len();
                 for ip in addresses.iter() {
                     let ip = match dialable_for(host, *ip) {
                         Ok(ip) => ip,
@@ -263,6 +280,8 @@ fn build<R: Resolve>(
                     let named = || resolved(endpoint, address, Some(host.clone()), source);
                     endpoints.entry(address).or_insert_with(named);
                 }
+                undialable +=
+                    usize::from(!addresses.is_empty() && problems.len() == before + addresses.len());
                 if let Some(why) = failure {
                     let message = format!("`{host}` cannot be resolved: {why}; {outcome}");
                     unresolved.get_or_insert_with(|| message.clone());
@@ -293,6 +312,17 @@ fn build<R: Resolve>(
         None => Seen::fresh(registration),
     };
     seen.empty_on_purpose = parsed.endpoints.is_empty();
+    let records = parsed.endpoints.len();
+    if too_many(undialable, records) {
+        // As with records that make no sense: what is missing is likely to be among these, so nothing is taken away.
+        let why = format!("{undialable} of {records} records have no address that can be dialled");
+        let is_nothing = undialable == records;
+        seen.extent = if is_nothing { Extent::Nothing } else { Extent::Part };
+        if is_nothing {
+            seen.state = State::Stale;
+        }
+        seen.because.get_or_insert_with(|| why.into());
+    }
     if is_overdue {
         // What its new name stands for may be what is missing now.
         seen.extent = Extent::Part;

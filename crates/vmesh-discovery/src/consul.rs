@@ -82,6 +82,7 @@ pub struct ConsulSource<R = SystemResolver> {
     problems: BTreeMap<ServiceName, Vec<Problem>>,
     /// Services of which nothing can be used and nothing is known from before, and why.
     unusable: BTreeMap<ServiceName, Arc<str>>,
+    left_out: BTreeMap<ServiceName, Arc<str>>,
     statement: Statement,
     started: Instant,
     /// Since when the first view waits for names.
@@ -149,6 +150,7 @@ impl<R: Resolve> ConsulSource<R> {
             parsed: BTreeMap::new(),
             problems: BTreeMap::new(),
             unusable: BTreeMap::new(),
+            left_out: BTreeMap::new(),
             statement: Statement::default(),
             started: Instant::now(),
             first_names: None,
@@ -620,6 +622,7 @@ impl<R: Resolve> ConsulSource<R> {
 
     fn judged(&mut self, name: &ServiceName) -> (Option<Told>, Vec<Problem>) {
         self.unusable.remove(name);
+        self.left_out.remove(name);
         let restored = self.last_good.get(name).cloned();
         let (mut reads, mut stale_because, mut unread): (Vec<Arc<Read>>, Option<Arc<str>>, bool) =
             (Vec::new(), None, false);
@@ -703,7 +706,7 @@ impl<R: Resolve> ConsulSource<R> {
                     (None, None) => {
                         let why =
                             problems.first().map(|problem| problem.message.as_str()).unwrap_or(unusable);
-                        self.unusable.insert(name.clone(), format!("service `{name}`: {why}").into());
+                        self.left_out.insert(name.clone(), format!("service `{name}`: {why}").into());
                         return (None, problems);
                     }
                 }
@@ -768,6 +771,7 @@ impl<R: Resolve> ConsulSource<R> {
         }
         self.statement.problems = self.all_problems();
         self.statement.unusable = self.unusable.values().cloned().collect();
+        self.statement.left_out = self.left_out.values().cloned().collect();
         let view = self.assembler.view(&self.statement);
         if !self.has_failed && self.told.as_ref() == Some(&view) {
             return Ok(None);

@@ -107,6 +107,19 @@ impl<'a> Input<'a> {
     }
 }
 
+/// Why nothing of a file can be used. What was read of it before stays in either case; they differ in what is unknown to a control
+/// plane that has never read the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The text is not of its format, half written for example: nobody knows what the file says.
+    NotRead,
+    /// The text was read, and what its services are called can be the name of none.
+    Misnamed,
+    /// The text was read, and the file's own name, which stands for that of its service, can be the name of none: nobody ever had a
+    /// service of it.
+    MisnamedFile,
+}
+
 /// What a file says.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Parsed {
@@ -115,8 +128,8 @@ pub struct Parsed {
     /// Services that the file names and says nothing usable of: what was known of them holds.
     pub unreadable: Vec<ServiceName>,
     pub problems: Vec<Problem>,
-    /// Nothing of the file can be used; `problems` say why.
-    pub failed: bool,
+    /// Why nothing of the file can be used; `problems` say more.
+    pub failure: Option<Failure>,
     /// The file says in as many words that there is nothing: `[]`, or nothing but comments.
     pub says_nothing: bool,
     /// Something in it may be a service, and which one cannot be told: what is not named may be it.
@@ -269,9 +282,18 @@ fn weighed(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
 }
 
 impl Parsed {
-    /// The whole file is unusable.
+    /// The whole file is unusable: its text is not of its format.
     pub(crate) fn refused(problems: Vec<Problem>) -> Parsed {
-        Parsed { problems, failed: true, ..Parsed::default() }
+        Parsed::failed_as(Failure::NotRead, problems)
+    }
+
+    fn failed_as(failure: Failure, problems: Vec<Problem>) -> Parsed {
+        Parsed { problems, failure: Some(failure), ..Parsed::default() }
+    }
+
+    /// Reports whether nothing of the file can be used.
+    pub fn has_failed(&self) -> bool {
+        self.failure.is_some()
     }
 
     /// Replaces every problem by what `redacted` makes of it, and what else quotes the file.
@@ -336,13 +358,14 @@ impl Parsed {
 
     /// Says of each bad record what it costs.
     fn judged(mut self) -> Parsed {
-        if self.failed {
+        if self.has_failed() {
             self.services.clear();
             self.unreadable.clear();
         }
+        let has_failed = self.has_failed();
         let unreadable: Vec<_> = self.unreadable.iter().map(subject_of).collect();
         for problem in std::mem::take(&mut self.left_out) {
-            let costs_more = self.failed || unreadable.contains(&problem.subject);
+            let costs_more = has_failed || unreadable.contains(&problem.subject);
             let outcome = "this endpoint is left out";
             self.problems.push(if costs_more { problem } else { problem.with_outcome(outcome) });
         }
@@ -353,7 +376,7 @@ impl Parsed {
 }
 
 /// Reports whether so many of a service's records are bad that what is missing of it is likely to be among them.
-fn too_many(bad: usize, records: usize) -> bool {
+pub(crate) fn too_many(bad: usize, records: usize) -> bool {
     bad > 0 && (bad == records || (records >= 5 && bad * 4 > records))
 }
 
@@ -403,7 +426,7 @@ pub fn parse(
     };
     let parsed = parse_as(sticky.unwrap_or(detected), &input);
     match sticky {
-        Some(before) if before != detected && parsed.failed => {
+        Some(before) if before != detected && parsed.has_failed() => {
             let other = parse_as(detected, &input);
             if other.problems.is_empty() { (other, Some(detected)) } else { (parsed, sticky) }
         }

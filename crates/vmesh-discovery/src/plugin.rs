@@ -92,13 +92,13 @@ impl PluginSource {
             let known = known.or_else(|| self.restored.get(&name).cloned().map(Known::Restored));
             match known {
                 Some(known) => _ = statement.services.insert(name, Told::stale(known, because.clone())),
-                None => statement.unusable.push(format!("service `{name}`: {because}").into()),
+                None => statement.left_out.push(format!("service `{name}`: {because}").into()),
             }
         }
         if parsed.has_unnamed {
             let unnamed: Arc<str> =
                 format!("`{}` names a service in a way that cannot be read", self.name).into();
-            statement.unusable.push(unnamed.clone());
+            statement.left_out.push(unnamed.clone());
             // What is not named any more may be it.
             for (name, told) in before {
                 statement.services.entry(name).or_insert_with(|| Told::stale(told.known, unnamed.clone()));

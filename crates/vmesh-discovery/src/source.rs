@@ -47,10 +47,15 @@ pub struct Registrations {
     /// Services that are absent because the source says in as many words that there is nothing.
     #[serde(skip)]
     pub emptied: BTreeSet<ServiceName>,
-    /// What the source has and cannot be used, of which nothing is known from before either, and why: a file, a directory, a
-    /// service. A view with any of it must not be the first that is served: it would take away what others still serve.
+    /// Parts of the source (files, directories, services, host names) that could not be read and of which nothing is known from before,
+    /// each with the reason. A view with unread parts must not be the first that is served: it would take services away that other
+    /// replicas still serve.
     #[serde(skip)]
     pub unusable: Vec<Arc<str>>,
+    /// Records that were read and left out, because they make no sense or their service's name is none, and of which nothing is known
+    /// from before, each with the reason. Such a record costs itself, unless the source has nothing else.
+    #[serde(skip)]
+    pub left_out: Vec<Arc<str>>,
 }
 
 /// One service as one source says it, and how far that can be trusted.

@@ -27,7 +27,7 @@ pub(crate) fn check(parsed: &Parsed, len: usize) {
     for problem in &parsed.problems {
         assert_printable(&problem.to_string());
     }
-    assert!(!parsed.failed || !parsed.problems.is_empty(), "nothing says why the text cannot be used");
+    assert!(!parsed.has_failed() || !parsed.problems.is_empty(), "nothing says why the text cannot be used");
     assert!(parsed.services.len() <= len + 1, "{} services of {len} bytes", parsed.services.len());
     let endpoints: usize = parsed.services.iter().map(|service| service.endpoints.len()).sum();
     assert!(endpoints <= len, "{endpoints} endpoints of {len} bytes");

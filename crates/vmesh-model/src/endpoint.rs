@@ -99,7 +99,8 @@ pub enum Host {
 
 /// Returns `ip` as it is dialled, IPv4 in IPv6 as IPv4 (`::ffff:10.0.0.1`), or why no other host can dial it.
 ///
-/// The one place where that is decided: for addresses as they are written, and for those that a name resolves to.
+/// Parsing accepts such an address: a record that has it is well formed. Discovery asks this function where it turns records into
+/// endpoints, for addresses that are written and for addresses that a name resolves to.
 pub fn dialable(ip: IpAddr) -> Result<IpAddr, String> {
     let ip = ip.to_canonical();
     let why = match ip {
@@ -116,12 +117,12 @@ pub fn dialable(ip: IpAddr) -> Result<IpAddr, String> {
 }
 
 impl Host {
-    /// An IP address, also in the short forms of `inet_aton` that fleets write (`127.1`), or a DNS name. An address that
-    /// nobody can dial is an error: see [`dialable`].
+    /// An IP address, also in the short forms of `inet_aton` that fleets write (`127.1`), or a DNS name. IPv4 in IPv6 becomes IPv4, so
+    /// that two spellings of one address are equal. Whether other hosts can dial the address is for [`dialable`] to say.
     pub fn parse(text: &str) -> Result<Host, String> {
         let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
-        if let Ok(ip) = bare.parse() {
-            return dialable(ip).map(Host::Ip);
+        if let Ok(ip) = bare.parse::<IpAddr>() {
+            return Ok(Host::Ip(ip.to_canonical()));
         }
         let neither = || format!("`{}` is neither an IP address nor a host name", crate::yaml::short(text));
         // A name whose last label is a number is an IPv4 address or an error, never DNS (RFC 1123, 2.1).
@@ -136,7 +137,7 @@ impl Host {
                     crate::yaml::short(text)
                 ));
             }
-            return dialable(short_ipv4(text).ok_or_else(neither)?.into()).map(Host::Ip);
+            return Ok(Host::Ip(short_ipv4(text).ok_or_else(neither)?.into()));
         }
         let label = |l: &str| {
             (1..=63).contains(&l.len())
@@ -311,6 +312,10 @@ mod tests {
         assert_eq!(shown("10.0.1.11:8080"), "10.0.1.11:8080");
         assert_eq!(shown("127.1:80"), "127.0.0.1:80");
         assert_eq!(shown("[::1]:80"), "[::1]:80");
+        assert_eq!(shown("[::ffff:10.0.0.1]:80"), "10.0.0.1:80");
+        // Well formed, although nobody can dial it.
+        assert_eq!(shown("0.0.0.0:80"), "0.0.0.0:80");
+        assert_eq!(shown("0:80"), "`0` is neither an IP address nor a host name");
         assert_eq!(shown("DB-1.internal:5432"), "db-1.internal:5432");
         assert_eq!(shown("a:0"), "port 0 is not a port: 1 to 65535");
         assert_eq!(shown("a:70000"), "port 70000 is out of range: 1 to 65535");

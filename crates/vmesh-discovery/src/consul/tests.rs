@@ -395,7 +395,7 @@ async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_a
 }
 
 #[tokio::test]
-async fn bad_records_cost_themselves_and_a_service_of_nothing_else_is_not_usable() {
+async fn bad_records_cost_themselves_and_a_service_of_nothing_else_is_left_out() {
     let fake = Fake::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(
@@ -408,11 +408,12 @@ async fn bad_records_cost_themselves_and_a_service_of_nothing_else_is_not_usable
     let mut source = fake.source(None);
     let view = timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap();
     assert_eq!(line(&Ok(view.clone())), "pay 10.0.0.1:80 10.0.0.4:80 fresh");
-    assert_eq!(view.unusable.len(), 1);
+    assert_eq!(view.unusable, Vec::<Arc<str>>::new());
+    assert_eq!(view.left_out.len(), 1);
     assert!(
-        view.unusable[0].starts_with("service `orders`: instance `http://10.0.0.9`"),
+        view.left_out[0].starts_with("service `orders`: instance `http://10.0.0.9`"),
         "{}",
-        view.unusable[0]
+        view.left_out[0]
     );
     let pay = &view.services[&"pay".parse::<ServiceName>().unwrap()];
     assert_eq!(pay.extent, crate::source::Extent::Part);

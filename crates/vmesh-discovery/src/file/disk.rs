@@ -21,7 +21,7 @@ use super::privacy::{is_public, redacted};
 use super::watch::{Directories, Directory, Hints, Look, Watch, links};
 use crate::assemble::{Known, Statement, Told};
 use crate::config::FileConfig;
-use crate::format::{self, Format, Parsed, ParsedEndpoint, ParsedService, subject_of};
+use crate::format::{self, Failure, Format, Parsed, ParsedEndpoint, ParsedService, subject_of};
 use crate::source::{Registrations, SourceError};
 
 /// A file that changed a moment ago may be half written, if nobody said that it was closed.
@@ -59,8 +59,10 @@ struct FileState {
     problems: Vec<Problem>,
     /// What it named before it said that there is nothing.
     emptied: BTreeSet<ServiceName>,
-    /// What of it cannot be used and is not known from before, and why.
+    /// What of it could not be read and is not known from before, and why.
     unusable: Vec<Arc<str>>,
+    /// What of it was read, is left out, and is not known from before, and why.
+    left_out: Vec<Arc<str>>,
     /// It is not there any more, since so long.
     missing_since: Option<Instant>,
 }
@@ -428,7 +430,7 @@ impl Disk {
         if !is_shown {
             parsed.redact(redacted);
         }
-        match parsed.failed {
+        match parsed.has_failed() {
             true => scan.refused += 1,
             false => scan.bad_records += parsed.problems.len() as u64,
         }
@@ -463,7 +465,8 @@ impl Disk {
                 Told { known: Known::Restored(registration), stale_because: None, partial_because: None };
             before.entry(name).or_insert(told);
         }
-        if parsed.failed {
+        let has_failed = parsed.has_failed();
+        if has_failed {
             let because = because(None);
             before.values_mut().for_each(|told| told.stale_because = Some(because.clone()));
             state.services = before;
@@ -497,17 +500,24 @@ impl Disk {
             }
         }
         let is_known = |name: &ServiceName| state.services.contains_key(name);
-        let mut unusable: BTreeSet<Arc<str>> = BTreeSet::new();
-        if parsed.has_unnamed || (parsed.failed && state.services.is_empty()) {
-            unusable.insert(because(None));
+        let mut left_out: BTreeSet<Arc<str>> = BTreeSet::new();
+        state.unusable.clear();
+        match parsed.failure {
+            Some(_) if !state.services.is_empty() => {}
+            // Of a file with such a name there never was a service.
+            Some(Failure::MisnamedFile) => {}
+            Some(Failure::NotRead) => state.unusable.push(because(None)),
+            Some(Failure::Misnamed) => _ = left_out.insert(because(None)),
+            None if parsed.has_unnamed => _ = left_out.insert(because(None)),
+            None => {}
         }
-        unusable
+        left_out
             .extend(parsed.unreadable.iter().filter(|name| !is_known(name)).map(|name| because(Some(name))));
-        state.unusable = unusable.into_iter().collect();
+        state.left_out = left_out.into_iter().collect();
         let with_outcome = |problem: Problem| {
             let known = |name: &ServiceName| state.services.contains_key(name);
             let unreadable = parsed.unreadable.iter().find(|name| subject_of(name) == problem.subject);
-            let outcome = match (parsed.failed, unreadable) {
+            let outcome = match (has_failed, unreadable) {
                 (true, _) if state.services.is_empty() => "nothing of this file is in force",
                 (true, _) => "what was last read of this file stays in force",
                 (false, Some(name)) if known(name) => "what was last read of this service stays in force",
@@ -567,7 +577,8 @@ impl Disk {
     /// A service of which several files may have a part is whole only when all of them could be used once since the start: what
     /// was known of it before may be in one that cannot be used now, so nothing of it is taken for removed.
     fn keep_restored_parts(&mut self, scan: &mut Scan) {
-        let never_used = self.files.values().find_map(|state| state.unusable.first());
+        let never_used =
+            self.files.values().find_map(|state| state.unusable.first().or(state.left_out.first()));
         let Some(because) = never_used.or(scan.told.unusable.first()) else {
             if scan.again.is_none() {
                 self.restored_parts.clear();
@@ -593,6 +604,7 @@ impl Disk {
         for state in self.files.values() {
             scan.told.problems.extend(state.problems.iter().cloned());
             scan.told.unusable.extend(state.unusable.iter().cloned());
+            scan.told.left_out.extend(state.left_out.iter().cloned());
             for (name, told) in &state.services {
                 claims.entry(name).or_default().push(told);
             }

@@ -677,6 +677,61 @@ async fn a_name_that_stands_for_loopback_on_this_host_only_is_no_endpoint() {
 }
 
 #[tokio::test]
+async fn an_address_that_nobody_can_dial_is_left_out_of_every_format_and_is_no_bad_record() {
+    let addresses = [
+        "0.0.0.0",
+        "0.1.2.3",
+        "0.1",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::",
+        "ff02::1",
+        "fe80::1",
+        "::ffff:0.0.0.0",
+    ];
+    let dir = vmesh_testkit::tempdir().unwrap();
+    for (number, address) in addresses.iter().enumerate() {
+        let bracketed = if address.contains(':') { format!("[{address}]") } else { (*address).to_owned() };
+        let pair = |target: &str| format!("[\"{target}:80\", \"10.9.9.9:80\"]");
+        let host = |host: &str| format!("{{\"host\":\"{host}\",\"port\":80}}");
+        for (name, text) in [
+            (format!("native{number}.yaml"), format!("endpoints: {}\n", pair(&bracketed))),
+            (format!("lines{number}"), format!("10.9.9.9 80\n{address} 80\n")),
+            (format!("smart{number}.json"), format!("[{},{}]", host(address), host("10.9.9.9"))),
+            (format!("prom{number}.yml"), format!("- targets: {}\n", pair(&bracketed))),
+            // Nothing else is there: the service is known, and has no endpoint.
+            (format!("only{number}.yaml"), format!("endpoints: [\"{bracketed}:80\"]\n")),
+        ] {
+            fs::write(dir.join(name), text).unwrap();
+        }
+    }
+    let config = config(&dir);
+    let mut live = Live::of(dir, config, None, Dns::default());
+    live.views_until(|shown| !shown.is_empty()).await;
+    let view = live.views.borrow().clone();
+    assert_eq!(view.unusable, None);
+    let last_good = view.last_good.clone().unwrap();
+    for (name, seen) in &last_good.services {
+        let endpoints: Vec<_> = seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect();
+        let expected: &[&str] = if name.as_str().starts_with("only") { &[] } else { &["10.9.9.9:80"] };
+        assert_eq!(endpoints, expected, "{name}");
+    }
+    assert_eq!(last_good.services.len(), 5 * addresses.len());
+    let said = last_good.problems.iter().filter(|problem| {
+        problem.message.contains("is not an address that can be dialled")
+            && problem.message.ends_with("this endpoint is left out")
+    });
+    assert_eq!(said.count(), 5 * addresses.len(), "{:#?}", last_good.problems);
+
+    // What was known of a service stays when none of its addresses can be dialled any more, also for the guard.
+    replace(&live.dir, "lines0", "0.0.0.0 80\n");
+    let held = live
+        .views_until(|shown| shown.contains("lines0 stale 10.9.9.9:80 (1 of 1 records have no address"))
+        .await;
+    assert!(!held.iter().any(|shown| shown.contains("lines0 fresh\n")), "{held:#?}");
+}
+
+#[tokio::test]
 async fn a_directory_of_far_too_many_files_is_the_wrong_one() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("a", "10.0.0.1 80"), ("b", "10.0.0.1 80"), ("c", "10.0.0.1 80")]);

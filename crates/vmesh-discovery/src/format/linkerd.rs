@@ -12,7 +12,7 @@
 
 use vmesh_model::{Address, Host, Place};
 
-use super::{Input, Parsed, Record, Share, has_comment, named_by_file, nothing, subject_of};
+use super::{Failure, Input, Parsed, Record, Share, has_comment, named_by_file, nothing, subject_of};
 
 /// Whether the first line that says something is an endpoint.
 pub(super) fn looks_like(text: &str) -> bool {
@@ -34,7 +34,7 @@ fn without_comment(line: &str) -> &str {
 pub fn parse(input: &Input<'_>) -> Parsed {
     let service = match named_by_file(input) {
         Ok(service) => service,
-        Err(problem) => return Parsed::refused(vec![problem]),
+        Err(problem) => return Parsed::failed_as(Failure::MisnamedFile, vec![problem]),
     };
     let subject = subject_of(&service.name);
     let mut parsed = Parsed::default();

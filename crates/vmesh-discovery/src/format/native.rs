@@ -21,7 +21,7 @@ use vmesh_model::strict::read;
 use vmesh_model::yaml::Node;
 use vmesh_model::{Address, Health, Labels, Place, Problem, Protocol, ServiceName};
 
-use super::{Input, Parsed, ParsedService, Record, Share, subject_of};
+use super::{Failure, Input, Parsed, ParsedService, Record, Share, subject_of};
 
 /// All of a service but its endpoints, which are read one by one.
 #[derive(Deserialize)]
@@ -79,9 +79,19 @@ pub fn parse(input: &Input<'_>) -> Parsed {
 pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> Parsed {
     let mut parsed = Parsed::default();
     let mut seen: BTreeMap<ServiceName, Place> = BTreeMap::new();
+    let mut unnamed = Vec::new();
     for node in nodes {
         let place = node.place(input.file);
-        let Some(name) = name_of(node, input, several, &mut parsed) else { continue };
+        let name = match name_of(node, input, several) {
+            Ok(name) => name,
+            Err((why, problem)) => {
+                // Which service it is that goes wrong here is not known, so what the file does not name may be it.
+                parsed.problems.push(problem);
+                parsed.has_unnamed = true;
+                unnamed.push(why);
+                continue;
+            }
+        };
         if let Some(first) = seen.get(&name) {
             let message =
                 format!("a second service `{name}`: only the first one counts, in line {}", first.line);
@@ -96,43 +106,34 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
     }
     if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
         // Nothing of it is a service.
-        parsed.failed = true;
+        let is_misnamed = unnamed.iter().all(|why| *why != Failure::NotRead);
+        parsed.failure = if is_misnamed { unnamed.pop() } else { Some(Failure::NotRead) };
     }
     parsed.judged()
 }
 
-/// What a service is called, read leniently, so that one with mistakes in it is still known by its name.
-fn name_of(node: &Node, input: &Input<'_>, several: bool, parsed: &mut Parsed) -> Option<ServiceName> {
-    let refuse = |place, message: String| Problem::new(place, input.file.clone(), message);
-    let problem = if node.entries().is_none() {
-        let found = node.describe();
-        refuse(
-            node.place(input.file),
-            format!("expected a service, a mapping with `endpoints`, found {found}"),
-        )
-    } else {
-        match node.get("service") {
-            Some(given) => match given.text().unwrap_or_default().parse() {
-                Ok(name) => return Some(name),
-                Err(wrong) => refuse(given.place(input.file), format!("`service`: {wrong}")),
-            },
-            None if several => refuse(
-                node.place(input.file),
-                "`service` is missing: in a file of several services each has to say its name".to_owned(),
-            ),
-            None => match input.name.parse() {
-                Ok(name) => return Some(name),
-                Err(wrong) => refuse(
-                    node.place(input.file),
-                    format!("`service` is missing, and the file's name cannot stand in for it: {wrong}"),
-                ),
-            },
+/// Returns what a service is called, read leniently, so that a service with mistakes in it is still known by its name.
+fn name_of(node: &Node, input: &Input<'_>, several: bool) -> Result<ServiceName, (Failure, Problem)> {
+    let refuse = |why, place, message: String| (why, Problem::new(place, input.file.clone(), message));
+    let place = node.place(input.file);
+    if node.entries().is_none() {
+        let message = format!("expected a service, a mapping with `endpoints`, found {}", node.describe());
+        return Err(refuse(Failure::NotRead, place, message));
+    }
+    match node.get("service") {
+        Some(given) => given.text().unwrap_or_default().parse().map_err(|wrong| {
+            refuse(Failure::Misnamed, given.place(input.file), format!("`service`: {wrong}"))
+        }),
+        None if several => {
+            let message = "`service` is missing: in a file of several services each has to say its name";
+            Err(refuse(Failure::Misnamed, place, message.to_owned()))
         }
-    };
-    // Which service it is that goes wrong here is not known, so what the file does not name may be it.
-    parsed.problems.push(problem);
-    parsed.has_unnamed = true;
-    None
+        None => input.name.parse().map_err(|wrong| {
+            let message =
+                format!("`service` is missing, and the file's name cannot stand in for it: {wrong}");
+            refuse(Failure::MisnamedFile, place, message)
+        }),
+    }
 }
 
 fn service(

@@ -18,7 +18,7 @@ use vmesh_model::yaml::{Node, short};
 use vmesh_model::{Labels, Problem, ServiceName};
 
 use super::consul::protocol as protocol_of;
-use super::{Input, Parsed, ParsedService, Record, Share, named_by_file, subject_of};
+use super::{Failure, Input, Parsed, ParsedService, Record, Share, named_by_file, subject_of};
 
 /// As Prometheus reads it, which knows no other field.
 #[derive(Deserialize)]
@@ -43,6 +43,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     };
     let mut parsed = Parsed::default();
     let mut services: BTreeMap<ServiceName, Building> = BTreeMap::new();
+    let mut is_misnamed = true;
     for root in &roots {
         let Some(groups) = root.items() else {
             let message = match root.entries() {
@@ -52,10 +53,11 @@ pub fn parse(input: &Input<'_>) -> Parsed {
             return Parsed::refused(vec![Problem::new(root.place(input.file), input.file.clone(), message)]);
         };
         for group in groups {
-            if let Err(problems) = read_group(group, input, &mut services, &mut parsed) {
+            if let Err((why, problems)) = read_group(group, input, &mut services, &mut parsed) {
                 // Which service it belongs to is as uncertain as the rest of the group.
                 parsed.problems.extend(problems);
                 parsed.has_unnamed = true;
+                is_misnamed &= why == Failure::MisnamedFile;
             }
         }
     }
@@ -64,7 +66,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     }
     if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
         // Nothing of it is a group.
-        parsed.failed = true;
+        parsed.failure = Some(if is_misnamed { Failure::MisnamedFile } else { Failure::NotRead });
     }
     parsed.judged()
 }
@@ -74,11 +76,12 @@ fn read_group(
     input: &Input<'_>,
     services: &mut BTreeMap<ServiceName, Building>,
     parsed: &mut Parsed,
-) -> Result<(), Vec<Problem>> {
+) -> Result<(), (Failure, Vec<Problem>)> {
     if node.is_null() {
         return Ok(());
     }
-    let Group { targets, labels } = read(input.file, input.file, node, None)?;
+    let Group { targets, labels } =
+        read(input.file, input.file, node, None).map_err(|problems| (Failure::NotRead, problems))?;
     let given = labels.unwrap_or_default().into_iter();
     let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?))).collect();
     let place = node.place(input.file);
@@ -94,7 +97,10 @@ fn read_group(
                 return Ok(());
             }
         },
-        None => ParsedService { place, ..named_by_file(input).map_err(|problem| vec![problem])? },
+        None => {
+            let named = named_by_file(input).map_err(|problem| (Failure::MisnamedFile, vec![problem]))?;
+            ParsedService { place, ..named }
+        }
     };
     let service = ParsedService { is_shared: true, ..service };
     let subject = subject_of(&service.name);

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use vmesh_model::strict::read;
 use vmesh_model::{Address, Health, Host, Labels, Problem};
 
-use super::{Input, Parsed, Record, Share, named_by_file, subject_of};
+use super::{Failure, Input, Parsed, Record, Share, named_by_file, subject_of};
 
 /// What synapse's own readers take an instance without a weight for, where others have one.
 const DEFAULT_WEIGHT: f64 = 10.0;
@@ -37,7 +37,7 @@ pub(super) fn is_disabled(haproxy_server_options: &str) -> bool {
 pub fn parse(input: &Input<'_>) -> Parsed {
     let service = match named_by_file(input) {
         Ok(service) => service,
-        Err(problem) => return Parsed::refused(vec![problem]),
+        Err(problem) => return Parsed::failed_as(Failure::MisnamedFile, vec![problem]),
     };
     let subject = subject_of(&service.name);
     let mut parsed = Parsed::default();

@@ -4,7 +4,7 @@ use super::*;
 
 fn show(parsed: &Parsed, format: Option<Format>) -> String {
     let mut shown = format.map_or_else(|| "?".to_owned(), |format| format.to_string());
-    if parsed.failed {
+    if parsed.has_failed() {
         shown += " FAILED";
     }
     if parsed.says_nothing {
@@ -748,7 +748,7 @@ fn no_bytes_break_a_parser() {
             let (parsed, _) =
                 parse(&"a".into(), "a", false, bytes, yaml::MAX_TEXT, format, Some(Format::Native));
             assert!(parsed.problems.iter().all(|problem| !problem.message.contains('\n')), "{parsed:?}");
-            let is_silent = parsed.failed && parsed.problems.is_empty();
+            let is_silent = parsed.has_failed() && parsed.problems.is_empty();
             assert!(!is_silent, "{} fails without a word", String::from_utf8_lossy(bytes));
         }
     };
@@ -782,7 +782,7 @@ fn said(name: &str, text: &str) -> String {
         format!("{}{protocol} {endpoints:?}{partial}\n", service.name)
     });
     let problems = parsed.problems.iter().map(|problem| format!("{problem}\n"));
-    let failed = if parsed.failed { "FAILED\n" } else { "" };
+    let failed = if parsed.has_failed() { "FAILED\n" } else { "" };
     let format = format.map_or("none".to_owned(), |format| format.to_string());
     format!("{format}\n{failed}{}", services.chain(problems).collect::<String>())
 }
@@ -855,22 +855,8 @@ fn a_byte_order_mark_is_no_part_of_a_text_in_any_format() {
 }
 
 #[test]
-fn an_address_that_nobody_can_dial_is_left_out_in_every_format() {
-    let addresses = [
-        "0.0.0.0",
-        "0.1.2.3",
-        "224.0.0.1",
-        "255.255.255.255",
-        "::",
-        "ff02::1",
-        "fe80::1",
-        "::ffff:0.0.0.0",
-        "010.0.0.1",
-        "10.0.0.010",
-        "0x7f.1",
-        "10.0.0.0x1",
-        "1",
-    ];
+fn an_address_that_can_be_read_in_two_ways_is_left_out_in_every_format() {
+    let addresses = ["010.0.0.1", "10.0.0.010", "0x7f.1", "10.0.0.0x1", "1"];
     for address in addresses {
         let bracketed = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
         for (name, text) in [
@@ -951,7 +937,7 @@ fn bad_records_cost_themselves_and_leave_the_rest_of_their_service_in_doubt_if_t
         .map(|s| (s.name.as_str(), s.endpoints.len(), s.partial_because.is_some()))
         .collect();
     assert_eq!(services, [("broken", 2, true), ("s1", 1, false)]);
-    assert!(!parsed.failed && parsed.has_unnamed);
+    assert!(!parsed.has_failed() && parsed.has_unnamed);
     let many: Vec<_> =
         (0..206).map(|n| if n < 6 { format!("x{n}") } else { format!("10.0.0.{n}:80") }).collect();
     let text = format!("endpoints: [{}]\n", many.join(", "));

@@ -116,7 +116,7 @@ fn view(source: &Arc<str>, line: &str, root: &Node) -> Result<Said, String> {
     };
     let nodes: Vec<&Node> = services.iter().map(|node| &**node).collect();
     let mut parsed = native::parse_nodes(&Input::new(source, "", line, true), &nodes, true);
-    if parsed.failed {
+    if parsed.has_failed() {
         let why: Vec<_> = parsed.problems.iter().take(3).map(ToString::to_string).collect();
         return Err(why.join("; "));
     }

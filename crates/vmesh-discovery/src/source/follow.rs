@@ -124,8 +124,8 @@ struct Followed {
 }
 
 impl Followed {
-    /// Judges whether a first view may be served: one of which a part cannot be used, and is not known from before, would
-    /// take that part away from everybody.
+    /// Judges whether a first view may be served. A view of which a part could not be read, and is not known from before, would take
+    /// that part away from everybody. What was read and left out costs itself, unless nothing else is there.
     fn judge_usable(&mut self, told: &Registrations) {
         /// So many reasons are given.
         const SAID: usize = 3;
@@ -133,22 +133,27 @@ impl Followed {
             return;
         }
         let source = self.guard.source().clone();
-        if told.unusable.is_empty() {
+        let left_out: &[_] = if told.services.is_empty() { &told.left_out } else { &[] };
+        let unusable: Vec<_> = told.unusable.iter().chain(left_out).collect();
+        if unusable.is_empty() {
             self.is_usable = true;
             if self.unusable.take().is_some() {
-                let text = format!("all that `{source}` says can be used").into();
+                let text = format!("what `{source}` says can be used").into();
                 self.tell(vec![Notice { what: What::Answering, service: None, kind: None, text }]);
             }
             return;
         }
-        let mut why: Vec<&str> = told.unusable.iter().take(SAID).map(|why| &**why).collect();
-        let more = format!("and {} more", told.unusable.len().saturating_sub(SAID));
-        if told.unusable.len() > SAID {
+        let mut why: Vec<&str> = unusable.iter().take(SAID).map(|why| &***why).collect();
+        let more = format!("and {} more", unusable.len().saturating_sub(SAID));
+        if unusable.len() > SAID {
             why.push(&more);
         }
+        let what = match told.unusable.is_empty() {
+            false => "a part of it cannot be read, and nothing is known of that from before",
+            true => "nothing of it can be used, and nothing is known of it from before",
+        };
         let because: Arc<str> = format!(
-            "a part of it cannot be used, and nothing is known of that from before: {}; mend it, or serve without it by \
-             `vmeshctl discovery accept`",
+            "{what}: {}; mend it, or serve without it by `vmeshctl discovery accept`",
             why.join("; ")
         )
         .into();

@@ -322,6 +322,15 @@ async fn a_first_view_of_which_a_part_cannot_be_used_is_not_served_until_it_can_
             .await;
         assert_eq!(followed.handle.views.borrow().unusable, None);
     }
+    // What was read and left out costs itself, unless there is nothing else.
+    let left_out = |told| Registrations { left_out: vec!["pay: no port".into()], ..told };
+    let mut fresh = self::followed(View::default());
+    fresh.say.send(Ok(left_out(registrations(&[])))).unwrap();
+    let unusable = |view: &View| view.unusable.as_ref().is_some_and(|why| why.contains("pay: no port"));
+    fresh.handle.views.wait_for(unusable).await.unwrap();
+    fresh.say.send(Ok(left_out(registrations(&[("web", 1)])))).unwrap();
+    fresh.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
+    assert_eq!(fresh.handle.views.borrow().unusable, None);
     // What was known before a restart is served.
     let mut followed = followed(View::restored(registrations(&[("web", 1)]).into()));
     followed.say.send(Ok(broken())).unwrap();

@@ -66,6 +66,8 @@ struct DirectoryReading {
     good: Option<Arc<Read>>,
     /// Why what is there now cannot be used.
     failed: Option<Arc<str>>,
+    /// Some of its records could not be read, as opposed to read and left out.
+    is_unread: bool,
     /// Why more may be there than could be read.
     partial_because: Option<Arc<str>>,
     problems: Vec<Problem>,
@@ -306,12 +308,13 @@ impl Reading {
         }
         let holes = self.holes();
         // A place that cannot be read and of which nothing is known from before.
-        for (place, why) in self.holes_of_records() {
+        for (place, why, is_unread) in self.holes_of_records() {
             let covers = |known: &Arc<Registration>| {
                 is_at_or_below(&known.place.file, &place) || is_at_or_below(&place, &known.place.file)
             };
             if !self.restored.values().any(covers) {
-                statement.unusable.push(format!("{place}: {why}").into());
+                let list = if is_unread { &mut statement.unusable } else { &mut statement.left_out };
+                list.push(format!("{place}: {why}").into());
             }
         }
         for (name, registration) in &self.restored {
@@ -324,16 +327,21 @@ impl Reading {
         statement
     }
 
-    /// Directories of records, and nodes with more below them, of which nothing could be read ever, and why.
-    fn holes_of_records(&self) -> Vec<(String, Arc<str>)> {
+    /// Directories of records, and nodes with more below them, of which nothing could be used ever, why, and whether that is because
+    /// something could not be read.
+    fn holes_of_records(&self) -> Vec<(String, Arc<str>, bool)> {
         let of = |root: &RootReading| {
             let place = self.place(&root.config.path);
             let unread = root.unread.iter().filter(|(path, _)| {
                 let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
                 !root.directories.contains_key(parent)
             });
-            let unusable = root.directories.iter().filter_map(|(path, known)| Some((path, known.hole()?)));
-            let at = |(path, why): (&Arc<str>, &Arc<str>)| (format!("{place}{}", below(path)), why.clone());
+            let unread = unread.map(|(path, why)| (path, why, true));
+            let unusable = root.directories.iter();
+            let unusable = unusable.filter_map(|(path, known)| Some((path, known.hole()?, known.is_unread)));
+            let at = |(path, why, is_unread): (&Arc<str>, &Arc<str>, bool)| {
+                (format!("{place}{}", below(path)), why.clone(), is_unread)
+            };
             unread.chain(unusable).map(at).collect::<Vec<_>>()
         };
         self.roots.iter().filter(|root| root.failed.is_none()).flat_map(of).collect()
@@ -443,19 +451,27 @@ impl RootReading {
         let unreadable = records.unreadable.clone();
         let unreadable =
             unreadable.or_else(|| records.children.values().find_map(|node| node.unreadable.clone()));
+        let is_unread = unreadable.is_some();
         let partial: Option<Arc<str>> = read.partial().map(Into::into);
         let known = match partial {
             Some(why) if read.is_unusable() => {
                 let message = format!("{why}; what was known stays");
                 problems.push(Problem::new(Place::file(place), subject, message));
-                DirectoryReading { own, good, failed: Some(why), partial_because: None, problems }
+                DirectoryReading { own, good, failed: Some(why), is_unread, partial_because: None, problems }
             }
             partial_because => {
                 let good = match good {
                     Some(before) if *before == read => before,
                     _ => Arc::new(read),
                 };
-                DirectoryReading { own, good: Some(good), failed: unreadable, partial_because, problems }
+                DirectoryReading {
+                    own,
+                    good: Some(good),
+                    failed: unreadable,
+                    is_unread,
+                    partial_because,
+                    problems,
+                }
             }
         };
         Some((known, bad))

@@ -13,7 +13,7 @@ fn shown(bodies: &[&str], rules: &Rules) -> String {
         bodies.iter().map(|body| read(body.as_bytes(), "consul:dc1", &name, false, rules).unwrap()).collect();
     let parsed = combine("consul:dc1", &name, &reads.iter().collect::<Vec<_>>());
     let mut shown = String::new();
-    if parsed.failed {
+    if parsed.has_failed() {
         shown += "FAILED\n";
     }
     for service in &parsed.services {
@@ -86,7 +86,7 @@ fn the_address_is_the_services_or_else_the_nodes() {
         pay.internal:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         127.0.0.1:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         [fd00::7]:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
-        consul:dc1/pay: instance `pay-1` on node `vm-1`: `0.0.0.0` is not an address that can be dialled: it stands for no host, or for all addresses of one
+        0.0.0.0:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         consul:dc1/pay: instance `pay-1` on node `vm-1`: `a b` is neither an IP address nor a host name
     "#]]
     .assert_eq(

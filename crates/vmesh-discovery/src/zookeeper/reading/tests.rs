@@ -488,3 +488,25 @@ fn what_went_since_a_restart_does_not_come_back_when_something_cannot_be_read() 
         "#]],
     );
 }
+
+#[test]
+fn garbage_costs_itself_and_what_could_not_be_read_is_unknown() {
+    let mut reading = reading("- {path: /services, format: curator}\n");
+    reading.take(&[tree(
+        r#"
+        pay/i1 {"name":"pay","id":"i1","address":"10.0.0.1","port":80}
+        ~web/i1 garbage
+        "#,
+    )]);
+    let statement = reading.statement();
+    assert_eq!(statement.unusable, Vec::<Arc<str>>::new());
+    assert_eq!(
+        statement.left_out,
+        [Arc::from("zk/services/web: 1 of 1 records are bad, which is more than single mistakes")]
+    );
+    assert!(statement.problems.iter().any(|problem| problem.to_string().contains("zk/services/web/i1")));
+
+    reading.take(&[tree("?~web/i1 x")]);
+    let statement = reading.statement();
+    assert_eq!((statement.unusable.len(), statement.left_out.len()), (1, 0));
+}
