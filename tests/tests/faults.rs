@@ -388,7 +388,8 @@ async fn until_named(mesh: &Mesh, node: &str, name: &str, address: &str) -> Resu
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dns_name_stays_with_the_service_that_had_it_first_over_restarts_and_on_a_replica() -> Result<()> {
+async fn a_dns_name_that_two_services_fold_to_has_the_same_owner_over_restarts_and_on_a_replica_without_state()
+-> Result<()> {
     let file = |name: &str, last: u8| format!("service: {name}\nendpoints: [\"10.0.0.{last}:80\"]\n");
     // Capitals sort before the others, so both orders are tried.
     let first = [("services.d/orders.yaml", file("orders", 1)), ("services.d/P.yaml", file("Pay", 3))];
@@ -402,11 +403,11 @@ async fn a_dns_name_stays_with_the_service_that_had_it_first_over_restarts_and_o
         mesh.write(path, text)?;
     }
     for round in 0..2 {
-        mesh.problem("`orders` was there first").await?;
-        mesh.problem("`Pay` was there first").await?;
+        mesh.problem("`orders` has the DNS name").await?;
+        mesh.problem("`pay` has the DNS name").await?;
         mesh.synced("web-1").await?;
         until_named(&mesh, "web-1", "orders.mesh", "10.0.0.1").await?;
-        until_named(&mesh, "web-1", "Pay.mesh", "10.0.0.3").await?;
+        until_named(&mesh, "web-1", "pay.mesh", "10.0.0.4").await?;
         if round == 0 {
             mesh.control()?.kill()?;
             mesh.start_control().await?;
@@ -414,6 +415,24 @@ async fn a_dns_name_stays_with_the_service_that_had_it_first_over_restarts_and_o
     }
     let replica = mesh.start_replica().await?;
     let problems = replica.api.text("/api/v1/problems").await?;
-    assert!(problems.contains("`orders` was there first"), "{problems}");
+    assert!(problems.contains("`orders` has the DNS name"), "{problems}");
+    assert!(problems.contains("`pay` has the DNS name"), "{problems}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_that_an_agent_reports_in_another_case_is_a_problem_that_names_the_service() -> Result<()>
+{
+    let mut mesh =
+        Mesh::start(&[("services.d/o.yaml", "service: orderservice\nendpoints: [\"10.0.0.1:80\"]\n")])
+            .await?;
+    mesh.agent("web-1", &["OrderService"], "").await?;
+    mesh.problem(
+        "calls `OrderService`, which no discovery source and no document knows, did you mean `orderservice`?",
+    )
+    .await?;
+    // A document makes a service of the name, without an endpoint.
+    mesh.write("mesh.d/o.yaml", "kind: Service\nname: OrderService\nprotocol: http\n")?;
+    mesh.problem("no source names `OrderService`, and `orderservice` is there").await?;
     Ok(())
 }

@@ -157,6 +157,7 @@ impl Catalog {
                 candidates.extend(documents.services.keys().chain(documents.routes.keys()));
             }
         }
+        let touched: Vec<ServiceName> = candidates.iter().map(|name| (*name).clone()).collect();
         let is_known = |name: &ServiceName| {
             self.services.contains_key(name)
                 || self.documents.services.contains_key(name)
@@ -184,8 +185,10 @@ impl Catalog {
         }
         let services = &self.services;
         let is_registered = |name: &ServiceName| services.contains_key(name);
-        for name in changes.services.iter().filter(|name| self.names.is_ambiguous(name)).collect::<Vec<_>>() {
-            Arc::make_mut(&mut self.names).prefer_registered(name, is_registered);
+        for name in &touched {
+            if let Some(owner) = self.names.new_owner(name, is_registered) {
+                Arc::make_mut(&mut self.names).give(owner);
+            }
         }
         let place_of = |name: &ServiceName| {
             let registered = self.services.get(name).and_then(|service| service.places.first().cloned());
@@ -364,21 +367,43 @@ mod tests {
     }
 
     #[test]
-    fn of_two_names_that_are_one_in_dns_the_newcomer_is_a_problem_also_after_a_restart() {
+    fn of_two_names_that_are_one_in_dns_the_same_is_a_problem_on_every_replica() {
         let mut catalog = Catalog::new(1);
         catalog.on_view(0, view(&[("Orders", &["10.0.0.1:80"])]));
         assert_eq!(problems(&catalog), "");
         catalog.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
         let said = problems(&catalog);
         assert!(
-            said.contains("`Orders` was there first") && said.contains("`orders` is reached by upstreams"),
+            said.contains("`orders` has the DNS name") && said.contains("`Orders` is reached by upstreams"),
             "{said}"
         );
+        // A replica without state has seen neither before.
+        let mut fresh = Catalog::new(1);
+        fresh.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
+        assert_eq!(problems(&fresh), said);
         let mut restarted = Catalog::new(1).with_names(catalog.world().names.in_order());
         restarted.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
         assert_eq!(problems(&restarted), said);
         restarted.on_view(0, view(&[("orders", &["10.0.0.2:80"])]));
         assert_eq!(problems(&restarted), "");
+    }
+
+    #[test]
+    fn a_document_of_a_service_that_no_source_names_is_a_problem_also_without_a_guess() {
+        let text = "kind: Service\nname: zzz\nprotocol: http\n---\nkind: Node\nname: web-1\nupstreams: [{service: qqq}]\n---\n\
+                    kind: Route\nservice: front\nrules: [{split: [{service: payments}]}]\n---\nkind: Service\nname: front\nprotocol: http\n";
+        let file = vmesh_model::load::DocumentFile { path: "a.yaml", content: Ok(text.as_bytes()) };
+        let (documents, wrong) = vmesh_model::load::Library::default().update(&[file]);
+        assert_eq!(wrong, []);
+        let mut catalog = Catalog::new(1);
+        catalog.on_view(0, view(&[("payments", &["10.0.0.2:80"])]));
+        catalog.on_documents(documents, 7, Vec::new());
+        let said = problems(&catalog);
+        assert!(said.contains("a.yaml:1:1: no source names `zzz`"), "{said}");
+        assert!(said.contains("a.yaml:5:1: no source names `qqq`"), "{said}");
+        // All of its requests go elsewhere.
+        assert!(!said.contains("front"), "{said}");
+        assert_eq!(said.lines().count(), 2, "{said}");
     }
 
     #[test]
@@ -398,7 +423,7 @@ mod tests {
         let names = &catalog.world().names;
         assert_eq!(names.shadowed_by(&name("orderservice")), None);
         assert_eq!(names.shadowed_by(&name("OrderService")), Some(&name("orderservice")));
-        assert!(!said.contains("`OrderService` was there first"), "{said}");
+        assert!(!said.contains("`OrderService` has the DNS name"), "{said}");
         catalog.on_view(0, view(&[("OrderService", &["10.0.0.1:80"]), ("paymnets", &["10.0.0.2:80"])]));
         assert_eq!(problems(&catalog), "");
     }

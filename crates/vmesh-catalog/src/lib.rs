@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`world`] | [`World`], its [`Revision`], and a [`Service`] as all sources together see it |
 //! | [`catalog`] | [`Catalog`]: takes views, documents and reports, gives worlds |
-//! | [`names`] | [`Names`]: which of two names that exclude each other was there first |
+//! | [`names`] | [`Names`]: who owns a DNS name that several names fold to; the order in which names came into use |
 //! | [`state`] | the last good state as text, from which a restarted control plane serves what it served |
 //!
 //! **Invariant:** it knows neither Envoy nor gRPC, and reads no clock, file or socket: `cargo tree -p vmesh-catalog

@@ -1,22 +1,40 @@
-//! The order in which service names came into use. Of two names that DNS cannot tell apart, or that want one virtual address, the
-//! earlier name keeps the DNS name and the address.
+//! The names in use: which of two names that differ by case only owns the DNS name, and in which order names came into use.
+//!
+//! | question | decided by | state |
+//! |---|---|---|
+//! | who owns a DNS name | a registered service before a name that only documents have, lower case before capitals, then the order of bytes | none: every replica with the same services and documents decides alike, also a new one |
+//! | who keeps a virtual address that two names hash to | the name that came into use first | a state file, [`Names::in_order`] |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use vmesh_model::document::{Route, Rule};
 use vmesh_model::strict::did_you_mean;
 use vmesh_model::{Documents, Place, Problem, ServiceName};
 
 /// Names of documents for which a similar name is looked for; looking is linear in all names.
 const MAX_GUESSES: usize = 50;
+/// Names from before a restart that are saved again although no source and no document has them any more.
+const MAX_UNUSED: usize = 4096;
 
-/// Orders the names in use by when each was first seen. Names that were saved before a restart come before all others.
+/// Orders the names in use by when each was first seen, and knows the owner of each DNS name that several names fold to. Names that were
+/// saved before a restart come before all others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Names {
     ranks: BTreeMap<ServiceName, u64>,
     next: u64,
     /// The names in use that are equal but for upper and lower case, by the lower case.
     folded: BTreeMap<String, BTreeSet<ServiceName>>,
+    /// The owner of each DNS name that several names in use fold to, by the lower case.
+    owners: BTreeMap<String, ServiceName>,
+}
+
+fn fold(name: &ServiceName) -> String {
+    name.as_str().to_ascii_lowercase()
+}
+
+fn has_capitals(name: &ServiceName) -> bool {
+    name.as_str().bytes().any(|byte| byte.is_ascii_uppercase())
 }
 
 impl Names {
@@ -35,69 +53,69 @@ impl Names {
         self.next = self.next.max(rank + 1);
     }
 
-    /// Takes note of names that are in use now. Of those that come together, a name in lower case comes first: so every replica that
-    /// begins with the same names decides alike.
+    /// Takes note of names that are in use now. Of names that come together, a name in lower case comes first, so that every replica
+    /// that begins with the same names gives them the same order.
     pub(crate) fn add(&mut self, names: impl IntoIterator<Item = ServiceName>) {
         let mut new: Vec<_> = names.into_iter().collect();
-        let has_capitals = |name: &ServiceName| name.as_str().bytes().any(|byte| byte.is_ascii_uppercase());
         new.sort_by(|a, b| (has_capitals(a), a).cmp(&(has_capitals(b), b)));
         for name in new {
-            self.folded.entry(name.as_str().to_ascii_lowercase()).or_default().insert(name.clone());
+            self.folded.entry(fold(&name)).or_default().insert(name.clone());
             self.rank(name);
         }
     }
 
     pub(crate) fn remove(&mut self, name: &ServiceName) {
         self.ranks.remove(name);
-        let folded = name.as_str().to_ascii_lowercase();
+        let folded = fold(name);
         if let Some(same) = self.folded.get_mut(&folded) {
             same.remove(name);
+            if same.len() < 2 {
+                self.owners.remove(&folded);
+            }
             if same.is_empty() {
                 self.folded.remove(&folded);
             }
         }
     }
 
-    /// Reports whether there is another name that DNS cannot tell from `name`.
-    pub(crate) fn is_ambiguous(&self, name: &ServiceName) -> bool {
-        self.folded.get(&name.as_str().to_ascii_lowercase()).is_some_and(|same| same.len() > 1)
-    }
-
-    /// Of the names that DNS cannot tell from `name`, puts the earliest that a source registers before those that only documents
-    /// have: a document with a mistake in its name must not take the DNS name away from the service that it means.
-    pub(crate) fn prefer_registered(
-        &mut self,
+    /// Returns who owns the DNS name of `name` now, where several names fold to it and that is not what is noted.
+    pub(crate) fn new_owner(
+        &self,
         name: &ServiceName,
         is_registered: impl Fn(&ServiceName) -> bool,
-    ) {
-        let Some(same) = self.folded.get(&name.as_str().to_ascii_lowercase()).filter(|same| same.len() > 1)
-        else {
-            return;
-        };
-        let Some(first) = same.iter().min_by_key(|name| self.rank_of(name)).cloned() else { return };
-        let registered = same.iter().filter(|name| is_registered(name)).min_by_key(|name| self.rank_of(name));
-        let Some(registered) = registered.filter(|registered| **registered != first).cloned() else { return };
-        if !is_registered(&first) {
-            let (rank, first_rank) = (self.rank_of(&registered), self.rank_of(&first));
-            self.ranks.insert(registered, first_rank);
-            self.ranks.insert(first, rank);
-        }
+    ) -> Option<ServiceName> {
+        let folded = fold(name);
+        let same = self.folded.get(&folded).filter(|same| same.len() > 1)?;
+        let owner = same.iter().min_by_key(|name| (!is_registered(name), has_capitals(name), *name))?;
+        (self.owners.get(&folded) != Some(owner)).then(|| owner.clone())
+    }
+
+    /// Gives `owner` the DNS name that it folds to.
+    pub(crate) fn give(&mut self, owner: ServiceName) {
+        self.owners.insert(fold(&owner), owner);
     }
 
     fn rank_of(&self, name: &ServiceName) -> u64 {
         self.ranks.get(name).copied().unwrap_or(u64::MAX)
     }
 
-    /// Returns the name that has the DNS name of `name`, if it is another one.
+    /// Returns the owner of the DNS name of `name`, if that is another name.
     pub fn shadowed_by(&self, name: &ServiceName) -> Option<&ServiceName> {
-        let same = self.folded.get(&name.as_str().to_ascii_lowercase()).filter(|same| same.len() > 1)?;
-        same.iter().min_by_key(|name| self.rank_of(name)).filter(|first| *first != name)
+        self.owners.get(&fold(name)).filter(|owner| *owner != name)
     }
 
-    /// Returns the names in use and those that were saved before a restart, the earliest first.
+    /// Returns the names to be saved, the earliest first: all names in use, and the earliest 4,096 of the others, which a source that
+    /// does not answer now may name again.
     pub fn in_order(&self) -> Vec<ServiceName> {
         let mut names: Vec<_> = self.ranks.iter().collect();
         names.sort_by_key(|(_, rank)| **rank);
+        let is_used =
+            |name: &ServiceName| self.folded.get(&fold(name)).is_some_and(|same| same.contains(name));
+        let mut unused = 0;
+        names.retain(|(name, _)| {
+            unused += usize::from(!is_used(name));
+            unused <= MAX_UNUSED || is_used(name)
+        });
         names.into_iter().map(|(name, _)| name.clone()).collect()
     }
 
@@ -108,8 +126,7 @@ impl Names {
         names
     }
 
-    /// Returns a problem for each name that DNS cannot tell from an earlier one, and for each document of a service that no source
-    /// names.
+    /// Returns a problem for each name whose DNS name another name owns, and for each document of a service that no source names.
     pub(crate) fn problems(
         &self,
         documents: &Documents,
@@ -119,10 +136,15 @@ impl Names {
     ) -> Vec<Problem> {
         let mut problems = Vec::new();
         for name in self.folded.values().filter(|same| same.len() > 1).flatten() {
-            if let Some(first) = self.shadowed_by(name) {
+            if let Some(owner) = self.shadowed_by(name) {
+                let why = match (is_registered(owner), is_registered(name)) {
+                    (true, false) => "since a source names it",
+                    _ if has_capitals(owner) => "since it comes first in the order of names",
+                    _ => "since it is in lower case",
+                };
                 let message = format!(
-                    "`{name}` and `{first}` differ in upper and lower case only, which DNS does not tell apart: `{first}` was there \
-                     first and has the name and a virtual address; `{name}` is reached by upstreams, or under another name"
+                    "`{name}` and `{owner}` differ in upper and lower case only, which DNS does not tell apart: `{owner}` has the DNS \
+                     name and a virtual address, {why}; `{name}` is reached by upstreams, or under another name"
                 );
                 let place = place_of(name).unwrap_or_else(|| Place::file(""));
                 problems.push(Problem::new(place, format!("service `{name}`"), message));
@@ -135,22 +157,45 @@ impl Names {
         let nodes = documents.nodes.iter().flat_map(|node| {
             node.upstreams.iter().map(|upstream| (&upstream.service, &node.place, "Node".to_owned()))
         });
-        let unknown = named.chain(nodes).filter(|(name, ..)| !is_registered(name));
-        for (name, place, subject) in unknown.take(MAX_GUESSES) {
-            let same = self.folded.get(&name.as_str().to_ascii_lowercase());
+        let needs_no_endpoints = |name: &ServiceName| {
+            is_registered(name) || documents.routes.get(name).is_some_and(|route| leads_elsewhere(route))
+        };
+        let unknown = named.chain(nodes).filter(|(name, ..)| !needs_no_endpoints(name));
+        for (number, (name, place, subject)) in unknown.enumerate() {
+            let same = self.folded.get(&fold(name));
             let same = same.into_iter().flatten().find(|other| is_registered(other));
-            let message = match (same, did_you_mean(name.as_str(), registered.iter().copied())) {
+            let guess = || {
+                let is_affordable = number < MAX_GUESSES;
+                is_affordable.then(|| did_you_mean(name.as_str(), registered.iter().copied())).flatten()
+            };
+            let message = match (same, guess()) {
                 (Some(same), _) => format!(
                     "no source names `{name}`, and `{same}` is there: names are told apart by upper and lower case, and Consul's \
                      are in lower case. Did you mean `{same}`?"
                 ),
                 (None, Some(meant)) => format!("no source names `{name}`: did you mean `{meant}`?"),
-                (None, None) => continue,
+                (None, None) => {
+                    format!("no source names `{name}`, so it has no endpoints: register it, or remove this")
+                }
             };
             problems.push(Problem::new(place.clone(), subject, message));
         }
         problems
     }
+}
+
+/// Reports whether no request that `route` matches goes to its own service, so that this service needs no endpoints: a name in front
+/// of others.
+fn leads_elsewhere(route: &Route) -> bool {
+    let goes_elsewhere = |rule: &Rule| {
+        rule.redirect.is_some()
+            || (!rule.split.is_empty()
+                && rule
+                    .split
+                    .iter()
+                    .all(|target| target.service.as_ref().is_some_and(|service| *service != route.service)))
+    };
+    !route.rules.is_empty() && route.rules.iter().all(goes_elsewhere)
 }
 
 /// Shares one order of names between all worlds that have it.
@@ -165,18 +210,42 @@ mod tests {
     }
 
     #[test]
-    fn who_was_there_first_keeps_a_name_also_over_a_restart_and_lower_case_comes_first_of_two_at_once() {
-        let mut names = Names::default();
-        names.add([name("Orders"), name("orders"), name("Pay")]);
-        assert_eq!(names.shadowed_by(&name("Orders")), Some(&name("orders")));
-        names.add([name("pay")]);
-        assert_eq!(names.shadowed_by(&name("pay")), Some(&name("Pay")));
-        assert_eq!(names.shadowed_by(&name("Pay")), None);
-        let mut restored = Names::restored(names.in_order());
-        restored.add([name("pay"), name("Pay"), name("orders")]);
-        assert_eq!(restored.shadowed_by(&name("pay")), Some(&name("Pay")));
-        assert_eq!(restored.shadowed_by(&name("orders")), None);
-        restored.remove(&name("Pay"));
-        assert_eq!(restored.shadowed_by(&name("pay")), None);
+    fn the_owner_of_a_dns_name_is_the_same_in_whatever_order_names_come_and_their_order_outlives_a_restart() {
+        let arrivals =
+            [["Orders", "orders", "ORDERS"], ["orders", "ORDERS", "Orders"], ["ORDERS", "Orders", "orders"]];
+        for arrival in arrivals {
+            let mut names = Names::default();
+            for arrived in arrival {
+                names.add([name(arrived)]);
+                if let Some(owner) = names.new_owner(&name(arrived), |_| true) {
+                    names.give(owner);
+                }
+            }
+            assert_eq!(names.shadowed_by(&name("Orders")), Some(&name("orders")));
+            assert_eq!(names.shadowed_by(&name("orders")), None);
+            assert_eq!(names.in_order(), arrival.map(name));
+            names.remove(&name("orders"));
+            names.give(names.new_owner(&name("orders"), |_| true).unwrap());
+            assert_eq!(names.shadowed_by(&name("Orders")), Some(&name("ORDERS")));
+            // Only documents have it.
+            names.give(names.new_owner(&name("orders"), |registered| *registered == name("Orders")).unwrap());
+            assert_eq!(names.shadowed_by(&name("ORDERS")), Some(&name("Orders")));
+            names.remove(&name("ORDERS"));
+            assert_eq!(names.shadowed_by(&name("Orders")), None);
+            assert_eq!(names.owners.len(), 0);
+        }
+        let mut restored = Names::restored([name("b"), name("a")]);
+        restored.add([name("a"), name("b"), name("A")]);
+        assert_eq!(restored.in_order(), ["b", "a", "A"].map(name));
+    }
+
+    #[test]
+    fn what_is_saved_is_bounded_however_many_names_went_while_the_control_plane_was_down() {
+        let gone = |number: usize| name(&format!("gone-{number}"));
+        let mut names = Names::restored((0..10 * MAX_UNUSED).map(gone).chain([name("orders")]));
+        names.add([name("orders"), name("pay"), gone(9 * MAX_UNUSED)]);
+        let saved = names.in_order();
+        assert_eq!(saved.len(), MAX_UNUSED + 3);
+        assert_eq!(saved[MAX_UNUSED..], [gone(9 * MAX_UNUSED), name("orders"), name("pay")]);
     }
 }

@@ -23,7 +23,7 @@ pub struct World {
     pub nodes: RedBlackTreeMapSync<NodeName, Arc<NodeReport>>,
     /// The generation in which `nodes` last changed.
     pub nodes_generation: u64,
-    /// Which names were there first.
+    /// Who owns which DNS name, and the order in which names came into use.
     pub names: SharedNames,
     /// What is wrong with sources and documents; what is wrong between them is for the compiler to say.
     pub problems: Arc<[Problem]>,
