@@ -7,11 +7,13 @@ use std::net::SocketAddr;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::Value;
 use vmesh_testkit::api::{Api, field};
 use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan};
 use vmesh_testkit::place::Loopback;
+
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::{BOUND, Mesh};
 
@@ -344,4 +346,17 @@ async fn a_source_that_is_not_required_is_waited_for_half_a_minute() -> Result<(
         if now == ["10.0.0.3:80"] { Ok(()) } else { Err(format!("{now:?}")) }
     })
     .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sighup_has_what_nobody_told_of_read_at_once() -> Result<()> {
+    let file = |last: u8| format!("service: orders\nendpoints: [\"10.0.0.{last}:80\"]\n");
+    let sources = "  - file: {path: services.d, watch: false, poll: 1h}\n";
+    let mut mesh = Mesh::prepare_on(sources, "", &[("services.d/orders.yaml", &file(1))])?;
+    mesh.start_control().await?;
+    mesh.until_endpoints("orders", &["10.0.0.1:80"]).await?;
+    mesh.write("services.d/orders.yaml", &file(2))?;
+    mesh.control()?.signal(Signal::HUP)?;
+    mesh.until_endpoints("orders", &["10.0.0.2:80"]).await?;
+    Ok(())
 }

@@ -183,6 +183,7 @@ async fn a_second_control_plane_leaves_the_state_of_the_first_alone_and_no_signa
     for signal in [Signal::HUP, Signal::USR1, Signal::USR2] {
         mesh.control()?.signal(signal)?;
     }
+    mesh.control()?.wait_line("SIGHUP: every discovery source is read again", BOUND).await?;
     mesh.control()?.wait_line("SIGUSR2 changes nothing", BOUND).await?;
     assert!(mesh.get("/api/v1/status").await?["ready"] == true);
     assert!(mesh.control()?.terminate(BOUND).await?.success());

@@ -99,7 +99,10 @@ async fn run(config: Config) -> ExitCode {
     let (withdraws_within, stops_within) = (Agent::withdraws_within(&config), Agent::stops_within(&config));
     // First of all: until then one of them would kill the process.
     let ignored = [signals::SIGHUP, signals::SIGUSR1, signals::SIGUSR2];
-    let ignored = match signals::ignored(&ignored, "agent.yaml is read at the start only") {
+    let ignored = match signals::ignored(
+        &ignored,
+        "agent.yaml is read at the start only, and secrets when their files change (SIGHUP is for vmesh-envoy)",
+    ) {
         Ok(ignored) => ignored,
         Err(error) => return report::failed(&error),
     };

@@ -9,13 +9,14 @@ use axum::Router;
 use axum::body::Body;
 use clap::Parser;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tower::ServiceExt;
 use vmesh_catalog::Catalog;
 use vmesh_daemon::connections::Gate;
 use vmesh_daemon::tasks::{ThreadError, on_own_thread};
 use vmesh_daemon::{Stop, Tasks, descriptors, http, listen, logs, report, signals, sockets, systemd};
-use vmesh_discovery::{Registrations, SourceConfig, View};
+use vmesh_discovery::{Command, Registrations, SourceConfig, View};
 use vmesh_model::{Place, Problem, ServiceName};
 use vmesh_xds::server::{AdsService, Bounded, Hub};
 
@@ -149,9 +150,10 @@ async fn first_view(source: SourceConfig) -> View {
 async fn run(config: Config) -> Result<(), RunError> {
     let files = descriptors::raise_limit();
     // First of all: until then one of them would kill the process.
-    let ignored = [signals::SIGHUP, signals::SIGUSR1, signals::SIGUSR2];
-    let why = "files are read when they change, and control.yaml at the start only";
-    let ignored = signals::ignored(&ignored, why).map_err(RunError::Signals)?;
+    let hangups = signal(SignalKind::hangup()).map_err(RunError::Signals)?;
+    let ignored = [signals::SIGUSR1, signals::SIGUSR2];
+    let ignored =
+        signals::ignored(&ignored, "SIGHUP reads what discovery reads again").map_err(RunError::Signals)?;
     let disk = Disk::open(&config.state_dir).map_err(RunError::State)?;
     // Sockets before anything else is done: an address that is taken is an error of the start, and of nothing else.
     let xds = listen_tcp(config.listen.xds_plaintext)?;
@@ -170,6 +172,7 @@ async fn run(config: Config) -> Result<(), RunError> {
         known.push(start_source(source, &disk, &kept, &mut tasks));
     }
     let sources = Sources::new(known);
+    tasks.spawn("reload", read_again_on(hangups, sources.clone()));
     let overrides = Overrides::new(kept, disk.clone());
     let desk = Desk::new(sources.clone(), overrides.clone(), &config.api_socket());
     let names: Vec<ServiceName> = restored(&disk, persist::NAMES).unwrap_or_default();
@@ -260,6 +263,26 @@ async fn run(config: Config) -> Result<(), RunError> {
         tracing::warn!("still running after {} s and abandoned: {}", DRAIN.as_secs(), late.join(", "));
     }
     outcome
+}
+
+/// Has every discovery source read again at each SIGHUP. Documents in a directory are read every 2 s anyway, secrets at their next use,
+/// and `control.yaml` at the start only.
+async fn read_again_on(mut hangups: Signal, sources: Sources) {
+    while hangups.recv().await.is_some() {
+        tracing::info!(
+            "SIGHUP: every discovery source is read again; control.yaml is read at the start only"
+        );
+        for known in sources.all() {
+            // A queue that is full has a reading in it, or an operator who is being answered.
+            if let Err(full) = known.handle.commands.try_send(Command::ReadAgain) {
+                tracing::warn!(
+                    "discovery source `{}` is not read again: {full}; send SIGHUP again",
+                    known.name()
+                );
+            }
+        }
+    }
+    std::future::pending().await
 }
 
 /// Follows one source, from its last good state if there is one, and frozen if it was.

@@ -25,6 +25,8 @@ pub enum Command {
     Freeze { since: SystemTime, done: oneshot::Sender<bool> },
     /// Take changes again. Answered with whether that is news.
     Thaw { done: oneshot::Sender<bool> },
+    /// Read the source again now, as strongly as it can, whether or not it was heard to change.
+    ReadAgain,
 }
 
 /// A source that is followed, for whoever wants its views or has something to say to it.
@@ -71,6 +73,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
         has_answered: false,
         is_usable,
         unusable: None,
+        is_to_read_again: false,
     };
     let mut backoff = Backoff::default();
     let mut again_at: Option<Instant> = None;
@@ -92,6 +95,14 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
             () = until(again_at) => again_at = None,
             // What was held is confirmed by time, and by readings that are asked for.
             () = until(followed.guard.deadline().map(Instant::from_std)) => {}
+        }
+        if std::mem::take(&mut followed.is_to_read_again) {
+            again_at = None;
+            backoff.reset();
+            let nothing = BTreeSet::new();
+            let reading = tokio::time::timeout(CONFIRM_WITHIN, source.confirm(&nothing));
+            let read = followed.while_obeying(reading, &mut commands).await;
+            followed.read_by_request(read.unwrap_or_else(|_| Err(too_slow(followed.guard.source()))));
         }
         let services = followed.guard.to_confirm(Instant::now().into_std());
         if !services.is_empty() {
@@ -121,6 +132,8 @@ struct Followed {
     is_usable: bool,
     /// Why it may not.
     unusable: Option<Arc<str>>,
+    /// The operator has asked for a reading.
+    is_to_read_again: bool,
 }
 
 impl Followed {
@@ -192,6 +205,17 @@ impl Followed {
         }
     }
 
+    /// Takes the reading that the operator asked for: it counts like any other, and confirms nothing that is held.
+    fn read_by_request(&mut self, read: Result<Registrations, SourceError>) {
+        match read {
+            Ok(told) => {
+                self.judge_usable(&told);
+                self.heard(|guard, now| guard.see(told, now));
+            }
+            Err(error) => tracing::warn!("{}; what was known stays in force", chain(&error)),
+        }
+    }
+
     fn read_again(&mut self, services: &BTreeSet<ServiceName>, read: Result<Registrations, SourceError>) {
         match read {
             Ok(told) => self.heard(|guard, now| guard.confirmed(services, told, now)),
@@ -221,7 +245,7 @@ impl Followed {
         }
     }
 
-    /// Who asked is answered when what was asked for is published, or nobody is there to be answered.
+    /// Obeys, but for a reading, which is left to whoever owns the source. Who asked is answered when what was asked for is published, or nobody is there to be answered.
     fn obey(&mut self, command: Command) {
         match command {
             Command::Accept { service, done } => {
@@ -238,6 +262,7 @@ impl Followed {
                 self.publish();
                 _ = done.send(is_news);
             }
+            Command::ReadAgain => self.is_to_read_again = true,
             Command::Thaw { done } => {
                 let is_news = self.guard.thaw(Instant::now().into_std());
                 self.publish();

@@ -283,6 +283,25 @@ async fn the_end_of_a_long_outage_is_heard_soon() {
     assert!(since.elapsed() <= Duration::from_secs(2), "{:?}", since.elapsed());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_reading_that_is_asked_for_is_taken_and_ends_the_pause_after_a_failure() {
+    let mut followed = followed(View::default());
+    followed.say.send(Ok(registrations(&[("web", 1)]))).unwrap();
+    followed.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
+    followed.say.send(Err(failed())).unwrap();
+    followed.handle.views.wait_for(|view| view.stale_because.is_some()).await.unwrap();
+    followed.handle.commands.send(Command::ReadAgain).await.unwrap();
+    followed.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
+
+    // A reading that fails changes nothing.
+    let mut broken = followed_with(View::default(), Confirms::Fails, GuardConfig::default());
+    broken.say.send(Ok(registrations(&[("web", 1)]))).unwrap();
+    broken.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
+    broken.handle.commands.send(Command::ReadAgain).await.unwrap();
+    broken.say.send(Ok(registrations(&[("pay", 1), ("web", 1)]))).unwrap();
+    broken.until(r#"["pay 1 fresh", "web 1 fresh"] stale: "no" held: 0"#).await;
+}
+
 #[test]
 fn the_backoff_grows_to_two_seconds_and_is_drawn() {
     let mut backoff = Backoff::default();
