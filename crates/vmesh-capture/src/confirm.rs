@@ -117,6 +117,10 @@ impl Commit {
         self.bypassed = bypassed;
     }
 
+    pub fn is_bypassed(&self) -> bool {
+        self.bypassed
+    }
+
     /// What is to be on the host now.
     pub fn wanted(&self) -> (&Spec, Stage) {
         match &self.state.trial {

@@ -13,6 +13,7 @@
 //! | [`iptables`] | iptables and ip6tables: our own chains |
 //! | [`mod@plan`] | [`Plan`]: the differences, by name, and the transactions that end them; what `--dry-run` prints |
 //! | [`confirm`] | commit-confirm, the dead-man, taking leave: told the time |
+//! | [`machine`] | [`machine::Machine`]: decides when what is done to a host; told events, it answers with actions |
 //! | [`apply`] | [`apply::Applier`]: the only I/O, with [`facts`] |
 //! | [`foreign`] | rules of others: what they do with captured connections, and which of them is in the way |
 //! | [`facts`] | reads a [`Host`] from `/proc`, systemd and `getent` |
@@ -41,6 +42,7 @@ pub mod facts;
 pub mod foreign;
 pub mod host;
 pub mod iptables;
+pub mod machine;
 pub mod nft;
 pub mod plan;
 pub mod program;

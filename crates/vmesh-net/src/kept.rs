@@ -1,16 +1,12 @@
 //! The state of vmesh-net on the disk.
 
-use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::warn;
 use vmesh_capture::confirm::State as Committed;
-use vmesh_capture::host::Memory;
-use vmesh_capture::spec::Spec;
+use vmesh_capture::machine::SavedState;
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use xxhash_rust::xxh3::xxh3_64;
@@ -19,62 +15,42 @@ const MAX_STATE: u64 = 16 << 20;
 /// How the file begins; 16 hexadecimal digits follow, which are the hash of the file without them.
 const CHECKSUM: &str = "{\"checksum\":\"";
 
-/// The state that outlives the process.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub(crate) struct SavedState {
-    pub(crate) commit: Committed,
-    pub(crate) known: AgentFacts,
-    /// The spec that the last failed trial tried, and why it failed.
-    pub(crate) refused: Option<(Spec, String)>,
-    pub(crate) memory: Memory,
+/// Writes the file, with its checksum.
+pub(crate) fn save(state: &SavedState, path: &Path) -> Result<(), String> {
+    let json = serde_json::to_string(state).map_err(|error| error.to_string())?;
+    let text = with_checksum(&json);
+    fsx::write_atomically(path, text.as_bytes(), fsx::PRIVATE).map_err(|error| one_line(&error))
 }
 
-/// What the agent knows of itself.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub(crate) struct AgentFacts {
-    pub(crate) ports: BTreeSet<u16>,
-    pub(crate) control_planes: BTreeSet<SocketAddr>,
-}
-
-impl SavedState {
-    pub(crate) fn save(&self, path: &Path) -> Result<(), String> {
-        let json = serde_json::to_string(self).map_err(|error| error.to_string())?;
-        let text = with_checksum(&json);
-        fsx::write_atomically(path, text.as_bytes(), fsx::PRIVATE).map_err(|error| one_line(&error))
-    }
-
-    /// Reads the file, and whether all of it is understood and undamaged. Of one that is not, the parts count that this version
-    /// understands.
-    pub(crate) fn load(path: &Path) -> (SavedState, bool) {
-        let text = match fsx::read_capped(path, MAX_STATE) {
-            Ok(text) => text,
-            Err(error) if error.is_not_found() => return (SavedState::default(), true),
-            Err(error) => {
-                warn!("what was captured is not known until the agent says it: {}", one_line(&error));
-                return (SavedState::default(), false);
-            }
-        };
-        let error = match serde_json::from_slice::<SavedState>(&text) {
-            Ok(state) if is_undamaged(&text) => return (state, true),
-            Ok(state) => {
-                warn!(
-                    "{} is damaged, its checksum is wrong: what was captured is not known until the agent says it",
-                    path.display()
-                );
-                // The footprint is kept: it leads only to the removal of empty chains.
-                let commit = Committed { footprint: state.commit.footprint, ..Committed::default() };
-                return (SavedState { commit, ..SavedState::default() }, false);
-            }
-            Err(error) => error,
-        };
-        warn!(
-            "{} is not what this version writes; what was captured is not known until the agent says it: {error}",
-            path.display()
-        );
-        (parts(&text), false)
-    }
+/// Reads the file, and whether all of it is understood and undamaged. Of one that is not, the parts count that this version
+/// understands.
+pub(crate) fn load(path: &Path) -> (SavedState, bool) {
+    let text = match fsx::read_capped(path, MAX_STATE) {
+        Ok(text) => text,
+        Err(error) if error.is_not_found() => return (SavedState::default(), true),
+        Err(error) => {
+            warn!("what was captured is not known until the agent says it: {}", one_line(&error));
+            return (SavedState::default(), false);
+        }
+    };
+    let error = match serde_json::from_slice::<SavedState>(&text) {
+        Ok(state) if is_undamaged(&text) => return (state, true),
+        Ok(state) => {
+            warn!(
+                "{} is damaged, its checksum is wrong: what was captured is not known until the agent says it",
+                path.display()
+            );
+            // The footprint is kept: it leads only to the removal of empty chains.
+            let commit = Committed { footprint: state.commit.footprint, ..Committed::default() };
+            return (SavedState { commit, ..SavedState::default() }, false);
+        }
+        Err(error) => error,
+    };
+    warn!(
+        "{} is not what this version writes; what was captured is not known until the agent says it: {error}",
+        path.display()
+    );
+    (parts(&text), false)
 }
 
 fn parts(text: &[u8]) -> SavedState {

@@ -1,14 +1,16 @@
 //! The one part of vmesh with privileges on a host: it keeps the rules that send connections through Envoy.
 //!
 //! ```text
-//! agent --(a typed spec, "I am well", "it works")--> net.sock --> Keeper --> vmesh_capture's Applier --> the kernel
+//! agent --(a typed spec, "I am well", "it works")--> net.sock --> Keeper: Event -> vmesh_capture's Machine -> Action --> executor
+//!                                                                                                       --> Applier --> the kernel
 //! ```
 //!
 //! | module | what is in it |
 //! |---|---|
 //! | [`protocol`] | what is asked and answered on the socket: one line of JSON each |
 //! | [`client`] | [`client::Client`]: the other end, for the agent and `vmeshctl` |
-//! | [`keeper`] | [`keeper::Keeper`]: what is on the host and why; decides everything |
+//! | [`keeper`] | [`keeper::Keeper`]: gives events to [`vmesh_capture::machine`], which decides, and has its actions done |
+//! | `executor` | does them: tools, disk, `/proc`, Envoy |
 //! | [`pulse`] | [`pulse::Pulse`]: holds the dead-man off, one for each direction |
 //! | [`board`] | [`board::StatusSource`]: what is answered to whoever asks how things are |
 //! | [`probe`] | whether Envoy takes connections, whether a capture works from end to end |
@@ -38,6 +40,7 @@
 pub mod board;
 pub mod cgroups;
 pub mod client;
+mod executor;
 pub mod keeper;
 mod kept;
 mod owner;

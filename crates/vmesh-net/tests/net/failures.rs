@@ -279,3 +279,51 @@ async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
     assert_eq!((again.state, again.trial), (State::Confirmed, None), "{again:?}");
     assert!(vm.nft(&["list", "table", "inet", "vmesh"]).contains("redirect to :15006"));
 }
+
+/// What a damaged state said is nowhere but in the kernel, until the agent speaks: no process may write that nothing was captured.
+#[tokio::test]
+async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    Agent::new(&vm, vm::CLOSED).await.capture().await;
+    vm.net.take().unwrap().kill().unwrap();
+    fs::write(vm.state_dir().join("state.json"), "{\"commit\": 7").unwrap();
+    vm.start_net().await;
+    // An upgrade, before the agent has said anything.
+    vm.net.as_ref().unwrap().signal(rustix::process::Signal::HUP).unwrap();
+    let starts = async || {
+        let said = vm.net.as_ref().unwrap().output();
+        let starts = said.matches("state.json is not what this version writes").count();
+        if starts == 2 { Ok(()) } else { Err(said) }
+    };
+    wait_for("the next process to read the state", SOON, starts).await.unwrap();
+    vm.status().await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh", "what is closed stays so");
+
+    // The agent says that nothing is to be captured: the rules of nobody knows what go at once.
+    let mut agent = Agent::new(&vm, "{}").await;
+    agent.want().await;
+    let table = || vm.nft(&["list", "tables"]);
+    assert!(!vm.ruleset().contains("redirect to :15001"), "{}", vm.ruleset());
+    let look = async || if table().contains("inet vmesh") { Err(table()) } else { Ok(()) };
+    wait_for("the table to go", SOON, look).await.unwrap();
+}
+
+/// netfilter-persistent, or an operator, loads a ruleset that was saved while something was captured.
+#[tokio::test]
+async fn rules_of_ours_that_somebody_loads_again_after_off_are_taken_away() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, vm::CLOSED).await;
+    agent.capture().await;
+    let saved = vm.state_dir().join("saved.nft");
+    fs::write(&saved, vm.nft(&["list", "table", "inet", "vmesh"])).unwrap();
+    agent.want.spec = Default::default();
+    agent.want().await;
+    vm.until("the rules to go", |status| status.state == State::Off).await;
+    vm.nft(&["-f", saved.to_str().unwrap()]);
+    let look = async || match vm.nft(&["list", "tables"]) {
+        tables if tables.contains("inet vmesh") => Err(tables),
+        _ => Ok(()),
+    };
+    wait_for("the table to go again", Duration::from_secs(20), look).await.unwrap();
+    assert_eq!(vm.status().await.state, State::Off);
+}

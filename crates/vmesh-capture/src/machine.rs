@@ -1,0 +1,806 @@
+//! Decides what is on a host, and when: the half of vmesh-net's keeper that does no I/O and reads no clock.
+//!
+//! ```text
+//! Event (a want, a tick, a change of rules, the result of an action) -> Machine::on(event, now) -> actions -> the driver -> Event ...
+//! ```
+//!
+//! Call [`Machine::start`], then [`Machine::on`] with [`Event::Started`]. Perform the actions in order. At most one of a batch has a result
+//! ([`Action::awaits_result`]), and it is the last: give its result to [`Machine::on`] next. When a batch has none, the machine is idle, and
+//! takes the next event from outside. An event out of turn changes nothing.
+//!
+//! The states are [`Life`] (does the process know what is wanted, or does it end), [`Kernel`] (what is known of our rules) and [`Phase`]
+//! (the action whose result is awaited). [`Machine::on`] is the only place that leaves a phase.
+//!
+//! ```text
+//! Idle -> ReadingHost -> [Detecting] -> something is wanted: [ReadingFilter] -> [TakingFootprint -> SavingFootprint]
+//!                                         -> LookingAtEnvoy -> Applying -> EndingOthers -> Idle
+//!                                    -> nothing is wanted:   Counting -> EndingOthersFirst -> TakingAway -> SavingAbsence -> Idle
+//!                                         [TakingFootprint -> SavingFootprint] -> Draining -> Idle
+//! any of these fails: Idle with an error, tried again by the tick; where units may have gone meanwhile, ReadingHostAgain once
+//! a trial: ReadingHost -> ReadingSessions -> Saving -> (as above)
+//! a confirmation: CheckingListeners -> TryingPath -> [ReadingFilterForPath] -> ReadingHost -> ReadingSessions -> Saving -> (as above)
+//! ```
+//!
+//! **Invariants**, shown by a property test against a model host that fails at any action, `tests/keeper.rs`: a trial is on the disk before
+//! it is in the kernel; a host ends as it is wanted or as it was before; `off` leaves nothing.
+
+mod bring;
+mod messages;
+mod trial;
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+pub use messages::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level, SavedState};
+
+use crate::apply::Backend;
+use crate::confirm::{self, Commit, leaving, without_what_is_not_wanted};
+use crate::facts::Session;
+use crate::foreign::InboundJudge;
+use crate::host::{Host, Memory};
+use crate::program::{Direction, Directions, Program, Stage};
+use crate::spec::{Inward, Outward, Spec};
+
+/// The interval of [`Event::Tick`].
+pub const TICK: Duration = Duration::from_secs(1);
+/// Ticks between two looks at everything, where the kernel tells of changes.
+const LOOKS_EVERY: u64 = 60;
+/// Ticks between two looks where the kernel tells of none (legacy iptables), where units are named (a restarted unit has another control
+/// group), and where the rules of others could not be read.
+const LOOKS_OFTEN_EVERY: u64 = 10;
+/// The shortest time between two looks at a host whose rules or units change all the time.
+const RESTS: Duration = Duration::from_secs(1);
+/// How long after an error the work is tried again: a lock may be released by then, or a disk have room.
+const TRIES_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// Endpoints that come and go are written to the disk together.
+const SAVES_AFTER: Duration = Duration::from_secs(10);
+/// An agent that runs at all has spoken by then.
+const AGENT_BEGINS_WITHIN: Duration = Duration::from_secs(120);
+
+/// Whether the process knows what is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// The disk did not say what was captured: the kernel's rules stay as they are until the agent speaks, or this moment.
+    AwaitsAgent {
+        until: Instant,
+    },
+    Keeps,
+    /// The process takes the rules away, and ends once they are gone.
+    Stops {
+        since: Instant,
+    },
+}
+
+/// What is known of our rules in the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Kernel {
+    /// The rules have not been read yet, or a change failed, of which any part may be in the kernel.
+    Unknown,
+    /// No rule of ours, verified.
+    Absent,
+    /// No rule of ours, verified before somebody else changed rules: a saved ruleset that is loaded again may have some.
+    AbsentBefore,
+    Has(Program),
+}
+
+/// The state that `vmeshctl capture` shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Off,
+    Leaving,
+    Trial,
+    Confirmed,
+    Bypassed,
+}
+
+/// Changes of our rules by others, mended.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Drift {
+    pub count: u64,
+    pub at: Option<Instant>,
+    pub what: Vec<String>,
+    pub by: Option<String>,
+}
+
+/// The cached readings that are read again before rules are changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Refresh {
+    /// Nothing: only endpoints differ.
+    Endpoints,
+    /// The rules, ours and others'.
+    Rules,
+    /// The host, too.
+    Host,
+}
+
+/// One pass from a host to its rules.
+#[derive(Debug, Clone, PartialEq)]
+struct Attempt {
+    host: Host,
+    spec: Spec,
+    stage: Stage,
+    is_retry: bool,
+}
+
+/// The rules that an attempt leads to.
+#[derive(Debug, Clone, PartialEq)]
+struct Goal {
+    attempt: Attempt,
+    /// The spec without the ports that are left out.
+    spec: Spec,
+    program: Program,
+}
+
+/// The step that follows once the footprint is on the disk.
+#[derive(Debug, PartialEq)]
+enum FirstRules {
+    Capture(Box<Goal>),
+    Drain { attempt: Box<Attempt>, program: Program, open: usize },
+}
+
+impl FirstRules {
+    fn attempt(self) -> Attempt {
+        match self {
+            FirstRules::Capture(goal) => goal.attempt,
+            FirstRules::Drain { attempt, .. } => *attempt,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SessionsFor {
+    Trial,
+    Confirmation,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SaveFor {
+    /// Saves a new trial: if this fails, the trial is given up.
+    Trial,
+    /// Saves everything else: an error is logged with this prefix.
+    Warn(&'static str),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PathCheck {
+    Confirmation,
+    Watch { with_rules: bool, outbound_is_well: bool },
+}
+
+/// The action whose result the machine awaits, and the data for the step after it.
+#[derive(Debug, PartialEq)]
+enum Phase {
+    Idle,
+    ReadingHost,
+    ReadingHostAgain,
+    ReadingSessions(SessionsFor),
+    Saving(SaveFor),
+    CheckingListeners,
+    TryingPath(PathCheck),
+    ReadingFilterForPath(PathCheck),
+    Detecting(Box<Attempt>),
+    ReadingFilter(Box<Attempt>),
+    TakingFootprint(FirstRules),
+    SavingFootprint(FirstRules),
+    LookingAtEnvoy(Box<Goal>),
+    Applying { goal: Box<Goal>, before: Kernel, well: Directions },
+    EndingOthers(Box<Attempt>),
+    Counting(Box<Attempt>),
+    EndingOthersFirst { attempt: Box<Attempt>, program: Program, open: usize },
+    Draining { attempt: Box<Attempt>, program: Program, open: usize },
+    TakingAway(Box<Attempt>),
+    SavingAbsence,
+}
+
+/// A part of the answer to one event. The machine runs its tasks in order.
+#[derive(Debug)]
+enum Task {
+    ReadHost,
+    Bring(Refresh),
+    ReadSessions(SessionsFor),
+    Save(SaveFor),
+    SaveIfDue,
+    CheckListeners,
+    CheckPath(PathCheck),
+    /// Ends a want: a trial that could not be applied is taken back.
+    SettleWant,
+    Reply(Result<(), String>),
+    ExitIfGone,
+    Exit,
+}
+
+/// The change that is on trial.
+#[derive(Debug, Default)]
+struct Trial {
+    number: u64,
+    /// The sessions of SSH from when it began.
+    sessions: Vec<Session>,
+    /// The reason why the last confirmation was refused.
+    doubt: Option<String>,
+}
+
+/// Work that a later tick does.
+#[derive(Debug, Default)]
+struct Due {
+    ticks: u64,
+    refresh: Option<Refresh>,
+    save_at: Option<Instant>,
+    path_with_rules: bool,
+    /// When the host was last brought to what is wanted.
+    looked: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Report {
+    notes: Vec<String>,
+    path_fault: Option<String>,
+    error: Option<String>,
+    drift: Drift,
+    changed_by: Option<(Instant, Option<String>)>,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Machine {
+    /// The longest time that connections through redirects may take to end once nothing is wanted.
+    drain: Duration,
+    life: Life,
+    kernel: Kernel,
+    phase: Phase,
+    tasks: VecDeque<Task>,
+    actions: Vec<Action>,
+    commit: Commit,
+    trial: Trial,
+    known: AgentFacts,
+    memory: Memory,
+    /// The spec of the last failed trial, which is not tried again until an operator asks for that, and the reason.
+    refused: Option<(Spec, String)>,
+    /// The last want of the agent's, whatever became of it.
+    agent_wants: Option<Spec>,
+    /// The backend; `true` if the host has IPv6.
+    backend: Option<(Backend, bool)>,
+    /// The last reading of the host.
+    host: Option<Host>,
+    filter: InboundJudge,
+    replaced: u64,
+    /// The moment from which nothing was wanted; `None` once the rules are gone.
+    leaving_since: Option<Instant>,
+    due: Due,
+    report: Report,
+}
+
+impl Machine {
+    /// Begins with the state of the disk. If `is_whole` is false, the machine changes no rule until the agent speaks.
+    pub fn start(
+        saved: SavedState,
+        is_whole: bool,
+        bypassed: bool,
+        drain: Duration,
+        now: Instant,
+    ) -> Machine {
+        let (commit, reverted) = Commit::start(saved.commit, bypassed);
+        let mut refused = saved.refused;
+        let mut actions = Vec::new();
+        if let Some(spec) = reverted {
+            actions.push(Action::Tell(
+                Level::Warn,
+                "what was on trial when vmesh-net ended is taken back".to_owned(),
+            ));
+            // It may be why.
+            refused = Some((spec, "vmesh-net ended while it was on trial".to_owned()));
+        }
+        let life = match is_whole {
+            true => Life::Keeps,
+            false => Life::AwaitsAgent { until: now + AGENT_BEGINS_WITHIN },
+        };
+        Machine {
+            drain,
+            life,
+            kernel: Kernel::Unknown,
+            phase: Phase::Idle,
+            tasks: VecDeque::new(),
+            actions,
+            commit,
+            trial: Trial::default(),
+            known: saved.known,
+            memory: saved.memory,
+            refused,
+            agent_wants: None,
+            backend: None,
+            host: None,
+            filter: InboundJudge::default(),
+            replaced: 0,
+            leaving_since: None,
+            due: Due::default(),
+            report: Report::default(),
+        }
+    }
+
+    /// Takes an event, and returns the actions to perform.
+    pub fn on(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        match (std::mem::replace(&mut self.phase, Phase::Idle), event) {
+            (Phase::ReadingHost, Event::HostRead(host)) => self.learn(*host, now),
+            (Phase::ReadingHostAgain, Event::HostRead(host)) => {
+                self.learn((*host).clone(), now);
+                self.attempt(*host, true, now);
+            }
+            (Phase::ReadingSessions(purpose), Event::SessionsRead(sessions)) => {
+                self.sessions_read(purpose, sessions);
+            }
+            (Phase::Saving(purpose), Event::Saved(result)) => self.saved(purpose, result),
+            (Phase::CheckingListeners, Event::ListenersChecked(result)) => {
+                self.or_not_confirmed(result);
+            }
+            (Phase::TryingPath(purpose), Event::PathTried(result)) => self.path_tried(purpose, result),
+            (Phase::ReadingFilterForPath(purpose), Event::FilterRead(rules)) => {
+                self.filter.read(rules);
+                let result = self.untracked();
+                self.path_checked(purpose, result);
+            }
+            (Phase::Detecting(attempt), Event::Detected(result)) => match result {
+                Ok(backend) => {
+                    self.backend = Some(backend);
+                    self.go(*attempt, now);
+                }
+                Err(why) => self.failed(*attempt, why),
+            },
+            (Phase::ReadingFilter(attempt), Event::FilterRead(rules)) => {
+                self.filter.read(rules);
+                self.compile(*attempt, now);
+            }
+            (Phase::TakingFootprint(next), Event::FootprintTaken(result)) => match result {
+                Ok(Some(footprint)) => {
+                    self.commit.set_footprint(Some(footprint));
+                    self.save(Phase::SavingFootprint(next));
+                }
+                Ok(None) => self.with_footprint(next),
+                Err(why) => self.failed(next.attempt(), why),
+            },
+            (Phase::SavingFootprint(next), Event::Saved(result)) => match result {
+                Ok(()) => self.with_footprint(next),
+                Err(why) => {
+                    // The next attempt is to write it, before any rule.
+                    self.commit.set_footprint(None);
+                    self.failed(next.attempt(), why);
+                }
+            },
+            (Phase::LookingAtEnvoy(goal), Event::EnvoySeen(well)) => {
+                // A change that fails may leave any part of it in the kernel.
+                let before = std::mem::replace(&mut self.kernel, Kernel::Unknown);
+                let (program, timeout) = (goal.program.clone(), goal.spec.dead_man.timeout);
+                self.wait(Action::Apply { program, timeout, well }, Phase::Applying { goal, before, well });
+            }
+            (Phase::Applying { goal, before, well }, Event::Applied(applied)) => {
+                self.applied(*goal, before, well, applied, now);
+            }
+            (Phase::EndingOthers(attempt), Event::OthersEnded(result)) => match result {
+                Ok(()) => self.report.error = None,
+                Err(why) => self.failed(*attempt, why),
+            },
+            (Phase::Counting(attempt), Event::ConnectionsCounted(open)) => {
+                let since = *self.leaving_since.get_or_insert(now);
+                let ipv6 = self.backend.is_some_and(|(_, ipv6)| ipv6);
+                let program = leaving(open, since, now, self.drain, ipv6);
+                let footprint = self.commit.state().footprint.clone();
+                let action = Action::EndOthers { program: program.clone(), footprint };
+                self.wait(action, Phase::EndingOthersFirst { attempt, program, open });
+            }
+            (Phase::EndingOthersFirst { attempt, program, open }, Event::OthersEnded(result)) => match result
+            {
+                Ok(()) => self.leave(attempt, program, open),
+                Err(why) => self.failed(*attempt, why),
+            },
+            (Phase::Draining { attempt, program, open }, Event::Applied(applied)) => match applied.outcome {
+                Ok(_) => {
+                    if applied.changes.is_some() {
+                        let text = format!(
+                            "nothing new is captured; {open} connections through redirects are left to end"
+                        );
+                        self.tell(Level::Info, text);
+                    }
+                    self.kernel = Kernel::Has(program);
+                    self.left();
+                }
+                Err(why) => self.failed(*attempt, why),
+            },
+            (Phase::TakingAway(attempt), Event::TakenAway(result)) => match result {
+                Ok(changed) => {
+                    if changed {
+                        self.tell(Level::Info, "the host's rules are as they were before vmesh");
+                    }
+                    self.kernel = Kernel::Absent;
+                    self.leaving_since = None;
+                    self.commit.set_footprint(None);
+                    self.left();
+                    self.save(Phase::SavingAbsence);
+                }
+                Err(why) => self.failed(*attempt, why),
+            },
+            (Phase::SavingAbsence, Event::Saved(result)) => {
+                if let Err(why) = result {
+                    self.tell(Level::Warn, why);
+                }
+            }
+            (Phase::Idle, event) => self.begin(event, now),
+            (phase, event) => {
+                self.phase = phase;
+                self.tell(Level::Error, format!("an event out of turn is left out: {event:?}"));
+            }
+        }
+        while self.phase == Phase::Idle
+            && let Some(task) = self.tasks.pop_front()
+        {
+            self.run(task, now);
+        }
+        std::mem::take(&mut self.actions)
+    }
+
+    fn begin(&mut self, event: Event, now: Instant) {
+        match event {
+            Event::Started => self.tasks.push_back(Task::Bring(Refresh::Host)),
+            Event::Tick { bypassed, outbound_is_well } => self.tick(bypassed, outbound_is_well, now),
+            Event::Want { spec, known, patience } => self.want(spec, known, patience, now),
+            Event::Confirm { trial } => self.confirm(trial),
+            Event::Revert { trial, why } => {
+                let on_trial = if trial == self.trial.number { self.commit.revert() } else { None };
+                match on_trial {
+                    Some(spec) => {
+                        self.take_back(spec, why);
+                        self.tasks.extend([Task::Bring(Refresh::Host), Task::Reply(Ok(()))]);
+                    }
+                    None => self.reply(Err("nothing of that number is on trial".to_owned())),
+                }
+            }
+            Event::Retry => {
+                // Until the agent speaks again, it serves what it last wanted.
+                if let Some((spec, _)) = self.refused.take() {
+                    self.agent_wants.get_or_insert(spec);
+                }
+                let save = Task::Save(SaveFor::Warn("after a restart it would not be tried again: "));
+                self.tasks.extend([save, Task::Reply(Ok(()))]);
+            }
+            Event::RulesChanged { by, bypassed } => {
+                self.forget_rules();
+                self.due.path_with_rules = true;
+                self.report.changed_by = Some((now, by));
+                // The script sets its flag before it changes any rule, so that they are not mended behind its back.
+                if self.set_bypassed(bypassed) {
+                    self.tasks.push_back(Task::Bring(Refresh::Host));
+                } else {
+                    self.bring_after_rest(Refresh::Rules, now);
+                }
+            }
+            Event::UnitsStarted => {
+                if !self.wanted().0.is_off() {
+                    self.bring_after_rest(Refresh::Host, now);
+                }
+            }
+            Event::RefreshFailed(why) => {
+                self.tell(Level::Warn, why.clone());
+                self.report.error = Some(why);
+                self.tasks.push_back(Task::Bring(Refresh::Host));
+            }
+            Event::Stop => {
+                self.end_untried();
+                self.life = Life::Stops { since: now };
+                self.leaving_since.get_or_insert(now);
+                self.tasks.extend([Task::Bring(Refresh::Host), Task::ExitIfGone]);
+            }
+            Event::Handover => {
+                self.end_untried();
+                self.tasks.push_back(Task::Exit);
+            }
+            result => {
+                self.tell(Level::Error, format!("a result that nobody waits for is left out: {result:?}"))
+            }
+        }
+    }
+
+    fn tick(&mut self, bypassed: bool, outbound_is_well: bool, now: Instant) {
+        if matches!(self.life, Life::Stops { .. }) {
+            self.tasks.extend([Task::Bring(Refresh::Host), Task::ExitIfGone]);
+            return;
+        }
+        self.due.ticks = self.due.ticks.wrapping_add(1);
+        let looks = self.due.ticks % self.looks_every() == 0;
+        let again = self.report.error.is_some() && !self.looked_within(TRIES_AGAIN_AFTER, now);
+        let waited = matches!(self.life, Life::AwaitsAgent { until } if now >= until);
+        let refresh = self.due.refresh.take();
+        let is_leaving = self.leaving_since.is_some();
+        let mut bring = self.set_bypassed(bypassed)
+            || refresh == Some(Refresh::Host)
+            || looks
+            || again
+            || waited
+            || is_leaving;
+        if refresh.is_some() && !bring {
+            self.tasks.push_back(Task::Bring(Refresh::Rules));
+        }
+        if let Some(spec) = self.commit.tick(now) {
+            let doubt = self.trial.doubt.take().unwrap_or_else(|| "nobody confirmed it in time".to_owned());
+            self.take_back(spec, doubt);
+            bring = true;
+        }
+        if bring {
+            self.tasks.push_back(Task::Bring(Refresh::Host));
+        }
+        self.tasks.push_back(Task::SaveIfDue);
+        let with_rules = std::mem::take(&mut self.due.path_with_rules);
+        if looks || with_rules {
+            self.tasks.push_back(Task::CheckPath(PathCheck::Watch { with_rules, outbound_is_well }));
+        }
+    }
+
+    fn run(&mut self, task: Task, now: Instant) {
+        match task {
+            Task::ReadHost => self.read_host(Phase::ReadingHost),
+            Task::Bring(refresh) => self.bring(refresh, now),
+            Task::ReadSessions(purpose) => {
+                let ports = self.host.as_ref().map(|host| host.never.ssh.clone()).unwrap_or_default();
+                self.wait(Action::ReadSessions(ports), Phase::ReadingSessions(purpose));
+            }
+            Task::Save(purpose) => {
+                if self.may_save() {
+                    self.save(Phase::Saving(purpose));
+                }
+            }
+            Task::SaveIfDue => {
+                if self.may_save() && self.due.save_at.is_some_and(|at| at <= now) {
+                    let before =
+                        "after a restart what was known before would be in force, until the agent speaks: ";
+                    self.save(Phase::Saving(SaveFor::Warn(before)));
+                }
+            }
+            Task::CheckListeners => {
+                let directions = directions(&self.wanted().0);
+                self.wait(Action::CheckListeners(directions), Phase::CheckingListeners);
+            }
+            Task::CheckPath(purpose) => self.check_path(purpose),
+            Task::SettleWant => self.settle_want(),
+            Task::Reply(result) => self.reply(result),
+            Task::ExitIfGone => self.exit_if_gone(now),
+            Task::Exit => self.actions.push(Action::Exit),
+        }
+    }
+
+    fn wait(&mut self, action: Action, phase: Phase) {
+        self.actions.push(action);
+        self.phase = phase;
+    }
+
+    fn tell(&mut self, level: Level, text: impl Into<String>) {
+        self.actions.push(Action::Tell(level, text.into()));
+    }
+
+    fn reply(&mut self, result: Result<(), String>) {
+        self.actions.push(Action::Reply(result));
+    }
+
+    fn read_host(&mut self, phase: Phase) {
+        let (known, memory) = (self.known.clone(), self.memory.clone());
+        self.wait(Action::ReadHost { spec: self.wanted().0, known, memory }, phase);
+    }
+
+    fn learn(&mut self, host: Host, now: Instant) {
+        let before = self.memory.clone();
+        self.memory.learn(&host);
+        self.host = Some(host);
+        if self.memory != before {
+            self.due.save_at.get_or_insert(now + SAVES_AFTER);
+        }
+    }
+
+    /// Reports whether the machine may write the state. A machine that does not know what was captured must not: the next process would
+    /// read that nothing was.
+    fn may_save(&self) -> bool {
+        !matches!(self.life, Life::AwaitsAgent { .. })
+    }
+
+    fn save(&mut self, phase: Phase) {
+        self.due.save_at = None;
+        let state = SavedState {
+            commit: self.commit.state().clone(),
+            known: self.known.clone(),
+            refused: self.refused.clone(),
+            memory: self.memory.clone(),
+        };
+        self.wait(Action::Save(Box::new(state)), phase);
+    }
+
+    fn saved(&mut self, purpose: SaveFor, result: Result<(), String>) {
+        match (purpose, result) {
+            (SaveFor::Trial, Ok(())) => {
+                let text = format!("a change of capture is on trial (number {})", self.trial.number);
+                self.tell(Level::Info, text);
+            }
+            (SaveFor::Trial, Err(why)) => {
+                // A process that died in this trial would find no trial to take back on the disk.
+                self.commit.revert();
+                self.tasks.clear();
+                let refusal = Err(format!("the change is not tried: {why}"));
+                // The kernel may have the rules of a trial that this one was to replace.
+                self.tasks.extend([Task::Bring(Refresh::Rules), Task::Reply(refusal)]);
+            }
+            (SaveFor::Warn(before), Err(why)) => self.tell(Level::Warn, format!("{before}{why}")),
+            (SaveFor::Warn(_), Ok(())) => {}
+        }
+    }
+
+    /// Gives up a trial without refusing it, since the process is told to end.
+    fn end_untried(&mut self) {
+        self.commit.revert();
+        let save = SaveFor::Warn("after the next start an older state would be in force: ");
+        self.tasks.push_back(Task::Save(save));
+    }
+
+    fn exit_if_gone(&mut self, now: Instant) {
+        let Life::Stops { since } = self.life else { return };
+        if self.kernel == Kernel::Absent {
+            self.tell(Level::Info, "the host's rules are as they were");
+            self.actions.push(Action::Exit);
+        } else if let Some(error) = &self.report.error
+            && now.saturating_duration_since(since) > 2 * self.drain
+        {
+            let text =
+                format!("the rules of vmesh could not be taken away: run /usr/lib/vmesh/bypass ({error})");
+            self.tell(Level::Error, text);
+            self.actions.push(Action::Exit);
+        }
+    }
+
+    /// Returns whether this is a change.
+    fn set_bypassed(&mut self, bypassed: bool) -> bool {
+        let changed = self.commit.is_bypassed() != bypassed;
+        if changed {
+            self.tell(
+                Level::Info,
+                if bypassed { "bypassed: nothing is captured" } else { "the bypass is lifted" },
+            );
+            self.commit.set_bypassed(bypassed);
+        }
+        changed
+    }
+
+    fn looked_within(&self, time: Duration, now: Instant) -> bool {
+        self.due.looked.is_some_and(|looked| now.saturating_duration_since(looked) < time)
+    }
+
+    fn bring_after_rest(&mut self, refresh: Refresh, now: Instant) {
+        match self.looked_within(RESTS, now) {
+            true => self.due.refresh = self.due.refresh.max(Some(refresh)),
+            false => self.tasks.push_back(Task::Bring(refresh)),
+        }
+    }
+
+    fn looks_every(&self) -> u64 {
+        let is_told = self.backend.is_none_or(|(backend, _)| backend == Backend::Nft);
+        let out = &self.commit.wanted().0.outbound;
+        let no_units =
+            out.include.units.is_empty() && out.exclude.units.is_empty() && out.dial.units.is_empty();
+        let is_read = self.filter.rules().is_none_or(|rules| rules.gaps().is_none());
+        if is_told && no_units && is_read { LOOKS_EVERY } else { LOOKS_OFTEN_EVERY }
+    }
+
+    fn forget_rules(&mut self) {
+        self.filter.forget();
+        self.actions.push(Action::ForgetRules);
+        // The machine keeps the last program while rules are wanted: a difference from it is somebody else's change.
+        if self.kernel == Kernel::Absent {
+            self.kernel = Kernel::AbsentBefore;
+        } else if matches!(self.kernel, Kernel::Has(_)) && self.wanted().0.is_off() {
+            self.kernel = Kernel::Unknown;
+        }
+    }
+
+    /// Returns the spec that is to be in force now.
+    pub fn wanted(&self) -> (Spec, Stage) {
+        if matches!(self.life, Life::Stops { .. }) {
+            return (Spec::default(), Stage::Confirmed);
+        }
+        match self.commit.wanted() {
+            (spec, Stage::Trial) => (spec.clone(), Stage::Trial),
+            (spec, Stage::Confirmed) => (self.as_far_as_served(spec), Stage::Confirmed),
+        }
+    }
+
+    /// The part of the confirmed spec that the agent's configuration still has. After a change was taken back, the agent goes on
+    /// telling control planes its new configuration, and Envoy has listeners for that one only.
+    fn as_far_as_served(&self, confirmed: &Spec) -> Spec {
+        let refused = self.refused.as_ref().map(|(spec, _)| spec);
+        match self.agent_wants.as_ref().or(refused) {
+            Some(wants) => without_what_is_not_wanted(confirmed, wants),
+            None => confirmed.clone(),
+        }
+    }
+
+    /// What `vmeshctl capture` shows.
+    pub fn state(&self) -> State {
+        let (spec, stage) = self.commit.wanted();
+        // A host whose rules could not be taken away is not off.
+        let may_have_rules = !matches!(self.life, Life::AwaitsAgent { .. })
+            && self.backend.is_some()
+            && !matches!(self.kernel, Kernel::Absent | Kernel::AbsentBefore);
+        match (self.commit.is_bypassed(), spec.is_off(), stage) {
+            _ if self.leaving_since.is_some() => State::Leaving,
+            (true, _, _) => State::Bypassed,
+            (false, true, _) if may_have_rules => State::Leaving,
+            (false, true, _) => State::Off,
+            (false, false, Stage::Trial) => State::Trial,
+            (false, false, Stage::Confirmed) => State::Confirmed,
+        }
+    }
+
+    /// Reports whether the next event may come from outside.
+    pub fn is_idle(&self) -> bool {
+        self.phase == Phase::Idle
+    }
+
+    pub fn life(&self) -> Life {
+        self.life
+    }
+
+    /// Returns the number of the trial that is under way, and its end.
+    pub fn trial(&self) -> Option<(u64, Instant)> {
+        Some((self.trial.number, self.commit.until()?))
+    }
+
+    /// The state that is to outlive the process, without what the host said.
+    pub fn commit(&self) -> &confirm::State {
+        self.commit.state()
+    }
+
+    pub fn known(&self) -> &AgentFacts {
+        &self.known
+    }
+
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Returns the reason why the last trial is not in force.
+    pub fn reverted(&self) -> Option<&str> {
+        self.refused.as_ref().map(|(_, why)| why.as_str())
+    }
+
+    pub fn error(&self) -> Option<&str> {
+        self.report.error.as_deref()
+    }
+
+    pub fn drift(&self) -> &Drift {
+        &self.report.drift
+    }
+
+    /// Returns the parts of the spec that have no effect on this host, with reasons.
+    pub fn notes(&self) -> impl Iterator<Item = &String> {
+        self.report.notes.iter().chain(&self.report.path_fault)
+    }
+}
+
+/// The directions that a spec captures.
+pub fn directions(spec: &Spec) -> Directions {
+    let outbound = (spec.outbound.capture != Outward::Off).then_some(Direction::Outbound);
+    let inbound = (spec.inbound.capture != Inward::Off).then_some(Direction::Inbound);
+    outbound.into_iter().chain(inbound).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_out_of_turn_changes_nothing() {
+        let now = Instant::now();
+        let mut machine = Machine::start(SavedState::default(), true, false, Duration::ZERO, now);
+        let result = machine.on(Event::TakenAway(Ok(true)), now);
+        assert!(matches!(result.as_slice(), [Action::Tell(Level::Error, _)]), "{result:?}");
+        let started = machine.on(Event::Started, now);
+        assert!(started.last().is_some_and(Action::awaits_result), "{started:?}");
+        for event in [Event::Stop, Event::Saved(Ok(())), Event::Started] {
+            let result = machine.on(event, now);
+            assert!(matches!(result.as_slice(), [Action::Tell(Level::Error, _)]), "{result:?}");
+            assert_eq!((machine.life(), machine.is_idle()), (Life::Keeps, false));
+        }
+        machine.on(Event::HostRead(Box::default()), now);
+        assert!(matches!(machine.phase, Phase::Detecting(_)));
+    }
+}

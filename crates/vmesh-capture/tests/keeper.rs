@@ -1,0 +1,622 @@
+//! The keeper's machine against a model of a host that fails at any action, dies at any moment and is changed by others.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use vmesh_capture::apply::Backend;
+use vmesh_capture::confirm::{self, is_routine};
+use vmesh_capture::foreign::{self, Ruleset};
+use vmesh_capture::host::{Host, Number, Nursery};
+use vmesh_capture::iptables::Footprint;
+use vmesh_capture::machine::{
+    Action, AgentFacts, Applied, Change, DeadMen, Event, Life, Machine, SavedState, State, TICK, directions,
+};
+use vmesh_capture::{Directions, Program, Spec, Stage};
+use vmesh_model::load::strict;
+
+const DRAIN: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
+/// More than any trial, drain, rest or wait for the agent takes.
+const LONG: u32 = 200;
+
+const SPECS: [&str; 8] = [
+    "{}",
+    "{outbound: {capture: addresses, addresses: {\"10.0.0.9:8080\": {}}}}",
+    "{outbound: {capture: all, on_loss: closed}}",
+    "{inbound: {capture: redirect, ports: [8081, 8083]}}",
+    "{outbound: {capture: vip}, inbound: {capture: redirect, on_loss: closed, ports: [8081]}}",
+    "{outbound: {capture: vip}, inbound: {capture: redirect, bypass_filter: true, ports: [8081]}}",
+    "{inbound: {strict: [9000]}}",
+    // The host does not answer which user that is.
+    "{outbound: {capture: vip, exclude: {users: [ghost]}}}",
+];
+
+fn spec(number: usize, endpoints: u8) -> Spec {
+    let mut spec: Spec = strict("spec.yaml", SPECS[number % SPECS.len()]).unwrap();
+    if directions(&spec).outbound {
+        spec.outbound.vips =
+            (0..=endpoints).map(|last| format!("240.0.0.{last}:80").parse().unwrap()).collect();
+    }
+    spec
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failure {
+    /// The action stops at its first reading, before it changes anything.
+    Unread,
+    /// The action changes nothing, and fails.
+    Undone,
+    /// The action does all of its work, and reports a failure.
+    Done,
+    /// The action does a part of its work, and fails.
+    Half,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum ForeignChange {
+    TakesOurs,
+    MakesOursOther,
+    ClosesAPort,
+    OpensIt,
+    CannotBeRead,
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Want {
+        spec: usize,
+        endpoints: u8,
+    },
+    Confirm,
+    Revert,
+    Retry,
+    Ticks(u8),
+    Bypass(bool),
+    Connections(usize),
+    Others(ForeignChange),
+    UnitsStarted,
+    RefreshFailed,
+    /// The action after the next `after` ones fails.
+    Fail {
+        after: u8,
+        failure: Failure,
+    },
+    /// The process is killed at that action, after or before it is done.
+    Kill {
+        after: u8,
+        done: bool,
+    },
+    /// The file of the state is damaged, and the process killed.
+    Damage,
+    Stop,
+    Handover,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let failure =
+        prop_oneof![Just(Failure::Unread), Just(Failure::Undone), Just(Failure::Done), Just(Failure::Half)];
+    let change = prop_oneof![
+        Just(ForeignChange::TakesOurs),
+        Just(ForeignChange::MakesOursOther),
+        Just(ForeignChange::ClosesAPort),
+        Just(ForeignChange::OpensIt),
+        Just(ForeignChange::CannotBeRead),
+    ];
+    prop_oneof![
+        8 => (0..SPECS.len(), 0..3_u8).prop_map(|(spec, endpoints)| Op::Want { spec, endpoints }),
+        6 => Just(Op::Confirm),
+        1 => Just(Op::Revert),
+        1 => Just(Op::Retry),
+        5 => (1..40_u8).prop_map(Op::Ticks),
+        1 => any::<bool>().prop_map(Op::Bypass),
+        1 => (0..2_usize).prop_map(Op::Connections),
+        3 => change.prop_map(Op::Others),
+        1 => Just(Op::UnitsStarted),
+        1 => Just(Op::RefreshFailed),
+        6 => (0..14_u8, failure).prop_map(|(after, failure)| Op::Fail { after, failure }),
+        3 => (0..14_u8, any::<bool>()).prop_map(|(after, done)| Op::Kill { after, done }),
+        1 => Just(Op::Damage),
+        1 => Just(Op::Stop),
+        1 => Just(Op::Handover),
+    ]
+}
+
+/// Our rules in the model's kernel.
+#[derive(Debug, Clone, PartialEq)]
+enum Rules {
+    None,
+    Are(Program),
+    /// Anything.
+    Broken,
+}
+
+/// A host and the vmesh-net that runs on it.
+struct Model {
+    machine: Machine,
+    now: Instant,
+    rules: Rules,
+    /// Empty chains that came with the first rule, as iptables makes them.
+    has_leftovers: bool,
+    /// Another backend has rules of ours.
+    has_others: bool,
+    ordered: Option<DeadMen>,
+    disk: Option<SavedState>,
+    is_damaged: bool,
+    /// The process does not know what was captured before this moment, and may change nothing.
+    unknown_until: Option<Instant>,
+    facts: Host,
+    closes_a_port: bool,
+    cannot_be_read: bool,
+    /// The last reading of the rules of others failed.
+    is_filter_missed: bool,
+    open: usize,
+    is_bypassed: bool,
+    fail: Option<(u8, Failure)>,
+    kill: Option<(u8, bool)>,
+    /// The host has changed in a way that the machine sees at its next tick.
+    is_disturbed: bool,
+    has_exited: bool,
+    /// The spec that was last confirmed, by the answers.
+    confirmed: Spec,
+}
+
+fn start(disk: Option<&SavedState>, is_damaged: bool, is_bypassed: bool, now: Instant) -> Machine {
+    let saved = match disk {
+        // vmesh-net takes the footprint from a damaged file, and nothing else.
+        Some(saved) if is_damaged => SavedState {
+            commit: confirm::State { footprint: saved.commit.footprint.clone(), ..Default::default() },
+            ..SavedState::default()
+        },
+        Some(saved) => {
+            // The state goes through its text.
+            serde_json::from_str(&serde_json::to_string(saved).unwrap()).unwrap()
+        }
+        None => SavedState::default(),
+    };
+    Machine::start(saved, disk.is_none() || !is_damaged, is_bypassed, DRAIN, now)
+}
+
+impl Model {
+    fn new(has_units: bool, has_others: bool) -> Model {
+        let now = Instant::now();
+        let mut facts = Host { ipv6: true, ..Host::default() };
+        facts.never.users.insert(4000);
+        facts.users.insert("ghost".to_owned(), Number::Unanswered);
+        if has_units {
+            facts.nurseries.push(Nursery { parent: None, children: Default::default() });
+        }
+        let mut model = Model {
+            machine: start(None, false, false, now),
+            now,
+            rules: Rules::None,
+            has_leftovers: false,
+            has_others,
+            ordered: None,
+            disk: None,
+            is_damaged: false,
+            unknown_until: None,
+            facts,
+            closes_a_port: false,
+            cannot_be_read: false,
+            is_filter_missed: false,
+            open: 0,
+            is_bypassed: false,
+            fail: None,
+            kill: None,
+            is_disturbed: false,
+            has_exited: false,
+            confirmed: Spec::default(),
+        };
+        model.deliver(Event::Started);
+        model
+    }
+
+    fn restart(&mut self) {
+        self.kill = None;
+        self.ordered = None;
+        self.has_exited = false;
+        self.machine = start(self.disk.as_ref(), self.is_damaged, self.is_bypassed, self.now);
+        self.confirmed = self.machine.commit().confirmed.clone();
+        self.unknown_until =
+            (self.is_damaged && !self.is_bypassed).then(|| self.now + Duration::from_secs(120));
+        self.deliver(Event::Started);
+    }
+
+    /// Gives the machine an event and does what follows. Returns its answer; `None` also where the process was killed meanwhile.
+    fn deliver(&mut self, event: Event) -> Option<Result<(), String>> {
+        let says_what_is_wanted = match &event {
+            Event::Want { .. } | Event::Stop => true,
+            Event::Tick { bypassed, .. } | Event::RulesChanged { bypassed, .. } => *bypassed,
+            _ => false,
+        };
+        // A bypass stays known, also to the process that comes next.
+        if says_what_is_wanted {
+            self.unknown_until = None;
+        }
+        let mut reply = None;
+        let mut actions = VecDeque::from(self.machine.on(event, self.now));
+        while let Some(action) = actions.pop_front() {
+            let awaits = action.awaits_result();
+            assert!(!awaits || actions.is_empty(), "an action that awaits a result is the last: {actions:?}");
+            if let Some((after, done)) = self.kill.filter(|_| awaits) {
+                if after == 0 {
+                    if done {
+                        self.perform(action, None);
+                    }
+                    self.restart();
+                    return None;
+                }
+                self.kill = Some((after - 1, done));
+            }
+            let failure = match self.fail.filter(|_| awaits) {
+                Some((0, failure)) => {
+                    self.fail = None;
+                    Some(failure)
+                }
+                Some((after, failure)) => {
+                    self.fail = Some((after - 1, failure));
+                    None
+                }
+                None => None,
+            };
+            match action {
+                Action::Reply(answer) => {
+                    assert!(reply.is_none(), "answered twice");
+                    reply = Some(answer);
+                }
+                Action::Exit => self.has_exited = true,
+                action => {
+                    if let Some(result) = self.perform(action, failure) {
+                        actions.extend(self.machine.on(result, self.now));
+                    }
+                }
+            }
+        }
+        assert!(self.machine.is_idle());
+        reply
+    }
+
+    fn perform(&mut self, action: Action, failure: Option<Failure>) -> Option<Event> {
+        let is_done = !matches!(failure, Some(Failure::Undone | Failure::Unread));
+        if matches!(
+            action,
+            Action::Apply { .. } | Action::TakeAway { .. } | Action::EndOthers { .. } | Action::Save(_)
+        ) {
+            let is_known = self.unknown_until.is_none_or(|until| self.now >= until);
+            assert!(is_known, "{action:?} before anybody knows what is wanted");
+        }
+        Some(match action {
+            Action::ReadHost { .. } => Event::HostRead(Box::new(self.facts.clone())),
+            Action::Detect { .. } => Event::Detected(result(failure, (Backend::Iptables, true))),
+            Action::ReadFilter => {
+                self.is_filter_missed = failure.is_some();
+                Event::FilterRead(if failure.is_some() { unreadable() } else { self.filter() })
+            }
+            Action::TakeFootprint => {
+                let listing = match self.has_leftovers {
+                    true => {
+                        r#"{"nftables": [{"chain": {"family": "ip", "table": "nat", "name": "OUTPUT"}}]}"#
+                    }
+                    false => r#"{"nftables": []}"#,
+                };
+                Event::FootprintTaken(result(failure, Footprint::parse(&[listing])))
+            }
+            Action::Save(state) => {
+                if is_done {
+                    self.disk = Some(*state);
+                    self.is_damaged = false;
+                }
+                Event::Saved(result(failure, ()))
+            }
+            Action::ReadSessions(_) => Event::SessionsRead(Vec::new()),
+            Action::LookAtEnvoy(wanted) => {
+                Event::EnvoySeen(if failure.is_none() { wanted } else { Directions::NONE })
+            }
+            Action::CheckListeners(_) => Event::ListenersChecked(result(failure, ())),
+            Action::TryPath => Event::PathTried(result(failure, ())),
+            Action::CountConnections => Event::ConnectionsCounted(self.open),
+            Action::Apply { program, .. } => {
+                self.check_before_apply(&program);
+                let then = if program.is_absent() { Rules::None } else { Rules::Are(program) };
+                if self.rules == then || failure == Some(Failure::Unread) {
+                    let outcome = result(failure, Change::Elements);
+                    return Some(Event::Applied(Applied { changes: None, outcome }));
+                }
+                if is_done {
+                    self.has_leftovers = true;
+                    self.rules = if failure == Some(Failure::Half) { Rules::Broken } else { then };
+                }
+                let outcome = result(failure, Change::Replaced);
+                Event::Applied(Applied { changes: Some(vec!["~ all".to_owned()]), outcome })
+            }
+            Action::EndOthers { program, .. } => {
+                if is_done && failure != Some(Failure::Half) && program.is_absent() {
+                    self.has_others = false;
+                }
+                Event::OthersEnded(result(failure, ()))
+            }
+            Action::TakeAway { footprint } => {
+                let had = self.rules != Rules::None;
+                if is_done {
+                    self.rules = if failure == Some(Failure::Half) { Rules::Broken } else { Rules::None };
+                    let clean = footprint.is_some_and(|before| before == Footprint::default());
+                    if clean && failure != Some(Failure::Half) {
+                        self.has_leftovers = false;
+                    }
+                }
+                Event::TakenAway(result(failure, had))
+            }
+            Action::Order(dead_men) => {
+                self.ordered = dead_men;
+                return None;
+            }
+            Action::ForgetRules | Action::Watch(_) | Action::Tell(..) => return None,
+            Action::Reply(_) | Action::Exit => return None,
+        })
+    }
+
+    fn filter(&self) -> Ruleset {
+        if self.cannot_be_read {
+            return unreadable();
+        }
+        let mut rules = Ruleset::default();
+        if self.closes_a_port {
+            let saved = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp --dport 8081 -m conntrack ! --ctstate DNAT -j DROP\nCOMMIT\n";
+            rules.add_iptables("ip", saved);
+        }
+        rules
+    }
+
+    /// If the process died now, the next one would go back to what was confirmed, and leave nothing behind.
+    fn check_before_apply(&self, program: &Program) {
+        let disk = self.disk.clone().unwrap_or_default().commit;
+        let commit = self.machine.commit();
+        if let (Some(trial), (_, Stage::Trial)) = (&commit.trial, self.machine.wanted()) {
+            let on_disk = disk.trial.as_ref().is_some_and(|on_disk| is_routine(on_disk, trial));
+            assert!(on_disk, "a trial is applied that is not on the disk");
+            assert!(is_routine(&disk.confirmed, &commit.confirmed), "the disk goes back to something else");
+        }
+        if !program.is_absent() {
+            assert!(
+                self.is_damaged || disk.footprint.is_some(),
+                "rules before what was there is on the disk"
+            );
+        }
+    }
+
+    /// The host is as it is wanted, unless the machine says why not.
+    fn check(&self) {
+        let (spec, stage) = self.machine.wanted();
+        if self.machine.error().is_some()
+            || self.is_disturbed
+            || self.has_exited
+            || matches!(self.machine.life(), Life::AwaitsAgent { .. })
+        {
+            return;
+        }
+        if self.machine.state() == State::Off {
+            self.check_nothing_is_left();
+        }
+        let ordered = self.ordered.map_or(Directions::NONE, |dead_men| dead_men.directions);
+        if spec.is_off() {
+            let drained = Rules::Are(Program::drained(true));
+            assert!(self.rules == Rules::None || self.rules == drained, "{:?}", self.rules);
+            assert!(ordered.is_empty(), "{ordered:?}");
+            return;
+        }
+        assert!(!self.has_others, "rules by two backends");
+        let program = self.program(spec, stage);
+        assert_eq!(ordered, program.dead_men());
+        let expected = if program.is_absent() { Rules::None } else { Rules::Are(program) };
+        assert_eq!(self.rules, expected);
+    }
+
+    fn program(&self, mut spec: Spec, stage: Stage) -> Program {
+        let inbound = &mut spec.inbound;
+        if (self.cannot_be_read || self.is_filter_missed)
+            && directions(&Spec { inbound: inbound.clone(), ..Spec::default() }).inbound
+        {
+            // The port is captured as last judged, or not at all; a unit test of the judge tells which.
+            return match &self.rules {
+                Rules::Are(program) => program.clone(),
+                _ => Program::absent(),
+            };
+        }
+        if !inbound.bypass_filter {
+            for conflict in foreign::inbound(&self.filter(), &inbound.ports.clone()) {
+                inbound.leave_out(conflict.ports());
+            }
+        }
+        Program::new(&spec, &self.facts, stage).unwrap().0
+    }
+
+    fn check_nothing_is_left(&self) {
+        assert_eq!(self.rules, Rules::None);
+        assert!(!self.has_leftovers, "empty chains are left");
+        assert!(!self.has_others, "another backend's rules are left");
+        assert_eq!(self.ordered, None);
+    }
+
+    fn tick(&mut self) {
+        self.now += TICK;
+        let event = Event::Tick { bypassed: self.is_bypassed, outbound_is_well: true };
+        // Killed, it has not looked at anything yet that changed.
+        self.is_disturbed = false;
+        self.deliver(event);
+        self.check();
+    }
+
+    fn until(&mut self, what: &str, holds: impl Fn(&Model) -> bool) {
+        for _ in 0..LONG {
+            if holds(self) {
+                return;
+            }
+            self.tick();
+        }
+        panic!("{what}: {:?}, {:?}, {:?}", self.machine.state(), self.machine.error(), self.rules);
+    }
+
+    fn run(&mut self, op: &Op) {
+        let on_trial = self.machine.commit().trial.clone();
+        let number = self.machine.trial().map_or(0, |(number, _)| number);
+        match op.clone() {
+            Op::Want { spec: which, endpoints } => {
+                let spec = spec(which, endpoints);
+                let known = AgentFacts::default();
+                let answer = self.deliver(Event::Want { spec: spec.clone(), known, patience: PATIENCE });
+                let confirmed = &self.machine.commit().confirmed;
+                if confirmed.is_off() && spec.is_off() || is_routine(&self.confirmed, confirmed) {
+                    self.confirmed = confirmed.clone();
+                }
+                let is_new = self.machine.trial().is_some_and(|(trial, _)| trial != number);
+                let is_refused = matches!(answer, Some(Err(_)));
+                assert!(!(is_new && is_refused), "what was refused is not tried");
+                assert!(
+                    !(is_new && self.machine.error().is_some()),
+                    "what could not be applied is not tried"
+                );
+            }
+            Op::Confirm => {
+                if self.deliver(Event::Confirm { trial: number }) == Some(Ok(())) {
+                    self.confirmed = on_trial.unwrap();
+                }
+            }
+            Op::Revert => {
+                self.deliver(Event::Revert { trial: number, why: "it does not work".to_owned() });
+            }
+            Op::Retry => _ = self.deliver(Event::Retry),
+            Op::Ticks(ticks) => (0..ticks).for_each(|_| self.tick()),
+            Op::Bypass(bypassed) => {
+                self.is_disturbed = true;
+                self.is_bypassed = bypassed;
+            }
+            Op::Connections(open) => {
+                self.is_disturbed = true;
+                self.open = open;
+            }
+            Op::Others(change) => {
+                match change {
+                    ForeignChange::TakesOurs => self.rules = Rules::None,
+                    ForeignChange::MakesOursOther if self.rules != Rules::None => self.rules = Rules::Broken,
+                    ForeignChange::MakesOursOther => {}
+                    ForeignChange::ClosesAPort => self.closes_a_port = true,
+                    ForeignChange::OpensIt => (self.closes_a_port, self.cannot_be_read) = (false, false),
+                    ForeignChange::CannotBeRead => self.cannot_be_read = true,
+                }
+                self.is_disturbed = true;
+                self.deliver(Event::RulesChanged { by: None, bypassed: self.is_bypassed });
+            }
+            Op::UnitsStarted => {
+                self.is_disturbed = true;
+                self.deliver(Event::UnitsStarted);
+            }
+            Op::RefreshFailed => _ = self.deliver(Event::RefreshFailed("no list".to_owned())),
+            Op::Fail { after, failure } => self.fail = Some((after, failure)),
+            Op::Kill { after, done } => self.kill = Some((after, done)),
+            Op::Damage => {
+                self.is_damaged = self.disk.is_some();
+                self.restart();
+            }
+            Op::Stop => {
+                self.kill = None;
+                self.deliver(Event::Stop);
+                self.until("the process to end", |model| model.has_exited);
+                self.restart();
+            }
+            Op::Handover => {
+                self.kill = None;
+                let before = self.rules.clone();
+                self.deliver(Event::Handover);
+                assert_eq!(self.rules, before, "a handover changes no rule");
+                self.restart();
+            }
+        }
+        let now_confirmed = &self.machine.commit().confirmed;
+        assert!(
+            is_routine(now_confirmed, &self.confirmed),
+            "{op:?} confirmed {now_confirmed:?}, and it was {:?}",
+            self.confirmed
+        );
+        self.check();
+    }
+
+    /// Ends the sequence: nothing fails any more, and nobody confirms.
+    fn settle(&mut self) {
+        (self.fail, self.kill) = (None, None);
+        (self.open, self.is_bypassed, self.cannot_be_read) = (0, false, false);
+        self.deliver(Event::RulesChanged { by: None, bypassed: false });
+        (0..LONG).for_each(|_| self.tick());
+        assert_eq!(self.machine.trial(), None, "nobody confirmed it");
+        let (spec, stage) = self.machine.wanted();
+        assert_eq!(stage, Stage::Confirmed);
+        assert!(
+            confirm::without_what_is_not_wanted(&self.confirmed, &spec) == spec,
+            "{spec:?} was never confirmed"
+        );
+        assert!(!matches!(self.machine.life(), Life::AwaitsAgent { .. }));
+    }
+}
+
+fn result<T>(failure: Option<Failure>, value: T) -> Result<T, String> {
+    if failure.is_none() { Ok(value) } else { Err("sabotaged".to_owned()) }
+}
+
+fn unreadable() -> Ruleset {
+    let mut rules = Ruleset::default();
+    rules.add_gap("nft is slow");
+    rules
+}
+
+/// Tries any sequences, and then what `end` does.
+fn check(cases: u32, end: impl Fn(&mut Model)) {
+    let config = ProptestConfig {
+        failure_persistence: None,
+        max_shrink_iters: 20_000,
+        ..ProptestConfig::with_cases(cases)
+    };
+    let sequences = (any::<bool>(), any::<bool>(), proptest::collection::vec(op(), 1..30));
+    let result = TestRunner::new(config).run(&sequences, |(has_units, has_others, ops)| {
+        let mut model = Model::new(has_units, has_others);
+        for op in &ops {
+            model.run(op);
+        }
+        end(&mut model);
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+}
+
+#[test]
+fn whatever_fails_a_host_ends_as_it_is_wanted_or_as_it_was_and_never_in_between() {
+    check(3000, Model::settle);
+}
+
+#[test]
+fn whatever_failed_before_off_leaves_nothing() {
+    check(1500, |model| {
+        (model.fail, model.kill, model.open, model.is_bypassed) = (None, None, 0, false);
+        model.tick();
+        model.run(&Op::Want { spec: 0, endpoints: 0 });
+        model.until("the rules to go", |model| {
+            model.machine.state() == State::Off && model.machine.error().is_none()
+        });
+        model.check_nothing_is_left();
+        assert_eq!(model.machine.commit().footprint, None);
+    });
+}
+
+#[test]
+fn whatever_failed_before_a_process_that_is_stopped_leaves_nothing() {
+    check(1500, |model| {
+        (model.fail, model.kill, model.open) = (None, None, 0);
+        model.deliver(Event::Stop);
+        model.until("the process to end", |model| model.has_exited);
+        model.check_nothing_is_left();
+    });
+}

@@ -1,0 +1,295 @@
+//! Performs the actions of [`vmesh_capture::machine`] on this host: runs tools, reads `/proc`, writes the state, dials Envoy. It decides
+//! nothing but how.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use tracing::{debug, error, info, warn};
+use vmesh_capture::Directions;
+use vmesh_capture::Program;
+use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran};
+use vmesh_capture::facts::Own;
+use vmesh_capture::foreign::{self, Ruleset};
+use vmesh_capture::host::{Host, Memory, Nursery};
+use vmesh_capture::iptables::Footprint;
+use vmesh_capture::machine::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level};
+use vmesh_capture::spec::{Seconds, Spec};
+use vmesh_daemon::report::one_line;
+
+use crate::keeper::{Links, Options};
+use crate::kept;
+use crate::probe::{self, SELF_TEST};
+use crate::protocol::Envoy;
+use crate::pulse::Order;
+use crate::rules::Changed;
+
+/// This host, as far as the keeper acts on it.
+pub(crate) struct Executor {
+    pub(crate) options: Options,
+    pub(crate) links: Links,
+    applier: Option<Applier>,
+    /// Backends that may still hold rules from an earlier process. A backend is removed once its rules are verified absent.
+    others: Vec<Applier>,
+    /// Our rules in the kernel, until somebody else may have changed them.
+    actual: Option<Actual>,
+}
+
+impl Executor {
+    pub(crate) fn new(options: Options, links: Links) -> Executor {
+        Executor { options, links, applier: None, others: Vec::new(), actual: None }
+    }
+
+    pub(crate) fn backend(&self) -> Option<Backend> {
+        self.applier.as_ref().map(|applier| applier.backend)
+    }
+
+    /// Reports whether a tool that this process ran made the change.
+    pub(crate) fn is_ours(&self, change: &Changed) -> bool {
+        self.applier.as_ref().is_some_and(|applier| applier.ran.contains(change.pid))
+    }
+
+    /// Performs an action, and returns its result where the machine waits for one.
+    pub(crate) async fn perform(&mut self, action: Action) -> Option<Event> {
+        Some(match action {
+            Action::ReadHost { spec, known, memory } => {
+                let host = read_host(&self.options, &spec, &known, &memory).await;
+                self.watch_nurseries(&host);
+                Event::HostRead(Box::new(host))
+            }
+            Action::Detect { ipv6 } => Event::Detected(self.detect(ipv6).await),
+            Action::ReadFilter => Event::FilterRead(self.read_filter().await),
+            Action::TakeFootprint => Event::FootprintTaken(match self.applier() {
+                Ok(applier) => applier.footprint().await.map_err(|error| one_line(&error)),
+                Err(why) => Err(why),
+            }),
+            Action::Save(state) => Event::Saved(kept::save(&state, &self.options.state_file())),
+            Action::ReadSessions(ports) => Event::SessionsRead(self.options.places.ssh_sessions(&ports)),
+            Action::LookAtEnvoy(wanted) => Event::EnvoySeen(self.look_at_envoy(wanted).await),
+            Action::CheckListeners(directions) => {
+                Event::ListenersChecked(self.check_listeners(directions).await)
+            }
+            Action::TryPath => Event::PathTried(self.try_path().await),
+            Action::CountConnections => Event::ConnectionsCounted(self.options.places.redirected()),
+            Action::Apply { program, timeout, well } => {
+                Event::Applied(self.apply(&program, timeout, well).await)
+            }
+            Action::EndOthers { program, footprint } => {
+                let ended = self.end_others(&program, footprint.as_ref()).await;
+                Event::OthersEnded(ended.map_err(|error| one_line(&error)))
+            }
+            Action::TakeAway { footprint } => {
+                self.actual = None;
+                Event::TakenAway(match self.applier() {
+                    Ok(applier) => match applier.off(footprint.as_ref()).await {
+                        Ok(plan) => Ok(!plan.is_empty()),
+                        Err(error) => Err(one_line(&error)),
+                    },
+                    Err(why) => Err(why),
+                })
+            }
+            Action::ForgetRules => {
+                self.actual = None;
+                return None;
+            }
+            Action::Watch(directions) => {
+                self.links.looks.send_if_modified(|looks| std::mem::replace(looks, directions) != directions);
+                return None;
+            }
+            Action::Order(dead_men) => {
+                self.order(dead_men);
+                return None;
+            }
+            Action::Tell(level, text) => {
+                match level {
+                    Level::Info => info!("{text}"),
+                    Level::Warn => warn!("{text}"),
+                    Level::Error => error!("{text}"),
+                }
+                return None;
+            }
+            // The keeper's own.
+            Action::Reply(_) | Action::Exit => return None,
+        })
+    }
+
+    fn applier(&self) -> Result<Applier, String> {
+        self.applier.clone().ok_or_else(|| "no backend has been found yet that changes rules here".to_owned())
+    }
+
+    async fn detect(&mut self, ipv6: bool) -> Result<(Backend, bool), String> {
+        let applier = applier(&self.options, ipv6).await.map_err(|error| one_line(&error))?;
+        self.others = applier.others().await;
+        let backend = applier.backend;
+        self.applier = Some(applier);
+        Ok((backend, ipv6))
+    }
+
+    fn watch_nurseries(&self, host: &Host) {
+        let root = self.options.places.cgroup.clone().unwrap_or_default();
+        let dir = |nursery: &Nursery| match &nursery.parent {
+            Some(parent) => root.join(parent.path.as_str()),
+            None => root.clone(),
+        };
+        let dirs: BTreeSet<PathBuf> = host.nurseries.iter().map(dir).collect();
+        self.links.nurseries.send_if_modified(|known| std::mem::replace(known, dirs.clone()) != dirs);
+    }
+
+    async fn read_filter(&self) -> Ruleset {
+        match self.applier() {
+            Ok(applier) => applier.foreign_rules().await,
+            Err(why) => {
+                let mut rules = Ruleset::default();
+                rules.add_gap(why);
+                rules
+            }
+        }
+    }
+
+    /// The directions in which redirects may hold at once: Envoy's listener and the agent are well.
+    async fn look_at_envoy(&self, wanted: Directions) -> Directions {
+        if !self.links.agent.is_well() {
+            return Directions::NONE;
+        }
+        let mut seen = *self.links.verdicts.borrow();
+        let withdrawn = self.links.beats.borrow().withdrawn();
+        let unseen = |direction| seen.of(direction) == Envoy::Unknown || withdrawn.contains(direction);
+        if wanted.iter().any(unseen) {
+            seen = probe::look_at_all(wanted, &self.options.users).await;
+        }
+        seen.well().and(wanted)
+    }
+
+    async fn check_listeners(&self, directions: Directions) -> Result<(), String> {
+        for direction in directions.iter() {
+            let seen = probe::look_at(direction, &self.options.users).await;
+            if seen != Envoy::Well {
+                let port = probe::port(direction);
+                return Err(format!("Envoy does not serve its capture port {port}: {seen:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a captured connection to the address of the self-test.
+    async fn try_path(&self) -> Result<(), String> {
+        let mut seen = probe::look(SELF_TEST).await;
+        if seen != Envoy::Well {
+            // One packet may be lost.
+            seen = probe::look(SELF_TEST).await;
+        }
+        if seen == Envoy::Well {
+            return Ok(());
+        }
+        let suspects = foreign::suspects(&self.read_filter().await, SELF_TEST.port());
+        let suspects: Vec<String> = suspects.iter().take(3).map(ToString::to_string).collect();
+        let rules = match suspects.is_empty() {
+            true => String::new(),
+            false => format!("; rules that may be in its way: {}", suspects.join(" | ")),
+        };
+        Err(format!("a connection to {SELF_TEST} was not captured and served by Envoy: {seen:?}{rules}"))
+    }
+
+    async fn apply(&mut self, program: &Program, timeout: Seconds, well: Directions) -> Applied {
+        let not_attempted = |why| Applied { changes: None, outcome: Err(why) };
+        let applier = match self.applier() {
+            Ok(applier) => applier,
+            Err(why) => return not_attempted(why),
+        };
+        let actual = match self.actual.take() {
+            Some(actual) => actual,
+            None => match applier.read().await {
+                Ok(actual) => actual,
+                Err(error) => return not_attempted(one_line(&error)),
+            },
+        };
+        let plan = applier.plan(program, &actual, well);
+        if plan.is_empty() {
+            self.actual = Some(actual);
+            return Applied { changes: None, outcome: Ok(Change::Elements) };
+        }
+        let changes = plan.changes.iter().map(ToString::to_string).collect();
+        let outcome = match applier.bring_elements(program, &actual).await {
+            Ok(Some(then)) => {
+                self.actual = Some(then);
+                Ok(Change::Elements)
+            }
+            Ok(None) => {
+                let alive = Some((timeout, well)).filter(|(_, well)| !well.is_empty());
+                applier.bring_alive(program, alive).await.map(|_| Change::Replaced)
+            }
+            Err(error) => Err(error),
+        };
+        Applied { changes: Some(changes), outcome: outcome.map_err(|error| one_line(&error)) }
+    }
+
+    /// Publishes the dead-men that the kernel has, for the task that holds them off.
+    fn order(&self, dead_men: Option<DeadMen>) {
+        self.links.orders.send_if_modified(|order| {
+            let Some((dead_men, applier)) = dead_men.zip(self.applier.as_ref()) else {
+                return order.take().is_some();
+            };
+            let is_same = order.as_ref().is_some_and(|order| {
+                order.replaced == dead_men.replaced
+                    && order.dead_men == dead_men.directions
+                    && order.timeout == dead_men.timeout
+            });
+            if is_same {
+                return false;
+            }
+            *order = Some(Order {
+                applier: applier.clone(),
+                timeout: dead_men.timeout,
+                dead_men: dead_men.directions,
+                replaced: dead_men.replaced,
+                refreshed: dead_men.refreshed,
+                at: Instant::now(),
+            });
+            true
+        });
+    }
+
+    /// Makes the rules that other backends have of vmesh be as `program` says.
+    async fn end_others(&mut self, program: &Program, footprint: Option<&Footprint>) -> Result<(), Error> {
+        let mut failed = None;
+        for other in std::mem::take(&mut self.others) {
+            match other.is_absent().await {
+                Ok(true) => continue,
+                Ok(false) if program.is_absent() => match other.off(footprint).await {
+                    Ok(_) => {
+                        info!("rules that an earlier vmesh-net had by {} are taken away", other.backend);
+                    }
+                    Err(error) => {
+                        self.others.push(other);
+                        failed = failed.or(Some(error));
+                    }
+                },
+                Ok(false) => {
+                    failed = failed.or(other.bring(program, None).await.err());
+                    self.others.push(other);
+                }
+                Err(Error::Slow { .. }) => self.others.push(other),
+                // A tool that is missing or cannot work here has made no rules.
+                Err(error) => debug!("{} is not looked at again: {}", other.backend, one_line(&error)),
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+pub(crate) async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {
+    match options.backend {
+        Some(backend) => Ok(Applier { backend, tools: options.tools.clone(), ipv6, ran: Ran::default() }),
+        None => Applier::detect(options.tools.clone(), ipv6).await,
+    }
+}
+
+pub(crate) async fn read_host(options: &Options, spec: &Spec, known: &AgentFacts, memory: &Memory) -> Host {
+    let own = Own {
+        users: options.users.clone(),
+        slices: options.slices.clone(),
+        ports: known.ports.clone(),
+        control_planes: known.control_planes.clone(),
+    };
+    options.places.host(spec, &own, memory).await
+}
