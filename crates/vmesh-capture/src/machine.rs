@@ -439,7 +439,7 @@ impl Machine {
         match event {
             Event::Started => self.tasks.push_back(Task::Bring(Refresh::Host)),
             Event::Tick { bypassed, outbound_is_well } => self.tick(bypassed, outbound_is_well, now),
-            Event::Want { spec, known, patience } => self.want(spec, known, patience, now),
+            Event::Want { spec, known, patience } => self.want(*spec, known, patience, now),
             Event::Confirm { trial } => self.confirm(trial),
             Event::Revert { trial, why } => {
                 let on_trial = if trial == self.trial.number { self.commit.revert() } else { None };
@@ -502,7 +502,7 @@ impl Machine {
             return;
         }
         self.due.ticks = self.due.ticks.wrapping_add(1);
-        let looks = self.due.ticks % self.looks_every() == 0;
+        let looks = self.due.ticks.is_multiple_of(self.looks_every());
         let again = self.report.error.is_some() && !self.looked_within(TRIES_AGAIN_AFTER, now);
         let waited = matches!(self.life, Life::AwaitsAgent { until } if now >= until);
         let refresh = self.due.refresh.take();
@@ -578,7 +578,7 @@ impl Machine {
 
     fn read_host(&mut self, phase: Phase) {
         let (known, memory) = (self.known.clone(), self.memory.clone());
-        self.wait(Action::ReadHost { spec: self.wanted().0, known, memory }, phase);
+        self.wait(Action::ReadHost { spec: Box::new(self.wanted().0), known, memory }, phase);
     }
 
     fn learn(&mut self, host: Host, now: Instant) {

@@ -219,7 +219,7 @@ impl Keeper {
             Ask::Want(want) => {
                 let patience = want.confirm_within.clamp(*PATIENCE.start(), *PATIENCE.end());
                 Event::Want {
-                    spec: with_self_test(want.spec),
+                    spec: Box::new(with_self_test(want.spec)),
                     known: AgentFacts { ports: want.ports, control_planes: want.control_planes },
                     patience: Duration::from_secs(patience.into()),
                 }

@@ -53,7 +53,7 @@ pub enum Event {
     },
     /// The agent asks for `spec`. Answered by [`Action::Reply`].
     Want {
-        spec: Spec,
+        spec: Box<Spec>,
         known: AgentFacts,
         patience: Duration,
     },
@@ -131,7 +131,7 @@ pub struct DeadMen {
 pub enum Action {
     /// -> [`Event::HostRead`]
     ReadHost {
-        spec: Spec,
+        spec: Box<Spec>,
         known: AgentFacts,
         memory: Memory,
     },
