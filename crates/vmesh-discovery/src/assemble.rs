@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmesh_model::endpoint::dialable;
+use vmesh_model::text::printable;
 use vmesh_model::yaml::short;
 use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName, State};
 
 use crate::format::{ParsedEndpoint, ParsedService, subject_of, too_many};
 use crate::resolve::{Names, Resolve, Resolved};
-use crate::source::{Extent, Registrations, Seen};
+use crate::source::{Extent, Registrations, Seen, shown};
 
 /// How long the first view of a source waits for names to be resolved: without them services would begin without
 /// endpoints, and a control plane that knows nothing from before would take them from every proxy. A name server that is
@@ -124,8 +125,8 @@ impl<R: Resolve> Assembler<R> {
             services: BTreeMap::new(),
             problems: statement.problems.clone(),
             emptied: statement.emptied.clone(),
-            unusable: statement.unusable.clone(),
-            left_out: statement.left_out.clone(),
+            unusable: statement.unusable.iter().map(shown).collect(),
+            left_out: statement.left_out.iter().map(shown).collect(),
         };
         let mut built = BTreeMap::new();
         for (name, told) in &statement.services {
@@ -159,12 +160,12 @@ impl<R: Resolve> Assembler<R> {
                 (None, None) => seen,
                 (Some(because), _) => Seen {
                     state: State::Stale,
-                    because: Some(because.clone()),
+                    because: Some(shown(because)),
                     extent: Extent::Nothing,
                     ..seen
                 },
                 (None, Some(because)) => {
-                    let because = seen.because.or_else(|| Some(because.clone()));
+                    let because = seen.because.or_else(|| Some(shown(because)));
                     Seen { because, extent: Extent::Part, ..seen }
                 }
             };
@@ -308,7 +309,7 @@ fn build<R: Resolve>(
         _ => Arc::new(registration),
     };
     let mut seen = match unresolved {
-        Some(why) => Seen::stale(registration, why),
+        Some(why) => Seen::stale(registration, printable(&why).as_ref()),
         None => Seen::fresh(registration),
     };
     seen.empty_on_purpose = parsed.endpoints.is_empty();

@@ -4,6 +4,7 @@ mod counters;
 mod events;
 mod follow;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::future::Future;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use vmesh_model::text::printable;
 use vmesh_model::{Problem, Registration, ServiceName, State};
 
 use crate::guard::Held;
@@ -104,9 +106,11 @@ impl Seen {
 }
 
 /// Why a source has no view to give.
+///
+/// What it quotes is escaped where it is displayed: a registry's answer may have characters that a terminal acts on.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    #[error("discovery source `{source_name}` could not {what}")]
+    #[error("discovery source `{}` could not {}", printable(source_name), printable(what))]
     Failed {
         source_name: Arc<str>,
         /// `read /etc/vmesh/services.d`
@@ -115,7 +119,7 @@ pub enum SourceError {
         cause: Box<dyn Error + Send + Sync>,
     },
     /// It answered, and the answer looks like an accident.
-    #[error("discovery source `{source_name}`: {what}")]
+    #[error("discovery source `{}`: {}", printable(source_name), printable(what))]
     Suspect { source_name: Arc<str>, what: String },
 }
 
@@ -158,7 +162,7 @@ impl View {
     }
 }
 
-/// An error and its causes, in one line.
+/// Returns an error and its causes in one line, escaped for terminals and logs.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
@@ -166,7 +170,15 @@ pub(crate) fn chain(error: &dyn Error) -> String {
         line = format!("{line}: {error}");
         cause = error.source();
     }
-    line
+    printable(&line).into_owned()
+}
+
+/// Returns `text` escaped for terminals and logs; a clean text keeps its pointer.
+pub(crate) fn shown(text: &Arc<str>) -> Arc<str> {
+    match printable(text) {
+        Cow::Borrowed(_) => text.clone(),
+        Cow::Owned(escaped) => escaped.into(),
+    }
 }
 
 /// How long to leave a source alone that fails: from 100 ms, twice as long each time, up to 2 s. It keeps one that fails

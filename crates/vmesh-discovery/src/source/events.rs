@@ -6,9 +6,10 @@ use std::time::SystemTime;
 
 use vmesh_model::ServiceName;
 
+use super::shown;
 use crate::guard::{Kind, Notice, What};
 
-/// One thing that happened.
+/// One thing that happened. Its text is escaped for terminals and logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     pub at: SystemTime,
@@ -67,7 +68,7 @@ fn summed_up(notices: Vec<Notice>, at: SystemTime) -> impl Iterator<Item = Event
     groups.into_iter().flat_map(move |group| {
         let event = |notice: Notice| {
             let Notice { what, service, kind, text } = notice;
-            Event { at, what, service, kind, text }
+            Event { at, what, service, kind, text: shown(&text) }
         };
         let names: Vec<_> = group.iter().filter_map(|notice| notice.service.as_ref()).collect();
         match (group.first(), names.get(..3)) {

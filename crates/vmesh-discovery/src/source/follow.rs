@@ -10,7 +10,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
-use super::{Backoff, Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, chain};
+use super::{
+    Backoff, Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, chain, shown,
+};
 use crate::guard::{Guard, NotAccepted, Notice, What};
 
 /// How long a reading may take that is to confirm something.
@@ -170,6 +172,7 @@ impl Followed {
             why.join("; ")
         )
         .into();
+        let because = shown(&because);
         if self.unusable.as_ref() != Some(&because) {
             self.unusable = Some(because.clone());
             self.tell(vec![Notice { what: What::Failing, service: None, kind: None, text: because }]);

@@ -302,6 +302,35 @@ async fn a_reading_that_is_asked_for_is_taken_and_ends_the_pause_after_a_failure
     broken.until(r#"["pay 1 fresh", "web 1 fresh"] stale: "no" held: 0"#).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_a_registry_says_reaches_no_terminal_and_no_log_unescaped() {
+    let hostile = "\u{1b}[2J\u{202e}\nforged";
+    let error = || SourceError::Failed {
+        source_name: "consul".into(),
+        what: format!("read {hostile}"),
+        cause: hostile.into(),
+    };
+    assert_eq!(
+        error().to_string(),
+        "discovery source `consul` could not read \\u{1b}[2J\\u{202e}\\u{a}forged"
+    );
+    let mut followed = followed(View::default());
+    let left_out = Registrations { unusable: vec![hostile.into()], ..registrations(&[("web", 1)]) };
+    followed.say.send(Ok(left_out)).unwrap();
+    followed.handle.views.wait_for(|view| view.unusable.is_some()).await.unwrap();
+    followed.say.send(Err(error())).unwrap();
+    followed.handle.views.wait_for(|view| view.stale_because.is_some()).await.unwrap();
+    let view = followed.handle.views.borrow().clone();
+    let events = followed.handle.events.all();
+    let texts = events.iter().map(|event| &event.text).chain(&view.stale_because).chain(&view.unusable);
+    let texts: Vec<&Arc<str>> = texts.collect();
+    assert_eq!(texts.len(), 4, "{texts:?}");
+    for text in texts {
+        assert!(text.contains("\\u{1b}[2J\\u{202e}\\u{a}forged"), "{text}");
+        assert!(!text.contains(['\u{1b}', '\u{202e}', '\n']), "{text}");
+    }
+}
+
 #[test]
 fn the_backoff_grows_to_two_seconds_and_is_drawn() {
     let mut backoff = Backoff::default();
