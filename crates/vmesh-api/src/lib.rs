@@ -210,7 +210,23 @@ pub struct DiscoverySource {
     pub missing: u64,
     /// The source as a whole first, then by service.
     pub held: Vec<Held>,
+    /// How many of its host names are not resolved, and the first hundred of them.
+    #[serde(default)]
+    pub unresolved: usize,
+    #[serde(default)]
+    pub unresolved_names: Vec<UnresolvedName>,
     pub counters: SourceCounters,
+}
+
+/// A host name that has no address now, or whose last addresses could not be confirmed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnresolvedName {
+    pub name: Arc<str>,
+    /// Since its first lookup began, or since its lookups fail.
+    pub age_seconds: u64,
+    pub because: Arc<str>,
+    /// Whether its last addresses stay in use.
+    pub in_use: bool,
 }
 
 /// How a discovery source stands; of several that hold, the last.
@@ -218,6 +234,8 @@ pub struct DiscoverySource {
 #[serde(rename_all = "lowercase")]
 pub enum SourceState {
     Fresh,
+    /// It answers, and no name server answers for some of its host names.
+    Unresolved,
     /// Something that it says is not believed yet.
     Held,
     /// It does not answer; what it said last holds.

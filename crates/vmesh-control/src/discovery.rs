@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
-use vmesh_api::{Discovery, DiscoverySource, Event, Evicted, Held, SourceCounters, SourceState};
+use vmesh_api::{
+    Discovery, DiscoverySource, Event, Evicted, Held, SourceCounters, SourceState, UnresolvedName,
+};
 use vmesh_discovery::guard::{self, NotAccepted, What};
 use vmesh_discovery::source::{ByKind, Events};
 use vmesh_discovery::{Command, Counters, View};
@@ -77,6 +79,8 @@ impl Desk {
             endpoints: services.map(|seen| seen.registration.endpoints.len()).sum(),
             missing: counters.missing.load(Relaxed),
             held: view.held.iter().map(|held| self.held(&name, held)).collect(),
+            unresolved: view.unresolved.count,
+            unresolved_names: view.unresolved.first.iter().map(unresolved).collect(),
             counters: counted(counters),
             name: known.name().clone(),
         }
@@ -313,7 +317,22 @@ fn standing(view: &View) -> (SourceState, Option<Arc<str>>) {
         (None, None, None) if view.last_good.is_none() => {
             (SourceState::Stale, Some("it has not answered yet".into()))
         }
-        (None, None, None) => (SourceState::Fresh, None),
+        (None, None, None) => match view.unresolved.without_answer {
+            0 => (SourceState::Fresh, None),
+            names => {
+                let because = format!("no name server answers for {names} of its host names");
+                (SourceState::Unresolved, Some(because.into()))
+            }
+        },
+    }
+}
+
+fn unresolved(name: &vmesh_discovery::UnresolvedName) -> UnresolvedName {
+    UnresolvedName {
+        name: name.name.clone(),
+        age_seconds: name.since.elapsed().as_secs(),
+        because: name.because.clone(),
+        in_use: name.is_in_use,
     }
 }
 

@@ -134,7 +134,7 @@ fn discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt:
     let help = "Seconds since a source last answered";
     labelled(encoder, "vmesh_discovery_last_success_age_seconds", help, "source", &ages)?;
     let not_fresh = each(&|source| Some(f64::from(u8::from(source.state != SourceState::Fresh))));
-    let help = "1 while a source is stale, held or frozen";
+    let help = "1 while a source is stale, held or frozen, or host names of it have no answer";
     labelled(encoder, "vmesh_discovery_not_fresh", help, "source", &not_fresh)?;
     let held = each(&|source| Some(source.held.len() as f64));
     let help = "What a source says and is not believed yet, by services";
@@ -142,6 +142,9 @@ fn discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt:
     let missing = each(&|source| Some(source.missing as f64));
     let help = "Endpoints in use that a source does not name any more";
     labelled(encoder, "vmesh_discovery_held_removals", help, "source", &missing)?;
+    let unresolved = each(&|source| Some(source.unresolved as f64));
+    let help = "Host names of a source that are not resolved";
+    labelled(encoder, "vmesh_discovery_unresolved_names", help, "source", &unresolved)?;
     let connections = each(&|source| Some(source.counters.connections as f64));
     let help = "Connections to the registry now";
     labelled(encoder, "vmesh_discovery_connections", help, "source", &connections)?;
@@ -150,6 +153,7 @@ fn discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt:
 
     let states = [
         ("fresh", SourceState::Fresh),
+        ("unresolved", SourceState::Unresolved),
         ("held", SourceState::Held),
         ("stale", SourceState::Stale),
         ("frozen", SourceState::Frozen),

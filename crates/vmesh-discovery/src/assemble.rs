@@ -127,6 +127,7 @@ impl<R: Resolve> Assembler<R> {
             emptied: statement.emptied.clone(),
             unusable: statement.unusable.iter().map(shown).collect(),
             left_out: statement.left_out.iter().map(shown).collect(),
+            unresolved: self.names.unresolved(),
         };
         let mut built = BTreeMap::new();
         for (name, told) in &statement.services {

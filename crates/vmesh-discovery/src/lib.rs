@@ -38,6 +38,7 @@ pub use consul::{ConsulConfig, ConsulSource};
 pub use file::FileSource;
 pub use guard::{Guard, GuardConfig};
 pub use plugin::{PluginConfig, PluginSource};
+pub use resolve::{UnresolvedName, UnresolvedNames};
 pub use source::{Command, Counters, Handle, Registrations, Seen, Source, SourceError, View, follow};
 pub use vmesh_model::State;
 pub use zookeeper::{ZookeeperConfig, ZookeeperSource};

@@ -49,6 +49,31 @@ pub enum Resolved {
     Failed(Arc<str>),
 }
 
+/// A host name that has no address now, or whose last addresses could not be confirmed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnresolvedName {
+    pub name: Arc<str>,
+    /// When its first lookup began, or its lookups began to fail.
+    pub since: std::time::Instant,
+    pub because: Arc<str>,
+    /// Its last addresses stay in use.
+    pub is_in_use: bool,
+}
+
+/// The host names of a source that are not resolved.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnresolvedNames {
+    pub count: usize,
+    /// Of these, the names of which no name server has said for a while whether they exist.
+    pub without_answer: usize,
+    /// The first [`UnresolvedNames::SHOWN`] of them: those without an answer first, then those that have been waiting for longest.
+    pub first: Vec<UnresolvedName>,
+}
+
+impl UnresolvedNames {
+    pub const SHOWN: usize = 100;
+}
+
 /// The names that a source needs.
 #[derive(Debug)]
 pub struct Names<R> {
@@ -82,11 +107,14 @@ struct Name {
     /// When it is a problem that no lookup has ended.
     late_at: Instant,
     is_late: bool,
+    /// Since when it has had no address, or none that could be confirmed.
+    unresolved_since: Option<Instant>,
 }
 
 impl Name {
     fn new(resolved: Resolved, now: Instant) -> Name {
-        let late = if resolved == Resolved::Pending { OVERDUE } else { LATE };
+        let is_pending = resolved == Resolved::Pending;
+        let late = if is_pending { OVERDUE } else { LATE };
         Name {
             resolved,
             due: now,
@@ -95,6 +123,7 @@ impl Name {
             may_come: false,
             late_at: now + late,
             is_late: false,
+            unresolved_since: is_pending.then_some(now),
         }
     }
 }
@@ -161,6 +190,31 @@ impl<R: Resolve> Names<R> {
     /// Reports whether a name without an address may have one: no name server answered.
     pub fn may_come(&self, host: &str) -> bool {
         self.names.get(host).is_none_or(|name| name.may_come)
+    }
+
+    /// Returns the names that are not resolved.
+    pub fn unresolved(&self) -> UnresolvedNames {
+        let mut all: Vec<(bool, Instant, &Arc<str>)> = Vec::new();
+        for (host, name) in &self.names {
+            let since = name.unresolved_since.or(name.is_late.then_some(name.due));
+            let has_no_answer = name.is_late || (name.failures > 0 && name.may_come);
+            all.extend(since.map(|since| (!has_no_answer, since, host)));
+        }
+        let without_answer = all.iter().filter(|(has_answer, ..)| !has_answer).count();
+        all.sort_unstable();
+        let shown = |(_, since, host): &(bool, Instant, &Arc<str>)| {
+            let (because, is_in_use) = match self.get(host) {
+                Resolved::Pending if self.is_overdue(host) => {
+                    ("no name server has answered yet".into(), false)
+                }
+                Resolved::Pending => ("it is being looked up".into(), false),
+                Resolved::Addresses(_, why) => (why.unwrap_or_else(|| "it is being looked up".into()), true),
+                Resolved::Failed(why) => (why, false),
+            };
+            UnresolvedName { name: (*host).clone(), since: since.into_std(), because, is_in_use }
+        };
+        let first = all.iter().take(UnresolvedNames::SHOWN).map(shown).collect();
+        UnresolvedNames { count: all.len(), without_answer, first }
     }
 
     /// Whether there are names that were never tried.
@@ -236,11 +290,13 @@ impl<R: Resolve> Names<R> {
         let interval = match &addresses {
             Ok(_) => {
                 name.failures = 0;
+                name.unresolved_since = None;
                 self.interval
             }
             Err(error) => {
                 name.may_come = !is_definite(error);
                 name.failures = name.failures.saturating_add(1);
+                name.unresolved_since.get_or_insert_with(Instant::now);
                 (RETRY * 2_u32.pow((name.failures - 1).min(8))).min(self.interval)
             }
         };
@@ -332,6 +388,13 @@ mod tests {
         until(&mut names, "db", "Addresses([10.0.0.1, 10.0.0.2], None)").await;
         until(&mut names, "web", r#"Failed("name or service not known")"#).await;
         assert!(!names.any_pending());
+        let unresolved = names.unresolved();
+        assert_eq!(
+            (unresolved.count, unresolved.without_answer),
+            (1, 0),
+            "a name that does not exist has its answer"
+        );
+        assert_eq!(&*unresolved.first[0].name, "web");
 
         let before = Instant::now();
         dns.set("db", &["10.0.0.3"]);
@@ -412,6 +475,10 @@ mod tests {
             _ = tokio::time::timeout_at(due, names.changed()).await;
         }
         assert!(names.may_come("a-00.dead"));
+        let unresolved = names.unresolved();
+        assert_eq!((unresolved.count, unresolved.without_answer, unresolved.first.len()), (40, 40, 40));
+        assert_eq!(&*unresolved.first[0].because, "temporary failure in name resolution");
+        assert!(!unresolved.first[0].is_in_use);
         names.want(&hosts(&["shop.x"]));
         let since = Instant::now();
         while names.get("shop.x") == Resolved::Pending {
@@ -433,9 +500,11 @@ mod tests {
         let mut names = Names::new(Never, Duration::from_secs(30));
         names.want(&hosts(&["db"]));
         assert!(!names.is_overdue("db"));
+        assert_eq!((names.unresolved().count, names.unresolved().without_answer), (1, 0));
         // No lookup begins: all places are taken, say.
         names.changed().await;
         assert!(names.is_overdue("db"));
+        assert_eq!(names.unresolved().without_answer, 1);
         assert_eq!(names.get("db"), Resolved::Pending);
     }
 }

@@ -17,6 +17,7 @@ use vmesh_model::text::printable;
 use vmesh_model::{Problem, Registration, ServiceName, State};
 
 use crate::guard::Held;
+use crate::resolve::UnresolvedNames;
 pub use counters::{ByKind, Counters};
 pub use events::{Event, Events};
 pub use follow::{Command, Handle, Link, follow, link};
@@ -58,6 +59,9 @@ pub struct Registrations {
     /// from before, each with the reason. Such a record costs itself, unless the source has nothing else.
     #[serde(skip)]
     pub left_out: Vec<Arc<str>>,
+    /// Host names of the source that are not resolved now.
+    #[serde(skip)]
+    pub unresolved: UnresolvedNames,
 }
 
 /// One service as one source says it, and how far that can be trusted.
@@ -137,6 +141,8 @@ pub struct View {
     /// Why what the source has said since the start may not be served yet: a part of it cannot be used, and nothing is
     /// known of that part from before.
     pub unusable: Option<Arc<str>>,
+    /// Host names of the source that are not resolved now.
+    pub unresolved: Arc<UnresolvedNames>,
 }
 
 /// Why a [`View::restored`] is stale until the source answers, or fails and says why.

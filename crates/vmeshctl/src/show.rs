@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use vmesh_api::{
     Discovery, DiscoverySource, Event, Events, Evicted, Explanation, Held, Node, NodeState, Nodes, Problems,
-    Service, ServiceEndpoint, Services, Source, SourceState, Status,
+    Service, ServiceEndpoint, Services, Source, SourceState, Status, UnresolvedName,
 };
 use vmesh_model::State;
 use vmesh_model::node::Upstreams;
@@ -262,6 +262,28 @@ fn of_source(source: &DiscoverySource) -> String {
     {
         text.push_str(&format!("\nand {more} more of {}: `--json` lists them all\n", source.name));
     }
+    text.push_str(&unresolved(source));
+    text
+}
+
+/// So many host names are shown of those that are not resolved.
+const NAMES_SHOWN: usize = 10;
+
+fn unresolved(source: &DiscoverySource) -> String {
+    if source.unresolved == 0 {
+        return String::new();
+    }
+    let mut text = format!("\n{} host names of {} are not resolved\n", source.unresolved, source.name);
+    let shown: Vec<_> = source.unresolved_names.iter().take(NAMES_SHOWN).collect();
+    for UnresolvedName { name, age_seconds, because, in_use } in &shown {
+        let in_use = if *in_use { "; its last addresses stay in use" } else { "" };
+        text.push_str(&format!("  {name}, for {}: {because}{in_use}\n", age(Some(*age_seconds))));
+    }
+    if let Some(more) = source.unresolved.checked_sub(shown.len())
+        && more > 0
+    {
+        text.push_str(&format!("  and {more} more\n"));
+    }
     text
 }
 
@@ -297,6 +319,7 @@ fn one_held(source: &DiscoverySource, held: &Held) -> String {
 fn source_state(state: SourceState) -> &'static str {
     match state {
         SourceState::Fresh => "fresh",
+        SourceState::Unresolved => "UNRESOLVED",
         SourceState::Held => "HELD",
         SourceState::Stale => "STALE",
         SourceState::Frozen => "FROZEN",
@@ -476,6 +499,11 @@ mod tests {
             r#"{{"sources": [
                 {{"name": "file:services.d", "state": "fresh", "required": true, "age_seconds": 2, "answered_at": 1,
                   "services": 2, "endpoints": 5, "missing": 0, "held": [], "counters": {counters}}},
+                {{"name": "dns", "state": "unresolved", "because": "no name server answers for 11 of its host names",
+                  "required": true, "age_seconds": 2, "answered_at": 1, "services": 1, "endpoints": 0, "missing": 0,
+                  "held": [], "counters": {counters}, "unresolved": 12, "unresolved_names": [
+                    {{"name": "a.dead.x", "age_seconds": 75, "because": "no name server has answered yet", "in_use": false}},
+                    {{"name": "b.dead.x", "age_seconds": 5, "because": "temporary failure", "in_use": true}}]}},
                 {{"name": "consul:dc1", "state": "held", "because": "2 services", "required": true, "age_seconds": 1,
                   "answered_at": 1, "services": 9, "endpoints": 80, "missing": 3, "counters": {counters}, "held": [
                     {{"service": "orders", "kind": "absent", "age_seconds": 12, "remaining_seconds": 18, "had": 3, "has": 0,
@@ -498,10 +526,18 @@ mod tests {
             discovery,
             &answer,
             expect![[r#"
-                SOURCE           STATE   ANSWERED  SERVICES  ENDPOINTS  HELD  MISSING
-                file:services.d  fresh   2s ago    2         5          0     0
-                consul:dc1       HELD    1s ago    9         80         2     3
-                zk               FROZEN  never     0         0          0     0
+                SOURCE           STATE       ANSWERED  SERVICES  ENDPOINTS  HELD  MISSING
+                file:services.d  fresh       2s ago    2         5          0     0
+                dns              UNRESOLVED  2s ago    1         0          0     0
+                consul:dc1       HELD        1s ago    9         80         2     3
+                zk               FROZEN      never     0         0          0     0
+
+                dns is UNRESOLVED: no name server answers for 11 of its host names
+
+                12 host names of dns are not resolved
+                  a.dead.x, for 75s: no name server has answered yet
+                  b.dead.x, for 5s: temporary failure; its last addresses stay in use
+                  and 10 more
 
                 orders of consul:dc1 has been HELD (absent) for 12s; 18s more at least, and 2 more readings have to say the same (0 so far)
                   why: `consul:dc1` no longer names it

@@ -775,6 +775,8 @@ async fn names_are_resolved_and_a_slow_one_holds_up_only_its_service() {
         .await;
     let pay = "pay stale 10.2.0.1:80 (`nowhere` cannot be resolved: no such host; this endpoint is left out)";
     let problem = "pay:1:1: `nowhere` cannot be resolved: no such host; this endpoint is left out";
+    let unresolved = live.views.borrow().unresolved.clone();
+    assert_eq!((unresolved.count, &*unresolved.first[0].name), (1, "nowhere"));
     // It moves, and is found there.
     dns.set("db", "10.1.0.2");
     live.until(&format!("orders fresh 10.1.0.1:82 10.1.0.2:80 10.1.0.2:81\n{pay}\n{problem}")).await;

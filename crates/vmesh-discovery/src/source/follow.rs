@@ -14,6 +14,7 @@ use super::{
     Backoff, Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, chain, shown,
 };
 use crate::guard::{Guard, NotAccepted, Notice, What};
+use crate::resolve::UnresolvedNames;
 
 /// How long a reading may take that is to confirm something.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(20);
@@ -76,6 +77,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
         is_usable,
         unusable: None,
         is_to_read_again: false,
+        unresolved: Arc::default(),
     };
     let mut backoff = Backoff::default();
     let mut again_at: Option<Instant> = None;
@@ -136,6 +138,7 @@ struct Followed {
     unusable: Option<Arc<str>>,
     /// The operator has asked for a reading.
     is_to_read_again: bool,
+    unresolved: Arc<UnresolvedNames>,
 }
 
 impl Followed {
@@ -144,6 +147,7 @@ impl Followed {
     fn judge_usable(&mut self, told: &Registrations) {
         /// So many reasons are given.
         const SAID: usize = 3;
+        self.note_unresolved(told);
         if self.is_usable {
             return;
         }
@@ -176,6 +180,12 @@ impl Followed {
         if self.unusable.as_ref() != Some(&because) {
             self.unusable = Some(because.clone());
             self.tell(vec![Notice { what: What::Failing, service: None, kind: None, text: because }]);
+        }
+    }
+
+    fn note_unresolved(&mut self, told: &Registrations) {
+        if *self.unresolved != told.unresolved {
+            self.unresolved = told.unresolved.clone().into();
         }
     }
 
@@ -221,7 +231,10 @@ impl Followed {
 
     fn read_again(&mut self, services: &BTreeSet<ServiceName>, read: Result<Registrations, SourceError>) {
         match read {
-            Ok(told) => self.heard(|guard, now| guard.confirmed(services, told, now)),
+            Ok(told) => {
+                self.note_unresolved(&told);
+                self.heard(|guard, now| guard.confirmed(services, told, now));
+            }
             Err(error) => {
                 let because: Arc<str> = chain(&error).into();
                 tracing::info!("{because}; what is held stays held");
@@ -285,8 +298,10 @@ impl Followed {
         self.views.send_if_modified(|view| {
             let mut is_news = view.stale_because != self.stale_because
                 || view.frozen != frozen
-                || view.unusable != self.unusable;
+                || view.unusable != self.unusable
+                || view.unresolved != self.unresolved;
             view.unusable = self.unusable.clone();
+            view.unresolved = self.unresolved.clone();
             if let Some(believed) = believed
                 && view.last_good.as_deref() != Some(&believed)
             {
