@@ -147,6 +147,20 @@ pub struct Revision {
     pub revision: String,
     /// How many worlds this process has seen.
     pub generation: u64,
+    /// The latest revisions before a change of documents, the oldest first.
+    #[serde(default)]
+    pub past: Vec<PastRevision>,
+}
+
+/// A revision that was in force until documents changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastRevision {
+    pub revision: String,
+    pub generation: u64,
+    /// When documents changed, in Unix time.
+    pub until: u64,
+    pub services: usize,
+    pub documents: usize,
 }
 
 /// One screen's worth: what `vmeshctl status` shows.

@@ -1,11 +1,13 @@
 //! One node: which services it may see, and the listeners that are its own.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rpds::RedBlackTreeMapSync;
 use vmesh_catalog::World;
+use vmesh_model::document::{self, Placed};
 use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
 use vmesh_model::strict::did_you_mean;
 use vmesh_model::{NodeReport, Place, Problem, Protocol, ServiceName};
@@ -17,39 +19,66 @@ use vmesh_proto::envoy::config::route::v3::route_match::PathSpecifier;
 use vmesh_proto::envoy::config::route::v3::{
     Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
 };
-use vmesh_xds::{Group, Groups, Kind, Resource, Scope};
+use vmesh_xds::{Group, Kind, Resource, Scope};
 
-use crate::class::{Captured, Shared};
 use crate::cluster::{called_cluster, local_cluster};
 use crate::endpoints::local_assignment;
 use crate::gate;
 use crate::listener::{Direction, Handling, Routes, chain, http, listener, outbound_name, tcp, to_service};
 use crate::route::Share;
+use crate::service::Compiled;
+use crate::view::Captured;
 
 /// Above so many services, a node that asks for all of them is told what that costs it.
 const MANY: usize = 200;
 
-/// What one node is sent, as far as it is not its class's.
+/// What one node is sent, as far as it is not its view's.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
-    pub class: Arc<str>,
+    /// The key of its [`View`](crate::View).
+    pub view: Arc<str>,
     pub scope: Arc<Scope>,
     pub problems: Vec<Problem>,
 }
 
-/// The scope and the own resources of `report`, whose class is compiled in `shared`.
-pub(crate) fn compile(world: &World, shared: &Shared, report: &NodeReport) -> NodeConfig {
-    let mut node =
-        Node { world, shared, report, taken: BTreeMap::new(), resources: Vec::new(), problems: Vec::new() };
-    let upstreams = node.upstreams();
-    let groups = match &report.upstreams {
-        Upstreams::All => Groups::All,
-        Upstreams::Declared(_) => Groups::Named(node.reachable(&upstreams)),
+/// What the own resources of a node are made of.
+pub(crate) struct Subject<'a> {
+    pub(crate) world: &'a World,
+    pub(crate) report: &'a NodeReport,
+    /// The `Node` documents that speak of it, the strongest last.
+    pub(crate) documents: &'a [Arc<Placed<document::Node>>],
+    /// Services compiled in its view, at least those that it calls.
+    pub(crate) services: &'a RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
+    pub(crate) captured: Option<Captured>,
+}
+
+/// The services that a node calls: those that the agent declares, and those that `Node` documents add.
+pub(crate) fn upstreams(report: &NodeReport, documents: &[Arc<Placed<document::Node>>]) -> Vec<Upstream> {
+    let declared = match &report.upstreams {
+        Upstreams::All => &[],
+        Upstreams::Declared(declared) => declared.as_slice(),
     };
-    if groups == Groups::All && shared.services.len() > MANY {
+    let added = documents.iter().flat_map(|document| &document.upstreams);
+    declared.iter().chain(added).cloned().collect()
+}
+
+/// The own resources of a node that calls `upstreams`, and what is wrong with it.
+pub(crate) fn compile(subject: &Subject<'_>, upstreams: &[Upstream]) -> (Arc<Group>, Vec<Problem>) {
+    let Subject { world, report, documents, services, captured } = *subject;
+    let mut node = Node {
+        world,
+        services,
+        documents,
+        captured,
+        report,
+        taken: BTreeMap::new(),
+        resources: Vec::new(),
+        problems: Vec::new(),
+    };
+    if report.upstreams == Upstreams::All && services.size() > MANY {
         node.problem(format!(
             "asks for every service ({}): declare `upstreams`, each service costs its Envoy about 50 KiB",
-            shared.services.len()
+            services.size()
         ));
     }
     if report.client == Client::Envoy {
@@ -57,18 +86,19 @@ pub(crate) fn compile(world: &World, shared: &Shared, report: &NodeReport) -> No
         for workload in &report.workloads {
             node.inbound(workload);
         }
-        for upstream in &upstreams {
+        for upstream in upstreams {
             node.outbound(upstream);
         }
     }
     let Node { resources, problems, .. } = node;
-    let own = Group::new(Arc::from(format!("node {}", report.name)), resources);
-    NodeConfig { class: shared.class.key(), scope: Arc::new(Scope { groups, own }), problems }
+    (Group::new(Arc::from(format!("node {}", report.name)), resources), problems)
 }
 
 struct Node<'a> {
     world: &'a World,
-    shared: &'a Shared,
+    services: &'a RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
+    documents: &'a [Arc<Placed<document::Node>>],
+    captured: Option<Captured>,
     report: &'a NodeReport,
     /// Who listens where: Envoy refuses two listeners with one address, and with them the whole response.
     taken: BTreeMap<SocketAddr, String>,
@@ -77,34 +107,9 @@ struct Node<'a> {
 }
 
 impl Node<'_> {
-    /// What the agent declares, and what `Node` documents add to it.
-    fn upstreams(&self) -> Vec<Upstream> {
-        let declared = match &self.report.upstreams {
-            Upstreams::All => &[],
-            Upstreams::Declared(declared) => declared.as_slice(),
-        };
-        let added = self.shared.class.nodes.iter().flat_map(|document| &document.upstreams);
-        declared.iter().chain(added).cloned().collect()
-    }
-
-    /// The upstreams, and the services that their routes lead to.
-    fn reachable(&mut self, upstreams: &[Upstream]) -> BTreeSet<Arc<str>> {
-        let mut seen = BTreeSet::new();
-        let mut next: Vec<&ServiceName> = upstreams.iter().map(|upstream| &upstream.service).collect();
-        while let Some(service) = next.pop() {
-            if !seen.insert(service.shared()) {
-                continue;
-            }
-            if let Some(compiled) = self.shared.services.get(service) {
-                next.extend(&compiled.shape.references);
-            }
-        }
-        seen
-    }
-
     fn outbound(&mut self, upstream: &Upstream) {
         let service = &upstream.service;
-        let shape = match self.shared.services.get(service) {
+        let shape = match self.services.get(service) {
             Some(compiled) => compiled.shape.clone(),
             None => {
                 let near = did_you_mean(service.as_str(), self.world.known().map(ServiceName::as_str));
@@ -138,7 +143,7 @@ impl Node<'_> {
             for address in gate::outbound_addresses(capture) {
                 self.take(address, "transparent capture".to_owned());
             }
-            self.add(&gate::outbound(capture, self.world.documents.outbound(&self.shared.class.nodes)));
+            self.add(&gate::outbound(capture, self.world.documents.outbound(self.documents)));
         }
         if let Some(inward) = capture.inbound {
             // The first is the wildcard of IPv4, which stands for every address.
@@ -232,9 +237,9 @@ impl Node<'_> {
     }
 
     /// A listener at an address that a socket is bound for. Envoy takes no second one of that address, bound or not: where
-    /// this host is itself an endpoint there, or listens for others, it goes without the listener that its class has for it.
+    /// this host is itself an endpoint there, or listens for others, it goes without the listener that its view has for it.
     fn add_bound(&mut self, listener: &Listener, address: SocketAddr) {
-        if self.shared.class.captured == Some(Captured::Addresses) && !address.ip().is_unspecified() {
+        if self.captured == Some(Captured::Addresses) && !address.ip().is_unspecified() {
             self.resources.push(Resource::absent(Kind::Listener, outbound_name(address)));
         }
         self.add(listener);

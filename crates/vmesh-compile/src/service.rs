@@ -1,4 +1,4 @@
-//! One service, as one class of nodes sees it: its group of resources.
+//! One variant of a service: its group of resources.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -10,17 +10,19 @@ use vmesh_model::node::Client;
 use vmesh_model::{Endpoint, Place, Problem, ServiceName, Settings};
 use vmesh_xds::{Group, Kind, Resource};
 
-use crate::class::Class;
 use crate::cluster::{eds_cluster, grpc_cluster};
 use crate::effective::Effective;
 use crate::endpoints::assignment;
 use crate::listener::api_listener;
 use crate::route::{Router, Share, cluster_name};
 use crate::transparent::{Index, Subject, Transparent};
+use crate::view::Variant;
 
-/// A service compiled for a class of nodes, together with what it was compiled from.
+/// A variant of a service, together with what it was compiled from.
 #[derive(Debug, Clone)]
 pub struct Compiled {
+    /// The key of its [`Variant`].
+    pub(crate) variant: Arc<str>,
     pub group: Arc<Group>,
     pub shape: Arc<Shape>,
     assignments: Vec<Assignment>,
@@ -29,7 +31,7 @@ pub struct Compiled {
 }
 
 impl Compiled {
-    /// Where captured connections to the service are taken at its virtual addresses; of none, where nodes of the class
+    /// Where captured connections to the service are taken at its virtual addresses; of none, where its callers
     /// capture none or it has no port yet.
     pub fn virtual_addresses(&self) -> &[SocketAddr] {
         self.transparent.as_ref().map(|transparent| transparent.at.as_slice()).unwrap_or_default()
@@ -70,22 +72,23 @@ struct Assignment {
     resource: Arc<Resource>,
 }
 
-/// Compiles `name` for `class`, taking over from `before` whatever would come out the same.
+/// Compiles a variant of `name`, taking over from `before` whatever would come out the same. `before` is an earlier state of
+/// the service in the same view. Resources that are equal to those of `sibling`, another variant, are shared with it.
 pub(crate) fn compile(
     world: &World,
     index: &Index,
     name: &ServiceName,
-    class: &Class,
+    variant: &Variant,
     before: Option<&Compiled>,
+    sibling: Option<&Compiled>,
 ) -> Compiled {
-    let settings = world.documents.settings(name, &class.nodes);
-    let capture = settings.capture;
-    let shape = shape(world, name, class, settings, before.map(|compiled| &compiled.shape));
-    let (balancing, zone) = (&shape.effective.load_balancing, class.zone.as_deref());
+    let capture = variant.settings.capture;
+    let shape = shape(world, name, variant, before.map(|compiled| &compiled.shape));
+    let (balancing, zone) = (&shape.effective.load_balancing, variant.zone.as_deref());
     let mut problems = shape.problems.clone();
     let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
     let mut usable = all.clone();
-    if class.without_ipv6 && all.iter().any(|endpoint| endpoint.address.is_ipv6()) {
+    if variant.without_ipv6 && all.iter().any(|endpoint| endpoint.address.is_ipv6()) {
         // Envoy would refuse the others along with them.
         usable = all.iter().filter(|endpoint| endpoint.address.is_ipv4()).cloned().collect();
     }
@@ -97,7 +100,7 @@ pub(crate) fn compile(
             Some(subset) => usable.iter().filter(|endpoint| subset.contains(endpoint)).cloned().collect(),
         };
         if subset.is_some() && of.is_empty() && !all.is_empty() {
-            problems.push(empty_subset(&shape, cluster, all.len()));
+            problems.push(empty_subset(shape.inputs.service.as_ref(), cluster, all.len()));
         }
         let same =
             before.filter(|_| !reshaped).and_then(|before| before.assignments.get(at)).filter(|a| a.of == of);
@@ -109,33 +112,63 @@ pub(crate) fn compile(
             }
         });
     }
-    let transparent = class.captured.map(|captured| {
-        let ipv6 = !class.without_ipv6;
+    let transparent = variant.captured.map(|captured| {
+        let ipv6 = !variant.without_ipv6;
         let subject = Subject { world, index, name, shape: &shape, endpoints: &all, capture, ipv6 };
         let before = before.and_then(|before| before.transparent.as_ref()).map(|before| (before, !reshaped));
         Transparent::of(&subject, captured, before, &mut problems)
     });
     let endpoints = assignments.iter().map(|assignment| &assignment.resource);
     let captured = transparent.iter().flat_map(Transparent::resources);
-    let resources: Vec<_> = shape.resources.iter().chain(endpoints).chain(captured).cloned().collect();
-    Compiled { group: Group::new(name.shared(), resources), shape, assignments, transparent, problems }
+    let shared = |new: &Arc<Resource>| {
+        let same = sibling.and_then(|sibling| sibling.group.get(new.kind(), new.name()));
+        same.filter(|same| same.version() == new.version()).unwrap_or(new).clone()
+    };
+    let resources: Vec<_> = shape.resources.iter().chain(endpoints).chain(captured).map(shared).collect();
+    let group = Group::new(name.shared(), resources);
+    Compiled { variant: variant.key(), group, shape, assignments, transparent, problems }
 }
 
-fn empty_subset(shape: &Shape, cluster: &str, all: usize) -> Problem {
-    let place = shape.inputs.service.as_ref().map_or_else(|| Place::file("documents"), |s| s.place.clone());
+/// Finds what is wrong with the documents of `name`, whether or not any node calls it.
+pub(crate) fn problems(world: &World, name: &ServiceName) -> Vec<Problem> {
+    let documents = &world.documents;
+    let mut problems = Vec::new();
+    if documents.routes.contains_key(name) {
+        let effective = Effective::of(&documents.settings(name, &[]), world.protocol(name));
+        let mut router = Router {
+            world,
+            service: name,
+            effective: &effective,
+            client: Client::Envoy,
+            problems: Vec::new(),
+            references: BTreeSet::new(),
+            spoken_of: BTreeMap::new(),
+        };
+        if effective.protocol.is_http() {
+            router.configuration();
+        } else {
+            router.shares();
+        }
+        problems.append(&mut router.problems);
+    }
+    let all = world.endpoints(name);
+    if let Some(document) = documents.services.get(name).filter(|_| !all.is_empty()) {
+        let empty = document.subsets.iter().filter(|(_, subset)| !all.iter().any(|one| subset.contains(one)));
+        let clusters = empty.map(|(subset, _)| cluster_name(name, Some(subset)));
+        problems.extend(clusters.map(|cluster| empty_subset(Some(document), &cluster, all.len())));
+    }
+    problems
+}
+
+fn empty_subset(document: Option<&Arc<Placed<Service>>>, cluster: &str, all: usize) -> Problem {
+    let place = document.map_or_else(|| Place::file("documents"), |document| document.place.clone());
     let message =
         format!("none of the {all} endpoints is in the subset `{cluster}`: requests for it fail with 503");
     Problem::new(place, format!("Service `{}`", cluster.split('|').next().unwrap_or_default()), message)
 }
 
-fn shape(
-    world: &World,
-    name: &ServiceName,
-    class: &Class,
-    settings: Settings,
-    before: Option<&Arc<Shape>>,
-) -> Arc<Shape> {
-    let effective = Effective::of(&settings, world.protocol(name));
+fn shape(world: &World, name: &ServiceName, variant: &Variant, before: Option<&Arc<Shape>>) -> Arc<Shape> {
+    let effective = Effective::of(&variant.settings, world.protocol(name));
     let inputs = Inputs {
         effective: effective.clone(),
         service: world.documents.services.get(name).cloned(),
@@ -155,14 +188,14 @@ fn shape(
         world,
         service: name,
         effective: &effective,
-        client: class.client,
+        client: variant.client,
         problems: Vec::new(),
         references: BTreeSet::new(),
         spoken_of: BTreeMap::new(),
     };
     let mut resources = Vec::new();
     for (cluster, _) in &parts {
-        let message = match class.client {
+        let message = match variant.client {
             Client::Envoy => eds_cluster(cluster, &effective),
             Client::Grpc => grpc_cluster(cluster, &effective),
         };
@@ -172,7 +205,7 @@ fn shape(
     if effective.protocol.is_http() {
         let routes = router.configuration();
         resources.push(Resource::new(Kind::Route, routes.name.as_str(), &routes));
-        if class.client == Client::Grpc {
+        if variant.client == Client::Grpc {
             let listener = api_listener(&format!("{name}.mesh"), name.as_str());
             resources.push(Resource::new(Kind::Listener, listener.name.as_str(), &listener));
         }
@@ -188,7 +221,7 @@ fn shape(
     };
     Arc::new(Shape {
         inputs,
-        settings,
+        settings: variant.settings.clone(),
         effective,
         references,
         spoken_of,

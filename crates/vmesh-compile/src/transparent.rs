@@ -6,7 +6,7 @@
 //! program -> 10.0.1.11:8080   -> rules of the host -> virtual_outbound -> outbound|10.0.1.11:8080   -> the same
 //! ```
 //!
-//! Each listener is a resource of its own, the same for all nodes of a class, so that a change to one service, or the
+//! Each listener is a resource of its own, the same for all nodes of a view, so that a change to one service, or the
 //! coming and going of one endpoint, never closes connections of another. A connection to the real address of an endpoint
 //! is balanced over the whole service as any other is: which instance the caller had in mind does not count.
 
@@ -22,10 +22,10 @@ use vmesh_model::{Endpoint, Health, Place, Problem, ServiceName};
 use vmesh_proto::agent::{Destination, destination};
 use vmesh_xds::{Kind, Resource};
 
-use crate::class::Captured;
 use crate::listener::{handed_to, to_service};
 use crate::owners::{Owners, can_be_captured};
 use crate::service::{Shape, known};
+use crate::view::Captured;
 
 /// No host captures it, so that nobody who works there is locked out: see `vmesh_capture`.
 const SSH: u16 = 22;

@@ -1,20 +1,21 @@
-//! That the compiler's memory changes nothing: after any sequence of worlds it holds what the last one gives alone.
+//! That the compiler's memory changes nothing: after any sequence of worlds and nodes it holds what the last world gives each
+//! node alone, and nothing of what has gone.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use vmesh_catalog::{Catalog, Seen, SourceView};
-use vmesh_compile::{Compiler, compile};
+use vmesh_compile::{Change, Compiler, Counts, NodeId, Update, compile};
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Capture, Client, Inward, Outward, Upstream, Upstreams};
+use vmesh_model::node::{Capture, Client, Inward, Outward, Upstream, Upstreams, Workload};
 use vmesh_model::{
     Endpoint, Health, Labels, NodeReport, Place, Problem, Protocol, Registration, ServiceName, Weight,
 };
-use vmesh_xds::{Kind, Snapshot};
+use vmesh_xds::{Kind, Scope, Snapshot, Store};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -22,6 +23,8 @@ enum Step {
     Services(Vec<(usize, Option<bool>, Vec<u8>)>),
     /// For each of `DOCUMENTS`: absent, or which version of it.
     Documents(Vec<Option<usize>>),
+    /// A node comes or, if it is connected, goes: its id, and which of the reports is its own.
+    Node(NodeId, usize),
 }
 
 /// The last two want the same virtual address.
@@ -74,6 +77,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => prop::collection::vec(service, 1..3).prop_map(Step::Services),
         1 => prop::collection::vec(prop::option::of(0usize..2), DOCUMENTS.len()).prop_map(Step::Documents),
+        3 => (0u64..6, 0..reports().len()).prop_map(|(id, report)| Step::Node(id, report)),
     ]
 }
 
@@ -99,8 +103,8 @@ fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
     Seen { registration: Arc::new(registration), state: State::Fresh, because: None }
 }
 
-/// A node of each class that captures, and one that does not.
-fn reports() -> [NodeReport; 4] {
+/// Nodes that see services in different ways.
+fn reports() -> [NodeReport; 6] {
     let captures = |outbound: Option<Outward>, upstreams: Upstreams| NodeReport {
         capture: Capture {
             outbound,
@@ -119,14 +123,29 @@ fn reports() -> [NodeReport; 4] {
             labels: [("role".into(), "web".into()), ("rack".into(), "r1".into())].into(),
             ..captures(Some(Outward::All), Upstreams::All)
         },
+        // It serves one that it calls, and one that it does not.
+        NodeReport {
+            name: "m".parse().unwrap(),
+            zone: Some("b".into()),
+            labels: Labels::new(),
+            upstreams: Upstreams::Declared(vec![upstream("s2", 9000), upstream("nobody", 9001)]),
+            workloads: vec![workload("s2", 8080), workload("s1", 8081)],
+            ..report()
+        },
+        NodeReport { client: Client::Grpc, upstreams: Upstreams::All, ..report() },
     ]
 }
 
+fn upstream(name: &str, port: u16) -> Upstream {
+    Upstream { service: name.parse().unwrap(), listen: Some(([127, 0, 0, 1], port).into()) }
+}
+
+fn workload(name: &str, port: u16) -> Workload {
+    let listen = Some(([127, 0, 0, 1], port + 1000).into());
+    Workload { service: name.parse().unwrap(), port, host: None, protocol: None, listen }
+}
+
 fn report() -> NodeReport {
-    let upstream = |name: &str, port: u16| Upstream {
-        service: name.parse().unwrap(),
-        listen: Some(([127, 0, 0, 1], port).into()),
-    };
     NodeReport {
         name: "n".parse().unwrap(),
         client: Client::Envoy,
@@ -151,14 +170,44 @@ fn content(snapshot: &Snapshot) -> Vec<(Kind, String, String)> {
 
 /// Those of services. What is said of a route may hint at a name that has gone since.
 fn problems(compiler: &Compiler) -> Vec<Problem> {
-    let mut problems = compiler.problems();
+    let mut problems = compiler.configuration().problems();
     problems.retain(|problem| problem.subject.starts_with("Service"));
     problems
 }
 
+/// What a hub does with an update: it ends with what the configuration says.
+#[derive(Default)]
+struct Published {
+    stores: BTreeMap<Arc<str>, Arc<Store>>,
+    nodes: BTreeMap<NodeId, (Arc<str>, Arc<Scope>)>,
+}
+
+impl Published {
+    fn take(&mut self, update: Update) {
+        self.stores.extend(update.stores);
+        self.nodes.extend(
+            update.nodes.into_iter().map(|(id, config)| (id, (config.view.clone(), config.scope.clone()))),
+        );
+        update.gone.iter().for_each(|view| _ = self.stores.remove(view));
+    }
+
+    fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
+        let (view, scope) = self.nodes.get(&id)?;
+        Some(Snapshot { store: self.stores.get(view)?.clone(), scope: scope.clone() })
+    }
+}
+
+fn join(id: NodeId, report: NodeReport) -> Change {
+    Change { joined: vec![(id, Arc::new(report))], ..Change::default() }
+}
+
+fn world(catalog: &Catalog) -> Change {
+    Change { world: Some(catalog.world().clone()), ..Change::default() }
+}
+
 /// A client says itself in which zone it is.
 #[test]
-fn a_zone_that_no_endpoint_is_in_costs_no_class_and_one_that_gets_an_endpoint_has_one() {
+fn a_zone_that_no_endpoint_is_in_costs_no_view_and_one_that_gets_an_endpoint_has_one() {
     let mut catalog = Catalog::new(1);
     let document = DOCUMENTS.iter().flatten().find(|document| document.contains("prefer_local")).unwrap();
     let mut library = Library::default();
@@ -174,31 +223,86 @@ fn a_zone_that_no_endpoint_is_in_costs_no_class_and_one_that_gets_an_endpoint_ha
     catalog.on_view(0, service(&[1]));
     let mut compiler = Compiler::new(catalog.world().clone());
     let of = |zone: &str| NodeReport { zone: Some(zone.into()), ..report() };
-    let in_a = compiler.node(&of("a")).class;
-    let classes: BTreeSet<_> = (0..100).map(|i| compiler.node(&of(&format!("invented-{i}"))).class).collect();
-    assert_eq!(classes.len(), 1);
-    assert_eq!(classes, [compiler.node(&NodeReport { zone: None, ..report() }).class].into());
-    assert!(!classes.contains(&in_a));
-    assert!(classes.contains(&compiler.node(&of("b")).class));
+    let zones = ["a", "b"].into_iter().map(ToOwned::to_owned);
+    let zones = zones.chain((0..100).map(|i| format!("invented-{i}")));
+    let joined = zones.enumerate().map(|(id, zone)| (id as NodeId, Arc::new(of(&zone))));
+    compiler.apply(Change { joined: joined.collect(), ..Change::default() });
+    let view = |compiler: &Compiler, id| compiler.configuration().node(id).unwrap().view.clone();
+    assert_eq!(compiler.counts().views, 2, "zone `a`, and all other zones");
+    assert_eq!(view(&compiler, 1), view(&compiler, 2));
+    let in_a = view(&compiler, 0);
     // And now one in zone `b`.
     catalog.on_view(0, service(&[1, 1]));
-    let update = compiler.update(catalog.world().clone());
-    assert!(update.regroups());
-    assert!(!classes.contains(&compiler.node(&of("b")).class));
+    let update = compiler.apply(world(&catalog));
+    assert_eq!((compiler.counts().views, update.nodes.len()), (3, 1));
+    assert_ne!(view(&compiler, 1), view(&compiler, 2));
+    assert_eq!(view(&compiler, 0), in_a);
     catalog.on_view(0, service(&[1, 2]));
-    assert!(!compiler.update(catalog.world().clone()).regroups(), "no zone more or less");
+    assert_eq!(compiler.apply(world(&catalog)).nodes.len(), 0, "no zone more or less");
+}
+
+#[test]
+fn a_service_is_compiled_once_for_all_nodes_that_see_it_alike_and_not_at_all_for_none() {
+    let mut catalog = Catalog::new(1);
+    let documents = "kind: Node\nname: a\nupstreams: [{service: s1}]\n---\n\
+                     kind: Node\nname: b\ntimeouts: {connect: 9s}\n---\n\
+                     kind: Node\nname: c\ntimeouts: {connect: 9s}\n---\n\
+                     kind: Mesh\nload_balancing: {locality: prefer_local}\n";
+    let mut library = Library::default();
+    let (documents, problems) =
+        library.update(&[DocumentFile { path: "mesh.yaml", content: Ok(documents.as_bytes()) }]);
+    catalog.on_documents(documents, 1, problems);
+    // The endpoint of `s0` is in zone `a`, and those of `s1` are in both.
+    let view = |s1: &[u8]| {
+        let services: [(&str, &[u8]); 3] = [("s0", &[1]), ("s1", s1), ("s2", &[1, 1])];
+        let services = services.into_iter().map(|(name, versions)| {
+            let name: ServiceName = name.parse().unwrap();
+            (name.clone(), seen(&name, true, versions))
+        });
+        SourceView { services: services.collect(), problems: Vec::new() }
+    };
+    catalog.on_view(0, view(&[1, 1]));
+    let mut compiler = Compiler::new(catalog.world().clone());
+    let count = |compiler: &Compiler| (compiler.counts().views, compiler.counts().variants);
+    assert_eq!(count(&compiler), (0, 0));
+    let of = |name: &str, zone: Option<&str>, upstreams: &[&str]| NodeReport {
+        name: name.parse().unwrap(),
+        zone: zone.map(Into::into),
+        upstreams: Upstreams::Declared(upstreams.iter().map(|name| upstream(name, 9000)).collect()),
+        ..report()
+    };
+    compiler.apply(join(1, of("x", None, &["s0"])));
+    assert_eq!(count(&compiler), (1, 1));
+    // Its document only adds an upstream.
+    compiler.apply(join(2, of("a", None, &["s0"])));
+    assert_eq!(count(&compiler), (1, 2));
+    compiler.apply(join(3, of("b", None, &["s0"])));
+    compiler.apply(join(4, of("c", None, &["s0"])));
+    assert_eq!(count(&compiler), (2, 3));
+    // In another zone `s0` comes out as it does without one, and `s1` does not.
+    compiler.apply(join(5, of("y", Some("b"), &["s0", "s1"])));
+    assert_eq!(count(&compiler), (3, 4));
+    catalog.on_view(0, view(&[1]));
+    let update = compiler.apply(world(&catalog));
+    assert_eq!(update.stores.len(), 2, "those of the views in which `s1` is called");
+    compiler.apply(Change { left: vec![1, 3, 4, 5], ..Change::default() });
+    assert_eq!(count(&compiler), (1, 2));
+    compiler.apply(Change { left: vec![2], ..Change::default() });
+    assert_eq!(compiler.counts(), Counts::default());
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn any_way_to_a_world_gives_what_the_world_gives_alone(steps in prop::collection::vec(step(), 1..8)) {
+    fn any_way_to_a_world_gives_each_node_what_the_world_gives_it_alone_and_leaves_nothing(steps in prop::collection::vec(step(), 1..16)) {
         let mut catalog = Catalog::new(1);
         let mut compiler = Compiler::new(catalog.world().clone());
         let mut services: BTreeMap<ServiceName, Seen> = BTreeMap::new();
         let mut library = Library::default();
         let mut hash = 0;
+        let mut connected: BTreeMap<NodeId, NodeReport> = BTreeMap::new();
+        let mut published = Published::default();
         for step in steps {
             match step {
                 Step::Services(changes) => {
@@ -210,6 +314,7 @@ proptest! {
                         }
                     }
                     catalog.on_view(0, SourceView { services: services.clone(), problems: Vec::new() });
+                    published.take(compiler.apply(world(&catalog)));
                 }
                 Step::Documents(which) => {
                     let versions = DOCUMENTS.iter().zip(which);
@@ -220,21 +325,33 @@ proptest! {
                     let (documents, problems) = library.update(&files);
                     hash += 1;
                     catalog.on_documents(documents, hash, problems);
+                    published.take(compiler.apply(world(&catalog)));
+                }
+                Step::Node(id, which) => {
+                    if connected.remove(&id).is_some() {
+                        published.take(compiler.apply(Change { left: vec![id], ..Change::default() }));
+                        published.nodes.remove(&id);
+                    } else {
+                        let report = reports()[which].clone();
+                        connected.insert(id, report.clone());
+                        published.take(compiler.apply(join(id, report)));
+                    }
                 }
             }
-            compiler.update(catalog.world().clone());
-            let (mut used, mut fresh) = (BTreeSet::new(), Compiler::new(catalog.world().clone()));
-            for report in reports() {
-                let config = compiler.node(&report);
-                let store = compiler.store(&config.class).unwrap();
-                used.insert(config.class);
-                let remembered = Snapshot { store, scope: config.scope };
-                let (alone, _) = compile(catalog.world(), &report);
+            let mut fresh = Compiler::new(catalog.world().clone());
+            for (id, report) in &connected {
+                let remembered = compiler.configuration().snapshot(*id).unwrap();
+                let (alone, _) = compile(catalog.world(), report);
                 prop_assert_eq!(content(&remembered), content(&alone));
-                fresh.node(&report);
+                prop_assert_eq!(content(&published.snapshot(*id).unwrap()), content(&alone));
+                fresh.apply(join(*id, report.clone()));
             }
-            compiler.retain(&used);
             prop_assert_eq!(problems(&compiler), problems(&fresh));
+            prop_assert_eq!(compiler.counts(), fresh.counts(), "nothing is kept that nobody sees");
+            prop_assert_eq!(published.stores.len(), fresh.counts().views);
         }
+        let left = connected.into_keys().collect();
+        published.take(compiler.apply(Change { left, ..Change::default() }));
+        prop_assert_eq!((compiler.counts(), published.stores.len()), (Counts::default(), 0));
     }
 }

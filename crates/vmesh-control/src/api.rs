@@ -113,8 +113,7 @@ async fn problems(State(control): Shared) -> Response {
 }
 
 async fn revision(State(control): Shared) -> Json<Revision> {
-    let world = control.world();
-    Json(Revision { revision: world.revision.to_string(), generation: world.generation })
+    Json(control.revision())
 }
 
 async fn status(State(control): Shared) -> Json<Status> {
@@ -228,7 +227,7 @@ async fn forget_offline(State(control): Shared, Query(asked): Query<BTreeMap<Str
     };
     match vmesh_model::text::parse_duration(longer) {
         Ok(longer) => {
-            let forgotten = control.forget_offline_for(longer);
+            let forgotten = control.fleet().forget_offline_for(longer);
             let nodes = if forgotten == 1 { "node is" } else { "nodes are" };
             Json(Done { done: format!("{forgotten} {nodes} forgotten") }).into_response()
         }

@@ -3,15 +3,22 @@
 //! Read from what was compiled, not from the documents again: it explains what the node is sent.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
 use vmesh_catalog::World;
 use vmesh_compile::effective::Effective;
-use vmesh_compile::{Class, Compiler, NodeConfig};
-use vmesh_model::document::{Match, OnLoss, PathMatch, Retry, Rule, TextMatch};
+use vmesh_compile::{CompiledView, NodeConfig, View};
+use vmesh_model::document::{self, Match, OnLoss, PathMatch, Placed, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
 use vmesh_model::{Endpoint, Health, NodeReport, ServiceName, Settings};
+
+/// What of a node decides how it calls services.
+struct Caller<'a> {
+    documents: Vec<Arc<Placed<document::Node>>>,
+    view: &'a View,
+}
 
 /// How the node itself stands.
 #[derive(Debug, Clone)]
@@ -32,32 +39,30 @@ impl Default for Standing {
 
 /// `Err` is a sentence: there is no such service.
 pub(crate) fn explain(
-    compiler: &Compiler,
-    config: NodeConfig,
+    world: &World,
+    view: &CompiledView,
+    config: &NodeConfig,
     report: &NodeReport,
     service: &ServiceName,
     node: Standing,
 ) -> Result<Explanation, String> {
-    let world = compiler.world().clone();
-    let Some(shared) = compiler.class(&config.class) else {
-        return Err(format!("node `{}` has no class", report.name));
-    };
-    let Some(compiled) = shared.services.get(service) else {
+    let Some(compiled) = view.services.get(service) else {
         return Err(format!(
             "there is no service `{service}`: no discovery source and no document knows it; `vmeshctl services` lists \
              those that there are"
         ));
     };
+    let caller = Caller { documents: world.documents.nodes_for(report), view: &view.view };
     let shape = &compiled.shape;
     let declared = config.scope.contains(service.as_str());
     let mut listeners = listeners(report, service, config.scope.own.resources().iter().map(|r| &**r.name()));
     if declared {
         listeners.extend(compiled.virtual_addresses().iter().map(ToString::to_string));
     }
-    let routes = hops(&world, service);
+    let routes = hops(world, service);
     let names: BTreeSet<ServiceName> =
         std::iter::once(service.clone()).chain(shape.references.iter().cloned()).collect();
-    let clusters: Vec<_> = names.iter().flat_map(|name| clusters(&world, name, &shared.class)).collect();
+    let clusters: Vec<_> = names.iter().flat_map(|name| clusters(world, name, &caller)).collect();
     let usable = |health: Health| matches!(health, Health::Unknown | Health::Healthy);
     let endpoints = world.endpoints(service);
     let obstacle = if !declared {
@@ -98,7 +103,7 @@ pub(crate) fn explain(
         listeners,
         routes,
         clusters,
-        settings: settings(&world, service, &shared.class, &shape.effective),
+        settings: settings(world, service, &caller, &shape.effective),
         problems,
     })
 }
@@ -198,12 +203,12 @@ fn retries(retry: &Retry) -> String {
     }
 }
 
-fn clusters(world: &World, service: &ServiceName, class: &Class) -> Vec<Cluster> {
+fn clusters(world: &World, service: &ServiceName, caller: &Caller<'_>) -> Vec<Cluster> {
     let endpoints: Vec<&Endpoint> = world.endpoints(service).iter().collect();
-    let settings = world.documents.settings(service, &class.nodes);
+    let settings = world.documents.settings(service, &caller.documents);
     let balancing = Effective::of(&settings, world.protocol(service)).load_balancing;
     let cluster = |name: String, endpoints: &[&Endpoint]| {
-        let priorities = vmesh_compile::priorities(endpoints, &balancing, class.zone.as_deref());
+        let priorities = vmesh_compile::priorities(endpoints, &balancing, caller.view.zone.as_deref());
         // Where all come first there is nothing to say.
         let several = priorities.iter().any(|priority| *priority > 0);
         let endpoints = endpoints.iter().zip(priorities).map(|(endpoint, priority)| ServiceEndpoint {
@@ -222,8 +227,13 @@ fn clusters(world: &World, service: &ServiceName, class: &Class) -> Vec<Cluster>
     clusters
 }
 
-fn settings(world: &World, service: &ServiceName, class: &Class, effective: &Effective) -> Vec<Setting> {
-    let Settings { capture, origins, .. } = world.documents.settings(service, &class.nodes);
+fn settings(
+    world: &World,
+    service: &ServiceName,
+    caller: &Caller<'_>,
+    effective: &Effective,
+) -> Vec<Setting> {
+    let Settings { capture, origins, .. } = world.documents.settings(service, &caller.documents);
     let outliers = &effective.outlier_detection;
     let mut values = vec![
         ("load_balancing", effective.load_balancing.policy.as_str().to_owned()),
@@ -239,7 +249,7 @@ fn settings(world: &World, service: &ServiceName, class: &Class, effective: &Eff
             ),
         ),
     ];
-    if class.captured.is_some() {
+    if caller.view.captured.is_some() {
         let percent =
             capture.percent.map_or_else(|| "as the host says".to_owned(), |share| format!("{share} %"));
         values.push(("capture.percent", percent));

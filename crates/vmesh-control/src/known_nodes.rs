@@ -156,6 +156,11 @@ impl KnownNodes {
         self.connected.contains_key(name)
     }
 
+    /// The connections of each connected node.
+    pub(crate) fn connected(&self) -> impl Iterator<Item = &BTreeSet<u64>> {
+        self.connected.values().map(|connected| &connected.connections)
+    }
+
     /// The connections of a node.
     pub(crate) fn connections(&self, name: &NodeName) -> impl Iterator<Item = u64> {
         self.connected.get(name).into_iter().flat_map(|connected| &connected.connections).copied()
@@ -164,10 +169,6 @@ impl KnownNodes {
     /// Returns the number of offline nodes.
     pub(crate) fn offline(&self) -> usize {
         self.offline.len()
-    }
-
-    pub(crate) fn offline_since(&self, name: &NodeName) -> Option<u64> {
-        self.offline.get(name).map(|offline| offline.since)
     }
 
     pub(crate) fn all_offline(&self) -> BTreeMap<NodeName, u64> {
@@ -340,9 +341,9 @@ mod tests {
         known.connect(&a, 1, from(1));
         known.connect(&a, 2, from(1));
         known.disconnect(&a, 1, 50);
-        assert_eq!(known.offline_since(&a.name), None);
+        assert_eq!(known.all_offline().get(&a.name).copied(), None);
         known.disconnect(&a, 2, 60);
-        assert_eq!(known.offline_since(&a.name), Some(60));
+        assert_eq!(known.all_offline().get(&a.name).copied(), Some(60));
         assert_eq!(names(known.offline_for(Duration::from_secs(11), 70)), [""; 0]);
         assert_eq!(names(known.offline_for(Duration::from_secs(10), 70)), ["a"]);
         known.connect(&a, 3, from(1));

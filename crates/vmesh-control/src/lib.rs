@@ -5,7 +5,7 @@
 //! | `discovery <source>` | the source, the operator | `watch<View>` |
 //! | `documents` | the directory, a timer | `watch<DocumentsView>` |
 //! | `worlds` | any view, the documents, a node's report, an eviction | `watch<Published>` |
-//! | `compiler` | `watch<Published>` | a store per class of nodes, to the hub |
+//! | `compiler` | `watch<Published>`, nodes that come and go | a store per view of nodes, to the hub, and `watch<Compilation>` |
 //! | `state` | `watch<Published>`, debounced | the last good state on disk |
 //! | `xds` | connections | responses; takes leave of its clients |
 //! | `api`, `api socket` | connections | answers, on a thread of their own |
@@ -13,11 +13,13 @@
 
 mod api;
 mod claim;
+mod compilation;
 mod config;
 mod control;
 mod discovery;
 mod documents;
 mod explain;
+mod fleet;
 mod known_nodes;
 mod metrics;
 mod overrides;

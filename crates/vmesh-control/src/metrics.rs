@@ -88,7 +88,7 @@ impl Collector for Scrape {
             ("vmesh_documents", "Mesh documents in force", world.documents.len()),
             ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
             ("vmesh_shared_node_names", "Names of nodes that two hosts go by", control.shared_names()),
-            ("vmesh_classes", "Classes of nodes that are compiled", control.classes()),
+            ("vmesh_classes", "Views of connected nodes that services are compiled for", control.views()),
             (
                 "vmesh_state_unwritten",
                 "1 while a part of the last good state cannot be written",

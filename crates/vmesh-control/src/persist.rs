@@ -223,7 +223,7 @@ pub(crate) async fn keep(
         let stopping = tokio::select! {
             changed = published.changed() => changed.is_err(),
             () = until(retry.map(|(at, _)| at)) => false,
-            () = control.nodes_went_offline() => false,
+            () = control.fleet().nodes_went_offline() => false,
             () = stop.requested() => true,
         };
         if !stopping {
@@ -235,7 +235,7 @@ pub(crate) async fn keep(
         let world = published.borrow_and_update().world.clone();
         let documents = documents.borrow().clone();
         let good = sources.last_good();
-        let offline = control.offline_since();
+        let offline = control.fleet().offline_since();
         let to = disk.clone();
         let saved = tokio::task::spawn_blocking(move || {
             let failed = save(&to, &good, &documents, &world, &offline, &mut written);

@@ -21,10 +21,12 @@ use vmesh_model::{Place, Problem, ServiceName};
 use vmesh_xds::server::{AdsService, Bounded, Hub};
 
 use crate::api;
+use crate::compilation::{self, Compilation};
 use crate::config::Config;
-use crate::control::{Control, Door, NodeIntake};
+use crate::control::Control;
 use crate::discovery::Desk;
 use crate::documents::{self, DocumentsView};
+use crate::fleet::{Door, Fleet, NodeIntake};
 use crate::known_nodes::KnownNodes;
 use crate::metrics::Scrape;
 use crate::overrides::{self, Kept, Overrides};
@@ -195,17 +197,20 @@ async fn run(config: Config) -> Result<(), RunError> {
     let (reports_in, reports) = mpsc::channel::<NodeEvent>(REPORTS);
     let (written, write_status) = watch::channel(WriteStatus::default());
     let hub = Hub::new();
+    let (compiled_in, compiled) = watch::channel(Arc::new(Compilation::new(catalog.world().clone())));
+    let nodes = NodeIntake { reports: reports_in, known: known_nodes };
+    let fleet = Arc::new(Fleet::new(hub.clone(), published.clone(), compiled.clone(), nodes));
     let control = Arc::new(Control::new(
         config.trust_domain.clone(),
-        hub.clone(),
         published.clone(),
+        compiled,
+        fleet.clone(),
         sources.clone(),
         desk,
-        NodeIntake { reports: reports_in, known: known_nodes },
         write_status,
     ));
     let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
-    let service = AdsService::new(hub, Door(control.clone()), name);
+    let service = AdsService::new(hub.clone(), Door(fleet.clone()), name);
     let mut registry = vmesh_daemon::metrics::registry();
     let counters = service.counters().clone();
     registry.register_collector(Box::new(Scrape { control: Arc::downgrade(&control), counters }));
@@ -214,12 +219,12 @@ async fn run(config: Config) -> Result<(), RunError> {
         "worlds",
         worlds::publish(catalog, sources.clone(), overrides, documents.clone(), reports, published_in),
     );
-    tasks.spawn("compiler", control.clone().compile_on_change());
+    tasks.spawn("compiler", compilation::run(fleet.clone(), published.clone(), compiled_in, hub));
     let of_state = control.clone();
     tasks.spawn_draining("state", |stop| {
         persist::keep(disk, sources, documents, published, of_state, written, stop)
     });
-    tasks.spawn("forget nodes", control.clone().forget_offline());
+    tasks.spawn("forget nodes", fleet.forget_offline());
 
     let bounded = Bounded { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
     tasks

@@ -3,7 +3,7 @@
 //! Precedence, the strongest first: `Node`, `Service`, `Mesh`, built in. [`Settings`] is what the three have in
 //! common, so that the precedence is one function ([`Documents::settings`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -584,15 +584,7 @@ impl Documents {
             let document = format!("Service `{}`", service.name);
             settings.overlay(said, || Origin { document: document.clone(), place: service.place.clone() });
         }
-        for node in nodes {
-            let said = Said::of(&node.load_balancing, &node.timeouts, &node.retry).with(
-                &node.outlier_detection,
-                &node.connection_limits,
-                &node.capture,
-            );
-            let document = format!("Node `{}`", node.selector());
-            settings.overlay(said, || Origin { document: document.clone(), place: node.place.clone() });
-        }
+        settings.overlay_nodes(nodes);
         settings
     }
 
@@ -609,6 +601,18 @@ impl Documents {
         self.nodes.iter().filter(|node| node.selects(report)).cloned().collect()
     }
 
+    /// For [`Documents::nodes_for`] many nodes.
+    pub fn node_finder(&self) -> NodeFinder<'_> {
+        let mut finder = NodeFinder::default();
+        for (at, node) in self.nodes.iter().enumerate() {
+            match &node.name {
+                Some(name) => finder.by_name.entry(name).or_default().push((at, node)),
+                None => finder.by_labels.push((at, node)),
+            }
+        }
+        finder
+    }
+
     /// How many documents there are.
     pub fn len(&self) -> usize {
         usize::from(self.mesh.is_some()) + self.services.len() + self.routes.len() + self.nodes.len()
@@ -616,6 +620,27 @@ impl Documents {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// Finds the `Node` documents of a node without a look at those of all other nodes.
+#[derive(Debug, Default)]
+pub struct NodeFinder<'a> {
+    by_name: HashMap<&'a NodeName, Vec<Ranked<'a>>>,
+    by_labels: Vec<Ranked<'a>>,
+}
+
+/// A document and its place in the order of strength.
+type Ranked<'a> = (usize, &'a Arc<Placed<Node>>);
+
+impl NodeFinder<'_> {
+    /// The same as [`Documents::nodes_for`].
+    pub fn find(&self, report: &NodeReport) -> Vec<Arc<Placed<Node>>> {
+        let named = self.by_name.get(&report.name).into_iter().flatten();
+        let candidates = self.by_labels.iter().chain(named);
+        let mut found: Vec<_> = candidates.filter(|(_, node)| node.selects(report)).collect();
+        found.sort_by_key(|(at, _)| *at);
+        found.into_iter().map(|(_, node)| (*node).clone()).collect()
     }
 }
 
@@ -654,6 +679,41 @@ impl<'a> Said<'a> {
 }
 
 impl Settings {
+    /// What the `Node` documents `nodes`, the strongest last, say of every service.
+    pub fn of_nodes(nodes: &[Arc<Placed<Node>>]) -> Settings {
+        let mut settings = Settings::default();
+        settings.overlay_nodes(nodes);
+        settings
+    }
+
+    /// A text that is equal for equal values, whichever documents set them.
+    pub fn content_key(&self) -> String {
+        let Settings {
+            load_balancing,
+            timeouts,
+            retry,
+            outlier_detection,
+            connection_limits,
+            capture,
+            origins: _,
+        } = self;
+        format!(
+            "{load_balancing:?} {timeouts:?} {retry:?} {outlier_detection:?} {connection_limits:?} {capture:?}"
+        )
+    }
+
+    fn overlay_nodes(&mut self, nodes: &[Arc<Placed<Node>>]) {
+        for node in nodes {
+            let said = Said::of(&node.load_balancing, &node.timeouts, &node.retry).with(
+                &node.outlier_detection,
+                &node.connection_limits,
+                &node.capture,
+            );
+            let document = format!("Node `{}`", node.selector());
+            self.overlay(said, || Origin { document: document.clone(), place: node.place.clone() });
+        }
+    }
+
     fn overlay(&mut self, said: Said<'_>, origin: impl Fn() -> Origin) {
         let Settings {
             load_balancing,

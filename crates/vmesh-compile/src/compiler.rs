@@ -1,0 +1,701 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use rpds::RedBlackTreeMapSync;
+use vmesh_catalog::World;
+use vmesh_model::document::{self, Documents, Placed};
+use vmesh_model::node::{Upstream, Upstreams};
+use vmesh_model::{NodeReport, Problem, Protocol, ServiceName};
+use vmesh_xds::{Groups, Scope, Snapshot, Store};
+
+use crate::node::{self, NodeConfig};
+use crate::owners::Owners;
+use crate::service::{self, Compiled};
+use crate::transparent::{Index, Virtuals};
+use crate::view::{Captured, View, zones_matter};
+
+/// Names a connected node; one node can be connected twice.
+pub type NodeId = u64;
+
+/// What came since the last [`Compiler::apply`].
+#[derive(Debug, Default)]
+pub struct Change {
+    pub world: Option<Arc<World>>,
+    pub joined: Vec<(NodeId, Arc<NodeReport>)>,
+    pub left: Vec<NodeId>,
+}
+
+/// What a [`Change`] changed. It has to be published in one step.
+#[derive(Debug, Default)]
+pub struct Update {
+    /// The views whose services changed, by their keys.
+    pub stores: Vec<(Arc<str>, Arc<Store>)>,
+    /// The nodes that have another view or scope.
+    pub nodes: Vec<(NodeId, Arc<NodeConfig>)>,
+    /// The views that no node has any more.
+    pub gone: Vec<Arc<str>>,
+}
+
+/// Everything that is compiled, at one moment. A clone costs a few pointers.
+#[derive(Debug, Clone)]
+pub struct Configuration {
+    pub world: Arc<World>,
+    views: RedBlackTreeMapSync<Arc<str>, Arc<CompiledView>>,
+    nodes: RedBlackTreeMapSync<NodeId, Arc<NodeConfig>>,
+    problems: RedBlackTreeMapSync<ServiceName, Arc<[Problem]>>,
+}
+
+/// The services of one view, compiled as far as a node calls them.
+#[derive(Debug, Clone)]
+pub struct CompiledView {
+    pub view: Arc<View>,
+    pub services: RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
+    pub store: Arc<Store>,
+}
+
+impl Configuration {
+    /// What is compiled of `world` when no node is connected.
+    pub fn of(world: Arc<World>) -> Configuration {
+        Compiler::new(world).configuration()
+    }
+
+    pub fn node(&self, id: NodeId) -> Option<&Arc<NodeConfig>> {
+        self.nodes.get(&id)
+    }
+
+    pub fn view(&self, key: &str) -> Option<&Arc<CompiledView>> {
+        self.views.get(key)
+    }
+
+    /// Returns the number of views.
+    pub fn views(&self) -> usize {
+        self.views.size()
+    }
+
+    /// What a node is to have.
+    pub fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
+        let config = self.node(id)?;
+        Some(Snapshot { store: self.view(&config.view)?.store.clone(), scope: config.scope.clone() })
+    }
+
+    /// What is wrong with services and routes, each once, and then what is wrong with each connected node.
+    pub fn problems(&self) -> Vec<Problem> {
+        let of_services = self.problems.values().flat_map(|problems| problems.iter());
+        let of_services: BTreeSet<&Problem> = of_services.collect();
+        let of_nodes = self.nodes.values().flat_map(|config| &config.problems);
+        of_services.into_iter().chain(of_nodes).cloned().collect()
+    }
+}
+
+/// Compiles each service once for each way in which a connected node sees it, and keeps that for as long as a node does.
+#[derive(Debug)]
+pub struct Compiler {
+    configuration: Configuration,
+    /// `None` as long as no view captures anything.
+    index: Option<Index>,
+    zones: Zones,
+    zones_matter: bool,
+    views: BTreeMap<Arc<str>, ViewState>,
+    variants: BTreeMap<ServiceName, BTreeMap<Arc<str>, Used>>,
+    nodes: BTreeMap<NodeId, NodeState>,
+    /// The views in which a node calls a service by name, whether or not anything knows it.
+    called_in: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// The views in which a node sees all services.
+    see_all: BTreeSet<Arc<str>>,
+    /// The nodes that serve a service.
+    served_by: BTreeMap<ServiceName, BTreeSet<NodeId>>,
+}
+
+/// What a [`Compiler`] holds for connected nodes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub nodes: usize,
+    pub views: usize,
+    /// Of all services together.
+    pub variants: usize,
+    /// Services in views.
+    pub services: usize,
+    /// Entries of the indexes that lead from services to views and nodes.
+    pub indexed: usize,
+}
+
+/// A variant, and in how many views it is.
+#[derive(Debug)]
+struct Used {
+    compiled: Arc<Compiled>,
+    views: usize,
+}
+
+#[derive(Debug)]
+struct ViewState {
+    view: Arc<View>,
+    nodes: BTreeSet<NodeId>,
+    /// The number of nodes that see all services.
+    see_all: usize,
+    /// The number of nodes that call each service by name.
+    callers: BTreeMap<Arc<str>, usize>,
+    services: RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
+    store: Arc<Store>,
+    /// The services that differ from those in `store`.
+    differ: BTreeSet<ServiceName>,
+}
+
+#[derive(Debug)]
+struct NodeState {
+    report: Arc<NodeReport>,
+    documents: Vec<Arc<Placed<document::Node>>>,
+    config: Option<Arc<NodeConfig>>,
+}
+
+/// How many endpoints are in each zone. A zone without any decides nothing: there a node sees services as a node without
+/// a zone does, and has its view. Or every client that invents a zone would cost a view.
+#[derive(Debug, Default)]
+struct Zones(BTreeMap<Arc<str>, usize>);
+
+impl Zones {
+    /// Takes over what differs in the services `names`. True: there is a zone more or less.
+    fn update<'a>(
+        &mut self,
+        before: Option<&World>,
+        now: &World,
+        names: impl IntoIterator<Item = &'a ServiceName>,
+    ) -> bool {
+        let mut differ = false;
+        for name in names {
+            let zones = |world: &World| -> Vec<Arc<str>> {
+                world.endpoints(name).iter().filter_map(|endpoint| endpoint.zone.clone()).collect()
+            };
+            for zone in zones(now) {
+                let count = self.0.entry(zone).or_insert(0);
+                differ |= *count == 0;
+                *count += 1;
+            }
+            for zone in before.map(zones).unwrap_or_default() {
+                let Some(count) = self.0.get_mut(&zone) else { continue };
+                *count -= 1;
+                if *count == 0 {
+                    self.0.remove(&zone);
+                    differ = true;
+                }
+            }
+        }
+        differ
+    }
+}
+
+impl Compiler {
+    pub fn new(world: Arc<World>) -> Compiler {
+        let mut zones = Zones::default();
+        let known: Vec<_> = world.known().cloned().collect();
+        zones.update(None, &world, &known);
+        let configuration = Configuration {
+            world: world.clone(),
+            views: RedBlackTreeMapSync::new_sync(),
+            nodes: RedBlackTreeMapSync::new_sync(),
+            problems: RedBlackTreeMapSync::new_sync(),
+        };
+        let mut compiler = Compiler {
+            configuration,
+            index: None,
+            zones,
+            zones_matter: zones_matter(&world.documents),
+            views: BTreeMap::new(),
+            variants: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            called_in: BTreeMap::new(),
+            see_all: BTreeSet::new(),
+            served_by: BTreeMap::new(),
+        };
+        known.iter().for_each(|name| compiler.list_problems(name));
+        compiler
+    }
+
+    pub fn configuration(&self) -> Configuration {
+        self.configuration.clone()
+    }
+
+    /// Takes over `change`, and compiles what it concerns.
+    pub fn apply(&mut self, change: Change) -> Update {
+        for id in &change.left {
+            self.remove(*id);
+        }
+        let mut nodes: BTreeSet<NodeId> = BTreeSet::new();
+        if let Some(world) = change.world {
+            nodes = self.take(world);
+        }
+        for (id, report) in change.joined {
+            self.remove(id);
+            for workload in &report.workloads {
+                self.served_by.entry(workload.service.clone()).or_default().insert(id);
+            }
+            let documents = self.world().documents.nodes_for(&report);
+            self.nodes.insert(id, NodeState { report, documents, config: None });
+            nodes.insert(id);
+        }
+        let mut update = Update::default();
+        for id in nodes {
+            if let Some(config) = self.place(id) {
+                update.nodes.push((id, config));
+            }
+        }
+        self.publish(&mut update);
+        update
+    }
+
+    pub fn counts(&self) -> Counts {
+        let indexed = self.see_all.len()
+            + self.called_in.values().map(BTreeSet::len).sum::<usize>()
+            + self.served_by.values().map(BTreeSet::len).sum::<usize>();
+        Counts {
+            nodes: self.nodes.len().max(self.configuration.nodes.size()),
+            views: self.views.len().max(self.configuration.views.size()),
+            variants: self.variants.values().map(BTreeMap::len).sum(),
+            services: self.views.values().map(|state| state.services.size()).sum(),
+            indexed,
+        }
+    }
+
+    fn world(&self) -> &Arc<World> {
+        &self.configuration.world
+    }
+
+    /// Takes over `world`. Returns the nodes whose own configuration may differ.
+    fn take(&mut self, world: Arc<World>) -> BTreeSet<NodeId> {
+        let before = std::mem::replace(&mut self.configuration.world, world.clone());
+        let documents_differ = !Arc::ptr_eq(&before.documents, &world.documents);
+        let mut names = changed(&before, &world);
+        let zones_differ = self.zones.update(Some(&before), &world, &names);
+        let mut nodes = BTreeSet::new();
+        for name in &names {
+            let protocol = |world: &World| -> Protocol { world.protocol(name) };
+            if protocol(&before) != protocol(&world) {
+                nodes.extend(self.served_by.get(name).into_iter().flatten());
+            }
+        }
+        if let Some(index) = &mut self.index {
+            names = index.update(&before, &world, names.into_iter().collect()).into_iter().collect();
+        }
+        if documents_differ || zones_differ {
+            self.zones_matter = zones_matter(&world.documents);
+            nodes.extend(self.look_at_documents(&before.documents));
+        }
+        for name in &names {
+            nodes.extend(self.recompile(name));
+        }
+        nodes
+    }
+
+    /// Finds the documents that speak of each node. Returns the nodes for which these differ, or which have another view.
+    fn look_at_documents(&mut self, before: &Documents) -> Vec<NodeId> {
+        let documents = self.world().documents.clone();
+        let same = |one: &Option<Arc<Placed<document::Mesh>>>,
+                    other: &Option<Arc<Placed<document::Mesh>>>| {
+            match (one, other) {
+                (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+                (None, None) => true,
+                _ => false,
+            }
+        };
+        let mesh_differs = !same(&before.mesh, &documents.mesh);
+        let mut nodes = Vec::new();
+        let finder = documents.node_finder();
+        for (id, node) in &mut self.nodes {
+            let now = finder.find(&node.report);
+            let differ = now.len() != node.documents.len()
+                || now.iter().zip(&node.documents).any(|(now, before)| !Arc::ptr_eq(now, before));
+            node.documents = now;
+            if differ || mesh_differs {
+                nodes.push(*id);
+            }
+        }
+        let moved = self.nodes.iter().filter(|(_, node)| {
+            node.config.as_ref().is_none_or(|config| *self.view_of(node).key() != *config.view)
+        });
+        nodes.extend(moved.map(|(id, _)| *id));
+        nodes
+    }
+
+    fn view_of(&self, node: &NodeState) -> View {
+        let zone = node.report.zone.clone();
+        let zone = zone.filter(|zone| self.zones_matter && self.zones.0.contains_key(zone));
+        View::of(&node.report, &node.documents, zone)
+    }
+
+    /// Compiles `name` anew in every view that sees it. Returns the nodes whose own configuration may differ.
+    fn recompile(&mut self, name: &ServiceName) -> Vec<NodeId> {
+        let is_known = self.world().is_known(name);
+        let stale = self.variants.remove(name).unwrap_or_default();
+        let mut nodes = Vec::new();
+        let by_name = self.called_in.get(name.as_str()).into_iter().flatten();
+        let keys: BTreeSet<Arc<str>> = by_name.chain(&self.see_all).cloned().collect();
+        let mut fresh: BTreeMap<Arc<str>, Used> = BTreeMap::new();
+        for key in keys {
+            let Some(state) = self.views.get_mut(&key) else { continue };
+            let before = state.services.get(name).cloned();
+            let now = is_known.then(|| {
+                let world = &self.configuration.world;
+                let variant = state.view.variant(world, name);
+                let used = fresh.entry(variant.key()).or_insert_with_key(|key| {
+                    let earlier = stale.get(key).map(|used| &used.compiled).or(before.as_ref());
+                    let sibling = stale.values().next().map(|used| &*used.compiled);
+                    let none = Index::default();
+                    let index = self.index.as_ref().unwrap_or(&none);
+                    let earlier = earlier.map(|earlier| &**earlier);
+                    let compiled = service::compile(world, index, name, &variant, earlier, sibling);
+                    Used { compiled: Arc::new(compiled), views: 0 }
+                });
+                used.views += 1;
+                used.compiled.clone()
+            });
+            let reshaped = match (&before, &now) {
+                (Some(before), Some(now)) => before.shape.calls_for_rescoping(&now.shape),
+                (None, None) => false,
+                _ => true,
+            };
+            match now {
+                Some(now) => state.services.insert_mut(name.clone(), now),
+                None => _ = state.services.remove_mut(name),
+            }
+            state.differ.insert(name.clone());
+            if reshaped {
+                let concerned = state.nodes.iter().filter(|id| {
+                    let Some(node) = self.nodes.get(id) else { return false };
+                    node.config.as_ref().is_none_or(|config| config.scope.contains(name.as_str()))
+                });
+                nodes.extend(concerned);
+            }
+        }
+        if !fresh.is_empty() {
+            self.variants.insert(name.clone(), fresh);
+        }
+        self.list_problems(name);
+        nodes
+    }
+
+    /// Compiles a service for a view, if nobody there has called it yet.
+    fn ensure(&mut self, key: &Arc<str>, name: &ServiceName) -> Option<Arc<Compiled>> {
+        let state = self.views.get_mut(key)?;
+        if let Some(compiled) = state.services.get(name) {
+            return Some(compiled.clone());
+        }
+        let world = &self.configuration.world;
+        if !world.is_known(name) {
+            return None;
+        }
+        let variant = state.view.variant(world, name);
+        let variants = self.variants.entry(name.clone()).or_default();
+        let sibling = variants.values().next().map(|used| used.compiled.clone());
+        let used = variants.entry(variant.key()).or_insert_with(|| {
+            let none = Index::default();
+            let index = self.index.as_ref().unwrap_or(&none);
+            let compiled = service::compile(world, index, name, &variant, None, sibling.as_deref());
+            Used { compiled: Arc::new(compiled), views: 0 }
+        });
+        used.views += 1;
+        let (compiled, is_new) = (used.compiled.clone(), used.views == 1);
+        state.services.insert_mut(name.clone(), compiled.clone());
+        state.differ.insert(name.clone());
+        if is_new {
+            self.list_problems(name);
+        }
+        Some(compiled)
+    }
+
+    /// Drops a service from a view in which nobody calls it any more, and its variant with the last view.
+    fn release(&mut self, key: &Arc<str>, name: &ServiceName) {
+        let Some(state) = self.views.get_mut(key) else { return };
+        let Some(compiled) = state.services.get(name).cloned() else { return };
+        state.services.remove_mut(name);
+        state.differ.insert(name.clone());
+        let Some(variants) = self.variants.get_mut(name) else { return };
+        let Some(used) = variants.get_mut(&compiled.variant) else { return };
+        used.views -= 1;
+        if used.views > 0 {
+            return;
+        }
+        variants.remove(&compiled.variant);
+        if variants.is_empty() {
+            self.variants.remove(name);
+        }
+        self.list_problems(name);
+    }
+
+    /// Finds the view and the scope of a node. Returns its configuration if that differs.
+    fn place(&mut self, id: NodeId) -> Option<Arc<NodeConfig>> {
+        let node = self.nodes.get(&id)?;
+        let (report, documents, before) = (node.report.clone(), node.documents.clone(), node.config.clone());
+        let view = self.view_of(node);
+        let key = view.key();
+        self.enter(&key, view, id);
+        let upstreams = node::upstreams(&report, &documents);
+        let sees_all = report.upstreams == Upstreams::All;
+        let groups = match sees_all {
+            true => {
+                self.see_all_in(&key, before.as_deref());
+                Groups::All
+            }
+            false => Groups::Named(self.call_in(&key, &upstreams, before.as_deref())),
+        };
+        let (own, problems) = {
+            let state = self.views.get(&key)?;
+            let world = &self.configuration.world;
+            let (services, captured) = (&state.services, state.view.captured);
+            let subject = node::Subject { world, report: &report, documents: &documents, services, captured };
+            node::compile(&subject, &upstreams)
+        };
+        if let Some(before) = &before
+            && before.view != key
+        {
+            self.leave(id, before);
+        }
+        let same = before.as_ref().filter(|before| {
+            before.view == key && before.scope.groups == groups && *before.scope.own == *own
+        });
+        let scope = match same {
+            Some(before) => before.scope.clone(),
+            None => Arc::new(Scope { groups, own }),
+        };
+        if let Some(before) = same
+            && before.problems == problems
+        {
+            return None;
+        }
+        let is_same = same.is_some();
+        let config = Arc::new(NodeConfig { view: key, scope, problems });
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.config = Some(config.clone());
+        }
+        self.configuration.nodes.insert_mut(id, config.clone());
+        (!is_same).then_some(config)
+    }
+
+    fn enter(&mut self, key: &Arc<str>, view: View, id: NodeId) {
+        let world = &self.configuration.world;
+        if let Some(captured) = view.captured {
+            let index =
+                self.index.get_or_insert_with(|| Index { virtuals: Virtuals::new(world), owners: None });
+            if captured == Captured::Addresses {
+                index.owners.get_or_insert_with(|| Owners::new(world));
+            }
+        }
+        let state = self.views.entry(key.clone()).or_insert_with(|| ViewState {
+            view: Arc::new(view),
+            nodes: BTreeSet::new(),
+            see_all: 0,
+            callers: BTreeMap::new(),
+            services: RedBlackTreeMapSync::new_sync(),
+            store: Arc::default(),
+            differ: BTreeSet::new(),
+        });
+        state.nodes.insert(id);
+    }
+
+    /// Counts one node more that sees all services of a view, unless it is counted.
+    fn see_all_in(&mut self, key: &Arc<str>, before: Option<&NodeConfig>) {
+        if before.is_some_and(|before| before.view == *key) {
+            return;
+        }
+        let Some(state) = self.views.get_mut(key) else { return };
+        state.see_all += 1;
+        if state.see_all == 1 {
+            self.see_all.insert(key.clone());
+            let known: Vec<_> = self.configuration.world.known().cloned().collect();
+            for name in &known {
+                self.ensure(key, name);
+            }
+        }
+    }
+
+    /// The names of the services that a node can reach: its upstreams, and the services that their routes lead to. Counts the node
+    /// as their caller.
+    fn call_in(
+        &mut self,
+        key: &Arc<str>,
+        upstreams: &[Upstream],
+        before: Option<&NodeConfig>,
+    ) -> BTreeSet<Arc<str>> {
+        let mut reachable = BTreeSet::new();
+        let mut next: Vec<ServiceName> = upstreams.iter().map(|upstream| upstream.service.clone()).collect();
+        while let Some(service) = next.pop() {
+            if !reachable.insert(service.shared()) {
+                continue;
+            }
+            if let Some(compiled) = self.ensure(key, &service) {
+                next.extend(compiled.shape.references.iter().cloned());
+            }
+        }
+        let none = BTreeSet::new();
+        let counted = match before.filter(|before| before.view == *key).map(|before| &before.scope.groups) {
+            Some(Groups::Named(names)) => names,
+            _ => &none,
+        };
+        if let Some(state) = self.views.get_mut(key) {
+            for name in reachable.difference(counted) {
+                *state.callers.entry(name.clone()).or_default() += 1;
+                self.called_in.entry(name.clone()).or_default().insert(key.clone());
+            }
+        }
+        let gone: Vec<_> = counted.difference(&reachable).cloned().collect();
+        self.stop_calling(key, gone);
+        reachable
+    }
+
+    fn stop_calling(&mut self, key: &Arc<str>, names: Vec<Arc<str>>) {
+        for name in names {
+            let Some(state) = self.views.get_mut(key) else { return };
+            let Some(callers) = state.callers.get_mut(&name) else { continue };
+            *callers -= 1;
+            if *callers > 0 {
+                continue;
+            }
+            state.callers.remove(&name);
+            let is_seen = state.see_all > 0;
+            if let Some(views) = self.called_in.get_mut(&name) {
+                views.remove(key);
+                if views.is_empty() {
+                    self.called_in.remove(&name);
+                }
+            }
+            if !is_seen && let Ok(name) = name.parse() {
+                self.release(key, &name);
+            }
+        }
+    }
+
+    /// Takes a node out of the view of `config`.
+    fn leave(&mut self, id: NodeId, config: &NodeConfig) {
+        let key = &config.view;
+        match &config.scope.groups {
+            Groups::Named(names) => self.stop_calling(key, names.iter().cloned().collect()),
+            Groups::All => {
+                let Some(state) = self.views.get_mut(key) else { return };
+                state.see_all -= 1;
+                if state.see_all == 0 {
+                    self.see_all.remove(key);
+                    let uncalled =
+                        state.services.keys().filter(|name| !state.callers.contains_key(name.as_str()));
+                    let uncalled: Vec<_> = uncalled.cloned().collect();
+                    uncalled.iter().for_each(|name| self.release(key, name));
+                }
+            }
+        }
+        if let Some(state) = self.views.get_mut(key) {
+            state.nodes.remove(&id);
+        }
+    }
+
+    fn remove(&mut self, id: NodeId) {
+        let Some(NodeState { report, config, .. }) = self.nodes.remove(&id) else { return };
+        for workload in &report.workloads {
+            if let Some(nodes) = self.served_by.get_mut(&workload.service) {
+                nodes.remove(&id);
+                if nodes.is_empty() {
+                    self.served_by.remove(&workload.service);
+                }
+            }
+        }
+        if let Some(config) = config {
+            self.leave(id, &config);
+        }
+        self.configuration.nodes.remove_mut(&id);
+    }
+
+    /// Makes the stores of what differs, and drops the views that no node has.
+    fn publish(&mut self, update: &mut Update) {
+        let views = &mut self.configuration.views;
+        self.views.retain(|key, state| {
+            if state.nodes.is_empty() {
+                views.remove_mut(key);
+                update.gone.push(key.clone());
+                return false;
+            }
+            let is_new = !views.contains_key(key);
+            if state.differ.is_empty() && !is_new {
+                return true;
+            }
+            let services = &state.services;
+            let changes = std::mem::take(&mut state.differ).into_iter().map(|name| {
+                let group = services.get(&name).map(|compiled| compiled.group.clone());
+                (name.shared(), group)
+            });
+            let store = state.store.apply(changes);
+            if is_new || store.generation() != state.store.generation() {
+                state.store = Arc::new(store);
+                update.stores.push((key.clone(), state.store.clone()));
+            }
+            let view = CompiledView {
+                view: state.view.clone(),
+                services: state.services.clone(),
+                store: state.store.clone(),
+            };
+            views.insert_mut(key.clone(), Arc::new(view));
+            true
+        });
+        if !update.gone.is_empty() {
+            let captured = |this| self.views.values().any(|state| state.view.captured == Some(this));
+            let (virtuals, addresses) = (captured(Captured::Virtual), captured(Captured::Addresses));
+            match &mut self.index {
+                Some(index) if !addresses && virtuals => index.owners = None,
+                Some(_) if !addresses => self.index = None,
+                _ => {}
+            }
+        }
+    }
+
+    /// Lists what is wrong with `name` in its documents and in its variants.
+    fn list_problems(&mut self, name: &ServiceName) {
+        let mut problems: BTreeSet<Problem> = BTreeSet::new();
+        let world = &self.configuration.world;
+        problems.extend(service::problems(world, name));
+        let variants = self.variants.get(name).into_iter().flatten();
+        problems.extend(variants.flat_map(|(_, used)| &used.compiled.problems).cloned());
+        let listed = &mut self.configuration.problems;
+        match problems.is_empty() {
+            true if listed.contains_key(name) => _ = listed.remove_mut(name),
+            true => {}
+            false => listed.insert_mut(name.clone(), problems.into_iter().collect()),
+        }
+    }
+}
+
+/// The services that differ. When one comes or goes, or documents change, also those whose routes may speak of it.
+fn changed(before: &World, now: &World) -> BTreeSet<ServiceName> {
+    let mut names: BTreeSet<ServiceName> = if now.generation == before.generation + 1 {
+        now.changes.services.iter().cloned().collect()
+    } else {
+        let differs = |a: &World, b: &World| -> Vec<ServiceName> {
+            let other = |(name, service): &(&ServiceName, &Arc<vmesh_catalog::Service>)| {
+                b.services.get(*name).is_none_or(|other| !Arc::ptr_eq(other, service))
+            };
+            a.services.iter().filter(other).map(|(name, _)| name.clone()).collect()
+        };
+        differs(before, now).into_iter().chain(differs(now, before)).collect()
+    };
+    let (old, new) = (&before.documents, &now.documents);
+    if !Arc::ptr_eq(old, new) {
+        let mesh = |documents: &Documents| documents.mesh.as_ref().map(Arc::as_ptr);
+        if mesh(old) != mesh(new) {
+            names.extend(before.known().chain(now.known()).cloned());
+        }
+        differing(&old.services, &new.services, &mut names);
+        differing(&old.routes, &new.routes, &mut names);
+        names.extend(new.routes.keys().cloned());
+    }
+    if names.iter().any(|name| before.is_known(name) != now.is_known(name)) {
+        names.extend(new.routes.keys().cloned());
+    }
+    names
+}
+
+/// The names in one of two maps, or of which they have different documents.
+fn differing<T>(
+    old: &BTreeMap<ServiceName, Arc<T>>,
+    new: &BTreeMap<ServiceName, Arc<T>>,
+    names: &mut BTreeSet<ServiceName>,
+) {
+    names.extend(old.keys().filter(|name| !new.contains_key(*name)).cloned());
+    let differs = |(name, document): &(&ServiceName, &Arc<T>)| {
+        old.get(*name).is_none_or(|before| !Arc::ptr_eq(before, document))
+    };
+    names.extend(new.iter().filter(differs).map(|(name, _)| name.clone()));
+}

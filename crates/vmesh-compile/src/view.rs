@@ -1,0 +1,150 @@
+//! Nodes whose services are compiled with the same settings share a [`View`], and one service that comes out alike in several
+//! views is compiled once, as one variant.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use vmesh_catalog::World;
+use vmesh_model::document::{Documents, LoadBalancing, Locality, Node, Placed};
+use vmesh_model::node::{Client, Outward};
+use vmesh_model::{NodeReport, ServiceName, Settings};
+
+/// What of a node decides how services are compiled for it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct View {
+    pub client: Client,
+    /// The `Node` documents that set anything for the services that the node calls, the strongest last.
+    pub nodes: Vec<Arc<Placed<Node>>>,
+    /// The node's zone, where any document makes that matter.
+    pub zone: Option<Arc<str>>,
+    /// Which connections to services the node captures. `None`: none.
+    pub captured: Option<Captured>,
+    /// The host has no IPv6: Envoy takes no address of it there, not even for a listener that no socket is bound for.
+    pub without_ipv6: bool,
+}
+
+/// Which connections to services are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Captured {
+    /// Those to virtual addresses.
+    Virtual,
+    /// And those to the real addresses of endpoints.
+    Addresses,
+}
+
+impl Captured {
+    /// What becomes of connections to no service is each node's own.
+    fn by(report: &NodeReport) -> Option<Captured> {
+        // A gRPC client has no listener that a connection could come by.
+        if report.client != Client::Envoy {
+            return None;
+        }
+        report.capture.outbound.map(|outward| match outward {
+            Outward::Vip => Captured::Virtual,
+            Outward::Addresses | Outward::All => Captured::Addresses,
+        })
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Captured::Virtual => "vip",
+            Captured::Addresses => "addresses",
+        }
+    }
+}
+
+impl View {
+    /// The view of `report`'s node, of which the documents `nodes` speak. `zone` is its zone, if zones matter.
+    pub(crate) fn of(report: &NodeReport, nodes: &[Arc<Placed<Node>>], zone: Option<Arc<str>>) -> View {
+        View {
+            client: report.client,
+            nodes: nodes.iter().filter(|node| sets_something(node)).cloned().collect(),
+            zone,
+            captured: Captured::by(report),
+            without_ipv6: report.client == Client::Envoy && report.capture.without_ipv6,
+        }
+    }
+
+    /// Equal for views in which every service comes out alike. Names and selectors of documents do not count.
+    pub fn key(&self) -> Arc<str> {
+        let mut key = key(self.client, self.captured, self.without_ipv6, self.zone.as_deref());
+        if !self.nodes.is_empty() {
+            _ = write!(key, " settings {}", Settings::of_nodes(&self.nodes).content_key());
+        }
+        key.into()
+    }
+
+    /// How `service` is compiled in this view.
+    pub(crate) fn variant(&self, world: &World, service: &ServiceName) -> Variant {
+        let settings = world.documents.settings(service, &self.nodes);
+        let zone = self.zone.as_ref().filter(|zone| {
+            let is_local = |balancing: &LoadBalancing| balancing.locality == Locality::PreferLocal;
+            settings.load_balancing.as_ref().is_some_and(is_local)
+                && world.endpoints(service).iter().any(|endpoint| endpoint.zone.as_ref() == Some(zone))
+        });
+        Variant {
+            client: self.client,
+            zone: zone.cloned(),
+            captured: self.captured,
+            without_ipv6: self.without_ipv6,
+            settings,
+        }
+    }
+}
+
+/// How one service is compiled: what is in force for it, as some nodes call it.
+#[derive(Debug, Clone)]
+pub(crate) struct Variant {
+    pub(crate) client: Client,
+    pub(crate) settings: Settings,
+    /// The caller's zone, where the service has endpoints in it and prefers them.
+    pub(crate) zone: Option<Arc<str>>,
+    pub(crate) captured: Option<Captured>,
+    pub(crate) without_ipv6: bool,
+}
+
+impl Variant {
+    /// Equal for variants that are compiled to the same resources.
+    pub(crate) fn key(&self) -> Arc<str> {
+        let mut key = key(self.client, self.captured, self.without_ipv6, self.zone.as_deref());
+        _ = write!(key, " settings {}", self.settings.content_key());
+        key.into()
+    }
+}
+
+fn key(client: Client, captured: Option<Captured>, without_ipv6: bool, zone: Option<&str>) -> String {
+    let mut key = match client {
+        Client::Envoy => "envoy".to_owned(),
+        Client::Grpc => "grpc".to_owned(),
+    };
+    if let Some(captured) = captured {
+        _ = write!(key, " capture {}", captured.as_str());
+    }
+    if without_ipv6 {
+        key.push_str(" without IPv6");
+    }
+    if let Some(zone) = zone {
+        _ = write!(key, " zone {zone:?}");
+    }
+    key
+}
+
+/// Reports whether `node` sets anything for services; one that only adds upstreams does not.
+fn sets_something(node: &Node) -> bool {
+    node.load_balancing.is_some()
+        || node.timeouts.is_some()
+        || node.retry.is_some()
+        || node.outlier_detection.is_some()
+        || node.connection_limits.is_some()
+        || node.capture.is_some()
+}
+
+/// Reports whether any document makes the zone of a caller matter.
+pub(crate) fn zones_matter(documents: &Documents) -> bool {
+    let near = |balancing: &Option<LoadBalancing>| {
+        balancing.as_ref().is_some_and(|balancing| balancing.locality == Locality::PreferLocal)
+    };
+    documents.mesh.iter().any(|mesh| near(&mesh.load_balancing))
+        || documents.services.values().any(|service| near(&service.load_balancing))
+        || documents.nodes.iter().any(|node| near(&node.load_balancing))
+}

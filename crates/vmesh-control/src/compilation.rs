@@ -1,0 +1,181 @@
+//! Compiles each new world for the connected nodes, apart from the lock of the [`Fleet`], and publishes what came out.
+//!
+//! ```text
+//! worlds -> World --------------------+
+//!                                     v
+//! Fleet -> nodes that came or went -> Compiler -> Hub                (xDS streams)
+//!                                              -> Arc<Compilation>   (API, metrics, ACKs)
+//! ```
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use rpds::RedBlackTreeMapSync;
+use tokio::sync::watch;
+use vmesh_catalog::World;
+use vmesh_compile::{Change, Compiler, Configuration, NodeId, Update};
+use vmesh_xds::server::{FeedControl, Hub, Publication};
+
+use crate::fleet::Fleet;
+use crate::worlds::Published;
+
+/// What is compiled, at one moment. Immutable.
+#[derive(Clone)]
+pub(crate) struct Compilation {
+    /// Set once: from then on there is something to serve, whatever becomes of the sources.
+    pub(crate) is_ready: bool,
+    pub(crate) configuration: Configuration,
+    /// By view: the generation of the store that was published last, and when.
+    pub(crate) published_at: RedBlackTreeMapSync<Arc<str>, (u64, Instant)>,
+    /// When a world was taken up last that changed what nodes are sent.
+    pub(crate) changed_at: SystemTime,
+    pub(crate) past: Past,
+}
+
+impl Compilation {
+    pub(crate) fn new(world: Arc<World>) -> Compilation {
+        Compilation {
+            is_ready: false,
+            configuration: Configuration::of(world),
+            published_at: RedBlackTreeMapSync::new_sync(),
+            changed_at: SystemTime::UNIX_EPOCH,
+            past: Past::default(),
+        }
+    }
+
+    pub(crate) fn world(&self) -> &Arc<World> {
+        &self.configuration.world
+    }
+}
+
+/// The latest worlds with different documents, the oldest first. With a node, a world gives the configuration that the node had.
+#[derive(Clone, Default)]
+pub(crate) struct Past(Arc<VecDeque<PastWorld>>);
+
+/// A world that others followed.
+#[derive(Clone)]
+pub(crate) struct PastWorld {
+    pub(crate) world: Arc<World>,
+    pub(crate) replaced_at: SystemTime,
+}
+
+impl Past {
+    /// Worlds share what did not change between them.
+    const MAX: usize = 16;
+
+    fn push(&mut self, world: Arc<World>, replaced_at: SystemTime) {
+        let past = Arc::make_mut(&mut self.0);
+        past.push_back(PastWorld { world, replaced_at });
+        if past.len() > Past::MAX {
+            past.pop_front();
+        }
+    }
+
+    pub(crate) fn worlds(&self) -> impl DoubleEndedIterator<Item = &PastWorld> {
+        self.0.iter()
+    }
+}
+
+/// Compiles for as long as it is polled.
+pub(crate) async fn run(
+    fleet: Arc<Fleet>,
+    mut worlds: watch::Receiver<Published>,
+    compiled: watch::Sender<Arc<Compilation>>,
+    hub: Hub,
+) {
+    let mut compiler = Compiler::new(compiled.borrow().world().clone());
+    let mut feeds: HashMap<NodeId, FeedControl> = HashMap::new();
+    let mut is_new_world = true;
+    loop {
+        let taken_up = SystemTime::now();
+        let nodes = fleet.take_changes();
+        let joined = nodes.joined.into_iter().map(|(id, node)| {
+            feeds.insert(id, node.feed);
+            (id, node.report)
+        });
+        let joined = joined.collect();
+        nodes.left.iter().for_each(|id| _ = feeds.remove(id));
+        let (world, is_complete) = {
+            let published = worlds.borrow_and_update();
+            (is_new_world.then(|| published.world.clone()), published.waiting.is_empty())
+        };
+        let change = Change { world: world.clone(), joined, left: nodes.left };
+        // A large change takes a while, and xDS streams are served meanwhile.
+        let compiling = tokio::task::spawn_blocking(move || {
+            let update = compiler.apply(change);
+            (compiler, update)
+        });
+        let update = match compiling.await {
+            Ok((back, update)) => {
+                compiler = back;
+                update
+            }
+            Err(failed) => match failed.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is shutting down.
+                Err(_) => return,
+            },
+        };
+        let mut next = Compilation::clone(&compiled.borrow());
+        let before = next.world().clone();
+        next.configuration = compiler.configuration();
+        next.is_ready |= is_complete;
+        if world.is_some() && !(update.stores.is_empty() && update.nodes.is_empty()) {
+            next.changed_at = taken_up;
+        }
+        if !Arc::ptr_eq(&before.documents, &next.world().documents) {
+            next.past.push(before, taken_up);
+        }
+        publish(&hub, &feeds, update, &mut next, &compiled);
+        is_new_world = tokio::select! {
+            changed = worlds.changed() => match changed {
+                Ok(()) => true,
+                Err(_) => return,
+            },
+            () = fleet.nodes_changed() => worlds.has_changed().unwrap_or(false),
+        };
+    }
+}
+
+/// Publishes an update in one step: no stream sees a new route without the cluster that came into its scope with it.
+fn publish(
+    hub: &Hub,
+    feeds: &HashMap<NodeId, FeedControl>,
+    update: Update,
+    next: &mut Compilation,
+    compiled: &watch::Sender<Arc<Compilation>>,
+) {
+    let Update { stores, nodes, gone } = update;
+    let now = Instant::now();
+    let mut publication = Publication::new();
+    for (view, store) in stores {
+        next.published_at.insert_mut(view.clone(), (store.generation(), now));
+        publication = publication.store(view, store);
+    }
+    for (id, config) in nodes {
+        if let Some(feed) = feeds.get(&id) {
+            publication = publication.scope(feed, config.view.clone(), config.scope.clone());
+        }
+    }
+    gone.iter().for_each(|view| _ = next.published_at.remove_mut(view));
+    // An ACK comes after the time that it is measured from.
+    compiled.send_replace(Arc::new(next.clone()));
+    hub.publish_all(publication);
+    gone.iter().for_each(|view| hub.forget(view));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_past_worlds_are_kept() {
+        let mut past = Past::default();
+        for generation in 0..100 {
+            past.push(Arc::new(World { generation, ..World::empty() }), SystemTime::UNIX_EPOCH);
+        }
+        let kept: Vec<_> = past.worlds().map(|past| past.world.generation).collect();
+        assert_eq!((kept.len(), kept.first(), kept.last()), (Past::MAX, Some(&84), Some(&99)));
+    }
+}

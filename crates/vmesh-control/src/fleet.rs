@@ -1,0 +1,397 @@
+//! Who is connected: admission, the nodes that are known, and how each stream stands.
+//!
+//! One lock holds the connections. Nothing is compiled, encoded, written or waited for under it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, watch};
+use vmesh_api::{NodeCounts, NodeState};
+use vmesh_compile::NodeId;
+use vmesh_model::{NodeName, NodeReport, Place, Problem};
+use vmesh_proto::envoy::config::core::v3::Node as XdsNode;
+use vmesh_xds::server::{Admission, Admitted, FeedControl, Hub, Observer, PeerInfo, Refusal};
+use vmesh_xds::{Scope, SessionStatus, State};
+
+use crate::claim;
+use crate::compilation::Compilation;
+use crate::explain::Standing;
+use crate::known_nodes::{KnownNodes, MAKES_ROOM_FOR};
+use crate::metrics::Propagation;
+use crate::overrides::unix_now;
+use crate::worlds::{NodeEvent, Published};
+
+/// The connections, and the nodes that are known.
+pub(crate) struct Fleet {
+    hub: Hub,
+    worlds: watch::Receiver<Published>,
+    compiled: watch::Receiver<Arc<Compilation>>,
+    reports: mpsc::Sender<NodeEvent>,
+    /// Notified when a node came or went that is not compiled for yet.
+    nodes_changed: Notify,
+    went_offline: Notify,
+    propagation: Propagation,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    connections: BTreeMap<NodeId, Connection>,
+    next: NodeId,
+    known: KnownNodes,
+    /// The names that two hosts go by. It was logged of each.
+    shared_names: BTreeSet<NodeName>,
+    changes: NodeChanges,
+}
+
+/// The nodes that came and went since the compiler asked last. A node that came and went in between is in neither.
+#[derive(Default)]
+pub(crate) struct NodeChanges {
+    pub(crate) joined: BTreeMap<NodeId, Joined>,
+    pub(crate) left: Vec<NodeId>,
+}
+
+/// A node that is not compiled for yet: its feed has no store.
+pub(crate) struct Joined {
+    pub(crate) report: Arc<NodeReport>,
+    pub(crate) feed: FeedControl,
+}
+
+/// The class of a feed until its node is compiled. No view has this key.
+const NOT_COMPILED: &str = "";
+
+/// One xDS stream.
+struct Connection {
+    report: Arc<NodeReport>,
+    /// The address that it comes from.
+    from: Option<IpAddr>,
+    state: State,
+    acked: u64,
+}
+
+/// Where reports of nodes go, and what is known of nodes at the start.
+pub(crate) struct NodeIntake {
+    pub(crate) reports: mpsc::Sender<NodeEvent>,
+    pub(crate) known: KnownNodes,
+}
+
+impl Fleet {
+    pub(crate) fn new(
+        hub: Hub,
+        worlds: watch::Receiver<Published>,
+        compiled: watch::Receiver<Arc<Compilation>>,
+        nodes: NodeIntake,
+    ) -> Fleet {
+        let NodeIntake { reports, known } = nodes;
+        let inner = Inner {
+            connections: BTreeMap::new(),
+            next: 0,
+            known,
+            shared_names: BTreeSet::new(),
+            changes: NodeChanges::default(),
+        };
+        Fleet {
+            hub,
+            worlds,
+            compiled,
+            reports,
+            nodes_changed: Notify::new(),
+            went_offline: Notify::new(),
+            propagation: Propagation::default(),
+            inner: Mutex::new(inner),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic under the lock ends its task, which ends the process; until then the last state serves.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn take_changes(&self) -> NodeChanges {
+        std::mem::take(&mut self.lock().changes)
+    }
+
+    /// Waits until [`Fleet::take_changes`] has something. Cancel-safe.
+    pub(crate) async fn nodes_changed(&self) {
+        self.nodes_changed.notified().await;
+    }
+
+    /// Every connection: its id, its node, and how it stands.
+    pub(crate) fn connections(&self) -> Vec<(NodeId, Arc<NodeReport>, State)> {
+        let inner = self.lock();
+        let all = inner.connections.iter();
+        all.map(|(id, connection)| (*id, connection.report.clone(), connection.state.clone())).collect()
+    }
+
+    /// The connections of one node.
+    pub(crate) fn connections_of(&self, name: &NodeName) -> Vec<(NodeId, Arc<NodeReport>, State)> {
+        let inner = self.lock();
+        let all = inner.known.connections(name).filter_map(|id| Some((id, inner.connections.get(&id)?)));
+        all.map(|(id, connection)| (id, connection.report.clone(), connection.state.clone())).collect()
+    }
+
+    /// How many names two hosts go by.
+    pub(crate) fn shared_names(&self) -> usize {
+        self.lock().shared_names.len()
+    }
+
+    /// What is wrong between connections.
+    pub(crate) fn problems(&self) -> Vec<Problem> {
+        let inner = self.lock();
+        let clashes = inner.shared_names.iter().filter_map(|name| Some((name, inner.clash(name)?)));
+        clashes
+            .map(|(name, clash)| {
+                Problem::new(Place::file(format!("node {name}")), format!("Node `{name}`"), clash)
+            })
+            .collect()
+    }
+
+    pub(crate) fn counts(&self) -> NodeCounts {
+        let inner = self.lock();
+        let mut counts = NodeCounts { offline: inner.known.offline(), ..NodeCounts::default() };
+        for connections in inner.known.connected() {
+            let states = connections.iter().filter_map(|id| inner.connections.get(id));
+            match states.map(|connection| node_state(&connection.state)).max() {
+                Some(NodeState::Synced) => counts.synced += 1,
+                Some(NodeState::Pushing) => counts.pushing += 1,
+                Some(NodeState::Rejected) => counts.rejected += 1,
+                Some(NodeState::Offline) | None => counts.offline += 1,
+            }
+        }
+        counts
+    }
+
+    pub(crate) fn is_connected(&self, name: &NodeName) -> bool {
+        self.lock().known.is_connected(name)
+    }
+
+    /// Forgets the nodes that have been offline for `longer`, and returns how many.
+    pub(crate) fn forget_offline_for(&self, longer: Duration) -> usize {
+        let gone = self.lock().known.offline_for(longer, unix_now());
+        self.forget(gone)
+    }
+
+    /// Forgets nodes that are offline, for as long as the catalog keeps up, and returns how many.
+    pub(crate) fn forget(&self, names: impl IntoIterator<Item = NodeName>) -> usize {
+        let mut forgotten = 0;
+        for name in names {
+            let mut inner = self.lock();
+            if inner.known.is_connected(&name)
+                || self.reports.try_send(NodeEvent::Forget(name.clone())).is_err()
+            {
+                continue;
+            }
+            inner.known.forget(&name);
+            forgotten += 1;
+        }
+        forgotten
+    }
+
+    /// Forgets nodes that have been offline for too long, for as long as it is polled.
+    pub(crate) async fn forget_offline(self: Arc<Fleet>) {
+        let longest = self.lock().known.limits().forget_offline_after;
+        loop {
+            tokio::time::sleep(FORGETS_EVERY.min(longest)).await;
+            let forgotten = self.forget_offline_for(longest);
+            if forgotten > 0 {
+                tracing::info!(
+                    "forgot {forgotten} nodes that have been offline for more than {} (`limits.forget_offline_after`)",
+                    vmesh_model::text::show_duration(longest)
+                );
+            }
+        }
+    }
+
+    /// Waits until a node goes offline. Cancel-safe.
+    pub(crate) async fn nodes_went_offline(&self) {
+        self.went_offline.notified().await;
+    }
+
+    /// Since when each node that is known and not connected is offline, in Unix time.
+    pub(crate) fn offline_since(&self) -> BTreeMap<NodeName, u64> {
+        self.lock().known.all_offline()
+    }
+
+    pub(crate) fn propagation(&self) -> &Propagation {
+        &self.propagation
+    }
+}
+
+/// How often the fleet looks for nodes that have been offline for too long.
+const FORGETS_EVERY: Duration = Duration::from_secs(60);
+
+/// How a node stands by one of its streams.
+fn node_state(state: &State) -> NodeState {
+    match state {
+        State::Synced => NodeState::Synced,
+        State::Pushing => NodeState::Pushing,
+        State::Rejected { .. } => NodeState::Rejected,
+    }
+}
+
+/// How a node stands by all of its streams: as the one that fares worst.
+pub(crate) fn standing<'a>(states: impl IntoIterator<Item = &'a State>) -> Standing {
+    let mut worst = Standing::default();
+    for stream in states {
+        let state = node_state(stream);
+        if worst.state == NodeState::Offline || state > worst.state {
+            let reason = match stream {
+                State::Rejected { reason } => Some(reason.to_string()),
+                State::Synced | State::Pushing => None,
+            };
+            worst = Standing { state, reason, ..Standing::default() };
+        }
+    }
+    worst
+}
+
+impl Inner {
+    /// Two of the hosts that go by `name`, if they do.
+    fn clash(&self, name: &NodeName) -> Option<String> {
+        let ids = self.known.connections(name);
+        let mut of_this_name = ids.filter_map(|id| self.connections.get(&id));
+        let first = of_this_name.next()?;
+        let other = of_this_name.find(|other| first.is_of_another_host_than(other))?;
+        Some(clash(name, first, other))
+    }
+
+    /// After one of its connections has come or gone.
+    fn tell_of_clones(&mut self, name: &NodeName) {
+        match self.clash(name) {
+            Some(clash) if self.shared_names.insert(name.clone()) => {
+                tracing::warn!(node = %name, "{clash}");
+            }
+            Some(_) => {}
+            None => _ = self.shared_names.remove(name),
+        }
+    }
+}
+
+fn clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
+    let shown = |connection: &Connection| {
+        let said = connection.report.address.map(|address| address.to_string());
+        let from = connection.from.map(|from| format!("from {from}"));
+        match (said, from) {
+            (Some(said), Some(from)) if from != format!("from {said}") => format!("{said} ({from})"),
+            (Some(said), _) => said,
+            (None, Some(from)) => format!("one {from}"),
+            (None, None) => "an unnamed address".to_owned(),
+        }
+    };
+    format!(
+        "two hosts go by the name `{name}`, {} and {}: give each its own `node.name`; until then each is served what it \
+         declares",
+        shown(one),
+        shown(other)
+    )
+}
+
+impl Connection {
+    /// By what they say of themselves, or by where they come from: hosts that are copies say the same. One host may well come
+    /// by IPv4 and by IPv6.
+    fn is_of_another_host_than(&self, other: &Connection) -> bool {
+        let comes_from_elsewhere = match (self.from, other.from) {
+            (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4() && one != other,
+            _ => false,
+        };
+        self.report.address != other.report.address || comes_from_elsewhere
+    }
+}
+
+/// The xDS side of a [`Fleet`].
+pub(crate) struct Door(pub(crate) Arc<Fleet>);
+
+impl Admission for Door {
+    fn admit(&self, node: &XdsNode, peer: &PeerInfo) -> Result<Admitted, Refusal> {
+        let fleet = &self.0;
+        let report = claim::read(node).map_err(|bad| Refusal::Invalid(bad.to_string()))?;
+        if !fleet.compiled.borrow().is_ready {
+            let waiting = fleet.worlds.borrow().waiting.join(", ");
+            return Err(Refusal::NotReady(format!("this control plane is starting: it waits for {waiting}")));
+        }
+        let mut inner = fleet.lock();
+        let inner = &mut *inner;
+        let origin = peer.origin();
+        // Nodes that are offline give way to a node that connects.
+        for _ in 0..MAKES_ROOM_FOR {
+            let Some(name) = inner.known.to_make_room(&report) else { break };
+            if fleet.reports.try_send(NodeEvent::Forget(name.clone())).is_err() {
+                break;
+            }
+            inner.known.forget(&name);
+        }
+        inner.known.check_room(&report.name, origin).map_err(|full| Refusal::NotReady(full.to_string()))?;
+        if fleet.reports.try_send(NodeEvent::Report(report.clone())).is_err() {
+            let why = "this control plane has more reports of nodes than it keeps up with: try again";
+            return Err(Refusal::NotReady(why.to_owned()));
+        }
+        let report = Arc::new(report);
+        let feed = fleet.hub.subscribe(NOT_COMPILED, Arc::new(Scope::named([""; 0])));
+        let id = inner.next;
+        inner.next += 1;
+        inner.known.connect(&report, id, origin);
+        inner.changes.joined.insert(id, Joined { report: report.clone(), feed: feed.control() });
+        let name = report.name.clone();
+        let from = peer.address.map(|address| address.ip().to_canonical());
+        inner.connections.insert(id, Connection { report, from, state: State::Pushing, acked: 0 });
+        inner.tell_of_clones(&name);
+        fleet.nodes_changed.notify_one();
+        Ok(Admitted { feed, observer: Box::new(Watcher { fleet: fleet.clone(), id }) })
+    }
+}
+
+/// Keeps one connection's state; its drop is the end of the connection.
+struct Watcher {
+    fleet: Arc<Fleet>,
+    id: NodeId,
+}
+
+impl Observer for Watcher {
+    fn on_status(&mut self, status: &SessionStatus) {
+        let published = {
+            let compiled = self.fleet.compiled.borrow();
+            let view = compiled.configuration.node(self.id).map(|config| &config.view);
+            view.and_then(|view| compiled.published_at.get(view)).copied()
+        };
+        let mut inner = self.fleet.lock();
+        let Some(connection) = inner.connections.get_mut(&self.id) else { return };
+        let refused = match &status.state {
+            State::Rejected { reason } if connection.state != status.state => {
+                Some((connection.report.name.clone(), reason.clone()))
+            }
+            _ => None,
+        };
+        if connection.state != status.state {
+            connection.state = status.state.clone();
+        }
+        let before = std::mem::replace(&mut connection.acked, status.generation_acked);
+        drop(inner);
+        if let Some((node, reason)) = refused {
+            tracing::warn!(%node, %reason, "a node refused its configuration");
+        }
+        if let Some((generation, at)) = published
+            && before < generation
+            && status.generation_acked >= generation
+        {
+            self.fleet.propagation.observe(at.elapsed());
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let mut inner = self.fleet.lock();
+        let Some(Connection { report, .. }) = inner.connections.remove(&self.id) else { return };
+        inner.known.disconnect(&report, self.id, unix_now());
+        if inner.changes.joined.remove(&self.id).is_none() {
+            inner.changes.left.push(self.id);
+        }
+        if inner.shared_names.contains(&report.name) {
+            inner.tell_of_clones(&report.name);
+        }
+        drop(inner);
+        self.fleet.went_offline.notify_one();
+        self.fleet.nodes_changed.notify_one();
+    }
+}
