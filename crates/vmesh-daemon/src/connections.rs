@@ -1,12 +1,16 @@
 //! Limits for the connections of one listener: in total, from one origin, and of those without a request.
 //!
-//! Callers wait for [`Gate::room`], accept, call [`Gate::enter`] with the origin, and close the connection when
-//! [`Permit::evicted`] returns. The [`Permit`] is kept for as long as the connection is open.
+//! Callers wait for [`Gate::room`], accept, call [`Gate::enter`] with the origin, call [`Permit::set_silent`] when they have read
+//! what the client sent, and close the connection when [`Permit::evicted`] returns. The [`Permit`] is kept for as long as the
+//! connection is open.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::future::poll_fn;
 use std::net::{IpAddr, Ipv6Addr};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -21,7 +25,7 @@ pub struct Limits {
     pub pending: usize,
 }
 
-/// A connection may be pending this long before other clients can evict it.
+/// A connection may be silent this long before other clients can evict it.
 pub const GRACE: Duration = Duration::from_secs(1);
 
 /// The client host or user that a connection belongs to; limits count per origin.
@@ -98,7 +102,8 @@ struct Count {
 
 struct Pending {
     origin: Origin,
-    since: Instant,
+    /// Since when the server has read all that the client sent. `None`: a busy server has not looked yet.
+    silent_since: Option<Instant>,
     evict: Arc<Notify>,
 }
 
@@ -126,8 +131,8 @@ impl Gate {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until one more connection may be accepted. While too many are pending, this evicts pending connections older than
-    /// [`GRACE`], oldest first, from the origin that has the most of them. Cancel-safe.
+    /// Waits until one more connection may be accepted. While too many are pending, this evicts connections that have been silent
+    /// for [`GRACE`], oldest first, from the origin that has the most of them. Cancel-safe.
     pub async fn room(&self) {
         loop {
             let freed = self.shared.freed.notified();
@@ -148,7 +153,7 @@ impl Gate {
         }
     }
 
-    /// Counts an accepted connection as pending. At a limit, this evicts a pending connection older than [`GRACE`]; without
+    /// Counts an accepted connection as pending. At a limit, this evicts a connection that has been silent for [`GRACE`]; without
     /// such a connection it refuses the new one.
     pub fn enter(&self, origin: Origin) -> Result<Permit, Refused> {
         let Limits { total, per_origin, .. } = self.shared.limits;
@@ -174,7 +179,7 @@ impl Gate {
         count.all += 1;
         count.pending += 1;
         let evict = Arc::new(Notify::new());
-        state.pending.insert(id, Pending { origin, since: now, evict: evict.clone() });
+        state.pending.insert(id, Pending { origin, silent_since: None, evict: evict.clone() });
         drop(state);
         Ok(Permit { gate: self.clone(), origin, place: Mutex::new(Place { id, is_pending: true }), evict })
     }
@@ -199,10 +204,9 @@ impl State {
             origins.max_by_key(|(origin, count)| (count.pending, **origin)).map(|(origin, _)| *origin)
         };
         let Some(origin) = origin.or_else(heaviest) else { return Err(now + grace) };
-        let oldest = self.pending.iter().find(|(_, pending)| pending.origin == origin);
-        let Some((&id, since)) = oldest.map(|(id, pending)| (id, pending.since)) else {
-            return Err(now + grace);
-        };
+        let mut of_origin = self.pending.iter().filter(|(_, pending)| pending.origin == origin);
+        let oldest = of_origin.find_map(|(id, pending)| Some((*id, pending.silent_since?)));
+        let Some((id, since)) = oldest else { return Err(now + grace) };
         if now < since + grace {
             return Err(since + grace);
         }
@@ -241,6 +245,14 @@ struct Place {
 }
 
 impl Permit {
+    /// Notes that the server has read what the client sent until now. From here on the connection is silent until it is busy.
+    pub fn set_silent(&self) {
+        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pending) = self.gate.lock().pending.get_mut(&place.id) {
+            pending.silent_since.get_or_insert_with(Instant::now);
+        }
+    }
+
     /// Marks the connection as serving a request: the gate no longer evicts it.
     pub fn set_busy(&self) {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
@@ -269,7 +281,8 @@ impl Permit {
         let mut state = self.gate.lock();
         place.id = state.next;
         state.next += 1;
-        let pending = Pending { origin: self.origin, since: Instant::now(), evict: self.evict.clone() };
+        let pending =
+            Pending { origin: self.origin, silent_since: Some(Instant::now()), evict: self.evict.clone() };
         state.pending.insert(place.id, pending);
         if let Some(count) = state.origins.get_mut(&self.origin) {
             count.pending += 1;
@@ -294,6 +307,11 @@ impl Drop for Permit {
         drop(state);
         self.gate.shared.freed.notify_one();
     }
+}
+
+/// Polls `connection` once: it reads what its client has sent.
+pub async fn poll_once<F: Future>(mut connection: Pin<&mut F>) -> Poll<F::Output> {
+    poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await
 }
 
 #[cfg(test)]
@@ -332,11 +350,15 @@ mod tests {
         busy.set_busy();
         let silent = gate.enter(origin(1)).unwrap();
         let other = gate.enter(origin(2)).unwrap();
+        assert_eq!(gate.enter(origin(3)).err(), Some(Refused::Total(3)), "the server has not looked at them");
+        silent.set_silent();
+        other.set_silent();
         let new = gate.enter(origin(3)).unwrap();
         // Two origins had one silent connection each: the larger address gave way.
         other.evicted().await;
         drop(other);
         assert_eq!(gate.counts().connections, 3);
+        new.set_silent();
         new.set_busy();
         let newer = gate.enter(origin(4)).unwrap();
         silent.evicted().await;
@@ -348,13 +370,14 @@ mod tests {
         busy.evicted().await;
         assert_eq!(gate.counts().evicted, 3);
         drop((busy, silent, new, newer, newest));
-        assert_eq!(gate.counts(), Counts { refused: 1, evicted: 3, ..Counts::default() });
+        assert_eq!(gate.counts(), Counts { refused: 2, evicted: 3, ..Counts::default() });
     }
 
     #[tokio::test]
     async fn an_origin_with_many_silent_connections_cannot_keep_others_out() {
         let gate = gate(1000, 1000, 10, Duration::from_millis(1));
         let silent: Vec<_> = (0..10).map(|_| gate.enter(origin(1)).unwrap()).collect();
+        silent.iter().for_each(Permit::set_silent);
         gate.room().await;
         let other = gate.enter(origin(2)).unwrap();
         silent[0].evicted().await;

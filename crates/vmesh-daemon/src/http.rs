@@ -31,7 +31,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use crate::Stop;
-use crate::connections::{Gate, Limits, Origin, Permit};
+use crate::connections::{Gate, Limits, Origin, Permit, poll_once};
 
 /// Several times what an operator, a dashboard and a metrics scraper need together.
 pub const LIMITS: Limits = Limits { total: 64, per_origin: 24, pending: 48 };
@@ -218,6 +218,10 @@ async fn serve_connection<I, A, F, B>(
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN).max_buf_size(64 << 10).half_close(false);
     let mut connection = pin!(http.serve_connection(TokioIo::new(Patient::new(io)), service));
+    if poll_once(connection.as_mut()).await.is_ready() {
+        return;
+    }
+    permit.set_silent();
     tokio::select! {
         _ = connection.as_mut() => return,
         () = permit.evicted() => return,

@@ -42,6 +42,13 @@ impl ConnectionUse {
         }
     }
 
+    /// Notes that the server has read what the client sent until now.
+    pub(super) fn set_silent(&self) {
+        if let Some(permit) = &self.permit {
+            permit.set_silent();
+        }
+    }
+
     pub(super) fn begin(self: &Arc<ConnectionUse>) -> InUse {
         let mut streams = self.streams();
         streams.admitted += 1;

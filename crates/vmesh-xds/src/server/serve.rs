@@ -16,7 +16,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use vmesh_daemon::connections::{Gate, Limits};
+use vmesh_daemon::connections::{Gate, Limits, poll_once};
 
 /// Where connections come from.
 pub trait Listener: Send {
@@ -181,6 +181,10 @@ async fn drive<I>(
             None => std::future::pending().await,
         }
     };
+    if poll_once(connection.as_mut()).await.is_ready() {
+        return;
+    }
+    in_use.set_silent();
     let drains_within = tokio::select! {
         _ = connection.as_mut() => Duration::ZERO,
         () = stop => Duration::MAX,
