@@ -43,7 +43,12 @@ pub(super) async fn read_checks(
     if known == Some(meta.hash) {
         return Ok(Answer { value: ChecksAnswer { digest: None, bytes }, meta });
     }
-    match CheckDigest::parse(&value, keys) {
+    // Megabytes of JSON would hold up whatever else this worker of the runtime has to do.
+    let keys = keys.clone();
+    let parsed = tokio::task::spawn_blocking(move || CheckDigest::parse(&value, &keys)).await;
+    let parsed = parsed
+        .map_err(|lost| client.bad_answer(CHECKS, format!("the task that reads it has failed: {lost}")))?;
+    match parsed {
         Ok(digest) => Ok(Answer { value: ChecksAnswer { digest: Some(digest), bytes }, meta }),
         Err(wrong) => Err(client.bad_answer(CHECKS, wrong.to_string())),
     }

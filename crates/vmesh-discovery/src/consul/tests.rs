@@ -502,3 +502,61 @@ async fn a_server_that_has_not_heard_of_a_change_is_not_the_last_that_is_asked()
     fake.say(STATE, 200, &[], &json!([check("pay", "critical")]));
     until(&mut source, "pay 10.0.0.9:80 fresh").await;
 }
+
+#[tokio::test]
+async fn several_datacenters_share_queries_each_for_itself() {
+    let fake = Fake::start().await;
+    let list = json!({"consul": [], "pay": [], "orders": [], "cart": []});
+    let checks = |pay: &str| json!([check("pay", pay), check("orders", "passing"), check("cart", "passing")]);
+    for (dc, net) in [("", 1), ("dc2 ", 2)] {
+        fake.say(&format!("{dc}{CATALOG}"), 200, &[], &list);
+        for (service, last) in [("pay", 1), ("orders", 2), ("cart", 3)] {
+            let address = format!("10.0.{net}.{last}");
+            fake.say(&format!("{dc}/v1/health/service/{service}"), 200, &[], &instances(&[&address]));
+        }
+        fake.say(&format!("{dc}{STATE}"), 200, &[], &checks("passing"));
+    }
+    let more = ", datacenters: [dc1, dc2], max_connections: 6, services: {exclude: [consul]}";
+    let mut source = fake.source_of(more, None);
+    let others = "cart 10.0.1.3:80 10.0.2.3:80 fresh, orders 10.0.1.2:80 10.0.2.2:80 fresh";
+    until(&mut source, &format!("{others}, pay 10.0.1.1:80 10.0.2.1:80 fresh")).await;
+    assert!(source.plan.is_scarce);
+
+    // A change of one datacenter is seen, and costs the other nothing.
+    fake.say(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.9"]));
+    fake.say(&format!("dc2 {STATE}"), 200, &[], &checks("critical"));
+    until(&mut source, &format!("{others}, pay 10.0.1.1:80 10.0.2.9:80 fresh")).await;
+
+    // While the checks of one datacenter cannot be read, those of the other point at what changes.
+    fake.say(&format!("dc2 {STATE}"), 403, &[], &json!("Permission denied"));
+    fake.say(PAY, 200, &[], &instances(&["10.0.1.9"]));
+    fake.say(STATE, 200, &[], &checks("critical"));
+    let seen = until(&mut source, &format!("{others}, pay 10.0.1.9:80 10.0.2.9:80 fresh")).await;
+    assert!(seen.iter().all(|line| line.contains("10.0.2.9:80")), "{seen:#?}");
+}
+
+#[tokio::test]
+async fn services_have_queries_of_their_own_again_once_there_are_few_and_share_when_there_are_many() {
+    let (fake, mut source) = three_services().await;
+    until(&mut source, ALL_THREE).await;
+    for round in 0..2 {
+        assert!(source.plan.is_scarce, "round {round}");
+        fake.say(CATALOG, 200, &[], &json!({"consul": [], "pay": []}));
+        until(&mut source, &format!("pay 10.0.{round}.1:80 fresh")).await;
+        assert!(!source.plan.is_scarce, "round {round}");
+        assert_eq!(source.plan.services.len(), 1);
+        // Nothing points at it: its own query sees it.
+        fake.say(STATE, 403, &[], &json!("Permission denied"));
+        let next = format!("10.0.{}.1", round + 1);
+        fake.say(PAY, 200, &[], &instances(&[&next]));
+        let seen = until(&mut source, &format!("pay {next}:80 fresh")).await;
+        assert!(seen.iter().all(|line| !line.contains("stale")), "{seen:#?}");
+        assert!(!source.plan.is_scarce);
+
+        let all = json!([check("pay", "passing"), check("orders", "passing"), check("cart", "passing")]);
+        fake.say(STATE, 200, &[], &all);
+        fake.say(CATALOG, 200, &[], &json!({"consul": [], "pay": [], "orders": [], "cart": []}));
+        until(&mut source, &format!("cart 10.0.0.3:80 fresh, orders 10.0.0.2:80 fresh, pay {next}:80 fresh"))
+            .await;
+    }
+}
