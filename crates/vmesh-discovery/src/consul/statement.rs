@@ -1,0 +1,217 @@
+//! From what was read of all datacenters to what the source says of each service.
+//!
+//! A service that could not be read is what was known of it last; the first view waits until nothing is unknown.
+
+use super::*;
+
+impl<R: Resolve> ConsulSource<R> {
+    pub(super) fn settle(&mut self, now: Instant) {
+        self.settle_at.get_or_insert(now + SETTLE);
+    }
+
+    pub(super) fn judge_all(&mut self) {
+        let mut names: BTreeSet<ServiceName> =
+            self.plan.services.keys().map(|(_, name)| name.clone()).collect();
+        names.extend(self.last_good.keys().cloned());
+        for name in names {
+            self.judge(&name);
+        }
+        self.settle(Instant::now());
+    }
+
+    /// Puts together what all datacenters say of a service. It costs what that service costs.
+    pub(super) fn judge(&mut self, name: &ServiceName) {
+        let (told, problems) = self.judged(name);
+        match told {
+            Some(told) => {
+                self.assembler.want([&told], true);
+                self.statement.services.insert(name.clone(), told);
+            }
+            None => {
+                self.statement.services.remove(name);
+                self.parsed.remove(name);
+            }
+        }
+        if problems.is_empty() {
+            self.problems.remove(name);
+        } else {
+            self.problems.insert(name.clone(), problems);
+        }
+    }
+
+    pub(super) fn judged(&mut self, name: &ServiceName) -> (Option<Told>, Vec<Problem>) {
+        self.unusable.remove(name);
+        self.left_out.remove(name);
+        let restored = self.last_good.get(name).cloned();
+        let (mut reads, mut stale_because, mut unread): (Vec<Arc<Read>>, Option<Arc<str>>, bool) =
+            (Vec::new(), None, false);
+        for (at, dc) in self.plan.datacenters.iter().enumerate() {
+            let watched = self.plan.services.get(&(at, name.clone()));
+            let failure = watched.and_then(|watched| watched.failure.as_ref()).or(dc.failure.as_ref());
+            match watched.map(|watched| watched.read.clone()) {
+                Some(Some(read)) => reads.push(read),
+                // Nobody knows whether this datacenter has it.
+                None if dc.has_listed => continue,
+                _ => {
+                    let known =
+                        restored.as_ref().zip(dc.name.as_ref()).filter(|_| self.plan.datacenters.len() > 1);
+                    match known {
+                        Some((registration, dc)) => reads.push(Arc::new(remembered(registration, dc))),
+                        None => unread = true,
+                    }
+                    if restored.is_none() && watched.is_none() {
+                        continue;
+                    }
+                    let waiting = "Consul has not said anything of it since the start";
+                    stale_because.get_or_insert_with(|| failure.cloned().unwrap_or_else(|| waiting.into()));
+                }
+            }
+            if let Some(failure) = failure {
+                stale_because.get_or_insert_with(|| failure.clone());
+            }
+        }
+        let mut problems = Vec::new();
+        let place = || Place::file(format!("{}/{name}", self.name));
+        if reads.is_empty() {
+            if !unread {
+                return (None, problems);
+            }
+            let told = restored.map(|restored| Told {
+                known: Known::Restored(restored),
+                stale_because: stale_because.clone(),
+                partial_because: None,
+            });
+            let has_failed = self.plan.datacenters.iter().enumerate().any(|(at, _)| {
+                self.plan.services.get(&(at, name.clone())).is_some_and(|watched| watched.failure.is_some())
+            });
+            if let (true, Some(because)) = (has_failed, stale_because) {
+                if told.is_none() {
+                    self.unusable.insert(name.clone(), format!("service `{name}`: {because}").into());
+                }
+                let outcome = if told.is_some() { "what was known stays" } else { "nothing is known of it" };
+                problems.push(Problem::new(place(), subject_of(name), format!("{because}; {outcome}")));
+            }
+            return (told, problems);
+        }
+        let read: Vec<&Read> = reads.iter().map(|read| &**read).collect();
+        let parsed = combine(&self.name, name, &read);
+        problems.extend(parsed.problems);
+        if let (true, Some(because)) =
+            (self.plan.datacenters.len() > 1 || stale_because.is_some(), &stale_because)
+        {
+            problems.push(Problem::new(
+                place(),
+                subject_of(name),
+                format!("{because}; what was known stays"),
+            ));
+        }
+        let before = self.parsed.get(name).cloned();
+        let known = match parsed.services.into_iter().next() {
+            Some(service) if service.endpoints.is_empty() => return (None, problems),
+            Some(service) => match before {
+                Some(before) if *before == service => Known::Parsed(before),
+                _ => {
+                    let service = Arc::new(service);
+                    self.parsed.insert(name.clone(), service.clone());
+                    Known::Parsed(service)
+                }
+            },
+            None => {
+                let unusable = "what Consul says of it cannot be used, see the problems";
+                stale_because.get_or_insert_with(|| unusable.into());
+                match (before, restored) {
+                    (Some(before), _) => Known::Parsed(before),
+                    (None, Some(restored)) => Known::Restored(restored),
+                    (None, None) => {
+                        let why =
+                            problems.first().map(|problem| problem.message.as_str()).unwrap_or(unusable);
+                        self.left_out.insert(name.clone(), format!("service `{name}`: {why}").into());
+                        return (None, problems);
+                    }
+                }
+            }
+        };
+        let partial_because = match &known {
+            Known::Parsed(service) => service.partial_because.clone(),
+            Known::Restored(_) => None,
+        };
+        (Some(Told { known, stale_because, partial_because }), problems)
+    }
+
+    /// Whether nothing is known of a datacenter, neither from now nor from before a restart.
+    pub(super) fn is_unknown(&self, dc: &Datacenter) -> bool {
+        let was_in =
+            |name: &Arc<str>| self.last_good.values().any(|known| remembered(known, name).listed > 0);
+        !dc.has_listed && !dc.name.as_ref().is_some_and(was_in)
+    }
+
+    /// Why it is too early for the first view, or that there will be none.
+    pub(super) fn is_ready(&mut self, now: Instant) -> Result<bool, SourceError> {
+        if self.told.is_some() {
+            return Ok(true);
+        }
+        let answered = |dc: &Datacenter| dc.has_listed || dc.failure.is_some();
+        if !self.plan.datacenters.iter().all(answered)
+            || !self.plan.datacenters.iter().any(|dc| dc.has_listed)
+        {
+            return Ok(false);
+        }
+        if now < self.started + FIRST_DATACENTERS
+            && self.plan.datacenters.iter().any(|dc| self.is_unknown(dc))
+        {
+            return Ok(false);
+        }
+        let mut failure = None;
+        for watched in self.plan.services.values() {
+            match (&watched.read, &watched.failure) {
+                (Some(_), _) => {}
+                (None, Some(because)) => failure = Some(because.clone()),
+                (None, None) => return Ok(false),
+            }
+        }
+        if let Some(because) = failure
+            && self.plan.services.values().all(|watched| watched.read.is_none())
+        {
+            self.has_failed = true;
+            let what = format!("no service that Consul lists can be read: {because}");
+            return Err(SourceError::Suspect { source_name: self.name.clone(), what });
+        }
+        if self.assembler.any_pending() {
+            let since = *self.first_names.get_or_insert(now);
+            return Ok(now >= since + FIRST_NAMES);
+        }
+        Ok(true)
+    }
+
+    /// The view as of now, unless it is the one that was told last or it is too early for the first.
+    pub(super) fn view(&mut self, now: Instant) -> Result<Option<Registrations>, SourceError> {
+        if self.plan.datacenters.iter().all(|dc| dc.failure.is_some()) || !self.is_ready(now)? {
+            return Ok(None);
+        }
+        self.statement.problems = self.all_problems();
+        self.statement.unusable = self.unusable.values().cloned().collect();
+        self.statement.left_out = self.left_out.values().cloned().collect();
+        let view = self.assembler.view(&self.statement);
+        if !self.has_failed && self.told.as_ref() == Some(&view) {
+            return Ok(None);
+        }
+        self.has_failed = false;
+        self.told = Some(view.clone());
+        Ok(Some(view))
+    }
+
+    pub(super) fn all_problems(&self) -> Vec<Problem> {
+        let of_all =
+            |message: String| Problem::new(Place::file(self.name.clone()), self.name.clone(), message);
+        let mut problems: Vec<_> = self.problems.values().flatten().cloned().collect();
+        for dc in &self.plan.datacenters {
+            problems.extend(dc.problems.iter().cloned());
+            if let Some(failure) = &dc.failure {
+                problems.push(of_all(failure.to_string()));
+            }
+        }
+        problems.extend(self.client.complaints().iter().map(ToString::to_string).map(of_all));
+        problems.extend(self.lateness_problem().map(of_all));
+        problems
+    }
+}
