@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `cargo xtask demo` | the main job, on this machine, without root: see [`demo`] |
 //! | `cargo xtask test` | builds everything and runs every test: see [`test`] |
+//! | `cargo xtask bench nodes` | what `Node` documents cost a control plane |
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
 //! | `cargo xtask bench capture` | explicit ports, redirects and TPROXY beside no Envoy at all, on hosts that are namespaces |
 //! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
@@ -69,6 +70,12 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// What `Node` documents cost a control plane, and how long an edit keeps other changes waiting.
+    #[command(disable_help_flag = true)]
+    Nodes {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
     /// Requests to Envoy by explicit ports, redirects and TPROXY, beside the same past all of it; as root.
     #[command(disable_help_flag = true)]
     Capture {
@@ -88,6 +95,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Test { rest } => test::run(&rest),
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
+        Command::Bench { bench: Bench::Nodes { rest } } => build::run_bench("nodes", &rest),
         Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
         Command::Bench { bench: Bench::Capture { rest } } => build::run_bench("capture", &rest),
         Command::Deny => deny::run(),

@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Parser, ValueEnum};
-use fleet_client::Fleet;
+use fleet_client::{Declared, Fleet};
 use vmesh_daemon::fetch::Peer;
 use vmesh_daemon::report;
 use vmesh_testkit::api::Api;
@@ -108,7 +108,7 @@ async fn run(options: &Options) -> Result<()> {
     let mut control = Daemon::spawn("vmesh-control", command)?;
     control.wait_http(&Peer::Tcp(api.0), "/readyz", BOUND).await?;
     println!("start to ready          {:>9.2} s", started.elapsed().as_secs_f64());
-    let mut fleet = Fleet::connect(xds, 1, |_| Vec::new()).await?;
+    let mut fleet = Fleet::connect(xds, 1, |_| Declared::default()).await?;
     fleet.until_held(services, BOUND).await?;
     let first = counters(&api).await?;
     println!("reads until then        {:>9.0}", first.reads);

@@ -9,20 +9,15 @@
 
 mod baseline;
 mod fleet_client;
+mod mesh;
 
-use std::fmt::Write as _;
-use std::net::SocketAddr;
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use fleet_client::Fleet;
-use vmesh_daemon::fetch::Peer;
+use fleet_client::{Declared, Fleet};
+use mesh::{BOUND, Mesh, Shape, Times, cpu_of, mib, open_files, since};
 use vmesh_daemon::report;
-use vmesh_testkit::api::Api;
-use vmesh_testkit::place::{Loopback, TempDir, tempdir};
-use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{Failed, Result, wait_for};
 
 #[derive(Debug, Clone, Parser)]
@@ -48,7 +43,11 @@ struct Options {
     serve_baseline: bool,
 }
 
-const BOUND: Duration = Duration::from_secs(300);
+impl Options {
+    fn shape(&self) -> Shape {
+        Shape { services: self.services, endpoints: self.endpoints, upstreams: self.upstreams, zones: 1 }
+    }
+}
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -106,24 +105,6 @@ async fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// Latencies of one kind.
-#[derive(Default)]
-struct Times(Vec<Duration>);
-
-impl Times {
-    fn p(&self, share: f64) -> Duration {
-        let mut sorted = self.0.clone();
-        sorted.sort();
-        let at = ((sorted.len() as f64 * share).ceil() as usize).saturating_sub(1);
-        sorted.get(at).copied().unwrap_or_default()
-    }
-
-    fn row(&self) -> String {
-        let ms = |time: Duration| format!("{:>9.2} ms", time.as_secs_f64() * 1e3);
-        format!("{} {}", ms(self.p(0.5)), ms(self.p(0.99)))
-    }
-}
-
 struct Ours {
     connect: Duration,
     resident_idle: u64,
@@ -138,10 +119,14 @@ struct Ours {
 }
 
 async fn measure_control_plane(options: &Options) -> Result<Ours> {
-    let mesh = Mesh::start(options).await?;
+    let mesh = Mesh::start(&options.shape(), "").await?;
     let resident_idle = mesh.control.resident_bytes()?;
     let started = Instant::now();
-    let mut fleet = Fleet::connect(mesh.xds, options.nodes, |node| mesh.upstreams(node)).await?;
+    let mut fleet = Fleet::connect(mesh.xds, options.nodes, |node| Declared {
+        upstreams: mesh.upstreams(node),
+        zone: None,
+    })
+    .await?;
     // All services of a node, once: the clusters, their endpoints and an empty answer for listeners.
     let expected = options.upstreams.unwrap_or(options.services).min(options.services);
     fleet.until_held(expected, BOUND).await?;
@@ -158,7 +143,7 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     for round in 0..3 {
         change(&mesh, &mut fleet, round).await?;
     }
-    let before = mesh.counted().await?;
+    let before = counted(&mesh).await?;
     let cpu = cpu_of(mesh.control.pid())?;
     let (mut seen, mut whole, mut fan_out) = (Times::default(), Times::default(), Times::default());
     for round in 0..options.changes {
@@ -168,7 +153,7 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
         fan_out.0.push(since(taken.seen, taken.last_ack));
     }
     let cpu = cpu_of(mesh.control.pid())? - cpu;
-    let after = mesh.counted().await?;
+    let after = counted(&mesh).await?;
     let pushes = (after.responses - before.responses).max(1.0);
     Ok(Ours {
         connect,
@@ -208,7 +193,7 @@ struct Base {
 
 async fn measure_baseline(options: &Options) -> Result<Base> {
     let mut server = baseline::Server::start(options.endpoints).await?;
-    let mut fleet = Fleet::connect(server.address, options.nodes, |_| Vec::new()).await?;
+    let mut fleet = Fleet::connect(server.address, options.nodes, |_| Declared::default()).await?;
     server.until_connected(options.nodes, BOUND).await?;
     for _ in 0..3 {
         fleet.expect_one_each();
@@ -227,127 +212,19 @@ async fn measure_baseline(options: &Options) -> Result<Base> {
     Ok(Base { bytes_per_push: server.bytes as f64, cpu_per_push: cpu.div_f64(pushes), fan_out })
 }
 
-/// The control plane under measurement, and its files.
-struct Mesh {
-    dir: TempDir,
-    _home: Loopback,
-    control: Daemon,
-    xds: SocketAddr,
-    api: Api,
-    options: Options,
-}
-
+/// Counters of the control plane.
 struct Counted {
     responses: f64,
     bytes: f64,
     encodings: f64,
 }
 
-impl Mesh {
-    async fn start(options: &Options) -> Result<Mesh> {
-        let dir = tempdir()?;
-        make(&dir.join("services.d"))?;
-        let home = Loopback::unique()?;
-        let (xds, api) = (SocketAddr::new(home.ip(), 15010), Api(SocketAddr::new(home.ip(), 15014)));
-        for service in 0..options.services {
-            write(&dir.join(format!("services.d/{}.yaml", name(service))), &registered(service, options, 1))?;
-        }
-        let config = format!(
-            "discovery: [{{file: {{path: services.d}}}}]\nlisten: {{xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\n\
-             log: warn\n",
-            api.0
-        );
-        write(&dir.join("control.yaml"), &config)?;
-        let mut command = Command::new(binary("vmesh-control")?);
-        command.args(["--config", "control.yaml"]).current_dir(&*dir);
-        let mut control = Daemon::spawn("vmesh-control", command)?;
-        control.wait_http(&Peer::Tcp(api.0), "/readyz", BOUND).await?;
-        Ok(Mesh { dir, _home: home, control, xds, api, options: options.clone() })
-    }
-
-    fn write_service(&self, service: usize, weight: usize) -> Result<()> {
-        let file = self.dir.join(format!("services.d/{}.yaml", name(service)));
-        let temporary = self.dir.join("services.d/.new");
-        write(&temporary, &registered(service, &self.options, weight))?;
-        std::fs::rename(&temporary, &file).map_err(Failed::to(format!("could not write {}", file.display())))
-    }
-
-    /// The services that node `node` declares, the one that changes among them; none is all.
-    fn upstreams(&self, node: usize) -> Vec<String> {
-        let Some(count) = self.options.upstreams else { return Vec::new() };
-        let others =
-            (0..count.saturating_sub(1)).map(|at| 1 + (node * 7 + at) % (self.options.services - 1).max(1));
-        std::iter::once(0).chain(others).map(name).collect()
-    }
-
-    async fn counted(&self) -> Result<Counted> {
-        Ok(Counted {
-            responses: self.api.metric("vmesh_xds_responses_total").await?,
-            bytes: self.api.metric("vmesh_xds_bytes_sent_total").await?,
-            encodings: self.api.metric("vmesh_xds_encodings_total").await?,
-        })
-    }
-}
-
-fn name(service: usize) -> String {
-    format!("service-{service:05}")
-}
-
-/// A service's file; `weight` is that of its first endpoint.
-fn registered(service: usize, options: &Options, weight: usize) -> String {
-    let mut text = format!("service: {}\nprotocol: http\nendpoints:\n", name(service));
-    for endpoint in 0..options.endpoints {
-        let [a, b] = u16::try_from(service % 65_536).unwrap_or_default().to_be_bytes();
-        let weight = if endpoint == 0 { weight } else { 1 };
-        _ = writeln!(
-            text,
-            "  - {{address: \"10.{a}.{b}.{}:{}\", zone: eu-1a, version: v1, weight: {weight}}}",
-            endpoint % 250 + 1,
-            8000 + endpoint / 250
-        );
-    }
-    text
-}
-
-fn since(from: SystemTime, to: SystemTime) -> Duration {
-    to.duration_since(from).unwrap_or_default()
-}
-
-/// User and system time of a process so far.
-fn cpu_of(pid: u32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = std::fs::read_to_string(&path).map_err(Failed::to(format!("could not read {path}")))?;
-    // The second field is in parentheses and may hold anything.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok()).unwrap_or_default();
-    let per_second = rustix::param::clock_ticks_per_second();
-    Ok(Duration::from_secs_f64((ticks(11) + ticks(12)) as f64 / per_second as f64))
-}
-
-/// Two descriptors for each node: one end here, one in a child that inherits the limit.
-fn open_files(nodes: usize) -> Result<()> {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let wanted = nodes as u64 + 1_000;
-    let now = getrlimit(Resource::Nofile);
-    if now.current.is_some_and(|limit| limit < wanted) {
-        let maximum = now.maximum.map(|limit| limit.max(wanted));
-        setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum }).map_err(Failed::to(
-            format!("{nodes} nodes need {wanted} open files: raise the limit with `ulimit -n {wanted}`"),
-        ))?;
-    }
-    Ok(())
-}
-
-fn make(dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Failed::to(format!("could not make {}", dir.display())))
-}
-
-fn write(file: &Path, text: &str) -> Result<()> {
-    std::fs::write(file, text).map_err(Failed::to(format!("could not write {}", file.display())))
-}
-
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
+async fn counted(mesh: &Mesh) -> Result<Counted> {
+    Ok(Counted {
+        responses: mesh.api.metric("vmesh_xds_responses_total").await?,
+        bytes: mesh.api.metric("vmesh_xds_bytes_sent_total").await?,
+        encodings: mesh.api.metric("vmesh_xds_encodings_total").await?,
+    })
 }
 
 fn us(time: Duration) -> f64 {

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use vmesh_proto::envoy::config::core::v3::Node;
+use vmesh_proto::envoy::config::core::v3::{Locality, Node};
 use vmesh_proto::google::protobuf::{ListValue, Struct, Value, value};
 use vmesh_testkit::{Failed, Result};
 use vmesh_xds::Kind;
@@ -36,17 +36,17 @@ struct Shared {
 }
 
 impl Fleet {
-    /// Connects `nodes` clients; `upstreams` are the services that one declares, none for all.
+    /// Connects `nodes` clients, which declare what `declared` returns for their number.
     pub(crate) async fn connect(
         to: SocketAddr,
         nodes: usize,
-        upstreams: impl Fn(usize) -> Vec<String>,
+        declared: impl Fn(usize) -> Declared,
     ) -> Result<Fleet> {
         let shared = Arc::new(Shared::default());
         let connecting = Arc::new(Semaphore::new(CONNECTING));
         let mut clients = JoinSet::new();
         for number in 0..nodes {
-            let node = node(number, &upstreams(number));
+            let node = node(number, &declared(number));
             clients.spawn(client(to, node, nodes, shared.clone(), connecting.clone()));
         }
         Ok(Fleet { clients, nodes, shared })
@@ -145,17 +145,26 @@ async fn client(
     }
 }
 
-fn node(number: usize, upstreams: &[String]) -> Node {
+/// What a node says of itself.
+#[derive(Default)]
+pub(crate) struct Declared {
+    /// All services if there is none.
+    pub(crate) upstreams: Vec<String>,
+    pub(crate) zone: Option<&'static str>,
+}
+
+fn node(number: usize, declared: &Declared) -> Node {
     let text = |text: &str| Value { kind: Some(value::Kind::StringValue(text.to_owned())) };
     let mut metadata = BTreeMap::new();
-    if !upstreams.is_empty() {
-        let values = upstreams.iter().map(|service| text(service)).collect();
+    if !declared.upstreams.is_empty() {
+        let values = declared.upstreams.iter().map(|service| text(service)).collect();
         let list = Value { kind: Some(value::Kind::ListValue(ListValue { values })) };
         let vmesh = Struct { fields: [("upstreams".to_owned(), list)].into() };
         metadata.insert("vmesh".to_owned(), Value { kind: Some(value::Kind::StructValue(vmesh)) });
     }
     Node {
         id: format!("node-{number:05}"),
+        locality: declared.zone.map(|zone| Locality { zone: zone.to_owned(), ..Locality::default() }),
         user_agent_name: "bench".to_owned(),
         metadata: Some(Struct { fields: metadata }),
         ..Node::default()

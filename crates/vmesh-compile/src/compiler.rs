@@ -17,7 +17,7 @@ use crate::view::{Captured, View, zones_matter};
 /// Names a connected node; one node can be connected twice.
 pub type NodeId = u64;
 
-/// What came since the last [`Compiler::apply`].
+/// Input of [`Compiler::apply`]: a new world, and the nodes that joined and left since the call before.
 #[derive(Debug, Default)]
 pub struct Change {
     pub world: Option<Arc<World>>,
@@ -25,18 +25,18 @@ pub struct Change {
     pub left: Vec<NodeId>,
 }
 
-/// What a [`Change`] changed. It has to be published in one step.
+/// Output of [`Compiler::apply`]. The caller publishes all of it in one step.
 #[derive(Debug, Default)]
 pub struct Update {
-    /// The views whose services changed, by their keys.
+    /// New stores, by the key of their view.
     pub stores: Vec<(Arc<str>, Arc<Store>)>,
-    /// The nodes that have another view or scope.
+    /// New configurations of nodes whose view or scope changed.
     pub nodes: Vec<(NodeId, Arc<NodeConfig>)>,
-    /// The views that no node has any more.
+    /// Keys of views that lost their last node.
     pub gone: Vec<Arc<str>>,
 }
 
-/// Everything that is compiled, at one moment. A clone costs a few pointers.
+/// An immutable state of a [`Compiler`]. A clone copies a few pointers.
 #[derive(Debug, Clone)]
 pub struct Configuration {
     pub world: Arc<World>,
@@ -72,13 +72,13 @@ impl Configuration {
         self.views.size()
     }
 
-    /// What a node is to have.
+    /// Returns the resources that a node is sent.
     pub fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
         let config = self.node(id)?;
         Some(Snapshot { store: self.view(&config.view)?.store.clone(), scope: config.scope.clone() })
     }
 
-    /// What is wrong with services and routes, each once, and then what is wrong with each connected node.
+    /// Lists the problems of services and routes, each once, and then those of each connected node.
     pub fn problems(&self) -> Vec<Problem> {
         let of_services = self.problems.values().flat_map(|problems| problems.iter());
         let of_services: BTreeSet<&Problem> = of_services.collect();
@@ -87,7 +87,7 @@ impl Configuration {
     }
 }
 
-/// Compiles each service once for each way in which a connected node sees it, and keeps that for as long as a node does.
+/// A compiler for a fleet. It compiles each variant of a service once, and drops a variant with the last node that sees it.
 #[derive(Debug)]
 pub struct Compiler {
     configuration: Configuration,
@@ -119,7 +119,7 @@ pub struct Counts {
     pub indexed: usize,
 }
 
-/// A variant, and in how many views it is.
+/// A compiled variant with the number of views that contain it.
 #[derive(Debug)]
 struct Used {
     compiled: Arc<Compiled>,
@@ -147,13 +147,13 @@ struct NodeState {
     config: Option<Arc<NodeConfig>>,
 }
 
-/// How many endpoints are in each zone. A zone without any decides nothing: there a node sees services as a node without
-/// a zone does, and has its view. Or every client that invents a zone would cost a view.
+/// Counts the endpoints in each zone. The compiler ignores a zone without endpoints, since clients choose their zones and each
+/// invented one would add a view.
 #[derive(Debug, Default)]
 struct Zones(BTreeMap<Arc<str>, usize>);
 
 impl Zones {
-    /// Takes over what differs in the services `names`. True: there is a zone more or less.
+    /// Updates the counts for the services `names`. Returns whether a zone was added or removed.
     fn update<'a>(
         &mut self,
         before: Option<&World>,
@@ -658,7 +658,8 @@ impl Compiler {
     }
 }
 
-/// The services that differ. When one comes or goes, or documents change, also those whose routes may speak of it.
+/// Returns the services that differ between two worlds, and the services whose routes may depend on a document that differs or on
+/// whether a service exists.
 fn changed(before: &World, now: &World) -> BTreeSet<ServiceName> {
     let mut names: BTreeSet<ServiceName> = if now.generation == before.generation + 1 {
         now.changes.services.iter().cloned().collect()

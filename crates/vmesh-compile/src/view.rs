@@ -92,7 +92,7 @@ impl View {
     }
 }
 
-/// How one service is compiled: what is in force for it, as some nodes call it.
+/// A variant of a service is compiled from these values and the world.
 #[derive(Debug, Clone)]
 pub(crate) struct Variant {
     pub(crate) client: Client,

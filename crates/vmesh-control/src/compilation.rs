@@ -20,10 +20,10 @@ use vmesh_xds::server::{FeedControl, Hub, Publication};
 use crate::fleet::Fleet;
 use crate::worlds::Published;
 
-/// What is compiled, at one moment. Immutable.
+/// An immutable result of the compiler task, for the API, metrics and ACKs.
 #[derive(Clone)]
 pub(crate) struct Compilation {
-    /// Set once: from then on there is something to serve, whatever becomes of the sources.
+    /// The control plane serves clients from the first complete world on, even if sources fail later.
     pub(crate) is_ready: bool,
     pub(crate) configuration: Configuration,
     /// By view: the generation of the store that was published last, and when.
@@ -159,7 +159,7 @@ fn publish(
         }
     }
     gone.iter().for_each(|view| _ = next.published_at.remove_mut(view));
-    // An ACK comes after the time that it is measured from.
+    // The time that ACKs are measured from is published before the stores: the first ACK needs it.
     compiled.send_replace(Arc::new(next.clone()));
     hub.publish_all(publication);
     gone.iter().for_each(|view| hub.forget(view));

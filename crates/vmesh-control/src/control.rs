@@ -30,7 +30,7 @@ pub(crate) struct Control {
     fleet: Arc<Fleet>,
     sources: Sources,
     pub(crate) desk: Desk,
-    /// Whether the last good state is on the disk.
+    /// The result of the last write of the state directory.
     written: watch::Receiver<WriteStatus>,
 }
 
@@ -61,7 +61,7 @@ impl Control {
         self.published.borrow().world.clone()
     }
 
-    /// What keeps it from being ready; empty when it is.
+    /// Returns what the control plane waits for before it is ready; nothing once it is.
     pub(crate) fn waiting_for(&self) -> Vec<String> {
         if self.compiled.borrow().is_ready {
             return Vec::new();
@@ -70,7 +70,7 @@ impl Control {
         if waiting.is_empty() { vec!["the first compilation".to_owned()] } else { waiting.to_vec() }
     }
 
-    /// Every node that is known, and how it stands.
+    /// Lists every known node with its state.
     pub(crate) fn nodes(&self) -> Vec<(Arc<NodeReport>, Standing)> {
         let world = self.world();
         let mut known: BTreeMap<&NodeName, (Arc<NodeReport>, Vec<State>)> =
@@ -184,7 +184,7 @@ impl Control {
         explain::explain(world, &view, &config, &report, service, standing(&states))
     }
 
-    /// What the node `name` is to have.
+    /// Returns the resources that the node `name` is sent.
     pub(crate) fn snapshot(&self, name: &NodeName) -> Option<Snapshot> {
         let compiled = self.compiled();
         let connections = self.fleet.connections_of(name);

@@ -1,4 +1,4 @@
-//! Who is connected: admission, the nodes that are known, and how each stream stands.
+//! The fleet owns the connections, admits nodes, and tracks known nodes and the state of each stream.
 //!
 //! One lock holds the connections. Nothing is compiled, encoded, written or waited for under it.
 
@@ -29,7 +29,7 @@ pub(crate) struct Fleet {
     worlds: watch::Receiver<Published>,
     compiled: watch::Receiver<Arc<Compilation>>,
     reports: mpsc::Sender<NodeEvent>,
-    /// Notified when a node came or went that is not compiled for yet.
+    /// Notified when [`Inner::changes`] gets an entry.
     nodes_changed: Notify,
     went_offline: Notify,
     propagation: Propagation,
@@ -45,7 +45,7 @@ struct Inner {
     changes: NodeChanges,
 }
 
-/// The nodes that came and went since the compiler asked last. A node that came and went in between is in neither.
+/// Nodes that joined and left since the compiler task last took them. A node that did both is in neither list.
 #[derive(Default)]
 pub(crate) struct NodeChanges {
     pub(crate) joined: BTreeMap<NodeId, Joined>,
@@ -64,13 +64,13 @@ const NOT_COMPILED: &str = "";
 /// One xDS stream.
 struct Connection {
     report: Arc<NodeReport>,
-    /// The address that it comes from.
+    /// The remote address.
     from: Option<IpAddr>,
     state: State,
     acked: u64,
 }
 
-/// Where reports of nodes go, and what is known of nodes at the start.
+/// The inputs of a [`Fleet`] that concern nodes: a channel for their reports, and the nodes of the last run.
 pub(crate) struct NodeIntake {
     pub(crate) reports: mpsc::Sender<NodeEvent>,
     pub(crate) known: KnownNodes,
@@ -221,7 +221,7 @@ impl Fleet {
 /// How often the fleet looks for nodes that have been offline for too long.
 const FORGETS_EVERY: Duration = Duration::from_secs(60);
 
-/// How a node stands by one of its streams.
+/// Returns the state of a node with one stream in `state`.
 fn node_state(state: &State) -> NodeState {
     match state {
         State::Synced => NodeState::Synced,
@@ -230,7 +230,7 @@ fn node_state(state: &State) -> NodeState {
     }
 }
 
-/// How a node stands by all of its streams: as the one that fares worst.
+/// Returns the state of a node: the worst of the states of its streams.
 pub(crate) fn standing<'a>(states: impl IntoIterator<Item = &'a State>) -> Standing {
     let mut worst = Standing::default();
     for stream in states {
@@ -247,7 +247,7 @@ pub(crate) fn standing<'a>(states: impl IntoIterator<Item = &'a State>) -> Stand
 }
 
 impl Inner {
-    /// Two of the hosts that go by `name`, if they do.
+    /// Describes two hosts that share the name `name`, if there are two.
     fn clash(&self, name: &NodeName) -> Option<String> {
         let ids = self.known.connections(name);
         let mut of_this_name = ids.filter_map(|id| self.connections.get(&id));
@@ -256,7 +256,7 @@ impl Inner {
         Some(clash(name, first, other))
     }
 
-    /// After one of its connections has come or gone.
+    /// Logs a new clash of names. The caller has just added or removed a connection of `name`.
     fn tell_of_clones(&mut self, name: &NodeName) {
         match self.clash(name) {
             Some(clash) if self.shared_names.insert(name.clone()) => {
@@ -288,8 +288,8 @@ fn clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
 }
 
 impl Connection {
-    /// By what they say of themselves, or by where they come from: hosts that are copies say the same. One host may well come
-    /// by IPv4 and by IPv6.
+    /// Compares the declared and the remote addresses, since copies of one host declare the same address. A host may connect by
+    /// IPv4 and by IPv6.
     fn is_of_another_host_than(&self, other: &Connection) -> bool {
         let comes_from_elsewhere = match (self.from, other.from) {
             (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4() && one != other,

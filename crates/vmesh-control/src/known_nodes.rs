@@ -1,6 +1,6 @@
 //! Tracks the names of connected and offline nodes. Clients choose their names, so the number of names is limited: in
-//! total, and of those that connect from one origin. Where names have to be forgotten, they are the oldest offline names
-//! of the origin that has the most of them.
+//! total, and of those that connect from one origin. At the limit, the origin with the most offline names loses the oldest
+//! of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
@@ -41,7 +41,7 @@ pub(crate) struct KnownNodes {
 #[derive(Debug)]
 struct Connected {
     connections: BTreeSet<u64>,
-    /// Of the first of the connections.
+    /// The origin of the first of the connections.
     origin: Origin,
 }
 

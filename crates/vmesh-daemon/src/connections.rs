@@ -245,7 +245,7 @@ struct Place {
 }
 
 impl Permit {
-    /// Notes that the server has read what the client sent until now. From here on the connection is silent until it is busy.
+    /// Notes that the server has read what the client sent until now. The gate counts the connection as silent until it is busy.
     pub fn set_silent(&self) {
         let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pending) = self.gate.lock().pending.get_mut(&place.id) {

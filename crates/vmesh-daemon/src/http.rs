@@ -35,7 +35,7 @@ use crate::connections::{Gate, Limits, Origin, Permit, poll_once};
 
 /// Several times what an operator, a dashboard and a metrics scraper need together.
 pub const LIMITS: Limits = Limits { total: 64, per_origin: 24, pending: 48 };
-/// On a loopback address, where all the users of a host have the same one.
+/// Limits on a loopback address, which all the users of a host share.
 pub const LOOPBACK_LIMITS: Limits = Limits { per_origin: LIMITS.total, ..LIMITS };
 
 /// A client has so long to send the head of a request, the first one and each that follows.

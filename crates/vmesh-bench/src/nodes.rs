@@ -1,0 +1,189 @@
+//! `cargo xtask bench nodes`: what `Node` documents cost a control plane, and how long a change of documents keeps other changes
+//! waiting.
+//!
+//! The same fleet connects to control planes that differ in their documents only. The ratios compare each with the fleet
+//! without documents, in the same run.
+
+mod fleet_client;
+mod mesh;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
+
+use clap::Parser;
+use fleet_client::{Declared, Fleet};
+use mesh::{BOUND, Mesh, Shape, Times, cpu_of, mib, name, open_files, since, zone};
+use vmesh_daemon::report;
+use vmesh_testkit::{Result, wait_for};
+
+#[derive(Debug, Clone, Parser)]
+#[command(name = "cargo xtask bench nodes")]
+struct Options {
+    #[arg(long, default_value_t = 1_000)]
+    nodes: usize,
+    #[arg(long, default_value_t = 1_000)]
+    services: usize,
+    /// Endpoints of each service.
+    #[arg(long, default_value_t = 10)]
+    endpoints: usize,
+    /// How many services each node declares.
+    #[arg(long, default_value_t = 20)]
+    upstreams: usize,
+    /// Changes of an endpoint, with and without a change of documents beside each.
+    #[arg(long, default_value_t = 20)]
+    changes: usize,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    match runtime
+        .map_err(|error| error.to_string())
+        .and_then(|runtime| runtime.block_on(run(&options)).map_err(|failed| failed.to_string()))
+    {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => report::failed(&vmesh_testkit::Failed::new(failed)),
+    }
+}
+
+/// Documents for a fleet, one or several for each node.
+struct Case {
+    title: &'static str,
+    zones: usize,
+    documents: String,
+}
+
+fn cases(nodes: usize) -> Vec<Case> {
+    let each = |body: &dyn Fn(usize) -> String| -> String {
+        let one = |number| format!("kind: Node\nname: node-{number:05}\n{}\n", body(number));
+        (0..nodes).map(one).collect::<Vec<_>>().join("---\n")
+    };
+    let near = "---\nkind: Mesh\nload_balancing: {locality: prefer_local}\n";
+    let settings = |number: usize| format!("timeouts: {{connect: {}s}}", 1 + number % 10);
+    vec![
+        Case { title: "no documents", zones: 1, documents: String::new() },
+        Case {
+            title: "an upstream each",
+            zones: 1,
+            documents: each(&|_| format!("upstreams: [{{service: {}}}]", name(0))),
+        },
+        Case {
+            title: "the same settings each",
+            zones: 1,
+            documents: each(&|_| "timeouts: {connect: 3s}".to_owned()),
+        },
+        Case { title: "ten different settings", zones: 1, documents: each(&settings) },
+        Case { title: "three zones", zones: 3, documents: near.trim_start_matches("---\n").to_owned() },
+        Case {
+            title: "three zones, same settings",
+            zones: 3,
+            documents: each(&|_| "timeouts: {connect: 3s}".to_owned()) + near,
+        },
+        Case { title: "three zones, ten settings", zones: 3, documents: each(&settings) + near },
+    ]
+}
+
+async fn run(options: &Options) -> Result<()> {
+    open_files(options.nodes)?;
+    let Options { nodes, services, endpoints, upstreams, .. } = options;
+    println!("{nodes} nodes of {upstreams} upstreams x {services} services x {endpoints} endpoints\n");
+    println!(
+        "Node documents                connect to synced        CPU      resident   views   ratio to no documents"
+    );
+    let mut plain = None;
+    for case in cases(*nodes) {
+        let seen = measure(options, &case).await?;
+        let base = plain.get_or_insert(seen);
+        println!(
+            "{:<28} {:>10.2} s     {:>7.2} s  {:>8.1} MiB  {:>6}   CPU {:>5.2}  resident {:>5.2}",
+            case.title,
+            seen.connect.as_secs_f64(),
+            seen.cpu.as_secs_f64(),
+            mib(seen.resident),
+            seen.views,
+            seen.cpu.as_secs_f64() / base.cpu.as_secs_f64().max(1e-9),
+            seen.resident as f64 / (base.resident as f64).max(1.0),
+        );
+    }
+    edits(options).await
+}
+
+#[derive(Clone, Copy)]
+struct Seen {
+    connect: Duration,
+    cpu: Duration,
+    resident: u64,
+    views: usize,
+}
+
+async fn connect(options: &Options, mesh: &Mesh, zones: usize) -> Result<Fleet> {
+    let declared =
+        |node| Declared { upstreams: mesh.upstreams(node), zone: (zones > 1).then(|| zone(node % zones)) };
+    let mut fleet = Fleet::connect(mesh.xds, options.nodes, declared).await?;
+    fleet.until_held(options.upstreams.min(options.services), BOUND).await?;
+    wait_for("all nodes to be in sync", BOUND, async || {
+        let synced =
+            mesh.api.metric("vmesh_nodes{state=\"synced\"}").await.map_err(|failed| failed.to_string())?;
+        if synced as usize == options.nodes { Ok(()) } else { Err(format!("{synced} are")) }
+    })
+    .await?;
+    Ok(fleet)
+}
+
+fn shape(options: &Options, zones: usize) -> Shape {
+    let Options { services, endpoints, upstreams, .. } = *options;
+    Shape { services, endpoints, upstreams: Some(upstreams), zones }
+}
+
+async fn measure(options: &Options, case: &Case) -> Result<Seen> {
+    let mesh = Mesh::start(&shape(options, case.zones), &case.documents).await?;
+    let cpu = cpu_of(mesh.control.pid())?;
+    let started = Instant::now();
+    let _fleet = connect(options, &mesh, case.zones).await?;
+    let connect = started.elapsed();
+    Ok(Seen {
+        connect,
+        cpu: cpu_of(mesh.control.pid())? - cpu,
+        resident: mesh.control.resident_bytes()?,
+        views: mesh.api.metric("vmesh_classes").await? as usize,
+    })
+}
+
+/// Changes of one service's endpoint that every node calls, alone, and beside an edit of another service that every node calls too:
+/// each node's own listeners depend on it.
+async fn edits(options: &Options) -> Result<()> {
+    let document = |seconds: usize| {
+        format!(
+            "kind: Node\nlabels: {{none: such}}\nupstreams: []\n---\nkind: Service\nname: {}\ntimeouts: {{idle: {}s}}\n",
+            name(1),
+            60 + seconds
+        )
+    };
+    let mesh = Mesh::start(&shape(options, 1), &document(0)).await?;
+    let declared = |node| {
+        let mut upstreams = mesh.upstreams(node);
+        upstreams.push(name(1));
+        Declared { upstreams, zone: None }
+    };
+    let mut fleet = Fleet::connect(mesh.xds, options.nodes, declared).await?;
+    fleet.until_held(options.upstreams.min(options.services), BOUND).await?;
+    let (mut alone, mut beside) = (Times::default(), Times::default());
+    for round in 0..options.changes + 3 {
+        for (times, edited) in [(&mut alone, false), (&mut beside, true)] {
+            fleet.expect_one_each();
+            if edited {
+                mesh.replace("mesh.d/mesh.yaml", &document(1 + round))?;
+            }
+            let written = SystemTime::now();
+            mesh.write_service(0, 2 + (2 * round + usize::from(edited)) % 50)?;
+            let last_ack = fleet.until_all_acked(BOUND).await?;
+            if round >= 3 {
+                times.0.push(since(written, last_ack));
+            }
+        }
+    }
+    println!("\nan endpoint of one service          p50          p99");
+    println!("file written to last ACK  {}", alone.row());
+    println!("beside a document's edit  {}", beside.row());
+    Ok(())
+}
