@@ -146,7 +146,7 @@ async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
             format!("there is no node `{name}`: `vmeshctl nodes` lists them"),
         );
     };
-    streamed::config(&snapshot)
+    streamed::config(snapshot)
 }
 
 async fn discovery(State(control): Shared) -> Json<Discovery> {

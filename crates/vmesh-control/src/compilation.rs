@@ -86,7 +86,6 @@ pub(crate) async fn run(
 ) {
     let mut compiler = Compiler::new(compiled.borrow().world().clone());
     let mut feeds: HashMap<NodeId, FeedControl> = HashMap::new();
-    let mut is_new_world = true;
     loop {
         let taken_up = SystemTime::now();
         let nodes = fleet.take_changes();
@@ -98,7 +97,8 @@ pub(crate) async fn run(
         nodes.left.iter().for_each(|id| _ = feeds.remove(id));
         let (world, is_complete) = {
             let published = worlds.borrow_and_update();
-            (is_new_world.then(|| published.world.clone()), published.waiting.is_empty())
+            let is_new = !Arc::ptr_eq(&published.world, compiled.borrow().world());
+            (is_new.then(|| published.world.clone()), published.waiting.is_empty())
         };
         let change = Change { world: world.clone(), joined, left: nodes.left };
         // A large change takes a while, and xDS streams are served meanwhile.
@@ -128,13 +128,12 @@ pub(crate) async fn run(
             next.past.push(before, taken_up);
         }
         publish(&hub, &feeds, update, &mut next, &compiled);
-        is_new_world = tokio::select! {
-            changed = worlds.changed() => match changed {
-                Ok(()) => true,
-                Err(_) => return,
+        tokio::select! {
+            changed = worlds.changed() => if changed.is_err() {
+                return;
             },
-            () = fleet.nodes_changed() => worlds.has_changed().unwrap_or(false),
-        };
+            () = fleet.nodes_changed() => {}
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 use vmesh_proto::json::bytes_to_json;
-use vmesh_xds::{Kind, Resource, Snapshot};
+use vmesh_xds::{Group, Groups, Kind, Resource, Snapshot};
 
 /// A piece is written when it is so large, in bytes.
 const PIECE: usize = 32 << 10;
@@ -28,35 +28,40 @@ pub(crate) fn list<T: Serialize>(name: &str, items: impl Iterator<Item = T> + Se
 }
 
 /// Answers with the resources of a node by their types, as Envoy's `/config_dump` would print them.
-pub(crate) fn config(snapshot: &Snapshot) -> Response {
-    let mut parts: Vec<Part> = Vec::new();
-    for kind in Kind::ALL {
-        let before = parts.len();
-        parts.extend(snapshot.of_kind(kind).map(|resource| Part::Resource(resource.clone())));
-        if parts.len() > before {
-            parts.insert(before, Part::Begin(kind));
-        }
-    }
-    let (mut is_first_kind, mut is_first) = (true, true);
-    let items = parts.into_iter().map(move |part| match part {
-        Part::Begin(kind) => {
-            is_first = true;
-            let before = if std::mem::take(&mut is_first_kind) { "{" } else { "]," };
-            format!("{before}{}:[", Value::from(kind.type_url())).into_bytes()
-        }
-        Part::Resource(resource) => {
-            let comma = if std::mem::take(&mut is_first) { "" } else { "," };
-            format!("{comma}{}", shown(&resource)).into_bytes()
+pub(crate) fn config(snapshot: Snapshot) -> Response {
+    let scope = &snapshot.scope;
+    let shared: Vec<Arc<Group>> = match &scope.groups {
+        Groups::All => snapshot.store.groups().cloned().collect(),
+        Groups::Named(keys) => keys.iter().filter_map(|key| snapshot.store.group(key)).cloned().collect(),
+    };
+    let groups: Arc<[Arc<Group>]> = std::iter::once(scope.own.clone()).chain(shared).collect();
+    // Each resource is looked up when the client takes it: a request that nobody reads costs the list of groups.
+    let resources = Kind::ALL.into_iter().flat_map(move |kind| {
+        let (groups, snapshot) = (groups.clone(), snapshot.clone());
+        let of_kind = (0..groups.len()).flat_map(move |at| {
+            let resources = groups.get(at).map(|group| group.of_kind(kind).to_vec()).unwrap_or_default();
+            let snapshot = snapshot.clone();
+            resources.into_iter().filter(move |resource| {
+                let visible = snapshot.get(kind, resource.name());
+                visible.is_some_and(|visible| Arc::ptr_eq(visible, resource))
+            })
+        });
+        of_kind.enumerate().map(move |(at, resource)| (kind, at == 0, resource))
+    });
+    let mut is_first_kind = true;
+    let items = resources.map(move |(kind, is_first, resource)| {
+        let text = shown(&resource);
+        match is_first {
+            true => {
+                let before = if std::mem::take(&mut is_first_kind) { "{" } else { "]," };
+                format!("{before}{}:[{text}", Value::from(kind.type_url())).into_bytes()
+            }
+            false => format!(",{text}").into_bytes(),
         }
     });
     let mut items = items.peekable();
     let end: &[u8] = if items.peek().is_some() { b"]}" } else { b"{}" };
     pieces(items.chain(std::iter::once(end.to_vec())))
-}
-
-enum Part {
-    Begin(Kind),
-    Resource(Arc<Resource>),
 }
 
 fn shown(resource: &Resource) -> Value {
@@ -133,7 +138,7 @@ mod tests {
         ];
         let store = Store::default().apply([("orders".into(), Some(Group::new("orders", resources)))]);
         let all = Snapshot { store: Arc::new(store), scope: Arc::new(Scope::all()) };
-        let shown: Value = serde_json::from_str(&text(config(&all)).await).unwrap();
+        let shown: Value = serde_json::from_str(&text(config(all)).await).unwrap();
         let of = |kind: Kind| &shown[kind.type_url()][0];
         assert_eq!(of(Kind::Cluster)["resource"]["name"], "orders");
         assert_eq!(
@@ -141,7 +146,7 @@ mod tests {
             (&json!("key"), &json!(REDACTED))
         );
         let none = Snapshot { store: Arc::default(), scope: Arc::new(Scope::all()) };
-        assert_eq!(text(config(&none)).await, "{}");
+        assert_eq!(text(config(none)).await, "{}");
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub struct Session {
     control_plane: Arc<str>,
     /// When the first request came.
     opened: Option<Instant>,
+    /// Versions that the client kept from an earlier stream, while there is no snapshot to compare them with.
+    kept_versions: Vec<(Kind, Arc<str>, String)>,
     snapshot: Option<Snapshot>,
     subscriptions: PerKind<Subscription>,
     nonce: u64,
@@ -115,6 +117,7 @@ impl Session {
             protocol,
             control_plane,
             opened: None,
+            kept_versions: Vec::new(),
             snapshot: None,
             subscriptions: PerKind::default(),
             nonce: 0,
@@ -164,6 +167,7 @@ impl Session {
     /// The cost is that of the changed groups in scope, however much the client subscribes to.
     pub fn on_snapshot(&mut self, _now: Instant, snapshot: Snapshot) {
         let before = self.snapshot.replace(snapshot.clone());
+        self.compare_kept_versions();
         match before {
             Some(before) if before.store.is_partial() == snapshot.store.is_partial() => {
                 snapshot.changes_since(&before, |changed| {
@@ -193,6 +197,21 @@ impl Session {
     /// When [`Session::poll_response`] may have something to send though nothing happened.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.subscriptions.iter().filter_map(|(_, subscription)| subscription.wake_at).min()
+    }
+}
+
+/// Returns what a client holds that kept `version` of `name`, as far as that is what `snapshot` has.
+fn held(snapshot: &Snapshot, kind: Kind, name: &str, version: &str) -> (Arc<str>, Held) {
+    match Target::of(snapshot, kind, name) {
+        Target::Resource(present) if *present.version() == *version => {
+            (present.name().clone(), Held::Resource(present.clone()))
+        }
+        Target::Empty => {
+            let empty = without_endpoints(name);
+            let held = if *empty.version() == *version { Held::Empty(empty) } else { Held::Other };
+            (name.into(), held)
+        }
+        _ => (name.into(), Held::Other),
     }
 }
 
@@ -365,27 +384,42 @@ impl Session {
             if subscription.entries.len() >= subscription::NAMES_MAX {
                 return Err(SessionError::TooManyNames { kind, limit: subscription::NAMES_MAX });
             }
-            let target = self.snapshot.as_ref().map(|snapshot| Target::of(snapshot, kind, &name));
-            let (name, held) = match target {
-                Some(Target::Resource(present)) if *present.version() == *version => {
-                    (present.name().clone(), Held::Resource(present.clone()))
+            let (name, held) = match &self.snapshot {
+                Some(snapshot) => held(snapshot, kind, &name, &version),
+                None => {
+                    let name: Arc<str> = name.into();
+                    self.kept_versions.push((kind, name.clone(), version));
+                    (name, Held::Other)
                 }
-                Some(Target::Empty) if *without_endpoints(&name).version() == *version => {
-                    let empty = without_endpoints(&name);
-                    (name.into(), Held::Empty(empty))
-                }
-                _ => (name.into(), Held::Other),
             };
-            if let Held::Resource(resource) = &held {
-                let resource = Some(resource.clone());
-                self.record(|| Event::Accepted { kind, name: name.clone(), resource });
-            }
+            self.record_accepted(kind, &name, &held);
             let subscription = &mut self.subscriptions[kind];
             subscription.resumed = true;
             subscription.answer_due = false;
             subscription.entries.entry(name).or_default().held = held;
         }
         Ok(())
+    }
+
+    /// Compares the versions that the client kept with the first snapshot, where the client spoke before there was one.
+    fn compare_kept_versions(&mut self) {
+        let Some(snapshot) = self.snapshot.clone() else { return };
+        for (kind, name, version) in std::mem::take(&mut self.kept_versions) {
+            let (_, held) = held(&snapshot, kind, &name, &version);
+            let Some(entry) = self.subscriptions[kind].entries.get_mut(&name) else { continue };
+            // A client that asks for the name again has lost what it kept.
+            if matches!(entry.held, Held::Other) && !entry.asked {
+                entry.held = held.clone();
+                self.record_accepted(kind, &name, &held);
+            }
+        }
+    }
+
+    fn record_accepted(&mut self, kind: Kind, name: &Arc<str>, held: &Held) {
+        if let Held::Resource(resource) = held {
+            let resource = Some(resource.clone());
+            self.record(|| Event::Accepted { kind, name: name.clone(), resource });
+        }
     }
 
     fn on_answer(&mut self, now: Instant, kind: Kind, nonce: &str, error: Option<rpc::Status>) {

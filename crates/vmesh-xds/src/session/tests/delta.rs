@@ -114,6 +114,22 @@ fn r09_a_restarted_server_sends_nothing_that_the_client_has() {
 }
 
 #[test]
+fn r09_a_client_that_resumes_before_there_is_a_snapshot_is_sent_nothing_that_it_has() {
+    let mut envoy = Envoy::connected_to("cluster a=1 endpoints a=1 listener l=2");
+    let version = |kind, name| resource(kind, name, "1").version().to_owned();
+    envoy.session = Session::delta("vmesh test");
+    envoy.resume(Cluster, &[], &[("a", version(Cluster, "a"))]);
+    envoy.resume(Endpoint, &["a"], &[("a", version(Endpoint, "a"))]);
+    envoy.resume(Listener, &[], &[("l", version(Listener, "l"))]);
+    envoy.expect_silence_for(5);
+    assert_eq!(*envoy.state(), State::Pushing, "nobody knows yet whether it has what it is to have");
+    envoy.show();
+    envoy.expect_acked("listener l=2");
+    envoy.expect_silence_for(3600);
+    assert_eq!(*envoy.state(), State::Synced);
+}
+
+#[test]
 fn r11_a_stale_nonce_does_not_hold_back_a_subscription() {
     let mut envoy = Envoy::connected_to("endpoints a=1 b=1");
     envoy.subscribe(Endpoint, &["a"]);
