@@ -24,6 +24,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
@@ -46,6 +47,9 @@ const BODY_WITHIN: Duration = Duration::from_secs(10);
 const BODY_MAX: usize = 64 << 10;
 /// The server closes a connection whose client reads nothing of a response for this long.
 const TAKES_WITHIN: Duration = Duration::from_secs(5);
+/// Bytes of a response that the kernel takes for a client that reads nothing. It would grow to megabytes by itself, and each byte
+/// is a byte of JSON that the server has made for nobody.
+const SEND_BUFFER: usize = 128 << 10;
 /// After this age a connection finishes its current response and closes.
 const AGE_MAX: Duration = Duration::from_secs(60);
 /// Limit for that last response.
@@ -73,6 +77,7 @@ impl Listener for TcpListener {
         let (io, address) = TcpListener::accept(self).await?;
         // Answers are written in one piece as far as they are there: waiting for more would only delay them.
         _ = io.set_nodelay(true);
+        _ = sockopt::set_socket_send_buffer_size(&io, SEND_BUFFER);
         Ok((io, Origin::of_address(address.ip())))
     }
 
@@ -94,6 +99,7 @@ impl Listener for UnixListener {
 
     async fn accept(&mut self) -> io::Result<(Self::Io, Origin)> {
         let (io, _) = UnixListener::accept(self).await?;
+        _ = sockopt::set_socket_send_buffer_size(&io, SEND_BUFFER);
         let user = io.peer_cred().map_or(Origin::Unknown, |peer| Origin::User(peer.uid()));
         Ok((io, user))
     }
