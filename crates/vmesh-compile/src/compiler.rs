@@ -3,14 +3,14 @@ use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
 use vmesh_catalog::World;
-use vmesh_model::document::{self, Documents, Placed};
+use vmesh_model::document::{self, Documents, NodeFinder, Placed};
 use vmesh_model::node::{Upstream, Upstreams};
 use vmesh_model::{NodeReport, Problem, Protocol, ServiceName};
 use vmesh_xds::{Groups, Scope, Snapshot, Store};
 
 use crate::node::{self, NodeConfig};
 use crate::owners::Owners;
-use crate::service::{self, Compiled};
+use crate::service::{self, Compiled, Like};
 use crate::transparent::{Index, Virtuals};
 use crate::view::{Captured, View, zones_matter};
 
@@ -223,12 +223,18 @@ impl Compiler {
         if let Some(world) = change.world {
             nodes = self.take(world);
         }
+        let documents = self.world().documents.clone();
+        // A herd joins at once: no node looks at the documents of all others.
+        let finder = match change.joined.is_empty() {
+            true => NodeFinder::default(),
+            false => documents.node_finder(),
+        };
         for (id, report) in change.joined {
             self.remove(id);
             for workload in &report.workloads {
                 self.served_by.entry(workload.service.clone()).or_default().insert(id);
             }
-            let documents = self.world().documents.nodes_for(&report);
+            let documents = finder.find(&report);
             self.nodes.insert(id, NodeState { report, documents, config: None });
             nodes.insert(id);
         }
@@ -335,13 +341,16 @@ impl Compiler {
             let now = is_known.then(|| {
                 let world = &self.configuration.world;
                 let variant = state.view.variant(world, name);
+                // A variant that is compiled from the same endpoints has the most in common.
+                let sibling =
+                    fresh.values().next().or(stale.values().next()).map(|used| used.compiled.clone());
                 let used = fresh.entry(variant.key()).or_insert_with_key(|key| {
                     let earlier = stale.get(key).map(|used| &used.compiled).or(before.as_ref());
-                    let sibling = stale.values().next().map(|used| &*used.compiled);
                     let none = Index::default();
                     let index = self.index.as_ref().unwrap_or(&none);
                     let earlier = earlier.map(|earlier| &**earlier);
-                    let compiled = service::compile(world, index, name, &variant, earlier, sibling);
+                    let like = Like { earlier, sibling: sibling.as_deref() };
+                    let compiled = service::compile(world, index, name, (key, &variant), like);
                     Used { compiled: Arc::new(compiled), views: 0 }
                 });
                 used.views += 1;
@@ -385,10 +394,11 @@ impl Compiler {
         let variant = state.view.variant(world, name);
         let variants = self.variants.entry(name.clone()).or_default();
         let sibling = variants.values().next().map(|used| used.compiled.clone());
-        let used = variants.entry(variant.key()).or_insert_with(|| {
+        let used = variants.entry(variant.key()).or_insert_with_key(|key| {
             let none = Index::default();
             let index = self.index.as_ref().unwrap_or(&none);
-            let compiled = service::compile(world, index, name, &variant, None, sibling.as_deref());
+            let like = Like { earlier: None, sibling: sibling.as_deref() };
+            let compiled = service::compile(world, index, name, (key, &variant), like);
             Used { compiled: Arc::new(compiled), views: 0 }
         });
         used.views += 1;

@@ -72,18 +72,33 @@ struct Assignment {
     resource: Arc<Resource>,
 }
 
-/// Compiles a variant of `name`, taking over from `before` whatever would come out the same. `before` is an earlier state of
-/// the service in the same view. Resources that are equal to those of `sibling`, another variant, are shared with it.
+/// What a compilation takes over instead of making it again.
+#[derive(Clone, Copy)]
+pub(crate) struct Like<'a> {
+    /// An earlier state of the service in the same view.
+    pub(crate) earlier: Option<&'a Compiled>,
+    /// Another variant of the service: resources that are equal to its resources are shared with it.
+    pub(crate) sibling: Option<&'a Compiled>,
+}
+
+impl Like<'_> {
+    fn share(&self, new: Arc<Resource>) -> Arc<Resource> {
+        let same = self.sibling.and_then(|sibling| sibling.group.get(new.kind(), new.name()));
+        same.filter(|same| same.version() == new.version()).cloned().unwrap_or(new)
+    }
+}
+
+/// Compiles a variant of `name`, which comes with its key.
 pub(crate) fn compile(
     world: &World,
     index: &Index,
     name: &ServiceName,
-    variant: &Variant,
-    before: Option<&Compiled>,
-    sibling: Option<&Compiled>,
+    (key, variant): (&Arc<str>, &Variant),
+    like: Like<'_>,
 ) -> Compiled {
+    let before = like.earlier;
     let capture = variant.settings.capture;
-    let shape = shape(world, name, variant, before.map(|compiled| &compiled.shape));
+    let shape = shape(world, name, variant, like);
     let (balancing, zone) = (&shape.effective.load_balancing, variant.zone.as_deref());
     let mut problems = shape.problems.clone();
     let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
@@ -108,7 +123,8 @@ pub(crate) fn compile(
             Some(same) => same.clone(),
             None => {
                 let message = assignment(cluster, &of, balancing, zone);
-                Assignment { of, resource: Resource::new(Kind::Endpoint, cluster.as_str(), &message) }
+                let resource = like.share(Resource::new(Kind::Endpoint, cluster.as_str(), &message));
+                Assignment { of, resource }
             }
         });
     }
@@ -120,13 +136,9 @@ pub(crate) fn compile(
     });
     let endpoints = assignments.iter().map(|assignment| &assignment.resource);
     let captured = transparent.iter().flat_map(Transparent::resources);
-    let shared = |new: &Arc<Resource>| {
-        let same = sibling.and_then(|sibling| sibling.group.get(new.kind(), new.name()));
-        same.filter(|same| same.version() == new.version()).unwrap_or(new).clone()
-    };
-    let resources: Vec<_> = shape.resources.iter().chain(endpoints).chain(captured).map(shared).collect();
+    let resources: Vec<_> = shape.resources.iter().chain(endpoints).chain(captured).cloned().collect();
     let group = Group::new(name.shared(), resources);
-    Compiled { variant: variant.key(), group, shape, assignments, transparent, problems }
+    Compiled { variant: key.clone(), group, shape, assignments, transparent, problems }
 }
 
 /// Finds what is wrong with the documents of `name`, whether or not any node calls it.
@@ -167,7 +179,8 @@ fn empty_subset(document: Option<&Arc<Placed<Service>>>, cluster: &str, all: usi
     Problem::new(place, format!("Service `{}`", cluster.split('|').next().unwrap_or_default()), message)
 }
 
-fn shape(world: &World, name: &ServiceName, variant: &Variant, before: Option<&Arc<Shape>>) -> Arc<Shape> {
+fn shape(world: &World, name: &ServiceName, variant: &Variant, like: Like<'_>) -> Arc<Shape> {
+    let before = like.earlier.map(|compiled| &compiled.shape);
     let effective = Effective::of(&variant.settings, world.protocol(name));
     let inputs = Inputs {
         effective: effective.clone(),
@@ -217,7 +230,7 @@ fn shape(world: &World, name: &ServiceName, variant: &Variant, before: Option<&A
     // What encodes to the same bytes is the same resource.
     let resources = match before {
         Some(before) => resources.into_iter().map(|new| known(&before.resources, new)).collect(),
-        None => resources,
+        None => resources.into_iter().map(|new| like.share(new)).collect(),
     };
     Arc::new(Shape {
         inputs,

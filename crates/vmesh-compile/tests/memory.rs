@@ -285,6 +285,16 @@ fn a_service_is_compiled_once_for_all_nodes_that_see_it_alike_and_not_at_all_for
     catalog.on_view(0, view(&[1]));
     let update = compiler.apply(world(&catalog));
     assert_eq!(update.stores.len(), 2, "those of the views in which `s1` is called");
+    // What two variants have in common is one resource, also after a change.
+    let changed = ["s0", "s1", "s2"].map(|name| {
+        let name: ServiceName = name.parse().unwrap();
+        (name.clone(), seen(&name, true, &[2, 2]))
+    });
+    catalog.on_view(0, SourceView { services: changed.into(), problems: Vec::new() });
+    compiler.apply(world(&catalog));
+    let of_s0 = |id, kind| compiler.configuration().snapshot(id).unwrap().get(kind, "s0").unwrap().clone();
+    assert!(Arc::ptr_eq(&of_s0(1, Kind::Endpoint), &of_s0(3, Kind::Endpoint)));
+    assert!(!Arc::ptr_eq(&of_s0(1, Kind::Cluster), &of_s0(3, Kind::Cluster)));
     compiler.apply(Change { left: vec![1, 3, 4, 5], ..Change::default() });
     assert_eq!(count(&compiler), (1, 2));
     compiler.apply(Change { left: vec![2], ..Change::default() });

@@ -127,7 +127,7 @@ pub(crate) async fn run(
         if !Arc::ptr_eq(&before.documents, &next.world().documents) {
             next.past.push(before, taken_up);
         }
-        publish(&hub, &feeds, update, &mut next, &compiled);
+        publish(&hub, &feeds, update, next, &compiled);
         tokio::select! {
             changed = worlds.changed() => if changed.is_err() {
                 return;
@@ -142,7 +142,7 @@ fn publish(
     hub: &Hub,
     feeds: &HashMap<NodeId, FeedControl>,
     update: Update,
-    next: &mut Compilation,
+    mut next: Compilation,
     compiled: &watch::Sender<Arc<Compilation>>,
 ) {
     let Update { stores, nodes, gone } = update;
@@ -159,7 +159,7 @@ fn publish(
     }
     gone.iter().for_each(|view| _ = next.published_at.remove_mut(view));
     // The time that ACKs are measured from is published before the stores: the first ACK needs it.
-    compiled.send_replace(Arc::new(next.clone()));
+    compiled.send_replace(Arc::new(next));
     hub.publish_all(publication);
     gone.iter().for_each(|view| hub.forget(view));
 }
