@@ -649,7 +649,7 @@ impl Machine {
     }
 
     /// Returns whether this is a change.
-    fn set_bypassed(&mut self, bypassed: bool) -> bool {
+    pub(super) fn set_bypassed(&mut self, bypassed: bool) -> bool {
         let changed = self.commit.is_bypassed() != bypassed;
         if changed {
             self.tell(

@@ -246,6 +246,11 @@ impl Program {
         Program { chains: vec![chain("outbound", Hook::Outbound), hold()], alive: None, ipv6 }
     }
 
+    /// Reports whether a host that is taken out of the mesh may have these rules: none, or those that let connections end.
+    pub fn is_of_a_leaving_host(&self) -> bool {
+        self.is_absent() || *self == Program::drained(self.ipv6)
+    }
+
     /// Has what the others have, and captures nothing that is ever sent: to ask a kernel whether it can.
     pub(crate) fn sample(ipv6: bool) -> Program {
         let mut outbound = chain("outbound", Hook::Outbound);

@@ -76,6 +76,10 @@ enum Op {
     Retry,
     Ticks(u8),
     Bypass(bool),
+    /// The script of the bypass runs before the action after the next `after` ones.
+    BypassAmid {
+        after: u8,
+    },
     Connections(usize),
     Others(ForeignChange),
     UnitsStarted,
@@ -113,6 +117,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Retry),
         5 => (1..40_u8).prop_map(Op::Ticks),
         1 => any::<bool>().prop_map(Op::Bypass),
+        1 => (0..14_u8).prop_map(|after| Op::BypassAmid { after }),
         1 => (0..2_usize).prop_map(Op::Connections),
         3 => change.prop_map(Op::Others),
         1 => Just(Op::UnitsStarted),
@@ -157,6 +162,9 @@ struct Model {
     is_bypassed: bool,
     fail: Option<(u8, Failure)>,
     kill: Option<(u8, bool)>,
+    bypass: Option<u8>,
+    /// The kernel's word of what the script of the bypass did waits.
+    has_notice: bool,
     /// The host has changed in a way that the machine sees at its next tick.
     is_disturbed: bool,
     has_exited: bool,
@@ -207,6 +215,8 @@ impl Model {
             is_bypassed: false,
             fail: None,
             kill: None,
+            bypass: None,
+            has_notice: false,
             is_disturbed: false,
             has_exited: false,
             confirmed: Spec::default(),
@@ -252,6 +262,11 @@ impl Model {
                 }
                 self.kill = Some((after - 1, done));
             }
+            match self.bypass.filter(|_| awaits) {
+                Some(0) => self.run_bypass(),
+                Some(after) => self.bypass = Some(after - 1),
+                None => {}
+            }
             let failure = match self.fail.filter(|_| awaits) {
                 Some((0, failure)) => {
                     self.fail = None;
@@ -278,6 +293,19 @@ impl Model {
         }
         assert!(self.machine.is_idle());
         reply
+    }
+
+    /// What `/usr/lib/vmesh/bypass` does.
+    fn run_bypass(&mut self) {
+        self.bypass = None;
+        (self.is_bypassed, self.is_disturbed, self.has_notice) = (true, true, true);
+        self.rules = Rules::None;
+    }
+
+    fn take_notice(&mut self) {
+        if std::mem::take(&mut self.has_notice) {
+            self.deliver(Event::RulesChanged { by: None, bypassed: self.is_bypassed });
+        }
     }
 
     fn perform(&mut self, action: Action, failure: Option<Failure>) -> Option<Event> {
@@ -321,9 +349,14 @@ impl Model {
             Action::CountConnections => Event::ConnectionsCounted(self.open),
             Action::Apply { program, .. } => {
                 self.check_before_apply(&program);
+                let is_of_a_leaving_host = program.is_of_a_leaving_host();
                 let then = if program.is_absent() { Rules::None } else { Rules::Are(program) };
                 if self.rules == then || failure == Some(Failure::Unread) {
                     let outcome = result(failure, Change::Elements);
+                    return Some(Event::Applied(Applied { changes: None, outcome }));
+                }
+                if self.is_bypassed && !is_of_a_leaving_host {
+                    let outcome = Ok(Change::Bypassed);
                     return Some(Event::Applied(Applied { changes: None, outcome }));
                 }
                 if is_done {
@@ -442,6 +475,7 @@ impl Model {
     }
 
     fn tick(&mut self) {
+        self.take_notice();
         self.now += TICK;
         let event = Event::Tick { bypassed: self.is_bypassed, outbound_is_well: true };
         // Killed, it has not looked at anything yet that changed.
@@ -461,6 +495,7 @@ impl Model {
     }
 
     fn run(&mut self, op: &Op) {
+        self.take_notice();
         let on_trial = self.machine.commit().trial.clone();
         let number = self.machine.trial().map_or(0, |(number, _)| number);
         match op.clone() {
@@ -495,6 +530,7 @@ impl Model {
                 self.is_disturbed = true;
                 self.is_bypassed = bypassed;
             }
+            Op::BypassAmid { after } => self.bypass = Some(after),
             Op::Connections(open) => {
                 self.is_disturbed = true;
                 self.open = open;
@@ -529,7 +565,7 @@ impl Model {
                 self.restart();
             }
             Op::Handover => {
-                self.kill = None;
+                (self.kill, self.bypass) = (None, None);
                 let before = self.rules.clone();
                 self.deliver(Event::Handover);
                 assert_eq!(self.rules, before, "a handover changes no rule");
@@ -547,7 +583,7 @@ impl Model {
 
     /// Ends the sequence: nothing fails any more, and nobody confirms.
     fn settle(&mut self) {
-        (self.fail, self.kill) = (None, None);
+        (self.fail, self.kill, self.bypass) = (None, None, None);
         (self.open, self.is_bypassed, self.cannot_be_read) = (0, false, false);
         self.deliver(Event::RulesChanged { by: None, bypassed: false });
         (0..LONG).for_each(|_| self.tick());
@@ -601,7 +637,8 @@ fn whatever_fails_a_host_ends_as_it_is_wanted_or_as_it_was_and_never_in_between(
 #[test]
 fn whatever_failed_before_off_leaves_nothing() {
     check(1500, |model| {
-        (model.fail, model.kill, model.open, model.is_bypassed) = (None, None, 0, false);
+        (model.fail, model.kill, model.bypass) = (None, None, None);
+        (model.open, model.is_bypassed) = (0, false);
         model.tick();
         model.run(&Op::Want { spec: 0, endpoints: 0 });
         model.until("the rules to go", |model| {
@@ -615,7 +652,7 @@ fn whatever_failed_before_off_leaves_nothing() {
 #[test]
 fn whatever_failed_before_a_process_that_is_stopped_leaves_nothing() {
     check(1500, |model| {
-        (model.fail, model.kill, model.open) = (None, None, 0);
+        (model.fail, model.kill, model.bypass, model.open) = (None, None, None, 0);
         model.deliver(Event::Stop);
         model.until("the process to end", |model| model.has_exited);
         model.check_nothing_is_left();

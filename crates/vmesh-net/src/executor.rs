@@ -208,6 +208,9 @@ impl Executor {
             self.actual = Some(actual);
             return Applied { changes: None, outcome: Ok(Change::Elements) };
         }
+        if !program.is_of_a_leaving_host() && self.options.bypass_flag().exists() {
+            return Applied { changes: None, outcome: Ok(Change::Bypassed) };
+        }
         let changes = plan.changes.iter().map(ToString::to_string).collect();
         let outcome = match applier.bring_elements(program, &actual).await {
             Ok(Some(then)) => {

@@ -52,7 +52,7 @@ impl Options {
     }
 
     /// What `/usr/lib/vmesh/bypass` writes.
-    fn bypass_flag(&self) -> PathBuf {
+    pub(crate) fn bypass_flag(&self) -> PathBuf {
         self.state_dir.join("bypass")
     }
 }

@@ -134,6 +134,10 @@ impl Machine {
     ) {
         let Goal { attempt, spec, program } = goal;
         let Applied { changes, outcome } = applied;
+        if outcome == Ok(Change::Bypassed) {
+            self.set_bypassed(true);
+            return self.tasks.push_front(Task::Bring(Refresh::Host));
+        }
         let is_attempted = changes.is_some();
         if let Some(changes) = changes
             && before == Kernel::Has(program.clone())

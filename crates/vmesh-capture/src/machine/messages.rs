@@ -114,6 +114,8 @@ pub enum Change {
     Elements,
     /// All rules: dead-men begin anew.
     Replaced,
+    /// Nothing: the flag of the bypass is there. See [`Action::Apply`].
+    Bypassed,
 }
 
 /// The rules that are in the kernel, as far as dead-men go.
@@ -156,6 +158,9 @@ pub enum Action {
     /// Count the open connections through redirects. -> [`Event::ConnectionsCounted`]
     CountConnections,
     /// Make our rules be as `program` says, by this backend. -> [`Event::Applied`]
+    ///
+    /// A program that captures is not applied where the rules differ from it and the flag of the bypass is there. The script sets its flag
+    /// before it changes any rule, so the flag is to be looked for after the rules were read.
     Apply {
         program: Program,
         timeout: Seconds,

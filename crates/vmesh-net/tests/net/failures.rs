@@ -126,6 +126,35 @@ async fn off_leaves_nothing_whichever_run_of_iptables_did_its_work_and_failed() 
     off_means_off(Rules::Iptables, Failure::Done).await;
 }
 
+/// The script of the bypass runs while vmesh-net looks at its rules: it has seen no flag, and finds no rules.
+#[tokio::test]
+async fn a_bypass_amid_a_look_at_the_rules_is_not_mended() {
+    let vm = Vm::new(Rules::Nft).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    let (real, armed) = (vm.tools.dir.join("nft"), vm.state_dir().join("armed"));
+    let (flag, real, armed_path) = (vm.state_dir().join("bypass"), real.display(), armed.display());
+    fs::write(&armed, "").unwrap();
+    vm.script(
+        "nft",
+        &format!(
+            "if [ \"$2\" = list ] && rm {armed_path} 2>/dev/null; then\n\
+             : >{flag}; {real} delete table inet vmesh\nfi\nexec {real} \"$@\"",
+            flag = flag.display(),
+        ),
+    );
+    vm.nft(&["add", "table", "inet", "somebody"]);
+    let bypassed = vm.until("the bypass to be seen", |status| status.state == State::Bypassed).await;
+    assert!(!armed.exists());
+    assert_eq!(bypassed.drift, Default::default());
+    assert!(!vm.nft(&["list", "tables"]).contains("inet vmesh"));
+
+    fs::remove_file(&flag).unwrap();
+    vm.until("the host to be captured again", |status| status.state == State::Confirmed).await;
+    agent.well_until("the redirects to hold again", is_well).await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
+
 /// The same, where the process is told to end after the failure.
 #[tokio::test]
 async fn a_stop_after_a_failed_change_leaves_nothing() {
