@@ -178,7 +178,7 @@ impl Vm {
     /// Where a request of the application on this host to a real address went: through Envoy, or not.
     pub fn goes_through_envoy(&self, to: SocketAddr) -> Result<bool> {
         let said = self.host.exec(&["curl", "-sS", "--max-time", "10", &format!("http://{to}/")])?;
-        Ok(said.contains("x-request-id"))
+        Ok(said.contains("x-forwarded-proto"))
     }
 
     /// Waits until such requests go through Envoy, and that is confirmed.

@@ -63,7 +63,7 @@ async fn from_nothing_to_nothing(rules: Rules) {
     }
     let real = app.address().to_string();
     let told = vm.get(&real, "/by-address").unwrap();
-    assert!(told.contains("x-request-id"), "it came through Envoy: {told}");
+    assert!(told.contains("x-forwarded-proto"), "it came through Envoy: {told}");
     let net = vm.net.take().unwrap();
     net.signal(Signal::TERM).unwrap();
     drop_when_gone(net).await;
@@ -87,7 +87,7 @@ async fn a_host_captures_and_is_as_before_by_iptables() {
 
 /// What an application sees of a request that came through Envoy.
 fn through_envoy(answer: &str) -> bool {
-    answer.contains("x-request-id")
+    answer.contains("x-forwarded-proto")
 }
 
 /// An open connection that goes on with one request after the other.

@@ -475,11 +475,11 @@ async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> 
             let said =
                 vm.host.sh("cat /run/shop.said; nft list chain inet vmesh outbound; vmeshctl capture || :");
             let said = said.map_err(|failed| failed.to_string())?;
-            if said.contains("x-request-id") { Ok(()) } else { Err(said) }
+            if said.contains("x-forwarded-proto") { Ok(()) } else { Err(said) }
         })
         .await?;
         let other = vm.host.sh("cat /run/other.said")?;
-        assert!(other.contains("orders-1") && !other.contains("x-request-id"), "{other}");
+        assert!(other.contains("orders-1") && !other.contains("x-forwarded-proto"), "{other}");
         assert!(!vm.goes_through_envoy(to)?, "nor is root at a terminal");
     }
     Ok(())
@@ -515,7 +515,7 @@ async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> 
             let said =
                 vms.control.exec(&["curl", "-sS", "--max-time", "5", &format!("http://{}/", shop.address())]);
             let said = said.map_err(|failed| failed.to_string())?;
-            if said.contains("shop-1") && said.contains("x-request-id") { Ok(()) } else { Err(said) }
+            if said.contains("shop-1") && said.contains("x-forwarded-proto") { Ok(()) } else { Err(said) }
         })
         .await
     };

@@ -55,8 +55,8 @@ async fn names_are_found_by_the_hosts_own_resolver_beside_those_of_others() -> R
     let said = host.exec(&["vmeshctl", "dns", "enable"])?;
     assert!(said.contains("systemd-resolved asks 127.0.0.1:15053"), "{said}");
     resolves(host, "orders.mesh", &["24", "fd76:6d65:7368:"]).await?;
-    answers(host, "http://orders.mesh/", "x-request-id").await?;
-    answers(host, "-6 http://ORDERS.mesh/", "x-request-id").await?;
+    answers(host, "http://orders.mesh/", "x-forwarded-proto").await?;
+    answers(host, "-6 http://ORDERS.mesh/", "x-forwarded-proto").await?;
     resolves(host, "nobody.mesh", &[]).await?;
     resolves(host, "consul.service.consul", &["127.0.0.1"]).await?;
     resolves(host, "localhost", &["127.0.0.1"]).await?;
@@ -68,13 +68,13 @@ async fn names_are_found_by_the_hosts_own_resolver_beside_those_of_others() -> R
     vms.control.power_cut();
     host.systemctl(&["restart", "vmesh-agent"])?;
     resolves(host, "orders.mesh", &["24"]).await?;
-    answers(host, "http://orders.mesh/", "x-request-id").await?;
+    answers(host, "http://orders.mesh/", "x-forwarded-proto").await?;
 
     // Out of the mesh a name means the endpoints themselves.
     host.exec(&["vmeshctl", "bypass", "on"])?;
     resolves(host, "orders.mesh", &[&server.v4.to_string()]).await?;
     let said = host.exec(&["curl", "-sS", "--max-time", "5", "http://orders.mesh/"])?;
-    assert!(said.contains("orders-1") && !said.contains("x-request-id"), "{said}");
+    assert!(said.contains("orders-1") && !said.contains("x-forwarded-proto"), "{said}");
     host.exec(&["vmeshctl", "bypass", "off"])?;
     resolves(host, "orders.mesh", &["24"]).await?;
 
@@ -106,7 +106,7 @@ async fn a_host_with_a_plain_resolv_conf_has_the_names_in_its_hosts_file() -> Re
     let said = host.exec(&["vmeshctl", "dns", "enable"])?;
     assert!(said.contains("vmesh-hosts.service keeps the block"), "{said}");
     resolves(host, "orders.mesh", &["24", "fd76:6d65:7368:"]).await?;
-    answers(host, "http://orders.mesh/", "x-request-id").await?;
+    answers(host, "http://orders.mesh/", "x-forwarded-proto").await?;
     let second = SocketAddr::from((server.v4, 80));
     vms.service("payments", "http", &[second])?;
     resolves(host, "payments.mesh", &["24"]).await?;

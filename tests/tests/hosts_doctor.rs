@@ -123,7 +123,7 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     let apart = "ip -4 route del default";
     breaks_and_mends(host, apart, "D14", lost, "network is unreachable").await?;
     let said = host.sh("curl -4 -sS --max-time 5 http://orders.mesh/")?;
-    assert!(said.contains("x-request-id"), "{said}");
+    assert!(said.contains("x-forwarded-proto"), "{said}");
 
     // What no one command mends.
     host.systemctl(&["stop", "web-app"])?;

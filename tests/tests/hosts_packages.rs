@@ -178,7 +178,7 @@ async fn a_host_without_ipv6_captures_and_calls_services_that_have_it() -> Resul
                 &format!("curl -sS --max-time 5 http://{called}/; curl -s 127.0.0.1:15020/status"),
             )
             .map_err(|failed| failed.to_string())?;
-            match said.contains("x-request-id") && said.contains("\"rejections\":0") {
+            match said.contains("x-forwarded-proto") && said.contains("\"rejections\":0") {
                 true => Ok(()),
                 false => Err(said),
             }

@@ -21,7 +21,7 @@ async fn serves(host: &Host) -> Result<()> {
     wait_for("orders through Envoy", 2 * BOUND, async || {
         let said =
             host.sh("curl -sS --max-time 5 http://127.0.0.1:9001/").map_err(|failed| failed.to_string())?;
-        if said.contains("x-request-id") { Ok(()) } else { Err(said) }
+        if said.contains("x-forwarded-proto") { Ok(()) } else { Err(said) }
     })
     .await
 }

@@ -98,7 +98,7 @@ async fn a_service_is_reached_by_its_virtual_and_by_its_real_addresses_whatever_
     let real = [at(v4, 8080), at(v6, 8080)];
     for address in virtual_addresses(&vm, "web", 80).into_iter().chain(real) {
         let told = vm.get(&address.to_string(), "/").unwrap();
-        assert!(told.contains("x-request-id"), "{address}: it did not come through Envoy: {told}");
+        assert!(told.contains("x-forwarded-proto"), "{address}: it did not come through Envoy: {told}");
     }
     // Neither says a word before the server has spoken.
     let real = [at(v4, 3306), at(v6, 3306), at(v4, 3307)];
@@ -181,7 +181,7 @@ async fn several_workloads(rules: Rules) {
     // From outside, at the applications' own ports, through Envoy: each by its own protocol.
     for address in [at(v4, 8081), at(v6, 8081)] {
         let told = outsider.within(|| get(&address.to_string(), "/")).unwrap().unwrap();
-        assert!(told.contains("x-request-id"), "{address}: it did not come through Envoy: {told}");
+        assert!(told.contains("x-forwarded-proto"), "{address}: it did not come through Envoy: {told}");
     }
     assert_eq!(greeting(&outsider, at(v4, 3306)).unwrap(), "hello from db");
     // An application that calls its own service, by name and by address, gets an answer, and so does localhost.
@@ -283,7 +283,7 @@ async fn a_host_that_calls_by_real_addresses_and_is_itself_one_of_them_serves_an
     let told = outsider.within(|| get(&format!("{v4}:15008"), "/")).unwrap().unwrap();
     assert!(told.contains("shop"), "{told}");
     let told = vm.get(&format!("{}:15008", outsider.v4), "/").unwrap();
-    assert!(told.contains("x-request-id"), "it did not come through Envoy: {told}");
+    assert!(told.contains("x-forwarded-proto"), "it did not come through Envoy: {told}");
 
     // An endpoint that goes and comes again changes nothing of it.
     let other = format!("service: shop\nprotocol: http\nport: 80\nendpoints: [\"{}:15008\"]\n", outsider.v4);

@@ -70,6 +70,8 @@ pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> Handling {
             ..HttpProtocolOptions::default()
         }),
         stream_idle_timeout: Some(duration(idle)),
+        // Nothing reads the id of a request that is not traced; one that the client sends is passed on.
+        generate_request_id: Some(boolean(false)),
         upgrade_configs: vec![UpgradeConfig {
             upgrade_type: "websocket".to_owned(),
             ..UpgradeConfig::default()
@@ -141,10 +143,12 @@ fn connection_manager(routes: Routes) -> HttpConnectionManager {
         }
         Routes::Inline(routes) => RouteSpecifier::RouteConfig(*routes),
     };
+    // The counters by response code (`dynamic_stats`, on by default) are among those that the agent's bootstrap keeps.
+    let router = Router { suppress_envoy_headers: true, ..Router::default() };
     HttpConnectionManager {
         http_filters: vec![HttpFilter {
             name: "envoy.filters.http.router".to_owned(),
-            config_type: Some(http_filter::ConfigType::TypedConfig(any(&Router::default()))),
+            config_type: Some(http_filter::ConfigType::TypedConfig(any(&router))),
             ..HttpFilter::default()
         }],
         route_specifier: Some(specifier),

@@ -165,16 +165,4 @@ fn publish(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn few_past_worlds_are_kept() {
-        let mut past = Past::default();
-        for generation in 0..100 {
-            past.push(Arc::new(World { generation, ..World::empty() }), SystemTime::UNIX_EPOCH);
-        }
-        let kept: Vec<_> = past.worlds().map(|past| past.world.generation).collect();
-        assert_eq!((kept.len(), kept.first(), kept.last()), (Past::MAX, Some(&84), Some(&99)));
-    }
-}
+mod tests;
