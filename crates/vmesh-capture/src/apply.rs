@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
+use crate::arrivals::{Counts, IpFamily};
 use crate::foreign::{self, Ruleset};
 use crate::iptables::{self, Family, Footprint};
 use crate::nft;
 use crate::plan::{Plan, Tool};
-use crate::program::{Directions, Program};
+use crate::program::{ARRIVED, ARRIVING, Directions, Program};
 use crate::programs;
 use crate::spec::Seconds;
 
@@ -236,6 +237,34 @@ impl Applier {
             }
             Err(failed) => Err(failed),
         }
+    }
+
+    /// Reads the counters of redirected connections from outside. Without inbound redirects there are none, which is an error.
+    pub async fn arrivals(&self) -> Result<Counts, Error> {
+        let purpose = "count connections from outside";
+        let mut counts = Counts::default();
+        match self.backend {
+            Backend::Nft => {
+                // A connection that comes in between is not taken for a lost one: what has arrived is read last.
+                for chain in [ARRIVING, ARRIVED] {
+                    let arguments = ["-j", "list", "chain", "inet", "vmesh", chain];
+                    counts.add_nft(&self.run(&self.tools.nft, &arguments, purpose, None).await?);
+                }
+            }
+            Backend::Iptables => {
+                let families =
+                    [(IpFamily::V4, &self.tools.iptables_save), (IpFamily::V6, &self.tools.ip6tables_save)];
+                for (family, save) in
+                    families.into_iter().filter(|(family, _)| self.ipv6 || *family == IpFamily::V4)
+                {
+                    for table in ["mangle", "nat"] {
+                        let saved = self.run(save, &["-c", "-t", table], purpose, None).await?;
+                        counts.add_iptables(family, &saved);
+                    }
+                }
+            }
+        }
+        Ok(counts)
     }
 
     /// Reads the rules of others with every tool that is installed. An installed tool that fails, is slow or prints too much leaves a gap: see

@@ -430,11 +430,45 @@ pub fn untracked(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
     [true, false].into_iter().find_map(|is_ipv4| rules.judge(&packet(is_ipv4), &mut left).untracked)
 }
 
-/// Names the rules that may drop a captured outbound connection to `to_port`, or the answers of Envoy, or keep them from being
+/// What the host's own filter says of redirected connections from outside that were lost.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InboundSuspects {
+    /// These rules may drop them, and would not drop them had they not been redirected. None, where no rule is known that may.
+    Rules(Vec<ForeignRule>),
+    /// Whatever rule may drop them may drop them without a redirect, too: the host does not want these callers.
+    Unwanted,
+}
+
+/// Names the rules that may drop connections of one family from outside once they are redirected.
+pub fn inbound_suspects(rules: &Ruleset, ports: &BTreeSet<Ports>, is_ipv4: bool) -> InboundSuspects {
+    let packet = |port, is_translated| Packet {
+        is_ipv4,
+        hook: Hook::Input,
+        is_translated,
+        to_port: Some(port),
+        from_port: None,
+        is_new: true,
+        over_loopback: false,
+        from_elsewhere: true,
+    };
+    let mut left = MAX_STEPS_OF_ALL;
+    let redirected = rules.judge(&packet(INBOUND_PORT, true), &mut left).drops;
+    if redirected.is_empty() {
+        return InboundSuspects::Rules(Vec::new());
+    }
+    let mut otherwise: BTreeSet<ForeignRule> = BTreeSet::new();
+    for range in rules.told_apart(ports).take(MAX_JUDGED_RANGES) {
+        otherwise.extend(rules.judge(&packet(range.first(), false), &mut left).drops);
+    }
+    let own: Vec<ForeignRule> = redirected.into_iter().filter(|rule| !otherwise.contains(rule)).collect();
+    if own.is_empty() { InboundSuspects::Unwanted } else { InboundSuspects::Rules(own) }
+}
+
+/// Names the rules that may drop a captured outbound connection of one family to `to_port`, or the answers of Envoy, or keep them from being
 /// translated.
-pub fn suspects(rules: &Ruleset, to_port: u16) -> Vec<ForeignRule> {
+pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule> {
     let new = |hook, is_translated, to_port, over_loopback| Packet {
-        is_ipv4: true,
+        is_ipv4,
         hook,
         is_translated,
         to_port: Some(to_port),
@@ -445,7 +479,7 @@ pub fn suspects(rules: &Ruleset, to_port: u16) -> Vec<ForeignRule> {
     };
     // The answer comes from the address that was called, which no interface has.
     let answer = |hook, from_port| Packet {
-        is_ipv4: true,
+        is_ipv4,
         hook,
         is_translated: true,
         to_port: None,
@@ -465,11 +499,8 @@ pub fn suspects(rules: &Ruleset, to_port: u16) -> Vec<ForeignRule> {
         answer(Hook::Input, to_port),
     ];
     let mut found: Vec<ForeignRule> = Vec::new();
-    let of_ipv6 = packets.iter().map(|packet| Packet { is_ipv4: false, ..*packet });
     let mut left = MAX_STEPS_OF_ALL;
-    for rule in
-        packets.iter().copied().chain(of_ipv6).flat_map(|packet| rules.judge(&packet, &mut left).drops)
-    {
+    for rule in packets.iter().flat_map(|packet| rules.judge(packet, &mut left).drops) {
         if !found.contains(&rule) {
             found.push(rule);
         }
@@ -1149,7 +1180,7 @@ mod tests {
             rule("eg", loopback),
             rule("eg", &format!("{dports}, {{\"accept\": null}}")),
         ];
-        assert_eq!(names(&suspects(&nft(&egress.join(",")), 1)), ["inet eg o: policy drop"]);
+        assert_eq!(names(&suspects(&nft(&egress.join(",")), 1, true)), ["inet eg o: policy drop"]);
         // Nothing is tracked that goes to two ports.
         let raw =
             [chain("nt", "output", -300, "accept"), rule("nt", &format!("{dports}, {{\"notrack\": null}}"))];
@@ -1161,10 +1192,10 @@ mod tests {
             "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 10.200.0.2/32 ! -i wg0 -m addrtype ! --src-type LOCAL -j DROP\nCOMMIT\n",
         );
         assert_eq!(
-            names(&suspects(&wireguard, 80)),
+            names(&suspects(&wireguard, 80, true)),
             ["ip raw PREROUTING: -d 10.200.0.2/32 ! -i wg0 -m addrtype ! --src-type LOCAL -j DROP"]
         );
-        assert_eq!(names(&suspects(&nft(FIREWALLD), 80)), [""; 0], "firewalld is in nobody's way");
+        assert_eq!(names(&suspects(&nft(FIREWALLD), 80, true)), [""; 0], "firewalld is in nobody's way");
     }
 
     #[test]

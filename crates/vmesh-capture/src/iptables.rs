@@ -161,6 +161,9 @@ fn home(chain: &Chain) -> (&'static str, Option<&'static str>) {
         Some(Hook::Inbound) => ("nat", Some("PREROUTING")),
         Some(Hook::Tproxy) => ("mangle", Some("PREROUTING")),
         Some(Hook::Strict) => ("filter", Some("INPUT")),
+        Some(Hook::Arriving) => ("mangle", Some("INPUT")),
+        // Comes after the tables `filter` and `security`.
+        Some(Hook::Arrived) => ("nat", Some("INPUT")),
         // That it is there is enough.
         Some(Hook::Hold) | None => ("nat", None),
     }
@@ -273,7 +276,7 @@ impl Wanted {
     }
 }
 
-fn chain_name(name: &str) -> String {
+pub(crate) fn chain_name(name: &str) -> String {
     format!("{PREFIX}{}", name.to_ascii_uppercase())
 }
 
@@ -285,7 +288,7 @@ fn spelled(rule: &Rule, v4: bool, seconds: u32) -> Vec<String> {
         texts = texts.iter().flat_map(|text| ways.iter().map(move |way| format!("{text}{way}"))).collect();
     }
     let verdict = match &rule.then {
-        Verdict::Return | Verdict::Nothing => "-j RETURN".to_owned(),
+        Verdict::Return | Verdict::Nothing | Verdict::Count => "-j RETURN".to_owned(),
         Verdict::Goto(chain) => format!("-g {}", chain_name(chain)),
         Verdict::Redirect(port) => format!("-j REDIRECT --to-ports {port}"),
         Verdict::Tproxy(port) => format!("-j TPROXY --on-port {port}"),
@@ -332,6 +335,10 @@ fn ways(condition: &Match, v4: bool, seconds: u32) -> Vec<String> {
             vec![format!(" -m recent --name {name} --mask {mask} --rcheck --seconds {seconds}")]
         }
         Match::Untracked => one(" -m conntrack --ctstate INVALID"),
+        Match::Redirected(port) => {
+            let conntrack = " -m conntrack --ctstate NEW -m conntrack --ctstate DNAT";
+            vec![format!(" -m tcp --dport {port}{conntrack}")]
+        }
     }
 }
 

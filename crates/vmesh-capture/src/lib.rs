@@ -15,6 +15,7 @@
 //! | [`confirm`] | commit-confirm, the dead-man, taking leave: told the time |
 //! | [`machine`] | [`machine::Machine`]: decides when what is done to a host; told events, it answers with actions |
 //! | [`apply`] | [`apply::Applier`]: the only I/O, with [`facts`] |
+//! | [`arrivals`] | counts what is redirected from outside, before and after the host's own filter |
 //! | [`foreign`] | rules of others: what they do with captured connections, and which of them is in the way |
 //! | [`facts`] | reads a [`Host`] from `/proc`, systemd and `getent` |
 //! | [`units`] | the control groups of systemd's units, as systemd says them |
@@ -37,6 +38,7 @@
 //! kernel say; it has been run on one kernel (6.18), with nft 1.0.6 and iptables 1.8.9.
 
 pub mod apply;
+pub mod arrivals;
 pub mod confirm;
 pub mod facts;
 pub mod foreign;

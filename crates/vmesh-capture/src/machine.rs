@@ -31,7 +31,7 @@ mod trial;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-pub use messages::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level, SavedState};
+pub use messages::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level, PathTest, SavedState};
 
 use crate::apply::Backend;
 use crate::confirm::{self, Commit, leaving, without_what_is_not_wanted};
@@ -773,6 +773,11 @@ impl Machine {
     /// Returns the parts of the spec that have no effect on this host, with reasons.
     pub fn notes(&self) -> impl Iterator<Item = &String> {
         self.report.notes.iter().chain(&self.report.path_fault)
+    }
+
+    /// Explains which captured connections do not arrive at Envoy. It is among the notes, too.
+    pub fn path_fault(&self) -> Option<&str> {
+        self.report.path_fault.as_deref()
     }
 }
 

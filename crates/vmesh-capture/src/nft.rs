@@ -144,7 +144,10 @@ impl Table {
             let mut push = |name: &str, text: String, identity: &str| {
                 rules.push((Label::of(name, &format!("{text}{identity}")), text));
             };
-            if matches!(chain.hook, Some(Hook::Outbound | Hook::Inbound | Hook::Strict)) {
+            if matches!(
+                chain.hook,
+                Some(Hook::Outbound | Hook::Inbound | Hook::Strict | Hook::Arriving | Hook::Arrived)
+            ) {
                 push("not_tcp", "meta l4proto != tcp return".to_owned(), "");
                 push("not_syn", format!("{PURE_SYN} != syn return"), "");
             }
@@ -240,11 +243,14 @@ impl Table {
 }
 
 fn is_of_one_family(condition: &Match) -> bool {
-    matches!(condition, Match::Destinations(_) | Match::Sources(_) | Match::Pairs(_))
+    matches!(condition, Match::Destinations(_) | Match::Sources(_) | Match::Pairs(_) | Match::Redirected(_))
 }
 
 /// Before iptables' rules, which come at -100.
 const BEFORE_IPTABLES: i64 = -101;
+/// Before whatever may drop a connection at `input` (iptables' table mangle is at -150), and after it (`security` is at 50).
+const BEFORE_FILTERS: i64 = -400;
+const AFTER_FILTERS: i64 = 30_000;
 
 /// Type, hook, priority.
 fn parts(hook: Hook) -> (&'static str, &'static str, i64) {
@@ -254,6 +260,8 @@ fn parts(hook: Hook) -> (&'static str, &'static str, i64) {
         Hook::Tproxy => ("filter", "prerouting", -150),
         Hook::Strict => ("filter", "input", 0),
         Hook::Hold => ("filter", "output", 0),
+        Hook::Arriving => ("filter", "input", BEFORE_FILTERS),
+        Hook::Arrived => ("filter", "input", AFTER_FILTERS),
     }
 }
 
@@ -312,6 +320,10 @@ fn table_rule(
                 format!("meta l4proto tcp meta l4proto @{}", alive_set(*direction))
             }
             Match::Untracked => "ct state invalid".to_owned(),
+            Match::Redirected(port) => {
+                let family = if v4 { "ipv4" } else { "ipv6" };
+                format!("meta nfproto {family} tcp dport {port} ct state new ct status dnat")
+            }
         });
     }
     let is_tcp = rule.when.iter().any(|condition| {
@@ -327,6 +339,7 @@ fn table_rule(
         Verdict::Drop => "counter drop".to_owned(),
         Verdict::Reset => "counter reject with tcp reset".to_owned(),
         Verdict::Nothing => "continue".to_owned(),
+        Verdict::Count => "counter".to_owned(),
     });
     words.join(" ")
 }

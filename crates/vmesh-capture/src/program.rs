@@ -152,6 +152,10 @@ pub(crate) enum Hook {
     Tproxy,
     /// What the host is sent, once it is known that the host takes it. Pure SYNs only.
     Strict,
+    /// What the host is sent, likewise, before the host's own filter. Pure SYNs only.
+    Arriving,
+    /// What the host is sent, likewise, after the host's own filter. Pure SYNs only.
+    Arrived,
     /// Sees everything and does nothing. It keeps connection tracking alive: when its last user goes, connections that
     /// were redirected are reset.
     Hold,
@@ -212,6 +216,8 @@ pub(crate) enum Match {
     /// The dead-man of this direction has been refreshed in time.
     Alive(Direction),
     Untracked,
+    /// The first packet of a connection that a rule redirected to this port.
+    Redirected(u16),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -225,12 +231,17 @@ pub(crate) enum Verdict {
     /// The caller is told at once.
     Reset,
     Nothing,
+    /// Is counted, and goes on.
+    Count,
 }
 
 const INCLUDE: &str = "outbound.include";
 /// DNS over TCP: what resolves names must not depend on names.
 const DNS: u16 = 53;
 const SSH: u16 = 22;
+/// The chains that count redirected connections from outside before and after the host's own filter: see [`crate::arrivals`].
+pub(crate) const ARRIVING: &str = "arriving";
+pub(crate) const ARRIVED: &str = "arrived";
 /// Never routed; a cloud's metadata service is here.
 const LINK_LOCAL: [Cidr; 2] = [Cidr::v4(169, 254, 0, 0, 16), Cidr::v6(0xfe80, 10)];
 
@@ -702,6 +713,11 @@ impl Build<'_> {
                     chain.rule(name, when, Verdict::Redirect(INBOUND_PORT));
                 }
                 self.chains.push(chain);
+                for (name, hook) in [(ARRIVING, Hook::Arriving), (ARRIVED, Hook::Arrived)] {
+                    let mut counts = self::chain(name, hook);
+                    counts.rule("new", [Match::Redirected(INBOUND_PORT)], Verdict::Count);
+                    self.chains.push(counts);
+                }
             }
             Inward::Tproxy => {
                 let mut chain = self.inward("inbound", Hook::Tproxy);

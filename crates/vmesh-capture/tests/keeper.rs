@@ -345,7 +345,7 @@ impl Model {
                 Event::EnvoySeen(if failure.is_none() { wanted } else { Directions::NONE })
             }
             Action::CheckListeners(_) => Event::ListenersChecked(result(failure, ())),
-            Action::TryPath => Event::PathTried(result(failure, ())),
+            Action::TryPath(_) => Event::PathTried(result(failure, ())),
             Action::CountConnections => Event::ConnectionsCounted(self.open),
             Action::Apply { program, .. } => {
                 self.check_before_apply(&program);

@@ -288,6 +288,20 @@ fn everything_by_nftables() {
             		ip6 saddr @strict_exclude_cidrs6 return comment "vmesh exclude_cidrs6"
             		fib daddr type local tcp flags & (fin|syn|rst|ack) == syn tcp dport @strict_strict counter reject with tcp reset comment "vmesh strict"
             	}
+            	chain arrived {
+            		type filter hook input priority 30000; policy accept;
+            		meta l4proto != tcp return comment "vmesh not_tcp"
+            		tcp flags & (fin|syn|rst|ack) != syn return comment "vmesh not_syn"
+            		meta nfproto ipv4 tcp dport 15006 ct state new ct status dnat counter comment "vmesh new4"
+            		meta nfproto ipv6 tcp dport 15006 ct state new ct status dnat counter comment "vmesh new6"
+            	}
+            	chain arriving {
+            		type filter hook input priority -400; policy accept;
+            		meta l4proto != tcp return comment "vmesh not_tcp"
+            		tcp flags & (fin|syn|rst|ack) != syn return comment "vmesh not_syn"
+            		meta nfproto ipv4 tcp dport 15006 ct state new ct status dnat counter comment "vmesh new4"
+            		meta nfproto ipv6 tcp dport 15006 ct state new ct status dnat counter comment "vmesh new6"
+            	}
             	chain inbound {
             		type nat hook prerouting priority -101; policy accept;
             		meta l4proto != tcp return comment "vmesh not_tcp"
@@ -517,27 +531,43 @@ fn redirect_by_iptables() {
         "inbound: {capture: redirect, ports: [8080, 3306], strict: [3306, 9000]}",
         expect![[r#"
             + ip nat VMESH_INBOUND
+            + ip nat VMESH_ARRIVED
             + ip nat VMESH_HOLD
             + ip nat PREROUTING: the jump to us is not there
+            + ip nat INPUT: the jump to us is not there
+            + ip mangle VMESH_ARRIVING
+            + ip mangle INPUT: the jump to us is not there
             + ip filter VMESH_STRICT
             + ip filter INPUT: the jump to us is not there
             + ip6 nat VMESH_INBOUND
+            + ip6 nat VMESH_ARRIVED
             + ip6 nat VMESH_HOLD
             + ip6 nat PREROUTING: the jump to us is not there
+            + ip6 nat INPUT: the jump to us is not there
+            + ip6 mangle VMESH_ARRIVING
+            + ip6 mangle INPUT: the jump to us is not there
             + ip6 filter VMESH_STRICT
             + ip6 filter INPUT: the jump to us is not there
 
             iptables-restore --noflush -w 5 <<'.'
             *nat
             :VMESH_INBOUND - [0:0]
+            :VMESH_ARRIVED - [0:0]
             :VMESH_HOLD - [0:0]
             -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh_inbound4 --mask 0.0.0.0 --rcheck --seconds 30 -j REDIRECT --to-ports 15006
             -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j REDIRECT --to-ports 15006
+            -A VMESH_ARRIVED -m comment --comment "vmesh new" -p tcp -m tcp --dport 15006 -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j RETURN
             -A VMESH_HOLD -m comment --comment "vmesh hold" -m conntrack --ctstate INVALID -j RETURN
             -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
+            -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_ARRIVED
+            COMMIT
+            *mangle
+            :VMESH_ARRIVING - [0:0]
+            -A VMESH_ARRIVING -m comment --comment "vmesh new" -p tcp -m tcp --dport 15006 -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j RETURN
+            -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_ARRIVING
             COMMIT
             *filter
             :VMESH_STRICT - [0:0]
@@ -552,14 +582,22 @@ fn redirect_by_iptables() {
             ip6tables-restore --noflush -w 5 <<'.'
             *nat
             :VMESH_INBOUND - [0:0]
+            :VMESH_ARRIVED - [0:0]
             :VMESH_HOLD - [0:0]
             -A VMESH_INBOUND -m comment --comment "vmesh loopback" -p tcp -i lo -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh ssh" -p tcp -m multiport --dports 22 -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh own" -p tcp -m multiport --dports 15001,15006,15020 -j RETURN
             -A VMESH_INBOUND -m comment --comment "vmesh open" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 8080 -m recent --name vmesh_inbound6 --mask :: --rcheck --seconds 30 -j REDIRECT --to-ports 15006
             -A VMESH_INBOUND -m comment --comment "vmesh closed" -p tcp -m addrtype --dst-type LOCAL -m multiport --dports 3306 -j REDIRECT --to-ports 15006
+            -A VMESH_ARRIVED -m comment --comment "vmesh new" -p tcp -m tcp --dport 15006 -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j RETURN
             -A VMESH_HOLD -m comment --comment "vmesh hold" -m conntrack --ctstate INVALID -j RETURN
             -I PREROUTING 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_INBOUND
+            -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_ARRIVED
+            COMMIT
+            *mangle
+            :VMESH_ARRIVING - [0:0]
+            -A VMESH_ARRIVING -m comment --comment "vmesh new" -p tcp -m tcp --dport 15006 -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j RETURN
+            -I INPUT 1 -m comment --comment "vmesh jump" -p tcp --syn -j VMESH_ARRIVING
             COMMIT
             *filter
             :VMESH_STRICT - [0:0]

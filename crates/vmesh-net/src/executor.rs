@@ -2,6 +2,7 @@
 //! nothing but how.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -9,17 +10,18 @@ use tracing::{debug, error, info, warn};
 use vmesh_capture::Directions;
 use vmesh_capture::Program;
 use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran};
+use vmesh_capture::arrivals::{IpFamily, Losses};
 use vmesh_capture::facts::Own;
-use vmesh_capture::foreign::{self, Ruleset};
+use vmesh_capture::foreign::{self, ForeignRule, InboundSuspects, Ruleset};
 use vmesh_capture::host::{Host, Memory, Nursery};
 use vmesh_capture::iptables::Footprint;
-use vmesh_capture::machine::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level};
-use vmesh_capture::spec::{Seconds, Spec};
+use vmesh_capture::machine::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level, PathTest};
+use vmesh_capture::spec::{INBOUND_PORT, Seconds, Spec};
 use vmesh_daemon::report::one_line;
 
 use crate::keeper::{Links, Options};
 use crate::kept;
-use crate::probe::{self, SELF_TEST};
+use crate::probe;
 use crate::protocol::Envoy;
 use crate::pulse::Order;
 use crate::rules::Changed;
@@ -33,11 +35,19 @@ pub(crate) struct Executor {
     others: Vec<Applier>,
     /// Our rules in the kernel, until somebody else may have changed them.
     actual: Option<Actual>,
+    losses: Losses,
 }
 
 impl Executor {
     pub(crate) fn new(options: Options, links: Links) -> Executor {
-        Executor { options, links, applier: None, others: Vec::new(), actual: None }
+        Executor {
+            options,
+            links,
+            applier: None,
+            others: Vec::new(),
+            actual: None,
+            losses: Losses::default(),
+        }
     }
 
     pub(crate) fn backend(&self) -> Option<Backend> {
@@ -69,7 +79,7 @@ impl Executor {
             Action::CheckListeners(directions) => {
                 Event::ListenersChecked(self.check_listeners(directions).await)
             }
-            Action::TryPath => Event::PathTried(self.try_path().await),
+            Action::TryPath(test) => Event::PathTried(self.try_path(&test).await),
             Action::CountConnections => Event::ConnectionsCounted(self.options.places.redirected()),
             Action::Apply { program, timeout, well } => {
                 Event::Applied(self.apply(&program, timeout, well).await)
@@ -171,23 +181,76 @@ impl Executor {
         Ok(())
     }
 
-    /// Makes a captured connection to the address of the self-test.
-    async fn try_path(&self) -> Result<(), String> {
-        let mut seen = probe::look(SELF_TEST).await;
+    /// Looks whether captured connections arrive at Envoy: dials what is to be dialed, and counts what strangers opened.
+    async fn try_path(&mut self, test: &PathTest) -> Result<(), String> {
+        let mut faults = Vec::new();
+        for address in &test.dial {
+            faults.extend(self.dial_captured(*address).await.err());
+        }
+        if !test.inbound.is_empty() {
+            faults.extend(self.count_arrivals(test).await);
+        }
+        if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) }
+    }
+
+    /// Makes a captured connection to an address of the self-test.
+    async fn dial_captured(&self, address: SocketAddr) -> Result<(), String> {
+        let mut seen = probe::look(address).await;
         if seen != Envoy::Well {
             // One packet may be lost.
-            seen = probe::look(SELF_TEST).await;
+            seen = probe::look(address).await;
         }
-        if seen == Envoy::Well {
+        // Where nothing of IPv6 is routed, no program gets as far as to be captured, and all call by IPv4.
+        if seen == Envoy::Well || (address.is_ipv6() && !probe::has_ipv6_route(address)) {
             return Ok(());
         }
-        let suspects = foreign::suspects(&self.read_filter().await, SELF_TEST.port());
-        let suspects: Vec<String> = suspects.iter().take(3).map(ToString::to_string).collect();
+        let suspects = foreign::suspects(&self.read_filter().await, address.port(), address.is_ipv4());
         let rules = match suspects.is_empty() {
             true => String::new(),
-            false => format!("; rules that may be in its way: {}", suspects.join(" | ")),
+            false => format!("; rules that may be in its way: {}", listed(&suspects)),
         };
-        Err(format!("a connection to {SELF_TEST} was not captured and served by Envoy: {seen:?}{rules}"))
+        Err(format!("a connection to {address} was not captured and served by Envoy: {seen:?}{rules}"))
+    }
+
+    /// Names the families whose redirected connections from outside do not come through the host's own filter.
+    async fn count_arrivals(&mut self, test: &PathTest) -> Vec<String> {
+        let counted = match self.applier() {
+            Ok(applier) => applier.arrivals().await.map_err(|error| one_line(&error)),
+            Err(why) => Err(why),
+        };
+        let counts = match counted {
+            Ok(counts) => counts,
+            Err(why) => {
+                // Every port may be left out; and who changes rules meanwhile is looked at again.
+                debug!("connections from outside are not counted: {why}");
+                return Vec::new();
+            }
+        };
+        if test.is_afresh {
+            self.losses.begin_at(counts);
+        }
+        let lost = self.losses.observe(counts);
+        if lost.is_empty() {
+            return Vec::new();
+        }
+        let rules = self.read_filter().await;
+        let fault = |(family, lost): &(IpFamily, u64)| {
+            let suspects = foreign::inbound_suspects(&rules, &test.inbound, *family == IpFamily::V4);
+            let why = match suspects {
+                InboundSuspects::Unwanted => return None,
+                InboundSuspects::Rules(rules) if rules.is_empty() => {
+                    "no rule that vmesh understands does it: see `nft list ruleset`".to_owned()
+                }
+                InboundSuspects::Rules(rules) => {
+                    format!("rules that may be in their way: {}", listed(&rules))
+                }
+            };
+            Some(format!(
+                "the last {lost} connections of {family} from outside that were redirected to Envoy's port {INBOUND_PORT} did not come \
+                 through this host's own filter: {why}. Let TCP port {INBOUND_PORT} in there, or take `capture.inbound: {{capture: tproxy}}`"
+            ))
+        };
+        lost.iter().filter_map(fault).collect()
     }
 
     async fn apply(&mut self, program: &Program, timeout: Seconds, well: Directions) -> Applied {
@@ -278,6 +341,12 @@ impl Executor {
         }
         failed.map_or(Ok(()), Err)
     }
+}
+
+/// The first three.
+fn listed(rules: &[ForeignRule]) -> String {
+    let rules: Vec<String> = rules.iter().take(3).map(ToString::to_string).collect();
+    rules.join(" | ")
 }
 
 pub(crate) async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {

@@ -3,6 +3,7 @@
 //! [`crate::pulse`].
 
 use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use vmesh_capture::apply::{Backend, Tools};
 use vmesh_capture::facts::Places;
 use vmesh_capture::host::Memory;
 use vmesh_capture::machine::{Action, AgentFacts, Event, Life, Machine, State as Decided, TICK, directions};
-use vmesh_capture::spec::{Outward, Spec, Unit};
+use vmesh_capture::spec::{Outward, SELF_TESTS, Spec, Unit};
 use vmesh_capture::{Program, Stage};
 use vmesh_daemon::report::one_line;
 use vmesh_daemon::{Stop, systemd};
@@ -20,7 +21,7 @@ use vmesh_daemon::{Stop, systemd};
 use crate::board::Board;
 use crate::executor::{Executor, applier, read_host};
 use crate::kept;
-use crate::probe::{Looks, SELF_TEST, Verdicts};
+use crate::probe::{Looks, Verdicts};
 use crate::protocol::{Ask, Drift, Envoy, State, Status, Want};
 use crate::pulse::{AgentWatch, Heartbeat, Order};
 use crate::rules::Changed;
@@ -264,7 +265,7 @@ impl Keeper {
     fn publish(&self) {
         let (mut spec, _) = self.machine.wanted();
         let looks = directions(&spec);
-        let virtual_addresses = spec.outbound.vips.iter().filter(|vip| **vip != SELF_TEST).count();
+        let virtual_addresses = spec.outbound.vips.iter().filter(|vip| !SELF_TESTS.contains(*vip)).count();
         let real_addresses = spec.outbound.addresses.len();
         spec.outbound.vips.clear();
         spec.outbound.addresses.clear();
@@ -286,6 +287,7 @@ impl Keeper {
                 by: drift.by.clone(),
             },
             notes: self.machine.notes().cloned().collect(),
+            path_fault: self.machine.path_fault().map(str::to_owned),
             error: self.machine.error().map(str::to_owned),
             ..Status::default()
         };
@@ -337,8 +339,12 @@ pub async fn plan_here(options: &Options, want: Want) -> Result<String, String> 
 }
 
 fn with_self_test(mut spec: Spec) -> Spec {
-    if spec.outbound.capture != Outward::Off {
-        spec.outbound.vips.insert(SELF_TEST);
+    let out = &mut spec.outbound;
+    if out.capture != Outward::Off {
+        // Where nothing of IPv6 is captured Envoy may have no listener of it.
+        let has_ipv6 = out.capture == Outward::All
+            || out.vips.iter().chain(out.addresses.keys()).any(SocketAddr::is_ipv6);
+        out.vips.extend(SELF_TESTS.into_iter().filter(|address| address.is_ipv4() || has_ipv6));
     }
     spec
 }

@@ -5,7 +5,7 @@
 //! an Envoy that is stopped, too.
 
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
@@ -17,10 +17,6 @@ use vmesh_capture::{Direction, Directions};
 
 use crate::owner;
 use crate::protocol::Envoy;
-
-/// A virtual address that no name ever has, which Envoy closes as it does all that are no service's: captured along with the
-/// others, it shows that a capture works from end to end. Not at 15001, which Envoy would take for its own port.
-pub const SELF_TEST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(240, 0, 0, 0)), 1);
 
 const EVERY: Duration = Duration::from_secs(1);
 const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
@@ -94,6 +90,12 @@ pub async fn look_at(direction: Direction, users: &BTreeSet<u32>) -> Envoy {
         Some(user) if !users.contains(&user) => Envoy::Stranger,
         _ => look(address).await,
     }
+}
+
+/// Reports whether this host has a route to an address of IPv6. Sends nothing.
+pub fn has_ipv6_route(address: SocketAddr) -> bool {
+    let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0));
+    socket.and_then(|socket| socket.connect(address)).is_ok()
 }
 
 /// Dials `address`, which Envoy is to close at once.

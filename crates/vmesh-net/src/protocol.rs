@@ -97,6 +97,8 @@ pub struct Status {
     pub drift: Drift,
     /// What of the spec has no effect on this host.
     pub notes: Vec<String>,
+    /// Which captured connections do not arrive at Envoy. It is among `notes`, too.
+    pub path_fault: Option<String>,
     /// Why the host is not as it is wanted.
     pub error: Option<String>,
     /// Open connections through a redirect, counted when this is asked for by [`Ask::Status`].

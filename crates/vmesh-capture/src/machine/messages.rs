@@ -13,7 +13,7 @@ use crate::foreign::Ruleset;
 use crate::host::{Host, Memory};
 use crate::iptables::Footprint;
 use crate::program::{Directions, Program};
-use crate::spec::{Seconds, Spec};
+use crate::spec::{Ports, Seconds, Spec};
 
 /// The state that outlives the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,6 +129,23 @@ pub struct DeadMen {
     pub refreshed: Directions,
 }
 
+/// The connections that show whether captured ones arrive at Envoy.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PathTest {
+    /// Addresses to dial from end to end, captured as those of services are.
+    pub dial: Vec<SocketAddr>,
+    /// The inbound ports that are redirected. What strangers open to them is counted on its way: see [`crate::arrivals`].
+    pub inbound: BTreeSet<Ports>,
+    /// Whether rules changed since the last test, so that what was lost before says nothing.
+    pub is_afresh: bool,
+}
+
+impl PathTest {
+    pub fn is_empty(&self) -> bool {
+        self.dial.is_empty() && self.inbound.is_empty()
+    }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// -> [`Event::HostRead`]
@@ -153,8 +170,8 @@ pub enum Action {
     LookAtEnvoy(Directions),
     /// Look at these listeners of Envoy's for a confirmation, and name the one that does not serve. -> [`Event::ListenersChecked`]
     CheckListeners(Directions),
-    /// Make a captured connection from end to end. -> [`Event::PathTried`]
-    TryPath,
+    /// Look whether captured connections arrive at Envoy. -> [`Event::PathTried`]
+    TryPath(PathTest),
     /// Count the open connections through redirects. -> [`Event::ConnectionsCounted`]
     CountConnections,
     /// Make our rules be as `program` says, by this backend. -> [`Event::Applied`]

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{Action, AgentFacts, Level};
+use super::{Action, AgentFacts, Level, PathTest};
 use super::{Kernel, Life, Machine, PathCheck, Phase, Refresh, SAVES_AFTER, SaveFor, SessionsFor, Task};
 use crate::confirm::{Proposed, is_routine};
 use crate::facts::Session;
 use crate::foreign;
 use crate::program::Stage;
-use crate::spec::{Outward, Spec};
+use crate::spec::{Inward, Outward, SELF_TESTS, Spec};
 
 /// Ports of virtual addresses that are held against the rules of others.
 const MAX_JUDGED_PORTS: usize = 256;
@@ -81,7 +81,7 @@ impl Machine {
             return self.not_confirmed(why.to_owned());
         }
         self.tasks.push_back(Task::CheckListeners);
-        if proves_itself(&self.wanted().0) {
+        if !self.path_test(&self.wanted().0).is_empty() {
             self.filter.forget();
             self.tasks.push_back(Task::CheckPath(PathCheck::Confirmation));
         }
@@ -137,15 +137,38 @@ impl Machine {
     }
 
     pub(super) fn check_path(&mut self, purpose: PathCheck) {
-        if let PathCheck::Watch { outbound_is_well, .. } = purpose {
-            let (spec, stage) = self.wanted();
+        let (spec, stage) = self.wanted();
+        let mut test = self.path_test(&spec);
+        if let PathCheck::Watch { with_rules, outbound_is_well } = purpose {
             let has_rules = matches!(&self.kernel, Kernel::Has(program) if !program.is_absent());
-            if stage == Stage::Trial || !proves_itself(&spec) || !outbound_is_well || !has_rules {
+            let is_trial = stage == Stage::Trial;
+            if is_trial || !outbound_is_well {
+                test.dial.clear();
+            }
+            // In a trial only the count begins anew where rules changed: its confirmation looks at it.
+            test.is_afresh = with_rules;
+            if test.is_empty() || !has_rules || (is_trial && !with_rules) {
                 self.report.path_fault = None;
                 return;
             }
         }
-        self.wait(Action::TryPath, Phase::TryingPath(purpose));
+        self.wait(Action::TryPath(test), Phase::TryingPath(purpose));
+    }
+
+    /// Returns the connections that show whether what `spec` captures arrives at Envoy, of each direction and family of it.
+    fn path_test(&self, spec: &Spec) -> PathTest {
+        let has_ipv6 = self.host.as_ref().is_some_and(|host| host.ipv6);
+        let is_dialed =
+            |address: &SocketAddr| spec.outbound.vips.contains(address) && (address.is_ipv4() || has_ipv6);
+        let dial = match proves_itself(spec) {
+            true => SELF_TESTS.into_iter().filter(is_dialed).collect(),
+            false => Vec::new(),
+        };
+        let inbound = match spec.inbound.capture {
+            Inward::Redirect => spec.inbound.ports.clone(),
+            Inward::Off | Inward::Tproxy => BTreeSet::new(),
+        };
+        PathTest { dial, inbound, is_afresh: false }
     }
 
     pub(super) fn path_tried(&mut self, purpose: PathCheck, result: Result<(), String>) {
@@ -166,6 +189,9 @@ impl Machine {
     /// Names a rule of others that keeps connections to virtual addresses from being captured.
     pub(super) fn untracked(&self) -> Result<(), String> {
         let (spec, _) = self.wanted();
+        if !proves_itself(&spec) {
+            return Ok(());
+        }
         let ports: BTreeSet<u16> =
             spec.outbound.vips.iter().map(SocketAddr::port).take(MAX_JUDGED_PORTS).collect();
         let untracked = |port| Some((port, foreign::untracked(self.filter.rules()?, port)?));

@@ -1,7 +1,10 @@
 //! The host's own filter: what it keeps closed stays closed, and what it does to captured connections is said with the rule.
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
+use vmesh_capture::spec::INBOUND_PORT;
 use vmesh_net::client;
 use vmesh_net::protocol::{Answer, Ask, State, Status};
 
@@ -172,4 +175,92 @@ async fn a_rule_that_keeps_connections_from_being_tracked_is_named() {
     agent.well_until("the rule to be named", |status| has_note(status, &["port 80", "notrack"])).await;
     let Answer::Status(now) = client::ask(&vm.socket(), &Ask::Status).await.unwrap() else { panic!() };
     assert_eq!(now.state, State::Confirmed);
+}
+
+#[tokio::test]
+async fn a_rule_that_loses_captured_connections_of_ipv6_alone_is_named_by_a_trial_and_by_the_status() {
+    let vm = Vm::new(Rules::Nft).await;
+    let drops = "add table ip6 eg; add chain ip6 eg out { type filter hook output priority 0; policy accept; }; \
+        add rule ip6 eg out tcp dport 15001 drop";
+    vm.nft(&[drops]);
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.want.spec.outbound.vips.insert("[fd76:6d65:7368::7]:80".parse().unwrap());
+    let trial = status(agent.want().await).trial.unwrap();
+    let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
+    assert!(why.contains("[fd76:6d65:7368::]:1") && why.contains("ip6 eg out: tcp dport 15001"), "{why}");
+    assert!(!why.contains("240.0.0.0"), "{why}");
+    vm.nft(&["delete", "table", "ip6", "eg"]);
+    assert_eq!(status(agent.confirm(trial).await).state, State::Confirmed);
+    vm.nft(&[drops]);
+    let is_named = |status: &Status| has_note(status, &["[fd76:6d65:7368::]:1", "ip6 eg out"]);
+    agent.well_until("the rule to be named", is_named).await;
+    assert_eq!(vm.get(8080).unwrap(), "mesh");
+}
+
+/// Whoever calls the host's port from the other host, with how many calls were answered.
+fn called_from_outside(vm: &Vm, to: IpAddr, times: usize) -> usize {
+    let call = || TcpStream::connect_timeout(&SocketAddr::new(to, 8081), Duration::from_millis(300)).is_ok();
+    (0..times).filter(|_| vm.b.within(call).unwrap()).count()
+}
+
+/// Closes whatever is opened to Envoy's inbound capture port, as Envoy does.
+fn inbound_listener(vm: &Vm) {
+    let listen = || TcpListener::bind(("::", INBOUND_PORT));
+    let listener = vm.a.within_as(vm::MESH, listen).unwrap().unwrap();
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+}
+
+async fn connections_from_outside_are_counted(rules: Rules) {
+    let vm = Vm::new(rules).await;
+    inbound_listener(&vm);
+    let before = vm.ruleset();
+    let mut agent =
+        Agent::new(&vm, "{inbound: {capture: redirect, bypass_filter: true, ports: [8081]}}").await;
+    // Lets the port in that is called, and by IPv6 not the one to which it is redirected.
+    vm.nft(&["add table ip6 fw; add chain ip6 fw in { type filter hook input priority 0; policy drop; }; \
+        add rule ip6 fw in meta l4proto ipv6-icmp accept; add rule ip6 fw in ct state established accept; \
+        add rule ip6 fw in iifname lo accept; add rule ip6 fw in tcp dport { 22, 8081 } accept"]);
+    let trial = status(agent.want().await).trial.unwrap();
+    agent.well_until("the redirects to hold", is_well).await;
+    assert_eq!(called_from_outside(&vm, vm.a.v4.into(), 3), 3);
+    // Some of these come before vmesh-net has noticed the filter, and begins to count anew.
+    assert_eq!(called_from_outside(&vm, vm.a.v6.into(), 8), 0);
+    let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
+    for words in ["IPv6 from outside", "ip6 fw in: policy drop", "15006"] {
+        assert!(why.contains(words), "{why}");
+    }
+    assert!(!why.contains("IPv4"), "{why}");
+
+    vm.nft(&["add rule ip6 fw in tcp dport 15006 accept"]);
+    agent.well_until("the change to be seen", |status| status.state == State::Trial).await;
+    assert_eq!(called_from_outside(&vm, vm.a.v6.into(), 3), 3);
+    assert_eq!(status(agent.confirm(trial).await).state, State::Confirmed);
+
+    // What no longer arrives later is told, too, and is told no more once it does. By iptables vmesh-net looks every 10 s.
+    if rules == Rules::Iptables {
+        let is_named = |status: &Status| has_note(status, &["IPv6 from outside", "policy drop"]);
+        vm.nft(&["flush chain ip6 fw in; add rule ip6 fw in meta l4proto ipv6-icmp accept; \
+            add rule ip6 fw in tcp dport 8081 accept"]);
+        let lost = |status: &Status| called_from_outside(&vm, vm.a.v6.into(), 3) == 0 && is_named(status);
+        agent.well_until("the loss to be told", lost).await;
+        vm.nft(&["add rule ip6 fw in tcp dport 15006 accept"]);
+        let arrive = |status: &Status| called_from_outside(&vm, vm.a.v6.into(), 3) == 3 && !is_named(status);
+        agent.well_until("no loss to be told", arrive).await;
+    }
+
+    agent.want.spec.inbound.capture = vmesh_capture::spec::Inward::Off;
+    agent.want().await;
+    vm.until("the rules to go", |status| status.state == State::Off).await;
+    vm.nft(&["delete", "table", "ip6", "fw"]);
+    assert_eq!(vm.ruleset(), before);
+}
+
+#[tokio::test]
+async fn connections_from_outside_that_the_filter_drops_once_they_are_redirected_are_told_by_nftables() {
+    connections_from_outside_are_counted(Rules::Nft).await;
+}
+
+#[tokio::test]
+async fn connections_from_outside_that_the_filter_drops_once_they_are_redirected_are_told_by_iptables() {
+    connections_from_outside_are_counted(Rules::Iptables).await;
 }

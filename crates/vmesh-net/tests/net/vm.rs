@@ -326,12 +326,16 @@ fn bootstrap_of(server: &str) -> serde_json::Value {
         "listeners": [{
             "name": "virtual_outbound",
             "address": at("127.0.0.1", 15001),
+            "additional_addresses": [{"address": at("::1", 15001)}],
             "listener_filters": [{"name": "original_dst", "typed_config": {
                 "@type": "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst",
             }}],
             "filter_chains": [
                 {"filter_chain_match": {"destination_port": 15001}, "filters": proxy("nowhere")},
-                {"filter_chain_match": {"prefix_ranges": [{"address_prefix": "240.0.0.0", "prefix_len": 5}]},
+                {"filter_chain_match": {"prefix_ranges": [
+                    {"address_prefix": "240.0.0.0", "prefix_len": 5},
+                    {"address_prefix": "fd76:6d65:7368::", "prefix_len": 64},
+                ]},
                  "filters": proxy("nowhere")},
                 {"filters": proxy("mesh")},
             ],

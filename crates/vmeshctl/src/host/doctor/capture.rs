@@ -102,7 +102,7 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
             by_hand("let it load its rules without `flush ruleset`, or less often; the finding goes away after an hour"),
         ));
     }
-    for note in &status.notes {
+    for note in status.notes.iter().filter(|note| status.path_fault.as_ref() != Some(note)) {
         found.push(warning(
             format!("a part of `capture` has no effect on this host: {note}"),
             "the rest is captured as it is configured",
@@ -262,8 +262,13 @@ fn chains_of(ruleset: &str) -> Vec<Chain<'_>> {
 /// D40: captured connections arrive at Envoy, of each family.
 pub(super) fn end_to_end(facts: &Facts) -> Verdict {
     captures(facts)?;
-    let tried = facts.captured.as_ref().map_err(|why| Skip::Unseen(why.clone()))?;
-    let mut found = Vec::new();
+    let fault = facts.net.as_ref().ok().and_then(|status| status.path_fault.as_ref());
+    let mut found: Vec<Finding> = fault.map(|what| of_vmesh_net(what)).into_iter().collect();
+    let tried = match &facts.captured {
+        Ok(tried) => tried,
+        Err(_) if !found.is_empty() => return Ok(found),
+        Err(why) => return Err(Skip::Unseen(why.clone())),
+    };
     for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
         let of_family = || tried.iter().filter(|(at, _)| at.is_ipv4() == is_v4);
         let failed: Vec<_> =
@@ -293,6 +298,16 @@ pub(super) fn end_to_end(facts: &Facts) -> Verdict {
         );
     }
     Ok(found)
+}
+
+/// Tells what vmesh-net sees itself: its own connections that were not served, and those of strangers that were dropped on their way.
+fn of_vmesh_net(fault: &str) -> Finding {
+    wrong(
+        format!("vmesh-net sees captured connections that do not arrive at Envoy: {fault}"),
+        "these connections hang or fail",
+        by_hand("have the owner of the rule that is named let them through; `vmesh-net` looks again at each change of rules"),
+    )
+    .follows(&[Root::Envoy, Root::Net, Root::Agent])
 }
 
 /// Returns the rule of others that takes captured connections away, most likely, and what to do about it.

@@ -15,12 +15,13 @@ use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use vmesh_capture::programs;
+use vmesh_capture::spec::SELF_TESTS;
 use vmesh_daemon::fetch::{FetchError, Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_dns::ask;
+use vmesh_net::client;
 use vmesh_net::protocol::{Answer, Ask, Status};
-use vmesh_net::{client, probe};
 
 use super::envoy::clusters;
 use super::facts::{Config, Disk, Facts, Names, Outline, Owned, Question, Ran, Reach, Seen, Socket};
@@ -112,8 +113,8 @@ pub(super) async fn facts(config: &Path) -> Facts {
     }
 }
 
-/// Dials virtual addresses, whose connections Envoy takes where the capture works from end to end: that of vmesh-net's own test,
-/// and some of services.
+/// Dials virtual addresses, whose connections Envoy takes where the capture works from end to end: those of vmesh-net's own test,
+/// and some of services, of each family that Envoy has.
 async fn try_capture(outline: &Outline, status: &Status) -> Seen<Vec<(SocketAddr, Seen<()>)>> {
     let (include, exclude) = (&status.spec.outbound.include, &status.spec.outbound.exclude);
     let is_everybody = include.users.is_empty() && include.groups.is_empty() && include.units.is_empty();
@@ -124,7 +125,7 @@ async fn try_capture(outline: &Outline, status: &Status) -> Seen<Vec<(SocketAddr
     if !is_everybody || !is_nobody {
         return Err("only connections of some programs are captured, perhaps not this one's".to_owned());
     }
-    let mut addresses = vec![probe::SELF_TEST];
+    let mut addresses: Vec<SocketAddr> = Vec::new();
     if outline.by_systemd() {
         let envoy = Peer::Unix(outline.envoy.run_dir.join("status.sock"));
         let listeners = get(&envoy, "/listeners?format=json").await.unwrap_or_default();
@@ -138,6 +139,8 @@ async fn try_capture(outline: &Outline, status: &Status) -> Seen<Vec<(SocketAddr
         let (v4, v6): (Vec<_>, Vec<_>) = virtual_of.partition(SocketAddr::is_ipv4);
         addresses.extend(v4.into_iter().take(TRIED).chain(v6.into_iter().take(TRIED)));
     }
+    let has_ipv6 = addresses.iter().any(SocketAddr::is_ipv6);
+    addresses.extend(SELF_TESTS.into_iter().filter(|address| address.is_ipv4() || has_ipv6));
     let mut dials = JoinSet::new();
     for at in addresses {
         dials.spawn(async move {
