@@ -1,8 +1,9 @@
 //! Files that are whole after a crash, and reads that cannot eat the memory.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -114,39 +115,166 @@ pub fn lock(path: &Path) -> Result<File, LockError> {
 /// Replaces `path` by `bytes` so that a reader, or a crash at any moment, sees the old file or the new one and
 /// nothing between. Blocks: from a task, call it through `spawn_blocking`.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
-    let failed = |what, cause: io::Error| FileError::Failed { what, path: path.to_owned(), cause };
     let Some(name) = path.file_name() else {
-        return Err(failed("write", Errno::ISDIR.into()));
+        return Err(FileError::Failed { what: "write", path: path.to_owned(), cause: Errno::ISDIR.into() });
     };
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    // Held open: a directory that is replaced meanwhile cannot split the temporary file from its target.
-    let dir = rustix::fs::open(parent, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|cause| failed("open the directory of", cause.into()))?;
-    let temporary = temporary_name(name);
-    // EXCL never follows a link that somebody left under this name; NOFOLLOW says the same to a reader.
-    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(&dir, &temporary, flags, Mode::from_raw_mode(PRIVATE))
-        .map_err(|cause| failed("write beside", cause.into()))?;
-    let mut file = File::from(file);
-    let written = (|| {
-        file.write_all(bytes)?;
-        // After the bytes, and not at creation: the umask does not narrow it and nobody reads half a file.
-        rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
-        file.sync_all()?;
-        rustix::fs::renameat(&dir, &temporary, &dir, name)?;
-        rustix::fs::fsync(&dir)?;
-        Ok(())
-    })();
-    written.map_err(|cause: io::Error| {
-        _ = rustix::fs::unlinkat(&dir, &temporary, AtFlags::empty());
-        failed("write", cause)
-    })
+    let mut batch = Batch::open(parent).map_err(|error| match error {
+        FileError::Failed { cause, .. } => {
+            FileError::Failed { what: "open the directory of", path: path.to_owned(), cause }
+        }
+        error @ FileError::TooLarge { .. } => error,
+    })?;
+    batch.write(name, bytes, mode)?;
+    batch.commit()
 }
 
-fn temporary_name(name: &std::ffi::OsStr) -> OsString {
+/// Files of one directory that are replaced or removed together, with as few waits for the disk as there can be: each name is as
+/// it was or as it is to be after a crash at any moment, but of several names some may be new and some old.
+///
+/// Call [`Batch::write`] and [`Batch::remove`] for each name, then [`Batch::commit`]; until then no reader sees a difference, and
+/// dropping the batch leaves none. All of it blocks.
+#[derive(Debug)]
+pub struct Batch {
+    path: PathBuf,
+    /// Held open: a directory that is replaced meanwhile cannot split a temporary file from its target.
+    dir: OwnedFd,
+    steps: Vec<Step>,
+    /// Temporary files whose bytes the disk may not have yet.
+    unsynced: Vec<File>,
+    /// Whether more files were written than are synced one by one.
+    is_large: bool,
+}
+
+/// What becomes of a name when the batch is committed.
+#[derive(Debug)]
+enum Step {
+    Replace { name: OsString, temporary: OsString },
+    Remove { name: OsString },
+}
+
+impl Batch {
+    /// Larger batches are synced by one call for the whole file system, which also waits for what others wrote there.
+    const SYNCED_ONE_BY_ONE: usize = 16;
+
+    /// Begins a batch in the directory `path`.
+    pub fn open(path: &Path) -> Result<Batch, FileError> {
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(path, flags, Mode::empty()).map_err(|cause| FileError::Failed {
+            what: "open the directory",
+            path: path.to_owned(),
+            cause: cause.into(),
+        })?;
+        Ok(Batch { path: path.to_owned(), dir, steps: Vec::new(), unsynced: Vec::new(), is_large: false })
+    }
+
+    fn failed(&self, what: &'static str, name: &OsStr, cause: io::Error) -> FileError {
+        FileError::Failed { what, path: self.path.join(name), cause }
+    }
+
+    /// Writes what the file `name` is to have.
+    pub fn write(&mut self, name: impl AsRef<OsStr>, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+        let name = name.as_ref();
+        let temporary = temporary_name(name);
+        // EXCL never follows a link that somebody left under this name; NOFOLLOW says the same to a reader.
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.dir, &temporary, flags, Mode::from_raw_mode(PRIVATE))
+            .map_err(|cause| self.failed("write beside", name, cause.into()))?;
+        self.steps.push(Step::Replace { name: name.to_owned(), temporary });
+        let mut file = File::from(file);
+        let written = (|| {
+            file.write_all(bytes)?;
+            // After the bytes, and not at creation: the umask does not narrow it and nobody reads half a file.
+            rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
+            Ok(())
+        })();
+        written.map_err(|cause: io::Error| self.failed("write", name, cause))?;
+        if self.unsynced.len() < Self::SYNCED_ONE_BY_ONE {
+            self.unsynced.push(file);
+        } else {
+            self.is_large = true;
+        }
+        Ok(())
+    }
+
+    /// Has the file `name` removed, if there is one.
+    pub fn remove(&mut self, name: impl AsRef<OsStr>) {
+        self.steps.push(Step::Remove { name: name.as_ref().to_owned() });
+    }
+
+    /// Puts all in place, in the order in which it was written and removed, and waits until the disk has it. After an error any
+    /// number of the first names may be in place.
+    pub fn commit(self) -> Result<(), FileError> {
+        self.commit_first(usize::MAX)
+    }
+
+    /// Commits, but puts no more than the first `most` names in place: what a crash leaves behind, for tests of who writes batches.
+    pub fn commit_first(mut self, most: usize) -> Result<(), FileError> {
+        self.sync()?;
+        let mut steps = std::mem::take(&mut self.steps).into_iter();
+        let mut outcome = Ok(());
+        for step in steps.by_ref().take(most) {
+            outcome = self.put_in_place(&step);
+            if outcome.is_err() {
+                self.steps.push(step);
+                break;
+            }
+        }
+        // Temporary files of these are removed when the batch is dropped.
+        self.steps.extend(steps);
+        outcome?;
+        rustix::fs::fsync(&self.dir).map_err(|cause| FileError::Failed {
+            what: "sync the directory",
+            path: self.path.clone(),
+            cause: cause.into(),
+        })
+    }
+
+    /// Waits until the disk has the bytes of all temporary files: a name must not outlive a crash that its content does not.
+    fn sync(&mut self) -> Result<(), FileError> {
+        let synced = if self.is_large {
+            rustix::fs::syncfs(&self.dir).map_err(io::Error::from)
+        } else {
+            self.unsynced.iter().try_for_each(File::sync_all)
+        };
+        synced.map_err(|cause| self.failed("write", self.first_name(), cause))
+    }
+
+    fn first_name(&self) -> &OsStr {
+        match self.steps.first() {
+            Some(Step::Replace { name, .. } | Step::Remove { name }) => name,
+            None => OsStr::new(""),
+        }
+    }
+
+    fn put_in_place(&self, step: &Step) -> Result<(), FileError> {
+        match step {
+            Step::Replace { name, temporary } => {
+                rustix::fs::renameat(&self.dir, temporary, &self.dir, name)
+                    .map_err(|cause| self.failed("write", name, cause.into()))
+            }
+            Step::Remove { name } => match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => Ok(()),
+                Err(cause) => Err(self.failed("remove", name, cause.into())),
+            },
+        }
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        for step in &self.steps {
+            if let Step::Replace { temporary, .. } = step {
+                _ = rustix::fs::unlinkat(&self.dir, temporary, AtFlags::empty());
+            }
+        }
+    }
+}
+
+fn temporary_name(name: &OsStr) -> OsString {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let mut temporary = OsString::from(".");
     temporary.push(name);
@@ -280,6 +408,44 @@ mod tests {
         assert_eq!(std::fs::metadata(&made).unwrap().mode() & 0o777, 0o750, "its mode is the operator's");
         std::fs::write(dir.0.join("file"), "").unwrap();
         assert!(make_private_dir(&dir.0.join("file")).is_err());
+    }
+
+    #[test]
+    fn a_batch_that_is_cut_off_leaves_each_name_old_or_new_and_one_that_is_dropped_leaves_all_old() {
+        let dir = Dir::new("batch");
+        let read = |name: &str| std::fs::read_to_string(dir.0.join(name)).ok();
+        // More than are synced one by one.
+        let names: Vec<String> = (0..40).map(|n| format!("{n:02}")).collect();
+        let batch_of = |text: &str| {
+            let mut batch = Batch::open(&dir.0).unwrap();
+            names.iter().for_each(|name| batch.write(name, text.as_bytes(), PRIVATE).unwrap());
+            batch.remove("no-such");
+            batch
+        };
+        batch_of("old").commit().unwrap();
+        drop(batch_of("never"));
+        assert!(names.iter().all(|name| read(name).as_deref() == Some("old")));
+        batch_of("new").commit_first(7).unwrap();
+        let new = names.iter().filter(|name| read(name).as_deref() == Some("new")).count();
+        let old = names.iter().filter(|name| read(name).as_deref() == Some("old")).count();
+        assert_eq!((new, old, dir.names().len()), (7, 33, 40), "no temporary file is left");
+        let mut batch = Batch::open(&dir.0).unwrap();
+        names.iter().for_each(|name| batch.remove(name));
+        batch.commit().unwrap();
+        assert!(dir.names().is_empty());
+    }
+
+    #[test]
+    fn a_batch_that_fails_leaves_no_rubbish() {
+        let dir = Dir::new("batch-fails");
+        std::fs::create_dir_all(dir.0.join("01/inside")).unwrap();
+        let mut batch = Batch::open(&dir.0).unwrap();
+        ["00", "01", "02"].iter().for_each(|name| batch.write(name, b"new", PRIVATE).unwrap());
+        let error = batch.commit().unwrap_err();
+        assert_eq!(error.to_string(), format!("could not write {}", dir.0.join("01").display()));
+        let mut left = dir.names();
+        left.sort();
+        assert_eq!(left, ["00", "01"]);
     }
 
     #[test]
