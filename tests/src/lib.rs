@@ -85,6 +85,18 @@ impl Mesh {
         self.dir.join(file)
     }
 
+    /// Returns all of the control plane's state that the next start would read, as text.
+    pub fn kept_state(&self) -> String {
+        let state = self.path("state/control");
+        let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        // Without its head a source's state is not complete.
+        let sources = entries(&state.join("sources")).filter(|source| source.join("head.json").is_file());
+        let files = entries(&state).chain(sources.flat_map(|source| entries(&source)));
+        // A file that is still being written does not survive a kill.
+        let whole = files.filter(|file| file.extension().is_some_and(|extension| extension == "json"));
+        whole.filter_map(|file| fs::read_to_string(file).ok()).collect()
+    }
+
     pub fn home(&self) -> &Loopback {
         &self.home
     }

@@ -199,10 +199,7 @@ async fn a_restarted_control_plane_serves_what_it_served_though_its_source_is_un
     mesh.synced("web-1").await?;
     // The state is written a moment after a change.
     wait_for("the state to be kept", BOUND, async || {
-        let kept = fs::read_dir(mesh.path("state/control")).into_iter().flatten().flatten();
-        // A file that is still being written does not survive the kill.
-        let kept = kept.filter(|entry| !entry.file_name().to_string_lossy().ends_with(".vmesh-tmp"));
-        let kept: String = kept.filter_map(|entry| fs::read_to_string(entry.path()).ok()).collect();
+        let kept = mesh.kept_state();
         if kept.contains(&address) && kept.contains("request: 3s") { Ok(()) } else { Err(kept) }
     })
     .await?;

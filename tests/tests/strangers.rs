@@ -69,10 +69,7 @@ async fn silent_connections_stop_neither_xds_nor_the_api_nor_files_nor_the_state
     mesh.write("services.d/orders.yaml", &two)?;
     mesh.until_endpoints("orders", &["10.0.0.1:80", "10.0.0.2:80"]).await?;
     wait_for("the state to be written", BOUND, async || {
-        let written = fs::read_dir(mesh.path("state/control")).map_err(|error| error.to_string())?;
-        let of_source =
-            written.flatten().find(|entry| entry.file_name().to_string_lossy().starts_with("source-"));
-        let text = of_source.and_then(|entry| fs::read_to_string(entry.path()).ok()).unwrap_or_default();
+        let text = mesh.kept_state();
         if text.contains("10.0.0.2:80") { Ok(()) } else { Err(text) }
     })
     .await?;
@@ -197,13 +194,8 @@ async fn a_state_that_could_not_be_written_is_written_as_soon_as_there_is_room()
     let mut mesh = Mesh::prepare(&[("services.d/orders.yaml", ORDERS)])?;
     let state = mesh.path("state/control");
     fs::create_dir_all(&state).map_err(Failed::to("no directory"))?;
-    let state_of_source = || -> String {
-        let entries = fs::read_dir(&state).into_iter().flatten().flatten();
-        let of_source = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("source-"));
-        of_source.filter_map(|entry| fs::read_to_string(entry.path()).ok()).collect()
-    };
-    let has = async |text: &str| {
-        wait_for(format!("the state to have {text}"), BOUND, async || match state_of_source() {
+    let until_kept = async |mesh: &Mesh, text: &str| {
+        wait_for(format!("the state to have {text}"), BOUND, async || match mesh.kept_state() {
             all if all.contains(text) => Ok(()),
             all => Err(all),
         })
@@ -216,7 +208,7 @@ async fn a_state_that_could_not_be_written_is_written_as_soon_as_there_is_room()
     run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"]).arg(&state))?;
     let outcome: Result<()> = async {
         mesh.start_control().await?;
-        has("10.0.0.1:80").await?;
+        until_kept(&mesh, "10.0.0.1:80").await?;
         let filled = fs::write(state.join("fill"), vec![0; 1 << 20]);
         assert!(filled.is_err(), "the disk is full");
         mesh.write("services.d/orders.yaml", &ORDERS.replace("10.0.0.1", "10.0.0.2"))?;
@@ -224,7 +216,7 @@ async fn a_state_that_could_not_be_written_is_written_as_soon_as_there_is_room()
         assert!(problem.contains("could not") && problem.contains("tried again"), "{problem}");
         assert!((mesh.metric("vmesh_state_unwritten").await? - 1.0).abs() < f64::EPSILON);
         fs::remove_file(state.join("fill")).map_err(Failed::to("no file"))?;
-        has("10.0.0.2:80").await?;
+        until_kept(&mesh, "10.0.0.2:80").await?;
         wait_for("the problem to be gone", BOUND, async || {
             match mesh.metric("vmesh_state_unwritten").await.map_err(|failed| failed.to_string())? {
                 unwritten if unwritten < 0.5 => Ok(()),

@@ -11,7 +11,7 @@ use vmesh_discovery::Registrations;
 use vmesh_discovery::guard::{Evicted, Evictions, Notice, What};
 use vmesh_discovery::source::Events;
 
-use crate::persist::{self, Disk, PersistError};
+use crate::persist::{Disk, PersistError};
 
 /// The name of its part of the state.
 pub(crate) const PART: &str = "overrides";
@@ -79,8 +79,8 @@ impl Overrides {
         source: &str,
         last_good: Arc<Registrations>,
     ) -> Result<(), PersistError> {
-        let (this, part) = (self.clone(), persist::part(source));
-        let saved = tokio::task::spawn_blocking(move || this.disk.save(&part, &last_good));
+        let (this, source) = (self.clone(), source.to_owned());
+        let saved = tokio::task::spawn_blocking(move || this.disk.save_source(&source, &last_good));
         saved.await.unwrap_or(Ok(()))
     }
 

@@ -1,5 +1,7 @@
 //! The last good state on disk. What is encoded is [`vmesh_catalog::state`]'s; here is the disk.
 
+mod sources;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -21,6 +23,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::control::Control;
 use crate::documents::DocumentsView;
 use crate::worlds::{Published, Sources, until};
+use sources::SourceFiles;
 
 /// Far above any real fleet's state; a file beyond it is not one of ours.
 const MAX_BYTES: u64 = 1 << 30;
@@ -47,10 +50,11 @@ pub(crate) enum PersistError {
     },
 }
 
-/// The directory of the state: one file per part, for this user alone.
+/// The directory of the state, for this user alone: a file for each part, and a directory for each source.
 #[derive(Debug, Clone)]
 pub(crate) struct Disk {
     dir: PathBuf,
+    sources: Arc<SourceFiles>,
     /// Keeps other processes from using the directory.
     _lock: Arc<File>,
 }
@@ -70,7 +74,8 @@ impl Disk {
         fsx::make_private_dir(dir).map_err(unusable)?;
         let lock = fsx::lock(&dir.join("lock")).map_err(|cause| PersistError::Lock(dir.to_owned(), cause))?;
         fsx::sweep(dir).map_err(unusable)?;
-        let disk = Disk { dir: dir.to_owned(), _lock: Arc::new(lock) };
+        SourceFiles::sweep(dir).map_err(unusable)?;
+        let disk = Disk { dir: dir.to_owned(), sources: Arc::default(), _lock: Arc::new(lock) };
         if let Err(error) = fsx::write_atomically(&dir.join("writable"), b"", fsx::PRIVATE) {
             if !error.is_disk_full() {
                 return Err(PersistError::File(error));
@@ -88,22 +93,20 @@ impl Disk {
 
     /// `None` if it was never saved.
     pub(crate) fn load<T: DeserializeOwned>(&self, part: &str) -> Result<Option<Loaded<T>>, PersistError> {
-        let path = self.file(part);
-        let text = match fsx::read_capped(&path, MAX_BYTES) {
-            Ok(text) => text,
-            Err(error) if error.is_not_found() => return Ok(None),
-            Err(error) => return Err(PersistError::File(error)),
-        };
-        let written =
-            std::fs::metadata(&path).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-        match state::decode(&text) {
-            Ok(value) => Ok(Some(Loaded { value, written })),
-            Err(cause) => {
-                let aside = path.with_extension("damaged");
-                _ = std::fs::rename(&path, &aside);
-                Err(PersistError::Damaged { path, aside, cause })
-            }
-        }
+        load_file(&self.file(part), MAX_BYTES)
+    }
+
+    /// Writes what differs of `view` from what was written last of this source.
+    pub(crate) fn save_source(&self, source: &str, view: &Arc<Registrations>) -> Result<(), PersistError> {
+        self.sources.save(&self.dir, source, view)
+    }
+
+    /// Returns what was known of a source; `None` if it was never saved. A damaged file is logged and costs the services in it.
+    pub(crate) fn load_source(
+        &self,
+        source: &str,
+    ) -> Result<Option<Loaded<Arc<Registrations>>>, PersistError> {
+        self.sources.load(&self.dir, source)
     }
 
     /// Returns the nodes known before a restart, each with the Unix time when it was last seen.
@@ -134,6 +137,25 @@ impl Disk {
 
     fn file(&self, part: &str) -> PathBuf {
         self.dir.join(format!("{part}.json"))
+    }
+}
+
+/// Reads a part of at most `limit` bytes; `None` if there is none. A damaged one is set aside.
+fn load_file<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<Loaded<T>>, PersistError> {
+    let text = match fsx::read_capped(path, limit) {
+        Ok(text) => text,
+        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) => return Err(PersistError::File(error)),
+    };
+    let written = std::fs::metadata(path).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+    match state::decode(&text) {
+        Ok(value) => Ok(Some(Loaded { value, written })),
+        Err(cause) => {
+            let path = path.to_owned();
+            let aside = path.with_extension("damaged");
+            _ = std::fs::rename(&path, &aside);
+            Err(PersistError::Damaged { path, aside, cause })
+        }
     }
 }
 
@@ -198,7 +220,6 @@ pub(crate) const NAMES: &str = "names";
 /// What was written last of each part, by pointer: what did not change is not written again.
 #[derive(Default)]
 struct Written {
-    sources: BTreeMap<Arc<str>, Arc<Registrations>>,
     documents: Option<Arc<[Kept]>>,
     names: Option<Arc<Names>>,
     nodes: BTreeMap<u64, Vec<KeptNode>>,
@@ -287,10 +308,7 @@ fn save(
         }
     };
     for (name, last_good) in good {
-        let known = written.sources.get(name).is_some_and(|known| Arc::ptr_eq(known, last_good));
-        if !known && note(disk.save(&part(name), last_good)) {
-            written.sources.insert(name.clone(), last_good.clone());
-        }
+        note(disk.save_source(name, last_good));
     }
     let known = written.documents.as_ref().is_some_and(|known| Arc::ptr_eq(known, &documents.kept));
     if !known && note(disk.save("documents", &documents.kept)) {
@@ -326,7 +344,7 @@ fn save(
     failed
 }
 
-/// The name of the state file of a source: its own name may have `/` in it.
+/// The name of a source as a part of the state: its own name may have `/` in it, or be `..`.
 pub(crate) fn part(source: &str) -> String {
     let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
     format!("source-{}", source.chars().map(safe).collect::<String>())

@@ -16,7 +16,7 @@ use vmesh_catalog::Catalog;
 use vmesh_daemon::connections::Gate;
 use vmesh_daemon::tasks::{ThreadError, on_own_thread};
 use vmesh_daemon::{Stop, Tasks, descriptors, http, listen, logs, report, signals, sockets, systemd};
-use vmesh_discovery::{Command, Registrations, SourceConfig, View};
+use vmesh_discovery::{Command, SourceConfig, View};
 use vmesh_model::{Place, Problem, ServiceName};
 use vmesh_xds::server::{AdsService, Bounded, Hub};
 
@@ -30,7 +30,7 @@ use crate::fleet::{Door, Fleet, NodeIntake};
 use crate::known_nodes::KnownNodes;
 use crate::metrics::Scrape;
 use crate::overrides::{self, Kept, Overrides};
-use crate::persist::{self, Disk, PersistError, WriteStatus, part};
+use crate::persist::{self, Disk, Loaded, PersistError, WriteStatus, part};
 use crate::worlds::{self, Known, NodeEvent, Published, Sources};
 
 /// How long streams and answers may take to end.
@@ -293,15 +293,19 @@ async fn read_again_on(mut hangups: Signal, sources: Sources) {
 /// Follows one source, from its last good state if there is one, and frozen if it was.
 fn start_source(source: &SourceConfig, disk: &Disk, kept: &Kept, tasks: &mut Tasks) -> Known {
     let name = source.name();
-    let last_good: Option<Registrations> = restored(disk, &part(&name));
-    let last_good = last_good.map(Arc::new);
+    let last_good = loaded(&part(&name), disk.load_source(&name));
     let (handle, task) = vmesh_discovery::open(source.clone(), last_good.clone(), kept.frozen_since(&name));
     tasks.spawn(format!("discovery {name}"), task);
     Known::new(handle, last_good, source.required(), source.guard().removal_hold())
 }
 
 fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T> {
-    match disk.load(part) {
+    loaded(part, disk.load(part))
+}
+
+/// Logs how a part of the state was loaded.
+fn loaded<T>(part: &str, loaded: Result<Option<Loaded<T>>, PersistError>) -> Option<T> {
+    match loaded {
         Ok(Some(loaded)) => {
             let age = loaded.written.elapsed().unwrap_or_default();
             tracing::info!(part, age_seconds = age.as_secs(), "the last good state was loaded");
