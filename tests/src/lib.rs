@@ -88,7 +88,8 @@ impl Mesh {
     /// Returns all of the control plane's state that the next start would read, as text.
     pub fn kept_state(&self) -> String {
         let state = self.path("state/control");
-        let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        let entries =
+            |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
         // Without its head a source's state is not complete.
         let sources = entries(&state.join("sources")).filter(|source| source.join("head.json").is_file());
         let files = entries(&state).chain(sources.flat_map(|source| entries(&source)));

@@ -5,6 +5,7 @@
 //! | `cargo xtask demo` | the main job, on this machine, without root: see [`demo`] |
 //! | `cargo xtask test` | builds everything and runs every test: see [`test`] |
 //! | `cargo xtask bench nodes` | what `Node` documents cost a control plane |
+//! | `cargo xtask bench catalogue` | what one changed endpoint costs a control plane, by how many services there are |
 //! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
 //! | `cargo xtask bench capture` | explicit ports, redirects and TPROXY beside no Envoy at all, on hosts that are namespaces |
 //! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
@@ -70,6 +71,12 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// What one changed endpoint in files costs a control plane: CPU, bytes written, write to ACK.
+    #[command(disable_help_flag = true)]
+    Catalogue {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
     /// What `Node` documents cost a control plane, and how long an edit keeps other changes waiting.
     #[command(disable_help_flag = true)]
     Nodes {
@@ -94,6 +101,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Test { rest } => test::run(&rest),
+        Command::Bench { bench: Bench::Catalogue { rest } } => build::run_bench("catalogue", &rest),
         Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
         Command::Bench { bench: Bench::Nodes { rest } } => build::run_bench("nodes", &rest),
         Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),

@@ -5,16 +5,14 @@
 //! registered; before that nobody can know. The control plane is its own process; so is the registry, and both share the
 //! machine with the client.
 
-mod fleet_client;
-
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Parser, ValueEnum};
-use fleet_client::{Declared, Fleet};
+use vmesh_bench::common::{BOUND, Size, Times, mib, millis, run_main, since};
+use vmesh_bench::fleet_client::{Declared, Fleet};
 use vmesh_daemon::fetch::Peer;
-use vmesh_daemon::report;
 use vmesh_testkit::api::Api;
 use vmesh_testkit::consul::{self, Consul};
 use vmesh_testkit::place::{Loopback, tempdir};
@@ -23,17 +21,12 @@ use vmesh_testkit::registry::{Instance, Registry};
 use vmesh_testkit::{Failed, Result};
 
 #[derive(Debug, Clone, Parser)]
-#[command(name = "cargo xtask bench discovery")]
+#[command(name = "cargo xtask bench discovery", mut_arg("services", |services| services.default_value("10")))]
 struct Options {
     #[arg(value_enum)]
     registry: Kind,
-    #[arg(long, default_value_t = 10)]
-    services: usize,
-    /// Endpoints of each service.
-    #[arg(long, default_value_t = 10)]
-    endpoints: usize,
-    #[arg(long, default_value_t = 50)]
-    changes: usize,
+    #[command(flatten)]
+    size: Size,
     /// Consul only: over plaintext HTTP/1.1, where every query under way takes a connection.
     #[arg(long)]
     plaintext: bool,
@@ -51,18 +44,8 @@ enum Kind {
     Zookeeper,
 }
 
-const BOUND: Duration = Duration::from_secs(300);
-
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return report::failed(&error),
-    };
-    match runtime.block_on(run(&options)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failed) => report::failed(&failed),
-    }
+    run_main(async |options: Options| run(&options).await)
 }
 
 /// Instance `endpoint` of service `service`.
@@ -76,7 +59,7 @@ fn instance(service: usize, endpoint: usize, has_check: bool) -> Instance {
 }
 
 async fn run(options: &Options) -> Result<()> {
-    let Options { services, endpoints, changes, .. } = *options;
+    let Size { services, endpoints, changes } = options.size;
     let mut registry = match options.registry {
         Kind::Consul => {
             let tls = !options.plaintext;
@@ -116,7 +99,7 @@ async fn run(options: &Options) -> Result<()> {
     // Everybody waits for news by now.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = counters(&api).await?;
-    let mut times = Vec::new();
+    let mut times = Times::default();
     for change in 0..changes + 3 {
         let new = instance(change * 7 % services, endpoints + change, has_check);
         fleet.expect_one_each();
@@ -125,21 +108,17 @@ async fn run(options: &Options) -> Result<()> {
         let acked = fleet.until_all_acked(BOUND).await?;
         // The first ones are not counted: every allocation is a new one.
         if change >= 3 {
-            times.push(acked.duration_since(registered).unwrap_or_default());
+            times.0.push(since(registered, acked));
         }
         // A registry under constant change is another measurement.
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
     let after = counters(&api).await?;
-    times.sort();
-    let p = |share: f64| {
-        let at = ((times.len() as f64 * share).ceil() as usize).saturating_sub(1);
-        times.get(at).copied().unwrap_or_default().as_secs_f64() * 1e3
-    };
+    let p = |share: f64| millis(times.p(share));
     println!("registered to last ACK  p50 {:.1} ms, p99 {:.1} ms", p(0.5), p(0.99));
     println!("reads per change        {:>9.2}", (after.reads - before.reads) / (changes + 3) as f64);
     println!("connections             {:>9.0}    made {:.0}", after.connections, after.connects);
-    println!("resident                {:>9.1} MiB", control.resident_bytes()? as f64 / f64::from(1 << 20));
+    println!("resident                {:>9.1} MiB", mib(control.resident_bytes()?));
     match options.at_most {
         Some(most) if p(0.99) > most => {
             Err(Failed::new(format!("the p99 is {:.1} ms, more than {most}", p(0.99))))

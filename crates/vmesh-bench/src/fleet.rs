@@ -8,17 +8,16 @@
 //! of connections of the very same clients: no store, no session, no scope. What the fan-out takes beyond that is ours.
 
 mod baseline;
-mod fleet_client;
-mod mesh;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use fleet_client::{Declared, Fleet};
-use mesh::{BOUND, Mesh, Shape, Times, cpu_of, mib, open_files, since};
-use vmesh_daemon::report;
-use vmesh_testkit::{Failed, Result, wait_for};
+use vmesh_bench::common::{BOUND, Size, Times, mib, run_main, since};
+use vmesh_bench::fleet_client::{Declared, Fleet};
+use vmesh_bench::mesh::{Mesh, Shape, open_files};
+use vmesh_bench::usage::cpu_of;
+use vmesh_testkit::{Failed, Result};
 
 #[derive(Debug, Clone, Parser)]
 #[command(name = "cargo xtask bench fleet")]
@@ -26,16 +25,11 @@ struct Options {
     /// xDS clients, each on a connection of its own.
     #[arg(long, default_value_t = 1_000)]
     nodes: usize,
-    #[arg(long, default_value_t = 1_000)]
-    services: usize,
-    /// Endpoints of each service.
-    #[arg(long, default_value_t = 10)]
-    endpoints: usize,
+    #[command(flatten)]
+    size: Size,
     /// How many services each node declares; all of them if it is left out. Every node has the one that changes.
     #[arg(long)]
     upstreams: Option<usize>,
-    #[arg(long, default_value_t = 50)]
-    changes: usize,
     /// Ends non-zero if the fan-out's p99 takes more than so many times the baseline's.
     #[arg(long)]
     at_most: Option<f64>,
@@ -45,30 +39,21 @@ struct Options {
 
 impl Options {
     fn shape(&self) -> Shape {
-        Shape { services: self.services, endpoints: self.endpoints, upstreams: self.upstreams, zones: 1 }
+        let Size { services, endpoints, .. } = self.size;
+        Shape { services, endpoints, upstreams: self.upstreams, zones: 1, files: None }
     }
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
-        Err(error) => return report::failed(&error),
-    };
-    let done = match options.serve_baseline {
-        true => runtime.block_on(baseline::serve(options.endpoints)),
-        false => runtime.block_on(run(&options)),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failed) => report::failed(&failed),
-    }
+    run_main(async |options: Options| match options.serve_baseline {
+        true => baseline::serve(options.size.endpoints).await,
+        false => run(&options).await,
+    })
 }
 
 async fn run(options: &Options) -> Result<()> {
     open_files(options.nodes)?;
-    let Options { nodes, services, endpoints, changes, .. } = options;
+    let (nodes, Size { services, endpoints, changes }) = (&options.nodes, options.size);
     println!("{nodes} nodes x {services} services x {endpoints} endpoints, {changes} changes");
     let ours = measure_control_plane(options).await?;
     let base = measure_baseline(options).await?;
@@ -128,15 +113,10 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     })
     .await?;
     // All services of a node, once: the clusters, their endpoints and an empty answer for listeners.
-    let expected = options.upstreams.unwrap_or(options.services).min(options.services);
+    let expected = options.upstreams.unwrap_or(options.size.services).min(options.size.services);
     fleet.until_held(expected, BOUND).await?;
     let connect = started.elapsed();
-    wait_for("all nodes to be in sync", BOUND, async || {
-        let synced =
-            mesh.api.metric("vmesh_nodes{state=\"synced\"}").await.map_err(|failed| failed.to_string())?;
-        if synced as usize == options.nodes { Ok(()) } else { Err(format!("{synced} are")) }
-    })
-    .await?;
+    mesh.until_synced(options.nodes).await?;
     let resident = mesh.control.resident_bytes()?;
 
     // Warm, so that the first allocation of every stream is not what is measured.
@@ -146,7 +126,7 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     let before = counted(&mesh).await?;
     let cpu = cpu_of(mesh.control.pid())?;
     let (mut seen, mut whole, mut fan_out) = (Times::default(), Times::default(), Times::default());
-    for round in 0..options.changes {
+    for round in 0..options.size.changes {
         let taken = change(&mesh, &mut fleet, round + 3).await?;
         seen.0.push(since(taken.written, taken.seen));
         whole.0.push(since(taken.written, taken.last_ack));
@@ -160,8 +140,8 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
         resident_idle,
         resident,
         bytes_per_push: (after.bytes - before.bytes) / pushes,
-        pushes_per_change: pushes / options.changes as f64,
-        encodings_per_change: (after.encodings - before.encodings) / options.changes as f64,
+        pushes_per_change: pushes / options.size.changes as f64,
+        encodings_per_change: (after.encodings - before.encodings) / options.size.changes as f64,
         cpu_per_push: cpu.div_f64(pushes),
         seen,
         whole,
@@ -179,7 +159,7 @@ struct Taken {
 async fn change(mesh: &Mesh, fleet: &mut Fleet, round: usize) -> Result<Taken> {
     fleet.expect_one_each();
     let written = SystemTime::now();
-    mesh.write_service(0, 2 + round % 50)?;
+    mesh.change_file(0, 2 + round % 50)?;
     let last_ack = fleet.until_all_acked(BOUND).await?;
     let seen = mesh.api.metric("vmesh_last_change_timestamp_seconds").await?;
     Ok(Taken { written, seen: UNIX_EPOCH + Duration::from_secs_f64(seen), last_ack })
@@ -192,7 +172,7 @@ struct Base {
 }
 
 async fn measure_baseline(options: &Options) -> Result<Base> {
-    let mut server = baseline::Server::start(options.endpoints).await?;
+    let mut server = baseline::Server::start(options.size.endpoints).await?;
     let mut fleet = Fleet::connect(server.address, options.nodes, |_| Declared::default()).await?;
     server.until_connected(options.nodes, BOUND).await?;
     for _ in 0..3 {
@@ -202,13 +182,13 @@ async fn measure_baseline(options: &Options) -> Result<Base> {
     }
     let cpu = cpu_of(server.pid())?;
     let mut fan_out = Times::default();
-    for _ in 0..options.changes {
+    for _ in 0..options.size.changes {
         fleet.expect_one_each();
         let began = server.push().await?;
         fan_out.0.push(since(began, fleet.until_all_acked(BOUND).await?));
     }
     let cpu = cpu_of(server.pid())? - cpu;
-    let pushes = (options.changes * options.nodes).max(1) as f64;
+    let pushes = (options.size.changes * options.nodes).max(1) as f64;
     Ok(Base { bytes_per_push: server.bytes as f64, cpu_per_push: cpu.div_f64(pushes), fan_out })
 }
 

@@ -18,7 +18,7 @@ use vmesh_xds::client::BenchClient;
 /// Handshakes under way at once: more would only wait in the listener's queue.
 const CONNECTING: usize = 64;
 
-pub(crate) struct Fleet {
+pub struct Fleet {
     clients: JoinSet<String>,
     nodes: usize,
     shared: Arc<Shared>,
@@ -37,7 +37,7 @@ struct Shared {
 
 impl Fleet {
     /// Connects `nodes` clients, which declare what `declared` returns for their number.
-    pub(crate) async fn connect(
+    pub async fn connect(
         to: SocketAddr,
         nodes: usize,
         declared: impl Fn(usize) -> Declared,
@@ -53,7 +53,7 @@ impl Fleet {
     }
 
     /// Waits until each client has the endpoints of so many services.
-    pub(crate) async fn until_held(&mut self, services: usize, bound: Duration) -> Result<()> {
+    pub async fn until_held(&mut self, services: usize, bound: Duration) -> Result<()> {
         let wanted = services * self.nodes;
         let shared = self.shared.clone();
         self.until("every client to have its endpoints", bound, || {
@@ -64,13 +64,13 @@ impl Fleet {
     }
 
     /// From now on, [`Fleet::until_all_acked`] counts.
-    pub(crate) fn expect_one_each(&self) {
+    pub fn expect_one_each(&self) {
         *self.shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.shared.acked.store(0, Ordering::Release);
     }
 
     /// Waits until every client has ACKed one response; returns when the last one did.
-    pub(crate) async fn until_all_acked(&mut self, bound: Duration) -> Result<SystemTime> {
+    pub async fn until_all_acked(&mut self, bound: Duration) -> Result<SystemTime> {
         let (shared, nodes) = (self.shared.clone(), self.nodes);
         let last = || *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner);
         // The count is there a moment before the time is.
@@ -147,10 +147,10 @@ async fn client(
 
 /// What a node says of itself.
 #[derive(Default)]
-pub(crate) struct Declared {
+pub struct Declared {
     /// All services if there is none.
-    pub(crate) upstreams: Vec<String>,
-    pub(crate) zone: Option<&'static str>,
+    pub upstreams: Vec<String>,
+    pub zone: Option<&'static str>,
 }
 
 fn node(number: usize, declared: &Declared) -> Node {

@@ -2,45 +2,58 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, SystemTime};
 
 use vmesh_daemon::fetch::Peer;
 use vmesh_testkit::api::Api;
 use vmesh_testkit::place::{Loopback, TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
-use vmesh_testkit::{Failed, Result};
+use vmesh_testkit::{Failed, Result, wait_for};
 
-/// Limit for everything that a bench waits for.
-pub(crate) const BOUND: Duration = Duration::from_secs(300);
+use crate::common::BOUND;
 
 /// The zones of endpoints, in turns.
-pub(crate) const ZONES: [&str; 3] = ["eu-1a", "eu-1b", "eu-1c"];
+pub const ZONES: [&str; 3] = ["eu-1a", "eu-1b", "eu-1c"];
 
 /// The services of a mesh, and how many of them each node declares: all of them if that is left out.
 #[derive(Debug, Clone)]
-pub(crate) struct Shape {
-    pub(crate) services: usize,
-    pub(crate) endpoints: usize,
-    pub(crate) upstreams: Option<usize>,
+pub struct Shape {
+    pub services: usize,
+    pub endpoints: usize,
+    pub upstreams: Option<usize>,
     /// The number of zones that endpoints are in.
-    pub(crate) zones: usize,
+    pub zones: usize,
+    /// The number of files that hold the services; one for each service if that is left out.
+    pub files: Option<usize>,
+}
+
+impl Shape {
+    pub fn files(&self) -> usize {
+        self.files.unwrap_or(self.services).clamp(1, self.services.max(1))
+    }
+
+    /// Returns the services in file number `file`, the first one first.
+    pub fn services_in(&self, file: usize) -> Range<usize> {
+        let begin = |file: usize| file * self.services / self.files();
+        begin(file)..begin(file + 1)
+    }
 }
 
 /// The control plane under measurement, and its files.
-pub(crate) struct Mesh {
+pub struct Mesh {
     dir: TempDir,
     _home: Loopback,
-    pub(crate) control: Daemon,
-    pub(crate) xds: SocketAddr,
-    pub(crate) api: Api,
+    pub control: Daemon,
+    pub xds: SocketAddr,
+    pub api: Api,
     shape: Shape,
 }
 
 impl Mesh {
     /// Starts a control plane with the text of `documents`, if there is any.
-    pub(crate) async fn start(shape: &Shape, documents: &str) -> Result<Mesh> {
+    pub async fn start(shape: &Shape, documents: &str) -> Result<Mesh> {
         let dir = tempdir()?;
         make(&dir.join("services.d"))?;
         make(&dir.join("mesh.d"))?;
@@ -49,8 +62,8 @@ impl Mesh {
         }
         let home = Loopback::unique()?;
         let (xds, api) = (SocketAddr::new(home.ip(), 15010), Api(SocketAddr::new(home.ip(), 15014)));
-        for service in 0..shape.services {
-            write(&dir.join(format!("services.d/{}.yaml", name(service))), &registered(service, shape, 1))?;
+        for file in 0..shape.files() {
+            write(&dir.join(path_of(file)), &content_of(file, shape, 1))?;
         }
         let config = format!(
             "discovery: [{{file: {{path: services.d}}}}]\ndocuments: {{dir: mesh.d}}\nlisten: {{xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\n\
@@ -65,12 +78,26 @@ impl Mesh {
         Ok(Mesh { dir, _home: home, control, xds, api, shape: shape.clone() })
     }
 
-    pub(crate) fn write_service(&self, service: usize, weight: usize) -> Result<()> {
-        self.replace(&format!("services.d/{}.yaml", name(service)), &registered(service, &self.shape, weight))
+    /// Gives the first endpoint of the first service in file number `file` another weight.
+    pub fn change_file(&self, file: usize, weight: usize) -> Result<()> {
+        self.replace(&path_of(file), &content_of(file, &self.shape, weight))
+    }
+
+    /// Waits until so many nodes have ACKed all that they were sent.
+    pub async fn until_synced(&self, nodes: usize) -> Result<()> {
+        wait_for("all nodes to be in sync", BOUND, async || {
+            let synced = self
+                .api
+                .metric("vmesh_nodes{state=\"synced\"}")
+                .await
+                .map_err(|failed| failed.to_string())?;
+            if synced as usize == nodes { Ok(()) } else { Err(format!("{synced} are")) }
+        })
+        .await
     }
 
     /// Writes a file beside the old one, and renames it: no reader sees a part of it.
-    pub(crate) fn replace(&self, file: &str, text: &str) -> Result<()> {
+    pub fn replace(&self, file: &str, text: &str) -> Result<()> {
         let temporary = self.dir.join(".new");
         write(&temporary, text)?;
         let file = self.dir.join(file);
@@ -78,7 +105,7 @@ impl Mesh {
     }
 
     /// The services that node `node` declares, the one that changes among them; none is all.
-    pub(crate) fn upstreams(&self, node: usize) -> Vec<String> {
+    pub fn upstreams(&self, node: usize) -> Vec<String> {
         let Some(count) = self.shape.upstreams else { return Vec::new() };
         let others =
             (0..count.saturating_sub(1)).map(|at| 1 + (node * 7 + at) % (self.shape.services - 1).max(1));
@@ -86,15 +113,27 @@ impl Mesh {
     }
 }
 
-pub(crate) fn zone(number: usize) -> &'static str {
+pub fn zone(number: usize) -> &'static str {
     ZONES.get(number % ZONES.len()).copied().unwrap_or_default()
 }
 
-pub(crate) fn name(service: usize) -> String {
+pub fn name(service: usize) -> String {
     format!("service-{service:05}")
 }
 
-/// A service's file; `weight` is that of its first endpoint.
+fn path_of(file: usize) -> String {
+    format!("services.d/{}.yaml", name(file))
+}
+
+/// The text of a file; `weight` is that of the first endpoint in it.
+fn content_of(file: usize, shape: &Shape, weight: usize) -> String {
+    let services = shape.services_in(file);
+    let first = services.start;
+    let text = |service| registered(service, shape, if service == first { weight } else { 1 });
+    services.map(text).collect::<Vec<_>>().join("---\n")
+}
+
+/// The document of a service; `weight` is that of its first endpoint.
 fn registered(service: usize, shape: &Shape, weight: usize) -> String {
     let mut text = format!("service: {}\nprotocol: http\nendpoints:\n", name(service));
     for endpoint in 0..shape.endpoints {
@@ -111,23 +150,8 @@ fn registered(service: usize, shape: &Shape, weight: usize) -> String {
     text
 }
 
-pub(crate) fn since(from: SystemTime, to: SystemTime) -> Duration {
-    to.duration_since(from).unwrap_or_default()
-}
-
-/// User and system time of a process so far.
-pub(crate) fn cpu_of(pid: u32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = std::fs::read_to_string(&path).map_err(Failed::to(format!("could not read {path}")))?;
-    // The second field is in parentheses and may hold anything.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok()).unwrap_or_default();
-    let per_second = rustix::param::clock_ticks_per_second();
-    Ok(Duration::from_secs_f64((ticks(11) + ticks(12)) as f64 / per_second as f64))
-}
-
 /// Two descriptors for each node: one end here, one in a child that inherits the limit.
-pub(crate) fn open_files(nodes: usize) -> Result<()> {
+pub fn open_files(nodes: usize) -> Result<()> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let wanted = nodes as u64 + 1_000;
     let now = getrlimit(Resource::Nofile);
@@ -146,26 +170,4 @@ fn make(dir: &Path) -> Result<()> {
 
 fn write(file: &Path, text: &str) -> Result<()> {
     std::fs::write(file, text).map_err(Failed::to(format!("could not write {}", file.display())))
-}
-
-pub(crate) fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-/// Latencies of one kind.
-#[derive(Default)]
-pub(crate) struct Times(pub(crate) Vec<Duration>);
-
-impl Times {
-    pub(crate) fn p(&self, share: f64) -> Duration {
-        let mut sorted = self.0.clone();
-        sorted.sort();
-        let at = ((sorted.len() as f64 * share).ceil() as usize).saturating_sub(1);
-        sorted.get(at).copied().unwrap_or_default()
-    }
-
-    pub(crate) fn row(&self) -> String {
-        let ms = |time: Duration| format!("{:>9.2} ms", time.as_secs_f64() * 1e3);
-        format!("{} {}", ms(self.p(0.5)), ms(self.p(0.99)))
-    }
 }

@@ -4,46 +4,31 @@
 //! The same fleet connects to control planes that differ in their documents only. The ratios compare each with the fleet
 //! without documents, in the same run.
 
-mod fleet_client;
-mod mesh;
-
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::Parser;
-use fleet_client::{Declared, Fleet};
-use mesh::{BOUND, Mesh, Shape, Times, cpu_of, mib, name, open_files, since, zone};
-use vmesh_daemon::report;
-use vmesh_testkit::{Result, wait_for};
+use vmesh_bench::common::{BOUND, Size, Times, mib, run_main, since};
+use vmesh_bench::fleet_client::{Declared, Fleet};
+use vmesh_bench::mesh::{Mesh, Shape, name, open_files, zone};
+use vmesh_bench::usage::cpu_of;
+use vmesh_testkit::Result;
 
 #[derive(Debug, Clone, Parser)]
-#[command(name = "cargo xtask bench nodes")]
+#[command(name = "cargo xtask bench nodes", mut_arg("changes", |changes| changes.default_value("20")))]
 struct Options {
     #[arg(long, default_value_t = 1_000)]
     nodes: usize,
-    #[arg(long, default_value_t = 1_000)]
-    services: usize,
-    /// Endpoints of each service.
-    #[arg(long, default_value_t = 10)]
-    endpoints: usize,
+    /// `--changes`: of an endpoint, with and without a change of documents beside each.
+    #[command(flatten)]
+    size: Size,
     /// How many services each node declares.
     #[arg(long, default_value_t = 20)]
     upstreams: usize,
-    /// Changes of an endpoint, with and without a change of documents beside each.
-    #[arg(long, default_value_t = 20)]
-    changes: usize,
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    match runtime
-        .map_err(|error| error.to_string())
-        .and_then(|runtime| runtime.block_on(run(&options)).map_err(|failed| failed.to_string()))
-    {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failed) => report::failed(&vmesh_testkit::Failed::new(failed)),
-    }
+    run_main(async |options: Options| run(&options).await)
 }
 
 /// Documents for a fleet, one or several for each node.
@@ -85,7 +70,7 @@ fn cases(nodes: usize) -> Vec<Case> {
 
 async fn run(options: &Options) -> Result<()> {
     open_files(options.nodes)?;
-    let Options { nodes, services, endpoints, upstreams, .. } = options;
+    let Options { nodes, size: Size { services, endpoints, .. }, upstreams } = options;
     println!("{nodes} nodes of {upstreams} upstreams x {services} services x {endpoints} endpoints\n");
     println!(
         "Node documents                connect to synced        CPU      resident   views   ratio to no documents"
@@ -120,19 +105,14 @@ async fn connect(options: &Options, mesh: &Mesh, zones: usize) -> Result<Fleet> 
     let declared =
         |node| Declared { upstreams: mesh.upstreams(node), zone: (zones > 1).then(|| zone(node % zones)) };
     let mut fleet = Fleet::connect(mesh.xds, options.nodes, declared).await?;
-    fleet.until_held(options.upstreams.min(options.services), BOUND).await?;
-    wait_for("all nodes to be in sync", BOUND, async || {
-        let synced =
-            mesh.api.metric("vmesh_nodes{state=\"synced\"}").await.map_err(|failed| failed.to_string())?;
-        if synced as usize == options.nodes { Ok(()) } else { Err(format!("{synced} are")) }
-    })
-    .await?;
+    fleet.until_held(options.upstreams.min(options.size.services), BOUND).await?;
+    mesh.until_synced(options.nodes).await?;
     Ok(fleet)
 }
 
 fn shape(options: &Options, zones: usize) -> Shape {
-    let Options { services, endpoints, upstreams, .. } = *options;
-    Shape { services, endpoints, upstreams: Some(upstreams), zones }
+    let Options { size: Size { services, endpoints, .. }, upstreams, .. } = *options;
+    Shape { services, endpoints, upstreams: Some(upstreams), zones, files: None }
 }
 
 async fn measure(options: &Options, case: &Case) -> Result<Seen> {
@@ -166,16 +146,16 @@ async fn edits(options: &Options) -> Result<()> {
         Declared { upstreams, zone: None }
     };
     let mut fleet = Fleet::connect(mesh.xds, options.nodes, declared).await?;
-    fleet.until_held(options.upstreams.min(options.services), BOUND).await?;
+    fleet.until_held(options.upstreams.min(options.size.services), BOUND).await?;
     let (mut alone, mut beside) = (Times::default(), Times::default());
-    for round in 0..options.changes + 3 {
+    for round in 0..options.size.changes + 3 {
         for (times, edited) in [(&mut alone, false), (&mut beside, true)] {
             fleet.expect_one_each();
             if edited {
                 mesh.replace("mesh.d/mesh.yaml", &document(1 + round))?;
             }
             let written = SystemTime::now();
-            mesh.write_service(0, 2 + (2 * round + usize::from(edited)) % 50)?;
+            mesh.change_file(0, 2 + (2 * round + usize::from(edited)) % 50)?;
             let last_ack = fleet.until_all_acked(BOUND).await?;
             if round >= 3 {
                 times.0.push(since(written, last_ack));

@@ -252,10 +252,8 @@ impl Batch {
 
     fn put_in_place(&self, step: &Step) -> Result<(), FileError> {
         match step {
-            Step::Replace { name, temporary } => {
-                rustix::fs::renameat(&self.dir, temporary, &self.dir, name)
-                    .map_err(|cause| self.failed("write", name, cause.into()))
-            }
+            Step::Replace { name, temporary } => rustix::fs::renameat(&self.dir, temporary, &self.dir, name)
+                .map_err(|cause| self.failed("write", name, cause.into())),
             Step::Remove { name } => match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => Ok(()),
                 Err(cause) => Err(self.failed("remove", name, cause.into())),

@@ -173,9 +173,8 @@ impl SourceFiles {
         for dir in [&places.root, &places.dir] {
             fsx::make_private_dir(dir).map_err(PersistError::File)?;
         }
-        let encoded = |what: Result<Vec<u8>, _>| {
-            what.map_err(|cause| PersistError::Encode(part(source), cause))
-        };
+        let encoded =
+            |what: Result<Vec<u8>, _>| what.map_err(|cause| PersistError::Encode(part(source), cause));
         let mut buckets: BTreeMap<Bucket, BTreeMap<&ServiceName, &Seen>> =
             written.in_doubt.iter().map(|bucket| (*bucket, BTreeMap::new())).collect();
         for (name, seen) in &view.services {
@@ -301,10 +300,7 @@ impl SourceFiles {
                 let view = Arc::new(view);
                 let has_single = places.single.exists();
                 let known = WrittenSource { view: view.clone(), in_doubt, has_single, ..known };
-                self.written
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .insert(source.to_owned(), known);
+                self.written.lock().unwrap_or_else(PoisonError::into_inner).insert(source.to_owned(), known);
                 let written = newest.unwrap_or(SystemTime::UNIX_EPOCH);
                 Ok(Some(Loaded { value: view, written }))
             }
@@ -345,7 +341,9 @@ fn differing<'a>(
             match (before.peek(), now.peek()) {
                 (None, None) => return None,
                 (Some((old, _)), Some((new, _))) if old == new => {
-                    let (Some((_, old)), Some((name, new))) = (before.next(), now.next()) else { return None };
+                    let (Some((_, old)), Some((name, new))) = (before.next(), now.next()) else {
+                        return None;
+                    };
                     if !is_same(old, new) {
                         return Some(name);
                     }
@@ -439,7 +437,11 @@ mod tests {
         let first = files(&dir);
         assert!(first.len() > 240, "{first:?}");
         let replaced = |before: &BTreeMap<String, u64>| -> Vec<String> {
-            files(&dir).into_iter().filter(|(name, inode)| before.get(name) != Some(inode)).map(|f| f.0).collect()
+            files(&dir)
+                .into_iter()
+                .filter(|(name, inode)| before.get(name) != Some(inode))
+                .map(|f| f.0)
+                .collect()
         };
         // The same in another place of memory is the same.
         disk.save_source(SOURCE, &view(ports.clone())).unwrap();
@@ -491,7 +493,9 @@ mod tests {
         let disk = open(&dir);
         let left = load(&disk).unwrap();
         assert!(left.services.len() > 480);
-        assert!(all.services.keys().all(|name| left.services.contains_key(name) == (bucket_of(name) != lost)));
+        assert!(
+            all.services.keys().all(|name| left.services.contains_key(name) == (bucket_of(name) != lost))
+        );
         assert!(path.with_extension("damaged").is_file());
         disk.save_source(SOURCE, &left).unwrap();
         disk.save_source(SOURCE, &all).unwrap();
@@ -594,7 +598,10 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Step {
         /// The source says this, of few services. The writing is cut off after so many names, if it is.
-        Save { ports: Vec<Option<u16>>, cut: Option<usize> },
+        Save {
+            ports: Vec<Option<u16>>,
+            cut: Option<usize>,
+        },
         Restart,
     }
 
