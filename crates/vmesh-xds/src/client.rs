@@ -8,7 +8,7 @@ use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use prost::Message;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
@@ -199,60 +199,89 @@ impl Body for Outgoing {
     }
 }
 
-/// A client that wants what a proxy wants, ACKs all it gets, and keeps nothing: ten thousand of them fit in one
+/// The version of each resource that a client has, by kind and name.
+pub type Versions = BTreeMap<Kind, BTreeMap<String, String>>;
+
+/// A client that wants what a proxy wants, ACKs all it gets, and keeps versions only: ten thousand of them fit in one
 /// process. It asks for all clusters, for their endpoints, and then for all listeners.
 pub struct BenchClient {
     stream: AdsStream,
     node: Option<Node>,
-    clusters: BTreeSet<String>,
-    seen: BTreeSet<Kind>,
+    has: Versions,
+    subscribed: BTreeSet<Kind>,
 }
 
 impl BenchClient {
     pub async fn connect(uri: &str, node: Node) -> io::Result<BenchClient> {
+        BenchClient::resume(uri, node, Versions::new()).await
+    }
+
+    /// Connects as a client that has these resources, and says so.
+    pub async fn resume(uri: &str, node: Node, has: Versions) -> io::Result<BenchClient> {
         let stream = AdsStream::connect(uri).await?;
-        Ok(BenchClient { stream, node: Some(node), clusters: BTreeSet::new(), seen: BTreeSet::new() })
+        Ok(BenchClient { stream, node: Some(node), has, subscribed: BTreeSet::new() })
+    }
+
+    /// Closes the stream.
+    pub fn into_versions(self) -> Versions {
+        self.has
     }
 
     /// The next response, ACKed.
     pub async fn next(&mut self) -> Result<Glance, Failure> {
         if let Some(node) = self.node.take() {
-            self.send(Kind::Cluster, "", Vec::new(), Some(node)).await?;
+            self.subscribe(Kind::Cluster, Vec::new(), Some(node)).await?;
+            let clusters: Vec<String> =
+                self.has.get(&Kind::Cluster).into_iter().flatten().map(name).collect();
+            if !clusters.is_empty() {
+                self.subscribe(Kind::Endpoint, clusters, None).await?;
+                self.subscribe(Kind::Listener, Vec::new(), None).await?;
+            }
         }
         let message = self.stream.next_bytes().await?;
         let malformed = || Failure::new(Code::Internal, "not a response");
         let glance = Glance::of(&message).ok_or_else(malformed)?;
         let kind = glance.kind.ok_or_else(malformed)?;
-        if kind == Kind::Cluster {
-            glance.removed.iter().for_each(|name| _ = self.clusters.remove(name));
-            let new: Vec<_> =
-                glance.resources.iter().filter(|name| !self.clusters.contains(*name)).cloned().collect();
-            self.clusters.extend(new.iter().cloned());
-            if !new.is_empty() {
-                self.send(Kind::Endpoint, "", new, None).await?;
+        let has = self.has.entry(kind).or_default();
+        glance.removed.iter().for_each(|name| _ = has.remove(name));
+        let mut new = Vec::new();
+        for (name, version) in glance.resources.iter().zip(&glance.versions) {
+            if has.insert(name.clone(), version.clone()).is_none() {
+                new.push(name.clone());
             }
         }
-        self.send(kind, &glance.nonce, Vec::new(), None).await?;
-        if kind == Kind::Cluster && self.seen.insert(Kind::Listener) {
-            self.send(Kind::Listener, "", Vec::new(), None).await?;
+        if kind == Kind::Cluster && !new.is_empty() {
+            self.subscribe(Kind::Endpoint, new, None).await?;
+        }
+        let ack = DeltaDiscoveryRequest {
+            type_url: kind.type_url().to_owned(),
+            response_nonce: glance.nonce.clone(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        self.stream.send(&ack).await?;
+        if kind == Kind::Cluster && !self.subscribed.contains(&Kind::Listener) {
+            self.subscribe(Kind::Listener, Vec::new(), None).await?;
         }
         Ok(glance)
     }
 
-    async fn send(
-        &mut self,
-        kind: Kind,
-        nonce: &str,
-        names: Vec<String>,
-        node: Option<Node>,
-    ) -> Result<(), Failure> {
+    /// Subscribes to more names, or to all. The first request of a kind lists the versions that the client has.
+    async fn subscribe(&mut self, kind: Kind, names: Vec<String>, node: Option<Node>) -> Result<(), Failure> {
+        let versions = match self.subscribed.insert(kind) {
+            true => self.has.get(&kind).cloned().unwrap_or_default(),
+            false => BTreeMap::new(),
+        };
         let request = DeltaDiscoveryRequest {
             node,
             type_url: kind.type_url().to_owned(),
             resource_names_subscribe: names,
-            response_nonce: nonce.to_owned(),
+            initial_resource_versions: versions.into_iter().collect(),
             ..DeltaDiscoveryRequest::default()
         };
         self.stream.send(&request).await
     }
+}
+
+fn name((name, _): (&String, &String)) -> String {
+    name.clone()
 }

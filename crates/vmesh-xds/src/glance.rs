@@ -8,6 +8,8 @@ pub struct Glance {
     pub nonce: String,
     /// The names.
     pub resources: Vec<String>,
+    /// The versions of `resources`, in the same order.
+    pub versions: Vec<String>,
     pub removed: Vec<String>,
 }
 
@@ -17,7 +19,11 @@ impl Glance {
         let mut glance = Glance::default();
         fields(message, |tag, content| {
             match tag {
-                2 => glance.resources.push(name_in(content)?),
+                2 => {
+                    let (name, version) = name_and_version(content)?;
+                    glance.resources.push(name);
+                    glance.versions.push(version);
+                }
                 4 => glance.kind = Kind::from_type_url(std::str::from_utf8(content).ok()?),
                 5 => glance.nonce = text(content)?,
                 6 => glance.removed.push(text(content)?),
@@ -29,15 +35,17 @@ impl Glance {
     }
 }
 
-fn name_in(resource: &[u8]) -> Option<String> {
-    let mut name = String::new();
+fn name_and_version(resource: &[u8]) -> Option<(String, String)> {
+    let (mut name, mut version) = (String::new(), String::new());
     fields(resource, |tag, content| {
-        if tag == 3 {
-            name = text(content)?;
+        match tag {
+            1 => version = text(content)?,
+            3 => name = text(content)?,
+            _ => {}
         }
         Some(())
     })?;
-    Some(name)
+    Some((name, version))
 }
 
 fn text(content: &[u8]) -> Option<String> {
@@ -70,7 +78,7 @@ mod tests {
     use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 
     #[test]
-    fn a_glance_sees_the_names() {
+    fn a_glance_sees_names_and_versions() {
         let resource =
             |name: &str| Resource { name: name.into(), version: "1".into(), ..Resource::default() };
         let response = DeltaDiscoveryResponse {
@@ -87,6 +95,7 @@ mod tests {
                 kind: Some(Kind::Endpoint),
                 nonce: "7".into(),
                 resources: vec!["a".into(), "b".into()],
+                versions: vec!["1".into(), "1".into()],
                 removed: vec!["c".into()],
             }
         );

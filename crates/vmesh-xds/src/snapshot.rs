@@ -88,10 +88,15 @@ impl Snapshot {
     pub fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &Arc<Resource>> {
         let own = self.scope.own.of_kind(kind).iter();
         let shared = self.groups().flat_map(move |group| group.of_kind(kind));
-        own.chain(shared).filter(|resource| {
-            let visible = self.get(resource.kind(), resource.name());
+        let has_own = !self.scope.own.of_kind(kind).is_empty();
+        let shared = shared.filter(move |resource| {
+            if !has_own && self.store.has_once(kind, resource.name()) {
+                return true;
+            }
+            let visible = self.get(kind, resource.name());
             visible.is_some_and(|visible| Arc::ptr_eq(visible, resource))
-        })
+        });
+        own.chain(shared).filter(|resource| !resource.is_absent())
     }
 
     fn groups(&self) -> Box<dyn Iterator<Item = &Arc<Group>> + '_> {

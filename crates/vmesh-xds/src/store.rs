@@ -217,6 +217,11 @@ impl Store {
         self.groups.get(key)?.get(kind, name)
     }
 
+    /// Reports whether exactly one group has a resource of that name.
+    pub(crate) fn has_once(&self, kind: Kind, name: &str) -> bool {
+        self.owners[kind].get(name).is_some_and(|owners| owners.len() == 1)
+    }
+
     /// The keys of the groups that changed after `generation`, some perhaps twice. `None`: that is too long ago, or
     /// a generation of another store, and everything is to be compared.
     pub fn changed_since(&self, generation: u64) -> Option<impl Iterator<Item = &Arc<str>>> {

@@ -815,7 +815,11 @@ impl Session {
         let names: Vec<_> = self.subscriptions[kind].entries.keys().cloned().collect();
         names.iter().for_each(|name| self.weigh(kind, name));
         if self.subscriptions[kind].wildcard {
-            snapshot.of_kind(kind).for_each(|resource| self.weigh(kind, resource.name()));
+            let (absence, generation) = (Absence::of(self.protocol, kind), snapshot.store.generation());
+            for resource in snapshot.of_kind(kind) {
+                let target = Target::Resource(resource);
+                self.subscriptions[kind].weigh(resource.name(), absence, target, generation);
+            }
         }
     }
 
