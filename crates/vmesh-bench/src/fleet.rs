@@ -59,6 +59,17 @@ async fn run(options: &Options) -> Result<()> {
     let base = measure_baseline(options).await?;
 
     println!("\nconnect to synced       {:>9.2} s    all {nodes} nodes", ours.connect.as_secs_f64());
+    println!("CPU per connect         {:>9.1} us", us(ours.cpu_per_connect));
+    println!(
+        "resume to synced        {:>9.2} s    with the versions that each node has",
+        ours.resume.took.as_secs_f64()
+    );
+    println!(
+        "CPU per resume          {:>9.1} us   {:.2} responses",
+        us(ours.resume.cpu_per_node),
+        ours.resume.responses_per_node
+    );
+    println!("idle                    {:>9.2} %    of one core", ours.idle * 100.0);
     println!(
         "resident                {:>9.1} MiB  with no node {:.1} MiB",
         mib(ours.resident),
@@ -92,6 +103,11 @@ async fn run(options: &Options) -> Result<()> {
 
 struct Ours {
     connect: Duration,
+    /// CPU of the control plane until then, for each node.
+    cpu_per_connect: Duration,
+    /// CPU of the control plane while nothing happens, as a share of the time.
+    idle: f64,
+    resume: Resume,
     resident_idle: u64,
     resident: u64,
     bytes_per_push: f64,
@@ -106,6 +122,7 @@ struct Ours {
 async fn measure_control_plane(options: &Options) -> Result<Ours> {
     let mesh = Mesh::start(&options.shape(), "").await?;
     let resident_idle = mesh.control.resident_bytes()?;
+    let cpu_before = cpu_of(mesh.control.pid())?;
     let started = Instant::now();
     let mut fleet = Fleet::connect(mesh.xds, options.nodes, |node| Declared {
         upstreams: mesh.upstreams(node),
@@ -117,6 +134,7 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     fleet.until_held(expected, BOUND).await?;
     let connect = started.elapsed();
     mesh.until_synced(options.nodes).await?;
+    let cpu_per_connect = (cpu_of(mesh.control.pid())? - cpu_before).div_f64(options.nodes.max(1) as f64);
     let resident = mesh.control.resident_bytes()?;
 
     // Warm, so that the first allocation of every stream is not what is measured.
@@ -135,8 +153,13 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     let cpu = cpu_of(mesh.control.pid())? - cpu;
     let after = counted(&mesh).await?;
     let pushes = (after.responses - before.responses).max(1.0);
+    let idle = idle(&mesh).await?;
+    let resume = resume(&mesh, &fleet, options.nodes).await?;
     Ok(Ours {
         connect,
+        cpu_per_connect,
+        idle,
+        resume,
         resident_idle,
         resident,
         bytes_per_push: (after.bytes - before.bytes) / pushes,
@@ -147,6 +170,39 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
         whole,
         fan_out,
     })
+}
+
+/// The fleet's connections are closed, and it connects again with the versions that it has.
+struct Resume {
+    /// From the first connection to all nodes in sync.
+    took: Duration,
+    cpu_per_node: Duration,
+    responses_per_node: f64,
+}
+
+const IDLE: Duration = Duration::from_secs(5);
+
+/// Samples the CPU of a control plane that has nothing to do.
+async fn idle(mesh: &Mesh) -> Result<f64> {
+    // What follows the last change: the state is written.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = cpu_of(mesh.control.pid())?;
+    tokio::time::sleep(IDLE).await;
+    Ok((cpu_of(mesh.control.pid())? - before).as_secs_f64() / IDLE.as_secs_f64())
+}
+
+async fn resume(mesh: &Mesh, fleet: &Fleet, nodes: usize) -> Result<Resume> {
+    fleet.hang_up();
+    mesh.until_state("offline", nodes).await?;
+    let (before, cpu) = (counted(mesh).await?, cpu_of(mesh.control.pid())?);
+    let started = Instant::now();
+    fleet.resume();
+    mesh.until_synced(nodes).await?;
+    let took = started.elapsed();
+    let cpu = cpu_of(mesh.control.pid())? - cpu;
+    let nodes = nodes.max(1) as f64;
+    let responses_per_node = (counted(mesh).await?.responses - before.responses) / nodes;
+    Ok(Resume { took, cpu_per_node: cpu.div_f64(nodes), responses_per_node })
 }
 
 struct Taken {

@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use vmesh_proto::envoy::config::core::v3::{Locality, Node};
 use vmesh_proto::google::protobuf::{ListValue, Struct, Value, value};
 use vmesh_testkit::{Failed, Result};
 use vmesh_xds::Kind;
-use vmesh_xds::client::BenchClient;
+use vmesh_xds::client::{BenchClient, Versions};
 
 /// Handshakes under way at once: more would only wait in the listener's queue.
 const CONNECTING: usize = 64;
@@ -24,8 +24,16 @@ pub struct Fleet {
     shared: Arc<Shared>,
 }
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Connected,
+    Away,
+}
+
 #[derive(Default)]
 struct Shared {
+    phase: watch::Sender<Phase>,
     /// Responses with endpoints, ACKed since they were last set to zero.
     acked: AtomicUsize,
     /// Assignments received in all.
@@ -61,6 +69,16 @@ impl Fleet {
             if held >= wanted { Ok(()) } else { Err(format!("{held} of {wanted} assignments are there")) }
         })
         .await
+    }
+
+    /// Every client closes its connection.
+    pub fn hang_up(&self) {
+        self.shared.phase.send_replace(Phase::Away);
+    }
+
+    /// Every client connects again, and says what it has.
+    pub fn resume(&self) {
+        self.shared.phase.send_replace(Phase::Connected);
     }
 
     /// From now on, [`Fleet::until_all_acked`] counts.
@@ -115,7 +133,7 @@ impl Fleet {
     }
 }
 
-/// One client, until its stream ends: why it did.
+/// One client, until its stream ends by itself: why it did. Between two streams it keeps its versions.
 async fn client(
     to: SocketAddr,
     node: Node,
@@ -123,24 +141,36 @@ async fn client(
     shared: Arc<Shared>,
     connecting: Arc<Semaphore>,
 ) -> String {
-    let permit = connecting.acquire().await;
-    let connected = BenchClient::connect(&format!("http://{to}"), node).await;
-    drop(permit);
-    let mut client = match connected {
-        Ok(client) => client,
-        Err(error) => return format!("could not connect to {to}: {error}"),
-    };
+    let mut phase = shared.phase.subscribe();
+    let mut has = Versions::new();
     loop {
-        let seen = match client.next().await {
-            Ok(seen) => seen,
-            Err(failure) => return failure.to_string(),
+        let permit = connecting.acquire().await;
+        let connected = BenchClient::resume(&format!("http://{to}"), node.clone(), has).await;
+        drop(permit);
+        let mut client = match connected {
+            Ok(client) => client,
+            Err(error) => return format!("could not connect to {to}: {error}"),
         };
-        if seen.kind == Some(Kind::Endpoint) && !seen.resources.is_empty() {
-            shared.held.fetch_add(seen.resources.len(), Ordering::AcqRel);
-            if shared.acked.fetch_add(1, Ordering::AcqRel) + 1 == nodes {
-                *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
+        loop {
+            let seen = tokio::select! {
+                seen = client.next() => seen,
+                _ = phase.wait_for(|phase| *phase == Phase::Away) => break,
+            };
+            let seen = match seen {
+                Ok(seen) => seen,
+                Err(failure) => return failure.to_string(),
+            };
+            if seen.kind == Some(Kind::Endpoint) && !seen.resources.is_empty() {
+                shared.held.fetch_add(seen.resources.len(), Ordering::AcqRel);
+                if shared.acked.fetch_add(1, Ordering::AcqRel) + 1 == nodes {
+                    *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
+                }
+                shared.moved.notify_one();
             }
-            shared.moved.notify_one();
+        }
+        has = client.into_versions();
+        if phase.wait_for(|phase| *phase == Phase::Connected).await.is_err() {
+            return "the bench is over".to_owned();
         }
     }
 }

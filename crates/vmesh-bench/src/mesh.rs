@@ -85,13 +85,15 @@ impl Mesh {
 
     /// Waits until so many nodes have ACKed all that they were sent.
     pub async fn until_synced(&self, nodes: usize) -> Result<()> {
-        wait_for("all nodes to be in sync", BOUND, async || {
-            let synced = self
-                .api
-                .metric("vmesh_nodes{state=\"synced\"}")
-                .await
-                .map_err(|failed| failed.to_string())?;
-            if synced as usize == nodes { Ok(()) } else { Err(format!("{synced} are")) }
+        self.until_state("synced", nodes).await
+    }
+
+    /// Waits until so many nodes are in this state of the metric `vmesh_nodes`.
+    pub async fn until_state(&self, state: &str, nodes: usize) -> Result<()> {
+        let metric = format!("vmesh_nodes{{state=\"{state}\"}}");
+        wait_for(format!("{nodes} nodes to be {state}"), BOUND, async || {
+            let now = self.api.metric(&metric).await.map_err(|failed| failed.to_string())?;
+            if now as usize == nodes { Ok(()) } else { Err(format!("{now} are")) }
         })
         .await
     }

@@ -109,6 +109,11 @@ impl Cursor {
         self.due = self.due.max(at);
     }
 
+    /// The next query is due `at` at the latest.
+    pub fn hasten(&mut self, at: Instant) {
+        self.due = self.due.min(at);
+    }
+
     /// The next query asks for what there is, at once.
     pub fn start_over(&mut self, now: Instant) {
         self.ask = 0;

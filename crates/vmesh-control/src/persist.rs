@@ -227,6 +227,10 @@ struct Written {
     has_no_old_nodes: bool,
 }
 
+/// After it has written, the task rests for so many times as long: while thousands of nodes connect, each write finds more to write.
+const RESTS_FOR: u32 = 9;
+const RESTS_AT_MOST: Duration = Duration::from_secs(10);
+
 /// Keeps the last good state on the disk, and once more at the end.
 pub(crate) async fn keep(
     disk: Disk,
@@ -258,6 +262,7 @@ pub(crate) async fn keep(
         let good = sources.last_good();
         let offline = control.fleet().offline_since();
         let to = disk.clone();
+        let began = Instant::now();
         let saved = tokio::task::spawn_blocking(move || {
             let failed = save(&to, &good, &documents, &world, &offline, &mut written);
             (written, failed)
@@ -272,6 +277,10 @@ pub(crate) async fn keep(
         tell(&status, failed);
         if stopping {
             return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep((began.elapsed() * RESTS_FOR).min(RESTS_AT_MOST)) => {}
+            () = stop.requested() => {}
         }
     }
 }

@@ -40,6 +40,8 @@ pub(super) struct CheckWatch {
     pub(super) bytes: usize,
     /// When a difference pointed at a service last.
     pub(super) pointed_at: Option<Instant>,
+    /// When a change of the list of services last ended a pause of this query.
+    pub(super) hastened_at: Option<Instant>,
     /// How many answers in a row pointed at nothing.
     pub(super) fruitless: u32,
     /// Why they cannot be read now: services take turns meanwhile.
@@ -56,6 +58,7 @@ impl CheckWatch {
             digest: None,
             bytes: 0,
             pointed_at: None,
+            hastened_at: None,
             fruitless: 0,
             failure: None,
         }

@@ -22,6 +22,8 @@ const SAME_CHANGE_PER_MIB: Duration = Duration::from_millis(150);
 const UNCHECKED_AT_ONCE: usize = 64;
 /// A mebibyte of checks costs this pause, so that Consul spends no more than about half its time on them.
 const PAUSE_PER_MIB: Duration = Duration::from_millis(10);
+/// A change of the list ends such a pause, once in so long.
+const HASTENS_EVERY: Duration = Duration::from_secs(1);
 /// Answers that point at nothing (the outputs of checks change) make pauses from the first to the second.
 const FRUITLESS_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 const CHECKS: &str = "/v1/health/state/any";
@@ -109,12 +111,11 @@ impl<R: Resolve> ConsulSource<R> {
                 self.ask_checks(at);
             }
         }
-        let slots = self.read_slots();
         // What cannot be seen by difference is looked for without end.
         if self.plan.datacenters.iter().any(|dc| dc.checks.failure.is_some()) {
             self.sweep.owe(services);
         }
-        if self.plan.has_room(slots, now)
+        if self.sweep_may_read(now)
             && let Some(key) = self.sweep.take(&self.plan.services, now)
         {
             self.plan.point_at(&key, false);
@@ -123,8 +124,15 @@ impl<R: Resolve> ConsulSource<R> {
 
     /// When the sweep goes on, unless it waits for a read to end.
     pub(super) fn sweep_due(&self, now: Instant) -> Option<Instant> {
-        let can_read = self.plan.is_scarce && self.plan.has_room(self.read_slots(), now);
+        let can_read = self.plan.is_scarce && self.sweep_may_read(now);
         can_read.then(|| self.sweep.due(self.plan.services.len()))
+    }
+
+    /// Reports whether the sweep may read a service. While Consul writes out the checks that explain a change, its reads wait: they
+    /// would take from the same processors.
+    fn sweep_may_read(&self, now: Instant) -> bool {
+        let awaits_checks = |dc: &Datacenter| dc.unexplained.is_some() && dc.checks.failure.is_none();
+        !self.plan.datacenters.iter().any(awaits_checks) && self.plan.has_room(self.read_slots(), now)
     }
 
     fn ask_checks(&mut self, at: usize) {
@@ -264,6 +272,11 @@ impl<R: Resolve> ConsulSource<R> {
         let same_change = SAME_CHANGE + SAME_CHANGE_PER_MIB.mul_f64(mebibytes);
         if dc.checks.pointed_at.is_none_or(|pointed| now > pointed + SAME_CHANGE) {
             dc.unexplained.get_or_insert(now + same_change);
+            let is_paused = !dc.checks.in_flight && dc.checks.failure.is_none();
+            if is_paused && dc.checks.hastened_at.is_none_or(|at| now > at + HASTENS_EVERY) {
+                dc.checks.hastened_at = Some(now);
+                dc.checks.cursor.hasten(now);
+            }
         }
     }
 
