@@ -203,7 +203,12 @@ async fn a_restarted_control_plane_serves_what_it_served_though_its_source_is_un
         if kept.contains(&address) && kept.contains("request: 3s") { Ok(()) } else { Err(kept) }
     })
     .await?;
-    let revision = mesh.get("/api/v1/revision").await?["revision"].clone();
+    let now = mesh.get("/api/v1/revision").await?;
+    let revision = now["revision"].clone();
+    // The world before the document is still known.
+    let before = now["past"].as_array().and_then(|past| past.last()).cloned().unwrap_or_default();
+    assert_eq!(before["documents"], 0, "{now}");
+    assert_ne!(before["revision"], revision, "{now}");
     mesh.control()?.kill()?;
     for dir in ["services.d", "mesh.d"] {
         // A loop of links cannot be read, not even by root.
