@@ -97,6 +97,8 @@ pub enum Host {
     Name(Arc<str>),
 }
 
+const LINK_LOCAL: &str = "a link-local address means another host on every link, and says not on which";
+
 /// Returns `ip` as it is dialled, IPv4 in IPv6 as IPv4 (`::ffff:10.0.0.1`), or why no other host can dial it.
 ///
 /// Parsing accepts such an address: a record that has it is well formed. Discovery asks this function where it turns records into
@@ -107,9 +109,8 @@ pub fn dialable(ip: IpAddr) -> Result<IpAddr, String> {
         IpAddr::V4(v4) if v4.octets()[0] == 0 => "it stands for no host, or for all addresses of one",
         IpAddr::V4(v4) if v4.is_broadcast() => "it is the broadcast address",
         IpAddr::V6(v6) if v6.is_unspecified() => "it stands for all addresses of a host",
-        IpAddr::V6(v6) if v6.is_unicast_link_local() => {
-            "a link-local address means another host on every link, and says not on which"
-        }
+        IpAddr::V4(v4) if v4.is_link_local() => LINK_LOCAL,
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => LINK_LOCAL,
         ip if ip.is_multicast() => "it is a multicast address",
         ip => return Ok(ip),
     };

@@ -688,6 +688,7 @@ async fn an_address_that_nobody_can_dial_is_left_out_of_every_format_and_is_no_b
         "ff02::1",
         "fe80::1",
         "::ffff:0.0.0.0",
+        "169.254.169.254",
     ];
     let dir = vmesh_testkit::tempdir().unwrap();
     for (number, address) in addresses.iter().enumerate() {

@@ -16,7 +16,7 @@ use super::{Failure, Input, Parsed, Record, Share, has_comment, named_by_file, n
 
 /// Whether the first line that says something is an endpoint.
 pub(super) fn looks_like(text: &str) -> bool {
-    text.lines().map(|line| without_comment(line).trim()).find(|line| !line.is_empty()).is_some_and(|line| {
+    lines(text).map(|line| without_comment(line).trim()).find(|line| !line.is_empty()).is_some_and(|line| {
         let is_port = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         let mut words = line.split_ascii_whitespace();
         match (words.next(), words.next()) {
@@ -25,6 +25,11 @@ pub(super) fn looks_like(text: &str) -> bool {
             _ => false,
         }
     })
+}
+
+/// Lines that end with a line feed, a carriage return, or both: as a list ends them that was written on whatever machine.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.split('\n').flat_map(|line| line.strip_suffix('\r').unwrap_or(line).split('\r'))
 }
 
 fn without_comment(line: &str) -> &str {
@@ -39,7 +44,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     let subject = subject_of(&service.name);
     let mut parsed = Parsed::default();
     let (mut records, mut bad) = (Vec::new(), 0);
-    for (number, line) in (1..).zip(input.text.lines()) {
+    for (number, line) in (1..).zip(lines(input.text)) {
         let said = without_comment(line);
         let words: Vec<&str> = said.split_ascii_whitespace().collect();
         if words.is_empty() {

@@ -668,6 +668,20 @@ fn linkerd_lists_are_lines() {
 }
 
 #[test]
+fn a_list_whose_lines_end_with_carriage_returns_alone_is_a_list() {
+    check(
+        "pay",
+        "# payment pool\r10.1.0.4 8080\r10.1.0.5 x\r",
+        expect![[r#"
+            linkerd
+            pay (pay)
+              10.1.0.4:8080 weight 1 unknown
+            pay:3:10: `x` is not a port: 1 to 65535; this endpoint is left out
+        "#]],
+    );
+}
+
+#[test]
 fn smartstack_lists_are_instances() {
     check(
         "pay.json",
