@@ -346,3 +346,53 @@ async fn what_was_taken_back_is_tried_again_when_an_operator_says_so() {
     vm.program("vmeshctl", &["capture", "confirm"]).unwrap();
     state("confirmed", false).await;
 }
+
+/// A boot after which IPv6 is switched off finds no control plane: what the agent has on its disk is from when there was IPv6.
+#[tokio::test]
+async fn a_host_that_boots_without_ipv6_and_without_control_planes_goes_on_with_ipv4() {
+    let mut site = Site::start(&[]).await.unwrap();
+    let server = site.outsider().unwrap();
+    let (v4, v6) = (server.v4, server.v6);
+    let _web = [http_app(&server, "web", at(v4, 8080)), http_app(&server, "web", at(v6, 8080))];
+    let services = format!(
+        "- {{service: web, protocol: http, port: 80, endpoints: [\"{v4}:8080\", \"[{v6}]:8080\"]}}\n\
+         - {{service: shop, protocol: http, port: 80, endpoints: [\"{v4}:9999\"]}}\n"
+    );
+    site.write("services.d/all.yaml", &services).unwrap();
+    let capture = "upstreams: [web, shop]\nworkloads: [{service: shop, port: 8081, protocol: http}]\n\
+                   capture: {outbound: {capture: addresses}, inbound: {capture: redirect}}";
+    let mut vm = site.vm("client", Rules::Nft, capture).await.unwrap();
+    let shop = http_app(&vm.host, "shop", at(vm.host.v4, 8081));
+    vm.start().await.unwrap();
+    named(&vm, "web").await;
+    let virtual_v4 = vm.names("web").unwrap().into_iter().find(IpAddr::is_ipv4).unwrap();
+
+    site.kill_control();
+    (vm.agent, vm.net) = (None, None);
+    drop(shop);
+    site.switch().reboot(&vm.host).unwrap();
+    vm.host.run("sysctl", &["-qw", "net.ipv6.conf.all.disable_ipv6=1"]).unwrap();
+    let _shop = http_app(&vm.host, "shop", at(vm.host.v4, 8081));
+    vm.start().await.unwrap();
+    for address in [at(virtual_v4, 80), at(v4, 8080)] {
+        // The endpoint of IPv6 is not tried, or half of these would have to be tried again.
+        for _ in 0..10 {
+            let told = vm.get(&address.to_string(), "/").unwrap();
+            assert!(told.contains("x-forwarded-proto"), "{address}: it did not come through Envoy: {told}");
+        }
+    }
+    let told = server.within(|| get(&at(vm.host.v4, 8081).to_string(), "/")).unwrap().unwrap();
+    assert!(told.contains("x-forwarded-proto"), "inbound: it did not come through Envoy: {told}");
+    assert_eq!(vm.names("web").unwrap(), [virtual_v4]);
+    let status = vm.status().unwrap();
+    assert_eq!(status.pointer("/accepted/rejections").and_then(|n| n.as_u64()), Some(0), "{status}");
+
+    // With IPv6 again, and still no control plane, it is as before.
+    (vm.agent, vm.net) = (None, None);
+    site.switch().reboot(&vm.host).unwrap();
+    vm.start().await.unwrap();
+    named(&vm, "web").await;
+    for address in virtual_addresses(&vm, "web", 80) {
+        assert!(vm.get(&address.to_string(), "/").unwrap().contains("x-forwarded-proto"), "{address}");
+    }
+}

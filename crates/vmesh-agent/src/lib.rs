@@ -31,6 +31,7 @@ pub mod envoy;
 pub mod health;
 pub mod hostcheck;
 pub mod identity;
+mod ipv4_only;
 pub mod listen;
 pub mod outline;
 pub mod register;

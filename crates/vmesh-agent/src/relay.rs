@@ -25,6 +25,7 @@ use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, SessionStatus, St
 use crate::cache;
 use crate::config::{Config, ControlPlane};
 use crate::destinations::{self, Destinations, Reached};
+use crate::ipv4_only::ipv4_only;
 use crate::reports;
 use crate::retry::{Backoff, Dice};
 use crate::status::{AcceptedStatus, ControlPlaneStatus};
@@ -84,7 +85,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
     let path = config.xds_socket();
     let listener = sockets::listen(&path).map_err(|cause| RelayError { path, cause })?;
     let ipv6 = !config.capture.report().without_ipv6;
-    let mut relay = restore(config, node.clone(), &published.accepted);
+    let mut relay = restore(config, ipv6, node.clone(), &published.accepted);
     if config.capture.outbound() {
         relay.take_local(|resource| destinations::decode(resource).map(drop));
     }
@@ -126,6 +127,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             clients: BTreeMap::new(),
             published,
             to_save,
+            ipv4_only: !ipv6,
             revision,
             save_at: None,
             stop_waiting_at: None,
@@ -142,13 +144,16 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
     Ok(())
 }
 
-fn restore(config: &Config, node: Node, status: &watch::Sender<AcceptedStatus>) -> Relay {
+fn restore(config: &Config, ipv6: bool, node: Node, status: &watch::Sender<AcceptedStatus>) -> Relay {
     let path = config.cache();
     match cache::load(config.name.as_str(), &path) {
         Ok(Some(mut accepted)) => {
             if !config.capture.outbound() {
                 // Of a time when it captured: it is not asked for any more, so that nobody would ever take it away.
                 accepted.retain(|resource| resource.kind() != Kind::Local);
+            }
+            if !ipv6 {
+                accepted = ipv4_only(accepted);
             }
             info!(
                 resources = count(&accepted).values().sum::<usize>(),
@@ -309,6 +314,8 @@ struct Driver {
     clients: BTreeMap<u64, ClientId>,
     published: Published,
     to_save: watch::Sender<Vec<Arc<Resource>>>,
+    /// The host has no IPv6: what comes from the disk may have been more than is served.
+    ipv4_only: bool,
     /// What of [`Relay::accepted`] is saved, or about to be.
     revision: u64,
     save_at: Option<Instant>,
@@ -454,11 +461,15 @@ impl Driver {
         });
     }
 
-    fn confirm(&self) {
+    fn confirm(&mut self) {
+        let mut was_from_disk = false;
         self.published.accepted.send_modify(|status| {
             status.confirmed = Some(SystemTime::now());
-            status.from_disk = false;
+            was_from_disk = std::mem::take(&mut status.from_disk);
         });
+        if was_from_disk && self.ipv4_only {
+            self.save_at.get_or_insert_with(|| Instant::now() + SAVES_AFTER);
+        }
     }
 
     /// Does `work`, and meanwhile what Envoy needs.
@@ -550,7 +561,10 @@ impl Driver {
         self.save_at = None;
         let accepted: Vec<_> = self.relay.accepted().cloned().collect();
         self.published.accepted.send_modify(|status| status.resources = count(&accepted));
-        self.to_save.send_replace(accepted);
+        // The file keeps what IPv6 it has until a control plane has said what there is: the host may have IPv6 again before that.
+        if !(self.ipv4_only && self.published.accepted.borrow().from_disk) {
+            self.to_save.send_replace(accepted);
+        }
     }
 
     /// Tells everybody what has become of what happened.

@@ -11,6 +11,7 @@ use vmesh_net::protocol::{Answer, Ask};
 
 use super::{probes, wanted};
 use crate::config::Config;
+use crate::ipv4_only::ipv4_only;
 use crate::{cache, destinations};
 
 /// The users under which the package runs the agent and Envoy.
@@ -23,10 +24,11 @@ const USERS: [&str; 2] = ["vmesh-agent", "vmesh-envoy"];
 /// Says why there is no plan.
 pub async fn dry_run(config: &Config) -> Result<String, String> {
     let accepted = cache::load(config.name.as_str(), &config.cache()).map_err(|error| one_line(&error))?;
-    let known = destinations::destinations(
-        accepted.as_deref().unwrap_or_default(),
-        !config.capture.report().without_ipv6,
-    );
+    let (mut accepted, has_ipv6) = (accepted.unwrap_or_default(), !config.capture.report().without_ipv6);
+    if !has_ipv6 {
+        accepted = ipv4_only(accepted);
+    }
+    let known = destinations::destinations(&accepted, has_ipv6);
     let want = wanted(config, &known, probes::control_plane_addresses(config).await);
     match client::ask(&config.capture.socket, &Ask::Plan { want: Some(want.clone()) }).await {
         Ok(Answer::Plan(text)) => Ok(text),
