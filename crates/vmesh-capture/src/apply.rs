@@ -11,6 +11,7 @@ use tokio::time::timeout;
 
 use crate::arrivals::{Counts, IpFamily};
 use crate::foreign::{self, Ruleset};
+use crate::generations::{self, Generation};
 use crate::iptables::{self, Family, Footprint};
 use crate::nft;
 use crate::plan::{Plan, Tool};
@@ -100,7 +101,8 @@ pub enum Error {
 }
 
 impl Error {
-    fn is_not_installed(&self) -> bool {
+    /// Reports whether there is no such program on this host.
+    pub fn is_not_installed(&self) -> bool {
         matches!(self, Error::NotRun { cause, .. } if cause.kind() == ErrorKind::NotFound)
     }
 }
@@ -127,23 +129,52 @@ pub struct Applier {
     pub ran: Ran,
 }
 
-/// Numbers of processes, the last few.
+/// The last few programs that ran, and the generations of nftables that they made.
+///
+/// The kernel tells the process that made a generation by the number that the initial namespace has for it. In another namespace the
+/// number of a program that ran is another one, and generations alone count: a run that makes as many as it has transactions made these.
 #[derive(Debug, Clone, Default)]
-pub struct Ran(Arc<Mutex<VecDeque<u32>>>);
+pub struct Ran(Arc<Mutex<LastRuns>>);
+
+#[derive(Debug, Default)]
+struct LastRuns {
+    pids: VecDeque<u32>,
+    generations: VecDeque<u32>,
+}
 
 impl Ran {
     const KEPT: usize = 32;
 
-    pub fn contains(&self, pid: u32) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&pid)
+    /// Reports whether one of these programs made this generation.
+    pub fn contains(&self, made: &Generation) -> bool {
+        let runs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        made.number.is_some_and(|number| runs.generations.contains(&number))
+            || (generations::has_initial_pids() && runs.pids.contains(&made.pid))
     }
 
     fn add(&self, pid: Option<u32>) {
-        let mut pids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pids.extend(pid);
-        let surplus = pids.len().saturating_sub(Self::KEPT);
-        pids.drain(..surplus);
+        let mut runs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        keep_last(&mut runs.pids, pid, Self::KEPT);
     }
+
+    /// Records what a run of `transactions` made, unless somebody else made generations meanwhile.
+    fn add_generations(&self, before: Option<u32>, after: Option<u32>, transactions: usize) {
+        let (Some(before), Some(after)) = (before, after) else { return };
+        let made = after.wrapping_sub(before);
+        if u32::try_from(transactions).is_ok_and(|transactions| made == transactions)
+            && transactions <= Self::KEPT
+        {
+            let mut runs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let numbers = (1..=made).map(|step| before.wrapping_add(step));
+            keep_last(&mut runs.generations, numbers, Self::KEPT);
+        }
+    }
+}
+
+fn keep_last(list: &mut VecDeque<u32>, more: impl IntoIterator<Item = u32>, kept: usize) {
+    list.extend(more);
+    let surplus = list.len().saturating_sub(kept);
+    list.drain(..surplus);
 }
 
 const READ: &str = "list the rules";
@@ -341,9 +372,21 @@ impl Applier {
     /// Does what a plan says, in order. Each step is all or nothing; those before one that fails are done.
     pub async fn apply(&self, plan: &Plan) -> Result<(), Error> {
         for step in &plan.steps {
-            let arguments = step.tool.arguments();
-            self.run(self.path(step.tool), arguments, "change the rules", Some(&step.input)).await?;
+            self.change(step.tool, "change the rules", &step.input).await?;
         }
+        Ok(())
+    }
+
+    async fn change(&self, tool: Tool, purpose: &'static str, input: &str) -> Result<(), Error> {
+        let before = generations::current();
+        self.run(self.path(tool), tool.arguments(), purpose, Some(input)).await?;
+        let transactions = match tool {
+            Tool::Nft => 1,
+            Tool::IptablesRestore | Tool::Ip6tablesRestore => {
+                input.lines().filter(|line| *line == "COMMIT").count()
+            }
+        };
+        self.ran.add_generations(before, generations::current(), transactions);
         Ok(())
     }
 
@@ -468,8 +511,7 @@ impl Applier {
     }
 
     async fn change_alive(&self, input: &str) -> Result<(), Error> {
-        let purpose = "refresh the dead-man";
-        self.run(&self.tools.nft, Tool::Nft.arguments(), purpose, Some(input)).await.map(drop)
+        self.change(Tool::Nft, "refresh the dead-man", input).await
     }
 
     /// Writes to the list of each family. One is not there where no rule of that family asks for it.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::program::merged_ports;
-use crate::spec::{INBOUND_PORT, OUTBOUND_PORT, Ports};
+use crate::spec::{INBOUND_PORT, OUTBOUND_PORT, Ports, Spec};
 
 /// Rules that are followed for one packet; a ruleset that has more is not judged.
 const MAX_STEPS: usize = 100_000;
@@ -271,7 +271,8 @@ impl fmt::Display for Conflict {
                 f,
                 "port {ports} is kept closed by this host's own filter ({refused_by}), which lets translated connections in: a redirect \
                  would open the port to the network. Take `capture.inbound: {{capture: tproxy}}`, open the port, or allow it by \
-                 `capture.inbound: {{capture: redirect, bypass_filter: true}}`"
+                 `capture.inbound: {{capture: redirect, bypass_filter: {}}}`",
+                bypass(*ports)
             ),
             Conflict::Closes { ports, refused_by } => write!(
                 f,
@@ -282,10 +283,16 @@ impl fmt::Display for Conflict {
                 f,
                 "whether this host's own filter keeps port {ports} closed is not known ({why}), and a redirect could open the port to the \
                  network. Take `capture.inbound: {{capture: tproxy}}`, or allow it by `capture.inbound: {{capture: redirect, \
-                 bypass_filter: true}}`"
+                 bypass_filter: {}}}`",
+                bypass(*ports)
             ),
         }
     }
+}
+
+/// `bypass_filter` for these ports, as it is written in YAML.
+fn bypass(ports: Ports) -> String {
+    if ports.first() == ports.last() { format!("[{ports}]") } else { format!("[\"{ports}\"]") }
 }
 
 /// Finds the ports that a redirect of inbound connections would open or close, as far as the rules say it for certain, and those that
@@ -362,7 +369,29 @@ pub struct Verdict {
     pub outdated: Option<String>,
 }
 
+impl Verdict {
+    /// Takes the ports that are in conflict out of `spec`. Returns, for people, which and why.
+    pub fn leave_out(&self, spec: &mut Spec) -> Vec<String> {
+        let outdated = self.outdated.iter().map(|why| {
+            format!("inbound.ports: this host's own filter counts as it was last read, for 5 minutes at most: {why}")
+        });
+        let mut notes: Vec<String> = outdated.collect();
+        for conflict in &self.conflicts {
+            spec.inbound.leave_out(conflict.ports());
+            notes.push(format!("inbound.ports: {} is not captured: {conflict}", conflict.ports()));
+        }
+        notes
+    }
+}
+
 impl InboundJudge {
+    /// Judges `ports` by another reading of the rules, as this judge would, and remembers nothing of it.
+    pub fn judge_by(&self, rules: Ruleset, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Verdict> {
+        let mut other = InboundJudge { last_complete: self.last_complete.clone(), ..InboundJudge::default() };
+        other.read(rules);
+        other.judge(ports, now)
+    }
+
     /// Forgets the rules, since somebody changed some or may have.
     pub fn forget(&mut self) {
         self.rules = None;

@@ -17,6 +17,7 @@
 //! | [`apply`] | [`apply::Applier`]: the only I/O, with [`facts`] |
 //! | [`arrivals`] | counts what is redirected from outside, before and after the host's own filter |
 //! | [`foreign`] | rules of others: what they do with captured connections, and which of them is in the way |
+//! | [`generations`] | the number of the state of nftables, and who made it what it is |
 //! | [`facts`] | reads a [`Host`] from `/proc`, systemd and `getent` |
 //! | [`units`] | the control groups of systemd's units, as systemd says them |
 //! | [`programs`] | which program is run under a name, and with what environment |
@@ -42,6 +43,7 @@ pub mod arrivals;
 pub mod confirm;
 pub mod facts;
 pub mod foreign;
+pub mod generations;
 pub mod host;
 pub mod iptables;
 pub mod machine;

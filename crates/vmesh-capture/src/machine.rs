@@ -753,6 +753,11 @@ impl Machine {
         &self.known
     }
 
+    /// What is known of the host's own filter.
+    pub fn filter(&self) -> &InboundJudge {
+        &self.filter
+    }
+
     pub fn memory(&self) -> &Memory {
         &self.memory
     }

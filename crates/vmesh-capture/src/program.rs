@@ -7,8 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::host::{Cgroup, Host, Number, Nursery};
 use crate::spec::{
-    Account, Cidr, DeadMan, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent, Ports, Seconds,
-    Selection, Spec, Unit,
+    Account, BypassFilter, Cidr, DeadMan, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent,
+    Ports, Seconds, Selection, Spec, Unit,
 };
 
 /// Chains of rules. A packet takes the first rule that fits, in the chains that have a hook.
@@ -680,6 +680,12 @@ impl Build<'_> {
             for port in never.iter().filter(|port| ports.iter().any(|ports| ports.contains(**port))) {
                 let whose = if self.own().contains(port) { "Envoy's or the agent's own" } else { "SSH" };
                 self.note(subject, format!("{port} is left out: it is {whose}"));
+            }
+        }
+        if let BypassFilter::Ports(ports) = &inbound.bypass_filter {
+            for ports in without(ports, &inbound.ports) {
+                let message = format!("{ports} changes nothing: it is not among the ports that are captured");
+                self.note("inbound.bypass_filter", message);
             }
         }
         let strict = &inbound.strict;

@@ -184,9 +184,9 @@ pub struct Inbound {
     /// everybody outside: their callers come through an explicit port of Envoy's.
     pub strict: BTreeSet<Ports>,
     pub on_loss: OnLoss,
-    /// A redirect may let in what the host's own filter (firewalld, ufw) keeps out. Otherwise such ports are not captured.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub bypass_filter: bool,
+    /// The ports of which a redirect may let in what the host's own filter (firewalld, ufw) keeps out. Other such ports are not captured.
+    #[serde(skip_serializing_if = "BypassFilter::is_nothing")]
+    pub bypass_filter: BypassFilter,
     /// Neither captured nor refused: a load balancer whose health checks speak no TLS.
     pub exclude: Sources,
 }
@@ -195,6 +195,75 @@ impl Inbound {
     /// Takes ports out of those that are captured.
     pub fn leave_out(&mut self, ports: Ports) {
         self.ports = without(&self.ports, &[ports].into());
+    }
+
+    /// Returns the captured ports that a redirect must neither open nor close against the host's own filter.
+    pub fn ports_under_the_filter(&self) -> BTreeSet<Ports> {
+        match (self.capture, &self.bypass_filter) {
+            (Inward::Off | Inward::Tproxy, _) | (Inward::Redirect, BypassFilter::All) => BTreeSet::new(),
+            (Inward::Redirect, BypassFilter::Ports(ports)) => without(&self.ports, ports),
+        }
+    }
+}
+
+/// Ports that may be redirected against the host's own filter: written `true`, `false` or `[8081, "9000-9010"]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BypassFilter {
+    All,
+    Ports(BTreeSet<Ports>),
+}
+
+impl BypassFilter {
+    fn is_nothing(&self) -> bool {
+        *self == BypassFilter::default()
+    }
+}
+
+impl Default for BypassFilter {
+    fn default() -> Self {
+        BypassFilter::Ports(BTreeSet::new())
+    }
+}
+
+impl Serialize for BypassFilter {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            BypassFilter::All => serializer.serialize_bool(true),
+            BypassFilter::Ports(ports) => ports.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for BypassFilter {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = BypassFilter;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`true`, `false` or a list of ports and ranges of ports")
+            }
+
+            fn visit_bool<E: de::Error>(self, all: bool) -> Result<BypassFilter, E> {
+                Ok(if all { BypassFilter::All } else { BypassFilter::default() })
+            }
+
+            /// A scalar of YAML comes as its text.
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<BypassFilter, E> {
+                match text {
+                    "true" => self.visit_bool(true),
+                    "false" => self.visit_bool(false),
+                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+                }
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, ports: A) -> Result<BypassFilter, A::Error> {
+                BTreeSet::deserialize(de::value::SeqAccessDeserializer::new(ports)).map(BypassFilter::Ports)
+            }
+        }
+
+        deserializer.deserialize_any(Visitor)
     }
 }
 
@@ -660,6 +729,37 @@ mod tests {
             "outbound: {vips: ['orders.mesh:80']}\n",
             expect![[r#"
             capture.yaml:1:19: `vips`: `orders.mesh:80` is not an IP address and a port, such as 127.0.0.1:8080
+        "#]],
+        );
+    }
+
+    #[test]
+    fn the_ports_that_bypass_the_filter_are_all_or_none_or_a_list() {
+        let check = |written: &str, under_the_filter: &[&str]| {
+            let yaml = format!(
+                "inbound: {{capture: redirect, ports: [8081, 9000-9020], bypass_filter: {written}}}\n"
+            );
+            let spec = strict::<Spec>("capture.yaml", &yaml).unwrap();
+            let ports: Vec<String> =
+                spec.inbound.ports_under_the_filter().iter().map(ToString::to_string).collect();
+            assert_eq!(ports, under_the_filter, "{written}");
+            let again: Spec = serde_json::from_str(&serde_json::to_string(&spec).unwrap()).unwrap();
+            assert_eq!(again, spec, "{written}");
+        };
+        check("true", &[]);
+        check("false", &["8081", "9000-9020"]);
+        check("[]", &["8081", "9000-9020"]);
+        check("[8081, 9000-9010]", &["9011-9020"]);
+        wrong(
+            "inbound: {bypass_filter: yes please}\n",
+            expect![[r#"
+                capture.yaml:1:26: `bypass_filter`: expected `true`, `false` or a list of ports and ranges of ports, found the text `yes please`
+            "#]],
+        );
+        wrong(
+            "inbound: {bypass_filter: [0]}\n",
+            expect![[r#"
+            capture.yaml:1:27: `bypass_filter`: `0` is not a port or a range of ports, such as 8080 or 8000-8100
         "#]],
         );
     }

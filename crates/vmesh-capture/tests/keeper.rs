@@ -29,7 +29,7 @@ const SPECS: [&str; 8] = [
     "{outbound: {capture: all, on_loss: closed}}",
     "{inbound: {capture: redirect, ports: [8081, 8083]}}",
     "{outbound: {capture: vip}, inbound: {capture: redirect, on_loss: closed, ports: [8081]}}",
-    "{outbound: {capture: vip}, inbound: {capture: redirect, bypass_filter: true, ports: [8081]}}",
+    "{outbound: {capture: vip}, inbound: {capture: redirect, bypass_filter: [8081], ports: [8081]}}",
     "{inbound: {strict: [9000]}}",
     // The host does not answer which user that is.
     "{outbound: {capture: vip, exclude: {users: [ghost]}}}",
@@ -459,10 +459,8 @@ impl Model {
                 _ => Program::absent(),
             };
         }
-        if !inbound.bypass_filter {
-            for conflict in foreign::inbound(&self.filter(), &inbound.ports.clone()) {
-                inbound.leave_out(conflict.ports());
-            }
+        for conflict in foreign::inbound(&self.filter(), &inbound.ports_under_the_filter()) {
+            inbound.leave_out(conflict.ports());
         }
         Program::new(&spec, &self.facts, stage).unwrap().0
     }

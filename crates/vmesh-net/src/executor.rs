@@ -13,6 +13,7 @@ use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran};
 use vmesh_capture::arrivals::{IpFamily, Losses};
 use vmesh_capture::facts::Own;
 use vmesh_capture::foreign::{self, ForeignRule, InboundSuspects, Ruleset};
+use vmesh_capture::generations::Generation;
 use vmesh_capture::host::{Host, Memory, Nursery};
 use vmesh_capture::iptables::Footprint;
 use vmesh_capture::machine::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level, PathTest};
@@ -24,15 +25,18 @@ use crate::kept;
 use crate::probe;
 use crate::protocol::Envoy;
 use crate::pulse::Order;
-use crate::rules::Changed;
+
+/// How often a backend whose tools fail is asked for rules of an earlier process. Looks come once a minute where nothing else happens.
+const LISTED_AT_MOST: u32 = 10;
 
 /// This host, as far as the keeper acts on it.
 pub(crate) struct Executor {
     pub(crate) options: Options,
     pub(crate) links: Links,
     applier: Option<Applier>,
-    /// Backends that may still hold rules from an earlier process. A backend is removed once its rules are verified absent.
-    others: Vec<Applier>,
+    /// Backends that may still hold rules from an earlier process, with how often their rules could not be listed. A backend is removed
+    /// once its rules are verified absent.
+    others: Vec<(Applier, u32)>,
     /// Our rules in the kernel, until somebody else may have changed them.
     actual: Option<Actual>,
     losses: Losses,
@@ -55,8 +59,8 @@ impl Executor {
     }
 
     /// Reports whether a tool that this process ran made the change.
-    pub(crate) fn is_ours(&self, change: &Changed) -> bool {
-        self.applier.as_ref().is_some_and(|applier| applier.ran.contains(change.pid))
+    pub(crate) fn is_ours(&self, change: &Generation) -> bool {
+        self.applier.as_ref().is_some_and(|applier| applier.ran.contains(change))
     }
 
     /// Performs an action, and returns its result where the machine waits for one.
@@ -129,7 +133,7 @@ impl Executor {
 
     async fn detect(&mut self, ipv6: bool) -> Result<(Backend, bool), String> {
         let applier = applier(&self.options, ipv6).await.map_err(|error| one_line(&error))?;
-        self.others = applier.others().await;
+        self.others = applier.others().await.into_iter().map(|other| (other, 0)).collect();
         let backend = applier.backend;
         self.applier = Some(applier);
         Ok((backend, ipv6))
@@ -318,7 +322,7 @@ impl Executor {
     /// Makes the rules that other backends have of vmesh be as `program` says.
     async fn end_others(&mut self, program: &Program, footprint: Option<&Footprint>) -> Result<(), Error> {
         let mut failed = None;
-        for other in std::mem::take(&mut self.others) {
+        for (other, failures) in std::mem::take(&mut self.others) {
             match other.is_absent().await {
                 Ok(true) => continue,
                 Ok(false) if program.is_absent() => match other.off(footprint).await {
@@ -326,15 +330,20 @@ impl Executor {
                         info!("rules that an earlier vmesh-net had by {} are taken away", other.backend);
                     }
                     Err(error) => {
-                        self.others.push(other);
+                        self.others.push((other, 0));
                         failed = failed.or(Some(error));
                     }
                 },
                 Ok(false) => {
                     failed = failed.or(other.bring(program, None).await.err());
-                    self.others.push(other);
+                    self.others.push((other, 0));
                 }
-                Err(Error::Slow { .. }) => self.others.push(other),
+                Err(Error::Slow { .. }) => self.others.push((other, failures)),
+                // A lock may be held, or the kernel lack what this tool needs, for good.
+                Err(error) if !error.is_not_installed() && failures < LISTED_AT_MOST => {
+                    debug!("{} is looked at again: {}", other.backend, one_line(&error));
+                    self.others.push((other, failures + 1));
+                }
                 // A tool that is missing or cannot work here has made no rules.
                 Err(error) => debug!("{} is not looked at again: {}", other.backend, one_line(&error)),
             }

@@ -11,6 +11,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use vmesh_capture::apply::{Backend, Tools};
 use vmesh_capture::facts::Places;
+use vmesh_capture::foreign::InboundJudge;
+use vmesh_capture::generations::Generation;
 use vmesh_capture::host::Memory;
 use vmesh_capture::machine::{Action, AgentFacts, Event, Life, Machine, State as Decided, TICK, directions};
 use vmesh_capture::spec::{Outward, SELF_TESTS, Spec, Unit};
@@ -24,7 +26,6 @@ use crate::kept;
 use crate::probe::{Looks, Verdicts};
 use crate::protocol::{Ask, Drift, Envoy, State, Status, Want};
 use crate::pulse::{AgentWatch, Heartbeat, Order};
-use crate::rules::Changed;
 
 /// Changes come in bursts: a firewall that loads its rules makes several.
 const SETTLES: Duration = Duration::from_millis(50);
@@ -118,7 +119,7 @@ impl Keeper {
     pub async fn run(
         mut self,
         mut asked: mpsc::Receiver<Question>,
-        mut changed: mpsc::Receiver<Changed>,
+        mut changed: mpsc::Receiver<Generation>,
         mut failed: mpsc::Receiver<String>,
         mut begun: mpsc::Receiver<()>,
         mut again: watch::Receiver<bool>,
@@ -146,7 +147,7 @@ impl Keeper {
                         all.push(later);
                     }
                     all.retain(|change| !self.executor.is_ours(change));
-                    let Some(Changed { by, pid }) = all.pop() else { continue };
+                    let Some(Generation { by, pid, .. }) = all.pop() else { continue };
                     let by = (!by.is_empty()).then(|| format!("{by} (pid {pid})"));
                     let bypassed = self.is_bypassed();
                     self.take(Event::RulesChanged { by, bypassed }).await;
@@ -248,7 +249,8 @@ impl Keeper {
             || self.machine.known().clone(),
             |want| AgentFacts { ports: want.ports, control_planes: want.control_planes },
         );
-        plan(&self.executor.options, &spec, stage, &known, self.machine.memory()).await
+        let judge = self.machine.filter();
+        plan(&self.executor.options, spec, stage, &known, self.machine.memory(), judge).await
     }
 
     fn state(&self) -> State {
@@ -314,28 +316,36 @@ fn now() -> std::time::Instant {
 
 async fn plan(
     options: &Options,
-    spec: &Spec,
+    mut spec: Spec,
     stage: Stage,
     known: &AgentFacts,
     memory: &Memory,
+    judge: &InboundJudge,
 ) -> Result<String, String> {
-    let host = read_host(options, spec, known, memory).await;
+    let host = read_host(options, &spec, known, memory).await;
     let applier = applier(options, host.ipv6).await.map_err(|error| one_line(&error))?;
+    let judged = spec.inbound.ports_under_the_filter();
+    let left_out = match judged.is_empty() {
+        true => Vec::new(),
+        false => judge.judge_by(applier.foreign_rules().await, &judged, now()).leave_out(&mut spec),
+    };
     let (program, notes) = match spec.is_off() {
         true => (Program::absent(), Vec::new()),
-        false => Program::new(spec, &host, stage).map_err(|error| error.to_string())?,
+        false => Program::new(&spec, &host, stage).map_err(|error| error.to_string())?,
     };
     let actual = applier.read().await.map_err(|error| one_line(&error))?;
     let plan = applier.plan(&program, &actual, false);
     applier.check(&plan).await.map_err(|error| one_line(&error))?;
-    let notes: String = notes.iter().map(|note| format!("note: {note}\n")).collect();
+    let notes = notes.iter().map(ToString::to_string).chain(left_out);
+    let notes: String = notes.map(|note| format!("note: {note}\n")).collect();
     Ok(format!("{notes}{plan}"))
 }
 
 /// What [`Ask::Plan`] answers, where nobody runs who could be asked. Needs the privileges that applying needs.
 pub async fn plan_here(options: &Options, want: Want) -> Result<String, String> {
     let known = AgentFacts { ports: want.ports, control_planes: want.control_planes };
-    plan(options, &with_self_test(want.spec), Stage::Confirmed, &known, &Memory::default()).await
+    let (spec, judge) = (with_self_test(want.spec), InboundJudge::default());
+    plan(options, spec, Stage::Confirmed, &known, &Memory::default(), &judge).await
 }
 
 fn with_self_test(mut spec: Spec) -> Spec {

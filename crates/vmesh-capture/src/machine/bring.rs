@@ -8,7 +8,7 @@ use super::{
 use super::{Phase, Refresh, TICK, Task, directions};
 use crate::host::Host;
 use crate::program::{Directions, Program};
-use crate::spec::{Inward, Spec};
+use crate::spec::Spec;
 
 /// Changes that are listed of one drift.
 const MAX_LISTED: usize = 20;
@@ -55,8 +55,7 @@ impl Machine {
             return self.wait(Action::CountConnections, Phase::Counting(Box::new(attempt)));
         }
         self.leaving_since = None;
-        let inbound = &attempt.spec.inbound;
-        let is_judged = inbound.capture == Inward::Redirect && !inbound.bypass_filter;
+        let is_judged = !attempt.spec.inbound.ports_under_the_filter().is_empty();
         match is_judged && self.filter.rules().is_none() {
             true => self.wait(Action::ReadFilter, Phase::ReadingFilter(Box::new(attempt))),
             false => self.compile(attempt, now),
@@ -100,19 +99,11 @@ impl Machine {
     /// Leaves out the inbound ports that a redirect would open or close against the host's own filter, or of which that is not known, and
     /// says which.
     pub(super) fn leave_out_conflicts(&mut self, spec: &mut Spec, now: Instant) -> Vec<String> {
-        if spec.inbound.capture != Inward::Redirect || spec.inbound.bypass_filter {
+        let judged = spec.inbound.ports_under_the_filter();
+        if judged.is_empty() {
             return Vec::new();
         }
-        let verdict = self.filter.judge(&spec.inbound.ports, now);
-        let outdated = verdict.outdated.iter().map(|why| {
-            format!("inbound.ports: this host's own filter counts as it was last read, for 5 minutes at most: {why}")
-        });
-        let mut notes: Vec<String> = outdated.collect();
-        for conflict in &verdict.conflicts {
-            spec.inbound.leave_out(conflict.ports());
-            notes.push(format!("inbound.ports: {} is not captured: {conflict}", conflict.ports()));
-        }
-        notes
+        self.filter.judge(&judged, now).leave_out(spec)
     }
 
     pub(super) fn take_notes(&mut self, notes: Vec<String>) {

@@ -6,8 +6,8 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use vmesh_capture::host::Cgroup;
 use vmesh_capture::spec::{
-    Account, Destination, Dial, Inbound, Inward, OnLoss, Outbound, Outward, Percent, Ports, Selection,
-    Sources,
+    Account, BypassFilter, Destination, Dial, Inbound, Inward, OnLoss, Outbound, Outward, Percent, Ports,
+    Selection, Sources,
 };
 use vmesh_capture::{Host, Program, Spec, Stage};
 
@@ -102,7 +102,7 @@ prop_compose! {
             ports,
             strict,
             on_loss,
-            bypass_filter: false,
+            bypass_filter: BypassFilter::default(),
             exclude: Sources { cidrs, ..Sources::default() },
         }
     }

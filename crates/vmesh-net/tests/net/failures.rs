@@ -356,3 +356,75 @@ async fn rules_of_ours_that_somebody_loads_again_after_off_are_taken_away() {
     wait_for("the table to go again", Duration::from_secs(20), look).await.unwrap();
     assert_eq!(vm.status().await.state, State::Off);
 }
+
+/// While `broken` is there, each tool of iptables whose name ends so fails and does nothing.
+fn break_iptables(vm: &Vm, broken: &Path, end: &str) {
+    for tool in fs::read_dir(&vm.tools.dir).unwrap().flatten() {
+        let name = tool.file_name().into_string().unwrap();
+        if name.starts_with("ip") && name.ends_with(end) {
+            let (broken, real) = (broken.display(), vm.tools.dir.join(&name));
+            let real = real.display();
+            vm.script(
+                &name,
+                &format!("[ -e {broken} ] && {{ echo broken >&2; exit 4; }}\nexec {real} \"$@\""),
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn rules_of_an_earlier_backend_whose_tools_fail_at_first_are_taken_away_later() {
+    for (end, is_told) in [("-save", false), ("-restore", true)] {
+        let mut vm = Vm::new(Rules::Iptables).await;
+        Agent::new(&vm, OPEN).await.capture().await;
+        vm.net.take().unwrap().kill().unwrap();
+        let broken = vm.state_dir().join("broken");
+        break_iptables(&vm, &broken, end);
+        fs::write(&broken, "").unwrap();
+        vm.rules = Rules::Nft;
+        vm.start_net().await;
+        let mut agent = Agent::new(&vm, OPEN).await;
+        agent.want().await;
+        let seen =
+            agent.well_until("capture to go on by nft", |_| vm.ruleset().contains("table inet vmesh")).await;
+        assert!(vm.ruleset().contains("VMESH_"), "{end}: nothing was left to be taken away: {seen:?}");
+        if is_told {
+            agent
+                .well_until("the failure to be told", |status| {
+                    status.error.as_ref().is_some_and(|error| error.contains("broken"))
+                })
+                .await;
+        }
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+        fs::remove_file(&broken).unwrap();
+        // Whoever changes rules has vmesh-net look again.
+        vm.nft(&["add", "table", "inet", "another"]);
+        let is_done =
+            |status: &vmesh_net::protocol::Status| status.error.is_none() && !vm.ruleset().contains("VMESH_");
+        agent.well_until("the earlier rules to go", is_done).await;
+        assert_eq!(vm.get(8080).unwrap(), "mesh");
+    }
+}
+
+/// In another namespace of processes the kernel does not tell a program of ours by the number that it has there.
+#[tokio::test]
+async fn in_a_namespace_of_processes_own_changes_are_not_taken_for_those_of_others() {
+    let mut vm = Vm::new(Rules::Nft).await;
+    let lists = vm.state_dir().join("lists");
+    let (real, log) = (vm.tools.nft.display().to_string(), lists.display().to_string());
+    vm.script("nft", &format!("case \"$*\" in *list*) echo \"$*\" >>{log};; esac\nexec {real} \"$@\""));
+    vm.net.take().unwrap().kill().unwrap();
+    vm.start_net_by(&["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]).await;
+    let mut agent = Agent::new(&vm, OPEN).await;
+    agent.capture().await;
+    agent.well_until("the redirects to hold", is_well).await;
+    fs::write(&lists, "").unwrap();
+    // The dead-man is refreshed every 600 ms, each time by a transaction.
+    let began = std::time::Instant::now();
+    agent.well_until("some refreshes", |_| began.elapsed() > Duration::from_secs(6)).await;
+    let seen = fs::read_to_string(&lists).unwrap();
+    assert!(seen.lines().count() <= 2, "rules were listed:\n{seen}");
+    // A change by somebody else is still seen at once.
+    vm.nft(&["delete", "table", "inet", "vmesh"]);
+    agent.well_until("the rules to be mended", |status| status.drift.count == 1).await;
+}

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmesh_capture::spec::INBOUND_PORT;
 use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, State, Status};
+use vmesh_net::protocol::{Answer, Ask, State, Status, would_change};
 
 use crate::vm::{self, Agent, OPEN, Rules, Vm, is_well, status};
 
@@ -58,9 +58,14 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
     let (vm, mut agent) = confirmed(INBOUND).await;
     assert_eq!(redirected(&vm), "8081, 8083");
     firewalld(&vm);
-    let words = ["8081 is not captured", "inet fw in: reject", "bypass_filter: true"];
+    let words = ["8081 is not captured", "inet fw in: reject", "bypass_filter: [8081]"];
     vm.until("the port to be left out", |status| has_note(status, &words)).await;
     assert_eq!(redirected(&vm), "8083");
+    // The dry run leaves it out, too, and says why.
+    let Answer::Plan(plan) = client::ask(&vm.socket(), &Ask::Plan { want: None }).await.unwrap() else {
+        panic!()
+    };
+    assert!(words.iter().all(|word| plan.contains(word)) && !would_change(&plan), "{plan}");
     // After a restart, too.
     agent.want.ports.insert(15_999);
     agent.want().await;
@@ -69,11 +74,22 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
     vm.until("the port to be captured again", |status| !has_note(status, &["8081"])).await;
     assert_eq!(redirected(&vm), "8081, 8083");
 
-    let (vm, _agent) = confirmed(&INBOUND.replace("on_loss", "bypass_filter: true, on_loss")).await;
-    firewalld(&vm);
-    vm.nft(&["add", "table", "inet", "another"]);
-    vm.until("the change to be seen", |status| status.state == State::Confirmed).await;
-    assert_eq!(redirected(&vm), "8081, 8083");
+    for bypass in ["true", "[\"8080-8082\"]"] {
+        let (vm, _agent) =
+            confirmed(&INBOUND.replace("on_loss", &format!("bypass_filter: {bypass}, on_loss"))).await;
+        firewalld(&vm);
+        // Lets nothing in that is redirected: 8083 is closed by it, and nobody allowed that.
+        vm.nft(&["insert rule inet fw in tcp dport 15006 ct state new drop"]);
+        let is_left_out = |status: &Status| has_note(status, &["8083 is not captured"]);
+        if bypass == "true" {
+            vm.nft(&["add", "table", "inet", "another"]);
+            vm.until("the change to be seen", |status| status.state == State::Confirmed).await;
+            assert_eq!(redirected(&vm), "8081, 8083");
+        } else {
+            vm.until("the other port to be left out", is_left_out).await;
+            assert_eq!(redirected(&vm), "8081");
+        }
+    }
 }
 
 /// This `nft` lists the table of vmesh as ever, and hangs when it is to list all tables.
@@ -93,7 +109,7 @@ async fn a_filter_that_cannot_be_read_is_not_taken_for_none() {
     let state = serde_json::json!({"commit": {"confirmed": vm::want(&vm, INBOUND).spec}});
     fs::write(vm.state_dir().join("state.json"), state.to_string()).unwrap();
     vm.start_net().await;
-    let unread = ["8081 is not captured", "list ruleset", "bypass_filter: true"];
+    let unread = ["8081 is not captured", "list ruleset", "bypass_filter: [8081]"];
     vm.until("the ports to be left out", |status| has_note(status, &unread)).await;
     assert_eq!(redirected(&vm), "");
 

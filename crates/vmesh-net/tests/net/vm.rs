@@ -90,7 +90,20 @@ impl Vm {
     }
 
     pub(crate) async fn start_net(&mut self) {
-        let mut command = self.a.command(binary("vmesh-net").unwrap());
+        self.start_net_by(&[]).await;
+    }
+
+    /// Has a program run vmesh-net, where one is given with its arguments.
+    pub(crate) async fn start_net_by(&mut self, by: &[&str]) {
+        let net = binary("vmesh-net").unwrap();
+        let mut command = match by.split_first() {
+            Some((program, arguments)) => {
+                let mut command = self.a.command(program);
+                command.args(arguments).arg(net);
+                command
+            }
+            None => self.a.command(net),
+        };
         let backend = if self.rules == Rules::Nft { "nft" } else { "iptables" };
         command
             .args([

@@ -259,16 +259,16 @@ fn chains_of(ruleset: &str) -> Vec<Chain<'_>> {
     chains
 }
 
-/// D40: captured connections arrive at Envoy, of each family.
+/// D40: captured connections arrive at Envoy, of each family and direction.
 pub(super) fn end_to_end(facts: &Facts) -> Verdict {
     captures(facts)?;
     let fault = facts.net.as_ref().ok().and_then(|status| status.path_fault.as_ref());
-    let mut found: Vec<Finding> = fault.map(|what| of_vmesh_net(what)).into_iter().collect();
-    let tried = match &facts.captured {
-        Ok(tried) => tried,
-        Err(_) if !found.is_empty() => return Ok(found),
-        Err(why) => return Err(Skip::Unseen(why.clone())),
+    let tried = match (&facts.captured, fault) {
+        (Ok(tried), _) => tried.as_slice(),
+        (Err(_), Some(_)) => &[],
+        (Err(why), None) => return Err(Skip::Unseen(why.clone())),
     };
+    let mut found: Vec<Finding> = Vec::new();
     for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
         let of_family = || tried.iter().filter(|(at, _)| at.is_ipv4() == is_v4);
         let failed: Vec<_> =
@@ -296,6 +296,12 @@ pub(super) fn end_to_end(facts: &Facts) -> Verdict {
             )
             .follows(&[Root::Envoy, Root::Net, Root::Agent]),
         );
+    }
+    // What the doctor sees itself is not told twice; connections from outside vmesh-net alone sees.
+    if let Some(fault) = fault
+        && (found.is_empty() || fault.contains("from outside"))
+    {
+        found.push(of_vmesh_net(fault));
     }
     Ok(found)
 }

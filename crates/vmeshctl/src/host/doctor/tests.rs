@@ -959,11 +959,21 @@ fn a_capture_that_a_foreign_rule_breaks_names_the_rule() {
         with(notrack, &hangs),
         with("", &broken(1, "Connection refused (os error 111)")),
         with(drop, &|_| {}),
+        with("", &|facts| {
+            facts.net.as_mut().unwrap().path_fault = Some("3 connections of IPv6 from outside".into())
+        }),
+        with(notrack, &|facts| {
+            hangs(facts);
+            facts.net.as_mut().unwrap().path_fault =
+                Some("a connection to 240.0.0.0:1 was not captured".into());
+        }),
     ];
     expect![[r#"
         x D40 captured connections of IPv4 do not arrive at Envoy: 240.0.0.0:1 cannot be reached: no answer in 1 s (1 of 1 addresses); `policy drop` in chain o of table inet eg is in the way | connections to names of the mesh hang or fail, and captured ones to real addresses may, too | fix: let captured connections through, there and in the firewall's own configuration: `nft insert rule inet eg o tcp dport 15001 accept`
         x D40 captured connections of IPv4 do not arrive at Envoy: 240.0.0.0:1 cannot be reached: no answer in 1 s (1 of 1 addresses); `tcp dport { 80, 8080 } notrack` in chain o of table inet nt is in the way | connections to names of the mesh hang or fail, and captured ones to real addresses may, too | fix: what is not tracked cannot be redirected: have `notrack` leave out what is captured (`nft list chain inet nt o`)
         x D40 captured connections of IPv6 do not arrive at Envoy: [fd76:6d65:7368::1]:80 cannot be reached: Connection refused (os error 111) (1 of 1 addresses) | connections to names of the mesh hang or fail, and captured ones to real addresses may, too | fix: a firewall has to let tcp to port 15001 out (by the interface of the original route) and back: `nft list ruleset`, `ip rule`
+        x D40 vmesh-net sees captured connections that do not arrive at Envoy: 3 connections of IPv6 from outside | these connections hang or fail | fix: have the owner of the rule that is named let them through; `vmesh-net` looks again at each change of rules
+        x D40 captured connections of IPv4 do not arrive at Envoy: 240.0.0.0:1 cannot be reached: no answer in 1 s (1 of 1 addresses); `tcp dport { 80, 8080 } notrack` in chain o of table inet nt is in the way | connections to names of the mesh hang or fail, and captured ones to real addresses may, too | fix: what is not tracked cannot be redirected: have `notrack` leave out what is captured (`nft list chain inet nt o`)
     "#]]
     .assert_eq(&shown.concat());
 }

@@ -1,0 +1,142 @@
+//! The number that the kernel gives each state of its nftables: it grows by one with each transaction, whoever makes it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::net::netlink::{self, SocketAddrNetlink};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with,
+};
+
+/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN` of linux/netfilter: what ends each transaction, and answers the question.
+const NEW_GENERATION: u16 = (10 << 8) | 15;
+const GET_GENERATION: u16 = (10 << 8) | 16;
+const NLM_F_REQUEST: u16 = 1;
+const NFTA_GEN_ID: u16 = 1;
+const NFTA_GEN_PROC_PID: u16 = 2;
+const NFTA_GEN_PROC_NAME: u16 = 3;
+/// The inode of the initial namespace of processes (`PROC_PID_INIT_INO` of linux/proc_ns.h).
+const INITIAL_PROCESSES: u64 = 0xEFFF_FFFC;
+
+/// A transaction, and who made it: `firewalld (pid 812)`. Empty where the kernel does not say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Generation {
+    pub number: Option<u32>,
+    pub by: String,
+    /// As the initial namespace of processes counts.
+    pub pid: u32,
+}
+
+/// Opens a socket for messages of nftables: those of these groups (as bits), and answers.
+///
+/// # Errors
+/// If the kernel has no netfilter, or refuses.
+pub fn open(groups: u32) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::NETFILTER))?;
+    bind(&socket, &SocketAddrNetlink::new(0, groups))?;
+    Ok(socket)
+}
+
+/// Asks the kernel for the number of its state now. Needs CAP_NET_ADMIN; `None` where there is no nftables.
+pub fn current() -> Option<u32> {
+    let socket = open(0).ok()?;
+    let mut question = Vec::with_capacity(20);
+    question.extend(20_u32.to_ne_bytes());
+    question.extend(GET_GENERATION.to_ne_bytes());
+    question.extend(NLM_F_REQUEST.to_ne_bytes());
+    // A sequence number, our port, and nfgenmsg: all zero.
+    question.extend([0; 12]);
+    send(&socket, &question, SendFlags::empty()).ok()?;
+    let mut answer = [0; 1024];
+    // The kernel has answered by then.
+    let (len, _) = recv(&socket, &mut answer, RecvFlags::empty()).ok()?;
+    last(answer.get(..len)?)?.number
+}
+
+/// Reports whether this process has the same numbers for processes as the kernel tells.
+pub fn has_initial_pids() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL_PROCESSES)
+}
+
+/// The last end of a transaction among these netlink messages (RFC 3549 section 2.2).
+pub fn last(mut bytes: &[u8]) -> Option<Generation> {
+    let mut found = None;
+    while let Some((message, kind, rest)) = message(bytes) {
+        if kind == NEW_GENERATION {
+            // After the header of nfnetlink, four bytes.
+            found = Some(generation(message.get(4..).unwrap_or_default()));
+        }
+        bytes = rest;
+    }
+    found
+}
+
+/// The payload and the kind of the first message, and what follows it.
+fn message(bytes: &[u8]) -> Option<(&[u8], u16, &[u8])> {
+    let len = usize::try_from(u32::from_ne_bytes(*bytes.first_chunk()?)).ok()?;
+    let kind = u16::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);
+    let payload = bytes.get(16..len)?;
+    let rest = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    Some((payload, kind, rest))
+}
+
+fn generation(mut attributes: &[u8]) -> Generation {
+    let mut generation = Generation { number: None, by: String::new(), pid: 0 };
+    let number = |value: &[u8]| value.first_chunk().map(|bytes| u32::from_be_bytes(*bytes));
+    while let Some((value, kind, rest)) = attribute(attributes) {
+        match kind {
+            NFTA_GEN_ID => generation.number = number(value),
+            NFTA_GEN_PROC_PID => generation.pid = number(value).unwrap_or_default(),
+            NFTA_GEN_PROC_NAME => {
+                let name = value.split(|byte| *byte == 0).next().unwrap_or_default();
+                generation.by = String::from_utf8_lossy(name).into_owned();
+            }
+            _ => {}
+        }
+        attributes = rest;
+    }
+    generation
+}
+
+fn attribute(bytes: &[u8]) -> Option<(&[u8], u16, &[u8])> {
+    let len = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+    // The two high bits are flags.
+    let kind = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?) & 0x3fff;
+    let value = bytes.get(4..len)?;
+    Some((value, kind, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let len = u16::try_from(4 + value.len()).unwrap();
+        let mut bytes = [len.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    #[test]
+    fn the_end_of_a_transaction_says_whose_it_was_and_garbage_says_nothing() {
+        let mut payload = vec![0; 4];
+        payload.extend(attribute(1, &[0, 0, 0, 9]));
+        payload.extend(attribute(2, &812_u32.to_be_bytes()));
+        payload.extend(attribute(3, b"firewalld\0"));
+        let len = u32::try_from(16 + payload.len()).unwrap();
+        let mut bytes = len.to_ne_bytes().to_vec();
+        bytes.extend(NEW_GENERATION.to_ne_bytes());
+        bytes.extend([0; 10]);
+        bytes.extend(payload);
+        let expected = Generation { number: Some(9), by: "firewalld".into(), pid: 812 };
+        assert_eq!(last(&bytes), Some(expected));
+        for len in 0..bytes.len() {
+            _ = last(&bytes[..len]);
+        }
+        assert_eq!(last(&[0; 64]), None);
+        assert_eq!(last(&[255; 64]), None);
+    }
+}
