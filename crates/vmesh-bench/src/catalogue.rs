@@ -27,6 +27,9 @@ struct Options {
     /// The number of files in the second case of each catalogue.
     #[arg(long, default_value_t = 10)]
     files: usize,
+    /// Measures the largest catalogue alone.
+    #[arg(long)]
+    alone: bool,
     /// Ends non-zero if a change of the largest catalogue, a file for each service, takes more CPU (p50, in milliseconds).
     #[arg(long)]
     at_most_cpu: Option<f64>,
@@ -51,7 +54,8 @@ async fn run(options: &Options) -> Result<()> {
     println!(
         "services   files     CPU p50      mean   written p50       mean   to disk mean      ACK p50       p99   idle CPU/s"
     );
-    let mut sizes: Vec<usize> = [100, 1_000, 10_000].into_iter().filter(|size| *size < most).collect();
+    let mut sizes: Vec<usize> =
+        [100, 1_000, 10_000].into_iter().filter(|size| *size < most && !options.alone).collect();
     sizes.push(most);
     for services in sizes {
         for files in [None, Some(options.files)] {

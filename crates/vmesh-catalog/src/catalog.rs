@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
 use vmesh_model::{
-    Documents, Endpoint, NodeName, NodeReport, Place, Problem, Registration, ServiceName, State,
+    Documents, Endpoint, NodeName, NodeReport, Place, Problem, Registration, ServiceName, State, join,
 };
 
 use crate::names::{Names, SharedNames};
@@ -230,9 +230,14 @@ impl Catalog {
 
 /// The services of which the two views do not say the same.
 fn differing(before: &BTreeMap<ServiceName, Seen>, now: &BTreeMap<ServiceName, Seen>) -> Vec<ServiceName> {
-    let gone = before.keys().filter(|name| !now.contains_key(*name));
-    let other = now.iter().filter(|(name, seen)| before.get(*name).is_none_or(|old| !old.is_same(seen)));
-    gone.chain(other.map(|(name, _)| name)).cloned().collect()
+    let differs = |before: Option<&Seen>, now: Option<&Seen>| match (before, now) {
+        (Some(before), Some(now)) => !before.is_same(now),
+        _ => true,
+    };
+    join(before, now)
+        .filter(|(_, before, now)| differs(*before, *now))
+        .map(|(name, ..)| name.clone())
+        .collect()
 }
 
 /// What all sources together say of `name`; `None` if none knows it.

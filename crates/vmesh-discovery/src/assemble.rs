@@ -63,6 +63,18 @@ pub struct Statement {
     pub left_out: Vec<Arc<str>>,
 }
 
+impl Statement {
+    /// Takes what is told of the services in `only`, and all that is not of one service. One of these that is not told is gone.
+    pub fn replace(&mut self, only: BTreeSet<ServiceName>, told: Statement) {
+        let mut services = std::mem::take(&mut self.services);
+        for name in only {
+            services.remove(&name);
+        }
+        services.extend(told.services);
+        *self = Statement { services, ..told };
+    }
+}
+
 /// Makes [`Registrations`] of [`Statement`]s, for one source.
 pub struct Assembler<R> {
     source: Arc<str>,
@@ -129,9 +141,13 @@ impl<R: Resolve> Assembler<R> {
             left_out: statement.left_out.iter().map(shown).collect(),
             unresolved: self.names.unresolved(),
         };
-        let mut built = BTreeMap::new();
+        // Both are sorted by name, and so is what comes out.
+        let mut known_before = std::mem::take(&mut self.built).into_iter().peekable();
+        let mut built = Vec::with_capacity(statement.services.len());
+        let mut services = Vec::with_capacity(statement.services.len());
         for (name, told) in &statement.services {
-            let before = self.built.remove(name);
+            while known_before.next_if(|(before, _)| before < name).is_some() {}
+            let before = known_before.next_if(|(before, _)| before == name).map(|(_, before)| before);
             let seen = match &told.known {
                 Known::Restored(registration) => Seen::fresh(registration.clone()),
                 Known::Parsed(parsed) => {
@@ -147,7 +163,7 @@ impl<R: Resolve> Assembler<R> {
                         _ => {}
                     }
                     let seen = now.seen.clone();
-                    built.insert(name.clone(), now);
+                    built.push((name.clone(), now));
                     if is_unknown && seen.registration.endpoints.is_empty() {
                         let because = seen.because.as_deref().unwrap_or("its names are not resolved");
                         view.unusable.push(format!("service `{name}`: {because}").into());
@@ -170,9 +186,10 @@ impl<R: Resolve> Assembler<R> {
                     Seen { because, extent: Extent::Part, ..seen }
                 }
             };
-            view.services.insert(name.clone(), seen);
+            services.push((name.clone(), seen));
         }
-        self.built = built;
+        view.services = services.into_iter().collect();
+        self.built = built.into_iter().collect();
         view.unusable.sort();
         view.unusable.dedup();
         view.left_out.sort();
@@ -219,12 +236,10 @@ fn build<R: Resolve>(
     names: &Names<R>,
     source: &Arc<str>,
 ) -> Built {
-    if let Some(before) = &before
-        && !before.has_names
-        && Arc::ptr_eq(&before.parsed, parsed)
-    {
-        return before.clone();
-    }
+    let before = match before {
+        Some(before) if !before.has_names && Arc::ptr_eq(&before.parsed, parsed) => return before,
+        before => before,
+    };
     let subject = subject_of(&parsed.name);
     let mut endpoints: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
     let (mut problems, mut unresolved, mut has_names, mut is_unresolved) = (Vec::new(), None, false, false);

@@ -5,7 +5,8 @@
 //!
 //! | wakes on | does |
 //! |---|---|
-//! | a change that the kernel tells of, 20 ms later | looks at the directory, reads what changed |
+//! | a change of files that the kernel tells of, 20 ms later | looks at these files, reads what changed |
+//! | a change of directories or links, or one that may have been missed | looks at everything, reads what changed |
 //! | `poll` | reads everything, and parses what changed |
 //! | a name that resolves to something else | puts the addresses in |
 //!
@@ -26,7 +27,7 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
-use crate::assemble::{Assembler, FIRST_NAMES};
+use crate::assemble::{Assembler, FIRST_NAMES, Statement};
 pub use crate::config::FileConfig;
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError};
@@ -49,7 +50,8 @@ pub struct FileSource<R = SystemResolver> {
     look_at: Option<Instant>,
     verify_at: Instant,
     started: Instant,
-    scan: Option<Scan>,
+    /// What the files say, and whether some are just being written.
+    statement: Option<(Statement, bool)>,
     told: Option<Registrations>,
     /// The last look failed, so the next good one is news whatever it says.
     has_failed: bool,
@@ -83,7 +85,7 @@ impl<R: Resolve> FileSource<R> {
             look_at: Some(now),
             verify_at: now,
             started: now,
-            scan: None,
+            statement: None,
             told: None,
             has_failed: false,
         }
@@ -143,22 +145,31 @@ impl<R: Resolve> FileSource<R> {
             }
         };
         self.look_at = scan.again.map(|wait| now + wait);
-        self.assembler.want(scan.told.services.values(), scan.again.is_some());
-        self.scan = Some(scan);
+        let is_unsettled = scan.again.is_some();
+        // Of a part of the services nobody can tell which names are needed no more.
+        self.assembler.want(scan.told.services.values(), is_unsettled || scan.only.is_some());
+        let statement = match (scan.only, self.statement.take()) {
+            (Some(only), Some((mut statement, _))) => {
+                statement.replace(only, scan.told);
+                statement
+            }
+            (_, _) => scan.told,
+        };
+        self.statement = Some((statement, is_unsettled));
         Ok(())
     }
 
     /// The view as of now, unless it is the one that was told last or it is too early for the first.
     fn view(&mut self, now: Instant) -> Option<Registrations> {
-        let scan = self.scan.as_ref()?;
+        let (statement, is_unsettled) = self.statement.as_ref()?;
         if self.told.is_none() {
             let waits_for_names = self.assembler.any_pending() && now < self.started + FIRST_NAMES;
-            let waits_for_files = scan.again.is_some() && now < self.started + FIRST_FILES;
+            let waits_for_files = *is_unsettled && now < self.started + FIRST_FILES;
             if waits_for_names || waits_for_files {
                 return None;
             }
         }
-        let view = self.assembler.view(&scan.told);
+        let view = self.assembler.view(statement);
         if !self.has_failed && self.told.as_ref() == Some(&view) {
             return None;
         }

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmesh_model::text::show_duration;
-use vmesh_model::{Place, Problem, Registration, ServiceName, State};
+use vmesh_model::{Place, Problem, Registration, ServiceName, State, join};
 
 use crate::format::subject_of;
 use crate::source::{Extent, Registrations, Seen};
@@ -303,11 +303,13 @@ impl Guard {
             let told = told.get(name);
             told.is_some_and(|told| told.extent == Extent::Nothing && told.registration == *known)
         });
-        for (name, told) in told {
-            if !self.services.contains_key(name) && !self.dropped.contains_key(name) {
-                self.services.insert(name.clone(), Watched::new(told.clone()));
-            }
-        }
+        let dropped = &self.dropped;
+        let new: Vec<_> = join(&self.services, told)
+            .filter_map(|(name, known, told)| if known.is_none() { Some((name, told?)) } else { None })
+            .filter(|(name, _)| !dropped.contains_key(*name))
+            .map(|(name, told)| (name.clone(), Watched::new(told.clone())))
+            .collect();
+        self.services.extend(new);
         let Guard { source, config, told, services, held, notices, fleet_hold, .. } = self;
         held.clear();
         if let Some(hold) = fleet_hold {
@@ -325,9 +327,14 @@ impl Guard {
         }
         let fleet = fleet_hold.as_ref().map(|hold| (&hold.because, hold.since));
         let rules = Rules { config, source, fleet, now };
+        // Both are sorted by name.
+        let mut told_services = told.services.iter().peekable();
+        let mut shown = Vec::with_capacity(services.len());
         services.retain(|name, watched| {
             let on_purpose = config.allow_empty.contains(name) || told.emptied.contains(name);
-            let (seen, outcome) = watched.judge(name, told.services.get(name), on_purpose, &rules);
+            while told_services.next_if(|(told, _)| *told < name).is_some() {}
+            let told = told_services.next_if(|(told, _)| *told == name).map(|(_, told)| told);
+            let (seen, outcome) = watched.judge(name, told, on_purpose, &rules);
             let was = watched.held.take();
             let mut note = |what, kind, text: Arc<str>| {
                 notices.push(Notice { what, service: Some(name.clone()), kind: Some(kind), text });
@@ -361,9 +368,10 @@ impl Guard {
             }
             let Some(seen) = seen else { return false };
             watched.shown = seen.clone();
-            believed.services.insert(name.clone(), seen);
+            shown.push((name.clone(), seen));
             true
         });
+        believed.services = shown.into_iter().collect();
         if held.iter().filter(|held| held.kind == Kind::Fleet).count() == 1 && fleet_hold.is_some() {
             // What was missing has been accepted piece by piece.
             self.fleet.accept();

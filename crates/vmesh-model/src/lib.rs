@@ -10,6 +10,7 @@
 //! | [`yaml`], [`strict`] | under it: text to a tree that knows its positions, tree to type |
 //! | [`check`] | what a document must not say although every word of it is known |
 //! | [`node`] | [`NodeReport`]: what a node says of itself |
+//! | [`join()`] | two maps compared in one walk |
 //! | [`problem`] | [`Problem`] and [`Place`]: what an operator has to mend, and where |
 //!
 //! **Invariant:** no runtime, no Envoy, no clock, no I/O: `cargo tree -p vmesh-model -e normal` lists neither
@@ -18,6 +19,7 @@
 pub mod check;
 pub mod document;
 pub mod endpoint;
+pub mod join;
 pub mod load;
 pub mod name;
 pub mod node;
@@ -29,6 +31,7 @@ pub mod yaml;
 
 pub use document::{Documents, Settings};
 pub use endpoint::{Address, Endpoint, Health, Host, Labels, Protocol, Weight};
+pub use join::join;
 pub use name::{NodeName, ServiceName};
 pub use node::NodeReport;
 pub use problem::{Place, Problem};

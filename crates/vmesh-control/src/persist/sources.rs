@@ -21,7 +21,7 @@ use vmesh_catalog::state;
 use vmesh_daemon::fsx::{self, Batch, FileError, PRIVATE};
 use vmesh_daemon::report::one_line;
 use vmesh_discovery::{Registrations, Seen};
-use vmesh_model::{Problem, ServiceName};
+use vmesh_model::{Problem, ServiceName, join};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Loaded, MAX_BYTES, PersistError, load_file, part};
@@ -135,7 +135,7 @@ impl SourceFiles {
         let written = all.entry(source.to_owned()).or_insert_with(WrittenSource::unknown);
         let mut changed = written.in_doubt.clone();
         if !Arc::ptr_eq(&written.view, view) {
-            changed.extend(differing(&written.view.services, &view.services).map(bucket_of));
+            changed.extend(differing(&written.view, view).map(bucket_of));
         }
         let is_head_changed = written.is_head_in_doubt || written.view.problems != view.problems;
         if changed.is_empty() && !is_head_changed && !written.has_single {
@@ -330,31 +330,14 @@ fn is_newer(path: &Path, than: Option<SystemTime>) -> bool {
     modified.is_some() && modified > than
 }
 
-/// The services that the two views do not say the same of. Both are sorted by name.
-fn differing<'a>(
-    before: &'a BTreeMap<ServiceName, Seen>,
-    now: &'a BTreeMap<ServiceName, Seen>,
-) -> impl Iterator<Item = &'a ServiceName> {
-    let (mut before, mut now) = (before.iter().peekable(), now.iter().peekable());
-    std::iter::from_fn(move || {
-        loop {
-            match (before.peek(), now.peek()) {
-                (None, None) => return None,
-                (Some((old, _)), Some((new, _))) if old == new => {
-                    let (Some((_, old)), Some((name, new))) = (before.next(), now.next()) else {
-                        return None;
-                    };
-                    if !is_same(old, new) {
-                        return Some(name);
-                    }
-                }
-                (Some((old, _)), new) if new.is_none_or(|(new, _)| old < new) => {
-                    return before.next().map(|(name, _)| name);
-                }
-                _ => return now.next().map(|(name, _)| name),
-            }
-        }
-    })
+/// The services that the two views do not say the same of.
+fn differing<'a>(before: &'a Registrations, now: &'a Registrations) -> impl Iterator<Item = &'a ServiceName> {
+    let differs = |before: Option<&Seen>, now: Option<&Seen>| match (before, now) {
+        (Some(before), Some(now)) => !is_same(before, now),
+        _ => true,
+    };
+    let both = join(&before.services, &now.services);
+    both.filter_map(move |(name, before, now)| differs(before, now).then_some(name))
 }
 
 /// Reports whether the two are the same on disk. What did not change has kept its pointer, but for what was read from the disk.

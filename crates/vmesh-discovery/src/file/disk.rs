@@ -2,9 +2,13 @@
 //!
 //! Everything here blocks, and is called on a thread that is there for that. A file is read again if the kernel says
 //! that it changed, if its metadata did, and now and then anyway; it is parsed again if its bytes did.
+//!
+//! While every directory is watched, a look at the disk is a look at the files of which the kernel told, and costs what they
+//! do. Whatever is more than a plain file that came, changed or went (a directory, a link, a name on the way of a link, lost
+//! events) has the whole directory looked at, as has a failure and every `poll`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, FileType, Metadata};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -35,6 +39,9 @@ pub(super) struct Scan {
     pub(super) told: Statement,
     /// Something is just being changed: look again in a while.
     pub(super) again: Option<Duration>,
+    /// The services that `told` is about, where only those files were looked at that changed; a service that is not in `told` is
+    /// gone. `None`: `told` is about all.
+    pub(super) only: Option<BTreeSet<ServiceName>>,
     /// How many files were parsed, for the tests and for whoever wonders.
     pub(super) parsed: usize,
     /// How many were read, and how many of them could not be used at all.
@@ -102,11 +109,30 @@ struct Found {
 struct Walk {
     files: Vec<Found>,
     directories: Directories,
+    /// What the names of the files in each directory that was read begin with.
+    prefixes: BTreeMap<PathBuf, String>,
+    /// Names that lead to a file or directory by a link, by the directory that they are in.
+    ways: BTreeSet<(PathBuf, OsString)>,
     /// The ids of directories that were read, so that links do not lead round in circles.
     visited: BTreeSet<(u64, u64)>,
     /// Below these anything may be.
     unreadable: Vec<(PathBuf, String)>,
     problems: Vec<Problem>,
+}
+
+/// What is remembered of a walk for as long as the kernel tells of all that changes it.
+#[derive(Debug)]
+struct Walked {
+    directories: Directories,
+    prefixes: BTreeMap<PathBuf, String>,
+    ways: BTreeSet<(PathBuf, OsString)>,
+    problems: Vec<Problem>,
+}
+
+/// A path that the kernel told of.
+enum Touched {
+    File(Found),
+    Gone(PathBuf),
 }
 
 #[derive(Debug)]
@@ -116,6 +142,16 @@ pub(super) struct Disk {
     hints: Arc<Hints>,
     watch: Option<Watch>,
     files: BTreeMap<PathBuf, FileState>,
+    /// The last walk, while what it found is all that there is but for what the kernel tells.
+    walked: Option<Walked>,
+    /// Files to look at again, since they were being changed.
+    unsettled: BTreeSet<PathBuf>,
+    /// The files that name each service, in the order of their paths.
+    claims: BTreeMap<ServiceName, Vec<PathBuf>>,
+    /// Services of which a file says something else since they were put together last.
+    changed: BTreeSet<ServiceName>,
+    /// What is wrong with services that several files name.
+    conflicts: BTreeMap<ServiceName, Vec<Problem>>,
     /// What was known before a restart, until its file has been read.
     restored: BTreeMap<ServiceName, Arc<Registration>>,
     /// The same, for as long as parts of them may be in files that cannot be used.
@@ -144,6 +180,11 @@ impl Disk {
             hints,
             watch: None,
             files: BTreeMap::new(),
+            walked: None,
+            unsettled: BTreeSet::new(),
+            claims: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            conflicts: BTreeMap::new(),
             restored: restored
                 .clone()
                 .map(|(name, seen)| (name.clone(), seen.registration.clone()))
@@ -156,14 +197,108 @@ impl Disk {
         }
     }
 
+    /// One that has read nothing, and knows only which file counts for each service.
+    #[cfg(test)]
+    pub(super) fn begin_anew(&self) -> Disk {
+        let incumbents = self.incumbents.clone();
+        Disk { incumbents, ..Disk::new(self.config.clone(), Arc::default(), None) }
+    }
+
     /// Looks at the disk. With `verify` every file is read, whatever its metadata say.
     pub(super) fn scan(&mut self, look: &Look, verify: bool) -> Result<Scan, SourceError> {
+        let touched = if verify { None } else { self.touched(look) };
+        match touched {
+            Some(touched) => Ok(self.scan_touched(touched, look)),
+            None => self.scan_all(look, verify),
+        }
+    }
+
+    /// Returns what became of the paths that the kernel told of; `None` if more than plain files may have changed.
+    fn touched(&self, look: &Look) -> Option<Vec<Touched>> {
+        let walked = self.walked.as_ref().filter(|_| !look.everything)?;
+        let paths: BTreeSet<&PathBuf> = look.whole.iter().chain(&look.busy).chain(&self.unsettled).collect();
+        let mut touched = Vec::with_capacity(paths.len());
+        let (mut came, mut gone) = (0, 0);
+        for path in paths {
+            let (parent, name) = (path.parent()?, path.file_name()?);
+            let is_on_a_way = walked.ways.contains(&(parent.to_owned(), name.to_owned()));
+            if is_on_a_way || walked.directories.contains_key(path) {
+                return None;
+            }
+            if is_skipped(name) {
+                continue;
+            }
+            let prefix = walked.prefixes.get(parent)?;
+            let text = name.to_string_lossy();
+            let is_read = self.config.format != Format::Auto || is_read(&text);
+            let is_listed = || {
+                let file = path.to_string_lossy();
+                walked.problems.iter().any(|problem| *problem.place.file == *file)
+            };
+            match std::fs::symlink_metadata(path) {
+                Ok(metadata) if metadata.is_file() && is_read && !is_listed() => {
+                    came += usize::from(!self.files.contains_key(path));
+                    let (stem, is_yaml) = stem(&text);
+                    let stat = Ok((Stat::of(&metadata), metadata.modified().ok()));
+                    let name = format!("{prefix}{stem}");
+                    touched.push(Touched::File(Found { path: path.clone(), name, is_yaml, stat }));
+                }
+                Err(error) if error.kind() == ErrorKind::NotFound && !is_listed() => {
+                    if let Some(state) = self.files.get(path) {
+                        gone += usize::from(state.missing_since.is_none());
+                        touched.push(Touched::Gone(path.clone()));
+                    }
+                }
+                _ => return None,
+            }
+        }
+        // Too many or none at all are an accident of the directory as a whole.
+        let is_bounded = self.files.len() + came <= self.config.max_files;
+        let is_left =
+            gone == 0 || self.files.values().filter(|state| state.missing_since.is_none()).count() > gone;
+        (is_bounded && is_left).then_some(touched)
+    }
+
+    /// Looks at the files that changed, while all else is as the last walk found it.
+    fn scan_touched(&mut self, touched: Vec<Touched>, look: &Look) -> Scan {
         let mut scan = Scan::default();
+        let now = Instant::now();
+        self.unsettled.clear();
+        for touched in touched {
+            match touched {
+                Touched::File(found) => self.read(&found, look, false, &mut scan),
+                Touched::Gone(path) => self.forget_file(&path, now, &mut scan),
+            }
+        }
+        if let Some(walked) = &self.walked {
+            scan.told.problems.extend(walked.problems.iter().cloned());
+        }
+        // What was known before a restart is part of what is put together until all of it was seen once.
+        let is_settled = self.restored.is_empty() && self.restored_parts.is_empty();
+        match is_settled {
+            true => self.merge_changed(&mut scan),
+            false => {
+                self.settle_restored(&scan);
+                self.merge(&mut scan);
+            }
+        }
+        scan
+    }
+
+    /// Looks at everything.
+    fn scan_all(&mut self, look: &Look, verify: bool) -> Result<Scan, SourceError> {
+        self.walked = None;
+        let mut scan = Scan::default();
+        let mut is_watched = self.config.watch;
         let mut walk = self.walk()?;
         if self.config.watch {
+            if let Some(watch) = &mut self.watch {
+                watch.distrust(look);
+            }
             // What was changed before the watch was there has to be looked for; a new directory may hold another.
             for _ in 0..MAX_DEPTH {
                 let (is_new, problem) = self.arm(&walk.directories);
+                is_watched = !is_new && problem.is_none();
                 if !is_new {
                     scan.told.problems.extend(problem);
                     break;
@@ -172,7 +307,8 @@ impl Disk {
             }
         }
         self.judge(&walk)?;
-        scan.told.problems.append(&mut walk.problems);
+        let problems = std::mem::take(&mut walk.problems);
+        scan.told.problems.extend(problems.iter().cloned());
         for (directory, why) in &walk.unreadable {
             let file: Arc<str> = directory.display().to_string().into();
             let problem = Problem::new(Place::file(file.clone()), file, &**why);
@@ -180,6 +316,7 @@ impl Disk {
         }
 
         let now = Instant::now();
+        self.unsettled.clear();
         let mut present = BTreeSet::new();
         for found in &walk.files {
             present.insert(found.path.clone());
@@ -192,6 +329,10 @@ impl Disk {
             }
         }
         self.forget(&present, &walk.unreadable, now, &mut scan);
+        if is_watched && walk.unreadable.is_empty() {
+            let Walk { directories, prefixes, ways, .. } = walk;
+            self.walked = Some(Walked { directories, prefixes, ways, problems });
+        }
         self.merge(&mut scan);
         Ok(scan)
     }
@@ -242,6 +383,7 @@ impl Disk {
         let entries = std::fs::read_dir(directory)?;
         walk.visited.insert(id);
         walk.directories.insert(directory.to_owned(), Directory { id, only: None });
+        walk.prefixes.insert(directory.to_owned(), prefix.clone());
         let mut names = Vec::new();
         for entry in entries {
             let entry = entry?;
@@ -360,7 +502,9 @@ impl Disk {
 
     /// Reads a file if there is reason to.
     fn read(&mut self, found: &Found, look: &Look, verify: bool, scan: &mut Scan) {
-        let again = |scan: &mut Scan, wait: Duration| {
+        let unsettled = &mut self.unsettled;
+        let mut again = |scan: &mut Scan, wait: Duration| {
+            unsettled.insert(found.path.clone());
             scan.again = Some(scan.again.map_or(wait, |sooner| sooner.min(wait)));
         };
         let known = self.files.get(&found.path);
@@ -453,6 +597,7 @@ impl Disk {
         let restored = &mut self.restored;
         let state = self.files.entry(path.to_owned()).or_default();
         let mut before = std::mem::take(&mut state.services);
+        let previous = before.clone();
         let because = |about: Option<&ServiceName>| -> Arc<str> {
             let subject = about.map(subject_of);
             let about_it = |p: &&Problem| subject.as_ref().is_none_or(|subject| p.subject == *subject);
@@ -527,6 +672,43 @@ impl Disk {
             problem.with_outcome(outcome)
         };
         state.problems = parsed.problems.into_iter().map(with_outcome).collect();
+        self.note_changed(path, previous);
+    }
+
+    /// Notes of which services a file says something else than `previous`.
+    fn note_changed(&mut self, path: &Path, mut previous: BTreeMap<ServiceName, Told>) {
+        if self.walked.is_none() {
+            // All is put together anew anyway.
+            return;
+        }
+        let Some(state) = self.files.get(path) else { return };
+        for (name, told) in &state.services {
+            match previous.remove(name) {
+                Some(before) if is_same(&before, told) => {}
+                Some(_) => _ = self.changed.insert(name.clone()),
+                None => {
+                    let claims = self.claims.entry(name.clone()).or_default();
+                    if let Err(at) = claims.binary_search_by(|claim| claim.as_path().cmp(path)) {
+                        claims.insert(at, path.to_owned());
+                    }
+                    self.changed.insert(name.clone());
+                }
+            }
+        }
+        self.note_gone(path, previous.into_keys());
+    }
+
+    /// Notes that a file does not name these services any more.
+    fn note_gone(&mut self, path: &Path, services: impl IntoIterator<Item = ServiceName>) {
+        for name in services {
+            if let Some(claims) = self.claims.get_mut(&name) {
+                claims.retain(|claim| claim != path);
+                if claims.is_empty() {
+                    self.claims.remove(&name);
+                }
+            }
+            self.changed.insert(name);
+        }
     }
 
     /// Below a directory that cannot be read everything stays as it was, also what was known before a restart.
@@ -557,18 +739,28 @@ impl Disk {
         now: Instant,
         scan: &mut Scan,
     ) {
+        let unsettled = &mut self.unsettled;
         self.files.retain(|path, state| {
             if present.contains(path) || unreadable.iter().any(|(directory, _)| path.starts_with(directory)) {
                 return true;
             }
-            let gone = now.saturating_duration_since(*state.missing_since.get_or_insert(now));
-            if gone < SETTLED {
-                let wait = SETTLED - gone;
-                scan.again = Some(scan.again.map_or(wait, |sooner| sooner.min(wait)));
-            }
-            gone < SETTLED
+            is_kept_though_gone(path, state, now, unsettled, scan)
         });
-        // What was there before a restart and is not any more is absent, which is for the guard to judge.
+        self.settle_restored(scan);
+    }
+
+    /// Forgets a file that is gone, and not just being replaced.
+    fn forget_file(&mut self, path: &Path, now: Instant, scan: &mut Scan) {
+        let Some(state) = self.files.get_mut(path) else { return };
+        if !is_kept_though_gone(path, state, now, &mut self.unsettled, scan)
+            && let Some(state) = self.files.remove(path)
+        {
+            self.note_gone(path, state.services.into_keys());
+        }
+    }
+
+    /// What was there before a restart and is not any more is absent, which is for the guard to judge.
+    fn settle_restored(&mut self, scan: &Scan) {
         if scan.again.is_none() {
             self.restored.clear();
         }
@@ -600,47 +792,136 @@ impl Disk {
 
     /// Puts the files together: of two that name one service the one counts that was there before, else the first.
     pub(super) fn merge(&mut self, scan: &mut Scan) {
-        let mut claims: BTreeMap<&ServiceName, Vec<&Told>> = BTreeMap::new();
-        for state in self.files.values() {
-            scan.told.problems.extend(state.problems.iter().cloned());
-            scan.told.unusable.extend(state.unusable.iter().cloned());
-            scan.told.left_out.extend(state.left_out.iter().cloned());
+        let mut claims: BTreeMap<&ServiceName, Vec<(&PathBuf, &Told)>> = BTreeMap::new();
+        for (path, state) in &self.files {
             for (name, told) in &state.services {
-                claims.entry(name).or_default().push(told);
+                claims.entry(name).or_default().push((path, told));
             }
         }
-        let mut incumbents = BTreeMap::new();
-        let mut joined = BTreeMap::new();
-        for (name, claims) in claims {
-            if claims.len() > 1
-                && let Some(told) = join(name, &claims, self.joined.get(name))
-            {
-                if let Known::Parsed(service) = &told.known {
-                    joined.insert(name.clone(), service.clone());
-                }
-                incumbents.insert(name.clone(), place(&told).file);
-                scan.told.services.insert(name.clone(), told);
-                continue;
-            }
-            let incumbent = self.incumbents.get(name);
-            let stayed = claims.iter().find(|told| Some(&place(told).file) == incumbent);
-            let Some(counts) = stayed.or(claims.first()) else { continue };
-            let why = if stayed.is_some() { "since it was there before" } else { "since it is the first" };
-            for other in claims.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
-                let message = format!("`{name}` is also in {}, which counts, {why}", place(counts));
-                scan.told.problems.push(Problem::new(place(other), subject_of(name), message));
-            }
-            incumbents.insert(name.clone(), place(counts).file);
-            scan.told.services.insert(name.clone(), Told::clone(counts));
+        let mut merged = Merged::default();
+        for (name, claims) in &claims {
+            let told: Vec<&Told> = claims.iter().map(|(_, told)| *told).collect();
+            merged.add(name, &told, self.incumbents.get(*name), self.joined.get(*name));
         }
+        let paths =
+            |claims: Vec<(&PathBuf, &Told)>| claims.into_iter().map(|(path, _)| path.clone()).collect();
+        self.claims = claims.into_iter().map(|(name, claims)| (name.clone(), paths(claims))).collect();
+        self.changed.clear();
+        let Merged { services, incumbents, joined, conflicts } = merged;
+        scan.told.services = services;
         self.incumbents = incumbents;
         self.joined = joined;
-        self.keep_restored_parts(scan);
-        let emptied = self.files.values().flat_map(|state| &state.emptied);
-        scan.told.emptied = emptied.filter(|name| !scan.told.services.contains_key(*name)).cloned().collect();
-        scan.told.problems.sort();
-        scan.told.problems.dedup();
+        self.conflicts = conflicts;
+        self.gather(scan);
     }
+
+    /// Puts the services together of which a file says something else.
+    fn merge_changed(&mut self, scan: &mut Scan) {
+        let changed = std::mem::take(&mut self.changed);
+        let mut merged = Merged::default();
+        for name in &changed {
+            let files = self.claims.get(name).into_iter().flatten();
+            let told: Vec<&Told> =
+                files.filter_map(|path| self.files.get(path)?.services.get(name)).collect();
+            merged.add(name, &told, self.incumbents.get(name), self.joined.get(name));
+            self.incumbents.remove(name);
+            self.joined.remove(name);
+            self.conflicts.remove(name);
+        }
+        let Merged { services, incumbents, joined, conflicts } = merged;
+        scan.told.services = services;
+        self.incumbents.extend(incumbents);
+        self.joined.extend(joined);
+        self.conflicts.extend(conflicts);
+        scan.only = Some(changed);
+        self.gather(scan);
+    }
+
+    /// Adds what is not of one service.
+    fn gather(&mut self, scan: &mut Scan) {
+        let told = &mut scan.told;
+        for state in self.files.values() {
+            told.problems.extend(state.problems.iter().cloned());
+            told.unusable.extend(state.unusable.iter().cloned());
+            told.left_out.extend(state.left_out.iter().cloned());
+            told.emptied
+                .extend(state.emptied.iter().filter(|name| !self.claims.contains_key(*name)).cloned());
+        }
+        told.problems.extend(self.conflicts.values().flatten().cloned());
+        told.problems.sort();
+        told.problems.dedup();
+        self.keep_restored_parts(scan);
+    }
+}
+
+/// Services put together from the files that name them.
+#[derive(Default)]
+struct Merged {
+    services: BTreeMap<ServiceName, Told>,
+    incumbents: BTreeMap<ServiceName, Arc<str>>,
+    joined: BTreeMap<ServiceName, Arc<ParsedService>>,
+    conflicts: BTreeMap<ServiceName, Vec<Problem>>,
+}
+
+impl Merged {
+    /// Adds what the files that name a service say of it, in the order of their paths. `incumbent` is the file that counted
+    /// before, `joined` what several had a part of.
+    fn add(
+        &mut self,
+        name: &ServiceName,
+        claims: &[&Told],
+        incumbent: Option<&Arc<str>>,
+        joined: Option<&Arc<ParsedService>>,
+    ) {
+        if claims.len() > 1
+            && let Some(told) = join(name, claims, joined)
+        {
+            if let Known::Parsed(service) = &told.known {
+                self.joined.insert(name.clone(), service.clone());
+            }
+            self.incumbents.insert(name.clone(), place(&told).file);
+            self.services.insert(name.clone(), told);
+            return;
+        }
+        let stayed = claims.iter().find(|told| Some(&place(told).file) == incumbent);
+        let Some(counts) = stayed.or(claims.first()) else { return };
+        let why = if stayed.is_some() { "since it was there before" } else { "since it is the first" };
+        for other in claims.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
+            let message = format!("`{name}` is also in {}, which counts, {why}", place(counts));
+            let problem = Problem::new(place(other), subject_of(name), message);
+            self.conflicts.entry(name.clone()).or_default().push(problem);
+        }
+        self.incumbents.insert(name.clone(), place(counts).file);
+        self.services.insert(name.clone(), Told::clone(counts));
+    }
+}
+
+/// Reports whether both say the same by their pointers.
+fn is_same(before: &Told, now: &Told) -> bool {
+    let is_known = match (&before.known, &now.known) {
+        (Known::Parsed(before), Known::Parsed(now)) => Arc::ptr_eq(before, now),
+        (Known::Restored(before), Known::Restored(now)) => Arc::ptr_eq(before, now),
+        _ => false,
+    };
+    is_known && before.stale_because == now.stale_because && before.partial_because == now.partial_because
+}
+
+/// Reports whether a file that is not there may be just being replaced, so that it has to be looked at again.
+fn is_kept_though_gone(
+    path: &Path,
+    state: &mut FileState,
+    now: Instant,
+    unsettled: &mut BTreeSet<PathBuf>,
+    scan: &mut Scan,
+) -> bool {
+    let gone = now.saturating_duration_since(*state.missing_since.get_or_insert(now));
+    let is_kept = gone < SETTLED;
+    if is_kept {
+        let wait = SETTLED - gone;
+        unsettled.insert(path.to_owned());
+        scan.again = Some(scan.again.map_or(wait, |sooner| sooner.min(wait)));
+    }
+    is_kept
 }
 
 /// Puts together a service of which each of several files has a part, as Prometheus does with a job: `None` if it is not
@@ -700,6 +981,7 @@ impl Walk {
             way.push((parent.to_owned(), name.to_owned()));
         }
         for (directory, name) in way {
+            self.ways.insert((directory.clone(), name.clone()));
             match self.directories.get_mut(&directory) {
                 Some(Directory { only: Some(names), .. }) => _ = names.insert(name),
                 Some(Directory { only: None, .. }) => {}

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use expect_test::{Expect, expect};
+use proptest::prelude::*;
 use rustix::fs::{FileType, Mode};
 use tokio::sync::watch as channel;
 use vmesh_testkit::TempDir;
@@ -329,6 +330,20 @@ async fn a_directory_that_is_replaced_is_watched_again() {
     live.until("orders fresh 10.0.0.3:80").await;
     replace(&live.dir, "d/orders.yaml", "endpoints: [10.0.0.4:80]\n");
     live.until("orders fresh 10.0.0.4:80").await;
+}
+
+/// File systems give a new directory the number of one that is gone, and the watch went with that one.
+#[tokio::test]
+async fn a_directory_that_is_removed_and_made_again_is_watched_again() {
+    let mut live = Live::start(&[("web", "10.0.1.1 80\n"), ("team/orders", "10.0.0.1 80\n")]);
+    live.until("team.orders fresh 10.0.0.1:80\nweb fresh 10.0.1.1:80").await;
+    for n in 2..8 {
+        fs::remove_dir_all(live.dir.join("team")).unwrap();
+        write(&live.dir, &[("team/orders", &format!("10.0.0.{n} 80\n"))]);
+        live.until(&format!("team.orders fresh 10.0.0.{n}:80\nweb fresh 10.0.1.1:80")).await;
+        replace(&live.dir, "team/orders", "10.0.0.1 80\n");
+        live.until("team.orders fresh 10.0.0.1:80\nweb fresh 10.0.1.1:80").await;
+    }
 }
 
 #[tokio::test]
@@ -804,6 +819,17 @@ fn age(path: &Path) {
     fs::File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
 }
 
+fn age_all(dir: &Path) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match fs::symlink_metadata(&path).unwrap().file_type() {
+            kind if kind.is_dir() => age_all(&path),
+            kind if kind.is_file() => age(&path),
+            _ => {}
+        }
+    }
+}
+
 #[test]
 fn of_a_thousand_files_the_one_that_changed_is_parsed() {
     let dir = vmesh_testkit::tempdir().unwrap();
@@ -837,6 +863,219 @@ fn of_a_thousand_files_the_one_that_changed_is_parsed() {
 }
 
 #[test]
+fn only_the_files_are_looked_at_of_which_the_kernel_told() {
+    let dir = vmesh_testkit::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        write(&dir, &[(name, text)]);
+        age(&dir.join(name));
+    };
+    (0..100).for_each(|service| file(&format!("s{service}"), "10.0.0.1 80\n"));
+    let mut disk = Disk::new(config(&dir), Arc::default(), None);
+    assert_eq!(scan(&mut disk, &[], false).told.services.len(), 100);
+    file("s7", "10.0.0.2 80\n");
+    // Of this one nobody tells.
+    file("s8", "10.0.0.2 80\n");
+    let names = |scan: &Scan| -> Vec<String> {
+        scan.only.iter().flatten().map(|name| name.as_str().to_owned()).collect()
+    };
+    let one = scan(&mut disk, &[dir.join("s7")], false);
+    assert_eq!((one.read, names(&one), one.told.services.len()), (1, vec!["s7".to_owned()], 1));
+    // What is said twice is no change.
+    assert_eq!(names(&scan(&mut disk, &[dir.join("s7")], false)), [""; 0]);
+    file("new", "10.0.0.1 80\n");
+    file("ignored.tmp", "10.0.0.1 80\n");
+    let new = scan(&mut disk, &[dir.join("new"), dir.join("ignored.tmp")], false);
+    assert_eq!((names(&new), new.told.services.len()), (vec!["new".to_owned()], 1));
+    // A file that is gone is looked at again, since it may be just being replaced.
+    fs::remove_file(dir.join("new")).unwrap();
+    assert!(scan(&mut disk, &[dir.join("new")], false).again.is_some());
+    let until = std::time::Instant::now() + BOUND;
+    let gone = loop {
+        let gone = scan(&mut disk, &[], false);
+        if gone.again.is_none() {
+            break gone;
+        }
+        assert!(std::time::Instant::now() < until);
+    };
+    assert_eq!((names(&gone), gone.told.services.len()), (vec!["new".to_owned()], 0));
+    // A directory, lost events and the timer have everything looked at.
+    fs::create_dir(dir.join("team")).unwrap();
+    for (whole, everything, verify) in
+        [(vec![dir.join("team")], false, false), (vec![], true, false), (vec![], false, true)]
+    {
+        let look = Look { whole: whole.into_iter().collect(), everything, ..Look::default() };
+        let all = disk.scan(&look, verify).unwrap();
+        assert_eq!((&all.only, all.told.services.len()), (&None, 100));
+        let Known::Parsed(service) = &all.told.services["s8"].known else { panic!() };
+        assert_eq!(service.endpoints[0].address.to_string(), "10.0.0.2:80");
+    }
+}
+
+/// Something that happens to the files.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    Write {
+        file: usize,
+        text: usize,
+    },
+    Replace {
+        file: usize,
+        text: usize,
+    },
+    Remove {
+        file: usize,
+    },
+    Rename {
+        from: usize,
+        to: usize,
+    },
+    RemoveDirectory,
+    MoveDirectory,
+    /// Has the linked directory, or the linked file, be another one.
+    Swap {
+        link: usize,
+        to: usize,
+    },
+    /// Writes into what a link may lead to.
+    WriteBehind {
+        link: usize,
+        to: usize,
+        text: usize,
+    },
+}
+
+/// Names of files: in the directory, below it, with the same service's name, not read, and of a kind that is skipped.
+const FILES: [&str; 9] = ["a", "b.yaml", "b.json", "x/a", "x/b.yaml", "x.a", "readme.txt", "c.tmp", "x/y/a"];
+/// Their texts, of one format and none broken: what a file said earlier makes no difference to what it says.
+const TEXTS: [&str; 4] = [
+    "endpoints: [10.0.0.1:80]\n",
+    "endpoints: [10.0.0.2:80]\n",
+    "service: named\nendpoints: [10.0.0.3:80]\n",
+    "[]\n",
+];
+
+impl Change {
+    fn make(self, dir: &Path) {
+        let path = |file: usize| dir.join("d").join(FILES[file]);
+        // What is in the way, or not there, makes no difference.
+        match self {
+            Change::Write { file, text } => {
+                _ = fs::create_dir_all(path(file).parent().unwrap());
+                _ = fs::write(path(file), TEXTS[text]);
+            }
+            Change::Replace { file, text } => {
+                _ = fs::create_dir_all(path(file).parent().unwrap());
+                let temporary = path(file).with_file_name(".tmp");
+                fs::write(&temporary, TEXTS[text]).unwrap();
+                _ = fs::rename(&temporary, path(file));
+            }
+            Change::Remove { file } => _ = fs::remove_file(path(file)),
+            Change::Rename { from, to } => _ = fs::rename(path(from), path(to)),
+            Change::RemoveDirectory => _ = fs::remove_dir_all(dir.join("d/x")),
+            Change::MoveDirectory => {
+                _ = fs::rename(dir.join("d/x"), dir.join("d/z"));
+            }
+            Change::Swap { link, to } => {
+                let (name, target) = [("team", "dirs"), ("linked", "files")][link];
+                _ = fs::remove_file(dir.join("next"));
+                symlink(dir.join(target).join(to.to_string()), dir.join("next")).unwrap();
+                fs::rename(dir.join("next"), dir.join("d").join(name)).unwrap();
+            }
+            Change::WriteBehind { link, to, text } => {
+                let behind = [format!("dirs/{to}/w"), format!("files/{to}")];
+                fs::write(dir.join(&behind[link]), TEXTS[text]).unwrap();
+            }
+        }
+    }
+}
+
+fn any_change() -> impl Strategy<Value = Change> {
+    let (file, text, to, link) = (0..FILES.len(), 0..TEXTS.len(), 0..2usize, 0..2usize);
+    prop_oneof![
+        3 => (file.clone(), text.clone()).prop_map(|(file, text)| Change::Write { file, text }),
+        3 => (file.clone(), text.clone()).prop_map(|(file, text)| Change::Replace { file, text }),
+        2 => file.clone().prop_map(|file| Change::Remove { file }),
+        2 => (file.clone(), file).prop_map(|(from, to)| Change::Rename { from, to }),
+        1 => Just(Change::RemoveDirectory),
+        1 => Just(Change::MoveDirectory),
+        2 => (link.clone(), to.clone()).prop_map(|(link, to)| Change::Swap { link, to }),
+        2 => (link, to, text).prop_map(|(link, to, text)| Change::WriteBehind { link, to, text }),
+    ]
+}
+
+/// What is said of each service, and of what there are problems.
+fn said(statement: &Statement) -> (Vec<String>, BTreeSet<String>) {
+    let service = |(name, told): (&ServiceName, &crate::assemble::Told)| match &told.known {
+        Known::Parsed(service) => {
+            let addresses: Vec<_> = service.endpoints.iter().map(|e| e.address.to_string()).collect();
+            format!("{name} {addresses:?} of {} stale {}", service.place.file, told.stale_because.is_some())
+        }
+        Known::Restored(_) => format!("{name} restored"),
+    };
+    let problems = statement.problems.iter().map(|p| format!("{} {}", p.place.file, p.subject));
+    (statement.services.iter().map(service).collect(), problems.collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    /// With the kernel's own events: each look is one at what it told, and after the last one everything is looked at anew.
+    #[test]
+    fn looks_at_what_the_kernel_told_of_find_what_there_is(
+        steps in proptest::collection::vec(proptest::collection::vec(any_change(), 1..4), 1..8),
+    ) {
+        let dir = vmesh_testkit::tempdir().unwrap();
+        let dir = fs::canonicalize(&dir).unwrap();
+        write(&dir, &[("dirs/0/w", TEXTS[0]), ("dirs/1/w", TEXTS[1]), ("files/0", TEXTS[0])]);
+        write(&dir, &[("files/1", TEXTS[1]), ("d/last", TEXTS[0]), ("d/a", TEXTS[0]), ("d/x/a", TEXTS[1])]);
+        [0, 1].into_iter().for_each(|link| Change::Swap { link, to: 0 }.make(&dir));
+        let hints = Arc::new(Hints::below(&dir.join("d")));
+        let mut disk = Disk::new(config(&dir.join("d")), hints.clone(), None);
+        let last = dir.join("d/last");
+        // Events come in order: when that of the last file is there, all are.
+        let heard = || {
+            fs::write(&last, TEXTS[0]).unwrap();
+            let until = std::time::Instant::now() + BOUND;
+            let mut all = Look::default();
+            while !all.whole.contains(&last) {
+                assert!(std::time::Instant::now() < until, "no event comes");
+                let look = hints.take(std::time::Instant::now());
+                all.whole.extend(look.whole);
+                all.busy = look.busy;
+                all.everything |= look.everything;
+            }
+            all
+        };
+        let mut statement = Statement::default();
+        let mut take = |scan: Scan| match scan.only {
+            Some(only) => statement.replace(only, scan.told),
+            None => statement = scan.told,
+        };
+        take(disk.scan(&Look::default(), true).unwrap());
+        for changes in steps {
+            changes.into_iter().for_each(|change| change.make(&dir));
+            take(disk.scan(&heard(), false).unwrap());
+        }
+        let until = std::time::Instant::now() + BOUND;
+        loop {
+            let scan = disk.scan(&heard(), false).unwrap();
+            let is_settled = scan.again.is_none();
+            take(scan);
+            if is_settled {
+                break;
+            }
+            assert!(std::time::Instant::now() < until);
+        }
+        // One that has read nothing yet, and knows only which files were there first.
+        age_all(&dir);
+        let all = disk.begin_anew().scan(&Look::default(), true).unwrap();
+        prop_assert_eq!(all.again, None);
+        let all = all.told;
+        prop_assert_eq!(said(&statement), said(&all));
+    }
+}
+
+#[test]
 fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("team/orders", "10.0.0.1 80\n"), ("web", "10.0.1.1 80\n")]);
@@ -866,7 +1105,7 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
     );
     // And is read again when it can be.
     fs::rename(dir.join(".team"), dir.join("team")).unwrap();
-    let again = scan(&mut disk, &[], false);
+    let again = disk.scan(&Look { everything: true, ..Look::default() }, false).unwrap();
     assert!(again.told.services["team.orders"].stale_because.is_none());
 }
 

@@ -72,6 +72,8 @@ pub(super) struct Look {
     pub(super) whole: BTreeSet<PathBuf>,
     /// Files that are being written.
     pub(super) busy: BTreeSet<PathBuf>,
+    /// Events were lost, or there were too many: anything may have changed.
+    pub(super) everything: bool,
 }
 
 impl Hints {
@@ -107,8 +109,7 @@ impl Hints {
     /// Takes what is to be looked at now.
     pub(super) fn take(&self, now: Instant) -> Look {
         let mut heard = self.heard();
-        heard.everything = None;
-        let mut look = Look::default();
+        let mut look = Look { everything: heard.everything.take().is_some(), ..Look::default() };
         heard.touched.retain(|path, touch| {
             let is_busy = touch.is_open && touch.due() > now;
             let paths = if is_busy { &mut look.busy } else { &mut look.whole };
@@ -201,6 +202,16 @@ impl Watch {
         let heard = hints.clone();
         let watcher = notify::recommended_watcher(move |event| heard.hear(event)).map_err(|e| plain(&e))?;
         Ok(Watch { watcher, hints, armed: BTreeMap::new() })
+    }
+
+    /// Takes no directory for watched that the kernel told of: it may have been removed, and its watch with it, and a new one of
+    /// the same name may have got the same number. After lost events that may be any.
+    pub(super) fn distrust(&mut self, look: &Look) {
+        let Look { whole, busy, everything } = look;
+        let is_doubtful = |path: &Path| *everything || whole.contains(path) || busy.contains(path);
+        for (path, _) in self.armed.extract_if(.., |path, _| is_doubtful(path)) {
+            _ = self.watcher.unwatch(&path);
+        }
     }
 
     /// Watches these directories and no others, anew where one was replaced by another. Returns whether a watch was
@@ -348,6 +359,8 @@ mod tests {
         let hints = Hints::default();
         hints.hear(Ok(Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan)));
         assert!(hints.due().is_some());
+        assert!(hints.take(Instant::now()).everything);
+        assert!(!hints.take(Instant::now()).everything);
     }
 
     #[test]

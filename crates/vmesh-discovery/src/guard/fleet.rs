@@ -5,9 +5,10 @@
 //! draining or because the source says in as many words that there is nothing, is not lost.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmesh_model::{Health, Registration, ServiceName};
+use vmesh_model::{Health, Registration, ServiceName, join};
 
 use super::config::FleetConfig;
 use crate::source::{Registrations, Seen};
@@ -115,36 +116,14 @@ fn drained(before: &Registration, now: &Registration) -> usize {
     now.endpoints.iter().filter(|e| e.health == Health::Draining && is_alive_before(e.address)).count()
 }
 
-/// The services of which the two do not have the same pointer, by name: both are sorted.
+/// The services of which the two do not have the same pointer, by name.
 fn differing<'a>(
     before: &'a Registrations,
     now: &'a Registrations,
 ) -> impl Iterator<Item = (&'a ServiceName, Option<&'a Seen>, Option<&'a Seen>)> {
-    let (mut old, mut new) = (before.services.iter().peekable(), now.services.iter().peekable());
-    std::iter::from_fn(move || {
-        loop {
-            let (name, was, is) = match (old.peek(), new.peek()) {
-                (None, None) => return None,
-                (Some((a, _)), Some((b, _))) if a == b => {
-                    let (was, (name, is)) = (old.next(), new.next()?);
-                    (name, was.map(|(_, seen)| seen), Some(is))
-                }
-                (Some((a, _)), b) if b.is_none_or(|(b, _)| a < b) => {
-                    let (name, was) = old.next()?;
-                    (name, Some(was), None)
-                }
-                _ => {
-                    let (name, is) = new.next()?;
-                    (name, None, Some(is))
-                }
-            };
-            let is_same = matches!((was, is), (Some(was), Some(is)) if
-                std::sync::Arc::ptr_eq(&was.registration, &is.registration)
-                && was.empty_on_purpose == is.empty_on_purpose);
-            if !is_same {
-                return Some((name, was, is));
-            }
-        }
+    join(&before.services, &now.services).filter(|(_, was, is)| {
+        !matches!((was, is), (Some(was), Some(is)) if Arc::ptr_eq(&was.registration, &is.registration)
+            && was.empty_on_purpose == is.empty_on_purpose)
     })
 }
 
