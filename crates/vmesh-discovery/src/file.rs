@@ -50,6 +50,8 @@ pub struct FileSource<R = SystemResolver> {
     look_at: Option<Instant>,
     verify_at: Instant,
     started: Instant,
+    /// What a look found was not taken: the next one has to look at everything.
+    is_behind: bool,
     /// What the files say, and whether some are just being written.
     statement: Option<(Statement, bool)>,
     told: Option<Registrations>,
@@ -85,6 +87,7 @@ impl<R: Resolve> FileSource<R> {
             look_at: Some(now),
             verify_at: now,
             started: now,
+            is_behind: true,
             statement: None,
             told: None,
             has_failed: false,
@@ -93,7 +96,8 @@ impl<R: Resolve> FileSource<R> {
 
     /// Begins to look at the disk.
     fn look(&mut self, now: Instant) {
-        let look = self.hints.take(now.into_std());
+        let mut look = self.hints.take(now.into_std());
+        look.everything |= self.is_behind;
         let verify = self.verify_at <= now;
         if verify {
             self.verify_at = now + self.poll;
@@ -121,7 +125,8 @@ impl<R: Resolve> FileSource<R> {
         [names, look, first_view].into_iter().flatten().fold(never, Instant::min)
     }
 
-    fn panicked(&self, panicked: JoinError) -> SourceError {
+    fn panicked(&mut self, panicked: JoinError) -> SourceError {
+        self.is_behind = true;
         let what = "look at its files".to_owned();
         SourceError::Failed { source_name: self.name.clone(), what, cause: panicked.into() }
     }
@@ -145,6 +150,7 @@ impl<R: Resolve> FileSource<R> {
             }
         };
         self.look_at = scan.again.map(|wait| now + wait);
+        self.is_behind = false;
         let is_unsettled = scan.again.is_some();
         // Of a part of the services nobody can tell which names are needed no more.
         self.assembler.want(scan.told.services.values(), is_unsettled || scan.only.is_some());
@@ -211,6 +217,7 @@ impl<R: Resolve> Source for FileSource<R> {
         if self.looking.is_some() {
             _ = finished(&mut self.looking).await;
             self.looking = None;
+            self.is_behind = true;
         }
         let now = Instant::now();
         self.verify_at = now;
