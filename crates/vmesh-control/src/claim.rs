@@ -7,11 +7,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde_json::{Map, Number, Value};
-use vmesh_daemon::text;
 use vmesh_model::node::{Capture, Client, Upstream, Upstreams, Workload};
 use vmesh_model::{Labels, NodeName, NodeReport, ServiceName};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
+use vmesh_text as text;
 
 /// A `node` that cannot be served, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

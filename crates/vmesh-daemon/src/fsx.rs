@@ -96,7 +96,7 @@ pub fn lock(path: &Path) -> Result<File, LockError> {
             _ = (&file).take(100).read_to_string(&mut owner);
             let by = match owner.trim() {
                 "" => "another process".to_owned(),
-                owner => crate::text::escaped(owner, 100),
+                owner => vmesh_text::escaped(owner, 100),
             };
             return Err(LockError::Taken { path: path.to_owned(), by });
         }

@@ -6,7 +6,6 @@
 //! | [`signals`] | the signal that ends the daemon |
 //! | [`descriptors`] | how many files this process may have open |
 //! | [`listen`], [`connections`], [`http`] | listeners that a crowd or an attacker does not exhaust |
-//! | [`text`] | text of others, made safe for a log or a terminal |
 //! | [`systemd`] | readiness, stopping and watchdog messages; nothing outside systemd |
 //! | [`logs`] | the journal under systemd, readable text on stderr elsewhere |
 //! | [`report`] | the one printer of error chains, and the exit codes |
@@ -30,6 +29,5 @@ pub mod signals;
 pub mod sockets;
 pub mod systemd;
 pub mod tasks;
-pub mod text;
 
 pub use tasks::{Stop, Tasks};

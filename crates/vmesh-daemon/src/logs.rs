@@ -30,7 +30,7 @@ impl<W: Write> Write for Escaping<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let line = String::from_utf8_lossy(bytes);
         let line = line.strip_suffix('\n').unwrap_or(&line);
-        self.0.write_all(format!("{}\n", crate::text::escaped(line, LINE_MAX)).as_bytes())?;
+        self.0.write_all(format!("{}\n", vmesh_text::escaped(line, LINE_MAX)).as_bytes())?;
         Ok(bytes.len())
     }
 
@@ -95,7 +95,7 @@ struct Fields {
 
 impl Fields {
     fn put(&mut self, field: &Field, value: String) {
-        let value = crate::text::escaped(&value, LINE_MAX);
+        let value = vmesh_text::escaped(&value, LINE_MAX);
         match field.name() {
             "message" => self.message = value,
             name => self.values.push((name, value)),
@@ -252,7 +252,7 @@ mod tests {
         });
         let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
         assert_eq!(written.lines().count(), 2, "{written}");
-        assert!(written.chars().all(|c| c == '\n' || !crate::text::is_unsafe(c)));
+        assert!(written.chars().all(|c| c == '\n' || !vmesh_text::is_unsafe(c)));
         assert!(written.len() < 2 * LINE_MAX);
     }
 

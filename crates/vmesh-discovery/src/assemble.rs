@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmesh_model::endpoint::dialable;
-use vmesh_model::text::printable;
 use vmesh_model::yaml::short;
 use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName, State};
+use vmesh_text::printable;
 
 use crate::format::{ParsedEndpoint, ParsedService, subject_of, too_many};
 use crate::resolve::{Names, Resolve, Resolved};

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use vmesh_model::text::printable;
 use vmesh_model::{Problem, Registration, ServiceName, State};
+use vmesh_text::printable;
 
 use crate::guard::Held;
 use crate::resolve::UnresolvedNames;

@@ -5,8 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-
-use crate::text::printable;
+use vmesh_text::printable;
 
 /// Where in the operator's own text something is. Line and column count from 1; a place without a line is the
 /// whole file, and one without a file has no text behind it (a node's report, say).

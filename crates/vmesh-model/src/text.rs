@@ -1,30 +1,10 @@
 //! How values are written in configuration: durations with a unit, a name or a list of names.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 use std::time::Duration;
 
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
-
-/// Returns `text` with every character escaped (`\u{1b}`) that a terminal or a log would act on instead of showing it: control
-/// characters, line breaks, and what changes the direction or the presence of the text around it.
-pub fn printable(text: &str) -> Cow<'_, str> {
-    if !text.contains(is_unprintable) {
-        return Cow::Borrowed(text);
-    }
-    let mut shown = String::with_capacity(text.len() + 16);
-    for c in text.chars() {
-        if is_unprintable(c) { shown.extend(c.escape_unicode()) } else { shown.push(c) }
-    }
-    Cow::Owned(shown)
-}
-
-fn is_unprintable(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
-}
 
 /// Parses `250ms`, `2s`, `1m30s`, `1.5s`; the unit is never guessed.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {

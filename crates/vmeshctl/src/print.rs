@@ -7,7 +7,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use vmesh_daemon::text::is_unsafe;
+use vmesh_text::is_unsafe;
 
 /// Characters of one text that are shown. Envoy's reasons have a few hundred.
 const LONGEST: usize = 2000;

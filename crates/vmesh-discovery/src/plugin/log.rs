@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::ChildStderr;
 use tokio::time::Instant;
-use vmesh_model::text::printable;
+use vmesh_text::printable;
 
 /// Lines are cut off after so many bytes.
 const MAX_LINE: usize = 2_000;

@@ -24,9 +24,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde_json::json;
-use vmesh_model::text::printable;
 use vmesh_model::yaml::{self, Node, short};
 use vmesh_model::{Place, ServiceName};
+use vmesh_text::printable;
 
 use crate::format::{Input, Parsed, native};
 

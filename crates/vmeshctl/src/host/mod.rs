@@ -12,13 +12,24 @@ use vmesh_daemon::fetch::FetchError;
 use vmesh_daemon::fsx::FileError;
 use vmesh_net::client::ClientError;
 
-/// Builds the command that runs the host's program `name`. Root runs none that another user could have put on the `PATH`, and
-/// passes on nothing of its environment.
-pub(crate) fn host_program(name: &str) -> Command {
-    if !rustix::process::geteuid().is_root() {
-        return Command::new(name);
+/// Builds the command that runs the program `name`, which may be a path. Root runs none that another user could have put on the `PATH`, and
+/// passes on nothing of its environment. Everybody else's `PATH` is followed by the directories of root's programs.
+///
+/// # Errors
+/// As [`programs::command`].
+pub(crate) fn host_command(name: &str) -> std::io::Result<tokio::process::Command> {
+    if rustix::process::geteuid().is_root() {
+        return programs::command(Path::new(name));
     }
-    match programs::command(Path::new(name)) {
+    let mut command = tokio::process::Command::new(name);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("LC_ALL", "C").env("PATH", format!("{path}:{}", programs::DIRECTORIES));
+    Ok(command)
+}
+
+/// [`host_command`], for a caller that blocks until the program has ended.
+pub(crate) fn host_program(name: &str) -> Command {
+    match host_command(name) {
         Ok(command) => command.into_std(),
         // A program that is not there cannot be started, and the error of that names it.
         Err(_) => Command::new(Path::new("/usr/bin").join(name)),

@@ -11,10 +11,8 @@ use bytes::Bytes;
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::{TcpStream, lookup_host};
-use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use vmesh_capture::programs;
 use vmesh_capture::spec::SELF_TESTS;
 use vmesh_daemon::fetch::{FetchError, Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
@@ -23,6 +21,7 @@ use vmesh_dns::ask;
 use vmesh_net::client;
 use vmesh_net::protocol::{Answer, Ask, Status};
 
+use super::super::host_command;
 use super::envoy::clusters;
 use super::facts::{Config, Disk, Facts, Names, Outline, Owned, Question, Ran, Reach, Seen, Socket};
 
@@ -37,8 +36,6 @@ const DIALED: usize = 20;
 /// Virtual addresses of services that are dialed, of each family.
 const TRIED: usize = 5;
 const MAX_FILE: u64 = 16 << 20;
-/// Below this the kernel answers; a user's PATH may be without the programs of root.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 const FILES: [&str; 16] = [
     "/proc/sys/kernel/osrelease",
@@ -208,21 +205,12 @@ fn read(path: &Path) -> Seen<String> {
 }
 
 async fn command(program: &str, arguments: &[&str]) -> Seen<Ran> {
-    let mut command = match rustix::process::geteuid().is_root() {
-        // As root nothing is run that another user could have put on the PATH, and nothing is given of the environment.
-        true => match programs::command(Path::new(program)) {
-            Ok(command) => command,
-            Err(error) if error.to_string().starts_with("no `") => {
-                return Err(format!("there is no `{program}` on this host"));
-            }
-            Err(error) => return Err(error.to_string()),
-        },
-        false => {
-            let mut command = Command::new(program);
-            let path = std::env::var("PATH").unwrap_or_default();
-            command.env("LC_ALL", "C").env("PATH", format!("{path}:{PATH}"));
-            command
+    let mut command = match host_command(program) {
+        Ok(command) => command,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(format!("there is no `{program}` on this host"));
         }
+        Err(error) => return Err(error.to_string()),
     };
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     match timeout(BOUND, command.output()).await {

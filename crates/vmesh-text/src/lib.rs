@@ -1,19 +1,26 @@
-//! Text of others (a client, a registry, a proxy), made safe for a log, a terminal and an answer.
+//! Text of others (a client, a registry, a proxy, a file), made safe for a log, a terminal and an answer: what would be taken for more than
+//! text is written as an escape.
 
-use std::fmt::Write;
+use std::borrow::Cow;
 
-/// The longest text of others that a message has room for.
+/// The longest text of others that a message has room for, in bytes.
 pub const MAX: usize = 1024;
 
-/// Returns `text` without anything that a terminal or a log would take for more than text: control characters, line
-/// breaks and marks that change the direction of writing are written as escapes. At most `max` bytes, and `…` if there
-/// was more.
+/// Returns `text` with every character escaped (`\u{1b}`, `\n`) that [`is_unsafe`].
+pub fn printable(text: &str) -> Cow<'_, str> {
+    match text.contains(is_unsafe) {
+        true => Cow::Owned(escaped(text, usize::MAX)),
+        false => Cow::Borrowed(text),
+    }
+}
+
+/// Returns `text` as [`printable`] does, at most `max` bytes of it, and `…` if there was more.
 pub fn escaped(text: &str, max: usize) -> String {
     let mut escaped = String::with_capacity(text.len().min(max));
     for c in text.chars() {
         let before = escaped.len();
         if is_unsafe(c) {
-            _ = write!(escaped, "{}", c.escape_default());
+            escaped.extend(c.escape_default());
         } else {
             escaped.push(c);
         }
@@ -26,7 +33,8 @@ pub fn escaped(text: &str, max: usize) -> String {
     escaped
 }
 
-/// Reports whether `c` controls a terminal or the direction of text instead of being a glyph.
+/// Reports whether a terminal or a log would act on `c` instead of showing it: control characters, line breaks, and what changes the direction
+/// or the presence of the text around it.
 pub fn is_unsafe(c: char) -> bool {
     c.is_control()
         || matches!(
@@ -50,5 +58,7 @@ mod tests {
         assert_eq!(escaped("äää", 4), "ää…");
         assert_eq!(escaped("a\u{1b}b", 4), "a…");
         assert!(escaped(&"x".repeat(1 << 20), MAX).len() <= MAX + '…'.len_utf8());
+        assert_eq!(printable("a\tb\u{202e}"), "a\\tb\\u{202e}");
+        assert!(matches!(printable("Größe 5 µs"), Cow::Borrowed(_)));
     }
 }
