@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use serde::de::DeserializeOwned;
@@ -49,7 +49,7 @@ struct Head {
 /// The files of all sources, and what is known to be in them.
 #[derive(Debug, Default)]
 pub(super) struct SourceFiles {
-    /// By source. Held while files of any source are written, so that what is known is what is there.
+    /// By source. One whose files are written just now is not in it: nobody waits for the disk behind this lock.
     written: Mutex<BTreeMap<String, WrittenSource>>,
     #[cfg(test)]
     cut_off_after: Mutex<Option<usize>>,
@@ -131,8 +131,24 @@ impl SourceFiles {
         source: &str,
         view: &Arc<Registrations>,
     ) -> Result<(), PersistError> {
-        let mut all = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = all.entry(source.to_owned()).or_insert_with(WrittenSource::unknown);
+        let known = self.written().remove(source);
+        let mut written = known.unwrap_or_else(WrittenSource::unknown);
+        let saved = self.save_known(state_dir, source, view, &mut written);
+        self.written().insert(source.to_owned(), written);
+        saved
+    }
+
+    fn written(&self) -> MutexGuard<'_, BTreeMap<String, WrittenSource>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn save_known(
+        &self,
+        state_dir: &Path,
+        source: &str,
+        view: &Arc<Registrations>,
+        written: &mut WrittenSource,
+    ) -> Result<(), PersistError> {
         let mut changed = written.in_doubt.clone();
         if !Arc::ptr_eq(&written.view, view) {
             changed.extend(differing(&written.view, view).map(bucket_of));
@@ -303,7 +319,7 @@ impl SourceFiles {
                 let view = Arc::new(view);
                 let has_single = places.single.exists();
                 let known = WrittenSource { view: view.clone(), in_doubt, has_single, ..known };
-                self.written.lock().unwrap_or_else(PoisonError::into_inner).insert(source.to_owned(), known);
+                self.written().insert(source.to_owned(), known);
                 let written = newest.unwrap_or(SystemTime::UNIX_EPOCH);
                 Ok(Some(Loaded { value: view, written }))
             }
