@@ -10,7 +10,7 @@ use vmesh_testkit::Result;
 /// Limit for everything that a bench waits for.
 pub const BOUND: Duration = Duration::from_secs(300);
 
-/// How large a mesh is, and how often it changes.
+// How large a mesh is, and how often it changes. No doc comment: clap would show it as what the bench is about.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Size {
     #[arg(long, default_value_t = 1_000)]

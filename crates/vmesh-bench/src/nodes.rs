@@ -19,7 +19,7 @@ use vmesh_testkit::Result;
 struct Options {
     #[arg(long, default_value_t = 1_000)]
     nodes: usize,
-    /// `--changes`: of an endpoint, with and without a change of documents beside each.
+    // `--changes`: of an endpoint, with and without a change of documents beside each.
     #[command(flatten)]
     size: Size,
     /// How many services each node declares.
