@@ -134,8 +134,15 @@ impl SourceFiles {
         let known = self.written().remove(source);
         let mut written = known.unwrap_or_else(WrittenSource::unknown);
         let saved = self.save_known(state_dir, source, view, &mut written);
-        self.written().insert(source.to_owned(), written);
+        self.put_back(source, written);
         saved
+    }
+
+    fn put_back(&self, source: &str, written: WrittenSource) {
+        let mut all = self.written();
+        let is_alone = !all.contains_key(source);
+        // Where two wrote at once, nobody knows whose files are there: the next save writes them all.
+        all.insert(source.to_owned(), if is_alone { written } else { WrittenSource::unknown() });
     }
 
     fn written(&self) -> MutexGuard<'_, BTreeMap<String, WrittenSource>> {
@@ -665,5 +672,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_saved_after_two_saves_at_once_is_what_is_there() {
+        let dir = tempdir().unwrap();
+        let disk = open(&dir);
+        let names = names(40);
+        let of_port = |port: u16| view(names.iter().map(|name| (name.clone(), port)));
+        disk.save_source(SOURCE, &of_port(1)).unwrap();
+        // The first save has begun; the second begins and ends meanwhile.
+        let mut taken = disk.sources.written().remove(SOURCE).unwrap();
+        disk.save_source(SOURCE, &of_port(2)).unwrap();
+        let last = view(names.iter().map(|name| (name.clone(), if *name == names[0] { 3 } else { 1 })));
+        disk.sources.save_known(&disk.dir, SOURCE, &last, &mut taken).unwrap();
+        disk.sources.put_back(SOURCE, taken);
+        disk.save_source(SOURCE, &last).unwrap();
+        drop(disk);
+        assert_eq!(load(&open(&dir)).unwrap(), last);
     }
 }
