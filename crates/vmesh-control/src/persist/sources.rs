@@ -40,35 +40,35 @@ fn file_of(bucket: Bucket) -> String {
     format!("{bucket:02x}.json")
 }
 
-/// What is not of one service.
+/// `head.json`: the part of a view that belongs to no service.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Head {
     problems: Vec<Problem>,
 }
 
-/// The files of all sources, and what is known to be in them.
+/// Saves and loads the files of all sources, and records their content.
 #[derive(Debug, Default)]
 pub(super) struct SourceFiles {
-    /// By source. One whose files are written just now is not in it: nobody waits for the disk behind this lock.
+    /// The record of each source. A writer takes the record out and puts it back, so that nobody waits for the disk behind this lock.
     written: Mutex<BTreeMap<String, WrittenSource>>,
     #[cfg(test)]
     cut_off_after: Mutex<Option<usize>>,
 }
 
-/// What the files of a source hold.
+/// Records the content of the files of a source.
 #[derive(Debug)]
 struct WrittenSource {
     view: Arc<Registrations>,
-    /// Buckets whose files may hold something else than `view`.
+    /// The buckets whose files may differ from `view`.
     in_doubt: BTreeSet<Bucket>,
-    /// Whether `head.json` may hold something else, or is not there.
+    /// `head.json` may differ from `view`, or be missing.
     is_head_in_doubt: bool,
-    /// Whether a file of an earlier version may be there.
+    /// The single file of an earlier version may exist.
     has_single: bool,
 }
 
 impl WrittenSource {
-    /// Nothing is known of the files.
+    /// Returns a record that says nothing of the files, so that the next save writes them all.
     fn unknown() -> WrittenSource {
         WrittenSource {
             view: Arc::default(),
@@ -79,7 +79,7 @@ impl WrittenSource {
     }
 }
 
-/// Where the files of a source are.
+/// The paths of the files of a source.
 struct Places {
     root: PathBuf,
     dir: PathBuf,
@@ -95,8 +95,8 @@ impl Places {
 }
 
 impl Places {
-    /// Removes the files of the source, but for that of earlier versions. The last is the head: until then they are still older
-    /// than that file.
+    /// Removes the files of the source, but for that of earlier versions. The head is removed last: as long as it exists, the next start
+    /// compares its age with the age of that file.
     fn remove_files(&self) -> Result<(), FileError> {
         let mut batch = Batch::open(&self.dir)?;
         (0..=Bucket::MAX).for_each(|bucket| batch.remove(file_of(bucket)));
@@ -124,7 +124,7 @@ impl SourceFiles {
         Ok(())
     }
 
-    /// Writes the files of which `view` says something else than what is in them.
+    /// Writes each file whose content differs from `view`.
     pub(super) fn save(
         &self,
         state_dir: &Path,
@@ -141,7 +141,7 @@ impl SourceFiles {
     fn put_back(&self, source: &str, written: WrittenSource) {
         let mut all = self.written();
         let is_alone = !all.contains_key(source);
-        // Where two wrote at once, nobody knows whose files are there: the next save writes them all.
+        // Two writers at once may each have replaced a part of the files, so the next save writes them all.
         all.insert(source.to_owned(), if is_alone { written } else { WrittenSource::unknown() });
     }
 
@@ -166,7 +166,7 @@ impl SourceFiles {
             return Ok(());
         }
         let places = Places::of(state_dir, source);
-        // Until all of it is there nobody knows which of these files were replaced.
+        // A write that fails may have replaced any of these files.
         written.in_doubt = changed;
         written.is_head_in_doubt = is_head_changed;
         self.replace(&places, source, view, written)?;
@@ -206,7 +206,7 @@ impl SourceFiles {
             }
         }
         let mut batch = Batch::open(&places.dir).map_err(PersistError::File)?;
-        // While the file of an earlier version counts, a bucket without a file means what is in that.
+        // While the file of an earlier version is read, it provides the services of each bucket that has no file.
         let is_replacing = written.has_single && places.single.exists();
         for (bucket, services) in buckets {
             let says_empty = is_replacing && places.dir.join(file_of(bucket)).exists();
@@ -217,7 +217,7 @@ impl SourceFiles {
             let bytes = encoded(state::encode(&services))?;
             batch.write(file_of(bucket), &bytes, PRIVATE).map_err(PersistError::File)?;
         }
-        // The last: who finds it takes the others for complete.
+        // The head is written last: a reader that finds a head takes the buckets for complete.
         if written.is_head_in_doubt {
             let head = Head { problems: view.problems.clone() };
             let bytes = encoded(state::encode(&head))?;
@@ -225,7 +225,7 @@ impl SourceFiles {
         }
         self.commit(batch).map_err(PersistError::File)?;
         if written.is_head_in_doubt {
-            // The directories themselves may be new.
+            // The directories may be new, so their entries are flushed too.
             for dir in [&places.root, places.root.parent().unwrap_or(&places.root)] {
                 Batch::open(dir).and_then(Batch::commit).map_err(PersistError::File)?;
             }
@@ -252,8 +252,8 @@ impl SourceFiles {
         }
     }
 
-    /// Reads what was written of a source; `None` if it never was, completely. What cannot be read is logged and costs the
-    /// services in that file.
+    /// Returns the saved view of a source; `None` if no save was ever completed. A file that cannot be read is logged and costs the
+    /// services in it.
     pub(super) fn load(
         &self,
         state_dir: &Path,
@@ -267,7 +267,7 @@ impl SourceFiles {
                 known.is_head_in_doubt = head.is_none();
                 head
             }
-            // It was there, so the others are complete.
+            // A damaged head was written after the buckets, so the buckets are complete.
             Err(error) => {
                 tracing::error!("{}", one_line(&error));
                 Some(Head::default())
@@ -302,7 +302,7 @@ impl SourceFiles {
         let newest = reading.newest;
         let single = match &head {
             None => Some(load_file::<Registrations>(&places.single, MAX_BYTES)?),
-            // Written by an earlier version that ran in between: it is newer than all of these.
+            // An earlier version ran in between and wrote a single file that is newer than all buckets.
             Some(_) if is_newer(&places.single, newest) => {
                 found.clear();
                 view.services.clear();
@@ -314,7 +314,7 @@ impl SourceFiles {
         };
         match (head, single) {
             (_, Some(Some(single))) => {
-                // Where a file is there already, it is the newer one.
+                // A bucket that has a file is newer than the single file.
                 let Loaded { value, written } = single;
                 let older = value.services.into_iter().filter(|(name, _)| !found.contains(&bucket_of(name)));
                 view.services.extend(older);
@@ -356,7 +356,7 @@ fn is_newer(path: &Path, than: Option<SystemTime>) -> bool {
     modified.is_some() && modified > than
 }
 
-/// The services that the two views do not say the same of.
+/// Returns the services whose entries differ between the two views.
 fn differing<'a>(before: &'a Registrations, now: &'a Registrations) -> impl Iterator<Item = &'a ServiceName> {
     let differs = |before: Option<&Seen>, now: Option<&Seen>| match (before, now) {
         (Some(before), Some(now)) => !is_same(before, now),
@@ -366,7 +366,7 @@ fn differing<'a>(before: &'a Registrations, now: &'a Registrations) -> impl Iter
     both.filter_map(move |(name, before, now)| differs(before, now).then_some(name))
 }
 
-/// Reports whether the two are the same on disk. What did not change has kept its pointer, but for what was read from the disk.
+/// Reports whether both entries are written alike. An entry that did not change keeps its pointer; an entry that was loaded has a new one.
 fn is_same(before: &Seen, now: &Seen) -> bool {
     (Arc::ptr_eq(&before.registration, &now.registration) || before.registration == now.registration)
         && before.state == now.state
