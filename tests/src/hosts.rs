@@ -186,7 +186,10 @@ impl Vm {
         wait_for("connections to be captured", 2 * BOUND, async || match self.goes_through_envoy(to) {
             Ok(true) => match self.host.sh("vmeshctl capture --json || :") {
                 Ok(said) if said.contains("\"state\": \"confirmed\"") => Ok(()),
-                Ok(said) => Err(said),
+                Ok(said) => {
+                    let journals = ["vmesh-net", "vmesh-agent"].map(|unit| self.host.journal(unit).unwrap_or_default());
+                    Err(format!("{said}\n{}", journals.join("\n")))
+                }
                 Err(failed) => Err(failed.to_string()),
             },
             Ok(false) => {

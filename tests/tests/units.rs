@@ -14,6 +14,17 @@ fn tree() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
+#[test]
+fn the_unit_of_vmesh_net_lets_it_dial_what_it_tests_captures_with() -> Result<()> {
+    let unit = read(&tree().join("systemd/vmesh-net.service"))?;
+    let allowed = unit.lines().find_map(|line| line.strip_prefix("IPAddressAllow=")).unwrap_or_default();
+    for address in vmesh_capture::spec::SELF_TESTS {
+        let address = address.ip().to_string();
+        assert!(allowed.split(' ').any(|one| one == address), "{address} is not in IPAddressAllow={allowed}");
+    }
+    Ok(())
+}
+
 /// On a scale of 10 (unconfined) to 0.
 const WORST: f64 = 2.0;
 
