@@ -187,7 +187,8 @@ impl Vm {
             Ok(true) => match self.host.sh("vmeshctl capture --json || :") {
                 Ok(said) if said.contains("\"state\": \"confirmed\"") => Ok(()),
                 Ok(said) => {
-                    let journals = ["vmesh-net", "vmesh-agent"].map(|unit| self.host.journal(unit).unwrap_or_default());
+                    let journals =
+                        ["vmesh-net", "vmesh-agent"].map(|unit| self.host.journal(unit).unwrap_or_default());
                     Err(format!("{said}\n{}", journals.join("\n")))
                 }
                 Err(failed) => Err(failed.to_string()),
