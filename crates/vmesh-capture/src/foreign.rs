@@ -59,6 +59,22 @@ pub struct Packet {
     pub from_elsewhere: bool,
 }
 
+impl Packet {
+    /// The first packet of a connection that another host makes, at the filter's `input`.
+    fn from_outside(is_ipv4: bool, port: u16, is_translated: bool) -> Packet {
+        Packet {
+            is_ipv4,
+            hook: Hook::Input,
+            is_translated,
+            to_port: Some(port),
+            from_port: None,
+            is_new: true,
+            over_loopback: false,
+            from_elsewhere: true,
+        }
+    }
+}
+
 /// Whether a condition holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Truth {
@@ -298,16 +314,7 @@ fn bypass(ports: Ports) -> String {
 /// Finds the ports that a redirect of inbound connections would open or close, as far as the rules say it for certain, and those that
 /// cannot be judged.
 pub fn inbound(rules: &Ruleset, ports: &BTreeSet<Ports>) -> Vec<Conflict> {
-    let packet = |is_ipv4, port, is_translated| Packet {
-        is_ipv4,
-        hook: Hook::Input,
-        is_translated,
-        to_port: Some(port),
-        from_port: None,
-        is_new: true,
-        over_loopback: false,
-        from_elsewhere: true,
-    };
+    let packet = Packet::from_outside;
     if let Some(why) = rules.gaps() {
         return ports.iter().map(|ports| Conflict::Unjudged { ports: *ports, why: why.clone() }).collect();
     }
@@ -470,16 +477,7 @@ pub enum InboundSuspects {
 
 /// Names the rules that may drop connections of one family from outside once they are redirected.
 pub fn inbound_suspects(rules: &Ruleset, ports: &BTreeSet<Ports>, is_ipv4: bool) -> InboundSuspects {
-    let packet = |port, is_translated| Packet {
-        is_ipv4,
-        hook: Hook::Input,
-        is_translated,
-        to_port: Some(port),
-        from_port: None,
-        is_new: true,
-        over_loopback: false,
-        from_elsewhere: true,
-    };
+    let packet = |port, is_translated| Packet::from_outside(is_ipv4, port, is_translated);
     let mut left = MAX_STEPS_OF_ALL;
     let redirected = rules.judge(&packet(INBOUND_PORT, true), &mut left).drops;
     if redirected.is_empty() {

@@ -92,9 +92,7 @@ impl Places {
         let (name, root) = (part(source), state_dir.join("sources"));
         Places { dir: root.join(&name), root, single: state_dir.join(format!("{name}.json")) }
     }
-}
 
-impl Places {
     /// Removes the files of the source, but for that of earlier versions. The head is removed last: as long as it exists, the next start
     /// compares its age with the age of that file.
     fn remove_files(&self) -> Result<(), FileError> {

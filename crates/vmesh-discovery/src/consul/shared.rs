@@ -111,11 +111,12 @@ impl<R: Resolve> ConsulSource<R> {
                 self.ask_checks(at);
             }
         }
+        let slots = self.read_slots();
         // What cannot be seen by difference is looked for without end.
         if self.plan.datacenters.iter().any(|dc| dc.checks.failure.is_some()) {
             self.sweep.owe(services);
         }
-        if self.sweep_may_read(now)
+        if self.plan.has_room(slots, now)
             && let Some(key) = self.sweep.take(&self.plan.services, now)
         {
             self.plan.point_at(&key, false);
@@ -124,15 +125,8 @@ impl<R: Resolve> ConsulSource<R> {
 
     /// When the sweep goes on, unless it waits for a read to end.
     pub(super) fn sweep_due(&self, now: Instant) -> Option<Instant> {
-        let can_read = self.plan.is_scarce && self.sweep_may_read(now);
+        let can_read = self.plan.is_scarce && self.plan.has_room(self.read_slots(), now);
         can_read.then(|| self.sweep.due(self.plan.services.len()))
-    }
-
-    /// Reports whether the sweep may read a service. While Consul writes out the checks that explain a change, its reads wait: they
-    /// would take from the same processors.
-    fn sweep_may_read(&self, now: Instant) -> bool {
-        let awaits_checks = |dc: &Datacenter| dc.unexplained.is_some() && dc.checks.failure.is_none();
-        !self.plan.datacenters.iter().any(awaits_checks) && self.plan.has_room(self.read_slots(), now)
     }
 
     fn ask_checks(&mut self, at: usize) {
