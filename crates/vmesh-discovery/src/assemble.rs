@@ -1,4 +1,5 @@
-//! From what a format says to what can be dialled: names are resolved, and what did not change keeps its pointer.
+//! Assembles the view of a source from parsed services: resolves host names, and keeps the pointer of each
+//! service that did not change.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -15,47 +16,48 @@ use crate::format::{ParsedEndpoint, ParsedService, subject_of, too_many};
 use crate::resolve::{Names, Resolve, Resolved};
 use crate::source::{Extent, Registrations, Seen, shown};
 
-/// How long the first view of a source waits for names to be resolved: without them services would begin without
-/// endpoints, and a control plane that knows nothing from before would take them from every proxy. A name server that is
-/// dead costs a lookup 5 to 30 s.
+/// The time that the first view of a source waits for host names to resolve. Without it, services would start
+/// without endpoints, and a control plane without a last good view would remove them from every proxy. One
+/// lookup at a dead name server takes 5 to 30 s.
 pub(crate) const FIRST_NAMES: Duration = Duration::from_secs(30);
 
-/// What is known of a service.
+/// The content of a service.
 #[derive(Debug, Clone)]
 pub enum Known {
     Parsed(Arc<ParsedService>),
-    /// From before a restart, and it could not be read since. Its names are resolved already.
+    /// The content from before a restart, because the service has not been read since. Its host names are
+    /// already resolved.
     Restored(Arc<Registration>),
 }
 
-/// A service, and why what its source says of it now cannot be used.
+/// One service as its source states it, and the reason if the present statement of the source is not usable.
 #[derive(Debug, Clone)]
 pub struct Told {
     pub known: Known,
     pub stale_because: Option<Arc<str>>,
-    /// Why it may have more endpoints than can be read.
+    /// The reason why the service may have endpoints that could not be read.
     pub partial_because: Option<Arc<str>>,
 }
 
 impl Told {
-    /// What the source says now.
+    /// Returns a service as the source states it at present.
     pub fn fresh(service: Arc<ParsedService>) -> Told {
         let partial_because = service.partial_because.clone();
         Told { known: Known::Parsed(service), stale_because: None, partial_because }
     }
 
-    /// What was known before, because what the source says now cannot be used.
+    /// Returns the last good content of a service whose present statement is not usable, with the reason.
     pub fn stale(known: Known, because: impl Into<Arc<str>>) -> Told {
         Told { known, stale_because: Some(because.into()), partial_because: None }
     }
 }
 
-/// All that a source says, names not resolved.
+/// Everything that a source states, before host names are resolved.
 #[derive(Debug, Clone, Default)]
 pub struct Statement {
     pub services: BTreeMap<ServiceName, Told>,
     pub problems: Vec<Problem>,
-    /// Services that are absent because the source says in as many words that there is nothing.
+    /// Services that are absent because the source states explicitly that they have nothing.
     pub emptied: BTreeSet<ServiceName>,
     /// See [`Registrations::unusable`].
     pub unusable: Vec<Arc<str>>,
@@ -64,7 +66,8 @@ pub struct Statement {
 }
 
 impl Statement {
-    /// Takes what is told of the services in `only`, and all that is not of one service. One of these that is not told is gone.
+    /// Replaces the services in `only` and everything that does not belong to one service by the content of
+    /// `told`. A service in `only` that is not in `told` is removed.
     pub fn replace(&mut self, only: BTreeSet<ServiceName>, told: Statement) {
         let mut services = std::mem::take(&mut self.services);
         for name in only {
@@ -75,27 +78,34 @@ impl Statement {
     }
 }
 
-/// Makes [`Registrations`] of [`Statement`]s, for one source.
+/// Makes [`Registrations`] out of [`Statement`]s, for one source.
+///
+/// Call [`Assembler::want`] for each new statement, then [`Assembler::look_up`] to start the lookups, then
+/// [`Assembler::view`]. While waiting, poll [`Assembler::changed`] and call `look_up` again at the time it
+/// returned; build a new view after each change.
 pub struct Assembler<R> {
     source: Arc<str>,
     names: Names<R>,
     built: BTreeMap<ServiceName, Built>,
 }
 
-/// A service with its names resolved.
+/// A service with its host names resolved.
 #[derive(Debug, Clone)]
 struct Built {
     parsed: Arc<ParsedService>,
     has_names: bool,
-    /// A name of it has no address, and may have one: it has not been looked up yet, or no name server answered.
+    /// A host name of the service has no address but may have one: it has not been looked up yet, or no name
+    /// server answered.
     is_unresolved: bool,
     seen: Seen,
     problems: Vec<Problem>,
 }
 
 impl<R: Resolve> Assembler<R> {
-    /// `interval` is how often names are resolved again; `last_good` what was known before a restart, whose names
-    /// are known until they are resolved again.
+    /// Creates an assembler for the source called `source`.
+    ///
+    /// Host names are resolved again after `interval`. The addresses in `last_good`, the view from before a
+    /// restart, are used until the first lookup.
     pub fn new(
         source: Arc<str>,
         resolver: R,
@@ -109,29 +119,30 @@ impl<R: Resolve> Assembler<R> {
         Assembler { source, names, built: BTreeMap::new() }
     }
 
-    /// Takes note of the names that `told` needs. Those that it does not need are forgotten, unless it `may_grow`:
-    /// what has not been read yet may need a name that was known before.
+    /// Requests the host names of the services `told`. Other names are forgotten, unless `may_grow` is set: a
+    /// service that has not been read yet may need a name that was known before.
     pub fn want<'a>(&mut self, told: impl IntoIterator<Item = &'a Told>, may_grow: bool) {
         let hosts: BTreeSet<Arc<str>> = told.into_iter().flat_map(hosts).collect();
         if may_grow { self.names.want(&hosts) } else { self.names.want_only(&hosts) }
     }
 
-    /// Whether there are names that were never tried: services would begin without endpoints.
+    /// Reports whether a host name has never been looked up, so that a service might start without endpoints.
     pub fn any_pending(&self) -> bool {
         self.names.any_pending()
     }
 
-    /// Begins the lookups that are due, and returns when the next is.
+    /// Starts the lookups that are due and returns when the next one is due.
     pub fn look_up(&mut self) -> Option<Instant> {
         self.names.look_up()
     }
 
-    /// Waits until something else is known of a name. Dropping the future loses nothing.
+    /// Waits until the result of a lookup changes. Dropping the future loses nothing.
     pub async fn changed(&mut self) {
         self.names.changed().await;
     }
 
-    /// The view of `statement` as of now. A service whose names are looked up for the first time is not in it.
+    /// Returns the view of `statement` at present. The view leaves out a service while the first lookup of
+    /// all its host names is running.
     pub fn view(&mut self, statement: &Statement) -> Registrations {
         let mut view = Registrations {
             services: BTreeMap::new(),
@@ -141,7 +152,7 @@ impl<R: Resolve> Assembler<R> {
             left_out: statement.left_out.iter().map(shown).collect(),
             unresolved: self.names.unresolved(),
         };
-        // Both are sorted by name, and so is what comes out.
+        // Both inputs are sorted by name, and so is the result.
         let mut known_before = std::mem::take(&mut self.built).into_iter().peekable();
         let mut built = Vec::with_capacity(statement.services.len());
         let mut services = Vec::with_capacity(statement.services.len());
@@ -167,7 +178,8 @@ impl<R: Resolve> Assembler<R> {
                     if is_unknown && seen.registration.endpoints.is_empty() {
                         let because = seen.because.as_deref().unwrap_or("its names are not resolved");
                         view.unusable.push(format!("service `{name}`: {because}").into());
-                        // Nothing is known of where it is: that it has no endpoints is nobody's word.
+                        // No address of the service is known yet, so it must not be served as a service
+                        // without endpoints.
                         continue;
                     }
                     seen
@@ -200,8 +212,8 @@ impl<R: Resolve> Assembler<R> {
     }
 }
 
-/// The names that a service needs, also those that it was made of before a restart: their addresses will be wanted
-/// when its file can be read again.
+/// Returns the host names of a service. For a restored service these are the names before the restart, whose
+/// addresses are needed once its file can be read again.
 fn hosts(told: &Told) -> Vec<Arc<str>> {
     match &told.known {
         Known::Parsed(service) => {
@@ -228,8 +240,9 @@ fn resolved_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<
     before
 }
 
-/// Puts addresses for names. A name that has none yet withholds itself, and not its service; what was known of a service
-/// that is looked up again stays until its names are. What comes out as it was keeps its pointer.
+/// Resolves the host names of a service. An endpoint whose name has no address yet is left out, without
+/// delaying the rest of the service; endpoints from the previous view stay while a new name is being looked
+/// up. An unchanged result keeps its pointer.
 fn build<R: Resolve>(
     parsed: &Arc<ParsedService>,
     before: Option<Built>,
@@ -244,7 +257,7 @@ fn build<R: Resolve>(
     let mut endpoints: BTreeMap<SocketAddr, Endpoint> = BTreeMap::new();
     let (mut problems, mut unresolved, mut has_names, mut is_unresolved) = (Vec::new(), None, false, false);
     let (mut is_pending, mut is_overdue) = (false, false);
-    // Records without an address that other hosts can dial.
+    // The number of records without an address that other hosts can dial.
     let mut undialable = 0;
     for endpoint in &parsed.endpoints {
         let port = endpoint.address.port.get();
@@ -270,7 +283,7 @@ fn build<R: Resolve>(
                         is_overdue |= names.is_overdue(host);
                         let overdue =
                             names.is_overdue(host).then(|| "no name server has answered yet".into());
-                        // A lookup that has only just begun is nothing to be told of.
+                        // A lookup that has only just begun is not worth a problem.
                         unresolved.get_or_insert_with(|| format!("`{host}` is being looked up"));
                         (Arc::from([]), overdue, "this endpoint is left out until then")
                     }
@@ -293,7 +306,8 @@ fn build<R: Resolve>(
                         }
                     };
                     let address = SocketAddr::new(ip, port);
-                    // One that is given by its address is described better than one that is found by a name.
+                    // A record with an explicit address describes the endpoint better than one found through
+                    // a host name.
                     let named = || resolved(endpoint, address, Some(host.clone()), source);
                     endpoints.entry(address).or_insert_with(named);
                 }
@@ -308,7 +322,7 @@ fn build<R: Resolve>(
         }
     }
     if is_pending && !is_overdue {
-        // Its new names will be known in a moment: until then nothing of it goes.
+        // The lookup of the new names ends soon; until then every endpoint of the previous view stays.
         for known in before.iter().flat_map(|before| before.seen.registration.endpoints.iter()) {
             endpoints.entry(known.address).or_insert_with(|| known.clone());
         }
@@ -331,7 +345,8 @@ fn build<R: Resolve>(
     seen.empty_on_purpose = parsed.endpoints.is_empty();
     let records = parsed.endpoints.len();
     if too_many(undialable, records) {
-        // As with records that make no sense: what is missing is likely to be among these, so nothing is taken away.
+        // As with invalid records: the missing endpoints are probably among these records, so no endpoint is
+        // removed.
         let why = format!("{undialable} of {records} records have no address that can be dialled");
         let is_nothing = undialable == records;
         seen.extent = if is_nothing { Extent::Nothing } else { Extent::Part };
@@ -341,14 +356,14 @@ fn build<R: Resolve>(
         seen.because.get_or_insert_with(|| why.into());
     }
     if is_overdue {
-        // What its new name stands for may be what is missing now.
+        // The missing endpoints may be the addresses of the new name.
         seen.extent = Extent::Part;
     }
     Built { parsed: parsed.clone(), has_names, is_unresolved, seen, problems }
 }
 
-/// Returns the address for which `host` stands on every host, or why it is none: what a name means on this host alone says
-/// nothing to others.
+/// Returns the address of `host` in the form that every host can dial. Returns the reason if there is none:
+/// an address that the name has on this host alone (loopback) is useless to other hosts.
 fn dialable_for(host: &str, ip: IpAddr) -> Result<IpAddr, String> {
     let ip = dialable(ip)?;
     let is_local = host == "localhost" || host.ends_with(".localhost");

@@ -15,7 +15,7 @@ use crate::guard::GuardConfig;
 use crate::plugin::PluginConfig;
 use crate::zookeeper::ZookeeperConfig;
 
-/// One source: `file: {path: /etc/vmesh/services.d}`.
+/// The configuration of one source, for example `file: {path: /etc/vmesh/services.d}`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceConfig {
@@ -26,7 +26,7 @@ pub enum SourceConfig {
 }
 
 impl SourceConfig {
-    /// What the source is called in messages and in the API.
+    /// Returns the name of the source in messages and in the API.
     pub fn name(&self) -> Arc<str> {
         match self {
             SourceConfig::File(config) => config.name(),
@@ -45,7 +45,8 @@ impl SourceConfig {
         }
     }
 
-    /// Whether nothing is served before this source has answered, however long that takes.
+    /// Reports whether the control plane serves nothing before this source has answered, however long that
+    /// takes.
     pub fn required(&self) -> bool {
         match self {
             SourceConfig::File(config) => config.required,
@@ -56,46 +57,49 @@ impl SourceConfig {
     }
 }
 
-/// A directory of files, or one file.
+/// The configuration of a file source: a directory of files, or one file.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileConfig {
-    /// What it is called in messages and commands. Built in: `file:` and the path.
+    /// The name of the source in messages and commands. Default: `file:` and the path.
     #[serde(default, deserialize_with = "name")]
     pub name: Option<Arc<str>>,
-    /// Whether nothing is served before it has answered, however long that takes. Without, 30 s are enough.
+    /// Whether the control plane serves nothing before this source has answered, however long that takes. If
+    /// `false`, it waits at most 30 s.
     #[serde(default = "yes")]
     pub required: bool,
-    /// A directory, read with all that is below it, or a single file.
+    /// A directory, read recursively, or a single file.
     pub path: PathBuf,
-    /// How the files are written. Built in: told by the content of each.
+    /// The format of the files. By default it is detected from the content of each file.
     #[serde(default)]
     pub format: Format,
-    /// Whether to be told of changes by the kernel. Without, `poll` is all there is.
+    /// Whether the kernel reports changes (inotify). If `false`, changes are found by `poll` alone.
     #[serde(default = "yes")]
     pub watch: bool,
-    /// How often everything is read again, for file systems that tell nothing of changes made elsewhere (NFS, overlay,
-    /// 9p). Built in: 10 s; 1 s at least.
+    /// The interval at which everything is read again, for file systems that do not report changes made
+    /// elsewhere (NFS, overlay, 9p). Default: 10 s; minimum: 1 s.
     #[serde(default = "ten_seconds", deserialize_with = "seconds")]
     pub poll: Duration,
-    /// How often host names are resolved again. Built in: 30 s; 1 s at least.
+    /// The interval at which host names are resolved again. Default: 30 s; minimum: 1 s.
     #[serde(default = "half_a_minute", deserialize_with = "seconds")]
     pub resolve_interval: Duration,
-    /// Larger files are not read. Built in: 16 MiB.
+    /// The size limit of a file in bytes; larger files are not read. Default: 16 MiB.
     #[serde(default = "max_bytes")]
     pub max_bytes: usize,
-    /// A directory of more files is taken for the wrong directory. Built in: 10,000.
+    /// The limit of the number of files. A directory with more files is assumed to be the wrong directory.
+    /// Default: 10,000.
     #[serde(default = "max_files")]
     pub max_files: usize,
     #[serde(default)]
     pub guard: GuardConfig,
-    /// Whether problems quote files that not every user of the host may read: for who reads them as their own user.
+    /// Whether problems may quote files that are not readable by every user of the host. For tools that run
+    /// as the user who reads the messages.
     #[serde(skip)]
     pub quotes_private_files: bool,
 }
 
 impl FileConfig {
-    /// With all that is built in.
+    /// Returns the default configuration for `path`.
     pub fn of(path: impl Into<PathBuf>) -> FileConfig {
         FileConfig {
             name: None,
@@ -116,13 +120,14 @@ impl FileConfig {
         self.name.clone().unwrap_or_else(|| format!("file:{}", self.path.display()).into())
     }
 
-    /// When to believe these files that something is gone.
+    /// Returns when removals in these files are believed.
     pub fn guard(&self) -> GuardConfig {
         self.guard.clone().for_files()
     }
 }
 
-/// One word: it is an argument of commands and part of a file's name.
+/// Deserializes the name of a source: a single word, because it is an argument of commands and part of a file
+/// name.
 pub(crate) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Arc<str>>, D::Error> {
     let name = String::deserialize(deserializer)?;
     let is_word = name.chars().all(|c| c.is_ascii_alphanumeric() || "._:-/".contains(c));
@@ -156,7 +161,7 @@ fn max_files() -> usize {
     10_000
 }
 
-/// At least a second: less is load without use.
+/// Deserializes an interval of at least 1 s. Shorter intervals would add load and no benefit.
 pub(crate) fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let interval = parse_duration(&String::deserialize(deserializer)?).map_err(de::Error::custom)?;
     if interval >= Duration::from_secs(1) {

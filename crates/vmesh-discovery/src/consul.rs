@@ -1,25 +1,25 @@
-//! Discovery by Consul: blocking queries for the catalogue and for each wanted service.
+//! The Consul source: blocking queries for the catalogue and for each wanted service.
 //!
-//! | wakes on | does |
+//! | event | reaction |
 //! |---|---|
-//! | the catalogue of a datacenter | begins and ends watches of services |
-//! | the health of a service | reads that service, and nothing else |
-//! | a query that is due | asks, in a task of its own |
-//! | a name that resolves to something else | puts the addresses in |
+//! | the catalogue of a datacenter answers | starts and stops watching services |
+//! | the health of a service answers | updates that service alone |
+//! | a query is due | sends it, in a task of its own |
+//! | a host name resolves to other addresses | updates the endpoints |
 //!
-//! What goes wrong costs as little as possible. A service that cannot be read keeps what was last good of it. A
-//! catalogue that cannot be read, or that says that there is nothing at all, is a failure of the source: Consul lists at
-//! least itself, and answers whoever has no rights with a success and an empty list.
+//! An error affects as little as possible. A service that cannot be read keeps its last good state. A
+//! catalogue that cannot be read, or that is empty, is a failure of the source: Consul always lists at least
+//! itself, but gives a token without rights an empty list instead of an error.
 //!
-//! | module | part |
+//! | module | content |
 //! |---|---|
-//! | `plan` | who is watched, and whose turn it is |
-//! | `answers` | what is learnt of each answer |
-//! | `shared`, `changes` | one blocking query for many services, and what differs between its answers |
-//! | `statement` | what the source says of each service |
+//! | `plan` | which services are watched, and which query is due next |
+//! | `answers` | handles each answer of Consul |
+//! | `shared`, `changes` | blocking queries shared by many services, and the differences between their answers |
+//! | `statement` | the statement of the source about each service |
 //!
-//! Over TLS all services are watched at once, on few connections (HTTP/2). In plaintext each watch keeps a connection,
-//! so with more services than connections they share blocking queries (the module `shared`).
+//! Over TLS, all services are watched at once on few connections (HTTP/2). In plaintext each watch occupies a
+//! connection, so with more services than connections they share blocking queries (module `shared`).
 
 mod answers;
 mod changes;
@@ -51,24 +51,25 @@ pub use config::ConsulConfig;
 use plan::{Ask, Datacenter, Key, Plan, Watched};
 use shared::ChecksAnswer;
 
-/// How long the first view waits for a datacenter that cannot be read and of which nothing is known from before: without
-/// it every proxy that has endpoints there would lose them.
+/// The time that the first view waits for a datacenter that cannot be read and has no last good state:
+/// without it every proxy would lose the endpoints of that datacenter.
 const FIRST_DATACENTERS: Duration = Duration::from_secs(30);
-/// News that come so close together are one view.
+/// Changes within this time become one view.
 const SETTLE: Duration = Duration::from_millis(15);
-/// The catalogue is asked more often than `wait` says: it is how one notices that nobody answers any more.
+/// The wait of catalogue queries. It is shorter than `wait`, because a catalogue query without an answer
+/// reveals an outage.
 const CATALOG_WAIT: Duration = Duration::from_secs(30);
-/// Reads under way at once that a confirmation may add.
+/// The limit of concurrent reads for one confirmation.
 const CONFIRM_AT_ONCE: usize = 16;
-/// A service that is listed without instances is asked for again after so long, before that is called strange: it may
-/// just be going.
+/// The delay before a listed service without instances is read again. A second empty answer is reported as a
+/// problem; a single one may come from a service that is being deregistered.
 const EMPTY_AGAIN: Duration = Duration::from_secs(1);
-/// All answers that are kept had no more bytes than this together: the health of 200,000 instances.
+/// The limit of the bytes of all answers that are kept: enough for the health of 200,000 instances.
 const MAX_KEPT: usize = 256 << 20;
-/// What a token needs, in messages.
+/// The rights that a token needs, for messages.
 const RIGHTS: &str = "the token needs `service_prefix \"\" { policy = \"read\" }` and `node_prefix \"\" { policy = \"read\" }`";
 
-/// Reads services from Consul.
+/// A source that reads services from Consul.
 pub struct ConsulSource<R = SystemResolver> {
     name: Arc<str>,
     config: ConsulConfig,
@@ -78,34 +79,34 @@ pub struct ConsulSource<R = SystemResolver> {
     counters: Arc<Counters>,
     plan: Plan,
     asks: JoinSet<Outcome>,
-    /// Who is asked by which task.
+    /// The target of each running query, by task.
     asked: HashMap<tokio::task::Id, (Ask, AbortHandle)>,
-    /// Reads all services in turn, where they have no blocking queries of their own.
+    /// Reads all services in turn when they have no blocking queries of their own.
     sweep: Sweep,
-    /// The keys of the hashes by which answers are compared, which nobody can guess.
+    /// The random keys of the hashes that compare answers, so that no client can provoke a collision.
     hash_keys: RandomState,
     assembler: Assembler<R>,
-    /// What was known before a restart.
+    /// The services from before a restart.
     last_good: BTreeMap<ServiceName, Arc<Registration>>,
     parsed: BTreeMap<ServiceName, Arc<ParsedService>>,
     problems: BTreeMap<ServiceName, Vec<Problem>>,
-    /// Services of which nothing can be used and nothing is known from before, and why.
+    /// Services without a usable answer and without a last good state, with the reason.
     unusable: BTreeMap<ServiceName, Arc<str>>,
     left_out: BTreeMap<ServiceName, Arc<str>>,
     statement: Statement,
     started: Instant,
-    /// Since when the first view waits for names.
+    /// Since when the first view has been waiting for host names.
     first_names: Option<Instant>,
     settle_at: Option<Instant>,
-    /// How many bytes the answers had that are kept, and how many they may have.
+    /// The total size of the kept answers in bytes, and its limit.
     kept_bytes: usize,
     max_kept: usize,
     told: Option<Registrations>,
-    /// The catalogue could not be read, so the next view is news whatever it says.
+    /// The catalogue could not be read, so the next view is returned even if it equals the one before.
     has_failed: bool,
 }
 
-/// What came of one query.
+/// The result of one query.
 struct Outcome {
     ask: Ask,
     was_strong: bool,
@@ -113,18 +114,19 @@ struct Outcome {
 }
 
 enum What {
-    /// Every service and its tags; `None` if the body is the one that is known.
+    /// The services and their tags; `None` if the body equals the known one.
     Catalog(Result<Answer<Option<Names>>, ConsulError>),
     Checks(Result<Answer<ChecksAnswer>, ConsulError>),
     Service(ServiceAnswer),
 }
 
-/// `None` if the body is the one that is known.
+/// `None` if the body equals the known one.
 type ServiceAnswer = Result<Answer<Option<Read>>, ConsulError>;
 type Names = BTreeMap<String, Option<Vec<String>>>;
 
 impl ConsulSource {
-    /// `last_good` is what was known before a restart: it holds for what cannot be read now.
+    /// Creates a Consul source. `last_good` is the view from before a restart; it is used for services that
+    /// cannot be read now.
     pub fn new(
         config: ConsulConfig,
         last_good: Option<&Registrations>,
@@ -173,13 +175,14 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// The connections that services may use; some are left for the catalogues and for confirmations.
+    /// Returns the number of connections for services. The others are reserved for catalogues and
+    /// confirmations.
     fn slots(&self) -> usize {
         let capacity = self.client.capacity();
         capacity.saturating_sub((capacity / 4).clamp(1, 8) + self.plan.datacenters.len()).max(1)
     }
 
-    /// Asks whatever is due.
+    /// Sends every query that is due.
     fn start_due(&mut self, now: Instant) {
         for at in 0..self.plan.datacenters.len() {
             if self.plan.datacenters.get(at).is_some_and(|dc| !dc.in_flight && dc.cursor.due() <= now) {
@@ -261,7 +264,7 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// A query that panicked has failed like any other.
+    /// Handles a query whose task panicked, like any failed query.
     fn lost(&mut self, ask: Option<Ask>, now: Instant) -> Result<(), SourceError> {
         match ask {
             Some(Ask::Catalog(at)) => {
@@ -301,7 +304,7 @@ impl<R: Resolve> ConsulSource<R> {
         copy(&theirs.connections, &ours.connections);
     }
 
-    /// When there is something to do although nothing was heard.
+    /// Returns when work is due without any answer.
     fn wake_at(&mut self, now: Instant) -> Instant {
         let names = self.assembler.look_up();
         let ask = self.plan.next_due(self.read_slots());
@@ -316,7 +319,7 @@ impl<R: Resolve> ConsulSource<R> {
             .fold(never, Instant::min)
     }
 
-    /// The services of a datacenter and what is said of those in `wanted`, as strongly as Consul can.
+    /// Reads the catalogue of a datacenter and the services in `wanted` with the consistency `consistent`.
     async fn confirm_in(&mut self, at: usize, wanted: &BTreeSet<ServiceName>) -> Result<(), SourceError> {
         let datacenter = self.plan.datacenters.get(at).and_then(|dc| dc.name.clone());
         let query = Query { consistency: Consistency::Consistent, datacenter, ..Query::default() };
@@ -346,7 +349,7 @@ impl<R: Resolve> ConsulSource<R> {
             if let Err(error) = &answer {
                 return Err(self.failed(&format!("read service `{}` again", key.1), error.clone()));
             }
-            // What is empty now was so before, if this is to be a confirmation.
+            // A confirmation repeats an earlier answer, so an empty service counts as empty before.
             if let Some(watched) = self.plan.services.get_mut(&key) {
                 watched.empties = watched.empties.max(1);
             }
@@ -387,7 +390,8 @@ impl<R: Resolve> Source for ConsulSource<R> {
                         Err(lost) => {
                             let ask = self.asked.remove(&lost.id()).map(|(ask, _)| ask);
                             match ask {
-                                // Its connection is wanted for queries that services share.
+                                // The query was cancelled because its connection is needed for shared
+                                // queries.
                                 Some(Ask::Service(key)) if lost.is_cancelled() => {
                                     self.plan.back(&key);
                                     self.plan.enqueue(&key);
@@ -427,14 +431,14 @@ impl<R: Resolve> Source for ConsulSource<R> {
     }
 }
 
-/// What a task needs to read one service.
+/// Everything that a task needs to read one service.
 struct ServiceReader {
     client: Client,
     rules: Arc<Rules>,
     source: Arc<str>,
     name: ServiceName,
     path: String,
-    /// The hash of what is known.
+    /// The hash of the known body.
     known: Option<u64>,
 }
 

@@ -1,18 +1,20 @@
-//! Discovery by files: a directory of them, or one.
+//! The file source: discovery by a directory of files, or by one file.
 //!
-//! A file without a service's name in it is named by its path below the directory: `users/v2.yaml` is `users.v2`.
-//! Of two files that name one service the first in the order of their paths counts; the other is a problem.
+//! A file that does not name its service is named by its path below the directory: `users/v2.yaml` is
+//! `users.v2`. If two files name the same service, the first in path order counts, and the other is reported
+//! as a problem.
 //!
-//! | wakes on | does |
+//! | event | reaction |
 //! |---|---|
-//! | a change of files that the kernel tells of, 20 ms later | looks at these files, reads what changed |
-//! | a change of directories or links, or one that may have been missed | looks at everything, reads what changed |
-//! | `poll` | reads everything, and parses what changed |
-//! | a name that resolves to something else | puts the addresses in |
+//! | the kernel reports changed files, 20 ms ago | scans these files, reads those that changed |
+//! | the kernel reports changed directories or links, or events may have been lost | scans everything, reads what changed |
+//! | `poll` elapses | reads everything, parses what changed |
+//! | a host name resolves to other addresses | updates the endpoints |
 //!
-//! What goes wrong costs as little as possible: a bad record that record, a bad service that service, a bad file that
-//! file, and each keeps what was last good of it, also over a restart. A directory that is gone, or empty and was not
-//! before, is an accident until one file in it says otherwise.
+//! An error affects as little as possible: a bad record only that record, a bad service only that service, a
+//! bad file only that file. Each keeps its last good state, also across a restart. A directory that
+//! disappeared, or is empty and was not before, is treated as an accident; a file that states `[]` makes the
+//! emptiness explicit.
 
 mod disk;
 pub mod privacy;
@@ -34,10 +36,10 @@ use crate::source::{Counters, Registrations, Source, SourceError};
 use disk::{Disk, Scan};
 use watch::Hints;
 
-/// How long it waits for files that are being written.
+/// The time that the first view waits for files that are being written.
 const FIRST_FILES: Duration = Duration::from_millis(500);
 
-/// Reads services from files.
+/// A source that reads services from files.
 pub struct FileSource<R = SystemResolver> {
     name: Arc<str>,
     counters: Arc<Counters>,
@@ -45,22 +47,23 @@ pub struct FileSource<R = SystemResolver> {
     disk: Arc<Mutex<Disk>>,
     hints: Arc<Hints>,
     assembler: Assembler<R>,
-    /// The look that is under way. It goes on when nobody waits for it.
+    /// The scan that is running. It continues when the future of [`Source::next`] is dropped.
     looking: Option<JoinHandle<Result<Scan, SourceError>>>,
     look_at: Option<Instant>,
     verify_at: Instant,
     started: Instant,
-    /// What a look found was not taken: the next one has to look at everything.
+    /// The result of a scan was lost, so the next scan has to cover everything.
     is_behind: bool,
-    /// What the files say, and whether some are just being written.
+    /// The statement of all files, and whether some are being written at present.
     statement: Option<(Statement, bool)>,
     told: Option<Registrations>,
-    /// The last look failed, so the next good one is news whatever it says.
+    /// The last scan failed, so the next good view is returned even if it equals the one before.
     has_failed: bool,
 }
 
 impl FileSource {
-    /// `last_good` is what was known before a restart: it holds for files that cannot be read now.
+    /// Creates a file source. `last_good` is the view from before a restart; it is used for files that cannot
+    /// be read now.
     pub fn new(config: FileConfig, last_good: Option<&Registrations>, counters: Arc<Counters>) -> FileSource {
         FileSource::with_resolver(config, last_good, counters, SystemResolver)
     }
@@ -94,7 +97,7 @@ impl<R: Resolve> FileSource<R> {
         }
     }
 
-    /// Begins to look at the disk.
+    /// Starts a scan of the disk.
     fn look(&mut self, now: Instant) {
         let mut look = self.hints.take(now.into_std());
         look.everything |= self.is_behind;
@@ -105,18 +108,18 @@ impl<R: Resolve> FileSource<R> {
         self.look_at = None;
         let disk = self.disk.clone();
         self.looking = Some(tokio::task::spawn_blocking(move || {
-            // Only a look that panicked leaves it poisoned, and every look begins anew.
+            // The mutex is poisoned only if a scan panicked, and each scan starts afresh.
             disk.lock().unwrap_or_else(PoisonError::into_inner).scan(&look, verify)
         }));
     }
 
-    /// When to look next, if nothing is heard until then.
+    /// Returns when the next scan is due if the kernel reports no change before.
     fn next_look(&self) -> Instant {
         let heard = self.hints.due().map(Instant::from_std);
         [heard, self.look_at].into_iter().flatten().fold(self.verify_at, Instant::min)
     }
 
-    /// When there is something to do although nothing was heard.
+    /// Returns when work is due without any event.
     fn wake_at(&mut self, now: Instant) -> Instant {
         let names = self.assembler.look_up();
         let look = self.looking.is_none().then(|| self.next_look());
@@ -131,7 +134,8 @@ impl<R: Resolve> FileSource<R> {
         SourceError::Failed { source_name: self.name.clone(), what, cause: panicked.into() }
     }
 
-    /// Takes what a look found. After one that failed the next is due at once: whoever waits for it decides when.
+    /// Takes the result of a scan. After a failure the next scan is due at once; the caller of
+    /// [`Source::next`] applies a back-off.
     fn found(&mut self, found: Result<Scan, SourceError>, now: Instant) -> Result<(), SourceError> {
         let scan = match found {
             Ok(scan) => {
@@ -152,7 +156,7 @@ impl<R: Resolve> FileSource<R> {
         self.look_at = scan.again.map(|wait| now + wait);
         self.is_behind = false;
         let is_unsettled = scan.again.is_some();
-        // Of a part of the services nobody can tell which names are needed no more.
+        // A partial scan does not tell which host names are no longer needed.
         self.assembler.want(scan.told.services.values(), is_unsettled || scan.only.is_some());
         let statement = match (scan.only, self.statement.take()) {
             (Some(only), Some((mut statement, _))) => {
@@ -165,7 +169,8 @@ impl<R: Resolve> FileSource<R> {
         Ok(())
     }
 
-    /// The view as of now, unless it is the one that was told last or it is too early for the first.
+    /// Returns the present view; `None` if it equals the last one returned or if it is too early for the
+    /// first view.
     fn view(&mut self, now: Instant) -> Option<Registrations> {
         let (statement, is_unsettled) = self.statement.as_ref()?;
         if self.told.is_none() {
@@ -211,9 +216,9 @@ impl<R: Resolve> Source for FileSource<R> {
         }
     }
 
-    /// Every file is read once more.
+    /// Reads every file once more.
     async fn confirm(&mut self, _: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
-        // A look that is under way may have begun before what is to be confirmed was seen.
+        // A scan that is running may have begun before the change that is to be confirmed.
         if self.looking.is_some() {
             _ = finished(&mut self.looking).await;
             self.looking = None;
@@ -237,7 +242,7 @@ impl<R: Resolve> Source for FileSource<R> {
     }
 }
 
-/// The end of the look that is under way; never, if none is.
+/// Waits for the running scan. Stays pending while no scan is running.
 async fn finished<T>(looking: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
     match looking {
         Some(handle) => handle.await,

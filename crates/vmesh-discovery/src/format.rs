@@ -1,15 +1,15 @@
-//! What files say: one module per format, each a pure function from text to services.
+//! The formats of discovery files: one module per format, each a pure function from text to services.
 //!
-//! | module | written by | one file is |
+//! | module | written by | content of a file |
 //! |---|---|---|
-//! | [`native`] | people, Ansible | one service, a list of them, or several YAML documents |
-//! | [`prometheus`] | whatever feeds `file_sd_configs` | groups of targets, named by a label |
+//! | [`native`] | people, Ansible | one service, a list of services, or several YAML documents |
+//! | [`prometheus`] | generators for `file_sd_configs` | groups of targets, named by a label |
 //! | [`linkerd`] | Linkerd 1.x `io.l5d.fs`, Pinterest's kingpin | one service: a line for each endpoint |
 //! | [`smartstack`] | Airbnb's synapse (`file_output`) | one service: a JSON list |
 //!
-//! One bad record costs that record. Where too many records of one service are bad, what is good of it is taken and nothing of
-//! it is taken away, because then it is likely that what is missing is among the bad ones. Only a text that is not of its
-//! format at all (half written, say) costs the file.
+//! A bad record is left out alone. If too many records of a service are bad, its good records are used but no
+//! endpoint is removed, because the missing endpoints are probably among the bad records. Only a text that
+//! violates the syntax of its format (half written, for example) makes the whole file unusable.
 
 pub mod consul;
 pub mod linkerd;
@@ -29,11 +29,11 @@ use serde::de::{self, Deserializer};
 use vmesh_model::yaml::{self, Node};
 use vmesh_model::{Address, Health, Labels, Place, Problem, Protocol, ServiceName, Weight};
 
-/// How the files of a source are written.
+/// The format of the files of a source.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// Told by each file's content.
+    /// The format is detected from the content of each file.
     #[default]
     Auto,
     Native,
@@ -57,14 +57,14 @@ impl fmt::Display for Format {
 /// A file to be parsed.
 #[derive(Debug)]
 pub struct Input<'a> {
-    /// For places.
+    /// The name of the file, for places.
     pub file: &'a Arc<str>,
-    /// What its service is called if the text does not say: the file's name.
+    /// The name of the service if the text does not state one: the name of the file.
     pub name: &'a str,
     pub text: &'a str,
-    /// By its name it is YAML or JSON, and not a list of lines.
+    /// The extension of the file is one of YAML or JSON, so it is no list of lines.
     pub is_yaml: bool,
-    /// The text as YAML, read at most once.
+    /// The text parsed as YAML, at most once.
     documents: OnceCell<Vec<yaml::Document>>,
 }
 
@@ -77,7 +77,8 @@ impl<'a> Input<'a> {
         self.documents.get_or_init(|| yaml::parse(self.file, self.file, self.text))
     }
 
-    /// Returns what is wrong with a text of several JSON values, one to a line, which is not what YAML's grammar says of it.
+    /// Returns a problem if the text has several JSON values, one per line. The YAML parser would report a
+    /// misleading one.
     fn second_json_value(&self) -> Option<Problem> {
         let mut lines = (1..).zip(self.text.lines()).filter(|(_, line)| !line.trim().is_empty());
         let is_value =
@@ -90,7 +91,7 @@ impl<'a> Input<'a> {
         })
     }
 
-    /// The values of the text, or why there are none that can be used.
+    /// Returns the values of the text, or the failure if it has no usable one.
     fn roots(&self) -> Result<Vec<Arc<Node>>, Parsed> {
         let problems: Vec<_> = self.documents().iter().flat_map(|d| d.problems.iter().cloned()).collect();
         if !problems.is_empty() {
@@ -107,51 +108,53 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Why nothing of a file can be used. What was read of it before stays in either case; they differ in what is unknown to a control
-/// plane that has never read the file.
+/// The reason why a file is unusable as a whole. In each case the last good state of the file stays. They
+/// differ for a control plane that has never read the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// The text is not of its format, half written for example: nobody knows what the file says.
+    /// The text violates the syntax of its format, for example because it is half written: its content is
+    /// unknown.
     NotRead,
-    /// The text was read, and what its services are called can be the name of none.
+    /// The text is readable, but it contains only invalid service names.
     Misnamed,
-    /// The text was read, and the file's own name, which stands for that of its service, can be the name of none: nobody ever had a
-    /// service of it.
+    /// The text is readable, but the name of the file, which names its service, is no valid service name: the
+    /// file never had a service.
     MisnamedFile,
 }
 
-/// What a file says.
+/// The parsed content of a file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Parsed {
-    /// No two of one name.
+    /// The services; each name occurs once.
     pub services: Vec<ParsedService>,
-    /// Services that the file names and says nothing usable of: what was known of them holds.
+    /// Services that the file names without anything usable about them; they keep their last good state.
     pub unreadable: Vec<ServiceName>,
     pub problems: Vec<Problem>,
-    /// Why nothing of the file can be used; `problems` say more.
+    /// The reason why the file is unusable as a whole; `problems` has details.
     pub failure: Option<Failure>,
-    /// The file says in as many words that there is nothing: `[]`, or nothing but comments.
+    /// The file states explicitly that there is nothing: `[]`, or only comments.
     pub says_nothing: bool,
-    /// Something in it may be a service, and which one cannot be told: what is not named may be it.
+    /// The file has an entry that may be a service but has no readable name. This entry may describe any
+    /// service that the file does not list otherwise.
     pub has_unnamed: bool,
-    /// How many of its records are bad.
+    /// The number of bad records.
     bad: usize,
-    /// What is wrong with those.
+    /// The problems of the bad records.
     left_out: Vec<Problem>,
 }
 
-/// A service as a format says it; names are not resolved yet.
+/// A service as its format describes it, before host names are resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParsedService {
     pub name: ServiceName,
     pub protocol: Option<Protocol>,
     pub port: Option<NonZeroU16>,
-    /// No two of one address.
+    /// The endpoints; each address occurs once.
     pub endpoints: Vec<ParsedEndpoint>,
     pub place: Place,
-    /// Why it may have more endpoints than could be read.
+    /// The reason why the service may have endpoints that could not be read.
     pub partial_because: Option<Arc<str>>,
-    /// Other files may have more of it, as Prometheus puts one job together.
+    /// Other files may have further endpoints of the service, as with a job of Prometheus.
     pub is_shared: bool,
 }
 
@@ -180,7 +183,7 @@ pub struct ParsedEndpoint {
     pub place: Place,
 }
 
-/// An endpoint as it is written: its weight still in the format's own convention.
+/// An endpoint as it is written: its weight is still on the scale of the format.
 #[derive(Debug, Clone, PartialEq)]
 struct Record {
     address: Address,
@@ -190,7 +193,7 @@ struct Record {
     version: Option<Arc<str>>,
     labels: Labels,
     place: Place,
-    /// What of it cannot be used, and costs no more than itself.
+    /// A problem of a field that is ignored, while the record is used.
     note: Option<String>,
 }
 
@@ -209,14 +212,14 @@ impl Record {
     }
 }
 
-/// A weight as formats write it: `2`, `0.5`, `0` for "drain".
+/// A weight on the scale of its format, such as `2`, `0.5`, or `0` for a drain.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Share(f64);
 
 impl Share {
     fn parse(text: &str) -> Result<Share, String> {
         let wrong = || format!("`{}` is not a weight: a number from 0 to {}", yaml::short(text), Weight::MAX);
-        // Not every text that std reads as a number is meant as one: `inf`, `nan`, `1e3`.
+        // The standard library also parses `inf`, `nan` and `1e3`, which are hardly meant as weights.
         if !text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
             return Err(wrong());
         }
@@ -231,9 +234,10 @@ impl<'de> Deserialize<'de> for Share {
     }
 }
 
-/// Weights count relative to those of the same service, so each service has its own scale: whole numbers as they
-/// are, and where one is a fraction all times the power of ten, 100 at least, that makes whole numbers of all. `default` is
-/// that of the format, for records without a weight. What is not nothing never becomes nothing.
+/// Converts the weights of one service. Weights are relative within a service, so each service has its own
+/// scale: whole numbers stay as they are, and otherwise all are multiplied by a power of ten, at least 100,
+/// that makes them whole. `default` is the weight of records without one. A positive weight never becomes
+/// zero.
 fn weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, Health)> {
     let share = move |record: &Record| record.weight.map_or(default, |share| share.0);
     let scale = scale(records.iter().map(share));
@@ -246,7 +250,7 @@ fn weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, He
     })
 }
 
-/// By how much `shares` are multiplied to become whole numbers, as far as the largest weight allows.
+/// Returns the factor that makes `shares` whole numbers, as far as the largest weight allows.
 fn scale(shares: impl Iterator<Item = f64> + Clone) -> f64 {
     const SCALES: [f64; 5] = [100.0, 1_000.0, 10_000.0, 100_000.0, 1_000_000.0];
     let largest = shares.clone().fold(0.0, f64::max);
@@ -266,7 +270,7 @@ fn whole_weight(scaled: f64) -> Weight {
     weight.unwrap_or_default()
 }
 
-/// The records of one service, with weights on one scale.
+/// Converts the records of one service to endpoints, with weights on one scale.
 fn weighed(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
     let weights: Vec<_> = weights(&records, default).collect();
     let endpoint = |(record, (weight, health)): (Record, _)| ParsedEndpoint {
@@ -282,7 +286,7 @@ fn weighed(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
 }
 
 impl Parsed {
-    /// The whole file is unusable: its text is not of its format.
+    /// Returns the result for a file whose text violates its format.
     pub(crate) fn refused(problems: Vec<Problem>) -> Parsed {
         Parsed::failed_as(Failure::NotRead, problems)
     }
@@ -291,19 +295,19 @@ impl Parsed {
         Parsed { problems, failure: Some(failure), ..Parsed::default() }
     }
 
-    /// Reports whether nothing of the file can be used.
+    /// Reports whether the file is unusable as a whole.
     pub fn has_failed(&self) -> bool {
         self.failure.is_some()
     }
 
-    /// Replaces every problem by what `redacted` makes of it, and what else quotes the file.
+    /// Replaces each problem by the result of `redacted`.
     pub(crate) fn redact(&mut self, redacted: fn(Problem) -> Problem) {
         self.problems = std::mem::take(&mut self.problems).into_iter().map(redacted).collect();
         self.problems.sort();
         self.problems.dedup();
     }
 
-    /// How many records were left out.
+    /// Returns the number of records that were left out.
     pub(crate) fn bad_records(&self) -> u64 {
         self.bad as u64
     }
@@ -312,13 +316,13 @@ impl Parsed {
         self.problems.push(Problem::new(place, subject, message));
     }
 
-    /// Says that a record is left out, and why.
+    /// Records that a record is left out, with the reason.
     fn bad_record(&mut self, place: Place, subject: &Arc<str>, why: impl Into<String>) {
         self.left_out.push(Problem::new(place, subject.clone(), why));
     }
 
-    /// Adds a service with its good records. `bad` is how many were left out: if that is all of them, the service is
-    /// not empty but unreadable.
+    /// Adds a service with its good records. `bad` is the number of records that were left out. If all
+    /// records are bad, the service is unreadable rather than empty.
     fn service(
         &mut self,
         mut service: ParsedService,
@@ -356,7 +360,7 @@ impl Parsed {
         self.services.push(service);
     }
 
-    /// Says of each bad record what it costs.
+    /// Completes the problem of each bad record with its effect.
     fn judged(mut self) -> Parsed {
         if self.has_failed() {
             self.services.clear();
@@ -375,12 +379,12 @@ impl Parsed {
     }
 }
 
-/// Reports whether so many of a service's records are bad that what is missing of it is likely to be among them.
+/// Reports whether so many records of a service are bad that its missing endpoints are probably among them.
 pub(crate) fn too_many(bad: usize, records: usize) -> bool {
     bad > 0 && (bad == records || (records >= 5 && bad * 4 > records))
 }
 
-/// What is said of a service of which too many records are bad.
+/// Returns the reason for a service with too many bad records.
 fn partial(bad: usize, records: usize) -> String {
     format!("{bad} of {records} records are bad, which is more than single mistakes")
 }
@@ -389,7 +393,7 @@ pub(crate) fn subject_of(service: &ServiceName) -> Arc<str> {
     format!("service `{service}`").into()
 }
 
-/// A service that is named by its file.
+/// Returns an empty service named after its file.
 fn named_by_file(input: &Input<'_>) -> Result<ParsedService, Problem> {
     let place = Place::file(input.file.clone());
     match input.name.parse() {
@@ -402,8 +406,9 @@ fn named_by_file(input: &Input<'_>) -> Result<ParsedService, Problem> {
     }
 }
 
-/// Reads `bytes` as `format`. `sticky` is what [`Format::Auto`] found in this file before: a text that was cut short
-/// can look like another format, so it is only left for a format in which everything is right.
+/// Parses `bytes` as `format`. `sticky` is the format that [`Format::Auto`] detected in this file before. A
+/// truncated text can look like another format, so the format changes only if the text is free of problems in
+/// the new one.
 pub fn parse(
     file: &Arc<str>,
     name: &str,
@@ -444,17 +449,19 @@ fn parse_as(format: Format, input: &Input<'_>) -> Parsed {
     }
 }
 
-/// Tells the format by the content; `None` if there is nothing in it.
+/// Detects the format from the content; `None` if the file is empty.
 fn detect(input: &Input<'_>) -> Option<Format> {
     if !input.is_yaml && linkerd::looks_like(input.text) {
         return Some(Format::Linkerd);
     }
     let Some(first) = input.documents().first() else {
-        // A list of lines without a line is a service without endpoints; what else would have no extension?
+        // A list of lines without an endpoint is a service without endpoints: no other format has no file
+        // extension.
         return (!input.is_yaml && has_comment(input.text)).then_some(Format::Linkerd);
     };
     let Some(root) = &first.root else { return Some(Format::Native) };
-    // A group of Prometheus without the list around it, or with a mistake in it, is still meant as one.
+    // A Prometheus group without the list around it, or with a mistake, is still parsed as one, for a better
+    // message.
     let is_group = |node: &Node| {
         let has = |key: &str| node.get(key).is_some();
         let is_native = ["endpoints", "service", "address"].iter().any(|key| has(key));
@@ -478,7 +485,8 @@ fn has_comment(text: &str) -> bool {
     text.lines().any(|line| line.trim_start().starts_with('#'))
 }
 
-/// A file without a value in it: `[]`, or nothing but comments, means that; nothing at all means nothing.
+/// Returns the result for a file without a value. `[]` or a comment states explicitly that there is nothing;
+/// an empty file is an error.
 fn nothing(input: &Input<'_>) -> Parsed {
     if has_comment(input.text) || input.text.contains('[') {
         return Parsed { says_nothing: true, ..Parsed::default() };

@@ -1,24 +1,26 @@
-//! Whether to believe a source that says less than it did.
+//! The guard: decides when to believe that a source has lost services or endpoints.
 //!
-//! What appears is believed at once. What disappears may have been taken away, or a generator, a registry or a mount
-//! may have had an accident, and proxies that lose the endpoints of a service cannot do without them.
+//! A new service or endpoint is believed at once. A missing one may have been removed on purpose, or a
+//! generator, a registry or a mount may have failed; a proxy that loses all endpoints of a service cannot
+//! serve it.
 //!
-//! | what a source does | what is believed | [`Kind`] |
+//! | what the source does | what the guard believes | [`Kind`] |
 //! |---|---|---|
-//! | fails | what it said last; nothing that is held is confirmed by the time that passes | |
-//! | no longer names an endpoint | that, after `removal_hold`; at once if it drained | |
-//! | no longer names a service | that, after `confirm_empty` and two more readings | [`Kind::Absent`] |
-//! | names no endpoint of it | the same | [`Kind::Empty`] |
-//! | names less than half of five or more | that, after `confirm_shrink` and two more readings | [`Kind::Shrunk`] |
-//! | says that all of two or more became unhealthy at once | that, after `confirm_unhealthy` | [`Kind::Unhealthy`] |
-//! | loses much of all that it named at once | no removal, until it names enough again or that is accepted | [`Kind::Fleet`] |
-//! | names a service of which all or too much cannot be read | additions and health, and no removal, until it can be read or that is accepted | [`Kind::Unreadable`] |
+//! | fails | its last view; the time of an outage does not count towards any hold | |
+//! | no longer lists an endpoint | the removal, after `removal_hold`; at once if the endpoint was draining | |
+//! | no longer lists a service | the removal, after `confirm_empty` and two more reads | [`Kind::Absent`] |
+//! | lists a service without endpoints | the removal, after `confirm_empty` and two more reads | [`Kind::Empty`] |
+//! | lists less than half of five or more endpoints | the removal, after `confirm_shrink` and two more reads | [`Kind::Shrunk`] |
+//! | reports that two or more endpoints, all of a service, became unhealthy at once | their health, after `confirm_unhealthy` | [`Kind::Unhealthy`] |
+//! | loses a large part of all its endpoints or services at once | no removal, until enough is listed again or the operator accepts | [`Kind::Fleet`] |
+//! | lists a service that is wholly or largely unreadable | additions and health but no removal, until it is readable or the operator accepts | [`Kind::Unreadable`] |
 //!
-//! The evidence: kingpin refuses less than half of at least five, Finagle removes one epoch (10 s) late, Synapse and
-//! Dubbo keep the previous backends over an empty answer, Eureka stops expiring below 85 % of renewals. What is judged
-//! is what is left after additions, and not what was removed: replacing ten instances by ten others is a deployment.
+//! Other systems do the same: kingpin refuses an update with less than half of at least five endpoints,
+//! Finagle delays a removal by one epoch (10 s), Synapse and Dubbo keep the previous backends over an empty
+//! answer, Eureka stops expiring below 85 % of renewals. The guard judges what is left after additions, not
+//! what was removed: a deployment that replaces ten instances by ten others is not held.
 //!
-//! The operator's word outranks it: [`Guard::accept`], [`Guard::freeze`], [`Guard::thaw`].
+//! The operator overrides the guard with [`Guard::accept`], [`Guard::freeze`] and [`Guard::thaw`].
 
 mod config;
 mod evict;
@@ -42,20 +44,20 @@ pub use evict::{Absences, Evicted, Evictions};
 use fleet::{Fleet, Loss};
 use watched::{Outcome, Rules, Watched};
 
-/// Why something is held.
+/// The reason why a change is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// The service is named, without an endpoint.
+    /// The service is listed without endpoints.
     Empty,
-    /// It has too few of the endpoints that it had.
+    /// The service has too few of its previous endpoints.
     Shrunk,
-    /// It is not named any more.
+    /// The service is no longer listed.
     Absent,
-    /// All its endpoints became unhealthy at once.
+    /// All endpoints of the service became unhealthy at once.
     Unhealthy,
-    /// Too much of all that the source named is gone at once.
+    /// The source lost too large a part of all its services or endpoints at once.
     Fleet,
-    /// All of it, or too much, cannot be read: what is not named may be there.
+    /// The service is wholly or largely unreadable, so a missing endpoint may still exist.
     Unreadable,
 }
 
@@ -81,47 +83,48 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Something that is said and not believed yet.
+/// A change that the source reports and the guard does not believe yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
-    /// `None`: the source as a whole, with [`Kind::Fleet`].
+    /// The service concerned; `None` for the source as a whole, with [`Kind::Fleet`].
     pub service: Option<ServiceName>,
     pub kind: Kind,
     pub since: Instant,
-    /// When it may be believed at the earliest; `None`: when it is accepted, or the source names enough again.
+    /// The earliest time at which the change may be believed. `None` if it waits for the operator, or for the
+    /// source to list enough again.
     pub until: Option<Instant>,
-    /// How many endpoints there were, and how many the source names now.
+    /// The number of endpoints before the change, and the number that the source lists at present.
     pub had: usize,
     pub has: usize,
-    /// How many readings that were asked for said the same, and how many have to.
+    /// The number of confirming reads that reported the same, and the number required.
     pub confirmed: u32,
     pub confirmations: u32,
-    /// In words for an operator.
+    /// The reason, in words for an operator.
     pub because: Arc<str>,
 }
 
-/// What happened to something that was said.
+/// The kind of an [`Event`](crate::source::Event).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum What {
-    /// It is held from now on.
+    /// The guard started to hold a change.
     Held,
-    /// A reading that was asked for said the same.
+    /// A confirming read reported the same change.
     Confirmed,
-    /// It was said for long and often enough, and is believed.
+    /// A held change was reported for long enough and confirmed often enough, and is now believed.
     Believed,
-    /// It was never believed: what was missing is back.
+    /// A held change was never believed: the missing services or endpoints came back.
     Returned,
-    /// It is believed by the operator's word.
+    /// The operator accepted a held change.
     Accepted,
-    /// No change of the source is taken, by the operator's word.
+    /// The operator froze the source; its changes are not applied.
     Frozen,
     Thawed,
     /// The source does not answer.
     Failing,
     Answering,
-    /// It has not for so long that what was known is given up (`max_stale`).
+    /// The source has not answered for so long that its last good view was dropped (`max_stale`).
     GivenUp,
-    /// An endpoint is not used, by the operator's word.
+    /// The operator evicted an endpoint; it is not used.
     Evicted,
     Admitted,
 }
@@ -145,18 +148,18 @@ impl What {
     }
 }
 
-/// One thing that happened, to be told to the operator.
+/// Something that happened, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
     pub what: What,
-    /// `None`: the source as a whole.
+    /// The service concerned; `None` for the source as a whole.
     pub service: Option<ServiceName>,
-    /// How it is or was held.
+    /// The kind of the hold that began, changed or ended.
     pub kind: Option<Kind>,
     pub text: Arc<str>,
 }
 
-/// Why there is nothing to accept.
+/// The reason why nothing was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotAccepted {
     #[error("nothing is held")]
@@ -165,23 +168,28 @@ pub enum NotAccepted {
     Frozen,
 }
 
-/// What is believed of one source. Pure: it is told the time.
+/// The guard of one source. The guard is pure: each method takes the time as an argument.
+///
+/// Pass each view to [`Guard::see`] and each failure to [`Guard::source_failed`], then call
+/// [`Guard::believed`] for the view to publish. Call `believed` again at [`Guard::deadline`]. If
+/// [`Guard::to_confirm`] then names services, read them again and pass the result to [`Guard::confirmed`] or
+/// [`Guard::not_confirmed`].
 #[derive(Debug)]
 pub struct Guard {
     source: Arc<str>,
     config: GuardConfig,
     told: Registrations,
     services: BTreeMap<ServiceName, Watched>,
-    /// Services that cannot be read and are not served any more, by the operator's word, and what was known of them.
+    /// Services that cannot be read and that the operator dropped, with their last good registration.
     dropped: BTreeMap<ServiceName, Arc<Registration>>,
     fleet: Fleet,
-    /// Nothing of the source is taken away.
+    /// While set, no removal of the source is believed.
     fleet_hold: Option<FleetHold>,
-    /// Since when the source does not answer, so that nothing is confirmed by the time that passes.
+    /// The start of the current outage of the source. The time of an outage does not count towards any hold.
     failing_since: Option<Instant>,
-    /// What was known was given up, and nothing has been said since.
+    /// The last good view was dropped, and the source has not answered since.
     given_up: bool,
-    /// No change is taken, by the operator's word.
+    /// When the operator froze the source.
     frozen: Option<SystemTime>,
     held: Vec<Held>,
     notices: Vec<Notice>,
@@ -190,13 +198,14 @@ pub struct Guard {
 #[derive(Debug)]
 struct FleetHold {
     since: Instant,
-    /// What was known when it began.
+    /// The number of endpoints when the hold began.
     had: usize,
     because: Arc<str>,
 }
 
 impl Guard {
-    /// `source` is its name, for messages: `file:/etc/vmesh/services.d`.
+    /// Creates a guard that believes nothing yet. `source` is the name of the source in messages, for example
+    /// `file:/etc/vmesh/services.d`.
     pub fn new(source: impl Into<Arc<str>>, config: GuardConfig) -> Guard {
         Guard {
             source: source.into(),
@@ -214,7 +223,7 @@ impl Guard {
         }
     }
 
-    /// A guard that believes what was believed before a restart.
+    /// Creates a guard that believes `last_good`, the view from before a restart.
     pub fn restored(source: impl Into<Arc<str>>, config: GuardConfig, last_good: &Registrations) -> Guard {
         let mut guard = Guard::new(source, config);
         let watched = |(name, seen): (&ServiceName, &Seen)| (name.clone(), Watched::new(seen.clone()));
@@ -228,7 +237,7 @@ impl Guard {
         &self.source
     }
 
-    /// Takes what the source says now.
+    /// Stores a new view of the source and judges the fleet loss.
     pub fn see(&mut self, told: Registrations, now: Instant) {
         if self.failing_since.take().is_some() {
             self.begin_again(now);
@@ -244,7 +253,8 @@ impl Guard {
         self.judge_fleet(now);
     }
 
-    /// The source does not answer: what it said last stands, and nothing that is held is confirmed meanwhile.
+    /// Records that the source does not answer. Its last view stays, and the time of the outage does not
+    /// count towards any hold.
     pub fn source_failed(&mut self, now: Instant) {
         self.failing_since.get_or_insert(now);
     }
@@ -286,7 +296,7 @@ impl Guard {
         .into()
     }
 
-    /// What to believe at `now`.
+    /// Judges the last view at `now` and returns what to believe of it.
     pub fn believed(&mut self, now: Instant) -> Registrations {
         if self.frozen.is_some() && !self.services.is_empty() {
             return self.as_it_was();
@@ -327,7 +337,7 @@ impl Guard {
         }
         let fleet = fleet_hold.as_ref().map(|hold| (&hold.because, hold.since));
         let rules = Rules { config, source, fleet, now };
-        // Both are sorted by name.
+        // Both maps are sorted by name.
         let mut told_services = told.services.iter().peekable();
         let mut shown = Vec::with_capacity(services.len());
         services.retain(|name, watched| {
@@ -356,7 +366,8 @@ impl Guard {
                     if was != Some(now.kind) {
                         note(What::Held, now.kind, now.because.clone());
                     }
-                    // A problem of the source says it for all of them, or why it cannot be read.
+                    // The reason of a fleet hold is one problem for the whole source, and the source itself
+                    // reports why a service is unreadable.
                     let is_said = now.kind == Kind::Fleet || (now.kind == Kind::Unreadable && now.has == 0);
                     if !is_said && let Some(seen) = &seen {
                         let place = seen.registration.place.clone();
@@ -373,7 +384,7 @@ impl Guard {
         });
         believed.services = shown.into_iter().collect();
         if held.iter().filter(|held| held.kind == Kind::Fleet).count() == 1 && fleet_hold.is_some() {
-            // What was missing has been accepted piece by piece.
+            // The operator accepted every missing service one by one, which ends the fleet hold.
             self.fleet.accept();
             self.fleet_hold = None;
             self.held.retain(|held| held.kind != Kind::Fleet);
@@ -385,7 +396,7 @@ impl Guard {
         believed
     }
 
-    /// What is shown while no change is taken.
+    /// Returns the view to serve while the source is frozen.
     fn as_it_was(&mut self) -> Registrations {
         let mut shown = Registrations { problems: self.told.problems.clone(), ..Registrations::default() };
         let because: Arc<str> = format!(
@@ -409,7 +420,7 @@ impl Guard {
         shown
     }
 
-    /// What is left of a source that has not answered for longer than `most`.
+    /// Drops the last good view of a source that has not answered for longer than `most`.
     fn give_up(&mut self, most: Duration) -> Registrations {
         if !self.given_up {
             self.given_up = true;
@@ -429,8 +440,8 @@ impl Guard {
         Registrations::default()
     }
 
-    /// When [`Guard::believed`] will say something else, or [`Guard::to_confirm`] will, although the source says the
-    /// same.
+    /// Returns the next time at which [`Guard::believed`] or [`Guard::to_confirm`] changes even if the source
+    /// reports no change.
     pub fn deadline(&self) -> Option<Instant> {
         if let Some(since) = self.failing_since {
             let give_up = self.config.max_stale.map(|most| since + most);
@@ -443,8 +454,8 @@ impl Guard {
         self.services.values().filter_map(|watched| watched.deadline(&self.config, is_fleet)).min()
     }
 
-    /// The services that lost most or all of what they had and are to be read again now, as strongly as the source
-    /// can, to find out whether that is so.
+    /// Returns the services that lost most or all of their endpoints and whose confirming read is due. The
+    /// source reads them with its strongest consistency.
     pub fn to_confirm(&self, now: Instant) -> BTreeSet<ServiceName> {
         if self.failing_since.is_some() || self.frozen.is_some() || self.fleet_hold.is_some() {
             return BTreeSet::new();
@@ -454,16 +465,16 @@ impl Guard {
         if due(now).next().is_none() {
             return BTreeSet::new();
         }
-        // One reading for those that are due a moment later too.
+        // Services whose read is due a moment later share one read.
         due(now + Self::TOGETHER).map(|(name, _)| name.clone()).collect()
     }
 
     const TOGETHER: Duration = Duration::from_millis(500);
 
-    /// Takes the reading that [`Guard::to_confirm`] asked for.
+    /// Takes the result of the read that [`Guard::to_confirm`] asked for.
     pub fn confirmed(&mut self, services: &BTreeSet<ServiceName>, told: Registrations, now: Instant) {
         self.see(told, now);
-        // What is said now decides what is still doubted.
+        // Judging the new view first updates which removals are still pending.
         self.believed(now);
         for name in services {
             let Some(watched) = self.services.get_mut(name) else { continue };
@@ -479,7 +490,7 @@ impl Guard {
         }
     }
 
-    /// That reading failed, and confirms nothing.
+    /// Records that the read that [`Guard::to_confirm`] asked for failed, so it confirms nothing.
     pub fn not_confirmed(&mut self, services: &BTreeSet<ServiceName>, why: &Arc<str>, now: Instant) {
         for name in services {
             if let Some(watched) = self.services.get_mut(name) {
@@ -488,7 +499,8 @@ impl Guard {
         }
     }
 
-    /// What is held as of the last [`Guard::believed`]: the source as a whole first, then by service.
+    /// Returns what is held as of the last [`Guard::believed`]: the source as a whole first, then each
+    /// service.
     pub fn held(&self) -> Vec<Held> {
         let mut all = self.held.clone();
         for held in &mut all {
@@ -503,12 +515,13 @@ impl Guard {
         all
     }
 
-    /// How many endpoints are shown that are not told any more.
+    /// Returns the number of endpoints that are served although the source no longer lists them.
     pub fn missing(&self) -> usize {
         self.services.values().map(Watched::missing).sum()
     }
 
-    /// Believes what is told of `service`, or of all that is held. What was held is returned.
+    /// Believes the reported state of `service`, or of everything that is held. Returns the services
+    /// concerned.
     pub fn accept(&mut self, service: Option<&ServiceName>) -> Result<Vec<ServiceName>, NotAccepted> {
         if self.frozen.is_some() {
             return Err(NotAccepted::Frozen);
@@ -552,8 +565,8 @@ impl Guard {
         Ok(meant)
     }
 
-    /// Takes no change of the source from now on, additions neither; `since` is for the operator. `false` if that was
-    /// so before.
+    /// Freezes the source: no change of it is applied from now on, not even an addition. `since` is shown to
+    /// the operator. Returns `false` if it was frozen already.
     pub fn freeze(&mut self, since: SystemTime) -> bool {
         let is_news = self.frozen.is_none();
         if is_news {
@@ -564,7 +577,7 @@ impl Guard {
         is_news
     }
 
-    /// Takes changes again. `false` if it was not frozen.
+    /// Applies changes of the source again. Returns `false` if it was not frozen.
     pub fn thaw(&mut self, now: Instant) -> bool {
         let is_news = self.frozen.take().is_some();
         if is_news {
@@ -579,7 +592,7 @@ impl Guard {
         self.frozen
     }
 
-    /// What happened since this was last asked.
+    /// Returns the notices since the previous call.
     pub fn take_notices(&mut self) -> Vec<Notice> {
         std::mem::take(&mut self.notices)
     }
@@ -595,7 +608,8 @@ impl Guard {
     }
 }
 
-/// Why nothing is told of a service, if that is because it could not be read: this confirms nothing.
+/// Returns the reason if a service is listed without endpoints because it could not be read. Such a read
+/// confirms no removal.
 fn unreadable(told: &Seen) -> Option<Arc<str>> {
     let is_unread = told.state == State::Stale && told.registration.endpoints.is_empty();
     is_unread.then(|| told.because.clone().unwrap_or_else(|| "it could not be read".into()))

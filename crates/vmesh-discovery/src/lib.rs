@@ -1,23 +1,23 @@
-//! Discovery sources, and what keeps a dead or a confused one from emptying the mesh.
+//! Discovery sources, and the guard that keeps a dead or confused source from emptying the mesh.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! |---|---|
-//! | [`source`] | trait [`Source`]: whole views, never deltas; [`follow`], which keeps the last good one |
-//! | [`guard`] | [`Guard`]: whether to believe a source that says less than it did; evictions |
+//! | [`source`] | trait [`Source`], which gives complete views and never deltas; [`follow`], which keeps the last good view |
+//! | [`guard`] | [`Guard`], which decides when to believe that services or endpoints are gone; evictions |
 //! | [`config`] | [`SourceConfig`]: the `discovery:` part of `control.yaml` |
 //! | [`file`](mod@file) | [`FileSource`]: a directory of files |
 //! | [`consul`] | [`ConsulSource`]: the services of a Consul cluster |
-//! | [`zookeeper`] | [`ZookeeperSource`]: what services leave in ZooKeeper |
-//! | [`plugin`] | [`PluginSource`]: a program that reads a registry of another kind |
-//! | [`format`](mod@format) | what files say: pure parsers, from text to services |
-//! | [`assemble`] | from what a format says to what can be dialled |
-//! | [`resolve`] | host names of endpoints, resolved and resolved again |
+//! | [`zookeeper`] | [`ZookeeperSource`]: the znodes that service instances register in ZooKeeper |
+//! | [`plugin`] | [`PluginSource`]: an external program that reads another kind of registry |
+//! | [`format`](mod@format) | pure parsers of the supported formats, from bytes to services |
+//! | [`assemble`] | from parsed services to endpoints with addresses that a proxy can dial |
+//! | [`resolve`] | periodic resolution of host names of endpoints |
 //!
-//! Two tasks per source at most: [`follow`] is one, for whoever starts it to own; lookups and looks at the disk are
-//! short-lived, and belong to the source.
+//! Each source runs at most two tasks. [`follow`] is one of them, and the caller of [`open`] owns it; lookups
+//! and disk scans are short-lived tasks that the source owns.
 //!
-//! **Invariant:** it knows neither Envoy nor xDS: `cargo tree -p vmesh-discovery -e normal` lists neither
-//! `vmesh-proto` nor `vmesh-xds`.
+//! **Invariant:** this crate knows neither Envoy nor xDS: `cargo tree -p vmesh-discovery -e normal` lists
+//! neither `vmesh-proto` nor `vmesh-xds`.
 
 pub mod assemble;
 pub mod config;
@@ -43,10 +43,12 @@ pub use source::{Command, Counters, Handle, Registrations, Seen, Source, SourceE
 pub use vmesh_model::State;
 pub use zookeeper::{ZookeeperConfig, ZookeeperSource};
 
-/// The source that `config` describes: a handle of it, and the task that has to be run for its views to come.
+/// Opens the source that `config` describes. Returns its handle and the task that reads the source and
+/// publishes its views.
 ///
-/// `last_good` is what was known before a restart. It is the first view, and stands until the source answers. A source
-/// that was `frozen` still is.
+/// `last_good` is the view persisted before a restart; it is the first view and is served until the source
+/// answers. `frozen` is the time at which the operator froze the source, if it was frozen before the restart;
+/// it stays frozen.
 pub fn open(
     config: SourceConfig,
     last_good: Option<Arc<Registrations>>,

@@ -1,17 +1,17 @@
-//! Discovery by a program of somebody else's: whatever registry it reads, it speaks JSON lines with vmesh.
+//! The plug-in source: an external program reads a registry of any kind and exchanges JSON lines with vmesh.
 //!
-//! The program is started, told who asks, and prints whole views; see [`protocol`] for the lines. It runs for as long as
-//! its standard input is open.
+//! vmesh starts the program and sends it the name of the source; the program prints complete views. See
+//! [`protocol`] for the lines. The program runs until its standard input is closed.
 //!
-//! | wakes on | does |
+//! | event | reaction |
 //! |---|---|
-//! | a line of the program | takes it: a view, a failure, a sign of life |
-//! | `silence` without a line | ends the program, and starts it again |
-//! | the program's end | a failure; the next call starts it again |
-//! | a name that resolves to something else | puts the addresses in |
+//! | the program prints a line | handles it: a view, a failure, or a sign that the program is alive |
+//! | no line for `silence` | kills the program and starts it again |
+//! | the program ends | reports a failure; the next call starts it again |
+//! | a host name resolves to other addresses | updates the endpoints |
 //!
-//! A program that fails, hangs, prints nonsense or is not there costs what it knows nothing: its last good view stays in
-//! force, marked stale, and the same guard stands before it as before every registry.
+//! If a program fails, hangs, prints invalid lines or is missing, its last good view stays in force, marked
+//! stale. A plug-in is subject to the same guard as any other registry.
 
 mod config;
 mod log;
@@ -33,24 +33,25 @@ pub use config::PluginConfig;
 use protocol::View;
 use talk::Talk;
 
-/// Reads services from what a program prints.
+/// A source that reads services from the output of a program.
 pub struct PluginSource {
     name: Arc<str>,
     talk: Talk,
     assembler: Assembler<SystemResolver>,
     statement: Option<Statement>,
-    /// What was known before a restart, for services that cannot be read now.
+    /// The services from before a restart, for those that cannot be read now.
     restored: BTreeMap<ServiceName, Arc<Registration>>,
     told: Option<Registrations>,
-    /// Since when the first view waits for names.
+    /// Since when the first view has been waiting for host names.
     first_names: Option<Instant>,
-    /// Something went wrong since the last view: the next is news whatever it says.
+    /// An error was reported since the last view, so the next view is returned even if it equals the one
+    /// before.
     has_failed: bool,
     confirmations: u64,
 }
 
 impl PluginSource {
-    /// `last_good` is what was known before a restart.
+    /// Creates a plug-in source. `last_good` is the view from before a restart.
     pub fn new(
         config: PluginConfig,
         last_good: Option<&Registrations>,
@@ -73,7 +74,8 @@ impl PluginSource {
         }
     }
 
-    /// Takes a view: what did not change keeps its pointer, and what cannot be read stays as it was.
+    /// Takes a view. An unchanged service keeps its pointer, and an unreadable service keeps its last good
+    /// state.
     fn take(&mut self, view: View) {
         let parsed = view.parsed;
         let before = self.statement.take().unwrap_or_default().services;
@@ -99,18 +101,19 @@ impl PluginSource {
             let unnamed: Arc<str> =
                 format!("`{}` names a service in a way that cannot be read", self.name).into();
             statement.left_out.push(unnamed.clone());
-            // What is not named any more may be it.
+            // A service that is no longer listed may be the one without a readable name.
             for (name, told) in before {
                 statement.services.entry(name).or_insert_with(|| Told::stale(told.known, unnamed.clone()));
             }
         }
-        // What is not named is gone: it is not to come back from before a restart when something cannot be read.
+        // The view does not list these services, so they are removed; a later read failure must not bring
+        // back their state from before the restart.
         self.restored.retain(|name, _| statement.services.contains_key(name));
         self.assembler.want(statement.services.values(), false);
         self.statement = Some(statement);
     }
 
-    /// Takes what was said; returns which request for confirmation it answers.
+    /// Handles a line. Returns the ID of the confirmation request that it answers.
     fn heard(&mut self, said: Result<Option<View>, SourceError>) -> Result<Option<u64>, SourceError> {
         self.has_failed |= said.is_err();
         let Some(view) = said? else { return Ok(None) };
@@ -119,7 +122,8 @@ impl PluginSource {
         Ok(confirms)
     }
 
-    /// The view as of now, unless it is the one that was told last or it is too early for the first.
+    /// Returns the present view; `None` if it equals the last one returned or if it is too early for the
+    /// first view.
     fn view(&mut self, now: Instant) -> Option<Registrations> {
         let statement = self.statement.as_ref()?;
         if self.told.is_none() && self.assembler.any_pending() {
@@ -157,7 +161,7 @@ impl Source for PluginSource {
         }
     }
 
-    /// Asks the program to read its registry again, and waits for the view that answers.
+    /// Asks the program to read its registry again, and waits for the view that answers the request.
     async fn confirm(&mut self, services: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
         self.confirmations += 1;
         let id = self.confirmations;

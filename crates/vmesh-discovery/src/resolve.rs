@@ -1,4 +1,4 @@
-//! Host names of endpoints: resolved, and resolved again, because a machine that came back has another address.
+//! Periodic resolution of the host names of endpoints: a replaced machine comes back with another address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,24 +11,24 @@ use tokio::time::Instant;
 
 use crate::source::jitter;
 
-/// Lookups under way at once; each takes a thread that may wait for a dead name server.
+/// The limit of concurrent lookups. Each takes a thread that may wait for a dead name server.
 const AT_ONCE: usize = 16;
-/// Lookups under way at once of names whose last lookup failed: what waits for a dead name server must leave places for the
-/// others.
+/// The limit of concurrent lookups of names whose last lookup failed, so that names of a dead name server
+/// leave threads to other names.
 const FAILING_AT_ONCE: usize = AT_ONCE / 2;
-/// A name that could not be resolved is tried again after so long, then twice as long each time, up to the interval.
+/// The delay before a failed lookup is retried. It doubles after each failure, up to the resolution interval.
 const RETRY: Duration = Duration::from_secs(5);
-/// A new name without an answer for so long is a problem.
+/// A new name without an answer for this long is reported as a problem.
 const OVERDUE: Duration = Duration::from_secs(10);
-/// A name that is not looked up again for so long after it was due is a problem.
+/// A known name whose next lookup is overdue by this long is reported as a problem.
 const LATE: Duration = Duration::from_secs(60);
 
-/// Names to addresses. May block: it is called on a thread that is there for that.
+/// A resolver of host names. Its method may block: it is called on a thread for blocking work.
 pub trait Resolve: Send + Sync + 'static {
     fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>>;
 }
 
-/// As the host resolves: `/etc/hosts`, DNS, whatever `nsswitch.conf` says.
+/// The resolver of the host (`getaddrinfo`): `/etc/hosts`, DNS, and the other sources in `nsswitch.conf`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemResolver;
 
@@ -38,35 +38,37 @@ impl Resolve for SystemResolver {
     }
 }
 
-/// What is known of one name.
+/// The result of the lookups of one host name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Resolved {
-    /// Not tried yet.
+    /// No lookup has ended yet.
     Pending,
-    /// The addresses, sorted; after a failure those of before, and why it failed.
+    /// The addresses, sorted. If the last lookup failed, these are the previous addresses, with the reason of
+    /// the failure.
     Addresses(Arc<[IpAddr]>, Option<Arc<str>>),
-    /// It never could be.
+    /// No lookup has ever succeeded; the reason of the last failure.
     Failed(Arc<str>),
 }
 
-/// A host name that has no address now, or whose last addresses could not be confirmed.
+/// A host name without an address, or one whose last addresses could not be confirmed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnresolvedName {
     pub name: Arc<str>,
-    /// When its first lookup began, or its lookups began to fail.
+    /// When the first lookup of the name began, or when its lookups began to fail.
     pub since: std::time::Instant,
     pub because: Arc<str>,
-    /// Its last addresses stay in use.
+    /// The last addresses of the name stay in use.
     pub is_in_use: bool,
 }
 
-/// The host names of a source that are not resolved.
+/// The host names of a source that do not resolve.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnresolvedNames {
     pub count: usize,
-    /// Of these, the names of which no name server has said for a while whether they exist.
+    /// How many of `count` have had no answer for a while: no name server stated whether the name exists.
     pub without_answer: usize,
-    /// The first [`UnresolvedNames::SHOWN`] of them: those without an answer first, then those that have been waiting for longest.
+    /// The first [`UnresolvedNames::SHOWN`] names: names without an answer first, then the names that have
+    /// been waiting longest.
     pub first: Vec<UnresolvedName>,
 }
 
@@ -74,20 +76,23 @@ impl UnresolvedNames {
     pub const SHOWN: usize = 100;
 }
 
-/// The names that a source needs.
+/// The host names that a source needs.
+///
+/// Call [`Names::want`] or [`Names::want_only`] first, then [`Names::look_up`] to start the lookups that are
+/// due. Poll [`Names::changed`], and call `look_up` again at the time it returned.
 #[derive(Debug)]
 pub struct Names<R> {
     resolver: Arc<R>,
     interval: Duration,
     names: BTreeMap<Arc<str>, Name>,
-    /// The names that are not being looked up, by when they are due.
+    /// The names that are not being looked up, ordered by the time at which their next lookup is due.
     queue: BTreeSet<(Instant, Arc<str>)>,
-    /// How many of the lookups under way are of names whose last lookup failed.
+    /// The number of running lookups of names whose last lookup failed.
     failing: usize,
     lookups: JoinSet<Lookup>,
 }
 
-/// A lookup that has ended.
+/// The result of a lookup.
 #[derive(Debug)]
 struct Lookup {
     host: Arc<str>,
@@ -100,14 +105,14 @@ struct Name {
     resolved: Resolved,
     due: Instant,
     is_under_way: bool,
-    /// Lookups that failed in a row.
+    /// The number of consecutive failed lookups.
     failures: u32,
-    /// The last lookup failed because no name server answered, and not because there is no such name.
+    /// The last lookup failed because no name server answered, not because the name does not exist.
     may_come: bool,
-    /// When it is a problem that no lookup has ended.
+    /// The time from which a missing lookup result is reported as a problem.
     late_at: Instant,
     is_late: bool,
-    /// Since when it has had no address, or none that could be confirmed.
+    /// The time at which the name lost its confirmed address; `None` while its address is confirmed.
     unresolved_since: Option<Instant>,
 }
 
@@ -140,7 +145,7 @@ impl<R: Resolve> Names<R> {
         }
     }
 
-    /// Begins with what was known before a restart.
+    /// Adds a name with the addresses that were known before a restart.
     pub fn remember(&mut self, host: Arc<str>, mut addresses: Vec<IpAddr>) {
         addresses.sort();
         addresses.dedup();
@@ -155,14 +160,14 @@ impl<R: Resolve> Names<R> {
         }
     }
 
-    /// Needs these names and no others.
+    /// Requests these names and forgets all others.
     pub fn want_only(&mut self, hosts: &BTreeSet<Arc<str>>) {
         self.names.retain(|host, _| hosts.contains(host));
         self.queue.retain(|(_, host)| hosts.contains(host));
         self.want(hosts);
     }
 
-    /// Needs these names too.
+    /// Requests these names in addition to the present ones.
     pub fn want(&mut self, hosts: &BTreeSet<Arc<str>>) {
         for host in hosts {
             if !self.names.contains_key(host) {
@@ -182,17 +187,17 @@ impl<R: Resolve> Names<R> {
         }
     }
 
-    /// Reports whether a name has had no answer for so long that somebody should know.
+    /// Reports whether a name has been without an answer for so long that the operator should know.
     pub fn is_overdue(&self, host: &str) -> bool {
         self.names.get(host).is_some_and(|name| name.is_late)
     }
 
-    /// Reports whether a name without an address may have one: no name server answered.
+    /// Reports whether a name without an address may still have one, because no name server answered.
     pub fn may_come(&self, host: &str) -> bool {
         self.names.get(host).is_none_or(|name| name.may_come)
     }
 
-    /// Returns the names that are not resolved.
+    /// Returns the names that do not resolve.
     pub fn unresolved(&self) -> UnresolvedNames {
         let mut all: Vec<(bool, Instant, &Arc<str>)> = Vec::new();
         for (host, name) in &self.names {
@@ -217,12 +222,12 @@ impl<R: Resolve> Names<R> {
         UnresolvedNames { count: all.len(), without_answer, first }
     }
 
-    /// Whether there are names that were never tried.
+    /// Reports whether a name has never been looked up.
     pub fn any_pending(&self) -> bool {
         self.names.values().any(|name| name.resolved == Resolved::Pending)
     }
 
-    /// Begins the lookups that are due, those first that have been due for longest, and returns when the next is.
+    /// Starts the lookups that are due, the most overdue first, and returns when the next one is due.
     pub fn look_up(&mut self) -> Option<Instant> {
         let now = Instant::now();
         let mut passed_over = Vec::new();
@@ -245,13 +250,13 @@ impl<R: Resolve> Names<R> {
                 Lookup { host, was_failing: is_failing, addresses }
             });
         }
-        // Those for which there is no place begin when a lookup ends.
+        // When all lookup threads are busy, the remaining names are looked up as soon as a lookup ends.
         let next = self.queue.first().map(|(due, _)| *due).filter(|_| self.lookups.len() < AT_ONCE);
         self.queue.extend(passed_over);
         next
     }
 
-    /// Waits until something else is known of a name, or a name is late. Dropping the future loses nothing.
+    /// Waits until the result of a name changes or a lookup becomes late. Dropping the future loses nothing.
     pub async fn changed(&mut self) {
         loop {
             let late_at = self.names.values().filter(|name| !name.is_late).map(|name| name.late_at).min();
@@ -271,7 +276,8 @@ impl<R: Resolve> Names<R> {
                     return;
                 }
             };
-            // A lookup that panicked may have been of a name that fails; the bound is only ever too low then.
+            // A lookup that panicked may have been counted in `failing`; its limit is then only stricter than
+            // intended.
             let Ok(Lookup { host, was_failing, addresses }) = done else { continue };
             self.failing = self.failing.saturating_sub(usize::from(was_failing));
             if self.learn(&host, addresses) {
@@ -324,14 +330,14 @@ impl<R: Resolve> Names<R> {
     }
 }
 
-/// Reports whether a failed lookup says that there is no such name: in the words of glibc and of musl. Anything else may be
-/// over with the next lookup.
+/// Reports whether a failed lookup means that the name does not exist, judged by the messages of glibc and
+/// musl. Any other failure may be temporary.
 fn is_definite(error: &io::Error) -> bool {
     let said = error.to_string().to_lowercase();
     ["not known", "no address", "does not resolve"].iter().any(|words| said.contains(words))
 }
 
-/// std prefixes what `getaddrinfo` says.
+/// Strips the prefix that the standard library adds to the message of `getaddrinfo`.
 fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     let said = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
@@ -368,7 +374,7 @@ mod tests {
         hosts.iter().map(|host| Arc::from(*host)).collect()
     }
 
-    /// Lets time pass until `host` is known as `expected`.
+    /// Advances time until the result of `host` is `expected`.
     async fn until(names: &mut Names<Arc<Fake>>, host: &str, expected: &str) {
         let deadline = Instant::now() + Duration::from_secs(600);
         while format!("{:?}", names.get(host)) != expected {
@@ -430,7 +436,7 @@ mod tests {
         }
     }
 
-    /// A name server that answers `*.dead` never, and anything else after a while.
+    /// A name server that never answers for `*.dead`, and answers for any other name after a while.
     struct Slow {
         answers_after: Duration,
     }
@@ -451,7 +457,7 @@ mod tests {
     #[tokio::test]
     async fn names_that_are_due_for_longest_come_first_whatever_they_are_called() {
         let dns = Arc::new(Slow { answers_after: Duration::from_millis(20) });
-        // Due again long before all have had their turn.
+        // Names become due again long before every name had its first lookup.
         let mut names = Names::new(dns, Duration::from_millis(60));
         let all: Vec<String> = (0..200).map(|n| format!("vm-{n:03}.x")).collect();
         names.want(&hosts(&all.iter().map(String::as_str).collect::<Vec<_>>()));
@@ -501,7 +507,7 @@ mod tests {
         names.want(&hosts(&["db"]));
         assert!(!names.is_overdue("db"));
         assert_eq!((names.unresolved().count, names.unresolved().without_answer), (1, 0));
-        // No lookup begins: all places are taken, say.
+        // No lookup is started, as when all lookup threads are busy.
         names.changed().await;
         assert!(names.is_overdue("db"));
         assert_eq!(names.unresolved().without_answer, 1);

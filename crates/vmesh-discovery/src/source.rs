@@ -1,4 +1,4 @@
-//! What a discovery source is, and how its views are followed.
+//! The trait [`Source`], the view of a source, and [`follow`], the task that publishes it.
 
 mod counters;
 mod events;
@@ -22,74 +22,82 @@ pub use counters::{ByKind, Counters};
 pub use events::{Event, Events};
 pub use follow::{Command, Handle, Link, follow, link};
 
-/// One discovery system. One implementation per file: `file.rs`.
+/// A discovery system that vmesh reads services from. Each implementation has its own module.
 pub trait Source: Send + 'static {
-    /// Waits for the next view. Always the complete view, never a delta: after an error, a restart or a missed event
-    /// there is nothing to resynchronise. Dropping the future loses no data. How often a registry that fails is asked is
-    /// for the source to say; after an error it is left alone for 2 s at most.
+    /// Waits for the next view and returns it.
+    ///
+    /// A view is always complete, never a delta, so nothing has to be resynchronised after an error, a
+    /// restart or a missed event. Dropping the future loses no data. A source paces its own requests to a
+    /// failing registry; after an error, [`follow`] waits at most 2 s before it calls `next` again.
     fn next(&mut self) -> impl Future<Output = Result<Registrations, SourceError>> + Send;
 
-    /// Reads `services` again, which lost most or all of what they had, as strongly as the source can: Consul
-    /// `consistent`, ZooKeeper `sync`, a file once more. The answer is the complete view that follows from it.
+    /// Reads `services` again with the strongest consistency the source offers and returns the complete view
+    /// that results.
+    ///
+    /// The guard asks for this when a service lost most or all of its endpoints. Consul reads with
+    /// `consistent`, ZooKeeper sends a `sync` first, and a file is read once more.
     fn confirm(
         &mut self,
         services: &BTreeSet<ServiceName>,
     ) -> impl Future<Output = Result<Registrations, SourceError>> + Send;
 }
 
-/// All that one source says. What did not change since its last view keeps its pointer.
+/// The complete view of one source. A service that did not change since the previous view keeps its pointer.
 ///
-/// A reading has more than two outcomes, and each service has its own: it is here with endpoints; it is here without
-/// one, which may be meant ([`Seen::empty_on_purpose`]); it is absent, which may be meant too (`emptied`); or it could
-/// not be read, and then the last that was read is here, marked [`State::Stale`]. A source that cannot be read at all,
-/// or that looks as if it had lost its content, is a [`SourceError`] and no view.
+/// Each service has its own outcome: it is present with endpoints; it is present without endpoints, possibly
+/// on purpose ([`Seen::empty_on_purpose`]); it is absent, possibly on purpose ([`Registrations::emptied`]);
+/// or it could not be read, and then its last good state is present and marked [`State::Stale`]. A source
+/// that cannot be read at all, or that seems to have lost its content, gives a [`SourceError`] instead of a
+/// view.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registrations {
     pub services: BTreeMap<ServiceName, Seen>,
     pub problems: Vec<Problem>,
-    /// Services that are absent because the source says in as many words that there is nothing.
+    /// Services that are absent because the source states explicitly that they have nothing.
     #[serde(skip)]
     pub emptied: BTreeSet<ServiceName>,
-    /// Parts of the source (files, directories, services, host names) that could not be read and of which nothing is known from before,
-    /// each with the reason. A view with unread parts must not be the first that is served: it would take services away that other
-    /// replicas still serve.
+    /// Parts of the source (files, directories, services, host names) that could not be read and have no last
+    /// good state, each with the reason. A view with such parts must not be the first view that is served: it
+    /// would remove services that other replicas still serve.
     #[serde(skip)]
     pub unusable: Vec<Arc<str>>,
-    /// Records that were read and left out, because they make no sense or their service's name is none, and of which nothing is known
-    /// from before, each with the reason. Such a record costs itself, unless the source has nothing else.
+    /// Records that were read and left out, because they are invalid or their service name is, and that have
+    /// no last good state, each with the reason. Such a record delays the first view only if the source has
+    /// no usable record at all.
     #[serde(skip)]
     pub left_out: Vec<Arc<str>>,
-    /// Host names of the source that are not resolved now.
+    /// Host names of endpoints that do not resolve at present.
     #[serde(skip)]
     pub unresolved: UnresolvedNames,
 }
 
-/// One service as one source says it, and how far that can be trusted.
+/// One service as one source reports it, with how far the report can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
     pub registration: Arc<Registration>,
     #[serde(default)]
     pub state: State,
-    /// Why it is not fresh, in words for an operator.
+    /// The reason why the service is not fresh, in words for an operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub because: Option<Arc<str>>,
-    /// It has no endpoints, and the source says so in as many words: `endpoints: []`.
+    /// The service has no endpoints, and the source states this explicitly, for example with `endpoints: []`.
     #[serde(default)]
     pub empty_on_purpose: bool,
-    /// How much of it the source says now.
+    /// How much of the service this view covers.
     #[serde(skip)]
     pub extent: Extent,
 }
 
-/// How much of a service its source says now.
+/// How much of a service its source reports at present.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Extent {
-    /// All of it.
+    /// The source reports the complete service.
     #[default]
     Whole,
-    /// What is here is right, and more may be there that cannot be read: nothing may be taken for removed.
+    /// The endpoints in this view are right, but the source may have more that cannot be read. A missing
+    /// endpoint must not be taken for removed.
     Part,
-    /// Nothing that can be used: this is what was read of it last.
+    /// Nothing the source reports at present is usable; this view holds the last good state.
     Nothing,
 }
 
@@ -109,52 +117,54 @@ impl Seen {
     }
 }
 
-/// Why a source has no view to give.
+/// The error of a source that has no view to give.
 ///
-/// What it quotes is escaped where it is displayed: a registry's answer may have characters that a terminal acts on.
+/// `Display` escapes text quoted from a registry, which may contain control characters that a terminal acts
+/// on.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     #[error("discovery source `{}` could not {}", printable(source_name), printable(what))]
     Failed {
         source_name: Arc<str>,
-        /// `read /etc/vmesh/services.d`
+        /// The attempted action, for example `read /etc/vmesh/services.d`.
         what: String,
         #[source]
         cause: Box<dyn Error + Send + Sync>,
     },
-    /// It answered, and the answer looks like an accident.
+    /// The source answered, but the answer looks like an accident.
     #[error("discovery source `{}`: {}", printable(source_name), printable(what))]
     Suspect { source_name: Arc<str>, what: String },
 }
 
-/// What is known of a source: the last good view, and whether it is still that of now.
+/// The state of a source: its last good view, and whether that view is current.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct View {
-    /// `None` until the source has answered once: until then nothing may be served.
+    /// The last good view. `None` until the source first answers; nothing may be served before that.
     pub last_good: Option<Arc<Registrations>>,
-    /// Why the source does not answer; `None` if it does.
+    /// The reason why the source does not answer; `None` if it answers.
     pub stale_because: Option<Arc<str>>,
-    /// What the guard holds: the source as a whole first, then by service.
+    /// What the guard holds: the source as a whole first, then each service.
     pub held: Arc<[Held]>,
-    /// Since when no change of the source is taken, by the operator's word.
+    /// When the operator froze the source; `None` if changes of the source are applied.
     pub frozen: Option<SystemTime>,
-    /// Why what the source has said since the start may not be served yet: a part of it cannot be used, and nothing is
-    /// known of that part from before.
+    /// The reason why the first view since the start may not be served: a part of it cannot be read and has
+    /// no last good state.
     pub unusable: Option<Arc<str>>,
-    /// Host names of the source that are not resolved now.
+    /// Host names of endpoints that do not resolve at present.
     pub unresolved: Arc<UnresolvedNames>,
 }
 
-/// Why a [`View::restored`] is stale until the source answers, or fails and says why.
+/// The reason why a [`View::restored`] is stale, until the source answers or fails with a reason of its own.
 pub const NOT_ANSWERED_YET: &str = "the source has not answered since the start; this is from before";
 
 impl View {
-    /// What was good before a restart. It is served until the source answers, however long that takes.
+    /// Returns the view that was good before a restart. It is served until the source answers, however long
+    /// that takes.
     pub fn restored(last_good: Arc<Registrations>) -> View {
         View { last_good: Some(last_good), stale_because: Some(NOT_ANSWERED_YET.into()), ..View::default() }
     }
 
-    /// The services, each as stale as the whole source is.
+    /// Returns the services. A fresh service is marked stale while the source as a whole is stale.
     pub fn services(&self) -> impl Iterator<Item = (&ServiceName, Seen)> {
         let services = self.last_good.iter().flat_map(|last_good| &last_good.services);
         services.map(|(name, seen)| {
@@ -187,8 +197,10 @@ pub(crate) fn shown(text: &Arc<str>) -> Arc<str> {
     }
 }
 
-/// How long to leave a source alone that fails: from 100 ms, twice as long each time, up to 2 s. It keeps one that fails
-/// at once from spinning, and no more: sources pace themselves, and what they have heard meanwhile waits to be taken.
+/// The back-off between calls of a failing [`Source`]: 100 ms at first, doubled after each failure up to 2 s.
+///
+/// It only keeps a source that fails at once from spinning: sources pace their own requests, and events that
+/// arrive during the wait are not lost.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
@@ -198,7 +210,8 @@ impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
     const LONGEST: Duration = Duration::from_secs(2);
 
-    /// How long to wait now. Half of it is drawn, so that what failed together does not come back together.
+    /// Returns the next delay. Half of it is jitter, so that sources that failed together do not retry
+    /// together.
     pub fn draw(&mut self) -> Duration {
         let whole = self.next;
         self.next = (whole * 2).min(Self::LONGEST);
@@ -220,9 +233,9 @@ impl Default for Backoff {
     }
 }
 
-/// A time between nothing and `most`.
+/// Returns a random duration between zero and `most`.
 pub(crate) fn jitter(most: Duration) -> Duration {
-    // The seed of a std hash map is random; nothing here depends on how random.
+    // The standard library seeds each hash map at random, which is random enough for jitter.
     let random = RandomState::new().hash_one(0u8) >> 32;
     let share = u32::try_from(random).unwrap_or_default();
     most.mul_f64(f64::from(share) / f64::from(u32::MAX))

@@ -1,14 +1,14 @@
-//! Discovery by ZooKeeper: services as their instances leave them below some roots.
+//! The ZooKeeper source: services whose instances register below some root paths.
 //!
-//! | wakes on | does |
+//! | event | reaction |
 //! |---|---|
 //! | a change below a root | reads the directories that changed, and nothing else |
-//! | a connection or a session that is lost, or is there again | says that it is stale, or is not any more |
-//! | a name that resolves to something else | puts the addresses in |
+//! | a connection or session is lost or restored | reports that the source is stale, or fresh again |
+//! | a host name resolves to other addresses | updates the endpoints |
 //!
-//! What goes wrong costs as little as possible: a bad record that record, a bad directory that service, a root that
-//! cannot be read that root, and each keeps what was last good of it. A directory that is empty, or a root that is gone,
-//! is no word of anybody: that is for the guard to believe.
+//! An error affects as little as possible: a bad record only that record, a bad directory only that service,
+//! an unreadable root only that root. Each keeps its last good state. An empty directory or a missing root is
+//! not an explicit removal; the guard decides when to believe it.
 
 pub mod config;
 mod reading;
@@ -28,14 +28,15 @@ use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::{RootConfig, ZookeeperConfig};
 use reading::Reading;
 
-/// How often it is noted that a session without news is alive.
+/// The interval at which a live session without changes counts as an answer.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// News that come so close together are one view.
+/// Changes within this time become one view.
 const SETTLE: Duration = Duration::from_millis(15);
-/// How many reasons are told of one outage. Whoever is told waits before listening again, and has to hear of its end.
+/// The limit of errors reported during one outage. The caller applies a back-off after each, and must still
+/// see the end of the outage.
 const REASONS: u32 = 4;
 
-/// Reads services from ZooKeeper.
+/// A source that reads services from ZooKeeper.
 pub struct ZookeeperSource<R = SystemResolver> {
     name: Arc<str>,
     mirror: Mirror,
@@ -43,24 +44,25 @@ pub struct ZookeeperSource<R = SystemResolver> {
     reading: Reading,
     assembler: Assembler<R>,
     statement: Statement,
-    /// Something is known from before a restart.
+    /// A view from before a restart exists.
     is_restored: bool,
     /// Everything was read once.
     has_read: bool,
-    /// Why what is known may not be what is there; and it has been told.
+    /// The reason why the present state may be outdated. It has been reported.
     stale_because: Option<Arc<str>>,
     reasons: u32,
     first_names: Option<Instant>,
     settle_at: Option<Instant>,
     told: Option<Registrations>,
-    /// The last thing told was a failure, so the next view is news whatever it says.
+    /// The last result was an error, so the next view is returned even if it equals the one before.
     has_failed: bool,
-    /// A root that no node can have, which the configuration should not have let through.
+    /// The error of an invalid root path, which the configuration should have rejected.
     broken: Option<String>,
 }
 
 impl ZookeeperSource {
-    /// `last_good` is what was known before a restart: it holds for what cannot be read now.
+    /// Creates a ZooKeeper source. `last_good` is the view from before a restart; it is used for what cannot
+    /// be read now.
     pub fn new(
         config: ZookeeperConfig,
         last_good: Option<&Registrations>,
@@ -112,13 +114,13 @@ impl<R: Resolve> ZookeeperSource<R> {
         SourceError::Failed { source_name: self.name.clone(), what: what.to_owned(), cause: cause.into() }
     }
 
-    /// Takes a view of the mirror.
+    /// Handles a view of the mirror.
     fn heard(&mut self, view: &View) -> Result<(), SourceError> {
         if let Some(because) = &view.stale_because {
             let is_news = self.stale_because.as_ref() != Some(because);
             self.stale_because = Some(because.clone());
-            // What comes from a server without a quorum is better than nothing, and only than that: it may be older than
-            // what was known before a restart, and what it lacks is no removal.
+            // The data of a server without a quorum is used only if no other state exists: this data may be
+            // older than the view from before a restart, so a missing service is no removal.
             if !self.has_read && !self.is_restored && !view.roots.is_empty() {
                 self.take(view)?;
                 return Ok(());
@@ -139,7 +141,7 @@ impl<R: Resolve> ZookeeperSource<R> {
         self.reading.take(&view.roots);
         self.counters.bad_records.fetch_add(self.reading.take_bad_records(), Relaxed);
         if let Some((path, why)) = self.reading.unknown_root() {
-            // To serve the others would be to say that this one has no services.
+            // Serving the other roots would claim that this root has no services.
             let (what, why) = (format!("read {path}, of which nothing is known yet"), why.to_string());
             return Err(self.failed(&what, why));
         }
@@ -154,12 +156,12 @@ impl<R: Resolve> ZookeeperSource<R> {
         self.settle_at.get_or_insert(now + SETTLE);
     }
 
-    /// Whether the session is alive: its servers answer it all the time, also if there is no news.
+    /// Reports whether the session is alive: the servers answer its heartbeats even if nothing changes.
     fn is_heard(&self) -> bool {
         self.has_read && self.stale_because.is_none()
     }
 
-    /// When there is something to do although nothing was heard.
+    /// Returns when work is due without any event.
     fn wake_at(&mut self, now: Instant) -> Instant {
         let names = self.assembler.look_up();
         let first_view =
@@ -169,7 +171,8 @@ impl<R: Resolve> ZookeeperSource<R> {
         [names, first_view, self.settle_at, heartbeat].into_iter().flatten().fold(never, Instant::min)
     }
 
-    /// The view as of now, unless it is the one that was told last or it is too early for the first.
+    /// Returns the present view; `None` if it equals the last one returned or if it is too early for the
+    /// first view.
     fn view(&mut self, now: Instant) -> Option<Registrations> {
         if !self.has_read {
             return None;
@@ -221,7 +224,7 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
             let now = Instant::now();
             if self.settle_at.is_some_and(|at| at <= now) {
                 self.settle_at = None;
-                // In an outage the view is the one that was told.
+                // During an outage the last view stays, as it has been returned already.
                 if (self.stale_because.is_none() || self.told.is_none())
                     && let Some(view) = self.view(now)
                 {
@@ -244,7 +247,7 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
         }
     }
 
-    /// Everything is read once more, from a server that has caught up with its leader.
+    /// Reads everything again, from a server that has caught up with its leader (`sync`).
     async fn confirm(&mut self, _: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
         let view = match self.mirror.confirm().await {
             Ok(view) => view,

@@ -1,4 +1,5 @@
-//! Discovery by real Consul servers: what is registered is seen, and what happens to them is said and not believed.
+//! Discovery with real Consul servers: registrations are seen, and failures of the servers are reported and
+//! remove nothing.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -19,10 +20,10 @@ use vmesh_model::load::strict;
 use vmesh_testkit::consul::{Consul, MANAGEMENT_TOKEN, Options};
 use vmesh_testkit::{TempDir, tempdir};
 
-/// Elections, restarts and time-outs, on a machine that does other things too.
+/// Long enough for elections, restarts and timeouts on a busy machine.
 const BOUND: Duration = Duration::from_secs(90);
 
-/// A source under test, and what it said last.
+/// A source under test, and its last view or error.
 struct Watched {
     source: ConsulSource,
     counters: Arc<Counters>,
@@ -41,7 +42,7 @@ impl Watched {
         Watched { source, counters, last: "nothing".to_owned() }
     }
 
-    /// Reads what the source says until it is what the test waits for.
+    /// Reads views and errors of the source until `wanted` returns a value.
     async fn until<T>(
         &mut self,
         what: &str,
@@ -62,7 +63,7 @@ impl Watched {
         }
     }
 
-    /// The next view that has `text` in it.
+    /// Waits for a view that contains `text`.
     async fn view_with(&mut self, text: &str) -> Registrations {
         self.until(text, |said, shown| said.as_ref().ok().filter(|_| shown.contains(text)).cloned()).await
     }
@@ -74,7 +75,7 @@ impl Watched {
         .await
     }
 
-    /// The next failure that has `text` in it.
+    /// Waits for an error that contains `text`.
     async fn failure_with(&mut self, text: &str) -> String {
         self.until(text, |said, shown| (said.is_err() && shown.contains(text)).then(|| shown.to_owned()))
             .await
@@ -91,7 +92,7 @@ fn chain(error: &SourceError) -> String {
     line
 }
 
-/// A line for each endpoint and each problem.
+/// Formats a view with a line for each endpoint and each problem.
 fn shown(view: &Registrations) -> String {
     let mut shown = String::new();
     for (name, seen) in &view.services {
@@ -123,7 +124,7 @@ fn endpoints(view: &Registrations, service: &str) -> usize {
     view.services.get(service).map_or(0, |seen| seen.registration.endpoints.len())
 }
 
-/// An instance with a check that passes.
+/// An instance with a passing check.
 fn instance(service: &str, id: &str, address: &str) -> Value {
     json!({
         "ID": id, "Name": service, "Address": address, "Port": 8080,
@@ -153,7 +154,7 @@ async fn what_is_registered_is_seen_at_once_and_costs_nothing_else() {
     let pointer = |view: &Registrations| Arc::as_ptr(&view.services.get("orders").unwrap().registration);
     assert_eq!(pointer(&first), pointer(&second));
 
-    // A service that is new, and one that goes.
+    // A service is registered, and another is deregistered.
     consul.register(0, &instance("search", "search", "10.0.0.3")).await.unwrap();
     watched.view_with("search").await;
     consul.deregister(0, "orders").await.unwrap();
@@ -228,7 +229,7 @@ async fn each_kind_of_registration_is_read_as_it_is_meant() {
     register(with("no such name!", "n", "10.0.7.1", json!({}))).await;
     register(with("name/with?odd", "o", "10.0.7.2", json!({}))).await;
 
-    // Registered from outside: no agent looks at them, and one has a host name for an address.
+    // External registrations: no agent checks these instances, and one has a host name as its address.
     let external = |node: &str, address: &str, more: Value| {
         let mut base = json!({"Node": node, "Address": address, "NodeMeta": {"az": "b1"}});
         base.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -306,7 +307,7 @@ async fn what_the_configuration_chooses_is_all_there_is() {
     ));
     watched.view_with("pay").await;
     assert_eq!(watched.last, "pay\n  10.0.0.1:8080 weight 1 healthy zone dc1\n");
-    // Of the services that cannot have an instance that is wanted nothing is asked.
+    // A service without any wanted instance is never queried.
     let reads = watched.counters.reads.load(Ordering::Relaxed);
     assert!((2..=4).contains(&reads), "{reads}");
 }
@@ -343,13 +344,13 @@ async fn without_the_right_to_read_there_is_no_view_and_the_policy_is_named() {
     let failure = watched.failure_with("Consul refused the token").await;
     assert!(failure.contains("ACL not found") && failure.contains("node_prefix"), "{failure}");
 
-    // Services, and no node: each is listed, and none has an instance.
+    // The token may read services but no nodes: each service is listed without instances.
     let (_, secret) = consul.token(r#"service_prefix "" { policy = "read" }"#).await.unwrap();
     token_file(&dir, &secret);
     let mut watched = Watched::new(&config);
     watched.failure_with("shows no instance of it").await;
 
-    // A token of the right kind, while the source runs.
+    // The token is replaced by a sufficient one while the source runs.
     token_file(&dir, MANAGEMENT_TOKEN);
     watched.view_with("pay").await;
 }
@@ -374,7 +375,7 @@ async fn a_token_is_read_again_and_one_that_is_revoked_removes_nothing() {
 
     consul.revoke(&narrow).await.unwrap();
     consul.revoke(&wide).await.unwrap();
-    // Not one view between says less.
+    // No view in between lists fewer services.
     watched
         .until("a refusal", |said, shown| match said {
             Ok(view) => {
@@ -415,13 +416,14 @@ async fn over_tls_many_services_are_watched_on_one_connection() {
     watched.view_with("10.0.0.2").await;
     assert_eq!(watched.counters.connections.load(Ordering::Relaxed), 1);
 
-    // The server wants a certificate.
+    // The server requires a client certificate.
     let mut watched = Watched::new(&config(""));
     let failure = watched.failure_with("cannot be reached").await;
     assert!(failure.contains("`tls.cert_file`"), "{failure}");
 }
 
-/// Forty services `s000` and so on, `plain` of which none has a check, and a source with twelve connections.
+/// Starts forty services `s000` to `s039`, a service `plain` without checks, and a source with twelve
+/// connections.
 async fn more_services_than_connections() -> (Consul, Watched) {
     let consul = Consul::start(Options { max_connections: Some(40), ..Options::default() }).await.unwrap();
     for n in 0..40 {
@@ -441,7 +443,7 @@ async fn more_services_than_connections() -> (Consul, Watched) {
 #[tokio::test]
 async fn more_services_than_connections_share_queries_and_each_kind_of_change_is_seen() {
     let (consul, mut watched) = more_services_than_connections().await;
-    // What is seen by difference costs fewer reads than there are services.
+    // Finding a change by comparison takes fewer reads than there are services.
     let reads = watched.counters.reads.load(Ordering::Relaxed);
     consul.put(0, "/v1/agent/check/fail/s005:ttl", &Value::Null).await.unwrap();
     watched.view_with("s005\n  10.0.0.1:8080 weight 1 unhealthy").await;
@@ -455,14 +457,15 @@ async fn more_services_than_connections_share_queries_and_each_kind_of_change_is
     consul.deregister(0, "s006-2").await.unwrap();
     watched.view_without("10.0.0.2:8080").await;
 
-    // Without a check, in a service of such instances, in one of others, and in a new one.
+    // Instances without checks are added to a service of such instances, to a service with checks, and as a
+    // new service.
     for (service, address) in [("plain", "10.0.1.1"), ("s007", "10.0.1.2"), ("new", "10.0.1.3")] {
         let id = format!("{service}-unchecked");
         let body = json!({"ID": id, "Name": service, "Address": address, "Port": 8080});
         consul.register(0, &body).await.unwrap();
         watched.view_with(&format!("{address}:8080")).await;
     }
-    // Another port of an instance whose check stays as it is.
+    // The port of an instance changes, and its check does not.
     let mut moved = instance("s008", "s008", "10.0.0.1");
     moved["Port"] = json!(9090);
     consul.register(0, &moved).await.unwrap();
@@ -594,7 +597,7 @@ async fn a_server_that_comes_back_empty_is_believed_by_its_leader_and_counted() 
     assert!(watched.counters.index_resets.load(Ordering::Relaxed) >= 1);
     let confirmed = watched.source.confirm(&names(&["pay"])).await.unwrap();
     assert!(confirmed.services.is_empty());
-    // What is registered from then on is seen: nobody waits for the index of before.
+    // New registrations are seen: the source does not wait for the old index.
     consul.register(0, &instance("pay", "pay-1", "10.0.0.1")).await.unwrap();
     watched.view_with("10.0.0.1").await;
 }
@@ -650,7 +653,7 @@ async fn two_datacenters_are_one_service_in_two_places() {
     "#]]
     .assert_eq(&watched.last);
 
-    // One of them goes: what it said holds, and is called stale; the other goes on.
+    // One datacenter fails: its last good state stays and is marked stale; the other continues.
     two.kill(0).unwrap();
     let before = watched.view_with("stale").await;
     assert_eq!((endpoints(&before, "pay"), endpoints(&before, "orders")), (2, 1));
@@ -658,7 +661,7 @@ async fn two_datacenters_are_one_service_in_two_places() {
     let view = watched.view_with("10.0.0.9").await;
     assert_eq!((endpoints(&view, "pay"), endpoints(&view, "orders")), (3, 1));
 
-    // Also over a restart of ours.
+    // The same holds across a restart of the source.
     let mut watched = Watched::restored(&config, Some(&view));
     let again = watched.view_with("pay").await;
     let addresses = |view: &Registrations| -> BTreeMap<String, Vec<String>> {

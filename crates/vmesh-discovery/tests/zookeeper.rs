@@ -1,4 +1,5 @@
-//! Discovery by real ZooKeepers: what their users write is seen, and what happens to them is said and not believed.
+//! Discovery with real ZooKeeper servers: registrations are seen, and failures of the servers are reported
+//! and remove nothing.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -16,10 +17,10 @@ use vmesh_model::load::strict;
 use vmesh_testkit::tempdir;
 use vmesh_testkit::zookeeper::{Client, Kind, Options, Version, ZooKeeper};
 
-/// Elections, restarts and time-outs, on a machine that does other things too.
+/// Long enough for elections, restarts and timeouts on a busy machine.
 const BOUND: Duration = Duration::from_secs(90);
 
-/// A source under test, and what it said last.
+/// A source under test, and its last view or error.
 struct Watched {
     source: ZookeeperSource,
     counters: Arc<Counters>,
@@ -38,7 +39,7 @@ impl Watched {
         Watched { source, counters, last: "nothing".to_owned() }
     }
 
-    /// Reads what the source says until it is what the test waits for.
+    /// Reads views and errors of the source until `wanted` returns `true`.
     async fn until(
         &mut self,
         what: &str,
@@ -59,7 +60,7 @@ impl Watched {
         }
     }
 
-    /// The next view that shows exactly as `expected`.
+    /// Waits for a view that is formatted exactly as `expected`.
     async fn view(&mut self, expected: &str) -> Registrations {
         self.until(expected, |said, shown| said.is_ok() && shown == expected).await.unwrap()
     }
@@ -79,7 +80,7 @@ fn chain(error: &SourceError) -> String {
     line
 }
 
-/// A line for each service and each problem.
+/// Formats a view with a line for each service and each problem.
 fn shown(view: &Registrations) -> String {
     let mut shown = String::new();
     for (name, seen) in &view.services {
@@ -106,7 +107,7 @@ fn shown(view: &Registrations) -> String {
 
 const NERVE: &str = "roots: [{path: /smartstack, format: nerve}]";
 
-/// One instance as nerve writes it.
+/// Registers an instance as nerve does.
 async fn register(client: &mut Client, service: &str, host: &str) -> String {
     let data = format!(r#"{{"host":"{host}","port":80,"name":"{host}"}}"#);
     client
@@ -186,7 +187,7 @@ async fn every_format_is_read_as_its_writers_leave_it() {
         let mut watched = Watched::new(&config(&servers.connect(), roots));
         let view = watched.until("a view", |said, _| said.is_ok()).await.unwrap();
         expected.assert_eq(&shown(&view));
-        // The leader goes, and the next one leads.
+        // The leader's node is deleted, and the next candidate leads.
         client.delete("/leader/db/candidate_0000000000").await.unwrap();
         let has = |shown: &str| shown.contains("db 10.1.0.8:5432");
         watched.until("the next leader", |said, shown| said.is_ok() && has(shown)).await.unwrap();
@@ -238,7 +239,7 @@ async fn garbage_costs_a_record_and_then_its_service_and_never_more() {
     for child in client.children("/smartstack/pay").await.unwrap() {
         client.set(&format!("/smartstack/pay/{child}"), &garbage).await.unwrap();
     }
-    // The last that could be read was a part of it; that nothing else goes meanwhile is the guard's.
+    // The last readable state was a part of the service; whether the rest is removed is up to the guard.
     let because = " healthy (stale: 5 of 5 records are bad, which is more than single mistakes)";
     let is_held = |said: &Result<Registrations, SourceError>, shown: &str| {
         let pay =
@@ -270,7 +271,7 @@ async fn while_no_server_is_there_the_source_fails_and_then_says_the_same_again(
     let again = watched.view(expected).await;
     let registration = |view: &Registrations| view.services.get("pay").unwrap().registration.clone();
     assert!(Arc::ptr_eq(&registration(&first), &registration(&again)));
-    // The leader, and the one at hand, in turn; and what is written then is seen.
+    // The leader and the connected server are killed in turn, and writes after that are seen.
     for killed in 0..3 {
         servers.kill(killed).unwrap();
         servers.wait_serving((killed + 1) % 3).await.unwrap();
@@ -297,7 +298,7 @@ async fn a_session_that_expires_is_replaced() {
     let counters = watched.counters.clone();
     let expired = async || counters.sessions_expired.load(Ordering::Relaxed) > 0;
     let waiting = vmesh_testkit::wait_for("expiry", BOUND, async || expired().await.then_some(()));
-    // Nobody asks for views meanwhile.
+    // No view is requested meanwhile.
     waiting.await.unwrap();
     servers.thaw(0).unwrap();
     watched.view("pay 10.1.0.1:80 healthy\n").await;
@@ -314,7 +315,7 @@ async fn a_registry_that_forgot_everything_says_nothing_and_names_no_service_emp
     register(&mut client, "orders", "10.1.0.2").await;
     let mut watched = Watched::new(&config(&servers.connect(), NERVE));
     watched.view("orders 10.1.0.2:80 healthy\npay 10.1.0.1:80 healthy\n").await;
-    // An empty directory is no word on purpose: the service is absent, for the guard to hold.
+    // An empty directory is not an explicit removal: the service is absent, and the guard may hold it.
     client.delete(&node).await.unwrap();
     let view = watched.view("orders 10.1.0.2:80 healthy\n").await;
     assert!(view.emptied.is_empty());
@@ -353,7 +354,7 @@ async fn digest_tls_and_a_chroot_go_together_and_what_may_not_be_read_is_what_wa
 
     let wrong = dir.join("wrong");
     std::fs::write(&wrong, "mesh:wrong").unwrap();
-    // Without anything known of the root, serving the rest would say that it has no services.
+    // With nothing known of this root, serving the others would claim that it has no services.
     let mut fresh = Watched::new(&config(&connect, &more(&wrong)));
     fresh.failure_with("could not read /smartstack, of which nothing is known yet").await;
     fresh.last.contains("the node's ACL has to give READ").then_some(()).unwrap();

@@ -1,11 +1,11 @@
-//! What is learnt of each answer: the list of services of a datacenter, and the instances of a service.
+//! Handles the answers of Consul: the list of services of a datacenter, and the instances of a service.
 //!
-//! An answer that cannot be believed asks the leader next; one that cannot be used keeps what was known.
+//! After an implausible answer the leader is asked next; an unusable answer leaves the known state in place.
 
 use super::*;
 
 impl<R: Resolve> ConsulSource<R> {
-    /// Takes the cursor's word on an answer; `false`: it is not to be believed.
+    /// Passes an answer to `cursor`. Returns `false` if the cursor rejects it.
     pub(super) fn believe(
         cursor: &mut Cursor,
         meta: &Meta,
@@ -61,7 +61,8 @@ impl<R: Resolve> ConsulSource<R> {
         match value {
             Some(names) if names.is_empty() => {
                 dc.empty = true;
-                // It has to be looked at again, also if it stays as it is: nothing was learnt.
+                // The query has to be sent again even if the index does not change, because nothing was
+                // learnt.
                 dc.cursor.failed(now);
                 return self.catalog_empty(at);
             }
@@ -84,7 +85,7 @@ impl<R: Resolve> ConsulSource<R> {
         Ok(())
     }
 
-    /// A datacenter of which nothing can be said. If that is all of them, the source has failed.
+    /// Records that a datacenter cannot be read. Fails the source if no datacenter can be read.
     pub(super) fn catalog_failed(
         &mut self,
         at: usize,
@@ -109,7 +110,8 @@ impl<R: Resolve> ConsulSource<R> {
         Ok(())
     }
 
-    /// Not even itself: no Consul is like that, but this is what it says to whoever has no rights.
+    /// Records that a catalogue lists nothing. Consul always lists itself, so the token probably lacks
+    /// rights.
     pub(super) fn catalog_empty(&mut self, at: usize) -> Result<(), SourceError> {
         let of = self.shown(at);
         let what = format!(
@@ -127,13 +129,13 @@ impl<R: Resolve> ConsulSource<R> {
         Ok(())
     }
 
-    /// ` of dc1`, where it is one of those that were named.
+    /// Returns ` of dc1` for a configured datacenter, or an empty string.
     pub(super) fn shown(&self, at: usize) -> String {
         let name = self.plan.datacenters.get(at).and_then(|dc| dc.name.as_ref());
         name.map(|name| format!(" of `{name}`")).unwrap_or_default()
     }
 
-    /// Takes note of the services of a datacenter.
+    /// Takes the list of services of a datacenter.
     pub(super) fn list(&mut self, at: usize, names: Names, now: Instant) -> ListDifference {
         let is_first = self.plan.datacenters.get(at).is_some_and(|dc| !dc.has_listed);
         let mut listed: BTreeMap<ServiceName, Arc<str>> = BTreeMap::new();
@@ -177,7 +179,8 @@ impl<R: Resolve> ConsulSource<R> {
             }
         }
         if self.plan.datacenters.iter().all(|dc| dc.has_listed) {
-            // What none of them lists is gone: it is not to come back from before a restart when it cannot be read.
+            // A service that no datacenter lists is gone. Its state from before the restart must not return
+            // when it later cannot be read.
             let plan = &self.plan;
             let gone = self.last_good.extract_if(.., |name, _| !plan.watches(name));
             changed.extend(gone.map(|(name, _)| name));
@@ -191,7 +194,7 @@ impl<R: Resolve> ConsulSource<R> {
         difference
     }
 
-    /// The services that were known before a restart and are not listed, where the token may not see everything.
+    /// Returns the services from before a restart that are not listed, if the token may not see everything.
     pub(super) fn hidden(&self, at: usize) -> Vec<ServiceName> {
         let Some(dc) = self.plan.datacenters.get(at).filter(|dc| dc.filtered) else { return Vec::new() };
         let was_here = |registration: &Registration| {
@@ -208,7 +211,7 @@ impl<R: Resolve> ConsulSource<R> {
 
     pub(super) fn heard_service(&mut self, key: &Key, answer: ServiceAnswer, was_strong: bool, now: Instant) {
         let max_stale = self.pace.max_stale;
-        // It may be one that is not listed any more.
+        // The service may no longer be listed.
         let Some(watched) = self.plan.services.get_mut(key) else { return };
         let had_failure = watched.failure.is_some();
         let answer = match answer {
@@ -220,7 +223,8 @@ impl<R: Resolve> ConsulSource<R> {
             Err(error) => {
                 watched.cursor.failed(now);
                 watched.failures += 1;
-                // One may be a server that goes: the next has taken over by the second.
+                // A single failure may be a server that restarts: by the second, another server has taken
+                // over.
                 if watched.failures > 1 || watched.read.is_none() {
                     watched.failure = Some(chain(&error).into());
                     self.judge(&key.1);
@@ -235,7 +239,7 @@ impl<R: Resolve> ConsulSource<R> {
         }
         let must_be_newer = std::mem::take(&mut watched.must_be_newer);
         if must_be_newer && answer.value.is_none() && watched.cursor.seen() == seen && !was_strong {
-            // The server that answered has not heard of the change that another one showed.
+            // The server that answered has not yet seen a change that another server reported.
             watched.cursor.ask_leader();
             return;
         }
@@ -248,7 +252,7 @@ impl<R: Resolve> ConsulSource<R> {
         if is_empty {
             watched.empties += 1;
             if !watched.listed && !answer.meta.filtered {
-                // Nothing was kept from us: it is gone.
+                // The answer is unfiltered, so the service really has no instances.
                 self.plan.forget(key);
                 self.count_kept();
                 self.judge(&key.1);
@@ -261,7 +265,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
             let where_it_is = if watched.listed { "lists it" } else { "hides something from this token" };
             let why: Arc<str> = format!("Consul {where_it_is}, and shows no instance of it: {RIGHTS}").into();
-            // It is looked at again, and not waited for: nothing was learnt.
+            // The query is retried with a back-off instead of blocking, because nothing was learnt.
             watched.cursor.failed(now);
             if watched.failure.as_ref() != Some(&why) {
                 watched.failure = Some(why);
@@ -304,15 +308,15 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// Counts the bytes of what is kept anew, after services were forgotten.
+    /// Counts the bytes of all answers that are kept, after services were removed.
     pub(super) fn count_kept(&mut self) {
         let reads = self.plan.services.values().filter_map(|watched| watched.read.as_ref());
         self.kept_bytes = reads.map(|read| read.bytes).sum();
     }
 }
 
-/// Whether an answer was found to be as before, and what was before is not what is known now: something else was read
-/// while it was waited for.
+/// Reports whether the answer equals an earlier body that is no longer the known one, because another read
+/// ended while this answer was awaited.
 fn is_outdated<T>(cursor: &Cursor, answer: &Answer<Option<T>>) -> bool {
     answer.value.is_none() && cursor.hash() != Some(answer.meta.hash)
 }

@@ -1,8 +1,9 @@
-//! Which services have changed, as far as the checks and the list of services of a whole datacenter tell. Pure.
+//! Finds the services that changed by comparing the checks and the service lists of a whole datacenter. Pure.
 //!
-//! Where connections are scarce, services have no blocking query of their own. A [`CheckDigest`] is compared with the one
-//! before, and [`Sweep`] spreads the reads of all services for changes that neither answer shows. Nothing here adds or
-//! removes anything: a difference is a reason to read a service.
+//! When connections are scarce, services have no blocking query of their own. Instead each new
+//! [`CheckDigest`] is compared with the previous one, and a [`Sweep`] reads all services in turn to find
+//! changes that neither answer shows. A difference only causes a read of the service; it never adds or
+//! removes an instance by itself.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -17,12 +18,14 @@ use vmesh_model::ServiceName;
 
 use super::plan::{Key, ROUND};
 
-/// Every service is read at least so often, although nothing has pointed at it: node addresses change unseen.
+/// The interval within which every service is read even without a sign of a change: a node's address may
+/// change unnoticed.
 const IDLE_ROUND: Duration = Duration::from_secs(60);
-/// The sweep reads no more than 500 services in a second, whatever their number, so that it costs Consul little.
+/// The minimum interval of the sweep, so that it reads at most 500 services per second and costs Consul
+/// little.
 const LEAST_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Holds one check of `/v1/health/state/any` without its output, since an output does not decide an instance's health.
+/// One check of `/v1/health/state/any`, without its output, which does not affect the health of an instance.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 struct CheckRow {
@@ -36,28 +39,29 @@ struct CheckRow {
     create_index: Option<u64>,
 }
 
-/// Summarises all checks of a datacenter in a few bytes for each service.
+/// A summary of all checks of a datacenter that takes a few bytes per service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct CheckDigest {
     services: BTreeMap<String, ServiceDigest>,
-    /// The checks that belong to nodes, not to services.
+    /// The sum of the hashes of checks that belong to nodes rather than services.
     nodes: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct ServiceDigest {
-    /// The sum of the hashes of the service's checks and of those of their nodes, so that their order does not matter.
+    /// The sum of the hashes of the service's checks and of its nodes' checks. A sum does not depend on their
+    /// order.
     sum: u64,
-    /// Counts the instances that have a check of their own.
+    /// The number of instances with a check of their own.
     instances: usize,
 }
 
-/// What is different between two lists of services.
+/// The difference between two lists of services.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct ListDifference {
-    /// Services that both lists have, with other tags.
+    /// Services in both lists whose tags differ.
     pub(super) retagged: Vec<ServiceName>,
-    /// Is set if the lists differ in any way: other tags, or a service that only one list has.
+    /// The lists differ in some way: other tags, or a service that only one list has.
     pub(super) is_visible: bool,
 }
 
@@ -75,12 +79,12 @@ impl ListDifference {
     }
 }
 
-/// What is different between two digests.
+/// The difference between two digests.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct CheckChanges {
     /// The lower-case names of services whose checks, or whose nodes' checks, differ.
     pub(super) services: Vec<String>,
-    /// A check of a node differs, which concerns instances without checks too.
+    /// A check of a node differs, which affects instances without checks too.
     pub(super) nodes: bool,
 }
 
@@ -91,7 +95,7 @@ impl CheckChanges {
 }
 
 impl CheckDigest {
-    /// Reads the body of `/v1/health/state/any`. `keys` must be the same for digests that are compared.
+    /// Parses the body of `/v1/health/state/any`. Only digests with the same hash `keys` are comparable.
     pub(super) fn parse(body: &[u8], keys: &RandomState) -> Result<CheckDigest, serde_json::Error> {
         let mut rows = Rows {
             keys,
@@ -106,7 +110,7 @@ impl CheckDigest {
         Ok(rows.digest())
     }
 
-    /// Lists what differs from the digest `before`.
+    /// Returns the differences from the digest `before`.
     pub(super) fn changes_since(&self, before: &CheckDigest) -> CheckChanges {
         let differs = |name: &&String| self.services.get(*name) != before.services.get(*name);
         let mut services: Vec<String> = self.services.keys().filter(differs).cloned().collect();
@@ -114,22 +118,22 @@ impl CheckDigest {
         CheckChanges { services, nodes: self.nodes != before.nodes }
     }
 
-    /// Returns how many instances of a service have a check of their own.
+    /// Returns the number of instances of a service that have a check of their own.
     pub(super) fn checked_instances(&self, service: &str) -> usize {
         self.services.get(service).map_or(0, |service| service.instances)
     }
 }
 
-/// Folds the rows as they are parsed, since an answer may have 32 MiB of them.
+/// Folds the rows while they are parsed, since an answer may have 32 MiB.
 struct Rows<'a> {
     keys: &'a RandomState,
-    /// The lower-case names of services, and their numbers.
+    /// The lower-case names of the services, and their numbers.
     names: HashMap<String, u32>,
-    /// Of each check of a service: the service, the hash of the node's name, and the hash of the check.
+    /// The checks of services: number of the service, hash of the node's name, and hash of the check.
     checks: Vec<(u32, u64, u64)>,
-    /// Instances by service, node and id.
+    /// The instances: number of the service, and hash of node and service ID.
     instances: HashSet<(u32, u64)>,
-    /// The checks of each node, by the hash of its name.
+    /// The sum of the hashes of each node's checks, by the hash of the node's name.
     nodes: HashMap<u64, u64>,
 }
 
@@ -195,17 +199,17 @@ impl<'de> Visitor<'de> for &mut Rows<'_> {
     }
 }
 
-/// Reads all services in turn: quickly after a change that nothing explains, within [`ROUND`] after any change of the list
-/// of services, and within a minute otherwise.
+/// Reads all services in turn: quickly after an unexplained change, within [`ROUND`] after any change of the
+/// list of services, and within a minute otherwise.
 #[derive(Debug)]
 pub(super) struct Sweep {
     /// The service that was read last.
     after: Option<Key>,
-    /// Counts the services that the round has not read yet.
+    /// The number of services that this round has not read yet.
     owed: usize,
-    /// Counts the services that the round may read without a pause.
+    /// The number of services that this round may read without a pause.
     hurried: usize,
-    /// From when on a hurried round may begin again.
+    /// The earliest time of the next hurried round.
     hurry_again: Instant,
     read_at: Instant,
 }
@@ -215,12 +219,12 @@ impl Sweep {
         Sweep { after: None, owed: 0, hurried: 0, hurry_again: now, read_at: now }
     }
 
-    /// Begins a round over `services` services: one of them may have changed.
+    /// Starts a round over `services` services, one of which may have changed.
     pub(super) fn owe(&mut self, services: usize) {
         self.owed = services;
     }
 
-    /// Begins a round without pauses, at most once in [`ROUND`].
+    /// Starts a round without pauses, at most once per [`ROUND`].
     pub(super) fn hurry(&mut self, services: usize, now: Instant) {
         self.owed = services;
         if now >= self.hurry_again {
@@ -229,7 +233,7 @@ impl Sweep {
         }
     }
 
-    /// When the next service of `services` is to be read.
+    /// Returns when the next read is due, if there are `services` services.
     pub(super) fn due(&self, services: usize) -> Instant {
         if self.hurried > 0 {
             return self.read_at;
@@ -239,12 +243,12 @@ impl Sweep {
         self.read_at + interval.max(LEAST_INTERVAL)
     }
 
-    /// How late a change is seen that only the sweep finds, in a round without hurry.
+    /// Returns the longest time before the sweep finds a change, in a round that is not hurried.
     pub(super) fn lateness(services: usize) -> Duration {
         ROUND.max(LEAST_INTERVAL * u32::try_from(services).unwrap_or(u32::MAX))
     }
 
-    /// Takes the next service of the round, if its read is due.
+    /// Returns the next service of the round if its read is due.
     pub(super) fn take<T>(&mut self, services: &BTreeMap<Key, T>, now: Instant) -> Option<Key> {
         if self.due(services.len()) > now {
             return None;
@@ -293,7 +297,7 @@ mod tests {
         let mut noisy = pay.clone();
         noisy["Output"] = json!("HTTP GET: 200 OK");
         assert_eq!(answers.changes(&json!([orders, noisy, serf("passing")])), "");
-        // A status; a check that goes; an instance that comes; one that was registered anew.
+        // A changed status, a removed check, an added instance, and an instance that was registered anew.
         assert_eq!(
             answers.changes(&json!([check("n1", "c1", "Pay", "critical"), orders, serf("passing")])),
             "pay"
@@ -305,9 +309,9 @@ mod tests {
         anew["CreateIndex"] = json!(9);
         assert_eq!(answers.changes(&json!([orders, anew, pay, serf("passing")])), "orders pay");
         assert_eq!(answers.1.checked_instances("orders"), 2);
-        // A node's check concerns the services on that node.
+        // The check of a node affects the services on that node.
         assert_eq!(answers.changes(&json!([orders, anew, pay, serf("critical")])), "pay +nodes");
-        // A token that lost its rights gets an empty answer: every service is read again.
+        // A token that lost its rights gets an empty answer, so every service is read again.
         assert_eq!(answers.changes(&Value::Null), "orders pay +nodes");
     }
 
@@ -350,7 +354,7 @@ mod tests {
         sweep.hurry(10, now);
         let read: Vec<Key> = std::iter::from_fn(|| sweep.take(&services, now)).collect();
         assert!(read.iter().eq(services.keys()), "{read:?}");
-        // The second hurried round is refused; the sweep goes on at its usual pace from the first service.
+        // A second hurried round is refused; the sweep continues at its usual pace from the first service.
         sweep.hurry(10, now);
         assert_eq!(sweep.due(10), now + ROUND / 10);
         assert_eq!(sweep.take(&services, now), None);

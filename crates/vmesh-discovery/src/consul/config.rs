@@ -1,4 +1,4 @@
-//! The `consul:` of `discovery:`.
+//! The `consul:` part of `discovery:`.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -14,61 +14,66 @@ use vmesh_model::text::show_duration;
 use crate::config::{name, seconds, yes};
 use crate::guard::{GuardConfig, duration};
 
-/// A Consul cluster: all of its services, or some.
+/// The configuration of a Consul source: all services of a cluster, or some.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ConsulConfig {
-    /// What it is called in messages and commands. Built in: `consul:` and the datacenters, or the first address.
+    /// The name of the source in messages and commands. Default: `consul:` and the datacenters, or the first
+    /// address.
     #[serde(deserialize_with = "name")]
     pub name: Option<Arc<str>>,
-    /// Whether nothing is served before it has answered, however long that takes. Without, 30 s are enough.
+    /// Whether the control plane serves nothing before this source has answered, however long that takes. If
+    /// `false`, it waits at most 30 s.
     pub required: bool,
-    /// One URL or a list: see [`vmesh_consul::Config::address`]. Built in: the local agent.
+    /// One URL or a list: see [`vmesh_consul::Config::address`]. Default: the local agent.
     pub address: Addresses,
-    /// A file with the ACL token. It needs `service_prefix "" { policy = "read" }` and the same for `node_prefix`.
+    /// A file with the ACL token. The token needs `service_prefix "" { policy = "read" }` and the same for
+    /// `node_prefix`.
     pub token_file: Option<PathBuf>,
     pub tls: Tls,
     pub namespace: Option<String>,
     pub partition: Option<String>,
     pub max_connections: MaxConnections,
 
-    /// Built in: the one that the agent is in. Of several, a service has the instances of all.
+    /// The datacenters to read. Default: the datacenter of the agent. With several, a service has the
+    /// instances of all.
     pub datacenters: Vec<Arc<str>>,
     pub services: Chosen,
-    /// Instances without all of these tags are left out.
+    /// Required tags: an instance that lacks one of these tags is left out.
     pub require_tags: Vec<Pattern>,
-    /// Instances with one of these tags are left out.
+    /// Excluded tags: an instance with one of these tags is left out.
     pub exclude_tags: Vec<Pattern>,
-    /// Instances on nodes without these metadata are left out: `{rack: r7}`, `{rack: "r*"}`.
+    /// Metadata that the node of an instance must have, for example `{rack: r7}` or `{rack: "r*"}`.
     pub node_meta: BTreeMap<String, Pattern>,
-    /// Instances without these metadata are left out.
+    /// Metadata that an instance must have.
     pub service_meta: BTreeMap<String, Pattern>,
-    /// What else is taken for an instance besides ordinary services: `connect-proxy`, `mesh-gateway`, ..
+    /// Kinds of services to read besides ordinary ones, for example `connect-proxy` or `mesh-gateway`.
     pub kinds: Vec<String>,
 
-    /// Which of its addresses an instance is dialled at.
+    /// The address at which instances are dialled.
     pub endpoint_address: AddressKind,
-    /// The port of this name, where instances have several (Consul 1.22). Built in: the default one, or the only one.
+    /// The name of the port to use, for instances with several (Consul 1.22). Default: the default port, or
+    /// the only one.
     pub port_name: Option<String>,
-    /// For instances that are registered without a port. Built in: they are left out.
+    /// The port of instances that are registered without one. By default they are left out.
     pub default_port: Option<NonZeroU16>,
-    /// Which metadata of services and nodes say what; the first that is there counts.
+    /// The metadata keys with a meaning; the first key that is present counts.
     pub map: Mapping,
-    /// Which tags say what, before those that are built in.
+    /// The tag patterns with a meaning, which take precedence over the built-in ones.
     pub tag_patterns: Vec<TagPattern>,
-    /// For instances whose weight is not said by metadata or a tag, in place of Consul's own.
+    /// The weight of instances without a weight in metadata or tags, instead of Consul's own weight.
     pub default_weight: Option<u32>,
     pub health: HealthRules,
 
-    /// Who may answer. Confirmations are always `consistent`.
+    /// The consistency of queries. Confirming reads always use `consistent`.
     pub consistency: Reading,
-    /// A stale answer that may be older is asked for again, of the leader.
+    /// The age above which a stale answer is requested again from the leader.
     #[serde(deserialize_with = "duration")]
     pub max_stale: Duration,
-    /// How long Consul holds back an answer if there is no news. Built in: 60 s; from 1 s to 10 min.
+    /// How long Consul may hold back an answer without changes. Default: 60 s; from 1 s to 10 min.
     #[serde(deserialize_with = "wait")]
     pub wait: Duration,
-    /// How often host names are resolved again. Built in: 30 s; 1 s at least.
+    /// The interval at which host names are resolved again. Default: 30 s; minimum: 1 s.
     #[serde(deserialize_with = "seconds")]
     pub resolve_interval: Duration,
     pub guard: GuardConfig,
@@ -120,7 +125,7 @@ impl ConsulConfig {
         }
     }
 
-    /// What the client needs of it.
+    /// Returns the configuration of the HTTP client.
     pub fn client(&self) -> Config {
         Config {
             address: self.address.clone(),
@@ -142,11 +147,11 @@ impl ConsulConfig {
     }
 }
 
-/// Services by their names, in lower case.
+/// A filter of services by their lower-case names.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Chosen {
-    /// Built in: all but Consul itself.
+    /// The services to read. Default: all but Consul itself.
     pub include: Vec<Pattern>,
     pub exclude: Vec<Pattern>,
 }
@@ -158,7 +163,7 @@ impl Default for Chosen {
 }
 
 impl Chosen {
-    /// `consul` is chosen only by its very name.
+    /// Reports whether the service `name` is read. `consul` matches only a pattern that is equal to it.
     pub fn has(&self, name: &str) -> bool {
         let included = |pattern: &Pattern| match name {
             "consul" => pattern.0.eq_ignore_ascii_case(name),
@@ -168,7 +173,7 @@ impl Chosen {
     }
 }
 
-/// A text in which each `*` stands for any text, also none.
+/// A text in which each `*` stands for any text, including an empty one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(transparent)]
 pub struct Pattern(pub Arc<str>);
@@ -183,7 +188,8 @@ impl Pattern {
     }
 }
 
-/// Linear for one star, quadratic at worst: a star takes as little as it can, and more only if what follows asks for it.
+/// Matches in linear time for one star and quadratic time at worst: a star first matches as little as
+/// possible, and more only if the rest does not match.
 fn matches(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t, mut star) = (0, 0, None);
     while let Some(byte) = text.get(t) {
@@ -207,11 +213,11 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
     pattern.get(p..).unwrap_or_default().iter().all(|byte| *byte == b'*')
 }
 
-/// Which of its addresses an instance is dialled at.
+/// The address at which an instance is dialled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AddressKind {
-    /// That of the service, or else that of its node: what Consul's own DNS says.
+    /// The address of the service, or else of its node, as in Consul's own DNS.
     #[default]
     Service,
     Node,
@@ -221,12 +227,12 @@ pub enum AddressKind {
     LanIpv6,
     WanIpv4,
     WanIpv6,
-    /// What Consul's own mesh would intercept.
+    /// The virtual address that Consul's own mesh intercepts.
     Virtual,
 }
 
 impl AddressKind {
-    /// Its key in `TaggedAddresses`.
+    /// Returns the key in `TaggedAddresses`.
     pub(crate) fn tag(self) -> Option<&'static str> {
         match self {
             AddressKind::Service | AddressKind::Node => None,
@@ -245,7 +251,7 @@ impl AddressKind {
     }
 }
 
-/// Keys of metadata: those of the service are looked at first, then those of its node.
+/// Metadata keys: those of the service take precedence over those of its node.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Mapping {
@@ -253,7 +259,7 @@ pub struct Mapping {
     pub zone: Vec<String>,
     pub protocol: Vec<String>,
     pub weight: Vec<String>,
-    /// `true` means TLS where no protocol is said: Spring Cloud's `secure`.
+    /// Keys for which `true` means TLS if no protocol is given, like Spring Cloud's `secure`.
     pub secure: Vec<String>,
 }
 
@@ -270,13 +276,13 @@ impl Default for Mapping {
     }
 }
 
-/// `{tag: "release-*", key: version}`: what the `*` stands for is the value.
+/// A pattern such as `{tag: "release-*", key: version}`: the text that matches `*` is the value.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TagPattern {
     #[serde(deserialize_with = "one_star")]
     pub tag: String,
-    /// `version`, `zone`, `protocol`, `weight`, or the name of a label.
+    /// The meaning of the value: `version`, `zone`, `protocol`, `weight`, or the name of a label.
     pub key: String,
 }
 
@@ -287,48 +293,48 @@ impl TagPattern {
     }
 }
 
-/// What checks mean.
+/// The meaning of health checks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthRules {
     pub warning: Warning,
     pub critical: Critical,
-    /// Checks that do not count, by ID or name: `serfHealth`, where gossip says more about the network than about
-    /// the application.
+    /// Checks that do not count, by ID or name. An example is `serfHealth`, where gossip depends more on the
+    /// network than on the application.
     pub ignore_checks: Vec<Pattern>,
 }
 
-/// What becomes of an instance with a warning.
+/// The treatment of an instance with a warning.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Warning {
-    /// It is served, with its `Weights.Warning`; 0 is `drain`.
+    /// Serve the instance with its `Weights.Warning`; a weight of 0 means `drain`.
     #[default]
     Serve,
     Drain,
 }
 
-/// What becomes of an instance that is critical.
+/// The treatment of a critical instance.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Critical {
-    /// It stays, as unhealthy: Envoy has to see how many of all are ill.
+    /// Keep the instance as unhealthy, so that Envoy sees the share of unhealthy endpoints.
     #[default]
     Unhealthy,
-    /// It is not there.
+    /// Leave the instance out.
     Drop,
 }
 
-/// Who may answer.
+/// The consistency of queries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reading {
-    /// Any server, also while there is no leader; no older than `max_stale`.
+    /// Any server may answer, even while there is no leader, if its data is no older than `max_stale`.
     #[default]
     Stale,
-    /// The leader.
+    /// The leader answers.
     Default,
-    /// The leader, confirmed by a majority each time.
+    /// The leader answers, after a majority has confirmed its leadership.
     Consistent,
 }
 

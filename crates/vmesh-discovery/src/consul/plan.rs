@@ -1,4 +1,4 @@
-//! Who is watched, and whose turn it is.
+//! The plan of queries: which services are watched, and which query is due next.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,17 +11,18 @@ use vmesh_model::{Problem, ServiceName};
 use super::changes::CheckDigest;
 use crate::format::consul::Read;
 
-/// Reads of what there is, under way at once: the first of 2,000 services, say, or all after a failure.
+/// The limit of concurrent reads that do not block, for example of the first 2,000 services or after a
+/// failure.
 const AT_ONCE: usize = 64;
-/// How late a change may be seen, if services have to take turns.
+/// The longest time before a change is seen, if services take turns.
 pub(super) const ROUND: Duration = Duration::from_secs(10);
-/// A shorter wait than this is no wait.
+/// The shortest wait of a blocking query.
 const SHORTEST: Duration = Duration::from_millis(250);
 
-/// A service in a datacenter, by its place in the list of those.
+/// A service in a datacenter, which is given as an index into `Plan::datacenters`.
 pub(super) type Key = (usize, ServiceName);
 
-/// What a query is about.
+/// The target of a query.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Ask {
     Catalog(usize),
@@ -29,28 +30,28 @@ pub(super) enum Ask {
     Service(Key),
 }
 
-/// The blocking query for all checks of a datacenter, where services have none of their own.
+/// The blocking query for all checks of a datacenter, for services without queries of their own.
 #[derive(Debug)]
 pub(super) struct CheckWatch {
     pub(super) cursor: Cursor,
     pub(super) in_flight: bool,
-    /// The last answer that was believed.
+    /// The last accepted answer.
     pub(super) digest: Option<CheckDigest>,
-    /// The size of the last answer: a large one comes later than the list of services.
+    /// The size of the last answer. A large answer arrives later than the list of services.
     pub(super) bytes: usize,
-    /// When a difference pointed at a service last.
+    /// When a difference last caused a read of a service.
     pub(super) pointed_at: Option<Instant>,
     /// When a change of the list of services last ended a pause of this query.
     pub(super) hastened_at: Option<Instant>,
-    /// How many answers in a row pointed at nothing.
+    /// The number of consecutive answers without a difference.
     pub(super) fruitless: u32,
-    /// Why they cannot be read now: services take turns meanwhile.
+    /// The reason why the checks cannot be read now; meanwhile the sweep reads services in turn.
     pub(super) failure: Option<Arc<str>>,
 }
 
 impl CheckWatch {
-    /// All services of a datacenter share this query, so it may be sent more often than that of one service: ten times
-    /// in a second, after twenty at once.
+    /// Creates a watch. All services of a datacenter share this query, so it may be sent more often than that
+    /// of one service: ten times per second, after a burst of twenty.
     fn new(now: Instant) -> CheckWatch {
         CheckWatch {
             cursor: Cursor::new(now).with_allowance(20, Duration::from_millis(100)),
@@ -65,32 +66,32 @@ impl CheckWatch {
     }
 }
 
-/// One datacenter's catalogue.
+/// The catalogue of one datacenter.
 #[derive(Debug)]
 pub(super) struct Datacenter {
-    /// `None`: the one that the agent is in.
+    /// The name; `None` for the datacenter of the agent.
     pub(super) name: Option<Arc<str>>,
     pub(super) cursor: Cursor,
     pub(super) in_flight: bool,
-    /// It has been read, at least once.
+    /// The catalogue was read successfully at least once.
     pub(super) has_listed: bool,
-    /// The last answer listed nothing at all.
+    /// The last answer listed nothing.
     pub(super) empty: bool,
-    /// The last answer had things left out, because the token may not see them.
+    /// Entries were filtered from the last answer, because the token may not see them.
     pub(super) filtered: bool,
-    /// Why it cannot be read now. Its services wait meanwhile.
+    /// The reason why the catalogue cannot be read now. Queries of its services wait meanwhile.
     pub(super) failure: Option<Arc<str>>,
-    /// Services that cannot be services here.
+    /// Problems of listed services with unusable names.
     pub(super) problems: Vec<Problem>,
     pub(super) checks: CheckWatch,
     /// The hash of each listed service's tags.
     pub(super) tags: BTreeMap<ServiceName, u64>,
-    /// The list of services has a new index that nothing visible explains: when all services are to be read for it.
+    /// Set after an unexplained change of the index of the list: when to read all services.
     pub(super) unexplained: Option<Instant>,
 }
 
 impl Datacenter {
-    /// Whether its checks are to be asked for when that is due.
+    /// Reports whether the checks should be queried once the query is due.
     pub(super) fn wants_checks(&self) -> bool {
         self.has_listed && self.failure.is_none() && !self.checks.in_flight
     }
@@ -99,24 +100,25 @@ impl Datacenter {
 /// One service of one datacenter.
 #[derive(Debug)]
 pub(super) struct Watched {
-    /// As it is registered.
+    /// The name as it is registered.
     pub(super) spelling: Arc<str>,
     pub(super) cursor: Cursor,
     /// The last good answer.
     pub(super) read: Option<Arc<Read>>,
-    /// Why the last answer is not of now.
+    /// The reason why the last good answer is outdated.
     pub(super) failure: Option<Arc<str>>,
-    /// Failures in a row.
+    /// The number of consecutive failures.
     pub(super) failures: u32,
-    /// Answers without an instance, in a row.
+    /// The number of consecutive answers without an instance.
     pub(super) empties: u32,
-    /// It is in the catalogue. One that is not is watched for as long as that may be for lack of rights.
+    /// The service is in the catalogue. An unlisted service stays watched while the token may merely lack
+    /// rights to see it.
     pub(super) listed: bool,
-    /// A difference elsewhere says that the next read must have something newer.
+    /// A difference elsewhere shows that the next read must return something newer.
     pub(super) expects_news: bool,
-    /// The query that is under way was sent for such a difference.
+    /// The running query was sent because of such a difference.
     pub(super) must_be_newer: bool,
-    /// It is to be read once more when the read that is under way has ended.
+    /// The service has to be read again when the running read has ended.
     read_again: bool,
     in_flight: Option<Flight>,
     queued: Option<Instant>,
@@ -124,9 +126,9 @@ pub(super) struct Watched {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flight {
-    /// It asks for what there is.
+    /// A query that returns the present state at once.
     Read,
-    /// It waits for news.
+    /// A blocking query that waits for a change.
     Wait,
 }
 
@@ -134,10 +136,11 @@ enum Flight {
 pub(super) struct Plan {
     pub(super) datacenters: Vec<Datacenter>,
     pub(super) services: BTreeMap<Key, Watched>,
-    /// Services have no blocking queries of their own: they are read when something points at them.
+    /// Connections are scarce: services have no blocking queries of their own and are read when a difference
+    /// points at them.
     pub(super) is_scarce: bool,
     queue: BTreeSet<(Instant, Key)>,
-    /// Queries under way, also of services that are not watched any more.
+    /// The running queries, including those of services that are no longer watched.
     flights: BTreeMap<Key, Flight>,
     reads: usize,
 }
@@ -165,8 +168,8 @@ impl Plan {
         Plan { datacenters, ..Plan::default() }
     }
 
-    /// Takes note of what a datacenter lists; returns the services that are not watched any more, or are gone from the
-    /// list for reasons that are not clear.
+    /// Takes the list of services of a datacenter. Returns the services that are no longer watched; for the
+    /// first list, also the new services.
     pub(super) fn list(
         &mut self,
         at: usize,
@@ -186,7 +189,7 @@ impl Plan {
             if filtered && is_known {
                 if let Some(watched) = self.services.get_mut(&key) {
                     watched.listed = false;
-                    // Whether it is gone or hidden is what a read of it says.
+                    // The next read shows whether the service is gone or hidden.
                     watched.cursor.start_over(now);
                 }
                 self.enqueue(&key);
@@ -210,12 +213,12 @@ impl Plan {
         changed
     }
 
-    /// Whether a service is watched, in whichever datacenter.
+    /// Reports whether a service is watched in any datacenter.
     pub(super) fn watches(&self, name: &ServiceName) -> bool {
         (0..self.datacenters.len()).any(|at| self.services.contains_key(&(at, name.clone())))
     }
 
-    /// Watches a service that is not listed, perhaps because the token may not see it.
+    /// Watches a service that is not listed, possibly because the token may not see it.
     pub(super) fn watch_hidden(&mut self, at: usize, name: &ServiceName, now: Instant) {
         self.watch((at, name.clone()), name.as_str().into(), false, now);
     }
@@ -247,7 +250,7 @@ impl Plan {
         }
     }
 
-    /// Puts a service in the line for when its next query is due; not while one is under way.
+    /// Queues the next query of a service, unless a query is running.
     pub(super) fn enqueue(&mut self, key: &Key) {
         let Some(watched) = self.services.get_mut(key) else { return };
         if let Some(at) = watched.queued.take() {
@@ -266,8 +269,8 @@ impl Plan {
         }
     }
 
-    /// Reads a service as soon as that is decent. With `expects_news`, an answer as old as the last one is asked for again,
-    /// of the leader.
+    /// Requests a read of a service as soon as its rate limit allows. If `expects_news` is set and the answer
+    /// is no newer than the last one, the leader is asked again.
     pub(super) fn point_at(&mut self, key: &Key, expects_news: bool) {
         let Some(watched) = self.services.get_mut(key) else { return };
         watched.expects_news |= expects_news;
@@ -275,18 +278,18 @@ impl Plan {
         self.enqueue(key);
     }
 
-    /// The services of which a query waits for news.
+    /// Returns the services with a blocking query that waits for a change.
     pub(super) fn waiting(&self) -> BTreeSet<Key> {
         let waits = self.flights.iter().filter(|(_, flight)| **flight == Flight::Wait);
         waits.map(|(key, _)| key.clone()).collect()
     }
 
-    /// Whether there is a connection for reads that nothing has pointed at, besides those that are due.
+    /// Reports whether a connection is free for a read of the sweep, besides the reads that are due.
     pub(super) fn has_room(&self, slots: usize, now: Instant) -> bool {
         self.flights.len() < (slots * 3 / 4).max(1) && self.queue.first().is_none_or(|(at, _)| *at > now)
     }
 
-    /// All services of a datacenter that can be read again are asked for what there is.
+    /// Requests a read of all services of a datacenter that has become readable again.
     pub(super) fn unpark(&mut self, at: usize) {
         let now = Instant::now();
         let of_it: Vec<Key> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
@@ -300,14 +303,15 @@ impl Plan {
         }
     }
 
-    /// The next service whose query may be sent now.
+    /// Returns the next service whose query may be sent now.
     pub(super) fn take_due(&mut self, now: Instant, slots: usize) -> Option<Key> {
         loop {
             let key = self.queue.first().filter(|(at, _)| *at <= now).map(|(_, key)| key.clone())?;
             let is_down = self.datacenters.get(key.0).is_none_or(|dc| dc.failure.is_some());
             let watched = self.services.get_mut(&key)?;
             if is_down {
-                // Asking every service of a Consul that does not answer is no help to it; `unpark` brings it back.
+                // Querying each service of an unresponsive Consul would only add load; `unpark` queues them
+                // again.
                 if let Some(at) = watched.queued.take() {
                     self.queue.remove(&(at, key));
                 }
@@ -327,7 +331,7 @@ impl Plan {
         }
     }
 
-    /// A query has ended.
+    /// Records that a query has ended.
     pub(super) fn back(&mut self, key: &Key) {
         if self.flights.remove(key) == Some(Flight::Read) {
             self.reads -= 1;
@@ -337,7 +341,7 @@ impl Plan {
         }
     }
 
-    /// When the next query may be sent.
+    /// Returns when the next query may be sent.
     pub(super) fn next_due(&self, slots: usize) -> Option<Instant> {
         let catalogs = self.datacenters.iter().filter(|dc| !dc.in_flight).map(|dc| dc.cursor.due());
         let shared = self.datacenters.iter().filter(|_| self.is_scarce).flat_map(|dc| {
@@ -350,12 +354,12 @@ impl Plan {
         catalogs.chain(shared).chain(service.map(|(at, _)| *at)).min()
     }
 
-    /// How many rounds it takes until each service had its turn.
+    /// Returns the number of rounds until each service had its turn.
     fn rounds(&self, slots: usize) -> u32 {
         u32::try_from(self.services.len().div_ceil(slots.max(1))).unwrap_or(u32::MAX)
     }
 
-    /// How long a query may wait for news, so that everybody has a turn.
+    /// Returns how long a query may block, so that each service has its turn.
     pub(super) fn turn(&self, slots: usize, wait: Duration) -> Duration {
         match self.rounds(slots) {
             0 | 1 => wait,
@@ -363,10 +367,10 @@ impl Plan {
         }
     }
 
-    /// How late a change may be seen; `None` if it is seen at once.
+    /// Returns the longest time before a change is seen; `None` if changes are seen at once.
     pub(super) fn lateness(&self, slots: usize, wait: Duration) -> Option<Duration> {
         let rounds = self.rounds(slots);
-        // Consul adds up to a sixteenth.
+        // Consul adds up to a sixteenth to the wait.
         (rounds > 1).then(|| self.turn(slots, wait).mul_f64(17.0 / 16.0) * (rounds - 1))
     }
 }

@@ -1,34 +1,36 @@
-//! How services are followed where connections are scarce: by blocking queries that all of them share.
+//! Follows services by shared blocking queries when connections are scarce.
 //!
-//! | shared query | points at |
+//! | shared query | causes reads of |
 //! |---|---|
 //! | `/v1/health/state/any` | services whose checks differ |
-//! | `/v1/catalog/services` | services whose tags differ; with a new index and no difference, services with unchecked instances |
+//! | `/v1/catalog/services` | services whose tags differ; after a new index without a difference, services with unchecked instances |
 //! | neither | all services in turn ([`Sweep`]) |
 //!
-//! A service that one of them points at is read by its own query, and only that answer adds or removes instances.
+//! Such a service is read by its own query, and only that answer adds or removes instances.
 
 use super::changes::{CheckChanges, CheckDigest};
 use super::*;
 
-/// Reads under way at once. With the shared queries of a datacenter, that stays below 20 connections.
+/// The limit of concurrent reads. Together with the shared queries of a datacenter this stays below 20
+/// connections.
 const READS_AT_ONCE: usize = 14;
-/// A change of the list and the checks that explain it are seen within so long of each other.
+/// A change of the list and the change of checks that explains it arrive within this time of each other.
 const SAME_CHANGE: Duration = Duration::from_millis(300);
-/// Each mebibyte of checks adds so much to [`SAME_CHANGE`], since Consul has to write them out.
+/// The time that each mebibyte of checks adds to [`SAME_CHANGE`], since Consul has to serialize them.
 const SAME_CHANGE_PER_MIB: Duration = Duration::from_millis(150);
-/// When a service with unchecked instances may have changed, all such services are read at once, if there are no more
-/// than this; otherwise the sweep reads them.
+/// The limit of services with unchecked instances that are read at once after a possible change. A larger
+/// number of services is left to the sweep.
 const UNCHECKED_AT_ONCE: usize = 64;
-/// A mebibyte of checks costs this pause, so that Consul spends no more than about half its time on them.
+/// The pause that each mebibyte of checks causes, so that Consul spends at most about half its time on them.
 const PAUSE_PER_MIB: Duration = Duration::from_millis(10);
-/// A change of the list ends such a pause, once in so long.
+/// The interval in which a change of the list may end such a pause once.
 const HASTENS_EVERY: Duration = Duration::from_secs(1);
-/// Answers that point at nothing (the outputs of checks change) make pauses from the first to the second.
+/// The first and the longest pause after answers without a difference, for example after checks that only
+/// changed their output.
 const FRUITLESS_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 const CHECKS: &str = "/v1/health/state/any";
 
-/// All checks of a datacenter; `None` if the body is the one that is known.
+/// All checks of a datacenter; `None` if the body equals the known one.
 pub(super) struct ChecksAnswer {
     digest: Option<CheckDigest>,
     bytes: usize,
@@ -45,7 +47,7 @@ pub(super) async fn read_checks(
     if known == Some(meta.hash) {
         return Ok(Answer { value: ChecksAnswer { digest: None, bytes }, meta });
     }
-    // Megabytes of JSON would hold up whatever else this worker of the runtime has to do.
+    // Parsing megabytes of JSON would block a worker of the runtime.
     let keys = keys.clone();
     let parsed = tokio::task::spawn_blocking(move || CheckDigest::parse(&value, &keys)).await;
     let parsed = parsed
@@ -57,7 +59,7 @@ pub(super) async fn read_checks(
 }
 
 impl<R: Resolve> ConsulSource<R> {
-    /// The connections for reads of services.
+    /// Returns the number of connections for reads of services.
     pub(super) fn read_slots(&self) -> usize {
         match self.plan.is_scarce {
             true => self.slots().saturating_sub(self.plan.datacenters.len()).clamp(1, READS_AT_ONCE),
@@ -65,12 +67,14 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// Changes between a blocking query for each service and shared ones, as the connections allow.
+    /// Chooses between a blocking query for each service and shared ones, as the connections allow.
     pub(super) fn choose_mode(&mut self, now: Instant) {
         let (slots, services) = (self.slots(), self.plan.services.len());
-        // The list and the checks of each datacenter, a read, and one for a confirmation.
+        // Sharing needs connections for the list and the checks of each datacenter, for a read, and for a
+        // confirmation.
         let can_share = self.client.capacity() >= self.plan.datacenters.len() * 2 + 2;
-        // The source returns to one query for each service only well below the limit, so that the mode does not flap.
+        // The source returns to one query per service only well below the limit, so that the mode does not
+        // flap.
         let enough = if self.plan.is_scarce { slots / 2 } else { slots };
         let is_scarce = can_share && services > enough;
         if is_scarce == self.plan.is_scarce {
@@ -95,7 +99,7 @@ impl<R: Resolve> ConsulSource<R> {
         self.settle(now);
     }
 
-    /// Asks for the checks that are due, and points at the services whose turn it is.
+    /// Sends the check queries that are due, and requests the next read of the sweep.
     pub(super) fn start_shared(&mut self, now: Instant) {
         if !self.plan.is_scarce {
             return;
@@ -112,7 +116,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
         }
         let slots = self.read_slots();
-        // What cannot be seen by difference is looked for without end.
+        // While the checks cannot be read, the sweep starts over and over.
         if self.plan.datacenters.iter().any(|dc| dc.checks.failure.is_some()) {
             self.sweep.owe(services);
         }
@@ -123,7 +127,7 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// When the sweep goes on, unless it waits for a read to end.
+    /// Returns when the next read of the sweep is due, unless it waits for a read to end.
     pub(super) fn sweep_due(&self, now: Instant) -> Option<Instant> {
         let can_read = self.plan.is_scarce && self.plan.has_room(self.read_slots(), now);
         can_read.then(|| self.sweep.due(self.plan.services.len()))
@@ -194,19 +198,19 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// Takes note that the checks cannot be read. Services take turns until they can.
+    /// Records that the checks cannot be read. The sweep reads services in turn until they can.
     pub(super) fn checks_failed(&mut self, at: usize, failure: &str, now: Instant) {
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
         dc.checks.in_flight = false;
         dc.checks.cursor.failed(now);
-        // The log has a failure once, not each retry.
+        // A failure is logged once, not on each retry.
         if dc.checks.failure.replace(failure.into()).is_none() {
             tracing::debug!("{}: {failure}", self.name);
         }
         self.settle(now);
     }
 
-    /// Points at the services whose checks differ.
+    /// Requests a read of the services whose checks differ.
     fn follow_checks(&mut self, at: usize, changes: &CheckChanges, now: Instant) {
         let mut any = false;
         for name in changes.services.iter().filter_map(|name| name.parse::<ServiceName>().ok()) {
@@ -223,7 +227,8 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// Requests a read of each service with unchecked instances; more than [`UNCHECKED_AT_ONCE`] are left to the sweep.
+    /// Requests a read of each service with unchecked instances. If there are more than
+    /// [`UNCHECKED_AT_ONCE`], the sweep reads them.
     fn point_at_unchecked(&mut self, at: usize) {
         let digest = self.plan.datacenters.get(at).and_then(|dc| dc.checks.digest.as_ref());
         let is_unchecked = |(key, watched): &(&Key, &Watched)| {
@@ -241,7 +246,7 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// Follows a new answer of the list of services; `has_moved` says that its index is another one.
+    /// Handles a new list of services. `has_moved` is set if its index changed.
     pub(super) fn follow_list(
         &mut self,
         at: usize,
@@ -255,7 +260,7 @@ impl<R: Resolve> ConsulSource<R> {
         for name in &difference.retagged {
             self.plan.point_at(&(at, name.clone()), true);
         }
-        // Another change may hide behind the one that is visible.
+        // A second change may hide behind the visible one.
         self.sweep.owe(self.plan.services.len());
         if difference.is_visible {
             return;
@@ -274,7 +279,7 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    /// What an operator should know of changes that are seen late.
+    /// Returns a problem for the operator if changes are seen late.
     pub(super) fn lateness_problem(&self) -> Option<String> {
         let services = self.plan.services.len();
         if !self.plan.is_scarce {

@@ -1,6 +1,7 @@
-//! From what was read of all datacenters to what the source says of each service.
+//! Merges the answers of all datacenters into the statement of the source about each service.
 //!
-//! A service that could not be read is what was known of it last; the first view waits until nothing is unknown.
+//! A service that could not be read keeps its last good state. The first view waits until every service was
+//! read or has failed.
 
 use super::*;
 
@@ -19,7 +20,7 @@ impl<R: Resolve> ConsulSource<R> {
         self.settle(Instant::now());
     }
 
-    /// Puts together what all datacenters say of a service. It costs what that service costs.
+    /// Updates the statement about one service, at the cost of that service alone.
     pub(super) fn judge(&mut self, name: &ServiceName) {
         let (told, problems) = self.judged(name);
         match told {
@@ -50,7 +51,7 @@ impl<R: Resolve> ConsulSource<R> {
             let failure = watched.and_then(|watched| watched.failure.as_ref()).or(dc.failure.as_ref());
             match watched.map(|watched| watched.read.clone()) {
                 Some(Some(read)) => reads.push(read),
-                // Nobody knows whether this datacenter has it.
+                // The catalogue of this datacenter has not been read, so the service may exist there.
                 None if dc.has_listed => continue,
                 _ => {
                     let known =
@@ -138,14 +139,14 @@ impl<R: Resolve> ConsulSource<R> {
         (Some(Told { known, stale_because, partial_because }), problems)
     }
 
-    /// Whether nothing is known of a datacenter, neither from now nor from before a restart.
+    /// Reports whether a datacenter has neither been read nor known before a restart.
     pub(super) fn is_unknown(&self, dc: &Datacenter) -> bool {
         let was_in =
             |name: &Arc<str>| self.last_good.values().any(|known| remembered(known, name).listed > 0);
         !dc.has_listed && !dc.name.as_ref().is_some_and(was_in)
     }
 
-    /// Why it is too early for the first view, or that there will be none.
+    /// Reports whether the first view may be built. Returns an error if no listed service can be read.
     pub(super) fn is_ready(&mut self, now: Instant) -> Result<bool, SourceError> {
         if self.told.is_some() {
             return Ok(true);
@@ -183,7 +184,8 @@ impl<R: Resolve> ConsulSource<R> {
         Ok(true)
     }
 
-    /// The view as of now, unless it is the one that was told last or it is too early for the first.
+    /// Returns the present view; `None` if it equals the last one returned or if it is too early for the
+    /// first view.
     pub(super) fn view(&mut self, now: Instant) -> Result<Option<Registrations>, SourceError> {
         if self.plan.datacenters.iter().all(|dc| dc.failure.is_some()) || !self.is_ready(now)? {
             return Ok(None);

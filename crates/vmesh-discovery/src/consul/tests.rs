@@ -1,4 +1,5 @@
-//! What servers say that cannot be made to at will: headers of newer ones, answers from the past, nonsense.
+//! Tests with a fake server, for answers that real servers cannot be made to give: headers of newer versions,
+//! outdated answers, invalid bodies.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -12,7 +13,7 @@ use super::*;
 
 type Headers = BTreeMap<&'static str, String>;
 
-/// A server that says what it is told to, and blocks as Consul does.
+/// A server that gives the answers a test sets, and blocks queries as Consul does.
 struct Fake {
     place: vmesh_testkit::Loopback,
     said: Arc<Mutex<Said>>,
@@ -22,10 +23,10 @@ struct Fake {
 #[derive(Default)]
 struct Said {
     index: u64,
-    /// Status, headers and body by path; `leader ` before the path is what is said to who asks the leader, and `dc2 ` what
-    /// that datacenter says.
+    /// Status, headers and body by path. The prefix `leader ` marks the answer of the leader, and `dc2 ` that
+    /// of another datacenter.
     answers: BTreeMap<String, (u16, Headers, String)>,
-    /// Who waits at this path for news is told nothing for now, whatever there is.
+    /// Blocking queries for this path get no answer for now.
     mute: Option<&'static str>,
 }
 
@@ -47,7 +48,7 @@ impl Fake {
         Fake { place, said, _task: task }
     }
 
-    /// From now on `path` is answered with this, at a new index.
+    /// Sets the answer for `path`, at a new index.
     fn say(&self, path: &str, status: u16, headers: &[(&'static str, &str)], body: &serde_json::Value) {
         let mut said = self.said.lock().unwrap();
         said.index += 1;
@@ -73,7 +74,7 @@ impl Fake {
     }
 }
 
-/// One request after the other, as HTTP/1.1 has it.
+/// Serves one request after another, as in HTTP/1.1.
 async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<Said>>) {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     let mut stream = BufReader::new(stream);
@@ -136,7 +137,7 @@ fn both(orders: bool) -> serde_json::Value {
     if orders { json!({"consul": [], "pay": [], "orders": []}) } else { json!({"consul": [], "pay": []}) }
 }
 
-/// `pay 10.0.0.1:80 10.0.0.2:80 stale`, or the failure.
+/// Formats a view such as `pay 10.0.0.1:80 10.0.0.2:80 stale`, or the error.
 fn line(said: &Result<Registrations, SourceError>) -> String {
     match said {
         Ok(view) => {
@@ -151,7 +152,7 @@ fn line(said: &Result<Registrations, SourceError>) -> String {
     }
 }
 
-/// Whatever the source says on its way there, up to what contains `wanted`.
+/// Returns all lines up to the first that contains `wanted`.
 async fn until(source: &mut ConsulSource, wanted: &str) -> Vec<String> {
     let mut all = Vec::new();
     let found = async {
@@ -181,7 +182,7 @@ async fn a_service_that_only_the_token_hides_is_kept_until_it_is_really_gone() {
     let seen = until(&mut source, "orders 10.0.0.9:80 stale").await;
     assert!(seen.iter().all(|line| line.contains("orders 10.0.0.9:80")), "{seen:#?}");
 
-    // The token sees all of it again, and there is nothing.
+    // The token sees the service again, and it has no instances.
     fake.say("/v1/health/service/orders", 200, &[], &json!([]));
     let seen = until(&mut source, "pay").await;
     assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
@@ -195,12 +196,12 @@ async fn an_answer_without_a_leader_is_never_a_removal() {
     let mut source = fake.source(None);
     until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
 
-    // A server that was cut off says less; the leader cannot be asked.
+    // A partitioned server lists fewer instances, and the leader cannot be asked.
     fake.say(&format!("leader {PAY}"), 500, &[], &json!("No cluster leader"));
     fake.say(PAY, 200, NO_LEADER, &instances(&["10.0.0.1"]));
     let seen = until(&mut source, "stale").await;
     assert!(seen.iter().all(|line| line.contains("10.0.0.2")), "{seen:#?}");
-    // The leader says so too.
+    // The leader reports the same.
     fake.unsay(&format!("leader {PAY}"));
     until(&mut source, "pay 10.0.0.1:80 fresh").await;
 }
@@ -212,12 +213,12 @@ async fn an_index_that_goes_back_or_is_missing_is_asked_of_the_leader() {
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
     until(&mut source, "10.0.0.2").await;
-    // A server that lags behind; the leader knows better.
+    // A server lags behind; the leader has newer data.
     fake.say(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]));
     fake.say(PAY, 200, &[("X-Consul-Index", "3")], &instances(&["10.0.0.1"]));
     let seen = until(&mut source, "10.0.0.3").await;
     assert_eq!(seen, ["pay 10.0.0.1:80 10.0.0.2:80 10.0.0.3:80 fresh"]);
-    // No index at all: what is said by the leader counts, however often that has to be asked.
+    // The answer has no index: only the answer of the leader counts, however often it has to be asked.
     fake.say(&format!("leader {PAY}"), 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
     fake.say(PAY, 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
     until(&mut source, "pay 10.0.0.4:80 fresh").await;
@@ -240,7 +241,7 @@ async fn nonsense_costs_the_service_that_it_is_about() {
         fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
         until(&mut source, "orders 10.0.0.9:80 fresh").await;
     }
-    // And a catalogue of nonsense or of nothing costs nothing but its freshness.
+    // An invalid or empty catalogue only makes the view stale.
     for (status, nonsense, said) in [
         (200, json!("<html>"), "not what Consul is documented to say"),
         (200, json!({}), "not even itself"),
@@ -279,11 +280,11 @@ async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwh
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
     until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
-    // A query is under way that waits for news.
+    // A blocking query is running.
     fake.said.lock().unwrap().mute = Some(PAY);
     assert!(timeout(Duration::from_millis(1500), source.next()).await.is_err());
 
-    // An instance is away for a moment, and just then the service is read again.
+    // An instance disappears briefly, and the service is read again just then.
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     let read = source.confirm(&BTreeSet::from(["pay".parse().unwrap()])).await;
     assert_eq!(line(&read), "pay 10.0.0.1:80 fresh");
@@ -307,7 +308,7 @@ async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_re
     let read = source.confirm(&BTreeSet::from(["orders".parse().unwrap()])).await;
     assert_eq!(line(&read), "orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh");
 
-    // It may be seen, and is really gone.
+    // The token may see the service, which has no instances.
     fake.say("/v1/health/service/orders", 200, &[], &json!([]));
     let seen = until(&mut source, "pay").await;
     assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
@@ -326,7 +327,7 @@ async fn the_first_view_waits_for_a_datacenter_of_which_nothing_is_known() {
     fake.say(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.1"]));
     assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 10.0.2.1:80 fresh"]);
 
-    // What was known before a restart is as good as an answer.
+    // The state from before a restart is as good as an answer.
     let mut before = source.told.clone().unwrap();
     let pay = before.services.values_mut().next().unwrap();
     let mut endpoints = pay.registration.endpoints.to_vec();
@@ -348,7 +349,7 @@ async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
     fake.say(CATALOG, 200, &[], &both(false));
     let mut source = fake.source(Some(&before));
     assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 fresh"]);
-    // It is there again, and nobody knows with what.
+    // The service is listed again, but its instances cannot be read.
     fake.say("/v1/health/service/orders", 500, &[], &json!("rpc error"));
     fake.say(CATALOG, 200, &[], &both(true));
     let said = timeout(Duration::from_secs(20), source.next()).await.map(|said| line(&said));
@@ -368,7 +369,7 @@ async fn what_is_kept_of_all_answers_together_is_bounded_and_costs_the_service_t
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     fake.say("/v1/health/service/orders", 200, &[], &instances(&many));
     until(&mut source, "orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh").await;
-    // The others go on, and so does this one when it is reasonable again.
+    // The other services continue, and this one recovers when its answer is small enough again.
     fake.say(PAY, 200, &[], &instances(&["10.0.0.2"]));
     until(&mut source, "orders 10.0.0.9:80 stale, pay 10.0.0.2:80 fresh").await;
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.8"]));
@@ -384,7 +385,7 @@ async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_a
     let known = timeout(Duration::from_secs(60), before.next()).await.unwrap().unwrap();
     assert_eq!(line(&Ok(known.clone())), "pay 10.0.0.1:80 fresh");
     drop(before);
-    // Consul is dead at the start of the next control plane, and has nothing when it is back.
+    // Consul is down when the next control plane starts, and the service is empty when Consul returns.
     fake.say(CATALOG, 500, &[], &json!("rpc error"));
     let mut source = fake.source(Some(&known));
     timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap_err();
@@ -435,7 +436,7 @@ async fn three_services() -> (Fake, ConsulSource) {
     }
     let all = json!([check("pay", "passing"), check("orders", "passing"), check("cart", "passing")]);
     fake.say(STATE, 200, &[], &all);
-    // The services of this Consul are these, and not itself.
+    // This Consul does not list itself.
     let source = fake.source_of(", max_connections: 4, services: {exclude: [consul]}", None);
     (fake, source)
 }
@@ -456,7 +457,7 @@ async fn a_list_of_checks_that_says_less_points_at_services_and_removes_none() {
         let seen = until(&mut source, &format!("orders {address}:80 fresh, pay 10.0.0.1:80 fresh")).await;
         assert!(seen.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{seen:#?}");
     }
-    // An index that went back is asked of the leader, and costs nothing.
+    // A check index that went backwards leads to a query of the leader and affects no service.
     fake.say(STATE, 200, &[("X-Consul-Index", "2")], &json!([]));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.7"]));
     let seen = until(&mut source, "pay 10.0.0.7:80 fresh").await;
@@ -522,12 +523,12 @@ async fn several_datacenters_share_queries_each_for_itself() {
     until(&mut source, &format!("{others}, pay 10.0.1.1:80 10.0.2.1:80 fresh")).await;
     assert!(source.plan.is_scarce);
 
-    // A change of one datacenter is seen, and costs the other nothing.
+    // A change in one datacenter is seen and does not affect the other.
     fake.say(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.9"]));
     fake.say(&format!("dc2 {STATE}"), 200, &[], &checks("critical"));
     until(&mut source, &format!("{others}, pay 10.0.1.1:80 10.0.2.9:80 fresh")).await;
 
-    // While the checks of one datacenter cannot be read, those of the other point at what changes.
+    // While the checks of one datacenter cannot be read, changes in the other are still found by its checks.
     fake.say(&format!("dc2 {STATE}"), 403, &[], &json!("Permission denied"));
     fake.say(PAY, 200, &[], &instances(&["10.0.1.9"]));
     fake.say(STATE, 200, &[], &checks("critical"));
@@ -545,7 +546,7 @@ async fn services_have_queries_of_their_own_again_once_there_are_few_and_share_w
         until(&mut source, &format!("pay 10.0.{round}.1:80 fresh")).await;
         assert!(!source.plan.is_scarce, "round {round}");
         assert_eq!(source.plan.services.len(), 1);
-        // Nothing points at it: its own query sees it.
+        // No shared query shows this change: the service's own query finds it.
         fake.say(STATE, 403, &[], &json!("Permission denied"));
         let next = format!("10.0.{}.1", round + 1);
         fake.say(PAY, 200, &[], &instances(&[&next]));

@@ -1,11 +1,12 @@
-//! What is on the disk: which files there are, what each of them says, and what it last said that could be used.
+//! The state of the disk: the files that exist, the content of each, and the last usable content of each.
 //!
-//! Everything here blocks, and is called on a thread that is there for that. A file is read again if the kernel says
-//! that it changed, if its metadata did, and now and then anyway; it is parsed again if its bytes did.
+//! All functions here block and are called on a thread for blocking work. A file is read again if the kernel
+//! reports a change, if its metadata changed, and at every `poll`; it is parsed again if its bytes changed.
 //!
-//! While every directory is watched, a look at the disk is a look at the files of which the kernel told, and costs what they
-//! do. Whatever is more than a plain file that came, changed or went (a directory, a link, a name on the way of a link, lost
-//! events) has the whole directory looked at, as has a failure and every `poll`.
+//! While every directory is watched, a scan covers only the files that the kernel reported, and costs as much
+//! as they do. Any other change than a plain file that was created, changed or removed (a directory, a link,
+//! a component of a link's path, lost events) leads to a scan of the whole directory, as do a failure and
+//! every `poll`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -28,53 +29,53 @@ use crate::config::FileConfig;
 use crate::format::{self, Failure, Format, Parsed, ParsedEndpoint, ParsedService, subject_of};
 use crate::source::{Registrations, SourceError};
 
-/// A file that changed a moment ago may be half written, if nobody said that it was closed.
+/// A file that changed less than this ago may be half written, unless the kernel reported that it was closed.
 const SETTLED: Duration = Duration::from_millis(100);
-/// Deeper directories are a loop or somebody's backup.
+/// The limit of the directory depth. Deeper directories are assumed to be a loop or a backup.
 const MAX_DEPTH: usize = 8;
 
-/// All that the disk says.
+/// The result of a scan.
 #[derive(Debug, Default)]
 pub(super) struct Scan {
     pub(super) told: Statement,
-    /// Something is just being changed: look again in a while.
+    /// Some files are being changed: scan again after this time.
     pub(super) again: Option<Duration>,
-    /// The services that `told` is about, where only those files were looked at that changed; a service that is not in `told` is
-    /// gone. `None`: `told` is about all.
+    /// The services that `told` covers, after a scan of changed files only; a service that is not in `told`
+    /// is removed. `None`: `told` covers everything.
     pub(super) only: Option<BTreeSet<ServiceName>>,
-    /// How many files were parsed, for the tests and for whoever wonders.
+    /// The number of files that were parsed, for tests.
     pub(super) parsed: usize,
-    /// How many were read, and how many of them could not be used at all.
+    /// The number of files that were read, and the number of those that were unusable as a whole.
     pub(super) read: u64,
     pub(super) refused: u64,
-    /// Records that were left out.
+    /// The number of records that were left out.
     pub(super) bad_records: u64,
 }
 
-/// One file.
+/// The state of one file.
 #[derive(Debug, Default)]
 struct FileState {
-    /// Of what was read last.
+    /// The metadata when the file was last read.
     stat: Option<Stat>,
-    /// Of the bytes that were parsed last; `None` if they could not be read.
+    /// The hash of the bytes that were parsed last; `None` if they could not be read.
     hash: Option<u64>,
-    /// What it says may be quoted.
+    /// The content of the file may be quoted in problems.
     is_shown: bool,
-    /// What it was found to be.
+    /// The detected format.
     format: Option<Format>,
     services: BTreeMap<ServiceName, Told>,
     problems: Vec<Problem>,
-    /// What it named before it said that there is nothing.
+    /// The services that the file named before it stated that there are none.
     emptied: BTreeSet<ServiceName>,
-    /// What of it could not be read and is not known from before, and why.
+    /// Unreadable parts of the file without a last good state, each with the reason.
     unusable: Vec<Arc<str>>,
-    /// What of it was read, is left out, and is not known from before, and why.
+    /// Records of the file that are left out and have no last good state, each with the reason.
     left_out: Vec<Arc<str>>,
-    /// It is not there any more, since so long.
+    /// The time at which the file was first found missing.
     missing_since: Option<Instant>,
 }
 
-/// What tells whether a file was changed.
+/// The metadata that show whether a file was changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stat {
     id: (u64, u64),
@@ -94,33 +95,33 @@ impl Stat {
     }
 }
 
-/// A file that was found.
+/// A file that a walk found.
 struct Found {
     path: PathBuf,
-    /// What its service is called if it does not say.
+    /// The name of its service if the file does not state one.
     name: String,
     is_yaml: bool,
-    /// What it is, or why that cannot be known.
+    /// The metadata and the modification time of the file, or the reason why they are unknown.
     stat: Result<(Stat, Option<SystemTime>), String>,
 }
 
-/// What was found below a directory.
+/// The result of walking a directory.
 #[derive(Default)]
 struct Walk {
     files: Vec<Found>,
     directories: Directories,
-    /// What the names of the files in each directory that was read begin with.
+    /// The prefix of the service names of the files in each directory.
     prefixes: BTreeMap<PathBuf, String>,
-    /// Names that lead to a file or directory by a link, by the directory that they are in.
+    /// The components of link paths, each as its directory and its name there.
     ways: BTreeSet<(PathBuf, OsString)>,
-    /// The ids of directories that were read, so that links do not lead round in circles.
+    /// The device and inode numbers of the directories that were read, against loops of links.
     visited: BTreeSet<(u64, u64)>,
-    /// Below these anything may be.
+    /// Directories whose content is unknown, with the reason.
     unreadable: Vec<(PathBuf, String)>,
     problems: Vec<Problem>,
 }
 
-/// What is remembered of a walk for as long as the kernel tells of all that changes it.
+/// The part of a walk that stays valid while the kernel reports every change.
 #[derive(Debug)]
 struct Walked {
     directories: Directories,
@@ -129,7 +130,7 @@ struct Walked {
     problems: Vec<Problem>,
 }
 
-/// A path that the kernel told of.
+/// The state of a path that the kernel reported.
 enum Touched {
     File(Found),
     Gone(PathBuf),
@@ -142,25 +143,25 @@ pub(super) struct Disk {
     hints: Arc<Hints>,
     watch: Option<Watch>,
     files: BTreeMap<PathBuf, FileState>,
-    /// The last walk, while what it found is all that there is but for what the kernel tells.
+    /// The last walk. Set while every directory is watched, so that only reported changes have to be scanned.
     walked: Option<Walked>,
-    /// Files to look at again, since they were being changed.
+    /// Files to read again, because they were being changed during the last scan.
     unsettled: BTreeSet<PathBuf>,
-    /// The files that name each service, in the order of their paths.
+    /// The files that name each service, in path order.
     claims: BTreeMap<ServiceName, Vec<PathBuf>>,
-    /// Services of which a file says something else since they were put together last.
+    /// Services whose files changed since they were last merged.
     changed: BTreeSet<ServiceName>,
-    /// What is wrong with services that several files name.
+    /// Problems of services that several files name.
     conflicts: BTreeMap<ServiceName, Vec<Problem>>,
-    /// What was known before a restart, until its file has been read.
+    /// The services from before a restart whose file has not been read yet.
     restored: BTreeMap<ServiceName, Arc<Registration>>,
-    /// The same, for as long as parts of them may be in files that cannot be used.
+    /// The services from before a restart whose endpoints may be in files that are still unusable.
     restored_parts: BTreeMap<ServiceName, Arc<Registration>>,
-    /// The file that counts for each service: one that comes later and names it too must not take it over.
+    /// The file that counts for each service. A file that later names the same service does not replace it.
     incumbents: BTreeMap<ServiceName, Arc<str>>,
-    /// Services of which several files have a part, as they were put together last.
+    /// Services whose endpoints are spread over several files, as last merged.
     joined: BTreeMap<ServiceName, Arc<ParsedService>>,
-    /// What has been said of the watches in the log.
+    /// The failure to watch directories has been logged.
     complained: bool,
     #[cfg(test)]
     pub(super) no_watches: bool,
@@ -197,14 +198,14 @@ impl Disk {
         }
     }
 
-    /// One that has read nothing, and knows only which file counts for each service.
+    /// Returns a disk state that has read nothing and only knows which file counts for each service.
     #[cfg(test)]
     pub(super) fn begin_anew(&self) -> Disk {
         let incumbents = self.incumbents.clone();
         Disk { incumbents, ..Disk::new(self.config.clone(), Arc::default(), None) }
     }
 
-    /// Looks at the disk. With `verify` every file is read, whatever its metadata say.
+    /// Scans the disk. If `verify` is set, every file is read even if its metadata did not change.
     pub(super) fn scan(&mut self, look: &Look, verify: bool) -> Result<Scan, SourceError> {
         let touched = if verify { None } else { self.touched(look) };
         match touched {
@@ -213,7 +214,8 @@ impl Disk {
         }
     }
 
-    /// Returns what became of the paths that the kernel told of; `None` if more than plain files may have changed.
+    /// Returns the state of the paths that the kernel reported; `None` if more than plain files may have
+    /// changed.
     fn touched(&self, look: &Look) -> Option<Vec<Touched>> {
         let walked = self.walked.as_ref().filter(|_| !look.everything)?;
         let paths: BTreeSet<&PathBuf> = look.whole.iter().chain(&look.busy).chain(&self.unsettled).collect();
@@ -252,14 +254,14 @@ impl Disk {
                 _ => return None,
             }
         }
-        // Too many or none at all are an accident of the directory as a whole.
+        // `judge` has to examine the whole directory if it holds too many files or none.
         let is_bounded = self.files.len() + came <= self.config.max_files;
         let is_left =
             gone == 0 || self.files.values().filter(|state| state.missing_since.is_none()).count() > gone;
         (is_bounded && is_left).then_some(touched)
     }
 
-    /// Looks at the files that changed, while all else is as the last walk found it.
+    /// Reads the reported files; everything else stays as the last walk found it.
     fn scan_touched(&mut self, touched: Vec<Touched>, look: &Look) -> Scan {
         let mut scan = Scan::default();
         let now = Instant::now();
@@ -273,7 +275,8 @@ impl Disk {
         if let Some(walked) = &self.walked {
             scan.told.problems.extend(walked.problems.iter().cloned());
         }
-        // What was known before a restart is part of what is put together until all of it was seen once.
+        // The state from before a restart is merged in until every file was read once, so a partial merge
+        // would miss it.
         let is_settled = self.restored.is_empty() && self.restored_parts.is_empty();
         match is_settled {
             true => self.merge_changed(&mut scan),
@@ -285,7 +288,7 @@ impl Disk {
         scan
     }
 
-    /// Looks at everything.
+    /// Scans everything.
     fn scan_all(&mut self, look: &Look, verify: bool) -> Result<Scan, SourceError> {
         self.walked = None;
         let mut scan = Scan::default();
@@ -295,7 +298,8 @@ impl Disk {
             if let Some(watch) = &mut self.watch {
                 watch.distrust(look);
             }
-            // What was changed before the watch was there has to be looked for; a new directory may hold another.
+            // Changes made before a watch was added have to be found by another walk, which may find further
+            // directories.
             for _ in 0..MAX_DEPTH {
                 let (is_new, problem) = self.arm(&walk.directories);
                 is_watched = !is_new && problem.is_none();
@@ -391,7 +395,7 @@ impl Disk {
                 names.push((entry.file_name(), entry.file_type()?));
             }
         }
-        // In order, so that of two links to one directory it is always the same that counts.
+        // The entries are sorted, so that of two links to one directory the same one always counts.
         names.sort_by(|a, b| a.0.cmp(&b.0));
         for (name, file_type) in names {
             let path = directory.join(&name);
@@ -424,13 +428,14 @@ impl Disk {
                     }
                     prefix.truncate(length);
                 }
-                // Opening a FIFO waits for somebody to write to it, and opening a device may do anything.
+                // Opening a FIFO would block until somebody writes to it, and opening a device can have any
+                // effect.
                 Ok(metadata) if !metadata.is_file() => {
                     walk.problem(&path, &format!("not read: it is a {}", kind(metadata.file_type())));
                 }
-                // Gone since the directory was read.
+                // The file was removed after its directory was read.
                 Err(error) if error.kind() == ErrorKind::NotFound && !file_type.is_symlink() => {}
-                // What was below it is unknown, or it was never a directory.
+                // The content below this directory is unknown.
                 Err(error) if is_directory => walk.unreadable.push((path, plain(&error))),
                 metadata => {
                     let (stem, is_yaml) = stem(&text);
@@ -449,7 +454,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether what was found looks like what was meant, as a whole.
+    /// Checks whether the walk as a whole looks plausible.
     fn judge(&self, walk: &Walk) -> Result<(), SourceError> {
         let path = self.config.path.display();
         if walk.files.len() > self.config.max_files {
@@ -469,8 +474,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Sees to it that the kernel tells of changes in these directories. Returns whether it does so anew, and what is
-    /// wrong if it does not.
+    /// Watches these directories. Returns whether a watch was added, and a problem if some directories are
+    /// not watched.
     fn arm(&mut self, directories: &Directories) -> (bool, Option<Problem>) {
         let (is_new, result) = match self.watch() {
             Ok(watch) => watch.arm(directories),
@@ -500,7 +505,7 @@ impl Disk {
         }
     }
 
-    /// Reads a file if there is reason to.
+    /// Reads a file if it may have changed.
     fn read(&mut self, found: &Found, look: &Look, verify: bool, scan: &mut Scan) {
         let unsettled = &mut self.unsettled;
         let mut again = |scan: &mut Scan, wait: Duration| {
@@ -523,7 +528,7 @@ impl Disk {
             return;
         }
         if look.busy.contains(&found.path) {
-            // Its own events say when it is done; until then this is not all that there is.
+            // The kernel reports when the file is closed; until then its content is incomplete.
             again(scan, SETTLED);
             return;
         }
@@ -554,7 +559,7 @@ impl Disk {
         }
     }
 
-    /// Takes what a file says now.
+    /// Takes the content of a file.
     fn take(&mut self, found: &Found, bytes: &[u8], stat: Stat, is_shown: bool, scan: &mut Scan) {
         let state = self.files.entry(found.path.clone()).or_default();
         state.stat = Some(stat);
@@ -581,7 +586,7 @@ impl Disk {
         self.learn(&found.path, &file, parsed);
     }
 
-    /// A file that cannot be read: what it said last holds.
+    /// Records that a file cannot be read; its last good services stay.
     fn refuse(&mut self, found: &Found, why: String, scan: &mut Scan) {
         scan.refused += 1;
         let file: Arc<str> = found.path.display().to_string().into();
@@ -604,7 +609,7 @@ impl Disk {
             let first = parsed.problems.iter().find(about_it).or(parsed.problems.first());
             first.map_or_else(|| "it cannot be read".into(), |problem| problem.to_string().into())
         };
-        // Before the first reading of a file what was known of it is what was known before a restart.
+        // Before a file is first read, its last good services are those from before the restart.
         for (name, registration) in restored.extract_if(.., |_, known| known.place.file == *file) {
             let told =
                 Told { known: Known::Restored(registration), stale_because: None, partial_because: None };
@@ -628,7 +633,7 @@ impl Disk {
                 }
             }
             for service in parsed.services {
-                // What says the same is the same: the pointer tells all the way to the proxies.
+                // An unchanged service keeps its pointer, by which later stages see that nothing changed.
                 let known = match before.remove(&service.name) {
                     Some(Told { known: Known::Parsed(same), .. }) if *same == service => same,
                     _ => Arc::new(service),
@@ -636,7 +641,7 @@ impl Disk {
                 state.services.insert(known.name.clone(), Told::fresh(known));
             }
             if parsed.has_unnamed {
-                // What is not named any more may be what cannot be told by its name.
+                // A service that is no longer named may be one of the records without a readable name.
                 let because = because(None);
                 for (name, mut told) in before {
                     told.stale_because = Some(because.clone());
@@ -649,7 +654,7 @@ impl Disk {
         state.unusable.clear();
         match parsed.failure {
             Some(_) if !state.services.is_empty() => {}
-            // Of a file with such a name there never was a service.
+            // A file with such a name never had a service.
             Some(Failure::MisnamedFile) => {}
             Some(Failure::NotRead) => state.unusable.push(because(None)),
             Some(Failure::Misnamed) => _ = left_out.insert(because(None)),
@@ -675,10 +680,10 @@ impl Disk {
         self.note_changed(path, previous);
     }
 
-    /// Notes of which services a file says something else than `previous`.
+    /// Records the services of a file that differ from `previous`.
     fn note_changed(&mut self, path: &Path, mut previous: BTreeMap<ServiceName, Told>) {
         if self.walked.is_none() {
-            // All is put together anew anyway.
+            // The next merge covers every service anyway.
             return;
         }
         let Some(state) = self.files.get(path) else { return };
@@ -698,7 +703,7 @@ impl Disk {
         self.note_gone(path, previous.into_keys());
     }
 
-    /// Notes that a file does not name these services any more.
+    /// Records that a file no longer names these services.
     fn note_gone(&mut self, path: &Path, services: impl IntoIterator<Item = ServiceName>) {
         for name in services {
             if let Some(claims) = self.claims.get_mut(&name) {
@@ -711,7 +716,7 @@ impl Disk {
         }
     }
 
-    /// Below a directory that cannot be read everything stays as it was, also what was known before a restart.
+    /// Keeps everything below unreadable directories as it was, including services from before a restart.
     pub(super) fn keep_unreadable(&mut self, unreadable: &[(PathBuf, String)]) {
         for (directory, why) in unreadable {
             let because: Arc<str> = format!("{}: {why}", directory.display()).into();
@@ -731,7 +736,7 @@ impl Disk {
         }
     }
 
-    /// Forgets the files that are gone, and not just being replaced.
+    /// Forgets files that were removed, unless they may be being replaced.
     pub(super) fn forget(
         &mut self,
         present: &BTreeSet<PathBuf>,
@@ -749,7 +754,7 @@ impl Disk {
         self.settle_restored(scan);
     }
 
-    /// Forgets a file that is gone, and not just being replaced.
+    /// Forgets one file that was removed, unless it may be being replaced.
     fn forget_file(&mut self, path: &Path, now: Instant, scan: &mut Scan) {
         let Some(state) = self.files.get_mut(path) else { return };
         if !is_kept_though_gone(path, state, now, &mut self.unsettled, scan)
@@ -759,15 +764,18 @@ impl Disk {
         }
     }
 
-    /// What was there before a restart and is not any more is absent, which is for the guard to judge.
+    /// Drops the services from before a restart that no file names any more: they become absent, which the
+    /// guard judges.
     fn settle_restored(&mut self, scan: &Scan) {
         if scan.again.is_none() {
             self.restored.clear();
         }
     }
 
-    /// A service of which several files may have a part is whole only when all of them could be used once since the start: what
-    /// was known of it before may be in one that cannot be used now, so nothing of it is taken for removed.
+    /// Keeps the endpoints of shared services from before a restart.
+    ///
+    /// A service that several files share is complete only once all files have been usable since the start.
+    /// Before that, an unusable file may list a previous endpoint, so no previous endpoint counts as removed.
     fn keep_restored_parts(&mut self, scan: &mut Scan) {
         let never_used =
             self.files.values().find_map(|state| state.unusable.first().or(state.left_out.first()));
@@ -790,7 +798,8 @@ impl Disk {
         });
     }
 
-    /// Puts the files together: of two that name one service the one counts that was there before, else the first.
+    /// Merges all files. If two files name one service, the file that counted before counts, or else the
+    /// first in path order.
     pub(super) fn merge(&mut self, scan: &mut Scan) {
         let mut claims: BTreeMap<&ServiceName, Vec<(&PathBuf, &Told)>> = BTreeMap::new();
         for (path, state) in &self.files {
@@ -815,7 +824,7 @@ impl Disk {
         self.gather(scan);
     }
 
-    /// Puts the services together of which a file says something else.
+    /// Merges the services whose files changed.
     fn merge_changed(&mut self, scan: &mut Scan) {
         let changed = std::mem::take(&mut self.changed);
         let mut merged = Merged::default();
@@ -837,7 +846,7 @@ impl Disk {
         self.gather(scan);
     }
 
-    /// Adds what is not of one service.
+    /// Adds the parts of the statement that do not belong to one service.
     fn gather(&mut self, scan: &mut Scan) {
         let told = &mut scan.told;
         for state in self.files.values() {
@@ -854,7 +863,7 @@ impl Disk {
     }
 }
 
-/// Services put together from the files that name them.
+/// Services merged from the files that name them.
 #[derive(Default)]
 struct Merged {
     services: BTreeMap<ServiceName, Told>,
@@ -864,8 +873,8 @@ struct Merged {
 }
 
 impl Merged {
-    /// Adds what the files that name a service say of it, in the order of their paths. `incumbent` is the file that counted
-    /// before, `joined` what several had a part of.
+    /// Adds a service from the statements of the files that name it, in path order. `incumbent` is the file
+    /// that counted before; `joined` is the previous result for a shared service.
     fn add(
         &mut self,
         name: &ServiceName,
@@ -896,7 +905,7 @@ impl Merged {
     }
 }
 
-/// Reports whether both say the same by their pointers.
+/// Reports whether both are equal by pointer.
 fn is_same(before: &Told, now: &Told) -> bool {
     let is_known = match (&before.known, &now.known) {
         (Known::Parsed(before), Known::Parsed(now)) => Arc::ptr_eq(before, now),
@@ -906,7 +915,8 @@ fn is_same(before: &Told, now: &Told) -> bool {
     is_known && before.stale_because == now.stale_because && before.partial_because == now.partial_because
 }
 
-/// Reports whether a file that is not there may be just being replaced, so that it has to be looked at again.
+/// Reports whether a missing file is kept for the moment, because a writer may be replacing it. If so,
+/// schedules another scan.
 fn is_kept_though_gone(
     path: &Path,
     state: &mut FileState,
@@ -924,8 +934,8 @@ fn is_kept_though_gone(
     is_kept
 }
 
-/// Puts together a service of which each of several files has a part, as Prometheus does with a job: `None` if it is not
-/// meant so. What is as it was `before` keeps its pointer.
+/// Joins a service that several files share, as Prometheus does with a job. Returns `None` if the files do
+/// not share it on purpose. A result equal to `before` keeps its pointer.
 fn join(name: &ServiceName, claims: &[&Told], before: Option<&Arc<ParsedService>>) -> Option<Told> {
     let parts: Vec<&Arc<ParsedService>> = claims
         .iter()
@@ -942,7 +952,7 @@ fn join(name: &ServiceName, claims: &[&Told], before: Option<&Arc<ParsedService>
     whole.name = name.clone();
     whole.endpoints = endpoints.into_values().cloned().collect();
     whole.protocol = parts.iter().find_map(|part| part.protocol);
-    // A part that cannot be read now is what was read of it last, and all of the service may be more.
+    // A file that is unreadable now contributes its last good part, so the service may be incomplete.
     let stale = claims.iter().find_map(|told| told.stale_because.clone());
     whole.partial_because = parts.iter().find_map(|part| part.partial_because.clone()).or(stale);
     let whole = match before {
@@ -952,7 +962,7 @@ fn join(name: &ServiceName, claims: &[&Told], before: Option<&Arc<ParsedService>
     Some(Told::fresh(whole))
 }
 
-/// Reports whether `known` was made of an endpoint that is written as `address`.
+/// Reports whether the endpoint `known` may come from a record with `address`.
 fn is_of(address: &Address, known: &Endpoint) -> bool {
     address.port.get() == known.address.port()
         && match &address.host {
@@ -974,7 +984,7 @@ impl Walk {
         self.problems.push(Problem::new(Place::file(file.clone()), file, message));
     }
 
-    /// Watches every link on the way to `path`, and the directory in which the way ends.
+    /// Watches every link on the path to `path`, and the directory in which the path ends.
     fn watch_way(&mut self, path: &Path) {
         let (mut way, end) = links(path);
         if let (Some(parent), Some(name)) = (end.parent(), end.file_name()) {
@@ -997,22 +1007,22 @@ impl Walk {
     }
 }
 
-/// Bytes of a file, if they are those of one moment.
+/// The bytes of a file, if they are consistent.
 enum Content {
     Whole {
         bytes: Vec<u8>,
         stat: Stat,
-        /// Every user of the host may read it.
+        /// Every user of the host may read the file.
         is_public: bool,
     },
-    /// It was changed while it was read.
+    /// The file was changed while it was being read.
     Changing,
     TooLarge,
 }
 
 fn read_bytes(path: &Path, limit: usize) -> io::Result<Content> {
-    // It was a regular file when it was looked at. Should it have been replaced by a FIFO since, opening it does not
-    // wait, and it is not read.
+    // If the regular file has been replaced by a FIFO since, `NONBLOCK` keeps the open from blocking, and the
+    // FIFO is not read.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     let before = file.metadata()?;
@@ -1033,7 +1043,7 @@ fn read_bytes(path: &Path, limit: usize) -> io::Result<Content> {
     Ok(Content::Whole { bytes, stat: after, is_public })
 }
 
-/// Names that editors, package managers and careful writers leave behind, and hidden ones.
+/// Reports whether a file is hidden or is one that editors, package managers and atomic writers leave behind.
 pub(super) fn is_skipped(name: &OsStr) -> bool {
     const ENDINGS: [&str; 9] =
         ["~", ".swp", ".swo", ".swx", ".tmp", ".bak", ".rpmsave", ".rpmnew", ".rpmorig"];
@@ -1045,7 +1055,7 @@ pub(super) fn is_skipped(name: &OsStr) -> bool {
         || ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
-/// A file's name without its ending, and whether that says YAML.
+/// Returns the name of a file without its extension, and whether the extension is one of YAML or JSON.
 fn stem(name: &str) -> (&str, bool) {
     let endings = [".yaml", ".yml", ".json"];
     match endings.iter().find_map(|ending| name.strip_suffix(ending)) {
@@ -1054,7 +1064,7 @@ fn stem(name: &str) -> (&str, bool) {
     }
 }
 
-/// Whether a file of this name is read if its format has to be told by its content.
+/// Reports whether a file of this name is read when formats are detected.
 fn is_read(name: &str) -> bool {
     stem(name).1 || !name.contains('.')
 }
@@ -1071,7 +1081,7 @@ fn kind(file_type: FileType) -> &'static str {
     }
 }
 
-/// What an error of the file system means to somebody who has to mend it.
+/// Returns the meaning of a file system error for the operator who has to fix it.
 pub(super) fn plain(error: &io::Error) -> String {
     use rustix::io::Errno;
     let number = error.raw_os_error();
@@ -1085,7 +1095,7 @@ pub(super) fn plain(error: &io::Error) -> String {
     } else if is(Errno::STALE) || is(Errno::NOTCONN) {
         "its file system is gone".to_owned()
     } else {
-        // std appends the number.
+        // The standard library appends the error number.
         let text = error.to_string();
         text.split(" (os error").next().unwrap_or(&text).to_lowercase()
     }

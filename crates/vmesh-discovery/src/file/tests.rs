@@ -22,17 +22,17 @@ use crate::format::Format;
 use crate::source::link;
 use crate::{Guard, GuardConfig, View, follow};
 
-/// More than any of this takes, on any machine.
+/// Longer than any step of these tests takes on any machine.
 const BOUND: Duration = Duration::from_secs(20);
 
-/// A source that reads a directory of the test's own.
+/// A file source over a directory of its own, with the task that follows it.
 struct Live {
     dir: TempDir,
     views: channel::Receiver<View>,
     _task: tokio::task::JoinSet<()>,
 }
 
-/// Resolves what it has been told, and hangs on `slow`.
+/// Resolves the names in the map, and never answers for `slow`.
 #[derive(Clone, Default)]
 struct Dns(Arc<Mutex<BTreeMap<String, IpAddr>>>);
 
@@ -64,14 +64,14 @@ fn write(dir: &Path, files: &[(&str, &str)]) {
     }
 }
 
-/// Replaces a file as careful writers do.
+/// Replaces a file by writing a temporary file and renaming it.
 fn replace(dir: &Path, path: &str, text: &str) {
     fs::write(dir.join(".tmp"), text).unwrap();
     fs::rename(dir.join(".tmp"), dir.join(path)).unwrap();
 }
 
 fn config(path: &Path) -> FileConfig {
-    // Long, so that what is seen is seen because the kernel told.
+    // The poll interval is long, so changes are seen only through events of the kernel.
     FileConfig { poll: Duration::from_secs(600), ..FileConfig::of(path) }
 }
 
@@ -103,7 +103,7 @@ impl Live {
         show(view, &self.dir)
     }
 
-    /// Waits until what is known is `expected`.
+    /// Waits until the view is `expected`.
     async fn until(&mut self, expected: &str) {
         let changed = async {
             while show(&self.views.borrow_and_update(), &self.dir).trim() != expected.trim() {
@@ -115,7 +115,7 @@ impl Live {
         }
     }
 
-    /// Waits until `enough`, and returns all the views up to there.
+    /// Waits until a view satisfies `enough`, and returns all views up to that one.
     async fn views_until(&mut self, enough: impl Fn(&str) -> bool) -> Vec<String> {
         let mut all = Vec::new();
         let changed = async {
@@ -133,7 +133,7 @@ impl Live {
         all
     }
 
-    /// What is known, once there is anything.
+    /// Waits for the first view and compares it with `expected`.
     async fn first(&mut self, expected: Expect) {
         let shown = self.views_until(|shown| !shown.is_empty()).await;
         expected.assert_eq(shown.last().unwrap());
@@ -168,7 +168,7 @@ async fn a_directory_holds_files_of_all_formats() {
         ("users/v2", "127.1 80\n"),
         ("users/v3/canary.yml", "endpoints: ['10.3.0.1:80']\n"),
         ("nerve.json", r#"[{"host": "10.4.0.1", "port": 80}]"#),
-        // What is left lying about.
+        // Files that editors and tools leave behind.
         (".orders.yaml.swp", "x"),
         ("orders.yaml~", "x"),
         ("#orders.yaml#", "x"),
@@ -177,7 +177,7 @@ async fn a_directory_holds_files_of_all_formats() {
         ("orders.yaml.dpkg-old", "x"),
         ("orders.tmp", "x"),
         (".git/config", "x"),
-        // What somebody may have meant.
+        // Files that somebody may have meant to be read.
         ("README.md", "x"),
         ("orders.ymal", ORDERS),
     ]);
@@ -231,7 +231,8 @@ async fn a_file_that_is_half_written_is_not_read() {
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     let path = live.dir.join("orders.yaml");
     let writer = std::thread::spawn(move || {
-        // Truncates, and takes its time: longer than any quiet period but that of an open file.
+        // Truncates the file and writes it slowly: each pause is longer than every quiet period except that
+        // of an open file.
         let mut file = fs::File::create(path).unwrap();
         for part in ["", "endpoints:\n- 10.0.0.8:80\n", "- 10.0.0.9:80\n"] {
             file.write_all(part.as_bytes()).unwrap();
@@ -283,7 +284,7 @@ async fn a_deleted_file_is_held() {
 
 #[tokio::test]
 async fn a_link_that_is_swapped_is_seen() {
-    // As Kubernetes does for its volumes, and deployment tools for their releases.
+    // Kubernetes swaps links like this for its volumes, and deployment tools for their releases.
     let dir = vmesh_testkit::tempdir().unwrap();
     write(
         &dir,
@@ -305,7 +306,7 @@ async fn a_link_that_is_swapped_is_seen() {
     fs::remove_dir_all(live.dir.join("d/..1")).unwrap();
     live.until("live.pay fresh 10.0.2.1:80\norders fresh 10.0.0.3:80\nweb fresh 10.0.1.2:80").await;
 
-    // Twice, because after the first swap the links are others.
+    // The swap is repeated, because the links are new inodes after the first swap.
     for n in 2..4 {
         write(&live.dir, &[(&format!("releases/{n}/pay"), &format!("10.0.2.{n} 80\n"))]);
         symlink(format!("releases/{n}"), live.dir.join("next")).unwrap();
@@ -313,7 +314,7 @@ async fn a_link_that_is_swapped_is_seen() {
         live.until(&format!("live.pay fresh 10.0.2.{n}:80\norders fresh 10.0.0.3:80\nweb fresh 10.0.1.2:80"))
             .await;
     }
-    // And in place, in the directory that no link is in.
+    // A change in place is seen too, in a directory that contains no link.
     fs::write(live.dir.join("releases/3/pay"), "10.0.2.9 80\n").unwrap();
     live.until("live.pay fresh 10.0.2.9:80\norders fresh 10.0.0.3:80\nweb fresh 10.0.1.2:80").await;
 }
@@ -332,7 +333,7 @@ async fn a_directory_that_is_replaced_is_watched_again() {
     live.until("orders fresh 10.0.0.4:80").await;
 }
 
-/// File systems give a new directory the number of one that is gone, and the watch went with that one.
+/// File systems may give a new directory the inode number of a removed one, whose watch is gone.
 #[tokio::test]
 async fn a_directory_that_is_removed_and_made_again_is_watched_again() {
     let mut live = Live::start(&[("web", "10.0.1.1 80\n"), ("team/orders", "10.0.0.1 80\n")]);
@@ -368,7 +369,7 @@ async fn a_directory_that_is_gone_or_empty_is_an_accident() {
     "#]].assert_eq(seen.last().unwrap());
     write(&live.dir, &[("d/orders.yaml", ORDERS)]);
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
-    // This is how to mean it.
+    // A file with an empty list makes the emptiness explicit.
     replace(&live.dir, "d/orders.yaml", "[]\n");
     live.until("").await;
 }
@@ -380,7 +381,7 @@ async fn without_being_told_everything_is_seen_at_the_next_poll() {
     let config = FileConfig { watch: false, poll: Duration::from_secs(1), ..FileConfig::of(&*dir) };
     let mut live = Live::of(dir, config, None, Dns::default());
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
-    // Also if the metadata say that nothing happened.
+    // A poll also finds a change that the metadata hide.
     let path = live.dir.join("orders.yaml");
     let before = fs::metadata(&path).unwrap().modified().unwrap();
     fs::write(&path, ORDERS.replace("10.0.0.2", "10.0.0.9")).unwrap();
@@ -570,7 +571,7 @@ async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
     .assert_eq(shown.last().unwrap());
     let mut last_good = (**live.views.borrow().last_good.as_ref().unwrap()).clone();
     let Live { dir, .. } = live;
-    // It could be resolved then.
+    // The name resolved before the restart.
     let known = last_good.services.get_mut("orders").unwrap();
     let mut registration = (*known.registration).clone();
     let mut endpoints = registration.endpoints.to_vec();
@@ -623,7 +624,7 @@ async fn a_service_in_two_files_is_that_of_the_first() {
         .await;
 }
 
-/// One job in several files, one of which cannot be read after a restart.
+/// A job is spread over several files, one of which cannot be read after a restart.
 #[tokio::test]
 async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_that_breaks() {
     let group =
@@ -652,7 +653,7 @@ async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_th
     assert_eq!(whole(told), 2);
     let because = told.partial_because.as_deref().expect("what is missing may be in the file that is broken");
     assert!(because.contains("b.json"), "{because}");
-    // Once it can be read what it does not name is gone.
+    // Once the file is readable again, endpoints that it does not list are removed.
     fs::write(dir.join("b.json"), "[]").unwrap();
     let mended = scan(&mut disk, &all, true);
     assert_eq!(
@@ -715,7 +716,7 @@ async fn an_address_that_nobody_can_dial_is_left_out_of_every_format_and_is_no_b
             (format!("lines{number}"), format!("10.9.9.9 80\n{address} 80\n")),
             (format!("smart{number}.json"), format!("[{},{}]", host(address), host("10.9.9.9"))),
             (format!("prom{number}.yml"), format!("- targets: {}\n", pair(&bracketed))),
-            // Nothing else is there: the service is known, and has no endpoint.
+            // The file has no other endpoint: the service is known and has no endpoints.
             (format!("only{number}.yaml"), format!("endpoints: [\"{bracketed}:80\"]\n")),
         ] {
             fs::write(dir.join(name), text).unwrap();
@@ -739,7 +740,8 @@ async fn an_address_that_nobody_can_dial_is_left_out_of_every_format_and_is_no_b
     });
     assert_eq!(said.count(), 5 * addresses.len(), "{:#?}", last_good.problems);
 
-    // What was known of a service stays when none of its addresses can be dialled any more, also for the guard.
+    // The last good endpoints stay when none of the new addresses can be dialled, and the guard holds the
+    // removal.
     replace(&live.dir, "lines0", "0.0.0.0 80\n");
     let held = live
         .views_until(|shown| shown.contains("lines0 stale 10.9.9.9:80 (1 of 1 records have no address"))
@@ -793,10 +795,10 @@ async fn names_are_resolved_and_a_slow_one_holds_up_only_its_service() {
     let problem = "pay:1:1: `nowhere` cannot be resolved: no such host; this endpoint is left out";
     let unresolved = live.views.borrow().unresolved.clone();
     assert_eq!((unresolved.count, &*unresolved.first[0].name), (1, "nowhere"));
-    // It moves, and is found there.
+    // The host moves to another address and is found there.
     dns.set("db", "10.1.0.2");
     live.until(&format!("orders fresh 10.1.0.1:82 10.1.0.2:80 10.1.0.2:81\n{pay}\n{problem}")).await;
-    // One that takes its time keeps its own service waiting, and no other.
+    // A slow name delays only its own service.
     replace(&live.dir, "orders.yaml", "endpoints: [slow:80]\n");
     replace(&live.dir, "web", "10.3.0.1 80\n");
     live.until(&format!(
@@ -808,7 +810,7 @@ async fn names_are_resolved_and_a_slow_one_holds_up_only_its_service() {
     live.until("orders fresh 10.1.0.3:80\npay fresh 10.2.0.1:80 10.2.0.2:80\nweb fresh 10.3.0.1:80").await;
 }
 
-/// The disk alone, without time: looks at it as if the files had been settled for long.
+/// Scans the disk as if all files had been closed long ago.
 fn scan(disk: &mut Disk, whole: &[PathBuf], verify: bool) -> Scan {
     let look = Look { whole: whole.iter().cloned().collect(), ..Look::default() };
     disk.scan(&look, verify).unwrap()
@@ -873,20 +875,20 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
     let mut disk = Disk::new(config(&dir), Arc::default(), None);
     assert_eq!(scan(&mut disk, &[], false).told.services.len(), 100);
     file("s7", "10.0.0.2 80\n");
-    // Of this one nobody tells.
+    // The kernel does not report this change.
     file("s8", "10.0.0.2 80\n");
     let names = |scan: &Scan| -> Vec<String> {
         scan.only.iter().flatten().map(|name| name.as_str().to_owned()).collect()
     };
     let one = scan(&mut disk, &[dir.join("s7")], false);
     assert_eq!((one.read, names(&one), one.told.services.len()), (1, vec!["s7".to_owned()], 1));
-    // What is said twice is no change.
+    // Writing the same content again is no change.
     assert_eq!(names(&scan(&mut disk, &[dir.join("s7")], false)), [""; 0]);
     file("new", "10.0.0.1 80\n");
     file("ignored.tmp", "10.0.0.1 80\n");
     let new = scan(&mut disk, &[dir.join("new"), dir.join("ignored.tmp")], false);
     assert_eq!((names(&new), new.told.services.len()), (vec!["new".to_owned()], 1));
-    // A file that is gone is looked at again, since it may be just being replaced.
+    // A removed file is looked at again, since it may be being replaced.
     fs::remove_file(dir.join("new")).unwrap();
     assert!(scan(&mut disk, &[dir.join("new")], false).again.is_some());
     let until = std::time::Instant::now() + BOUND;
@@ -898,7 +900,7 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
         assert!(std::time::Instant::now() < until);
     };
     assert_eq!((names(&gone), gone.told.services.len()), (vec!["new".to_owned()], 0));
-    // A directory, lost events and the timer have everything looked at.
+    // A directory, lost events and the poll timer each lead to a scan of everything.
     fs::create_dir(dir.join("team")).unwrap();
     for (whole, everything, verify) in
         [(vec![dir.join("team")], false, false), (vec![], true, false), (vec![], false, true)]
@@ -911,7 +913,7 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
     }
 }
 
-/// Something that happens to the files.
+/// A change of the files.
 #[derive(Debug, Clone, Copy)]
 enum Change {
     Write {
@@ -931,12 +933,12 @@ enum Change {
     },
     RemoveDirectory,
     MoveDirectory,
-    /// Has the linked directory, or the linked file, be another one.
+    /// Replaces the linked directory or the linked file.
     Swap {
         link: usize,
         to: usize,
     },
-    /// Writes into what a link may lead to.
+    /// Writes into a possible target of a link.
     WriteBehind {
         link: usize,
         to: usize,
@@ -944,9 +946,10 @@ enum Change {
     },
 }
 
-/// Names of files: in the directory, below it, with the same service's name, not read, and of a kind that is skipped.
+/// Files in the directory, below it, with the same service name, of an ignored extension, and of a skipped
+/// kind.
 const FILES: [&str; 9] = ["a", "b.yaml", "b.json", "x/a", "x/b.yaml", "x.a", "readme.txt", "c.tmp", "x/y/a"];
-/// Their texts, of one format and none broken: what a file said earlier makes no difference to what it says.
+/// The contents are of one format and valid, so that earlier contents make no difference.
 const TEXTS: [&str; 4] = [
     "endpoints: [10.0.0.1:80]\n",
     "endpoints: [10.0.0.2:80]\n",
@@ -957,7 +960,7 @@ const TEXTS: [&str; 4] = [
 impl Change {
     fn make(self, dir: &Path) {
         let path = |file: usize| dir.join("d").join(FILES[file]);
-        // What is in the way, or not there, makes no difference.
+        // Errors of the file system are ignored, for example if the path is a directory.
         match self {
             Change::Write { file, text } => {
                 _ = fs::create_dir_all(path(file).parent().unwrap());
@@ -1003,7 +1006,7 @@ fn any_change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// What is said of each service, and of what there are problems.
+/// Returns the statement about each service, and the subjects that have problems.
 fn said(statement: &Statement) -> (Vec<String>, BTreeSet<String>) {
     let service = |(name, told): (&ServiceName, &crate::assemble::Told)| match &told.known {
         Known::Parsed(service) => {
@@ -1019,7 +1022,8 @@ fn said(statement: &Statement) -> (Vec<String>, BTreeSet<String>) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
 
-    /// With the kernel's own events: each look is one at what it told, and after the last one everything is looked at anew.
+    /// With real events of the kernel: incremental scans of the reported files give the same result as a
+    /// final scan of everything.
     #[test]
     fn looks_at_what_the_kernel_told_of_find_what_there_is(
         steps in proptest::collection::vec(proptest::collection::vec(any_change(), 1..4), 1..8),
@@ -1032,7 +1036,7 @@ proptest! {
         let hints = Arc::new(Hints::below(&dir.join("d")));
         let mut disk = Disk::new(config(&dir.join("d")), hints.clone(), None);
         let last = dir.join("d/last");
-        // Events come in order: when that of the last file is there, all are.
+        // Events arrive in order: once the event of the last file is there, all are.
         let heard = || {
             fs::write(&last, TEXTS[0]).unwrap();
             let until = std::time::Instant::now() + BOUND;
@@ -1066,7 +1070,7 @@ proptest! {
             }
             assert!(std::time::Instant::now() < until);
         }
-        // One that has read nothing yet, and knows only which files were there first.
+        // A disk state that has read nothing and only knows which file counts for each service.
         age_all(&dir);
         let all = disk.begin_anew().scan(&Look::default(), true).unwrap();
         prop_assert_eq!(all.again, None);
@@ -1084,7 +1088,8 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
     let mut disk = Disk::new(config(&dir), Arc::default(), None);
     let first = scan(&mut disk, &[], true);
     assert_eq!(first.told.services.len(), 2);
-    // Permissions mean nothing to root, so the directory is taken away, which reads the same to what is tested here.
+    // Permissions do not restrict root, so the directory is moved away instead, which has the same effect on
+    // the code under test.
     fs::rename(dir.join("team"), dir.join(".team")).unwrap();
     disk.keep_unreadable(&[(dir.join("team"), "permission denied".to_owned())]);
     let mut kept = Scan::default();
@@ -1103,7 +1108,7 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
             .unwrap()
             .ends_with("team: permission denied")
     );
-    // And is read again when it can be.
+    // The directory is read again once it is readable.
     fs::rename(dir.join(".team"), dir.join("team")).unwrap();
     let again = disk.scan(&Look { everything: true, ..Look::default() }, false).unwrap();
     assert!(again.told.services["team.orders"].stale_because.is_none());
@@ -1147,7 +1152,7 @@ fn what_a_file_says_that_not_everybody_may_read_is_not_shown_to_everybody() {
     let (dir, elsewhere) = (vmesh_testkit::tempdir().unwrap(), vmesh_testkit::tempdir().unwrap());
     fs::write(elsewhere.join("token"), SECRET).unwrap();
     mode(&elsewhere.join("token"), 0o600);
-    // Everybody may read this one who gets to it, and nobody does.
+    // Every user may read this file but cannot reach it.
     fs::create_dir(elsewhere.join("private")).unwrap();
     for (name, text) in [("list", format!("10.0.0.1 {SECRET}")), ("yaml", format!("endpoints: [{SECRET}]"))] {
         fs::write(elsewhere.join("private").join(name), text).unwrap();

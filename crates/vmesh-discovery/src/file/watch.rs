@@ -1,8 +1,9 @@
-//! Being told of changes: what the kernel says is only a hint of where to look, and when.
+//! Change events of the kernel (inotify). Events only serve as hints: a scan of the disk decides what
+//! changed.
 //!
-//! Directories are watched and never files: a file that is replaced by renaming is another one afterwards. So are the
-//! directories of all links on the way to a file, because swapping a link (`current -> releases/42`) changes nothing
-//! in the directory that it points into.
+//! Only directories are watched, never files, because a file that is replaced by a rename is a new inode. The
+//! directories of all links on the path to a file are watched too: swapping a link (`current -> releases/42`)
+//! changes nothing in the directory that it points to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -16,34 +17,35 @@ use tokio::sync::Notify;
 
 use super::disk::is_skipped;
 
-/// So long after its last event a change is taken to be over. Renaming and closing are over at once; this is for the
-/// rest of the same job: a tool that writes several files, an editor that juggles with its backup.
+/// A change counts as complete this long after its last event. A rename or a close is complete at once; the
+/// delay waits for the rest of the same job, such as a tool that writes several files or an editor that moves
+/// its backup.
 const QUIET: Duration = Duration::from_millis(20);
-/// Somebody who writes all the time must not keep the others from being seen.
+/// The limit of that delay: a process that writes all the time must not delay the changes of others.
 const BURST: Duration = Duration::from_millis(100);
-/// A file that was written to and not closed is half written until it has been quiet for so long.
+/// A file that was written and not closed counts as half written until it has been quiet for this long.
 const QUIET_OPEN: Duration = Duration::from_millis(500);
-/// Then it is somebody who does not close their files.
+/// The limit of that delay, for a writer that never closes its files.
 const BURST_OPEN: Duration = Duration::from_secs(5);
-/// With more paths than this a look at everything is cheaper.
+/// The limit of remembered paths; beyond it a scan of everything is cheaper.
 const MAX_PATHS: usize = 10_000;
 
-/// What was heard and not looked at yet. Shared with the thread that hears it.
+/// The events since the last scan. Shared with the thread that receives them.
 #[derive(Debug, Default)]
 pub(super) struct Hints {
     heard: Mutex<Heard>,
     news: Notify,
-    /// What the kernel's absolute paths begin with where the configured path is relative: files are known by the path
-    /// under which they were found.
+    /// The prefix of the kernel's absolute paths if the configured path is relative: files are known by the
+    /// path under which the walk found them.
     working_directory: Option<PathBuf>,
 }
 
 #[derive(Debug, Default)]
 struct Heard {
     touched: BTreeMap<PathBuf, Touch>,
-    /// Events were lost, or there are too many to tell apart.
+    /// When a full scan is due, because events were lost or too many paths changed.
     everything: Option<Instant>,
-    /// Of watched directories those in which only some names matter.
+    /// The watched directories in which only some names matter.
     only: BTreeMap<PathBuf, BTreeSet<OsString>>,
 }
 
@@ -51,12 +53,12 @@ struct Heard {
 struct Touch {
     first: Instant,
     last: Instant,
-    /// Written to and not closed yet.
+    /// The file was written and has not been closed yet.
     is_open: bool,
 }
 
 impl Touch {
-    /// When it may be read, if nothing more is heard.
+    /// Returns when the file may be read if no further event arrives.
     fn due(&self) -> Instant {
         match self.is_open {
             true => (self.last + QUIET_OPEN).min(self.first + BURST_OPEN),
@@ -65,19 +67,19 @@ impl Touch {
     }
 }
 
-/// What to look at now.
+/// The paths to scan.
 #[derive(Debug, Default)]
 pub(super) struct Look {
-    /// Files that were closed, renamed, removed: what they say is whole.
+    /// Files that were closed, renamed or removed: their content is complete.
     pub(super) whole: BTreeSet<PathBuf>,
     /// Files that are being written.
     pub(super) busy: BTreeSet<PathBuf>,
-    /// Events were lost, or there were too many: anything may have changed.
+    /// Events were lost or too many: anything may have changed.
     pub(super) everything: bool,
 }
 
 impl Hints {
-    /// For files below `path`.
+    /// Creates the hints for files below `path`.
     pub(super) fn below(path: &Path) -> Hints {
         let working_directory = if path.is_relative() { std::env::current_dir().ok() } else { None };
         Hints { working_directory, ..Hints::default() }
@@ -94,11 +96,12 @@ impl Hints {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When to look, as far as is known now.
+    /// Returns when the next scan is due, as far as known now.
     pub(super) fn due(&self) -> Option<Instant> {
         let heard = self.heard();
         let over = heard.touched.values().filter(|touch| !touch.is_open);
-        // The last of them, so that one look sees them all, but not later than the first of them can wait.
+        // One scan covers all pending changes: its due time follows the latest change, within `BURST` of the
+        // earliest.
         let last = over.clone().map(Touch::due).max();
         let burst = over.map(|touch| touch.first + BURST).min();
         let over = last.zip(burst).map(|(last, burst)| last.min(burst));
@@ -106,7 +109,7 @@ impl Hints {
         [over, open, heard.everything].into_iter().flatten().min()
     }
 
-    /// Takes what is to be looked at now.
+    /// Takes the paths to scan now.
     pub(super) fn take(&self, now: Instant) -> Look {
         let mut heard = self.heard();
         let mut look = Look { everything: heard.everything.take().is_some(), ..Look::default() };
@@ -119,7 +122,7 @@ impl Hints {
         look
     }
 
-    /// Waits for something new to be heard.
+    /// Waits for a new event.
     pub(super) async fn news(&self) {
         self.news.notified().await;
     }
@@ -138,7 +141,7 @@ impl Hints {
                     return;
                 }
             }
-            // Lost events, or a watch that broke.
+            // Events were lost, or a watch failed.
             _ => heard.everything = Some(now + QUIET),
         }
         drop(heard);
@@ -146,7 +149,8 @@ impl Hints {
     }
 }
 
-/// Whether an event leaves a file open for writing; `None` if it means nothing. Our own reading is heard too.
+/// Returns whether an event leaves a file open for writing; `None` if it is irrelevant, like the events of
+/// our own reads.
 fn meaning(kind: EventKind) -> Option<bool> {
     match kind {
         EventKind::Access(AccessKind::Close(AccessMode::Write)) => Some(false),
@@ -164,7 +168,8 @@ impl Heard {
         {
             return false;
         }
-        // Temporary files are written at length. That they come and go matters: `..data` is one by its name.
+        // Writes to temporary files are ignored. Their creation and removal matter: `..data` (Kubernetes)
+        // looks like one.
         if is_open && is_skipped(name) {
             return false;
         }
@@ -179,7 +184,7 @@ impl Heard {
     }
 }
 
-/// Directories to be watched, by their path: which one it is (device, inode), and the names that matter in it if not
+/// Directories to watch, by path: the device and inode number of each, and the names that matter in it unless
 /// all do.
 pub(super) type Directories = BTreeMap<PathBuf, Directory>;
 
@@ -189,7 +194,7 @@ pub(super) struct Directory {
     pub(super) only: Option<BTreeSet<OsString>>,
 }
 
-/// The watches that there are.
+/// The watches of the process.
 #[derive(Debug)]
 pub(super) struct Watch {
     watcher: RecommendedWatcher,
@@ -204,8 +209,9 @@ impl Watch {
         Ok(Watch { watcher, hints, armed: BTreeMap::new() })
     }
 
-    /// Takes no directory for watched that the kernel told of: it may have been removed, and its watch with it, and a new one of
-    /// the same name may have got the same number. After lost events that may be any.
+    /// Removes the watches of directories that the kernel reported: such a directory and its watch may have
+    /// been removed, and a new directory of the same name may have the same inode number. After lost events,
+    /// removes all watches.
     pub(super) fn distrust(&mut self, look: &Look) {
         let Look { whole, busy, everything } = look;
         let is_doubtful = |path: &Path| *everything || whole.contains(path) || busy.contains(path);
@@ -214,8 +220,8 @@ impl Watch {
         }
     }
 
-    /// Watches these directories and no others, anew where one was replaced by another. Returns whether a watch was
-    /// added: what happened before it was is not heard, so it has to be looked for.
+    /// Watches these directories and no others, replacing the watch of a directory that was replaced. Returns
+    /// whether a watch was added: changes before that were not reported and have to be found by a scan.
     pub(super) fn arm(&mut self, wanted: &Directories) -> (bool, Result<(), String>) {
         let outdated: Vec<_> = self
             .armed
@@ -225,7 +231,7 @@ impl Watch {
             .collect();
         for path in outdated {
             self.armed.remove(&path);
-            // It may be gone, and the watch with it.
+            // Errors are ignored: a removed directory has lost its watch already.
             _ = self.watcher.unwatch(&path);
         }
         let only = wanted.iter().filter_map(|(path, d)| Some((path.clone(), d.only.clone()?))).collect();
@@ -240,7 +246,7 @@ impl Watch {
                     is_new = true;
                     self.armed.insert(path.clone(), directory.id);
                 }
-                // Gone again: the next look tells.
+                // The directory is gone again; the next scan finds out.
                 Err(error) if matches!(error.kind, notify::ErrorKind::PathNotFound) => {}
                 Err(error) => failure = Err(plain(&error)),
             }
@@ -264,10 +270,11 @@ fn plain(error: &notify::Error) -> String {
     }
 }
 
-/// The links on the way to `path`, as the directory that each is in and its name there; and where the way ends.
+/// Returns the links on the path to `path`, each as its directory and its name there, and where the path
+/// ends.
 pub(super) fn links(path: &Path) -> (Vec<(PathBuf, OsString)>, PathBuf) {
     use std::path::Component;
-    /// As many as the kernel follows.
+    /// The kernel's limit of links in one path.
     const HOPS: usize = 40;
 
     let mut links = Vec::new();

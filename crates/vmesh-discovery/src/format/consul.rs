@@ -1,8 +1,9 @@
-//! Consul: what `/v1/health/service/<name>` says of one service, in one datacenter or several.
+//! Consul: the answer of `/v1/health/service/<name>` for one service, from one datacenter or several.
 //!
-//! Lenient: `null` is nothing, what is not known is ignored, and both spellings of `TaggedAddresses` are read. An entry
-//! that makes no sense costs that entry. Health is judged here and not by Consul (`?passing`), since an instance that is
-//! ill has to stay visible.
+//! The parser is lenient: `null` is ignored, unknown fields are ignored, and both spellings of
+//! `TaggedAddresses` are accepted. An invalid entry is left out alone. vmesh judges health itself instead of
+//! asking Consul for healthy instances only (`?passing`), since an unhealthy instance has to stay visible to
+//! Envoy.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -19,7 +20,7 @@ use crate::consul::config::{
     AddressKind, ConsulConfig, Critical, HealthRules, Mapping, Pattern, TagPattern, Warning,
 };
 
-/// How instances are read: the part of the configuration that concerns them.
+/// The part of the configuration that tells how instances are read.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rules {
     require_tags: Vec<Pattern>,
@@ -54,18 +55,18 @@ impl Rules {
         }
     }
 
-    /// Whether a service with these tags, which are those of all its instances, can have one that is wanted.
+    /// Reports whether a service may have a wanted instance. `tags` are the tags of all its instances.
     pub fn may_want(&self, tags: &[String]) -> bool {
         self.require_tags.iter().all(|pattern| tags.iter().any(|tag| pattern.matches(tag)))
     }
 }
 
-/// What one datacenter says of one service.
+/// The instances of one service in one datacenter.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Read {
-    /// How many instances it lists, whether they can be used or not.
+    /// The number of listed instances, usable or not.
     pub listed: usize,
-    /// How many bytes the answer had.
+    /// The size of the answer in bytes.
     pub bytes: usize,
     instances: Vec<Instance>,
     bad: Vec<Problem>,
@@ -73,7 +74,7 @@ pub struct Read {
 }
 
 impl Read {
-    /// How many entries make no sense.
+    /// Returns the number of invalid entries.
     pub fn bad(&self) -> u64 {
         self.bad.len() as u64
     }
@@ -83,9 +84,9 @@ impl Read {
 struct Instance {
     record: Record,
     protocol: Option<Protocol>,
-    /// Fabio: the share of all requests, from 0 to 1.
+    /// The share of all requests in Fabio's terms, from 0 to 1.
     fraction: Option<f64>,
-    /// Consul's index when it was registered: greater is later.
+    /// Consul's index of the registration; a greater index is later.
     created: u64,
 }
 
@@ -162,12 +163,12 @@ struct Check {
     status: Option<String>,
 }
 
-/// Reads the answer for `service` of the source `source`. `translated`: it says that its addresses are those of the wide
-/// area network already.
+/// Parses the answer for `service`. `source` is the name of the source, for messages. `translated` is set if
+/// the answer states that its addresses are those of the wide area network already.
 ///
 /// # Errors
 ///
-/// It is not a list in JSON, and why.
+/// Returns the reason if the answer is not a JSON list.
 pub fn read(
     body: &[u8],
     source: &str,
@@ -177,7 +178,7 @@ pub fn read(
 ) -> Result<Read, String> {
     let mut read = Read { bytes: body.len(), ..Read::default() };
     let reader = Reader { place: place(source, service), subject: subject_of(service), translated, rules };
-    // As a whole first: it is seldom that something is wrong, and then the rest is read entry by entry.
+    // The whole answer is parsed at once. Only if that fails, which is rare, is it parsed entry by entry.
     if let Ok(entries) = serde_json::from_slice::<Vec<Entry>>(body) {
         read.listed = entries.len();
         for (index, entry) in entries.into_iter().enumerate() {
@@ -197,7 +198,7 @@ pub fn read(
     Ok(read)
 }
 
-/// Where a service of a source is, in messages.
+/// Returns the place of a service in messages.
 fn place(source: &str, service: &ServiceName) -> Place {
     Place::file(format!("{source}/{service}"))
 }
@@ -209,11 +210,11 @@ struct Reader<'a> {
     rules: &'a Rules,
 }
 
-/// Why an instance is not one of the endpoints.
+/// The reason why an instance is no endpoint.
 enum LeftOut {
-    /// It is not wanted.
+    /// The configuration leaves the instance out.
     Silently,
-    /// It is as it should be, and cannot be used.
+    /// The entry is valid, but the instance is unusable.
     Unusable(String),
     Bad(String),
 }
@@ -276,7 +277,7 @@ impl Reader<'_> {
         if let Some(text) = said.weight {
             match Share::parse(text) {
                 Ok(share) => {
-                    // A warning may still take its share away.
+                    // A warning may set the weight to zero nevertheless.
                     record.weight = Some(if weight.0 == 0.0 { weight } else { share });
                     is_said = true;
                 }
@@ -330,8 +331,8 @@ impl Reader<'_> {
         if wanted { Ok(()) } else { Err(LeftOut::Silently) }
     }
 
-    /// Maintenance outweighs critical, that a warning, and that passing: over the checks of the node and of the
-    /// service, as Consul itself sums them up.
+    /// Returns the health of an instance from the checks of its node and its service. As in Consul,
+    /// maintenance outweighs critical, critical outweighs a warning, and a warning outweighs passing.
     fn health(&self, checks: &[Check], weights: Option<&Weights>) -> Result<(Health, Share), LeftOut> {
         let rules = &self.rules.health;
         let passing = Share(f64::from(weights.and_then(|weights| weights.passing).unwrap_or(1).max(1)));
@@ -344,11 +345,11 @@ impl Reader<'_> {
         };
         let state = checks.iter().filter(|check| !ignored(check)).map(Check::state).max();
         Ok(match state {
-            // Nobody looks at it: Envoy's own checks have to.
+            // The instance has no checks in Consul, so its health is up to Envoy's own checks.
             None => (Health::Unknown, passing),
             Some(State::Passing) => (Health::Healthy, passing),
             Some(State::Warning) if rules.warning == Warning::Drain => (Health::Draining, passing),
-            // A weight of nothing becomes a drain with all other weights.
+            // A weight of zero becomes a drain when the weights are converted.
             Some(State::Warning) => (Health::Healthy, warning),
             Some(State::Critical) if rules.critical == Critical::Drop => return Err(LeftOut::Silently),
             Some(State::Critical) => (Health::Unhealthy, passing),
@@ -410,7 +411,7 @@ impl Reader<'_> {
         Ok(Address { host, port })
     }
 
-    /// The port among those of the service; `None` if it has none.
+    /// Returns the port of the service; `None` if it has none.
     fn port(&self, service: &Service) -> Result<Option<i64>, LeftOut> {
         let ports = service.ports.as_deref().unwrap_or_default();
         let given = |port: &NamedPort| port.port.filter(|port| *port != 0);
@@ -458,13 +459,13 @@ impl Check {
             Some("passing") => State::Passing,
             Some("warning") => State::Warning,
             Some("maintenance") => State::Maintenance,
-            // What is not known is not known to be well.
+            // An unknown status counts as critical.
             _ => State::Critical,
         }
     }
 }
 
-/// What tags and metadata say of an instance.
+/// The facts about an instance in its tags and metadata.
 #[derive(Default)]
 struct Said<'a> {
     version: Option<&'a str>,
@@ -542,11 +543,11 @@ impl<'a> Said<'a> {
         if tag.len() > 1 && tag.starts_with('v') && tag.as_bytes().get(1).is_some_and(u8::is_ascii_digit) {
             self.set("version", tag);
         }
-        // A tag is there or not: in labels, which have values, that is `true`.
+        // Labels have values and tags do not, so the value is `true`.
         self.labels.insert(format!("tag.{tag}").into(), "true".into());
     }
 
-    /// Metadata, and the first of several tags, count.
+    /// Sets a field unless it is set: metadata and earlier tags take precedence.
     fn set(&mut self, key: &str, value: &'a str) {
         let field = match key {
             "version" => &mut self.version,
@@ -561,8 +562,8 @@ impl<'a> Said<'a> {
         field.get_or_insert(value);
     }
 
-    /// `urlprefix-host/path proto=grpc weight=0.3`: where requests go is for routes to say, how they are spoken and
-    /// how many of them is for here.
+    /// Parses a tag such as `urlprefix-host/path proto=grpc weight=0.3`. The host and path belong to routes
+    /// and are ignored here.
     fn fabio(&mut self, route: &'a str) {
         for option in route.split_whitespace().skip(1) {
             match option.split_once('=') {
@@ -576,7 +577,7 @@ impl<'a> Said<'a> {
         }
     }
 
-    /// `traefik.http.services.<name>.loadbalancer.server.scheme=h2c`, and `.port`.
+    /// Parses `traefik.http.services.<name>.loadbalancer.server.scheme=h2c`, and the same with `.port`.
     fn traefik(&mut self, label: &'a str) {
         let Some((key, value)) = label.split_once('=') else { return };
         let key = key.to_ascii_lowercase();
@@ -591,7 +592,8 @@ impl<'a> Said<'a> {
     }
 }
 
-/// As fleets write it. Whoever speaks HTTP over TLS is passed through: requests cannot be told apart.
+/// Parses the name of a protocol as fleets write it. HTTP over TLS is passed through as TLS, since its
+/// requests are not visible.
 pub(super) fn protocol(text: &str) -> Option<Protocol> {
     let text = text.to_ascii_lowercase();
     Some(match text.as_str() {
@@ -604,7 +606,7 @@ pub(super) fn protocol(text: &str) -> Option<Protocol> {
     })
 }
 
-/// What was known of a datacenter's instances before a restart, as if it were read.
+/// Returns the instances of one datacenter from a persisted registration, in the form of a parsed answer.
 pub fn remembered(registration: &Registration, datacenter: &str) -> Read {
     let of_it = |labels: &Labels| labels.get("datacenter").is_some_and(|name| **name == *datacenter);
     let instances =
@@ -628,14 +630,15 @@ pub fn remembered(registration: &Registration, datacenter: &str) -> Read {
     Read { listed: instances.len(), instances, ..Read::default() }
 }
 
-/// The service of which `reads` are what each datacenter says.
+/// Merges the instances of all datacenters into one service.
 pub fn combine(source: &str, service: &ServiceName, reads: &[&Read]) -> Parsed {
     let place = place(source, service);
     let mut parsed = Parsed::default();
     let mut instances: BTreeMap<&Address, Instance> = BTreeMap::new();
     for instance in reads.iter().flat_map(|read| &read.instances) {
-        // An endpoint stays while any record of it stands, and is as well as the best of them says: whoever registers
-        // anew after a failure is there twice for a while. Of two that are as well the younger one counts.
+        // An endpoint stays while any record of it exists, with the health of its healthiest record: an
+        // instance that registers anew after a failure is listed twice for a while. Of two records with equal
+        // health the younger one counts.
         let rank = |instance: &Instance| (wellness(instance.record.health), instance.created);
         match instances.get_mut(&instance.record.address) {
             Some(known) if rank(known) >= rank(instance) => {}
@@ -672,10 +675,11 @@ fn wellness(health: Health) -> u8 {
     }
 }
 
-/// What is left of a whole by rounding, where shares add up to it.
+/// The limit below which a remaining share is a rounding error.
 const NO_SHARE: f64 = 1e-9;
 
-/// Fabio's weights are shares of all requests; what they leave is for those without one.
+/// Converts Fabio's weights, which are shares of all requests; instances without one get equal parts of the
+/// rest.
 fn share_out(instances: &mut [Instance]) {
     let given: f64 = instances.iter().filter_map(|instance| instance.fraction).sum();
     let others = instances.iter().filter(|instance| instance.fraction.is_none()).count();
@@ -688,7 +692,7 @@ fn share_out(instances: &mut [Instance]) {
         let draining = instance.record.weight.is_some_and(|weight| weight.0 == 0.0);
         if !draining {
             let share = instance.fraction.unwrap_or(rest);
-            // Whole numbers, so that they are taken as they are; what is not nothing does not become nothing.
+            // Whole numbers are not scaled again; a positive share must not become zero.
             let millionths = (share * f64::from(Weight::MAX)).round();
             let is_nothing = share < NO_SHARE;
             instance.record.weight = Some(Share(if is_nothing { 0.0 } else { millionths.max(1.0) }));
@@ -696,7 +700,7 @@ fn share_out(instances: &mut [Instance]) {
     }
 }
 
-/// The protocol that most instances name, and what to say if others name another one.
+/// Returns the protocol that most instances state, and a message if others state another one.
 fn agreed(instances: &[Instance]) -> (Option<Protocol>, Option<String>) {
     let mut counts: BTreeMap<&str, (usize, Protocol)> = BTreeMap::new();
     for protocol in instances.iter().filter_map(|instance| instance.protocol) {

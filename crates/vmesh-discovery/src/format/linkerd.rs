@@ -7,14 +7,15 @@
 //! pay-old.internal:8080
 //! ```
 //!
-//! The file is the service. Unlike in Linkerd one bad line does not cost the file, and a file of zero bytes is never
-//! meant: writers that are not atomic leave one behind for a moment. A file of nothing but comments is.
+//! Each file is one service. Unlike in Linkerd, a bad line does not make the file unusable. A file of zero
+//! bytes is an error, because writers that are not atomic leave one behind for a moment; a file with only
+//! comments is a service without endpoints.
 
 use vmesh_model::{Address, Host, Place};
 
 use super::{Failure, Input, Parsed, Record, Share, has_comment, named_by_file, nothing, subject_of};
 
-/// Whether the first line that says something is an endpoint.
+/// Reports whether the first line with content is an endpoint.
 pub(super) fn looks_like(text: &str) -> bool {
     lines(text).map(|line| without_comment(line).trim()).find(|line| !line.is_empty()).is_some_and(|line| {
         let is_port = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
@@ -27,7 +28,8 @@ pub(super) fn looks_like(text: &str) -> bool {
     })
 }
 
-/// Lines that end with a line feed, a carriage return, or both: as a list ends them that was written on whatever machine.
+/// Returns the lines, which end with a line feed, a carriage return, or both, depending on the system that
+/// wrote the list.
 fn lines(text: &str) -> impl Iterator<Item = &str> {
     text.split('\n').flat_map(|line| line.strip_suffix('\r').unwrap_or(line).split('\r'))
 }
@@ -51,7 +53,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
             continue;
         }
         let at = |word: &str| {
-            // A word is a part of its line, so where it begins is the difference of the two.
+            // A word is a slice of its line, so its column follows from the two pointers.
             let bytes = word.as_ptr().addr().saturating_sub(said.as_ptr().addr());
             let column = said.get(..bytes).unwrap_or_default().chars().count() + 1;
             Place::at(input.file.clone(), number, u32::try_from(column).unwrap_or(u32::MAX))
@@ -71,11 +73,11 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     parsed.judged()
 }
 
-/// An endpoint, or the word that is wrong and why.
+/// Parses an endpoint. The error holds the word that is wrong, and the reason.
 fn record<'a>(words: &[&'a str], place: Place) -> Result<Record, (&'a str, String)> {
     let (first, address, rest) = match words {
         [] => return Err(("", "an empty line".to_owned())),
-        // `host:port`, but not the `::1` of `::1 8080`.
+        // A single word is `host:port`. Two words such as `::1 8080` are not.
         [first, rest @ ..] if rest.first().is_none_or(|word| *word == "*") => {
             (*first, first.parse::<Address>(), rest)
         }

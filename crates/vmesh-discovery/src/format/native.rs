@@ -9,7 +9,7 @@
 //!   - {address: "10.0.1.12:8080", zone: eu-1a, version: v2, weight: 2, health: draining, labels: {rack: r7}}
 //! ```
 //!
-//! Strict: this is written for vmesh, so a field that is not known here is a mistake of spelling.
+//! The parser is strict: these files are written for vmesh, so an unknown field is a spelling mistake.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -23,7 +23,7 @@ use vmesh_model::{Address, Health, Labels, Place, Problem, Protocol, ServiceName
 
 use super::{Failure, Input, Parsed, ParsedService, Record, Share, subject_of};
 
-/// All of a service but its endpoints, which are read one by one.
+/// The fields of a service except its endpoints, which are parsed one by one.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Head {
@@ -48,7 +48,7 @@ struct Endpoint {
     labels: Labels,
 }
 
-/// `8080`; what is none is told the ports that there are.
+/// Deserializes a port such as `8080`; the error names the valid range.
 fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU16>, D::Error> {
     let text = Option::<String>::deserialize(deserializer)?;
     text.map(|text| vmesh_model::endpoint::parse_port(&text).map_err(de::Error::custom)).transpose()
@@ -75,7 +75,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     parse_nodes(input, &services, services.len() > 1)
 }
 
-/// The services that `nodes` are; each has to say its name if `several` could be there.
+/// Parses the services in `nodes`. If `several` is set, each has to state its name.
 pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> Parsed {
     let mut parsed = Parsed::default();
     let mut seen: BTreeMap<ServiceName, Place> = BTreeMap::new();
@@ -85,7 +85,7 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
         let name = match name_of(node, input, several) {
             Ok(name) => name,
             Err((why, problem)) => {
-                // Which service it is that goes wrong here is not known, so what the file does not name may be it.
+                // The name of this service is unknown, so it may be any service that the file does not list.
                 parsed.problems.push(problem);
                 parsed.has_unnamed = true;
                 unnamed.push(why);
@@ -105,14 +105,15 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
         }
     }
     if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
-        // Nothing of it is a service.
+        // No entry is a service.
         let is_misnamed = unnamed.iter().all(|why| *why != Failure::NotRead);
         parsed.failure = if is_misnamed { unnamed.pop() } else { Some(Failure::NotRead) };
     }
     parsed.judged()
 }
 
-/// Returns what a service is called, read leniently, so that a service with mistakes in it is still known by its name.
+/// Returns the name of a service. It is parsed leniently, so that a service with mistakes is still known by
+/// its name.
 fn name_of(node: &Node, input: &Input<'_>, several: bool) -> Result<ServiceName, (Failure, Problem)> {
     let refuse = |why, place, message: String| (why, Problem::new(place, input.file.clone(), message));
     let place = node.place(input.file);
@@ -159,7 +160,7 @@ fn service(
             Ok(record) => records.push(record),
             Err(problems) => {
                 bad += 1;
-                // One record, however much is wrong with it.
+                // A record with several problems still counts as one bad record.
                 let mut problems = problems.into_iter();
                 if let Some(first) = problems.next() {
                     parsed.bad_record(first.place, &subject, first.message);

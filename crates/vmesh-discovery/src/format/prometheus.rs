@@ -1,13 +1,13 @@
-//! Prometheus `file_sd`: groups of targets with labels. Fleets generate these anyway, so reading them is a backend
-//! that costs nobody any work.
+//! Prometheus `file_sd`: groups of targets with labels. Many fleets generate such files already.
 //!
 //! ```yaml
 //! - targets: ['10.1.0.4:8080', '10.1.0.5:8080']
 //!   labels: {service: pay, zone: dc1-a, version: v3}
 //! ```
 //!
-//! There is no standard for what labels mean. Here: `service` or `job`, `zone` or `az`, `version`, `weight`,
-//! `protocol` or `__scheme__`; the others become the endpoint's labels, but for those that begin with `__`.
+//! Prometheus does not define a meaning of labels. vmesh interprets `service` or `job`, `zone` or `az`,
+//! `version`, `weight`, and `protocol` or `__scheme__`. Other labels become labels of the endpoint, except
+//! those that begin with `__`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,16 +20,16 @@ use vmesh_model::{Labels, Problem, ServiceName};
 use super::consul::protocol as protocol_of;
 use super::{Failure, Input, Parsed, ParsedService, Record, Share, named_by_file, subject_of};
 
-/// As Prometheus reads it, which knows no other field.
+/// A group with the fields that Prometheus itself accepts.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Group {
-    /// `null` is nothing, as Prometheus itself takes it.
+    /// A `null` value is ignored, as Prometheus does.
     targets: Option<Vec<Option<String>>>,
     labels: Option<BTreeMap<Arc<str>, Option<Arc<str>>>>,
 }
 
-/// A service that is being put together from several groups.
+/// A service that is merged from several groups.
 struct Building {
     service: ParsedService,
     records: Vec<Record>,
@@ -54,7 +54,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
         };
         for group in groups {
             if let Err((why, problems)) = read_group(group, input, &mut services, &mut parsed) {
-                // Which service it belongs to is as uncertain as the rest of the group.
+                // The service of this group is as uncertain as the rest of the group.
                 parsed.problems.extend(problems);
                 parsed.has_unnamed = true;
                 is_misnamed &= why == Failure::MisnamedFile;
@@ -65,7 +65,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
         parsed.service(service, records, bad, 1.0);
     }
     if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
-        // Nothing of it is a group.
+        // No entry is a group.
         parsed.failure = Some(if is_misnamed { Failure::MisnamedFile } else { Failure::NotRead });
     }
     parsed.judged()
@@ -90,7 +90,7 @@ fn read_group(
         Some((key, name)) => match name.parse() {
             Ok(name) => ParsedService::new(name, place),
             Err(wrong) => {
-                // A name that no service can have was never that of one: nothing else is in doubt.
+                // An invalid name was never that of a service, so no other service is in doubt.
                 let message =
                     format!("the label `{key}` names the service, and {wrong}; this group is left out");
                 parsed.problem(label(key), input.file.clone(), message);
@@ -112,7 +112,7 @@ fn read_group(
 
     let protocol = match take(&mut labels, &["protocol", "__scheme__"]) {
         None => None,
-        // Whoever scrapes by https speaks TLS to the instance, and so does every caller.
+        // An instance that is scraped by https speaks TLS to every caller.
         Some((key, text)) => {
             let protocol = protocol_of(&text);
             if protocol.is_none() {
@@ -165,7 +165,7 @@ fn read_group(
     Ok(())
 }
 
-/// Takes the first of `names` that there is out of `labels`; the others go with it, they mean the same.
+/// Removes all of `names` from `labels`, since they mean the same, and returns the first one that is present.
 fn take<'a>(labels: &mut Labels, names: &[&'a str]) -> Option<(&'a str, Arc<str>)> {
     let mut found = None;
     for name in names {

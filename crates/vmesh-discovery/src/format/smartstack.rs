@@ -1,10 +1,10 @@
-//! Airbnb SmartStack: what synapse's `file_output` writes, one JSON list per service.
+//! Airbnb SmartStack: the output of synapse's `file_output`, one JSON list per service.
 //!
 //! ```json
 //! [{"name": "web1", "host": "10.1.0.4", "port": 8080, "id": 3, "weight": 10, "labels": {"az": "a1"}}]
 //! ```
 //!
-//! Lenient about fields, since it is somebody else's format and grows at their pace: what is not known is ignored.
+//! Unknown fields are ignored, since other projects define the format and may extend it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,13 +15,13 @@ use vmesh_model::{Address, Health, Host, Labels, Problem};
 
 use super::{Failure, Input, Parsed, Record, Share, named_by_file, subject_of};
 
-/// What synapse's own readers take an instance without a weight for, where others have one.
+/// The default weight in a list in which other instances have weights; readers of synapse use the same.
 const DEFAULT_WEIGHT: f64 = 10.0;
 
 #[derive(Deserialize)]
 struct Instance {
     host: String,
-    /// A number, or a text: nerve passes on what its configuration says.
+    /// A number or a text: nerve copies the port from its configuration.
     port: String,
     weight: Option<String>,
     labels: Option<BTreeMap<Arc<str>, Option<String>>>,
@@ -29,7 +29,7 @@ struct Instance {
     haproxy_server_options: Option<String>,
 }
 
-/// Reports whether an instance is registered with HAProxy's option to send it nothing.
+/// Reports whether an instance is registered with HAProxy's option `disabled`, so that it gets no traffic.
 pub(super) fn is_disabled(haproxy_server_options: &str) -> bool {
     haproxy_server_options.split_whitespace().any(|option| option == "disabled")
 }
@@ -70,7 +70,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
                         continue;
                     }
                 };
-            // `null` is nothing, as synapse itself writes it.
+            // A `null` value is ignored, since synapse itself writes it.
             let given = labels.unwrap_or_default().into_iter();
             let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?.into()))).collect();
             let weight = weight.and_then(|text| match Share::parse(&text) {

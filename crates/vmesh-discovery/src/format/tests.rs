@@ -280,14 +280,14 @@ fn too_many_bad_endpoints_are_a_bad_file() {
     "#]]
     .assert_eq(&format!(
         "{}\n{}\n{}\n{}\n{}\n{}\n",
-        bad(0, 1), // All of them.
-        bad(1, 3), // Too few to judge.
+        bad(0, 1), // All records are bad.
+        bad(1, 3), // The file has too few records to judge.
         bad(3, 1),
-        bad(3, 2), // 2 of 5 are more than a quarter.
+        bad(3, 2), // 2 bad records of 5 are more than a quarter.
         bad(40, 5),
         bad(400, 6),
     ));
-    // In a file of several services, one without a good endpoint is unreadable and not empty.
+    // In a file of several services, a service without a valid endpoint is unreadable rather than empty.
     check(
         "all.yaml",
         "[{service: a, endpoints: [x, y]}, {service: b, endpoints: [a:1, a:2, a:3, a:4, a:5, a:6]}]",
@@ -779,7 +779,7 @@ fn no_bytes_break_a_parser() {
     }
 }
 
-/// What a file says: `format service [addresses, weights] partial | ..`, and its problems.
+/// Returns the content of a file as `format service [addresses, weights] partial | ..`, and its problems.
 fn said(name: &str, text: &str) -> String {
     let (stem, is_yaml) = match name.rsplit_once('.') {
         Some((stem, _)) => (stem, true),

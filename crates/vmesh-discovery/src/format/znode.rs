@@ -1,15 +1,15 @@
-//! What services leave in ZooKeeper: one directory of nodes per service, and in each node one instance.
+//! The formats of registrations in ZooKeeper: a directory of nodes per service, and an instance in each node.
 //!
 //! | module | written by | an instance is |
 //! |---|---|---|
-//! | [`serverset`] | Twitter's and Aurora's serversets, Finagle | the JSON in `member_..`; weights in `vector_..` |
+//! | [`serverset`] | Twitter's and Aurora's ServerSets, Finagle | the JSON in `member_..`; weights in `vector_..` |
 //! | [`curator`] | Apache Curator's x-discovery, Spring Cloud, Dubbo 3 by application | the JSON in a node |
 //! | [`nerve`] | Airbnb's nerve, Yelp's SmartStack | the JSON in a node, or in its name |
 //! | [`dubbo`] | Dubbo 2 by interface | the name of a node below `providers`, a URL |
 //! | [`hostport`] | leader elections, Pinterest's kingpin | `host:port`, in a node or in its name |
 //!
-//! Lenient: what is not known is ignored, since it is somebody else's format. A record that makes no sense costs that
-//! record; too many of them cost the directory, of which then stands what was read last.
+//! The parsers are lenient: unknown fields are ignored, since other projects define these formats. An invalid
+//! record is left out alone; if too many records are invalid, the directory keeps its last good state.
 
 pub mod curator;
 pub mod dubbo;
@@ -29,11 +29,11 @@ use vmesh_model::{Address, Health, Host, Labels, Place, Problem, Protocol, Servi
 
 use super::{ParsedService, Record, Share, partial, subject_of, too_many, weighed};
 
-/// How the nodes below a root are written.
+/// The format of the nodes below a root.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ZnodeFormat {
-    /// Told by what most of the nodes that are there look like.
+    /// The format is detected: the one that most nodes look like.
     #[default]
     Auto,
     ServerSet,
@@ -56,18 +56,18 @@ impl fmt::Display for ZnodeFormat {
     }
 }
 
-/// What is one service in Dubbo 2.
+/// The unit that forms a service in Dubbo 2.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GroupBy {
-    /// One application, with all of its interfaces.
+    /// Each application is one service, with all its interfaces.
     #[default]
     Application,
-    /// One interface, in one group and version.
+    /// Each interface is one service, separate by group and version.
     Interface,
 }
 
-/// Which port of Curator's two.
+/// The port to use of Curator's two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Prefer {
@@ -76,8 +76,8 @@ pub enum Prefer {
     SslPort,
 }
 
-/// Where in a record something is said, by dotted paths; the first that is there counts. They go before those that a
-/// format knows.
+/// The dotted paths of fields in a record; the first path that is present counts. Configured paths take
+/// precedence over built-in paths.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Mapping {
@@ -87,10 +87,10 @@ pub struct Mapping {
     pub weight: Vec<String>,
 }
 
-/// How records are read: the part of a root's configuration that concerns them.
+/// The part of a root's configuration that tells how records are read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules {
-    /// Which of several endpoints: a name in serversets, a protocol in Dubbo.
+    /// Which of several endpoints to use: a name in ServerSets, a protocol in Dubbo.
     pub endpoint: Option<String>,
     pub group_by: GroupBy,
     pub prefer: Prefer,
@@ -100,40 +100,41 @@ pub struct Rules {
 /// A directory of records.
 #[derive(Debug)]
 pub struct Directory<'a> {
-    /// Where it is, for messages: `zookeeper:prod/services/pay`.
+    /// The place of the directory in messages, for example `zookeeper:prod/services/pay`.
     pub place: &'a str,
     pub members: Vec<Member<'a>>,
 }
 
-/// A node in it.
+/// A node in a directory.
 #[derive(Debug, Clone, Copy)]
 pub struct Member<'a> {
     pub name: &'a str,
     pub data: &'a [u8],
-    /// It goes with the session that made it, so it says that somebody is alive.
+    /// The node is removed with the session that created it, so its presence shows that the instance is
+    /// alive.
     pub is_ephemeral: bool,
-    /// Greater is later.
+    /// The transaction ID of the creation; a greater one is later.
     pub created: i64,
-    /// Nothing was ever read of it, and why.
+    /// The reason if the node has never been readable.
     pub unreadable: Option<&'a str>,
 }
 
-/// What a directory says.
+/// The parsed content of a directory.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Read {
     offers: Vec<Offer>,
-    /// What is wrong with the records that are left out.
+    /// The problems of invalid records, which are left out.
     bad: Vec<Problem>,
-    /// What else there is to say.
+    /// Other problems.
     notes: Vec<Problem>,
 }
 
-/// One endpoint of one service, as one record offers it.
+/// One endpoint of one service, from one record.
 #[derive(Debug, Clone, PartialEq)]
 struct Offer {
-    /// `None`: the service is that of the directory.
+    /// The service that the record names; `None` for the service of the directory.
     service: Option<Arc<str>>,
-    /// Of Dubbo: what is offered, and how it is spoken to in Dubbo's words.
+    /// Dubbo only: the interface, and the scheme, which is Dubbo's name of the protocol.
     interface: Option<Arc<str>>,
     scheme: Option<Arc<str>>,
     protocol: Option<Protocol>,
@@ -142,7 +143,7 @@ struct Offer {
 }
 
 impl Read {
-    /// The names of the services, where records name them.
+    /// Returns the names of the services; `None` stands for the service of the directory.
     pub fn services(&self) -> BTreeSet<Option<Arc<str>>> {
         self.offers.iter().map(|offer| offer.service.clone()).collect()
     }
@@ -151,28 +152,29 @@ impl Read {
         self.offers.is_empty() && self.bad.is_empty()
     }
 
-    /// How many records make no sense.
+    /// Returns the number of invalid records.
     pub fn bad(&self) -> usize {
         self.bad.len()
     }
 
-    /// Returns why more may be there than could be read, if more is wrong with it than single records.
+    /// Returns the reason why the directory may have more endpoints than could be read, if too many records
+    /// are invalid.
     pub fn partial(&self) -> Option<String> {
         let (bad, records) = (self.bad.len(), self.bad.len() + self.offers.len());
         too_many(bad, records).then(|| partial(bad, records))
     }
 
-    /// Reports whether nothing of it can be used, although something is there.
+    /// Reports whether the directory has records but no usable one.
     pub fn is_unusable(&self) -> bool {
         self.offers.is_empty() && !self.bad.is_empty()
     }
 
-    /// Reports whether it offers anything.
+    /// Reports whether the directory has a usable record.
     pub fn has_offers(&self) -> bool {
         !self.offers.is_empty()
     }
 
-    /// What there is to say about its records, each about `subject`.
+    /// Returns the problems of the records, with `subject` as their subject.
     pub fn problems(&self, subject: &Arc<str>) -> impl Iterator<Item = Problem> {
         let costs_more = self.is_unusable();
         let bad = self.bad.iter().cloned().map(move |problem| {
@@ -190,7 +192,7 @@ impl Read {
     }
 }
 
-/// Reads a directory.
+/// Parses a directory.
 pub fn read(format: ZnodeFormat, directory: &Directory<'_>, rules: &Rules) -> Read {
     let mut read = Read::default();
     match format {
@@ -204,7 +206,7 @@ pub fn read(format: ZnodeFormat, directory: &Directory<'_>, rules: &Rules) -> Re
     read
 }
 
-/// `Ok(None)`: it is no record, which is as it should be.
+/// The result of parsing a record. `Ok(None)` stands for a node that is legitimately no record.
 type Recorded = Result<Option<Offer>, String>;
 
 fn each(
@@ -242,7 +244,7 @@ fn readable(member: &Member<'_>) -> Result<(), String> {
     }
 }
 
-/// Whether a node of this format may be a record: what a directory has to have to be one of records.
+/// Reports whether a node may be a record of this format. A directory of records has at least one such node.
 pub fn may_be_record(format: ZnodeFormat, member: &Member<'_>) -> bool {
     let is_json = || first(member.data) == Some(b'{');
     match format {
@@ -259,7 +261,7 @@ fn first(data: &[u8]) -> Option<u8> {
     data.iter().copied().find(|byte| !byte.is_ascii_whitespace())
 }
 
-/// What a single node looks like; `None` if it looks like nothing that is known.
+/// Returns the format that a single node looks like; `None` if it looks like none.
 pub fn looks_like(member: &Member<'_>) -> Option<ZnodeFormat> {
     if dubbo::is_url(member.name) {
         return Some(ZnodeFormat::Dubbo);
@@ -283,7 +285,7 @@ pub fn looks_like(member: &Member<'_>) -> Option<ZnodeFormat> {
     hostport::may_be_record(member).then_some(ZnodeFormat::HostPort)
 }
 
-/// How many of some nodes look like each format.
+/// The number of nodes that look like each format.
 pub type Votes = BTreeMap<ZnodeFormat, usize>;
 
 pub fn votes<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Votes {
@@ -294,8 +296,9 @@ pub fn votes<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Votes {
     votes
 }
 
-/// Returns the format that most nodes look like; of two with as many, the one that leaves less to chance. One that was
-/// decided on stays until another has twice as many: where two mix, it must not change with every node.
+/// Returns the format that most nodes look like; of two with as many, the more distinctive one. A format
+/// decided `before` stays until another has twice as many nodes, so that it does not change with every node
+/// where two are mixed.
 pub fn decide(votes: &Votes, before: Option<ZnodeFormat>) -> Option<ZnodeFormat> {
     let most = votes.values().max().copied()?;
     let chosen = votes.iter().find(|(_, count)| **count == most).map(|(format, _)| *format);
@@ -310,11 +313,11 @@ pub fn detect<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Option<Znode
     decide(&votes(members), None)
 }
 
-/// Puts together what directories, each with the name of its service, say of the service `name`; `None` if that is
-/// nothing. `place` is where the service is, in messages.
+/// Merges directories, each with the name of its service, into the service `name`; `None` if they have no
+/// record of it. `place` is the place of the service in messages.
 ///
-/// Of several records for one address the youngest counts: where an instance comes back, its old record stands until
-/// its old session ends. So an endpoint stays while any record of it does.
+/// Of several records with one address the youngest counts: when an instance comes back, its old record stays
+/// until its old session ends. An endpoint therefore stays while one of its records exists.
 pub fn combine(
     name: &ServiceName,
     place: Place,
@@ -327,7 +330,7 @@ pub fn combine(
     let offers = reads.iter().flat_map(|(own, read)| read.offers.iter().filter(|offer| is_ours(own, offer)));
     let mut offers: Vec<&Offer> = offers.collect();
     let protocol = agreed(&mut offers, &place, &subject, problems);
-    // The later ones win; sorted as a whole so that the order of directories makes no difference.
+    // Later records win. Sorting all of them makes the result independent of the order of directories.
     offers.sort_by(|a, b| (a.created, &a.record.place).cmp(&(b.created, &b.record.place)));
     let mut records: BTreeMap<&Address, Record> = BTreeMap::new();
     let mut interfaces: BTreeMap<&Address, BTreeSet<&Arc<str>>> = BTreeMap::new();
@@ -336,7 +339,7 @@ pub fn combine(
         let mut record = offer.record.clone();
         if let Some(interface) = &offer.interface {
             interfaces.entry(address).or_default().insert(interface);
-            // Who no longer offers one interface goes on offering the others.
+            // An instance that no longer offers one interface may still offer others.
             if let Some(before) = records.get(address)
                 && record.health == Health::Draining
             {
@@ -359,7 +362,7 @@ pub fn combine(
     Some(ParsedService { protocol, endpoints, ..ParsedService::new(name.clone(), place) })
 }
 
-/// What a weight is that is not given, where others are.
+/// Returns the default weight of a record in a service whose other records have weights.
 pub fn default_weight(format: ZnodeFormat) -> f64 {
     match format {
         ZnodeFormat::Nerve => nerve::DEFAULT_WEIGHT,
@@ -368,7 +371,7 @@ pub fn default_weight(format: ZnodeFormat) -> f64 {
     }
 }
 
-/// As many as help whoever reads it.
+/// Formats the interfaces for a label, with a limit that keeps it readable.
 fn listed(interfaces: &BTreeSet<&Arc<str>>) -> String {
     const AT_MOST: usize = 20;
     let mut shown: Vec<&str> = interfaces.iter().take(AT_MOST).map(|name| &***name).collect();
@@ -379,8 +382,8 @@ fn listed(interfaces: &BTreeSet<&Arc<str>>) -> String {
     shown.join(",")
 }
 
-/// The protocol of a service. Dubbo's servers offer the same by several, each on a port of its own: then only those of
-/// one are endpoints.
+/// Returns the protocol of a service. A Dubbo server may offer a service by several protocols, each on its
+/// own port; then only the offers of one protocol are kept.
 fn agreed(
     offers: &mut Vec<&Offer>,
     place: &Place,
@@ -407,7 +410,8 @@ fn agreed(
         }
     }
     let most = votes.iter().map(|(_, count)| *count).max()?;
-    // Of two with as many the one that sorts first, so that a restart decides alike.
+    // Of two protocols with as many endpoints, the one that sorts first is chosen, so that a restart chooses
+    // it again.
     let mut most: Vec<Protocol> = votes.iter().filter(|(_, c)| *c == most).map(|(p, _)| *p).collect();
     most.sort_by_key(|protocol| protocol.as_str());
     let chosen = most.first().copied();
@@ -424,10 +428,10 @@ fn agreed(
     chosen
 }
 
-/// The JSON in a node.
+/// Parses the JSON in a node.
 fn json(member: &Member<'_>) -> Result<Value, String> {
     let value: Value = serde_json::from_slice(member.data).map_err(|wrong| {
-        // Binary data would be noise, and its first bytes say nothing to anybody.
+        // Binary data is not quoted, since its first bytes would tell nothing.
         let binary =
             if first(member.data) == Some(b'{') { "" } else { " (Thrift's binary form is not read)" };
         format!("its data is not JSON{binary}: {wrong}")
@@ -438,7 +442,7 @@ fn json(member: &Member<'_>) -> Result<Value, String> {
     }
 }
 
-/// A value by its dotted path. Keys may have dots themselves: the longest counts.
+/// Returns the value at a dotted path. Keys may contain dots themselves: the longest key counts.
 fn find<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     if let Some(found) = value.get(path) {
         return Some(found);
@@ -451,7 +455,7 @@ fn find<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     })
 }
 
-/// A text or a number at one of some paths; what is empty is not there.
+/// Returns the text or number at the first path that is present and not empty.
 fn text_at(value: &Value, own: &[String], built_in: &[&str]) -> Option<String> {
     let paths = own.iter().map(String::as_str).chain(built_in.iter().copied());
     paths.filter_map(|path| find(value, path)).find_map(scalar)
@@ -466,7 +470,7 @@ fn scalar(value: &Value) -> Option<String> {
     }
 }
 
-/// A weight at one of some paths; and what to say of one that cannot be used, which is ignored.
+/// Returns the weight at the first path that is present. An unusable weight is ignored, with a note.
 fn weight_at(value: &Value, own: &[String], built_in: &[&str]) -> (Option<Share>, Option<String>) {
     match text_at(value, own, built_in).map(|text| Share::parse(&text)) {
         None => (None, None),
@@ -475,7 +479,7 @@ fn weight_at(value: &Value, own: &[String], built_in: &[&str]) -> (Option<Share>
     }
 }
 
-/// What a protocol is called, also by other names than ours; what is not known is not said.
+/// Returns the protocol with this name, including names of other systems; `None` if it is unknown.
 fn protocol_of(name: &str) -> Option<Protocol> {
     let name = name.to_ascii_lowercase();
     match name.as_str() {
@@ -487,14 +491,15 @@ fn protocol_of(name: &str) -> Option<Protocol> {
     }
 }
 
-/// A host and a port, each as a value of its own; a port may be a text.
+/// Parses an address from separate values of host and port; the port may be a text.
 fn address(host: Option<&Value>, port: Option<&Value>) -> Result<Address, String> {
     let host = host.and_then(scalar).ok_or("there is no host in it")?;
     let port = port.and_then(scalar).ok_or("there is no port in it")?;
     Ok(Address { host: Host::parse(&host)?, port: parse_port(&port)? })
 }
 
-/// What a node says by being there: of one that stays when its maker is gone, that nobody knows.
+/// Returns the health that follows from the presence of a node. A persistent node outlives its creator, so
+/// its health is unknown.
 fn presence(member: &Member<'_>, labels: &mut Labels) -> Health {
     if member.is_ephemeral {
         return Health::Healthy;
@@ -503,7 +508,7 @@ fn presence(member: &Member<'_>, labels: &mut Labels) -> Health {
     Health::Unknown
 }
 
-/// Facts that people may want to select by; not whole documents.
+/// Adds scalar facts as labels, with limits; structured values are left out.
 fn add_labels<'a>(
     labels: &mut Labels,
     from: impl IntoIterator<Item = (&'a String, &'a Value)>,

@@ -1,4 +1,4 @@
-//! When a removal is believed: the `guard:` part of a source's configuration.
+//! The `guard:` part of a source's configuration: when a removal is believed.
 
 use std::time::Duration;
 
@@ -7,37 +7,41 @@ use serde::de::{self, Deserializer};
 use vmesh_model::ServiceName;
 use vmesh_model::text::parse_duration;
 
-/// When a removal is believed.
+/// The configuration of a [`Guard`](super::Guard): when a removal is believed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GuardConfig {
-    /// An endpoint that is gone stays for so long. Built in: 10 s for registries, whose clients lose their sessions
-    /// and come back; nothing for files, since an edit is deliberate.
+    /// How long a removed endpoint stays in use. Default: 10 s for registries, whose clients lose their
+    /// sessions and come back; zero for files, because an edit is deliberate.
     #[serde(deserialize_with = "some_duration")]
     pub removal_hold: Option<Duration>,
-    /// A service that is gone, or has no endpoints left, stays as it was for so long. Nothing believes it at once.
+    /// How long an absent service, or a service listed without endpoints, keeps its previous endpoints. Zero:
+    /// it is believed at once.
     #[serde(deserialize_with = "duration")]
     pub confirm_empty: Duration,
-    /// A service that shrinks below `shrink_ratio` keeps its endpoints for so long. Nothing believes it at once.
+    /// How long a service that shrinks below `shrink_ratio` keeps its endpoints. Zero: it is believed at
+    /// once.
     #[serde(deserialize_with = "duration")]
     pub confirm_shrink: Duration,
-    /// How many more readings, as strong as the source can, have to say the same before either is believed.
+    /// How many further reads, with the strongest consistency of the source, must report the same before
+    /// either is believed.
     pub confirmations: u32,
-    /// What share of its endpoints has to be left.
+    /// The minimum share of endpoints that a service must keep, from 0 to 1.
     #[serde(deserialize_with = "ratio")]
     pub shrink_ratio: f64,
-    /// Services with fewer endpoints shrink as they like: one of two is half of them.
+    /// The number of endpoints from which `shrink_ratio` applies. A smaller service may shrink freely: one of
+    /// two endpoints is already half.
     pub shrink_min: usize,
-    /// A service whose endpoints all become unhealthy within so long keeps the health that was known of them for as
-    /// long. Nothing believes it at once.
+    /// If all endpoints of a service become unhealthy within this time, their previous health is kept for the
+    /// same time. Zero: it is believed at once.
     #[serde(deserialize_with = "duration")]
     pub confirm_unhealthy: Duration,
-    /// What a source may lose at once as a whole.
+    /// The limits of a simultaneous loss over the whole source.
     pub fleet: FleetConfig,
-    /// What is known of a source that does not answer is given up after so long. Built in: never.
+    /// How long a source may fail before its last good view is dropped. Default: never.
     #[serde(deserialize_with = "some_duration")]
     pub max_stale: Option<Duration>,
-    /// Services that may lose everything at once.
+    /// Services that may lose all endpoints at once.
     pub allow_empty: Vec<ServiceName>,
 }
 
@@ -61,31 +65,33 @@ impl Default for GuardConfig {
 impl GuardConfig {
     const REMOVAL_HOLD: Duration = Duration::from_secs(10);
 
-    /// The defaults of a source that is edited on purpose.
+    /// Applies the defaults of a source that is edited on purpose.
     pub fn for_files(mut self) -> GuardConfig {
         self.removal_hold.get_or_insert(Duration::ZERO);
         self
     }
 
-    /// How long an endpoint that is gone stays.
+    /// Returns how long an endpoint that is no longer listed stays in use.
     pub fn removal_hold(&self) -> Duration {
         self.removal_hold.unwrap_or(Self::REMOVAL_HOLD)
     }
 }
 
-/// When so much is gone at once that it is the source that is doubted, and not each service.
+/// The loss from which the source as a whole is held, rather than each service.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FleetConfig {
-    /// More than this share of the endpoints; 1 is never.
+    /// The share of all endpoints above which the loss is too much; 1 means never.
     #[serde(deserialize_with = "ratio")]
     pub endpoints: f64,
-    /// More than this share of the services, and not one alone, which is judged by itself; 1 is never.
+    /// The share of all services above which the loss is too much, if more than one is lost: a single service
+    /// is judged by its own rules. 1 means never.
     #[serde(deserialize_with = "ratio")]
     pub services: f64,
-    /// A source that knew fewer endpoints may lose what it likes, but not all endpoints of several services.
+    /// The number of endpoints from which the shares apply. A smaller source may lose any share, but not all
+    /// endpoints of several services.
     pub min: usize,
-    /// How long is at once.
+    /// The window within which losses count as simultaneous.
     #[serde(deserialize_with = "duration")]
     pub window: Duration,
 }

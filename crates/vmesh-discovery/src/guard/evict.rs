@@ -1,4 +1,4 @@
-//! Endpoints that are told and must not be used, by the operator's word. Static: they outrank every source.
+//! Evictions: endpoints that the operator forbids, whichever source lists them.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,22 +8,22 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use vmesh_model::{Registration, ServiceName};
 
-/// One endpoint that is not used.
+/// One evicted endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Evicted {
     pub service: ServiceName,
     pub address: SocketAddr,
-    /// In seconds of Unix time.
+    /// When the operator evicted it, in seconds of Unix time.
     pub since: u64,
 }
 
-/// All of them, as they are kept over a restart.
+/// All evictions, in the form in which they are persisted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Evictions(BTreeMap<ServiceName, BTreeMap<SocketAddr, u64>>);
 
 impl Evictions {
-    /// `since` is in seconds of Unix time. `false` if that was so before.
+    /// Evicts an endpoint. `since` is in seconds of Unix time. Returns `false` if it was evicted already.
     pub fn evict(&mut self, service: ServiceName, address: SocketAddr, since: u64) -> bool {
         let of_service = self.0.entry(service).or_default();
         let is_news = !of_service.contains_key(&address);
@@ -31,7 +31,7 @@ impl Evictions {
         is_news
     }
 
-    /// `false` if it was not evicted.
+    /// Ends an eviction. Returns `false` if the endpoint was not evicted.
     pub fn admit(&mut self, service: &ServiceName, address: &SocketAddr) -> bool {
         let Some(of_service) = self.0.get_mut(service) else { return false };
         let is_news = of_service.remove(address).is_some();
@@ -60,7 +60,7 @@ impl Evictions {
         })
     }
 
-    /// What may be used of `registration`: itself, unless something of it is evicted.
+    /// Returns `registration` without its evicted endpoints; the same pointer if none is evicted.
     pub fn apply(&self, registration: Arc<Registration>) -> Arc<Registration> {
         let Some(evicted) = self.0.get(&registration.service) else { return registration };
         if !registration.endpoints.iter().any(|endpoint| evicted.contains_key(&endpoint.address)) {
@@ -71,12 +71,12 @@ impl Evictions {
     }
 }
 
-/// Finds the evictions that have no object any more: no source has named the endpoint for longer than a while.
+/// Finds evictions that have become pointless, because no source has listed the endpoint for a while.
 #[derive(Debug, Default)]
 pub struct Absences(BTreeMap<(ServiceName, SocketAddr), Instant>);
 
 impl Absences {
-    /// The evictions of endpoints that `is_named` has not held of for `hold`.
+    /// Returns the evictions of endpoints for which `is_named` has been false for `hold`.
     pub fn over(
         &mut self,
         evictions: &Evictions,
@@ -100,12 +100,12 @@ impl Absences {
         over
     }
 
-    /// When the next is over if nothing changes.
+    /// Returns when the next eviction expires if no source lists its endpoint again.
     pub fn deadline(&self, hold: Duration) -> Option<Instant> {
         self.0.values().min().map(|since| *since + hold)
     }
 
-    /// Nothing can be said of what is named: a source does not answer.
+    /// Restarts every wait, because a source does not answer and it is unknown what it lists.
     pub fn unknown(&mut self) {
         self.0.clear();
     }

@@ -1,8 +1,7 @@
-//! How much a source has lost as a whole within a while.
-//!
-//! What is judged is what is left after additions: what came within the window makes up for what goes, so instances
-//! that are replaced by others, at once or with both there for a while, are a deployment. What took its leave, by
-//! draining or because the source says in as many words that there is nothing, is not lost.
+//! Measures the loss of a whole source within a time window. The measure is what is left after additions: an
+//! addition within the window compensates a loss, so a deployment that replaces instances, at once or with
+//! both running for a while, is no loss. An endpoint that drained, or a service that the source states
+//! explicitly to be empty, is not lost either.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,16 +12,16 @@ use vmesh_model::{Health, Registration, ServiceName, join};
 use super::config::FleetConfig;
 use crate::source::{Registrations, Seen};
 
-/// What a source knew, and what of it is gone.
+/// The loss of a source within the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Loss {
-    /// Of endpoints: how many were known, and how many are left.
+    /// The number of endpoints at the start of the window, and the number left.
     pub(super) endpoints: (usize, usize),
-    /// The same of services.
+    /// The number of services at the start of the window, and the number left.
     pub(super) services: (usize, usize),
 }
 
-/// The losses of one source.
+/// The losses of one source within the window.
 #[derive(Debug, Default)]
 pub(super) struct Fleet {
     endpoints: Tide,
@@ -30,7 +29,7 @@ pub(super) struct Fleet {
 }
 
 impl Fleet {
-    /// What was believed before a restart was known all along.
+    /// Creates the measure of a source that listed `told` before a restart.
     pub(super) fn knowing(told: &Registrations) -> Fleet {
         let alive = |seen: &Seen| alive(&seen.registration);
         let endpoints = told.services.values().map(alive).sum();
@@ -38,7 +37,8 @@ impl Fleet {
         Fleet { endpoints: Tide::of(endpoints), services: Tide::of(services) }
     }
 
-    /// The source said `before`, and says `told` now. Services for which `excused` holds may lose everything.
+    /// Records that the source listed `before` and lists `told` now. Services for which `excused` returns
+    /// `true` may lose everything.
     pub(super) fn turn(
         &mut self,
         before: &Registrations,
@@ -69,13 +69,14 @@ impl Fleet {
         self.services.turn(services, now);
     }
 
-    /// Forgets what is longer ago than `window`. Not called while anything waits for a word of the operator.
+    /// Forgets losses and additions that are older than `window`. Not called during a fleet hold, which waits
+    /// for the operator.
     pub(super) fn age(&mut self, window: Duration, now: Instant) {
         self.endpoints.age(window, now);
         self.services.age(window, now);
     }
 
-    /// What is gone, if it is too much.
+    /// Returns the loss if it exceeds the configured limits.
     pub(super) fn judge(&self, config: &FleetConfig) -> Option<Loss> {
         let Loss { endpoints, services } = self.loss();
         let is_more = |(had, has): (usize, usize), share: f64| {
@@ -84,7 +85,8 @@ impl Fleet {
             is_more
         };
         let several = services.0 - services.1 > 1;
-        // A registry that was started again without its content says that nothing is there, however little there was.
+        // A registry that restarted without its content lists nothing, which is suspicious even for a small
+        // source.
         let is_fleet = endpoints.0 >= config.min || (several && endpoints.1 == 0);
         let too_much =
             is_more(endpoints, config.endpoints) || (several && is_more(services, config.services));
@@ -95,19 +97,19 @@ impl Fleet {
         Loss { endpoints: self.endpoints.loss(), services: self.services.loss() }
     }
 
-    /// What is there now is what was ever known: what is gone was meant to go.
+    /// Accepts every loss so far: the present counts become the reference.
     pub(super) fn accept(&mut self) {
         self.endpoints = Tide::of(self.endpoints.known);
         self.services = Tide::of(self.services.known);
     }
 }
 
-/// Those that have not taken their leave.
+/// Returns the number of endpoints that are not draining.
 fn alive(registration: &Registration) -> usize {
     registration.endpoints.iter().filter(|endpoint| endpoint.health != Health::Draining).count()
 }
 
-/// How many were not draining before and do now.
+/// Returns how many endpoints started to drain between `before` and `now`.
 fn drained(before: &Registration, now: &Registration) -> usize {
     let is_alive_before = |address| {
         let found = before.endpoints.binary_search_by_key(&address, |e| e.address).ok();
@@ -116,7 +118,7 @@ fn drained(before: &Registration, now: &Registration) -> usize {
     now.endpoints.iter().filter(|e| e.health == Health::Draining && is_alive_before(e.address)).count()
 }
 
-/// The services of which the two do not have the same pointer, by name.
+/// Returns the services whose registration does not have the same pointer in both views, ordered by name.
 fn differing<'a>(
     before: &'a Registrations,
     now: &'a Registrations,
@@ -127,7 +129,7 @@ fn differing<'a>(
     })
 }
 
-/// What changes of a number at once.
+/// How a count changes between two views.
 #[derive(Debug, Default)]
 struct Turn {
     came: usize,
@@ -136,7 +138,7 @@ struct Turn {
 }
 
 impl Turn {
-    /// `left` of the `old` went on purpose.
+    /// Adds the change of one service from `old` to `new`, of which `left` were removed on purpose.
     fn count(&mut self, old: usize, new: usize, left: usize) {
         let old = old.saturating_sub(left);
         self.came += new.saturating_sub(old);
@@ -145,15 +147,16 @@ impl Turn {
     }
 }
 
-/// A number of things that come and go.
+/// A count, and its losses and additions within the window.
 #[derive(Debug, Default)]
 struct Tide {
     known: usize,
-    /// What went and was not made up for, and when.
+    /// Losses that no addition has compensated, with their times.
     gone: VecDeque<(Instant, usize)>,
-    /// What came and makes up for what goes within the window.
+    /// Additions that compensate later losses within the window, with their times.
     came: VecDeque<(Instant, usize)>,
-    /// What came first was there before it was known.
+    /// Set once the first view was counted. The content of the first view is no addition: it existed before
+    /// the source was first read.
     has_begun: bool,
 }
 
@@ -184,14 +187,14 @@ impl Tide {
         }
     }
 
-    /// How many were known, and how many are left.
+    /// Returns the count before the losses in the window, and the present count.
     fn loss(&self) -> (usize, usize) {
         let gone: usize = self.gone.iter().map(|(_, number)| number).sum();
         (self.known + gone, self.known)
     }
 }
 
-/// Takes `number` off what happened last; returns what is left of it.
+/// Subtracts `number` from the latest entries of `queue`. Returns the part of `number` that exceeds them.
 fn settle(queue: &mut VecDeque<(Instant, usize)>, mut number: usize) -> usize {
     while number > 0 {
         let Some((_, last)) = queue.back_mut() else { break };

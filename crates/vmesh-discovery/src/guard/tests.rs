@@ -17,7 +17,8 @@ fn endpoint(port: u16, health: Health) -> Endpoint {
     }
 }
 
-/// `1 2 3d 4u`: endpoints by their ports, those with `d` draining, with `u` unhealthy, with `h` healthy.
+/// Parses endpoints such as `1 2 3d 4u`: each word is a port, with the suffix `d` for draining, `u` for
+/// unhealthy or `h` for healthy.
 fn seen(service: &str, endpoints: &str) -> Seen {
     let endpoint = |word: &str| {
         let (port, health) = match word.split_at(word.len() - 1) {
@@ -49,12 +50,12 @@ fn ports(seen: &Seen) -> Vec<String> {
     seen.registration.endpoints.iter().map(|e| format!("{}{}", e.address.port(), mark(e))).collect()
 }
 
-/// A guard of a source that says the same whenever it is read again, unless it cannot be.
+/// A guard, and a source that reports the same at each confirming read unless `unreadable` is set.
 struct Sim {
     guard: Guard,
     told: Registrations,
     unreadable: bool,
-    /// When it was read again, and what was believed when.
+    /// The times of the confirming reads.
     read: Vec<Instant>,
     believed: Vec<(Instant, Registrations)>,
 }
@@ -81,7 +82,7 @@ impl Sim {
         self.guard.see(told, now);
     }
 
-    /// Lets the time pass as `follow` does.
+    /// Advances time and reacts to each deadline as `follow` does.
     fn until(&mut self, now: Instant) {
         let mut steps = 0;
         while let Some(deadline) = self.guard.deadline().filter(|deadline| *deadline <= now) {
@@ -102,9 +103,12 @@ impl Sim {
     }
 }
 
-/// What a source says at which second, a line each: `10: orders 1 2 3`. `-` is a service that is absent, `[]` one that
-/// is empty on purpose, `failed` a source that does not answer, `unreadable` one that cannot be read again, and a line
-/// without anything lets the time pass. `accept`, `freeze` and `thaw` are the operator's words.
+/// Runs `script` and compares what the guard believes after each line with `expected`.
+///
+/// A line such as `10: orders 1 2 3` holds a second and the view of the source at that second. `-` stands for
+/// an absent service, `[]` for a service that is empty on purpose, `failed` for a source that does not
+/// answer, and `unreadable` for one whose confirming reads fail. `accept`, `freeze` and `thaw` are commands
+/// of the operator. A line without an action only advances time.
 fn run(config: GuardConfig, script: &str, expected: Expect) {
     let start = Instant::now();
     let mut sim = Sim::of(config);
@@ -295,7 +299,7 @@ fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
             66: 1 2 11           => fresh 1 2 11
         "#]],
     );
-    // Half is left; and few were there.
+    // Half of the endpoints are left; and a service that is too small for the rule.
     file(
         "0: 1 2 3 4 5 6\n5: 1 2 3",
         expect![[r#"
@@ -310,7 +314,7 @@ fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
         5: 1                 => fresh 1
     "#]],
     );
-    // Replacing all of them is a deployment.
+    // Replacing all endpoints is a deployment.
     file(
         "0: 1 2 3 4 5 6\n5: 11 12 13 14 15 16",
         expect![[r#"
@@ -318,7 +322,7 @@ fn a_service_that_shrinks_below_half_stays_until_that_is_confirmed() {
         5: 11 12 13 14 15 16 => fresh 11 12 13 14 15 16
     "#]],
     );
-    // It recovers, and what went meanwhile goes.
+    // The service recovers, and endpoints that went missing meanwhile are removed.
     file(
         "0: 1 2 3 4 5 6\n5: 1 2\n10: 1 2 3 4",
         expect![[r#"
@@ -493,7 +497,7 @@ fn when_all_become_unhealthy_at_once_their_health_stays_for_a_while() {
             61: 1u 2u 3u         => fresh 1u 2u 3u
         "#]],
     );
-    // One after the other is no accident of the checks.
+    // Endpoints that become unhealthy one after another do not point to failing health checks.
     registry(
         "0: 1h 2h\n10: 1u 2h\n41: 1u 2u",
         expect![[r#"
@@ -502,7 +506,8 @@ fn when_all_become_unhealthy_at_once_their_health_stays_for_a_while() {
         41: 1u 2u            => fresh 1u 2u
     "#]],
     );
-    // A new service whose checks have not passed yet; one endpoint alone; and one that recovers meanwhile.
+    // A new service whose checks have not passed yet; a single endpoint; and a service that recovers
+    // meanwhile.
     registry(
         "0: 1u 2u\n1: 1u 2u 3u",
         expect![[r#"
@@ -607,7 +612,8 @@ fn without_a_hold_nothing_is_read_again() {
     );
 }
 
-/// A source of several services. `10: a 1 2; b 3`, `+` is a range: `a 1+20` are 20 endpoints from port 1 on.
+/// Runs a script with several services, such as `10: a 1 2; b 3`. `a 1+20` stands for 20 endpoints from port
+/// 1 on.
 fn fleet(config: GuardConfig, script: &str, expected: Expect) {
     let start = Instant::now();
     let mut sim = Sim::of(config);
@@ -640,7 +646,7 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
                             Err(_) => ports += word,
                         }
                     }
-                    // What is told again in the same words is the same.
+                    // An unchanged service keeps its pointer, as in a real source.
                     let now = seen(name, &ports);
                     let same =
                         sim.told.services.get(name).filter(|known| known.registration == now.registration);
@@ -668,7 +674,7 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
 
 #[test]
 fn a_source_that_loses_much_of_all_at_once_loses_nothing_until_that_is_accepted() {
-    // Half of each service: no service by itself is suspicious.
+    // Each service loses half of its endpoints, so no service is suspicious by itself.
     fleet(
         GuardConfig::default(),
         "0: a 1+10; b 1+10; c 1+10\n100: a 1+5; b 1+5; c 1+5\n200:\n100000: a 1+5; b 1+5; c 1+5 50\n100001: accept\n100002: a 1+5; b 1+5; c 1+5",
@@ -681,7 +687,7 @@ fn a_source_that_loses_much_of_all_at_once_loses_nothing_until_that_is_accepted(
             100002: a 1+5; b 1+5; c 1+5 => a 5, b 5, c 6
         "#]],
     );
-    // It names enough again: what is still missing goes after its hold.
+    // The source lists enough again; endpoints still missing are removed after `removal_hold`.
     fleet(
         GuardConfig::default(),
         "0: a 1+10; b 1+10; c 1+10\n100: a 1+5; b 1+5; c 1+5\n200: a 1+10; b 1+8; c 1+8\n209:\n210:",
@@ -693,7 +699,7 @@ fn a_source_that_loses_much_of_all_at_once_loses_nothing_until_that_is_accepted(
             210:                     => a 10, b 8, c 8
         "#]],
     );
-    // Everything, and piece by piece.
+    // The source loses two services entirely, and the operator accepts them one by one.
     fleet(
         GuardConfig::default(),
         "0: a 1+10; b 1+10; c 1+10\n100: a 1+10\n101: failed\n1000: a 1+10\n2000: accept b\n2001: accept c\n2002: a 1+9\n2012:",
@@ -808,7 +814,7 @@ fn a_small_source_that_loses_everything_is_held_too() {
             400: accept              => c 0
         "#]],
     );
-    // One service alone is judged by itself.
+    // A single service is judged by its own rules.
     fleet(
         GuardConfig::default(),
         "0: a 1+3\n100: c\n130:",
@@ -840,7 +846,7 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
     assert_eq!(ports(&believed.services["orders"]), ["1", "2", "3"]);
     let why = sim.guard.held().first().unwrap().because.clone();
     assert!(why.ends_with("has failed: `vm-1` cannot be resolved"), "{why}");
-    // It can be read, and there is nothing.
+    // The service is readable and has no endpoints.
     sim.see(told(Seen::fresh(nothing)), at(3610));
     sim.believed(at(3610));
     sim.until(at(3700));
@@ -851,7 +857,7 @@ const SERVICES: [&str; 3] = ["a", "b", "c"];
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// What it says of each service; `None`: nothing.
+    /// The source lists these endpoints of each service; `None` if the service is absent.
     Says([Option<BTreeSet<u16>>; 3]),
     Fails,
     CanBeReadAgain(bool),
@@ -868,18 +874,20 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What may be taken away when, said in the simplest way: by looking back at all that was said.
+/// A simple model of the rules: it decides by looking back at the complete history.
 #[derive(Default)]
 struct Model {
-    /// What was said of each service, since when; a source that fails says nothing.
+    /// The listed endpoints of each service over time. A failing source adds no entry.
     said: [Vec<(Option<Instant>, BTreeSet<u16>)>; 3],
-    /// How many endpoints were named, since when.
+    /// The history of the total number of endpoints.
     totals: Vec<(Instant, usize)>,
-    /// The source says less than 65 % of so many that it named for the whole window before.
+    /// Set while the source lists less than 65 % of this number, which it listed throughout the window
+    /// before.
     fleet: Option<usize>,
-    /// How many were named of it at most since something is shown that is not named.
+    /// The largest number of listed endpoints of each service since a served endpoint went missing.
     most: [usize; 3],
-    /// Since when a service of at least five has less than half of so many.
+    /// Set while a service lists less than half of at least five earlier endpoints: the start time, and the
+    /// earlier number.
     few: [Option<(Instant, usize)>; 3],
     failing: bool,
 }
@@ -916,10 +924,10 @@ impl Model {
         self.totals.push((now, total));
     }
 
-    /// Whether `port` of a service may be taken away at `now`.
+    /// Returns `Ok` if `port` of a service may be removed at `now`.
     fn allows(&mut self, at: usize, port: u16, read: &[Instant], now: Instant) -> Result<(), String> {
         let said = &self.said[at];
-        // Since when what is said last holds of the service, back to when it was something else.
+        // Returns since when `holds` has been true of every entry up to the latest.
         let since = |holds: &dyn Fn(&BTreeSet<u16>) -> bool| {
             let last = said.iter().rposition(|(_, said)| !holds(said)).map_or(0, |at| at + 1);
             said.get(last).and_then(|(since, _)| *since)
@@ -956,8 +964,8 @@ fn shown(believed: &Registrations, at: usize) -> BTreeSet<u16> {
 }
 
 proptest! {
-    /// Whatever a source says and when: what is told is shown at once, nothing goes earlier than the rules allow, and
-    /// after a while in which it is the same what is told is what is shown.
+    /// For any history of a source: an addition is served at once, no endpoint is removed earlier than the
+    /// rules allow, and once the source has been quiet for a while, the served endpoints are the listed ones.
     #[test]
     fn the_guard_only_ever_delays_and_never_takes_away_what_it_may_not(
         steps in prop::collection::vec((0u64..50, step()), 1..40),
@@ -1007,13 +1015,15 @@ proptest! {
             }
             check(&mut sim.believed, &sim.read, &mut model, &mut before, accepted)?;
         }
-        // It answers, says the same, and can be read again: that settles it, but for what only a word settles.
+        // The source answers, does not change and is readable again. This ends every hold, except a fleet
+        // hold, which only the operator ends.
         sim.unreadable = false;
         let last = sim.told.clone();
         sim.see(last, now);
         for _ in 0..100 {
             let Some(deadline) = sim.guard.deadline() else { break };
-            // A reading may be overdue: it was of no use while the service was doubted for another reason.
+            // A confirming read may be overdue, if it was useless while the service was held for another
+            // reason.
             now = now.max(deadline);
             sim.until(now);
         }
@@ -1030,7 +1040,7 @@ proptest! {
     }
 }
 
-/// Nothing went that may not, of what was believed one after the other.
+/// Checks that the model allows every removal between consecutive views in `believed`.
 fn check(
     believed: &mut Vec<(Instant, Registrations)>,
     read: &[Instant],
@@ -1046,7 +1056,7 @@ fn check(
                 prop_assert!(allowed.is_ok(), "{port} of {name} went: {}", allowed.unwrap_err());
             }
             if old.difference(&new).next().is_some() && model.few[at].take().is_some() {
-                // So few are believed.
+                // The smaller number of endpoints is believed from now on.
                 model.most[at] = model.said[at].last().map_or(0, |(_, said)| said.len());
             }
         }
@@ -1074,7 +1084,7 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
         let mut guard = Guard::new("consul", GuardConfig::default());
         guard.see(told_of([seen("pay", "1 2 3 4")]), at(0));
         guard.believed(at(0));
-        // An addition, an illness, and three that are not named any more.
+        // One addition, one endpoint that becomes unhealthy, and three endpoints that are no longer listed.
         guard.see(told_of([part("1u 5")]), at(1));
         let believed = guard.believed(at(600));
         assert_eq!(ports(&believed.services[&name]), ["1u", "2", "3", "4", "5"]);
@@ -1088,7 +1098,7 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
             assert_eq!(ports(&guard.believed(at(601)).services[&name]), ["1u", "5"]);
             assert!(guard.held().is_empty());
         } else {
-            // All of it can be read: what is missing goes as ever, and not at once.
+            // The service is fully readable: missing endpoints are removed after `removal_hold`, not at once.
             guard.see(told_of([seen("pay", "1 2 3 5")]), at(700));
             assert_eq!(ports(&guard.believed(at(701)).services[&name]), ["1", "2", "3", "4", "5"]);
             assert_eq!(ports(&guard.believed(at(711)).services[&name]), ["1", "2", "3", "5"]);
@@ -1115,7 +1125,7 @@ fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted(
         guard.held().iter().map(|held| (held.service.clone(), held.kind, held.had, held.has)).collect();
     assert_eq!(held, [(Some(name.clone()), Kind::Unreadable, 2, 0)]);
     guard.accept(Some(&name)).unwrap();
-    // It stays gone for as long as the source says nothing else.
+    // The service stays removed while the source reports no change.
     guard.see(told_of([unread, seen("web", "7")]), at(3700));
     assert!(!guard.believed(at(3700)).services.contains_key(&name));
     assert!(guard.held().is_empty());

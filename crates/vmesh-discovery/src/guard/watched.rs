@@ -1,4 +1,4 @@
-//! One service under guard.
+//! The guard of one service.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -13,42 +13,43 @@ use super::config::GuardConfig;
 use super::{Held, Kind};
 use crate::source::{Extent, Seen};
 
-/// What judges a service besides what is said of it.
+/// The circumstances, besides its own view, in which a service is judged.
 pub(super) struct Rules<'a> {
     pub(super) config: &'a GuardConfig,
     pub(super) source: &'a str,
-    /// Why nothing of the whole source is taken away, and since when.
+    /// The fleet hold of the source, with its reason and start, if there is one.
     pub(super) fleet: Option<(&'a Arc<str>, Instant)>,
     pub(super) now: Instant,
 }
 
-/// One service that is believed to exist.
+/// One service that the guard believes to exist.
 #[derive(Debug)]
 pub(super) struct Watched {
     pub(super) shown: Seen,
-    /// What of the endpoints shown is not told any more, and since when.
+    /// The endpoints that are served but no longer listed, with the time of their removal from the source.
     missing: BTreeMap<SocketAddr, Instant>,
-    /// Nothing is told of it, or no endpoint.
+    /// The pending removal of the whole service: it is absent, or listed without endpoints.
     none: Option<Doubt>,
-    /// It is told to have too few endpoints, and how many it had.
+    /// The pending removal of a large part of the endpoints, with the number of endpoints before.
     few: Option<(Doubt, usize)>,
-    /// How many endpoints were told at most since anything is missing; fewer, if fewer were believed. What is shown
-    /// has those that are missing and those that came for them, and tells nothing of how many there were.
+    /// The largest number of listed endpoints since the first one went missing; lowered when a smaller number
+    /// is believed. The served endpoints do not tell it: they include both the missing endpoints and their
+    /// replacements.
     peak: Option<usize>,
     illness: Illness,
-    /// Since when all of it, or too much, cannot be read.
+    /// Since when the service is wholly or largely unreadable.
     unread_since: Option<Instant>,
-    /// How it was held at the last judgement.
+    /// The kind of hold at the last judgement.
     pub(super) held: Option<Kind>,
 }
 
-/// Something that is not believed until it has been said for long and often enough.
+/// A removal that is not believed until it has been reported for long enough and confirmed often enough.
 #[derive(Debug)]
 struct Doubt {
     since: Instant,
-    /// How many readings that were asked for said the same.
+    /// The number of confirming reads that reported the same.
     confirmed: u32,
-    /// The last one failed: when to ask again, and why it did.
+    /// The last confirming read failed: when to read again, and the reason.
     failed: Option<(Instant, Arc<str>)>,
 }
 
@@ -65,7 +66,8 @@ impl Doubt {
         self.since + hold <= now && !self.needs_readings(hold, config)
     }
 
-    /// When something is to be done about it: a reading, at equal steps up to the end of the hold, or the end itself.
+    /// Returns when the next confirming read is due, in equal steps up to the end of the hold, or when the
+    /// hold ends.
     fn due(&self, hold: Duration, config: &GuardConfig) -> Instant {
         match &self.failed {
             _ if !self.needs_readings(hold, config) => self.since + hold,
@@ -75,14 +77,15 @@ impl Doubt {
     }
 }
 
-/// What is told of the health of its endpoints.
+/// The reported health of the endpoints of a service.
 #[derive(Debug, Default)]
 struct Illness {
-    /// The unhealthy ones: since when (`None` is for long), and what was known of them before.
+    /// The unhealthy endpoints: since when (`None` if for longer than the guard knows), and their health
+    /// before.
     since: BTreeMap<SocketAddr, (Option<Instant>, Option<Health>)>,
-    /// All of them became so within the window, and that is not believed yet.
+    /// All endpoints became unhealthy within the window, and the guard does not believe it yet.
     doubt: Option<Instant>,
-    /// All of them are, and that is believed.
+    /// All endpoints are unhealthy, and the guard believes it.
     believed: bool,
 }
 
@@ -106,7 +109,7 @@ impl Illness {
         let alive = told.iter().filter(|e| e.health != Health::Draining).count();
         let all_are = alive >= 2 && self.since.len() == alive && !window.is_zero();
         if any_recovered || self.since.is_empty() {
-            // The checks can tell one from the other.
+            // An endpoint recovered, so the health checks work.
             self.doubt = None;
         }
         self.believed &= all_are;
@@ -124,7 +127,7 @@ impl Illness {
         }
     }
 
-    /// `told` with the health that was known before.
+    /// Returns `told` with the previous health of the unhealthy endpoints.
     fn undone(&self, told: &[Endpoint]) -> Vec<Endpoint> {
         let undo = |endpoint: &Endpoint| {
             let before = self.since.get(&endpoint.address).and_then(|(_, before)| *before);
@@ -134,11 +137,11 @@ impl Illness {
     }
 }
 
-/// What becomes of a service at a judgement.
+/// The result of judging a service.
 pub(super) enum Outcome {
-    /// What is told is shown, but for endpoints whose time has not come.
+    /// The reported endpoints are served, with recently removed endpoints until `removal_hold` ends.
     Plain,
-    /// What was held is believed.
+    /// A held change is believed from now on.
     Believed,
     Held(Held),
 }
@@ -157,12 +160,12 @@ impl Watched {
         }
     }
 
-    /// How many endpoints are shown and not told.
+    /// Returns the number of endpoints that are served and not listed.
     pub(super) fn missing(&self) -> usize {
         self.missing.len()
     }
 
-    /// What was held has to be said for the whole time again: the source could not be heard, or was not to be.
+    /// Restarts every hold of this service, because the source was failing or frozen.
     pub(super) fn begin_again(&mut self, now: Instant) {
         self.missing.values_mut().for_each(|since| *since = now);
         self.none = self.none.take().map(|_| Doubt::since(now));
@@ -170,7 +173,7 @@ impl Watched {
         self.illness.doubt = self.illness.doubt.map(|_| now);
     }
 
-    /// Believes what is told, by the operator's word. `false` if that is that the service is gone.
+    /// Believes `told`, because the operator accepted it. Returns `false` if the service is thereby removed.
     pub(super) fn accept(&mut self, told: Option<&Seen>) -> bool {
         let Some(told) = told else { return false };
         let illness = std::mem::take(&mut self.illness);
@@ -180,7 +183,8 @@ impl Watched {
         true
     }
 
-    /// What is to be shown of it (`None`: it is gone), and what becomes of it.
+    /// Judges the reported state `told`. Returns what to serve, or `None` if the service is removed, and the
+    /// outcome.
     pub(super) fn judge(
         &mut self,
         name: &ServiceName,
@@ -212,7 +216,7 @@ impl Watched {
             self.begin_again(now);
         }
         let on_purpose = on_purpose || told.is_some_and(|told| told.empty_on_purpose);
-        // Those that drain have taken their leave: they are not missed.
+        // The removal of a draining endpoint is expected, so it does not count as a loss.
         let counts =
             |endpoints: &[Endpoint]| endpoints.iter().filter(|e| e.health != Health::Draining).count();
         let peak = self.peak.unwrap_or_else(|| counts(&self.shown.registration.endpoints));
@@ -247,7 +251,8 @@ impl Watched {
             self.peak = None;
             return (Some(told.clone()), outcome(believed));
         }
-        // Also what was confirmed as a whole: what went last has not been gone for long.
+        // This includes a removal confirmed as a whole: its last endpoint may have disappeared only a moment
+        // ago.
         self.missed(&target, now);
         let (hold, fleet) = (config.removal_hold(), rules.fleet);
         let missing = std::mem::take(&mut self.missing);
@@ -283,7 +288,7 @@ impl Watched {
         (Some(Seen { state: State::Held, because, ..seen }), Outcome::Held(held))
     }
 
-    /// Judges a service of which `told` is a part, or what was read of it last: nothing that was shown goes.
+    /// Judges a service that is unreadable, wholly or in part. Nothing that is served is removed.
     fn judge_unread(
         &mut self,
         name: &ServiceName,
@@ -336,7 +341,7 @@ impl Watched {
             && self.illness.doubt.is_none()
     }
 
-    /// What of it is doubted, for how long, and how that is called.
+    /// Returns the pending removal, its hold, and the kind of the hold.
     fn doubt(&self, told: Option<&Seen>, config: &GuardConfig) -> Option<(&Doubt, Duration, Kind)> {
         let none = if told.is_some() { Kind::Empty } else { Kind::Absent };
         match (&self.none, &self.few) {
@@ -396,15 +401,15 @@ impl Watched {
         }
     }
 
-    /// Whether a reading is due that says whether what is doubted is so.
+    /// Reports whether a confirming read is due.
     pub(super) fn wants_reading(&self, config: &GuardConfig, now: Instant) -> bool {
-        // Which of the two it is makes no difference here.
+        // The kind, which depends on the argument, is not used here.
         self.doubt(None, config).is_some_and(|(doubt, hold, _)| {
             doubt.needs_readings(hold, config) && doubt.due(hold, config) <= now
         })
     }
 
-    /// A reading that was asked for says that it is so. Returns how many have.
+    /// Counts a read that confirmed the removal. Returns the number of such reads.
     pub(super) fn confirm(&mut self) -> Option<u32> {
         let none = self.none.as_mut();
         let few = self.few.as_mut().map(|(doubt, _)| doubt);
@@ -413,11 +418,11 @@ impl Watched {
             doubt.confirmed = doubt.confirmed.saturating_add(1);
             doubt.confirmed
         });
-        // That of `none` is first, and it is the one that counts.
+        // A pending removal of the whole service takes precedence.
         doubts.collect::<Vec<_>>().first().copied()
     }
 
-    /// A reading that was asked for failed. The next is one step later.
+    /// Records that a confirming read failed. The next read is due one step later.
     pub(super) fn not_confirmed(&mut self, why: &Arc<str>, config: &GuardConfig, now: Instant) {
         let step = |hold: Duration| (hold / config.confirmations.max(1)).clamp(Self::SOONEST, Self::LATEST);
         if let Some(doubt) = &mut self.none {
@@ -431,14 +436,14 @@ impl Watched {
     const SOONEST: Duration = Duration::from_millis(500);
     const LATEST: Duration = Duration::from_secs(30);
 
-    /// Why the last reading that was asked for failed, if it did.
+    /// Returns the reason why the last confirming read failed, if it failed.
     pub(super) fn reading_failed(&self) -> Option<&Arc<str>> {
         let few = self.few.as_ref().map(|(doubt, _)| doubt);
         let doubt = self.none.as_ref().or(few)?;
         doubt.failed.as_ref().map(|(_, why)| why)
     }
 
-    /// Remembers since when which endpoint is missing.
+    /// Updates since when each endpoint is missing.
     fn missed(&mut self, target: &[Endpoint], now: Instant) {
         let missing = &mut self.missing;
         missing.retain(|address, _| find(target, address).is_none());
@@ -448,7 +453,8 @@ impl Watched {
         }
     }
 
-    /// What is told, and of what was shown besides that what `stays`. Shares the pointer with either if it is equal.
+    /// Returns the listed endpoints and those served endpoints for which `stays` returns `true`. An equal
+    /// result shares the pointer of `told` or of the view that is served.
     fn merged(&self, told: Option<&Seen>, target: &[Endpoint], stays: impl Fn(&Endpoint) -> bool) -> Seen {
         let shown = &self.shown.registration;
         let is_told = |e: &Endpoint| find(target, &e.address).is_some();
@@ -465,16 +471,16 @@ impl Watched {
         Seen { registration, empty_on_purpose: false, ..told.clone() }
     }
 
-    /// When it will be judged otherwise although the source says the same.
+    /// Returns the next time at which the judgement changes even if the source reports no change.
     pub(super) fn deadline(&self, config: &GuardConfig, is_fleet: bool) -> Option<Instant> {
         let ill = self.illness.doubt.map(|since| since + config.confirm_unhealthy);
-        // Only the source, or the operator, ends these.
+        // Only the source or the operator ends a fleet hold or an unreadable state.
         if is_fleet || self.unread_since.is_some() {
             return ill;
         }
         let doubt = self.doubt(None, config).map(|(doubt, hold, _)| doubt.due(hold, config));
         let missing = self.missing.values().min().map(|since| *since + config.removal_hold());
-        // While all of it is held, single endpoints do not go.
+        // While a removal of the whole service is pending, single endpoints are not removed.
         [doubt.or(missing), ill].into_iter().flatten().min()
     }
 }

@@ -1,4 +1,4 @@
-//! `discovery: - plugin: {..}`.
+//! The `plugin:` part of `discovery:`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,31 +12,33 @@ use crate::guard::GuardConfig;
 
 use super::run::NEVER_PASSED;
 
-/// A program that reads a registry of another kind.
+/// The configuration of a plug-in source: a program that reads another kind of registry.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PluginConfig {
     /// The program and its arguments. It runs as the user of the control plane, without a shell.
     #[serde(deserialize_with = "command")]
     pub command: Vec<String>,
-    /// What it is called in messages and in the API. Built in: `plugin:` and the program's file name.
+    /// The name of the source in messages and in the API. Default: `plugin:` and the file name of the
+    /// program.
     pub name: Option<Arc<str>>,
-    /// Without a line for so long it is taken for dead, ended and started again. Built in: 90 s; 1 s at least.
+    /// How long the program may print no line before it is killed and started again. Default: 90 s; minimum:
+    /// 1 s.
     #[serde(default = "minute_and_a_half", deserialize_with = "seconds")]
     pub silence: Duration,
-    /// How often host names are resolved again. Built in: 30 s; 1 s at least.
+    /// The interval at which host names are resolved again. Default: 30 s; minimum: 1 s.
     #[serde(default = "half_a_minute", deserialize_with = "seconds")]
     pub resolve_interval: Duration,
-    /// Longer lines are not read. Built in: 16 MiB.
+    /// The length limit of a line in bytes. Default: 16 MiB.
     #[serde(default = "max_bytes")]
     pub max_bytes: usize,
-    /// Variables of the control plane's environment that the program gets besides the usual few (`PATH`, `HOME`, `LANG`, `TZ`,
-    /// proxies and certificates). Built in: none.
+    /// Variables of the control plane's environment that are passed to the program, besides the usual few
+    /// (`PATH`, `HOME`, `LANG`, `TZ`, proxies and certificates). Default: none.
     #[serde(default, deserialize_with = "pass_env")]
     pub pass_env: Vec<String>,
     #[serde(default)]
     pub guard: GuardConfig,
-    /// Whether to wait for it before the first configuration is served. Built in: true.
+    /// Whether the control plane serves nothing before this source has answered. Default: `true`.
     #[serde(default = "crate::config::yes")]
     pub required: bool,
 }
@@ -48,7 +50,7 @@ impl PluginConfig {
         self.name.clone().unwrap_or_else(|| format!("plugin:{file}").into())
     }
 
-    /// The program, for messages; without its arguments, which may be secrets.
+    /// Returns the program for messages, without its arguments, which may be secrets.
     pub(super) fn program(&self) -> &str {
         self.command.first().map_or("", String::as_str)
     }
@@ -62,7 +64,8 @@ fn max_bytes() -> usize {
     MAX_TEXT
 }
 
-/// Not one text: how a shell would split it is nobody's guess.
+/// Deserializes a command as a list of words. A single text is rejected, because it would have to be split as
+/// a shell does.
 fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let words = Vec::<String>::deserialize(deserializer)?;
     if words.first().is_none_or(String::is_empty) {
@@ -73,7 +76,8 @@ fn command<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D:
     Ok(words)
 }
 
-/// Names of variables; not those by which systemd and the control plane speak with each other.
+/// Deserializes names of variables. Variables by which systemd and the control plane communicate are
+/// rejected.
 fn pass_env<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let names = Vec::<String>::deserialize(deserializer)?;
     for name in &names {

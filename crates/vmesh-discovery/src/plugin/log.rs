@@ -1,4 +1,4 @@
-//! What a program prints to its standard error, within limits.
+//! Logs the standard error of a program, within limits.
 
 use std::io;
 use std::time::Duration;
@@ -8,16 +8,17 @@ use tokio::process::ChildStderr;
 use tokio::time::Instant;
 use vmesh_text::printable;
 
-/// Lines are cut off after so many bytes.
+/// The limit of bytes of a line; the rest is cut off.
 const MAX_LINE: usize = 2_000;
-/// So many lines are logged within [`WINDOW`]; the others are counted.
+/// The number of lines that are logged per [`WINDOW`]; further lines are counted.
 const MAX_LINES: u32 = 100;
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// The standard error of a program: read to its end, so that the program never waits for it, and logged in part.
+/// The standard error of a program. All output is read, so that the program never blocks, but only a part of
+/// it is logged.
 pub(super) struct Log {
     from: Option<BufReader<ChildStderr>>,
-    /// The beginning of a line that has not ended yet.
+    /// The beginning of an incomplete line.
     line: Vec<u8>,
     rate: Rate,
 }
@@ -27,7 +28,7 @@ impl Log {
         Log { from: from.map(BufReader::new), line: Vec::new(), rate: Rate::new(Instant::now()) }
     }
 
-    /// Waits for the next line that is to be logged. Dropping the future loses nothing.
+    /// Waits for the next line to log. Dropping the future loses nothing.
     pub(super) async fn next(&mut self) -> String {
         loop {
             match self.read_line().await {
@@ -45,7 +46,7 @@ impl Log {
         }
     }
 
-    /// Reads on until a line has ended; `false` at the end of the output.
+    /// Reads until a line is complete. Returns `false` at the end of the output.
     async fn read_line(&mut self) -> io::Result<bool> {
         let Some(from) = &mut self.from else { return std::future::pending().await };
         loop {
@@ -66,7 +67,7 @@ impl Log {
     }
 }
 
-/// How many lines were logged in the current window.
+/// The number of lines that were logged in the current window.
 struct Rate {
     window: Instant,
     logged: u32,

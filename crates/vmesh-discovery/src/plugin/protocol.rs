@@ -1,4 +1,4 @@
-//! What vmesh and a plug-in say to each other: version 1, one JSON object per line.
+//! The protocol between vmesh and a plug-in: version 1, one JSON object per line.
 //!
 //! vmesh writes to the program's standard input:
 //!
@@ -16,9 +16,10 @@
 //! {"type": "failed", "message": "the registry answers 503"}
 //! ```
 //!
-//! A view is complete: all services, in the native format of files. `confirm` asks it to read its registry once more, as
-//! strongly as it can, and to answer with a view that says `confirms`. What it prints to its standard error goes to the
-//! log. It ends when its standard input does.
+//! A view is complete: it lists all services, in the native format of files. `confirm` asks the program to
+//! read its registry again with the strongest consistency it offers, and to answer with a view whose
+//! `confirms` is the `id` of the request. The standard error of the program goes to the log. The program ends
+//! when its standard input is closed.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -33,36 +34,36 @@ use crate::format::{Input, Parsed, native};
 /// The version of the protocol.
 const VERSION: u32 = 1;
 
-/// What a program says in one line.
+/// A line from the program.
 #[derive(Debug)]
 pub enum Said {
     View(View),
-    /// What it said last still holds.
+    /// The last view is still current.
     Alive,
-    /// It could not read its registry.
+    /// The program could not read its registry.
     Failed(String),
 }
 
-/// All that its registry has.
+/// A complete view of the registry.
 #[derive(Debug)]
 pub struct View {
     pub parsed: Parsed,
-    /// Which request for confirmation it answers.
+    /// The ID of the confirmation request that this view answers.
     pub confirms: Option<u64>,
 }
 
-/// The first line to a program.
+/// Returns the first line to a program.
 pub fn hello(source: &str) -> String {
     json!({"type": "hello", "protocol": VERSION, "source": source}).to_string() + "\n"
 }
 
-/// Asks for `services` to be read again.
+/// Returns the line that asks for `services` to be read again.
 pub fn confirm(id: u64, services: &BTreeSet<ServiceName>) -> String {
     json!({"type": "confirm", "id": id, "services": services}).to_string() + "\n"
 }
 
-/// Reads one line; `source` is for places. The error says what is wrong with the line, and like the reason of a failure it is
-/// printable, whatever the program wrote.
+/// Parses a line; `source` is used for places. The error describes what is wrong with the line. The error and
+/// the reason of a failure are escaped, so both are safe for terminals and logs.
 pub fn read(source: &Arc<str>, line: &str) -> Result<Said, String> {
     match read_line(source, line) {
         Ok(Said::Failed(reason)) => Ok(Said::Failed(printable(&reason).into_owned())),
@@ -72,7 +73,7 @@ pub fn read(source: &Arc<str>, line: &str) -> Result<Said, String> {
 }
 
 fn read_line(source: &Arc<str>, line: &str) -> Result<Said, String> {
-    // Only objects: YAML, of which JSON is a part, would take any text for a value.
+    // Only objects are accepted: YAML, of which JSON is a subset, would take any text for a value.
     if !line.trim_start().starts_with('{') {
         return Err(format!("`{}` is not a JSON object: logs belong on standard error", short(line.trim())));
     }
@@ -120,7 +121,7 @@ fn view(source: &Arc<str>, line: &str, root: &Node) -> Result<Said, String> {
         let why: Vec<_> = parsed.problems.iter().take(3).map(ToString::to_string).collect();
         return Err(why.join("; "));
     }
-    // The column of a line that is gone is no place, and would make every service after a change another one.
+    // The column within a line is useless to an operator, and would make every service after a change differ.
     let place = Place::file(source.clone());
     for service in &mut parsed.services {
         service.place = place.clone();

@@ -1,4 +1,4 @@
-//! A run of the program: with which environment it starts, and how all that it started is ended.
+//! One run of the program: its environment, and how all processes it started are killed.
 
 use std::ffi::OsString;
 use std::fs;
@@ -12,8 +12,9 @@ use rustix::process::{
 };
 use tokio::process::{Child, Command};
 
-/// Variables of the control plane that a plug-in gets. What else it needs is named by `pass_env`: the control plane's
-/// environment has its own secrets, and sockets on which it alone speaks with systemd.
+/// The variables of the control plane's environment that a plug-in gets. Others have to be listed in
+/// `pass_env`, because the environment holds secrets of the control plane and the sockets by which it talks
+/// to systemd.
 pub(super) const ENVIRONMENT: [&str; 19] = [
     "PATH",
     "HOME",
@@ -35,28 +36,29 @@ pub(super) const ENVIRONMENT: [&str; 19] = [
     "HTTPS_PROXY",
     "NO_PROXY",
 ];
-/// Variables that no plug-in gets, whatever `pass_env` says: with them it could speak to systemd as the control plane.
+/// The variables that no plug-in gets, even if `pass_env` lists them: with these it could talk to systemd as
+/// the control plane.
 pub(super) const NEVER_PASSED: [&str; 6] =
     ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
-/// Tells the processes of one run from all others; each that the program starts inherits it.
+/// The variable that identifies the processes of one run; every process that the program starts inherits it.
 const RUN: &str = "VMESH_PLUGIN_RUN";
-/// Processes of the host that are looked at to find those of a run.
+/// The limit of processes that are inspected to find those of a run.
 const MAX_PROCESSES: usize = 100_000;
 
-/// The processes of one run, which end when it is dropped.
+/// The processes of one run. Dropping it kills them.
 pub(super) struct Run {
     /// The program itself.
     pub(super) child: Child,
-    /// The process group of the program, which it leads.
+    /// The process group of the program, which is its leader.
     group: Option<Pid>,
-    /// The environment variable by which the processes of this run are found: `VMESH_PLUGIN_RUN=..`.
+    /// The environment variable that identifies the processes of this run: `VMESH_PLUGIN_RUN=..`.
     mark: Vec<u8>,
 }
 
 impl Run {
     pub(super) fn start(command: &[String], pass_env: &[String]) -> io::Result<Run> {
         let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
-        // The keys of a std hash map are random.
+        // The standard library keys each hash map at random.
         let run = format!("{}-{:016x}", std::process::id(), RandomState::new().hash_one(program));
         let child = Command::new(program)
             .args(arguments)
@@ -73,10 +75,10 @@ impl Run {
         Ok(Run { child, group, mark: format!("{RUN}={run}").into_bytes() })
     }
 
-    /// Ends all processes of the run, and returns how the program had ended before, if it had.
+    /// Kills all processes of the run. Returns the exit status of the program if it had already ended.
     pub(super) fn end(&mut self) -> Option<ExitStatus> {
         let group = self.group.take()?;
-        // The program stays a zombie while its group is killed, so that its number names no other process yet.
+        // The program stays a zombie while its group is killed, so that its process ID cannot be reused yet.
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let has_exited = waitid(WaitId::Pid(group), options).is_ok_and(|status| status.is_some());
         _ = kill_process_group(group, Signal::KILL);
@@ -102,7 +104,8 @@ fn environment(pass_env: &[String]) -> impl Iterator<Item = (OsString, OsString)
     passed.filter_map(|name| Some((name.into(), std::env::var_os(name)?)))
 }
 
-/// Kills every process whose environment has `mark`: those that have left the program's process group.
+/// Kills every process whose environment contains `mark`, including processes outside the program's process
+/// group.
 fn kill_marked(mark: &[u8]) {
     let Ok(proc) =
         rustix::fs::open("/proc", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -113,7 +116,8 @@ fn kill_marked(mark: &[u8]) {
     for entry in entries.take(MAX_PROCESSES).flatten() {
         let pid = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
         let Some(pid) = pid else { continue };
-        // The handle comes first: it names the process whose environment is read, and none that takes over its number.
+        // The handle is opened first: it refers to the process whose environment is read, not to a later one
+        // with the same ID.
         let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
         let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
         if environment.split(|byte| *byte == 0).any(|variable| variable == mark) {

@@ -1,4 +1,5 @@
-//! The program: started, heard, told, and ended.
+//! The connection with the program over its standard streams: starts it, reads its lines, writes requests,
+//! and ends it.
 
 use std::fmt;
 use std::io;
@@ -17,20 +18,20 @@ use super::protocol::{self, Said, View};
 use super::run::Run;
 use crate::source::{Counters, SourceError};
 
-/// A program that ends at once is not started more often than this.
+/// The minimum time between two starts of a program.
 const RESTART: Duration = Duration::from_secs(1);
-/// What a program that does not listen is to be told is not kept beyond this.
+/// The limit of unsent bytes for a program that does not read its standard input.
 const MAX_UNSAID: usize = 1 << 20;
 
-/// The conversation with a program, over as many runs of it as it takes.
+/// The connection with a program, across restarts.
 pub(super) struct Talk {
     config: PluginConfig,
     source: Arc<str>,
     counters: Arc<Counters>,
     running: Option<Running>,
-    /// When it may be started.
+    /// The earliest time of the next start.
     start_at: Instant,
-    /// When it last said anything.
+    /// When the program last printed a line.
     heard: Instant,
 }
 
@@ -38,14 +39,14 @@ struct Running {
     run: Run,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
-    /// What it has said of a line that is not complete yet.
+    /// The beginning of an incomplete line from the program.
     line: Vec<u8>,
     log: Log,
-    /// What it has not taken yet of what it is told.
+    /// Bytes that the program has not read yet.
     unsaid: Vec<u8>,
 }
 
-/// Why nothing more is heard of a program.
+/// The reason why a program is no longer usable.
 #[derive(Debug)]
 enum Ended {
     Exited(Option<ExitStatus>),
@@ -81,7 +82,7 @@ impl Talk {
         Talk { source: config.name(), config, counters, running: None, start_at: now, heard: now }
     }
 
-    /// The next view, or `None` if what was said last still holds. Dropping the future loses nothing.
+    /// Returns the next view, or `None` if the last view is still current. Dropping the future loses nothing.
     pub(super) async fn said(&mut self) -> Result<Option<View>, SourceError> {
         let line = self.line().await?;
         self.counters.reads.fetch_add(1, Relaxed);
@@ -96,12 +97,12 @@ impl Talk {
                 self.counters.answered_now();
                 Ok(None)
             }
-            // The program goes on: its next line may be better.
+            // The program keeps running, since its next line may be valid.
             Err(why) => Err(self.failed("understand what its program said".to_owned(), why)),
         }
     }
 
-    /// Tells the program a line, also one that it takes its time to read.
+    /// Sends the program a line. The line is queued if the program does not read it at once.
     pub(super) async fn tell(&mut self, line: String) -> Result<(), SourceError> {
         let running = self.running().await?;
         if !running.unsaid.is_empty() && running.unsaid.len() + line.len() > MAX_UNSAID {
@@ -121,7 +122,7 @@ impl Talk {
         let deadline = self.heard + silence;
         let Some(running) = &mut self.running else { return Err(self.ended(Ended::Exited(None))) };
         let line = tokio::select! {
-            // What it has said while nobody listened comes first: that was not its silence.
+            // Lines printed while no future was polled come first: they are no silence.
             biased;
             line = running.listen(limit, &source) => line,
             () = sleep_until(deadline) => Err(Ended::Silent(silence)),
@@ -135,7 +136,7 @@ impl Talk {
         }
     }
 
-    /// The program; started if it does not run.
+    /// Returns the running program, after starting it if necessary.
     async fn running(&mut self) -> Result<&mut Running, SourceError> {
         if self.running.is_none() {
             sleep_until(self.start_at).await;
@@ -163,7 +164,7 @@ impl Talk {
         }
     }
 
-    /// The program is of no use any more: it is killed, unless it is dead.
+    /// Kills the program, which is no longer usable. Returns the error to report.
     fn ended(&mut self, why: Ended) -> SourceError {
         let why = match (why, &mut self.running) {
             (Ended::Exited(None), Some(running)) => Ended::Exited(running.run.end()),
@@ -200,7 +201,7 @@ impl Running {
         })
     }
 
-    /// The next line that it prints. What it logs meanwhile is logged, and what it was not told yet is told.
+    /// Reads the next line of the program. Meanwhile it logs the standard error and sends queued bytes.
     async fn listen(&mut self, limit: usize, source: &str) -> Result<String, Ended> {
         loop {
             let Running { stdin, stdout, line, log, unsaid, .. } = self;
@@ -223,7 +224,7 @@ impl Running {
         }
     }
 
-    /// Dropping the future leaves the rest to be said later.
+    /// Sends the queued bytes. If the future is dropped, the rest stays queued.
     async fn speak(&mut self) -> io::Result<()> {
         while !self.unsaid.is_empty() {
             let count = self.stdin.write(&self.unsaid).await?;
@@ -233,8 +234,8 @@ impl Running {
     }
 }
 
-/// Adds to `line` until it is whole, its end cut off; false at the end of the output. Dropping the future loses nothing:
-/// what was read is in `line`.
+/// Appends to `line` until it is complete, without the line feed. Returns `false` at the end of the output.
+/// Dropping the future loses nothing, because everything read is in `line`.
 async fn take_line(
     from: &mut (impl tokio::io::AsyncBufRead + Unpin),
     line: &mut Vec<u8>,

@@ -10,7 +10,7 @@ use crate::source::chain;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// A plug-in in shell: what it prints comes from the files of its directory.
+/// A plug-in as a shell script that runs in the directory `dir`.
 fn plugin(dir: &Path, script: &str) -> PluginConfig {
     let path = dir.join("plugin.sh");
     fs::write(&path, format!("#!/bin/sh\ncd {}\n{script}\n", dir.display())).unwrap();
@@ -91,7 +91,7 @@ async fn a_program_that_fails_ends_or_is_silent_is_a_failure_and_is_started_agai
     );
     let silent = said(&mut source).await;
     assert!(silent.contains("it said nothing for 1 s, and was ended"), "{silent}");
-    // The same view as the first, and news all the same: the source answers again.
+    // The view equals the first one and is returned nevertheless, because the source answers again.
     assert_eq!(said(&mut source).await, r#"a fresh ["10.0.0.1:80"]"#);
     assert_eq!(counters.connects.load(Relaxed), 3);
 }
@@ -179,7 +179,7 @@ async fn what_was_said_while_nobody_listened_is_no_silence() {
     for _ in 0..10 {
         let failed = said(&mut source).await;
         assert!(failed.ends_with("could not read its registry: 503"), "{failed}");
-        // As long as its silence may be, and longer.
+        // Longer than `silence`.
         tokio::time::sleep(Duration::from_millis(1100)).await;
     }
 }
@@ -241,12 +241,12 @@ async fn a_program_has_the_environment_that_is_written_down_and_never_the_way_to
     ));
     assert_eq!(said(&mut source).await, "");
     let names = fs::read_to_string(dir.join("env")).unwrap();
-    // What the shell itself sets is not ours to say.
+    // Variables that the shell itself sets do not count.
     let of_the_shell = ["PWD", "OLDPWD", "SHLVL", "_", "VMESH_PLUGIN_RUN"];
     for name in names.lines().filter(|name| !of_the_shell.contains(name)) {
         assert!(run::ENVIRONMENT.contains(&name), "`{name}` was passed on");
     }
-    // Cargo sets this one for every test, as systemd sets `NOTIFY_SOCKET` for a service.
+    // Cargo sets this variable for every test, as systemd sets `NOTIFY_SOCKET` for a service.
     assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some() && !names.contains("CARGO"), "{names}");
     for name in run::NEVER_PASSED {
         let yaml = format!("{{command: [/bin/true], pass_env: [{name}]}}");

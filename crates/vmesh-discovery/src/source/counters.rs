@@ -1,4 +1,4 @@
-//! What a source counts.
+//! Counters of a source.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -6,43 +6,43 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::guard::Kind;
 
-/// What a source counts, for metrics and `vmeshctl discovery`. Each is a total since the start, but for
-/// [`Counters::connections`] and [`Counters::missing`].
+/// Counters of a source, for metrics and `vmeshctl discovery`. Each is a total since the start, except the
+/// gauges [`Counters::connections`] and [`Counters::missing`].
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Requests to the registry, reads of a file, lines of a plug-in.
+    /// Requests to the registry, reads of a file, or lines of a plug-in.
     pub reads: AtomicU64,
-    /// Those that failed.
+    /// The reads that failed.
     pub failed_reads: AtomicU64,
-    /// Records that were left out because they make no sense, counted once per reading.
+    /// Records that were left out because they are invalid, counted once per read.
     pub bad_records: AtomicU64,
-    /// Consul: the index went back or was missing.
+    /// Consul: blocking queries whose index went backwards or was missing.
     pub index_resets: AtomicU64,
     /// ZooKeeper: sessions that expired.
     pub sessions_expired: AtomicU64,
-    /// Connections that were made, the first included.
+    /// Connections that were established, including the first.
     pub connects: AtomicU64,
-    /// Connections that are open now.
+    /// Connections that are open at present.
     pub connections: AtomicU64,
-    /// Services of which something was not believed at once; with [`Kind::Fleet`] also the source as a whole.
+    /// Services with a change that the guard held; with [`Kind::Fleet`] also the source as a whole.
     pub held: ByKind,
-    /// Those of which it was not believed at all: what was missing came back.
+    /// Held changes that were never believed, because the missing services or endpoints came back.
     pub rejected: ByKind,
-    /// Endpoints that are shown now although the source does not name them.
+    /// Endpoints that are served at present although the source no longer lists them.
     pub missing: AtomicU64,
-    /// When the source last answered, in milliseconds of Unix time.
+    /// The timestamp of the last answer, in Unix milliseconds; 0 before the first answer.
     answered: AtomicU64,
 }
 
 impl Counters {
-    /// The source has answered just now, be it that nothing is new. A source calls it for every good answer;
-    /// [`follow`](super::follow) for every view.
+    /// Records that the source has just answered, whether or not the answer differs from the previous one. A
+    /// source calls this for every good answer; [`follow`](super::follow) calls it for every view.
     pub fn answered_now(&self) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.answered.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    /// When it last did since the start.
+    /// Returns when the source last answered, or `None` if it has not answered since the start.
     pub fn answered(&self) -> Option<SystemTime> {
         match self.answered.load(Relaxed) {
             0 => None,

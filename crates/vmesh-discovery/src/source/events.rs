@@ -1,4 +1,4 @@
-//! What happened to a source, for whoever asks later.
+//! The recent events of a source, for the API and `vmeshctl`.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,30 +9,31 @@ use vmesh_model::ServiceName;
 use super::shown;
 use crate::guard::{Kind, Notice, What};
 
-/// One thing that happened. Its text is escaped for terminals and logs.
+/// Something that happened to a source. Its text is escaped for terminals and logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     pub at: SystemTime,
     pub what: What,
-    /// `None`: several, which the text names, or the source as a whole.
+    /// The service concerned. `None` if the event is about several services, which the text names, or about
+    /// the source as a whole.
     pub service: Option<ServiceName>,
     pub kind: Option<Kind>,
     pub text: Arc<str>,
 }
 
-/// The last that happened, the oldest first. Shared by its clones.
+/// The most recent events of a source, the oldest first. Clones share the same list.
 #[derive(Debug, Clone, Default)]
 pub struct Events(Arc<Mutex<VecDeque<Event>>>);
 
 impl Events {
-    /// How many are remembered.
+    /// The number of events that are remembered.
     pub const KEPT: usize = 256;
 
     pub fn all(&self) -> Vec<Event> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    /// Remembers and returns what is to be logged: what happened to many services at once is one event.
+    /// Remembers `notices` and returns the events to log. Equal notices about many services become one event.
     pub fn record(&self, notices: Vec<Notice>, at: SystemTime) -> Vec<Event> {
         let events: Vec<_> = summed_up(notices, at).collect();
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -46,7 +47,7 @@ impl Events {
     }
 }
 
-/// So many services are told of one by one.
+/// Equal notices about at most this many services become an event each.
 const ONE_BY_ONE: usize = 5;
 
 fn summed_up(notices: Vec<Notice>, at: SystemTime) -> impl Iterator<Item = Event> {

@@ -1,4 +1,5 @@
-//! The one task of a source: from what it says and what the operator says to what is believed.
+//! The task that follows a source: it takes the views of the source and the commands of the operator, and
+//! publishes what the guard believes.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -16,23 +17,24 @@ use super::{
 use crate::guard::{Guard, NotAccepted, Notice, What};
 use crate::resolve::UnresolvedNames;
 
-/// How long a reading may take that is to confirm something.
+/// The time limit of a read that confirms a held removal.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(20);
 
-/// What the operator says to a source.
+/// A command of the operator to a source.
 #[derive(Debug)]
 pub enum Command {
-    /// Believe what is said of this service, or of all that is held. Answered with what was held.
+    /// Believes the held changes of `service`, or all held changes of the source. The answer lists the
+    /// services concerned.
     Accept { service: Option<ServiceName>, done: oneshot::Sender<Result<Vec<ServiceName>, NotAccepted>> },
-    /// Take no change. Answered with whether that is news.
+    /// Freezes the source: none of its changes are applied. The answer is `false` if it was frozen already.
     Freeze { since: SystemTime, done: oneshot::Sender<bool> },
-    /// Take changes again. Answered with whether that is news.
+    /// Applies changes of the source again. The answer is `false` if it was not frozen.
     Thaw { done: oneshot::Sender<bool> },
-    /// Read the source again now, as strongly as it can, whether or not it was heard to change.
+    /// Reads the source again now, with its strongest consistency, whether or not it reported a change.
     ReadAgain,
 }
 
-/// A source that is followed, for whoever wants its views or has something to say to it.
+/// The handle of a followed source, for readers of its views and senders of commands.
 #[derive(Debug, Clone)]
 pub struct Handle {
     pub name: Arc<str>,
@@ -42,7 +44,7 @@ pub struct Handle {
     pub events: Events,
 }
 
-/// The other end of a [`Handle`].
+/// The end of a [`Handle`] that the [`follow`] task holds.
 #[derive(Debug)]
 pub struct Link {
     pub views: watch::Sender<View>,
@@ -51,18 +53,21 @@ pub struct Link {
     pub events: Events,
 }
 
-/// Both ends. `view` stands until the source answers.
+/// Creates a [`Handle`] and its [`Link`]. `view` is published until the source answers.
 pub fn link(name: Arc<str>, view: View) -> (Handle, Link) {
     let (publish, views) = watch::channel(view);
-    // Who sends waits for the answer, so there are never many.
+    // Each sender waits for its answer, so few commands are ever queued.
     let (say, commands) = mpsc::channel(16);
     let (counters, events) = (Arc::new(Counters::default()), Events::default());
     let handle = Handle { name, views, commands: say, counters: counters.clone(), events: events.clone() };
     (handle, Link { views: publish, commands, counters, events })
 }
 
-/// Publishes what `source` sees and `guard` believes, for as long as it is polled. On failure the last good view
-/// stays, marked stale: a dead registry must not empty the mesh.
+/// Publishes the views of `source` that `guard` believes, and obeys commands. It never returns; drop the
+/// future to stop.
+///
+/// If the source fails, its last good view stays published and is marked stale, so that a dead registry does
+/// not empty the mesh.
 pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
     let Link { views, mut commands, counters, events } = link;
     let stale_because = views.borrow().stale_because.clone();
@@ -97,7 +102,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
                 }
             },
             () = until(again_at) => again_at = None,
-            // What was held is confirmed by time, and by readings that are asked for.
+            // A held removal is confirmed by elapsed time and by reads that the guard asks for.
             () = until(followed.guard.deadline().map(Instant::from_std)) => {}
         }
         if std::mem::take(&mut followed.is_to_read_again) {
@@ -124,7 +129,7 @@ fn too_slow(source: &Arc<str>) -> SourceError {
     SourceError::Failed { source_name: source.clone(), what, cause }
 }
 
-/// What is known while a source is followed.
+/// The state of a [`follow`] task.
 struct Followed {
     guard: Guard,
     views: watch::Sender<View>,
@@ -132,20 +137,22 @@ struct Followed {
     events: Events,
     stale_because: Option<Arc<str>>,
     has_answered: bool,
-    /// What the source says may be served: all of it could be used once, or was known from before.
+    /// A view of the source may be served: either one view had no unusable parts, or a last good view was
+    /// restored.
     is_usable: bool,
-    /// Why it may not.
+    /// The reason why no view may be served yet.
     unusable: Option<Arc<str>>,
-    /// The operator has asked for a reading.
+    /// The operator asked for a read.
     is_to_read_again: bool,
     unresolved: Arc<UnresolvedNames>,
 }
 
 impl Followed {
-    /// Judges whether a first view may be served. A view of which a part could not be read, and is not known from before, would take
-    /// that part away from everybody. What was read and left out costs itself, unless nothing else is there.
+    /// Decides whether the first view may be served. A view with a part that could not be read and has no
+    /// last good state would remove that part from every proxy. A record that was read and left out does not
+    /// delay the first view, unless the view has no services at all.
     fn judge_usable(&mut self, told: &Registrations) {
-        /// So many reasons are given.
+        /// The number of reasons that the message lists.
         const SAID: usize = 3;
         self.note_unresolved(told);
         if self.is_usable {
@@ -189,7 +196,7 @@ impl Followed {
         }
     }
 
-    /// The source has answered.
+    /// Records that the source answered, and passes the answer to the guard.
     fn heard(&mut self, take: impl FnOnce(&mut Guard, std::time::Instant)) {
         self.counters.answered_now();
         self.has_answered = true;
@@ -213,12 +220,13 @@ impl Followed {
             let text = format!("{because}; the last good view stays in force").into();
             self.tell(vec![Notice { what: What::Failing, service: None, kind: None, text }]);
         } else {
-            // The same outage in other words.
+            // The outage continues with another error message.
             tracing::warn!("{because}; the last good view stays in force");
         }
     }
 
-    /// Takes the reading that the operator asked for: it counts like any other, and confirms nothing that is held.
+    /// Takes the result of a read that the operator asked for. It counts like any other view and confirms no
+    /// held removal.
     fn read_by_request(&mut self, read: Result<Registrations, SourceError>) {
         match read {
             Ok(told) => {
@@ -243,7 +251,7 @@ impl Followed {
         }
     }
 
-    /// Waits for `done`, and does not let the operator wait meanwhile.
+    /// Waits for `done` while obeying commands, so that the operator does not wait for a slow read.
     async fn while_obeying<T>(
         &mut self,
         done: impl Future<Output = T>,
@@ -261,7 +269,8 @@ impl Followed {
         }
     }
 
-    /// Obeys, but for a reading, which is left to whoever owns the source. Who asked is answered when what was asked for is published, or nobody is there to be answered.
+    /// Obeys `command`, except for [`Command::ReadAgain`], which is left to [`follow`] as the owner of the
+    /// source. The sender is answered once the effect is published; a sender that has gone away is ignored.
     fn obey(&mut self, command: Command) {
         match command {
             Command::Accept { service, done } => {
@@ -288,7 +297,7 @@ impl Followed {
     }
 
     fn publish(&mut self) {
-        // Before the first answer there is nothing to be believed.
+        // Before the first answer the guard has no view to believe.
         let is_known = self.has_answered || self.views.borrow().last_good.is_some();
         let believed = is_known.then(|| self.guard.believed(Instant::now().into_std()));
         let notices = self.guard.take_notices();
@@ -318,7 +327,7 @@ impl Followed {
         });
     }
 
-    /// Counts, remembers and logs.
+    /// Counts, remembers and logs `notices`.
     fn tell(&mut self, notices: Vec<Notice>) {
         for notice in &notices {
             match (notice.what, notice.kind) {

@@ -7,14 +7,14 @@ use vmesh_model::{Endpoint, Health, Labels, Place, Weight};
 use super::*;
 use crate::guard::{FleetConfig, Guard, GuardConfig, NotAccepted, What};
 
-/// Says what a test tells it to say.
+/// A source that returns the views a test sends it.
 struct Scripted {
     heard: mpsc::UnboundedReceiver<Result<Registrations, SourceError>>,
     last: Registrations,
     confirms: Confirms,
 }
 
-/// What comes of reading it again.
+/// The result of a confirming read.
 #[derive(Clone, Copy)]
 enum Confirms {
     TheSame,
@@ -116,7 +116,7 @@ impl Followed {
                 self.handle.views.changed().await.unwrap();
             }
         };
-        // The clock is paused: this bound is never waited for unless nothing else is left to happen.
+        // The clock is paused, so this timeout only elapses when the test is stuck.
         if tokio::time::timeout(Duration::from_secs(3600), changed).await.is_err() {
             panic!("expected {expected}\nfound    {}", show(&self.handle.views.borrow()));
         }
@@ -177,7 +177,7 @@ async fn what_is_held_waits_for_the_source_to_be_read_again() {
         }
         let why = followed.handle.views.borrow().held[0].because.clone();
         assert!(why.contains("reading it again to be sure has failed"), "{why}");
-        // The operator is heard all the while.
+        // Commands of the operator are answered while the read is under way.
         let service = Some("orders".parse().unwrap());
         let accepted = ask(&followed, |done| Command::Accept { service, done }).await;
         assert_eq!(accepted, Ok(vec!["orders".parse().unwrap()]));
@@ -293,7 +293,7 @@ async fn a_reading_that_is_asked_for_is_taken_and_ends_the_pause_after_a_failure
     followed.handle.commands.send(Command::ReadAgain).await.unwrap();
     followed.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
 
-    // A reading that fails changes nothing.
+    // A failed read that the operator asked for changes nothing.
     let mut broken = followed_with(View::default(), Confirms::Fails, GuardConfig::default());
     broken.say.send(Ok(registrations(&[("web", 1)]))).unwrap();
     broken.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
@@ -357,7 +357,7 @@ async fn a_first_view_of_which_a_part_cannot_be_used_is_not_served_until_it_can_
             followed.say.send(Ok(registrations(&[("pay", 1), ("web", 1)]))).unwrap();
         }
         followed.handle.views.wait_for(|view| view.unusable.is_none()).await.unwrap();
-        // From now on it costs itself.
+        // After the first view, an unusable part no longer delays the other services.
         followed.say.send(Ok(broken())).unwrap();
         followed
             .until(match accepts {
@@ -367,7 +367,7 @@ async fn a_first_view_of_which_a_part_cannot_be_used_is_not_served_until_it_can_
             .await;
         assert_eq!(followed.handle.views.borrow().unusable, None);
     }
-    // What was read and left out costs itself, unless there is nothing else.
+    // A record that was read and left out delays only itself, unless the source has nothing else.
     let left_out = |told| Registrations { left_out: vec!["pay: no port".into()], ..told };
     let mut fresh = self::followed(View::default());
     fresh.say.send(Ok(left_out(registrations(&[])))).unwrap();
@@ -376,7 +376,7 @@ async fn a_first_view_of_which_a_part_cannot_be_used_is_not_served_until_it_can_
     fresh.say.send(Ok(left_out(registrations(&[("web", 1)])))).unwrap();
     fresh.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
     assert_eq!(fresh.handle.views.borrow().unusable, None);
-    // What was known before a restart is served.
+    // The view from before the restart is served.
     let mut followed = followed(View::restored(registrations(&[("web", 1)]).into()));
     followed.say.send(Ok(broken())).unwrap();
     followed.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;

@@ -1,4 +1,4 @@
-//! The `zookeeper:` of `discovery:`.
+//! The `zookeeper:` part of `discovery:`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,17 +14,19 @@ use crate::consul::config::Pattern;
 use crate::format::znode::{GroupBy, Mapping, Prefer, Rules, ZnodeFormat};
 use crate::guard::GuardConfig;
 
-/// Some subtrees of an ensemble, all read in one session.
+/// The configuration of a ZooKeeper source: some subtrees of an ensemble, read in one session.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ZookeeperConfig {
-    /// What it is called in messages and commands. Built in: `zookeeper:`, the first server and the chroot.
+    /// The name of the source in messages and commands. Default: `zookeeper:`, the first server and the
+    /// chroot.
     #[serde(default, deserialize_with = "name")]
     pub name: Option<Arc<str>>,
-    /// Whether nothing is served before it has answered, however long that takes. Without, 30 s are enough.
+    /// Whether the control plane serves nothing before this source has answered, however long that takes. If
+    /// `false`, it waits at most 30 s.
     #[serde(default = "yes")]
     pub required: bool,
-    /// `zk1:2181,zk2:2181,zk3:2181/chroot`.
+    /// The servers and an optional chroot: `zk1:2181,zk2:2181,zk3:2181/chroot`.
     pub connect: Connect,
     #[serde(default)]
     pub auth: Option<Auth>,
@@ -32,58 +34,60 @@ pub struct ZookeeperConfig {
     pub sasl: Option<Sasl>,
     #[serde(default)]
     pub tls: Option<Tls>,
-    /// Two fifths of it without an answer are a lost connection. Built in: 10 s; 1 s at least.
+    /// The session timeout. A connection without an answer for two fifths of it counts as lost. Default: 10
+    /// s; minimum: 1 s.
     #[serde(default = "ten_seconds", deserialize_with = "seconds")]
     pub session_timeout: Duration,
-    /// Whether a server that has lost its quorum will do, where nothing is known yet. Built in: yes.
+    /// Whether a server without a quorum may provide the first view. Default: yes.
     #[serde(default = "yes")]
     pub read_only: bool,
     #[serde(default)]
     pub watch: Watch,
-    /// What services are below which path.
+    /// The root paths, each with the format of the services below it.
     #[serde(deserialize_with = "roots")]
     pub roots: Vec<RootConfig>,
-    /// How often host names are resolved again. Built in: 30 s; 1 s at least.
+    /// The interval at which host names are resolved again. Default: 30 s; minimum: 1 s.
     #[serde(default = "half_a_minute", deserialize_with = "seconds")]
     pub resolve_interval: Duration,
     #[serde(default)]
     pub guard: GuardConfig,
 }
 
-/// A subtree with services in it. A service is named by its path below the root, with `.` for `/`.
+/// A subtree with services. A service is named by its path below the root, with `.` for `/`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RootConfig {
-    /// Below the chroot, if there is one.
+    /// The path of the root, below the chroot if there is one.
     #[serde(deserialize_with = "path")]
     pub path: String,
-    /// How its nodes are written. Built in: told by what is there, once.
+    /// The format of the nodes. By default it is detected from their content.
     #[serde(default)]
     pub format: ZnodeFormat,
-    /// Which of several endpoints of an instance: a name in serversets, a protocol in Dubbo. Built in: the main one.
+    /// Which of several endpoints of an instance to use: a name in ServerSets, a protocol in Dubbo. Default:
+    /// the main one.
     #[serde(default)]
     pub endpoint: Option<String>,
-    /// What is a service in Dubbo 2: an application, or an interface.
+    /// What a service is in Dubbo 2: an application, or an interface.
     #[serde(default)]
     pub group_by: GroupBy,
-    /// Which of Curator's two ports, where an instance has both.
+    /// Which of Curator's two ports to use for an instance with both.
     #[serde(default)]
     pub prefer: Prefer,
-    /// Whether services may be nested. Built in: yes; without, a service is right below the root.
+    /// Whether services may be nested. Default: yes. If `false`, a service is a direct child of the root.
     #[serde(default = "yes")]
     pub recurse: bool,
-    /// Services by their names; `*` stands for any text. Built in: all.
+    /// The names of the services to read; `*` stands for any text. Default: all.
     #[serde(default = "all")]
     pub services: Vec<Pattern>,
     #[serde(default)]
     pub exclude: Vec<Pattern>,
-    /// Where in a record something is said, by dotted paths: `labels.az`.
+    /// The dotted paths of fields in a record, for example `labels.az`.
     #[serde(default)]
     pub map: Mapping,
-    /// A root with more nodes is taken for the wrong one. Built in: 200,000.
+    /// The limit of nodes; a root with more is assumed to be the wrong path. Default: 200,000.
     #[serde(default = "max_nodes")]
     pub max_nodes: usize,
-    /// How many levels below the root are looked at. Built in: 16.
+    /// The limit of levels below the root. Default: 16.
     #[serde(default = "max_depth")]
     pub max_depth: usize,
 }
@@ -97,7 +101,7 @@ impl ZookeeperConfig {
         self.name.clone().unwrap_or_else(built_in)
     }
 
-    /// What the client needs of it.
+    /// Returns the configuration of the ZooKeeper client.
     pub fn client(&self) -> Config {
         Config {
             connect: self.connect.clone(),
@@ -121,13 +125,13 @@ impl RootConfig {
         }
     }
 
-    /// Whether a service of this name is wanted.
+    /// Reports whether a service of this name is read.
     pub(crate) fn wants(&self, name: &str) -> bool {
         self.services.iter().any(|pattern| pattern.matches(name))
             && !self.exclude.iter().any(|pattern| pattern.matches(name))
     }
 
-    /// What is to be mirrored. Dubbo's consumers are many, and say nothing of who can be called.
+    /// Returns the subtree to mirror. Dubbo's consumers are left out: they are many, and nobody calls them.
     pub(crate) fn root(&self) -> Result<Root, String> {
         let may_be_dubbo = matches!(self.format, ZnodeFormat::Auto | ZnodeFormat::Dubbo);
         let mut root = Root::new(self.path.as_str())?.keeping(move |path| {
@@ -138,10 +142,11 @@ impl RootConfig {
     }
 }
 
-/// `com.acme.Pay/consumers`, and nothing else, is one.
+/// Returns the category of a path such as `com.acme.Pay/consumers`.
 fn dubbo_category(path: &str) -> Option<&str> {
     let (interface, category) = path.split_once('/')?;
-    // An interface is a name of Java: no other format has a directory of these names below such a one.
+    // An interface is a Java name: no other format has a directory with such a name and one of these
+    // children.
     (interface.contains('.') && !category.contains('/')).then_some(category)
 }
 

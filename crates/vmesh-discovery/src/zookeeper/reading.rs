@@ -1,7 +1,8 @@
-//! From what is below the roots to what a source says. Pure: it is told what was read.
+//! Parses the subtrees below the roots and merges them into the statement of the source. Pure: the trees are
+//! arguments.
 //!
-//! Only what changed is read again: a directory whose node keeps its pointer says what it said, and a service of which
-//! no directory changed keeps its pointer too.
+//! Only changes are parsed again: a directory whose node keeps its pointer is skipped, and a service without
+//! a changed directory keeps its pointer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,19 +20,22 @@ use crate::format::znode::{
 use crate::format::{ParsedService, subject_of};
 use crate::source::Registrations;
 
-/// What all roots say.
+/// The content of all roots.
+///
+/// Call [`Reading::take`] for each view of the mirror, then [`Reading::unknown_root`] and
+/// [`Reading::statement`].
 pub(super) struct Reading {
     source: Arc<str>,
     roots: Vec<RootReading>,
-    /// Who says something of a service: roots, and paths below them.
+    /// The directories that describe each service, as the index of a root and the path below it.
     said_by: BTreeMap<Arc<str>, BTreeSet<(usize, Arc<str>)>>,
     services: BTreeMap<ServiceName, Service>,
-    /// Names that no service can have, and what is wrong with them.
+    /// Invalid service names, with their problems.
     misnamed: BTreeMap<Arc<str>, Problem>,
-    /// What was known before a restart, and where that was.
+    /// The services from before a restart, and the places where they were registered.
     restored: BTreeMap<ServiceName, Arc<Registration>>,
     restored_at: BTreeSet<Arc<str>>,
-    /// Records that made no sense when they were read.
+    /// The number of invalid records since it was last taken.
     bad_records: u64,
 }
 
@@ -45,30 +49,30 @@ struct Service {
 struct RootReading {
     config: RootConfig,
     rules: Rules,
-    /// What most of what is there looks like, where that was not set.
+    /// The configured format, or else the format of most nodes.
     format: Option<ZnodeFormat>,
-    /// How many nodes look like each format, where it was not set.
+    /// The number of nodes that look like each format, if none is configured.
     votes: Votes,
     tree: Option<Arc<Node>>,
     failed: Option<Arc<str>>,
-    /// It could be read once, if only to find that it is not there.
+    /// The root was read successfully at least once; a missing root counts as read.
     was_read: bool,
     directories: BTreeMap<Arc<str>, DirectoryReading>,
-    /// Nodes of which nothing could be read, by path, and why: what is below them is unknown.
+    /// Nodes that could not be read, by path, with the reason: what is below them is unknown.
     unread: BTreeMap<Arc<str>, Arc<str>>,
 }
 
-/// What is known of a directory.
+/// The parsed content of a directory.
 struct DirectoryReading {
-    /// What its service is called, if its records do not say.
+    /// The name of its service if the records do not state one.
     own: Arc<str>,
-    /// What was read of it last that could be used.
+    /// The last usable content.
     good: Option<Arc<Read>>,
-    /// Why what is there now cannot be used.
+    /// The reason why the present content is unusable.
     failed: Option<Arc<str>>,
-    /// Some of its records could not be read, as opposed to read and left out.
+    /// Some records could not be read, as opposed to being read and left out.
     is_unread: bool,
-    /// Why more may be there than could be read.
+    /// The reason why the directory may have records that could not be read.
     partial_because: Option<Arc<str>>,
     problems: Vec<Problem>,
 }
@@ -105,12 +109,12 @@ impl Reading {
         }
     }
 
-    /// How many records made no sense since this was last asked for.
+    /// Returns the number of invalid records since the previous call.
     pub(super) fn take_bad_records(&mut self) -> u64 {
         std::mem::take(&mut self.bad_records)
     }
 
-    /// A root of which nothing is known, neither from now nor from before a restart, and why.
+    /// Returns a root that has neither been read nor was known before a restart, with the reason.
     pub(super) fn unknown_root(&self) -> Option<(&str, &Arc<str>)> {
         let unknown = |root: &&RootReading| !root.was_read && root.failed.is_some();
         let root = self.roots.iter().filter(unknown).find(|root| {
@@ -124,7 +128,7 @@ impl Reading {
         place_of(&self.source, path)
     }
 
-    /// Takes what was read, one for each root in their order.
+    /// Takes a view of the mirror, with one entry per root in their order.
     pub(super) fn take(&mut self, seen: &[Seen]) {
         let mut affected = BTreeSet::new();
         for (index, seen) in seen.iter().enumerate() {
@@ -133,7 +137,8 @@ impl Reading {
         for name in affected {
             self.judge(&name);
         }
-        // What can be read where it was is what is there: else what went long ago would come back with the next failure.
+        // Where a place is readable, its present content counts: otherwise a service removed long ago would
+        // return with the next failure.
         let holes = self.holes();
         self.restored.retain(|_, known| hole_of(&holes, known).is_some());
     }
@@ -159,7 +164,7 @@ impl Reading {
         if root.format == was_format && was_format.is_some() {
             differences(&mut String::new(), before.as_ref(), seen.tree.as_ref(), &mut changed);
         } else {
-            // What was read before its format was known, or as another one, is all new.
+            // Nodes parsed before the format was known or as another format are parsed again.
             differences(&mut String::new(), before.as_ref(), None, &mut changed);
             differences(&mut String::new(), None, seen.tree.as_ref(), &mut changed);
         }
@@ -181,7 +186,8 @@ impl Reading {
             None => _ = root.unread.remove(path),
         }
         let before = root.directories.remove(path);
-        // Also what is all garbage by now was a directory of records, if it was before a restart.
+        // A directory with only invalid records still counts as a directory of records if it had valid
+        // records before a restart.
         let place = format!("{}{}", place_of(&self.source, &root.config.path), below(path));
         let was_one = before.is_some() || self.restored_at.contains(place.as_str());
         let named = |known: &DirectoryReading| {
@@ -208,7 +214,7 @@ impl Reading {
         affected.extend(now_names);
     }
 
-    /// Puts together what is said of a service.
+    /// Merges the directories that describe a service.
     fn judge(&mut self, name: &Arc<str>) {
         let by = self.said_by.get(name).cloned().unwrap_or_default();
         if by.is_empty() {
@@ -226,7 +232,8 @@ impl Reading {
             self.services.remove(&**name);
             return;
         };
-        // Records that name their services have several in a directory, and one in several.
+        // Records that name their services may describe several services in a directory, and a service in
+        // several directories.
         let path = if first.format == Some(ZnodeFormat::Dubbo) { "" } else { path };
         let place = Place::file(format!("{}{}", self.place(&first.config.path), below(path)));
         let service: ServiceName = match name.parse() {
@@ -263,7 +270,7 @@ impl Reading {
         }
     }
 
-    /// All that is said now.
+    /// Returns the present statement of the source.
     pub(super) fn statement(&self) -> Statement {
         let mut statement = Statement::default();
         for (name, service) in &self.services {
@@ -292,7 +299,8 @@ impl Reading {
             statement.problems.extend(root.doubt().map(says));
             for (path, why) in &root.unread {
                 let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
-                // As a record of a directory it is a problem of that one's service.
+                // An unreadable node that is a record of a directory is already a problem of that directory's
+                // service.
                 if !root.directories.contains_key(parent) {
                     let at = Place::file(format!("{place}{}", below(path)));
                     let message = format!("{why}; what was known below it stays");
@@ -307,7 +315,7 @@ impl Reading {
             }
         }
         let holes = self.holes();
-        // A place that cannot be read and of which nothing is known from before.
+        // A place that cannot be read and was not known before a restart.
         for (place, why, is_unread) in self.holes_of_records() {
             let covers = |known: &Arc<Registration>| {
                 is_at_or_below(&known.place.file, &place) || is_at_or_below(&place, &known.place.file)
@@ -327,8 +335,8 @@ impl Reading {
         statement
     }
 
-    /// Directories of records, and nodes with more below them, of which nothing could be used ever, why, and whether that is because
-    /// something could not be read.
+    /// Returns the directories of records, and the unreadable nodes with children, of which nothing was ever
+    /// usable. Each has the reason, and whether the reason is a failed read.
     fn holes_of_records(&self) -> Vec<(String, Arc<str>, bool)> {
         let of = |root: &RootReading| {
             let place = self.place(&root.config.path);
@@ -347,7 +355,7 @@ impl Reading {
         self.roots.iter().filter(|root| root.failed.is_none()).flat_map(of).collect()
     }
 
-    /// Where nothing is known of what is there, and why.
+    /// Returns the places of which nothing is known, with the reasons.
     fn holes(&self) -> Vec<(String, Arc<str>)> {
         let mut holes = Vec::new();
         for root in &self.roots {
@@ -370,14 +378,14 @@ impl Reading {
 }
 
 impl DirectoryReading {
-    /// Why nothing of it could be used ever.
+    /// Returns the reason if nothing of the directory was ever usable.
     fn hole(&self) -> Option<&Arc<str>> {
         self.failed.as_ref().filter(|_| self.good.is_none())
     }
 }
 
 impl RootReading {
-    /// Returns what is doubtful about the format that it is read as.
+    /// Returns a doubt about the detected format.
     fn doubt(&self) -> Option<String> {
         let format = self.format?;
         let others = self.votes.iter().filter(|(other, count)| **other != format && **count > 0);
@@ -405,7 +413,7 @@ impl RootReading {
         self.format.is_none() && self.tree.as_deref().is_some_and(has_content)
     }
 
-    /// Reads a directory, if it is one of records; and how many of them make no sense.
+    /// Parses a directory if it is one of records. Also returns the number of invalid records.
     fn directory(
         &self,
         source: &Arc<str>,
@@ -426,7 +434,7 @@ impl RootReading {
             .children
             .iter()
             .map(|(name, node)| (member(name, node), !node.children.is_empty()))
-            // A directory in the directory.
+            // Children with children of their own are directories.
             .filter(|(member, has_children)| !has_children || may_be_record(format, member))
             .map(|(member, _)| member)
             .collect();
@@ -447,7 +455,7 @@ impl RootReading {
         let subject: Arc<str> = own.clone();
         let mut problems: Vec<Problem> = read.problems(&subject).collect();
         let good = before.and_then(|before| before.good);
-        // What cannot be read now of what was read before is as it was.
+        // A record that cannot be read now keeps its last good content.
         let unreadable = records.unreadable.clone();
         let unreadable =
             unreadable.or_else(|| records.children.values().find_map(|node| node.unreadable.clone()));
@@ -477,7 +485,8 @@ impl RootReading {
         Some((known, bad))
     }
 
-    /// What a service is called by its path below the root: `a/b` is `a.b`, and the root itself its last name.
+    /// Returns the service name for a path below the root: `a/b` becomes `a.b`, and the root itself gives its
+    /// last component.
     fn own_name(&self, path: &str) -> String {
         if path.is_empty() {
             return self.config.path.rsplit('/').next().unwrap_or_default().to_owned();
@@ -488,7 +497,7 @@ impl RootReading {
 
 const NO_FORMAT: &str = "what is there looks like no format that is known: set `format`";
 
-/// Why nothing is known of where this was, if that is so.
+/// Returns the reason if nothing is known of the place where `known` was registered.
 fn hole_of<'a>(holes: &'a [(String, Arc<str>)], known: &Registration) -> Option<&'a Arc<str>> {
     let at = &known.place.file;
     let is_there = |(hole, _): &&(String, Arc<str>)| is_at_or_below(at, hole) || is_at_or_below(hole, at);
@@ -517,7 +526,7 @@ fn member<'a>(name: &'a str, node: &'a Node) -> Member<'a> {
     }
 }
 
-/// Counts what the nodes below look like; a few thousand tell.
+/// Counts the nodes that look like each format. A few thousand nodes are enough.
 fn look(tree: &Node) -> Votes {
     const ENOUGH: usize = 5000;
     fn collect<'a>(node: &'a Node, into: &mut Vec<Member<'a>>) {
@@ -534,14 +543,14 @@ fn look(tree: &Node) -> Votes {
     votes(members)
 }
 
-/// Whether there is any data, or anybody's session, below a node.
+/// Reports whether a node below has data or belongs to a session.
 fn has_content(tree: &Node) -> bool {
     tree.children
         .values()
         .any(|child| !child.data.is_empty() || child.stat.owner.is_session() || has_content(child))
 }
 
-/// The nodes that differ, with their paths: all above and below a difference, and nothing else.
+/// Collects the nodes that differ, with their paths: every node above or below a difference, and no other.
 fn differences(
     path: &mut String,
     before: Option<&Arc<Node>>,

@@ -36,7 +36,7 @@ fn check(config: &str, body: &str, expected: Expect) {
     expected.assert_eq(&shown(&[body], &rules(config)));
 }
 
-/// An entry as Consul writes it, with `service` and `node` over what is usual.
+/// An entry as Consul writes it, with the usual fields overridden by `service` and `node`.
 fn entry(service: &Value, node: &Value, checks: &[(&str, &str)]) -> Value {
     let over = |mut base: Value, more: &Value| {
         base.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -129,7 +129,7 @@ fn another_address_can_be_asked_for_in_either_spelling() {
     "#]]
     .assert_eq(&kinds.map(addresses).concat());
 
-    // What Consul has translated already is taken as it is.
+    // Addresses that Consul has translated already are used as they are.
     let name = "pay".parse().unwrap();
     let read = read(body.as_bytes(), "c", &name, true, &rules("{endpoint_address: wan}")).unwrap();
     let parsed = combine("c", &name, &[&read]);
@@ -232,7 +232,7 @@ fn one_id_on_two_nodes_is_two_instances_and_one_address_is_one_endpoint() {
             10.1.0.2:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "b"}
         "#]],
     );
-    // Also of two datacenters.
+    // The same holds for two datacenters.
     let other = |status: &str| {
         let node = json!({"Node": "a", "Datacenter": "dc2"});
         json!([entry(&json!({}), &node, &[("c", status)])]).to_string()
@@ -250,7 +250,7 @@ fn one_id_on_two_nodes_is_two_instances_and_one_address_is_one_endpoint() {
     ));
 }
 
-/// An agent that was reinstalled registers its services anew under other ids, and the old ones stand until they are reaped.
+/// A reinstalled agent registers its services with new IDs, and the old ones stay until Consul reaps them.
 #[test]
 fn of_two_ids_at_one_address_the_healthiest_and_then_the_youngest_decides() {
     let of = |id: &str, created: u64, status: &str| {
@@ -261,10 +261,10 @@ fn of_two_ids_at_one_address_the_healthiest_and_then_the_youngest_decides() {
         )
     };
     let cases = [
-        // The younger one is critical, and the older one is how the instance is.
+        // The younger record is critical, but the older one states the health of the instance.
         [("old", 10, "passing"), ("new", 20, "critical")],
         [("old", 10, "critical"), ("new", 20, "passing")],
-        // As well as one another: the younger one, whatever they are called.
+        // With equal health the younger record counts, whatever the IDs are.
         [("z", 10, "passing"), ("a", 20, "passing")],
         [("a", 10, "critical"), ("z", 20, "critical")],
     ];

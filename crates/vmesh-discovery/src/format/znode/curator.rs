@@ -1,4 +1,5 @@
-//! Apache Curator's x-discovery, and what is built on it: Spring Cloud, and Dubbo 3 where services are applications.
+//! Apache Curator's x-discovery, and formats built on it: Spring Cloud, and Dubbo 3 with applications as
+//! services.
 //!
 //! ```json
 //! {"name": "pay", "id": "0f3c", "address": "10.1.0.17", "port": 8080, "sslPort": null,
@@ -6,8 +7,8 @@
 //!  "uriSpec": {"parts": [{"value": "scheme", "variable": true}, {"value": "://", "variable": false}]}}
 //! ```
 //!
-//! A node with JSON in it is an instance, one without is a directory: names may be nested. A payload is an object, a
-//! text, a number, nothing, or any of those in a list after the name of its class.
+//! A node with JSON is an instance; a node without is a directory, as names may be nested. A payload is an
+//! object, a text, a number, nothing, or a list of the name of its class and one of those.
 
 use serde_json::Value;
 use vmesh_model::{Health, Host, Labels, Place, Protocol};
@@ -18,7 +19,7 @@ use super::{
     text_at, weight_at,
 };
 
-/// Of Spring's and Dubbo's metadata, what says something to their own clients only or is said elsewhere.
+/// Keys of Spring's and Dubbo's metadata that only their own clients need or that become other fields.
 const NOT_LABELS: &[&str] = &["@class", "instance_status", "timestamp", "weight", "zone", "version"];
 
 pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Recorded {
@@ -31,7 +32,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     let metadata = payload.get("metadata").filter(|metadata| metadata.is_object());
     let is_dubbo = metadata.is_some_and(|metadata| metadata.get("dubbo.metadata.revision").is_some());
     if is_dubbo && metadata.and_then(|m| m.get("dubbo.metadata.revision")) == Some(&Value::from("0")) {
-        // It has started, and offers nothing yet.
+        // The instance has started but does not offer anything yet.
         return Ok(None);
     }
     let (port, is_tls) = port(&value, rules.prefer)?;
@@ -71,13 +72,14 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     Ok(Some(Offer { service: None, interface: None, scheme, protocol, created: member.created, record }))
 }
 
-/// Curator's parents are empty, or hold the address of who made them, which is what Curator writes where nothing is said.
+/// Reports whether a node is a parent node of Curator: such a node is empty, or holds the address of its
+/// creator, which is Curator's default content.
 fn is_directory(data: &[u8]) -> bool {
     let text = std::str::from_utf8(data).map(str::trim);
     text.is_ok_and(|text| text.is_empty() || matches!(Host::parse(text), Ok(Host::Ip(_))))
 }
 
-/// Jackson may write the class and then the object, in a list.
+/// Unwraps a payload that Jackson wrote as a list of its class and its value.
 fn unwrap(value: &mut Value) {
     if let Some(payload) = value.get_mut("payload")
         && let Some(last) = payload.as_array_mut().and_then(Vec::pop)
@@ -86,7 +88,7 @@ fn unwrap(value: &mut Value) {
     }
 }
 
-/// The port, and whether TLS is spoken there.
+/// Returns the port, and whether it speaks TLS.
 fn port(value: &Value, prefer: Prefer) -> Result<(Value, bool), String> {
     let given = |name: &str| {
         let port = value.get(name).filter(|port| !port.is_null() && port.as_u64() != Some(0));
@@ -99,7 +101,8 @@ fn port(value: &Value, prefer: Prefer) -> Result<(Value, bool), String> {
     }
 }
 
-/// What the template of its URL begins with: a variable, which stands for `http`, or a scheme.
+/// Returns the protocol from the URL template, which starts with a variable that stands for `http`, or with a
+/// scheme.
 fn spoken(value: &Value) -> Option<Protocol> {
     let part = value.get("uriSpec")?.get("parts")?.get(0)?;
     let text = part.get("value")?.as_str()?;
@@ -109,7 +112,7 @@ fn spoken(value: &Value) -> Option<Protocol> {
     protocol_of(text.split("://").next().unwrap_or(text))
 }
 
-/// Curator's `enabled`, and Spring's status: nothing is up.
+/// Returns the health from Curator's `enabled` and Spring's status, or else from the presence of the node.
 fn health(value: &Value, metadata: Option<&Value>, present: Health) -> Health {
     if value.get("enabled") == Some(&Value::Bool(false)) {
         return Health::Draining;
@@ -123,7 +126,8 @@ fn health(value: &Value, metadata: Option<&Value>, present: Health) -> Health {
     }
 }
 
-/// Of what a Dubbo instance listens to, the one that is asked for, or else the one that its port names.
+/// Returns port and protocol of the configured endpoint of a Dubbo instance, or else of the endpoint with its
+/// port.
 fn endpoint(
     metadata: &Value,
     port: u16,

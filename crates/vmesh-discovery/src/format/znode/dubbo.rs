@@ -1,9 +1,9 @@
-//! Dubbo 2, where services are interfaces: `/dubbo/com.acme.Pay/providers/dubbo%3A%2F%2F10.1.0.17%3A20880%2F..`, a URL
-//! per instance and interface, which is the node's name. One host has hundreds of them, so by default what its
-//! application offers is one service.
+//! Dubbo 2, with interfaces as services. The name of a node is a URL per instance and interface:
+//! `/dubbo/com.acme.Pay/providers/dubbo%3A%2F%2F10.1.0.17%3A20880%2F..`. One host may have hundreds of them,
+//! so by default all interfaces of an application form one service.
 //!
-//! What changes with each start (`timestamp`, `pid`) is no difference: after a restart the old node and the new one
-//! stand until the old session ends.
+//! Parameters that change with each start (`timestamp`, `pid`) are ignored: after a restart the old node and
+//! the new one exist until the old session ends.
 
 use std::sync::Arc;
 
@@ -15,11 +15,12 @@ use super::{GroupBy, Member, Offer, Record, Recorded, Rules, presence, text_at, 
 
 pub(super) const DEFAULT_WEIGHT: f64 = 100.0;
 
-/// Not providers: those that only their own process can reach, other roles, and rules.
+/// Schemes that are not providers: endpoints within one process, other roles, and rules.
 const NOT_OFFERED: &[&str] =
     &["injvm", "consumer", "admin", "override", "route", "script", "condition", "empty", "absent"];
 
-/// In which order one of several is chosen: what callers have spoken longest.
+/// Returns the rank in which one of several schemes is chosen; schemes with a longer tradition among callers
+/// come first.
 pub(super) fn rank(scheme: &str) -> usize {
     const RANKS: &[&str] = &["dubbo", "tri", "rest", "http", "grpc", "thrift"];
     RANKS.iter().position(|known| *known == scheme).unwrap_or(RANKS.len())
@@ -35,7 +36,7 @@ pub(super) fn protocol(scheme: &str) -> Protocol {
     }
 }
 
-/// Whether a node's name is an encoded URL.
+/// Reports whether the name of a node is an encoded URL.
 pub(super) fn is_url(name: &str) -> bool {
     let at = name.find("%3A%2F%2F").or_else(|| name.find("%3a%2f%2f"));
     at.is_some_and(|at| {
@@ -53,7 +54,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     let (authority, path) = before.split_once('/').unwrap_or((before, ""));
     let params = parameters(query);
     let given = |name: &str| params.get(name).and_then(Value::as_str).filter(|value| !value.is_empty());
-    // What a provider sets for all of its services is `default.<name>` in the URL of each.
+    // A default that a provider sets for all of its services appears as `default.<name>` in the URL of each.
     let param = |name: &str| given(name).or_else(|| given(&format!("default.{name}")));
     if param("category").is_some_and(|category| category != "providers")
         || param("side").is_some_and(|side| side != "provider")
@@ -113,7 +114,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     }))
 }
 
-/// `group/interface:version`, as a name may be written: `group.interface-version`.
+/// Returns `group/interface:version` in the characters of a service name: `group.interface-version`.
 fn key(group: Option<&str>, interface: &str, version: Option<&str>) -> String {
     let group = group.map(|group| format!("{group}.")).unwrap_or_default();
     let version = version.map(|version| format!("-{version}")).unwrap_or_default();
@@ -130,13 +131,13 @@ fn address(authority: &str) -> Result<Address, String> {
     Ok(Address { host: Host::parse(host)?, port: parse_port(port)? })
 }
 
-/// The parameters, by name. Values may be encoded a second time.
+/// Returns the parameters by name. Their values may be encoded twice.
 fn parameters(query: &str) -> Map<String, Value> {
     let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
     pairs.map(|(name, value)| (decoded(name), Value::from(decoded(value)))).collect()
 }
 
-/// As Java's `URLDecoder`; what is not encoded is itself.
+/// Decodes a text as Java's `URLDecoder` does; a text without escapes stays as it is.
 pub(super) fn decoded(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

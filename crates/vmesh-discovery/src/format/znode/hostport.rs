@@ -1,8 +1,9 @@
-//! `host:port`, and nothing else.
+//! Nodes with `host:port` and nothing else.
 //!
-//! In a node's data it is what candidates of an election leave (Linkerd's `io.l5d.zkLeader`): the one with the lowest
-//! number leads, and is the service. Where nodes have no numbers all of them are instances. In a node's name, after some
-//! digits, it is Pinterest's kingpin: `8a7f-10.1.0.4:8080`, without data.
+//! In the data of a node it is written by candidates of an election (Linkerd's `io.l5d.zkLeader`): the
+//! candidate with the lowest number leads and is the only endpoint. Without sequence numbers, every node is
+//! an endpoint. In the name of a node without data, after some digits, it is written by Pinterest's kingpin:
+//! `8a7f-10.1.0.4:8080`.
 
 use vmesh_model::{Address, Labels};
 
@@ -15,7 +16,7 @@ pub(super) fn read(directory: &Directory<'_>, read: &mut Read) {
     for member in others {
         take(directory, member, read);
     }
-    // One that cannot be read leads all the same: to call another the leader would be wrong.
+    // An unreadable candidate may lead as well; it would be wrong to choose another.
     let leader = candidates.iter().copied().reduce(|first, other| {
         let (a, b) = (sequence(first.name).unwrap_or_default(), sequence(other.name).unwrap_or_default());
         if is_before(b, a) { other } else { first }
@@ -45,7 +46,7 @@ fn addresses(member: &Member<'_>) -> Result<Vec<Address>, String> {
     if data.trim().is_empty() {
         return match in_name(member.name) {
             Some(address) => Ok(vec![address]),
-            // A directory.
+            // The node is a directory.
             None if !member.is_ephemeral => Ok(Vec::new()),
             None => Err("there is no `host:port` in it, nor in its name".to_owned()),
         };
@@ -53,7 +54,7 @@ fn addresses(member: &Member<'_>) -> Result<Vec<Address>, String> {
     data.trim().split(',').map(|address| address.trim().parse()).collect()
 }
 
-/// `8a7f-10.1.0.4:8080`, or without what is before the `-`.
+/// Parses the address in a name such as `8a7f-10.1.0.4:8080`; the part up to the `-` is optional.
 fn in_name(name: &str) -> Option<Address> {
     let after = name.split_once('-').filter(|(id, _)| id.bytes().all(|b| b.is_ascii_hexdigit()));
     after.and_then(|(_, address)| address.parse().ok()).or_else(|| name.parse().ok())
@@ -63,8 +64,9 @@ pub(super) fn may_be_record(member: &Member<'_>) -> bool {
     addresses(member).is_ok_and(|addresses| !addresses.is_empty())
 }
 
-/// The number at the end of a sequential node's name: ten characters, and after 2^31 such nodes a sign before or in
-/// them. A sign may also end the name that was asked for (`latch-0000000003`), and then it is none.
+/// Returns the number at the end of a sequential node's name. The number has ten characters; after 2^31 nodes
+/// it is negative, with the sign before or within the ten characters. A hyphen may also end the requested
+/// name (`latch-0000000003`) and is no sign then.
 fn sequence(name: &str) -> Option<i32> {
     let (before, last) = name.split_at_checked(name.len().checked_sub(10)?)?;
     let digits = last.strip_prefix('-').unwrap_or(last);
@@ -79,7 +81,7 @@ fn sequence(name: &str) -> Option<i32> {
     }
 }
 
-/// Numbers go on from the least when they have reached the greatest.
+/// Reports whether `a` comes before `b`. The numbers wrap around from the greatest to the least.
 fn is_before(a: i32, b: i32) -> bool {
     b.wrapping_sub(a) > 0
 }

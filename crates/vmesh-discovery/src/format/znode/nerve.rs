@@ -1,13 +1,13 @@
-//! Airbnb's nerve, and Yelp's SmartStack on it.
+//! Airbnb's nerve, and Yelp's SmartStack on top of it.
 //!
 //! ```json
 //! {"host": "10.1.0.17", "port": 31002, "name": "vm-17", "weight": 10,
 //!  "labels": {"az": "us-east-1a", "region:uswest1-prod": "", "deploy_group": "prod.canary"}}
 //! ```
 //!
-//! With `use_path_encoding` the same is in the node's name: `base64_<length>_<base64>_<sequence>`. Ports and weights may
-//! be texts; a weight of 0 is a drain. A node without data is what was left over, and one without host and port the
-//! configuration of a load balancer: neither is an instance.
+//! With `use_path_encoding` the same is in the node's name: `base64_<length>_<base64>_<sequence>`. Ports and
+//! weights may be texts; a weight of 0 is a drain. A node without data is a leftover, and a node without host
+//! and port is the configuration of a load balancer: neither is an instance.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +23,7 @@ use super::{
     text_at, weight_at,
 };
 
-/// What Yelp's writer gives, and synapse takes for a weight that is not given.
+/// The weight that Yelp's writer sets, and that synapse assumes if none is given.
 pub(super) const DEFAULT_WEIGHT: f64 = 10.0;
 
 pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Recorded {
@@ -76,7 +76,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Record
     }))
 }
 
-/// Yelp's `<kind>:<name>` without a value (`region:uswest1-prod`): the names by kind.
+/// Returns Yelp's labels `<kind>:<name>` without a value (`region:uswest1-prod`), as names by kind.
 fn places(value: &Value) -> BTreeMap<String, String> {
     let mut places: BTreeMap<String, String> = BTreeMap::new();
     let labels = value.get("labels").and_then(Value::as_object).into_iter().flatten();
@@ -92,7 +92,7 @@ fn places(value: &Value) -> BTreeMap<String, String> {
     places
 }
 
-/// What is encoded in a node's name, if that makes sense.
+/// Decodes the JSON in a node's name; `None` if there is none or it is invalid.
 fn in_name(name: &str) -> Option<Value> {
     let (length, rest) = name.strip_prefix("base64_")?.split_once('_')?;
     let encoded = rest.get(..length.parse().ok()?)?;

@@ -1,4 +1,4 @@
-//! Twitter's serversets, also Aurora's and Finagle's.
+//! Twitter's ServerSets, also used by Aurora and Finagle.
 //!
 //! ```json
 //! {"serviceEndpoint": {"host": "vm-17.dc1", "port": 31002},
@@ -6,8 +6,9 @@
 //!  "status": "ALIVE", "shard": 7, "metadata": {"version": "v3"}}
 //! ```
 //!
-//! Nodes are named `member_0000000042`. Beside them may be `vector_..` with weights, each for the members that it
-//! selects; those that select the same member multiply, and -1 takes a member out.
+//! The nodes of members are named `member_0000000042`. A node `vector_..` may hold weights, each with a
+//! selector of members. The weights of all selectors that match a member are multiplied; -1 takes the member
+//! out.
 
 use serde_json::Value;
 use vmesh_model::{Address, Health, Labels, Place, Protocol};
@@ -17,7 +18,7 @@ use super::{
     protocol_of, readable, scalar, text_at,
 };
 
-/// One entry of a `vector_..`.
+/// An entry of a `vector_..` node.
 struct Weighing {
     selects: Selects,
     weight: f64,
@@ -77,7 +78,7 @@ fn record(member: &Member<'_>, place: Place, rules: &Rules, weighings: &[Weighin
         Selects::Shard(of) => Some(of) == shard.as_ref(),
     });
     let weight = selected.fold(None, |weight, weighing| Some(weight.unwrap_or(1.0) * weighing.weight));
-    // Exactly this is how writers say that a member is not to be used.
+    // Writers use exactly this weight to take a member out.
     if weight == Some(-1.0) {
         return Ok(None);
     }
@@ -113,7 +114,7 @@ fn record(member: &Member<'_>, place: Place, rules: &Rules, weighings: &[Weighin
     }))
 }
 
-/// The endpoint that is asked for, and what is spoken there if its name says so.
+/// Returns the configured endpoint, and its protocol if the endpoint's name is one.
 fn endpoint(value: &Value, rules: &Rules) -> Result<(Address, Option<Protocol>), String> {
     let Some(name) = &rules.endpoint else {
         let endpoint = value.get("serviceEndpoint").ok_or("there is no `serviceEndpoint` in it")?;
@@ -125,7 +126,7 @@ fn endpoint(value: &Value, rules: &Rules) -> Result<(Address, Option<Protocol>),
     Ok((address(endpoint.get("host"), endpoint.get("port"))?, protocol_of(name)))
 }
 
-/// Deprecated by its makers, and written by everybody: without it a member is alive.
+/// Returns the health from `status`, which is deprecated but common; a member without it is alive.
 fn health(value: &Value) -> Health {
     match value.get("status").and_then(Value::as_str) {
         None | Some("ALIVE") => Health::Healthy,

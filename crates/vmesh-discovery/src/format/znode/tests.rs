@@ -4,7 +4,8 @@ use expect_test::{Expect, expect};
 
 use super::*;
 
-/// A node per line: its name, `!` before it if it stays without its maker, and its data after a blank.
+/// Parses nodes, one per line: the name, with the prefix `!` for a persistent node, then a blank and the
+/// data.
 fn members(text: &str) -> Vec<Member<'_>> {
     let lines = text.trim().lines().map(str::trim);
     lines.zip(0..).map(|(line, created)| member_of(line, created)).collect()
@@ -411,7 +412,7 @@ fn dubbo_providers_are_the_endpoints_of_their_application() {
     );
 }
 
-/// A provider's own word goes before what it sets for all of its services.
+/// A provider's own value takes precedence over its default for all of its services.
 #[test]
 fn what_dubbo_sets_for_all_services_of_a_provider_is_said_of_each() {
     let url = |last: u8, more: &str| {
@@ -566,7 +567,7 @@ fn the_candidate_with_the_lowest_number_leads() {
               10.0.0.3:81 weight 1 healthy
         "#]],
     );
-    // The number has overflowed: the oldest still has a positive one.
+    // The number has wrapped around: the oldest node still has a positive one.
     check(
         ZnodeFormat::HostPort,
         "

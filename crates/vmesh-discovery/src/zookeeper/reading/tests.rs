@@ -10,8 +10,8 @@ use crate::assemble::Assembler;
 use crate::resolve::SystemResolver;
 use crate::source::Registrations;
 
-/// A tree of lines: a path below the root, and the data after a blank. A node stays with its session (`~`), and has not
-/// been readable ever (`?`).
+/// Builds a tree from lines with a path below the root, a blank, and the data. The prefix `~` marks an
+/// ephemeral node, and `?` a node that has never been readable.
 fn tree(text: &str) -> Seen {
     let mut root = Growing::default();
     for (line, created) in text.trim().lines().map(str::trim).filter(|line| !line.is_empty()).zip(1..) {
@@ -49,7 +49,7 @@ impl Growing {
     }
 }
 
-/// As a mirror does: what did not change keeps its pointer.
+/// Builds the next tree as a mirror does: an unchanged node keeps its pointer.
 fn then(before: &Seen, text: &str) -> Seen {
     fn kept(before: Option<&Arc<Node>>, now: &Arc<Node>) -> Arc<Node> {
         let mut node = (**now).clone();
@@ -173,7 +173,7 @@ fn only_what_changed_is_read_again() {
     assert!(Arc::ptr_eq(&orders, &parsed(&reading, "orders")));
     assert!(!Arc::ptr_eq(&pay, &parsed(&reading, "pay")));
     let pay = parsed(&reading, "pay");
-    // Touched, and it says the same.
+    // The data changed, but not its meaning.
     let touched = then(&after, &more.replace("\"port\":80}", "\"port\":80 }"));
     reading.take(std::slice::from_ref(&touched));
     assert!(Arc::ptr_eq(&pay, &parsed(&reading, "pay")));
@@ -257,7 +257,7 @@ fn a_format_is_told_once_and_kept() {
         pay (zk/s/pay) 10.0.0.1:80
     "#]],
     );
-    // Most of it looks like another format now.
+    // Most nodes look like another format now.
     let other = then(
         &known,
         r#"
@@ -276,7 +276,8 @@ fn a_format_is_told_once_and_kept() {
     );
 }
 
-/// A lock that was there first is no reason to leave services out that come later, and a restart decides alike.
+/// A lock that was there first must not make later services be left out, and a restart leads to the same
+/// decision.
 #[test]
 fn a_stray_node_does_not_decide_the_format() {
     let lock = tree("locks/leader 10.0.0.7:2888");
@@ -307,7 +308,7 @@ fn a_stray_node_does_not_decide_the_format() {
     assert_eq!(show(&restarted), show(&before));
 }
 
-/// Nodes are there, and none is an instance of the format that the root is said to have.
+/// The root has nodes, but none is an instance of the configured format.
 #[test]
 fn a_root_of_which_nothing_is_read_says_so_for_every_format() {
     let foreign = [
@@ -326,7 +327,7 @@ fn a_root_of_which_nothing_is_read_says_so_for_every_format() {
             shown.contains(&format!("none is an instance in the format `{format}`")),
             "{format}: {shown}"
         );
-        // A root without any content is no problem: what comes there is read.
+        // A root without content is no problem: its nodes are read as soon as they appear.
         let mut empty = self::reading(&format!("- {{path: /disc, format: {format}}}\n"));
         empty.take(&[tree("a")]);
         assert_eq!(show(&empty), "", "{format}");
@@ -360,7 +361,7 @@ fn dubbo_is_grouped_over_all_interfaces_and_roots() {
         pay dubbo (zk/dubbo) 10.0.0.1:20880 10.0.0.2:20880 10.0.0.3:20880
     "#]],
     );
-    // An endpoint stays while any record of it does.
+    // The endpoint stays while one of its records exists.
     let less = [&dubbo[1], &dubbo[2]].map(String::as_str).concat();
     reading.take(&[then(&first, &less), second.clone()]);
     check(
@@ -473,7 +474,7 @@ fn what_went_since_a_restart_does_not_come_back_when_something_cannot_be_read() 
     let last_good: Registrations = assembler.view(&before.statement());
 
     let mut after = Reading::new("zk".into(), roots(yaml), Some(&last_good));
-    // Unreadable from the start: what was known stays, also while others are read.
+    // The service is unreadable from the start: its last good state stays, even while others are read.
     let hidden = then(&both, &format!("{orders}\n?pay"));
     after.take(std::slice::from_ref(&hidden));
     assert!(show(&after).contains("pay restored"), "{}", show(&after));
