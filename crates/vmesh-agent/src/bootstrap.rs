@@ -1,4 +1,4 @@
-//! Envoy's bootstrap. JSON and not YAML: Envoy reads YAML 1.1, where a cluster named `y` is a boolean.
+//! Envoy's bootstrap and command line. The bootstrap is JSON, because Envoy reads YAML 1.1, in which a cluster named `y` is a boolean.
 
 use std::path::{Path, PathBuf};
 
@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use crate::config::{Config, Manage};
 use crate::identity;
 
-/// Statistics that are kept. All of them would be most of Envoy's memory on a node with many upstreams: 107,000 for
-/// 1,000 clusters, against 4,000 of these.
+/// The statistics that Envoy keeps. Envoy's full set would use most of its memory on a node with many upstreams: 107,000 statistics for
+/// 1,000 clusters, against 4,000 in this list.
 const STATS: &[(&str, &str)] = &[
     ("prefix", "server."),
     ("prefix", "control_plane."),
@@ -55,12 +55,12 @@ const STATS: &[(&str, &str)] = &[
     ("suffix", "init_fetch_timeout"),
 ];
 
-/// Least number of files reserved for Envoy's other needs: listeners on each worker, event loops, logs, the stream to the agent,
-/// the admin interface, health checks.
+/// Minimum number of files reserved for Envoy's other needs: listeners on each worker, event loops, logs, the stream to the agent, the
+/// admin interface, health checks.
 const LEAST_RESERVE: u64 = 64;
-/// One part in so many of the limit is reserved, since listeners grow with services.
+/// The reserve is one part in this many of the limit, since the number of listeners grows with the number of services.
 const RESERVED_PART: u64 = 8;
-/// Largest number of files that are reserved.
+/// Maximum number of reserved files.
 const MOST_RESERVE: u64 = 8192;
 
 /// Returns the number of client connections, at most `configured`, that Envoy can hold when its process may have `open_files` files
@@ -95,10 +95,10 @@ pub fn open_files() -> u64 {
     rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// The bootstrap of this node's Envoy. Nothing is in it that the agent knows anyway: what changes in here is another
-/// Envoy, and neither a new upstream nor a new agent is a reason for one.
+/// Returns the bootstrap of this node's Envoy. It omits everything that the agent can send by xDS: a changed bootstrap means another Envoy,
+/// and neither a new upstream nor an upgrade of the agent should cost one.
 pub fn bootstrap(config: &Config) -> Value {
-    // Beside the agent's own user only the group of the run directory: under systemd that is how the two meet.
+    // Besides the owner, only the group of the run directory gets access: with `manage: systemd`, agent and Envoy share that group.
     let admin_mode = match config.envoy.manage {
         Manage::Child => 0o600,
         Manage::Systemd => 0o660,
@@ -116,7 +116,7 @@ pub fn bootstrap(config: &Config) -> Value {
         "node": node,
         "admin": {
             "address": {"pipe": {"path": path(config.admin_socket()), "mode": admin_mode}},
-            // Envoy can be asked how it is also while it takes no more clients.
+            // The admin interface answers even if Envoy has reached its connection limit.
             "ignore_global_conn_limit": true,
         },
         "dynamic_resources": {
@@ -126,7 +126,7 @@ pub fn bootstrap(config: &Config) -> Value {
                 "set_node_on_first_message_only": true,
                 "grpc_services": [{"envoy_grpc": {
                     "cluster_name": "xds",
-                    // The agent is on this host: an Envoy that waits 30 s for it, as by default, only wastes them.
+                    // Envoy's default pause of 30 s is too long here, since the agent is on this host.
                     "retry_policy": {"retry_back_off": {"base_interval": "0.2s", "max_interval": "2s"}},
                 }}],
             },
@@ -141,7 +141,7 @@ pub fn bootstrap(config: &Config) -> Value {
                 "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                     "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
                     "explicit_http_config": {"http2_protocol_options": {
-                        // An agent that hangs is found out, and one that was frozen is not given up at once.
+                        // Detects an agent that hangs, and tolerates one that is frozen for a moment.
                         "connection_keepalive": {"interval": "30s", "timeout": "10s"},
                     }},
                 },
@@ -173,25 +173,24 @@ fn path(path: PathBuf) -> String {
     path.display().to_string()
 }
 
-/// How an Envoy takes over from the one before it.
+/// The options for Envoy's hot restart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Takeover {
-    /// Not at all, or by binding the same ports: then several Envoys run on one host without a number that tells them
-    /// apart.
+    /// Hot restart is off. Several Envoys may then run on one host without a `base_id`, and may hand over by binding the same ports.
     None,
-    /// Envoy's hot restart. `base_id` is the number that tells those of one line from all others on this machine; `socket`
-    /// is the prefix of the sockets by which parent and child speak to each other.
+    /// Hot restart is on. `base_id` distinguishes the Envoys of one line from all others on this host; `socket` is the prefix of the
+    /// sockets on which the old and the new Envoy communicate.
     Hot { base_id: u32, epoch: u32, socket: PathBuf, parent_shutdown_s: u64 },
 }
 
-/// How Envoy is started with its bootstrap at `file`.
+/// Returns Envoy's command line for a bootstrap at `file`.
 pub fn arguments(config: &Config, file: &Path, takeover: Takeover) -> Vec<String> {
     let mut arguments = started_with(file, takeover);
     arguments.extend(settings(config));
     arguments
 }
 
-/// Those arguments that say which bootstrap it is, and how the one before it is taken over from.
+/// Returns the arguments for the bootstrap's path and the hot restart.
 pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
     let mut arguments = vec!["--config-path".to_owned(), file.display().to_string()];
     match takeover {
@@ -203,12 +202,12 @@ pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
             epoch.to_string(),
             "--socket-path".to_owned(),
             path(socket),
-            // A process that can send to the socket can take over Envoy's listeners, or end Envoy.
+            // A process that can send to the socket could take over Envoy's listeners, or terminate Envoy.
             "--socket-mode".to_owned(),
             "600".to_owned(),
-            // One whose parent dies meanwhile would otherwise ask for it for ever.
+            // Without this flag, an Envoy whose parent has crashed would retry for ever.
             "--skip-hot-restart-on-no-parent".to_owned(),
-            // Asked for every five seconds: a parent that has died meanwhile makes its child abort (1.36 to 1.40).
+            // Without this flag, Envoy queries its parent every five seconds, and aborts if the parent has crashed (1.36 to 1.40).
             "--skip-hot-restart-parent-stats".to_owned(),
             "--parent-shutdown-time-s".to_owned(),
             parent_shutdown_s.to_string(),
@@ -217,7 +216,7 @@ pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
     arguments
 }
 
-/// Those that are settings.
+/// Returns the arguments that come from the settings.
 pub(crate) fn settings(config: &Config) -> Vec<String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let concurrency = config.envoy.concurrency.map_or(cores.min(2), usize::from);
@@ -230,7 +229,7 @@ pub(crate) fn settings(config: &Config) -> Vec<String> {
         "--log-level",
         config.envoy.log_level.as_str(),
         "--log-format",
-        // The level comes first, for `envoy::log`; the time is ours.
+        // The level comes first, for [`crate::envoy::output`]. The log adds its own time.
         "%l %n: %v",
         "--log-format-escaped",
     ]

@@ -1,6 +1,7 @@
-//! The last configuration that Envoy accepted, on disk: a node that starts while no control plane answers serves it.
+//! The last configuration that Envoy accepted, on disk. A node that starts while no control plane answers serves it.
 //!
-//! It never expires: an old configuration serves, none does not. Its age is shown and can be alarmed on.
+//! The configuration never expires: an outdated configuration serves traffic, a missing one does not. Its age is in the status and the
+//! metrics.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use vmesh_proto::google::protobuf::Any;
 use vmesh_xds::{Kind, Resource};
 use xxhash_rust::xxh3::xxh3_64;
 
-/// The first line, for whoever looks at the file; the checksum of all that follows it and itself comes next.
+/// The first line of the file, for people who look at it. A checksum of the rest follows.
 const HEAD: &[u8] = b"vmesh-agent: accepted configuration, format 1\n";
 
 const LIMIT: u64 = 512 << 20;
@@ -27,7 +28,7 @@ pub enum CacheError {
     Another(String),
 }
 
-/// What Envoy accepted, as bytes. Resources that are absent say so: "there is none" is accepted too.
+/// Encodes the accepted resources. Absent resources are included: that a name does not exist was accepted too.
 pub fn encode<'a>(node: &str, accepted: impl IntoIterator<Item = &'a Arc<Resource>>) -> Vec<u8> {
     let mut by_kind = Kind::ALL.map(|kind| DeltaDiscoveryResponse {
         type_url: kind.type_url().to_owned(),
@@ -79,7 +80,7 @@ pub fn decode(node: &str, bytes: &[u8]) -> Result<Vec<Arc<Resource>>, CacheError
     let mut accepted = Vec::new();
     loop {
         let (message, last) = message()?;
-        // A kind that this version does not know was not served by it either.
+        // A resource type that this version does not know was not served by it either.
         if let Some(kind) = Kind::from_type_url(&message.type_url) {
             for resource in message.resources {
                 let value = resource.resource.map(|any| any.value).unwrap_or_default();
@@ -93,7 +94,7 @@ pub fn decode(node: &str, bytes: &[u8]) -> Result<Vec<Arc<Resource>>, CacheError
     }
 }
 
-/// `None` where there is no file: a node that starts for the first time.
+/// Loads the file. Returns `None` if it does not exist, as on a node's first start.
 pub fn load(node: &str, path: &Path) -> Result<Option<Vec<Arc<Resource>>>, CacheError> {
     match fsx::read_capped(path, LIMIT) {
         Ok(bytes) => decode(node, &bytes).map(Some),

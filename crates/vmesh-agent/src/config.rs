@@ -1,4 +1,4 @@
-//! `agent.yaml`. [`Config::parse`] is the only constructor: what it returns is sound.
+//! `agent.yaml`. [`Config::parse`] is the only constructor, so a `Config` is always valid.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,15 +24,15 @@ use crate::capture::settings::{self, Capture, Mode};
 use crate::health::Check;
 use crate::register::{Instance, OnStop, Plan, Register, Registry};
 
-/// Where the host's resolver asks for names, unless it is said otherwise.
+/// Port of the local DNS server, unless `listen.dns` is set.
 pub const DNS_PORT: u16 = 15053;
 
-/// Where the first workload's inbound listener is, unless it says otherwise; the others follow.
+/// Port of the first workload's inbound listener, unless it has a `listen`. The following workloads get the following ports.
 pub const INBOUND_PORT: u16 = 15008;
 
 const MAX_CONFIG: u64 = 4 << 20;
 
-/// What the agent was told, complete and free of contradictions.
+/// The agent's configuration, with all defaults resolved and without contradictions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     pub control_planes: Vec<ControlPlane>,
@@ -40,11 +40,11 @@ pub struct Config {
     pub run_dir: PathBuf,
     pub envoy: Envoy,
     pub api: SocketAddr,
-    /// Where the host's resolver asks for names of the mesh.
+    /// The address of the DNS server for the names of the mesh. `None` if names are not answered.
     pub dns: Option<SocketAddr>,
-    /// What these names end with, and how long they may be kept.
+    /// The DNS zone: the suffix of the names, and the TTLs of the answers.
     pub zone_of_names: Zone,
-    /// What reaches Envoy although nobody dials it.
+    /// The settings of transparent capture.
     pub capture: Capture,
     pub name: NodeName,
     pub address: Option<IpAddr>,
@@ -53,12 +53,12 @@ pub struct Config {
     pub workloads: Vec<node::Workload>,
     pub upstreams: Upstreams,
     pub registry: Registry,
-    /// The workloads that register themselves.
+    /// The workloads that the agent registers.
     pub registrations: Vec<Plan>,
     pub log: Option<String>,
 }
 
-/// One replica of the control plane, reached in plaintext: TLS is not in this version.
+/// One replica of the control plane, reached in plaintext: this version has no TLS.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ControlPlane {
     pub address: Address,
@@ -75,18 +75,18 @@ impl fmt::Display for ControlPlane {
 pub struct Envoy {
     pub path: PathBuf,
     pub manage: Manage,
-    /// Worker threads; by default two, or one on a single core.
+    /// Number of worker threads. Default: two, or one on a single core.
     pub concurrency: Option<u16>,
-    /// How long Envoy takes leave of its clients when it is stopped.
+    /// Longest time that Envoy drains when it is stopped.
     pub drain: Time,
-    /// `manage: child` only: Envoy goes on serving when the agent is stopped, and the next agent takes it over.
+    /// With `manage: child` only: Envoy keeps serving when the agent is stopped, and the next agent takes it over.
     pub keep_on_stop: bool,
-    /// `manage: systemd` only: where Envoy's supervisor keeps its sockets. With `manage: child` that is `run_dir`.
+    /// With `manage: systemd` only: the directory of the supervisor's sockets. With `manage: child` they are in the agent's `run_dir`.
     pub run_dir: PathBuf,
     pub hot_restart: HotRestart,
-    /// An Envoy that answers nothing for so long is killed and started again.
+    /// An Envoy that answers nothing for this long is killed and started again.
     pub hung_after: Time,
-    /// Open downstream connections beyond this are refused, before memory or file descriptors run out.
+    /// Limit of open downstream connections. Further ones are refused, before memory or file descriptors run out.
     pub max_connections: u32,
     pub log_level: EnvoyLogLevel,
     pub extra_args: Vec<String>,
@@ -110,11 +110,12 @@ impl Default for Envoy {
     }
 }
 
-/// How one Envoy takes over from another.
+/// Settings of Envoy's hot restart.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HotRestart {
-    /// Connections that were open when another Envoy took over (a database's, a message queue's) may stay for so long.
+    /// Limit for connections that stay open in the old Envoy after a handover. Meant for long-lived ones, as of a database or a message
+    /// queue.
     pub parent_shutdown: Time,
 }
 
@@ -124,14 +125,14 @@ impl Default for HotRestart {
     }
 }
 
-/// Who starts Envoy.
+/// The process that starts Envoy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Manage {
-    /// A unit of its own: the agent writes its bootstrap and watches it.
+    /// A systemd unit: the agent writes the bootstrap and polls the unit's supervisor.
     #[default]
     Systemd,
-    /// The agent, on hosts without systemd and in tests.
+    /// The agent itself, on hosts without systemd and in tests.
     Child,
 }
 
@@ -158,7 +159,7 @@ impl EnvoyLogLevel {
     }
 }
 
-/// Everything that is wrong with a configuration, one line each.
+/// All errors in a configuration, one line each.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error(transparent)]
@@ -177,7 +178,7 @@ impl Config {
         Config::parse(&path.display().to_string(), &text, &host_name())
     }
 
-    /// `host_name` is the node's name where the text gives none.
+    /// Parses the text of `file`. `host_name` is the node's name if the text gives none.
     pub fn parse(file: &str, text: &[u8], host_name: &str) -> Result<Config, ConfigError> {
         let written: Written = load::strict_bytes(file, text).map_err(ConfigError::Wrong)?;
         let mut problems = Problems { file: file.into(), all: Vec::new() };
@@ -188,12 +189,12 @@ impl Config {
         }
     }
 
-    /// Where the agent's API answers root's tools. Nobody else can listen there, as anybody can at `listen.api`.
+    /// Returns the path of the API socket that root's tools use. Unlike `listen.api`, no other user can bind it.
     pub fn api_socket(&self) -> PathBuf {
         self.run_dir.join("agent.sock")
     }
 
-    /// In the node's run directory, and thereby a contract with whatever looks there.
+    /// Returns the path of the socket on which Envoy is served xDS. Other programs rely on this path.
     pub fn xds_socket(&self) -> PathBuf {
         self.run_dir.join("xds.sock")
     }
@@ -202,18 +203,18 @@ impl Config {
         self.run_dir.join("admin.sock")
     }
 
-    /// Where Envoy's supervisor says how Envoy is; with `manage: systemd`.
+    /// Returns the path of the supervisor's status socket. Only with `manage: systemd`.
     pub fn status_socket(&self) -> PathBuf {
         self.envoy.run_dir.join("status.sock")
     }
 
-    /// The last configuration that Envoy accepted.
+    /// Returns the path of the configuration that Envoy accepted last.
     pub fn cache(&self) -> PathBuf {
         self.state_dir.join("accepted.bin")
     }
 
-    /// Whether the workloads are withdrawn from their registries when the agent stops: where Envoy stops with it, they
-    /// cannot be reached through it any more.
+    /// Reports whether workloads are withdrawn from their registries when the agent stops. The default is to withdraw if Envoy stops with
+    /// the agent, since the workloads can then not be reached through Envoy.
     pub fn withdraws_on_stop(&self) -> bool {
         match self.registry.on_stop {
             Some(on_stop) => on_stop == OnStop::Withdraw,
@@ -226,7 +227,7 @@ impl Config {
     }
 }
 
-/// From the working directory: another process reads what is written there, from wherever it is.
+/// Resolves a path against the working directory: other processes, with other working directories, read it too.
 fn absolute(path: PathBuf) -> PathBuf {
     std::path::absolute(&path).unwrap_or(path)
 }
@@ -247,7 +248,7 @@ impl Problems {
     }
 }
 
-/// The file, as it is written.
+/// The fields of the file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Written {
@@ -323,7 +324,7 @@ enum WrittenUpstream {
     One(Upstream),
 }
 
-/// What the agent says of the names that it answers.
+/// `dns:` of `agent.yaml`: the DNS zone of the mesh.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Dns {
@@ -441,7 +442,7 @@ fn upstreams(written: Vec<WrittenUpstream>, mode: &Mode<Outbound>, problems: &mu
     }
 }
 
-/// What registries are told, and by whom the applications are known.
+/// Returns the registrations that the workloads ask for.
 fn registrations(written: &Written, name: Option<&NodeName>, problems: &mut Problems) -> Vec<Plan> {
     let mut plans = Vec::new();
     for workload in &written.workloads {
@@ -491,7 +492,7 @@ fn registrations(written: &Written, name: Option<&NodeName>, problems: &mut Prob
     plans
 }
 
-/// Whether it is a path of ZooKeeper's, and not its root.
+/// Reports whether `path` is a ZooKeeper path other than the root.
 fn is_path(path: &str) -> bool {
     path.starts_with('/') && !path.ends_with('/') && !path.contains("//") && !path.contains('\0')
 }
@@ -502,7 +503,7 @@ fn workloads(
     explicit: bool,
     problems: &mut Problems,
 ) -> Vec<node::Workload> {
-    // Beyond loopback the inbound listener is plaintext in this version: that has to be spelled out with `listen`.
+    // Beyond loopback, the inbound listener is plaintext in this version, so it needs an explicit `listen`.
     let ip = address.filter(IpAddr::is_loopback).unwrap_or(Ipv4Addr::LOCALHOST.into());
     let mut workloads = Vec::new();
     for (index, workload) in written.into_iter().enumerate() {
@@ -566,8 +567,8 @@ impl Config {
         if self.envoy.concurrency == Some(0) {
             problems.add("envoy", "`envoy.concurrency` is 0: Envoy needs at least one worker");
         }
-        // sun_path(7) of a Unix socket has 108 bytes, one of them for the end.
-        // The longest name of a socket of a hot restart; `admin.1234567890.sock` is shorter.
+        // The path of a Unix socket (unix(7)) is limited to 108 bytes with the final NUL. The longest name in the directory is that of a
+        // hot restart socket; `admin.1234567890.sock` is shorter.
         let longest = "/hr_parent_udp_4294967295".len();
         for (field, dir) in [("run_dir", &self.run_dir), ("envoy.run_dir", &self.envoy.run_dir)] {
             if dir.as_os_str().len() + longest > 107 {
@@ -578,7 +579,7 @@ impl Config {
     }
 }
 
-/// A socket's address, with a message that shows one.
+/// An IP address and a port, with an error message that shows an example.
 #[derive(Debug, Clone, Copy)]
 struct Socket(SocketAddr);
 
@@ -636,7 +637,7 @@ impl ControlPlane {
     }
 }
 
-/// `"http://127.0.0.1:15010"`, or `{address: "http://10.0.0.5:15010", insecure: true}`.
+/// Reads `"http://127.0.0.1:15010"`, or `{address: "http://10.0.0.5:15010", insecure: true}`.
 impl<'de> Deserialize<'de> for ControlPlane {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
@@ -681,7 +682,7 @@ impl<'de> Deserialize<'de> for ControlPlane {
     }
 }
 
-/// `"*"`, or `{service: payments, listen: "127.0.0.1:9001"}`.
+/// Reads `"*"`, or `{service: payments, listen: "127.0.0.1:9001"}`.
 impl<'de> Deserialize<'de> for WrittenUpstream {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]

@@ -1,5 +1,5 @@
-//! Where services are reached from this host without anybody dialing Envoy: what the control plane says of it, as far as Envoy
-//! has taken the listeners. What Envoy does not listen for is neither captured nor named.
+//! The destinations that can be captured on this host: the control plane's destinations, as far as Envoy has accepted listeners for them. A
+//! destination without a listener is neither captured nor given a name.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -11,27 +11,27 @@ use vmesh_capture::spec::{OnLoss, Percent};
 use vmesh_proto::agent::{self, destination};
 use vmesh_xds::{Kind, Resource};
 
-/// Cheap to clone, whatever there is.
+/// All destinations of this host. Cheap to clone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Destinations {
     pub services: RedBlackTreeMapSync<Arc<str>, Arc<Destination>>,
-    /// Ports at which Envoy listens on every address for what this host calls.
+    /// Ports on which Envoy has a wildcard listener for upstreams.
     pub everywhere: BTreeSet<u16>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Destination {
-    /// Virtual addresses.
+    /// Virtual addresses for which Envoy has a listener.
     pub virtual_addresses: BTreeSet<SocketAddr>,
-    /// Real addresses for which Envoy has a listener.
+    /// Endpoint addresses for which Envoy has a listener.
     pub captured: BTreeSet<SocketAddr>,
-    /// Where the service can be dialed at its own port, past Envoy: its endpoints in service. Empty where they have another port.
+    /// Endpoint addresses where the service can be dialed past Envoy, at the service's own port. Empty if the endpoints use another port.
     pub direct: BTreeSet<IpAddr>,
     pub percent: Option<Percent>,
     pub on_loss: Option<OnLoss>,
 }
 
-/// What of `accepted` concerns this host. Without `ipv6` Envoy listens at no IPv6 address.
+/// Returns the destinations among the `accepted` resources. Without `ipv6`, Envoy has no IPv6 listener.
 pub fn destinations<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>, ipv6: bool) -> Destinations {
     let accepted =
         accepted.into_iter().map(|resource| ((resource.kind(), resource.name().clone()), resource));
@@ -41,20 +41,20 @@ pub fn destinations<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>, i
     reached.now
 }
 
-/// [`Destinations`], kept up with what changes at the cost of what changes.
+/// Keeps [`Destinations`] up to date at a cost proportional to the change.
 #[derive(Debug)]
 pub struct Reached {
     ipv6: bool,
     listeners: HashSet<SocketAddr>,
-    /// The services that a listener at an address matters to: but for a moment it is one.
+    /// The services by the addresses of the listeners they depend on. Usually there is one service per address.
     of: HashMap<SocketAddr, Vec<Arc<str>>>,
-    /// The same the other way round.
+    /// The addresses of the listeners that each service depends on: the inverse of the map above.
     at: HashMap<Arc<str>, Vec<SocketAddr>>,
     now: Destinations,
 }
 
 impl Reached {
-    /// Nothing yet. Without `ipv6` Envoy listens at no IPv6 address.
+    /// Returns a tracker without destinations. Without `ipv6`, Envoy has no IPv6 listener.
     pub fn new(ipv6: bool) -> Reached {
         let (listeners, now) = (HashSet::new(), Destinations::default());
         Reached { ipv6, listeners, of: HashMap::new(), at: HashMap::new(), now }
@@ -64,7 +64,8 @@ impl Reached {
         &self.now
     }
 
-    /// Takes over what is `accepted` now of names that changed. Says whether that made a difference.
+    /// Updates the destinations after the resources named in `changed` changed. `accepted` returns the resource that Envoy has now. Returns
+    /// whether any destination changed.
     pub fn update<'a>(
         &mut self,
         changed: impl IntoIterator<Item = (Kind, Arc<str>)>,
@@ -91,7 +92,7 @@ impl Reached {
             }
         }
         for service in services {
-            // One that does not decode was refused and is not among them.
+            // A destination that fails to decode was rejected on arrival, so it is not in force.
             let told = accepted(Kind::Local, &service).and_then(|resource| decode(resource).ok());
             differs |= self.take_over(service, told);
         }
@@ -120,7 +121,7 @@ impl Reached {
         differs
     }
 
-    /// Listeners at these addresses matter to `service`, and no others.
+    /// Sets the listener addresses that `service` depends on.
     fn matter(&mut self, service: &Arc<str>, addresses: Vec<SocketAddr>) {
         for address in self.at.remove(service).unwrap_or_default() {
             if let Some(services) = self.of.get_mut(&address) {
@@ -139,8 +140,10 @@ impl Reached {
     }
 }
 
+/// Decodes a destination.
+///
 /// # Errors
-/// Says what cannot be read, for whoever sent it.
+/// The text describes the error for the control plane that sent the resource.
 pub fn decode(resource: &Resource) -> Result<agent::Destination, String> {
     let told = agent::Destination::decode(resource.value())
         .map_err(|error| format!("destination {} cannot be read: {error}", resource.name()))?;
@@ -150,14 +153,14 @@ pub fn decode(resource: &Resource) -> Result<agent::Destination, String> {
     }
 }
 
-/// The virtual addresses of either family.
+/// Returns the virtual addresses, IPv4 and IPv6.
 fn virtual_addresses(told: &agent::Destination) -> [Option<SocketAddr>; 2] {
     let port = u16::try_from(told.port).unwrap_or_default();
     [&told.virtual_v4, &told.virtual_v6]
         .map(|address| address.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, port)))
 }
 
-/// Where listeners are awaited.
+/// Returns the addresses at which Envoy may have listeners for this destination.
 fn awaited(told: &agent::Destination) -> Vec<SocketAddr> {
     let captured = told.endpoints.iter().filter(|endpoint| endpoint.capture);
     let captured = captured.filter_map(|endpoint| endpoint.address.parse().ok());
@@ -167,7 +170,7 @@ fn awaited(told: &agent::Destination) -> Vec<SocketAddr> {
 fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6: bool) -> Destination {
     let [v4, v6] = virtual_addresses(told);
     let taken = |address: &SocketAddr| listeners.contains(address);
-    // One listener has both, and bears the name of the first.
+    // One listener has both virtual addresses, and is named after the IPv4 one.
     let both = ipv6 && v4.as_ref().is_some_and(taken);
     let virtual_addresses = [v4.filter(taken), v6.filter(|v6| both || taken(v6))]
         .into_iter()
@@ -307,7 +310,7 @@ mod tests {
         assert_eq!(at(&["inbound|orders"]), [].into());
     }
 
-    /// Services, ports, endpoints and listeners that come and go, one or several at a time, in any order.
+    /// A change of services, ports, endpoints or listeners.
     #[derive(Debug, Clone)]
     enum Change {
         Told { service: usize, port: u32, endpoints: Vec<(u8, bool)> },

@@ -1,5 +1,5 @@
-//! The names of services, answered on this host: virtual addresses while connections to them are captured, and the addresses of
-//! endpoints while they are not (bypassed, Envoy gone) and the endpoints have the port that clients dial.
+//! Answers DNS queries for the names of services. A name resolves to the service's virtual addresses while connections to them are
+//! captured. Otherwise (after a bypass, or without Envoy) it resolves to the endpoints' addresses, if the endpoints use the service's port.
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,16 +20,16 @@ use crate::capture;
 use crate::destinations::{Destination, Destinations};
 use crate::listen::{self, Listening};
 
-/// Services come in bursts.
+/// Delay that combines a burst of changes of services into one table.
 const SETTLES: Duration = Duration::from_millis(50);
 
-/// The names under which systemd keeps the sockets while the agent restarts.
+/// The names under which systemd stores the sockets while the agent restarts.
 const KEPT_UDP: &str = "dns-udp";
 const KEPT_TCP: &str = "dns-tcp";
 
-/// Starts the tasks; what became of queries is counted in `counts`. Of `inherited`, the sockets that systemd kept while the
-/// agent restarted, those of `address` are used, so that no query is refused meanwhile. An address that another program has is
-/// tried again until it is free: see [`listen::keep_trying`].
+/// Starts the tasks. `counts` receives the number of queries by outcome. `inherited` are the sockets that systemd stored while the agent
+/// restarted; those of `address` are used again, so that no query is lost. If another program uses the address, binding is retried: see
+/// [`listen::keep_trying`].
 pub fn spawn(
     tasks: &mut Tasks,
     address: SocketAddr,
@@ -67,8 +67,8 @@ pub fn spawn(
     (served, is_listening)
 }
 
-/// Returns the two sockets of `address` among those that systemd kept. Has systemd close sockets of another address, which an
-/// earlier configuration named.
+/// Returns the two sockets of `address` among those that systemd stored. Sockets of another address, from an earlier configuration, are
+/// removed from systemd's store, which closes them.
 fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<(UdpSocket, TcpListener)> {
     let names: Vec<String> = inherited.iter().map(|(name, _)| name.clone()).collect();
     let (mut udp, mut tcp) = (None, None);
@@ -99,7 +99,7 @@ fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<
     }
 }
 
-/// Has systemd close the sockets that it kept for names, where no names are to be answered any more: it would go on listening.
+/// Removes the stored DNS sockets from systemd's store. Called when the configuration has no DNS server: systemd would keep them open.
 pub(crate) fn forget_kept(inherited: &[(String, OwnedFd)]) {
     forget(inherited.iter().map(|(name, _)| name.as_str()));
 }
@@ -108,8 +108,8 @@ fn forget<'a>(kept: impl Iterator<Item = &'a str>) {
     kept.filter(|name| [KEPT_UDP, KEPT_TCP].contains(name)).for_each(systemd::forget_socket);
 }
 
-/// Whether names mean virtual addresses. Until vmesh-net has answered, a host that is to capture most likely does, as before the
-/// agent restarted: a real address, which resolvers keep for a while, would lead past Envoy.
+/// Reports whether names resolve to virtual addresses. Until vmesh-net has answered, a host that is configured to capture is assumed to do
+/// so, as before the agent's restart: resolvers would cache a real address for a while, and that would bypass Envoy.
 pub(crate) fn is_virtual(capture: &capture::Status) -> bool {
     let is_unknown = capture.net.is_none() && capture.reason.is_none();
     capture.captures || (capture.wanted && is_unknown)
@@ -139,7 +139,7 @@ async fn keep(
     }
 }
 
-/// What the names were made of last.
+/// The input of the table that was built last.
 struct Names {
     zone: Zone,
     of: Destinations,
@@ -148,7 +148,7 @@ struct Names {
 }
 
 impl Names {
-    /// Whether a name means something else. While virtual addresses are answered, endpoints that come and go change none.
+    /// Reports whether a name would resolve differently. While names resolve to virtual addresses, changed endpoints make no difference.
     fn differ(&self, now: &Destinations, captures: bool) -> bool {
         let (old, new) = (&self.of.services, &now.services);
         captures != self.captures
@@ -159,7 +159,7 @@ impl Names {
             })
     }
 
-    /// The table of `now`. A problem is told when it is new.
+    /// Builds the table for `now`, and logs new problems.
     fn table(&mut self, now: &Destinations, captures: bool) -> Table {
         let (table, problems) = table(&self.zone, now, captures);
         for problem in problems.iter().filter(|problem| !self.problems.contains(problem)) {
@@ -170,7 +170,7 @@ impl Names {
     }
 }
 
-/// The names of all services, with what each means now; and what has no name.
+/// Builds the table of the names of all services. Also returns the services that cannot have a name.
 pub fn table(zone: &Zone, destinations: &Destinations, captures: bool) -> (Table, Vec<Problem>) {
     let names = destinations.services.iter();
     let names = names.map(|(service, destination)| (&**service, addresses(destination, captures)));
@@ -180,7 +180,7 @@ pub fn table(zone: &Zone, destinations: &Destinations, captures: bool) -> (Table
 fn addresses(destination: &Destination, captures: bool) -> Addresses {
     let has_virtual = !destination.virtual_addresses.is_empty();
     match (captures && has_virtual, destination.direct.is_empty()) {
-        // A virtual address that leads nowhere says what is wrong sooner than a name that does not exist.
+        // A virtual address that does not connect shows the cause sooner than a name that does not exist.
         (true, _) | (false, true) => destination.virtual_addresses.iter().map(SocketAddr::ip).collect(),
         (false, false) => destination.direct.iter().copied().collect(),
     }
@@ -192,7 +192,7 @@ mod tests {
 
     #[tokio::test]
     async fn sockets_that_were_kept_are_used_at_their_own_address_only_and_lose_no_query() {
-        // Nobody else uses the address, and so the port is free for both protocols.
+        // The loopback address is unique to this test, so its port is free for both protocols.
         let place = vmesh_testkit::Loopback::unique().unwrap();
         let udp = std::net::UdpSocket::bind((place.ip(), 0)).unwrap();
         let address = udp.local_addr().unwrap();
@@ -271,7 +271,7 @@ mod tests {
         names.table(&now, true);
         assert_eq!(names.problems.len(), 1);
         assert!(!names.differ(&now, true));
-        // An endpoint more is no other virtual address, and is another real one.
+        // A new endpoint changes the real addresses, but not the virtual address.
         assert!(!names.differ(&of(&[("Orders", 1), ("orders", 2)]), true));
         assert!(names.differ(&now, false));
         names.table(&now, false);

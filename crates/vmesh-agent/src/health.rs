@@ -1,4 +1,4 @@
-//! Whether an application is well: asked again and again, and judged with patience.
+//! Health checks of applications. A check is repeated at an interval, and a change of health needs several equal results in a row.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -18,18 +18,18 @@ use vmesh_model::text::Time;
 
 use crate::retry::Dice;
 
-/// How an application is asked whether it is well: `tcp`, or `{http: /healthz, interval: 2s}`.
+/// A health check, in `agent.yaml`: `tcp`, or `{http: /healthz, interval: 2s}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
-    /// The path that has to be answered with 2xx or 3xx; without it a connection is enough.
+    /// The path that must answer with 2xx or 3xx. Without a path, an accepted connection suffices.
     pub http: Option<String>,
-    /// From one answer to the next question.
+    /// Pause between a result and the next check.
     pub interval: Duration,
-    /// Without an answer for so long it counts as a failure.
+    /// A check without an answer for this long has failed.
     pub timeout: Duration,
-    /// So many successes in a row make an application well that was ill.
+    /// Number of successes in a row that make an unhealthy application healthy.
     pub rise: u32,
-    /// So many failures in a row make it ill.
+    /// Number of failures in a row that make an application unhealthy.
     pub fall: u32,
 }
 
@@ -94,23 +94,23 @@ impl<'de> Deserialize<'de> for Check {
     }
 }
 
-/// What is known of an application.
+/// The health of an application.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Health {
-    /// Not asked often enough yet: nothing is claimed of it.
+    /// The number of completed checks is still too small for a verdict.
     #[default]
     Unknown,
     Well,
     Ill,
 }
 
-/// Turns answers into a state that does not flap.
+/// Derives the health from the results of checks, without flapping.
 #[derive(Debug)]
 struct Judge {
     rise: u32,
     fall: u32,
     health: Health,
-    /// How many answers in a row spoke against `health`; the first one decides while it is unknown and good.
+    /// Number of results in a row that contradict `health`. The first success decides at once while the health is unknown.
     against: u32,
 }
 
@@ -119,8 +119,8 @@ impl Judge {
         Judge { rise: check.rise, fall: check.fall, health: Health::Unknown, against: 0 }
     }
 
-    /// What is known after one more answer. The first success is believed at once: an application that was there before
-    /// the agent must not be missing for the time of `rise`.
+    /// Returns the health after one more result. The first success counts at once: an application that ran before the agent started must
+    /// not be missing until `rise` checks have passed.
     fn on(&mut self, is_well: bool) -> Health {
         let (now, needed) = match (self.health, is_well) {
             (Health::Well, true) | (Health::Ill, false) => {
@@ -139,7 +139,7 @@ impl Judge {
     }
 }
 
-/// Asks the application at `address` for as long as it is polled. `who` is for the log.
+/// Checks the application at `address` until it is dropped. `name` identifies the application in the log.
 pub(crate) async fn watch(who: String, check: Check, address: SocketAddr, health: watch::Sender<Health>) {
     let mut judge = Judge::new(&check);
     let mut dice = Dice::new();
@@ -153,7 +153,7 @@ pub(crate) async fn watch(who: String, check: Check, address: SocketAddr, health
                 Err(why) => info!("{who} is ill: {why}"),
             }
         }
-        // The workloads of a host do not all ask at once.
+        // Spread out, so that the checks of all workloads of a host do not coincide.
         sleep(check.interval + dice.time_below(check.interval / 10)).await;
     }
 }

@@ -1,6 +1,6 @@
-//! Checks of the host for `vmesh-agent --check`: whether the units' users can read the files that a configuration names, and
-//! whether the binary at `envoy.path` is an Envoy. Root can read everything, so a check of the text alone passes for root on a host
-//! where the units fail.
+//! Checks of the host for `vmesh-agent --check`: whether the users of the units can read the files that the configuration names, and
+//! whether the binary at `envoy.path` is an Envoy. Root can read everything, so checking the text alone would succeed for root where the
+//! units fail.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,15 +18,15 @@ use crate::supervisor;
 const AGENT: &str = "vmesh-agent";
 const ENVOY: &str = "vmesh-envoy";
 const GROUP: &str = "vmesh";
-/// The time that the binary at `envoy.path` has to say what it is. The doctor and the DNS tool wait 1.5 s for the whole check.
+/// Timeout for the version of the binary at `envoy.path`. The doctor and the DNS tool wait 1.5 s for the whole check.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
 
-/// Why vmesh would not run here with a configuration that is sound in itself.
+/// A reason why vmesh would not run on this host with a valid configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HostProblem {
     pub concerns: Concern,
     pub what: String,
-    /// The command that mends the problem, or words where no command does.
+    /// The command that fixes the problem, or an instruction if there is no such command.
     pub fix: String,
 }
 
@@ -39,8 +39,8 @@ pub enum Concern {
     Envoy,
 }
 
-/// Looks at what `config`, read from `file`, needs on this host. It runs the binary at `envoy.path` for its version, and as root
-/// asks the kernel, as the units' users, for their access.
+/// Checks what `config`, read from `file`, needs on this host. Runs the binary at `envoy.path` for its version. As root, also checks the
+/// access of the units' users.
 pub async fn look(file: &Path, config: &Config) -> Vec<HostProblem> {
     let mut problems = Vec::new();
     let by_units = config.envoy.manage == Manage::Systemd && rustix::process::geteuid().is_root();
@@ -54,13 +54,13 @@ pub async fn look(file: &Path, config: &Config) -> Vec<HostProblem> {
     if envoy && problems.is_empty() {
         problems.extend(unreadable(ENVOY, file));
     }
-    // An operator also checks configurations on a machine without Envoy.
+    // A missing binary is not a problem here: operators also check configurations on machines without Envoy.
     let path = &config.envoy.path;
-    // Root runs no program that another user can replace.
+    // Root must not run a program that another user can replace.
     let is_safe_to_run = !rustix::process::geteuid().is_root()
         || path.canonicalize().is_ok_and(|real| programs::is_trusted(&real));
     if path.exists() && is_safe_to_run {
-        // An Envoy that takes its time is none that is known to be wrong.
+        // A timeout is not a problem: the binary may just be slow.
         let answer = timeout(ANSWERS_WITHIN, supervisor::ask_binary(path)).await.unwrap_or(Ok(()));
         match answer {
             Err(what) => problems.push(HostProblem {
@@ -83,7 +83,7 @@ pub async fn look(file: &Path, config: &Config) -> Vec<HostProblem> {
     problems
 }
 
-/// Files that the agent reads beside its configuration.
+/// Returns the files that the agent reads besides its configuration.
 fn named_files(config: &Config) -> Vec<PathBuf> {
     let consul = config.registry.consul.iter().flat_map(|consul| {
         [&consul.token_file, &consul.tls.ca_file, &consul.tls.cert_file, &consul.tls.key_file]
@@ -92,7 +92,7 @@ fn named_files(config: &Config) -> Vec<PathBuf> {
 }
 
 fn unreadable(user: &str, file: &Path) -> Option<HostProblem> {
-    // The agent itself reports a missing file when it reads it.
+    // A missing file is reported by the agent itself when it reads the file.
     if !file.exists() || !denied(user, "-r", file) {
         return None;
     }
@@ -110,7 +110,8 @@ fn unreadable(user: &str, file: &Path) -> Option<HostProblem> {
     })
 }
 
-/// Returns the command that lets `user` get to `file`: it opens the directory that is in the way, or the file itself.
+/// Returns the command that gives `user` access to `file`: it opens the first directory on the path that denies access, or else the file
+/// itself.
 fn open_way(user: &str, file: &Path, mode: u32) -> String {
     let mut dirs: Vec<&Path> = file.ancestors().skip(1).collect();
     dirs.reverse();
@@ -120,15 +121,16 @@ fn open_way(user: &str, file: &Path, mode: u32) -> String {
     }
 }
 
-/// Whether the kernel denies `user` the access that `test` of the shell asks for. Returns false where `setpriv` cannot run.
+/// Reports whether the kernel denies `user` the access that the shell's `test` checks with the flag `access`. Returns `false` if `setpriv`
+/// cannot run.
 fn denied(user: &str, access: &str, path: &Path) -> bool {
-    // `--check` may be run by root, whose `PATH` another user may be able to write to.
+    // Root may run `--check`, and another user may be able to write to directories in root's `PATH`.
     let Ok(mut command) = programs::command(Path::new("setpriv")).map(|command| command.into_std()) else {
         return false;
     };
     command.args(["--reuid", user, "--regid", GROUP, "--init-groups", "--", "test", access]).arg(path);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // 1 is `test`'s own no.
+    // `test` itself exits with 1; other codes are errors of `setpriv`.
     command.status().is_ok_and(|status| status.code() == Some(1)) && exists_group()
 }
 

@@ -1,4 +1,4 @@
-//! Who this node is and what it needs, as it tells control planes and its own Envoy.
+//! The identity of this node and its needs, as reported to control planes and to its Envoy.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::config::Config;
 pub const USER_AGENT: &str = "vmesh-agent";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What the agent runs, for `vmeshctl nodes`.
+/// Returns the versions of the agent and of Envoy, for `vmeshctl nodes`.
 pub fn build(envoy_version: Option<&str>) -> String {
     match envoy_version {
         Some(envoy) => format!("{USER_AGENT}/{VERSION} envoy/{envoy}"),
@@ -23,17 +23,17 @@ pub fn build(envoy_version: Option<&str>) -> String {
     }
 }
 
-/// The version of the Envoy at `path`, if it says so at once.
+/// Returns the version of the Envoy at `path`; `None` if the binary does not print one within 3 s.
 pub async fn envoy_version(path: &Path) -> Option<String> {
     let mut command = tokio::process::Command::new(path);
     command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(Duration::from_secs(3), command.output()).await.ok()?.ok()?;
-    // `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`
+    // Such as `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`.
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     Some(said.split_once("version: ")?.1.split('/').nth(1)?.to_owned())
 }
 
-/// The part of the node's metadata that is vmesh's: the field names are those of `vmesh_model::node`.
+/// Returns vmesh's part of the node's metadata. The field names are those of `vmesh_model::node`.
 pub fn metadata(config: &Config, build: &str) -> Value {
     let upstreams = match &config.upstreams {
         Upstreams::All => json!("*"),
@@ -49,7 +49,7 @@ pub fn metadata(config: &Config, build: &str) -> Value {
     })
 }
 
-/// The `node` of the first request on every stream to a control plane.
+/// Returns the `node` of the first request on every stream to a control plane.
 pub fn node(config: &Config, build: &str) -> Node {
     let metadata = BTreeMap::from([("vmesh".to_owned(), proto_value(metadata(config, build)))]);
     Node {
@@ -63,7 +63,7 @@ pub fn node(config: &Config, build: &str) -> Node {
     }
 }
 
-/// Envoy demands a `node.cluster`; it names the service whose instance the node is, if there is one.
+/// Returns `node.cluster`, which Envoy requires: the service of the node's first workload, or else `vmesh`.
 pub fn cluster(config: &Config) -> String {
     config.workloads.first().map_or_else(|| "vmesh".to_owned(), |workload| workload.service.to_string())
 }

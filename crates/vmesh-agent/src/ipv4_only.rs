@@ -1,8 +1,9 @@
-//! Takes IPv6 out of a saved configuration, for a host that had IPv6 when the configuration was saved and has none now.
+//! Removes IPv6 from a saved configuration, for a host that has lost IPv6 since the configuration was saved.
 //!
-//! Envoy refuses a listener whole if the kernel refuses one of its addresses, and an endpoint of a family that the kernel does not know along
-//! with all endpoints beside it. A control plane that is told of the host sends what fits; while none answers, the agent serves what fits of
-//! what it saved, and leaves the file as it is: with IPv6 again, all of it counts again.
+//! Envoy rejects a listener if the kernel refuses one of its addresses, and rejects all endpoints of a cluster if the kernel does not
+//! support the address family of one of them. A control plane that knows of the host's state sends only what fits. While none answers, the
+//! agent serves what fits of the saved configuration. The file is not changed, so an agent that starts with IPv6 restored serves the full
+//! configuration.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,13 +15,13 @@ use vmesh_proto::envoy::config::endpoint::v3::{ClusterLoadAssignment, LbEndpoint
 use vmesh_proto::envoy::config::listener::v3::{FilterChain, Listener};
 use vmesh_xds::{Kind, Resource};
 
-/// Returns what of `accepted` an Envoy without IPv6 takes. A resource without IPv6 keeps its version; another gets that of its new content,
-/// so that a control plane sends its own.
+/// Returns the resources that an Envoy without IPv6 accepts. A resource that contained no IPv6 keeps its version. Any other gets the
+/// version of its new content, so that a control plane replaces it.
 pub(crate) fn ipv4_only(accepted: Vec<Arc<Resource>>) -> Vec<Arc<Resource>> {
     accepted.into_iter().filter_map(|resource| without_ipv6(&resource)).collect()
 }
 
-/// `None` for a listener that has no address of IPv4.
+/// Returns `None` for a listener without any IPv4 address.
 fn without_ipv6(resource: &Arc<Resource>) -> Option<Arc<Resource>> {
     if resource.is_absent() {
         return Some(resource.clone());
@@ -39,8 +40,8 @@ fn without_ipv6(resource: &Arc<Resource>) -> Option<Arc<Resource>> {
     }
 }
 
-/// Returns the resource with the message that `edit` makes of its own, or `None` where `edit` says that nothing is left. What cannot be read
-/// stays as it is: Envoy says what is wrong with it.
+/// Returns the resource with its message changed by `edit`, or `None` if `edit` returns `false`. A message that does not decode is left as
+/// it is, and Envoy reports the error.
 fn edited<M: Message + Default + Clone + PartialEq>(
     resource: &Arc<Resource>,
     edit: impl FnOnce(&mut M) -> bool,
@@ -54,7 +55,7 @@ fn edited<M: Message + Default + Clone + PartialEq>(
     }
 }
 
-/// Returns whether an address is left.
+/// Removes IPv6 from a listener. Returns whether an address is left.
 fn listener(listener: &mut Listener) -> bool {
     listener.additional_addresses.retain(|more| !more.address.as_ref().is_some_and(is_ipv6));
     if listener.address.as_ref().is_some_and(is_ipv6) {
@@ -67,7 +68,7 @@ fn listener(listener: &mut Listener) -> bool {
     true
 }
 
-/// Takes ranges of IPv6 out of what picks a chain. Returns `false` if nothing of IPv4 can pick it any more.
+/// Removes IPv6 ranges from the match of a filter chain. Returns `false` if no IPv4 connection can match the chain any more.
 fn called_by_ipv4(chain: &mut FilterChain) -> bool {
     let Some(matching) = &mut chain.filter_chain_match else { return true };
     let lists = [
@@ -78,14 +79,14 @@ fn called_by_ipv4(chain: &mut FilterChain) -> bool {
     lists.into_iter().all(|ranges| {
         let had = !ranges.is_empty();
         ranges.retain(|range| !range.address_prefix.contains(':'));
-        // Without a range it would be picked by all.
+        // With no range left, the chain would match every connection.
         !had || !ranges.is_empty()
     })
 }
 
 fn endpoints(assignment: &mut ClusterLoadAssignment) {
     for locality in &mut assignment.endpoints {
-        // A locality without endpoints stays: priorities have to be without gaps.
+        // An empty locality stays, because the priorities must have no gaps.
         locality.lb_endpoints.retain(|endpoint| !is_ipv6_endpoint(endpoint));
     }
 }

@@ -1,24 +1,24 @@
-//! The node daemon: it feeds the local Envoy from a control plane, and from disk when none answers.
+//! The node daemon: it serves xDS to the local Envoy from a control plane, or from its disk when no control plane answers.
 //!
 //! Start reading at [`Agent::start`].
 //!
-//! | task              | wakes on                                       | publishes                            |
-//! |-------------------|------------------------------------------------|--------------------------------------|
-//! | `control plane`   | its stream, what Envoy says, a timer           | `watch<ControlPlaneStatus>`, the hub |
-//! | `report to <url>` | whether configuration comes from there         | which replicas have the report       |
-//! | `xds`             | Envoy's connections to `xds.sock`              | what Envoy says, to `control plane`  |
-//! | `cache`           | what Envoy accepted, 200 ms after it did       | `accepted.bin`                       |
-//! | `envoy`           | the first configuration, Envoy's end, a timer  | `watch<envoy::Status>`               |
-//! | `envoy output`    | a line from Envoy                              | our log                              |
-//! | `capture`         | destinations, vmesh-net's word, a second's tick | `watch<capture::Status>`, to vmesh-net |
-//! | `names`           | destinations, whether they are captured        | the names that `dns` answers         |
-//! | `dns`             | queries                                        | answers                              |
-//! | `api`             | HTTP requests                                  | `/status`, `/metrics`, `/readyz`     |
-//! | `api socket`      | the same, on `agent.sock`                      | the same                             |
+//! | task              | wakes on                                        | publishes                            |
+//! |-------------------|-------------------------------------------------|--------------------------------------|
+//! | `control plane`   | its xDS stream, Envoy's requests, a timer       | `watch<ControlPlaneStatus>`, the hub |
+//! | `report to <url>` | a change of the control plane in use            | which replicas have the report       |
+//! | `xds`             | Envoy's connections to `xds.sock`               | Envoy's requests, to `control plane` |
+//! | `cache`           | newly accepted resources, after 200 ms          | `accepted.bin`                       |
+//! | `envoy`           | the first configuration, Envoy's exit, a timer  | `watch<EnvoyStatus>`                 |
+//! | `envoy output`    | a line that Envoy writes                        | our log                              |
+//! | `capture`         | destinations, answers of vmesh-net, a 1 s timer | `watch<CaptureStatus>`, to vmesh-net |
+//! | `names`           | destinations, whether they are captured         | the name table that `dns` answers from |
+//! | `dns`             | DNS queries                                     | answers                              |
+//! | `api`             | HTTP requests                                   | `/status`, `/metrics`, `/readyz`     |
+//! | `api socket`      | HTTP requests on `agent.sock`                   | as `api`                             |
 //!
-//! Workloads that register themselves have tasks of their own: see [`register`]. They end before the others do.
+//! Workloads that register themselves have tasks of their own, which end before all others: see [`register`].
 //!
-//! **Invariant:** no discovery backend: `cargo tree -p vmesh-agent -e normal` lists neither `vmesh-discovery` nor
+//! **Invariant:** the agent contains no discovery backend: `cargo tree -p vmesh-agent -e normal` lists neither `vmesh-discovery` nor
 //! `vmesh-control`.
 
 pub mod bootstrap;
@@ -54,16 +54,17 @@ use vmesh_daemon::{Tasks, sockets, systemd};
 pub use config::Config;
 use listen::Listening;
 
-/// The task that ends when the host gains or loses IPv6. The agent then ends as in a crash, without a leave, and begins anew.
+/// The name of the task that ends when the host gains or loses IPv6. The agent then exits as after a crash, without draining Envoy, and is
+/// started again.
 pub const IPV6: &str = "ipv6";
 
-/// A running agent. Its sockets are bound and its files are written: what can fail at start has not.
+/// A running agent. Its sockets are bound and its files are written, so no start-up error is left.
 pub struct Agent {
     pub tasks: Tasks,
-    /// Those that keep workloads registered: they are to end first, so that nobody dials an Envoy that takes its leave.
+    /// The tasks that keep workloads registered. They are stopped first, so that no client dials an Envoy that drains.
     pub registrations: Tasks,
     pub known: status::Known,
-    /// Held for as long as the agent runs.
+    /// Held until the agent exits.
     pub lock: File,
     pub state_lock: File,
 }
@@ -110,13 +111,13 @@ impl Agent {
         let path = config.state_dir.join("lock");
         let state_lock = fsx::lock(&path)
             .map_err(|cause| StartError::State { state_dir: config.state_dir.clone(), cause })?;
-        // Only now: what lies in there is ours.
+        // Sweep only after locking: from here on, temporary files in these directories belong to this process.
         for dir in [&config.run_dir, &config.state_dir] {
             if let Err(error) = fsx::sweep(dir) {
                 tracing::warn!("{}", vmesh_daemon::report::one_line(&error));
             }
         }
-        // Before anything else opens a file.
+        // Must run before anything else opens a file: it takes over descriptors by number.
         let inherited = systemd::inherited_sockets();
         let path = config.api_socket();
         let api_socket = sockets::listen(&path).map_err(|cause| StartError::Api { path, cause })?;
@@ -180,19 +181,19 @@ impl Agent {
         Ok(Agent { tasks, registrations, known, lock, state_lock })
     }
 
-    /// How long the registrations may take to be withdrawn.
+    /// Returns the longest time that withdrawing the registrations may take.
     pub fn withdraws_within(config: &Config) -> Duration {
         config.registry.settle.0 + Duration::from_secs(20)
     }
 
-    /// How long the tasks may take to stop: Envoy's leave-taking, and then what it takes to see it gone.
+    /// Returns the longest time that stopping the tasks may take: Envoy's drain, and the wait for its exit.
     pub fn stops_within(config: &Config) -> Duration {
         config.envoy.drain.0 + Duration::from_secs(15)
     }
 }
 
-/// Locks the file at `path` for as long as it is held. `None`: another process has it. Nobody else can open the file, and so
-/// nobody else can hold the lock: a directory of the agent's is open to its group.
+/// Locks the file at `path` until the returned handle is dropped. Returns `None` if another process holds the lock. Only this user can open
+/// the file, and so only this user can hold the lock, although the group has access to the directory.
 pub(crate) fn lock(path: &Path) -> io::Result<Option<File>> {
     match fsx::lock(path) {
         Ok(file) => Ok(Some(file)),

@@ -1,5 +1,5 @@
-//! Ports that any user of the host could take before the agent does. The agent runs without a port that is taken, logs that, and
-//! retries: no other program may keep the agent from feeding Envoy.
+//! Binds ports that any user of the host could have taken first. The agent runs without a port that is taken, logs that, and retries: no
+//! local user can keep the agent from serving Envoy.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,20 +11,20 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use vmesh_daemon::Stop;
 
-/// Pause between two attempts to bind an address that another program has.
+/// Pause between attempts to bind an address that another program uses.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
-/// Whether the agent listens where its configuration says.
+/// The status of one listening address of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Listening {
     pub address: SocketAddr,
     pub bound: bool,
-    /// Why it does not.
+    /// Why it is not bound.
     pub reason: Option<String>,
 }
 
 impl Listening {
-    /// Nothing is bound yet.
+    /// Returns the status of an address before the first attempt to bind it.
     pub fn at(address: SocketAddr) -> Listening {
         Listening { address, bound: false, reason: None }
     }
@@ -34,7 +34,7 @@ impl Listening {
     }
 }
 
-/// Binds what is to be listened on for `purpose`, however long that takes, and returns it; `None` when the daemon is to stop.
+/// Calls `bind` until it succeeds, and returns its result. Returns `None` when the daemon is told to stop. `purpose` is for the log.
 pub(crate) async fn keep_trying<T, Bound: Future<Output = io::Result<T>>>(
     purpose: &str,
     bind: impl Fn() -> Bound,

@@ -31,7 +31,7 @@ struct Arguments {
     dry_run: bool,
 }
 
-/// The exit code of `--dry-run` where the host is not as it would be.
+/// The exit code of `--dry-run` if the host's rules would change.
 const DIFFERS: u8 = 3;
 
 #[derive(Debug, clap::Subcommand)]
@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => {
             _ = error.print();
-            // `--help` and `--version` are no errors.
+            // `--help` and `--version` are not errors.
             return if error.use_stderr() { report::USAGE.into() } else { ExitCode::SUCCESS };
         }
     };
@@ -78,15 +78,15 @@ fn main() -> ExitCode {
     if let Err(error) = logs::init(config.log.as_deref()) {
         return report::refused(&error);
     }
-    // Every connection through Envoy is two files, and a child inherits the limit.
+    // Each connection through Envoy takes two file descriptors, and Envoy as a child inherits the limit.
     descriptors::raise_limit();
-    // One thread: the work is to pass on what arrives, and each more thread costs memory on every host of the fleet.
+    // One thread suffices: the agent only passes messages on, and each further thread costs memory on every host of the fleet.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match (runtime, arguments.command) {
         (Ok(runtime), None) => {
             let code = runtime.block_on(run(config));
-            // What was to end has. What is to outlast the agent for a while (the session of a workload that stays
-            // registered) would be closed by ending it.
+            // All tasks that must end have ended. Dropping the runtime would also close the ZooKeeper session of a workload that stays
+            // registered.
             std::mem::forget(runtime);
             code
         }
@@ -97,7 +97,7 @@ fn main() -> ExitCode {
 
 async fn run(config: Config) -> ExitCode {
     let (withdraws_within, stops_within) = (Agent::withdraws_within(&config), Agent::stops_within(&config));
-    // First of all: until then one of them would kill the process.
+    // Install these handlers first, since each of these signals kills a process without a handler.
     let ignored = [signals::SIGHUP, signals::SIGUSR1, signals::SIGUSR2];
     let ignored = match signals::ignored(
         &ignored,
@@ -117,7 +117,7 @@ async fn run(config: Config) -> ExitCode {
     systemd::ready("serving");
     let code = match until_told(terminated, &mut tasks).await {
         End::Stop(code) => code,
-        // Workloads stay registered, and an Envoy with a unit of its own is not touched: systemd starts the next agent at once.
+        // Workloads stay registered, and an Envoy with a unit of its own keeps running: systemd starts the next agent at once.
         End::Again(code) => return code,
     };
     systemd::stopping_within(withdraws_within + stops_within);
@@ -129,7 +129,7 @@ async fn run(config: Config) -> ExitCode {
     code
 }
 
-/// Waits for the signal that ends the daemon, or for the task that should not have ended.
+/// Waits for a signal that ends the daemon, or for the end of a task that should run for ever.
 async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &mut Tasks) -> End {
     tokio::select! {
         signal = terminated => {
@@ -150,16 +150,16 @@ async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &m
     }
 }
 
-/// How the daemon ends.
+/// The two ways in which the daemon ends.
 enum End {
     Stop(ExitCode),
-    /// As in a crash: the next process goes on with what this one leaves.
+    /// End as after a crash: the next process takes over what this one leaves.
     Again(ExitCode),
 }
 
 async fn run_envoy(file: &Path, config: Config) -> ExitCode {
     let mut stops_within = supervisor::Running::stops_within(&config);
-    // SIGHUP is a reload.
+    // SIGHUP is not among them: it requests a reload.
     let ignored = signals::ignored(&[signals::SIGUSR1, signals::SIGUSR2], "SIGHUP is what reloads");
     let ignored = match ignored {
         Ok(ignored) => ignored,
@@ -174,10 +174,10 @@ async fn run_envoy(file: &Path, config: Config) -> ExitCode {
     tasks.spawn("signals", ignored);
     let (End::Stop(code) | End::Again(code)) = until_told(terminated, &mut tasks).await;
     if code != ExitCode::SUCCESS {
-        // A fault of ours is no reason for Envoy to leave: the next supervisor goes on with it.
+        // After an error of our own, Envoy keeps running, and the next supervisor adopts it.
         return code;
     }
-    // The settings are read again with each reload.
+    // Each reload reads the settings again, so the drain time may have changed.
     if let Ok(config) = Config::load(file) {
         stops_within = stops_within.max(supervisor::Running::stops_within(&config));
     }
@@ -189,7 +189,7 @@ async fn run_envoy(file: &Path, config: Config) -> ExitCode {
     code
 }
 
-/// Prints what the agent would do, and what on this host is in its way. The exit code is that of a failure where something is.
+/// Prints what the agent would do, and the problems of this host that would prevent it. Any problem makes the exit code a failure.
 fn check(file: &Path, config: &Config, json: bool) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -200,7 +200,7 @@ fn check(file: &Path, config: &Config, json: bool) -> ExitCode {
         true => format!("{}\n", vmesh_agent::outline::outline(config, &problems)),
         false => summary(config),
     };
-    // A reader that has seen enough (`| head`) is no failure.
+    // A closed pipe (`| head`) is not an error.
     _ = std::io::stdout().write_all(text.as_bytes());
     for hostcheck::HostProblem { what, fix, .. } in &problems {
         _ = writeln!(std::io::stderr(), "{what}: {fix}");
@@ -225,7 +225,7 @@ fn dry_run(config: &Config) -> ExitCode {
     }
 }
 
-/// What `--check` prints.
+/// Returns the text that `--check` prints.
 fn summary(config: &Config) -> String {
     use std::fmt::Write;
     let mut text = String::new();

@@ -1,5 +1,4 @@
-//! A configuration in short, as JSON: what `vmesh-agent --check --json` prints, for those that look after a host and shall
-//! not have to read `agent.yaml` themselves (`vmeshctl doctor`).
+//! The configuration as JSON, which `vmesh-agent --check --json` prints. Tools such as `vmeshctl doctor` read this instead of `agent.yaml`.
 
 use serde_json::{Value, json};
 use vmesh_model::node::Upstreams;
@@ -7,7 +6,7 @@ use vmesh_model::node::Upstreams;
 use crate::config::{Config, Manage};
 use crate::hostcheck::HostProblem;
 
-/// Complete: what is built in stands there as if it had been said. `problems` are those of this host.
+/// Returns the configuration with all defaults filled in. `problems` are those of this host.
 pub fn outline(config: &Config, problems: &[HostProblem]) -> Value {
     let workloads = config.workloads.iter().map(|workload| {
         json!({

@@ -1,14 +1,14 @@
-//! Workloads that register themselves, for hosts where nobody else does: what nerve did.
+//! Registers workloads in Consul or ZooKeeper, on hosts where nothing else does. (Airbnb's nerve did the same.)
 //!
-//! Off unless a workload has `register`. A workload is registered once its application is known to be well, and says how it
-//! is for as long as the agent runs. It drains while a file of its service's name, or `all`, lies in `drain_dir`; at a
-//! stop that takes Envoy along it is withdrawn first, and Envoy takes its leave when the fleet has had time to learn of it.
+//! A workload is registered only if it has `register`, and once its application is known to be healthy. The agent keeps the health in the
+//! registry up to date. A workload drains while `drain_dir` contains a file with its service's name, or a file `all`. At a stop that
+//! includes Envoy, the workload is withdrawn first, and Envoy drains after the fleet has had time to learn of that.
 //!
 //! | task | wakes on | does |
 //! |---|---|---|
-//! | `health <service>` | a timer | asks the application |
-//! | `drain files` | a timer | looks which services are to drain |
-//! | `registration of <service> in <registry>` | either, a timer | keeps the registry's record true |
+//! | `health <service>` | a timer | checks the application |
+//! | `drain files` | a timer | lists the services that must drain |
+//! | `registration of <service> in <registry>` | health, drain files, a timer | keeps the registry's record up to date |
 
 mod consul;
 pub(crate) mod record;
@@ -34,7 +34,7 @@ use crate::health::{self, Check, Health};
 pub use record::Format;
 pub(crate) use record::Instance;
 
-/// How often it is looked for files in `drain_dir`.
+/// Interval at which `drain_dir` is read.
 const DRAIN_POLL: Duration = Duration::from_millis(500);
 
 /// `registry:` of `agent.yaml`: the registries that workloads can register in.
@@ -43,12 +43,12 @@ const DRAIN_POLL: Duration = Duration::from_millis(500);
 pub struct Registry {
     pub consul: Option<vmesh_consul::Config>,
     pub zookeeper: Option<vmesh_zookeeper::Config>,
-    /// A service drains while a file of its name is in here, and all do while there is one called `all`. Built in:
-    /// `drain` in `run_dir`.
+    /// The directory of drain files: a service drains while it contains a file of its name, and all services drain while it contains `all`.
+    /// Default: `drain` in `run_dir`.
     pub drain_dir: Option<PathBuf>,
-    /// How long the fleet has to learn of a withdrawal before Envoy takes its leave.
+    /// Time that the fleet has to learn of a withdrawal before Envoy drains.
     pub settle: Time,
-    /// What becomes of registrations when the agent stops. Built in: `withdraw` where Envoy stops with it, else `keep`.
+    /// Whether registrations are withdrawn when the agent stops. Default: `withdraw` if Envoy stops with the agent, else `keep`.
     pub on_stop: Option<OnStop>,
 }
 
@@ -63,19 +63,19 @@ impl Default for Registry {
 #[serde(rename_all = "lowercase")]
 pub enum OnStop {
     Withdraw,
-    /// The application goes on, and the next agent takes over: an upgrade of the agent.
+    /// The registration stays, for an upgrade of the agent: the application goes on, and the next agent takes over.
     Keep,
 }
 
-/// `workloads[].register`: what registries are told of a workload. One of `consul` and `zookeeper` at least.
+/// `workloads[].register`: how a workload is registered. At least one of `consul` and `zookeeper` is required.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Register {
     pub consul: Option<InConsul>,
     pub zookeeper: Option<InZookeeper>,
-    /// Built in: `node.address`.
+    /// The registered address. Default: `node.address`.
     pub address: Option<IpAddr>,
-    /// Built in: the workload's own; the inbound listener's, to have others call through Envoy.
+    /// The registered port. Default: the workload's port. Set it to the inbound listener's port to have clients call through Envoy.
     pub port: Option<u16>,
     pub weight: Option<u16>,
     pub version: Option<Arc<str>>,
@@ -86,9 +86,9 @@ pub struct Register {
 #[serde(deny_unknown_fields, default)]
 pub struct InConsul {
     pub tags: Vec<String>,
-    /// Without a word of the agent for so long the instance is critical.
+    /// Consul's TTL: an instance becomes critical if the agent does not report for this long.
     pub ttl: Time,
-    /// An instance that is critical for so long is deregistered by Consul. Built in: never.
+    /// Time after which Consul deregisters a critical instance. Default: never.
     pub gone_after: Option<Time>,
 }
 
@@ -101,23 +101,23 @@ impl Default for InConsul {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InZookeeper {
-    /// Of the service: `/services/orders`. What is missing of it is made.
+    /// The path of the service, such as `/services/orders`. Missing nodes on it are created.
     pub path: String,
     pub format: Format,
 }
 
-/// A workload that registers, everything decided.
+/// A workload that registers, with all defaults resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     pub(crate) instance: Instance,
     pub(crate) consul: Option<InConsul>,
     pub(crate) zookeeper: Option<InZookeeper>,
-    /// Where the application listens, and how it is asked; without a check it counts as well.
+    /// The address of the application, and its health check. Without a check, the application counts as healthy.
     pub(crate) application: SocketAddr,
     pub(crate) check: Option<Check>,
 }
 
-/// For `--check`: `orders as web-17-orders-8080 at 10.0.1.17:8080 in consul`.
+/// Writes a line for `--check`, such as `orders as web-17-orders-8080 at 10.0.1.17:8080 in Consul`.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Instance { service, id, address, port, .. } = &self.instance;
@@ -132,27 +132,27 @@ impl fmt::Display for Plan {
     }
 }
 
-/// How a registration stands, for `/status`.
+/// The status of one registration, for `/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Registered {
     pub service: ServiceName,
     pub registry: &'static str,
     pub state: State,
-    /// Why it is not as it is meant to be.
+    /// The reason why the registration differs from the configured one.
     pub reason: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// The application has not been found well yet.
+    /// The application has not been found healthy yet.
     Waiting,
     Registered,
-    /// Registered, and known to be ill; in ZooKeeper, which has no word for that, withdrawn.
+    /// The application is unhealthy. In ZooKeeper, whose records have no health, it is withdrawn.
     Ill,
     Draining,
     Withdrawn,
-    /// The registry does not do what it is asked.
+    /// The registry fails or rejects the request.
     Failing,
 }
 
@@ -169,7 +169,7 @@ impl fmt::Display for State {
     }
 }
 
-/// What is to be said of a workload.
+/// The registration that a workload should have at this moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
     Nothing,
@@ -178,7 +178,7 @@ pub(crate) enum Want {
     Drained,
 }
 
-/// What decides that, and when it changes.
+/// The inputs that determine the desired registration.
 pub(crate) struct Wanted {
     service: ServiceName,
     health: watch::Receiver<Health>,
@@ -204,7 +204,7 @@ impl Wanted {
     }
 }
 
-/// The services that are to drain.
+/// The services that must drain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Drained(BTreeSet<String>);
 
@@ -227,7 +227,7 @@ async fn watch_drain_files(dir: PathBuf, drained: watch::Sender<Drained>) {
     }
 }
 
-/// Publishes how a registration stands, and says in the log when that changes.
+/// Publishes the status of a registration, and logs its changes.
 pub(crate) struct Report(watch::Sender<Registered>);
 
 impl Report {
@@ -245,7 +245,7 @@ impl Report {
     }
 }
 
-/// Starts what keeps the registrations of `plans` true. They end, in order, before Envoy is told to.
+/// Starts the tasks that maintain the registrations of `plans`. They must be stopped before Envoy is drained.
 pub(crate) fn spawn(
     plans: &[Plan],
     registry: &Registry,
@@ -269,7 +269,7 @@ pub(crate) fn spawn(
             let watched = health::watch(who, check.clone(), plan.application, health_in);
             tasks.spawn(format!("health {service}"), watched);
         } else {
-            // Held, so that whoever waits for a change waits for ever.
+            // Kept open, so that receivers wait for ever rather than see a closed channel.
             tasks.spawn(format!("health {service}"), async move {
                 health_in.closed().await;
                 std::future::pending::<()>().await;

@@ -1,8 +1,8 @@
-//! Between the control planes and Envoy.
+//! Relays xDS between a control plane and Envoy.
 //!
-//! One task owns the [`Relay`]: it keeps a stream to one control plane, hears what Envoy does, and publishes what
-//! Envoy is to be served. Envoy is served by [`vmesh_xds::server`] on `xds.sock`, from what was published last: whether
-//! a control plane answers or not makes no difference to it.
+//! One task owns the [`Relay`]: it keeps a stream to one control plane, receives Envoy's requests, ACKs and NACKs, and publishes the
+//! resources that Envoy is served. [`vmesh_xds::server`] serves Envoy on `xds.sock` from what was published last, whether or not a control
+//! plane answers.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,33 +31,34 @@ use crate::retry::{Backoff, Dice};
 use crate::status::{AcceptedStatus, ControlPlaneStatus};
 
 const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
-/// A control plane that takes no request for so long is given up.
+/// Timeout for sending a request. A control plane that takes longer is given up.
 const TAKES_WITHIN: Duration = Duration::from_secs(5);
-/// A stream that lasted so long was no failure, whatever ended it.
+/// A stream that lasted this long resets the back-off, whatever ended it.
 const LASTING: Duration = Duration::from_secs(5);
-/// What Envoy accepts in a burst is written once.
+/// Delay between an accepted resource and the write to disk, so that a burst is written once.
 const SAVES_AFTER: Duration = Duration::from_millis(200);
-/// One part in so many of the time goes into that,
+/// The writer sleeps this many times as long as the last write took, so that writing takes a small share of the time.
 const SAVES_AT_MOST: u32 = 20;
-/// unless it is so old.
+/// Upper limit of that sleep.
 const SAVES_AT_LAST: Duration = Duration::from_secs(30);
-/// An Envoy that asks for what is neither on disk nor to be had from a control plane waits no longer: while it waits
-/// for one thing it serves nothing.
+/// If a requested resource is neither on disk nor available from a control plane, Envoy is told after this time that it does not exist.
+/// While Envoy waits for one resource, it does not become live.
 const STOPS_WAITING_AFTER: Duration = Duration::from_secs(5);
-/// A large answer comes in parts, of which none says that it is the last: it is whole when nothing has come for so long.
+/// An xDS answer comes in several messages without an end mark. An answer counts as complete when no further message has arrived for this
+/// duration.
 const WHOLE_AFTER: Duration = Duration::from_secs(1);
-/// Where endpoints never cease to come and go, it is whole after so long.
+/// Upper limit for that, since endpoints may change all the time.
 const WHOLE_AT_LAST: Duration = Duration::from_secs(60);
 
-/// Why a stream ended that the control plane ended because of its age.
+/// Reason for the end of a stream that the control plane closed because of its age.
 const TOOK_LEAVE: &str = "it took leave of a connection that was old, as it does with all";
 
-/// Refusals that `/status` lists.
+/// Largest number of rejected resources that `/status` lists.
 const REFUSED_SHOWN: usize = 100;
-/// Why a stream is given up on which Envoy's refusal was told.
+/// Reason for closing a stream on which the control plane was told of a rejection that is over.
 const RECOVERED: &str = "Envoy has taken what it refused before, which a new stream tells";
 
-/// The hub has one class: there is one node.
+/// The view of the only node of this hub.
 const CLASS: &str = "";
 
 #[derive(Debug, thiserror::Error)]
@@ -68,20 +69,20 @@ pub struct RelayError {
     cause: io::Error,
 }
 
-/// Where the relay tells what it knows.
+/// The channels on which the relay publishes its state.
 pub struct Published {
     pub control_plane: watch::Sender<ControlPlaneStatus>,
     pub accepted: watch::Sender<AcceptedStatus>,
-    /// Whether there is something to serve.
+    /// True once the relay has a configuration to serve.
     pub has_config: watch::Sender<bool>,
-    /// Where services are reached, as far as Envoy listens for it.
+    /// The destinations for which Envoy has listeners.
     pub destinations: watch::Sender<Arc<Destinations>>,
-    /// Whether these are all: until it is known, nothing that is captured is given up.
+    /// Whether all destinations are known. No captured address is given up before that.
     pub has_all: watch::Sender<bool>,
 }
 
 pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Published) -> Result<(), RelayError> {
-    // No other agent serves it, by the lock on the run directory; its group is how an Envoy with a user of its own gets in.
+    // The lock on the run directory excludes another agent. Envoy may run as another user, and gets access by the directory's group.
     let path = config.xds_socket();
     let listener = sockets::listen(&path).map_err(|cause| RelayError { path, cause })?;
     let ipv6 = !config.capture.report().without_ipv6;
@@ -100,7 +101,7 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
     let (said, downstream) = mpsc::unbounded_channel();
     let admission = Local { hub: hub.clone(), said, streams: AtomicU64::new(0) };
     let service = AdsService::new(hub.clone(), admission, crate::identity::build(None));
-    // Dropped at stop, after Envoy has taken its leave.
+    // Dropped at the stop, after Envoy has drained.
     tasks.spawn("xds", serve(listener, service, std::future::pending()));
 
     let (to_save, saves) = watch::channel(Vec::new());
@@ -149,7 +150,8 @@ fn restore(config: &Config, ipv6: bool, node: Node, status: &watch::Sender<Accep
     match cache::load(config.name.as_str(), &path) {
         Ok(Some(mut accepted)) => {
             if !config.capture.outbound() {
-                // Of a time when it captured: it is not asked for any more, so that nobody would ever take it away.
+                // Destinations from a time when this host captured. The agent no longer subscribes to them, so the control plane would
+                // never remove them.
                 accepted.retain(|resource| resource.kind() != Kind::Local);
             }
             if !ipv6 {
@@ -189,7 +191,7 @@ fn count<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>) -> BTreeMap<
     counts.into_iter().map(|(kind, count)| (kind.to_string(), count)).collect()
 }
 
-/// Writes what is to be saved, the latest only, until nothing more can come.
+/// Writes the latest set of accepted resources to disk, until the sender is dropped.
 async fn save(
     path: PathBuf,
     node: String,
@@ -217,7 +219,7 @@ async fn save(
             }
             status.why_not_saved = why_not;
         });
-        // All of it is written each time. Where that is much and endpoints never cease to change, it is not done all the time.
+        // Each write contains all resources. The rate is limited, because a write may be large and endpoints may change continuously.
         let rest = (began.elapsed() * SAVES_AT_MOST).min(SAVES_AT_LAST);
         let mut differs = false;
         let changes = async {
@@ -232,14 +234,14 @@ async fn save(
     }
 }
 
-/// What the streams of Envoy tell the relay, each under its number.
+/// An event on one of Envoy's xDS streams, with the number of the stream.
 enum Said {
     Connected(u64),
     Did(u64, Event),
     Gone(u64),
 }
 
-/// Lets everybody in who gets to the socket: its mode says who that is.
+/// Admits every client: the mode of the socket decides who may connect.
 struct Local {
     hub: Hub,
     said: mpsc::UnboundedSender<Said>,
@@ -278,10 +280,10 @@ impl Drop for Listening {
     }
 }
 
-/// The daemon is to stop.
+/// The daemon was told to stop.
 struct Stopped;
 
-/// Since when there is nothing more to come of what Envoy was to be told.
+/// Determines when all resources that Envoy subscribes to have arrived.
 #[derive(Debug, Default)]
 struct Whole {
     revision: u64,
@@ -290,7 +292,8 @@ struct Whole {
 }
 
 impl Whole {
-    /// When all is there, if nothing more comes after `now`. `answered`: whether all that has come is answered.
+    /// Returns the time at which the answer will count as complete if nothing more arrives after `now`. `answered` says whether every
+    /// subscription has an answer so far; `revision` changes with each accepted resource.
     fn at(&mut self, answered: bool, revision: u64, now: Instant) -> Option<Instant> {
         if !answered {
             self.quiet_since = None;
@@ -308,34 +311,34 @@ impl Whole {
 struct Driver {
     relay: Relay,
     hub: Hub,
-    /// What was published last.
+    /// The store that was published last.
     store: Option<Arc<Store>>,
     downstream: mpsc::UnboundedReceiver<Said>,
     clients: BTreeMap<u64, ClientId>,
     published: Published,
     to_save: watch::Sender<Vec<Arc<Resource>>>,
-    /// The host has no IPv6: what comes from the disk may have been more than is served.
+    /// The host has no IPv6, so the served configuration may omit addresses that the file contains.
     ipv4_only: bool,
-    /// What of [`Relay::accepted`] is saved, or about to be.
+    /// The revision of [`Relay::accepted`] that is saved or about to be saved.
     revision: u64,
     save_at: Option<Instant>,
     stop_waiting_at: Option<Instant>,
-    /// When something that Envoy refused is sent to it again.
+    /// Time at which a rejected resource is sent to Envoy again.
     retry_at: Option<std::time::Instant>,
     whole: Whole,
-    /// When it is, if nothing more comes.
+    /// Time at which the answer counts as complete, if nothing more arrives.
     whole_at: Option<Instant>,
-    /// When a control plane that has sent nothing since it took this node has confirmed what the node has: it was told the
-    /// versions of that, and sends only what differs.
+    /// Time at which the configuration counts as confirmed although the control plane has sent nothing: it knows the node's versions and
+    /// sends only differences.
     confirm_at: Option<Instant>,
-    /// Where anything outbound is captured: else nobody asks for destinations.
+    /// Set if outbound connections are captured; otherwise nothing uses destinations.
     reached: Option<Reached>,
     stop: Stop,
     dice: Dice,
 }
 
 impl Driver {
-    /// Stays with one replica for as long as it answers, and goes on to the next when it does not.
+    /// Keeps a stream to one replica while that replica answers, and switches to the next replica when it fails.
     async fn run(mut self, replicas: Vec<ControlPlane>) {
         self.publish();
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
@@ -349,7 +352,7 @@ impl Driver {
             }
             failures += 1;
             self.is_gone(replica, why, failures == 1);
-            // One that was not tried yet is, almost at once: not by a whole fleet in the same millisecond.
+            // A replica that has not been tried yet is tried almost at once, with some jitter to spread the fleet.
             let pause = if failures < replicas.len() {
                 self.dice.time_below(Duration::from_millis(200))
             } else {
@@ -359,7 +362,7 @@ impl Driver {
                 break;
             }
         }
-        // What Envoy accepted in the last moment is not lost.
+        // Saves what Envoy accepted just before the stop.
         if self.save_at.is_some() {
             self.save();
         }
@@ -381,7 +384,7 @@ impl Driver {
         });
     }
 
-    /// Takes configuration from `replica` until that ends; says why.
+    /// Takes configuration from `replica` until the stream ends, and returns why it ended.
     async fn follow(&mut self, replica: &ControlPlane) -> Result<String, Stopped> {
         let url = replica.to_string();
         let mut stream = match self.alongside(timeout(CONNECTS_WITHIN, AdsStream::connect(&url))).await? {
@@ -392,7 +395,7 @@ impl Driver {
         self.relay.on_connected();
         let ended = self.converse(replica, &mut stream).await;
         self.relay.on_disconnected();
-        // A control plane that opened no stream for this node has confirmed nothing.
+        // A control plane that did not open a stream for this node has confirmed nothing.
         let was_in_use = self.published.control_plane.borrow().in_use.is_some();
         if was_in_use && self.confirm_at.take().is_none() {
             self.confirm();
@@ -427,14 +430,14 @@ impl Driver {
                         self.confirm();
                         self.flush();
                     }
-                    // It ended without an error.
+                    // The control plane closed the stream without an error.
                     Err(failure) if failure.code == Code::Ok => return Ok(TOOK_LEAVE.to_owned()),
                     Err(failure) => return Ok(failure.to_string()),
                 },
                 idle = self.idle() => idle?,
             }
             if self.relay.take_recovered() {
-                // What it was told on this stream cannot be taken back on it.
+                // xDS has no way to withdraw the earlier NACK on the same stream.
                 return Ok(RECOVERED.to_owned());
             }
         }
@@ -472,7 +475,7 @@ impl Driver {
         }
     }
 
-    /// Does `work`, and meanwhile what Envoy needs.
+    /// Runs `work`, and serves Envoy meanwhile.
     async fn alongside<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stopped> {
         tokio::pin!(work);
         loop {
@@ -483,7 +486,7 @@ impl Driver {
         }
     }
 
-    /// Waits for one thing that is not the control plane's doing, and deals with it. Cancel-safe.
+    /// Waits for the next event other than one from the control plane, and handles it. Cancel-safe.
     async fn idle(&mut self) -> Result<(), Stopped> {
         let retry_at = self.retry_at.map(Instant::from_std);
         let wake_at = [self.save_at, self.stop_waiting_at, self.whole_at, self.confirm_at, retry_at];
@@ -497,7 +500,7 @@ impl Driver {
         tokio::select! {
             () = self.stop.requested() => return Err(Stopped),
             said = self.downstream.recv() => {
-                // An Envoy that starts says much at once.
+                // A starting Envoy sends many events at once.
                 let mut next = said;
                 while let Some(said) = next {
                     self.hear(said);
@@ -561,13 +564,14 @@ impl Driver {
         self.save_at = None;
         let accepted: Vec<_> = self.relay.accepted().cloned().collect();
         self.published.accepted.send_modify(|status| status.resources = count(&accepted));
-        // The file keeps what IPv6 it has until a control plane has said what there is: the host may have IPv6 again before that.
+        // The file keeps its IPv6 addresses until a control plane has confirmed the configuration: the host may have IPv6 again before
+        // that.
         if !(self.ipv4_only && self.published.accepted.borrow().from_disk) {
             self.to_save.send_replace(accepted);
         }
     }
 
-    /// Tells everybody what has become of what happened.
+    /// Publishes every consequence of the preceding calls to the relay.
     fn flush(&mut self) {
         let refused: Vec<_> = self
             .relay
@@ -596,8 +600,8 @@ impl Driver {
             }
         }
         let alone = !self.relay.is_connected() && !self.clients.is_empty();
-        // Only what was accepted once is served without a control plane: an agent that knows nothing says nothing, and
-        // the Envoy that it finds keeps what it has.
+        // Without a control plane, only a configuration that was accepted before is completed. An agent that has none must not tell Envoy
+        // that resources do not exist: a running Envoy then keeps its configuration.
         let waits = alone && *self.published.has_config.borrow() && self.relay.store().is_partial();
         self.stop_waiting_at = match (waits, self.stop_waiting_at) {
             (true, None) => Some(Instant::now() + STOPS_WAITING_AFTER),
@@ -622,7 +626,7 @@ impl Driver {
         self.hub.publish(CLASS, store.clone());
         self.store = Some(store.clone());
         if !*self.published.has_config.borrow() {
-            // Not the listeners as well: a control plane sends them when Envoy has taken the clusters.
+            // Listeners are not awaited, since a control plane sends them after Envoy has accepted the clusters.
             let clusters =
                 self.relay.accepted().any(|one| one.kind() == Kind::Cluster && &**one.name() == "*");
             self.published.has_config.send_replace(clusters);
@@ -639,12 +643,12 @@ mod tests {
         let (mut whole, start) = (Whole::default(), Instant::now());
         let at = |milliseconds: u64| start + Duration::from_millis(milliseconds);
         assert_eq!(whole.at(false, 0, at(0)), None, "nothing has come");
-        // Between two parts all that has come is answered.
+        // All parts so far are answered; the next one may follow.
         assert_eq!(whole.at(true, 3, at(100)), Some(at(1100)));
         assert_eq!(whole.at(false, 3, at(110)), None);
         assert_eq!(whole.at(true, 7, at(5000)), Some(at(6000)));
         assert_eq!(whole.at(true, 7, at(5500)), Some(at(6000)));
-        // An endpoint comes.
+        // An endpoint changes.
         assert_eq!(whole.at(true, 8, at(5900)), Some(at(6900)));
         assert_eq!(whole.at(true, 9, at(59_900)), Some(at(60_100)), "they never cease to come");
     }

@@ -1,8 +1,7 @@
-//! This node's report to the control planes that it does not take configuration from.
+//! Sends this node's report to the control planes that it does not take configuration from.
 //!
-//! Every replica needs it to compute the same as the others, and they share no database. A report is a stream of its
-//! own whose one request says who the node is and what it needs; it stays open, and so the replica knows that the
-//! node is there.
+//! Replicas share no database, and each needs the reports of all nodes to compute the same configuration as the others. A report is an xDS
+//! stream with a single request, which carries the `Node`. The stream stays open, which tells the replica that the node is online.
 
 use std::time::Duration;
 
@@ -17,18 +16,18 @@ use crate::config::ControlPlane;
 use crate::retry::Backoff;
 use crate::status::ControlPlaneStatus;
 
-/// No resource has this type: a server that does not know it counts the request and keeps the stream.
+/// The type URL of the request. No resource has this type: a server that does not know it counts the request and keeps the stream.
 pub(crate) const TYPE_URL: &str = "type.googleapis.com/vmesh.NodeReport";
 
 const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
 
-/// Keeps a report at `replica` for as long as configuration comes from another one.
+/// Keeps a report stream open to `replica` while the configuration comes from another replica.
 pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sender<ControlPlaneStatus>) {
     let name = replica.to_string();
     let mut in_use = status.subscribe();
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
     loop {
-        // Whoever gives the configuration has the report already.
+        // The replica in use has the report from the configuration stream.
         let elsewhere = in_use.wait_for(|status| status.in_use.as_ref() != Some(&name)).await.is_ok();
         if !elsewhere {
             return;
@@ -39,7 +38,7 @@ pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sen
                 set(&status, &name, Some(true));
             }) => debug!(control_plane = name, "the report's stream ended: {ended}"),
             () = async {
-                // Dropped here: what it returns holds the lock that `set` needs.
+                // Dropped here, because the returned guard holds the lock that `set` needs.
                 _ = in_use.wait_for(|status| status.in_use.as_ref() == Some(&name)).await;
             } => {
                 set(&status, &name, None);
@@ -51,7 +50,7 @@ pub(crate) async fn report(replica: ControlPlane, node: Node, status: watch::Sen
     }
 }
 
-/// `None`: it is not one of those that only get a report.
+/// Records whether the replica has the report. `None` removes the replica, since it is in use.
 fn set(status: &watch::Sender<ControlPlaneStatus>, name: &str, reported: Option<bool>) {
     status.send_if_modified(|status| match reported {
         Some(reported) => status.reported_to.insert(name.to_owned(), reported) != Some(reported),
@@ -59,7 +58,7 @@ fn set(status: &watch::Sender<ControlPlaneStatus>, name: &str, reported: Option<
     });
 }
 
-/// One stream, until it ends; says why.
+/// Runs one stream until it ends, and returns why it ended.
 async fn stream(replica: &ControlPlane, node: Node, open: impl FnOnce()) -> String {
     let mut stream = match timeout(CONNECTS_WITHIN, AdsStream::connect(&replica.to_string())).await {
         Ok(Ok(stream)) => stream,
@@ -80,7 +79,7 @@ async fn stream(replica: &ControlPlane, node: Node, open: impl FnOnce()) -> Stri
         Err(_) => return format!("no answer within {} s", CONNECTS_WITHIN.as_secs()),
     }
     loop {
-        // There is nothing to answer, but a server may say what it likes.
+        // No answer is expected, but the server may send one.
         if let Err(failure) = stream.next_bytes().await {
             return failure.to_string();
         }

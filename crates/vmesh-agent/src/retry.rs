@@ -1,15 +1,15 @@
-//! Whom to ask next, and when.
+//! Random delays and back-off for retries.
 
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// Random enough to keep a fleet from acting as one; nothing secret depends on it.
+/// A source of jitter, random enough to spread the nodes of a fleet. Not for secrets.
 #[derive(Debug)]
 pub(crate) struct Dice(u64);
 
 impl Dice {
     pub(crate) fn new() -> Dice {
-        // The standard library seeds its hash maps from the system's randomness.
+        // The standard library seeds its hash maps from the operating system's random numbers.
         Dice(RandomState::new().hash_one(0u8) | 1)
     }
 
@@ -21,12 +21,12 @@ impl Dice {
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
 
-    /// A number below `end`; 0 where there is none.
+    /// Returns a number below `end`, or 0 if `end` is 0.
     fn below(&mut self, end: u64) -> u64 {
         self.roll().checked_rem(end).unwrap_or(0)
     }
 
-    /// A time below `end`.
+    /// Returns a duration below `end`.
     pub(crate) fn time_below(&mut self, end: Duration) -> Duration {
         Duration::from_micros(self.below(u64::try_from(end.as_micros()).unwrap_or(u64::MAX)))
     }
@@ -45,8 +45,8 @@ impl Default for Dice {
     }
 }
 
-/// Pauses that grow, each a random one of those that its predecessor allows ("decorrelated jitter"): nodes that lost
-/// their control plane together do not come back together.
+/// Growing pauses with "decorrelated jitter": each is a random one from a range that depends on its predecessor. Nodes that lost their
+/// control plane together do not reconnect together.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     shortest: Duration,
@@ -60,7 +60,7 @@ impl Backoff {
         Backoff { shortest, longest, last: shortest, dice: Dice::new() }
     }
 
-    /// The next pause.
+    /// Returns the next pause.
     pub(crate) fn pause(&mut self) -> Duration {
         let span = (self.last * 3).saturating_sub(self.shortest);
         self.last = (self.shortest + self.dice.time_below(span)).min(self.longest);

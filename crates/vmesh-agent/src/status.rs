@@ -1,4 +1,4 @@
-//! What the agent knows of itself, and the HTTP API that tells it.
+//! The agent's status, and the HTTP API that serves it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,49 +36,49 @@ use crate::envoy;
 use crate::listen::Listening;
 use crate::register::{self, Registered};
 
-/// What is known of the control planes and of the configuration that came from them.
+/// The state of the streams to the control planes.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct ControlPlaneStatus {
-    /// The one that configuration is taken from now.
+    /// URL of the replica that sends the configuration.
     pub in_use: Option<String>,
-    /// Since when it is in use, or since when none is.
+    /// Timestamp of the last change of `in_use`.
     #[serde(serialize_with = "optional_epoch_seconds")]
     pub since: Option<SystemTime>,
-    /// Why none is in use.
+    /// Why no replica is in use.
     pub reason: Option<String>,
-    /// The other replicas, and whether they have this node's report.
+    /// Replicas not in use, and whether each one has received this node's report.
     pub reported_to: BTreeMap<String, bool>,
 }
 
-/// What Envoy has accepted.
+/// The configuration that Envoy has accepted.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct AcceptedStatus {
-    /// How many resources of each kind.
+    /// Number of resources by type.
     pub resources: BTreeMap<String, usize>,
     pub rejections: u64,
     pub last_rejection: Option<String>,
-    /// What Envoy refuses now, and why; the first 100.
+    /// The resources that Envoy rejects now, with reasons. At most 100.
     pub refused: Vec<String>,
     #[serde(serialize_with = "optional_epoch_seconds")]
     pub last_rejected: Option<SystemTime>,
-    /// When the configuration on disk was written: what a restart without a control plane serves.
+    /// Time at which the configuration on disk was written. A restart without a control plane serves that one.
     #[serde(serialize_with = "optional_epoch_seconds")]
     pub saved: Option<SystemTime>,
-    /// When a control plane was last heard of: what is served is not older.
+    /// Time at which a control plane last confirmed the configuration.
     #[serde(serialize_with = "optional_epoch_seconds")]
     pub confirmed: Option<SystemTime>,
-    /// What is served comes from the disk, and no control plane has confirmed it since the agent started.
+    /// The configuration comes from the disk, and no control plane has confirmed it since the agent started.
     pub from_disk: bool,
     pub why_not_saved: Option<String>,
 }
 
-/// Everything that `/status` shows, each part published by the task that knows it.
+/// The sources of `/status`. Each channel is published by the task that owns the state.
 #[derive(Debug, Clone)]
 pub struct Known {
     pub node: Arc<str>,
-    /// Whether `listen.api` could be had.
+    /// Status of the listener at `listen.api`.
     pub api: watch::Receiver<Listening>,
-    /// Whether `listen.dns` could be had, where names are answered.
+    /// Status of the listener at `listen.dns`, if names are answered.
     pub dns: Option<watch::Receiver<Listening>>,
     pub control_plane: watch::Receiver<ControlPlaneStatus>,
     pub accepted: watch::Receiver<AcceptedStatus>,
@@ -86,15 +86,15 @@ pub struct Known {
     pub capture: watch::Receiver<capture::Status>,
     pub destinations: watch::Receiver<Arc<Destinations>>,
     pub zone: Zone,
-    /// What became of queries for names.
+    /// Number of DNS queries by outcome.
     pub queries: Arc<Counts>,
-    /// One for each workload and registry.
+    /// One channel for each workload and registry.
     pub registered: Arc<[watch::Receiver<Registered>]>,
 }
 
 impl Known {
-    /// Returns what Envoy has accepted. While a control plane is in use that has confirmed it, that is so at this moment: it
-    /// would send what differs.
+    /// Returns what Envoy has accepted. While the control plane that confirmed it is connected, the time of confirmation is now, since the
+    /// control plane would send any difference.
     fn accepted_now(&self) -> AcceptedStatus {
         let mut accepted = self.accepted.borrow().clone();
         if self.control_plane.borrow().in_use.is_some() && accepted.confirmed.is_some() && !accepted.from_disk
@@ -104,7 +104,7 @@ impl Known {
         accepted
     }
 
-    /// Why the node cannot do its work, if it cannot.
+    /// Returns why the node is not ready, or `None` if it is.
     fn unready(&self) -> Option<String> {
         let envoy = self.envoy.borrow();
         if envoy.state == envoy::State::Live {
@@ -127,11 +127,11 @@ impl Known {
 }
 
 pub(crate) fn name_of(state: envoy::State) -> String {
-    // The names of the JSON API.
+    // The JSON API uses the same names.
     json!(state).as_str().unwrap_or_default().to_owned()
 }
 
-/// The routes of `listen.api`.
+/// Returns the routes of `listen.api`.
 pub fn router(known: Known) -> Router {
     let mut registry = metrics::registry();
     registry.register_collector(Box::new(known.clone()));
@@ -145,7 +145,7 @@ pub fn router(known: Known) -> Router {
         .with_state(known)
 }
 
-/// Serves the API until the daemon stops; requests under way are answered.
+/// Serves the API until the daemon stops. Requests in progress are completed.
 pub async fn serve(listener: impl Listener, known: Known, stop: Stop) -> std::io::Result<()> {
     let routes = router(known);
     let answer = move |request: http::Request<_>| {
@@ -186,11 +186,11 @@ async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
     }))
 }
 
-/// What each name means now: `{"orders.mesh": ["240.17.3.9"]}`.
+/// Returns the addresses of each name: `{"orders.mesh": ["240.17.3.9"]}`.
 async fn names(State(known): State<Known>) -> Json<BTreeMap<String, Vec<IpAddr>>> {
     let (destinations, captures) =
         (known.destinations.borrow().clone(), dns::is_virtual(&known.capture.borrow()));
-    // What has no name is told by the task that serves them.
+    // Services without a name are logged by the `names` task.
     let (table, _) = dns::table(&known.zone, &destinations, captures);
     let named = table.iter().map(|(name, addresses)| {
         let v4 = addresses.v4.iter().copied().map(IpAddr::from);
@@ -200,7 +200,7 @@ async fn names(State(known): State<Known>) -> Json<BTreeMap<String, Vec<IpAddr>>
     Json(named.collect())
 }
 
-/// Read at each scrape from what the tasks publish: there is no second place that could say something else.
+/// Collects the metrics at each scrape from the published state, so that the two cannot differ.
 impl Collector for Known {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let control_plane = self.control_plane.borrow().clone();

@@ -1,4 +1,4 @@
-//! `--dry-run`: what would be done to the host's rules for a configuration, before it is in force.
+//! `--dry-run`: shows how a configuration would change the host's rules.
 
 use std::collections::BTreeSet;
 
@@ -14,14 +14,14 @@ use crate::config::Config;
 use crate::ipv4_only::ipv4_only;
 use crate::{cache, destinations};
 
-/// The users under which the package runs the agent and Envoy.
+/// The users as whom the package runs the agent and Envoy.
 const USERS: [&str; 2] = ["vmesh-agent", "vmesh-envoy"];
 
-/// The plan as text, made by vmesh-net or, where none runs, here, which needs its privileges. Endpoints are those that Envoy
-/// accepted last: the control plane is not asked.
+/// Returns the plan as text. vmesh-net makes it or, if it does not run, this process, which then needs root's privileges. The destinations
+/// are those that Envoy accepted last; no control plane is queried.
 ///
 /// # Errors
-/// Says why there is no plan.
+/// The text says why no plan could be made.
 pub async fn dry_run(config: &Config) -> Result<String, String> {
     let accepted = cache::load(config.name.as_str(), &config.cache()).map_err(|error| one_line(&error))?;
     let (mut accepted, has_ipv6) = (accepted.unwrap_or_default(), !config.capture.report().without_ipv6);

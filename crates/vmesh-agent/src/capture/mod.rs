@@ -1,11 +1,11 @@
-//! What of the host's connections is to go through Envoy: decided here, without privileges; made so by `vmesh-net`.
+//! Decides, without privileges, which connections of the host go through Envoy. `vmesh-net` applies the decision.
 //!
 //! ```text
-//! agent.yaml + Destinations --(wanted)--> Want --(net.sock)--> vmesh-net --> the kernel
+//! agent.yaml + Destinations --(desired)--> desired state --(net.sock)--> vmesh-net --> the kernel
 //! ```
 //!
-//! The task `capture` says what is wanted at each change, says every second that the agent is well, and when a change is on
-//! trial looks whether the host still works, and confirms it if it does. See [`probes`].
+//! The task `capture` sends the desired state to vmesh-net after each change, and a heartbeat every second. While a change is on trial, it
+//! probes whether the host still works, and confirms the trial if so: see [`probes`].
 
 mod dry_run;
 pub mod probes;
@@ -25,7 +25,7 @@ use crate::destinations::Destinations;
 pub use dry_run::dry_run;
 pub use task::{Status, spawn};
 
-/// What this host is to capture.
+/// Returns what this host must capture.
 pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTreeSet<SocketAddr>) -> Want {
     let mut spec = config.capture.spec.clone();
     if config.capture.outbound() {
@@ -44,10 +44,10 @@ pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTre
     }
 }
 
-/// Ports on which Envoy listens at every address. It takes captured calls to such a port of any other host for its own
-/// (`use_original_dst` finds listeners on a wildcard address), so that these have to go past it.
+/// Returns the ports on which Envoy has a wildcard listener. Connections to such a port of another host must not be captured: with
+/// `use_original_dst`, Envoy would match them to its wildcard listener.
 ///
-/// `everywhere` are those of what the host calls, some of which only the control plane knows.
+/// `everywhere` contains the ports of upstreams, some of which only the control plane knows.
 fn swallowed(config: &Config, everywhere: &BTreeSet<u16>) -> impl Iterator<Item = Ports> {
     let upstreams = match &config.upstreams {
         Upstreams::Declared(upstreams) => upstreams.as_slice(),
@@ -60,7 +60,7 @@ fn swallowed(config: &Config, everywhere: &BTreeSet<u16>) -> impl Iterator<Item 
     declared.chain(everywhere.iter().copied()).chain(inbound).filter_map(|port| Ports::range(port, port))
 }
 
-/// Where the agent and Envoy listen, beside the ports of capture.
+/// Returns the ports on which the agent and Envoy listen, besides the capture ports.
 fn ports(config: &Config) -> BTreeSet<u16> {
     let mut ports: BTreeSet<u16> = [config.api.port()].into();
     ports.extend(config.dns.map(|dns| dns.port()));
@@ -112,7 +112,7 @@ mod tests {
             workloads: [{service: web, port: 8080, listen: \"0.0.0.0:15008\"}, {service: api, port: 8081, listen: \"10.0.0.1:15009\"}]\n\
             capture: {outbound: {capture: all}, inbound: transparent}";
         let config = Config::parse("agent.yaml", text.as_bytes(), "").unwrap();
-        // Of a `Node` document.
+        // The port of an upstream in a `Node` document.
         let destinations = Destinations { everywhere: [9003].into(), ..Destinations::default() };
         let want = wanted(&config, &destinations, BTreeSet::new());
         let excluded: Vec<_> = want.spec.outbound.exclude.ports.iter().map(ToString::to_string).collect();

@@ -1,14 +1,14 @@
-//! Whether a host still works after a change of what it captures. What worked before has to work now; what did not is no
-//! argument against the change.
+//! Probes whether a host still works after a change of capture. A probe that succeeded before the change must succeed after it; one that
+//! failed before does not count.
 //!
-//! | probe | asks |
+//! | probe | what it checks |
 //! |---|---|
-//! | `control plane` | for a new connection to each control plane: one has to be had |
-//! | `dns` | the agent's own server, over UDP, for the zone of its names |
-//! | `resolver` | the host's first name server, for `localhost.`: any answer is one |
+//! | `control plane` | a new connection to one of the control planes |
+//! | `dns` | a UDP query to the agent's DNS server, for its own zone |
+//! | `resolver` | a query to the host's first name server for `localhost.`; any answer counts |
 //!
-//! That Envoy serves its ports, that a connection to a virtual address comes to it, and that SSH sessions live is seen by
-//! `vmesh-net` itself, which believes nobody in this.
+//! `vmesh-net` itself checks that Envoy serves its ports, that a connection to a virtual address reaches Envoy, and that SSH sessions
+//! survive. No claim of another process replaces these checks.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -23,10 +23,10 @@ use vmesh_dns::ask;
 use crate::config::Config;
 
 const WITHIN: Duration = Duration::from_secs(2);
-/// Datagrams get lost.
+/// Repeated, since datagrams get lost.
 const TRIES: usize = 2;
 
-/// What each probe found: nothing wrong, or what.
+/// The result of each probe, by the name of the probe.
 pub type Found = BTreeMap<&'static str, Result<(), String>>;
 
 /// Runs all probes.
@@ -38,7 +38,7 @@ pub async fn all(config: &Config) -> Found {
     found
 }
 
-/// What works no more: `control plane: ...; dns: ...`.
+/// Returns the probes that fail now and did not before, such as `control plane: ...; dns: ...`.
 pub fn worse(before: &Found, now: &Found) -> Option<String> {
     let lost = now.iter().filter_map(|(probe, found)| {
         let why = found.as_ref().err()?;
@@ -50,7 +50,7 @@ pub fn worse(before: &Found, now: &Found) -> Option<String> {
 }
 
 async fn control_plane(config: &Config) -> Result<(), String> {
-    // All at once: whoever waits for one after the other says nothing to vmesh-net meanwhile.
+    // Dialed in parallel: while the task waits here, it sends no heartbeat to vmesh-net.
     let mut dialed = JoinSet::new();
     for control_plane in &config.control_planes {
         let address = control_plane.address.to_string();
@@ -82,12 +82,12 @@ async fn resolver() -> Option<Result<(), String>> {
     Some(answers(SocketAddr::new(server, 53), "localhost").await)
 }
 
-/// The first `nameserver` of a resolv.conf(5).
+/// Returns the first `nameserver` of a resolv.conf(5).
 fn first_server(text: &str) -> Option<IpAddr> {
     text.lines().find_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok())
 }
 
-/// Whether a server says anything at all about a name.
+/// Checks whether a server answers a query for `name`, with any result.
 async fn answers(server: SocketAddr, name: &str) -> Result<(), String> {
     let mut last = String::new();
     for _ in 0..TRIES {
@@ -107,7 +107,7 @@ async fn within<T>(work: impl Future<Output = std::io::Result<T>>) -> Result<T, 
     }
 }
 
-/// The addresses of the control planes, which are never captured.
+/// Resolves the addresses of the control planes, which are never captured.
 pub async fn control_plane_addresses(config: &Config) -> std::collections::BTreeSet<SocketAddr> {
     let names = config.control_planes.iter().map(|control_plane| control_plane.address.to_string());
     let lookup = async |name: String| within(lookup_host(name)).await.map(Vec::from_iter).unwrap_or_default();

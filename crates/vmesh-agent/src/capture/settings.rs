@@ -13,13 +13,13 @@ use vmesh_capture::spec::{DeadMan, Inbound, Inward, Outbound, Outward};
 use vmesh_model::node;
 use vmesh_model::text::Time;
 
-/// How connections reach Envoy that nobody made to it.
+/// The settings of transparent capture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capture {
-    /// Without what control planes and workloads add: see [`super::wanted`].
+    /// The configured part. [`super::desired`] adds what control planes and workloads contribute.
     pub spec: Spec,
     pub confirm: Confirm,
-    /// Where vmesh-net is.
+    /// The path of vmesh-net's socket.
     pub socket: PathBuf,
 }
 
@@ -32,7 +32,7 @@ impl Capture {
         self.spec.inbound.capture != Inward::Off
     }
 
-    /// What control planes are told.
+    /// Returns what control planes are told about capture on this node.
     pub fn report(&self) -> node::Capture {
         node::Capture {
             outbound: match self.spec.outbound.capture {
@@ -51,21 +51,21 @@ impl Capture {
     }
 }
 
-/// Whether a program of this host can use IPv6, and where connections are captured whether it can listen on `::1`. With
-/// `ipv6.disable=1` there is no such thing, with `net.ipv6.conf.lo.disable_ipv6=1` no such address.
+/// Reports whether programs of this host can use IPv6, and, if connections are captured, whether they can listen on `::1`. With
+/// `ipv6.disable=1` the kernel has no IPv6; with `net.ipv6.conf.lo.disable_ipv6=1` it has no `::1`.
 fn has_ipv6(captures: bool) -> bool {
     let address = if captures { Ipv6Addr::LOCALHOST } else { Ipv6Addr::UNSPECIFIED };
     UdpSocket::bind((address, 0)).is_ok()
 }
 
-/// How often it is looked whether the host has IPv6.
+/// Interval at which IPv6 is checked.
 const LOOKS_EVERY: Duration = Duration::from_secs(3);
-/// Looks in a row that have to say the same: an interface that is set up anew has no address for a moment.
+/// Number of equal checks in a row that make a change. An interface that is being reconfigured has no address for a moment.
 const LOOKS: usize = 2;
 
 impl Capture {
-    /// Waits until the host gains or loses IPv6, which Envoy's listeners depend on: with an address that it cannot have, Envoy refuses
-    /// a listener whole. What this node is has been told to control planes, so the agent has to begin anew.
+    /// Waits until the host gains or loses IPv6. Envoy's listeners depend on it, since Envoy rejects a listener with an address that it
+    /// cannot bind. The control planes were told the old state, so the agent must then start again.
     pub async fn until_ipv6_changes(&self) {
         let captures = self.outbound() || self.inbound();
         if !captures {
@@ -84,7 +84,7 @@ async fn until_changed(look: impl Fn() -> bool, every: Duration) {
     }
 }
 
-/// `outbound addresses, 5 % of new connections; inbound redirect of 8080`.
+/// Writes a summary, such as `outbound addresses, 5 % of new connections; inbound redirect of 8080`.
 impl fmt::Display for Capture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (outbound, inbound) = (&self.spec.outbound, &self.spec.inbound);
@@ -105,7 +105,7 @@ impl fmt::Display for Capture {
     }
 }
 
-/// Who says that a host still works after a change of what it captures, and by when.
+/// The confirmation of a change of capture: who confirms, and the deadline.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Confirm {
@@ -122,14 +122,14 @@ impl Default for Confirm {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Confirmer {
-    /// The agent's own probes.
+    /// The agent's own probes confirm.
     #[default]
     Probes,
-    /// Somebody who runs `vmeshctl capture confirm`.
+    /// An operator confirms with `vmeshctl capture confirm`.
     Operator,
 }
 
-/// `capture:` as it is written.
+/// The fields of `capture:`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Written {
@@ -153,7 +153,7 @@ impl Default for Written {
 }
 
 impl Written {
-    /// What of it stands in contradiction goes to `problem`, with the field.
+    /// Returns the settings. Contradictions are passed to `problem`, with the field.
     pub(crate) fn complete(&self, mut problem: impl FnMut(&str, &str)) -> Capture {
         let mut spec = Spec { dead_man: self.dead_man, ..Spec::default() };
         if let Mode::Transparent(outbound) = &self.outbound {
@@ -184,7 +184,7 @@ impl Written {
     }
 }
 
-/// One direction: `off`, `explicit`, `transparent`, or how transparent in a map.
+/// The mode of one direction: `off`, `explicit`, `transparent`, or a map for transparent capture with settings.
 #[derive(Debug, Default)]
 pub(crate) enum Mode<T> {
     Off,
@@ -193,7 +193,7 @@ pub(crate) enum Mode<T> {
     Transparent(Box<T>),
 }
 
-/// What `transparent` alone means: what changes least.
+/// The settings that a bare `transparent` stands for: the least intrusive ones.
 pub(crate) trait Least {
     const EXAMPLE: &'static str;
     fn least() -> Self;
@@ -225,7 +225,7 @@ impl<'de, T: Least + Deserialize<'de>> Deserialize<'de> for Mode<T> {
             }
 
             fn visit_bool<E: de::Error>(self, on: bool) -> Result<Mode<T>, E> {
-                // YAML 1.1 has it that `off` is `false`, and some tools write it so.
+                // In YAML 1.1 `off` is the boolean `false`, and some tools write it that way.
                 if on {
                     Err(de::Error::invalid_value(de::Unexpected::Bool(on), &self))
                 } else {

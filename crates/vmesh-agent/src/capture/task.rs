@@ -1,4 +1,4 @@
-//! The task that speaks with vmesh-net.
+//! The task that talks to vmesh-net.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -23,33 +23,33 @@ use crate::config::Config;
 use crate::destinations::Destinations;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Endpoints come in bursts, and each change of rules costs one run of a tool.
+/// Delay that combines a burst of changes. Each change of rules costs a run of nft or iptables.
 const SETTLES: Duration = Duration::from_millis(50);
-/// Names of control planes may come to mean other addresses.
+/// Interval at which the control planes' names are resolved again.
 const LOOKS_UP_EVERY: Duration = Duration::from_secs(60);
-/// What vmesh-net refused may be possible later: its disk has room again, it is not busy any more.
+/// Pause before a rejected request is repeated. The reason may be temporary, such as a full disk or a busy vmesh-net.
 const ASKS_AGAIN_AFTER: Duration = Duration::from_secs(10);
-/// After a change, for whatever it breaks to break.
+/// Time between a change and the first probe, so that its effects show.
 const WATCHES_FOR: Duration = Duration::from_secs(2);
 
 const AWAITS_ENVOY: &str = "Envoy does not serve its capture ports yet: nothing is captured before";
 
-/// What is known of capture on this host.
+/// The status of capture on this host.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Status {
-    /// Whether anything is to be captured.
+    /// Reports whether the configuration asks for any capture.
     pub wanted: bool,
-    /// Whether it is, now.
+    /// Reports whether connections are captured now.
     pub captures: bool,
-    /// What vmesh-net says.
+    /// The last status that vmesh-net sent.
     pub net: Option<Box<protocol::Status>>,
-    /// Why nothing is known of it.
+    /// Why the status is unknown, or the last rejection.
     pub reason: Option<String>,
     #[serde(serialize_with = "crate::status::optional_epoch_seconds")]
     pub confirmed: Option<SystemTime>,
 }
 
-/// Starts the task. With nothing to capture it still says so: what was captured before is then taken back.
+/// Starts the task. It also runs if nothing is to be captured, so that vmesh-net removes what an earlier configuration captured.
 pub fn spawn(
     tasks: &mut Tasks,
     config: Arc<Config>,
@@ -85,13 +85,13 @@ struct Speaker {
     status: watch::Sender<Status>,
     control_planes: BTreeSet<SocketAddr>,
     looked_up: Option<Instant>,
-    /// When what is wanted was last asked for, and why it was refused.
+    /// Time and reason of vmesh-net's last rejection.
     refused: Option<(Instant, String)>,
-    /// Nothing is captured, and nothing is proposed before Envoy serves it: a trial would only run out.
+    /// Nothing is captured, and Envoy does not serve its capture ports yet. A trial would only run into its timeout.
     awaits_envoy: bool,
-    /// What was taken back may be tried again, as somebody said since.
+    /// An operator has allowed another attempt after a rollback.
     may_retry: bool,
-    /// What worked when nothing was on trial.
+    /// Results of the probes while no trial was in progress.
     before: Option<Found>,
     on_trial: Option<(u64, Instant)>,
 }
@@ -103,7 +103,7 @@ impl Speaker {
             let error = match Client::connect(&self.config.capture.socket).await {
                 Ok(mut client) => {
                     pause = Duration::from_millis(200);
-                    // Ends with an error only.
+                    // `exchange` returns only with an error.
                     let Err(error) = self.converse(&mut client).await;
                     error
                 }
@@ -130,7 +130,7 @@ impl Speaker {
         let on_trial = matches!(&answer, Answer::Status(net) if net.trial.is_some());
         self.heard(answer);
         if self.before.is_none() {
-            // An agent that starts in a trial cannot know what worked before it: all of it, then.
+            // The agent started during a trial, so it does not know what worked before: every probe counts.
             self.before = Some(if on_trial { Found::new() } else { probes::all(&self.config).await });
         }
         self.want(client).await?;
@@ -140,7 +140,7 @@ impl Speaker {
             tokio::select! {
                 changed = self.destinations.changed() => {
                     if changed.is_err() {
-                        // The relay has ended, and with it soon the agent: what is captured stays.
+                        // The relay has ended, and the agent ends soon: the current rules stay.
                         std::future::pending::<()>().await;
                     }
                     sleep(SETTLES).await;
@@ -161,7 +161,7 @@ impl Speaker {
     }
 
     async fn want(&mut self, client: &mut Client) -> Result<(), ClientError> {
-        // An agent that has lost its state knows of no destination, and Envoy serves them all the same.
+        // The destinations are not complete yet, while Envoy may serve all of them: an incomplete set would end the capture of the others.
         if self.config.capture.outbound() && !*self.has_all.borrow_and_update() {
             return Ok(());
         }
@@ -186,14 +186,14 @@ impl Speaker {
         self.status.borrow().net.as_ref().is_some_and(|net| net.state == protocol::State::Off)
     }
 
-    /// Whether the addresses of control planes are others than they were.
+    /// Resolves the control planes' addresses if it is time to. Returns whether they changed.
     async fn look_up(&mut self) -> bool {
         if self.looked_up.is_some_and(|when| when.elapsed() < LOOKS_UP_EVERY) {
             return false;
         }
         self.looked_up = Some(Instant::now());
         let now = probes::control_plane_addresses(&self.config).await;
-        // A resolver that is away for a while says nothing about where control planes are.
+        // An empty result means that the resolver failed, not that the control planes are gone.
         let differ = !now.is_empty() && now != self.control_planes;
         if differ {
             self.control_planes = now;
@@ -201,10 +201,10 @@ impl Speaker {
         differ
     }
 
-    /// Looks after a trial, if there is one.
+    /// Probes, and then confirms or rolls back, if a trial is in progress.
     async fn attend(&mut self, client: &mut Client) -> Result<(), ClientError> {
         let net = self.status.borrow().net.clone();
-        // While it is bypassed, nothing of it is on the host.
+        // During a bypass, nothing of the trial is in force.
         let net = net.filter(|net| net.state != protocol::State::Bypassed);
         let Some(trial) = net.and_then(|net| net.trial) else {
             self.on_trial = None;
@@ -226,7 +226,7 @@ impl Speaker {
         let answer = match probes::worse(&before, &found) {
             Some(lost) => {
                 debug!(trial, "not confirmed yet: {lost}");
-                // It may be slow. Once half of the time is over it is not.
+                // The probes may just be slow; after half of the time they count as failed.
                 let patience = self.config.capture.confirm.within.0 / 2;
                 if began.elapsed() < patience {
                     return Ok(());
@@ -287,7 +287,7 @@ impl Speaker {
     }
 }
 
-/// Whether Envoy serves what is to be captured.
+/// Reports whether Envoy serves its capture ports.
 async fn serves(config: &Config) -> bool {
     let capture = &config.capture;
     for (wanted, port) in [(capture.outbound(), OUTBOUND_PORT), (capture.inbound(), INBOUND_PORT)] {

@@ -1,4 +1,4 @@
-//! Envoy's admin interface, and what its supervisor says of it.
+//! Queries of Envoy's admin interface and of its supervisor's status API.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,13 +9,13 @@ use tokio::net::UnixStream;
 use vmesh_daemon::fetch::{FetchError, Peer, fetch};
 
 const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
-/// The dump of a node with thousands of services takes Envoy a second or two.
+/// Timeout of `/config_dump`: for a node with thousands of services, it takes Envoy a second or two.
 const DUMPS_WITHIN: Duration = Duration::from_secs(20);
 
-/// What Envoy says of itself.
+/// The part of `/server_info` that the agent uses.
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct ServerInfo {
-    /// `<commit>/1.40.0/Clean/RELEASE/BoringSSL`
+    /// Such as `<commit>/1.40.0/Clean/RELEASE/BoringSSL`.
     version: String,
     pub(crate) state: String,
 }
@@ -39,7 +39,7 @@ pub(crate) enum AdminError {
 }
 
 impl AdminError {
-    /// Nobody listens there, as against somebody who does not answer.
+    /// Reports whether nothing listens on the socket, as opposed to a listener that does not answer.
     pub(crate) fn is_connect(&self) -> bool {
         matches!(self, AdminError::Fetch(error) | AdminError::Supervisor(error) if error.is_connect())
     }
@@ -50,7 +50,7 @@ pub(crate) async fn server_info(socket: &Path) -> Result<ServerInfo, AdminError>
     serde_json::from_slice(&body).map_err(AdminError::Unknown)
 }
 
-/// How Envoy is, as its supervisor says on `socket`.
+/// Returns the status of Envoy from its supervisor on `socket`.
 pub(crate) async fn supervisor_status(socket: &Path) -> Result<super::Status, AdminError> {
     let peer = Peer::Unix(socket.to_owned());
     let answer = fetch(&peer, Method::GET, "/status", ANSWERS_WITHIN).await;
@@ -62,7 +62,7 @@ pub(crate) async fn post(socket: &Path, path: &str) -> Result<(), AdminError> {
     ask(socket, Method::POST, path).await.map(|_| ())
 }
 
-/// Downstream connections that are open, those to the admin interface aside.
+/// Returns the number of open downstream connections, without those to the admin interface.
 pub(crate) async fn connections(socket: &Path) -> Result<u64, AdminError> {
     let body = ask(socket, Method::GET, "/stats?filter=^listener\\..*downstream_cx_active$").await?;
     let text = String::from_utf8_lossy(&body);
@@ -70,13 +70,13 @@ pub(crate) async fn connections(socket: &Path) -> Result<u64, AdminError> {
     Ok(counts.filter_map(|line| line.rsplit_once(": ")?.1.trim().parse::<u64>().ok()).sum())
 }
 
-/// Everything that Envoy is configured with.
+/// Returns Envoy's complete configuration.
 pub(crate) async fn config_dump(socket: &Path) -> Result<serde_json::Value, AdminError> {
     let body = ask(socket, Method::GET, "/config_dump").await?;
     serde_json::from_slice(&body).map_err(AdminError::Unknown)
 }
 
-/// How many updates of clusters and listeners Envoy rejected.
+/// Returns the number of cluster and listener updates that Envoy rejected.
 pub(crate) async fn rejected(socket: &Path) -> Result<u64, AdminError> {
     let body = ask(
         socket,
@@ -101,7 +101,7 @@ async fn ask(socket: &Path, method: Method, path: &str) -> Result<Vec<u8>, Admin
     }
 }
 
-/// The process that listens on the socket.
+/// Returns the pid of the process that listens on the socket.
 pub(crate) async fn listening_pid(socket: &Path) -> Option<i32> {
     let stream = tokio::time::timeout(ANSWERS_WITHIN, UnixStream::connect(socket)).await.ok()?.ok()?;
     stream.peer_cred().ok()?.pid()

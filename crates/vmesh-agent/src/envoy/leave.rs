@@ -1,4 +1,4 @@
-//! How an Envoy takes leave of its clients.
+//! Drains and stops an Envoy.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,17 +12,17 @@ use super::admin;
 use super::process::Process;
 
 pub(crate) const LOOK_SOON: Duration = Duration::from_millis(50);
-/// For those who were let in while the listeners closed.
+/// Extra time for connections that were accepted while the listeners closed.
 pub(crate) const LAST_IN: Duration = Duration::from_millis(500);
 pub(crate) const EXITS_WITHIN: Duration = Duration::from_secs(5);
 
-/// Lets Envoy take leave of its clients, for `drain` at most, and ends it.
+/// Drains Envoy for at most `drain`, then stops it.
 pub(crate) async fn retire(envoy: &mut Process, socket: &Path, drain: Duration) {
     take_leave(envoy, socket, drain, LAST_IN).await;
     end(envoy).await;
 }
 
-/// Lets Envoy take leave of its clients, for `drain` at most. Whoever is connected after that may stay for `stay`.
+/// Drains Envoy for at most `drain`. Connections that are still open by then get another `stay`.
 pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Duration, stay: Duration) {
     let deadline = Instant::now() + drain;
     info!(pid = envoy.pid(), "Envoy takes leave of its clients, {drain:?} at most");
@@ -36,7 +36,7 @@ pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Durati
         _ = timeout_at(deadline, leaves) => {}
         _ = envoy.exited() => return,
     }
-    // Its listeners still accept: whoever was let in last would be cut off by the signal.
+    // The listeners still accept after a graceful drain. Close them first, or SIGTERM would cut off the latest clients.
     _ = admin::post(socket, "/drain_listeners").await;
     tokio::select! {
         _ = timeout(stay, idle(socket)) => {}
@@ -44,7 +44,7 @@ pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Durati
     }
 }
 
-/// Until it has understood: on a busy host it may take its time. One that listens no more cannot be told.
+/// Repeats the request until Envoy has answered: on a busy host that may take a while. Gives up if the admin interface no longer listens.
 async fn tell(socket: &Path, path: &str) {
     while let Err(error) = admin::post(socket, path).await {
         warn!("Envoy does not take its leave: {}", one_line(&error));
@@ -55,7 +55,7 @@ async fn tell(socket: &Path, path: &str) {
     }
 }
 
-/// Ends Envoy without taking leave of anybody.
+/// Stops Envoy without draining: SIGTERM, then SIGKILL.
 pub(crate) async fn end(envoy: &mut Process) {
     envoy.signal(Signal::TERM);
     if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
@@ -71,7 +71,7 @@ pub(crate) async fn kill(envoy: &mut Process) {
     }
 }
 
-/// Waits until no client is connected. That one does not answer in time says nothing of its clients.
+/// Waits until no client is connected. A timeout of the admin interface does not count as idle.
 async fn idle(socket: &Path) {
     loop {
         match admin::connections(socket).await {
@@ -82,7 +82,7 @@ async fn idle(socket: &Path) {
     }
 }
 
-/// Whether the process with this pid answers on the socket.
+/// Waits until the process `pid` answers on its admin socket; `false` at the deadline.
 pub(crate) async fn answers(socket: &Path, pid: i32, deadline: Instant) -> bool {
     while Instant::now() < deadline {
         if admin::listening_pid(socket).await == Some(pid) && admin::server_info(socket).await.is_ok() {

@@ -1,17 +1,16 @@
-//! The local Envoy: started, watched, drained.
+//! The local Envoy: starts, watches and drains it.
 //!
-//! With `manage: systemd` Envoy is a unit of its own, with a [supervisor](crate::supervisor) of its own; the agent writes
-//! its bootstrap, and asks the supervisor how it is.
+//! With `manage: systemd`, Envoy has a systemd unit and a [supervisor](crate::supervisor) of its own. The agent writes Envoy's bootstrap,
+//! and polls the supervisor for Envoy's status.
 //!
-//! With `manage: child` the agent starts Envoy and restarts it when it dies. The two do not die together, though: an
-//! agent that is killed or upgraded must not cost a request. A restarted agent takes over the Envoy that it finds
-//! ([`process`] says how it knows that it is the one). If the configuration has meanwhile changed what Envoy is
-//! started with, a second Envoy starts beside the first one, binds the same ports (`SO_REUSEPORT`), and only when it
-//! is live does the first take its leave. What that costs: a connection that sits in the queue of a listener while it
-//! closes is reset by the kernel, unless `net.ipv4.tcp_migrate_req` is 1.
+//! With `manage: child`, the agent starts Envoy, and starts it again after a crash. Envoy survives its agent, because killing or upgrading
+//! an agent must not fail a request: the next agent takes over the running Envoy, which it identifies by a record on disk (see
+//! [`process`]). If Envoy's command line or bootstrap has changed meanwhile, a second Envoy starts beside the first one and binds the same
+//! ports (`SO_REUSEPORT`); the first one drains once the second one is live. The cost: when a listener closes, the kernel resets the
+//! connections that wait in its queue, unless `net.ipv4.tcp_migrate_req` is 1.
 //!
-//! Stopping the agent stops its Envoy, unless `keep_on_stop` is set: on a host without a service manager nobody
-//! else would. That takes leave of clients first, for `envoy.drain` at most.
+//! Stopping the agent drains Envoy for at most `envoy.drain` and stops it, unless `keep_on_stop` is set: on a host without a service
+//! manager nothing else would stop it.
 
 pub(crate) mod admin;
 pub(crate) mod leave;
@@ -40,41 +39,41 @@ use process::{Launch, Process, Record};
 const LIVE_WITHIN: Duration = Duration::from_secs(30);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LAST_BACKOFF: Duration = Duration::from_secs(10);
-/// An Envoy that ran this long has not crashed because of how it was started.
+/// Uptime after which a crash no longer counts as a failed start.
 const STABLE: Duration = Duration::from_secs(60);
-/// How often a live Envoy is asked whether it still is; its end is seen at once.
+/// Interval at which a live Envoy's admin interface is polled. The exit of the process is noticed at once.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// What is known of the local Envoy.
+/// The status of the local Envoy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     pub state: State,
     pub pid: Option<i32>,
     pub version: Option<String>,
-    /// When it came to this state.
+    /// Timestamp of the most recent change of `state`.
     #[serde(
         serialize_with = "crate::status::epoch_seconds",
         deserialize_with = "crate::status::from_epoch_seconds"
     )]
     pub since: SystemTime,
-    /// How often Envoy ended without having been told to.
+    /// Number of times that Envoy exited unexpectedly.
     pub restarts: u64,
-    /// An earlier agent started it.
+    /// Reports whether an earlier agent started this Envoy.
     pub adopted: bool,
-    /// Why it is not live.
+    /// Why Envoy is not live.
     pub reason: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// There is no configuration to give it yet.
+    /// The agent has no configuration for Envoy yet.
     Waiting,
     Starting,
     Live,
-    /// It runs, and its admin interface does not answer.
+    /// Envoy runs, and its admin interface does not answer.
     Silent,
-    /// It ended and is about to be started again.
+    /// Envoy exited and is about to be started again.
     Down,
     Draining,
     Stopped,
@@ -106,8 +105,8 @@ pub enum EnvoyError {
     },
 }
 
-/// Writes the bootstrap and starts the tasks that look after Envoy. `has_config` is false until there is something
-/// to serve: an Envoy that is started before would come up empty.
+/// Writes the bootstrap and starts the tasks that look after Envoy. Envoy is started once `has_config` is true: an Envoy that starts before
+/// that would become live without any listener.
 pub fn spawn(
     tasks: &mut Tasks,
     config: &Arc<Config>,
@@ -116,12 +115,12 @@ pub fn spawn(
 ) -> Result<(), EnvoyError> {
     let mut text = bootstrap::bootstrap(config);
     if config.envoy.manage == Manage::Child {
-        // Under systemd Envoy's unit has a limit of its own, which its supervisor knows.
+        // With `manage: systemd`, Envoy's unit has its own limit of open files, and its supervisor applies that.
         bootstrap::fit_to_open_files(&mut text, bootstrap::open_files());
     }
     let text = format!("{text:#}\n");
     let path = config.bootstrap();
-    // The group of the run directory may read it: under systemd Envoy has a user of its own.
+    // Readable for the group of the run directory: with `manage: systemd`, Envoy runs as another user.
     fsx::write_atomically(&path, text.as_bytes(), 0o640).map_err(EnvoyError::Bootstrap)?;
     let launch = Launch {
         program: config.envoy.path.clone(),
@@ -169,7 +168,7 @@ impl Supervisor {
         });
     }
 
-    /// `manage: systemd`: Envoy has a supervisor of its own, which says how it is.
+    /// Publishes the status that Envoy's supervisor reports (`manage: systemd`).
     async fn watch_only(self) {
         let socket = self.config.status_socket();
         loop {
@@ -190,10 +189,10 @@ impl Supervisor {
         }
     }
 
-    /// `manage: child`.
+    /// Starts Envoy, restarts it after a crash, and drains it at the stop (`manage: child`).
     async fn supervise(self, mut has_config: watch::Receiver<bool>, mut stop: Stop) {
         let Some(first) = until(&mut stop, self.first(&mut has_config)).await else {
-            // Told to stop before it was settled which Envoy is ours: those on record are.
+            // Stopped before an Envoy was adopted or started. Envoys on record still belong to this agent.
             if !self.config.envoy.keep_on_stop {
                 self.retire_recorded().await;
             }
@@ -247,7 +246,7 @@ impl Supervisor {
         });
     }
 
-    /// The Envoy to begin with: one that an earlier agent left, else a new one as soon as there is something to serve.
+    /// Returns the first Envoy: one that an earlier agent left, or a new one once there is a configuration to serve.
     async fn first(&self, has_config: &mut watch::Receiver<bool>) -> Option<Process> {
         let left = Record::load(&self.record_path());
         let left = match left {
@@ -258,7 +257,7 @@ impl Supervisor {
             left.and_then(|record| Some((record.clone(), Process::recorded(&record)?)))
         {
             let socket = self.config.admin_socket();
-            // Asked for patiently: right after a boot or under load it may take its time.
+            // A long wait: right after a boot or under load, Envoy may take its time to answer.
             let answers = answers(&socket, envoy.pid(), Instant::now() + EXITS_WITHIN).await;
             if !answers {
                 warn!(pid = envoy.pid(), "the Envoy of an earlier agent does not answer and is replaced");
@@ -275,7 +274,7 @@ impl Supervisor {
                     pid = envoy.pid(),
                     "the Envoy of an earlier agent was started with another configuration"
                 );
-                // Without one, the new Envoy would have nothing to take over with.
+                // The new Envoy could not become live without a configuration.
                 _ = has_config.wait_for(|has| *has).await;
                 return Some(self.hand_over(envoy).await);
             }
@@ -287,7 +286,8 @@ impl Supervisor {
         self.start(None).await
     }
 
-    /// Ends what an earlier agent had begun: of two Envoys on record one stays, the new one if it is live.
+    /// Completes a handover that an earlier agent left unfinished. The younger of the two Envoys on record is kept if it is live; otherwise
+    /// the older one is kept.
     async fn settle(&self, record: Record) -> Record {
         let (socket, aside) = (self.config.admin_socket(), self.aside());
         if let Some(mut old) = record.before.as_ref().and_then(Process::identified) {
@@ -315,14 +315,14 @@ impl Supervisor {
         record
     }
 
-    /// Puts on record that `old` serves on, with a launch that the next agent finds to be another one than its own.
+    /// Records that `old` keeps serving. Its launch is recorded with an empty bootstrap, so that the next agent replaces it.
     fn keep_old(&self, old: &Process, record: Record) -> Record {
         let record = old.record(&Launch { bootstrap: String::new(), ..record.launch });
         _ = record.save(&self.record_path());
         record
     }
 
-    /// Lets those on record take their leave.
+    /// Drains and stops the Envoys on record.
     async fn retire_recorded(&self) {
         let Some(record) = Record::load(&self.record_path()) else { return };
         let aside = self.aside();
@@ -338,7 +338,7 @@ impl Supervisor {
         _ = std::fs::remove_file(self.record_path());
     }
 
-    /// Where the Envoy that is taken over from is asked.
+    /// Returns the path to which the old Envoy's admin socket is moved during a handover.
     fn aside(&self) -> PathBuf {
         self.config.admin_socket().with_extension("sock.old")
     }
@@ -372,11 +372,11 @@ impl Supervisor {
         }
     }
 
-    /// Replaces `old` by an Envoy with this agent's configuration. If that one does not come up, the old one stays.
+    /// Replaces `old` by an Envoy with the current configuration. If the new one does not become live, `old` stays.
     async fn hand_over(&self, mut old: Process) -> Process {
         let socket = self.config.admin_socket();
         let aside = self.aside();
-        // A bound socket keeps listening under its new name; the new Envoy makes its own under the old one.
+        // A bound Unix socket keeps listening after a rename. The new Envoy creates its own socket at the original path.
         _ = std::fs::rename(&socket, &aside);
         let mut new = self.start(Some(&old)).await;
         let live = match &mut new {
@@ -425,7 +425,7 @@ impl Supervisor {
         Err(format!("not live after {} s: {last}", LIVE_WITHIN.as_secs()))
     }
 
-    /// Keeps the status true until the process ends, and says how it ended.
+    /// Keeps the status up to date until the process exits, and returns how it exited.
     async fn watch(&self, envoy: &mut Process) -> String {
         let looks = async {
             loop {
@@ -439,7 +439,7 @@ impl Supervisor {
         }
     }
 
-    /// Asks Envoy how it is, and says when to ask again.
+    /// Polls Envoy's admin interface and updates the status. Returns the pause until the next poll.
     async fn look(&self) -> Duration {
         let was = self.status.borrow().state;
         match admin::server_info(&self.config.admin_socket()).await {
@@ -458,7 +458,7 @@ impl Supervisor {
                 LOOK_SOON
             }
             Err(error) => {
-                // Before it has bound its socket that is no news.
+                // A starting Envoy has not bound its admin socket yet, so silence is expected.
                 if was != State::Starting {
                     self.set(State::Silent, |status| status.reason = Some(one_line(&error)));
                 }
@@ -476,7 +476,7 @@ pub(crate) fn next(backoff: Duration) -> Duration {
     (backoff * 2).min(LAST_BACKOFF)
 }
 
-/// `None` if the daemon is to stop before `work` is done.
+/// Runs `work`; returns `None` if the daemon is told to stop before `work` completes.
 pub(crate) async fn until<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
         done = work => Some(done),

@@ -1,4 +1,4 @@
-//! Envoy's output, as lines in our log.
+//! Copies Envoy's output to our log, line by line.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::unix::pipe;
 use tracing::{debug, error, info, trace, warn};
 
-/// The FIFO that Envoy writes to, made if need be.
+/// Creates the FIFO that Envoy writes to, unless it exists.
 pub(crate) fn fifo(path: &Path) -> io::Result<()> {
     match rustix::fs::mkfifoat(CWD, path, Mode::from_raw_mode(0o600)) {
         Ok(()) => Ok(()),
@@ -21,20 +21,20 @@ pub(crate) fn fifo(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The end that is given to Envoy. It can be read too, so that it does not break when the agent goes; it does not
-/// block, so that what nobody reads is lost and Envoy goes on.
+/// Opens the end that Envoy writes to. It is opened for reading too, so that Envoy gets no SIGPIPE when the agent exits. It does not block:
+/// when nobody reads, output is lost and Envoy continues.
 pub(crate) fn writer(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let writer = rustix::fs::open(path, flags, Mode::empty())?;
-    // The largest that an ordinary user may have: minutes of warnings while the agent is away.
+    // The maximum for an unprivileged user. It holds minutes of warnings while the agent is away.
     _ = rustix::pipe::fcntl_setpipe_size(&writer, 1 << 20);
     Ok(writer)
 }
 
-/// Longer lines are logged in pieces: what is read of one is held in memory.
+/// Maximum number of bytes of a line that are held in memory. Longer lines are logged in pieces.
 const MAX_LINE: u64 = 64 << 10;
 
-/// Logs what comes out of the FIFO, for as long as it is polled.
+/// Logs the lines that arrive in the FIFO. Runs until it is dropped.
 pub(crate) async fn log(reader: pipe::Receiver) -> io::Result<()> {
     let mut reader = BufReader::new(reader);
     let mut line = Vec::new();
@@ -52,18 +52,19 @@ pub(crate) async fn log(reader: pipe::Receiver) -> io::Result<()> {
     Ok(())
 }
 
-/// False at the end.
+/// Reads the next line or piece of a line. Returns `false` at the end of the input.
 async fn next_line(reader: &mut (impl AsyncBufRead + Unpin), line: &mut Vec<u8>) -> io::Result<bool> {
     line.clear();
     Ok(reader.take(MAX_LINE).read_until(b'\n', line).await? > 0)
 }
 
 pub(crate) fn reader(path: &Path) -> io::Result<pipe::Receiver> {
-    // Read and write: with no Envoy there is no end of file, only nothing to read.
+    // Opened for writing too, so that there is no end of file while no Envoy runs.
     pipe::OpenOptions::new().read_write(true).open_receiver(path)
 }
 
-/// `warning main: text`, by the format that Envoy is started with; anything else is a line of its own kind.
+/// Splits a line such as `warning main: text` (Envoy's `--log-format`) into level, component and message. A line in another format is
+/// returned whole, with level `info`.
 fn parse(line: &str) -> (&str, &str, &str) {
     let formatted = line.split_once(' ').and_then(|(level, rest)| {
         let known = ["trace", "debug", "info", "warning", "error", "critical"].contains(&level);

@@ -1,9 +1,9 @@
-//! One Envoy process: started by this agent, or by the one before it.
+//! One Envoy process, started by this agent or by an earlier one.
 //!
-//! An agent may be stopped, upgraded or killed while its Envoy serves. So Envoy is not tied to it: no signal when
-//! the parent dies, a process group of its own (Ctrl-C at a terminal reaches the agent alone), and for its output a
-//! FIFO, which neither breaks nor blocks when nobody reads it. What was started is on record; the next agent takes
-//! the process over if it still is that very process, runs what this agent would start, and answers.
+//! An agent may be stopped, upgraded or killed while its Envoy serves, so Envoy is decoupled from it: no signal when its parent dies, a
+//! process group of its own (Ctrl-C at a terminal reaches the agent alone), and a FIFO for its output, which neither breaks nor blocks when
+//! it has no reader. A record on disk identifies the process. The next agent adopts the process if it is still the same one, was started
+//! with what this agent would start, and answers.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 use tracing::warn;
 use vmesh_daemon::fsx;
 
-/// What an Envoy was started with. Two that are equal are interchangeable.
+/// The inputs that an Envoy is started with. Two Envoys with equal inputs are interchangeable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Launch {
     pub(crate) program: PathBuf,
@@ -28,23 +28,22 @@ pub(crate) struct Launch {
     pub(crate) bootstrap: String,
 }
 
-/// Which process. A pid alone may be another process's by now: with the boot and the moment that it started in, it is
-/// the same process or none.
+/// Identifies a process. A pid alone may be reused; together with the boot and the start time it is unique.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     pub(crate) pid: i32,
-    /// Clock ticks between boot and the start of the process.
+    /// Clock ticks between boot and the start of the process (field 22 of proc_pid_stat(5)).
     pub(crate) started: u64,
     pub(crate) boot: String,
 }
 
-/// What is kept on disk of a running Envoy.
+/// The record on disk of a running Envoy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     #[serde(flatten)]
     pub(crate) identity: Identity,
     pub(crate) launch: Launch,
-    /// The one that it takes over from, while it does.
+    /// The Envoy that it replaces, during a handover.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) before: Option<Identity>,
 }
@@ -55,21 +54,21 @@ const MAX_RECORD: u64 = 16 << 20;
 pub(crate) struct Process {
     pid: Pid,
     started: u64,
-    /// `None` on kernels before 5.3: there the process is looked at now and then.
+    /// `None` on kernels before 5.3, where the process is polled.
     handle: Option<AsyncFd<OwnedFd>>,
-    /// `None` for one that an earlier agent started: init collects its exit status.
+    /// `None` for a process that an earlier agent started: init collects its exit status.
     child: Option<Child>,
 }
 
 impl Process {
-    /// Starts `launch`, with its output going to `output`.
+    /// Starts `launch`, with its output redirected to `output`.
     pub(crate) fn start(launch: &Launch, output: OwnedFd) -> io::Result<Process> {
         let mut command = Command::new(&launch.program);
         command.args(&launch.arguments);
         Process::spawn(command, output)
     }
 
-    /// Starts `command`, with its output going to `output`.
+    /// Starts `command`, with its output redirected to `output`.
     pub(crate) fn spawn(mut command: Command, output: OwnedFd) -> io::Result<Process> {
         let errors = output.try_clone()?;
         command.process_group(0);
@@ -77,16 +76,17 @@ impl Process {
         let child = command.spawn()?;
         let pid = Pid::from_child(&child);
         let mut process = Process { pid, started: 0, handle: None, child: Some(child) };
-        // Our own child: until it is waited for, its pid is nobody else's.
+        // The pid of a child cannot be reused until the child is waited for.
         process.handle = handle(pid)?;
         process.started = started(pid).unwrap_or_default();
         Ok(process)
     }
 
-    /// The process with this pid; `None` where there is none.
+    /// Returns the process with this pid, or `None` if there is none.
     pub(crate) fn find(pid: i32) -> Option<Process> {
         let pid = Pid::from_raw(pid)?;
-        // In this order: the handle stays with the process whose start is read next, or that is gone by then.
+        // Open the pidfd first: if the process is replaced in between, the start time that is read belongs to no process that the pidfd can
+        // signal.
         let handle = handle(pid).ok()?;
         Some(Process { pid, started: started(pid)?, handle, child: None })
     }
@@ -103,14 +103,14 @@ impl Process {
         Identity { pid: self.pid(), started: self.started, boot: boot() }
     }
 
-    /// The process that `identity` speaks of, if it still runs.
+    /// Returns the process that `identity` describes, if it still runs.
     pub(crate) fn identified(identity: &Identity) -> Option<Process> {
         let process = Process::find(identity.pid)?;
         (process.started == identity.started && boot() == identity.boot && !process.is_zombie())
             .then_some(process)
     }
 
-    /// The process that `record` speaks of, if it still runs.
+    /// Returns the process that `record` describes, if it still runs.
     pub(crate) fn recorded(record: &Record) -> Option<Process> {
         Process::identified(&record.identity)
     }
@@ -119,10 +119,10 @@ impl Process {
         stat(self.pid).is_none_or(|stat| stat.state == "Z" || stat.state == "X")
     }
 
-    /// Waits for the end of the process and says how it ended. Cancel-safe.
+    /// Waits until the process exits, and returns how it exited. Cancel-safe.
     pub(crate) async fn exited(&mut self) -> String {
         match &self.handle {
-            // Readable means ended. An error means that it cannot be waited for, and so is not there.
+            // A pidfd becomes readable when the process exits. An error means that it cannot be polled, so the process is gone.
             Some(handle) => _ = handle.ready(Interest::READABLE).await,
             None => {
                 while started(self.pid) == Some(self.started) && !self.is_zombie() {
@@ -140,7 +140,7 @@ impl Process {
             None => kill_process(self.pid, signal),
         };
         match sent {
-            // Ended meanwhile, which is what signals are sent for.
+            // The process has exited already.
             Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => warn!(pid = self.pid(), "could not send {signal:?} to Envoy: {error}"),
         }
@@ -162,13 +162,13 @@ struct Stat {
     started: u64,
 }
 
-/// proc_pid_stat(5). The name in parentheses may itself have spaces and parentheses.
+/// Reads proc_pid_stat(5). The command name in parentheses may itself contain spaces and parentheses.
 fn stat(pid: Pid) -> Option<Stat> {
     let text = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
     let (_, fields) = text.rsplit_once(')')?;
     let mut fields = fields.split_whitespace();
     let state = fields.next()?.to_owned();
-    // The state is field 3, the start is field 22.
+    // The state is field 3, the start time is field 22.
     Some(Stat { state, started: fields.nth(18)?.parse().ok()? })
 }
 

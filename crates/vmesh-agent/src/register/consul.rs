@@ -1,4 +1,4 @@
-//! A workload in Consul: registered with the agent of this host, its check kept from lapsing.
+//! Registers a workload with the Consul agent of this host, and renews its TTL check.
 
 use std::time::Duration;
 
@@ -11,15 +11,14 @@ use super::record::{self, Instance};
 use super::{InConsul, Report, State, Want, Wanted};
 use crate::retry::Backoff;
 
-/// What Consul has been told, as far as it is known.
+/// What Consul has acknowledged, as far as the agent knows.
 #[derive(Default)]
 struct Told {
     registered: bool,
     drained: Option<bool>,
 }
 
-/// Keeps `instance` registered for as long as the agent runs. At a stop it is withdrawn if there is something to `leave`:
-/// first it drains, and after that time it is gone.
+/// Keeps `instance` registered until the stop. With `leave`, the instance is then drained, and deregistered after that time.
 pub(super) async fn keep(
     client: Client,
     instance: Instance,
@@ -40,7 +39,7 @@ pub(super) async fn keep(
                 settings.ttl.0 / 3
             }
             Err(error) => {
-                // Whatever it was: an agent that was restarted without its state knows nothing of us.
+                // Start over after any error: a Consul agent that was restarted without its state has forgotten the instance.
                 told = Told::default();
                 report.set(State::Failing, Some(one_line(&error)));
                 backoff.pause()
@@ -54,7 +53,7 @@ pub(super) async fn keep(
     }
     let Some(settle) = leave else { return };
     if told.registered {
-        // Readers see that it drains, and send it nothing new, before it is gone.
+        // Drained before it is deregistered, so that clients stop sending new requests to it.
         if let Err(error) = client.maintenance(&instance.id, true, "vmesh-agent stops").await {
             report.set(State::Failing, Some(one_line(&error)));
         }
@@ -84,7 +83,7 @@ async fn tell(
     told: &mut Told,
 ) -> Result<(), ConsulError> {
     let (status, output) = match want {
-        // What an earlier agent registered is left as it is until the application has been asked.
+        // A registration of an earlier agent stays until the application has been checked.
         Want::Nothing => return Ok(()),
         Want::Well => (CheckStatus::Passing, "the application answers"),
         Want::Ill => (CheckStatus::Critical, "the application does not answer as it should"),

@@ -1,4 +1,4 @@
-//! What is written of a workload into a registry: pure, from what is known of it to the record in the chosen format.
+//! The record of a workload in a registry, in each supported format. No I/O.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,11 +12,11 @@ use vmesh_model::{Labels, ServiceName};
 
 use super::InConsul;
 
-/// What a registry is told of one workload.
+/// The data of one workload that a registry receives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Instance {
     pub(crate) service: ServiceName,
-    /// The same after a restart, and nobody else's: the node's name and the port.
+    /// Stable over restarts and unique: the node's name, the service and the port.
     pub(crate) id: String,
     pub(crate) address: IpAddr,
     pub(crate) port: u16,
@@ -28,7 +28,7 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    /// Everything that formats without fields of their own keep as `key: value`.
+    /// Returns everything that a format without fields of its own keeps as `key: value`.
     fn metadata(&self) -> Map<String, Value> {
         let mut all: Map<_, _> =
             self.labels.iter().map(|(key, value)| (key.to_string(), json!(**value))).collect();
@@ -41,24 +41,24 @@ impl Instance {
     }
 }
 
-/// How a workload is written into ZooKeeper.
+/// The format of a workload's record in ZooKeeper.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// Twitter, Finagle, Aurora: `member_0000000007`.
+    /// The format of Twitter, Finagle and Aurora: `member_0000000007`.
     Serverset,
-    /// Curator's service discovery: a child named by the instance's id.
+    /// The format of Curator's service discovery: a child that is named by the instance's id.
     Curator,
-    /// What Spring Cloud reads and writes: Curator with its payload.
+    /// The format of Spring Cloud: Curator with Spring's payload.
     Spring,
-    /// Airbnb's SmartStack, what nerve wrote: `web-17-8080_0000000007`.
+    /// The format of Airbnb's SmartStack, written by nerve: `web-17-8080_0000000007`.
     Nerve,
-    /// `host:port` as the name and the text of a child.
+    /// A child whose name and data are `host:port`.
     HostPort,
 }
 
 impl Format {
-    /// Whether a record can say that its instance takes nothing new, and is not gone yet.
+    /// Reports whether a record in this format can express that its instance drains.
     pub(crate) fn can_drain(self) -> bool {
         matches!(self, Format::Serverset | Format::Spring | Format::Nerve)
     }
@@ -76,17 +76,17 @@ impl fmt::Display for Format {
     }
 }
 
-/// A node to be made in ZooKeeper.
+/// A node to create in ZooKeeper.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Znode {
-    /// Below the path of the service; the server appends a number if it is `sequential`.
+    /// The name below the path of the service. The server appends a number if it is `sequential`.
     pub(crate) child: String,
     pub(crate) sequential: bool,
     pub(crate) data: Vec<u8>,
 }
 
-/// What `instance` is in ZooKeeper. `since` is when it was registered: Curator wants to know. That it `drains` is said
-/// where the format can.
+/// Returns the node of `instance`. `since` is the time of registration, which Curator's format contains. `drains` is expressed only if the
+/// format can.
 pub(crate) fn znode(format: Format, instance: &Instance, since: SystemTime, drains: bool) -> Znode {
     let Instance { id, address, port, .. } = instance;
     let host = address.to_string();
@@ -102,12 +102,12 @@ pub(crate) fn znode(format: Format, instance: &Instance, since: SystemTime, drai
         }
         Format::Nerve => {
             let mut labels = instance.metadata();
-            // What Airbnb's and Yelp's readers call it.
+            // The name that the readers of Airbnb and Yelp expect.
             if let Some(zone) = labels.remove("zone") {
                 labels.insert("az".to_owned(), zone);
             }
             let mut data = json!({"host": host, "port": port, "name": id, "labels": labels});
-            // No share of the traffic.
+            // Weight 0: the instance gets no new requests.
             let weight = if drains { Some(0) } else { instance.weight };
             if let (Some(weight), Some(data)) = (weight, data.as_object_mut()) {
                 data.insert("weight".to_owned(), json!(weight));
@@ -150,13 +150,13 @@ fn curator(instance: &Instance, payload: Value, since: SystemTime) -> Value {
     })
 }
 
-/// The name of the check through which Consul learns how `instance` is.
+/// Returns the id of the check by which the agent reports the health of `instance` to Consul.
 pub(crate) fn check_id(instance: &Instance) -> String {
     format!("vmesh:{}", instance.id)
 }
 
-/// What `instance` is in Consul. The check is of the TTL kind: an agent that dies says nothing more, and the instance
-/// becomes critical, which is unhealthy and not gone.
+/// Returns the Consul registration of `instance`. It has a TTL check: if the agent dies, the instance becomes critical, which means
+/// unhealthy, and is not removed.
 pub(crate) fn consul(instance: &Instance, settings: &InConsul, status: CheckStatus) -> Registration {
     let meta =
         instance.metadata().into_iter().filter_map(|(key, value)| Some((key, value.as_str()?.to_owned())));

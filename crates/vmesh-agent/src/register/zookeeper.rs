@@ -1,4 +1,4 @@
-//! A workload in ZooKeeper: an ephemeral node in the chosen format, there while the application is well.
+//! Registers a workload in ZooKeeper as an ephemeral node, while its application is healthy.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,11 +10,11 @@ use vmesh_zookeeper::{Config, Holder};
 use super::record::{self, Instance, Znode};
 use super::{InZookeeper, Report, State, Want, Wanted};
 
-/// How long a node may take to be deleted; what does not go then goes with its session.
+/// Longest wait for the deletion of a node. If it fails, the node disappears with its session.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
 
-/// Keeps `instance` registered while it is wanted. At a stop it is withdrawn if there is something to `leave`: the fleet
-/// has that time to learn that it drains, or that it is gone where the format cannot say so.
+/// Keeps `instance` registered while its application is healthy. At the stop, with `leave`, the instance is withdrawn: it drains for that
+/// time first, or, if the format cannot express that, is deleted before that time.
 pub(super) async fn keep(
     config: Config,
     instance: Instance,
@@ -61,8 +61,8 @@ pub(super) async fn keep(
         }
     }
     let Some(settle) = leave else {
-        // Dropping it would end the session, and the node with it. So it lasts as long as the session does without us,
-        // and an agent that starts within that time takes it over.
+        // Not dropped, since that would end the session and delete the node. The node then lasts until the session expires, and an agent
+        // that starts before that takes it over.
         std::mem::forget(held);
         return;
     };

@@ -1,4 +1,4 @@
-//! The Envoys that an earlier supervisor left.
+//! Adopts the Envoys that an earlier supervisor started.
 
 use std::time::SystemTime;
 
@@ -28,7 +28,7 @@ impl Supervisor {
             match member.kept.role {
                 Role::Leaving => self.see_off(member),
                 Role::Serving => serving = Some(member),
-                // One that was to take over has, if it is live.
+                // A candidate that is live has completed its handover.
                 Role::Candidate if self.is_live(&member.kept).await => {
                     if let Some(old) = serving.take() {
                         let hot = old.kept.base_id == member.kept.base_id;
@@ -58,10 +58,10 @@ impl Supervisor {
                 self.parent_is_lost(&mut member.kept);
             }
             self.link(&member.kept);
-            // It may not answer yet, or not any more: whoever looks after it from now on has patience, and an end to it.
+            // The Envoy may still be starting, or may hang. `watch_serving` waits for its answer, and kills it after `hung_after`.
             self.now_serving(member, true);
         }
-        // Only now: what those that are still there share with them is not removed.
+        // Removed last, because files that running Envoys of the same line share must stay.
         for kept in gone {
             self.forget(&kept);
         }
@@ -78,8 +78,8 @@ impl Supervisor {
         self.wanted.get_or_insert(Why::ParentLost);
     }
 
-    /// Finds the Envoys of this directory that are on no record: it could not be written, or the whole directory was
-    /// removed.
+    /// Finds the running Envoys of this directory that the record does not list, because the record could not be written or the whole
+    /// directory was removed.
     fn find_strays(&mut self, serving: Option<&Member>) {
         let known: Vec<i32> =
             serving.map(Member::pid).into_iter().chain(self.leavers().map(Kept::pid)).collect();
@@ -95,7 +95,7 @@ impl Supervisor {
         self.last_number = numbers.fold(self.last_number, u64::max);
     }
 
-    /// Now that another Envoy serves.
+    /// Drains the Envoys that are not on record. Called once another Envoy is live.
     pub(super) async fn see_off_strays(&mut self) {
         let strays = std::mem::take(&mut self.strays);
         let lines: Vec<_> = strays.iter().map(|stray| (stray.kept.base_id, stray.kept.epoch)).collect();
@@ -104,11 +104,11 @@ impl Supervisor {
             stray.kept.admin_closed = !answers;
             let is_younger =
                 |(line, epoch): &(u32, u32)| *line == stray.kept.base_id && *epoch > stray.kept.epoch;
-            // One that another one took over from leaves by itself.
+            // An Envoy that a younger one of its line took over from drains by itself.
             if answers || lines.iter().any(is_younger) {
                 self.see_off(stray);
             } else {
-                // It cannot be told to, and would let clients in for as long as it was there.
+                // This Envoy cannot be told to drain, and would accept new clients as long as it ran.
                 leave::kill(&mut stray.process).await;
                 self.forget(&stray.kept);
             }
@@ -116,7 +116,7 @@ impl Supervisor {
         self.keep(None);
     }
 
-    /// Which one it is that was being started when the supervisor died. One that is not live is ended.
+    /// Identifies the process that was being started when the supervisor died. Such an Envoy is killed unless it is live.
     async fn half_started(&self, kept: &Kept) -> Option<Identity> {
         let path = member::bootstrap(&self.dir, kept.number);
         if self.is_live(kept).await
@@ -124,7 +124,7 @@ impl Supervisor {
         {
             return Some(Process::find(pid)?.identity());
         }
-        // More than once: the first of them may just be starting the next.
+        // Repeated, since the intermediate process that is killed may have just spawned the next one.
         for _ in 0..10 {
             let found = member::naming(&path);
             if found.is_empty() {
@@ -143,7 +143,7 @@ impl Supervisor {
     }
 }
 
-/// Whether one that is gone was not ended by its child, while there was no supervisor.
+/// Reports whether this Envoy crashed while no supervisor ran, rather than being terminated by the Envoy that replaced it.
 fn died(kept: &Kept) -> bool {
     let left = kept.until.and_then(|until| until.duration_since(SystemTime::now()).ok()).unwrap_or_default();
     kept.role == Role::Leaving && kept.admin_closed && !ends_in_time(left)

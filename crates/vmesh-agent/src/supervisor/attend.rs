@@ -1,4 +1,4 @@
-//! The Envoy that serves: asked how it is, until it ends.
+//! Watches the Envoy that serves until it exits, and starts reloads.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use super::{STABLE, Supervisor, TICK, serving};
 use crate::envoy::leave::{self, LOOK_SOON};
 use crate::envoy::{State, admin};
 
-/// How often a live Envoy is asked whether it still is; its end is seen at once.
+/// Interval at which a live Envoy's admin interface is polled. The exit of the process is noticed at once.
 const LOOK: Duration = Duration::from_secs(5);
-/// One that is to be reloaded and has not answered for so long hangs, and is not only busy or about to start.
+/// An Envoy that has been silent for this long when a reload is requested counts as hung, rather than as busy or still starting.
 const HANGS_AFTER: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 impl Supervisor {
-    /// Looks after the Envoy that serves until it ends, and says how; `None` when the supervisor is to stop.
+    /// Watches the serving Envoy until it exits, and returns how it exited. Returns `None` when the supervisor is to stop.
     pub(super) async fn attend(&mut self) -> Option<String> {
         let mut silent_since: Option<Instant> = None;
         let mut spared_until = Instant::now();
@@ -77,12 +77,12 @@ impl Supervisor {
                 tick_at = now + TICK;
                 self.look_at_files();
                 if let Some(why) = self.wanted {
-                    // Whoever asks for another Envoy because this one hangs is not told to wait for it.
+                    // A reload that is requested because this Envoy hangs must not wait for this Envoy.
                     if why == Why::Asked && silent_since.is_some_and(|since| since.elapsed() >= HANGS_AFTER) {
                         return self.kill_hung("it did not answer when it was to be reloaded").await;
                     }
                     let state = self.status.borrow().envoy.state;
-                    // One that somebody has told to fail its health checks is replaced if somebody asks for that.
+                    // An Envoy whose health checks were made to fail by an operator is replaced only on request.
                     if state == State::Live || (state == State::Draining && why == Why::Asked) {
                         if let Some(ended) = self.reload().await {
                             return Some(ended);
@@ -98,7 +98,7 @@ impl Supervisor {
                     if self.serving.is_none() {
                         return Some("it ended while another one was to take over".to_owned());
                     }
-                    // One that has taken over has set both anew, and needs neither.
+                    // A successful handover has reset both fields.
                     (self.regain_at, self.regain_pause) = (Instant::now() + pause, pause);
                     look_at = Instant::now();
                 }
@@ -106,7 +106,7 @@ impl Supervisor {
         }
     }
 
-    /// Whether the Envoy that cannot be asked serves all the same: to end it would cost connections that are in use.
+    /// Reports whether an Envoy whose admin interface is silent still serves: killing it would cut connections that are in use.
     async fn is_spared(&self) -> bool {
         let Some(serving) = &self.serving else { return false };
         let Some(sign) = serving::sign_of_life(serving.pid()).await else { return false };
@@ -125,7 +125,7 @@ impl Supervisor {
         Some(format!("it hung and was killed: {why}"))
     }
 
-    /// Asks Envoy how it is, and says when to ask again.
+    /// Polls Envoy's admin interface and updates the status. Returns the pause until the next poll.
     async fn look(&mut self, silent_since: &mut Option<Instant>) -> Duration {
         let Some(serving) = &self.serving else { return LOOK };
         if serving.kept.admin_closed {
@@ -173,7 +173,7 @@ impl Supervisor {
             Err(error) => {
                 let since = *silent_since.get_or_insert_with(Instant::now);
                 let reason = one_line(&error);
-                // Before it has bound its socket that is no news.
+                // A starting Envoy has not bound its admin socket yet, so silence is expected.
                 if was != State::Starting || since.elapsed() > Duration::from_secs(5) {
                     if was != State::Silent {
                         warn!(
@@ -181,7 +181,7 @@ impl Supervisor {
                             self.config.envoy.hung_after.0
                         );
                     }
-                    // The reason why Envoy is spared stays in the status.
+                    // Keep the reason that `is_still_serving` set.
                     let is_spared =
                         silent_since.is_some_and(|since| since.elapsed() >= self.config.envoy.hung_after.0);
                     self.set(State::Silent, |status| {
@@ -195,7 +195,8 @@ impl Supervisor {
         }
     }
 
-    /// What of the files that Envoy was started from is another one by now.
+    /// Checks the bootstrap and the binary on disk against those of the running Envoy. A changed bootstrap requests a reload; a changed
+    /// binary is only reported.
     fn look_at_files(&mut self) {
         let Some(serving) = &self.serving else { return };
         let stamp = Stamp::of(&self.config.envoy.path);

@@ -1,4 +1,4 @@
-//! An Envoy where none serves.
+//! Starts an Envoy when none serves.
 
 use tokio::time::{Instant, sleep};
 use tracing::{error, info, warn};
@@ -14,7 +14,7 @@ use crate::envoy::{State, until};
 const MAX_BOOTSTRAP: u64 = 16 << 20;
 
 impl Supervisor {
-    /// Starts an Envoy of a line of its own, as soon as there is something to start it with.
+    /// Starts the first Envoy of a new line, as soon as there is a bootstrap to start it with.
     pub(super) async fn begin(&mut self) {
         let launch = loop {
             self.read_config();
@@ -30,7 +30,7 @@ impl Supervisor {
             }
         };
         self.wanted = None;
-        // What did not do is not what this host should depend on, if there is something else.
+        // Fall back to the last good launch if the configured one keeps crashing.
         let (crashed, refused) = (self.crashed.as_ref(), self.refused.as_ref());
         let good = self.good.clone().filter(|good| {
             !good.is_same(&launch)
@@ -56,9 +56,9 @@ impl Supervisor {
         let executable = launch.executable(again);
         let Some(binary) = until(&mut stop, trial::ask(&executable)).await else { return };
         let started = match (binary, shm::new_base_id()) {
-            // On a busy host a good binary may take too long to print its version.
+            // A timeout is not an error here: on a busy host a good binary may take too long to print its version.
             (Err(unusable), _) if !unusable.hangs => {
-                // An attempt all the same.
+                // The failed attempt counts, so that its number is not used again.
                 self.last_number += 1;
                 self.keep(None);
                 Err(unusable.why)
@@ -100,7 +100,7 @@ impl Supervisor {
         self.keep(None);
     }
 
-    /// What is on disk now.
+    /// Reads the binary's stamp and the bootstrap that are on disk now.
     pub(super) fn launch(&self) -> Result<Launch, String> {
         let path = self.config.bootstrap();
         let text = match fsx::read_capped(&path, MAX_BOOTSTRAP) {
@@ -122,7 +122,7 @@ impl Supervisor {
         })
     }
 
-    /// Starts an Envoy. `waits`: it becomes live only when it has been told what to serve.
+    /// Starts an Envoy. With `waits`, it becomes live only after it has received its configuration from the agent.
     pub(super) async fn start(
         &mut self,
         launch: &Launch,
@@ -169,7 +169,7 @@ impl Supervisor {
         };
         let mut arguments = bootstrap::started_with(&path, takeover);
         arguments.extend_from_slice(&launch.arguments);
-        // On record before it is there: a supervisor that dies in between leaves nobody whom the next does not find.
+        // Recorded before it is started: if the supervisor dies in between, the next one still finds this Envoy.
         self.keep(Some(kept));
         let member = Member::start(launch, &arguments, again, &self.output, kept.clone())
             .await
@@ -179,7 +179,7 @@ impl Supervisor {
         Ok(member)
     }
 
-    /// Gives the admin interface of the Envoy that serves its stable name.
+    /// Points the stable name `admin.sock` at the admin socket of the serving Envoy.
     pub(super) fn link(&self, kept: &Kept) {
         let name = self.dir.join("admin.sock");
         let aside = self.dir.join("admin.sock.new");

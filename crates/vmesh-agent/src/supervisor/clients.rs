@@ -1,4 +1,4 @@
-//! Whether an Envoy that can no longer be asked has clients: from what the kernel says of its sockets.
+//! Detects from the kernel's socket tables whether an Envoy without an admin interface still has clients.
 
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -6,7 +6,7 @@ use std::io;
 
 use vmesh_capture::sockets::{self, Socket};
 
-/// The ports of this host at which somebody listens; `None` where that cannot be found out.
+/// The ports with a listener on this host; `None` if the socket table could not be read.
 pub(super) struct Ports(Option<HashSet<u16>>);
 
 impl Ports {
@@ -14,26 +14,26 @@ impl Ports {
         Ports(table("self").ok().map(|table| listened(&table)))
     }
 
-    /// Whether the process has connections to one of these ports. True where it cannot be found out.
+    /// Reports whether the process has connections to one of these ports. Returns true if the socket table cannot be read.
     pub(super) fn has_clients(&self, pid: i32) -> bool {
         let Ports(Some(ports)) = self else { return true };
         numbers(pid).and_then(|sockets| Ok(clients(&table(pid)?, ports, &sockets) > 0)).unwrap_or(true)
     }
 }
 
-/// Of the network that the process is in.
+/// Reads the TCP sockets, IPv4 and IPv6, of the network namespace of `process` (a pid or `self`).
 pub(super) fn table(process: impl Display) -> io::Result<Vec<Socket>> {
     let read = |name| std::fs::read_to_string(format!("/proc/{process}/net/{name}"));
-    // The second is not there where the kernel has no IPv6.
+    // `tcp6` does not exist on kernels without IPv6.
     let (tcp, tcp6) = (read("tcp")?, read("tcp6").unwrap_or_default());
     Ok(sockets::parse(&tcp).chain(sockets::parse(&tcp6)).collect())
 }
 
-/// Of the sockets that the process has open.
+/// Returns the inode numbers of the sockets that the process has open.
 pub(super) fn numbers(pid: i32) -> io::Result<HashSet<u64>> {
     let mut numbers = HashSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
-        // One that was closed meanwhile is nobody's.
+        // The descriptor may have been closed since the directory was read.
         let Ok(link) = std::fs::read_link(entry?.path()) else { continue };
         numbers.extend(link.to_str().and_then(sockets::inode));
     }
@@ -44,8 +44,8 @@ fn listened(table: &[Socket]) -> HashSet<u16> {
     table.iter().filter(|socket| socket.listens()).map(|socket| socket.local.port()).collect()
 }
 
-/// How many of the sockets of these numbers are connections to one of `ports`. The others go from Envoy to endpoints, and stay open
-/// although no client is there.
+/// Counts the sockets in `inodes` that are connections to one of `ports`. Other connections go from Envoy to endpoints, and stay open
+/// without any client.
 fn clients(table: &[Socket], ports: &HashSet<u16>, numbers: &HashSet<u64>) -> usize {
     let is_client = |socket: &&Socket| {
         !socket.listens() && ports.contains(&socket.local.port()) && numbers.contains(&socket.inode)
@@ -84,7 +84,7 @@ mod tests {
         assert!(!ports.has_clients(pid));
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let _accepted = listener.accept().unwrap();
-        // Also when nobody new is let in any more.
+        // A connection still counts after its listener has closed.
         drop(listener);
         assert!(ports.has_clients(pid));
         assert!(ports.has_clients(-1));

@@ -1,4 +1,4 @@
-//! Envoys that leave, and the end of them all.
+//! Drains old Envoys, and stops all Envoys when the supervisor stops.
 
 use std::time::{Duration, SystemTime};
 
@@ -13,26 +13,26 @@ use super::{PARENT_GRACE, Supervisor};
 use crate::envoy::State;
 use crate::envoy::leave::{self, LAST_IN, LOOK_SOON};
 
-/// One that takes leave of its clients.
+/// An old Envoy that drains.
 pub(super) struct Leaver {
     kept: Kept,
-    /// `kept.until`, by a clock that nobody sets.
+    /// `record.until` on the monotonic clock, which nobody can set.
     until: Instant,
 }
 
-/// Whether one that has ended `left` before it would have been killed has been ended by its child, which sets it down as
-/// ended: of any other end it does not know.
+/// Reports whether an Envoy that exited `left` before its deadline was terminated by the new Envoy of its line, which then knows that its
+/// parent is gone. Any earlier exit is a crash that the new Envoy does not know of.
 pub(super) fn ends_in_time(left: Duration) -> bool {
     left <= PARENT_GRACE * 2
 }
 
 impl Leaver {
-    /// In this order: of one that ends meanwhile nothing can be found out, and nobody is its client.
+    /// The clients are counted before the process is looked up: if it exits in between, the count means nothing, and it has no clients.
     fn has_clients(&self, ports: &Ports) -> bool {
         ports.has_clients(self.kept.pid()) && self.kept.process().is_some()
     }
 
-    /// Whether its end, now, is one that its child does not know of.
+    /// Reports whether an exit now would be a crash that the new Envoy of its line does not know of.
     fn ends_too_soon(&self) -> bool {
         self.kept.admin_closed && !ends_in_time(self.until.saturating_duration_since(Instant::now()))
     }
@@ -43,16 +43,17 @@ impl Supervisor {
         self.leavers.iter().map(|leaver| &leaver.kept)
     }
 
-    /// How long one stays at most that another took over from.
+    /// Returns the longest time that an old Envoy keeps draining after a handover.
     pub(super) fn stay(&self) -> Duration {
         plan::stay(self.config.envoy.hot_restart.parent_shutdown.0, self.config.envoy.drain.0)
     }
 
-    /// Lets one end in its own time: its child has made it take its leave, or it is told to.
+    /// Drains an old Envoy in a separate task, and kills the process at its deadline. An Envoy that was replaced by hot restart drains by
+    /// itself; any other one is told to.
     pub(super) fn see_off(&mut self, mut member: Member) {
         let drain = self.config.envoy.drain.0;
         let longest = self.stay() + PARENT_GRACE;
-        // The clock may have been set since that was put on record.
+        // The wall clock may have been set back since the deadline was recorded.
         let now = SystemTime::now();
         let left = member.kept.until.map_or(longest, |until| until.duration_since(now).unwrap_or_default());
         let left = left.min(longest);
@@ -67,7 +68,7 @@ impl Supervisor {
                 }
             } else {
                 leave::take_leave(&mut member.process, &admin, drain, left).await;
-                // Not by SIGTERM: that makes it end the one that it took over from, which may still have connections.
+                // Not SIGTERM: on SIGTERM, this Envoy would terminate its own parent, which may still have connections.
                 leave::kill(&mut member.process).await;
             }
             member.kept.number
@@ -90,7 +91,7 @@ impl Supervisor {
         self.keep(None);
     }
 
-    /// What became of the Envoy that the serving one took over from.
+    /// Returns the state of the Envoy that the serving one took over from.
     pub(super) fn parent(&self) -> Parent {
         let Some(serving) = &self.serving else { return Parent::Gone };
         let parent = self.leavers.iter().find(|leaver| serving.kept.parent == Some(leaver.kept.number));
@@ -98,13 +99,13 @@ impl Supervisor {
             _ if serving.kept.parent_lost => Parent::Lost,
             Some(parent) if parent.has_clients(&Ports::now()) => Parent::Leaves,
             Some(parent) if parent.kept.process().is_some() => Parent::Idle,
-            // It has ended this very moment.
+            // The parent exited just now.
             Some(parent) if parent.ends_too_soon() => Parent::Lost,
             Some(_) | None => Parent::Gone,
         }
     }
 
-    /// Ends the leaving Envoys that have no clients any more.
+    /// Stops the draining Envoys that have no clients left.
     pub(super) async fn end_idle_leavers(&mut self) {
         let ports = Ports::now();
         let idle: Vec<Kept> = self
@@ -114,7 +115,7 @@ impl Supervisor {
             .map(|leaver| leaver.kept.clone())
             .collect();
         for kept in idle {
-            // The serving Envoy ends its own parent, and aborts if the parent is gone by then.
+            // The serving Envoy terminates its parent by itself, and aborts if the parent is already gone.
             let is_parent =
                 self.serving.as_ref().is_some_and(|serving| serving.kept.parent == Some(kept.number));
             if is_parent && kept.process().is_some() {
@@ -131,7 +132,7 @@ impl Supervisor {
         }
     }
 
-    /// Lets all of them leave, and ends them.
+    /// Drains all Envoys, then stops them.
     pub(super) async fn end(mut self) {
         self.set(State::Draining, |status| status.reload = None);
         if let Some(mut serving) = self.serving.take() {
@@ -140,8 +141,8 @@ impl Supervisor {
                 warn!(pid = serving.pid(), "this Envoy cannot be told to take its leave and is ended");
                 leave::end(&mut serving.process).await;
             } else {
-                // On record before it closes its listeners: a supervisor that is killed meanwhile leaves nothing that the
-                // next one would serve with.
+                // Recorded as leaving before its listeners close: if the supervisor is killed meanwhile, the next one does not adopt this
+                // Envoy as the serving one.
                 let until = SystemTime::now() + self.config.envoy.drain.0 + PARENT_GRACE;
                 serving.kept.role = Role::Leaving;
                 serving.kept.until = Some(until);
@@ -149,14 +150,14 @@ impl Supervisor {
                 let deadline = Instant::now() + self.config.envoy.drain.0;
                 let ports = Ports::now();
                 leave::take_leave(&mut serving.process, &admin, self.config.envoy.drain.0, LAST_IN).await;
-                // Those that leave since before may still answer, and the younger one would end the older one.
+                // Older Envoys may still serve clients, and stopping a younger one would terminate the older one.
                 while Instant::now() < deadline
                     && self.leavers.iter().any(|leaver| leaver.has_clients(&ports))
                 {
                     sleep(LOOK_SOON).await;
                 }
                 if serving.kept.parent_lost {
-                    // By SIGTERM it would look for the one that it took over from, for ten seconds, and abort.
+                    // On SIGTERM it would try to reach its dead parent for ten seconds, then abort.
                     leave::kill(&mut serving.process).await;
                 } else {
                     leave::end(&mut serving.process).await;

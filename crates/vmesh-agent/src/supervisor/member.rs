@@ -1,4 +1,4 @@
-//! One Envoy that the supervisor started, or the supervisor before it, and what is on record of it.
+//! One Envoy that this supervisor or an earlier one started, and its record on disk.
 
 use std::fs::File;
 use std::io;
@@ -20,20 +20,20 @@ use crate::envoy::process::{Identity, Process};
 
 const MAX_RECORD: u64 = 1 << 20;
 
-/// What an Envoy is started with.
+/// The inputs that an Envoy is started with.
 #[derive(Debug, Clone)]
 pub(super) struct Launch {
     pub(super) program: PathBuf,
-    /// The file behind it when it was started last, which outlives an upgrade. `None` before that.
+    /// The open executable that the last start used; it survives an upgrade of the package. `None` before the first start.
     pub(super) file: Option<Arc<File>>,
     pub(super) stamp: Option<Stamp>,
-    /// Without those that say which bootstrap and how it takes over.
+    /// The command line, without the bootstrap path and the hot restart options.
     pub(super) arguments: Vec<String>,
-    /// As the agent wrote it.
+    /// The bootstrap as the agent wrote it.
     pub(super) bootstrap: Arc<str>,
 }
 
-/// What tells one launch from another: the bootstrap, by its digest, and the binary.
+/// Identifies a launch: the digest of its bootstrap, and the stamp of its binary.
 pub(super) type LaunchId = (String, Option<Stamp>);
 
 impl Launch {
@@ -41,20 +41,20 @@ impl Launch {
         (plan::digest(&self.bootstrap), self.stamp.clone())
     }
 
-    /// Whether two would be the same Envoy.
+    /// Reports whether both launches would start the same Envoy.
     pub(super) fn is_same(&self, other: &Launch) -> bool {
         self.stamp == other.stamp && self.arguments == other.arguments && self.bootstrap == other.bootstrap
     }
 
-    /// Whether an Envoy can be started from the file that this one was started from. Not from a script: the kernel
-    /// starts its interpreter, which then opens a path.
+    /// Reports whether an Envoy can be started from the open `file`. A script cannot: the kernel passes its path to the interpreter, and
+    /// the path may name another file by now.
     pub(super) fn is_startable(&self) -> bool {
         use std::os::unix::fs::FileExt;
         let mut magic = [0; 2];
         self.file.as_ref().is_some_and(|file| file.read_exact_at(&mut magic, 0).is_ok() && magic != *b"#!")
     }
 
-    /// What is to be executed. `again`: the very file that it was started from before, whatever its path names by now.
+    /// Returns the path to execute. With `again`, this is the open file of the last start, even if `program` names another file by now.
     pub(super) fn executable(&self, again: bool) -> PathBuf {
         match &self.file {
             Some(file) if again => format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into(),
@@ -67,46 +67,46 @@ impl Launch {
 #[serde(rename_all = "lowercase")]
 pub(super) enum Role {
     Serving,
-    /// It starts, and another one serves.
+    /// It starts while another Envoy serves.
     Candidate,
-    /// It takes leave of its clients.
+    /// It drains.
     Leaving,
 }
 
-/// What the next supervisor must know of it.
+/// The record of one Envoy, for the next supervisor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Kept {
-    /// `None` while it is being started: then it is the process that has its bootstrap on its command line.
+    /// `None` while the process is being started. It can then be found by its bootstrap's path on its command line.
     pub(super) identity: Option<Identity>,
-    /// Counts the Envoys of this host.
+    /// Serial number among the Envoys of this run directory. Names the Envoy's files.
     pub(super) number: u64,
     pub(super) role: Role,
     pub(super) base_id: u32,
     pub(super) epoch: u32,
     pub(super) version: Option<String>,
     pub(super) hot_restart: Option<String>,
-    /// Its sockets for a hot restart lie in the supervisor's directory. Those of an Envoy that an earlier version started
-    /// are abstract ones, where anybody may answer instead: nothing takes over from such an Envoy by a hot restart.
+    /// Reports whether the hot restart sockets are in the supervisor's directory. An Envoy that an old version of vmesh started uses
+    /// abstract sockets, on which any local user may answer, so nothing takes over from it by hot restart.
     #[serde(default)]
     pub(super) has_own_sockets: bool,
     pub(super) program: PathBuf,
     pub(super) stamp: Option<Stamp>,
     pub(super) arguments: Vec<String>,
-    /// Its own admin interface no longer listens: another one of its line started.
+    /// Its admin interface no longer listens, because a younger Envoy of its line has started.
     pub(super) admin_closed: bool,
-    /// The one that it took over from hot, while that takes its leave.
+    /// The number of its parent (the Envoy that handed over to it by hot restart) while the parent drains.
     #[serde(default)]
     pub(super) parent: Option<u64>,
-    /// That one has died and not ended: the next time that this one would speak to it, it aborts.
+    /// The parent crashed. This Envoy does not know, and will abort when it next sends a message to its parent.
     #[serde(default)]
     pub(super) parent_lost: bool,
-    /// When it is ended although it still has connections; for those that leave.
+    /// The deadline of the drain: the Envoy is then killed, with any connections it has. Set for draining Envoys only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) until: Option<SystemTime>,
 }
 
 impl Kept {
-    /// One that is about to be started.
+    /// Returns the record of an Envoy that is about to be started.
     pub(super) fn new(launch: &Launch, number: u64, line: Line, binary: Option<&Binary>) -> Kept {
         Kept {
             identity: None,
@@ -131,7 +131,7 @@ impl Kept {
         self.identity.as_ref().map_or(0, |identity| identity.pid)
     }
 
-    /// The process, if it still runs.
+    /// Returns the process if it still runs.
     pub(super) fn process(&self) -> Option<Process> {
         Process::identified(self.identity.as_ref()?)
     }
@@ -145,12 +145,12 @@ pub(super) fn admin(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("admin.{number}.sock"))
 }
 
-/// As it was started, with the supervisor's changes.
+/// Returns the path of the bootstrap that Envoy reads, with the supervisor's changes.
 pub(super) fn bootstrap(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("bootstrap.{number}.json"))
 }
 
-/// As the agent wrote it.
+/// Returns the path of the bootstrap as the agent wrote it.
 pub(super) fn source(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("bootstrap.{number}.source.json"))
 }
@@ -161,7 +161,7 @@ pub(super) struct Member {
     pub(super) launch: Launch,
 }
 
-/// Which line an Envoy is of.
+/// The identity of an Envoy for hot restart: its line and its epoch in that line.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Line {
     pub(super) base_id: u32,
@@ -169,8 +169,8 @@ pub(super) struct Line {
 }
 
 impl Member {
-    /// Starts it; `arguments` are all of them. `again`: from the very file that `launch` was started from before,
-    /// whatever the path names by now.
+    /// Starts an Envoy with the complete command line `arguments`. With `again`, it is started from the open file of `launch`, even if the
+    /// program's path names another file by now.
     pub(super) async fn start(
         launch: &Launch,
         arguments: &[String],
@@ -189,7 +189,7 @@ impl Member {
         Ok(Member { process, kept, launch })
     }
 
-    /// The process that an earlier supervisor started, if it still runs.
+    /// Returns the Envoy that an earlier supervisor started, if it still runs.
     pub(super) fn find(kept: Kept, dir: &Path) -> Option<Member> {
         let process = kept.process()?;
         let text = fsx::read_capped(&source(dir, kept.number), MAX_RECORD).unwrap_or_default();
@@ -208,13 +208,13 @@ impl Member {
     }
 }
 
-/// The processes of this user that have `path` on their command line.
+/// Returns this user's processes that have `path` on their command line.
 pub(super) fn naming(path: &Path) -> Vec<Process> {
     let names = |words: &[String]| words.iter().any(|word| Path::new(word) == path);
     processes().into_iter().filter(|(_, words)| names(words)).map(|(process, _)| process).collect()
 }
 
-/// The Envoys of this user whose bootstrap lies in `dir`.
+/// Returns this user's Envoys whose bootstrap is in `dir`.
 pub(super) fn started_in(dir: &Path) -> Vec<Member> {
     processes().into_iter().filter_map(|(process, words)| stray(process, &words, dir)).collect()
 }
@@ -224,7 +224,7 @@ fn processes() -> Vec<(Process, Vec<String>)> {
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
     let user = rustix::process::geteuid().as_raw();
     let known = |pid: i32| {
-        // Any user may start a program with any words on its command line: only this user's are believed.
+        // Any user can start a program with any command line, so only this user's processes count.
         let owner = std::fs::metadata(format!("/proc/{pid}")).ok()?.uid();
         if owner != user {
             return None;
@@ -233,7 +233,7 @@ fn processes() -> Vec<(Process, Vec<String>)> {
         let words = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
         Some((pid, words.collect::<Vec<_>>()))
     };
-    // In this order: most processes are nobody's Envoy, and need no handle.
+    // Filtered before opening pidfds, since most processes are not Envoys.
     let with_handle = |(pid, words): (i32, Vec<String>)| Some((Process::find(pid)?, words));
     pids.filter_map(known)
         .filter(|(_, words)| words.iter().any(|word| word.ends_with(".json")))
@@ -241,7 +241,7 @@ fn processes() -> Vec<(Process, Vec<String>)> {
         .collect()
 }
 
-/// An Envoy of which nothing is known but its command line.
+/// Describes an Envoy of which only the command line is known.
 fn stray(process: Process, words: &[String], dir: &Path) -> Option<Member> {
     let after = |name: &str| words.iter().skip_while(|word| *word != name).nth(1);
     let config = Path::new(after("--config-path")?);
@@ -263,7 +263,7 @@ fn stray(process: Process, words: &[String], dir: &Path) -> Option<Member> {
     Some(Member { process, kept, launch })
 }
 
-/// Every Envoy of a supervisor, on disk.
+/// The record of all Envoys of a supervisor (`envoys.json`).
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) last_number: u64,

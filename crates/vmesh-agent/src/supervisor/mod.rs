@@ -1,46 +1,52 @@
-//! `vmesh-agent envoy`: the life of Envoy where it has a unit of its own (`manage: systemd`).
+//! `vmesh-agent envoy`: the supervisor of Envoy where Envoy has a systemd unit of its own (`manage: systemd`).
 //!
-//! Start reading at [`Running::start`].
+//! Start reading at [`RunningSupervisor::start`].
 //!
-//! | task           | wakes on                                             | publishes                          |
-//! |----------------|------------------------------------------------------|------------------------------------|
-//! | `envoys`       | SIGHUP, a new bootstrap, the end of an Envoy, a timer | `watch<Status>`, the record on disk |
-//! | `envoy output` | a line from an Envoy                                 | our log                            |
-//! | `status`       | requests on `status.sock`                            | `/status`, `/ready`, Envoy's own   |
-//! | `systemd`      | `watch<Status>`                                      | readiness, `systemctl status`      |
+//! | task           | wakes on                                              | publishes                                      |
+//! |----------------|-------------------------------------------------------|------------------------------------------------|
+//! | `envoys`       | SIGHUP, a new bootstrap, an Envoy's exit, a timer     | `watch<SupervisorStatus>`, the record on disk  |
+//! | `envoy output` | a line that an Envoy writes                           | our log                                        |
+//! | `status`       | requests on `status.sock`                             | `/status`, `/ready`, parts of Envoy's admin API |
+//! | `systemd`      | `watch<SupervisorStatus>`                             | readiness, the text of `systemctl status`      |
 //!
-//! The agent writes the bootstrap and feeds Envoy; it may be stopped, upgraded or killed without anything happening here.
-//! Another Envoy takes over from the one that serves (an *epoch*) when SIGHUP says so, with the binary and the settings
-//! that are on disk then, or when the bootstrap changes. A new binary alone is only spoken of: package managers write in
-//! steps, and the last of them is the signal.
+//! The agent writes Envoy's bootstrap and serves xDS to it. Stopping, upgrading or killing the agent has no effect on the supervisor or on
+//! Envoy.
+//!
+//! A *reload* replaces the serving Envoy by a new one. SIGHUP requests a reload, with the binary and the settings that are on disk at that
+//! moment; a changed bootstrap causes one too. A new binary alone does not: a package manager installs in several steps, and sends the
+//! signal as the last of them. Until then the status reports that a new binary waits.
 //!
 //! ```text
-//!   reload ──> trial ──> candidate ──> live ──> the one before it leaves ──> gone
+//!   reload ──> trial ──> candidate ──> live ──> the old Envoy drains ──> gone
 //!                │           │          │
-//!                └───────────┴──────────┴────── refused: the one that serves goes on, and the status says why
+//!                └───────────┴──────────┴────── failed: the old Envoy keeps serving, and the status gives the reason
 //! ```
 //!
-//! [`trial`] finds out without touching anything what can be known before. A candidate then takes over by Envoy's hot
-//! restart, which hands it the very sockets, or beside the old one where that is not to be had ([`plan::How`]); either
-//! becomes live only when it has been told what to serve. One that has not by then is ended, and what it did to the old
-//! one is undone: that may have lost its admin interface, so another of the *same* kind takes over from it. A third Envoy
-//! of one line ends the first: so a reload waits for the clients that the first one still has.
+//! The [`trial`] checks, before the old Envoy is touched, that the new one would start. The *candidate* is the new Envoy while it starts.
+//! The *handover* to it uses Envoy's hot restart, which passes the listening sockets on, or else the two Envoys bind the same ports
+//! ([`plan::HandoverMethod`]). In both cases the candidate becomes live only after it has received its configuration from the agent. A
+//! candidate that does not become live in time is killed. By then the old Envoy may have closed its admin interface, so the supervisor
+//! replaces it by another Envoy with the *old* binary and bootstrap ([`Supervisor::regain_admin`]).
 //!
-//! Envoys are not tied to their supervisor: they are on record, and the next one goes on with them. Only SIGTERM ends
-//! them, after they have taken leave of their clients.
+//! The Envoys that hand over to each other by hot restart form a *line*: they share a `--base-id`, and each one is an *epoch*. Envoy allows
+//! two processes of a line at a time; when a third one starts, the second one terminates the first. A reload therefore waits while the
+//! first one still has clients.
 //!
-//! | file          | what is in it                                                                       |
+//! Envoys outlive their supervisor. The record on disk lists them, and the next supervisor adopts them. Only SIGTERM to the supervisor
+//! stops the Envoys, and they drain first.
+//!
+//! | module        | contents                                                                            |
 //! |---------------|-------------------------------------------------------------------------------------|
-//! | `adopt`       | the Envoys that an earlier supervisor left                                          |
-//! | `begin`       | an Envoy where none serves; how each one is started                                 |
-//! | `attend`      | the one that serves is asked how it is, and what is on disk is looked at            |
-//! | `takeover`    | another one takes over, or does not                                                 |
-//! | `farewell`    | those that leave, and the end                                                       |
-//! | [`plan`]      | all that is judged without asking anybody: pure                                     |
-//! | [`trial`]     | what can be known of a binary and a bootstrap before                                |
-//! | `ports`       | Envoy's capture ports, kept from others while it is away                            |
-//! | `serving`     | whether one that cannot be asked serves all the same                                |
-//! | `member`, `orphan`, `shm`, `clients` | one Envoy: its record, its parents, its memory, who is connected |
+//! | `adopt`       | adopts the Envoys that an earlier supervisor started                                |
+//! | `start`       | starts an Envoy when none serves; how each Envoy is started                         |
+//! | `watch`       | polls the serving Envoy, and watches its files on disk                              |
+//! | `handover`    | replaces the serving Envoy, or rolls back                                           |
+//! | `drain`       | drains old Envoys; stops all of them at the end                                     |
+//! | [`plan`]      | the decisions, without I/O                                                          |
+//! | [`trial`]     | checks a binary and a bootstrap before they are used                                |
+//! | `ports`       | reserves Envoy's capture ports while Envoy is away                                  |
+//! | `liveness`    | detects whether an Envoy with a silent admin interface still serves                 |
+//! | `supervised`, `orphan`, `shm`, `clients` | one Envoy: its record, its parent process, its shared memory, its clients |
 
 mod adopt;
 mod attend;
@@ -83,7 +89,7 @@ use trial::Stamp;
 
 pub use orphan::step;
 
-/// Asks the binary whether it is an Envoy that runs here; says why not.
+/// Checks that `program` is an Envoy that runs on this host. The error gives the reason if the check fails.
 pub async fn ask_binary(program: &Path) -> Result<(), String> {
     trial::ask(program).await.map(drop).map_err(|unusable| unusable.why)
 }
@@ -92,13 +98,14 @@ pub use status::{Failure, Leaving, Status};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LAST_BACKOFF: Duration = Duration::from_secs(10);
-/// An Envoy that ran this long has not crashed because of how it was started.
+/// Uptime after which a crash no longer counts as a failed start.
 const STABLE: Duration = Duration::from_secs(60);
-/// How often the files are looked at.
+/// Interval at which the binary and the bootstrap on disk are checked.
 const TICK: Duration = Duration::from_secs(1);
-/// Another Envoy is started in any case.
+/// Longest wait for vmesh-net's answer. The restart of Envoy does not depend on this answer.
 const TELLS_WITHIN: Duration = Duration::from_millis(300);
-/// A parent is ended by its child; for the case that the child is not there any more.
+/// Time beyond the parent shutdown time after which the supervisor kills an old Envoy. Usually the successor terminates its predecessor;
+/// the supervisor does so when the successor is gone.
 const PARENT_GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
@@ -125,16 +132,16 @@ pub enum StartError {
     Child,
 }
 
-/// A running supervisor.
+/// A running supervisor of Envoy.
 pub struct Running {
     pub tasks: Tasks,
     pub status: watch::Receiver<Status>,
-    /// Held for as long as it runs.
+    /// The lock on the run directory, held until this value is dropped.
     pub lock: File,
 }
 
 impl Running {
-    /// `file` is what `config` was read from; it is read again when Envoy is reloaded.
+    /// Binds the status socket and starts the tasks. `file` is the path that `config` was loaded from; each reload loads it again.
     pub fn start(file: &Path, config: Config) -> Result<Running, StartError> {
         if config.envoy.manage == crate::config::Manage::Child {
             return Err(StartError::Child);
@@ -146,7 +153,7 @@ impl Running {
         let path = dir.join("supervisor.lock");
         let lock = crate::lock(&path).map_err(|cause| StartError::Make { path, cause })?;
         let lock = lock.ok_or_else(|| StartError::Taken(dir.clone()))?;
-        // Only now: what lies in there is ours.
+        // Sweep only after locking: from here on, temporary files in the directory belong to this process.
         _ = fsx::sweep(&dir);
         let socket = config.status_socket();
         let listener = vmesh_daemon::sockets::listen(&socket)
@@ -160,7 +167,8 @@ impl Running {
         let (sender, status) = watch::channel(Status::default());
         let known = status::Known { status: status.clone(), admin: dir.join("admin.sock") };
         tasks.spawn("envoy output", output::log(reader));
-        // Dropped at the end: until then it says how the leave goes, and whoever asks half a question holds nothing up.
+        // The status task is dropped, not drained, at the stop: it reports the progress of the drain until the end, and a client with an
+        // unfinished request cannot delay the exit.
         tasks.spawn("status", status::serve(listener, known));
         tasks.spawn("systemd", tell_systemd(status.clone()));
         tasks.spawn("watchdog", systemd::watchdog());
@@ -197,8 +205,8 @@ impl Running {
         Ok(Running { tasks, status, lock })
     }
 
-    /// How long the tasks may take to stop: Envoy's leave, and before that the end of a reload, which starts, awaits and
-    /// kills an Envoy, and perhaps one more.
+    /// Returns the longest time that the tasks may take to stop: the drain of Envoy, preceded by the end of a reload in progress, which
+    /// starts, awaits and kills one or two Envoys.
     pub fn stops_within(config: &Config) -> Duration {
         config.envoy.drain.0 + Duration::from_secs(60)
     }
@@ -218,7 +226,7 @@ async fn tell_systemd(mut status: watch::Receiver<Status>) {
             systemd::status(&line);
         }
         if status.changed().await.is_err() {
-            // Gone with its task, whose end is seen by its owner.
+            // The sender is dropped with its task, and the owner of the tasks sees that task end.
             return std::future::pending().await;
         }
     }
@@ -235,27 +243,27 @@ struct Supervisor {
     stop: Stop,
     last_number: u64,
     serving: Option<Member>,
-    /// Those that [`Supervisor::leaving`] sees off.
+    /// The Envoys that drain, each with a task in `drain_tasks`.
     leavers: Vec<Leaver>,
     leaving: JoinSet<u64>,
-    /// Those that are on no record, until another one serves.
+    /// Running Envoys of this directory that the record does not list. They are drained once another Envoy is live.
     strays: Vec<Member>,
     wanted: Option<Why>,
-    /// The bootstrap that was not taken, with the binary that did not take it.
+    /// The launch (bootstrap and binary) that failed in a reload, so that it is not tried again until it changes.
     refused: Option<LaunchId>,
-    /// A reload that waits was asked for once more: it is not to wait any longer.
+    /// SIGHUP arrived while a reload was waiting: the reload must not wait any longer.
     impatient: bool,
-    /// What was live for a good while, or what was live first.
+    /// The launch that was live for [`STABLE`], or the first one that became live.
     good: Option<Launch>,
     live_since: Option<Instant>,
-    /// What it was that did not come up or ended soon after, and how often in a row.
+    /// The launch that failed to start or crashed early, and the number of such failures in a row.
     crashed: Option<(LaunchId, u32)>,
-    /// When an Envoy that cannot be asked any more is next given a successor, and the pause after that.
+    /// Time of the next attempt to replace an Envoy whose admin interface is closed, and the pause after that attempt.
     regain_at: Instant,
     regain_pause: Duration,
-    /// The binary that was last spoken of.
+    /// The binary on disk that the status last reported as waiting.
     seen_binary: Option<Stamp>,
-    /// Asks a new binary who it is, which it may not answer.
+    /// Runs a new binary with `--version`. The binary may hang, so this runs beside the main loop.
     asking: JoinSet<(Stamp, String)>,
     ports: ports::Held,
 }
@@ -322,7 +330,8 @@ impl Supervisor {
         self.keep(None);
     }
 
-    /// Has vmesh-net look at once, which it else does every second: meanwhile calls would be refused that may go past Envoy.
+    /// Asks vmesh-net to check Envoy now. Otherwise vmesh-net notices the exit at its next check, up to a second later, and until then
+    /// connections that may bypass Envoy would be refused.
     async fn tell_net(&self) {
         let capture = &self.config.capture;
         if capture.outbound() || capture.inbound() {
@@ -339,7 +348,7 @@ impl Supervisor {
         self.crashed = Some((id, before + 1));
     }
 
-    /// Puts on disk which Envoys there are.
+    /// Writes the record of all Envoys to disk, with `candidate` if one is starting.
     fn keep(&self, candidate: Option<&Kept>) {
         let serving = self.serving.as_ref().map(|member| &member.kept);
         let envoys = serving.into_iter().chain(candidate).chain(self.leavers()).cloned().collect();
@@ -353,7 +362,7 @@ impl Supervisor {
         self.status.send_modify(|status| status.leaving = leaving.collect());
     }
 
-    /// Removes the files of one that is gone.
+    /// Removes the files of an Envoy that is gone.
     fn forget(&self, kept: &Kept) {
         for path in [
             kept.admin(&self.dir),
@@ -368,7 +377,7 @@ impl Supervisor {
         }
     }
 
-    /// The settings may have changed with what is to be reloaded.
+    /// Loads the configuration again. On failure, the old settings stay in force.
     fn read_config(&mut self) {
         match Config::load(&self.file) {
             Ok(config) if config.envoy.run_dir == self.dir => {

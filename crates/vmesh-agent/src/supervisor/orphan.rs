@@ -1,15 +1,15 @@
-//! Envoys that outlive their supervisor.
+//! Starts Envoys that survive the death of their supervisor.
 //!
-//! An Envoy that can be restarted hot asks the kernel for a SIGTERM when its parent dies (`PR_SET_PDEATHSIG`, in
-//! `source/server/hot_restart_impl.cc`): a supervisor that crashes would take it along. So Envoy gets a parent that is
-//! gone before it begins, in two steps of this very program:
+//! An Envoy with hot restart enabled asks the kernel for a SIGTERM when its parent process dies (`PR_SET_PDEATHSIG`, in
+//! `source/server/hot_restart_impl.cc`), so a crash of the supervisor would take Envoy down. Envoy is therefore started through an
+//! intermediate process that exits before Envoy begins. Both steps run this same program:
 //!
 //! ```text
-//!   supervisor ── parent ── child, which waits until its parent is gone, and then becomes Envoy
-//!                   └─ says who the child is, and ends
+//!   supervisor ── intermediate parent ── child: waits until its parent is gone, then execs Envoy
+//!                   └─ prints the child's pid, and exits
 //! ```
 //!
-//! Its exit status goes to init, then; that it ended is seen all the same.
+//! Envoy's exit status is then collected by init and is unknown to the supervisor, which still notices the exit.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -25,13 +25,13 @@ use tokio::time::timeout;
 
 use crate::envoy::process::Process;
 
-/// The file that this process runs, also when another one has its name by now.
+/// The executable of this process, even if its path names another file by now.
 const SELF: &str = "/proc/self/exe";
 const PARENT: &str = "envoy-parent";
 const CHILD: &str = "envoy-child";
 const PARENT_ENDS_WITHIN: Duration = Duration::from_secs(10);
 
-/// Starts `program` so that it is nobody's child. It sees itself as `name`; its output goes to `output`.
+/// Starts `program` as a process without a parent of ours, with `name` as its `argv[0]`; its output goes to `output`.
 pub(super) async fn start(
     program: &Path,
     name: &Path,
@@ -51,7 +51,7 @@ pub(super) async fn start(
     Process::find(pid).ok_or_else(|| io::Error::other("it ended at once"))
 }
 
-/// If this process was started by [`start`] it does its part here, and `main` ends with the code.
+/// Runs this process's part if it was started by [`start`], and returns the exit code for `main`. Returns `None` in any other process.
 pub fn step() -> Option<ExitCode> {
     let mut words = std::env::args_os().skip(1);
     let done = match words.next()?.to_str()? {
@@ -62,7 +62,7 @@ pub fn step() -> Option<ExitCode> {
     Some(match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // To Envoy's output, and from there to the log.
+            // Written to Envoy's output, which ends up in the log.
             _ = writeln!(io::stderr(), "error supervisor: could not start Envoy: {error}");
             vmesh_daemon::report::FAILURE.into()
         }
@@ -73,7 +73,7 @@ fn be_parent(words: impl Iterator<Item = OsString>) -> io::Result<()> {
     let output = || io::stderr().as_fd().try_clone_to_owned().map(File::from);
     let mut child = Command::new(SELF);
     child.arg(CHILD).arg(getpid().as_raw_nonzero().to_string()).args(words).process_group(0);
-    // Not waited for: it goes to init.
+    // Not waited for: init adopts it.
     let child = child.stdin(Stdio::null()).stdout(output()?).stderr(output()?).spawn()?;
     writeln!(io::stdout(), "{}", child.id())
 }

@@ -1,4 +1,4 @@
-//! The judgement of the supervisor: pure, so that it can be tested as text.
+//! The supervisor's decisions, as pure functions.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,32 +9,33 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::bootstrap::fit_to_open_files;
 
-/// So many Envoys that only take leave there may be at once, beside the one that serves: each is a whole Envoy's memory.
+/// Largest number of old Envoys that drain beside the serving one. Each uses the memory of a whole Envoy.
 pub(super) const MOST_LEAVING: usize = 2;
 
-/// How a new Envoy takes over from the one that serves.
+/// The mechanism by which a new Envoy replaces the serving one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum How {
-    /// By Envoy's hot restart: it is handed the very sockets, so nobody who waits in their queues is lost.
+    /// Envoy's hot restart: the new Envoy receives the listening sockets, so connections that wait in their queues are kept.
     Hot,
-    /// By binding the same ports beside it. A connection in the queue of the old one's listener when that closes is the
-    /// kernel's to reset, unless `net.ipv4.tcp_migrate_req` is 1. Why not hot is said.
+    /// Both Envoys bind the same ports (`SO_REUSEPORT`). When the old one closes its listeners, the kernel resets the connections that wait
+    /// in their queues, unless `net.ipv4.tcp_migrate_req` is 1. Holds the reason why hot restart was not possible.
     Beside(String),
 }
 
-/// The Envoy that the serving one took over from.
+/// The state of the Envoy that the serving one took over from by hot restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Parent {
     Gone,
-    /// It has no connections any more: that a third Envoy of the same line ends it costs nothing.
+    /// It has no connections left, so a third Envoy of the line may terminate it.
     Idle,
-    /// It still has connections. A third Envoy of the same line would end it, and them.
+    /// It still has connections. A third Envoy of the line would terminate it and cut them.
     Leaves,
-    /// It died. The serving one does not know, and aborts when it is to speak to it: for a third Envoy, or to end it.
+    /// It crashed. The serving Envoy does not know, and aborts as soon as it sends to its parent: when a third Envoy starts, or to
+    /// terminate its parent.
     Lost,
 }
 
-/// `old` and `new` are the hot restart versions.
+/// Chooses the handover method. `old` and `new` are the hot restart versions of the two binaries.
 pub(super) fn how(old: Option<&str>, new: Option<&str>, parent: Parent) -> How {
     match (old, new) {
         _ if parent == Parent::Leaves => How::Beside("the Envoy before it still has connections".to_owned()),
@@ -48,14 +49,14 @@ pub(super) fn how(old: Option<&str>, new: Option<&str>, parent: Parent) -> How {
     }
 }
 
-/// How long the older Envoy may stay after another took over: not shorter than it takes its leave, since whoever ends it
-/// before that lets the younger one abort, which comes to end it at that time.
+/// Returns how long an old Envoy may keep draining after a handover. Never shorter than the drain: the new Envoy terminates its parent at
+/// that time, and aborts if something else stopped the parent before.
 pub(super) fn stay(parent_shutdown: Duration, drain: Duration) -> Duration {
     Duration::from_secs(parent_shutdown.as_secs().max(drain.as_secs() + 1))
 }
 
-/// Whether to start what was `good` instead of what is on `disk`: that has crashed more than once, or was refused before.
-/// Where what was good crashes as well, what is on disk has its turn again.
+/// Reports whether to start the `good` launch instead of the one on `disk`: if the latter crashed at least twice or was rejected. If the
+/// good launch crashes too, the one on disk is tried again.
 pub(super) fn is_better<Id: PartialEq>(
     good: &Id,
     disk: &Id,
@@ -66,16 +67,16 @@ pub(super) fn is_better<Id: PartialEq>(
     crashes(disk) || (refused == Some(disk) && !crashes(good))
 }
 
-/// What an Envoy has, by name.
+/// The clusters and listeners that an Envoy has from its control plane, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Holdings {
     pub(super) clusters: BTreeSet<String>,
     pub(super) listeners: BTreeSet<String>,
-    /// Why it has not taken what it was sent.
+    /// Why Envoy rejected an update, if it did.
     pub(super) refused: Option<String>,
 }
 
-/// From `/config_dump`, and the number of updates that Envoy says it rejected.
+/// Extracts the resources from `/config_dump`. `rejected` is the number of updates that Envoy counts as rejected.
 pub(super) fn holdings(dump: &Value, rejected: u64) -> Holdings {
     let configs = dump.get("configs").and_then(Value::as_array);
     let all = |list: &'static str| {
@@ -99,8 +100,8 @@ pub(super) fn holdings(dump: &Value, rejected: u64) -> Holdings {
     }
 }
 
-/// Whether an Envoy that is live has less than the one that it takes over from because it refused it; what the control
-/// plane took away meanwhile is not missing.
+/// Compares the resources of a new Envoy with those of its predecessor. A missing resource is an error only if the new Envoy rejected an
+/// update: otherwise the control plane has removed that resource meanwhile.
 pub(super) fn lacks(before: &Holdings, after: &Holdings) -> Result<(), String> {
     let missing: Vec<&str> = before
         .listeners
@@ -116,9 +117,9 @@ pub(super) fn lacks(before: &Holdings, after: &Holdings) -> Result<(), String> {
     Err(format!("it is without `{first}`{others}, which the Envoy before it has: {why}"))
 }
 
-/// A bootstrap as the supervisor starts Envoy with it: its admin interface is a socket of this Envoy's own, for its user
-/// alone, and it takes no more clients than a process with `open_files` can hold. `waits`: it becomes live only when it has been
-/// told what to serve, since another Envoy serves meanwhile.
+/// Returns the bootstrap with the supervisor's changes: the admin interface is a socket of this Envoy alone, accessible to its user alone,
+/// and the connection limit fits `open_files`. With `waits`, Envoy waits without a limit for its first configuration before it becomes
+/// live, because another Envoy serves meanwhile.
 pub(super) fn bootstrap(text: &str, admin: &Path, waits: bool, open_files: u64) -> Result<Value, String> {
     let mut bootstrap: Value =
         serde_json::from_str(text).map_err(|error| format!("it is not JSON: {error}"))?;
@@ -140,7 +141,7 @@ pub(super) fn bootstrap(text: &str, admin: &Path, waits: bool, open_files: u64) 
     Ok(bootstrap)
 }
 
-/// What tells one bootstrap from another.
+/// Returns the digest that identifies a bootstrap.
 pub(super) fn digest(text: &str) -> String {
     format!("{:016x}", xxh3_64(text.as_bytes()))
 }
@@ -204,7 +205,7 @@ mod tests {
         let before = has(&["in", "out"], &["orders"], None);
         lacks(&before, &before).unwrap();
         lacks(&before, &has(&["in"], &[], None)).unwrap();
-        // It refuses something that the old one did not have either.
+        // The rejected resource is missing in both Envoys.
         lacks(&before, &has(&["in", "out", "more"], &["orders"], Some("listener new: bad"))).unwrap();
         assert_eq!(
             lacks(&before, &has(&["out"], &[], Some("listener in: bad"))).unwrap_err(),

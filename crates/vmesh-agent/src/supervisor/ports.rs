@@ -1,7 +1,7 @@
-//! Envoy's capture ports, kept from others while it is away: whoever took one would be sent what all programs of this host send.
+//! Reserves Envoy's capture ports while Envoy is away. Another process on such a port would receive all captured connections of this host.
 //!
-//! A socket that is bound and does not listen takes no connection, and the kernel lets a port that has one be shared
-//! (`SO_REUSEPORT`, socket(7)) with sockets of the same user only: Envoy's.
+//! A bound socket that does not listen accepts no connection. With `SO_REUSEPORT` (socket(7)) the kernel lets only sockets of the same user
+//! share its port, and Envoy runs as the supervisor's user.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,12 +15,12 @@ use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
 
 use crate::capture::settings::Capture;
 
-/// By address; `None` for one that could not be had, which is tried again each time and told once.
+/// The reserved sockets by address. An address that could not be bound is `None`: it is tried again at each call, and logged once.
 #[derive(Debug, Default)]
 pub(super) struct Held(BTreeMap<SocketAddr, Option<OwnedFd>>);
 
 impl Held {
-    /// Holds the ports at which Envoy is sent what is captured, and no others.
+    /// Reserves the ports that captured connections are redirected to, and releases all others.
     pub(super) fn hold_those_of(&mut self, capture: &Capture) {
         let mut wanted: Vec<(IpAddr, u16)> = Vec::new();
         if capture.outbound() {
@@ -119,7 +119,7 @@ mod tests {
             }
             drop(envoy);
             held.hold(Vec::new());
-            // Whoever was there first is waited for.
+            // A port that another process took first is reserved as soon as that process releases it.
             let stranger = host.within_as(5000, || TcpListener::bind(address)).unwrap().unwrap();
             let mut try_again = || {
                 let hold = || {

@@ -11,19 +11,19 @@ use vmesh_capture::sockets::Socket;
 use super::clients;
 use crate::envoy::leave::LOOK_SOON;
 
-/// Time that one of Envoy's workers has to accept a connection.
+/// Time in which one of Envoy's workers must accept a connection.
 const TAKEN_WITHIN: Duration = Duration::from_secs(2);
-/// Number of listeners that a probe dials at most, one after the other.
+/// Largest number of listeners that a probe dials, one after the other.
 const DIALED: usize = 3;
-/// A process that has fewer files left than this cannot take a connection to its admin interface, or not answer it.
+/// With fewer free file descriptors than this, a process may be unable to accept an admin connection or to answer it.
 const SPARE_FILES: usize = 4;
 
-/// What speaks for an Envoy that cannot be asked.
+/// Evidence that an Envoy with a silent admin interface still serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SignOfLife {
-    /// A worker has accepted a new connection.
+    /// A worker accepted a new connection.
     TakesConnections,
-    /// It has no file descriptors left, and works: what is connected is served.
+    /// It has no file descriptors left, but serves the open connections.
     OutOfFiles,
 }
 
@@ -38,9 +38,9 @@ impl SignOfLife {
     }
 }
 
-/// Looks for a sign of life of this process.
+/// Looks for evidence that the process serves connections.
 pub(super) async fn sign_of_life(pid: i32) -> Option<SignOfLife> {
-    // A process that was stopped (SIGSTOP) has its connections taken by the kernel, and serves none.
+    // The kernel completes connections to a stopped process (SIGSTOP), which does not serve them.
     if is_stopped(pid) {
         return None;
     }
@@ -69,7 +69,7 @@ fn is_out_of_files(pid: i32) -> Option<bool> {
     Some(open + SPARE_FILES > limit)
 }
 
-/// Returns where the process listens, each address once.
+/// Returns the addresses on which the process listens, without duplicates.
 fn listeners(pid: i32) -> io::Result<Vec<SocketAddr>> {
     let own = clients::numbers(pid)?;
     let mut all: Vec<SocketAddr> = clients::table(pid)?
@@ -82,7 +82,7 @@ fn listeners(pid: i32) -> io::Result<Vec<SocketAddr>> {
     Ok(all)
 }
 
-/// Connects there and waits until the process has taken the connection: until then the kernel alone holds it, without a number.
+/// Connects to `listener`, and waits until the process accepts the connection. Before that, the kernel lists the socket without an inode.
 async fn is_taken(pid: i32, listener: SocketAddr) -> bool {
     let ip = match listener.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -102,9 +102,9 @@ async fn is_taken(pid: i32, listener: SocketAddr) -> bool {
         sleep(LOOK_SOON).await;
         let Ok(table) = clients::table(pid) else { return false };
         match table.iter().find(is_ours) {
-            // The server's end is no longer there: somebody took the connection, and closed it.
+            // The server's end is gone: the process accepted the connection and closed it.
             None => return true,
-            // The kernel keeps one that was taken and closed, without a number, until the other end closes as well.
+            // After the process closed its end, the kernel lists the socket without an inode until the client closes too.
             Some(socket) if socket.inode != 0 || socket.is_closed_here() => return true,
             Some(_) => {}
         }
@@ -123,7 +123,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         assert!(listeners(pid).unwrap().contains(&address));
         assert!(!is_taken(pid, address).await);
-        // On a busy machine one try may end before this process has had its turn.
+        // On a busy machine an attempt may time out before this process is scheduled.
         let is_taken_in_the_end = async || {
             for _ in 0..10 {
                 if is_taken(pid, address).await {

@@ -1,17 +1,17 @@
-//! What the Envoys of one line share: the number that names the line (`--base-id`), a file in `/dev/shm`, and the sockets
-//! by which a parent and its child speak to each other.
+//! The resources that the Envoys of one line share: the number of the line (`--base-id`), a file in `/dev/shm`, and the sockets on which
+//! the old and the new Envoy communicate.
 //!
-//! `/dev/shm` is for every user of the host. Envoy does not start where another user's file has the name of its shared
-//! memory, so that name must be one that nobody can foresee: the number is random and is put on record. The sockets are
-//! files in the supervisor's own directory. Envoy's default is abstract sockets, which any local user may bind first and may send
-//! to: a process that sends to a parent as its child can take over the parent's listeners, or end it.
+//! Every local user can write to `/dev/shm`. Envoy does not start if another user's file has the name of its shared memory, so the name
+//! must be unpredictable: the number is random, and is kept in the record. The sockets are files in the supervisor's own directory. By
+//! default Envoy uses abstract sockets instead, which any local user may bind first, and send to: a process that sends to an Envoy as its
+//! child can take over the listeners, or terminate Envoy.
 //!
-//! A child that starts sets a flag in the shared memory, and takes it away when its parent is told to drain; every other
-//! child ends at once while it is set. A child that dies in between leaves the flag set for ever, and then no other
-//! Envoy can take over from the parent. So the supervisor clears the flag when it ends a child.
+//! A new Envoy sets a flag in the shared memory when it starts, and clears it when its parent is told to drain. While the flag is set,
+//! every other new Envoy of the line exits at once. If the new Envoy crashes in between, the flag stays set for ever, and no further
+//! handover by hot restart is possible. So the supervisor clears the flag when it kills a candidate.
 //!
-//! The layout is that of `source/server/hot_restart_impl.h`: a size, a version, two mutexes, the flags. Envoy's
-//! `--hot-restart-version` is that version and that size, so this is only done where it is the layout known here.
+//! The layout is that of `source/server/hot_restart_impl.h`: a size, a version, two mutexes, the flags. Envoy's `--hot-restart-version`
+//! consists of that version and that size, so the flag is cleared only where the version is the known one.
 
 use std::fs::File;
 use std::io;
@@ -21,28 +21,28 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 use rustix::process::geteuid;
 
-/// `--hot-restart-version` of Envoy 1.36 to 1.40.
+/// The `--hot-restart-version` of Envoy 1.36 to 1.40.
 const KNOWN: &str = "11.104";
 const VERSION: u64 = 11;
 const SIZE: u64 = 104;
-/// Two words, and two mutexes of 40 bytes.
+/// Offset of the flags: after two words and two mutexes of 40 bytes.
 const FLAGS_AT: u64 = 96;
 const INITIALIZING: u64 = 1;
 
-/// Where Envoy (its C library) has shared memory.
+/// The directory of POSIX shared memory.
 const SHARED_MEMORY: &str = "/dev/shm";
-/// The first of the names of a line's sockets, to which Envoy adds a role and a number. See `Config` for how long they get.
+/// Prefix of the names of a line's sockets; Envoy appends a role and a number. `Config` checks that the paths are not too long.
 const SOCKET: &str = "hr";
-/// Numbers below are those that people choose for their own Envoys.
+/// Smaller numbers are left to the Envoys that people run by hand.
 const LEAST_BASE_ID: u32 = 1000;
-/// Envoy multiplies the number by ten in 32 bits with a sign, and adds that of the epoch.
+/// Size of the range of numbers. Envoy multiplies the number by ten as a signed 32-bit integer, and adds the epoch's digit.
 const BASE_IDS: u32 = 200_000_000;
-/// Number of attempts at a free number. Random numbers collide once in millions of attempts, so 32 collisions are an error.
+/// Number of attempts to find a free number. A random number collides once in millions of attempts, so 32 collisions are an error.
 const TRIES: usize = 32;
-/// The numbers of the sockets of one line: Envoy counts its epochs modulo three.
+/// Number of socket numbers that belong to one line. Envoy uses the epoch modulo three.
 const NUMBERS: u64 = 10;
 
-/// Returns an unpredictable number for a new line of Envoys. No user has a file under the name of its shared memory.
+/// Returns an unpredictable number for a new line, for which no file exists in shared memory.
 pub(super) fn new_base_id() -> Result<u32, String> {
     base_id_from(random, Path::new(SHARED_MEMORY))
 }
@@ -54,7 +54,7 @@ fn random() -> Result<u32, String> {
 fn base_id_from(mut random: impl FnMut() -> Result<u32, String>, dir: &Path) -> Result<u32, String> {
     for _ in 0..TRIES {
         let base_id = LEAST_BASE_ID + random()? % BASE_IDS;
-        // Not followed: a link that leads nowhere takes the name all the same.
+        // Links are not followed: a dangling link also occupies the name.
         match std::fs::symlink_metadata(file_in(dir, base_id)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(base_id),
             Ok(_) => {}
@@ -64,12 +64,12 @@ fn base_id_from(mut random: impl FnMut() -> Result<u32, String>, dir: &Path) -> 
     Err(format!("no name is free in {} after {TRIES} tries", dir.display()))
 }
 
-/// What Envoy is told its sockets are called (`--socket-path`). Only the supervisor's user gets into `dir`.
+/// Returns the value of `--socket-path`. Only the supervisor's user can enter `dir`.
 pub(super) fn socket(dir: &Path) -> PathBuf {
     dir.join(SOCKET)
 }
 
-/// Takes away what a child that died left, so that the next can start.
+/// Clears the flag that a dead candidate left in the shared memory, so that the next one can start.
 pub(super) fn forget_child(base_id: u32, hot_restart: &str) -> Result<(), String> {
     let path = path(base_id);
     if hot_restart != KNOWN {
@@ -86,12 +86,12 @@ fn path(base_id: u32) -> PathBuf {
 }
 
 fn file_in(dir: &Path, base_id: u32) -> PathBuf {
-    // Envoy multiplies the number by ten, to have numbers for its epochs.
+    // Envoy multiplies the number by ten, to make room for its epochs.
     dir.join(format!("envoy_shared_memory_{}", u64::from(base_id) * 10))
 }
 
 fn clear(path: &Path) -> io::Result<()> {
-    // The directory is every user's: what lies there under this name may be a link, or another user's.
+    // Every user can create files in this directory, so the path may be a link or another user's file.
     let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = File::options().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path)?;
     let metadata = file.metadata()?;
@@ -113,7 +113,7 @@ fn clear(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes what an Envoy that was killed leaves behind: its shared memory, and its sockets in `dir`.
+/// Removes the shared memory of the line, and its sockets in `dir`. An Envoy that is killed leaves both behind.
 pub(super) fn remove(base_id: u32, dir: &Path) {
     _ = std::fs::remove_file(path(base_id));
     let first = u64::from(base_id) * NUMBERS;
@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(base_id_from(&mut in_order, &dir), Ok(1003));
         let stuck = base_id_from(|| Ok(1), &dir).unwrap_err();
         assert!(stuck.ends_with("after 32 tries"), "{stuck}");
-        // The largest that can be, which Envoy multiplies by ten, and adds an epoch to.
+        // The largest possible number, multiplied by ten plus an epoch's digit, must fit into 32 bits.
         let largest = base_id_from(|| Ok(BASE_IDS - 1), &dir).unwrap();
         assert!(largest.checked_mul(10).is_some_and(|number| i32::try_from(number + 9).is_ok()));
         let two = [new_base_id().unwrap(), new_base_id().unwrap()];

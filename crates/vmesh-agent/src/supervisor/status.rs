@@ -1,4 +1,4 @@
-//! What the supervisor says of its Envoys, on a Unix socket, to whoever is in its group.
+//! The HTTP status API of the supervisor, on a Unix socket that its group may use.
 
 use std::io;
 use std::path::PathBuf;
@@ -19,26 +19,26 @@ use vmesh_daemon::report::one_line;
 
 use crate::envoy;
 
-/// `/config_dump` of the largest node takes Envoy a second or two.
+/// Timeout for Envoy's answer. `/config_dump` of the largest node takes Envoy a second or two.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 
-/// Everything that `/status` shows.
+/// The content of `/status`.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Status {
-    /// Of the Envoy that serves; its state, its pid, its version.
+    /// State, pid and version of the Envoy that serves.
     #[serde(flatten)]
     pub envoy: envoy::Status,
     pub epoch: Option<u32>,
     pub base_id: Option<u32>,
-    /// How often another Envoy took over.
+    /// Number of completed reloads.
     pub reloads: u64,
-    /// What goes on, or is waited for, before another Envoy takes over.
+    /// The current step of a reload, or the reason why it waits.
     pub reload: Option<String>,
-    /// Why an Envoy that was to take over did not, or the serving one ended.
+    /// Why the last reload failed, or why the serving Envoy exited.
     pub last_failure: Option<Failure>,
-    /// The binary at `envoy.path` is not the one that runs; a reload takes it.
+    /// Set if the binary at `envoy.path` differs from the running one. A reload would start it.
     pub waiting_binary: Option<String>,
-    /// Those that take leave of their clients.
+    /// The old Envoys that drain.
     pub leaving: Vec<Leaving>,
 }
 
@@ -54,13 +54,13 @@ pub struct Leaving {
     pub pid: i32,
     pub epoch: u32,
     pub version: Option<String>,
-    /// When it is ended although it still has connections.
+    /// The deadline, at which Envoy is killed with any connections it still has.
     #[serde(serialize_with = "crate::status::epoch_seconds")]
     pub until: SystemTime,
 }
 
 impl Status {
-    /// One line, for `systemctl status`.
+    /// Returns one line, for `systemctl status`.
     pub fn line(&self) -> String {
         let version = self.envoy.version.as_ref().map(|version| format!(" {version}")).unwrap_or_default();
         let mut line = format!("Envoy{version} is {}", crate::status::name_of(self.envoy.state));
@@ -85,15 +85,15 @@ impl Status {
     }
 }
 
-/// What the answers are made of.
+/// The data that the request handlers read.
 #[derive(Clone)]
 pub(super) struct Known {
     pub(super) status: watch::Receiver<Status>,
-    /// Of the Envoy that serves.
+    /// The admin socket of the Envoy that serves.
     pub(super) admin: PathBuf,
 }
 
-/// Answers for as long as it is polled.
+/// Serves the API. Never returns unless the listener fails.
 pub(super) async fn serve(listener: UnixListener, known: Known) -> io::Result<()> {
     axum::serve(listener, router(known)).await
 }
@@ -125,7 +125,7 @@ async fn ready(Shared(known): Shared<Known>) -> Response {
     }
 }
 
-/// What Envoy's admin interface answers to a question that changes nothing: those by GET.
+/// Forwards a GET request to Envoy's admin interface. GET requests change nothing in Envoy.
 async fn passage(Shared(known): Shared<Known>, uri: Uri) -> Response {
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     match ask(&known, path).await {
@@ -145,7 +145,7 @@ async fn ask(known: &Known, path: &str) -> Result<(StatusCode, Vec<u8>), Respons
     }
 }
 
-/// With endpoints where they are asked for, and never with secrets.
+/// Returns Envoy's configuration without secrets, and with endpoints on request.
 async fn config_dump(Shared(known): Shared<Known>, uri: Uri) -> Response {
     let path = match uri.query() {
         None => "/config_dump",
@@ -170,7 +170,7 @@ async fn config_dump(Shared(known): Shared<Known>, uri: Uri) -> Response {
     }
 }
 
-/// Envoy redacts what it knows to be a secret; what is not passed on at all cannot be forgotten there.
+/// Envoy redacts the secrets that it recognizes. Removing them altogether does not depend on that.
 fn remove_secrets(dump: &mut Value) {
     if let Some(configs) = dump.get_mut("configs").and_then(Value::as_array_mut) {
         let is_secret = |config: &Value| {

@@ -1,4 +1,4 @@
-//! Another Envoy takes over from the one that serves.
+//! Replaces the serving Envoy by a new one, and rolls back if the new one fails.
 
 use std::io;
 use std::time::Duration;
@@ -17,34 +17,36 @@ use crate::bootstrap::open_files;
 use crate::envoy::admin;
 use crate::envoy::leave::{self, LOOK_SOON};
 
-/// A candidate has to be told by the agent what to serve, and to look up the names in it.
+/// Longest time for a candidate to become live. The candidate must receive its configuration from the agent, and resolve the host names in
+/// it.
 const LIVE_WITHIN: Duration = Duration::from_secs(60);
-/// When the supervisor is to stop, a candidate may become live all the same: the old one cannot be asked any more.
+/// Longest time for a candidate to become live once the supervisor must stop. The handover may still complete, since the old Envoy's admin
+/// interface is closed by then.
 const LIVE_WITHIN_AT_STOP: Duration = Duration::from_secs(5);
-/// For the resources that a live Envoy does not have yet.
+/// Longest wait for a live candidate to have all resources of the old Envoy.
 const SETTLES_WITHIN: Duration = Duration::from_secs(2);
 
-/// Why another Envoy is to take over.
+/// Why the serving Envoy is to be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Why {
-    /// SIGHUP.
+    /// An operator sent SIGHUP.
     Asked,
     Bootstrap,
-    /// The one that it took over from died before it was told to end.
+    /// The Envoy that the serving one took over from crashed before the serving one terminated it.
     ParentLost,
 }
 
-/// What became of a reload.
+/// The outcome of one attempt to reload.
 enum Reload {
     Done,
-    /// It is to be tried again.
+    /// The attempt is repeated later.
     Later(String),
-    /// The one that served goes on, or is gone (`serving` says which).
+    /// The reload is given up. The old Envoy keeps serving, or it has exited too (`serving` is then `None`).
     Failed(String),
 }
 
 impl Supervisor {
-    /// Lets another Envoy take over. Returns how the serving one ended, if none serves afterwards.
+    /// Replaces the serving Envoy. Returns how it exited, if no Envoy serves afterwards.
     pub(super) async fn reload(&mut self) -> Option<String> {
         let outcome = self.replace().await;
         let gone = self.serving.is_none();
@@ -98,9 +100,9 @@ impl Supervisor {
         if self.leavers.len() >= MOST_LEAVING {
             self.end_idle_leavers().await;
         }
-        // The next Envoy of the line ends an idle parent, which therefore does not count.
+        // The next Envoy of the line terminates an idle parent, which therefore does not count.
         let ended_by_next = usize::from(self.parent() == Parent::Idle);
-        // However often it is asked for: a reload cuts no connection.
+        // Repeated SIGHUPs do not override this limit: a reload cuts no connection.
         if self.leavers.len() - ended_by_next.min(self.leavers.len()) >= MOST_LEAVING {
             return Reload::Later(format!(
                 "{} Envoys still take leave of their clients, for {:?} at most after they were relieved, and each more costs the \
@@ -109,7 +111,7 @@ impl Supervisor {
                 self.stay()
             ));
         }
-        // Whoever takes over has to be told what to serve.
+        // The candidate needs the agent to receive its configuration.
         if let Err(error) = self.agent_listens().await {
             let socket = self.config.xds_socket();
             return Reload::Later(format!("the agent does not listen on {}: {error}", socket.display()));
@@ -146,7 +148,7 @@ impl Supervisor {
         UnixStream::connect(self.config.xds_socket()).await.map(drop)
     }
 
-    /// Finds out, without touching anything, whether an Envoy would come up with `launch`.
+    /// Checks, without affecting the serving Envoy, whether an Envoy would start with `launch`.
     async fn try_out(&self, launch: &Launch, serving: &Kept) -> Result<(Binary, Holdings), String> {
         let binary = trial::ask(&launch.program)
             .await
@@ -171,8 +173,8 @@ impl Supervisor {
         Ok((dump, holdings))
     }
 
-    /// Starts an Envoy that takes over from the one that serves. If it does not, that one goes on, and is on record with
-    /// what it has lost.
+    /// Starts a new Envoy and hands over to it. On failure the old Envoy keeps serving, and its record says whether it has lost its admin
+    /// interface.
     async fn take_over(
         &mut self,
         launch: &Launch,
@@ -204,7 +206,7 @@ impl Supervisor {
         };
         self.status.send_modify(|status| status.reload = Some("another Envoy starts".to_owned()));
         let began = Instant::now();
-        // On record from its first moment as one that may not be asked any more.
+        // Recorded as without an admin interface from the start, since the candidate closes it.
         let admin_was_closed = old.kept.admin_closed;
         old.kept.admin_closed |= hot;
         self.serving = Some(old);
@@ -252,8 +254,8 @@ impl Supervisor {
         }
     }
 
-    /// `new` has taken over from `old` and should not have. The old one has closed its listeners for it: so the new one
-    /// serves, with what it has, until another one like the old one does.
+    /// Rolls a completed handover back. `new` is live but must not stay, and `old` has already closed its listeners. So `new` serves until
+    /// another Envoy with the binary and bootstrap of `old` has taken over.
     async fn undo(&mut self, old: Member, mut new: Member, why: &str) {
         warn!(
             pid = new.pid(),
@@ -268,31 +270,31 @@ impl Supervisor {
         let again = launch.is_startable();
         let before = Holdings::default();
         let takes_over = self.take_over(&launch, again, &binary, &before);
-        // Boxed, since it is what this was called by.
+        // Boxed, since this function is called by `hand_over`.
         if let Err(why) = Box::pin(takes_over).await {
             error!("it goes on, with what it has: no other Envoy took over from it: {why}");
         }
     }
 
-    /// A child that was not live is gone; its parent serves on.
+    /// Cleans up after a candidate of a hot restart that is gone without having become live. Its parent serves on.
     pub(super) async fn candidate_is_gone(&self, parent: &mut Kept) {
         if let Err(why) = shm::forget_child(parent.base_id, parent.hot_restart.as_deref().unwrap_or_default())
         {
             warn!("no other Envoy can take over hot from this one: {why}");
             parent.hot_restart = None;
         }
-        // The child may not have come so far as to have it closed. Asked twice: a question that came in before that is
-        // answered all the same.
+        // The candidate may have died before the old Envoy closed its admin interface. Asked twice, since a closing interface still answers
+        // a request that was already queued.
         let admin = parent.admin(&self.dir);
         parent.admin_closed =
             admin::server_info(&admin).await.is_err() || admin::server_info(&admin).await.is_err();
         if parent.admin_closed {
-            // With its interface it has closed the account of the one before it.
+            // Together with the admin interface, this Envoy closed its connection to its own parent.
             parent.parent = None;
         }
     }
 
-    /// Waits until `new` is live.
+    /// Waits until `new` is live. Fails if either Envoy exits, if `new` hangs, or at the deadline.
     async fn becomes_live(&mut self, new: &mut Member, old: &mut Member) -> Result<(), String> {
         let admin = new.kept.admin(&self.dir);
         let mut deadline = Instant::now() + LIVE_WITHIN;
@@ -318,7 +320,7 @@ impl Supervisor {
                 }
                 () = sleep(LOOK_SOON / 5) => {}
             }
-            // Envoy binds its admin interface under a name of its own: nobody else answers there.
+            // No other process answers at this path: each Envoy binds a socket of its own name.
             match timeout_at(deadline, admin::server_info(&admin)).await {
                 Ok(Ok(info)) if info.state == "LIVE" => return Ok(()),
                 Ok(Ok(info)) => {
@@ -337,13 +339,13 @@ impl Supervisor {
         }
     }
 
-    /// Whether it has what the Envoy before it had.
+    /// Waits, for a limited time, until the new Envoy has all resources of its predecessor.
     async fn has_all(&self, kept: &Kept, before: &Holdings) -> Result<(), String> {
         let deadline = Instant::now() + SETTLES_WITHIN;
         loop {
             let verdict = match self.dump(kept).await {
                 Ok((_, after)) => plan::lacks(before, &after),
-                // It was live a moment ago: whoever looks after it will see.
+                // The Envoy was live a moment ago; `watch_serving` deals with its silence.
                 Err(_) => return Ok(()),
             };
             if verdict.is_ok() || Instant::now() >= deadline {
@@ -353,7 +355,8 @@ impl Supervisor {
         }
     }
 
-    /// Gets back what the serving Envoy lost to one that did not take over, by letting another of its own kind do it.
+    /// Restores the admin interface that the serving Envoy closed for a failed candidate, by handing over to another Envoy of the same
+    /// binary and bootstrap.
     pub(super) async fn regain(&mut self) {
         let Some(serving) = self.serving.as_mut().filter(|serving| serving.kept.admin_closed) else { return };
         if let Ok(ended) = timeout(Duration::ZERO, serving.process.exited()).await {
@@ -367,7 +370,7 @@ impl Supervisor {
             return;
         }
         let pid = serving.pid();
-        // Without it there is nobody to tell the next one what to serve.
+        // Without the agent, the next Envoy would receive no configuration.
         if self.agent_listens().await.is_err() {
             return;
         }
@@ -385,12 +388,12 @@ impl Supervisor {
     }
 }
 
-/// What its record says of the binary that it runs.
+/// Returns the versions of the running binary, from its record.
 fn binary_of(kept: &Kept) -> Binary {
     Binary { version: kept.version.clone().unwrap_or_default(), hot_restart: kept.hot_restart.clone() }
 }
 
-/// Whether the kernel passes the connections that wait at a listener that is closed on to another one of the same port.
+/// Reports whether the kernel moves the connections that wait at a closed listener to another listener of the same port.
 fn migrates() -> bool {
     std::fs::read_to_string("/proc/sys/net/ipv4/tcp_migrate_req").is_ok_and(|text| text.trim() == "1")
 }

@@ -1,8 +1,8 @@
-//! Whether an Envoy would come up, found out before the one that serves is touched.
+//! Checks whether an Envoy would start, before the serving one is touched.
 //!
-//! A hot restart cannot be taken back entirely: the parent closes its admin interface when the child starts, and its
-//! listeners when the child is live. So what can be known before is: that the binary runs, that it takes the bootstrap,
-//! and that it takes everything that the serving Envoy has now from its control plane (an older Envoy may not).
+//! A hot restart cannot be undone completely: the old Envoy closes its admin interface when the new one starts, and its listeners when the
+//! new one is live. So a trial comes first. It checks that the binary runs, that it accepts the bootstrap, and that it accepts all
+//! resources that the serving Envoy received from the control plane, which an older Envoy may reject.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,35 +16,36 @@ use tokio::time::timeout;
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 
-/// For `--version`; a binary that does not even say that in this time hangs.
+/// Timeout of `--version`. A binary that takes longer hangs.
 const SAYS_WITHIN: Duration = Duration::from_secs(10);
-/// For a configuration of many thousand clusters on a busy machine.
+/// Timeout of `--mode validate`: enough for thousands of clusters on a busy machine.
 const VALIDATES_WITHIN: Duration = Duration::from_secs(60);
-/// What is said of a program that has not ended in time.
+/// Marks the error of a program that did not exit within its timeout.
 const HANGS: &str = "hangs: no end after";
-/// Envoy's words, the last of them: those say what is wrong.
+/// Largest number of characters of Envoy's output in an error. The end of the output is kept, since it names the cause.
 const MAX_SAID: usize = 600;
-/// Of a program that is no Envoy, and does not stop talking.
+/// Largest number of bytes kept of a program's output. The program may not be Envoy, and may write without end.
 const MAX_KEPT: usize = 64 << 10;
 
-/// What a binary says of itself.
+/// The versions that a binary reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Binary {
-    /// `1.40.0`
+    /// The version, such as `1.40.0`.
     pub(super) version: String,
-    /// `11.104`: two Envoys of which these are equal can take over from each other. `None`: it cannot at all.
+    /// The hot restart version, such as `11.104`. Two Envoys can take over from each other if theirs are equal. `None` if the binary has no
+    /// hot restart.
     pub(super) hot_restart: Option<String>,
 }
 
-/// Why a binary cannot be used.
+/// The reason why a binary cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Unusable {
     pub(super) why: String,
-    /// It has not said who it is in time, as a good one may on a busy host.
+    /// The binary exceeded the timeout, which can happen to a good binary on a busy host.
     pub(super) hangs: bool,
 }
 
-/// Asks the binary who it is.
+/// Runs the binary to query its versions.
 pub(super) async fn ask(program: &Path) -> Result<Binary, Unusable> {
     let unusable = |why: String| {
         let hangs = why.contains(HANGS);
@@ -80,8 +81,8 @@ fn is_hot_restart_version(word: &str) -> bool {
     })
 }
 
-/// Whether `program` would take `bootstrap`, and with it the resources that `dump` (a `/config_dump`) tells of.
-/// `arguments` is what it is to be started with, without its configuration; `scratch` is written to and removed.
+/// Checks whether `program` accepts `bootstrap`, and also the resources in `dump` (a `/config_dump`) if given. `arguments` is the command
+/// line without the bootstrap; `scratch` is a path that is written and removed.
 pub(super) async fn validate(
     program: &Path,
     arguments: &[String],
@@ -118,7 +119,7 @@ async fn check(
     checked.map(|_| ())
 }
 
-/// `bootstrap` with what an Envoy got dynamically as if it were part of it.
+/// Adds the dynamic resources of a `/config_dump` to the static ones of `bootstrap`.
 fn with_resources(mut bootstrap: Value, dump: &Value) -> Value {
     let configs = dump.get("configs").and_then(Value::as_array);
     let all = |list: &str, path: &str| -> Vec<Value> {
@@ -138,8 +139,7 @@ fn with_resources(mut bootstrap: Value, dump: &Value) -> Value {
     bootstrap
 }
 
-/// A resource without the type that says what it is in a dump. `None` for one with a key in it, which a dump does not
-/// tell.
+/// Returns a resource of a dump without its `@type`. Returns `None` for one that contains a private key, which the dump redacts.
 fn plain(resource: &Value) -> Option<Value> {
     let mut fields = resource.as_object()?.clone();
     fields.remove("@type");
@@ -147,7 +147,7 @@ fn plain(resource: &Value) -> Option<Value> {
     (!resource.to_string().contains("[redacted]")).then_some(resource)
 }
 
-/// Runs it to its end, and returns what it said, or why that is an error.
+/// Runs a program to its end. Returns its output, or the error that it exited with.
 async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<String, String> {
     let shown = program.display();
     let mut command = Command::new(program);
@@ -173,7 +173,7 @@ async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<S
     }
 }
 
-/// What was said last, however much it was.
+/// Reads to the end, and returns the last part of the output.
 async fn last_words(from: Option<impl AsyncRead + Unpin>) -> io::Result<String> {
     let Some(mut from) = from else { return Ok(String::new()) };
     let mut said = Vec::new();
@@ -192,7 +192,7 @@ fn tail(said: &str) -> String {
     said.chars().skip(skip).collect()
 }
 
-/// Which file a path names now: another one has another stamp.
+/// Identifies the file that a path names: another file has another stamp.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Stamp {
     pub(super) path: PathBuf,
@@ -264,7 +264,7 @@ mod tests {
         let path = dir.join("envoy");
         let whole = std::fs::read(vmesh_testkit::envoy::find().unwrap()).unwrap();
         let mut foreign = whole.clone();
-        // `e_machine` of elf(5): one that nobody has.
+        // `e_machine` of elf(5), set to a value that no machine has.
         foreign[18..20].copy_from_slice(&[0xfe, 0xca]);
         let check = async |bytes: &[u8], mode: u32, expected: &str| {
             std::fs::write(&path, bytes).unwrap();

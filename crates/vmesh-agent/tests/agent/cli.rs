@@ -1,4 +1,4 @@
-//! The command.
+//! Tests of the command line.
 
 use std::net::SocketAddr;
 use std::process::{Command, Output};
@@ -17,7 +17,7 @@ fn agent(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vmesh-agent")).args(arguments).output().unwrap()
 }
 
-/// Runs the agent on a configuration; its directory is `DIR` in what is expected.
+/// Runs the agent on a configuration. `DIR` in the expected output stands for its directory.
 fn check(config: &str, arguments: &[&str], expected: Expect) {
     let dir = tempdir().unwrap();
     let path = dir.join("agent.yaml");

@@ -1,4 +1,4 @@
-//! Envoy's life, as the agent leads it. What Envoy serves comes from a control plane in the place of the relay.
+//! Tests of `manage: child`, in which the agent starts Envoy. The test's control plane serves Envoy in place of the relay.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use vmesh_testkit::wait_for;
 
 use crate::fixture::{ControlPlane, Place, SOON, orders};
 
-/// The tasks of an agent that look after Envoy.
+/// The agent's tasks that look after Envoy.
 struct Supervised {
     tasks: Tasks,
     status: watch::Receiver<Status>,
@@ -72,7 +72,7 @@ async fn served(load: &Load, more: u64) {
     .unwrap();
 }
 
-/// Without the tasks' own stop: as after SIGKILL.
+/// Aborts the tasks without stopping them first, as SIGKILL does.
 fn crash(agent: Supervised) {
     drop(agent);
 }
@@ -124,7 +124,7 @@ async fn an_agent_that_crashes_costs_no_request_and_the_next_takes_its_envoy_ove
     let report = load.stop().await;
     assert_eq!((report.failures, report.raced), (0, 0), "{report}");
 
-    // Its end is seen although it is not the new agent's child.
+    // The agent notices the exit of an Envoy that is not its child.
     kill_process(Pid::from_raw(first.unwrap()).unwrap(), Signal::KILL).unwrap();
     let status =
         agent.is("a second Envoy", |status| status.restarts == 1 && status.state == State::Live).await;
@@ -151,7 +151,7 @@ async fn an_envoy_with_another_configuration_starts_beside_the_old_one_and_takes
     one.await.unwrap();
     served(&load, 50).await;
     let report = load.stop().await;
-    // A connection in the queue of a listener that closes is the kernel's to reset (`tcp_migrate_req` is 0).
+    // When a listener closes, the kernel resets the connections in its queue (`tcp_migrate_req` is 0).
     assert!(report.failures <= 1, "{report}");
     agent.stop().await;
 }
@@ -180,7 +180,7 @@ async fn an_agent_that_ends_while_one_envoy_takes_over_from_another_leaves_neith
     let first = agent.is_live().await.pid.and_then(Pid::from_raw).unwrap();
     crash(agent);
     let other = ", max_connections: 1000";
-    // It crashes, and the next one is stopped.
+    // The first agent crashes, the second one is stopped.
     for crashes in [true, false] {
         let agent = Supervised::start(&place, other);
         let new = async || {

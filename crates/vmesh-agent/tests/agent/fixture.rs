@@ -1,4 +1,4 @@
-//! A control plane that serves what a test tells it to, and a node of its own for each test.
+//! A control plane that serves the resources a test publishes, and a separate node for each test.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ use vmesh_xds::{Group, Kind, Resource, Scope, SessionStatus, Store};
 
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
-/// A node with an address and directories that nobody else uses.
+/// A node with an address and directories of its own.
 pub(crate) struct Place {
     pub(crate) address: Loopback,
     pub(crate) dir: TempDir,
@@ -52,7 +52,7 @@ impl Place {
         SocketAddr::new(self.address.ip(), port)
     }
 
-    /// Where the node's applications dial `orders`.
+    /// Returns the address at which the node's applications dial `orders`.
     pub(crate) fn upstream(&self) -> SocketAddr {
         self.at(9001)
     }
@@ -93,7 +93,7 @@ upstreams: [{{service: orders, listen: "{upstream}"}}]
     }
 }
 
-/// What the tests' control plane knows of those who connected.
+/// The nodes and streams that the test's control plane has seen.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Seen {
     pub(crate) nodes: Vec<Node>,
@@ -101,7 +101,7 @@ pub(crate) struct Seen {
     pub(crate) status: SessionStatus,
 }
 
-/// Serves one store to everybody, until it is dropped, which closes every connection.
+/// A control plane that serves one store to every client. Dropping it closes all connections.
 pub(crate) struct ControlPlane {
     hub: Hub,
     store: Mutex<Store>,
@@ -163,7 +163,7 @@ impl ControlPlane {
         self.hub.publish("", Arc::new(store.clone()));
     }
 
-    /// Closes every connection without a word, and the port with them.
+    /// Closes every connection and the port without sending anything.
     pub(crate) async fn crash(mut self) {
         self.task.abort();
         _ = (&mut self.task).await;
@@ -176,7 +176,7 @@ impl Drop for ControlPlane {
     }
 }
 
-/// An HTTP listener on `listen`, whose requests go to `orders`, whose one instance is at `to`.
+/// Returns an HTTP listener on `listen` and the cluster `orders` with one endpoint, `to`.
 pub(crate) fn orders(listen: SocketAddr, to: SocketAddr) -> Vec<Arc<Resource>> {
     vec![
         Resource::new(Kind::Cluster, "orders", &cluster("orders", &[to])),
@@ -184,7 +184,7 @@ pub(crate) fn orders(listen: SocketAddr, to: SocketAddr) -> Vec<Arc<Resource>> {
     ]
 }
 
-/// Each instance as Envoy is told of it, in about as many bytes as a compiled cluster with its endpoints has.
+/// Returns a cluster with these endpoints, of about the size of a compiled one.
 pub(crate) fn cluster(name: &str, instances: &[SocketAddr]) -> Cluster {
     let endpoint = |instance: &SocketAddr| LbEndpoint {
         host_identifier: Some(HostIdentifier::Endpoint(Endpoint {

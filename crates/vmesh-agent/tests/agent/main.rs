@@ -1,4 +1,4 @@
-//! The agent, with the real Envoy.
+//! Tests of the agent with the real Envoy.
 
 #[cfg(test)]
 mod cli;

@@ -1,4 +1,4 @@
-//! The whole agent between a control plane and the real Envoy.
+//! Tests of the whole agent between a control plane and the real Envoy.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -118,7 +118,7 @@ async fn what_envoy_rejects_goes_up_in_its_own_words_and_the_last_good_configura
     agent.ready().await;
     let load = load(&place);
     served(&load, "one").await;
-    // A listener without a port.
+    // This listener is invalid: its port is taken by another listener.
     let mut bad = orders(place.upstream(), app.address());
     bad.push(Resource::new(Kind::Listener, "bad", &listener("bad", place.upstream(), "orders")));
     control.publish(bad);
@@ -146,7 +146,7 @@ async fn a_port_that_somebody_else_had_is_served_when_it_is_free() {
     drop(taken);
     let load = load(&place);
     served(&load, "one").await;
-    // What was told as refused is told as taken, which needs a new stream.
+    // To report that an earlier rejection is over, the agent needs a new stream.
     let synced = seen.wait_for(|seen| seen.status.state == State::Synced);
     tokio::time::timeout(SOON, synced).await.unwrap().unwrap();
     agent.status("the listener to be kept", saved).await;
@@ -176,7 +176,7 @@ async fn a_node_that_starts_without_a_control_plane_serves_the_last_good_configu
     let status = agent.status("a reason", |status| status["control_plane"]["reason"].is_string()).await;
     assert_eq!(status["accepted"]["from_disk"], true, "{status}");
 
-    // And it goes on with the control plane when that is back.
+    // When the control plane is back, the agent uses its configuration again.
     let two = HttpApp::start("two", "v1", place.at(8082)).unwrap();
     let (_control, _) = control_plane(&place, 15010, &two).await;
     served(&load(&place), "two").await;
@@ -222,7 +222,7 @@ async fn no_crash_of_agent_or_control_plane_costs_a_request() {
     served(&load, "one").await;
     let (control, _) = control_plane(&place, 15010, &two).await;
     served(&load, "two").await;
-    // Frozen, not dead: the agent's sockets stay open and nobody answers on them.
+    // A frozen agent keeps its sockets open and does not answer.
     agent.daemon.freeze().unwrap();
     served(&load, "two").await;
     agent.daemon.thaw().unwrap();
@@ -266,7 +266,7 @@ async fn configuration_comes_from_one_control_plane_and_the_others_get_the_repor
 async fn a_control_plane_that_hangs_is_passed_over() {
     let place = Place::new();
     let app = app(&place, "one", 8081);
-    // The kernel completes the handshake, and nobody ever accepts.
+    // The kernel completes the TCP handshake, and no process accepts the connection.
     let hung = std::net::TcpListener::bind(place.at(15110)).unwrap();
     let (_control, address) = control_plane(&place, 15010, &app).await;
     let mut agent = Agent::start(&place, &[hung.local_addr().unwrap(), address]);
@@ -289,7 +289,7 @@ async fn a_first_start_without_a_control_plane_says_what_it_waits_for() {
     );
     let (_control, _) = control_plane(&place, 15010, &app).await;
     agent.ready().await;
-    // Of what is resident, 18 MiB are pages of the program's file where that is not optimised.
+    // Of the resident memory, 18 MiB are pages of the executable file in an unoptimised build.
     let (anonymous, resident) =
         (agent.daemon.anonymous_bytes().unwrap(), agent.daemon.resident_bytes().unwrap());
     assert!(anonymous < 4 << 20 && resident < 24 << 20, "{} KiB, {} KiB", anonymous >> 10, resident >> 10);
@@ -310,7 +310,7 @@ async fn a_thousand_services_fit_into_twenty_mebibytes() {
     let mut agent = Agent::start(&place, &[address]);
     agent.ready().await;
     agent.status("a saved configuration", |status| status["accepted"]["resources"]["cluster"] == 1001).await;
-    // The optimised program has about 9 MiB of its files resident beside this; one that is not optimised twice as much.
+    // In addition, the optimised executable has about 9 MiB of its file resident, an unoptimised one twice as much.
     let anonymous = agent.daemon.anonymous_bytes().unwrap();
     assert!(anonymous < 8 << 20, "{} KiB", anonymous >> 10);
     if std::env::var_os("VMESH_ECHO").is_some() {

@@ -1,4 +1,4 @@
-//! Envoy's life where it has a unit of its own: `vmesh-agent envoy`, with real Envoys, under load.
+//! Tests of `vmesh-agent envoy`, the supervisor of Envoy, with real Envoys under load.
 
 mod faults;
 
@@ -29,7 +29,7 @@ use vmesh_xds::{Kind, Resource};
 
 use crate::fixture::{ControlPlane, Place, SOON, cluster, listener, orders};
 
-/// A host: its place, an Envoy binary of its own that can be exchanged, and what its supervisor is told.
+/// A host: its address and directories, a private copy of the Envoy binary that tests replace, and the settings of its supervisor.
 struct Host {
     place: Place,
     settings: String,
@@ -51,14 +51,14 @@ impl Host {
         self.place.dir.join("bin-envoy")
     }
 
-    /// Puts the Envoy of this version where `envoy.path` is, as a package manager does: beside, and then over it.
+    /// Installs the Envoy of this version at `envoy.path` as a package manager does: under a temporary name, then renamed.
     fn install(&self, version: &str) {
         let from = match version {
             envoy::VERSION => envoy::find().unwrap(),
             other => envoy::binary_of(other).unwrap(),
         };
         let new = self.place.dir.join("bin-envoy.new");
-        // Copied and not linked: the one that runs is then really gone.
+        // Copied rather than linked, so that the rename really deletes the running binary.
         std::fs::copy(from, &new).unwrap();
         std::fs::set_permissions(&new, PermissionsExt::from_mode(0o755)).unwrap();
         std::fs::rename(&new, self.binary()).unwrap();
@@ -106,7 +106,7 @@ upstreams: [{{service: orders, listen: "{upstream}"}}]
         self.place.at(15010)
     }
 
-    /// What the agent does when it starts.
+    /// Writes the bootstrap, as the agent does when it starts.
     fn write_bootstrap(&self) {
         let config = self.configure();
         let text = format!("{:#}\n", vmesh_agent::bootstrap::bootstrap(&config));
@@ -133,7 +133,7 @@ upstreams: [{{service: orders, listen: "{upstream}"}}]
         Supervisor { daemon, socket: Peer::Unix(self.dir().join("status.sock")) }
     }
 
-    /// The Envoys that run here.
+    /// Returns the pids of the Envoys that run on this host.
     fn envoys(&self) -> Vec<Pid> {
         vmesh_testkit::process::naming(&self.dir())
     }
@@ -147,7 +147,7 @@ upstreams: [{{service: orders, listen: "{upstream}"}}]
     }
 }
 
-/// What Envoys that were killed leave behind: 104 bytes each.
+/// Kills the remaining Envoys and removes their shared memory.
 impl Drop for Host {
     fn drop(&mut self) {
         for pid in self.envoys() {
@@ -214,7 +214,7 @@ fn pid(status: &Value) -> Pid {
     Pid::from_raw(i32::try_from(status["pid"].as_i64().unwrap()).unwrap()).unwrap()
 }
 
-/// What is served: `orders` by HTTP, and an echo by TCP.
+/// Starts an HTTP application `orders`, a TCP echo application, and a control plane that serves both to Envoy.
 async fn serving(host: &Host) -> (ControlPlane, HttpApp) {
     let app = HttpApp::start("one", "v1", host.place.at(8080)).unwrap();
     let control_plane = ControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
@@ -254,7 +254,7 @@ fn tcp_listener(host: &Host) -> Listener {
     }
 }
 
-/// An application that sends back what it gets.
+/// Starts an application that sends back what it receives.
 async fn echo(host: &Host) {
     let listener = TcpListener::bind(echo_at(host)).await.unwrap();
     spawn_handle(async move {
@@ -268,7 +268,7 @@ async fn echo(host: &Host) {
     });
 }
 
-/// One connection to it through Envoy.
+/// An open connection to the echo application through Envoy.
 struct Stream {
     stream: TcpStream,
 }
@@ -292,7 +292,7 @@ impl Stream {
     }
 }
 
-/// Requests over connections that stay open, and over a new one each.
+/// Load on Envoy: requests over persistent connections, and requests over a new connection each.
 struct Clients {
     kept: Load,
     new: Option<Load>,
@@ -309,8 +309,8 @@ impl Clients {
         clients
     }
 
-    /// For where an Envoy closes listeners that nobody takes over: a connection that waits in the queue of one is the
-    /// kernel's to reset (`tcp_migrate_req` is 0), and those that stay open have next to none there.
+    /// Starts clients with persistent connections alone. For tests in which an Envoy closes listeners without a hot restart: the kernel
+    /// then resets connections in the queue of the listener (`tcp_migrate_req` is 0), and persistent connections are rarely in a queue.
     async fn that_stay(host: &Host) -> Clients {
         let kept = Load::start(Plan::to(host.place.upstream()).rate(300.0)).unwrap();
         let clients = Clients { kept, new: None };
@@ -423,7 +423,7 @@ async fn a_reload_with_nothing_changed_costs_no_request_and_no_connection() {
     assert_eq!(second["epoch"], 1);
     assert_eq!(second["leaving"][0]["pid"], first["pid"]);
     clients.are_served().await;
-    // The one before it has closed its listeners by now; the stream stays with it all the same.
+    // By now the old Envoy has closed its listeners; the open stream stays with it.
     tokio::time::sleep(Duration::from_secs(3)).await;
     clients.are_served().await;
     stream.lives().await;
@@ -490,7 +490,7 @@ async fn a_reload_that_is_asked_for_twice_does_not_wait_and_keeps_the_connection
     supervisor.is("a reload that waits", waits_for_the_first).await;
     supervisor.hang_up();
     let status = supervisor.reloaded(2).await;
-    // A third Envoy of the same line would end the first.
+    // A third epoch of the same line would terminate the first Envoy, so a new line was begun.
     assert_eq!(status["epoch"], 0, "{status}");
     assert_eq!(status["leaving"][0]["pid"], first["pid"]);
     clients.are_served().await;
@@ -561,7 +561,7 @@ async fn an_envoy_that_cannot_take_over_is_not_let_to_and_the_status_says_why() 
     for (script, why) in [
         ("echo out of luck; exit 3".to_owned(), "exit status: 3: out of luck"),
         (format!("case \"$*\" in *--mode*) exit 9;; *) exec {real} \"$@\";; esac"), "refuses the bootstrap"),
-        // This is found out only when it is started.
+        // This failure shows only when the new Envoy is really started.
         (
             format!("case \"$*\" in *--restart-epoch*) exit 7;; *) exec {real} \"$@\";; esac"),
             "it ended before it was live",
@@ -577,7 +577,7 @@ async fn an_envoy_that_cannot_take_over_is_not_let_to_and_the_status_says_why() 
     }
     host.one_is_left().await;
 
-    // One that is mended is taken.
+    // A repaired binary is accepted.
     host.install(envoy::VERSION);
     supervisor.hang_up();
     supervisor.reloaded(1).await;
@@ -629,7 +629,7 @@ async fn a_new_envoy_that_hangs_is_ended_and_another_like_the_old_one_takes_over
     clients.lost_nothing().await;
 }
 
-/// The Envoy that starts beside the one that serves, found before it is live.
+/// Returns the pid of the Envoy that is starting beside the serving one, before it is live.
 async fn candidate(host: &Host, serving: &Value) -> Pid {
     let known = [serving["pid"].clone(), serving["leaving"][0]["pid"].clone()];
     let deadline = Instant::now() + SOON;
@@ -658,7 +658,7 @@ async fn while_one_takes_over_from_another_both_get_what_the_control_plane_says(
     supervisor.hang_up();
     let candidate = candidate(&host, &first).await;
     kill_process(candidate, Signal::STOP).unwrap();
-    // The old one serves, and cannot be asked any more: what it answers shows what it has.
+    // The old Envoy serves with its admin interface closed, so its configuration shows in its answers alone.
     control_plane.publish(resources(&host, two.address()));
     clients.by_instance("two").await;
     assert!(supervisor.get("/status").await.1.contains("\"reloads\":0"));
@@ -702,11 +702,11 @@ async fn a_parent_that_dies_while_it_takes_its_leave_does_not_take_its_child_alo
     let first = supervisor.is_live().await;
     supervisor.hang_up();
     let second = supervisor.reloaded(1).await;
-    // Its clients have gone to the other one by then.
+    // By now, all clients use the new Envoy.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let clients = Clients::that_stay(&host).await;
     kill_process(pid(&first), Signal::KILL).unwrap();
-    // Its child would abort as soon as it had something to say to it.
+    // The new Envoy would abort as soon as it sent a message to its dead parent.
     let third = supervisor.reloaded(2).await;
     assert_eq!((&third["epoch"], &third["restarts"]), (&0.into(), &0.into()), "{third}");
     clients.are_served().await;
@@ -734,7 +734,7 @@ async fn a_supervisor_that_is_killed_costs_no_request_and_the_next_goes_on_with_
     assert_eq!((&adopted["pid"], &adopted["adopted"]), (&second["pid"], &Value::Bool(true)));
     assert_eq!(adopted["leaving"], second["leaving"]);
 
-    // Killed in the middle of a reload, with a candidate that is not live: it is ended.
+    // Killed during a reload, with a candidate that is not live. The next supervisor kills that candidate.
     supervisor.hang_up();
     supervisor.is("a reload that waits", waits_for_the_first).await;
     supervisor.hang_up();
@@ -762,7 +762,7 @@ async fn an_envoy_that_answers_nobody_is_spoken_of_and_in_the_end_replaced() {
     let first = supervisor.is_live().await;
     kill_process(pid(&first), Signal::STOP).unwrap();
     supervisor.is("a silent Envoy", |status| status["state"] == "silent").await;
-    // One that was only slow stays.
+    // An Envoy that was only slow is kept.
     kill_process(pid(&first), Signal::CONT).unwrap();
     assert_eq!(supervisor.is_live().await["pid"], first["pid"]);
     kill_process(pid(&first), Signal::STOP).unwrap();
@@ -810,7 +810,7 @@ async fn an_agent_that_is_not_there_is_waited_for_and_nothing_takes_over_meanwhi
     clients.lost_nothing().await;
 }
 
-/// The agent that feeds the Envoy of `host`.
+/// Starts the agent that serves the Envoy of `host`.
 fn agent(host: &Host) -> Daemon {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmesh-agent"));
     command.arg("--config").arg(host.file());
@@ -830,7 +830,7 @@ async fn an_agent_that_is_killed_stopped_and_started_touches_no_envoy_also_while
     first_agent.wait_http(&api, "/readyz", SOON).await.unwrap();
     let first = supervisor.is_live().await;
     let clients = Clients::start(&host).await;
-    // What the agent says of Envoy is what the supervisor says.
+    // The agent reports the supervisor's status of Envoy.
     let said = first_agent.wait_http(&api, "/status", SOON).await.unwrap();
     let said: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((&said["envoy"]["pid"], &said["envoy"]["state"]), (&first["pid"], &first["state"]));
@@ -846,7 +846,7 @@ async fn an_agent_that_is_killed_stopped_and_started_touches_no_envoy_also_while
     third_agent.wait_http(&api, "/readyz", SOON).await.unwrap();
     assert_eq!(supervisor.is_live().await["pid"], first["pid"]);
 
-    // In the middle of a reload: the one that starts waits for the next agent, and does not come up empty.
+    // Killed during a reload: the candidate waits for the next agent, and does not become live without a configuration.
     supervisor.hang_up();
     let candidate = candidate(&host, &first).await;
     kill_process(candidate, Signal::STOP).unwrap();

@@ -1,4 +1,4 @@
-//! What the world does to a supervisor and its Envoys.
+//! Tests of the supervisor under faults: killed processes, lost files, hostile users, full limits.
 
 use std::os::unix::net::UnixDatagram;
 
@@ -37,7 +37,7 @@ impl Host {
     }
 }
 
-/// What this process runs, also when it has been removed since.
+/// Returns the path of the executable of a process, even if the file has been removed.
 fn runs(pid: Pid) -> String {
     let exe = std::fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero()));
     exe.unwrap_or_default().display().to_string()
@@ -74,7 +74,7 @@ async fn an_envoy_is_not_ended_before_its_drain_is_over_however_short_its_stay()
     supervisor.hang_up();
     let second = supervisor.reloaded(1).await;
     host.one_is_left().await;
-    // Its child would abort when it came to end it, and it was gone.
+    // The serving Envoy would abort if it tried to terminate a parent that is already gone.
     tokio::time::sleep(Duration::from_secs(6)).await;
     let status = supervisor.is_live().await;
     assert_eq!((&status["pid"], &status["restarts"]), (&second["pid"], &0.into()), "{status}");
@@ -92,7 +92,7 @@ async fn an_envoy_whose_binary_is_gone_or_useless_is_started_again_from_what_it_
     let again = |status: &Value| status["state"] == "live" && status["restarts"] == 1;
     let second = supervisor.is("the same Envoy again", again).await;
 
-    // Now there is one that runs, and does not come up.
+    // Install a binary that runs but does not become live.
     let real = envoy::find().unwrap();
     host.install_script(&format!(
         "case \"$*\" in *--config-path*) exit 7;; *--hot-restart-version*) echo disabled;; *) exec {} \"$@\";; esac",
@@ -105,7 +105,7 @@ async fn an_envoy_whose_binary_is_gone_or_useless_is_started_again_from_what_it_
     host.install(envoy::VERSION);
     supervisor.hang_up();
     let status = supervisor.reloaded(1).await;
-    // It is known what serves, and not taken for what was in its place.
+    // The version of the running binary is on record, so the reload uses hot restart and not the versions of the replaced script.
     assert_eq!(status["epoch"], 1, "{status}");
     clients.are_served().await;
     clients.lost_nothing().await;
@@ -147,7 +147,7 @@ async fn an_envoy_that_cannot_be_asked_any_more_gets_a_successor_although_nobody
     control_plane.crash().await;
     _ = std::fs::remove_file(host.place.run_dir().join("xds.sock"));
     kill_process(candidate, Signal::CONT).unwrap();
-    // It has come so far as to have the other one's interface closed, and can be told nothing.
+    // By now the candidate has made the old Envoy close its admin interface, and cannot receive any configuration.
     host.says(&host.dir().join("admin.2.sock"), "INITIALIZING").await;
     kill_process(candidate, Signal::KILL).unwrap();
     let is_blind = |status: &Value| {
@@ -181,7 +181,7 @@ async fn an_envoy_whose_shared_memory_is_gone_is_asked_as_before_and_lets_the_ne
     host.envoy().wait_live(SOON).await.unwrap();
     supervisor.hang_up();
     supervisor.reloaded(1).await;
-    // It can be told to leave, and does.
+    // The old Envoy can still be told to drain.
     host.one_is_left().await;
     assert!(clients.failures() <= 1, "{}", clients.kept.so_far());
 }
@@ -279,7 +279,7 @@ async fn envoys_that_are_on_no_record_are_found_and_take_their_leave() {
     clients.are_served().await;
     assert!(clients.failures() <= 1, "{}", clients.kept.so_far());
 
-    // As after a stop that took too long: what it could be asked by is gone as well.
+    // As after a stop that took too long: the admin socket is removed as well.
     supervisor.daemon.kill().unwrap();
     std::fs::remove_dir_all(host.dir()).unwrap();
     let mut supervisor = host.supervise_as_it_is();
@@ -312,7 +312,7 @@ async fn a_supervisor_killed_just_after_it_started_a_successor_leaves_nothing_th
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
     supervisor.daemon.kill().unwrap();
-    // As it is between the successor's mark in the memory that they share, and its word to the one that serves.
+    // Simulates a crash between the candidate setting the flag in the shared memory and its first message to the serving Envoy.
     let mut record: Value = serde_json::from_slice(&std::fs::read(host.record()).unwrap()).unwrap();
     record["envoys"][0]["admin_closed"] = true.into();
     std::fs::write(host.record(), record.to_string()).unwrap();
@@ -388,7 +388,7 @@ async fn an_envoy_that_takes_over_and_lacks_something_is_replaced_while_it_serve
     let mut supervisor = host.supervise();
     supervisor.is_live().await;
     let clients = Clients::that_stay(&host).await;
-    // Only when it really starts does it come out that it has another listener where `echo` is to be.
+    // This Envoy passes the trial, and only when started has another listener on the address of `echo`.
     let real = envoy::find().unwrap();
     let address = echo_through_envoy(&host);
     let thief = format!(
@@ -424,7 +424,7 @@ async fn a_reload_of_an_envoy_that_is_about_to_answer_waits_for_that() {
     let status = supervisor.reloaded(1).await;
     assert_eq!((&status["restarts"], &status["epoch"]), (&0.into(), &1.into()), "{status}");
 
-    // And one that serves is busy for a moment.
+    // A serving Envoy that is busy for a moment.
     let clients = Clients::that_stay(&host).await;
     kill_process(pid(&status), Signal::STOP).unwrap();
     supervisor.is("a silent Envoy", |status| status["state"] == "silent").await;
@@ -452,7 +452,7 @@ async fn a_stop_right_after_a_reload_answers_what_both_envoys_have_accepted() {
     let stop = async {
         supervisor.daemon.signal(Signal::TERM).unwrap();
         supervisor.is("that it drains", |status| status["state"] == "draining").await;
-        // Whoever is impatient gets nothing faster.
+        // A second SIGTERM does not shorten the drain.
         supervisor.daemon.terminate(SOON).await.unwrap()
     };
     let (report, status) = tokio::join!(load.stop(), stop);
@@ -461,7 +461,7 @@ async fn a_stop_right_after_a_reload_answers_what_both_envoys_have_accepted() {
     assert!(host.envoys().is_empty());
 }
 
-/// Names of Unix sockets that any user of this network namespace may take, or send to.
+/// Returns the abstract Unix sockets of Envoys. Any user of this network namespace may bind such names first, or send to them.
 fn abstract_sockets() -> String {
     let table = std::fs::read_to_string("/proc/net/unix").unwrap();
     table.lines().filter(|line| line.contains("@envoy")).collect::<Vec<_>>().join("\n")
@@ -479,7 +479,7 @@ async fn what_envoys_of_one_line_share_can_be_foreseen_and_reached_by_nobody_els
         assert!(host.shared_memory(&status).exists());
         let taken = abstract_sockets();
         assert!(!taken.contains(&format!("_{}", number * 10)), "{taken}");
-        // The child of a hot restart finds its parent there.
+        // The new Envoy of a hot restart finds its parent by these sockets.
         supervisor.hang_up();
         let second = supervisor.reloaded(1).await;
         assert_eq!((&second["base_id"], &second["epoch"]), (&status["base_id"], &1.into()), "{second}");
@@ -493,7 +493,7 @@ async fn what_envoys_of_one_line_share_can_be_foreseen_and_reached_by_nobody_els
         assert_eq!(host.files("hr_"), Vec::<String>::new());
         assert!(!host.shared_memory(&status).exists());
         numbers.push(number);
-        // A host that starts anew: the record and the counter are gone.
+        // A reinstalled host: the record and its counter are gone.
         std::fs::remove_file(host.record()).unwrap();
     }
     assert_ne!(numbers[0], numbers[1]);
@@ -502,7 +502,7 @@ async fn what_envoys_of_one_line_share_can_be_foreseen_and_reached_by_nobody_els
 #[tokio::test(flavor = "multi_thread")]
 async fn shared_memory_that_somebody_else_made_in_advance_keeps_no_envoy_from_starting() {
     if !rustix::process::geteuid().is_root() {
-        // Whether the name of another user's file is in the way cannot be shown by one user alone.
+        // The test needs a second user, whose file blocks a name.
         panic!("this test starts the supervisor as another user: run it as root");
     }
     let host = Host::new();
@@ -519,7 +519,7 @@ async fn shared_memory_that_somebody_else_made_in_advance_keeps_no_envoy_from_st
     let mut taken = Vec::new();
     for _ in 0..3 {
         let status = supervisor.is_live().await;
-        // Every number that an earlier version would have used for the next Envoys of this directory.
+        // Every number that an earlier version of vmesh would have used for the next Envoys of this directory.
         for line in 0..40 {
             let number = foreseen(&host.dir(), line);
             let path = PathBuf::from(format!("/dev/shm/envoy_shared_memory_{number}0"));
@@ -537,10 +537,10 @@ async fn shared_memory_that_somebody_else_made_in_advance_keeps_no_envoy_from_st
     assert!(supervisor.daemon.terminate(SOON).await.unwrap().success());
 }
 
-/// Neither root nor the user that makes the files.
+/// Neither root nor the user who creates the files.
 const STRANGER: u32 = 65_534;
 
-/// The number of the line by the rule of vmesh 0.1 before the field test: of the directory, the network, and the count.
+/// Returns the number of a line as vmesh 0.1 computed it before the field test: from the directory, the network namespace and a counter.
 fn foreseen(dir: &Path, line: u64) -> u32 {
     let network = std::fs::metadata("/proc/self/ns/net").unwrap().ino();
     let hash = xxhash_rust::xxh3::xxh3_64(format!("{}\0{network}\0{line}", dir.display()).as_bytes());
@@ -568,7 +568,7 @@ async fn an_envoy_with_few_file_descriptors_refuses_clients_before_it_runs_out_a
         if echoes(&mut stream).await { served.push(stream) } else { refused += 1 }
     }
     assert!(served.len() >= 80 && refused >= 40, "{} are served, {refused} are refused", served.len());
-    // For longer than it takes to be taken for one that hangs.
+    // Waits for longer than `hung_after`.
     let until = Instant::now() + Duration::from_secs(8);
     while Instant::now() < until {
         let (_, said) = supervisor.get("/server_info").await;
@@ -582,7 +582,7 @@ async fn an_envoy_with_few_file_descriptors_refuses_clients_before_it_runs_out_a
     }
 }
 
-/// Whether a word comes back.
+/// Reports whether the connection echoes a word.
 async fn echoes(stream: &mut TcpStream) -> bool {
     let mut word = [0; 4];
     stream.write_all(b"echo").await.is_ok() && stream.read_exact(&mut word).await.is_ok() && word == *b"echo"
@@ -604,12 +604,12 @@ async fn an_envoy_that_only_cannot_be_asked_is_not_ended() {
     };
     let status = supervisor.is("an Envoy that is spared", spared).await;
     assert_eq!(status["state"], "silent");
-    // It would have been ended twice by now.
+    // Without the exemption, `hung_after` would have expired twice by now.
     tokio::time::sleep(Duration::from_secs(5)).await;
     let status = supervisor.is("an Envoy that is spared", spared).await;
     assert_eq!((&status["pid"], &status["restarts"]), (&first["pid"], &0.into()), "{status}");
     clients.lost_nothing().await;
-    // One that serves nobody, either, is.
+    // An Envoy that serves no connections either is killed.
     kill_process(pid(&first), Signal::STOP).unwrap();
     supervisor.is("another Envoy", |status| status["restarts"] == 1 && status["state"] == "live").await;
 }
@@ -624,7 +624,7 @@ async fn however_often_a_reload_is_asked_for_no_connection_is_cut() {
     let mut seen = std::collections::BTreeSet::from([first["pid"].to_string()]);
     for _ in 0..8 {
         supervisor.hang_up();
-        // Either another one has taken over by then, or this one waits.
+        // The reload has either completed or waits.
         let settled = |status: &Value| {
             let reload = status["reload"].as_str();
             status["state"] == "live" && reload.is_none_or(|reload| reload.starts_with("a reload waits"))
@@ -639,8 +639,8 @@ async fn however_often_a_reload_is_asked_for_no_connection_is_cut() {
         }
     }
     assert!(seen.len() >= 2, "{seen:?}");
-    // Once they are gone, the next reload ends those that served them, but for the one that it takes over from: that one's child ends it,
-    // after `parent_shutdown`.
+    // Without clients, the next reload stops the old Envoys, except the parent of the serving one, which terminates its parent after
+    // `parent_shutdown`.
     drop(streams);
     supervisor.hang_up();
     let two = async || match host.envoys().len() {
