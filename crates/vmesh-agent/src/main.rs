@@ -23,10 +23,10 @@ struct Arguments {
     /// Read the configuration, print what the agent would do, and exit.
     #[arg(long)]
     check: bool,
-    /// With `--check`: print it as JSON.
+    /// With `--check`: print JSON.
     #[arg(long, requires = "check")]
     json: bool,
-    /// Print what would be done to the host's rules of capture, and exit. Exit code 3: something would.
+    /// Print how the host's capture rules would change, and exit. Exit code 3: they would change.
     #[arg(long)]
     dry_run: bool,
 }
@@ -36,7 +36,7 @@ const DIFFERS: u8 = 3;
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Lead the life of Envoy: start it, restart it, and let another one take over without a dropped request (SIGHUP).
+    /// Supervise Envoy: start it, restart it after a crash, and replace it without a dropped request (SIGHUP).
     Envoy {
         /// The configuration of the agent.
         #[arg(

@@ -1,18 +1,18 @@
-//! One query, one response: what an authoritative server of one small zone says (RFC 1034, 1035, 2308, 6891, 8482, 9619).
+//! Answers one query, as an authoritative server of one small zone (RFC 1034, 1035, 2308, 6891, 8482, 9619).
 //!
 //! | the query | the response |
 //! |---|---|
-//! | is a response, or has no whole header | none: to answer it could go on for ever (RFC 5625 section 6.2) |
-//! | cannot be read, has not one question, two OPT records or one that is not the root's | FORMERR |
-//! | is an UPDATE, NOTIFY or other operation | NOTIMP |
-//! | has a version of EDNS other than 0 | BADVERS |
-//! | is for another zone or class, or for a transfer of zones | REFUSED |
-//! | is for a name that is not there | NXDOMAIN, and the SOA with how long to believe it |
-//! | is for records that the name has not got | NOERROR, and the SOA |
-//! | is for A or AAAA | the addresses, beginning with another one for another query |
-//! | is for ANY | those of one family (RFC 8482 section 4.1) |
+//! | is a response, or has no complete header | none: two servers that answer each other would never stop (RFC 5625 section 6.2) |
+//! | cannot be parsed, does not have exactly one question, has two OPT records or one whose owner is not the root | FORMERR |
+//! | is an UPDATE, a NOTIFY or another operation | NOTIMP |
+//! | has an EDNS version other than 0 | BADVERS |
+//! | is for another zone or class, or a zone transfer | REFUSED |
+//! | is for a name that does not exist | NXDOMAIN, with the SOA, which limits how long to cache that |
+//! | is for a record type that the name does not have | NOERROR, with the SOA |
+//! | is for A or AAAA | the addresses, rotated by the query's id |
+//! | is for ANY | the addresses of one family (RFC 8482 section 4.1) |
 //!
-//! The question is sent back as it came, in its case: resolvers that vary it to tell an answer from a forgery want it so.
+//! The response repeats the question with its upper and lower case letters: resolvers that vary the case to detect forgeries require that.
 
 use domain::base::iana::{Class, Opcode, OptRcode, Rtype};
 use domain::base::message_builder::{AnswerBuilder, PushError};
@@ -23,24 +23,24 @@ use domain::rdata::{A, Aaaa, Ns, Soa};
 
 use crate::table::{Addresses, MAX_NAME, Table};
 
-/// How a query came, and hence how long its response may be.
+/// The transport of a query, which limits the size of the response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
     Udp,
     Tcp,
 }
 
-/// Bytes of a response over UDP at most, and what EDNS says that we take: no fragment on any link (RFC 9715).
+/// Maximum size of a response over UDP in bytes, also announced by EDNS. Messages of this size are not fragmented on any link (RFC 9715).
 pub const MAX_UDP: usize = 1232;
-/// Bytes of a response over UDP to who says nothing of it (RFC 1035 section 4.2.1).
+/// Maximum size of a response over UDP to a query without EDNS (RFC 1035 section 4.2.1).
 const PLAIN_UDP: usize = 512;
-/// The root, type, class, TTL and length of an OPT record without options.
+/// Size of an OPT record without options: the root, type, class, TTL and length.
 const OPT_LEN: usize = 11;
-/// What is before the question: RFC 1035 section 4.1.1.
+/// Size of the header, which precedes the question (RFC 1035 section 4.1.1).
 const HEADER_LEN: usize = 12;
 
-/// The response to `query`, or nothing where none must be given. At most [`MAX_UDP`] bytes over UDP; over TCP without the length
-/// that precedes it there, and at most as long as [`crate::table::MAX_ADDRESSES`] make it.
+/// Returns the response to `query`, or `None` if it must not be answered. Over UDP the response has at most [`MAX_UDP`] bytes. Over TCP it
+/// comes without the length prefix, and its size is bounded by [`crate::table::MAX_ADDRESSES`].
 pub fn answer(table: &Table, query: &[u8], transport: Transport) -> Option<Vec<u8>> {
     let message = Message::from_slice(query).ok()?;
     if message.header().qr() {
@@ -54,13 +54,13 @@ pub fn answer(table: &Table, query: &[u8], transport: Transport) -> Option<Vec<u
         Err(Unread) if message.header().opcode() != Opcode::QUERY => (None, Verdict::Fails(OptRcode::NOTIMP)),
         Err(Unread) => (None, Verdict::Fails(OptRcode::FORMERR)),
     };
-    // Silence is what a resolver copes with best.
+    // If the response cannot be built, send none: resolvers handle a timeout better than a broken message.
     respond(table, message, asked.as_ref(), &verdict, transport).ok()
 }
 
 struct Asked<'a> {
     question: Question<ParsedName<&'a [u8]>>,
-    /// The name in lower case, to look for.
+    /// The name in lower case on the wire, as the table's key.
     wire: Vec<u8>,
     edns: Option<Edns>,
 }
@@ -74,7 +74,7 @@ struct Edns {
 
 struct Unread;
 
-/// A response could not be written, which the sizes of names and tables exclude.
+/// The response could not be built. The size limits of names and tables exclude this.
 struct Unsaid;
 
 enum Unwritten {
@@ -114,7 +114,7 @@ impl<'a> Asked<'a> {
             wire.push(u8::try_from(label.len()).map_err(|_| Unread)?);
             wire.extend(label.as_slice().iter().map(u8::to_ascii_lowercase));
         }
-        // A pointer: there is nothing before the first name that it could mean.
+        // The name contains a compression pointer, which is invalid here: no earlier name exists.
         let sent = message.as_slice().get(HEADER_LEN..).and_then(|rest| rest.get(..wire.len()));
         if !sent.is_some_and(|sent| sent.eq_ignore_ascii_case(&wire)) {
             return Err(Unread);
@@ -140,10 +140,10 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// What the response says.
+/// The kind of response.
 enum Verdict<'t> {
     Fails(OptRcode),
-    /// The zone's own name.
+    /// The name of the zone itself.
     Apex,
     Known(&'t Addresses),
     Unknown,
@@ -167,7 +167,7 @@ fn judge<'t>(table: &'t Table, message: &Message<[u8]>, asked: &Asked<'_>) -> Ve
     table.at(&asked.wire).map_or(Verdict::Unknown, Verdict::Known)
 }
 
-/// Whether a name is `suffix` or below it. Both end with the root, which no label contains at its place.
+/// Reports whether `name` is `suffix` or below it. Both end with the root label, which ends the comparison at a label boundary.
 fn is_below(name: &[u8], suffix: &[u8]) -> bool {
     let mut rest = name;
     while rest.len() > suffix.len() {
@@ -206,7 +206,7 @@ fn respond(
         Verdict::Apex | Verdict::Known(_) => OptRcode::NOERROR,
     };
     header.set_rcode(rcode.rcode());
-    // The limit of the library is the length that is too long.
+    // The push limit of `domain` is exclusive.
     builder.set_push_limit(most + 1 - edns.map_or(0, |_| OPT_LEN));
 
     let mut question = builder.question();
@@ -217,7 +217,7 @@ fn respond(
     if let (Some(asked), false) = (asked, matches!(verdict, Verdict::Fails(_))) {
         match records(table, query.header().id(), asked, verdict, &mut answers) {
             Ok(()) => {}
-            // Not a part of them: a resolver might take it for the whole (RFC 2181 section 9).
+            // Truncate to no records at all: a resolver might take a part for the complete set (RFC 2181 section 9).
             Err(Unwritten::TooLong) => answers = answers.tc_rewind_into(),
             Err(Unwritten::Other) => return Err(Unsaid),
         }
@@ -242,7 +242,7 @@ fn respond(
     Ok(additional.finish().into_target())
 }
 
-/// The records that are asked for, where there are any.
+/// Adds the requested records, if there are any.
 fn records(
     table: &Table,
     id: u16,
@@ -272,7 +272,7 @@ fn records(
     Ok(())
 }
 
-/// All of them, beginning elsewhere for another query: many clients take the first.
+/// Returns all addresses, starting at a position that depends on `by`: many clients use the first address.
 fn rotated<A: Copy>(addresses: &[A], by: u16) -> impl Iterator<Item = A> {
     let by = usize::from(by) % addresses.len().max(1);
     addresses.iter().cycle().skip(by).take(addresses.len()).copied()
@@ -284,7 +284,8 @@ fn apex(table: &Table) -> Result<Domain<'_>, Unsaid> {
     Name::from_slice(table.zone().suffix.wire()).map_err(|_| Unsaid)
 }
 
-/// As RFC 6303 section 3 has it for zones that only a host itself serves. Nobody transfers them, so the serial means nothing.
+/// Returns the SOA record that RFC 6303 section 3 recommends for locally served zones. The serial is constant, since zone transfers are
+/// refused.
 fn soa(table: &Table) -> Result<Soa<Domain<'_>>, Unsaid> {
     let nobody = Name::from_slice(b"\x06nobody\x07invalid\x00").map_err(|_| Unsaid)?;
     Ok(Soa::new(

@@ -1,4 +1,4 @@
-//! One question over UDP, to see that a server answers: what it says does not matter here.
+//! Checks over UDP whether a DNS server answers. The content of the answer does not matter.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -6,10 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tokio::net::UdpSocket;
 
 const ID: [u8; 2] = *b"vm";
-/// QR of the header (RFC 1035 section 4.1.1): a response.
+/// The QR flag of the header (RFC 1035 section 4.1.1), set in responses.
 const RESPONSE: u8 = 0x80;
 
-/// Asks `server` for the A record of `name`, and returns once it has said anything about it. Has no bound of its own.
+/// Queries `server` for the A record of `name`, and returns once any response to it has arrived. Waits without a timeout.
 pub async fn answers(server: SocketAddr, name: &str) -> io::Result<()> {
     let local: IpAddr =
         if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -25,7 +25,7 @@ pub async fn answers(server: SocketAddr, name: &str) -> io::Result<()> {
     }
 }
 
-/// RFC 1035 section 4.1: recursion desired, one question.
+/// Builds a query with one question and recursion desired (RFC 1035 section 4.1).
 fn question(name: &str) -> Vec<u8> {
     let mut question = [&ID[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
     for label in name.split('.').filter(|label| !label.is_empty()) {
@@ -51,7 +51,7 @@ mod tests {
         let refuse = async {
             let mut query = [0; 512];
             let (len, from) = server.recv_from(&mut query).await.unwrap();
-            // Something that is no response comes first.
+            // The query itself comes back first, which does not count as a response.
             server.send_to(&query[..len], from).await.unwrap();
             query[2] |= RESPONSE;
             query[3] = 5;

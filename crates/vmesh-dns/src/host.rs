@@ -1,9 +1,9 @@
-//! Texts that make a host's resolver ask our server for one zone, and for nothing else. Pure: who writes them is not known here.
+//! Configuration texts that make a host's resolver forward one DNS zone, and nothing else, to our server. This module does no I/O.
 //!
-//! | the host has | what it needs | what to know |
+//! | the host has | function | note |
 //! |---|---|---|
-//! | systemd-resolved 258 or later | [`resolved_delegate`] | nothing else changes; the best there is |
-//! | systemd-resolved before that, its servers from DHCP or `.network` files | [`resolved_drop_in`] | see there |
+//! | systemd-resolved 258 or later | [`resolved_delegate`] | preferred: no other name is affected |
+//! | an earlier systemd-resolved, with its servers from DHCP or `.network` files | [`resolved_drop_in`] | has side effects, see there |
 //! | dnsmasq | [`dnsmasq`] | |
 //! | a plain `/etc/resolv.conf` | [`with_hosts_block`] | see [`PLAIN_RESOLV_CONF`] |
 
@@ -12,24 +12,24 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::table::{Suffix, Table};
 
-/// Where [`resolved_drop_in`] goes; then `systemctl restart systemd-resolved`.
+/// Path of [`resolved_drop_in`]. Needs `systemctl restart systemd-resolved` afterwards.
 pub const RESOLVED_DROP_IN: &str = "/etc/systemd/resolved.conf.d/vmesh.conf";
-/// Where [`resolved_delegate`] goes; then `systemctl restart systemd-resolved`.
+/// Path of [`resolved_delegate`]. Needs `systemctl restart systemd-resolved` afterwards.
 pub const RESOLVED_DELEGATE: &str = "/etc/systemd/dns-delegate.d/vmesh.dns-delegate";
-/// Where [`resolved_negative_anchor`] goes, on a host that validates (`DNSSEC=yes` in resolved.conf).
+/// Path of [`resolved_negative_anchor`], for hosts that validate DNSSEC (`DNSSEC=yes` in resolved.conf).
 pub const RESOLVED_NEGATIVE_ANCHOR: &str = "/etc/dnssec-trust-anchors.d/vmesh.negative";
-/// Where [`dnsmasq`] goes, on Debian; then `systemctl restart dnsmasq`.
+/// Path of [`dnsmasq`] on Debian. Needs `systemctl restart dnsmasq` afterwards.
 pub const DNSMASQ: &str = "/etc/dnsmasq.d/vmesh.conf";
 
-/// A drop-in for systemd-resolved: names below the suffix go to `server`, as a routing domain.
+/// Returns a drop-in for systemd-resolved that forwards names below the suffix to `server`, as a routing domain.
 ///
-/// **Only for hosts whose other servers belong to links** (DHCP, `.network` files, NetworkManager). All `DNS=` of resolved.conf
-/// and its drop-ins are one list, of which one server is used for everything: where there is another, it is asked for our names,
-/// and says that they do not exist. Such a host needs [`resolved_delegate`], or its servers moved to a link, or dnsmasq. Servers
-/// in `FallbackDNS=` are not used any more once there is one.
+/// **Only for hosts whose other servers belong to links** (DHCP, `.network` files, NetworkManager). All `DNS=` lines of resolved.conf and
+/// its drop-ins form one list, and systemd-resolved uses a single server of it for all queries. If the list has another server, that one
+/// receives the queries for our names too, and answers NXDOMAIN. Such a host needs [`resolved_delegate`], or dnsmasq, or its servers moved
+/// to a link. Servers in `FallbackDNS=` are no longer used once the list has an entry.
 ///
-/// Servers of resolved.conf are always asked beside those of links for names that no domain claims. So ours is asked for foreign
-/// names, too, and refuses; what the links' servers say stands, also that a name does not exist. With `DNSSEC=yes`, see
+/// For names outside all domains, systemd-resolved queries the servers of resolved.conf beside those of the links. So our server receives
+/// queries for foreign names and refuses them; the answers of the links' servers count, including NXDOMAIN. With `DNSSEC=yes`, see also
 /// [`resolved_negative_anchor`].
 pub fn resolved_drop_in(server: SocketAddr, suffix: &Suffix) -> String {
     format!(
@@ -37,19 +37,22 @@ pub fn resolved_drop_in(server: SocketAddr, suffix: &Suffix) -> String {
     )
 }
 
-/// A delegate for systemd-resolved 258 or later (systemd.dns-delegate(5)): the zone alone, whatever other servers there are.
+/// Returns a delegate for systemd-resolved 258 or later (systemd.dns-delegate(5)). It forwards this zone alone, independently of other
+/// servers.
 pub fn resolved_delegate(server: SocketAddr, suffix: &Suffix) -> String {
     format!(
         "# Written by vmesh: names below {suffix} are answered on this host.\n[Delegate]\nDNS={server}\nDomains=~{suffix}\n"
     )
 }
 
-/// For resolvers that validate: the zone is not signed, and its absence from the root is no proof (dnssec-trust-anchors.d(5)).
+/// Returns a negative trust anchor for validating resolvers (dnssec-trust-anchors.d(5)): the zone is not signed, and the root zone cannot
+/// prove that it does not exist.
 pub fn resolved_negative_anchor(suffix: &Suffix) -> String {
     format!("; Written by vmesh: the zone is of this host, and not signed.\n{suffix}\n")
 }
 
-/// Lines for dnsmasq. The second, since `stop-dns-rebind` would drop unique local addresses of an answer.
+/// Returns lines for dnsmasq. The second line exempts the zone from `stop-dns-rebind`, which would drop unique local addresses from
+/// answers.
 pub fn dnsmasq(server: SocketAddr, suffix: &Suffix) -> String {
     let (ip, port) = (server.ip(), server.port());
     format!(
@@ -58,7 +61,7 @@ pub fn dnsmasq(server: SocketAddr, suffix: &Suffix) -> String {
     )
 }
 
-/// What to tell the operator of a host with nothing but a `/etc/resolv.conf`.
+/// Explanation for the operator of a host that has only a `/etc/resolv.conf`.
 pub const PLAIN_RESOLV_CONF: &str = "\
 This host asks the servers in /etc/resolv.conf itself. The C library can neither ask one server for some names only, nor ask \
 a server at a port other than 53 (resolv.conf(5)), and it believes the first server that says that a name does not exist. So no \
@@ -70,12 +73,12 @@ slow for tens of thousands.
 ";
 
 const BEGIN: &str = "# vmesh begin: written by vmesh, replaced whole";
-/// So that without the block the file is what it was.
+/// Marks a block that had to end the preceding line first, so that removing the block restores the file exactly.
 const BEGIN_WITHOUT_NEWLINE: &str =
     "# vmesh begin: written by vmesh, replaced whole (the line before had no end)";
 const END: &str = "# vmesh end";
 
-/// Why a hosts file is left as it is.
+/// Why a hosts file cannot be edited.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadMarks {
     #[error(
@@ -88,9 +91,9 @@ pub enum BadMarks {
     Second { line: usize },
 }
 
-/// `hosts`, the bytes of a hosts file, with one block for `table` between marks: in place of the block that is there, or at the
-/// end. All other bytes stay. Of a name's addresses, the first of each family: the C library gives them all to everybody in the
-/// same order, so that more would balance nothing.
+/// Returns the hosts file `hosts` with one block for `table`. The block replaces an existing one, or is appended; all other bytes stay. It
+/// contains the first address of each family for each name: the C library returns all addresses in the same order to everybody, so more
+/// addresses would not balance the load.
 pub fn with_hosts_block(hosts: &[u8], table: &Table) -> Result<Vec<u8>, BadMarks> {
     let found = find(hosts)?;
     let before = hosts.get(..found.start).unwrap_or_default();
@@ -104,12 +107,12 @@ pub fn with_hosts_block(hosts: &[u8], table: &Table) -> Result<Vec<u8>, BadMarks
     Ok(all)
 }
 
-/// `hosts` without our block, as it was before there was one.
+/// Returns the hosts file without our block, as it was before the block was added.
 pub fn without_hosts_block(hosts: &[u8]) -> Result<Vec<u8>, BadMarks> {
     let found = find(hosts)?;
     let before = hosts.get(..found.start).unwrap_or_default();
     let after = hosts.get(found.end..).unwrap_or_default();
-    // What was added below the block since begins its own line.
+    // Lines that were added below the block since then start on a line of their own.
     let newline: &[u8] = if found.lacks_newline && !after.is_empty() { b"\n" } else { b"" };
     Ok([before, newline, after].concat())
 }
@@ -121,7 +124,7 @@ fn block(table: &Table, lacks_newline: bool) -> String {
         let v4 = addresses.v4.first().copied().map(IpAddr::from);
         let v6 = addresses.v6.first().copied().map(IpAddr::from);
         for address in v4.into_iter().chain(v6) {
-            // Into a string, which does not fail.
+            // Writing into a string never fails.
             _ = writeln!(text, "{address} {name}.{suffix}");
         }
     }
@@ -130,7 +133,7 @@ fn block(table: &Table, lacks_newline: bool) -> String {
     text
 }
 
-/// The block and what it has put before itself, as bytes of the file; an empty range at its end if there is none.
+/// The byte range of the block in the file, including the newline added before it. Empty, at the end of the file, if there is no block.
 struct Found {
     start: usize,
     end: usize,
@@ -277,7 +280,7 @@ mod tests {
         ) {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let one = with_hosts_block(&hosts, &table(&names)).unwrap();
-            // Again is no change, and another table leaves nothing of the first.
+            // Writing the block again changes nothing, and another table replaces it completely.
             prop_assert_eq!(&with_hosts_block(&one, &table(&names)).unwrap(), &one);
             let other = with_hosts_block(&one, &table(&["other"])).unwrap();
             prop_assert_eq!(&other, &with_hosts_block(&hosts, &table(&["other"])).unwrap());

@@ -1,24 +1,25 @@
-//! The names of one zone on one host, answered from memory.
+//! A DNS server for one zone on one host, which answers from memory.
 //!
 //! ```text
 //! names -> VirtualIps -> Table -> answer(Table, query) -> response
 //! ```
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
-//! | [`virtual_ips`] | [`VirtualIps`]: an address for a name, the same everywhere, with nothing shared |
-//! | [`table`] | [`Zone`] and [`Table`]: which names there are, and their addresses; immutable, replaced whole |
-//! | [`mod@answer`] | [`answer()`]: one query to one response, as an authoritative server gives it |
-//! | [`server`] | [`server::serve`]: UDP and TCP, with limits; the only I/O |
-//! | [`host`] | texts that make systemd-resolved, dnsmasq or a hosts file know the zone |
+//! | [`virtual_ips`] | [`VirtualIps`]: computes an address for each name, the same on all hosts without shared state |
+//! | [`table`] | [`Zone`] and [`Table`]: the names and their addresses; immutable |
+//! | [`mod@answer`] | [`answer()`]: the response to one query, as an authoritative server |
+//! | [`server`] | [`server::serve`]: UDP and TCP with limits; the only I/O |
+//! | [`probe`] | checks whether a DNS server answers |
+//! | [`host`] | configuration for systemd-resolved, dnsmasq or a hosts file that forwards the zone |
 //!
-//! All but [`server`] are functions of their arguments. The crate knows names and addresses, and not what they are for.
+//! All modules except [`server`] and [`probe`] are pure functions. The crate does not know what the names stand for.
 //!
-//! What holds, each shown by a test:
+//! Invariants, each with a test:
 //!
-//! - A virtual address depends on its name alone; other names matter only where two want the same address.
-//! - Nothing is forwarded, and what is outside of the zone is refused.
-//! - Any bytes are answered or dropped; none cost more than a bounded answer.
+//! - A virtual address depends on its name alone. Other names matter only if two names want the same address.
+//! - Nothing is forwarded; queries outside the zone are refused.
+//! - Any input is answered or dropped, at bounded cost.
 
 pub mod answer;
 #[cfg(feature = "server")]

@@ -1,6 +1,6 @@
-//! The sockets. One task, its caller's; what it may use is bounded by [`Limits`], whoever asks.
+//! The UDP and TCP server. It runs in its caller's task, and [`Limits`] bounds its resources for any number of clients.
 //!
-//! What is served is whatever the table is: where it comes from, and how old it is, are not known here.
+//! Queries are answered from the current [`Table`]. The origin and the age of the table are the caller's business.
 
 use std::future::Future;
 use std::io;
@@ -18,20 +18,20 @@ use tokio::time::{sleep, timeout};
 use crate::answer::{Transport, answer};
 use crate::table::Table;
 
-/// Bytes of a query at most: the longest name, and room for options of EDNS that are not used here.
+/// Maximum size of a query in bytes: the longest name, and room for EDNS options, which are ignored.
 pub const MAX_QUERY: usize = 1232;
-/// After an error of a socket that may be there again at once, such as no memory or no file descriptors left.
+/// Pause after a socket error that may repeat at once, such as a lack of memory or file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What clients may use over TCP. UDP needs one buffer, and nothing is kept.
+/// Limits for TCP clients. UDP uses one buffer for all clients and keeps no state.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Connections at a time; more wait with the kernel until one ends.
+    /// Number of concurrent connections. Further ones wait in the listener's queue.
     pub connections: usize,
-    /// For the whole of one query to come, and for its response to be taken. Then the connection is closed (RFC 7766 section
-    /// 6.2.3), however slowly bytes trickle.
+    /// Time limit for receiving one complete query, and for sending its response. A connection that exceeds it is closed (RFC 7766 section
+    /// 6.2.3), even if bytes trickle in.
     pub idle: Duration,
-    /// Queries on one connection, after which it is closed: those who wait have their turn.
+    /// Number of queries per connection. It is then closed, so that waiting clients get their turn.
     pub queries: usize,
 }
 
@@ -41,23 +41,23 @@ impl Default for Limits {
     }
 }
 
-/// What became of queries, since the start.
+/// Counters since the start.
 #[derive(Debug, Default)]
 pub struct Counts {
     pub udp: AtomicU64,
     pub tcp: AtomicU64,
-    /// Of both, those without a response: see [`mod@crate::answer`].
+    /// Queries over UDP or TCP without a response: see [`mod@crate::answer`].
     pub dropped: AtomicU64,
-    /// Connections that were closed for the time they took or the size of a query.
+    /// Connections closed because of a timeout or an oversized query.
     pub cut: AtomicU64,
-    /// Errors of the sockets themselves.
+    /// Errors of the sockets.
     pub errors: AtomicU64,
 }
 
-/// Answers on `udp` and `tcp` from whatever `tables` has when a query comes, until `stop` is ready. Then connections are closed
-/// where they are: resolvers ask again elsewhere.
+/// Answers queries on `udp` and `tcp` from the current table of `tables`, until `stop` completes. Open connections are then closed at once,
+/// since resolvers retry.
 ///
-/// The sockets should be bound to one address: a response from a wildcard socket may leave from another than was asked.
+/// Bind the sockets to a specific address: a response from a wildcard socket may have another source address than the query's destination.
 pub async fn serve(
     udp: UdpSocket,
     tcp: TcpListener,
@@ -78,7 +78,7 @@ fn add(to: &AtomicU64) {
 }
 
 async fn serve_udp(socket: &UdpSocket, tables: &watch::Receiver<Arc<Table>>, counts: &Counts) {
-    // One byte more than a query may have, to see that it has more.
+    // One extra byte, to detect queries that are too long.
     let mut buffer = [0; MAX_QUERY + 1];
     loop {
         match socket.recv_from(&mut buffer).await {
@@ -106,7 +106,7 @@ fn respond(tables: &watch::Receiver<Arc<Table>>, query: &[u8], transport: Transp
     if query.len() > MAX_QUERY {
         return None;
     }
-    // Not held while answering: whoever publishes a table does not wait for us.
+    // The borrow must not be held while answering, or it would block the publisher of the tables.
     let table = tables.borrow().clone();
     answer(&table, query, transport)
 }
@@ -131,7 +131,7 @@ async fn serve_tcp(
     }
 }
 
-/// The queries of one connection, in their order.
+/// Answers the queries of one connection in order.
 async fn converse(
     mut stream: TcpStream,
     tables: watch::Receiver<Arc<Table>>,
@@ -142,7 +142,7 @@ async fn converse(
     for _ in 0..limits.queries {
         let query = match timeout(limits.idle, receive(&mut stream)).await {
             Ok(Ok(Some(query))) => query,
-            // Its end, or an error that is only about it.
+            // The client closed the connection, or an error concerns this connection alone.
             Ok(Ok(None)) => return,
             Ok(Err(error)) if error.kind() == io::ErrorKind::InvalidData => return add(&counts.cut),
             Ok(Err(_)) => return,
@@ -153,7 +153,7 @@ async fn converse(
             return add(&counts.dropped);
         };
         let Ok(len) = u16::try_from(response.len()) else { return add(&counts.errors) };
-        // In one segment with its length: RFC 7766 section 8.
+        // The length prefix and the response go into one segment (RFC 7766 section 8).
         let framed = [len.to_be_bytes().as_slice(), &response].concat();
         match timeout(limits.idle, stream.write_all(&framed)).await {
             Ok(Ok(())) => {}
@@ -163,7 +163,7 @@ async fn converse(
     }
 }
 
-/// The next query, or that there is none any more.
+/// Receives the next query. Returns `None` if the client closed the connection.
 async fn receive(stream: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
     let mut len = [0; 2];
     match stream.read_exact(&mut len).await {

@@ -1,4 +1,4 @@
-//! Which names there are below one suffix, and their addresses.
+//! The names below one suffix, and their addresses.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -6,32 +6,31 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-/// RFC 1035 section 3.1: a name on the wire, with the lengths of its labels and the root.
+/// Maximum size of a name on the wire, with the lengths of its labels and the root (RFC 1035 section 3.1).
 pub(crate) const MAX_NAME: usize = 255;
 const MAX_LABEL: usize = 63;
 
-/// Addresses of one family for one name. 512 fill 14 KiB of an answer, far below what a message over TCP may have.
+/// Maximum number of addresses per name and family. 512 addresses take 14 KiB of a response, far below the limit of TCP messages.
 pub const MAX_ADDRESSES: usize = 512;
 
-/// What all names of a table have in common.
+/// The settings that all names of a table share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Zone {
     pub suffix: Suffix,
-    /// Seconds for which an answer may be kept.
+    /// TTL of addresses, in seconds.
     pub ttl: u32,
-    /// Seconds for which may be kept that there is no such name or no such record (RFC 2308): for so long a new name may stay
-    /// unknown to a resolver that asked too early.
+    /// TTL of negative answers, in seconds (RFC 2308). A resolver that asked for a new name too early does not see the name for this long.
     pub negative_ttl: u32,
 }
 
 impl Default for Zone {
-    /// `mesh`, and 5 s for both: what is changed in an emergency has to arrive, and an answer costs microseconds.
+    /// Returns `mesh` with both TTLs at 5 s: urgent changes must arrive quickly, and an answer costs microseconds.
     fn default() -> Zone {
         Zone { suffix: Suffix::default(), ttl: 5, negative_ttl: 5 }
     }
 }
 
-/// A domain, in lower case: `mesh`, `mesh.example.com`.
+/// A domain in lower case, such as `mesh` or `mesh.example.com`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Suffix {
     text: String,
@@ -77,7 +76,7 @@ impl FromStr for Suffix {
         let why = match last {
             "local" => Err("resolvers ask the local network for `local`, by multicast (RFC 6762)"),
             "localhost" => Err("it is always the host itself (RFC 6761)"),
-            // What only consists of digits and dots is read as an address.
+            // Names of only digits and dots would be parsed as addresses.
             _ if last.bytes().all(|byte| byte.is_ascii_digit()) => Err("its last part is empty or a number"),
             _ => wire(&lower, &[0]),
         };
@@ -88,7 +87,7 @@ impl FromStr for Suffix {
     }
 }
 
-/// `name` as it is on the wire, in lower case, above `parent`.
+/// Returns `name` in lower case on the wire, below `parent`.
 fn wire(name: &str, parent: &[u8]) -> Result<Vec<u8>, &'static str> {
     let mut wire = Vec::with_capacity(name.len() + 1 + parent.len());
     for label in name.split('.') {
@@ -110,7 +109,7 @@ fn wire(name: &str, parent: &[u8]) -> Result<Vec<u8>, &'static str> {
     Ok(wire)
 }
 
-/// The addresses of one name. A name without any exists all the same.
+/// The addresses of one name. A name may exist without addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Addresses {
     pub v4: Vec<Ipv4Addr>,
@@ -130,7 +129,7 @@ impl FromIterator<IpAddr> for Addresses {
     }
 }
 
-/// What of the input is not in a table.
+/// An entry that the table omits or shortens.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
     #[error("`{name}` has no name in DNS: {why}")]
@@ -143,7 +142,7 @@ pub enum Problem {
     TooMany { name: String, family: &'static str, count: usize },
 }
 
-/// What is answered. Immutable: a change is another table.
+/// All names that are answered. Immutable: a change makes a new table.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Table {
     zone: Zone,
@@ -152,14 +151,14 @@ pub struct Table {
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Known {
-    /// As it was given. Absent where a name is only there since one below it is: `v2` for `payments.v2` (RFC 8020).
+    /// The name as given. `None` if the name exists only because a name below it does: `payments` because of `v2.payments` (RFC 8020).
     name: Option<String>,
     addresses: Addresses,
 }
 
 impl Table {
-    /// The table of `entries`: names without the suffix, and their addresses. The order does not matter; what is given twice has
-    /// the addresses of both. The problems are in the order of names.
+    /// Builds a table from `entries`, which are names without the suffix and their addresses, in any order. A name that is given twice gets
+    /// the addresses of both entries. The problems are sorted by name.
     pub fn new<N: Into<String>>(
         zone: Zone,
         entries: impl IntoIterator<Item = (N, Addresses)>,
@@ -172,7 +171,7 @@ impl Table {
         }
         let mut table = Table { zone, names: BTreeMap::new() };
         let mut problems = Vec::new();
-        // Of names that are one in DNS the control plane gives addresses to one, if it can.
+        // Of names that differ in case only, one with addresses comes first: the control plane gives addresses to at most one of them.
         let mut in_order: Vec<_> = by_name.into_iter().collect();
         in_order.sort_by_key(|(_, addresses)| addresses.v4.is_empty() && addresses.v6.is_empty());
         for (name, mut addresses) in in_order {
@@ -197,7 +196,7 @@ impl Table {
     fn insert(&mut self, name: &str, addresses: Addresses) -> Result<(), Problem> {
         let suffix = self.zone.suffix.wire();
         let wire = wire(name, suffix).map_err(|why| Problem::NotAName { name: name.to_owned(), why })?;
-        // Whatever is between it and the suffix is a name, too.
+        // Every parent of the name below the suffix exists too.
         let mut above = wire.as_slice();
         while let Some((len, rest)) = above.split_first() {
             above = rest.get(usize::from(*len)..).unwrap_or_default();
@@ -221,7 +220,7 @@ impl Table {
         &self.zone
     }
 
-    /// The names as they were given, without the suffix, in the order of names.
+    /// Iterates over the names as given, without the suffix, sorted.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Addresses)> {
         let mut all: Vec<_> = self
             .names
@@ -232,13 +231,13 @@ impl Table {
         all.into_iter()
     }
 
-    /// The addresses of a name that is on the wire, in lower case.
+    /// Returns the addresses of a name in lower case on the wire.
     pub(crate) fn at(&self, wire: &[u8]) -> Option<&Addresses> {
         self.names.get(wire).map(|known| &known.addresses)
     }
 }
 
-/// Orders addresses, each once; how many there were, if that was too many.
+/// Sorts and deduplicates addresses, and truncates them to the limit. Returns their number if it exceeded the limit.
 fn limit<A: Ord>(addresses: &mut Vec<A>) -> Option<usize> {
     addresses.sort();
     addresses.dedup();

@@ -1,20 +1,20 @@
-//! An address for each name, found without asking anybody: every host that knows the names gives them the same addresses.
+//! Computes an address for each name without communication: all hosts that know the same names compute the same addresses.
 //!
-//! **How an address is found. It never changes**, since hosts of different versions must agree, and since applications and
-//! firewalls remember addresses (`the_addresses_of_names_never_change` pins it):
+//! **The algorithm must never change**, since hosts of different versions must agree, and since applications and firewalls remember
+//! addresses (the test `the_addresses_of_names_never_change` pins it):
 //!
-//! - IPv4: `h = XXH3_64(name, seed "vmesh v4")`, both as bytes, the seed big-endian. A range `/p` has `2^(24-p)` blocks of 256
-//!   addresses, of each of which 254 are used: never `.0` and `.255`, which some stacks still take for a network or a broadcast.
-//!   With `i = h mod (254 * blocks)`, the address is `1 + i mod 254` in block `i / 254`.
-//! - IPv6: the prefix, and below it `XXH3_64(name, seed "vmesh v6")`. These addresses are on no interface, so that the reserved
-//!   interface identifiers of RFC 5453 do not concern them.
+//! - IPv4: `h = XXH3_64(name, seed "vmesh v4")`, both as bytes, the seed big-endian. A range `/p` has `2^(24-p)` blocks of 256 addresses.
+//!   254 addresses of each block are used, without `.0` and `.255`, which some stacks still treat as network or broadcast addresses. With
+//!   `i = h mod (254 * blocks)`, the address is `1 + i mod 254` in block `i / 254`.
+//! - IPv6: the prefix, followed by `XXH3_64(name, seed "vmesh v6")`. These addresses are on no interface, so the reserved interface
+//!   identifiers of RFC 5453 do not matter.
 //!
-//! XXH3 is frozen since its release 0.8.0. It does not withstand somebody who looks for collisions; 27 bits could not whatever
-//! the hash. Who may add names may hence take another name's address away: see [`Collision`].
+//! XXH3 is frozen since release 0.8.0. It does not resist an attacker who searches for collisions, and with 27 bits no hash could. Whoever
+//! may add names can therefore take away another name's address: see [`Collision`].
 //!
-//! **Collisions.** Of names that want the same address, the first one given has it, and the others go without it: who gives the names
-//! says who was there first, and a newcomer takes no address that hosts and applications remember. In the built-in IPv4 range, two of 1,000 names collide with a probability of 0.4 %, two
-//! of 10,000 of 31 %; in IPv6 practically never.
+//! **Collisions.** If two names want the same address, the earlier name gets that address, and the later name gets none. The caller gives
+//! names in the order in which they appeared, so a new name never takes an address that hosts and applications remember. In the default
+//! IPv4 range, two of 1,000 names collide with a probability of 0.4 %, and two of 10,000 with 31 %; in IPv6 practically never.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -30,19 +30,19 @@ use crate::table::Addresses;
 
 const V4_SEED: u64 = u64::from_be_bytes(*b"vmesh v4");
 const V6_SEED: u64 = u64::from_be_bytes(*b"vmesh v6");
-/// Of a block of 256 addresses, those that are used.
+/// Number of addresses used in each block of 256.
 const USED: u64 = 254;
 
-/// Where virtual addresses are taken from. Changing it moves every name: all hosts must change together.
+/// The ranges of virtual addresses. Changing a range moves every name, so all hosts must change together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Ranges {
     pub v4: V4Range,
     pub v6: V6Prefix,
 }
 
-/// A part of 240.0.0.0/4 ("class E", RFC 1112 section 4), which no host on the internet has and Linux routes like any other.
+/// A part of 240.0.0.0/4 ("class E", RFC 1112 section 4), which no host on the internet uses and which Linux routes normally.
 ///
-/// Built in is 240.0.0.0/5: 134 million addresses, and far from 255.255.255.255.
+/// Default: 240.0.0.0/5, which has 134 million addresses and keeps clear of 255.255.255.255.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct V4Range {
     base: Ipv4Addr,
@@ -51,7 +51,7 @@ pub struct V4Range {
 
 /// A /64 of unique local addresses (RFC 4193).
 ///
-/// Built in is fd76:6d65:7368::/64. A site that has chosen the same 40 bits configures another.
+/// Default: fd76:6d65:7368::/64. A site that already uses the same 40 bits configures another prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct V6Prefix(Ipv6Addr);
 
@@ -169,12 +169,12 @@ impl fmt::Display for V6Prefix {
 }
 
 impl V4Range {
-    /// The address that `name` wants, whoever else wants it.
+    /// Returns the address that `name` wants, regardless of collisions.
     pub fn wanted(&self, name: &str) -> Ipv4Addr {
         let blocks = 1_u64 << (24 - self.bits);
         let index = xxh3_64_with_seed(name.as_bytes(), V4_SEED) % (USED * blocks);
         let offset = (index / USED) * 256 + 1 + index % USED;
-        // The offset is below 2^(32 - bits), and the base has zeros there.
+        // The offset is below 2^(32 - bits), where the base has zeros.
         Ipv4Addr::from_bits(self.base.to_bits() | u32::try_from(offset).unwrap_or_default())
     }
 
@@ -184,7 +184,7 @@ impl V4Range {
 }
 
 impl V6Prefix {
-    /// The address that `name` wants, whoever else wants it.
+    /// Returns the address that `name` wants, regardless of collisions.
     pub fn wanted(&self, name: &str) -> Ipv6Addr {
         Ipv6Addr::from_bits(self.0.to_bits() | u128::from(xxh3_64_with_seed(name.as_bytes(), V6_SEED)))
     }
@@ -194,7 +194,7 @@ impl V6Prefix {
     }
 }
 
-/// The virtual addresses of one name. What a collision took is absent.
+/// The virtual addresses of one name. An address lost to a collision is `None`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Virtual {
     pub v4: Option<Ipv4Addr>,
@@ -207,7 +207,7 @@ impl From<Virtual> for Addresses {
     }
 }
 
-/// Two names wanted one address.
+/// Two names want the same address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{name}` has no virtual address {address}, since `{kept_by}` had it first; it is reached by its other address, or has one \
@@ -219,7 +219,7 @@ pub struct Collision {
     pub address: IpAddr,
 }
 
-/// The virtual addresses of a set of names, and the way back.
+/// The virtual addresses of a set of names, with an index from address to name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct VirtualIps {
     of: BTreeMap<Arc<str>, Virtual>,
@@ -228,7 +228,8 @@ pub struct VirtualIps {
 }
 
 impl VirtualIps {
-    /// The addresses of `names`, and the collisions by order of names: of two that want one address, the one that comes first has it.
+    /// Computes the addresses of `names`, and the collisions sorted by name. If two names want one address, the earlier one in `names` gets
+    /// it.
     pub fn new<N>(ranges: &Ranges, names: impl IntoIterator<Item = N>) -> (VirtualIps, Vec<Collision>)
     where
         N: Into<Arc<str>>,
@@ -251,7 +252,7 @@ impl VirtualIps {
         self.of.get(name).copied()
     }
 
-    /// Whose address it is.
+    /// Returns the name with this address.
     pub fn name_at(&self, address: IpAddr) -> Option<&Arc<str>> {
         match address {
             IpAddr::V4(address) => self.v4.get(&address),
@@ -259,7 +260,7 @@ impl VirtualIps {
         }
     }
 
-    /// All, in the order of names.
+    /// Iterates over all names, sorted.
     pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, Virtual)> {
         self.of.iter().map(|(name, addresses)| (name, *addresses))
     }
@@ -310,7 +311,7 @@ mod tests {
         expected.assert_eq(&shown);
     }
 
-    /// If this fails, the code is wrong. Never the table: hosts of different versions live in one mesh.
+    /// If this test fails, the code is wrong. Do not change the expected table: hosts of different versions share one mesh.
     #[test]
     fn the_addresses_of_names_never_change() {
         check(
@@ -424,7 +425,7 @@ mod tests {
     }
 
     proptest! {
-        /// Small ranges, so that there are collisions.
+        /// Small ranges, so that collisions occur.
         #[test]
         fn an_address_depends_on_its_name_and_on_earlier_names_that_want_the_same(
             all in prop::collection::btree_set("[a-z]{1,3}", 0..80),
@@ -433,13 +434,13 @@ mod tests {
             let ranges = Ranges { v4: "240.7.7.0/24".parse().unwrap(), ..Ranges::default() };
             let some: BTreeSet<&String> =
                 all.iter().zip(&leave).filter(|(_, leave)| **leave).map(|(name, _)| name).collect();
-            // In an order that is not that of the names.
+            // Sorted by a hash, so that the order is not alphabetical.
             let seed = |name: &&String| xxh3_64_with_seed(name.as_bytes(), 1);
             for names in [all.iter().collect::<BTreeSet<_>>(), some] {
                 let mut names: Vec<_> = names.into_iter().collect();
                 names.sort_by_key(seed);
                 let (ips, collisions) = VirtualIps::new(&ranges, names.iter().map(|name| name.as_str()));
-                // A name that comes later takes nothing from those that were there.
+                // A later name takes no address from earlier names.
                 let half: Vec<_> = names.iter().take(names.len() / 2).collect();
                 let (before, _) = VirtualIps::new(&ranges, half.iter().map(|name| name.as_str()));
                 for name in &half {

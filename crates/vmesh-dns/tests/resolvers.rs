@@ -1,4 +1,4 @@
-//! Resolvers that others have written, asking the server: ldns's drill, and dnsmasq and systemd-resolved in front of it.
+//! Tests with third-party resolvers: ldns's drill, and dnsmasq and systemd-resolved forwarding to the server.
 
 #![expect(clippy::indexing_slicing, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -98,7 +98,7 @@ const RESOLVED: &[Deb] = &[
     ),
 ];
 
-/// `program`, where it is installed, else out of `debs`.
+/// Returns the installed `program`, or else one unpacked from `debs`.
 fn program(name: &str, cached: &str, path: &str, debs: &[Deb]) -> Command {
     if let (false, Some(program)) = (debian::is_provided(debs), debian::on_path(name)) {
         return Command::new(program);
@@ -113,7 +113,7 @@ fn program(name: &str, cached: &str, path: &str, debs: &[Deb]) -> Command {
     command
 }
 
-/// The same, on another host.
+/// Returns the command to be run on another host.
 fn on_host(host: &Host, command: Command) -> Command {
     let mut there = host.command(command.get_program());
     there.args(command.get_args());
@@ -121,7 +121,7 @@ fn on_host(host: &Host, command: Command) -> Command {
     there
 }
 
-/// What drill prints: the status, the flags, and the records without what changes (TTLs are one of 1 to 5).
+/// Returns drill's output without its variable parts: status, flags and records, with TTLs of 1 to 5 normalised.
 fn drill(server: SocketAddr, arguments: &str) -> String {
     drilled(server, arguments, |drill| drill)
 }
@@ -236,7 +236,7 @@ async fn a_resolver_understands_what_it_is_told_over_udp_and_tcp() {
             REFUSED [qr rd]
         "#]],
     );
-    // Too much for a datagram: the TC bit over UDP, and what the resolver does then.
+    // The answer does not fit into a datagram: the TC bit is set over UDP, and the resolver repeats its query over TCP.
     assert_eq!(drill(server.address, "-u many.mesh A"), "NOERROR [qr aa tc rd]\n");
     let counted = server.counts.tcp.load(Ordering::Relaxed);
     for arguments in ["-t many.mesh A", "-a many.mesh A"] {
@@ -255,7 +255,7 @@ async fn started(dnsmasq: &Daemon) {
     wait_for("dnsmasq to start", BOUND, started).await.unwrap();
 }
 
-/// A dnsmasq that knows one name of its own, and otherwise only what is in `lines`.
+/// A dnsmasq that knows one name of its own, with the configuration `lines`.
 struct Dnsmasq {
     address: SocketAddr,
     daemon: Daemon,
@@ -328,7 +328,7 @@ async fn dnsmasq_forwards_the_zone_and_nothing_else() {
     let others = forwarded.lines().filter(|line| line.contains("forwarded ") && !line.contains(".mesh to "));
     assert_eq!(others.collect::<Vec<_>>(), <[&str; 0]>::default());
 
-    // A change is seen when what dnsmasq keeps has run out.
+    // A change becomes visible once dnsmasq's cached answer has expired.
     server.tables.send_replace(Arc::new(table("orders 240.0.0.77")));
     let moved = async || {
         let shown = drill(dnsmasq.address, "-u orders.mesh A");
@@ -338,7 +338,7 @@ async fn dnsmasq_forwards_the_zone_and_nothing_else() {
     server.stop().await;
 }
 
-/// The second of our lines, and why.
+/// Shows the purpose of the second line that [`host::dnsmasq`] returns.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dnsmasq_drops_virtual_addresses_for_rebinding_unless_it_is_told() {
     let server = Server::start(names(), Limits::default()).await;
@@ -351,7 +351,7 @@ async fn dnsmasq_drops_virtual_addresses_for_rebinding_unless_it_is_told() {
     let dnsmasq = Dnsmasq::start(&without).await;
     let v6: IpAddr = "fd76:6d65:7368::1".parse().unwrap();
     assert!(!drill(dnsmasq.address, "-u orders.mesh AAAA").contains(&v6.to_string()));
-    // It answers first, and says why after.
+    // dnsmasq answers before it logs the reason.
     let says_why = async || {
         let said = dnsmasq.daemon.output();
         if said.contains("possible DNS-rebind attack") { Ok(()) } else { Err(said) }
@@ -360,8 +360,8 @@ async fn dnsmasq_drops_virtual_addresses_for_rebinding_unless_it_is_told() {
     server.stop().await;
 }
 
-/// A host with a systemd-resolved of its own, our server at 127.0.0.1:15053, and a name server elsewhere that knows
-/// `db.example.com`, and of anything else says that it does not exist.
+/// A host with its own systemd-resolved, our server at 127.0.0.1:15053, and a foreign name server that knows `db.example.com` and answers
+/// NXDOMAIN for any other name.
 struct Resolved {
     host: Host,
     ours: Server,
@@ -370,17 +370,17 @@ struct Resolved {
     _elsewhere: (Switch, Host, Daemon, TempDir),
 }
 
-/// Where the other name server is said to be.
+/// The place where the foreign name server is configured.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Other {
-    /// As DHCP or a `.network` file has it.
+    /// On the link, as by DHCP or a `.network` file.
     Link,
     /// `DNS=` in `/etc/systemd/resolved.conf`.
     Global,
 }
 
 impl Resolved {
-    /// `main` goes into resolved.conf, and `files` below /etc.
+    /// Starts the host. `main` is added to resolved.conf, and `files` are created below /etc.
     async fn start(other: Other, main: &str, files: &[(&str, String)]) -> Resolved {
         let switch = Switch::new().unwrap();
         let (host, elsewhere) = (switch.host().unwrap(), switch.host().unwrap());
@@ -428,7 +428,7 @@ impl Resolved {
         {
             std::fs::write(dir.join("etc").join(file), entry).unwrap();
         }
-        // Its files, seen by it alone; it becomes the program, so that it ends with the test.
+        // A mount namespace of its own makes its files private; `exec` ties its lifetime to the test.
         let script = "set -e; d=$1; shift; mount --bind $d/etc /etc; mount --bind $d/run /run; exec \"$@\"";
         let resolved =
             program("systemd-resolved", "systemd-resolved-252", "lib/systemd/systemd-resolved", RESOLVED);
@@ -444,7 +444,7 @@ impl Resolved {
         let host =
             Resolved { host, ours, resolved, dir, _elsewhere: (switch, elsewhere, dnsmasq, other_dir) };
         let up = async || {
-            // It says so when its stub listens, and all of its files have been read.
+            // systemd-resolved logs this once its stub listens and all its files are read.
             let up = host.resolved.output().contains("Using system hostname");
             if up && host.dir.join("run/systemd/resolve/stub-resolv.conf").exists() {
                 Ok(())
@@ -525,7 +525,7 @@ async fn systemd_resolved_asks_us_for_the_zone_and_its_links_for_the_rest() {
     wait_for("the change behind systemd-resolved", BOUND, moved).await.unwrap();
 }
 
-/// What the drop-in's documentation warns of: the servers are one list, and the first one is believed.
+/// Shows the side effect that the drop-in's documentation warns of: the servers form one list, and the first one is believed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_resolved_does_not_keep_apart_servers_in_its_own_files() {
     let host = Resolved::start(Other::Global, "", &[drop_in()]).await;

@@ -1,4 +1,4 @@
-//! The sockets: what is bounded, and what a change of the table does.
+//! Tests of the sockets: their limits, and the effect of a changed table.
 
 #![expect(
     clippy::expect_used,
@@ -23,14 +23,14 @@ mod common;
 
 const BOUND: Duration = Duration::from_secs(60);
 
-/// A query for the addresses of `orders.mesh`.
+/// Builds a query for the addresses of `orders.mesh`.
 fn query(id: u16) -> Vec<u8> {
     let mut query = id.to_be_bytes().to_vec();
     query.extend(b"\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x06orders\x04mesh\x00\x00\x01\x00\x01");
     query
 }
 
-/// The last byte of the address that a response has.
+/// Returns the last byte of the address in a response.
 fn last(response: &[u8], id: u16) -> u8 {
     assert_eq!(response[..2], id.to_be_bytes());
     assert_eq!(response[7], 1, "not one answer");
@@ -61,7 +61,7 @@ async fn response(stream: &mut TcpStream) -> Vec<u8> {
     response
 }
 
-/// Waits until the server has closed it.
+/// Waits until the server has closed the connection.
 async fn closed(stream: &mut TcpStream) {
     let mut rest = Vec::new();
     _ = timeout(BOUND, stream.read_to_end(&mut rest)).await.expect("the server keeps the connection");
@@ -116,7 +116,7 @@ async fn what_is_no_query_costs_its_sender_alone() {
         dropped += 1;
         counted("dropped queries", &server.counts.dropped, dropped).await;
     }
-    // A response is not answered: two servers would go on for ever.
+    // Responses are not answered, or two servers would answer each other for ever.
     let mut echo = query(1);
     echo[2] |= 0x80;
     socket.send(&echo).await.unwrap();
@@ -138,7 +138,7 @@ async fn what_is_no_query_costs_its_sender_alone() {
 async fn connections_that_keep_others_waiting_are_closed() {
     let limits = Limits { connections: 2, idle: Duration::from_millis(500), queries: 3 };
     let server = Server::start(table("orders 240.0.0.1"), limits).await;
-    // One says nothing, one sends a byte now and then.
+    // One client is silent, and one sends a single byte of its query.
     let mut silent = TcpStream::connect(server.address).await.unwrap();
     let mut slow = TcpStream::connect(server.address).await.unwrap();
     slow.write_all(b"\x00").await.unwrap();
@@ -148,7 +148,7 @@ async fn connections_that_keep_others_waiting_are_closed() {
     closed(&mut silent).await;
     closed(&mut slow).await;
     counted("connections cut", &server.counts.cut, 2).await;
-    // UDP never waits for them.
+    // TCP clients do not delay UDP.
     assert_eq!(asked(&udp(&server).await, 8).await, 1);
 
     let mut busy = TcpStream::connect(server.address).await.unwrap();
@@ -167,7 +167,7 @@ async fn a_client_that_takes_no_response_is_cut() {
     let server = Server::start(table(&format!("orders{many}")), limits).await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     let queries: Vec<u8> = (0..1000).flat_map(|id| framed(&query(id))).collect();
-    // Until the buffers of both ends are full, and then the server gives up.
+    // The client fills the buffers at both ends, and then the server closes the connection.
     let flood = async { while stream.write_all(&queries).await.is_ok() {} };
     timeout(BOUND, flood).await.expect("the server keeps a client that does not read");
     counted("connections cut", &server.counts.cut, 1).await;

@@ -27,7 +27,7 @@ fn table() -> Table {
     table
 }
 
-/// `name type [class] [edns=SIZE] [version=N] [do] [tcp] [id=N]`
+/// Builds a query from `name type [class] [edns=SIZE] [version=N] [do] [tcp] [id=N]`.
 fn query(text: &str) -> (Vec<u8>, Transport) {
     let mut words = text.split(' ');
     let name: Name<Vec<u8>> = words.next().unwrap().parse().unwrap();
@@ -418,7 +418,7 @@ fn another_version_of_edns_is_told_ours() {
     );
 }
 
-/// A query for `orders.mesh A`, with something done to it.
+/// Returns the response to a query for `orders.mesh A` after `change` has modified its bytes.
 fn changed(change: impl FnOnce(&mut Vec<u8>)) -> String {
     let (mut query, _) = query("orders.mesh A id=258");
     change(&mut query);
@@ -533,7 +533,7 @@ fn what_is_no_query_is_answered_as_the_rfc_says_or_not_at_all() {
     .assert_eq(&shown);
 }
 
-/// Bytes near to a query, so that more than the header is reached.
+/// Generates bytes that resemble a query, so that parsing gets beyond the header.
 fn nearly_a_query() -> impl Strategy<Value = Vec<u8>> {
     const TEXTS: &[&str] =
         &["orders.mesh A edns=1232 do", "many.mesh A", "a.b.c.d.mesh ANY edns=512", "example.com TXT"];
@@ -562,7 +562,7 @@ fn holds(bytes: &[u8]) {
         };
         assert!(response.len() <= most);
         assert_eq!(response[..2], bytes[..2]);
-        // It can be read, and is not answered in its turn.
+        // The response can be parsed, and is itself not answered.
         show(&response);
         assert_eq!(answer(&table, &response, transport), None);
         let message = Message::from_slice(&response).unwrap();

@@ -1,4 +1,4 @@
-//! A server under test.
+//! Runs the server under test.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn start(table: Table, limits: Limits) -> Server {
-        // A port that is free for both.
+        // Find a port that is free for both protocols.
         let (udp, tcp) = loop {
             let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
             if let Ok(udp) = UdpSocket::bind(tcp.local_addr().unwrap()).await {
@@ -40,14 +40,14 @@ impl Server {
         Server { address, tables, counts, task, stop }
     }
 
-    /// Stops it, and waits for its end.
+    /// Stops the server, and waits for its end.
     pub(crate) async fn stop(mut self) {
         _ = self.stop.send(());
         self.task.join_next().await.unwrap().unwrap();
     }
 }
 
-/// `name address address ...`, one a line.
+/// Parses a table with lines of the form `name address address ...`.
 pub(crate) fn table(text: &str) -> Table {
     let entries = text.lines().map(|line| {
         let mut words = line.split_whitespace();
