@@ -1,5 +1,5 @@
-//! What the control plane's HTTP API says, in JSON: the contract between `vmesh-control`, `vmeshctl` and anybody's
-//! script. Fields are added, never renamed or removed.
+//! The JSON types of the control plane's HTTP API: the contract between `vmesh-control`, `vmeshctl` and scripts. Fields are added, never
+//! renamed or removed.
 //!
 //! | path | answer |
 //! |---|---|
@@ -9,16 +9,16 @@
 //! | `GET /api/v1/revision` | [`Revision`] |
 //! | `GET /api/v1/status` | [`Status`] |
 //! | `GET /api/v1/explain?service=S&from=N` | [`Explanation`] |
-//! | `GET /api/v1/nodes/N/config` | the node's resources as Envoy would print them |
-//! | `DELETE /api/v1/nodes/N` | forgets a node that is offline; [`Done`] |
-//! | `DELETE /api/v1/nodes?offline_for=1h` | forgets the nodes that have been offline for so long; [`Done`] |
+//! | `GET /api/v1/nodes/N/config` | the node's resources in Envoy's JSON |
+//! | `DELETE /api/v1/nodes/N` | removes a node that is offline; [`ActionResult`] |
+//! | `DELETE /api/v1/nodes?offline_for=1h` | removes the nodes that have been offline for this long; [`ActionResult`] |
 //! | `GET /api/v1/discovery` | [`Discovery`] |
 //! | `GET /api/v1/discovery/events` | [`Events`] |
-//! | `POST /api/v1/discovery/accept` | [`Accept`] is believed; [`Done`] |
-//! | `POST /api/v1/discovery/evict`, `admit` | [`EndpointOf`] is not used, or is again; [`Done`] |
-//! | `POST /api/v1/discovery/freeze`, `thaw` | no change of [`Which`] is taken, or is again; [`Done`] |
+//! | `POST /api/v1/discovery/accept` | accepts the held removals that [`AcceptRequest`] names; [`ActionResult`] |
+//! | `POST /api/v1/discovery/evict`, `admit` | evicts the endpoint in [`EndpointRequest`], or admits it again; [`ActionResult`] |
+//! | `POST /api/v1/discovery/freeze`, `thaw` | freezes the sources in [`SourceSelector`], or thaws them; [`ActionResult`] |
 //!
-//! An error is [`Failure`], with a status of 4xx or 5xx.
+//! An error is a [`Failure`] with a status of 4xx or 5xx.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -37,10 +37,10 @@ pub struct Services {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
     pub name: ServiceName,
-    /// What holds: the document's word, else discovery's, else `tcp`.
+    /// The effective protocol: from the document, else from discovery, else `tcp`.
     pub protocol: Protocol,
     pub state: State,
-    /// Why it is not fresh.
+    /// Why the service is not fresh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub because: Option<Arc<str>>,
     pub endpoints: Vec<ServiceEndpoint>,
@@ -58,7 +58,8 @@ pub struct ServiceEndpoint {
     pub source: Arc<str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<Arc<str>>,
-    /// Of an explanation: how many others come before it. Envoy uses it when those are too few or too ill.
+    /// In an explanation: the endpoint's priority level. Envoy uses an endpoint when the levels with lower numbers have too few healthy
+    /// endpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<u32>,
 }
@@ -89,7 +90,7 @@ pub struct Node {
     pub name: NodeName,
     pub connected: bool,
     pub state: NodeState,
-    /// For `rejected`, the proxy's own words; for `pushing`, what it is waited for.
+    /// For `rejected`, Envoy's own message; for `pushing`, what the node is waiting for.
     #[serde(default)]
     pub reason: Option<String>,
     pub client: Client,
@@ -99,22 +100,22 @@ pub struct Node {
     pub workloads: Vec<Workload>,
     pub upstreams: Upstreams,
     pub build: Arc<str>,
-    /// For how long it has been offline; `None` while it is connected.
+    /// Seconds since the node went offline; `None` while it is connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub offline_seconds: Option<u64>,
 }
 
-/// How a node stands towards the configuration of now.
+/// The state of a node relative to the current configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NodeState {
-    /// It has accepted all that concerns it.
+    /// The node has accepted its configuration.
     Synced,
-    /// It has been sent something that it has not answered yet.
+    /// The control plane has pushed resources that the node has not answered yet.
     Pushing,
-    /// It refused something, and keeps what it had.
+    /// The node has rejected something, and keeps its earlier version.
     Rejected,
-    /// No stream of it is open.
+    /// The node has no open stream.
     Offline,
 }
 
@@ -123,7 +124,7 @@ pub struct Problems {
     pub problems: Vec<ListedProblem>,
 }
 
-/// A [`Problem`], its place in one text: `file:line:column`.
+/// A [`Problem`] with its place as text: `file:line:column`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListedProblem {
     pub place: String,
@@ -143,11 +144,11 @@ impl From<&Problem> for ListedProblem {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revision {
-    /// The content hash of services and documents: equal on replicas that see the same.
+    /// Hash of the content of services and documents. Replicas with the same content have the same revision.
     pub revision: String,
-    /// How many worlds this process has seen.
+    /// Number of worlds since this process started.
     pub generation: u64,
-    /// The latest revisions before a change of documents, the oldest first.
+    /// The latest revisions that a change of documents ended, oldest first.
     #[serde(default)]
     pub past: Vec<PastRevision>,
 }
@@ -157,13 +158,13 @@ pub struct Revision {
 pub struct PastRevision {
     pub revision: String,
     pub generation: u64,
-    /// When documents changed, in Unix time.
+    /// Unix time of that change.
     pub until: u64,
     pub services: usize,
     pub documents: usize,
 }
 
-/// One screen's worth: what `vmeshctl status` shows.
+/// The summary that `vmeshctl status` shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     pub version: String,
@@ -171,7 +172,7 @@ pub struct Status {
     pub revision: String,
     pub uptime_seconds: u64,
     pub ready: bool,
-    /// What is still awaited, if not ready.
+    /// The sources and documents that the control plane waits for before it is ready.
     pub waiting_for: Vec<String>,
     pub sources: Vec<Source>,
     pub services: usize,
@@ -187,16 +188,16 @@ pub struct Source {
     pub state: State,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub because: Option<Arc<str>>,
-    /// Since it last answered.
+    /// Seconds since the source last answered.
     pub age_seconds: Option<u64>,
     pub services: usize,
 }
 
-/// Every source, how it stands, and what of it is not believed.
+/// All sources, with their state and their held removals.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Discovery {
     pub sources: Vec<DiscoverySource>,
-    /// Endpoints that are not used, by the operator's word.
+    /// The endpoints that an operator has evicted.
     pub evicted: Vec<Evicted>,
 }
 
@@ -204,27 +205,27 @@ pub struct Discovery {
 pub struct DiscoverySource {
     pub name: Arc<str>,
     pub state: SourceState,
-    /// Why it is not fresh.
+    /// Why the source is not fresh.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub because: Option<Arc<str>>,
-    /// Whether nothing is served before it has answered.
+    /// Whether the control plane serves nothing before this source has answered.
     pub required: bool,
-    /// Since it last answered; `None` if it has not since the start.
+    /// Seconds since the last answer; `None` if there was none since the start.
     pub age_seconds: Option<u64>,
-    /// When that was, in Unix time.
+    /// Unix time of the last answer.
     pub answered_at: Option<u64>,
-    /// Since when it is frozen, in Unix time, and the command that ends it.
+    /// Unix time at which the source was frozen. The next field has the command that thaws it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen_at: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
     pub services: usize,
     pub endpoints: usize,
-    /// Endpoints in use that it does not name any more.
+    /// Number of endpoints in use that the source no longer lists.
     pub missing: u64,
-    /// The source as a whole first, then by service.
+    /// The held removals: first that of the whole source, then by service.
     pub held: Vec<Held>,
-    /// How many of its host names are not resolved, and the first hundred of them.
+    /// Number of unresolved host names. The first hundred follow.
     #[serde(default)]
     pub unresolved: usize,
     #[serde(default)]
@@ -232,52 +233,52 @@ pub struct DiscoverySource {
     pub counters: SourceCounters,
 }
 
-/// A host name that has no address now, or whose last addresses could not be confirmed.
+/// A host name without an address, or one whose last addresses could not be confirmed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnresolvedName {
     pub name: Arc<str>,
-    /// Since its first lookup began, or since its lookups fail.
+    /// Seconds since the first look-up began, or since look-ups began to fail.
     pub age_seconds: u64,
     pub because: Arc<str>,
-    /// Whether its last addresses stay in use.
+    /// Whether the addresses of the last successful look-up stay in use.
     pub in_use: bool,
 }
 
-/// How a discovery source stands; of several that hold, the last.
+/// The state of a discovery source. If several apply, the last one in this list counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceState {
     Fresh,
-    /// It answers, and no name server answers for some of its host names.
+    /// The source answers, but some of its host names cannot be resolved.
     Unresolved,
-    /// Something that it says is not believed yet.
+    /// A removal by the source is held.
     Held,
-    /// It does not answer; what it said last holds.
+    /// The source does not answer, and its last view is served.
     Stale,
-    /// No change of it is taken, by the operator's word.
+    /// An operator has frozen the source, so no change of it is applied.
     Frozen,
 }
 
-/// Something that a source says and that is not believed yet.
+/// A held removal: endpoints that a source no longer lists, and that stay in use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
-    /// `None`: the source as a whole.
+    /// `None` for the whole source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceName>,
     /// `empty`, `shrunk`, `absent`, `unhealthy` or `fleet`.
     pub kind: Arc<str>,
-    /// For how long it has been held.
+    /// Seconds since the removal was first held.
     pub age_seconds: u64,
-    /// When it may be believed at the earliest; `None`: when it is accepted, or the source names enough again.
+    /// Seconds until the removal may be believed. `None` if it needs an operator, or enough endpoints listed again.
     pub remaining_seconds: Option<u64>,
-    /// How many endpoints there were, and how many the source names now.
+    /// Number of endpoints before, and number that the source lists now.
     pub had: usize,
     pub has: usize,
-    /// How many readings that were asked for said the same, and how many have to.
+    /// Number of readings that confirmed the removal so far, and number required.
     pub confirmed: u32,
     pub confirmations: u32,
     pub because: Arc<str>,
-    /// What makes it believed at once.
+    /// The command that accepts the removal at once.
     pub command: String,
 }
 
@@ -286,11 +287,11 @@ pub struct Evicted {
     pub service: ServiceName,
     pub address: SocketAddr,
     pub age_seconds: u64,
-    /// What makes it used again.
+    /// The command that admits the endpoint again.
     pub command: String,
 }
 
-/// Totals since the start, but for `connections`.
+/// Counters since the start, except for `connections`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceCounters {
     pub reads: u64,
@@ -300,12 +301,12 @@ pub struct SourceCounters {
     pub sessions_expired: u64,
     pub connects: u64,
     pub connections: u64,
-    /// By kind: what was not believed at once, and what was not believed at all because it came back.
+    /// By kind: removals that were held, and held removals that were dropped since the endpoints came back.
     pub held: BTreeMap<Arc<str>, u64>,
     pub rejected: BTreeMap<Arc<str>, u64>,
 }
 
-/// What happened, the oldest first; the last 256 of each source.
+/// The last 256 events of each source, oldest first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Events {
     pub events: Vec<Event>,
@@ -316,7 +317,7 @@ pub struct Event {
     /// Unix time, in milliseconds.
     pub at_millis: u64,
     pub age_seconds: u64,
-    /// `None`: all sources.
+    /// `None` for all sources.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Arc<str>>,
     /// `held`, `confirmed`, `believed`, `returned`, `accepted`, `frozen`, `thawed`, `failing`, `answering`, `given up`,
@@ -329,7 +330,7 @@ pub struct Event {
     pub text: Arc<str>,
 }
 
-/// What is to be believed: one service of a source, or all that is held of it.
+/// The held removals to accept: those of one service of a source, or all of the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Accept {
@@ -338,7 +339,7 @@ pub struct Accept {
     pub service: Option<ServiceName>,
 }
 
-/// An endpoint of a service, whichever source names it.
+/// An endpoint of a service, whichever source lists it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EndpointOf {
@@ -346,7 +347,7 @@ pub struct EndpointOf {
     pub address: SocketAddr,
 }
 
-/// One source, or all.
+/// A source; `None` selects all sources.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Which {
@@ -362,7 +363,7 @@ pub struct NodeCounts {
     pub offline: usize,
 }
 
-/// How requests from one node reach one service, step by step.
+/// The way of requests from one node to one service, step by step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
     pub service: ServiceName,
@@ -372,12 +373,12 @@ pub struct Explanation {
     pub reason: Option<String>,
     pub protocol: Protocol,
     pub state: State,
-    /// Whether requests can get there at all.
+    /// Whether requests reach the service at all.
     pub reachable: bool,
-    /// The first thing that stands in the way.
+    /// The obstacle nearest to the caller, if requests do not reach the service.
     #[serde(default)]
     pub obstacle: Option<String>,
-    /// Where the application dials; none without a declared upstream.
+    /// The addresses that the application dials. Empty without a declared upstream.
     pub listeners: Vec<String>,
     pub routes: Vec<Hop>,
     pub clusters: Vec<Cluster>,
@@ -385,7 +386,7 @@ pub struct Explanation {
     pub problems: Vec<ListedProblem>,
 }
 
-/// One rule, in the order in which they are tried.
+/// One routing rule, in the order of evaluation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hop {
     pub when: String,
@@ -398,7 +399,7 @@ pub struct Cluster {
     pub endpoints: Vec<ServiceEndpoint>,
 }
 
-/// A value that holds, and who set it.
+/// An effective value, and its origin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setting {
     pub name: String,
@@ -413,6 +414,6 @@ pub struct Done {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// What was attempted, on what, why it failed, what to do next.
+    /// The failed operation, its object, the cause, and the next step.
     pub error: String,
 }

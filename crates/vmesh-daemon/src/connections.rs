@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep_until};
 pub struct Limits {
     pub total: usize,
     pub per_origin: usize,
-    /// Connections without a request: new ones, and those that wait for their next one.
+    /// Connections without a request in progress, including those that wait for their next request.
     pub pending: usize,
 }
 
@@ -131,8 +131,8 @@ impl Gate {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until one more connection may be accepted. While too many are pending, this evicts connections that have been silent
-    /// for [`GRACE`], oldest first, from the origin that has the most of them. Cancel-safe.
+    /// Waits until one more connection may be accepted. While too many connections are pending, this evicts silent ones (silent for at
+    /// least [`GRACE`]), oldest first, from the origin with the most pending connections. Cancel-safe.
     pub async fn room(&self) {
         loop {
             let freed = self.shared.freed.notified();
@@ -196,8 +196,8 @@ impl Gate {
 }
 
 impl State {
-    /// Tells the oldest pending connection to close, from `origin` or else from the origin that has the most of them, and frees
-    /// its place at once. Fails with the time at which a connection will be old enough.
+    /// Tells the oldest pending connection to close, from `origin` or else from the origin that has the most of them, and frees its place
+    /// at once. Fails with the time at which a connection will have been silent long enough.
     fn evict_one(&mut self, origin: Option<Origin>, grace: Duration, now: Instant) -> Result<(), Instant> {
         let heaviest = || {
             let origins = self.origins.iter().filter(|(_, count)| count.pending > 0);
@@ -245,7 +245,7 @@ struct Place {
 }
 
 impl Permit {
-    /// Notes that the server has read what the client sent until now. The gate counts the connection as silent until it is busy.
+    /// Records that the server has read everything the client sent so far. The connection counts as silent from now until it is busy.
     pub fn set_silent(&self) {
         let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pending) = self.gate.lock().pending.get_mut(&place.id) {
@@ -261,7 +261,7 @@ impl Permit {
         }
         let mut state = self.gate.lock();
         if state.pending.remove(&place.id).is_none() {
-            // The gate evicted this connection a moment ago; `evicted` returns next.
+            // The gate evicted this connection just now; `evicted` returns next.
             place.is_pending = true;
             return;
         }
@@ -289,7 +289,7 @@ impl Permit {
         }
     }
 
-    /// Waits until the connection has to make room for others. Its place is taken already.
+    /// Waits until the gate evicts this connection. Close the connection then: the gate has already given its place to a client that waits.
     pub async fn evicted(&self) {
         self.evict.notified().await;
     }
@@ -300,7 +300,7 @@ impl Drop for Permit {
         let place = *self.place.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.gate.lock();
         let was_pending = state.pending.remove(&place.id).is_some();
-        // Of an evicted connection the place was freed when it was told to close.
+        // The place of an evicted connection was freed when it was told to close.
         if was_pending || !place.is_pending {
             state.leave(self.origin, was_pending);
         }

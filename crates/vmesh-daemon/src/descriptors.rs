@@ -1,4 +1,4 @@
-//! The limit of file descriptors of this process, and the share of it that connections may use.
+//! The limit of open file descriptors, and the share of it that connections may use.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

@@ -1,4 +1,4 @@
-//! One HTTP request to something on this host: Envoy's admin socket, a daemon's own API.
+//! Sends one HTTP request to a server on this host: Envoy's admin socket, or a daemon's own API.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -15,10 +15,10 @@ use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-/// Answers beyond this are refused: `/config_dump` of the largest node is well below it.
+/// Maximum size of an answer. `/config_dump` of the largest node is well below it.
 const MAX_ANSWER: usize = 256 << 20;
 
-/// Where the server listens.
+/// The address of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Peer {
     Tcp(SocketAddr),
@@ -63,18 +63,18 @@ enum Cause {
 }
 
 impl FetchError {
-    /// This user may not connect.
+    /// Reports whether this user has no permission to connect.
     pub fn is_denied(&self) -> bool {
         matches!(&self.cause, Cause::Connect(error) if error.kind() == std::io::ErrorKind::PermissionDenied)
     }
 
-    /// Nobody is there, as against somebody who answers badly.
+    /// Reports whether nothing listens at the address, as opposed to a server that answers badly.
     pub fn is_connect(&self) -> bool {
         matches!(self.cause, Cause::Connect(_))
     }
 }
 
-/// Sends one request without a body and reads the whole answer, on a connection of its own.
+/// Sends one request without a body on a new connection, and reads the whole answer.
 pub async fn fetch(
     peer: &Peer,
     method: Method,
@@ -84,8 +84,8 @@ pub async fn fetch(
     send(peer, method, path, None, within).await
 }
 
-/// [`fetch`] from a Unix socket whose server runs as one of `users`, by their ids; another server is not even asked. The kernel
-/// says who listens (`SO_PEERCRED`), whoever owns the file.
+/// Does what [`fetch`] does on a Unix socket, if its server runs as one of `users` (ids). Otherwise no request is sent. The kernel reports
+/// the user of the listening process (`SO_PEERCRED`), regardless of the owner of the file.
 pub async fn fetch_from_users(
     socket: &Path,
     users: &[u32],
@@ -115,7 +115,7 @@ fn believed(users: &[u32]) -> String {
     format!("only users {} are", users.join(", "))
 }
 
-/// [`fetch`], by `POST` and with JSON.
+/// Does what [`fetch`] does, with `POST` and a JSON body.
 pub async fn post(
     peer: &Peer,
     path: &str,
@@ -180,7 +180,7 @@ where
             Err(error) => Err(http(error)),
         }
     };
-    // The connection is driven here and not by a task: it ends with the exchange, however that ends.
+    // The connection is driven here rather than in a task, so that it ends with the exchange.
     tokio::pin!(exchange, connection);
     tokio::select! {
         biased;
@@ -260,7 +260,7 @@ mod tests {
         assert!(said.contains(&format!("a program of user {me} listens there")), "{said}");
         let answer = fetch_from_users(&path, &[me + 1, me], "/names", within).await.unwrap();
         assert_eq!(answer, (StatusCode::OK, Bytes::from("ok")));
-        // Nothing was said to the first.
+        // No request was sent to the server of another user.
         assert_eq!(server.await.unwrap()[0], 0);
         std::fs::remove_file(path).unwrap();
     }

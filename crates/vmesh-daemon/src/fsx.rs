@@ -1,4 +1,4 @@
-//! Files that are whole after a crash, and reads that cannot eat the memory.
+//! Atomic writes of files, and reads of limited size.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-/// What secrets and state get: the daemon's own user and nobody else.
+/// The mode of files with secrets or state: for the daemon's own user alone.
 pub const PRIVATE: u32 = 0o600;
 
 const TEMPORARY: &str = ".vmesh-tmp";
@@ -28,7 +28,7 @@ pub enum FileError {
     TooLarge { path: PathBuf, limit: u64 },
 }
 
-/// Why a lock was not given.
+/// The reason why locking a file failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     #[error("{} is locked by {by}", .path.display())]
@@ -42,7 +42,7 @@ pub enum LockError {
 }
 
 impl FileError {
-    /// Whether there is no room, which there may be later.
+    /// Reports whether the disk or the quota is full, which may be temporary.
     pub fn is_disk_full(&self) -> bool {
         use io::ErrorKind::{QuotaExceeded, StorageFull};
         matches!(self, FileError::Failed { cause, .. } if matches!(cause.kind(), StorageFull | QuotaExceeded))
@@ -53,8 +53,8 @@ impl FileError {
     }
 }
 
-/// Makes the directory `path` for the daemon's own user alone, whatever the umask is, and its parents where they are
-/// missing. One that is there keeps its mode: an operator may have given its group access.
+/// Creates the directory `path` for the daemon's own user alone, regardless of the umask, with missing parents. An existing directory keeps
+/// its mode, since an operator may have given its group access.
 pub fn make_private_dir(path: &Path) -> Result<(), FileError> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
     let failed = |what, cause| FileError::Failed { what, path: path.to_owned(), cause };
@@ -75,16 +75,16 @@ pub fn make_private_dir(path: &Path) -> Result<(), FileError> {
         .mode(0o700)
         .create(path)
         .map_err(|cause| failed("create the directory", cause))?;
-    // The umask can only have taken something away that the owner needs.
+    // The umask can only have removed permissions that the owner needs.
     let mode = std::fs::Permissions::from_mode(0o700);
     std::fs::set_permissions(path, mode).map_err(|cause| failed("set the mode of", cause))
 }
 
-/// Locks the file `path` for as long as the returned file is open, and writes into it which process has it. It fails at once
-/// if another process has it.
+/// Locks the file `path` until the returned file is closed, and writes the pid of this process into it. Fails at once if another process
+/// holds the lock.
 pub fn lock(path: &Path) -> Result<File, LockError> {
     let failed = |cause: io::Error| LockError::Failed { path: path.to_owned(), cause };
-    // NOFOLLOW: what somebody linked there is not written to.
+    // NOFOLLOW: the file behind a symbolic link must not be written to.
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file =
         rustix::fs::open(path, flags, Mode::from_raw_mode(PRIVATE)).map_err(|errno| failed(errno.into()))?;
@@ -102,18 +102,18 @@ pub fn lock(path: &Path) -> Result<File, LockError> {
         }
         Err(std::fs::TryLockError::Error(cause)) => return Err(failed(cause)),
     }
-    // The umask must not keep the owner out, and a file of an earlier version may be open to all.
+    // The umask must not lock the owner out, and an earlier version may have left the file open to all.
     _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(PRIVATE));
     let name =
         std::env::current_exe().ok().and_then(|exe| Some(exe.file_name()?.to_string_lossy().into_owned()));
     let owner = format!("{} (pid {})", name.as_deref().unwrap_or("process"), std::process::id());
-    // Whoever is refused then does not hear who has it; a full disk is no reason not to start.
+    // The pid in the file is for error messages alone, so a full disk is no reason to fail.
     _ = file.set_len(0).and_then(|()| file.write_all(owner.as_bytes()));
     Ok(file)
 }
 
-/// Replaces `path` by `bytes` so that a reader, or a crash at any moment, sees the old file or the new one and
-/// nothing between. Blocks: from a task, call it through `spawn_blocking`.
+/// Replaces the content of `path` by `bytes` atomically: a reader, also after a crash, sees either the old file or the new one. Blocks:
+/// call it through `spawn_blocking` from a task.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let Some(name) = path.file_name() else {
         return Err(FileError::Failed { what: "write", path: path.to_owned(), cause: Errno::ISDIR.into() });
@@ -132,24 +132,24 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), File
     batch.commit()
 }
 
-/// Files of one directory that are replaced or removed together, with as few waits for the disk as there can be: each name is as
-/// it was or as it is to be after a crash at any moment, but of several names some may be new and some old.
+/// A batch of files in one directory that are replaced or removed together, with few waits for the disk. After a crash, each name has
+/// either its previous or its updated content, and different names may differ in this.
 ///
-/// Call [`Batch::write`] and [`Batch::remove`] for each name, then [`Batch::commit`]; until then no reader sees a difference, and
-/// dropping the batch leaves none. All of it blocks.
+/// Call [`Batch::write`] and [`Batch::remove`] for each name, then [`Batch::commit`]. Readers see no change before the commit, and dropping
+/// the batch discards it. All methods block.
 #[derive(Debug)]
 pub struct Batch {
     path: PathBuf,
-    /// Held open: a directory that is replaced meanwhile cannot split a temporary file from its target.
+    /// Kept open, so that temporary files and targets stay together if the directory is replaced meanwhile.
     dir: OwnedFd,
     steps: Vec<Step>,
-    /// Temporary files whose bytes the disk may not have yet.
+    /// Temporary files that may not be on disk yet.
     unsynced: Vec<File>,
-    /// Whether more files were written than are synced one by one.
+    /// Whether the number of files exceeds [`Batch::SYNCED_ONE_BY_ONE`].
     is_large: bool,
 }
 
-/// What becomes of a name when the batch is committed.
+/// The action for one name at the commit.
 #[derive(Debug)]
 enum Step {
     Replace { name: OsString, temporary: OsString },
@@ -157,10 +157,10 @@ enum Step {
 }
 
 impl Batch {
-    /// Larger batches are synced by one call for the whole file system, which also waits for what others wrote there.
+    /// Larger batches are synced by one call for the whole file system, which also waits for the writes of others.
     const SYNCED_ONE_BY_ONE: usize = 16;
 
-    /// Begins a batch in the directory `path`.
+    /// Opens a batch in the directory `path`.
     pub fn open(path: &Path) -> Result<Batch, FileError> {
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let dir = rustix::fs::open(path, flags, Mode::empty()).map_err(|cause| FileError::Failed {
@@ -175,11 +175,11 @@ impl Batch {
         FileError::Failed { what, path: self.path.join(name), cause }
     }
 
-    /// Writes what the file `name` is to have.
+    /// Stages the new content of the file `name`.
     pub fn write(&mut self, name: impl AsRef<OsStr>, bytes: &[u8], mode: u32) -> Result<(), FileError> {
         let name = name.as_ref();
         let temporary = temporary_name(name);
-        // EXCL never follows a link that somebody left under this name; NOFOLLOW says the same to a reader.
+        // EXCL and NOFOLLOW: a symbolic link under this name is never followed.
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.dir, &temporary, flags, Mode::from_raw_mode(PRIVATE))
             .map_err(|cause| self.failed("write beside", name, cause.into()))?;
@@ -187,7 +187,7 @@ impl Batch {
         let mut file = File::from(file);
         let written = (|| {
             file.write_all(bytes)?;
-            // After the bytes, and not at creation: the umask does not narrow it and nobody reads half a file.
+            // Set after writing, so that the umask does not apply and nobody reads a partial file.
             rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
             Ok(())
         })();
@@ -200,18 +200,18 @@ impl Batch {
         Ok(())
     }
 
-    /// Has the file `name` removed, if there is one.
+    /// Stages the removal of the file `name`, if it exists.
     pub fn remove(&mut self, name: impl AsRef<OsStr>) {
         self.steps.push(Step::Remove { name: name.as_ref().to_owned() });
     }
 
-    /// Puts all in place, in the order in which it was written and removed, and waits until the disk has it. After an error any
-    /// number of the first names may be in place.
+    /// Applies the staged changes in order, and waits until they are on disk. After an error, any number of the first changes may have been
+    /// applied.
     pub fn commit(self) -> Result<(), FileError> {
         self.commit_first(usize::MAX)
     }
 
-    /// Commits, but puts no more than the first `most` names in place: what a crash leaves behind, for tests of who writes batches.
+    /// Commits at most the first `most` changes, as a crash would leave them. For tests of callers.
     pub fn commit_first(mut self, most: usize) -> Result<(), FileError> {
         self.sync()?;
         let mut steps = std::mem::take(&mut self.steps).into_iter();
@@ -223,7 +223,7 @@ impl Batch {
                 break;
             }
         }
-        // Temporary files of these are removed when the batch is dropped.
+        // Dropping the batch removes the temporary files of the remaining steps.
         self.steps.extend(steps);
         outcome?;
         rustix::fs::fsync(&self.dir).map_err(|cause| FileError::Failed {
@@ -233,7 +233,7 @@ impl Batch {
         })
     }
 
-    /// Waits until the disk has the bytes of all temporary files: a name must not outlive a crash that its content does not.
+    /// Waits until all temporary files are on disk: a name must not survive a crash with incomplete content.
     fn sync(&mut self) -> Result<(), FileError> {
         let synced = if self.is_large {
             rustix::fs::syncfs(&self.dir).map_err(io::Error::from)
@@ -281,8 +281,7 @@ fn temporary_name(name: &OsStr) -> OsString {
     temporary
 }
 
-/// Removes what [`write_atomically`] left in `dir` when its process was killed. For a directory that belongs to
-/// this daemon alone, at its start.
+/// Removes the temporary files that a killed process left in `dir`. Call it at the start, on a directory that belongs to this daemon alone.
 pub fn sweep(dir: &Path) -> Result<(), FileError> {
     let fail = |cause| FileError::Failed { what: "list", path: dir.to_owned(), cause };
     for entry in std::fs::read_dir(dir).map_err(fail)? {
@@ -291,15 +290,14 @@ pub fn sweep(dir: &Path) -> Result<(), FileError> {
         if name.as_encoded_bytes().starts_with(b".")
             && name.as_encoded_bytes().ends_with(TEMPORARY.as_bytes())
         {
-            // One that cannot be removed takes space and harms nothing else.
+            // A file that cannot be removed only takes space.
             _ = std::fs::remove_file(entry.path());
         }
     }
     Ok(())
 }
 
-/// Reads the file `path`, at most `limit` bytes of it: a larger file is an error and not a part of a file. It never
-/// waits: a FIFO has perhaps nobody at its other end.
+/// Reads the file `path`. A file with more than `limit` bytes is an error. Never blocks on a FIFO without a writer.
 pub fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
     let fail = |cause| FileError::Failed { what: "read", path: path.to_owned(), cause };
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -412,7 +410,7 @@ mod tests {
     fn a_batch_that_is_cut_off_leaves_each_name_old_or_new_and_one_that_is_dropped_leaves_all_old() {
         let dir = Dir::new("batch");
         let read = |name: &str| std::fs::read_to_string(dir.0.join(name)).ok();
-        // More than are synced one by one.
+        // The number of files exceeds [`Batch::SYNCED_ONE_BY_ONE`].
         let names: Vec<String> = (0..40).map(|n| format!("{n:02}")).collect();
         let batch_of = |text: &str| {
             let mut batch = Batch::open(&dir.0).unwrap();

@@ -34,34 +34,34 @@ use tokio::time::{Instant, Sleep, sleep, timeout};
 use crate::Stop;
 use crate::connections::{Gate, Limits, Origin, Permit, poll_once};
 
-/// Several times what an operator, a dashboard and a metrics scraper need together.
+/// Several times the connections that an operator, a dashboard and a metrics scraper need together.
 pub const LIMITS: Limits = Limits { total: 64, per_origin: 24, pending: 48 };
-/// Limits on a loopback address, which all the users of a host share.
+/// Limits on a loopback address, which all users of a host share.
 pub const LOOPBACK_LIMITS: Limits = Limits { per_origin: LIMITS.total, ..LIMITS };
 
-/// A client has so long to send the head of a request, the first one and each that follows.
+/// Time limit for the head of each request on a connection.
 const HEAD_WITHIN: Duration = Duration::from_secs(10);
-/// A client has so long to send the body of a request.
+/// Time limit for the body of a request.
 const BODY_WITHIN: Duration = Duration::from_secs(10);
-/// The longest request of the APIs has a few hundred bytes.
+/// Maximum size of a request body. The longest request of the APIs has a few hundred bytes.
 const BODY_MAX: usize = 64 << 10;
 /// The server closes a connection whose client reads nothing of a response for this long.
 const TAKES_WITHIN: Duration = Duration::from_secs(5);
-/// Bytes of a response that the kernel takes for a client that reads nothing. It would grow to megabytes by itself, and each byte
-/// is a byte of JSON that the server has made for nobody.
+/// Size of the kernel's send buffer per connection. By default it grows to megabytes for a client that reads nothing, and each byte would
+/// be JSON that the server generated for nobody.
 const SEND_BUFFER: usize = 128 << 10;
 /// After this age a connection finishes its current response and closes.
 const AGE_MAX: Duration = Duration::from_secs(60);
 /// Limit for that last response.
 const LAST_ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
-/// Accepts connections: a TCP or a Unix listener.
+/// A source of connections: a TCP or a Unix listener.
 pub trait Listener: Send + 'static {
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
     fn accept(&mut self) -> impl Future<Output = io::Result<(Self::Io, Origin)>> + Send;
 
-    /// The names by which the server may be asked for.
+    /// Returns the host names that requests may name.
     fn hosts(&self) -> Hosts;
 
     /// The limits for a [`Gate`] before this listener.
@@ -75,7 +75,7 @@ impl Listener for TcpListener {
 
     async fn accept(&mut self) -> io::Result<(Self::Io, Origin)> {
         let (io, address) = TcpListener::accept(self).await?;
-        // Answers are written in one piece as far as they are there: waiting for more would only delay them.
+        // Responses are written in large pieces, so Nagle's algorithm would only delay them.
         _ = io.set_nodelay(true);
         _ = sockopt::set_socket_send_buffer_size(&io, SEND_BUFFER);
         Ok((io, Origin::of_address(address.ip())))
@@ -109,23 +109,23 @@ impl Listener for UnixListener {
     }
 }
 
-/// Which `Host` a request may name.
+/// The permitted values of `Host` in a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hosts {
-    /// `localhost` and loopback addresses. A web page whose name was made to resolve to loopback (DNS rebinding) would
-    /// otherwise read everything that is served there, since its browser sends the page's own name.
+    /// `localhost` and loopback addresses. This defeats DNS rebinding: a web page whose name was made to resolve to loopback could
+    /// otherwise read the API, but its browser sends the page's own name.
     Loopback,
     Any,
 }
 
 impl Hosts {
-    /// Says what is wrong with the host that `request` names, and with which status it is answered.
+    /// Checks the host that `request` names. The error is the status and the text of the answer.
     fn check<B>(self, request: &Request<B>) -> Result<(), (StatusCode, String)> {
         let named = named_hosts(request.uri(), request.headers()).ok_or((
             StatusCode::BAD_REQUEST,
             "the request has more than one `Host`, or none that is a host".to_owned(),
         ))?;
-        // HTTP/1.0 has no `Host`, and no browser speaks it.
+        // HTTP/1.0 has no `Host`, and no browser uses it.
         if named.is_empty() && request.version() >= Version::HTTP_11 {
             return Err((StatusCode::BAD_REQUEST, "a request of HTTP/1.1 needs a `Host`".to_owned()));
         }
@@ -139,7 +139,7 @@ impl Hosts {
     }
 }
 
-/// Returns the hosts named by the request target and by `Host`. `None` if one of them does not parse.
+/// Returns the hosts named by the request target and by `Host`. Returns `None` if a host name cannot be parsed.
 fn named_hosts(uri: &Uri, headers: &HeaderMap) -> Option<Vec<Authority>> {
     let mut named: Vec<Authority> = uri.authority().cloned().into_iter().collect();
     let mut hosts = headers.get_all(HOST).iter();
@@ -155,8 +155,8 @@ fn is_loopback(host: &str) -> bool {
         || bare.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-/// Serves `answer` on every connection of `listener` until `stop`, then finishes what is under way. `answer` gets each
-/// request with its whole body.
+/// Calls `answer` for the requests on every connection of `listener` until `stop`, then completes the requests in progress. `answer` gets
+/// each request with its complete body.
 pub async fn serve<L, A, F, B>(mut listener: L, gate: Gate, answer: A, mut stop: Stop) -> io::Result<()>
 where
     L: Listener,
@@ -183,7 +183,7 @@ where
                     }
                     Err(refused) => tracing::debug!("a connection to the API was closed: {refused}"),
                 },
-                // Out of file descriptors, most likely: those who wait are served when some are free.
+                // Most likely no file descriptors are left. Waiting clients are served once some are free.
                 Err(_) => sleep(Duration::from_millis(100)).await,
             },
         }
@@ -238,7 +238,7 @@ async fn serve_connection<I, A, F, B>(
     _ = timeout(LAST_ANSWER_WITHIN, connection).await;
 }
 
-/// Reads the whole request, or says how it is answered instead.
+/// Reads a complete request. The error is the response to an invalid one.
 async fn read(
     hosts: Hosts,
     request: Request<Incoming>,
@@ -258,7 +258,7 @@ async fn read(
     }
 }
 
-/// As all errors of the APIs: `{"error": "..."}`.
+/// Builds an error response: `{"error": "..."}`, as everywhere in the APIs.
 fn failure(status: StatusCode, why: &str) -> Response<Full<Bytes>> {
     let mut quoted = String::with_capacity(why.len());
     for c in why.chars() {
@@ -271,7 +271,7 @@ fn failure(status: StatusCode, why: &str) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(format!("{{\"error\":\"{quoted}\"}}"))));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    // The server does not read the rest of the request.
+    // The rest of the request is not read.
     response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
@@ -292,7 +292,7 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// A connection whose writes fail when the other end takes nothing for [`TAKES_WITHIN`].
+/// A connection whose writes fail if the client reads nothing for [`TAKES_WITHIN`].
 struct Patient<I> {
     io: I,
     stalled: Option<Pin<Box<Sleep>>>,
@@ -367,7 +367,7 @@ mod tests {
     use super::*;
     use crate::Tasks;
 
-    /// A server whose answer is the path that it was asked for; `/endless` is answered without an end.
+    /// Starts a server that answers with the requested path, and with an endless body for `/endless`.
     async fn server(limits: Limits) -> (std::net::SocketAddr, Gate, Tasks) {
         let listener = crate::listen::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
@@ -459,7 +459,7 @@ mod tests {
         assert!(gate.counts().connections <= 8, "{:?}", gate.counts());
     }
 
-    /// Each connection makes some progress, so that no time-out ends it.
+    /// Each connection makes some progress, so that no time-out closes it.
     #[tokio::test]
     async fn clients_that_are_slow_keep_nobody_out() {
         let (address, gate, _tasks) = server(Limits { total: 8, per_origin: 8, pending: 6 }).await;

@@ -1,20 +1,20 @@
-//! What the daemons share, so that `main` in each reads as the list of its tasks.
+//! The infrastructure that both daemons share.
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
 //! | [`tasks`] | [`Tasks`]: every task has a name, an owner and an observed end |
-//! | [`signals`] | the signal that ends the daemon |
-//! | [`descriptors`] | how many files this process may have open |
-//! | [`listen`], [`connections`], [`http`] | listeners that a crowd or an attacker does not exhaust |
-//! | [`systemd`] | readiness, stopping and watchdog messages; nothing outside systemd |
+//! | [`signals`] | the signals that stop the daemon, and those that it ignores |
+//! | [`descriptors`] | the limit of open files |
+//! | [`listen`], [`connections`], [`http`] | listeners that clients cannot exhaust |
+//! | [`systemd`] | readiness, stopping and watchdog messages; no-ops outside systemd |
 //! | [`logs`] | the journal under systemd, readable text on stderr elsewhere |
-//! | [`report`] | the one printer of error chains, and the exit codes |
-//! | [`fsx`] | files that are whole after a crash |
+//! | [`report`] | the printer of error chains, and the exit codes |
+//! | [`fsx`] | atomic writes and limited reads of files |
 //! | [`sockets`] | Unix sockets for a user and a group |
-//! | [`fetch`] | one HTTP request to something on this host |
-//! | [`metrics`] | `/metrics` text and what every process tells of itself |
+//! | [`fetch`] | one HTTP request to a server on this host |
+//! | [`metrics`] | the `/metrics` text, and the metrics of the process |
 //!
-//! **Invariant:** no mesh noun: `cargo tree -p vmesh-daemon -e normal` lists no other crate of this workspace.
+//! **Invariant:** the crate knows no noun of the mesh: `cargo tree -p vmesh-daemon -e normal` lists no other crate of this workspace.
 
 pub mod connections;
 pub mod descriptors;

@@ -1,5 +1,4 @@
-//! Where log lines go: to the journal under systemd, with fields that `journalctl NODE=web-17` finds; as readable
-//! text to stderr elsewhere.
+//! Log output: to the journal under systemd, with fields for `journalctl NODE=web-17`; as readable text to stderr elsewhere.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -15,15 +14,15 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt as text};
 
-/// The environment variable that outranks the configured level: `debug`, or `info,vmesh_xds=trace`.
+/// The environment variable that overrides the configured level, such as `debug` or `info,vmesh_xds=trace`.
 pub const VARIABLE: &str = "VMESH_LOG";
 
 const DEFAULT: &str = "info";
 
-/// The longest line, and the longest field of a journal's entry, in bytes: much of a line may be text of others.
+/// Maximum size of a line, and of a field of a journal entry, in bytes. Much of a line may be text from outside.
 const LINE_MAX: usize = 16 << 10;
 
-/// Writes each line of the log with everything escaped that is not text. A line comes whole.
+/// A writer that escapes control characters in each log line. Each write is a complete line.
 struct Escaping<W>(W);
 
 impl<W: Write> Write for Escaping<W> {
@@ -53,7 +52,7 @@ pub enum LogError {
     Start(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// Starts logging for the whole process. `configured` is the level from the configuration; `$VMESH_LOG` outranks it.
+/// Starts logging for the whole process. `configured` is the level from the configuration; `$VMESH_LOG` overrides it.
 pub fn init(configured: Option<&str>) -> Result<(), LogError> {
     let filter = filter(std::env::var(VARIABLE).ok().as_deref().or(configured))?;
     let start = |started: Result<(), _>| {
@@ -65,25 +64,25 @@ pub fn init(configured: Option<&str>) -> Result<(), LogError> {
                 let journal = Journal(move |record: &log::Record<'_>| journal.journal_send(record));
                 return start(tracing_subscriber::registry().with(journal).with(filter).try_init());
             }
-            // Text on stderr still reaches the journal, only without fields.
+            // Text on stderr still reaches the journal, without the fields.
             Err(error) => eprintln!("the journal's socket does not answer, logging to stderr: {error}"),
         }
     }
-    // Colours would be escaped with everything else that is no text.
+    // Colours would be escaped like other control characters.
     let lines = text::layer().with_writer(|| Escaping(io::stderr())).with_ansi(false).with_target(false);
     start(tracing_subscriber::registry().with(lines).with(filter).try_init())
 }
 
 fn filter(text: Option<&str>) -> Result<Targets, LogError> {
     let filter = text.map(str::trim).filter(|text| !text.is_empty()).unwrap_or(DEFAULT);
-    // `debug` means ours, not every HTTP/2 frame; who wants those names `h2`.
+    // `debug` applies to vmesh's own crates. Add `h2=debug` for every HTTP/2 frame.
     let quiet = ["h2", "hyper", "hyper_util", "tower"].iter().filter(|name| !filter.contains(**name));
     let all: String = quiet.map(|name| format!("{name}=info,")).chain([filter.to_owned()]).collect();
     all.parse().map_err(|cause| LogError::Filter { filter: filter.to_owned(), cause })
 }
 
-/// Gives each event to the journal as a record whose structured values are the event's fields and those of the
-/// spans around it. The journal's own client writes `node` as `NODE=`.
+/// A layer that writes each event to the journal, with the fields of the event and of its spans. The journal's client writes the field
+/// `node` as `NODE=`.
 struct Journal<F>(F);
 
 /// The fields of one span or event, in order.
@@ -146,7 +145,7 @@ where
             }
         }
         event.record(&mut fields);
-        // A journal that refuses an entry has nobody left to be told.
+        // If the journal rejects an entry, there is nowhere to report that.
         _ = with_record(event.metadata(), &fields, &self.0);
     }
 }
@@ -186,7 +185,7 @@ mod tests {
 
     use super::*;
 
-    /// Runs `work` with a journal that writes each record as one line of text.
+    /// Runs `work` with a journal that writes each record as a line of text.
     fn journal_of(work: impl FnOnce()) -> Vec<String> {
         struct Pairs(String);
         impl<'a> VisitSource<'a> for Pairs {

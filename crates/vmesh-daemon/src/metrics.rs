@@ -1,4 +1,4 @@
-//! `/metrics`: a registry as text, and what every process tells of itself.
+//! The text of `/metrics`, and the metrics of every process.
 
 use std::fmt;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -13,14 +13,14 @@ use prometheus_client::registry::Registry;
 const OPENMETRICS: HeaderValue =
     HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
 
-/// A registry that begins with [`Process`].
+/// Returns a registry that contains [`Process`].
 pub fn registry() -> Registry {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Process::default()));
     registry
 }
 
-/// The answer to `GET /metrics`, for hyper and axum alike.
+/// Returns the answer to `GET /metrics`, for hyper and axum alike.
 pub fn response(registry: &Registry) -> Response<String> {
     let mut text = String::new();
     let status = match prometheus_client::encoding::text::encode(&mut text, registry) {
@@ -36,7 +36,7 @@ pub fn response(registry: &Registry) -> Response<String> {
     response
 }
 
-/// Memory, open files and age of this process, read at each scrape.
+/// The memory, open files and age of this process, read at each scrape.
 #[derive(Debug)]
 pub struct Process {
     started: Instant,
@@ -50,7 +50,7 @@ impl Default for Process {
     }
 }
 
-/// Resident memory in bytes; `None` where there is no `/proc`.
+/// Returns the resident memory in bytes; `None` without `/proc`.
 pub fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -59,7 +59,7 @@ pub fn resident_bytes() -> Option<u64> {
 }
 
 fn open_files() -> Option<u64> {
-    // One of them is the directory that is being read.
+    // Subtract one for the descriptor of the directory itself.
     Some((std::fs::read_dir("/proc/self/fd").ok()?.count() as u64).saturating_sub(1))
 }
 

@@ -1,16 +1,16 @@
-//! The one printer of error chains, and what exit codes mean.
+//! The printer of error chains, and the exit codes.
 
 use std::error::Error;
 use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
-/// The exit code for a command line or a configuration that is refused (`EX_USAGE` of sysexits.h).
+/// The exit code for an invalid command line or configuration (`EX_USAGE` of sysexits.h).
 pub const USAGE: u8 = 64;
-/// The exit code for everything else that failed.
+/// The exit code for all other failures.
 pub const FAILURE: u8 = 1;
 
-/// Shows an error and why it happened, one `because:` line for each cause.
+/// Displays an error with its causes, one `because:` line each.
 pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
@@ -20,7 +20,7 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// The same in one line, for logs and JSON.
+/// Returns an error with its causes in one line, for logs and JSON.
 pub fn one_line(error: &(dyn Error + 'static)) -> String {
     let mut line = error.to_string();
     for cause in causes(error) {
@@ -30,8 +30,8 @@ pub fn one_line(error: &(dyn Error + 'static)) -> String {
     line
 }
 
-/// The texts below `error`, without those that only repeat what stands above them: some libraries print their
-/// cause and return it as well.
+/// Returns the texts of the causes of `error`. Texts that only repeat the text above are left out: some libraries print their cause and
+/// return it as well.
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = String> + 'a {
     let mut above = error.to_string();
     std::iter::successors(error.source(), |cause| (*cause).source()).filter_map(move |cause| {
@@ -46,17 +46,17 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = String> 
 
 /// Prints the chain to stderr.
 pub fn print(error: &(dyn Error + 'static)) {
-    // Where nobody reads stderr, nobody is told; that is no reason to panic.
+    // A closed stderr is no reason to panic.
     _ = writeln!(std::io::stderr(), "{}", Chain(error));
 }
 
-/// Prints the chain and gives the code of a failure.
+/// Prints the chain, and returns the exit code of a failure.
 pub fn failed(error: &(dyn Error + 'static)) -> ExitCode {
     print(error);
     FAILURE.into()
 }
 
-/// Prints the chain and gives the code of input that is refused.
+/// Prints the chain, and returns the exit code of invalid input.
 pub fn refused(error: &(dyn Error + 'static)) -> ExitCode {
     print(error);
     USAGE.into()

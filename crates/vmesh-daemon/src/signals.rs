@@ -1,4 +1,4 @@
-//! Signals: SIGTERM and SIGINT stop a daemon, the others must not kill it.
+//! Signals: SIGTERM and SIGINT stop a daemon; the others must not kill it.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -6,12 +6,12 @@ use std::task::Poll;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Which of the two it was.
+/// The signal that stops the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signal {
-    /// SIGINT: someone at a terminal.
+    /// SIGINT, from a terminal.
     Interrupt,
-    /// SIGTERM: the service manager.
+    /// SIGTERM, from the service manager.
     Terminate,
 }
 
@@ -24,8 +24,8 @@ impl std::fmt::Display for Signal {
     }
 }
 
-/// Waits for SIGTERM or SIGINT. The handlers are in place when this returns, so a signal that comes during start-up
-/// is answered by an ordered stop too.
+/// Waits for SIGTERM or SIGINT. The handlers are installed before this returns, so a signal during the start-up stops the daemon in order
+/// too.
 pub fn terminated() -> io::Result<impl Future<Output = Signal> + Send> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -44,8 +44,8 @@ pub const SIGHUP: NamedSignal = (SignalKind::hangup(), "SIGHUP");
 pub const SIGUSR1: NamedSignal = (SignalKind::user_defined1(), "SIGUSR1");
 pub const SIGUSR2: NamedSignal = (SignalKind::user_defined2(), "SIGUSR2");
 
-/// Waits for `signals` for as long as it is polled, and says that they change nothing: scripts send them to whatever writes
-/// a log. This function installs the handlers before it returns; they stay installed when the future is dropped.
+/// Logs each of `signals` that arrives, with the reason why it has no effect: scripts send them to any process that writes a log. The
+/// handlers are installed before this function returns, and stay installed when the future is dropped.
 pub fn ignored(
     signals: &[NamedSignal],
     why: &'static str,
@@ -63,7 +63,7 @@ pub fn ignored(
                 });
                 received.map_or(Poll::Pending, Poll::Ready)
             });
-            // Not among the arguments of the macro, which are not evaluated where the level is off.
+            // Awaited outside the macro, whose arguments are not evaluated if the level is off.
             let name = received.await;
             tracing::info!("{name} changes nothing: {why}");
         }

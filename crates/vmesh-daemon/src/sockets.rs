@@ -1,4 +1,4 @@
-//! Unix sockets by which the daemons of a host are asked.
+//! Unix sockets of the daemons' APIs.
 
 use std::fs::Permissions;
 use std::io::{self, ErrorKind};
@@ -7,8 +7,8 @@ use std::path::Path;
 
 use tokio::net::UnixListener;
 
-/// Listens at `path` for this user and for the group of its directory. What an earlier process left there is replaced: that
-/// no other serves it is the caller's to know.
+/// Listens at `path` for this user and the group of the directory. An existing socket is replaced: the caller must know that no other
+/// process serves it.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -16,7 +16,7 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     }
     let listener = UnixListener::bind(path)?;
     if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
-        // A group that this user is not a member of cannot be given: who is in it is then not let in, and says so.
+        // This user can only set a group that it is a member of. Otherwise the group gets no access, and clients report that.
         _ = chown(path, None, Some(std::fs::metadata(dir)?.gid()));
     }
     std::fs::set_permissions(path, Permissions::from_mode(0o660))?;

@@ -1,4 +1,4 @@
-//! What a daemon tells systemd. Outside systemd (no `$NOTIFY_SOCKET`) all of this does nothing.
+//! Notifications to systemd. Outside systemd (without `$NOTIFY_SOCKET`), these functions do nothing.
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tracing::warn;
 
-/// The daemon serves. `status` is what `systemctl status` shows.
+/// Notifies that the daemon serves. `status` is shown by `systemctl status`.
 pub fn ready(status: &str) {
     send(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
@@ -15,23 +15,23 @@ pub fn status(status: &str) {
     send(&[NotifyState::Status(status)]);
 }
 
-/// The daemon takes its leave.
+/// Notifies that the daemon is stopping.
 pub fn stopping() {
     send(&[NotifyState::Stopping]);
 }
 
-/// The daemon takes its leave, which may last for so long although `TimeoutStopSec=` of its unit is shorter.
+/// Notifies that the daemon is stopping, and extends the unit's `TimeoutStopSec=` to `longest` if that is longer.
 pub fn stopping_within(longest: Duration) {
     let microseconds = u32::try_from(longest.as_micros()).unwrap_or(u32::MAX);
     send(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(microseconds)]);
 }
 
-/// Tells systemd's watchdog that the runtime still runs its tasks; without a watchdog it waits for ever.
+/// Notifies the watchdog while the runtime runs its tasks. Without a watchdog, waits for ever.
 pub async fn watchdog() {
     watchdog_while(|| true).await;
 }
 
-/// Tells systemd's watchdog that all is well, as long as it is: see [`watchdog`].
+/// Notifies the watchdog while `is_well` returns true: see [`watchdog`].
 pub async fn watchdog_while(is_well: impl Fn() -> bool) {
     let Some(limit) = sd_notify::watchdog_enabled() else {
         return std::future::pending().await;
@@ -46,8 +46,8 @@ pub async fn watchdog_while(is_well: impl Fn() -> bool) {
     }
 }
 
-/// Has systemd keep `socket` under `name` while this unit restarts: what clients send meanwhile waits in it. A unit without
-/// `FileDescriptorStoreMax=` keeps none.
+/// Stores `socket` under `name` in systemd while this unit restarts, so that requests wait in its queue. Has no effect for a unit without
+/// `FileDescriptorStoreMax=`.
 pub fn keep_socket(name: &str, socket: impl AsFd) {
     let states = [NotifyState::FdStore, NotifyState::FdName(name)];
     if let Err(error) = sd_notify::notify_with_fds(&states, &[socket.as_fd()]) {
@@ -55,13 +55,13 @@ pub fn keep_socket(name: &str, socket: impl AsFd) {
     }
 }
 
-/// Has systemd close what it keeps under `name`.
+/// Removes the sockets stored under `name`, which closes them.
 pub fn forget_socket(name: &str) {
     send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
 }
 
-/// Returns the sockets that systemd kept for this unit or opened for it, with their names. To be called once, at the start:
-/// a second call would return the same descriptors, which then have two owners.
+/// Returns the sockets that systemd stored or opened for this unit, with their names. Call it once, at the start: a second call would
+/// return the same descriptors, with two owners.
 #[expect(unsafe_code, reason = "descriptors that are inherited become owned")]
 pub fn inherited_sockets() -> Vec<(String, OwnedFd)> {
     let sockets = match sd_notify::listen_fds_with_names() {
@@ -71,7 +71,7 @@ pub fn inherited_sockets() -> Vec<(String, OwnedFd)> {
             return Vec::new();
         }
     };
-    // SAFETY: sd_listen_fds(3): these descriptors were passed to this very process, by its id, and nothing else owns them.
+    // SAFETY: sd_listen_fds(3) verifies by the process id that these descriptors were passed to this process, and nothing else owns them.
     sockets.map(|(socket, name)| (name, unsafe { OwnedFd::from_raw_fd(socket) })).collect()
 }
 

@@ -14,7 +14,7 @@ use tracing::error;
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
-/// The tasks of a daemon (or of one of its parts). Dropping it drops them all.
+/// A set of named tasks of a daemon. Dropping the set drops its tasks.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -22,7 +22,7 @@ type BoxError = Box<dyn Error + Send + Sync>;
 /// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
 /// let mut tasks = Tasks::new();
 /// tasks.spawn("clock", std::future::pending::<()>()); // Dropped at stop.
-/// tasks.spawn_draining("server", |mut stop| async move { stop.requested().await }); // Takes its leave.
+/// tasks.spawn_draining("server", |mut stop| async move { stop.requested().await }); // Drains.
 /// let late = tasks.stop_within(Duration::from_secs(1)).await;
 /// assert!(late.is_empty());
 /// # });
@@ -40,14 +40,14 @@ struct Known {
     abort: AbortHandle,
 }
 
-/// What a draining task waits for beside its work.
+/// The request to stop, which a draining task awaits beside its work.
 #[derive(Clone, Debug)]
 pub struct Stop(watch::Receiver<bool>);
 
 impl Stop {
-    /// Returns once the daemon is to stop, also when it was told so before. Cancel-safe.
+    /// Waits until the daemon must stop. Returns at once if the stop was requested before. Cancel-safe.
     pub async fn requested(&mut self) {
-        // An error means that the owner is gone, which is the same message.
+        // An error means that the owner is gone, which has the same meaning.
         _ = self.0.wait_for(|stop| *stop).await;
     }
 
@@ -56,7 +56,7 @@ impl Stop {
     }
 }
 
-/// Why a task ended that should not have.
+/// Why a task ended unexpectedly.
 #[derive(Debug)]
 pub enum Died {
     Failed(BoxError),
@@ -66,7 +66,7 @@ pub enum Died {
 impl fmt::Display for Died {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            // Transparent: the task's own error says what it was doing.
+            // The error is shown alone, since it already names the failed operation.
             Died::Failed(error) => error.fmt(f),
             Died::Panicked(message) => write!(f, "it panicked (a bug in vmesh): {message}"),
         }
@@ -82,7 +82,7 @@ impl Error for Died {
     }
 }
 
-/// What a task may return: nothing, or a result.
+/// The return type of a task: nothing, or a result.
 pub trait Outcome: Send + 'static {
     fn outcome(self) -> Result<(), BoxError>;
 }
@@ -116,7 +116,7 @@ impl Tasks {
         Tasks::default()
     }
 
-    /// Runs `task` until it ends or the daemon stops; then it is dropped where it waits.
+    /// Runs `task` until it ends or the daemon stops, which drops the task at its current await.
     pub fn spawn<F>(&mut self, name: impl Into<Arc<str>>, task: F)
     where
         F: Future + Send + 'static,
@@ -125,7 +125,7 @@ impl Tasks {
         self.start(name.into(), false, task);
     }
 
-    /// Runs a task that takes its leave: it is told to stop and has until the deadline to end by itself.
+    /// Runs a task that drains: at the stop it is notified, and has until the deadline to end by itself.
     pub fn spawn_draining<F>(&mut self, name: impl Into<Arc<str>>, task: impl FnOnce(Stop) -> F)
     where
         F: Future + Send + 'static,
@@ -144,8 +144,8 @@ impl Tasks {
         self.known.insert(abort.id(), Known { name, drains, abort });
     }
 
-    /// Waits for the first task to end, in whatever way: in a daemon none ends by itself. Waits for ever if there
-    /// is no task. Cancel-safe.
+    /// Waits for the first task to end, for whatever reason: a daemon's tasks should run for ever. Waits for ever without tasks.
+    /// Cancel-safe.
     pub async fn first_exit(&mut self) -> (Arc<str>, Result<(), Died>) {
         match self.running.join_next_with_id().await {
             Some(ended) => self.name_end(ended),
@@ -165,8 +165,8 @@ impl Tasks {
         (name, result)
     }
 
-    /// Stops every task and returns the names of those that were still running at the deadline. The draining ones
-    /// go first, while the others keep working for them; whatever is left is dropped.
+    /// Stops all tasks, and returns the names of those that were still running at the deadline. The draining tasks end first, while the
+    /// others still run; then those are dropped.
     pub async fn stop_within(mut self, deadline: Duration) -> Vec<Arc<str>> {
         let deadline = Instant::now() + deadline;
         self.stop.send_replace(true);
@@ -186,7 +186,7 @@ impl Tasks {
         for task in self.known.values() {
             task.abort.abort();
         }
-        // An aborted task ends at its next await; one that computes or blocks is not waited for.
+        // An aborted task ends at its next await. A task that computes or blocks is not waited for.
         let grace = Instant::now() + Duration::from_millis(200);
         while let Ok(Some(_)) = timeout_at(grace, self.running.join_next()).await {}
         self.running.detach_all();
@@ -197,7 +197,7 @@ impl Tasks {
 fn died(error: JoinError) -> Result<(), Died> {
     match error.try_into_panic() {
         Ok(panic) => Err(Died::Panicked(panic_message(&*panic))),
-        // Aborted by its owner, which is no failure.
+        // A task that its owner aborted has not failed.
         Err(_) => Ok(()),
     }
 }
@@ -210,7 +210,7 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "no message".to_owned())
 }
 
-/// Why a thread did not do its work.
+/// Why work on a separate thread failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ThreadError {
     #[error("could not start a thread of its own")]
@@ -219,9 +219,8 @@ pub enum ThreadError {
     Panicked,
 }
 
-/// Runs the future that `work` makes on a thread of its own with a runtime of its own, and waits for it: work that may be
-/// much then takes nothing from the tasks of this runtime. The thread goes on if this is dropped, so that what it runs has
-/// to end by a [`Stop`].
+/// Runs the future that `work` returns on a thread and a runtime of its own, and waits for it: a long computation then does not delay the
+/// tasks of this runtime. Dropping the returned future does not stop the thread, so the work must end by a [`Stop`].
 pub async fn on_own_thread<F, T>(
     name: &str,
     work: impl FnOnce() -> F + Send + 'static,
@@ -236,15 +235,14 @@ where
     let run = move || {
         let outcome = runtime.block_on(async { work().await });
         _ = done.send(outcome);
-        // What has been given up must not keep the thread.
+        // Work that was given up must not keep the thread alive.
         runtime.shutdown_background();
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(ThreadError::Start)?;
     is_done.await.map_err(|_| ThreadError::Panicked)
 }
 
-/// Starts a future whose end the caller watches through the handle: for tests, and for parts that have to hand a
-/// handle on. A daemon's tasks belong in [`Tasks`].
+/// Starts a future and returns its handle: for tests, and for code that hands the handle on. A daemon's tasks belong in [`Tasks`].
 #[expect(clippy::disallowed_methods, reason = "this is the wrapper that the lint points to")]
 pub fn spawn_handle<F>(future: F) -> JoinHandle<F::Output>
 where

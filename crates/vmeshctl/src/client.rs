@@ -1,4 +1,4 @@
-//! Asking the control plane.
+//! The client of the control plane's HTTP API.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
@@ -19,11 +19,11 @@ use crate::print::printable;
 
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// A control plane's API.
+/// The address of a control plane's API.
 #[derive(Debug, Clone)]
 pub(crate) struct Api(Peer);
 
-/// Why there is no answer.
+/// Why a request to the API failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AskError {
     #[error(
@@ -150,7 +150,7 @@ impl Api {
     }
 }
 
-/// `text` inside a URL: everything but what names are made of is percent-encoded (RFC 3986, 2.1).
+/// Percent-encodes `text` for a URL, except for unreserved characters (RFC 3986, 2.1).
 fn escaped(text: &str) -> String {
     text.bytes().fold(String::new(), |mut out, byte| {
         match byte {

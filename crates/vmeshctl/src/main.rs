@@ -1,12 +1,12 @@
-//! The operator's command. It knows the control plane's HTTP API, and the host that it runs on ([`host`]).
+//! The operator's command. It uses the control plane's HTTP API, and inspects the host that it runs on ([`host`]).
 //!
-//! | exit code | means |
+//! | exit code | meaning |
 //! |---|---|
-//! | 0 | answered, and all is well |
-//! | 1 | could not ask: no control plane there, or not an answer that can be read; could not do what was asked |
-//! | 3 | answered, and something wants attention: a node rejected, a service or a source not fresh, an endpoint evicted, a problem, no way through |
-//! | 4 | answered, and there is no such service, node, source or endpoint, or nothing of it is held |
-//! | 64 | the command line is wrong |
+//! | 0 | success, and nothing needs attention |
+//! | 1 | failure: no control plane answers, its answer cannot be read, or it could not do what was requested |
+//! | 3 | success, and something needs attention: a rejected configuration, a service or source that is not fresh, an evicted endpoint, a problem, an unreachable service |
+//! | 4 | the control plane has no such service, node, source or endpoint, or no such held removal |
+//! | 64 | the command line is invalid |
 
 mod client;
 mod host;
@@ -29,12 +29,12 @@ use vmesh_api::{Accept, Done, EndpointOf, Which};
 use vmesh_daemon::report;
 use vmesh_model::ServiceName;
 
-/// Exit code: answered, and something wants attention.
+/// Exit code: success, and something needs attention.
 const ATTENTION: u8 = 3;
-/// Exit code: there is no such service, node, source or endpoint.
+/// Exit code: no such service, node, source or endpoint.
 const UNKNOWN: u8 = 4;
 
-/// Ask a vmesh control plane what it knows and does.
+/// Query and operate a vmesh control plane, and diagnose this host.
 #[derive(Debug, Parser)]
 #[command(name = "vmeshctl", version, after_help = EXIT_CODES)]
 struct Cli {
@@ -57,76 +57,75 @@ const EXIT_CODES: &str = "Exit codes: 0 all is well; 1 could not ask; 3 somethin
 enum Command {
     #[command(flatten)]
     Api(Question),
-    /// What of this host goes through Envoy, and what stands in the way (on the host itself).
+    /// Show which connections of this host go through Envoy, and why others do not (on the host itself).
     Capture(host::capture::Capture),
-    /// Take this host out of the mesh and back into it (on the host itself).
+    /// Take this host out of the mesh, and put it back (on the host itself).
     Bypass(host::capture::Bypass),
-    /// That this host's resolver asks the agent for names of the mesh (on the host itself).
+    /// Make this host's resolver forward names of the mesh to the agent (on the host itself).
     Dns(host::dns::Dns),
-    /// What is wrong with this host, what that means, and what mends it (on the host itself).
+    /// Diagnose this host: each problem with its effect and its fix (on the host itself).
     Doctor(host::doctor::Doctor),
 }
 
-/// What a control plane is asked.
+/// The subcommands that query a control plane.
 #[derive(Debug, Subcommand)]
 enum Question {
-    /// The mesh on one screen: revision, sources, services, nodes, problems.
+    /// Summarise the mesh: revision, sources, services, nodes, problems.
     Status,
-    /// Every service, or the endpoints of one.
+    /// List all services, or the endpoints of one.
     Services { service: Option<String> },
-    /// Every node: in sync, pushing, REJECTED with Envoy's own reason, or offline.
+    /// List all nodes: in sync, pushing, REJECTED with Envoy's reason, or offline.
     Nodes,
-    /// What wants mending, and where.
+    /// List the problems of the configuration and their places.
     Problems,
-    /// How requests from a node reach a service: port, routes, clusters, endpoints, and who set what.
+    /// Explain how requests from a node reach a service: port, routes, clusters, endpoints, and the origin of each setting.
     Explain(Explain),
-    /// Every discovery source: how it stands, what of it is held and why, and what releases it.
+    /// List the discovery sources: their state, their held removals with the reason, and the command that accepts each.
     Discovery {
         #[command(subcommand)]
         say: Option<Say>,
     },
-    /// Forget a node that is offline and not coming back, or all that have been offline for long (through the Unix socket of
-    /// the API only).
+    /// Remove an offline node for good, or all nodes that have been offline for long (only through the API's Unix socket).
     Forget {
         #[arg(required_unless_present = "offline_for")]
         node: Option<String>,
-        /// Forget every node that has been offline for so long: `1h`, `7d`.
+        /// Remove every node that has been offline for this long: `1h`, `7d`.
         #[arg(long, value_name = "DURATION", conflicts_with = "node", value_parser = vmesh_model::text::parse_duration)]
         offline_for: Option<Duration>,
     },
 }
 
-/// What changes something goes through the Unix socket of the API only.
+/// The actions on discovery. Those that change something work only through the API's Unix socket.
 #[derive(Debug, Subcommand)]
 enum Say {
-    /// What happened to the sources, the last at the end.
+    /// List the events of the sources, the latest at the end.
     Events,
-    /// Believe what a source says of a service, or all that is held of it.
+    /// Accept the held removals of a service, or all of a source.
     Accept { source: String, service: Option<ServiceName> },
-    /// Use an endpoint no more, whichever source names it.
+    /// Stop using an endpoint, whichever source lists it.
     Evict {
         service: ServiceName,
-        /// Its address as `services` prints it, or its host name and port.
+        /// The endpoint's address as `services` prints it, or its host name and port.
         #[arg(value_name = "ADDRESS", value_parser = endpoint)]
         endpoint: String,
     },
-    /// Use an endpoint again that was evicted.
+    /// Use an evicted endpoint again.
     Admit {
         service: ServiceName,
-        /// Its address as `discovery` prints it.
+        /// The endpoint's address as `discovery` prints it.
         #[arg(value_name = "ADDRESS", value_parser = endpoint)]
         endpoint: String,
     },
-    /// Take no change of a source, or of all, not even additions.
+    /// Ignore all changes of a source, or of all sources, including new endpoints.
     Freeze { source: Option<String> },
-    /// Take the changes of a source, or of all, again.
+    /// Apply the changes of a source, or of all sources, again.
     Thaw { source: Option<String> },
 }
 
 #[derive(Debug, Args)]
 struct Explain {
     service: String,
-    /// The node that calls.
+    /// The node that sends the requests.
     #[arg(long, value_name = "NODE")]
     from: String,
 }
@@ -168,7 +167,7 @@ enum CtlError {
     Host(#[from] host::HostError),
 }
 
-/// What a command prints and how it ends.
+/// The output of a command, and its exit code.
 struct Shown {
     text: String,
     code: u8,
@@ -226,7 +225,7 @@ async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
         Question::Forget { node, .. } => {
             let node = node.as_deref().unwrap_or_default();
             match api.forget(node).await {
-                // A control plane may answer the same for a node that it does not know and for one that is connected.
+                // A control plane may give the same answer for an unknown node and for a connected one.
                 Err(AskError::Refused { status: StatusCode::CONFLICT, .. })
                     if !api.nodes().await?.nodes.iter().any(|known| known.name.as_str() == node) =>
                 {
@@ -265,7 +264,7 @@ async fn discovery(cli: &Cli, say: &Say) -> Result<Shown, AskError> {
     shown(cli, answer, done)
 }
 
-/// Returns the addresses that `endpoint` means, which is one address, or the host name of endpoints, with their port.
+/// Returns the addresses for `endpoint`, which is one address, or the host name of endpoints with their port.
 async fn addresses(api: &Api, service: &ServiceName, endpoint: &str) -> Result<Vec<SocketAddr>, AskError> {
     if let Some(address) = written(endpoint) {
         return Ok(vec![address]);
@@ -286,7 +285,7 @@ async fn addresses(api: &Api, service: &ServiceName, endpoint: &str) -> Result<V
     }
 }
 
-/// Reads an address as `services` and Envoy print it. An IPv4 address that is written as one of IPv6 is the IPv4 address.
+/// Parses an address as `services` and Envoy print it. An IPv4-mapped IPv6 address becomes the IPv4 address.
 fn written(endpoint: &str) -> Option<SocketAddr> {
     let address = endpoint.trim().parse::<SocketAddr>().ok()?;
     Some(match address.ip().to_canonical() {
@@ -295,7 +294,7 @@ fn written(endpoint: &str) -> Option<SocketAddr> {
     })
 }
 
-/// Parses an endpoint on the command line: an address with a port, or a host name with a port.
+/// Parses an endpoint argument: an address with a port, or a host name with a port.
 fn endpoint(text: &str) -> Result<String, String> {
     let is_named = |(host, port): (&str, &str)| {
         !host.is_empty() && host.parse::<IpAddr>().is_err() && port.parse::<NonZeroU16>().is_ok()
@@ -310,11 +309,11 @@ fn endpoint(text: &str) -> Result<String, String> {
 }
 
 fn done(done: &Done) -> (String, bool) {
-    // Each line is a text of its own.
+    // Each line is sanitised on its own, so that the line breaks stay.
     (done.done.lines().map(|line| format!("{line}\n")).collect(), false)
 }
 
-/// Shows `answer` in words or as it came; the exit code is the same for both.
+/// Shows `answer` as text or as the original JSON. The exit code does not depend on the format.
 fn shown<T: Serialize + DeserializeOwned>(
     cli: &Cli,
     answer: T,
@@ -324,7 +323,7 @@ fn shown<T: Serialize + DeserializeOwned>(
     of_host(cli, text, &answer, attention)
 }
 
-/// Shows what is already in words, or `json` where that is asked for.
+/// Shows `text`, or `json` if `--json` is given.
 fn of_host(cli: &Cli, text: String, json: &impl Serialize, attention: bool) -> Result<Shown, AskError> {
     let text = match cli.json {
         true => print::json(&format!("{}\n", serde_json::to_string_pretty(json).map_err(AskError::Print)?)),

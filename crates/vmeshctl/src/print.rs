@@ -1,18 +1,18 @@
-//! What reaches a terminal. Names, zones, labels, builds and reasons come from the network or from a registry: anybody there may
-//! have written what moves the cursor, hides a line, or looks like another one.
+//! Sanitises everything that reaches a terminal. Names, zones, labels, builds and reasons come from the network or from a registry, and may
+//! contain control characters that move the cursor, hide a line, or imitate another line.
 //!
-//! [`printable_answer`] makes each text of an answer printable before the layout, so that no text begins a line of its own. The
-//! finished output goes through [`terminal`], or, as JSON, through [`json`].
+//! [`printable_answer`] sanitises each text of an answer before the layout, so that no text can start a line of its own. The complete
+//! output then goes through [`terminal`], or through [`json`].
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use vmesh_text::is_unsafe;
 
-/// Characters of one text that are shown. Envoy's reasons have a few hundred.
+/// Maximum number of characters shown of one text. Envoy's reasons have a few hundred.
 const LONGEST: usize = 2000;
 
-/// Returns `text` as one line in which nothing acts on a terminal, and which is not too long to read.
+/// Returns `text` as a single line of limited length without control characters.
 pub(crate) fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len().min(LONGEST));
     for (count, character) in text.chars().enumerate() {
@@ -51,7 +51,7 @@ fn make_printable(value: &mut Value) {
     }
 }
 
-/// Returns `text`, which may have several lines, without anything else that a terminal would act on.
+/// Returns `text`, which may have several lines, without other control characters.
 pub(crate) fn terminal(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, character| {
         match is_unsafe(character) && character != '\n' {
@@ -62,7 +62,7 @@ pub(crate) fn terminal(text: &str) -> String {
     })
 }
 
-/// Returns the JSON `text` with the same meaning, and without a character that a terminal would act on.
+/// Returns the JSON `text` with the same meaning, and with control characters escaped.
 pub(crate) fn json(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {

@@ -1,4 +1,4 @@
-//! Answers in words: the text, and whether something in it wants attention.
+//! Formats the API's answers as text, and determines whether something in them needs attention.
 
 use std::collections::BTreeMap;
 
@@ -61,7 +61,7 @@ fn source_line(source: &Source) -> String {
     )
 }
 
-/// What is not as it should be stands out without colour.
+/// Returns the name of a state, in capitals if it needs attention.
 fn emphasised(state: State) -> String {
     match state {
         State::Fresh => state.to_string(),
@@ -94,7 +94,7 @@ pub(crate) fn services(answer: &Services, evicted: &[Evicted]) -> (String, bool)
     (text, !evicted.is_empty() || answer.services.iter().any(|service| service.state != State::Fresh))
 }
 
-/// `3`, or `3 (1 draining, 1 evicted)`; those that are evicted are not among the three.
+/// Formats a number of endpoints, such as `3` or `3 (1 draining, 1 evicted)`. Evicted endpoints are not part of the first number.
 fn endpoints(service: &Service, evicted: usize) -> String {
     use vmesh_model::Health::{Draining, Healthy, Unhealthy, Unknown};
     let ill = |health| service.endpoints.iter().filter(|endpoint| endpoint.health == health).count();
@@ -110,7 +110,7 @@ fn endpoints(service: &Service, evicted: usize) -> String {
     }
 }
 
-/// `v1 x2, v2`.
+/// Formats the distinct values, such as `v1 x2, v2`.
 fn counted<'a>(values: impl Iterator<Item = Option<&'a str>>) -> String {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for value in values.flatten() {
@@ -139,7 +139,7 @@ pub(crate) fn service(answer: &Services, evicted: &[Evicted]) -> (String, bool) 
 
 fn endpoint_table(endpoints: &[ServiceEndpoint]) -> String {
     let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
-    // Where all come first there is nothing to say.
+    // A column of priorities is shown only if some endpoint has one.
     let ranked = endpoints.iter().any(|endpoint| endpoint.priority.is_some());
     let heading = ["ENDPOINT", "HEALTH", "WEIGHT", "VERSION", "ZONE", "SOURCE"].into_iter();
     let heading = heading.chain(ranked.then_some("PRIORITY")).map(str::to_owned).collect();
@@ -238,13 +238,13 @@ fn one_evicted(evicted: &Evicted) -> String {
     )
 }
 
-/// So many services are shown of those that a source holds.
+/// Maximum number of held services shown per source.
 const HELD_SHOWN: usize = 20;
 
 fn of_source(source: &DiscoverySource) -> String {
     let mut text = String::new();
     let why = |because: &str| format!("\n{} is {}: {because}\n", source.name, source_state(source.state));
-    // What is held says it in more words.
+    // Held removals are listed in detail below.
     if let (Some(because), true) = (&source.because, source.state != SourceState::Held) {
         text.push_str(&why(because));
         if source.state == SourceState::Stale && source.services > 0 {
@@ -266,7 +266,7 @@ fn of_source(source: &DiscoverySource) -> String {
     text
 }
 
-/// So many host names are shown of those that are not resolved.
+/// Maximum number of unresolved host names shown per source.
 const NAMES_SHOWN: usize = 10;
 
 fn unresolved(source: &DiscoverySource) -> String {
@@ -293,7 +293,7 @@ fn one_held(source: &DiscoverySource, held: &Held) -> String {
         None => format!("all that is gone of {}", source.name),
     };
     if let ("fleet", Some(_)) = (&*held.kind, &held.service) {
-        // Why, and for how long, is said of the source as a whole.
+        // The reason and the age are in the line of the whole source.
         return format!(
             "\n{what} has been HELD with it: {} of its {} endpoints are named\n  to believe it now: {}\n",
             held.has, held.had, held.command
@@ -347,7 +347,7 @@ pub(crate) fn events(answer: &Events) -> (String, bool) {
     )
 }
 
-/// Events that begin a state, each with the events that end it.
+/// The events that begin a state, with the events that end it.
 const ENDS: [(&str, &[&str]); 4] = [
     ("frozen", &["thawed"]),
     ("evicted", &["admitted"]),
@@ -355,13 +355,13 @@ const ENDS: [(&str, &[&str]); 4] = [
     ("held", &["believed", "returned", "accepted", "held"]),
 ];
 
-/// Whether the state that `event` began lasts, as no later event ended it.
+/// Reports whether the state that `event` began still lasts, since no later event ended it.
 fn is_in_force(event: &Event, later: Option<&[Event]>) -> bool {
     let refused = ["refused", "rejected"].contains(&&*event.what);
     let Some((_, ends)) = ENDS.iter().find(|(what, _)| *what == &*event.what) else { return refused };
     let is_end = |other: &&Event| {
         let same_source = other.source.is_none() || other.source == event.source;
-        // An event of a whole source holds for its services.
+        // An event for a whole source applies to each of its services.
         let same_service = other.service.is_none() || other.service == event.service;
         let same_endpoint = event.what.as_ref() != "evicted"
             || other.text.split(": ").next() == event.text.split(": ").next();
@@ -427,7 +427,7 @@ pub(crate) fn explanation(answer: &Explanation) -> (String, bool) {
     (text, !answer.reachable || !answer.problems.is_empty())
 }
 
-/// `3s`, `5m`, `2h`, `4d`: one number is enough for an age.
+/// Formats an age with one unit: `3s`, `5m`, `2h`, `4d`.
 fn age(seconds: Option<u64>) -> String {
     match seconds {
         None => "never".to_owned(),

@@ -1,9 +1,9 @@
-//! Columns of text.
+//! Lays text out in columns.
 
-/// Number of characters that a cell shows, except the last cell of a row. A service's name has 253 at most and stays whole.
+/// Maximum number of characters in a cell, except in the last cell of a row. A service's name has at most 253 and is never cut.
 const WIDEST: usize = 260;
 
-/// `text`, cut where it would push all other columns out of sight.
+/// Returns `text`, cut if it would push the other columns out of sight.
 fn cut(text: &str) -> String {
     match text.char_indices().nth(WIDEST) {
         Some((at, _)) => format!("{}…", text.get(..at).unwrap_or_default()),
@@ -11,7 +11,7 @@ fn cut(text: &str) -> String {
     }
 }
 
-/// `rows` in columns as wide as their widest cell, two spaces apart, the first row being the heading.
+/// Lays out `rows` in columns that are as wide as their widest cell, two spaces apart. The first row is the heading.
 pub(crate) fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
     let mut widths = vec![0; rows.first().map_or(0, |row| row.as_ref().len())];
     let rows: Vec<Vec<String>> = rows

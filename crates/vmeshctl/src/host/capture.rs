@@ -1,4 +1,4 @@
-//! `vmeshctl capture`, `vmeshctl bypass`: what of this host goes through Envoy.
+//! `vmeshctl capture` and `vmeshctl bypass`: which connections of this host go through Envoy.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +13,7 @@ use crate::print::printable;
 
 #[derive(Debug, Args)]
 pub(crate) struct Capture {
-    /// Where vmesh-net is asked.
+    /// The socket of vmesh-net.
     #[arg(long, global = true, value_name = "PATH", default_value = vmesh_net::SOCKET, env = "VMESH_NET")]
     socket: PathBuf,
     #[command(subcommand)]
@@ -22,19 +22,19 @@ pub(crate) struct Capture {
 
 #[derive(Debug, Subcommand)]
 enum Say {
-    /// What would be done to the host's rules now; nothing, if they are as they should be.
+    /// Show how the host's rules would change now. The output is empty if the rules are as desired.
     Plan,
-    /// A change that is on trial works: it stays.
+    /// Confirm the change that is on trial: it stays.
     Confirm,
-    /// A change that is on trial does not work: it is taken back at once.
+    /// Roll back the change that is on trial, at once.
     Revert,
-    /// A change that was taken back may be tried again.
+    /// Try a change again that was rolled back.
     Retry,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Bypass {
-    /// The script that needs nothing else of vmesh.
+    /// The bypass script, which works without any other part of vmesh.
     #[arg(long, value_name = "PATH", default_value = "/usr/lib/vmesh/bypass", env = "VMESH_BYPASS")]
     script: PathBuf,
     #[command(subcommand)]
@@ -43,17 +43,17 @@ pub(crate) struct Bypass {
 
 #[derive(Debug, Subcommand)]
 enum Switch {
-    /// Take this host out of the mesh, now.
+    /// Take this host out of the mesh immediately.
     On {
-        /// Capture nothing new, and leave open connections as they are.
+        /// Stop capturing new connections, but keep open ones.
         #[arg(long)]
         keep_connections: bool,
     },
-    /// Take it back into the mesh, as it is configured.
+    /// Put the host back into the mesh, as configured.
     Off,
 }
 
-/// The answer in words, in JSON, and whether something wants attention.
+/// Returns the answer as text and as JSON, and whether something needs attention.
 pub(crate) async fn capture(ask: &Capture) -> Result<(String, serde_json::Value, bool), HostError> {
     let question = match &ask.say {
         None => Ask::Status,
@@ -170,7 +170,7 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
     (text, attention)
 }
 
-/// What the script says.
+/// Runs the bypass script and returns its output.
 pub(crate) fn bypass(ask: &Bypass) -> Result<String, HostError> {
     let mut command = Command::new("/bin/sh");
     command.arg(&ask.script);
@@ -182,7 +182,7 @@ pub(crate) fn bypass(ask: &Bypass) -> Result<String, HostError> {
     run(&mut command)
 }
 
-/// What a command prints, or why it failed.
+/// Runs a command. Returns its output, or why it failed.
 pub(crate) fn run(command: &mut Command) -> Result<String, HostError> {
     let shown = || {
         let words = std::iter::once(command.get_program()).chain(command.get_args());

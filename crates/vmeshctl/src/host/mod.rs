@@ -1,4 +1,4 @@
-//! What is asked of and done to the host that this runs on; no control plane is needed for it.
+//! The commands that inspect or change the host they run on. They need no control plane.
 
 pub(crate) mod capture;
 pub(crate) mod dns;
@@ -12,11 +12,11 @@ use vmesh_daemon::fetch::FetchError;
 use vmesh_daemon::fsx::FileError;
 use vmesh_net::client::ClientError;
 
-/// Builds the command that runs the program `name`, which may be a path. Root runs none that another user could have put on the `PATH`, and
-/// passes on nothing of its environment. Everybody else's `PATH` is followed by the directories of root's programs.
+/// Builds the command for the program `name`, which may be a path. For root, only programs that no other user could have put on the `PATH`
+/// are run, and with an empty environment. For other users, the `PATH` is followed by the directories of root's programs.
 ///
 /// # Errors
-/// As [`programs::command`].
+/// The errors of [`programs::command`].
 pub(crate) fn host_command(name: &str) -> std::io::Result<tokio::process::Command> {
     if rustix::process::geteuid().is_root() {
         return programs::command(Path::new(name));
@@ -27,11 +27,11 @@ pub(crate) fn host_command(name: &str) -> std::io::Result<tokio::process::Comman
     Ok(command)
 }
 
-/// [`host_command`], for a caller that blocks until the program has ended.
+/// Does what [`host_command`] does, for callers that block until the program has ended.
 pub(crate) fn host_program(name: &str) -> Command {
     match host_command(name) {
         Ok(command) => command.into_std(),
-        // A program that is not there cannot be started, and the error of that names it.
+        // A missing program fails to start, and that error names it.
         Err(_) => Command::new(Path::new("/usr/bin").join(name)),
     }
 }

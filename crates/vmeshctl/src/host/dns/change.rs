@@ -1,8 +1,8 @@
-//! A change of the host's resolver, which is taken back where it costs the host other names.
+//! Changes the configuration of the host's resolver, and rolls the change back if the resolver no longer finds other names.
 //!
 //! ```text
-//! names that are found --> files, restart --> the resolver runs, the same names are found --> done
-//!                                  └──────> not within 10 s --> files as they were, restart --> error
+//! look up other names --> write files, restart --> the resolver runs and finds the same names --> done
+//!                                       └──────> not within 10 s --> restore the files, restart --> error
 //! ```
 
 use std::collections::BTreeSet;
@@ -18,38 +18,38 @@ use super::super::capture::run;
 use super::super::{HostError, host_program};
 use super::MAX_FILE;
 
-/// A resolver that was restarted has to find again what it found before.
+/// Time in which a restarted resolver must find the same names again.
 const FOUND_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// Time that one look-up may take. The check cannot rely on a slower name.
+/// Timeout of one look-up. A slower name is not suitable for the check.
 const LOOKS_UP_WITHIN: Duration = Duration::from_secs(2);
-/// Number of names that a change looks up before and after, at most.
+/// Maximum number of names that are looked up before and after a change.
 const MOST_NAMES: usize = 12;
-/// Last line of a file whose directory vmesh made, too. Removing the file then removes the directory; other directories stay.
+/// The last line of a file whose directory vmesh created. When the file is removed, so is the directory.
 const MADE_DIRECTORY: &str = "The directory was made by vmesh, too.";
-/// Resolvers have users of their own.
+/// Readable for all, since resolvers run as users of their own.
 const MODE: u32 = 0o644;
 
-/// The content that a file gets, or that the file is removed.
+/// The desired content of a file, or its removal.
 pub(super) enum Wanted {
     Text(String),
     Gone,
 }
 
-/// Changed files of one resolver, and the unit that reads them.
+/// The changed files of one resolver, and the unit that reads them.
 pub(super) struct Change<'a> {
     pub(super) files: Vec<(PathBuf, Wanted)>,
     pub(super) unit: &'static str,
-    /// `None` below another root than `/`, where nothing is restarted.
+    /// The names to check. `None` if the root is not `/`: nothing is restarted then.
     pub(super) names: Option<&'a BTreeSet<String>>,
 }
 
-/// The state of a file before the change.
+/// The state of a file before the change, for the rollback.
 struct Before {
     path: PathBuf,
-    /// With its mode; `None` where there was no file.
+    /// The content and the mode; `None` if there was no file.
     was: Option<(Vec<u8>, u32)>,
-    /// The directory that the change made, or removed, with the file.
+    /// The directory that was created, or removed, together with the file.
     made: Option<PathBuf>,
 }
 
@@ -83,7 +83,7 @@ impl Change<'_> {
         if done.is_empty() || !live {
             return Ok(said);
         }
-        // A resolver that does not run reads the files when somebody starts it.
+        // A stopped resolver reads the files when it is started.
         if !ran {
             return Ok(said);
         }
@@ -105,7 +105,7 @@ impl Change<'_> {
     }
 }
 
-/// Returns the file's state before, and the verb for the message; `None` where the file already is as wanted.
+/// Writes or removes one file. Returns its state before, and the verb for the message; `None` if nothing had to change.
 fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>, HostError> {
     let was = match fsx::read_capped(path, MAX_FILE) {
         Ok(bytes) => {
@@ -122,12 +122,12 @@ fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>,
         Wanted::Gone => {
             let Some(text) = text_before else { return Ok(None) };
             if is_foreign {
-                // Somebody else's file, under a name of ours: not ours to remove.
+                // A file of that name that vmesh did not write is not removed.
                 return Ok(None);
             }
             std::fs::remove_file(path).map_err(|cause| HostError::Remove { path: path.to_owned(), cause })?;
             let dir = path.parent().filter(|_| text.trim_end().ends_with(MADE_DIRECTORY));
-            // `remove_dir` leaves a directory that has other files.
+            // `remove_dir` fails for a directory with other files, which therefore stays.
             let removed = dir.filter(|dir| std::fs::remove_dir(dir).is_ok());
             let made = removed.map(Path::to_owned);
             Ok(Some((Before { path: path.to_owned(), was, made }, "removed")))
@@ -163,13 +163,13 @@ fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>,
     }
 }
 
-/// `text` with the mark, as a comment of its own kind.
+/// Appends the line about the directory to `text`, as a comment in the syntax of the file.
 fn marked(text: &str) -> String {
     let comment = if text.starts_with(';') { ';' } else { '#' };
     format!("{text}{comment} {MADE_DIRECTORY}\n")
 }
 
-/// Restores the files, the last change first. Prints which file it could not restore.
+/// Restores the files in reverse order. Prints the files that could not be restored.
 fn take_back(done: &[Before]) {
     for before in done.iter().rev() {
         let back = match &before.was {
@@ -193,10 +193,10 @@ fn take_back(done: &[Before]) {
     }
 }
 
-/// Restarts a resolver. A unit that failed several times within seconds is not started any more by systemd, and this host
-/// would be without names: its failures so far are forgotten first.
+/// Restarts a resolver. Its failure count is reset first: systemd does not restart a unit that failed several times within seconds, and the
+/// host would have no resolver.
 fn restart(unit: &str) -> Result<String, HostError> {
-    // A unit that is not loaded has no failures to forget.
+    // Fails harmlessly for a unit that is not loaded.
     _ = run(host_program("systemctl").args(["reset-failed", unit]));
     run(host_program("systemctl").args(["restart", unit]))
 }
@@ -206,7 +206,7 @@ fn is_active(unit: &str) -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// Waits until the resolver runs and finds all of `names` again.
+/// Waits until the resolver runs and finds all `names` again.
 fn still_finds(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
     let deadline = Instant::now() + FOUND_WITHIN;
     loop {
@@ -226,7 +226,7 @@ fn still_finds(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
     }
 }
 
-/// Returns those that the host's programs find now, by the C library. The look-ups run side by side.
+/// Returns the names that the host's programs find now, through the C library. All look-ups run in parallel.
 pub(super) fn found_among(names: &BTreeSet<String>) -> BTreeSet<String> {
     let within = format!("{}", LOOKS_UP_WITHIN.as_secs());
     let look_up = |name: &String| {
@@ -245,9 +245,8 @@ pub(super) fn found_among(names: &BTreeSet<String>) -> BTreeSet<String> {
     children.into_iter().filter_map(|(name, child)| finds(child).then(|| name.clone())).collect()
 }
 
-/// Returns names outside the mesh on which this host depends, to see whether they are still found after a change: `named` first,
-/// then its control planes, and the hosts that its packages and its time come from. What `/etc/hosts` answers proves nothing and
-/// is left out.
+/// Returns the names outside the mesh that are checked around a change: first `named`, then those of control planes, package sources and
+/// time servers of this host. Names in `/etc/hosts` are left out, since finding them proves nothing.
 pub(super) fn foreign_names(root: &Path, named: &[String], control_planes: &[String]) -> BTreeSet<String> {
     let read = |path: &str| super::read(root, path).unwrap_or_default();
     let mut names: Vec<String> = named.to_vec();
@@ -292,7 +291,7 @@ pub(super) fn foreign_names(root: &Path, named: &[String], control_planes: &[Str
     kept
 }
 
-/// The host of `HOST`, `HOST:PORT` or `HOST/PATH`; `None` for an address.
+/// Returns the host in `HOST`, `HOST:PORT` or `HOST/PATH`; `None` if it is an address.
 fn host_of(text: &str) -> Option<String> {
     let host = text.split('/').next()?.rsplit('@').next()?;
     let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
@@ -362,7 +361,7 @@ mod tests {
                 |wanted| Change { files: vec![(path.clone(), wanted)], unit: "none", names: None }.make();
             assert!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap().starts_with("wrote"));
             assert_eq!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap(), "");
-            // A new text keeps the mark.
+            // A new text keeps the line about the directory.
             assert!(make(Wanted::Text("# Written by vmesh 2\n".into())).unwrap().starts_with("wrote"));
             assert!(make(Wanted::Gone).unwrap().starts_with("removed"));
             assert_eq!(path.parent().unwrap().is_dir(), stays, "{dir}");

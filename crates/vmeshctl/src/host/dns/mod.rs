@@ -1,7 +1,7 @@
-//! `vmeshctl dns`: that this host's resolver asks the agent for names of the mesh, and for nothing else.
+//! `vmeshctl dns`: makes this host's resolver forward the names of the mesh, and nothing else, to the agent.
 //!
-//! vmesh writes files of its own (or between its own marks in `/etc/hosts`), so that `disable` can remove them at any time.
-//! Suffix, server and the agent's socket are those of `agent.yaml`, as `vmesh-agent --check --json` tells them.
+//! vmesh writes only files of its own, or between its own markers in `/etc/hosts`, so that `disable` can remove them at any time. The
+//! suffix, the server and the agent's socket come from `agent.yaml`, by `vmesh-agent --check --json`.
 
 mod change;
 mod resolver;
@@ -32,13 +32,13 @@ const HOSTS: &str = "/etc/hosts";
 const MAX_FILE: u64 = 64 << 20;
 /// The unit that keeps the block in `/etc/hosts` up to date.
 const HOSTS_UNIT: &str = "vmesh-hosts.service";
-/// The user whose agent is believed, beside root and the user who asks.
+/// The user of the agent. Answers from this user, from root and from the current user are trusted.
 const AGENT_USER: &str = "vmesh-agent";
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
-/// How often `sync --watch` looks for other names.
+/// Interval at which `sync --watch` checks for changed names.
 const SYNC_EVERY: Duration = Duration::from_secs(2);
 
-/// Where the agent's API is asked for names.
+/// The address of the agent's API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum AgentAddress {
     Unix(PathBuf),
@@ -61,14 +61,14 @@ impl std::str::FromStr for AgentAddress {
 
 #[derive(Debug, Args)]
 pub(crate) struct Dns {
-    /// Where the agent answers names, if not at `listen.dns` of its configuration.
+    /// The agent's DNS server, if not `listen.dns` of its configuration.
     #[arg(long, global = true, value_name = "ADDRESS")]
     server: Option<SocketAddr>,
-    /// What names of the mesh end with, if not with `dns.suffix` of the agent's configuration.
+    /// The suffix of the mesh's names, if not `dns.suffix` of the agent's configuration.
     #[arg(long, global = true, value_name = "DOMAIN")]
     suffix: Option<Suffix>,
-    /// The agent's API, if not the socket of its configuration: `unix:PATH`, or `ADDRESS:PORT`, where only a port of root's, of
-    /// the agent's user or of your own is believed.
+    /// The agent's API, if not the socket of its configuration: `unix:PATH`, or `ADDRESS:PORT`. A port is trusted only if it is root's, the
+    /// agent's user's or your own.
     #[arg(long, global = true, value_name = "ADDRESS")]
     agent: Option<AgentAddress>,
     /// The configuration of the agent.
@@ -80,7 +80,7 @@ pub(crate) struct Dns {
         env = "VMESH_AGENT_CONFIG"
     )]
     config: PathBuf,
-    /// Files are below this directory, and nothing is restarted unless it is `/`.
+    /// The directory below which files are read and written. Nothing is restarted unless it is `/`.
     #[arg(long, global = true, value_name = "DIR", default_value = "/")]
     root: PathBuf,
     #[command(subcommand)]
@@ -89,34 +89,34 @@ pub(crate) struct Dns {
 
 #[derive(Debug, Subcommand)]
 enum Say {
-    /// Make the host's resolver ask the agent.
+    /// Make the host's resolver forward names of the mesh to the agent.
     Enable {
-        /// Which one the host has.
+        /// The resolver of this host.
         #[arg(long, value_enum, default_value = "auto")]
         resolver: Resolver,
-        /// A name outside the mesh. The command takes its change back if the host finds the name before and not after. The host's
-        /// control planes, time servers and package sources are looked up in any case.
+        /// A name outside the mesh to check. The command rolls its change back if the host found the name before and does not afterwards.
+        /// The host's control planes, time servers and package sources are always checked.
         #[arg(long, value_name = "NAME")]
         keep: Vec<String>,
     },
-    /// Take away what `enable` and `sync` wrote.
+    /// Remove what `enable` and `sync` wrote.
     Disable {
-        /// A name outside the mesh. The command takes its change back if the host finds the name before and not after.
+        /// A name outside the mesh to check. The command rolls its change back if the host found the name before and does not afterwards.
         #[arg(long, value_name = "NAME")]
         keep: Vec<String>,
     },
-    /// Write the names that the agent has now to /etc/hosts, for hosts with nothing but a plain resolv.conf.
+    /// Write the agent's current names to /etc/hosts, for hosts with a plain resolv.conf.
     Sync {
-        /// Go on doing so, every two seconds, where they change.
+        /// Keep running, and update the names every two seconds.
         #[arg(long)]
         watch: bool,
     },
 }
 
-/// Addresses and suffix from the agent's configuration. Options of the command line take precedence.
+/// The addresses and the suffix from the agent's configuration. Options of the command line take precedence.
 #[derive(Debug, Clone)]
 struct Settings {
-    /// `None` where the agent is configured to answer no names.
+    /// `None` if the agent's configuration has no DNS server.
     server: Option<SocketAddr>,
     suffix: Suffix,
     agent: AgentAddress,
@@ -171,14 +171,14 @@ pub(crate) async fn dns(ask: &Dns) -> Result<String, HostError> {
     match &ask.say {
         None => Ok(status(ask)),
         Some(Say::Enable { resolver, keep }) => enable(ask, &Settings::of(ask).await?, *resolver, keep).await,
-        // `disable` needs no configuration: it removes the files that vmesh wrote.
+        // `disable` needs no configuration, since it removes the files that vmesh wrote.
         Some(Say::Disable { keep }) => disable(ask, keep),
         Some(Say::Sync { watch: false }) => sync(&ask.root, &Settings::of(ask).await?).await,
         Some(Say::Sync { watch: true }) => watch(ask).await,
     }
 }
 
-/// Keeps the names in the hosts file up to date until it is stopped. While the agent does not answer the names stay.
+/// Keeps the names in the hosts file up to date until the process is stopped. While the agent does not answer, the names stay.
 async fn watch(ask: &Dns) -> Result<String, HostError> {
     let mut settings = Settings::of(ask).await?;
     let mut read = modified(&ask.config);
@@ -204,7 +204,7 @@ async fn watch(ask: &Dns) -> Result<String, HostError> {
     }
 }
 
-/// Prints a message unless it is the last one that was printed.
+/// Prints a message, unless it is equal to the previous one.
 fn say_once(last: &mut String, said: String) {
     if *last != said {
         eprintln!("{said}");
@@ -246,7 +246,7 @@ async fn enable(
     };
     let wiring = match if resolver == Resolver::Auto { resolver::detect(&ask.root) } else { resolver } {
         Resolver::Resolved => match resolver::for_this_resolved(&ask.root, live(ask), server, suffix) {
-            // One that cannot be told of one zone costs the host no name: the names are written to its hosts file.
+            // A resolver that cannot forward a single zone keeps its configuration: the names go into the hosts file instead.
             Err(HostError::Cannot(why)) if resolver == Resolver::Auto => {
                 let said = enable_hosts(ask, settings).await?;
                 return Ok(format!("{why}\nSo the names go to {HOSTS}, as by `--resolver hosts`.\n{said}"));
@@ -283,7 +283,7 @@ fn live(ask: &Dns) -> bool {
 fn disable(ask: &Dns, keep: &[String]) -> Result<String, HostError> {
     let mut said = String::new();
     if live(ask) {
-        // Disabling fails for a unit that is not enabled, which is the wanted state.
+        // Disabling fails if the unit is not enabled, which is fine.
         _ = run(host_program("systemctl").args(["disable", "--now", HOSTS_UNIT]));
     }
     let path = at(&ask.root, HOSTS);
@@ -315,7 +315,7 @@ fn disable(ask: &Dns, keep: &[String]) -> Result<String, HostError> {
     Ok(said)
 }
 
-/// Replaces a file that belongs to the host. A link stays one: the file behind it is replaced, and keeps its owner and its mode.
+/// Replaces a file of the host. Follows a symbolic link, and keeps the owner and the mode.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
     let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let before = std::fs::metadata(&path).ok();
@@ -357,8 +357,8 @@ async fn sync(root: &Path, settings: &Settings) -> Result<String, HostError> {
     Ok(format!("wrote {written} names to {}\n", path.display()))
 }
 
-/// Asks the agent for its names. Only an agent of root's, of `vmesh-agent`'s or of this user's own is believed: any user of the
-/// host could listen at a port, and would say what all of its programs find.
+/// Returns the agent's names. Only an agent of root, of `vmesh-agent` or of this user is trusted: any user of the host could listen on a
+/// port, and would control where the host's programs connect.
 async fn names_of_agent(agent: &AgentAddress) -> Result<BTreeMap<String, Vec<IpAddr>>, HostError> {
     let users = believed_users();
     let (peer, answer) = match agent {
@@ -368,7 +368,7 @@ async fn names_of_agent(agent: &AgentAddress) -> Result<BTreeMap<String, Vec<IpA
         AgentAddress::Tcp(address) => {
             let before = listeners_at(*address, &users)?;
             let answer = fetch(&Peer::Tcp(*address), Method::GET, "/names", ANSWERS_WITHIN).await;
-            // The very sockets that were judged have answered.
+            // The sockets whose owner was checked have answered, and no others.
             if listeners_at(*address, &users)? != before {
                 return Err(HostError::Foreign(address.to_string()));
             }
@@ -382,7 +382,7 @@ async fn names_of_agent(agent: &AgentAddress) -> Result<BTreeMap<String, Vec<IpA
     }
 }
 
-/// Returns the users whose agent is believed, by their ids.
+/// Returns the ids of the users whose agent is trusted.
 pub(crate) fn believed_users() -> Vec<u32> {
     let mut users = vec![0, rustix::process::geteuid().as_raw()];
     let of_agent = |passwd: &str| {
@@ -391,7 +391,7 @@ pub(crate) fn believed_users() -> Vec<u32> {
             .filter(|fields| fields.first() == Some(&AGENT_USER))
             .find_map(|fields| fields.get(2)?.parse::<u32>().ok())
     };
-    // The package makes a user of this host. Somebody else's directory may name one instead, and may hang.
+    // The package creates a local user. A user directory on the network could name another one, and could hang.
     let known = read(Path::new("/"), "/etc/passwd").as_deref().and_then(of_agent);
     users.extend(known.or_else(|| {
         let asked = run(host_program("timeout").args(["1", "getent", "passwd", AGENT_USER])).ok()?;
@@ -402,7 +402,7 @@ pub(crate) fn believed_users() -> Vec<u32> {
     users
 }
 
-/// Returns the sockets that listen at `address`, by their numbers. Returns an error if another user owns one of them.
+/// Returns the inode numbers of the sockets that listen on `address`. Fails if another user owns one of them.
 fn listeners_at(address: SocketAddr, users: &[u32]) -> Result<Vec<u64>, HostError> {
     let mut numbers = Vec::new();
     for file in ["/proc/net/tcp", "/proc/net/tcp6"] {
@@ -462,7 +462,7 @@ mod tests {
         root
     }
 
-    /// Every file below, with what is in it.
+    /// Returns every file below `root`, with its content.
     fn files(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
         let mut found = Vec::new();
         let mut dirs = vec![root.to_owned()];
@@ -530,7 +530,7 @@ mod tests {
         assert!(said.contains("answers no names"), "{said}");
     }
 
-    /// One request, answered with `body`.
+    /// Answers one request with `body`.
     async fn answer(mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin, body: &str) {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut request = [0; 1024];

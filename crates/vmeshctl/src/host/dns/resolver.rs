@@ -1,4 +1,4 @@
-//! Detects a host's resolver, and makes the settings by which the resolver asks the agent for one zone.
+//! Detects the host's resolver, and produces the settings that make it forward one zone to the agent.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use super::super::capture::run;
 use super::super::{HostError, host_program};
 use super::{HOSTS, at, read};
 
-/// The port at which resolvers are asked.
+/// The port of DNS servers.
 const DNS_PORT: u16 = 53;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -36,14 +36,14 @@ impl Resolver {
     }
 }
 
-/// Files to write, and the unit to restart then.
+/// The files to write, and the unit to restart afterwards.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wiring {
     pub(super) files: Vec<(&'static str, String)>,
     pub(super) unit: &'static str,
 }
 
-/// Every file that a wiring may consist of, with the unit that reads it.
+/// Every file that a wiring may contain, with the unit that reads it.
 pub(super) const FILES: [(&str, &str); 4] = [
     (RESOLVED_DELEGATE, "systemd-resolved"),
     (RESOLVED_DROP_IN, "systemd-resolved"),
@@ -51,14 +51,14 @@ pub(super) const FILES: [(&str, &str); 4] = [
     (DNSMASQ, "dnsmasq"),
 ];
 
-/// Reports whether the text of one of [`FILES`] was written by vmesh, which heads each.
+/// Reports whether vmesh wrote this text of one of [`FILES`]. Each starts with a mark.
 pub(super) fn is_ours(text: &str) -> bool {
     text.lines()
         .next()
         .is_some_and(|line| line.trim_start_matches(['#', ';', ' ']).starts_with("Written by vmesh"))
 }
 
-/// Returns which resolver the host has, and by what it is told to ask the agent.
+/// Returns the resolver of the host, and the file by which it forwards to the agent, if there is one.
 pub(crate) fn wiring(root: &Path) -> (&'static str, Option<String>) {
     let ours = |file: &&str| read(root, file).is_some_and(|text| is_ours(&text));
     let written: Vec<_> = FILES.into_iter().map(|(file, _)| file).filter(ours).collect();
@@ -71,7 +71,7 @@ pub(crate) fn wiring(root: &Path) -> (&'static str, Option<String>) {
     (detect(root).name(), by)
 }
 
-/// Reports whether what the host's resolver is told names this server and this suffix. A block in the hosts file is kept up by who
+/// Reports whether the host's resolver forwards this suffix to this server. The block in the hosts file is not checked, because its unit
 /// reads the configuration itself.
 pub(crate) fn is_wired_for(root: &Path, server: SocketAddr, suffix: &str) -> bool {
     let Ok(suffix) = suffix.parse::<Suffix>() else { return false };
@@ -84,7 +84,7 @@ pub(crate) fn is_wired_for(root: &Path, server: SocketAddr, suffix: &str) -> boo
     written.all(|(text, wanted)| !is_ours(&text) || text.starts_with(wanted))
 }
 
-/// Returns which resolver this host asks.
+/// Returns the resolver that this host uses.
 pub(super) fn detect(root: &Path) -> Resolver {
     let resolv = read(root, "/etc/resolv.conf").unwrap_or_default();
     let asks = |server: &str| {
@@ -97,7 +97,7 @@ pub(super) fn detect(root: &Path) -> Resolver {
         Resolver::Resolved
     } else if at(root, "/etc/dnsmasq.d").is_dir()
         && (asks("127.0.0.1") || asks("::1"))
-        // Unbound, BIND and others listen there, too, and do not read what dnsmasq reads.
+        // Unbound, BIND and others may listen there too, and do not read dnsmasq's files.
         && (root != Path::new("/") || dnsmasq_answers())
     {
         Resolver::Dnsmasq
@@ -106,13 +106,13 @@ pub(super) fn detect(root: &Path) -> Resolver {
     }
 }
 
-/// Reports whether dnsmasq's unit is who listens at port 53 of this host's loopback addresses.
+/// Reports whether dnsmasq's unit listens on port 53 of a loopback address.
 fn dnsmasq_answers() -> bool {
     let show =
         host_program("systemctl").args(["show", "-p", "MainPID", "--value", "dnsmasq.service"]).output();
     let pid = show.ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse::<u32>().ok());
     let Some(pid) = pid.filter(|pid| *pid > 0) else { return false };
-    // Only root sees whose sockets these are. Whoever else asks is told that the dnsmasq that runs is meant.
+    // Only root sees the sockets of other processes. For others, a running dnsmasq is assumed to listen there.
     let Ok(links) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return true };
     let links = links.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
     let open: Vec<u64> = links.filter_map(|link| sockets::inode(link.to_str()?)).collect();
@@ -127,8 +127,8 @@ fn dnsmasq_answers() -> bool {
     })
 }
 
-/// Returns what the settings of resolved's configuration say that concern servers (`DNS=`, `FallbackDNS=`, `DNSSEC=`), by file.
-/// vmesh's own file is left out.
+/// Returns the settings for servers (`DNS=`, `FallbackDNS=`, `DNSSEC=`) in systemd-resolved's configuration, by file, without vmesh's own
+/// file.
 pub(super) fn resolved_settings(root: &Path) -> Vec<(PathBuf, String)> {
     let dirs =
         ["/usr/lib/systemd/resolved.conf.d", "/run/systemd/resolved.conf.d", "/etc/systemd/resolved.conf.d"];
@@ -152,19 +152,19 @@ pub(super) fn resolved_settings(root: &Path) -> Vec<(PathBuf, String)> {
     settings
 }
 
-/// The servers that systemd-resolved asks, as `resolvectl status` shows them.
+/// The servers of systemd-resolved, from `resolvectl status`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ResolvedServers {
     /// Servers of resolved's configuration, or of an `/etc/resolv.conf` that resolved did not write.
     global: Vec<String>,
-    /// Servers that resolved asks only while it has no other server.
+    /// Servers that resolved uses only while it has no others.
     fallback: Vec<String>,
-    /// Of all links.
+    /// The servers of all links.
     links: Vec<String>,
 }
 
 impl ResolvedServers {
-    /// Reads `resolvectl status`.
+    /// Parses the output of `resolvectl status`.
     pub(super) fn parse(status: &str) -> ResolvedServers {
         let mut servers = ResolvedServers::default();
         let mut of_link = false;
@@ -175,7 +175,7 @@ impl ResolvedServers {
                 list = None;
                 continue;
             }
-            // A heading of a section begins its line.
+            // Section headings are not indented.
             if line.starts_with("Global") || line.starts_with("Link ") || line.starts_with("Delegate ") {
                 of_link = !line.starts_with("Global");
                 list = None;
@@ -194,7 +194,7 @@ impl ResolvedServers {
                     list = None;
                     continue;
                 }
-                // One more server of the list above.
+                // A further server of the list above.
                 None => text,
             };
             let Some(is_fallback) = list else { continue };
@@ -208,7 +208,7 @@ impl ResolvedServers {
         servers
     }
 
-    /// Takes out the servers that a drop-in of vmesh names.
+    /// Removes the servers that vmesh's drop-in names.
     pub(super) fn without_those_of(mut self, drop_in: &str) -> ResolvedServers {
         let ours: Vec<&str> = drop_in.lines().filter_map(|line| line.trim().strip_prefix("DNS=")).collect();
         self.global.retain(|server| !ours.contains(&server.as_str()));
@@ -216,7 +216,7 @@ impl ResolvedServers {
     }
 }
 
-/// `systemd 252 (252.38-1~deb12u1)`
+/// Parses a version such as `systemd 252 (252.38-1~deb12u1)`.
 fn resolved_version(said: &str) -> Option<u32> {
     said.split_whitespace().nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
@@ -226,7 +226,7 @@ fn value<'a>(line: &'a str, key: &str) -> Option<&'a str> {
     (!value.is_empty()).then_some(value)
 }
 
-/// Returns the settings by which this host's systemd-resolved asks for the zone. `live`: `resolvectl` may be run.
+/// Returns the settings for this host's systemd-resolved. With `live`, `resolvectl` may be run.
 pub(super) fn for_this_resolved(
     root: &Path,
     live: bool,
@@ -245,9 +245,9 @@ pub(super) fn for_this_resolved(
     for_resolved(version, &resolved_settings(root), &servers, server, suffix)
 }
 
-/// Returns the settings by which systemd-resolved of this version asks for the zone. Before 258 these are a server in its
-/// configuration. Beside such a server resolved asks neither `FallbackDNS=` nor the servers of an `/etc/resolv.conf` that it did
-/// not write (resolved.conf(5)): a host that needs those gets an error.
+/// Returns the settings for a systemd-resolved of this version. Before version 258 the settings are a server in resolved's configuration.
+/// With such a server, resolved uses neither `FallbackDNS=` nor the servers of an `/etc/resolv.conf` that it did not write
+/// (resolved.conf(5)), so a host that needs those gets an error.
 fn for_resolved(
     version: u32,
     settings: &[(PathBuf, String)],
@@ -294,7 +294,7 @@ fn for_resolved(
     Ok(Wiring { files, unit: "systemd-resolved" })
 }
 
-/// Returns what makes dnsmasq ask for the zone.
+/// Returns the settings for dnsmasq.
 pub(super) fn for_dnsmasq(server: SocketAddr, suffix: &Suffix) -> Wiring {
     Wiring { files: vec![(DNSMASQ, dnsmasq(server, suffix))], unit: "dnsmasq" }
 }
@@ -359,7 +359,7 @@ Current DNS Server: 10.0.0.2
         assert_eq!(servers.global, ["127.0.0.1:15053"]);
         assert_eq!(servers.fallback, ["9.9.9.9", "2620:fe::9"]);
         assert_eq!(servers.links, ["10.0.0.2", "fd00::53"]);
-        // Its links have servers, and the one of its configuration is ours.
+        // The links have servers, and the only configured server is ours.
         with(252, &["FallbackDNS=9.9.9.9"], &servers.clone().without_those_of(&drop_in)).unwrap();
         let refused = |lines: &[&str], servers: ResolvedServers| {
             let why = with(252, lines, &servers).unwrap_err().to_string();

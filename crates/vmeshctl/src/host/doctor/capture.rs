@@ -1,4 +1,4 @@
-//! D16 to D21: the rules of capture, and what stands in their way.
+//! D16 to D21 and D40: the capture rules, and what interferes with them.
 
 use std::collections::BTreeSet;
 
@@ -8,9 +8,9 @@ use super::facts::{Facts, Outline, Question};
 use super::{Finding, Root, Skip, Verdict, by_hand, run, warning, wrong};
 
 const BYPASS: &str = "/usr/lib/vmesh/bypass";
-/// Drift that was mended longer ago is history.
+/// Age in seconds up to which repaired drift is reported.
 const RECENT: u64 = 3600;
-/// The agent speaks every second.
+/// Seconds without a heartbeat after which the agent counts as silent. It sends one every second.
 const SILENT: u64 = 5;
 
 fn captures(facts: &Facts) -> Result<&Outline, Skip> {
@@ -18,7 +18,7 @@ fn captures(facts: &Facts) -> Result<&Outline, Skip> {
     if outline.captures() { Ok(outline) } else { Err(Skip::NoMatter) }
 }
 
-/// D16: the rules are those that are wanted.
+/// D16: the rules are as desired.
 pub(super) fn rules(facts: &Facts) -> Verdict {
     captures(facts)?;
     let mut found = Vec::new();
@@ -26,7 +26,7 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
     let status = match &facts.net {
         Ok(status) => status,
         Err(why) => {
-            // The rules themselves are there to be seen, or not.
+            // The rules themselves are visible in the ruleset.
             let there = facts.out(Question::Rules).map(|rules| rules.contains("table inet vmesh {"));
             return match there {
                 Ok(false) => Ok(vec![
@@ -116,7 +116,7 @@ fn is_up(facts: &Facts) -> bool {
     facts.unit("vmesh-net.service").ok().flatten().is_some_and(|unit| unit.get("ActiveState") == "active")
 }
 
-/// Chains of other meshes, by the beginning of their names.
+/// Chains of other meshes, by the prefix of their names.
 const MESHES: [(&str, &str); 6] = [
     ("ISTIO_", "Istio"),
     ("KUMA_", "Kuma"),
@@ -126,16 +126,16 @@ const MESHES: [(&str, &str); 6] = [
     ("LINKERD_", "Linkerd"),
 ];
 
-/// Before everything of ours that redirects.
+/// A priority before all of vmesh's redirects.
 const OURS: i64 = -101;
 
-/// D17: rules of others that get connections first.
+/// D17: no foreign rule handles connections before vmesh's rules.
 pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
     captures(facts)?;
     let mut found = Vec::new();
     let nft = facts.out(Question::Rules)?;
     let legacy = facts.out(Question::LegacyRules).unwrap_or_default();
-    // A chain without rules does nothing.
+    // A chain without rules has no effect.
     let chains = legacy.lines().filter_map(|line| line.strip_prefix("-A ")?.split_whitespace().next());
     let mut seen: BTreeSet<(String, &str, String)> = BTreeSet::new();
     let mesh =
@@ -166,7 +166,7 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
             ));
         }
     }
-    // One of each mesh is shown: the rest is taken away in the same way.
+    // Report one chain per mesh, since the same fix removes the other chains.
     let mut told = BTreeSet::new();
     for (chain, mesh, delete) in &seen {
         if told.insert(*mesh) {
@@ -206,7 +206,7 @@ struct Chain<'a> {
 }
 
 impl Chain<'_> {
-    /// Whether it sees what this host sends, for address translation, before `priority`.
+    /// Reports whether this NAT chain sees outgoing connections before `priority`.
     fn hooked_before(&self, priority: i64) -> bool {
         let hook = self.lines.iter().find(|line| line.starts_with("type nat hook output priority "));
         let words = hook.and_then(|hook| hook.split("priority ").nth(1)?.split(';').next());
@@ -223,7 +223,7 @@ impl Chain<'_> {
     }
 }
 
-/// `-150`, `dstnat`, `mangle - 5` (nft(8)).
+/// Parses a priority such as `-150`, `dstnat` or `mangle - 5` (nft(8)).
 fn number_of(priority: &str) -> Option<i64> {
     let mut words = priority.split_whitespace();
     let first = words.next()?;
@@ -243,7 +243,7 @@ fn number_of(priority: &str) -> Option<i64> {
     }
 }
 
-/// What `nft list ruleset` shows, chain by chain.
+/// Splits the output of `nft list ruleset` into chains.
 fn chains_of(ruleset: &str) -> Vec<Chain<'_>> {
     let (mut table, mut chains) = ("", Vec::<Chain<'_>>::new());
     for line in ruleset.lines() {
@@ -259,7 +259,7 @@ fn chains_of(ruleset: &str) -> Vec<Chain<'_>> {
     chains
 }
 
-/// D40: captured connections arrive at Envoy, of each family and direction.
+/// D40: captured connections reach Envoy, in both families and directions.
 pub(super) fn end_to_end(facts: &Facts) -> Verdict {
     captures(facts)?;
     let fault = facts.net.as_ref().ok().and_then(|status| status.path_fault.as_ref());
@@ -297,7 +297,7 @@ pub(super) fn end_to_end(facts: &Facts) -> Verdict {
             .follows(&[Root::Envoy, Root::Net, Root::Agent]),
         );
     }
-    // What the doctor sees itself is not told twice; connections from outside vmesh-net alone sees.
+    // A loss that the doctor has observed itself is not reported twice. Only vmesh-net observes connections from outside.
     if let Some(fault) = fault
         && (found.is_empty() || fault.contains("from outside"))
     {
@@ -306,7 +306,7 @@ pub(super) fn end_to_end(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// Tells what vmesh-net sees itself: its own connections that were not served, and those of strangers that were dropped on their way.
+/// Returns a finding for a loss that vmesh-net observed: of its own connections, or of untrusted clients' connections that were dropped.
 fn of_vmesh_net(fault: &str) -> Finding {
     wrong(
         format!("vmesh-net sees captured connections that do not arrive at Envoy: {fault}"),
@@ -316,7 +316,7 @@ fn of_vmesh_net(fault: &str) -> Finding {
     .follows(&[Root::Envoy, Root::Net, Root::Agent])
 }
 
-/// Returns the rule of others that takes captured connections away, most likely, and what to do about it.
+/// Returns the foreign rule that most likely drops captured connections, and its fix.
 fn rule_in_the_way(ruleset: &str) -> Option<(String, String)> {
     let chains = chains_of(ruleset);
     let foreign = || chains.iter().filter(|chain| !chain.table.ends_with(" vmesh"));
@@ -361,13 +361,13 @@ fn rule_in_the_way(ruleset: &str) -> Option<(String, String)> {
     None
 }
 
-/// D19: what is Envoy's own is told from what is captured.
+/// D19: Envoy's own connections are not captured.
 pub(super) fn loop_guard(facts: &Facts) -> Verdict {
     let outline = captures(facts)?;
     let mut found = Vec::new();
     let loops = "Envoy's own connections are captured again, and go round in circles";
     if !outline.by_systemd() {
-        // By whom the agent runs is known to vmesh-net alone.
+        // Only vmesh-net knows the user of the agent.
         return Err(Skip::NoMatter);
     }
     facts.ran(Question::Users)?;
@@ -417,7 +417,7 @@ pub(super) fn loop_guard(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D20: redirects hold, or why not.
+/// D20: redirects hold, or the reason why not.
 pub(super) fn dead_man(facts: &Facts) -> Verdict {
     captures(facts)?;
     let status = facts.net.as_ref().map_err(|why| Skip::Unseen(why.clone()))?;
@@ -462,7 +462,7 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D21: the way out works.
+/// D21: the bypass works.
 pub(super) fn bypass(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     if !(outline.by_systemd() || outline.captures()) {

@@ -1,4 +1,4 @@
-//! D5 and D24 to D30: Envoy, as its supervisor and Envoy itself say.
+//! D5 and D24 to D30: Envoy, according to its supervisor and its admin interface.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,16 +11,16 @@ const OLDEST: (u32, u32) = (1, 36);
 const NEWEST: (u32, u32) = (1, 40);
 const DAY: u64 = 24 * 3600;
 
-/// Of the Envoy that serves.
+/// Returns the version of the serving Envoy.
 pub(super) fn version_of(facts: &Facts) -> Option<&str> {
     let of = |socket, path| facts.answer(socket).ok()?.pointer(path)?.as_str();
     of(Socket::Supervisor, "/version").or_else(|| of(Socket::Agent, "/envoy/version")).or_else(|| {
-        // `2c1b3a…/1.40.0/Clean/RELEASE/BoringSSL`
+        // Such as `2c1b3a…/1.40.0/Clean/RELEASE/BoringSSL`.
         of(Socket::Server, "/version")?.split('/').nth(1)
     })
 }
 
-/// D5: files that Envoy may have open.
+/// D5: Envoy's limit of open files is not nearly exhausted.
 pub(super) fn open_files(facts: &Facts) -> Verdict {
     let open = facts.envoy_files.clone()?;
     let limits = facts.file("limits of Envoy")?;
@@ -38,7 +38,7 @@ pub(super) fn open_files(facts: &Facts) -> Verdict {
     )])
 }
 
-/// D24: one of the versions that are tested, and the one on disk.
+/// D24: Envoy's version is among the tested ones, and equals the installed one.
 pub(super) fn version(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     let Some(version) = version_of(facts) else {
@@ -82,7 +82,7 @@ pub(super) fn version(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// `41 s`, `7 min`, `3 h`, `2 d`.
+/// Formats an age: `41 s`, `7 min`, `3 h`, `2 d`.
 pub(super) fn ago(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),
@@ -92,7 +92,7 @@ pub(super) fn ago(seconds: u64) -> String {
     }
 }
 
-/// D25: Envoy serves, and nobody else may tell it to end.
+/// D25: Envoy serves, and no other user can terminate it.
 pub(super) fn live(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     let mut found = Vec::new();
@@ -118,7 +118,7 @@ pub(super) fn live(facts: &Facts) -> Verdict {
                 "whether requests go through the mesh is not known",
                 by_hand("`systemctl status vmesh-envoy`; to look, be root or in the group vmesh"),
             );
-            // For somebody who may not ask it is no finding.
+            // For a user without access to the supervisor this is not a finding.
             return if found.is_empty()
                 && facts
                     .unit("vmesh-envoy.service")
@@ -182,7 +182,7 @@ pub(super) fn live(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D26: what Envoy did not accept.
+/// D26: Envoy has rejected nothing.
 pub(super) fn rejections(facts: &Facts) -> Verdict {
     let accepted = facts.answer(Socket::Agent)?.get("accepted").cloned().unwrap_or_default();
     let Some(rejection) = accepted.get("last_rejection").and_then(Value::as_str) else {
@@ -199,7 +199,7 @@ pub(super) fn rejections(facts: &Facts) -> Verdict {
     )])
 }
 
-/// D28: what Envoy has accepted and does not use yet.
+/// D28: no accepted resource stays in warming.
 pub(super) fn warming(facts: &Facts) -> Verdict {
     let readings = facts.answer(Socket::Warming)?;
     let warming: Vec<u64> = readings.as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
@@ -221,23 +221,23 @@ pub(super) fn warming(facts: &Facts) -> Verdict {
     }
 }
 
-/// An endpoint of a cluster, as `/clusters` says.
+/// An endpoint of a cluster, from `/clusters`.
 pub(super) struct Endpoint {
     pub(super) at: Option<SocketAddr>,
     healthy: bool,
-    /// Connections that could not be made, and all.
+    /// Number of failed connection attempts, and of all attempts.
     pub(super) failed: u64,
     pub(super) tried: u64,
 }
 
-/// The clusters of services that this host calls, with their endpoints; subsets are clusters of their own.
+/// Returns the clusters of the services that this host calls, with their endpoints. Subsets are separate clusters.
 pub(super) fn clusters(answer: &Value) -> Vec<(&str, Vec<Endpoint>)> {
     let statuses = answer.get("cluster_statuses").and_then(Value::as_array);
     let mut clusters = Vec::new();
     for status in statuses.into_iter().flatten() {
         let Some(name) = status.get("name").and_then(Value::as_str) else { continue };
         let api = status.get("added_via_api").and_then(Value::as_bool).unwrap_or_default();
-        // Those that lead to no service: to applications of this host, and where what is captured passes through or ends.
+        // Skip the clusters for local applications, and those through which captured connections pass.
         if !api || name.starts_with("inbound|") || name.starts_with('_') {
             continue;
         }
@@ -272,7 +272,7 @@ fn endpoint(host: &Value) -> Endpoint {
     }
 }
 
-/// D29: services that are called have somebody to answer.
+/// D29: every upstream has a healthy endpoint.
 pub(super) fn upstreams(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     let answer = facts.answer(Socket::Clusters)?;
@@ -316,7 +316,7 @@ pub(super) fn upstreams(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D30: Envoy's size, against that of the host.
+/// D30: Envoy's memory fits the host.
 pub(super) fn size(facts: &Facts) -> Verdict {
     let server = facts.answer(Socket::Server)?;
     let mut found = Vec::new();

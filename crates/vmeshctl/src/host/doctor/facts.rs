@@ -1,4 +1,5 @@
-//! What is known of a host when it is judged: texts of files, what commands and sockets said, or why they did not.
+//! The facts about a host that the checks work on: contents of files, outputs of commands, answers of sockets, or why these could not be
+//! had.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -9,49 +10,49 @@ use serde_json::Value;
 use vmesh_capture::sockets;
 use vmesh_net::protocol::Status;
 
-/// What was seen, or why it could not be looked at.
+/// An observation, or the reason why the observation failed.
 pub(crate) type Seen<T> = Result<T, String>;
 
-/// What was gathered, once, and does not change while it is judged.
+/// All facts about the host, gathered once before the checks run.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
-    /// Seconds since 1970.
+    /// Unix time, in seconds.
     pub(crate) now: u64,
     pub(crate) config: Config,
-    /// By path.
+    /// The contents of files, by path.
     pub(crate) files: BTreeMap<String, Seen<String>>,
     pub(crate) commands: BTreeMap<Question, Seen<Ran>>,
     pub(crate) answers: BTreeMap<Socket, Seen<Value>>,
     pub(crate) net: Seen<Status>,
-    /// What `vmeshctl capture plan` says.
+    /// The output of `vmeshctl capture plan`.
     pub(crate) plan: Seen<String>,
     pub(crate) disks: Vec<Disk>,
-    /// By path; `None` where there is nothing.
+    /// The modes and owners of files, by path; `None` if a file does not exist.
     pub(crate) modes: BTreeMap<String, Seen<Option<Owned>>>,
     pub(crate) control_planes: Vec<Reach>,
-    /// Files that Envoy's process has open.
+    /// Number of open files of Envoy's process.
     pub(crate) envoy_files: Seen<usize>,
-    /// The processors that may be used.
+    /// Number of processors that may be used.
     pub(crate) cores: usize,
     pub(crate) names: Names,
-    /// Endpoints that were dialed, with what became of it.
+    /// The dialed endpoints, with their service and the result.
     pub(crate) dialed: Seen<Vec<(String, SocketAddr, Seen<()>)>>,
-    /// Virtual addresses that were dialed as an application would, of both families.
+    /// The dialed virtual addresses, IPv4 and IPv6, with the result.
     pub(crate) captured: Seen<Vec<(SocketAddr, Seen<()>)>>,
 }
 
 #[derive(Debug, Clone)]
 pub(crate) enum Config {
-    /// There is none at this place.
+    /// No file exists at this path.
     Missing(PathBuf),
-    /// vmesh-agent does not take it.
+    /// vmesh-agent rejects it, for this reason.
     Refused(String),
-    /// It could not be read.
+    /// The file could not be read.
     Unseen(String),
     Read(Box<Outline>),
 }
 
-/// What `vmesh-agent --check --json` prints, as far as it matters here.
+/// The part of `vmesh-agent --check --json` that the checks need.
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct Outline {
     pub(crate) node: String,
@@ -59,7 +60,7 @@ pub(crate) struct Outline {
     pub(crate) state_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
     pub(crate) api: SocketAddr,
-    /// Absent in what an agent before 0.1 prints.
+    /// Absent in the output of agents before 0.1.
     #[serde(default)]
     pub(crate) api_socket: Option<PathBuf>,
     pub(crate) dns: Option<SocketAddr>,
@@ -68,7 +69,7 @@ pub(crate) struct Outline {
     pub(crate) workloads: Vec<Workload>,
     pub(crate) upstreams: Vec<Upstream>,
     pub(crate) capture: Capture,
-    /// What on this host is in the way of this configuration.
+    /// The problems of this host with this configuration.
     #[serde(default)]
     pub(crate) problems: Vec<HostProblem>,
 }
@@ -142,7 +143,7 @@ impl Outline {
     }
 }
 
-/// A command that was run.
+/// The commands that are run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Question {
     Version,
@@ -165,7 +166,7 @@ pub(crate) struct Ran {
     pub(crate) err: String,
 }
 
-/// Who was asked over HTTP.
+/// The HTTP resources that are queried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Socket {
     Agent,
@@ -173,7 +174,7 @@ pub(crate) enum Socket {
     Server,
     Clusters,
     Unready,
-    /// What warms in Envoy, twice, a second apart: `[first, second]`.
+    /// The numbers of warming resources in Envoy at two times, a second apart: `[first, second]`.
     Warming,
     Memory,
 }
@@ -181,10 +182,10 @@ pub(crate) enum Socket {
 #[derive(Debug, Clone)]
 pub(crate) struct Disk {
     pub(crate) path: String,
-    /// Bytes that may be written.
+    /// Number of bytes that may be written.
     pub(crate) free: u64,
     pub(crate) files_free: u64,
-    /// 0 where the file system does not count them.
+    /// 0 if the file system does not count inodes.
     pub(crate) files: u64,
     pub(crate) read_only: bool,
 }
@@ -195,27 +196,27 @@ pub(crate) struct Owned {
     pub(crate) mode: u32,
 }
 
-/// How a control plane was reached.
+/// The reachability of a control plane.
 #[derive(Debug, Clone)]
 pub(crate) struct Reach {
     pub(crate) address: String,
-    /// With milliseconds.
+    /// Duration of the name resolution, in milliseconds.
     pub(crate) resolved: Seen<u128>,
     pub(crate) connected: Seen<u128>,
 }
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Names {
-    /// All that the agent has.
+    /// All names of the agent.
     pub(crate) all: BTreeMap<String, Vec<IpAddr>>,
-    /// The one that was asked for.
+    /// The name that was queried.
     pub(crate) asked: Option<String>,
-    /// Whether our own server answered it.
+    /// Whether the agent's DNS server answered that query.
     pub(crate) answered: Option<Seen<()>>,
     pub(crate) resolver: String,
-    /// By what that resolver is told to ask us.
+    /// The file by which that resolver forwards to the agent.
     pub(crate) wired: Option<String>,
-    /// Whether what it is told is the suffix and the address of the configuration.
+    /// Whether it forwards the configured suffix to the configured address.
     pub(crate) is_wired_as_configured: bool,
 }
 
@@ -245,7 +246,7 @@ impl Facts {
         }
     }
 
-    /// What a command printed, if it ended well.
+    /// Returns the output of a command that succeeded.
     pub(crate) fn out(&self, question: Question) -> Seen<&str> {
         let ran = self.ran(question)?;
         match ran.code {
@@ -265,7 +266,7 @@ impl Facts {
         }
     }
 
-    /// A unit, if systemd knows it.
+    /// Returns a unit; `None` if systemd does not know it.
     pub(crate) fn unit(&self, name: &str) -> Seen<Option<Unit<'_>>> {
         let units = self.out(Question::Units)?;
         Ok(units.split("\n\n").map(Unit).find(|unit| unit.get("Id") == name))
@@ -273,12 +274,12 @@ impl Facts {
 
     pub(crate) fn listening(&self) -> Seen<Vec<Listener>> {
         let mut all = listeners(self.file("/proc/net/tcp")?);
-        // A kernel without IPv6 has no such file.
+        // This file does not exist on a kernel without IPv6.
         all.extend(self.file("/proc/net/tcp6").map(listeners).unwrap_or_default());
         Ok(all)
     }
 
-    /// The user id of one of ours.
+    /// Returns the id of one of vmesh's users.
     pub(crate) fn user(&self, name: &str) -> Option<u32> {
         let users = self.ran(Question::Users).ok()?;
         let mut fields = users.out.lines().map(|line| line.split(':'));
@@ -290,7 +291,7 @@ pub(crate) fn last_line(text: &str) -> String {
     text.trim().lines().last().unwrap_or("it failed and said nothing").trim().to_owned()
 }
 
-/// What `systemctl show` prints of one unit.
+/// The output of `systemctl show` for one unit.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Unit<'a>(pub(crate) &'a str);
 
@@ -305,7 +306,7 @@ impl<'a> Unit<'a> {
     }
 }
 
-/// A TCP socket that listens.
+/// A listening TCP socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Listener {
     pub(crate) at: SocketAddr,
@@ -313,7 +314,7 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Whether a connection to `address` gets here.
+    /// Reports whether a connection to `address` reaches this socket.
     pub(crate) fn takes(&self, address: SocketAddr) -> bool {
         let same_family = self.at.is_ipv4() == address.is_ipv4();
         let everywhere = self.at.ip().is_unspecified() && (same_family || self.at.is_ipv6());
@@ -321,7 +322,7 @@ impl Listener {
     }
 }
 
-/// Those of `/proc/net/tcp` or `tcp6`.
+/// Returns the listening sockets in the text of `/proc/net/tcp` or `tcp6`.
 pub(crate) fn listeners(text: &str) -> Vec<Listener> {
     let listening = sockets::parse(text).filter(sockets::Socket::listens);
     listening.map(|socket| Listener { at: socket.local, user: socket.user }).collect()

@@ -1,4 +1,4 @@
-//! All that is looked at on the host. Each look has a bound of its own, and they go on side by side: 5 s in all.
+//! Gathers all facts about the host. Each look-up has a timeout, and they run in parallel: at most 5 s in all.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -25,15 +25,15 @@ use super::super::host_command;
 use super::envoy::clusters;
 use super::facts::{Config, Disk, Facts, Names, Outline, Owned, Question, Ran, Reach, Seen, Socket};
 
-/// For a command. One comes before all the rest.
+/// Timeout of a command. The agent's `--check` runs before all other look-ups.
 const BOUND: Duration = Duration::from_millis(1500);
-/// For an answer. At most three are waited for one after the other, by what warms.
+/// Timeout of an answer. At most three are awaited in sequence, to detect warming.
 const ANSWERS: Duration = Duration::from_secs(1);
-/// For a connection that is to be had at once.
+/// Timeout of a connection that should succeed at once.
 const DIAL: Duration = Duration::from_millis(500);
-/// Endpoints that are dialed at most.
+/// Maximum number of endpoints that are dialed.
 const DIALED: usize = 20;
-/// Virtual addresses of services that are dialed, of each family.
+/// Maximum number of services' virtual addresses that are dialed per family.
 const TRIED: usize = 5;
 const MAX_FILE: u64 = 16 << 20;
 
@@ -110,8 +110,8 @@ pub(super) async fn facts(config: &Path) -> Facts {
     }
 }
 
-/// Dials virtual addresses, whose connections Envoy takes where the capture works from end to end: those of vmesh-net's own test,
-/// and some of services, of each family that Envoy has.
+/// Dials virtual addresses. If capture works from end to end, Envoy accepts these connections. Uses vmesh-net's own test addresses and some
+/// of services, in each address family that Envoy uses.
 async fn try_capture(outline: &Outline, status: &Status) -> Seen<Vec<(SocketAddr, Seen<()>)>> {
     let (include, exclude) = (&status.spec.outbound.include, &status.spec.outbound.exclude);
     let is_everybody = include.users.is_empty() && include.groups.is_empty() && include.units.is_empty();
@@ -154,23 +154,23 @@ async fn try_capture(outline: &Outline, status: &Status) -> Seen<Vec<(SocketAddr
     Ok(tried)
 }
 
-/// Whether vmesh gives such addresses to services.
+/// Reports whether vmesh may have assigned this address to a service.
 fn is_virtual(ip: IpAddr) -> bool {
     match ip {
-        // 240.0.0.0/5.
+        // The range 240.0.0.0/5.
         IpAddr::V4(ip) => ip.octets().first().is_some_and(|first| first & 0xf8 == 240),
-        // fd76:6d65:7368::/48.
+        // The prefix fd76:6d65:7368::/48.
         IpAddr::V6(ip) => ip.segments().starts_with(&[0xfd76, 0x6d65, 0x7368]),
     }
 }
 
-/// The one that was installed with this program, else the one on the PATH.
+/// Returns the vmesh-agent that was installed with this program, or else the one on the `PATH`.
 fn agent_program() -> String {
     let own = std::env::current_exe().ok().map(|own| own.with_file_name("vmesh-agent"));
     own.filter(|own| own.exists()).map_or_else(|| "vmesh-agent".into(), |own| own.display().to_string())
 }
 
-/// Reads the configuration of the agent, as the agent itself understands it.
+/// Reads the agent's configuration, as interpreted by the agent itself.
 pub(crate) async fn read_configuration(path: &Path) -> Config {
     read_config(&agent_program(), path).await
 }
@@ -189,7 +189,7 @@ async fn read_config(agent: &str, path: &Path) -> Config {
     match command(agent, &["--config", &file, "--check", "--json"]).await {
         Err(why) => Config::Unseen(why),
         Ok(ran) => match serde_json::from_str::<Outline>(&ran.out) {
-            // The outline also lists problems of the host, which set the exit code.
+            // Valid output wins over the exit code, which also signals problems of the host.
             Ok(outline) => Config::Read(Box::new(outline)),
             Err(_) if ran.code != Some(0) => Config::Refused(ran.err.trim().to_owned()),
             Err(error) => Config::Unseen(format!("{agent} is of another version than vmeshctl: {error}")),
@@ -234,7 +234,7 @@ async fn commands() -> BTreeMap<Question, Seen<Ran>> {
         true => command(program, arguments).await,
         false => Err("only root may".to_owned()),
     };
-    // Its command loads a module of the kernel where there is none yet: that would be a change.
+    // `iptables-legacy` would load kernel modules if they are not loaded yet, and the doctor must change nothing.
     let has_legacy = read(Path::new("/proc/net/ip_tables_names")).is_ok_and(|names| !names.trim().is_empty());
     let legacy = async || match has_legacy {
         true => as_root("iptables-legacy-save", &[]).await,
@@ -271,7 +271,7 @@ async fn get(peer: &Peer, path: &str) -> Seen<Value> {
 
 fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchError>) -> Seen<Value> {
     let (status, body) = answer.map_err(|error| {
-        // Whatever was asked: what could not be looked at for one reason is told once.
+        // The path is left out, so that one reason is reported once for all requests.
         let why = one_line(&error);
         format!("{peer}: {}", why.split_once("; because: ").map_or(why.as_str(), |(_, because)| because))
     })?;
@@ -282,11 +282,11 @@ fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchE
     serde_json::from_slice(&body).map_err(|error| format!("{peer}{path} answered no JSON: {error}"))
 }
 
-/// Asks the agent at its socket. Believes only programs of root, of the agent's user and of this user.
+/// Queries the agent at its socket. Trusts only programs of root, of the agent's user and of this user.
 async fn agent_says(outline: &Outline, path: &str) -> Seen<Value> {
     let socket = outline.api_socket();
     let answer = fetch_from_users(&socket, &super::super::dns::believed_users(), path, ANSWERS).await;
-    // A user without access to the socket gets what the port tells everybody. Root always has access.
+    // A user without access to the socket falls back to the TCP port. Root always has access.
     if let Err(error) = &answer
         && error.is_denied()
         && !rustix::process::geteuid().is_root()
@@ -304,7 +304,7 @@ type Daemons = (
     Seen<String>,
 );
 
-/// The agent, and Envoy by its supervisor.
+/// The answers of the agent, and of Envoy through its supervisor.
 async fn daemons(outline: Option<&Outline>) -> Daemons {
     let Some(outline) = outline else {
         let nobody = || "there is no configuration".to_owned();
@@ -362,7 +362,7 @@ async fn daemons(outline: Option<&Outline>) -> Daemons {
     (answers.into(), names, dialed, open, limits)
 }
 
-/// Twice where something warms: what is gone a second later has come and gone as it should.
+/// Reads the number of warming resources; a second time if it is not zero. Warming that ends within a second is normal.
 async fn warming(envoy: &Peer) -> Seen<Value> {
     let read = async || -> Seen<u64> {
         let answer = get(envoy, "/stats?filter=warming&format=json").await?;
@@ -377,10 +377,10 @@ async fn warming(envoy: &Peer) -> Seen<Value> {
     Ok(json!([first, read().await?]))
 }
 
-/// Some endpoints of each service, at once.
+/// Dials some endpoints of each service in parallel.
 async fn dial(all: &Value) -> Vec<(String, SocketAddr, Seen<()>)> {
     let clusters = clusters(all);
-    // Subsets have the endpoints of their service.
+    // Subset clusters contain the same endpoints as their service.
     let whole = clusters.iter().filter(|(name, _)| !name.contains('|'));
     let endpoints = whole
         .flat_map(|(name, all)| all.iter().filter_map(|endpoint| Some(((*name).to_owned(), endpoint.at?))));
@@ -400,7 +400,7 @@ async fn dial(all: &Value) -> Vec<(String, SocketAddr, Seen<()>)> {
     dialed
 }
 
-/// With what the host's resolver says of one of them.
+/// Returns the names, with the resolver's result for one of them.
 async fn names(outline: &Outline) -> (Names, Option<Seen<Ran>>) {
     let (resolver, wired) = super::super::dns::wiring(Path::new("/"));
     let mut names = Names { resolver: resolver.to_owned(), wired, ..Names::default() };

@@ -3,11 +3,11 @@
 use super::facts::{Config, Facts, Question, Socket, last_line};
 use super::{Root, Skip, Verdict, by_hand, run, warning, wrong};
 
-/// Of Ubuntu 22.04, the oldest that the packages are for.
+/// The kernel of Ubuntu 22.04, the oldest system that the packages support.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
 const OLDEST_SYSTEMD: u32 = 247;
 
-/// D1: kernel, and that the programs run at all.
+/// D1: the kernel is recent enough, and the programs run.
 pub(super) fn system(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     let kernel = facts.file("/proc/sys/kernel/osrelease")?.trim();
@@ -34,7 +34,7 @@ pub(super) fn system(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// What depends on a unit, and what its loss means.
+/// The units, with the condition and the effect of their failure.
 const UNITS: [(&str, Root, &str); 3] = [
     (
         "vmesh-agent.service",
@@ -45,7 +45,7 @@ const UNITS: [(&str, Root, &str); 3] = [
     ("vmesh-net.service", Root::Net, "nobody keeps the rules of capture, or refreshes those that lapse"),
 ];
 
-/// D2: the configuration, systemd, and the units.
+/// D2: the configuration is valid, systemd works, and the units run.
 pub(super) fn units(facts: &Facts) -> Verdict {
     let outline = match &facts.config {
         Config::Missing(path) => {
@@ -77,7 +77,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
     for problem in outline.problems.iter().filter(|problem| problem.concerns == "file") {
         let effect = "vmesh-agent or vmesh-envoy does not start again";
         let unit = if problem.what.contains("vmesh-envoy") { "vmesh-envoy" } else { "vmesh-agent" };
-        // systemd counts the restarts of the unit anew.
+        // `reset-failed` makes systemd start the unit although it failed too often.
         let fix = run(format!("{} && systemctl reset-failed {unit} && systemctl start {unit}", problem.fix));
         found.push(wrong(problem.what.clone(), effect, fix).is(Root::Config));
     }
@@ -163,7 +163,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
             }
             (other, _) => {
                 let finding = wrong(format!("{name} is {other}"), effect, run(format!("systemctl start {short}")));
-                // Stopping Envoy stops vmesh-net, and starting it starts it.
+                // Stopping Envoy stops vmesh-net, and starting Envoy starts it.
                 let finding = finding.is(root);
                 found.push(match root {
                     Root::Net => finding.follows(&[Root::Envoy]),
@@ -184,13 +184,13 @@ pub(super) fn units(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// Whether Envoy's supervisor says that Envoy does not start, as against waiting for something to serve.
+/// Reports whether Envoy fails to start according to its supervisor, rather than waiting for a configuration.
 fn is_down(facts: &Facts) -> bool {
     let status = facts.answer(Socket::Supervisor).ok();
     status.and_then(|status| status.get("state")?.as_str()).is_some_and(|state| state == "down")
 }
 
-/// Where the agent starts Envoy: nobody else is asked but the agent.
+/// With `manage: child`, only the agent knows about Envoy.
 fn child(facts: &Facts) -> Verdict {
     match facts.answer(Socket::Agent) {
         Ok(_) => Ok(Vec::new()),
@@ -210,11 +210,11 @@ fn uptime(facts: &Facts) -> Option<u64> {
     facts.file("/proc/uptime").ok()?.split('.').next()?.parse().ok()
 }
 
-/// A /run of a small host has some 50 MiB in all.
+/// A small host's /run has some 50 MiB in all.
 const LITTLE_SPACE: u64 = 16 << 20;
 const FEW_FILES: u64 = 256;
 
-/// D3: room, inodes and the mount of the directories that are written.
+/// D3: the directories of vmesh have free space and inodes, and are mounted writable.
 pub(super) fn disks(facts: &Facts) -> Verdict {
     if facts.disks.is_empty() {
         return Err(Skip::NoMatter);
@@ -244,7 +244,7 @@ pub(super) fn disks(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D4: what is left of limits, and who was killed.
+/// D4: memory limits are not exhausted, and no process was killed for lack of memory.
 pub(super) fn memory(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     let kib = |name: &str| {
@@ -290,10 +290,10 @@ pub(super) fn memory(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D6: that the clock is kept.
+/// D6: the clock is synchronised.
 pub(super) fn clock(facts: &Facts) -> Verdict {
     if facts.file("/run/host/container-manager").is_ok() || facts.file("/run/systemd/container").is_ok() {
-        // The clock is that of the machine.
+        // A container uses the clock of its host.
         return Err(Skip::NoMatter);
     }
     let said = facts.out(Question::Clock)?;
@@ -307,7 +307,7 @@ pub(super) fn clock(facts: &Facts) -> Verdict {
     Ok(Vec::new())
 }
 
-/// D7: that this host is told apart from others.
+/// D7: this host is distinguishable from others.
 pub(super) fn identity(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     let id = facts.file("/etc/machine-id")?.trim();

@@ -8,10 +8,10 @@ use super::envoy::{ago, clusters};
 use super::facts::{Facts, Question, Socket};
 use super::{Root, Skip, Verdict, by_hand, run, warning, wrong};
 
-/// A configuration that no control plane has confirmed for so long is old.
+/// Age at which a configuration that no control plane has confirmed counts as old, in seconds.
 const OLD: u64 = 300;
 
-/// D9: control planes can be reached, and one is in use.
+/// D9: control planes are reachable, and one is in use.
 pub(super) fn control_planes(facts: &Facts) -> Verdict {
     facts.outline()?;
     let mut lost = Vec::new();
@@ -85,7 +85,7 @@ pub(super) fn workloads(facts: &Facts) -> Verdict {
         let elsewhere: Vec<SocketAddr> =
             listening.iter().map(|listener| listener.at).filter(|at| at.port() == port).collect();
         let list = elsewhere.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        // What is captured and names no host is passed on to the address that it was made to.
+        // A captured connection to a workload without `host` keeps its original destination address.
         if outline.captures_inbound() && workload.host.is_none() && !elsewhere.is_empty() {
             if elsewhere.iter().all(|at| at.ip().is_loopback()) {
                 found.push(wrong(
@@ -117,7 +117,7 @@ pub(super) fn workloads(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// Whose server speaks before its client does.
+/// Protocols in which the server sends first, by port.
 const SERVER_FIRST: [(u16, &str); 9] = [
     (21, "FTP"),
     (22, "SSH"),
@@ -130,7 +130,7 @@ const SERVER_FIRST: [(u16, &str); 9] = [
     (5900, "VNC"),
 ];
 
-/// D23: a protocol whose server speaks first is no HTTP.
+/// D23: a workload with a protocol in which the server sends first is not declared as HTTP.
 pub(super) fn server_first(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     if outline.workloads.is_empty() {
@@ -162,7 +162,7 @@ fn connected(facts: &Facts) -> bool {
     agent.and_then(|status| status.pointer("/control_plane/in_use")).is_some_and(|name| !name.is_null())
 }
 
-/// D27: what is served has been confirmed since the agent began.
+/// D27: a control plane has confirmed the configuration since the agent started.
 pub(super) fn from_disk(facts: &Facts) -> Verdict {
     let accepted = accepted(facts)?;
     let mut found = Vec::new();
@@ -186,7 +186,7 @@ pub(super) fn from_disk(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D38: the age of what is served.
+/// D38: the configuration is not old.
 pub(super) fn age(facts: &Facts) -> Verdict {
     let accepted = accepted(facts)?;
     if connected(facts) {
@@ -213,7 +213,7 @@ pub(super) fn age(facts: &Facts) -> Verdict {
     }
 }
 
-/// D36: names of the mesh are found.
+/// D36: the host's programs find the names of the mesh.
 pub(super) fn names(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     let Some(server) = outline.dns else { return Err(Skip::NoMatter) };
@@ -243,7 +243,7 @@ pub(super) fn names(facts: &Facts) -> Verdict {
         ));
     }
     let Some(asked) = &names.asked else {
-        // Nothing has a name yet: nothing to look for.
+        // Without any names, the resolver cannot be tested.
         return Ok(found);
     };
     if names.wired.is_none() {
@@ -277,7 +277,7 @@ pub(super) fn names(facts: &Facts) -> Verdict {
             wrong(
                 format!("{asked} is not found by the host's resolver ({})", names.resolver),
                 lost,
-                // The wiring names the resolver to restart. `names.resolver` may be another one.
+                // Restart the resolver that the wiring belongs to. `names.resolver` may be another one.
                 run(match names.wired.as_deref().unwrap_or_default() {
                     wired if wired.contains("dnsmasq") => "systemctl restart dnsmasq",
                     wired if wired.contains("resolved") || wired.contains("dns-delegate") => {
@@ -332,7 +332,7 @@ pub(super) fn registrations(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D39: endpoints that discovery names take connections.
+/// D39: the endpoints that discovery lists accept connections.
 pub(super) fn endpoints(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     let effect = "calls that are sent there are tried again elsewhere, or fail";
@@ -348,7 +348,7 @@ pub(super) fn endpoints(facts: &Facts) -> Verdict {
                 }
             }
         }
-        // Connections to real addresses go through Envoy, which counts what becomes of them.
+        // Connections to real addresses are captured, so Envoy's own counters are used instead.
         Err(_) => {
             for (name, endpoints) in clusters(facts.answer(Socket::Clusters)?) {
                 for endpoint in endpoints

@@ -1,11 +1,11 @@
-//! `vmeshctl doctor`: what is wrong with this host, what that means for those who use it, and what mends it.
+//! `vmeshctl doctor`: finds the problems of this host, with their effects and fixes.
 //!
 //! ```text
-//! gather (all I/O, 5 s in all) --> Facts --> one pure function for each check --> Report --> text or JSON
+//! gather (all I/O, at most 5 s) --> Facts --> one pure function for each check --> Report --> text or JSON
 //! ```
 //!
-//! It changes nothing and needs no control plane. What cannot be looked at is said to be so; what follows from something else
-//! that is wrong stands below that.
+//! The doctor changes nothing and needs no control plane. The report lists checks that were skipped, with the reason. A finding that
+//! follows from another one is shown below it.
 
 mod capture;
 mod envoy;
@@ -31,7 +31,7 @@ pub(crate) use report::Report;
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
-    /// Look at these only: `D16,D36`.
+    /// Make these checks only: `D16,D36`.
     #[arg(long, value_name = "CHECKS", value_delimiter = ',')]
     only: Vec<String>,
     /// The configuration of the agent.
@@ -39,7 +39,7 @@ pub(crate) struct Doctor {
     config: PathBuf,
 }
 
-/// The report in words, in JSON, and whether something wants attention.
+/// Returns the report as text and as JSON, and whether something needs attention.
 pub(crate) async fn doctor(ask: &Doctor) -> Result<(String, serde_json::Value, bool), HostError> {
     if let Some(unknown) = ask.only.iter().find(|only| !CHECKS.iter().any(|check| is(check, only))) {
         let all: Vec<_> = CHECKS.iter().map(|check| check.id).collect();
@@ -58,14 +58,14 @@ fn is(check: &Check, name: &str) -> bool {
     check.id.eq_ignore_ascii_case(name.trim())
 }
 
-/// What one check found: nothing, if all is well.
+/// The findings of one check; none if all is well.
 type Verdict = Result<Vec<Finding>, Skip>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Skip {
-    /// It could not be looked at, and why.
+    /// The check was impossible, for this reason.
     Unseen(String),
-    /// There is nothing of that kind on this host.
+    /// The check does not apply to this host.
     NoMatter,
 }
 
@@ -80,7 +80,7 @@ struct Check {
     look: fn(&Facts) -> Verdict,
 }
 
-/// The names are those of `docs/doctor.md`, and stay.
+/// All checks. Their ids are documented in `docs/doctor.md`, and never change.
 const CHECKS: &[Check] = &[
     Check { id: "D1", look: machine::system },
     Check { id: "D2", look: machine::units },
@@ -116,10 +116,10 @@ const CHECKS: &[Check] = &[
     Check { id: "D40", look: capture::end_to_end },
 ];
 
-/// What other findings may follow from.
+/// A condition that other findings may follow from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Root {
-    /// There is no sound configuration.
+    /// No valid configuration exists.
     Config,
     Agent,
     Envoy,
@@ -132,15 +132,15 @@ pub(crate) enum Root {
 pub(crate) enum Level {
     /// Something does not work.
     Wrong,
-    /// Something will not, or works less well than it could.
+    /// The problem has no effect yet, or degrades a function without breaking it.
     Warning,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Fix {
-    /// One command, as root.
+    /// A command for root.
     Run(String),
-    /// What no one command does.
+    /// An instruction, where no single command suffices.
     Do(String),
 }
 
@@ -155,7 +155,7 @@ pub(crate) struct Finding {
     follows: &'static [Root],
 }
 
-/// Something does not work.
+/// Returns a finding that something does not work.
 fn wrong(what: impl Into<String>, effect: impl Into<String>, fix: Fix) -> Finding {
     let (what, effect) = (what.into(), effect.into());
     Finding { id: "", level: Level::Wrong, what, effect, fix, is: None, follows: &[] }
@@ -174,12 +174,12 @@ fn by_hand(what: impl Into<String>) -> Fix {
 }
 
 impl Finding {
-    /// Others may follow from it.
+    /// Marks this finding as the condition `root`, which other findings may follow from.
     fn is(self, root: Root) -> Finding {
         Finding { is: Some(root), ..self }
     }
 
-    /// It is shown below one of these, where there is one: the first counts most.
+    /// Lists the conditions that this finding may follow from. The report shows it below the first of these conditions that holds.
     fn follows(self, roots: &'static [Root]) -> Finding {
         Finding { follows: roots, ..self }
     }

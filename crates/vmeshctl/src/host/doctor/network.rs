@@ -5,11 +5,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use super::facts::{Facts, Outline, Question, Socket, last_line};
 use super::{Root, Skip, Verdict, by_hand, run, warning, wrong};
 
-/// Where Envoy takes what is captured.
+/// The capture ports of Envoy.
 const OUTBOUND: u16 = vmesh_capture::spec::OUTBOUND_PORT;
 const INBOUND: u16 = vmesh_capture::spec::INBOUND_PORT;
 
-/// Who is to listen where: what for, and whether that is the agent.
+/// Returns the addresses that must be listened on, with their purpose, and whether the agent (rather than Envoy) listens there.
 fn wanted(outline: &Outline) -> Vec<(SocketAddr, String, bool)> {
     let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut wanted = vec![(outline.api, "the agent's API".to_owned(), true)];
@@ -21,14 +21,14 @@ fn wanted(outline: &Outline) -> Vec<(SocketAddr, String, bool)> {
         wanted.push((local(INBOUND), "captured inbound connections".to_owned(), false));
     }
     let listens = outline.workloads.iter().filter_map(|workload| Some((workload.listen?, &workload.service)));
-    // A workload that is reached by capture has its explicit listener beside it only where it says so.
+    // A captured workload has an explicit listener only if `listen` is set.
     wanted.extend(listens.map(|(listen, service)| (listen, format!("workload `{service}`"), false)));
     let listens = outline.upstreams.iter().filter_map(|upstream| Some((upstream.listen?, &upstream.service)));
     wanted.extend(listens.map(|(listen, service)| (listen, format!("upstream `{service}`"), false)));
     wanted
 }
 
-/// D11: our ports are ours.
+/// D11: vmesh's ports belong to vmesh.
 pub(super) fn ports(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     let listening = facts.listening()?;
@@ -55,7 +55,7 @@ pub(super) fn ports(facts: &Facts) -> Verdict {
                 true => lost.follows(&[Root::Agent]),
                 false => lost.follows(&[Root::Envoy, Root::Agent, Root::ControlPlane]),
             };
-            // An Envoy without configuration listens nowhere: that is told by D25.
+            // Without a configuration, Envoy has no listeners: D25 reports that.
             if agents || has_config {
                 found.push(finding);
             }
@@ -75,7 +75,7 @@ pub(super) fn ports(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D12: room in the kernel's table of connections.
+/// D12: the kernel's connection tracking table has room.
 pub(super) fn conntrack(facts: &Facts) -> Verdict {
     let number =
         |name: &str| facts.file(&format!("/proc/sys/net/netfilter/{name}")).ok()?.trim().parse::<u64>().ok();
@@ -91,7 +91,7 @@ pub(super) fn conntrack(facts: &Facts) -> Verdict {
     Ok(vec![if count * 10 >= max * 9 { wrong(what, effect, fix) } else { warning(what, effect, fix) }])
 }
 
-/// D13: ports for outgoing connections.
+/// D13: enough local ports are free for outgoing connections.
 pub(super) fn ephemeral_ports(facts: &Facts) -> Verdict {
     let range = facts.file("/proc/sys/net/ipv4/ip_local_port_range")?;
     let mut ends = range.split_whitespace().filter_map(|end| end.parse::<u16>().ok());
@@ -151,7 +151,7 @@ pub(super) fn ephemeral_ports(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-/// D14: virtual addresses need a route for a connection to be opened at all, before the kernel redirects it.
+/// D14: virtual addresses have a route. Without one, the kernel fails a connection before it can be redirected.
 pub(super) fn routes(facts: &Facts) -> Verdict {
     if !facts.outline()?.captures_outbound() {
         return Err(Skip::NoMatter);
@@ -169,17 +169,17 @@ pub(super) fn routes(facts: &Facts) -> Verdict {
     )])
 }
 
-/// D15: whether both families work alike.
+/// D15: IPv4 and IPv6 work alike.
 pub(super) fn ipv6(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     if !outline.captures_outbound() {
         return Err(Skip::NoMatter);
     }
     let Ok(addresses) = facts.file("/proc/net/if_inet6") else {
-        // A host without IPv6 is the same for everybody on it.
+        // On a host without IPv6, no program can be affected.
         return Err(Skip::NoMatter);
     };
-    // The last column but one of flags and scope: 00 is global.
+    // The fourth column is the scope: 00 is global.
     let global =
         |line: &&str| line.split_whitespace().nth(3) == Some("00") && !line.trim_end().ends_with(" lo");
     let has_address = addresses.lines().any(|line| global(&line));

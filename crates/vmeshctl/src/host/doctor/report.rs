@@ -1,4 +1,4 @@
-//! What is printed: red first, what follows from something below it, what was not looked at last.
+//! Prints the report: errors first, findings that follow from another one below it, checks that were not made last.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -24,7 +24,7 @@ impl Report {
 
     pub(super) fn looked(&mut self, id: &'static str, findings: Vec<Finding>) {
         self.looked.push(id);
-        // Findings quote Envoy, control planes and resolvers.
+        // Findings quote Envoy, control planes and resolvers, so they are sanitised.
         let shown = findings.into_iter().map(|finding| Finding {
             id,
             what: printable_lines(&finding.what),
@@ -46,7 +46,7 @@ impl Report {
         !self.findings.is_empty()
     }
 
-    /// Returns every finding exactly once: those that follow from no other, red first, each with the findings that follow
+    /// Returns every finding exactly once: first the findings that follow from no other, errors first, each with the findings that follow
     /// from it.
     fn folded(&self) -> Vec<(&Finding, Vec<&Finding>)> {
         let heads = self.heads();
@@ -70,9 +70,9 @@ impl Report {
         folded.into_iter().map(|(_, finding, below)| (finding, below)).collect()
     }
 
-    /// Returns for each finding the index of the finding that it is printed below; a finding that heads its own entry has
-    /// its own index. Two findings may name each other as their cause (a hanging Envoy and its silent ports do): of such a
-    /// circle the gravest finding, and of equally grave ones the first, is the head of the others.
+    /// Returns, for each finding, the index of the finding that it is printed below; a finding that heads its own entry has its own index.
+    /// Two findings may name each other as their cause, as a hanging Envoy and its silent ports do. Of such a cycle, the gravest finding
+    /// heads the others; of equally grave ones, the first.
     fn heads(&self) -> Vec<usize> {
         let causes: Vec<Option<usize>> = (0..self.findings.len()).map(|index| self.cause(index)).collect();
         let cause_of = |index: usize| causes.get(index).copied().flatten();
@@ -94,7 +94,7 @@ impl Report {
             .collect()
     }
 
-    /// Returns the index of the finding that this one follows from, which is never the finding itself.
+    /// Returns the index of the finding that this one follows from. Never its own index.
     fn cause(&self, index: usize) -> Option<usize> {
         let finding = self.findings.get(index)?;
         let others = |root| {
@@ -104,7 +104,7 @@ impl Report {
         finding.follows.iter().find_map(|root| others(*root))
     }
 
-    /// The checks that were not made, by why.
+    /// Returns the checks that were not made, by reason.
     fn unseen_by_reason(&self) -> BTreeMap<&str, Vec<&'static str>> {
         let mut reasons: BTreeMap<&str, Vec<&'static str>> = BTreeMap::new();
         for (id, why) in &self.unseen {
@@ -175,13 +175,13 @@ impl Report {
     }
 }
 
-/// `text` made printable line by line. Lines after the first are indented: none of them can look like a finding.
+/// Sanitises `text` line by line. Lines after the first are indented, so that none of them looks like a finding.
 fn printable_lines(text: &str) -> String {
     let lines: Vec<String> = text.lines().map(printable).collect();
     lines.join("\n      ")
 }
 
-/// `node web-17 (agent 0.1.0, envoy 1.40.0)`
+/// Returns the subject of the report, such as `node web-17 (agent 0.1.0, envoy 1.40.0)`.
 fn who(facts: &Facts) -> String {
     let agent = facts.answer(Socket::Agent).ok().and_then(|status| status.get("version")?.as_str());
     let installed = facts.out(Question::Version).ok().and_then(|said| said.split_whitespace().nth(1));
@@ -205,7 +205,7 @@ mod tests {
 
     const ROOTS: [Root; 6] =
         [Root::Config, Root::Agent, Root::Envoy, Root::Net, Root::Bypass, Root::ControlPlane];
-    /// Every way in which a finding names its causes, and all six roots at once.
+    /// Ways in which a finding names its causes, including all six conditions at once.
     const FOLLOWS: [&[Root]; 9] = [
         &[],
         &[Root::Config],

@@ -1,4 +1,4 @@
-//! A host that is well, and what is said of it once one thing is not.
+//! Tests of the checks: facts of a healthy host, and the findings after one change.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ fn failed(err: &str) -> Result<Ran, String> {
     Ok(Ran { code: Some(2), out: String::new(), err: err.to_owned() })
 }
 
-/// `/proc/net/tcp`, of sockets that listen on 127.0.0.1.
+/// Returns the text of `/proc/net/tcp` for sockets that listen on 127.0.0.1.
 fn listening(sockets: &[(u16, u32)]) -> String {
     let mut text = "  sl  local_address rem_address   st\n".to_owned();
     for (port, user) in sockets {
@@ -41,7 +41,7 @@ fn listening(sockets: &[(u16, u32)]) -> String {
 const AGENT: u32 = 998;
 const ENVOY: u32 = 997;
 
-/// Captures both ways, serves `web`, calls `orders`.
+/// Returns the facts of a healthy host that captures in both directions, serves `web` and calls `orders`.
 fn well() -> Facts {
     let outline = json!({
         "node": "web-17", "control_planes": ["10.0.0.5:15010"], "state_dir": "/var/lib/vmesh-agent", "run_dir": "/run/vmesh",
@@ -178,7 +178,7 @@ fn report(facts: &Facts, only: &[&str]) -> Report {
     examine(facts, &only, Duration::from_millis(400))
 }
 
-/// Each change alone, by one check.
+/// Applies each change alone to the healthy host, and makes one check.
 fn check(id: &str, changes: &[&dyn Fn(&mut Facts)], expected: Expect) {
     let green = report(&well(), &[id]);
     assert!(!green.wants_attention() && green.text().starts_with("1 check, 0 problems"), "{}", green.text());
@@ -212,7 +212,7 @@ fn status(facts: &mut Facts) -> &mut Status {
     facts.net.as_mut().unwrap()
 }
 
-/// One property of one unit.
+/// Replaces one property of one unit.
 fn change_unit(facts: &mut Facts, unit: &str, from: &str, to: &str) {
     let Ok(ran) = facts.commands.get_mut(&Question::Units).unwrap() else { return };
     let (before, rest) = ran.out.split_once(&format!("Id={unit}\n")).unwrap();
@@ -670,7 +670,7 @@ fn envoy() {
                     Ok(json!({"unready_targets_dumps": [{"name": "init manager orders"}]})),
                 );
             },
-            // What has come and gone is no finding.
+            // Warming that has ended is no finding.
             &|facts| {
                 facts.answers.insert(Socket::Warming, Ok(json!([3, 0])));
             },
