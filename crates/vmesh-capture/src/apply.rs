@@ -1,4 +1,4 @@
-//! The edge: runs `nft`, `iptables-save` and `iptables-restore`, and reads back what they did.
+//! Applies plans: runs `nft`, `iptables-save` and `iptables-restore`, and reads back the resulting rules.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -19,6 +19,7 @@ use crate::program::{ARRIVED, ARRIVING, Directions, Program};
 use crate::programs;
 use crate::spec::Seconds;
 
+/// The tool family that manages the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Backend {
     Nft,
@@ -34,7 +35,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// The programs, by path or by a name that [`programs::find`] looks up.
+/// The programs to run, each by path or by a name that [`programs::find`] looks up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tools {
     pub nft: PathBuf,
@@ -42,9 +43,10 @@ pub struct Tools {
     pub iptables_restore: PathBuf,
     pub ip6tables_save: PathBuf,
     pub ip6tables_restore: PathBuf,
-    /// Where the kernel keeps the lists of iptables' `recent`.
+    /// The directory in which the kernel shows the lists of iptables' `recent` match.
     pub recent: PathBuf,
-    /// No call takes longer; one that does is killed. The lock of iptables is waited for 5 s.
+    /// The time limit of one call. A program that takes longer is killed. The lock of iptables is waited for
+    /// up to 5 s.
     pub timeout: Duration,
 }
 
@@ -62,13 +64,14 @@ impl Default for Tools {
     }
 }
 
-/// What of ours is on the host.
+/// The rules of vmesh that the host has.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Actual {
     Nft(nft::Actual),
     Iptables(iptables::Actual),
 }
 
+/// A failure of a tool: it could not be run, or the resulting rules differ from the wanted ones.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("could not run `{command}` to {purpose}; is it installed, and allowed to this process?")]
@@ -101,13 +104,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// Reports whether there is no such program on this host.
+    /// Reports whether the program is not installed on this host.
     pub fn is_not_installed(&self) -> bool {
         matches!(self, Error::NotRun { cause, .. } if cause.kind() == ErrorKind::NotFound)
     }
 }
 
-/// The error and its causes on one line.
+/// Formats the error and its causes on one line.
 fn one_line(error: &Error) -> String {
     let mut line = error.to_string();
     let mut cause = std::error::Error::source(error);
@@ -118,21 +121,25 @@ fn one_line(error: &Error) -> String {
     line
 }
 
-/// Changes the rules of this host. Needs CAP_NET_ADMIN; with iptables CAP_NET_RAW too.
+/// Reads and changes the rules of this host through one backend. Needs CAP_NET_ADMIN; with iptables also
+/// CAP_NET_RAW.
 #[derive(Debug, Clone)]
 pub struct Applier {
     pub backend: Backend,
     pub tools: Tools,
     /// Whether the host has IPv6: see [`crate::Host::ipv6`].
     pub ipv6: bool,
-    /// The programs that it ran last: what the kernel tells of their doing is not news.
+    /// The last programs that this process ran, whose changes are not reported as drift.
     pub ran: Ran,
 }
 
-/// The last few programs that ran, and the generations of nftables that they made.
+/// The last programs that this process ran, and the generations of nftables that they made.
 ///
-/// The kernel tells the process that made a generation by the number that the initial namespace has for it. In another namespace the
-/// number of a program that ran is another one, and generations alone count: a run that makes as many as it has transactions made these.
+/// The kernel reports the process that made a generation by its process id in the initial pid namespace. In
+/// another
+/// namespace ids cannot be compared, and generation numbers alone are used: a run that produced exactly as
+/// many generations
+/// as it has transactions is taken as their author.
 #[derive(Debug, Clone, Default)]
 pub struct Ran(Arc<Mutex<LastRuns>>);
 
@@ -145,7 +152,7 @@ struct LastRuns {
 impl Ran {
     const KEPT: usize = 32;
 
-    /// Reports whether one of these programs made this generation.
+    /// Reports whether one of the recorded programs made this generation.
     pub fn contains(&self, made: &Generation) -> bool {
         let runs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         made.number.is_some_and(|number| runs.generations.contains(&number))
@@ -157,7 +164,8 @@ impl Ran {
         keep_last(&mut runs.pids, pid, Self::KEPT);
     }
 
-    /// Records what a run of `transactions` made, unless somebody else made generations meanwhile.
+    /// Records the generations of a run with `transactions` transactions, unless another program made some at
+    /// the same time.
     fn add_generations(&self, before: Option<u32>, after: Option<u32>, transactions: usize) {
         let (Some(before), Some(after)) = (before, after) else { return };
         let made = after.wrapping_sub(before);
@@ -178,19 +186,24 @@ fn keep_last(list: &mut VecDeque<u32>, more: impl IntoIterator<Item = u32>, kept
 }
 
 const READ: &str = "list the rules";
-/// What a tool may print: rules for some hundred thousand destinations. The unit of vmesh-net has 256 MiB.
+/// The limit of a tool's output, enough for rules with some hundred thousand destinations. The unit of
+/// vmesh-net has a
+/// memory limit of 256 MiB.
 const MAX_OUTPUT: u64 = 32 << 20;
 
 impl Applier {
-    /// The backend that works here: nftables, else iptables. Asks the kernel too, and changes nothing.
+    /// Returns the backend that works on this host: nftables, or else iptables. Checks sample rules with the
+    /// kernel, and
+    /// changes nothing.
     ///
-    /// # Errors
-    /// If neither works: what is wrong with nftables, since it is what one should have. If nftables does not answer in time.
+    /// # Errors The error of nftables if neither backend works, since nftables is the one to install.
+    /// [`Error::Slow`] if nftables does not answer in time.
     pub async fn detect(tools: Tools, ipv6: bool) -> Result<Applier, Error> {
         let nftables = Applier { backend: Backend::Nft, tools, ipv6, ran: Ran::default() };
         let wrong = match nftables.works().await {
             Ok(()) => return Ok(nftables),
-            // It is there, and busy: whoever turned to iptables for that would have both.
+            // nftables is there but busy. With a fallback to iptables the host would end up with rules of
+            // both.
             Err(slow @ Error::Slow { .. }) => return Err(slow),
             Err(wrong) => wrong,
         };
@@ -207,8 +220,9 @@ impl Applier {
         self.check(&self.plan(&Program::sample(self.ipv6), &nothing, true)).await
     }
 
-    /// By what else there may be rules of ours on this host: an earlier process may have had another backend, or iptables may
-    /// have been of the other kind, and what one has made none of the others shows.
+    /// Returns the other backends that may still hold rules of vmesh: an earlier process may have used
+    /// another backend or the
+    /// other kind of iptables (nft or legacy), and no tool lists what another one added.
     pub async fn others(&self) -> Vec<Applier> {
         let of_kind = |kind: &str| {
             let named =
@@ -235,12 +249,12 @@ impl Applier {
         other_kind.map(of_kind).into_iter().chain([nftables]).collect()
     }
 
-    /// Whether nothing of ours is there by this backend.
+    /// Reports whether this backend has no rules of vmesh.
     pub async fn is_absent(&self) -> Result<bool, Error> {
         Ok(self.plan(&Program::absent(), &self.read().await?, false).is_empty())
     }
 
-    /// What of ours is there now. Reading changes nothing.
+    /// Reads the rules of vmesh that are installed.
     pub async fn read(&self) -> Result<Actual, Error> {
         match self.backend {
             Backend::Nft => self.read_nft().await.map(Actual::Nft),
@@ -261,7 +275,8 @@ impl Applier {
         match self.run(nft, &["-j", "list", "table", "inet", "vmesh"], READ, None).await {
             Ok(json) => Ok(nft::Actual::parse(&json)?),
             Err(failed @ Error::Failed { .. }) => {
-                // That it is not there is told in words, which are not the same in all versions.
+                // nft reports a missing table in words that differ between its versions, so the table is
+                // looked up in the list.
                 let tables = self.run(nft, &["list", "tables"], READ, None).await?;
                 let is_there = tables.lines().any(|line| line.trim() == "table inet vmesh");
                 if is_there { Err(failed) } else { Ok(nft::Actual::absent()) }
@@ -270,13 +285,17 @@ impl Applier {
         }
     }
 
-    /// Reads the counters of redirected connections from outside. Without inbound redirects there are none, which is an error.
+    /// Reads the counters of redirected connections from outside.
+    ///
+    /// # Errors
+    /// If the rules have no inbound redirect, and so no counters.
     pub async fn arrivals(&self) -> Result<Counts, Error> {
         let purpose = "count connections from outside";
         let mut counts = Counts::default();
         match self.backend {
             Backend::Nft => {
-                // A connection that comes in between is not taken for a lost one: what has arrived is read last.
+                // `ARRIVED` is read last, so that a connection between the two readings does not count as
+                // lost.
                 for chain in [ARRIVING, ARRIVED] {
                     let arguments = ["-j", "list", "chain", "inet", "vmesh", chain];
                     counts.add_nft(&self.run(&self.tools.nft, &arguments, purpose, None).await?);
@@ -298,8 +317,9 @@ impl Applier {
         Ok(counts)
     }
 
-    /// Reads the rules of others with every tool that is installed. An installed tool that fails, is slow or prints too much leaves a gap: see
-    /// [`Ruleset::gaps`].
+    /// Reads the foreign rules with every tool that is installed. An installed tool that fails, is slow or
+    /// prints too much
+    /// leaves a gap: see [`Ruleset::gaps`].
     pub async fn foreign_rules(&self) -> Ruleset {
         let tools = &self.tools;
         let legacy = |save: &Path, name: &str| save.with_file_name(name);
@@ -320,10 +340,10 @@ impl Applier {
             Ok(None) => {}
             Err(error) => rules.add_gap(one_line(&error)),
         }
-        // A kernel without IPv6 refuses all questions about it.
+        // A kernel without IPv6 refuses every question about it.
         let families = [("ip", v4, legacy_v4, true), ("ip6", v6, legacy_v6, self.ipv6)];
         for (family, saved, legacy, is_there) in families {
-            // `iptables-save` may be `iptables-legacy-save` itself: its rules count once.
+            // `iptables-save` may itself be `iptables-legacy-save`, whose rules must not count twice.
             let is_legacy =
                 saved.as_ref().is_ok_and(|saved| !saved.is_empty() && !foreign::is_iptables_over_nft(saved));
             for saved in [Some(saved), Some(legacy).filter(|_| !is_legacy)].into_iter().flatten() {
@@ -337,7 +357,9 @@ impl Applier {
         rules
     }
 
-    /// What nft lists. `None` where it is not installed, and where it cannot list the rules but says that no table is somebody else's.
+    /// Returns the ruleset that nft lists. `None` if nft is not installed, or if it cannot list the rules but
+    /// reports that all
+    /// tables belong to vmesh.
     async fn native_rules(&self) -> Result<Option<String>, Error> {
         let nft = &self.tools.nft;
         let failed = match self.run(nft, &["-j", "list", "ruleset"], READ, None).await {
@@ -351,7 +373,8 @@ impl Applier {
         if tables.lines().all(|line| is_ours(line.trim())) { Ok(None) } else { Err(failed) }
     }
 
-    /// What would be done for the host to be as `program` says. With `alive`, what lapses holds at once.
+    /// Plans the changes that make the host match `program`. Redirects that lapse hold at once in the
+    /// directions of `alive`.
     pub fn plan(&self, program: &Program, actual: &Actual, alive: impl Into<Directions>) -> Plan {
         match actual {
             Actual::Nft(actual) => nft::plan(program, actual, alive),
@@ -359,7 +382,7 @@ impl Applier {
         }
     }
 
-    /// Whether the kernel and the tools would take a plan; changes nothing.
+    /// Checks that the kernel and the tools accept a plan. Changes nothing.
     pub async fn check(&self, plan: &Plan) -> Result<(), Error> {
         for step in &plan.steps {
             let test = if step.tool == Tool::Nft { "-c" } else { "--test" };
@@ -369,7 +392,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Does what a plan says, in order. Each step is all or nothing; those before one that fails are done.
+    /// Runs the steps of a plan in order. Each step is atomic. If one fails, the steps before it stay in
+    /// force.
     pub async fn apply(&self, plan: &Plan) -> Result<(), Error> {
         for step in &plan.steps {
             self.change(step.tool, "change the rules", &step.input).await?;
@@ -390,14 +414,15 @@ impl Applier {
         Ok(())
     }
 
-    /// Makes the host be as `program` says, reads back, and returns what was done. Does nothing if it is so already. With
-    /// `alive`, the dead-man is refreshed in the end.
+    /// Makes the host match `program`, reads the rules back, and returns the plan that was applied. Changes
+    /// nothing if the
+    /// host already matches. With `alive`, renews all dead-man timers at the end.
     pub async fn bring(&self, program: &Program, alive: Option<Seconds>) -> Result<Plan, Error> {
         let alive = alive.map(|timeout| (timeout, Directions::BOTH));
         self.bring_alive(program, alive).await
     }
 
-    /// [`Applier::bring`], where the dead-man of some directions only is refreshed.
+    /// Does the same as [`Applier::bring`], but renews the dead-man timers of the given directions only.
     pub async fn bring_alive(
         &self,
         program: &Program,
@@ -421,8 +446,9 @@ impl Applier {
         Ok(plan)
     }
 
-    /// [`Applier::bring`], where only elements of sets differ from what is known to be there: one run, and nothing is read, since it
-    /// happens whole or is an error. Returns what is there then; `None`, and nothing done, where more would change.
+    /// Does the same as [`Applier::bring`], for a program that differs from the known rules in set elements
+    /// only. The change is a single, atomic run of nft, so the rules are not read back. Returns the resulting
+    /// rules; `None`, and nothing is changed, if more than set elements differ.
     pub async fn bring_elements(&self, program: &Program, known: &Actual) -> Result<Option<Actual>, Error> {
         let Actual::Nft(actual) = known else { return Ok(None) };
         let Some(then) = actual.with_elements_of(program) else { return Ok(None) };
@@ -430,11 +456,13 @@ impl Applier {
         Ok(Some(Actual::Nft(then)))
     }
 
-    /// What there is before the first rule of ours, to be kept until [`Applier::off`]. `None` where nothing needs it: with
-    /// nftables, with iptables of its own part in the kernel, and where there is no nft to ask or to clean up with.
+    /// Lists the chains and tables that exist before the first rule of vmesh, to be kept until
+    /// [`Applier::off`]. `None` where no
+    /// cleanup is needed or possible: with nftables, with legacy iptables, and without an nft to list and
+    /// delete them.
     ///
     /// # Errors
-    /// If it is needed and cannot be had: whoever went on would leave chains and tables behind.
+    /// If the list is needed and cannot be read. Going on without it would leave chains and tables behind.
     pub async fn footprint(&self) -> Result<Option<Footprint>, Error> {
         if self.backend == Backend::Nft {
             return Ok(None);
@@ -455,8 +483,9 @@ impl Applier {
         }
     }
 
-    /// Leaves the host as it was before. Connections through a redirect are reset: apply [`Program::drained`] first, and
-    /// wait until there are none.
+    /// Removes all rules of vmesh, and the chains and tables that came with them. Connections through a
+    /// redirect are reset, so
+    /// apply [`Program::drained`] first and wait until none is left.
     pub async fn off(&self, before: Option<&Footprint>) -> Result<Plan, Error> {
         let mut plan = self.bring(&Program::absent(), None).await?;
         if let Some(before) = before
@@ -471,7 +500,8 @@ impl Applier {
         Ok(plan)
     }
 
-    /// Holds the dead-man off for another `timeout`. Who calls this has just seen Envoy accept a connection.
+    /// Renews the dead-man timers for another `timeout`. Call this only after Envoy has just accepted a
+    /// connection.
     pub async fn refresh(&self, timeout: Seconds) -> Result<(), Error> {
         let directions = match self.backend {
             Backend::Nft => self.read_nft().await?.dead_men(),
@@ -480,7 +510,8 @@ impl Applier {
         self.refresh_only(timeout, directions).await
     }
 
-    /// [`Applier::refresh`] for the directions in which there is a dead-man and Envoy's listener is well.
+    /// Does the same as [`Applier::refresh`], for those directions that have a dead-man timer and a healthy
+    /// listener.
     pub async fn refresh_only(&self, timeout: Seconds, directions: Directions) -> Result<(), Error> {
         if directions.is_empty() {
             return Ok(());
@@ -491,7 +522,8 @@ impl Applier {
         }
     }
 
-    /// Lets the dead-man lapse now: Envoy is known to be dead. Where there is no dead-man, nothing happens.
+    /// Lets the dead-man timers lapse now, because Envoy is known to be dead. Directions without a timer are
+    /// ignored.
     pub async fn withdraw(&self, directions: Directions) -> Result<(), Error> {
         match self.backend {
             Backend::Iptables => match self.recent(directions, |_| "/\n".to_owned()) {
@@ -514,7 +546,7 @@ impl Applier {
         self.change(Tool::Nft, "refresh the dead-man", input).await
     }
 
-    /// Writes to the list of each family. One is not there where no rule of that family asks for it.
+    /// Writes to the `recent` list of each family. A list is missing where no rule of that family uses it.
     fn recent(&self, directions: Directions, line: impl Fn(&str) -> String) -> Result<(), Error> {
         let families: &[bool] = if self.ipv6 { &[true, false] } else { &[true] };
         let mut written = false;
@@ -571,7 +603,7 @@ impl Applier {
     }
 }
 
-/// What to do about what a tool said.
+/// Returns the advice that fits a tool's error message, or nothing.
 fn hint(said: &str) -> &'static str {
     let has = |words: &[&str]| words.iter().any(|word| said.contains(word));
     if has(&["Operation not permitted", "Permission denied", "must be root"]) {

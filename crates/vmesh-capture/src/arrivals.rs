@@ -1,8 +1,11 @@
-//! Shows whether connections from outside that were redirected to Envoy come through the host's own filter.
+//! Detects whether redirected connections from outside pass the host's own filter.
 //!
-//! No host can send itself a packet that arrives as a stranger's does, so the connections of strangers are counted instead, by two chains
-//! of our own at the kernel's `input`: one before all filters, one after them. A connection that the first counts and the second does not
-//! was dropped in between. Call [`Losses::observe`] with each reading of the counters.
+//! A host cannot send itself a packet that arrives like one from the network. So the connections of other
+//! hosts are counted
+//! instead, by two chains of vmesh at the kernel's `input` hook: one before all filters, one after them. A
+//! connection that
+//! only the first chain counts was dropped in between. Call [`Losses::observe`] with each reading of the
+//! counters.
 
 use std::fmt;
 
@@ -11,10 +14,12 @@ use serde_json::Value;
 use crate::iptables;
 use crate::program::{ARRIVED, ARRIVING};
 
-/// Connections in a row that were dropped: fewer may be a scanner's, whose packets a filter drops for other reasons.
+/// The number of consecutive lost connections from which a loss is reported. Fewer may come from a scanner,
+/// whose packets a
+/// filter drops for other reasons.
 const TOLD_FROM: u64 = 3;
 
-/// One of the two families of addresses.
+/// An address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IpFamily {
     V4,
@@ -38,16 +43,16 @@ impl fmt::Display for IpFamily {
     }
 }
 
-/// The redirected connections of one family, from when our rules were made.
+/// The redirected connections of one address family since the rules were installed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Passage {
-    /// Came to the filters.
+    /// Connections counted before the filters.
     pub arriving: u64,
-    /// Came through them.
+    /// Connections counted after the filters.
     pub arrived: u64,
 }
 
-/// The counters of both families.
+/// The counters of both address families.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     pub v4: Passage,
@@ -69,7 +74,9 @@ impl Counts {
         }
     }
 
-    /// Adds what `nft -j list chain inet vmesh arriving` prints, or `arrived`. A rule of another shape counts nothing.
+    /// Adds the counters that `nft -j list chain inet vmesh arriving` (or `arrived`) prints. Rules of any
+    /// other form count as
+    /// nothing.
     pub(crate) fn add_nft(&mut self, json: &str) {
         let Ok(value) = serde_json::from_str::<Value>(json) else { return };
         let items = value.get("nftables").and_then(Value::as_array);
@@ -85,7 +92,7 @@ impl Counts {
         }
     }
 
-    /// Adds what `iptables-save -c` prints of one family.
+    /// Adds the counters of one address family that `iptables-save -c` prints.
     pub(crate) fn add_iptables(&mut self, family: IpFamily, saved: &str) {
         for line in saved.lines() {
             let Some((counts, rule)) = line.strip_prefix('[').and_then(|rest| rest.split_once("] -A "))
@@ -121,12 +128,14 @@ pub struct Losses {
 }
 
 impl Losses {
-    /// Forgets what was lost, since rules have changed: what the counters say by now is where counting begins.
+    /// Forgets the losses because rules have changed, and starts counting at the current counters.
     pub fn begin_at(&mut self, counts: Counts) {
         *self = Losses { last: counts, lost: [0; 2] };
     }
 
-    /// Takes a reading of the counters. Returns, by family, how many connections were lost in a row, where these are three or more.
+    /// Takes a reading of the counters. Returns the number of consecutive lost connections for each family
+    /// that lost three or
+    /// more.
     pub fn observe(&mut self, counts: Counts) -> Vec<(IpFamily, u64)> {
         for (lost, family) in self.lost.iter_mut().zip(IpFamily::BOTH) {
             let (now, before) = (counts.of(family), self.last.of(family));
@@ -165,7 +174,7 @@ mod tests {
         assert_eq!(losses.observe(of_v4(13, 1)), [(IpFamily::V4, 4)]);
         losses.begin_at(of_v4(15, 1));
         assert_eq!(losses.observe(of_v4(15, 1)), []);
-        // Rules that were made anew.
+        // The rules were replaced, and count from zero.
         assert_eq!(losses.observe(of_v4(4, 0)), [(IpFamily::V4, 4)]);
         let v6 = Counts { v6: Passage { arriving: 3, arrived: 0 }, ..of_v4(9, 5) };
         assert_eq!(losses.observe(v6), [(IpFamily::V6, 3)], "one family says nothing of the other");

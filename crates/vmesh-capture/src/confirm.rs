@@ -1,9 +1,14 @@
-//! Commit-confirm: a new spec holds for a while, and is taken back unless somebody confirms that the host still works. Pure:
-//! told the time, it says what is wanted; the caller keeps [`State`] on disk and makes the host be so.
+//! Commit-confirm: a new spec holds on trial, and is rolled back unless a client confirms that the host still
+//! works.
 //!
-//! The order is: change, write [`Commit::state`] to the disk, apply [`Commit::wanted`]. Then an agent that dies between any two
-//! of these takes back at its next start what it had not confirmed; until that start, the dead-man does, since in a trial
-//! everything lapses with it.
+//! This module is pure: the caller passes the current time, and gets the wanted spec. The caller saves
+//! [`State`] to the disk and changes the rules.
+//!
+//! The order for each change is: change the [`Commit`], write [`Commit::state`] to the disk, apply
+//! [`Commit::wanted`]. An
+//! agent that dies between any two of these steps rolls back the unconfirmed change at its next start. Until
+//! that start
+//! the dead-man timer protects the host, since during a trial every redirect lapses with it.
 
 use std::time::{Duration, Instant};
 
@@ -13,31 +18,33 @@ use crate::iptables::Footprint;
 use crate::program::{Program, Stage, common_ports};
 use crate::spec::{Inward, Outbound, Outward, Spec};
 
-/// What has to survive the agent.
+/// The part of the state that must survive the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct State {
-    /// The last spec that was confirmed. Nothing, to begin with.
+    /// The last confirmed spec. Captures nothing to begin with.
     pub confirmed: Spec,
-    /// One that waits for it.
+    /// The spec on trial, which waits for its confirmation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trial: Option<Spec>,
-    /// From before our first rule: see [`crate::apply::Applier::footprint`].
+    /// The chains and tables from before the first rule of vmesh: see [`crate::apply::Applier::footprint`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub footprint: Option<Footprint>,
 }
 
-/// What became of a proposal.
+/// The effect of a proposal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Proposed {
-    /// It is what is wanted already.
+    /// The proposal equals what is already wanted.
     Same,
-    /// In force, and nothing to confirm: endpoints came or went, or everything is switched off.
+    /// The spec is in force and needs no confirmation: only endpoints changed, or everything is switched off.
     Routine,
-    /// In force until it is confirmed or taken back.
+    /// The spec is in force on trial, until it is confirmed or rolled back.
     Trial,
 }
 
+/// The confirmed spec, and the trial of the next one. See the [module documentation](self) for the order of
+/// calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Commit {
     state: State,
@@ -48,7 +55,9 @@ pub struct Commit {
 }
 
 impl Commit {
-    /// Begins with what the disk has. A trial that is on it is over, and is returned: whoever began it cannot confirm it.
+    /// Begins with the state from the disk. A trial found there is over, because the client that began it
+    /// cannot confirm it
+    /// any more: it is rolled back, and its spec is returned.
     pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Spec>) {
         let reverted = state.trial.take();
         (
@@ -57,8 +66,9 @@ impl Commit {
         )
     }
 
-    /// Wants `spec`, to be confirmed within `patience`. A trial that is under way is replaced, and what it was to replace is
-    /// still what is gone back to.
+    /// Proposes `spec`, to be confirmed within `patience`. If another trial is under way, this one replaces
+    /// it; a rollback
+    /// still returns to the confirmed spec.
     pub fn propose(&mut self, spec: Spec, now: Instant, patience: Duration) -> Proposed {
         let current = self.state.trial.as_ref().unwrap_or(&self.state.confirmed);
         if *current == spec {
@@ -70,7 +80,7 @@ impl Commit {
             self.until = None;
             return Proposed::Routine;
         }
-        // Endpoints that come and go in a trial do not lengthen it.
+        // A change of endpoints does not extend the trial.
         let same_trial = self.state.trial.as_ref().is_some_and(|trial| is_routine(trial, &spec));
         if !same_trial {
             self.until = now.checked_add(patience);
@@ -80,7 +90,9 @@ impl Commit {
         if same_trial { Proposed::Routine } else { Proposed::Trial }
     }
 
-    /// The host works with what is on trial. False if nothing is, or if it is bypassed: what is not on the host shows nothing.
+    /// Confirms the spec on trial. Returns `false` if nothing is on trial, or if the host is bypassed: rules
+    /// that are not
+    /// installed prove nothing.
     pub fn confirm(&mut self) -> bool {
         if self.bypassed {
             return false;
@@ -91,14 +103,16 @@ impl Commit {
         true
     }
 
-    /// It does not, or it could not be applied. Returns what was on trial.
+    /// Rolls back the trial, and returns its spec. Called if the host does not work, or if the spec could not
+    /// be applied.
     pub fn revert(&mut self) -> Option<Spec> {
         self.until = None;
         self.state.trial.take()
     }
 
-    /// To be called at [`Commit::until`] or later, and now and then before. A trial that is bypassed begins again once it is not:
-    /// else what an operator mends meanwhile would be taken back untried. Returns what nobody confirmed in time.
+    /// Rolls back a trial whose deadline has passed, and returns its spec. Call this function when
+    /// [`Commit::until`] has passed, and periodically before. A bypass extends the trial until it is lifted:
+    /// otherwise the change that an operator makes during the bypass would be rolled back without a trial.
     pub fn tick(&mut self, now: Instant) -> Option<Spec> {
         if self.bypassed && self.until.is_some() {
             self.until = now.checked_add(self.patience);
@@ -107,12 +121,13 @@ impl Commit {
         if over { self.revert() } else { None }
     }
 
-    /// When the trial ends.
+    /// Returns the deadline of the trial.
     pub fn until(&self) -> Option<Instant> {
         self.until
     }
 
-    /// Whether the flag of the bypass is there. While it is, nothing is wanted, and what is proposed waits.
+    /// Records whether the flag of the bypass is set. While it is set nothing is captured, and proposals
+    /// wait.
     pub fn set_bypassed(&mut self, bypassed: bool) {
         self.bypassed = bypassed;
     }
@@ -121,7 +136,7 @@ impl Commit {
         self.bypassed
     }
 
-    /// What is to be on the host now.
+    /// Returns the spec that is to be in force now.
     pub fn wanted(&self) -> (&Spec, Stage) {
         match &self.state.trial {
             _ if self.bypassed => (&self.nothing, Stage::Confirmed),
@@ -130,19 +145,21 @@ impl Commit {
         }
     }
 
-    /// To be on the disk before [`Commit::wanted`] is applied.
+    /// Returns the state that must be on the disk before [`Commit::wanted`] is applied.
     pub fn state(&self) -> &State {
         &self.state
     }
 
-    /// Remembers what there was before our first rule; `None` once there is none of ours.
+    /// Records the chains and tables from before the first rule of vmesh; `None` once no rule of vmesh is
+    /// left.
     pub fn set_footprint(&mut self, footprint: Option<Footprint>) {
         self.state.footprint = footprint;
     }
 }
 
-/// Whether only endpoints differ. They change all day, and no change of theirs can cut a host off: what may be captured is
-/// said by the rest.
+/// Reports whether two specs differ in endpoints only. Endpoints change all day, and no change of endpoints
+/// can cut a host
+/// off, since the other fields decide which traffic may be captured.
 pub fn is_routine(from: &Spec, to: &Spec) -> bool {
     let without = |spec: &Spec| {
         let mut spec = spec.clone();
@@ -153,8 +170,9 @@ pub fn is_routine(from: &Spec, to: &Spec) -> bool {
     without(from) == without(to)
 }
 
-/// The part of `spec` that `wants` has as well. A direction that `wants` does not capture is left out, and so are inbound ports that
-/// it does not name: no listener of Envoy's takes what `wants` does not have.
+/// Returns the part of `spec` that `wants` has as well: without the directions that `wants` does not capture,
+/// and without
+/// the inbound ports that it does not name. Envoy has listeners for `wants` only.
 pub fn without_what_is_not_wanted(spec: &Spec, wants: &Spec) -> Spec {
     let mut spec = spec.clone();
     if wants.outbound.capture == Outward::Off {
@@ -171,21 +189,24 @@ pub fn without_what_is_not_wanted(spec: &Spec, wants: &Spec) -> Spec {
     spec
 }
 
-/// How the dead-man is held off: while Envoy is well, at a fifth of its time-out.
+/// The heartbeat: decides when to renew a dead-man timer. While Envoy is well, that is after each fifth of
+/// the timeout.
+///
+/// Call [`Beat::due`] and do what it returns; after a renewal, call [`Beat::refreshed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Beat {
     timeout: Duration,
     last: Option<Instant>,
 }
 
-/// What to do for the dead-man now.
+/// The next step of the heartbeat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Due {
-    /// Call [`crate::apply::Applier::refresh`], then [`Beat::refreshed`].
+    /// Renew the timer with [`crate::apply::Applier::refresh`], then call [`Beat::refreshed`].
     Refresh,
-    /// Look again after this.
+    /// Nothing is due; call [`Beat::due`] again after this time.
     Wait(Duration),
-    /// Envoy is not well. The redirects lapse after this, or have lapsed if it is zero.
+    /// Envoy is not well. The redirects lapse after this time, or have lapsed if it is zero.
     Lapses(Duration),
 }
 
@@ -194,7 +215,7 @@ impl Beat {
         Beat { timeout, last: None }
     }
 
-    /// `healthy`: Envoy has just accepted a connection at the port of the redirects.
+    /// Returns the next step. `healthy`: Envoy has just accepted a connection at its capture port.
     pub fn due(&self, now: Instant, healthy: bool) -> Due {
         let since = self.last.map(|last| now.saturating_duration_since(last));
         let age = since.unwrap_or(self.timeout);
@@ -211,8 +232,9 @@ impl Beat {
     }
 }
 
-/// Takes leave: what is to be on the host, where nothing is wanted any more and `open` connections go through redirects still.
-/// They are waited for until `patience` after `since`, the moment from which nothing was wanted.
+/// Returns the program for a host on which capture is off while `open` connections still go through
+/// redirects. The
+/// connections may drain until `patience` after `since`, the time when capture was switched off.
 pub fn leaving(open: usize, since: Instant, now: Instant, patience: Duration, ipv6: bool) -> Program {
     if open > 0 && now.saturating_duration_since(since) < patience {
         Program::drained(ipv6)
@@ -239,7 +261,7 @@ mod tests {
         spec
     }
 
-    /// What the next start of the agent would find.
+    /// The state that the next start of the process finds on the disk.
     fn restarted(commit: &Commit) -> (Commit, Option<Spec>) {
         let json = serde_json::to_string(commit.state()).unwrap();
         Commit::start(serde_json::from_str(&json).unwrap(), false)
@@ -335,7 +357,7 @@ mod tests {
         assert_eq!(beat.due(now + 6 * second, true), Due::Refresh);
         assert_eq!(beat.due(now + 6 * second, false), Due::Lapses(24 * second));
         assert_eq!(beat.due(now + 31 * second, false), Due::Lapses(Duration::ZERO));
-        // A clock that went back, which `Instant` does not, would be no reason to panic.
+        // An `Instant` never goes back; a clock that did must not cause a panic.
         assert_eq!(beat.due(now.checked_sub(second).unwrap_or(now), true), Due::Wait(6 * second));
     }
 

@@ -1,4 +1,4 @@
-//! The other edge: what [`Host`] has to say, read from the host.
+//! Reads the facts of a [`Host`]: account ids, control groups of units, SSH ports and sessions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,41 +17,42 @@ use crate::sockets::{self, Socket};
 use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
 use crate::units::{self, CgroupPath, MAX_UNITS, UnitPlaces};
 
-/// A directory server that does not answer must not keep rules from being applied, nor the dead-man from being held off.
+/// The time limit of one query. A directory server that does not answer must not delay the rules or the
+/// heartbeat.
 pub const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
-/// The same for all names together.
+/// The time limit of all name queries together.
 const ALL_ANSWER_WITHIN: Duration = Duration::from_secs(4);
-/// Programs that look up names at a time: the host has more to do.
+/// The number of `getent` processes that run at a time.
 const LOOK_UPS: usize = 16;
-/// Files of `sshd_config.d` that are read, and bytes of each.
+/// The number of files in `sshd_config.d` that are read, and the bytes read of each.
 const MAX_FILES: usize = 64;
 const MAX_FILE: u64 = 256 << 10;
 
-/// What is known of vmesh itself.
+/// The users, slices, ports and control planes of vmesh itself, which are never captured.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Own {
-    /// Envoy's user, and the agent's where it has one.
+    /// The users of Envoy and, if it has its own, of the agent.
     pub users: BTreeSet<u32>,
-    /// Slices of ours that always have something in them: `vmesh.slice`.
+    /// Slices of vmesh that are never empty: `vmesh.slice`.
     pub slices: BTreeSet<Unit>,
-    /// Where Envoy and the agent listen.
+    /// The ports on which Envoy and the agent listen.
     pub ports: BTreeSet<u16>,
     pub control_planes: BTreeSet<SocketAddr>,
 }
 
-/// Where things are read.
+/// The directories and programs that the facts of a host are read from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Places {
-    /// `/proc`.
+    /// The directory of processes, normally `/proc`.
     pub proc: PathBuf,
-    /// Below which `net/tcp` is: `/proc/self`.
+    /// The directory that contains `net/tcp`, normally `/proc/self`.
     pub net: PathBuf,
-    /// Control groups of version 2; `None` where there are none.
+    /// The mount point of control groups of version 2; `None` if these are not mounted.
     pub cgroup: Option<PathBuf>,
     pub getent: PathBuf,
     /// The directory of `sshd_config`.
     pub ssh: PathBuf,
-    /// Asked for the ports that systemd holds for SSH.
+    /// The `systemctl` to run. It reports control groups and the ports that systemd holds for SSH.
     pub systemctl: PathBuf,
 }
 
@@ -69,7 +70,7 @@ impl Default for Places {
     }
 }
 
-/// Where a `mounts` file says that control groups of version 2 are.
+/// Returns the mount point of control groups of version 2 that a `mounts` file lists.
 fn cgroup_mount(mounts: &str) -> Option<PathBuf> {
     let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     let mount = mounts.find(|mount| mount.get(2) == Some(&"cgroup2"))?;
@@ -77,9 +78,11 @@ fn cgroup_mount(mounts: &str) -> Option<PathBuf> {
 }
 
 impl Places {
-    /// The host as far as `spec` needs it. What cannot be found is missing, and becomes a note of the program. What gives no answer
-    /// is as it is in `memory`; nothing is waited for longer than [`ANSWERS_WITHIN`], and everything at once: whoever calls this has a
-    /// dead-man to hold off.
+    /// Reads the facts that `spec` needs. A name or unit that does not exist is left out, and becomes a note
+    /// of the program. A
+    /// query without an answer takes its result from `memory`. All queries run at the same time and none
+    /// takes longer than
+    /// [`ANSWERS_WITHIN`], because the caller has to keep up its heartbeat.
     pub async fn host(&self, spec: &Spec, own: &Own, memory: &Memory) -> Host {
         let out = &spec.outbound;
         let users = out.include.users.iter().chain(&out.exclude.users).chain(out.dial.users.keys());
@@ -99,7 +102,9 @@ impl Places {
             None => Vec::new(),
         };
         if !nurseries.is_empty() {
-            // A unit that starts meanwhile must not be taken for one that is not left out: what was listed is older than this answer.
+            // A unit may have started after its control group was listed, and before this second query. The
+            // new unit must stay uncaptured. So its control group is dropped from the known ones, unless the
+            // second query reports it too.
             (units, _) = self.units(&wanted, &memory.units).await;
             let is_left_out = |unit: &str| {
                 out.exclude.units.iter().chain(out.dial.units.keys()).any(|left| left.as_str() == unit)
@@ -131,7 +136,7 @@ impl Places {
         }
     }
 
-    /// Names to numbers, by all that the host's name service switch knows: files, LDAP, sssd.
+    /// Looks up the ids of names with the host's name service switch, which includes LDAP and sssd.
     async fn look_up(
         &self,
         database: &'static str,
@@ -170,14 +175,16 @@ impl Places {
         found
     }
 
-    /// The control groups that these units have now, and those in which they get one, as systemd says. Where it gives no answer, those in `before` that are there still.
+    /// Returns the control groups of the units that run, and for each unit the control group in which it is
+    /// started, as systemd
+    /// reports them. If systemd does not answer, returns the control groups of `before` that still exist.
     async fn units(
         &self,
         wanted: &BTreeSet<&Unit>,
         before: &BTreeMap<Unit, CgroupPath>,
     ) -> (BTreeMap<Unit, Cgroup>, BTreeMap<Unit, Option<CgroupPath>>) {
         let (Some(root), false) = (&self.cgroup, wanted.is_empty()) else { return Default::default() };
-        // The spec has no more, see `Spec::limits`; the slices of vmesh are few.
+        // `Spec::limits` allows no more units than these; the slices of vmesh are few.
         let wanted: BTreeSet<&Unit> = wanted.iter().copied().take(2 * MAX_UNITS).collect();
         let UnitPlaces { running, parents } = match said(&self.systemctl, &units::question(&wanted)).await {
             Some(Said { found: true, text }) => units::answer(&text, &wanted),
@@ -193,14 +200,16 @@ impl Places {
         (running.into_iter().filter_map(there).collect(), parents)
     }
 
-    /// The ports on which something that takes SSH listens, those of its open sessions, those of its configuration, and those that
-    /// systemd holds for it: other processes' sockets are shown to root and to CAP_SYS_PTRACE only.
+    /// Returns the SSH ports of this host: those on which an SSH daemon listens or has sessions, those in its
+    /// configuration, and
+    /// those that systemd holds for it. The kernel shows the sockets of other processes only to root and with
+    /// CAP_SYS_PTRACE.
     async fn ssh_ports(&self, before: &BTreeSet<u16>) -> BTreeSet<u16> {
         let inodes = self.ssh_inodes();
         let sockets = self.sockets();
-        // A socket that another user made is no daemon's, whoever has it now.
+        // A socket that another user created does not belong to a daemon, even if a daemon has it open.
         let sockets = sockets.iter().filter(|socket| socket.user == 0 && inodes.contains(&socket.inode));
-        // Where SSH is started by a connection, nobody but systemd listens before the first.
+        // With socket activation only systemd listens before the first SSH connection.
         let arguments = ["show", "--property=Listen", "ssh.socket", "sshd.socket", "dropbear.socket"];
         let held = match said(&self.systemctl, &arguments).await {
             Some(Said { found: true, text }) => listened(&text),
@@ -216,12 +225,12 @@ impl Places {
         files.flat_map(|file| sshd_ports(&read_of_root(&file).unwrap_or_default())).collect()
     }
 
-    /// The number of a user, given by name or by number.
+    /// Returns the id of a user, given by name or number.
     pub async fn user_id(&self, user: &Account) -> Option<u32> {
         if let Some(number) = user.number() {
             return Some(number);
         }
-        // At a boot everything is slow, and this is asked once.
+        // A boot is slow, and this function is called once per process, so the query is repeated.
         for _ in 0..10 {
             let found = self.look_up("passwd", [user].into_iter(), &BTreeMap::new()).await;
             match found.into_values().next() {
@@ -233,7 +242,7 @@ impl Places {
         None
     }
 
-    /// The SSH sessions that others have with this host: the connections to ports on which it takes SSH.
+    /// Lists the SSH sessions of this host: the established connections to the given SSH ports.
     pub fn ssh_sessions(&self, ports: &BTreeSet<u16>) -> Vec<Session> {
         let sessions = self.sockets().into_iter().filter(|socket| {
             socket.is_established() && socket.inode != 0 && ports.contains(&socket.local.port())
@@ -241,7 +250,7 @@ impl Places {
         sessions.map(|socket| Session { inode: socket.inode, stuck: socket.is_stuck() }).collect()
     }
 
-    /// How many open connections have come through a redirect: see [`crate::confirm::leaving`].
+    /// Counts the open connections that came through a redirect: see [`crate::confirm::leaving`].
     pub fn redirected(&self) -> usize {
         let ours = |socket: &&Socket| {
             socket.is_open() && [OUTBOUND_PORT, INBOUND_PORT].contains(&socket.local.port())
@@ -257,9 +266,11 @@ impl Places {
             .collect()
     }
 
-    /// The sockets of root's processes that are SSH daemons by their name and by their executable, which only root can have put
-    /// there. A name alone is anybody's to have (`prctl`, `/proc/self/comm`). A listener that systemd holds for a daemon is not
-    /// among them, and its sessions are.
+    /// Returns the sockets of SSH daemons. A process counts as one if it runs as root and both its name and
+    /// its executable say so,
+    /// because any process can choose a name (`prctl`, `/proc/self/comm`) but only root can install a trusted
+    /// executable. A
+    /// listener that systemd holds for a daemon is not included; the daemon's sessions are.
     fn ssh_inodes(&self) -> BTreeSet<u64> {
         const NAMES: [&str; 4] = ["sshd", "sshd-session", "sshd-auth", "dropbear"];
         let mut inodes = BTreeSet::new();
@@ -278,19 +289,20 @@ impl Places {
     }
 }
 
-/// Reports whether the process in this folder of `/proc` is root's, and its program in directories that are root's.
+/// Reports whether the process in this directory of `/proc` runs as root, from an executable that only root
+/// can replace.
 fn is_roots_program(process: &Path) -> bool {
     let status = fs::read_to_string(process.join("status")).unwrap_or_default();
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
-    // Real, effective, saved and file system: those that a program of another user may have set.
+    // The real, effective, saved and file system uid: a set-uid program of another user has some of them.
     let is_roots = uids.split_whitespace().count() == 4 && uids.split_whitespace().all(|uid| uid == "0");
     let program = fs::read_link(process.join("exe")).unwrap_or_default();
-    // An upgrade replaces the program of a daemon that runs.
+    // An upgrade replaces the executable of a running daemon.
     let program = program.to_str().map(|path| path.strip_suffix(" (deleted)").unwrap_or(path));
     is_roots && program.is_some_and(|path| programs::is_trusted(Path::new(path)))
 }
 
-/// The text of a file that is root's and not too long.
+/// Reads a file that belongs to root, up to `MAX_FILE` bytes.
 fn read_of_root(path: &Path) -> Option<String> {
     let file = fs::File::open(path).ok()?;
     let metadata = file.metadata().ok()?;
@@ -302,17 +314,17 @@ fn read_of_root(path: &Path) -> Option<String> {
     Some(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// What `getent` or `systemctl` may print.
+/// The limit of the output of `getent` and `systemctl`, in bytes.
 const MAX_ANSWER: u64 = 1 << 20;
 
-/// What a program said that was asked for something.
+/// The answer of a program that was run as a query.
 struct Said {
-    /// It ended with 0.
+    /// The program exited with 0.
     found: bool,
     text: String,
 }
 
-/// `None` if it does not answer: it cannot be run, or hangs.
+/// Runs a query. `None` if the program cannot be run, or does not end within [`ANSWERS_WITHIN`].
 async fn said(program: &Path, arguments: &[&str]) -> Option<Said> {
     let mut command = programs::command(program).ok()?;
     command.args(arguments);
@@ -327,7 +339,8 @@ fn spec_names(spec: &Spec, unit: &Unit) -> bool {
     out.include.units.contains(unit) || out.exclude.units.contains(unit) || out.dial.units.contains_key(unit)
 }
 
-/// The ports in an `sshd_config`: see sshd_config(5). One that is not in force any more does no harm.
+/// Returns the ports in an `sshd_config` (see sshd_config(5)). Excluding a port that is no longer in force
+/// does no harm.
 fn sshd_ports(text: &str) -> BTreeSet<u16> {
     let port = |line: &str| {
         let line = line.trim().replacen('=', " ", 1);
@@ -336,7 +349,7 @@ fn sshd_ports(text: &str) -> BTreeSet<u16> {
         let value = words.next()?;
         match keyword.as_str() {
             "port" => value.parse().ok(),
-            // An IPv6 address without a port has colons too.
+            // An IPv6 address without a port also contains colons.
             "listenaddress" if value.starts_with('[') || value.matches(':').count() == 1 => {
                 value.rsplit_once(':')?.1.parse().ok()
             }
@@ -346,7 +359,7 @@ fn sshd_ports(text: &str) -> BTreeSet<u16> {
     text.lines().filter_map(port).collect()
 }
 
-/// The ports in `Listen=[::]:22 (Stream)`, as `systemctl show` prints it.
+/// Returns the ports in lines like `Listen=[::]:22 (Stream)`, as `systemctl show` prints them.
 fn listened(text: &str) -> BTreeSet<u16> {
     let port = |line: &str| {
         line.strip_prefix("Listen=")?.strip_suffix(" (Stream)")?.rsplit_once(':')?.1.parse().ok()
@@ -354,17 +367,17 @@ fn listened(text: &str) -> BTreeSet<u16> {
     text.lines().filter_map(port).collect()
 }
 
-/// `name:x:1000:...`
+/// Returns the id in a line like `name:x:1000:...`.
 fn id_of(line: &str) -> Option<u32> {
     line.trim().split(':').nth(2)?.parse().ok()
 }
 
-/// A connection of somebody's who works on this host from elsewhere.
+/// An SSH session on this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Session {
-    /// The kernel's number of the socket: the same session has the same.
+    /// The inode of the socket, which identifies the session.
     pub inode: u64,
-    /// What was sent is not acknowledged and has been sent again.
+    /// Sent data is unacknowledged and was retransmitted.
     pub stuck: bool,
 }
 

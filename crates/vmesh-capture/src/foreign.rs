@@ -1,12 +1,18 @@
-//! Rules of others that decide over captured connections: read from what the tools list, and tried with packets in the mind.
+//! Judges foreign rules: how the host's own filter treats captured connections, from the listings of nft and
+//! iptables.
 //!
-//! A redirected packet is not what it was: the host's filter sees it go to Envoy's port, and sees that it was translated. So a filter
-//! may refuse what it lets in otherwise (ufw knows nothing of 15006), and let in what it refuses otherwise (firewalld accepts whatever
-//! was translated). Both are seen here before a packet is lost: [`inbound`]. Once packets are lost, [`suspects`] names the rules that
-//! may have dropped them.
+//! A redirected packet reaches the host's filter in another form: its destination is Envoy's port, and its
+//! connection has been
+//! translated. So a filter may refuse it although it accepts the original packet (ufw does not know port
+//! 15006), or accept
+//! it although it refuses the original packet (firewalld accepts whatever was translated). [`inbound`] finds
+//! both cases
+//! before a packet is lost. Once packets are lost, [`suspects`] names the rules that may have dropped them.
 //!
-//! Pure: told the text, and bounded in what it follows. A condition that is not understood may hold or not. Rules that could not be
-//! read, and rules beyond the bounds, are never taken for "no filter": a port that cannot be judged is reported as [`Conflict::Unjudged`].
+//! The rules are evaluated for imagined packets. This module is pure: it works on text, and limits how many
+//! rules it follows. An unknown condition may hold or not. Rules that could not be read, and rules beyond the
+//! limits, are never treated as "no filter": a port that cannot be judged is reported as
+//! [`Conflict::Unjudged`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -18,23 +24,25 @@ use serde_json::Value;
 use crate::program::merged_ports;
 use crate::spec::{INBOUND_PORT, OUTBOUND_PORT, Ports, Spec};
 
-/// Rules that are followed for one packet; a ruleset that has more is not judged.
+/// The limit of rules that are followed for one packet. A longer ruleset is not judged.
 const MAX_STEPS: usize = 100_000;
-/// Rules that are followed for all packets of one judgement together.
+/// The limit of rules that are followed for all packets of one judgement together.
 const MAX_STEPS_OF_ALL: usize = 4_000_000;
-/// Chains that jump to chains. The kernel takes no more than 16 jumps of nftables.
+/// The limit of nested jumps. The kernel allows 16 in nftables.
 const MAX_DEPTH: usize = 24;
-/// Rules that are kept, where each entry of a verdict map counts as one.
+/// The limit of rules that are stored; each entry of a verdict map counts as one.
 const MAX_RULES: usize = 400_000;
-/// Ranges of inbound ports that are judged. Ports that no rule tells apart are one range.
+/// The limit of inbound port ranges that are judged. Ports that all rules treat alike form one range.
 const MAX_JUDGED_RANGES: usize = 256;
-/// How long the last complete reading of the rules counts while they cannot be read. Longer would let a firewall that came meanwhile be
-/// passed by; not at all would switch capture off whenever a tool is slow once.
+/// The time for which the last complete verdict stays valid while the rules cannot be read. With a longer
+/// time, a redirect
+/// could bypass a firewall that was installed meanwhile. With none, a single slow listing would switch
+/// capture off.
 const COUNTS_FOR: Duration = Duration::from_secs(300);
-/// Bytes of a rule that are shown.
+/// The limit of a rule's text in messages, in characters.
 const MAX_TEXT: usize = 200;
 
-/// Where a packet is when a chain sees it.
+/// The kernel hook at which a chain sees a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
     Prerouting,
@@ -42,25 +50,26 @@ pub enum Hook {
     Output,
 }
 
-/// What is known of a packet of a connection over TCP.
+/// An imagined TCP packet, and what is known of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packet {
     pub is_ipv4: bool,
     pub hook: Hook,
-    /// Whether its addresses were translated already, which are those of the connection else.
+    /// Whether the destination was translated before this hook. If not, the packet has its original
+    /// addresses.
     pub is_translated: bool,
     pub to_port: Option<u16>,
     pub from_port: Option<u16>,
-    /// The first packet of a connection.
+    /// Whether this packet opens its connection.
     pub is_new: bool,
-    /// It comes or leaves over the loopback interface.
+    /// Whether the packet arrives or leaves over the loopback interface.
     pub over_loopback: bool,
-    /// Its source is an address that no interface of this host has.
+    /// Whether the source address belongs to no interface of this host.
     pub from_elsewhere: bool,
 }
 
 impl Packet {
-    /// The first packet of a connection that another host makes, at the filter's `input`.
+    /// The first packet of a connection from another host, at the filter's `input` hook.
     fn from_outside(is_ipv4: bool, port: u16, is_translated: bool) -> Packet {
         Packet {
             is_ipv4,
@@ -75,7 +84,7 @@ impl Packet {
     }
 }
 
-/// Whether a condition holds.
+/// The result of a condition, in three-valued logic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Truth {
     Yes,
@@ -105,24 +114,25 @@ impl Truth {
     }
 }
 
+/// A condition of a foreign rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Condition {
-    /// The protocol is TCP, or is another.
+    /// Whether the protocol is TCP.
     Tcp(bool),
     ToPorts(Vec<Ports>),
     FromPorts(Vec<Ports>),
-    /// By its name.
+    /// The packet's interface has this name.
     Interface {
         incoming: bool,
         name: String,
     },
-    /// One of these: `new`, `established`.
+    /// The conntrack state is one of these: `new`, `established`.
     State(Vec<String>),
-    /// The destination was translated.
+    /// The destination was translated (DNAT).
     Translated,
-    /// The source is an address of this host's.
+    /// The source is an address of this host.
     FromThisHost,
-    /// The destination is one.
+    /// Whether the destination address belongs to this host.
     ToThisHost(bool),
     Not(Box<Condition>),
     Unknown,
@@ -164,16 +174,17 @@ impl Condition {
     }
 }
 
+/// The verdict of a foreign rule, as far as it matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Action {
     Accept,
     Drop,
-    /// The connection is not tracked: nothing of it is translated.
+    /// The connection is not tracked, so none of its addresses is translated.
     NoTrack,
     Jump(String),
     Goto(String),
     Return,
-    /// Counts, logs, marks.
+    /// The rule only counts, logs or marks packets.
     Continue,
 }
 
@@ -186,7 +197,7 @@ struct Rule {
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Chain {
-    /// For one that the kernel calls: where, in which order, and whether it drops what no rule of it decides.
+    /// For a base chain: its hook, its priority, and whether its policy is `drop`.
     base: Option<(Hook, i64, bool)>,
     rules: Vec<Rule>,
 }
@@ -196,22 +207,24 @@ struct Chain {
 enum Listing {
     /// `nft -j list ruleset`.
     Nft,
-    /// `iptables-save` over nftables, whose chains the first lists as well, without the parts that only iptables understands.
+    /// `iptables-save` over nftables. `nft -j list ruleset` shows the same chains, without the parts that
+    /// only iptables
+    /// understands.
     IptablesOverNft,
-    /// `iptables-save` with iptables' own part in the kernel.
+    /// `iptables-save` with the legacy kernel interface.
     IptablesLegacy,
 }
 
-/// The rules of others, by listing, table and chain.
+/// The foreign rules, by listing, table and chain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ruleset {
     chains: BTreeMap<(Listing, String, String), Chain>,
     rules: usize,
-    /// Reasons why this set may lack rules that the kernel has.
+    /// The reasons why this set may lack rules that the kernel has.
     gaps: BTreeSet<String>,
 }
 
-/// A rule of somebody's, or the policy of a chain: `inet firewalld filter_INPUT: reject`.
+/// The text of a foreign rule or of a chain's policy: `inet firewalld filter_INPUT: reject`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ForeignRule(String);
 
@@ -221,27 +234,27 @@ impl fmt::Display for ForeignRule {
     }
 }
 
-/// What a ruleset may do with a packet.
+/// The possible fates of a packet in a ruleset.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Outcome {
     accepts: Option<ForeignRule>,
     drops: Vec<ForeignRule>,
-    /// It may leave a chain undecided.
+    /// Whether the packet may reach the end of a chain without a verdict.
     falls_through: bool,
     /// A rule that certainly keeps the connection from being tracked.
     untracked: Option<ForeignRule>,
-    /// The bound at which the walk stopped: the rest of the outcome says nothing.
+    /// The limit at which the evaluation stopped. All other fields are meaningless then.
     gave_up: Option<&'static str>,
 }
 
-/// What a filter of the host's would do with captured inbound connections to some ports.
+/// A disagreement between the host's own filter and an inbound redirect of some ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Conflict {
-    /// Captured connections come in that are refused otherwise.
+    /// The redirect would let in connections that the filter refuses.
     Opens { ports: Ports, refused_by: ForeignRule },
-    /// Captured connections are refused, that come in otherwise.
+    /// The filter would refuse redirected connections although it accepts the original ones.
     Closes { ports: Ports, refused_by: ForeignRule },
-    /// Nobody knows: rules could not be read, or are more than are followed.
+    /// The effect is unknown, because rules could not be read or exceed the limits.
     Unjudged { ports: Ports, why: String },
 }
 
@@ -262,7 +275,7 @@ impl Conflict {
         }
     }
 
-    /// Extends this conflict by `next`, if that is the same one for the ports that follow.
+    /// Extends this conflict by `next` if `next` is the same conflict for the adjacent ports.
     fn absorb(&mut self, next: &Conflict) -> bool {
         let (mine, theirs) = (self.ports(), next.ports());
         let follows = mine.last().checked_add(1) == Some(theirs.first());
@@ -306,13 +319,12 @@ impl fmt::Display for Conflict {
     }
 }
 
-/// `bypass_filter` for these ports, as it is written in YAML.
+/// Formats `bypass_filter` for these ports as YAML.
 fn bypass(ports: Ports) -> String {
     if ports.first() == ports.last() { format!("[{ports}]") } else { format!("[\"{ports}\"]") }
 }
 
-/// Finds the ports that a redirect of inbound connections would open or close, as far as the rules say it for certain, and those that
-/// cannot be judged.
+/// Finds the ports that an inbound redirect would certainly open or close, and those that cannot be judged.
 pub fn inbound(rules: &Ruleset, ports: &BTreeSet<Ports>) -> Vec<Conflict> {
     let packet = Packet::from_outside;
     if let Some(why) = rules.gaps() {
@@ -347,7 +359,7 @@ fn conflict(ports: Ports, direct: &Outcome, redirected: &Outcome) -> Option<Conf
         return Some(Conflict::Unjudged { ports, why: bound.to_owned() });
     }
     match (direct.drops.first(), &direct.accepts, redirected.drops.first(), &redirected.accepts) {
-        // Some sources, or all, are kept out today, and none would be.
+        // The filter refuses some or all sources today. A redirect would make it accept all sources.
         (Some(refused_by), _, None, _) => Some(Conflict::Opens { ports, refused_by: refused_by.clone() }),
         (_, Some(_), Some(refused_by), None) => {
             Some(Conflict::Closes { ports, refused_by: refused_by.clone() })
@@ -356,10 +368,12 @@ fn conflict(ports: Ports, direct: &Outcome, redirected: &Outcome) -> Option<Conf
     }
 }
 
-/// Judges inbound ports against the rules of others: once for each reading of the rules, however often endpoints change.
+/// Judges inbound ports against the foreign rules, once for each reading of the rules, however often
+/// endpoints change.
 ///
-/// Call [`InboundJudge::forget`] when somebody changed rules, [`InboundJudge::read`] with what they are now if
-/// [`InboundJudge::rules`] has none, then [`InboundJudge::judge`].
+/// Call [`InboundJudge::forget`] when another program has changed rules. If [`InboundJudge::rules`] then
+/// returns `None`, read
+/// the rules and pass them to [`InboundJudge::read`]. Then call [`InboundJudge::judge`].
 #[derive(Debug, Default)]
 pub struct InboundJudge {
     rules: Option<Ruleset>,
@@ -372,12 +386,12 @@ pub struct InboundJudge {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
     pub conflicts: Vec<Conflict>,
-    /// Why the verdict is that of an earlier reading.
+    /// The reason why the verdict is based on an earlier reading, if it is.
     pub outdated: Option<String>,
 }
 
 impl Verdict {
-    /// Takes the ports that are in conflict out of `spec`. Returns, for people, which and why.
+    /// Removes the conflicting ports from `spec`. Returns a note for each conflict.
     pub fn leave_out(&self, spec: &mut Spec) -> Vec<String> {
         let outdated = self.outdated.iter().map(|why| {
             format!("inbound.ports: this host's own filter counts as it was last read, for 5 minutes at most: {why}")
@@ -392,20 +406,20 @@ impl Verdict {
 }
 
 impl InboundJudge {
-    /// Judges `ports` by another reading of the rules, as this judge would, and remembers nothing of it.
+    /// Judges `ports` by another reading of the rules, as this judge would, without recording that reading.
     pub fn judge_by(&self, rules: Ruleset, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Verdict> {
         let mut other = InboundJudge { last_complete: self.last_complete.clone(), ..InboundJudge::default() };
         other.read(rules);
         other.judge(ports, now)
     }
 
-    /// Forgets the rules, since somebody changed some or may have.
+    /// Forgets the rules, because they have changed or may have.
     pub fn forget(&mut self) {
         self.rules = None;
         self.verdict = None;
     }
 
-    /// Returns the rules, if they were read after the last change.
+    /// Returns the rules, if they were read since the last change.
     pub fn rules(&self) -> Option<&Ruleset> {
         self.rules.as_ref()
     }
@@ -416,8 +430,9 @@ impl InboundJudge {
         self.rules = Some(rules);
     }
 
-    /// Judges `ports`. If the current reading has gaps, the last complete verdict on these ports counts for another five
-    /// minutes; after that, and without such a verdict, the ports are [`Conflict::Unjudged`].
+    /// Judges `ports`. If the current reading has gaps, the last complete verdict on the same ports stays
+    /// valid for five
+    /// minutes. Without such a verdict, the ports are [`Conflict::Unjudged`].
     pub fn judge(&mut self, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Verdict> {
         let Some(rules) = &self.rules else {
             let why = "its rules have not been read";
@@ -439,7 +454,7 @@ impl InboundJudge {
                 self.last_complete = Some((ports.clone(), Arc::clone(&verdict), now));
                 verdict
             }
-            // Not kept: it ends.
+            // This verdict is not cached, because it expires.
             (Some(why), Some((_, verdict, _))) => {
                 return Arc::new(Verdict { conflicts: verdict.conflicts.clone(), outdated: Some(why) });
             }
@@ -450,7 +465,9 @@ impl InboundJudge {
     }
 }
 
-/// Names a rule that keeps connections to `port` from being tracked: they are not captured, and to a virtual address lead nowhere.
+/// Names a rule that keeps connections to `port` from being tracked. Such connections are not captured, so
+/// those to a
+/// virtual address lead nowhere.
 pub fn untracked(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
     let packet = |is_ipv4| Packet {
         is_ipv4,
@@ -466,16 +483,19 @@ pub fn untracked(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
     [true, false].into_iter().find_map(|is_ipv4| rules.judge(&packet(is_ipv4), &mut left).untracked)
 }
 
-/// What the host's own filter says of redirected connections from outside that were lost.
+/// The explanation that the host's own filter gives for lost redirected connections from outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InboundSuspects {
-    /// These rules may drop them, and would not drop them had they not been redirected. None, where no rule is known that may.
+    /// These rules may drop the redirected connections, and would accept the original ones. Empty if no such
+    /// rule is known.
     Rules(Vec<ForeignRule>),
-    /// Whatever rule may drop them may drop them without a redirect, too: the host does not want these callers.
+    /// Every rule that may drop the redirected connections may also drop the original ones: the host refuses
+    /// these clients.
     Unwanted,
 }
 
-/// Names the rules that may drop connections of one family from outside once they are redirected.
+/// Names the rules that may drop connections from outside, of one address family, because they are
+/// redirected.
 pub fn inbound_suspects(rules: &Ruleset, ports: &BTreeSet<Ports>, is_ipv4: bool) -> InboundSuspects {
     let packet = |port, is_translated| Packet::from_outside(is_ipv4, port, is_translated);
     let mut left = MAX_STEPS_OF_ALL;
@@ -491,8 +511,9 @@ pub fn inbound_suspects(rules: &Ruleset, ports: &BTreeSet<Ports>, is_ipv4: bool)
     if own.is_empty() { InboundSuspects::Unwanted } else { InboundSuspects::Rules(own) }
 }
 
-/// Names the rules that may drop a captured outbound connection of one family to `to_port`, or the answers of Envoy, or keep them from being
-/// translated.
+/// Names the rules that may drop a captured outbound connection of one address family to `to_port`, or
+/// Envoy's replies, or
+/// that keep the connection from being translated.
 pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule> {
     let new = |hook, is_translated, to_port, over_loopback| Packet {
         is_ipv4,
@@ -504,7 +525,7 @@ pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule
         over_loopback,
         from_elsewhere: false,
     };
-    // The answer comes from the address that was called, which no interface has.
+    // The reply comes from the virtual address, which no interface has.
     let answer = |hook, from_port| Packet {
         is_ipv4,
         hook,
@@ -517,7 +538,7 @@ pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule
     };
     let packets = [
         new(Hook::Output, false, to_port, false),
-        // The interface is that of the route of the address that was called.
+        // The packet has the interface of the route to the virtual address.
         new(Hook::Output, true, OUTBOUND_PORT, false),
         new(Hook::Prerouting, true, OUTBOUND_PORT, true),
         new(Hook::Input, true, OUTBOUND_PORT, true),
@@ -536,18 +557,18 @@ pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule
 }
 
 impl Ruleset {
-    /// Records that rules could not be read, and why.
+    /// Records that some rules could not be read, and why.
     pub fn add_gap(&mut self, why: impl Into<String>) {
         self.gaps.insert(why.into());
     }
 
-    /// Explains which rules could not be read. `None` means that the set is complete.
+    /// Explains which rules could not be read. `None` if the set is complete.
     pub fn gaps(&self) -> Option<String> {
         let gaps: Vec<&str> = self.gaps.iter().take(3).map(String::as_str).collect();
         (!gaps.is_empty()).then(|| gaps.join("; "))
     }
 
-    /// Splits `ports` where some rule tells one port from the next.
+    /// Splits `ports` into ranges that all rules treat alike.
     fn told_apart(&self, ports: &BTreeSet<Ports>) -> impl Iterator<Item = Ports> {
         let mut starts = BTreeSet::new();
         for condition in self.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.conditions)
@@ -574,19 +595,21 @@ impl Ruleset {
         })
     }
 
-    /// Reports whether a chain that nft lists is one that `iptables-save` lists whole.
+    /// Reports whether `iptables-save` lists this chain of nft's listing completely.
     fn is_told_by_iptables(&self, (listing, table, name): &(Listing, String, String)) -> bool {
         *listing == Listing::Nft
             && self.chains.contains_key(&(Listing::IptablesOverNft, table.clone(), name.clone()))
     }
 
-    /// Returns what all chains that see the packet may do with it, and takes at most `left` steps.
+    /// Evaluates all chains that see the packet, and takes at most `left` steps.
     fn judge(&self, packet: &Packet, left: &mut usize) -> Outcome {
         let budget = MAX_STEPS.min(*left);
         let mut steps = 0;
         let mut whole = Outcome { falls_through: true, ..Outcome::default() };
         let sees = |hook: Hook, priority: i64| {
-            // Addresses are translated at -100, for what is sent and what comes.
+            // Addresses are translated at priority -100. On `output`, a new packet has its original
+            // destination before that priority
+            // and the translated one after it.
             hook == packet.hook
                 && (hook != Hook::Output || !packet.is_new || (priority > -100) == packet.is_translated)
         };
@@ -608,7 +631,7 @@ impl Ruleset {
                     false => _ = outcome.accepts.get_or_insert(policy),
                 }
             }
-            // A packet has to be accepted by each.
+            // Every chain must accept a packet, or it is dropped.
             all_accept &= outcome.accepts.is_some();
             accepts = accepts.or(outcome.accepts);
             whole.untracked = whole.untracked.or(outcome.untracked);
@@ -659,7 +682,7 @@ impl Ruleset {
             match &rule.action {
                 Action::Accept => _ = outcome.accepts.get_or_insert_with(named),
                 Action::Drop => outcome.drops.push(named()),
-                // It is as good as lost to capture, and goes on.
+                // An untracked connection is lost to capture, but its packets continue to the next rule.
                 Action::NoTrack => {
                     if holds == Truth::Yes && depth == 0 {
                         outcome.untracked = Some(named());
@@ -701,8 +724,9 @@ impl Ruleset {
         self.chains.entry(key).or_default().rules.extend(rules);
     }
 
-    /// Adds what `nft -j list ruleset` prints, without our own table. Of the tables of iptables only those chains count that
-    /// `iptables-save` does not list, since nft shows in part only what iptables made.
+    /// Adds the rules that `nft -j list ruleset` prints, except for vmesh's own table. Chains that
+    /// `iptables-save` lists too are
+    /// evaluated from that listing, since nft shows only parts of what iptables adds.
     pub fn add_nft(&mut self, json: &str) {
         let value: Value = serde_json::from_str(json).unwrap_or(Value::Null);
         let Some(items) = value.get("nftables").and_then(Value::as_array) else {
@@ -738,7 +762,7 @@ impl Ruleset {
         }
     }
 
-    /// Adds what `iptables-save` or `ip6tables-save` prints, without our own chains.
+    /// Adds the rules that `iptables-save` or `ip6tables-save` prints, except for vmesh's own chains.
     pub fn add_iptables(&mut self, family: &str, saved: &str) {
         let listing = match is_iptables_over_nft(saved) {
             true => Listing::IptablesOverNft,
@@ -778,10 +802,11 @@ impl Ruleset {
     }
 }
 
-/// Reports whether the `iptables-save` that printed this works over nftables, as the line says that it prints before each table.
+/// Reports whether this output of `iptables-save` comes from iptables over nftables, by the comment before
+/// each table.
 pub(crate) fn is_iptables_over_nft(saved: &str) -> bool {
     let mut generated = saved.lines().filter(|line| line.starts_with("# Generated by "));
-    // Before 1.8.3 it was called xtables-save.
+    // Before 1.8.3 the program was called xtables-save.
     generated.any(|line| line.contains("(nf_tables)") || line.contains("xtables-save"))
 }
 
@@ -789,18 +814,20 @@ fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
     value.get(key)?.as_str()
 }
 
-/// The table and the chain or map, where these are not ours.
+/// Returns the table and the chain or map of an item, unless it belongs to vmesh.
 fn place(value: &Value, name: &str) -> Option<(String, String)> {
     let (family, table) = (text(value, "family")?, text(value, "table")?);
     let is_ours = family == "inet" && table == "vmesh";
-    // Those of bridges and devices see other packets.
+    // Tables of the `bridge` and `netdev` families see other packets.
     if is_ours || !matches!(family, "ip" | "ip6" | "inet") {
         return None;
     }
     Some((format!("{family} {table}"), text(value, name)?.to_owned()))
 }
 
-/// Converts a rule of nftables to one rule, or to one for each entry of its verdict map. `map` returns the entries of a named map.
+/// Converts a rule of nftables to one rule, or to one for each entry of its verdict map. `map` returns the
+/// entries of a named
+/// map.
 fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Value]>) -> Vec<Rule> {
     let words: Vec<String> = expressions.iter().map(compact).collect();
     let text = shortened(&words.join(" "));
@@ -817,7 +844,7 @@ fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Val
             "xt" if text_of_xt(value) == Some(("target", "REJECT")) => action = Action::Drop,
             _ => match nft_verdict(name, value) {
                 Some(verdict) => action = verdict,
-                // A limit or a match of iptables holds for some packets only.
+                // A limit or a match of iptables applies to some packets only.
                 None => conditions.push(Condition::Unknown),
             },
         }
@@ -843,8 +870,9 @@ fn nft_verdict(name: &str, value: &Value) -> Option<Action> {
     })
 }
 
-/// The entries of a verdict map (`ct state vmap { invalid : drop }`) as rules, in the place of the rule that has it. A packet takes one
-/// entry at most; the one for all others (`*`) comes last.
+/// Converts a verdict map (`ct state vmap { invalid : drop }`) to one rule for each entry. A packet takes at
+/// most one entry;
+/// the entry for all other values (`*`) comes last.
 fn verdict_map<'a>(
     value: &'a Value,
     map: impl Fn(&str) -> Option<&'a [Value]>,
@@ -876,13 +904,13 @@ fn verdict_map<'a>(
     }
     rules.extend(others);
     if rules.is_empty() {
-        // An empty map, or one that is not understood.
+        // The map is empty, or none of its entries is understood.
         rules.push(rule(Some(Condition::Unknown), Action::Continue));
     }
     rules
 }
 
-/// About what `nft list ruleset` shows of an expression.
+/// Formats an expression roughly like `nft list ruleset`.
 fn compact(expression: &Value) -> String {
     let side = |value: &Value| match value {
         Value::String(text) => text.clone(),
@@ -965,7 +993,7 @@ fn nft_compare(left: &Value, right: &Value, operator: Option<&str>) -> Condition
     }
 }
 
-/// The words of one value, of a set or of a list.
+/// Returns the words of a single value, a set or a list.
 fn words(value: &Value) -> Vec<String> {
     match value {
         Value::String(word) => vec![word.clone()],
@@ -976,7 +1004,7 @@ fn words(value: &Value) -> Vec<String> {
     }
 }
 
-/// `None` for what is no list of ports, such as a named set.
+/// Returns the ports of a value; `None` if it is not a list of ports, for example a named set.
 fn ports(value: &Value) -> Option<Vec<Ports>> {
     let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
     match value {
@@ -1052,16 +1080,17 @@ fn iptables_rule(rest: &str) -> Rule {
                     (_, "DROP" | "REJECT" | "TARPIT") => Action::Drop,
                     (_, "NOTRACK") => Action::NoTrack,
                     (_, "RETURN") => Action::Return,
-                    // Its argument says whether it is this.
+                    // The arguments of the `CT` target decide whether the connection is tracked.
                     (_, "CT") if rest.contains("--notrack") => Action::NoTrack,
-                    // Targets of the kernel's have names in capitals, as chains may: one that is no chain falls through.
+                    // Targets of the kernel have names in capitals, and so may chains. A jump to a target
+                    // that is no chain falls through.
                     (_, _) => Action::Jump(to),
                 };
-                // What follows belongs to the target.
+                // The remaining words belong to the target.
                 break;
             }
             _ if word.starts_with('-') => Some(Condition::Unknown),
-            // The value of an option that is not known here.
+            // The value of an unknown option.
             _ => None,
         };
         if let Some(condition) = condition {
@@ -1080,7 +1109,7 @@ fn iptables_rule(rest: &str) -> Rule {
 fn skip_comment<'a>(words: &mut impl Iterator<Item = &'a str>) {
     let Some(first) = words.next() else { return };
     if first.starts_with('"') && !(first.len() > 1 && first.ends_with('"')) {
-        // Until the word that ends it.
+        // A quoted comment ends at the word with the closing quote.
         _ = words.find(|word| word.ends_with('"'));
     }
 }
@@ -1134,7 +1163,7 @@ mod tests {
         rules.iter().map(ToString::to_string).collect()
     }
 
-    /// What firewalld 1.3 has, in short, with port 22 open.
+    /// A short form of the rules of firewalld 1.3 with port 22 open.
     const FIREWALLD: &str = r#"
         {"chain": {"family": "inet", "table": "firewalld", "name": "filter_INPUT", "type": "filter", "hook": "input", "prio": 10, "policy": "accept"}},
         {"chain": {"family": "inet", "table": "firewalld", "name": "zones"}},
@@ -1160,7 +1189,7 @@ mod tests {
         assert_eq!(judged(&Ruleset::default(), "8081"), [""; 0]);
     }
 
-    /// What ufw has, in short, with ports 22 and 8081 open.
+    /// A short form of the rules of ufw with ports 22 and 8081 open.
     const UFW: &str = "*filter\n:INPUT DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n:ufw-before-input - [0:0]\n:ufw-not-local - [0:0]\n\
         :ufw-user-input - [0:0]\n-A INPUT -j ufw-before-input\n-A INPUT -j ufw-after-logging-input\n\
         -A ufw-before-input -i lo -j ACCEPT\n-A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n\
@@ -1200,7 +1229,7 @@ mod tests {
                 r#"{{"rule": {{"family": "inet", "table": "{table}", "chain": "o", "expr": [{expressions}]}}}}"#
             )
         };
-        // Nothing leaves but to two ports.
+        // A filter that lets out connections to two ports only.
         let loopback = r#"{"match": {"op": "==", "left": {"meta": {"key": "oifname"}}, "right": "lo"}}, {"accept": null}"#;
         let egress = [
             chain("eg", "output", 0, "drop"),
@@ -1208,13 +1237,13 @@ mod tests {
             rule("eg", &format!("{dports}, {{\"accept\": null}}")),
         ];
         assert_eq!(names(&suspects(&nft(&egress.join(",")), 1, true)), ["inet eg o: policy drop"]);
-        // Nothing is tracked that goes to two ports.
+        // A rule that excludes connections to two ports from tracking.
         let raw =
             [chain("nt", "output", -300, "accept"), rule("nt", &format!("{dports}, {{\"notrack\": null}}"))];
         let raw = nft(&raw.join(","));
         assert_eq!(untracked(&raw, 80).unwrap().to_string(), "inet nt o: tcp dport [80,8080] notrack");
         assert_eq!(untracked(&raw, 81), None);
-        // Of wg-quick.
+        // A rule of wg-quick.
         let wireguard = iptables(
             "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 10.200.0.2/32 ! -i wg0 -m addrtype ! --src-type LOCAL -j DROP\nCOMMIT\n",
         );
@@ -1279,18 +1308,18 @@ mod tests {
         );
         let native = format!("{NFT_INPUT}, {dnat}");
         assert_eq!(judged(&nft(&native), "80"), ["opens 80: ip filter input: policy drop"]);
-        // iptables over nftables says in a comment that it does not list them.
+        // iptables over nftables prints a comment for a table that it cannot list.
         let mut rules = nft(&native);
         rules.add_iptables("ip", "# Table `filter' is incompatible, use 'nft' tool.\n");
         assert_eq!(judged(&rules, "80"), ["opens 80: ip filter input: policy drop"]);
-        // What it lists, it lists better.
+        // If iptables lists the chain, that listing is used.
         let chain =
             native.replace("\"input\"", "\"INPUT\"").replace("\"hook\": \"INPUT\"", "\"hook\": \"input\"");
         let saved = "# Generated by iptables-nft-save v1.8.9 (nf_tables) on Sat\n*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n";
         let mut rules = nft(&chain);
         rules.add_iptables("ip", saved);
         assert_eq!(judged(&rules, "80"), [""; 0]);
-        // Legacy iptables has a table of that name of its own.
+        // Legacy iptables has a separate table of the same name.
         let mut rules = nft(&chain);
         rules.add_iptables("ip", &saved.replace("-nft", "").replace(" (nf_tables)", ""));
         assert_eq!(judged(&rules, "80"), ["opens 80: ip filter INPUT: policy drop"]);
@@ -1322,7 +1351,7 @@ mod tests {
             judged(&nft(&items), "22 70 80-90 91 99"),
             [format!("opens 80-90: {by_map}"), "opens 99: ip filter closed: reject".to_owned()]
         );
-        // Without the default the packets of other interfaces go on.
+        // Without the default entry, packets of other interfaces continue.
         let items = items.replace(
             "[\"*\", {\"jump\": {\"target\": \"world\"}}]",
             "[\"eth7\", {\"jump\": {\"target\": \"world\"}}]",

@@ -1,4 +1,5 @@
-//! The number that the kernel gives each state of its nftables: it grows by one with each transaction, whoever makes it.
+//! The generation number of the kernel's nftables state. The number grows by one with each transaction of any
+//! process.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,29 +9,33 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with,
 };
 
-/// `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN` of linux/netfilter: what ends each transaction, and answers the question.
+/// The message that ends each transaction and answers `GET_GENERATION`
+/// (`NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN` of
+/// linux/netfilter).
 const NEW_GENERATION: u16 = (10 << 8) | 15;
 const GET_GENERATION: u16 = (10 << 8) | 16;
 const NLM_F_REQUEST: u16 = 1;
 const NFTA_GEN_ID: u16 = 1;
 const NFTA_GEN_PROC_PID: u16 = 2;
 const NFTA_GEN_PROC_NAME: u16 = 3;
-/// The inode of the initial namespace of processes (`PROC_PID_INIT_INO` of linux/proc_ns.h).
+/// The inode of the initial pid namespace (`PROC_PID_INIT_INO` of linux/proc_ns.h).
 const INITIAL_PROCESSES: u64 = 0xEFFF_FFFC;
 
-/// A transaction, and who made it: `firewalld (pid 812)`. Empty where the kernel does not say.
+/// A transaction of nftables and the process that made it, such as `firewalld (pid 812)`. Fields that the
+/// kernel does not
+/// report are empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Generation {
     pub number: Option<u32>,
     pub by: String,
-    /// As the initial namespace of processes counts.
+    /// The process id, in the initial pid namespace.
     pub pid: u32,
 }
 
-/// Opens a socket for messages of nftables: those of these groups (as bits), and answers.
+/// Opens a netlink socket for messages of nftables: those of the multicast `groups` (a bit set), and replies.
 ///
 /// # Errors
-/// If the kernel has no netfilter, or refuses.
+/// If the kernel has no netfilter, or refuses access.
 pub fn open(groups: u32) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::NETFILTER))?;
@@ -38,34 +43,35 @@ pub fn open(groups: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Asks the kernel for the number of its state now. Needs CAP_NET_ADMIN; `None` where there is no nftables.
+/// Asks the kernel for its current generation number. Needs CAP_NET_ADMIN. `None` if the kernel has no
+/// nftables.
 pub fn current() -> Option<u32> {
     let socket = open(0).ok()?;
     let mut question = Vec::with_capacity(20);
     question.extend(20_u32.to_ne_bytes());
     question.extend(GET_GENERATION.to_ne_bytes());
     question.extend(NLM_F_REQUEST.to_ne_bytes());
-    // A sequence number, our port, and nfgenmsg: all zero.
+    // The sequence number, the port and `nfgenmsg` are all zero.
     question.extend([0; 12]);
     send(&socket, &question, SendFlags::empty()).ok()?;
     let mut answer = [0; 1024];
-    // The kernel has answered by then.
+    // The kernel replies before `send` returns, so this does not block.
     let (len, _) = recv(&socket, &mut answer, RecvFlags::empty()).ok()?;
     last(answer.get(..len)?)?.number
 }
 
-/// Reports whether this process has the same numbers for processes as the kernel tells.
+/// Reports whether this process is in the initial pid namespace, whose ids the kernel reports.
 pub fn has_initial_pids() -> bool {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == INITIAL_PROCESSES)
 }
 
-/// The last end of a transaction among these netlink messages (RFC 3549 section 2.2).
+/// Returns the last end of a transaction among these netlink messages (RFC 3549 section 2.2).
 pub fn last(mut bytes: &[u8]) -> Option<Generation> {
     let mut found = None;
     while let Some((message, kind, rest)) = message(bytes) {
         if kind == NEW_GENERATION {
-            // After the header of nfnetlink, four bytes.
+            // The attributes follow the four bytes of the nfnetlink header.
             found = Some(generation(message.get(4..).unwrap_or_default()));
         }
         bytes = rest;
@@ -73,7 +79,7 @@ pub fn last(mut bytes: &[u8]) -> Option<Generation> {
     found
 }
 
-/// The payload and the kind of the first message, and what follows it.
+/// Splits off the first message: returns its payload, its type, and the bytes after it.
 fn message(bytes: &[u8]) -> Option<(&[u8], u16, &[u8])> {
     let len = usize::try_from(u32::from_ne_bytes(*bytes.first_chunk()?)).ok()?;
     let kind = u16::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);

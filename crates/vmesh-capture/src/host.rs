@@ -1,4 +1,4 @@
-//! What has to be known of a host before rules can be made for it. Gathered by [`crate::facts`], or by a test.
+//! The facts of a host that rules depend on. [`crate::facts`] or a test fills them in.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -8,67 +8,71 @@ use serde::{Deserialize, Serialize};
 use crate::spec::{Account, MAX_NAMES, Unit};
 use crate::units::CgroupPath;
 
-/// The host as it is now.
+/// The facts of a host at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Host {
-    /// By name; one that is not here does not exist. Numbers need not be here.
+    /// The user ids by name. A name that is missing here does not exist. Accounts that are given by number
+    /// need no entry.
     pub users: BTreeMap<String, Number>,
     pub groups: BTreeMap<String, Number>,
     /// The control groups of the units that have one now.
     pub units: BTreeMap<Unit, Cgroup>,
-    /// Where units get their control groups that are left out or have a share: nobody is captured who has just begun there.
+    /// The control groups in which units with an exclusion or a share of their own are started. A process in
+    /// a new control group there is not captured yet.
     pub nurseries: Vec<Nursery>,
-    /// Where there is no IPv6, nothing is asked of ip6tables.
+    /// Whether the host has IPv6. Without it, ip6tables is never called.
     pub ipv6: bool,
     pub never: Never,
 }
 
-/// The number of a name.
+/// The user or group id of an account name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Number {
     Now(u32),
-    /// It was this one. Nobody answers now, or it is said not to exist, which a directory that cannot be reached says of
-    /// everybody: who was left alone stays so.
+    /// The last known id. The name service does not answer, or reports that the name does not exist, as it
+    /// also does when its directory server is unreachable. Keeping the id keeps an excluded user excluded.
     Last(u32),
-    /// Nobody answers, and nobody ever did.
+    /// The name service does not answer, and never answered for this name.
     Unanswered,
 }
 
-/// What is kept of a host, for when it does not answer.
+/// The remembered facts of a host, used while its name service or systemd does not answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Memory {
     pub users: BTreeMap<String, Number>,
     pub groups: BTreeMap<String, Number>,
-    /// The ports on which it takes SSH.
+    /// The SSH ports.
     pub ssh: BTreeSet<u16>,
     /// The control groups of units that ran.
     pub units: BTreeMap<Unit, CgroupPath>,
 }
 
-/// What is never captured, whatever is configured: without it a mistake could not be mended over the network, or
-/// connections would go round in circles.
+/// The traffic that is never captured, whatever is configured. Capturing it would cut off the operator who
+/// could correct
+/// a mistake, or send connections in circles.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Never {
-    /// Envoy's user, and the agent's where it has one of its own.
+    /// The users of Envoy and, if it has its own, of the agent.
     pub users: BTreeSet<u32>,
-    /// Of slices that are never empty. A service's own would be stale after its next start, and Envoy's connections would
-    /// come back to it.
+    /// Slices that are never empty. The control group of a service would be outdated after its next start,
+    /// and Envoy's own
+    /// connections would be sent back to Envoy.
     pub slices: BTreeSet<Cgroup>,
-    /// The ports on which this host takes SSH, those of the sessions that are open included. 22 is always one.
+    /// The ports on which this host accepts SSH, and those of open SSH sessions. Port 22 is always included.
     pub ssh: BTreeSet<u16>,
-    /// The ports on which Envoy and the agent listen. 15001 and 15006 always are.
+    /// The ports on which Envoy and the agent listen. 15001 and 15006 always are among them.
     pub own: BTreeSet<u16>,
     pub control_planes: BTreeSet<SocketAddr>,
 }
 
-/// A control group in which units are started.
+/// A control group in which systemd creates the control groups of units.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nursery {
-    /// `None` for the root of the hierarchy.
+    /// The control group itself; `None` for the root of the hierarchy.
     pub parent: Option<Cgroup>,
-    /// What is in it now, and known.
+    /// The control groups in it that are known now.
     pub children: BTreeSet<Cgroup>,
 }
 
@@ -76,11 +80,14 @@ pub struct Nursery {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cgroup {
     pub path: CgroupPath,
-    /// The kernel's number, which is the inode of its directory. Rules mean this one, also when another has the path.
+    /// The kernel's id, which is the inode of its directory. Rules match this id, even if another control
+    /// group has the same
+    /// path by now.
     pub id: u64,
 }
 
-/// How much is remembered of each kind, of specs that are not in force any more as well.
+/// The number of entries of each kind that are remembered, including those of specs that are no longer in
+/// force.
 const MAX_REMEMBERED: usize = 4 * MAX_NAMES;
 
 fn bound<K: Ord, V>(map: &mut BTreeMap<K, V>) {
@@ -88,7 +95,8 @@ fn bound<K: Ord, V>(map: &mut BTreeMap<K, V>) {
 }
 
 impl Memory {
-    /// What is not asked for any more is kept: a change that is taken back asks for it again.
+    /// Remembers the facts of `host`. Facts that are no longer needed stay: after a rollback they are needed
+    /// again.
     pub fn learn(&mut self, host: &Host) {
         self.users.extend(host.users.clone());
         self.groups.extend(host.groups.clone());
@@ -108,7 +116,7 @@ impl Memory {
 }
 
 impl Host {
-    /// `None` where there is no such user.
+    /// Returns the id of a user; `None` if there is no such user.
     pub(crate) fn user(&self, account: &Account) -> Option<Number> {
         account.number().map(Number::Now).or_else(|| self.users.get(account.as_str()).copied())
     }

@@ -1,11 +1,16 @@
-//! iptables and ip6tables, for hosts without nft: chains of our own, and one jump to each, first in the chain that it is in.
+//! The iptables and ip6tables backend, for hosts without nft: chains of vmesh's own, and one jump to each of
+//! them at the top
+//! of a built-in chain.
 //!
-//! One transaction for a table and a family, with `--noflush` and under the lock that everybody takes. Sets are spelled out:
-//! a rule for each address, so thousands of addresses are better served by nftables. The dead-man is a list of the `recent`
-//! match with one entry that stands for everybody.
+//! Each table of each family is changed in one transaction, with `--noflush` and under the lock that all
+//! programs share. There
+//! are no sets: each address gets a rule, so nftables is better for thousands of addresses. The dead-man
+//! timer is a list of
+//! the `recent` match with one entry, which stands for all clients.
 //!
-//! What differs from nftables: TPROXY to an Envoy that does not listen loses the packet until the dead-man lapses. While the kernel
-//! sends SYN cookies, connections by TPROXY are expected to fail (not tried).
+//! One difference from nftables: TPROXY to an Envoy that does not listen loses packets until the dead-man
+//! timer lapses. While
+//! the kernel sends SYN cookies, connections through TPROXY are expected to fail (this was not tested).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -20,61 +25,63 @@ use crate::program::{
 use crate::spec::Ports;
 
 const PREFIX: &str = "VMESH_";
-/// `multiport` takes so many; a range counts for two.
+/// The number of ports that one `multiport` match takes; a range counts as two.
 const MAX_PORTS: usize = 15;
 const TABLES: [&str; 3] = ["nat", "mangle", "filter"];
 
-/// What is in the tables of both families.
+/// The rules of vmesh that iptables and ip6tables have.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Actual {
     pub(crate) v4: Family,
-    /// `None` where the host has no IPv6.
+    /// The rules for IPv6; `None` if the host has none.
     pub(crate) v6: Option<Family>,
 }
 
-/// One family, as its `iptables-save` prints it.
+/// The rules of one address family, read from `iptables-save`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Family(BTreeMap<String, ActualTable>);
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct ActualTable {
-    /// Ours.
+    /// The chains of vmesh.
     chains: BTreeMap<String, Vec<Option<Label>>>,
     jumps: Vec<ActualJump>,
-    /// How many rules of others are in the chains that the kernel calls, and whether those accept what they do not name.
+    /// For each built-in chain: the number of foreign rules, and whether the policy is `ACCEPT`.
     base: BTreeMap<String, (usize, bool)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ActualJump {
     chain: String,
-    /// What is before it in that chain.
+    /// The number of rules before the jump in its chain.
     before: usize,
-    /// What follows `-A`.
+    /// The text of the rule, without `-A`.
     text: String,
     label: Option<Label>,
 }
 
-/// What there was before we came: with iptables over nftables, chains and tables appear with their first rule and stay
-/// when it goes. Kept on disk with the rest of what is to be undone.
+/// The chains and tables that existed before the first rule of vmesh. With iptables over nftables, chains and
+/// tables appear
+/// with their first rule and stay when it is removed. This list is kept on the disk with the rest of the
+/// state.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Footprint {
-    /// Family, table and chain, each separated by a blank: `ip nat OUTPUT`.
+    /// Family, table and chain, separated by spaces: `ip nat OUTPUT`.
     chains: BTreeSet<String>,
-    /// `ip nat`.
+    /// Family and table: `ip nat`.
     tables: BTreeSet<String>,
 }
 
 impl Actual {
-    /// There is nothing of ours.
+    /// Returns the state of a host without rules of vmesh.
     pub fn absent(ipv6: bool) -> Actual {
         Actual { v4: Family::default(), v6: ipv6.then(Family::default) }
     }
 }
 
 impl Family {
-    /// Reads what `iptables-save` prints.
+    /// Parses the output of `iptables-save`.
     pub fn parse(text: &str) -> Family {
         let mut family = Family::default();
         let mut table = None;
@@ -125,7 +132,8 @@ fn comment(rule: &str) -> Option<&str> {
     Some(rest.split_once('"')?.0)
 }
 
-/// What has to be done for the host to be as `program` says. The dead-man is apart: see [`crate::apply::Applier::refresh`].
+/// Plans the changes that make the host match `program`. The dead-man timer is not part of a plan: see
+/// [`crate::apply::Applier::refresh`].
 pub fn plan(program: &Program, actual: &Actual) -> Plan {
     let mut plan = Plan::default();
     let families = [(true, Some(&actual.v4)), (false, actual.v6.as_ref())];
@@ -146,15 +154,15 @@ pub fn plan(program: &Program, actual: &Actual) -> Plan {
     plan
 }
 
-/// One table as it is to be.
+/// The chains and jumps that one table is to have.
 #[derive(Default)]
 struct Wanted {
     chains: Vec<(String, Vec<(Label, String)>)>,
-    /// The chain that the kernel calls, and the jump.
+    /// For each jump: the built-in chain that contains it, its label and its text.
     jumps: Vec<(&'static str, Label, String)>,
 }
 
-/// The table of a chain, and the chain that calls it.
+/// Returns the table of a chain, and the built-in chain that jumps to it.
 fn home(chain: &Chain) -> (&'static str, Option<&'static str>) {
     match chain.hook {
         Some(Hook::Outbound) => ("nat", Some("OUTPUT")),
@@ -162,9 +170,9 @@ fn home(chain: &Chain) -> (&'static str, Option<&'static str>) {
         Some(Hook::Tproxy) => ("mangle", Some("PREROUTING")),
         Some(Hook::Strict) => ("filter", Some("INPUT")),
         Some(Hook::Arriving) => ("mangle", Some("INPUT")),
-        // Comes after the tables `filter` and `security`.
+        // `nat` comes after the tables `filter` and `security`.
         Some(Hook::Arrived) => ("nat", Some("INPUT")),
-        // That it is there is enough.
+        // The chain has an effect by its mere existence.
         Some(Hook::Hold) | None => ("nat", None),
     }
 }
@@ -196,7 +204,7 @@ impl Wanted {
                 }
             }
             if let Some(base) = base {
-                // Whatever was open stays as it is.
+                // Only pure SYNs enter the chain, so open connections are not touched.
                 let text = format!("-p tcp --syn -j {name}");
                 wanted.jumps.push((base, Label::of("jump", &text), text));
             }
@@ -252,7 +260,7 @@ impl Wanted {
         }
         let mut text = format!("*{table}\n");
         for (name, _) in &self.chains {
-            // Makes it, or empties it.
+            // This line creates the chain, or empties it.
             _ = writeln!(text, ":{name} - [0:0]");
         }
         for jump in wrong {
@@ -280,7 +288,7 @@ pub(crate) fn chain_name(name: &str) -> String {
     format!("{PREFIX}{}", name.to_ascii_uppercase())
 }
 
-/// The rules that together say what one says, for one family.
+/// Returns the rules of iptables that together have the effect of `rule` in one family.
 fn spelled(rule: &Rule, v4: bool, seconds: u32) -> Vec<String> {
     let mut texts = vec![if rule.then == Verdict::Nothing { String::new() } else { "-p tcp".to_owned() }];
     for condition in &rule.when {
@@ -298,11 +306,11 @@ fn spelled(rule: &Rule, v4: bool, seconds: u32) -> Vec<String> {
     texts.into_iter().map(|text| format!("{text} {verdict}").trim_start().to_owned()).collect()
 }
 
-/// The ways in which a condition can hold, each with a blank before it.
+/// Returns the alternatives under which a condition holds, each as arguments with a leading space.
 fn ways(condition: &Match, v4: bool, seconds: u32) -> Vec<String> {
     let one = |text: &str| vec![text.to_owned()];
     match condition {
-        // The jump sees to it.
+        // The jump to the chain already matches SYNs only.
         Match::Syn => one(""),
         Match::OutLoopback => one(" -o lo"),
         Match::InLoopback => one(" -i lo"),
@@ -361,7 +369,7 @@ fn multiport(ports: &BTreeSet<Ports>) -> Vec<String> {
     lists.into_iter().map(|(_, list)| format!(" -m multiport --dports {list}")).collect()
 }
 
-/// The list of the dead-man of a direction, and the mask that makes one entry of everybody.
+/// Returns the name of a direction's dead-man list, and the mask that maps all clients to one entry.
 pub(crate) fn recent(direction: Direction, v4: bool) -> (&'static str, &'static str) {
     match (direction, v4) {
         (Direction::Outbound, true) => ("vmesh4", "0.0.0.0"),
@@ -372,7 +380,8 @@ pub(crate) fn recent(direction: Direction, v4: bool) -> (&'static str, &'static 
 }
 
 impl Footprint {
-    /// Reads what `nft -j list chains` and `nft -j list tables` print. `None` if it is not their JSON.
+    /// Parses the output of `nft -j list chains` and `nft -j list tables`. `None` if it is not valid JSON of
+    /// nft.
     pub fn parse(listings: &[&str]) -> Option<Footprint> {
         let mut footprint = Footprint::default();
         let text = |value: &Value, key: &str| Some(value.get(key)?.as_str()?.to_owned());
@@ -384,7 +393,7 @@ impl Footprint {
                 if let Some(chain) = item.get("chain") {
                     let (family, table) = (text(chain, "family")?, text(chain, "table")?);
                     let name = text(chain, "name")?;
-                    // It may come to stand in a command: a name that would mean more there is left alone.
+                    // The name may be used in a command of nft, so a name with special characters is ignored.
                     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
                     if is_iptables(&family, &table) && name.chars().all(plain) {
                         footprint.chains.insert(format!("{family} {table} {name}"));
@@ -401,8 +410,9 @@ impl Footprint {
     }
 }
 
-/// What takes away the chains and tables that came with our first rule: those that were not in `before` and in which nothing
-/// is now. To be done once our own are gone.
+/// Plans the removal of the chains and tables that came with the first rule of vmesh: those that `before`
+/// does not contain and
+/// that are empty now. Apply it after vmesh's own chains are removed.
 pub fn leftovers(before: &Footprint, now: &Footprint, actual: &Actual) -> Plan {
     let mut plan = Plan::default();
     let mut input = String::new();

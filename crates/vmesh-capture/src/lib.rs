@@ -1,42 +1,51 @@
-//! Which connections of a host go through its Envoy, said to the kernel: planned, applied, watched, taken away.
+//! Traffic capture: decides which connections of a host go through its Envoy, and plans, applies, watches and
+//! removes the nftables or iptables rules that send them there.
 //!
 //! ```text
 //! Spec + Host -> Program -> plan(Program, Actual) -> Plan -> Applier -> the kernel -> Actual
 //! ```
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
-//! | [`spec`] | [`Spec`]: what operators and the control plane want; parsed strictly |
-//! | [`host`] | [`Host`]: what has to be known of the host; what is never captured |
-//! | [`program`] | [`Program`]: chains of rules, of no particular tool; what of a spec cannot be had here |
-//! | [`nft`] | nftables: our own table, in one transaction |
-//! | [`iptables`] | iptables and ip6tables: our own chains |
-//! | [`mod@plan`] | [`Plan`]: the differences, by name, and the transactions that end them; what `--dry-run` prints |
-//! | [`confirm`] | commit-confirm, the dead-man, taking leave: told the time |
-//! | [`machine`] | [`machine::Machine`]: decides when what is done to a host; told events, it answers with actions |
-//! | [`apply`] | [`apply::Applier`]: the only I/O, with [`facts`] |
-//! | [`arrivals`] | counts what is redirected from outside, before and after the host's own filter |
-//! | [`foreign`] | rules of others: what they do with captured connections, and which of them is in the way |
-//! | [`generations`] | the number of the state of nftables, and who made it what it is |
+//! | [`spec`] | [`Spec`]: the captured traffic that operators and the control plane ask for; parsed strictly |
+//! | [`host`] | [`Host`]: the facts of this host that rules depend on, and the traffic that is never captured |
+//! | [`program`] | [`Program`]: chains of rules for neither tool in particular; the parts of a spec that have no effect here |
+//! | [`nft`] | the nftables backend: one table of vmesh's own, replaced in one transaction |
+//! | [`iptables`] | the iptables and ip6tables backend: chains of vmesh's own |
+//! | [`mod@plan`] | [`Plan`]: the differences by name, and the transactions that remove them; the output of `--dry-run` |
+//! | [`confirm`] | trials that must be confirmed, the dead-man timer, and draining; takes the time as an argument |
+//! | [`machine`] | [`machine::Machine`]: the state machine that turns events into actions on the host |
+//! | [`apply`] | [`apply::Applier`]: runs the tools; with [`facts`], the only I/O of this crate |
+//! | [`arrivals`] | counts redirected connections from outside before and after the host's own filter |
+//! | [`foreign`] | foreign rules: what they do with captured connections, and which of them drops these |
+//! | [`generations`] | the generation number of the kernel's nftables state, and the process that made the last one |
 //! | [`facts`] | reads a [`Host`] from `/proc`, systemd and `getent` |
-//! | [`units`] | the control groups of systemd's units, as systemd says them |
-//! | [`programs`] | which program is run under a name, and with what environment |
+//! | [`units`] | the control groups of systemd units, as systemd reports them |
+//! | [`programs`] | finds a program by name in trusted directories, and runs it with a clean environment |
 //!
-//! `bypass.sh` takes everything away with none of this working.
+//! `bypass.sh` removes all rules of vmesh without the help of any of this.
 //!
-//! What holds, each shown by a test in `tests/packets.rs` with real packets:
+//! These properties hold; each is shown by a test in `tests/packets` with real packets:
 //!
-//! - Only new connections are touched (pure SYNs; TPROXY leaves alone what has a socket). What was open when rules came, changed or
-//!   went stays open. Only when the last of a redirect goes, what goes through it is reset: [`Program::drained`] comes before.
-//! - SSH, the control planes, Envoy's and the agent's ports and users are never captured, whatever is configured.
-//! - A redirect that may fail open does so by the kernel's own clock.
-//! - After `off`, the host's rules are byte by byte what they were.
+//! - Rules match new connections only (pure SYNs; TPROXY ignores packets that have a socket). A connection
+//!   that was
+//! open when rules were added, changed or removed stays open. The exception is the removal of the last
+//! redirect: it
+//! resets the connections through it, so [`Program::drained`] is applied first.
+//! - SSH, the control planes, and the ports and users of Envoy and the agent are never captured, whatever is
+//!   configured.
+//! - A redirect that may fail open lapses by the kernel's own clock.
+//! - After `off`, the ruleset is byte for byte the one from before the first apply.
 //!
-//! **Where permissive and strict will act** (with mTLS): what is captured in [`spec::Inbound::ports`] reaches Envoy in plaintext
-//! or TLS, and Envoy's listener at 15006 decides; [`spec::Inbound::strict`] sees to it in the kernel that nothing comes past it.
+//! **Where permissive and strict mTLS act**: connections to [`spec::Inbound::ports`] reach Envoy's listener
+//! at 15006 in
+//! plaintext or TLS, and that listener decides. [`spec::Inbound::strict`] makes the kernel refuse connections
+//! that would
+//! bypass Envoy.
 //!
-//! Linux 5.2 or later for nftables (redirects in `inet` tables), 5.7 for control groups in its rules: so the changelogs of the
-//! kernel say; it has been run on one kernel (6.18), with nft 1.0.6 and iptables 1.8.9.
+//! According to the kernel's changelogs, nftables needs Linux 5.2 (redirects in `inet` tables), and rules by
+//! control
+//! group need 5.7. The crate was tested on one kernel (6.18), with nft 1.0.6 and iptables 1.8.9.
 
 pub mod apply;
 pub mod arrivals;

@@ -1,28 +1,52 @@
-//! Decides what is on a host, and when: the half of vmesh-net's keeper that does no I/O and reads no clock.
+//! The state machine of vmesh-net: decides which capture rules the host has, and when they change.
+//!
+//! [`Machine`] does no I/O and reads no clock. Its driver (vmesh-net) feeds it events, performs the actions
+//! that it
+//! returns, and feeds it their results:
 //!
 //! ```text
-//! Event (a want, a tick, a change of rules, the result of an action) -> Machine::on(event, now) -> actions -> the driver -> Event ...
+//! Event (a want, a tick, a change of rules, the result of an action)
+//!   -> Machine::on(event, now) -> actions -> the driver -> Event ...
 //! ```
 //!
-//! Call [`Machine::start`], then [`Machine::on`] with [`Event::Started`]. Perform the actions in order. At most one of a batch has a result
-//! ([`Action::awaits_result`]), and it is the last: give its result to [`Machine::on`] next. When a batch has none, the machine is idle, and
-//! takes the next event from outside. An event out of turn changes nothing.
+//! # Order of calls
 //!
-//! The states are [`Life`] (does the process know what is wanted, or does it end), [`Kernel`] (what is known of our rules) and [`Phase`]
-//! (the action whose result is awaited). [`Machine::on`] is the only place that leaves a phase.
+//! Call [`Machine::start`], then [`Machine::on`] with [`Event::Started`]. Perform the returned actions in
+//! order. At most
+//! one action of a batch has a result ([`Action::awaits_result`]), and it is the last one: pass its result to
+//! [`Machine::on`] next. If no action of a batch has a result, the machine is idle ([`Machine::is_idle`]) and
+//! takes the
+//! next event from outside. An event out of turn changes nothing.
+//!
+//! # States
+//!
+//! Three independent states make up the machine: [`Life`] (the process waits for the agent, runs, or stops),
+//! [`Kernel`]
+//! (what the machine knows of vmesh's rules in the kernel) and [`Phase`] (the action whose result the machine
+//! awaits).
+//! [`Machine::on`] is the only function that leaves a phase.
 //!
 //! ```text
-//! Idle -> ReadingHost -> [Detecting] -> something is wanted: [ReadingFilter] -> [TakingFootprint -> SavingFootprint]
-//!                                         -> LookingAtEnvoy -> Applying -> EndingOthers -> Idle
-//!                                    -> nothing is wanted:   Counting -> EndingOthersFirst -> TakingAway -> SavingAbsence -> Idle
-//!                                         [TakingFootprint -> SavingFootprint] -> Draining -> Idle
-//! any of these fails: Idle with an error, tried again by the tick; where units may have gone meanwhile, ReadingHostAgain once
-//! a trial: ReadingHost -> ReadingSessions -> Saving -> (as above)
-//! a confirmation: CheckingListeners -> TryingPath -> [ReadingFilterForPath] -> ReadingHost -> ReadingSessions -> Saving -> (as above)
+//! an attempt to bring the host's rules to what is wanted:
+//!   Idle -> ReadingHost -> [Detecting]
+//!     capture is wanted:  [ReadingFilter] -> [TakingFootprint -> SavingFootprint]
+//!                           -> LookingAtEnvoy -> Applying -> EndingOthers -> Idle
+//!     capture is off:     Counting -> EndingOthersFirst -> TakingAway -> SavingAbsence -> Idle
+//!                           or, while connections drain: [TakingFootprint -> SavingFootprint] -> Draining -> Idle
+//! a trial of a new spec:
+//!   ReadingHost -> ReadingSessions -> Saving -> an attempt
+//! a confirmation of the trial:
+//!   CheckingListeners -> TryingPath -> [ReadingFilterForPath] -> ReadingHost -> ReadingSessions -> Saving -> an attempt
+//! a failure of any step:
+//!   Idle with an error, and a later tick tries again; if a unit may have stopped meanwhile, ReadingHostAgain once first
 //! ```
 //!
-//! **Invariants**, shown by a property test against a model host that fails at any action, `tests/keeper.rs`: a trial is on the disk before
-//! it is in the kernel; a host ends as it is wanted or as it was before; `off` leaves nothing.
+//! # Invariants
+//!
+//! `tests/keeper.rs` checks these against a model host that fails at any action: a trial is on the disk
+//! before it is in
+//! the kernel; a host ends either with the wanted rules or with those from before vmesh; `off` leaves no rule
+//! behind.
 
 mod bring;
 mod messages;
@@ -43,57 +67,68 @@ use crate::spec::{Inward, Outward, Spec};
 
 /// The interval of [`Event::Tick`].
 pub const TICK: Duration = Duration::from_secs(1);
-/// Ticks between two looks at everything, where the kernel tells of changes.
+/// Ticks between two full checks of the host where the kernel reports changes of rules.
 const LOOKS_EVERY: u64 = 60;
-/// Ticks between two looks where the kernel tells of none (legacy iptables), where units are named (a restarted unit has another control
-/// group), and where the rules of others could not be read.
+/// Ticks between two full checks where more can change unnoticed: with legacy iptables (the kernel reports
+/// nothing),
+/// with named units (a restarted unit gets a new control group), and while foreign rules cannot be read.
 const LOOKS_OFTEN_EVERY: u64 = 10;
-/// The shortest time between two looks at a host whose rules or units change all the time.
+/// The shortest time between two checks of a host whose rules or units change all the time.
 const RESTS: Duration = Duration::from_secs(1);
-/// How long after an error the work is tried again: a lock may be released by then, or a disk have room.
+/// The delay before a failed attempt is repeated. By then a lock may be free again, or a disk have room.
 const TRIES_AGAIN_AFTER: Duration = Duration::from_secs(5);
-/// Endpoints that come and go are written to the disk together.
+/// The delay after which changed endpoints are saved, so that many changes cost one write.
 const SAVES_AFTER: Duration = Duration::from_secs(10);
-/// An agent that runs at all has spoken by then.
+/// The time that the agent gets to connect after vmesh-net started without a readable state.
 const AGENT_BEGINS_WITHIN: Duration = Duration::from_secs(120);
 
-/// Whether the process knows what is wanted.
+/// The lifecycle of the process: waits for the agent, runs, or stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
-    /// The disk did not say what was captured: the kernel's rules stay as they are until the agent speaks, or this moment.
+    /// The state on the disk could not be read. The kernel's rules stay unchanged until the agent reports its
+    /// spec, or until this deadline.
     AwaitsAgent {
         until: Instant,
     },
+    /// The process keeps the rules as the wanted spec says.
     Keeps,
-    /// The process takes the rules away, and ends once they are gone.
+    /// The process removes the rules, and ends once they are gone.
     Stops {
         since: Instant,
     },
 }
 
-/// What is known of our rules in the kernel.
+/// What the machine knows of vmesh's rules in the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Kernel {
-    /// The rules have not been read yet, or a change failed, of which any part may be in the kernel.
+    /// The rules were not read yet, or a failed change left an unknown part of itself in the kernel.
     Unknown,
-    /// No rule of ours, verified.
+    /// The kernel was verified to have no rule of vmesh.
     Absent,
-    /// No rule of ours, verified before somebody else changed rules: a saved ruleset that is loaded again may have some.
+    /// The kernel was verified to have no rule of vmesh, but another program changed rules since. A saved
+    /// ruleset that
+    /// was loaded again may contain rules of vmesh.
     AbsentBefore,
+    /// The kernel has the rules of this program.
     Has(Program),
 }
 
-/// The state that `vmeshctl capture` shows.
+/// The capture state that `vmeshctl capture` shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
+    /// Nothing is captured, and no rule is left.
     Off,
+    /// Nothing is captured any more. Connections drain, or the rules could not be removed yet.
     Leaving,
+    /// A new spec is in force on trial.
     Trial,
+    /// A confirmed spec is in force.
     Confirmed,
+    /// The operator's bypass is set: nothing is captured.
     Bypassed,
 }
 
-/// Changes of our rules by others, mended.
+/// Changes of vmesh's rules by other programs, which the machine has repaired.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Drift {
     pub count: u64,
@@ -102,18 +137,18 @@ pub struct Drift {
     pub by: Option<String>,
 }
 
-/// The cached readings that are read again before rules are changed.
+/// How much of its cached knowledge the machine reads again before it changes rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Refresh {
-    /// Nothing: only endpoints differ.
+    /// Nothing is read again, because only endpoints differ.
     Endpoints,
-    /// The rules, ours and others'.
+    /// The rules are read again, both vmesh's and foreign ones.
     Rules,
-    /// The host, too.
+    /// The host's facts are read again, and the rules.
     Host,
 }
 
-/// One pass from a host to its rules.
+/// One pass that leads from the facts of the host to its rules.
 #[derive(Debug, Clone, PartialEq)]
 struct Attempt {
     host: Host,
@@ -122,11 +157,11 @@ struct Attempt {
     is_retry: bool,
 }
 
-/// The rules that an attempt leads to.
+/// The rules that an attempt is to install.
 #[derive(Debug, Clone, PartialEq)]
 struct Goal {
     attempt: Attempt,
-    /// The spec without the ports that are left out.
+    /// The spec without the ports that conflict with the host's own filter.
     spec: Spec,
     program: Program,
 }
@@ -155,9 +190,9 @@ enum SessionsFor {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SaveFor {
-    /// Saves a new trial: if this fails, the trial is given up.
+    /// Saves a new trial. The trial is given up if this fails.
     Trial,
-    /// Saves everything else: an error is logged with this prefix.
+    /// Saves any other state. An error is logged with this prefix.
     Warn(&'static str),
 }
 
@@ -167,7 +202,7 @@ enum PathCheck {
     Watch { with_rules: bool, outbound_is_well: bool },
 }
 
-/// The action whose result the machine awaits, and the data for the step after it.
+/// The action whose result the machine awaits, with the data that the next step needs.
 #[derive(Debug, PartialEq)]
 enum Phase {
     Idle,
@@ -192,7 +227,7 @@ enum Phase {
     SavingAbsence,
 }
 
-/// A part of the answer to one event. The machine runs its tasks in order.
+/// One step of the response to an event. The machine runs queued tasks in order, one whenever it is idle.
 #[derive(Debug)]
 enum Task {
     ReadHost,
@@ -202,7 +237,7 @@ enum Task {
     SaveIfDue,
     CheckListeners,
     CheckPath(PathCheck),
-    /// Ends a want: a trial that could not be applied is taken back.
+    /// Replies to a want. A trial that could not be applied is rolled back.
     SettleWant,
     Reply(Result<(), String>),
     ExitIfGone,
@@ -213,20 +248,20 @@ enum Task {
 #[derive(Debug, Default)]
 struct Trial {
     number: u64,
-    /// The sessions of SSH from when it began.
+    /// The SSH sessions that were open when the trial began.
     sessions: Vec<Session>,
     /// The reason why the last confirmation was refused.
     doubt: Option<String>,
 }
 
-/// Work that a later tick does.
+/// Work that is left to a later tick.
 #[derive(Debug, Default)]
 struct Due {
     ticks: u64,
     refresh: Option<Refresh>,
     save_at: Option<Instant>,
     path_with_rules: bool,
-    /// When the host was last brought to what is wanted.
+    /// The start time of the last attempt.
     looked: Option<Instant>,
 }
 
@@ -239,10 +274,10 @@ struct Report {
     changed_by: Option<(Instant, Option<String>)>,
 }
 
-/// See the [module](self).
+/// The state machine. See the [module documentation](self) for the order of calls.
 #[derive(Debug)]
 pub struct Machine {
-    /// The longest time that connections through redirects may take to end once nothing is wanted.
+    /// The longest time that connections through redirects may take to end once capture is off.
     drain: Duration,
     life: Life,
     kernel: Kernel,
@@ -253,24 +288,28 @@ pub struct Machine {
     trial: Trial,
     known: AgentFacts,
     memory: Memory,
-    /// The spec of the last failed trial, which is not tried again until an operator asks for that, and the reason.
+    /// The spec of the last failed trial and the reason of its failure. Only an operator's retry allows
+    /// another trial of it.
     refused: Option<(Spec, String)>,
-    /// The last want of the agent's, whatever became of it.
+    /// The agent's last requested spec, in force or not.
     agent_wants: Option<Spec>,
-    /// The backend; `true` if the host has IPv6.
+    /// The detected backend; `true` if the host has IPv6.
     backend: Option<(Backend, bool)>,
-    /// The last reading of the host.
+    /// The last facts that were read from the host.
     host: Option<Host>,
     filter: InboundJudge,
     replaced: u64,
-    /// The moment from which nothing was wanted; `None` once the rules are gone.
+    /// The time when capture was switched off; `None` while something is captured, and once the rules are
+    /// removed.
     leaving_since: Option<Instant>,
     due: Due,
     report: Report,
 }
 
 impl Machine {
-    /// Begins with the state of the disk. If `is_whole` is false, the machine changes no rule until the agent speaks.
+    /// Begins with the state that was on the disk. If `is_whole` is false, the state could not be read: the
+    /// machine then
+    /// changes no rule until the agent says what it wants.
     pub fn start(
         saved: SavedState,
         is_whole: bool,
@@ -286,7 +325,7 @@ impl Machine {
                 Level::Warn,
                 "what was on trial when vmesh-net ended is taken back".to_owned(),
             ));
-            // It may be why.
+            // The trial may be the reason why the process ended.
             refused = Some((spec, "vmesh-net ended while it was on trial".to_owned()));
         }
         let life = match is_whole {
@@ -316,7 +355,8 @@ impl Machine {
         }
     }
 
-    /// Takes an event, and returns the actions to perform.
+    /// Handles an event, and returns the actions to perform. See the [module documentation](self) for the
+    /// order.
     pub fn on(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match (std::mem::replace(&mut self.phase, Phase::Idle), event) {
             (Phase::ReadingHost, Event::HostRead(host)) => self.learn(*host, now),
@@ -359,13 +399,13 @@ impl Machine {
             (Phase::SavingFootprint(next), Event::Saved(result)) => match result {
                 Ok(()) => self.with_footprint(next),
                 Err(why) => {
-                    // The next attempt is to write it, before any rule.
+                    // The next attempt must save the footprint again, before any rule is added.
                     self.commit.set_footprint(None);
                     self.failed(next.attempt(), why);
                 }
             },
             (Phase::LookingAtEnvoy(goal), Event::EnvoySeen(well)) => {
-                // A change that fails may leave any part of it in the kernel.
+                // A change that fails may leave any part of itself in the kernel.
                 let before = std::mem::replace(&mut self.kernel, Kernel::Unknown);
                 let (program, timeout) = (goal.program.clone(), goal.spec.dead_man.timeout);
                 self.wait(Action::Apply { program, timeout, well }, Phase::Applying { goal, before, well });
@@ -452,7 +492,7 @@ impl Machine {
                 }
             }
             Event::Retry => {
-                // Until the agent speaks again, it serves what it last wanted.
+                // Until the agent connects again, the machine treats this spec as what the agent wants.
                 if let Some((spec, _)) = self.refused.take() {
                     self.agent_wants.get_or_insert(spec);
                 }
@@ -463,7 +503,9 @@ impl Machine {
                 self.forget_rules();
                 self.due.path_with_rules = true;
                 self.report.changed_by = Some((now, by));
-                // The script sets its flag before it changes any rule, so that they are not mended behind its back.
+                // The bypass script sets its flag before it changes any rule. So the machine sees the flag
+                // here, and does not repair
+                // the rules that the script is removing.
                 if self.set_bypassed(bypassed) {
                     self.tasks.push_back(Task::Bring(Refresh::Host));
                 } else {
@@ -590,8 +632,9 @@ impl Machine {
         }
     }
 
-    /// Reports whether the machine may write the state. A machine that does not know what was captured must not: the next process would
-    /// read that nothing was.
+    /// Reports whether the machine may save its state. After a start without a readable state it must not:
+    /// the next
+    /// process would read that nothing was captured.
     fn may_save(&self) -> bool {
         !matches!(self.life, Life::AwaitsAgent { .. })
     }
@@ -614,11 +657,11 @@ impl Machine {
                 self.tell(Level::Info, text);
             }
             (SaveFor::Trial, Err(why)) => {
-                // A process that died in this trial would find no trial to take back on the disk.
+                // The disk has no record of this trial, so a process that died in it could not roll it back.
                 self.commit.revert();
                 self.tasks.clear();
                 let refusal = Err(format!("the change is not tried: {why}"));
-                // The kernel may have the rules of a trial that this one was to replace.
+                // The kernel may have the rules of an earlier trial that this one was to replace.
                 self.tasks.extend([Task::Bring(Refresh::Rules), Task::Reply(refusal)]);
             }
             (SaveFor::Warn(before), Err(why)) => self.tell(Level::Warn, format!("{before}{why}")),
@@ -626,7 +669,7 @@ impl Machine {
         }
     }
 
-    /// Gives up a trial without refusing it, since the process is told to end.
+    /// Gives up a trial because the process ends. The spec is not recorded as failed.
     fn end_untried(&mut self) {
         self.commit.revert();
         let save = SaveFor::Warn("after the next start an older state would be in force: ");
@@ -648,7 +691,7 @@ impl Machine {
         }
     }
 
-    /// Returns whether this is a change.
+    /// Records whether the bypass is set. Returns `true` if that changed.
     pub(super) fn set_bypassed(&mut self, bypassed: bool) -> bool {
         let changed = self.commit.is_bypassed() != bypassed;
         if changed {
@@ -684,7 +727,7 @@ impl Machine {
     fn forget_rules(&mut self) {
         self.filter.forget();
         self.actions.push(Action::ForgetRules);
-        // The machine keeps the last program while rules are wanted: a difference from it is somebody else's change.
+        // While rules are wanted, the machine remembers the last program: a difference from it is drift.
         if self.kernel == Kernel::Absent {
             self.kernel = Kernel::AbsentBefore;
         } else if matches!(self.kernel, Kernel::Has(_)) && self.wanted().0.is_off() {
@@ -692,7 +735,7 @@ impl Machine {
         }
     }
 
-    /// Returns the spec that is to be in force now.
+    /// Returns the spec that is to be in force now, and its stage.
     pub fn wanted(&self) -> (Spec, Stage) {
         if matches!(self.life, Life::Stops { .. }) {
             return (Spec::default(), Stage::Confirmed);
@@ -703,8 +746,8 @@ impl Machine {
         }
     }
 
-    /// The part of the confirmed spec that the agent's configuration still has. After a change was taken back, the agent goes on
-    /// telling control planes its new configuration, and Envoy has listeners for that one only.
+    /// Returns the part of the confirmed spec that the agent's configuration still covers. After a rollback
+    /// the agent keeps its new configuration, so Envoy has listeners for the new configuration only.
     fn as_far_as_served(&self, confirmed: &Spec) -> Spec {
         let refused = self.refused.as_ref().map(|(spec, _)| spec);
         match self.agent_wants.as_ref().or(refused) {
@@ -713,10 +756,10 @@ impl Machine {
         }
     }
 
-    /// What `vmeshctl capture` shows.
+    /// Returns the capture state that `vmeshctl capture` shows.
     pub fn state(&self) -> State {
         let (spec, stage) = self.commit.wanted();
-        // A host whose rules could not be taken away is not off.
+        // A host whose old rules resist removal is not off.
         let may_have_rules = !matches!(self.life, Life::AwaitsAgent { .. })
             && self.backend.is_some()
             && !matches!(self.kernel, Kernel::Absent | Kernel::AbsentBefore);
@@ -735,42 +778,47 @@ impl Machine {
         self.phase == Phase::Idle
     }
 
+    /// Returns the lifecycle state of the process.
     pub fn life(&self) -> Life {
         self.life
     }
 
-    /// Returns the number of the trial that is under way, and its end.
+    /// Returns the number of the current trial, and its deadline.
     pub fn trial(&self) -> Option<(u64, Instant)> {
         Some((self.trial.number, self.commit.until()?))
     }
 
-    /// The state that is to outlive the process, without what the host said.
+    /// Returns the part of the state that must be saved, without the remembered facts of the host.
     pub fn commit(&self) -> &confirm::State {
         self.commit.state()
     }
 
+    /// Returns the facts that the agent last reported of itself and of Envoy.
     pub fn known(&self) -> &AgentFacts {
         &self.known
     }
 
-    /// What is known of the host's own filter.
+    /// Returns the judge that holds the last reading of foreign rules.
     pub fn filter(&self) -> &InboundJudge {
         &self.filter
     }
 
+    /// Returns the remembered facts of the host.
     pub fn memory(&self) -> &Memory {
         &self.memory
     }
 
-    /// Returns the reason why the last trial is not in force.
+    /// Returns the reason why the last trial was rolled back, if it was.
     pub fn reverted(&self) -> Option<&str> {
         self.refused.as_ref().map(|(_, why)| why.as_str())
     }
 
+    /// Returns the error of the last attempt, if it failed.
     pub fn error(&self) -> Option<&str> {
         self.report.error.as_deref()
     }
 
+    /// Returns the drift that was repaired since the start.
     pub fn drift(&self) -> &Drift {
         &self.report.drift
     }
@@ -780,13 +828,13 @@ impl Machine {
         self.report.notes.iter().chain(&self.report.path_fault)
     }
 
-    /// Explains which captured connections do not arrive at Envoy. It is among the notes, too.
+    /// Explains which captured connections do not arrive at Envoy. [`Machine::notes`] includes this text.
     pub fn path_fault(&self) -> Option<&str> {
         self.report.path_fault.as_deref()
     }
 }
 
-/// The directions that a spec captures.
+/// Returns the directions that `spec` captures.
 pub fn directions(spec: &Spec) -> Directions {
     let outbound = (spec.outbound.capture != Outward::Off).then_some(Direction::Outbound);
     let inbound = (spec.inbound.capture != Inward::Off).then_some(Direction::Inbound);

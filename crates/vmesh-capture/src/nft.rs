@@ -1,9 +1,17 @@
-//! nftables: one table of our own, `inet vmesh`. What iptables does leaves it alone (reloads of firewalld and Docker too, if they
-//! touch no table but theirs: not tried); `nft flush ruleset`, which a restart of nftables.service is, does not, and it is applied again. It is replaced whole in one
-//! transaction, so that no packet sees half of it; what is connected through a redirect stays connected. Where only elements of
-//! sets differ, only those are changed.
+//! The nftables backend: one table, `inet vmesh`.
 //!
-//! nft knows control groups below `/sys/fs/cgroup` only, so rules by unit need version 2 to be mounted there.
+//! Nothing that iptables does changes this table. Neither should reloads of firewalld and Docker, as long as
+//! they touch only
+//! their own tables (this was not tested). `nft flush ruleset`, which a restart of nftables.service runs,
+//! removes it, and
+//! vmesh-net then applies it again.
+//!
+//! The table is replaced in one transaction, so no packet ever sees half of it, and connections through a
+//! redirect stay open.
+//! If only elements of sets differ, only these are changed.
+//!
+//! nft finds control groups only below `/sys/fs/cgroup`, so rules by unit need control groups of version 2 to
+//! be mounted there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -19,7 +27,8 @@ use crate::program::{
 use crate::spec::{Cidr, Ports, Seconds};
 
 pub(crate) const TABLE: &str = "inet vmesh";
-/// The set that holds the dead-man of a direction off while it has its element.
+/// Returns the name of the set that represents the dead-man timer of a direction: while it has its element,
+/// redirects hold.
 fn alive_set(direction: Direction) -> &'static str {
     match direction {
         Direction::Outbound => "alive",
@@ -29,13 +38,13 @@ fn alive_set(direction: Direction) -> &'static str {
 
 const PURE_SYN: &str = "tcp flags & (fin|syn|rst|ack)";
 
-/// What is in our table.
+/// The content of vmesh's table.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Actual {
     exists: bool,
     sets: BTreeMap<String, Elements>,
     chains: BTreeMap<String, ActualChain>,
-    /// A dead-man was refreshed in time.
+    /// Whether a dead-man timer is running.
     pub alive: bool,
 }
 
@@ -45,7 +54,7 @@ struct ActualChain {
     rules: Vec<Option<Label>>,
 }
 
-/// What `nft -j list table inet vmesh` says cannot be read.
+/// The output of `nft -j list table inet vmesh` is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`nft -j` printed something that is not its JSON: {0}")]
 pub struct Unreadable(String);
@@ -58,16 +67,18 @@ enum Elements {
     Users(BTreeSet<u32>),
     Groups(BTreeSet<u32>),
     Interfaces(BTreeSet<String>),
-    /// By path. The kernel has their numbers: one that is gone, or was made anew, is listed as something else than its path.
+    /// Control groups by path. The kernel stores ids, so nft lists one that was removed or created anew as
+    /// something other than
+    /// its path.
     Cgroups(BTreeSet<String>),
     Alive,
-    /// Of a type that we have no use for.
+    /// Elements of a type that vmesh does not use.
     Unknown,
 }
 
-/// A [`Program`] in nftables' terms.
+/// A [`Program`] translated to nftables.
 struct Table {
-    /// With whether it holds IPv4.
+    /// The sets by name. The flag says whether a set holds IPv4 addresses.
     sets: BTreeMap<String, (Elements, bool)>,
     chains: Vec<TableChain>,
 }
@@ -78,8 +89,9 @@ struct TableChain {
     rules: Vec<(Label, String)>,
 }
 
-/// What has to be done for the host to be as `program` says. With `alive`, redirects that lapse hold from the first moment;
-/// otherwise they begin when the dead-man is first refreshed.
+/// Plans the changes that make the host match `program`. Redirects that lapse hold at once in the directions
+/// of `alive`; in
+/// others they begin to hold when the dead-man timer is first renewed.
 pub fn plan(program: &Program, actual: &Actual, alive: impl Into<Directions>) -> Plan {
     if program.is_absent() {
         return absent(actual);
@@ -116,7 +128,9 @@ fn absent(actual: &Actual) -> Plan {
     }
 }
 
-/// The transaction that holds the dead-man off for another `timeout`. Adding an element that is there does not renew it.
+/// Returns the transaction that renews the dead-man timers for another `timeout`. Adding an element that
+/// exists would not
+/// renew its timeout, so the element is deleted first.
 pub(crate) fn refresh(timeout: Seconds, directions: Directions) -> String {
     let one = |direction| {
         let set = alive_set(direction);
@@ -128,7 +142,7 @@ pub(crate) fn refresh(timeout: Seconds, directions: Directions) -> String {
     directions.iter().map(one).collect()
 }
 
-/// The transaction that lets it lapse now.
+/// Returns the transaction that lets the dead-man timers lapse now.
 pub(crate) fn withdraw(directions: Directions) -> String {
     directions.iter().map(|direction| format!("flush set {TABLE} {}\n", alive_set(direction))).collect()
 }
@@ -171,7 +185,7 @@ impl Table {
         table
     }
 
-    /// What cannot be mended by changing elements.
+    /// Returns the differences that cannot be repaired by changing set elements.
     fn structure(&self, actual: &Actual) -> Vec<Change> {
         let mut changes = Vec::new();
         let mut change = |kind, what: String| changes.push(Change { kind, what });
@@ -226,7 +240,7 @@ impl Table {
             }
             text.push_str("\t}\n");
         }
-        // Those that are gone to come before those that go there.
+        // The chains are written in reverse, because a chain must exist before a rule can go to it.
         for TableChain { name, hook, rules } in self.chains.iter().rev() {
             _ = writeln!(text, "\tchain {name} {{");
             if let Some(hook) = hook {
@@ -246,13 +260,15 @@ fn is_of_one_family(condition: &Match) -> bool {
     matches!(condition, Match::Destinations(_) | Match::Sources(_) | Match::Pairs(_) | Match::Redirected(_))
 }
 
-/// Before iptables' rules, which come at -100.
+/// The priority of translating chains: before those of iptables, at -100.
 const BEFORE_IPTABLES: i64 = -101;
-/// Before whatever may drop a connection at `input` (iptables' table mangle is at -150), and after it (`security` is at 50).
+/// The priority before every chain that may drop a connection at `input` (the mangle table of iptables is at
+/// -150), and the
+/// one after them (`security` is at 50).
 const BEFORE_FILTERS: i64 = -400;
 const AFTER_FILTERS: i64 = 30_000;
 
-/// Type, hook, priority.
+/// Returns the type, the hook and the priority of a chain.
 fn parts(hook: Hook) -> (&'static str, &'static str, i64) {
     match hook {
         Hook::Outbound => ("nat", "output", BEFORE_IPTABLES),
@@ -275,7 +291,7 @@ fn place(hook: Hook) -> String {
     format!("{kind} {hook} {priority} accept")
 }
 
-/// The text of a rule; its sets are added to `sets`.
+/// Returns the text of a rule, and adds the sets that it uses to `sets`.
 fn table_rule(
     sets: &mut BTreeMap<String, (Elements, bool)>,
     chain: &str,
@@ -332,7 +348,7 @@ fn table_rule(
     words.push(match &rule.then {
         Verdict::Return => "return".to_owned(),
         Verdict::Goto(chain) => format!("goto {chain}"),
-        // nft wants to read that it is TCP in the rule itself.
+        // nft requires that the rule itself matches TCP.
         Verdict::Redirect(port) if is_tcp => format!("counter redirect to :{port}"),
         Verdict::Redirect(port) => format!("meta l4proto tcp counter redirect to :{port}"),
         Verdict::Tproxy(port) => format!("tproxy to :{port} counter accept"),
@@ -379,7 +395,8 @@ impl Elements {
         }
     }
 
-    /// What intervals cover: kernels and versions of nft differ in where they cut them.
+    /// Returns the covered intervals. Versions of nft and the kernel split them differently, so only the
+    /// union is comparable.
     fn cover(&self) -> Option<Vec<(u128, u128)>> {
         let mut spans: Vec<(u128, u128)> = match self {
             Elements::Cidrs(cidrs) => cidrs.iter().map(Cidr::span).collect(),
@@ -400,14 +417,14 @@ impl Elements {
     }
 }
 
-/// The commands that make the set what it is to be.
+/// Returns the commands that give the set its wanted elements.
 fn elements(name: &str, wanted: &Elements, now: &Elements, v4: bool) -> (String, Option<Change>) {
     let mut text = String::new();
     if let (Elements::Cgroups(to), Elements::Cgroups(from)) = (wanted, now) {
         if to == from {
             return (text, None);
         }
-        // One that is gone has no name by which it could be deleted.
+        // A removed control group has no name by which it could be deleted from the set.
         _ = writeln!(text, "flush set {TABLE} {name}");
         if !to.is_empty() {
             _ = writeln!(text, "add element {TABLE} {name} {{ {} }}", wanted.list().join(", "));
@@ -416,7 +433,7 @@ fn elements(name: &str, wanted: &Elements, now: &Elements, v4: bool) -> (String,
         if to == from {
             return (text, None);
         }
-        // Intervals that overlap cannot be exchanged one by one.
+        // Overlapping intervals cannot be exchanged one by one.
         _ = writeln!(text, "flush set {TABLE} {name}");
         if !to.is_empty() {
             _ = writeln!(text, "add element {TABLE} {name} {{ {} }}", wanted.list().join(", "));
@@ -441,12 +458,12 @@ fn elements(name: &str, wanted: &Elements, now: &Elements, v4: bool) -> (String,
 }
 
 impl Actual {
-    /// There is no table of ours.
+    /// Returns the state of a host without vmesh's table.
     pub fn absent() -> Actual {
         Actual::default()
     }
 
-    /// Reads what `nft -j list table inet vmesh` prints: see libnftables-json(5).
+    /// Parses the output of `nft -j list table inet vmesh` (libnftables-json(5)).
     pub fn parse(json: &str) -> Result<Actual, Unreadable> {
         let unreadable = |what: &str| Unreadable(what.to_owned());
         let value: Value = serde_json::from_str(json).map_err(|error| Unreadable(error.to_string()))?;
@@ -486,7 +503,7 @@ impl Actual {
         self.exists
     }
 
-    /// What is there once elements of sets are as `program` says; `None` where more than these would change.
+    /// Returns the table with the set elements of `program`; `None` if more than set elements differ.
     pub fn with_elements_of(&self, program: &Program) -> Option<Actual> {
         let table = Table::of(program);
         if !self.exists || program.is_absent() || !table.structure(self).is_empty() {
@@ -516,7 +533,7 @@ fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
 fn parse_set(set: &Value) -> Option<Elements> {
     let none = Vec::new();
     let elements = set.get("elem").and_then(Value::as_array).unwrap_or(&none);
-    // An element with a comment or a time-out is wrapped.
+    // An element with a comment or a timeout is wrapped in an object.
     let elements = elements.iter().map(|element| element.pointer("/elem/val").unwrap_or(element));
     let kind = set.get("type")?;
     if kind.is_array() {
@@ -537,7 +554,7 @@ fn parse_set(set: &Value) -> Option<Elements> {
     }
 }
 
-/// A control group as nft lists it: its path, or what it says of one that is gone.
+/// Returns a control group as nft lists it: its path, or another value if it was removed.
 fn listed(element: &Value) -> String {
     element.as_str().map_or_else(|| element.to_string(), str::to_owned)
 }

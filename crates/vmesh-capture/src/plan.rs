@@ -1,8 +1,8 @@
-//! What would be done to a host, as text, and why.
+//! Plans: the changes to make on a host, with the reasons, as text.
 
 use std::fmt;
 
-/// A program that changes rules; the path is [`crate::apply::Tools`]'s business.
+/// A program that changes rules. [`crate::apply::Tools`] has its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tool {
     Nft,
@@ -22,36 +22,38 @@ impl Tool {
     pub fn arguments(self) -> &'static [&'static str] {
         match self {
             Tool::Nft => &["-f", "-"],
-            // Others change these tables too: wait for the lock that all of them take.
+            // Other programs change these tables too: `-w` waits for the lock that all programs share.
             Tool::IptablesRestore | Tool::Ip6tablesRestore => &["--noflush", "-w", "5"],
         }
     }
 }
 
-/// One transaction: all of it happens or nothing.
+/// One transaction, which the kernel applies whole or not at all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
     pub tool: Tool,
     pub input: String,
 }
 
-/// One difference between what is there and what is to be.
+/// One difference between the installed rules and the program.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
     pub kind: Kind,
-    /// `outbound/vips4`: chain and rule; `set captured_vips4`; for iptables with the family before it.
+    /// The chain and rule (`outbound/vips4`) or the set (`set captured_vips4`); with iptables the family
+    /// comes first.
     pub what: String,
 }
 
+/// The kind of a difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// It is not there.
+    /// The rule or set is missing.
     Missing,
-    /// It is there and is not to be.
+    /// The rule or set is installed, and the program does not have it.
     Unwanted,
-    /// It is there by name and says something else.
+    /// The rule or set has the right name and the wrong content.
     Different,
-    /// It is not ours.
+    /// The rule does not belong to vmesh.
     Foreign,
 }
 
@@ -67,7 +69,9 @@ impl fmt::Display for Change {
     }
 }
 
-/// Empty if the host is as it should be. Where nobody changed the spec, its changes are drift.
+/// The changes that make a host match a program, and the steps that apply them. An empty plan means that the
+/// host matches. If
+/// nobody changed the spec, the changes of a plan are drift.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
     pub changes: Vec<Change>,
@@ -80,7 +84,7 @@ impl Plan {
     }
 }
 
-/// What `--dry-run` prints.
+/// Formats a plan as `--dry-run` prints it.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_empty() {
@@ -98,8 +102,9 @@ impl fmt::Display for Plan {
     }
 }
 
-/// A rule is known by its comment: its name, and a hash of its text. So it is found again whatever a version of a tool makes
-/// of the text when it lists it.
+/// The comment that identifies a rule: its name and a hash of its text. The hash makes rules comparable
+/// although versions of a
+/// tool list the same rule in different words.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Label {
     pub(crate) name: String,
@@ -128,7 +133,8 @@ impl fmt::Display for Label {
     }
 }
 
-/// How the rules of a chain differ, by their labels; `None` is a rule that bears none.
+/// Compares the labels of the wanted and the installed rules of a chain. `None` stands for a rule without a
+/// label.
 pub(crate) fn compare(chain: &str, wanted: &[Label], actual: &[Option<Label>]) -> Vec<Change> {
     let mut changes = Vec::new();
     let mut change = |kind, what: String| changes.push(Change { kind, what });
@@ -166,7 +172,7 @@ mod tests {
 
     use super::*;
 
-    /// `name:hash` for each rule, `?` for one that is not ours.
+    /// Each rule is written as `name:hash`; `?` stands for a foreign rule.
     fn check(wanted: &str, actual: &str, expected: Expect) {
         let label = |text: &str| {
             let (name, hash) = text.split_once(':')?;

@@ -1,5 +1,6 @@
-//! What is to be in the kernel, before it is nftables' or iptables'. Both backends say this and nothing else, so that they
-//! mean the same.
+//! Compiles a spec and the facts of a host into a [`Program`]: the chains of rules that the kernel is to
+//! have, in terms that
+//! nftables and iptables share. Both backends translate the same program, so they capture the same traffic.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,16 +12,19 @@ use crate::spec::{
     Ports, Seconds, Selection, Spec, Unit,
 };
 
-/// Chains of rules. A packet takes the first rule that fits, in the chains that have a hook.
+/// Chains of rules. The kernel sends packets to the chains with a hook. The first rule that matches a packet
+/// decides.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Program {
     pub(crate) chains: Vec<Chain>,
-    /// The directions that have a dead-man, and its time-out.
+    /// The timeout of the dead-man timers, and the directions that have one.
     pub(crate) alive: Option<(Seconds, Directions)>,
     pub(crate) ipv6: bool,
 }
 
-/// Which way a connection goes, as seen from this host. Each has a listener of Envoy's, and a dead-man, of its own.
+/// The direction of a connection, as seen from this host. Each direction has its own listener in Envoy and
+/// its own dead-man
+/// timer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
     Outbound,
@@ -75,7 +79,7 @@ impl Directions {
         self == Directions::NONE
     }
 
-    /// The directions that are in both sets.
+    /// Returns the directions that both sets contain.
     #[must_use]
     pub fn and(self, other: Directions) -> Directions {
         Directions { outbound: self.outbound && other.outbound, inbound: self.inbound && other.inbound }
@@ -98,18 +102,22 @@ impl FromIterator<Direction> for Directions {
     }
 }
 
-/// How sure we are of a program.
+/// Whether a program is on trial or confirmed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
-    /// Everything lapses with the dead-man, also what is to fail closed: who tries a program and dies has changed nothing.
+    /// Every redirect lapses with the dead-man timer, even one that is to fail closed. So a program whose
+    /// author dies during
+    /// the trial has no lasting effect.
     Trial,
+    /// Redirects lapse as the spec says.
     Confirmed,
 }
 
-/// Something in a spec that has no effect on this host, or not the one that was meant. The rest of the spec has.
+/// An ineffective part of a spec, or one with another effect than intended on this host. The rest of the spec
+/// is in force.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Note {
-    /// The place in the spec: `outbound.exclude.users`.
+    /// The field of the spec: `outbound.exclude.users`.
     pub subject: &'static str,
     pub message: String,
 }
@@ -120,7 +128,7 @@ impl fmt::Display for Note {
     }
 }
 
-/// Why nothing is captured outbound: it would capture those who must not be.
+/// The reason why nothing is captured outbound: traffic would be captured that must not be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unsafe {
     #[error(
@@ -142,22 +150,25 @@ pub(crate) struct Chain {
     pub(crate) rules: Vec<Rule>,
 }
 
+/// The point in the kernel at which packets enter a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Hook {
-    /// What the host sends, where destinations may be rewritten. Pure SYNs only: whatever was open stays as it is.
+    /// Packets that the host sends, where destinations can be rewritten. Pure SYNs only, so open connections
+    /// are not touched.
     Outbound,
-    /// What the host is sent, likewise.
+    /// Packets that the host receives, where destinations can be rewritten. Pure SYNs only.
     Inbound,
-    /// What the host is sent, before it is known which socket takes it.
+    /// Packets that the host receives, before the kernel looks up their socket.
     Tproxy,
-    /// What the host is sent, once it is known that the host takes it. Pure SYNs only.
+    /// Packets that the host accepts for itself. Pure SYNs only.
     Strict,
-    /// What the host is sent, likewise, before the host's own filter. Pure SYNs only.
+    /// Packets that the host accepts for itself, before its own filter. Pure SYNs only.
     Arriving,
-    /// What the host is sent, likewise, after the host's own filter. Pure SYNs only.
+    /// Packets that the host accepts for itself, after its own filter. Pure SYNs only.
     Arrived,
-    /// Sees everything and does nothing. It keeps connection tracking alive: when its last user goes, connections that
-    /// were redirected are reset.
+    /// All packets; the chain has no effect on them. It keeps connection tracking in use: when its last user
+    /// is removed, the
+    /// kernel resets redirected connections.
     Hold,
 }
 
@@ -169,7 +180,9 @@ pub(crate) struct Rule {
 }
 
 impl Rule {
-    /// The numbers of control groups in sets, for who spells sets out: they are no part of [`Rule::identity`].
+    /// Returns the ids of the control groups in the sets of this rule, for a backend without sets.
+    /// [`Rule::identity`] does not
+    /// include them.
     pub(crate) fn identity_of_sets(&self) -> String {
         let ids = self.when.iter().filter_map(|condition| match condition {
             Match::AnyCgroup(groups) => {
@@ -180,7 +193,7 @@ impl Rule {
         ids.collect()
     }
 
-    /// What the text of the rule does not say and the kernel goes by.
+    /// Returns the ids that the kernel matches by and that the text of the rule does not show.
     pub(crate) fn identity(&self) -> String {
         let ids = self.when.iter().filter_map(|condition| match condition {
             Match::Cgroup(group) => Some(format!(" {}", group.id)),
@@ -190,79 +203,89 @@ impl Rule {
     }
 }
 
+/// A condition of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Match {
     Syn,
-    /// To or from this host over its loopback interface.
+    /// The packet leaves over the loopback interface.
     OutLoopback,
+    /// The packet arrives over the loopback interface.
     InLoopback,
     /// The destination is an address of this host.
     ToThisHost,
     Users(BTreeSet<u32>),
     Groups(BTreeSet<u32>),
-    /// One control group and those below it.
+    /// The sending process is in this control group or one below it.
     Cgroup(Cgroup),
-    /// Any of these, which are all at one level.
+    /// The sending process is in one of these control groups, all of the same level.
     AnyCgroup(BTreeSet<Cgroup>),
     OutInterfaces(BTreeSet<String>),
     InInterfaces(BTreeSet<String>),
     Destinations(BTreeSet<Cidr>),
     Sources(BTreeSet<Cidr>),
     Ports(BTreeSet<Ports>),
-    /// Destination address and port.
+    /// The destination address and port.
     Pairs(BTreeSet<SocketAddr>),
-    /// Drawn for each connection anew; a rule has it last but for [`Match::Alive`].
+    /// A random choice for each connection. [`Match::Alive`] is the only condition that may follow in a rule.
     Percent(Percent),
-    /// The dead-man of this direction has been refreshed in time.
+    /// The dead-man timer of this direction was renewed in time.
     Alive(Direction),
+    /// The connection is not tracked.
     Untracked,
     /// The first packet of a connection that a rule redirected to this port.
     Redirected(u16),
 }
 
+/// The action of a rule on the packets that match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Return,
     Goto(String),
     Redirect(u16),
     Tproxy(u16),
-    /// Nothing comes back.
+    /// The packet is dropped without an answer.
     Drop,
-    /// The caller is told at once.
+    /// The client gets a TCP reset.
     Reset,
+    /// The rule has no effect.
     Nothing,
-    /// Is counted, and goes on.
+    /// The packet is counted, and continues.
     Count,
 }
 
 const INCLUDE: &str = "outbound.include";
-/// DNS over TCP: what resolves names must not depend on names.
+/// The port of DNS over TCP. Name resolution must not depend on names, so it is not captured.
 const DNS: u16 = 53;
 const SSH: u16 = 22;
-/// The chains that count redirected connections from outside before and after the host's own filter: see [`crate::arrivals`].
+/// The chains that count redirected connections from outside, before and after the host's own filter: see
+/// [`crate::arrivals`].
 pub(crate) const ARRIVING: &str = "arriving";
 pub(crate) const ARRIVED: &str = "arrived";
-/// Never routed; a cloud's metadata service is here.
+/// The link-local networks, which are never routed. Clouds have their metadata service in one of them.
 const LINK_LOCAL: [Cidr; 2] = [Cidr::v4(169, 254, 0, 0, 16), Cidr::v6(0xfe80, 10)];
 
 impl Program {
-    /// Nothing at all: the host as it was before.
+    /// Returns the program without any rule, which is the host as it was before vmesh.
     pub fn absent() -> Program {
         Program::default()
     }
 
-    /// Captures nothing, and keeps what was captured connected. To be applied before [`Program::absent`], which resets what
-    /// is still connected through a redirect.
+    /// Returns the program that captures nothing and keeps redirected connections alive. Apply it before
+    /// [`Program::absent`],
+    /// which resets them.
     pub fn drained(ipv6: bool) -> Program {
         Program { chains: vec![chain("outbound", Hook::Outbound), hold()], alive: None, ipv6 }
     }
 
-    /// Reports whether a host that is taken out of the mesh may have these rules: none, or those that let connections end.
+    /// Reports whether this program may stay on a host that leaves the mesh: it has no rules, or only those
+    /// that let connections
+    /// drain.
     pub fn is_of_a_leaving_host(&self) -> bool {
         self.is_absent() || *self == Program::drained(self.ipv6)
     }
 
-    /// Has what the others have, and captures nothing that is ever sent: to ask a kernel whether it can.
+    /// Returns a program with every kind of rule, which captures no real traffic. It tests whether a kernel
+    /// supports them.
     pub(crate) fn sample(ipv6: bool) -> Program {
         let mut outbound = chain("outbound", Hook::Outbound);
         let nowhere = [SocketAddr::from(([0, 0, 0, 0], 1)), SocketAddr::from(([0_u16; 8], 1))];
@@ -282,20 +305,22 @@ impl Program {
         self.chains.is_empty()
     }
 
-    /// Whether there is something to refresh.
+    /// Reports whether the program has a dead-man timer to renew.
     pub fn has_dead_man(&self) -> bool {
         self.alive.is_some()
     }
 
-    /// The directions in which there is something to refresh.
+    /// Returns the directions that have a dead-man timer to renew.
     pub fn dead_men(&self) -> Directions {
         self.alive.map_or(Directions::NONE, |(_, directions)| directions)
     }
 
-    /// The program for `spec` on `host`, and what of the spec it does not contain.
+    /// Compiles `spec` for `host`. Returns the program, and notes on the parts of the spec that have no
+    /// effect.
     ///
     /// # Errors
-    /// If outbound connections are to be captured and nothing tells from others those that must not be.
+    /// If outbound connections are to be captured, and the traffic that must never be captured cannot be told
+    /// from the rest.
     pub fn new(spec: &Spec, host: &Host, stage: Stage) -> Result<(Program, Vec<Note>), Unsafe> {
         let captures = spec.outbound.capture != Outward::Off;
         if captures && host.never.users.is_empty() && host.never.slices.is_empty() {
@@ -340,7 +365,7 @@ impl Chain {
         self.rules.push(Rule { name: name.into(), when: when.into(), then });
     }
 
-    /// Nothing, where there is nothing to match.
+    /// Adds a rule for these ports, if there are any.
     fn ports(&mut self, name: &str, ports: BTreeSet<Ports>, then: Verdict) {
         if !ports.is_empty() {
             self.rule(name, [Match::Ports(ports)], then);
@@ -357,7 +382,7 @@ struct Build<'a> {
     refused: Option<Unsafe>,
 }
 
-/// Who calls, in the terms of the kernel.
+/// The callers of a rule as user ids, group ids and control groups.
 #[derive(Default)]
 struct Callers {
     users: BTreeSet<u32>,
@@ -377,7 +402,7 @@ impl Callers {
     }
 }
 
-/// One rule each: nftables has no sets of control groups that older kernels know.
+/// Adds one rule for each control group, since older kernels have no sets of control groups.
 fn cgroups(groups: BTreeSet<Cgroup>, chain: &mut Chain, name: &str, then: &Verdict) {
     for (number, group) in groups.into_iter().enumerate() {
         chain.rule(format!("{name}_unit_{number}"), [Match::Cgroup(group)], then.clone());
@@ -401,7 +426,10 @@ impl Build<'_> {
         self.host.never.own.iter().copied().chain([OUTBOUND_PORT, INBOUND_PORT]).collect()
     }
 
-    /// `out` -> `captured` (may this caller be captured?) -> `real` (may this destination be?) -> `to_<percent>`.
+    /// Compiles the outbound chains. A packet passes `outbound` (callers and ports that are never captured),
+    /// `captured` (virtual
+    /// addresses), then `captured_known` and `included_*` (real addresses that may be captured), then
+    /// `to_<percent>` (redirects).
     fn outbound(&mut self) {
         let out = &self.spec.outbound;
         let mut gate = chain("outbound", Hook::Outbound);
@@ -433,7 +461,9 @@ impl Build<'_> {
         let mut captured = Chain { name: "captured".to_owned(), hook: None, rules: Vec::new() };
         let vips = self.vips();
         if !vips.is_empty() {
-            // Only a trial lapses: what is not captured goes nowhere.
+            // This redirect lapses during a trial only. Later it must not: a connection to a virtual address
+            // that is not captured has
+            // nowhere to go.
             let mut when = vec![Match::Pairs(vips)];
             when.extend(self.alive(Direction::Outbound, OnLoss::Closed));
             captured.rule("vips", when, Verdict::Redirect(OUTBOUND_PORT));
@@ -457,7 +487,8 @@ impl Build<'_> {
             let interfaces = exclude.interfaces.iter().map(ToString::to_string).collect();
             captured.rule("exclude_interfaces", [Match::OutInterfaces(interfaces)], Verdict::Return);
         }
-        // Each list that there is has to agree, so each has a chain that is left for the next where it does.
+        // A destination must match every list that is given. So each list gets its own chain, which continues
+        // to the next list.
         let interfaces = include.interfaces.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
         let lists = [
             ("ports", (!include.ports.is_empty()).then(|| Match::Ports(include.ports.clone()))),
@@ -474,7 +505,7 @@ impl Build<'_> {
         let dials = self.dials();
         let mut shares: BTreeSet<Percent> = dials.keys().copied().collect();
         shares.insert(Percent::ALL);
-        // From the smallest: who is listed twice has the smaller.
+        // The smallest share comes first, so a caller that is listed twice gets the smaller share.
         for (share, callers) in dials {
             let then = if share.get() == 0 { Verdict::Return } else { Verdict::Goto(to(share)) };
             callers.rules(&mut last, &format!("dial_{}", share.get()), &then);
@@ -487,9 +518,11 @@ impl Build<'_> {
         self.chains.extend(chains);
     }
 
-    /// Lets go past Envoy what calls from a control group that is not known yet, where a unit that is left out or has a share may
-    /// start: a unit's first connection comes before anybody can make a rule for its new control group. Virtual addresses are
-    /// captured before. Returns the chain that goes on.
+    /// Excludes processes in unknown control groups next to units that have an exclusion or a share of their
+    /// own. Such a unit
+    /// opens its first connection before a rule for its new control group can be made. Virtual addresses are
+    /// captured before
+    /// this point. Returns the chain to continue with.
     fn leave_out_newcomers(&self, mut captured: Chain, chains: &mut Vec<Chain>) -> Chain {
         if self.host.nurseries.is_empty() {
             return captured;
@@ -519,7 +552,7 @@ impl Build<'_> {
         known
     }
 
-    /// The redirects, for callers of whose connections at most `share` is captured.
+    /// Compiles the redirects for callers of whose connections at most `share` is captured.
     fn destinations(&self, share: Percent) -> Chain {
         let out = &self.spec.outbound;
         let mut groups: BTreeMap<(Percent, OnLoss), BTreeSet<SocketAddr>> = BTreeMap::new();
@@ -534,7 +567,8 @@ impl Build<'_> {
                 format!("{}_{}", percent.get(), if on_loss == OnLoss::Open { "open" } else { "closed" });
             self.redirect(&mut chain, &name, vec![Match::Pairs(pairs.clone())], percent, on_loss);
             if out.capture == Outward::All && percent < Percent::ALL {
-                // What was not drawn is not to be drawn for again below.
+                // Connections that this random choice left out must not get a second chance from the rules
+                // below.
                 chain.rule(format!("{name}_rest"), [Match::Pairs(pairs)], Verdict::Return);
             }
         }
@@ -640,7 +674,9 @@ impl Build<'_> {
                 self.note(subject, message);
                 Some(number)
             }
-            // Who is to be captured and is not loses nothing. Whoever is left out, or has a share, would be captured.
+            // An unknown name in `include` captures too little, which is harmless. An unknown name in
+            // `exclude` or `dial` would
+            // capture too much.
             Some(Number::Unanswered) if subject == INCLUDE => {
                 self.note(
                     subject,
@@ -731,7 +767,8 @@ impl Build<'_> {
                     chain.rule(name, when, Verdict::Tproxy(INBOUND_PORT));
                 }
                 if !strict.is_empty() {
-                    // Here and not where the packet is taken: there one for Envoy looks the same.
+                    // The refusal belongs into this chain. In the `input` chain, a packet that TPROXY sent to
+                    // Envoy would look the same.
                     chain.rules.push(refusal(Verdict::Drop, self));
                 }
                 self.chains.push(chain);
@@ -745,7 +782,7 @@ impl Build<'_> {
         }
     }
 
-    /// A chain that begins with what is never touched.
+    /// Creates an inbound chain, which begins with the traffic that is never captured.
     fn inward(&self, name: &str, hook: Hook) -> Chain {
         let mut chain = chain(name, hook);
         chain.rule("loopback", [Match::InLoopback], Verdict::Return);
@@ -771,13 +808,13 @@ fn singles(ports: &BTreeSet<u16>) -> BTreeSet<Ports> {
     ports.iter().filter_map(|port| Ports::range(*port, *port)).collect()
 }
 
-/// The ports that are in both.
+/// Returns the ports that both sets contain.
 pub(crate) fn common_ports(one: &BTreeSet<Ports>, other: &BTreeSet<Ports>) -> BTreeSet<Ports> {
     let pairs = one.iter().flat_map(|a| other.iter().map(move |b| (a, b)));
     pairs.filter_map(|(a, b)| Ports::range(a.first().max(b.first()), a.last().min(b.last()))).collect()
 }
 
-/// The ports of the first that are not in the second.
+/// Returns the ports of `these` that are not in `those`.
 pub(crate) fn without(these: &BTreeSet<Ports>, those: &BTreeSet<Ports>) -> BTreeSet<Ports> {
     let mut left: Vec<Ports> = these.iter().copied().collect();
     for cut in those {
@@ -796,7 +833,7 @@ pub(crate) fn without(these: &BTreeSet<Ports>, those: &BTreeSet<Ports>) -> BTree
     left.into_iter().collect()
 }
 
-/// The same ports in as few ranges as can be: nftables refuses sets whose elements overlap.
+/// Returns the same ports in as few ranges as possible. nftables refuses sets with overlapping elements.
 pub(crate) fn merged_ports(ports: &BTreeSet<Ports>) -> BTreeSet<Ports> {
     let mut merged: Vec<Ports> = Vec::new();
     for ports in ports {
@@ -811,7 +848,7 @@ pub(crate) fn merged_ports(ports: &BTreeSet<Ports>) -> BTreeSet<Ports> {
     merged.into_iter().collect()
 }
 
-/// The same networks without those that are inside another.
+/// Returns the networks that are not inside another one of the set.
 pub(crate) fn outermost(cidrs: &BTreeSet<Cidr>) -> BTreeSet<Cidr> {
     let inside = |inner: &Cidr, outer: &Cidr| {
         let ((a, b), (c, d)) = (inner.span(), outer.span());

@@ -1,7 +1,9 @@
-//! Which program is run under a name, and with what environment.
+//! Runs other programs: finds them in trusted directories, and gives them a clean environment.
 //!
-//! These programs run as root or with capabilities. So vmesh looks them up only in directories that nobody but root can write to, and
-//! passes on none of its own environment: no `LD_*`, no `XTABLES_LIBDIR`, no `NOTIFY_SOCKET`.
+//! These programs run as root or with capabilities. So a program is looked up only in directories that nobody
+//! but root can
+//! write to, and it inherits nothing of vmesh's environment: no `LD_*`, no `XTABLES_LIBDIR`, no
+//! `NOTIFY_SOCKET`.
 
 use std::ffi::OsStr;
 use std::fs::Metadata;
@@ -13,36 +15,40 @@ use std::process::{ExitStatus, Stdio};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
-/// Looked at after the PATH, and all that a program which is run may use itself.
+/// The directories that are searched after those of the PATH. A program that is run gets them as its PATH.
 pub const DIRECTORIES: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 const OTHERS_MAY_WRITE: u32 = 0o022;
 const STICKY: u32 = 0o1000;
 
-/// Builds a command that runs `program` with an empty environment but for `PATH` and `LC_ALL=C`. A name is looked up by [`find`]; a
-/// path is taken as it is.
+/// Builds a command that runs `program` with no environment but `PATH` and `LC_ALL=C`. A name is looked up
+/// with [`find`]; a path
+/// is used as it is.
 ///
 /// # Errors
-/// If there is no program of that name in a trusted directory.
+/// If no trusted directory has a program of that name.
 pub fn command(program: &Path) -> Result<Command> {
     let program = if program.components().count() > 1 { program.to_owned() } else { find(program)? };
     let mut command = Command::new(program);
-    // Messages are parsed.
+    // vmesh parses messages of these programs, so their language is fixed.
     command.env_clear().env("PATH", DIRECTORIES).env("LC_ALL", "C").kill_on_drop(true);
     Ok(command)
 }
 
-/// Finds the program `name` in the directories of the PATH and in [`DIRECTORIES`], as far as [`is_trusted`] holds for it.
+/// Finds the program `name` in the directories of the PATH and in [`DIRECTORIES`], and checks it with
+/// [`is_trusted`].
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::PermissionDenied`], with the path, if there is one that is not trusted.
+/// [`ErrorKind::NotFound`] if there is no such program; [`ErrorKind::PermissionDenied`], with the path, if it
+/// is not trusted.
 pub fn find(name: &Path) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let directories = std::env::split_paths(&path).chain(std::env::split_paths(OsStr::new(DIRECTORIES)));
     let mut passed_over = None;
     for candidate in directories.filter(|dir| dir.is_absolute()).map(|dir| dir.join(name)) {
         match candidate.canonicalize() {
-            // Run by the name under which it was found: some programs are several, and go by their name.
+            // The name under which a program was found is kept, because some executables behave differently
+            // under each name.
             Ok(real) if is_trusted(&candidate) && is_trusted(&real) => return Ok(candidate),
             Ok(_) => _ = passed_over.get_or_insert(candidate),
             Err(_) => {}
@@ -62,8 +68,10 @@ pub fn find(name: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Reports whether only root can decide what is at `path`: it and each directory above it is root's, and writable by nobody else.
-/// A directory in which nobody can replace what is another's (`/tmp`) may be above, and not contain it directly.
+/// Reports whether only root can replace the file at `path`: the file and each directory above it must belong
+/// to root and
+/// be writable by nobody else. A sticky directory (`/tmp`) may be above, but must not contain the file
+/// directly.
 pub fn is_trusted(path: &Path) -> bool {
     let Ok(file) = path.metadata() else { return false };
     let is_roots = |metadata: &Metadata| metadata.uid() == 0;
@@ -76,20 +84,22 @@ pub fn is_trusted(path: &Path) -> bool {
         && above.all(|dir| dir.metadata().is_ok_and(|dir| is_roots(&dir) && nobody_replaces(&dir)))
 }
 
-/// What a program printed, and how it ended.
+/// The output and the exit status of a program.
 pub(crate) struct Output {
     pub(crate) status: ExitStatus,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: Vec<u8>,
 }
 
-/// What a program may print to its standard error; the rest is not read.
+/// The limit of what is read of a program's standard error, in bytes.
 const MAX_STDERR: u64 = 64 << 10;
 
-/// Starts `command`, gives it `input`, and waits until it has ended. `started` is told its process. Dropped, it kills the program.
+/// Starts `command`, writes `input` to it, and waits until it has ended. Calls `started` with its process id.
+/// Dropping the
+/// future kills the program.
 ///
 /// # Errors
-/// If it cannot be started, or prints more than `limit` bytes.
+/// If the program cannot be started, or prints more than `limit` bytes.
 pub(crate) async fn run(
     mut command: Command,
     input: Option<&str>,
@@ -102,7 +112,7 @@ pub(crate) async fn run(
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let write = async {
         if let (Some(mut stdin), Some(input)) = (stdin, input) {
-            // A program that ends before it has read all of it says why itself.
+            // A program that ends before it has read all input reports the reason itself.
             _ = stdin.write_all(input.as_bytes()).await;
         }
     };

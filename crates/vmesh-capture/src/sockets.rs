@@ -1,8 +1,9 @@
-//! The TCP sockets of a host, as the kernel prints them in `/proc/net/tcp` and `tcp6`: see proc_net_tcp.rst of the kernel.
+//! The TCP sockets of a host, as the kernel prints them in `/proc/net/tcp` and `tcp6` (proc_net_tcp.rst of
+//! the kernel).
 
 use std::net::{IpAddr, SocketAddr};
 
-/// As in the kernel's `tcp_states.h`.
+/// The states of a TCP socket, from the kernel's `tcp_states.h`.
 const ESTABLISHED: u8 = 1;
 const FIN_WAIT_1: u8 = 4;
 const FIN_WAIT_2: u8 = 5;
@@ -12,19 +13,20 @@ const LAST_ACK: u8 = 9;
 const LISTEN: u8 = 10;
 const CLOSING: u8 = 11;
 
+/// One line of `/proc/net/tcp` or `tcp6`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Socket {
-    /// An IPv4 address is one also where the socket is of IPv6.
+    /// The local address. IPv4-mapped IPv6 addresses are converted to IPv4.
     pub local: SocketAddr,
-    /// The other end; unspecified where the socket listens.
+    /// The remote address; unspecified for a listening socket.
     pub remote: SocketAddr,
     state: u8,
-    /// Bytes that the other end has not acknowledged.
+    /// Sent bytes that the peer has not acknowledged.
     unacknowledged: u32,
-    /// How often what is unacknowledged has been sent again.
+    /// The number of retransmissions of unacknowledged data.
     retransmits: u32,
     pub user: u32,
-    /// The kernel's number of the socket; 0 for one that no process has any more.
+    /// The inode of the socket; 0 once no process has it open.
     pub inode: u64,
 }
 
@@ -37,24 +39,26 @@ impl Socket {
         self.state == ESTABLISHED
     }
 
-    /// Reports whether this end was closed while the other may not be yet. A program closed it, since the kernel alone does not.
+    /// Reports whether the local end was closed while the peer may still be open. The kernel does not close a
+    /// socket by itself,
+    /// so a process closed it.
     pub fn is_closed_here(&self) -> bool {
         const CLOSED_HERE: [u8; 5] = [FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT, LAST_ACK, CLOSING];
         CLOSED_HERE.contains(&self.state)
     }
 
-    /// Carries data one way or both.
+    /// Reports whether the connection carries data in at least one direction.
     pub fn is_open(&self) -> bool {
         [ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT].contains(&self.state)
     }
 
-    /// What was sent is not acknowledged and has been sent again.
+    /// Reports whether sent data is unacknowledged and was retransmitted.
     pub fn is_stuck(&self) -> bool {
         self.unacknowledged > 0 && self.retransmits > 0
     }
 }
 
-/// Reads such a file. Lines that are not so are left out.
+/// Parses the content of such a file. Skips lines that are not understood.
 pub fn parse(text: &str) -> impl Iterator<Item = Socket> {
     text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -70,7 +74,7 @@ pub fn parse(text: &str) -> impl Iterator<Item = Socket> {
     })
 }
 
-/// `0100007F:3A99`: words of 32 bits in the order of the machine, the port as it is read.
+/// Parses `0100007F:3A99`: 32-bit words in the byte order of the machine, then the port in network order.
 fn address(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -89,7 +93,8 @@ fn address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip.to_canonical(), port))
 }
 
-/// The number in `socket:[12345]`, which is where an open file of a process leads that is a socket: see proc_pid_fd(5).
+/// Returns the inode in `socket:[12345]`, the link target of a file descriptor that is a socket
+/// (proc_pid_fd(5)).
 pub fn inode(target: &str) -> Option<u64> {
     target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }

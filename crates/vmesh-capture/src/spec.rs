@@ -1,6 +1,8 @@
-//! What an operator and the control plane want captured. Read with [`vmesh_model::load::strict`], which names the place of
-//! what is wrong; what is valid on its own and cannot be had on this host is a [`Note`](crate::Note) of the
-//! [`Program`](crate::Program).
+//! The capture spec: which connections operators and the control plane want to go through Envoy.
+//!
+//! [`vmesh_model::load::strict`] parses it, and names the place of each mistake. A spec that is valid but
+//! partly impossible on
+//! this host gives a [`Note`](crate::Note) of the [`Program`](crate::Program) for each such part.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,19 +17,21 @@ use vmesh_model::text::{parse_duration, show_duration};
 use crate::program::without;
 use crate::units::MAX_UNITS;
 
-/// Where Envoy takes what the host sends.
+/// The port on which Envoy accepts captured outbound connections.
 pub const OUTBOUND_PORT: u16 = 15001;
-/// Where Envoy takes what the host is sent.
+/// The port on which Envoy accepts captured inbound connections.
 pub const INBOUND_PORT: u16 = 15006;
-/// Virtual addresses that no name ever has, one of each family. Envoy closes connections to them as it does all to virtual addresses of no
-/// service: captured along with the others, they show that a capture works from end to end. Not at 15001, which Envoy takes for its own
-/// port.
+/// The virtual addresses that test a capture from end to end, one for each address family. No service ever
+/// gets them. Envoy
+/// closes connections to them like all connections to a virtual address without a service. Their port is not
+/// 15001, since
+/// Envoy treats a connection to that port as one to itself.
 pub const SELF_TESTS: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(240, 0, 0, 0)), 1),
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd76, 0x6d65, 0x7368, 0, 0, 0, 0, 0)), 1),
 ];
 
-/// Which connections go through Envoy. Nothing, unless something is said.
+/// The connections that go through Envoy. The default captures nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Spec {
@@ -37,7 +41,7 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// Whether it captures nothing and refuses nothing.
+    /// Reports whether the spec captures nothing and refuses nothing.
     pub fn is_off(&self) -> bool {
         self.outbound.capture == Outward::Off
             && self.inbound.capture == Inward::Off
@@ -45,10 +49,10 @@ impl Spec {
     }
 }
 
-/// Names of users and groups, and units, that one spec may have: each is looked up, and costs a program or an answer of systemd's.
+/// The limit of names of users and groups in one spec. Each name costs a run of `getent`.
 pub const MAX_NAMES: usize = 256;
 
-/// A spec that needs more of this host than it is asked for.
+/// The error for a spec with more names or units than are looked up.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TooMuch {
     #[error(
@@ -61,10 +65,10 @@ pub enum TooMuch {
 }
 
 impl Spec {
-    /// Checks what the spec asks of the host.
+    /// Checks that the spec has no more names and units than this host looks up.
     ///
     /// # Errors
-    /// If it has too many names or units.
+    /// If the spec has too many names or units.
     pub fn limits(&self) -> Result<(), TooMuch> {
         let out = &self.outbound;
         let selections = [&out.include, &out.exclude];
@@ -86,44 +90,46 @@ impl Spec {
     }
 }
 
-/// Connections that programs of this host open.
+/// The capture of connections that programs of this host open.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Outbound {
     pub capture: Outward,
-    /// Virtual addresses, which exist nowhere but in Envoy. They are captured for every caller that may be, whatever
-    /// `percent`, `on_loss` and the destinations in `include` and `exclude` say: a connection that is not captured
-    /// has nowhere to go.
+    /// The virtual addresses, which exist in Envoy only. Such an address is captured for every caller that is
+    /// not excluded, regardless of `percent`, `on_loss` and the destinations in `include` and `exclude`,
+    /// because an uncaptured connection to it has nowhere to go.
     pub vips: BTreeSet<SocketAddr>,
-    /// Endpoints by their real addresses, for programs that find them themselves.
+    /// The real addresses of endpoints, for programs that discover them on their own.
     pub addresses: BTreeMap<SocketAddr, Destination>,
     /// The share of new connections to real addresses that is captured.
     pub percent: Percent,
     pub on_loss: OnLoss,
-    /// Where anything is listed, nothing else is captured. Callers are alternatives (`users`, `groups` or `units`);
-    /// `ports`, `cidrs` and `interfaces` must all agree.
+    /// The traffic that may be captured; everything if empty. A caller must match one of `users`, `groups`
+    /// and `units`. A
+    /// destination must match all of `ports`, `cidrs` and `interfaces` that are given.
     pub include: Selection,
-    /// Never captured.
+    /// The traffic that is never captured.
     pub exclude: Selection,
-    /// The largest share of a caller's connections that is captured. The smaller of this and the destination's counts.
+    /// The largest share of a caller's connections that is captured. The smaller of this and the
+    /// destination's share applies.
     pub dial: Dial,
 }
 
-/// Each includes those before it.
+/// The destinations that are captured. Each variant includes its predecessors.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outward {
     #[default]
     Off,
-    /// Virtual addresses only: nothing that works today changes.
+    /// Only virtual addresses. Existing traffic does not change.
     Vip,
-    /// And the listed endpoints.
+    /// The virtual addresses, and the listed endpoints.
     Addresses,
-    /// And everything else.
+    /// All destinations.
     All,
 }
 
-/// What differs for one real address.
+/// The settings of one real address that differ from those of the spec.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Destination {
@@ -133,27 +139,30 @@ pub struct Destination {
     pub on_loss: Option<OnLoss>,
 }
 
-/// What becomes of new connections when nobody refreshes the dead-man: Envoy or the agent is dead or hangs.
+/// The fate of new connections when the dead-man timer lapses because Envoy or the agent is dead or hangs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnLoss {
-    /// They go past Envoy.
+    /// Connections go past Envoy (fail open).
     #[default]
     Open,
-    /// They fail.
+    /// Connections fail (fail closed).
     Closed,
 }
 
+/// A selection of traffic by its destination and its caller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Selection {
     pub ports: BTreeSet<Ports>,
     pub cidrs: BTreeSet<Cidr>,
-    /// The interfaces by which packets leave (outbound) or arrive (inbound). Whole names.
+    /// The interfaces over which packets leave (outbound) or arrive (inbound). Wildcards are not supported.
     pub interfaces: BTreeSet<Interface>,
-    /// Names or numbers.
+    /// The users, by name or number.
     pub users: BTreeSet<Account>,
-    /// Names or numbers. A process's effective group, not its supplementary ones: the kernel sees no other.
+    /// The groups, by name or number. Only the effective group of a process counts, since the kernel does not
+    /// match
+    /// supplementary ones.
     pub groups: BTreeSet<Account>,
     pub units: BTreeSet<Unit>,
 }
@@ -164,7 +173,7 @@ impl Selection {
     }
 }
 
-/// Shares by caller.
+/// The shares of captured connections, by caller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Dial {
@@ -173,26 +182,30 @@ pub struct Dial {
     pub units: BTreeMap<Unit, Percent>,
 }
 
-/// Connections that programs of this host accept.
+/// The capture of connections that programs of this host accept.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Inbound {
     pub capture: Inward,
-    /// Captured.
+    /// The captured ports.
     pub ports: BTreeSet<Ports>,
-    /// Reached through Envoy or not at all, from outside of this host. Those that are not in `ports` are refused to
-    /// everybody outside: their callers come through an explicit port of Envoy's.
+    /// The ports that other hosts can reach only through Envoy. Those that are not in `ports` are refused to
+    /// all other hosts;
+    /// their clients connect to an explicit port of Envoy instead.
     pub strict: BTreeSet<Ports>,
     pub on_loss: OnLoss,
-    /// The ports of which a redirect may let in what the host's own filter (firewalld, ufw) keeps out. Other such ports are not captured.
+    /// The captured ports that a redirect may open although the host's own filter (firewalld, ufw) keeps them
+    /// closed. Other such
+    /// ports are not captured.
     #[serde(skip_serializing_if = "BypassFilter::is_nothing")]
     pub bypass_filter: BypassFilter,
-    /// Neither captured nor refused: a load balancer whose health checks speak no TLS.
+    /// Clients that are neither captured nor refused, such as a load balancer whose health checks do not use
+    /// TLS.
     pub exclude: Sources,
 }
 
 impl Inbound {
-    /// Takes ports out of those that are captured.
+    /// Removes `ports` from the captured ports.
     pub fn leave_out(&mut self, ports: Ports) {
         self.ports = without(&self.ports, &[ports].into());
     }
@@ -206,7 +219,8 @@ impl Inbound {
     }
 }
 
-/// Ports that may be redirected against the host's own filter: written `true`, `false` or `[8081, "9000-9010"]`.
+/// The ports that may be redirected against the host's own filter: `true`, `false` or a list such as
+/// `[8081, "9000-9010"]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BypassFilter {
     All,
@@ -249,7 +263,7 @@ impl<'de> Deserialize<'de> for BypassFilter {
                 Ok(if all { BypassFilter::All } else { BypassFilter::default() })
             }
 
-            /// A scalar of YAML comes as its text.
+            /// YAML passes an unquoted scalar as text.
             fn visit_str<E: de::Error>(self, text: &str) -> Result<BypassFilter, E> {
                 match text {
                     "true" => self.visit_bool(true),
@@ -267,6 +281,7 @@ impl<'de> Deserialize<'de> for BypassFilter {
     }
 }
 
+/// A selection of clients by their network and their interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sources {
@@ -274,24 +289,32 @@ pub struct Sources {
     pub interfaces: BTreeSet<Interface>,
 }
 
+/// The way in which inbound connections are captured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Inward {
     #[default]
     Off,
-    /// Works everywhere. Envoy sees the client's address, and asks the kernel for the port. A firewall of this host sees the
-    /// packets go to 15006: one that refuses what it does not know has to let that port in.
+    /// Redirects the packets to port 15006, which works everywhere. Envoy sees the client's address, and asks
+    /// the kernel for the
+    /// original port. A firewall on this host sees packets to 15006, so it must allow that port if it refuses
+    /// unknown ones.
     Redirect,
-    /// Envoy sees the client's address and the port that it called. Envoy's listener must be `transparent`, for which it
-    /// needs CAP_NET_ADMIN. With nftables an Envoy that does not listen is passed by at once.
+    /// Assigns the packets to Envoy's socket (TPROXY). Envoy sees the client's address and the original port.
+    /// Envoy's listener
+    /// must be `transparent`, for which Envoy needs CAP_NET_ADMIN. With nftables, connections go past an
+    /// Envoy that does not
+    /// listen.
     Tproxy,
 }
 
-/// Redirects with [`OnLoss::Open`] hold as long as somebody says so: a time-out in the kernel, that works with no process alive.
+/// The dead-man timer: redirects with [`OnLoss::Open`] hold only while the agent keeps renewing a timeout in
+/// the kernel. The
+/// timeout expires even if no process is alive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DeadMan {
-    /// 3 s to 10 min. Refresh it at a fifth of this or sooner.
+    /// The timeout, from 3 s to 10 min. The heartbeat renews it after a fifth of this time.
     pub timeout: Seconds,
 }
 
@@ -301,7 +324,7 @@ impl Default for DeadMan {
     }
 }
 
-/// A time-out in whole seconds, from 3 s to 10 min, written `30s`: iptables knows nothing finer.
+/// A timeout from 3 s to 10 min, written `30s`. Whole seconds, because iptables supports nothing finer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Seconds(u32);
 
@@ -340,7 +363,7 @@ impl FromStr for Seconds {
     }
 }
 
-/// A share of new connections, 0 to 100. Whole, since nftables draws from a hundred.
+/// A share of new connections, from 0 to 100 percent. Whole numbers, because nftables draws from a hundred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct Percent(u8);
@@ -348,7 +371,7 @@ pub struct Percent(u8);
 impl Percent {
     pub const ALL: Percent = Percent(100);
 
-    /// `None` above 100.
+    /// Returns the share; `None` if it is above 100.
     pub fn new(percent: u8) -> Option<Percent> {
         (percent <= 100).then_some(Percent(percent))
     }
@@ -372,7 +395,7 @@ impl<'de> Deserialize<'de> for Percent {
     }
 }
 
-/// One port or a range: `8080`, `8000-8100`.
+/// One port or a range of ports: `8080`, `8000-8100`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ports {
     first: u16,
@@ -380,7 +403,7 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// `None` where the range is empty or begins with 0.
+    /// Returns the range; `None` if it is empty or begins with port 0.
     pub fn range(first: u16, last: u16) -> Option<Ports> {
         (first > 0 && first <= last).then_some(Ports { first, last })
     }
@@ -419,7 +442,7 @@ impl FromStr for Ports {
     }
 }
 
-/// A network, `10.0.0.0/8`, or one address.
+/// A network, such as `10.0.0.0/8`, or a single address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cidr {
     address: IpAddr,
@@ -439,7 +462,7 @@ impl Cidr {
         self.address.is_ipv4()
     }
 
-    /// The first and the last address, as numbers.
+    /// Returns the first and the last address, as numbers.
     pub(crate) fn span(&self) -> (u128, u128) {
         let (number, width) = number(self.address);
         let hosts = host_bits(width - u32::from(self.length));
@@ -460,7 +483,7 @@ fn number(address: IpAddr) -> (u128, u32) {
     }
 }
 
-/// So many bits, all set.
+/// Returns a number with the lowest `count` bits set.
 fn host_bits(count: u32) -> u128 {
     1_u128.checked_shl(count).map_or(u128::MAX, |above| above - 1)
 }
@@ -528,7 +551,7 @@ impl FromStr for Interface {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // The kernel's own limit is 15 bytes. `*` and `+` mean "anything" to nft and iptables.
+        // The kernel limits names to 15 bytes. `*` and `+` are wildcards for nft and iptables.
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@' | ':');
         if (1..=15).contains(&text.len()) && text.chars().all(plain) {
             Ok(Interface(text.to_owned()))
@@ -563,7 +586,7 @@ impl FromStr for Account {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@' | '$');
-        // One that begins so would be an option of the program that looks it up.
+        // A name with a leading `-` would be an option of the program that looks it up.
         let is_name = !text.starts_with('-') && text.chars().all(plain);
         if (1..=64).contains(&text.len()) && is_name {
             Ok(Account(text.to_owned()))
@@ -575,8 +598,9 @@ impl FromStr for Account {
 
 /// A systemd unit that has a control group: a slice, a service or a scope.
 ///
-/// Rules know a control group by a number that it loses when its unit stops. So where a unit is left out, or has a share, connections
-/// to real addresses go past Envoy that come from a control group beside the unit's which the rules do not know yet: see
+/// Rules match a control group by an id that is lost when its unit stops. So next to a unit with an exclusion
+/// or a share of its
+/// own, processes in control groups that the rules do not know yet bypass Envoy for real addresses: see
 /// [`crate::host::Nursery`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Unit(String);
@@ -611,7 +635,8 @@ impl FromStr for Unit {
     }
 }
 
-/// Values that are written as text; those that look like numbers may be written as numbers.
+/// Implements serde for types that are written as text. Values that look like numbers may be written as
+/// numbers.
 macro_rules! text {
     ($($name:ident: $what:literal),+) => {$(
         impl Serialize for $name {

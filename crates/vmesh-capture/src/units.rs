@@ -1,8 +1,10 @@
-//! The control groups of systemd's system units, asked of systemd itself. Folders are not searched for names: users own subtrees of
-//! control groups and give the folders in them any name they like.
+//! The control groups of systemd's system units, as systemd reports them. The hierarchy itself is not
+//! searched for names,
+//! because users own subtrees of it and name the directories in them as they like.
 //!
-//! `systemctl show` is asked, and not D-Bus: it speaks with systemd's own socket where there is no bus, and a client of D-Bus would
-//! add some forty crates to a process with capabilities. Its output and its time are bounded.
+//! `systemctl show` is used instead of D-Bus: it talks to systemd directly where no bus runs, and a D-Bus
+//! client would add some forty crates to a privileged process. The size of its output and its run time are
+//! limited.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,17 +17,20 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use crate::host::{Cgroup, Nursery};
 use crate::spec::Unit;
 
-/// More units than this in one spec are refused: each costs rules, and an answer of systemd's.
+/// The limit of units in one spec. Each unit costs rules and a query to systemd.
 pub const MAX_UNITS: usize = 256;
-/// systemd's own limit on the length of a unit's name is 255; the kernel's on a path is 4095.
+/// The limit of a path's length, in bytes. systemd limits the name of a unit to 255, and the kernel a path to
+/// 4095.
 const MAX_PATH: usize = 2048;
-/// Deeper than slices are nested.
+/// The limit of nested directories, which is more than slices are ever nested.
 const MAX_DEPTH: usize = 32;
 
-/// The path of a control group below the root of the hierarchy, without the first `/`: `system.slice/app.service`.
+/// The path of a control group below the root of the hierarchy, without a leading `/`:
+/// `system.slice/app.service`.
 ///
-/// It consists of characters that systemd gives to a control group of a unit, none of which means anything to nft or iptables: a
-/// value of this type can stand in a rule.
+/// It contains only characters that systemd uses in the control group of a unit. None of them has a meaning
+/// for nft or
+/// iptables, so the path can be written into a rule.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CgroupPath(String);
 
@@ -34,17 +39,17 @@ impl CgroupPath {
         &self.0
     }
 
-    /// The control group above; `None` where that is the root.
+    /// Returns the control group above this one; `None` if that is the root.
     pub fn parent(&self) -> Option<CgroupPath> {
         self.0.rsplit_once('/').map(|(parent, _)| CgroupPath(parent.to_owned()))
     }
 
-    /// The name of the folder itself, which is a unit's.
+    /// Returns the last component, which is the name of a unit.
     pub fn name(&self) -> &str {
         self.0.rsplit_once('/').map_or(&*self.0, |(_, name)| name)
     }
 
-    /// How many folders deep it is; nftables calls this the level.
+    /// Returns the number of components; nftables calls this the level.
     pub fn level(&self) -> usize {
         self.0.split('/').count()
     }
@@ -56,7 +61,7 @@ impl fmt::Display for CgroupPath {
     }
 }
 
-/// A path that no unit's control group has.
+/// A path that cannot be the control group of a unit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{}` is not the control group of a unit", .0.escape_debug())]
 pub struct NoCgroupPath(String);
@@ -89,23 +94,24 @@ impl<'de> Deserialize<'de> for CgroupPath {
     }
 }
 
-/// The arguments of `systemctl` that ask for the control groups of `units`.
+/// Returns the arguments of `systemctl` that query the control groups of `units`.
 pub(crate) fn question<'a>(units: &BTreeSet<&'a Unit>) -> Vec<&'a str> {
     let mut arguments = vec!["--system", "--no-pager", "show", "--property=Names,ControlGroup,Slice", "--"];
     arguments.extend(units.iter().map(|unit| unit.as_str()));
     arguments
 }
 
-/// Where systemd has a unit, or will have it.
+/// The control groups of units that run, and those in which units are started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct UnitPlaces {
     /// The control groups of the units that run.
     pub(crate) running: BTreeMap<Unit, CgroupPath>,
-    /// The control groups in which units get theirs; `None` is the root.
+    /// The control group in which each unit is started; `None` for the root.
     pub(crate) parents: BTreeMap<Unit, Option<CgroupPath>>,
 }
 
-/// Reads what `systemctl` answers: a paragraph for each unit. A unit that does not run has no control group.
+/// Parses the output of `systemctl`: one paragraph for each unit. A unit that does not run has no control
+/// group.
 pub(crate) fn answer(text: &str, wanted: &BTreeSet<&Unit>) -> UnitPlaces {
     let mut found = UnitPlaces::default();
     for paragraph in text.split("\n\n") {
@@ -113,7 +119,7 @@ pub(crate) fn answer(text: &str, wanted: &BTreeSet<&Unit>) -> UnitPlaces {
         let group = value("ControlGroup").and_then(|path| path.strip_prefix('/')?.parse::<CgroupPath>().ok());
         let Some(names) = value("Names") else { continue };
         for unit in wanted.iter().filter(|unit| names.split(' ').any(|name| name == unit.as_str())) {
-            // systemd knows no slice of a unit that has no file yet.
+            // systemd reports no slice for a unit without a unit file.
             let slice = value("Slice").filter(|slice| !slice.is_empty()).unwrap_or("system.slice");
             let parent = match &group {
                 Some(group) => group.parent(),
@@ -128,7 +134,8 @@ pub(crate) fn answer(text: &str, wanted: &BTreeSet<&Unit>) -> UnitPlaces {
     found
 }
 
-/// The control group of a slice: `a-b.slice` is in `a.slice`, and `-.slice` is the root. See systemd.slice(5).
+/// Returns the control group of a slice: `a-b.slice` is in `a.slice`, and `-.slice` is the root
+/// (systemd.slice(5)).
 fn slice_path(slice: &str) -> Option<CgroupPath> {
     let name = slice.strip_suffix(".slice")?;
     let ends = name.match_indices('-').map(|(at, _)| at).chain([name.len()]);
@@ -137,11 +144,12 @@ fn slice_path(slice: &str) -> Option<CgroupPath> {
     folders.join("/").parse().ok().filter(|_| name != "-")
 }
 
-/// Folders of one control group that are looked at: a host has a few hundred.
+/// The limit of child control groups that are listed for one control group. A host has a few hundred.
 const MAX_CHILDREN: usize = 4096;
 
-/// Lists the control groups in which the units of `parents` get theirs when they start, with what is in these now. For a parent that
-/// is not there yet, the nearest above it that is there stands. The deepest come first.
+/// Lists the control groups in which the units of `parents` are started, with their current children, the
+/// deepest first. A
+/// parent that does not exist yet is replaced by its nearest ancestor that does.
 pub(crate) fn nurseries<'a>(
     root: &Path,
     parents: impl IntoIterator<Item = &'a Option<CgroupPath>>,
@@ -177,7 +185,7 @@ pub(crate) fn nurseries<'a>(
     nurseries
 }
 
-/// The control group at `path` below the mount `root`, if it is there now.
+/// Returns the control group at `path` below the mount point `root`, if it exists.
 pub(crate) fn cgroup(root: &Path, path: &CgroupPath) -> Option<Cgroup> {
     let metadata = root.join(path.as_str()).symlink_metadata().ok()?;
     metadata.is_dir().then(|| Cgroup { path: path.clone(), id: metadata.ino() })

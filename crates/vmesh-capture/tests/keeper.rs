@@ -1,4 +1,6 @@
-//! The keeper's machine against a model of a host that fails at any action, dies at any moment and is changed by others.
+//! Property tests of the state machine, against a model of a host on which actions fail, the process dies at
+//! any moment, and
+//! other programs change the rules.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
@@ -20,7 +22,7 @@ use vmesh_model::load::strict;
 
 const DRAIN: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(30);
-/// More than any trial, drain, rest or wait for the agent takes.
+/// A number of ticks that outlasts any trial, drain, rest and wait for the agent.
 const LONG: u32 = 200;
 
 const SPECS: [&str; 8] = [
@@ -31,7 +33,7 @@ const SPECS: [&str; 8] = [
     "{outbound: {capture: vip}, inbound: {capture: redirect, on_loss: closed, ports: [8081]}}",
     "{outbound: {capture: vip}, inbound: {capture: redirect, bypass_filter: [8081], ports: [8081]}}",
     "{inbound: {strict: [9000]}}",
-    // The host does not answer which user that is.
+    // The host does not answer which user id `ghost` has.
     "{outbound: {capture: vip, exclude: {users: [ghost]}}}",
 ];
 
@@ -44,18 +46,20 @@ fn spec(number: usize, endpoints: u8) -> Spec {
     spec
 }
 
+/// The kind of a simulated failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Failure {
-    /// The action stops at its first reading, before it changes anything.
+    /// The action fails at its first reading, before it changes anything.
     Unread,
-    /// The action changes nothing, and fails.
+    /// The action changes nothing and fails.
     Undone,
-    /// The action does all of its work, and reports a failure.
+    /// The action does all of its work and reports a failure.
     Done,
-    /// The action does a part of its work, and fails.
+    /// The action does a part of its work and fails.
     Half,
 }
 
+/// A change of rules by another program.
 #[derive(Debug, Clone, Copy)]
 enum ForeignChange {
     TakesOurs,
@@ -65,6 +69,7 @@ enum ForeignChange {
     CannotBeRead,
 }
 
+/// One step of a generated sequence.
 #[derive(Debug, Clone)]
 enum Op {
     Want {
@@ -76,7 +81,7 @@ enum Op {
     Retry,
     Ticks(u8),
     Bypass(bool),
-    /// The script of the bypass runs before the action after the next `after` ones.
+    /// The bypass script runs just before an action: the one after the next `after` ones.
     BypassAmid {
         after: u8,
     },
@@ -84,17 +89,17 @@ enum Op {
     Others(ForeignChange),
     UnitsStarted,
     RefreshFailed,
-    /// The action after the next `after` ones fails.
+    /// An action fails: the one after the next `after` ones.
     Fail {
         after: u8,
         failure: Failure,
     },
-    /// The process is killed at that action, after or before it is done.
+    /// The process is killed at an action, before or after the work of that action.
     Kill {
         after: u8,
         done: bool,
     },
-    /// The file of the state is damaged, and the process killed.
+    /// The state file is damaged, and the process is killed.
     Damage,
     Stop,
     Handover,
@@ -130,57 +135,57 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Our rules in the model's kernel.
+/// The rules of vmesh in the kernel of the model.
 #[derive(Debug, Clone, PartialEq)]
 enum Rules {
     None,
     Are(Program),
-    /// Anything.
+    /// Rules of unknown content, left by a change that failed halfway.
     Broken,
 }
 
-/// A host and the vmesh-net that runs on it.
+/// A host, and the vmesh-net that runs on it.
 struct Model {
     machine: Machine,
     now: Instant,
     rules: Rules,
-    /// Empty chains that came with the first rule, as iptables makes them.
+    /// Empty chains that came with the first rule, as iptables creates them.
     has_leftovers: bool,
-    /// Another backend has rules of ours.
+    /// Another backend has rules of vmesh.
     has_others: bool,
     ordered: Option<DeadMen>,
     disk: Option<SavedState>,
     is_damaged: bool,
-    /// The process does not know what was captured before this moment, and may change nothing.
+    /// Until this moment the process does not know the captured traffic, and must not change anything.
     unknown_until: Option<Instant>,
     facts: Host,
     closes_a_port: bool,
     cannot_be_read: bool,
-    /// The last reading of the rules of others failed.
+    /// The last reading of the foreign rules failed.
     is_filter_missed: bool,
     open: usize,
     is_bypassed: bool,
     fail: Option<(u8, Failure)>,
     kill: Option<(u8, bool)>,
     bypass: Option<u8>,
-    /// The kernel's word of what the script of the bypass did waits.
+    /// The kernel has not yet reported the changes of the bypass script.
     has_notice: bool,
-    /// The host has changed in a way that the machine sees at its next tick.
+    /// The host has changed in a way that the machine notices at its next tick.
     is_disturbed: bool,
     has_exited: bool,
-    /// The spec that was last confirmed, by the answers.
+    /// The spec that was last confirmed, according to the replies.
     confirmed: Spec,
 }
 
 fn start(disk: Option<&SavedState>, is_damaged: bool, is_bypassed: bool, now: Instant) -> Machine {
     let saved = match disk {
-        // vmesh-net takes the footprint from a damaged file, and nothing else.
+        // vmesh-net takes only the footprint from a damaged file.
         Some(saved) if is_damaged => SavedState {
             commit: confirm::State { footprint: saved.commit.footprint.clone(), ..Default::default() },
             ..SavedState::default()
         },
         Some(saved) => {
-            // The state goes through its text.
+            // The state is written and parsed, as it would be on a disk.
             serde_json::from_str(&serde_json::to_string(saved).unwrap()).unwrap()
         }
         None => SavedState::default(),
@@ -236,14 +241,15 @@ impl Model {
         self.deliver(Event::Started);
     }
 
-    /// Gives the machine an event and does what follows. Returns its answer; `None` also where the process was killed meanwhile.
+    /// Passes an event to the machine and performs all actions. Returns the reply; `None` also if the process
+    /// was killed.
     fn deliver(&mut self, event: Event) -> Option<Result<(), String>> {
         let says_what_is_wanted = match &event {
             Event::Want { .. } | Event::Stop => true,
             Event::Tick { bypassed, .. } | Event::RulesChanged { bypassed, .. } => *bypassed,
             _ => false,
         };
-        // A bypass stays known, also to the process that comes next.
+        // A bypass is on the disk, so the next process knows of it too.
         if says_what_is_wanted {
             self.unknown_until = None;
         }
@@ -295,7 +301,7 @@ impl Model {
         reply
     }
 
-    /// What `/usr/lib/vmesh/bypass` does.
+    /// Does what `/usr/lib/vmesh/bypass` does.
     fn run_bypass(&mut self) {
         self.bypass = None;
         (self.is_bypassed, self.is_disturbed, self.has_notice) = (true, true, true);
@@ -404,7 +410,7 @@ impl Model {
         rules
     }
 
-    /// If the process died now, the next one would go back to what was confirmed, and leave nothing behind.
+    /// Checks that the next process could roll back and clean up if this process died now.
     fn check_before_apply(&self, program: &Program) {
         let disk = self.disk.clone().unwrap_or_default().commit;
         let commit = self.machine.commit();
@@ -421,7 +427,7 @@ impl Model {
         }
     }
 
-    /// The host is as it is wanted, unless the machine says why not.
+    /// Checks that the host has the wanted rules, unless the machine reports why not.
     fn check(&self) {
         let (spec, stage) = self.machine.wanted();
         if self.machine.error().is_some()
@@ -453,7 +459,8 @@ impl Model {
         if (self.cannot_be_read || self.is_filter_missed)
             && directions(&Spec { inbound: inbound.clone(), ..Spec::default() }).inbound
         {
-            // The port is captured as last judged, or not at all; a unit test of the judge tells which.
+            // The port is captured according to the last verdict, or not at all. A unit test of the judge
+            // checks which.
             return match &self.rules {
                 Rules::Are(program) => program.clone(),
                 _ => Program::absent(),
@@ -476,7 +483,7 @@ impl Model {
         self.take_notice();
         self.now += TICK;
         let event = Event::Tick { bypassed: self.is_bypassed, outbound_is_well: true };
-        // Killed, it has not looked at anything yet that changed.
+        // If the process is killed in this tick, the changes stay unnoticed.
         self.is_disturbed = false;
         self.deliver(event);
         self.check();
@@ -579,7 +586,7 @@ impl Model {
         self.check();
     }
 
-    /// Ends the sequence: nothing fails any more, and nobody confirms.
+    /// Ends the sequence: nothing fails any more, and no trial is confirmed.
     fn settle(&mut self) {
         (self.fail, self.kill, self.bypass) = (None, None, None);
         (self.open, self.is_bypassed, self.cannot_be_read) = (0, false, false);
@@ -606,7 +613,7 @@ fn unreadable() -> Ruleset {
     rules
 }
 
-/// Tries any sequences, and then what `end` does.
+/// Runs generated sequences of steps, each followed by `end`.
 fn check(cases: u32, end: impl Fn(&mut Model)) {
     let config = ProptestConfig {
         failure_persistence: None,

@@ -1,4 +1,5 @@
-//! What a spec becomes: the rules of both backends as text, and what of it cannot be had. Spec in, text out.
+//! Golden tests of the compiler: a spec as input; the rules of both backends as text, or the notes, as
+//! output.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -31,7 +32,7 @@ fn spec(yaml: &str) -> Spec {
     strict("spec.yaml", yaml).unwrap()
 }
 
-/// Labels end in a hash, which says nothing to a reader.
+/// Removes the hashes from the labels of rules, which mean nothing to a reader.
 fn without_hashes(text: &str) -> String {
     let comments = text.split("\"vmesh ").enumerate().map(|(number, part)| match part.split_once('"') {
         Some((label, rest)) if number > 0 => {
@@ -632,7 +633,8 @@ fn what_has_no_effect_on_this_host_is_said_and_costs_nothing_else() {
         outbound.vips: 240.0.0.1:22 is not captured: port 22 is SSH, which never is
     "#]]
     .assert_eq(&notes);
-    // Who includes a user that does not exist means nobody, and not everybody.
+    // A user that does not exist in `include` selects nothing; it does not make the selection empty, which
+    // would mean all.
     let plan = nft::plan(&program, &nft::Actual::absent(), true).to_string();
     assert!(!plan.contains("goto captured"), "{plan}");
 }
@@ -655,7 +657,7 @@ fn who_is_left_out_is_never_captured_because_nobody_says_who_it_is() {
         let refused = of(yaml, Number::Unanswered).unwrap_err();
         assert!(refused.to_string().contains("does `getent passwd app` answer?"), "{refused}");
     }
-    // Who is to be captured and is not loses nothing.
+    // An unknown user in `include` does no harm: it captures too little.
     let (_, notes) = of("outbound: {capture: all, include: {users: [app]}}", Number::Unanswered).unwrap();
     assert!(notes.iter().any(|note| note.message.contains("does not answer")), "{notes:?}");
 }

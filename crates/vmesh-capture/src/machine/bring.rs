@@ -1,4 +1,4 @@
-//! An attempt leads from a reading of the host to the rules in the kernel, or to their removal.
+//! Attempts: the steps from the facts of the host to the rules in the kernel, or to their removal.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use crate::host::Host;
 use crate::program::{Directions, Program};
 use crate::spec::Spec;
 
-/// Changes that are listed of one drift.
+/// The number of changed rules that are listed for one drift.
 const MAX_LISTED: usize = 20;
 
 impl Machine {
@@ -48,7 +48,7 @@ impl Machine {
         }
     }
 
-    /// Goes on with an attempt whose backend is known.
+    /// Continues an attempt once the backend is known.
     pub(super) fn go(&mut self, attempt: Attempt, now: Instant) {
         if attempt.spec.is_off() {
             self.leaving_since.get_or_insert(now);
@@ -96,8 +96,9 @@ impl Machine {
         }
     }
 
-    /// Leaves out the inbound ports that a redirect would open or close against the host's own filter, or of which that is not known, and
-    /// says which.
+    /// Removes the inbound ports from `spec` that a redirect would open or close against the host's own
+    /// filter, and those
+    /// whose effect is unknown. Returns a note for each.
     pub(super) fn leave_out_conflicts(&mut self, spec: &mut Spec, now: Instant) -> Vec<String> {
         let judged = spec.inbound.ports_under_the_filter();
         if judged.is_empty() {
@@ -157,7 +158,9 @@ impl Machine {
         };
         self.actions.push(Action::Order((!dead_men.directions.is_empty()).then_some(dead_men)));
         self.kernel = Kernel::Has(program);
-        // Not before what is to be there is: translated connections live as long as somebody's rules translate.
+        // Rules of other backends are removed only after the new rules are in place: a redirected connection
+        // lives only as long as
+        // some rule translates its addresses.
         let footprint = self.commit.state().footprint.clone();
         let action = Action::EndOthers { program: Program::absent(), footprint };
         self.wait(action, Phase::EndingOthers(Box::new(attempt)));
@@ -175,7 +178,7 @@ impl Machine {
         self.report.drift = Drift { count, at: Some(now), what, by };
     }
 
-    /// Drains or removes the rules of the backend in use, after those of other backends.
+    /// Drains or removes the rules of the backend in use. The rules of other backends were removed before.
     pub(super) fn leave(&mut self, attempt: Box<Attempt>, program: Program, open: usize) {
         if program.is_absent() {
             if self.kernel == Kernel::Absent {
@@ -200,7 +203,8 @@ impl Machine {
 
     pub(super) fn failed(&mut self, attempt: Attempt, why: String) {
         if !attempt.is_retry && !attempt.host.nurseries.is_empty() {
-            // A unit may have stopped since its control group was read, so the machine reads the host again.
+            // A unit may have stopped since its control group was read, so the machine reads the host again,
+            // once.
             self.forget_rules();
             return self.read_host(Phase::ReadingHostAgain);
         }

@@ -1,4 +1,4 @@
-//! Events, actions, and the state that the process leaves on the disk.
+//! The events and actions of the state machine, and the state that the process saves to the disk.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -21,12 +21,12 @@ use crate::spec::{Ports, Seconds, Spec};
 pub struct SavedState {
     pub commit: confirm::State,
     pub known: AgentFacts,
-    /// The spec that the last failed trial tried, and why it failed.
+    /// The spec that the last failed trial tried, and the reason of the failure.
     pub refused: Option<(Spec, String)>,
     pub memory: Memory,
 }
 
-/// The facts that the agent tells of itself and of Envoy.
+/// The facts that the agent reports of itself and of Envoy.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AgentFacts {
@@ -42,48 +42,54 @@ pub enum Level {
     Error,
 }
 
+/// An input of the state machine. The variants from `HostRead` on are results of actions; all others come
+/// from outside.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// The process has begun.
+    /// The process has started.
     Started,
-    /// A [`TICK`] has passed. `bypassed`: the flag of the bypass is there. `outbound_is_well`: Envoy's outbound listener serves.
+    /// A [`TICK`](super::TICK) has passed. `bypassed`: the flag of the bypass is set. `outbound_is_well`:
+    /// Envoy's outbound
+    /// listener accepts connections.
     Tick {
         bypassed: bool,
         outbound_is_well: bool,
     },
-    /// The agent asks for `spec`. Answered by [`Action::Reply`].
+    /// The agent asks for `spec`. The machine answers with [`Action::Reply`].
     Want {
         spec: Box<Spec>,
         known: AgentFacts,
         patience: Duration,
     },
-    /// Somebody says that the trial of this number works. Answered by [`Action::Reply`].
+    /// A client confirms that the trial of this number works. The machine answers with [`Action::Reply`].
     Confirm {
         trial: u64,
     },
-    /// Somebody says that the trial of this number does not work. Answered by [`Action::Reply`].
+    /// A client reports that the trial of this number does not work. The machine answers with
+    /// [`Action::Reply`].
     Revert {
         trial: u64,
         why: String,
     },
-    /// An operator allows the last failed trial to be tried again. Answered by [`Action::Reply`].
+    /// An operator allows the last failed trial to be tried again. The machine answers with
+    /// [`Action::Reply`].
     Retry,
-    /// Somebody else changed rules: the named program, where the kernel says which.
+    /// Another program changed rules. `by` names it if the kernel reports which one.
     RulesChanged {
         by: Option<String>,
         bypassed: bool,
     },
-    /// Units have started in a control group that is watched.
+    /// A unit has started in one of the watched control groups.
     UnitsStarted,
-    /// The dead-man could not be refreshed.
+    /// The heartbeat could not renew the dead-man timer.
     RefreshFailed(String),
-    /// The process is to end, and to leave the host as it was.
+    /// The process is to end and to remove all rules.
     Stop,
-    /// The process is to end, and to leave the rules to the one that comes next.
+    /// The process is to end and to leave the rules to its successor.
     Handover,
 
     HostRead(Box<Host>),
-    /// The result has the backend; `true` if the host has IPv6.
+    /// The detected backend; `true` if the host has IPv6.
     Detected(Result<(Backend, bool), String>),
     FilterRead(Ruleset),
     FootprintTaken(Result<Option<Footprint>, String>),
@@ -96,47 +102,51 @@ pub enum Event {
     ConnectionsCounted(usize),
     Applied(Applied),
     OthersEnded(Result<(), String>),
-    /// The result is `true` if there were rules to take away.
+    /// `true` if there were rules to remove.
     TakenAway(Result<bool, String>),
 }
 
 /// The result of [`Action::Apply`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Applied {
-    /// What differed before. `None` where nothing was attempted, since nothing differed or the rules could not be read.
+    /// The differences that were found before the change. `None` if nothing was attempted, because nothing
+    /// differed or the
+    /// rules could not be read.
     pub changes: Option<Vec<String>>,
     pub outcome: Result<Change, String>,
 }
 
+/// What [`Action::Apply`] changed in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
-    /// Nothing, or only elements of sets.
+    /// Nothing, or only set elements.
     Elements,
-    /// All rules: dead-men begin anew.
+    /// The whole ruleset was replaced. All dead-man timers start anew.
     Replaced,
-    /// Nothing: the flag of the bypass is there. See [`Action::Apply`].
+    /// Nothing, because the flag of the bypass is set: see [`Action::Apply`].
     Bypassed,
 }
 
-/// The rules that are in the kernel, as far as dead-men go.
+/// The dead-man timers in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeadMen {
     pub timeout: Seconds,
     pub directions: Directions,
-    /// Counts how often the rules were replaced whole.
+    /// Counts how often the whole ruleset was replaced.
     pub replaced: u64,
-    /// The dead-men that were refreshed with the change.
+    /// The timers that were renewed together with the change.
     pub refreshed: Directions,
 }
 
-/// The connections that show whether captured ones arrive at Envoy.
+/// The connections that show whether captured traffic arrives at Envoy.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PathTest {
-    /// Addresses to dial from end to end, captured as those of services are.
+    /// The addresses to dial. Connections to these addresses are captured like connections to services.
     pub dial: Vec<SocketAddr>,
-    /// The inbound ports that are redirected. What strangers open to them is counted on its way: see [`crate::arrivals`].
+    /// The redirected inbound ports. Connections of other hosts to them are counted on their way: see
+    /// [`crate::arrivals`].
     pub inbound: BTreeSet<Ports>,
-    /// Whether rules changed since the last test, so that what was lost before says nothing.
+    /// `true` if rules changed since the last test. Losses that were counted before then mean nothing.
     pub is_afresh: bool,
 }
 
@@ -146,61 +156,70 @@ impl PathTest {
     }
 }
 
+/// An output of the state machine, to be performed by the driver. `-> Event` names the event that carries the
+/// result.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    /// -> [`Event::HostRead`]
+    /// Read the facts of the host. -> [`Event::HostRead`]
     ReadHost {
         spec: Box<Spec>,
         known: AgentFacts,
         memory: Memory,
     },
-    /// -> [`Event::Detected`]
+    /// Find out which backend works here. -> [`Event::Detected`]
     Detect {
         ipv6: bool,
     },
-    /// Read the rules of others. -> [`Event::FilterRead`]
+    /// Read the foreign rules. -> [`Event::FilterRead`]
     ReadFilter,
-    /// -> [`Event::FootprintTaken`]
+    /// List the chains and tables that exist before the first rule of vmesh. -> [`Event::FootprintTaken`]
     TakeFootprint,
-    /// Write to the disk. -> [`Event::Saved`]
+    /// Write the state to the disk. -> [`Event::Saved`]
     Save(Box<SavedState>),
-    /// List the sessions at these ports of SSH. -> [`Event::SessionsRead`]
+    /// List the SSH sessions at these ports. -> [`Event::SessionsRead`]
     ReadSessions(BTreeSet<u16>),
-    /// Look which of these listeners of Envoy's, and the agent, are well. -> [`Event::EnvoySeen`]
+    /// Check which of these listeners of Envoy accept connections, and whether the agent is alive. ->
+    /// [`Event::EnvoySeen`]
     LookAtEnvoy(Directions),
-    /// Look at these listeners of Envoy's for a confirmation, and name the one that does not serve. -> [`Event::ListenersChecked`]
+    /// Check these listeners of Envoy for a confirmation. The error names the one that accepts no connection.
+    /// -> [`Event::ListenersChecked`]
     CheckListeners(Directions),
-    /// Look whether captured connections arrive at Envoy. -> [`Event::PathTried`]
+    /// Test whether captured connections arrive at Envoy. -> [`Event::PathTried`]
     TryPath(PathTest),
     /// Count the open connections through redirects. -> [`Event::ConnectionsCounted`]
     CountConnections,
-    /// Make our rules be as `program` says, by this backend. -> [`Event::Applied`]
+    /// Make the rules of the detected backend match `program`. -> [`Event::Applied`]
     ///
-    /// A program that captures is not applied where the rules differ from it and the flag of the bypass is there. The script sets its flag
-    /// before it changes any rule, so the flag is to be looked for after the rules were read.
+    /// The driver must not apply a program that captures while the flag of the bypass is set and the rules
+    /// differ from the
+    /// program. The bypass script sets its flag before it changes any rule, so the driver looks for the flag
+    /// after it has
+    /// read the rules.
     Apply {
         program: Program,
         timeout: Seconds,
         well: Directions,
     },
-    /// Make the rules that other backends have of vmesh be as `program` says. -> [`Event::OthersEnded`]
+    /// Make the rules of vmesh that other backends may hold match `program`. -> [`Event::OthersEnded`]
     EndOthers {
         program: Program,
         footprint: Option<Footprint>,
     },
-    /// Leave the host as it was. -> [`Event::TakenAway`]
+    /// Remove all rules of vmesh. -> [`Event::TakenAway`]
     TakeAway {
         footprint: Option<Footprint>,
     },
-    /// Read our rules again before the next change: somebody may have changed them.
+    /// Read vmesh's rules again before the next change, because another program may have changed them.
     ForgetRules,
-    /// Look at these listeners of Envoy's all the time.
+    /// Check these listeners of Envoy continuously from now on.
     Watch(Directions),
-    /// Hold off these dead-men, or none.
+    /// Renew these dead-man timers from now on; `None` renews none.
     Order(Option<DeadMen>),
+    /// Write a line to the log.
     Tell(Level, String),
+    /// Answer the client whose event is being handled.
     Reply(Result<(), String>),
-    /// The work is done: end the process.
+    /// End the process: the work is done.
     Exit,
 }
 

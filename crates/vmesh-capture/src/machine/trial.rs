@@ -1,4 +1,4 @@
-//! A change, from the agent's want over its trial to its end: confirmed, or taken back.
+//! Trials: a change of the spec, from the agent's want to its confirmation or rollback.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use crate::foreign;
 use crate::program::Stage;
 use crate::spec::{Inward, Outward, SELF_TESTS, Spec};
 
-/// Ports of virtual addresses that are held against the rules of others.
+/// The number of ports of virtual addresses that are checked against foreign rules.
 const MAX_JUDGED_PORTS: usize = 256;
 
 impl Machine {
@@ -20,7 +20,9 @@ impl Machine {
         if let Err(error) = spec.limits() {
             return self.reply(Err(format!("this is not captured, and what was is as before: {error}")));
         }
-        // The kernel may have rules that no state tells of: the machine applies whatever is wanted.
+        // The kernel may have rules that no saved state mentions. So the first want is applied in any case,
+        // even if it equals the
+        // current spec.
         let is_first_word = matches!(self.life, Life::AwaitsAgent { .. });
         if is_first_word {
             self.life = Life::Keeps;
@@ -32,12 +34,15 @@ impl Machine {
         let is_refused = self.refused.as_ref().is_some_and(|(refused, _)| is_routine(refused, &spec));
         let spec = if is_refused { self.confirmed_with_endpoints_of(spec) } else { spec };
         let proposed = self.commit.propose(spec, now, patience);
-        // The confirmed spec is in force as far as the agent wants it, so a proposal that changes nothing may change the rules.
+        // Only the part of the confirmed spec that the agent still wants is in force. So a proposal that
+        // changes nothing can
+        // still change the rules.
         let after = self.wanted().0;
         let is_routine = !is_first_word && !known_changed && is_routine(&before, &after);
         match proposed {
             Proposed::Same if is_routine && before == after => return self.reply(Ok(())),
-            // Of endpoints the agent speaks again at once after a restart: the disk is not written for each.
+            // After a restart the agent reports its endpoints again at once, so a change of endpoints is
+            // saved later.
             Proposed::Routine if is_routine && !after.is_off() => {
                 self.due.save_at.get_or_insert(now + SAVES_AFTER);
                 self.tasks.extend([Task::Bring(Refresh::Endpoints), Task::Reply(Ok(()))]);
@@ -62,7 +67,7 @@ impl Machine {
         self.leaving_since = None;
     }
 
-    /// Returns the confirmed spec with the endpoints of `spec`, which was taken back before.
+    /// Returns the confirmed spec with the endpoints of `spec`, which is the one that was rolled back.
     pub(super) fn confirmed_with_endpoints_of(&self, spec: Spec) -> Spec {
         let mut confirmed = self.commit.state().confirmed.clone();
         if confirmed.outbound.capture != Outward::Off {
@@ -117,7 +122,7 @@ impl Machine {
         }
     }
 
-    /// Records why a trial failed.
+    /// Records a rolled-back trial, and why it failed.
     pub(super) fn take_back(&mut self, spec: Spec, why: String) {
         self.tell(Level::Warn, format!("a change of capture is taken back: {why}"));
         self.refused = Some((spec, why));
@@ -145,7 +150,8 @@ impl Machine {
             if is_trial || !outbound_is_well {
                 test.dial.clear();
             }
-            // In a trial only the count begins anew where rules changed: its confirmation looks at it.
+            // During a trial only the counters start anew when rules changed, because the confirmation reads
+            // them.
             test.is_afresh = with_rules;
             if test.is_empty() || !has_rules || (is_trial && !with_rules) {
                 self.report.path_fault = None;
@@ -155,7 +161,9 @@ impl Machine {
         self.wait(Action::TryPath(test), Phase::TryingPath(purpose));
     }
 
-    /// Returns the connections that show whether what `spec` captures arrives at Envoy, of each direction and family of it.
+    /// Returns the test connections that show whether the traffic that `spec` captures arrives at Envoy, in
+    /// each direction
+    /// and address family.
     fn path_test(&self, spec: &Spec) -> PathTest {
         let has_ipv6 = self.host.as_ref().is_some_and(|host| host.ipv6);
         let is_dialed =
@@ -186,7 +194,7 @@ impl Machine {
         self.path_checked(purpose, result);
     }
 
-    /// Names a rule of others that keeps connections to virtual addresses from being captured.
+    /// Names a foreign rule that keeps connections to virtual addresses from being captured.
     pub(super) fn untracked(&self) -> Result<(), String> {
         let (spec, _) = self.wanted();
         if !proves_itself(&spec) {
@@ -218,7 +226,8 @@ impl Machine {
     }
 }
 
-/// Whether connections of this process are captured, as anybody's are.
+/// Reports whether connections of this process are captured, that is, whether `spec` captures those of all
+/// users.
 fn proves_itself(spec: &Spec) -> bool {
     let (include, exclude) = (&spec.outbound.include, &spec.outbound.exclude);
     let everybody = include.users.is_empty() && include.groups.is_empty() && include.units.is_empty();
@@ -226,8 +235,9 @@ fn proves_itself(spec: &Spec) -> bool {
     spec.outbound.capture != Outward::Off && everybody && nobody
 }
 
-/// Checks that the SSH sessions from before the change still work. Some may have ended; if all did, or if one gets no answer any more,
-/// the change counts as the cause.
+/// Checks that the SSH sessions from before the change still work. Some may have ended meanwhile. If all have
+/// ended, or
+/// if one gets no answer, the change counts as the cause.
 fn sessions_live(before: &[Session], now: &[Session]) -> Result<(), String> {
     let still = |session: &&Session| now.iter().find(|later| later.inode == session.inode);
     let living: Vec<_> = before.iter().filter_map(|session| still(&session)).collect();

@@ -1,5 +1,6 @@
-//! Whatever the spec: applied twice is applied once, and after `off` nothing is left. With the real tools, since what they
-//! make of a text is the question.
+//! Property tests with the real tools: applying any spec twice is the same as applying it once, and `off`
+//! leaves nothing. The
+//! real tools are used because they may list a rule in other words than it was written.
 
 use proptest::collection::{btree_map, btree_set};
 use proptest::prelude::*;
@@ -112,7 +113,8 @@ fn spec() -> impl Strategy<Value = Spec> {
     (outbound(), inbound()).prop_map(|(outbound, inbound)| Spec { outbound, inbound, ..Spec::default() })
 }
 
-/// A row of specs on one host, as an operator's edits come, each applied to what the last has left.
+/// Applies rows of specs to one host, as edits of an operator would be: each one changes the rules of the one
+/// before.
 fn check(kind: Kind, rows: u32) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let vm = Vm::new(kind);
@@ -140,7 +142,7 @@ fn check(kind: Kind, rows: u32) {
                     "{plan}\n{:?}",
                     vm.applier.check(&plan).await
                 );
-                // It reads back, and fails if anything differs.
+                // `bring` reads the rules back, and fails if any differ.
                 vm.bring(&program).await;
                 let again = vm.applier.plan(&program, &vm.applier.read().await.unwrap(), true);
                 prop_assert!(again.is_empty() && again.changes.is_empty(), "{again}");

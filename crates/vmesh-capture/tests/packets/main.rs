@@ -1,4 +1,6 @@
-//! What becomes of connections, by nftables and by both kinds of iptables: in namespaces, with the real tools and kernel.
+//! Tests with real packets: where connections end up under the rules of nftables and of both kinds of
+//! iptables. The hosts are
+//! network namespaces; the tools and the kernel are real.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -17,7 +19,7 @@ use vmesh_capture::host::{Cgroup, Memory, Number};
 use vmesh_capture::{Program, Spec, Stage};
 use vmesh_testkit::wait_for;
 
-/// A test for each backend.
+/// Defines one test for each backend.
 macro_rules! with_every_backend {
     ($($(#[$attribute:meta])* async fn $name:ident($vm:ident: Vm) $body:block)+) => {$(
         mod $name {
@@ -49,7 +51,7 @@ fn vips() -> [SocketAddr; 2] {
     VIPS.map(|vip| vip.parse().unwrap())
 }
 
-/// `addresses: {...}` of both families of `b`.
+/// Formats an `addresses: {...}` map with both addresses of `b`.
 fn addresses(vm: &Vm, port: u16, of: &str) -> String {
     let list: Vec<String> = vm.at_b(port).iter().map(|to| format!("'{to}': {of}")).collect();
     format!("{{{}}}", list.join(", "))
@@ -65,7 +67,7 @@ with_every_backend! {
             let mut other_port = vip;
             other_port.set_port(81);
             assert_ne!(vm.call(other_port), "envoy");
-            // Envoy itself comes by when it calls an address that it cannot resolve any better.
+            // Envoy itself connects to a virtual address if that is all it resolves.
             assert_ne!(vm.call_as(ENVOY, vip), "envoy");
         }
         for to in vm.at_b(80) {
@@ -104,7 +106,7 @@ with_every_backend! {
                 assert_eq!(vm.call_as(excluded, at(8080)), "app");
             }
         }
-        // Itself, by whatever name.
+        // The host itself, under each of its addresses.
         let mut own: Vec<SocketAddr> = vm.at_a(7000).into();
         own.extend(["127.0.0.1:7000", "127.9.9.9:7000", "[::1]:7000"].map(|to| to.parse::<SocketAddr>().unwrap()));
         for to in own {
@@ -160,7 +162,7 @@ with_every_backend! {
         assert!(mended.changes.iter().any(|change| change.what.contains("include_unit_0")), "{mended}");
         assert_eq!((group.call(&vm, address), vm.call(address)), ("envoy".to_owned(), "app".to_owned()));
 
-        // And a slice that is never to be captured, with what is below it.
+        // A slice that is never captured, and a control group below it.
         vm.facts.never.slices.insert(Cgroup { path: group.slice().parse().unwrap(), id: group.slice_id() });
         vm.capture("outbound: {capture: all}").await;
         assert_eq!((group.call(&vm, address), vm.call(address)), ("app".to_owned(), "envoy".to_owned()));
@@ -184,11 +186,11 @@ with_every_backend! {
         assert_eq!(group.call(&vm, address), "app");
         assert_eq!(group.call_in("other.service", &vm, address), "envoy", "who is not left out");
         assert_eq!(vm.call(address), "envoy", "who is elsewhere");
-        // Both begin anew, and nobody has seen it yet.
+        // The unit restarts, and the rules do not know its new control group yet.
         group.make_anew();
         assert_eq!(group.call(&vm, address), "app");
         assert_eq!(group.call(&vm, vips()[0]), "envoy", "a virtual address leads nowhere else");
-        // Once it is seen.
+        // The rules learn the new control group.
         vm.facts.units.insert("app.service".parse().unwrap(), group.cgroup());
         vm.facts.nurseries = vec![nursery(&group)];
         vm.capture(&yaml).await;
@@ -203,7 +205,9 @@ with_every_backend! {
 
     async fn a_share_of_connections_is_captured(vm: Vm) {
         let _servers = (vm.app_at_b(8080), vm.app_at_b(8081), vm.outbound_envoy());
-        // Binomial: 200 of 1000 with a deviation of 13, so 100 to 300 holds but once in 10^14.
+        // The count is binomially distributed. For 500 calls and 20 % the mean is 100 and the standard
+        // deviation 9, so these
+        // limits fail less than once in 10^7 runs.
         vm.capture(&format!(
             "outbound: {{capture: all, percent: 20, addresses: {}, dial: {{users: {{4001: 0}}}}}}",
             addresses(&vm, 8081, "{percent: 80}")
@@ -227,7 +231,7 @@ with_every_backend! {
             assert!(older.works() && older.who == "app");
             let mut redirected = Call::open(&vm.a, to);
             assert_eq!(redirected.who, "envoy");
-            // One with other elements, and one with other rules.
+            // The first change affects set elements only, the next ones affect rules.
             vm.capture(&format!("outbound: {{capture: all, vips: ['{}']}}", vips()[0])).await;
             vm.capture(&format!("outbound: {{capture: all, vips: {VIPS:?}}}")).await;
             vm.capture("outbound: {capture: all, exclude: {ports: [8080]}}").await;
@@ -262,7 +266,7 @@ with_every_backend! {
             assert_eq!(vm.call(closed), "refused");
         }
         let envoy = vm.outbound_envoy();
-        // Longer than it holds by itself.
+        // The loop lasts longer than one timeout.
         for _ in 0..8 {
             vm.applier.refresh(timeout).await.unwrap();
             assert_eq!((vm.call(to), vm.call(to6)), ("envoy".to_owned(), "envoy".to_owned()));
@@ -304,13 +308,13 @@ with_every_backend! {
             assert_eq!(vm.call_from_b(captured), "envoy");
             assert_eq!(Call::open(&c, captured).who, "app");
             assert_eq!(vm.call_from_b(ssh), "app");
-            // Itself.
+            // The host itself is not captured.
             assert_eq!(vm.call(captured), "app");
         }
         for direct in vm.at_a(8081) {
             assert_eq!(vm.call_from_b(direct), "app");
         }
-        // Whatever is configured.
+        // SSH and the own ports stay excluded even if a spec names all ports.
         let everything: Spec =
             vmesh_model::load::strict("spec.yaml", "inbound: {capture: redirect, ports: [1-65535], strict: [1-65535]}").unwrap();
         let (program, notes) = Program::new(&everything, &vm.facts, Stage::Confirmed).unwrap();
@@ -339,7 +343,7 @@ with_every_backend! {
             assert_eq!((vm.call_from_b(strict), vm.call_from_b(open)), ("refused".to_owned(), "app".to_owned()));
             assert_eq!(vm.call(strict), "app");
         }
-        // Not captured at all, and closed all the same.
+        // A strict port that is not captured is closed to other hosts as well.
         for to in vm.at_a(9090) {
             assert_eq!((vm.call_from_b(to), vm.call(to)), ("refused".to_owned(), "app".to_owned()));
         }
@@ -361,7 +365,7 @@ with_every_backend! {
         for to in vm.at_a(22) {
             assert_eq!(vm.call_from_b(to), "app");
         }
-        // Captured connections go on without the rules, and without the dead-man.
+        // Captured connections survive the removal of the rules and the end of the dead-man timer.
         vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
         for to in vm.at_a(8080) {
             assert_eq!(vm.call_from_b(to), "app");
@@ -376,7 +380,7 @@ with_every_backend! {
         vm.capture("inbound: {capture: tproxy, ports: [8080]}").await;
         envoy.kill().unwrap();
         for to in vm.at_a(8080) {
-            // The other lets the packet vanish until the dead-man lapses.
+            // With iptables, packets are lost until the dead-man timer lapses.
             let passed_by = if vm.kind == Kind::Nft { "app" } else { "nobody" };
             assert_eq!(vm.call_from_b(to), passed_by);
         }
@@ -406,7 +410,8 @@ with_every_backend! {
             exclude: {ports: [1-9], cidrs: [10.9.0.0/16, fd00::/8], interfaces: [docker0], users: [9], groups: [9]}}\n\
             inbound: {capture: MODE, ports: [8080], strict: [3306]}";
         let all = || ["redirect", "tproxy"].map(|mode| everything.replace("MODE", mode));
-        // As it booted; then with the rules of others, iptables' among them.
+        // The first round begins with the ruleset of a fresh boot, the second one with rules of other
+        // programs, iptables included.
         for others in [false, true] {
             if others {
                 have_other_rules(&vm);
@@ -420,7 +425,7 @@ with_every_backend! {
             vm.bring(&Program::drained(true)).await;
             vm.applier.off(footprint.as_ref()).await.unwrap();
             if vm.kind == Kind::IptablesLegacy && !others {
-                // A table that has been used stays, empty, until the kernel restarts.
+                // A legacy table that was used stays behind, empty, until the kernel restarts.
                 let after = vm.ruleset();
                 assert!(after.lines().all(|line| line.starts_with(['*', ':']) || line.trim() == "COMMIT"), "{after}");
             } else {
@@ -493,7 +498,7 @@ with_every_backend! {
         assert_eq!((out.who.as_str(), out.from), ("app", vm.a.v4.into()));
         assert_eq!(vm.call_from_b(vm.at_a(8088)[0]), "container");
         assert_eq!(vm.call_from_b(vm.at_a(8080)[0]), "envoy");
-        // The host itself calls its container.
+        // A connection of the host itself to its container.
         assert_eq!(vm.call("172.30.0.2:80".parse().unwrap()), "envoy");
         vm.capture("outbound: {capture: all, exclude: {interfaces: [docker0]}}").await;
         assert_eq!(vm.call("172.30.0.2:80".parse().unwrap()), "container");
@@ -527,7 +532,7 @@ with_every_backend! {
         let _apps = (vm.app_at_a(22), vm.app_at_a(8080), vm.app_at_b(22), vm.app_at_b(8080));
         let before = vm.ruleset();
         let mut session = Call::open(&vm.b, vm.at_a(22)[0]);
-        // Nobody listens where this sends everything.
+        // No Envoy listens, so every captured connection fails.
         let wrong: Spec = vmesh_model::load::strict(
             "spec.yaml",
             "outbound: {capture: all, on_loss: closed}\ninbound: {capture: redirect, ports: [1-65535], strict: [1-65535], on_loss: closed}",
@@ -541,7 +546,7 @@ with_every_backend! {
             let (spec, stage) = commit.wanted();
             vm.bring(&Program::new(spec, &vm.facts, stage).unwrap().0).await;
             assert_eq!((vm.call_from_b(vm.at_a(8080)[0]), vm.call(vm.at_b(8080)[0])), ("refused".to_owned(), "refused".to_owned()));
-            // A session that is open, one that is opened, and one from here.
+            // An open session, a new session, and a session from this host to another one.
             assert!(session.works());
             assert_eq!((vm.call_from_b(vm.at_a(22)[1]), vm.call(vm.at_b(22)[0])), ("app".to_owned(), "app".to_owned()));
             if agent_dies {
@@ -589,8 +594,8 @@ with_every_backend! {
         let (said, took) = bypass(&[]);
         eprintln!("{said} in {took:?}");
         assert!(!vm.ruleset().to_lowercase().contains("vmesh"));
-        // Chains that iptables made for ours and that are empty now are the agent's to remove: the script does not know
-        // whose they are.
+        // Empty chains that iptables created for vmesh's rules are removed by the agent. The script cannot
+        // know who created them.
         vm.applier.off(footprint.as_ref()).await.unwrap();
         assert_eq!(vm.ruleset(), before);
         assert_eq!((vm.call(to), vm.call(to6)), ("app".to_owned(), "app".to_owned()));
@@ -602,7 +607,7 @@ with_every_backend! {
         eprintln!("in {took:?}");
         assert!(!vm.ruleset().to_lowercase().contains("vmesh"));
 
-        // A full disk has room for a flag, and for no word.
+        // A full disk has room for the flag (an empty file), but not for data.
         let script = "mount -t tmpfs -o size=4k none $D && head -c 4096 /dev/zero >$D/full && ! echo >$D/more && \
             VMESH_BYPASS_FLAG=$D/state/bypass sh $SCRIPT && test -e $D/state/bypass";
         let mut full = Command::new("unshare");
@@ -615,14 +620,14 @@ with_every_backend! {
 }
 
 impl Vm {
-    /// What others do to the rules.
+    /// Runs a shell script that changes rules like another program would.
     fn damage(&self, script: &str) {
         let path = format!("{}:/usr/bin:/bin", self.tools.dir.display());
         printed(Command::new("sh").args(["-ec", script]).env("PATH", path));
     }
 }
 
-/// As Docker, a firewall and an administrator would leave them.
+/// Adds rules like those of Docker, a firewall and an administrator.
 fn have_other_rules(vm: &Vm) {
     vm.damage(
         "printf '*nat\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
@@ -676,7 +681,7 @@ impl Group {
         }
     }
 
-    /// As when a unit is started again.
+    /// Removes and creates the control group, as a restart of the unit does.
     fn make_anew(&self) {
         let path = self.slice.join("app.service");
         std::fs::remove_dir(&path).unwrap();
@@ -689,7 +694,7 @@ impl Group {
         Cgroup { path: format!("{}/{name}", self.slice()).parse().unwrap(), id: Group::id(&path) }
     }
 
-    /// Who answers a caller in the group.
+    /// Returns the name of the server that answers a caller in the control group.
     fn call(&self, vm: &Vm, to: SocketAddr) -> String {
         self.call_in("app.service", vm, to)
     }
@@ -722,7 +727,7 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
     let group = Group::new();
     let dir = vmesh_testkit::tempdir().unwrap();
     let sshd = dir.join("sshd");
-    // The kernel calls it by the name of this file, as it does the real one.
+    // The kernel names the process after this file, as it does for the real sshd.
     let python = printed(Command::new("python3").args(["-c", "import sys; print(sys.executable)"]));
     let script = format!(
         "#!{}\nimport socket\nserver = socket.create_server(('10.88.0.1', 2222))\nprint('up', flush=True)\n\
@@ -734,7 +739,7 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
     let mut daemon = vmesh_testkit::process::Daemon::spawn("sshd", vm.a.command(&sshd)).unwrap();
     daemon.wait_line("up", SOON).await.unwrap();
 
-    // No systemd runs here: what it says is a script's.
+    // No systemd runs here, so a script takes the place of `systemctl`.
     let systemctl = dir.join("systemctl");
     let text = format!(
         "#!/bin/sh\ncase \"$*\" in *Listen*) exit 0;; esac\ncat <<'.'\nNames=app.service\nControlGroup=/{0}/app.service\n\n\

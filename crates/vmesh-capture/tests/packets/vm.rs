@@ -1,4 +1,6 @@
-//! A host whose connections are captured, another that it calls, and small servers in the places of Envoy and the applications.
+//! The fixture of these tests: a host whose connections are captured, another host that it calls, and small
+//! servers in the
+//! roles of Envoy and the applications.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -15,11 +17,11 @@ use vmesh_model::load::strict;
 use vmesh_testkit::netns::{self, Iptables, Switch};
 use vmesh_testkit::process::Daemon;
 
-/// Generous: what is waited for comes at once or never.
+/// A generous timeout: what a test waits for happens at once or never.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
-/// How long a connection that is not to come about is waited for.
+/// The time after which a connection counts as failed.
 pub(crate) const NEVER: Duration = Duration::from_millis(400);
-/// Envoy's user.
+/// The user id of Envoy.
 pub(crate) const ENVOY: u32 = 4000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,15 +33,15 @@ pub(crate) enum Kind {
 
 pub(crate) struct Vm {
     pub(crate) switch: Switch,
-    /// Ours.
+    /// The host whose connections are captured.
     pub(crate) a: netns::Host,
-    /// Another.
+    /// The other host.
     pub(crate) b: netns::Host,
     pub(crate) tools: netns::Tools,
     pub(crate) applier: Applier,
     pub(crate) facts: Host,
     pub(crate) kind: Kind,
-    /// Keeps `/proc/<pid>/net` of `a` there.
+    /// Keeps `/proc/<pid>/net` of `a` alive.
     _anchor: Daemon,
 }
 
@@ -78,7 +80,7 @@ impl Vm {
         program
     }
 
-    /// Makes the host capture as `yaml` says, with the dead-man held off for ten minutes.
+    /// Captures what the spec `yaml` says, with a dead-man timeout of ten minutes.
     pub(crate) async fn capture(&self, yaml: &str) -> Plan {
         self.bring(&self.program(yaml, Stage::Confirmed)).await
     }
@@ -88,7 +90,7 @@ impl Vm {
         self.applier.bring(program, Some(long)).await.unwrap()
     }
 
-    /// What every firewall tool shows, but for counters and times.
+    /// Returns the output of all firewall tools without counters and times.
     pub(crate) fn ruleset(&self) -> String {
         let nft = printed(Command::new(&self.tools.nft).args(["list", "ruleset"]));
         let save = printed(&mut Command::new(&self.tools.iptables_save));
@@ -114,7 +116,7 @@ impl Vm {
         text
     }
 
-    /// The addresses of `b`, and this port.
+    /// Returns the addresses of `b` with this port.
     pub(crate) fn at_b(&self, port: u16) -> [SocketAddr; 2] {
         self.b.addresses().map(|ip| SocketAddr::new(ip, port))
     }
@@ -123,7 +125,7 @@ impl Vm {
         self.a.addresses().map(|ip| SocketAddr::new(ip, port))
     }
 
-    /// Envoy's place for what the host sends.
+    /// Starts servers in the role of Envoy's outbound listener.
     pub(crate) fn outbound_envoy(&self) -> [Server; 2] {
         ["127.0.0.1:15001", "[::1]:15001"].map(|at| Server::new(&self.a, at.parse().unwrap(), "envoy"))
     }
@@ -136,7 +138,7 @@ impl Vm {
         Server::new(&self.a, SocketAddr::new("::".parse::<IpAddr>().unwrap(), port), "app")
     }
 
-    /// Who answers at `to`, for a caller on `a`.
+    /// Returns the name of the server that answers a caller on `a` at `to`.
     pub(crate) fn call(&self, to: SocketAddr) -> String {
         who(self.a.within(|| connect(to)).unwrap())
     }
@@ -149,7 +151,7 @@ impl Vm {
         who(self.b.within(|| connect(to)).unwrap())
     }
 
-    /// How many of so many connections to `to` reach Envoy.
+    /// Makes `of` connections to `to`, and counts those that reach Envoy.
     pub(crate) fn share(&self, of: usize, to: SocketAddr) -> usize {
         let answers = self.a.within(|| (0..of).map(|_| who(connect(to))).collect::<Vec<_>>()).unwrap();
         assert!(answers.iter().all(|who| who == "app" || who == "envoy"), "{answers:?}");
@@ -180,9 +182,9 @@ fn who(stream: std::io::Result<TcpStream>) -> String {
 pub(crate) struct Call {
     stream: BufReader<TcpStream>,
     pub(crate) who: String,
-    /// The caller's address, as the server sees it.
+    /// The client's address, as the server sees it.
     pub(crate) from: IpAddr,
-    /// The server's own, as it sees it.
+    /// The server's address, as the server sees it.
     pub(crate) to: SocketAddr,
 }
 
@@ -203,7 +205,7 @@ impl Call {
         Call::new(stream.unwrap()).unwrap()
     }
 
-    /// Whether the connection still carries something there and back.
+    /// Reports whether the connection still carries data in both directions.
     pub(crate) fn works(&mut self) -> bool {
         let mut byte = [0];
         let asked = self.stream.get_mut().write_all(b"x");
@@ -211,7 +213,9 @@ impl Call {
     }
 }
 
-/// Says who it is, who called and what it was called by, and then echoes. Gone when dropped; its connections stay.
+/// A server that sends its name, the client's address and its own address, and then echoes. Dropping it stops
+/// the listener;
+/// connections stay open.
 pub(crate) struct Server {
     listener: Arc<TcpListener>,
 }
@@ -244,13 +248,13 @@ fn serve(mut stream: TcpStream, from: SocketAddr, name: &str) -> std::io::Result
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It stops listening at once, and `accept` ends.
+        // The shutdown ends the blocking `accept`.
         _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
 
-/// Envoy's place for what the host is sent, with a socket that takes connections to any address. A process, so that it can
-/// be stopped and killed.
+/// Starts a process in the role of Envoy's inbound listener, with a socket that accepts connections to any
+/// address. A separate process can be stopped and killed.
 pub(crate) async fn transparent_envoy(host: &netns::Host) -> Daemon {
     const SCRIPT: &str = r#"
 import ipaddress, socket, threading
