@@ -136,10 +136,8 @@ pub struct Applier {
 /// The last programs that this process ran, and the generations of nftables that they made.
 ///
 /// The kernel reports the process that made a generation by its process id in the initial pid namespace. In
-/// another
-/// namespace ids cannot be compared, and generation numbers alone are used: a run that produced exactly as
-/// many generations
-/// as it has transactions is taken as their author.
+/// another namespace ids cannot be compared, and generation numbers alone are used: a run that produced
+/// exactly as many generations as it has transactions is taken as their author.
 #[derive(Debug, Clone, Default)]
 pub struct Ran(Arc<Mutex<LastRuns>>);
 
@@ -187,14 +185,12 @@ fn keep_last(list: &mut VecDeque<u32>, more: impl IntoIterator<Item = u32>, kept
 
 const READ: &str = "list the rules";
 /// The limit of a tool's output, enough for rules with some hundred thousand destinations. The unit of
-/// vmesh-net has a
-/// memory limit of 256 MiB.
+/// vmesh-net has a memory limit of 256 MiB.
 const MAX_OUTPUT: u64 = 32 << 20;
 
 impl Applier {
     /// Returns the backend that works on this host: nftables, or else iptables. Checks sample rules with the
-    /// kernel, and
-    /// changes nothing.
+    /// kernel, and changes nothing.
     ///
     /// # Errors The error of nftables if neither backend works, since nftables is the one to install.
     /// [`Error::Slow`] if nftables does not answer in time.
@@ -221,8 +217,8 @@ impl Applier {
     }
 
     /// Returns the other backends that may still hold rules of vmesh: an earlier process may have used
-    /// another backend or the
-    /// other kind of iptables (nft or legacy), and no tool lists what another one added.
+    /// another backend or the other kind of iptables (nft or legacy), and no tool lists what another one
+    /// added.
     pub async fn others(&self) -> Vec<Applier> {
         let of_kind = |kind: &str| {
             let named =
@@ -318,8 +314,7 @@ impl Applier {
     }
 
     /// Reads the foreign rules with every tool that is installed. An installed tool that fails, is slow or
-    /// prints too much
-    /// leaves a gap: see [`Ruleset::gaps`].
+    /// prints too much leaves a gap: see [`Ruleset::gaps`].
     pub async fn foreign_rules(&self) -> Ruleset {
         let tools = &self.tools;
         let legacy = |save: &Path, name: &str| save.with_file_name(name);
@@ -358,8 +353,7 @@ impl Applier {
     }
 
     /// Returns the ruleset that nft lists. `None` if nft is not installed, or if it cannot list the rules but
-    /// reports that all
-    /// tables belong to vmesh.
+    /// reports that all tables belong to vmesh.
     async fn native_rules(&self) -> Result<Option<String>, Error> {
         let nft = &self.tools.nft;
         let failed = match self.run(nft, &["-j", "list", "ruleset"], READ, None).await {
@@ -415,8 +409,7 @@ impl Applier {
     }
 
     /// Makes the host match `program`, reads the rules back, and returns the plan that was applied. Changes
-    /// nothing if the
-    /// host already matches. With `alive`, renews all dead-man timers at the end.
+    /// nothing if the host already matches. With `alive`, renews all dead-man timers at the end.
     pub async fn bring(&self, program: &Program, alive: Option<Seconds>) -> Result<Plan, Error> {
         let alive = alive.map(|timeout| (timeout, Directions::BOTH));
         self.bring_alive(program, alive).await
@@ -457,9 +450,8 @@ impl Applier {
     }
 
     /// Lists the chains and tables that exist before the first rule of vmesh, to be kept until
-    /// [`Applier::off`]. `None` where no
-    /// cleanup is needed or possible: with nftables, with legacy iptables, and without an nft to list and
-    /// delete them.
+    /// [`Applier::off`]. `None` where no cleanup is needed or possible: with nftables, with legacy iptables,
+    /// and without an nft to list and delete them.
     ///
     /// # Errors
     /// If the list is needed and cannot be read. Going on without it would leave chains and tables behind.
@@ -484,8 +476,7 @@ impl Applier {
     }
 
     /// Removes all rules of vmesh, and the chains and tables that came with them. Connections through a
-    /// redirect are reset, so
-    /// apply [`Program::drained`] first and wait until none is left.
+    /// redirect are reset, so apply [`Program::drained`] first and wait until none is left.
     pub async fn off(&self, before: Option<&Footprint>) -> Result<Plan, Error> {
         let mut plan = self.bring(&Program::absent(), None).await?;
         if let Some(before) = before

@@ -1,11 +1,9 @@
 //! Detects whether redirected connections from outside pass the host's own filter.
 //!
 //! A host cannot send itself a packet that arrives like one from the network. So the connections of other
-//! hosts are counted
-//! instead, by two chains of vmesh at the kernel's `input` hook: one before all filters, one after them. A
-//! connection that
-//! only the first chain counts was dropped in between. Call [`Losses::observe`] with each reading of the
-//! counters.
+//! hosts are counted instead, by two chains of vmesh at the kernel's `input` hook: one before all filters,
+//! one after them. A connection that only the first chain counts was dropped in between. Call
+//! [`Losses::observe`] with each reading of the counters.
 
 use std::fmt;
 
@@ -15,8 +13,7 @@ use crate::iptables;
 use crate::program::{ARRIVED, ARRIVING};
 
 /// The number of consecutive lost connections from which a loss is reported. Fewer may come from a scanner,
-/// whose packets a
-/// filter drops for other reasons.
+/// whose packets a filter drops for other reasons.
 const TOLD_FROM: u64 = 3;
 
 /// An address family.
@@ -75,8 +72,7 @@ impl Counts {
     }
 
     /// Adds the counters that `nft -j list chain inet vmesh arriving` (or `arrived`) prints. Rules of any
-    /// other form count as
-    /// nothing.
+    /// other form count as nothing.
     pub(crate) fn add_nft(&mut self, json: &str) {
         let Ok(value) = serde_json::from_str::<Value>(json) else { return };
         let items = value.get("nftables").and_then(Value::as_array);
@@ -134,8 +130,7 @@ impl Losses {
     }
 
     /// Takes a reading of the counters. Returns the number of consecutive lost connections for each family
-    /// that lost three or
-    /// more.
+    /// that lost three or more.
     pub fn observe(&mut self, counts: Counts) -> Vec<(IpFamily, u64)> {
         for (lost, family) in self.lost.iter_mut().zip(IpFamily::BOTH) {
             let (now, before) = (counts.of(family), self.last.of(family));

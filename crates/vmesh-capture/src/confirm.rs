@@ -5,10 +5,9 @@
 //! [`State`] to the disk and changes the rules.
 //!
 //! The order for each change is: change the [`Commit`], write [`Commit::state`] to the disk, apply
-//! [`Commit::wanted`]. An
-//! agent that dies between any two of these steps rolls back the unconfirmed change at its next start. Until
-//! that start
-//! the dead-man timer protects the host, since during a trial every redirect lapses with it.
+//! [`Commit::wanted`]. An agent that dies between any two of these steps rolls back the unconfirmed change at
+//! its next start. Until that start the dead-man timer protects the host, since during a trial every redirect
+//! lapses with it.
 
 use std::time::{Duration, Instant};
 
@@ -56,8 +55,7 @@ pub struct Commit {
 
 impl Commit {
     /// Begins with the state from the disk. A trial found there is over, because the client that began it
-    /// cannot confirm it
-    /// any more: it is rolled back, and its spec is returned.
+    /// cannot confirm it any more: it is rolled back, and its spec is returned.
     pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Spec>) {
         let reverted = state.trial.take();
         (
@@ -67,8 +65,7 @@ impl Commit {
     }
 
     /// Proposes `spec`, to be confirmed within `patience`. If another trial is under way, this one replaces
-    /// it; a rollback
-    /// still returns to the confirmed spec.
+    /// it; a rollback still returns to the confirmed spec.
     pub fn propose(&mut self, spec: Spec, now: Instant, patience: Duration) -> Proposed {
         let current = self.state.trial.as_ref().unwrap_or(&self.state.confirmed);
         if *current == spec {
@@ -91,8 +88,7 @@ impl Commit {
     }
 
     /// Confirms the spec on trial. Returns `false` if nothing is on trial, or if the host is bypassed: rules
-    /// that are not
-    /// installed prove nothing.
+    /// that are not installed prove nothing.
     pub fn confirm(&mut self) -> bool {
         if self.bypassed {
             return false;
@@ -158,8 +154,7 @@ impl Commit {
 }
 
 /// Reports whether two specs differ in endpoints only. Endpoints change all day, and no change of endpoints
-/// can cut a host
-/// off, since the other fields decide which traffic may be captured.
+/// can cut a host off, since the other fields decide which traffic may be captured.
 pub fn is_routine(from: &Spec, to: &Spec) -> bool {
     let without = |spec: &Spec| {
         let mut spec = spec.clone();
@@ -171,8 +166,7 @@ pub fn is_routine(from: &Spec, to: &Spec) -> bool {
 }
 
 /// Returns the part of `spec` that `wants` has as well: without the directions that `wants` does not capture,
-/// and without
-/// the inbound ports that it does not name. Envoy has listeners for `wants` only.
+/// and without the inbound ports that it does not name. Envoy has listeners for `wants` only.
 pub fn without_what_is_not_wanted(spec: &Spec, wants: &Spec) -> Spec {
     let mut spec = spec.clone();
     if wants.outbound.capture == Outward::Off {
@@ -233,8 +227,8 @@ impl Beat {
 }
 
 /// Returns the program for a host on which capture is off while `open` connections still go through
-/// redirects. The
-/// connections may drain until `patience` after `since`, the time when capture was switched off.
+/// redirects. The connections may drain until `patience` after `since`, the time when capture was switched
+/// off.
 pub fn leaving(open: usize, since: Instant, now: Instant, patience: Duration, ipv6: bool) -> Program {
     if open > 0 && now.saturating_duration_since(since) < patience {
         Program::drained(ipv6)

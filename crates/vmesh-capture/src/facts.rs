@@ -79,10 +79,8 @@ fn cgroup_mount(mounts: &str) -> Option<PathBuf> {
 
 impl Places {
     /// Reads the facts that `spec` needs. A name or unit that does not exist is left out, and becomes a note
-    /// of the program. A
-    /// query without an answer takes its result from `memory`. All queries run at the same time and none
-    /// takes longer than
-    /// [`ANSWERS_WITHIN`], because the caller has to keep up its heartbeat.
+    /// of the program. A query without an answer takes its result from `memory`. All queries run at the same
+    /// time and none takes longer than [`ANSWERS_WITHIN`], because the caller has to keep up its heartbeat.
     pub async fn host(&self, spec: &Spec, own: &Own, memory: &Memory) -> Host {
         let out = &spec.outbound;
         let users = out.include.users.iter().chain(&out.exclude.users).chain(out.dial.users.keys());
@@ -176,8 +174,8 @@ impl Places {
     }
 
     /// Returns the control groups of the units that run, and for each unit the control group in which it is
-    /// started, as systemd
-    /// reports them. If systemd does not answer, returns the control groups of `before` that still exist.
+    /// started, as systemd reports them. If systemd does not answer, returns the control groups of `before`
+    /// that still exist.
     async fn units(
         &self,
         wanted: &BTreeSet<&Unit>,
@@ -201,9 +199,8 @@ impl Places {
     }
 
     /// Returns the SSH ports of this host: those on which an SSH daemon listens or has sessions, those in its
-    /// configuration, and
-    /// those that systemd holds for it. The kernel shows the sockets of other processes only to root and with
-    /// CAP_SYS_PTRACE.
+    /// configuration, and those that systemd holds for it. The kernel shows the sockets of other processes
+    /// only to root and with CAP_SYS_PTRACE.
     async fn ssh_ports(&self, before: &BTreeSet<u16>) -> BTreeSet<u16> {
         let inodes = self.ssh_inodes();
         let sockets = self.sockets();
@@ -267,10 +264,9 @@ impl Places {
     }
 
     /// Returns the sockets of SSH daemons. A process counts as one if it runs as root and both its name and
-    /// its executable say so,
-    /// because any process can choose a name (`prctl`, `/proc/self/comm`) but only root can install a trusted
-    /// executable. A
-    /// listener that systemd holds for a daemon is not included; the daemon's sessions are.
+    /// its executable say so, because any process can choose a name (`prctl`, `/proc/self/comm`) but only
+    /// root can install a trusted executable. A listener that systemd holds for a daemon is not included; the
+    /// daemon's sessions are.
     fn ssh_inodes(&self) -> BTreeSet<u64> {
         const NAMES: [&str; 4] = ["sshd", "sshd-session", "sshd-auth", "dropbear"];
         let mut inodes = BTreeSet::new();

@@ -2,12 +2,10 @@
 //! iptables.
 //!
 //! A redirected packet reaches the host's filter in another form: its destination is Envoy's port, and its
-//! connection has been
-//! translated. So a filter may refuse it although it accepts the original packet (ufw does not know port
-//! 15006), or accept
-//! it although it refuses the original packet (firewalld accepts whatever was translated). [`inbound`] finds
-//! both cases
-//! before a packet is lost. Once packets are lost, [`suspects`] names the rules that may have dropped them.
+//! connection has been translated. So a filter may refuse it although it accepts the original packet (ufw
+//! does not know port 15006), or accept it although it refuses the original packet (firewalld accepts
+//! whatever was translated). [`inbound`] finds both cases before a packet is lost. Once packets are lost,
+//! [`suspects`] names the rules that may have dropped them.
 //!
 //! The rules are evaluated for imagined packets. This module is pure: it works on text, and limits how many
 //! rules it follows. An unknown condition may hold or not. Rules that could not be read, and rules beyond the
@@ -35,9 +33,8 @@ const MAX_RULES: usize = 400_000;
 /// The limit of inbound port ranges that are judged. Ports that all rules treat alike form one range.
 const MAX_JUDGED_RANGES: usize = 256;
 /// The time for which the last complete verdict stays valid while the rules cannot be read. With a longer
-/// time, a redirect
-/// could bypass a firewall that was installed meanwhile. With none, a single slow listing would switch
-/// capture off.
+/// time, a redirect could bypass a firewall that was installed meanwhile. With none, a single slow listing
+/// would switch capture off.
 const COUNTS_FOR: Duration = Duration::from_secs(300);
 /// The limit of a rule's text in messages, in characters.
 const MAX_TEXT: usize = 200;
@@ -208,8 +205,7 @@ enum Listing {
     /// `nft -j list ruleset`.
     Nft,
     /// `iptables-save` over nftables. `nft -j list ruleset` shows the same chains, without the parts that
-    /// only iptables
-    /// understands.
+    /// only iptables understands.
     IptablesOverNft,
     /// `iptables-save` with the legacy kernel interface.
     IptablesLegacy,
@@ -372,8 +368,7 @@ fn conflict(ports: Ports, direct: &Outcome, redirected: &Outcome) -> Option<Conf
 /// endpoints change.
 ///
 /// Call [`InboundJudge::forget`] when another program has changed rules. If [`InboundJudge::rules`] then
-/// returns `None`, read
-/// the rules and pass them to [`InboundJudge::read`]. Then call [`InboundJudge::judge`].
+/// returns `None`, read the rules and pass them to [`InboundJudge::read`]. Then call [`InboundJudge::judge`].
 #[derive(Debug, Default)]
 pub struct InboundJudge {
     rules: Option<Ruleset>,
@@ -431,8 +426,7 @@ impl InboundJudge {
     }
 
     /// Judges `ports`. If the current reading has gaps, the last complete verdict on the same ports stays
-    /// valid for five
-    /// minutes. Without such a verdict, the ports are [`Conflict::Unjudged`].
+    /// valid for five minutes. Without such a verdict, the ports are [`Conflict::Unjudged`].
     pub fn judge(&mut self, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Verdict> {
         let Some(rules) = &self.rules else {
             let why = "its rules have not been read";
@@ -466,8 +460,7 @@ impl InboundJudge {
 }
 
 /// Names a rule that keeps connections to `port` from being tracked. Such connections are not captured, so
-/// those to a
-/// virtual address lead nowhere.
+/// those to a virtual address lead nowhere.
 pub fn untracked(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
     let packet = |is_ipv4| Packet {
         is_ipv4,
@@ -512,8 +505,7 @@ pub fn inbound_suspects(rules: &Ruleset, ports: &BTreeSet<Ports>, is_ipv4: bool)
 }
 
 /// Names the rules that may drop a captured outbound connection of one address family to `to_port`, or
-/// Envoy's replies, or
-/// that keep the connection from being translated.
+/// Envoy's replies, or that keep the connection from being translated.
 pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule> {
     let new = |hook, is_translated, to_port, over_loopback| Packet {
         is_ipv4,
@@ -608,8 +600,7 @@ impl Ruleset {
         let mut whole = Outcome { falls_through: true, ..Outcome::default() };
         let sees = |hook: Hook, priority: i64| {
             // Addresses are translated at priority -100. On `output`, a new packet has its original
-            // destination before that priority
-            // and the translated one after it.
+            // destination before that priority and the translated one after it.
             hook == packet.hook
                 && (hook != Hook::Output || !packet.is_new || (priority > -100) == packet.is_translated)
         };
@@ -725,8 +716,8 @@ impl Ruleset {
     }
 
     /// Adds the rules that `nft -j list ruleset` prints, except for vmesh's own table. Chains that
-    /// `iptables-save` lists too are
-    /// evaluated from that listing, since nft shows only parts of what iptables adds.
+    /// `iptables-save` lists too are evaluated from that listing, since nft shows only parts of what iptables
+    /// adds.
     pub fn add_nft(&mut self, json: &str) {
         let value: Value = serde_json::from_str(json).unwrap_or(Value::Null);
         let Some(items) = value.get("nftables").and_then(Value::as_array) else {
@@ -826,8 +817,7 @@ fn place(value: &Value, name: &str) -> Option<(String, String)> {
 }
 
 /// Converts a rule of nftables to one rule, or to one for each entry of its verdict map. `map` returns the
-/// entries of a named
-/// map.
+/// entries of a named map.
 fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Value]>) -> Vec<Rule> {
     let words: Vec<String> = expressions.iter().map(compact).collect();
     let text = shortened(&words.join(" "));
@@ -871,8 +861,7 @@ fn nft_verdict(name: &str, value: &Value) -> Option<Action> {
 }
 
 /// Converts a verdict map (`ct state vmap { invalid : drop }`) to one rule for each entry. A packet takes at
-/// most one entry;
-/// the entry for all other values (`*`) comes last.
+/// most one entry; the entry for all other values (`*`) comes last.
 fn verdict_map<'a>(
     value: &'a Value,
     map: impl Fn(&str) -> Option<&'a [Value]>,

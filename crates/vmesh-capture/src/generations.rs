@@ -10,8 +10,7 @@ use rustix::net::{
 };
 
 /// The message that ends each transaction and answers `GET_GENERATION`
-/// (`NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN` of
-/// linux/netfilter).
+/// (`NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWGEN` of linux/netfilter).
 const NEW_GENERATION: u16 = (10 << 8) | 15;
 const GET_GENERATION: u16 = (10 << 8) | 16;
 const NLM_F_REQUEST: u16 = 1;
@@ -22,8 +21,7 @@ const NFTA_GEN_PROC_NAME: u16 = 3;
 const INITIAL_PROCESSES: u64 = 0xEFFF_FFFC;
 
 /// A transaction of nftables and the process that made it, such as `firewalld (pid 812)`. Fields that the
-/// kernel does not
-/// report are empty.
+/// kernel does not report are empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Generation {
     pub number: Option<u32>,

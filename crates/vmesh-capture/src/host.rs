@@ -50,15 +50,13 @@ pub struct Memory {
 }
 
 /// The traffic that is never captured, whatever is configured. Capturing it would cut off the operator who
-/// could correct
-/// a mistake, or send connections in circles.
+/// could correct a mistake, or send connections in circles.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Never {
     /// The users of Envoy and, if it has its own, of the agent.
     pub users: BTreeSet<u32>,
     /// Slices that are never empty. The control group of a service would be outdated after its next start,
-    /// and Envoy's own
-    /// connections would be sent back to Envoy.
+    /// and Envoy's own connections would be sent back to Envoy.
     pub slices: BTreeSet<Cgroup>,
     /// The ports on which this host accepts SSH, and those of open SSH sessions. Port 22 is always included.
     pub ssh: BTreeSet<u16>,
@@ -81,8 +79,7 @@ pub struct Nursery {
 pub struct Cgroup {
     pub path: CgroupPath,
     /// The kernel's id, which is the inode of its directory. Rules match this id, even if another control
-    /// group has the same
-    /// path by now.
+    /// group has the same path by now.
     pub id: u64,
 }
 

@@ -1,16 +1,14 @@
 //! The iptables and ip6tables backend, for hosts without nft: chains of vmesh's own, and one jump to each of
-//! them at the top
-//! of a built-in chain.
+//! them at the top of a built-in chain.
 //!
 //! Each table of each family is changed in one transaction, with `--noflush` and under the lock that all
-//! programs share. There
-//! are no sets: each address gets a rule, so nftables is better for thousands of addresses. The dead-man
-//! timer is a list of
-//! the `recent` match with one entry, which stands for all clients.
+//! programs share. There are no sets: each address gets a rule, so nftables is better for thousands of
+//! addresses. The dead-man timer is a list of the `recent` match with one entry, which stands for all
+//! clients.
 //!
 //! One difference from nftables: TPROXY to an Envoy that does not listen loses packets until the dead-man
-//! timer lapses. While
-//! the kernel sends SYN cookies, connections through TPROXY are expected to fail (this was not tested).
+//! timer lapses. While the kernel sends SYN cookies, connections through TPROXY are expected to fail (this
+//! was not tested).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -61,9 +59,8 @@ struct ActualJump {
 }
 
 /// The chains and tables that existed before the first rule of vmesh. With iptables over nftables, chains and
-/// tables appear
-/// with their first rule and stay when it is removed. This list is kept on the disk with the rest of the
-/// state.
+/// tables appear with their first rule and stay when it is removed. This list is kept on the disk with the
+/// rest of the state.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Footprint {
@@ -411,8 +408,7 @@ impl Footprint {
 }
 
 /// Plans the removal of the chains and tables that came with the first rule of vmesh: those that `before`
-/// does not contain and
-/// that are empty now. Apply it after vmesh's own chains are removed.
+/// does not contain and that are empty now. Apply it after vmesh's own chains are removed.
 pub fn leftovers(before: &Footprint, now: &Footprint, actual: &Actual) -> Plan {
     let mut plan = Plan::default();
     let mut input = String::new();

@@ -28,24 +28,19 @@
 //! These properties hold; each is shown by a test in `tests/packets` with real packets:
 //!
 //! - Rules match new connections only (pure SYNs; TPROXY ignores packets that have a socket). A connection
-//!   that was
-//! open when rules were added, changed or removed stays open. The exception is the removal of the last
-//! redirect: it
-//! resets the connections through it, so [`Program::drained`] is applied first.
+//!   that was open when rules were added, changed or removed stays open. The exception is the removal of the
+//!   last redirect: it resets the connections through it, so [`Program::drained`] is applied first.
 //! - SSH, the control planes, and the ports and users of Envoy and the agent are never captured, whatever is
 //!   configured.
 //! - A redirect that may fail open lapses by the kernel's own clock.
 //! - After `off`, the ruleset is byte for byte the one from before the first apply.
 //!
 //! **Where permissive and strict mTLS act**: connections to [`spec::Inbound::ports`] reach Envoy's listener
-//! at 15006 in
-//! plaintext or TLS, and that listener decides. [`spec::Inbound::strict`] makes the kernel refuse connections
-//! that would
-//! bypass Envoy.
+//! at 15006 in plaintext or TLS, and that listener decides. [`spec::Inbound::strict`] makes the kernel refuse
+//! connections that would bypass Envoy.
 //!
 //! According to the kernel's changelogs, nftables needs Linux 5.2 (redirects in `inet` tables), and rules by
-//! control
-//! group need 5.7. The crate was tested on one kernel (6.18), with nft 1.0.6 and iptables 1.8.9.
+//! control group need 5.7. The crate was tested on one kernel (6.18), with nft 1.0.6 and iptables 1.8.9.
 
 pub mod apply;
 pub mod arrivals;

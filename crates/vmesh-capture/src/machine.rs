@@ -1,8 +1,7 @@
 //! The state machine of vmesh-net: decides which capture rules the host has, and when they change.
 //!
 //! [`Machine`] does no I/O and reads no clock. Its driver (vmesh-net) feeds it events, performs the actions
-//! that it
-//! returns, and feeds it their results:
+//! that it returns, and feeds it their results:
 //!
 //! ```text
 //! Event (a want, a tick, a change of rules, the result of an action)
@@ -12,19 +11,15 @@
 //! # Order of calls
 //!
 //! Call [`Machine::start`], then [`Machine::on`] with [`Event::Started`]. Perform the returned actions in
-//! order. At most
-//! one action of a batch has a result ([`Action::awaits_result`]), and it is the last one: pass its result to
-//! [`Machine::on`] next. If no action of a batch has a result, the machine is idle ([`Machine::is_idle`]) and
-//! takes the
-//! next event from outside. An event out of turn changes nothing.
+//! order. At most one action of a batch has a result ([`Action::awaits_result`]), and it is the last one:
+//! pass its result to [`Machine::on`] next. If no action of a batch has a result, the machine is idle
+//! ([`Machine::is_idle`]) and takes the next event from outside. An event out of turn changes nothing.
 //!
 //! # States
 //!
 //! Three independent states make up the machine: [`Life`] (the process waits for the agent, runs, or stops),
-//! [`Kernel`]
-//! (what the machine knows of vmesh's rules in the kernel) and [`Phase`] (the action whose result the machine
-//! awaits).
-//! [`Machine::on`] is the only function that leaves a phase.
+//! [`Kernel`] (what the machine knows of vmesh's rules in the kernel) and [`Phase`] (the action whose result
+//! the machine awaits). [`Machine::on`] is the only function that leaves a phase.
 //!
 //! ```text
 //! an attempt to bring the host's rules to what is wanted:
@@ -44,9 +39,8 @@
 //! # Invariants
 //!
 //! `tests/keeper.rs` checks these against a model host that fails at any action: a trial is on the disk
-//! before it is in
-//! the kernel; a host ends either with the wanted rules or with those from before vmesh; `off` leaves no rule
-//! behind.
+//! before it is in the kernel; a host ends either with the wanted rules or with those from before vmesh;
+//! `off` leaves no rule behind.
 
 mod bring;
 mod messages;
@@ -70,8 +64,8 @@ pub const TICK: Duration = Duration::from_secs(1);
 /// Ticks between two full checks of the host where the kernel reports changes of rules.
 const LOOKS_EVERY: u64 = 60;
 /// Ticks between two full checks where more can change unnoticed: with legacy iptables (the kernel reports
-/// nothing),
-/// with named units (a restarted unit gets a new control group), and while foreign rules cannot be read.
+/// nothing), with named units (a restarted unit gets a new control group), and while foreign rules cannot be
+/// read.
 const LOOKS_OFTEN_EVERY: u64 = 10;
 /// The shortest time between two checks of a host whose rules or units change all the time.
 const RESTS: Duration = Duration::from_secs(1);
@@ -106,8 +100,7 @@ enum Kernel {
     /// The kernel was verified to have no rule of vmesh.
     Absent,
     /// The kernel was verified to have no rule of vmesh, but another program changed rules since. A saved
-    /// ruleset that
-    /// was loaded again may contain rules of vmesh.
+    /// ruleset that was loaded again may contain rules of vmesh.
     AbsentBefore,
     /// The kernel has the rules of this program.
     Has(Program),
@@ -308,8 +301,7 @@ pub struct Machine {
 
 impl Machine {
     /// Begins with the state that was on the disk. If `is_whole` is false, the state could not be read: the
-    /// machine then
-    /// changes no rule until the agent says what it wants.
+    /// machine then changes no rule until the agent says what it wants.
     pub fn start(
         saved: SavedState,
         is_whole: bool,
@@ -504,8 +496,7 @@ impl Machine {
                 self.due.path_with_rules = true;
                 self.report.changed_by = Some((now, by));
                 // The bypass script sets its flag before it changes any rule. So the machine sees the flag
-                // here, and does not repair
-                // the rules that the script is removing.
+                // here, and does not repair the rules that the script is removing.
                 if self.set_bypassed(bypassed) {
                     self.tasks.push_back(Task::Bring(Refresh::Host));
                 } else {
@@ -633,8 +624,7 @@ impl Machine {
     }
 
     /// Reports whether the machine may save its state. After a start without a readable state it must not:
-    /// the next
-    /// process would read that nothing was captured.
+    /// the next process would read that nothing was captured.
     fn may_save(&self) -> bool {
         !matches!(self.life, Life::AwaitsAgent { .. })
     }

@@ -1,14 +1,11 @@
 //! The nftables backend: one table, `inet vmesh`.
 //!
 //! Nothing that iptables does changes this table. Neither should reloads of firewalld and Docker, as long as
-//! they touch only
-//! their own tables (this was not tested). `nft flush ruleset`, which a restart of nftables.service runs,
-//! removes it, and
-//! vmesh-net then applies it again.
+//! they touch only their own tables (this was not tested). `nft flush ruleset`, which a restart of
+//! nftables.service runs, removes it, and vmesh-net then applies it again.
 //!
 //! The table is replaced in one transaction, so no packet ever sees half of it, and connections through a
-//! redirect stay open.
-//! If only elements of sets differ, only these are changed.
+//! redirect stay open. If only elements of sets differ, only these are changed.
 //!
 //! nft finds control groups only below `/sys/fs/cgroup`, so rules by unit need control groups of version 2 to
 //! be mounted there.
@@ -68,8 +65,7 @@ enum Elements {
     Groups(BTreeSet<u32>),
     Interfaces(BTreeSet<String>),
     /// Control groups by path. The kernel stores ids, so nft lists one that was removed or created anew as
-    /// something other than
-    /// its path.
+    /// something other than its path.
     Cgroups(BTreeSet<String>),
     Alive,
     /// Elements of a type that vmesh does not use.
@@ -90,8 +86,7 @@ struct TableChain {
 }
 
 /// Plans the changes that make the host match `program`. Redirects that lapse hold at once in the directions
-/// of `alive`; in
-/// others they begin to hold when the dead-man timer is first renewed.
+/// of `alive`; in others they begin to hold when the dead-man timer is first renewed.
 pub fn plan(program: &Program, actual: &Actual, alive: impl Into<Directions>) -> Plan {
     if program.is_absent() {
         return absent(actual);
@@ -129,8 +124,7 @@ fn absent(actual: &Actual) -> Plan {
 }
 
 /// Returns the transaction that renews the dead-man timers for another `timeout`. Adding an element that
-/// exists would not
-/// renew its timeout, so the element is deleted first.
+/// exists would not renew its timeout, so the element is deleted first.
 pub(crate) fn refresh(timeout: Seconds, directions: Directions) -> String {
     let one = |direction| {
         let set = alive_set(direction);
@@ -263,8 +257,7 @@ fn is_of_one_family(condition: &Match) -> bool {
 /// The priority of translating chains: before those of iptables, at -100.
 const BEFORE_IPTABLES: i64 = -101;
 /// The priority before every chain that may drop a connection at `input` (the mangle table of iptables is at
-/// -150), and the
-/// one after them (`security` is at 50).
+/// -150), and the one after them (`security` is at 50).
 const BEFORE_FILTERS: i64 = -400;
 const AFTER_FILTERS: i64 = 30_000;
 

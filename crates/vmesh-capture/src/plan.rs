@@ -70,8 +70,7 @@ impl fmt::Display for Change {
 }
 
 /// The changes that make a host match a program, and the steps that apply them. An empty plan means that the
-/// host matches. If
-/// nobody changed the spec, the changes of a plan are drift.
+/// host matches. If nobody changed the spec, the changes of a plan are drift.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
     pub changes: Vec<Change>,
@@ -103,8 +102,7 @@ impl fmt::Display for Plan {
 }
 
 /// The comment that identifies a rule: its name and a hash of its text. The hash makes rules comparable
-/// although versions of a
-/// tool list the same rule in different words.
+/// although versions of a tool list the same rule in different words.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Label {
     pub(crate) name: String,

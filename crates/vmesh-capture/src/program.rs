@@ -1,6 +1,6 @@
 //! Compiles a spec and the facts of a host into a [`Program`]: the chains of rules that the kernel is to
-//! have, in terms that
-//! nftables and iptables share. Both backends translate the same program, so they capture the same traffic.
+//! have, in terms that nftables and iptables share. Both backends translate the same program, so they capture
+//! the same traffic.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -23,8 +23,7 @@ pub struct Program {
 }
 
 /// The direction of a connection, as seen from this host. Each direction has its own listener in Envoy and
-/// its own dead-man
-/// timer.
+/// its own dead-man timer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
     Outbound,
@@ -106,8 +105,7 @@ impl FromIterator<Direction> for Directions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// Every redirect lapses with the dead-man timer, even one that is to fail closed. So a program whose
-    /// author dies during
-    /// the trial has no lasting effect.
+    /// author dies during the trial has no lasting effect.
     Trial,
     /// Redirects lapse as the spec says.
     Confirmed,
@@ -167,8 +165,7 @@ pub(crate) enum Hook {
     /// Packets that the host accepts for itself, after its own filter. Pure SYNs only.
     Arrived,
     /// All packets; the chain has no effect on them. It keeps connection tracking in use: when its last user
-    /// is removed, the
-    /// kernel resets redirected connections.
+    /// is removed, the kernel resets redirected connections.
     Hold,
 }
 
@@ -181,8 +178,7 @@ pub(crate) struct Rule {
 
 impl Rule {
     /// Returns the ids of the control groups in the sets of this rule, for a backend without sets.
-    /// [`Rule::identity`] does not
-    /// include them.
+    /// [`Rule::identity`] does not include them.
     pub(crate) fn identity_of_sets(&self) -> String {
         let ids = self.when.iter().filter_map(|condition| match condition {
             Match::AnyCgroup(groups) => {
@@ -271,15 +267,13 @@ impl Program {
     }
 
     /// Returns the program that captures nothing and keeps redirected connections alive. Apply it before
-    /// [`Program::absent`],
-    /// which resets them.
+    /// [`Program::absent`], which resets them.
     pub fn drained(ipv6: bool) -> Program {
         Program { chains: vec![chain("outbound", Hook::Outbound), hold()], alive: None, ipv6 }
     }
 
     /// Reports whether this program may stay on a host that leaves the mesh: it has no rules, or only those
-    /// that let connections
-    /// drain.
+    /// that let connections drain.
     pub fn is_of_a_leaving_host(&self) -> bool {
         self.is_absent() || *self == Program::drained(self.ipv6)
     }
@@ -427,9 +421,8 @@ impl Build<'_> {
     }
 
     /// Compiles the outbound chains. A packet passes `outbound` (callers and ports that are never captured),
-    /// `captured` (virtual
-    /// addresses), then `captured_known` and `included_*` (real addresses that may be captured), then
-    /// `to_<percent>` (redirects).
+    /// `captured` (virtual addresses), then `captured_known` and `included_*` (real addresses that may be
+    /// captured), then `to_<percent>` (redirects).
     fn outbound(&mut self) {
         let out = &self.spec.outbound;
         let mut gate = chain("outbound", Hook::Outbound);
@@ -462,8 +455,7 @@ impl Build<'_> {
         let vips = self.vips();
         if !vips.is_empty() {
             // This redirect lapses during a trial only. Later it must not: a connection to a virtual address
-            // that is not captured has
-            // nowhere to go.
+            // that is not captured has nowhere to go.
             let mut when = vec![Match::Pairs(vips)];
             when.extend(self.alive(Direction::Outbound, OnLoss::Closed));
             captured.rule("vips", when, Verdict::Redirect(OUTBOUND_PORT));
@@ -519,10 +511,8 @@ impl Build<'_> {
     }
 
     /// Excludes processes in unknown control groups next to units that have an exclusion or a share of their
-    /// own. Such a unit
-    /// opens its first connection before a rule for its new control group can be made. Virtual addresses are
-    /// captured before
-    /// this point. Returns the chain to continue with.
+    /// own. Such a unit opens its first connection before a rule for its new control group can be made.
+    /// Virtual addresses are captured before this point. Returns the chain to continue with.
     fn leave_out_newcomers(&self, mut captured: Chain, chains: &mut Vec<Chain>) -> Chain {
         if self.host.nurseries.is_empty() {
             return captured;
@@ -675,8 +665,7 @@ impl Build<'_> {
                 Some(number)
             }
             // An unknown name in `include` captures too little, which is harmless. An unknown name in
-            // `exclude` or `dial` would
-            // capture too much.
+            // `exclude` or `dial` would capture too much.
             Some(Number::Unanswered) if subject == INCLUDE => {
                 self.note(
                     subject,

@@ -1,8 +1,7 @@
 //! Runs other programs: finds them in trusted directories, and gives them a clean environment.
 //!
 //! These programs run as root or with capabilities. So a program is looked up only in directories that nobody
-//! but root can
-//! write to, and it inherits nothing of vmesh's environment: no `LD_*`, no `XTABLES_LIBDIR`, no
+//! but root can write to, and it inherits nothing of vmesh's environment: no `LD_*`, no `XTABLES_LIBDIR`, no
 //! `NOTIFY_SOCKET`.
 
 use std::ffi::OsStr;
@@ -22,8 +21,7 @@ const OTHERS_MAY_WRITE: u32 = 0o022;
 const STICKY: u32 = 0o1000;
 
 /// Builds a command that runs `program` with no environment but `PATH` and `LC_ALL=C`. A name is looked up
-/// with [`find`]; a path
-/// is used as it is.
+/// with [`find`]; a path is used as it is.
 ///
 /// # Errors
 /// If no trusted directory has a program of that name.
@@ -69,9 +67,8 @@ pub fn find(name: &Path) -> Result<PathBuf> {
 }
 
 /// Reports whether only root can replace the file at `path`: the file and each directory above it must belong
-/// to root and
-/// be writable by nobody else. A sticky directory (`/tmp`) may be above, but must not contain the file
-/// directly.
+/// to root and be writable by nobody else. A sticky directory (`/tmp`) may be above, but must not contain the
+/// file directly.
 pub fn is_trusted(path: &Path) -> bool {
     let Ok(file) = path.metadata() else { return false };
     let is_roots = |metadata: &Metadata| metadata.uid() == 0;
@@ -95,8 +92,7 @@ pub(crate) struct Output {
 const MAX_STDERR: u64 = 64 << 10;
 
 /// Starts `command`, writes `input` to it, and waits until it has ended. Calls `started` with its process id.
-/// Dropping the
-/// future kills the program.
+/// Dropping the future kills the program.
 ///
 /// # Errors
 /// If the program cannot be started, or prints more than `limit` bytes.

@@ -40,8 +40,7 @@ impl Socket {
     }
 
     /// Reports whether the local end was closed while the peer may still be open. The kernel does not close a
-    /// socket by itself,
-    /// so a process closed it.
+    /// socket by itself, so a process closed it.
     pub fn is_closed_here(&self) -> bool {
         const CLOSED_HERE: [u8; 5] = [FIN_WAIT_1, FIN_WAIT_2, TIME_WAIT, LAST_ACK, CLOSING];
         CLOSED_HERE.contains(&self.state)

@@ -1,8 +1,8 @@
 //! The capture spec: which connections operators and the control plane want to go through Envoy.
 //!
 //! [`vmesh_model::load::strict`] parses it, and names the place of each mistake. A spec that is valid but
-//! partly impossible on
-//! this host gives a [`Note`](crate::Note) of the [`Program`](crate::Program) for each such part.
+//! partly impossible on this host gives a [`Note`](crate::Note) of the [`Program`](crate::Program) for each
+//! such part.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,10 +22,8 @@ pub const OUTBOUND_PORT: u16 = 15001;
 /// The port on which Envoy accepts captured inbound connections.
 pub const INBOUND_PORT: u16 = 15006;
 /// The virtual addresses that test a capture from end to end, one for each address family. No service ever
-/// gets them. Envoy
-/// closes connections to them like all connections to a virtual address without a service. Their port is not
-/// 15001, since
-/// Envoy treats a connection to that port as one to itself.
+/// gets them. Envoy closes connections to them like all connections to a virtual address without a service.
+/// Their port is not 15001, since Envoy treats a connection to that port as one to itself.
 pub const SELF_TESTS: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(240, 0, 0, 0)), 1),
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd76, 0x6d65, 0x7368, 0, 0, 0, 0, 0)), 1),
@@ -105,8 +103,7 @@ pub struct Outbound {
     pub percent: Percent,
     pub on_loss: OnLoss,
     /// The traffic that may be captured; everything if empty. A caller must match one of `users`, `groups`
-    /// and `units`. A
-    /// destination must match all of `ports`, `cidrs` and `interfaces` that are given.
+    /// and `units`. A destination must match all of `ports`, `cidrs` and `interfaces` that are given.
     pub include: Selection,
     /// The traffic that is never captured.
     pub exclude: Selection,
@@ -161,8 +158,7 @@ pub struct Selection {
     /// The users, by name or number.
     pub users: BTreeSet<Account>,
     /// The groups, by name or number. Only the effective group of a process counts, since the kernel does not
-    /// match
-    /// supplementary ones.
+    /// match supplementary ones.
     pub groups: BTreeSet<Account>,
     pub units: BTreeSet<Unit>,
 }
@@ -190,13 +186,11 @@ pub struct Inbound {
     /// The captured ports.
     pub ports: BTreeSet<Ports>,
     /// The ports that other hosts can reach only through Envoy. Those that are not in `ports` are refused to
-    /// all other hosts;
-    /// their clients connect to an explicit port of Envoy instead.
+    /// all other hosts; their clients connect to an explicit port of Envoy instead.
     pub strict: BTreeSet<Ports>,
     pub on_loss: OnLoss,
     /// The captured ports that a redirect may open although the host's own filter (firewalld, ufw) keeps them
-    /// closed. Other such
-    /// ports are not captured.
+    /// closed. Other such ports are not captured.
     #[serde(skip_serializing_if = "BypassFilter::is_nothing")]
     pub bypass_filter: BypassFilter,
     /// Clients that are neither captured nor refused, such as a load balancer whose health checks do not use
@@ -296,21 +290,17 @@ pub enum Inward {
     #[default]
     Off,
     /// Redirects the packets to port 15006, which works everywhere. Envoy sees the client's address, and asks
-    /// the kernel for the
-    /// original port. A firewall on this host sees packets to 15006, so it must allow that port if it refuses
-    /// unknown ones.
+    /// the kernel for the original port. A firewall on this host sees packets to 15006, so it must allow that
+    /// port if it refuses unknown ones.
     Redirect,
     /// Assigns the packets to Envoy's socket (TPROXY). Envoy sees the client's address and the original port.
-    /// Envoy's listener
-    /// must be `transparent`, for which Envoy needs CAP_NET_ADMIN. With nftables, connections go past an
-    /// Envoy that does not
-    /// listen.
+    /// Envoy's listener must be `transparent`, for which Envoy needs CAP_NET_ADMIN. With nftables,
+    /// connections go past an Envoy that does not listen.
     Tproxy,
 }
 
 /// The dead-man timer: redirects with [`OnLoss::Open`] hold only while the agent keeps renewing a timeout in
-/// the kernel. The
-/// timeout expires even if no process is alive.
+/// the kernel. The timeout expires even if no process is alive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DeadMan {
@@ -599,9 +589,8 @@ impl FromStr for Account {
 /// A systemd unit that has a control group: a slice, a service or a scope.
 ///
 /// Rules match a control group by an id that is lost when its unit stops. So next to a unit with an exclusion
-/// or a share of its
-/// own, processes in control groups that the rules do not know yet bypass Envoy for real addresses: see
-/// [`crate::host::Nursery`].
+/// or a share of its own, processes in control groups that the rules do not know yet bypass Envoy for real
+/// addresses: see [`crate::host::Nursery`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Unit(String);
 

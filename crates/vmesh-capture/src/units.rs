@@ -1,6 +1,5 @@
 //! The control groups of systemd's system units, as systemd reports them. The hierarchy itself is not
-//! searched for names,
-//! because users own subtrees of it and name the directories in them as they like.
+//! searched for names, because users own subtrees of it and name the directories in them as they like.
 //!
 //! `systemctl show` is used instead of D-Bus: it talks to systemd directly where no bus runs, and a D-Bus
 //! client would add some forty crates to a privileged process. The size of its output and its run time are
@@ -29,8 +28,7 @@ const MAX_DEPTH: usize = 32;
 /// `system.slice/app.service`.
 ///
 /// It contains only characters that systemd uses in the control group of a unit. None of them has a meaning
-/// for nft or
-/// iptables, so the path can be written into a rule.
+/// for nft or iptables, so the path can be written into a rule.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CgroupPath(String);
 
@@ -148,8 +146,7 @@ fn slice_path(slice: &str) -> Option<CgroupPath> {
 const MAX_CHILDREN: usize = 4096;
 
 /// Lists the control groups in which the units of `parents` are started, with their current children, the
-/// deepest first. A
-/// parent that does not exist yet is replaced by its nearest ancestor that does.
+/// deepest first. A parent that does not exist yet is replaced by its nearest ancestor that does.
 pub(crate) fn nurseries<'a>(
     root: &Path,
     parents: impl IntoIterator<Item = &'a Option<CgroupPath>>,

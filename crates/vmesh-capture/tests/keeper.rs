@@ -1,6 +1,5 @@
 //! Property tests of the state machine, against a model of a host on which actions fail, the process dies at
-//! any moment, and
-//! other programs change the rules.
+//! any moment, and other programs change the rules.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 

@@ -1,5 +1,5 @@
-//! Builds the status that `net.sock` answers, on the thread of the socket, from the keeper's last publication: an answer waits for no
-//! disk.
+//! Builds the status for clients from the keeper's last report. This happens on the thread of the socket, so
+//! no response waits for a disk.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,19 +14,20 @@ use crate::probe::{Looks, Verdicts};
 use crate::protocol::{Drift, Envoy, Redirects, Status};
 use crate::pulse::{AgentWatch, Heartbeat, Order, why_not};
 
-/// How long a count of connections is good for: the kernel walks all of its sockets for one.
+/// The time for which a count of connections is reused. For each count the kernel walks through all of its
+/// sockets.
 const COUNTS_EVERY: Duration = Duration::from_secs(1);
-/// How long whoever asks waits for a keeper that starts.
+/// The time that a client waits for a keeper that is starting.
 const STARTS_WITHIN: Duration = Duration::from_secs(30);
 
-/// The part of a status that the keeper knows.
+/// The keeper's part of a status.
 #[derive(Debug, Clone, Default)]
 pub struct Board {
-    /// Without what changes by itself.
+    /// The status without the fields that change over time.
     pub status: Status,
     pub trial_until: Option<Instant>,
     pub drifted_at: Option<Instant>,
-    /// The directions that are captured.
+    /// The captured directions.
     pub looks: Looks,
 }
 
@@ -42,23 +43,24 @@ pub struct StatusSource {
     pub connections: Arc<ConnectionCount>,
 }
 
-/// The open connections through a redirect, as last counted.
+/// The number of open connections through a redirect, at the last count.
 #[derive(Debug, Default)]
 pub struct ConnectionCount {
-    /// Read without waiting: the agent's word that it is well is answered with it.
+    /// The last count. It is read without waiting, because responses to the heartbeat include it.
     count: AtomicUsize,
     /// The time of the last count; locked while connections are counted.
     counted: Mutex<Option<Instant>>,
 }
 
 impl StatusSource {
-    /// Builds the status. Waits for no count of connections.
+    /// Builds the status with the last count of connections, without a new count.
     pub async fn status(&self) -> Status {
         self.started().await;
         self.with_connections(self.connections.count.load(Ordering::Relaxed))
     }
 
-    /// Builds the status, and counts connections again if the last count is old. Callers that ask meanwhile share one count.
+    /// Builds the status, and counts connections again if the last count is old. Concurrent callers share one
+    /// count.
     pub async fn counted(&self) -> Status {
         self.started().await;
         let mut counted = self.connections.counted.lock().await;
@@ -73,11 +75,11 @@ impl StatusSource {
         self.with_connections(self.connections.count.load(Ordering::Relaxed))
     }
 
-    /// Waits for the keeper's first publication.
+    /// Waits for the keeper's first report.
     async fn started(&self) {
         let mut board = self.board.clone();
         let published = board.wait_for(|board| !board.status.version.is_empty());
-        // After that the caller gets an empty status.
+        // After the timeout, the client gets an empty status.
         _ = timeout(STARTS_WITHIN, published).await;
     }
 
@@ -87,7 +89,8 @@ impl StatusSource {
         let verdicts = *self.verdicts.borrow();
         let now = Instant::now();
         let listener = |direction| (verdicts.of(direction), beats.redirects(order.as_ref(), direction, now));
-        // Names and destinations are a matter of outbound capture: the status is its listener's, where there is one.
+        // The status shows the health of the outbound listener if there is one, because names and
+        // destinations depend on it.
         let first = if board.looks.outbound { Direction::Outbound } else { Direction::Inbound };
         let (envoy, redirects) = listener(first);
         let mut status = board.status;
@@ -109,7 +112,7 @@ impl StatusSource {
     }
 }
 
-/// What is wrong with the listener of inbound connections, where the status itself is that of outbound ones.
+/// Describes a fault of the inbound listener, for a status that shows the outbound one.
 fn note_of_inbound((envoy, redirects): (Envoy, Redirects)) -> Option<String> {
     match (envoy, redirects) {
         (Envoy::Well | Envoy::Unknown, Redirects::Hold | Redirects::None) => None,
@@ -129,7 +132,8 @@ mod tests {
 
     use super::*;
 
-    /// A table of connections that the kernel takes long to print is a FIFO here, which nobody writes to before the test does.
+    /// The kernel's connection table is slow here: a FIFO takes its place, and nothing is written to it until
+    /// the end.
     #[tokio::test]
     async fn whoever_says_that_it_is_well_waits_for_no_count_of_connections() {
         let dir = vmesh_testkit::tempdir().unwrap();
@@ -149,7 +153,7 @@ mod tests {
         };
         let counts = source.counted();
         let answered = async {
-            // The count has begun: the lock is taken before the table is opened.
+            // The count has started: its lock is taken before the table is opened.
             while source.connections.counted.try_lock().is_ok() {
                 tokio::task::yield_now().await;
             }

@@ -1,4 +1,4 @@
-//! The kernel's word that a control group was made where units start: inotify(7).
+//! Watches directories of control groups for new units, with inotify(7).
 
 use std::collections::BTreeSet;
 use std::io;
@@ -10,7 +10,8 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 
-/// Says that something was made or removed in one of the folders that are to be watched. Many changes may be said as one.
+/// Reports to `told` that a directory was created or removed in one of `dirs`. Changes that arrive together
+/// are reported as one.
 pub async fn watch(mut dirs: watch::Receiver<BTreeSet<PathBuf>>, told: mpsc::Sender<()>) {
     loop {
         let wanted = dirs.borrow_and_update().clone();
@@ -20,7 +21,7 @@ pub async fn watch(mut dirs: watch::Receiver<BTreeSet<PathBuf>>, told: mpsc::Sen
                     if receive(&inotify).await.is_err() {
                         return std::future::pending().await;
                     }
-                    // One that waits already says as much.
+                    // If the channel is full, a pending message already reports a change.
                     _ = told.try_send(());
                 },
                 Err(error) => {
@@ -47,13 +48,13 @@ fn open(dirs: &BTreeSet<PathBuf>) -> io::Result<AsyncFd<OwnedFd>> {
     }
     let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     for dir in dirs {
-        // One that has gone meanwhile is looked for again with the next change.
+        // A directory that no longer exists is replaced by the next update of `dirs`.
         _ = inotify::add_watch(&inotify, dir, WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::ONLYDIR);
     }
     AsyncFd::new(inotify)
 }
 
-/// Waits for events, and takes them all.
+/// Waits for events, and consumes all of them.
 async fn receive(inotify: &AsyncFd<OwnedFd>) -> io::Result<()> {
     loop {
         let mut ready = inotify.readable().await?;

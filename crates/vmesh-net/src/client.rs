@@ -1,4 +1,4 @@
-//! The agent's and the operator's end of the socket.
+//! The client side of the socket, for the agent and for operators.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,10 @@ use tokio::time::timeout;
 
 use crate::protocol::{Answer, Ask, MAX_LINE};
 
-/// Rules are changed by programs that may wait for a lock.
+/// The time limit of a response. Rules are changed by tools that may have to wait for a lock.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(40);
 
+/// A failed request to vmesh-net.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     #[error(
@@ -41,7 +42,7 @@ pub enum ClientError {
     },
 }
 
-/// One connection.
+/// A connection to vmesh-net.
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
@@ -57,7 +58,7 @@ impl Client {
         Ok(Client { path: path.to_owned(), reader: BufReader::new(reader), writer })
     }
 
-    /// Asks, and waits for the answer. After an error the connection is of no use.
+    /// Sends a request, and waits for its response. After an error the connection must not be used again.
     pub async fn ask(&mut self, ask: &Ask) -> Result<Answer, ClientError> {
         let path = || self.path.clone();
         let garbled = |cause| ClientError::Garbled { path: path(), cause };
@@ -81,7 +82,7 @@ impl Client {
     }
 }
 
-/// One question on a connection of its own.
+/// Sends a single request on a new connection.
 pub async fn ask(path: &Path, ask: &Ask) -> Result<Answer, ClientError> {
     Client::connect(path).await?.ask(ask).await
 }

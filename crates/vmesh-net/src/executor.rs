@@ -1,5 +1,5 @@
-//! Performs the actions of [`vmesh_capture::machine`] on this host: runs tools, reads `/proc`, writes the state, dials Envoy. It decides
-//! nothing but how.
+//! Performs the actions of [`vmesh_capture::machine`] on this host: runs tools, reads `/proc`, writes the
+//! state, dials Envoy. All decisions are the machine's.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -26,18 +26,19 @@ use crate::probe;
 use crate::protocol::Envoy;
 use crate::pulse::Order;
 
-/// How often a backend whose tools fail is asked for rules of an earlier process. Looks come once a minute where nothing else happens.
+/// The number of failed attempts to list the rules of another backend, after which it is ignored. An idle
+/// host tries once a minute.
 const LISTED_AT_MOST: u32 = 10;
 
-/// This host, as far as the keeper acts on it.
+/// The connection between the machine and this host.
 pub(crate) struct Executor {
     pub(crate) options: Options,
     pub(crate) links: Links,
     applier: Option<Applier>,
-    /// Backends that may still hold rules from an earlier process, with how often their rules could not be listed. A backend is removed
-    /// once its rules are verified absent.
+    /// Other backends that may still hold rules from an earlier process, with the number of failed attempts
+    /// to list their rules. A backend is removed once its rules are verified absent.
     others: Vec<(Applier, u32)>,
-    /// Our rules in the kernel, until somebody else may have changed them.
+    /// The rules of vmesh in the kernel; `None` once another program may have changed them.
     actual: Option<Actual>,
     losses: Losses,
 }
@@ -58,12 +59,12 @@ impl Executor {
         self.applier.as_ref().map(|applier| applier.backend)
     }
 
-    /// Reports whether a tool that this process ran made the change.
+    /// Reports whether a tool of this process made the change.
     pub(crate) fn is_ours(&self, change: &Generation) -> bool {
         self.applier.as_ref().is_some_and(|applier| applier.ran.contains(change))
     }
 
-    /// Performs an action, and returns its result where the machine waits for one.
+    /// Performs an action. Returns the result if the machine waits for it.
     pub(crate) async fn perform(&mut self, action: Action) -> Option<Event> {
         Some(match action {
             Action::ReadHost { spec, known, memory } => {
@@ -122,7 +123,7 @@ impl Executor {
                 }
                 return None;
             }
-            // The keeper's own.
+            // The keeper handles these itself.
             Action::Reply(_) | Action::Exit => return None,
         })
     }
@@ -160,7 +161,8 @@ impl Executor {
         }
     }
 
-    /// The directions in which redirects may hold at once: Envoy's listener and the agent are well.
+    /// Returns the directions in which Envoy's listener and the agent are well, so that redirects may hold at
+    /// once.
     async fn look_at_envoy(&self, wanted: Directions) -> Directions {
         if !self.links.agent.is_well() {
             return Directions::NONE;
@@ -185,7 +187,8 @@ impl Executor {
         Ok(())
     }
 
-    /// Looks whether captured connections arrive at Envoy: dials what is to be dialed, and counts what strangers opened.
+    /// Tests whether captured connections arrive at Envoy: dials test addresses, and counts connections of
+    /// other hosts.
     async fn try_path(&mut self, test: &PathTest) -> Result<(), String> {
         let mut faults = Vec::new();
         for address in &test.dial {
@@ -197,14 +200,14 @@ impl Executor {
         if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) }
     }
 
-    /// Makes a captured connection to an address of the self-test.
+    /// Dials an address of the self-test, which is captured like a virtual address.
     async fn dial_captured(&self, address: SocketAddr) -> Result<(), String> {
         let mut seen = probe::look(address).await;
         if seen != Envoy::Well {
-            // One packet may be lost.
+            // A single lost packet does not count as a failure.
             seen = probe::look(address).await;
         }
-        // Where nothing of IPv6 is routed, no program gets as far as to be captured, and all call by IPv4.
+        // Without an IPv6 route, no program gets as far as being captured; all use IPv4.
         if seen == Envoy::Well || (address.is_ipv6() && !probe::has_ipv6_route(address)) {
             return Ok(());
         }
@@ -216,7 +219,7 @@ impl Executor {
         Err(format!("a connection to {address} was not captured and served by Envoy: {seen:?}{rules}"))
     }
 
-    /// Names the families whose redirected connections from outside do not come through the host's own filter.
+    /// Describes the address families whose redirected connections do not pass the host's own filter.
     async fn count_arrivals(&mut self, test: &PathTest) -> Vec<String> {
         let counted = match self.applier() {
             Ok(applier) => applier.arrivals().await.map_err(|error| one_line(&error)),
@@ -225,7 +228,8 @@ impl Executor {
         let counts = match counted {
             Ok(counts) => counts,
             Err(why) => {
-                // Every port may be left out; and who changes rules meanwhile is looked at again.
+                // Rules without any redirect have no counters. If they are being changed, the next test
+                // counts again.
                 debug!("connections from outside are not counted: {why}");
                 return Vec::new();
             }
@@ -293,7 +297,7 @@ impl Executor {
         Applied { changes: Some(changes), outcome: outcome.map_err(|error| one_line(&error)) }
     }
 
-    /// Publishes the dead-men that the kernel has, for the task that holds them off.
+    /// Publishes the dead-man timers in the kernel for the heartbeat task.
     fn order(&self, dead_men: Option<DeadMen>) {
         self.links.orders.send_if_modified(|order| {
             let Some((dead_men, applier)) = dead_men.zip(self.applier.as_ref()) else {
@@ -319,7 +323,7 @@ impl Executor {
         });
     }
 
-    /// Makes the rules that other backends have of vmesh be as `program` says.
+    /// Makes the rules of vmesh that other backends hold match `program`.
     async fn end_others(&mut self, program: &Program, footprint: Option<&Footprint>) -> Result<(), Error> {
         let mut failed = None;
         for (other, failures) in std::mem::take(&mut self.others) {
@@ -339,12 +343,12 @@ impl Executor {
                     self.others.push((other, 0));
                 }
                 Err(Error::Slow { .. }) => self.others.push((other, failures)),
-                // A lock may be held, or the kernel lack what this tool needs, for good.
+                // A lock may be held, or the kernel may permanently lack a feature that this tool needs.
                 Err(error) if !error.is_not_installed() && failures < LISTED_AT_MOST => {
                     debug!("{} is looked at again: {}", other.backend, one_line(&error));
                     self.others.push((other, failures + 1));
                 }
-                // A tool that is missing or cannot work here has made no rules.
+                // A tool that is missing or cannot work here has not added any rules.
                 Err(error) => debug!("{} is not looked at again: {}", other.backend, one_line(&error)),
             }
         }
@@ -352,7 +356,7 @@ impl Executor {
     }
 }
 
-/// The first three.
+/// Joins the first three rules for a message.
 fn listed(rules: &[ForeignRule]) -> String {
     let rules: Vec<String> = rules.iter().take(3).map(ToString::to_string).collect();
     rules.join(" | ")

@@ -1,5 +1,6 @@
-//! The keeper's task: it gives the events of this process to [`vmesh_capture::machine`], which decides, and has [`crate::executor`] perform
-//! the actions. The task has a thread of its own, since it waits for disks, tools and `/proc`; another task holds the dead-man off: see
+//! The keeper task, which drives [`vmesh_capture::machine`]: it turns requests, ticks and reports of the
+//! kernel into events, and has [`crate::executor`] perform the resulting actions. The task has a thread of
+//! its own, because it waits for disks, tools and `/proc`. The heartbeat runs elsewhere: see
 //! [`crate::pulse`].
 
 use std::collections::{BTreeSet, VecDeque};
@@ -27,24 +28,26 @@ use crate::probe::{Looks, Verdicts};
 use crate::protocol::{Ask, Drift, Envoy, State, Status, Want};
 use crate::pulse::{AgentWatch, Heartbeat, Order};
 
-/// Changes come in bursts: a firewall that loads its rules makes several.
+/// The delay in which the keeper collects further changes after the first one. A firewall makes several when
+/// it loads its rules.
 const SETTLES: Duration = Duration::from_millis(50);
-/// A trial may not be endless, nor too short for anybody to confirm it.
+/// The limits of a trial's duration in seconds: a longer one could last forever, in a shorter one no client
+/// could confirm it.
 const PATIENCE: std::ops::RangeInclusive<u32> = 5..=3600;
 
-/// What this host is told at the start.
+/// The settings of the keeper.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Whichever works, if it is not said.
+    /// The backend to use; `None` takes the one that works.
     pub backend: Option<Backend>,
     pub tools: Tools,
     pub places: Places,
-    /// Envoy's user and the agent's.
+    /// The users of Envoy and of the agent.
     pub users: BTreeSet<u32>,
-    /// Slices of vmesh that are never empty.
+    /// The slices of vmesh that are never empty.
     pub slices: BTreeSet<Unit>,
     pub state_dir: PathBuf,
-    /// How long connections through redirects are waited for when nothing is to be captured any more.
+    /// The time for which redirected connections may drain after capture is switched off.
     pub drain: Duration,
 }
 
@@ -53,19 +56,19 @@ impl Options {
         self.state_dir.join("state.json")
     }
 
-    /// What `/usr/lib/vmesh/bypass` writes.
+    /// The file that `/usr/lib/vmesh/bypass` creates.
     pub(crate) fn bypass_flag(&self) -> PathBuf {
         self.state_dir.join("bypass")
     }
 }
 
-/// A question, and where its answer goes.
+/// A request for the keeper, and the channel for its reply.
 pub struct Question {
     pub ask: Ask,
     pub answer: oneshot::Sender<Reply>,
 }
 
-/// What the keeper answers. How things are now is put together by [`crate::board`].
+/// The keeper's reply. The status that a client gets is built by [`crate::board`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
     Done,
@@ -73,7 +76,7 @@ pub enum Reply {
     Refused(String),
 }
 
-/// How the keeper hears of the rest of the process, and tells it.
+/// The channels between the keeper and the other tasks of the process.
 pub struct Links {
     pub verdicts: watch::Receiver<Verdicts>,
     pub looks: watch::Sender<Looks>,
@@ -81,22 +84,23 @@ pub struct Links {
     pub beats: watch::Receiver<Heartbeat>,
     pub orders: watch::Sender<Option<Order>>,
     pub board: watch::Sender<Board>,
-    /// The control groups in which units start that are left out or have a share.
+    /// The control groups in which units with an exclusion or a share of their own are started.
     pub nurseries: watch::Sender<BTreeSet<PathBuf>>,
 }
 
-/// The task that keeps the host.
+/// The task that maintains the rules of the host.
 pub struct Keeper {
     machine: Machine,
     executor: Executor,
-    /// The moment when the task was last ready for an event.
+    /// The time of the task's last wait for an event.
     turned: watch::Sender<Instant>,
-    /// The machine has asked for the end of the process.
+    /// Set once the machine has asked for the end of the process.
     has_ended: bool,
 }
 
 impl Keeper {
-    /// Begins with what the disk has. Where that cannot be read, the rules stay as they are until the agent's next word.
+    /// Begins with the state from the disk. If that cannot be read, the rules stay as they are until the
+    /// agent connects.
     pub fn start(options: Options, links: Links) -> Keeper {
         let (saved, is_whole) = kept::load(&options.state_file());
         let bypassed = options.bypass_flag().exists();
@@ -109,13 +113,14 @@ impl Keeper {
         }
     }
 
-    /// When it was last ready for whatever comes next: one for which this is long ago hangs.
+    /// Returns the time when the keeper was last ready for an event. A keeper for which this is long ago
+    /// hangs.
     pub fn turned(&self) -> watch::Receiver<Instant> {
         self.turned.subscribe()
     }
 
-    /// Keeps the host as it is wanted until `stop`, and then leaves it as it was. When `again` changes it ends as well, and leaves
-    /// the rules to the process that comes next.
+    /// Maintains the rules until `stop` is requested, then drains and removes them. If `again` changes, ends
+    /// at once and leaves the rules to the next process.
     pub async fn run(
         mut self,
         mut asked: mpsc::Receiver<Question>,
@@ -135,7 +140,7 @@ impl Keeper {
                 question = asked.recv() => match question {
                     Some(Question { ask, answer }) => {
                         let reply = self.answer(ask).await;
-                        // Whoever asked may have gone.
+                        // The client may have gone.
                         _ = answer.send(reply);
                     }
                     None => stop.requested().await,
@@ -188,8 +193,8 @@ impl Keeper {
         systemd::status(&self.in_words());
     }
 
-    /// Gives an event to the machine, performs all actions that follow, and publishes the result. Returns the machine's answer, if the
-    /// event was a question.
+    /// Passes an event to the machine, performs all resulting actions, and publishes the new status. Returns
+    /// the machine's reply if the event was a request.
     async fn take(&mut self, event: Event) -> Option<Result<(), String>> {
         let mut reply = None;
         let mut actions = VecDeque::from(self.machine.on(event, now()));
@@ -210,7 +215,7 @@ impl Keeper {
 
     async fn answer(&mut self, ask: Ask) -> Reply {
         let event = match ask {
-            // Answered without the keeper.
+            // The server answers these requests without the keeper.
             Ask::Status | Ask::Look | Ask::Well => return Reply::Done,
             Ask::Plan { want } => {
                 return match self.plan(want).await {
@@ -263,7 +268,7 @@ impl Keeper {
         }
     }
 
-    /// Publishes the status for the rest of the process.
+    /// Publishes the status for the other tasks.
     fn publish(&self) {
         let (mut spec, _) = self.machine.wanted();
         let looks = directions(&spec);
@@ -297,7 +302,7 @@ impl Keeper {
         self.executor.links.board.send_replace(Board { status, trial_until, drifted_at, looks });
     }
 
-    /// What `systemctl status` shows.
+    /// Returns the text that `systemctl status` shows.
     fn in_words(&self) -> String {
         let state = self.state();
         match self.machine.error() {
@@ -341,7 +346,8 @@ async fn plan(
     Ok(format!("{notes}{plan}"))
 }
 
-/// What [`Ask::Plan`] answers, where nobody runs who could be asked. Needs the privileges that applying needs.
+/// Plans like [`Ask::Plan`], in this process, for a host without a running vmesh-net. Needs the same
+/// privileges as applying.
 pub async fn plan_here(options: &Options, want: Want) -> Result<String, String> {
     let known = AgentFacts { ports: want.ports, control_planes: want.control_planes };
     let (spec, judge) = (with_self_test(want.spec), InboundJudge::default());
@@ -351,7 +357,7 @@ pub async fn plan_here(options: &Options, want: Want) -> Result<String, String> 
 fn with_self_test(mut spec: Spec) -> Spec {
     let out = &mut spec.outbound;
     if out.capture != Outward::Off {
-        // Where nothing of IPv6 is captured Envoy may have no listener of it.
+        // If nothing of IPv6 is captured, Envoy may have no IPv6 listener.
         let has_ipv6 = out.capture == Outward::All
             || out.vips.iter().chain(out.addresses.keys()).any(SocketAddr::is_ipv6);
         out.vips.extend(SELF_TESTS.into_iter().filter(|address| address.is_ipv4() || has_ipv6));
@@ -359,7 +365,7 @@ fn with_self_test(mut spec: Spec) -> Spec {
     spec
 }
 
-/// Answers within `patience`, or says that the keeper is busy.
+/// Sends a request to the keeper. Replies that the keeper is busy if it takes longer than `patience`.
 pub async fn asked(to: &mpsc::Sender<Question>, ask: Ask, patience: Duration) -> Reply {
     let (answer, said) = oneshot::channel();
     let exchange = async {

@@ -1,4 +1,4 @@
-//! The state of vmesh-net on the disk.
+//! The state file of vmesh-net.
 
 use std::path::Path;
 
@@ -12,18 +12,18 @@ use vmesh_daemon::report::one_line;
 use xxhash_rust::xxh3::xxh3_64;
 
 const MAX_STATE: u64 = 16 << 20;
-/// How the file begins; 16 hexadecimal digits follow, which are the hash of the file without them.
+/// The beginning of the file. The hash of the remaining fields follows, in 16 hexadecimal digits.
 const CHECKSUM: &str = "{\"checksum\":\"";
 
-/// Writes the file, with its checksum.
+/// Writes the state file with its checksum.
 pub(crate) fn save(state: &SavedState, path: &Path) -> Result<(), String> {
     let json = serde_json::to_string(state).map_err(|error| error.to_string())?;
     let text = with_checksum(&json);
     fsx::write_atomically(path, text.as_bytes(), fsx::PRIVATE).map_err(|error| one_line(&error))
 }
 
-/// Reads the file, and whether all of it is understood and undamaged. Of one that is not, the parts count that this version
-/// understands.
+/// Reads the state file. Returns `true` if it is complete and undamaged; otherwise the state contains only
+/// the parts that this version understands.
 pub(crate) fn load(path: &Path) -> (SavedState, bool) {
     let text = match fsx::read_capped(path, MAX_STATE) {
         Ok(text) => text,
@@ -40,7 +40,7 @@ pub(crate) fn load(path: &Path) -> (SavedState, bool) {
                 "{} is damaged, its checksum is wrong: what was captured is not known until the agent says it",
                 path.display()
             );
-            // The footprint is kept: it leads only to the removal of empty chains.
+            // The footprint is safe to use, because it can only lead to the removal of empty chains.
             let commit = Committed { footprint: state.commit.footprint, ..Committed::default() };
             return (SavedState { commit, ..SavedState::default() }, false);
         }
@@ -68,13 +68,13 @@ fn parts(text: &[u8]) -> SavedState {
     }
 }
 
-/// The object `json` with its checksum as the first field.
+/// Inserts the checksum as the first field of the object `json`.
 fn with_checksum(json: &str) -> String {
     let fields = json.strip_prefix('{').unwrap_or(json);
     format!("{CHECKSUM}{:016x}\",{fields}", xxh3_64(fields.as_bytes()))
 }
 
-/// Whether the checksum is right. Earlier versions wrote none.
+/// Reports whether the checksum is correct. Earlier versions wrote none, which also counts as correct.
 fn is_undamaged(text: &[u8]) -> bool {
     let Some(rest) = text.strip_prefix(CHECKSUM.as_bytes()) else { return true };
     let Some((digits, rest)) = rest.split_at_checked(16) else { return false };

@@ -1,41 +1,45 @@
-//! The one part of vmesh with privileges on a host: it keeps the rules that send connections through Envoy.
+//! The privileged part of a vmesh node: it installs and maintains the rules that send connections through
+//! Envoy.
 //!
 //! ```text
-//! agent --(a typed spec, "I am well", "it works")--> net.sock --> Keeper: Event -> vmesh_capture's Machine -> Action --> executor
-//!                                                                                                       --> Applier --> the kernel
+//! agent --(a spec, "I am well", "the trial works")--> net.sock --> Keeper --(Event)--> vmesh_capture's Machine
+//!                                                          executor <--(Action)--'
+//!                                                             '--> Applier --> the kernel
 //! ```
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
-//! | [`protocol`] | what is asked and answered on the socket: one line of JSON each |
-//! | [`client`] | [`client::Client`]: the other end, for the agent and `vmeshctl` |
-//! | [`keeper`] | [`keeper::Keeper`]: gives events to [`vmesh_capture::machine`], which decides, and has its actions done |
-//! | `executor` | does them: tools, disk, `/proc`, Envoy |
-//! | [`pulse`] | [`pulse::Pulse`]: holds the dead-man off, one for each direction |
-//! | [`board`] | [`board::StatusSource`]: what is answered to whoever asks how things are |
-//! | [`probe`] | whether Envoy takes connections, whether a capture works from end to end |
-//! | [`cgroups`] | that units have started, told by the kernel |
-//! | [`rules`] | who changed the host's rules, told by the kernel |
-//! | [`server`] | the socket: who may ask what |
+//! | [`protocol`] | the requests and responses on the socket, one line of JSON each |
+//! | [`client`] | [`client::Client`]: the client side of the socket, for the agent and `vmeshctl` |
+//! | [`keeper`] | [`keeper::Keeper`]: passes events to [`vmesh_capture::machine`] and has its actions performed |
+//! | `executor` | performs the actions with tools, disk, `/proc` and Envoy |
+//! | [`pulse`] | [`pulse::Pulse`]: the heartbeat, which renews the dead-man timer of each direction |
+//! | [`board`] | [`board::StatusSource`]: builds the status that clients ask for |
+//! | [`probe`] | tests whether Envoy accepts connections, and whether capture works from end to end |
+//! | [`cgroups`] | waits for the kernel to report new control groups, that is, started units |
+//! | [`rules`] | waits for the kernel to report changes of rules, and who made them |
+//! | [`server`] | the socket, and the permissions of its clients |
 //!
 //! | task | thread | wakes on | publishes |
 //! |---|---|---|---|
-//! | `keeper` | its own | what is asked, a second's tick, a change of rules | [`board::Board`], [`pulse::Order`] |
-//! | `dead-man` | main | a second's tick, an order, a question whether Envoy is gone | [`pulse::Heartbeat`] |
-//! | `envoy probe` | main | a second's tick, while something is captured | [`probe::Verdicts`] |
-//! | `control groups` | main | the kernel's notices | that units have started, to `keeper` |
-//! | `rules` | main | the kernel's notices | who changed rules |
-//! | `socket` | main | connections | what is asked, to `keeper` and `dead-man` |
+//! | `keeper` | its own | requests, a tick each second, changes of rules | [`board::Board`], [`pulse::Order`] |
+//! | `dead-man` | main | a tick each second, new rules, a question whether Envoy is gone | [`pulse::Heartbeat`] |
+//! | `envoy probe` | main | a tick each second while something is captured | [`probe::Verdicts`] |
+//! | `control groups` | main | inotify events | started units, to `keeper` |
+//! | `rules` | main | netlink messages | changes of rules, to `keeper` |
+//! | `socket` | main | connections | requests, to `keeper` and `dead-man` |
 //!
-//! Nothing on the main thread waits for a disk or walks through `/proc`: a full disk, a slow one or a thousand who ask let no
-//! redirect lapse.
+//! Nothing on the main thread waits for a disk or reads all of `/proc`. So neither a full disk, nor a slow
+//! one, nor a thousand clients can make redirects lapse.
 //!
-//! It takes no rules, only a [`vmesh_capture::Spec`]; what may never be captured it finds out itself. It reads no configuration,
-//! opens no port, and does what the agent's user and root say; others who get to the socket may look.
+//! vmesh-net accepts a [`vmesh_capture::Spec`], never rules, and it finds out by itself what must never be
+//! captured. It reads no configuration file and opens no port. It takes orders from the agent's user and from
+//! root; other local users who can reach the socket may only read the status.
 //!
-//! **Who dies, and what becomes of the rules.** The agent or Envoy: nobody refreshes the dead-man, and what may fail open lapses;
-//! an Envoy that is seen to be gone is not waited for. This process: the same, by the kernel's clock. Told to stop, it captures
-//! nothing new, waits for the connections that go through redirects, and leaves the host as it was.
+//! **Who dies, and what happens to the rules.** If the agent or Envoy dies, the dead-man timer is no longer
+//! renewed, and redirects that may fail open lapse; if Envoy is seen to be gone, they lapse at once. If
+//! vmesh-net dies, the kernel's clock lets them lapse. If vmesh-net is told to stop, it captures nothing new,
+//! lets redirected connections drain, and removes its rules.
 
 pub mod board;
 pub mod cgroups;
@@ -50,7 +54,7 @@ pub mod pulse;
 pub mod rules;
 pub mod server;
 
-/// Where the socket is.
+/// The default path of the socket.
 pub const SOCKET: &str = "/run/vmesh-net/net.sock";
-/// Where the state and the flag of the bypass are.
+/// The default directory of the state and of the bypass flag.
 pub const STATE_DIR: &str = "/var/lib/vmesh-net";

@@ -1,4 +1,6 @@
-//! `vmesh-net --agent-user vmesh-agent --envoy-user vmesh-envoy`
+//! The `vmesh-net` program: parses its arguments, starts the tasks, and waits for a signal.
+//!
+//! Usage: `vmesh-net --agent-user vmesh-agent --envoy-user vmesh-envoy`
 
 use std::future::Future;
 use std::io;
@@ -25,42 +27,46 @@ use vmesh_net::pulse::{AgentWatch, Heartbeat, Pulse};
 use vmesh_net::server::Answers;
 use vmesh_net::{SOCKET, STATE_DIR, cgroups, rules, server};
 
-/// A keeper that takes longer for one turn hangs, and is replaced by systemd's watchdog; its rules stay.
+/// The time limit of one turn of the keeper. A keeper that takes longer hangs; systemd's watchdog then
+/// restarts the process, and the rules stay.
 const TURNS_WITHIN: Duration = Duration::from_secs(180);
 
-/// The privileged part of a vmesh node: keeps the host's capture rules as the agent wants them, and safe.
+/// The privileged part of a vmesh node: installs the capture rules that the agent wants, and keeps the host
+/// reachable.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// The user, by name or number, that may say what is captured; its own connections never are.
+    /// The user, by name or number, that may decide what is captured. Its own connections are never captured.
     #[arg(long, value_name = "USER", default_value = "vmesh-agent")]
     agent_user: Account,
-    /// Envoy's user, by name or number: its connections are never captured, or they would go round in circles.
+    /// Envoy's user, by name or number. Its own connections are excluded from capture, or they would go in
+    /// circles.
     #[arg(long, value_name = "USER", default_value = "vmesh-envoy")]
     envoy_user: Account,
-    /// A systemd slice whose connections are never captured; it must never be empty while something is.
+    /// A systemd slice whose connections are never captured. The slice must contain a process whenever
+    /// something is captured.
     #[arg(long, value_name = "SLICE")]
     slice: Vec<Unit>,
-    /// What changes the rules.
+    /// The tool that changes the rules.
     #[arg(long, value_enum, default_value = "auto")]
     backend: Chosen,
-    /// Where the agent asks.
+    /// The socket on which the agent and operators connect.
     #[arg(long, value_name = "PATH", default_value = SOCKET)]
     socket: PathBuf,
-    /// Where the state and the flag of the bypass are.
+    /// The directory of the state and of the bypass flag.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     state_dir: PathBuf,
-    /// How long open connections are waited for before redirects are taken away.
+    /// How long redirected connections may drain before the redirects are removed.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     drain: Duration,
-    /// error, warn, info, debug or trace.
+    /// The log level: error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Chosen {
-    /// nftables where it works, else iptables.
+    /// nftables if it works here, else iptables.
     Auto,
     Nft,
     Iptables,
@@ -91,14 +97,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// What is to be done once everything has ended.
+/// The last step of the process, once all tasks have ended.
 enum After {
     Exit(ExitCode),
-    /// Become what is now in the place of this program: an upgrade, which takes no rule away.
+    /// Executes the program file again, which an upgrade may have replaced. The rules stay.
     Again,
 }
 
-/// Runs what `make` returns on a thread of its own, which may block, and waits for its end.
+/// Runs the future that `make` returns on a thread of its own, where it may block, and waits for its end.
 async fn on_a_thread_of_its_own<F: Future<Output = ()>>(
     name: &'static str,
     make: impl FnOnce() -> F + Send + 'static,
@@ -106,7 +112,7 @@ async fn on_a_thread_of_its_own<F: Future<Output = ()>>(
     let (ended, end) = oneshot::channel();
     let work = move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        // Nobody waits any more where the process ends.
+        // The receiver is gone if the process is ending.
         _ = ended.send(runtime.map(|runtime| runtime.block_on(make())));
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
@@ -115,7 +121,7 @@ async fn on_a_thread_of_its_own<F: Future<Output = ()>>(
 
 fn again() -> ExitCode {
     let mut arguments = std::env::args_os();
-    // By its path, which systemd gives: a name would be looked up on the PATH.
+    // systemd gives the program by its absolute path. A mere name would be looked up on the PATH.
     let program = arguments.next().filter(|program| Path::new(program).is_absolute());
     let program = program.unwrap_or_else(|| "/usr/sbin/vmesh-net".into());
     report::failed(&std::process::Command::new(program).args(arguments).exec())
@@ -153,7 +159,8 @@ async fn run(arguments: Arguments) -> After {
         },
         tools: Tools::default(),
         places,
-        // Its own user is not among them: that it is captured like any other shows that a capture works.
+        // The user of vmesh-net is not among them: its connections are captured like any other, which tests
+        // the capture.
         users: [agent, envoy].into(),
         slices: arguments.slice.into_iter().collect(),
         state_dir: arguments.state_dir,
@@ -208,7 +215,7 @@ async fn run(arguments: Arguments) -> After {
     tasks.spawn("dead-man", pulse.run());
     tasks.spawn("socket", server::serve(listener, Answers { agent, keeper: ask, looks: ask_look, source }));
     let turned = keeper.turned();
-    // The tools that it runs are waited for, one after another and never for ever.
+    // The keeper runs tools one after another, each with a time limit.
     tasks.spawn("watchdog", systemd::watchdog_while(move || turned.borrow().elapsed() < TURNS_WITHIN));
     tasks.spawn_draining("keeper", |stop| {
         on_a_thread_of_its_own("keeper", move || keeper.run(asked, changes, failed, begun, told_again, stop))
@@ -221,7 +228,7 @@ async fn run(arguments: Arguments) -> After {
         _ = reload.recv() => {
             info!("SIGHUP: starting again, with the rules as they are");
             again.send_replace(true);
-            // The keeper ends, or whatever else has.
+            // This waits for the keeper, or for another task that ends early.
             _ = tasks.first_exit().await;
             return After::Again;
         }

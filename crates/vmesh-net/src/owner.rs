@@ -1,5 +1,5 @@
-//! Whose a listening socket is, by the kernel's own word: sock_diag(7). One question about one socket; the tables of
-//! `/proc/net/tcp` are as long as the host has connections.
+//! Finds the user of a listening socket with sock_diag(7). It asks the kernel about a single socket; reading
+//! `/proc/net/tcp` would take time in proportion to the host's connections.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -10,15 +10,17 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
-/// As in linux/sock_diag.h and linux/netlink.h.
+/// From linux/sock_diag.h and linux/netlink.h.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
-/// A `nlmsghdr` (RFC 3549 section 2.2).
+/// The length of `nlmsghdr` (RFC 3549 section 2.2).
 const HEADER: usize = 16;
-/// Of `inet_diag_msg` of linux/inet_diag.h: four bytes, the identity of the socket (48), and three numbers.
+/// The offset of the uid in `inet_diag_msg` of linux/inet_diag.h: four bytes, the socket's identity (48),
+/// three numbers.
 const UID: usize = 4 + 48 + 12;
 
-/// The user whose socket takes new TCP connections to `address`. `None` where nobody listens, or the kernel does not say.
+/// Returns the user whose socket accepts TCP connections to `address`. `None` if the port is closed, or if
+/// the kernel does not report a user.
 pub(crate) fn listener(address: SocketAddr) -> Option<u32> {
     ask(&question(address)).ok().as_deref().and_then(uid)
 }
@@ -27,14 +29,14 @@ fn ask(question: &[u8]) -> io::Result<Vec<u8>> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, Some(netlink::SOCK_DIAG))?;
     sendto(&socket, question, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
-    // The kernel has answered by now: it does so within the call.
+    // The kernel replies before `sendto` returns, so this does not block.
     let mut answer = vec![0; 4096];
     let (len, _) = recv(&socket, &mut answer, RecvFlags::empty())?;
     answer.truncate(len);
     Ok(answer)
 }
 
-/// A `nlmsghdr` and an `inet_diag_req_v2` for the one socket that has no other end.
+/// Builds a request: `nlmsghdr` and `inet_diag_req_v2`, for the listening socket at `address`.
 fn question(address: SocketAddr) -> Vec<u8> {
     let (family, ip) = match address.ip() {
         IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
@@ -75,7 +77,7 @@ mod tests {
             let listener = TcpListener::bind(local).unwrap();
             let address = listener.local_addr().unwrap();
             assert_eq!(super::listener(address), Some(rustix::process::getuid().as_raw()));
-            // With connections that have come already, too.
+            // The same holds for a listener with pending connections.
             let _open = std::net::TcpStream::connect(address).unwrap();
             assert_eq!(super::listener(address), Some(rustix::process::getuid().as_raw()));
             drop(listener);

@@ -1,8 +1,8 @@
-//! Whether Envoy takes what is redirected to it.
+//! Probes Envoy's capture ports.
 //!
-//! Envoy closes a connection that is made to its capture ports themselves: they lead nowhere (the guard against loops). So
-//! that it does, and soon, shows that a worker of it runs. That the kernel alone takes a connection shows nothing: it does for
-//! an Envoy that is stopped, too.
+//! Envoy closes a connection to a capture port itself, because it has no other destination (the guard against
+//! loops). If Envoy closes it soon, one of its workers is running. That the kernel accepts a connection
+//! proves nothing: it does so even for a stopped Envoy.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -20,13 +20,14 @@ use crate::protocol::Envoy;
 
 const EVERY: Duration = Duration::from_secs(1);
 const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
-/// On a machine that is out of breath an Envoy may take its time: this is no reason to bypass it.
+/// The time limit for Envoy to close a connection. It is generous, since an overloaded machine is no reason
+/// to bypass Envoy.
 const CLOSES_WITHIN: Duration = Duration::from_secs(3);
 
-/// Which of the two ports to look at; none while nothing is captured.
+/// The directions whose ports are probed; none while nothing is captured.
 pub type Looks = Directions;
 
-/// What was seen at each port.
+/// The probe's result for each port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Verdicts {
     pub outbound: Envoy,
@@ -41,13 +42,13 @@ impl Verdicts {
         }
     }
 
-    /// The directions whose listener is well.
+    /// Returns the directions whose listener is well.
     pub fn well(self) -> Directions {
         Direction::BOTH.into_iter().filter(|direction| self.of(*direction) == Envoy::Well).collect()
     }
 }
 
-/// Looks at the ports that `looks` has, once a second, and tells what it saw.
+/// Probes the ports of `looks` once a second, and publishes the results.
 pub async fn watch_envoy(
     mut looks: watch::Receiver<Looks>,
     users: BTreeSet<u32>,
@@ -64,7 +65,7 @@ pub async fn watch_envoy(
     }
 }
 
-/// What it sees at the ports that `looks` has. One listener that is gone says nothing of the other.
+/// Probes the ports of `looks` at the same time.
 pub async fn look_at_all(looks: Looks, users: &BTreeSet<u32>) -> Verdicts {
     let look = async |direction| match looks.contains(direction) {
         true => look_at(direction, users).await,
@@ -74,7 +75,7 @@ pub async fn look_at_all(looks: Looks, users: &BTreeSet<u32>) -> Verdicts {
     Verdicts { outbound, inbound }
 }
 
-/// Envoy's capture port of a direction.
+/// Returns Envoy's capture port of a direction.
 pub fn port(direction: Direction) -> u16 {
     match direction {
         Direction::Outbound => OUTBOUND_PORT,
@@ -82,8 +83,8 @@ pub fn port(direction: Direction) -> u16 {
     }
 }
 
-/// Looks at the capture port of a direction, which one of `users` is to have. Whoever else has it gets what others send, until the
-/// redirects are taken back: any program may take a port while Envoy is away.
+/// Probes the capture port of a direction, whose socket must belong to one of `users`. Any local program can
+/// take the port while Envoy is down, and would receive all captured connections until the redirects lapse.
 pub async fn look_at(direction: Direction, users: &BTreeSet<u32>) -> Envoy {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port(direction)));
     match owner::listener(address) {
@@ -92,7 +93,7 @@ pub async fn look_at(direction: Direction, users: &BTreeSet<u32>) -> Envoy {
     }
 }
 
-/// Reports whether this host has a route to an address of IPv6. Sends nothing.
+/// Reports whether this host has a route to an IPv6 address. Sends no packet.
 pub fn has_ipv6_route(address: SocketAddr) -> bool {
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0));
     socket.and_then(|socket| socket.connect(address)).is_ok()
@@ -103,14 +104,14 @@ pub async fn look(address: SocketAddr) -> Envoy {
     let mut stream = match timeout(CONNECTS_WITHIN, TcpStream::connect(address)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => return Envoy::Gone,
-        // No route, no answer, no file descriptor: it is not served, and not known to be gone.
+        // No route, a timeout or no file descriptor: Envoy does not serve the port, but may still be there.
         _ => return Envoy::Hangs,
     };
     let mut nothing = [0; 1];
     match timeout(CLOSES_WITHIN, stream.read(&mut nothing)).await {
-        // Closed or reset.
+        // The connection was closed or reset.
         Ok(Ok(0) | Err(_)) => Envoy::Well,
-        // Somebody else's port.
+        // Another program answers on this port.
         Ok(Ok(_)) => Envoy::Gone,
         Err(_) => Envoy::Hangs,
     }

@@ -1,4 +1,4 @@
-//! What is asked and answered on the socket: one line of JSON each, an answer for each question, in order.
+//! The protocol of the socket: one line of JSON for each request and for its response, in order.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,105 +8,112 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use vmesh_capture::Spec;
 
-/// A line beyond this is refused: far above the spec of a host with ten thousand destinations.
+/// The limit of a line, in bytes. It is far above the spec of a host with ten thousand destinations.
 pub const MAX_LINE: usize = 4 << 20;
 
+/// A request to vmesh-net.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "ask", deny_unknown_fields)]
 pub enum Ask {
-    /// What there is. Whoever gets to the socket may ask.
+    /// Asks for the status. Every client may send this.
     Status,
-    /// Envoy may have ended: is it there? Whoever gets to the socket may ask, and nobody is believed.
+    /// Reports that Envoy may have ended. Every client may send this: vmesh-net believes only its own check.
     Look,
-    /// What would be done for a spec, or for what is wanted now. It changes nothing, and runs the tools that change rules.
+    /// Asks for the changes that a spec, or the current one, would cause. Nothing is changed, but the tools
+    /// are run.
     Plan { want: Option<Want> },
-    /// This is to be on the host. Said at each change and after each connect.
+    /// Requests a capture. The agent sends this at each change and after each connect.
     Want(Want),
-    /// The agent is well. Said every second: its silence lets redirects lapse.
+    /// Reports that the agent is well. The agent sends this each second; without it, redirects lapse.
     Well,
-    /// What is on trial works, as far as whoever asks can see.
+    /// Confirms that the trial works, as far as the client can tell.
     Confirm { trial: u64 },
-    /// It does not.
+    /// Reports that the trial does not work.
     Revert { trial: u64, why: String },
-    /// What was taken back may be tried again.
+    /// Allows the rolled-back spec to be tried again.
     Retry,
 }
 
 impl Ask {
-    /// Whether anybody may ask it who gets to the socket.
+    /// Reports whether every client that can reach the socket may send this request.
     pub fn is_for_anybody(&self) -> bool {
         matches!(self, Ask::Status | Ask::Look)
     }
 }
 
-/// What an agent wants.
+/// The capture that an agent asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Want {
     pub spec: Spec,
-    /// Where Envoy and the agent listen.
+    /// The ports on which Envoy and the agent listen.
     pub ports: BTreeSet<u16>,
     pub control_planes: BTreeSet<SocketAddr>,
-    /// Seconds that a trial may take before it is taken back.
+    /// The time in seconds after which an unconfirmed trial is rolled back.
     pub confirm_within: u32,
 }
 
+/// A response of vmesh-net.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     Status(Box<Status>),
-    /// For people.
+    /// The plan, as text for people.
     Plan(String),
+    /// The reason why the request was refused.
     Refused(String),
 }
 
-/// Reports whether a plan ([`Answer::Plan`]) would change anything. Notes stand before it in any case, and change nothing.
+/// Reports whether a plan ([`Answer::Plan`]) would change anything. The notes at its beginning change
+/// nothing.
 pub fn would_change(plan: &str) -> bool {
     plan.lines().any(|line| is_step(line.trim()))
 }
 
-/// Reports whether a line of a plan says that something is to be done.
+/// Reports whether a line of a plan names something to be done.
 pub fn is_step(line: &str) -> bool {
     !line.is_empty() && line != "nothing to do" && !line.starts_with("note: ")
 }
 
-/// What is on the host, and why. Whoever asks may be older than who answers, for a moment in each upgrade: what it does not know,
-/// it leaves out, since an agent that understood nothing would let redirects lapse.
+/// The state of capture on this host, and the reasons for it.
+///
+/// During an upgrade the client may be older than vmesh-net. It ignores what it does not know: an agent that
+/// rejected the whole status would let redirects lapse.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Status {
     pub version: String,
-    /// What changes the rules here: `nft` or `iptables`.
+    /// The tool that changes the rules: `nft` or `iptables`.
     pub backend: Option<String>,
     pub state: State,
-    /// What is wanted now, without its endpoints. To be shown; nothing else goes by it.
+    /// The wanted spec without its endpoints. For display only.
     #[serde(deserialize_with = "known")]
     pub spec: Spec,
     pub virtual_addresses: usize,
     pub real_addresses: usize,
-    /// The number of the trial that is under way.
+    /// The number of the current trial.
     pub trial: Option<u64>,
-    /// Seconds that it has left.
+    /// The time in seconds until the trial is rolled back.
     pub trial_ends_in: Option<u64>,
-    /// Why the last trial is not in force.
+    /// The reason why the last trial is not in force.
     pub reverted: Option<String>,
     pub envoy: Envoy,
     pub redirects: Redirects,
-    /// Seconds since the agent last said that it is well.
+    /// The time in seconds since the agent last reported that it is well.
     pub agent_silent_for: Option<u64>,
     pub drift: Drift,
-    /// What of the spec has no effect on this host.
+    /// The parts of the spec that have no effect on this host.
     pub notes: Vec<String>,
-    /// Which captured connections do not arrive at Envoy. It is among `notes`, too.
+    /// The captured connections that do not arrive at Envoy, and why. `notes` includes this text.
     pub path_fault: Option<String>,
-    /// Why the host is not as it is wanted.
+    /// The reason why the host's rules are not the wanted ones.
     pub error: Option<String>,
-    /// Open connections through a redirect, counted when this is asked for by [`Ask::Status`].
+    /// The number of open connections through a redirect, counted for [`Ask::Status`] only.
     pub connections: usize,
 }
 
 impl Status {
-    /// Whether new connections go through Envoy now, of those that are meant to.
+    /// Reports whether new connections go through Envoy now, as far as they should.
     pub fn captures(&self) -> bool {
         matches!(self.state, State::Trial | State::Confirmed)
             && self.error.is_none()
@@ -115,19 +122,22 @@ impl Status {
     }
 }
 
+/// The state of capture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// Nothing is wanted, and nothing is there.
+    /// Nothing is captured, and no rule is left.
     #[default]
     Off,
-    /// Nothing new is captured; what was is left to end.
+    /// Nothing new is captured, and redirected connections drain.
     Leaving,
+    /// A spec is in force on trial.
     Trial,
+    /// A confirmed spec is in force.
     Confirmed,
-    /// The flag of the bypass is there.
+    /// The operator's bypass is set.
     Bypassed,
-    /// One of a newer version.
+    /// A state of a newer version.
     #[serde(other)]
     Other,
 }
@@ -145,50 +155,54 @@ impl fmt::Display for State {
     }
 }
 
-/// Whether Envoy takes the connections that are redirected to it.
+/// The health of Envoy's listener for captured connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Envoy {
-    /// Nobody looked: nothing is captured.
+    /// The listener is not checked, because nothing is captured.
     #[default]
     Unknown,
+    /// The listener serves connections.
     Well,
-    /// Nobody listens.
+    /// The port is closed.
     Gone,
-    /// Somebody listens, and it is another user's program.
+    /// The port is held by a process of another user.
     Stranger,
-    /// The kernel takes connections, and nobody serves them.
+    /// The kernel accepts connections, but no process serves them.
     Hangs,
-    /// Something of a newer version.
+    /// A value of a newer version.
     #[serde(other)]
     Other,
 }
 
+/// The state of the redirects that can lapse.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Redirects {
-    /// There are none that could lapse.
+    /// No redirect can lapse.
     #[default]
     None,
+    /// The redirects are in force.
     Hold,
+    /// The redirects have lapsed, so connections go past Envoy.
     Lapsed,
-    /// Something of a newer version.
+    /// A value of a newer version.
     #[serde(other)]
     Other,
 }
 
-/// Changes of our rules by others, mended.
+/// Changes of vmesh's rules by other programs, which vmesh-net has repaired.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Drift {
     pub count: u64,
     pub seconds_ago: Option<u64>,
     pub what: Vec<String>,
-    /// `firewalld (pid 812)`, where the kernel said who.
+    /// The program that changed them, such as `firewalld (pid 812)`, if the kernel reported it.
     pub by: Option<String>,
 }
 
-/// What is understood of a value, or its default.
+/// Deserializes a value, or returns the default if this version does not understand it.
 fn known<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(deserializer: D) -> Result<T, D::Error> {
     let value = serde_json::Value::deserialize(deserializer)?;
     Ok(serde_json::from_value(value).unwrap_or_default())

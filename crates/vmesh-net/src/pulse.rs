@@ -1,8 +1,9 @@
-//! Holds the dead-man off: its own task, on the thread of the socket and of the probe, where nothing blocks. The keeper is on
-//! another, since it waits for disks and walks through `/proc`.
+//! The heartbeat task, which renews the dead-man timers. The task shares the thread of the socket and of the
+//! probe, where nothing blocks. The keeper is on another thread, because it waits for disks and reads
+//! `/proc`.
 //!
-//! The keeper publishes an [`Order`], which says which rules the kernel has. The task publishes a [`Heartbeat`], the state of each
-//! dead-man since then.
+//! The keeper publishes an [`Order`], which tells which timers the kernel has. This task publishes a
+//! [`Heartbeat`], the state of each timer since then.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,32 +23,32 @@ use crate::probe::{self, Verdicts};
 use crate::protocol::{Envoy, Redirects};
 
 const TICK: Duration = Duration::from_secs(1);
-/// The agent counts as hanging after this much silence.
+/// The silence after which the agent counts as hanging.
 const AGENT_SPEAKS_WITHIN: Duration = Duration::from_secs(5);
-/// On this host nobody takes longer to refuse a connection.
+/// The limit of a local connection attempt; a closed port refuses much faster.
 const SEEN_WITHIN: Duration = Duration::from_millis(500);
 
-/// The rules that the keeper has put into the kernel, as far as dead-men go.
+/// The dead-man timers in the kernel, as the keeper installed them.
 #[derive(Debug, Clone)]
 pub struct Order {
     pub applier: Applier,
     pub timeout: Seconds,
-    /// The directions in which there is a dead-man.
+    /// The directions that have a timer.
     pub dead_men: Directions,
-    /// Counts how often the rules were replaced whole, which makes the dead-men begin anew.
+    /// Counts how often the whole ruleset was replaced, which restarts all timers.
     pub replaced: u64,
-    /// The dead-men that the keeper refreshed when it replaced the rules, at `at`.
+    /// The timers that the keeper renewed when it replaced the rules, at the time `at`.
     pub refreshed: Directions,
     pub at: Instant,
 }
 
-/// The state of one dead-man.
+/// The state of one dead-man timer.
 #[derive(Debug, Clone, Copy)]
 struct DeadMan {
     beat: Beat,
-    /// Envoy's listener was gone at the last look, too.
+    /// Whether Envoy's listener was gone at the previous check as well.
     was_gone: bool,
-    /// The task let the redirects lapse early, since Envoy was gone.
+    /// Whether this task let the redirects lapse early, because Envoy was gone.
     is_withdrawn: bool,
     has_lapsed: bool,
 }
@@ -58,7 +59,7 @@ impl DeadMan {
     }
 }
 
-/// The state of the dead-men of both directions.
+/// The state of the dead-man timers of both directions.
 #[derive(Debug, Clone, Default)]
 pub struct Heartbeat {
     replaced: u64,
@@ -81,13 +82,13 @@ impl Heartbeat {
         }
     }
 
-    /// Returns the directions whose redirects the task let lapse early.
+    /// Returns the directions whose redirects this task let lapse early.
     pub fn withdrawn(&self) -> Directions {
         let is = |direction: &Direction| self.get(*direction).is_some_and(|dead_man| dead_man.is_withdrawn);
         Direction::BOTH.into_iter().filter(is).collect()
     }
 
-    /// Returns the state of the dead-men after `order` is taken up.
+    /// Returns the state of the timers after `order` takes effect.
     fn after(&self, order: &Order) -> Heartbeat {
         let mut next = self.clone();
         for direction in Direction::BOTH {
@@ -112,7 +113,7 @@ impl Heartbeat {
         next
     }
 
-    /// Returns whether the kernel still redirects connections of a direction.
+    /// Returns whether the redirects of a direction are in force.
     pub fn redirects(&self, order: Option<&Order>, direction: Direction, now: Instant) -> Redirects {
         let Some(order) = order else { return Redirects::None };
         match self.after(order).get(direction) {
@@ -125,7 +126,7 @@ impl Heartbeat {
     }
 }
 
-/// Records which process the agent is, and when it last spoke.
+/// Records which process is the agent, and when it last sent a request.
 #[derive(Debug, Clone, Default)]
 pub struct AgentWatch(Arc<Mutex<Agent>>);
 
@@ -133,7 +134,8 @@ pub struct AgentWatch(Arc<Mutex<Agent>>);
 struct Agent {
     pid: Option<i32>,
     spoke: Option<Instant>,
-    /// Questions of the agent that vmesh-net has not answered yet: while it waits, the agent cannot say that it is well.
+    /// The number of the agent's unanswered requests. While the agent waits for a response, it cannot report
+    /// that it is well.
     waits: usize,
 }
 
@@ -143,7 +145,7 @@ impl Agent {
     }
 }
 
-/// Counts a question of the agent's until it is dropped.
+/// Counts as an unanswered request of the agent until it is dropped.
 pub struct Waits(AgentWatch);
 
 impl Drop for Waits {
@@ -160,10 +162,11 @@ impl AgentWatch {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Records that the agent has just spoken. vmesh-net listens to one agent at a time: two would undo each other's changes.
+    /// Records that the agent has just sent a request. vmesh-net accepts one agent at a time: two would undo
+    /// each other's changes.
     ///
     /// # Errors
-    /// If another process is the agent, lives and is well.
+    /// If another process is the agent, and is alive and well.
     pub fn accept(&self, pid: Option<i32>) -> Result<(), String> {
         self.change(|agent| match (agent.pid.filter(|_| agent.is_well()), pid) {
             (Some(known), Some(pid)) if known != pid && lives(known) => Err(format!(
@@ -178,7 +181,7 @@ impl AgentWatch {
         })
     }
 
-    /// Counts the agent as well until its question is answered.
+    /// Counts the agent as well until the returned value is dropped.
     pub fn waits(&self) -> Waits {
         self.change(|agent| agent.waits += 1);
         Waits(self.clone())
@@ -193,33 +196,33 @@ impl AgentWatch {
         pid.is_some() && self.change(|agent| agent.pid == pid)
     }
 
-    /// How long ago the agent last spoke.
+    /// Returns the time since the agent's last request.
     pub fn silent_for(&self) -> Option<Duration> {
         self.change(|agent| agent.spoke.map(|spoke| spoke.elapsed()))
     }
 }
 
-/// Reports whether a process runs. A process that this one may not signal counts as running.
+/// Reports whether a process is running. A process that this one may not signal counts as running.
 fn lives(pid: i32) -> bool {
     Pid::from_raw(pid).is_some_and(|pid| test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
 
-/// The ends of the channels by which the task is reached.
+/// The heartbeat task, with the channels to the other tasks.
 pub struct Pulse {
     pub orders: watch::Receiver<Option<Order>>,
     pub verdicts: watch::Receiver<Verdicts>,
-    /// Questions whether Envoy is gone by now; answered when it was looked at.
+    /// Requests to check whether Envoy is gone; each is answered after the check.
     pub looks: mpsc::Receiver<oneshot::Sender<()>>,
     pub beats: watch::Sender<Heartbeat>,
-    /// Tells the keeper that a refresh failed, so that it reads the rules again.
+    /// Reports to the keeper that a renewal failed, so that it reads the rules again.
     pub failed: mpsc::Sender<String>,
     pub agent: AgentWatch,
-    /// Envoy's user and the agent's.
+    /// The users of Envoy and of the agent.
     pub users: BTreeSet<u32>,
 }
 
 impl Pulse {
-    /// Works until the keeper has gone.
+    /// Runs until the keeper has ended.
     pub async fn run(mut self) {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -235,14 +238,14 @@ impl Pulse {
                 _ = ticks.tick() => self.attend().await,
                 Some(answer) = self.looks.recv() => {
                     let mut asked = vec![answer];
-                    // One look answers all that ask: anybody may.
+                    // One check answers all pending requests. Any local user may send them.
                     while let Ok(another) = self.looks.try_recv() {
                         asked.push(another);
                     }
                     self.adopt();
                     self.go_past_envoy_if_gone(Directions::BOTH).await;
                     for answer in asked {
-                        // Whoever asked may have gone.
+                        // The client may have gone.
                         _ = answer.send(());
                     }
                 }
@@ -279,7 +282,7 @@ impl Pulse {
             let Some(dead_man) = self.beats.borrow().get(direction).copied() else { continue };
             let mut envoy = verdicts.of(direction);
             if envoy == Envoy::Well && dead_man.is_withdrawn {
-                // The probe's verdict may be from before Envoy went.
+                // The probe's result may be from before Envoy ended.
                 envoy = probe::look_at(direction, &self.users).await;
             }
             match dead_man.beat.due(now, envoy == Envoy::Well && self.agent.is_well()) {
@@ -302,7 +305,8 @@ impl Pulse {
     async fn refresh(&mut self, order: &Order, directions: Directions) {
         match order.applier.refresh_only(order.timeout, directions).await {
             Ok(()) => {
-                // The kernel's clock began somewhere in between: nothing is said to have lapsed before it has.
+                // The kernel restarted its clock before this moment, so a timer is never reported as lapsed
+                // too early.
                 let now = Instant::now();
                 for direction in directions.iter() {
                     self.change(direction, |dead_man| {
@@ -316,14 +320,14 @@ impl Pulse {
                 }
             }
             Err(error) => {
-                // One that waits already says as much.
+                // If the channel is full, a pending message already reports a failure.
                 _ = self.failed.try_send(one_line(&error));
             }
         }
     }
 
-    /// Lets redirects that may fail open lapse at once if Envoy's listener is gone. Looks again first: the probe's verdict may be a
-    /// second old.
+    /// Lets redirects that may fail open lapse at once if Envoy's listener is gone. Checks the listener again
+    /// first, because the probe's result may be a second old.
     async fn go_past_envoy_if_gone(&mut self, directions: Directions) {
         let Some(order) = self.orders.borrow().clone() else { return };
         let held = |direction: &Direction| {
@@ -333,7 +337,8 @@ impl Pulse {
         };
         let held: Vec<Direction> = order.dead_men.iter().filter(held).collect();
         for direction in held {
-            // A closed port refuses at once; a hanging Envoy must not delay the refresh of the other direction.
+            // A closed port refuses at once. An Envoy that hangs must not delay the renewal of the other
+            // timer.
             let looked = timeout(SEEN_WITHIN, probe::look_at(direction, &self.users)).await;
             let envoy = looked.unwrap_or(Envoy::Hangs);
             if !is_gone(envoy) {
@@ -361,7 +366,7 @@ impl Pulse {
     }
 }
 
-/// Explains why redirects do not hold, by the probe's verdict on Envoy.
+/// Explains why redirects do not hold, by the probe's result.
 pub fn why_not(envoy: Envoy) -> &'static str {
     match envoy {
         Envoy::Well => "the agent says nothing",

@@ -1,5 +1,5 @@
-//! The kernel's word that rules of nftables changed, and whose doing it was. Legacy iptables changes nothing of nftables, and is
-//! looked at on a timer.
+//! Watches for changes of nftables rules, which the kernel reports together with the process that made them.
+//! Legacy iptables does not change nftables, so its rules are checked on a timer.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,10 +9,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use vmesh_capture::generations::{self, Generation};
 
-/// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h, as a bit of the mask.
+/// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h, as a bit of the group mask.
 const GROUP: u32 = 1 << (7 - 1);
 
-/// Tells of each transaction; those that come while nobody listens are told as one.
+/// Reports transactions to `told`. Transactions that arrive while the channel is full are merged with the
+/// pending one.
 pub async fn watch(told: mpsc::Sender<Generation>) {
     let socket = match open() {
         Ok(socket) => socket,
@@ -27,11 +28,11 @@ pub async fn watch(told: mpsc::Sender<Generation>) {
     loop {
         let changed = match receive(&socket, &mut buffer).await {
             Ok(len) => generations::last(buffer.get(..len).unwrap_or_default()),
-            // ENOBUFS: so many changes that some were lost; one will do.
+            // ENOBUFS: the kernel dropped some reports. One report is enough.
             Err(_) => Some(Generation { number: None, by: String::new(), pid: 0 }),
         };
         if let Some(changed) = changed {
-            // One that waits already says as much.
+            // If the channel is full, a pending message already reports a change.
             _ = told.try_send(changed);
         }
     }

@@ -1,4 +1,5 @@
-//! The socket: who may ask what is told by the kernel (SO_PEERCRED, unix(7)), not by whoever asks.
+//! The server side of the socket. The kernel reports the user of each client (SO_PEERCRED, unix(7)), and the
+//! user decides which requests are allowed.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -19,20 +20,22 @@ use crate::board::StatusSource;
 use crate::keeper::{Question, Reply, asked};
 use crate::protocol::{Answer, Ask, MAX_LINE, Status};
 
-/// Connections at a time of those who may change something: the agent's, and a few of operators.
+/// The limit of connections that may change something: the agent's, and a few of operators.
 const CONNECTIONS: usize = 16;
-/// Of all others together, who must not be in their way.
+/// The limit of all read-only connections together. Idle ones must not block the agent.
 const STRANGERS: usize = 64;
-/// Of one user among these. Beyond it the user's oldest connection is closed, so that who says nothing is in no one's way.
+/// The limit of read-only connections of one user. Beyond it, the user's oldest connection is closed, so idle
+/// connections block nobody.
 const OF_ONE_STRANGER: usize = 8;
-/// What these may send in one line.
+/// The limit of a request line on a read-only connection, in bytes.
 const STRANGERS_LINE: usize = 4096;
-/// How long one of these may say nothing, or not take its answer.
+/// The time limit for each request and each response on a read-only connection.
 const STRANGERS_WITHIN: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(30);
-/// A look at Envoy takes half a second for each port at most.
+/// The limit of a check of Envoy. Each port takes half a second at most.
 const LOOKS_WITHIN: Duration = Duration::from_secs(5);
 
+/// The socket could not be created.
 #[derive(Debug, thiserror::Error)]
 #[error("could not listen on {} for the agent", .path.display())]
 pub struct ListenError {
@@ -41,12 +44,12 @@ pub struct ListenError {
     cause: io::Error,
 }
 
-/// Binds the socket, which lets in the group of its directory; what each may ask is told apart later.
+/// Creates the socket. It is open to the group of its directory; permissions are checked for each request.
 pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     sockets::listen(path).map_err(|cause| ListenError { path: path.to_owned(), cause })
 }
 
-/// What strangers do is told, and not as often as they do it: the log is not theirs to fill.
+/// Limits how often misuse of the socket is logged, so that a local user cannot fill the log.
 struct Seldom(Mutex<Option<Instant>>);
 
 impl Seldom {
@@ -62,7 +65,7 @@ impl Seldom {
     }
 }
 
-/// What connections are answered with.
+/// The resources that requests are answered from.
 #[derive(Clone)]
 pub struct Answers {
     /// The agent's user.
@@ -72,19 +75,19 @@ pub struct Answers {
     pub source: StatusSource,
 }
 
-/// The connections of those who may only look, the oldest first.
+/// The read-only connections with their users, the oldest first.
 #[derive(Default)]
 struct Strangers(VecDeque<(u32, AbortHandle)>);
 
 impl Strangers {
-    /// Makes room for one more connection of `uid`. Returns whether one had to be closed for that.
+    /// Makes room for one more connection of `uid`. Returns `true` if another connection was closed for it.
     fn make_room(&mut self, uid: u32) -> bool {
         self.0.retain(|(_, connection)| !connection.is_finished());
         let of = |uid: u32| self.0.iter().filter(|(user, _)| *user == uid).count();
         let whose = if of(uid) >= OF_ONE_STRANGER {
             uid
         } else if self.0.len() >= STRANGERS {
-            // Whoever has most can spare one.
+            // The user with the most connections loses one.
             self.0.iter().map(|(user, _)| *user).max_by_key(|user| of(*user)).unwrap_or(uid)
         } else {
             return false;
@@ -97,7 +100,7 @@ impl Strangers {
     }
 }
 
-/// Serves until it is dropped.
+/// Accepts connections until the future is dropped.
 pub async fn serve(listener: UnixListener, answers: Answers) {
     let mut connections = JoinSet::new();
     let (trusted, mut strangers) = (Arc::new(()), Strangers::default());
@@ -130,7 +133,7 @@ pub async fn serve(listener: UnixListener, answers: Answers) {
             strangers.0.push_back((uid, handle));
             continue;
         }
-        // Each conversation holds one.
+        // Each conversation holds a clone.
         if Arc::strong_count(&trusted) > CONNECTIONS {
             warn!(uid, "too many connections: one is closed");
             continue;
@@ -140,7 +143,7 @@ pub async fn serve(listener: UnixListener, answers: Answers) {
     }
 }
 
-/// Who is at the other end of a connection.
+/// The client at the other end of a connection.
 #[derive(Debug, Clone, Copy)]
 struct Peer {
     uid: u32,
@@ -212,7 +215,8 @@ async fn within_limit<T>(
 }
 
 impl Answers {
-    /// What needs no change of rules is answered here: that the agent is well is heard whatever the keeper waits for.
+    /// Answers a request. Requests that change no rule are answered without the keeper, so the agent's
+    /// heartbeat counts even while the keeper is busy.
     async fn answer(&self, ask: Ask, pid: Option<i32>) -> Answer {
         let status = |status: Status| Answer::Status(Box::new(status));
         let agent = &self.source.agent;
@@ -220,7 +224,7 @@ impl Answers {
             Ask::Status => return status(self.source.counted().await),
             Ask::Look => {
                 let (answer, looked) = oneshot::channel();
-                // Where so many ask already, they are answered by one look.
+                // If the queue is full, the check for the pending requests answers this one as well.
                 if self.looks.try_send(answer).is_ok() {
                     _ = timeout(LOOKS_WITHIN, looked).await;
                 }

@@ -97,8 +97,7 @@ impl Machine {
     }
 
     /// Removes the inbound ports from `spec` that a redirect would open or close against the host's own
-    /// filter, and those
-    /// whose effect is unknown. Returns a note for each.
+    /// filter, and those whose effect is unknown. Returns a note for each.
     pub(super) fn leave_out_conflicts(&mut self, spec: &mut Spec, now: Instant) -> Vec<String> {
         let judged = spec.inbound.ports_under_the_filter();
         if judged.is_empty() {
@@ -159,8 +158,7 @@ impl Machine {
         self.actions.push(Action::Order((!dead_men.directions.is_empty()).then_some(dead_men)));
         self.kernel = Kernel::Has(program);
         // Rules of other backends are removed only after the new rules are in place: a redirected connection
-        // lives only as long as
-        // some rule translates its addresses.
+        // lives only as long as some rule translates its addresses.
         let footprint = self.commit.state().footprint.clone();
         let action = Action::EndOthers { program: Program::absent(), footprint };
         self.wait(action, Phase::EndingOthers(Box::new(attempt)));

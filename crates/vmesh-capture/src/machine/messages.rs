@@ -49,8 +49,7 @@ pub enum Event {
     /// The process has started.
     Started,
     /// A [`TICK`](super::TICK) has passed. `bypassed`: the flag of the bypass is set. `outbound_is_well`:
-    /// Envoy's outbound
-    /// listener accepts connections.
+    /// Envoy's outbound listener accepts connections.
     Tick {
         bypassed: bool,
         outbound_is_well: bool,
@@ -110,8 +109,7 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Applied {
     /// The differences that were found before the change. `None` if nothing was attempted, because nothing
-    /// differed or the
-    /// rules could not be read.
+    /// differed or the rules could not be read.
     pub changes: Option<Vec<String>>,
     pub outcome: Result<Change, String>,
 }
@@ -191,10 +189,8 @@ pub enum Action {
     /// Make the rules of the detected backend match `program`. -> [`Event::Applied`]
     ///
     /// The driver must not apply a program that captures while the flag of the bypass is set and the rules
-    /// differ from the
-    /// program. The bypass script sets its flag before it changes any rule, so the driver looks for the flag
-    /// after it has
-    /// read the rules.
+    /// differ from the program. The bypass script sets its flag before it changes any rule, so the driver
+    /// looks for the flag after it has read the rules.
     Apply {
         program: Program,
         timeout: Seconds,

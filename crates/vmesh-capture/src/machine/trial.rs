@@ -21,8 +21,7 @@ impl Machine {
             return self.reply(Err(format!("this is not captured, and what was is as before: {error}")));
         }
         // The kernel may have rules that no saved state mentions. So the first want is applied in any case,
-        // even if it equals the
-        // current spec.
+        // even if it equals the current spec.
         let is_first_word = matches!(self.life, Life::AwaitsAgent { .. });
         if is_first_word {
             self.life = Life::Keeps;
@@ -35,8 +34,7 @@ impl Machine {
         let spec = if is_refused { self.confirmed_with_endpoints_of(spec) } else { spec };
         let proposed = self.commit.propose(spec, now, patience);
         // Only the part of the confirmed spec that the agent still wants is in force. So a proposal that
-        // changes nothing can
-        // still change the rules.
+        // changes nothing can still change the rules.
         let after = self.wanted().0;
         let is_routine = !is_first_word && !known_changed && is_routine(&before, &after);
         match proposed {
@@ -162,8 +160,7 @@ impl Machine {
     }
 
     /// Returns the test connections that show whether the traffic that `spec` captures arrives at Envoy, in
-    /// each direction
-    /// and address family.
+    /// each direction and address family.
     fn path_test(&self, spec: &Spec) -> PathTest {
         let has_ipv6 = self.host.as_ref().is_some_and(|host| host.ipv6);
         let is_dialed =
@@ -236,8 +233,7 @@ fn proves_itself(spec: &Spec) -> bool {
 }
 
 /// Checks that the SSH sessions from before the change still work. Some may have ended meanwhile. If all have
-/// ended, or
-/// if one gets no answer, the change counts as the cause.
+/// ended, or if one gets no answer, the change counts as the cause.
 fn sessions_live(before: &[Session], now: &[Session]) -> Result<(), String> {
     let still = |session: &&Session| now.iter().find(|later| later.inode == session.inode);
     let living: Vec<_> = before.iter().filter_map(|session| still(&session)).collect();

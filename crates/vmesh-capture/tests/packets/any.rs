@@ -1,6 +1,5 @@
 //! Property tests with the real tools: applying any spec twice is the same as applying it once, and `off`
-//! leaves nothing. The
-//! real tools are used because they may list a rule in other words than it was written.
+//! leaves nothing. The real tools are used because they may list a rule in other words than it was written.
 
 use proptest::collection::{btree_map, btree_set};
 use proptest::prelude::*;

@@ -1,6 +1,5 @@
 //! Tests with real packets: where connections end up under the rules of nftables and of both kinds of
-//! iptables. The hosts are
-//! network namespaces; the tools and the kernel are real.
+//! iptables. The hosts are network namespaces; the tools and the kernel are real.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -206,8 +205,7 @@ with_every_backend! {
     async fn a_share_of_connections_is_captured(vm: Vm) {
         let _servers = (vm.app_at_b(8080), vm.app_at_b(8081), vm.outbound_envoy());
         // The count is binomially distributed. For 500 calls and 20 % the mean is 100 and the standard
-        // deviation 9, so these
-        // limits fail less than once in 10^7 runs.
+        // deviation 9, so these limits fail less than once in 10^7 runs.
         vm.capture(&format!(
             "outbound: {{capture: all, percent: 20, addresses: {}, dial: {{users: {{4001: 0}}}}}}",
             addresses(&vm, 8081, "{percent: 80}")

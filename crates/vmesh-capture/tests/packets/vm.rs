@@ -1,6 +1,5 @@
 //! The fixture of these tests: a host whose connections are captured, another host that it calls, and small
-//! servers in the
-//! roles of Envoy and the applications.
+//! servers in the roles of Envoy and the applications.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -214,8 +213,7 @@ impl Call {
 }
 
 /// A server that sends its name, the client's address and its own address, and then echoes. Dropping it stops
-/// the listener;
-/// connections stay open.
+/// the listener; connections stay open.
 pub(crate) struct Server {
     listener: Arc<TcpListener>,
 }

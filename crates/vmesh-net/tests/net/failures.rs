@@ -1,4 +1,4 @@
-//! What is on a host when something fails in the middle: a tool, a disk, a listener of Envoy's.
+//! Failures in the middle of a change: of a tool, of a disk, of one of Envoy's listeners.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,17 +11,17 @@ use vmesh_testkit::wait_for;
 
 use crate::vm::{self, Agent, OPEN, Rules, SOON, Vm, is_well, status};
 
-/// Runs of tools that are tried one by one: more than any of these scenarios makes.
+/// The limit of tool runs that are sabotaged one by one, which is more than any of these scenarios needs.
 const RUNS: usize = 60;
 
-/// The tools of a host, of which the one that runs as the `fail`-th does not do what it says.
+/// Wrappers of a host's tools, which make one chosen run fail.
 struct Saboteur(PathBuf);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Failure {
-    /// Nothing is done, and this is said.
+    /// The tool does nothing, and reports a failure.
     Undone,
-    /// It is done, and said not to be.
+    /// The tool does its work, and reports a failure.
     Done,
 }
 
@@ -66,7 +66,7 @@ impl Saboteur {
     }
 }
 
-/// `off` means that the host's rules are what they were, whichever run of a tool failed before.
+/// `off` restores the rules from before vmesh, whichever tool run failed before.
 async fn off_means_off(rules: Rules, failure: Failure) {
     let mut vm = Vm::new(rules).await;
     let saboteur = Saboteur::new(&vm);
@@ -78,7 +78,7 @@ async fn off_means_off(rules: Rules, failure: Failure) {
         client::ask(&vm.socket(), &Ask::Retry).await.unwrap();
         let mut agent = Agent::new(&vm, OPEN).await;
         saboteur.arm(run, failure);
-        // Any of these may be refused: one of its tools failed.
+        // These requests may be refused, because one of the tools fails.
         if let Answer::Status(tried) = agent.want().await
             && let Some(trial) = tried.trial
         {
@@ -126,7 +126,7 @@ async fn off_leaves_nothing_whichever_run_of_iptables_did_its_work_and_failed() 
     off_means_off(Rules::Iptables, Failure::Done).await;
 }
 
-/// The script of the bypass runs while vmesh-net looks at its rules: it has seen no flag, and finds no rules.
+/// The bypass script runs while vmesh-net reads its rules: vmesh-net has seen no flag, and finds no rules.
 #[tokio::test]
 async fn a_bypass_amid_a_look_at_the_rules_is_not_mended() {
     let vm = Vm::new(Rules::Nft).await;
@@ -155,7 +155,7 @@ async fn a_bypass_amid_a_look_at_the_rules_is_not_mended() {
     assert_eq!(vm.get(8080).unwrap(), "mesh");
 }
 
-/// The same, where the process is told to end after the failure.
+/// The process is told to stop after a failed change.
 #[tokio::test]
 async fn a_stop_after_a_failed_change_leaves_nothing() {
     for rules in [Rules::Nft, Rules::Iptables] {
@@ -181,7 +181,7 @@ async fn a_stop_after_a_failed_change_leaves_nothing() {
     }
 }
 
-/// A file system of its own in the place of the directory of the state, which can be made to hang.
+/// A file system in the place of the state directory, which can be made to hang.
 struct Disk {
     at: PathBuf,
     image: PathBuf,
@@ -196,7 +196,7 @@ impl Disk {
         Disk { at: at.to_owned(), image }
     }
 
-    /// Everybody who writes waits from now on.
+    /// Blocks all writes until [`Disk::thaw`].
     fn freeze(&self) {
         run(Command::new("fsfreeze").arg("-f").arg(&self.at));
     }
@@ -219,7 +219,7 @@ fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The dead-man is held off by who neither writes to disks nor counts sockets.
+/// The heartbeat neither writes to a disk nor counts sockets.
 #[tokio::test]
 async fn a_disk_that_hangs_and_eight_who_ask_let_no_redirect_lapse() {
     let mut vm = Vm::new(Rules::Nft).await;
@@ -230,11 +230,11 @@ async fn a_disk_that_hangs_and_eight_who_ask_let_no_redirect_lapse() {
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     disk.freeze();
-    // The keeper waits for the disk now, and the agent for the keeper.
+    // The keeper waits for the disk, and the agent for the keeper.
     agent.want.ports.insert(15_999);
     let wants = agent.want();
     let looks = async {
-        // Three times as long as redirects hold that nobody refreshes.
+        // The loop lasts three times as long as redirects hold without a heartbeat.
         for _ in 0..50 {
             let askers: Vec<_> = (0..8).map(|_| vm.status()).collect();
             for asker in askers {
@@ -251,7 +251,7 @@ async fn a_disk_that_hangs_and_eight_who_ask_let_no_redirect_lapse() {
     drop(disk);
 }
 
-/// Inbound and outbound capture each have a listener of Envoy's; this Envoy has the outbound one only.
+/// Envoy has a listener for each direction; this one has the outbound listener only.
 #[tokio::test]
 async fn a_listener_that_is_missing_costs_its_own_direction_only() {
     let vm = Vm::new(Rules::Nft).await;
@@ -260,7 +260,7 @@ async fn a_listener_that_is_missing_costs_its_own_direction_only() {
     agent.want.spec.inbound.capture = vmesh_capture::spec::Inward::Redirect;
     agent.want.spec.inbound.ports.insert("8081".parse().unwrap());
     assert_eq!(status(agent.want().await).state, State::Trial);
-    // Longer than redirects hold that nobody refreshes.
+    // The loop lasts longer than redirects hold without a heartbeat.
     for _ in 0..25 {
         let now = agent.well().await;
         assert_eq!(now.redirects, Redirects::Hold, "{now:?}");
@@ -273,13 +273,14 @@ async fn a_listener_that_is_missing_costs_its_own_direction_only() {
     assert!(why.contains("15006"), "{why}");
 }
 
-/// A change that gives up inbound capture is taken back: Envoy has no listener for it any more, so it does not come back.
+/// A change that removes inbound capture is rolled back. Inbound capture does not return, because Envoy no
+/// longer has the listener for it.
 #[tokio::test]
 async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
     const BOTH: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, \
         inbound: {capture: redirect, on_loss: closed, ports: [8081]}, dead_man: {timeout: 3s}}";
     let mut vm = Vm::new(Rules::Nft).await;
-    // What is confirmed on the disk is from when Envoy had a listener for it.
+    // The confirmed spec on the disk is from when Envoy had that listener.
     vm.net.take().unwrap().kill().unwrap();
     let confirmed = serde_json::json!({"commit": {"confirmed": vm::want(&vm, BOTH).spec}});
     fs::write(vm.state_dir().join("state.json"), confirmed.to_string()).unwrap();
@@ -298,18 +299,19 @@ async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
     agent.well_until("outbound capture to go on", is_well).await;
     assert_eq!(vm.get(8080).unwrap(), "mesh");
 
-    // Neither does it after a restart.
+    // The rules do not return after a restart either.
     vm.net.take().unwrap().kill().unwrap();
     vm.start_net().await;
     assert!(!vm.nft(&["list", "table", "inet", "vmesh"]).contains(":15006"));
-    // The configuration that was confirmed is wanted again, and is in force without a trial.
+    // The agent asks for the confirmed configuration again, which needs no trial.
     let mut agent = Agent::new(&vm, BOTH).await;
     let again = status(agent.want().await);
     assert_eq!((again.state, again.trial), (State::Confirmed, None), "{again:?}");
     assert!(vm.nft(&["list", "table", "inet", "vmesh"]).contains("redirect to :15006"));
 }
 
-/// What a damaged state said is nowhere but in the kernel, until the agent speaks: no process may write that nothing was captured.
+/// After the state file is damaged, only the kernel knows what was captured, until the agent connects. No
+/// process may save that nothing was captured.
 #[tokio::test]
 async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
     let mut vm = Vm::new(Rules::Nft).await;
@@ -317,7 +319,7 @@ async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
     vm.net.take().unwrap().kill().unwrap();
     fs::write(vm.state_dir().join("state.json"), "{\"commit\": 7").unwrap();
     vm.start_net().await;
-    // An upgrade, before the agent has said anything.
+    // An upgrade happens before the agent has connected.
     vm.net.as_ref().unwrap().signal(rustix::process::Signal::HUP).unwrap();
     let starts = async || {
         let said = vm.net.as_ref().unwrap().output();
@@ -328,7 +330,7 @@ async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
     vm.status().await;
     assert_eq!(vm.get(8080).unwrap(), "mesh", "what is closed stays so");
 
-    // The agent says that nothing is to be captured: the rules of nobody knows what go at once.
+    // The agent asks for no capture, so the unknown rules are removed at once.
     let mut agent = Agent::new(&vm, "{}").await;
     agent.want().await;
     let table = || vm.nft(&["list", "tables"]);
@@ -337,7 +339,7 @@ async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
     wait_for("the table to go", SOON, look).await.unwrap();
 }
 
-/// netfilter-persistent, or an operator, loads a ruleset that was saved while something was captured.
+/// netfilter-persistent or an operator loads a ruleset that was saved during capture.
 #[tokio::test]
 async fn rules_of_ours_that_somebody_loads_again_after_off_are_taken_away() {
     let vm = Vm::new(Rules::Nft).await;
@@ -357,7 +359,7 @@ async fn rules_of_ours_that_somebody_loads_again_after_off_are_taken_away() {
     assert_eq!(vm.status().await.state, State::Off);
 }
 
-/// While `broken` is there, each tool of iptables whose name ends so fails and does nothing.
+/// Makes the iptables tools with this suffix fail while the file `broken` exists.
 fn break_iptables(vm: &Vm, broken: &Path, end: &str) {
     for tool in fs::read_dir(&vm.tools.dir).unwrap().flatten() {
         let name = tool.file_name().into_string().unwrap();
@@ -397,7 +399,7 @@ async fn rules_of_an_earlier_backend_whose_tools_fail_at_first_are_taken_away_la
         }
         assert_eq!(vm.get(8080).unwrap(), "mesh");
         fs::remove_file(&broken).unwrap();
-        // Whoever changes rules has vmesh-net look again.
+        // A change of rules by any program makes vmesh-net check again.
         vm.nft(&["add", "table", "inet", "another"]);
         let is_done =
             |status: &vmesh_net::protocol::Status| status.error.is_none() && !vm.ruleset().contains("VMESH_");
@@ -406,7 +408,7 @@ async fn rules_of_an_earlier_backend_whose_tools_fail_at_first_are_taken_away_la
     }
 }
 
-/// In another namespace of processes the kernel does not tell a program of ours by the number that it has there.
+/// In another pid namespace, the kernel reports vmesh's programs by ids that are unknown there.
 #[tokio::test]
 async fn in_a_namespace_of_processes_own_changes_are_not_taken_for_those_of_others() {
     let mut vm = Vm::new(Rules::Nft).await;
@@ -419,12 +421,12 @@ async fn in_a_namespace_of_processes_own_changes_are_not_taken_for_those_of_othe
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     fs::write(&lists, "").unwrap();
-    // The dead-man is refreshed every 600 ms, each time by a transaction.
+    // The heartbeat makes a transaction every 600 ms.
     let began = std::time::Instant::now();
     agent.well_until("some refreshes", |_| began.elapsed() > Duration::from_secs(6)).await;
     let seen = fs::read_to_string(&lists).unwrap();
     assert!(seen.lines().count() <= 2, "rules were listed:\n{seen}");
-    // A change by somebody else is still seen at once.
+    // A change by another program is still noticed at once.
     vm.nft(&["delete", "table", "inet", "vmesh"]);
     agent.well_until("the rules to be mended", |status| status.drift.count == 1).await;
 }

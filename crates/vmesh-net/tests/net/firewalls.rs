@@ -1,4 +1,5 @@
-//! The host's own filter: what it keeps closed stays closed, and what it does to captured connections is said with the rule.
+//! The host's own filter: ports that it keeps closed stay closed, and the effects of its rules on captured
+//! connections are reported together with the rule.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -13,14 +14,14 @@ use crate::vm::{self, Agent, OPEN, Rules, Vm, is_well, status};
 const INBOUND: &str =
     "{inbound: {capture: redirect, on_loss: closed, ports: [8081, 8083]}, dead_man: {timeout: 3s}}";
 
-/// As firewalld does: what was translated is let in, and else what is listed.
+/// Adds a filter like that of firewalld: it accepts translated connections and the listed ports.
 fn firewalld(vm: &Vm) {
     vm.nft(&["add table inet fw; add chain inet fw in { type filter hook input priority 10; policy accept; }; \
          add rule inet fw in ct state { established, related } accept; add rule inet fw in ct status dnat accept; \
          add rule inet fw in iifname lo accept; add rule inet fw in tcp dport { 22, 8083 } accept; add rule inet fw in reject"]);
 }
 
-/// As ufw does: what is listed is let in.
+/// Adds a filter like that of ufw: it accepts the listed ports.
 fn ufw(vm: &Vm, ports: &str) {
     vm.nft(&[&format!(
         "add table inet fw; add chain inet fw in {{ type filter hook input priority 0; policy drop; }}; \
@@ -29,7 +30,7 @@ fn ufw(vm: &Vm, ports: &str) {
     )]);
 }
 
-/// A host whose state has `spec` confirmed.
+/// Starts a host whose saved state has `spec` confirmed.
 async fn confirmed(spec: &str) -> (Vm, Agent) {
     let mut vm = Vm::new(Rules::Nft).await;
     vm.net.take().unwrap().kill().unwrap();
@@ -41,9 +42,9 @@ async fn confirmed(spec: &str) -> (Vm, Agent) {
     (vm, agent)
 }
 
-/// The inbound ports that are redirected by now.
+/// Returns the inbound ports that are redirected.
 fn redirected(vm: &Vm) -> String {
-    // Without a port to redirect there is no table.
+    // If no port is redirected, there is no table.
     let rules = vm.ruleset();
     let set = rules.split("set inbound_closed {").nth(1).and_then(|rest| rest.split('}').next());
     set.and_then(|set| set.split("elements = {").nth(1)).unwrap_or_default().trim().to_owned()
@@ -61,12 +62,12 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
     let words = ["8081 is not captured", "inet fw in: reject", "bypass_filter: [8081]"];
     vm.until("the port to be left out", |status| has_note(status, &words)).await;
     assert_eq!(redirected(&vm), "8083");
-    // The dry run leaves it out, too, and says why.
+    // The dry run leaves the port out as well, and shows the reason.
     let Answer::Plan(plan) = client::ask(&vm.socket(), &Ask::Plan { want: None }).await.unwrap() else {
         panic!()
     };
     assert!(words.iter().all(|word| plan.contains(word)) && !would_change(&plan), "{plan}");
-    // After a restart, too.
+    // The port stays uncaptured after another request.
     agent.want.ports.insert(15_999);
     agent.want().await;
     assert_eq!(redirected(&vm), "8083");
@@ -78,7 +79,7 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
         let (vm, _agent) =
             confirmed(&INBOUND.replace("on_loss", &format!("bypass_filter: {bypass}, on_loss"))).await;
         firewalld(&vm);
-        // Lets nothing in that is redirected: 8083 is closed by it, and nobody allowed that.
+        // This rule closes port 8083 for redirected connections, and the spec does not allow that.
         vm.nft(&["insert rule inet fw in tcp dport 15006 ct state new drop"]);
         let is_left_out = |status: &Status| has_note(status, &["8083 is not captured"]);
         if bypass == "true" {
@@ -92,7 +93,7 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
     }
 }
 
-/// This `nft` lists the table of vmesh as ever, and hangs when it is to list all tables.
+/// `nft` lists the table of vmesh as usual, and hangs when it lists the whole ruleset.
 #[tokio::test]
 async fn a_filter_that_cannot_be_read_is_not_taken_for_none() {
     let mut vm = Vm::new(Rules::Nft).await;
@@ -117,7 +118,7 @@ async fn a_filter_that_cannot_be_read_is_not_taken_for_none() {
     vm.nft(&["add", "table", "inet", "another"]);
     vm.until("the rules to be read", |status| !has_note(status, &["list ruleset"])).await;
     assert_eq!(redirected(&vm), "8083");
-    // The last complete reading counts for five minutes.
+    // The last complete reading stays valid for five minutes.
     fs::write(&hangs, "").unwrap();
     vm.nft(&["delete", "table", "inet", "another"]);
     let kept = ["counts as it was last read", "list ruleset"];
@@ -125,7 +126,8 @@ async fn a_filter_that_cannot_be_read_is_not_taken_for_none() {
     assert_eq!(redirected(&vm), "8083");
 }
 
-/// A filter that is called as iptables' own is, and has chains of names that iptables does not know, and a map of verdicts.
+/// A filter in a table with the name of an iptables table, with chain names that iptables does not have and a
+/// verdict map.
 #[tokio::test]
 async fn a_filter_of_nftables_in_a_table_with_a_name_of_iptables_is_seen() {
     let (vm, _agent) = confirmed(INBOUND).await;
@@ -147,7 +149,7 @@ async fn a_port_that_the_hosts_filter_lets_in_is_not_closed_by_a_redirect() {
     let words = ["8081 is not captured", "15006", "inet fw in: policy drop"];
     vm.until("the port to be left out", |status| has_note(status, &words)).await;
     vm.nft(&["add rule inet fw in tcp dport 15006 accept"]);
-    // Now everything that is redirected comes in, also what the filter does not list.
+    // Now the filter accepts all redirected connections, even those to ports that it does not list.
     vm.until("the other port to be left out", |status| has_note(status, &["8083 is not captured"])).await;
     assert_eq!(redirected(&vm), "8081");
 }
@@ -168,7 +170,7 @@ async fn a_rule_that_loses_captured_connections_is_named_by_the_status_and_by_a_
     let trial = status(agent.want().await).trial.unwrap();
     let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
     assert!(why.contains("inet eg out: policy drop"), "{why}");
-    // What the page says that a firewall has to let through.
+    // The rule that the documentation asks firewalls to have.
     vm.nft(&["add rule inet eg out tcp dport 15001 accept"]);
     assert_eq!(status(agent.confirm(trial).await).state, State::Confirmed);
     agent.well_until("nothing to be said", |status| !has_note(status, &["240.0.0.0:1"])).await;
@@ -213,13 +215,14 @@ async fn a_rule_that_loses_captured_connections_of_ipv6_alone_is_named_by_a_tria
     assert_eq!(vm.get(8080).unwrap(), "mesh");
 }
 
-/// Whoever calls the host's port from the other host, with how many calls were answered.
+/// Connects to the host's port from the other host, `times` times. Returns how many connections were
+/// accepted.
 fn called_from_outside(vm: &Vm, to: IpAddr, times: usize) -> usize {
     let call = || TcpStream::connect_timeout(&SocketAddr::new(to, 8081), Duration::from_millis(300)).is_ok();
     (0..times).filter(|_| vm.b.within(call).unwrap()).count()
 }
 
-/// Closes whatever is opened to Envoy's inbound capture port, as Envoy does.
+/// Closes all connections to the inbound capture port, as Envoy does.
 fn inbound_listener(vm: &Vm) {
     let listen = || TcpListener::bind(("::", INBOUND_PORT));
     let listener = vm.a.within_as(vm::MESH, listen).unwrap().unwrap();
@@ -232,14 +235,14 @@ async fn connections_from_outside_are_counted(rules: Rules) {
     let before = vm.ruleset();
     let mut agent =
         Agent::new(&vm, "{inbound: {capture: redirect, bypass_filter: true, ports: [8081]}}").await;
-    // Lets the port in that is called, and by IPv6 not the one to which it is redirected.
+    // The filter accepts the called port, but for IPv6 not the port to which it is redirected.
     vm.nft(&["add table ip6 fw; add chain ip6 fw in { type filter hook input priority 0; policy drop; }; \
         add rule ip6 fw in meta l4proto ipv6-icmp accept; add rule ip6 fw in ct state established accept; \
         add rule ip6 fw in iifname lo accept; add rule ip6 fw in tcp dport { 22, 8081 } accept"]);
     let trial = status(agent.want().await).trial.unwrap();
     agent.well_until("the redirects to hold", is_well).await;
     assert_eq!(called_from_outside(&vm, vm.a.v4.into(), 3), 3);
-    // Some of these come before vmesh-net has noticed the filter, and begins to count anew.
+    // Some of these connections come before vmesh-net has noticed the filter and starts counting anew.
     assert_eq!(called_from_outside(&vm, vm.a.v6.into(), 8), 0);
     let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
     for words in ["IPv6 from outside", "ip6 fw in: policy drop", "15006"] {
@@ -252,7 +255,8 @@ async fn connections_from_outside_are_counted(rules: Rules) {
     assert_eq!(called_from_outside(&vm, vm.a.v6.into(), 3), 3);
     assert_eq!(status(agent.confirm(trial).await).state, State::Confirmed);
 
-    // What no longer arrives later is told, too, and is told no more once it does. By iptables vmesh-net looks every 10 s.
+    // A later loss is reported too, and the report ends with the loss. With iptables, vmesh-net checks every
+    // 10 s.
     if rules == Rules::Iptables {
         let is_named = |status: &Status| has_note(status, &["IPv6 from outside", "policy drop"]);
         vm.nft(&["flush chain ip6 fw in; add rule ip6 fw in meta l4proto ipv6-icmp accept; \

@@ -1,4 +1,5 @@
-//! What another local user can write is not believed: control groups, program names, directories on a PATH, connections.
+//! Input that another local user controls is not trusted: control groups, program names, directories on the
+//! PATH, connections.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -12,7 +13,7 @@ use vmesh_testkit::process::Daemon;
 
 use crate::vm::{self, Agent, MESH, Rules, SOON, Vm, status};
 
-/// A login user's own subtree of control groups, removed when the test ends.
+/// A user's own subtree of control groups; it is removed when the test ends.
 struct Subtree(PathBuf);
 
 impl Subtree {
@@ -52,7 +53,7 @@ impl Drop for Subtree {
 const EXCLUDES_A_UNIT: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, \
     exclude: {units: [backup.service]}}, dead_man: {timeout: 3s}}";
 
-/// The attack of the field test: a folder in the user's own subtree whose name carries rules, and below it one with the name of
+/// A user creates a directory in their own subtree whose name contains rules, and in it one with the name of
 /// a unit that the agent's configuration names.
 async fn hostile_folder(rules: Rules) {
     let subtree = Subtree::new();
@@ -80,7 +81,7 @@ async fn nothing_of_a_users_control_groups_reaches_the_kernel_by_iptables() {
     hostile_folder(Rules::Iptables).await;
 }
 
-/// The same names, if systemd itself were made to say them.
+/// systemd itself reports such names.
 #[tokio::test]
 async fn a_control_group_that_no_unit_can_have_is_refused_whoever_names_it() {
     let vm = Vm::new(Rules::Nft).await;
@@ -102,7 +103,8 @@ async fn a_control_group_that_no_unit_can_have_is_refused_whoever_names_it() {
     }
 }
 
-/// A directory that another user can write to, first on the PATH of vmesh-net, with programs of theirs.
+/// A directory that another user can write to comes first on the PATH of vmesh-net, with programs of that
+/// user.
 #[tokio::test]
 async fn a_program_that_another_user_could_have_put_there_is_not_run() {
     let mut vm = Vm::new(Rules::Nft).await;
@@ -119,7 +121,7 @@ async fn a_program_that_another_user_could_have_put_there_is_not_run() {
     assert_eq!(vm.get(8080).unwrap(), "mesh");
     assert!(!ran.exists(), "{:?}", fs::read_to_string(&ran));
 
-    // A file of theirs in a directory of root's, and one that they may write to.
+    // A program of another user in a directory of root, and programs that everybody may write to.
     chown(vm.programs(), Some(0), Some(0)).unwrap();
     chown(vm.programs().join("nft"), Some(vm::APP), Some(0)).unwrap();
     for name in ["getent", "systemctl", "iptables-save"] {
@@ -134,7 +136,7 @@ async fn a_program_that_another_user_could_have_put_there_is_not_run() {
 const OPEN_TO_A_NAMED_USER: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, \
     exclude: {users: [nobody]}}, dead_man: {timeout: 3s}}";
 
-/// A program of a user's that calls itself `sshd` and listens where a workload does.
+/// A user's program calls itself `sshd` and listens on the port of a workload.
 #[tokio::test]
 async fn a_users_program_called_sshd_lifts_nothing_from_its_port() {
     const LISTENS: &str = "import socket, sys\nopen('/proc/self/comm', 'w').write('sshd')\n\
@@ -149,7 +151,7 @@ async fn a_users_program_called_sshd_lifts_nothing_from_its_port() {
     assert!(captured.notes.iter().all(|note| !note.contains("SSH")), "{captured:?}");
     assert!(!strict_ssh(&vm).contains("8080"), "{}", strict_ssh(&vm));
 
-    // Root's own program of that name, from a directory of root's.
+    // A program of root with the same name, in a directory of root.
     let mut command = vm.a.command("/usr/bin/python3");
     command.args(["-c", &LISTENS.replace("8080", "8081")]);
     let mut roots = Daemon::spawn("sshd", command).unwrap();
@@ -158,7 +160,7 @@ async fn a_users_program_called_sshd_lifts_nothing_from_its_port() {
     agent.capture().await;
     assert!(strict_ssh(&vm).contains("8081"), "{}", strict_ssh(&vm));
 
-    // A program of that name that root runs, and that another user can replace.
+    // A program with the same name that root runs and another user can replace.
     let users = vm.state_dir().parent().unwrap().join("users");
     fs::create_dir(&users).unwrap();
     fs::copy("/usr/bin/python3", users.join("python3")).unwrap();
@@ -175,7 +177,7 @@ async fn a_users_program_called_sshd_lifts_nothing_from_its_port() {
     assert!(ssh.contains("8081") && !ssh.contains("8082"), "{ssh}");
 }
 
-/// The ports that count as SSH's where only the mesh may call.
+/// Returns the SSH ports in the rules for strict ports.
 fn strict_ssh(vm: &Vm) -> String {
     let table = vm.nft(&["list", "table", "inet", "vmesh"]);
     table
@@ -186,7 +188,7 @@ fn strict_ssh(vm: &Vm) -> String {
         .to_owned()
 }
 
-/// Strangers that say nothing do not keep Envoy's supervisor, or another stranger, from being answered.
+/// Idle connections of one local user do not keep Envoy's supervisor or another user from being answered.
 #[tokio::test]
 async fn idle_strangers_shut_nobody_out() {
     let vm = Vm::new(Rules::Nft).await;
@@ -216,7 +218,7 @@ async fn idle_strangers_shut_nobody_out() {
     drop(idle);
 }
 
-/// A configuration with more names than a host has to look up starts a bounded number of programs, and says so.
+/// A configuration with too many names starts a limited number of lookups, and is refused with a reason.
 #[tokio::test]
 async fn more_names_than_are_looked_up_are_refused() {
     let vm = Vm::new(Rules::Nft).await;
@@ -232,13 +234,13 @@ async fn more_names_than_are_looked_up_are_refused() {
     assert!(started <= 256, "{started}");
     let Answer::Status(now) = client::ask(&vm.socket(), &Ask::Status).await.unwrap() else { panic!() };
     assert_eq!(now.state, State::Off);
-    // Numbers are not looked up.
+    // Numbers need no lookup.
     agent.want.spec.outbound.exclude.users =
         (0..3_000).map(|number: u32| number.to_string().parse().unwrap()).collect();
     assert_eq!(status(agent.want().await).state, State::Trial);
 }
 
-/// A state that was damaged on the disk is not taken for what was confirmed.
+/// The checksum detects a damaged state file.
 #[tokio::test]
 async fn a_state_that_was_damaged_is_noticed_by_its_checksum() {
     let mut vm = Vm::new(Rules::Nft).await;

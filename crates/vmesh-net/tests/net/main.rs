@@ -1,4 +1,5 @@
-//! vmesh-net itself, as root on a host that is a namespace, with a real Envoy and both kinds of rules.
+//! End-to-end tests of vmesh-net: the program runs as root in a network namespace, with a real Envoy and with
+//! the rules of nftables and of iptables.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
@@ -58,10 +59,10 @@ async fn what_nobody_confirms_is_taken_back_and_not_tried_again_unasked() {
     assert!(reverted.reverted.as_ref().unwrap().contains("nobody confirmed"), "{reverted:?}");
     vm.until("the rules to go", |status| status.state == State::Off).await;
     assert_eq!(vm.ruleset(), before);
-    // The agent goes on saying what is wanted.
+    // The agent repeats its request.
     let still = status(agent.want().await);
     assert_eq!((still.state, still.trial), (State::Off, None), "{still:?}");
-    // Another spec is another matter, and so is somebody's word.
+    // A different spec may be tried, and after an operator's retry also the old one.
     client::ask(&vm.socket(), &Ask::Retry).await.unwrap();
     agent.want.confirm_within = 60;
     agent.capture().await;
@@ -76,12 +77,12 @@ async fn a_process_that_is_killed_in_a_trial_takes_it_back_at_its_next_start() {
     assert_eq!(status(agent.want().await).state, State::Trial);
     vm.net.take().unwrap().kill().unwrap();
     assert_ne!(vm.ruleset(), before, "a crash takes nothing away");
-    // Until somebody comes, the kernel's clock ends the trial.
+    // The kernel's clock ends the trial while no vmesh-net runs.
     vm.answers_without_net("direct").await;
     vm.start_net().await;
     vm.until("the rules to go", |status| status.state == State::Off).await;
     assert_eq!(vm.ruleset(), before);
-    // It may be why the process ended: it is not tried again unasked, now or after any other start.
+    // The trial may be the reason why the process died. So each later process waits for an operator's retry.
     for _ in 0..2 {
         let mut agent = Agent::new(&vm, OPEN).await;
         let off = status(agent.want().await);
@@ -140,7 +141,7 @@ async fn a_program_that_takes_envoys_port_while_it_is_away_is_not_taken_for_envo
     let mut agent = Agent::new(&vm, OPEN).await;
     agent.capture().await;
     vm.envoy.take().unwrap().kill().unwrap();
-    // It closes what comes, as Envoy does with what is for nobody.
+    // The program closes connections, as Envoy does on its capture port.
     let listener =
         vm.a.within_as(vm::APP, || std::net::TcpListener::bind("127.0.0.1:15001")).unwrap().unwrap();
     std::thread::spawn(move || listener.incoming().for_each(drop));
@@ -162,7 +163,7 @@ async fn who_says_that_envoy_has_ended_is_not_believed_and_makes_it_be_seen_at_o
         let socket = vm.socket();
         assert_eq!(status(client::ask(&socket, &Ask::Look).await.unwrap()).redirects, Redirects::Lapsed);
         assert_eq!(vm.get(8080).unwrap(), "direct", "the next call already");
-        // What was seen of it before it went counts no more.
+        // The probe's results from before Envoy's end have no effect.
         for _ in 0..15 {
             agent.well().await;
             assert_eq!(vm.get(8080).unwrap(), "direct");
@@ -192,7 +193,7 @@ async fn an_agent_that_says_nothing_lets_redirects_lapse_and_one_that_speaks_aga
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     vm.answers("direct").await;
-    // The kernel lets them lapse by itself, and vmesh-net says so at its next look.
+    // The kernel lets the redirects lapse by itself, and vmesh-net reports it after its next check.
     vm.until("the lapse to be told", |status| status.redirects == Redirects::Lapsed).await;
     agent.well_until("the redirects to hold", is_well).await;
     assert_eq!(vm.get(8080).unwrap(), "mesh");
@@ -213,7 +214,7 @@ async fn rules_that_somebody_changes_are_mended_at_once_and_it_is_told_who_it_wa
         agent.well_until("the redirects to hold", is_well).await;
         assert_eq!(vm.get(8080).unwrap(), "mesh");
     }
-    // What is not ours stays.
+    // Rules of other programs stay.
     vm.nft(&["add", "table", "inet", "foreign"]);
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(vm.nft(&["list", "tables"]).contains("foreign"));
@@ -266,7 +267,7 @@ async fn what_is_proposed_while_bypassed_is_not_confirmed_and_is_tried_once_the_
     let trial = status(agent.want().await).trial.unwrap();
     let refused = agent.confirm(trial).await;
     assert!(matches!(&refused, Answer::Refused(why) if why.contains("bypass")), "{refused:?}");
-    // Longer than a trial may take.
+    // The pause is longer than the limit of the trial.
     tokio::time::sleep(Duration::from_secs(7)).await;
     let still = vm.status().await;
     assert_eq!((still.trial, still.reverted), (Some(trial), None), "it was never tried");
@@ -302,7 +303,7 @@ async fn captured_connections_are_left_to_end_before_the_rules_go() {
     let before = vm.ruleset();
     let mut agent = Agent::new(&vm, OPEN).await;
     agent.capture().await;
-    // Envoy's application says its name and waits for the client to go.
+    // The server behind Envoy sends its name and waits for the client to close.
     vm.stay(true);
     let to = std::net::SocketAddr::from((vm.b.v4, 8080));
     let mut client = vm.a.within_as(vm::APP, || TcpStream::connect(to)).unwrap().unwrap();
@@ -336,7 +337,7 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
         vm.a.within_as(vm::APP, move || {
             let mut stream = UnixStream::connect(socket).unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-            // It may be closed before all is sent.
+            // The server may close the connection before all is sent.
             _ = stream.write_all(&line);
             let mut answer = [0; 4096];
             let len = stream.read(&mut answer).unwrap_or(0);
@@ -361,7 +362,7 @@ async fn strangers_may_look_and_nonsense_costs_its_connection_only() {
     let unknown = "{\"ask\":\"want\",\"spec\":{\"outbound\":{\"rules\":[\"accept\"]}}}\n";
     assert!(ask(unknown.as_bytes().to_vec()).contains("unknown field `rules`"));
     assert_eq!(ask(vec![b'a'; MAX_LINE + 10]), "");
-    // Any number of them is in nobody's way.
+    // Many connections of other local users block nobody.
     let _many: Vec<_> = (0..40).map(|_| vm.a.within_as(vm::APP, || UnixStream::connect(&socket))).collect();
     assert_eq!(status(agent.want().await).state, State::Confirmed);
 }
@@ -395,7 +396,7 @@ async fn a_state_that_cannot_be_read_leaves_the_rules_as_they_are_until_the_agen
         let path = vm.state_dir().join("state.json");
         let of_a_newer_version =
             std::fs::read_to_string(&path).unwrap().replace("\"on_loss\"", "\"on_loss_of\"");
-        // With iptables, what there was before the first rule is lost with all the rest.
+        // With iptables, a lost state file also loses the list of chains from before the first rule.
         let garbage = (rules == Rules::Nft).then_some("{\"commit\": 7");
         for text in garbage.into_iter().chain([of_a_newer_version.as_str()]) {
             vm.net.take().unwrap().kill().unwrap();
@@ -403,7 +404,7 @@ async fn a_state_that_cannot_be_read_leaves_the_rules_as_they_are_until_the_agen
             vm.start_net().await;
             assert_eq!(vm.get(8080).unwrap(), "mesh", "what is closed stays so");
             vm.says("state.json is not what this version writes").await;
-            // Of which it cannot know that it was confirmed.
+            // The process cannot know that this spec was confirmed.
             Agent::new(&vm, CLOSED).await.capture().await;
             assert_eq!(vm.get(8080).unwrap(), "mesh");
         }
@@ -447,7 +448,7 @@ async fn rules_of_an_earlier_backend_give_way_to_those_of_the_next_and_cost_no_c
         assert_eq!(vm.ruleset(), before, "{first:?}, then {next:?}");
         assert_eq!(vm.get(8080).unwrap(), "direct");
 
-        // Nothing is wanted any more when the next one begins.
+        // Capture is switched off before a process with the other backend starts.
         vm.rules = first;
         vm.start_net().await;
         let mut agent = Agent::new(&vm, OPEN).await;
@@ -462,7 +463,8 @@ async fn rules_of_an_earlier_backend_give_way_to_those_of_the_next_and_cost_no_c
     }
 }
 
-/// A directory of users that hangs cannot be had from a real one at will, so `getent` and `systemctl` are scripts.
+/// A real user directory cannot be made to hang at will, so scripts take the place of `getent` and
+/// `systemctl`.
 #[tokio::test]
 async fn a_directory_of_users_that_hangs_captures_nobody_who_is_left_out_and_lets_nothing_lapse() {
     const OTHER: u32 = 5999;
@@ -493,7 +495,7 @@ async fn a_directory_of_users_that_hangs_captures_nobody_who_is_left_out_and_let
     }
     assert!(vm.ruleset().contains("2244"), "what systemd held for SSH is kept");
 
-    // What was known is known after a restart, too.
+    // The known ids survive a restart.
     vm.net.take().unwrap().kill().unwrap();
     vm.start_net().await;
     let mut agent = Agent { want: agent.want, ..Agent::new(&vm, spec).await };
@@ -503,7 +505,7 @@ async fn a_directory_of_users_that_hangs_captures_nobody_who_is_left_out_and_let
     assert_eq!((vm.get(8080).unwrap(), vm.get_as(OTHER, 8080).unwrap()), ("direct".into(), "mesh".into()));
     assert!(vm.ruleset().contains("2244"));
 
-    // Somebody new, of whom nothing is known.
+    // A new user whose id is not known.
     agent.want.spec.outbound.exclude.users.insert("new".parse().unwrap());
     let Answer::Refused(why) = agent.want().await else { panic!("it was not refused") };
     assert!(why.contains("does `getent passwd new` answer?"), "{why}");
@@ -525,7 +527,7 @@ async fn what_would_be_done_is_shown_and_not_done() {
 async fn an_open_connection_lives_through_the_end_of_capture() {
     let vm = Vm::new(Rules::Nft).await;
     let mut agent = Agent::new(&vm, OPEN).await;
-    // From before the rules.
+    // This connection is older than the first rule.
     let to = std::net::SocketAddr::from((vm.b.v4, 22));
     let listener = vm.b.within(|| std::net::TcpListener::bind(to)).unwrap().unwrap();
     let mut client = vm.a.within_as(vm::APP, || TcpStream::connect(to)).unwrap().unwrap();

@@ -1,5 +1,5 @@
-//! Units that are left out, from their first connection on. No systemd runs here: what it says is a script's, and control groups
-//! are made by the test.
+//! Excluded units are left uncaptured from their first connection on. No systemd runs here: a script takes
+//! the place of `systemctl`, and the test creates the control groups.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use vmesh_testkit::wait_for;
 
 use crate::vm::{Agent, Rules, SOON, Vm, is_well};
 
-/// A slice in which units start, removed when the test ends.
+/// A slice in which units are started; it is removed when the test ends.
 struct Slice {
     root: PathBuf,
     name: String,
@@ -35,7 +35,7 @@ impl Slice {
         dir
     }
 
-    /// Who answers a program of the unit.
+    /// Returns the name of the server that answers a program of the unit.
     fn call(&self, vm: &Vm, unit: &Path) -> String {
         let script = format!(
             "echo $$ >{}/cgroup.procs && exec 3<>/dev/tcp/{}/8080 && timeout 5 cat <&3; echo $$ >{}/cgroup.procs",
@@ -70,13 +70,14 @@ async fn a_unit_that_is_left_out_is_so_from_its_first_connection_and_others_are_
     agent.well_until("the redirects to hold", is_well).await;
     assert_eq!(vm.get(8080).unwrap(), "mesh", "who is in no unit");
 
-    // It starts, and calls before anybody has seen it.
+    // The unit starts and calls before vmesh-net has noticed it.
     let backup = slice.start("backup.service");
     for _ in 0..3 {
         assert_eq!(slice.call(&vm, &backup), "direct");
         agent.well().await;
     }
-    // Another unit starts in the same slice: it is captured as soon as it is seen, which takes no timer.
+    // Another unit in the same slice is captured as soon as vmesh-net notices it, without waiting for a
+    // timer.
     let web = slice.start("web.service");
     wait_for("the other unit to be captured", SOON, async || {
         agent.well().await;
@@ -85,7 +86,7 @@ async fn a_unit_that_is_left_out_is_so_from_its_first_connection_and_others_are_
     })
     .await
     .unwrap();
-    // systemd says where the unit is by now, and it stays left out; so it does when it is started again.
+    // The unit stays excluded after systemd reports its control group, and after a restart of the unit.
     let path = format!("/{}/backup.service", slice.name);
     vm.script(
         "systemctl",
@@ -103,15 +104,15 @@ async fn a_unit_that_is_left_out_is_so_from_its_first_connection_and_others_are_
     assert_eq!(vm.get(8080).unwrap(), "mesh");
 }
 
-/// Whoever makes control groups in a slice that is watched makes the host be read anew once a second at most: twice, where one of them
-/// went between the reading and the change.
+/// A process that keeps creating control groups in a watched slice causes one reading of the host per second
+/// at most, or two if a control group disappears between the reading and the change.
 #[tokio::test]
 async fn control_groups_that_come_and_go_all_the_time_do_not_keep_the_keeper_busy() {
     let slice = Slice::new();
     let vm = Vm::new(Rules::Nft).await;
     let asked = vm.state_dir().join("asked");
     let says = format!("Names=backup.service\nControlGroup=\nSlice={}", slice.name);
-    // The keeper asks for the sockets of SSH once in each reading of the host.
+    // Each reading of the host asks once for the SSH sockets.
     vm.script(
         "systemctl",
         &format!("case \"$*\" in *Listen*) echo x >>{};; *) cat <<'.'\n{says}\n.\n;; esac", asked.display()),

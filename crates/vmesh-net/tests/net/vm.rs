@@ -1,5 +1,5 @@
-//! A host with vmesh-net and a real Envoy, and another that it calls. Who is answered by `mesh` came through Envoy; who is
-//! answered by `direct` did not.
+//! The fixture of these tests: host `a` with vmesh-net and a real Envoy, and host `b` that it calls. The
+//! server `mesh` answers connections that came through Envoy; the server `direct` answers all others.
 
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
@@ -22,7 +22,7 @@ use vmesh_testkit::place::{TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{envoy, wait_for};
 
-/// Real addresses, and a dead-man as short as it may be.
+/// A spec with real addresses and the shortest possible dead-man timeout.
 pub(crate) const OPEN: &str =
     "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, dead_man: {timeout: 3s}}";
 pub(crate) const CLOSED: &str =
@@ -30,7 +30,7 @@ pub(crate) const CLOSED: &str =
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// The user of the agent and of Envoy.
 pub(crate) const MESH: u32 = 4000;
-/// An application's.
+/// The user of an application.
 pub(crate) const APP: u32 = 5000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +93,7 @@ impl Vm {
         self.start_net_by(&[]).await;
     }
 
-    /// Has a program run vmesh-net, where one is given with its arguments.
+    /// Starts vmesh-net; if `by` is not empty, through that program with these arguments.
     pub(crate) async fn start_net_by(&mut self, by: &[&str]) {
         let net = binary("vmesh-net").unwrap();
         let mut command = match by.split_first() {
@@ -127,7 +127,7 @@ impl Vm {
         .unwrap();
     }
 
-    /// Whether the applications keep connections open.
+    /// Sets whether the servers keep connections open.
     pub(crate) fn stay(&self, stay: bool) {
         self.stay.store(stay, Ordering::Relaxed);
     }
@@ -140,19 +140,19 @@ impl Vm {
         self.dir.join("net/state")
     }
 
-    /// What is here is found first when vmesh-net runs a program.
+    /// The first directory on the PATH of vmesh-net.
     pub(crate) fn programs(&self) -> PathBuf {
         self.dir.join("programs")
     }
 
-    /// Has vmesh-net run this script instead of a program.
+    /// Installs a shell script in the place of a program that vmesh-net runs.
     pub(crate) fn script(&self, name: &str, text: &str) {
         let path = self.programs().join(name);
         fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// The answering application's name.
+    /// Returns the name of the server that answers.
     pub(crate) fn get(&self, port: u16) -> Result<String, String> {
         self.get_as(APP, port)
     }
@@ -170,7 +170,7 @@ impl Vm {
         wait_for(&format!("{name} to answer"), SOON, look).await.unwrap();
     }
 
-    /// [`Vm::answers`], where nobody can be asked about it.
+    /// Does the same as [`Vm::answers`] while no vmesh-net is running.
     pub(crate) async fn answers_without_net(&self, name: &str) {
         let look = async || match self.get(8080) {
             Ok(answer) if answer == name => Ok(()),
@@ -192,7 +192,7 @@ impl Vm {
         .unwrap()
     }
 
-    /// Waits until vmesh-net has said it in its log: what it prints takes its time to get here.
+    /// Waits until vmesh-net has logged this text. Its output arrives with some delay.
     pub(crate) async fn says(&self, text: &str) {
         let net = self.net.as_ref().unwrap();
         wait_for(text, SOON, async || {
@@ -211,7 +211,7 @@ impl Vm {
         printed(Command::new(&self.tools.nft).args(arguments))
     }
 
-    /// Waits until vmesh-net is another one, which no agent has spoken to.
+    /// Waits until a new vmesh-net process runs, which has not heard from an agent yet.
     pub(crate) async fn begun_anew(&self) {
         let look = async || match client::ask(&self.socket(), &Ask::Status).await {
             Ok(Answer::Status(status)) if status.agent_silent_for.is_none() => Ok(()),
@@ -228,7 +228,7 @@ impl Vm {
     }
 }
 
-/// An agent, as vmesh-net sees one.
+/// A client that plays the agent.
 pub(crate) struct Agent {
     pub(crate) client: Client,
     pub(crate) want: Want,
@@ -252,7 +252,7 @@ impl Agent {
         self.client.ask(&Ask::Confirm { trial }).await.unwrap()
     }
 
-    /// Wants it, sees that it works, and confirms.
+    /// Requests the capture, and confirms the trial.
     pub(crate) async fn capture(&mut self) -> Status {
         let status = status(self.want().await);
         let trial = status.trial.unwrap_or_else(|| panic!("{status:?}"));
@@ -261,7 +261,7 @@ impl Agent {
         confirmed
     }
 
-    /// Goes on saying that it is well, until something holds.
+    /// Keeps up the heartbeat until `holds` returns `true`.
     pub(crate) async fn well_until(&mut self, what: &str, mut holds: impl FnMut(&Status) -> bool) -> Status {
         let mut last = String::new();
         let deadline = tokio::time::Instant::now() + SOON;
@@ -310,7 +310,7 @@ fn get(to: SocketAddr) -> std::io::Result<String> {
     }
 }
 
-/// Says its name to whoever comes; while it is to stay, it then sends back what it gets.
+/// Starts a server that sends its name; while `stay` is set, it then echoes.
 fn serve(on: &Host, address: SocketAddr, name: &'static str, stay: Arc<AtomicBool>) {
     let listener = on.within(|| TcpListener::bind(address)).unwrap().unwrap();
     std::thread::spawn(move || {
@@ -326,7 +326,8 @@ fn serve(on: &Host, address: SocketAddr, name: &'static str, stay: Arc<AtomicBoo
     });
 }
 
-/// What is captured goes to `mesh`; the capture port itself leads nowhere.
+/// Returns a bootstrap with which Envoy sends captured connections to `mesh`, and closes those to the capture
+/// port itself.
 fn bootstrap_of(server: &str) -> serde_json::Value {
     let proxy = |cluster: &str| {
         json!([{"name": "tcp", "typed_config": {
