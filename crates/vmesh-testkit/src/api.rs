@@ -1,4 +1,4 @@
-//! The HTTP API of a control plane under test, or of anything that answers like it.
+//! A client of the HTTP API of a control plane under test, or of any other HTTP server.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use crate::{Failed, Result};
 
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// An HTTP server that is asked with `GET`.
+/// An HTTP server that is queried with `GET`.
 #[derive(Debug, Clone, Copy)]
 pub struct Api(pub SocketAddr);
 
 impl Api {
-    /// The body of an answer of 2xx; any other is an error.
+    /// Returns the body of a response. A status other than 2xx is an error.
     pub async fn text(&self, path: &str) -> Result<String> {
         let answer = fetch(&Peer::Tcp(self.0), Method::GET, path, WITHIN).await;
         let (status, body) = answer.map_err(Failed::to(format!("could not ask {} for {path}", self.0)))?;
@@ -32,7 +32,7 @@ impl Api {
         serde_json::from_str(&body).map_err(Failed::to(format!("{path} is not JSON: {body}")))
     }
 
-    /// The sum of a metric over its labels; with labels, of that one series.
+    /// Returns the sum of a metric over its labels; if `name` has labels, the value of that series.
     pub async fn metric(&self, name: &str) -> Result<f64> {
         let text = self.text("/metrics").await?;
         let values: Vec<f64> = text
@@ -46,7 +46,7 @@ impl Api {
         }
     }
 
-    /// `Ok` once the node `name` has accepted all that concerns it; else how it stands.
+    /// Returns `Ok` once the node `name` has accepted all of its resources; else its state.
     pub async fn is_synced(&self, name: &str) -> std::result::Result<(), String> {
         let nodes = self.json("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
         let all = nodes.get("nodes").and_then(Value::as_array).cloned().unwrap_or_default();
@@ -58,7 +58,7 @@ impl Api {
     }
 }
 
-/// A field that is text; nothing if it is not.
+/// Returns a text field; an empty string if it is missing or not a text.
 pub fn field(value: &Value, name: &str) -> String {
     value.get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
 }

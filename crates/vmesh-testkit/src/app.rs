@@ -1,4 +1,4 @@
-//! An HTTP application, as those that the mesh is for.
+//! An HTTP application like those in a mesh.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -22,9 +22,10 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::{Failed, Result, background};
 
-/// Answers every request with JSON: its name, its version, and what it was asked.
+/// An HTTP server that answers each request with JSON: its name, its version and the request.
 ///
-/// It speaks HTTP/1.1, and HTTP/2 with prior knowledge. Dropping it is a crash: every socket is closed at once.
+/// It speaks HTTP/1.1, and HTTP/2 with prior knowledge. Dropping it acts like a crash: every socket is closed
+/// at once.
 pub struct HttpApp {
     address: SocketAddr,
     state: Arc<State>,
@@ -32,12 +33,12 @@ pub struct HttpApp {
     ended: mpsc::Receiver<Infallible>,
 }
 
-/// How an application behaves from now on.
+/// The behaviour that a test chooses for an application.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Behaviour {
-    /// Answers 200.
+    /// Answers with 200.
     Well,
-    /// Answers 200 after a while.
+    /// Answers with 200 after a delay.
     Slow(Duration),
     /// Answers with this status.
     Status(u16),
@@ -54,10 +55,10 @@ struct State {
 }
 
 impl HttpApp {
-    /// Listens on `address`; port 0 is a free one.
+    /// Listens on `address`; port 0 chooses a free port.
     pub fn start(name: &str, version: &str, address: impl Into<SocketAddr>) -> Result<HttpApp> {
         let address = address.into();
-        // The standard listener sets SO_REUSEADDR: an application that crashed starts again on its port.
+        // The standard listener sets SO_REUSEADDR, so a crashed application can be started again on its port.
         let listener = std::net::TcpListener::bind(address)
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
             .map_err(Failed::to(format!("application {name} could not listen on {address}")))?;
@@ -72,7 +73,7 @@ impl HttpApp {
         let (running, ended) = mpsc::channel();
         let serving = state.clone();
         let task = background()?.spawn(async move {
-            // Dropped after everything below, also when aborted: then no socket is open any more.
+            // This is dropped after the sockets below, also if the task is aborted.
             let _running: mpsc::Sender<Infallible> = running;
             let Ok(listener) = TcpListener::from_std(listener) else { return };
             serve(listener, serving).await;
@@ -92,24 +93,24 @@ impl HttpApp {
         *self.state.behaviour.lock().unwrap_or_else(PoisonError::into_inner) = behaviour;
     }
 
-    /// How many requests it got, answered or not.
+    /// Returns how many requests have arrived, answered or not.
     pub fn requests(&self) -> u64 {
         self.state.requests.load(Ordering::Relaxed)
     }
 
-    /// How many connections it accepted.
+    /// Returns how many connections were accepted.
     pub fn connections(&self) -> u64 {
         self.state.connections.load(Ordering::Relaxed)
     }
 
-    /// Crashes: when this returns, the port is closed and so is every connection.
+    /// Crashes the application. On return the port and all connections are closed.
     pub fn kill(self) {}
 }
 
 impl Drop for HttpApp {
     fn drop(&mut self) {
         self.task.abort();
-        // An error, once the task and all that it owned is gone.
+        // The channel reports an error once the task and all its sockets are dropped.
         _ = self.ended.recv_timeout(Duration::from_secs(10));
     }
 }
@@ -139,7 +140,7 @@ async fn connection(stream: TcpStream, state: Arc<State>) {
         async move {
             let answer = answer(request, &state).await;
             if answer.is_none() {
-                // With it the close below is a reset and not an end.
+                // With this option the close below sends a reset.
                 _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
             }
             answer.ok_or_else(|| std::io::Error::other("told to reset"))

@@ -1,4 +1,4 @@
-//! Tools that were fetched once, kept between runs and shared by processes that run at once.
+//! The cache of fetched tools, which is kept between runs and shared by concurrent processes.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::{Failed, Result};
 
-/// `$XDG_CACHE_HOME/vmesh`, else `~/.cache/vmesh`.
+/// Returns the cache directory: `$XDG_CACHE_HOME/vmesh`, else `~/.cache/vmesh`.
 fn dir() -> Result<PathBuf> {
     let dir = from("XDG_CACHE_HOME")
         .map(|dir| dir.join("vmesh"))
@@ -20,13 +20,14 @@ fn from(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// `name` in the directory that `$VMESH_TOOLS_CACHE` names: somebody else's, looked into first and never written to.
+/// Returns `name` in the directory `$VMESH_TOOLS_CACHE`, if it exists there. The user provides that
+/// directory: the testkit searches it first, and never writes to it.
 pub(crate) fn provided(name: &str) -> Option<PathBuf> {
     from("VMESH_TOOLS_CACHE").map(|dir| dir.join(name)).filter(|path| path.exists())
 }
 
-/// The path of `name` in the cache. If it is not there, `make` is given an empty directory and returns the path, in
-/// that directory, of what is to be kept under the name: all of it appears at once. Others wait meanwhile.
+/// Returns the path of `name` in the cache. On a miss, `make` gets an empty directory and returns the path in
+/// it that is to be cached. The entry appears atomically; other processes wait for it.
 pub(crate) fn get(name: &str, make: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<PathBuf> {
     if let Some(provided) = provided(name) {
         return Ok(provided);
@@ -43,7 +44,7 @@ pub(crate) fn get(name: &str, make: impl FnOnce(&Path) -> Result<PathBuf>) -> Re
     if kept.exists() {
         return Ok(kept);
     }
-    // Whoever held the lock before and died left this.
+    // A leftover of a process that died with the lock.
     let work = dir.join(format!(".{name}.new"));
     _ = std::fs::remove_dir_all(&work);
     std::fs::create_dir_all(&work).map_err(Failed::to(format!("could not create {}", work.display())))?;
@@ -59,7 +60,7 @@ pub(crate) fn get(name: &str, make: impl FnOnce(&Path) -> Result<PathBuf>) -> Re
     made.map(|()| kept)
 }
 
-/// Runs a command to its end; what it prints is shown only if it fails.
+/// Runs a command. Its output is shown only if it fails.
 pub(crate) fn run(command: &mut Command, install: &str) -> Result<()> {
     let shown = show(command);
     let output = command.output().map_err(|error| {

@@ -9,17 +9,17 @@ use crate::{Result, cache};
 /// A tool that is run as `cargo NAME`.
 #[derive(Debug)]
 pub struct CargoTool {
-    /// The package and the program: `cargo-nextest`.
+    /// The name of the package and of the program: `cargo-nextest`.
     pub name: &'static str,
-    /// The version that is compiled where there is none. One on the `PATH` is taken whatever its version is: the tool's
-    /// own configuration file says what it needs.
+    /// The version to compile if the machine has none. A tool on the `PATH` is used in any version; its own
+    /// configuration file can require a minimum.
     pub version: &'static str,
     pub default_features: bool,
-    /// Minutes that compiling it takes on two cores, for the message.
+    /// The time for compiling it on two cores in minutes, for the message.
     pub minutes: u32,
 }
 
-/// Runs the tests, each in a process of its own.
+/// Runs each test in its own process.
 pub const NEXTEST: CargoTool =
     CargoTool { name: "cargo-nextest", version: "0.9.143", default_features: false, minutes: 6 };
 
@@ -28,11 +28,10 @@ pub const DENY: CargoTool =
     CargoTool { name: "cargo-deny", version: "0.20.2", default_features: false, minutes: 3 };
 
 impl CargoTool {
-    /// Returns the program, compiled first where the machine has none.
+    /// Returns the program, and compiles it first if the machine has none.
     ///
     /// # Errors
-    ///
-    /// The tool cannot be compiled; the message has the last words of the compiler.
+    /// If the tool cannot be compiled; the message has the last lines of the compiler.
     pub fn find(&self) -> Result<PathBuf> {
         if let Some(found) = on_path(self.name) {
             return Ok(found);

@@ -1,8 +1,8 @@
-//! Real Consul servers: one or three, with ACLs and TLS, and what tests do to them.
+//! Real Consul servers: one or three, with ACLs and TLS, which tests can kill, stop and restart.
 //!
-//! Each server has an address of its own and the ports that everybody knows (8500, 8501 for TLS). They run from
-//! Debian's package, by its hash: 1.8.7, the last that Debian had. Where `$VMESH_TOOLS_CACHE` does not have it, a
-//! `consul` of that version on the PATH will do.
+//! Each server has its own address and the standard ports (8500, 8501 for TLS). The servers run from Debian's
+//! package, which is identified by its hash: 1.8.7, the last version in Debian. If `$VMESH_TOOLS_CACHE` does
+//! not have it, a `consul` of that version on the PATH is used.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -35,21 +35,21 @@ const DEB: Deb = Deb {
 const VERSION: &str = "1.8.7";
 const HTTP_PORT: u16 = 8500;
 const HTTPS_PORT: u16 = 8501;
-/// How long servers may take to have a leader, on a machine that does other things too.
+/// The time limit for the election of a leader on a busy machine.
 const SERVING: Duration = Duration::from_secs(60);
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// May do everything, where ACLs are on.
+/// The token with all rights, if ACLs are on.
 pub const MANAGEMENT_TOKEN: &str = "5a7c1e2d-0000-4000-8000-000000000001";
 
-/// How servers are to be.
+/// The configuration of the servers.
 #[derive(Debug, Clone)]
 pub struct Options {
     pub servers: usize,
     pub datacenter: &'static str,
-    /// Who has no token may do nothing, and [`MANAGEMENT_TOKEN`] everything.
+    /// Denies everything without a token; [`MANAGEMENT_TOKEN`] has all rights.
     pub acl: bool,
-    /// A TLS port that asks for a client certificate: see [`Consul::tls`].
+    /// Opens a TLS port that asks for a client certificate: see [`Consul::tls`].
     pub tls: bool,
     /// `limits.http_max_conns_per_client`; Consul's own default is 200.
     pub max_connections: Option<u32>,
@@ -61,7 +61,7 @@ impl Default for Options {
     }
 }
 
-/// The files of a certificate authority that signed the servers' certificates, and one for a client.
+/// The files of a certificate authority that signed the servers' certificates, and of a client certificate.
 #[derive(Debug, Clone)]
 pub struct TlsFiles {
     pub ca: PathBuf,
@@ -69,7 +69,7 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// One server or a cluster, of one datacenter.
+/// A single server or a cluster, in one datacenter.
 pub struct Consul {
     options: Options,
     program: PathBuf,
@@ -77,8 +77,8 @@ pub struct Consul {
     dir: TempDir,
 }
 
-/// The Consul to test with: the package that `$VMESH_TOOLS_CACHE` has, else a `consul` of the pinned version on the PATH,
-/// else the package, which is fetched on first use and checked against its hash.
+/// Returns the Consul to test with: the package in `$VMESH_TOOLS_CACHE`, else a `consul` of the pinned
+/// version on the PATH, else the package, which is fetched on first use and checked against its hash.
 pub fn program() -> Result<PathBuf> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     if let Some(found) = FOUND.get() {
@@ -102,7 +102,8 @@ fn on_path() -> Option<PathBuf> {
     is_pinned.then_some(path)
 }
 
-/// `said` is what `consul version` says: its first line is `Consul v1.8.7`, and Debian adds a revision to it.
+/// Reports whether this output of `consul version` names the pinned version. Its first line is
+/// `Consul v1.8.7`, and Debian appends a revision.
 fn is_pinned(said: &str) -> bool {
     let version = said.lines().next().and_then(|line| line.trim().strip_prefix("Consul v"));
     version.is_some_and(|version| version.split(['+', '-', ' ']).next() == Some(VERSION))
@@ -122,12 +123,12 @@ impl DerefMut for Consul {
 }
 
 impl Consul {
-    /// One server, which lets everybody do everything.
+    /// Starts one server without ACLs.
     pub async fn one() -> Result<Consul> {
         Consul::start(Options::default()).await
     }
 
-    /// Three servers, which let everybody do everything.
+    /// Starts three servers without ACLs.
     pub async fn three() -> Result<Consul> {
         Consul::start(Options { servers: 3, ..Options::default() }).await
     }
@@ -170,7 +171,7 @@ impl Consul {
             "disable_host_node_id": true,
             "leave_on_terminate": false,
             "log_level": "info",
-            // Elections as fast as they can be.
+            // The shortest election timeouts.
             "performance": {"raft_multiplier": 1},
             "connect": {"enabled": false},
         });
@@ -215,11 +216,11 @@ impl Consul {
         Ok(())
     }
 
-    /// Waits until server `index` answers with the word of a leader.
+    /// Waits until server `index` answers with a leader's consent.
     pub async fn wait_serving(&mut self, index: usize) -> Result<()> {
         let address = self.address(index)?;
         let asked = async || {
-            // With ACLs it takes a moment more until the management token is known.
+            // With ACLs, the management token becomes known a moment later.
             let asked = call(address, Method::GET, "/v1/catalog/services", Some(MANAGEMENT_TOKEN), "");
             match asked.await {
                 Ok((StatusCode::OK, said)) if said.contains("\"consul\"") => Ok(()),
@@ -230,22 +231,22 @@ impl Consul {
         self.servers.wait(index, asked).await
     }
 
-    /// Where server `index` is: in the clear.
+    /// Returns the plaintext address of server `index`.
     pub fn address(&self, index: usize) -> Result<SocketAddr> {
         Ok(SocketAddr::new(self.servers.server(index)?.place.ip(), HTTP_PORT))
     }
 
-    /// `http://127.1.2.3:8500`
+    /// Returns a URL like `http://127.1.2.3:8500`.
     pub fn url(&self, index: usize) -> Result<String> {
         Ok(format!("http://{}", self.address(index)?))
     }
 
-    /// `https://127.1.2.3:8501`
+    /// Returns a URL like `https://127.1.2.3:8501`.
     pub fn https_url(&self, index: usize) -> Result<String> {
         Ok(format!("https://{}:{HTTPS_PORT}", self.servers.server(index)?.place))
     }
 
-    /// What a client of the TLS ports needs.
+    /// Returns the files that a client of the TLS ports needs.
     pub fn tls(&self) -> TlsFiles {
         let client = format!("{}-client-consul-0", self.options.datacenter);
         TlsFiles {
@@ -255,19 +256,19 @@ impl Consul {
         }
     }
 
-    /// Starts server `index` again with the data that it had. It serves once there is a leader.
+    /// Starts server `index` again with its data. The server answers once there is a leader.
     pub fn launch_again(&mut self, index: usize) -> Result<()> {
         self.servers.kill(index)?;
         self.launch(index)
     }
 
-    /// Starts server `index` again with the data that it had, and waits until it serves.
+    /// Starts server `index` again with its data, and waits until it answers.
     pub async fn restart(&mut self, index: usize) -> Result<()> {
         self.launch_again(index)?;
         self.wait_serving(index).await
     }
 
-    /// Starts all servers again, and all that they knew is gone: its indexes begin anew.
+    /// Starts all servers again without their data. Their indexes restart as well.
     pub async fn restart_empty(&mut self) -> Result<()> {
         for index in 0..self.servers.len() {
             self.servers.wipe(index)?;
@@ -281,7 +282,7 @@ impl Consul {
         Ok(())
     }
 
-    /// The server that leads now, as those say that answer.
+    /// Returns the current leader, according to the servers that answer.
     pub async fn leader(&self) -> Result<usize> {
         wait_for("a leader", SERVING, async || {
             for index in 0..self.servers.len() {
@@ -301,7 +302,7 @@ impl Consul {
         .await
     }
 
-    /// Makes the two datacenters know each other, by their wide area network.
+    /// Joins the two datacenters over their wide area network.
     pub async fn join_wan(&self, other: &Consul) -> Result<()> {
         let path = format!("/v1/agent/join/{}?wan=1", other.servers.server(0)?.place);
         self.put(0, &path, &Value::Null).await?;
@@ -313,7 +314,7 @@ impl Consul {
         .map(drop)
     }
 
-    /// GET at server `index`, with all rights.
+    /// Sends a GET to server `index`, with all rights.
     pub async fn get(&self, index: usize, path: &str) -> Result<Value> {
         let (status, said) =
             call(self.address(index)?, Method::GET, path, Some(MANAGEMENT_TOKEN), "").await?;
@@ -323,7 +324,7 @@ impl Consul {
         serde_json::from_str(&said).map_err(Failed::to(format!("GET {path}: {said}")))
     }
 
-    /// PUT at server `index`, with all rights; the answer as text.
+    /// Sends a PUT to server `index`, with all rights, and returns the body.
     pub async fn put(&self, index: usize, path: &str, body: &Value) -> Result<String> {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let (status, said) =
@@ -331,17 +332,19 @@ impl Consul {
         if status.is_success() { Ok(said) } else { Err(Failed::new(format!("PUT {path}: {status} {said}"))) }
     }
 
-    /// Registers a service with the agent that server `index` is: Consul's own words, see `/v1/agent/service/register`.
+    /// Registers a service with the agent of server `index`, in Consul's own format
+    /// (`/v1/agent/service/register`).
     pub async fn register(&self, index: usize, service: &Value) -> Result<()> {
         self.put(index, "/v1/agent/service/register", service).await.map(drop)
     }
 
-    /// Takes the service with this ID away from the agent that server `index` is.
+    /// Deregisters the service with this id from the agent of server `index`.
     pub async fn deregister(&self, index: usize, id: &str) -> Result<()> {
         self.put(index, &format!("/v1/agent/service/deregister/{id}"), &Value::Null).await.map(drop)
     }
 
-    /// A token with these rules (`service_prefix "" { policy = "read" }`): its accessor, and the secret itself.
+    /// Creates a token with these rules (`service_prefix "" { policy = "read" }`). Returns its accessor and
+    /// its secret.
     pub async fn token(&self, rules: &str) -> Result<(String, String)> {
         let at = self.leader().await?;
         let name =
@@ -353,7 +356,7 @@ impl Consul {
         Ok((field("AccessorID"), field("SecretID")))
     }
 
-    /// Ends a token: the servers know it no more.
+    /// Deletes a token.
     pub async fn revoke(&self, accessor: &str) -> Result<()> {
         let path = format!("/v1/acl/token/{accessor}");
         let (status, said) =
@@ -380,7 +383,7 @@ impl Consul {
     }
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 async fn call(
     address: SocketAddr,
     method: Method,
@@ -408,7 +411,7 @@ async fn call(
         tokio::pin!(connection, answer);
         tokio::select! {
             answer = &mut answer => answer.map_err(Failed::to(what.clone())),
-            // The end of the connection may be seen before what was read from it.
+            // The connection task may end before the response was read.
             _ = &mut connection => answer.await.map_err(Failed::to(what.clone())),
         }
     };

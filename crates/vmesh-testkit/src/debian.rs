@@ -1,4 +1,5 @@
-//! Programs from Debian's packages, by their hash, without installing anything: the servers that tests start.
+//! Programs from Debian packages, which are identified by their hash and not installed. The servers of tests
+//! are run from them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use crate::{Failed, Result, cache};
 /// One package file.
 #[derive(Debug, Clone, Copy)]
 pub struct Deb {
-    /// Its path on every Debian mirror: `pool/main/c/consul/consul_1.8.7+dfsg1-2+b3_amd64.deb`.
+    /// The path on every Debian mirror: `pool/main/c/consul/consul_1.8.7+dfsg1-2+b3_amd64.deb`.
     pub path: &'static str,
     pub sha256: &'static str,
 }
@@ -20,10 +21,11 @@ impl Deb {
     }
 }
 
-/// The directory in which `debs` are unpacked together, as they would be at `/`: kept in the cache under `name`.
+/// Returns a directory in which `debs` are unpacked together, as they would be at `/`. The cache keeps it
+/// under `name`.
 ///
-/// Each file is looked for in `$VMESH_TOOLS_CACHE`, and then fetched from the mirrors that the machine's own apt
-/// sources name. A file of another hash is never used.
+/// Each file is looked up in `$VMESH_TOOLS_CACHE`, then fetched from the mirrors in the machine's own apt
+/// sources. A file with another hash is never used.
 pub fn unpacked(name: &str, debs: &[Deb]) -> Result<PathBuf> {
     cache::get(name, |work| {
         let root = work.join("root");
@@ -38,12 +40,12 @@ pub fn unpacked(name: &str, debs: &[Deb]) -> Result<PathBuf> {
     })
 }
 
-/// Whether `$VMESH_TOOLS_CACHE` has one of these packages.
+/// Reports whether `$VMESH_TOOLS_CACHE` has one of these packages.
 pub fn is_provided(debs: &[Deb]) -> bool {
     debs.iter().any(|deb| cache::provided(deb.file()).is_some())
 }
 
-/// The program `name` on the PATH.
+/// Returns the program `name` from the PATH.
 pub fn on_path(name: &str) -> Option<PathBuf> {
     let paths = std::env::var_os("PATH")?;
     std::env::split_paths(&paths).map(|dir| dir.join(name)).find(|path| path.is_file())
@@ -89,14 +91,15 @@ fn verified(file: &Path, deb: &Deb) -> Result<()> {
         .output()
         .map_err(Failed::to("could not run sha256sum: `apt-get install coreutils`"))?;
     let said = String::from_utf8_lossy(&output.stdout);
-    // Names with odd characters are printed with a backslash before the sum.
+    // `sha256sum` prints a backslash before the sum if the name has special characters.
     if said.trim_start_matches('\\').starts_with(deb.sha256) {
         return Ok(());
     }
     Err(Failed::new(format!("{} has another hash ({})", file.display(), said.trim())))
 }
 
-/// Python's urllib, since pip is needed anyway, and since it heeds the machine's proxy settings.
+/// Fetches a file with Python's urllib. Python is needed anyway for pip, and urllib uses the machine's proxy
+/// settings.
 pub(crate) fn fetched(from: &str, to: &Path) -> Result<()> {
     const SCRIPT: &str = "import shutil, sys, urllib.request\n\
         with urllib.request.urlopen(sys.argv[1], timeout=60) as answer, open(sys.argv[2], 'wb') as file:\n    \
@@ -107,7 +110,7 @@ pub(crate) fn fetched(from: &str, to: &Path) -> Result<()> {
         .map_err(|failed| Failed::new(failed.to_string().lines().last().unwrap_or_default().to_owned()))
 }
 
-/// The mirrors that apt is told of, in the order in which it reads its sources.
+/// Returns the mirrors in apt's sources, in the order in which apt reads them.
 pub(crate) fn mirrors() -> Vec<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     let directory = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten();
@@ -126,7 +129,7 @@ pub(crate) fn mirrors() -> Vec<String> {
     mirrors
 }
 
-/// The HTTP addresses in a sources file, of either form: see sources.list(5).
+/// Returns the HTTP addresses in a sources file of either format: see sources.list(5).
 fn uris(text: &str) -> Vec<String> {
     let lines = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
     let wanted = lines.filter_map(|line| {

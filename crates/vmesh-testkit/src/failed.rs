@@ -1,4 +1,4 @@
-//! The one error of the kit: a text for whoever runs the test.
+//! The error type of the testkit: a text for the person who runs the test.
 
 use std::error::Error;
 use std::fmt;
@@ -7,7 +7,7 @@ use vmesh_daemon::report::Chain;
 
 pub type Result<T, E = Failed> = std::result::Result<T, E>;
 
-/// What was attempted, why it failed, what to do. `unwrap` prints it as it reads.
+/// An error that tells the failed attempt, the reason and the remedy. `unwrap` prints it as plain text.
 pub struct Failed {
     what: String,
     cause: Option<Box<dyn Error + Send + Sync>>,
@@ -18,7 +18,8 @@ impl Failed {
         Failed { what: what.into(), cause: None }
     }
 
-    /// For `map_err`: `what` was attempted and failed because of the error.
+    /// Returns a function for `map_err` that reports that `what` was attempted and failed because of the
+    /// error.
     pub fn to<E: Into<Box<dyn Error + Send + Sync>>>(what: impl Into<String>) -> impl FnOnce(E) -> Failed {
         let what = what.into();
         move |cause| Failed { what, cause: Some(cause.into()) }

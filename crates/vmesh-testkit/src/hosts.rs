@@ -1,19 +1,20 @@
-//! Hosts that are booted: a real systemd as PID 1, with units, a journal, resolved, SSH and a firewall of their own, for
-//! what only a whole machine can show: installation, boot, power cuts, upgrades, removal.
+//! Booted hosts, each with a real systemd as PID 1, units, a journal, resolved, SSH and a firewall. They
+//! serve for tests of what only a whole machine can show: installation, boot, power cuts, upgrades, removal.
 //!
-//! Each is a container of systemd-nspawn on a [`Switch`] of the fleet's own, where hosts that are only namespaces
-//! ([`netns`](crate::netns)) may be beside it. Nothing of it is in the namespace of the test, and nothing is installed
-//! on the machine. Names carry the process id; what a test left that was killed is taken away by the next.
+//! Each host is a container of systemd-nspawn on the [`Switch`] of its fleet. Hosts that are only namespaces
+//! ([`netns`](crate::netns)) may be on the same switch. Nothing is created in the namespace of the test, and
+//! nothing is installed on the machine. Names contain the process id; leftovers of a killed test are removed
+//! by the next one.
 //!
 //! ```text
-//! $XDG_CACHE_HOME/vmesh/host-bookworm-…   the root, built once by the machine's own apt, only read
-//! /run/vmesh-hosts/PID-N                  a tmpfs: what the hosts of one fleet write, gone with it
-//! CGROUP/vmesh-hosts/PID-N/NAME           all that runs on a host
+//! $XDG_CACHE_HOME/vmesh/host-bookworm-…   the root, built once by the machine's own apt, mounted read-only
+//! /run/vmesh-hosts/PID-N                  a tmpfs with the writable layers of one fleet, removed with it
+//! CGROUP/vmesh-hosts/PID-N/NAME           the processes of a host
 //! ```
 //!
-//! What differs from a real VM: one kernel and one clock for all (no `kernel.*` and `vm.*` sysctls, no modules), no udev,
-//! and what a test kills by [`Host::power_cut`] loses nothing that was written. Limits of memory and CPU hold where the
-//! machine has those controllers in cgroup2.
+//! Differences from a real VM: all hosts share one kernel and one clock (no `kernel.*` and `vm.*` sysctls, no
+//! modules), there is no udev, and [`Host::power_cut`] loses no data that was written. Limits of memory and
+//! CPU apply if the machine has those controllers in cgroup2.
 
 mod machine;
 mod root;
@@ -37,9 +38,9 @@ use crate::{Failed, Result, cache};
 
 pub use root::{Root, Suite};
 
-/// Where the disks of running hosts are.
+/// The directory with the disks of running hosts.
 const RUN: &str = "/run/vmesh-hosts";
-/// What a boot may take that takes a second on an idle machine.
+/// The time limit of a boot, which takes a second on an idle machine.
 const BOOTS_WITHIN: Duration = Duration::from_secs(120);
 const INSTALL: &str = "booted hosts need root, cgroup2, overlay and tmpfs file systems, and util-linux";
 
@@ -51,35 +52,36 @@ pub struct Fleet {
 
 #[derive(Debug)]
 struct Inner {
-    // In the order in which they are to go.
+    // The fields are dropped in this order.
     switch: Switch,
     disk: Disk,
     root: Root,
-    /// The names that all of them know.
+    /// The names of all hosts, which each host can resolve.
     names: Mutex<BTreeMap<String, [IpAddr; 2]>>,
 }
 
-/// One booted host: switched off, and gone with its disk, when dropped.
+/// A booted host. Dropping it switches it off and removes its disk.
 #[derive(Debug)]
 pub struct Host {
     name: String,
     machine: Machine,
     fleet: Arc<Inner>,
-    /// Its network: sockets can be made there, see [`netns::Host::within`].
+    /// The network of the host. Sockets can be created in it: see [`netns::Host::within`].
     pub net: Arc<netns::Host>,
     dir: PathBuf,
 }
 
 impl Fleet {
-    /// Hosts of Debian 12.
+    /// Creates a fleet of hosts with Debian 12.
     ///
     /// # Errors
-    /// Where the machine cannot run them: says what is missing.
+    /// If the machine cannot run them; the message says what is missing.
     pub fn new() -> Result<Fleet> {
         Fleet::of(Suite::Bookworm, &[])
     }
 
-    /// Hosts of this release, with these files of the machine (path on the host, file here) in addition.
+    /// Creates a fleet of hosts with this release, and with these additional files (path on the host, file
+    /// here).
     pub fn of(suite: Suite, files: &[(&str, &Path)]) -> Result<Fleet> {
         static REAP: Once = Once::new();
         machine::able()?;
@@ -98,26 +100,26 @@ impl Fleet {
         Ok(Fleet { inner: Arc::new(Inner { switch, disk, root, names: Mutex::default() }) })
     }
 
-    /// A new host, booted.
+    /// Boots a new host.
     pub fn host(&self, name: &str) -> Result<Host> {
         let host = self.start(name)?;
         host.wait_booted()?;
         Ok(host)
     }
 
-    /// New hosts, booted at the same time.
+    /// Boots several new hosts concurrently.
     pub fn hosts<const N: usize>(&self, names: [&str; N]) -> Result<[Host; N]> {
         let started = names.iter().map(|name| self.start(name)).collect::<Result<Vec<_>>>()?;
         started.iter().try_for_each(Host::wait_booted)?;
         started.try_into().map_err(|_| Failed::new("as many hosts as names"))
     }
 
-    /// What all of them are connected to: [`Switch::host`] makes clients that need no systemd.
+    /// Returns the switch that connects the hosts. [`Switch::host`] adds clients that need no systemd.
     pub fn switch(&self) -> &Switch {
         &self.inner.switch
     }
 
-    /// Programs of the hosts' release, to be run on this machine.
+    /// Returns the root of the hosts' release, whose programs can be run on this machine.
     pub fn root(&self) -> &Root {
         &self.inner.root
     }
@@ -198,11 +200,11 @@ impl Host {
         self.net.v6
     }
 
-    /// A command in all namespaces of the host, as root, with a clean environment. Killing it does not kill what it
-    /// started there: the host does.
+    /// Builds a command that runs as root in all namespaces of the host, with a clean environment. Killing it
+    /// does not kill the processes that it has started on the host.
     ///
     /// # Errors
-    /// Where the host is switched off.
+    /// If the host is switched off.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         let Some(leader) = self.machine.leader() else {
             return Err(self.with_console(&Failed::new(format!("host {} is not running", self.name))));
@@ -210,7 +212,7 @@ impl Host {
         Ok(machine::enter(leader, program.as_ref()))
     }
 
-    /// Runs a command to its end and returns what it printed to stdout.
+    /// Runs a command, and returns its standard output.
     pub fn exec(&self, words: &[&str]) -> Result<String> {
         let output = self.output(words)?;
         let [out, err] =
@@ -228,7 +230,7 @@ impl Host {
         )))
     }
 
-    /// Runs a command to its end, however it ends.
+    /// Runs a command, and returns its output whatever its exit status is.
     pub fn output(&self, words: &[&str]) -> Result<Output> {
         let (program, arguments) =
             words.split_first().ok_or_else(|| Failed::new("no command was given to run on a host"))?;
@@ -237,7 +239,7 @@ impl Host {
         output.map_err(Failed::to(format!("could not run `{}` on {}", words.join(" "), self.name)))
     }
 
-    /// A script of sh that ends at its first failure.
+    /// Runs a script of sh, which ends at its first failure.
     pub fn sh(&self, script: &str) -> Result<String> {
         self.exec(&["sh", "-euc", script])
     }
@@ -246,18 +248,18 @@ impl Host {
         self.exec(&[&["systemctl", "--no-pager"], words].concat())
     }
 
-    /// One property of a unit, as `systemctl show` prints it.
+    /// Returns a property of a unit, as `systemctl show` prints it.
     pub fn show(&self, unit: &str, property: &str) -> Result<String> {
         let value = self.systemctl(&["show", "--property", property, "--value", unit])?;
         Ok(value.trim_end().to_owned())
     }
 
-    /// The main process of a unit by the host's own count, if it has one now.
+    /// Returns the main process of a unit by its process id on the host, if it has one.
     pub fn main_pid(&self, unit: &str) -> Result<Option<u32>> {
         Ok(self.show(unit, "MainPID")?.parse().ok().filter(|pid| *pid != 0))
     }
 
-    /// Waits for a main process that is as wanted.
+    /// Waits for a main process that is accepted.
     pub fn wait_main_pid(
         &self,
         unit: &str,
@@ -285,17 +287,18 @@ impl Host {
         })
     }
 
-    /// What a unit has said since the machine was new.
+    /// Returns the journal of a unit since the first boot of the host.
     pub fn journal(&self, unit: &str) -> Result<String> {
         self.exec(&["journalctl", "--no-pager", "--output", "short-monotonic", "--unit", unit])
     }
 
-    /// The host's file system, from outside; also while it is switched off.
+    /// Returns the root directory of the host on this machine. The directory exists even while the host is
+    /// switched off.
     pub fn root(&self) -> PathBuf {
         self.dir.join("root")
     }
 
-    /// The place of a path of the host on this machine. Links are not followed.
+    /// Returns where a path of the host is on this machine. Links are not followed.
     pub fn path(&self, path: &str) -> PathBuf {
         below(&self.root(), Path::new(path))
     }
@@ -309,7 +312,7 @@ impl Host {
         write(&self.root(), path, text, 0o644)
     }
 
-    /// A file or a program of this machine, with its mode.
+    /// Copies a file of this machine to the host, with its mode.
     pub fn copy_in(&self, from: &Path, to: &str) -> Result<()> {
         copy(from, &self.path(to))
     }
@@ -318,8 +321,8 @@ impl Host {
         copy(&self.path(from), to)
     }
 
-    /// Installs package files in one run of apt: without a network, without questions, keeping changed configuration.
-    /// Returns what apt said.
+    /// Installs package files in one run of apt: without a network, without questions, keeping changed
+    /// configuration files. Returns apt's output.
     pub fn install(&self, debs: &[&Path]) -> Result<String> {
         let mut words = vec!["env".to_owned(), "DEBIAN_FRONTEND=noninteractive".to_owned()];
         words.extend(["apt-get", "install", "-y", "-q", "--allow-downgrades"].map(str::to_owned));
@@ -333,16 +336,16 @@ impl Host {
         self.exec(&words.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
-    /// `apt-get remove`, or `purge`.
+    /// Runs `apt-get remove` or `apt-get purge`.
     pub fn remove(&self, how: &str, packages: &[&str]) -> Result<String> {
         let words = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", how, "-y", "-q"];
         self.exec(&[&words, packages].concat())
     }
 
-    /// The host's own `systemctl reboot`, until it has booted again.
+    /// Runs `systemctl reboot` on the host, and waits until it has booted again.
     pub fn reboot(&self) -> Result<()> {
         let boots = self.machine.boots();
-        // It may be cut off before it has answered.
+        // The connection may be cut before the command returns.
         _ = self.output(&["systemctl", "reboot"])?;
         until(&format!("{} to go down and boot", self.name), BOOTS_WITHIN, || {
             Ok(if self.machine.boots() > boots { Ok(()) } else { Err("it is still the old boot") })
@@ -350,7 +353,7 @@ impl Host {
         self.wait_booted()
     }
 
-    /// The host's own `systemctl poweroff`, until it is off.
+    /// Runs `systemctl poweroff` on the host, and waits until it is off.
     pub fn power_off(&self) -> Result<()> {
         _ = self.output(&["systemctl", "poweroff"])?;
         until(&format!("{} to power off", self.name), BOOTS_WITHIN, || {
@@ -360,19 +363,20 @@ impl Host {
         Ok(())
     }
 
-    /// Everything on the host is killed at once, and its connections are gone. What it had written stays.
+    /// Kills all processes of the host at once, and cuts its connections. Written data stays.
     pub fn power_cut(&self) {
         self.machine.power_cut();
     }
 
-    /// Boots a host that is off.
+    /// Boots a host that is switched off.
     pub fn power_on(&self) -> Result<()> {
         self.fleet.switch.reboot(&self.net)?;
         self.machine.power_on()?;
         self.wait_booted()
     }
 
-    /// A command over SSH with a key, from the switch: it comes by the network, and is cut where the network is.
+    /// Builds a command that runs a script over SSH, from the switch with a key. It uses the network, and
+    /// fails with it.
     pub fn ssh(&self, script: &str) -> Command {
         let mut command = self.fleet.switch.command("setsid");
         let ssh = self.fleet.root.command("ssh");
@@ -391,8 +395,8 @@ impl Host {
         command
     }
 
-    /// Puts a disk of this size (`64k`, `8m`) over a directory, with what the directory holds. Units that have a view
-    /// of the file system of their own see it from their next start on.
+    /// Mounts a disk of this size (`64k`, `8m`) over a directory, and copies the content. Units with a file
+    /// system view of their own see it from their next start on.
     pub fn small_disk(&self, path: &str, size: &str) -> Result<()> {
         self.sh(&format!(
             "t=$(mktemp -d); mount -t tmpfs -o size={size} vmesh-small $t; cp -a {path}/. $t/\n\
@@ -407,7 +411,7 @@ impl Host {
         self.sh(&format!("cat /dev/zero > {path}/.full 2>/dev/null || :")).map(drop)
     }
 
-    /// What a test says when it has failed: how the units are, and the end of the journal.
+    /// Returns the failed units and the end of the journal, for the message of a failed test.
     pub fn dump(&self) -> String {
         let failed = self.exec(&["systemctl", "--no-pager", "--failed"]).unwrap_or_default();
         let journal = self.exec(&["journalctl", "--no-pager", "--boot", "--lines", "80"]).unwrap_or_default();
@@ -453,7 +457,7 @@ impl Drop for Host {
 struct Disk {
     name: String,
     dir: PathBuf,
-    /// Held for as long as the fleet lives, and no longer than its process does.
+    /// Locked while the fleet exists, and at most as long as its process.
     _lock: File,
 }
 
@@ -467,7 +471,7 @@ impl Disk {
         let lock_path = lock_path(&dir);
         let lock = File::create(&lock_path).map_err(failed("create the lock of"))?;
         lock.try_lock().map_err(Failed::to(format!("could not lock {}", lock_path.display())))?;
-        // Left by an earlier process with the same id.
+        // A leftover of an earlier process with the same id.
         if dir.exists() {
             take_away(&dir);
         }
@@ -490,7 +494,7 @@ fn lock_path(dir: &Path) -> PathBuf {
     dir.with_extension("lock")
 }
 
-/// Takes away the fleets of processes that are gone: nobody holds their locks.
+/// Removes the fleets of dead processes, whose locks are free.
 fn reap() {
     for entry in fs::read_dir(RUN).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -504,7 +508,7 @@ fn reap() {
     }
 }
 
-/// All that a fleet is made of but its namespaces, which [`netns`] reaps.
+/// Removes all parts of a fleet except its namespaces, which [`netns`] removes.
 fn take_away(dir: &Path) {
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     for group in machine::groups(&name).unwrap_or_default() {
@@ -520,17 +524,17 @@ fn take_away(dir: &Path) {
     _ = fs::remove_dir(dir);
 }
 
-/// A fleet that runs now, in this process or another.
+/// A host that runs now, started by this process or another.
 #[derive(Debug)]
 pub struct Running {
-    /// Of the process that holds it.
+    /// The process that has started the host.
     pub owner: u32,
     pub host: String,
     leader: u32,
 }
 
 impl Running {
-    /// Every host that runs on this machine.
+    /// Lists all hosts that run on this machine.
     pub fn all() -> Vec<Running> {
         let mut all = Vec::new();
         for fleet in fs::read_dir(RUN).into_iter().flatten().flatten() {
@@ -552,7 +556,7 @@ impl Running {
         all
     }
 
-    /// As [`Host::command`].
+    /// Does the same as [`Host::command`].
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         machine::enter(self.leader, program.as_ref())
     }
@@ -562,7 +566,7 @@ fn unmount(path: &Path) {
     _ = Command::new("umount").args(["--lazy", "--quiet"]).arg(path).output();
 }
 
-/// `path` below `root`, whatever it looks like.
+/// Appends `path` to `root`, without any `..` that could leave it.
 fn below(root: &Path, path: &Path) -> PathBuf {
     let parts = path.components().filter(|part| matches!(part, Component::Normal(_)));
     root.join(parts.collect::<PathBuf>())
@@ -590,14 +594,14 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         if let Some(dir) = to.parent() {
             fs::create_dir_all(dir)?;
         }
-        // A program that runs cannot be written to, but it can be replaced.
+        // A running program cannot be overwritten, but it can be replaced.
         _ = fs::remove_file(to);
         fs::copy(from, to)
     };
     copy().map(drop).map_err(Failed::to(format!("could not copy {} to {}", from.display(), to.display())))
 }
 
-/// Asks again and again until there is a value; after `bound` it fails with what was seen last.
+/// Calls the probe until it returns a value. After `bound`, fails with the last error of the probe.
 fn until<T, S: std::fmt::Display>(
     what: &str,
     bound: Duration,

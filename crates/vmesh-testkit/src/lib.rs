@@ -1,27 +1,29 @@
-//! The real things that tests, the demo and the benches run against, and what they do to them.
+//! Real servers and programs that the tests, the demo and the benchmarks run against, and the means to
+//! disturb them.
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
-//! | [`api`] | the HTTP API of a control plane under test |
-//! | [`envoy`] | the pinned Envoy, found or fetched; `--mode validate`; an admin client |
+//! | [`api`] | a client of the HTTP API of a control plane under test |
+//! | [`envoy`] | the pinned Envoy, found or fetched; `--mode validate`; a client of the admin interface |
 //! | [`cargo_tool`] | cargo's own tools: nextest, cargo-deny |
-//! | [`debian`](mod@debian) | servers from Debian's packages, by their hash |
+//! | [`debian`](mod@debian) | programs from Debian packages, identified by their hash |
 //! | [`consul`] | real Consul servers: one or three, with ACLs and TLS |
 //! | [`python`] | a Python with pinned packages, for gRPC's own xDS client |
-//! | [`app`] | [`app::HttpApp`]: an HTTP application that can be slow, ill or killed |
-//! | [`hosts`] | hosts that are booted: a real systemd as PID 1, packages, power cuts |
-//! | [`load`] | [`load::Load`]: requests at a rate, and what became of each |
-//! | [`process`] | [`process::Daemon`]: a binary under test, its output, its signals, its end |
-//! | [`servers`] | the servers of a registry, and what tests do to them |
-//! | [`registry`] | a registry of either kind, for what is to work alike with both |
+//! | [`app`] | [`app::HttpApp`]: an HTTP application that can be made slow, failing or dead |
+//! | [`hosts`] | booted hosts: a real systemd as PID 1, packages, power cuts |
+//! | [`load`] | [`load::Load`]: requests at a given rate, and their results |
+//! | [`process`] | [`process::Daemon`]: a program under test with its output, signals and exit status |
+//! | [`servers`] | the servers of a registry, which can be killed, stopped and restarted |
+//! | [`registry`] | a registry of either kind, for tests that must pass with both |
 //! | [`netns`] | network namespaces as hosts on a switch, and the tools for their rules |
 //! | [`place`] | addresses, ports and directories that no other test uses |
-//! | [`zookeeper`] | real ZooKeepers, of today and of long ago; a client for tests |
-//! | [`wait`] | [`wait_for`]: waits for a value, with a bound, and says what it saw last |
+//! | [`zookeeper`] | real ZooKeeper servers, current and old; a client for tests |
+//! | [`wait`] | [`wait_for`]: waits for a value with a time limit, and reports the last value |
 //!
-//! A tool that is missing is fetched or is an error that says which command installs it; nothing here skips.
+//! A missing tool is fetched, or causes an error with the command that installs it. Nothing is ever skipped.
 //!
-//! Applications and load run on threads of their own ([`background`]), so a test that blocks cannot make them fail.
+//! Applications and load run on threads of their own ([`background`]), so a test that blocks does not delay
+//! them.
 
 pub mod api;
 pub mod app;
@@ -50,7 +52,7 @@ pub use failed::{Failed, Result};
 pub use place::{Loopback, TempDir, free_port, tempdir};
 pub use wait::wait_for;
 
-/// The runtime of applications and load.
+/// Returns the runtime that applications and load run on.
 pub fn background() -> Result<Handle> {
     static RUNTIME: OnceLock<std::io::Result<Runtime>> = OnceLock::new();
     let start = || Builder::new_multi_thread().worker_threads(2).thread_name("testkit").enable_all().build();

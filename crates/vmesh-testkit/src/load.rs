@@ -1,4 +1,4 @@
-//! Requests at a rate, over connections that are kept open, and what became of each.
+//! Load generator: sends requests at a given rate over persistent connections, and records the results.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -22,25 +22,26 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 
 use crate::{Failed, Result, background, netns};
 
-/// What to send, and how fast.
+/// The requests to send, and their rate.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub target: SocketAddr,
     pub host: String,
     pub path: String,
     pub headers: Vec<(String, String)>,
-    /// How many requests may be under way at once, each on a connection of its own.
+    /// The number of concurrent requests, each on its own connection.
     pub connections: usize,
-    /// Requests a second, over all connections; `None` is as fast as the answers come.
+    /// The number of requests per second over all connections; `None` sends each request as soon as the last
+    /// one is answered.
     pub rate: Option<f64>,
-    /// A request that takes longer has failed.
+    /// The time after which a request counts as failed.
     pub timeout: Duration,
-    /// Where it is sent from, if not from the test's own place.
+    /// The runtime of the sending host, if it is not the test's own.
     from: Option<Handle>,
 }
 
 impl Plan {
-    /// `GET /` over four connections, 200 a second.
+    /// Plans `GET /` over four connections, 200 times a second.
     pub fn to(target: SocketAddr) -> Plan {
         Plan {
             target,
@@ -54,7 +55,7 @@ impl Plan {
         }
     }
 
-    /// Sent from this host.
+    /// Sends the requests from this host.
     pub fn from(self, host: &netns::Host) -> Result<Plan> {
         Ok(Plan { from: Some(host.runtime()?), ..self })
     }
@@ -80,7 +81,7 @@ impl Plan {
         Plan { rate: Some(rate), ..self }
     }
 
-    /// Each connection sends its next request when it has the answer to the last.
+    /// Makes each connection send its next request when the last one is answered.
     pub fn closed_loop(self) -> Plan {
         Plan { rate: None, ..self }
     }
@@ -95,32 +96,33 @@ pub struct Load {
     ended: tokio::sync::mpsc::Receiver<()>,
 }
 
-/// What became of the requests.
+/// The results of the requests.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
     pub sent: u64,
-    /// Answered with a status below 400.
+    /// The requests answered with a status below 400.
     pub ok: u64,
-    /// The first thousand failures; [`Report::failures`] is how many there were.
+    /// The first thousand failures; [`Report::failures`] is their total number.
     pub failed: Vec<Failure>,
     pub failures: u64,
     pub by_instance: BTreeMap<String, u64>,
     pub by_version: BTreeMap<String, u64>,
     pub by_status: BTreeMap<u16, u64>,
-    /// Of every request that got an answer.
+    /// The latencies of all answered requests.
     pub latencies: Vec<Duration>,
-    /// Connections opened.
+    /// The number of opened connections.
     pub connections: u64,
-    /// Requests written to an idle connection just as the server closed it. HTTP/1.1 cannot tell the two apart in
-    /// time; like any client, the load sends such a request once more on a new connection, and that one counts.
+    /// The requests that were written to an idle connection at the moment when the server closed it. HTTP/1.1
+    /// cannot avoid this race. Like any client, the load sends such a request again on a new connection, and
+    /// only the second attempt counts.
     pub raced: u64,
     pub took: Duration,
 }
 
-/// One request that failed.
+/// A request that failed.
 #[derive(Debug, Clone)]
 pub struct Failure {
-    /// Since the load was started.
+    /// Counted since the start of the load.
     pub at: Duration,
     pub what: String,
 }
@@ -162,17 +164,17 @@ impl Load {
         Ok(Load { started, report, stop, workers, ended })
     }
 
-    /// What became of the requests so far.
+    /// Returns the results so far.
     pub fn so_far(&self) -> Report {
         let mut report = lock(&self.report).clone();
         report.took = self.started.elapsed();
         report
     }
 
-    /// Lets the requests under way finish, and sums up.
+    /// Waits for the pending requests, and returns the results.
     pub async fn stop(mut self) -> Report {
         self.stop.send_replace(true);
-        // None, once every worker is gone.
+        // The channel closes once every worker has ended.
         while self.ended.recv().await.is_some() {}
         self.so_far()
     }
@@ -194,7 +196,7 @@ struct Worker {
     request: Request<()>,
     started: Instant,
     report: Arc<Mutex<Report>>,
-    /// The connection that served the last request.
+    /// The connection of the last request.
     connection: Option<SendRequest<Empty<Bytes>>>,
     drivers: JoinSet<()>,
 }
@@ -205,10 +207,11 @@ impl Worker {
     async fn run(mut self, mut stopped: watch::Receiver<bool>) {
         let mut ticks = self.plan.rate.map(|rate| {
             let period = Duration::from_secs_f64(self.plan.connections.max(1) as f64 / rate.max(0.001));
-            // Spread over the period: together the workers are an even stream.
+            // The workers start at even distances within one period.
             let offset = period.mul_f64(self.number as f64 / self.plan.connections.max(1) as f64);
             let mut ticks = interval_at(Instant::now() + offset, period);
-            // A slow answer does not lower the rate: the requests that were due follow at once.
+            // A slow answer does not lower the rate, since missed requests are sent afterwards without a
+            // pause.
             ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
             ticks
         });
@@ -234,7 +237,7 @@ impl Worker {
             self.record(began, outcome);
             if failed {
                 self.connection = None;
-                // A closed loop against a dead port would be nothing but connects.
+                // The pause keeps a closed loop from doing nothing but connects to a dead port.
                 sleep(Duration::from_millis(5)).await;
             }
         }
@@ -270,8 +273,8 @@ impl Worker {
         }
     }
 
-    /// One request and its answer. What is not the server's doing is not a failure: a connection that was closed
-    /// between two requests is opened anew.
+    /// Sends a request and reads its answer. A connection that the server closed between two requests is not
+    /// a failure of the server: it is opened again.
     async fn exchange(&mut self) -> Result<(StatusCode, Bytes), Cause> {
         let mut raced = false;
         loop {
@@ -302,7 +305,7 @@ impl Worker {
         }
     }
 
-    /// The connection of the last request, if the server left it open.
+    /// Returns the connection of the last request if it is still open.
     async fn usable(&mut self) -> Option<SendRequest<Empty<Bytes>>> {
         let mut kept = self.connection.take()?;
         kept.ready().await.ok().map(|()| kept)
@@ -314,14 +317,14 @@ impl Worker {
         stream.set_nodelay(true)?;
         let (sender, driver) = handshake(TokioIo::new(stream)).await?;
         while self.drivers.try_join_next().is_some() {}
-        // It ends when the sender is dropped or the server closes.
+        // The task ends when the sender is dropped or the server closes the connection.
         self.drivers.spawn(async move { _ = driver.await });
         lock(&self.report).connections += 1;
         Ok(sender)
     }
 }
 
-/// Whether the connection was closed before a byte of the answer came.
+/// Reports whether the connection was closed before the first byte of the answer.
 fn is_closed(error: &hyper::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     let io = error.source().and_then(|cause| cause.downcast_ref::<std::io::Error>());
@@ -336,7 +339,7 @@ fn chain(error: &(dyn Error + 'static)) -> String {
 }
 
 impl Report {
-    /// The latency that `share` (0.99) of the answers kept below.
+    /// Returns the latency that `share` (such as 0.99) of the answers did not exceed.
     pub fn latency(&self, share: f64) -> Option<Duration> {
         let mut sorted = self.latencies.clone();
         sorted.sort_unstable();
@@ -448,7 +451,7 @@ mod tests {
             while let Ok((mut stream, _)) = listener.accept().await {
                 use tokio::io::{AsyncReadExt, AsyncWriteExt};
                 _ = stream.read(&mut [0; 1024]).await;
-                // No `connection: close`: the client learns of it only by the close.
+                // There is no `connection: close`, so the client notices the end only by the close itself.
                 _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
             }
         });

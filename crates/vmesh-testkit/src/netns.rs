@@ -1,10 +1,10 @@
-//! Network namespaces as VMs: hosts with addresses of both families on a switch of their own, for what only packets can show.
+//! Network namespaces as VMs: hosts with IPv4 and IPv6 addresses on a switch, for tests with real packets.
 //!
-//! Nothing of it is in the namespace of the test, so any number of tests run at once. Names carry the process id; what a
-//! crashed test left is taken away by the next.
+//! Nothing is created in the namespace of the test, so any number of tests run at once. Names contain the
+//! process id; leftovers of a crashed test are removed by the next one.
 //!
-//! A socket belongs to the namespace in which it was made, wherever it is used: [`Host::within`] makes it on a thread that
-//! goes there.
+//! A socket belongs to the namespace in which it was created, wherever it is used. [`Host::within`] creates
+//! sockets on a thread that enters the namespace.
 
 mod tools;
 
@@ -26,19 +26,19 @@ use crate::{Failed, Result, TempDir, tempdir};
 
 pub use tools::{Iptables, Tools};
 
-/// Where iproute2 keeps the names of namespaces.
+/// The directory in which iproute2 keeps the names of namespaces.
 const NAMES: &str = "/run/netns";
 const INSTALL: &str =
     "namespaces need root (CAP_NET_ADMIN and CAP_SYS_ADMIN) and iproute2: `apt-get install iproute2`";
 
-/// A switch, and the network 10.88.0.0/16 and fd88::/64 on it.
+/// A switch with the networks 10.88.0.0/16 and fd88::/64.
 #[derive(Debug)]
 pub struct Switch {
     space: Space,
     next: AtomicU32,
 }
 
-/// A host on a [`Switch`]. It has a default route, to the switch, which forwards nothing.
+/// A host on a [`Switch`]. Its default route leads to the switch, which forwards nothing.
 #[derive(Debug)]
 pub struct Host {
     space: Space,
@@ -48,21 +48,23 @@ pub struct Host {
     pub v6: Ipv6Addr,
 }
 
-/// One namespace, gone when dropped, with all that runs in it.
+/// A namespace. Dropping it kills its processes and removes it.
 #[derive(Debug)]
 struct Space {
     name: String,
 }
 
 impl Switch {
+    /// Creates a switch.
+    ///
     /// # Errors
-    /// Where the machine can have no namespaces: says what is missing.
+    /// If the machine supports no namespaces; the message says what is missing.
     pub fn new() -> Result<Switch> {
         static REAP: Once = Once::new();
         REAP.call_once(reap);
         let space = Space::new()?;
         space.ip(&["link", "add", "br0", "type", "bridge"])?;
-        // Nobody waits for a spanning tree or for multicast.
+        // Ports forward at once, without spanning tree or multicast snooping.
         for file in ["forward_delay", "multicast_snooping"] {
             _ = space.run("sh", &["-c", &format!("echo 0 > /sys/class/net/br0/bridge/{file}")]);
         }
@@ -72,7 +74,7 @@ impl Switch {
         Ok(Switch { space, next: AtomicU32::new(1) })
     }
 
-    /// Another host, as the switch sees a machine that has just booted.
+    /// Adds a host, which looks to the switch like a freshly booted machine.
     pub fn host(&self) -> Result<Host> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let [_, _, high, low] = number.to_be_bytes();
@@ -92,24 +94,24 @@ impl Switch {
         self.space.ip(&veth)?;
         self.space.ip(&["link", "set", &port, "master", "br0", "up"])?;
         host.space.ip(&["addr", "add", &format!("{v4}/16"), "dev", "eth0"])?;
-        // Without waiting for who else may have it.
+        // The address is used at once, without duplicate address detection.
         host.space.ip(&["-6", "addr", "add", &format!("{v6}/64"), "dev", "eth0", "nodad"])?;
         host.space.ip(&["link", "set", "eth0", "up"])?;
         host.space.ip(&["route", "add", "default", "via", "10.88.255.254"])?;
         host.space.ip(&["-6", "route", "add", "default", "via", "fd88::ffff"])
     }
 
-    /// A command that runs on the switch: it reaches every host.
+    /// Builds a command that runs on the switch, from which every host can be reached.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         self.space.command(program.as_ref())
     }
 
-    /// Makes the host's namespace anew, with nothing in it but its addresses: what a reboot does to a network. All that
-    /// runs there is killed.
+    /// Recreates the host's namespace with nothing but its addresses, as a reboot would. All processes of the
+    /// host are killed.
     pub fn reboot(&self, host: &Host) -> Result<()> {
         host.end_runtime();
         host.space.kill_all();
-        // With the cable, the old namespace is cut off, also where a socket keeps it there.
+        // Deleting the link cuts off the old namespace, even if an open socket keeps it alive.
         self.space.ip(&["link", "del", &host.port()])?;
         output(Command::new("ip").args(["netns", "del", &host.space.name]))?;
         output(Command::new("ip").args(["netns", "add", &host.space.name]))?;
@@ -117,40 +119,41 @@ impl Switch {
         self.wire(host)
     }
 
-    /// Cuts the host off, as a pulled cable does, or joins it again.
+    /// Disconnects the host like a pulled cable, or connects it again.
     pub fn set_link(&self, host: &Host, up: bool) -> Result<()> {
         self.space.ip(&["link", "set", &host.port(), if up { "up" } else { "down" }])
     }
 }
 
 impl Host {
-    /// Its name for `ip netns`.
+    /// Returns the name of the namespace for `ip netns`.
     pub fn name(&self) -> &str {
         &self.space.name
     }
 
-    /// Both addresses.
+    /// Returns the IPv4 and the IPv6 address.
     pub fn addresses(&self) -> [IpAddr; 2] {
         [self.v4.into(), self.v6.into()]
     }
 
-    /// Its port of the switch.
+    /// Returns the name of its port on the switch.
     fn port(&self) -> String {
         let [.., high, low] = self.v4.octets();
         format!("p{}", u16::from_be_bytes([high, low]))
     }
 
-    /// The file that stands for its namespace.
+    /// Returns the file that represents its namespace.
     pub fn path(&self) -> PathBuf {
         self.space.path()
     }
 
-    /// A command that runs on this host. [`crate::process::Daemon::spawn`] takes it: nothing is between the two.
+    /// Builds a command that runs on this host. [`crate::process::Daemon::spawn`] can run it, since `nsenter`
+    /// replaces itself with the program.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         self.space.command(program.as_ref())
     }
 
-    /// As [`Host::command`], as another user and group, who need not have a name.
+    /// Does the same as [`Host::command`], as a user and group with this id, which need no name.
     pub fn command_as(&self, id: u32, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.space.command("setpriv".as_ref());
         command
@@ -159,40 +162,42 @@ impl Host {
         command
     }
 
-    /// Runs a command to its end and returns what it printed.
+    /// Runs a command and returns its output.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
         self.space.run(program, arguments)
     }
 
-    /// `ip` with these arguments.
+    /// Runs `ip` with these arguments.
     pub fn ip(&self, arguments: &[&str]) -> Result<()> {
         self.space.ip(arguments)
     }
 
-    /// What `work` returns on a thread that is on this host. Processes that it starts are there too.
+    /// Runs `work` on a thread in this host's namespace, and returns its result. Child processes inherit the
+    /// namespace.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         self.space.within(None, work)
     }
 
-    /// As [`Host::within`], as another user and group.
+    /// Does the same as [`Host::within`], as another user and group.
     pub fn within_as<T: Send>(&self, id: u32, work: impl FnOnce() -> T + Send) -> Result<T> {
         self.space.within(Some(id), work)
     }
 
-    /// Takes the thread that calls it to this host, for good, as this user and group. It may be called after the host is gone, and
-    /// fails then.
+    /// Returns a function that moves its calling thread to this host permanently, as the given user and
+    /// group. The function fails after the host is removed.
     pub fn entrance(&self) -> impl Fn(u32) -> Result<()> + Send + 'static {
         let path = self.space.path();
         move |id| enter(&path, Some(id))
     }
 
-    /// A runtime whose threads are on this host, and so are the sockets that its tasks make: until the host reboots.
+    /// Returns a runtime whose threads run on this host, so that all sockets of its tasks belong to the host.
+    /// It ends when the host reboots.
     pub fn runtime(&self) -> Result<Handle> {
         let mut kept = self.runtime.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(runtime) = &*kept {
             return Ok(runtime.handle().clone());
         }
-        // What a thread does first, it does with all that it starts: they inherit its place.
+        // The threads of the runtime inherit the namespace of the thread that creates it.
         let made = self.within(|| {
             let mut builder = Builder::new_multi_thread();
             builder.worker_threads(2).thread_name("testkit-host").enable_all().build()
@@ -204,23 +209,23 @@ impl Host {
     fn end_runtime(&self) {
         let runtime = self.runtime.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(runtime) = runtime {
-            // Dropping it would wait, which a task may not.
+            // Dropping the runtime would block, which is not allowed in a task.
             runtime.shutdown_background();
         }
     }
 
-    /// The tools for rules, as programs that act on this host wherever they are started.
+    /// Returns the tools for rules, as scripts that act on this host wherever they are started.
     pub fn tools(&self, iptables: Iptables) -> Result<Tools> {
         Tools::new(&self.space.path(), &self.dir, iptables)
     }
 
-    /// Kills all that runs on this host, as a power cut does.
+    /// Kills all processes of this host, as a power cut does.
     pub fn kill_all(&self) {
         self.space.kill_all();
     }
 }
 
-/// Takes the calling thread to the namespace at `path`, for good.
+/// Moves the calling thread to the namespace at `path`, permanently.
 fn enter(path: &Path, id: Option<u32>) -> Result<()> {
     let space = File::open(path).map_err(Failed::to(format!("could not open {}", path.display())))?;
     let go = || -> rustix::io::Result<()> {
@@ -244,7 +249,7 @@ impl Space {
     fn new() -> Result<Space> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("vmesh-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        // Left by an earlier process with the same id.
+        // A leftover of an earlier process with the same id.
         if Path::new(NAMES).join(&name).exists() {
             drop(Space { name: name.clone() });
         }
@@ -258,7 +263,7 @@ impl Space {
         Path::new(NAMES).join(&self.name)
     }
 
-    /// nsenter and not `ip netns exec`: that would hide the control groups.
+    /// Uses nsenter, because `ip netns exec` would hide the control groups.
     fn command(&self, program: &std::ffi::OsStr) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
@@ -312,7 +317,7 @@ impl Drop for Space {
     }
 }
 
-/// Takes away the namespaces of test processes that are gone.
+/// Removes the namespaces of test processes that have ended.
 fn reap() {
     for entry in fs::read_dir(NAMES).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -324,7 +329,7 @@ fn reap() {
     }
 }
 
-/// The process that a namespace belongs to, by its name.
+/// Returns the process that created a namespace, by the name of the namespace.
 fn owner(name: &str) -> Option<u32> {
     let (pid, number) = name.strip_prefix("vmesh-")?.split_once('-')?;
     number.parse::<u32>().ok()?;
@@ -357,7 +362,7 @@ mod tests {
             let mut client = a.within(|| TcpStream::connect((ip, 8080))).unwrap().unwrap();
             let (mut served, from) = server.accept().unwrap();
             assert!(a.addresses().contains(&from.ip()), "{from}");
-            // On this thread, which is not there.
+            // This thread stays in the test's namespace; only its sockets belong to the hosts.
             client.write_all(b"x").unwrap();
             served.read_exact(&mut [0]).unwrap();
         }
@@ -385,7 +390,7 @@ mod tests {
         assert_eq!(owner("vmesh-123-4"), Some(123));
         assert_eq!(owner("vmesh-prod"), None);
         assert_eq!(owner("th-sw"), None);
-        // No process has this id: the kernel's largest is 4194304.
+        // No process has this id, since the kernel's largest is 4194304.
         let name = "vmesh-4194999-0".to_owned();
         output(Command::new("ip").args(["netns", "add", &name])).unwrap();
         reap();

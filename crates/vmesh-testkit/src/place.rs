@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::{Failed, Result};
 
-/// A loopback address (127.x.y.z) that is this test's own while it is held: two tests, also in two processes,
-/// may both use port 15008 on theirs.
+/// A loopback address (127.x.y.z) that belongs to this test while the value exists. So two tests, even in two
+/// processes, can both use port 15008 on their own address.
 #[derive(Debug)]
 pub struct Loopback {
     ip: Ipv4Addr,
-    /// Bound for as long as the address is taken; whoever comes next finds it taken and goes on.
+    /// A socket that marks the address as taken. Another test fails to bind it, and tries the next address.
     _claim: UdpSocket,
 }
 
@@ -25,7 +25,7 @@ impl Loopback {
         for _ in 0..10_000 {
             let number = start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
             let [_, a, b, c] = number.to_be_bytes();
-            // 127.0.0.0/16 is where people and resolvers live.
+            // 127.0.0.0/16 is used by people and resolvers.
             let ip = Ipv4Addr::new(127, a.clamp(1, 254), b, c.clamp(1, 254));
             if let Ok(claim) = UdpSocket::bind((ip, CLAIM_PORT)) {
                 return Ok(Loopback { ip, _claim: claim });
@@ -38,7 +38,7 @@ impl Loopback {
         self.ip.into()
     }
 
-    /// A port that is free on this address and stays so: nobody else uses the address.
+    /// Returns a free port of this address. It stays free, because no other test uses the address.
     pub fn port(&self) -> Result<u16> {
         free_port(self.ip())
     }
@@ -50,25 +50,26 @@ impl std::fmt::Display for Loopback {
     }
 }
 
-/// A TCP port that is free on `ip` now.
+/// Returns a TCP port that is free on `ip` now.
 pub fn free_port(ip: IpAddr) -> Result<u16> {
     let bound = TcpListener::bind((ip, 0)).and_then(|listener| listener.local_addr());
     Ok(bound.map_err(Failed::to(format!("could not bind a port on {ip}")))?.port())
 }
 
-/// A directory of the test's own, removed with everything in it when dropped; kept where `VMESH_KEEP` is set.
+/// A directory of the test. Dropping it removes it with its content, unless `VMESH_KEEP` is set.
 ///
-/// Processes that outlive their parent by design (an Envoy whose agent was killed) name a file in here on their
-/// command line: they are killed before the directory goes.
+/// Processes that outlive their parent by design (an Envoy whose agent was killed) have a file of this
+/// directory on their command line. They are killed before the directory is removed.
 #[derive(Debug)]
 pub struct TempDir(PathBuf);
 
-/// A fresh [`TempDir`]. The path is short, for Unix sockets: those may have 107 bytes.
+/// Creates a new [`TempDir`]. Its path is short, because the path of a Unix socket may have at most 107
+/// bytes.
 pub fn tempdir() -> Result<TempDir> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let path = std::env::temp_dir().join(format!("vmesh-{}-{number}", std::process::id()));
-    // Left by an earlier process with the same id.
+    // A leftover of an earlier process with the same id.
     _ = std::fs::remove_dir_all(&path);
     std::fs::create_dir(&path).map_err(Failed::to(format!("could not create {}", path.display())))?;
     Ok(TempDir(path))

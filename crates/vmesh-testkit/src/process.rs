@@ -1,4 +1,4 @@
-//! A binary under test.
+//! Programs under test.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::ffi::OsStrExt;
@@ -15,7 +15,7 @@ use vmesh_daemon::fetch::{Peer, fetch};
 
 use crate::{Failed, Result, cache, wait_for};
 
-/// The binary `name` of this workspace, beside the test that asks: built by the same cargo command, or before it.
+/// Returns the binary `name` of this workspace. Cargo has put it beside the running test.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let test = std::env::current_exe().map_err(Failed::to("could not find the running test"))?;
     let mut tried = Vec::new();
@@ -33,7 +33,8 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     )))
 }
 
-/// A running program: killed when dropped, also by a panicking test, and by the kernel if the test process dies.
+/// A running program. It is killed when the value is dropped, also by a panicking test, and by the kernel if
+/// the test process dies.
 pub struct Daemon {
     name: String,
     child: Child,
@@ -43,7 +44,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `command` and keeps what it prints. `name` is for messages.
+    /// Starts `command` and collects its output. `name` is used in messages.
     pub fn spawn(name: impl Into<String>, mut command: Command) -> Result<Daemon> {
         let name = name.into();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -63,17 +64,18 @@ impl Daemon {
         self.child.id()
     }
 
-    /// What it printed so far, stdout and stderr as they came.
+    /// Returns the output so far, with stdout and stderr in order of arrival.
     pub fn output(&self) -> String {
         self.output.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
     }
 
-    /// Its resident memory now, in bytes.
+    /// Returns the resident memory, in bytes.
     pub fn resident_bytes(&self) -> Result<u64> {
         self.status_bytes("VmRSS:")
     }
 
-    /// What of that is its own, and not pages of files: of programs that are not optimised these are mostly their text.
+    /// Returns the resident memory without pages of files, in bytes. In unoptimised programs the latter are
+    /// mostly code.
     pub fn anonymous_bytes(&self) -> Result<u64> {
         self.status_bytes("RssAnon:")
     }
@@ -94,7 +96,7 @@ impl Daemon {
         kill_process(pid, signal).map_err(Failed::to(format!("could not signal {}", self.name)))
     }
 
-    /// SIGKILL, and waits until it is gone.
+    /// Sends SIGKILL, and waits for the end of the program.
     pub fn kill(&mut self) -> Result<()> {
         if self.exited.is_none() {
             _ = self.child.kill();
@@ -105,7 +107,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// SIGSTOP: it holds its sockets and answers nobody.
+    /// Sends SIGSTOP: the program keeps its sockets and stops answering.
     pub fn freeze(&self) -> Result<()> {
         self.signal(Signal::STOP)
     }
@@ -114,7 +116,7 @@ impl Daemon {
         self.signal(Signal::CONT)
     }
 
-    /// SIGTERM, and waits for its ordered end.
+    /// Sends SIGTERM, and waits for an orderly end.
     pub async fn terminate(&mut self, bound: Duration) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
         self.wait_exit(bound).await
@@ -126,7 +128,7 @@ impl Daemon {
         ended.map_err(|failed| self.with_output(&failed))
     }
 
-    /// How it ended, if it has.
+    /// Returns the exit status, if the program has ended.
     pub fn has_exited(&mut self) -> Option<ExitStatus> {
         if self.exited.is_none() {
             self.exited = self.child.try_wait().ok().flatten();
@@ -134,12 +136,12 @@ impl Daemon {
         self.exited
     }
 
-    /// Waits for a line that contains `text`, printed before or after now.
+    /// Waits for a line of output that contains `text`, which may already have been printed.
     pub async fn wait_line(&mut self, text: &str, bound: Duration) -> Result<String> {
         let what = format!("{} to print `{text}`", self.name);
         let seen =
             wait_for(what, bound, async || {
-                // In this order: what it printed last is not missed.
+                // The exit status is read first, so the last lines before an exit are not missed.
                 let exited = self.has_exited();
                 let lines = self.output.lock().unwrap_or_else(PoisonError::into_inner);
                 match lines.iter().find(|line| line.contains(text)) {
@@ -151,7 +153,7 @@ impl Daemon {
         seen.await.map_err(|failed| self.with_output(&failed))
     }
 
-    /// Waits until `GET path` at `peer` is answered with 200, and returns the body.
+    /// Waits until `peer` answers `GET path` with 200, and returns the body.
     pub async fn wait_http(&mut self, peer: &Peer, path: &str, bound: Duration) -> Result<String> {
         let what = format!("{} to answer GET {path} at {peer} with 200", self.name);
         let seen = wait_for(what, bound, async || {
@@ -184,18 +186,18 @@ impl Drop for Daemon {
                 self.with_output(&Failed::new(format!("the test failed while {} ran", self.name)))
             );
         }
-        // Not joined: a child of the child may hold the pipe open.
+        // The readers are not joined, because a grandchild may keep the pipe open.
         self.readers.clear();
     }
 }
 
-/// The kernel kills the child when the thread that started it is gone: no daemon outlives its test.
+/// Makes the kernel kill the child when the thread that started it ends, so no daemon outlives its test.
 #[expect(unsafe_code, reason = "the closure runs between fork and exec and makes one system call")]
 pub(crate) fn die_with_parent(command: &mut Command) {
     let parent = rustix::process::getpid();
     let hook = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // It may have died before this took effect.
+        // The parent may have died before the system call took effect.
         if rustix::process::getppid() == Some(parent) {
             Ok(())
         } else {
@@ -223,14 +225,14 @@ fn keep_lines(
     })
 }
 
-/// Kills every process that names `dir`, or something in it, on its command line.
+/// Kills each process that has `dir`, or a path below it, on its command line.
 pub(crate) fn kill_those_naming(dir: &Path) {
     for pid in naming(dir) {
         _ = kill_process(pid, Signal::KILL);
     }
 }
 
-/// The processes that name `dir`, or something in it, on their command line.
+/// Returns the processes that have `dir`, or a path below it, on their command line.
 pub fn naming(dir: &Path) -> Vec<Pid> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());

@@ -7,15 +7,16 @@ use crate::{Result, cache};
 
 pub(crate) const INSTALL: &str = "it needs Python 3 with pip: `apt-get install python3 python3-pip`";
 
-/// A Python interpreter that finds the packages it was asked for.
+/// A Python interpreter with a set of packages.
 #[derive(Debug, Clone)]
 pub struct Python {
     packages: PathBuf,
 }
 
-/// A Python with `packages` (`grpcio==1.85.1`, each with its version), installed in the cache on first use.
+/// Returns a Python with `packages`, each with its version (`grpcio==1.85.1`). The first use installs them in
+/// the cache.
 pub fn with(packages: &[&str]) -> Result<Python> {
-    // Compiled packages fit one minor version of Python.
+    // Compiled packages work with one minor version of Python only.
     let version = version()?;
     let name = format!("python{version}-{}", packages.join("+").replace("==", "-"));
     let packages = cache::get(&name, |work| {
@@ -47,7 +48,7 @@ fn version() -> Result<String> {
 }
 
 impl Python {
-    /// `python3 script`, with the packages.
+    /// Builds the command `python3 script`, with the packages available.
     pub fn command(&self, script: &Path) -> Command {
         let mut python = Command::new("python3");
         python.env("PYTHONPATH", &self.packages).env("PYTHONUNBUFFERED", "1").arg(script);

@@ -1,4 +1,5 @@
-//! A registry of either kind, for what is to work alike with both: the demo, the benches, faults under load.
+//! A registry of either kind, for what must work alike with both: the demo, the benchmarks, faults under
+//! load.
 
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
@@ -10,7 +11,7 @@ use crate::consul::{self, Consul};
 use crate::servers::Servers;
 use crate::zookeeper::{self, Client, ZooKeeper};
 
-/// One instance of a service, as its owner registers it.
+/// An instance of a service, as its owner registers it.
 #[derive(Debug, Clone)]
 pub struct Instance {
     pub service: String,
@@ -18,12 +19,12 @@ pub struct Instance {
     pub address: SocketAddr,
     pub version: String,
     pub zone: String,
-    /// Consul: whether it is registered with a check of its own, which passes.
+    /// Consul: whether the instance has a check, which passes.
     pub has_check: bool,
 }
 
 impl Instance {
-    /// An HTTP instance `orders-1` of `orders`.
+    /// Creates the HTTP instance `orders-1` of `orders`.
     pub fn new(service: &str, id: &str, address: SocketAddr) -> Instance {
         Instance {
             service: service.to_owned(),
@@ -36,20 +37,22 @@ impl Instance {
     }
 }
 
-/// The check of an instance, as the catalogue takes it.
+/// Returns the check of an instance in the format of Consul's catalogue.
 fn check_of(instance: &Instance) -> serde_json::Value {
     let Instance { service, id, .. } = instance;
     json!({"Node": id, "CheckID": format!("service:{id}"), "Name": "tcp", "Status": "passing",
            "ServiceID": id, "ServiceName": service, "Output": "TCP connect: Success"})
 }
 
-/// A server of ZooKeeper that has lost its leader may have taken a write that nobody answers: clients say it again.
+/// The number of attempts of a write. A ZooKeeper server that has lost its leader may accept a write and
+/// never answer, so clients repeat it.
 const TRIES: usize = 3;
 
-/// Real servers, and whoever registers with them.
+/// Real servers, and the client that registers instances with them.
 pub enum Registry {
     Consul(Consul),
-    /// Nodes in SmartStack's format below `/services`. They are not ephemeral: who registers in a test is one process.
+    /// Nodes in SmartStack's format below `/services`. They are not ephemeral, because all instances of a
+    /// test are registered by one process.
     ZooKeeper(ZooKeeper, Option<Client>),
 }
 
@@ -89,7 +92,8 @@ impl Registry {
         }
     }
 
-    /// The source for `discovery:` in `control.yaml`, in one line; `more` is YAML for it, as `guard: {..}`.
+    /// Returns the source for `discovery:` in `control.yaml`, on one line. `more` is additional YAML, such as
+    /// `guard: {..}`.
     pub fn source(&self, more: &str) -> Result<String> {
         let more = if more.is_empty() { String::new() } else { format!(", {more}") };
         Ok(match self {
@@ -105,7 +109,7 @@ impl Registry {
         })
     }
 
-    /// Registers `instance`, or replaces what is registered under its id.
+    /// Registers `instance`, or replaces the one with the same id.
     pub async fn add(&mut self, instance: &Instance) -> Result<()> {
         let Instance { service, id, address, version, zone, has_check } = instance;
         let (host, port) = (address.ip().to_string(), address.port());
@@ -113,7 +117,8 @@ impl Registry {
             Registry::Consul(consul) => {
                 let meta = json!({"version": version, "zone": zone, "protocol": "http"});
                 let registered = json!({"ID": id, "Service": service, "Port": port, "Meta": meta});
-                // A node of its own, as every VM is: it does not become ill with the server that was told of it.
+                // Each instance has a node of its own, like a VM. Otherwise it would become unhealthy
+                // together with the server that accepted the registration.
                 let mut node = json!({"Node": id, "Address": host, "Service": registered});
                 if let (true, Some(node)) = (*has_check, node.as_object_mut()) {
                     node.insert("Check".to_owned(), check_of(instance));
@@ -129,11 +134,11 @@ impl Registry {
         }
     }
 
-    /// Registers many instances as fast as the registry takes them.
+    /// Registers many instances in as few requests as possible.
     pub async fn fill(&mut self, instances: &[Instance]) -> Result<()> {
         match self {
             Registry::Consul(consul) => {
-                // A transaction may have 64 operations: a node, its service and a check each.
+                // A transaction may have 64 operations. Each instance needs a node, a service and a check.
                 for some in instances.chunks(21) {
                     let operations = some.iter().flat_map(|instance| {
                         let Instance { service, id, address, version, zone, has_check } = instance;
@@ -171,7 +176,7 @@ impl Registry {
                 let path = format!("/services/{}/{}", instance.service, instance.id);
                 let mut said = Ok(());
                 for first in 0..TRIES {
-                    // What an earlier try has deleted is no error.
+                    // An earlier attempt may already have deleted the nodes.
                     said = self.client(first).await?.delete_all(&path).await;
                     if said.is_ok() {
                         break;
@@ -183,7 +188,7 @@ impl Registry {
         }
     }
 
-    /// Makes a node of ZooKeeper, with those above it.
+    /// Creates a ZooKeeper node, with its parents.
     pub async fn make(&mut self, path: &str, data: &[u8]) -> Result<()> {
         let mut said = Ok(());
         for first in 0..TRIES {
@@ -202,7 +207,8 @@ impl Registry {
         }
     }
 
-    /// A session to write with: the one of before, if its server is still there, or with server `first` or one after it.
+    /// Returns a session for writes: the existing one if its server still runs, else one with server `first`
+    /// or a later one.
     async fn client(&mut self, first: usize) -> Result<&mut Client> {
         match self {
             Registry::ZooKeeper(zookeeper, client) => {
@@ -229,7 +235,7 @@ impl Registry {
         }
     }
 
-    /// Starts one server again on the data that it had, and waits until it serves.
+    /// Starts one server again with its data, and waits until it answers.
     pub async fn restart(&mut self, index: usize) -> Result<()> {
         match self {
             Registry::Consul(consul) => consul.restart(index).await,
@@ -237,7 +243,7 @@ impl Registry {
         }
     }
 
-    /// Starts all servers again, on the data that they had, and waits until they serve.
+    /// Starts all servers again with their data, and waits until they answer.
     pub async fn restart_all(&mut self) -> Result<()> {
         for index in 0..self.len() {
             match self {
@@ -254,7 +260,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Every server is killed and starts again without its data.
+    /// Kills all servers, and starts them again without their data.
     pub async fn restart_empty(&mut self) -> Result<()> {
         match self {
             Registry::Consul(consul) => consul.restart_empty().await,
@@ -277,7 +283,7 @@ async fn reconnect(zookeeper: &ZooKeeper, first: usize) -> Result<Client> {
     Err(last)
 }
 
-/// Whatever server takes it.
+/// Sends a PUT to the first server that accepts it.
 async fn put(consul: &Consul, path: &str, body: &serde_json::Value) -> Result<()> {
     let mut last = crate::Failed::new("there is no Consul");
     for index in 0..consul.len() {

@@ -1,4 +1,5 @@
-//! The servers of a registry, each with an address and a directory of its own, and what tests do to them.
+//! The servers of a registry, each with its own address and directory, which tests can kill, stop and
+//! restart.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,17 +9,18 @@ use crate::place::Loopback;
 use crate::process::Daemon;
 use crate::{Failed, Result, wait_for};
 
-/// How long servers may take to serve: an election, and perhaps a JVM, on a machine that does other things too.
+/// The time limit of a start on a busy machine. It includes an election, and for ZooKeeper the start of a
+/// JVM.
 const SERVING: Duration = Duration::from_secs(60);
 
-/// One server or several, of one kind.
+/// A set of servers of one kind.
 pub struct Servers {
-    /// `Consul`, for messages.
+    /// The kind for messages, such as `Consul`.
     kind: &'static str,
     all: Vec<Server>,
 }
 
-/// One of them.
+/// A single server.
 pub(crate) struct Server {
     pub(crate) place: Loopback,
     pub(crate) dir: PathBuf,
@@ -26,7 +28,7 @@ pub(crate) struct Server {
 }
 
 impl Servers {
-    /// Addresses and directories below `dir` for so many; nothing is started.
+    /// Chooses addresses, and creates directories below `dir`. Starts nothing.
     pub(crate) fn new(kind: &'static str, count: usize, dir: &Path) -> Result<Servers> {
         let server = |number: usize| {
             let dir = dir.join(number.to_string());
@@ -56,7 +58,7 @@ impl Servers {
         daemon.ok_or_else(|| Failed::new(format!("{kind} {index} was not started")))
     }
 
-    /// Waits until server `index` serves, which is when `asked` is `Ok`.
+    /// Waits until server `index` serves, that is, until `asked` returns `Ok`.
     pub(crate) async fn wait(
         &mut self,
         index: usize,
@@ -79,12 +81,12 @@ impl Servers {
         self.all.is_empty()
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL to a server.
     pub fn kill(&mut self, index: usize) -> Result<()> {
         self.daemon(index)?.kill()
     }
 
-    /// SIGSTOP: it holds its connections and answers nobody.
+    /// Sends SIGSTOP: the server keeps its connections and stops answering.
     pub fn freeze(&mut self, index: usize) -> Result<()> {
         self.daemon(index)?.freeze()
     }
@@ -105,7 +107,7 @@ impl Servers {
         (0..self.len()).try_for_each(|index| self.thaw(index))
     }
 
-    /// SIGKILL, and its data is gone.
+    /// Kills a server and deletes its data.
     pub(crate) fn wipe(&mut self, index: usize) -> Result<()> {
         self.kill(index)?;
         let data = self.server(index)?.dir.join("data");

@@ -1,4 +1,4 @@
-//! Waiting for a value.
+//! Waiting for a value, with a time limit.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::{Failed, Result};
 
-/// What a probe returns: the value, or what it saw instead.
+/// The result of a probe: the value, or what it found instead.
 pub trait Seen {
     type Value;
     fn seen(self) -> Result<Self::Value, String>;
@@ -27,7 +27,7 @@ impl<T, E: Display> Seen for Result<T, E> {
     }
 }
 
-/// Asks again and again until the probe has a value; after `bound` it fails with the last thing that was seen.
+/// Calls the probe until it returns a value. After `bound`, fails with the last result of the probe.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -56,7 +56,7 @@ pub async fn wait_for<S: Seen>(
         if Instant::now() >= deadline {
             break;
         }
-        // Between two looks, not instead of one.
+        // The time limit is checked only after a probe, so at least one probe runs.
         sleep(Duration::from_millis(10)).await;
     }
     Err(Failed::new(format!("waited {bound:?} for {what}; last seen: {last}")))

@@ -1,7 +1,7 @@
-//! Real ZooKeepers: one server or several, of today and of long ago, and what tests do to them.
+//! Real ZooKeeper servers: one or more, current and old, which tests can kill, stop and restart.
 //!
-//! Each server has an address of its own and the ports that everybody knows (2181, 2281 for TLS). They run from
-//! Debian's packages, by hash, on the Java of the machine.
+//! Each server has its own address and the standard ports (2181, 2281 for TLS). The servers run from Debian's
+//! packages, which are identified by their hashes, on the machine's Java.
 
 mod client;
 
@@ -27,11 +27,11 @@ use crate::{Failed, Result, cache, wait_for};
 
 const CLIENT_PORT: u16 = 2181;
 const SECURE_PORT: u16 = 2281;
-/// How long servers may take to serve: a JVM and an election, on a machine that does other things too.
+/// The time limit of a start on a busy machine, with a JVM and an election.
 const SERVING: Duration = Duration::from_secs(60);
 const INSTALL: &str = "it needs Java: `apt-get install openjdk-17-jre-headless`";
 
-/// Which ZooKeeper.
+/// The version of the servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
     /// 3.8.0, of Debian 12.
@@ -118,17 +118,17 @@ impl Version {
     }
 }
 
-/// How servers are to be.
+/// The configuration of the servers.
 #[derive(Debug, Clone)]
 pub struct Options {
     pub version: Version,
     pub servers: usize,
-    /// A TLS port that asks for a client certificate: see [`ZooKeeper::tls`].
+    /// Opens a TLS port that asks for a client certificate: see [`ZooKeeper::tls`].
     pub tls: bool,
-    /// Nobody may do anything without SASL DIGEST-MD5 as this user with this password.
+    /// Requires SASL DIGEST-MD5 with this user and password for all requests.
     pub sasl: Option<(&'static str, &'static str)>,
-    /// A server without a quorum goes on answering reads to those who accept that, in sessions that only it knows:
-    /// 3.8 opens no others then.
+    /// Lets a server without a quorum answer reads of clients that accept this, in sessions that only this
+    /// server knows. 3.8 opens no other sessions in that state.
     pub read_only: bool,
 }
 
@@ -138,7 +138,7 @@ impl Default for Options {
     }
 }
 
-/// The files of a certificate authority that signed the servers' certificates, and one for a client.
+/// The files of a certificate authority that signed the servers' certificates, and of a client certificate.
 #[derive(Debug, Clone)]
 pub struct TlsFiles {
     pub ca: PathBuf,
@@ -146,7 +146,7 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// One server or an ensemble.
+/// A single server or an ensemble.
 pub struct ZooKeeper {
     options: Options,
     classpath: String,
@@ -168,12 +168,12 @@ impl DerefMut for ZooKeeper {
 }
 
 impl ZooKeeper {
-    /// One server of today.
+    /// Starts one server of the current version.
     pub async fn one() -> Result<ZooKeeper> {
         ZooKeeper::start(Options::default()).await
     }
 
-    /// Three servers of today.
+    /// Starts three servers of the current version.
     pub async fn three() -> Result<ZooKeeper> {
         ZooKeeper::start(Options { servers: 3, ..Options::default() }).await
     }
@@ -244,7 +244,7 @@ impl ZooKeeper {
             debian::on_path("java").ok_or_else(|| Failed::new(format!("found no `java`; {INSTALL}")))?;
         let mut command = Command::new(java);
         command.args(["-Xmx192m", "-Xms32m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]);
-        // A test that kills a server does not take the power away from its disk.
+        // Data need not be synced to the disk, because a test that kills a server does not cut its power.
         command.args([
             "-Dzookeeper.forceSync=no",
             "-Djava.net.preferIPv4Stack=true",
@@ -265,7 +265,7 @@ impl ZooKeeper {
         Ok(())
     }
 
-    /// Waits until server `index` answers requests: `ruok` says nothing about that, `srvr` does.
+    /// Waits until server `index` answers requests. `srvr` shows that, `ruok` does not.
     pub async fn wait_serving(&mut self, index: usize) -> Result<()> {
         let address = self.address(index)?;
         let asked = async || match ask(address, "srvr").await {
@@ -276,17 +276,17 @@ impl ZooKeeper {
         self.servers.wait(index, asked).await
     }
 
-    /// Where server `index` is: in the clear.
+    /// Returns the plaintext address of server `index`.
     pub fn address(&self, index: usize) -> Result<SocketAddr> {
         Ok(SocketAddr::new(self.servers.server(index)?.place.ip(), CLIENT_PORT))
     }
 
-    /// What clients are told to connect to: `127.1.2.3:2181,127.1.2.4:2181`.
+    /// Returns the connect string for clients: `127.1.2.3:2181,127.1.2.4:2181`.
     pub fn connect(&self) -> String {
         self.all(CLIENT_PORT)
     }
 
-    /// The same for the TLS ports.
+    /// Returns the connect string with the TLS ports.
     pub fn secure_connect(&self) -> String {
         self.all(SECURE_PORT)
     }
@@ -296,14 +296,14 @@ impl ZooKeeper {
         all.join(",")
     }
 
-    /// What a client of the TLS ports needs.
+    /// Returns the files that a client of the TLS ports needs.
     pub fn tls(&self) -> TlsFiles {
         let file = |name: &str| self.dir.join(name);
         TlsFiles { ca: file("ca.pem"), cert: file("client.pem"), key: file("client.key") }
     }
 
-    /// A client of the test's own, connected to server `index` as soon as that has a quorum: right after its leader was
-    /// killed it may still say that it serves. Its session lasts for an hour without it.
+    /// Connects a test client to server `index` once the server has a quorum: right after the end of its
+    /// leader, a server may still claim to serve. Without requests, the session lasts for an hour.
     pub async fn client(&self, index: usize) -> Result<Client> {
         let address = self.address(index)?;
         let lasts = Duration::from_secs(3600);
@@ -311,19 +311,19 @@ impl ZooKeeper {
         wait_for(what, SERVING, async || Client::connect(address, lasts).await).await
     }
 
-    /// Starts server `index` again with the data that it had. It serves once it has a quorum.
+    /// Starts server `index` again with its data. The server serves once it has a quorum.
     pub fn launch_again(&mut self, index: usize) -> Result<()> {
         self.servers.kill(index)?;
         self.launch(index)
     }
 
-    /// Starts server `index` again with the data that it had, and waits until it serves.
+    /// Starts server `index` again with its data, and waits until it serves.
     pub async fn restart(&mut self, index: usize) -> Result<()> {
         self.launch_again(index)?;
         self.wait_serving(index).await
     }
 
-    /// Starts all servers again, and all that they knew is gone.
+    /// Starts all servers again without their data.
     pub async fn restart_empty(&mut self) -> Result<()> {
         for index in 0..self.servers.len() {
             self.servers.wipe(index)?;
@@ -338,7 +338,7 @@ impl ZooKeeper {
         Ok(())
     }
 
-    /// The server that leads now.
+    /// Returns the current leader.
     pub async fn leader(&self) -> Result<usize> {
         wait_for("a leader", SERVING, async || {
             for index in 0..self.servers.len() {
@@ -352,7 +352,7 @@ impl ZooKeeper {
         .await
     }
 
-    /// The sessions of the clients that are connected to server `index`, as `cons` lists them.
+    /// Returns the sessions of the clients that are connected to server `index`, as `cons` lists them.
     pub async fn sessions(&self, index: usize) -> Result<Vec<i64>> {
         let said = ask(self.address(index)?, "cons").await?;
         let ids = said.lines().filter_map(|line| {
@@ -362,7 +362,7 @@ impl ZooKeeper {
         Ok(ids.collect())
     }
 
-    /// The server that holds the connection of `session`.
+    /// Returns the server that holds the connection of `session`.
     pub async fn server_of(&self, session: i64) -> Result<usize> {
         wait_for(format!("session {session:#x} to be connected"), SERVING, async || {
             let mut seen = Vec::new();
@@ -378,7 +378,7 @@ impl ZooKeeper {
         .await
     }
 
-    /// How many watches server `index` keeps (`wchs`).
+    /// Returns the number of watches on server `index` (`wchs`).
     pub async fn watches(&self, index: usize) -> Result<usize> {
         let said = ask(self.address(index)?, "wchs").await?;
         let total = said.lines().find_map(|line| line.strip_prefix("Total watches:")?.trim().parse().ok());
@@ -406,7 +406,8 @@ impl ZooKeeper {
                 &["-CAcreateserial", "-days", "30", "-extfile", "extensions", "-out", &cert],
             )?;
         }
-        // Java wants the certificate and its key, in PKCS#8 as openssl writes it, in one file.
+        // Java expects the certificate and its key in one file, with the key in PKCS#8, which is what openssl
+        // writes.
         let read = |name: &str| {
             let path = self.dir.join(name);
             fs::read_to_string(&path).map_err(Failed::to(format!("could not read {}", path.display())))
@@ -422,7 +423,7 @@ impl ZooKeeper {
     }
 }
 
-/// What the server at `address` says to a four-letter word.
+/// Sends a four-letter word to the server at `address`, and returns its answer.
 pub async fn ask(address: SocketAddr, word: &str) -> Result<String> {
     let talk = async {
         let mut stream = TcpStream::connect(address).await?;
@@ -438,7 +439,7 @@ pub async fn ask(address: SocketAddr, word: &str) -> Result<String> {
     }
 }
 
-/// An address on which nothing listens.
+/// Returns an address on which nothing listens.
 pub fn nowhere() -> Result<(Loopback, String)> {
     let place = Loopback::unique()?;
     let ip: IpAddr = place.ip();

@@ -1,4 +1,5 @@
-//! One booted machine: nspawn, started again when the guest reboots, and the control groups that hold all of it.
+//! A booted machine: systemd-nspawn, started again at each reboot of the guest, and the control groups with
+//! its processes.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -14,43 +15,43 @@ use super::{INSTALL, lock};
 use crate::process::die_with_parent;
 use crate::{Failed, Result, debian};
 
-/// What nspawn ends with where the guest has asked for a reboot (`--keep-unit`).
+/// The exit status of nspawn after the guest has asked for a reboot (`--keep-unit`).
 const REBOOT: i32 = 133;
 
-/// How a machine is booted.
+/// The settings with which a machine is booted.
 pub(super) struct Boot {
     pub(super) name: String,
     pub(super) root: PathBuf,
-    /// The file that stands for its network namespace.
+    /// The file that represents its network namespace.
     pub(super) network: PathBuf,
     pub(super) console: PathBuf,
-    /// Read by other processes.
+    /// Written for other processes.
     pub(super) pid_file: PathBuf,
-    /// Its own, in each hierarchy that systemd uses.
+    /// The control groups of the machine, one for each hierarchy that systemd uses.
     pub(super) groups: Vec<PathBuf>,
-    /// nspawn, without arguments.
+    /// The nspawn program, without arguments.
     pub(super) program: Command,
 }
 
 pub(super) struct Machine {
     shared: Arc<Shared>,
-    /// Owns the processes: the kernel kills them when this thread's process is gone.
+    /// Owns the processes: the kernel kills them when this thread ends.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
     boot: Boot,
-    /// Makes the network anew, as a reboot does.
+    /// Recreates the network, as a reboot does.
     rewire: Box<dyn Fn() -> Result<()> + Send + Sync>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// unshare, above nspawn.
+    /// The `unshare` process, the parent of nspawn.
     above: Option<Pid>,
     boots: u32,
-    /// It is not to boot again.
+    /// Set if the machine must stay off.
     off: bool,
 }
 
@@ -61,7 +62,7 @@ impl std::fmt::Debug for Machine {
 }
 
 impl Machine {
-    /// Switched off.
+    /// Creates a machine that is switched off.
     pub(super) fn new(boot: Boot, rewire: impl Fn() -> Result<()> + Send + Sync + 'static) -> Machine {
         let state = Mutex::new(State { off: true, ..State::default() });
         let shared = Arc::new(Shared { boot, rewire: Box::new(rewire), state });
@@ -81,7 +82,7 @@ impl Machine {
         started.1.recv().unwrap_or_else(|_| Err(Failed::new("the thread of a host ended")))
     }
 
-    /// Until nothing of it runs.
+    /// Kills all processes of the machine, and waits until none is left.
     pub(super) fn power_cut(&self) {
         let mut thread = lock(&self.thread);
         {
@@ -101,12 +102,12 @@ impl Machine {
         lock(&self.shared.state).above.is_some()
     }
 
-    /// How often it has been started.
+    /// Returns how often the machine was booted.
     pub(super) fn boots(&self) -> u32 {
         lock(&self.shared.state).boots
     }
 
-    /// The guest's PID 1, by this machine's count, once it is systemd.
+    /// Returns the guest's PID 1 by its process id on this machine, once it is systemd.
     pub(super) fn leader(&self) -> Option<u32> {
         let above = lock(&self.shared.state).above?;
         leader_of(above.as_raw_nonzero().get().unsigned_abs())
@@ -146,7 +147,7 @@ impl Shared {
         }
     }
 
-    /// Its exit status. Its id is forgotten before somebody else can have it.
+    /// Waits for the process, and returns its exit status. Forgets its id before the kernel can reuse it.
     fn wait(&self, mut child: Child) -> Option<i32> {
         _ = waitid(WaitId::Pid(Pid::from_child(&child)), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
         let mut state = lock(&self.state);
@@ -163,13 +164,14 @@ impl Shared {
         let log = File::options().create(true).append(true).open(console);
         let log = log.map_err(Failed::to(format!("could not open {}", console.display())))?;
         let errors = log.try_clone().map_err(Failed::to("could not open a file twice"))?;
-        // nspawn keeps notes in a directory that it will not use on a disk; this one is its own, and so is each mount.
-        // With --keep-unit it makes groups below its caller's.
+        // nspawn writes to a directory that it refuses to have on a disk. The mount namespace gives each
+        // machine its own. With `--keep-unit`, nspawn creates control groups below that of its parent.
         let script = "set -e; while [ \"$1\" != -- ]; do echo 0 >\"$1/cgroup.procs\"; shift; done; shift\n\
              mkdir -p /run/systemd/nspawn; mount -t tmpfs -o mode=755 vmesh-nspawn /run/systemd/nspawn\n\
              exec \"$@\"";
         let mut command = Command::new("unshare");
-        // Whatever dies, the rest dies with it: nspawn with unshare, and the guest with nspawn, whose namespace it is in.
+        // A chain of parents: nspawn dies with unshare, and the guest dies with nspawn, in whose pid
+        // namespace it is.
         command.args([
             "--mount",
             "--propagation",
@@ -190,7 +192,7 @@ impl Shared {
             "--system-call-filter=bpf perf_event_open @memlock",
             "--kill-signal=SIGRTMIN+3",
         ]);
-        // As on a VM: cgroup2 alone, and the sysctls of the network can be written.
+        // As on a VM, only cgroup2 is mounted, and the sysctls of the network are writable.
         command.env("UNIFIED_CGROUP_HIERARCHY", "1").env("SYSTEMD_NSPAWN_API_VFS_WRITABLE", "network");
         command.stdin(Stdio::null()).stdout(log).stderr(errors);
         die_with_parent(&mut command);
@@ -198,7 +200,7 @@ impl Shared {
     }
 }
 
-/// Whether this machine can boot any.
+/// Checks that this machine can boot hosts.
 pub(super) fn able() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(Failed::new(format!("this is not root; {INSTALL}")));
@@ -224,7 +226,7 @@ pub(super) fn able() -> Result<()> {
     made
 }
 
-/// The directories of the control group `name`, one for each hierarchy that systemd uses here.
+/// Returns the directories of the control group `name`, one for each hierarchy that systemd uses here.
 pub(super) fn groups(name: &str) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mounts").map_err(Failed::to("could not read the mounts"))?;
     let found = hierarchies(&mounts);
@@ -234,7 +236,8 @@ pub(super) fn groups(name: &str) -> Result<Vec<PathBuf>> {
     Ok(found.into_iter().map(|mount| mount.join("vmesh-hosts").join(name)).collect())
 }
 
-/// cgroup2, and where it is there (the hybrid layout) systemd's own of version 1; empty without cgroup2.
+/// Returns the mount point of cgroup2 and, in the hybrid layout, that of systemd's own version 1 hierarchy.
+/// Empty without cgroup2.
 fn hierarchies(mounts: &str) -> Vec<PathBuf> {
     let mounts: Vec<Vec<&str>> = mounts.lines().map(|line| line.split(' ').collect()).collect();
     let find = |wanted: &dyn Fn(&str, &str) -> bool| {
@@ -253,7 +256,7 @@ fn hierarchies(mounts: &str) -> Vec<PathBuf> {
 fn make(group: &Path) -> Result<()> {
     fs::create_dir_all(group)
         .map_err(Failed::to(format!("could not make the control group {}; {INSTALL}", group.display())))?;
-    // What limits of units need; a machine without these controllers boots all the same.
+    // The controllers for limits of units. Machines without these controllers can boot hosts, too.
     for dir in group.ancestors().skip(1).take(2) {
         for controller in ["+cpu", "+memory", "+pids"] {
             _ = fs::write(dir.join("cgroup.subtree_control"), controller);
@@ -262,14 +265,14 @@ fn make(group: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Kills all in the group and below.
+/// Kills all processes in the control group and below it.
 fn kill_all(group: &Path) {
     _ = fs::write(group.join("cgroup.kill"), "1");
 }
 
-/// Kills all in the group and takes the group away.
+/// Kills all processes in the control group and removes it.
 pub(super) fn clear(group: &Path) {
-    // What was killed is gone a moment later, and then its groups can be.
+    // A killed process exits a moment later. Only then can its control group be removed.
     for _ in 0..100 {
         kill_all(group);
         remove(group);
@@ -289,7 +292,7 @@ fn remove(group: &Path) {
     _ = fs::remove_dir(group);
 }
 
-/// The guest's PID 1 below unshare and nspawn, once it is systemd.
+/// Returns the guest's PID 1, a grandchild of `unshare`, once it is systemd.
 pub(super) fn leader_of(above: u32) -> Option<u32> {
     let guests = children(above).into_iter().flat_map(children);
     { guests }.find(|pid| {

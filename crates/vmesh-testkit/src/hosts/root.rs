@@ -1,4 +1,5 @@
-//! The file system that hosts are booted from: Debian packages that the machine's own apt fetches and verifies.
+//! The root file system that hosts are booted from, built from Debian packages that the machine's own apt
+//! fetches and verifies.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -11,14 +12,14 @@ use crate::{Failed, Result, cache, debian};
 /// A release of Debian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Suite {
-    /// 12.
+    /// Debian 12.
     Bookworm,
-    /// 13.
+    /// Debian 13.
     Trixie,
 }
 
-/// What is on a host before anything of ours is. nspawn is among it: it is run from here, on a machine that need not
-/// have it.
+/// The packages of a host without vmesh. They include nspawn, which is run from this root because the machine
+/// may lack it.
 const PACKAGES: &[&str] = &[
     "ca-certificates",
     "conntrack",
@@ -41,7 +42,7 @@ const PACKAGES: &[&str] = &[
     "systemd-sysv",
 ];
 
-/// Of no use on a host that is to be at rest, or that has its network from outside.
+/// Units that would disturb an idle host, or a host whose network is configured from outside.
 const MASKED: &[&str] = &[
     "apt-daily-upgrade.timer",
     "apt-daily.timer",
@@ -58,7 +59,7 @@ const MASKED: &[&str] = &[
 
 const SSHD: &str = "PermitRootLogin prohibit-password\nUseDNS no\n";
 
-/// A key of its own for each host; of one kind, since an RSA key takes seconds to make.
+/// A drop-in that creates a new host key for each host. An RSA key would take seconds.
 const SSHD_UNIT: &str = "[Service]\nExecStartPre=\n\
     ExecStartPre=/bin/sh -c \"[ -s /etc/ssh/ssh_host_ed25519_key ] || ssh-keygen -q -t ed25519 -N '' -f \
     /etc/ssh/ssh_host_ed25519_key\"\nExecStartPre=/usr/sbin/sshd -t\n";
@@ -66,7 +67,7 @@ const SSHD_UNIT: &str = "[Service]\nExecStartPre=\n\
 const INSTALL: &str = "the root of test hosts is built by the machine's own apt, dpkg and perl (Debian or Ubuntu), as root, \
                        from the mirrors that its apt sources name";
 
-/// A root that is ready to be booted from, only read.
+/// A root file system that is ready to be booted from, mounted read-only.
 #[derive(Debug, Clone)]
 pub struct Root {
     path: PathBuf,
@@ -82,9 +83,9 @@ impl Suite {
 }
 
 impl Root {
-    /// The one in the cache, which is built on first use.
+    /// Returns the root from the cache, and builds it on first use.
     pub fn get(suite: Suite) -> Result<Root> {
-        // Another recipe makes another root.
+        // Another recipe gets another name in the cache.
         let mut recipe = DefaultHasher::new();
         (suite, PACKAGES, MASKED, SSHD, SSHD_UNIT).hash(&mut recipe);
         let name = format!("host-{}-{:08x}", suite.name(), recipe.finish() & 0xffff_ffff);
@@ -99,7 +100,7 @@ impl Root {
         &self.path
     }
 
-    /// A program of the root, to be run on this machine with the root's libraries, whatever the machine has.
+    /// Builds a command that runs a program of the root on this machine, with the libraries of the root.
     pub fn command(&self, program: &str) -> Command {
         let libraries = format!("{}/usr/lib/{}-linux-gnu", self.path.display(), std::env::consts::ARCH);
         let loader = match std::env::consts::ARCH {
@@ -117,7 +118,7 @@ fn build(work: &Path, suite: Suite) -> Result<PathBuf> {
     let root = work.join("root");
     let apt = Apt::new(work, suite)?;
     let tools = apt.mmdebstrap()?;
-    // In a mount namespace of its own: whatever happens to it, nothing stays mounted below a directory that is removed.
+    // The build runs in its own mount namespace, so no mount is left below a directory that is removed.
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "slave", "--", "perl"]).arg(tools.join("mmdebstrap"));
     command.args([
@@ -127,7 +128,7 @@ fn build(work: &Path, suite: Suite) -> Result<PathBuf> {
         "--aptopt=Acquire::Languages \"none\"",
     ]);
     command.arg(format!("--include={}", PACKAGES.join(","))).arg(suite.name()).arg(&root).arg(&apt.sources);
-    // mmdebstrap's own helpers are beside it.
+    // mmdebstrap finds its helpers on the PATH.
     let path = std::env::var_os("PATH").unwrap_or_default();
     let paths = std::iter::once(tools).chain(std::env::split_paths(&path));
     let path = std::env::join_paths(paths).map_err(Failed::to("could not extend the PATH"))?;
@@ -140,9 +141,9 @@ fn build(work: &Path, suite: Suite) -> Result<PathBuf> {
     Ok(root)
 }
 
-/// Makes it the root of any host, at rest.
+/// Prepares the root file system for any host, with the disturbing units masked.
 fn settle(root: &Path) -> std::io::Result<()> {
-    // Each host makes its own.
+    // Each host creates its own id.
     fs::write(root.join("etc/machine-id"), "")?;
     _ = fs::remove_file(root.join("var/lib/dbus/machine-id"));
     for entry in fs::read_dir(root.join("etc/ssh"))?.flatten() {
@@ -159,11 +160,11 @@ fn settle(root: &Path) -> std::io::Result<()> {
         _ = fs::remove_file(&link);
         symlink("/dev/null", link)?;
     }
-    // The journal outlives a boot where this is.
+    // With this directory, the journal survives a reboot.
     fs::create_dir_all(root.join("var/log/journal"))
 }
 
-/// The machine's apt with a state of its own: nothing of the machine's changes.
+/// The machine's apt, with its own state directory: the machine's own state does not change.
 struct Apt {
     work: PathBuf,
     sources: PathBuf,
@@ -212,7 +213,7 @@ impl Apt {
         Ok(apt)
     }
 
-    /// The directory of mmdebstrap: on the PATH, or unpacked from its package.
+    /// Returns the directory of mmdebstrap: on the PATH, or unpacked from its package.
     fn mmdebstrap(&self) -> Result<PathBuf> {
         if let Some(dir) = debian::on_path("mmdebstrap").as_deref().and_then(Path::parent) {
             return Ok(dir.to_owned());

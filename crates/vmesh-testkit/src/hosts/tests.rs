@@ -17,11 +17,11 @@ fn hosts_boot_reach_each_other_by_name_and_leave_nothing_behind() {
     assert_eq!(a.systemctl(&["list-units", "--failed", "--no-legend"]).unwrap(), "");
     a.exec(&["ping", "-c1", "-W5", "web-2"]).unwrap();
     a.exec(&["ping", "-6", "-c1", "-W5", &b.v6().to_string()]).unwrap();
-    // A socket of the test, on a host.
+    // A socket of the test on a host.
     let server = b.net.within(|| TcpListener::bind((b.v4(), 7000))).unwrap().unwrap();
     a.net.within(|| TcpStream::connect((b.v4(), 7000))).unwrap().unwrap();
     server.accept().unwrap();
-    // As tools on any VM find it.
+    // The tools are on the PATH, as on any VM.
     a.sh("sysctl -w net.ipv4.ip_forward=1; nft add table inet x; nft list ruleset | grep -q 'table inet x'")
         .unwrap();
     a.sh("iptables -t nat -A OUTPUT -p tcp --dport 9 -j REDIRECT --to-ports 10; ip6tables-save >/dev/null")
@@ -95,7 +95,7 @@ fn a_unit_that_hangs_or_fails_is_shown_with_its_journal() {
     assert!(failed.contains("last seen: active") && failed.contains("I am"), "{failed}");
 }
 
-/// Runs in a process of its own that is killed: [`what_a_killed_test_left_is_taken_away_by_the_next`].
+/// Marks the child process that is killed in [`what_a_killed_test_left_is_taken_away_by_the_next`].
 const CHILD: &str = "VMESH_HOSTS_CHILD";
 
 #[test]
@@ -128,7 +128,7 @@ fn what_a_killed_test_left_is_taken_away_by_the_next() {
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "left");
     child.kill().unwrap();
     child.wait().unwrap();
-    // With its owner's, the kernel ends the host's life.
+    // The kernel kills the host together with the process that started it.
     until("the host to be gone", SOON, || {
         let gone = !Path::new("/proc").join(running.leader.to_string()).exists();
         Ok(if gone { Ok(()) } else { Err("it runs") })

@@ -1,4 +1,4 @@
-//! `nft` and iptables, for a host that is a namespace.
+//! `nft` and the iptables tools, for a host that is a namespace.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,19 +8,19 @@ use std::process::Command;
 use crate::debian::{self, Deb};
 use crate::{Failed, Result};
 
-/// Which of the two that are called iptables.
+/// The two implementations of iptables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Iptables {
-    /// Over nftables: what distributions have had since 2019.
+    /// iptables over nftables, the default of distributions since 2019.
     Nft,
-    /// With its own part in the kernel.
+    /// iptables with the legacy kernel interface.
     Legacy,
 }
 
 /// Programs that act on one host.
 #[derive(Debug, Clone)]
 pub struct Tools {
-    /// All of them, by their usual names: to be put first on a PATH.
+    /// The directory with all tools under their usual names, to be prepended to a PATH.
     pub dir: PathBuf,
     pub nft: PathBuf,
     pub iptables_save: PathBuf,
@@ -30,7 +30,7 @@ pub struct Tools {
     pub conntrack: PathBuf,
 }
 
-/// What they are in Debian 12, and the libraries that no minimal system has.
+/// The packages of Debian 12, and the libraries that a minimal system lacks.
 const DEBS: &[Deb] = &[
     deb(
         "pool/main/n/nftables/nftables_1.0.6-2+deb12u2_amd64.deb",
@@ -102,7 +102,7 @@ const DEBS: &[Deb] = &[
     ),
 ];
 
-/// The directory in the cache.
+/// The name in the cache.
 const NAME: &str = "nftables-1.0.6-iptables-1.8.9";
 const INSTALL: &str = "`apt-get install nftables iptables conntrack`";
 
@@ -111,12 +111,12 @@ const fn deb(path: &'static str, sha256: &'static str) -> Deb {
 }
 
 impl Tools {
-    /// The PATH of this process with these first.
+    /// Returns the PATH of this process with the tools first.
     pub fn path(&self) -> String {
         format!("{}:{}", self.dir.display(), std::env::var("PATH").unwrap_or_default())
     }
 
-    /// What every tool for firewalls shows, but for counters and times.
+    /// Returns the output of all firewall tools, without counters and times.
     pub fn ruleset(&self) -> Result<String> {
         let show = |program: &Path, arguments: &[&str]| {
             let output = Command::new(program).args(arguments).output();
@@ -137,7 +137,7 @@ impl Tools {
         Ok(lines.map(|line| line.split(" [").next().unwrap_or_default()).collect::<Vec<_>>().join("\n"))
     }
 
-    /// Scripts in `dir`, which run the tools in the namespace at `space`.
+    /// Creates scripts in `dir` that run the tools in the namespace at `space`.
     pub(super) fn new(space: &Path, dir: &Path, iptables: Iptables) -> Result<Tools> {
         let kind = match iptables {
             Iptables::Nft => "nft",
@@ -175,7 +175,8 @@ impl Tools {
     }
 }
 
-/// Where the tools are: the packages where `$VMESH_TOOLS_CACHE` has them, else those on the PATH, else the packages.
+/// The location of the tools: the packages in `$VMESH_TOOLS_CACHE`, else the tools on the PATH, else fetched
+/// packages.
 struct Found {
     packages: Option<PathBuf>,
 }
@@ -207,7 +208,8 @@ impl Found {
         };
         let (space, program) = (space.display(), program.display());
         match cgroup2().as_deref() {
-            // nft knows control groups below this directory only. In a mount namespace of its own, it is there.
+            // nft finds control groups only below this directory, so it is mounted there in a private mount
+            // namespace.
             Some(mount) if mount != "/sys/fs/cgroup" => text.push_str(&format!(
                 "exec nsenter --net={space} -- unshare --mount --propagation private -- sh -c \
                  'mount --bind {mount} /sys/fs/cgroup && exec {program} \"$@\"' sh \"$@\"\n"
@@ -218,7 +220,7 @@ impl Found {
     }
 }
 
-/// Where control groups of version 2 are mounted.
+/// Returns the mount point of control groups of version 2.
 pub(super) fn cgroup2() -> Option<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());

@@ -1,5 +1,6 @@
-//! A client for tests: the few requests that a test makes, written down by hand, so that what is tested is not also
-//! what it is tested with. One connection, no watches, no pings: its session is as long as the test.
+//! A ZooKeeper client for tests, with the few requests that tests need. Tests must not depend on the library
+//! under test, so this code is written by hand. It has one connection, no watches and no pings; its session
+//! lasts as long as the test.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -24,7 +25,7 @@ mod op {
     pub(super) const CLOSE: i32 = -11;
 }
 
-/// What is created. The numbers are the protocol's.
+/// The kind of a new node. The numbers come from ZooKeeper's protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Persistent = 0,
@@ -39,7 +40,7 @@ pub struct Client {
     stream: TcpStream,
     session: i64,
     xid: i32,
-    /// New nodes may only be touched by who has the same credentials.
+    /// Restricts new nodes to clients with the same credentials.
     private: bool,
 }
 
@@ -49,7 +50,7 @@ enum Answer {
 }
 
 impl Client {
-    /// The session ends `lasts` after the last request.
+    /// Opens a session, which ends `lasts` after the last request.
     pub async fn connect(server: SocketAddr, lasts: Duration) -> Result<Client> {
         let what = format!("could not open a session with ZooKeeper {server}");
         let stream = TcpStream::connect(server).await.map_err(Failed::to(what.clone()))?;
@@ -67,7 +68,7 @@ impl Client {
         Ok(client)
     }
 
-    /// Adds credentials (`user:password`); from now on what is created belongs to whoever has them.
+    /// Adds credentials (`user:password`). New nodes will be accessible with these credentials only.
     pub async fn authenticate(&mut self, credentials: &str) -> Result<()> {
         let body = [&0i32.to_be_bytes()[..], &text(b"digest"), &text(credentials.as_bytes())].concat();
         self.ask(-4, op::AUTH, &body).await?.body("authenticate")?;
@@ -79,7 +80,7 @@ impl Client {
         self.session
     }
 
-    /// Creates a node and returns its path, which is longer than `path` if it is sequential.
+    /// Creates a node and returns its path, which is longer than `path` if the node is sequential.
     pub async fn create(&mut self, path: &str, data: &[u8], kind: Kind) -> Result<String> {
         let answer = self.try_create(path, data, kind).await?.body(&format!("create {path}"))?;
         Ok(String::from_utf8_lossy(answer.get(4..).unwrap_or_default()).into_owned())
@@ -93,7 +94,7 @@ impl Client {
         self.ask_next(op::CREATE, &body).await
     }
 
-    /// Creates a node, and those above it that are not there; a node that is there is given the data.
+    /// Creates a node and its missing parents. If the node exists, sets its data.
     pub async fn make(&mut self, path: &str, data: &[u8], kind: Kind) -> Result<String> {
         for (end, _) in path.match_indices('/').filter(|(end, _)| *end > 0) {
             let above = path.get(..end).unwrap_or_default();
@@ -121,7 +122,7 @@ impl Client {
         self.ask_next(op::DELETE, &body).await?.body(&format!("delete {path}")).map(drop)
     }
 
-    /// Deletes a node and all below it; what is not there is no error.
+    /// Deletes a node and all nodes below it. A missing node is no error.
     pub async fn delete_all(&mut self, path: &str) -> Result<()> {
         let mut found = vec![path.to_owned()];
         let mut next = 0;
@@ -148,7 +149,7 @@ impl Client {
         Ok(answer.get(4..4 + length).unwrap_or_default().to_vec())
     }
 
-    /// The names of a node's children, sorted.
+    /// Returns the names of a node's children, sorted.
     pub async fn children(&mut self, path: &str) -> Result<Vec<String>> {
         let body = [&text(path.as_bytes())[..], &[0]].concat();
         let answer = self.ask_next(op::GET_CHILDREN, &body).await?.body(&format!("list {path}"))?;
@@ -164,7 +165,7 @@ impl Client {
         Ok(names)
     }
 
-    /// Ends the session: what it made ephemeral is gone.
+    /// Ends the session, and with it all ephemeral nodes that it created.
     pub async fn close(mut self) -> Result<()> {
         self.ask_next(op::CLOSE, &[]).await.map(drop)
     }
@@ -220,7 +221,7 @@ impl Answer {
     }
 }
 
-/// As jute writes a text or a buffer: its length and its bytes.
+/// Encodes a text or a buffer in the format of jute: its length, then its bytes.
 fn text(bytes: &[u8]) -> Vec<u8> {
     let length = i32::try_from(bytes.len()).unwrap_or(i32::MAX);
     [&length.to_be_bytes()[..], bytes].concat()
