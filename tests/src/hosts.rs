@@ -1,8 +1,8 @@
-//! A mesh of booted hosts, installed from packages as an operator would.
+//! A mesh of booted hosts, with packages installed as an operator would install them.
 //!
 //! ```text
 //! mesh  vmesh-control          fd88::1, 10.88.0.1
-//! NAME  vmesh-agent and Envoy  what a test asks for: see Vms::node
+//! NAME  vmesh-agent and Envoy  as the test configures them: see Vms::node
 //! ```
 
 use std::collections::BTreeMap;
@@ -19,10 +19,10 @@ use vmesh_testkit::{Failed, Result, envoy, wait_for};
 
 use crate::BOUND;
 
-/// The units of a node that are to be active.
+/// The units of a node that must be active.
 pub const UNITS: [&str; 3] = ["vmesh-agent.service", "vmesh-envoy.service", "vmesh-net.service"];
 
-/// Packages of the programs that are built.
+/// The package files of the built programs.
 pub struct Packages {
     pub agent: PathBuf,
     pub control: PathBuf,
@@ -64,7 +64,7 @@ pub struct Vms {
 }
 
 impl Vms {
-    /// A control plane that is ready, knows no service, and is told of them by [`Vms::service`].
+    /// Starts a control plane that is ready and knows no service. [`Vms::service`] adds services.
     pub async fn new() -> Result<Vms> {
         Vms::of(Suite::Bookworm).await
     }
@@ -87,7 +87,7 @@ impl Vms {
         Ok(Vms { fleet, control, packages })
     }
 
-    /// A mesh, with `orders` on a host that is in none, and where that is.
+    /// Starts a control plane, and `orders` on a host outside the mesh. Returns the address of `orders`, too.
     pub async fn with_orders() -> Result<(Vms, HttpApp, SocketAddr)> {
         let vms = Vms::new().await?;
         let server = vms.fleet.switch().host()?;
@@ -97,19 +97,19 @@ impl Vms {
         Ok((vms, orders, to))
     }
 
-    /// Says where a service is.
+    /// Writes the endpoints of a service for the control plane.
     pub fn service(&self, name: &str, protocol: &str, endpoints: &[SocketAddr]) -> Result<()> {
         let endpoints: Vec<String> = endpoints.iter().map(|endpoint| format!("\"{endpoint}\"")).collect();
         let text = format!("service: {name}\nprotocol: {protocol}\nendpoints: [{}]\n", endpoints.join(", "));
         self.control.write(&format!("/etc/vmesh/services.d/{name}.yaml"), text)
     }
 
-    /// A document of the mesh.
+    /// Writes a document of the mesh.
     pub fn document(&self, file: &str, yaml: &str) -> Result<()> {
         self.control.write(&format!("/etc/vmesh/mesh.d/{file}"), yaml)
     }
 
-    /// What `agent.yaml` of a node has to say of the control plane and of itself, with `more` after it.
+    /// Returns the part of `agent.yaml` that names the control plane and the node, followed by `more`.
     pub fn agent_yaml(&self, host: &Host, more: &str) -> String {
         format!(
             "control_plane: [{{address: \"http://{}:15010\", insecure: true}}]\nenvoy: {{concurrency: 1, drain: 1s}}\n\
@@ -120,7 +120,7 @@ impl Vms {
         )
     }
 
-    /// A node that serves: booted, installed, configured with `more`, and all its units active.
+    /// Boots, installs and configures a node with `more`, and waits until its units are active.
     pub async fn node(&self, name: &str, more: &str) -> Result<Vm> {
         let host = self.fleet.host(name)?;
         host.write("/etc/vmesh/agent.yaml", self.agent_yaml(&host, more))?;
@@ -137,17 +137,17 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Until the agent, Envoy and what keeps the rules are active.
+    /// Waits until the agent, Envoy and vmesh-net are active.
     pub fn wait_up(&self) -> Result<()> {
         UNITS.iter().try_for_each(|unit| self.host.wait_unit(unit, "active", 2 * BOUND))
     }
 
-    /// The main processes of the units, by the host's own count.
+    /// Returns the main processes of the units by their process ids on the host.
     pub fn main_pids(&self) -> Result<BTreeMap<&'static str, Option<u32>>> {
         UNITS.iter().map(|unit| Ok((*unit, self.host.main_pid(unit)?))).collect()
     }
 
-    /// Kills the main process of a unit, and waits until another one is up.
+    /// Kills the main process of a unit, and waits until another one runs.
     pub fn kill(&self, unit: &str) -> Result<()> {
         let old = self.host.main_pid(unit)?;
         self.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", unit])?;
@@ -155,7 +155,8 @@ impl Vm {
         self.host.wait_unit(unit, "active", BOUND)
     }
 
-    /// The process of the Envoy that serves, by the host's own count; `None` while its supervisor knows of none.
+    /// Returns the process of the serving Envoy by its id on the host; `None` while the supervisor reports
+    /// none.
     pub fn envoy(&self) -> Result<Option<u64>> {
         let words = ["curl", "-sS", "--unix-socket", "/run/vmesh-envoy/status.sock", "http://envoy/status"];
         let said = self.host.exec(&words)?;
@@ -164,24 +165,24 @@ impl Vm {
         Ok(status.get("pid").and_then(Value::as_u64))
     }
 
-    /// How many processes are an Envoy.
+    /// Returns the number of Envoy processes.
     pub fn envoys(&self) -> Result<usize> {
         let said = self.host.output(&["pgrep", "-c", "-x", "envoy"])?;
         Ok(String::from_utf8_lossy(&said.stdout).trim().parse().unwrap_or_default())
     }
 
-    /// What every tool for firewalls shows, without counters and times.
+    /// Returns the output of all firewall tools, without counters and times.
     pub fn ruleset(&self) -> Result<String> {
         ruleset(&self.host)
     }
 
-    /// Where a request of the application on this host to a real address went: through Envoy, or not.
+    /// Reports whether a request of this host's application to a real address went through Envoy.
     pub fn goes_through_envoy(&self, to: SocketAddr) -> Result<bool> {
         let said = self.host.exec(&["curl", "-sS", "--max-time", "10", &format!("http://{to}/")])?;
         Ok(said.contains("x-forwarded-proto"))
     }
 
-    /// Waits until such requests go through Envoy, and that is confirmed.
+    /// Waits until such requests go through Envoy and the trial is confirmed.
     pub async fn captured(&self, to: SocketAddr) -> Result<()> {
         wait_for("connections to be captured", 2 * BOUND, async || match self.goes_through_envoy(to) {
             Ok(true) => match self.host.sh("vmeshctl capture --json || :") {
@@ -202,7 +203,7 @@ impl Vm {
         .await
     }
 
-    /// Waits until another Envoy than this one serves.
+    /// Waits until an Envoy other than `than` serves.
     pub async fn wait_other_envoy(&self, than: Option<u64>) -> Result<Option<u64>> {
         wait_for(format!("another Envoy than {than:?}"), 2 * BOUND, async || match self.envoy() {
             Ok(now) if now.is_some() && now != than => Ok(now),
@@ -213,7 +214,7 @@ impl Vm {
     }
 }
 
-/// What every tool for firewalls shows on a host, without counters and times.
+/// Returns the output of all firewall tools on a host, without counters and times.
 pub fn ruleset(host: &Host) -> Result<String> {
     host.sh(
         "for show in 'nft list ruleset' iptables-nft-save ip6tables-nft-save; do echo \"# $show\"; $show; done | \
@@ -222,9 +223,10 @@ pub fn ruleset(host: &Host) -> Result<String> {
     )
 }
 
-/// All that an installation could leave behind: files with owner, mode and content; users; rules; sysctls of the network; units.
+/// Lists everything that an installation could leave behind: files with owner, mode and content; users;
+/// rules; network sysctls; units.
 pub fn trace(host: &Host) -> Result<BTreeMap<String, String>> {
-    // Backups of the user database, and caches of the dynamic linker and of dpkg, are their tools' own.
+    // Backups of the user database and caches of the dynamic linker and of dpkg belong to other tools.
     let pruned = [
         "/run/systemd",
         "/run/udev",
@@ -239,7 +241,7 @@ pub fn trace(host: &Host) -> Result<BTreeMap<String, String>> {
         "/etc/*-",
         "/etc/ld.so.cache",
         "/etc/.pwd.lock",
-        // Every iptables makes it, and none may take it away.
+        // Every iptables creates this file, and none may remove it.
         "/run/xtables.lock",
     ];
     let pruned = pruned.map(|path| format!("-path '{path}'")).join(" -o ");
@@ -263,14 +265,14 @@ pub fn trace(host: &Host) -> Result<BTreeMap<String, String>> {
     };
     add("user", host.sh("getent passwd; getent group")?);
     add("unit", host.sh("systemctl list-unit-files --no-pager --no-legend")?);
-    // Random, or counted.
+    // These values are random or counters.
     let counted = "fastopen_key|nf_conntrack_count|nf_conntrack_max|buckets|stat_refresh|flow_limit|inuse";
     add("sysctl", host.sh(&format!("sysctl -a 2>/dev/null | grep '^net[.]' | grep -vE '{counted}'"))?);
     all.insert("rules".to_owned(), ruleset(host)?);
     Ok(all)
 }
 
-/// What is in one trace and not in the other.
+/// Returns the lines that only one of the two lists has.
 pub fn difference(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) -> Vec<String> {
     let names: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     let mut lines = Vec::new();

@@ -1,5 +1,5 @@
-//! A whole mesh for one test: a control plane, agents with real Envoys, applications, on addresses and in a directory
-//! of the test's own. The tests are in `tests/`.
+//! A whole mesh for one test: a control plane, agents with real Envoys and applications, on addresses and in
+//! a directory of the test's own. The tests are in `tests/`.
 
 pub mod vm;
 
@@ -19,22 +19,22 @@ use vmesh_testkit::place::{Loopback, TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
 use vmesh_testkit::{Failed, Result, envoy, wait_for};
 
-/// How long anything may take that takes milliseconds on an idle machine.
+/// The time limit of anything that takes milliseconds on an idle machine.
 pub const BOUND: Duration = Duration::from_secs(30);
 
-/// A mesh, stopped and removed when dropped.
+/// A mesh. Dropping it stops its processes and removes its files.
 pub struct Mesh {
     dir: TempDir,
     home: Loopback,
     pub xds: SocketAddr,
     pub api: SocketAddr,
-    /// More control planes that agents started from now on are told of.
+    /// Additional control planes that agents get in their configuration when they are started.
     pub replicas: Vec<SocketAddr>,
     control: Option<Daemon>,
     agents: BTreeMap<String, Agent>,
 }
 
-/// A control plane beside the one of a [`Mesh`].
+/// A second control plane for the configuration of a [`Mesh`].
 pub struct Replica {
     pub xds: SocketAddr,
     pub api: Api,
@@ -49,22 +49,23 @@ struct Agent {
 }
 
 impl Mesh {
-    /// A control plane on `services.d` and `mesh.d`, both empty but for what `files` names.
+    /// Starts a control plane on `services.d` and `mesh.d`, which contain only `files`.
     pub async fn start(files: &[(&str, &str)]) -> Result<Mesh> {
         let mut mesh = Mesh::prepare(files)?;
         mesh.start_control().await?;
         Ok(mesh)
     }
 
-    /// The same, not started.
+    /// Prepares the same mesh without starting it.
     pub fn prepare(files: &[(&str, &str)]) -> Result<Mesh> {
         Mesh::prepare_on("  - file: {path: services.d}\n", "documents: {dir: mesh.d}\n", files)
     }
 
-    /// A control plane on these sources, a list in YAML, and with more YAML for `control.yaml`; not started.
+    /// Prepares a control plane with these sources (a YAML list) and more YAML for `control.yaml`, without
+    /// starting it.
     pub fn prepare_on(discovery: &str, more: &str, files: &[(&str, &str)]) -> Result<Mesh> {
         let (dir, home) = (tempdir()?, Loopback::unique()?);
-        // The address is nobody else's, and so are all its ports.
+        // The address belongs to this test, with all its ports.
         let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
         let mesh = Mesh { dir, home, xds, api, replicas: Vec::new(), control: None, agents: BTreeMap::new() };
         for dir in ["services.d", "mesh.d", "agents"] {
@@ -85,12 +86,12 @@ impl Mesh {
         self.dir.join(file)
     }
 
-    /// Returns all of the control plane's state that the next start would read, as text.
+    /// Returns the text of all state that the next start of the control plane would read.
     pub fn kept_state(&self) -> String {
         let state = self.path("state/control");
         let entries =
             |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-        // Without its head a source's state is not complete.
+        // The state of a source is incomplete without its head.
         let sources = entries(&state.join("sources")).filter(|source| source.join("head.json").is_file());
         let files = entries(&state).chain(sources.flat_map(|source| entries(&source)));
         // A file that is still being written does not survive a kill.
@@ -102,7 +103,7 @@ impl Mesh {
         &self.home
     }
 
-    /// Writes as careful tools do: to a temporary file, renamed.
+    /// Writes a file atomically: to a temporary file that is then renamed.
     pub fn write(&self, file: &str, text: &str) -> Result<()> {
         let path = self.path(file);
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -122,7 +123,7 @@ impl Mesh {
         Ok(())
     }
 
-    /// A second control plane from the same files, on the same ports of an address of its own.
+    /// Starts a second control plane from the same files, on the same ports of another address.
     pub async fn start_replica(&self) -> Result<Replica> {
         let home = Loopback::unique()?;
         let (xds, api) = (SocketAddr::new(home.ip(), 15010), SocketAddr::new(home.ip(), 15014));
@@ -138,33 +139,34 @@ impl Mesh {
         Ok(Replica { xds, api: Api(api), daemon, _home: home })
     }
 
-    /// Starts the second control plane again, and does not wait for it.
+    /// Starts the second control plane again, without waiting for it.
     pub fn spawn_replica(&self) -> Result<Daemon> {
         let mut command = Command::new(binary("vmesh-control")?);
         command.args(["--config", "replica.yaml"]).current_dir(&*self.dir);
         Daemon::spawn("the replica", command)
     }
 
-    /// Started, and not waited for.
+    /// Starts the control plane without waiting for it.
     pub fn spawn_control(&self) -> Result<Daemon> {
         let mut command = Command::new(binary("vmesh-control")?);
         command.args(["--config", "control.yaml"]).current_dir(&*self.dir);
         Daemon::spawn("vmesh-control", command)
     }
 
-    /// Goes on with a control plane that was started otherwise, when it is ready.
+    /// Waits until a control plane that the test started is ready, and uses it as the control plane of this
+    /// mesh.
     pub async fn adopt_control(&mut self, mut daemon: Daemon) -> Result<()> {
         daemon.wait_http(&Peer::Tcp(self.api), "/readyz", BOUND).await?;
         self.control = Some(daemon);
         Ok(())
     }
 
-    /// Where xDS is served.
+    /// Returns the address of the xDS server.
     pub fn xds(&self) -> SocketAddr {
         self.xds
     }
 
-    /// Where the API is served.
+    /// Returns the address of the API.
     pub fn api(&self) -> SocketAddr {
         self.api
     }
@@ -173,8 +175,8 @@ impl Mesh {
         self.control.as_mut().ok_or_else(|| Failed::new("the control plane was not started"))
     }
 
-    /// An agent on an address of its own, where also its applications dial their upstreams: the services of `calls` on
-    /// the ports from 9001 on. `more` is YAML that is added to its configuration.
+    /// Starts an agent on an address of its own. Its applications dial their upstreams on this address: the
+    /// services of `calls` on ports 9001 and up. `more` is additional YAML for its configuration.
     pub async fn agent(&mut self, name: &str, calls: &[&str], more: &str) -> Result<()> {
         let place = Loopback::unique()?;
         let ip = place.ip();
@@ -218,7 +220,7 @@ impl Mesh {
         agent.daemon.as_mut().ok_or_else(|| Failed::new(format!("the agent {name} is not running")))
     }
 
-    /// Starts an agent again that was killed.
+    /// Starts a killed agent again.
     pub fn restart_agent(&mut self, name: &str) -> Result<()> {
         let file = self.the(name)?.config.display().to_string();
         let daemon = self.spawn_agent(&file, name)?;
@@ -226,7 +228,7 @@ impl Mesh {
         Ok(())
     }
 
-    /// Gives an agent that is not running another `node.name`.
+    /// Changes `node.name` in the configuration of an agent that is not running.
     pub fn rename_agent(&mut self, name: &str, node: &str) -> Result<()> {
         let file = self.the(name)?.config.display().to_string();
         let path = self.path(&file);
@@ -234,7 +236,7 @@ impl Mesh {
         self.write(&file, &config.replace(&format!("name: {name},"), &format!("name: {node},")))
     }
 
-    /// Where the node's applications dial the upstream that is number `at` of its `calls`.
+    /// Returns the address at which the node's applications dial the upstream with index `at` in `calls`.
     pub fn upstream(&self, name: &str, at: u16) -> Result<SocketAddr> {
         let agent = self.agents.get(name).ok_or_else(|| Failed::new(format!("there is no agent {name}")))?;
         Ok(SocketAddr::new(agent.place.ip(), 9001 + at))
@@ -249,7 +251,7 @@ impl Mesh {
         envoy::Envoy::at_socket(self.path(&format!("run/{name}/admin.sock")))
     }
 
-    /// Waits until the node has accepted all that concerns it.
+    /// Waits until the node has accepted all of its resources.
     pub async fn synced(&self, name: &str) -> Result<()> {
         let api = Api(self.api);
         wait_for(format!("{name} to be in sync"), BOUND, async || api.is_synced(name).await).await
@@ -271,7 +273,7 @@ impl Mesh {
         Api(self.api).metric(name).await
     }
 
-    /// Every listed problem, `place: message`, the test's directory cut off.
+    /// Lists all problems as `place: message`, without the path of the test's directory.
     pub async fn problems(&self) -> Result<Vec<String>> {
         let answer = self.get("/api/v1/problems").await?;
         let all = answer.get("problems").and_then(Value::as_array).cloned().unwrap_or_default();
@@ -281,7 +283,7 @@ impl Mesh {
             .collect())
     }
 
-    /// Waits until a problem is listed that contains `part`, and returns it.
+    /// Waits for a problem that contains `part`, and returns it.
     pub async fn problem(&self, part: &str) -> Result<String> {
         wait_for(format!("a problem with `{part}`"), BOUND, async || {
             let problems = self.problems().await.map_err(|failed| failed.to_string())?;
@@ -290,7 +292,7 @@ impl Mesh {
         .await
     }
 
-    /// The addresses of a service's endpoints, with their health where it is not unknown.
+    /// Returns the addresses of a service's endpoints, each with its health if that is known.
     pub async fn endpoints(&self, service: &str) -> Result<Vec<String>> {
         let answer = self.get("/api/v1/services").await?;
         let all = answer.get("services").and_then(Value::as_array).cloned().unwrap_or_default();
@@ -305,7 +307,7 @@ impl Mesh {
         Ok(endpoints.iter().map(shown).collect())
     }
 
-    /// Waits until the service's endpoints are these.
+    /// Waits until the service has these endpoints.
     pub async fn until_endpoints(&self, service: &str, expected: &[&str]) -> Result<()> {
         wait_for(format!("{service} to be {expected:?}"), BOUND, async || {
             let now = self.endpoints(service).await.map_err(|failed| failed.to_string())?;

@@ -1,7 +1,7 @@
-//! Hosts whose connections are captured: network namespaces on a switch, each with a real agent, Envoy and vmesh-net, and a
-//! control plane on a host of its own.
+//! Hosts whose connections are captured: network namespaces on a switch, each with a real agent, Envoy and
+//! vmesh-net. The control plane has a host of its own.
 //!
-//! vmesh-net has the privileges; the agent and its Envoy run as [`MESH`], applications as [`APP`].
+//! vmesh-net has the privileges. The agent and its Envoy run as [`MESH`], applications as [`APP`].
 
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
@@ -27,7 +27,7 @@ pub const MESH: u32 = 4000;
 /// The user of applications.
 pub const APP: u32 = 5000;
 
-/// A switch with a control plane on it.
+/// A switch with a control plane.
 pub struct Site {
     dir: TempDir,
     switch: Switch,
@@ -47,7 +47,7 @@ pub struct Vm {
     backend: Rules,
 }
 
-/// What changes the rules of a host.
+/// The tool that changes the rules of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rules {
     Nft,
@@ -55,7 +55,7 @@ pub enum Rules {
 }
 
 impl Site {
-    /// A control plane with these files, which are below `services.d` and `mesh.d`.
+    /// Starts a control plane with these files, which are below `services.d` and `mesh.d`.
     pub async fn start(files: &[(&str, &str)]) -> Result<Site> {
         let dir = tempdir()?;
         fs::set_permissions(&dir, Permissions::from_mode(0o755))
@@ -63,7 +63,7 @@ impl Site {
         for below in ["services.d", "mesh.d"] {
             make(&dir.join(below))?;
         }
-        // Where the cache is, only its owner may look.
+        // Other users cannot read the cache directory.
         let envoy = dir.join("envoy");
         let cached = envoy::find()?;
         if fs::hard_link(&cached, &envoy).is_err() {
@@ -86,7 +86,7 @@ impl Site {
         Ok(site)
     }
 
-    /// Writes a file of the control plane's, as careful tools do.
+    /// Writes a file of the control plane atomically.
     pub fn write(&self, file: &str, text: &str) -> Result<()> {
         let path = self.dir.join(file);
         let temporary = path.with_extension("tmp");
@@ -101,22 +101,22 @@ impl Site {
         wait_for("the control plane", BOUND, async || self.control_api("/readyz").map(drop)).await
     }
 
-    /// What the control plane's API answers.
+    /// Returns a response of the control plane's API.
     pub fn control_api(&self, path: &str) -> Result<String> {
         self.control_host.within(|| get("127.0.0.1:15014", path))?
     }
 
-    /// What the control plane has logged.
+    /// Returns the log of the control plane.
     pub fn control_output(&self) -> String {
         self.control.as_ref().map(Daemon::output).unwrap_or_default()
     }
 
-    /// A power cut of the control plane.
+    /// Kills the control plane, as a power cut would.
     pub fn kill_control(&mut self) {
         self.control = None;
     }
 
-    /// A host that is in no mesh.
+    /// Creates a host outside the mesh.
     pub fn outsider(&self) -> Result<Host> {
         self.switch.host()
     }
@@ -125,7 +125,8 @@ impl Site {
         &self.switch
     }
 
-    /// A host with a vmesh-net and an agent; `more` is YAML for `agent.yaml`: `upstreams`, `workloads`, `capture`.
+    /// Creates a host with vmesh-net and an agent. `more` is YAML for `agent.yaml`: `upstreams`, `workloads`,
+    /// `capture`.
     pub async fn vm(&self, name: &str, rules: Rules, more: &str) -> Result<Vm> {
         let host = self.switch.host()?;
         let dir = self.dir.join(name);
@@ -139,7 +140,7 @@ impl Site {
                 .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(mode)));
             set.map_err(Failed::to(format!("could not give {} to its user", path.display())))?;
         }
-        // So that the socket in it is the agent's group's.
+        // With this mode, the socket in the directory belongs to the agent's group.
         let set = fs::set_permissions(dir.join("net"), Permissions::from_mode(0o2755));
         set.map_err(Failed::to("could not set a mode"))?;
         let tools = host.tools(Iptables::Nft)?;
@@ -152,7 +153,7 @@ impl Site {
         format!("{}:15010", self.control_host.v4)
     }
 
-    /// Another configuration for a host; its agent reads it at its next start.
+    /// Writes another configuration for a host; its agent reads it at its next start.
     pub fn configure(&self, vm: &Vm, more: &str) -> Result<()> {
         vm.configure(&self.xds(), &self.envoy, more)
     }
@@ -201,7 +202,8 @@ impl Vm {
 
     pub fn start_agent(&mut self) -> Result<()> {
         let agent = binary("vmesh-agent")?;
-        // Envoy is its child, and may need to be transparent: what the drop-in of its unit gives it.
+        // Envoy is a child of the agent, and may need to bind transparently. On a real host a drop-in of its
+        // unit allows that.
         let (id, caps) = (MESH.to_string(), "+net_admin");
         let mut command = self.host.command("setpriv");
         command.args([
@@ -221,7 +223,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Both, and until what is to be captured is.
+    /// Starts vmesh-net and the agent, and waits until the configured traffic is captured.
     pub async fn start(&mut self) -> Result<()> {
         self.start_net()?;
         self.start_agent()?;
@@ -240,7 +242,7 @@ impl Vm {
         wait_for(&format!("{} to capture", self.name), BOUND, look).await
     }
 
-    /// What the agent says of itself.
+    /// Returns the status of the agent.
     pub fn status(&self) -> Result<Value> {
         let text = self.agent_api("/status")?;
         serde_json::from_str(&text).map_err(Failed::to("the agent's status is no JSON"))
@@ -250,7 +252,7 @@ impl Vm {
         self.host.within(|| get("127.0.0.1:15020", path))?
     }
 
-    /// A program of vmesh's on this host, as root: what it printed, and its exit code.
+    /// Runs a program of vmesh on this host as root. Returns its output and its exit code.
     pub fn program(&self, name: &str, arguments: &[&str]) -> Result<(String, i32)> {
         let mut command = self.host.command(binary(name)?);
         command.args(arguments).env("PATH", self.tools.path());
@@ -260,12 +262,12 @@ impl Vm {
         Ok((String::from_utf8_lossy(&text).into_owned(), output.status.code().unwrap_or(-1)))
     }
 
-    /// Where its agent's configuration is.
+    /// Returns the path of the agent's configuration.
     pub fn config_file(&self) -> PathBuf {
         self.dir.join("agent.yaml")
     }
 
-    /// Where vmesh-net is asked.
+    /// Returns the path of vmesh-net's socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("net/net.sock")
     }
@@ -278,13 +280,13 @@ impl Vm {
         self.dir.join("net/state/state.json")
     }
 
-    /// An HTTP application on this host.
+    /// Starts an HTTP application on this host.
     pub fn app(&self, name: &str, address: &str) -> Result<HttpApp> {
         let address: SocketAddr = address.parse().map_err(Failed::to(format!("{address} is no address")))?;
         self.host.within_as(APP, || HttpApp::start(name, "v1", address))?
     }
 
-    /// The virtual addresses of a service, as this host's names have them.
+    /// Returns the virtual addresses of a service, as this host resolves them.
     pub fn names(&self, service: &str) -> Result<Vec<IpAddr>> {
         let text = self.agent_api("/names")?;
         let names: Value = serde_json::from_str(&text).map_err(Failed::to("names are no JSON"))?;
@@ -293,12 +295,12 @@ impl Vm {
         Ok(addresses.iter().filter_map(|address| address.as_str()?.parse().ok()).collect())
     }
 
-    /// What every tool for firewalls shows, but for counters and times.
+    /// Returns the output of all firewall tools, without counters and times.
     pub fn ruleset(&self) -> Result<String> {
         self.tools.ruleset()
     }
 
-    /// What an application on this host gets for `GET path`.
+    /// Sends `GET path` as an application on this host, and returns the body.
     pub fn get(&self, to: &str, path: &str) -> Result<String> {
         self.host.within_as(APP, || get(to, path))?
     }
@@ -308,7 +310,7 @@ fn make(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(Failed::to(format!("could not create {}", path.display())))
 }
 
-/// One request on a connection of its own; the body of a 200.
+/// Sends a request on a new connection, and returns the body of a 200.
 pub fn get(to: &str, path: &str) -> Result<String> {
     let failed = || Failed::to(format!("GET {path} at {to} failed"));
     let address: SocketAddr = to.parse().map_err(Failed::to(format!("{to} is no address")))?;
@@ -341,13 +343,13 @@ fn unchunked(mut body: &str) -> String {
     text
 }
 
-/// A TCP server that speaks first, as MySQL does, and then sends back what it gets.
+/// A TCP server that speaks first, like MySQL, and then echoes.
 pub struct Greeter {
     pub address: SocketAddr,
 }
 
 impl Greeter {
-    /// To be called on the host that it is to be on.
+    /// Starts the server on the host of the calling thread.
     pub fn start(address: SocketAddr, greeting: &'static str) -> Result<Greeter> {
         let listener =
             TcpListener::bind(address).map_err(Failed::to(format!("could not listen on {address}")))?;
@@ -368,7 +370,7 @@ impl Greeter {
     }
 }
 
-/// Requests from one host, half of them on connections of their own, until it is stopped.
+/// Requests from one host, half of them on new connections, until they are stopped.
 pub struct Traffic {
     stop: Arc<AtomicBool>,
     seen: Arc<Mutex<Seen>>,
@@ -378,16 +380,17 @@ pub struct Traffic {
 #[derive(Debug, Clone, Default)]
 pub struct Seen {
     pub requests: u64,
-    /// What failed, and how long after the start.
+    /// The failed requests, with the time since the start.
     pub failed: Vec<(Duration, String)>,
 }
 
 impl Traffic {
-    /// Twenty requests a second to `to`, as [`APP`]. A request that takes longer than 5 s has failed.
+    /// Starts sending twenty requests a second to `to`, as [`APP`]. A request that takes longer than 5 s
+    /// counts as failed.
     pub fn start(host: &Host, to: &str) -> Traffic {
         let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Seen::default())));
         let (stopped, told, to) = (stop.clone(), seen.clone(), to.to_owned());
-        // A thread that may be joined later has to own what it is told of its host: its name.
+        // The thread must not borrow the host, so it gets a function that enters it.
         let enter = host.entrance();
         let thread = thread::spawn(move || {
             if let Err(error) = enter(APP) {

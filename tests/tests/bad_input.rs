@@ -1,6 +1,7 @@
-//! Bad input costs that input: it is named with its place, and nothing that worked is lost.
+//! Bad input affects only itself: it is reported with its place, and nothing that worked before is lost.
 //!
-//! The tables beside each parser are longer; this one shows that a running control plane keeps the rule.
+//! The tables next to each parser have more cases. This test shows that a running control plane keeps the
+//! rule.
 
 use std::fs;
 use std::io::Write;
@@ -19,7 +20,8 @@ use vmesh_xds::client::AdsStream;
 
 const ORDERS: &str = "service: orders\nprotocol: http\nendpoints: [\"10.0.0.1:80\", \"10.0.0.2:80\"]\n";
 
-/// The file, what it is replaced by, and what is said of it. `orders` was good before, so it stays as it was.
+/// The file, its bad content, and the expected problem. The endpoints of `orders` were valid before, so they
+/// must stay.
 const FILES: &[(&str, &str, &str)] = &[
     (
         "services.d/orders.yaml",
@@ -133,7 +135,7 @@ async fn what_is_no_text_file_is_named_and_left_alone() -> Result<()> {
     drop(huge);
     mesh.problem("mesh.d/huge.yaml: ").await?;
     assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80", "10.0.0.2:80"]);
-    // And it still hears of what is good.
+    // The control plane still reads good files.
     mesh.write("services.d/orders.yaml", &ORDERS.replace("10.0.0.2", "10.0.0.3"))?;
     mesh.until_endpoints("orders", &["10.0.0.1:80", "10.0.0.3:80"]).await?;
     assert!(mesh.control()?.has_exited().is_none());
@@ -154,7 +156,7 @@ async fn no_request_stops_the_daemon_or_another_stream() -> Result<()> {
     let uri = format!("http://{}", mesh.xds);
     let clusters = Kind::Cluster.type_url();
 
-    // A stream that behaves, to be looked at again at the end.
+    // A well-behaved stream, which is checked again at the end.
     let mut well = AdsStream::connect(&uri).await.expect("connected");
     well.send(&request(clusters, Some("well"))).await.expect("sent");
     assert_eq!(well.next().await.expect("an answer").resources.len(), 1);
@@ -171,7 +173,7 @@ async fn no_request_stops_the_daemon_or_another_stream() -> Result<()> {
         assert!(refusal.contains("InvalidArgument") && refusal.contains(said), "{what}: {refusal}");
     }
 
-    // A type that is not served: no answer, and the stream lives.
+    // A type that is not served: it gets no response, and the stream stays open.
     let mut stream = AdsStream::connect(&uri).await.expect("connected");
     stream.send(&request("type.googleapis.com/no.such.Type", Some("odd"))).await.expect("sent");
     let mut many = request(clusters, None);
@@ -182,7 +184,7 @@ async fn no_request_stops_the_daemon_or_another_stream() -> Result<()> {
     assert_eq!(answer.resources.len(), 1);
     assert_eq!(answer.removed_resources.len(), 50_000);
 
-    // More names than a stream may ask for.
+    // The request subscribes to more names than a stream may have.
     let mut stream = AdsStream::connect(&uri).await.expect("connected");
     let mut far_too_many = request(Kind::Endpoint.type_url(), Some("greedy"));
     far_too_many.resource_names_subscribe = (0..500_000).map(|number| format!("{number}")).collect();
@@ -190,7 +192,7 @@ async fn no_request_stops_the_daemon_or_another_stream() -> Result<()> {
     let refusal = stream.next().await.expect_err("refused").to_string();
     assert!(refusal.contains("ResourceExhausted"), "{refusal}");
 
-    // What is no HTTP/2 at all.
+    // The client does not speak HTTP/2.
     for garbage in
         [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 4096], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff"]
     {
@@ -214,7 +216,7 @@ async fn two_hosts_of_one_name_are_a_problem_and_both_are_served() -> Result<()>
     let mut mesh = Mesh::start(&[("services.d/orders.yaml", ORDERS)]).await?;
     mesh.agent("web-1", &["orders"], "").await?;
     mesh.synced("web-1").await?;
-    // A clone of the machine: the same name on another address.
+    // A clone of the machine has the same name and another address.
     mesh.agent("web-1-clone", &["orders"], "").await?;
     mesh.synced("web-1-clone").await?;
     mesh.agent_daemon("web-1-clone")?.terminate(BOUND).await?;
@@ -234,7 +236,7 @@ async fn hosts_that_are_copies_of_one_another_are_told_apart_by_where_they_come_
         let config = fs::read_to_string(vm.config_file()).unwrap_or_default();
         let (before, after) = config.split_once("node: ").unwrap_or_default();
         let after = after.split_once('}').unwrap_or_default().1;
-        // As an image has it: its own name, and no address.
+        // The configuration comes from an image: it contains a node name and no address.
         let copied = format!("{before}node: {{name: web}}{after}");
         fs::write(vm.config_file(), copied).map_err(vmesh_testkit::Failed::to("could not write"))?;
         vm.start_agent()?;
@@ -256,7 +258,7 @@ async fn hosts_that_are_copies_of_one_another_are_told_apart_by_where_they_come_
     .await?;
     assert_eq!(logged.matches("two hosts go by the name").count(), 1, "{logged}");
 
-    // With a name of its own it is another node.
+    // With its own name, the clone is another node.
     if let Some(agent) = &mut vms[1].agent {
         agent.kill()?;
     }

@@ -16,7 +16,7 @@ use vmesh_tests::vm::{APP, Rules, Site, Traffic, Vm, get};
 
 const WEB: &str = "service: web\nprotocol: http\nport: 80\nendpoints: [\"ADDRESS:8080\"]\n";
 
-/// A client and a server on hosts of their own; the server is in no mesh.
+/// Creates a client in the mesh and a server outside of it.
 async fn pair(rules: Rules, capture: &str) -> (Site, Vm, Host, HttpApp) {
     let site = Site::start(&[]).await.unwrap();
     let server = site.outsider().unwrap();
@@ -38,7 +38,7 @@ async fn from_nothing_to_nothing(rules: Rules) {
     let config = vm.config_file();
     let dry_run = ["--config", config.to_str().unwrap(), "--dry-run"];
     vm.start_net().unwrap();
-    // Where none runs, the plan is made on the spot, with whichever backend works.
+    // If no vmesh-net is running, the agent makes the plan itself, with the backend that works.
     wait_for("vmesh-net", BOUND, async || vm.socket().exists().then_some(())).await.unwrap();
     let asked = async || match vm.program("vmesh-agent", &dry_run).unwrap() {
         (plan, 3) => Ok(plan),
@@ -85,12 +85,12 @@ async fn a_host_captures_and_is_as_before_by_iptables() {
     from_nothing_to_nothing(Rules::Iptables).await;
 }
 
-/// What an application sees of a request that came through Envoy.
+/// Reports whether this response came through Envoy.
 fn through_envoy(answer: &str) -> bool {
     answer.contains("x-forwarded-proto")
 }
 
-/// An open connection that goes on with one request after the other.
+/// A persistent connection for several requests.
 struct Kept(TcpStream);
 
 impl Kept {
@@ -112,7 +112,8 @@ impl Kept {
     }
 }
 
-/// Another namespace behind a bridge of this host, as Docker makes them: its own network, masqueraded, with a published port.
+/// Adds a container like Docker's, behind a bridge of this host: its own network, masqueraded, with a
+/// published port.
 fn container(site: &Site, vm: &Vm, published: u16) -> (Host, HttpApp) {
     let container = site.outsider().unwrap();
     let host = &vm.host;
@@ -191,7 +192,7 @@ async fn everything_that_arrives(rules: Rules, how: &str) {
     assert!(from(&caller, to(9090).to_string()).is_err(), "a strict port is closed to the outside");
     assert!(from(&balancer, to(9090).to_string()).is_ok(), "but for who is excluded");
     assert!(vm.get("127.0.0.1:9090", "/").is_ok(), "and open to the host itself");
-    // Containers: what they send, and what they publish.
+    // The connections that containers open, and the ports that they publish.
     let answer = from(&container, to(8080).to_string()).unwrap();
     assert!(answer.contains("\"web\""), "a container calls its host: {answer}");
     let published = from(&caller, to(8088).to_string()).unwrap();
@@ -225,7 +226,7 @@ async fn what_arrives_at_a_host_comes_through_envoy_or_past_it_as_it_should_by_i
     everything_that_arrives(Rules::Iptables, "redirect").await;
 }
 
-/// Under twenty requests a second to a real address.
+/// Twenty requests a second go to a real address during the whole test.
 #[tokio::test]
 async fn the_agent_and_vmesh_net_come_and_go_without_a_failed_request_and_envoy_with_few() {
     let capture = "capture: {outbound: {capture: addresses}, dead_man: {timeout: 5s}}";
@@ -233,7 +234,7 @@ async fn the_agent_and_vmesh_net_come_and_go_without_a_failed_request_and_envoy_
     vm.start().await.unwrap();
     let to = app.address().to_string();
     let traffic = Traffic::start(&vm.host, &to);
-    // The agent hangs: what may fail open does.
+    // The agent hangs, so redirects that may fail open lapse.
     vm.agent.as_ref().unwrap().freeze().unwrap();
     let look = async || match vm.get(&to, "/") {
         Ok(answer) if !through_envoy(&answer) => Ok(()),
@@ -243,7 +244,7 @@ async fn the_agent_and_vmesh_net_come_and_go_without_a_failed_request_and_envoy_
     vm.agent.as_ref().unwrap().thaw().unwrap();
     vm.captures().await.unwrap();
 
-    // The agent is killed, and with it, being its child's parent, nothing: Envoy goes on.
+    // The agent is killed. Its child process Envoy keeps running.
     vm.agent.take().unwrap().kill().unwrap();
     vm.start_agent().unwrap();
     vm.captures().await.unwrap();
@@ -261,12 +262,12 @@ async fn the_agent_and_vmesh_net_come_and_go_without_a_failed_request_and_envoy_
     rustix::process::kill_process(pid, Signal::KILL).unwrap();
     vm.captures().await.unwrap();
     let seen = traffic.stop();
-    // Those under way, and those until it was noticed; 2 s of twenty a second.
+    // Failures are allowed for the requests in Envoy, and for 2 s of twenty requests a second.
     assert!(seen.failed.len() <= 45, "{seen:?}");
     drop(site);
 }
 
-/// The worst that can befall an agent: its state is lost, and no control plane is there to tell it anew.
+/// The agent loses its state while no control plane can replace it.
 #[tokio::test]
 async fn an_agent_that_has_lost_its_state_takes_nothing_away_that_is_captured() {
     let (mut site, mut vm, _server, _app) = pair(Rules::Nft, "capture: {outbound: transparent}").await;
@@ -287,7 +288,7 @@ async fn an_agent_that_has_lost_its_state_takes_nothing_away_that_is_captured() 
     tokio::time::sleep(Duration::from_secs(2)).await;
     let seen = traffic.so_far();
     assert!(seen.requests > 20 && seen.failed.is_empty(), "{seen:?}");
-    // Told anew, it goes on.
+    // With a control plane, the agent continues.
     site.start_control().await.unwrap();
     wait_for("the names", BOUND, async || {
         (vm.names("web").is_ok_and(|names| names.len() == 2)).then_some(())

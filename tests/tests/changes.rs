@@ -1,4 +1,4 @@
-//! Real Envoys under constant load while files change: nobody notices.
+//! Real Envoys under constant load: changes of files fail no request.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -62,8 +62,8 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
     let mut spare = Vec::new();
     let mut seen = in_envoy(&mesh).await?;
     for round in 0..25u32 {
-        // Four changes a round, each of which Envoy has in force before the next is written.
-        // An instance comes or goes:
+        // Each round makes four changes, and waits after each one until Envoy has it in force. The first: an
+        // instance is added or removed.
         match spare.pop() {
             Some(back) => apps.push(back),
             None => {
@@ -73,16 +73,16 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
         }
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
         seen = changed_in_envoy(&mesh, seen, "which instances there are").await?;
-        // A weight:
+        // The second: a weight changes.
         apps[0].weight = 2 + round % 7;
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
         seen = changed_in_envoy(&mesh, seen, "a weight").await?;
-        // An instance is drained, or no longer:
+        // The third: an instance is drained, or no longer.
         let last = apps.len() - 1;
         apps[last].health = if apps[last].health == "draining" { "healthy" } else { "draining" };
         mesh.write("services.d/orders.yaml", &orders(&apps))?;
         seen = changed_in_envoy(&mesh, seen, "a drain").await?;
-        // The split between the versions:
+        // The fourth: the split between the versions changes.
         mesh.write("mesh.d/orders.yaml", &split(round % 5 * 20 + 10, 100))?;
         seen = changed_in_envoy(&mesh, seen, "the split").await?;
     }
@@ -96,7 +96,7 @@ async fn a_hundred_changes_of_files_fail_no_request() -> Result<()> {
     Ok(())
 }
 
-/// Returns what Envoy itself says of `orders`: the instances of each version, with weight and health, and the split.
+/// Returns Envoy's own view of `orders`: the instances of each version with weight and health, and the split.
 async fn in_envoy(mesh: &Mesh) -> Result<Vec<String>> {
     let envoy = mesh.envoy("web-1");
     let clusters = envoy.clusters().await?;
@@ -118,7 +118,7 @@ async fn in_envoy(mesh: &Mesh) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Waits until Envoy says something else of `orders` than `before`, and returns it.
+/// Waits until Envoy's view of `orders` differs from `before`, and returns it.
 async fn changed_in_envoy(mesh: &Mesh, before: Vec<String>, what: &str) -> Result<Vec<String>> {
     wait_for(format!("a change of {what} to reach Envoy"), BOUND, async || {
         let now = in_envoy(mesh).await.map_err(|failed| failed.to_string())?;
@@ -160,11 +160,11 @@ async fn a_new_instance_gets_traffic_and_a_drained_one_gets_no_more() -> Result<
         if last.1.elapsed() > Duration::from_secs(1) { Ok(()) } else { Err(format!("{seen} so far")) }
     })
     .await?;
-    // It is drained: now it may be killed.
+    // The drained instance may be killed now.
     let drained = apps.remove(0);
     drained.app.kill();
     mesh.write("services.d/orders.yaml", &orders(&apps))?;
-    // The load goes on until Envoy, too, has only the new one.
+    // The load continues until Envoy, too, has only the new instance.
     let address = apps[0].app.address().to_string();
     wait_for("Envoy to have b alone", BOUND, async || {
         let endpoints = mesh.envoy("web-1").endpoints("orders").await.map_err(|failed| failed.to_string())?;

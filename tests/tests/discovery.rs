@@ -1,4 +1,4 @@
-//! What the operator sees of discovery and says to it, with the real daemons and sources of files.
+//! The operator's commands for discovery, with the real daemons and file sources.
 
 #![expect(clippy::expect_used, reason = "a test that cannot go on ends")]
 
@@ -17,7 +17,7 @@ use vmesh_testkit::place::Loopback;
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::{BOUND, Mesh};
 
-/// A source whose holds last until somebody says otherwise.
+/// A source whose held removals last until an operator decides.
 const PATIENT: &str =
     "  - file: {path: services.d, name: files, guard: {confirm_empty: 1h, confirm_shrink: 1h}}\n";
 
@@ -31,7 +31,7 @@ fn orders(addresses: &[String]) -> String {
     format!("service: orders\nprotocol: http\nendpoints: {addresses:?}\n")
 }
 
-/// `vmeshctl` through the socket where something can be changed.
+/// Runs `vmeshctl` on the Unix socket, where changes are allowed.
 fn say(mesh: &Mesh, words: &[&str]) -> Result<Output> {
     let socket = format!("unix:{}", mesh.path("state/control/api.sock").display());
     mesh.ctl(&[&["--api", &socket, "discovery"], words].concat())
@@ -45,7 +45,7 @@ fn err(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Waits until `vmeshctl discovery` says all of `parts`, and returns what it says and its exit code.
+/// Waits until `vmeshctl discovery` prints all of `parts`. Returns its output and its exit code.
 async fn until_shown(mesh: &Mesh, parts: &[&str]) -> Result<(String, Option<i32>)> {
     wait_for(format!("`vmeshctl discovery` to say {parts:?}"), BOUND, async || {
         let output = mesh.ctl(&["discovery"]).map_err(|failed| failed.to_string())?;
@@ -58,7 +58,7 @@ async fn until_shown(mesh: &Mesh, parts: &[&str]) -> Result<(String, Option<i32>
     .await
 }
 
-/// Runs the command that is printed after `label`, word by word.
+/// Runs the command that is printed after `label`, split into words.
 fn run_printed(mesh: &Mesh, text: &str, label: &str) -> Result<Output> {
     let command =
         text.lines().find_map(|line| line.trim().strip_prefix(label)).expect("a command is printed");
@@ -88,7 +88,7 @@ async fn what_is_held_is_released_by_the_very_command_that_is_printed_with_the_r
     assert_eq!(code, Some(3), "{text}");
     assert!(text.contains("`files` no longer names it, and it had 2 endpoints"), "{text}");
     assert!(text.contains("2 more readings have to say the same"), "{text}");
-    // Nothing was taken away, and the other commands say so too.
+    // Nothing was removed, and the other commands show the held removal as well.
     assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80", "10.0.0.2:80"]);
     let services = mesh.ctl(&["services"])?;
     assert_eq!(services.status.code(), Some(3));
@@ -136,7 +136,7 @@ async fn a_source_that_loses_half_of_all_at_once_takes_nothing_away_until_that_i
         files.push((format!("services.d/s{service}.yaml"), text));
     }
     let files: Vec<_> = files.iter().map(|(path, text)| (path.as_str(), text.as_str())).collect();
-    // A generator that has an accident: each service by itself would be believed after five seconds.
+    // A failing generator removes many services at once. Each alone would be removed after five seconds.
     let discovery = "  - file: {path: services.d, name: files, guard: {confirm_empty: 5s}}\n";
     let mut mesh = mesh(discovery, &files).await?;
     for service in 0..5 {
@@ -145,7 +145,7 @@ async fn a_source_that_loses_half_of_all_at_once_takes_nothing_away_until_that_i
     let shown = ["all that is gone of files has been HELD (fleet)", "15 of the 30 endpoints", "s0 of files"];
     let (text, code) = until_shown(&mesh, &shown).await?;
     assert_eq!(code, Some(3), "{text}");
-    // For longer than a service alone is held, and over a restart.
+    // The removal stays held for longer than that of a single service, and over a restart.
     tokio::time::sleep(Duration::from_secs(6)).await;
     assert_eq!(mesh.endpoints("s0").await?.len(), 3);
     mesh.control()?.kill()?;
@@ -307,7 +307,7 @@ async fn what_cannot_be_done_says_why_and_what_was_meant() -> Result<()> {
     assert_eq!(json["sources"][0]["name"], "files");
     assert_eq!(json["sources"][0]["counters"]["failed_reads"], 0);
 
-    // What was kept and is damaged is set aside, and costs itself.
+    // A damaged record is set aside, and only its own content is lost.
     assert!(say(&mesh, &["freeze"])?.status.success());
     mesh.control()?.kill()?;
     fs::write(mesh.path("state/control/overrides.json"), "garbage").expect("written");
@@ -338,7 +338,7 @@ async fn a_source_that_is_not_required_is_waited_for_half_a_minute() -> Result<(
     wait_for("it to be ready", BOUND * 3, ready).await?;
     mesh.problem("`other` has not answered within 30 s of the start, and is not `required`").await?;
     assert_eq!(mesh.endpoints("orders").await?, ["10.0.0.1:80"]);
-    // It is taken when it comes.
+    // The source is used once it appears.
     fs::create_dir(mesh.path("elsewhere")).expect("made");
     mesh.write("elsewhere/web.yaml", "service: web\nendpoints: [\"10.0.0.3:80\"]\n")?;
     wait_for("web", BOUND * 2, async || {

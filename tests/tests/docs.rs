@@ -1,4 +1,5 @@
-//! The documentation is true: every configuration in it is read by what would read it, every command in it runs.
+//! The documentation is correct: its configurations are accepted by the programs that read them, and its
+//! commands run.
 
 #![expect(clippy::expect_used, reason = "a test that cannot go on ends")]
 
@@ -19,7 +20,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// A fenced block: where it stands, the words after the fence, and its text.
+/// A fenced block with its position, the words after the fence, and its text.
 struct Block {
     place: String,
     info: String,
@@ -41,7 +42,7 @@ fn blocks() -> Vec<Block> {
         let mut open: Option<Block> = None;
         let mut indent = "";
         for (number, line) in text.lines().enumerate() {
-            // A block in a list is as far in as what it belongs to.
+            // A block inside a list is indented like the list.
             match (line.trim_start().strip_prefix("```"), &mut open) {
                 (Some(info), None) => {
                     let place = format!("{}:{}", page.display(), number + 1);
@@ -74,7 +75,7 @@ fn every_configuration_shown_is_accepted_by_what_reads_it() {
                 assert!(problems.is_empty() && !documents.is_empty(), "{place}: {problems:?}");
                 continue;
             }
-            // Read by the running control plane below.
+            // The running control plane below reads these.
             "yaml services" => continue,
             "json" => {
                 serde_json::from_str::<serde_json::Value>(&text)
@@ -88,7 +89,8 @@ fn every_configuration_shown_is_accepted_by_what_reads_it() {
         fs::write(&file, text).expect("written");
         let mut check = Command::new(binary(program).expect("built"));
         let output = check.arg("--config").arg(&file).arg("--check").output().expect("it runs");
-        // The documents' directory of an example is not on this machine, which is a problem (1) and not an error (64).
+        // The example's directory of documents does not exist here, which is a problem (1) and not an error
+        // (64).
         let fine =
             output.status.code().is_some_and(|code| code == 0 || (code == 1 && program == "vmesh-control"));
         assert!(fine, "{place}: {}", String::from_utf8_lossy(&output.stderr));
@@ -129,7 +131,7 @@ fn every_link_leads_to_a_page_and_a_heading_that_are_there() {
     }
 }
 
-/// As they are in links: in lower case, without what is neither a letter nor a digit, joined by dashes.
+/// Returns the headings as they appear in links: lower-case letters and digits, joined by dashes.
 fn headings(text: &str) -> impl Iterator<Item = String> {
     text.lines().filter(|line| line.starts_with('#')).map(|line| {
         let kept = line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
@@ -137,13 +139,13 @@ fn headings(text: &str) -> impl Iterator<Item = String> {
     })
 }
 
-/// What the commands ask of: the mesh that the README speaks of.
+/// The commands run against the mesh that the README describes.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()> {
     let place = Loopback::unique()?;
     let app = HttpApp::start("a", "v1", std::net::SocketAddr::new(place.ip(), place.port()?))?;
     let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
-    // A source of the name that the runbook uses; what is in it is for no command to say.
+    // The runbook uses a source of this name, whatever its content is.
     let sources = "  - file: {path: services.d}\n  - file: {path: consul.yaml, name: consul}\n";
     let files = [("services.d/orders.yaml", services.as_str()), ("consul.yaml", "[]\n")];
     let mut mesh = Mesh::prepare_on(sources, "documents: {dir: mesh.d}\n", &files)?;
@@ -168,7 +170,8 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
             let words: Vec<_> = command.split_whitespace().collect();
             match words.as_slice() {
                 ["vmeshctl", args @ ..] => {
-                    // Where something can be changed, if it is left as it is built in; and the instance that there is.
+                    // The built-in address is replaced by the socket of this mesh, and the example's instance
+                    // by an existing one.
                     let socket = format!("unix:{}", mesh.path("state/control/api.sock").display());
                     let here = |word: &&'_ str| match *word {
                         "unix:/var/lib/vmesh-control/api.sock" => socket.clone(),
@@ -178,7 +181,8 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
                     let here: Vec<_> = args.iter().map(here).collect();
                     let output = mesh.ctl(&here.iter().map(String::as_str).collect::<Vec<_>>())?;
                     if args.contains(&"accept") {
-                        // Nothing is held of a source that is well; that it is understood is what can be seen here.
+                        // No removal is held in a healthy source. The test can only show that the command is
+                        // accepted.
                         let said = String::from_utf8_lossy(&output.stderr);
                         let is_nothing = said.contains("nothing of `") && output.status.code() == Some(4);
                         assert!(is_nothing, "{place}: `{command}`: {said}");
@@ -199,7 +203,8 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
                     check.args(["--config", "agents/web-1.yaml", "--check"]).current_dir(mesh.path("."));
                     assert!(check.status().expect("it runs").success(), "{place}");
                 }
-                // These run the tests, or are run beside them by `.ci/run`; a bench is no test.
+                // `.ci/run` runs the tests themselves and the commands beside them. A benchmark is not a
+                // test.
                 ["cargo", "xtask", "demo" | "test" | "deny" | "fuzz", ..]
                 | ["cargo", "xtask", "bench", "fleet" | "catalogue" | "discovery", ..] => {}
                 other => panic!("{place}: nothing runs {other:?}"),
@@ -216,7 +221,7 @@ async fn every_command_shown_runs_and_every_service_file_is_read() -> Result<()>
     let named: BTreeSet<_> = words(&page).filter(|word| word.starts_with("vmesh_")).collect();
     let named: BTreeSet<_> =
         named.into_iter().map(|name| name.strip_suffix("_total").unwrap_or(name)).collect();
-    // The crate, in a filter of the log, is none.
+    // The name of a crate in a log filter is not a metric.
     let unknown: Vec<_> = named.difference(&known).filter(|name| **name != "vmesh_discovery").collect();
     assert!(unknown.is_empty() && named.len() >= 20, "no daemon has a metric {unknown:?}");
     Ok(())
@@ -280,7 +285,7 @@ async fn a_node_is_forgotten_through_the_unix_socket_once_it_is_offline() -> Res
     .await
 }
 
-/// An invariant whose proof is gone is a wish.
+/// The test that proves an invariant must exist.
 #[test]
 fn every_test_that_the_architecture_names_is_there() {
     let page = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");

@@ -1,4 +1,4 @@
-//! Parts die, and traffic goes on.
+//! Parts of the mesh die, and traffic continues.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -59,7 +59,7 @@ async fn an_agent_restarted_without_a_control_plane_serves_its_envoy_within_two_
     let place = Loopback::unique()?;
     let (mut mesh, _app, target) = mesh_with_orders(&place).await?;
     mesh.control()?.kill()?;
-    // As a host that reboots: neither the agent nor its Envoy is left.
+    // The host reboots, so neither the agent nor its Envoy is left.
     mesh.agent_daemon("web-1")?.terminate(BOUND).await?;
     wait_for("Envoy to be gone", BOUND, async || match tokio::net::TcpStream::connect(target).await {
         Ok(_) => Err("it accepts"),
@@ -129,7 +129,7 @@ async fn a_node_that_moves_to_another_replica_is_sent_nothing_that_it_has() -> R
     mesh.agent("web-1", &["orders"], "").await?;
     let target = mesh.upstream("web-1", 0)?;
     mesh.answers(target).await?;
-    // Both know the node; one of them configures it.
+    // Both replicas know the node, and one of them configures it.
     let known = async |api: Api| {
         wait_for("the node to be known", BOUND, async || {
             let nodes = api.json("/api/v1/nodes").await.map_err(|failed| failed.to_string())?;
@@ -151,7 +151,7 @@ async fn a_node_that_moves_to_another_replica_is_sent_nothing_that_it_has() -> R
         replica.daemon.kill()?;
         Api(mesh.api)
     };
-    // It is in use once it takes part in changes.
+    // The replica serves the node once it sends changes to it.
     mesh.write("mesh.d/orders.yaml", "kind: Service\nname: orders\ntimeouts: {request: 3s}\n")?;
     wait_for("the change to be sent", BOUND, async || {
         let sent = sent(left).await.map_err(|failed| failed.to_string())?;
@@ -169,7 +169,7 @@ async fn a_node_that_moves_to_another_replica_is_sent_nothing_that_it_has() -> R
 async fn a_killed_envoy_is_started_again() -> Result<()> {
     let place = Loopback::unique()?;
     let (mesh, _app, target) = mesh_with_orders(&place).await?;
-    // Of the agent's processes only Envoy names the run directory on its command line.
+    // Of the agent's processes, only Envoy has the run directory on its command line.
     let run = mesh.path("run/web-1");
     let killed = naming(&run);
     assert!(!killed.is_empty(), "no process names {}", run.display());
@@ -211,7 +211,7 @@ async fn a_restarted_control_plane_serves_what_it_served_though_its_source_is_un
     assert_ne!(before["revision"], revision, "{now}");
     mesh.control()?.kill()?;
     for dir in ["services.d", "mesh.d"] {
-        // A loop of links cannot be read, not even by root.
+        // A loop of symbolic links cannot be read, not even by root.
         fs::rename(mesh.path(dir), mesh.path(&format!("{dir}.away"))).expect("renamed");
         symlink(mesh.path(dir), mesh.path(dir)).expect("linked");
     }
@@ -249,12 +249,12 @@ async fn a_control_plane_without_state_and_with_an_unreadable_source_serves_nobo
     Ok(())
 }
 
-/// What `/readyz` says, if it does not say that it is ready.
+/// Returns the reason that `/readyz` gives while it is not ready.
 async fn waits_for(mesh: &Mesh) -> std::result::Result<String, String> {
     readiness(mesh.api()).await
 }
 
-/// The same of any control plane.
+/// Does the same as [`waits_for`] for any control plane.
 async fn readiness(api: SocketAddr) -> std::result::Result<String, String> {
     let api = vmesh_daemon::fetch::Peer::Tcp(api);
     let answer = vmesh_daemon::fetch::fetch(&api, http::Method::GET, "/readyz", BOUND).await;
@@ -283,7 +283,7 @@ async fn a_new_replica_is_not_ready_while_a_part_of_its_input_cannot_be_read() -
         waiting.await?;
         mesh.write(file, mended)?;
         control.wait_http(&vmesh_daemon::fetch::Peer::Tcp(mesh.api()), "/readyz", BOUND).await?;
-        // From now on it costs itself.
+        // From now on the file affects only itself.
         mesh.write(file, text)?;
         wait_for("the problem to be listed", BOUND, async || {
             let problems = mesh.get("/api/v1/problems").await.map_err(|error| error.to_string())?.to_string();
@@ -311,11 +311,11 @@ async fn on_a_new_replica_what_was_read_and_makes_no_sense_costs_itself() -> Res
     for (file, _) in [&[UNDIALABLE], &bad[..]].concat() {
         mesh.problem(file).await?;
     }
-    // A record that nobody can dial is a record all the same, and of a file with such a name nobody ever had a service.
+    // A record without a usable address still counts as a record. An unknown file name never had a service.
     for lonely in [UNDIALABLE, bad[1]] {
         Mesh::start(&[lonely]).await?.problem(lonely.0).await?;
     }
-    // Where nothing at all can be used, nothing is served.
+    // Without any usable input, the replica serves nothing.
     for lonely in [bad[0], bad[2]] {
         let mesh = Mesh::prepare(&[lonely])?;
         let _control = mesh.spawn_control()?;
@@ -332,8 +332,8 @@ async fn on_a_new_replica_what_was_read_and_makes_no_sense_costs_itself() -> Res
     Ok(())
 }
 
-/// A replica that begins without state beside one that serves, while a file is broken. The one that served dies: the agent and its
-/// Envoy go on with what they have until the file is mended.
+/// A replica starts without state next to one that serves, while a file is broken. The serving one dies: the
+/// agent and its Envoy keep their configuration until the file is repaired.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fresh_replica_with_a_broken_file_takes_nothing_from_nodes_that_another_replica_served()
 -> Result<()> {
@@ -342,7 +342,7 @@ async fn a_fresh_replica_with_a_broken_file_takes_nothing_from_nodes_that_anothe
     let app = HttpApp::start("a", "v1", SocketAddr::new(place.ip(), place.port()?))?;
     let services = format!("service: orders\nprotocol: http\nendpoints: [\"{}\"]\n", app.address());
     let mut mesh = Mesh::start(&[("services.d/all.yaml", &services)]).await?;
-    // Its address has to be known to the agent; its state is thrown away.
+    // The agent must know the replica's address. Its state is discarded.
     let mut replica = mesh.start_replica().await?;
     replica.daemon.kill()?;
     fs::remove_dir_all(mesh.path("state/replica")).expect("removed");
@@ -363,7 +363,7 @@ async fn a_fresh_replica_with_a_broken_file_takes_nothing_from_nodes_that_anothe
     })
     .await?;
     mesh.control()?.kill()?;
-    // The agent comes to the replica and is sent away.
+    // The agent connects to the replica and is rejected.
     let refused = fresh.metric(REFUSED).await?;
     wait_for("the agent to be refused", BOUND, async || {
         let now = fresh.metric(REFUSED).await.map_err(|failed| failed.to_string())?;
@@ -381,7 +381,7 @@ async fn a_fresh_replica_with_a_broken_file_takes_nothing_from_nodes_that_anothe
     Ok(())
 }
 
-/// The addresses of a name, as the agent of `node` answers them.
+/// Waits until the agent of `node` resolves a name to this address.
 async fn until_named(mesh: &Mesh, node: &str, name: &str, address: &str) -> Result<()> {
     let agent = Api(mesh.agent_api(node)?);
     wait_for(format!("{name} to be {address}"), BOUND, async || {
@@ -395,7 +395,7 @@ async fn until_named(mesh: &Mesh, node: &str, name: &str, address: &str) -> Resu
 async fn a_dns_name_that_two_services_fold_to_has_the_same_owner_over_restarts_and_on_a_replica_without_state()
 -> Result<()> {
     let file = |name: &str, last: u8| format!("service: {name}\nendpoints: [\"10.0.0.{last}:80\"]\n");
-    // Capitals sort before the others, so both orders are tried.
+    // Capitals sort before lower-case letters, so both orders are tried.
     let first = [("services.d/orders.yaml", file("orders", 1)), ("services.d/P.yaml", file("Pay", 3))];
     let first: Vec<_> = first.iter().map(|(path, text)| (*path, text.as_str())).collect();
     let mut mesh = Mesh::start(&first).await?;
@@ -435,7 +435,7 @@ async fn an_upstream_that_an_agent_reports_in_another_case_is_a_problem_that_nam
         "calls `OrderService`, which no discovery source and no document knows, did you mean `orderservice`?",
     )
     .await?;
-    // A document makes a service of the name, without an endpoint.
+    // A document defines a service with the name but without an endpoint.
     mesh.write("mesh.d/o.yaml", "kind: Service\nname: OrderService\nprotocol: http\n")?;
     mesh.problem("no source names `OrderService`, and `orderservice` is there").await?;
     Ok(())

@@ -1,4 +1,5 @@
-//! gRPC's own xDS client, without an agent and without Envoy: it resolves `xds:///orders.mesh` through the SotW stream.
+//! gRPC's own xDS client without an agent and without Envoy: it resolves `xds:///orders.mesh` through the
+//! SotW stream.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -55,7 +56,7 @@ async fn grpc_resolves_and_calls_a_service_and_follows_its_changes() -> Result<(
     assert_eq!(answered(), "answered by one");
     mesh.synced("py-1").await?;
     mesh.write("services.d/orders.yaml", &orders(&[one, two]))?;
-    // The client tells nobody when it has taken a change over: ask again until it has.
+    // The client does not report when it has applied a change, so the test repeats its calls.
     let mut last = String::new();
     for _ in 0..50 {
         writeln!(stdin).map_err(Failed::to("the gRPC client has ended"))?;

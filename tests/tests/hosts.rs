@@ -1,4 +1,5 @@
-//! Booted hosts, with packages installed as an operator would: what systemd, dpkg and the parts of a node do together.
+//! Nodes on booted hosts, with packages installed as an operator would: how systemd, dpkg and the parts of a
+//! node interact.
 
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -10,14 +11,14 @@ use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
 use vmesh_tests::hosts::{Packages, UNITS, Vm, Vms, difference, ruleset, trace};
 
-/// Where `web` dials `orders`.
+/// The address at which `web` dials `orders`.
 const UPSTREAM: &str = "127.0.0.1:9001";
 
 fn upstream() -> Result<SocketAddr> {
     UPSTREAM.parse().map_err(vmesh_testkit::Failed::to("an address"))
 }
 
-/// Requests of the application on this host to `orders`.
+/// Sends requests of this host's application to `orders`.
 fn load(vm: &Vm) -> Result<Load> {
     Load::start(Plan::to(upstream()?).host("orders").rate(200.0).from(&vm.host.net)?)
 }
@@ -59,7 +60,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
     vms.service("orders", "http", &[orders.address()])?;
 
-    // Installed on a host that has nothing to say.
+    // Install the package on a host that is not configured.
     let host = vms.fleet.host("web")?;
     host.sh(
         "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
@@ -77,7 +78,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     host.systemctl(&["stop", "vmesh.target"])?;
     step("installed, not configured");
 
-    // Configured, it serves.
+    // Configure the node, which then serves.
     let more = format!("upstreams: [{{service: orders, listen: \"{UPSTREAM}\"}}]\n");
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, &more))?;
     host.exec(&["vmesh-agent", "--check"])?;
@@ -88,7 +89,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     step("it serves");
     is_confined(&vm)?;
 
-    // The agent comes and goes; Envoy is the same.
+    // Restart and kill the agent: Envoy stays.
     let running = load(&vm)?;
     let (pids, envoy) = (vm.main_pids()?, vm.envoy()?);
     assert!(envoy.is_some() && vm.envoys()? == 1);
@@ -101,7 +102,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     none_failed("the agent was restarted and killed", &running.stop().await);
     step("the agent was restarted and killed");
 
-    // So is Envoy when its supervisor is killed, and what keeps the rules is not touched.
+    // Kill Envoy's supervisor: Envoy stays, and so does vmesh-net.
     let running = load(&vm)?;
     vm.kill("vmesh-envoy")?;
     vm.wait_up()?;
@@ -110,14 +111,14 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     none_failed("the supervisor was killed", &running.stop().await);
     step("the supervisor was killed");
 
-    // A reload is another Envoy, and no request notices.
+    // Reload: another Envoy takes over, and no request fails.
     let running = load(&vm)?;
     vm.host.systemctl(&["reload", "vmesh-envoy"])?;
     let other = vm.wait_other_envoy(envoy).await?;
     none_failed("Envoy was reloaded", &running.stop().await);
     step("Envoy was reloaded");
 
-    // An upgrade: another agent; the supervisor, Envoy, and the rules stay.
+    // Upgrade: the agent is replaced; the supervisor, Envoy and the rules stay.
     let next = Packages::make("0.1.1")?;
     let running = load(&vm)?;
     let pids = vm.main_pids()?;
@@ -126,7 +127,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     let now = vm.main_pids()?;
     assert_ne!(now["vmesh-agent.service"], pids["vmesh-agent.service"]);
     assert_eq!(now["vmesh-envoy.service"], pids["vmesh-envoy.service"]);
-    // It became the new program in its place.
+    // vmesh-net replaced its program in the same process.
     assert_eq!(now["vmesh-net.service"], pids["vmesh-net.service"]);
     let program =
         vm.host.sh(&format!("readlink /proc/{}/exe", now["vmesh-net.service"].unwrap_or_default()))?;
@@ -135,20 +136,20 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     none_failed("the package was upgraded", &running.stop().await);
     step("upgraded");
 
-    // A new supervisor takes over by hand.
+    // Kill the supervisor: its successor takes over the running Envoy.
     let running = load(&vm)?;
     vm.kill("vmesh-envoy")?;
     assert_eq!(vm.envoy()?, other);
     none_failed("the new supervisor took over", &running.stop().await);
 
-    // The host reboots while there is no control plane.
+    // Reboot the host while there is no control plane.
     vms.control.power_cut();
     vm.host.reboot()?;
     vm.wait_up()?;
     answers(&vm).await?;
     step("it serves after a reboot without a control plane");
 
-    // Removed, and then purged.
+    // Remove the package, then purge it.
     vm.host.sh(
         "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
     )?;
@@ -165,7 +166,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     Ok(())
 }
 
-/// What the units say holds for the processes.
+/// Checks that the restrictions of the units apply to the processes.
 fn is_confined(vm: &Vm) -> Result<()> {
     let expected = [
         ("vmesh-agent.service", "vmesh-agent", "0000000000000000"),
@@ -187,7 +188,7 @@ fn is_confined(vm: &Vm) -> Result<()> {
         assert_eq!(owner.trim(), format!("{user} vmesh"), "{unit}");
         let group = vm.host.exec(&["cat", &format!("/proc/{pid}/cgroup")])?;
         assert_eq!(group.contains("/vmesh.slice/"), unit != "vmesh-net.service", "{unit}: {group}");
-        // A system that cannot be written to, but for what is its own.
+        // The system is read-only except for the directories of the unit.
         let inside = ["nsenter", "--target", &pid.to_string(), "--mount", "--", "touch", "/usr/x"];
         let refused = vm.host.output(&inside)?;
         assert!(String::from_utf8_lossy(&refused.stderr).contains("Read-only file system"), "{unit}");
@@ -225,7 +226,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     let before = ruleset(&host)?;
     let more = "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n";
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
-    // The load keeps its connections open, and would be waited for.
+    // The load keeps connections open, which the drain would wait for.
     host.write("/etc/default/vmesh-agent", "VMESH_NET_OPTIONS=\"--drain 3s\"\n")?;
     host.install(&[&vms.packages.agent])?;
     let vm = Vm { host };
@@ -248,7 +249,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     under_load("Envoy is reloaded", &|| systemctl(&["reload", "vmesh-envoy"])).await?;
     vm.captured(to).await?;
 
-    // Stopped by hand, Envoy is not left before nobody is sent to it any more.
+    // Stop Envoy by hand: it keeps serving until the redirects are removed.
     under_load("Envoy is stopped", &|| systemctl(&["stop", "vmesh-envoy"])).await?;
     assert_eq!(vm.host.show("vmesh-net", "ActiveState")?, "inactive");
     assert_eq!(vm.envoys()?, 0);
@@ -261,12 +262,12 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     vm.wait_up()?;
     vm.captured(to).await?;
 
-    // A supervisor that crashes changes neither Envoy nor the rules.
+    // A crash of the supervisor changes neither Envoy nor the rules.
     let (net, rules, envoy) = (vm.host.main_pid("vmesh-net")?, vm.ruleset()?, vm.envoy()?);
     under_load("the supervisor is killed", &|| vm.kill("vmesh-envoy")).await?;
     assert_eq!((vm.host.main_pid("vmesh-net")?, vm.ruleset()?, vm.envoy()?), (net, rules.clone(), envoy));
 
-    // What keeps the rules may be replaced, and may die: the rules stay.
+    // vmesh-net may be replaced and may die: the rules stay.
     under_load("what keeps the rules is reloaded", &|| systemctl(&["reload", "vmesh-net"])).await?;
     assert_eq!((vm.host.main_pid("vmesh-net")?, vm.ruleset()?), (net, rules.clone()));
     under_load("what keeps the rules is killed", &|| {
@@ -283,7 +284,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     under_load("the package is upgraded", &|| vm.host.install(&[&next.agent]).map(drop)).await?;
     vm.captured(to).await?;
 
-    // A reboot, with nothing else of the mesh there.
+    // Reboot without the rest of the mesh.
     vms.control.power_cut();
     vm.host.reboot()?;
     vm.host.sh(
@@ -295,12 +296,12 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
 
     under_load("all is stopped", &|| {
         systemctl(&["stop", "vmesh.target"])?;
-        // The target does not wait for what it takes along.
+        // Stopping the target does not wait for its units.
         UNITS.iter().try_for_each(|unit| vm.host.wait_unit(unit, "inactive", 2 * BOUND))
     })
     .await?;
     assert_eq!(vm.ruleset()?, before);
-    // With Envoy gone, its slice is not: who is in it next is known by it.
+    // The slice outlives Envoy, so that the next Envoy in it is recognised.
     assert_eq!(vm.host.show("vmesh.slice", "ActiveState")?, "active");
     systemctl(&["start", "vmesh.target"])?;
     vm.wait_up()?;
@@ -345,7 +346,7 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
         host.systemctl(&["daemon-reload"])
     };
 
-    // It does not hear that it is to stop.
+    // vmesh-net ignores the stop signal.
     drop_in("vmesh-net.service", "[Service]\nTimeoutStopSec=1s\nKillSignal=SIGURG\n")?;
     host.systemctl(&["stop", "vmesh-net"])?;
     assert_eq!(host.show("vmesh-net", "Result")?, "timeout");
@@ -357,7 +358,7 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     host.systemctl(&["start", "vmesh-net"])?;
     vm.captured(to).await?;
 
-    // It cannot be started any more.
+    // vmesh-net can no longer be started.
     let broken = "[Unit]\nStartLimitBurst=2\n[Service]\nExecStart=\nExecStart=/bin/false\nRestartSec=100ms\n";
     drop_in("vmesh-net.service", broken)?;
     host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-net"])?;
@@ -375,7 +376,7 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     host.systemctl(&["start", "vmesh-net"])?;
     vm.captured(to).await?;
 
-    // What TPROXY needs, Envoy has, and its supervisor too, and nobody else.
+    // Envoy and its supervisor have the capability for TPROXY, and no other process has it.
     let example = "/usr/share/doc/vmesh-agent/examples/vmesh-envoy-tproxy.conf";
     host.sh(&format!(
         "mkdir -p /etc/systemd/system/vmesh-envoy.service.d; cp {example} /etc/systemd/system/vmesh-envoy.service.d/tproxy.conf"
@@ -388,7 +389,8 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
     vm.wait_up()?;
     vm.captured(to).await?;
 
-    // The package knows that it may not be on a host: in a chroot it sees a host's rules, and leaves them alone.
+    // The package detects that it may not be on a host: in a chroot it sees the rules of a host, and leaves
+    // them alone.
     let rules = vm.ruleset()?;
     host.sh("mkdir -p /srv/other /srv/up /srv/work")?;
     host.sh("mount -t tmpfs tmpfs /srv/up; mkdir /srv/up/u /srv/up/w; \
@@ -426,7 +428,7 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
     under_load("firewalld is started", 0, &|| systemctl(&["start", "firewalld"])).await?;
     let reload = || vm.host.exec(&["firewall-cmd", "--reload"]).map(drop);
     under_load("firewalld is reloaded", 0, &reload).await?;
-    // What is open through a redirect may be cut by what follows: one request for each connection at most.
+    // The next changes may cut connections through a redirect: at most one request for each connection.
     let cut = 4;
     let forget = || {
         vm.host.exec(&["firewall-cmd", "--add-port=8080/tcp"])?;
@@ -434,12 +436,12 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
     };
     under_load("firewalld forgets its state", cut, &forget).await?;
     under_load("firewalld is stopped", 0, &|| systemctl(&["stop", "firewalld"])).await?;
-    // These flush everybody's rules, ours too: they are mended.
+    // These flush the whole ruleset; vmesh-net restores its own rules.
     under_load("nftables.service is restarted", cut, &|| systemctl(&["restart", "nftables"])).await?;
     let flush = || vm.host.exec(&["nft", "flush", "ruleset"]).map(drop);
     under_load("all rules are flushed", cut, &flush).await?;
     assert!(vm.ruleset()?.contains("table inet vmesh"));
-    // Others' rules of iptables are theirs.
+    // The iptables rules of other programs are kept.
     let docker =
         "iptables -t nat -N DOCKER; iptables -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER";
     under_load("iptables of others", 0, &|| vm.host.sh(docker).map(drop)).await?;
@@ -449,7 +451,7 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
     Ok(())
 }
 
-/// The rules name a control group by its number, which is another one after each start of the unit.
+/// Rules match a control group by an id that changes at each start of the unit.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> Result<()> {
     let (vms, _orders, to) = Vms::with_orders().await?;
@@ -485,7 +487,8 @@ async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> 
     Ok(())
 }
 
-/// What needs more than the units have is in drop-ins, which are copied as their page says.
+/// Features that need more privileges than the units have are in drop-ins, which are copied as the
+/// documentation says.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> Result<()> {
     let (vms, _orders, to) = Vms::with_orders().await?;
@@ -499,7 +502,7 @@ async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> 
             "mkdir -p {dir}; cp /usr/share/doc/vmesh-agent/examples/{unit}-{name}.conf {dir}/{name}.conf; systemctl daemon-reload"
         ))
     };
-    // Not configured yet, so not started.
+    // The package is not configured yet, so nothing is started.
     host.install(&[&vms.packages.agent])?;
     drop_in("vmesh-envoy", "tproxy")?;
     let more = "upstreams: [orders]\nworkloads: [{service: shop, port: 8080}]\n\
@@ -509,7 +512,7 @@ async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> 
     let vm = Vm { host };
     vm.wait_up()?;
     vm.captured(to).await?;
-    // What others send arrives by Envoy, which says whom it is from, and is said to the application to be from there.
+    // Calls of other hosts arrive through Envoy. The application sees the client's address.
     let arrives = async || {
         wait_for("calls to arrive by Envoy", 2 * BOUND, async || {
             let said =
@@ -522,7 +525,7 @@ async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> 
     arrives().await?;
     assert!(vm.ruleset()?.contains("tproxy"), "{}", vm.ruleset()?);
 
-    // The same host without nf_tables for its rules, as far as vmesh goes.
+    // The same host with legacy iptables in place of nf_tables for vmesh.
     vm.host.sh("update-alternatives --set iptables /usr/sbin/iptables-legacy; \
          update-alternatives --set ip6tables /usr/sbin/ip6tables-legacy")?;
     let dir = "/etc/systemd/system/vmesh-net.service.d";
@@ -541,7 +544,7 @@ async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> 
     assert!(legacy.contains("VMESH_"), "{legacy}");
     assert_eq!(vm.ruleset()?, before, "nothing of ours is left in nf_tables");
 
-    // The other kind of iptables: what the first has made, only the first shows.
+    // Switch to iptables over nftables, which does not list the rules of legacy iptables.
     vm.host.sh("update-alternatives --set iptables /usr/sbin/iptables-nft; \
          update-alternatives --set ip6tables /usr/sbin/ip6tables-nft")?;
     vm.host.systemctl(&["kill", "--kill-who=main", "-s", "KILL", "vmesh-net"])?;

@@ -1,5 +1,5 @@
-//! Names of the mesh on booted hosts: by the resolver that the host has, beside the names that others answer, with the control
-//! plane down, and taken away without a trace.
+//! Names of the mesh on booted hosts: the host's own resolver finds them, other names still work, they
+//! survive the loss of the control plane, and they are removed without a trace.
 
 use std::net::SocketAddr;
 
@@ -9,7 +9,7 @@ use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
 use vmesh_tests::hosts::{Vms, difference, trace};
 
-/// What the C library of the host makes of a name, of both families.
+/// Waits until the C library of the host resolves a name to these addresses, in both families.
 async fn resolves(host: &Host, name: &str, wanted: &[&str]) -> Result<()> {
     wait_for(format!("{name} to be {wanted:?}"), 2 * BOUND, async || {
         let said = host.sh(&format!("getent ahosts {name} | cut -d' ' -f1 | sort -u"));
@@ -44,7 +44,7 @@ async fn names_are_found_by_the_hosts_own_resolver_beside_those_of_others() -> R
     let host = &vm.host;
     answers(host, "127.0.0.1:15020/names", "orders.mesh").await?;
 
-    // The host has a resolver of its own by its link: here a server for `.consul` and one more name.
+    // The link of the host has its own resolver: a server for `.consul` and one more name.
     let consul = vmesh_testkit::consul::program()?;
     host.copy_in(&consul, "/usr/local/bin/consul")?;
     host.sh("systemd-run --unit consul /usr/local/bin/consul agent -dev -client 127.0.0.1 -bind 127.0.0.1")?;
@@ -60,17 +60,17 @@ async fn names_are_found_by_the_hosts_own_resolver_beside_those_of_others() -> R
     resolves(host, "nobody.mesh", &[]).await?;
     resolves(host, "consul.service.consul", &["127.0.0.1"]).await?;
     resolves(host, "localhost", &["127.0.0.1"]).await?;
-    // Over TCP as well, by the stub that every program asks.
+    // The stub resolver also answers over TCP.
     let tcp = host.sh("resolvectl query --type=A orders.mesh")?;
     assert!(tcp.contains("orders.mesh IN A 24"), "{tcp}");
 
-    // With the control plane gone, and the agent begun anew.
+    // The names survive the loss of the control plane and a restart of the agent.
     vms.control.power_cut();
     host.systemctl(&["restart", "vmesh-agent"])?;
     resolves(host, "orders.mesh", &["24"]).await?;
     answers(host, "http://orders.mesh/", "x-forwarded-proto").await?;
 
-    // Out of the mesh a name means the endpoints themselves.
+    // During a bypass, a name resolves to the endpoints themselves.
     host.exec(&["vmeshctl", "bypass", "on"])?;
     resolves(host, "orders.mesh", &[&server.v4.to_string()]).await?;
     let said = host.exec(&["curl", "-sS", "--max-time", "5", "http://orders.mesh/"])?;
@@ -82,7 +82,7 @@ async fn names_are_found_by_the_hosts_own_resolver_beside_those_of_others() -> R
     assert!(said.contains("removed"), "{said}");
     let left: Vec<_> = difference(&before, &trace(host)?)
         .into_iter()
-        // What runs changes its own state.
+        // A running vmesh changes its own state.
         .filter(|line| !["/var/lib/vmesh", "/run/", "rules"].iter().any(|own| line.contains(own)))
         .collect();
     assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
@@ -129,7 +129,8 @@ async fn a_change_of_the_resolver_that_would_cost_other_names_is_not_made_or_tak
     host.copy_in(&consul, "/usr/local/bin/consul")?;
     host.sh("systemd-run --unit consul /usr/local/bin/consul agent -dev -client 127.0.0.1 -bind 127.0.0.1 -dns-port 53")?;
 
-    // The only server of systemd-resolved is one of `FallbackDNS=`, which it would not ask beside ours.
+    // The only server of systemd-resolved comes from `FallbackDNS=`. Next to a server of vmesh it would not
+    // be asked.
     host.sh("mkdir -p /etc/systemd/resolved.conf.d\n\
          printf '[Resolve]\\nFallbackDNS=127.0.0.1\\n' > /etc/systemd/resolved.conf.d/10-corp.conf\n\
          systemctl restart systemd-resolved")?;
@@ -142,10 +143,11 @@ async fn a_change_of_the_resolver_that_would_cost_other_names_is_not_made_or_tak
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
     host.exec(&["vmeshctl", "dns", "disable"])?;
     resolves(host, "consul.service.consul", &["127.0.0.1"]).await?;
-    // The directory was there before.
+    // The directory existed before.
     host.sh("rm /etc/systemd/resolved.conf.d/10-corp.conf; test -d /etc/systemd/resolved.conf.d")?;
 
-    // Its server is a link's by now. A resolver that does not start with the change is as it was before it.
+    // Now the server belongs to a link. If the resolver does not start with the change, the change is
+    // reverted.
     host.sh("systemctl restart systemd-resolved; resolvectl dns eth0 127.0.0.1")?;
     host.sh(
         "mkdir -p /run/systemd/system/systemd-resolved.service.d\n\
@@ -158,7 +160,7 @@ async fn a_change_of_the_resolver_that_would_cost_other_names_is_not_made_or_tak
     assert!(taken_back.status.code() == Some(1) && said.contains("change is taken back"), "{said}");
     host.sh("! test -e /etc/systemd/resolved.conf.d/vmesh.conf; systemctl is-active systemd-resolved")?;
 
-    // What somebody else wrote under our name is neither replaced nor removed.
+    // A file of another program under vmesh's name is neither replaced nor removed.
     host.sh("rm -r /run/systemd/system/systemd-resolved.service.d; systemctl daemon-reload")?;
     host.write("/etc/systemd/resolved.conf.d/vmesh.conf", "[Resolve]\nCache=yes\n")?;
     assert_eq!(host.output(&["vmeshctl", "dns", "enable"])?.status.code(), Some(1));

@@ -1,4 +1,5 @@
-//! `vmeshctl doctor` on a booted host: green while it is well; what is broken is found, and what is said to mend it does.
+//! `vmeshctl doctor` on a booted host: it reports nothing while all is well, finds what is broken, and prints
+//! a fix that works.
 
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::BOUND;
 use vmesh_tests::hosts::Vms;
 
-/// The exit code, the text and the problems of the JSON.
+/// Runs the doctor. Returns the exit code, the text, and the problems of the JSON output.
 fn doctor(host: &Host) -> Result<(Option<i32>, String, Vec<Value>)> {
     let text = host.output(&["vmeshctl", "doctor"])?;
     let json = host.output(&["vmeshctl", "doctor", "--json"])?;
@@ -28,7 +29,7 @@ async fn is_well(host: &Host) -> Result<String> {
     .await
 }
 
-/// Waits for a finding of `check` with these words, and gives its fix if that is a command.
+/// Waits for a finding of `check` with these words. Returns its fix if that is a command.
 async fn finds(host: &Host, check: &str, what: &str, effect: &str) -> Result<Option<String>> {
     let found = wait_for(format!("{check} to say `{what}`"), 2 * BOUND, async || {
         let (code, text, problems) = doctor(host).map_err(|failed| failed.to_string())?;
@@ -52,7 +53,7 @@ async fn finds(host: &Host, check: &str, what: &str, effect: &str) -> Result<Opt
     Ok(found)
 }
 
-/// What is broken is found, and the command that is printed mends it.
+/// Breaks something, waits for the finding, and runs the printed fix.
 async fn breaks_and_mends(host: &Host, breaks: &str, check: &str, what: &str, effect: &str) -> Result<()> {
     eprintln!("-- {breaks}");
     host.sh(breaks)?;
@@ -84,7 +85,7 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     assert!(said.starts_with("2 checks, 0 problems, "), "{said}");
     let unknown = host.output(&["vmeshctl", "doctor", "--only", "D99"])?;
     assert_eq!(unknown.status.code(), Some(1));
-    // Somebody who is neither root nor in the group sees what he may, and is told what he may not.
+    // A user who is neither root nor in the group gets a partial report, which lists what was not checked.
     let stranger = host.sh("runuser -u nobody -- vmeshctl doctor || [ $? = 3 ]")?;
     assert!(stranger.contains("not looked at: ") && stranger.contains("only root may"), "{stranger}");
     eprintln!("{stranger}");
@@ -95,7 +96,7 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     breaks_and_mends(host, "systemctl stop vmesh-envoy", "D2", stopped, "through the mesh").await?;
     let stopped = "vmesh-net.service is inactive";
     breaks_and_mends(host, "systemctl stop vmesh-net", "D2", stopped, "rules of capture").await?;
-    // Its watchdog would end it after half a minute; until then only its rules are gone.
+    // The watchdog would end the process after half a minute. Until then, the host has lost vmesh's table.
     let hung = "systemctl kill --kill-who=main -s STOP vmesh-net; nft delete table inet vmesh";
     breaks_and_mends(host, hung, "D16", "the rules of capture are not there", "go past Envoy").await?;
     let bypassed = "out of the mesh, by its bypass";
@@ -118,14 +119,14 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     let open = "chmod 666 /run/vmesh-envoy/admin.sock";
     breaks_and_mends(host, open, "D25", "may be used by others", "can end Envoy").await?;
 
-    // A network without a way out: the route that is printed is enough for the kernel to redirect.
+    // A network without a default route: the printed route is enough for the kernel to redirect.
     let lost = "no route to virtual addresses";
     let apart = "ip -4 route del default";
     breaks_and_mends(host, apart, "D14", lost, "network is unreachable").await?;
     let said = host.sh("curl -4 -sS --max-time 5 http://orders.mesh/")?;
     assert!(said.contains("x-forwarded-proto"), "{said}");
 
-    // What no one command mends.
+    // These faults have no single command as a fix.
     host.systemctl(&["stop", "web-app"])?;
     finds(host, "D22", "nobody listens on 127.0.0.1:8080", "are refused").await?;
     host.sh(serve)?;
@@ -144,7 +145,7 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     host.write("/etc/vmesh/agent.yaml", yaml)?;
     is_well(host).await?;
 
-    // All at once, by the worst of them: within its time, and one cause on top.
+    // All faults at once: the doctor keeps its time limit, and shows the worst cause first.
     host.sh("systemctl kill --kill-who=main -s STOP vmesh-agent vmesh-envoy vmesh-net")?;
     let began = std::time::Instant::now();
     let text = host.output(&["vmeshctl", "doctor"])?;
@@ -156,7 +157,7 @@ async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Res
     is_well(host).await.map(drop)
 }
 
-/// An ELF file of an ARM machine, on one that is none.
+/// An ELF file for ARM, on a machine that is not ARM.
 const FOREIGN: &str = "python3 -c \"import struct; h=b'\\x7fELF\\x02\\x01\\x01'+b'\\0'*9+struct.pack('<HHIQQQIHHHHHH',2,183,1,0x400000,64,0,0,64,56,1,64,0,0)\\
 +struct.pack('<IIQQQQQQ',1,5,0,0x400000,0x400000,120,120,4096); open('/usr/bin/envoy.new','wb').write(h)\"";
 
@@ -170,11 +171,11 @@ async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
     host.exec(&["vmeshctl", "dns", "enable"])?;
     is_well(host).await?;
 
-    // D27: a control plane that has nothing new has confirmed what the node has.
+    // D27: a control plane without news confirms the node's configuration.
     host.systemctl(&["restart", "vmesh-agent", "vmesh-envoy"])?;
     is_well(host).await?;
 
-    // D2: a configuration that root can read, and the agent's user cannot.
+    // D2: root can read a configuration that the agent's user cannot.
     let unreadable = "the user vmesh-agent cannot read /etc/vmesh/agent.yaml";
     let breaks = "chmod 600 /etc/vmesh/agent.yaml; systemctl restart --no-block vmesh-agent; sleep 1";
     host.sh("chmod 600 /etc/vmesh/agent.yaml")?;
@@ -185,12 +186,13 @@ async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
     breaks_and_mends(host, breaks, "D2", unreadable, "does not start again").await?;
     assert_eq!(host.output(&["vmesh-agent", "--check"])?.status.code(), Some(0));
 
-    // D20 and D25: an Envoy that hangs is seen by two checks, and is not hidden by either.
+    // D20 and D25: two checks find an Envoy that hangs, and neither hides the other.
     let hangs = "nobody serves them";
     let stop = "pkill -STOP -x envoy";
     breaks_and_mends(host, stop, "D20", hangs, "fail").await?;
 
-    // D11: another program has the agent's port. The agent goes on, and has it back once that is stopped.
+    // D11: another program has the agent's port. The agent keeps working, and takes the port back when that
+    // program stops.
     host.systemctl(&["stop", "vmesh-agent"])?;
     host.sh("systemd-run --unit squatter -p User=nobody python3 -m http.server 15020 --bind 127.0.0.1")?;
     wait_for("the port to be taken", BOUND, async || {
@@ -202,14 +204,15 @@ async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
     host.sh("ss -lntp 'sport = :15020' | grep -q python3 && systemctl stop squatter")?;
     is_well(host).await?;
 
-    // D36: the resolver is told of another suffix than the agent's.
+    // D36: the resolver is configured with another suffix than the agent.
     let yaml = host.read("/etc/vmesh/agent.yaml")?;
     host.write("/etc/vmesh/agent.yaml", format!("{yaml}dns: {{suffix: svc.corp}}\n"))?;
     let other = "is told to ask for another zone";
     breaks_and_mends(host, "systemctl restart vmesh-agent", "D36", other, "do not find them").await?;
     host.sh("getent ahosts orders.svc.corp")?;
 
-    // D40: the host's own firewall drops what is redirected to Envoy. The rule is named, and what is said mends it.
+    // D40: the host's own firewall drops redirected connections. The doctor names the rule, and its fix
+    // works.
     host.sh(
         "nft 'table inet eg { chain o { type filter hook output priority 0; policy drop; meta l4proto != tcp accept; \
          oifname lo accept; ct state established accept; tcp dport { 8080, 15010 } accept; }; }'",
@@ -219,7 +222,7 @@ async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
     is_well(host).await?;
     host.sh("nft delete table inet eg")?;
 
-    // D25: what is at envoy.path is no Envoy of this machine.
+    // D25: the file at envoy.path is not an Envoy for this machine.
     host.sh(&format!("{FOREIGN}\nchmod 755 /usr/bin/envoy.new; mv /usr/bin/envoy /usr/bin/envoy.good; mv /usr/bin/envoy.new /usr/bin/envoy"))?;
     assert_eq!(host.output(&["vmesh-agent", "--check"])?.status.code(), Some(1));
     host.sh("systemctl restart --no-block vmesh-envoy")?;
@@ -227,7 +230,7 @@ async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
     let said = host.sh("systemctl status --no-pager vmesh-envoy || :")?;
     assert!(said.contains("cannot be run on this machine"), "{said}");
     host.sh("mv /usr/bin/envoy.good /usr/bin/envoy")?;
-    // D24 goes on to tell of it for a day.
+    // D24 reports this for another day.
     wait_for("an Envoy that serves", 2 * BOUND, async || {
         host.exec(&["vmeshctl", "doctor", "--only", "D2,D11,D25,D40"]).map_err(|failed| failed.to_string())
     })

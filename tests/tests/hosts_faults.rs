@@ -1,5 +1,5 @@
-//! What dies, hangs, fills up or is reloaded on booted hosts that capture, under load; and a change of capture made over SSH
-//! that is a mistake.
+//! Faults on booted hosts that capture under load: parts die, hang, run out of disk or are reloaded; and a
+//! wrong capture setting is made over SSH.
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
@@ -31,7 +31,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     let to = orders.address();
     vms.service("orders", "http", &[to])?;
     let host = vms.fleet.host("web")?;
-    // A firewall of the host's own, that is loaded at boot and by a reload.
+    // The host has a firewall, which is loaded at boot and by a reload.
     host.write("/etc/nftables.conf", FIREWALL)?;
     host.systemctl(&["enable", "--now", "nftables"])?;
     let before = ruleset(&host)?;
@@ -42,7 +42,8 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     vm.wait_up()?;
     vm.captured(to).await?;
 
-    // New connections and kept ones, four at a time, a hundred requests a second; each may take 10 s.
+    // The load uses new and persistent connections, four at a time, with a hundred requests a second. Each
+    // may take 10 s.
     let under_load = async |what: &str, work: &dyn Fn() -> Result<()>, back: bool| -> Result<Report> {
         let load = Load::start(Plan::to(to).host("orders").rate(100.0).from(&vm.host.net)?)?;
         wait_for("some load", BOUND, async || (load.so_far().ok > 20).then_some(())).await?;
@@ -82,7 +83,8 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     .await?;
     none("the agent hangs", &report);
 
-    // What Envoy had under way is lost with it, and what is sent to it until its supervisor has said so.
+    // The requests in Envoy are lost with it, and so are those sent to it until its supervisor has reported
+    // its end.
     let report = under_load("Envoy is killed", &|| signal_envoy(&vm, "KILL"), true).await?;
     assert!(report.failures <= 150, "{:?}", report.failed.first());
 
@@ -95,7 +97,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     assert!(report.failures <= 350, "{:?}", report.failed.first());
     vm.wait_up()?;
 
-    // An Envoy that hangs keeps what it has; new connections go past it once the dead-man lapses.
+    // An Envoy that hangs keeps its connections. New ones go past it once the dead-man timer lapses.
     let report = under_load(
         "Envoy is stopped by a signal, and goes on",
         &|| {
@@ -115,7 +117,8 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     .await?;
     assert!(report.failures <= 60, "{:?}", report.failed.first());
 
-    // A firewall that flushes everything takes the redirects of open connections, too: those are reset, and no new ones.
+    // A firewall that flushes the whole ruleset also removes the redirects of open connections. Open
+    // connections are reset; new connections work.
     let report = under_load(
         "the firewall is reloaded",
         &|| vm.host.systemctl(&["restart", "nftables"]).map(drop),
@@ -126,7 +129,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     let said = vm.host.sh("vmeshctl capture || :")?;
     assert!(said.contains("drift") && said.contains("changed"), "{said}");
 
-    // A full disk: what is in force stays, and endpoints that come are captured all the same.
+    // A full disk: the configuration in force stays, and new endpoints are captured all the same.
     let more = server.within(|| HttpApp::start("orders-2", "v1", (server.v4, 8081)))??;
     let full = || {
         for dir in ["/var/lib/vmesh-agent", "/var/lib/vmesh-net"] {
@@ -150,7 +153,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     let report = under_load("there is room again", &empty, true).await?;
     none("there is room again", &report);
 
-    // Out in under a second with nothing else working, and in again.
+    // A bypass takes less than a second while all daemons hang; then the operator lifts it.
     kill(&vm, "STOP", "vmesh-net")?;
     let report = under_load(
         "the bypass, while vmesh-net hangs",
@@ -175,7 +178,8 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     .await?;
     none("the bypass is lifted", &report);
 
-    // What hangs for good is replaced by systemd's watchdog, each alone: nobody takes Envoy or the rules with it.
+    // systemd's watchdog replaces a process that hangs forever, without affecting Envoy, the rules or the
+    // other units.
     for unit in UNITS {
         let drop_in = format!("/etc/systemd/system/{unit}.d/soon.conf");
         vm.host.write(&drop_in, "[Service]\nWatchdogSec=4s\n")?;
@@ -204,7 +208,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
         assert_eq!(vm.envoy()?, envoy, "{unit}");
     }
 
-    // Nobody takes Envoy's port while it is away.
+    // No other program takes Envoy's port while Envoy is down.
     let envoy = vm.envoy()?.ok_or_else(|| Failed::new("there is no Envoy"))?;
     kill(&vm, "STOP", "vmesh-envoy")?;
     vm.host.exec(&["kill", "-s", "KILL", &envoy.to_string()])?;
@@ -217,17 +221,17 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
         under_load("all is stopped", &|| vm.host.systemctl(&["stop", "vmesh.target"]).map(drop), false)
             .await?;
     none("all is stopped", &report);
-    // The target is stopped before what belongs to it.
+    // The target is stopped before the units that belong to it.
     UNITS.iter().try_for_each(|unit| vm.host.wait_unit(unit, "inactive", 2 * BOUND))?;
     assert_eq!(vm.ruleset()?, before);
     Ok(())
 }
 
-/// What Debian's nftables.service loads: it flushes everything first.
+/// A ruleset as Debian's nftables.service loads it: it begins with a flush.
 const FIREWALL: &str = "#!/usr/sbin/nft -f\nflush ruleset\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority \
                         filter; policy accept;\n\t\ttcp dport 25 drop\n\t}\n}\n";
 
-/// Somebody who is logged in and watches: when each line came.
+/// A logged-in user who watches output, with the arrival time of each line.
 struct Session {
     child: std::process::Child,
     seen: Arc<Mutex<Vec<Instant>>>,
@@ -257,7 +261,7 @@ impl Session {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// The longest silence so far.
+    /// Returns the longest silence so far.
     fn gap(&self) -> Duration {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -281,8 +285,8 @@ async fn a_mistake_that_is_made_over_ssh_locks_nobody_out_and_is_taken_back() ->
     let session = Session::open(&vm)?;
     wait_for("the session", BOUND, async || (session.ticks() > 5).then_some(())).await?;
 
-    // Everything is captured, in and out, every port is closed that is not captured, and nothing of it may lapse; and Envoy is
-    // stopped in its tracks, so that nothing of it works.
+    // Everything is captured in both directions, every other port is closed, and no redirect may lapse. And
+    // Envoy is stopped, so no captured connection works.
     let wrong = "upstreams: [orders]\nworkloads: [{service: orders, port: 8080}]\n\
         capture:\n  outbound: {capture: all, on_loss: closed}\n  inbound: {capture: redirect, on_loss: closed, strict: [1-65535]}\n  \
         confirm: {within: 10s}\n";
@@ -290,9 +294,9 @@ async fn a_mistake_that_is_made_over_ssh_locks_nobody_out_and_is_taken_back() ->
     let apply = format!("cat > /etc/vmesh/agent.yaml <<'EOF'\n{config}\nEOF\nsystemctl restart vmesh-agent");
     let output = vm.host.ssh(&apply).output().map_err(Failed::to("could not run ssh"))?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    // The first look at what it captures, and then Envoy stops.
-    // On the host, in one go: a trial that works is confirmed after 2 s. And each Envoy: what the agent says of the node changes
-    // its bootstrap, so that another one takes over.
+    // Envoy is stopped right after the agent's first check of the capture. One script on the host does both,
+    // because a working trial is confirmed after 2 s. It stops every Envoy, since the agent's report changes
+    // the bootstrap, which starts another one.
     let said = vm.host.sh(
         "for try in $(seq 600); do\n\
            if vmeshctl capture --json | grep -q '\"state\": \"trial\"'; then pkill -STOP -x envoy; echo stopped; exit 0; fi\n\

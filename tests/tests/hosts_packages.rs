@@ -1,4 +1,5 @@
-//! Booted hosts on which the installation goes wrong half way, meets what others have made, or is taken away while it hangs.
+//! Installations on booted hosts that are interrupted, that find files and users made by others, or that are
+//! removed while processes hang.
 
 use vmesh_testkit::hosts::Host;
 use vmesh_testkit::{Result, wait_for};
@@ -7,7 +8,7 @@ use vmesh_tests::hosts::{Packages, Vm, Vms, difference, ruleset, trace};
 
 const CAPTURES: &str = "upstreams: [\"*\"]\ncapture: {outbound: {capture: addresses}}\n";
 
-/// Whatever it ends with.
+/// Runs a script, whatever its exit status is.
 fn try_sh(host: &Host, script: &str) -> Result<String> {
     let output = host.output(&["sh", "-c", script])?;
     Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
@@ -18,7 +19,7 @@ async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
     let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, CAPTURES))?;
-    // What is asked whether a unit may be started kills the script that asks, once.
+    // The policy script kills the maintainer script that calls it, once.
     host.write(
         "/usr/sbin/policy-rc.d",
         "#!/bin/sh\nrm -f /usr/sbin/policy-rc.d\nkill -9 \"$PPID\"\nexit 0\n",
@@ -33,7 +34,7 @@ async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
     vm.wait_up()?;
     vm.captured(to).await?;
 
-    // The power goes after the files were unpacked, once as if for the first time and once after a removal.
+    // A power cut after the files were unpacked: once as in a first installation, once as after a removal.
     for how in ["purge", "remove"] {
         vm.host.remove(how, &["vmesh-agent"])?;
         vm.host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&vm.host, CAPTURES))?;
@@ -45,7 +46,7 @@ async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
         vm.captured(to).await?;
     }
 
-    // An upgrade that is cut off does not start what was stopped, nor enable what was disabled.
+    // An interrupted upgrade neither starts stopped units nor enables disabled ones.
     vm.host.systemctl(&["disable", "--now", "vmesh.target"])?;
     vm.host.wait_unit("vmesh-envoy", "inactive", 4 * BOUND)?;
     let next = Packages::make("0.1.1")?;
@@ -60,7 +61,7 @@ async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
 async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Result<()> {
     let (vms, _orders, to) = Vms::with_orders().await?;
     let host = vms.fleet.host("web")?;
-    // Users that a site gives its own numbers.
+    // The site has chosen the ids of these users.
     host.sh("groupadd --gid 4321 vmesh; groupadd --gid 4322 vmesh-agent\n\
          useradd --uid 4322 --gid 4322 --home-dir /srv/agent --shell /usr/sbin/nologin vmesh-agent\n\
          useradd --system ops; usermod --append --groups vmesh ops")?;
@@ -75,7 +76,7 @@ async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Res
     let seen = vm.host.sh(users)?;
     assert!(seen.contains("vmesh-agent:x:4322:") && seen.contains("vmesh-envoy:"), "{seen}");
 
-    // Its own settings, and out of the mesh: an upgrade and the way back change neither.
+    // Local settings and a bypass: neither an upgrade nor the downgrade changes them.
     let settings = "VMESH_NET_OPTIONS=\"--drain 2s\"\n# mine\n";
     vm.host.write("/etc/default/vmesh-agent", settings)?;
     vm.host.exec(&["vmeshctl", "bypass", "on"])?;
@@ -94,14 +95,14 @@ async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Res
     vm.host.exec(&["vmeshctl", "bypass", "off"])?;
     vm.captured(to).await?;
 
-    // What the package has made goes with it, and nothing else.
+    // A purge removes what the package has created, and nothing else.
     vm.host.remove("purge", &["vmesh-agent"])?;
     let left = try_sh(&vm.host, users)?;
     assert!(left.contains("vmesh-agent:x:4322:4322:") && left.contains("vmesh:x:4321:"), "{left}");
     assert!(!left.contains("vmesh-envoy:x:"), "{left}");
     assert!(left.contains(":ops"), "who was in the group still is: {left}");
 
-    // And it can be installed again.
+    // The package can be installed again.
     vm.host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&vm.host, CAPTURES))?;
     vm.host.install(&[&vms.packages.agent])?;
     vm.wait_up()?;
@@ -118,7 +119,7 @@ async fn a_removal_takes_back_what_the_resolver_was_told_and_ends_what_hangs() -
     let vm = Vm { host };
     vm.wait_up()?;
     vm.captured(to).await?;
-    // One way to the resolver after the other: the host has changed it since.
+    // The operator enables first one and then another method for the resolver, because the host has changed.
     let said = vm.host.exec(&["vmeshctl", "dns", "enable", "--resolver", "hosts"])?;
     assert!(said.contains("vmesh-hosts.service keeps the block"), "{said}");
     vm.host.exec(&["vmeshctl", "dns", "enable", "--resolver", "resolved"])?;
@@ -128,7 +129,7 @@ async fn a_removal_takes_back_what_the_resolver_was_told_and_ends_what_hangs() -
     })
     .await?;
 
-    // All of it hangs; nobody waits for its two minutes here.
+    // All daemons hang. A short timeout replaces their two minutes here.
     for unit in ["vmesh-agent", "vmesh-envoy", "vmesh-net"] {
         vm.host.sh(&format!(
             "mkdir -p /run/systemd/system/{unit}.service.d\n\
@@ -158,7 +159,8 @@ async fn a_host_without_ipv6_captures_and_calls_services_that_have_it() -> Resul
     let v6 = "[fd88::77]:8080".parse().map_err(vmesh_testkit::Failed::to("an address"))?;
     vms.service("orders", "http", &[to, v6])?;
     let host = vms.fleet.host("web")?;
-    // As with `ipv6.disable=1`, which only a machine has that boots anew: there is no such thing as a socket of it.
+    // This has the effect of `ipv6.disable=1`, which needs a reboot of a real machine: IPv6 sockets do not
+    // exist.
     for unit in ["vmesh-agent", "vmesh-envoy"] {
         host.write(
             &format!("/etc/systemd/system/{unit}.service.d/test.conf"),

@@ -1,11 +1,12 @@
-//! What a local user of a booted host does to vmesh: it takes what is everybody's (`/dev/shm`, ports), and is not believed.
+//! Attacks of a local user on a booted host: the user occupies shared resources (`/dev/shm`, ports), and must
+//! not be trusted.
 
 use vmesh_testkit::hosts::Host;
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
 use vmesh_tests::hosts::Vms;
 
-/// Answers any request with a name of its own.
+/// A server that answers every request with a name of its own.
 const FAKE_AGENT: &str = "import http.server
 class Fake(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -35,7 +36,7 @@ async fn a_local_user_keeps_no_envoy_from_starting_and_tells_root_no_names() -> 
     let host = &vm.host;
     serves(host).await?;
 
-    // All of the host's shared memory, and nothing of a hot restart to be seen or spoken to.
+    // The user fills the host's shared memory, and can neither see nor reach anything of a hot restart.
     host.sh("mount -o remount,size=1M /dev/shm")?;
     host.sh("runuser -u nobody -- sh -c 'head -c 4M /dev/zero > /dev/shm/full || :'; ! : > /dev/shm/more || ! head -c 8192 /dev/zero > /dev/shm/more")?;
     assert_eq!(host.sh("ls /dev/shm | grep -c envoy_ || :")?.trim(), "0");
@@ -43,7 +44,7 @@ async fn a_local_user_keeps_no_envoy_from_starting_and_tells_root_no_names() -> 
     host.sh("! runuser -u nobody -- ls /run/vmesh-envoy")?;
     host.sh("pkill -KILL -x envoy")?;
     serves(host).await?;
-    // By a hot restart, whose memory and sockets are the unit's own.
+    // The memory and the sockets of a hot restart are private to the unit.
     host.systemctl(&["reload", "vmesh-envoy"])?;
     wait_for("another epoch", 2 * BOUND, async || {
         let said = host.sh("curl -s --unix-socket /run/vmesh-envoy/status.sock http://x/status");
@@ -51,12 +52,12 @@ async fn a_local_user_keeps_no_envoy_from_starting_and_tells_root_no_names() -> 
         if said.contains("\"epoch\":1") { Ok(()) } else { Err(said) }
     })
     .await?;
-    // A supervisor that crashes finds both again.
+    // A supervisor that crashed finds both again.
     host.sh("systemctl kill --kill-who=main -s KILL vmesh-envoy")?;
     vm.wait_up()?;
     serves(host).await?;
 
-    // The agent's port is anybody's while it is away.
+    // Any user can take the agent's port while the agent is down.
     host.systemctl(&["stop", "vmesh-agent"])?;
     host.write("/usr/local/lib/fake.py", FAKE_AGENT)?;
     host.sh("systemd-run --unit fake -p User=nobody python3 /usr/local/lib/fake.py")?;
@@ -68,7 +69,7 @@ async fn a_local_user_keeps_no_envoy_from_starting_and_tells_root_no_names() -> 
     let said = String::from_utf8_lossy(&tcp.stderr).into_owned();
     assert!(tcp.status.code() == Some(1) && said.contains("who is not believed"), "{said}");
     assert_eq!(host.output(&["vmeshctl", "dns", "sync"])?.status.code(), Some(1));
-    // It starts without the port, and answers root.
+    // The agent starts without the port, and answers root.
     host.systemctl(&["start", "vmesh-agent"])?;
     host.exec(&["vmeshctl", "dns", "sync"])?;
     let hosts = host.read("/etc/hosts")?;
@@ -77,7 +78,8 @@ async fn a_local_user_keeps_no_envoy_from_starting_and_tells_root_no_names() -> 
     Ok(())
 }
 
-/// Asks for a name every few milliseconds until a file appears, and prints how many questions were refused or not answered.
+/// Asks for a name every few milliseconds until a file appears. Prints how many queries were refused or not
+/// answered.
 const ASKS: &str = "import os, socket, time
 question = b'vm\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\6orders\\4mesh\\0\\0\\1\\0\\1'
 asked = lost = 0
@@ -106,7 +108,7 @@ async fn no_question_for_a_name_is_lost_while_the_agent_restarts_or_is_killed() 
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: transparent}\n").await?;
     let host = &vm.host;
     wait_for("the name", 2 * BOUND, async || {
-        // Captured by then: before that the name means the endpoint itself.
+        // The host captures by then; before that, the name resolves to the endpoint itself.
         host.sh("vmeshctl capture | grep -q '^capture *confirmed'\ncurl -s 127.0.0.1:15020/names | grep -q 'orders.mesh\":.\"24'")
             .map_err(|failed| failed.to_string())
     })

@@ -1,4 +1,4 @@
-//! A plug-in as somebody would write it, in Python, between a real DNS server (Consul's) and real Envoys.
+//! The example plug-in, written in Python, between a real DNS server (Consul's) and real Envoys.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ async fn services_of_dns_are_fed_by_a_plugin_and_stand_behind_the_same_guard() -
     mesh.answers(target).await?;
     let load = Load::start(Plan::to(target).rate(200.0))?;
 
-    // All are gone at once, which is not believed; and then they are back.
+    // All instances disappear at once: the guard holds them, and then they return.
     for (_, instance) in &apps {
         registry.remove(instance).await?;
     }
@@ -71,7 +71,7 @@ async fn services_of_dns_are_fed_by_a_plugin_and_stand_behind_the_same_guard() -
         registry.add(instance).await?;
     }
 
-    // The name server is gone: the plug-in says so, and what it said before holds.
+    // The name server is down: the plug-in reports it, and its last view stays valid.
     registry.kill(0)?;
     let problem = mesh.problem("could not read its registry").await?;
     assert!(problem.contains("dns"), "{problem}");

@@ -1,4 +1,4 @@
-//! What one change costs, counted.
+//! The cost of a change, measured by counters.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ async fn one_endpoint_is_one_encoding() -> Result<()> {
     for number in 0..SERVICES {
         mesh.write(&format!("services.d/service-{number}.yaml"), &service(number, 1))?;
     }
-    // Routes make a service depend on others: also then an endpoint is an endpoint.
+    // Routes make a service depend on others. Even then a changed endpoint is sent as an endpoint only.
     mesh.write(
         "mesh.d/routes.yaml",
         "kind: Service\nname: service-7\nsubsets: {v1: {version: v1}}\n---\nkind: Route\nservice: service-7\nrules:\n  \
@@ -44,7 +44,7 @@ async fn one_endpoint_is_one_encoding() -> Result<()> {
         let node = Node { id: format!("node-{number}"), ..Node::default() };
         let mut client =
             BenchClient::connect(&format!("http://{}", mesh.xds), node).await.expect("connected");
-        // All endpoints, and the empty answer for listeners: then nothing is left to come.
+        // After all endpoints and the empty response for listeners, nothing else will arrive.
         let (mut held, mut listeners) = (0, false);
         while held < SERVICES + 1 || !listeners {
             let seen = client.next().await.expect("a response");
@@ -88,7 +88,7 @@ async fn one_endpoint_is_one_encoding() -> Result<()> {
         assert_eq!(after.1 - before.1, streams, "responses for service-{number}");
         assert_eq!(after.2 - before.2, streams * encodings, "resources for service-{number}");
     }
-    // And nothing at all for a file that is written again as it was.
+    // A file that is written again without a change costs nothing.
     let before = counted(&mesh).await?;
     mesh.write("services.d/service-3.yaml", &service(3, 5))?;
     tokio::time::sleep(Duration::from_millis(500)).await;

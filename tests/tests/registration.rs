@@ -1,4 +1,5 @@
-//! Workloads that register themselves, in a real Consul and a real ZooKeeper, read back by the mesh.
+//! Workloads that register themselves in a real Consul and a real ZooKeeper; the mesh discovers them from
+//! there.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use vmesh_tests::Mesh;
 
 const LONG: Duration = Duration::from_secs(90);
 
-/// Two hosts whose agents register `orders`, one host that calls it.
+/// Two hosts whose agents register `orders`, and one host that calls it.
 struct Bench {
     mesh: Mesh,
     apps: Vec<HttpApp>,
@@ -22,7 +23,7 @@ struct Bench {
     _places: Vec<Loopback>,
 }
 
-/// The YAML of `registry:` and `register:` for a registry.
+/// Returns the YAML of `registry:` and `register:` for a registry.
 fn yaml(registry: &Registry, format: &str) -> Result<(String, String)> {
     Ok(match registry {
         Registry::Consul(consul) => (
@@ -64,7 +65,7 @@ async fn start(registry: Registry, source: &str, format: &str, more: &str) -> Re
 }
 
 impl Bench {
-    /// The address under which the workload of `orders-1` or `orders-2` is registered.
+    /// Returns the address under which the workload of `orders-1` or `orders-2` is registered.
     fn inbound(&self, number: usize) -> Result<String> {
         let ip = self.mesh.agent_api(&format!("orders-{number}"))?.ip();
         Ok(SocketAddr::new(ip, 15008).to_string())
@@ -81,7 +82,7 @@ impl Bench {
         .await
     }
 
-    /// How the agent of `orders-1` says that its registration stands.
+    /// Returns the registration state that the agent of `orders-1` reports.
     async fn state(&self) -> Result<String> {
         let status = Api(self.mesh.agent_api("orders-1")?).json("/status").await?;
         let registered = status.pointer("/registered/0").cloned().unwrap_or_default();
@@ -114,13 +115,13 @@ async fn a_workload_registers_in_consul_says_how_it_is_drains_and_takes_its_leav
     bench.mesh.answers(target).await?;
     let load = Load::start(Plan::to(target).rate(200.0))?;
 
-    // Ill is unhealthy and not gone; and well again.
+    // A failing workload becomes unhealthy without being removed, then healthy again.
     bench.apps[0].behave(Behaviour::Slow(Duration::from_secs(2)));
     bench.until(&[format!("{one} unhealthy"), healthy(&two)]).await?;
     bench.apps[0].behave(Behaviour::Well);
     bench.until(&[healthy(&one), healthy(&two)]).await?;
 
-    // A file drains it, and its removal ends that.
+    // A file drains the workload, and its removal ends the drain.
     let drain = bench.mesh.path("run/orders-1/drain");
     std::fs::create_dir_all(&drain).map_err(Failed::to("could not make the drain directory"))?;
     let file = drain.join("orders");
@@ -130,7 +131,7 @@ async fn a_workload_registers_in_consul_says_how_it_is_drains_and_takes_its_leav
     std::fs::remove_file(&file).map_err(Failed::to("could not remove the drain file"))?;
     bench.until(&[healthy(&one), healthy(&two)]).await?;
 
-    // Consul's agent forgets it: it is registered again.
+    // Consul's agent loses the registration: the workload is registered again.
     let Registry::Consul(consul) = &bench.registry else { return Err(Failed::new("it is Consul")) };
     let services = consul.get(0, "/v1/agent/services").await?;
     let ids: Vec<String> = services.as_object().map(|all| all.keys().cloned().collect()).unwrap_or_default();
@@ -147,7 +148,8 @@ async fn a_workload_registers_in_consul_says_how_it_is_drains_and_takes_its_leav
     .await?;
     bench.until(&[healthy(&one), healthy(&two)]).await?;
 
-    // The agent stops, and Envoy with it: first nobody is sent there any more, then it is gone. No request fails.
+    // The agent stops, together with Envoy: the instance first gets no new requests, and is then
+    // deregistered. No request fails.
     bench.mesh.agent_daemon("orders-1")?.terminate(LONG).await?;
     bench.until(&[healthy(&two)]).await?;
     let report = load.stop().await;
@@ -156,12 +158,13 @@ async fn a_workload_registers_in_consul_says_how_it_is_drains_and_takes_its_leav
     Ok(())
 }
 
-/// What each format's readers make of what the agent writes.
+/// Checks how the readers of each format understand what the agent writes.
 async fn a_workload_in_zookeeper(format: &str) -> Result<()> {
     let registry = Registry::zookeeper(1).await?;
     let Registry::ZooKeeper(zookeeper, _) = &registry else { return Err(Failed::new("it is ZooKeeper")) };
     let read_as = if format == "spring" { "curator" } else { format };
-    // Who can say that it drains is not sent anything new at once; who cannot is held for a while when it is gone.
+    // An instance in a format that can express a drain gets no new requests at once. In other formats, the
+    // guard holds the removed instance for a while.
     let can_drain = !["curator", "hostport"].contains(&format);
     let hold = if can_drain { "10s" } else { "1s" };
     let source = format!(
@@ -170,7 +173,7 @@ async fn a_workload_in_zookeeper(format: &str) -> Result<()> {
     );
     let mut bench = start(registry, &source, format, "").await?;
     let (one, two) = (bench.inbound(1)?, bench.inbound(2)?);
-    // Who takes new requests.
+    // Waits until exactly these instances take new requests.
     let until = async |bench: &Bench, expected: &[&String]| -> Result<Vec<Value>> {
         wait_for(format!("{expected:?} to take requests"), LONG, async || {
             let services = bench.mesh.get("/api/v1/services").await.map_err(|failed| failed.to_string())?;
@@ -228,7 +231,7 @@ async fn a_workload_registers_in_zookeeper_as_nerve_did_and_as_plain_text() -> R
     a_workload_in_zookeeper("hostport").await
 }
 
-/// An upgrade of the agent: the node of the old session stands until the new one takes over.
+/// During an upgrade of the agent, the node of the old session stays until the new session takes it over.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_keeps_its_registration_is_replaced_without_a_gap() -> Result<()> {
     let registry = Registry::zookeeper(1).await?;
@@ -247,7 +250,7 @@ async fn an_agent_that_keeps_its_registration_is_replaced_without_a_gap() -> Res
     .await?;
     bench.mesh.agent_daemon("orders-1")?.terminate(LONG).await?;
     bench.mesh.restart_agent("orders-1")?;
-    // For longer than the old session lasts.
+    // The loop lasts longer than the old session.
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(12) {
         let mut children = watcher.children("/services/orders").await?;

@@ -1,5 +1,5 @@
-//! A registry's bad day, with real registries, real Envoys and traffic all the time: no request fails that an instance
-//! which lives could have answered, and the operator is told in plain words what is held and why.
+//! Failures of a registry, with real registries, real Envoys and constant traffic. No request fails that a
+//! live instance could have answered, and the operator can read which removals are held and why.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -15,10 +15,10 @@ use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::Mesh;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// For what takes an election, a session's end or the start of a JVM, on a machine that does other things too.
+/// The time limit of an election, the end of a session or the start of a JVM, on a busy machine.
 const LONG: Duration = Duration::from_secs(120);
 
-/// A mesh on a registry, instances of `orders` that are registered there, and one host that calls them.
+/// A mesh on a registry with instances of `orders`, and one host that calls them.
 struct Bench {
     registry: Registry,
     mesh: Mesh,
@@ -46,13 +46,13 @@ impl Bench {
         Ok(Bench { registry, mesh, apps, load, _places: places })
     }
 
-    /// Says in which of its troubles a request failed, if one did.
+    /// Checks that no request has failed so far; `after` names the last fault.
     fn none_failed(&self, after: &str) {
         let report = self.load.so_far();
         assert_eq!(report.failures, 0, "{after}: {:?}", report.failed.first());
     }
 
-    /// Waits until the source is in `state`, and returns why.
+    /// Waits until the source is in `state`, and returns the reason.
     async fn until_source(&self, state: &str) -> Result<String> {
         wait_for(format!("the source to be {state}"), LONG, async || {
             let status = self.mesh.get("/api/v1/status").await.map_err(|failed| failed.to_string())?;
@@ -66,7 +66,7 @@ impl Bench {
         .await
     }
 
-    /// Waits until `vmeshctl discovery` says all of `parts`.
+    /// Waits until `vmeshctl discovery` prints all of `parts`.
     async fn told(&self, parts: &[&str]) -> Result<String> {
         wait_for(format!("`vmeshctl discovery` to say {parts:?}"), LONG, async || {
             let output = self.mesh.ctl(&["discovery"]).map_err(|failed| failed.to_string())?;
@@ -76,14 +76,14 @@ impl Bench {
         .await
     }
 
-    /// The addresses of all instances, as the API lists endpoints.
+    /// Returns the addresses of all instances, as the API lists endpoints.
     fn all(&self) -> Vec<String> {
         let mut all: Vec<SocketAddr> = self.apps.iter().map(|(app, _)| app.address()).collect();
         all.sort();
         all.iter().map(ToString::to_string).collect()
     }
 
-    /// Waits until the service has exactly these endpoints, whatever their health.
+    /// Waits until the service has exactly these endpoints, in any health.
     async fn until(&self, expected: &[String]) -> Result<()> {
         wait_for(format!("orders to be {expected:?}"), LONG, async || {
             let now = self.mesh.endpoints("orders").await.map_err(|failed| failed.to_string())?;
@@ -94,7 +94,7 @@ impl Bench {
         .await
     }
 
-    /// Waits until the source is fresh and names `all`, and no request has failed on the way.
+    /// Waits until the source is fresh and lists `all`, and checks that no request has failed.
     async fn recovered(&self, all: &[String], after: &str) -> Result<()> {
         self.until_source("fresh").await?;
         self.until(all).await?;
@@ -118,13 +118,13 @@ fn instance(number: usize) -> Result<(HttpApp, Instance, Loopback)> {
     Ok((app, instance, place))
 }
 
-/// What happens to both kinds of registries alike.
+/// The faults that both kinds of registries have in common.
 async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     let all = bench.all();
     bench.until(&all).await?;
     bench.until_source("fresh").await?;
 
-    // The leader dies: the others elect one, and what is registered then is seen.
+    // The leader dies, the others elect a new one, and later registrations are seen.
     let leader = bench.registry.leader().await?;
     bench.registry.kill(leader)?;
     let (app, new, place) = instance(7)?;
@@ -139,7 +139,7 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     bench.registry.restart(leader).await?;
     bench.none_failed("the leader was killed");
 
-    // All of them are gone for a minute: what was known holds, and the operator knows since when.
+    // All servers are down for a minute: the last view stays valid, and the operator sees since when.
     bench.registry.kill_all()?;
     let since = Instant::now();
     let because = bench.until_source("stale").await?;
@@ -150,14 +150,15 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     bench.registry.restart_all().await?;
     bench.recovered(&all, "all servers were killed for a minute").await?;
 
-    // They hold their connections and say nothing.
+    // All servers keep their connections and stop answering.
     bench.registry.freeze_all()?;
     bench.until_source("stale").await?;
     bench.until(&all).await?;
     bench.registry.thaw_all()?;
     bench.recovered(&all, "all servers were frozen").await?;
 
-    // Most instances are deregistered by accident, and live: they are held, and then they are back.
+    // Most instances are deregistered by accident while they are alive: their removal is held until they
+    // return.
     let gone: Vec<Instance> = bench.apps.iter().take(5).map(|(_, instance)| instance.clone()).collect();
     for instance in &gone {
         bench.registry.remove(instance).await?;
@@ -169,7 +170,7 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     }
     bench.recovered(&all, "five of seven instances were deregistered").await?;
 
-    // A true removal: gone within the hold of 10 s, and not before.
+    // A real removal takes effect after the hold of 10 s, and not earlier.
     let removed = Instant::now();
     let (app, instance) = bench.apps.pop().ok_or_else(|| Failed::new("no instance is left"))?;
     bench.registry.remove(&instance).await?;
@@ -183,7 +184,7 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
     tokio::time::sleep(2 * SECOND).await;
     bench.none_failed("an instance was removed");
 
-    // It comes back without anything: everything is held, and what is registered again is fresh.
+    // The registry returns without data: all removals are held, and instances that register again are fresh.
     bench.registry.restart_empty().await?;
     let said = bench.told(&["orders of registry has been HELD", "discovery accept registry"]).await?;
     bench.until(&all).await?;
@@ -199,7 +200,7 @@ async fn a_bad_day_of_consul_fails_no_request() -> Result<()> {
     let mut bench = Bench::start(Registry::consul(3).await?, "").await?;
     a_bad_day(&mut bench).await?;
 
-    // A registration that makes no sense costs itself.
+    // An invalid registration affects only itself.
     let all = bench.all();
     let Registry::Consul(consul) = &bench.registry else { return Err(Failed::new("it is Consul")) };
     let garbage = json!({"Node": "garbage", "Address": "not an address!", "Service": {"ID": "x", "Service": "orders", "Port": 70000}});
@@ -220,7 +221,8 @@ async fn a_bad_day_of_zookeeper_fails_no_request() -> Result<()> {
     let mut bench = Bench::start(Registry::zookeeper(3).await?, "session_timeout: 4s").await?;
     a_bad_day(&mut bench).await?;
 
-    // Frozen for longer than a session lasts: it expires, and a new one reads everything again.
+    // The servers are frozen for longer than a session lasts: the session expires, and a new one reads
+    // everything again.
     let all = bench.all();
     let expired = async |bench: &Bench| -> Result<f64> {
         let discovery = bench.mesh.get("/api/v1/discovery").await?;
@@ -240,12 +242,12 @@ async fn a_bad_day_of_zookeeper_fails_no_request() -> Result<()> {
     .await?;
     bench.recovered(&all, "the session expired").await?;
 
-    // Bytes that are no record cost themselves.
+    // Nodes without a valid record affect only themselves.
     bench.registry.make("/services/orders/garbage", b"\xff\xfe\x00garbage").await?;
     let problem = bench.mesh.problem("garbage").await?;
     assert!(problem.contains("left out"), "{problem}");
     bench.until(&all).await?;
-    // More than 1 MiB of names in one directory: a service like every other.
+    // A directory with more than 1 MiB of names is a service like any other.
     for number in 0..9_000 {
         let id = format!("{number:05}-{}", "x".repeat(110));
         let data = json!({"host": format!("10.{}.{}.1", number / 250, number % 250), "port": 80}).to_string();
@@ -283,7 +285,7 @@ async fn a_consul_token_that_is_revoked_takes_nothing_away() -> Result<()> {
     bench.until(&all).await?;
     bench.none_failed("the token was revoked");
 
-    // A token that may see nothing is answered with an empty list, which is not believed either.
+    // A token without permissions gets an empty list, which is held as well.
     let (_, nothing) = server.token("key_prefix \"x\" { policy = \"read\" }").await?;
     std::fs::write(&token, nothing).map_err(Failed::to("could not write the token"))?;
     tokio::time::sleep(5 * SECOND).await;
@@ -291,7 +293,7 @@ async fn a_consul_token_that_is_revoked_takes_nothing_away() -> Result<()> {
     bench.until(&all).await?;
     bench.none_failed("the token may see nothing");
 
-    // A new one in the file is taken without a restart.
+    // A new token in the file is used without a restart.
     let (_, secret) = server.token(rules).await?;
     std::fs::write(&token, secret).map_err(Failed::to("could not write the token"))?;
     bench.until_source("fresh").await?;
@@ -304,7 +306,7 @@ async fn a_consul_token_that_is_revoked_takes_nothing_away() -> Result<()> {
     Ok(())
 }
 
-/// The services move from ZooKeeper to Consul, one instance after the other, as a team would do it.
+/// The services move from ZooKeeper to Consul, one instance after the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_from_zookeeper_to_consul_under_load_fails_no_request() -> Result<()> {
     let mut old = Registry::zookeeper(1).await?;
@@ -359,7 +361,7 @@ async fn a_migration_from_zookeeper_to_consul_under_load_fails_no_request() -> R
     Ok(())
 }
 
-/// The fallback is used when what comes before it is gone, and left when it is back.
+/// The fallback source is used while the first source has no instance, and no longer once it has one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fallback_registry_takes_over_when_the_first_has_no_instance() -> Result<()> {
     let (mut first, mut second) = (Registry::consul(1).await?, Registry::zookeeper(1).await?);

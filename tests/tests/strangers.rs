@@ -1,4 +1,4 @@
-//! Whoever may connect may be anybody: silent, greedy, inventive, or a second control plane. The mesh goes on.
+//! Untrusted clients: silent, greedy, with invented names, or a second control plane. The mesh keeps working.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -27,7 +27,7 @@ fn request(node: &str, zone: &str) -> DeltaDiscoveryRequest {
     }
 }
 
-/// A client that has got its clusters.
+/// Connects a client and waits until it has its clusters.
 async fn client(xds: SocketAddr, node: &str, zone: &str) -> Result<AdsStream> {
     let mut stream =
         AdsStream::connect(&format!("http://{xds}")).await.map_err(Failed::to("could not connect"))?;
@@ -39,7 +39,7 @@ async fn client(xds: SocketAddr, node: &str, zone: &str) -> Result<AdsStream> {
     Ok(stream)
 }
 
-/// The status and the body of an answer.
+/// Sends a raw request to the API, and returns the status and the body.
 fn ask(api: SocketAddr, request: &str) -> Result<String> {
     let mut stream = TcpStream::connect(api).map_err(Failed::to("could not connect to the API"))?;
     stream.set_read_timeout(Some(BOUND)).map_err(Failed::to("no timeout"))?;
@@ -52,7 +52,7 @@ fn ask(api: SocketAddr, request: &str) -> Result<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_connections_stop_neither_xds_nor_the_api_nor_files_nor_the_state() -> Result<()> {
     let mut mesh = Mesh::prepare(&[("services.d/orders.yaml", ORDERS)])?;
-    // As many descriptors as most systems give, soft and hard.
+    // The limit of file descriptors is the default of most systems, soft and hard.
     let mut command = Command::new("prlimit");
     command.args(["--nofile=1024:1024"]).arg(binary("vmesh-control")?).args(["--config", "control.yaml"]);
     command.current_dir(mesh.path(""));
@@ -107,8 +107,8 @@ async fn the_api_answers_only_for_loopback_and_nobody_who_does_not_read_costs_mu
         _ = stream.write_all(asked.as_bytes());
         unread.push(stream);
     }
-    // A change reaches who is connected meanwhile, and the API still answers who reads: after those who came before, of whom 64
-    // are served at once and are given up after 5 s.
+    // A change reaches new clients meanwhile, and the API still answers clients that read. These wait for
+    // earlier connections: the API serves 64 at a time, and gives up each after 5 s.
     let _other = client(xds, "web-2", "").await?;
     wait_for("an answer of the API", Duration::from_secs(120), async || {
         mesh.get("/api/v1/revision").await.map_err(|failed| failed.to_string())
@@ -146,7 +146,7 @@ async fn invented_names_and_zones_cost_no_more_than_their_limit() -> Result<()> 
     .await?;
     assert!(mesh.metric("vmesh_classes").await? <= 8.0, "{}", mesh.metric("vmesh_classes").await?);
     drop(stays);
-    // Over a restart as well, from files of which one is written for each name.
+    // The limit also holds over a restart, although each name has a file.
     mesh.control()?.terminate(BOUND).await?;
     mesh.start_control().await?;
     let nodes = mesh.get("/api/v1/nodes").await?["nodes"].as_array().map_or(0, Vec::len);

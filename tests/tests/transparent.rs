@@ -1,5 +1,5 @@
-//! Connections that nobody made to Envoy: what programs on a host get when they call services by their virtual and by their
-//! real addresses, with real agents, Envoys and rules of the kernel, each host a network namespace.
+//! Captured connections: what programs on a host get when they call services by virtual and by real
+//! addresses. The agents, Envoys and kernel rules are real; each host is a network namespace.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -25,7 +25,7 @@ fn greeter(host: &Host, address: SocketAddr, greeting: &'static str) -> Greeter 
     host.within(|| Greeter::start(address, greeting)).unwrap().unwrap()
 }
 
-/// A connection of an application on this host. It stays one of that host's wherever it is used.
+/// Opens a connection of an application on this host. The socket belongs to the host wherever it is used.
 fn connect(host: &Host, to: SocketAddr) -> std::io::Result<TcpStream> {
     host.within_as(APP, || {
         let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
@@ -35,14 +35,14 @@ fn connect(host: &Host, to: SocketAddr) -> std::io::Result<TcpStream> {
     .unwrap()
 }
 
-/// What the other side says before it was asked anything.
+/// Returns what the server says first.
 fn greeting(host: &Host, to: SocketAddr) -> std::io::Result<String> {
     let mut buffer = [0; 64];
     let read = connect(host, to)?.read(&mut buffer)?;
     Ok(String::from_utf8_lossy(buffer.get(..read).unwrap_or_default()).into_owned())
 }
 
-/// Whether what is sent comes back.
+/// Reports whether the server sends back what it gets.
 fn echoes(stream: &mut TcpStream, what: &str) -> bool {
     let mut back = vec![0; what.len()];
     stream.write_all(what.as_bytes()).is_ok()
@@ -50,14 +50,14 @@ fn echoes(stream: &mut TcpStream, what: &str) -> bool {
         && back == what.as_bytes()
 }
 
-/// The virtual addresses of a service: one of either family.
+/// Returns the virtual addresses of a service, one of each family.
 fn virtual_addresses(vm: &Vm, service: &str, port: u16) -> Vec<SocketAddr> {
     let addresses: Vec<_> = vm.names(service).unwrap().into_iter().map(|ip| at(ip, port)).collect();
     assert!(addresses.len() == 2 && addresses.iter().any(SocketAddr::is_ipv6), "{service}: {addresses:?}");
     addresses
 }
 
-/// Until the service has a name on the host, and connections to what the name stands for are captured.
+/// Waits until the service has a name on the host, and connections to its addresses are captured.
 async fn named(vm: &Vm, service: &str) {
     let look = async || {
         let (names, rules) = (vm.names(service)?, vm.ruleset()?);
@@ -78,7 +78,7 @@ async fn a_service_is_reached_by_its_virtual_and_by_its_real_addresses_whatever_
     let _web = [http_app(&server, "web", at(v4, 8080)), http_app(&server, "web", at(v6, 8080))];
     greeter(&server, at(v4, 3306), "hello from db");
     greeter(&server, at(v6, 3306), "hello from db");
-    // It is on its way out: nobody who is balanced ends there.
+    // This endpoint is draining, so balanced connections never reach it.
     greeter(&server, at(v4, 3307), "hello from the old one");
     greeter(&server, at(v4, 6380), "");
     let services = format!(
@@ -100,7 +100,7 @@ async fn a_service_is_reached_by_its_virtual_and_by_its_real_addresses_whatever_
         let told = vm.get(&address.to_string(), "/").unwrap();
         assert!(told.contains("x-forwarded-proto"), "{address}: it did not come through Envoy: {told}");
     }
-    // Neither says a word before the server has spoken.
+    // The client does not speak before the server does.
     let real = [at(v4, 3306), at(v6, 3306), at(v4, 3307)];
     for address in virtual_addresses(&vm, "db", 3306).into_iter().chain(real) {
         assert_eq!(greeting(&vm.host, address).unwrap(), "hello from db", "{address}");
@@ -108,13 +108,13 @@ async fn a_service_is_reached_by_its_virtual_and_by_its_real_addresses_whatever_
     for address in virtual_addresses(&vm, "cache", 6379).into_iter().chain([at(v4, 6380)]) {
         assert!(echoes(&mut connect(&vm.host, address).unwrap(), "ping"), "{address}");
     }
-    // The control plane says the same of it.
+    // The control plane gives the same explanation.
     let told = site.control_api("/api/v1/explain?service=web&from=client").unwrap();
     let explained: serde_json::Value = serde_json::from_str(&told).unwrap();
     let listeners: Vec<_> = virtual_addresses(&vm, "web", 80).iter().map(SocketAddr::to_string).collect();
     assert_eq!(explained["listeners"], serde_json::json!(listeners), "{told}");
     assert_eq!(explained["reachable"], true, "{told}");
-    // Nothing is captured that is not a service's.
+    // Only connections to services are captured.
     assert_eq!(greeting(&server, at(v4, 3307)).unwrap(), "hello from the old one");
 }
 
@@ -136,7 +136,7 @@ async fn what_is_no_service_is_let_through_or_refused_by_policy() {
     for other in &others {
         assert!(vm.get(other, "/").unwrap().contains("other"), "{other}");
     }
-    // A virtual address of no service leads nowhere, and at once.
+    // A connection to a virtual address without a service is closed at once.
     assert!(matches!(greeting(&vm.host, "247.9.9.9:80".parse().unwrap()).as_deref(), Ok("") | Err(_)));
 
     let policy = async |text: &str, other_is_reached: bool| {
@@ -158,7 +158,7 @@ async fn what_is_no_service_is_let_through_or_refused_by_policy() {
         .await;
 }
 
-/// By either kind of rules: a host with two applications, which are called from outside, by each other and by themselves.
+/// Tests a host with two applications, which are called from outside, by each other and by themselves.
 async fn several_workloads(rules: Rules) {
     let site = Site::start(&[]).await.unwrap();
     let outsider = site.outsider().unwrap();
@@ -166,7 +166,7 @@ async fn several_workloads(rules: Rules) {
                 capture: {outbound: {capture: addresses}, inbound: {capture: redirect}}";
     let mut vm = site.vm("both", rules, more).await.unwrap();
     let (v4, v6) = (vm.host.v4, vm.host.v6);
-    // One listens on every address, the other on that of the network card alone.
+    // The first application listens on all addresses, the second only on that of the network card.
     let _shop = http_app(&vm.host, "shop", "[::]:8081".parse().unwrap());
     greeter(&vm.host, at(v4, 3306), "hello from db");
     let services = format!(
@@ -178,13 +178,14 @@ async fn several_workloads(rules: Rules) {
     named(&vm, "shop").await;
     named(&vm, "db").await;
 
-    // From outside, at the applications' own ports, through Envoy: each by its own protocol.
+    // Calls from outside to the applications' own ports go through Envoy, each with its own protocol.
     for address in [at(v4, 8081), at(v6, 8081)] {
         let told = outsider.within(|| get(&address.to_string(), "/")).unwrap().unwrap();
         assert!(told.contains("x-forwarded-proto"), "{address}: it did not come through Envoy: {told}");
     }
     assert_eq!(greeting(&outsider, at(v4, 3306)).unwrap(), "hello from db");
-    // An application that calls its own service, by name and by address, gets an answer, and so does localhost.
+    // An application that calls its own service gets an answer, by name and by address. Calls to localhost
+    // are answered as well.
     for address in virtual_addresses(&vm, "shop", 80).into_iter().chain([at(v4, 8081)]) {
         assert!(vm.get(&address.to_string(), "/").unwrap().contains("shop"), "{address}");
     }
@@ -227,7 +228,8 @@ async fn a_change_to_one_service_cuts_no_connection_of_another_and_the_dial_cuts
     let mut changed = connect(&vm.host, at(server.v4, 7002)).unwrap();
     assert!(open.iter_mut().all(|stream| echoes(stream, "before")) && echoes(&mut changed, "before"));
 
-    // How the second is called changes, so that the connections of its listeners end when they have drained.
+    // A setting of the second service changes, so the connections of its listeners end after their drain
+    // time.
     site.write("mesh.d/second.yaml", "kind: Service\nname: second\ntimeouts: {idle: 30m}\n").unwrap();
     let cut = async || match echoes(&mut changed, "still there?") {
         true => Err(vmesh_testkit::Failed::new("it is open")),
@@ -236,13 +238,13 @@ async fn a_change_to_one_service_cuts_no_connection_of_another_and_the_dial_cuts
     wait_for("the connection of the changed listener to end", BOUND, cut).await.unwrap();
     assert!(open.iter_mut().all(|stream| echoes(stream, "another one has changed")));
 
-    // A service comes, with an endpoint of the first one's port, and an endpoint of the second goes.
+    // A service is added with an endpoint on the first one's port, and an endpoint of the second is removed.
     site.write("services.d/all.yaml", &services("- {service: third, endpoints: [\"10.88.250.1:7001\"]}\n"))
         .unwrap();
     named(&vm, "third").await;
     assert!(open.iter_mut().all(|stream| echoes(stream, "another one has come")));
 
-    // The dial is turned, as the rules of the host show.
+    // The share of captured connections changes in the host's rules.
     site.write("mesh.d/mesh.yaml", "kind: Mesh\ncapture: {percent: 10}\n").unwrap();
     let turned = async || -> Result<()> {
         match vm.ruleset()?.contains("numgen") {
@@ -264,7 +266,8 @@ async fn a_host_that_calls_by_real_addresses_and_is_itself_one_of_them_serves_an
     let _peer = http_app(&outsider, "peer", at(outsider.v4, 15008));
     let mut vm = site.vm("shop", Rules::Nft, "").await.unwrap();
     let v4 = vm.host.v4;
-    // As a host in production has it: Envoy listens for others at the address of the network card, which is registered.
+    // As in production, Envoy listens for other hosts at the address of the network card, which is
+    // registered.
     let more = format!(
         "upstreams: [\"*\"]\nworkloads: [{{service: shop, port: 8081, protocol: http, listen: \"{v4}:15008\"}}]\n\
          capture: {{outbound: {{capture: addresses}}}}"
@@ -285,7 +288,7 @@ async fn a_host_that_calls_by_real_addresses_and_is_itself_one_of_them_serves_an
     let told = vm.get(&format!("{}:15008", outsider.v4), "/").unwrap();
     assert!(told.contains("x-forwarded-proto"), "it did not come through Envoy: {told}");
 
-    // An endpoint that goes and comes again changes nothing of it.
+    // Removing and adding an endpoint makes no difference.
     let other = format!("service: shop\nprotocol: http\nport: 80\nendpoints: [\"{}:15008\"]\n", outsider.v4);
     for text in [&other, &both] {
         site.write("services.d/shop.yaml", text).unwrap();
@@ -306,7 +309,7 @@ async fn what_was_refused_since_a_disk_had_no_room_is_asked_for_again() {
     site.write("services.d/web.yaml", "service: web\nport: 80\nendpoints: [\"10.88.250.1:8080\"]\n").unwrap();
     let mut vm =
         site.vm("client", Rules::Nft, "upstreams: [web]\ncapture: {outbound: transparent}").await.unwrap();
-    // No state can be written in its place.
+    // The directory blocks the state file, so no state can be written.
     let blocked = vm.state_file();
     std::fs::create_dir_all(blocked.join("in the way")).unwrap();
     vm.start_net().unwrap();
@@ -347,7 +350,8 @@ async fn what_was_taken_back_is_tried_again_when_an_operator_says_so() {
     state("confirmed", false).await;
 }
 
-/// A boot after which IPv6 is switched off finds no control plane: what the agent has on its disk is from when there was IPv6.
+/// A host boots with IPv6 switched off and finds no control plane. The agent's configuration on the disk is
+/// from when the host had IPv6.
 #[tokio::test]
 async fn a_host_that_boots_without_ipv6_and_without_control_planes_goes_on_with_ipv4() {
     let mut site = Site::start(&[]).await.unwrap();
@@ -375,7 +379,7 @@ async fn a_host_that_boots_without_ipv6_and_without_control_planes_goes_on_with_
     let _shop = http_app(&vm.host, "shop", at(vm.host.v4, 8081));
     vm.start().await.unwrap();
     for address in [at(virtual_v4, 80), at(v4, 8080)] {
-        // The endpoint of IPv6 is not tried, or half of these would have to be tried again.
+        // The IPv6 endpoint is never tried; otherwise half of these requests would need a retry.
         for _ in 0..10 {
             let told = vm.get(&address.to_string(), "/").unwrap();
             assert!(told.contains("x-forwarded-proto"), "{address}: it did not come through Envoy: {told}");
@@ -387,7 +391,7 @@ async fn a_host_that_boots_without_ipv6_and_without_control_planes_goes_on_with_
     let status = vm.status().unwrap();
     assert_eq!(status.pointer("/accepted/rejections").and_then(|n| n.as_u64()), Some(0), "{status}");
 
-    // With IPv6 again, and still no control plane, it is as before.
+    // With IPv6 again, and still no control plane, the host works as before.
     (vm.agent, vm.net) = (None, None);
     site.switch().reboot(&vm.host).unwrap();
     vm.start().await.unwrap();

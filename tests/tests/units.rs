@@ -1,4 +1,5 @@
-//! The units and packages as they are written: scores of their confinement, what dpkg sees, examples that are accepted.
+//! The unit files and packages: their confinement scores, their content as dpkg sees it, and their example
+//! configurations.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,7 +26,7 @@ fn the_unit_of_vmesh_net_lets_it_dial_what_it_tests_captures_with() -> Result<()
     Ok(())
 }
 
-/// On a scale of 10 (unconfined) to 0.
+/// The limit of the exposure score, from 10 (unconfined) to 0.
 const WORST: f64 = 2.0;
 
 fn analyze() -> Result<Command> {
@@ -47,7 +48,7 @@ fn services() -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// The score that `systemd-analyze security` prints. Its exit status alone is not trusted.
+/// Returns the score that `systemd-analyze security` prints. Its exit status alone is not reliable.
 fn score(unit: &Path) -> Result<f64> {
     let mut command = analyze()?;
     let output = command.args(["security", "--no-pager", "--offline=true"]).arg(unit).output();
@@ -73,7 +74,7 @@ fn every_unit_is_confined() -> Result<()> {
     Ok(())
 }
 
-/// The drop-in replaces an empty set, so its lines can stand in the unit.
+/// The drop-in replaces an empty set, so its lines can be appended to the unit.
 #[test]
 fn envoy_is_confined_with_what_tproxy_needs_too() -> Result<()> {
     let drop_in = read(&tree().join("systemd/examples/vmesh-envoy-tproxy.conf"))?;
@@ -94,7 +95,7 @@ fn envoy_is_confined_with_what_tproxy_needs_too() -> Result<()> {
     Ok(())
 }
 
-/// What is not written where the settings of a unit are is not in force: systemd only warns.
+/// A setting in the wrong section has no effect, and systemd only warns about it.
 #[test]
 fn every_unit_is_read_without_a_warning() -> Result<()> {
     let mut paths = services()?;
@@ -102,7 +103,7 @@ fn every_unit_is_read_without_a_warning() -> Result<()> {
     let output = analyze()?.args(["verify", "--no-pager"]).args(&paths).output();
     let output = output.map_err(Failed::to("could not run systemd-analyze"))?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    // The programs are not installed here, nor the manual of what a unit of the machine needs.
+    // The programs are not installed on this machine, nor are the manual pages that its own units refer to.
     let ours = |line: &&str| {
         line.contains("vmesh")
             && !line.contains("is not executable")
@@ -152,7 +153,7 @@ fn packages_are_the_same_bytes_each_time_and_hold_what_they_name() -> Result<()>
     ] {
         assert!(agent.lines().any(|line| line.ends_with(wanted)), "{wanted} is missing:\n{agent}");
     }
-    // The service manager starts what is there.
+    // The programs that the units start are in the package.
     for unit in services()? {
         let text = read(&unit)?;
         for line in text.lines().filter(|line| line.starts_with("Exec")) {
@@ -173,7 +174,7 @@ fn the_examples_of_the_packages_are_accepted() -> Result<()> {
     let output = Command::new(binary("vmesh-agent")?).arg("--check").arg("--config").arg(&agent).output();
     let output = output.map_err(Failed::to("could not run vmesh-agent"))?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    // The control plane looks at its sources, which are not here: they are what it complains of, and nothing else.
+    // The sources of the example do not exist here. The control plane reports this problem, and no other.
     let control = tree().join("packaging/vmesh-control/control.yaml");
     let output = Command::new(binary("vmesh-control")?).arg("--check").arg("--config").arg(&control).output();
     let output = output.map_err(Failed::to("could not run vmesh-control"))?;

@@ -81,15 +81,11 @@ const AGENT_BEGINS_WITHIN: Duration = Duration::from_secs(120);
 pub enum Life {
     /// The state on the disk could not be read. The kernel's rules stay unchanged until the agent reports its
     /// spec, or until this deadline.
-    AwaitsAgent {
-        until: Instant,
-    },
+    AwaitsAgent { until: Instant },
     /// The process keeps the rules as the wanted spec says.
     Keeps,
     /// The process removes the rules, and ends once they are gone.
-    Stops {
-        since: Instant,
-    },
+    Stops { since: Instant },
 }
 
 /// What the machine knows of vmesh's rules in the kernel.

@@ -1,6 +1,6 @@
-//! The map of `ARCHITECTURE.md`, proved: what a crate must never know is not among its dependencies.
+//! Checks the code map of `ARCHITECTURE.md`: no crate depends on what it must not know.
 //!
-//! Normal dependencies only, read from `cargo tree`: a test may use what the code may not.
+//! Only normal dependencies of `cargo tree` count: a test may use what the code may not.
 
 #![expect(clippy::expect_used, clippy::panic, reason = "a test that cannot go on ends")]
 
@@ -34,7 +34,7 @@ fn dependencies(of: &str) -> BTreeSet<String> {
     names
 }
 
-/// The crate, and what it must never know.
+/// The forbidden dependencies of each crate.
 const NEVER: &[(&str, &[&str])] = &[
     ("vmesh-proto", &["tokio", "tonic", "hyper"]),
     ("vmesh-model", &["tokio", "vmesh-proto", "vmesh-xds", "notify", "hyper"]),
@@ -62,7 +62,7 @@ fn no_crate_knows_what_it_must_never_know() {
     }
 }
 
-/// zookeeper-client is heavy, and its watches are not to be trusted: one crate knows how.
+/// zookeeper-client is heavy and its watches are unreliable, so only one crate uses it.
 #[test]
 fn one_crate_names_the_zookeeper_client() {
     for crate_dir in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../crates")).expect("crates") {
@@ -83,11 +83,12 @@ fn one_tls_and_no_c_library_beyond_it() {
     }
 }
 
-/// Time and text come in as arguments: a clock that is read in the middle is a clock that no test can turn.
+/// Pure crates get the time and all text as arguments. A clock that they read themselves could not be
+/// controlled by a test.
 #[test]
 fn no_pure_crate_reads_a_clock() {
     let crates = concat!(env!("CARGO_MANIFEST_DIR"), "/../crates");
-    // (where the reading starts, the features whose modules are drivers with sockets, at least so many files)
+    // The root module, the features whose modules are drivers with sockets, and the least number of files.
     let pure: &[(&str, &[&str], usize)] = &[
         ("vmesh-model/src/lib.rs", &[], 12),
         ("vmesh-catalog/src/lib.rs", &[], 4),
@@ -108,7 +109,7 @@ fn no_pure_crate_reads_a_clock() {
     }
 }
 
-/// The check itself, on code that it must refuse and on code that it must not.
+/// Tests the check itself with code that it must refuse and code that it must accept.
 #[test]
 fn the_check_for_clocks_sees_them_wherever_they_stand() {
     let refused = [

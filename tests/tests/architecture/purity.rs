@@ -1,8 +1,9 @@
-//! Finds reads of the outside world (clock, files, sockets, environment, processes) in a crate's own code.
+//! Finds accesses to the outside world (clock, files, sockets, environment, processes) in the code of a
+//! crate.
 //!
-//! A crate is read as the compiler reads it: from one file along its `mod` declarations, without what is compiled only
-//! for tests or only with a named feature. Text inside comments and strings does not count, and code that follows a test
-//! module does.
+//! A crate is read like the compiler reads it: from one file along its `mod` declarations, without code that
+//! is compiled only for tests or only with a given feature. Text inside comments and strings does not count;
+//! code after a test module does.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,25 +11,25 @@ use std::path::{Path, PathBuf};
 use syn::visit::{self, Visit};
 use syn::{Attribute, Expr, ExprMethodCall, Item, ItemMod, Macro, Meta, Token, UseTree};
 
-/// What one crate (or module) contains.
+/// The findings in one crate or module.
 #[derive(Debug, Default)]
 pub(crate) struct Reading {
-    /// `file:line: path` of each read of the outside world.
+    /// Each access to the outside world as `file:line: path`.
     pub(crate) impure: Vec<String>,
-    /// The number of items that were read, which lets a test prove that code was read at all.
+    /// The number of items that were read. The test needs this number to prove that code was read at all.
     pub(crate) items: usize,
     /// The files that were read.
     pub(crate) files: Vec<PathBuf>,
 }
 
-/// Reads the module in `file` and its submodules, leaving out modules that exist only with one of `features`.
+/// Reads the module in `file` and its submodules, except for modules that need one of `features`.
 pub(crate) fn read(file: &Path, features: &[&str]) -> Reading {
     let mut reading = Reading::default();
     read_file(file, &submodule_directory(file), features, &mut reading);
     reading
 }
 
-/// Reads one text as if it were a file without submodules.
+/// Reads a text as if it were a file without submodules.
 pub(crate) fn read_text(text: &str) -> Vec<String> {
     let parsed = syn::parse_file(text).expect("Rust");
     let mut reading = Reading::default();
@@ -44,7 +45,7 @@ fn read_file(file: &Path, submodules: &Path, features: &[&str], reading: &mut Re
     Finder { file, features, submodules, reading }.visit_file(&parsed);
 }
 
-/// Where the modules lie that `file` declares: beside `lib.rs` and `mod.rs`, below any other file.
+/// Returns the directory of the submodules of `file`: next to `lib.rs` and `mod.rs`, below any other file.
 fn submodule_directory(file: &Path) -> PathBuf {
     match file.file_name().and_then(|name| name.to_str()) {
         Some("lib.rs" | "mod.rs" | "main.rs") => file.parent().unwrap_or(file).to_owned(),
@@ -59,7 +60,7 @@ struct Finder<'a> {
     reading: &'a mut Reading,
 }
 
-/// Paths that read the outside world. A path counts if it contains these names in a row.
+/// Paths that access the outside world. A path counts if it contains these names in a row.
 const IMPURE: &[&[&str]] = &[
     &["std", "fs"],
     &["std", "env", "var"],
@@ -92,7 +93,7 @@ impl Finder<'_> {
     }
 
     fn check(&mut self, path: &[String], line: usize) {
-        // `Instant::now`, and also `Clock::now` of whoever imports it under another name.
+        // This also finds `Clock::now`, where `Instant` was imported under another name.
         let reads_clock = path.len() > 1 && path.last().is_some_and(|last| last == "now");
         let names_world = IMPURE.iter().any(|impure| {
             path.windows(impure.len()).any(|part| part.iter().zip(*impure).all(|(a, b)| a == b))
@@ -174,7 +175,8 @@ impl<'ast> Visit<'ast> for Finder<'_> {
         visit::visit_expr_method_call(self, call);
     }
 
-    /// Most macros take expressions: `assert!(a, b)`, `vec![..]`, `format!(..)`. A body of another form is skipped.
+    /// Most macros take expressions: `assert!(a, b)`, `vec![..]`, `format!(..)`. A body of another form is
+    /// skipped.
     fn visit_macro(&mut self, call: &'ast Macro) {
         let expressions = call
             .parse_body_with(syn::punctuated::Punctuated::<Expr, Token![,]>::parse_terminated)

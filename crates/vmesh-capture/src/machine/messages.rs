@@ -159,15 +159,9 @@ impl PathTest {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Read the facts of the host. -> [`Event::HostRead`]
-    ReadHost {
-        spec: Box<Spec>,
-        known: AgentFacts,
-        memory: Memory,
-    },
+    ReadHost { spec: Box<Spec>, known: AgentFacts, memory: Memory },
     /// Find out which backend works here. -> [`Event::Detected`]
-    Detect {
-        ipv6: bool,
-    },
+    Detect { ipv6: bool },
     /// Read the foreign rules. -> [`Event::FilterRead`]
     ReadFilter,
     /// List the chains and tables that exist before the first rule of vmesh. -> [`Event::FootprintTaken`]
@@ -191,20 +185,11 @@ pub enum Action {
     /// The driver must not apply a program that captures while the flag of the bypass is set and the rules
     /// differ from the program. The bypass script sets its flag before it changes any rule, so the driver
     /// looks for the flag after it has read the rules.
-    Apply {
-        program: Program,
-        timeout: Seconds,
-        well: Directions,
-    },
+    Apply { program: Program, timeout: Seconds, well: Directions },
     /// Make the rules of vmesh that other backends may hold match `program`. -> [`Event::OthersEnded`]
-    EndOthers {
-        program: Program,
-        footprint: Option<Footprint>,
-    },
+    EndOthers { program: Program, footprint: Option<Footprint> },
     /// Remove all rules of vmesh. -> [`Event::TakenAway`]
-    TakeAway {
-        footprint: Option<Footprint>,
-    },
+    TakeAway { footprint: Option<Footprint> },
     /// Read vmesh's rules again before the next change, because another program may have changed them.
     ForgetRules,
     /// Check these listeners of Envoy continuously from now on.
