@@ -28,9 +28,12 @@ struct Block {
 }
 
 fn pages() -> Vec<PathBuf> {
-    let docs = fs::read_dir(root().join("docs")).expect("docs").map(|entry| entry.expect("an entry").path());
-    let mut pages: Vec<_> =
-        docs.chain(["README.md", "ARCHITECTURE.md"].map(|page| root().join(page))).collect();
+    let docs = ["docs", "docs/internals"].into_iter().flat_map(|directory| {
+        let entries = fs::read_dir(root().join(directory)).expect("a directory");
+        entries.map(|entry| entry.expect("an entry").path())
+    });
+    let at_root = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(|page| root().join(page));
+    let mut pages: Vec<_> = docs.chain(at_root).collect();
     pages.retain(|page| page.extension().is_some_and(|extension| extension == "md"));
     pages
 }
