@@ -1,4 +1,4 @@
-//! The catalog: what every source, document and node said last, merged into a [`World`].
+//! The catalog merges the last view of every source, the documents and the node reports into a [`World`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use vmesh_model::{
 use crate::names::{Names, SharedNames};
 use crate::world::{Changes, Revision, Service, World, service_hash};
 
-/// One service as one source says it, and how far that can be trusted.
+/// One service as one source lists it, and how far the entry can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     pub registration: Arc<Registration>,
@@ -20,7 +20,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Cheap where nothing changed: sources keep the pointers of what they read again.
+    /// Compares pointers first, which is cheap: sources keep the pointers of services that did not change.
     fn is_same(&self, other: &Seen) -> bool {
         self.state == other.state
             && self.because == other.because
@@ -29,17 +29,18 @@ impl Seen {
     }
 }
 
-/// All that one source says, and what is wrong with the rest.
+/// All services that one source lists, and the problems of entries that it could not use.
 #[derive(Debug, Clone, Default)]
 pub struct SourceView {
     pub services: BTreeMap<ServiceName, Seen>,
     pub problems: Vec<Problem>,
 }
 
-/// Merges what it is told. Pure: it neither waits nor reads; who owns it publishes [`Catalog::world`] after each call.
+/// Merges views, documents and node reports into worlds. It neither waits nor reads. The caller calls one of
+/// the `on_` methods for each change, and publishes [`Catalog::world`] after it.
 #[derive(Debug)]
 pub struct Catalog {
-    /// In the configured order: of two sources that know an address, the first one's word holds.
+    /// In the configured order. If two sources list the same address, the first one's endpoint is used.
     sources: Vec<SourceView>,
     documents: Arc<Documents>,
     document_problems: Vec<Problem>,
@@ -54,7 +55,7 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// A catalog of so many sources, none of which has said anything.
+    /// Returns a catalog of `sources` sources, none of which has answered yet.
     pub fn new(sources: usize) -> Catalog {
         Catalog {
             sources: vec![SourceView::default(); sources],
@@ -70,18 +71,18 @@ impl Catalog {
         }
     }
 
-    /// A catalog that knows which names were there before a restart, the first one first.
+    /// Restores the names that were in use before a restart, the earliest first.
     pub fn with_names(mut self, names: impl IntoIterator<Item = ServiceName>) -> Catalog {
         self.names = Arc::new(Names::restored(names));
         self
     }
 
-    /// The world as of the last call that changed it.
+    /// Returns the current world.
     pub fn world(&self) -> &Arc<World> {
         &self.world
     }
 
-    /// Takes the whole view of the source at `index`; returns whether the world changed.
+    /// Replaces the view of the source at `index`. Returns whether the world changed.
     pub fn on_view(&mut self, index: usize, view: SourceView) -> bool {
         let Some(source) = self.sources.get_mut(index) else { return false };
         let names = differing(&source.services, &view.services);
@@ -95,7 +96,7 @@ impl Catalog {
         true
     }
 
-    /// Takes the documents in force; `hash` names their content.
+    /// Replaces the documents; `hash` identifies their content. Returns whether the world changed.
     pub fn on_documents(&mut self, documents: Arc<Documents>, hash: u64, problems: Vec<Problem>) -> bool {
         let changed = self.documents_hash != hash || *self.documents != *documents;
         if !changed && self.document_problems == problems {
@@ -110,7 +111,7 @@ impl Catalog {
         true
     }
 
-    /// Takes what a node says of itself.
+    /// Replaces the report of a node. Returns whether the world changed.
     pub fn on_node(&mut self, report: NodeReport) -> bool {
         if self.nodes.get(&report.name).is_some_and(|known| **known == report) {
             return false;
@@ -121,7 +122,7 @@ impl Catalog {
         true
     }
 
-    /// Forgets a node that is not coming back.
+    /// Removes the report of a node that will not reconnect. Returns whether the world changed.
     pub fn forget_node(&mut self, name: &NodeName) -> bool {
         if !self.nodes.remove_mut(name) {
             return false;
@@ -130,7 +131,7 @@ impl Catalog {
         true
     }
 
-    /// Merges `name` anew; returns whether it became something else.
+    /// Merges the entries of `name` again. Returns whether the result changed.
     fn merge(&mut self, name: &ServiceName) -> bool {
         let before = self.services.get(name);
         let merged = merge(name, self.sources.iter().filter_map(|source| source.services.get(name)));
@@ -149,7 +150,7 @@ impl Catalog {
         true
     }
 
-    /// Takes note of the names that came and went with `changes`.
+    /// Updates the names in use after `changes`, and their problems.
     fn note_names(&mut self, changes: &Changes, before: &World) {
         let mut candidates: BTreeSet<&ServiceName> = changes.services.iter().collect();
         if changes.documents {
@@ -168,7 +169,8 @@ impl Catalog {
             .filter(|name| before.is_known(name) != is_known(name))
             .cloned()
             .partition(|name| is_known(name));
-        // A service that is registered now, or no more, may be what a document means although the name was known.
+        // A document's problem depends on whether its service is registered, even if the name was in use
+        // before.
         let differs =
             |name: &&ServiceName| before.services.contains_key(*name) != self.services.contains_key(*name);
         if now.is_empty()
@@ -228,7 +230,7 @@ impl Catalog {
     }
 }
 
-/// The services of which the two views do not say the same.
+/// Returns the services that the two views list differently.
 fn differing(before: &BTreeMap<ServiceName, Seen>, now: &BTreeMap<ServiceName, Seen>) -> Vec<ServiceName> {
     let differs = |before: Option<&Seen>, now: Option<&Seen>| match (before, now) {
         (Some(before), Some(now)) => !before.is_same(now),
@@ -240,17 +242,17 @@ fn differing(before: &BTreeMap<ServiceName, Seen>, now: &BTreeMap<ServiceName, S
         .collect()
 }
 
-/// What all sources together say of `name`; `None` if none knows it.
+/// Merges the entries of all sources for `name`; `None` if no source lists it.
 ///
-/// Endpoints are those of every source, by address; the protocol and the port are the first that a source gives; and
-/// the service is as fresh as the least fresh of what it is made of.
+/// The endpoints are those of every source, by address. Protocol and port are the first that a source gives.
+/// The state is the worst of all entries.
 fn merge<'a>(name: &ServiceName, seen: impl Iterator<Item = &'a Seen>) -> Option<Service> {
     let seen: Vec<_> = seen.collect();
     if seen.is_empty() {
         return None;
     }
     let endpoints: Arc<[Endpoint]> = match seen.as_slice() {
-        // The usual case, and the one that must not copy.
+        // The common case, which must not copy the endpoints.
         [only] => only.registration.endpoints.clone(),
         several => {
             let mut by_address = BTreeMap::new();
@@ -326,7 +328,7 @@ mod tests {
         assert!(!catalog.on_view(0, view(&[("orders", &["10.0.0.1:80"])])));
     }
 
-    /// The worst state of a service is what counts: why another source is fresh makes no difference.
+    /// The worst entry determines the state and its reason: another source's reason makes no difference.
     #[test]
     fn a_view_that_makes_no_difference_to_the_merged_service_changes_no_pointer() {
         let mut catalog = Catalog::new(2);
@@ -382,7 +384,7 @@ mod tests {
             said.contains("`orders` has the DNS name") && said.contains("`Orders` is reached by upstreams"),
             "{said}"
         );
-        // A replica without state has seen neither before.
+        // A replica without state has never used either name.
         let mut fresh = Catalog::new(1);
         fresh.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
         assert_eq!(problems(&fresh), said);
@@ -406,7 +408,7 @@ mod tests {
         let said = problems(&catalog);
         assert!(said.contains("a.yaml:1:1: no source names `zzz`"), "{said}");
         assert!(said.contains("a.yaml:5:1: no source names `qqq`"), "{said}");
-        // All of its requests go elsewhere.
+        // The route of `front` sends all requests to other services.
         assert!(!said.contains("front"), "{said}");
         assert_eq!(said.lines().count(), 2, "{said}");
     }
@@ -423,7 +425,8 @@ mod tests {
         let said = problems(&catalog);
         assert!(said.contains("Did you mean `orderservice`?") && said.contains("a.yaml:1:1"), "{said}");
         assert!(said.contains("no source names `paymnets`: did you mean `payments`?"), "{said}");
-        // The document was there first, and is no service: the DNS name is that of the service which the document means.
+        // The document came first but is not registered, so the registered service that it means owns the DNS
+        // name.
         let name = |text: &str| text.parse::<ServiceName>().unwrap();
         let names = &catalog.world().names;
         assert_eq!(names.shadowed_by(&name("orderservice")), None);

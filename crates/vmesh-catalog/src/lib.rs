@@ -1,14 +1,14 @@
-//! Views, documents and node reports, merged into one immutable [`World`] per change.
+//! Merges source views, documents and node reports into one immutable [`World`] per change.
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
-//! | [`world`] | [`World`], its [`Revision`], and a [`Service`] as all sources together see it |
-//! | [`catalog`] | [`Catalog`]: takes views, documents and reports, gives worlds |
-//! | [`names`] | [`Names`]: who owns a DNS name that several names fold to; the order in which names came into use |
-//! | [`state`] | the last good state as text, from which a restarted control plane serves what it served |
+//! | [`world`] | [`World`], its [`Revision`], and [`Service`], the merged state of one service |
+//! | [`catalog`] | [`Catalog`], which takes views, documents and reports and builds worlds |
+//! | [`names`] | [`Names`]: the owner of a DNS name that several service names fold to, and the order in which names came into use |
+//! | [`state`] | the encoding of the last good state, which a restarted control plane serves |
 //!
-//! **Invariant:** it knows neither Envoy nor gRPC, and reads no clock, file or socket: `cargo tree -p vmesh-catalog
-//! -e normal` lists neither `vmesh-proto` nor `tonic` nor `tokio`.
+//! **Invariant:** this crate knows neither Envoy nor gRPC, and reads no clock, file or socket: `cargo tree -p
+//! vmesh-catalog -e normal` lists neither `vmesh-proto` nor `tonic` nor `tokio`.
 
 pub mod catalog;
 pub mod names;

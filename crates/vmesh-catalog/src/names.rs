@@ -1,4 +1,5 @@
-//! The names in use: which of two names that differ by case only owns the DNS name, and in which order names came into use.
+//! The names in use: which of several names that differ only by case owns the DNS name, and in which order
+//! names came into use.
 //!
 //! | question | decided by | state |
 //! |---|---|---|
@@ -12,20 +13,21 @@ use vmesh_model::document::{Route, Rule};
 use vmesh_model::strict::did_you_mean;
 use vmesh_model::{Documents, Place, Problem, ServiceName};
 
-/// Names of documents for which a similar name is looked for; looking is linear in all names.
+/// The limit of document names for which a similar service name is searched; each search is linear in all
+/// names.
 const MAX_GUESSES: usize = 50;
-/// Names from before a restart that are saved again although no source and no document has them any more.
+/// The limit of unused names from before a restart that are saved again.
 const MAX_UNUSED: usize = 4096;
 
-/// Orders the names in use by when each was first seen, and knows the owner of each DNS name that several names fold to. Names that were
-/// saved before a restart come before all others.
+/// The names in use, ordered by first use, and the owner of each DNS name that several of them fold to. Names
+/// that were saved before a restart come before all others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Names {
     ranks: BTreeMap<ServiceName, u64>,
     next: u64,
-    /// The names in use that are equal but for upper and lower case, by the lower case.
+    /// The names in use that differ only by case, by their lower-case form.
     folded: BTreeMap<String, BTreeSet<ServiceName>>,
-    /// The owner of each DNS name that several names in use fold to, by the lower case.
+    /// The owner of each DNS name that several names in use fold to, by its lower-case form.
     owners: BTreeMap<String, ServiceName>,
 }
 
@@ -38,7 +40,7 @@ fn has_capitals(name: &ServiceName) -> bool {
 }
 
 impl Names {
-    /// Begins with the names that were saved before a restart, the earliest first.
+    /// Restores the names that were saved before a restart, the earliest first.
     pub fn restored(names: impl IntoIterator<Item = ServiceName>) -> Names {
         let mut restored = Names::default();
         for name in names {
@@ -53,8 +55,8 @@ impl Names {
         self.next = self.next.max(rank + 1);
     }
 
-    /// Takes note of names that are in use now. Of names that come together, a name in lower case comes first, so that every replica
-    /// that begins with the same names gives them the same order.
+    /// Adds names that came into use. Among names added together, lower-case names come first, so that
+    /// replicas that start with the same names order them alike.
     pub(crate) fn add(&mut self, names: impl IntoIterator<Item = ServiceName>) {
         let mut new: Vec<_> = names.into_iter().collect();
         new.sort_by(|a, b| (has_capitals(a), a).cmp(&(has_capitals(b), b)));
@@ -78,7 +80,8 @@ impl Names {
         }
     }
 
-    /// Returns who owns the DNS name of `name` now, where several names fold to it and that is not what is noted.
+    /// Returns the owner of the DNS name of `name` if several names fold to it and the recorded owner is
+    /// another one.
     pub(crate) fn new_owner(
         &self,
         name: &ServiceName,
@@ -90,7 +93,7 @@ impl Names {
         (self.owners.get(&folded) != Some(owner)).then(|| owner.clone())
     }
 
-    /// Gives `owner` the DNS name that it folds to.
+    /// Records `owner` as the owner of the DNS name that it folds to.
     pub(crate) fn give(&mut self, owner: ServiceName) {
         self.owners.insert(fold(&owner), owner);
     }
@@ -104,8 +107,8 @@ impl Names {
         self.owners.get(&fold(name)).filter(|owner| *owner != name)
     }
 
-    /// Returns the names to be saved, the earliest first: all names in use, and the earliest 4,096 of the others, which a source that
-    /// does not answer now may name again.
+    /// Returns the names to save, the earliest first: all names in use, and the earliest 4,096 unused ones,
+    /// because a source that is unreachable now may list them again.
     pub fn in_order(&self) -> Vec<ServiceName> {
         let mut names: Vec<_> = self.ranks.iter().collect();
         names.sort_by_key(|(_, rank)| **rank);
@@ -119,14 +122,15 @@ impl Names {
         names.into_iter().map(|(name, _)| name.clone()).collect()
     }
 
-    /// Sorts `names`, the first one first.
+    /// Sorts `names` by the order in which they came into use.
     pub fn sort<'a>(&self, names: impl IntoIterator<Item = &'a ServiceName>) -> Vec<&'a ServiceName> {
         let mut names: Vec<_> = names.into_iter().collect();
         names.sort_by_key(|name| (self.rank_of(name), *name));
         names
     }
 
-    /// Returns a problem for each name whose DNS name another name owns, and for each document of a service that no source names.
+    /// Returns a problem for each name whose DNS name belongs to another name, and for each document of a
+    /// service that no source lists.
     pub(crate) fn problems(
         &self,
         documents: &Documents,
@@ -184,8 +188,7 @@ impl Names {
     }
 }
 
-/// Reports whether no request that `route` matches goes to its own service, so that this service needs no endpoints: a name in front
-/// of others.
+/// Reports whether `route` sends every request to other services, so that its own service needs no endpoints.
 fn leads_elsewhere(route: &Route) -> bool {
     let goes_elsewhere = |rule: &Rule| {
         rule.redirect.is_some()
@@ -198,7 +201,7 @@ fn leads_elsewhere(route: &Route) -> bool {
     !route.rules.is_empty() && route.rules.iter().all(goes_elsewhere)
 }
 
-/// Shares one order of names between all worlds that have it.
+/// Names, shared by consecutive worlds until a name is added or removed.
 pub type SharedNames = Arc<Names>;
 
 #[cfg(test)]
@@ -227,7 +230,7 @@ mod tests {
             names.remove(&name("orders"));
             names.give(names.new_owner(&name("orders"), |_| true).unwrap());
             assert_eq!(names.shadowed_by(&name("Orders")), Some(&name("ORDERS")));
-            // Only documents have it.
+            // `orders` and `ORDERS` are now defined by documents only.
             names.give(names.new_owner(&name("orders"), |registered| *registered == name("Orders")).unwrap());
             assert_eq!(names.shadowed_by(&name("ORDERS")), Some(&name("Orders")));
             names.remove(&name("ORDERS"));

@@ -1,7 +1,9 @@
-//! The last good state, as text: what a control plane that restarts serves until its sources answer again.
+//! The encoding of the last good state, which a restarted control plane serves until its sources answer
+//! again.
 //!
-//! A part is a header line with a checksum, and then JSON. Who owns the disk writes it to a temporary file, syncs and
-//! renames. It never expires by itself: old and true beats fresh and empty.
+//! Each part of the state is a header line with a checksum, followed by JSON. The caller writes it to a
+//! temporary file, syncs and renames it. The state never expires: serving correct old data is better than
+//! serving nothing.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -9,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 const MAGIC: &str = "vmesh-state 1";
 
-/// Why a text is not a part of the state.
+/// The reason why a text is not a valid part of the state.
 #[derive(Debug, thiserror::Error)]
 pub enum Damaged {
     #[error("it has no header line")]
@@ -22,7 +24,7 @@ pub enum Damaged {
     Content(serde_json::Error),
 }
 
-/// One part as it goes to the disk.
+/// Encodes one part of the state for the disk.
 pub fn encode<T: Serialize>(part: &T) -> Result<Vec<u8>, serde_json::Error> {
     let body = serde_json::to_vec(part)?;
     let mut text = format!("{MAGIC} {:016x}\n", xxh3_64(&body)).into_bytes();
@@ -30,7 +32,7 @@ pub fn encode<T: Serialize>(part: &T) -> Result<Vec<u8>, serde_json::Error> {
     Ok(text)
 }
 
-/// One part as it came from the disk.
+/// Decodes one part of the state, and verifies its checksum.
 pub fn decode<T: DeserializeOwned>(text: &[u8]) -> Result<T, Damaged> {
     let end = text.iter().position(|b| *b == b'\n').ok_or(Damaged::NoHeader)?;
     let (header, body) = text.split_at_checked(end).ok_or(Damaged::NoHeader)?;

@@ -1,4 +1,4 @@
-//! The world: everything that a configuration is made from, at one moment.
+//! The world: the complete input of the compiler at one moment.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,12 +10,13 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::names::SharedNames;
 
-/// Immutable, and replaced whole at every change; what did not change keeps its pointer.
+/// The immutable input of the compiler. Every change builds a new world, in which unchanged parts keep their
+/// pointers.
 #[derive(Debug, Clone)]
 pub struct World {
-    /// Counts the worlds of this process, for whoever has to know whether one was missed.
+    /// The number of this world within the process. A gap between two numbers means that a world was missed.
     pub generation: u64,
-    /// What changed since the world before this one.
+    /// The differences from the previous world.
     pub changes: Changes,
     pub revision: Revision,
     pub services: RedBlackTreeMapSync<ServiceName, Arc<Service>>,
@@ -23,14 +24,14 @@ pub struct World {
     pub nodes: RedBlackTreeMapSync<NodeName, Arc<NodeReport>>,
     /// The generation in which `nodes` last changed.
     pub nodes_generation: u64,
-    /// Who owns which DNS name, and the order in which names came into use.
+    /// The owner of each DNS name, and the order in which names came into use.
     pub names: SharedNames,
-    /// What is wrong with sources and documents; what is wrong between them is for the compiler to say.
+    /// The problems of sources and documents. The compiler finds the problems between them.
     pub problems: Arc<[Problem]>,
 }
 
-/// What one world changed against the one before: a hint, so that the work for one changed service does not grow
-/// with the number of the others. Who missed a world compares pointers instead.
+/// The services, documents and nodes that differ from the previous world. With them, the work for one changed service does
+/// not grow with the number of services. A reader that missed a world compares pointers instead.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
     pub services: Vec<ServiceName>,
@@ -38,24 +39,25 @@ pub struct Changes {
     pub nodes: Vec<NodeName>,
 }
 
-/// One service as all sources together see it.
+/// One service, merged from all sources.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
     pub name: ServiceName,
-    /// What discovery says is spoken; see [`World::protocol`] for what holds.
+    /// The protocol from discovery; [`World::protocol`] returns the effective one.
     pub protocol: Option<Protocol>,
     pub port: Option<u16>,
-    /// Sorted by address, no two with the same one.
+    /// Sorted by address, without duplicates.
     pub endpoints: Arc<[Endpoint]>,
     pub state: State,
-    /// Why it is not fresh, in words for an operator.
+    /// The reason, for an operator, why the service is not fresh.
     pub because: Option<Arc<str>>,
-    /// Where each source speaks of it, in the order of the sources.
+    /// The place where each source defines the service, in the order of the sources.
     pub places: Vec<Place>,
 }
 
-/// Names a configuration by its content: equal on every replica that sees the same services and documents, and
-/// after a restart. Node reports do not count: a node that joins does not change what the mesh is told to do.
+/// A hash of the services and documents of a world: equal on every replica that has the same ones, and after
+/// a restart. Node reports are not included, because a node that connects does not change the configuration
+/// of the mesh.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Revision(u64);
 
@@ -72,13 +74,14 @@ impl fmt::Debug for Revision {
 }
 
 impl Revision {
-    /// The sum over services allows to replace one of them without looking at the others.
+    /// Combines the hashes. `services` is a sum, so that one service can be replaced without hashing the
+    /// others again.
     pub(crate) fn of(services: u64, documents: u64) -> Revision {
         Revision(services.wrapping_add(documents.rotate_left(1)))
     }
 }
 
-/// The hash of what of `service` reaches a proxy; its state and places do not.
+/// Returns the hash of the fields of `service` that reach a proxy. State and places are excluded.
 pub(crate) fn service_hash(service: &Service) -> u64 {
     let mut hash = Xxh3Default::new();
     let mut text = |part: &str| {
@@ -98,14 +101,14 @@ pub(crate) fn service_hash(service: &Service) -> u64 {
             text(key);
             text(value);
         }
-        // A document may make a source a fallback.
+        // The source is hashed because a document can declare a source a fallback.
         text(&endpoint.source);
     }
     hash.digest()
 }
 
 impl World {
-    /// A world without anything, before the first source has answered.
+    /// Returns a world without content, as before the first source has answered.
     pub fn empty() -> World {
         World {
             generation: 0,
@@ -120,7 +123,7 @@ impl World {
         }
     }
 
-    /// The name of every service that discovery or a document knows, sorted.
+    /// Returns the name of every service that discovery or a document defines, sorted.
     pub fn known(&self) -> impl Iterator<Item = &ServiceName> {
         let registered = self.services.keys().map(|name| (name, ()));
         let documented =
@@ -134,14 +137,15 @@ impl World {
             || self.documents.routes.contains_key(service)
     }
 
-    /// What is spoken with `service`: its document's word, else discovery's, else TCP.
+    /// Returns the effective protocol of `service`: that of its document, else the one from discovery, else
+    /// TCP.
     pub fn protocol(&self, service: &ServiceName) -> Protocol {
         let documented = self.documents.services.get(service).and_then(|document| document.protocol);
         let registered = || self.services.get(service).and_then(|service| service.protocol);
         documented.or_else(registered).unwrap_or_default()
     }
 
-    /// The endpoints of `service`, none if it is not registered.
+    /// Returns the endpoints of `service`; empty if it is not registered.
     pub fn endpoints(&self, service: &ServiceName) -> &[Endpoint] {
         self.services.get(service).map_or(&[], |service| &service.endpoints)
     }

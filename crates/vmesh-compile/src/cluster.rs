@@ -1,4 +1,4 @@
-//! CDS: one cluster for a service, and one for each of its subsets.
+//! CDS: one cluster per service, and one per subset.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -36,7 +36,7 @@ use vmesh_proto::{any, duration, uint32};
 
 use crate::effective::Effective;
 
-/// Where every discovery request of a proxy goes: the one ADS stream.
+/// Returns the config source of all discovery requests: the ADS stream.
 pub(crate) fn ads() -> ConfigSource {
     ConfigSource {
         resource_api_version: ApiVersion::V3.into(),
@@ -45,7 +45,7 @@ pub(crate) fn ads() -> ConfigSource {
     }
 }
 
-/// A cluster for Envoy whose endpoints come by EDS under its own name.
+/// Returns a cluster for Envoy. Its endpoints come by EDS under the same name.
 pub(crate) fn eds_cluster(name: &str, effective: &Effective) -> Cluster {
     Cluster {
         name: name.to_owned(),
@@ -54,7 +54,8 @@ pub(crate) fn eds_cluster(name: &str, effective: &Effective) -> Cluster {
         connect_timeout: Some(duration(effective.connect)),
         load_balancing_policy: Some(policy(effective.load_balancing.policy)),
         common_lb_config: Some(CommonLbConfig {
-            // Envoy's own second would be most of the time from a drained endpoint to its last request.
+            // Envoy's default of 1 s would be most of the delay between draining an endpoint and its last
+            // request.
             update_merge_window: Some(duration(Duration::from_millis(50))),
             ..CommonLbConfig::default()
         }),
@@ -65,7 +66,8 @@ pub(crate) fn eds_cluster(name: &str, effective: &Effective) -> Cluster {
     }
 }
 
-/// A cluster for a gRPC client, which knows a handful of fields and refuses unknown policies (gRFC A27, A42).
+/// Returns a cluster for a gRPC client, which supports few fields and rejects unknown policies (gRFC A27,
+/// A42).
 pub(crate) fn grpc_cluster(name: &str, effective: &Effective) -> Cluster {
     let lb_policy = match effective.load_balancing.policy {
         Policy::RingHash | Policy::Maglev if effective.load_balancing.hash_on.is_some() => LbPolicy::RingHash,
@@ -80,7 +82,7 @@ pub(crate) fn grpc_cluster(name: &str, effective: &Effective) -> Cluster {
     }
 }
 
-/// A cluster of one fixed address: the application behind an inbound listener.
+/// Returns a cluster with one fixed address: the application behind an inbound listener.
 pub(crate) fn local_cluster(name: &str, protocol: Protocol, assignment: ClusterLoadAssignment) -> Cluster {
     let local = Effective::of(&vmesh_model::Settings::default(), protocol);
     Cluster {
@@ -94,8 +96,8 @@ pub(crate) fn local_cluster(name: &str, protocol: Protocol, assignment: ClusterL
     }
 }
 
-/// A cluster of one application behind captured connections: each goes on to where it was going, so that it does not matter
-/// on which of the host's addresses the application listens.
+/// Returns a cluster that forwards captured connections to their original destination on this host, so that
+/// it does not matter on which of the host's addresses the application listens.
 pub(crate) fn called_cluster(name: &str, protocol: Protocol) -> Cluster {
     let local = Effective::of(&vmesh_model::Settings::default(), protocol);
     Cluster {
@@ -106,13 +108,15 @@ pub(crate) fn called_cluster(name: &str, protocol: Protocol) -> Cluster {
     }
 }
 
-/// Captured connections to what is no service, to where they were going.
+/// Returns a cluster that passes captured connections that belong to no service to their original
+/// destination.
 pub(crate) fn passthrough_cluster(name: &str) -> Cluster {
     let any = Effective::of(&vmesh_model::Settings::default(), Protocol::Tcp);
     Cluster {
         connect_timeout: Some(duration(any.connect)),
         circuit_breakers: Some(circuit_breakers(&any)),
-        // The keep-alive of the program ends at Envoy, and so does that of the other side.
+        // Envoy terminates both connections, so the keep-alive of neither the program nor its peer reaches
+        // the other side.
         upstream_connection_options: Some(UpstreamConnectionOptions {
             tcp_keepalive: Some(TcpKeepalive {
                 keepalive_time: Some(uint32(300)),
@@ -130,13 +134,13 @@ fn original_destination(name: &str) -> Cluster {
         name: name.to_owned(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),
         lb_policy: LbPolicy::ClusterProvided.into(),
-        // An address that nobody has called for so long is forgotten.
+        // Envoy forgets an address that received no connection for this long.
         cleanup_interval: Some(duration(Duration::from_secs(60))),
         ..Cluster::default()
     }
 }
 
-/// A cluster of nobody: what is sent there is closed at once.
+/// Returns a cluster without endpoints: Envoy closes connections to it at once.
 pub(crate) fn blackhole_cluster(name: &str) -> Cluster {
     Cluster {
         name: name.to_owned(),
@@ -166,8 +170,8 @@ fn policy(policy: Policy) -> LoadBalancingPolicy {
     }
 }
 
-/// Envoy's default of 1,024 is a limit that a busy host meets and nobody asked for; none at all would let one slow
-/// service take all of the proxy's memory.
+/// Returns the circuit breakers. Envoy's default of 1,024 is a limit that a busy host reaches unexpectedly;
+/// without any limit, one slow service could exhaust the proxy's memory.
 fn circuit_breakers(effective: &Effective) -> CircuitBreakers {
     let limits = &effective.connection_limits;
     let budget = RetryBudget {
@@ -188,8 +192,9 @@ fn circuit_breakers(effective: &Effective) -> CircuitBreakers {
     }
 }
 
-/// Built in, an endpoint that cannot be reached is left out for a while; one that answers 5xx is not, since that is
-/// the application's word. Discovery holds removals back, and this is what keeps traffic off the dead meanwhile.
+/// Returns the outlier detection. By default it ejects endpoints that refuse connections, but not endpoints
+/// that answer 5xx, which may be intended by the application. While discovery holds removals back, ejection
+/// keeps traffic off dead endpoints.
 fn outlier_detection(said: &OutlierDetection) -> vmesh_proto::envoy::config::cluster::v3::OutlierDetection {
     vmesh_proto::envoy::config::cluster::v3::OutlierDetection {
         consecutive_5xx: Some(uint32(said.consecutive_5xx.unwrap_or(5))),
@@ -216,7 +221,8 @@ fn protocol_options(effective: &Effective) -> BTreeMap<String, Any> {
     };
     let options = HttpProtocolOptions {
         common_http_protocol_options: Some(CommonHttpOptions {
-            // Below the keep-alive of common servers, so that a pooled connection is closed by us and not under us.
+            // Shorter than the keep-alive of common servers, so that Envoy closes an idle pooled connection
+            // before the server does.
             idle_timeout: Some(duration(Duration::from_secs(50))),
             ..CommonHttpOptions::default()
         }),

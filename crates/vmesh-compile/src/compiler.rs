@@ -14,10 +14,11 @@ use crate::service::{self, Compiled, Like};
 use crate::transparent::{Index, Virtuals};
 use crate::view::{Captured, View, zones_matter};
 
-/// Names a connected node; one node can be connected twice.
+/// The id of a connection of a node. A node that is connected twice has two ids.
 pub type NodeId = u64;
 
-/// Input of [`Compiler::apply`]: a new world, and the nodes that joined and left since the call before.
+/// The input of [`Compiler::apply`]: a new world, and the nodes that connected and disconnected since the
+/// last call.
 #[derive(Debug, Default)]
 pub struct Change {
     pub world: Option<Arc<World>>,
@@ -25,18 +26,18 @@ pub struct Change {
     pub left: Vec<NodeId>,
 }
 
-/// Output of [`Compiler::apply`]. The caller publishes all of it in one step.
+/// The output of [`Compiler::apply`]. The caller publishes all of it in one step.
 #[derive(Debug, Default)]
 pub struct Update {
-    /// New stores, by the key of their view.
+    /// The new stores, by the key of their view.
     pub stores: Vec<(Arc<str>, Arc<Store>)>,
-    /// New configurations of nodes whose view or scope changed.
+    /// The new configurations of nodes whose view or scope changed.
     pub nodes: Vec<(NodeId, Arc<NodeConfig>)>,
-    /// Keys of views that lost their last node.
+    /// The keys of views whose last node disconnected.
     pub gone: Vec<Arc<str>>,
 }
 
-/// An immutable state of a [`Compiler`]. A clone copies a few pointers.
+/// An immutable snapshot of everything that a [`Compiler`] compiled. Cloning it copies a few pointers.
 #[derive(Debug, Clone)]
 pub struct Configuration {
     pub world: Arc<World>,
@@ -45,7 +46,7 @@ pub struct Configuration {
     problems: RedBlackTreeMapSync<ServiceName, Arc<[Problem]>>,
 }
 
-/// The services of one view, compiled as far as a node calls them.
+/// The services of one view that at least one of its nodes calls, compiled.
 #[derive(Debug, Clone)]
 pub struct CompiledView {
     pub view: Arc<View>,
@@ -54,7 +55,8 @@ pub struct CompiledView {
 }
 
 impl Configuration {
-    /// What is compiled of `world` when no node is connected.
+    /// Returns the configuration of `world` with no node connected. It contains the problems of documents
+    /// only.
     pub fn of(world: Arc<World>) -> Configuration {
         Compiler::new(world).configuration()
     }
@@ -72,13 +74,14 @@ impl Configuration {
         self.views.size()
     }
 
-    /// Returns the resources that a node is sent.
+    /// Returns the resources that the node `id` receives, or `None` if it is not connected.
     pub fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
         let config = self.node(id)?;
         Some(Snapshot { store: self.view(&config.view)?.store.clone(), scope: config.scope.clone() })
     }
 
-    /// Lists the problems of services and routes, each once, and then those of each connected node.
+    /// Returns the problems of services and routes without duplicates, followed by those of each connected
+    /// node.
     pub fn problems(&self) -> Vec<Problem> {
         let of_services = self.problems.values().flat_map(|problems| problems.iter());
         let of_services: BTreeSet<&Problem> = of_services.collect();
@@ -87,39 +90,45 @@ impl Configuration {
     }
 }
 
-/// A compiler for a fleet. It compiles each variant of a service once, and drops a variant with the last node that sees it.
+/// A compiler for all connected nodes. It compiles each variant of a service once, and drops a variant when
+/// the last view that contains it no longer needs it.
+///
+/// The owner calls [`apply`](Compiler::apply) with each new world and with the nodes that connected and
+/// disconnected, and publishes the returned [`Update`]. [`configuration`](Compiler::configuration) returns
+/// the state after the last call.
 #[derive(Debug)]
 pub struct Compiler {
     configuration: Configuration,
-    /// `None` as long as no view captures anything.
+    /// `None` while no view captures connections.
     index: Option<Index>,
     zones: Zones,
     zones_matter: bool,
     views: BTreeMap<Arc<str>, ViewState>,
     variants: BTreeMap<ServiceName, BTreeMap<Arc<str>, Used>>,
     nodes: BTreeMap<NodeId, NodeState>,
-    /// The views in which a node calls a service by name, whether or not anything knows it.
+    /// For each service name, the views in which at least one node calls it by name. The service need not
+    /// exist.
     called_in: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
-    /// The views in which a node sees all services.
+    /// The views in which at least one node subscribes to all services.
     see_all: BTreeSet<Arc<str>>,
-    /// The nodes that serve a service.
+    /// For each service name, the nodes that run a workload of that service.
     served_by: BTreeMap<ServiceName, BTreeSet<NodeId>>,
 }
 
-/// What a [`Compiler`] holds for connected nodes.
+/// The number of entries that a [`Compiler`] keeps for connected nodes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     pub nodes: usize,
     pub views: usize,
-    /// Of all services together.
+    /// The variants of all services together.
     pub variants: usize,
-    /// Services in views.
+    /// The services of all views together.
     pub services: usize,
-    /// Entries of the indexes that lead from services to views and nodes.
+    /// The entries of the indexes from services to views and nodes.
     pub indexed: usize,
 }
 
-/// A compiled variant with the number of views that contain it.
+/// A compiled variant and the number of views that contain it.
 #[derive(Debug)]
 struct Used {
     compiled: Arc<Compiled>,
@@ -130,13 +139,13 @@ struct Used {
 struct ViewState {
     view: Arc<View>,
     nodes: BTreeSet<NodeId>,
-    /// The number of nodes that see all services.
+    /// The number of nodes in this view that subscribe to all services.
     see_all: usize,
-    /// The number of nodes that call each service by name.
+    /// For each service name, the number of nodes in this view that call it by name.
     callers: BTreeMap<Arc<str>, usize>,
     services: RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
     store: Arc<Store>,
-    /// The services that differ from those in `store`.
+    /// The services that changed since `store` was built.
     differ: BTreeSet<ServiceName>,
 }
 
@@ -147,13 +156,14 @@ struct NodeState {
     config: Option<Arc<NodeConfig>>,
 }
 
-/// Counts the endpoints in each zone. The compiler ignores a zone without endpoints, since clients choose their zones and each
-/// invented one would add a view.
+/// The number of endpoints in each locality zone. A node reports its own zone, so the compiler ignores zones
+/// without endpoints: otherwise every made-up zone would add a view.
 #[derive(Debug, Default)]
 struct Zones(BTreeMap<Arc<str>, usize>);
 
 impl Zones {
-    /// Updates the counts for the services `names`. Returns whether a zone was added or removed.
+    /// Updates the counts for the services `names`. Returns whether a zone got its first endpoint or lost its
+    /// last one.
     fn update<'a>(
         &mut self,
         before: Option<&World>,
@@ -214,7 +224,7 @@ impl Compiler {
         self.configuration.clone()
     }
 
-    /// Takes over `change`, and compiles what it concerns.
+    /// Applies `change`, and compiles the services and nodes that it affects.
     pub fn apply(&mut self, change: Change) -> Update {
         for id in &change.left {
             self.remove(*id);
@@ -224,7 +234,8 @@ impl Compiler {
             nodes = self.take(world);
         }
         let documents = self.world().documents.clone();
-        // A herd joins at once: no node looks at the documents of all others.
+        // After a restart all nodes connect at once, so the documents are indexed by node instead of searched
+        // for each node.
         let finder = match change.joined.is_empty() {
             true => NodeFinder::default(),
             false => documents.node_finder(),
@@ -265,7 +276,7 @@ impl Compiler {
         &self.configuration.world
     }
 
-    /// Takes over `world`. Returns the nodes whose own configuration may differ.
+    /// Replaces the world. Returns the nodes whose own configuration may have changed.
     fn take(&mut self, world: Arc<World>) -> BTreeSet<NodeId> {
         let before = std::mem::replace(&mut self.configuration.world, world.clone());
         let documents_differ = !Arc::ptr_eq(&before.documents, &world.documents);
@@ -291,7 +302,8 @@ impl Compiler {
         nodes
     }
 
-    /// Finds the documents that speak of each node. Returns the nodes for which these differ, or which have another view.
+    /// Updates the documents that select each node. Returns the nodes for which these changed, and those
+    /// whose view changed.
     fn look_at_documents(&mut self, before: &Documents) -> Vec<NodeId> {
         let documents = self.world().documents.clone();
         let same = |one: &Option<Arc<Placed<document::Mesh>>>,
@@ -327,7 +339,8 @@ impl Compiler {
         View::of(&node.report, &node.documents, zone)
     }
 
-    /// Compiles `name` anew in every view that sees it. Returns the nodes whose own configuration may differ.
+    /// Recompiles `name` in every view that contains it. Returns the nodes whose own configuration may have
+    /// changed.
     fn recompile(&mut self, name: &ServiceName) -> Vec<NodeId> {
         let is_known = self.world().is_known(name);
         let stale = self.variants.remove(name).unwrap_or_default();
@@ -341,7 +354,8 @@ impl Compiler {
             let now = is_known.then(|| {
                 let world = &self.configuration.world;
                 let variant = state.view.variant(world, name);
-                // A variant that is compiled from the same endpoints has the most in common.
+                // A variant compiled from the new endpoints is preferred, because it shares the most
+                // resources.
                 let sibling =
                     fresh.values().next().or(stale.values().next()).map(|used| used.compiled.clone());
                 let used = fresh.entry(variant.key()).or_insert_with_key(|key| {
@@ -381,7 +395,8 @@ impl Compiler {
         nodes
     }
 
-    /// Compiles a service for a view, if nobody there has called it yet.
+    /// Compiles the service `name` for the view `key`, unless it is compiled there already. Returns `None` if
+    /// the service does not exist.
     fn ensure(&mut self, key: &Arc<str>, name: &ServiceName) -> Option<Arc<Compiled>> {
         let state = self.views.get_mut(key)?;
         if let Some(compiled) = state.services.get(name) {
@@ -411,7 +426,8 @@ impl Compiler {
         Some(compiled)
     }
 
-    /// Drops a service from a view in which nobody calls it any more, and its variant with the last view.
+    /// Removes the service `name` from the view `key`, in which no node calls it any more. The variant is
+    /// dropped when no view contains it.
     fn release(&mut self, key: &Arc<str>, name: &ServiceName) {
         let Some(state) = self.views.get_mut(key) else { return };
         let Some(compiled) = state.services.get(name).cloned() else { return };
@@ -430,7 +446,8 @@ impl Compiler {
         self.list_problems(name);
     }
 
-    /// Finds the view and the scope of a node. Returns its configuration if that differs.
+    /// Computes the view and the scope of a node. Returns its new configuration, or `None` if it did not
+    /// change.
     fn place(&mut self, id: NodeId) -> Option<Arc<NodeConfig>> {
         let node = self.nodes.get(&id)?;
         let (report, documents, before) = (node.report.clone(), node.documents.clone(), node.config.clone());
@@ -500,7 +517,8 @@ impl Compiler {
         state.nodes.insert(id);
     }
 
-    /// Counts one node more that sees all services of a view, unless it is counted.
+    /// Counts a node of the view `key` that subscribes to all services, unless `before` shows that it is
+    /// counted already.
     fn see_all_in(&mut self, key: &Arc<str>, before: Option<&NodeConfig>) {
         if before.is_some_and(|before| before.view == *key) {
             return;
@@ -516,8 +534,9 @@ impl Compiler {
         }
     }
 
-    /// The names of the services that a node can reach: its upstreams, and the services that their routes lead to. Counts the node
-    /// as their caller.
+    /// Returns the names of the services that a node can reach: its upstreams, and the services that their
+    /// routes lead to. Counts the node as a caller of each, and no longer as a caller of those that `before`
+    /// lists in addition.
     fn call_in(
         &mut self,
         key: &Arc<str>,
@@ -572,7 +591,7 @@ impl Compiler {
         }
     }
 
-    /// Takes a node out of the view of `config`.
+    /// Removes the node `id` from the view of `config`.
     fn leave(&mut self, id: NodeId, config: &NodeConfig) {
         let key = &config.view;
         match &config.scope.groups {
@@ -610,7 +629,7 @@ impl Compiler {
         self.configuration.nodes.remove_mut(&id);
     }
 
-    /// Makes the stores of what differs, and drops the views that no node has.
+    /// Builds the stores of the views that changed, and drops the views without nodes.
     fn publish(&mut self, update: &mut Update) {
         let views = &mut self.configuration.views;
         self.views.retain(|key, state| {
@@ -652,7 +671,7 @@ impl Compiler {
         }
     }
 
-    /// Lists what is wrong with `name` in its documents and in its variants.
+    /// Updates the list of problems of the service `name`, from its documents and its compiled variants.
     fn list_problems(&mut self, name: &ServiceName) {
         let mut problems: BTreeSet<Problem> = BTreeSet::new();
         let world = &self.configuration.world;
@@ -668,8 +687,8 @@ impl Compiler {
     }
 }
 
-/// Returns the services that differ between two worlds, and the services whose routes may depend on a document that differs or on
-/// whether a service exists.
+/// Returns the services that must be recompiled: those that differ between the two worlds, and those whose
+/// routes may depend on a document that changed or on whether a service exists.
 fn changed(before: &World, now: &World) -> BTreeSet<ServiceName> {
     let mut names: BTreeSet<ServiceName> = if now.generation == before.generation + 1 {
         now.changes.services.iter().cloned().collect()
@@ -698,7 +717,7 @@ fn changed(before: &World, now: &World) -> BTreeSet<ServiceName> {
     names
 }
 
-/// The names in one of two maps, or of which they have different documents.
+/// Adds to `names` each service whose document was added, removed or replaced.
 fn differing<T>(
     old: &BTreeMap<ServiceName, Arc<T>>,
     new: &BTreeMap<ServiceName, Arc<T>>,

@@ -1,24 +1,27 @@
-//! What holds for one service as one node calls it: the documents' word, or what is built in.
+//! The effective settings of one service as called by one node: the settings of documents, with defaults for
+//! the rest.
 
 use std::time::Duration;
 
 use vmesh_model::document::{ConnectionLimits, LoadBalancing, OutlierDetection, Retry, RetryOn, Timeouts};
 use vmesh_model::{Protocol, Settings};
 
-/// Until a connection to an endpoint stands.
+/// The default timeout for establishing a connection to an endpoint.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Envoy's own default for a route, said aloud.
+/// The default request timeout. It equals Envoy's default for a route, but is written out in the
+/// configuration.
 const REQUEST: Duration = Duration::from_secs(15);
 const HTTP_IDLE: Duration = Duration::from_secs(300);
 const TCP_IDLE: Duration = Duration::from_secs(3600);
 
-/// [`Settings`] with every gap filled.
+/// [`Settings`] in which every unset field has its default.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Effective {
     pub protocol: Protocol,
     pub load_balancing: LoadBalancing,
     pub connect: Duration,
-    /// `None`: no limit. gRPC calls bring their own deadline, and a stream may be open for ever.
+    /// The request timeout. `None`: no limit, because gRPC calls carry their own deadline and a stream may
+    /// stay open indefinitely.
     pub request: Option<Duration>,
     pub idle: Duration,
     pub retry: Retry,
@@ -26,7 +29,8 @@ pub struct Effective {
     pub connection_limits: ConnectionLimits,
 }
 
-/// Retries only what no instance has begun to work on, so that they are safe for every method.
+/// Returns the default retry policy. It retries only requests that no endpoint started to process, so it is
+/// safe for every method.
 fn safe_retry() -> Retry {
     Retry {
         attempts: 2,
@@ -56,7 +60,7 @@ impl Effective {
     }
 }
 
-/// A `retry` that does not say on what retries what is safe.
+/// Returns `retry` with the default conditions if it has none of its own.
 pub fn with_conditions(retry: &Retry) -> Retry {
     if retry.on.is_empty() { Retry { on: safe_retry().on, ..retry.clone() } } else { retry.clone() }
 }

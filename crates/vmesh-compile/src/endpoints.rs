@@ -1,4 +1,4 @@
-//! EDS: the endpoints of a cluster, grouped by zone.
+//! EDS: the endpoints of a cluster, grouped by locality zone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -14,8 +14,8 @@ use vmesh_proto::envoy::config::endpoint::v3::{
 };
 use vmesh_proto::uint32;
 
-/// How many other endpoints come before each of these for a caller in `zone`, as Envoy's priorities: first what is no
-/// fallback, and in each step first what is near. There is no gap: what comes first of what is there is 0.
+/// Returns Envoy's priority of each endpoint for a caller in `zone`: primary endpoints before fallbacks, and
+/// within each step local ones before remote ones. Priorities start at 0 and have no gaps, as Envoy requires.
 pub fn priorities(endpoints: &[&Endpoint], balancing: &LoadBalancing, zone: Option<&str>) -> Vec<u32> {
     let rank = |endpoint: &Endpoint| {
         let fallback = balancing.fallback.iter().position(|fallback| fallback.contains(endpoint));
@@ -28,16 +28,16 @@ pub fn priorities(endpoints: &[&Endpoint], balancing: &LoadBalancing, zone: Opti
     all.iter().map(|rank| u32::try_from(ranks.range(..rank).count()).unwrap_or(u32::MAX)).collect()
 }
 
-/// The region of an endpoint: the datacenter, where the source has several.
+/// Returns the region of an endpoint: its datacenter, if its source has several.
 fn region(endpoint: &Endpoint) -> &str {
     endpoint.labels.get("datacenter").map(|datacenter| &**datacenter).unwrap_or_default()
 }
 
-/// The assignment `name` of `endpoints`. With no endpoint it is empty, and not missing: Envoy keeps its last
-/// assignment when one is removed, and answers 503 when one is empty.
+/// Returns the cluster load assignment `name` for `endpoints`. Without endpoints it is empty rather than
+/// absent: Envoy keeps its last assignment if the resource is removed, but answers 503 if it is empty.
 ///
-/// Every locality has a weight, the sum of its endpoints': gRPC skips a locality without one (gRFC A27), and Envoy
-/// looks at it only under a locality-weighted policy, which vmesh does not use.
+/// Every locality has a weight, the sum of its endpoints' weights. gRPC ignores a locality without a weight
+/// (gRFC A27); Envoy uses it only with a locality-weighted policy, which vmesh does not configure.
 pub(crate) fn assignment(
     name: &str,
     endpoints: &[Endpoint],
@@ -77,7 +77,7 @@ fn locality(region: &str, zone: &str, priority: u32, endpoints: &[&Endpoint]) ->
 
 fn lb_endpoint(endpoint: &Endpoint) -> LbEndpoint {
     let health = match endpoint.health {
-        // The source knows no health: Envoy treats both alike, and gRPC uses both.
+        // The source reports no health. Envoy treats unknown as healthy, and gRPC uses both.
         Health::Unknown => HealthStatus::Unknown,
         Health::Healthy => HealthStatus::Healthy,
         Health::Unhealthy => HealthStatus::Unhealthy,
@@ -95,7 +95,7 @@ fn lb_endpoint(endpoint: &Endpoint) -> LbEndpoint {
     }
 }
 
-/// The assignment of one fixed address: the application behind an inbound listener.
+/// Returns an assignment with one fixed address: the application behind an inbound listener.
 pub(crate) fn local_assignment(name: &str, address: SocketAddr) -> ClusterLoadAssignment {
     let endpoint = LbEndpoint {
         host_identifier: Some(HostIdentifier::Endpoint(EnvoyEndpoint {

@@ -1,12 +1,13 @@
-//! Where the rules of a host bring captured connections: two listeners of a node, and what they let pass.
+//! The two listeners of a node to which the host's rules redirect captured connections.
 //!
-//! `virtual_outbound` hands a connection to the listener of the address that it was on its way to
-//! ([`crate::transparent`]). What no listener is for goes on to where it was going, or is closed, by policy.
+//! `virtual_outbound` hands a connection to the listener of its original destination
+//! ([`crate::transparent`]). A connection that has no such listener is passed through to its destination or
+//! closed, depending on the policy.
 //!
-//! `virtual_inbound` does not hand over: Envoy takes a listener on `0.0.0.0:P` or `[::]:P` for that of every address with
-//! that port, and a call to somebody else's port would end in an application of this host. So it has a chain for each
-//! workload, by the port that was called. This is where permissive and strict will act: a chain of its own for TLS, and
-//! none for the rest.
+//! `virtual_inbound` does not hand connections over: Envoy would match a listener on `0.0.0.0:P` or `[::]:P`
+//! to every address with that port, so a call to a foreign port would reach an application of this host.
+//! Instead it has one filter chain per workload, matched by the destination port. Permissive and strict mTLS
+//! will be added here: a separate chain for TLS, and in strict mode none for plaintext.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -26,20 +27,21 @@ use crate::endpoints::socket_address;
 use crate::listener::{Direction, additional_address, chain, tcp, traffic_direction};
 use crate::route::Share;
 
-/// No service is called so: names begin with a letter or a digit.
+/// Cluster names that cannot collide with a service: service names begin with a letter or a digit.
 const PASSTHROUGH: &str = "_passthrough";
 const BLACKHOLE: &str = "_blackhole";
 
-/// Connections that are none of ours are not closed for being quiet: keep-alive finds the dead ones.
+/// The idle timeout of connections that belong to no service. It is long, because TCP keep-alive already
+/// closes dead ones.
 const QUIET: Duration = Duration::from_secs(24 * 3600);
 
-/// The clusters that both listeners lead to.
+/// Returns the clusters that both listeners refer to.
 pub(crate) fn clusters() -> [Cluster; 2] {
     [passthrough_cluster(PASSTHROUGH), blackhole_cluster(BLACKHOLE)]
 }
 
-/// Where captured connections that programs of the host open arrive. Rules rewrite them to loopback, so that nobody from
-/// outside reaches it.
+/// Returns the listener for captured connections that programs of the host open. The rules redirect them to
+/// loopback, so that this listener is unreachable from outside the host.
 pub(crate) fn outbound(capture: Capture, policy: Outbound) -> Listener {
     let ranges = Ranges::default();
     let v6 = (!capture.without_ipv6).then(|| ranges.v6.to_string());
@@ -49,7 +51,8 @@ pub(crate) fn outbound(capture: Capture, policy: Outbound) -> Listener {
         use_original_dst: Some(boolean(true)),
         filter_chains: vec![
             loop_guard(outbound_addresses(capture)),
-            // The virtual address of no service: nowhere to go on to, and better told at once than after a time-out.
+            // A virtual address without a service leads nowhere. Closing at once is better than letting the
+            // caller time out.
             closing(
                 "no service",
                 FilterChainMatch { prefix_ranges: virtual_addresses, ..FilterChainMatch::default() },
@@ -63,8 +66,8 @@ pub(crate) fn outbound(capture: Capture, policy: Outbound) -> Listener {
     }
 }
 
-/// Where captured connections that programs of the host are to accept arrive: the chains of its workloads, and for ports
-/// that are no workload's the application that was called.
+/// Returns the listener for captured connections to programs of the host: one chain per workload, and for
+/// other ports a pass-through to the original destination.
 pub(crate) fn inbound(capture: Capture, inward: Inward, workloads: Vec<FilterChain>) -> Listener {
     Listener {
         transparent: (inward == Inward::Tproxy).then(|| boolean(true)),
@@ -78,7 +81,8 @@ pub(crate) fn outbound_addresses(capture: Capture) -> Vec<SocketAddr> {
     addresses(Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST, OUTBOUND_PORT, capture)
 }
 
-/// The rules of a host turn a connection to the address of the interface that it came in by.
+/// Returns the wildcard addresses: the rules redirect an inbound connection to the address of the interface
+/// on which it arrived.
 pub(crate) fn inbound_addresses(capture: Capture) -> Vec<SocketAddr> {
     addresses(Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED, INBOUND_PORT, capture)
 }
@@ -88,7 +92,7 @@ fn addresses(v4: Ipv4Addr, v6: Ipv6Addr, port: u16, capture: Capture) -> Vec<Soc
     std::iter::once(IpAddr::V4(v4)).chain(v6).map(|ip| SocketAddr::new(ip, port)).collect()
 }
 
-/// Connections to `port` of `host`, or of any address.
+/// Matches connections to `port` of `host`, or of any address if `host` is `None`.
 pub(crate) fn called(host: Option<IpAddr>, port: u16) -> FilterChainMatch {
     FilterChainMatch {
         destination_port: Some(uint32(port.into())),
@@ -113,10 +117,11 @@ fn gate(name: &str, addresses: Vec<SocketAddr>, direction: Direction) -> Listene
     }
 }
 
-/// Who calls the listener itself would be sent on to it, and on, until nothing is left to connect with.
+/// Closes connections addressed to the listener itself. Passing them through would redirect them to the same
+/// listener again and again, until the ports are exhausted.
 fn loop_guard(own: Vec<SocketAddr>) -> FilterChain {
     let port = own.first().map_or(0, SocketAddr::port);
-    // A wildcard's own address is any that the host has.
+    // A wildcard listener can be called at every address of the host.
     let own = own.into_iter().map(|own| own.ip()).filter(|ip| !ip.is_unspecified());
     let matching = FilterChainMatch { prefix_ranges: own.map(one).collect(), ..called(None, port) };
     closing("loop guard", matching)
@@ -139,7 +144,7 @@ fn one(ip: IpAddr) -> CidrRange {
     CidrRange { address_prefix: ip.to_string(), prefix_len: Some(uint32(len)) }
 }
 
-/// Of a range in its usual spelling, `240.0.0.0/5`.
+/// Parses a range such as `240.0.0.0/5`.
 fn cidr(range: &str) -> Option<CidrRange> {
     let (address, len) = range.split_once('/')?;
     Some(CidrRange { address_prefix: address.to_owned(), prefix_len: Some(uint32(len.parse().ok()?)) })

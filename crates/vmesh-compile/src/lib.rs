@@ -1,21 +1,24 @@
-//! The compiler: a world and a node in, the node's Envoy configuration out.
+//! The compiler turns a world and a node's report into the node's Envoy configuration.
 //!
-//! [`compile`] is the whole of it. [`Compiler`] is the same function for a fleet: it keeps what connected nodes need, and compiles
-//! only what a [`Change`] concerns.
+//! [`compile`] is the whole function. [`Compiler`] computes the same result for a fleet: it keeps what the
+//! connected nodes need, and compiles only what a [`Change`] affects.
 //!
 //! | part              | what it is                                                                          |
 //! |-------------------|-------------------------------------------------------------------------------------|
-//! | [`View`]          | what of a node decides how services are compiled for it; nodes with equal ones share a store |
-//! | variant           | a service, compiled once for all views in which the settings in force for it are equal |
-//! | [`NodeConfig`]    | a node's view, the services in its scope, and the resources of that node alone       |
-//! | [`Configuration`] | all of it at one moment, immutable                                                  |
+//! | [`View`]          | the properties of a node that decide how services are compiled for it; nodes with equal views share a store |
+//! | variant           | a service compiled under one set of effective settings, shared by all views in which these are equal |
+//! | [`NodeConfig`]    | a node's view, the services in its scope, and the resources that this node alone receives |
+//! | [`Configuration`] | the compiler's immutable output: all views, nodes and problems at one moment        |
 //!
-//! A service that no node calls is not compiled, and what the last node of a view leaves behind is dropped.
+//! A service that no node calls is not compiled. When the last node of a view disconnects, the view and the
+//! variants that only it used are dropped.
 //!
-//! **Invariant:** it never fails, waits, or reads a clock. A bad service becomes a `Problem`, not an error, and
-//! costs that service, never the rest of a node's configuration. `cargo tree -p vmesh-compile -e normal` lists no
-//! `tokio`. That the memory changes nothing is a property test: any sequence of worlds and nodes gives each node what
-//! [`compile`] gives it alone, and leaves nothing behind (`tests/memory.rs`).
+//! **Invariant:** the compiler never fails, never waits, and reads no clock. A bad service becomes a
+//! `Problem` instead of an error, and only that service is affected, never the rest of a node's
+//! configuration. `cargo tree -p vmesh-compile -e normal` lists no `tokio`. A property test
+//! (`tests/memory.rs`) proves that the compiler's memory never changes the result: after any sequence of
+//! worlds and nodes, each node has exactly what [`compile`] gives it alone, and nothing remains of nodes that
+//! left.
 
 mod cluster;
 mod compiler;
@@ -43,17 +46,18 @@ pub use route::cluster_name;
 pub use service::{Compiled, Shape};
 pub use view::{Captured, View};
 
-/// Everything that `report`'s proxy needs, and what is wrong with what it was made from.
+/// Returns every resource that the proxy of `report`'s node needs, and the problems found in the services and
+/// documents that they were compiled from.
 pub fn compile(world: &Arc<World>, report: &NodeReport) -> (Snapshot, Vec<Problem>) {
     let configuration = compile_alone(world, report);
     let nothing = || Snapshot { store: Arc::default(), scope: Arc::new(vmesh_xds::Scope::named([""; 0])) };
     (configuration.snapshot(ALONE).unwrap_or_else(nothing), configuration.problems())
 }
 
-/// The id of the node of [`compile_alone`].
+/// The id of the single node in the output of [`compile_alone`].
 pub const ALONE: NodeId = 0;
 
-/// The configuration of `world` with one node, [`ALONE`].
+/// Returns the configuration of `world` with one connected node, [`ALONE`].
 pub fn compile_alone(world: &Arc<World>, report: &NodeReport) -> Configuration {
     let mut compiler = Compiler::new(world.clone());
     compiler.apply(Change { joined: vec![(ALONE, Arc::new(report.clone()))], ..Change::default() });

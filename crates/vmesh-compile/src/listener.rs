@@ -1,5 +1,5 @@
-//! LDS: one listener per declared upstream, one per workload, and for gRPC clients one per service. Those for captured
-//! connections are put together in [`crate::transparent`] and [`crate::gate`].
+//! LDS: one listener per declared upstream, one per workload, and for gRPC clients one per service. The
+//! listeners for captured connections are assembled in [`crate::transparent`] and [`crate::gate`].
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -36,30 +36,30 @@ use crate::effective::Effective;
 use crate::endpoints::socket_address;
 use crate::route::Share;
 
-/// Which way a listener's traffic goes.
+/// The direction of a listener's traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     Outbound,
     Inbound,
 }
 
-/// Where an HTTP listener has its routes from.
+/// The source of an HTTP listener's routes.
 pub(crate) enum Routes {
-    /// RDS, under the service's name.
+    /// RDS, with a service name as the name of the route configuration.
     Named(String),
     Inline(Box<RouteConfiguration>),
 }
 
-/// What Envoy does with the connections of a listener.
+/// The network filter with which Envoy handles the connections of a listener.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Handling(Filter);
 
-/// HTTP. `stat` is the name under which it is counted.
+/// Returns an HTTP connection manager. Its statistics are named `stat`.
 pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> Handling {
     let manager = HttpConnectionManager {
         codec_type: CodecType::Auto.into(),
         stat_prefix: stat_prefix(stat),
-        // What the application says of itself, the proxy does not overwrite.
+        // The proxy passes the application's `server` header through unchanged.
         server_header_transformation: ServerHeaderTransformation::PassThrough.into(),
         http_protocol_options: Some(Http1ProtocolOptions {
             accept_http_10: true,
@@ -70,7 +70,7 @@ pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> Handling {
             ..HttpProtocolOptions::default()
         }),
         stream_idle_timeout: Some(duration(idle)),
-        // Nothing reads the id of a request that is not traced; one that the client sends is passed on.
+        // Without tracing nothing reads a generated request id. An id that the client sends is passed on.
         generate_request_id: Some(boolean(false)),
         upgrade_configs: vec![UpgradeConfig {
             upgrade_type: "websocket".to_owned(),
@@ -81,7 +81,7 @@ pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> Handling {
     handling("envoy.filters.network.http_connection_manager", any(&manager))
 }
 
-/// Anything else: bytes in, bytes out.
+/// Returns a TCP proxy, for every protocol that is not HTTP.
 pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool) -> Handling {
     let specifier = match shares {
         [only] => ClusterSpecifier::Cluster(only.cluster.clone()),
@@ -108,7 +108,8 @@ pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool)
     handling("envoy.filters.network.tcp_proxy", any(&proxy))
 }
 
-/// Whatever the service speaks: by its routes, or by the shares of its connections.
+/// Returns the filter that forwards connections to `service`: by its routes if it speaks HTTP, otherwise
+/// split by `shares`.
 pub(crate) fn to_service(
     stat: &str,
     service: &ServiceName,
@@ -126,7 +127,8 @@ fn handling(filter: &str, config: Any) -> Handling {
     Handling(Filter { name: filter.to_owned(), config_type: Some(ConfigType::TypedConfig(config)) })
 }
 
-/// What a gRPC client asks for to reach a service: no address, only routes (gRFC A27).
+/// Returns the listener that a gRPC client subscribes to in order to reach a service. It has routes but no
+/// address (gRFC A27).
 pub(crate) fn api_listener(name: &str, route_name: &str) -> Listener {
     let manager = connection_manager(Routes::Named(route_name.to_owned()));
     Listener {
@@ -143,7 +145,8 @@ fn connection_manager(routes: Routes) -> HttpConnectionManager {
         }
         Routes::Inline(routes) => RouteSpecifier::RouteConfig(*routes),
     };
-    // The counters by response code (`dynamic_stats`, on by default) are among those that the agent's bootstrap keeps.
+    // The counters by response code (`dynamic_stats`, on by default) are among those that the agent's
+    // bootstrap keeps.
     let router = Router { suppress_envoy_headers: true, ..Router::default() };
     HttpConnectionManager {
         http_filters: vec![HttpFilter {
@@ -156,7 +159,7 @@ fn connection_manager(routes: Routes) -> HttpConnectionManager {
     }
 }
 
-/// A listener that does the same with every connection.
+/// Returns a listener with one filter chain for all connections.
 pub(crate) fn listener(
     name: &str,
     address: SocketAddr,
@@ -172,11 +175,12 @@ pub(crate) fn listener(
     }
 }
 
-/// A listener that no socket is bound for: what was captured on its way to one of `addresses` is handed to it. It looks
-/// at nothing before its filters do, so that whoever waits for the other side to speak first does not wait for Envoy.
+/// Returns a listener that binds no socket and receives the captured connections to `addresses`. Without
+/// listener filters it does not wait for the client's first bytes, so protocols in which the server speaks
+/// first work.
 ///
-/// It is named by the first of the addresses; without any there is none. All listeners of a service are counted under one
-/// name, which takes off a third of what each costs Envoy.
+/// The listener is named after the first address; `None` if `addresses` is empty. All listeners of a service
+/// share one statistics prefix, which reduces the memory that each costs Envoy by a third.
 pub(crate) fn handed_to(addresses: &[SocketAddr], stat: &str, handling: Handling) -> Option<Listener> {
     let (first, others) = addresses.split_first()?;
     Some(Listener {
@@ -191,7 +195,7 @@ pub(crate) fn additional_address(address: SocketAddr) -> AdditionalAddress {
     AdditionalAddress { address: Some(socket_address(address)), ..AdditionalAddress::default() }
 }
 
-/// What is done with the connections that `matching` picks.
+/// Returns a filter chain that applies `filter` to the connections that `matching` selects.
 pub(crate) fn chain(
     name: &str,
     matching: Option<FilterChainMatch>,
@@ -212,12 +216,13 @@ pub(crate) fn traffic_direction(direction: Direction) -> TrafficDirection {
     }
 }
 
-/// `|` and `:` would split Envoy's statistics names.
+/// Returns `name` without the characters `|` and `:`, at which Envoy would split a statistics name.
 fn stat_prefix(name: &str) -> String {
     name.replace(['|', ':'], "_")
 }
 
-/// The name of the listener on `address`: a contract for every client of the control plane.
+/// Returns the name of the outbound listener on `address`. All clients of the control plane rely on this
+/// format.
 pub(crate) fn outbound_name(address: SocketAddr) -> String {
     format!("outbound|{address}")
 }

@@ -1,4 +1,4 @@
-//! One node: which services it may see, and the listeners that are its own.
+//! The configuration of one node: its upstreams, and the listeners that only this node receives.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -29,30 +29,32 @@ use crate::route::Share;
 use crate::service::Compiled;
 use crate::view::Captured;
 
-/// Above so many services, a node that asks for all of them is told what that costs it.
+/// The number of services above which a node that subscribes to all of them gets a problem that states the
+/// cost.
 const MANY: usize = 200;
 
-/// What one node is sent, as far as it is not its view's.
+/// The part of a node's configuration that it does not share with the other nodes of its view.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
-    /// The key of its [`View`](crate::View).
+    /// The key of the node's [`View`](crate::View).
     pub view: Arc<str>,
     pub scope: Arc<Scope>,
     pub problems: Vec<Problem>,
 }
 
-/// What the own resources of a node are made of.
+/// The inputs from which a node's own resources are compiled.
 pub(crate) struct Subject<'a> {
     pub(crate) world: &'a World,
     pub(crate) report: &'a NodeReport,
-    /// The `Node` documents that speak of it, the strongest last.
+    /// The `Node` documents that select the node; later ones override earlier ones.
     pub(crate) documents: &'a [Arc<Placed<document::Node>>],
-    /// Services compiled in its view, at least those that it calls.
+    /// The services compiled in the node's view, at least those that the node calls.
     pub(crate) services: &'a RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
     pub(crate) captured: Option<Captured>,
 }
 
-/// The services that a node calls: those that the agent declares, and those that `Node` documents add.
+/// Returns the services that a node calls: those that its agent declares, and those that `Node` documents
+/// add.
 pub(crate) fn upstreams(report: &NodeReport, documents: &[Arc<Placed<document::Node>>]) -> Vec<Upstream> {
     let declared = match &report.upstreams {
         Upstreams::All => &[],
@@ -62,7 +64,8 @@ pub(crate) fn upstreams(report: &NodeReport, documents: &[Arc<Placed<document::N
     declared.iter().chain(added).cloned().collect()
 }
 
-/// The own resources of a node that calls `upstreams`, and what is wrong with it.
+/// Compiles the resources that only this node receives; it calls `upstreams`. Returns them and the node's
+/// problems.
 pub(crate) fn compile(subject: &Subject<'_>, upstreams: &[Upstream]) -> (Arc<Group>, Vec<Problem>) {
     let Subject { world, report, documents, services, captured } = *subject;
     let mut node = Node {
@@ -100,7 +103,8 @@ struct Node<'a> {
     documents: &'a [Arc<Placed<document::Node>>],
     captured: Option<Captured>,
     report: &'a NodeReport,
-    /// Who listens where: Envoy refuses two listeners with one address, and with them the whole response.
+    /// The users of each listening address. Envoy rejects a second listener on the same address, and the
+    /// whole response with it.
     taken: BTreeMap<SocketAddr, String>,
     resources: Vec<Arc<Resource>>,
     problems: Vec<Problem>,
@@ -129,8 +133,8 @@ impl Node<'_> {
         self.add(&listener(&name, address, Direction::Outbound, handling));
     }
 
-    /// The listeners where captured connections arrive, before those that the node declares: without them all of what
-    /// is captured would fail.
+    /// Adds the listeners for captured connections. They come before the declared listeners, so that in a
+    /// conflict over an address they win: without them every captured connection would fail.
     fn captured(&mut self) {
         let capture = self.report.capture;
         if capture.outbound.is_none() && capture.inbound.is_none() {
@@ -146,7 +150,7 @@ impl Node<'_> {
             self.add(&gate::outbound(capture, self.world.documents.outbound(self.documents)));
         }
         if let Some(inward) = capture.inbound {
-            // The first is the wildcard of IPv4, which stands for every address.
+            // The first address is the IPv4 wildcard, which overlaps with every address.
             if let Some(address) = gate::inbound_addresses(capture).first() {
                 self.take(*address, "transparent capture".to_owned());
             }
@@ -155,14 +159,14 @@ impl Node<'_> {
         }
     }
 
-    /// A chain for each workload, by the port where its application listens.
+    /// Returns one filter chain per workload, which matches the port of its application.
     fn captured_workloads(&mut self) -> Vec<FilterChain> {
         let report = self.report;
         let mut by_port: BTreeMap<(Option<IpAddr>, u16), &ServiceName> = BTreeMap::new();
         let mut chains = Vec::new();
         for workload in &report.workloads {
             let service = &workload.service;
-            // An application on loopback is called at an address of the host all the same.
+            // Captured connections to an application on loopback are addressed to the host's other addresses.
             let host = workload.host.filter(|host| !host.is_loopback() && !host.is_unspecified());
             let port = workload.port;
             if let Some(first) = by_port.get(&(host, port)) {
@@ -236,8 +240,9 @@ impl Node<'_> {
         true
     }
 
-    /// A listener at an address that a socket is bound for. Envoy takes no second one of that address, bound or not: where
-    /// this host is itself an endpoint there, or listens for others, it goes without the listener that its view has for it.
+    /// Adds a listener that binds `address`. Envoy accepts only one listener per address, bound or not. If
+    /// this host is itself an endpoint at `address`, the shared view has a capture listener for it; this node
+    /// receives that listener as absent.
     fn add_bound(&mut self, listener: &Listener, address: SocketAddr) {
         if self.captured == Some(Captured::Addresses) && !address.ip().is_unspecified() {
             self.resources.push(Resource::absent(Kind::Listener, outbound_name(address)));
@@ -255,13 +260,15 @@ impl Node<'_> {
     }
 }
 
-/// Whether two sockets cannot be bound at once: a wildcard address takes the port everywhere.
+/// Reports whether two sockets cannot be bound at the same time. A wildcard address conflicts with every
+/// address on the same port.
 fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
     one.port() == other.port()
         && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
 
-/// What comes in goes to the application behind `cluster`, counted as `stat`.
+/// Returns the filter that forwards inbound connections to the application behind `cluster`. Its statistics
+/// are named `stat`.
 fn to_the_application(cluster: &str, stat: &str, protocol: Protocol) -> Handling {
     let idle = Duration::from_secs(3600);
     if protocol.is_http() {
@@ -270,7 +277,8 @@ fn to_the_application(cluster: &str, stat: &str, protocol: Protocol) -> Handling
     tcp(stat, &[Share { cluster: cluster.to_owned(), weight: 1 }], idle, false)
 }
 
-/// The caller's Envoy has the timeout and the retries; a second set here would multiply them.
+/// Returns a route configuration that sends every request to `cluster`, without timeout and retries. Those
+/// are applied by the caller's Envoy, and a second set here would multiply them.
 fn routes_to(cluster: &str) -> RouteConfiguration {
     let action = RouteAction {
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),

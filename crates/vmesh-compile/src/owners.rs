@@ -1,5 +1,5 @@
-//! Whose endpoint an address is: where several services have it, a captured connection to it can only count as a call
-//! to one of them.
+//! The owner of each endpoint address. If several services have an endpoint at one address, a captured
+//! connection to it counts as a call to only one of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -9,8 +9,10 @@ use vmesh_catalog::World;
 use vmesh_dns::Ranges;
 use vmesh_model::{Endpoint, ServiceName};
 
-/// A listener for an address which is another one on every host, or which Envoy has a listener for anyway, would be hit
-/// by what is not for it. And a name may lead elsewhere by the time that a program asks for it.
+/// Reports whether connections to the address of `endpoint` can be captured. Loopback, link-local and similar
+/// addresses are excluded because they mean another destination on each host, and virtual addresses because
+/// Envoy has listeners for them anyway. An endpoint given by hostname is excluded because the name may
+/// resolve to another address by the time a program connects.
 pub(crate) fn can_be_captured(endpoint: &Endpoint) -> bool {
     let (ip, ranges) = (endpoint.address.ip(), Ranges::default());
     let is_unfit = match ip {
@@ -32,7 +34,7 @@ pub(crate) fn can_be_captured(endpoint: &Endpoint) -> bool {
     endpoint.hostname.is_none() && !is_unfit && !ip.is_multicast()
 }
 
-/// The services that have an endpoint at an address, in the order of their names.
+/// The services that have an endpoint at each address, sorted by name.
 #[derive(Debug, Default)]
 pub(crate) struct Owners(BTreeMap<SocketAddr, Vec<ServiceName>>);
 
@@ -45,14 +47,14 @@ impl Owners {
         owners
     }
 
-    /// The service that connections to `address` count as calls to: the first by name, so that it depends on nothing but
-    /// what there is.
+    /// Returns the service to which connections to `address` are attributed: the first by name, so that all
+    /// replicas attribute them alike.
     pub(crate) fn first(&self, address: SocketAddr) -> Option<&ServiceName> {
         self.0.get(&address)?.first()
     }
 
-    /// Takes over what `now` says of `names`. Returns the services that share an address with one of them which came or
-    /// went: theirs may be the first name now, or no longer.
+    /// Updates the entries of the services `names` from the world `now`. Returns the other services at each
+    /// address that was added or removed, because the first name at that address may have changed.
     pub(crate) fn update(
         &mut self,
         before: &World,

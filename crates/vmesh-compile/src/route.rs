@@ -1,4 +1,4 @@
-//! RDS: a service's `Route` document as one route configuration.
+//! RDS: compiles the `Route` document of a service into a route configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -37,17 +37,19 @@ use vmesh_proto::{any, duration, uint32};
 
 use crate::effective::{Effective, with_conditions};
 
-/// How many services a redirect may pass: the documents are checked for cycles, this is for the impossible rest.
+/// The limit of services that a chain of redirects may pass. The loader already rejects documents with a
+/// cycle; this limit guards against a missed one.
 const MAX_REDIRECTS: usize = 16;
 
-/// A cluster and its share of the requests, relative to the others.
+/// A cluster and its relative share of the requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Share {
     pub cluster: String,
     pub weight: u32,
 }
 
-/// The name of the cluster (and of the EDS resource) of a part of a service.
+/// Returns the name of the cluster, which is also the name of its EDS resource, for `service` or one of its
+/// subsets.
 pub fn cluster_name(service: &ServiceName, subset: Option<&ServiceName>) -> String {
     match subset {
         Some(subset) => format!("{service}|{subset}"),
@@ -55,21 +57,22 @@ pub fn cluster_name(service: &ServiceName, subset: Option<&ServiceName>) -> Stri
     }
 }
 
-/// What a route configuration is made of, and what came up while making it.
+/// Compiles the routes of one service, and collects problems and references meanwhile.
 pub(crate) struct Router<'a> {
     pub(crate) world: &'a World,
     pub(crate) service: &'a ServiceName,
     pub(crate) effective: &'a Effective,
     pub(crate) client: Client,
     pub(crate) problems: Vec<Problem>,
-    /// The other services that requests go to, for the scope of the nodes that call this one.
+    /// The other services that requests are sent to. They belong to the scope of the nodes that call this
+    /// service.
     pub(crate) references: BTreeSet<ServiceName>,
-    /// Every service that a rule names, and whether it is known.
+    /// Every service that a rule mentions, and whether it exists.
     pub(crate) spoken_of: BTreeMap<ServiceName, bool>,
 }
 
 impl Router<'_> {
-    /// The route configuration of the service: its rules in their order, and the whole service for the rest.
+    /// Returns the route configuration of the service: its rules in order, then a route to the whole service.
     pub(crate) fn configuration(&mut self) -> RouteConfiguration {
         let mut routes = self.rules(self.service, &Match::default(), 0);
         let all = Rule::default();
@@ -86,7 +89,7 @@ impl Router<'_> {
         }
     }
 
-    /// Where connections go that cannot be told apart: the split of the first rule that has one.
+    /// Returns the split for connections whose requests Envoy cannot inspect: that of the first rule.
     pub(crate) fn shares(&mut self) -> Vec<Share> {
         let world = self.world;
         let whole = vec![Share { cluster: self.service.to_string(), weight: 1 }];
@@ -106,7 +109,7 @@ impl Router<'_> {
         if shares.is_empty() { whole } else { shares }
     }
 
-    /// The rules of `service`, each also under the condition `under`.
+    /// Compiles the rules of `service`, each combined with the condition `under`.
     fn rules(&mut self, service: &ServiceName, under: &Match, depth: usize) -> Vec<EnvoyRoute> {
         let world = self.world;
         let Some(document) = world.documents.routes.get(service) else { return Vec::new() };
@@ -187,7 +190,7 @@ impl Router<'_> {
         let retry = rule.retry.as_ref().map_or_else(|| effective.retry.clone(), with_conditions);
         Action::Route(RouteAction {
             cluster_specifier: Some(specifier),
-            // Zero is Envoy's way to write "no limit"; leaving it out would mean 15 s.
+            // Zero is Envoy's encoding of "no limit"; an absent timeout means 15 s.
             timeout: Some(duration(request.unwrap_or(Duration::ZERO))),
             retry_policy: retry_policy(&retry, self.client),
             hash_policy: hash_policy(&effective.load_balancing),
@@ -195,7 +198,8 @@ impl Router<'_> {
         })
     }
 
-    /// The clusters of a split. A target that does not exist loses its share to the others.
+    /// Returns the clusters of a split. The share of a target that does not exist goes to the remaining
+    /// targets.
     fn split(
         &mut self,
         service: &ServiceName,
@@ -227,7 +231,7 @@ impl Router<'_> {
             }
             shares.push(Share { cluster: cluster_name(to, target.subset.as_ref()), weight: target.weight });
         }
-        // Envoy refuses a split whose weights add up to nothing.
+        // Envoy rejects a split whose weights sum to zero.
         if shares.iter().all(|share| share.weight == 0) { Vec::new() } else { shares }
     }
 
@@ -252,7 +256,8 @@ fn unknown_service(world: &World, what: &str, service: &ServiceName) -> String {
     format!("{what} `{service}`, which no discovery source and no document knows: {hint}")
 }
 
-/// A rule whose every target is gone must not fall through to another rule: the answer says what is wrong.
+/// Returns a 503 response for a rule none of whose targets exists. The request must not fall through to
+/// another rule.
 fn unavailable(service: &ServiceName) -> Action {
     let body = format!("vmesh: no target of this route of `{service}` exists\n");
     Action::DirectResponse(DirectResponseAction {
@@ -310,7 +315,7 @@ fn retry_policy(retry: &Retry, client: Client) -> Option<RetryPolicy> {
         retry_on: on.join(","),
         num_retries: Some(uint32(retry.attempts)),
         per_try_timeout: retry.per_try_timeout.filter(|_| envoy).map(|time| duration(time.0)),
-        // An instance that has just failed a request is the worst place to try it again.
+        // The endpoint that just failed a request is the worst choice for its retry.
         retry_host_predicate: if envoy { vec![elsewhere] } else { Vec::new() },
         host_selection_retry_max_attempts: if envoy { 3 } else { 0 },
         ..RetryPolicy::default()
@@ -335,7 +340,7 @@ fn hash_policy(balancing: &LoadBalancing) -> Vec<HashPolicy> {
     vec![HashPolicy { policy_specifier: Some(specifier), ..HashPolicy::default() }]
 }
 
-/// What both `one` and `other` ask for; `None` if nothing can fulfil both.
+/// Returns the condition that requires both `one` and `other`, or `None` if no request can match both.
 fn both(one: &Match, other: &Match) -> Option<Match> {
     use PathMatch::{Exact, Prefix};
     let path = match (&one.path, &other.path) {
@@ -346,7 +351,7 @@ fn both(one: &Match, other: &Match) -> Option<Match> {
         (Some(Exact(a)), Some(Prefix(b))) | (Some(Prefix(b)), Some(Exact(a))) if a.starts_with(&**b) => {
             Some(Exact(a.clone()))
         }
-        // A regular expression and another path at once is not something that Envoy can be asked.
+        // Envoy cannot match a regular expression and another path condition in the same route.
         _ => return None,
     };
     let merge = |a: &BTreeMap<Arc<str>, TextMatch>, b: &BTreeMap<Arc<str>, TextMatch>| {

@@ -1,4 +1,4 @@
-//! One variant of a service: its group of resources.
+//! Compiles one variant of a service to its group of resources.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -18,10 +18,10 @@ use crate::route::{Router, Share, cluster_name};
 use crate::transparent::{Index, Subject, Transparent};
 use crate::view::Variant;
 
-/// A variant of a service, together with what it was compiled from.
+/// One compiled variant of a service, and the inputs it was compiled from.
 #[derive(Debug, Clone)]
 pub struct Compiled {
-    /// The key of its [`Variant`].
+    /// The key of the [`Variant`].
     pub(crate) variant: Arc<str>,
     pub group: Arc<Group>,
     pub shape: Arc<Shape>,
@@ -31,33 +31,33 @@ pub struct Compiled {
 }
 
 impl Compiled {
-    /// Where captured connections to the service are taken at its virtual addresses; of none, where its callers
-    /// capture none or it has no port yet.
+    /// Returns the service's virtual addresses at which connections are captured. Empty if its callers
+    /// capture none or the service has no port yet.
     pub fn virtual_addresses(&self) -> &[SocketAddr] {
         self.transparent.as_ref().map(|transparent| transparent.at.as_slice()).unwrap_or_default()
     }
 }
 
-/// All of a service but its endpoints, which change a hundred times as often.
+/// The compiled parts of a service that do not depend on its endpoints. Endpoints change far more often.
 #[derive(Debug)]
 pub struct Shape {
     inputs: Inputs,
     pub settings: Settings,
     pub effective: Effective,
-    /// The other services that its requests may go to.
+    /// The other services that receive requests addressed to this service.
     pub references: BTreeSet<ServiceName>,
-    /// The services that its route speaks of, and whether they were known; and all that documents said of them.
+    /// The services that the route mentions, and whether each existed; and the documents at that time.
     spoken_of: BTreeMap<ServiceName, bool>,
     documents: Arc<Documents>,
-    /// Where its connections go, for listeners that do not look into them.
+    /// The split of connections among clusters, for listeners that do not inspect requests.
     pub shares: Vec<Share>,
     resources: Vec<Arc<Resource>>,
-    /// The cluster of the whole service, and those of its subsets.
+    /// The cluster of the whole service, followed by those of its subsets.
     parts: Vec<(String, Option<Subset>)>,
     problems: Vec<Problem>,
 }
 
-/// What a shape depends on, besides the other services that its route speaks of ([`Shape::spoken_of`]).
+/// The inputs of a [`Shape`], except the other services that its route mentions ([`Shape::spoken_of`]).
 #[derive(Debug, PartialEq)]
 struct Inputs {
     effective: Effective,
@@ -65,19 +65,19 @@ struct Inputs {
     route: Option<Arc<Placed<Route>>>,
 }
 
-/// The endpoints of one cluster, and the resource that was made of them.
+/// The endpoints of one cluster, and the EDS resource built from them.
 #[derive(Debug, Clone)]
 struct Assignment {
     of: Arc<[Endpoint]>,
     resource: Arc<Resource>,
 }
 
-/// What a compilation takes over instead of making it again.
+/// Earlier results whose equal resources a compilation reuses.
 #[derive(Clone, Copy)]
 pub(crate) struct Like<'a> {
-    /// An earlier state of the service in the same view.
+    /// The previous result for the service in the same view.
     pub(crate) earlier: Option<&'a Compiled>,
-    /// Another variant of the service: resources that are equal to its resources are shared with it.
+    /// Another variant of the service, with which equal resources are shared.
     pub(crate) sibling: Option<&'a Compiled>,
 }
 
@@ -88,7 +88,7 @@ impl Like<'_> {
     }
 }
 
-/// Compiles a variant of `name`, which comes with its key.
+/// Compiles the variant of `name` that has this key.
 pub(crate) fn compile(
     world: &World,
     index: &Index,
@@ -104,7 +104,7 @@ pub(crate) fn compile(
     let all = world.services.get(name).map(|service| service.endpoints.clone()).unwrap_or_default();
     let mut usable = all.clone();
     if variant.without_ipv6 && all.iter().any(|endpoint| endpoint.address.is_ipv6()) {
-        // Envoy would refuse the others along with them.
+        // Without IPv6, Envoy rejects the whole assignment if it contains an IPv6 address.
         usable = all.iter().filter(|endpoint| endpoint.address.is_ipv4()).cloned().collect();
     }
     let reshaped = before.is_none_or(|before| !Arc::ptr_eq(&before.shape, &shape));
@@ -141,7 +141,7 @@ pub(crate) fn compile(
     Compiled { variant: key.clone(), group, shape, assignments, transparent, problems }
 }
 
-/// Finds what is wrong with the documents of `name`, whether or not any node calls it.
+/// Returns the problems in the documents of `name`, whether or not any node calls it.
 pub(crate) fn problems(world: &World, name: &ServiceName) -> Vec<Problem> {
     let documents = &world.documents;
     let mut problems = Vec::new();
@@ -227,7 +227,7 @@ fn shape(world: &World, name: &ServiceName, variant: &Variant, like: Like<'_>) -
     }
     let Router { problems, references, spoken_of, .. } = router;
     let documents = world.documents.clone();
-    // What encodes to the same bytes is the same resource.
+    // A resource that encodes to the same bytes as an earlier one is replaced by the earlier pointer.
     let resources = match before {
         Some(before) => resources.into_iter().map(|new| known(&before.resources, new)).collect(),
         None => resources.into_iter().map(|new| like.share(new)).collect(),
@@ -254,13 +254,15 @@ pub(crate) fn known(before: &[Arc<Resource>], new: Arc<Resource>) -> Arc<Resourc
 }
 
 impl Shape {
-    /// Whether the services that the route speaks of are what they were.
+    /// Reports whether each service that the route mentions still exists, or still does not, under the same
+    /// documents.
     fn spoken_of_alike(&self, world: &World) -> bool {
         Arc::ptr_eq(&self.documents, &world.documents)
             && self.spoken_of.iter().all(|(service, known)| world.is_known(service) == *known)
     }
 
-    /// Whether a node that calls the service needs a new scope or new listeners when `other` becomes this.
+    /// Reports whether nodes that call the service need a new scope or new listeners when this shape replaces
+    /// `other`.
     pub fn calls_for_rescoping(&self, other: &Shape) -> bool {
         self.references != other.references
             || self.effective.protocol.is_http() != other.effective.protocol.is_http()

@@ -1,14 +1,15 @@
-//! Captured connections to a service: the listeners that Envoy hands them to, and what the node's agent is told, so
-//! that it answers names and captures just these.
+//! Captured connections to a service: the Envoy listeners that receive them, and the `Destination` that tells
+//! the node's agent which names to answer and which addresses to capture.
 //!
 //! ```text
 //! program -> 246.94.83.229:80 -> rules of the host -> virtual_outbound -> outbound|246.94.83.229:80 -> routes of the service
-//! program -> 10.0.1.11:8080   -> rules of the host -> virtual_outbound -> outbound|10.0.1.11:8080   -> the same
+//! program -> 10.0.1.11:8080   -> rules of the host -> virtual_outbound -> outbound|10.0.1.11:8080   -> routes of the service
 //! ```
 //!
-//! Each listener is a resource of its own, the same for all nodes of a view, so that a change to one service, or the
-//! coming and going of one endpoint, never closes connections of another. A connection to the real address of an endpoint
-//! is balanced over the whole service as any other is: which instance the caller had in mind does not count.
+//! Each listener is a resource of its own, identical for all nodes of a view. A change to one service, or an
+//! endpoint added or removed, therefore never closes connections of another. A connection to the real address
+//! of an endpoint is load-balanced over the whole service like any other: it need not reach the endpoint that
+//! the program addressed.
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,10 +28,10 @@ use crate::owners::{Owners, can_be_captured};
 use crate::service::{Shape, known};
 use crate::view::Captured;
 
-/// No host captures it, so that nobody who works there is locked out: see `vmesh_capture`.
+/// The SSH port. No host captures it, so that an administrator is never locked out; see `vmesh_capture`.
 const SSH: u16 = 22;
 
-/// The virtual address of every service, and who got none.
+/// The virtual address of every service, and the collisions that left a service without one.
 #[derive(Debug, Default)]
 pub(crate) struct Virtuals {
     ips: VirtualIps,
@@ -41,7 +42,8 @@ impl Virtuals {
     pub(crate) fn new(world: &World) -> Virtuals {
         let (ips, all) = VirtualIps::new(
             &Ranges::default(),
-            // One that DNS cannot tell from another has no name that a program could ask for.
+            // DNS does not distinguish names that differ by case. A service whose DNS name belongs to another
+            // service gets no virtual address, because no program could resolve it.
             world
                 .names
                 .sort(world.known().filter(|name| world.names.shadowed_by(name).is_none()))
@@ -55,7 +57,7 @@ impl Virtuals {
         Virtuals { ips, collisions }
     }
 
-    /// The names that have other addresses in `other`, or are another one's collision there.
+    /// Returns the names whose addresses or collisions differ from those in `other`.
     pub(crate) fn differing<'a>(&'a self, other: &'a Virtuals) -> impl Iterator<Item = &'a Arc<str>> {
         let moved = self.ips.iter().filter(|(name, addresses)| other.ips.get(name) != Some(*addresses));
         let told = self.collisions.iter().filter(|(name, all)| other.collisions.get(*name) != Some(*all));
@@ -63,16 +65,17 @@ impl Virtuals {
     }
 }
 
-/// What captured connections depend on beyond the service itself.
+/// The inputs for captured connections that depend on all services: virtual addresses and address owners.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     pub(crate) virtuals: Virtuals,
-    /// Only where real addresses are captured.
+    /// The owners of endpoint addresses; `None` unless real addresses are captured.
     pub(crate) owners: Option<Owners>,
 }
 
 impl Index {
-    /// Takes over `now`. Returns `names` and those that a change of them concerns.
+    /// Updates the index to the world `now`. Returns `names` and all other services that their change
+    /// affects.
     pub(crate) fn update(
         &mut self,
         before: &World,
@@ -84,7 +87,7 @@ impl Index {
             all.extend(owners.update(before, now, &names));
         }
         let has_other_names = names.iter().any(|name| before.is_known(name) != now.is_known(name));
-        // Which name comes first may change although no name came or went.
+        // The order of names can change without any name being added or removed.
         if has_other_names || !Arc::ptr_eq(&before.names, &now.names) {
             let renewed = Virtuals::new(now);
             let differing = renewed.differing(&self.virtuals).chain(self.virtuals.differing(&renewed));
@@ -95,31 +98,33 @@ impl Index {
     }
 }
 
-/// What of a service is there for captured connections.
+/// The resources of a service for captured connections.
 #[derive(Debug, Clone)]
 pub(crate) struct Transparent {
-    /// The virtual addresses with the port, the first of which names the listener.
+    /// The virtual addresses with the service's port. The first one names the listener.
     pub(crate) at: Vec<SocketAddr>,
     listener: Option<Arc<Resource>>,
     by_endpoint: BTreeMap<SocketAddr, Arc<Resource>>,
     destination: Arc<Resource>,
 }
 
-/// A service to compile.
+/// A service to compile for captured connections.
 pub(crate) struct Subject<'a> {
     pub(crate) world: &'a World,
     pub(crate) index: &'a Index,
     pub(crate) name: &'a ServiceName,
     pub(crate) shape: &'a Arc<Shape>,
-    /// All of them, of whichever its callers can use: the port of the service is the same for every caller.
+    /// All endpoints of the service, including those that its callers cannot use. The default port is derived
+    /// from them, so it is the same for every caller.
     pub(crate) endpoints: &'a [Endpoint],
     pub(crate) capture: Capture,
-    /// Whether its callers have it.
+    /// Whether the callers' hosts have IPv6.
     pub(crate) ipv6: bool,
 }
 
 impl Transparent {
-    /// What `subject` is to nodes that capture `captured`. `before` is what was made last, and whether of the same shape.
+    /// Compiles the resources for nodes that capture `captured`. `before` is the previous result, and whether
+    /// it was compiled from the same shape.
     pub(crate) fn of(
         subject: &Subject<'_>,
         captured: Captured,
@@ -132,7 +137,7 @@ impl Transparent {
         let stat = format!("outbound|{name}");
         let handling = OnceCell::new();
         let make_handling = || to_service(&stat, name, &shape.effective, &shape.shares);
-        // What has the same name, and was made of the same shape, is the same.
+        // A resource of the same name compiled from the same shape is identical, so it is reused.
         let reusable = before.filter(|(_, same_shape)| *same_shape).map(|(before, _)| before);
         let listener = |addresses: &[SocketAddr], before: Option<&Arc<Resource>>| {
             let listener = handed_to(addresses, &stat, handling.get_or_init(make_handling).clone())?;
@@ -181,7 +186,8 @@ impl<'a> Subject<'a> {
         self.endpoints.iter().filter(move |endpoint| ipv6 || endpoint.address.is_ipv4())
     }
 
-    /// The port at the virtual addresses: the document's word, else discovery's, else that of the endpoints.
+    /// Returns the port at the service's virtual addresses: the port of its document, else the one from
+    /// discovery, else the most common port of its endpoints.
     fn port(&self, problems: &mut Vec<Problem>) -> Option<u16> {
         let documented = self.world.documents.services.get(self.name).and_then(|document| document.port);
         let registered = || self.world.services.get(self.name).and_then(|service| service.port);
@@ -192,7 +198,7 @@ impl<'a> Subject<'a> {
         for endpoint in self.endpoints {
             *counts.entry(endpoint.address.port()).or_default() += 1;
         }
-        // The lowest of those that are as common.
+        // The lowest port wins a tie.
         let (port, count) = counts.iter().rev().max_by_key(|(_, count)| **count)?;
         if counts.len() > 1 {
             let all: Vec<_> = counts.keys().take(5).map(u16::to_string).collect();
@@ -237,7 +243,8 @@ impl<'a> Subject<'a> {
         let text = |v4: bool| at.iter().find(|at| at.is_ipv4() == v4).map(|at| at.ip().to_string());
         let on_port = !self.endpoints.is_empty()
             && self.endpoints.iter().all(|endpoint| Some(endpoint.address.port()) == port);
-        // Whoever neither captures the addresses nor could answer them has no use for news of every endpoint.
+        // An agent that neither captures real addresses nor answers DNS queries with them does not need the
+        // endpoint list, so it is not woken by every endpoint change.
         let is_named = self.world.names.shadowed_by(self.name).is_none();
         let told = is_named && (captured == Captured::Addresses || on_port);
         let endpoint = |endpoint: &Endpoint| destination::Endpoint {

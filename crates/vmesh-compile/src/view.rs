@@ -1,5 +1,5 @@
-//! Nodes whose services are compiled with the same settings share a [`View`], and one service that comes out alike in several
-//! views is compiled once, as one variant.
+//! Views and variants. Nodes whose services are compiled with the same settings share a [`View`]. A service
+//! that compiles to the same resources in several views is compiled once, as one variant.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -9,33 +9,35 @@ use vmesh_model::document::{Documents, LoadBalancing, Locality, Node, Placed};
 use vmesh_model::node::{Client, Outward};
 use vmesh_model::{NodeReport, ServiceName, Settings};
 
-/// What of a node decides how services are compiled for it.
+/// The properties of a node that decide how services are compiled for it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
     pub client: Client,
-    /// The `Node` documents that set anything for the services that the node calls, the strongest last.
+    /// The `Node` documents that set anything for the services that the node calls; later ones override
+    /// earlier ones.
     pub nodes: Vec<Arc<Placed<Node>>>,
-    /// The node's zone, where any document makes that matter.
+    /// The node's locality zone, or `None` if no document makes load balancing depend on it.
     pub zone: Option<Arc<str>>,
-    /// Which connections to services the node captures. `None`: none.
+    /// Which connections to services the node captures. `None`: it captures none.
     pub captured: Option<Captured>,
-    /// The host has no IPv6: Envoy takes no address of it there, not even for a listener that no socket is bound for.
+    /// The host has no IPv6. Envoy then rejects every IPv6 address, even in a listener that binds no socket.
     pub without_ipv6: bool,
 }
 
-/// Which connections to services are captured.
+/// The destination addresses whose connections are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Captured {
-    /// Those to virtual addresses.
+    /// Only virtual addresses of services.
     Virtual,
-    /// And those to the real addresses of endpoints.
+    /// Virtual addresses and the real addresses of endpoints.
     Addresses,
 }
 
 impl Captured {
-    /// What becomes of connections to no service is each node's own.
+    /// Returns what the node of `report` captures. Connections to addresses of no service are not part of a
+    /// view: the node's own listeners handle them.
     fn by(report: &NodeReport) -> Option<Captured> {
-        // A gRPC client has no listener that a connection could come by.
+        // A gRPC client has no listener that could receive a captured connection.
         if report.client != Client::Envoy {
             return None;
         }
@@ -54,7 +56,8 @@ impl Captured {
 }
 
 impl View {
-    /// The view of `report`'s node, of which the documents `nodes` speak. `zone` is its zone, if zones matter.
+    /// Returns the view of `report`'s node. `nodes` are the documents that select the node; `zone` is its
+    /// locality zone, or `None` if zones do not matter.
     pub(crate) fn of(report: &NodeReport, nodes: &[Arc<Placed<Node>>], zone: Option<Arc<str>>) -> View {
         View {
             client: report.client,
@@ -65,7 +68,8 @@ impl View {
         }
     }
 
-    /// Equal for views in which every service comes out alike. Names and selectors of documents do not count.
+    /// Returns a key that is equal for views in which every service compiles to the same resources. Names and
+    /// selectors of documents are not part of it.
     pub fn key(&self) -> Arc<str> {
         let mut key = key(self.client, self.captured, self.without_ipv6, self.zone.as_deref());
         if !self.nodes.is_empty() {
@@ -74,7 +78,7 @@ impl View {
         key.into()
     }
 
-    /// How `service` is compiled in this view.
+    /// Returns the inputs with which `service` is compiled in this view.
     pub(crate) fn variant(&self, world: &World, service: &ServiceName) -> Variant {
         let settings = world.documents.settings(service, &self.nodes);
         let zone = self.zone.as_ref().filter(|zone| {
@@ -92,19 +96,19 @@ impl View {
     }
 }
 
-/// A variant of a service is compiled from these values and the world.
+/// The inputs, besides the world, from which a service is compiled.
 #[derive(Debug, Clone)]
 pub(crate) struct Variant {
     pub(crate) client: Client,
     pub(crate) settings: Settings,
-    /// The caller's zone, where the service has endpoints in it and prefers them.
+    /// The caller's locality zone, if the service prefers local endpoints and has endpoints in that zone.
     pub(crate) zone: Option<Arc<str>>,
     pub(crate) captured: Option<Captured>,
     pub(crate) without_ipv6: bool,
 }
 
 impl Variant {
-    /// Equal for variants that are compiled to the same resources.
+    /// Returns a key that is equal for variants that compile to the same resources.
     pub(crate) fn key(&self) -> Arc<str> {
         let mut key = key(self.client, self.captured, self.without_ipv6, self.zone.as_deref());
         _ = write!(key, " settings {}", self.settings.content_key());
@@ -129,7 +133,7 @@ fn key(client: Client, captured: Option<Captured>, without_ipv6: bool, zone: Opt
     key
 }
 
-/// Reports whether `node` sets anything for services; one that only adds upstreams does not.
+/// Reports whether `node` overrides any setting of services. A document that only adds upstreams does not.
 fn sets_something(node: &Node) -> bool {
     node.load_balancing.is_some()
         || node.timeouts.is_some()
@@ -139,7 +143,7 @@ fn sets_something(node: &Node) -> bool {
         || node.capture.is_some()
 }
 
-/// Reports whether any document makes the zone of a caller matter.
+/// Reports whether any document makes load balancing depend on the caller's locality zone.
 pub(crate) fn zones_matter(documents: &Documents) -> bool {
     let near = |balancing: &Option<LoadBalancing>| {
         balancing.as_ref().is_some_and(|balancing| balancing.locality == Locality::PreferLocal)

@@ -1,5 +1,5 @@
-//! What a change to one service leaves alone where connections are captured: a listener that becomes another resource
-//! closes the connections that it has.
+//! A change to one service leaves the capture listeners of all others untouched. Replacing a listener's
+//! resource would close its connections.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on ends")]
 
@@ -14,7 +14,7 @@ use vmesh_model::node::{Capture, Client, Outward, Upstreams};
 use vmesh_model::{Endpoint, Health, NodeReport, Place, Problem, Registration, ServiceName, Weight};
 use vmesh_xds::{Kind, Resource};
 
-/// A mesh, and what its compiler remembers of a node that captures real addresses.
+/// A mesh, and the compiler of a node that captures real addresses.
 struct Mesh {
     catalog: Catalog,
     compiler: Compiler,
@@ -73,7 +73,8 @@ impl Mesh {
         self.compiler.apply(Change { world: Some(self.catalog.world().clone()), ..Change::default() });
     }
 
-    /// What of the node's listeners and of what its agent is told is another resource since the last time; `-` is gone.
+    /// Returns the node's listeners and `Local` resources that changed since the last call. `-` marks a
+    /// removed resource.
     fn changes(&mut self) -> String {
         let snapshot = self.compiler.configuration().snapshot(ALONE).unwrap();
         let kinds = [Kind::Listener, Kind::Local].into_iter();
@@ -84,7 +85,7 @@ impl Mesh {
             Kind::Local => format!("[{name}]"),
             _ => name.to_string(),
         };
-        // The node's own are encoded anew and are the same by their content.
+        // The node's own listeners are encoded again each time, so they are compared by content.
         let same = |a: &Arc<Resource>, b: &Arc<Resource>| match a.name().starts_with("virtual_") {
             true => a == b,
             false => Arc::ptr_eq(a, b),
@@ -163,7 +164,7 @@ fn an_address_of_two_services_is_the_first_one_s_and_the_other_s_when_that_goes(
     let mut mesh = Mesh::new(&[("orders", "10.0.1.1:80"), ("payments", "10.0.1.1:80 10.0.2.1:80")]);
     assert_eq!(problems(&mesh).len(), 1);
     mesh.register("orders", "10.0.1.2:80");
-    // One listener more, and that of the shared address now leads to the other service.
+    // One new listener, and the listener of the shared address now leads to the other service.
     check(&mut mesh, "outbound|10.0.1.1:80 outbound|10.0.1.2:80 [orders] [payments]");
     assert_eq!(problems(&mesh), []);
     mesh.register("orders", "10.0.1.2:80 10.0.1.1:80");
@@ -172,11 +173,11 @@ fn an_address_of_two_services_is_the_first_one_s_and_the_other_s_when_that_goes(
 
 #[test]
 fn a_name_that_comes_later_takes_no_virtual_address_and_no_name_from_one_that_was_there() {
-    // By the order of names the newcomer would come first.
+    // In alphabetical order the new service would come first.
     let mut mesh = Mesh::new(&[("svc-318", "10.0.1.1:80"), ("orders", "10.0.2.1:80")]);
     mesh.register("svc-19226", "10.0.3.1:80");
     check(&mut mesh, "outbound|10.0.3.1:80 outbound|[fd76:6d65:7368:0:ee66:83fb:d98d:f194]:80 [svc-19226]");
-    // DNS does not tell it from `orders`: it is reached by its real address alone.
+    // In DNS the name equals `orders`, so the service is reachable by its real address only.
     mesh.register("Orders", "10.0.4.1:80");
     check(&mut mesh, "outbound|10.0.4.1:80 [Orders]");
 }

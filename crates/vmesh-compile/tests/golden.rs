@@ -1,7 +1,8 @@
-//! Text in, text out: `golden/NAME.txt` holds services, documents and a node, `golden/NAME.json` what they compile to.
-//! `UPDATE_EXPECT=1 cargo test -p vmesh-compile` writes the outputs anew; a review then reads Envoy's configuration.
+//! Golden files: `golden/NAME.txt` contains services, documents and a node, `golden/NAME.json` the compiled
+//! output. `UPDATE_EXPECT=1 cargo test -p vmesh-compile` rewrites the outputs; review their diff as Envoy
+//! configuration.
 //!
-//! Every output that is for an Envoy is also given to the real one, in `--mode validate`.
+//! Every output for an Envoy is also validated by the real Envoy, in `--mode validate`.
 
 #![expect(
     clippy::unwrap_used,
@@ -65,7 +66,8 @@ fn envoy_accepts_every_golden_output() {
         }
         let has_ipv6 = !fs::read_to_string(&case).unwrap().contains("has no IPv6");
         let config = bootstrap(&snapshot);
-        // A host may run any of them, and goes from one to the other without losing a request.
+        // A host may run any of these versions, and upgrade or roll back between them without losing a
+        // request.
         for envoy in if has_ipv6 { &all } else { &confined } {
             if let Err(refusal) = envoy::validate_by(envoy, &config.to_string()) {
                 panic!("{envoy:?} refuses what {} compiles to:\n{refusal}\n{config:#}", case.display());
@@ -76,7 +78,8 @@ fn envoy_accepts_every_golden_output() {
     assert!(checked >= 10, "only {checked} outputs were for an Envoy");
 }
 
-/// A program at `path` that is `envoy` on a host without IPv6 (`ipv6.disable=1`): the kernel says so to it alone, by seccomp(2).
+/// Writes a program to `path` that runs `envoy` as on a host without IPv6 (`ipv6.disable=1`), by a seccomp(2)
+/// filter.
 fn without_ipv6(envoy: &Path, path: &Path) -> PathBuf {
     let text = include_str!("without_ipv6.py").replace("ENVOY", &envoy.display().to_string());
     fs::write(path, text).unwrap();
@@ -84,7 +87,7 @@ fn without_ipv6(envoy: &Path, path: &Path) -> PathBuf {
     path.to_owned()
 }
 
-/// Reads the three parts of an input and compiles it.
+/// Parses the three parts of an input file and compiles them.
 fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
     let text = fs::read_to_string(case).unwrap();
     let mut parts = text.split("\n== ");
@@ -106,7 +109,8 @@ fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
     (snapshot, problems, report.client)
 }
 
-/// `orders http port=80`, and indented below it `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining source=zk:a rack=r7`.
+/// Parses services: a line `orders http port=80`, and indented below it its endpoints, such as
+/// `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining source=zk:a rack=r7`.
 fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
     let mut services: BTreeMap<_, Registration> = BTreeMap::new();
     let mut current: Option<vmesh_model::ServiceName> = None;
@@ -157,8 +161,9 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
     services.into_iter().map(|(name, registration)| (name, seen(registration))).collect()
 }
 
-/// `web-1 zone=eu-1a label.role=web`, and below it `calls orders 127.0.0.1:9001`, `calls *`, `serves orders 8080
-/// 127.0.0.1:15008`, `client grpc`, `captures outbound vip`, `captures inbound tproxy`, `has no IPv6`.
+/// Parses a node: a line `web-1 zone=eu-1a label.role=web`, and below it any of `calls orders
+/// 127.0.0.1:9001`, `calls *`, `serves orders 8080 127.0.0.1:15008`, `client grpc`, `captures outbound vip`,
+/// `captures inbound tproxy` and `has no IPv6`.
 fn read_node(text: &str) -> NodeReport {
     let mut lines = text.lines().filter(|line| !line.trim().is_empty());
     let mut head = lines.next().unwrap().split_whitespace();
@@ -217,7 +222,7 @@ fn read_node(text: &str) -> NodeReport {
     report
 }
 
-/// Every resource, by kind and name, as Envoy would print it.
+/// Returns every resource, by kind and name, as JSON in Envoy's notation.
 fn shown(snapshot: &Snapshot) -> Value {
     let mut all = Map::new();
     for kind in Kind::ALL {
@@ -234,7 +239,7 @@ fn shown(snapshot: &Snapshot) -> Value {
     all.into()
 }
 
-/// The snapshot as a static configuration: what would come by EDS and RDS is put where it belongs.
+/// Returns the snapshot as a static Envoy configuration, with the EDS and RDS resources inlined.
 fn bootstrap(snapshot: &Snapshot) -> Value {
     let all = shown(snapshot);
     let of = |kind: &str| all.get(kind).and_then(Value::as_object).cloned().unwrap_or_default();

@@ -1,5 +1,5 @@
-//! That the compiler's memory changes nothing: after any sequence of worlds and nodes it holds what the last world gives each
-//! node alone, and nothing of what has gone.
+//! The compiler's memory never changes the result: after any sequence of worlds and nodes it holds what the
+//! last world gives each node alone, and nothing remains of nodes that left.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
@@ -19,18 +19,18 @@ use vmesh_xds::{Kind, Scope, Snapshot, Store};
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// Service, protocol (none: it goes), and the version of each of its endpoints.
+    /// Sets services: index, protocol (`None` removes the service), and the version of each endpoint.
     Services(Vec<(usize, Option<bool>, Vec<u8>)>),
-    /// For each of `DOCUMENTS`: absent, or which version of it.
+    /// Sets documents: for each entry of `DOCUMENTS` its version, or `None` if it is absent.
     Documents(Vec<Option<usize>>),
-    /// A node comes or, if it is connected, goes: its id, and which of the reports is its own.
+    /// Connects a node, or disconnects it if it is connected: its id, and the index of its report.
     Node(NodeId, usize),
 }
 
-/// The last two want the same virtual address.
+/// The service names. The last two hash to the same virtual address.
 const NAMES: &[&str] = &["s0", "s1", "s2", "s3", "svc-318", "svc-19226"];
 
-/// Documents, each in the two versions of it that follow one another.
+/// The documents, each in two successive versions.
 const DOCUMENTS: &[[&str; 2]] = &[
     [
         "kind: Service\nname: s0\nsubsets: {v1: {version: v1}, v2: {version: v2}}\n",
@@ -83,7 +83,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
     let endpoints = versions.iter().enumerate().map(|(at, version)| Endpoint {
-        // The same addresses for every service, and ports that are not always the same.
+        // All services use the same addresses, while the ports vary.
         address: format!("10.0.0.{}:8{version}", at + 1).parse().unwrap(),
         hostname: (at == 3).then(|| "db.example".into()),
         weight: Weight::ONE,
@@ -103,7 +103,7 @@ fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
     Seen { registration: Arc::new(registration), state: State::Fresh, because: None }
 }
 
-/// Nodes that see services in different ways.
+/// Reports of nodes with different views and scopes.
 fn reports() -> [NodeReport; 6] {
     let captures = |outbound: Option<Outward>, upstreams: Upstreams| NodeReport {
         capture: Capture {
@@ -123,7 +123,7 @@ fn reports() -> [NodeReport; 6] {
             labels: [("role".into(), "web".into()), ("rack".into(), "r1".into())].into(),
             ..captures(Some(Outward::All), Upstreams::All)
         },
-        // It serves one that it calls, and one that it does not.
+        // This node runs workloads of one upstream (`s2`) and of one service that is no upstream (`s1`).
         NodeReport {
             name: "m".parse().unwrap(),
             zone: Some("b".into()),
@@ -168,14 +168,15 @@ fn content(snapshot: &Snapshot) -> Vec<(Kind, String, String)> {
     Kind::ALL.into_iter().flat_map(of).collect()
 }
 
-/// Those of services. What is said of a route may hint at a name that has gone since.
+/// Returns the problems of services. Problems of routes are left out, because they may suggest a name that
+/// was removed since.
 fn problems(compiler: &Compiler) -> Vec<Problem> {
     let mut problems = compiler.configuration().problems();
     problems.retain(|problem| problem.subject.starts_with("Service"));
     problems
 }
 
-/// What a hub does with an update: it ends with what the configuration says.
+/// A model of the hub. After each update it must hold the same content as the compiler's configuration.
 #[derive(Default)]
 struct Published {
     stores: BTreeMap<Arc<str>, Arc<Store>>,
@@ -205,7 +206,7 @@ fn world(catalog: &Catalog) -> Change {
     Change { world: Some(catalog.world().clone()), ..Change::default() }
 }
 
-/// A client says itself in which zone it is.
+/// A node reports its own locality zone, so made-up zones must not add views.
 #[test]
 fn a_zone_that_no_endpoint_is_in_costs_no_view_and_one_that_gets_an_endpoint_has_one() {
     let mut catalog = Catalog::new(1);
@@ -231,7 +232,7 @@ fn a_zone_that_no_endpoint_is_in_costs_no_view_and_one_that_gets_an_endpoint_has
     assert_eq!(compiler.counts().views, 2, "zone `a`, and all other zones");
     assert_eq!(view(&compiler, 1), view(&compiler, 2));
     let in_a = view(&compiler, 0);
-    // And now one in zone `b`.
+    // A second endpoint, in zone `b`.
     catalog.on_view(0, service(&[1, 1]));
     let update = compiler.apply(world(&catalog));
     assert_eq!((compiler.counts().views, update.nodes.len()), (3, 1));
@@ -252,7 +253,7 @@ fn a_service_is_compiled_once_for_all_nodes_that_see_it_alike_and_not_at_all_for
     let (documents, problems) =
         library.update(&[DocumentFile { path: "mesh.yaml", content: Ok(documents.as_bytes()) }]);
     catalog.on_documents(documents, 1, problems);
-    // The endpoint of `s0` is in zone `a`, and those of `s1` are in both.
+    // The endpoint of `s0` is in zone `a`; the endpoints of `s1` are in zones `a` and `b`.
     let view = |s1: &[u8]| {
         let services: [(&str, &[u8]); 3] = [("s0", &[1]), ("s1", s1), ("s2", &[1, 1])];
         let services = services.into_iter().map(|(name, versions)| {
@@ -273,19 +274,19 @@ fn a_service_is_compiled_once_for_all_nodes_that_see_it_alike_and_not_at_all_for
     };
     compiler.apply(join(1, of("x", None, &["s0"])));
     assert_eq!(count(&compiler), (1, 1));
-    // Its document only adds an upstream.
+    // The `Node` document of this node only adds an upstream.
     compiler.apply(join(2, of("a", None, &["s0"])));
     assert_eq!(count(&compiler), (1, 2));
     compiler.apply(join(3, of("b", None, &["s0"])));
     compiler.apply(join(4, of("c", None, &["s0"])));
     assert_eq!(count(&compiler), (2, 3));
-    // In another zone `s0` comes out as it does without one, and `s1` does not.
+    // `s0` has no endpoint in zone `b`, so it compiles as for a node without a zone; `s1` does not.
     compiler.apply(join(5, of("y", Some("b"), &["s0", "s1"])));
     assert_eq!(count(&compiler), (3, 4));
     catalog.on_view(0, view(&[1]));
     let update = compiler.apply(world(&catalog));
     assert_eq!(update.stores.len(), 2, "those of the views in which `s1` is called");
-    // What two variants have in common is one resource, also after a change.
+    // Two variants share each resource that is equal in both, also after a change.
     let changed = ["s0", "s1", "s2"].map(|name| {
         let name: ServiceName = name.parse().unwrap();
         (name.clone(), seen(&name, true, &[2, 2]))
