@@ -1,5 +1,5 @@
-//! The HTTP API, read-only over TCP; what changes something is served on the Unix socket alone, where the file system
-//! says who may.
+//! The HTTP API. Over TCP it is read-only. Requests that change something are served only on the Unix socket,
+//! whose file permissions decide who may connect.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crate::streamed;
 
 type Shared = State<Arc<Control>>;
 
-/// What anybody on loopback may ask.
+/// Returns the routes that any local user may request.
 pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Router {
     let mut routes = routes(registry)
         .route("/api/v1/nodes", get(nodes).delete(async || only_reads()))
@@ -36,7 +36,7 @@ pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Route
     routes.with_state(control)
 }
 
-/// The same and what changes something.
+/// Returns all routes, including those that change something.
 pub(crate) fn full(control: Arc<Control>, registry: Arc<Registry>) -> Router {
     routes(registry)
         .route("/api/v1/nodes", get(nodes).delete(forget_offline))
@@ -76,7 +76,8 @@ fn failure(status: StatusCode, error: impl Into<String>) -> Response {
     (status, Json(Failure { error: error.into() })).into_response()
 }
 
-/// Ready is: every source has answered, or has failed and its last good state was on disk.
+/// Answers whether the control plane is ready: every source has answered, or has failed and its last good
+/// state was on disk.
 async fn readyz(State(control): Shared) -> Response {
     let waiting = control.waiting_for();
     if waiting.is_empty() {
@@ -138,7 +139,7 @@ async fn explain(State(control): Shared, Query(asked): Query<BTreeMap<String, St
     }
 }
 
-/// What the node is to have, as Envoy's `/config_dump` would print it.
+/// Answers with the resources of a node, in the notation of Envoy's `/config_dump`.
 async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
     let Some(snapshot) = name.parse().ok().and_then(|name: NodeName| control.snapshot(&name)) else {
         return failure(
@@ -192,7 +193,7 @@ async fn thaw(State(control): Shared, body: Bytes) -> Response {
     }
 }
 
-/// What a body asks for; else what is wrong with it.
+/// Parses the body of a request, or returns the response that describes its error.
 fn asked<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
     serde_json::from_slice(body).map_err(|error| {
         let why = format!("the body is not what is asked for here: {error}; see docs/api.md");

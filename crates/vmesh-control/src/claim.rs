@@ -1,7 +1,8 @@
-//! What an xDS client claims of itself, read from the `node` of its first request.
+//! Reads the report of an xDS client from the `node` of its first request.
 //!
-//! The agent, and any bare client, puts its report under `node.metadata.vmesh`. A claim that cannot be read refuses
-//! the client and says which field is wrong: a node that is sent less than it asked for would look healthy.
+//! The agent, and any plain client, puts its report under `node.metadata.vmesh`. A client whose report cannot
+//! be read is rejected with the name of the wrong field. If it were served without that field, the node would
+//! receive less than it asked for and still look healthy.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
 use vmesh_text as text;
 
-/// A `node` that cannot be served, and why.
+/// The reason why a client's `node` was rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum BadClaim {
     #[error("the xDS request's node.id: {0}")]
@@ -22,15 +23,15 @@ pub(crate) enum BadClaim {
     Field { node: NodeName, field: &'static str, why: String },
 }
 
-/// More than any node calls.
+/// The limit of upstreams, more than any node calls.
 const UPSTREAMS_MAX: usize = 2000;
-/// More than run on any host.
+/// The limit of workloads, more than any host runs.
 const WORKLOADS_MAX: usize = 256;
 const LABELS_MAX: usize = 64;
-/// Of a zone, and of a label's name and value, in bytes.
+/// The limit, in bytes, of a zone and of a label's name and value.
 const TEXT_MAX: usize = 256;
 
-/// Says what is wrong with a text that is to be shown and compared.
+/// Checks the length and the characters of a text that will be displayed and compared.
 fn check_text(text: &str) -> Result<(), String> {
     if text.len() > TEXT_MAX {
         return Err(format!("`{}` is longer than {TEXT_MAX} bytes", text::escaped(text, 32)));
@@ -41,12 +42,12 @@ fn check_text(text: &str) -> Result<(), String> {
     }
 }
 
-/// Says that there are too many of something.
+/// Checks the number of items in a list.
 fn check_number(number: usize, most: usize) -> Result<(), String> {
     if number <= most { Ok(()) } else { Err(format!("there are {number}, and at most {most} are taken")) }
 }
 
-/// Reads `node`.
+/// Reads and checks the report of a client.
 pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
     let name: NodeName = node.id.parse().map_err(BadClaim::Name)?;
     let wrong = |field, why| BadClaim::Field { node: name.clone(), field, why };
@@ -91,12 +92,13 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
 }
 
 fn parse<T: serde::de::DeserializeOwned>(value: Option<Value>) -> Result<Option<T>, String> {
-    // What is wrong is quoted, and is the client's.
+    // The error message quotes text of the client, so it is escaped.
     let shown = |error: serde_json::Error| text::escaped(&error.to_string(), text::MAX);
     value.map(|value| serde_json::from_value(value).map_err(shown)).transpose()
 }
 
-/// `"*"`, or a list of names and of `{service, listen}`; everything if it is left out.
+/// Parses upstreams: `"*"`, or a list of names and of `{service, listen}`. All services if the field is
+/// absent.
 fn upstreams(value: Option<Value>) -> Result<Upstreams, String> {
     let list = match value {
         None => return Ok(Upstreams::All),
@@ -122,7 +124,7 @@ fn json(value: &ProtoValue) -> Value {
         None | Some(Kind::NullValue(_)) => Value::Null,
         Some(Kind::BoolValue(value)) => Value::Bool(*value),
         Some(Kind::StringValue(value)) => Value::String(value.clone()),
-        // Protobuf has only floats; a port has to become a whole number again.
+        // Protobuf has only floating-point numbers, but a port must be an integer again.
         Some(Kind::NumberValue(value)) if value.fract() == 0.0 && value.abs() < 9e15 => {
             Value::Number(Number::from(*value as i64))
         }

@@ -1,10 +1,11 @@
-//! Compiles each new world for the connected nodes, apart from the lock of the [`Fleet`], and publishes what came out.
+//! Compiles each new world for the connected nodes, without holding the lock of the [`Fleet`], and publishes
+//! the result.
 //!
 //! ```text
-//! worlds -> World --------------------+
-//!                                     v
-//! Fleet -> nodes that came or went -> Compiler -> Hub                (xDS streams)
-//!                                              -> Arc<Compilation>   (API, metrics, ACKs)
+//! worlds -> World ---------------------------+
+//!                                            v
+//! Fleet -> nodes that (dis)connected -> Compiler -> Hub                (xDS streams)
+//!                                                -> Arc<Compilation>   (API, metrics, ACKs)
 //! ```
 
 use std::collections::{HashMap, VecDeque};
@@ -20,15 +21,15 @@ use vmesh_xds::server::{FeedControl, Hub, Publication};
 use crate::fleet::Fleet;
 use crate::worlds::Published;
 
-/// An immutable result of the compiler task, for the API, metrics and ACKs.
+/// The immutable result of the compiler task, for the API, metrics and ACKs.
 #[derive(Clone)]
 pub(crate) struct Compilation {
-    /// The control plane serves clients from the first complete world on, even if sources fail later.
+    /// True from the first complete world on, even if sources fail later. Clients are served only then.
     pub(crate) is_ready: bool,
     pub(crate) configuration: Configuration,
-    /// By view: the generation of the store that was published last, and when.
+    /// For each view, the generation of the last published store, and the time of its publication.
     pub(crate) published_at: RedBlackTreeMapSync<Arc<str>, (u64, Instant)>,
-    /// When a world was taken up last that changed what nodes are sent.
+    /// The time when the compiler last began with a world that changed any node's resources.
     pub(crate) changed_at: SystemTime,
     pub(crate) past: Past,
 }
@@ -49,11 +50,12 @@ impl Compilation {
     }
 }
 
-/// The latest worlds with different documents, the oldest first. With a node, a world gives the configuration that the node had.
+/// The latest worlds before each change of documents, the oldest first. A world and a node's report together
+/// yield the configuration that the node had.
 #[derive(Clone, Default)]
 pub(crate) struct Past(Arc<VecDeque<PastWorld>>);
 
-/// A world that others followed.
+/// A world that was replaced by one with other documents.
 #[derive(Clone)]
 pub(crate) struct PastWorld {
     pub(crate) world: Arc<World>,
@@ -61,7 +63,7 @@ pub(crate) struct PastWorld {
 }
 
 impl Past {
-    /// Worlds share what did not change between them.
+    /// The number of past worlds. Consecutive worlds share their unchanged parts.
     const MAX: usize = 16;
 
     fn push(&mut self, world: Arc<World>, replaced_at: SystemTime) {
@@ -77,7 +79,7 @@ impl Past {
     }
 }
 
-/// Compiles for as long as it is polled.
+/// Compiles worlds and publishes the results, for as long as the future is polled.
 pub(crate) async fn run(
     fleet: Arc<Fleet>,
     mut worlds: watch::Receiver<Published>,
@@ -101,7 +103,7 @@ pub(crate) async fn run(
             (is_new.then(|| published.world.clone()), published.waiting.is_empty())
         };
         let change = Change { world: world.clone(), joined, left: nodes.left };
-        // A large change takes a while, and xDS streams are served meanwhile.
+        // A large change takes a while, during which xDS streams are served.
         let compiling = tokio::task::spawn_blocking(move || {
             let update = compiler.apply(change);
             (compiler, update)
@@ -137,7 +139,8 @@ pub(crate) async fn run(
     }
 }
 
-/// Publishes an update in one step: no stream sees a new route without the cluster that came into its scope with it.
+/// Publishes an update in one step, so that no stream gets a new route before the cluster that entered its
+/// scope with it.
 fn publish(
     hub: &Hub,
     feeds: &HashMap<NodeId, FeedControl>,
@@ -158,7 +161,8 @@ fn publish(
         }
     }
     gone.iter().for_each(|view| _ = next.published_at.remove_mut(view));
-    // The time that ACKs are measured from is published before the stores: the first ACK needs it.
+    // The compilation is published before the stores, because the first ACK looks up the time of publication
+    // in it.
     compiled.send_replace(Arc::new(next));
     hub.publish_all(publication);
     gone.iter().for_each(|view| hub.forget(view));

@@ -1,4 +1,4 @@
-//! `control.yaml`. [`Config::load`] is the only constructor: what it returns can be started.
+//! `control.yaml`. [`Config::load`] is the only constructor: a configuration that it returns can be started.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,41 +14,43 @@ use crate::documents::DocumentsConfig;
 use crate::known_nodes::NodeLimits;
 use crate::persist;
 
-/// Everything that `vmesh-control` is told.
+/// The configuration of `vmesh-control`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Config {
     /// The SPIFFE trust domain of the mesh.
     #[serde(default = "trust_domain")]
     pub(crate) trust_domain: String,
-    /// Where services are registered; of two that know an endpoint, the first one's word holds.
+    /// The discovery sources. If two list the same endpoint, the first one's entry is used.
     pub(crate) discovery: Vec<SourceConfig>,
-    /// Where the mesh documents are; without it there are none.
+    /// The location of the mesh documents. `None`: there are none.
     pub(crate) documents: Option<DocumentsConfig>,
     #[serde(default)]
     pub(crate) listen: Listen,
-    /// Where the last good state is kept.
+    /// The directory of the last good state.
     #[serde(default = "state_dir")]
     pub(crate) state_dir: PathBuf,
-    /// `error`, `warn`, `info`, `debug` or `trace`; `$VMESH_LOG` outranks it.
+    /// `error`, `warn`, `info`, `debug` or `trace`. `$VMESH_LOG` takes precedence.
     pub(crate) log: Option<String>,
     #[serde(default)]
     pub(crate) limits: Limits,
 }
 
-/// What clients may take.
+/// The limits for clients.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Limits {
-    /// xDS connections at once; less where the process may not have so many files open.
+    /// Concurrent xDS connections. Lowered if the process may not open that many files.
     pub(crate) connections: usize,
-    /// xDS connections from one address at once. Default: three quarters of all where xDS is served on loopback, else 1,024.
+    /// Concurrent xDS connections from one address. Default: three quarters of all if xDS is served on
+    /// loopback, else 1,024.
     pub(crate) connections_per_address: Option<usize>,
-    /// An xDS connection of this age ends, and its client connects again: so nodes spread over replicas that came later.
+    /// The age at which an xDS connection is closed and its client reconnects, so that nodes spread over
+    /// replicas that were added later.
     pub(crate) connection_age: Time,
-    /// Names of nodes that are known, connected and offline together.
+    /// Node names, connected and offline together.
     pub(crate) nodes: usize,
-    /// A node that has been offline for so long is forgotten.
+    /// The time after which an offline node is forgotten.
     pub(crate) forget_offline_after: Time,
 }
 
@@ -64,18 +66,19 @@ impl Default for Limits {
     }
 }
 
-/// Bytes that the reports of offline nodes may take in memory; about as many on the disk.
+/// The limit, in bytes, of the memory for reports of offline nodes. They take about as much space on the
+/// disk.
 const OFFLINE_BYTES: usize = 64 << 20;
 
 impl Limits {
-    /// For a process that may have `files` open.
+    /// Returns the connection limits for a process that may open `files` files.
     pub(crate) fn xds(&self, listen: SocketAddr, files: usize) -> connections::Limits {
         let apis = 2 * http::LIMITS.total;
         let total = self.connections.min(descriptors::for_connections(files).saturating_sub(apis)).max(1);
         let most_of_all = (total - total / 4).max(1);
         let per_origin = match (self.connections_per_address, listen.ip().is_loopback()) {
             (Some(most), _) => most,
-            // All clients are of this host, or come by a proxy.
+            // All clients run on this host or connect through a proxy.
             (None, true) => most_of_all,
             (None, false) => most_of_all.min(1024),
         };
@@ -89,7 +92,7 @@ impl Limits {
     pub(crate) fn nodes(&self, xds: connections::Limits) -> NodeLimits {
         NodeLimits {
             names: self.nodes,
-            // A connection can carry several nodes: the limit of connections alone would not limit their names.
+            // One connection can carry several nodes, so limiting connections would not limit names.
             names_per_origin: xds.per_origin,
             offline_bytes: OFFLINE_BYTES,
             forget_offline_after: self.forget_offline_after.0,
@@ -97,22 +100,23 @@ impl Limits {
     }
 }
 
-/// Clients that connect and are not admitted yet. The others of a herd wait in the kernel's queue.
+/// The limit of clients that have connected but are not admitted yet. Further ones wait in the kernel's
+/// queue.
 const PENDING: usize = 1024;
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Listen {
-    /// mTLS, agents and proxies. Not served by this version.
+    /// The address for mTLS, from agents and proxies. Not served by this version.
     pub(crate) xds: Option<SocketAddr>,
     #[serde(default = "xds_plaintext")]
     pub(crate) xds_plaintext: SocketAddr,
     #[serde(default = "api")]
     pub(crate) api: SocketAddr,
-    /// The API once more, for those whom the file system lets in: only here can something be changed. Default:
-    /// `api.sock` in `state_dir`.
+    /// The path of the Unix socket of the API. Only here can clients change anything; file permissions decide
+    /// who may connect. Default: `api.sock` in `state_dir`.
     pub(crate) api_socket: Option<PathBuf>,
-    /// Spells out that `xds_plaintext` and `api` may be on other addresses than loopback.
+    /// Permits other addresses than loopback for `xds_plaintext` and `api`.
     #[serde(default)]
     pub(crate) insecure: bool,
 }
@@ -139,7 +143,7 @@ impl Default for Listen {
     }
 }
 
-/// Why `control.yaml` cannot be used: every reason, not the first one.
+/// The errors in `control.yaml`: all of them, not only the first.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
     #[error("the configuration {path} could not be read")]
@@ -215,7 +219,7 @@ impl Config {
         self.listen.api_socket.clone().unwrap_or_else(|| self.state_dir.join("api.sock"))
     }
 
-    /// What it would do, for `--check`.
+    /// Returns what the control plane would do with this configuration, for `--check`.
     pub(crate) fn summary(&self) -> String {
         let mut text = format!("trust domain   {}\n", self.trust_domain);
         for source in &self.discovery {

@@ -1,4 +1,4 @@
-//! What the API reads: functions of what was published, which wait for nothing that compiles or connects.
+//! The read side of the API: functions of published values. None waits for a compilation or a connection.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::overrides::unix_now;
 use crate::persist::WriteStatus;
 use crate::worlds::{Published, Sources};
 
-/// Everything that the API shows.
+/// The published values that the API shows, and the actions that it offers.
 pub(crate) struct Control {
     pub(crate) trust_domain: String,
     started: Instant,
@@ -48,7 +48,7 @@ impl Control {
         Control { trust_domain, started, published, compiled, fleet, sources, desk, written }
     }
 
-    /// What is compiled now.
+    /// Returns the latest compilation.
     fn compiled(&self) -> Arc<Compilation> {
         self.compiled.borrow().clone()
     }
@@ -61,7 +61,7 @@ impl Control {
         self.published.borrow().world.clone()
     }
 
-    /// Returns what the control plane waits for before it is ready; nothing once it is.
+    /// Returns the inputs that the control plane waits for before it is ready; empty once it is ready.
     pub(crate) fn waiting_for(&self) -> Vec<String> {
         if self.compiled.borrow().is_ready {
             return Vec::new();
@@ -70,7 +70,7 @@ impl Control {
         if waiting.is_empty() { vec!["the first compilation".to_owned()] } else { waiting.to_vec() }
     }
 
-    /// Lists every known node with its state.
+    /// Returns every known node with its state.
     pub(crate) fn nodes(&self) -> Vec<(Arc<NodeReport>, Standing)> {
         let world = self.world();
         let mut known: BTreeMap<&NodeName, (Arc<NodeReport>, Vec<State>)> =
@@ -92,7 +92,7 @@ impl Control {
         nodes.collect()
     }
 
-    /// How many names two hosts go by.
+    /// Returns the number of node names that two hosts share.
     pub(crate) fn shared_names(&self) -> usize {
         self.fleet.shared_names()
     }
@@ -101,7 +101,7 @@ impl Control {
         self.fleet.counts()
     }
 
-    /// Everything that wants mending, each once, sorted by place.
+    /// Returns all problems, sorted by place and without duplicates.
     pub(crate) fn problems(&self) -> Vec<Problem> {
         let mut all: BTreeSet<Problem> = self.world().problems.iter().cloned().collect();
         all.extend(self.compiled().configuration.problems());
@@ -173,7 +173,7 @@ impl Control {
         if !view.services.contains_key(service)
             && let Upstreams::Declared(declared) = &report.upstreams
         {
-            // No node of this view calls it: it is compiled for this answer alone.
+            // No node of this view calls the service, so it is compiled for this answer only.
             let asked = Upstream { service: service.clone(), listen: None };
             let upstreams = Upstreams::Declared(declared.iter().cloned().chain([asked]).collect());
             let configuration = compile_alone(world, &NodeReport { upstreams, ..(*report).clone() });
@@ -184,7 +184,8 @@ impl Control {
         explain::explain(world, &view, &config, &report, service, standing(&states))
     }
 
-    /// Returns the resources that the node `name` is sent.
+    /// Returns the resources that the node `name` receives; a node that is not connected is compiled for this
+    /// answer.
     pub(crate) fn snapshot(&self, name: &NodeName) -> Option<Snapshot> {
         let compiled = self.compiled();
         let connections = self.fleet.connections_of(name);
@@ -215,12 +216,12 @@ impl Control {
         self.written.borrow().clone()
     }
 
-    /// How many views are compiled.
+    /// Returns the number of compiled views.
     pub(crate) fn views(&self) -> usize {
         self.compiled().configuration.views()
     }
 
-    /// When the control plane last took up a change, in Unix time.
+    /// Returns the Unix time when the compiler last began with a change of the configuration.
     pub(crate) fn changed_at(&self) -> Duration {
         self.compiled().changed_at.duration_since(UNIX_EPOCH).unwrap_or_default()
     }
@@ -230,7 +231,7 @@ impl Control {
     }
 }
 
-/// As the API shows it.
+/// Returns the node as the API shows it.
 pub(crate) fn node(report: &NodeReport, standing: Standing) -> Node {
     Node {
         offline_seconds: standing.offline_for,

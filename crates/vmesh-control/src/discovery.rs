@@ -1,4 +1,4 @@
-//! What the operator sees of discovery and says to it.
+//! The operator's view of discovery, and the operator's actions on it: accept, freeze, thaw, evict and admit.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -20,27 +20,27 @@ use crate::overrides::{Overrides, unix_now};
 use crate::persist::PersistError;
 use crate::worlds::{Known, Sources};
 
-/// Why the operator's word has no effect.
+/// The reason why an operator's action was not performed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refused {
-    /// What it is about is not there.
+    /// The source, service or endpoint does not exist.
     #[error("{0}")]
     Unknown(String),
     #[error("{0}")]
     Conflict(String),
 }
 
-/// The sources and the overrides, for the API.
+/// The operator's actions on sources and endpoints, for the API.
 #[derive(Debug)]
 pub(crate) struct Desk {
     sources: Sources,
     overrides: Arc<Overrides>,
-    /// How `vmeshctl` reaches the API that changes something.
+    /// The `vmeshctl` command line up to the action, with the socket on which the API accepts changes.
     ctl: String,
 }
 
 impl Desk {
-    /// `socket` is where the API changes something.
+    /// Creates the actions. `socket` is the path of the API socket.
     pub(crate) fn new(sources: Sources, overrides: Arc<Overrides>, socket: &Path) -> Desk {
         let socket = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
         let ctl = format!("vmeshctl --api {} discovery", word(&format!("unix:{}", socket.display())));
@@ -94,7 +94,7 @@ impl Desk {
             kind: held.kind.as_str().into(),
             age_seconds: now.saturating_duration_since(held.since).as_secs(),
             remaining_seconds: held.until.map(|until| {
-                // Rounded up: while it is held something remains.
+                // Rounded up, so that a held removal never shows 0 s remaining.
                 until.saturating_duration_since(now).as_secs_f64().ceil() as u64
             }),
             had: held.had,
@@ -106,7 +106,7 @@ impl Desk {
         }
     }
 
-    /// What happened, the oldest first.
+    /// Returns the events of all sources, the oldest first.
     pub(crate) fn events(&self) -> Vec<Event> {
         let of = |source: Option<&Arc<str>>, events: &Events| {
             let source = source.cloned();
@@ -132,7 +132,7 @@ impl Desk {
         }))
     }
 
-    /// Believes what a source says of `service`, or all that is held of it.
+    /// Accepts the held removals of `service` from a source, or all of them.
     pub(crate) async fn accept(&self, source: &str, service: Option<ServiceName>) -> Result<String, Refused> {
         let known = self.the(source)?;
         let (done, answer) = oneshot::channel();
@@ -159,12 +159,13 @@ impl Desk {
         }
     }
 
-    /// Takes no change of the source, or of all.
+    /// Freezes a source, or all: none of its changes is applied.
     pub(crate) async fn freeze(&self, source: Option<&str>) -> Result<String, Refused> {
         let mut said = Vec::new();
         for known in self.which(source)? {
             let name = known.name();
-            // What is kept comes first: a process that ends here comes back frozen.
+            // The override is changed first, so that a process that crashes here restarts with the source
+            // frozen.
             let since = unix_now();
             self.overrides.change(|kept| {
                 let is_news = !kept.frozen.contains_key(name);
@@ -187,7 +188,7 @@ impl Desk {
         Ok(self.kept(said).await)
     }
 
-    /// Takes the changes of the source, or of all, again.
+    /// Thaws a source, or all: its changes are applied again.
     pub(crate) async fn thaw(&self, source: Option<&str>) -> Result<String, Refused> {
         let mut said = Vec::new();
         for known in self.which(source)? {
@@ -210,7 +211,7 @@ impl Desk {
         }
     }
 
-    /// Uses an endpoint no more, whichever source names it.
+    /// Evicts an endpoint: it is no longer used, whichever source lists it.
     pub(crate) async fn evict(&self, service: &ServiceName, address: SocketAddr) -> Result<String, Refused> {
         let is_evicted = self.overrides.kept().evicted.contains(service, &address);
         if !is_evicted && !self.sources.names(service, &address) {
@@ -229,7 +230,7 @@ impl Desk {
         Ok(self.kept(vec![format!("{address} of `{service}` is not used any more{left}")]).await)
     }
 
-    /// Uses an endpoint again that was evicted.
+    /// Admits an evicted endpoint: it is used again.
     pub(crate) async fn admit(&self, service: &ServiceName, address: SocketAddr) -> Result<String, Refused> {
         if !self.overrides.change(|kept| kept.evicted.admit(service, &address)) {
             return Err(Refused::Unknown(format!(
@@ -266,7 +267,7 @@ impl Desk {
         }
     }
 
-    /// Makes it last, and says if that did not succeed.
+    /// Saves the overrides. Returns the messages in `said`, and a warning if saving failed.
     async fn kept(&self, mut said: Vec<String>) -> String {
         if let Err(error) = self.overrides.save().await {
             said.push(not_kept(&error));
@@ -289,7 +290,7 @@ fn heard<T>(known: &Known, answer: Result<T, oneshot::error::RecvError>) -> Resu
     answer.map_err(|_| ended(known))
 }
 
-/// Only while the process is being stopped.
+/// Returns the error for a source whose task ended, which happens only while the process stops.
 fn ended(known: &Known) -> Refused {
     Refused::Conflict(format!("discovery source `{}` is not followed any more", known.name()))
 }
@@ -376,7 +377,7 @@ fn quoted(names: &[&str]) -> String {
     }
 }
 
-/// `text` as one word of a shell.
+/// Quotes `text` as one word of a shell command.
 fn word(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._:-/@%+=,".contains(c);
     match !text.is_empty() && text.chars().all(is_plain) {

@@ -1,13 +1,13 @@
-//! The mesh documents: from a directory, or from a registry where there is no configuration management.
+//! The mesh documents: read from a directory, or from a registry in fleets without configuration management.
 //!
-//! | module | where they are |
+//! | module | location of the documents |
 //! |---|---|
 //! | [`dir`] | a directory of files |
 //! | [`consul`] | a prefix of Consul's key-value store |
 //! | [`zookeeper`] | a subtree of ZooKeeper |
 //!
-//! What counts is the content, compared by its hash; each document stays in its last good version while it has a
-//! problem. A place that cannot be read is no reason to forget what it said.
+//! Documents are compared by a hash of their content. A document with a problem stays in force in its last
+//! good version. If the location cannot be read, the last documents stay in force.
 
 mod consul;
 mod dir;
@@ -32,18 +32,18 @@ use crate::worlds::until;
 pub(crate) use consul::KvConfig;
 pub(crate) use zookeeper::TreeConfig;
 
-/// How long the first reading of a registry may take before the last good documents are served instead.
+/// The timeout of the first read of a registry, after which the last good documents are served instead.
 const FIRST: Duration = Duration::from_secs(10);
-/// How long documents stay that vanished from a registry together with most of the others.
+/// The time for which documents stay in force after most of them vanished from a registry.
 const HOLD: Duration = Duration::from_secs(60);
-/// Fewer documents come and go as they like.
+/// Below this number of documents, removing most of them is not considered an accident.
 const FEW: usize = 5;
 
-/// Where the documents are.
+/// The location of the documents.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum DocumentsConfig {
-    /// A directory; every `.yaml`, `.yml` and `.json` file in it, in the order of their names.
+    /// A directory: every `.yaml`, `.yml` and `.json` file in it, in alphabetical order.
     Dir(PathBuf),
     /// The keys of Consul that begin with a prefix.
     ConsulKv(KvConfig),
@@ -52,7 +52,7 @@ pub(crate) enum DocumentsConfig {
 }
 
 impl DocumentsConfig {
-    /// Where the registry of the documents is, if that was not said: where the services are registered.
+    /// Fills in the registry's address from the first discovery source of its kind, if none is configured.
     pub(crate) fn complete(&mut self, discovery: &[SourceConfig]) -> Result<(), String> {
         match self {
             DocumentsConfig::Dir(_) => {}
@@ -92,30 +92,31 @@ impl fmt::Display for DocumentsConfig {
     }
 }
 
-/// The documents in force, and what is wrong with the others.
+/// The documents in force, and the problems of the others.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct DocumentsView {
     pub(crate) documents: Arc<Documents>,
-    /// Of the texts in force: equal on every replica that has the same.
+    /// A hash of the texts in force, equal on every replica that has the same ones.
     pub(crate) hash: u64,
     pub(crate) problems: Arc<[Problem]>,
-    /// What is in force, for the next start.
+    /// The texts in force, saved for the next start.
     pub(crate) kept: Arc<[Kept]>,
-    /// Why nothing may be served yet: a registry has never answered, and nothing is known from before.
+    /// The reason why the control plane is not ready: the documents were never read, and none were restored.
     pub(crate) waiting: Option<Arc<str>>,
 }
 
-/// A text as it was read.
+/// The text of one document file or registry entry.
 #[derive(Debug)]
 struct Raw {
-    /// For places, and the same for as long as it is the same text: `/etc/vmesh/mesh.d/orders.yaml`.
+    /// The path shown in problems, and the key that identifies the text across reads:
+    /// `/etc/vmesh/mesh.d/orders.yaml`.
     path: String,
     content: Result<Vec<u8>, String>,
-    /// What it says may be quoted to everybody who reads problems and logs.
+    /// Its content may be quoted in problems and logs, which every user can read.
     is_public: bool,
 }
 
-/// The place that is read.
+/// The location that is read.
 enum Shelf {
     Nothing,
     Dir(dir::Dir),
@@ -133,7 +134,8 @@ impl Shelf {
         }
     }
 
-    /// All texts, whenever they may have changed; at once the first time. After an error the next call takes its time.
+    /// Returns all texts when they may have changed; the first call returns at once. After an error the next
+    /// call waits before it retries.
     async fn next(&mut self) -> Result<Vec<Raw>, String> {
         match self {
             Shelf::Nothing => std::future::pending().await,
@@ -143,7 +145,7 @@ impl Shelf {
         }
     }
 
-    /// All texts as of now, read as strongly as the registry can.
+    /// Reads all texts now, with the strongest consistency of the registry.
     async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
         match self {
             Shelf::Nothing => std::future::pending().await,
@@ -153,33 +155,34 @@ impl Shelf {
         }
     }
 
-    /// An edit of files is somebody's decision; a registry may have lost its content.
+    /// Reports whether the location is a registry, which can lose its content. Files are edited on purpose.
     fn is_registry(&self) -> bool {
         matches!(self, Shelf::Consul(_) | Shelf::Zookeeper(_))
     }
 }
 
-/// Reads the documents for as long as it is polled.
+/// Reads the documents for as long as it is polled. The owner calls [`read_once`](Follower::read_once) first,
+/// and then [`follow`](Follower::follow).
 pub(crate) struct Follower {
-    /// What it is called: the directory, `consul-kv:vmesh/`.
+    /// The name of the location in messages: the directory, or `consul-kv:vmesh/`.
     place: Arc<str>,
     shelf: Shelf,
     library: Library,
     seen: Option<u64>,
-    /// The texts of the last reading that was believed, by their places.
+    /// The paths of the texts in the last read that was accepted.
     paths: BTreeSet<String>,
-    /// Since when most of them are gone.
+    /// The time when most documents went missing.
     few_since: Option<Instant>,
-    /// When they were last read to confirm that, at the earliest next.
+    /// The earliest time of the next read to confirm that they are missing.
     confirm_after: Option<Instant>,
-    /// Whether problems quote files that not every user of the host may read.
+    /// Problems may quote files that not every user of the host can read.
     quotes_private_files: bool,
     has_answered: bool,
 }
 
 impl Follower {
     pub(crate) fn new(config: Option<DocumentsConfig>, kept: Vec<Kept>) -> Follower {
-        // Without a place there are no documents, whatever there was.
+        // Without a configured location there are no documents, even if some were saved.
         let kept = if config.is_some() { kept } else { Vec::new() };
         let place = config.as_ref().map_or_else(String::new, DocumentsConfig::to_string);
         let paths: BTreeSet<String> = kept.iter().map(|kept| kept.file.to_string()).collect();
@@ -197,8 +200,8 @@ impl Follower {
         }
     }
 
-    /// The first reading, so that no world is published without the documents. A registry that does not answer is not
-    /// waited for for ever: what was known from before is served, or nothing at all.
+    /// Reads the documents for the first time, so that the first world contains them. If a registry does
+    /// not answer in time, the restored documents are served, or nothing.
     pub(crate) async fn read_once(mut self, views: &watch::Sender<DocumentsView>) -> Follower {
         if let Shelf::Nothing = self.shelf {
             return self;
@@ -211,7 +214,7 @@ impl Follower {
 
     pub(crate) async fn follow(mut self, views: watch::Sender<DocumentsView>) {
         loop {
-            // However the judgement of what is read turns out, it is read to be sure once in a while and no more often.
+            // A confirming read happens at most once per interval, whatever it returns.
             let confirm_at =
                 self.few_since.map(|since| (since + HOLD).max(self.confirm_after.unwrap_or(since)));
             let read = tokio::select! {
@@ -222,7 +225,7 @@ impl Follower {
         }
     }
 
-    /// Reads the documents again, of which most were gone for [`HOLD`], as strongly as their registry can.
+    /// Reads the documents again with strong consistency, after most of them have been missing for [`HOLD`].
     async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
         self.confirm_after = Some(Instant::now() + HOLD);
         match timeout(HOLD, self.shelf.confirm()).await {
@@ -231,7 +234,7 @@ impl Follower {
                 Ok(files)
             }
             not_confirmed => {
-                // It has to be so for the whole time again.
+                // The documents must be missing for the whole interval again.
                 self.few_since = Some(Instant::now());
                 let slow = || Err(format!("no answer within {} s when they were read again", HOLD.as_secs()));
                 not_confirmed.unwrap_or_else(|_| slow())
@@ -239,7 +242,7 @@ impl Follower {
         }
     }
 
-    /// Most documents are gone, and that is confirmed.
+    /// Accepts that most documents were removed, after a confirming read.
     fn believe(&mut self, files: &[Raw]) {
         if !files.is_empty() {
             self.paths = files.iter().map(|file| file.path.clone()).collect();
@@ -257,13 +260,13 @@ impl Follower {
         views.send_replace(self.take(read));
     }
 
-    /// Whether to believe a registry that has fewer documents than it had.
+    /// Decides whether to accept a read in which a registry has fewer documents than before.
     fn judge(&mut self, files: Vec<Raw>, now: Instant) -> Result<Vec<Raw>, String> {
         if self.shelf.is_registry() {
             let left = files.iter().filter(|file| self.paths.contains(&file.path)).count();
             let had = self.paths.len();
             if files.is_empty() && had > 0 {
-                // Only a document ends this, and no time.
+                // Only a document ends this state; no timeout does.
                 self.few_since = None;
                 return Err(format!(
                     "there is none any more, where there were {had}, which looks like an accident; to mean it, leave one \
@@ -300,14 +303,15 @@ impl Follower {
                 let (documents, problems) = self.library.update(&files);
                 let is_private = |problem: &Problem| private.contains(&*problem.place.file);
                 let shown = |problem: Problem| match is_private(&problem) && !self.quotes_private_files {
-                    // The outcome says what the document costs, and is ours.
+                    // The outcome states the consequence for the document. It is our own text, so it need not
+                    // be redacted.
                     true if is_lost(&problem) => redacted(problem).with_outcome(NOT_IN_FORCE),
                     true => redacted(problem),
                     false => problem,
                 };
                 let problems: Vec<_> = problems.into_iter().map(shown).collect();
-                // The first documents that are served have to be all that were meant: a route that is left out sends requests
-                // elsewhere. Later ones cost themselves.
+                // The first documents that are served must be complete: a missing route would send requests
+                // to the wrong endpoints. Later, a bad document affects only itself.
                 match problems.iter().find(|problem| is_lost(problem)) {
                     Some(lost) if !self.has_answered => {
                         waiting = Some(format!("the documents of `{}` ({lost})", self.place).into());
@@ -340,17 +344,18 @@ impl Follower {
     }
 }
 
-/// Reports whether a document is not in force for this problem, in any version.
+/// Reports whether the problem means that no version of the document is in force.
 fn is_lost(problem: &Problem) -> bool {
-    // After a question the words begin with a capital letter.
+    // After a question mark the message begins with a capital letter.
     problem.message.to_lowercase().ends_with(NOT_IN_FORCE)
 }
 
-/// The problems of the documents that `config` names, for `--check`.
+/// Returns the problems of the documents at `config`, for `--check`.
 pub(crate) async fn check(config: Option<DocumentsConfig>) -> Vec<Problem> {
     let (views, view) = watch::channel(DocumentsView::default());
     let mut follower = Follower::new(config, Vec::new());
-    // Who runs it reads the files as their own user.
+    // The operator who runs `--check` reads the files as their own user, so quoting private files reveals
+    // nothing.
     follower.quotes_private_files = true;
     follower.read_once(&views).await;
     view.borrow().problems.to_vec()
@@ -377,7 +382,7 @@ fn hash(files: &Result<Vec<Raw>, String>) -> u64 {
     hash.digest()
 }
 
-/// A value of no bytes is what a write that failed leaves behind.
+/// Rejects an empty value, which may be left by a failed write.
 fn not_empty(text: Vec<u8>) -> Result<Vec<u8>, String> {
     if text.is_empty() {
         Err("it is empty: if no document is meant, say so by a comment".to_owned())

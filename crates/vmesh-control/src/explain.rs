@@ -1,6 +1,7 @@
-//! How requests from a node reach a service: the answer to `vmeshctl explain`.
+//! Explains how requests from a node reach a service, for `vmeshctl explain`.
 //!
-//! Read from what was compiled, not from the documents again: it explains what the node is sent.
+//! The explanation is derived from the compiled configuration rather than from the documents, so it describes
+//! what the node actually receives.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,30 +15,31 @@ use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
 use vmesh_model::{Endpoint, Health, NodeReport, ServiceName, Settings};
 
-/// What of a node decides how it calls services.
+/// The properties of a node that decide how it calls services.
 struct Caller<'a> {
     documents: Vec<Arc<Placed<document::Node>>>,
     view: &'a View,
 }
 
-/// How the node itself stands.
+/// The xDS state of a node.
 #[derive(Debug, Clone)]
 pub(crate) struct Standing {
     pub(crate) state: NodeState,
     pub(crate) reason: Option<String>,
-    /// Since when no stream of it is open, in Unix time, and for how many seconds.
+    /// The Unix time, in seconds, since which the node has no stream, and the seconds that passed since then.
     pub(crate) offline_since: Option<u64>,
     pub(crate) offline_for: Option<u64>,
 }
 
-/// Of a node without a stream.
+/// The state of a node without a stream.
 impl Default for Standing {
     fn default() -> Self {
         Standing { state: NodeState::Offline, reason: None, offline_since: None, offline_for: None }
     }
 }
 
-/// `Err` is a sentence: there is no such service.
+/// Explains how `report`'s node reaches `service`. The error is a message for the operator: the service does
+/// not exist.
 pub(crate) fn explain(
     world: &World,
     view: &CompiledView,
@@ -108,7 +110,8 @@ pub(crate) fn explain(
     })
 }
 
-/// The declared ports for `service` that were not refused.
+/// Returns the addresses on which the node's Envoy listens for `service`: those declared, except rejected
+/// ones.
 fn listeners<'a>(
     report: &NodeReport,
     service: &ServiceName,
@@ -209,7 +212,7 @@ fn clusters(world: &World, service: &ServiceName, caller: &Caller<'_>) -> Vec<Cl
     let balancing = Effective::of(&settings, world.protocol(service)).load_balancing;
     let cluster = |name: String, endpoints: &[&Endpoint]| {
         let priorities = vmesh_compile::priorities(endpoints, &balancing, caller.view.zone.as_deref());
-        // Where all come first there is nothing to say.
+        // Priorities are shown only if they differ.
         let several = priorities.iter().any(|priority| *priority > 0);
         let endpoints = endpoints.iter().zip(priorities).map(|(endpoint, priority)| ServiceEndpoint {
             priority: several.then_some(priority),

@@ -1,6 +1,6 @@
 //! The fleet owns the connections, admits nodes, and tracks known nodes and the state of each stream.
 //!
-//! One lock holds the connections. Nothing is compiled, encoded, written or waited for under it.
+//! One lock guards the connections. No code compiles, encodes, writes or waits while it holds the lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,7 +23,7 @@ use crate::metrics::Propagation;
 use crate::overrides::unix_now;
 use crate::worlds::{NodeEvent, Published};
 
-/// The connections, and the nodes that are known.
+/// The connections and the known nodes.
 pub(crate) struct Fleet {
     hub: Hub,
     worlds: watch::Receiver<Published>,
@@ -40,25 +40,26 @@ struct Inner {
     connections: BTreeMap<NodeId, Connection>,
     next: NodeId,
     known: KnownNodes,
-    /// The names that two hosts go by. It was logged of each.
+    /// The names that two hosts share. Each was logged when the conflict began.
     shared_names: BTreeSet<NodeName>,
     changes: NodeChanges,
 }
 
-/// Nodes that joined and left since the compiler task last took them. A node that did both is in neither list.
+/// The nodes that connected and disconnected since the compiler task last took the changes. A node that did
+/// both is in neither list.
 #[derive(Default)]
 pub(crate) struct NodeChanges {
     pub(crate) joined: BTreeMap<NodeId, Joined>,
     pub(crate) left: Vec<NodeId>,
 }
 
-/// A node that is not compiled for yet: its feed has no store.
+/// A connected node that is not compiled yet, so its feed has no store.
 pub(crate) struct Joined {
     pub(crate) report: Arc<NodeReport>,
     pub(crate) feed: FeedControl,
 }
 
-/// The class of a feed until its node is compiled. No view has this key.
+/// The view key of a feed until its node is compiled. No real view has this key.
 const NOT_COMPILED: &str = "";
 
 /// One xDS stream.
@@ -70,7 +71,8 @@ struct Connection {
     acked: u64,
 }
 
-/// The inputs of a [`Fleet`] that concern nodes: a channel for their reports, and the nodes of the last run.
+/// The inputs of a [`Fleet`] that concern nodes: the channel for their reports, and the nodes restored from
+/// disk.
 pub(crate) struct NodeIntake {
     pub(crate) reports: mpsc::Sender<NodeEvent>,
     pub(crate) known: KnownNodes,
@@ -104,7 +106,8 @@ impl Fleet {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A panic under the lock ends its task, which ends the process; until then the last state serves.
+        // A panic while the lock is held ends its task, which ends the process. Until then the last state is
+        // served.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -112,31 +115,31 @@ impl Fleet {
         std::mem::take(&mut self.lock().changes)
     }
 
-    /// Waits until [`Fleet::take_changes`] has something. Cancel-safe.
+    /// Waits until [`Fleet::take_changes`] has something to return. Cancel-safe.
     pub(crate) async fn nodes_changed(&self) {
         self.nodes_changed.notified().await;
     }
 
-    /// Every connection: its id, its node, and how it stands.
+    /// Returns every connection: its id, its node's report, and its state.
     pub(crate) fn connections(&self) -> Vec<(NodeId, Arc<NodeReport>, State)> {
         let inner = self.lock();
         let all = inner.connections.iter();
         all.map(|(id, connection)| (*id, connection.report.clone(), connection.state.clone())).collect()
     }
 
-    /// The connections of one node.
+    /// Returns the connections of the node `name`.
     pub(crate) fn connections_of(&self, name: &NodeName) -> Vec<(NodeId, Arc<NodeReport>, State)> {
         let inner = self.lock();
         let all = inner.known.connections(name).filter_map(|id| Some((id, inner.connections.get(&id)?)));
         all.map(|(id, connection)| (id, connection.report.clone(), connection.state.clone())).collect()
     }
 
-    /// How many names two hosts go by.
+    /// Returns the number of node names that two hosts share.
     pub(crate) fn shared_names(&self) -> usize {
         self.lock().shared_names.len()
     }
 
-    /// What is wrong between connections.
+    /// Returns a problem for each node name that two hosts share.
     pub(crate) fn problems(&self) -> Vec<Problem> {
         let inner = self.lock();
         let clashes = inner.shared_names.iter().filter_map(|name| Some((name, inner.clash(name)?)));
@@ -166,13 +169,13 @@ impl Fleet {
         self.lock().known.is_connected(name)
     }
 
-    /// Forgets the nodes that have been offline for `longer`, and returns how many.
+    /// Forgets the nodes that have been offline for at least `longer`. Returns their number.
     pub(crate) fn forget_offline_for(&self, longer: Duration) -> usize {
         let gone = self.lock().known.offline_for(longer, unix_now());
         self.forget(gone)
     }
 
-    /// Forgets nodes that are offline, for as long as the catalog keeps up, and returns how many.
+    /// Forgets offline nodes until the queue to the catalog is full. Returns the number of forgotten nodes.
     pub(crate) fn forget(&self, names: impl IntoIterator<Item = NodeName>) -> usize {
         let mut forgotten = 0;
         for name in names {
@@ -188,7 +191,7 @@ impl Fleet {
         forgotten
     }
 
-    /// Forgets nodes that have been offline for too long, for as long as it is polled.
+    /// Forgets nodes that have been offline for longer than the limit, for as long as the future is polled.
     pub(crate) async fn forget_offline(self: Arc<Fleet>) {
         let longest = self.lock().known.limits().forget_offline_after;
         loop {
@@ -208,7 +211,7 @@ impl Fleet {
         self.went_offline.notified().await;
     }
 
-    /// Since when each node that is known and not connected is offline, in Unix time.
+    /// Returns the offline nodes, each with the Unix time since which it is offline.
     pub(crate) fn offline_since(&self) -> BTreeMap<NodeName, u64> {
         self.lock().known.all_offline()
     }
@@ -218,7 +221,7 @@ impl Fleet {
     }
 }
 
-/// How often the fleet looks for nodes that have been offline for too long.
+/// The interval at which the fleet looks for nodes that have been offline for too long.
 const FORGETS_EVERY: Duration = Duration::from_secs(60);
 
 /// Returns the state of a node with one stream in `state`.
@@ -247,7 +250,7 @@ pub(crate) fn standing<'a>(states: impl IntoIterator<Item = &'a State>) -> Stand
 }
 
 impl Inner {
-    /// Describes two hosts that share the name `name`, if there are two.
+    /// Describes the two hosts that share `name`, or returns `None` if they are not two.
     fn clash(&self, name: &NodeName) -> Option<String> {
         let ids = self.known.connections(name);
         let mut of_this_name = ids.filter_map(|id| self.connections.get(&id));
@@ -256,7 +259,7 @@ impl Inner {
         Some(clash(name, first, other))
     }
 
-    /// Logs a new clash of names. The caller has just added or removed a connection of `name`.
+    /// Logs a new conflict over a name. Called after each connection of `name` is added or removed.
     fn tell_of_clones(&mut self, name: &NodeName) {
         match self.clash(name) {
             Some(clash) if self.shared_names.insert(name.clone()) => {
@@ -288,8 +291,8 @@ fn clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
 }
 
 impl Connection {
-    /// Compares the declared and the remote addresses, since copies of one host declare the same address. A host may connect by
-    /// IPv4 and by IPv6.
+    /// Compares declared and remote addresses, because copies of one host declare the same address. One host
+    /// may connect by both IPv4 and IPv6, so remote addresses of different families are not compared.
     fn is_of_another_host_than(&self, other: &Connection) -> bool {
         let comes_from_elsewhere = match (self.from, other.from) {
             (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4() && one != other,
@@ -299,7 +302,7 @@ impl Connection {
     }
 }
 
-/// The xDS side of a [`Fleet`].
+/// The admission of nodes to a [`Fleet`], for the xDS server.
 pub(crate) struct Door(pub(crate) Arc<Fleet>);
 
 impl Admission for Door {
@@ -313,7 +316,7 @@ impl Admission for Door {
         let mut inner = fleet.lock();
         let inner = &mut *inner;
         let origin = peer.origin();
-        // Nodes that are offline give way to a node that connects.
+        // At the limit, offline nodes are forgotten in favour of a connecting node.
         for _ in 0..MAKES_ROOM_FOR {
             let Some(name) = inner.known.to_make_room(&report) else { break };
             if fleet.reports.try_send(NodeEvent::Forget(name.clone())).is_err() {
@@ -341,7 +344,7 @@ impl Admission for Door {
     }
 }
 
-/// Keeps one connection's state; its drop is the end of the connection.
+/// Records the state of one connection. Dropping it removes the connection from the fleet.
 struct Watcher {
     fleet: Arc<Fleet>,
     id: NodeId,

@@ -1,5 +1,5 @@
-//! Tracks the names of connected and offline nodes. Clients choose their names, so the number of names is limited: in
-//! total, and of those that connect from one origin. At the limit, the origin with the most offline names loses the oldest
+//! Tracks the names of connected and offline nodes. Clients choose their names, so the number of names is
+//! limited: in total, and per origin. At the limit, the origin with the most offline names loses the oldest
 //! of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -9,31 +9,33 @@ use vmesh_daemon::connections::Origin;
 use vmesh_model::node::Upstreams;
 use vmesh_model::{NodeName, NodeReport};
 
-/// Limits for the names of nodes.
+/// The limits of node names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NodeLimits {
-    /// Connected and offline together.
+    /// The limit of connected and offline names together.
     pub(crate) names: usize,
-    /// Connected from one origin.
+    /// The limit of names connected from one origin.
     pub(crate) names_per_origin: usize,
-    /// Bytes that the reports of offline nodes take, by estimate.
+    /// The limit, in estimated bytes, of the memory for reports of offline nodes.
     pub(crate) offline_bytes: usize,
     pub(crate) forget_offline_after: Duration,
 }
 
-/// What is known of nodes beside their reports.
+/// The names of connected and offline nodes. [`connect`](KnownNodes::connect) is called for each new stream
+/// after [`check_room`](KnownNodes::check_room) allowed it, and [`disconnect`](KnownNodes::disconnect) when
+/// the stream ends.
 #[derive(Debug)]
 pub(crate) struct KnownNodes {
     limits: NodeLimits,
     connected: BTreeMap<NodeName, Connected>,
-    /// Number of connected names by origin.
+    /// The number of connected names per origin.
     connected_from: HashMap<Origin, usize>,
     offline: BTreeMap<NodeName, Offline>,
-    /// Offline names, longest offline first.
+    /// Offline names, the longest offline first.
     by_time: BTreeSet<(u64, NodeName)>,
-    /// Offline names by the origin that they were connected from, longest offline first.
+    /// Offline names by the origin from which they were connected, the longest offline first.
     by_origin: HashMap<Origin, BTreeSet<(u64, NodeName)>>,
-    /// The sizes of the sets in `by_origin`.
+    /// The number of offline names per origin, the size of each set in `by_origin`.
     by_size: BTreeSet<(usize, Origin)>,
     offline_bytes: usize,
 }
@@ -41,19 +43,19 @@ pub(crate) struct KnownNodes {
 #[derive(Debug)]
 struct Connected {
     connections: BTreeSet<u64>,
-    /// The origin of the first of the connections.
+    /// The origin of the node's first connection.
     origin: Origin,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Offline {
-    /// In Unix time.
+    /// Unix time, in seconds.
     since: u64,
     bytes: usize,
     origin: Origin,
 }
 
-/// The limit that refuses a node.
+/// The limit that prevents a node from being admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum NoRoom {
     #[error(
@@ -68,7 +70,7 @@ pub(crate) enum NoRoom {
 }
 
 impl KnownNodes {
-    /// Begins with the nodes that were known before a restart, and since when they are offline.
+    /// Restores the nodes known before a restart, each with the Unix time since which it is offline.
     pub(crate) fn new<'a>(
         limits: NodeLimits,
         restored: impl IntoIterator<Item = (&'a NodeReport, u64)>,
@@ -101,7 +103,7 @@ impl KnownNodes {
         self.change_names_of(origin, |names| names.insert((since, name.clone())));
     }
 
-    /// Changes the offline names of `origin`, and its size with them.
+    /// Changes the offline names of `origin`, and updates their number in `by_size`.
     fn change_names_of(
         &mut self,
         origin: Origin,
@@ -142,7 +144,7 @@ impl KnownNodes {
         self.set_offline(report, now, origin);
     }
 
-    /// Forgets a node that is offline.
+    /// Removes a node that is offline.
     pub(crate) fn forget(&mut self, name: &NodeName) {
         if let Some(Offline { since, bytes, origin }) = self.offline.remove(name) {
             let entry = (since, name.clone());
@@ -156,12 +158,12 @@ impl KnownNodes {
         self.connected.contains_key(name)
     }
 
-    /// The connections of each connected node.
+    /// Returns the connections of each connected node.
     pub(crate) fn connected(&self) -> impl Iterator<Item = &BTreeSet<u64>> {
         self.connected.values().map(|connected| &connected.connections)
     }
 
-    /// The connections of a node.
+    /// Returns the connections of the node `name`.
     pub(crate) fn connections(&self, name: &NodeName) -> impl Iterator<Item = u64> {
         self.connected.get(name).into_iter().flat_map(|connected| &connected.connections).copied()
     }
@@ -182,8 +184,8 @@ impl KnownNodes {
         gone.map(|(_, name)| name.clone()).collect()
     }
 
-    /// Returns an offline node to forget before `report` is added: while a limit is exceeded, the node of the origin with the
-    /// most offline nodes that has been offline for longest.
+    /// Returns the offline node to forget before `report` is added, or `None` if no limit is exceeded. It is
+    /// the longest offline node of the origin with the most offline nodes.
     pub(crate) fn to_make_room(&self, report: &NodeReport) -> Option<NodeName> {
         let is_new = !self.is_connected(&report.name) && !self.offline.contains_key(&report.name);
         let names = self.connected.len() + self.offline.len() + usize::from(is_new);
@@ -195,7 +197,7 @@ impl KnownNodes {
         longest_offline_first.find(|name| **name != report.name).cloned()
     }
 
-    /// Reports whether a node of this name may connect from `origin`.
+    /// Reports whether a node with this name may connect from `origin`.
     pub(crate) fn check_room(&self, name: &NodeName, origin: Origin) -> Result<(), NoRoom> {
         if self.is_connected(name) {
             return Ok(());
@@ -211,10 +213,10 @@ impl KnownNodes {
     }
 }
 
-/// Bounds the work of one admission, also after a restart with a smaller limit.
+/// The most nodes that one admission may forget. Bounds its work after a restart with a smaller limit.
 pub(crate) const MAKES_ROOM_FOR: usize = 64;
 
-/// Estimates the memory of a report.
+/// Estimates the memory of a report, in bytes.
 fn estimated_bytes(report: &NodeReport) -> usize {
     let labels: usize = report.labels.iter().map(|(key, value)| key.len() + value.len() + 96).sum();
     let upstreams = match &report.upstreams {
@@ -248,7 +250,7 @@ mod tests {
         all.iter().map(ToString::to_string).collect()
     }
 
-    /// Forgets nodes as an admission of `report` does, and returns their names.
+    /// Forgets nodes as the admission of `report` does, and returns their names.
     fn make_room(known: &mut KnownNodes, report: &NodeReport) -> Vec<String> {
         let mut forgotten = Vec::new();
         while let Some(name) = known.to_make_room(report) {

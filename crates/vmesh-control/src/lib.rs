@@ -1,15 +1,16 @@
-//! The control plane: discovery and documents in, xDS out. Start reading at [`run`].
+//! The control plane: reads discovery sources and documents, compiles them, and serves xDS. Start reading at
+//! [`run`].
 //!
 //! | task | wakes on | publishes |
 //! |---|---|---|
-//! | `discovery <source>` | the source, the operator | `watch<View>` |
-//! | `documents` | the directory, a timer | `watch<DocumentsView>` |
+//! | `discovery <source>` | the source, an operator's command | `watch<View>` |
+//! | `documents` | the directory or registry, a timer | `watch<DocumentsView>` |
 //! | `worlds` | any view, the documents, a node's report, an eviction | `watch<Published>` |
-//! | `compiler` | `watch<Published>`, nodes that come and go | a store per view of nodes, to the hub, and `watch<Compilation>` |
+//! | `compiler` | `watch<Published>`, nodes that connect and disconnect | a store per view of nodes, to the hub, and `watch<Compilation>` |
 //! | `state` | `watch<Published>`, debounced | the last good state on disk |
-//! | `xds` | connections | responses; takes leave of its clients |
-//! | `api`, `api socket` | connections | answers, on a thread of their own |
-//! | `forget nodes` | a timer | that a node which has been offline for too long is forgotten |
+//! | `xds` | connections | xDS responses; drains its clients at the end |
+//! | `api`, `api socket` | connections | HTTP responses, each listener on a thread of its own |
+//! | `forget nodes` | a timer | the removal of nodes that have been offline for too long |
 
 mod api;
 mod claim;

@@ -1,4 +1,4 @@
-//! `/metrics` of the control plane: read from what it is at each scrape, so that nothing is counted twice.
+//! The metrics of the control plane. Each scrape reads the current state, so that no value is tracked twice.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,7 +16,7 @@ use vmesh_xds::server::Counters;
 
 use crate::control::Control;
 
-/// From a store's publication to a node's acknowledgement of all of it.
+/// The histogram of the time from a store's publication until a node acknowledged all of it.
 #[derive(Debug, Clone)]
 pub(crate) struct Propagation(Histogram);
 
@@ -33,7 +33,7 @@ impl Propagation {
     }
 }
 
-/// Reads [`Control`] and the xDS counters at each scrape.
+/// Collects the metrics from [`Control`] and the xDS counters at each scrape.
 pub(crate) struct Scrape {
     pub(crate) control: std::sync::Weak<Control>,
     pub(crate) counters: Arc<Counters>,
@@ -124,7 +124,7 @@ impl Collector for Scrape {
     }
 }
 
-/// What `GET /api/v1/discovery` says.
+/// Encodes the content of `GET /api/v1/discovery` as metrics.
 fn discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt::Result {
     let sources = &discovery.sources;
     let each = |value: &dyn Fn(&DiscoverySource) -> Option<f64>| -> Vec<(String, f64)> {

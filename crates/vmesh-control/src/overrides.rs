@@ -1,5 +1,5 @@
-//! What the operator has said of discovery and what outranks every source: frozen sources, evicted endpoints. It is
-//! kept on the disk beside the last good state, and holds over a restart.
+//! The operator's overrides, which take precedence over every source: frozen sources and evicted endpoints.
+//! They are saved in the state directory and survive a restart.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,14 +13,14 @@ use vmesh_discovery::source::Events;
 
 use crate::persist::{Disk, PersistError};
 
-/// The name of its part of the state.
+/// The name of the overrides' state file.
 pub(crate) const PART: &str = "overrides";
 
-/// As it is kept.
+/// The overrides in the form in which they are saved.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Kept {
-    /// By source, since when; in seconds of Unix time.
+    /// The Unix time, in seconds, since which each source is frozen.
     pub(crate) frozen: BTreeMap<Arc<str>, u64>,
     pub(crate) evicted: Evictions,
 }
@@ -31,14 +31,14 @@ impl Kept {
     }
 }
 
-/// Shared by the API, which changes it, and the worlds, which obey it.
+/// The overrides in force. The API changes them, and the `worlds` task applies them.
 #[derive(Debug)]
 pub(crate) struct Overrides {
     kept: watch::Sender<Kept>,
     disk: Disk,
-    /// Held while it is written, so that the last word is what stays on the disk.
+    /// Held while the overrides are written, so that the latest ones stay on the disk.
     saving: Mutex<()>,
-    /// What happened that concerns no single source.
+    /// The events that concern no single source.
     pub(crate) events: Events,
 }
 
@@ -56,24 +56,25 @@ impl Overrides {
         self.kept.borrow().clone()
     }
 
-    /// Changes what holds from now on, if `change` says that it did. [`Overrides::save`] makes it last.
+    /// Changes the overrides at once; `change` returns whether it changed anything. [`Overrides::save`]
+    /// persists them.
     pub(crate) fn change(&self, change: impl FnOnce(&mut Kept) -> bool) -> bool {
         self.kept.send_if_modified(change)
     }
 
-    /// Writes what holds now to the disk, and waits until that is done.
+    /// Writes the overrides to the disk, and waits until they are synced.
     pub(crate) async fn save(self: &Arc<Self>) -> Result<(), PersistError> {
         let this = self.clone();
         let saved = tokio::task::spawn_blocking(move || {
             let _one_at_a_time = this.saving.lock().unwrap_or_else(PoisonError::into_inner);
             this.disk.save(PART, &this.kept())
         });
-        // It is only cancelled when the process ends, which waits for nothing.
+        // The blocking task is cancelled only when the process ends.
         saved.await.unwrap_or(Ok(()))
     }
 
-    /// Writes what is known of a source that is frozen: what was frozen is what comes back after a restart, and the state
-    /// is else written a moment after a change.
+    /// Writes the view of a source at the moment it was frozen, so that a restart restores exactly this view.
+    /// The debounced write of the state could come too late.
     pub(crate) async fn save_frozen(
         self: &Arc<Self>,
         source: &str,
@@ -84,7 +85,7 @@ impl Overrides {
         saved.await.unwrap_or(Ok(()))
     }
 
-    /// Remembers and logs what became of an endpoint.
+    /// Records and logs what happened to an endpoint.
     pub(crate) fn tell(&self, what: What, evicted: &Evicted, why: &str) {
         let Evicted { service, address, .. } = evicted;
         let text = format!("{address}: {why}").into();
@@ -95,7 +96,7 @@ impl Overrides {
     }
 }
 
-/// Now, in seconds of Unix time.
+/// Returns the current Unix time, in seconds.
 pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

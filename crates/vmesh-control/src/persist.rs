@@ -1,4 +1,4 @@
-//! The last good state on disk. What is encoded is [`vmesh_catalog::state`]'s; here is the disk.
+//! Saves and loads the last good state on disk. [`vmesh_catalog::state`] defines the encoding.
 
 mod sources;
 
@@ -25,10 +25,10 @@ use crate::documents::DocumentsView;
 use crate::worlds::{Published, Sources, until};
 use sources::SourceFiles;
 
-/// Far above any real fleet's state; a file beyond it is not one of ours.
+/// The size limit of a state file, far above the state of any real fleet.
 const MAX_BYTES: u64 = 1 << 30;
 
-/// Why a part of the state could not be read or written.
+/// The reason why a part of the state could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PersistError {
     #[error(
@@ -50,16 +50,17 @@ pub(crate) enum PersistError {
     },
 }
 
-/// The directory of the state, for this user alone: a file for each part, and a directory for each source.
+/// The state directory, accessible only to the user of `vmesh-control`: a file per part, and a directory per
+/// source.
 #[derive(Debug, Clone)]
 pub(crate) struct Disk {
     dir: PathBuf,
     sources: Arc<SourceFiles>,
-    /// Keeps other processes from using the directory.
+    /// The lock that keeps other processes from using the directory.
     _lock: Arc<File>,
 }
 
-/// A part of the state, and when it was written.
+/// A loaded part of the state, with the modification time of its file.
 #[derive(Debug)]
 pub(crate) struct Loaded<T> {
     pub value: T,
@@ -67,8 +68,8 @@ pub(crate) struct Loaded<T> {
 }
 
 impl Disk {
-    /// Makes `dir` if there is none, locks it, removes what a killed writer left there, and finds out now whether it can
-    /// be written.
+    /// Opens the state directory: creates it if necessary, locks it, removes leftovers of crashed writers,
+    /// and checks that it is writable.
     pub(crate) fn open(dir: &Path) -> Result<Disk, PersistError> {
         let unusable = |cause| PersistError::Directory(dir.to_owned(), cause);
         fsx::make_private_dir(dir).map_err(unusable)?;
@@ -80,7 +81,7 @@ impl Disk {
             if !error.is_disk_full() {
                 return Err(PersistError::File(error));
             }
-            // A full disk must not stop the control plane: the state on it can still be read and served.
+            // A full disk must not stop the control plane: the saved state can still be read and served.
             tracing::error!("{}", vmesh_daemon::report::one_line(&error));
         }
         Ok(disk)
@@ -91,17 +92,18 @@ impl Disk {
         fsx::write_atomically(&self.file(part), &text, fsx::PRIVATE).map_err(PersistError::File)
     }
 
-    /// `None` if it was never saved.
+    /// Loads a part of the state; `None` if it was never saved.
     pub(crate) fn load<T: DeserializeOwned>(&self, part: &str) -> Result<Option<Loaded<T>>, PersistError> {
         load_file(&self.file(part), MAX_BYTES)
     }
 
-    /// Writes what differs of `view` from what was written last of this source.
+    /// Writes the files of the source whose content differs from `view`.
     pub(crate) fn save_source(&self, source: &str, view: &Arc<Registrations>) -> Result<(), PersistError> {
         self.sources.save(&self.dir, source, view)
     }
 
-    /// Returns what was known of a source; `None` if it was never saved. A damaged file is logged and costs the services in it.
+    /// Returns the saved view of a source; `None` if it was never saved. The services in a damaged file are
+    /// lost, and the damage is logged.
     pub(crate) fn load_source(
         &self,
         source: &str,
@@ -109,7 +111,7 @@ impl Disk {
         self.sources.load(&self.dir, source)
     }
 
-    /// Returns the nodes known before a restart, each with the Unix time when it was last seen.
+    /// Returns the nodes known before a restart, each with the Unix time when it was last connected.
     pub(crate) fn load_nodes(&self) -> Vec<(NodeReport, u64)> {
         let unix = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let mut nodes: BTreeMap<NodeName, (NodeReport, u64)> = BTreeMap::new();
@@ -140,7 +142,8 @@ impl Disk {
     }
 }
 
-/// Reads a part of at most `limit` bytes; `None` if there is none. A damaged one is set aside.
+/// Reads a part of at most `limit` bytes; `None` if it does not exist. A damaged file is renamed to
+/// `.damaged`.
 fn load_file<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<Loaded<T>>, PersistError> {
     let text = match fsx::read_capped(path, limit) {
         Ok(text) => text,
@@ -159,21 +162,21 @@ fn load_file<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<Load
     }
 }
 
-/// Changes within so long are written once.
+/// The delay before a write, during which further changes are collected.
 const DEBOUNCE: Duration = Duration::from_millis(300);
-/// First pause before a failed write is retried; each further pause doubles, up to
+/// The pause before the first retry of a failed write. It doubles with each retry, up to [`RETRY_LAST`].
 const RETRY_FIRST: Duration = Duration::from_secs(1);
-/// this one.
+/// The longest pause between retries.
 const RETRY_LAST: Duration = Duration::from_secs(15);
 
-/// Result of the last write of the state.
+/// The result of the last write of the state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct WriteStatus {
-    /// Error of the last write, if it failed.
+    /// The error of the last write, if it failed.
     pub(crate) failing: Option<Arc<str>>,
-    /// Writes that failed, since the start.
+    /// The number of failed writes since the process started.
     pub(crate) failures: u64,
-    /// The directory.
+    /// The state directory.
     pub(crate) dir: Arc<str>,
 }
 
@@ -189,21 +192,21 @@ impl WriteStatus {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct KeptNode {
     pub(crate) report: Arc<NodeReport>,
-    /// In Unix time; `None` while it is connected.
+    /// The Unix time, in seconds, since which the node is offline; `None` while it is connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) offline_since: Option<u64>,
 }
 
 impl PartialEq for KeptNode {
-    /// By pointer: what did not change is not written again.
+    /// Compares reports by pointer: an unchanged report keeps its pointer, so it is not written again.
     fn eq(&self, other: &KeptNode) -> bool {
         Arc::ptr_eq(&self.report, &other.report) && self.offline_since == other.offline_since
     }
 }
 
-/// Number of files that nodes are spread over, so that a change of one node rewrites one small file.
+/// The number of files over which nodes are spread, so that a change of one node rewrites one small file.
 const NODE_FILES: u64 = 64;
-/// The one file of earlier versions.
+/// The single file of nodes that earlier versions wrote.
 const ALL_NODES: &str = "nodes";
 
 fn node_part(file: u64) -> String {
@@ -214,24 +217,25 @@ fn node_file(name: &NodeName) -> u64 {
     xxh3_64(name.as_str().as_bytes()) % NODE_FILES
 }
 
-/// The state file of the names of services in use, the first one first.
+/// The state file of the service names in use, the earliest first.
 pub(crate) const NAMES: &str = "names";
 
-/// What was written last of each part, by pointer: what did not change is not written again.
+/// The content last written for each part. Parts with an equal pointer are not written again.
 #[derive(Default)]
 struct Written {
     documents: Option<Arc<[Kept]>>,
     names: Option<Arc<Names>>,
     nodes: BTreeMap<u64, Vec<KeptNode>>,
-    /// Whether the file of earlier versions is gone.
+    /// The single file of earlier versions was removed.
     has_no_old_nodes: bool,
 }
 
-/// After it has written, the task rests for so many times as long: while thousands of nodes connect, each write finds more to write.
+/// The pause after a write, as a multiple of the write's duration. While thousands of nodes connect, each
+/// write finds more changes, and without the pause the task would write continuously.
 const RESTS_FOR: u32 = 9;
 const RESTS_AT_MOST: Duration = Duration::from_secs(10);
 
-/// Keeps the last good state on the disk, and once more at the end.
+/// Saves the last good state after each change, and once more when the process stops.
 pub(crate) async fn keep(
     disk: Disk,
     sources: Sources,
@@ -268,7 +272,7 @@ pub(crate) async fn keep(
             (written, failed)
         });
         let failed;
-        // After a panic (a bug of ours) everything is written again.
+        // After a panic `written` is empty, so everything is written again.
         (written, failed) = saved.await.unwrap_or_default();
         retry = failed.as_ref().map(|_| {
             let pause = retry.map_or(RETRY_FIRST, |(_, pause)| (pause * 2).min(RETRY_LAST));
@@ -285,7 +289,7 @@ pub(crate) async fn keep(
     }
 }
 
-/// Publishes whether everything is written, and logs when that changes.
+/// Publishes the result of a write, and logs when it changes between success and failure.
 fn tell(status: &watch::Sender<WriteStatus>, failed: Option<String>) {
     let before = status.borrow().failing.clone();
     match (&before, &failed) {
@@ -299,7 +303,7 @@ fn tell(status: &watch::Sender<WriteStatus>, failed: Option<String>) {
     });
 }
 
-/// Writes what changed, and says what could not be written.
+/// Writes the parts that changed. Returns the first error, if any part could not be written.
 fn save(
     disk: &Disk,
     good: &[(Arc<str>, Arc<Registrations>)],
@@ -323,7 +327,7 @@ fn save(
     if !known && note(disk.save("documents", &documents.kept)) {
         written.documents = Some(documents.kept.clone());
     }
-    // Which names were there first outlives a restart.
+    // The order in which names came into use must survive a restart.
     let known = written.names.as_ref().is_some_and(|known| Arc::ptr_eq(known, &world.names));
     if !known && note(disk.save(NAMES, &world.names.in_order())) {
         written.names = Some(world.names.clone());
@@ -335,7 +339,7 @@ fn save(
     }
     let mut has_all = true;
     for (file, nodes) in nodes {
-        // An empty list needs no file.
+        // An empty list does not need a file.
         let is_same = match written.nodes.get(&file) {
             Some(written) => *written == nodes,
             None => nodes.is_empty() && !disk.file(&node_part(file)).exists(),
@@ -353,7 +357,7 @@ fn save(
     failed
 }
 
-/// The name of a source as a part of the state: its own name may have `/` in it, or be `..`.
+/// Returns the file name for a source. The name of a source may contain `/` or be `..`.
 pub(crate) fn part(source: &str) -> String {
     let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
     format!("source-{}", source.chars().map(safe).collect::<String>())

@@ -1,4 +1,4 @@
-//! From the command line to the tasks, and from a signal to the end.
+//! Starts the control plane: parses the command line, starts the tasks, and stops them after a signal.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -33,13 +33,14 @@ use crate::overrides::{self, Kept, Overrides};
 use crate::persist::{self, Disk, Loaded, PersistError, WriteStatus, part};
 use crate::worlds::{self, Known, NodeEvent, Published, Sources};
 
-/// How long streams and answers may take to end.
+/// The deadline for streams and responses to end when the process stops.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Reports of nodes that wait to become part of a world. Whoever comes when there are more is told to try again.
+/// The queue of node reports that wait to be added to a world. A client that connects while it is full is
+/// told to retry.
 const REPORTS: usize = 10_000;
 
-/// How long `--check` waits for a source: longer than a first view waits for names that are looked up.
+/// How long `--check` waits for a source. Longer than a first view may wait for DNS lookups.
 const FIRST_VIEW: Duration = Duration::from_secs(40);
 
 /// The vmesh control plane.
@@ -49,12 +50,12 @@ struct Cli {
     #[arg(long, value_name = "FILE", default_value = "/etc/vmesh/control.yaml")]
     config: PathBuf,
 
-    /// Read the configuration, the sources and the documents, say what is there, and exit.
+    /// Read the configuration, the sources and the documents, print a summary and the problems, and exit.
     #[arg(long)]
     check: bool,
 }
 
-/// Why it could not start, or ended.
+/// The reason why the control plane could not start or ended.
 #[derive(Debug, thiserror::Error)]
 enum RunError {
     #[error("could not listen on {what}; is another vmesh-control running?")]
@@ -108,7 +109,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Reads everything once and says what is there and what is wrong with it; whether nothing is.
+/// Reads all inputs once, and prints a summary and the problems. Returns whether there are none.
 fn check(config: &Config) -> Result<bool, RunError> {
     print!("{}", config.summary());
     let runtime =
@@ -117,7 +118,8 @@ fn check(config: &Config) -> Result<bool, RunError> {
     for source in &config.discovery {
         let mut source = source.clone();
         if let SourceConfig::File(config) = &mut source {
-            // Who runs it reads the files as their own user.
+            // The operator who runs `--check` reads the files as their own user, so quoting private files
+            // reveals nothing.
             config.quotes_private_files = true;
         }
         let view = runtime.block_on(first_view(source.clone()));
@@ -134,7 +136,7 @@ fn check(config: &Config) -> Result<bool, RunError> {
     Ok(problems.is_empty())
 }
 
-/// What a source says first, or why it does not.
+/// Returns the first view of a source, or the reason why it does not answer.
 async fn first_view(source: SourceConfig) -> View {
     let (handle, task) = vmesh_discovery::open(source, None, None);
     let mut views = handle.views;
@@ -151,13 +153,14 @@ async fn first_view(source: SourceConfig) -> View {
 
 async fn run(config: Config) -> Result<(), RunError> {
     let files = descriptors::raise_limit();
-    // First of all: until then one of them would kill the process.
+    // Signal handlers are installed first: until then such a signal would kill the process.
     let hangups = signal(SignalKind::hangup()).map_err(RunError::Signals)?;
     let ignored = [signals::SIGUSR1, signals::SIGUSR2];
     let ignored =
         signals::ignored(&ignored, "SIGHUP reads what discovery reads again").map_err(RunError::Signals)?;
     let disk = Disk::open(&config.state_dir).map_err(RunError::State)?;
-    // Sockets before anything else is done: an address that is taken is an error of the start, and of nothing else.
+    // Sockets are bound before any task is started, so that an address in use is reported as a start-up
+    // error.
     let xds = listen_tcp(config.listen.xds_plaintext)?;
     let api_tcp = unbound(listen_tcp(config.listen.api)?.into_std(), || config.listen.api.to_string())?;
     let api_socket = listen_unix(&config.api_socket())?;
@@ -230,7 +233,7 @@ async fn run(config: Config) -> Result<(), RunError> {
     tasks
         .spawn_draining("xds", |stop| vmesh_xds::server::serve_bounded(xds, service, bounded, stopped(stop)));
     let (reads, all) = (api::read_only(control.clone(), registry.clone()), api::full(control, registry));
-    // Apart from xDS: whoever asks the API for much makes nobody wait for configuration.
+    // The API runs on its own threads, so that expensive API requests do not delay xDS.
     tasks.spawn_draining("api", |stop| async move {
         on_own_thread(
             "api",
@@ -270,15 +273,15 @@ async fn run(config: Config) -> Result<(), RunError> {
     outcome
 }
 
-/// Has every discovery source read again at each SIGHUP. Documents in a directory are read every 2 s anyway, secrets at their next use,
-/// and `control.yaml` at the start only.
+/// Makes every discovery source read again at each SIGHUP. Documents in a directory are read every 2 s
+/// anyway, secrets at their next use, and `control.yaml` only at the start.
 async fn read_again_on(mut hangups: Signal, sources: Sources) {
     while hangups.recv().await.is_some() {
         tracing::info!(
             "SIGHUP: every discovery source is read again; control.yaml is read at the start only"
         );
         for known in sources.all() {
-            // A queue that is full has a reading in it, or an operator who is being answered.
+            // A full queue already contains a request to read, or commands of an operator.
             if let Err(full) = known.handle.commands.try_send(Command::ReadAgain) {
                 tracing::warn!(
                     "discovery source `{}` is not read again: {full}; send SIGHUP again",
@@ -290,7 +293,7 @@ async fn read_again_on(mut hangups: Signal, sources: Sources) {
     std::future::pending().await
 }
 
-/// Follows one source, from its last good state if there is one, and frozen if it was.
+/// Starts a discovery source from its last good state, frozen if it was frozen before.
 fn start_source(source: &SourceConfig, disk: &Disk, kept: &Kept, tasks: &mut Tasks) -> Known {
     let name = source.name();
     let last_good = loaded(&part(&name), disk.load_source(&name));
@@ -303,7 +306,7 @@ fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T
     loaded(part, disk.load(part))
 }
 
-/// Logs how a part of the state was loaded.
+/// Logs how a part of the state was loaded, and returns it.
 fn loaded<T>(part: &str, loaded: Result<Option<Loaded<T>>, PersistError>) -> Option<T> {
     match loaded {
         Ok(Some(loaded)) => {
@@ -319,7 +322,7 @@ fn loaded<T>(part: &str, loaded: Result<Option<Loaded<T>>, PersistError>) -> Opt
     }
 }
 
-/// Why the API ended.
+/// The reason why the API stopped.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
     #[error("the API could not be served")]
@@ -332,12 +335,13 @@ fn listen_tcp(address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
     listen::tcp(address).map_err(|cause| RunError::Listen { what: address.to_string(), cause })
 }
 
-/// A listener that another runtime is to accept with.
+/// Adds the address to the error of a listener that is handed to another runtime.
 fn unbound<L>(listener: std::io::Result<L>, what: impl FnOnce() -> String) -> Result<L, RunError> {
     listener.map_err(|cause| RunError::Listen { what: what(), cause })
 }
 
-/// A socket that a process left behind is replaced; one that somebody serves is an error.
+/// Listens on a Unix socket. A socket left by a crashed process is replaced; a socket that a process serves
+/// is an error.
 fn listen_unix(path: &Path) -> Result<std::os::unix::net::UnixListener, RunError> {
     let failed = |cause| RunError::Listen { what: path.display().to_string(), cause };
     if std::os::unix::net::UnixStream::connect(path).is_ok() {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use vmesh_proto::json::bytes_to_json;
 use vmesh_xds::{Group, Groups, Kind, Resource, Snapshot};
 
-/// A piece is written when it is so large, in bytes.
+/// The size, in bytes, at which a chunk is written.
 const PIECE: usize = 32 << 10;
 
 /// Answers with `{"NAME":[ITEM,...]}`. Each item is serialised when the client reads it.
@@ -20,14 +20,14 @@ pub(crate) fn list<T: Serialize>(name: &str, items: impl Iterator<Item = T> + Se
     let mut is_first = true;
     let items = items.map(move |item| {
         let mut text = if std::mem::take(&mut is_first) { Vec::new() } else { vec![b','] };
-        // Serialisation fails only for maps with keys that are no strings; the API has none.
+        // Serialisation fails only for maps whose keys are not strings; the API has none.
         _ = serde_json::to_writer(&mut text, &item);
         text
     });
     pieces(std::iter::once(head.into_bytes()).chain(items).chain(std::iter::once(b"]}".to_vec())))
 }
 
-/// Answers with the resources of a node by their types, as Envoy's `/config_dump` would print them.
+/// Answers with the resources of a node, grouped by type, in the notation of Envoy's `/config_dump`.
 pub(crate) fn config(snapshot: Snapshot) -> Response {
     let scope = &snapshot.scope;
     let shared: Vec<Arc<Group>> = match &scope.groups {
@@ -35,7 +35,8 @@ pub(crate) fn config(snapshot: Snapshot) -> Response {
         Groups::Named(keys) => keys.iter().filter_map(|key| snapshot.store.group(key)).cloned().collect(),
     };
     let groups: Arc<[Arc<Group>]> = std::iter::once(scope.own.clone()).chain(shared).collect();
-    // Each resource is looked up when the client takes it: a request that nobody reads costs the list of groups.
+    // Each resource is looked up when the client reads it, so a response that nobody reads costs only the
+    // list of groups.
     let resources = Kind::ALL.into_iter().flat_map(move |kind| {
         let (groups, snapshot) = (groups.clone(), snapshot.clone());
         let of_kind = (0..groups.len()).flat_map(move |at| {
@@ -77,7 +78,7 @@ fn shown(resource: &Resource) -> Value {
 
 const REDACTED: &str = "[redacted]";
 
-/// Fields of Envoy's messages that are secret wherever they stand.
+/// The fields of Envoy's messages that contain secrets, in whatever message they occur.
 const SECRETS: [&str; 6] =
     ["private_key", "pkcs12", "password", "session_ticket_keys", "generic_secret", "inline_bytes"];
 

@@ -1,4 +1,4 @@
-//! From views, documents and reports to worlds: the task that owns the [`Catalog`].
+//! Builds worlds from views, documents and node reports. The task owns the [`Catalog`].
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,40 +22,41 @@ use vmesh_model::{NodeName, NodeReport, Place, Problem, ServiceName};
 use crate::documents::DocumentsView;
 use crate::overrides::Overrides;
 
-/// How long a source may stay silent, neither answering nor failing, before what it said last is served.
+/// How long a source may neither answer nor fail before its last good state is served.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the first world waits for a source that is not `required`.
 const GRACE: Duration = Duration::from_secs(30);
-/// An eviction ends when no source has named the endpoint for so long, or for the longest `removal_hold`.
+/// The shortest time after which an eviction ends if no source lists the endpoint. A longer `removal_hold`
+/// extends it.
 const FORGET_EVICTED: Duration = Duration::from_secs(10);
 
-/// What the compiler and the API read.
+/// The input of the compiler and the API.
 #[derive(Debug, Clone)]
 pub(crate) struct Published {
     pub(crate) world: Arc<World>,
-    /// The sources that have neither answered nor left a last good state; empty is complete.
+    /// The inputs that have neither answered nor left a last good state. If empty, the world is complete.
     pub(crate) waiting: Arc<[String]>,
 }
 
-/// What a node's stream tells.
+/// An event from a node's stream.
 #[derive(Debug)]
 pub(crate) enum NodeEvent {
     Report(NodeReport),
     Forget(NodeName),
 }
 
-/// The sources by their names, in the configured order, and what was known of each before the start.
+/// The sources in the configured order.
 #[derive(Debug, Clone)]
 pub(crate) struct Sources(Arc<[Known]>);
 
 #[derive(Debug)]
 pub(crate) struct Known {
     pub(crate) handle: Handle,
-    /// The last good state from the disk that its view began with.
+    /// The last good state from the disk with which the source's view began.
     restored: Option<Arc<Registrations>>,
     pub(crate) required: bool,
     removal_hold: Duration,
-    /// It is not waited for any more, though it has never answered.
+    /// The first world no longer waits for this source, although it never answered.
     done_without: AtomicBool,
 }
 
@@ -87,7 +88,7 @@ impl Known {
         }
         let failed = view.stale_because.as_deref();
         let answered = view.last_good.is_some() && failed.is_none();
-        // A state from before holds once the source has shown that it will not answer.
+        // The restored state is used once the source has failed, or has been silent for too long.
         let silent = failed.is_none_or(|because| because == NOT_ANSWERED_YET);
         if answered || (self.restored.is_some() && !(silent && patient)) {
             return None;
@@ -115,7 +116,7 @@ impl Sources {
         Sources(known.into())
     }
 
-    /// For the API.
+    /// Returns the state of each source, for the API.
     pub(crate) fn status(&self) -> Vec<Source> {
         self.0
             .iter()
@@ -146,23 +147,24 @@ impl Sources {
         &self.0
     }
 
-    /// What each source last said that was good, and that it has said itself: what was restored is on the disk already.
-    /// Also of a source that has failed since: what is served has to outlive a restart. But not that it was given up
-    /// (`max_stale`): what was known before is more than nothing to the next start.
+    /// Returns the last good view of each source that has answered since the start; a restored view is on the
+    /// disk already. A source that failed since is included, because its view is being served and must
+    /// survive a restart. A view that was emptied by `max_stale` is not included, because the saved one is
+    /// better for the next start.
     pub(crate) fn last_good(&self) -> Vec<(Arc<str>, Arc<Registrations>)> {
         let good = self.0.iter().filter_map(|known| {
             let view = known.handle.views.borrow();
             let last_good = view.last_good.clone()?;
             let is_restored = known.restored.as_ref().is_some_and(|before| Arc::ptr_eq(before, &last_good));
             let is_given_up = view.stale_because.is_some() && last_good.services.is_empty();
-            // What may not be served now must not be taken by the next start for what was.
+            // A view that may not be served now must not be restored by the next start.
             let is_unusable = view.unusable.is_some();
             (!is_restored && !is_given_up && !is_unusable).then(|| (known.name().clone(), last_good))
         });
         good.collect()
     }
 
-    /// Whether any source names the endpoint, as far as is believed.
+    /// Reports whether the view of any source contains the endpoint.
     pub(crate) fn names(&self, service: &ServiceName, address: &SocketAddr) -> bool {
         self.0.iter().any(|known| {
             let view = known.handle.views.borrow();
@@ -173,7 +175,8 @@ impl Sources {
         })
     }
 
-    /// Whether every source answers, so that what none of them names is named by none.
+    /// Reports whether every source answers. Only then does an endpoint missing from all views mean that no
+    /// source lists it.
     fn all_answer(&self) -> bool {
         self.0.iter().all(|known| {
             let view = known.handle.views.borrow();
@@ -181,12 +184,12 @@ impl Sources {
         })
     }
 
-    /// How long no source may name an evicted endpoint before that is forgotten.
+    /// Returns how long an evicted endpoint must be missing from all sources before its eviction ends.
     fn forget_evicted(&self) -> Duration {
         self.0.iter().map(|known| known.removal_hold).fold(FORGET_EVICTED, Duration::max)
     }
 
-    /// Those that are not required are not waited for any more.
+    /// Stops waiting for the sources that are not required.
     fn do_without(&self) {
         for known in self.0.iter().filter(|known| !known.required) {
             let is_waited_for = {
@@ -205,7 +208,7 @@ impl Sources {
     }
 }
 
-/// Publishes a world for each change of a view, the documents, what nodes report, or the operator's overrides.
+/// Publishes a world for each change of a view, the documents, a node's report, or the overrides.
 pub(crate) async fn publish(
     mut catalog: Catalog,
     sources: Sources,
@@ -243,7 +246,7 @@ pub(crate) async fn publish(
             event = nodes.recv() => match event {
                 Some(event) => {
                     take_node(&mut catalog, event);
-                    // A fleet that reconnects reports all at once: one world for as many as there are.
+                    // When a fleet reconnects, up to 1,000 reports are combined into one world.
                     for _ in 0..1_000 {
                         let Ok(event) = nodes.try_recv() else { break };
                         take_node(&mut catalog, event);
@@ -277,7 +280,7 @@ pub(crate) async fn publish(
     }
 }
 
-/// Waits for `deadline`; for ever, if there is none.
+/// Waits until `deadline`, or indefinitely if it is `None`.
 pub(crate) async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -285,7 +288,7 @@ pub(crate) async fn until(deadline: Option<Instant>) {
     }
 }
 
-/// Ends the evictions of endpoints that no source names any more.
+/// Ends the evictions of endpoints that no source lists any more.
 async fn forget_unnamed(
     absences: &mut Absences,
     sources: &Sources,
@@ -390,12 +393,13 @@ mod tests {
         let failing = |view: &mut View| view.stale_because = Some("it does not answer".into());
         link.views.send_modify(failing);
         assert_eq!(kept(), None);
-        // It answers, and fails before that is written.
+        // The source answers, and fails before the answer is written.
         let now = registrations("now");
         link.views.send_replace(View { last_good: Some(now.clone()), ..View::default() });
         link.views.send_modify(failing);
         assert_eq!(kept(), Some(now));
-        // What is given up after a while (`max_stale`) is still the best that is known at the next start.
+        // A view emptied by `max_stale` does not replace the saved one, which is the best state for the next
+        // start.
         link.views.send_modify(|view| view.last_good = Some(Arc::default()));
         assert_eq!(kept(), None);
     }

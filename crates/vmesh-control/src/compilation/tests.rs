@@ -30,7 +30,7 @@ fn few_past_worlds_are_kept() {
     assert_eq!((kept.len(), kept.first(), kept.last()), (Past::MAX, Some(&84), Some(&99)));
 }
 
-/// One service with one endpoint of this weight.
+/// Returns a view with one service, whose endpoint has this weight.
 fn view(weight: u32) -> SourceView {
     let service: ServiceName = "orders".parse().unwrap();
     let endpoint = Endpoint {
@@ -60,7 +60,7 @@ struct Mesh {
     fleet: Arc<Fleet>,
     compiled: watch::Receiver<Arc<Compilation>>,
     address: SocketAddr,
-    /// Their other ends take the reports of nodes.
+    /// The receiver of node reports, kept open.
     _reports: mpsc::Receiver<NodeEvent>,
     _tasks: JoinSet<()>,
 }
@@ -105,8 +105,8 @@ impl Mesh {
     }
 }
 
-/// Whatever the control plane compiles, encodes or writes to the disk runs on threads for blocking work. Here there is one, and it is
-/// taken.
+/// Everything that the control plane compiles, encodes or writes to the disk runs on threads for blocking
+/// work. This test has one such thread, and occupies it.
 #[test]
 fn acks_new_streams_and_reads_go_on_while_nothing_can_be_compiled_encoded_or_written() {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -126,7 +126,7 @@ fn acks_new_streams_and_reads_go_on_while_nothing_can_be_compiled_encoded_or_wri
         let before = mesh.compiled.borrow().world().clone();
         mesh.publish(7);
 
-        // What was compiled before is sent and ACKed.
+        // The configuration compiled earlier is sent and ACKed.
         let mut acks = JoinSet::new();
         let (seen, mut saw) = mpsc::unbounded_channel();
         acks.spawn(async move {

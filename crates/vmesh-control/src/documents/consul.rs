@@ -1,4 +1,4 @@
-//! Documents in Consul's key-value store: one text per key below a prefix, for fleets without configuration management.
+//! Reads documents from Consul's key-value store: one text per key below a prefix.
 
 use serde::Deserialize;
 use vmesh_consul::{Answer, Client, Entries, Entry, Pace, Watch};
@@ -6,17 +6,17 @@ use vmesh_daemon::report::one_line;
 
 use super::Raw;
 
-/// `consul_kv: {prefix: vmesh/}`.
+/// The configuration `consul_kv: {prefix: vmesh/}`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct KvConfig {
-    /// Every key that begins with it is a text of documents, but for those that end with `/`.
+    /// The prefix of the keys that contain documents. Keys that end with `/` are folders and are skipped.
     pub(crate) prefix: String,
-    /// Where Consul is. Built in: where the first Consul source of `discovery` is.
+    /// The address of Consul. Default: that of the first Consul source in `discovery`.
     pub(crate) consul: Option<vmesh_consul::Config>,
 }
 
-/// The keys below a prefix.
+/// Watches the keys below a prefix.
 pub(super) struct Keys {
     watch: Watch<Entries>,
 }
@@ -38,7 +38,7 @@ impl Keys {
 
 fn texts(answer: Answer<Entries>) -> Result<Vec<Raw>, String> {
     if answer.meta.filtered {
-        // What the token may not see is no document that was removed.
+        // Keys that the token may not read must not be mistaken for removed documents.
         return Err("Consul leaves out keys that the token may not read: it needs `key_prefix \"..\" { policy = \"read\" }` \
                     for all of the prefix"
             .to_owned());

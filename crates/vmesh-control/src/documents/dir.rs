@@ -1,7 +1,7 @@
-//! Documents in a directory: every `.yaml`, `.yml` and `.json` file, in the order of their names.
+//! Reads documents from a directory: every `.yaml`, `.yml` and `.json` file, in alphabetical order.
 //!
-//! What the kernel says of changes is a hint; what counts is the content. A directory that cannot be read is no reason to
-//! forget what it said.
+//! Change notifications of the kernel only trigger a read; the content decides. If the directory cannot be
+//! read, the last documents stay in force.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -17,12 +17,13 @@ use vmesh_model::yaml::MAX_TEXT;
 
 use super::Raw;
 
-/// Several files that are written by one tool are one change.
+/// The delay after a notification, so that several files written by one tool are read as one change.
 const QUIET: Duration = Duration::from_millis(30);
-/// Where the kernel tells nothing (network file systems), this is how late a change is seen.
+/// The interval of reads without a notification, for file systems that send none, such as network file
+/// systems.
 const POLL: Duration = Duration::from_secs(2);
 
-/// A directory, and whoever tells of its changes.
+/// A directory, and the watch that reports its changes.
 pub(super) struct Dir {
     path: PathBuf,
     news: Arc<Notify>,
@@ -35,7 +36,7 @@ impl Dir {
         Dir { path, news: Arc::default(), watching: None, was_read: false }
     }
 
-    /// Its files: at once the first time, and then whenever they may have changed.
+    /// Returns the files: at once in the first call, later when they may have changed.
     pub(super) async fn next(&mut self) -> Result<Vec<Raw>, String> {
         if self.was_read {
             tokio::select! {
@@ -43,8 +44,8 @@ impl Dir {
                 () = tokio::time::sleep(POLL) => {}
             }
         }
-        // Watched before it is read, so that no change falls between. One that was replaced is watched no more, and says
-        // nothing of it.
+        // The watch is set up before the read, so that no change is missed. A watch on a directory that was
+        // replaced reports nothing, so it is renewed.
         if self.watching.as_ref().is_none_or(|(_, of)| *of != identity(&self.path)) {
             self.watching = watch_directory(&self.path, &self.news);
         }
@@ -62,11 +63,11 @@ fn identity(dir: &Path) -> Identity {
     fs::metadata(dir).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// `None` where the kernel will not tell: then there is the poll.
+/// Watches a directory; `None` if the kernel cannot, in which case only the poll remains.
 fn watch_directory(dir: &Path, news: &Arc<Notify>) -> Option<(RecommendedWatcher, Identity)> {
     let news = news.clone();
     let heard = move |event: notify::Result<notify::Event>| {
-        // Reading is an event too: heeding it would be a loop.
+        // Our own read also causes events, which must not trigger another read.
         if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_)) && !is_closed(&event.kind)) {
             news.notify_one();
         }
@@ -77,14 +78,14 @@ fn watch_directory(dir: &Path, news: &Arc<Notify>) -> Option<(RecommendedWatcher
     Some((watcher, identity))
 }
 
-/// Closed after writing: what was written is whole.
+/// Reports whether the event closes a file after writing, when its content is complete.
 fn is_closed(kind: &EventKind) -> bool {
     use notify::event::{AccessKind, AccessMode};
     matches!(kind, EventKind::Access(AccessKind::Close(AccessMode::Write)))
 }
 
-/// Reads at most `limit` bytes of a file, and reports whether every user of the host may read it. It never waits: a FIFO has
-/// perhaps nobody at its other end.
+/// Reads at most `limit` bytes of a file, and reports whether every user of the host may read it. The open is
+/// non-blocking, because opening a FIFO without a writer would wait forever.
 fn read_file(path: &Path, limit: u64) -> std::io::Result<(Vec<u8>, bool)> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
@@ -98,7 +99,7 @@ fn read_file(path: &Path, limit: u64) -> std::io::Result<(Vec<u8>, bool)> {
     Ok((bytes, is_public))
 }
 
-/// Every `.yaml`, `.yml` and `.json` file, by name.
+/// Returns every `.yaml`, `.yml` and `.json` file, sorted by name.
 pub(super) fn read(dir: &Path) -> Result<Vec<Raw>, String> {
     let entries = fs::read_dir(dir).map_err(|error| error.to_string())?;
     let mut files = Vec::new();
@@ -109,7 +110,7 @@ pub(super) fn read(dir: &Path) -> Result<Vec<Raw>, String> {
             .extension()
             .is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|wanted| extension == *wanted));
         if wanted && !name.starts_with(['.', '#']) {
-            // One byte more than the reader takes, so that it is the one to say that it is too much.
+            // One byte more than the parser accepts, so that the parser reports the excess.
             let (content, is_public) = match read_file(&path, MAX_TEXT as u64 + 1) {
                 Ok((content, is_public)) => (Ok(content), is_public),
                 Err(error) => (Err(error.to_string()), true),

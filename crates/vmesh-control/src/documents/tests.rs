@@ -10,7 +10,7 @@ use super::*;
 const BOUND: Duration = Duration::from_secs(60);
 const ORDERS: &str = "kind: Service\nname: orders\nprotocol: http\n";
 
-/// A registry to write documents to.
+/// A real registry to which the test writes documents.
 enum Store {
     Consul(Consul),
     ZooKeeper(ZooKeeper, Client),
@@ -82,7 +82,7 @@ async fn follow(config: DocumentsConfig, kept: Vec<Kept>) -> Followed {
 }
 
 impl Followed {
-    /// The services that are spoken of and with what, and the problems.
+    /// Returns the services that have documents, each with its protocol, and the problems.
     fn shown(&self) -> String {
         let view = self.view.borrow();
         let services = view.documents.services.values().map(|service| {
@@ -103,7 +103,8 @@ impl Followed {
 }
 
 async fn documents_follow_their_registry(mut store: Store, config: DocumentsConfig, place: &str) {
-    // An index of Consul's begins somewhere: the first document is written before it is read.
+    // Consul's index of a prefix starts with its first key, so the first document is written before the
+    // follower starts.
     store.write("orders.yaml", ORDERS).await;
     let followed = follow(config.clone(), Vec::new()).await;
     followed.until(|shown| shown == "orders http").await;
@@ -113,7 +114,8 @@ async fn documents_follow_their_registry(mut store: Store, config: DocumentsConf
     store.write("orders.yaml", &ORDERS.replace("http", "grpc")).await;
     followed.until(|shown| shown == "orders grpc, pay tcp").await;
 
-    // A mistake, bytes and nothing at all: the last good version stays in force, and the place is named.
+    // After an unknown field or an empty value, the last good version stays in force and the problem names
+    // the place.
     store.write("orders.yaml", "kind: Service\nname: orders\nprotocl: http\n").await;
     let shown = followed.until(|shown| shown.contains("did you mean")).await;
     assert!(shown.starts_with("orders grpc, pay tcp\n"), "{shown}");
@@ -127,7 +129,7 @@ async fn documents_follow_their_registry(mut store: Store, config: DocumentsConf
     store.remove("team/pay.yaml").await;
     followed.until(|shown| shown == "orders http").await;
 
-    // All at once is an accident until somebody says otherwise.
+    // An emptied registry is taken for an accident, until an operator writes a document.
     store.restart_empty().await;
     let shown = followed.until(|shown| shown.contains("looks like an accident")).await;
     assert!(shown.starts_with("orders http\n") && shown.contains("where there were 1"), "{shown}");
@@ -136,7 +138,8 @@ async fn documents_follow_their_registry(mut store: Store, config: DocumentsConf
     store.write("orders.yaml", ORDERS).await;
     followed.until(|shown| shown == "orders http").await;
 
-    // Nobody answers: what was read stays, also for a control plane that starts now and has read it before.
+    // If the registry does not answer, the documents stay in force, and a restarted control plane serves the
+    // saved ones.
     store.kill();
     let shown = followed.until(|shown| shown.contains("could not be read")).await;
     assert!(shown.starts_with("orders http\n"), "{shown}");
@@ -182,24 +185,25 @@ fn most_documents_gone_from_a_registry_are_held_until_that_is_confirmed() {
     };
     let start = Instant::now();
     assert_eq!(follower.judge(files(0..6), start).unwrap().len(), 6);
-    // Half may go, or more of few; what is replaced is not missed less.
+    // Removing half of the documents is accepted, and more if fewer than five are left. Replaced documents count as removed.
     assert_eq!(follower.judge(files(0..3), start).unwrap().len(), 3);
     assert_eq!(follower.judge(files(0..1), start).unwrap().len(), 1);
     assert_eq!(follower.judge(files(0..10), start).unwrap().len(), 10);
     let why = follower.judge(files(8..12), start).unwrap_err();
     assert!(why.starts_with("2 of 10 documents are left, which looks like an accident"), "{why}");
     assert_eq!(follower.few_since, Some(start));
-    // What comes back is believed at once.
+    // Documents that return are accepted at once.
     assert_eq!(follower.judge(files(0..9), start).unwrap().len(), 9);
     assert_eq!(follower.few_since, None);
-    // What is confirmed is believed.
+    // A confirmed removal is accepted.
     follower.judge(files(0..1), start).unwrap_err();
     follower.believe(&files(0..1));
     assert_eq!(follower.judge(files(0..1), start).unwrap().len(), 1);
     let why = follower.judge(Vec::new(), start).unwrap_err();
     assert!(why.contains("to mean it, leave one"), "{why}");
 
-    // Ten, then four, then none: nothing is left that time could confirm, so nothing is read again for it.
+    // Ten documents, then four, then none: an empty registry is never confirmed by time, so no confirming
+    // read is scheduled.
     let mut follower = Follower::new(follower_config(), Vec::new());
     follower.judge(files(0..10), start).unwrap();
     follower.judge(files(0..4), start).unwrap_err();
@@ -212,8 +216,9 @@ fn follower_config() -> Option<DocumentsConfig> {
     vmesh_model::load::strict("control.yaml", "consul_kv: {prefix: vmesh/}").ok()
 }
 
-/// A document may be a link to a file that only the control plane's user may read, or be one itself: what is wrong with it is told by
-/// its place. Who runs `--check` reads it as their own user, and sees it.
+/// A document may be a link to a file that only the control plane's user can read, or be such a file itself.
+/// Its problems name the place without quoting content. `--check` runs as the operator's own user and quotes
+/// it.
 #[tokio::test]
 async fn what_documents_say_that_not_everybody_may_read_is_not_quoted() {
     use std::os::unix::fs::{PermissionsExt, symlink};

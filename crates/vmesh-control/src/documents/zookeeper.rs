@@ -1,4 +1,4 @@
-//! Documents in ZooKeeper: one text per node below a path, for fleets without configuration management.
+//! Reads documents from ZooKeeper: one text per node below a path.
 
 use std::collections::BTreeSet;
 
@@ -7,27 +7,29 @@ use vmesh_zookeeper::{Mirror, Root, View};
 
 use super::Raw;
 
-/// `zookeeper: {path: /vmesh}`.
+/// The configuration `zookeeper: {path: /vmesh}`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TreeConfig {
-    /// Every node below it that has data is a text of documents; below the chroot, if there is one.
+    /// The path below which every node with data contains documents. The path is relative to the chroot of the connection.
     pub(crate) path: String,
-    /// Where ZooKeeper is. Built in: where the first ZooKeeper source of `discovery` is.
+    /// The address of ZooKeeper. Default: that of the first ZooKeeper source in `discovery`.
     pub(crate) zookeeper: Option<vmesh_zookeeper::Config>,
 }
 
-/// The nodes below a path.
+/// Watches the nodes below a path.
 pub(super) struct Tree {
     path: String,
-    /// The nodes that have had data: one of them without is not a directory.
+    /// The nodes that have had data. If one becomes empty, it is a document that lost its text and not a
+    /// directory.
     texts: BTreeSet<String>,
-    /// Why there is none: the configuration was checked, so there is one.
+    /// The mirror of the subtree, or the reason why there is none, which the check of the configuration rules
+    /// out.
     mirror: Result<Mirror, String>,
 }
 
 impl Tree {
-    /// `known` are the places that were texts before a restart.
+    /// Creates the watch. `known` are the paths of the documents restored from before a restart.
     pub(super) fn new(config: TreeConfig, known: BTreeSet<String>) -> Tree {
         let mirror = match (Root::new(config.path.clone()), config.zookeeper) {
             (Ok(root), Some(zookeeper)) => Ok(Mirror::new(zookeeper, vec![root], |_| {})),
@@ -70,7 +72,7 @@ impl Tree {
         let Some(tree) = root.tree else { return Ok(texts) };
         tree.walk(&mut |path, node| {
             let path = format!("zookeeper:{}/{path}", self.path.trim_end_matches('/'));
-            // A node that never said anything is a directory, also where nothing is left below it.
+            // A node that never had data is a directory, even if it has no children left.
             let is_empty = node.data.is_empty() && node.unreadable.is_none();
             if is_empty && !self.texts.contains(&path) {
                 return;

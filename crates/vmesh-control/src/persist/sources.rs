@@ -1,14 +1,15 @@
-//! The last good state of the sources: of each a directory of files, so that one changed service rewrites one small file.
+//! The last good state of discovery sources. Each source has a directory of files, so that a change of one
+//! service rewrites one small file.
 //!
 //! ```text
-//! sources/source-<name>/head.json   what is not of one service; without it, nothing was ever written completely
+//! sources/source-<name>/head.json   everything that belongs to no single service; if absent, no write was ever completed
 //!                       00.json ..  the services whose name has this hash, if there are any
 //!                       ff.json
 //! ```
 //!
-//! Each file is checksummed and replaced atomically by itself. A crash leaves any mixture of old and new files, and any mixture
-//! is a good state: of each service it has the older view or the newer one. Earlier versions had one file for a source
-//! (`source-<name>.json`); it is read until the files that replace it are complete.
+//! Each file has a checksum and is replaced atomically. A crash can leave any mixture of old and new files,
+//! which is still a good state: each service has either its older or its newer entry. Earlier versions wrote
+//! a single file per source (`source-<name>.json`). It is read until the files that replace it are complete.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -28,7 +29,7 @@ use super::{Loaded, MAX_BYTES, PersistError, load_file, part};
 
 const HEAD: &str = "head";
 
-/// A hash of a service's name. Part of the format on disk.
+/// The hash of a service name that selects its file. Part of the on-disk format.
 type Bucket = u8;
 
 fn bucket_of(name: &ServiceName) -> Bucket {
@@ -40,35 +41,36 @@ fn file_of(bucket: Bucket) -> String {
     format!("{bucket:02x}.json")
 }
 
-/// `head.json`: the part of a view that belongs to no service.
+/// The content of `head.json`: the part of a view that belongs to no single service.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Head {
     problems: Vec<Problem>,
 }
 
-/// Saves and loads the files of all sources, and records their content.
+/// The state files of all sources, with a record of what each contains.
 #[derive(Debug, Default)]
 pub(super) struct SourceFiles {
-    /// The record of each source. A writer takes the record out and puts it back, so that nobody waits for the disk behind this lock.
+    /// The record of each source. A writer takes the record out and puts it back, so the lock is never held
+    /// during a write.
     written: Mutex<BTreeMap<String, WrittenSource>>,
     #[cfg(test)]
     cut_off_after: Mutex<Option<usize>>,
 }
 
-/// Records the content of the files of a source.
+/// The content of a source's files, as last written.
 #[derive(Debug)]
 struct WrittenSource {
     view: Arc<Registrations>,
     /// The buckets whose files may differ from `view`.
     in_doubt: BTreeSet<Bucket>,
-    /// `head.json` may differ from `view`, or be missing.
+    /// `head.json` may differ from `view` or be missing.
     is_head_in_doubt: bool,
     /// The single file of an earlier version may exist.
     has_single: bool,
 }
 
 impl WrittenSource {
-    /// Returns a record that says nothing of the files, so that the next save writes them all.
+    /// Returns a record that claims nothing about the files, so the next save writes them all.
     fn unknown() -> WrittenSource {
         WrittenSource {
             view: Arc::default(),
@@ -79,11 +81,11 @@ impl WrittenSource {
     }
 }
 
-/// The paths of the files of a source.
+/// The paths of a source's files.
 struct Places {
     root: PathBuf,
     dir: PathBuf,
-    /// The one file of earlier versions.
+    /// The single file of earlier versions.
     single: PathBuf,
 }
 
@@ -93,8 +95,8 @@ impl Places {
         Places { dir: root.join(&name), root, single: state_dir.join(format!("{name}.json")) }
     }
 
-    /// Removes the files of the source, but for that of earlier versions. The head is removed last: as long as it exists, the next start
-    /// compares its age with the age of that file.
+    /// Removes the source's files except the single file of earlier versions. The head is removed last,
+    /// because while it exists the next start compares its age with that of the single file.
     fn remove_files(&self) -> Result<(), FileError> {
         let mut batch = Batch::open(&self.dir)?;
         (0..=Bucket::MAX).for_each(|bucket| batch.remove(file_of(bucket)));
@@ -104,7 +106,7 @@ impl Places {
 }
 
 impl SourceFiles {
-    /// Removes what a killed writer left beside the files of the sources.
+    /// Removes leftovers of crashed writers from the sources' directories.
     pub(super) fn sweep(state_dir: &Path) -> Result<(), FileError> {
         let root = state_dir.join("sources");
         let failed = |cause| FileError::Failed { what: "list", path: root.clone(), cause };
@@ -139,7 +141,7 @@ impl SourceFiles {
     fn put_back(&self, source: &str, written: WrittenSource) {
         let mut all = self.written();
         let is_alone = !all.contains_key(source);
-        // Two writers at once may each have replaced a part of the files, so the next save writes them all.
+        // Two concurrent writers may each have replaced some of the files, so the next save writes them all.
         all.insert(source.to_owned(), if is_alone { written } else { WrittenSource::unknown() });
     }
 
@@ -164,7 +166,7 @@ impl SourceFiles {
             return Ok(());
         }
         let places = Places::of(state_dir, source);
-        // A write that fails may have replaced any of these files.
+        // A write that fails may still have replaced any of these files.
         written.in_doubt = changed;
         written.is_head_in_doubt = is_head_changed;
         self.replace(&places, source, view, written)?;
@@ -183,7 +185,7 @@ impl SourceFiles {
         Ok(())
     }
 
-    /// Replaces the files that are in doubt.
+    /// Replaces the files of the buckets in doubt, and the head if it is in doubt.
     fn replace(
         &self,
         places: &Places,
@@ -204,7 +206,8 @@ impl SourceFiles {
             }
         }
         let mut batch = Batch::open(&places.dir).map_err(PersistError::File)?;
-        // While the file of an earlier version is read, it provides the services of each bucket that has no file.
+        // While the single file of an earlier version is still read, it provides the services of each bucket
+        // without a file.
         let is_replacing = written.has_single && places.single.exists();
         for (bucket, services) in buckets {
             let says_empty = is_replacing && places.dir.join(file_of(bucket)).exists();
@@ -215,7 +218,7 @@ impl SourceFiles {
             let bytes = encoded(state::encode(&services))?;
             batch.write(file_of(bucket), &bytes, PRIVATE).map_err(PersistError::File)?;
         }
-        // The head is written last: a reader that finds a head takes the buckets for complete.
+        // The head is written last: a reader that finds a head relies on the buckets being complete.
         if written.is_head_in_doubt {
             let head = Head { problems: view.problems.clone() };
             let bytes = encoded(state::encode(&head))?;
@@ -223,7 +226,7 @@ impl SourceFiles {
         }
         self.commit(batch).map_err(PersistError::File)?;
         if written.is_head_in_doubt {
-            // The directories may be new, so their entries are flushed too.
+            // Newly created directories must be synced in their parent directories too.
             for dir in [&places.root, places.root.parent().unwrap_or(&places.root)] {
                 Batch::open(dir).and_then(Batch::commit).map_err(PersistError::File)?;
             }
@@ -237,7 +240,8 @@ impl SourceFiles {
         batch.commit()
     }
 
-    /// Commits; the process dies, or the disk fails, where [`SourceFiles::cut_off_after`] says so.
+    /// Commits the batch, but stops with an error after as many names as [`SourceFiles::cut_off_after`] says,
+    /// to simulate a crash or a full disk.
     #[cfg(test)]
     fn commit(&self, batch: Batch) -> Result<(), FileError> {
         match self.cut_off_after.lock().unwrap().take() {
@@ -250,8 +254,8 @@ impl SourceFiles {
         }
     }
 
-    /// Returns the saved view of a source; `None` if no save was ever completed. A file that cannot be read is logged and costs the
-    /// services in it.
+    /// Returns the saved view of a source; `None` if no save was ever completed. The services in an
+    /// unreadable file are lost, and the error is logged.
     pub(super) fn load(
         &self,
         state_dir: &Path,
@@ -265,7 +269,7 @@ impl SourceFiles {
                 known.is_head_in_doubt = head.is_none();
                 head
             }
-            // A damaged head was written after the buckets, so the buckets are complete.
+            // The head is written after the buckets, so the buckets are complete even if the head is damaged.
             Err(error) => {
                 tracing::error!("{}", one_line(&error));
                 Some(Head::default())
@@ -300,7 +304,7 @@ impl SourceFiles {
         let newest = reading.newest;
         let single = match &head {
             None => Some(load_file::<Registrations>(&places.single, MAX_BYTES)?),
-            // An earlier version ran in between and wrote a single file that is newer than all buckets.
+            // An earlier version ran in the meantime and wrote a single file that is newer than all buckets.
             Some(_) if is_newer(&places.single, newest) => {
                 found.clear();
                 view.services.clear();
@@ -333,7 +337,7 @@ impl SourceFiles {
     }
 }
 
-/// The files of one source while they are read: together they are bounded as one file is.
+/// Reads the files of one source. Their total size is limited like that of a single file.
 struct Reading {
     left: u64,
     newest: Option<SystemTime>,
@@ -364,7 +368,8 @@ fn differing<'a>(before: &'a Registrations, now: &'a Registrations) -> impl Iter
     both.filter_map(move |(name, before, now)| differs(before, now).then_some(name))
 }
 
-/// Reports whether both entries are written alike. An entry that did not change keeps its pointer; an entry that was loaded has a new one.
+/// Reports whether both entries are written alike. An unchanged entry keeps its pointer, whereas a loaded
+/// entry has a new one and is compared by content.
 fn is_same(before: &Seen, now: &Seen) -> bool {
     (Arc::ptr_eq(&before.registration, &now.registration) || before.registration == now.registration)
         && before.state == now.state
@@ -450,7 +455,7 @@ mod tests {
                 .map(|f| f.0)
                 .collect()
         };
-        // The same in another place of memory is the same.
+        // Equal content at another address in memory causes no write.
         disk.save_source(SOURCE, &view(ports.clone())).unwrap();
         assert_eq!(replaced(&first), [""; 0]);
         ports.insert(names[7].clone(), 81);
@@ -465,7 +470,7 @@ mod tests {
         ports.insert(names[8].clone(), 81);
         disk.save_source(SOURCE, &view(ports.clone())).unwrap();
         assert_eq!(replaced(&second), [file_of(bucket_of(&names[8]))]);
-        // What is gone leaves no file behind.
+        // A bucket without services leaves no file.
         disk.save_source(SOURCE, &Arc::default()).unwrap();
         assert_eq!(files(&dir).into_keys().collect::<Vec<_>>(), ["head.json"]);
         assert_eq!(load(&disk), Some(Arc::default()));
@@ -508,7 +513,7 @@ mod tests {
         disk.save_source(SOURCE, &all).unwrap();
         assert_eq!(load(&open_again(disk, &dir)), Some(all.clone()));
 
-        // The head is not of one service: without it all services are still there.
+        // The head contains no service, so all services survive its damage.
         std::fs::write(path.with_file_name("head.json"), "garbage").unwrap();
         let disk = open(&dir);
         assert_eq!(load(&disk), Some(all.clone()));
@@ -563,7 +568,7 @@ mod tests {
         }
     }
 
-    /// Written by the version before, from real files.
+    /// A file written by the previous version from real service files.
     const OF_ONE_FILE: &[u8] = include_bytes!("../../testdata/source-of-one-file.json");
 
     #[test]
@@ -575,7 +580,7 @@ mod tests {
         assert!(before.services.len() > 3 && !before.problems.is_empty(), "{before:?}");
         let restored = load(&disk).unwrap();
         assert_eq!(*restored, before);
-        // It is left alone until the source has answered.
+        // The single file stays until the source has answered.
         assert_eq!(load(&open_again(disk, &dir)).as_deref(), Some(&before));
         let disk = open(&dir);
         load(&disk);
@@ -601,10 +606,11 @@ mod tests {
         assert!(!single(&dir).exists());
     }
 
-    /// What happens to the state.
+    /// A step of the property test.
     #[derive(Debug, Clone)]
     enum Step {
-        /// The source says this, of few services. The writing is cut off after so many names, if it is.
+        /// Saves a view with these ports, `None` for an absent service. The write is cut off after `cut` file
+        /// names.
         Save {
             ports: Vec<Option<u16>>,
             cut: Option<usize>,
@@ -616,7 +622,7 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let ports = || proptest::collection::vec(proptest::option::weighted(0.7, 1..4u16), SERVICES);
-        // Of the first files 256 are written or removed, and then the head.
+        // The first save writes or removes 256 bucket files, and then the head.
         let cut = proptest::option::weighted(0.4, prop_oneof![0..8usize, 0..260usize]);
         let save = (ports(), cut).prop_map(|(ports, cut)| Step::Save { ports, cut });
         proptest::collection::vec(prop_oneof![3 => save, 2 => Just(Step::Restart)], 1..12)
@@ -625,7 +631,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
-        /// Also where there was a file of an earlier version in the beginning.
+        /// Some cases begin with a single file of an earlier version.
         #[test]
         fn after_any_crash_each_service_is_as_it_was_or_as_it_was_to_be(
             steps in steps(),
@@ -642,7 +648,7 @@ mod tests {
             if let Some(before) = &before {
                 std::fs::write(single(&dir), state::encode(&view(of(before))).unwrap()).unwrap();
             }
-            // What may be on the disk of each service.
+            // For each service, the entries that may be on disk.
             let first = |at: usize| before.as_ref().and_then(|before| before[at]);
             let mut may_be: Vec<BTreeSet<Option<u16>>> = (0..SERVICES).map(|at| [first(at)].into()).collect();
             for step in steps.into_iter().chain([Step::Restart]) {
@@ -679,7 +685,7 @@ mod tests {
         let names = names(40);
         let of_port = |port: u16| view(names.iter().map(|name| (name.clone(), port)));
         disk.save_source(SOURCE, &of_port(1)).unwrap();
-        // The first save has begun; the second begins and ends meanwhile.
+        // The first save is in progress while the second begins and ends.
         let mut taken = disk.sources.written().remove(SOURCE).unwrap();
         disk.save_source(SOURCE, &of_port(2)).unwrap();
         let last = view(names.iter().map(|name| (name.clone(), if *name == names[0] { 3 } else { 1 })));
