@@ -66,8 +66,7 @@ impl Default for Limits {
     }
 }
 
-/// The limit, in bytes, of the memory for reports of offline nodes. They take about as much space on the
-/// disk.
+/// The limit, in bytes, of the memory for reports of offline nodes. Their state files need about as much disk space.
 const OFFLINE_BYTES: usize = 64 << 20;
 
 impl Limits {

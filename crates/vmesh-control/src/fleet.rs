@@ -45,8 +45,7 @@ struct Inner {
     changes: NodeChanges,
 }
 
-/// The nodes that connected and disconnected since the compiler task last took the changes. A node that did
-/// both is in neither list.
+/// The nodes that connected and disconnected since the compiler task last took the changes. A node that did both appears in neither list.
 #[derive(Default)]
 pub(crate) struct NodeChanges {
     pub(crate) joined: BTreeMap<NodeId, Joined>,
@@ -106,8 +105,7 @@ impl Fleet {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A panic while the lock is held ends its task, which ends the process. Until then the last state is
-        // served.
+        // A panic while the lock is held ends its task, which ends the process. Until then streams keep their last state.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -1,7 +1,7 @@
-//! The mesh documents: what operators and owners say of services, on top of what discovery says.
+//! The mesh documents: settings that operators and service owners add to the data from discovery.
 //!
-//! Precedence, the strongest first: `Node`, `Service`, `Mesh`, built in. [`Settings`] is what the three have in
-//! common, so that the precedence is one function ([`Documents::settings`]).
+//! Precedence, from highest to lowest: `Node`, `Service`, `Mesh`, built-in default. [`Settings`] are the
+//! fields that the three kinds share; [`Documents::settings`] applies the precedence.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -14,7 +14,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use crate::text::{Time, one_or_many};
 use crate::{Labels, NodeName, NodeReport, Place, Protocol, ServiceName};
 
-/// A document together with where it stands.
+/// A document and its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placed<T> {
     pub place: Place,
@@ -29,101 +29,101 @@ impl<T> Deref for Placed<T> {
     }
 }
 
-/// A consistent set of documents: no two of one kind and name, and what they say of each other holds.
+/// A consistent set of documents: kind and name are unique, and every reference between documents is valid.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Documents {
     pub mesh: Option<Arc<Placed<Mesh>>>,
     pub services: BTreeMap<ServiceName, Arc<Placed<Service>>>,
     pub routes: BTreeMap<ServiceName, Arc<Placed<Route>>>,
-    /// The more precise outrank the less precise and stand behind them: those by labels, few before many, then
-    /// those by name; equals in the order of their selectors.
+    /// Sorted by precedence, the lowest first: documents that select by labels, fewer labels before more,
+    /// then documents that select by name. Equal ones are in the order of their selectors.
     pub nodes: Vec<Arc<Placed<Node>>>,
 }
 
-/// `kind: Mesh`: defaults for the whole fleet. There is at most one.
+/// `kind: Mesh`: defaults for all nodes and services. There is at most one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mesh {
-    /// How an endpoint of every service is chosen.
+    /// How Envoy chooses an endpoint of any service.
     pub load_balancing: Option<LoadBalancing>,
-    /// How long to wait for what.
+    /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is tried again; a rule of a [`Route`] outranks it.
+    /// When a failed request is retried. A rule of a [`Route`] takes precedence.
     pub retry: Option<Retry>,
-    /// When an endpoint that fails is left out.
+    /// When a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
-    /// How much one caller may have under way at once.
+    /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
-    /// Which connections to real addresses go through the mesh, where a node captures them.
+    /// Which connections to real addresses are captured, on nodes that capture them.
     pub capture: Option<Capture>,
-    /// What becomes of captured connections that are to no service. Built in: `allow-any`.
+    /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
 }
 
-/// `kind: Service`: what the owner says of a service.
+/// `kind: Service`: the settings of one service, made by its owner.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
-    /// The service that it speaks of, as discovery names it.
+    /// The name of the service in discovery.
     pub name: ServiceName,
-    /// What its instances speak; outranks what discovery says.
+    /// The protocol of the instances. Takes precedence over discovery.
     pub protocol: Option<Protocol>,
-    /// What clients dial in transparent mode.
+    /// The port at the service's virtual address.
     pub port: Option<u16>,
-    /// Named parts of the service, each the endpoints that match all that it asks for.
+    /// Named subsets of the service, each with the conditions that its endpoints match.
     #[serde(default)]
     pub subsets: BTreeMap<SubsetName, Subset>,
-    /// How an endpoint of this service is chosen.
+    /// How Envoy chooses an endpoint of this service.
     pub load_balancing: Option<LoadBalancing>,
-    /// How long to wait for what.
+    /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is tried again; a rule of a [`Route`] outranks it.
+    /// When a failed request is retried. A rule of a [`Route`] takes precedence.
     pub retry: Option<Retry>,
-    /// When an endpoint that fails is left out.
+    /// When a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
-    /// How much one caller may have under way at once.
+    /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
-    /// Which connections to real addresses go through the mesh, where a node captures them.
+    /// Which connections to real addresses are captured, on nodes that capture them.
     pub capture: Option<Capture>,
 }
 
-/// `kind: Node`: the same settings for chosen nodes, by name or by labels.
+/// `kind: Node`: the settings of the nodes that it selects by name or by labels.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Node {
-    /// The node that it speaks of. One of `name` and `labels` is needed.
+    /// The name of the selected node. Either `name` or `labels` is required.
     pub name: Option<NodeName>,
-    /// A node has to have all of them.
+    /// The labels of the selected nodes. A node must have all of them.
     #[serde(default)]
     pub labels: Labels,
-    /// Services that these nodes call on top of those that their agents declare.
+    /// Services that these nodes call, in addition to those that their agents declare.
     #[serde(default)]
     pub upstreams: Vec<crate::node::Upstream>,
-    /// How an endpoint of every service that these nodes call is chosen.
+    /// How Envoy chooses an endpoint of the services that these nodes call.
     pub load_balancing: Option<LoadBalancing>,
-    /// How long to wait for what.
+    /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is tried again; a rule of a [`Route`] outranks it.
+    /// When a failed request is retried. A rule of a [`Route`] takes precedence.
     pub retry: Option<Retry>,
-    /// When an endpoint that fails is left out.
+    /// When a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
-    /// How much one caller may have under way at once.
+    /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
-    /// Which connections to real addresses go through the mesh, where a node captures them.
+    /// Which connections to real addresses are captured, on nodes that capture them.
     pub capture: Option<Capture>,
-    /// What becomes of captured connections that are to no service. Built in: `allow-any`.
+    /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
 }
 
 impl Node {
-    /// Whether it speaks of the node `report`.
+    /// Reports whether this document selects the node of `report`.
     pub fn selects(&self, report: &NodeReport) -> bool {
         self.name.as_ref().is_none_or(|name| *name == report.name)
             && self.labels.iter().all(|(key, value)| report.labels.get(key) == Some(value))
             && (self.name.is_some() || !self.labels.is_empty())
     }
 
-    /// What tells it from other `Node` documents: ``web-17`` or ``{rack: r7, role: web}``.
+    /// Returns the selector as text, which identifies the document: ``web-17`` or ``{rack: r7, role: web}``.
     pub fn selector(&self) -> String {
         selector(self.name.as_ref().map(NodeName::as_str), &self.labels)
     }
@@ -139,18 +139,18 @@ pub(crate) fn selector(name: Option<&str>, labels: &Labels) -> String {
     }
 }
 
-/// The name of a part of a service: `v2`.
+/// The name of a subset of a service, such as `v2`.
 pub type SubsetName = ServiceName;
 
-/// The endpoints that match all that is given here.
+/// The conditions on the endpoints of a subset. An endpoint must match all that are set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Subset {
-    /// The endpoints of this version.
+    /// The version of the endpoint.
     pub version: Option<Arc<str>>,
-    /// The endpoints in this zone.
+    /// The locality zone of the endpoint.
     pub zone: Option<Arc<str>>,
-    /// The endpoints that have all of these.
+    /// The labels of the endpoint. It must have all of them.
     #[serde(default)]
     pub labels: Labels,
 }
@@ -163,33 +163,35 @@ impl Subset {
     }
 }
 
-/// How an endpoint is chosen for a request.
+/// How Envoy chooses an endpoint for a request.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoadBalancing {
-    /// The algorithm.
+    /// The load-balancing algorithm.
     #[serde(default)]
     pub policy: Policy,
-    /// What `ring_hash` and `maglev` hash; without it every request goes anywhere.
+    /// The property of a request that `ring_hash` and `maglev` hash. Without it, requests are distributed at
+    /// random.
     pub hash_on: Option<HashOn>,
-    /// Which endpoints come first: those of the caller's own zone, or all alike.
+    /// Whether endpoints in the caller's locality zone are preferred.
     #[serde(default)]
     pub locality: Locality,
-    /// Endpoints that are only used where those before them are too few or too ill, in this order: the datacenter on
-    /// the other side of the sea, the registry that is being left.
+    /// Endpoints that are used only if fewer than the panic threshold of all earlier ones are healthy, in
+    /// this order. For example another datacenter, or the registry that is being migrated away from.
     #[serde(default)]
     pub fallback: Vec<Fallback>,
 }
 
-/// Endpoints that are a fallback: those that match all that is given here.
+/// The conditions on the endpoints of a fallback. An endpoint must match all that are set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fallback {
-    /// The endpoints that this discovery source names: `zookeeper:zk1:2181`, or a whole kind of sources, `zookeeper`.
+    /// The discovery source that lists the endpoint: `zookeeper:zk1:2181`, or all sources of a kind,
+    /// `zookeeper`.
     pub source: Option<Arc<str>>,
-    /// The endpoints in this zone.
+    /// The locality zone of the endpoint.
     pub zone: Option<Arc<str>>,
-    /// The endpoints that have all of these: `datacenter: dc2` say.
+    /// The labels of the endpoint, such as `datacenter: dc2`. It must have all of them.
     #[serde(default)]
     pub labels: Labels,
 }
@@ -209,16 +211,16 @@ impl Fallback {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Policy {
-    /// In turn.
+    /// Each endpoint in turn.
     RoundRobin,
-    /// The less busy of two that are drawn.
+    /// The endpoint with fewer active requests, of two chosen at random.
     #[default]
     LeastRequest,
-    /// Drawn.
+    /// An endpoint at random.
     Random,
-    /// By hash, on a ring: few requests move when endpoints come and go.
+    /// By hash, on a ring. Few requests move to other endpoints when endpoints are added or removed.
     RingHash,
-    /// By hash, through a table: faster than the ring, and more requests move.
+    /// By hash, through a table. Faster than the ring, but more requests move.
     Maglev,
 }
 
@@ -234,7 +236,7 @@ impl Policy {
     }
 }
 
-/// What of a request decides where it goes.
+/// The property of a request that is hashed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HashOn {
@@ -242,47 +244,49 @@ pub enum HashOn {
     Header(Arc<str>),
     /// The value of this cookie.
     Cookie(Arc<str>),
-    /// The value of this parameter of the URL.
+    /// The value of this query parameter of the URL.
     Query(Arc<str>),
-    /// The address of the caller.
+    /// The IP address of the caller.
     SourceIp,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Locality {
-    /// Zones do not matter.
+    /// Endpoints of all zones are treated alike.
     #[default]
     Any,
-    /// The caller's zone first, the others when it has too few healthy endpoints.
+    /// Endpoints in the caller's zone are preferred while enough of them are healthy.
     PreferLocal,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Timeouts {
-    /// Until a connection to an endpoint stands. Built in: 5 s.
+    /// The timeout for establishing a connection to an endpoint. Default: 5 s.
     pub connect: Option<Time>,
-    /// From the whole request to the whole response. Built in: 15 s for HTTP, none for TCP.
+    /// The timeout from the end of the request to the end of the response. Default: 15 s for HTTP, none for
+    /// TCP.
     pub request: Option<Time>,
-    /// A connection (TCP) or stream (HTTP) without a byte for so long is closed. Built in: 5 m for HTTP, 1 h for TCP.
+    /// The time without traffic after which a connection (TCP) or stream (HTTP) is closed. Default: 5 m for
+    /// HTTP, 1 h for TCP.
     pub idle: Option<Time>,
 }
 
-/// When and how often a failed request is tried again.
+/// When and how often a failed request is retried.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Retry {
-    /// How many more times, after the first; 0 turns retries off.
+    /// The number of retries after the first attempt. 0 disables retries.
     pub attempts: u32,
-    /// What counts as failed.
+    /// The failures that are retried.
     #[serde(default)]
     pub on: Vec<RetryOn>,
-    /// How long one try may take; it is part of the timeout of the whole request.
+    /// The timeout of one attempt, within the timeout of the whole request.
     pub per_try_timeout: Option<Time>,
 }
 
-/// What counts as failed. The names are Envoy's, without `-` for those that have a short form here.
+/// A failure that is retried. The names are those of Envoy's `retry_on`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RetryOn {
@@ -303,7 +307,7 @@ pub enum RetryOn {
 }
 
 impl RetryOn {
-    /// Envoy's spelling in `retry_on`.
+    /// Returns the name in Envoy's `retry_on`.
     pub fn as_str(self) -> &'static str {
         match self {
             RetryOn::ServerError => "5xx",
@@ -321,7 +325,7 @@ impl RetryOn {
         }
     }
 
-    /// Whether it is a gRPC status: proxyless gRPC clients know only these.
+    /// Reports whether this is a gRPC status. Proxyless gRPC clients support only these.
     pub fn is_grpc_status(self) -> bool {
         matches!(
             self,
@@ -334,21 +338,21 @@ impl RetryOn {
     }
 }
 
-/// An endpoint that keeps failing is left out for a while.
+/// When a failing endpoint is ejected for a while.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OutlierDetection {
-    /// So many 5xx in a row eject. Built in: 5.
+    /// The number of consecutive 5xx responses that eject an endpoint. Default: 5.
     pub consecutive_5xx: Option<u32>,
-    /// How often it is looked at. Built in: 10 s.
+    /// The interval between checks. Default: 10 s.
     pub interval: Option<Time>,
-    /// How long the first time; longer every time after. Built in: 30 s.
+    /// The duration of the first ejection; later ones are longer. Default: 30 s.
     pub base_ejection: Option<Time>,
-    /// At most this share of the endpoints, in percent. Built in: 50.
+    /// The largest share of ejected endpoints, in percent. Default: 50.
     pub max_ejection_percent: Option<u32>,
 }
 
-/// Per calling Envoy, not per fleet. What exceeds them fails at once.
+/// Limits per calling Envoy, not per fleet. Requests beyond a limit fail at once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConnectionLimits {
@@ -356,31 +360,32 @@ pub struct ConnectionLimits {
     pub max_connections: Option<u32>,
     /// Requests that wait for a connection.
     pub max_pending_requests: Option<u32>,
-    /// Requests under way.
+    /// Active requests.
     pub max_requests: Option<u32>,
-    /// Retries under way; 0 allows none.
+    /// Active retries. 0 disables retries.
     pub max_retries: Option<u32>,
 }
 
-/// Which connections to the real addresses of a service are captured. It is the rules of the host that act on it and not
-/// its Envoy, so that turning it up or down touches no connection that stands. Virtual addresses exist nowhere but in
-/// Envoy: connections to them are always captured.
+/// Which connections to the real addresses of a service are captured. The host's rules implement this rather
+/// than Envoy, so a change closes no established connection. Virtual addresses exist only in Envoy, so
+/// connections to them are always captured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Capture {
-    /// The share of new connections, 0 to 100. Built in: what the host says, all of them if it says nothing.
+    /// The share of new connections that are captured, 0 to 100. Default: the host's setting, and without one
+    /// all of them.
     pub percent: Option<u32>,
-    /// What becomes of new connections when the host's Envoy or agent is gone. Built in: what the host says, `open` if it
-    /// says nothing.
+    /// The behaviour for new connections while the host's Envoy or agent is down. Default: the host's
+    /// setting, and without one `open`.
     pub on_loss: Option<OnLoss>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnLoss {
-    /// They go past Envoy.
+    /// Connections bypass Envoy.
     Open,
-    /// They fail: what the mesh enforces is not passed by.
+    /// Connections fail, so that no policy of the mesh can be bypassed.
     Closed,
 }
 
@@ -393,14 +398,14 @@ impl OnLoss {
     }
 }
 
-/// What becomes of captured connections that are to no service.
+/// The policy for captured connections to addresses of no service.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outbound {
-    /// They go on to where they were going.
+    /// Connections are passed through to their original destination.
     #[default]
     AllowAny,
-    /// They are closed.
+    /// Connections are closed.
     RegistryOnly,
 }
 
@@ -413,48 +418,48 @@ impl Outbound {
     }
 }
 
-/// `kind: Route`: how requests to a service are routed. The first rule that matches decides; a request that none
-/// matches goes to the service as if there were no document.
+/// `kind: Route`: how requests to a service are routed. The first matching rule applies. A request that
+/// matches no rule goes to the service as if there were no document.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
-    /// The service that the requests are made to.
+    /// The service to which the requests are addressed.
     pub service: ServiceName,
-    /// In order: the first that matches decides.
+    /// The rules in order; the first matching one applies.
     pub rules: Vec<Rule>,
 }
 
-/// One rule of a [`Route`]. Without `split` and `redirect` its requests go to the whole service.
+/// One rule of a [`Route`]. Without `split` and `redirect`, its requests go to the whole service.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// Which requests; all of them if left out.
+    /// The condition on requests. Default: every request matches.
     #[serde(default, rename = "match")]
     pub matches: Match,
-    /// Shares of the requests for subsets or other services.
+    /// The subsets or other services among which the requests are split.
     #[serde(default)]
     pub split: Vec<Target>,
-    /// Sends the requests elsewhere instead.
+    /// Redirects the requests instead.
     pub redirect: Option<Redirect>,
-    /// For the whole request, all tries together.
+    /// The timeout of the whole request, including all attempts.
     pub timeout: Option<Time>,
-    /// Outranks what `Mesh`, `Service` and `Node` say.
+    /// When a failed request is retried. Takes precedence over `Mesh`, `Service` and `Node`.
     pub retry: Option<Retry>,
 }
 
-/// All that is given has to hold.
+/// A condition on requests. A request must match every part that is set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Match {
     /// The path, without the query.
     pub path: Option<PathMatch>,
-    /// By name; every one of them.
+    /// The headers by name. All of them must match.
     #[serde(default)]
     pub headers: BTreeMap<Arc<str>, TextMatch>,
-    /// Parameters of the URL by name; every one of them.
+    /// The query parameters of the URL by name. All of them must match.
     #[serde(default)]
     pub query: BTreeMap<Arc<str>, TextMatch>,
-    /// One of these.
+    /// The methods, of which one must match.
     #[serde(default, deserialize_with = "one_or_many")]
     pub method: Vec<Method>,
 }
@@ -462,28 +467,28 @@ pub struct Match {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PathMatch {
-    /// The whole path.
+    /// The exact path.
     Exact(Arc<str>),
-    /// Whole text prefix: `/v2` also matches `/v2beta`; write `/v2/` to match below `/v2` only.
+    /// A text prefix: `/v2` also matches `/v2beta`; write `/v2/` to match only paths below `/v2`.
     Prefix(Arc<str>),
-    /// RE2, against the whole path.
+    /// An RE2 expression that matches the whole path.
     Regex(Arc<str>),
 }
 
-/// How a header's or a parameter's value is matched: a text stands for `exact`.
+/// A condition on the value of a header or parameter. A plain text means `exact`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TextMatch {
-    /// The whole value.
+    /// The exact value.
     Exact(Arc<str>),
-    /// How the value begins.
+    /// A prefix of the value.
     Prefix(Arc<str>),
-    /// How the value ends.
+    /// A suffix of the value.
     Suffix(Arc<str>),
-    /// What is somewhere in the value.
+    /// A substring of the value.
     Contains(Arc<str>),
-    /// RE2, against the whole value.
+    /// An RE2 expression that matches the whole value.
     Regex(Arc<str>),
-    /// Whether there is one at all, whatever its value.
+    /// Whether the header or parameter is present, with any value.
     Present(bool),
 }
 
@@ -491,15 +496,16 @@ pub enum TextMatch {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Method(pub Arc<str>);
 
-/// Where a share of a rule's requests goes.
+/// The destination of a share of a rule's requests.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Target {
-    /// Another service; the routed one if left out.
+    /// The destination service. Default: the service of the route.
     pub service: Option<ServiceName>,
-    /// A part of it, as its `Service` document defines; all of it if left out.
+    /// The subset of the service, defined in its `Service` document. Default: the whole service.
     pub subset: Option<SubsetName>,
-    /// The share, relative to the other targets of the rule. 1 if left out, and 0 sends nothing.
+    /// The share, relative to the other targets of the rule. Default: 1. A target of weight 0 receives
+    /// nothing.
     #[serde(default = "whole")]
     pub weight: u32,
 }
@@ -508,11 +514,12 @@ fn whole() -> u32 {
     1
 }
 
-/// Sends a rule's requests elsewhere: to another service and its own routes, or the client to another URL.
+/// Redirects requests: internally to another service and its routes, or the client to another URL.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Redirect {
-    /// As if the request had been made to this service: its `Route` decides. Excludes the other fields.
+    /// The service that receives the request as if it had been addressed to it, so its own `Route` applies.
+    /// Excludes the other fields.
     pub service: Option<ServiceName>,
     /// The scheme of the new URL.
     pub scheme: Option<Scheme>,
@@ -520,11 +527,11 @@ pub struct Redirect {
     pub host: Option<Arc<str>>,
     /// The port of the new URL.
     pub port: Option<u16>,
-    /// The whole path.
+    /// The whole path of the new URL.
     pub path: Option<Arc<str>>,
-    /// What the matched prefix becomes.
+    /// The replacement of the matched prefix.
     pub prefix: Option<Arc<str>>,
-    /// 301 (default), 302, 303, 307 or 308.
+    /// The status code: 301 (default), 302, 303, 307 or 308.
     pub code: Option<u16>,
 }
 
@@ -535,7 +542,7 @@ pub enum Scheme {
     Https,
 }
 
-/// What `Mesh`, `Service` and `Node` can all say.
+/// The settings that `Mesh`, `Service` and `Node` documents share.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Settings {
     pub load_balancing: Option<LoadBalancing>,
@@ -544,7 +551,8 @@ pub struct Settings {
     pub outlier_detection: Option<OutlierDetection>,
     pub connection_limits: Option<ConnectionLimits>,
     pub capture: Capture,
-    /// Which document set each value, by the value's name; what is missing is built in.
+    /// The document that set each value, by the value's name. A value without an entry has its built-in
+    /// default.
     pub origins: BTreeMap<&'static str, Origin>,
 }
 
@@ -562,9 +570,10 @@ impl fmt::Display for Origin {
 }
 
 impl Documents {
-    /// What holds for `service` as called by a node: `Node` over `Service` over `Mesh`, value by value.
+    /// Returns the settings of `service` as called by a node: `Node` over `Service` over `Mesh`, value by
+    /// value.
     ///
-    /// `nodes` are the `Node` documents that select the caller, the strongest last.
+    /// `nodes` are the `Node` documents that select the caller; later ones take precedence.
     pub fn settings(&self, service: &ServiceName, nodes: &[Arc<Placed<Node>>]) -> Settings {
         let mut settings = Settings::default();
         if let Some(mesh) = &self.mesh {
@@ -588,20 +597,21 @@ impl Documents {
         settings
     }
 
-    /// What becomes of captured connections of a node that are to no service: `Node` over `Mesh` over built in.
+    /// Returns a node's policy for captured connections to addresses of no service: `Node` over `Mesh` over
+    /// the default.
     ///
-    /// `nodes` are the `Node` documents that select it, the strongest last.
+    /// `nodes` are the `Node` documents that select the node; later ones take precedence.
     pub fn outbound(&self, nodes: &[Arc<Placed<Node>>]) -> Outbound {
         let said = nodes.iter().rev().find_map(|node| node.outbound);
         said.or(self.mesh.as_ref().and_then(|mesh| mesh.outbound)).unwrap_or_default()
     }
 
-    /// The `Node` documents that speak of `report`, the strongest last.
+    /// Returns the `Node` documents that select the node of `report`; later ones take precedence.
     pub fn nodes_for(&self, report: &NodeReport) -> Vec<Arc<Placed<Node>>> {
         self.nodes.iter().filter(|node| node.selects(report)).cloned().collect()
     }
 
-    /// For [`Documents::nodes_for`] many nodes.
+    /// Returns an index that answers [`Documents::nodes_for`] faster for many nodes.
     pub fn node_finder(&self) -> NodeFinder<'_> {
         let mut finder = NodeFinder::default();
         for (at, node) in self.nodes.iter().enumerate() {
@@ -613,7 +623,7 @@ impl Documents {
         finder
     }
 
-    /// How many documents there are.
+    /// Returns the number of documents.
     pub fn len(&self) -> usize {
         usize::from(self.mesh.is_some()) + self.services.len() + self.routes.len() + self.nodes.len()
     }
@@ -623,18 +633,18 @@ impl Documents {
     }
 }
 
-/// Finds the `Node` documents of a node without a look at those of all other nodes.
+/// Finds the `Node` documents that select a node, without visiting documents that select other nodes by name.
 #[derive(Debug, Default)]
 pub struct NodeFinder<'a> {
     by_name: HashMap<&'a NodeName, Vec<Ranked<'a>>>,
     by_labels: Vec<Ranked<'a>>,
 }
 
-/// A document and its place in the order of strength.
+/// A document and its position in the order of precedence.
 type Ranked<'a> = (usize, &'a Arc<Placed<Node>>);
 
 impl NodeFinder<'_> {
-    /// The same as [`Documents::nodes_for`].
+    /// Returns the same documents as [`Documents::nodes_for`].
     pub fn find(&self, report: &NodeReport) -> Vec<Arc<Placed<Node>>> {
         let named = self.by_name.get(&report.name).into_iter().flatten();
         let candidates = self.by_labels.iter().chain(named);
@@ -644,7 +654,7 @@ impl NodeFinder<'_> {
     }
 }
 
-/// The settings that one document gives; `None` leaves what a weaker document said.
+/// The settings of one document. `None` keeps the value of a document with lower precedence.
 #[derive(Default)]
 struct Said<'a> {
     load_balancing: Option<&'a LoadBalancing>,
@@ -679,14 +689,14 @@ impl<'a> Said<'a> {
 }
 
 impl Settings {
-    /// What the `Node` documents `nodes`, the strongest last, say of every service.
+    /// Returns the settings of the `Node` documents `nodes` for every service; later ones take precedence.
     pub fn of_nodes(nodes: &[Arc<Placed<Node>>]) -> Settings {
         let mut settings = Settings::default();
         settings.overlay_nodes(nodes);
         settings
     }
 
-    /// A text that is equal for equal values, whichever documents set them.
+    /// Returns a text that is equal for equal values, whichever documents set them.
     pub fn content_key(&self) -> String {
         let Settings {
             load_balancing,

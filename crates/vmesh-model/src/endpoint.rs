@@ -9,14 +9,15 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// Free-form facts about an endpoint or a node, sorted so that equal labels are equal text.
+/// Free-form labels of an endpoint or a node, sorted so that equal labels have equal text.
 pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
-/// One instance of a service, as Envoy can dial it: a host name has been resolved by the discovery source.
+/// One instance of a service, with an IP address to which Envoy can connect. A discovery source resolves
+/// hostnames.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Endpoint {
     pub address: SocketAddr,
-    /// The name that `address` was resolved from, if the source gave a name.
+    /// The hostname that resolved to `address`, if the source lists a hostname.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<Arc<str>>,
     pub weight: Weight,
@@ -27,22 +28,24 @@ pub struct Endpoint {
     pub version: Option<Arc<str>>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: Labels,
-    /// The discovery source that named it, `file:/etc/vmesh/services.d` say.
+    /// The discovery source that lists the endpoint, such as `file:/etc/vmesh/services.d`.
     pub source: Arc<str>,
 }
 
-/// A share of traffic relative to the other endpoints of the same service.
+/// An endpoint's share of traffic, relative to the other endpoints of the service.
 ///
-/// Envoy refuses a weight of 0 (and with it the whole assignment), so 0 in a source means [`Health::Draining`].
+/// Envoy rejects a weight of 0, and the whole assignment with it, so 0 in a source means
+/// [`Health::Draining`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Weight(NonZeroU32);
 
 impl Weight {
     pub const ONE: Weight = Weight(NonZeroU32::MIN);
-    /// Envoy adds the weights of a locality in 32 bits; this leaves room for 4,000 endpoints of the largest weight.
+    /// The largest weight. Envoy adds the weights of a locality in 32 bits, which leaves room for 4,000
+    /// endpoints of this weight.
     pub const MAX: u32 = 1_000_000;
 
-    /// `None` for 0 and for more than [`Weight::MAX`].
+    /// Returns `None` for 0 and for more than [`Weight::MAX`].
     pub fn new(weight: u32) -> Option<Weight> {
         NonZeroU32::new(weight).filter(|w| w.get() <= Self::MAX).map(Weight)
     }
@@ -58,8 +61,8 @@ impl Default for Weight {
     }
 }
 
-/// What discovery says of an endpoint. Unhealthy is a status, never an absence: Envoy's panic threshold has to
-/// see how many of all endpoints are ill.
+/// The health of an endpoint according to discovery. An unhealthy endpoint is listed rather than removed,
+/// because Envoy's panic threshold depends on the share of unhealthy endpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Health {
@@ -67,7 +70,7 @@ pub enum Health {
     Unknown,
     Healthy,
     Unhealthy,
-    /// Takes no new requests; those in flight finish.
+    /// The endpoint receives no new requests, and finishes those in flight.
     Draining,
 }
 
@@ -82,7 +85,7 @@ impl fmt::Display for Health {
     }
 }
 
-/// Where a source says that an instance is: not yet resolved.
+/// The address of an instance as a source lists it, with an unresolved host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Address {
     pub host: Host,
@@ -93,16 +96,17 @@ pub struct Address {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Host {
     Ip(IpAddr),
-    /// To be resolved, and resolved again: a container that came back has another address.
+    /// A hostname. It is resolved repeatedly, because a restarted container has another address.
     Name(Arc<str>),
 }
 
 const LINK_LOCAL: &str = "a link-local address means another host on every link, and says not on which";
 
-/// Returns `ip` as it is dialled, IPv4 in IPv6 as IPv4 (`::ffff:10.0.0.1`), or why no other host can dial it.
+/// Returns `ip` in canonical form, with IPv4-mapped IPv6 (`::ffff:10.0.0.1`) as IPv4. The error states why no
+/// other host can connect to it.
 ///
-/// Parsing accepts such an address: a record that has it is well formed. Discovery asks this function where it turns records into
-/// endpoints, for addresses that are written and for addresses that a name resolves to.
+/// Parsing accepts such an address, because its record is well-formed. Discovery calls this function when it
+/// turns records into endpoints, both for listed addresses and for addresses that a hostname resolves to.
 pub fn dialable(ip: IpAddr) -> Result<IpAddr, String> {
     let ip = ip.to_canonical();
     let why = match ip {
@@ -118,15 +122,17 @@ pub fn dialable(ip: IpAddr) -> Result<IpAddr, String> {
 }
 
 impl Host {
-    /// An IP address, also in the short forms of `inet_aton` that fleets write (`127.1`), or a DNS name. IPv4 in IPv6 becomes IPv4, so
-    /// that two spellings of one address are equal. Whether other hosts can dial the address is for [`dialable`] to say.
+    /// Parses an IP address, a short form of `inet_aton` (`127.1`), or a DNS name. IPv4-mapped IPv6 becomes
+    /// IPv4, so that two spellings of an address are equal. [`dialable`] checks whether other hosts can
+    /// connect to the address.
     pub fn parse(text: &str) -> Result<Host, String> {
         let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
         if let Ok(ip) = bare.parse::<IpAddr>() {
             return Ok(Host::Ip(ip.to_canonical()));
         }
         let neither = || format!("`{}` is neither an IP address nor a host name", crate::yaml::short(text));
-        // A name whose last label is a number is an IPv4 address or an error, never DNS (RFC 1123, 2.1).
+        // A name whose last label is a number is an IPv4 address or an error, but never a DNS name (RFC 1123,
+        // 2.1).
         let last = text.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
         let is_hexadecimal = last.strip_prefix("0x").or(last.strip_prefix("0X"));
         let is_hexadecimal =
@@ -155,7 +161,7 @@ impl Host {
     }
 }
 
-/// `127.1`, `10.1.2`: the last number fills the bytes that are left (inet_aton(3)), decimal only.
+/// Parses `127.1` or `10.1.2`: the last number fills the remaining bytes (inet_aton(3)). Decimal only.
 fn short_ipv4(text: &str) -> Option<Ipv4Addr> {
     let parts: Vec<u32> = text.split('.').map(|p| p.parse().ok()).collect::<Option<_>>()?;
     let (last, heads) = parts.split_last()?;
@@ -173,7 +179,7 @@ fn short_ipv4(text: &str) -> Option<Ipv4Addr> {
 impl FromStr for Address {
     type Err = String;
 
-    /// `host:port`, `[::1]:8080`.
+    /// Parses `host:port` or `[::1]:8080`.
     fn from_str(text: &str) -> Result<Address, String> {
         if text.contains('/') {
             return Err(format!(
@@ -199,7 +205,7 @@ impl FromStr for Address {
     }
 }
 
-/// A port that something can listen on.
+/// Parses a port, 1 to 65535.
 pub fn parse_port(text: &str) -> Result<NonZeroU16, String> {
     match text.parse::<u64>() {
         Ok(0) => Err("port 0 is not a port: 1 to 65535".to_owned()),
@@ -220,15 +226,16 @@ impl fmt::Display for Address {
     }
 }
 
-/// What is spoken on a service's port. Declared, never sniffed: a server-first protocol would wait for the sniffer.
+/// The protocol on a service's port. It is declared rather than detected: detection would wait for the
+/// client's first bytes, which deadlocks protocols in which the server speaks first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     #[default]
     Tcp,
-    /// HTTP/1.1 towards the instances.
+    /// HTTP/1.1 to the instances.
     Http,
-    /// HTTP/2 with prior knowledge towards the instances.
+    /// HTTP/2 with prior knowledge to the instances.
     Http2,
     Grpc,
     Tls,
@@ -275,12 +282,12 @@ impl Protocol {
         }
     }
 
-    /// Whether requests can be routed one by one.
+    /// Reports whether requests can be routed individually.
     pub fn is_http(self) -> bool {
         matches!(self, Protocol::Http | Protocol::Http2 | Protocol::Grpc)
     }
 
-    /// Whether the instances speak HTTP/2.
+    /// Reports whether the instances speak HTTP/2.
     pub fn is_http2(self) -> bool {
         matches!(self, Protocol::Http2 | Protocol::Grpc)
     }
@@ -314,7 +321,7 @@ mod tests {
         assert_eq!(shown("127.1:80"), "127.0.0.1:80");
         assert_eq!(shown("[::1]:80"), "[::1]:80");
         assert_eq!(shown("[::ffff:10.0.0.1]:80"), "10.0.0.1:80");
-        // Well formed, although nobody can dial it.
+        // The address is well-formed, although no host can connect to it.
         assert_eq!(shown("0.0.0.0:80"), "0.0.0.0:80");
         assert_eq!(shown("0:80"), "`0` is neither an IP address nor a host name");
         assert_eq!(shown("DB-1.internal:5432"), "db-1.internal:5432");
@@ -323,7 +330,7 @@ mod tests {
         assert_eq!(shown("10.0.0.256:80"), "`10.0.0.256` is neither an IP address nor a host name");
         assert_eq!(shown("::1:80"), "`::1:80`: an IPv6 address with a port is written `[::1]:80`");
         assert_eq!(shown("web"), "`web` has no port: write `web:8080`, an address and a port");
-        // Two records glued together by a writer that is not atomic, as seen in production (kingpin).
+        // Two records concatenated by a non-atomic writer, as seen in production (kingpin).
         assert_eq!(
             shown("10.1.2.310.4.5.6:9000"),
             "`10.1.2.310.4.5.6` is neither an IP address nor a host name"

@@ -1,9 +1,10 @@
-//! Walking through two maps at once.
+//! Compares two maps in one pass.
 
 use std::collections::BTreeMap;
 
-/// Returns the keys of both maps in order, each with what either map has for it. One walk through both: where maps of many
-/// services are compared again and again, looking each key up costs many times as much.
+/// Returns the keys of both maps in order, each with its value in either map. One pass over both maps is many
+/// times faster than looking up each key, which matters where maps of all services are compared at every
+/// change.
 pub fn join<'a, K: Ord, A, B>(
     before: &'a BTreeMap<K, A>,
     now: &'a BTreeMap<K, B>,

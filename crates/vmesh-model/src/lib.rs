@@ -1,17 +1,17 @@
-//! The nouns of vmesh, and the only way to get one: by parsing.
+//! The domain types of vmesh. Text is parsed into them, and an invalid value cannot be constructed.
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
-//! | [`name`] | [`ServiceName`], [`NodeName`]: what may be called a service or a node |
+//! | [`name`] | [`ServiceName`], [`NodeName`]: valid names of services and nodes |
 //! | [`endpoint`] | [`Endpoint`], [`Health`], [`Weight`], [`Protocol`]: one instance of a service |
-//! | [`registration`] | [`Registration`]: what one discovery source says of one service; [`State`]: how far to trust it |
+//! | [`registration`] | [`Registration`]: one service as one discovery source lists it; [`State`]: how far to trust it |
 //! | [`document`] | the mesh documents `Mesh`, `Service`, `Route`, `Node`, and [`Documents`], a consistent set of them |
 //! | [`load`] | strict loading of documents: file, line, column, a did-you-mean, every problem at once |
-//! | [`yaml`], [`strict`] | under it: text to a tree that knows its positions, tree to type |
-//! | [`check`] | what a document must not say although every word of it is known |
-//! | [`node`] | [`NodeReport`]: what a node says of itself |
-//! | [`join()`] | two maps compared in one walk |
-//! | [`problem`] | [`Problem`] and [`Place`]: what an operator has to mend, and where |
+//! | [`yaml`], [`strict`] | the layers below: text to a tree with positions, tree to a typed value |
+//! | [`check`] | checks of a document's meaning, such as contradictions between fields |
+//! | [`node`] | [`NodeReport`]: what a node reports of itself |
+//! | [`join()`] | the comparison of two maps in one pass |
+//! | [`problem`] | [`Problem`] and [`Place`]: an error for the operator to fix, and its location |
 //!
 //! **Invariant:** no runtime, no Envoy, no clock, no I/O: `cargo tree -p vmesh-model -e normal` lists neither
 //! `tokio` nor `vmesh-proto`. Text comes in as an argument.

@@ -1,8 +1,8 @@
-//! Strict loading of configuration and of mesh documents.
+//! Strict loading of configuration files and of mesh documents.
 //!
-//! [`strict`] is for a file that has to be right or is refused (`control.yaml`, `agent.yaml`). [`Library`] is for
-//! files that are edited while the mesh runs: there a bad document costs nothing but itself, and not even itself if
-//! it was good before.
+//! [`strict`] is for a file that is either valid or rejected (`control.yaml`, `agent.yaml`). [`Library`] is
+//! for documents that are edited while the mesh runs: a bad document affects only itself, and if an earlier
+//! version was good, that version stays in force.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,18 +18,18 @@ use crate::strict::{did_you_mean, one_of, read};
 use crate::yaml::{self, MAX_TEXT};
 use crate::{Labels, Place, Problem, ServiceName};
 
-/// Reads one value of YAML or JSON, or says everything that is wrong with the text.
+/// Parses one value of YAML or JSON, or returns all problems of the text.
 pub fn strict<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, Vec<Problem>> {
     strict_bytes(file, text.as_bytes())
 }
 
-/// As [`strict`], of bytes that are meant to be text.
+/// Does the same as [`strict`] for bytes, which must be UTF-8.
 pub fn strict_bytes<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, Vec<Problem>> {
     let file: Arc<str> = file.into();
     let text = yaml::text_of(&file, &file, bytes, MAX_TEXT).map_err(|problem| vec![problem])?;
     let mut documents = yaml::parse(&file, &file, text).into_iter();
     let (root, mut problems) = match documents.next() {
-        // Nothing but comments: every field has its default.
+        // A text of only comments is an empty mapping, in which every field has its default.
         None => (Some(Arc::new(yaml::Node::empty_mapping())), Vec::new()),
         Some(first) => (first.root, first.problems),
     };
@@ -53,15 +53,15 @@ pub fn strict_bytes<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, 
     }
 }
 
-/// A file of documents, as the caller read it.
+/// A file of documents, read by the caller.
 #[derive(Debug, Clone, Copy)]
 pub struct DocumentFile<'a> {
     pub path: &'a str,
-    /// The bytes, or why they could not be read.
+    /// The bytes, or the reason why they could not be read.
     pub content: Result<&'a [u8], &'a str>,
 }
 
-/// A good version of a document, to outlive a restart: [`Library::last_good`].
+/// A good version of a document, in the form saved for a restart: [`Library::last_good`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
     pub file: Arc<str>,
@@ -71,7 +71,8 @@ pub struct Kept {
     pub text: Arc<str>,
 }
 
-/// The documents of all files, each in its last good version.
+/// The documents of all files, each in its last good version. The owner calls [`Library::update`] with all
+/// files after each change of any.
 #[derive(Debug, Default)]
 pub struct Library {
     files: BTreeMap<Arc<str>, Contents>,
@@ -79,24 +80,25 @@ pub struct Library {
     current: Arc<Documents>,
 }
 
-/// What a file said when it was last read.
+/// The content of a file as last read.
 #[derive(Debug, Default)]
 struct Contents {
-    /// `None` if it could not be read.
+    /// `None` if the file could not be read.
     bytes: Option<Box<[u8]>>,
     documents: Vec<Candidate>,
-    /// Problems of what cannot be told to be this or that document: all that the file was last seen to hold stays.
+    /// Problems in text that cannot be attributed to a document. While there are any, all documents last read
+    /// from the file stay in force.
     unidentified: Vec<Problem>,
-    /// Problems of documents that belong to a later version.
+    /// Problems of documents whose kind only a later version supports.
     unsupported: Vec<Problem>,
 }
 
-/// A document as the file has it now.
+/// A document as its file contains it now.
 #[derive(Debug)]
 struct Candidate {
     identity: Identity,
     place: Place,
-    /// The version, or what is wrong with it.
+    /// The version, or its problems.
     version: Result<Arc<Version>, Vec<Problem>>,
 }
 
@@ -115,7 +117,7 @@ enum Parsed {
     Node(Arc<Placed<Node>>),
 }
 
-/// What tells one document from another.
+/// The identity of a document across versions and files.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Identity {
     kind: Kind,
@@ -132,7 +134,8 @@ enum Kind {
 
 impl Kind {
     const ALL: [Kind; 4] = [Kind::Mesh, Kind::Service, Kind::Route, Kind::Node];
-    /// Names of documents that are designed and not built: they deserve more than "unknown".
+    /// The kinds of documents that are designed but not implemented. Their message differs from that of an
+    /// unknown kind.
     const LATER: [&str; 3] = ["Access", "Gateway", "External"];
 
     fn as_str(self) -> &'static str {
@@ -170,13 +173,15 @@ impl fmt::Display for Identity {
 }
 
 impl Library {
-    /// Starts with the versions that were good before a restart. What this version cannot read is left out.
+    /// Restores the versions that were in force before a restart. Versions that this release cannot read are
+    /// left out.
     pub fn restored(kept: impl IntoIterator<Item = Kept>) -> Library {
         let mut library = Library::default();
         for kept in kept {
-            // As it stood in its file: the same line, and the same indentation.
+            // The text is placed at its line and indentation in the file, so that problems name the same
+            // place.
             let indent = usize::try_from(kept.column.saturating_sub(1)).unwrap_or_default().min(MAX_TEXT);
-            // A width in a format string panics above 65,535.
+            // `repeat`, because a width in a format string panics above 65,535.
             let text = " ".repeat(indent) + &kept.text;
             let contents = Contents::parse(&kept.file, text.as_bytes(), kept.line);
             for candidate in contents.documents {
@@ -192,18 +197,19 @@ impl Library {
         library
     }
 
-    /// The good versions, to be saved.
+    /// Returns the good versions, to be saved.
     pub fn last_good(&self) -> Vec<Kept> {
         self.good.values().map(|version| version.kept.clone()).collect()
     }
 
-    /// What is in force: what [`Library::update`] last returned, or what was restored.
+    /// Returns the documents in force: the last result of [`Library::update`], or the restored ones.
     pub fn documents(&self) -> Arc<Documents> {
         self.current.clone()
     }
 
-    /// Takes all the files as they are now, and returns what is in force and what is wrong. Documents that did not
-    /// change keep their pointer. A file that is not given is deleted, and so are its documents.
+    /// Reads all files as they are now. Returns the documents in force, and all problems. Documents that did
+    /// not change keep their pointer. A file that is missing in `files` was deleted, and its documents with
+    /// it.
     pub fn update(&mut self, files: &[DocumentFile<'_>]) -> (Arc<Documents>, Vec<Problem>) {
         self.read(files);
         let mut problems = Vec::new();
@@ -213,7 +219,7 @@ impl Library {
         }
         let mut claimed: BTreeMap<&Identity, &Candidate> = BTreeMap::new();
         for (identity, candidates) in claims {
-            // One that comes later must not take over from one that is in force.
+            // A later document must not replace one of the same name that is in force.
             let incumbent = self.good.get(identity).map(|version| &version.kept.file);
             let stayed = candidates.iter().find(|candidate| Some(&candidate.place.file) == incumbent);
             let Some(counts) = stayed.or(candidates.first()) else { continue };
@@ -242,7 +248,7 @@ impl Library {
 
         let broken = settle(&mut chosen, &self.good);
 
-        // Only now is it known what becomes of each.
+        // The consequence of each problem is known only after all references are settled.
         let outcome = |identity: &Identity| match chosen.contains_key(identity) {
             true => "its last good version stays in force",
             false => NOT_IN_FORCE,
@@ -277,7 +283,7 @@ impl Library {
         (self.current.clone(), problems)
     }
 
-    /// Reads what changed.
+    /// Parses the files that changed.
     fn read(&mut self, files: &[DocumentFile<'_>]) {
         let mut before = std::mem::take(&mut self.files);
         for file in files {
@@ -292,7 +298,7 @@ impl Library {
             };
             self.files.insert(path, contents);
         }
-        // Pointers tell what changed all the way to the stream: equal values share one.
+        // A document that parses to an equal value keeps its pointer, because later stages compare pointers.
         let good = &self.good;
         for candidate in self.files.values_mut().flat_map(|contents| &mut contents.documents) {
             if let (Ok(version), Some(known)) = (&mut candidate.version, good.get(&candidate.identity))
@@ -309,7 +315,7 @@ impl Library {
     }
 }
 
-/// How the message of a problem ends for which a document is not in force, in no version.
+/// The end of a problem's message if no version of its document is in force.
 pub const NOT_IN_FORCE: &str = "it is not in force";
 
 impl PartialEq for Parsed {
@@ -324,18 +330,18 @@ impl PartialEq for Parsed {
     }
 }
 
-/// Takes back those of `chosen` whose references do not hold among each other: to their `good` version if that is
-/// another one, else out. Returns what is wrong with them.
+/// Replaces those of `chosen` whose references are broken by their `good` version, or removes them if there
+/// is no other version. Returns the broken references.
 ///
-/// What changed gives way to what did not: a new redirect that closes a circle must not cost the routes that were
-/// there before.
+/// Changed documents are replaced before unchanged ones, so that a new redirect that closes a cycle does not
+/// break the routes that were there before.
 fn settle(
     chosen: &mut BTreeMap<Identity, Arc<Version>>,
     good: &BTreeMap<Identity, Arc<Version>>,
 ) -> Vec<(Identity, Place, String)> {
     let mut said = Vec::new();
     let mut touched: BTreeSet<Identity> = BTreeSet::new();
-    // Every round takes a version back, and there are two of each.
+    // Each round replaces or removes a version, and each document has at most two versions.
     loop {
         let mut broken = breaches(chosen);
         if broken.is_empty() {
@@ -349,7 +355,8 @@ fn settle(
             broken.retain(|(identity, ..)| is_new(identity));
         }
         let identities: BTreeSet<Identity> = broken.iter().map(|(identity, ..)| identity.clone()).collect();
-        // Only what the file says now: the places of an earlier version are elsewhere today.
+        // Only problems of the file's current text are reported: the places of an earlier version are
+        // outdated.
         said.extend(broken.into_iter().filter(|(identity, ..)| !touched.contains(identity)));
         for identity in identities {
             match good.get(&identity) {
@@ -360,7 +367,7 @@ fn settle(
     }
 }
 
-/// The references that do not hold.
+/// Returns the broken references.
 fn breaches(chosen: &BTreeMap<Identity, Arc<Version>>) -> Vec<(Identity, Place, String)> {
     let mut services: BTreeMap<&ServiceName, &Service> = BTreeMap::new();
     let mut routes: BTreeMap<&ServiceName, &[Reference]> = BTreeMap::new();
@@ -408,15 +415,15 @@ fn assemble(chosen: &BTreeMap<Identity, Arc<Version>>) -> Documents {
     documents
 }
 
-/// The more precisely a document selects its nodes, the stronger it is; else the order of the text decides, on every
-/// replica alike.
+/// Orders documents by precedence: the more precise the selector, the higher. Equal ones are ordered by their
+/// text, the same way on every replica.
 fn strength(a: &Node, b: &Node) -> Ordering {
     let key = |node: &Node| (node.name.is_some(), node.labels.len());
     key(a).cmp(&key(b)).then_with(|| a.selector().cmp(&b.selector()))
 }
 
 impl Contents {
-    /// Reads the documents of a text that begins in line `first_line` of its file.
+    /// Parses the documents of a text that begins in line `first_line` of its file.
     fn parse(file: &Arc<str>, bytes: &[u8], first_line: u32) -> Contents {
         let mut contents = Contents { bytes: Some(bytes.into()), ..Contents::default() };
         let text = match yaml::text_of(file, file, bytes, MAX_TEXT) {
@@ -429,7 +436,7 @@ impl Contents {
         for document in yaml::parse_from(file, file, text, first_line) {
             match document.root {
                 None => contents.unidentified.extend(document.problems),
-                // A JSON file holds several as a list.
+                // A JSON file contains several documents as a list.
                 Some(root) if root.items().is_some() => {
                     contents.unidentified.extend(document.problems);
                     for item in root.items().unwrap_or_default() {
@@ -442,7 +449,7 @@ impl Contents {
         contents
     }
 
-    /// Reads one document: first what it is, then, by that, what it says.
+    /// Parses one document: first its kind and name, then its content.
     fn document(&mut self, file: &Arc<str>, text: &str, root: &yaml::Node, problems: Vec<Problem>) {
         let mut unidentified = |place, message| {
             self.unidentified.extend(problems.iter().cloned());
@@ -496,7 +503,8 @@ impl Contents {
 }
 
 impl Kind {
-    /// The name of a document of this kind, read leniently: also a document with mistakes is that document.
+    /// Returns the name of a document of this kind. Other mistakes in the document do not matter, so that a
+    /// document with a problem is still identified.
     fn name_of(self, root: &yaml::Node) -> Option<String> {
         let text = |key: &str| root.get(key)?.text().filter(|text| !text.is_empty()).map(str::to_owned);
         match self {
@@ -513,11 +521,11 @@ impl Kind {
     }
 }
 
-/// The text of one document that has been identified.
+/// The text of one identified document.
 struct Source<'a> {
     file: &'a Arc<str>,
     subject: &'a Arc<str>,
-    /// Of the whole file.
+    /// The text of the whole file.
     text: &'a str,
     root: &'a yaml::Node,
 }

@@ -1,4 +1,4 @@
-//! What may be called a service or a node.
+//! The names of services and nodes.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Names go into Envoy resource names (where `|` separates a subset), DNS names, file names and metric labels.
+/// The longest name, in bytes. Names become Envoy resource names (where `|` separates a subset), DNS names,
+/// file names and metric labels.
 const MAX_NAME: usize = 253;
 
-/// Why a text is not a name.
+/// The reason why a text is not a valid name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidName {
     what: &'static str,
@@ -51,7 +52,7 @@ macro_rules! name {
                 &self.0
             }
 
-            /// The shared text, for keys that must not copy it.
+            /// Returns the shared text of the name, for keys that avoid a copy.
             pub fn shared(&self) -> Arc<str> {
                 self.0.clone()
             }
@@ -102,12 +103,13 @@ macro_rules! name {
 }
 
 name!(
-    /// The name of a service: also the name of its Envoy cluster, EDS resource and route configuration.
+    /// The name of a service, which is also the name of its Envoy cluster, EDS resource and route
+    /// configuration.
     ServiceName,
     "service"
 );
 name!(
-    /// The name of a node, one VM or host: its xDS `node.id`.
+    /// The name of a node, which is its xDS `node.id`.
     NodeName,
     "node"
 );

@@ -1,4 +1,4 @@
-//! What a node says of itself.
+//! The report of a node about itself.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Labels, NodeName, Protocol, ServiceName};
 
-/// One node as its agent (or its bare xDS client) reports it. What it claims may only narrow what it is sent.
+/// One node as its agent, or its plain xDS client, reports it. The report can only reduce what the node
+/// receives.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeReport {
     pub name: NodeName,
@@ -19,15 +20,15 @@ pub struct NodeReport {
     #[serde(default)]
     pub workloads: Vec<Workload>,
     pub upstreams: Upstreams,
-    /// What reaches Envoy although nobody dials it.
+    /// The connections that reach Envoy by capture rather than by a declared listener.
     #[serde(default)]
     pub capture: Capture,
-    /// What it runs, for `vmeshctl nodes`: `vmesh-agent/0.1.0 envoy/1.40.0`.
+    /// The software versions, for `vmeshctl nodes`: `vmesh-agent/0.1.0 envoy/1.40.0`.
     #[serde(default)]
     pub build: Arc<str>,
 }
 
-/// Which xDS client a node is: they accept different subsets of the same resources.
+/// The kind of xDS client. Each kind supports a different subset of the resources.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Client {
@@ -41,67 +42,69 @@ pub enum Client {
 #[serde(deny_unknown_fields)]
 pub struct Workload {
     pub service: ServiceName,
-    /// Where the application listens, on loopback unless `host` says otherwise.
+    /// The port of the application, on loopback unless `host` is set.
     pub port: u16,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<IpAddr>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<Protocol>,
-    /// Where Envoy listens for it; `None` where only captured connections reach it.
+    /// The address on which Envoy listens for the workload; `None` if only captured connections reach it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
 }
 
-/// Which connections the host hands to Envoy by rules of the kernel. The words are those of the rules' own spec.
+/// The connections that the host's kernel rules redirect to Envoy. The variants are named as in the
+/// specification of the rules.
 ///
-/// A newer agent may say more; what this version does not know here is none of its business.
+/// Fields that only a newer agent sends are ignored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Capture {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outbound: Option<Outward>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inbound: Option<Inward>,
-    /// The host has no IPv6, or captures and has no `::1`: Envoy would refuse whatever has an address of it.
+    /// The host has no IPv6, or it captures connections and has no `::1`. Envoy would then reject every
+    /// resource with an IPv6 address.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub without_ipv6: bool,
 }
 
-/// Where Envoy takes captured connections that programs of the host open, on loopback.
+/// The port on loopback where Envoy receives captured outbound connections, which programs of the host open.
 pub const OUTBOUND_PORT: u16 = 15001;
-/// Where Envoy takes captured connections that programs of the host are to accept.
+/// The port where Envoy receives captured inbound connections, which programs of the host accept.
 pub const INBOUND_PORT: u16 = 15006;
 
-/// Which connections that programs of the host open.
+/// The captured connections among those that programs of the host open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outward {
-    /// Those to virtual addresses.
+    /// Connections to virtual addresses.
     Vip,
-    /// And those to the real addresses of endpoints.
+    /// Connections to virtual addresses and to real addresses of endpoints.
     Addresses,
-    /// And all the others.
+    /// All connections.
     All,
 }
 
-/// How connections that programs of the host accept reach Envoy.
+/// The kernel mechanism by which inbound connections reach Envoy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Inward {
     Redirect,
-    /// With the address that was called; Envoy's listener has to be transparent.
+    /// TPROXY, which preserves the original destination address. Envoy's listener must be transparent.
     Tproxy,
 }
 
-/// Which services a node calls.
+/// The services that a node calls.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Upstreams {
-    /// Every service, and a local port for none.
+    /// Every service, without local listeners.
     All,
     Declared(Vec<Upstream>),
 }
 
-/// A service that a node calls, and the local port where its applications dial it.
+/// A service that a node calls, and the local address on which its applications call it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Upstream {

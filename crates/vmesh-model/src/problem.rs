@@ -1,4 +1,4 @@
-//! What an operator has to mend, and where.
+//! Errors in the operator's input, with their location.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vmesh_text::printable;
 
-/// Where in the operator's own text something is. Line and column count from 1; a place without a line is the
-/// whole file, and one without a file has no text behind it (a node's report, say).
+/// A location in the operator's input. Line and column count from 1. A place without a line refers to the
+/// whole file, and one without a file to something that has no text, such as a node's report.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Place {
     pub file: Arc<str>,
@@ -28,7 +28,7 @@ impl Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The file stays as it is named, to be found again; it is shown escaped.
+        // The file name is stored unescaped, so that the file can be found, and escaped for display.
         f.write_str(&printable(&self.file))?;
         if self.line > 0 {
             write!(f, ":{}:{}", self.line, self.column)?;
@@ -37,19 +37,19 @@ impl fmt::Display for Place {
     }
 }
 
-/// One thing that is wrong with the input, which costs that input only. It stays listed until it is mended.
+/// An error in the input. It affects only that input, and is listed until the operator fixes it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Problem {
     pub place: Place,
-    /// What it concerns, in the operator's words: ``Route `orders` ``.
+    /// The object with the problem, in the operator's terms: ``Route `orders` ``.
     pub subject: Arc<str>,
-    /// What is wrong, why, and what to do next.
+    /// The error, its reason, and the next step.
     pub message: String,
 }
 
 impl Problem {
-    /// Subject and message may quote the input: characters that a terminal would act on are escaped here, for all who show
-    /// a problem.
+    /// Creates a problem. `subject` and `message` may quote the input, so characters that a terminal would
+    /// interpret are escaped here.
     pub fn new(place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) -> Problem {
         let (mut subject, mut message): (Arc<str>, String) = (subject.into(), message.into());
         if let Cow::Owned(shown) = printable(&subject) {
@@ -61,7 +61,8 @@ impl Problem {
         Problem { place, subject, message }
     }
 
-    /// Adds what it costs: `outcome`, which is a sentence but for its capital and its full stop.
+    /// Appends the consequence of the problem. `outcome` is a sentence without its capital letter and full
+    /// stop.
     pub fn with_outcome(mut self, outcome: &str) -> Problem {
         let message = &mut self.message;
         match (message.ends_with('?'), outcome.split_at_checked(1)) {

@@ -1,4 +1,4 @@
-//! What one discovery source says of one service.
+//! One service as one discovery source lists it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,29 +7,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Endpoint, Place, Protocol, ServiceName};
 
-/// One service as one source sees it: always all of its endpoints, never a change to them.
+/// One service as one source lists it, with all of its endpoints rather than changes to them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
     pub service: ServiceName,
-    /// What the source says is spoken; a `Service` document outranks it, and without either it is TCP.
+    /// The protocol according to the source. A `Service` document takes precedence; without either it is TCP.
     pub protocol: Option<Protocol>,
-    /// What clients dial in transparent mode, if it is not the endpoints' port.
+    /// The port at the service's virtual address, if it differs from the port of the endpoints.
     pub port: Option<u16>,
-    /// Sorted by address, no two with the same one.
+    /// Sorted by address, without duplicates.
     pub endpoints: Arc<[Endpoint]>,
-    /// Where the source says so.
+    /// The place of the entry in the source.
     pub place: Place,
 }
 
-/// How far a service's endpoints can be trusted to be those of now.
+/// How far the endpoints of a service can be trusted to be current.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     #[default]
     Fresh,
-    /// A source could not be read; this is the last that it said.
+    /// The source cannot be read; these are its last endpoints.
     Stale,
-    /// A source says something else, which is suspicious and not believed yet.
+    /// The source lists other endpoints, but the change is suspicious and not accepted yet.
     Held,
 }
 

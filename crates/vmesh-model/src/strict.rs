@@ -1,8 +1,9 @@
-//! Tree to type, strictly, and every problem of a document at once.
+//! Deserializes a tree into a type, strictly, and reports all problems of a document at once.
 //!
-//! serde stops at the first error. So the value is read again with what was wrong left out, until nothing is wrong
-//! any more or enough has been said. What is left out must not show: a field that is missing only because its value
-//! was wrong is not missing, and a value read with anything left out is never returned.
+//! serde stops at the first error. Therefore the value is read repeatedly, each time with the faulty part
+//! left out, until nothing more is wrong or the limit of problems is reached. Two rules hide these repairs: a
+//! field is not reported as missing if its value was left out as wrong, and a value that was read with any
+//! part left out is never returned.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -18,10 +19,10 @@ use serde::de::{
 use crate::yaml::{Content, Entry, Node, short};
 use crate::{Place, Problem};
 
-/// More than this of one document is noise.
+/// The limit of reported problems per document.
 const MAX_PROBLEMS: usize = 20;
 
-/// Reads the value at `node` as a `T`. The field `skip` of the outermost mapping belongs to somebody else.
+/// Reads the value at `node` as a `T`. The field `skip` of the outermost mapping is read by the caller.
 pub fn read<T: DeserializeOwned>(
     file: &Arc<str>,
     subject: &Arc<str>,
@@ -33,7 +34,7 @@ pub fn read<T: DeserializeOwned>(
         repairs.left_out.insert((node.id, index), LeftOut::Elsewhere);
     }
     let mut problems = Vec::new();
-    // Every round leaves out one thing more, and most of them say something.
+    // Each round leaves out one more part, and most rounds report a problem.
     for _ in 0..2 * MAX_PROBLEMS {
         let fault = match T::deserialize(Reader { node, repairs: &repairs, field: None }) {
             Ok(value) if problems.is_empty() => return Ok(value),
@@ -52,7 +53,7 @@ pub fn read<T: DeserializeOwned>(
         }
     }
     if problems.is_empty() {
-        // Unreachable as far as is known: a repair is only made after something was said.
+        // Should be unreachable, because a repair is made only after a problem was reported.
         let message = "this cannot be read".to_owned();
         problems.push(Problem::new(node.place(file), subject.clone(), message));
     }
@@ -61,7 +62,7 @@ pub fn read<T: DeserializeOwned>(
     Err(problems)
 }
 
-/// The name among `known` that was probably meant by `text`.
+/// Returns the name among `known` that is most similar to `text`, if any is similar enough.
 pub fn did_you_mean<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let similarity = |name: &str| strsim::jaro(&text.to_lowercase(), &name.to_lowercase());
     known
@@ -72,7 +73,7 @@ pub fn did_you_mean<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) ->
         .map(|(_, name)| name)
 }
 
-/// ``one of `a`, `b` or `c` ``
+/// Formats a choice for a message: ``one of `a`, `b` or `c` ``.
 pub fn one_of<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     let mut names: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
     match (names.pop(), names.is_empty()) {
@@ -82,19 +83,20 @@ pub fn one_of<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     }
 }
 
-/// What is done to a document so that the rest of it can be read.
+/// The changes to a document with which the rest of it can be read.
 #[derive(Default)]
 struct Repairs {
-    /// Entries of mappings and items of lists, by their container's node and their index.
+    /// The entries of mappings and items of lists that are left out, by the node of their container and their
+    /// index.
     left_out: BTreeMap<(u32, usize), LeftOut>,
-    /// Fields that were missing and are made up, by their mapping's node.
+    /// The missing fields that get a placeholder value, by the node of their mapping.
     made_up: BTreeMap<u32, Vec<&'static str>>,
 }
 
 enum LeftOut {
-    /// It was wrong. The names of fields that it may have been meant to set.
+    /// The part was wrong. Contains the fields that it was probably meant to set.
     Wrong(Vec<String>),
-    /// Somebody else reads it.
+    /// The part is read by the caller.
     Elsewhere,
 }
 
@@ -103,7 +105,7 @@ impl Repairs {
         self.left_out.range((node, 0)..=(node, usize::MAX)).map(|(_, left_out)| left_out)
     }
 
-    /// Whether `fault` is but a consequence of the repairs made so far.
+    /// Reports whether `fault` is only a consequence of earlier repairs.
     fn caused(&self, fault: &Details) -> bool {
         let Some(at) = &fault.at else { return false };
         let wrong = |left_out: &LeftOut| matches!(left_out, LeftOut::Wrong(_));
@@ -117,7 +119,7 @@ impl Repairs {
         }
     }
 
-    /// Makes the repair that lets the next attempt get further; `false` if there is none.
+    /// Makes a repair that lets the next attempt read further. Returns `false` if there is none.
     fn make(&mut self, fault: Details) -> bool {
         if let (What::Missing(field), Some(at)) = (&fault.what, &fault.at) {
             let made_up = self.made_up.entry(at.node).or_default();
@@ -137,16 +139,16 @@ impl Repairs {
     }
 }
 
-/// Why a value cannot be read. Boxed, because every step of reading returns it.
+/// The error of a deserializer. Boxed, because every step returns it.
 struct Fault(Box<Details>);
 
 struct Details {
     what: What,
-    /// `None` until the first reader that knows the place adds it.
+    /// The place of the error; `None` until the first reader that knows it adds it.
     at: Option<At>,
-    /// The field that it is in, of the innermost mapping that has a name for it.
+    /// The innermost named field that contains the error.
     field: Option<String>,
-    /// What to leave out to get further: a container's node and an index in it.
+    /// The part to leave out in the next attempt: the node of its container, and its index.
     target: Option<(u32, usize)>,
 }
 
@@ -154,7 +156,7 @@ struct At {
     node: u32,
     line: u32,
     column: u32,
-    /// It is about a list or mapping as a whole, so what was left out of that may have caused it.
+    /// The error concerns a list or mapping as a whole, so it may be caused by a part left out of it.
     whole: bool,
 }
 
@@ -168,13 +170,13 @@ enum What {
         name: String,
         known: &'static [&'static str],
     },
-    /// `found` is added by the reader, which knows how it is written.
+    /// The reader replaces `found` by a description of the text in the document.
     Unexpected {
         expected: String,
         found: String,
     },
     Said(String),
-    /// A value that was made up does not do.
+    /// A placeholder value was not accepted.
     MadeUp,
 }
 
@@ -183,7 +185,7 @@ impl Fault {
         Fault(Box::new(Details { what, at: None, field: None, target: None }))
     }
 
-    /// This is where it happened, unless something further inside has said so.
+    /// Sets the place of the error, unless an inner reader has set it.
     fn at(mut self, node: &Node) -> Fault {
         self.0.at.get_or_insert_with(|| At {
             node: node.id,
@@ -194,7 +196,7 @@ impl Fault {
         self
     }
 
-    /// To get further, leave out this entry or item, unless something further inside can be left out.
+    /// Sets the part to leave out in the next attempt, unless an inner reader has set it.
     fn within(mut self, container: u32, index: usize, field: Option<&str>) -> Fault {
         self.0.target.get_or_insert((container, index));
         self.of(field)
@@ -285,17 +287,17 @@ impl de::Error for Fault {
     }
 
     fn duplicate_field(field: &'static str) -> Self {
-        // Only by aliases of a field: equal keys have been refused with the text.
+        // Occurs only with aliases of a field: the YAML parser already rejects equal keys.
         Fault::new(What::Said(format!("`{field}` is given twice")))
     }
 }
 
-/// Reads one node.
+/// Deserializes one node.
 #[derive(Clone, Copy)]
 struct Reader<'a> {
     node: &'a Node,
     repairs: &'a Repairs,
-    /// The field whose value it is.
+    /// The field whose value is read.
     field: Option<&'a str>,
 }
 
@@ -305,7 +307,7 @@ impl<'a> Reader<'a> {
         Err(Fault::new(what).at(self.node))
     }
 
-    /// A text, also if it looks like something else: `version: 1.10` is not a number.
+    /// Returns the text of a scalar, even if it looks like another type: `version: 1.10` is not a number.
     fn text(self) -> Result<&'a str, Fault> {
         match &self.node.content {
             Content::Scalar { text, .. } if !self.node.is_null() => Ok(text),
@@ -332,7 +334,7 @@ impl<'a> Reader<'a> {
             .map_or_else(|| self.expected(whole_numbers(min, max)), Ok)
     }
 
-    /// `result` of a visitor, with the place, and with what was found in the words of the text.
+    /// Adds the place and a description of the node to an error of a visitor.
     fn located<T>(self, result: Result<T, Fault>) -> Result<T, Fault> {
         result.map_err(|mut fault| {
             if fault.0.at.is_none() {
@@ -340,7 +342,7 @@ impl<'a> Reader<'a> {
                     *found = self.node.describe();
                 }
                 if let (What::Said(said), Some(text)) = (&mut fault.0.what, self.node.text()) {
-                    // What std says of an address does not name it.
+                    // The standard library's error for an address does not quote it.
                     match said.as_str() {
                         "invalid socket address syntax" => {
                             *said = format!(
@@ -374,7 +376,7 @@ macro_rules! whole_numbers {
             let number = self.whole_number(<$type>::MIN.into(), <$type>::MAX.into())?;
             let Ok(number) = <$type>::try_from(number) else { return self.expected("a whole number") };
             let mut read: Result<V::Value, Fault> = visitor.$visit(number);
-            // A type that refuses its zero: std says "a nonzero u16".
+            // The standard library's error for a non-zero integer type is "a nonzero u16".
             if let Err(fault) = &mut read
                 && let What::Unexpected { expected, .. } = &mut fault.0.what
                 && expected.contains("nonzero")
@@ -389,7 +391,7 @@ macro_rules! whole_numbers {
 impl<'de> Deserializer<'de> for Reader<'_> {
     type Error = Fault;
 
-    /// Scalars arrive as text whatever they look like, so that nothing depends on quotes.
+    /// Passes every scalar as text, so that quotes make no difference.
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         match &self.node.content {
             Content::Scalar { .. } if self.node.is_null() => self.located(visitor.visit_unit()),
@@ -561,7 +563,8 @@ impl<'a> Reader<'a> {
         let access =
             Entries { reader: self, rest: entries.iter().enumerate(), value: None, made_up, at_key: &at_key };
         visitor.visit_map(access).or_else(|mut fault| {
-            // A reader of keys that is written by hand says so only when it has the key in its hands as a text.
+            // A hand-written visitor of keys reports an unknown field only after it has read the key as a
+            // text.
             if let (None, What::UnknownField { name, .. }, Some((index, key))) =
                 (&fault.0.at, &fault.0.what, at_key.get())
                 && key.text() == Some(name)
@@ -603,7 +606,7 @@ impl<'de> SeqAccess<'de> for Items<'_> {
 struct Entries<'a> {
     reader: Reader<'a>,
     rest: std::iter::Enumerate<std::slice::Iter<'a, Entry>>,
-    /// Of the key that was read last; `None` if that was made up.
+    /// The entry of the last key; `None` if the key is a placeholder.
     value: Option<(usize, &'a Entry)>,
     made_up: &'a [&'static str],
     at_key: &'a Cell<Option<(usize, &'a Node)>>,
@@ -643,7 +646,7 @@ impl<'de> MapAccess<'de> for Entries<'_> {
     }
 }
 
-/// One of several names, and what comes with it.
+/// The name of an enum variant, and its value.
 struct Variant<'a> {
     reader: Reader<'a>,
     name: &'a Node,
@@ -702,8 +705,8 @@ impl<'de> VariantAccess<'de> for Variant<'_> {
     }
 }
 
-/// Stands in for the value of a field that is missing, so that the next missing one is found too. What it makes up is
-/// never returned to anybody.
+/// A placeholder for the value of a missing field, so that the next missing field is found too. The resulting
+/// value is never returned.
 struct MadeUp;
 
 impl<'de> Deserializer<'de> for MadeUp {

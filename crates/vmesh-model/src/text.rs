@@ -1,4 +1,4 @@
-//! How values are written in configuration: durations with a unit, a name or a list of names.
+//! The text form of values in configuration: durations with a unit, and one value or a list of values.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 
-/// Parses `250ms`, `2s`, `1m30s`, `1.5s`; the unit is never guessed.
+/// Parses a duration such as `250ms`, `2s`, `1m30s` or `1.5s`. A unit is required.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration: a number and a unit, such as 250ms, 2s, 1m30s or 1h");
     let mut rest = text.trim();
@@ -39,14 +39,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         }
         rest = tail;
     }
-    // Envoy refuses timeouts beyond protobuf's range; ten years is longer than any that is meant.
+    // Envoy rejects timeouts beyond protobuf's range. Ten years is longer than any sensible timeout.
     if nanos > 3650 * 86_400_000_000_000 {
         return Err(format!("`{text}` is longer than ten years"));
     }
     u64::try_from(nanos).map(Duration::from_nanos).map_err(|_| wrong())
 }
 
-/// Writes what [`parse_duration`] reads, in the largest unit that is exact.
+/// Formats a duration so that [`parse_duration`] can parse it, in the largest unit that is exact.
 pub fn show_duration(value: Duration) -> String {
     let nanos = value.as_nanos();
     for (unit, size) in
@@ -59,7 +59,7 @@ pub fn show_duration(value: Duration) -> String {
     if nanos == 0 { "0s".to_owned() } else { format!("{}us", nanos / 1_000) }
 }
 
-/// A positive duration in a document: a timeout of nothing would fail every request.
+/// A positive duration in a document. A timeout of zero would fail every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(pub Duration);
 
@@ -80,7 +80,7 @@ impl<'de> Deserialize<'de> for Time {
     }
 }
 
-/// One value or a list of them: `method: GET`, `method: [GET, HEAD]`.
+/// Deserializes one value or a list of values: `method: GET`, `method: [GET, HEAD]`.
 pub fn one_or_many<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,

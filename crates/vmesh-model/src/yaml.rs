@@ -1,12 +1,12 @@
-//! Text to tree: YAML, and JSON as its subset, where every value knows its line and column.
+//! Parses YAML, and JSON as its subset, into a tree in which every value has its line and column.
 //!
-//! A tree and not a typed value straight from the text, because three readers need the positions that a typed
-//! value has lost: [`crate::strict`] (several problems of one document at once), the checks of what a document
-//! means, and the formats of discovery (one bad record costs that record).
+//! The intermediate tree is needed because three readers use positions that a typed value no longer has:
+//! [`crate::strict`] (several problems of one document at once), the checks of a document's meaning, and the
+//! formats of discovery (a bad record affects only itself).
 //!
-//! What is dangerous in YAML is limited here, once: depth, the number of values (also after aliases are followed,
-//! "billion laughs"), the size of the text. Scalars stay text until a typed field says otherwise, so `no`, `1.10`
-//! and `0755` arrive as they are written.
+//! The dangerous features of YAML are limited here: nesting depth, the number of values (including expanded
+//! aliases, "billion laughs"), and the size of the text. Scalars stay text until a typed field interprets
+//! them, so `no`, `1.10` and `0755` arrive as written.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,34 +15,34 @@ use granit_parser::{ErrorKind, Event, Marker, Parser, ScalarStyle, ScanError, Sp
 
 use crate::{Place, Problem};
 
-/// Larger texts are refused unread: hundreds of times the largest that anybody writes or generates.
+/// The limit, in bytes, of a text. Hundreds of times larger than any real one.
 pub const MAX_TEXT: usize = 16 << 20;
-/// Deeper nesting is an attack or an accident.
+/// The limit of nesting. Deeper texts are attacks or accidents.
 const MAX_DEPTH: usize = 64;
-/// Values of one text, counted as if every alias were written out: about 100 MiB of tree.
+/// The limit of values in one text, counted as if every alias were expanded: about 100 MiB of tree.
 const MAX_VALUES: u64 = 1_000_000;
-/// After so many problems in one file the rest are more of the same.
+/// The limit of problems in one file.
 const MAX_PROBLEMS: usize = 100;
 
-/// One YAML document of a file (`---` separates them).
+/// One YAML document of a file; `---` separates documents.
 #[derive(Debug)]
 pub struct Document {
-    /// `None` if it cannot be read: `problems` say why.
+    /// `None` if the document cannot be parsed; `problems` contain the reason.
     pub root: Option<Arc<Node>>,
-    /// What is wrong with it, whatever it is meant to be.
+    /// The problems of the syntax, independent of the document's kind.
     pub problems: Vec<Problem>,
 }
 
-/// A value and where it stands.
+/// A value and its position.
 #[derive(Debug)]
 pub struct Node {
-    /// Tells it from the other nodes of its text.
+    /// Unique among the nodes of a text.
     pub(crate) id: u32,
-    /// From 1.
+    /// Counts from 1.
     pub line: u32,
-    /// From 1, in characters.
+    /// Counts from 1, in characters.
     pub column: u32,
-    /// The bytes of the text that it stands in; from its first key for a mapping.
+    /// The byte range in the text. That of a mapping begins at its first key.
     pub(crate) bytes: (usize, usize),
     pub content: Content,
     depth: usize,
@@ -56,7 +56,7 @@ pub enum Content {
         quoted: bool,
     },
     List(Vec<Arc<Node>>),
-    /// In the order of the text; every key is a scalar, no two are equal.
+    /// The entries in the order of the text. Every key is a scalar, and no two keys are equal.
     Mapping(Vec<Entry>),
 }
 
@@ -72,7 +72,7 @@ impl Entry {
     }
 }
 
-/// A step from a node to one inside it.
+/// One step of a path from a node to a node inside it.
 #[derive(Debug, Clone, Copy)]
 pub enum Step<'a> {
     Key(&'a str),
@@ -92,7 +92,7 @@ impl From<usize> for Step<'_> {
 }
 
 impl Node {
-    /// `{}`, for a text that says nothing.
+    /// Returns the node `{}`, which stands for an empty text.
     pub(crate) fn empty_mapping() -> Node {
         let content = Content::Mapping(Vec::new());
         Node { id: 0, line: 1, column: 1, bytes: (0, 0), content, depth: 0, values: 1 }
@@ -102,7 +102,7 @@ impl Node {
         Place::at(file.clone(), self.line, self.column)
     }
 
-    /// The text of a scalar, as it is written but for quotes and escapes; also of `true`, `12` and `null`.
+    /// Returns the text of a scalar, without quotes and escapes. `true`, `12` and `null` are scalars too.
     pub fn text(&self) -> Option<&str> {
         match &self.content {
             Content::Scalar { text, .. } => Some(text),
@@ -110,7 +110,7 @@ impl Node {
         }
     }
 
-    /// Whether it is nothing: `key:`, `~`, `null`.
+    /// Reports whether the node is null: `key:`, `~` or `null`.
     pub fn is_null(&self) -> bool {
         match &self.content {
             Content::Scalar { text, quoted: false } => {
@@ -138,8 +138,9 @@ impl Node {
         self.entries()?.iter().find(|entry| entry.name() == key).map(|entry| &entry.value)
     }
 
-    /// Where `path` leads, for a message about it: the value if it is a scalar, else its key, for the eye looks for
-    /// `split:` and not for what begins on the line below. What is not there is as far as the path goes.
+    /// Returns the place to show for `path`: that of the value if it is a scalar, else that of its key,
+    /// because readers look for `split:` rather than for the first line below it. If the path does not exist,
+    /// the place of its deepest existing node.
     pub fn find(&self, file: &Arc<str>, path: &[Step<'_>]) -> Place {
         let mut place = self.place(file);
         let mut node = self;
@@ -162,7 +163,7 @@ impl Node {
         place
     }
 
-    /// Where the key of `path` stands, for a message about the key itself.
+    /// Returns the place of the key at `path`, for a message about the key itself.
     pub fn find_key(&self, file: &Arc<str>, path: &[Step<'_>]) -> Place {
         let Some((Step::Key(last), parents)) = path.split_last() else { return self.find(file, path) };
         let mut node = self;
@@ -180,7 +181,7 @@ impl Node {
         }
     }
 
-    /// What it is, for the second half of "expected .., found ..".
+    /// Describes the node for a message: the second half of "expected .., found ..".
     pub fn describe(&self) -> String {
         match &self.content {
             _ if self.is_null() => "nothing".to_owned(),
@@ -208,7 +209,7 @@ fn is_number(text: &str) -> bool {
     digits.starts_with(|c: char| c.is_ascii_digit()) && digits.parse::<f64>().is_ok()
 }
 
-/// Enough of a text to recognise it in a message of one line.
+/// Shortens a text for a message of one line.
 pub fn short(text: &str) -> String {
     const SHOWN: usize = 60;
     let one_line = text.chars().map(|c| if c.is_control() { ' ' } else { c });
@@ -219,7 +220,7 @@ pub fn short(text: &str) -> String {
     shown
 }
 
-/// The text that bytes hold, or the one thing that is wrong with them.
+/// Decodes bytes as text, or returns the problem.
 pub fn text_of<'a>(
     file: &Arc<str>,
     subject: &Arc<str>,
@@ -236,7 +237,7 @@ pub fn text_of<'a>(
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(wrong(Place::file(file.clone()), "the text is UTF-16: save it as UTF-8".to_owned()));
     }
-    // A byte-order mark is no part of the text, whoever wrote it.
+    // A byte-order mark is not part of the text.
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     std::str::from_utf8(bytes).map_err(|error| {
         let good = bytes.get(..error.valid_up_to()).unwrap_or_default();
@@ -249,7 +250,7 @@ pub fn text_of<'a>(
     })
 }
 
-/// What is said of a text that is longer than `limit`.
+/// Returns the message for a text that is longer than `limit`.
 pub fn too_large(limit: usize) -> String {
     let limit = if limit >= 1 << 20 { format!("{} MiB", limit >> 20) } else { format!("{limit} bytes") };
     format!("larger than {limit}, the most that is read")
@@ -259,13 +260,13 @@ fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-/// Reads all documents of a text. A syntax error costs the document that it stands in: reading goes on at the next
-/// `---`. Documents that say nothing, as between two `---`, are left out.
+/// Parses all documents of a text. After a syntax error, parsing continues at the next `---`, so that only
+/// that document is lost. Empty documents, as between two `---`, are left out.
 pub fn parse(file: &Arc<str>, subject: &Arc<str>, text: &str) -> Vec<Document> {
     parse_from(file, subject, text, 1)
 }
 
-/// As [`parse`], of a text that was taken out of its file, where it begins in line `first_line`.
+/// Does the same as [`parse`] for a part of a file that begins in line `first_line`.
 pub fn parse_from(file: &Arc<str>, subject: &Arc<str>, text: &str, first_line: u32) -> Vec<Document> {
     let mut options = granit_parser::Options::default();
     options.disallow_directives = true;
@@ -311,7 +312,7 @@ enum Frame {
     Mapping(Start, Pairs),
 }
 
-/// What is known of a list or mapping when it begins.
+/// The position and the anchor of a list or mapping.
 struct Start {
     mark: Marker,
     anchor: usize,
@@ -321,15 +322,15 @@ struct Start {
 #[derive(Default)]
 struct Pairs {
     entries: Vec<Entry>,
-    /// Read, and its value is not.
+    /// The last key, whose value has not been read yet.
     key: Option<Arc<Node>>,
-    /// The line of every key so far.
+    /// The line of each key so far.
     lines: HashMap<Box<str>, u32>,
     /// The value of `<<`.
     merge: Option<Arc<Node>>,
 }
 
-/// Events to tree, without recursion: the text decides how deep it is.
+/// Builds the tree from parser events, without recursion, because the text determines the depth.
 struct Builder<'a> {
     file: &'a Arc<str>,
     subject: &'a Arc<str>,
@@ -340,7 +341,7 @@ struct Builder<'a> {
     problems: Vec<Problem>,
     next_id: u32,
     values: u64,
-    /// The text says more than is read of one text.
+    /// A limit of the text was exceeded.
     exhausted: bool,
 }
 
@@ -368,7 +369,7 @@ impl<'a> Builder<'a> {
         !self.open.is_empty() || self.root.is_some() || !self.problems.is_empty()
     }
 
-    /// Ends the document, read or broken.
+    /// Ends the document, whether it is complete or broken.
     fn finish(&mut self) -> Document {
         let broken = !self.open.is_empty() || self.exhausted;
         self.open.clear();
@@ -431,7 +432,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Nothing here is told apart by tags: one that is given was meant for another reader (`!vault`).
+    /// Rejects tags. No type here depends on a tag, so it was meant for another program (`!vault`).
     fn tag(&mut self, event: &Event<'_>, span: &Span) {
         let Some(tag) = event.tag().filter(|tag| tag.is_custom()) else { return };
         let (line, column) = self.position(&span.tag_start().unwrap_or(span.start));
@@ -441,7 +442,8 @@ impl<'a> Builder<'a> {
         self.problem(line, column, message);
     }
 
-    /// `<<: *defaults`, `<<: [*a, *b]`: what the mapping does not say itself, the first mapping winning.
+    /// Merges `<<: *defaults` or `<<: [*a, *b]`: adds the keys that the mapping itself lacks; earlier sources
+    /// win.
     fn merge(&mut self, pairs: &mut Pairs) {
         let Some(value) = pairs.merge.take() else { return };
         let sources = value.items().unwrap_or(std::slice::from_ref(&value));
@@ -497,7 +499,7 @@ impl<'a> Builder<'a> {
         self.add(node);
     }
 
-    /// Puts a whole node where the text has it.
+    /// Adds a complete node to the innermost open container.
     fn add(&mut self, node: Arc<Node>) {
         match self.open.last_mut() {
             None => self.root = Some(node),
@@ -512,7 +514,7 @@ impl<'a> Builder<'a> {
 }
 
 impl Pairs {
-    /// Takes the next key or value; what is wrong with the pair is known when it is complete.
+    /// Adds the next key or value. The problem of a pair is returned when its value is added.
     fn add(&mut self, node: Arc<Node>) -> Option<(u32, u32, String)> {
         let Some(key) = self.key.take() else {
             self.key = Some(node);
@@ -535,7 +537,7 @@ impl Pairs {
     }
 }
 
-/// Where the tab is that an error is about: the parser names the beginning of the value before it.
+/// Returns the position of the tab that caused an error. The parser reports the start of the preceding value.
 fn tab(error: &ScanError, text: &str) -> Option<Marker> {
     if !matches!(in_plain_words(error.kind()).as_str(), TAB) {
         return None;
@@ -547,7 +549,8 @@ fn tab(error: &ScanError, text: &str) -> Option<Marker> {
     Some(Marker::new(0, line + 1, column))
 }
 
-/// Finds `[fd00::1]:8080` without quotes in a line, which YAML takes for a list; returns its column and itself.
+/// Finds `[fd00::1]:8080` without quotes in a line, which YAML parses as a list. Returns its column and its
+/// text.
 fn bracketed_address(text: &str, line: usize) -> Option<(u32, String)> {
     let line = text.split('\n').nth(line.checked_sub(1)?)?;
     let at = line.find('[')?;
@@ -563,7 +566,7 @@ fn bracketed_address(text: &str, line: usize) -> Option<(u32, String)> {
 
 const TAB: &str = "a tab: lines are indented with spaces";
 
-/// What a syntax error says to somebody who knows the file and not the grammar.
+/// Describes a syntax error in terms of the file rather than of the YAML grammar.
 fn in_plain_words(kind: &ErrorKind) -> String {
     use ErrorKind as E;
     let words = match kind {

@@ -7,7 +7,7 @@ use super::*;
 use crate::document::{Capture, Node, Placed};
 use crate::text::Time;
 
-/// A configuration of its own, with one of everything that configurations are made of.
+/// A configuration with one field of each type that configurations use.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(dead_code, reason = "read for the messages only")]
@@ -472,7 +472,7 @@ peers:
     );
 }
 
-/// Files as `== path` lines and what follows them.
+/// Splits a text into files. Each begins with a line `== path`.
 fn files(text: &str) -> Vec<(&str, &str)> {
     let mut files = Vec::new();
     for part in text.trim_start().split("== ").skip(1) {
@@ -497,7 +497,7 @@ fn update(library: &mut Library, text: &str) -> (Arc<Documents>, String) {
     (documents, list(&problems))
 }
 
-/// What is in force, a line each, and what is wrong.
+/// Lists the documents in force, one per line, and then the problems.
 fn show(library: &mut Library, text: &str) -> String {
     let (documents, problems) = update(library, text);
     let mut shown = String::new();
@@ -1089,7 +1089,7 @@ labels: {a: 2, b: 1}
     "#]]
     .assert_eq(&show(&mut library, two));
     assert_eq!(library.documents().services["a"].port, Some(1));
-    // Also when it is the first that is bad: which one is meant must not depend on which one is good.
+    // The first document is chosen even if it is bad: the choice must not depend on which one is good.
     let bad = two.replace("port: 1", "port: 0");
     expect![[r#"
         Mesh (a.yaml:5:1)
@@ -1138,7 +1138,7 @@ fn a_route_whose_subset_does_not_exist_keeps_its_last_good_version() {
         r.yaml:4:40: `a` has no subset `canarry`, did you mean `canary`? It is not in force
     "#]]
     .assert_eq(&show(&mut Library::default(), &typo));
-    // The service takes away what the route stands on.
+    // The service loses the subset to which the route refers.
     let taken = SUBSETS.replace(", canary: {version: v2}", "");
     expect![[r#"
         Service a [stable] (a.yaml:1:1)
@@ -1295,7 +1295,7 @@ fn a_document_that_comes_later_does_not_take_over_from_one_in_force() {
     assert_eq!(documents.services[&orders].port, Some(80));
     let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
     assert_eq!(problems, ["a.yaml:1:1: a second Service `orders`: the one at z.yaml:1:1 counts"]);
-    // Nor after a restart.
+    // The document in force is also preferred after a restart.
     let mut library = Library::restored(library.last_good());
     let (documents, _) = library.update(&[file("a.yaml", newcomer), file("z.yaml", incumbent)]);
     assert_eq!(documents.services[&orders].port, Some(80));
