@@ -1,28 +1,28 @@
-//! Cargo, called from cargo.
+//! Runs cargo from within cargo.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use vmesh_testkit::{Failed, Result};
 
-/// The workspace.
+/// Returns the root directory of the workspace.
 pub(crate) fn root() -> PathBuf {
     let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
     xtask.parent().unwrap_or(xtask).to_owned()
 }
 
-/// Runs cargo in the workspace, and says so.
+/// Prints and runs a cargo command in the workspace.
 pub(crate) fn cargo(what: &str, args: &[&str]) -> Result<()> {
     cargo_with(what, args, &[])
 }
 
-/// Runs cargo in the workspace with these variables in its environment, and says so.
+/// Prints and runs a cargo command in the workspace, with these environment variables.
 pub(crate) fn cargo_with(what: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     run_with(Path::new(&cargo), what, args, environment)
 }
 
-/// Runs a program in the workspace, and says so.
+/// Prints and runs a program in the workspace.
 pub(crate) fn run(program: &Path, what: &str, args: &[&str]) -> Result<()> {
     run_with(program, what, args, &[])
 }
@@ -30,7 +30,7 @@ pub(crate) fn run(program: &Path, what: &str, args: &[&str]) -> Result<()> {
 fn run_with(program: &Path, what: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     let name = program.file_name().unwrap_or_default().display().to_string();
     eprintln!("> {name} {}", args.join(" "));
-    // The variables that the outer cargo set for this process would make the inner one build everything again.
+    // The variables that the outer cargo set for this process would make the inner one rebuild everything.
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name
@@ -50,14 +50,14 @@ fn run_with(program: &Path, what: &str, args: &[&str], environment: &[(&str, &st
     }
 }
 
-/// The target directory of the cargo that built this xtask.
+/// Returns the target directory of the cargo that built this xtask.
 pub(crate) fn target() -> Result<PathBuf> {
     let xtask = std::env::current_exe().map_err(Failed::to("could not find the running xtask"))?;
     let target = xtask.ancestors().nth(2).map(Path::to_owned);
     target.ok_or_else(|| Failed::new(format!("{} is not in a target directory", xtask.display())))
 }
 
-/// Builds the bench and what it starts near release speed, and runs it.
+/// Builds the bench and the programs that it starts, optimised, and runs it.
 pub(crate) fn run_bench(name: &str, rest: &[String]) -> Result<()> {
     let mut build = vec!["build", "--profile", "fast"];
     for package in ["vmesh-control", "vmesh-agent", "vmesh-net", "vmesh-bench"] {

@@ -1,7 +1,8 @@
-//! The main job on one machine: `examples/quickstart`, three agents with real Envoys on 127.0.1.1 to 127.0.1.3, small
-//! HTTP applications behind them, and traffic. Each step says what it shows, measures it, and fails the whole if it
-//! did not happen. No root needed. With `--discovery consul` or `zookeeper` the services are registered in a real one that
-//! the demo starts, and one more step takes it away.
+//! The main scenario on one machine: `examples/quickstart`, three agents with real Envoys on 127.0.1.1 to
+//! 127.0.1.3, small HTTP applications behind them, and traffic. Each step prints its claim, measures it, and
+//! fails the demo if the claim does not hold. Root is not needed. With `--discovery consul` or `zookeeper`
+//! the demo starts that registry, registers the services in it, and adds a step in which the registry is
+//! killed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,7 +26,7 @@ pub(crate) struct Options {
     /// Leave everything running at the end, and print the commands to try, until Ctrl-C.
     #[arg(long)]
     keep: bool,
-    /// Where the services are registered.
+    /// The registry of the services.
     #[arg(long, value_enum, default_value_t = Discovery::File)]
     discovery: Discovery,
 }
@@ -39,7 +40,7 @@ enum Discovery {
 
 const SECONDS: Duration = Duration::from_secs(1);
 const API: Api = Api(local(Ipv4Addr::new(127, 0, 0, 1), 15014));
-/// Where the application on web-1 dials `orders`.
+/// The address on which the application on web-1 calls `orders`.
 const ORDERS: SocketAddr = local(Ipv4Addr::new(127, 0, 1, 1), 9001);
 const AGENTS: [&str; 3] = ["web-1", "orders-1", "orders-2"];
 
@@ -68,7 +69,7 @@ struct Demo {
     control: Daemon,
     agents: BTreeMap<&'static str, Daemon>,
     apps: Vec<HttpApp>,
-    /// `None`: files.
+    /// The registry; `None` for files.
     registry: Option<Registry>,
     step: usize,
 }
@@ -126,7 +127,7 @@ impl Demo {
         println!("\n{}. {what}", self.step);
     }
 
-    /// `mesh.d/orders.yaml` gives one request in ten to v2.
+    /// Shows that `mesh.d/orders.yaml` routes one request in ten to v2.
     async fn split(&mut self) -> Result<()> {
         self.say("mesh.d/orders.yaml splits orders 90 to 10 between v1 and v2, and sends x-canary to v2");
         let report = requests(Plan::to(ORDERS), 1000).await?;
@@ -200,7 +201,7 @@ impl Demo {
         no_failure(&report)
     }
 
-    /// A registry that is gone says nothing, and that is no news.
+    /// Shows that an unreachable registry removes no endpoint.
     async fn registry_dies(&mut self) -> Result<()> {
         let Some(mut registry) = self.registry.take() else { return Ok(()) };
         self.say(&format!(
@@ -312,7 +313,7 @@ impl Demo {
         check(fine, &format!("vmeshctl {} finds nothing to mend", args.join(" ")))
     }
 
-    /// What `vmeshctl` says, and whether it finds nothing to mend.
+    /// Prints the output of a `vmeshctl` command. Returns whether it succeeded.
     fn print(&self, args: &[&str]) -> Result<bool> {
         println!("   $ vmeshctl {}", args.join(" "));
         let output = Command::new(self.binaries.join("vmeshctl"))
@@ -344,7 +345,7 @@ impl Demo {
         tokio::signal::ctrl_c().await.map_err(Failed::to("could not wait for Ctrl-C"))
     }
 
-    /// In order: agents take leave of their Envoys, then the control plane goes.
+    /// Stops everything in order: the agents drain their Envoys, then the control plane stops.
     async fn stop(mut self) -> Result<()> {
         for (name, agent) in &mut self.agents {
             let status = agent.terminate(30 * SECONDS).await?;
@@ -355,7 +356,8 @@ impl Demo {
     }
 }
 
-/// Starts a real registry, registers the instances of `services.d/orders.yaml` in it, and has the control plane read it.
+/// Starts a real registry, registers the instances of `services.d/orders.yaml` in it, and points the control
+/// plane at it.
 async fn start_registry(discovery: Discovery, dir: &Path) -> Result<Option<Registry>> {
     let mut registry = match discovery {
         Discovery::File => return Ok(None),
@@ -383,7 +385,7 @@ async fn start_control(binaries: &Path, dir: &Path) -> Result<Daemon> {
 
 fn start_agent(binaries: &Path, dir: &Path, envoy: &Path, name: &str) -> Result<Daemon> {
     let file = format!("agents/{name}.yaml");
-    // Where Envoy is depends on the machine, so it is not in the example.
+    // The path of Envoy depends on the machine, so the example does not contain it.
     let config = read(&dir.join(&file))?;
     let with_path = format!("envoy: {{path: {:?}, ", envoy.display().to_string());
     write(&dir.join(&file), &config.replace("envoy: {", &with_path))?;
@@ -422,7 +424,7 @@ fn read(file: &Path) -> Result<String> {
     fs::read_to_string(file).map_err(Failed::to(format!("could not read {}", file.display())))
 }
 
-/// In place, as an editor without backups does it.
+/// Writes in place, like an editor without backup files.
 fn write(file: &Path, text: &str) -> Result<()> {
     fs::write(file, text).map_err(Failed::to(format!("could not write {}", file.display())))
 }

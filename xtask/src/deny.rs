@@ -1,4 +1,4 @@
-//! `cargo xtask deny`: what the dependencies are, against `deny.toml`.
+//! `cargo xtask deny`: checks the dependencies against `deny.toml`.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,12 +9,12 @@ use vmesh_testkit::{Failed, Result, tempdir};
 
 use crate::build;
 
-/// Names a clone of the RustSec advisory database.
+/// The environment variable with the path of a clone of the RustSec advisory database.
 const DATABASE: &str = "VMESH_ADVISORY_DB";
 /// The directory in which cargo-deny looks for its default database.
 const CLONE: &str = "advisory-db-3157b0e258782691";
 
-/// Checks licences, bans and sources, and the advisories where there is a database of them.
+/// Checks licences, bans and sources, and advisories if a database is available.
 pub(crate) fn run() -> Result<()> {
     let deny = DENY.find()?;
     let check = ["deny", "--log-level", "error", "check", "--hide-inclusion-graph"];

@@ -1,7 +1,9 @@
-//! `cargo xtask fuzz`: the targets of `vmesh-fuzz` under libFuzzer, as many at once as the machine has cores.
+//! `cargo xtask fuzz`: runs the targets of `vmesh-fuzz` under libFuzzer, as many in parallel as the machine
+//! has cores.
 //!
-//! A run starts from the corpus in the repository and from what earlier runs found (`target/fuzz/NAME/corpus`). An input
-//! that breaks a target is left in `target/fuzz/NAME` and fails the command.
+//! A run starts from the corpus in the repository and from inputs found by earlier runs
+//! (`target/fuzz-findings/NAME/corpus`). An input that breaks a target is saved in
+//! `target/fuzz-findings/NAME`, and the command fails.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -15,23 +17,24 @@ use crate::build;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The targets to run; all where none is named.
+    /// The targets to run; all by default.
     targets: Vec<String>,
     /// Seconds for each target.
     #[arg(long, default_value_t = 60)]
     seconds: u32,
-    /// Builds with optimisations (and with the checks of a debug build): slower to build, and several times as many runs.
+    /// Build with optimisations (and the checks of a debug build): slower to build, but several times as many
+    /// runs.
     #[arg(long)]
     optimised: bool,
 }
 
-/// Names the target to the fuzzing process, see `vmesh_fuzz::ENVIRONMENT`.
+/// Selects the target in the fuzzing process, see `vmesh_fuzz::ENVIRONMENT`.
 const ENVIRONMENT: &str = "VMESH_FUZZ_TARGET";
-/// Bytes that one input may have.
+/// The size limit of an input, in bytes.
 const MAX_LEN: usize = 4096;
-/// Seconds after which one run counts as endless: a thousand times what the slowest takes.
+/// The timeout of one run, in seconds: a thousand times the duration of the slowest.
 const RUN_TIMEOUT: u32 = 20;
-/// MiB that a target may hold: each reader promises to stay far below.
+/// The memory limit of a target, in MiB. Every parser promises to stay far below.
 const MEMORY: u32 = 1024;
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -64,7 +67,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// The seeds of a target: each directory in here is named as its target is, which a test of `vmesh-fuzz` holds to.
+/// Returns the directory of the seeds. A test of `vmesh-fuzz` checks that each directory in it has the name
+/// of a target.
 fn corpus() -> PathBuf {
     build::root().join("crates/vmesh-fuzz/corpus")
 }
@@ -93,7 +97,7 @@ fn compile(optimised: bool) -> Result<PathBuf> {
     Ok(build::target()?.join(if optimised { "fuzz" } else { "debug" }).join("fuzz"))
 }
 
-/// Runs one target, and returns what libFuzzer says of it at the end.
+/// Runs one target, and returns libFuzzer's final statistics.
 fn fuzz(target: &str, binary: &Path, seconds: u32) -> Result<String> {
     let dir = build::target()?.join("fuzz-findings").join(target);
     let found = dir.join("corpus");

@@ -1,4 +1,5 @@
-//! Booted hosts to try things on: `up` holds them in the foreground, `exec` and `down` are for another terminal.
+//! Boots hosts for experiments: `up` keeps them running in the foreground; `exec` and `down` are for another
+//! terminal.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -10,7 +11,7 @@ use vmesh_testkit::{Failed, Result, envoy};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Boots hosts h1, h2, .. on a switch of their own, and holds them until Ctrl-C or `down`.
+    /// Boots hosts h1, h2, .. on a switch of their own, and keeps them until Ctrl-C or `down`.
     Up(Up),
     /// Runs a command on a host, as root.
     Exec {
@@ -18,7 +19,7 @@ pub(crate) enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
     },
-    /// Ends what `up` holds, in any terminal.
+    /// Stops the hosts of every `up`, in any terminal.
     Down,
 }
 
@@ -28,7 +29,7 @@ pub(crate) struct Up {
     count: usize,
     #[arg(long, value_enum, default_value = "bookworm")]
     suite: Release,
-    /// Packages to install on each: `cargo xtask package` makes some.
+    /// Packages to install on each host, made by `cargo xtask package`.
     #[arg(long, value_name = "FILE")]
     deb: Vec<PathBuf>,
 }
@@ -97,7 +98,7 @@ fn exec(host: &str, words: &[String]) -> Result<()> {
     }
 }
 
-/// Only what `up` holds: tests have hosts, too.
+/// Stops only hosts of `up`, because tests run hosts too.
 fn down() -> Result<()> {
     let mut owners: Vec<u32> = Running::all().into_iter().map(|running| running.owner).collect();
     owners.dedup();

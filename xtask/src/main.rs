@@ -1,19 +1,19 @@
-//! What a developer of vmesh runs.
+//! The commands for developers of vmesh.
 //!
 //! | command | what it does |
 //! |---|---|
-//! | `cargo xtask demo` | the main job, on this machine, without root: see [`demo`] |
+//! | `cargo xtask demo` | runs the main scenario on this machine, without root: see [`demo`] |
 //! | `cargo xtask test` | builds everything and runs every test: see [`test`] |
-//! | `cargo xtask bench nodes` | what `Node` documents cost a control plane |
-//! | `cargo xtask bench catalogue` | what one changed endpoint costs a control plane, by how many services there are |
-//! | `cargo xtask bench fleet` | a fleet of xDS clients against a real control plane, beside a baseline |
-//! | `cargo xtask bench capture` | explicit ports, redirects and TPROXY beside no Envoy at all, on hosts that are namespaces |
-//! | `cargo xtask bench discovery` | from a registration in a real registry to an xDS client's ACK |
+//! | `cargo xtask bench nodes` | measures the cost of `Node` documents for a control plane |
+//! | `cargo xtask bench catalogue` | measures the cost of one changed endpoint for a control plane, by the number of services |
+//! | `cargo xtask bench fleet` | measures a fleet of xDS clients against a real control plane, compared with a baseline |
+//! | `cargo xtask bench capture` | compares explicit ports, redirects and TPROXY with no Envoy at all, on hosts that are namespaces |
+//! | `cargo xtask bench discovery` | measures the time from a registration in a real registry to an xDS client's ACK |
 //! | `cargo xtask deny` | checks the dependencies against `deny.toml`: see [`deny`] |
-//! | `cargo xtask fuzz` | libFuzzer on everything that reads foreign bytes: see [`fuzz`] |
-//! | `cargo xtask hosts up 3` | booted hosts to try things on: see [`hosts`] |
-//! | `cargo xtask package` | Debian packages of the node and of the control plane |
-//! | `cargo xtask codegen` | writes `vmesh-proto` anew from the pinned Envoy |
+//! | `cargo xtask fuzz` | runs libFuzzer on every parser of untrusted bytes: see [`fuzz`] |
+//! | `cargo xtask hosts up 3` | boots hosts for experiments: see [`hosts`] |
+//! | `cargo xtask package` | builds Debian packages of the node and of the control plane |
+//! | `cargo xtask codegen` | regenerates `vmesh-proto` from the pinned Envoy |
 
 mod build;
 mod demo;
@@ -38,28 +38,29 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The tour: a control plane, three agents with real Envoys, traffic, changes, a crash.
+    /// Runs the tour: a control plane, three agents with real Envoys, traffic, changes, a crash.
     Demo(demo::Options),
-    /// Builds everything and runs every test; what follows `--` goes to nextest.
+    /// Builds everything and runs every test; arguments after `--` are passed to nextest.
     Test {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// Measures, and quotes the ratio to a baseline of the same run.
+    /// Runs a benchmark, and prints the ratio to a baseline of the same run.
     Bench {
         #[command(subcommand)]
         bench: Bench,
     },
-    /// Checks the dependencies: licences, bans, sources, and advisories where `VMESH_ADVISORY_DB` names a database.
+    /// Checks the dependencies: licences, bans, sources, and advisories if `VMESH_ADVISORY_DB` names a
+    /// database.
     Deny,
-    /// Feeds every reader of foreign bytes with inputs that libFuzzer makes; needs a C++ compiler.
+    /// Runs libFuzzer on every parser of untrusted bytes; needs a C++ compiler.
     Fuzz(fuzz::Options),
-    /// Makes Debian packages.
+    /// Builds Debian packages.
     Package(package::Options),
-    /// Boots hosts with a systemd of their own, to try things on.
+    /// Boots hosts with their own systemd, for experiments.
     #[command(subcommand)]
     Hosts(hosts::Command),
-    /// Writes vmesh-proto's types anew from the Envoy binary that is pinned.
+    /// Regenerates vmesh-proto's types from the pinned Envoy binary.
     Codegen,
 }
 
@@ -71,25 +72,27 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// What one changed endpoint in files costs a control plane: CPU, bytes written, write to ACK.
+    /// The cost of one changed endpoint in files for a control plane: CPU, bytes written, write to ACK.
     #[command(disable_help_flag = true)]
     Catalogue {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// What `Node` documents cost a control plane, and how long an edit keeps other changes waiting.
+    /// The cost of `Node` documents for a control plane, and how long an edit delays other changes.
     #[command(disable_help_flag = true)]
     Nodes {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// Requests to Envoy by explicit ports, redirects and TPROXY, beside the same past all of it; as root.
+    /// Requests to Envoy by explicit ports, redirects and TPROXY, compared with requests that bypass Envoy;
+    /// as root.
     #[command(disable_help_flag = true)]
     Capture {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// From a registration in a real Consul or ZooKeeper to an xDS client's ACK, and what the registry sees.
+    /// From a registration in a real Consul or ZooKeeper to an xDS client's ACK, and the load on the
+    /// registry.
     #[command(disable_help_flag = true)]
     Discovery {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -1,4 +1,5 @@
-//! Packages for Debian and its kin, made by dpkg-deb alone: the same sources and date give the same bytes.
+//! Builds packages for Debian and its derivatives with dpkg-deb. The same sources and date give the same
+//! bytes.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -12,13 +13,13 @@ use crate::build;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Where the packages go.
+    /// The output directory of the packages.
     #[arg(long, value_name = "DIR", default_value = "target/package")]
     out: PathBuf,
-    /// Takes programs that are built already, instead of building them.
+    /// Use programs that are already built, instead of building them.
     #[arg(long, value_name = "DIR")]
     binaries: Option<PathBuf>,
-    /// Another version than the workspace's.
+    /// A version other than the workspace's.
     #[arg(long, value_name = "VERSION", default_value = env!("CARGO_PKG_VERSION"))]
     version: String,
     #[arg(long, value_enum, default_value = "xz")]
@@ -27,20 +28,20 @@ pub(crate) struct Options {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Compression {
-    /// Small: for distribution.
+    /// Small, for distribution.
     Xz,
-    /// Quick: for tests.
+    /// Fast, for tests.
     Gzip,
 }
 
-/// One package.
+/// The content of one package.
 struct Package {
     name: &'static str,
-    /// Programs, and the directories that they go to.
+    /// Programs, with their target directories.
     programs: &'static [(&'static str, &'static str)],
-    /// Files of the tree, where they go, and their modes.
+    /// Files of the repository, with their target paths and modes.
     files: &'static [(&'static str, &'static str, u32)],
-    /// Those of them that are the administrator's.
+    /// The files that the administrator may edit.
     conffiles: &'static [&'static str],
 }
 
@@ -130,8 +131,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The date of everything in the packages, in seconds since 1970: `$SOURCE_DATE_EPOCH`, else of the last commit
-/// (reproducible-builds.org/specs/source-date-epoch), else of the change that this program is part of.
+/// Returns the date of every file in the packages, in seconds since 1970: `$SOURCE_DATE_EPOCH`, else that of
+/// the last commit (reproducible-builds.org/specs/source-date-epoch), else a fixed date.
 fn date() -> u64 {
     let said = std::env::var("SOURCE_DATE_EPOCH").ok();
     let commit = || {
@@ -145,12 +146,12 @@ fn date() -> u64 {
 fn pack(package: &Package, options: &Options, binaries: &Path, date: u64) -> Result<PathBuf> {
     let work = tempdir()?;
     let root = work.join("root");
-    // Whatever the umask of whoever makes the package.
+    // The modes are set explicitly later, whatever the umask is.
     make_dir(&root.join("DEBIAN"))?;
     for (program, dir) in package.programs {
         let to = root.join(dir).join(program);
         copy(&binaries.join(program), &to, 0o755)?;
-        // What is needed to name a function in a crash stays.
+        // Symbols that name functions in a crash report are kept.
         run_tool(Command::new("strip").args(["--strip-debug", "--remove-section=.comment"]).arg(&to))?;
     }
     for (from, to, mode) in package.files {
@@ -206,12 +207,12 @@ fn control(package: &Package, options: &Options, root: &Path) -> Result<()> {
     write(&to.join("md5sums"), &sums, 0o644)
 }
 
-/// The same modes and dates whoever makes the package, and when.
+/// Sets the same modes and dates regardless of the builder's umask and clock.
 fn settle(root: &Path, date: u64) -> Result<()> {
     let mut all = vec![root.to_owned()];
     walk(root, &mut all);
     let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(date);
-    // The deepest first: what is written into a directory changes its date.
+    // The deepest paths first, because writing into a directory changes its date.
     for path in all.iter().rev() {
         let set = || {
             if path.is_dir() {

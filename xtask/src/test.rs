@@ -8,17 +8,17 @@ use vmesh_testkit::{Failed, Result, envoy};
 
 use crate::build;
 
-/// How many of the slowest tests are printed.
+/// The number of slowest tests that are printed.
 const SLOWEST: usize = 10;
 
-/// Runs every test; `rest` goes to nextest.
+/// Runs every test. `rest` are arguments for nextest.
 pub(crate) fn run(rest: &[String]) -> Result<()> {
     envoy::find()?;
     let nextest = NEXTEST.find()?;
     build::cargo("build the binaries that the tests start", &["build", "--workspace", "--bins", "--locked"])?;
     let mut args = vec!["nextest", "run", "--workspace", "--locked"];
     args.extend(rest.iter().map(String::as_str));
-    // The results are printed also where a test failed.
+    // The times are printed even if a test failed.
     let result = build::run(&nextest, "run the tests", &args);
     if let Err(failed) = print_slowest() {
         eprintln!("{failed}");
@@ -26,7 +26,7 @@ pub(crate) fn run(rest: &[String]) -> Result<()> {
     result
 }
 
-/// One test as the report of nextest has it.
+/// One test in nextest's report.
 struct TestTime<'a> {
     binary: &'a str,
     name: &'a str,

@@ -1,4 +1,4 @@
-//! A process that only writes: HTTP/2, the same clients, the same bytes, and nothing in between.
+//! The baseline: a process that writes the same bytes over HTTP/2 to the same clients, without any xDS logic.
 
 use std::convert::Infallible;
 use std::io::{BufRead, Write};
@@ -32,13 +32,13 @@ use vmesh_proto::uint32;
 use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_xds::Kind;
 
-/// The baseline, seen from the bench.
+/// The handle with which the bench controls the baseline process.
 pub(crate) struct Server {
     child: Child,
     stdin: ChildStdin,
     stdout: std::io::BufReader<ChildStdout>,
     pub(crate) address: SocketAddr,
-    /// Of one push, gRPC's framing included.
+    /// The size of one push, including gRPC's framing.
     pub(crate) bytes: usize,
 }
 
@@ -85,7 +85,7 @@ impl Server {
         .await
     }
 
-    /// Writes to all; returns when it began to.
+    /// Writes to all clients. Returns the time when the first write began.
     pub(crate) async fn push(&mut self) -> Result<SystemTime> {
         let began = self.ask("push")?;
         let nanos = began.parse().map_err(Failed::to(format!("the baseline said `{began}`")))?;
@@ -111,7 +111,7 @@ impl Drop for Server {
     }
 }
 
-/// The streams: each waits for the round to move on, and then writes the same bytes.
+/// The streams of the baseline. Each waits for the next round, and then writes the same bytes.
 #[derive(Default)]
 struct Streams {
     round: AtomicUsize,
@@ -134,7 +134,7 @@ impl Body for Stream {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<std::result::Result<Frame<Bytes>, Infallible>>> {
-        // Read and thrown away, or the client could not go on sending.
+        // Requests are read and discarded, because otherwise flow control would stop the client.
         while let Poll::Ready(Some(Ok(_))) = Pin::new(&mut self.requests).poll_frame(context) {}
         let round = self.streams.round.load(Ordering::Acquire);
         if self.written < round {
@@ -151,7 +151,7 @@ impl Body for Stream {
     }
 }
 
-/// The baseline itself: commands come on stdin, one a line, and are answered on stdout.
+/// Runs the baseline process. Commands arrive on stdin, one per line, and are answered on stdout.
 pub(crate) async fn serve(endpoints: usize) -> Result<()> {
     let message = message(endpoints);
     let listener =
@@ -203,7 +203,7 @@ pub(crate) async fn serve(endpoints: usize) -> Result<()> {
     Ok(())
 }
 
-/// One assignment of so many endpoints, as the control plane writes it.
+/// Returns a response with one assignment of `endpoints` endpoints, encoded as the control plane would.
 fn message(endpoints: usize) -> Bytes {
     let endpoint = |at: usize| LbEndpoint {
         load_balancing_weight: Some(uint32(1)),

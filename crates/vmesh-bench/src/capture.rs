@@ -1,10 +1,12 @@
-//! What it costs that connections come to Envoy by rules of the kernel: requests through explicit ports, redirects and TPROXY,
-//! beside the same requests past all of it, in one run on the same hosts.
+//! The cost of capture: requests through explicit ports, REDIRECT and TPROXY, compared with requests that
+//! bypass Envoy, in one run on the same hosts.
 //!
-//! With `--services`: endpoints that come and go, and what keeping up with them costs a host.
+//! With `--services`, the bench instead measures endpoints that are added and removed, and the cost of
+//! updating the rules.
 //!
-//! Hosts are network namespaces with real agents, Envoys and rules. Rounds are interleaved, and the median of each is shown:
-//! client, Envoy and server share the machine's cores, so read the ratios.
+//! Hosts are network namespaces with real agents, Envoys and rules. The rounds of all paths are interleaved,
+//! and the median is shown. Client, Envoy and server share the machine's cores, so compare the ratios rather
+//! than the absolute values.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -22,29 +24,29 @@ use vmesh_tests::vm::{APP, Rules, Site, Vm};
 
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// How long each way is measured in a round, in seconds.
+    /// Seconds for which each path is measured in a round.
     #[arg(long, default_value_t = 3)]
     seconds: u64,
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Connections that are kept open, each with one request under way.
+    /// Persistent connections, each with one request in flight.
     #[arg(long, default_value_t = 8)]
     connections: usize,
-    /// Clients that make a connection for each request.
+    /// Clients that open a connection for each request.
     #[arg(long, default_value_t = 4)]
     clients: usize,
-    /// Instead: endpoints that come and go on a host that captures this many services by real address.
+    /// Instead, add and remove endpoints on a host that captures this many services by real address.
     #[arg(long)]
     services: Option<usize>,
-    /// Endpoints of each of these.
+    /// Endpoints of each of these services.
     #[arg(long, default_value_t = 10)]
     endpoints: usize,
-    /// With `--services`: so many come or go in a second, for half a minute.
+    /// With `--services`: changes per second, for half a minute.
     #[arg(long, default_value_t = 100)]
     per_second: u32,
 }
 
-/// One way to the application.
+/// A network path to the application.
 struct Way<'a> {
     name: &'static str,
     from: &'a Host,
@@ -170,7 +172,8 @@ async fn run(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-/// From an endpoint that is written to a file to the rule that captures it, and what that costs the host.
+/// Measures the time from writing an endpoint to a file until the rule that captures it exists, and the cost
+/// for the host.
 async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()> {
     const CHANGES: usize = 30;
     const STORM: Duration = Duration::from_secs(30);
@@ -230,7 +233,7 @@ async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()
         if due == STORM {
             break;
         }
-        // Not the neighbour: another service each time.
+        // Consecutive changes affect different services.
         let number = usize::try_from(at).unwrap_or_default() * 7 % services;
         if let Some(extra) = extra.get_mut(number) {
             *extra = !*extra;
@@ -262,7 +265,7 @@ async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()
     Ok(())
 }
 
-/// Whether redirects hold, and the agent speaks.
+/// Reports whether redirects are in force and the agent sends heartbeats.
 async fn holds(vm: &Vm) -> Result<bool> {
     use vmesh_net::protocol::{Answer, Ask, Redirects};
     let status = vmesh_net::client::ask(&vm.socket(), &Ask::Status).await;
@@ -291,7 +294,7 @@ async fn until_captured(vm: &Vm, addresses: usize) -> Result<()> {
     }
 }
 
-/// Of a process and of those that it has waited for: see proc_pid_stat(5).
+/// Returns the CPU time of a process and its reaped children, in seconds: see proc_pid_stat(5).
 fn cpu_seconds(pid: u32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
@@ -306,7 +309,7 @@ fn virtual_address(vm: &Vm, service: &str) -> Result<SocketAddr> {
     Ok(SocketAddr::new(v4, 80))
 }
 
-/// `clients` threads on the way's host, each with one request after the other.
+/// Sends requests from `clients` threads on the path's host, each one request after the other.
 fn measure(way: &Way<'_>, clients: usize, span: Duration, keep: bool) -> Result<Measured> {
     let (stop, start) = (Arc::new(AtomicBool::new(false)), Arc::new(Barrier::new(clients + 1)));
     let threads: Vec<_> = (0..clients)
@@ -355,7 +358,7 @@ fn connect(to: SocketAddr) -> Result<BufReader<TcpStream>> {
     Ok(BufReader::new(stream))
 }
 
-/// One request, and the whole of its answer.
+/// Sends one request, and reads the complete response.
 fn request(stream: &mut BufReader<TcpStream>) -> std::io::Result<()> {
     stream.get_mut().write_all(b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n")?;
     let mut length = 0;

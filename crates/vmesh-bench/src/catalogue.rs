@@ -1,8 +1,9 @@
-//! `cargo xtask bench catalogue`: what one changed endpoint costs a control plane, by how many services there are.
+//! `cargo xtask bench catalogue`: the cost of one changed endpoint for a control plane, by the number of
+//! services.
 //!
-//! The real control plane reads services from files: once with a file for each service, and once with a few large files. One
-//! client has all services. Every other second one endpoint gets another weight; what the process takes and writes until the
-//! next change is that change's cost, the state on its disk included.
+//! The control plane reads services from files: first with one file per service, then with a few large files.
+//! One client subscribes to all services. Every 1.5 s the weight of one endpoint changes. The CPU time and
+//! the bytes written until the next change are the cost of the change, including the state on disk.
 
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
@@ -24,24 +25,25 @@ use vmesh_testkit::{Failed, Result};
 struct Options {
     #[command(flatten)]
     size: Size,
-    /// The number of files in the second case of each catalogue.
+    /// Files in the second case of each catalogue.
     #[arg(long, default_value_t = 10)]
     files: usize,
-    /// Measures the largest catalogue alone.
+    /// Measure only the largest catalogue.
     #[arg(long)]
     alone: bool,
-    /// Ends non-zero if a change of the largest catalogue, a file for each service, takes more CPU (p50, in milliseconds).
+    /// Fail if a change of the largest catalogue, with one file per service, takes more CPU (p50, in
+    /// milliseconds).
     #[arg(long)]
     at_most_cpu: Option<f64>,
-    /// The same for what it writes (p50, in kilobytes).
+    /// Fail if such a change writes more (p50, in kilobytes).
     #[arg(long)]
     at_most_written: Option<f64>,
 }
 
-/// After a change, so long nothing else happens: the state is written 300 ms after what it holds has changed.
+/// The pause after a change. The state is written within 300 ms.
 const BETWEEN: Duration = Duration::from_millis(1_500);
 
-/// Changes that are not counted: every allocation is a new one.
+/// The first changes, which allocate memory and are not counted.
 const WARM: usize = 3;
 
 fn main() -> ExitCode {
@@ -70,15 +72,15 @@ async fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What one change costs.
+/// The cost of one change.
 struct Cost {
     cpu: Times,
     cpu_mean: Duration,
     written: Samples<u64>,
-    /// Bytes that went to the file system for each change, in pages.
+    /// Bytes per change that reached the file system, in whole pages.
     to_disk_mean: f64,
     ack: Times,
-    /// CPU of a second in which nothing changes.
+    /// CPU time per second without changes.
     idle: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! Options and `main` of every bench, and the latencies that they show.
+//! The options and `main` of every bench, and the samples that they print.
 
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
@@ -7,10 +7,11 @@ use clap::{Args, Parser};
 use vmesh_daemon::report;
 use vmesh_testkit::Result;
 
-/// Limit for everything that a bench waits for.
+/// The timeout of every wait in a bench.
 pub const BOUND: Duration = Duration::from_secs(300);
 
-// How large a mesh is, and how often it changes. No doc comment: clap would show it as what the bench is about.
+// The size of a mesh, and the number of changes. Not a doc comment, which clap would print as the description
+// of the bench.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Size {
     #[arg(long, default_value_t = 1_000)]
@@ -23,7 +24,7 @@ pub struct Size {
     pub changes: usize,
 }
 
-/// Reads the options from the command line, runs the bench on a runtime of many threads, and reports why it failed.
+/// Parses the options, runs the bench on a multi-threaded runtime, and reports its error.
 pub fn run_main<O: Parser>(run: impl AsyncFnOnce(O) -> Result<()>) -> ExitCode {
     let options = O::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -36,7 +37,7 @@ pub fn run_main<O: Parser>(run: impl AsyncFnOnce(O) -> Result<()>) -> ExitCode {
     }
 }
 
-/// Returns the time between the two; nothing, if a clock was set back.
+/// Returns the time between `from` and `to`, or zero if the clock was set back.
 pub fn since(from: SystemTime, to: SystemTime) -> Duration {
     to.duration_since(from).unwrap_or_default()
 }
@@ -49,11 +50,11 @@ pub fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Samples of one kind.
+/// Samples of one measurement.
 #[derive(Debug)]
 pub struct Samples<T>(pub Vec<T>);
 
-/// Latencies of one kind.
+/// Latencies of one measurement.
 pub type Times = Samples<Duration>;
 
 impl<T> Default for Samples<T> {
@@ -63,7 +64,8 @@ impl<T> Default for Samples<T> {
 }
 
 impl<T: Copy + Ord + Default> Samples<T> {
-    /// Returns the smallest sample that `share` of all do not exceed.
+    /// Returns the percentile `share`: the smallest sample that at least this share of all samples does not
+    /// exceed.
     pub fn p(&self, share: f64) -> T {
         let mut sorted = self.0.clone();
         sorted.sort();

@@ -1,9 +1,9 @@
-//! `cargo xtask bench discovery`: from an instance's registration in a real Consul or ZooKeeper to the ACK of an xDS
-//! client, and what the registry sees of it.
+//! `cargo xtask bench discovery`: the time from registering an instance in a real Consul or ZooKeeper to the
+//! ACK of an xDS client, and the load on the registry.
 //!
-//! A change is one more instance of a service, drawn in turn. The clock starts when the registry has answered that it is
-//! registered; before that nobody can know. The control plane is its own process; so is the registry, and both share the
-//! machine with the client.
+//! A change adds one instance of a service, each time of another one. The clock starts when the registry has
+//! confirmed the registration. The control plane and the registry are separate processes on the same machine
+//! as the client.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, ExitCode};
@@ -27,13 +27,13 @@ struct Options {
     registry: Kind,
     #[command(flatten)]
     size: Size,
-    /// Consul only: over plaintext HTTP/1.1, where every query under way takes a connection.
+    /// Consul only: use plaintext HTTP/1.1, where each concurrent query needs a connection.
     #[arg(long)]
     plaintext: bool,
-    /// Consul only: instances have no check of their own.
+    /// Consul only: register instances without a health check.
     #[arg(long)]
     unchecked: bool,
-    /// Ends non-zero if the p99 is more than so many milliseconds.
+    /// Fail if the p99 is more than this many milliseconds.
     #[arg(long)]
     at_most: Option<f64>,
 }
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     run_main(async |options: Options| run(&options).await)
 }
 
-/// Instance `endpoint` of service `service`.
+/// Returns instance number `endpoint` of service number `service`.
 fn instance(service: usize, endpoint: usize, has_check: bool) -> Instance {
     let [_, _, a, b] = u32::try_from(service).unwrap_or_default().to_be_bytes();
     let ip = IpAddr::V4(Ipv4Addr::new(10, a, b, u8::try_from(endpoint % 250 + 1).unwrap_or(1)));
@@ -96,7 +96,7 @@ async fn run(options: &Options) -> Result<()> {
     let first = counters(&api).await?;
     println!("reads until then        {:>9.0}", first.reads);
 
-    // Everybody waits for news by now.
+    // Every blocking query is waiting by now.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = counters(&api).await?;
     let mut times = Times::default();
@@ -106,11 +106,11 @@ async fn run(options: &Options) -> Result<()> {
         registry.add(&new).await?;
         let registered = SystemTime::now();
         let acked = fleet.until_all_acked(BOUND).await?;
-        // The first ones are not counted: every allocation is a new one.
+        // The first changes allocate memory and are not counted.
         if change >= 3 {
             times.0.push(since(registered, acked));
         }
-        // A registry under constant change is another measurement.
+        // A pause, because a registry under constant change would be another measurement.
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
     let after = counters(&api).await?;

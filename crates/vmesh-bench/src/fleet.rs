@@ -1,11 +1,14 @@
-//! `cargo xtask bench fleet`: N xDS clients (delta ADS, ACKing all) against a real control plane over TCP.
+//! `cargo xtask bench fleet`: N xDS clients (delta ADS, which ACK everything) against a real control plane
+//! over TCP.
 //!
-//! The control plane is its own process, on S services of E endpoints in files. A change is one endpoint's weight in one
-//! file. Four moments are taken on one clock: the file is written, the control plane has seen the change (its metric
-//! `vmesh_last_change_timestamp_seconds`), the first and the last client has ACKed.
+//! The control plane is a separate process with S services of E endpoints in files. A change sets one
+//! endpoint's weight in one file. Four times are taken on one clock: the file is written, the control plane
+//! begins with the change (its metric `vmesh_last_change_timestamp_seconds`), and the first and the last
+//! client have ACKed.
 //!
-//! The baseline ([`baseline`]) is a process that does nothing but write the same bytes over HTTP/2 to the same number
-//! of connections of the very same clients: no store, no session, no scope. What the fan-out takes beyond that is ours.
+//! The baseline ([`baseline`]) is a process that only writes the same bytes over HTTP/2 to the same number of
+//! connections of the same clients: no store, no session, no scope. Any time beyond it is the cost of the
+//! control plane.
 
 mod baseline;
 
@@ -27,10 +30,10 @@ struct Options {
     nodes: usize,
     #[command(flatten)]
     size: Size,
-    /// How many services each node declares; all of them if it is left out. Every node has the one that changes.
+    /// Services that each node declares; all of them by default. Every node declares the one that changes.
     #[arg(long)]
     upstreams: Option<usize>,
-    /// Ends non-zero if the fan-out's p99 takes more than so many times the baseline's.
+    /// Fail if the fan-out's p99 is more than this many times the baseline's.
     #[arg(long)]
     at_most: Option<f64>,
     #[arg(long, hide = true)]
@@ -103,9 +106,9 @@ async fn run(options: &Options) -> Result<()> {
 
 struct Ours {
     connect: Duration,
-    /// CPU of the control plane until then, for each node.
+    /// CPU time of the control plane until all nodes are in sync, per node.
     cpu_per_connect: Duration,
-    /// CPU of the control plane while nothing happens, as a share of the time.
+    /// CPU usage of the control plane without changes, as a share of one core.
     idle: f64,
     resume: Resume,
     resident_idle: u64,
@@ -129,7 +132,7 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
         zone: None,
     })
     .await?;
-    // All services of a node, once: the clusters, their endpoints and an empty answer for listeners.
+    // Each node receives all of its services once: clusters, endpoints, and an empty response for listeners.
     let expected = options.upstreams.unwrap_or(options.size.services).min(options.size.services);
     fleet.until_held(expected, BOUND).await?;
     let connect = started.elapsed();
@@ -137,7 +140,7 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     let cpu_per_connect = (cpu_of(mesh.control.pid())? - cpu_before).div_f64(options.nodes.max(1) as f64);
     let resident = mesh.control.resident_bytes()?;
 
-    // Warm, so that the first allocation of every stream is not what is measured.
+    // Warm-up rounds, so that first allocations of streams are not measured.
     for round in 0..3 {
         change(&mesh, &mut fleet, round).await?;
     }
@@ -172,9 +175,10 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
     })
 }
 
-/// The fleet's connections are closed, and it connects again with the versions that it has.
+/// The cost of reconnecting: all connections are closed, and the clients reconnect with the versions that
+/// they have.
 struct Resume {
-    /// From the first connection to all nodes in sync.
+    /// The duration from the first connection until all nodes are in sync.
     took: Duration,
     cpu_per_node: Duration,
     responses_per_node: f64,
@@ -182,9 +186,9 @@ struct Resume {
 
 const IDLE: Duration = Duration::from_secs(5);
 
-/// Samples the CPU of a control plane that has nothing to do.
+/// Samples the CPU usage of a control plane without changes.
 async fn idle(mesh: &Mesh) -> Result<f64> {
-    // What follows the last change: the state is written.
+    // The state is still written after the last change.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = cpu_of(mesh.control.pid())?;
     tokio::time::sleep(IDLE).await;
@@ -211,7 +215,7 @@ struct Taken {
     last_ack: SystemTime,
 }
 
-/// One endpoint of the first service gets another weight.
+/// Changes the weight of one endpoint of the first service.
 async fn change(mesh: &Mesh, fleet: &mut Fleet, round: usize) -> Result<Taken> {
     fleet.expect_one_each();
     let written = SystemTime::now();

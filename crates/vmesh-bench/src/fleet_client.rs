@@ -1,4 +1,4 @@
-//! The clients of a fleet, counted together.
+//! The clients of a fleet, with common counters.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use vmesh_testkit::{Failed, Result};
 use vmesh_xds::Kind;
 use vmesh_xds::client::{BenchClient, Versions};
 
-/// Handshakes under way at once: more would only wait in the listener's queue.
+/// The limit of concurrent handshakes. More would only wait in the listener's queue.
 const CONNECTING: usize = 64;
 
 pub struct Fleet {
@@ -34,17 +34,17 @@ enum Phase {
 #[derive(Default)]
 struct Shared {
     phase: watch::Sender<Phase>,
-    /// Responses with endpoints, ACKed since they were last set to zero.
+    /// The responses with endpoints that were ACKed since the counter was reset.
     acked: AtomicUsize,
-    /// Assignments received in all.
+    /// The assignments received since the start.
     held: AtomicUsize,
-    /// When the last client ACKed.
+    /// When the last client sent its ACK.
     last_ack: Mutex<Option<SystemTime>>,
     moved: Notify,
 }
 
 impl Fleet {
-    /// Connects `nodes` clients, which declare what `declared` returns for their number.
+    /// Connects `nodes` clients. Client number `n` declares what `declared(n)` returns.
     pub async fn connect(
         to: SocketAddr,
         nodes: usize,
@@ -60,7 +60,7 @@ impl Fleet {
         Ok(Fleet { clients, nodes, shared })
     }
 
-    /// Waits until each client has the endpoints of so many services.
+    /// Waits until each client has received the endpoints of `services` services.
     pub async fn until_held(&mut self, services: usize, bound: Duration) -> Result<()> {
         let wanted = services * self.nodes;
         let shared = self.shared.clone();
@@ -71,27 +71,27 @@ impl Fleet {
         .await
     }
 
-    /// Every client closes its connection.
+    /// Closes the connections of all clients.
     pub fn hang_up(&self) {
         self.shared.phase.send_replace(Phase::Away);
     }
 
-    /// Every client connects again, and says what it has.
+    /// Reconnects all clients, which report the versions that they have.
     pub fn resume(&self) {
         self.shared.phase.send_replace(Phase::Connected);
     }
 
-    /// From now on, [`Fleet::until_all_acked`] counts.
+    /// Resets the counter of ACKs for [`Fleet::until_all_acked`].
     pub fn expect_one_each(&self) {
         *self.shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.shared.acked.store(0, Ordering::Release);
     }
 
-    /// Waits until every client has ACKed one response; returns when the last one did.
+    /// Waits until every client has ACKed one response. Returns when the last client sent its ACK.
     pub async fn until_all_acked(&mut self, bound: Duration) -> Result<SystemTime> {
         let (shared, nodes) = (self.shared.clone(), self.nodes);
         let last = || *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner);
-        // The count is there a moment before the time is.
+        // The time is checked rather than the count, because it is set a moment later.
         self.until("every client to ACK", bound, || match last() {
             Some(_) => Ok(()),
             None => Err(format!("{} of {nodes} have", shared.acked.load(Ordering::Acquire))),
@@ -133,7 +133,8 @@ impl Fleet {
     }
 }
 
-/// One client, until its stream ends by itself: why it did. Between two streams it keeps its versions.
+/// Runs one client until its stream ends unexpectedly. Returns the reason. The client keeps its versions
+/// between two streams.
 async fn client(
     to: SocketAddr,
     node: Node,
@@ -175,10 +176,10 @@ async fn client(
     }
 }
 
-/// What a node says of itself.
+/// The report of a simulated node.
 #[derive(Default)]
 pub struct Declared {
-    /// All services if there is none.
+    /// The declared services; empty means all services.
     pub upstreams: Vec<String>,
     pub zone: Option<&'static str>,
 }

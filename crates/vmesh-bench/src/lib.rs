@@ -1,4 +1,5 @@
-//! What the benches share: their options and `main`, a control plane on services in files, xDS clients, and what a process costs.
+//! The parts that all benches share: options and `main`, a control plane whose services are in files, xDS
+//! clients, and the resource usage of a process.
 
 pub mod common;
 pub mod fleet_client;

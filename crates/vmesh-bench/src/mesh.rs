@@ -1,4 +1,4 @@
-//! A control plane under measurement, on services in files.
+//! A control plane under measurement, whose services are in files.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -14,18 +14,19 @@ use vmesh_testkit::{Failed, Result, wait_for};
 
 use crate::common::BOUND;
 
-/// The zones of endpoints, in turns.
+/// The locality zones, to which endpoints are assigned in turn.
 pub const ZONES: [&str; 3] = ["eu-1a", "eu-1b", "eu-1c"];
 
-/// The services of a mesh, and how many of them each node declares: all of them if that is left out.
+/// The size of a mesh: its services, and how many of them each node declares. `upstreams: None` declares all
+/// of them.
 #[derive(Debug, Clone)]
 pub struct Shape {
     pub services: usize,
     pub endpoints: usize,
     pub upstreams: Option<usize>,
-    /// The number of zones that endpoints are in.
+    /// The number of locality zones with endpoints.
     pub zones: usize,
-    /// The number of files that hold the services; one for each service if that is left out.
+    /// The number of service files. `None`: one file per service.
     pub files: Option<usize>,
 }
 
@@ -34,7 +35,7 @@ impl Shape {
         self.files.unwrap_or(self.services).clamp(1, self.services.max(1))
     }
 
-    /// Returns the services in file number `file`, the first one first.
+    /// Returns the services in file number `file`, in order.
     pub fn services_in(&self, file: usize) -> Range<usize> {
         let begin = |file: usize| file * self.services / self.files();
         begin(file)..begin(file + 1)
@@ -52,7 +53,7 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// Starts a control plane with the text of `documents`, if there is any.
+    /// Starts a control plane. `documents` is the text of its mesh documents; empty for none.
     pub async fn start(shape: &Shape, documents: &str) -> Result<Mesh> {
         let dir = tempdir()?;
         make(&dir.join("services.d"))?;
@@ -78,17 +79,17 @@ impl Mesh {
         Ok(Mesh { dir, _home: home, control, xds, api, shape: shape.clone() })
     }
 
-    /// Gives the first endpoint of the first service in file number `file` another weight.
+    /// Changes the weight of the first endpoint in file number `file`.
     pub fn change_file(&self, file: usize, weight: usize) -> Result<()> {
         self.replace(&path_of(file), &content_of(file, &self.shape, weight))
     }
 
-    /// Waits until so many nodes have ACKed all that they were sent.
+    /// Waits until `nodes` nodes have ACKed everything that they received.
     pub async fn until_synced(&self, nodes: usize) -> Result<()> {
         self.until_state("synced", nodes).await
     }
 
-    /// Waits until so many nodes are in this state of the metric `vmesh_nodes`.
+    /// Waits until `nodes` nodes are in this state of the metric `vmesh_nodes`.
     pub async fn until_state(&self, state: &str, nodes: usize) -> Result<()> {
         let metric = format!("vmesh_nodes{{state=\"{state}\"}}");
         wait_for(format!("{nodes} nodes to be {state}"), BOUND, async || {
@@ -98,7 +99,7 @@ impl Mesh {
         .await
     }
 
-    /// Writes a file beside the old one, and renames it: no reader sees a part of it.
+    /// Replaces a file atomically, so that no reader sees a partial one.
     pub fn replace(&self, file: &str, text: &str) -> Result<()> {
         let temporary = self.dir.join(".new");
         write(&temporary, text)?;
@@ -106,7 +107,8 @@ impl Mesh {
         std::fs::rename(&temporary, &file).map_err(Failed::to(format!("could not write {}", file.display())))
     }
 
-    /// The services that node `node` declares, the one that changes among them; none is all.
+    /// Returns the services that node number `node` declares, including the one that changes. Empty means all
+    /// services.
     pub fn upstreams(&self, node: usize) -> Vec<String> {
         let Some(count) = self.shape.upstreams else { return Vec::new() };
         let others =
@@ -127,7 +129,7 @@ fn path_of(file: usize) -> String {
     format!("services.d/{}.yaml", name(file))
 }
 
-/// The text of a file; `weight` is that of the first endpoint in it.
+/// Returns the text of a file, in which the first endpoint has this weight.
 fn content_of(file: usize, shape: &Shape, weight: usize) -> String {
     let services = shape.services_in(file);
     let first = services.start;
@@ -135,7 +137,7 @@ fn content_of(file: usize, shape: &Shape, weight: usize) -> String {
     services.map(text).collect::<Vec<_>>().join("---\n")
 }
 
-/// The document of a service; `weight` is that of its first endpoint.
+/// Returns the registration of a service, in which the first endpoint has this weight.
 fn registered(service: usize, shape: &Shape, weight: usize) -> String {
     let mut text = format!("service: {}\nprotocol: http\nendpoints:\n", name(service));
     for endpoint in 0..shape.endpoints {
@@ -152,7 +154,8 @@ fn registered(service: usize, shape: &Shape, weight: usize) -> String {
     text
 }
 
-/// Two descriptors for each node: one end here, one in a child that inherits the limit.
+/// Raises the limit of open files. Each node needs two descriptors: one in this process, and one in the
+/// child, which inherits the limit.
 pub fn open_files(nodes: usize) -> Result<()> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let wanted = nodes as u64 + 1_000;

@@ -1,8 +1,8 @@
-//! `cargo xtask bench nodes`: what `Node` documents cost a control plane, and how long a change of documents keeps other changes
-//! waiting.
+//! `cargo xtask bench nodes`: the cost of `Node` documents for a control plane, and how long a change of
+//! documents delays other changes.
 //!
-//! The same fleet connects to control planes that differ in their documents only. The ratios compare each with the fleet
-//! without documents, in the same run.
+//! The same fleet connects to control planes that differ only in their documents. The ratios compare each
+//! with the fleet without documents, in the same run.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
@@ -19,10 +19,10 @@ use vmesh_testkit::Result;
 struct Options {
     #[arg(long, default_value_t = 1_000)]
     nodes: usize,
-    // `--changes`: of an endpoint, with and without a change of documents beside each.
+    // `--changes`: of an endpoint, with and without a simultaneous change of documents.
     #[command(flatten)]
     size: Size,
-    /// How many services each node declares.
+    /// Services that each node declares.
     #[arg(long, default_value_t = 20)]
     upstreams: usize,
 }
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     run_main(async |options: Options| run(&options).await)
 }
 
-/// Documents for a fleet, one or several for each node.
+/// A set of documents for a fleet, with one or several for each node.
 struct Case {
     title: &'static str,
     zones: usize,
@@ -129,8 +129,8 @@ async fn measure(options: &Options, case: &Case) -> Result<Seen> {
     })
 }
 
-/// Changes of one service's endpoint that every node calls, alone, and beside an edit of another service that every node calls too:
-/// each node's own listeners depend on it.
+/// Measures changes of a service's endpoint: first alone, then with a simultaneous edit of another service's
+/// document. Every node calls both services, so each node's own listeners depend on the edit.
 async fn edits(options: &Options) -> Result<()> {
     let document = |seconds: usize| {
         format!(

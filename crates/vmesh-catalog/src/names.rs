@@ -19,8 +19,8 @@ const MAX_GUESSES: usize = 50;
 /// The limit of unused names from before a restart that are saved again.
 const MAX_UNUSED: usize = 4096;
 
-/// The names in use, ordered by first use, and the owner of each DNS name that several of them fold to. Names
-/// that were saved before a restart come before all others.
+/// The names in use, ordered by first use, and the owner of each DNS name that several of them fold to. Names restored
+/// from disk precede all others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Names {
     ranks: BTreeMap<ServiceName, u64>,

@@ -117,8 +117,8 @@ fn gate(name: &str, addresses: Vec<SocketAddr>, direction: Direction) -> Listene
     }
 }
 
-/// Closes connections addressed to the listener itself. Passing them through would redirect them to the same
-/// listener again and again, until the ports are exhausted.
+/// Closes connections addressed to the listener itself. A pass-through would be redirected to this
+/// listener repeatedly, until the local ports are exhausted.
 fn loop_guard(own: Vec<SocketAddr>) -> FilterChain {
     let port = own.first().map_or(0, SocketAddr::port);
     // A wildcard listener can be called at every address of the host.

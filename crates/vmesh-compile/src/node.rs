@@ -133,8 +133,8 @@ impl Node<'_> {
         self.add(&listener(&name, address, Direction::Outbound, handling));
     }
 
-    /// Adds the listeners for captured connections. They come before the declared listeners, so that in a
-    /// conflict over an address they win: without them every captured connection would fail.
+    /// Adds the listeners for captured connections. They are added before the declared
+    /// listeners and so win a conflict over an address, because without them every captured connection would fail.
     fn captured(&mut self) {
         let capture = self.report.capture;
         if capture.outbound.is_none() && capture.inbound.is_none() {

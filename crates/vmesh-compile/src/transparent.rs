@@ -114,8 +114,8 @@ pub(crate) struct Subject<'a> {
     pub(crate) index: &'a Index,
     pub(crate) name: &'a ServiceName,
     pub(crate) shape: &'a Arc<Shape>,
-    /// All endpoints of the service, including those that its callers cannot use. The default port is derived
-    /// from them, so it is the same for every caller.
+    /// All endpoints of the service, including those that its callers cannot use. The default port is
+    /// derived from all of them, so every caller gets the same port.
     pub(crate) endpoints: &'a [Endpoint],
     pub(crate) capture: Capture,
     /// Whether the callers' hosts have IPv6.

@@ -142,7 +142,7 @@ impl Default for Listen {
     }
 }
 
-/// The errors in `control.yaml`: all of them, not only the first.
+/// The problems of `control.yaml`: every problem, not only the first.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
     #[error("the configuration {path} could not be read")]

@@ -34,7 +34,7 @@ pub(crate) use zookeeper::TreeConfig;
 
 /// The timeout of the first read of a registry, after which the last good documents are served instead.
 const FIRST: Duration = Duration::from_secs(10);
-/// The time for which documents stay in force after most of them vanished from a registry.
+/// The delay before documents are dropped if most of them vanished from a registry.
 const HOLD: Duration = Duration::from_secs(60);
 /// Below this number of documents, removing most of them is not considered an accident.
 const FEW: usize = 5;
@@ -171,7 +171,7 @@ pub(crate) struct Follower {
     seen: Option<u64>,
     /// The paths of the texts in the last read that was accepted.
     paths: BTreeSet<String>,
-    /// The time when most documents went missing.
+    /// The time when the registry lost most documents.
     few_since: Option<Instant>,
     /// The earliest time of the next read to confirm that they are missing.
     confirm_after: Option<Instant>,
@@ -200,7 +200,7 @@ impl Follower {
         }
     }
 
-    /// Reads the documents for the first time, so that the first world contains them. If a registry does
+    /// Performs the initial read, so that the first published world contains the documents. If a registry does
     /// not answer in time, the restored documents are served, or nothing.
     pub(crate) async fn read_once(mut self, views: &watch::Sender<DocumentsView>) -> Follower {
         if let Shelf::Nothing = self.shelf {

@@ -105,7 +105,7 @@ impl Fleet {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A panic while the lock is held ends its task, which ends the process. Until then streams keep their last state.
+        // A panic while the lock is held ends its task, which ends the process. Until then streams continue with their last configuration.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

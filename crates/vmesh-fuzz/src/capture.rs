@@ -1,4 +1,4 @@
-//! Questions on `net.sock`, and the rules that a spec becomes, by either backend.
+//! Requests on `net.sock`, and the compilation of a spec to rules by either backend.
 
 use vmesh_capture::{Host, Program, Stage, iptables, nft};
 use vmesh_net::protocol::{Ask, Want};
@@ -13,7 +13,7 @@ pub(crate) fn run(bytes: &[u8]) {
     }
 }
 
-/// Every spec that can be read becomes rules or a refusal.
+/// Checks that every spec that can be parsed compiles to rules or is rejected.
 fn rules(want: &Want) {
     let host = Host { ipv6: true, ..Host::default() };
     for stage in [Stage::Trial, Stage::Confirmed] {

@@ -1,11 +1,11 @@
-//! Answers of Consul's `/v1/health/service/NAME`, one for each of several datacenters.
+//! Consul's responses to `/v1/health/service/NAME`, one per datacenter.
 
 use vmesh_discovery::format::consul::{Rules, combine, read};
 use vmesh_model::ServiceName;
 
 use crate::{files, parts};
 
-/// The parts of the input are the datacenters' answers.
+/// The parts of the input are the responses of the datacenters.
 pub(crate) fn run(bytes: &[u8]) {
     let Ok(service) = "orders".parse::<ServiceName>() else { return };
     let rules = Rules::default();

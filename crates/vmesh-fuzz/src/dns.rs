@@ -1,4 +1,4 @@
-//! DNS queries, as anybody on the host can send them to the agent.
+//! DNS queries to the agent, which any process on the host can send.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::OnceLock;
@@ -27,7 +27,7 @@ pub(crate) fn run(bytes: &[u8]) {
     }
 }
 
-/// One name with one address, one with many, and one below another.
+/// Returns a table with a name with one address, a name with many, and a name with two labels.
 fn table() -> &'static Table {
     static TABLE: OnceLock<Table> = OnceLock::new();
     TABLE.get_or_init(|| {

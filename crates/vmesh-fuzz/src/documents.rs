@@ -1,4 +1,4 @@
-//! Mesh documents as YAML or JSON, also when one version of a file follows another.
+//! Mesh documents as YAML or JSON, including successive versions of a file.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ pub(crate) fn run(bytes: &[u8]) {
         let (again, _) = library.update(&[file]);
         assert!(Arc::ptr_eq(&documents, &again), "the same bytes made another set of documents");
     }
-    // What outlives a restart is what was in force.
+    // The restored documents must equal those in force.
     let restored = Library::restored(library.last_good());
     assert_eq!(restored.documents(), library.documents(), "a restart changed what is in force");
 }

@@ -6,10 +6,10 @@ use vmesh_discovery::format::{Format, Parsed, parse};
 
 use crate::assert_printable;
 
-/// Far above the inputs that the fuzzer makes.
+/// The size limit of a file, far above the inputs of the fuzzer.
 const LIMIT: usize = 1 << 20;
 
-/// The first byte chooses the format and whether the file's name ends in `.yaml`.
+/// The first byte selects the format, and whether the file's name ends in `.yaml`.
 pub(crate) fn run(bytes: &[u8]) {
     let Some((choice, text)) = bytes.split_first() else { return };
     let formats = [Format::Auto, Format::Native, Format::Prometheus, Format::Linkerd, Format::SmartStack];
@@ -17,12 +17,12 @@ pub(crate) fn run(bytes: &[u8]) {
     let (file, is_yaml) = (Arc::from("services.d/orders.yaml"), choice & 1 == 1);
     let (parsed, found) = parse(&file, "orders", is_yaml, text, LIMIT, format, None);
     check(&parsed, text.len());
-    // A format that was found once reads the same text again without a change of mind.
+    // A detected format must parse the same text in the same way again.
     let (again, kept) = parse(&file, "orders", is_yaml, text, LIMIT, format, found);
     assert_eq!((&parsed, found), (&again, kept), "the same text was read differently the second time");
 }
 
-/// What holds for whatever any format makes of `len` bytes.
+/// Checks the properties that hold for every format, given a text of `len` bytes.
 pub(crate) fn check(parsed: &Parsed, len: usize) {
     for problem in &parsed.problems {
         assert_printable(&problem.to_string());

@@ -1,8 +1,8 @@
-//! Fuzz targets: each is a function of bytes that another program, a peer or another user can choose.
+//! Fuzz targets: functions of bytes that come from another program, a peer or another user.
 //!
-//! A target panics where the code under test breaks a promise: it must end, stay within its limits, keep what it
-//! promises of its output, and never panic itself. `corpus/NAME/` holds the seeds of the target NAME and every input
-//! that ever broke it; `cargo test -p vmesh-fuzz` runs them all, without a fuzzer.
+//! A target panics if the code under test breaks a promise: it must terminate, stay within its limits, keep
+//! the guarantees of its output, and never panic itself. `corpus/NAME/` contains the seeds of the target
+//! NAME, and every input that ever broke it. `cargo test -p vmesh-fuzz` runs all of them without a fuzzer.
 //!
 //! ```text
 //! cargo xtask fuzz                    every target for a minute, from the corpus
@@ -24,16 +24,16 @@ mod znodes;
 
 use std::path::PathBuf;
 
-/// A reader of foreign bytes under test.
+/// A parser of untrusted bytes under test.
 #[derive(Debug)]
 pub struct Target {
-    /// The name on the command line, and of the directory of its corpus.
+    /// The name on the command line, and of the corpus directory.
     pub name: &'static str,
-    /// Runs the code under test once; panics where it breaks a promise.
+    /// Runs the code under test once. Panics if it breaks a promise.
     pub run: fn(&[u8]),
 }
 
-/// All targets, in the order of their names.
+/// All targets, sorted by name.
 pub const TARGETS: &[Target] = &[
     Target { name: "consul", run: consul::run },
     Target { name: "dns", run: dns::run },
@@ -47,7 +47,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "znodes", run: znodes::run },
 ];
 
-/// Names the target for the process that libFuzzer runs in.
+/// The environment variable that selects the target in libFuzzer's process.
 pub const ENVIRONMENT: &str = "VMESH_FUZZ_TARGET";
 
 impl Target {
@@ -56,7 +56,7 @@ impl Target {
         TARGETS.iter().find(|target| target.name == name)
     }
 
-    /// Returns the target that the environment names; ends the process with a message where it names none.
+    /// Returns the target that the environment variable names. Prints an error and exits if there is none.
     pub fn from_environment() -> &'static Target {
         let name = std::env::var(ENVIRONMENT).unwrap_or_default();
         Target::find(&name).unwrap_or_else(|| {
@@ -72,12 +72,12 @@ impl Target {
     }
 }
 
-/// Splits bytes at each `0xFF`, which no UTF-8 text contains: one input can then hold several texts.
+/// Splits bytes at each `0xFF`, which no UTF-8 text contains, so that one input can contain several texts.
 fn parts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     bytes.split(|byte| *byte == 0xff)
 }
 
-/// A text that reaches terminals and logs holds no control character except the line feed.
+/// Checks that a text for terminals and logs contains no control character except the line feed.
 fn assert_printable(text: &str) {
     let control = text.chars().find(|character| character.is_control() && *character != '\n');
     assert!(control.is_none(), "a message holds the control character {control:?}: {text:?}");

@@ -1,4 +1,4 @@
-//! libFuzzer's loop around the target that the environment variable `VMESH_FUZZ_TARGET` names.
+//! The libFuzzer process for the target in the environment variable `VMESH_FUZZ_TARGET`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Lines that a discovery program prints to its standard output.
+//! Lines that a discovery plug-in prints to its standard output.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The last good state on disk, which a crash can cut short and another program can change.
+//! The last good state on disk, which a crash can truncate and another program can change.
 
 use serde::de::DeserializeOwned;
 use vmesh_catalog::state::{decode, encode};
@@ -6,7 +6,7 @@ use vmesh_discovery::Registrations;
 use vmesh_model::NodeReport;
 use vmesh_model::load::{Kept, Library};
 
-/// The input is a file, and then the body of a file whose checksum is right.
+/// Uses the input first as a file, and then as the body of a file with a correct checksum.
 pub(crate) fn run(bytes: &[u8]) {
     let Ok(body) = serde_json::from_slice::<serde_json::Value>(bytes) else {
         read(bytes);
@@ -14,7 +14,7 @@ pub(crate) fn run(bytes: &[u8]) {
     };
     if let Ok(whole) = encode(&body) {
         read(&whole);
-        // A file that lost its end is never taken for a whole one.
+        // A truncated file must be rejected.
         let cut = whole.get(..whole.len() - 1).unwrap_or_default();
         assert!(decode::<serde_json::Value>(cut).is_err(), "a file that was cut short was read");
     }

@@ -1,4 +1,4 @@
-//! One xDS stream: a client that says anything, while the world changes and time passes.
+//! One xDS stream with an arbitrary client, while the snapshot changes and time passes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ pub(crate) fn run_sotw(bytes: &[u8]) {
 
 const NAMES: [&str; 4] = ["orders", "payments", "cluster", "*"];
 
-/// Responses to one request, or to one change, without any answer of the client: one for each kind and some that are
-/// split. More is a loop.
+/// The limit of responses to one request or one change without an answer of the client: one per kind, and
+/// some are split. More would be a loop.
 const RESPONSES_TO_ONE_STEP: usize = 64;
 
-/// Responses to a client that refuses whatever it is sent. The session may take a refusal of several resources apart,
-/// for which it has 64 responses of each kind.
+/// The limit of responses to a client that rejects everything. The session may bisect a rejected response of
+/// several resources, for which it may use 64 responses of each kind.
 const RESPONSES_TO_REFUSALS: usize = 64 * 6 + RESPONSES_TO_ONE_STEP;
 
 struct Stream {
@@ -36,7 +36,7 @@ struct Stream {
     is_introduced: bool,
     /// The last nonce of each kind.
     nonces: BTreeMap<Kind, String>,
-    /// What the client asks for, for the protocol in which each request repeats all of it.
+    /// The subscribed names. In SotW each request repeats all of them.
     names: BTreeMap<Kind, Vec<String>>,
 }
 
@@ -57,7 +57,8 @@ impl Stream {
         }
     }
 
-    /// Each step is a byte that chooses what happens, and a byte or more of arguments. Then the client refuses all.
+    /// Interprets the input: each step is a byte that selects an action, and at least one byte of arguments.
+    /// At the end the client rejects everything.
     fn play(&mut self, mut bytes: &[u8]) {
         self.publish();
         while let [step, argument, rest @ ..] = bytes {
@@ -83,7 +84,7 @@ impl Stream {
                     true
                 }
             };
-            // A session that ends its stream says why, and is not used any more.
+            // The session ended the stream with an error and is not used any more.
             if !alive {
                 return;
             }
@@ -137,7 +138,7 @@ impl Stream {
         }
     }
 
-    /// Accepts the last response of `kind`, or refuses it for `reason`.
+    /// ACKs the last response of `kind`, or rejects it with `reason`.
     fn answer(&mut self, kind: Kind, reason: Option<&str>) -> bool {
         let (type_url, response_nonce) =
             (kind.type_url().to_owned(), self.nonces.get(&kind).cloned().unwrap_or_default());
@@ -160,7 +161,7 @@ impl Stream {
         })
     }
 
-    /// Content 0 is that there is none.
+    /// Changes a resource; `content` 0 removes it.
     fn change(&mut self, kind: Kind, name: &str, content: u8) {
         let resource = Resource::from_bytes(kind, name, &[content]);
         let group = (content > 0).then(|| Group::new(format!("{kind} {name}"), [resource]));
@@ -173,13 +174,13 @@ impl Stream {
         self.session.on_snapshot(self.now, snapshot);
     }
 
-    /// Time passes until the session's next timer, or for a second.
+    /// Advances the clock to the session's next timer, or by a second.
     fn wait(&mut self) {
         let timeout = self.session.poll_timeout().filter(|timeout| *timeout > self.now);
         self.now = timeout.unwrap_or(self.now + Duration::from_secs(1));
     }
 
-    /// Takes what the session has to send now, and returns the kinds of the responses.
+    /// Takes the pending responses of the session, and returns their kinds.
     fn receive(&mut self) -> Vec<Kind> {
         let mut kinds = Vec::new();
         while let Some(response) = self.session.poll_response(self.now) {
@@ -192,7 +193,7 @@ impl Stream {
         kinds
     }
 
-    /// Whatever a client refuses, and as often as it does: at some point there is nothing left to send.
+    /// Rejects every response. The session must eventually stop sending.
     fn refuse_everything(&mut self) {
         let mut responses = 0;
         let mut unanswered: Vec<Kind> = self.nonces.keys().copied().collect();

@@ -1,10 +1,10 @@
-//! Records of ZooKeeper, in every format, alone and beside each other.
+//! ZooKeeper records in every format, alone and in combination.
 
 use vmesh_discovery::format::znode::{Directory, Member, Rules, ZnodeFormat, detect, may_be_record, read};
 
 use crate::{assert_printable, parts};
 
-/// The first byte chooses the format. The parts of the rest are the nodes of one directory.
+/// The first byte selects the format. The parts of the rest are the nodes of one directory.
 pub(crate) fn run(bytes: &[u8]) {
     let Some((choice, records)) = bytes.split_first() else { return };
     let formats = [
@@ -18,7 +18,7 @@ pub(crate) fn run(bytes: &[u8]) {
     let format = formats.get(usize::from(*choice) % formats.len()).copied().unwrap_or_default();
     let texts: Vec<String> =
         parts(records).take(8).map(|data| String::from_utf8_lossy(data).into_owned()).collect();
-    // Dubbo keeps its records in the names of the nodes, the other formats in their data.
+    // Dubbo stores its records in the names of nodes, the other formats in their data.
     let members: Vec<Member<'_>> = texts
         .iter()
         .zip(1..)

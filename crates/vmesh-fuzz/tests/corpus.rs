@@ -1,4 +1,4 @@
-//! Every seed, and every input that broke something once, goes through its target.
+//! Runs every seed, and every input that once broke something, through its target.
 
 use std::fs;
 use std::panic::catch_unwind;
@@ -25,7 +25,7 @@ fn no_input_of_the_corpus_breaks_its_target() {
     assert!(broken.is_empty(), "inputs that break their targets: {broken:#?}");
 }
 
-/// `cargo xtask fuzz` knows the targets by the directories of their seeds.
+/// `cargo xtask fuzz` finds the targets by the directories of their seeds.
 #[test]
 fn every_target_has_seeds_and_every_directory_of_seeds_a_target() {
     let corpus = TARGETS[0].corpus();
@@ -35,7 +35,7 @@ fn every_target_has_seeds_and_every_directory_of_seeds_a_target() {
     assert_eq!(directories, TARGETS.iter().map(|target| target.name).collect::<Vec<_>>());
 }
 
-/// What no reader may ever die of, in any place.
+/// Short and generic inputs must break no target.
 #[test]
 fn no_target_is_broken_by_short_or_foreign_bytes() {
     let inputs: [&[u8]; 9] =

@@ -535,7 +535,7 @@ fn re2(regex: &str) -> Result<(), String> {
     let lacks = |what: &str| Err(format!("RE2, which Envoy uses, has no {what}"));
     let mut groups = 0u32;
     let mut rest = regex;
-    // Whether a `*` has an atom to repeat, and whether the last token was a repetition.
+    // `atom`: a `*` would have something to repeat. `repeated`: the last token was a repetition.
     let (mut atom, mut repeated) = (false, false);
     while let Some(c) = rest.chars().next() {
         let tail = rest.get(c.len_utf8()..).unwrap_or_default();

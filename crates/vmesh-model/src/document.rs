@@ -93,7 +93,7 @@ pub struct Service {
 pub struct Node {
     /// The name of the selected node. Either `name` or `labels` is required.
     pub name: Option<NodeName>,
-    /// The labels of the selected nodes. A node must have all of them.
+    /// Labels that every selected node has.
     #[serde(default)]
     pub labels: Labels,
     /// Services that these nodes call, in addition to those that their agents declare.
@@ -150,7 +150,7 @@ pub struct Subset {
     pub version: Option<Arc<str>>,
     /// The locality zone of the endpoint.
     pub zone: Option<Arc<str>>,
-    /// The labels of the endpoint. It must have all of them.
+    /// Labels that every matching endpoint has.
     #[serde(default)]
     pub labels: Labels,
 }
@@ -191,7 +191,7 @@ pub struct Fallback {
     pub source: Option<Arc<str>>,
     /// The locality zone of the endpoint.
     pub zone: Option<Arc<str>>,
-    /// The labels of the endpoint, such as `datacenter: dc2`. It must have all of them.
+    /// Labels that every matching endpoint has, such as `datacenter: dc2`.
     #[serde(default)]
     pub labels: Labels,
 }
@@ -459,7 +459,7 @@ pub struct Match {
     /// The query parameters of the URL by name. All of them must match.
     #[serde(default)]
     pub query: BTreeMap<Arc<str>, TextMatch>,
-    /// The methods, of which one must match.
+    /// The accepted methods; empty accepts every method.
     #[serde(default, deserialize_with = "one_or_many")]
     pub method: Vec<Method>,
 }

@@ -23,7 +23,7 @@ pub fn strict<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, Vec<Prob
     strict_bytes(file, text.as_bytes())
 }
 
-/// Does the same as [`strict`] for bytes, which must be UTF-8.
+/// Parses bytes like [`strict`], after decoding them as UTF-8.
 pub fn strict_bytes<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, Vec<Problem>> {
     let file: Arc<str> = file.into();
     let text = yaml::text_of(&file, &file, bytes, MAX_TEXT).map_err(|problem| vec![problem])?;
@@ -57,7 +57,7 @@ pub fn strict_bytes<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, 
 #[derive(Debug, Clone, Copy)]
 pub struct DocumentFile<'a> {
     pub path: &'a str,
-    /// The bytes, or the reason why they could not be read.
+    /// The file's bytes, or the message of the error that prevented reading them.
     pub content: Result<&'a [u8], &'a str>,
 }
 
@@ -86,8 +86,8 @@ struct Contents {
     /// `None` if the file could not be read.
     bytes: Option<Box<[u8]>>,
     documents: Vec<Candidate>,
-    /// Problems in text that cannot be attributed to a document. While there are any, all documents last read
-    /// from the file stay in force.
+    /// Problems in text that cannot be attributed to a document. While the list is not
+    /// empty, all documents last read from the file stay in force.
     unidentified: Vec<Problem>,
     /// Problems of documents whose kind only a later version supports.
     unsupported: Vec<Problem>,
@@ -207,7 +207,7 @@ impl Library {
         self.current.clone()
     }
 
-    /// Reads all files as they are now. Returns the documents in force, and all problems. Documents that did
+    /// Updates the library to the current content of all files. Returns the documents in force, and all problems. Documents that did
     /// not change keep their pointer. A file that is missing in `files` was deleted, and its documents with
     /// it.
     pub fn update(&mut self, files: &[DocumentFile<'_>]) -> (Arc<Documents>, Vec<Problem>) {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Endpoint, Place, Protocol, ServiceName};
 
-/// One service as one source lists it, with all of its endpoints rather than changes to them.
+/// One service in the listing of one source. It always contains the complete set of endpoints, never a difference.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
     pub service: ServiceName,

@@ -83,7 +83,7 @@ pub fn one_of<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     }
 }
 
-/// The changes to a document with which the rest of it can be read.
+/// The parts of a document that are left out or filled in so that the remaining parts can be read.
 #[derive(Default)]
 struct Repairs {
     /// The entries of mappings and items of lists that are left out, by the node of their container and their

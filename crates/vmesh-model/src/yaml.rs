@@ -42,7 +42,7 @@ pub struct Node {
     pub line: u32,
     /// Counts from 1, in characters.
     pub column: u32,
-    /// The byte range in the text. That of a mapping begins at its first key.
+    /// The byte range in the text. For a mapping, the range begins at the first key.
     pub(crate) bytes: (usize, usize),
     pub content: Content,
     depth: usize,
