@@ -10,8 +10,8 @@ use tokio::sync::oneshot;
 use vmesh_api::{
     Discovery, DiscoverySource, Event, Evicted, Held, SourceCounters, SourceState, UnresolvedName,
 };
-use vmesh_discovery::guard::{self, NotAccepted, What};
-use vmesh_discovery::source::{ByKind, Events};
+use vmesh_discovery::guard::{self, AcceptError, NoticeKind};
+use vmesh_discovery::source::{Events, HoldCounts};
 use vmesh_discovery::{Command, Counters, View};
 use vmesh_model::ServiceName;
 use vmesh_model::strict::did_you_mean;
@@ -49,7 +49,7 @@ impl Desk {
 
     pub(crate) fn show(&self) -> Discovery {
         let evicted = self.overrides.kept().evicted;
-        let evicted = evicted.all().map(|guard::Evicted { service, address, since }| Evicted {
+        let evicted = evicted.all().map(|guard::Eviction { service, address, since }| Evicted {
             command: format!("{} admit {service} {address}", self.ctl),
             age_seconds: unix_now().saturating_sub(since),
             service,
@@ -86,7 +86,7 @@ impl Desk {
         }
     }
 
-    fn held(&self, source: &str, held: &guard::Held) -> Held {
+    fn held(&self, source: &str, held: &guard::HeldChange) -> Held {
         let now = Instant::now();
         let service = held.service.as_ref().map_or_else(String::new, |service| format!(" {service}"));
         Held {
@@ -145,13 +145,13 @@ impl Desk {
                     names => format!("what `{source}` says of {} is believed", quoted(names)),
                 })
             }
-            Err(NotAccepted::NothingHeld) => Err(Refused::Unknown(match service {
+            Err(AcceptError::NothingHeld) => Err(Refused::Unknown(match service {
                 Some(service) => {
                     format!("nothing of `{service}` is held of `{source}`: `vmeshctl discovery` says what is")
                 }
                 None => format!("nothing of `{source}` is held"),
             })),
-            Err(NotAccepted::Frozen) => Err(Refused::Conflict(format!(
+            Err(AcceptError::Frozen) => Err(Refused::Conflict(format!(
                 "`{source}` is frozen, and nothing of it is taken: thaw it first, with `{} thaw {}`",
                 self.ctl,
                 word(source)
@@ -221,8 +221,8 @@ impl Desk {
         if !is_news {
             return Ok(self.kept(vec![format!("{address} of `{service}` was evicted already")]).await);
         }
-        let evicted = guard::Evicted { service: service.clone(), address, since: unix_now() };
-        self.overrides.tell(What::Evicted, &evicted, "it is not used, by the operator's word");
+        let evicted = guard::Eviction { service: service.clone(), address, since: unix_now() };
+        self.overrides.tell(NoticeKind::Evicted, &evicted, "it is not used, by the operator's word");
         let left = match self.endpoints_left(service) {
             0 => "; it was the last, and requests to the service fail now",
             _ => "",
@@ -237,8 +237,8 @@ impl Desk {
                 "{address} of `{service}` is not evicted: `vmeshctl discovery` lists what is"
             )));
         }
-        let evicted = guard::Evicted { service: service.clone(), address, since: unix_now() };
-        self.overrides.tell(What::Admitted, &evicted, "it is used again, by the operator's word");
+        let evicted = guard::Eviction { service: service.clone(), address, since: unix_now() };
+        self.overrides.tell(NoticeKind::Admitted, &evicted, "it is used again, by the operator's word");
         Ok(self.kept(vec![format!("{address} of `{service}` is used again")]).await)
     }
 
@@ -338,7 +338,7 @@ fn unresolved(name: &vmesh_discovery::UnresolvedName) -> UnresolvedName {
 }
 
 fn counted(counters: &Counters) -> SourceCounters {
-    let by_kind = |counts: &ByKind| counts.all().map(|(kind, n)| (kind.as_str().into(), n)).collect();
+    let by_kind = |counts: &HoldCounts| counts.all().map(|(kind, n)| (kind.as_str().into(), n)).collect();
     SourceCounters {
         reads: counters.reads.load(Relaxed),
         failed_reads: counters.failed_reads.load(Relaxed),

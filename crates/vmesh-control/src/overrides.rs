@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use vmesh_discovery::Registrations;
-use vmesh_discovery::guard::{Evicted, Evictions, Notice, What};
+use vmesh_discovery::guard::{Eviction, Evictions, Notice, NoticeKind};
 use vmesh_discovery::source::Events;
 
 use crate::persist::{Disk, PersistError};
@@ -86,8 +86,8 @@ impl Overrides {
     }
 
     /// Records and logs what happened to an endpoint.
-    pub(crate) fn tell(&self, what: What, evicted: &Evicted, why: &str) {
-        let Evicted { service, address, .. } = evicted;
+    pub(crate) fn tell(&self, what: NoticeKind, evicted: &Eviction, why: &str) {
+        let Eviction { service, address, .. } = evicted;
         let text = format!("{address}: {why}").into();
         let notice = Notice { what, service: Some(service.clone()), kind: None, text };
         for event in self.events.record(vec![notice], SystemTime::now()) {

@@ -13,7 +13,7 @@ use tokio_stream::StreamMap;
 use tokio_stream::wrappers::WatchStream;
 use vmesh_api::Source;
 use vmesh_catalog::{Catalog, Seen, SourceView, World};
-use vmesh_discovery::guard::{Absences, Evictions, What};
+use vmesh_discovery::guard::{EvictionExpiry, Evictions, NoticeKind};
 use vmesh_discovery::source::NOT_ANSWERED_YET;
 use vmesh_discovery::{Handle, Registrations, View};
 use vmesh_model::State;
@@ -226,7 +226,7 @@ pub(crate) async fn publish(
     let (mut patient, mut gracious) = (true, true);
     let mut kept = overrides.subscribe();
     let mut evicted = kept.borrow_and_update().evicted.clone();
-    let mut absences = Absences::default();
+    let mut absences = EvictionExpiry::default();
     let hold = sources.forget_evicted();
     take_documents(&mut catalog, &documents.borrow_and_update().clone());
     loop {
@@ -290,7 +290,7 @@ pub(crate) async fn until(deadline: Option<Instant>) {
 
 /// Ends the evictions of endpoints that no source lists any more.
 async fn forget_unnamed(
-    absences: &mut Absences,
+    absences: &mut EvictionExpiry,
     sources: &Sources,
     overrides: &Arc<Overrides>,
     evicted: &Evictions,
@@ -307,7 +307,11 @@ async fn forget_unnamed(
     let over = absences.over(evicted, |service, address| sources.names(service, address), hold, now);
     for evicted in &over {
         overrides.change(|kept| kept.evicted.admit(&evicted.service, &evicted.address));
-        overrides.tell(What::Admitted, evicted, "no source names it any more, so its eviction has ended");
+        overrides.tell(
+            NoticeKind::Admitted,
+            evicted,
+            "no source names it any more, so its eviction has ended",
+        );
     }
     if !over.is_empty()
         && let Err(error) = overrides.save().await
@@ -342,7 +346,7 @@ fn take_view(catalog: &mut Catalog, index: usize, known: &Known, view: &View, ev
     let services = view
         .services()
         .map(|(name, seen)| {
-            let vmesh_discovery::Seen { registration, state, because, .. } = seen;
+            let vmesh_discovery::ServiceView { registration, state, because, .. } = seen;
             let registration = evicted.apply(registration);
             (name.clone(), Seen { registration, state, because })
         })
@@ -363,7 +367,7 @@ fn take_node(catalog: &mut Catalog, event: NodeEvent) {
 
 #[cfg(test)]
 mod tests {
-    use vmesh_discovery::Seen;
+    use vmesh_discovery::ServiceView;
     use vmesh_discovery::source::link;
     use vmesh_model::Registration;
 
@@ -378,7 +382,7 @@ mod tests {
             endpoints: Arc::from([]),
             place: Place::file("test"),
         };
-        let services = std::iter::once((service, Seen::fresh(registration.into()))).collect();
+        let services = std::iter::once((service, ServiceView::fresh(registration.into()))).collect();
         Arc::new(Registrations { services, ..Registrations::default() })
     }
 

@@ -13,8 +13,8 @@ use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName, State};
 use vmesh_text::printable;
 
 use crate::format::{ParsedEndpoint, ParsedService, subject_of, too_many};
-use crate::resolve::{Names, Resolve, Resolved};
-use crate::source::{Extent, Registrations, Seen, shown};
+use crate::resolve::{HostNames, Resolution, Resolve};
+use crate::source::{Extent, Registrations, ServiceView, shown};
 
 /// The time that the first view of a source waits for host names to resolve. Without it, services would start
 /// without endpoints, and a control plane without a last good view would remove them from every proxy. One
@@ -23,7 +23,7 @@ pub(crate) const FIRST_NAMES: Duration = Duration::from_secs(30);
 
 /// The content of a service.
 #[derive(Debug, Clone)]
-pub enum Known {
+pub enum ServiceContent {
     Parsed(Arc<ParsedService>),
     /// The content from before a restart, because the service has not been read since. Its host names are
     /// already resolved.
@@ -32,30 +32,30 @@ pub enum Known {
 
 /// One service as its source states it, and the reason if the present statement of the source is not usable.
 #[derive(Debug, Clone)]
-pub struct Told {
-    pub known: Known,
+pub struct ServiceStatement {
+    pub known: ServiceContent,
     pub stale_because: Option<Arc<str>>,
     /// The reason why the service may have endpoints that could not be read.
     pub partial_because: Option<Arc<str>>,
 }
 
-impl Told {
+impl ServiceStatement {
     /// Returns a service as the source states it at present.
-    pub fn fresh(service: Arc<ParsedService>) -> Told {
+    pub fn fresh(service: Arc<ParsedService>) -> ServiceStatement {
         let partial_because = service.partial_because.clone();
-        Told { known: Known::Parsed(service), stale_because: None, partial_because }
+        ServiceStatement { known: ServiceContent::Parsed(service), stale_because: None, partial_because }
     }
 
     /// Returns the last good content of a service whose present statement is not usable, with the reason.
-    pub fn stale(known: Known, because: impl Into<Arc<str>>) -> Told {
-        Told { known, stale_because: Some(because.into()), partial_because: None }
+    pub fn stale(known: ServiceContent, because: impl Into<Arc<str>>) -> ServiceStatement {
+        ServiceStatement { known, stale_because: Some(because.into()), partial_because: None }
     }
 }
 
 /// Everything that a source states, before host names are resolved.
 #[derive(Debug, Clone, Default)]
 pub struct Statement {
-    pub services: BTreeMap<ServiceName, Told>,
+    pub services: BTreeMap<ServiceName, ServiceStatement>,
     pub problems: Vec<Problem>,
     /// Services that are absent because the source states explicitly that they have nothing.
     pub emptied: BTreeSet<ServiceName>,
@@ -85,19 +85,19 @@ impl Statement {
 /// returned; build a new view after each change.
 pub struct Assembler<R> {
     source: Arc<str>,
-    names: Names<R>,
-    built: BTreeMap<ServiceName, Built>,
+    names: HostNames<R>,
+    built: BTreeMap<ServiceName, AssembledService>,
 }
 
 /// A service with its host names resolved.
 #[derive(Debug, Clone)]
-struct Built {
+struct AssembledService {
     parsed: Arc<ParsedService>,
     has_names: bool,
     /// A host name of the service has no address but may have one: it has not been looked up yet, or no name
     /// server answered.
     is_unresolved: bool,
-    seen: Seen,
+    seen: ServiceView,
     problems: Vec<Problem>,
 }
 
@@ -112,7 +112,7 @@ impl<R: Resolve> Assembler<R> {
         interval: Duration,
         last_good: Option<&Registrations>,
     ) -> Assembler<R> {
-        let mut names = Names::new(resolver, interval);
+        let mut names = HostNames::new(resolver, interval);
         for (host, addresses) in resolved_before(last_good) {
             names.remember(host, addresses.into_iter().map(|address| address.ip()).collect());
         }
@@ -121,7 +121,7 @@ impl<R: Resolve> Assembler<R> {
 
     /// Requests the host names of the services `told`. Other names are forgotten, unless `may_grow` is set: a
     /// service that has not been read yet may need a name that was known before.
-    pub fn want<'a>(&mut self, told: impl IntoIterator<Item = &'a Told>, may_grow: bool) {
+    pub fn want<'a>(&mut self, told: impl IntoIterator<Item = &'a ServiceStatement>, may_grow: bool) {
         let hosts: BTreeSet<Arc<str>> = told.into_iter().flat_map(hosts).collect();
         if may_grow { self.names.want(&hosts) } else { self.names.want_only(&hosts) }
     }
@@ -160,8 +160,8 @@ impl<R: Resolve> Assembler<R> {
             while known_before.next_if(|(before, _)| before < name).is_some() {}
             let before = known_before.next_if(|(before, _)| before == name).map(|(_, before)| before);
             let seen = match &told.known {
-                Known::Restored(registration) => Seen::fresh(registration.clone()),
-                Known::Parsed(parsed) => {
+                ServiceContent::Restored(registration) => ServiceView::fresh(registration.clone()),
+                ServiceContent::Parsed(parsed) => {
                     let known = before.as_ref().map(|before| before.seen.registration.clone());
                     let mut now = build(parsed, before, &self.names, &self.source);
                     view.problems.extend(now.problems.iter().cloned());
@@ -187,7 +187,7 @@ impl<R: Resolve> Assembler<R> {
             };
             let seen = match (&told.stale_because, &told.partial_because) {
                 (None, None) => seen,
-                (Some(because), _) => Seen {
+                (Some(because), _) => ServiceView {
                     state: State::Stale,
                     because: Some(shown(because)),
                     extent: Extent::Nothing,
@@ -195,7 +195,7 @@ impl<R: Resolve> Assembler<R> {
                 },
                 (None, Some(because)) => {
                     let because = seen.because.or_else(|| Some(shown(because)));
-                    Seen { because, extent: Extent::Part, ..seen }
+                    ServiceView { because, extent: Extent::Part, ..seen }
                 }
             };
             services.push((name.clone(), seen));
@@ -214,16 +214,16 @@ impl<R: Resolve> Assembler<R> {
 
 /// Returns the host names of a service. For a restored service these are the names before the restart, whose
 /// addresses are needed once its file can be read again.
-fn hosts(told: &Told) -> Vec<Arc<str>> {
+fn hosts(told: &ServiceStatement) -> Vec<Arc<str>> {
     match &told.known {
-        Known::Parsed(service) => {
+        ServiceContent::Parsed(service) => {
             let hosts = service.endpoints.iter().filter_map(|endpoint| match &endpoint.address.host {
                 Host::Name(name) => Some(name.clone()),
                 Host::Ip(_) => None,
             });
             hosts.collect()
         }
-        Known::Restored(registration) => {
+        ServiceContent::Restored(registration) => {
             registration.endpoints.iter().filter_map(|endpoint| endpoint.hostname.clone()).collect()
         }
     }
@@ -245,10 +245,10 @@ fn resolved_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<
 /// up. An unchanged result keeps its pointer.
 fn build<R: Resolve>(
     parsed: &Arc<ParsedService>,
-    before: Option<Built>,
-    names: &Names<R>,
+    before: Option<AssembledService>,
+    names: &HostNames<R>,
     source: &Arc<str>,
-) -> Built {
+) -> AssembledService {
     let before = match before {
         Some(before) if !before.has_names && Arc::ptr_eq(&before.parsed, parsed) => return before,
         before => before,
@@ -277,7 +277,7 @@ fn build<R: Resolve>(
             Host::Name(host) => {
                 has_names = true;
                 let (addresses, failure, outcome) = match names.get(host) {
-                    Resolved::Pending => {
+                    Resolution::Pending => {
                         is_unresolved = true;
                         is_pending = true;
                         is_overdue |= names.is_overdue(host);
@@ -287,10 +287,10 @@ fn build<R: Resolve>(
                         unresolved.get_or_insert_with(|| format!("`{host}` is being looked up"));
                         (Arc::from([]), overdue, "this endpoint is left out until then")
                     }
-                    Resolved::Addresses(addresses, failure) => {
+                    Resolution::Addresses(addresses, failure) => {
                         (addresses, failure, "its last addresses stay in force")
                     }
-                    Resolved::Failed(why) => {
+                    Resolution::Failed(why) => {
                         is_unresolved |= names.may_come(host);
                         (Arc::from([]), Some(why), "this endpoint is left out")
                     }
@@ -339,8 +339,8 @@ fn build<R: Resolve>(
         _ => Arc::new(registration),
     };
     let mut seen = match unresolved {
-        Some(why) => Seen::stale(registration, printable(&why).as_ref()),
-        None => Seen::fresh(registration),
+        Some(why) => ServiceView::stale(registration, printable(&why).as_ref()),
+        None => ServiceView::fresh(registration),
     };
     seen.empty_on_purpose = parsed.endpoints.is_empty();
     let records = parsed.endpoints.len();
@@ -359,7 +359,7 @@ fn build<R: Resolve>(
         // The missing endpoints may be the addresses of the new name.
         seen.extent = Extent::Part;
     }
-    Built { parsed: parsed.clone(), has_names, is_unresolved, seen, problems }
+    AssembledService { parsed: parsed.clone(), has_names, is_unresolved, seen, problems }
 }
 
 /// Returns the address of `host` in the form that every host can dial. Returns the reason if there is none:

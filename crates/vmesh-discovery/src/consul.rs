@@ -41,14 +41,14 @@ use vmesh_consul::{
 };
 use vmesh_model::{Place, Problem, Registration, ServiceName};
 
-use crate::assemble::{Assembler, FIRST_NAMES, Known, Statement, Told};
-use crate::format::consul::{Read, Rules, combine, read, remembered};
+use crate::assemble::{Assembler, FIRST_NAMES, ServiceContent, ServiceStatement, Statement};
+use crate::format::consul::{InstanceRules, ServiceInstances, combine, read, remembered};
 use crate::format::{ParsedService, subject_of};
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError, chain};
 use changes::{ListDifference, Sweep};
 pub use config::ConsulConfig;
-use plan::{Ask, Datacenter, Key, Plan, Watched};
+use plan::{Datacenter, Plan, QueryTarget, ServiceKey, WatchedService};
 use shared::ChecksAnswer;
 
 /// The time that the first view waits for a datacenter that cannot be read and has no last good state:
@@ -73,14 +73,14 @@ const RIGHTS: &str = "the token needs `service_prefix \"\" { policy = \"read\" }
 pub struct ConsulSource<R = SystemResolver> {
     name: Arc<str>,
     config: ConsulConfig,
-    rules: Arc<Rules>,
+    rules: Arc<InstanceRules>,
     pace: Pace,
     client: Client,
     counters: Arc<Counters>,
     plan: Plan,
-    asks: JoinSet<Outcome>,
+    asks: JoinSet<FinishedQuery>,
     /// The target of each running query, by task.
-    asked: HashMap<tokio::task::Id, (Ask, AbortHandle)>,
+    asked: HashMap<tokio::task::Id, (QueryTarget, AbortHandle)>,
     /// Reads all services in turn when they have no blocking queries of their own.
     sweep: Sweep,
     /// The random keys of the hashes that compare answers, so that no client can provoke a collision.
@@ -107,22 +107,22 @@ pub struct ConsulSource<R = SystemResolver> {
 }
 
 /// The result of one query.
-struct Outcome {
-    ask: Ask,
+struct FinishedQuery {
+    ask: QueryTarget,
     was_strong: bool,
-    what: What,
+    what: QueryAnswer,
 }
 
-enum What {
+enum QueryAnswer {
     /// The services and their tags; `None` if the body equals the known one.
-    Catalog(Result<Answer<Option<Names>>, ConsulError>),
+    Catalog(Result<Answer<Option<CatalogNames>>, ConsulError>),
     Checks(Result<Answer<ChecksAnswer>, ConsulError>),
     Service(ServiceAnswer),
 }
 
 /// `None` if the body equals the known one.
-type ServiceAnswer = Result<Answer<Option<Read>>, ConsulError>;
-type Names = BTreeMap<String, Option<Vec<String>>>;
+type ServiceAnswer = Result<Answer<Option<ServiceInstances>>, ConsulError>;
+type CatalogNames = BTreeMap<String, Option<Vec<String>>>;
 
 impl ConsulSource {
     /// Creates a Consul source. `last_good` is the view from before a restart; it is used for services that
@@ -147,7 +147,7 @@ impl<R: Resolve> ConsulSource<R> {
         let assembler = Assembler::new(name.clone(), resolver, config.resolve_interval, last_good);
         let known = last_good.into_iter().flat_map(|last_good| &last_good.services);
         ConsulSource {
-            rules: Arc::new(Rules::of(&config)),
+            rules: Arc::new(InstanceRules::of(&config)),
             pace: config.pace(),
             client: Client::new(&config.client()),
             counters,
@@ -204,23 +204,23 @@ impl<R: Resolve> ConsulSource<R> {
         let query = Query { datacenter: dc.name.clone(), ..self.pace.query(&dc.cursor, CATALOG_WAIT) };
         let was_strong = query.consistency != Consistency::Stale;
         let (client, known) = (self.client.clone(), dc.cursor.hash());
-        let ask = Ask::Catalog(at);
+        let ask = QueryTarget::Catalog(at);
         let task = async move {
-            Outcome {
-                ask: Ask::Catalog(at),
+            FinishedQuery {
+                ask: QueryTarget::Catalog(at),
                 was_strong,
-                what: What::Catalog(read_catalog(&client, &query, known).await),
+                what: QueryAnswer::Catalog(read_catalog(&client, &query, known).await),
             }
         };
         self.spawn(ask, task);
     }
 
-    fn spawn(&mut self, ask: Ask, task: impl Future<Output = Outcome> + Send + 'static) {
+    fn spawn(&mut self, ask: QueryTarget, task: impl Future<Output = FinishedQuery> + Send + 'static) {
         let task = self.asks.spawn(task);
         self.asked.insert(task.id(), (ask, task));
     }
 
-    fn ask_service(&mut self, key: Key, wait: Duration) {
+    fn ask_service(&mut self, key: ServiceKey, wait: Duration) {
         let Some(watched) = self.plan.services.get_mut(&key) else { return };
         watched.must_be_newer = std::mem::take(&mut watched.expects_news);
         let Some(watched) = self.plan.services.get(&key) else { return };
@@ -228,14 +228,18 @@ impl<R: Resolve> ConsulSource<R> {
         let query = Query { datacenter, ..self.pace.query(&watched.cursor, wait) };
         let was_strong = query.consistency != Consistency::Stale;
         let reader = self.reader(&key.1, watched);
-        let ask = Ask::Service(key.clone());
+        let ask = QueryTarget::Service(key.clone());
         let task = async move {
-            Outcome { ask: Ask::Service(key), was_strong, what: What::Service(reader.read(&query).await) }
+            FinishedQuery {
+                ask: QueryTarget::Service(key),
+                was_strong,
+                what: QueryAnswer::Service(reader.read(&query).await),
+            }
         };
         self.spawn(ask, task);
     }
 
-    fn reader(&self, name: &ServiceName, watched: &Watched) -> ServiceReader {
+    fn reader(&self, name: &ServiceName, watched: &WatchedService) -> ServiceReader {
         ServiceReader {
             client: self.client.clone(),
             rules: self.rules.clone(),
@@ -246,15 +250,17 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    fn done(&mut self, outcome: Outcome, now: Instant) -> Result<(), SourceError> {
-        let Outcome { ask, was_strong, what } = outcome;
+    fn done(&mut self, outcome: FinishedQuery, now: Instant) -> Result<(), SourceError> {
+        let FinishedQuery { ask, was_strong, what } = outcome;
         match (ask, what) {
-            (Ask::Catalog(at), What::Catalog(answer)) => self.heard_catalog(at, answer, was_strong, now),
-            (Ask::Checks(at), What::Checks(answer)) => {
+            (QueryTarget::Catalog(at), QueryAnswer::Catalog(answer)) => {
+                self.heard_catalog(at, answer, was_strong, now)
+            }
+            (QueryTarget::Checks(at), QueryAnswer::Checks(answer)) => {
                 self.heard_checks(at, answer, was_strong, now);
                 Ok(())
             }
-            (Ask::Service(key), What::Service(answer)) => {
+            (QueryTarget::Service(key), QueryAnswer::Service(answer)) => {
                 self.plan.back(&key);
                 self.heard_service(&key, answer, was_strong, now);
                 self.plan.enqueue(&key);
@@ -265,20 +271,20 @@ impl<R: Resolve> ConsulSource<R> {
     }
 
     /// Handles a query whose task panicked, like any failed query.
-    fn lost(&mut self, ask: Option<Ask>, now: Instant) -> Result<(), SourceError> {
+    fn lost(&mut self, ask: Option<QueryTarget>, now: Instant) -> Result<(), SourceError> {
         match ask {
-            Some(Ask::Catalog(at)) => {
+            Some(QueryTarget::Catalog(at)) => {
                 let failure = "the task that reads it has failed".to_owned();
                 if let Some(dc) = self.plan.datacenters.get_mut(at) {
                     dc.cursor.failed(now);
                 }
                 self.catalog_failed(at, failure.clone(), failure.into())
             }
-            Some(Ask::Checks(at)) => {
+            Some(QueryTarget::Checks(at)) => {
                 self.checks_failed(at, "the task that reads them has failed", now);
                 Ok(())
             }
-            Some(Ask::Service(key)) => {
+            Some(QueryTarget::Service(key)) => {
                 self.plan.back(&key);
                 if let Some(watched) = self.plan.services.get_mut(&key) {
                     watched.cursor.failed(now);
@@ -333,8 +339,8 @@ impl<R: Resolve> ConsulSource<R> {
         if let Some(failure) = self.plan.datacenters.get(at).and_then(|dc| dc.failure.clone()) {
             return Err(SourceError::Suspect { source_name: self.name.clone(), what: failure.to_string() });
         }
-        let mut left: Vec<Key> = wanted.iter().map(|name| (at, name.clone())).collect();
-        let mut reads: JoinSet<(Key, ServiceAnswer)> = JoinSet::new();
+        let mut left: Vec<ServiceKey> = wanted.iter().map(|name| (at, name.clone())).collect();
+        let mut reads: JoinSet<(ServiceKey, ServiceAnswer)> = JoinSet::new();
         loop {
             while reads.len() < CONFIRM_AT_ONCE
                 && let Some(key) = left.pop()
@@ -382,7 +388,7 @@ impl<R: Resolve> Source for ConsulSource<R> {
                     match done {
                         Ok((id, outcome)) => {
                             self.asked.remove(&id);
-                            if let What::Service(Ok(Answer { value: Some(read), .. })) = &outcome.what {
+                            if let QueryAnswer::Service(Ok(Answer { value: Some(read), .. })) = &outcome.what {
                                 self.counters.bad_records.fetch_add(read.bad(), Ordering::Relaxed);
                             }
                             self.done(outcome, now)?;
@@ -392,7 +398,7 @@ impl<R: Resolve> Source for ConsulSource<R> {
                             match ask {
                                 // The query was cancelled because its connection is needed for shared
                                 // queries.
-                                Some(Ask::Service(key)) if lost.is_cancelled() => {
+                                Some(QueryTarget::Service(key)) if lost.is_cancelled() => {
                                     self.plan.back(&key);
                                     self.plan.enqueue(&key);
                                 }
@@ -434,7 +440,7 @@ impl<R: Resolve> Source for ConsulSource<R> {
 /// Everything that a task needs to read one service.
 struct ServiceReader {
     client: Client,
-    rules: Arc<Rules>,
+    rules: Arc<InstanceRules>,
     source: Arc<str>,
     name: ServiceName,
     path: String,
@@ -459,13 +465,13 @@ async fn read_catalog(
     client: &Client,
     query: &Query,
     known: Option<u64>,
-) -> Result<Answer<Option<Names>>, ConsulError> {
+) -> Result<Answer<Option<CatalogNames>>, ConsulError> {
     const PATH: &str = "/v1/catalog/services";
     let Answer { value, meta } = client.get_bytes(PATH, query).await?;
     if known == Some(meta.hash) {
         return Ok(Answer { value: None, meta });
     }
-    match serde_json::from_slice::<Option<Names>>(&value) {
+    match serde_json::from_slice::<Option<CatalogNames>>(&value) {
         Ok(names) => Ok(Answer { value: Some(names.unwrap_or_default()), meta }),
         Err(wrong) => Err(client.bad_answer(PATH, wrong.to_string())),
     }

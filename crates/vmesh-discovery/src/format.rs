@@ -92,10 +92,10 @@ impl<'a> Input<'a> {
     }
 
     /// Returns the values of the text, or the failure if it has no usable one.
-    fn roots(&self) -> Result<Vec<Arc<Node>>, Parsed> {
+    fn roots(&self) -> Result<Vec<Arc<Node>>, ParseResult> {
         let problems: Vec<_> = self.documents().iter().flat_map(|d| d.problems.iter().cloned()).collect();
         if !problems.is_empty() {
-            return Err(Parsed::refused(match self.second_json_value() {
+            return Err(ParseResult::refused(match self.second_json_value() {
                 Some(problem) => vec![problem],
                 None => problems,
             }));
@@ -111,7 +111,7 @@ impl<'a> Input<'a> {
 /// The reason why a file is unusable as a whole. In each case the last good state of the file stays. They
 /// differ for a control plane that has never read the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
+pub enum FileFailure {
     /// The text violates the syntax of its format, for example because it is half written: its content is
     /// unknown.
     NotRead,
@@ -124,14 +124,14 @@ pub enum Failure {
 
 /// The parsed content of a file.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Parsed {
+pub struct ParseResult {
     /// The services; each name occurs once.
     pub services: Vec<ParsedService>,
     /// Services that the file names without anything usable about them; they keep their last good state.
     pub unreadable: Vec<ServiceName>,
     pub problems: Vec<Problem>,
     /// The reason why the file is unusable as a whole; `problems` has details.
-    pub failure: Option<Failure>,
+    pub failure: Option<FileFailure>,
     /// The file states explicitly that there is nothing: `[]`, or only comments.
     pub says_nothing: bool,
     /// The file has an entry that may be a service but has no readable name. This entry may describe any
@@ -187,7 +187,7 @@ pub struct ParsedEndpoint {
 #[derive(Debug, Clone, PartialEq)]
 struct Record {
     address: Address,
-    weight: Option<Share>,
+    weight: Option<RawWeight>,
     health: Health,
     zone: Option<Arc<str>>,
     version: Option<Arc<str>>,
@@ -214,23 +214,23 @@ impl Record {
 
 /// A weight on the scale of its format, such as `2`, `0.5`, or `0` for a drain.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Share(f64);
+struct RawWeight(f64);
 
-impl Share {
-    fn parse(text: &str) -> Result<Share, String> {
+impl RawWeight {
+    fn parse(text: &str) -> Result<RawWeight, String> {
         let wrong = || format!("`{}` is not a weight: a number from 0 to {}", yaml::short(text), Weight::MAX);
         // The standard library also parses `inf`, `nan` and `1e3`, which are hardly meant as weights.
         if !text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
             return Err(wrong());
         }
         let share = text.parse::<f64>().map_err(|_| wrong())?;
-        if share <= f64::from(Weight::MAX) { Ok(Share(share)) } else { Err(wrong()) }
+        if share <= f64::from(Weight::MAX) { Ok(RawWeight(share)) } else { Err(wrong()) }
     }
 }
 
-impl<'de> Deserialize<'de> for Share {
+impl<'de> Deserialize<'de> for RawWeight {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Share::parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+        RawWeight::parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
     }
 }
 
@@ -285,14 +285,14 @@ fn weighed(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
     records.into_iter().zip(weights).map(endpoint).collect()
 }
 
-impl Parsed {
+impl ParseResult {
     /// Returns the result for a file whose text violates its format.
-    pub(crate) fn refused(problems: Vec<Problem>) -> Parsed {
-        Parsed::failed_as(Failure::NotRead, problems)
+    pub(crate) fn refused(problems: Vec<Problem>) -> ParseResult {
+        ParseResult::failed_as(FileFailure::NotRead, problems)
     }
 
-    fn failed_as(failure: Failure, problems: Vec<Problem>) -> Parsed {
-        Parsed { problems, failure: Some(failure), ..Parsed::default() }
+    fn failed_as(failure: FileFailure, problems: Vec<Problem>) -> ParseResult {
+        ParseResult { problems, failure: Some(failure), ..ParseResult::default() }
     }
 
     /// Reports whether the file is unusable as a whole.
@@ -361,7 +361,7 @@ impl Parsed {
     }
 
     /// Completes the problem of each bad record with its effect.
-    fn judged(mut self) -> Parsed {
+    fn judged(mut self) -> ParseResult {
         if self.has_failed() {
             self.services.clear();
             self.unreadable.clear();
@@ -417,10 +417,10 @@ pub fn parse(
     limit: usize,
     format: Format,
     sticky: Option<Format>,
-) -> (Parsed, Option<Format>) {
+) -> (ParseResult, Option<Format>) {
     let text = match yaml::text_of(file, file, bytes, limit) {
         Ok(text) => text,
-        Err(problem) => return (Parsed::refused(vec![problem]), sticky),
+        Err(problem) => return (ParseResult::refused(vec![problem]), sticky),
     };
     let input = Input::new(file, name, text, is_yaml);
     if format != Format::Auto {
@@ -440,7 +440,7 @@ pub fn parse(
     }
 }
 
-fn parse_as(format: Format, input: &Input<'_>) -> Parsed {
+fn parse_as(format: Format, input: &Input<'_>) -> ParseResult {
     match format {
         Format::Auto | Format::Native => native::parse(input),
         Format::Prometheus => prometheus::parse(input),
@@ -487,13 +487,13 @@ fn has_comment(text: &str) -> bool {
 
 /// Returns the result for a file without a value. `[]` or a comment states explicitly that there is nothing;
 /// an empty file is an error.
-fn nothing(input: &Input<'_>) -> Parsed {
+fn nothing(input: &Input<'_>) -> ParseResult {
     if has_comment(input.text) || input.text.contains('[') {
-        return Parsed { says_nothing: true, ..Parsed::default() };
+        return ParseResult { says_nothing: true, ..ParseResult::default() };
     }
     let place = Place::file(input.file.clone());
     let message = "the file says nothing: if no service is meant, say so by `[]` or a comment";
-    Parsed::refused(vec![Problem::new(place, input.file.clone(), message)])
+    ParseResult::refused(vec![Problem::new(place, input.file.clone(), message)])
 }
 
 #[cfg(test)]

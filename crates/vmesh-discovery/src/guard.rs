@@ -4,16 +4,16 @@
 //! generator, a registry or a mount may have failed; a proxy that loses all endpoints of a service cannot
 //! serve it.
 //!
-//! | what the source does | what the guard believes | [`Kind`] |
+//! | what the source does | what the guard believes | [`HoldKind`] |
 //! |---|---|---|
 //! | fails | its last view; the time of an outage does not count towards any hold | |
 //! | no longer lists an endpoint | the removal, after `removal_hold`; at once if the endpoint was draining | |
-//! | no longer lists a service | the removal, after `confirm_empty` and two more reads | [`Kind::Absent`] |
-//! | lists a service without endpoints | the removal, after `confirm_empty` and two more reads | [`Kind::Empty`] |
-//! | lists less than half of five or more endpoints | the removal, after `confirm_shrink` and two more reads | [`Kind::Shrunk`] |
-//! | reports that two or more endpoints, all of a service, became unhealthy at once | their health, after `confirm_unhealthy` | [`Kind::Unhealthy`] |
-//! | loses a large part of all its endpoints or services at once | no removal, until enough is listed again or the operator accepts | [`Kind::Fleet`] |
-//! | lists a service that is wholly or largely unreadable | additions and health but no removal, until it is readable or the operator accepts | [`Kind::Unreadable`] |
+//! | no longer lists a service | the removal, after `confirm_empty` and two more reads | [`HoldKind::Absent`] |
+//! | lists a service without endpoints | the removal, after `confirm_empty` and two more reads | [`HoldKind::Empty`] |
+//! | lists less than half of five or more endpoints | the removal, after `confirm_shrink` and two more reads | [`HoldKind::Shrunk`] |
+//! | reports that two or more endpoints, all of a service, became unhealthy at once | their health, after `confirm_unhealthy` | [`HoldKind::Unhealthy`] |
+//! | loses a large part of all its endpoints or services at once | no removal, until enough is listed again or the operator accepts | [`HoldKind::Fleet`] |
+//! | lists a service that is wholly or largely unreadable | additions and health but no removal, until it is readable or the operator accepts | [`HoldKind::Unreadable`] |
 //!
 //! Other systems do the same: kingpin refuses an update with less than half of at least five endpoints,
 //! Finagle delays a removal by one epoch (10 s), Synapse and Dubbo keep the previous backends over an empty
@@ -36,17 +36,17 @@ use vmesh_model::text::show_duration;
 use vmesh_model::{Place, Problem, Registration, ServiceName, State, join};
 
 use crate::format::subject_of;
-use crate::source::{Extent, Registrations, Seen};
+use crate::source::{Extent, Registrations, ServiceView};
 
 pub(crate) use config::duration;
 pub use config::{FleetConfig, GuardConfig};
-pub use evict::{Absences, Evicted, Evictions};
-use fleet::{Fleet, Loss};
-use watched::{Outcome, Rules, Watched};
+pub use evict::{Eviction, EvictionExpiry, Evictions};
+use fleet::{FleetTracker, Loss};
+use watched::{GuardedService, Judgement, JudgementContext};
 
 /// The reason why a change is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub enum HoldKind {
     /// The service is listed without endpoints.
     Empty,
     /// The service has too few of its previous endpoints.
@@ -61,23 +61,29 @@ pub enum Kind {
     Unreadable,
 }
 
-impl Kind {
-    pub const ALL: [Kind; 6] =
-        [Kind::Empty, Kind::Shrunk, Kind::Absent, Kind::Unhealthy, Kind::Fleet, Kind::Unreadable];
+impl HoldKind {
+    pub const ALL: [HoldKind; 6] = [
+        HoldKind::Empty,
+        HoldKind::Shrunk,
+        HoldKind::Absent,
+        HoldKind::Unhealthy,
+        HoldKind::Fleet,
+        HoldKind::Unreadable,
+    ];
 
     pub fn as_str(self) -> &'static str {
         match self {
-            Kind::Empty => "empty",
-            Kind::Shrunk => "shrunk",
-            Kind::Absent => "absent",
-            Kind::Unhealthy => "unhealthy",
-            Kind::Fleet => "fleet",
-            Kind::Unreadable => "unreadable",
+            HoldKind::Empty => "empty",
+            HoldKind::Shrunk => "shrunk",
+            HoldKind::Absent => "absent",
+            HoldKind::Unhealthy => "unhealthy",
+            HoldKind::Fleet => "fleet",
+            HoldKind::Unreadable => "unreadable",
         }
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for HoldKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -85,10 +91,10 @@ impl fmt::Display for Kind {
 
 /// A change that the source reports and the guard does not believe yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Held {
-    /// The service concerned; `None` for the source as a whole, with [`Kind::Fleet`].
+pub struct HeldChange {
+    /// The service concerned; `None` for the source as a whole, with [`HoldKind::Fleet`].
     pub service: Option<ServiceName>,
-    pub kind: Kind,
+    pub kind: HoldKind,
     pub since: Instant,
     /// The earliest time at which the change may be believed. `None` if it waits for the operator, or for the
     /// source to list enough again.
@@ -105,7 +111,7 @@ pub struct Held {
 
 /// The kind of an [`Event`](crate::source::Event).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum What {
+pub enum NoticeKind {
     /// The guard started to hold a change.
     Held,
     /// A confirming read reported the same change.
@@ -129,21 +135,21 @@ pub enum What {
     Admitted,
 }
 
-impl What {
+impl NoticeKind {
     pub fn as_str(self) -> &'static str {
         match self {
-            What::Held => "held",
-            What::Confirmed => "confirmed",
-            What::Believed => "believed",
-            What::Returned => "returned",
-            What::Accepted => "accepted",
-            What::Frozen => "frozen",
-            What::Thawed => "thawed",
-            What::Failing => "failing",
-            What::Answering => "answering",
-            What::GivenUp => "given up",
-            What::Evicted => "evicted",
-            What::Admitted => "admitted",
+            NoticeKind::Held => "held",
+            NoticeKind::Confirmed => "confirmed",
+            NoticeKind::Believed => "believed",
+            NoticeKind::Returned => "returned",
+            NoticeKind::Accepted => "accepted",
+            NoticeKind::Frozen => "frozen",
+            NoticeKind::Thawed => "thawed",
+            NoticeKind::Failing => "failing",
+            NoticeKind::Answering => "answering",
+            NoticeKind::GivenUp => "given up",
+            NoticeKind::Evicted => "evicted",
+            NoticeKind::Admitted => "admitted",
         }
     }
 }
@@ -151,17 +157,17 @@ impl What {
 /// Something that happened, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
-    pub what: What,
+    pub what: NoticeKind,
     /// The service concerned; `None` for the source as a whole.
     pub service: Option<ServiceName>,
     /// The kind of the hold that began, changed or ended.
-    pub kind: Option<Kind>,
+    pub kind: Option<HoldKind>,
     pub text: Arc<str>,
 }
 
 /// The reason why nothing was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum NotAccepted {
+pub enum AcceptError {
     #[error("nothing is held")]
     NothingHeld,
     #[error("the source is frozen: thaw it first")]
@@ -179,10 +185,10 @@ pub struct Guard {
     source: Arc<str>,
     config: GuardConfig,
     told: Registrations,
-    services: BTreeMap<ServiceName, Watched>,
+    services: BTreeMap<ServiceName, GuardedService>,
     /// Services that cannot be read and that the operator dropped, with their last good registration.
     dropped: BTreeMap<ServiceName, Arc<Registration>>,
-    fleet: Fleet,
+    fleet: FleetTracker,
     /// While set, no removal of the source is believed.
     fleet_hold: Option<FleetHold>,
     /// The start of the current outage of the source. The time of an outage does not count towards any hold.
@@ -191,7 +197,7 @@ pub struct Guard {
     given_up: bool,
     /// When the operator froze the source.
     frozen: Option<SystemTime>,
-    held: Vec<Held>,
+    held: Vec<HeldChange>,
     notices: Vec<Notice>,
 }
 
@@ -213,7 +219,7 @@ impl Guard {
             told: Registrations::default(),
             services: BTreeMap::new(),
             dropped: BTreeMap::new(),
-            fleet: Fleet::default(),
+            fleet: FleetTracker::default(),
             fleet_hold: None,
             failing_since: None,
             given_up: false,
@@ -226,9 +232,10 @@ impl Guard {
     /// Creates a guard that believes `last_good`, the view from before a restart.
     pub fn restored(source: impl Into<Arc<str>>, config: GuardConfig, last_good: &Registrations) -> Guard {
         let mut guard = Guard::new(source, config);
-        let watched = |(name, seen): (&ServiceName, &Seen)| (name.clone(), Watched::new(seen.clone()));
+        let watched =
+            |(name, seen): (&ServiceName, &ServiceView)| (name.clone(), GuardedService::new(seen.clone()));
         guard.services = last_good.services.iter().map(watched).collect();
-        guard.fleet = Fleet::knowing(last_good);
+        guard.fleet = FleetTracker::knowing(last_good);
         guard.told = last_good.clone();
         guard
     }
@@ -267,7 +274,7 @@ impl Guard {
         match (self.fleet.judge(&self.config.fleet), &self.fleet_hold) {
             (Some(loss), None) if self.frozen.is_none() => {
                 let because = self.too_much(&loss);
-                self.note(What::Held, None, Some(Kind::Fleet), because.clone());
+                self.note(NoticeKind::Held, None, Some(HoldKind::Fleet), because.clone());
                 self.fleet_hold = Some(FleetHold { since: now, had: loss.endpoints.0, because });
             }
             (None, Some(_)) => {
@@ -275,7 +282,7 @@ impl Guard {
                 self.begin_again(now);
                 let text =
                     format!("`{}` names enough again: what is still missing goes as ever", self.source);
-                self.note(What::Returned, None, Some(Kind::Fleet), text);
+                self.note(NoticeKind::Returned, None, Some(HoldKind::Fleet), text);
             }
             _ => {}
         }
@@ -317,15 +324,15 @@ impl Guard {
         let new: Vec<_> = join(&self.services, told)
             .filter_map(|(name, known, told)| if known.is_none() { Some((name, told?)) } else { None })
             .filter(|(name, _)| !dropped.contains_key(*name))
-            .map(|(name, told)| (name.clone(), Watched::new(told.clone())))
+            .map(|(name, told)| (name.clone(), GuardedService::new(told.clone())))
             .collect();
         self.services.extend(new);
         let Guard { source, config, told, services, held, notices, fleet_hold, .. } = self;
         held.clear();
         if let Some(hold) = fleet_hold {
-            held.push(Held {
+            held.push(HeldChange {
                 service: None,
-                kind: Kind::Fleet,
+                kind: HoldKind::Fleet,
                 since: hold.since,
                 until: None,
                 had: hold.had,
@@ -336,7 +343,7 @@ impl Guard {
             });
         }
         let fleet = fleet_hold.as_ref().map(|hold| (&hold.because, hold.since));
-        let rules = Rules { config, source, fleet, now };
+        let rules = JudgementContext { config, source, fleet, now };
         // Both maps are sorted by name.
         let mut told_services = told.services.iter().peekable();
         let mut shown = Vec::with_capacity(services.len());
@@ -350,25 +357,26 @@ impl Guard {
                 notices.push(Notice { what, service: Some(name.clone()), kind: Some(kind), text });
             };
             match (was, outcome) {
-                (None, Outcome::Plain | Outcome::Believed) => {}
-                (Some(kind), Outcome::Believed) => {
-                    note(What::Believed, kind, format!("`{source}` keeps to what it says").into());
+                (None, Judgement::NotHeld | Judgement::Believed) => {}
+                (Some(kind), Judgement::Believed) => {
+                    note(NoticeKind::Believed, kind, format!("`{source}` keeps to what it says").into());
                 }
-                (Some(kind), Outcome::Plain) => {
+                (Some(kind), Judgement::NotHeld) => {
                     let text = match kind {
-                        Kind::Unhealthy => format!("`{source}` says that not all are unhealthy"),
-                        Kind::Unreadable => format!("what `{source}` says of it can be read again"),
+                        HoldKind::Unhealthy => format!("`{source}` says that not all are unhealthy"),
+                        HoldKind::Unreadable => format!("what `{source}` says of it can be read again"),
                         _ => format!("`{source}` names what was missing again"),
                     };
-                    note(What::Returned, kind, text.into());
+                    note(NoticeKind::Returned, kind, text.into());
                 }
-                (was, Outcome::Held(now)) => {
+                (was, Judgement::Held(now)) => {
                     if was != Some(now.kind) {
-                        note(What::Held, now.kind, now.because.clone());
+                        note(NoticeKind::Held, now.kind, now.because.clone());
                     }
                     // The reason of a fleet hold is one problem for the whole source, and the source itself
                     // reports why a service is unreadable.
-                    let is_said = now.kind == Kind::Fleet || (now.kind == Kind::Unreadable && now.has == 0);
+                    let is_said =
+                        now.kind == HoldKind::Fleet || (now.kind == HoldKind::Unreadable && now.has == 0);
                     if !is_said && let Some(seen) = &seen {
                         let place = seen.registration.place.clone();
                         believed.problems.push(Problem::new(place, subject_of(name), &*now.because));
@@ -383,11 +391,11 @@ impl Guard {
             true
         });
         believed.services = shown.into_iter().collect();
-        if held.iter().filter(|held| held.kind == Kind::Fleet).count() == 1 && fleet_hold.is_some() {
+        if held.iter().filter(|held| held.kind == HoldKind::Fleet).count() == 1 && fleet_hold.is_some() {
             // The operator accepted every missing service one by one, which ends the fleet hold.
             self.fleet.accept();
             self.fleet_hold = None;
-            self.held.retain(|held| held.kind != Kind::Fleet);
+            self.held.retain(|held| held.kind != HoldKind::Fleet);
         }
         if let Some(hold) = &self.fleet_hold {
             let subject = format!("discovery source `{}`", self.source);
@@ -412,7 +420,7 @@ impl Guard {
             let because = Some(because.clone());
             let seen = match same {
                 Some(told) => told.clone(),
-                None => Seen { state: State::Held, because, ..watched.shown.clone() },
+                None => ServiceView { state: State::Held, because, ..watched.shown.clone() },
             };
             shown.services.insert(name.clone(), seen);
         }
@@ -429,13 +437,13 @@ impl Guard {
                 self.source,
                 show_duration(most)
             );
-            self.note(What::GivenUp, None, None, text);
+            self.note(NoticeKind::GivenUp, None, None, text);
         }
         self.services.clear();
         self.dropped.clear();
         self.held.clear();
         self.told = Registrations::default();
-        self.fleet = Fleet::default();
+        self.fleet = FleetTracker::default();
         self.fleet_hold = None;
         Registrations::default()
     }
@@ -485,7 +493,7 @@ impl Guard {
             if let (Some(times), Some(kind)) = (watched.confirm(), watched.held) {
                 let of = self.config.confirmations;
                 let text = format!("`{}` was read again and says the same: {times} of {of}", self.source);
-                self.note(What::Confirmed, Some(name.clone()), Some(kind), text);
+                self.note(NoticeKind::Confirmed, Some(name.clone()), Some(kind), text);
             }
         }
     }
@@ -501,7 +509,7 @@ impl Guard {
 
     /// Returns what is held as of the last [`Guard::believed`]: the source as a whole first, then each
     /// service.
-    pub fn held(&self) -> Vec<Held> {
+    pub fn held(&self) -> Vec<HeldChange> {
         let mut all = self.held.clone();
         for held in &mut all {
             let watched = held.service.as_ref().and_then(|name| self.services.get(name));
@@ -517,16 +525,16 @@ impl Guard {
 
     /// Returns the number of endpoints that are served although the source no longer lists them.
     pub fn missing(&self) -> usize {
-        self.services.values().map(Watched::missing).sum()
+        self.services.values().map(GuardedService::missing).sum()
     }
 
     /// Believes the reported state of `service`, or of everything that is held. Returns the services
     /// concerned.
-    pub fn accept(&mut self, service: Option<&ServiceName>) -> Result<Vec<ServiceName>, NotAccepted> {
+    pub fn accept(&mut self, service: Option<&ServiceName>) -> Result<Vec<ServiceName>, AcceptError> {
         if self.frozen.is_some() {
-            return Err(NotAccepted::Frozen);
+            return Err(AcceptError::Frozen);
         }
-        let is_meant = |name: &ServiceName, watched: &Watched| match service {
+        let is_meant = |name: &ServiceName, watched: &GuardedService| match service {
             Some(service) => service == name && (watched.held.is_some() || watched.missing() > 0),
             None => watched.held.is_some() || (self.fleet_hold.is_some() && watched.missing() > 0),
         };
@@ -537,7 +545,7 @@ impl Guard {
             .map(|(name, _)| name.clone())
             .collect();
         if meant.is_empty() && (service.is_some() || self.fleet_hold.is_none()) {
-            return Err(NotAccepted::NothingHeld);
+            return Err(AcceptError::NothingHeld);
         }
         for name in &meant {
             let told = self.told.services.get(name);
@@ -553,12 +561,12 @@ impl Guard {
             if !watched.accept(told) {
                 self.services.remove(name);
             }
-            self.note(What::Accepted, Some(name.clone()), kind, "by the operator's word".to_owned());
+            self.note(NoticeKind::Accepted, Some(name.clone()), kind, "by the operator's word".to_owned());
         }
         if service.is_none() {
             if self.fleet_hold.take().is_some() {
                 let text = "by the operator's word: what is gone may go".to_owned();
-                self.note(What::Accepted, None, Some(Kind::Fleet), text);
+                self.note(NoticeKind::Accepted, None, Some(HoldKind::Fleet), text);
             }
             self.fleet.accept();
         }
@@ -572,7 +580,7 @@ impl Guard {
         if is_news {
             self.frozen = Some(since);
             let text = "no change of it is taken, by the operator's word".to_owned();
-            self.note(What::Frozen, None, None, text);
+            self.note(NoticeKind::Frozen, None, None, text);
         }
         is_news
     }
@@ -581,7 +589,7 @@ impl Guard {
     pub fn thaw(&mut self, now: Instant) -> bool {
         let is_news = self.frozen.take().is_some();
         if is_news {
-            self.note(What::Thawed, None, None, "its changes are taken again".to_owned());
+            self.note(NoticeKind::Thawed, None, None, "its changes are taken again".to_owned());
             self.begin_again(now);
             self.judge_fleet(now);
         }
@@ -599,9 +607,9 @@ impl Guard {
 
     fn note(
         &mut self,
-        what: What,
+        what: NoticeKind,
         service: Option<ServiceName>,
-        kind: Option<Kind>,
+        kind: Option<HoldKind>,
         text: impl Into<Arc<str>>,
     ) {
         self.notices.push(Notice { what, service, kind, text: text.into() });
@@ -610,7 +618,7 @@ impl Guard {
 
 /// Returns the reason if a service is listed without endpoints because it could not be read. Such a read
 /// confirms no removal.
-fn unreadable(told: &Seen) -> Option<Arc<str>> {
+fn unreadable(told: &ServiceView) -> Option<Arc<str>> {
     let is_unread = told.state == State::Stale && told.registration.endpoints.is_empty();
     is_unread.then(|| told.because.clone().unwrap_or_else(|| "it could not be read".into()))
 }

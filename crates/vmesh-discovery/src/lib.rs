@@ -39,7 +39,7 @@ pub use file::FileSource;
 pub use guard::{Guard, GuardConfig};
 pub use plugin::{PluginConfig, PluginSource};
 pub use resolve::{UnresolvedName, UnresolvedNames};
-pub use source::{Command, Counters, Handle, Registrations, Seen, Source, SourceError, View, follow};
+pub use source::{Command, Counters, Handle, Registrations, ServiceView, Source, SourceError, View, follow};
 pub use vmesh_model::State;
 pub use zookeeper::{ZookeeperConfig, ZookeeperSource};
 

@@ -26,17 +26,17 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use vmesh_model::{Registration, ServiceName};
 
-use crate::assemble::{Assembler, FIRST_NAMES, Known, Statement, Told};
+use crate::assemble::{Assembler, FIRST_NAMES, ServiceContent, ServiceStatement, Statement};
 use crate::resolve::SystemResolver;
 use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::PluginConfig;
-use protocol::View;
-use talk::Talk;
+use protocol::PluginView;
+use talk::PluginConnection;
 
 /// A source that reads services from the output of a program.
 pub struct PluginSource {
     name: Arc<str>,
-    talk: Talk,
+    talk: PluginConnection,
     assembler: Assembler<SystemResolver>,
     statement: Option<Statement>,
     /// The services from before a restart, for those that cannot be read now.
@@ -63,7 +63,7 @@ impl PluginSource {
         let restored = restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect();
         PluginSource {
             name,
-            talk: Talk::new(config, counters),
+            talk: PluginConnection::new(config, counters),
             assembler,
             statement: None,
             restored,
@@ -76,24 +76,28 @@ impl PluginSource {
 
     /// Takes a view. An unchanged service keeps its pointer, and an unreadable service keeps its last good
     /// state.
-    fn take(&mut self, view: View) {
+    fn take(&mut self, view: PluginView) {
         let parsed = view.parsed;
         let before = self.statement.take().unwrap_or_default().services;
         let mut statement = Statement { problems: parsed.problems, ..Statement::default() };
         for service in parsed.services {
             let name = service.name.clone();
             let same = before.get(&name).and_then(|told| match &told.known {
-                Known::Parsed(known) if **known == service => Some(known.clone()),
+                ServiceContent::Parsed(known) if **known == service => Some(known.clone()),
                 _ => None,
             });
-            statement.services.insert(name, Told::fresh(same.unwrap_or_else(|| Arc::new(service))));
+            statement
+                .services
+                .insert(name, ServiceStatement::fresh(same.unwrap_or_else(|| Arc::new(service))));
         }
         let because: Arc<str> = format!("what `{}` says of it cannot be read", self.name).into();
         for name in parsed.unreadable {
             let known = before.get(&name).map(|told| told.known.clone());
-            let known = known.or_else(|| self.restored.get(&name).cloned().map(Known::Restored));
+            let known = known.or_else(|| self.restored.get(&name).cloned().map(ServiceContent::Restored));
             match known {
-                Some(known) => _ = statement.services.insert(name, Told::stale(known, because.clone())),
+                Some(known) => {
+                    _ = statement.services.insert(name, ServiceStatement::stale(known, because.clone()))
+                }
                 None => statement.left_out.push(format!("service `{name}`: {because}").into()),
             }
         }
@@ -103,7 +107,10 @@ impl PluginSource {
             statement.left_out.push(unnamed.clone());
             // A service that is no longer listed may be the one without a readable name.
             for (name, told) in before {
-                statement.services.entry(name).or_insert_with(|| Told::stale(told.known, unnamed.clone()));
+                statement
+                    .services
+                    .entry(name)
+                    .or_insert_with(|| ServiceStatement::stale(told.known, unnamed.clone()));
             }
         }
         // The view does not list these services, so they are removed; a later read failure must not bring
@@ -114,7 +121,7 @@ impl PluginSource {
     }
 
     /// Handles a line. Returns the ID of the confirmation request that it answers.
-    fn heard(&mut self, said: Result<Option<View>, SourceError>) -> Result<Option<u64>, SourceError> {
+    fn heard(&mut self, said: Result<Option<PluginView>, SourceError>) -> Result<Option<u64>, SourceError> {
         self.has_failed |= said.is_err();
         let Some(view) = said? else { return Ok(None) };
         let confirms = view.confirms;

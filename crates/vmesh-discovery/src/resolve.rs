@@ -40,7 +40,7 @@ impl Resolve for SystemResolver {
 
 /// The result of the lookups of one host name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Resolved {
+pub enum Resolution {
     /// No lookup has ended yet.
     Pending,
     /// The addresses, sorted. If the last lookup failed, these are the previous addresses, with the reason of
@@ -78,31 +78,31 @@ impl UnresolvedNames {
 
 /// The host names that a source needs.
 ///
-/// Call [`Names::want`] or [`Names::want_only`] first, then [`Names::look_up`] to start the lookups that are
-/// due. Poll [`Names::changed`], and call `look_up` again at the time it returned.
+/// Call [`HostNames::want`] or [`HostNames::want_only`] first, then [`HostNames::look_up`] to start the lookups that are
+/// due. Poll [`HostNames::changed`], and call `look_up` again at the time it returned.
 #[derive(Debug)]
-pub struct Names<R> {
+pub struct HostNames<R> {
     resolver: Arc<R>,
     interval: Duration,
-    names: BTreeMap<Arc<str>, Name>,
+    names: BTreeMap<Arc<str>, NameState>,
     /// The names that are not being looked up, ordered by the time at which their next lookup is due.
     queue: BTreeSet<(Instant, Arc<str>)>,
     /// The number of running lookups of names whose last lookup failed.
     failing: usize,
-    lookups: JoinSet<Lookup>,
+    lookups: JoinSet<LookupResult>,
 }
 
 /// The result of a lookup.
 #[derive(Debug)]
-struct Lookup {
+struct LookupResult {
     host: Arc<str>,
     was_failing: bool,
     addresses: io::Result<Vec<IpAddr>>,
 }
 
 #[derive(Debug)]
-struct Name {
-    resolved: Resolved,
+struct NameState {
+    resolved: Resolution,
     due: Instant,
     is_under_way: bool,
     /// The number of consecutive failed lookups.
@@ -116,11 +116,11 @@ struct Name {
     unresolved_since: Option<Instant>,
 }
 
-impl Name {
-    fn new(resolved: Resolved, now: Instant) -> Name {
-        let is_pending = resolved == Resolved::Pending;
+impl NameState {
+    fn new(resolved: Resolution, now: Instant) -> NameState {
+        let is_pending = resolved == Resolution::Pending;
         let late = if is_pending { OVERDUE } else { LATE };
-        Name {
+        NameState {
             resolved,
             due: now,
             is_under_way: false,
@@ -133,9 +133,9 @@ impl Name {
     }
 }
 
-impl<R: Resolve> Names<R> {
-    pub fn new(resolver: R, interval: Duration) -> Names<R> {
-        Names {
+impl<R: Resolve> HostNames<R> {
+    pub fn new(resolver: R, interval: Duration) -> HostNames<R> {
+        HostNames {
             resolver: Arc::new(resolver),
             interval,
             names: BTreeMap::new(),
@@ -149,11 +149,11 @@ impl<R: Resolve> Names<R> {
     pub fn remember(&mut self, host: Arc<str>, mut addresses: Vec<IpAddr>) {
         addresses.sort();
         addresses.dedup();
-        self.insert(host, Resolved::Addresses(addresses.into(), None));
+        self.insert(host, Resolution::Addresses(addresses.into(), None));
     }
 
-    fn insert(&mut self, host: Arc<str>, resolved: Resolved) {
-        let name = Name::new(resolved, Instant::now());
+    fn insert(&mut self, host: Arc<str>, resolved: Resolution) {
+        let name = NameState::new(resolved, Instant::now());
         self.queue.insert((name.due, host.clone()));
         if let Some(before) = self.names.insert(host.clone(), name) {
             self.queue.remove(&(before.due, host));
@@ -171,17 +171,17 @@ impl<R: Resolve> Names<R> {
     pub fn want(&mut self, hosts: &BTreeSet<Arc<str>>) {
         for host in hosts {
             if !self.names.contains_key(host) {
-                self.insert(host.clone(), Resolved::Pending);
+                self.insert(host.clone(), Resolution::Pending);
             }
         }
     }
 
-    pub fn get(&self, host: &str) -> Resolved {
+    pub fn get(&self, host: &str) -> Resolution {
         match self.names.get(host) {
-            None => Resolved::Pending,
-            Some(Name { resolved: Resolved::Addresses(addresses, None), is_late: true, .. }) => {
+            None => Resolution::Pending,
+            Some(NameState { resolved: Resolution::Addresses(addresses, None), is_late: true, .. }) => {
                 let why = format!("no lookup has ended for {} s after it was due", LATE.as_secs());
-                Resolved::Addresses(addresses.clone(), Some(why.into()))
+                Resolution::Addresses(addresses.clone(), Some(why.into()))
             }
             Some(name) => name.resolved.clone(),
         }
@@ -209,12 +209,14 @@ impl<R: Resolve> Names<R> {
         all.sort_unstable();
         let shown = |(_, since, host): &(bool, Instant, &Arc<str>)| {
             let (because, is_in_use) = match self.get(host) {
-                Resolved::Pending if self.is_overdue(host) => {
+                Resolution::Pending if self.is_overdue(host) => {
                     ("no name server has answered yet".into(), false)
                 }
-                Resolved::Pending => ("it is being looked up".into(), false),
-                Resolved::Addresses(_, why) => (why.unwrap_or_else(|| "it is being looked up".into()), true),
-                Resolved::Failed(why) => (why, false),
+                Resolution::Pending => ("it is being looked up".into(), false),
+                Resolution::Addresses(_, why) => {
+                    (why.unwrap_or_else(|| "it is being looked up".into()), true)
+                }
+                Resolution::Failed(why) => (why, false),
             };
             UnresolvedName { name: (*host).clone(), since: since.into_std(), because, is_in_use }
         };
@@ -224,7 +226,7 @@ impl<R: Resolve> Names<R> {
 
     /// Reports whether a name has never been looked up.
     pub fn any_pending(&self) -> bool {
-        self.names.values().any(|name| name.resolved == Resolved::Pending)
+        self.names.values().any(|name| name.resolved == Resolution::Pending)
     }
 
     /// Starts the lookups that are due, the most overdue first, and returns when the next one is due.
@@ -247,7 +249,7 @@ impl<R: Resolve> Names<R> {
             let resolver = self.resolver.clone();
             self.lookups.spawn_blocking(move || {
                 let addresses = resolver.resolve(&host);
-                Lookup { host, was_failing: is_failing, addresses }
+                LookupResult { host, was_failing: is_failing, addresses }
             });
         }
         // When all lookup threads are busy, the remaining names are looked up as soon as a lookup ends.
@@ -278,7 +280,7 @@ impl<R: Resolve> Names<R> {
             };
             // A lookup that panicked may have been counted in `failing`; its limit is then only stricter than
             // intended.
-            let Ok(Lookup { host, was_failing, addresses }) = done else { continue };
+            let Ok(LookupResult { host, was_failing, addresses }) = done else { continue };
             self.failing = self.failing.saturating_sub(usize::from(was_failing));
             if self.learn(&host, addresses) {
                 return;
@@ -315,13 +317,13 @@ impl<R: Resolve> Names<R> {
             Ok(mut addresses) => {
                 addresses.sort();
                 addresses.dedup();
-                Resolved::Addresses(addresses.into(), None)
+                Resolution::Addresses(addresses.into(), None)
             }
             Err(error) => {
                 let why: Arc<str> = plain(&error).into();
                 match &name.resolved {
-                    Resolved::Addresses(before, _) => Resolved::Addresses(before.clone(), Some(why)),
-                    Resolved::Pending | Resolved::Failed(_) => Resolved::Failed(why),
+                    Resolution::Addresses(before, _) => Resolution::Addresses(before.clone(), Some(why)),
+                    Resolution::Pending | Resolution::Failed(_) => Resolution::Failed(why),
                 }
             }
         };
@@ -351,15 +353,15 @@ mod tests {
     use super::*;
 
     #[derive(Default)]
-    struct Fake(Mutex<BTreeMap<String, Vec<&'static str>>>);
+    struct FakeResolver(Mutex<BTreeMap<String, Vec<&'static str>>>);
 
-    impl Fake {
+    impl FakeResolver {
         fn set(&self, host: &str, addresses: &[&'static str]) {
             self.0.lock().unwrap().insert(host.to_owned(), addresses.to_vec());
         }
     }
 
-    impl Resolve for Arc<Fake> {
+    impl Resolve for Arc<FakeResolver> {
         fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
             match self.0.lock().unwrap().get(host) {
                 Some(addresses) => Ok(addresses.iter().map(|a| a.parse().unwrap()).collect()),
@@ -375,7 +377,7 @@ mod tests {
     }
 
     /// Advances time until the result of `host` is `expected`.
-    async fn until(names: &mut Names<Arc<Fake>>, host: &str, expected: &str) {
+    async fn until(names: &mut HostNames<Arc<FakeResolver>>, host: &str, expected: &str) {
         let deadline = Instant::now() + Duration::from_secs(600);
         while format!("{:?}", names.get(host)) != expected {
             assert!(Instant::now() < deadline, "{host} is {:?}, not {expected}", names.get(host));
@@ -386,8 +388,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_name_is_resolved_again_and_keeps_its_addresses_when_that_fails() {
-        let dns = Arc::new(Fake::default());
-        let mut names = Names::new(dns.clone(), Duration::from_secs(30));
+        let dns = Arc::new(FakeResolver::default());
+        let mut names = HostNames::new(dns.clone(), Duration::from_secs(30));
         names.want(&hosts(&["db", "web"]));
         assert!(names.any_pending());
         dns.set("db", &["10.0.0.2", "10.0.0.1", "10.0.0.2"]);
@@ -411,12 +413,12 @@ mod tests {
         until(&mut names, "db", r#"Addresses([10.0.0.3], Some("it has no address"))"#).await;
 
         names.want_only(&hosts(&["web"]));
-        assert_eq!(names.get("db"), Resolved::Pending);
+        assert_eq!(names.get("db"), Resolution::Pending);
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_was_known_before_a_restart_is_known() {
-        let mut names = Names::new(Arc::new(Fake::default()), Duration::from_secs(30));
+        let mut names = HostNames::new(Arc::new(FakeResolver::default()), Duration::from_secs(30));
         names.remember("db".into(), vec!["10.0.0.1".parse().unwrap()]);
         names.want(&hosts(&["db"]));
         assert!(!names.any_pending());
@@ -426,22 +428,22 @@ mod tests {
 
     #[tokio::test]
     async fn localhost_is_resolved_by_the_host() {
-        let mut names = Names::new(SystemResolver, Duration::from_secs(30));
+        let mut names = HostNames::new(SystemResolver, Duration::from_secs(30));
         names.want(&hosts(&["localhost"]));
         names.look_up();
         tokio::time::timeout(Duration::from_secs(30), names.changed()).await.unwrap();
         match names.get("localhost") {
-            Resolved::Addresses(addresses, None) => assert!(addresses.iter().all(IpAddr::is_loopback)),
+            Resolution::Addresses(addresses, None) => assert!(addresses.iter().all(IpAddr::is_loopback)),
             other => panic!("{other:?}"),
         }
     }
 
     /// A name server that never answers for `*.dead`, and answers for any other name after a while.
-    struct Slow {
+    struct SlowResolver {
         answers_after: Duration,
     }
 
-    impl Resolve for Arc<Slow> {
+    impl Resolve for Arc<SlowResolver> {
         fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
             if host.ends_with(".dead") {
                 std::thread::sleep(Duration::from_millis(150));
@@ -456,9 +458,9 @@ mod tests {
 
     #[tokio::test]
     async fn names_that_are_due_for_longest_come_first_whatever_they_are_called() {
-        let dns = Arc::new(Slow { answers_after: Duration::from_millis(20) });
+        let dns = Arc::new(SlowResolver { answers_after: Duration::from_millis(20) });
         // Names become due again long before every name had its first lookup.
-        let mut names = Names::new(dns, Duration::from_millis(60));
+        let mut names = HostNames::new(dns, Duration::from_millis(60));
         let all: Vec<String> = (0..200).map(|n| format!("vm-{n:03}.x")).collect();
         names.want(&hosts(&all.iter().map(String::as_str).collect::<Vec<_>>()));
         let deadline = Instant::now() + Duration::from_secs(30);
@@ -471,8 +473,8 @@ mod tests {
 
     #[tokio::test]
     async fn names_of_a_dead_zone_leave_places_for_the_others_and_are_told_of() {
-        let dns = Arc::new(Slow { answers_after: Duration::ZERO });
-        let mut names = Names::new(dns, Duration::from_millis(50));
+        let dns = Arc::new(SlowResolver { answers_after: Duration::ZERO });
+        let mut names = HostNames::new(dns, Duration::from_millis(50));
         let dead: Vec<String> = (0..40).map(|n| format!("a-{n:02}.dead")).collect();
         names.want(&hosts(&dead.iter().map(String::as_str).collect::<Vec<_>>()));
         let deadline = Instant::now() + Duration::from_secs(30);
@@ -487,7 +489,7 @@ mod tests {
         assert!(!unresolved.first[0].is_in_use);
         names.want(&hosts(&["shop.x"]));
         let since = Instant::now();
-        while names.get("shop.x") == Resolved::Pending {
+        while names.get("shop.x") == Resolution::Pending {
             let due = names.look_up().unwrap_or(deadline);
             assert!(names.failing <= FAILING_AT_ONCE, "{} places wait for a dead zone", names.failing);
             _ = tokio::time::timeout_at(due, names.changed()).await;
@@ -497,13 +499,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_new_name_without_an_answer_is_overdue_and_whoever_waits_hears_of_it() {
-        struct Never;
-        impl Resolve for Never {
+        struct NoResolver;
+        impl Resolve for NoResolver {
             fn resolve(&self, _: &str) -> io::Result<Vec<IpAddr>> {
                 Err(io::Error::other("no"))
             }
         }
-        let mut names = Names::new(Never, Duration::from_secs(30));
+        let mut names = HostNames::new(NoResolver, Duration::from_secs(30));
         names.want(&hosts(&["db"]));
         assert!(!names.is_overdue("db"));
         assert_eq!((names.unresolved().count, names.unresolved().without_answer), (1, 0));
@@ -511,6 +513,6 @@ mod tests {
         names.changed().await;
         assert!(names.is_overdue("db"));
         assert_eq!(names.unresolved().without_answer, 1);
-        assert_eq!(names.get("db"), Resolved::Pending);
+        assert_eq!(names.get("db"), Resolution::Pending);
     }
 }

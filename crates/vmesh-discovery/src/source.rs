@@ -16,9 +16,9 @@ use serde::{Deserialize, Serialize};
 use vmesh_model::{Problem, Registration, ServiceName, State};
 use vmesh_text::printable;
 
-use crate::guard::Held;
+use crate::guard::HeldChange;
 use crate::resolve::UnresolvedNames;
-pub use counters::{ByKind, Counters};
+pub use counters::{Counters, HoldCounts};
 pub use events::{Event, Events};
 pub use follow::{Command, Handle, Link, follow, link};
 
@@ -45,13 +45,13 @@ pub trait Source: Send + 'static {
 /// The complete view of one source. A service that did not change since the previous view keeps its pointer.
 ///
 /// Each service has its own outcome: it is present with endpoints; it is present without endpoints, possibly
-/// on purpose ([`Seen::empty_on_purpose`]); it is absent, possibly on purpose ([`Registrations::emptied`]);
+/// on purpose ([`ServiceView::empty_on_purpose`]); it is absent, possibly on purpose ([`Registrations::emptied`]);
 /// or it could not be read, and then its last good state is present and marked [`State::Stale`]. A source
 /// that cannot be read at all, or that seems to have lost its content, gives a [`SourceError`] instead of a
 /// view.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registrations {
-    pub services: BTreeMap<ServiceName, Seen>,
+    pub services: BTreeMap<ServiceName, ServiceView>,
     pub problems: Vec<Problem>,
     /// Services that are absent because the source states explicitly that they have nothing.
     #[serde(skip)]
@@ -73,7 +73,7 @@ pub struct Registrations {
 
 /// One service as one source reports it, with how far the report can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct ServiceView {
     pub registration: Arc<Registration>,
     #[serde(default)]
     pub state: State,
@@ -101,9 +101,9 @@ pub enum Extent {
     Nothing,
 }
 
-impl Seen {
-    pub fn fresh(registration: Arc<Registration>) -> Seen {
-        Seen {
+impl ServiceView {
+    pub fn fresh(registration: Arc<Registration>) -> ServiceView {
+        ServiceView {
             registration,
             state: State::Fresh,
             because: None,
@@ -112,8 +112,8 @@ impl Seen {
         }
     }
 
-    pub fn stale(registration: Arc<Registration>, because: impl Into<Arc<str>>) -> Seen {
-        Seen { state: State::Stale, because: Some(because.into()), ..Seen::fresh(registration) }
+    pub fn stale(registration: Arc<Registration>, because: impl Into<Arc<str>>) -> ServiceView {
+        ServiceView { state: State::Stale, because: Some(because.into()), ..ServiceView::fresh(registration) }
     }
 }
 
@@ -144,7 +144,7 @@ pub struct View {
     /// The reason why the source does not answer; `None` if it answers.
     pub stale_because: Option<Arc<str>>,
     /// What the guard holds: the source as a whole first, then each service.
-    pub held: Arc<[Held]>,
+    pub held: Arc<[HeldChange]>,
     /// When the operator froze the source; `None` if changes of the source are applied.
     pub frozen: Option<SystemTime>,
     /// The reason why the first view since the start may not be served: a part of it cannot be read and has
@@ -165,7 +165,7 @@ impl View {
     }
 
     /// Returns the services. A fresh service is marked stale while the source as a whole is stale.
-    pub fn services(&self) -> impl Iterator<Item = (&ServiceName, Seen)> {
+    pub fn services(&self) -> impl Iterator<Item = (&ServiceName, ServiceView)> {
         let services = self.last_good.iter().flat_map(|last_good| &last_good.services);
         services.map(|(name, seen)| {
             let mut seen = seen.clone();

@@ -26,7 +26,7 @@ use crate::assemble::{Assembler, FIRST_NAMES, Statement};
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::{RootConfig, ZookeeperConfig};
-use reading::Reading;
+use reading::ZookeeperState;
 
 /// The interval at which a live session without changes counts as an answer.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -41,7 +41,7 @@ pub struct ZookeeperSource<R = SystemResolver> {
     name: Arc<str>,
     mirror: Mirror,
     counters: Arc<Counters>,
-    reading: Reading,
+    reading: ZookeeperState,
     assembler: Assembler<R>,
     statement: Statement,
     /// A view from before a restart exists.
@@ -89,7 +89,7 @@ impl<R: Resolve> ZookeeperSource<R> {
         ZookeeperSource {
             mirror: Mirror::new(config.client(), roots, move |what| count(&counted, what)),
             counters,
-            reading: Reading::new(name.clone(), config.roots, last_good),
+            reading: ZookeeperState::new(name.clone(), config.roots, last_good),
             assembler: Assembler::new(name.clone(), resolver, config.resolve_interval, last_good),
             statement: Statement::default(),
             is_restored: last_good.is_some(),

@@ -24,22 +24,22 @@ use vmesh_testkit::{TempDir, tempdir};
 const BOUND: Duration = Duration::from_secs(90);
 
 /// A source under test, and its last view or error.
-struct Watched {
+struct ObservedSource {
     source: ConsulSource,
     counters: Arc<Counters>,
     last: String,
 }
 
-impl Watched {
-    fn new(config: &str) -> Watched {
-        Watched::restored(config, None)
+impl ObservedSource {
+    fn new(config: &str) -> ObservedSource {
+        ObservedSource::restored(config, None)
     }
 
-    fn restored(config: &str, last_good: Option<&Registrations>) -> Watched {
+    fn restored(config: &str, last_good: Option<&Registrations>) -> ObservedSource {
         let config: ConsulConfig = strict("control.yaml", config).unwrap();
         let counters = Arc::new(Counters::default());
         let source = ConsulSource::new(config, last_good, counters.clone());
-        Watched { source, counters, last: "nothing".to_owned() }
+        ObservedSource { source, counters, last: "nothing".to_owned() }
     }
 
     /// Reads views and errors of the source until `wanted` returns a value.
@@ -142,7 +142,8 @@ async fn what_is_registered_is_seen_at_once_and_costs_nothing_else() {
     for service in ["pay", "orders"] {
         consul.register(0, &instance(service, service, "10.0.0.1")).await.unwrap();
     }
-    let mut watched = Watched::new(&format!("{{address: \"{}\", name: test}}", consul.url(0).unwrap()));
+    let mut watched =
+        ObservedSource::new(&format!("{{address: \"{}\", name: test}}", consul.url(0).unwrap()));
     let first = watched.view_with("pay").await;
     assert_eq!(
         watched.last,
@@ -256,7 +257,8 @@ async fn each_kind_of_registration_is_read_as_it_is_meant() {
         consul.put(0, "/v1/catalog/register", &body).await.unwrap();
     }
 
-    let mut watched = Watched::new(&format!("{{address: \"{}\", name: test}}", consul.url(0).unwrap()));
+    let mut watched =
+        ObservedSource::new(&format!("{{address: \"{}\", name: test}}", consul.url(0).unwrap()));
     watched.view_with("traefik").await;
     let normal = watched.last.replace("[::1]", "127.0.0.1");
     let mut lines: Vec<_> = normal.lines().collect();
@@ -301,7 +303,7 @@ async fn what_the_configuration_chooses_is_all_there_is() {
         service["Tags"] = tags;
         consul.register(0, &service).await.unwrap();
     }
-    let mut watched = Watched::new(&format!(
+    let mut watched = ObservedSource::new(&format!(
         "{{address: \"{}\", services: {{exclude: [\"*-management\"]}}, require_tags: [prod]}}",
         consul.url(0).unwrap()
     ));
@@ -334,20 +336,20 @@ async fn with_acl() -> (Consul, TempDir) {
 async fn without_the_right_to_read_there_is_no_view_and_the_policy_is_named() {
     let (consul, dir) = with_acl().await;
     let url = consul.url(0).unwrap();
-    let mut watched = Watched::new(&format!("{{address: \"{url}\"}}"));
+    let mut watched = ObservedSource::new(&format!("{{address: \"{url}\"}}"));
     let failure = watched.failure_with("not even itself").await;
     assert!(failure.contains(r#"`service_prefix "" { policy = "read" }`"#), "{failure}");
 
     let path = token_file(&dir, "5a7c1e2d-0000-4000-8000-00000000dead");
     let config = format!("{{address: \"{url}\", token_file: {}}}", path.display());
-    let mut watched = Watched::new(&config);
+    let mut watched = ObservedSource::new(&config);
     let failure = watched.failure_with("Consul refused the token").await;
     assert!(failure.contains("ACL not found") && failure.contains("node_prefix"), "{failure}");
 
     // The token may read services but no nodes: each service is listed without instances.
     let (_, secret) = consul.token(r#"service_prefix "" { policy = "read" }"#).await.unwrap();
     token_file(&dir, &secret);
-    let mut watched = Watched::new(&config);
+    let mut watched = ObservedSource::new(&config);
     watched.failure_with("shows no instance of it").await;
 
     // The token is replaced by a sufficient one while the source runs.
@@ -363,7 +365,7 @@ async fn a_token_is_read_again_and_one_that_is_revoked_removes_nothing() {
     let path = token_file(&dir, &secret);
     let url = consul.url(0).unwrap();
     let mut watched =
-        Watched::new(&format!("{{address: \"{url}\", token_file: {}, wait: 1s}}", path.display()));
+        ObservedSource::new(&format!("{{address: \"{url}\", token_file: {}, wait: 1s}}", path.display()));
     let view = watched.view_with("pay").await;
     assert_eq!(view.services.len(), 1);
 
@@ -404,7 +406,7 @@ async fn over_tls_many_services_are_watched_on_one_connection() {
             tls.ca.display()
         )
     };
-    let mut watched = Watched::new(&config(&format!(
+    let mut watched = ObservedSource::new(&config(&format!(
         ", cert_file: {}, key_file: {}",
         tls.cert.display(),
         tls.key.display()
@@ -417,14 +419,14 @@ async fn over_tls_many_services_are_watched_on_one_connection() {
     assert_eq!(watched.counters.connections.load(Ordering::Relaxed), 1);
 
     // The server requires a client certificate.
-    let mut watched = Watched::new(&config(""));
+    let mut watched = ObservedSource::new(&config(""));
     let failure = watched.failure_with("cannot be reached").await;
     assert!(failure.contains("`tls.cert_file`"), "{failure}");
 }
 
 /// Starts forty services `s000` to `s039`, a service `plain` without checks, and a source with twelve
 /// connections.
-async fn more_services_than_connections() -> (Consul, Watched) {
+async fn more_services_than_connections() -> (Consul, ObservedSource) {
     let consul = Consul::start(Options { max_connections: Some(40), ..Options::default() }).await.unwrap();
     for n in 0..40 {
         let service = format!("s{n:03}");
@@ -433,7 +435,7 @@ async fn more_services_than_connections() -> (Consul, Watched) {
     let plain = json!({"ID": "plain", "Name": "plain", "Address": "10.0.0.1", "Port": 8080});
     consul.register(0, &plain).await.unwrap();
     let url = consul.url(0).unwrap();
-    let mut watched = Watched::new(&format!("{{address: \"{url}\", max_connections: 12}}"));
+    let mut watched = ObservedSource::new(&format!("{{address: \"{url}\", max_connections: 12}}"));
     let view = watched.view_with("s039").await;
     assert_eq!(view.services.len(), 41);
     assert!(view.problems.is_empty(), "{}", watched.last);
@@ -512,7 +514,7 @@ async fn a_leader_that_is_killed_costs_nothing_and_is_left_for_another_server() 
     let url = |index: usize| consul.url(index).unwrap();
     let config =
         format!("{{address: [\"{}\", \"{}\", \"{}\"]}}", url(leader), url(others[0]), url(others[1]));
-    let mut watched = Watched::new(&config);
+    let mut watched = ObservedSource::new(&config);
     let view = watched.view_with("pay").await;
     assert_eq!(view.services.len(), 2);
 
@@ -535,7 +537,7 @@ async fn a_leader_that_is_killed_costs_nothing_and_is_left_for_another_server() 
 async fn a_frozen_server_is_a_failure_and_its_thaw_is_news() {
     let mut consul = Consul::one().await.unwrap();
     consul.register(0, &instance("pay", "pay-1", "10.0.0.1")).await.unwrap();
-    let mut watched = Watched::new(&format!("{{address: \"{}\", wait: 1s}}", consul.url(0).unwrap()));
+    let mut watched = ObservedSource::new(&format!("{{address: \"{}\", wait: 1s}}", consul.url(0).unwrap()));
     let before = watched.view_with("pay").await;
     consul.freeze(0).unwrap();
     let failure = watched.failure_with("no answer within").await;
@@ -551,7 +553,7 @@ async fn three_frozen_servers_are_a_failure_and_their_thaw_is_news() {
     consul.register(0, &instance("pay", "pay-1", "10.0.0.1")).await.unwrap();
     let url = |index: usize| consul.url(index).unwrap();
     let config = format!("{{address: [\"{}\", \"{}\", \"{}\"], wait: 1s}}", url(0), url(1), url(2));
-    let mut watched = Watched::new(&config);
+    let mut watched = ObservedSource::new(&config);
     let before = watched.view_with("pay").await;
     for index in 0..3 {
         consul.freeze(index).unwrap();
@@ -568,7 +570,7 @@ async fn three_frozen_servers_are_a_failure_and_their_thaw_is_news() {
 async fn without_a_quorum_nothing_is_removed_and_the_words_say_so() {
     let mut consul = Consul::three().await.unwrap();
     consul.register(0, &instance("pay", "pay-1", "10.0.0.1")).await.unwrap();
-    let mut watched = Watched::new(&format!("{{address: \"{}\", wait: 1s}}", consul.url(0).unwrap()));
+    let mut watched = ObservedSource::new(&format!("{{address: \"{}\", wait: 1s}}", consul.url(0).unwrap()));
     watched.view_with("pay").await;
     consul.kill(1).unwrap();
     consul.kill(2).unwrap();
@@ -590,7 +592,7 @@ async fn a_server_that_comes_back_empty_is_believed_by_its_leader_and_counted() 
             .await
             .unwrap();
     }
-    let mut watched = Watched::new(&format!("{{address: \"{}\"}}", consul.url(0).unwrap()));
+    let mut watched = ObservedSource::new(&format!("{{address: \"{}\"}}", consul.url(0).unwrap()));
     watched.view_with("10.0.0.30").await;
     consul.restart_empty().await.unwrap();
     watched.view_without("pay").await;
@@ -606,7 +608,7 @@ async fn a_server_that_comes_back_empty_is_believed_by_its_leader_and_counted() 
 async fn maintenance_is_a_drain_and_its_end_is_the_end_of_it() {
     let consul = Consul::one().await.unwrap();
     consul.register(0, &instance("pay", "pay-1", "10.0.0.1")).await.unwrap();
-    let mut watched = Watched::new(&format!("{{address: \"{}\"}}", consul.url(0).unwrap()));
+    let mut watched = ObservedSource::new(&format!("{{address: \"{}\"}}", consul.url(0).unwrap()));
     watched.view_with("healthy").await;
     for (path, expected) in [
         ("/v1/agent/service/maintenance/pay-1?enable=true", "draining"),
@@ -626,9 +628,9 @@ async fn a_consul_that_is_gone_at_the_start_is_a_failure_and_no_empty_view() {
     let consul = Consul::one().await.unwrap();
     consul.register(0, &instance("pay", "pay-1", "10.0.0.1")).await.unwrap();
     let config = format!("{{address: \"{}\", wait: 1s}}", consul.url(0).unwrap());
-    let before = Watched::new(&config).view_with("pay").await;
+    let before = ObservedSource::new(&config).view_with("pay").await;
     drop(consul);
-    let mut watched = Watched::restored(&config, Some(&before));
+    let mut watched = ObservedSource::restored(&config, Some(&before));
     watched.failure_with("cannot be reached").await;
 }
 
@@ -642,7 +644,7 @@ async fn two_datacenters_are_one_service_in_two_places() {
     two.register(0, &instance("orders", "orders-1", "10.0.0.3")).await.unwrap();
     let url = one.url(0).unwrap();
     let config = format!("{{address: \"{url}\", datacenters: [dc1, dc2], wait: 1s}}");
-    let mut watched = Watched::new(&config);
+    let mut watched = ObservedSource::new(&config);
     watched.view_with("orders").await;
     expect![[r#"
         orders
@@ -662,10 +664,10 @@ async fn two_datacenters_are_one_service_in_two_places() {
     assert_eq!((endpoints(&view, "pay"), endpoints(&view, "orders")), (3, 1));
 
     // The same holds across a restart of the source.
-    let mut watched = Watched::restored(&config, Some(&view));
+    let mut watched = ObservedSource::restored(&config, Some(&view));
     let again = watched.view_with("pay").await;
     let addresses = |view: &Registrations| -> BTreeMap<String, Vec<String>> {
-        let of = |seen: &vmesh_discovery::Seen| {
+        let of = |seen: &vmesh_discovery::ServiceView| {
             seen.registration.endpoints.iter().map(|e| e.address.to_string()).collect()
         };
         view.services.iter().map(|(name, seen)| (name.to_string(), of(seen))).collect()

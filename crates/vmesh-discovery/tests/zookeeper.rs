@@ -21,22 +21,22 @@ use vmesh_testkit::zookeeper::{Client, Kind, Options, Version, ZooKeeper};
 const BOUND: Duration = Duration::from_secs(90);
 
 /// A source under test, and its last view or error.
-struct Watched {
+struct ObservedSource {
     source: ZookeeperSource,
     counters: Arc<Counters>,
     last: String,
 }
 
-impl Watched {
-    fn new(config: &str) -> Watched {
-        Watched::restored(config, None)
+impl ObservedSource {
+    fn new(config: &str) -> ObservedSource {
+        ObservedSource::restored(config, None)
     }
 
-    fn restored(config: &str, last_good: Option<&Registrations>) -> Watched {
+    fn restored(config: &str, last_good: Option<&Registrations>) -> ObservedSource {
         let config: ZookeeperConfig = strict("control.yaml", config).unwrap();
         let counters = Arc::new(Counters::default());
         let source = ZookeeperSource::new(config, last_good, counters.clone());
-        Watched { source, counters, last: "nothing".to_owned() }
+        ObservedSource { source, counters, last: "nothing".to_owned() }
     }
 
     /// Reads views and errors of the source until `wanted` returns `true`.
@@ -184,7 +184,7 @@ async fn every_format_is_read_as_its_writers_leave_it() {
         }
         let roots = "roots: [{path: /discovery, endpoint: http}, {path: /smartstack/global}, {path: /services}, \
                      {path: /dubbo}, {path: /leader}, {path: /kingpin}]";
-        let mut watched = Watched::new(&config(&servers.connect(), roots));
+        let mut watched = ObservedSource::new(&config(&servers.connect(), roots));
         let view = watched.until("a view", |said, _| said.is_ok()).await.unwrap();
         expected.assert_eq(&shown(&view));
         // The leader's node is deleted, and the next candidate leads.
@@ -200,7 +200,7 @@ async fn one_service_changes_and_the_others_keep_their_pointer() {
     let mut client = servers.client(0).await.unwrap();
     register(&mut client, "pay", "10.1.0.1").await;
     let order = register(&mut client, "orders", "10.1.0.2").await;
-    let mut watched = Watched::new(&config(&servers.connect(), NERVE));
+    let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
     let first = watched.view("orders 10.1.0.2:80 healthy\npay 10.1.0.1:80 healthy\n").await;
     client.delete(&order).await.unwrap();
     register(&mut client, "orders", "10.1.0.3").await;
@@ -221,7 +221,7 @@ async fn garbage_costs_a_record_and_then_its_service_and_never_more() {
         register(&mut client, "pay", &format!("10.1.0.{host}")).await;
     }
     register(&mut client, "orders", "10.1.1.1").await;
-    let mut watched = Watched::new(&config(&servers.connect(), NERVE));
+    let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
     let all: String = (1..=5).map(|host| format!(" 10.1.0.{host}:80 healthy")).collect();
     watched.view(&format!("orders 10.1.1.1:80 healthy\npay{all}\n")).await;
 
@@ -254,7 +254,7 @@ async fn while_no_server_is_there_the_source_fails_and_then_says_the_same_again(
     let mut servers = ZooKeeper::three().await.unwrap();
     let mut client = servers.client(0).await.unwrap();
     register(&mut client, "pay", "10.1.0.1").await;
-    let mut watched = Watched::new(&config(&servers.connect(), NERVE));
+    let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
     let expected = "pay 10.1.0.1:80 healthy\n";
     let first = watched.view(expected).await;
     for index in 0..3 {
@@ -291,7 +291,7 @@ async fn a_session_that_expires_is_replaced() {
     let mut servers = ZooKeeper::one().await.unwrap();
     let mut client = servers.client(0).await.unwrap();
     register(&mut client, "pay", "10.1.0.1").await;
-    let mut watched = Watched::new(&config(&servers.connect(), NERVE));
+    let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
     watched.view("pay 10.1.0.1:80 healthy\n").await;
     servers.freeze(0).unwrap();
     watched.failure_with("lost its connection").await;
@@ -313,7 +313,7 @@ async fn a_registry_that_forgot_everything_says_nothing_and_names_no_service_emp
     let mut client = servers.client(0).await.unwrap();
     let node = register(&mut client, "pay", "10.1.0.1").await;
     register(&mut client, "orders", "10.1.0.2").await;
-    let mut watched = Watched::new(&config(&servers.connect(), NERVE));
+    let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
     watched.view("orders 10.1.0.2:80 healthy\npay 10.1.0.1:80 healthy\n").await;
     // An empty directory is not an explicit removal: the service is absent, and the guard may hold it.
     client.delete(&node).await.unwrap();
@@ -349,16 +349,16 @@ async fn digest_tls_and_a_chroot_go_together_and_what_may_not_be_read_is_what_wa
         )
     };
     let connect = format!("{}/prod", servers.secure_connect());
-    let mut watched = Watched::new(&config(&connect, &more(&digest)));
+    let mut watched = ObservedSource::new(&config(&connect, &more(&digest)));
     let view = watched.view("pay 10.1.0.1:80 healthy\n").await;
 
     let wrong = dir.join("wrong");
     std::fs::write(&wrong, "mesh:wrong").unwrap();
     // With nothing known of this root, serving the others would claim that it has no services.
-    let mut fresh = Watched::new(&config(&connect, &more(&wrong)));
+    let mut fresh = ObservedSource::new(&config(&connect, &more(&wrong)));
     fresh.failure_with("could not read /smartstack, of which nothing is known yet").await;
     fresh.last.contains("the node's ACL has to give READ").then_some(()).unwrap();
-    let mut restored = Watched::restored(&config(&connect, &more(&wrong)), Some(&view));
+    let mut restored = ObservedSource::restored(&config(&connect, &more(&wrong)), Some(&view));
     let is_stale = |said: &Result<Registrations, SourceError>, shown: &str| {
         said.is_ok()
             && shown.starts_with("pay 10.1.0.1:80 healthy (stale: could not read /smartstack: not allowed")
@@ -378,7 +378,7 @@ async fn a_server_without_a_quorum_gives_a_first_view_that_is_stale() {
     for index in (0..3).filter(|index| *index != stays) {
         servers.kill(index).unwrap();
     }
-    let mut watched = Watched::new(&config(&servers.connect(), NERVE));
+    let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
     let is_stale = |said: &Result<Registrations, SourceError>, shown: &str| {
         said.is_ok() && shown.starts_with("pay 10.1.0.1:80 unknown x1 (stale: ZooKeeper has lost its quorum")
             || said.is_ok()
@@ -405,7 +405,7 @@ async fn two_thousand_services_are_read_and_one_change_is_seen_at_once() {
             client.make(&path, data(service).as_bytes(), Kind::Persistent).await.unwrap();
         }
     }
-    let mut watched = Watched::new(&config(&servers.connect(), NERVE));
+    let mut watched = ObservedSource::new(&config(&servers.connect(), NERVE));
     let began = Instant::now();
     let first = timeout(BOUND, watched.source.next()).await.unwrap().unwrap();
     assert_eq!(first.services.len(), 2000);

@@ -1,6 +1,6 @@
 //! Consul's responses to `/v1/health/service/NAME`, one per datacenter.
 
-use vmesh_discovery::format::consul::{Rules, combine, read};
+use vmesh_discovery::format::consul::{InstanceRules, combine, read};
 use vmesh_model::ServiceName;
 
 use crate::{files, parts};
@@ -8,7 +8,7 @@ use crate::{files, parts};
 /// The parts of the input are the responses of the datacenters.
 pub(crate) fn run(bytes: &[u8]) {
     let Ok(service) = "orders".parse::<ServiceName>() else { return };
-    let rules = Rules::default();
+    let rules = InstanceRules::default();
     let answers: Vec<_> = parts(bytes)
         .take(3)
         .filter_map(|body| read(body, "consul:dc1", &service, false, &rules).ok())

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vmesh_discovery::format::{Format, Parsed, parse};
+use vmesh_discovery::format::{Format, ParseResult, parse};
 
 use crate::assert_printable;
 
@@ -23,7 +23,7 @@ pub(crate) fn run(bytes: &[u8]) {
 }
 
 /// Checks the properties that hold for every format, given a text of `len` bytes.
-pub(crate) fn check(parsed: &Parsed, len: usize) {
+pub(crate) fn check(parsed: &ParseResult, len: usize) {
     for problem in &parsed.problems {
         assert_printable(&problem.to_string());
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vmesh_discovery::plugin::protocol::{Said, read};
+use vmesh_discovery::plugin::protocol::{PluginLine, read};
 
 use crate::{assert_printable, files};
 
@@ -10,9 +10,9 @@ pub(crate) fn run(bytes: &[u8]) {
     let source = Arc::from("plugin:srv");
     for line in String::from_utf8_lossy(bytes).lines().take(16) {
         match read(&source, line) {
-            Ok(Said::View(view)) => files::check(&view.parsed, line.len()),
-            Ok(Said::Alive) => {}
-            Ok(Said::Failed(reason)) | Err(reason) => assert_printable(&reason),
+            Ok(PluginLine::View(view)) => files::check(&view.parsed, line.len()),
+            Ok(PluginLine::Alive) => {}
+            Ok(PluginLine::Failed(reason)) | Err(reason) => assert_printable(&reason),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! ZooKeeper records in every format, alone and in combination.
 
-use vmesh_discovery::format::znode::{Directory, Member, Rules, ZnodeFormat, detect, may_be_record, read};
+use vmesh_discovery::format::znode::{
+    Member, RecordDirectory, RecordRules, ZnodeFormat, detect, may_be_record, read,
+};
 
 use crate::{assert_printable, parts};
 
@@ -34,8 +36,8 @@ pub(crate) fn run(bytes: &[u8]) {
     for member in &members {
         _ = may_be_record(format, member);
     }
-    let directory = Directory { place: "zookeeper:services/orders", members };
-    let found = read(format, &directory, &Rules::default());
+    let directory = RecordDirectory { place: "zookeeper:services/orders", members };
+    let found = read(format, &directory, &RecordRules::default());
     let subject = "service `orders`".into();
     for problem in found.problems(&subject) {
         assert_printable(&problem.to_string());

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use vmesh_catalog::state;
 use vmesh_daemon::fsx::{self, Batch, FileError, PRIVATE};
 use vmesh_daemon::report::one_line;
-use vmesh_discovery::{Registrations, Seen};
+use vmesh_discovery::{Registrations, ServiceView};
 use vmesh_model::{Problem, ServiceName, join};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -198,7 +198,7 @@ impl SourceFiles {
         }
         let encoded =
             |what: Result<Vec<u8>, _>| what.map_err(|cause| PersistError::Encode(part(source), cause));
-        let mut buckets: BTreeMap<Bucket, BTreeMap<&ServiceName, &Seen>> =
+        let mut buckets: BTreeMap<Bucket, BTreeMap<&ServiceName, &ServiceView>> =
             written.in_doubt.iter().map(|bucket| (*bucket, BTreeMap::new())).collect();
         for (name, seen) in &view.services {
             if let Some(services) = buckets.get_mut(&bucket_of(name)) {
@@ -279,7 +279,7 @@ impl SourceFiles {
         let mut in_doubt = BTreeSet::new();
         let mut found = BTreeSet::new();
         for bucket in 0..=Bucket::MAX {
-            match reading.read::<BTreeMap<ServiceName, Seen>>(&places.dir.join(file_of(bucket))) {
+            match reading.read::<BTreeMap<ServiceName, ServiceView>>(&places.dir.join(file_of(bucket))) {
                 Ok(None) => {}
                 Ok(Some(services)) => {
                     found.insert(bucket);
@@ -360,7 +360,7 @@ fn is_newer(path: &Path, than: Option<SystemTime>) -> bool {
 
 /// Returns the services whose entries differ between the two views.
 fn differing<'a>(before: &'a Registrations, now: &'a Registrations) -> impl Iterator<Item = &'a ServiceName> {
-    let differs = |before: Option<&Seen>, now: Option<&Seen>| match (before, now) {
+    let differs = |before: Option<&ServiceView>, now: Option<&ServiceView>| match (before, now) {
         (Some(before), Some(now)) => !is_same(before, now),
         _ => true,
     };
@@ -370,7 +370,7 @@ fn differing<'a>(before: &'a Registrations, now: &'a Registrations) -> impl Iter
 
 /// Reports whether both entries are written alike. An unchanged entry keeps its pointer, whereas a loaded
 /// entry has a new one and is compared by content.
-fn is_same(before: &Seen, now: &Seen) -> bool {
+fn is_same(before: &ServiceView, now: &ServiceView) -> bool {
     (Arc::ptr_eq(&before.registration, &now.registration) || before.registration == now.registration)
         && before.state == now.state
         && before.because == now.because
@@ -390,7 +390,7 @@ mod tests {
 
     const SOURCE: &str = "file:/etc/vmesh/services.d";
 
-    fn seen(name: &ServiceName, port: u16) -> Seen {
+    fn seen(name: &ServiceName, port: u16) -> ServiceView {
         let endpoint = Endpoint {
             address: ([10, 0, 0, 1], port).into(),
             hostname: None,
@@ -401,7 +401,7 @@ mod tests {
             labels: Labels::new(),
             source: SOURCE.into(),
         };
-        Seen::fresh(Arc::new(Registration {
+        ServiceView::fresh(Arc::new(Registration {
             service: name.clone(),
             protocol: None,
             port: None,
@@ -481,7 +481,7 @@ mod tests {
         let dir = tempdir().unwrap();
         let name = names(1).remove(0);
         let because = Some("`file` names no endpoint of it".into());
-        let held = Seen { state: State::Held, because, empty_on_purpose: true, ..seen(&name, 80) };
+        let held = ServiceView { state: State::Held, because, empty_on_purpose: true, ..seen(&name, 80) };
         let problem = Problem::new(Place::at("a.yaml", 1, 2), "orders", "no such port");
         let problems = vec![problem];
         let known = Registrations { services: [(name, held)].into(), problems, ..Registrations::default() };

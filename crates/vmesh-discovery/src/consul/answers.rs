@@ -32,7 +32,7 @@ impl<R: Resolve> ConsulSource<R> {
     pub(super) fn heard_catalog(
         &mut self,
         at: usize,
-        answer: Result<Answer<Option<Names>>, ConsulError>,
+        answer: Result<Answer<Option<CatalogNames>>, ConsulError>,
         was_strong: bool,
         now: Instant,
     ) -> Result<(), SourceError> {
@@ -136,7 +136,7 @@ impl<R: Resolve> ConsulSource<R> {
     }
 
     /// Takes the list of services of a datacenter.
-    pub(super) fn list(&mut self, at: usize, names: Names, now: Instant) -> ListDifference {
+    pub(super) fn list(&mut self, at: usize, names: CatalogNames, now: Instant) -> ListDifference {
         let is_first = self.plan.datacenters.get(at).is_some_and(|dc| !dc.has_listed);
         let mut listed: BTreeMap<ServiceName, Arc<str>> = BTreeMap::new();
         let mut problems = Vec::new();
@@ -209,7 +209,13 @@ impl<R: Resolve> ConsulSource<R> {
         self.last_good.iter().filter(is_hidden).map(|(name, _)| name.clone()).collect()
     }
 
-    pub(super) fn heard_service(&mut self, key: &Key, answer: ServiceAnswer, was_strong: bool, now: Instant) {
+    pub(super) fn heard_service(
+        &mut self,
+        key: &ServiceKey,
+        answer: ServiceAnswer,
+        was_strong: bool,
+        now: Instant,
+    ) {
         let max_stale = self.pace.max_stale;
         // The service may no longer be listed.
         let Some(watched) = self.plan.services.get_mut(key) else { return };

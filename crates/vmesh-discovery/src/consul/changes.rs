@@ -16,7 +16,7 @@ use serde::de::{Deserializer, SeqAccess, Visitor};
 use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
-use super::plan::{Key, ROUND};
+use super::plan::{ROUND, ServiceKey};
 
 /// The interval within which every service is read even without a sign of a change: a node's address may
 /// change unnoticed.
@@ -97,7 +97,7 @@ impl CheckChanges {
 impl CheckDigest {
     /// Parses the body of `/v1/health/state/any`. Only digests with the same hash `keys` are comparable.
     pub(super) fn parse(body: &[u8], keys: &RandomState) -> Result<CheckDigest, serde_json::Error> {
-        let mut rows = Rows {
+        let mut rows = CheckRows {
             keys,
             names: HashMap::new(),
             checks: Vec::new(),
@@ -125,7 +125,7 @@ impl CheckDigest {
 }
 
 /// Folds the rows while they are parsed, since an answer may have 32 MiB.
-struct Rows<'a> {
+struct CheckRows<'a> {
     keys: &'a RandomState,
     /// The lower-case names of the services, and their numbers.
     names: HashMap<String, u32>,
@@ -137,7 +137,7 @@ struct Rows<'a> {
     nodes: HashMap<u64, u64>,
 }
 
-impl Rows<'_> {
+impl CheckRows<'_> {
     fn add(&mut self, row: CheckRow) {
         let (Some(node), Some(check)) = (row.node, row.check_id) else { return };
         let node_hash = self.keys.hash_one(&node);
@@ -176,7 +176,7 @@ impl Rows<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for &mut Rows<'_> {
+impl<'de> Visitor<'de> for &mut CheckRows<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -204,7 +204,7 @@ impl<'de> Visitor<'de> for &mut Rows<'_> {
 #[derive(Debug)]
 pub(super) struct Sweep {
     /// The service that was read last.
-    after: Option<Key>,
+    after: Option<ServiceKey>,
     /// The number of services that this round has not read yet.
     owed: usize,
     /// The number of services that this round may read without a pause.
@@ -249,14 +249,16 @@ impl Sweep {
     }
 
     /// Returns the next service of the round if its read is due.
-    pub(super) fn take<T>(&mut self, services: &BTreeMap<Key, T>, now: Instant) -> Option<Key> {
+    pub(super) fn take<T>(&mut self, services: &BTreeMap<ServiceKey, T>, now: Instant) -> Option<ServiceKey> {
         if self.due(services.len()) > now {
             return None;
         }
         let after = self.after.take();
         let from = after.as_ref().map_or(Bound::Unbounded, Bound::Excluded);
-        let next =
-            services.range::<Key, _>((from, Bound::Unbounded)).next().or_else(|| services.first_key_value());
+        let next = services
+            .range::<ServiceKey, _>((from, Bound::Unbounded))
+            .next()
+            .or_else(|| services.first_key_value());
         self.read_at = now;
         self.owed = self.owed.saturating_sub(1);
         self.hurried = self.hurried.saturating_sub(1);
@@ -346,13 +348,13 @@ mod tests {
     #[tokio::test]
     async fn a_sweep_reads_each_service_in_turn_and_hurries_once_in_a_round() {
         let now = Instant::now();
-        let services: BTreeMap<Key, ()> =
+        let services: BTreeMap<ServiceKey, ()> =
             (0..10).map(|n| ((0, format!("s{n}").parse().unwrap()), ())).collect();
         let mut sweep = Sweep::new(now);
         assert_eq!(sweep.take(&services, now), None);
         assert_eq!(sweep.due(10), now + IDLE_ROUND / 10);
         sweep.hurry(10, now);
-        let read: Vec<Key> = std::iter::from_fn(|| sweep.take(&services, now)).collect();
+        let read: Vec<ServiceKey> = std::iter::from_fn(|| sweep.take(&services, now)).collect();
         assert!(read.iter().eq(services.keys()), "{read:?}");
         // A second hurried round is refused; the sweep continues at its usual pace from the first service.
         sweep.hurry(10, now);
@@ -361,7 +363,7 @@ mod tests {
         assert_eq!(sweep.take(&services, now + ROUND / 10).as_ref(), services.keys().next());
         sweep.hurry(10, now + ROUND);
         assert_eq!(sweep.take(&services, now + ROUND).as_ref(), services.keys().nth(1));
-        assert_eq!(sweep.take(&BTreeMap::<Key, ()>::new(), now + ROUND), None);
+        assert_eq!(sweep.take(&BTreeMap::<ServiceKey, ()>::new(), now + ROUND), None);
         assert_eq!(Sweep::lateness(50_000), Duration::from_secs(100));
     }
 }

@@ -38,7 +38,7 @@ pub struct ConsulConfig {
     /// The datacenters to read. Default: the datacenter of the agent. With several, a service has the
     /// instances of all.
     pub datacenters: Vec<Arc<str>>,
-    pub services: Chosen,
+    pub services: ServiceFilter,
     /// Required tags: an instance that lacks one of these tags is left out.
     pub require_tags: Vec<Pattern>,
     /// Excluded tags: an instance with one of these tags is left out.
@@ -58,7 +58,7 @@ pub struct ConsulConfig {
     /// The port of instances that are registered without one. By default they are left out.
     pub default_port: Option<NonZeroU16>,
     /// The metadata keys with a meaning; the first key that is present counts.
-    pub map: Mapping,
+    pub map: MetadataKeys,
     /// The tag patterns with a meaning, which take precedence over the built-in ones.
     pub tag_patterns: Vec<TagPattern>,
     /// The weight of instances without a weight in metadata or tags, instead of Consul's own weight.
@@ -66,7 +66,7 @@ pub struct ConsulConfig {
     pub health: HealthRules,
 
     /// The consistency of queries. Confirming reads always use `consistent`.
-    pub consistency: Reading,
+    pub consistency: ConsistencyMode,
     /// The age above which a stale answer is requested again from the leader.
     #[serde(deserialize_with = "duration")]
     pub max_stale: Duration,
@@ -91,7 +91,7 @@ impl Default for ConsulConfig {
             partition: None,
             max_connections: MaxConnections::default(),
             datacenters: Vec::new(),
-            services: Chosen::default(),
+            services: ServiceFilter::default(),
             require_tags: Vec::new(),
             exclude_tags: Vec::new(),
             node_meta: BTreeMap::new(),
@@ -100,11 +100,11 @@ impl Default for ConsulConfig {
             endpoint_address: AddressKind::default(),
             port_name: None,
             default_port: None,
-            map: Mapping::default(),
+            map: MetadataKeys::default(),
             tag_patterns: Vec::new(),
             default_weight: None,
             health: HealthRules::default(),
-            consistency: Reading::default(),
+            consistency: ConsistencyMode::default(),
             max_stale: Duration::from_secs(10),
             wait: Duration::from_secs(60),
             resolve_interval: Duration::from_secs(30),
@@ -139,9 +139,9 @@ impl ConsulConfig {
 
     pub(crate) fn pace(&self) -> Pace {
         let consistency = match self.consistency {
-            Reading::Stale => Consistency::Stale,
-            Reading::Default => Consistency::Leader,
-            Reading::Consistent => Consistency::Consistent,
+            ConsistencyMode::Stale => Consistency::Stale,
+            ConsistencyMode::Default => Consistency::Leader,
+            ConsistencyMode::Consistent => Consistency::Consistent,
         };
         Pace { wait: self.wait, consistency, max_stale: self.max_stale }
     }
@@ -150,19 +150,19 @@ impl ConsulConfig {
 /// A filter of services by their lower-case names.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Chosen {
+pub struct ServiceFilter {
     /// The services to read. Default: all but Consul itself.
     pub include: Vec<Pattern>,
     pub exclude: Vec<Pattern>,
 }
 
-impl Default for Chosen {
+impl Default for ServiceFilter {
     fn default() -> Self {
-        Chosen { include: vec![Pattern("*".into())], exclude: Vec::new() }
+        ServiceFilter { include: vec![Pattern("*".into())], exclude: Vec::new() }
     }
 }
 
-impl Chosen {
+impl ServiceFilter {
     /// Reports whether the service `name` is read. `consul` matches only a pattern that is equal to it.
     pub fn has(&self, name: &str) -> bool {
         let included = |pattern: &Pattern| match name {
@@ -254,7 +254,7 @@ impl AddressKind {
 /// Metadata keys: those of the service take precedence over those of its node.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Mapping {
+pub struct MetadataKeys {
     pub version: Vec<String>,
     pub zone: Vec<String>,
     pub protocol: Vec<String>,
@@ -263,10 +263,10 @@ pub struct Mapping {
     pub secure: Vec<String>,
 }
 
-impl Default for Mapping {
+impl Default for MetadataKeys {
     fn default() -> Self {
         let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect();
-        Mapping {
+        MetadataKeys {
             version: keys(&["version"]),
             zone: keys(&["zone", "az", "availability_zone"]),
             protocol: keys(&["protocol"]),
@@ -297,8 +297,8 @@ impl TagPattern {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthRules {
-    pub warning: Warning,
-    pub critical: Critical,
+    pub warning: WarningAction,
+    pub critical: CriticalAction,
     /// Checks that do not count, by ID or name. An example is `serfHealth`, where gossip depends more on the
     /// network than on the application.
     pub ignore_checks: Vec<Pattern>,
@@ -307,7 +307,7 @@ pub struct HealthRules {
 /// The treatment of an instance with a warning.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Warning {
+pub enum WarningAction {
     /// Serve the instance with its `Weights.Warning`; a weight of 0 means `drain`.
     #[default]
     Serve,
@@ -317,7 +317,7 @@ pub enum Warning {
 /// The treatment of a critical instance.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Critical {
+pub enum CriticalAction {
     /// Keep the instance as unhealthy, so that Envoy sees the share of unhealthy endpoints.
     #[default]
     Unhealthy,
@@ -328,7 +328,7 @@ pub enum Critical {
 /// The consistency of queries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Reading {
+pub enum ConsistencyMode {
     /// Any server may answer, even while there is no leader, if its data is no older than `max_stale`.
     #[default]
     Stale,
@@ -373,13 +373,13 @@ mod tests {
     #[test]
     fn a_consul_is_an_address_and_what_differs_from_what_is_built_in() {
         expect![[r#"
-            consul:dc1 Config { address: Addresses([Http { host: "127.0.0.1", port: 8500 }]), token_file: Some("/etc/vmesh/consul.token"), tls: Tls { ca_file: None, cert_file: None, key_file: None, server_name: None }, namespace: None, partition: None, max_connections: MaxConnections(160) } Chosen { include: [Pattern("*")], exclude: [] }
+            consul:dc1 Config { address: Addresses([Http { host: "127.0.0.1", port: 8500 }]), token_file: Some("/etc/vmesh/consul.token"), tls: Tls { ca_file: None, cert_file: None, key_file: None, server_name: None }, namespace: None, partition: None, max_connections: MaxConnections(160) } ServiceFilter { include: [Pattern("*")], exclude: [] }
         "#]]
         .assert_eq(&read(
             "{address: \"http://127.0.0.1:8500\", token_file: /etc/vmesh/consul.token, datacenters: [dc1]}",
         ));
         expect![[r#"
-            prod Config { address: Addresses([Https { host: "a", port: 8501 }, Unix("/run/c")]), token_file: None, tls: Tls { ca_file: Some("ca"), cert_file: None, key_file: None, server_name: None }, namespace: None, partition: None, max_connections: MaxConnections(10) } Chosen { include: [Pattern("pay*")], exclude: [Pattern("*-management")] }
+            prod Config { address: Addresses([Https { host: "a", port: 8501 }, Unix("/run/c")]), token_file: None, tls: Tls { ca_file: Some("ca"), cert_file: None, key_file: None, server_name: None }, namespace: None, partition: None, max_connections: MaxConnections(10) } ServiceFilter { include: [Pattern("pay*")], exclude: [Pattern("*-management")] }
         "#]]
         .assert_eq(&read(
             "{name: prod, address: [\"https://a\", \"unix:/run/c\"], max_connections: 10, tls: {ca_file: ca},\n \
@@ -429,9 +429,10 @@ mod tests {
         {
             assert!(!matches(pattern, text), "{pattern} {text}");
         }
-        let chosen = Chosen::default();
+        let chosen = ServiceFilter::default();
         assert!(chosen.has("consul-exporter") && !chosen.has("consul"));
-        let chosen = Chosen { include: vec![Pattern("Pay*".into()), Pattern("consul".into())], ..chosen };
+        let chosen =
+            ServiceFilter { include: vec![Pattern("Pay*".into()), Pattern("consul".into())], ..chosen };
         assert!(chosen.has("pay") && chosen.has("consul") && !chosen.has("orders"));
     }
 }

@@ -9,7 +9,7 @@ use vmesh_consul::Cursor;
 use vmesh_model::{Problem, ServiceName};
 
 use super::changes::CheckDigest;
-use crate::format::consul::Read;
+use crate::format::consul::ServiceInstances;
 
 /// The limit of concurrent reads that do not block, for example of the first 2,000 services or after a
 /// failure.
@@ -20,14 +20,14 @@ pub(super) const ROUND: Duration = Duration::from_secs(10);
 const SHORTEST: Duration = Duration::from_millis(250);
 
 /// A service in a datacenter, which is given as an index into `Plan::datacenters`.
-pub(super) type Key = (usize, ServiceName);
+pub(super) type ServiceKey = (usize, ServiceName);
 
 /// The target of a query.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Ask {
+pub(super) enum QueryTarget {
     Catalog(usize),
     Checks(usize),
-    Service(Key),
+    Service(ServiceKey),
 }
 
 /// The blocking query for all checks of a datacenter, for services without queries of their own.
@@ -99,12 +99,12 @@ impl Datacenter {
 
 /// One service of one datacenter.
 #[derive(Debug)]
-pub(super) struct Watched {
+pub(super) struct WatchedService {
     /// The name as it is registered.
     pub(super) spelling: Arc<str>,
     pub(super) cursor: Cursor,
     /// The last good answer.
-    pub(super) read: Option<Arc<Read>>,
+    pub(super) read: Option<Arc<ServiceInstances>>,
     /// The reason why the last good answer is outdated.
     pub(super) failure: Option<Arc<str>>,
     /// The number of consecutive failures.
@@ -120,12 +120,12 @@ pub(super) struct Watched {
     pub(super) must_be_newer: bool,
     /// The service has to be read again when the running read has ended.
     read_again: bool,
-    in_flight: Option<Flight>,
+    in_flight: Option<RunningQuery>,
     queued: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flight {
+enum RunningQuery {
     /// A query that returns the present state at once.
     Read,
     /// A blocking query that waits for a change.
@@ -135,13 +135,13 @@ enum Flight {
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) datacenters: Vec<Datacenter>,
-    pub(super) services: BTreeMap<Key, Watched>,
+    pub(super) services: BTreeMap<ServiceKey, WatchedService>,
     /// Connections are scarce: services have no blocking queries of their own and are read when a difference
     /// points at them.
     pub(super) is_scarce: bool,
-    queue: BTreeSet<(Instant, Key)>,
+    queue: BTreeSet<(Instant, ServiceKey)>,
     /// The running queries, including those of services that are no longer watched.
-    flights: BTreeMap<Key, Flight>,
+    flights: BTreeMap<ServiceKey, RunningQuery>,
     reads: usize,
 }
 
@@ -181,7 +181,7 @@ impl Plan {
         let first = !std::mem::replace(&mut dc.has_listed, true);
         dc.problems = problems;
         let filtered = dc.filtered;
-        let of_it: Vec<Key> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
+        let of_it: Vec<ServiceKey> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
         let mut changed = Vec::new();
         for key in of_it.into_iter().filter(|(_, name)| !listed.contains_key(name)) {
             let is_known =
@@ -223,8 +223,8 @@ impl Plan {
         self.watch((at, name.clone()), name.as_str().into(), false, now);
     }
 
-    fn watch(&mut self, key: Key, spelling: Arc<str>, listed: bool, now: Instant) {
-        let watched = Watched {
+    fn watch(&mut self, key: ServiceKey, spelling: Arc<str>, listed: bool, now: Instant) {
+        let watched = WatchedService {
             spelling,
             cursor: Cursor::new(now),
             read: None,
@@ -242,7 +242,7 @@ impl Plan {
         self.enqueue(&key);
     }
 
-    pub(super) fn forget(&mut self, key: &Key) {
+    pub(super) fn forget(&mut self, key: &ServiceKey) {
         if let Some(watched) = self.services.remove(key)
             && let Some(at) = watched.queued
         {
@@ -251,7 +251,7 @@ impl Plan {
     }
 
     /// Queues the next query of a service, unless a query is running.
-    pub(super) fn enqueue(&mut self, key: &Key) {
+    pub(super) fn enqueue(&mut self, key: &ServiceKey) {
         let Some(watched) = self.services.get_mut(key) else { return };
         if let Some(at) = watched.queued.take() {
             self.queue.remove(&(at, key.clone()));
@@ -271,7 +271,7 @@ impl Plan {
 
     /// Requests a read of a service as soon as its rate limit allows. If `expects_news` is set and the answer
     /// is no newer than the last one, the leader is asked again.
-    pub(super) fn point_at(&mut self, key: &Key, expects_news: bool) {
+    pub(super) fn point_at(&mut self, key: &ServiceKey, expects_news: bool) {
         let Some(watched) = self.services.get_mut(key) else { return };
         watched.expects_news |= expects_news;
         watched.read_again = true;
@@ -279,8 +279,8 @@ impl Plan {
     }
 
     /// Returns the services with a blocking query that waits for a change.
-    pub(super) fn waiting(&self) -> BTreeSet<Key> {
-        let waits = self.flights.iter().filter(|(_, flight)| **flight == Flight::Wait);
+    pub(super) fn waiting(&self) -> BTreeSet<ServiceKey> {
+        let waits = self.flights.iter().filter(|(_, flight)| **flight == RunningQuery::Wait);
         waits.map(|(key, _)| key.clone()).collect()
     }
 
@@ -292,7 +292,7 @@ impl Plan {
     /// Requests a read of all services of a datacenter that has become readable again.
     pub(super) fn unpark(&mut self, at: usize) {
         let now = Instant::now();
-        let of_it: Vec<Key> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
+        let of_it: Vec<ServiceKey> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
         for key in of_it {
             if let Some(watched) = self.services.get_mut(&key)
                 && watched.in_flight.is_none()
@@ -304,7 +304,7 @@ impl Plan {
     }
 
     /// Returns the next service whose query may be sent now.
-    pub(super) fn take_due(&mut self, now: Instant, slots: usize) -> Option<Key> {
+    pub(super) fn take_due(&mut self, now: Instant, slots: usize) -> Option<ServiceKey> {
         loop {
             let key = self.queue.first().filter(|(at, _)| *at <= now).map(|(_, key)| key.clone())?;
             let is_down = self.datacenters.get(key.0).is_none_or(|dc| dc.failure.is_some());
@@ -317,8 +317,8 @@ impl Plan {
                 }
                 continue;
             }
-            let flight = if watched.cursor.index() == 0 { Flight::Read } else { Flight::Wait };
-            if self.flights.len() >= slots || (flight == Flight::Read && self.reads >= AT_ONCE) {
+            let flight = if watched.cursor.index() == 0 { RunningQuery::Read } else { RunningQuery::Wait };
+            if self.flights.len() >= slots || (flight == RunningQuery::Read && self.reads >= AT_ONCE) {
                 return None;
             }
             if let Some(at) = watched.queued.take() {
@@ -326,14 +326,14 @@ impl Plan {
             }
             watched.in_flight = Some(flight);
             self.flights.insert(key.clone(), flight);
-            self.reads += usize::from(flight == Flight::Read);
+            self.reads += usize::from(flight == RunningQuery::Read);
             return Some(key);
         }
     }
 
     /// Records that a query has ended.
-    pub(super) fn back(&mut self, key: &Key) {
-        if self.flights.remove(key) == Some(Flight::Read) {
+    pub(super) fn back(&mut self, key: &ServiceKey) {
+        if self.flights.remove(key) == Some(RunningQuery::Read) {
             self.reads -= 1;
         }
         if let Some(watched) = self.services.get_mut(key) {
@@ -391,7 +391,7 @@ mod tests {
     async fn the_first_reads_are_bounded_and_each_service_has_its_turn() {
         let mut plan = plan(200);
         let now = Instant::now();
-        let mut taken: Vec<Key> = Vec::new();
+        let mut taken: Vec<ServiceKey> = Vec::new();
         while let Some(key) = plan.take_due(now, 1000) {
             taken.push(key);
         }

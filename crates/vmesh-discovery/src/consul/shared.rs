@@ -84,7 +84,7 @@ impl<R: Resolve> ConsulSource<R> {
         if is_scarce {
             let waiting = self.plan.waiting();
             for (ask, task) in self.asked.values() {
-                if let Ask::Service(key) = ask
+                if let QueryTarget::Service(key) = ask
                     && waiting.contains(key)
                 {
                     task.abort();
@@ -92,7 +92,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
             self.sweep.owe(services);
         }
-        let keys: Vec<Key> = self.plan.services.keys().cloned().collect();
+        let keys: Vec<ServiceKey> = self.plan.services.keys().cloned().collect();
         for key in &keys {
             self.plan.enqueue(key);
         }
@@ -140,10 +140,10 @@ impl<R: Resolve> ConsulSource<R> {
         let query = Query { datacenter: dc.name.clone(), ..self.pace.query(cursor, CATALOG_WAIT) };
         let was_strong = query.consistency != Consistency::Stale;
         let (client, known, keys) = (self.client.clone(), cursor.hash(), self.hash_keys.clone());
-        let ask = Ask::Checks(at);
+        let ask = QueryTarget::Checks(at);
         let task = async move {
-            let what = What::Checks(read_checks(&client, &query, known, &keys).await);
-            Outcome { ask: Ask::Checks(at), was_strong, what }
+            let what = QueryAnswer::Checks(read_checks(&client, &query, known, &keys).await);
+            FinishedQuery { ask: QueryTarget::Checks(at), was_strong, what }
         };
         self.spawn(ask, task);
     }
@@ -231,12 +231,12 @@ impl<R: Resolve> ConsulSource<R> {
     /// [`UNCHECKED_AT_ONCE`], the sweep reads them.
     fn point_at_unchecked(&mut self, at: usize) {
         let digest = self.plan.datacenters.get(at).and_then(|dc| dc.checks.digest.as_ref());
-        let is_unchecked = |(key, watched): &(&Key, &Watched)| {
+        let is_unchecked = |(key, watched): &(&ServiceKey, &WatchedService)| {
             let checked = digest.map_or(0, |digest| digest.checked_instances(key.1.as_str()));
             key.0 == at && watched.read.as_ref().is_some_and(|read| read.listed > checked)
         };
         let unchecked = self.plan.services.iter().filter(is_unchecked).map(|(key, _)| key.clone());
-        let unchecked: Vec<Key> = unchecked.take(UNCHECKED_AT_ONCE + 1).collect();
+        let unchecked: Vec<ServiceKey> = unchecked.take(UNCHECKED_AT_ONCE + 1).collect();
         if unchecked.len() > UNCHECKED_AT_ONCE {
             self.sweep.owe(self.plan.services.len());
             return;

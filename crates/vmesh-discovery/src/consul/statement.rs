@@ -40,11 +40,11 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    pub(super) fn judged(&mut self, name: &ServiceName) -> (Option<Told>, Vec<Problem>) {
+    pub(super) fn judged(&mut self, name: &ServiceName) -> (Option<ServiceStatement>, Vec<Problem>) {
         self.unusable.remove(name);
         self.left_out.remove(name);
         let restored = self.last_good.get(name).cloned();
-        let (mut reads, mut stale_because, mut unread): (Vec<Arc<Read>>, Option<Arc<str>>, bool) =
+        let (mut reads, mut stale_because, mut unread): (Vec<Arc<ServiceInstances>>, Option<Arc<str>>, bool) =
             (Vec::new(), None, false);
         for (at, dc) in self.plan.datacenters.iter().enumerate() {
             let watched = self.plan.services.get(&(at, name.clone()));
@@ -77,8 +77,8 @@ impl<R: Resolve> ConsulSource<R> {
             if !unread {
                 return (None, problems);
             }
-            let told = restored.map(|restored| Told {
-                known: Known::Restored(restored),
+            let told = restored.map(|restored| ServiceStatement {
+                known: ServiceContent::Restored(restored),
                 stale_because: stale_because.clone(),
                 partial_because: None,
             });
@@ -94,7 +94,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
             return (told, problems);
         }
-        let read: Vec<&Read> = reads.iter().map(|read| &**read).collect();
+        let read: Vec<&ServiceInstances> = reads.iter().map(|read| &**read).collect();
         let parsed = combine(&self.name, name, &read);
         problems.extend(parsed.problems);
         if let (true, Some(because)) =
@@ -110,19 +110,19 @@ impl<R: Resolve> ConsulSource<R> {
         let known = match parsed.services.into_iter().next() {
             Some(service) if service.endpoints.is_empty() => return (None, problems),
             Some(service) => match before {
-                Some(before) if *before == service => Known::Parsed(before),
+                Some(before) if *before == service => ServiceContent::Parsed(before),
                 _ => {
                     let service = Arc::new(service);
                     self.parsed.insert(name.clone(), service.clone());
-                    Known::Parsed(service)
+                    ServiceContent::Parsed(service)
                 }
             },
             None => {
                 let unusable = "what Consul says of it cannot be used, see the problems";
                 stale_because.get_or_insert_with(|| unusable.into());
                 match (before, restored) {
-                    (Some(before), _) => Known::Parsed(before),
-                    (None, Some(restored)) => Known::Restored(restored),
+                    (Some(before), _) => ServiceContent::Parsed(before),
+                    (None, Some(restored)) => ServiceContent::Restored(restored),
                     (None, None) => {
                         let why =
                             problems.first().map(|problem| problem.message.as_str()).unwrap_or(unusable);
@@ -133,10 +133,10 @@ impl<R: Resolve> ConsulSource<R> {
             }
         };
         let partial_because = match &known {
-            Known::Parsed(service) => service.partial_because.clone(),
-            Known::Restored(_) => None,
+            ServiceContent::Parsed(service) => service.partial_because.clone(),
+            ServiceContent::Restored(_) => None,
         };
-        (Some(Told { known, stale_because, partial_because }), problems)
+        (Some(ServiceStatement { known, stale_because, partial_because }), problems)
     }
 
     /// Reports whether a datacenter has neither been read nor known before a restart.

@@ -14,14 +14,14 @@ use super::*;
 type Headers = BTreeMap<&'static str, String>;
 
 /// A server that gives the answers a test sets, and blocks queries as Consul does.
-struct Fake {
+struct FakeConsul {
     place: vmesh_testkit::Loopback,
-    said: Arc<Mutex<Said>>,
+    said: Arc<Mutex<FakeAnswers>>,
     _task: JoinSet<()>,
 }
 
 #[derive(Default)]
-struct Said {
+struct FakeAnswers {
     index: u64,
     /// Status, headers and body by path. The prefix `leader ` marks the answer of the leader, and `dc2 ` that
     /// of another datacenter.
@@ -30,11 +30,11 @@ struct Said {
     mute: Option<&'static str>,
 }
 
-impl Fake {
-    async fn start() -> Fake {
+impl FakeConsul {
+    async fn start() -> FakeConsul {
         let place = vmesh_testkit::Loopback::unique().unwrap();
         let listener = TcpListener::bind((place.ip(), 8500)).await.unwrap();
-        let said = Arc::new(Mutex::new(Said { index: 10, ..Said::default() }));
+        let said = Arc::new(Mutex::new(FakeAnswers { index: 10, ..FakeAnswers::default() }));
         let mut task = JoinSet::new();
         let state = said.clone();
         task.spawn(async move {
@@ -45,7 +45,7 @@ impl Fake {
                 while connections.try_join_next().is_some() {}
             }
         });
-        Fake { place, said, _task: task }
+        FakeConsul { place, said, _task: task }
     }
 
     /// Sets the answer for `path`, at a new index.
@@ -75,7 +75,7 @@ impl Fake {
 }
 
 /// Serves one request after another, as in HTTP/1.1.
-async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<Said>>) {
+async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<FakeAnswers>>) {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     let mut stream = BufReader::new(stream);
     loop {
@@ -93,7 +93,7 @@ async fn serve(stream: tokio::net::TcpStream, said: Arc<Mutex<Said>>) {
         let path = if has("dc=dc2") { format!("dc2 {path}") } else { path.to_owned() };
         let path = if has("stale") { path } else { format!("leader {path}") };
         let deadline = Instant::now() + Duration::from_secs(1);
-        let waits = |said: &Said| {
+        let waits = |said: &FakeAnswers| {
             (said.index <= asked && Instant::now() < deadline) || (asked > 0 && said.mute == Some(&*path))
         };
         while waits(&said.lock().unwrap()) {
@@ -170,7 +170,7 @@ async fn until(source: &mut ConsulSource, wanted: &str) -> Vec<String> {
 
 #[tokio::test]
 async fn a_service_that_only_the_token_hides_is_kept_until_it_is_really_gone() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
@@ -190,7 +190,7 @@ async fn a_service_that_only_the_token_hides_is_kept_until_it_is_really_gone() {
 
 #[tokio::test]
 async fn an_answer_without_a_leader_is_never_a_removal() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(false));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
@@ -208,7 +208,7 @@ async fn an_answer_without_a_leader_is_never_a_removal() {
 
 #[tokio::test]
 async fn an_index_that_goes_back_or_is_missing_is_asked_of_the_leader() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(false));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
@@ -227,7 +227,7 @@ async fn an_index_that_goes_back_or_is_missing_is_asked_of_the_leader() {
 
 #[tokio::test]
 async fn nonsense_costs_the_service_that_it_is_about() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
@@ -258,7 +258,7 @@ async fn nonsense_costs_the_service_that_it_is_about() {
 
 #[tokio::test]
 async fn what_was_known_before_a_restart_stands_in_for_a_service_that_cannot_be_read() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
@@ -275,7 +275,7 @@ async fn what_was_known_before_a_restart_stands_in_for_a_service_that_cannot_be_
 
 #[tokio::test]
 async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwhile() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(false));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
@@ -295,7 +295,7 @@ async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwh
 
 #[tokio::test]
 async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_restart() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
@@ -316,7 +316,7 @@ async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_re
 
 #[tokio::test]
 async fn the_first_view_waits_for_a_datacenter_of_which_nothing_is_known() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(false));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     fake.say(&format!("dc2 {CATALOG}"), 500, &[], &json!("No path to datacenter"));
@@ -341,7 +341,7 @@ async fn the_first_view_waits_for_a_datacenter_of_which_nothing_is_known() {
 
 #[tokio::test]
 async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
@@ -358,7 +358,7 @@ async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
 
 #[tokio::test]
 async fn what_is_kept_of_all_answers_together_is_bounded_and_costs_the_service_that_is_too_much() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
@@ -378,7 +378,7 @@ async fn what_is_kept_of_all_answers_together_is_bounded_and_costs_the_service_t
 
 #[tokio::test]
 async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_and_not_stale_for_ever() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(false));
     fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
     let mut before = fake.source(None);
@@ -397,7 +397,7 @@ async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_a
 
 #[tokio::test]
 async fn bad_records_cost_themselves_and_a_service_of_nothing_else_is_left_out() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &both(true));
     fake.say(
         PAY,
@@ -428,8 +428,8 @@ fn check(service: &str, status: &str) -> serde_json::Value {
 }
 
 /// Three services, which is one more than four connections can watch, each with a check.
-async fn three_services() -> (Fake, ConsulSource) {
-    let fake = Fake::start().await;
+async fn three_services() -> (FakeConsul, ConsulSource) {
+    let fake = FakeConsul::start().await;
     fake.say(CATALOG, 200, &[], &json!({"consul": [], "pay": [], "orders": [], "cart": []}));
     for (service, address) in [("pay", "10.0.0.1"), ("orders", "10.0.0.2"), ("cart", "10.0.0.3")] {
         fake.say(&format!("/v1/health/service/{service}"), 200, &[], &instances(&[address]));
@@ -506,7 +506,7 @@ async fn a_server_that_has_not_heard_of_a_change_is_not_the_last_that_is_asked()
 
 #[tokio::test]
 async fn several_datacenters_share_queries_each_for_itself() {
-    let fake = Fake::start().await;
+    let fake = FakeConsul::start().await;
     let list = json!({"consul": [], "pay": [], "orders": [], "cart": []});
     let checks = |pay: &str| json!([check("pay", pay), check("orders", "passing"), check("cart", "passing")]);
     for (dc, net) in [("", 1), ("dc2 ", 2)] {

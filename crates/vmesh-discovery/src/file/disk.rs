@@ -23,10 +23,10 @@ use vmesh_model::{Address, Endpoint, Host, Place, Problem, Registration, Service
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::privacy::{is_public, redacted};
-use super::watch::{Directories, Directory, Hints, Look, Watch, links};
-use crate::assemble::{Known, Statement, Told};
+use super::watch::{DirectoryWatches, Hints, ScanRequest, WatchedDirectories, WatchedDirectory, links};
+use crate::assemble::{ServiceContent, ServiceStatement, Statement};
 use crate::config::FileConfig;
-use crate::format::{self, Failure, Format, Parsed, ParsedEndpoint, ParsedService, subject_of};
+use crate::format::{self, FileFailure, Format, ParseResult, ParsedEndpoint, ParsedService, subject_of};
 use crate::source::{Registrations, SourceError};
 
 /// A file that changed less than this ago may be half written, unless the kernel reported that it was closed.
@@ -56,14 +56,14 @@ pub(super) struct Scan {
 #[derive(Debug, Default)]
 struct FileState {
     /// The metadata when the file was last read.
-    stat: Option<Stat>,
+    stat: Option<FileStat>,
     /// The hash of the bytes that were parsed last; `None` if they could not be read.
     hash: Option<u64>,
     /// The content of the file may be quoted in problems.
     is_shown: bool,
     /// The detected format.
     format: Option<Format>,
-    services: BTreeMap<ServiceName, Told>,
+    services: BTreeMap<ServiceName, ServiceStatement>,
     problems: Vec<Problem>,
     /// The services that the file named before it stated that there are none.
     emptied: BTreeSet<ServiceName>,
@@ -77,16 +77,16 @@ struct FileState {
 
 /// The metadata that show whether a file was changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stat {
+struct FileStat {
     id: (u64, u64),
     size: u64,
     modified: (i64, i64),
     changed: (i64, i64),
 }
 
-impl Stat {
-    fn of(metadata: &Metadata) -> Stat {
-        Stat {
+impl FileStat {
+    fn of(metadata: &Metadata) -> FileStat {
+        FileStat {
             id: (metadata.dev(), metadata.ino()),
             size: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
@@ -96,20 +96,20 @@ impl Stat {
 }
 
 /// A file that a walk found.
-struct Found {
+struct FoundFile {
     path: PathBuf,
     /// The name of its service if the file does not state one.
     name: String,
     is_yaml: bool,
     /// The metadata and the modification time of the file, or the reason why they are unknown.
-    stat: Result<(Stat, Option<SystemTime>), String>,
+    stat: Result<(FileStat, Option<SystemTime>), String>,
 }
 
 /// The result of walking a directory.
 #[derive(Default)]
-struct Walk {
-    files: Vec<Found>,
-    directories: Directories,
+struct DirectoryWalk {
+    files: Vec<FoundFile>,
+    directories: WatchedDirectories,
     /// The prefix of the service names of the files in each directory.
     prefixes: BTreeMap<PathBuf, String>,
     /// The components of link paths, each as its directory and its name there.
@@ -123,16 +123,16 @@ struct Walk {
 
 /// The part of a walk that stays valid while the kernel reports every change.
 #[derive(Debug)]
-struct Walked {
-    directories: Directories,
+struct WatchedTree {
+    directories: WatchedDirectories,
     prefixes: BTreeMap<PathBuf, String>,
     ways: BTreeSet<(PathBuf, OsString)>,
     problems: Vec<Problem>,
 }
 
 /// The state of a path that the kernel reported.
-enum Touched {
-    File(Found),
+enum ReportedPath {
+    File(FoundFile),
     Gone(PathBuf),
 }
 
@@ -141,10 +141,10 @@ pub(super) struct Disk {
     config: FileConfig,
     source: Arc<str>,
     hints: Arc<Hints>,
-    watch: Option<Watch>,
+    watch: Option<DirectoryWatches>,
     files: BTreeMap<PathBuf, FileState>,
     /// The last walk. Set while every directory is watched, so that only reported changes have to be scanned.
-    walked: Option<Walked>,
+    walked: Option<WatchedTree>,
     /// Files to read again, because they were being changed during the last scan.
     unsettled: BTreeSet<PathBuf>,
     /// The files that name each service, in path order.
@@ -206,7 +206,7 @@ impl Disk {
     }
 
     /// Scans the disk. If `verify` is set, every file is read even if its metadata did not change.
-    pub(super) fn scan(&mut self, look: &Look, verify: bool) -> Result<Scan, SourceError> {
+    pub(super) fn scan(&mut self, look: &ScanRequest, verify: bool) -> Result<Scan, SourceError> {
         let touched = if verify { None } else { self.touched(look) };
         match touched {
             Some(touched) => Ok(self.scan_touched(touched, look)),
@@ -216,7 +216,7 @@ impl Disk {
 
     /// Returns the state of the paths that the kernel reported; `None` if more than plain files may have
     /// changed.
-    fn touched(&self, look: &Look) -> Option<Vec<Touched>> {
+    fn touched(&self, look: &ScanRequest) -> Option<Vec<ReportedPath>> {
         let walked = self.walked.as_ref().filter(|_| !look.everything)?;
         let paths: BTreeSet<&PathBuf> = look.whole.iter().chain(&look.busy).chain(&self.unsettled).collect();
         let mut touched = Vec::with_capacity(paths.len());
@@ -241,14 +241,14 @@ impl Disk {
                 Ok(metadata) if metadata.is_file() && is_read && !is_listed() => {
                     came += usize::from(!self.files.contains_key(path));
                     let (stem, is_yaml) = stem(&text);
-                    let stat = Ok((Stat::of(&metadata), metadata.modified().ok()));
+                    let stat = Ok((FileStat::of(&metadata), metadata.modified().ok()));
                     let name = format!("{prefix}{stem}");
-                    touched.push(Touched::File(Found { path: path.clone(), name, is_yaml, stat }));
+                    touched.push(ReportedPath::File(FoundFile { path: path.clone(), name, is_yaml, stat }));
                 }
                 Err(error) if error.kind() == ErrorKind::NotFound && !is_listed() => {
                     if let Some(state) = self.files.get(path) {
                         gone += usize::from(state.missing_since.is_none());
-                        touched.push(Touched::Gone(path.clone()));
+                        touched.push(ReportedPath::Gone(path.clone()));
                     }
                 }
                 _ => return None,
@@ -262,14 +262,14 @@ impl Disk {
     }
 
     /// Reads the reported files; everything else stays as the last walk found it.
-    fn scan_touched(&mut self, touched: Vec<Touched>, look: &Look) -> Scan {
+    fn scan_touched(&mut self, touched: Vec<ReportedPath>, look: &ScanRequest) -> Scan {
         let mut scan = Scan::default();
         let now = Instant::now();
         self.unsettled.clear();
         for touched in touched {
             match touched {
-                Touched::File(found) => self.read(&found, look, false, &mut scan),
-                Touched::Gone(path) => self.forget_file(&path, now, &mut scan),
+                ReportedPath::File(found) => self.read(&found, look, false, &mut scan),
+                ReportedPath::Gone(path) => self.forget_file(&path, now, &mut scan),
             }
         }
         if let Some(walked) = &self.walked {
@@ -289,7 +289,7 @@ impl Disk {
     }
 
     /// Scans everything.
-    fn scan_all(&mut self, look: &Look, verify: bool) -> Result<Scan, SourceError> {
+    fn scan_all(&mut self, look: &ScanRequest, verify: bool) -> Result<Scan, SourceError> {
         self.walked = None;
         let mut scan = Scan::default();
         let mut is_watched = self.config.watch;
@@ -334,8 +334,8 @@ impl Disk {
         }
         self.forget(&present, &walk.unreadable, now, &mut scan);
         if is_watched && walk.unreadable.is_empty() {
-            let Walk { directories, prefixes, ways, .. } = walk;
-            self.walked = Some(Walked { directories, prefixes, ways, problems });
+            let DirectoryWalk { directories, prefixes, ways, .. } = walk;
+            self.walked = Some(WatchedTree { directories, prefixes, ways, problems });
         }
         self.merge(&mut scan);
         Ok(scan)
@@ -353,10 +353,10 @@ impl Disk {
         SourceError::Suspect { source_name: self.source.clone(), what }
     }
 
-    fn walk(&self) -> Result<Walk, SourceError> {
+    fn walk(&self) -> Result<DirectoryWalk, SourceError> {
         let root = &self.config.path;
         let metadata = std::fs::metadata(root).map_err(|error| self.failed(root, error))?;
-        let mut walk = Walk::default();
+        let mut walk = DirectoryWalk::default();
         walk.watch_way(root);
         if metadata.is_dir() {
             let mut prefix = String::new();
@@ -365,8 +365,8 @@ impl Disk {
         } else if metadata.is_file() {
             let name = root.file_name().unwrap_or_default().to_string_lossy();
             let (name, is_yaml) = stem(&name);
-            let stat = Ok((Stat::of(&metadata), metadata.modified().ok()));
-            walk.files.push(Found { path: root.clone(), name: name.to_owned(), is_yaml, stat });
+            let stat = Ok((FileStat::of(&metadata), metadata.modified().ok()));
+            walk.files.push(FoundFile { path: root.clone(), name: name.to_owned(), is_yaml, stat });
         } else {
             let kind = kind(metadata.file_type());
             let what = format!("{} is a {kind}, neither a directory nor a file", root.display());
@@ -381,12 +381,12 @@ impl Disk {
         metadata: &Metadata,
         prefix: &mut String,
         depth: usize,
-        walk: &mut Walk,
+        walk: &mut DirectoryWalk,
     ) -> io::Result<()> {
         let id = (metadata.dev(), metadata.ino());
         let entries = std::fs::read_dir(directory)?;
         walk.visited.insert(id);
-        walk.directories.insert(directory.to_owned(), Directory { id, only: None });
+        walk.directories.insert(directory.to_owned(), WatchedDirectory { id, only: None });
         walk.prefixes.insert(directory.to_owned(), prefix.clone());
         let mut names = Vec::new();
         for entry in entries {
@@ -441,13 +441,13 @@ impl Disk {
                     let (stem, is_yaml) = stem(&text);
                     let name = format!("{prefix}{stem}");
                     let stat = match metadata {
-                        Ok(metadata) => Ok((Stat::of(&metadata), metadata.modified().ok())),
+                        Ok(metadata) => Ok((FileStat::of(&metadata), metadata.modified().ok())),
                         Err(error) if error.kind() == ErrorKind::NotFound => {
                             Err("a link to something that does not exist".to_owned())
                         }
                         Err(error) => Err(plain(&error)),
                     };
-                    walk.files.push(Found { path, name, is_yaml, stat });
+                    walk.files.push(FoundFile { path, name, is_yaml, stat });
                 }
             }
         }
@@ -455,7 +455,7 @@ impl Disk {
     }
 
     /// Checks whether the walk as a whole looks plausible.
-    fn judge(&self, walk: &Walk) -> Result<(), SourceError> {
+    fn judge(&self, walk: &DirectoryWalk) -> Result<(), SourceError> {
         let path = self.config.path.display();
         if walk.files.len() > self.config.max_files {
             let most = self.config.max_files;
@@ -476,7 +476,7 @@ impl Disk {
 
     /// Watches these directories. Returns whether a watch was added, and a problem if some directories are
     /// not watched.
-    fn arm(&mut self, directories: &Directories) -> (bool, Option<Problem>) {
+    fn arm(&mut self, directories: &WatchedDirectories) -> (bool, Option<Problem>) {
         let (is_new, result) = match self.watch() {
             Ok(watch) => watch.arm(directories),
             Err(why) => (false, Err(why)),
@@ -494,19 +494,19 @@ impl Disk {
         (is_new, problem)
     }
 
-    fn watch(&mut self) -> Result<&mut Watch, String> {
+    fn watch(&mut self) -> Result<&mut DirectoryWatches, String> {
         #[cfg(test)]
         if self.no_watches {
             return Err("the host has no watches left: raise fs.inotify.max_user_watches".to_owned());
         }
         match &mut self.watch {
             Some(watch) => Ok(watch),
-            none => Ok(none.insert(Watch::new(self.hints.clone())?)),
+            none => Ok(none.insert(DirectoryWatches::new(self.hints.clone())?)),
         }
     }
 
     /// Reads a file if it may have changed.
-    fn read(&mut self, found: &Found, look: &Look, verify: bool, scan: &mut Scan) {
+    fn read(&mut self, found: &FoundFile, look: &ScanRequest, verify: bool, scan: &mut Scan) {
         let unsettled = &mut self.unsettled;
         let mut again = |scan: &mut Scan, wait: Duration| {
             unsettled.insert(found.path.clone());
@@ -542,12 +542,12 @@ impl Disk {
         }
         scan.read += 1;
         match read_bytes(&found.path, self.config.max_bytes) {
-            Ok(Content::Whole { bytes, stat, is_public }) => {
+            Ok(FileContent::Whole { bytes, stat, is_public }) => {
                 let is_shown = is_public || self.config.quotes_private_files;
                 self.take(found, &bytes, stat, is_shown, scan);
             }
-            Ok(Content::Changing) => again(scan, SETTLED),
-            Ok(Content::TooLarge) => self.refuse(found, too_large(self.config.max_bytes), scan),
+            Ok(FileContent::Changing) => again(scan, SETTLED),
+            Ok(FileContent::TooLarge) => self.refuse(found, too_large(self.config.max_bytes), scan),
             Err(error) if error.kind() == ErrorKind::NotFound => again(scan, SETTLED),
             Err(error) => self.refuse(found, plain(&error), scan),
         }
@@ -560,7 +560,7 @@ impl Disk {
     }
 
     /// Takes the content of a file.
-    fn take(&mut self, found: &Found, bytes: &[u8], stat: Stat, is_shown: bool, scan: &mut Scan) {
+    fn take(&mut self, found: &FoundFile, bytes: &[u8], stat: FileStat, is_shown: bool, scan: &mut Scan) {
         let state = self.files.entry(found.path.clone()).or_default();
         state.stat = Some(stat);
         state.missing_since = None;
@@ -587,7 +587,7 @@ impl Disk {
     }
 
     /// Records that a file cannot be read; its last good services stay.
-    fn refuse(&mut self, found: &Found, why: String, scan: &mut Scan) {
+    fn refuse(&mut self, found: &FoundFile, why: String, scan: &mut Scan) {
         scan.refused += 1;
         let file: Arc<str> = found.path.display().to_string().into();
         let state = self.files.entry(found.path.clone()).or_default();
@@ -595,10 +595,10 @@ impl Disk {
         state.hash = None;
         state.missing_since = None;
         let problem = Problem::new(Place::file(file.clone()), file.clone(), why);
-        self.learn(&found.path, &file, Parsed::refused(vec![problem]));
+        self.learn(&found.path, &file, ParseResult::refused(vec![problem]));
     }
 
-    fn learn(&mut self, path: &Path, file: &Arc<str>, parsed: Parsed) {
+    fn learn(&mut self, path: &Path, file: &Arc<str>, parsed: ParseResult) {
         let restored = &mut self.restored;
         let state = self.files.entry(path.to_owned()).or_default();
         let mut before = std::mem::take(&mut state.services);
@@ -611,8 +611,11 @@ impl Disk {
         };
         // Before a file is first read, its last good services are those from before the restart.
         for (name, registration) in restored.extract_if(.., |_, known| known.place.file == *file) {
-            let told =
-                Told { known: Known::Restored(registration), stale_because: None, partial_because: None };
+            let told = ServiceStatement {
+                known: ServiceContent::Restored(registration),
+                stale_because: None,
+                partial_because: None,
+            };
             before.entry(name).or_insert(told);
         }
         let has_failed = parsed.has_failed();
@@ -635,10 +638,14 @@ impl Disk {
             for service in parsed.services {
                 // An unchanged service keeps its pointer, by which later stages see that nothing changed.
                 let known = match before.remove(&service.name) {
-                    Some(Told { known: Known::Parsed(same), .. }) if *same == service => same,
+                    Some(ServiceStatement { known: ServiceContent::Parsed(same), .. })
+                        if *same == service =>
+                    {
+                        same
+                    }
                     _ => Arc::new(service),
                 };
-                state.services.insert(known.name.clone(), Told::fresh(known));
+                state.services.insert(known.name.clone(), ServiceStatement::fresh(known));
             }
             if parsed.has_unnamed {
                 // A service that is no longer named may be one of the records without a readable name.
@@ -655,9 +662,9 @@ impl Disk {
         match parsed.failure {
             Some(_) if !state.services.is_empty() => {}
             // A file with such a name never had a service.
-            Some(Failure::MisnamedFile) => {}
-            Some(Failure::NotRead) => state.unusable.push(because(None)),
-            Some(Failure::Misnamed) => _ = left_out.insert(because(None)),
+            Some(FileFailure::MisnamedFile) => {}
+            Some(FileFailure::NotRead) => state.unusable.push(because(None)),
+            Some(FileFailure::Misnamed) => _ = left_out.insert(because(None)),
             None if parsed.has_unnamed => _ = left_out.insert(because(None)),
             None => {}
         }
@@ -681,7 +688,7 @@ impl Disk {
     }
 
     /// Records the services of a file that differ from `previous`.
-    fn note_changed(&mut self, path: &Path, mut previous: BTreeMap<ServiceName, Told>) {
+    fn note_changed(&mut self, path: &Path, mut previous: BTreeMap<ServiceName, ServiceStatement>) {
         if self.walked.is_none() {
             // The next merge covers every service anyway.
             return;
@@ -730,7 +737,7 @@ impl Disk {
             let below = |known: &Registration| Path::new(&*known.place.file).starts_with(directory);
             for (name, known) in self.restored.extract_if(.., |_, known| below(known)) {
                 let state = self.files.entry(PathBuf::from(&*known.place.file)).or_default();
-                let told = Told::stale(Known::Restored(known), because.clone());
+                let told = ServiceStatement::stale(ServiceContent::Restored(known), because.clone());
                 state.services.insert(name, told);
             }
         }
@@ -787,7 +794,7 @@ impl Disk {
         };
         self.restored_parts.retain(|name, known| {
             let Some(told) = scan.told.services.get_mut(name) else { return false };
-            let Known::Parsed(service) = &told.known else { return true };
+            let ServiceContent::Parsed(service) = &told.known else { return true };
             let is_there =
                 |known: &Endpoint| service.endpoints.iter().any(|endpoint| is_of(&endpoint.address, known));
             let is_missing = service.is_shared && !known.endpoints.iter().all(is_there);
@@ -801,22 +808,23 @@ impl Disk {
     /// Merges all files. If two files name one service, the file that counted before counts, or else the
     /// first in path order.
     pub(super) fn merge(&mut self, scan: &mut Scan) {
-        let mut claims: BTreeMap<&ServiceName, Vec<(&PathBuf, &Told)>> = BTreeMap::new();
+        let mut claims: BTreeMap<&ServiceName, Vec<(&PathBuf, &ServiceStatement)>> = BTreeMap::new();
         for (path, state) in &self.files {
             for (name, told) in &state.services {
                 claims.entry(name).or_default().push((path, told));
             }
         }
-        let mut merged = Merged::default();
+        let mut merged = MergedServices::default();
         for (name, claims) in &claims {
-            let told: Vec<&Told> = claims.iter().map(|(_, told)| *told).collect();
+            let told: Vec<&ServiceStatement> = claims.iter().map(|(_, told)| *told).collect();
             merged.add(name, &told, self.incumbents.get(*name), self.joined.get(*name));
         }
-        let paths =
-            |claims: Vec<(&PathBuf, &Told)>| claims.into_iter().map(|(path, _)| path.clone()).collect();
+        let paths = |claims: Vec<(&PathBuf, &ServiceStatement)>| {
+            claims.into_iter().map(|(path, _)| path.clone()).collect()
+        };
         self.claims = claims.into_iter().map(|(name, claims)| (name.clone(), paths(claims))).collect();
         self.changed.clear();
-        let Merged { services, incumbents, joined, conflicts } = merged;
+        let MergedServices { services, incumbents, joined, conflicts } = merged;
         scan.told.services = services;
         self.incumbents = incumbents;
         self.joined = joined;
@@ -827,17 +835,17 @@ impl Disk {
     /// Merges the services whose files changed.
     fn merge_changed(&mut self, scan: &mut Scan) {
         let changed = std::mem::take(&mut self.changed);
-        let mut merged = Merged::default();
+        let mut merged = MergedServices::default();
         for name in &changed {
             let files = self.claims.get(name).into_iter().flatten();
-            let told: Vec<&Told> =
+            let told: Vec<&ServiceStatement> =
                 files.filter_map(|path| self.files.get(path)?.services.get(name)).collect();
             merged.add(name, &told, self.incumbents.get(name), self.joined.get(name));
             self.incumbents.remove(name);
             self.joined.remove(name);
             self.conflicts.remove(name);
         }
-        let Merged { services, incumbents, joined, conflicts } = merged;
+        let MergedServices { services, incumbents, joined, conflicts } = merged;
         scan.told.services = services;
         self.incumbents.extend(incumbents);
         self.joined.extend(joined);
@@ -865,27 +873,27 @@ impl Disk {
 
 /// Services merged from the files that name them.
 #[derive(Default)]
-struct Merged {
-    services: BTreeMap<ServiceName, Told>,
+struct MergedServices {
+    services: BTreeMap<ServiceName, ServiceStatement>,
     incumbents: BTreeMap<ServiceName, Arc<str>>,
     joined: BTreeMap<ServiceName, Arc<ParsedService>>,
     conflicts: BTreeMap<ServiceName, Vec<Problem>>,
 }
 
-impl Merged {
+impl MergedServices {
     /// Adds a service from the statements of the files that name it, in path order. `incumbent` is the file
     /// that counted before; `joined` is the previous result for a shared service.
     fn add(
         &mut self,
         name: &ServiceName,
-        claims: &[&Told],
+        claims: &[&ServiceStatement],
         incumbent: Option<&Arc<str>>,
         joined: Option<&Arc<ParsedService>>,
     ) {
         if claims.len() > 1
             && let Some(told) = join(name, claims, joined)
         {
-            if let Known::Parsed(service) = &told.known {
+            if let ServiceContent::Parsed(service) = &told.known {
                 self.joined.insert(name.clone(), service.clone());
             }
             self.incumbents.insert(name.clone(), place(&told).file);
@@ -901,15 +909,15 @@ impl Merged {
             self.conflicts.entry(name.clone()).or_default().push(problem);
         }
         self.incumbents.insert(name.clone(), place(counts).file);
-        self.services.insert(name.clone(), Told::clone(counts));
+        self.services.insert(name.clone(), ServiceStatement::clone(counts));
     }
 }
 
 /// Reports whether both are equal by pointer.
-fn is_same(before: &Told, now: &Told) -> bool {
+fn is_same(before: &ServiceStatement, now: &ServiceStatement) -> bool {
     let is_known = match (&before.known, &now.known) {
-        (Known::Parsed(before), Known::Parsed(now)) => Arc::ptr_eq(before, now),
-        (Known::Restored(before), Known::Restored(now)) => Arc::ptr_eq(before, now),
+        (ServiceContent::Parsed(before), ServiceContent::Parsed(now)) => Arc::ptr_eq(before, now),
+        (ServiceContent::Restored(before), ServiceContent::Restored(now)) => Arc::ptr_eq(before, now),
         _ => false,
     };
     is_known && before.stale_because == now.stale_because && before.partial_because == now.partial_because
@@ -936,12 +944,16 @@ fn is_kept_though_gone(
 
 /// Joins a service that several files share, as Prometheus does with a job. Returns `None` if the files do
 /// not share it on purpose. A result equal to `before` keeps its pointer.
-fn join(name: &ServiceName, claims: &[&Told], before: Option<&Arc<ParsedService>>) -> Option<Told> {
+fn join(
+    name: &ServiceName,
+    claims: &[&ServiceStatement],
+    before: Option<&Arc<ParsedService>>,
+) -> Option<ServiceStatement> {
     let parts: Vec<&Arc<ParsedService>> = claims
         .iter()
         .map(|told| match &told.known {
-            Known::Parsed(service) if service.is_shared => Some(service),
-            Known::Parsed(_) | Known::Restored(_) => None,
+            ServiceContent::Parsed(service) if service.is_shared => Some(service),
+            ServiceContent::Parsed(_) | ServiceContent::Restored(_) => None,
         })
         .collect::<Option<_>>()?;
     let mut whole = ParsedService::clone(parts.first()?);
@@ -959,7 +971,7 @@ fn join(name: &ServiceName, claims: &[&Told], before: Option<&Arc<ParsedService>
         Some(before) if **before == whole => before.clone(),
         _ => Arc::new(whole),
     };
-    Some(Told::fresh(whole))
+    Some(ServiceStatement::fresh(whole))
 }
 
 /// Reports whether the endpoint `known` may come from a record with `address`.
@@ -971,14 +983,14 @@ fn is_of(address: &Address, known: &Endpoint) -> bool {
         }
 }
 
-fn place(told: &Told) -> Place {
+fn place(told: &ServiceStatement) -> Place {
     match &told.known {
-        Known::Parsed(service) => service.place.clone(),
-        Known::Restored(registration) => registration.place.clone(),
+        ServiceContent::Parsed(service) => service.place.clone(),
+        ServiceContent::Restored(registration) => registration.place.clone(),
     }
 }
 
-impl Walk {
+impl DirectoryWalk {
     fn problem(&mut self, path: &Path, message: &str) {
         let file: Arc<str> = path.display().to_string().into();
         self.problems.push(Problem::new(Place::file(file.clone()), file, message));
@@ -993,13 +1005,13 @@ impl Walk {
         for (directory, name) in way {
             self.ways.insert((directory.clone(), name.clone()));
             match self.directories.get_mut(&directory) {
-                Some(Directory { only: Some(names), .. }) => _ = names.insert(name),
-                Some(Directory { only: None, .. }) => {}
+                Some(WatchedDirectory { only: Some(names), .. }) => _ = names.insert(name),
+                Some(WatchedDirectory { only: None, .. }) => {}
                 None => {
                     if let Ok(metadata) = std::fs::metadata(&directory) {
                         let id = (metadata.dev(), metadata.ino());
                         let only = Some(BTreeSet::from([name]));
-                        self.directories.insert(directory, Directory { id, only });
+                        self.directories.insert(directory, WatchedDirectory { id, only });
                     }
                 }
             }
@@ -1008,10 +1020,10 @@ impl Walk {
 }
 
 /// The bytes of a file, if they are consistent.
-enum Content {
+enum FileContent {
     Whole {
         bytes: Vec<u8>,
-        stat: Stat,
+        stat: FileStat,
         /// Every user of the host may read the file.
         is_public: bool,
     },
@@ -1020,27 +1032,27 @@ enum Content {
     TooLarge,
 }
 
-fn read_bytes(path: &Path, limit: usize) -> io::Result<Content> {
+fn read_bytes(path: &Path, limit: usize) -> io::Result<FileContent> {
     // If the regular file has been replaced by a FIFO since, `NONBLOCK` keeps the open from blocking, and the
     // FIFO is not read.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     let before = file.metadata()?;
     if !before.is_file() {
-        return Ok(Content::Changing);
+        return Ok(FileContent::Changing);
     }
     let limit = u64::try_from(limit).unwrap_or(u64::MAX);
     if before.size() > limit {
-        return Ok(Content::TooLarge);
+        return Ok(FileContent::TooLarge);
     }
     let mut bytes = Vec::with_capacity(usize::try_from(before.size()).unwrap_or_default());
     (&mut file).take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
-    let after = Stat::of(&file.metadata()?);
-    if after != Stat::of(&before) || u64::try_from(bytes.len()).ok() != Some(after.size) {
-        return Ok(Content::Changing);
+    let after = FileStat::of(&file.metadata()?);
+    if after != FileStat::of(&before) || u64::try_from(bytes.len()).ok() != Some(after.size) {
+        return Ok(FileContent::Changing);
     }
     let is_public = is_public(&file, &before, path);
-    Ok(Content::Whole { bytes, stat: after, is_public })
+    Ok(FileContent::Whole { bytes, stat: after, is_public })
 }
 
 /// Reports whether a file is hidden or is one that editors, package managers and atomic writers leave behind.

@@ -12,12 +12,12 @@ use rustix::fs::{FileType, Mode};
 use tokio::sync::watch as channel;
 use vmesh_testkit::TempDir;
 
-use super::watch::Look;
+use super::watch::ScanRequest;
 use vmesh_model::{Endpoint, ServiceName};
 
 use super::*;
-use crate::Seen;
-use crate::assemble::Known;
+use crate::ServiceView;
+use crate::assemble::ServiceContent;
 use crate::format::Format;
 use crate::source::link;
 use crate::{Guard, GuardConfig, View, follow};
@@ -26,7 +26,7 @@ use crate::{Guard, GuardConfig, View, follow};
 const BOUND: Duration = Duration::from_secs(20);
 
 /// A file source over a directory of its own, with the task that follows it.
-struct Live {
+struct LiveSource {
     dir: TempDir,
     views: channel::Receiver<View>,
     _task: tokio::task::JoinSet<()>,
@@ -34,15 +34,15 @@ struct Live {
 
 /// Resolves the names in the map, and never answers for `slow`.
 #[derive(Clone, Default)]
-struct Dns(Arc<Mutex<BTreeMap<String, IpAddr>>>);
+struct TestDns(Arc<Mutex<BTreeMap<String, IpAddr>>>);
 
-impl Dns {
+impl TestDns {
     fn set(&self, host: &str, ip: &str) {
         self.0.lock().unwrap().insert(host.to_owned(), ip.parse().unwrap());
     }
 }
 
-impl Resolve for Dns {
+impl Resolve for TestDns {
     fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
         let deadline = std::time::Instant::now() + BOUND;
         loop {
@@ -75,8 +75,8 @@ fn config(path: &Path) -> FileConfig {
     FileConfig { poll: Duration::from_secs(600), ..FileConfig::of(path) }
 }
 
-impl Live {
-    fn of(dir: TempDir, config: FileConfig, last_good: Option<Registrations>, dns: Dns) -> Live {
+impl LiveSource {
+    fn of(dir: TempDir, config: FileConfig, last_good: Option<Registrations>, dns: TestDns) -> LiveSource {
         let guard =
             GuardConfig { confirm_empty: Duration::from_secs(300), ..config.guard.clone() }.for_files();
         let last_good = last_good.map(Arc::new);
@@ -89,14 +89,14 @@ impl Live {
         let source = FileSource::with_resolver(config, last_good.as_deref(), counters, dns);
         let mut task = tokio::task::JoinSet::new();
         task.spawn(follow(source, guard, link));
-        Live { dir, views: handle.views, _task: task }
+        LiveSource { dir, views: handle.views, _task: task }
     }
 
-    fn start(files: &[(&str, &str)]) -> Live {
+    fn start(files: &[(&str, &str)]) -> LiveSource {
         let dir = vmesh_testkit::tempdir().unwrap();
         write(&dir, files);
         let config = config(&dir);
-        Live::of(dir, config, None, Dns::default())
+        LiveSource::of(dir, config, None, TestDns::default())
     }
 
     fn show(&self, view: &View) -> String {
@@ -161,7 +161,7 @@ const ORDERS: &str = "endpoints: [10.0.0.1:80, 10.0.0.2:80]\n";
 
 #[tokio::test]
 async fn a_directory_holds_files_of_all_formats() {
-    let mut live = Live::start(&[
+    let mut live = LiveSource::start(&[
         ("orders.yaml", ORDERS),
         ("targets.json", r#"[{"targets": ["10.1.0.1:80"], "labels": {"job": "web"}}]"#),
         ("pay", "10.2.0.1 8080\n10.2.0.2 8080 * 2\n"),
@@ -199,7 +199,7 @@ async fn a_single_file_is_a_source_too() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("all.yaml", "[{service: a, endpoints: [10.0.0.1:80]}]"), ("other", "x")]);
     let config = config(&dir.join("all.yaml"));
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.until("a fresh 10.0.0.1:80").await;
     replace(
         &live.dir,
@@ -211,7 +211,7 @@ async fn a_single_file_is_a_source_too() {
 
 #[tokio::test]
 async fn a_file_that_is_renamed_into_place_is_seen() {
-    let mut live = Live::start(&[("orders.yaml", ORDERS)]);
+    let mut live = LiveSource::start(&[("orders.yaml", ORDERS)]);
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     for i in 3..20 {
         replace(&live.dir, "orders.yaml", &format!("endpoints: [10.0.0.{i}:80, 10.0.0.1:80]\n"));
@@ -227,7 +227,7 @@ async fn a_file_that_is_renamed_into_place_is_seen() {
 
 #[tokio::test]
 async fn a_file_that_is_half_written_is_not_read() {
-    let mut live = Live::start(&[("orders.yaml", "endpoints: [10.0.0.1:80, 10.0.0.2:80]\n")]);
+    let mut live = LiveSource::start(&[("orders.yaml", "endpoints: [10.0.0.1:80, 10.0.0.2:80]\n")]);
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     let path = live.dir.join("orders.yaml");
     let writer = std::thread::spawn(move || {
@@ -250,7 +250,7 @@ async fn a_file_that_is_half_written_is_not_read() {
 
 #[tokio::test]
 async fn a_file_that_is_deleted_and_written_again_was_never_gone() {
-    let mut live = Live::start(&[("orders.yaml", ORDERS), ("web", "10.0.1.1 80")]);
+    let mut live = LiveSource::start(&[("orders.yaml", ORDERS), ("web", "10.0.1.1 80")]);
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80\nweb fresh 10.0.1.1:80").await;
     let path = live.dir.join("orders.yaml");
     let writer = std::thread::spawn(move || {
@@ -271,7 +271,7 @@ async fn a_file_that_is_deleted_and_written_again_was_never_gone() {
 
 #[tokio::test]
 async fn a_deleted_file_is_held() {
-    let mut live = Live::start(&[("orders.yaml", ORDERS), ("web", "10.0.1.1 80")]);
+    let mut live = LiveSource::start(&[("orders.yaml", ORDERS), ("web", "10.0.1.1 80")]);
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80\nweb fresh 10.0.1.1:80").await;
     fs::remove_file(live.dir.join("orders.yaml")).unwrap();
     let seen = live.views_until(|shown| shown.contains("held")).await;
@@ -296,7 +296,7 @@ async fn a_link_that_is_swapped_is_seen() {
     symlink("releases/1", dir.join("current")).unwrap();
     symlink("../current", dir.join("d/live")).unwrap();
     let config = config(&dir.join("d"));
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.until("live.pay fresh 10.0.2.1:80\norders fresh 10.0.0.1:80 10.0.0.2:80\nweb fresh 10.0.1.1:80")
         .await;
 
@@ -324,7 +324,7 @@ async fn a_directory_that_is_replaced_is_watched_again() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("d/orders.yaml", ORDERS), ("new/orders.yaml", "endpoints: [10.0.0.3:80]\n")]);
     let config = config(&dir.join("d"));
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     fs::rename(live.dir.join("d"), live.dir.join("old")).unwrap();
     fs::rename(live.dir.join("new"), live.dir.join("d")).unwrap();
@@ -336,7 +336,7 @@ async fn a_directory_that_is_replaced_is_watched_again() {
 /// File systems may give a new directory the inode number of a removed one, whose watch is gone.
 #[tokio::test]
 async fn a_directory_that_is_removed_and_made_again_is_watched_again() {
-    let mut live = Live::start(&[("web", "10.0.1.1 80\n"), ("team/orders", "10.0.0.1 80\n")]);
+    let mut live = LiveSource::start(&[("web", "10.0.1.1 80\n"), ("team/orders", "10.0.0.1 80\n")]);
     live.until("team.orders fresh 10.0.0.1:80\nweb fresh 10.0.1.1:80").await;
     for n in 2..8 {
         fs::remove_dir_all(live.dir.join("team")).unwrap();
@@ -352,7 +352,7 @@ async fn a_directory_that_is_gone_or_empty_is_an_accident() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("d/orders.yaml", ORDERS)]);
     let config = config(&dir.join("d"));
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     fs::rename(live.dir.join("d"), live.dir.join("away")).unwrap();
     let seen = live.views_until(|shown| shown.contains("STALE")).await;
@@ -379,7 +379,7 @@ async fn without_being_told_everything_is_seen_at_the_next_poll() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("orders.yaml", ORDERS)]);
     let config = FileConfig { watch: false, poll: Duration::from_secs(1), ..FileConfig::of(&*dir) };
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.until("orders fresh 10.0.0.1:80 10.0.0.2:80").await;
     // A poll also finds a change that the metadata hide.
     let path = live.dir.join("orders.yaml");
@@ -394,12 +394,12 @@ async fn a_host_without_watches_is_polled_and_says_so() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("orders.yaml", ORDERS)]);
     let config = FileConfig { poll: Duration::from_secs(1), ..FileConfig::of(&*dir) };
-    let source = FileSource::with_resolver(config, None, Arc::default(), Dns::default());
+    let source = FileSource::with_resolver(config, None, Arc::default(), TestDns::default());
     source.disk.lock().unwrap().no_watches = true;
     let (handle, link) = link("file".into(), View::default());
     let mut task = tokio::task::JoinSet::new();
     task.spawn(follow(source, Guard::new("file", GuardConfig::default().for_files()), link));
-    let mut live = Live { dir, views: handle.views, _task: task };
+    let mut live = LiveSource { dir, views: handle.views, _task: task };
     live.first(expect![[r#"
         orders fresh 10.0.0.1:80 10.0.0.2:80
         DIR: the host has no watches left: raise fs.inotify.max_user_watches; until then changes are seen only every 1s
@@ -410,7 +410,7 @@ async fn a_host_without_watches_is_polled_and_says_so() {
 
 #[tokio::test]
 async fn a_change_during_a_storm_of_others_is_seen() {
-    let mut live = Live::start(&[("orders.yaml", ORDERS), ("noise", "10.0.1.1 80\n")]);
+    let mut live = LiveSource::start(&[("orders.yaml", ORDERS), ("noise", "10.0.1.1 80\n")]);
     live.until("noise fresh 10.0.1.1:80\norders fresh 10.0.0.1:80 10.0.0.2:80").await;
     let (stop, dir) = (Arc::new(std::sync::atomic::AtomicBool::new(false)), live.dir.to_path_buf());
     let noise = std::thread::spawn({
@@ -458,7 +458,7 @@ async fn what_is_no_file_is_not_opened_and_what_is_no_text_is_not_read() {
     symlink(".", dir.join("round")).unwrap();
     fs::write(dir.join("-.yaml"), ORDERS).unwrap();
     let config = config(&dir);
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.first(expect![[r#"
         good fresh 10.0.0.1:80 10.0.0.2:80
         port fresh 10.0.0.2:80
@@ -482,7 +482,7 @@ async fn what_is_no_file_is_not_opened_and_what_is_no_text_is_not_read() {
 
 #[tokio::test]
 async fn a_bad_file_keeps_what_was_last_good_of_it() {
-    let mut live = Live::start(&[
+    let mut live = LiveSource::start(&[
         ("all.yaml", "- {service: a, endpoints: [10.0.0.1:80]}\n- {service: b, endpoints: [10.0.0.2:80]}\n"),
         ("orders.yaml", ORDERS),
     ]);
@@ -561,7 +561,7 @@ async fn a_bad_file_keeps_what_was_last_good_of_it() {
 #[tokio::test]
 async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
     let mut live =
-        Live::start(&[("orders.yaml", "endpoints: [10.0.0.1:80, db:80]\n"), ("web", "10.0.1.1 80\n")]);
+        LiveSource::start(&[("orders.yaml", "endpoints: [10.0.0.1:80, db:80]\n"), ("web", "10.0.1.1 80\n")]);
     let shown = live.views_until(|shown| shown.contains("web")).await;
     expect![[r#"
         orders stale 10.0.0.1:80 (`db` cannot be resolved: no such host; this endpoint is left out)
@@ -570,7 +570,7 @@ async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
     "#]]
     .assert_eq(shown.last().unwrap());
     let mut last_good = (**live.views.borrow().last_good.as_ref().unwrap()).clone();
-    let Live { dir, .. } = live;
+    let LiveSource { dir, .. } = live;
     // The name resolved before the restart.
     let known = last_good.services.get_mut("orders").unwrap();
     let mut registration = (*known.registration).clone();
@@ -581,11 +581,11 @@ async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
         ..endpoints[0].clone()
     });
     registration.endpoints = endpoints.into();
-    *known = Seen::fresh(registration.into());
+    *known = ServiceView::fresh(registration.into());
 
     fs::write(dir.join("orders.yaml"), "endpoints: [10.0.0.1:80, db:80\n").unwrap();
     let config = config(&dir);
-    let mut live = Live::of(dir, config, Some(last_good), Dns::default());
+    let mut live = LiveSource::of(dir, config, Some(last_good), TestDns::default());
     live.first(expect![[r#"
         orders stale 10.0.0.1:80 10.0.0.7:80 (the source has not answered since the start; this is from before)
         web stale 10.0.1.1:80 (the source has not answered since the start; this is from before)
@@ -611,7 +611,7 @@ async fn a_bad_file_keeps_what_was_known_of_it_before_a_restart() {
 
 #[tokio::test]
 async fn a_service_in_two_files_is_that_of_the_first() {
-    let mut live = Live::start(&[
+    let mut live = LiveSource::start(&[
         ("b.yaml", "service: orders\nendpoints: [10.0.0.2:80]\n"),
         ("a.yaml", "---\nservice: orders\nendpoints: [10.0.0.1:80]\n"),
         ("orders", "10.0.0.3 80\n"),
@@ -629,7 +629,7 @@ async fn a_service_in_two_files_is_that_of_the_first() {
 async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_that_breaks() {
     let group =
         |address: &str| format!("[{{\"targets\": [\"{address}\"], \"labels\": {{\"job\": \"node\"}}}}]");
-    let mut live = Live::start(&[
+    let mut live = LiveSource::start(&[
         ("a.json", &group("10.0.0.1:80")),
         ("b.json", &group("10.0.0.2:80")),
         ("c.json", &group("10.0.0.3:80")),
@@ -639,14 +639,14 @@ async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_th
     "#]])
         .await;
     let last_good = (**live.views.borrow().last_good.as_ref().unwrap()).clone();
-    let Live { dir, .. } = live;
+    let LiveSource { dir, .. } = live;
     fs::write(dir.join("b.json"), "[{\"targets\": [").unwrap();
     let config = FileConfig { watch: false, ..config(&dir) };
     let mut disk = Disk::new(config, Arc::default(), Some(&last_good));
     let all = ["a.json", "b.json", "c.json"].map(|file| dir.join(file));
-    let whole = |told: &crate::assemble::Told| match &told.known {
-        Known::Parsed(service) => service.endpoints.len(),
-        Known::Restored(known) => known.endpoints.len(),
+    let whole = |told: &crate::assemble::ServiceStatement| match &told.known {
+        ServiceContent::Parsed(service) => service.endpoints.len(),
+        ServiceContent::Restored(known) => known.endpoints.len(),
     };
     let restarted = scan(&mut disk, &all, true);
     let told = &restarted.told.services["node"];
@@ -665,7 +665,7 @@ async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_th
 #[tokio::test]
 async fn a_name_that_stands_for_loopback_on_this_host_only_is_no_endpoint() {
     let dir = vmesh_testkit::tempdir().unwrap();
-    let dns = Dns::default();
+    let dns = TestDns::default();
     for (host, ip) in
         [("vm-17", "127.0.1.1"), ("vm-18", "::1"), ("vm-19", "::ffff:127.0.0.1"), ("vm-20", "10.0.0.20")]
     {
@@ -682,7 +682,7 @@ async fn a_name_that_stands_for_loopback_on_this_host_only_is_no_endpoint() {
         ],
     );
     let config = config(&dir);
-    let mut live = Live::of(dir, config, None, dns);
+    let mut live = LiveSource::of(dir, config, None, dns);
     live.first(expect![[r#"
         own fresh 127.0.0.1:80 127.0.0.5:80 127.0.0.9:80
         web fresh 10.0.0.20:80
@@ -723,7 +723,7 @@ async fn an_address_that_nobody_can_dial_is_left_out_of_every_format_and_is_no_b
         }
     }
     let config = config(&dir);
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.views_until(|shown| !shown.is_empty()).await;
     let view = live.views.borrow().clone();
     assert_eq!(view.unusable, None);
@@ -754,7 +754,7 @@ async fn a_directory_of_far_too_many_files_is_the_wrong_one() {
     let dir = vmesh_testkit::tempdir().unwrap();
     write(&dir, &[("a", "10.0.0.1 80"), ("b", "10.0.0.1 80"), ("c", "10.0.0.1 80")]);
     let config = FileConfig { max_files: 2, ..config(&dir) };
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.first(expect![[r#"
         STALE discovery source `file:DIR`: DIR holds more than 2 files: is it the right directory?
     "#]])
@@ -765,7 +765,7 @@ async fn a_directory_of_far_too_many_files_is_the_wrong_one() {
 async fn a_source_whose_path_does_not_exist_says_so() {
     let dir = vmesh_testkit::tempdir().unwrap();
     let config = config(&dir.join("services.d"));
-    let mut live = Live::of(dir, config, None, Dns::default());
+    let mut live = LiveSource::of(dir, config, None, TestDns::default());
     live.first(expect![[r#"
         STALE discovery source `file:services.d` could not read services.d: it does not exist
     "#]])
@@ -777,14 +777,14 @@ async fn a_source_whose_path_does_not_exist_says_so() {
 #[tokio::test]
 async fn names_are_resolved_and_a_slow_one_holds_up_only_its_service() {
     let dir = vmesh_testkit::tempdir().unwrap();
-    let dns = Dns::default();
+    let dns = TestDns::default();
     dns.set("db", "10.1.0.1");
     write(
         &dir,
         &[("orders.yaml", "endpoints: [db:80, db:81, 10.1.0.1:82]\n"), ("pay", "nowhere 80\n10.2.0.1 80\n")],
     );
     let config = FileConfig { resolve_interval: Duration::from_secs(1), ..config(&dir) };
-    let mut live = Live::of(dir, config, None, dns.clone());
+    let mut live = LiveSource::of(dir, config, None, dns.clone());
     live.first(expect![[r#"
         orders fresh 10.1.0.1:80 10.1.0.1:81 10.1.0.1:82
         pay stale 10.2.0.1:80 (`nowhere` cannot be resolved: no such host; this endpoint is left out)
@@ -812,7 +812,7 @@ async fn names_are_resolved_and_a_slow_one_holds_up_only_its_service() {
 
 /// Scans the disk as if all files had been closed long ago.
 fn scan(disk: &mut Disk, whole: &[PathBuf], verify: bool) -> Scan {
-    let look = Look { whole: whole.iter().cloned().collect(), ..Look::default() };
+    let look = ScanRequest { whole: whole.iter().cloned().collect(), ..ScanRequest::default() };
     disk.scan(&look, verify).unwrap()
 }
 
@@ -856,7 +856,8 @@ fn of_a_thousand_files_the_one_that_changed_is_parsed() {
     let changed = scan(&mut disk, &[path], false);
     assert_eq!(changed.parsed, 1);
     for (name, told) in &changed.told.services {
-        let (Known::Parsed(before), Known::Parsed(now)) = (&first.told.services[name].known, &told.known)
+        let (ServiceContent::Parsed(before), ServiceContent::Parsed(now)) =
+            (&first.told.services[name].known, &told.known)
         else {
             panic!()
         };
@@ -905,17 +906,17 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
     for (whole, everything, verify) in
         [(vec![dir.join("team")], false, false), (vec![], true, false), (vec![], false, true)]
     {
-        let look = Look { whole: whole.into_iter().collect(), everything, ..Look::default() };
+        let look = ScanRequest { whole: whole.into_iter().collect(), everything, ..ScanRequest::default() };
         let all = disk.scan(&look, verify).unwrap();
         assert_eq!((&all.only, all.told.services.len()), (&None, 100));
-        let Known::Parsed(service) = &all.told.services["s8"].known else { panic!() };
+        let ServiceContent::Parsed(service) = &all.told.services["s8"].known else { panic!() };
         assert_eq!(service.endpoints[0].address.to_string(), "10.0.0.2:80");
     }
 }
 
 /// A change of the files.
 #[derive(Debug, Clone, Copy)]
-enum Change {
+enum FileChange {
     Write {
         file: usize,
         text: usize,
@@ -957,34 +958,34 @@ const TEXTS: [&str; 4] = [
     "[]\n",
 ];
 
-impl Change {
+impl FileChange {
     fn make(self, dir: &Path) {
         let path = |file: usize| dir.join("d").join(FILES[file]);
         // Errors of the file system are ignored, for example if the path is a directory.
         match self {
-            Change::Write { file, text } => {
+            FileChange::Write { file, text } => {
                 _ = fs::create_dir_all(path(file).parent().unwrap());
                 _ = fs::write(path(file), TEXTS[text]);
             }
-            Change::Replace { file, text } => {
+            FileChange::Replace { file, text } => {
                 _ = fs::create_dir_all(path(file).parent().unwrap());
                 let temporary = path(file).with_file_name(".tmp");
                 fs::write(&temporary, TEXTS[text]).unwrap();
                 _ = fs::rename(&temporary, path(file));
             }
-            Change::Remove { file } => _ = fs::remove_file(path(file)),
-            Change::Rename { from, to } => _ = fs::rename(path(from), path(to)),
-            Change::RemoveDirectory => _ = fs::remove_dir_all(dir.join("d/x")),
-            Change::MoveDirectory => {
+            FileChange::Remove { file } => _ = fs::remove_file(path(file)),
+            FileChange::Rename { from, to } => _ = fs::rename(path(from), path(to)),
+            FileChange::RemoveDirectory => _ = fs::remove_dir_all(dir.join("d/x")),
+            FileChange::MoveDirectory => {
                 _ = fs::rename(dir.join("d/x"), dir.join("d/z"));
             }
-            Change::Swap { link, to } => {
+            FileChange::Swap { link, to } => {
                 let (name, target) = [("team", "dirs"), ("linked", "files")][link];
                 _ = fs::remove_file(dir.join("next"));
                 symlink(dir.join(target).join(to.to_string()), dir.join("next")).unwrap();
                 fs::rename(dir.join("next"), dir.join("d").join(name)).unwrap();
             }
-            Change::WriteBehind { link, to, text } => {
+            FileChange::WriteBehind { link, to, text } => {
                 let behind = [format!("dirs/{to}/w"), format!("files/{to}")];
                 fs::write(dir.join(&behind[link]), TEXTS[text]).unwrap();
             }
@@ -992,28 +993,28 @@ impl Change {
     }
 }
 
-fn any_change() -> impl Strategy<Value = Change> {
+fn any_change() -> impl Strategy<Value = FileChange> {
     let (file, text, to, link) = (0..FILES.len(), 0..TEXTS.len(), 0..2usize, 0..2usize);
     prop_oneof![
-        3 => (file.clone(), text.clone()).prop_map(|(file, text)| Change::Write { file, text }),
-        3 => (file.clone(), text.clone()).prop_map(|(file, text)| Change::Replace { file, text }),
-        2 => file.clone().prop_map(|file| Change::Remove { file }),
-        2 => (file.clone(), file).prop_map(|(from, to)| Change::Rename { from, to }),
-        1 => Just(Change::RemoveDirectory),
-        1 => Just(Change::MoveDirectory),
-        2 => (link.clone(), to.clone()).prop_map(|(link, to)| Change::Swap { link, to }),
-        2 => (link, to, text).prop_map(|(link, to, text)| Change::WriteBehind { link, to, text }),
+        3 => (file.clone(), text.clone()).prop_map(|(file, text)| FileChange::Write { file, text }),
+        3 => (file.clone(), text.clone()).prop_map(|(file, text)| FileChange::Replace { file, text }),
+        2 => file.clone().prop_map(|file| FileChange::Remove { file }),
+        2 => (file.clone(), file).prop_map(|(from, to)| FileChange::Rename { from, to }),
+        1 => Just(FileChange::RemoveDirectory),
+        1 => Just(FileChange::MoveDirectory),
+        2 => (link.clone(), to.clone()).prop_map(|(link, to)| FileChange::Swap { link, to }),
+        2 => (link, to, text).prop_map(|(link, to, text)| FileChange::WriteBehind { link, to, text }),
     ]
 }
 
 /// Returns the statement about each service, and the subjects that have problems.
 fn said(statement: &Statement) -> (Vec<String>, BTreeSet<String>) {
-    let service = |(name, told): (&ServiceName, &crate::assemble::Told)| match &told.known {
-        Known::Parsed(service) => {
+    let service = |(name, told): (&ServiceName, &crate::assemble::ServiceStatement)| match &told.known {
+        ServiceContent::Parsed(service) => {
             let addresses: Vec<_> = service.endpoints.iter().map(|e| e.address.to_string()).collect();
             format!("{name} {addresses:?} of {} stale {}", service.place.file, told.stale_because.is_some())
         }
-        Known::Restored(_) => format!("{name} restored"),
+        ServiceContent::Restored(_) => format!("{name} restored"),
     };
     let problems = statement.problems.iter().map(|p| format!("{} {}", p.place.file, p.subject));
     (statement.services.iter().map(service).collect(), problems.collect())
@@ -1032,7 +1033,7 @@ proptest! {
         let dir = fs::canonicalize(&dir).unwrap();
         write(&dir, &[("dirs/0/w", TEXTS[0]), ("dirs/1/w", TEXTS[1]), ("files/0", TEXTS[0])]);
         write(&dir, &[("files/1", TEXTS[1]), ("d/last", TEXTS[0]), ("d/a", TEXTS[0]), ("d/x/a", TEXTS[1])]);
-        [0, 1].into_iter().for_each(|link| Change::Swap { link, to: 0 }.make(&dir));
+        [0, 1].into_iter().for_each(|link| FileChange::Swap { link, to: 0 }.make(&dir));
         let hints = Arc::new(Hints::below(&dir.join("d")));
         let mut disk = Disk::new(config(&dir.join("d")), hints.clone(), None);
         let last = dir.join("d/last");
@@ -1040,7 +1041,7 @@ proptest! {
         let heard = || {
             fs::write(&last, TEXTS[0]).unwrap();
             let until = std::time::Instant::now() + BOUND;
-            let mut all = Look::default();
+            let mut all = ScanRequest::default();
             while !all.whole.contains(&last) {
                 assert!(std::time::Instant::now() < until, "no event comes");
                 let look = hints.take(std::time::Instant::now());
@@ -1055,7 +1056,7 @@ proptest! {
             Some(only) => statement.replace(only, scan.told),
             None => statement = scan.told,
         };
-        take(disk.scan(&Look::default(), true).unwrap());
+        take(disk.scan(&ScanRequest::default(), true).unwrap());
         for changes in steps {
             changes.into_iter().for_each(|change| change.make(&dir));
             take(disk.scan(&heard(), false).unwrap());
@@ -1072,7 +1073,7 @@ proptest! {
         }
         // A disk state that has read nothing and only knows which file counts for each service.
         age_all(&dir);
-        let all = disk.begin_anew().scan(&Look::default(), true).unwrap();
+        let all = disk.begin_anew().scan(&ScanRequest::default(), true).unwrap();
         prop_assert_eq!(all.again, None);
         let all = all.told;
         prop_assert_eq!(said(&statement), said(&all));
@@ -1110,7 +1111,7 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
     );
     // The directory is read again once it is readable.
     fs::rename(dir.join(".team"), dir.join("team")).unwrap();
-    let again = disk.scan(&Look { everything: true, ..Look::default() }, false).unwrap();
+    let again = disk.scan(&ScanRequest { everything: true, ..ScanRequest::default() }, false).unwrap();
     assert!(again.told.services["team.orders"].stale_because.is_none());
 }
 

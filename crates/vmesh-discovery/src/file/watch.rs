@@ -33,7 +33,7 @@ const MAX_PATHS: usize = 10_000;
 /// The events since the last scan. Shared with the thread that receives them.
 #[derive(Debug, Default)]
 pub(super) struct Hints {
-    heard: Mutex<Heard>,
+    heard: Mutex<PendingEvents>,
     news: Notify,
     /// The prefix of the kernel's absolute paths if the configured path is relative: files are known by the
     /// path under which the walk found them.
@@ -41,8 +41,8 @@ pub(super) struct Hints {
 }
 
 #[derive(Debug, Default)]
-struct Heard {
-    touched: BTreeMap<PathBuf, Touch>,
+struct PendingEvents {
+    touched: BTreeMap<PathBuf, PathActivity>,
     /// When a full scan is due, because events were lost or too many paths changed.
     everything: Option<Instant>,
     /// The watched directories in which only some names matter.
@@ -50,14 +50,14 @@ struct Heard {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Touch {
+struct PathActivity {
     first: Instant,
     last: Instant,
     /// The file was written and has not been closed yet.
     is_open: bool,
 }
 
-impl Touch {
+impl PathActivity {
     /// Returns when the file may be read if no further event arrives.
     fn due(&self) -> Instant {
         match self.is_open {
@@ -69,7 +69,7 @@ impl Touch {
 
 /// The paths to scan.
 #[derive(Debug, Default)]
-pub(super) struct Look {
+pub(super) struct ScanRequest {
     /// Files that were closed, renamed or removed: their content is complete.
     pub(super) whole: BTreeSet<PathBuf>,
     /// Files that are being written.
@@ -92,7 +92,7 @@ impl Hints {
         }
     }
 
-    fn heard(&self) -> MutexGuard<'_, Heard> {
+    fn heard(&self) -> MutexGuard<'_, PendingEvents> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -102,17 +102,18 @@ impl Hints {
         let over = heard.touched.values().filter(|touch| !touch.is_open);
         // One scan covers all pending changes: its due time follows the latest change, within `BURST` of the
         // earliest.
-        let last = over.clone().map(Touch::due).max();
+        let last = over.clone().map(PathActivity::due).max();
         let burst = over.map(|touch| touch.first + BURST).min();
         let over = last.zip(burst).map(|(last, burst)| last.min(burst));
-        let open = heard.touched.values().filter(|touch| touch.is_open).map(Touch::due).min();
+        let open = heard.touched.values().filter(|touch| touch.is_open).map(PathActivity::due).min();
         [over, open, heard.everything].into_iter().flatten().min()
     }
 
     /// Takes the paths to scan now.
-    pub(super) fn take(&self, now: Instant) -> Look {
+    pub(super) fn take(&self, now: Instant) -> ScanRequest {
         let mut heard = self.heard();
-        let mut look = Look { everything: heard.everything.take().is_some(), ..Look::default() };
+        let mut look =
+            ScanRequest { everything: heard.everything.take().is_some(), ..ScanRequest::default() };
         heard.touched.retain(|path, touch| {
             let is_busy = touch.is_open && touch.due() > now;
             let paths = if is_busy { &mut look.busy } else { &mut look.whole };
@@ -160,7 +161,7 @@ fn meaning(kind: EventKind) -> Option<bool> {
     }
 }
 
-impl Heard {
+impl PendingEvents {
     fn touch(&mut self, path: PathBuf, is_open: bool, now: Instant) -> bool {
         let name = path.file_name().unwrap_or_default();
         if let Some(only) = path.parent().and_then(|parent| self.only.get(parent))
@@ -177,7 +178,7 @@ impl Heard {
             self.touched.clear();
             self.everything = Some(now + QUIET);
         }
-        let touch = self.touched.entry(path).or_insert(Touch { first: now, last: now, is_open });
+        let touch = self.touched.entry(path).or_insert(PathActivity { first: now, last: now, is_open });
         touch.last = now;
         touch.is_open = is_open;
         true
@@ -186,34 +187,34 @@ impl Heard {
 
 /// Directories to watch, by path: the device and inode number of each, and the names that matter in it unless
 /// all do.
-pub(super) type Directories = BTreeMap<PathBuf, Directory>;
+pub(super) type WatchedDirectories = BTreeMap<PathBuf, WatchedDirectory>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Directory {
+pub(super) struct WatchedDirectory {
     pub(super) id: (u64, u64),
     pub(super) only: Option<BTreeSet<OsString>>,
 }
 
 /// The watches of the process.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct DirectoryWatches {
     watcher: RecommendedWatcher,
     hints: Arc<Hints>,
     armed: BTreeMap<PathBuf, (u64, u64)>,
 }
 
-impl Watch {
-    pub(super) fn new(hints: Arc<Hints>) -> Result<Watch, String> {
+impl DirectoryWatches {
+    pub(super) fn new(hints: Arc<Hints>) -> Result<DirectoryWatches, String> {
         let heard = hints.clone();
         let watcher = notify::recommended_watcher(move |event| heard.hear(event)).map_err(|e| plain(&e))?;
-        Ok(Watch { watcher, hints, armed: BTreeMap::new() })
+        Ok(DirectoryWatches { watcher, hints, armed: BTreeMap::new() })
     }
 
     /// Removes the watches of directories that the kernel reported: such a directory and its watch may have
     /// been removed, and a new directory of the same name may have the same inode number. After lost events,
     /// removes all watches.
-    pub(super) fn distrust(&mut self, look: &Look) {
-        let Look { whole, busy, everything } = look;
+    pub(super) fn distrust(&mut self, look: &ScanRequest) {
+        let ScanRequest { whole, busy, everything } = look;
         let is_doubtful = |path: &Path| *everything || whole.contains(path) || busy.contains(path);
         for (path, _) in self.armed.extract_if(.., |path, _| is_doubtful(path)) {
             _ = self.watcher.unwatch(&path);
@@ -222,7 +223,7 @@ impl Watch {
 
     /// Watches these directories and no others, replacing the watch of a directory that was replaced. Returns
     /// whether a watch was added: changes before that were not reported and have to be found by a scan.
-    pub(super) fn arm(&mut self, wanted: &Directories) -> (bool, Result<(), String>) {
+    pub(super) fn arm(&mut self, wanted: &WatchedDirectories) -> (bool, Result<(), String>) {
         let outdated: Vec<_> = self
             .armed
             .iter()

@@ -15,14 +15,14 @@ use vmesh_model::{
     Address, Health, Host, Labels, Place, Problem, Protocol, Registration, ServiceName, Weight,
 };
 
-use super::{Parsed, ParsedService, Record, Share, subject_of};
+use super::{ParseResult, ParsedService, RawWeight, Record, subject_of};
 use crate::consul::config::{
-    AddressKind, ConsulConfig, Critical, HealthRules, Mapping, Pattern, TagPattern, Warning,
+    AddressKind, ConsulConfig, CriticalAction, HealthRules, MetadataKeys, Pattern, TagPattern, WarningAction,
 };
 
 /// The part of the configuration that tells how instances are read.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Rules {
+pub struct InstanceRules {
     require_tags: Vec<Pattern>,
     exclude_tags: Vec<Pattern>,
     node_meta: BTreeMap<String, Pattern>,
@@ -31,15 +31,15 @@ pub struct Rules {
     endpoint_address: AddressKind,
     port_name: Option<String>,
     default_port: Option<NonZeroU16>,
-    map: Mapping,
+    map: MetadataKeys,
     tag_patterns: Vec<TagPattern>,
     default_weight: Option<u32>,
     health: HealthRules,
 }
 
-impl Rules {
-    pub fn of(config: &ConsulConfig) -> Rules {
-        Rules {
+impl InstanceRules {
+    pub fn of(config: &ConsulConfig) -> InstanceRules {
+        InstanceRules {
             require_tags: config.require_tags.clone(),
             exclude_tags: config.exclude_tags.clone(),
             node_meta: config.node_meta.clone(),
@@ -63,17 +63,17 @@ impl Rules {
 
 /// The instances of one service in one datacenter.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Read {
+pub struct ServiceInstances {
     /// The number of listed instances, usable or not.
     pub listed: usize,
     /// The size of the answer in bytes.
     pub bytes: usize,
-    instances: Vec<Instance>,
+    instances: Vec<ConsulInstance>,
     bad: Vec<Problem>,
     notes: Vec<Problem>,
 }
 
-impl Read {
+impl ServiceInstances {
     /// Returns the number of invalid entries.
     pub fn bad(&self) -> u64 {
         self.bad.len() as u64
@@ -81,7 +81,7 @@ impl Read {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-struct Instance {
+struct ConsulInstance {
     record: Record,
     protocol: Option<Protocol>,
     /// The share of all requests in Fabio's terms, from 0 to 1.
@@ -92,15 +92,15 @@ struct Instance {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Entry {
-    node: Option<Node>,
-    service: Option<Service>,
-    checks: Option<Vec<Check>>,
+struct HealthEntry {
+    node: Option<NodeEntry>,
+    service: Option<ServiceEntry>,
+    checks: Option<Vec<HealthCheck>>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Node {
+struct NodeEntry {
     node: Option<String>,
     address: Option<String>,
     datacenter: Option<String>,
@@ -110,7 +110,7 @@ struct Node {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Service {
+struct ServiceEntry {
     #[serde(rename = "ID")]
     id: Option<String>,
     service: Option<String>,
@@ -120,9 +120,9 @@ struct Service {
     #[serde(alias = "ports")]
     ports: Option<Vec<NamedPort>>,
     socket_path: Option<String>,
-    tagged_addresses: Option<BTreeMap<String, Tagged>>,
+    tagged_addresses: Option<BTreeMap<String, TaggedAddress>>,
     meta: Option<BTreeMap<String, String>>,
-    weights: Option<Weights>,
+    weights: Option<CheckWeights>,
     kind: Option<String>,
     create_index: Option<u64>,
 }
@@ -140,7 +140,7 @@ struct NamedPort {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Tagged {
+struct TaggedAddress {
     #[serde(alias = "address")]
     address: Option<String>,
     #[serde(alias = "port")]
@@ -149,14 +149,14 @@ struct Tagged {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Weights {
+struct CheckWeights {
     passing: Option<u32>,
     warning: Option<u32>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Check {
+struct HealthCheck {
     #[serde(rename = "CheckID")]
     id: Option<String>,
     name: Option<String>,
@@ -174,12 +174,13 @@ pub fn read(
     source: &str,
     service: &ServiceName,
     translated: bool,
-    rules: &Rules,
-) -> Result<Read, String> {
-    let mut read = Read { bytes: body.len(), ..Read::default() };
-    let reader = Reader { place: place(source, service), subject: subject_of(service), translated, rules };
+    rules: &InstanceRules,
+) -> Result<ServiceInstances, String> {
+    let mut read = ServiceInstances { bytes: body.len(), ..ServiceInstances::default() };
+    let reader =
+        EntryReader { place: place(source, service), subject: subject_of(service), translated, rules };
     // The whole answer is parsed at once. Only if that fails, which is rare, is it parsed entry by entry.
-    if let Ok(entries) = serde_json::from_slice::<Vec<Entry>>(body) {
+    if let Ok(entries) = serde_json::from_slice::<Vec<HealthEntry>>(body) {
         read.listed = entries.len();
         for (index, entry) in entries.into_iter().enumerate() {
             reader.entry(entry, index, &mut read);
@@ -203,15 +204,15 @@ fn place(source: &str, service: &ServiceName) -> Place {
     Place::file(format!("{source}/{service}"))
 }
 
-struct Reader<'a> {
+struct EntryReader<'a> {
     place: Place,
     subject: Arc<str>,
     translated: bool,
-    rules: &'a Rules,
+    rules: &'a InstanceRules,
 }
 
 /// The reason why an instance is no endpoint.
-enum LeftOut {
+enum LeftOutReason {
     /// The configuration leaves the instance out.
     Silently,
     /// The entry is valid, but the instance is unusable.
@@ -219,16 +220,16 @@ enum LeftOut {
     Bad(String),
 }
 
-impl Reader<'_> {
-    fn bad(&self, read: &mut Read, who: &str, why: &str) {
+impl EntryReader<'_> {
+    fn bad(&self, read: &mut ServiceInstances, who: &str, why: &str) {
         read.bad.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {why}")));
     }
 
-    fn note(&self, read: &mut Read, who: &str, what: &str) {
+    fn note(&self, read: &mut ServiceInstances, who: &str, what: &str) {
         read.notes.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {what}")));
     }
 
-    fn entry(&self, entry: Entry, index: usize, read: &mut Read) {
+    fn entry(&self, entry: HealthEntry, index: usize, read: &mut ServiceInstances) {
         let node = entry.node.unwrap_or_default();
         let Some(service) = entry.service else {
             self.bad(read, &format!("entry {}", index + 1), "there is no `Service` in it");
@@ -241,11 +242,11 @@ impl Reader<'_> {
         let mut notes = Vec::new();
         match self.instance(&node, service, &entry.checks.unwrap_or_default(), &mut notes) {
             Ok(instance) => read.instances.push(instance),
-            Err(LeftOut::Silently) => return,
-            Err(LeftOut::Unusable(why)) => {
+            Err(LeftOutReason::Silently) => return,
+            Err(LeftOutReason::Unusable(why)) => {
                 self.note(read, &who, &format!("{why}; this endpoint is left out"))
             }
-            Err(LeftOut::Bad(why)) => self.bad(read, &who, &why),
+            Err(LeftOutReason::Bad(why)) => self.bad(read, &who, &why),
         }
         for note in notes {
             self.note(read, &who, &note);
@@ -254,11 +255,11 @@ impl Reader<'_> {
 
     fn instance(
         &self,
-        node: &Node,
-        service: Service,
-        checks: &[Check],
+        node: &NodeEntry,
+        service: ServiceEntry,
+        checks: &[HealthCheck],
         notes: &mut Vec<String>,
-    ) -> Result<Instance, LeftOut> {
+    ) -> Result<ConsulInstance, LeftOutReason> {
         let rules = self.rules;
         let empty = BTreeMap::new();
         let (meta, node_meta) =
@@ -267,7 +268,7 @@ impl Reader<'_> {
         self.wanted(service.kind.as_deref().unwrap_or_default(), tags, meta, node_meta)?;
 
         let (health, weight) = self.health(checks, service.weights.as_ref())?;
-        let said = Said::of(tags, meta, node_meta, rules);
+        let said = InstanceFacts::of(tags, meta, node_meta, rules);
         let address = self.address(node, &service, &said)?;
         let created = service.create_index.unwrap_or_default();
         let mut record = Record::new(address, self.place.clone());
@@ -275,7 +276,7 @@ impl Reader<'_> {
         record.weight = Some(weight);
         let mut is_said = false;
         if let Some(text) = said.weight {
-            match Share::parse(text) {
+            match RawWeight::parse(text) {
                 Ok(share) => {
                     // A warning may set the weight to zero nevertheless.
                     record.weight = Some(if weight.0 == 0.0 { weight } else { share });
@@ -285,7 +286,7 @@ impl Reader<'_> {
             }
         }
         if let (false, Some(default), true) = (is_said, rules.default_weight, weight.0 > 0.0) {
-            record.weight = Some(Share(f64::from(default.min(Weight::MAX))));
+            record.weight = Some(RawWeight(f64::from(default.min(Weight::MAX))));
         }
         let protocol = match said.protocol {
             Some(text) => {
@@ -308,7 +309,7 @@ impl Reader<'_> {
             record.labels.insert("node".into(), name.into());
         }
         let fraction = said.fraction.filter(|_| !is_said);
-        Ok(Instance { record, protocol, fraction, created })
+        Ok(ConsulInstance { record, protocol, fraction, created })
     }
 
     fn wanted(
@@ -317,7 +318,7 @@ impl Reader<'_> {
         tags: &[String],
         meta: &BTreeMap<String, String>,
         node_meta: &BTreeMap<String, String>,
-    ) -> Result<(), LeftOut> {
+    ) -> Result<(), LeftOutReason> {
         let rules = self.rules;
         let is_ordinary = kind.is_empty() || kind == "typical";
         let has = |meta: &BTreeMap<String, String>, wanted: &BTreeMap<String, Pattern>| {
@@ -328,36 +329,47 @@ impl Reader<'_> {
             && !rules.exclude_tags.iter().any(|pattern| tags.iter().any(|tag| pattern.matches(tag)))
             && has(meta, &rules.service_meta)
             && has(node_meta, &rules.node_meta);
-        if wanted { Ok(()) } else { Err(LeftOut::Silently) }
+        if wanted { Ok(()) } else { Err(LeftOutReason::Silently) }
     }
 
     /// Returns the health of an instance from the checks of its node and its service. As in Consul,
     /// maintenance outweighs critical, critical outweighs a warning, and a warning outweighs passing.
-    fn health(&self, checks: &[Check], weights: Option<&Weights>) -> Result<(Health, Share), LeftOut> {
+    fn health(
+        &self,
+        checks: &[HealthCheck],
+        weights: Option<&CheckWeights>,
+    ) -> Result<(Health, RawWeight), LeftOutReason> {
         let rules = &self.rules.health;
-        let passing = Share(f64::from(weights.and_then(|weights| weights.passing).unwrap_or(1).max(1)));
-        let warning = Share(f64::from(weights.and_then(|weights| weights.warning).unwrap_or(1)));
-        let ignored = |check: &Check| {
+        let passing = RawWeight(f64::from(weights.and_then(|weights| weights.passing).unwrap_or(1).max(1)));
+        let warning = RawWeight(f64::from(weights.and_then(|weights| weights.warning).unwrap_or(1)));
+        let ignored = |check: &HealthCheck| {
             let named = |name: &Option<String>, pattern: &Pattern| {
                 name.as_deref().is_some_and(|name| pattern.matches(name))
             };
             rules.ignore_checks.iter().any(|p| named(&check.id, p) || named(&check.name, p))
         };
-        let state = checks.iter().filter(|check| !ignored(check)).map(Check::state).max();
+        let state = checks.iter().filter(|check| !ignored(check)).map(HealthCheck::state).max();
         Ok(match state {
             // The instance has no checks in Consul, so its health is up to Envoy's own checks.
             None => (Health::Unknown, passing),
-            Some(State::Passing) => (Health::Healthy, passing),
-            Some(State::Warning) if rules.warning == Warning::Drain => (Health::Draining, passing),
+            Some(CheckState::Passing) => (Health::Healthy, passing),
+            Some(CheckState::Warning) if rules.warning == WarningAction::Drain => (Health::Draining, passing),
             // A weight of zero becomes a drain when the weights are converted.
-            Some(State::Warning) => (Health::Healthy, warning),
-            Some(State::Critical) if rules.critical == Critical::Drop => return Err(LeftOut::Silently),
-            Some(State::Critical) => (Health::Unhealthy, passing),
-            Some(State::Maintenance) => (Health::Draining, passing),
+            Some(CheckState::Warning) => (Health::Healthy, warning),
+            Some(CheckState::Critical) if rules.critical == CriticalAction::Drop => {
+                return Err(LeftOutReason::Silently);
+            }
+            Some(CheckState::Critical) => (Health::Unhealthy, passing),
+            Some(CheckState::Maintenance) => (Health::Draining, passing),
         })
     }
 
-    fn address(&self, node: &Node, service: &Service, said: &Said<'_>) -> Result<Address, LeftOut> {
+    fn address(
+        &self,
+        node: &NodeEntry,
+        service: &ServiceEntry,
+        said: &InstanceFacts<'_>,
+    ) -> Result<Address, LeftOutReason> {
         let full = |text: Option<&String>| {
             text.map(|text| text.trim()).filter(|text| !text.is_empty()).map(str::to_owned)
         };
@@ -377,42 +389,42 @@ impl Reader<'_> {
                 let found = of_service.or_else(|| if own.is_some() { None } else { of_node() });
                 match kind {
                     AddressKind::Virtual if found.is_none() => {
-                        return Err(LeftOut::Unusable("it has no virtual address".to_owned()));
+                        return Err(LeftOutReason::Unusable("it has no virtual address".to_owned()));
                     }
                     _ => found.or(own).or(nodes),
                 }
             }
         };
         let Some(host) = host else {
-            return Err(LeftOut::Bad("neither the service nor its node has an address".to_owned()));
+            return Err(LeftOutReason::Bad("neither the service nor its node has an address".to_owned()));
         };
         let port = match said.port.map(ToOwned::to_owned).or(tagged_port.map(|port| port.to_string())) {
             Some(port) => Some(port),
             None => self.port(service)?.map(|port| port.to_string()),
         };
         let port = match port {
-            Some(port) => vmesh_model::endpoint::parse_port(&port).map_err(LeftOut::Bad)?,
+            Some(port) => vmesh_model::endpoint::parse_port(&port).map_err(LeftOutReason::Bad)?,
             None => {
                 let is_socket = service.socket_path.as_deref().is_some_and(|path| !path.is_empty());
                 match self.rules.default_port {
                     _ if is_socket => {
                         let why = "it listens on a Unix socket, which only its own host can reach";
-                        return Err(LeftOut::Unusable(why.to_owned()));
+                        return Err(LeftOutReason::Unusable(why.to_owned()));
                     }
                     Some(port) => port,
                     None => {
                         let why = "it is registered without a port, and `default_port` is not set";
-                        return Err(LeftOut::Unusable(why.to_owned()));
+                        return Err(LeftOutReason::Unusable(why.to_owned()));
                     }
                 }
             }
         };
-        let host = Host::parse(&host).map_err(LeftOut::Bad)?;
+        let host = Host::parse(&host).map_err(LeftOutReason::Bad)?;
         Ok(Address { host, port })
     }
 
     /// Returns the port of the service; `None` if it has none.
-    fn port(&self, service: &Service) -> Result<Option<i64>, LeftOut> {
+    fn port(&self, service: &ServiceEntry) -> Result<Option<i64>, LeftOutReason> {
         let ports = service.ports.as_deref().unwrap_or_default();
         let given = |port: &NamedPort| port.port.filter(|port| *port != 0);
         if let Some(wanted) = &self.rules.port_name
@@ -421,7 +433,7 @@ impl Reader<'_> {
             let named = ports.iter().find(|port| port.name.as_ref() == Some(wanted));
             return match named.and_then(given) {
                 Some(port) => Ok(Some(port)),
-                None => Err(LeftOut::Unusable(format!("it has no port named `{wanted}`"))),
+                None => Err(LeftOutReason::Unusable(format!("it has no port named `{wanted}`"))),
             };
         }
         if let Some(port) = service.port.filter(|port| *port != 0) {
@@ -434,7 +446,7 @@ impl Reader<'_> {
         };
         match chosen {
             Some(port) => Ok(given(port)),
-            None => Err(LeftOut::Unusable(
+            None => Err(LeftOutReason::Unusable(
                 "it has several ports and none of them is the default: `port_name` says which".to_owned(),
             )),
         }
@@ -442,32 +454,32 @@ impl Reader<'_> {
 }
 
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-enum State {
+enum CheckState {
     Passing,
     Warning,
     Critical,
     Maintenance,
 }
 
-impl Check {
-    fn state(&self) -> State {
+impl HealthCheck {
+    fn state(&self) -> CheckState {
         let id = self.id.as_deref().unwrap_or_default();
         if id == "_node_maintenance" || id.starts_with("_service_maintenance") {
-            return State::Maintenance;
+            return CheckState::Maintenance;
         }
         match self.status.as_deref() {
-            Some("passing") => State::Passing,
-            Some("warning") => State::Warning,
-            Some("maintenance") => State::Maintenance,
+            Some("passing") => CheckState::Passing,
+            Some("warning") => CheckState::Warning,
+            Some("maintenance") => CheckState::Maintenance,
             // An unknown status counts as critical.
-            _ => State::Critical,
+            _ => CheckState::Critical,
         }
     }
 }
 
 /// The facts about an instance in its tags and metadata.
 #[derive(Default)]
-struct Said<'a> {
+struct InstanceFacts<'a> {
     version: Option<&'a str>,
     zone: Option<&'a str>,
     protocol: Option<&'a str>,
@@ -478,15 +490,15 @@ struct Said<'a> {
     labels: Labels,
 }
 
-impl<'a> Said<'a> {
+impl<'a> InstanceFacts<'a> {
     fn of(
         tags: &'a [String],
         meta: &'a BTreeMap<String, String>,
         node_meta: &'a BTreeMap<String, String>,
-        rules: &Rules,
-    ) -> Said<'a> {
+        rules: &InstanceRules,
+    ) -> InstanceFacts<'a> {
         let map = &rules.map;
-        let mut said = Said::default();
+        let mut said = InstanceFacts::default();
         let found = |keys: &[String]| {
             let of = |meta: &'a BTreeMap<String, String>| {
                 keys.iter()
@@ -513,7 +525,7 @@ impl<'a> Said<'a> {
         said
     }
 
-    fn tag(&mut self, tag: &'a str, rules: &Rules) {
+    fn tag(&mut self, tag: &'a str, rules: &InstanceRules) {
         if let Some(route) = tag.strip_prefix("urlprefix-") {
             self.fabio(route);
             return;
@@ -569,7 +581,7 @@ impl<'a> Said<'a> {
             match option.split_once('=') {
                 Some(("proto", value)) => self.set("protocol", value),
                 Some(("weight", value)) => {
-                    let fraction = Share::parse(value).ok().map(|share| share.0);
+                    let fraction = RawWeight::parse(value).ok().map(|share| share.0);
                     self.fraction = self.fraction.or(fraction.filter(|f| *f > 0.0 && *f <= 1.0));
                 }
                 _ => {}
@@ -607,7 +619,7 @@ pub(super) fn protocol(text: &str) -> Option<Protocol> {
 }
 
 /// Returns the instances of one datacenter from a persisted registration, in the form of a parsed answer.
-pub fn remembered(registration: &Registration, datacenter: &str) -> Read {
+pub fn remembered(registration: &Registration, datacenter: &str) -> ServiceInstances {
     let of_it = |labels: &Labels| labels.get("datacenter").is_some_and(|name| **name == *datacenter);
     let instances =
         registration.endpoints.iter().filter(|endpoint| of_it(&endpoint.labels)).filter_map(|endpoint| {
@@ -617,36 +629,36 @@ pub fn remembered(registration: &Registration, datacenter: &str) -> Read {
             };
             let address = Address { host, port: NonZeroU16::new(endpoint.address.port())? };
             let record = Record {
-                weight: Some(Share(f64::from(endpoint.weight.get()))),
+                weight: Some(RawWeight(f64::from(endpoint.weight.get()))),
                 health: endpoint.health,
                 zone: endpoint.zone.clone(),
                 version: endpoint.version.clone(),
                 labels: endpoint.labels.clone(),
                 ..Record::new(address, registration.place.clone())
             };
-            Some(Instance { record, protocol: registration.protocol, fraction: None, created: 0 })
+            Some(ConsulInstance { record, protocol: registration.protocol, fraction: None, created: 0 })
         });
     let instances: Vec<_> = instances.collect();
-    Read { listed: instances.len(), instances, ..Read::default() }
+    ServiceInstances { listed: instances.len(), instances, ..ServiceInstances::default() }
 }
 
 /// Merges the instances of all datacenters into one service.
-pub fn combine(source: &str, service: &ServiceName, reads: &[&Read]) -> Parsed {
+pub fn combine(source: &str, service: &ServiceName, reads: &[&ServiceInstances]) -> ParseResult {
     let place = place(source, service);
-    let mut parsed = Parsed::default();
-    let mut instances: BTreeMap<&Address, Instance> = BTreeMap::new();
+    let mut parsed = ParseResult::default();
+    let mut instances: BTreeMap<&Address, ConsulInstance> = BTreeMap::new();
     for instance in reads.iter().flat_map(|read| &read.instances) {
         // An endpoint stays while any record of it exists, with the health of its healthiest record: an
         // instance that registers anew after a failure is listed twice for a while. Of two records with equal
         // health the younger one counts.
-        let rank = |instance: &Instance| (wellness(instance.record.health), instance.created);
+        let rank = |instance: &ConsulInstance| (wellness(instance.record.health), instance.created);
         match instances.get_mut(&instance.record.address) {
             Some(known) if rank(known) >= rank(instance) => {}
             Some(known) => *known = instance.clone(),
             None => _ = instances.insert(&instance.record.address, instance.clone()),
         }
     }
-    let mut instances: Vec<Instance> = instances.into_values().collect();
+    let mut instances: Vec<ConsulInstance> = instances.into_values().collect();
     share_out(&mut instances);
     let (protocol, disagreement) = agreed(&instances);
     if let Some(disagreement) = disagreement {
@@ -680,7 +692,7 @@ const NO_SHARE: f64 = 1e-9;
 
 /// Converts Fabio's weights, which are shares of all requests; instances without one get equal parts of the
 /// rest.
-fn share_out(instances: &mut [Instance]) {
+fn share_out(instances: &mut [ConsulInstance]) {
     let given: f64 = instances.iter().filter_map(|instance| instance.fraction).sum();
     let others = instances.iter().filter(|instance| instance.fraction.is_none()).count();
     if given == 0.0 {
@@ -695,13 +707,13 @@ fn share_out(instances: &mut [Instance]) {
             // Whole numbers are not scaled again; a positive share must not become zero.
             let millionths = (share * f64::from(Weight::MAX)).round();
             let is_nothing = share < NO_SHARE;
-            instance.record.weight = Some(Share(if is_nothing { 0.0 } else { millionths.max(1.0) }));
+            instance.record.weight = Some(RawWeight(if is_nothing { 0.0 } else { millionths.max(1.0) }));
         }
     }
 }
 
 /// Returns the protocol that most instances state, and a message if others state another one.
-fn agreed(instances: &[Instance]) -> (Option<Protocol>, Option<String>) {
+fn agreed(instances: &[ConsulInstance]) -> (Option<Protocol>, Option<String>) {
     let mut counts: BTreeMap<&str, (usize, Protocol)> = BTreeMap::new();
     for protocol in instances.iter().filter_map(|instance| instance.protocol) {
         counts.entry(protocol.as_str()).or_insert((0, protocol)).0 += 1;

@@ -13,7 +13,9 @@
 
 use vmesh_model::{Address, Host, Place};
 
-use super::{Failure, Input, Parsed, Record, Share, has_comment, named_by_file, nothing, subject_of};
+use super::{
+    FileFailure, Input, ParseResult, RawWeight, Record, has_comment, named_by_file, nothing, subject_of,
+};
 
 /// Reports whether the first line with content is an endpoint.
 pub(super) fn looks_like(text: &str) -> bool {
@@ -38,13 +40,13 @@ fn without_comment(line: &str) -> &str {
     line.split_once('#').map_or(line, |(before, _)| before)
 }
 
-pub fn parse(input: &Input<'_>) -> Parsed {
+pub fn parse(input: &Input<'_>) -> ParseResult {
     let service = match named_by_file(input) {
         Ok(service) => service,
-        Err(problem) => return Parsed::failed_as(Failure::MisnamedFile, vec![problem]),
+        Err(problem) => return ParseResult::failed_as(FileFailure::MisnamedFile, vec![problem]),
     };
     let subject = subject_of(&service.name);
-    let mut parsed = Parsed::default();
+    let mut parsed = ParseResult::default();
     let (mut records, mut bad) = (Vec::new(), 0);
     for (number, line) in (1..).zip(lines(input.text)) {
         let said = without_comment(line);
@@ -90,7 +92,7 @@ fn record<'a>(words: &[&'a str], place: Place) -> Result<Record, (&'a str, Strin
     let address = address.map_err(|wrong| (first, wrong))?;
     let weight = match rest {
         [] => None,
-        ["*", weight] => Some(Share::parse(weight).map_err(|wrong| (*weight, wrong))?),
+        ["*", weight] => Some(RawWeight::parse(weight).map_err(|wrong| (*weight, wrong))?),
         [word, ..] => {
             return Err((*word, format!("`{word}` after the endpoint: expected `host port * weight`")));
         }

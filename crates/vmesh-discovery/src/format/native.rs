@@ -21,12 +21,12 @@ use vmesh_model::strict::read;
 use vmesh_model::yaml::Node;
 use vmesh_model::{Address, Health, Labels, Place, Problem, Protocol, ServiceName};
 
-use super::{Failure, Input, Parsed, ParsedService, Record, Share, subject_of};
+use super::{FileFailure, Input, ParseResult, ParsedService, RawWeight, Record, subject_of};
 
 /// The fields of a service except its endpoints, which are parsed one by one.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Head {
+struct ServiceHead {
     service: Option<ServiceName>,
     protocol: Option<Protocol>,
     #[serde(default, deserialize_with = "port")]
@@ -37,11 +37,11 @@ struct Head {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Endpoint {
-    address: Dialled,
+struct NativeEndpoint {
+    address: NativeAddress,
     zone: Option<Arc<str>>,
     version: Option<Arc<str>>,
-    weight: Option<Share>,
+    weight: Option<RawWeight>,
     #[serde(default)]
     health: Health,
     #[serde(default)]
@@ -54,15 +54,15 @@ fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU16>
     text.map(|text| vmesh_model::endpoint::parse_port(&text).map_err(de::Error::custom)).transpose()
 }
 
-struct Dialled(Address);
+struct NativeAddress(Address);
 
-impl<'de> Deserialize<'de> for Dialled {
+impl<'de> Deserialize<'de> for NativeAddress {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map(Dialled).map_err(de::Error::custom)
+        String::deserialize(deserializer)?.parse().map(NativeAddress).map_err(de::Error::custom)
     }
 }
 
-pub fn parse(input: &Input<'_>) -> Parsed {
+pub fn parse(input: &Input<'_>) -> ParseResult {
     let roots = match input.roots() {
         Ok(roots) => roots,
         Err(parsed) => return parsed,
@@ -76,8 +76,8 @@ pub fn parse(input: &Input<'_>) -> Parsed {
 }
 
 /// Parses the services in `nodes`. If `several` is set, each has to state its name.
-pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> Parsed {
-    let mut parsed = Parsed::default();
+pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> ParseResult {
+    let mut parsed = ParseResult::default();
     let mut seen: BTreeMap<ServiceName, Place> = BTreeMap::new();
     let mut unnamed = Vec::new();
     for node in nodes {
@@ -106,33 +106,33 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
     }
     if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
         // No entry is a service.
-        let is_misnamed = unnamed.iter().all(|why| *why != Failure::NotRead);
-        parsed.failure = if is_misnamed { unnamed.pop() } else { Some(Failure::NotRead) };
+        let is_misnamed = unnamed.iter().all(|why| *why != FileFailure::NotRead);
+        parsed.failure = if is_misnamed { unnamed.pop() } else { Some(FileFailure::NotRead) };
     }
     parsed.judged()
 }
 
 /// Returns the name of a service. It is parsed leniently, so that a service with mistakes is still known by
 /// its name.
-fn name_of(node: &Node, input: &Input<'_>, several: bool) -> Result<ServiceName, (Failure, Problem)> {
+fn name_of(node: &Node, input: &Input<'_>, several: bool) -> Result<ServiceName, (FileFailure, Problem)> {
     let refuse = |why, place, message: String| (why, Problem::new(place, input.file.clone(), message));
     let place = node.place(input.file);
     if node.entries().is_none() {
         let message = format!("expected a service, a mapping with `endpoints`, found {}", node.describe());
-        return Err(refuse(Failure::NotRead, place, message));
+        return Err(refuse(FileFailure::NotRead, place, message));
     }
     match node.get("service") {
         Some(given) => given.text().unwrap_or_default().parse().map_err(|wrong| {
-            refuse(Failure::Misnamed, given.place(input.file), format!("`service`: {wrong}"))
+            refuse(FileFailure::Misnamed, given.place(input.file), format!("`service`: {wrong}"))
         }),
         None if several => {
             let message = "`service` is missing: in a file of several services each has to say its name";
-            Err(refuse(Failure::Misnamed, place, message.to_owned()))
+            Err(refuse(FileFailure::Misnamed, place, message.to_owned()))
         }
         None => input.name.parse().map_err(|wrong| {
             let message =
                 format!("`service` is missing, and the file's name cannot stand in for it: {wrong}");
-            refuse(Failure::MisnamedFile, place, message)
+            refuse(FileFailure::MisnamedFile, place, message)
         }),
     }
 }
@@ -141,10 +141,10 @@ fn service(
     node: &Node,
     name: &ServiceName,
     input: &Input<'_>,
-    parsed: &mut Parsed,
+    parsed: &mut ParseResult,
 ) -> Result<(), Vec<Problem>> {
     let subject = subject_of(name);
-    let head: Head = read(input.file, &subject, node, None)?;
+    let head: ServiceHead = read(input.file, &subject, node, None)?;
     let place = node.place(input.file);
     let list = node.get("endpoints");
     let Some(items) = list.and_then(|list| list.items()) else {
@@ -189,6 +189,6 @@ fn endpoint(node: &Node, subject: &Arc<str>, file: &Arc<str>) -> Result<Record, 
             "expected an endpoint, `host:port` or a mapping with `address`, found {found}"
         )));
     }
-    let Endpoint { address, zone, version, weight, health, labels } = read(file, subject, node, None)?;
+    let NativeEndpoint { address, zone, version, weight, health, labels } = read(file, subject, node, None)?;
     Ok(Record { weight, health, zone, version, labels, ..Record::new(address.0, place) })
 }

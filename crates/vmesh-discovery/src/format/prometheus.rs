@@ -18,31 +18,31 @@ use vmesh_model::yaml::{Node, short};
 use vmesh_model::{Labels, Problem, ServiceName};
 
 use super::consul::protocol as protocol_of;
-use super::{Failure, Input, Parsed, ParsedService, Record, Share, named_by_file, subject_of};
+use super::{FileFailure, Input, ParseResult, ParsedService, RawWeight, Record, named_by_file, subject_of};
 
 /// A group with the fields that Prometheus itself accepts.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Group {
+struct TargetGroup {
     /// A `null` value is ignored, as Prometheus does.
     targets: Option<Vec<Option<String>>>,
     labels: Option<BTreeMap<Arc<str>, Option<Arc<str>>>>,
 }
 
 /// A service that is merged from several groups.
-struct Building {
+struct ServiceBuilder {
     service: ParsedService,
     records: Vec<Record>,
     bad: usize,
 }
 
-pub fn parse(input: &Input<'_>) -> Parsed {
+pub fn parse(input: &Input<'_>) -> ParseResult {
     let roots = match input.roots() {
         Ok(roots) => roots,
         Err(parsed) => return parsed,
     };
-    let mut parsed = Parsed::default();
-    let mut services: BTreeMap<ServiceName, Building> = BTreeMap::new();
+    let mut parsed = ParseResult::default();
+    let mut services: BTreeMap<ServiceName, ServiceBuilder> = BTreeMap::new();
     let mut is_misnamed = true;
     for root in &roots {
         let Some(groups) = root.items() else {
@@ -50,23 +50,27 @@ pub fn parse(input: &Input<'_>) -> Parsed {
                 Some(_) => "a file of Prometheus is a list of groups: write `- targets: ..`, or `[{\"targets\": ..}]`".to_owned(),
                 None => format!("expected a list of groups (`targets`, `labels`), found {}", root.describe()),
             };
-            return Parsed::refused(vec![Problem::new(root.place(input.file), input.file.clone(), message)]);
+            return ParseResult::refused(vec![Problem::new(
+                root.place(input.file),
+                input.file.clone(),
+                message,
+            )]);
         };
         for group in groups {
             if let Err((why, problems)) = read_group(group, input, &mut services, &mut parsed) {
                 // The service of this group is as uncertain as the rest of the group.
                 parsed.problems.extend(problems);
                 parsed.has_unnamed = true;
-                is_misnamed &= why == Failure::MisnamedFile;
+                is_misnamed &= why == FileFailure::MisnamedFile;
             }
         }
     }
-    for Building { service, records, bad } in services.into_values() {
+    for ServiceBuilder { service, records, bad } in services.into_values() {
         parsed.service(service, records, bad, 1.0);
     }
     if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
         // No entry is a group.
-        parsed.failure = Some(if is_misnamed { Failure::MisnamedFile } else { Failure::NotRead });
+        parsed.failure = Some(if is_misnamed { FileFailure::MisnamedFile } else { FileFailure::NotRead });
     }
     parsed.judged()
 }
@@ -74,14 +78,14 @@ pub fn parse(input: &Input<'_>) -> Parsed {
 fn read_group(
     node: &Node,
     input: &Input<'_>,
-    services: &mut BTreeMap<ServiceName, Building>,
-    parsed: &mut Parsed,
-) -> Result<(), (Failure, Vec<Problem>)> {
+    services: &mut BTreeMap<ServiceName, ServiceBuilder>,
+    parsed: &mut ParseResult,
+) -> Result<(), (FileFailure, Vec<Problem>)> {
     if node.is_null() {
         return Ok(());
     }
-    let Group { targets, labels } =
-        read(input.file, input.file, node, None).map_err(|problems| (Failure::NotRead, problems))?;
+    let TargetGroup { targets, labels } =
+        read(input.file, input.file, node, None).map_err(|problems| (FileFailure::NotRead, problems))?;
     let given = labels.unwrap_or_default().into_iter();
     let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?))).collect();
     let place = node.place(input.file);
@@ -98,13 +102,13 @@ fn read_group(
             }
         },
         None => {
-            let named = named_by_file(input).map_err(|problem| (Failure::MisnamedFile, vec![problem]))?;
+            let named = named_by_file(input).map_err(|problem| (FileFailure::MisnamedFile, vec![problem]))?;
             ParsedService { place, ..named }
         }
     };
     let service = ParsedService { is_shared: true, ..service };
     let subject = subject_of(&service.name);
-    let building = services.entry(service.name.clone()).or_insert_with(|| Building {
+    let building = services.entry(service.name.clone()).or_insert_with(|| ServiceBuilder {
         service,
         records: Vec::new(),
         bad: 0,
@@ -136,7 +140,7 @@ fn read_group(
     let version = take(&mut labels, &["version"]).map(|(_, version)| version);
     let mut weight = None;
     if let Some((key, text)) = take(&mut labels, &["weight"]) {
-        match Share::parse(&text) {
+        match RawWeight::parse(&text) {
             Ok(share) => weight = Some(share),
             Err(wrong) => {
                 parsed.problem(label(key), subject.clone(), format!("{wrong}; it is ignored"));

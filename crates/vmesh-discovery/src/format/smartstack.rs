@@ -13,13 +13,13 @@ use serde::Deserialize;
 use vmesh_model::strict::read;
 use vmesh_model::{Address, Health, Host, Labels, Problem};
 
-use super::{Failure, Input, Parsed, Record, Share, named_by_file, subject_of};
+use super::{FileFailure, Input, ParseResult, RawWeight, Record, named_by_file, subject_of};
 
 /// The default weight in a list in which other instances have weights; readers of synapse use the same.
 const DEFAULT_WEIGHT: f64 = 10.0;
 
 #[derive(Deserialize)]
-struct Instance {
+struct SynapseInstance {
     host: String,
     /// A number or a text: nerve copies the port from its configuration.
     port: String,
@@ -34,13 +34,13 @@ pub(super) fn is_disabled(haproxy_server_options: &str) -> bool {
     haproxy_server_options.split_whitespace().any(|option| option == "disabled")
 }
 
-pub fn parse(input: &Input<'_>) -> Parsed {
+pub fn parse(input: &Input<'_>) -> ParseResult {
     let service = match named_by_file(input) {
         Ok(service) => service,
-        Err(problem) => return Parsed::failed_as(Failure::MisnamedFile, vec![problem]),
+        Err(problem) => return ParseResult::failed_as(FileFailure::MisnamedFile, vec![problem]),
     };
     let subject = subject_of(&service.name);
-    let mut parsed = Parsed::default();
+    let mut parsed = ParseResult::default();
     let roots = match input.roots() {
         Ok(roots) => roots,
         Err(nothing) if nothing.says_nothing => {
@@ -53,11 +53,15 @@ pub fn parse(input: &Input<'_>) -> Parsed {
     for root in &roots {
         let Some(items) = root.items() else {
             let message = format!("expected a list of instances (`host`, `port`), found {}", root.describe());
-            return Parsed::refused(vec![Problem::new(root.place(input.file), input.file.clone(), message)]);
+            return ParseResult::refused(vec![Problem::new(
+                root.place(input.file),
+                input.file.clone(),
+                message,
+            )]);
         };
         for item in items {
             let place = item.place(input.file);
-            let Instance { host, port, weight, labels, disabled, haproxy_server_options } =
+            let SynapseInstance { host, port, weight, labels, disabled, haproxy_server_options } =
                 match read(input.file, &subject, item, None) {
                     Ok(instance) => instance,
                     Err(problems) => {
@@ -73,7 +77,7 @@ pub fn parse(input: &Input<'_>) -> Parsed {
             // A `null` value is ignored, since synapse itself writes it.
             let given = labels.unwrap_or_default().into_iter();
             let mut labels: Labels = given.filter_map(|(name, value)| Some((name, value?.into()))).collect();
-            let weight = weight.and_then(|text| match Share::parse(&text) {
+            let weight = weight.and_then(|text| match RawWeight::parse(&text) {
                 Ok(share) => Some(share),
                 Err(wrong) => {
                     let at = item.find(input.file, &["weight".into()]);

@@ -2,7 +2,7 @@ use expect_test::{Expect, expect};
 
 use super::*;
 
-fn show(parsed: &Parsed, format: Option<Format>) -> String {
+fn show(parsed: &ParseResult, format: Option<Format>) -> String {
     let mut shown = format.map_or_else(|| "?".to_owned(), |format| format.to_string());
     if parsed.has_failed() {
         shown += " FAILED";

@@ -27,7 +27,7 @@ use vmesh_model::endpoint::parse_port;
 use vmesh_model::yaml::short;
 use vmesh_model::{Address, Health, Host, Labels, Place, Problem, Protocol, ServiceName};
 
-use super::{ParsedService, Record, Share, partial, subject_of, too_many, weighed};
+use super::{ParsedService, RawWeight, Record, partial, subject_of, too_many, weighed};
 
 /// The format of the nodes below a root.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -70,7 +70,7 @@ pub enum GroupBy {
 /// The port to use of Curator's two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Prefer {
+pub enum PreferredPort {
     #[default]
     Port,
     SslPort,
@@ -80,7 +80,7 @@ pub enum Prefer {
 /// precedence over built-in paths.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Mapping {
+pub struct FieldPaths {
     pub zone: Vec<String>,
     pub version: Vec<String>,
     pub protocol: Vec<String>,
@@ -89,17 +89,17 @@ pub struct Mapping {
 
 /// The part of a root's configuration that tells how records are read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Rules {
+pub struct RecordRules {
     /// Which of several endpoints to use: a name in ServerSets, a protocol in Dubbo.
     pub endpoint: Option<String>,
     pub group_by: GroupBy,
-    pub prefer: Prefer,
-    pub map: Mapping,
+    pub prefer: PreferredPort,
+    pub map: FieldPaths,
 }
 
 /// A directory of records.
 #[derive(Debug)]
-pub struct Directory<'a> {
+pub struct RecordDirectory<'a> {
     /// The place of the directory in messages, for example `zookeeper:prod/services/pay`.
     pub place: &'a str,
     pub members: Vec<Member<'a>>,
@@ -121,7 +121,7 @@ pub struct Member<'a> {
 
 /// The parsed content of a directory.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Read {
+pub struct DirectoryContent {
     offers: Vec<Offer>,
     /// The problems of invalid records, which are left out.
     bad: Vec<Problem>,
@@ -142,7 +142,7 @@ struct Offer {
     record: Record,
 }
 
-impl Read {
+impl DirectoryContent {
     /// Returns the names of the services; `None` stands for the service of the directory.
     pub fn services(&self) -> BTreeSet<Option<Arc<str>>> {
         self.offers.iter().map(|offer| offer.service.clone()).collect()
@@ -193,8 +193,8 @@ impl Read {
 }
 
 /// Parses a directory.
-pub fn read(format: ZnodeFormat, directory: &Directory<'_>, rules: &Rules) -> Read {
-    let mut read = Read::default();
+pub fn read(format: ZnodeFormat, directory: &RecordDirectory<'_>, rules: &RecordRules) -> DirectoryContent {
+    let mut read = DirectoryContent::default();
     match format {
         ZnodeFormat::Auto => {}
         ZnodeFormat::ServerSet => serverset::read(directory, rules, &mut read),
@@ -207,13 +207,13 @@ pub fn read(format: ZnodeFormat, directory: &Directory<'_>, rules: &Rules) -> Re
 }
 
 /// The result of parsing a record. `Ok(None)` stands for a node that is legitimately no record.
-type Recorded = Result<Option<Offer>, String>;
+type RecordResult = Result<Option<Offer>, String>;
 
 fn each(
-    directory: &Directory<'_>,
-    rules: &Rules,
-    read: &mut Read,
-    record: impl Fn(&Member<'_>, Place, &Rules) -> Recorded,
+    directory: &RecordDirectory<'_>,
+    rules: &RecordRules,
+    read: &mut DirectoryContent,
+    record: impl Fn(&Member<'_>, Place, &RecordRules) -> RecordResult,
 ) {
     for member in &directory.members {
         let place = directory.place_of(member);
@@ -230,7 +230,7 @@ fn each(
     }
 }
 
-impl Directory<'_> {
+impl RecordDirectory<'_> {
     fn place_of(&self, member: &Member<'_>) -> Place {
         // Names may be as long as URLs.
         Place::file(format!("{}/{}", self.place, short(member.name)))
@@ -286,10 +286,10 @@ pub fn looks_like(member: &Member<'_>) -> Option<ZnodeFormat> {
 }
 
 /// The number of nodes that look like each format.
-pub type Votes = BTreeMap<ZnodeFormat, usize>;
+pub type FormatVotes = BTreeMap<ZnodeFormat, usize>;
 
-pub fn votes<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Votes {
-    let mut votes = Votes::new();
+pub fn votes<'a>(members: impl IntoIterator<Item = Member<'a>>) -> FormatVotes {
+    let mut votes = FormatVotes::new();
     for format in members.into_iter().filter_map(|member| looks_like(&member)) {
         *votes.entry(format).or_default() += 1;
     }
@@ -299,7 +299,7 @@ pub fn votes<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Votes {
 /// Returns the format that most nodes look like; of two with as many, the more distinctive one. A format
 /// decided `before` stays until another has twice as many nodes, so that it does not change with every node
 /// where two are mixed.
-pub fn decide(votes: &Votes, before: Option<ZnodeFormat>) -> Option<ZnodeFormat> {
+pub fn decide(votes: &FormatVotes, before: Option<ZnodeFormat>) -> Option<ZnodeFormat> {
     let most = votes.values().max().copied()?;
     let chosen = votes.iter().find(|(_, count)| **count == most).map(|(format, _)| *format);
     match before {
@@ -321,7 +321,7 @@ pub fn detect<'a>(members: impl IntoIterator<Item = Member<'a>>) -> Option<Znode
 pub fn combine(
     name: &ServiceName,
     place: Place,
-    reads: &[(&str, &Read)],
+    reads: &[(&str, &DirectoryContent)],
     format_weight: f64,
     problems: &mut Vec<Problem>,
 ) -> Option<ParsedService> {
@@ -471,8 +471,8 @@ fn scalar(value: &Value) -> Option<String> {
 }
 
 /// Returns the weight at the first path that is present. An unusable weight is ignored, with a note.
-fn weight_at(value: &Value, own: &[String], built_in: &[&str]) -> (Option<Share>, Option<String>) {
-    match text_at(value, own, built_in).map(|text| Share::parse(&text)) {
+fn weight_at(value: &Value, own: &[String], built_in: &[&str]) -> (Option<RawWeight>, Option<String>) {
+    match text_at(value, own, built_in).map(|text| RawWeight::parse(&text)) {
         None => (None, None),
         Some(Ok(share)) => (Some(share), None),
         Some(Err(wrong)) => (None, Some(format!("{wrong}; it is ignored"))),

@@ -10,7 +10,7 @@ use vmesh_model::{Registration, ServiceName};
 
 /// One evicted endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Evicted {
+pub struct Eviction {
     pub service: ServiceName,
     pub address: SocketAddr,
     /// When the operator evicted it, in seconds of Unix time.
@@ -49,9 +49,9 @@ impl Evictions {
         self.0.get(service).is_some_and(|addresses| addresses.contains_key(address))
     }
 
-    pub fn all(&self) -> impl Iterator<Item = Evicted> {
+    pub fn all(&self) -> impl Iterator<Item = Eviction> {
         self.0.iter().flat_map(|(service, addresses)| {
-            let evicted = |(address, since): (&SocketAddr, &u64)| Evicted {
+            let evicted = |(address, since): (&SocketAddr, &u64)| Eviction {
                 service: service.clone(),
                 address: *address,
                 since: *since,
@@ -73,9 +73,9 @@ impl Evictions {
 
 /// Finds evictions that have become pointless, because no source has listed the endpoint for a while.
 #[derive(Debug, Default)]
-pub struct Absences(BTreeMap<(ServiceName, SocketAddr), Instant>);
+pub struct EvictionExpiry(BTreeMap<(ServiceName, SocketAddr), Instant>);
 
-impl Absences {
+impl EvictionExpiry {
     /// Returns the evictions of endpoints for which `is_named` has been false for `hold`.
     pub fn over(
         &mut self,
@@ -83,7 +83,7 @@ impl Absences {
         is_named: impl Fn(&ServiceName, &SocketAddr) -> bool,
         hold: Duration,
         now: Instant,
-    ) -> Vec<Evicted> {
+    ) -> Vec<Eviction> {
         let unnamed = evictions.all().filter(|evicted| !is_named(&evicted.service, &evicted.address));
         let mut over = Vec::new();
         let mut since = BTreeMap::new();
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn an_eviction_ends_when_nobody_has_named_the_endpoint_for_the_hold() {
-        let (mut evictions, mut absences) = (Evictions::default(), Absences::default());
+        let (mut evictions, mut absences) = (Evictions::default(), EvictionExpiry::default());
         let hold = Duration::from_secs(10);
         let (start, after) = (Instant::now(), |seconds| Duration::from_secs(seconds));
         evictions.evict("orders".parse().unwrap(), "10.0.0.1:80".parse().unwrap(), 7);

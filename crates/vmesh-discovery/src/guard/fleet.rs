@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vmesh_model::{Health, Registration, ServiceName, join};
 
 use super::config::FleetConfig;
-use crate::source::{Registrations, Seen};
+use crate::source::{Registrations, ServiceView};
 
 /// The loss of a source within the window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,18 +23,18 @@ pub(super) struct Loss {
 
 /// The losses of one source within the window.
 #[derive(Debug, Default)]
-pub(super) struct Fleet {
-    endpoints: Tide,
-    services: Tide,
+pub(super) struct FleetTracker {
+    endpoints: LossWindow,
+    services: LossWindow,
 }
 
-impl Fleet {
+impl FleetTracker {
     /// Creates the measure of a source that listed `told` before a restart.
-    pub(super) fn knowing(told: &Registrations) -> Fleet {
-        let alive = |seen: &Seen| alive(&seen.registration);
+    pub(super) fn knowing(told: &Registrations) -> FleetTracker {
+        let alive = |seen: &ServiceView| alive(&seen.registration);
         let endpoints = told.services.values().map(alive).sum();
         let services = told.services.values().filter(|seen| alive(seen) > 0).count();
-        Fleet { endpoints: Tide::of(endpoints), services: Tide::of(services) }
+        FleetTracker { endpoints: LossWindow::of(endpoints), services: LossWindow::of(services) }
     }
 
     /// Records that the source listed `before` and lists `told` now. Services for which `excused` returns
@@ -46,7 +46,7 @@ impl Fleet {
         excused: impl Fn(&ServiceName) -> bool,
         now: Instant,
     ) {
-        let (mut endpoints, mut services) = (Turn::default(), Turn::default());
+        let (mut endpoints, mut services) = (CountChange::default(), CountChange::default());
         for (name, old, new) in differing(before, told) {
             let new_alive = new.map_or(0, |new| alive(&new.registration));
             let old_alive = old.map_or(0, |old| alive(&old.registration));
@@ -99,8 +99,8 @@ impl Fleet {
 
     /// Accepts every loss so far: the present counts become the reference.
     pub(super) fn accept(&mut self) {
-        self.endpoints = Tide::of(self.endpoints.known);
-        self.services = Tide::of(self.services.known);
+        self.endpoints = LossWindow::of(self.endpoints.known);
+        self.services = LossWindow::of(self.services.known);
     }
 }
 
@@ -122,7 +122,7 @@ fn drained(before: &Registration, now: &Registration) -> usize {
 fn differing<'a>(
     before: &'a Registrations,
     now: &'a Registrations,
-) -> impl Iterator<Item = (&'a ServiceName, Option<&'a Seen>, Option<&'a Seen>)> {
+) -> impl Iterator<Item = (&'a ServiceName, Option<&'a ServiceView>, Option<&'a ServiceView>)> {
     join(&before.services, &now.services).filter(|(_, was, is)| {
         !matches!((was, is), (Some(was), Some(is)) if Arc::ptr_eq(&was.registration, &is.registration)
             && was.empty_on_purpose == is.empty_on_purpose)
@@ -131,13 +131,13 @@ fn differing<'a>(
 
 /// How a count changes between two views.
 #[derive(Debug, Default)]
-struct Turn {
+struct CountChange {
     came: usize,
     went: usize,
     left: usize,
 }
 
-impl Turn {
+impl CountChange {
     /// Adds the change of one service from `old` to `new`, of which `left` were removed on purpose.
     fn count(&mut self, old: usize, new: usize, left: usize) {
         let old = old.saturating_sub(left);
@@ -149,7 +149,7 @@ impl Turn {
 
 /// A count, and its losses and additions within the window.
 #[derive(Debug, Default)]
-struct Tide {
+struct LossWindow {
     known: usize,
     /// Losses that no addition has compensated, with their times.
     gone: VecDeque<(Instant, usize)>,
@@ -160,13 +160,13 @@ struct Tide {
     has_begun: bool,
 }
 
-impl Tide {
-    fn of(known: usize) -> Tide {
-        Tide { known, has_begun: true, ..Tide::default() }
+impl LossWindow {
+    fn of(known: usize) -> LossWindow {
+        LossWindow { known, has_begun: true, ..LossWindow::default() }
     }
 
-    fn turn(&mut self, turn: Turn, now: Instant) {
-        let Turn { came, went, left } = turn;
+    fn turn(&mut self, turn: CountChange, now: Instant) {
+        let CountChange { came, went, left } = turn;
         self.known = (self.known + came).saturating_sub(went + left);
         if !self.has_begun {
             self.has_begun = true;

@@ -19,7 +19,7 @@ fn endpoint(port: u16, health: Health) -> Endpoint {
 
 /// Parses endpoints such as `1 2 3d 4u`: each word is a port, with the suffix `d` for draining, `u` for
 /// unhealthy or `h` for healthy.
-fn seen(service: &str, endpoints: &str) -> Seen {
+fn seen(service: &str, endpoints: &str) -> ServiceView {
     let endpoint = |word: &str| {
         let (port, health) = match word.split_at(word.len() - 1) {
             (port, "d") => (port, Health::Draining),
@@ -31,7 +31,7 @@ fn seen(service: &str, endpoints: &str) -> Seen {
     };
     let mut endpoints: Vec<_> = endpoints.split_whitespace().map(endpoint).collect();
     endpoints.sort_by_key(|e| e.address);
-    Seen::fresh(Arc::new(Registration {
+    ServiceView::fresh(Arc::new(Registration {
         service: service.parse().unwrap(),
         protocol: None,
         port: None,
@@ -40,7 +40,7 @@ fn seen(service: &str, endpoints: &str) -> Seen {
     }))
 }
 
-fn ports(seen: &Seen) -> Vec<String> {
+fn ports(seen: &ServiceView) -> Vec<String> {
     let mark = |e: &Endpoint| match e.health {
         Health::Draining => "d",
         Health::Unhealthy => "u",
@@ -131,7 +131,7 @@ fn run(config: GuardConfig, script: &str, expected: Expect) {
                 sim.see(Registrations { emptied, ..Registrations::default() }, now);
             }
             said => {
-                let told = Seen {
+                let told = ServiceView {
                     empty_on_purpose: said == "[]",
                     ..seen("orders", said.trim_matches(['[', ']', '.']))
                 };
@@ -831,7 +831,7 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
     let start = Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
     let orders: ServiceName = "orders".parse().unwrap();
-    let told = |seen: Seen| Registrations {
+    let told = |seen: ServiceView| Registrations {
         services: std::iter::once((orders.clone(), seen)).collect(),
         ..Registrations::default()
     };
@@ -839,7 +839,7 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
     sim.see(told(seen("orders", "1 2 3")), at(0));
     sim.believed(at(0));
     let nothing = seen("orders", "").registration;
-    sim.see(told(Seen::stale(nothing.clone(), "`vm-1` cannot be resolved")), at(10));
+    sim.see(told(ServiceView::stale(nothing.clone(), "`vm-1` cannot be resolved")), at(10));
     sim.believed(at(10));
     sim.until(at(3600));
     let believed = sim.believed(at(3600));
@@ -847,7 +847,7 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
     let why = sim.guard.held().first().unwrap().because.clone();
     assert!(why.ends_with("has failed: `vm-1` cannot be resolved"), "{why}");
     // The service is readable and has no endpoints.
-    sim.see(told(Seen::fresh(nothing)), at(3610));
+    sim.see(told(ServiceView::fresh(nothing)), at(3610));
     sim.believed(at(3610));
     sim.until(at(3700));
     assert!(sim.believed(at(3700)).services["orders"].registration.endpoints.is_empty());
@@ -1029,7 +1029,7 @@ proptest! {
         }
         prop_assert!(sim.guard.deadline().is_none());
         let mut believed = sim.believed(now);
-        if sim.guard.held().iter().any(|held| held.kind == Kind::Fleet) {
+        if sim.guard.held().iter().any(|held| held.kind == HoldKind::Fleet) {
             sim.guard.accept(None).unwrap();
             believed = sim.believed(now);
         }
@@ -1065,7 +1065,7 @@ fn check(
     Ok(())
 }
 
-fn told_of(services: impl IntoIterator<Item = Seen>) -> Registrations {
+fn told_of(services: impl IntoIterator<Item = ServiceView>) -> Registrations {
     let services = services.into_iter().map(|seen| (seen.registration.service.clone(), seen)).collect();
     Registrations { services, ..Registrations::default() }
 }
@@ -1074,7 +1074,7 @@ fn told_of(services: impl IntoIterator<Item = Seen>) -> Registrations {
 fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_is_accepted() {
     let start = Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
-    let part = |endpoints: &str| Seen {
+    let part = |endpoints: &str| ServiceView {
         extent: Extent::Part,
         because: Some("3 of 6 records are bad".into()),
         ..seen("pay", endpoints)
@@ -1089,9 +1089,9 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
         let believed = guard.believed(at(600));
         assert_eq!(ports(&believed.services[&name]), ["1u", "2", "3", "4", "5"]);
         let held = guard.held();
-        assert_eq!((held.len(), held[0].kind, held[0].had, held[0].has), (1, Kind::Unreadable, 5, 2));
+        assert_eq!((held.len(), held[0].kind, held[0].had, held[0].has), (1, HoldKind::Unreadable, 5, 2));
         assert!(held[0].because.contains("3 endpoints that are not named stay"), "{}", held[0].because);
-        assert!(guard.take_notices().iter().any(|notice| notice.what == What::Held));
+        assert!(guard.take_notices().iter().any(|notice| notice.what == NoticeKind::Held));
         assert_eq!(guard.deadline(), None, "time alone ends it not");
         if accepts {
             assert_eq!(guard.accept(Some(&name)).unwrap(), std::slice::from_ref(&name));
@@ -1111,7 +1111,7 @@ fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted(
     let start = Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
     let known = seen("pay", "1 2");
-    let unread = Seen {
+    let unread = ServiceView {
         extent: Extent::Nothing,
         state: State::Stale,
         because: Some("Consul lists it, and shows no instance of it".into()),
@@ -1123,7 +1123,7 @@ fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted(
     assert_eq!(ports(&guard.believed(at(3600)).services[&name]), ["1", "2"]);
     let held: Vec<_> =
         guard.held().iter().map(|held| (held.service.clone(), held.kind, held.had, held.has)).collect();
-    assert_eq!(held, [(Some(name.clone()), Kind::Unreadable, 2, 0)]);
+    assert_eq!(held, [(Some(name.clone()), HoldKind::Unreadable, 2, 0)]);
     guard.accept(Some(&name)).unwrap();
     // The service stays removed while the source reports no change.
     guard.see(told_of([unread, seen("web", "7")]), at(3700));

@@ -10,11 +10,11 @@ use vmesh_model::text::show_duration;
 use vmesh_model::{Endpoint, Health, Registration, ServiceName, State};
 
 use super::config::GuardConfig;
-use super::{Held, Kind};
-use crate::source::{Extent, Seen};
+use super::{HeldChange, HoldKind};
+use crate::source::{Extent, ServiceView};
 
 /// The circumstances, besides its own view, in which a service is judged.
-pub(super) struct Rules<'a> {
+pub(super) struct JudgementContext<'a> {
     pub(super) config: &'a GuardConfig,
     pub(super) source: &'a str,
     /// The fleet hold of the source, with its reason and start, if there is one.
@@ -24,28 +24,28 @@ pub(super) struct Rules<'a> {
 
 /// One service that the guard believes to exist.
 #[derive(Debug)]
-pub(super) struct Watched {
-    pub(super) shown: Seen,
+pub(super) struct GuardedService {
+    pub(super) shown: ServiceView,
     /// The endpoints that are served but no longer listed, with the time of their removal from the source.
     missing: BTreeMap<SocketAddr, Instant>,
     /// The pending removal of the whole service: it is absent, or listed without endpoints.
-    none: Option<Doubt>,
+    none: Option<PendingRemoval>,
     /// The pending removal of a large part of the endpoints, with the number of endpoints before.
-    few: Option<(Doubt, usize)>,
+    few: Option<(PendingRemoval, usize)>,
     /// The largest number of listed endpoints since the first one went missing; lowered when a smaller number
     /// is believed. The served endpoints do not tell it: they include both the missing endpoints and their
     /// replacements.
     peak: Option<usize>,
-    illness: Illness,
+    illness: HealthTracker,
     /// Since when the service is wholly or largely unreadable.
     unread_since: Option<Instant>,
     /// The kind of hold at the last judgement.
-    pub(super) held: Option<Kind>,
+    pub(super) held: Option<HoldKind>,
 }
 
 /// A removal that is not believed until it has been reported for long enough and confirmed often enough.
 #[derive(Debug)]
-struct Doubt {
+struct PendingRemoval {
     since: Instant,
     /// The number of confirming reads that reported the same.
     confirmed: u32,
@@ -53,9 +53,9 @@ struct Doubt {
     failed: Option<(Instant, Arc<str>)>,
 }
 
-impl Doubt {
-    fn since(now: Instant) -> Doubt {
-        Doubt { since: now, confirmed: 0, failed: None }
+impl PendingRemoval {
+    fn since(now: Instant) -> PendingRemoval {
+        PendingRemoval { since: now, confirmed: 0, failed: None }
     }
 
     fn needs_readings(&self, hold: Duration, config: &GuardConfig) -> bool {
@@ -79,7 +79,7 @@ impl Doubt {
 
 /// The reported health of the endpoints of a service.
 #[derive(Debug, Default)]
-struct Illness {
+struct HealthTracker {
     /// The unhealthy endpoints: since when (`None` if for longer than the guard knows), and their health
     /// before.
     since: BTreeMap<SocketAddr, (Option<Instant>, Option<Health>)>,
@@ -89,7 +89,7 @@ struct Illness {
     believed: bool,
 }
 
-impl Illness {
+impl HealthTracker {
     fn see(&mut self, told: &[Endpoint], shown: &[Endpoint], window: Duration, now: Instant) {
         let ill = |e: &&Endpoint| e.health == Health::Unhealthy;
         let mut any_recovered = false;
@@ -138,23 +138,23 @@ impl Illness {
 }
 
 /// The result of judging a service.
-pub(super) enum Outcome {
+pub(super) enum Judgement {
     /// The reported endpoints are served, with recently removed endpoints until `removal_hold` ends.
-    Plain,
+    NotHeld,
     /// A held change is believed from now on.
     Believed,
-    Held(Held),
+    Held(HeldChange),
 }
 
-impl Watched {
-    pub(super) fn new(shown: Seen) -> Watched {
-        Watched {
+impl GuardedService {
+    pub(super) fn new(shown: ServiceView) -> GuardedService {
+        GuardedService {
             shown,
             missing: BTreeMap::new(),
             none: None,
             few: None,
             peak: None,
-            illness: Illness::default(),
+            illness: HealthTracker::default(),
             unread_since: None,
             held: None,
         }
@@ -168,18 +168,18 @@ impl Watched {
     /// Restarts every hold of this service, because the source was failing or frozen.
     pub(super) fn begin_again(&mut self, now: Instant) {
         self.missing.values_mut().for_each(|since| *since = now);
-        self.none = self.none.take().map(|_| Doubt::since(now));
-        self.few = self.few.take().map(|(_, of)| (Doubt::since(now), of));
+        self.none = self.none.take().map(|_| PendingRemoval::since(now));
+        self.few = self.few.take().map(|(_, of)| (PendingRemoval::since(now), of));
         self.illness.doubt = self.illness.doubt.map(|_| now);
     }
 
     /// Believes `told`, because the operator accepted it. Returns `false` if the service is thereby removed.
-    pub(super) fn accept(&mut self, told: Option<&Seen>) -> bool {
+    pub(super) fn accept(&mut self, told: Option<&ServiceView>) -> bool {
         let Some(told) = told else { return false };
         let illness = std::mem::take(&mut self.illness);
-        *self = Watched::new(told.clone());
+        *self = GuardedService::new(told.clone());
         self.illness =
-            Illness { doubt: None, believed: illness.doubt.is_some() || illness.believed, ..illness };
+            HealthTracker { doubt: None, believed: illness.doubt.is_some() || illness.believed, ..illness };
         true
     }
 
@@ -188,17 +188,17 @@ impl Watched {
     pub(super) fn judge(
         &mut self,
         name: &ServiceName,
-        told: Option<&Seen>,
+        told: Option<&ServiceView>,
         on_purpose: bool,
-        rules: &Rules<'_>,
-    ) -> (Option<Seen>, Outcome) {
-        let Rules { config, now, .. } = *rules;
+        rules: &JudgementContext<'_>,
+    ) -> (Option<ServiceView>, Judgement) {
+        let JudgementContext { config, now, .. } = *rules;
         if let Some(told) = told
             && self.is_settled()
             && told.extent == Extent::Whole
             && Arc::ptr_eq(&told.registration, &self.shown.registration)
         {
-            return (Some(told.clone()), Outcome::Plain);
+            return (Some(told.clone()), Judgement::NotHeld);
         }
         let target: &[Endpoint] = told.map(|told| &*told.registration.endpoints).unwrap_or_default();
         let was_ill = self.illness.doubt.is_some();
@@ -228,8 +228,8 @@ impl Watched {
         let few = before >= config.shrink_min
             && (target.len() as f64) < config.shrink_ratio * before as f64
             && !excused;
-        self.none = none.then(|| self.none.take().unwrap_or_else(|| Doubt::since(now)));
-        self.few = few.then(|| self.few.take().unwrap_or_else(|| (Doubt::since(now), before)));
+        self.none = none.then(|| self.none.take().unwrap_or_else(|| PendingRemoval::since(now)));
+        self.few = few.then(|| self.few.take().unwrap_or_else(|| (PendingRemoval::since(now), before)));
 
         if let Some((doubt, hold, kind)) = self.doubt(told, config) {
             if rules.fleet.is_some() || !doubt.is_over(hold, config, now) {
@@ -237,14 +237,14 @@ impl Watched {
                 self.missed(&target, now);
                 let shown = self.merged(told, &target, |_| true);
                 let because = Some(held.because.clone());
-                return (Some(Seen { state: State::Held, because, ..shown }), Outcome::Held(held));
+                return (Some(ServiceView { state: State::Held, because, ..shown }), Judgement::Held(held));
             }
             believed = true;
             self.peak = Some(counts(&target));
         }
         self.none = None;
         self.few = None;
-        let outcome = |believed: bool| if believed { Outcome::Believed } else { Outcome::Plain };
+        let outcome = |believed: bool| if believed { Judgement::Believed } else { Judgement::NotHeld };
         let Some(told) = told else { return (None, outcome(believed)) };
         if excused {
             self.missing.clear();
@@ -270,9 +270,9 @@ impl Watched {
             self.peak = None;
         }
         let held = match (fleet, self.illness.doubt) {
-            (Some((because, since)), _) if !self.missing.is_empty() => Held {
+            (Some((because, since)), _) if !self.missing.is_empty() => HeldChange {
                 service: Some(name.clone()),
-                kind: Kind::Fleet,
+                kind: HoldKind::Fleet,
                 since,
                 until: None,
                 had: has + self.missing.len(),
@@ -285,17 +285,17 @@ impl Watched {
             _ => return (Some(seen), outcome(believed)),
         };
         let because = Some(held.because.clone());
-        (Some(Seen { state: State::Held, because, ..seen }), Outcome::Held(held))
+        (Some(ServiceView { state: State::Held, because, ..seen }), Judgement::Held(held))
     }
 
     /// Judges a service that is unreadable, wholly or in part. Nothing that is served is removed.
     fn judge_unread(
         &mut self,
         name: &ServiceName,
-        told: &Seen,
+        told: &ServiceView,
         target: &[Endpoint],
-        rules: &Rules<'_>,
-    ) -> (Option<Seen>, Outcome) {
+        rules: &JudgementContext<'_>,
+    ) -> (Option<ServiceView>, Judgement) {
         let since = *self.unread_since.get_or_insert(rules.now);
         (self.none, self.few) = (None, None);
         self.missed(target, rules.now);
@@ -304,7 +304,7 @@ impl Watched {
         self.missing.retain(|address, _| find(shown, address).is_some());
         let has = if told.extent == Extent::Nothing { 0 } else { target.len() };
         if shown.len() == has {
-            return (Some(seen), Outcome::Plain);
+            return (Some(seen), Judgement::NotHeld);
         }
         let why = told.because.as_deref().unwrap_or("it cannot be read");
         let because: Arc<str> = match has {
@@ -315,9 +315,9 @@ impl Watched {
             )
             .into(),
         };
-        let held = Held {
+        let held = HeldChange {
             service: Some(name.clone()),
-            kind: Kind::Unreadable,
+            kind: HoldKind::Unreadable,
             since,
             until: None,
             had: shown.len(),
@@ -328,9 +328,9 @@ impl Watched {
         };
         let seen = match told.extent {
             Extent::Nothing => seen,
-            _ => Seen { state: State::Held, because: Some(because), ..seen },
+            _ => ServiceView { state: State::Held, because: Some(because), ..seen },
         };
-        (Some(seen), Outcome::Held(held))
+        (Some(seen), Judgement::Held(held))
     }
 
     fn is_settled(&self) -> bool {
@@ -342,11 +342,15 @@ impl Watched {
     }
 
     /// Returns the pending removal, its hold, and the kind of the hold.
-    fn doubt(&self, told: Option<&Seen>, config: &GuardConfig) -> Option<(&Doubt, Duration, Kind)> {
-        let none = if told.is_some() { Kind::Empty } else { Kind::Absent };
+    fn doubt(
+        &self,
+        told: Option<&ServiceView>,
+        config: &GuardConfig,
+    ) -> Option<(&PendingRemoval, Duration, HoldKind)> {
+        let none = if told.is_some() { HoldKind::Empty } else { HoldKind::Absent };
         match (&self.none, &self.few) {
             (Some(doubt), _) => Some((doubt, config.confirm_empty, none)),
-            (None, Some((doubt, _))) => Some((doubt, config.confirm_shrink, Kind::Shrunk)),
+            (None, Some((doubt, _))) => Some((doubt, config.confirm_shrink, HoldKind::Shrunk)),
             (None, None) => None,
         }
     }
@@ -354,13 +358,13 @@ impl Watched {
     fn held_as(
         &self,
         name: &ServiceName,
-        told: Option<&Seen>,
+        told: Option<&ServiceView>,
         target: &[Endpoint],
         before: usize,
-        (doubt, hold, kind): (&Doubt, Duration, Kind),
-        rules: &Rules<'_>,
-    ) -> Held {
-        let held = Held {
+        (doubt, hold, kind): (&PendingRemoval, Duration, HoldKind),
+        rules: &JudgementContext<'_>,
+    ) -> HeldChange {
+        let held = HeldChange {
             service: Some(name.clone()),
             kind,
             since: doubt.since,
@@ -373,13 +377,19 @@ impl Watched {
         };
         match rules.fleet {
             Some((because, since)) => {
-                Held { kind: Kind::Fleet, since, until: None, because: because.clone(), ..held }
+                HeldChange { kind: HoldKind::Fleet, since, until: None, because: because.clone(), ..held }
             }
-            None => Held { because: reason(rules.source, told, before, hold), ..held },
+            None => HeldChange { because: reason(rules.source, told, before, hold), ..held },
         }
     }
 
-    fn held_ill(&self, name: &ServiceName, has: usize, since: Instant, rules: &Rules<'_>) -> Held {
+    fn held_ill(
+        &self,
+        name: &ServiceName,
+        has: usize,
+        since: Instant,
+        rules: &JudgementContext<'_>,
+    ) -> HeldChange {
         let window = rules.config.confirm_unhealthy;
         let because = format!(
             "`{}` says that all its endpoints ({}) became unhealthy within {}: \
@@ -388,9 +398,9 @@ impl Watched {
             self.illness.since.len(),
             show_duration(window),
         );
-        Held {
+        HeldChange {
             service: Some(name.clone()),
-            kind: Kind::Unhealthy,
+            kind: HoldKind::Unhealthy,
             since,
             until: Some(since + window),
             had: has,
@@ -455,7 +465,12 @@ impl Watched {
 
     /// Returns the listed endpoints and those served endpoints for which `stays` returns `true`. An equal
     /// result shares the pointer of `told` or of the view that is served.
-    fn merged(&self, told: Option<&Seen>, target: &[Endpoint], stays: impl Fn(&Endpoint) -> bool) -> Seen {
+    fn merged(
+        &self,
+        told: Option<&ServiceView>,
+        target: &[Endpoint],
+        stays: impl Fn(&Endpoint) -> bool,
+    ) -> ServiceView {
         let shown = &self.shown.registration;
         let is_told = |e: &Endpoint| find(target, &e.address).is_some();
         let kept: Vec<_> = shown.endpoints.iter().filter(|e| !is_told(e) && stays(e)).cloned().collect();
@@ -468,7 +483,7 @@ impl Watched {
         endpoints.sort_by_key(|endpoint| endpoint.address);
         let merged = Registration { endpoints: endpoints.into(), ..(*told.registration).clone() };
         let registration = if merged == **shown { shown.clone() } else { Arc::new(merged) };
-        Seen { registration, empty_on_purpose: false, ..told.clone() }
+        ServiceView { registration, empty_on_purpose: false, ..told.clone() }
     }
 
     /// Returns the next time at which the judgement changes even if the source reports no change.
@@ -490,7 +505,7 @@ fn find<'a>(endpoints: &'a [Endpoint], address: &SocketAddr) -> Option<&'a Endpo
     endpoints.get(at)
 }
 
-fn reason(source: &str, told: Option<&Seen>, before: usize, hold: Duration) -> Arc<str> {
+fn reason(source: &str, told: Option<&ServiceView>, before: usize, hold: Duration) -> Arc<str> {
     let endpoints = |n: usize| if n == 1 { "1 endpoint".to_owned() } else { format!("{n} endpoints") };
     let said = match told.map(|told| told.registration.endpoints.len()) {
         None => format!("no longer names it, and it had {}", endpoints(before)),

@@ -16,16 +16,16 @@ const WINDOW: Duration = Duration::from_secs(60);
 
 /// The standard error of a program. All output is read, so that the program never blocks, but only a part of
 /// it is logged.
-pub(super) struct Log {
+pub(super) struct StderrLog {
     from: Option<BufReader<ChildStderr>>,
     /// The beginning of an incomplete line.
     line: Vec<u8>,
-    rate: Rate,
+    rate: LogRate,
 }
 
-impl Log {
-    pub(super) fn new(from: Option<ChildStderr>) -> Log {
-        Log { from: from.map(BufReader::new), line: Vec::new(), rate: Rate::new(Instant::now()) }
+impl StderrLog {
+    pub(super) fn new(from: Option<ChildStderr>) -> StderrLog {
+        StderrLog { from: from.map(BufReader::new), line: Vec::new(), rate: LogRate::new(Instant::now()) }
     }
 
     /// Waits for the next line to log. Dropping the future loses nothing.
@@ -68,15 +68,15 @@ impl Log {
 }
 
 /// The number of lines that were logged in the current window.
-struct Rate {
+struct LogRate {
     window: Instant,
     logged: u32,
     left_out: u64,
 }
 
-impl Rate {
-    fn new(now: Instant) -> Rate {
-        Rate { window: now, logged: 0, left_out: 0 }
+impl LogRate {
+    fn new(now: Instant) -> LogRate {
+        LogRate { window: now, logged: 0, left_out: 0 }
     }
 
     /// Returns the text to log for `line`, or `None` if it is left out.
@@ -109,7 +109,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_program_that_prints_without_end_has_a_hundred_lines_a_minute() {
         let start = Instant::now();
-        let mut rate = Rate::new(start);
+        let mut rate = LogRate::new(start);
         let logged = (0..1_000_000).filter(|_| rate.admit(b"x", start).is_some()).count();
         assert_eq!(logged, 100);
         let later = rate.admit(b"\x1b[31mred\n", start + WINDOW).unwrap();

@@ -29,15 +29,15 @@ use vmesh_model::yaml::{self, Node, short};
 use vmesh_model::{Place, ServiceName};
 use vmesh_text::printable;
 
-use crate::format::{Input, Parsed, native};
+use crate::format::{Input, ParseResult, native};
 
 /// The version of the protocol.
 const VERSION: u32 = 1;
 
 /// A line from the program.
 #[derive(Debug)]
-pub enum Said {
-    View(View),
+pub enum PluginLine {
+    View(PluginView),
     /// The last view is still current.
     Alive,
     /// The program could not read its registry.
@@ -46,8 +46,8 @@ pub enum Said {
 
 /// A complete view of the registry.
 #[derive(Debug)]
-pub struct View {
-    pub parsed: Parsed,
+pub struct PluginView {
+    pub parsed: ParseResult,
     /// The ID of the confirmation request that this view answers.
     pub confirms: Option<u64>,
 }
@@ -64,15 +64,15 @@ pub fn confirm(id: u64, services: &BTreeSet<ServiceName>) -> String {
 
 /// Parses a line; `source` is used for places. The error describes what is wrong with the line. The error and
 /// the reason of a failure are escaped, so both are safe for terminals and logs.
-pub fn read(source: &Arc<str>, line: &str) -> Result<Said, String> {
+pub fn read(source: &Arc<str>, line: &str) -> Result<PluginLine, String> {
     match read_line(source, line) {
-        Ok(Said::Failed(reason)) => Ok(Said::Failed(printable(&reason).into_owned())),
+        Ok(PluginLine::Failed(reason)) => Ok(PluginLine::Failed(printable(&reason).into_owned())),
         Ok(said) => Ok(said),
         Err(wrong) => Err(printable(&wrong).into_owned()),
     }
 }
 
-fn read_line(source: &Arc<str>, line: &str) -> Result<Said, String> {
+fn read_line(source: &Arc<str>, line: &str) -> Result<PluginLine, String> {
     // Only objects are accepted: YAML, of which JSON is a subset, would take any text for a value.
     if !line.trim_start().starts_with('{') {
         return Err(format!("`{}` is not a JSON object: logs belong on standard error", short(line.trim())));
@@ -86,10 +86,10 @@ fn read_line(source: &Arc<str>, line: &str) -> Result<Said, String> {
     let said = root.get("type").and_then(|node| node.text()).unwrap_or_default();
     match said {
         "view" => view(source, line, &root),
-        "alive" => Ok(Said::Alive),
+        "alive" => Ok(PluginLine::Alive),
         "failed" => {
             let message = root.get("message").and_then(|node| node.text()).unwrap_or_default();
-            Ok(Said::Failed(if message.is_empty() {
+            Ok(PluginLine::Failed(if message.is_empty() {
                 "it does not say why".to_owned()
             } else {
                 message.to_owned()
@@ -99,7 +99,7 @@ fn read_line(source: &Arc<str>, line: &str) -> Result<Said, String> {
     }
 }
 
-fn view(source: &Arc<str>, line: &str, root: &Node) -> Result<Said, String> {
+fn view(source: &Arc<str>, line: &str, root: &Node) -> Result<PluginLine, String> {
     let Some(services) = root.get("services").and_then(|node| node.items()) else {
         return Err(
             "a view without `services`, a list: all that the registry has, `[]` for nothing".to_owned()
@@ -127,7 +127,7 @@ fn view(source: &Arc<str>, line: &str, root: &Node) -> Result<Said, String> {
         service.place = place.clone();
         service.endpoints.iter_mut().for_each(|endpoint| endpoint.place = place.clone());
     }
-    Ok(Said::View(View { parsed, confirms }))
+    Ok(PluginLine::View(PluginView { parsed, confirms }))
 }
 
 #[cfg(test)]
@@ -138,7 +138,7 @@ mod tests {
 
     fn check(line: &str, expected: Expect) {
         let shown = match read(&"plugin:x".into(), line) {
-            Ok(Said::View(View { parsed, confirms })) => {
+            Ok(PluginLine::View(PluginView { parsed, confirms })) => {
                 let services = parsed.services.iter().map(|service| {
                     let endpoints: Vec<_> = service.endpoints.iter().map(|e| e.address.to_string()).collect();
                     format!("{} {endpoints:?}\n", service.name)
@@ -147,8 +147,8 @@ mod tests {
                 let head = confirms.map_or("view\n".to_owned(), |id| format!("view that confirms {id}\n"));
                 head + &services.chain(problems).collect::<String>()
             }
-            Ok(Said::Alive) => "alive\n".to_owned(),
-            Ok(Said::Failed(why)) => format!("failed: {why}\n"),
+            Ok(PluginLine::Alive) => "alive\n".to_owned(),
+            Ok(PluginLine::Failed(why)) => format!("failed: {why}\n"),
             Err(why) => format!("error: {why}\n"),
         };
         expected.assert_eq(&shown);

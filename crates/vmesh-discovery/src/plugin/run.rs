@@ -46,7 +46,7 @@ const RUN: &str = "VMESH_PLUGIN_RUN";
 const MAX_PROCESSES: usize = 100_000;
 
 /// The processes of one run. Dropping it kills them.
-pub(super) struct Run {
+pub(super) struct PluginRun {
     /// The program itself.
     pub(super) child: Child,
     /// The process group of the program, which is its leader.
@@ -55,8 +55,8 @@ pub(super) struct Run {
     mark: Vec<u8>,
 }
 
-impl Run {
-    pub(super) fn start(command: &[String], pass_env: &[String]) -> io::Result<Run> {
+impl PluginRun {
+    pub(super) fn start(command: &[String], pass_env: &[String]) -> io::Result<PluginRun> {
         let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         // The standard library keys each hash map at random.
         let run = format!("{}-{:016x}", std::process::id(), RandomState::new().hash_one(program));
@@ -72,7 +72,7 @@ impl Run {
             .kill_on_drop(true)
             .spawn()?;
         let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-        Ok(Run { child, group, mark: format!("{RUN}={run}").into_bytes() })
+        Ok(PluginRun { child, group, mark: format!("{RUN}={run}").into_bytes() })
     }
 
     /// Kills all processes of the run. Returns the exit status of the program if it had already ended.
@@ -92,7 +92,7 @@ impl Run {
     }
 }
 
-impl Drop for Run {
+impl Drop for PluginRun {
     fn drop(&mut self) {
         self.end();
     }

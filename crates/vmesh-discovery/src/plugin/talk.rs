@@ -13,9 +13,9 @@ use tokio::process::{ChildStdin, ChildStdout};
 use tokio::time::{Instant, sleep_until};
 
 use super::PluginConfig;
-use super::log::Log;
-use super::protocol::{self, Said, View};
-use super::run::Run;
+use super::log::StderrLog;
+use super::protocol::{self, PluginLine, PluginView};
+use super::run::PluginRun;
 use crate::source::{Counters, SourceError};
 
 /// The minimum time between two starts of a program.
@@ -24,31 +24,31 @@ const RESTART: Duration = Duration::from_secs(1);
 const MAX_UNSAID: usize = 1 << 20;
 
 /// The connection with a program, across restarts.
-pub(super) struct Talk {
+pub(super) struct PluginConnection {
     config: PluginConfig,
     source: Arc<str>,
     counters: Arc<Counters>,
-    running: Option<Running>,
+    running: Option<RunningPlugin>,
     /// The earliest time of the next start.
     start_at: Instant,
     /// When the program last printed a line.
     heard: Instant,
 }
 
-struct Running {
-    run: Run,
+struct RunningPlugin {
+    run: PluginRun,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
     /// The beginning of an incomplete line from the program.
     line: Vec<u8>,
-    log: Log,
+    log: StderrLog,
     /// Bytes that the program has not read yet.
     unsaid: Vec<u8>,
 }
 
 /// The reason why a program is no longer usable.
 #[derive(Debug)]
-enum Ended {
+enum PluginEnd {
     Exited(Option<ExitStatus>),
     Silent(Duration),
     TooLong(usize),
@@ -56,44 +56,46 @@ enum Ended {
     Io(io::Error),
 }
 
-impl fmt::Display for Ended {
+impl fmt::Display for PluginEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Ended::Exited(Some(status)) => write!(f, "it ended ({status}); it is started again"),
-            Ended::Exited(None) => f.write_str("it closed its output; it is started again"),
-            Ended::Silent(silence) => write!(
+            PluginEnd::Exited(Some(status)) => write!(f, "it ended ({status}); it is started again"),
+            PluginEnd::Exited(None) => f.write_str("it closed its output; it is started again"),
+            PluginEnd::Silent(silence) => write!(
                 f,
                 "it said nothing for {} s, and was ended; it is started again: a program without news prints \
                  `{{\"type\": \"alive\"}}` now and then",
                 silence.as_secs()
             ),
-            Ended::TooLong(limit) => write!(f, "it printed a line of more than {limit} bytes (`max_bytes`)"),
-            Ended::NotText => f.write_str("it printed bytes that are not UTF-8"),
-            Ended::Io(error) => error.fmt(f),
+            PluginEnd::TooLong(limit) => {
+                write!(f, "it printed a line of more than {limit} bytes (`max_bytes`)")
+            }
+            PluginEnd::NotText => f.write_str("it printed bytes that are not UTF-8"),
+            PluginEnd::Io(error) => error.fmt(f),
         }
     }
 }
 
-impl std::error::Error for Ended {}
+impl std::error::Error for PluginEnd {}
 
-impl Talk {
-    pub(super) fn new(config: PluginConfig, counters: Arc<Counters>) -> Talk {
+impl PluginConnection {
+    pub(super) fn new(config: PluginConfig, counters: Arc<Counters>) -> PluginConnection {
         let now = Instant::now();
-        Talk { source: config.name(), config, counters, running: None, start_at: now, heard: now }
+        PluginConnection { source: config.name(), config, counters, running: None, start_at: now, heard: now }
     }
 
     /// Returns the next view, or `None` if the last view is still current. Dropping the future loses nothing.
-    pub(super) async fn said(&mut self) -> Result<Option<View>, SourceError> {
+    pub(super) async fn said(&mut self) -> Result<Option<PluginView>, SourceError> {
         let line = self.line().await?;
         self.counters.reads.fetch_add(1, Relaxed);
         match protocol::read(&self.source, &line) {
-            Ok(Said::View(view)) => {
+            Ok(PluginLine::View(view)) => {
                 self.counters.answered_now();
                 self.counters.bad_records.fetch_add(view.parsed.bad_records(), Relaxed);
                 Ok(Some(view))
             }
-            Ok(Said::Failed(message)) => Err(self.failed("read its registry".to_owned(), message)),
-            Ok(Said::Alive) => {
+            Ok(PluginLine::Failed(message)) => Err(self.failed("read its registry".to_owned(), message)),
+            Ok(PluginLine::Alive) => {
                 self.counters.answered_now();
                 Ok(None)
             }
@@ -112,7 +114,7 @@ impl Talk {
         running.unsaid.extend_from_slice(line.as_bytes());
         match running.speak().await {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.ended(Ended::Io(error))),
+            Err(error) => Err(self.ended(PluginEnd::Io(error))),
         }
     }
 
@@ -120,12 +122,12 @@ impl Talk {
         let (silence, limit, source) = (self.config.silence, self.config.max_bytes, self.source.clone());
         self.running().await?;
         let deadline = self.heard + silence;
-        let Some(running) = &mut self.running else { return Err(self.ended(Ended::Exited(None))) };
+        let Some(running) = &mut self.running else { return Err(self.ended(PluginEnd::Exited(None))) };
         let line = tokio::select! {
             // Lines printed while no future was polled come first: they are no silence.
             biased;
             line = running.listen(limit, &source) => line,
-            () = sleep_until(deadline) => Err(Ended::Silent(silence)),
+            () = sleep_until(deadline) => Err(PluginEnd::Silent(silence)),
         };
         match line {
             Ok(line) => {
@@ -137,12 +139,12 @@ impl Talk {
     }
 
     /// Returns the running program, after starting it if necessary.
-    async fn running(&mut self) -> Result<&mut Running, SourceError> {
+    async fn running(&mut self) -> Result<&mut RunningPlugin, SourceError> {
         if self.running.is_none() {
             sleep_until(self.start_at).await;
             let now = Instant::now();
             (self.start_at, self.heard) = (now + RESTART, now);
-            match Running::start(&self.config.command, &self.config.pass_env) {
+            match RunningPlugin::start(&self.config.command, &self.config.pass_env) {
                 Ok(mut running) => {
                     running.unsaid = protocol::hello(&self.source).into_bytes();
                     self.counters.connects.fetch_add(1, Relaxed);
@@ -165,9 +167,9 @@ impl Talk {
     }
 
     /// Kills the program, which is no longer usable. Returns the error to report.
-    fn ended(&mut self, why: Ended) -> SourceError {
+    fn ended(&mut self, why: PluginEnd) -> SourceError {
         let why = match (why, &mut self.running) {
-            (Ended::Exited(None), Some(running)) => Ended::Exited(running.run.end()),
+            (PluginEnd::Exited(None), Some(running)) => PluginEnd::Exited(running.run.end()),
             (why, _) => why,
         };
         self.running = None;
@@ -185,40 +187,40 @@ impl Talk {
     }
 }
 
-impl Running {
-    fn start(command: &[String], pass_env: &[String]) -> io::Result<Running> {
-        let mut run = Run::start(command, pass_env)?;
+impl RunningPlugin {
+    fn start(command: &[String], pass_env: &[String]) -> io::Result<RunningPlugin> {
+        let mut run = PluginRun::start(command, pass_env)?;
         let child = &mut run.child;
         let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), stderr) = pipes else { return Err(io::ErrorKind::BrokenPipe.into()) };
-        Ok(Running {
+        Ok(RunningPlugin {
             run,
             stdin,
             stdout: BufReader::new(stdout),
-            log: Log::new(stderr),
+            log: StderrLog::new(stderr),
             line: Vec::new(),
             unsaid: Vec::new(),
         })
     }
 
     /// Reads the next line of the program. Meanwhile it logs the standard error and sends queued bytes.
-    async fn listen(&mut self, limit: usize, source: &str) -> Result<String, Ended> {
+    async fn listen(&mut self, limit: usize, source: &str) -> Result<String, PluginEnd> {
         loop {
-            let Running { stdin, stdout, line, log, unsaid, .. } = self;
+            let RunningPlugin { stdin, stdout, line, log, unsaid, .. } = self;
             tokio::select! {
                 whole = take_line(stdout, line, limit) => {
                     return match whole {
-                        Ok(true) => String::from_utf8(std::mem::take(line)).map_err(|_| Ended::NotText),
-                        Ok(false) => Err(Ended::Exited(None)),
-                        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Err(Ended::TooLong(limit)),
-                        Err(error) => Err(Ended::Io(error)),
+                        Ok(true) => String::from_utf8(std::mem::take(line)).map_err(|_| PluginEnd::NotText),
+                        Ok(false) => Err(PluginEnd::Exited(None)),
+                        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Err(PluginEnd::TooLong(limit)),
+                        Err(error) => Err(PluginEnd::Io(error)),
                     };
                 }
                 text = log.next() => tracing::info!("{source}: {text}"),
                 told = stdin.write(unsaid), if !unsaid.is_empty() => match told {
                     Ok(count) => _ = unsaid.drain(..count),
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(Ended::Exited(None)),
-                    Err(error) => return Err(Ended::Io(error)),
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(PluginEnd::Exited(None)),
+                    Err(error) => return Err(PluginEnd::Io(error)),
                 },
             }
         }

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::guard::Kind;
+use crate::guard::HoldKind;
 
 /// Counters of a source, for metrics and `vmeshctl discovery`. Each is a total since the start, except the
 /// gauges [`Counters::connections`] and [`Counters::missing`].
@@ -24,10 +24,10 @@ pub struct Counters {
     pub connects: AtomicU64,
     /// Connections that are open at present.
     pub connections: AtomicU64,
-    /// Services with a change that the guard held; with [`Kind::Fleet`] also the source as a whole.
-    pub held: ByKind,
+    /// Services with a change that the guard held; with [`HoldKind::Fleet`] also the source as a whole.
+    pub held: HoldCounts,
     /// Held changes that were never believed, because the missing services or endpoints came back.
-    pub rejected: ByKind,
+    pub rejected: HoldCounts,
     /// Endpoints that are served at present although the source no longer lists them.
     pub missing: AtomicU64,
     /// The timestamp of the last answer, in Unix milliseconds; 0 before the first answer.
@@ -51,22 +51,22 @@ impl Counters {
     }
 }
 
-/// A count for each [`Kind`].
+/// A count for each [`HoldKind`].
 #[derive(Debug, Default)]
-pub struct ByKind([AtomicU64; Kind::ALL.len()]);
+pub struct HoldCounts([AtomicU64; HoldKind::ALL.len()]);
 
-impl ByKind {
-    pub fn add(&self, kind: Kind) {
+impl HoldCounts {
+    pub fn add(&self, kind: HoldKind) {
         for (_, count) in self.pairs().filter(|(of, _)| *of == kind) {
             count.fetch_add(1, Relaxed);
         }
     }
 
-    pub fn all(&self) -> impl Iterator<Item = (Kind, u64)> {
+    pub fn all(&self) -> impl Iterator<Item = (HoldKind, u64)> {
         self.pairs().map(|(kind, count)| (kind, count.load(Relaxed)))
     }
 
-    fn pairs(&self) -> impl Iterator<Item = (Kind, &AtomicU64)> {
-        Kind::ALL.into_iter().zip(&self.0)
+    fn pairs(&self) -> impl Iterator<Item = (HoldKind, &AtomicU64)> {
+        HoldKind::ALL.into_iter().zip(&self.0)
     }
 }

@@ -7,17 +7,17 @@ use std::time::SystemTime;
 use vmesh_model::ServiceName;
 
 use super::shown;
-use crate::guard::{Kind, Notice, What};
+use crate::guard::{HoldKind, Notice, NoticeKind};
 
 /// Something that happened to a source. Its text is escaped for terminals and logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     pub at: SystemTime,
-    pub what: What,
+    pub what: NoticeKind,
     /// The service concerned. `None` if the event is about several services, which the text names, or about
     /// the source as a whole.
     pub service: Option<ServiceName>,
-    pub kind: Option<Kind>,
+    pub kind: Option<HoldKind>,
     pub text: Arc<str>,
 }
 
@@ -94,9 +94,9 @@ mod tests {
 
     fn notice(service: &str) -> Notice {
         Notice {
-            what: What::Held,
+            what: NoticeKind::Held,
             service: Some(service.parse().unwrap()),
-            kind: Some(Kind::Absent),
+            kind: Some(HoldKind::Absent),
             text: "it is gone".into(),
         }
     }

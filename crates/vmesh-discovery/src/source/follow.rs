@@ -14,7 +14,7 @@ use vmesh_model::ServiceName;
 use super::{
     Backoff, Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, chain, shown,
 };
-use crate::guard::{Guard, NotAccepted, Notice, What};
+use crate::guard::{AcceptError, Guard, Notice, NoticeKind};
 use crate::resolve::UnresolvedNames;
 
 /// The time limit of a read that confirms a held removal.
@@ -25,7 +25,7 @@ const CONFIRM_WITHIN: Duration = Duration::from_secs(20);
 pub enum Command {
     /// Believes the held changes of `service`, or all held changes of the source. The answer lists the
     /// services concerned.
-    Accept { service: Option<ServiceName>, done: oneshot::Sender<Result<Vec<ServiceName>, NotAccepted>> },
+    Accept { service: Option<ServiceName>, done: oneshot::Sender<Result<Vec<ServiceName>, AcceptError>> },
     /// Freezes the source: none of its changes are applied. The answer is `false` if it was frozen already.
     Freeze { since: SystemTime, done: oneshot::Sender<bool> },
     /// Applies changes of the source again. The answer is `false` if it was not frozen.
@@ -72,7 +72,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
     let Link { views, mut commands, counters, events } = link;
     let stale_because = views.borrow().stale_because.clone();
     let is_usable = views.borrow().last_good.is_some();
-    let mut followed = Followed {
+    let mut followed = FollowState {
         guard,
         views,
         counters,
@@ -130,7 +130,7 @@ fn too_slow(source: &Arc<str>) -> SourceError {
 }
 
 /// The state of a [`follow`] task.
-struct Followed {
+struct FollowState {
     guard: Guard,
     views: watch::Sender<View>,
     counters: Arc<Counters>,
@@ -147,7 +147,7 @@ struct Followed {
     unresolved: Arc<UnresolvedNames>,
 }
 
-impl Followed {
+impl FollowState {
     /// Decides whether the first view may be served. A view with a part that could not be read and has no
     /// last good state would remove that part from every proxy. A record that was read and left out does not
     /// delay the first view, unless the view has no services at all.
@@ -165,7 +165,7 @@ impl Followed {
             self.is_usable = true;
             if self.unusable.take().is_some() {
                 let text = format!("what `{source}` says can be used").into();
-                self.tell(vec![Notice { what: What::Answering, service: None, kind: None, text }]);
+                self.tell(vec![Notice { what: NoticeKind::Answering, service: None, kind: None, text }]);
             }
             return;
         }
@@ -186,7 +186,7 @@ impl Followed {
         let because = shown(&because);
         if self.unusable.as_ref() != Some(&because) {
             self.unusable = Some(because.clone());
-            self.tell(vec![Notice { what: What::Failing, service: None, kind: None, text: because }]);
+            self.tell(vec![Notice { what: NoticeKind::Failing, service: None, kind: None, text: because }]);
         }
     }
 
@@ -204,7 +204,7 @@ impl Followed {
             && *because != *NOT_ANSWERED_YET
         {
             let text = format!("`{}` answers again", self.guard.source()).into();
-            self.tell(vec![Notice { what: What::Answering, service: None, kind: None, text }]);
+            self.tell(vec![Notice { what: NoticeKind::Answering, service: None, kind: None, text }]);
         }
         take(&mut self.guard, Instant::now().into_std());
     }
@@ -218,7 +218,7 @@ impl Followed {
         }
         if before.is_none_or(|before| *before == *NOT_ANSWERED_YET) {
             let text = format!("{because}; the last good view stays in force").into();
-            self.tell(vec![Notice { what: What::Failing, service: None, kind: None, text }]);
+            self.tell(vec![Notice { what: NoticeKind::Failing, service: None, kind: None, text }]);
         } else {
             // The outage continues with another error message.
             tracing::warn!("{because}; the last good view stays in force");
@@ -331,8 +331,8 @@ impl Followed {
     fn tell(&mut self, notices: Vec<Notice>) {
         for notice in &notices {
             match (notice.what, notice.kind) {
-                (What::Held, Some(kind)) => self.counters.held.add(kind),
-                (What::Returned, Some(kind)) => self.counters.rejected.add(kind),
+                (NoticeKind::Held, Some(kind)) => self.counters.held.add(kind),
+                (NoticeKind::Returned, Some(kind)) => self.counters.rejected.add(kind),
                 _ => {}
             }
         }
@@ -344,7 +344,7 @@ impl Followed {
             };
             let (what, text) = (event.what.as_str(), &event.text);
             match event.what {
-                What::Held | What::Failing | What::GivenUp | What::Frozen => {
+                NoticeKind::Held | NoticeKind::Failing | NoticeKind::GivenUp | NoticeKind::Frozen => {
                     tracing::warn!("{about}: {what}: {text}");
                 }
                 _ => tracing::info!("{about}: {what}: {text}"),

@@ -5,24 +5,24 @@ use tokio::time::Instant;
 use vmesh_model::{Endpoint, Health, Labels, Place, Weight};
 
 use super::*;
-use crate::guard::{FleetConfig, Guard, GuardConfig, NotAccepted, What};
+use crate::guard::{AcceptError, FleetConfig, Guard, GuardConfig, NoticeKind};
 
 /// A source that returns the views a test sends it.
-struct Scripted {
+struct ScriptedSource {
     heard: mpsc::UnboundedReceiver<Result<Registrations, SourceError>>,
     last: Registrations,
-    confirms: Confirms,
+    confirms: ConfirmingRead,
 }
 
 /// The result of a confirming read.
 #[derive(Clone, Copy)]
-enum Confirms {
+enum ConfirmingRead {
     TheSame,
     Never,
     Fails,
 }
 
-impl Source for Scripted {
+impl Source for ScriptedSource {
     async fn next(&mut self) -> Result<Registrations, SourceError> {
         match self.heard.recv().await {
             Some(said) => {
@@ -35,9 +35,9 @@ impl Source for Scripted {
 
     async fn confirm(&mut self, _: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
         match self.confirms {
-            Confirms::TheSame => Ok(self.last.clone()),
-            Confirms::Never => std::future::pending().await,
-            Confirms::Fails => Err(failed()),
+            ConfirmingRead::TheSame => Ok(self.last.clone()),
+            ConfirmingRead::Never => std::future::pending().await,
+            ConfirmingRead::Fails => Err(failed()),
         }
     }
 }
@@ -62,7 +62,7 @@ fn registrations(services: &[(&str, u16)]) -> Registrations {
             endpoints: (1..=*endpoints).map(endpoint).collect(),
             place: Place::file("test"),
         };
-        (name, Seen::fresh(Arc::new(registration)))
+        (name, ServiceView::fresh(Arc::new(registration)))
     };
     Registrations { services: services.iter().map(seen).collect(), ..Registrations::default() }
 }
@@ -87,17 +87,17 @@ fn show(view: &View) -> String {
     )
 }
 
-struct Followed {
+struct FollowedSource {
     say: mpsc::UnboundedSender<Result<Registrations, SourceError>>,
     handle: Handle,
     _task: tokio::task::JoinSet<()>,
 }
 
-fn followed(first: View) -> Followed {
-    followed_with(first, Confirms::TheSame, GuardConfig::default())
+fn followed(first: View) -> FollowedSource {
+    followed_with(first, ConfirmingRead::TheSame, GuardConfig::default())
 }
 
-fn followed_with(first: View, confirms: Confirms, config: GuardConfig) -> Followed {
+fn followed_with(first: View, confirms: ConfirmingRead, config: GuardConfig) -> FollowedSource {
     let (say, heard) = mpsc::unbounded_channel();
     let guard = match &first.last_good {
         Some(last_good) => Guard::restored("test", config.for_files(), last_good),
@@ -105,11 +105,11 @@ fn followed_with(first: View, confirms: Confirms, config: GuardConfig) -> Follow
     };
     let (handle, link) = link("test".into(), first);
     let mut task = tokio::task::JoinSet::new();
-    task.spawn(follow(Scripted { heard, last: Registrations::default(), confirms }, guard, link));
-    Followed { say, handle, _task: task }
+    task.spawn(follow(ScriptedSource { heard, last: Registrations::default(), confirms }, guard, link));
+    FollowedSource { say, handle, _task: task }
 }
 
-impl Followed {
+impl FollowedSource {
     async fn until(&mut self, expected: &str) {
         let changed = async {
             while show(&self.handle.views.borrow_and_update()) != expected {
@@ -149,11 +149,11 @@ async fn what_is_held_is_believed_when_its_time_has_come() {
     assert_eq!(since.elapsed().as_secs(), 30);
 }
 
-fn what_happened(followed: &Followed) -> Vec<&'static str> {
+fn what_happened(followed: &FollowedSource) -> Vec<&'static str> {
     followed.handle.events.all().iter().map(|event| event.what.as_str()).collect()
 }
 
-async fn ask<T>(followed: &Followed, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> T {
+async fn ask<T>(followed: &FollowedSource, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> T {
     let (done, answer) = oneshot::channel();
     followed.handle.commands.send(command(done)).await.unwrap();
     answer.await.unwrap()
@@ -161,7 +161,9 @@ async fn ask<T>(followed: &Followed, command: impl FnOnce(oneshot::Sender<T>) ->
 
 #[tokio::test(start_paused = true)]
 async fn what_is_held_waits_for_the_source_to_be_read_again() {
-    for (confirms, seconds) in [(Confirms::Fails, 3600), (Confirms::Never, 3600), (Confirms::TheSame, 30)] {
+    for (confirms, seconds) in
+        [(ConfirmingRead::Fails, 3600), (ConfirmingRead::Never, 3600), (ConfirmingRead::TheSame, 30)]
+    {
         let mut followed = followed_with(View::default(), confirms, GuardConfig::default());
         followed.say.send(Ok(registrations(&[("orders", 2)]))).unwrap();
         followed.until(r#"["orders 2 fresh"] stale: "no" held: 0"#).await;
@@ -171,7 +173,7 @@ async fn what_is_held_waits_for_the_source_to_be_read_again() {
         let is_gone = followed.handle.views.wait_for(|view| view.held.is_empty());
         let gone = tokio::time::timeout(Duration::from_secs(3600), is_gone).await.is_ok();
         assert_eq!((gone, since.elapsed().as_secs()), (seconds < 3600, seconds));
-        if let Confirms::TheSame = confirms {
+        if let ConfirmingRead::TheSame = confirms {
             assert_eq!(what_happened(&followed), ["held", "confirmed", "confirmed", "believed"]);
             continue;
         }
@@ -196,11 +198,11 @@ async fn a_frozen_source_changes_nothing_and_a_thawed_one_is_guarded_as_ever() {
     followed.say.send(Ok(registrations(&[("orders", 3), ("web", 1)]))).unwrap();
     followed.until(r#"["orders 2 held"] stale: "no" held: 0"#).await;
     let accept = ask(&followed, |done| Command::Accept { service: None, done }).await;
-    assert_eq!(accept, Err(NotAccepted::Frozen));
+    assert_eq!(accept, Err(AcceptError::Frozen));
     assert!(ask(&followed, |done| Command::Thaw { done }).await);
     followed.until(r#"["orders 3 fresh", "web 1 fresh"] stale: "no" held: 0"#).await;
     let accept = ask(&followed, |done| Command::Accept { service: None, done }).await;
-    assert_eq!(accept, Err(NotAccepted::NothingHeld));
+    assert_eq!(accept, Err(AcceptError::NothingHeld));
     assert_eq!(what_happened(&followed), ["frozen", "thawed"]);
 }
 
@@ -208,7 +210,7 @@ async fn a_frozen_source_changes_nothing_and_a_thawed_one_is_guarded_as_ever() {
 async fn a_source_that_loses_most_of_all_is_held_until_that_is_accepted_and_counted() {
     let config =
         GuardConfig { fleet: FleetConfig { min: 4, ..FleetConfig::default() }, ..GuardConfig::default() };
-    let mut followed = followed_with(View::default(), Confirms::TheSame, config);
+    let mut followed = followed_with(View::default(), ConfirmingRead::TheSame, config);
     followed.say.send(Ok(registrations(&[("a", 4), ("b", 4), ("c", 4)]))).unwrap();
     followed.until(r#"["a 4 fresh", "b 4 fresh", "c 4 fresh"] stale: "no" held: 0"#).await;
     followed.say.send(Ok(registrations(&[("a", 4), ("b", 1)]))).unwrap();
@@ -220,14 +222,14 @@ async fn a_source_that_loses_most_of_all_is_held_until_that_is_accepted_and_coun
     followed.until(r#"["a 4 fresh", "b 1 fresh"] stale: "no" held: 0"#).await;
     let held: Vec<_> = followed.handle.counters.held.all().map(|(kind, n)| format!("{kind} {n}")).collect();
     assert_eq!(held, ["empty 0", "shrunk 0", "absent 0", "unhealthy 0", "fleet 3", "unreadable 0"]);
-    let accepted = followed.handle.events.all().iter().filter(|e| e.what == What::Accepted).count();
+    let accepted = followed.handle.events.all().iter().filter(|e| e.what == NoticeKind::Accepted).count();
     assert_eq!(accepted, 3);
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_is_known_of_a_source_that_is_away_for_too_long_is_given_up_if_that_is_asked_for() {
     let config = GuardConfig { max_stale: Some(Duration::from_secs(60)), ..GuardConfig::default() };
-    let mut followed = followed_with(View::default(), Confirms::TheSame, config);
+    let mut followed = followed_with(View::default(), ConfirmingRead::TheSame, config);
     followed.say.send(Ok(registrations(&[("orders", 2)]))).unwrap();
     followed.until(r#"["orders 2 fresh"] stale: "no" held: 0"#).await;
     followed.say.send(Err(failed())).unwrap();
@@ -294,7 +296,7 @@ async fn a_reading_that_is_asked_for_is_taken_and_ends_the_pause_after_a_failure
     followed.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
 
     // A failed read that the operator asked for changes nothing.
-    let mut broken = followed_with(View::default(), Confirms::Fails, GuardConfig::default());
+    let mut broken = followed_with(View::default(), ConfirmingRead::Fails, GuardConfig::default());
     broken.say.send(Ok(registrations(&[("web", 1)]))).unwrap();
     broken.until(r#"["web 1 fresh"] stale: "no" held: 0"#).await;
     broken.handle.commands.send(Command::ReadAgain).await.unwrap();

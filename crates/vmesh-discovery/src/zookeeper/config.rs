@@ -11,7 +11,7 @@ use vmesh_zookeeper::{Config, Root};
 
 use crate::config::{half_a_minute, name, seconds, yes};
 use crate::consul::config::Pattern;
-use crate::format::znode::{GroupBy, Mapping, Prefer, Rules, ZnodeFormat};
+use crate::format::znode::{FieldPaths, GroupBy, PreferredPort, RecordRules, ZnodeFormat};
 use crate::guard::GuardConfig;
 
 /// The configuration of a ZooKeeper source: some subtrees of an ensemble, read in one session.
@@ -72,7 +72,7 @@ pub struct RootConfig {
     pub group_by: GroupBy,
     /// Which of Curator's two ports to use for an instance with both.
     #[serde(default)]
-    pub prefer: Prefer,
+    pub prefer: PreferredPort,
     /// Whether services may be nested. Default: yes. If `false`, a service is a direct child of the root.
     #[serde(default = "yes")]
     pub recurse: bool,
@@ -83,7 +83,7 @@ pub struct RootConfig {
     pub exclude: Vec<Pattern>,
     /// The dotted paths of fields in a record, for example `labels.az`.
     #[serde(default)]
-    pub map: Mapping,
+    pub map: FieldPaths,
     /// The limit of nodes; a root with more is assumed to be the wrong path. Default: 200,000.
     #[serde(default = "max_nodes")]
     pub max_nodes: usize,
@@ -116,8 +116,8 @@ impl ZookeeperConfig {
 }
 
 impl RootConfig {
-    pub(crate) fn rules(&self) -> Rules {
-        Rules {
+    pub(crate) fn rules(&self) -> RecordRules {
+        RecordRules {
             endpoint: self.endpoint.clone(),
             group_by: self.group_by,
             prefer: self.prefer,
@@ -201,10 +201,10 @@ mod tests {
     #[test]
     fn a_zookeeper_is_its_servers_and_what_is_below_which_root() {
         expect![[r#"
-            zookeeper:zk1:2181 ZookeeperConfig { name: None, required: true, connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto, roots: [RootConfig { path: "/services", format: Auto, endpoint: None, group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: Mapping { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 30s, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
+            zookeeper:zk1:2181 ZookeeperConfig { name: None, required: true, connect: Connect { servers: ["zk1:2181"], chroot: "" }, auth: None, sasl: None, tls: None, session_timeout: 10s, read_only: true, watch: Auto, roots: [RootConfig { path: "/services", format: Auto, endpoint: None, group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 30s, guard: GuardConfig { removal_hold: None, confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
         "#]].assert_eq(&read("connect: zk1\nroots: [{path: /services}]\n"));
         expect![[r#"
-            old ZookeeperConfig { name: Some("old"), required: false, connect: Connect { servers: ["zk1:2181", "zk2:2182"], chroot: "/prod" }, auth: Some(Auth { digest_file: "/etc/zk.digest" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/zk.sasl" }), tls: Some(Tls { ca_file: "/etc/ca.pem", cert_file: Some("/etc/c.pem"), key_file: Some("/etc/k.pem") }), session_timeout: 30s, read_only: false, watch: OneShot, roots: [RootConfig { path: "/discovery", format: ServerSet, endpoint: Some("http"), group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: Mapping { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/dubbo", format: Dubbo, endpoint: None, group_by: Interface, prefer: Port, recurse: true, services: [Pattern("com.acme.*")], exclude: [Pattern("*Test")], map: Mapping { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/services", format: Curator, endpoint: None, group_by: Application, prefer: SslPort, recurse: false, services: [Pattern("*")], exclude: [], map: Mapping { zone: ["metadata.dc"], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 60s, guard: GuardConfig { removal_hold: Some(20s), confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
+            old ZookeeperConfig { name: Some("old"), required: false, connect: Connect { servers: ["zk1:2181", "zk2:2182"], chroot: "/prod" }, auth: Some(Auth { digest_file: "/etc/zk.digest" }), sasl: Some(Sasl { mechanism: DigestMd5, credentials_file: "/etc/zk.sasl" }), tls: Some(Tls { ca_file: "/etc/ca.pem", cert_file: Some("/etc/c.pem"), key_file: Some("/etc/k.pem") }), session_timeout: 30s, read_only: false, watch: OneShot, roots: [RootConfig { path: "/discovery", format: ServerSet, endpoint: Some("http"), group_by: Application, prefer: Port, recurse: true, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/dubbo", format: Dubbo, endpoint: None, group_by: Interface, prefer: Port, recurse: true, services: [Pattern("com.acme.*")], exclude: [Pattern("*Test")], map: FieldPaths { zone: [], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }, RootConfig { path: "/services", format: Curator, endpoint: None, group_by: Application, prefer: SslPort, recurse: false, services: [Pattern("*")], exclude: [], map: FieldPaths { zone: ["metadata.dc"], version: [], protocol: [], weight: [] }, max_nodes: 200000, max_depth: 16 }], resolve_interval: 60s, guard: GuardConfig { removal_hold: Some(20s), confirm_empty: 30s, confirm_shrink: 60s, confirmations: 2, shrink_ratio: 0.5, shrink_min: 5, confirm_unhealthy: 30s, fleet: FleetConfig { endpoints: 0.3, services: 0.2, min: 20, window: 60s }, max_stale: None, allow_empty: [] } }
         "#]].assert_eq(&read(
             "name: old\nrequired: false\nconnect: zk1:2181,zk2:2182/prod\nauth: {digest_file: /etc/zk.digest}\n\
              sasl: {mechanism: digest-md5, credentials_file: /etc/zk.sasl}\n\

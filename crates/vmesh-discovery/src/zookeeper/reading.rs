@@ -12,24 +12,24 @@ use vmesh_zookeeper::mirror::Seen;
 use vmesh_zookeeper::{Node, Owner};
 
 use super::config::RootConfig;
-use crate::assemble::{Known, Statement, Told};
+use crate::assemble::{ServiceContent, ServiceStatement, Statement};
 use crate::format::znode::{
-    Directory, Member, Read, Rules, Votes, ZnodeFormat, combine, decide, default_weight, may_be_record, read,
-    votes,
+    DirectoryContent, FormatVotes, Member, RecordDirectory, RecordRules, ZnodeFormat, combine, decide,
+    default_weight, may_be_record, read, votes,
 };
 use crate::format::{ParsedService, subject_of};
 use crate::source::Registrations;
 
 /// The content of all roots.
 ///
-/// Call [`Reading::take`] for each view of the mirror, then [`Reading::unknown_root`] and
-/// [`Reading::statement`].
-pub(super) struct Reading {
+/// Call [`ZookeeperState::take`] for each view of the mirror, then [`ZookeeperState::unknown_root`] and
+/// [`ZookeeperState::statement`].
+pub(super) struct ZookeeperState {
     source: Arc<str>,
-    roots: Vec<RootReading>,
+    roots: Vec<RootState>,
     /// The directories that describe each service, as the index of a root and the path below it.
     said_by: BTreeMap<Arc<str>, BTreeSet<(usize, Arc<str>)>>,
-    services: BTreeMap<ServiceName, Service>,
+    services: BTreeMap<ServiceName, MergedService>,
     /// Invalid service names, with their problems.
     misnamed: BTreeMap<Arc<str>, Problem>,
     /// The services from before a restart, and the places where they were registered.
@@ -39,35 +39,35 @@ pub(super) struct Reading {
     bad_records: u64,
 }
 
-struct Service {
+struct MergedService {
     parsed: Arc<ParsedService>,
     stale_because: Option<Arc<str>>,
     partial_because: Option<Arc<str>>,
     problems: Vec<Problem>,
 }
 
-struct RootReading {
+struct RootState {
     config: RootConfig,
-    rules: Rules,
+    rules: RecordRules,
     /// The configured format, or else the format of most nodes.
     format: Option<ZnodeFormat>,
     /// The number of nodes that look like each format, if none is configured.
-    votes: Votes,
+    votes: FormatVotes,
     tree: Option<Arc<Node>>,
     failed: Option<Arc<str>>,
     /// The root was read successfully at least once; a missing root counts as read.
     was_read: bool,
-    directories: BTreeMap<Arc<str>, DirectoryReading>,
+    directories: BTreeMap<Arc<str>, DirectoryState>,
     /// Nodes that could not be read, by path, with the reason: what is below them is unknown.
     unread: BTreeMap<Arc<str>, Arc<str>>,
 }
 
 /// The parsed content of a directory.
-struct DirectoryReading {
+struct DirectoryState {
     /// The name of its service if the records do not state one.
     own: Arc<str>,
     /// The last usable content.
-    good: Option<Arc<Read>>,
+    good: Option<Arc<DirectoryContent>>,
     /// The reason why the present content is unusable.
     failed: Option<Arc<str>>,
     /// Some records could not be read, as opposed to being read and left out.
@@ -77,16 +77,16 @@ struct DirectoryReading {
     problems: Vec<Problem>,
 }
 
-impl Reading {
+impl ZookeeperState {
     pub(super) fn new(
         source: Arc<str>,
         roots: Vec<RootConfig>,
         last_good: Option<&Registrations>,
-    ) -> Reading {
-        let root = |config: RootConfig| RootReading {
+    ) -> ZookeeperState {
+        let root = |config: RootConfig| RootState {
             rules: config.rules(),
             format: Some(config.format).filter(|format| *format != ZnodeFormat::Auto),
-            votes: Votes::new(),
+            votes: FormatVotes::new(),
             config,
             tree: None,
             failed: None,
@@ -97,7 +97,7 @@ impl Reading {
         let known = last_good.into_iter().flat_map(|last_good| &last_good.services);
         let restored: BTreeMap<_, _> =
             known.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect();
-        Reading {
+        ZookeeperState {
             restored_at: restored.values().map(|known| known.place.file.clone()).collect(),
             restored,
             source,
@@ -116,7 +116,7 @@ impl Reading {
 
     /// Returns a root that has neither been read nor was known before a restart, with the reason.
     pub(super) fn unknown_root(&self) -> Option<(&str, &Arc<str>)> {
-        let unknown = |root: &&RootReading| !root.was_read && root.failed.is_some();
+        let unknown = |root: &&RootState| !root.was_read && root.failed.is_some();
         let root = self.roots.iter().filter(unknown).find(|root| {
             let place = self.place(&root.config.path);
             !self.restored.values().any(|known| is_at_or_below(&known.place.file, &place))
@@ -190,7 +190,7 @@ impl Reading {
         // records before a restart.
         let place = format!("{}{}", place_of(&self.source, &root.config.path), below(path));
         let was_one = before.is_some() || self.restored_at.contains(place.as_str());
-        let named = |known: &DirectoryReading| {
+        let named = |known: &DirectoryState| {
             let read = known.good.iter().flat_map(|read| read.services());
             read.map(|name| name.unwrap_or_else(|| known.own.clone())).collect::<BTreeSet<_>>()
         };
@@ -220,7 +220,7 @@ impl Reading {
         if by.is_empty() {
             self.said_by.remove(name);
         }
-        let said: Vec<(&RootReading, &Arc<str>, &DirectoryReading)> = by
+        let said: Vec<(&RootState, &Arc<str>, &DirectoryState)> = by
             .iter()
             .filter_map(|(index, path)| {
                 let root = self.roots.get(*index)?;
@@ -245,7 +245,7 @@ impl Reading {
             }
         };
         let subject = subject_of(&service);
-        let reads: Vec<(&str, &Read)> =
+        let reads: Vec<(&str, &DirectoryContent)> =
             said.iter().filter_map(|(_, _, known)| Some((&*known.own, known.good.as_deref()?))).collect();
         let weight = default_weight(first.format.unwrap_or_default());
         let mut problems = Vec::new();
@@ -265,7 +265,8 @@ impl Reading {
                     Some(before) if *before.parsed == parsed => before.parsed.clone(),
                     _ => Arc::new(parsed),
                 };
-                self.services.insert(service, Service { parsed, stale_because, partial_because, problems });
+                self.services
+                    .insert(service, MergedService { parsed, stale_because, partial_because, problems });
             }
         }
     }
@@ -274,10 +275,12 @@ impl Reading {
     pub(super) fn statement(&self) -> Statement {
         let mut statement = Statement::default();
         for (name, service) in &self.services {
-            let known = Known::Parsed(service.parsed.clone());
+            let known = ServiceContent::Parsed(service.parsed.clone());
             let (stale_because, partial_because) =
                 (service.stale_because.clone(), service.partial_because.clone());
-            statement.services.insert(name.clone(), Told { known, stale_because, partial_because });
+            statement
+                .services
+                .insert(name.clone(), ServiceStatement { known, stale_because, partial_because });
             statement.problems.extend(service.problems.iter().cloned());
         }
         statement.problems.extend(self.misnamed.values().cloned());
@@ -328,8 +331,8 @@ impl Reading {
         for (name, registration) in &self.restored {
             let why = hole_of(&holes, registration);
             if let (false, Some(why)) = (statement.services.contains_key(name), why) {
-                let known = Known::Restored(registration.clone());
-                statement.services.insert(name.clone(), Told::stale(known, why.clone()));
+                let known = ServiceContent::Restored(registration.clone());
+                statement.services.insert(name.clone(), ServiceStatement::stale(known, why.clone()));
             }
         }
         statement
@@ -338,7 +341,7 @@ impl Reading {
     /// Returns the directories of records, and the unreadable nodes with children, of which nothing was ever
     /// usable. Each has the reason, and whether the reason is a failed read.
     fn holes_of_records(&self) -> Vec<(String, Arc<str>, bool)> {
-        let of = |root: &RootReading| {
+        let of = |root: &RootState| {
             let place = self.place(&root.config.path);
             let unread = root.unread.iter().filter(|(path, _)| {
                 let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
@@ -377,14 +380,14 @@ impl Reading {
     }
 }
 
-impl DirectoryReading {
+impl DirectoryState {
     /// Returns the reason if nothing of the directory was ever usable.
     fn hole(&self) -> Option<&Arc<str>> {
         self.failed.as_ref().filter(|_| self.good.is_none())
     }
 }
 
-impl RootReading {
+impl RootState {
     /// Returns a doubt about the detected format.
     fn doubt(&self) -> Option<String> {
         let format = self.format?;
@@ -398,7 +401,7 @@ impl RootReading {
                 others.join(", ")
             ));
         }
-        let has_offers = |known: &DirectoryReading| known.good.as_ref().is_some_and(|read| read.has_offers());
+        let has_offers = |known: &DirectoryState| known.good.as_ref().is_some_and(|read| read.has_offers());
         let is_silent = self.tree.as_deref().is_some_and(has_content)
             && !self.directories.values().any(|known| has_offers(known) || known.failed.is_some());
         is_silent.then(|| {
@@ -419,9 +422,9 @@ impl RootReading {
         source: &Arc<str>,
         path: &str,
         node: &Node,
-        before: Option<DirectoryReading>,
+        before: Option<DirectoryState>,
         was_one: bool,
-    ) -> Option<(DirectoryReading, u64)> {
+    ) -> Option<(DirectoryState, u64)> {
         let format = self.format?;
         let (path_of_records, records) = match format {
             ZnodeFormat::Dubbo => ("/providers", &**node.children.get("providers")?),
@@ -447,7 +450,7 @@ impl RootReading {
             None => self.own_name(path).into(),
         };
         let place = format!("{}{}{path_of_records}", place_of(source, &self.config.path), below(path));
-        let read = read(format, &Directory { place: &place, members }, &self.rules);
+        let read = read(format, &RecordDirectory { place: &place, members }, &self.rules);
         if read.is_empty() {
             return None;
         }
@@ -465,14 +468,14 @@ impl RootReading {
             Some(why) if read.is_unusable() => {
                 let message = format!("{why}; what was known stays");
                 problems.push(Problem::new(Place::file(place), subject, message));
-                DirectoryReading { own, good, failed: Some(why), is_unread, partial_because: None, problems }
+                DirectoryState { own, good, failed: Some(why), is_unread, partial_because: None, problems }
             }
             partial_because => {
                 let good = match good {
                     Some(before) if *before == read => before,
                     _ => Arc::new(read),
                 };
-                DirectoryReading {
+                DirectoryState {
                     own,
                     good: Some(good),
                     failed: unreadable,
@@ -527,7 +530,7 @@ fn member<'a>(name: &'a str, node: &'a Node) -> Member<'a> {
 }
 
 /// Counts the nodes that look like each format. A few thousand nodes are enough.
-fn look(tree: &Node) -> Votes {
+fn look(tree: &Node) -> FormatVotes {
     const ENOUGH: usize = 5000;
     fn collect<'a>(node: &'a Node, into: &mut Vec<Member<'a>>) {
         for (name, child) in &node.children {

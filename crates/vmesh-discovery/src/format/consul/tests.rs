@@ -3,13 +3,13 @@ use serde_json::json;
 
 use super::*;
 
-fn rules(config: &str) -> Rules {
-    Rules::of(&vmesh_model::load::strict::<ConsulConfig>("control.yaml", config).unwrap())
+fn rules(config: &str) -> InstanceRules {
+    InstanceRules::of(&vmesh_model::load::strict::<ConsulConfig>("control.yaml", config).unwrap())
 }
 
-fn shown(bodies: &[&str], rules: &Rules) -> String {
+fn shown(bodies: &[&str], rules: &InstanceRules) -> String {
     let name: ServiceName = "pay".parse().unwrap();
-    let reads: Vec<Read> =
+    let reads: Vec<ServiceInstances> =
         bodies.iter().map(|body| read(body.as_bytes(), "consul:dc1", &name, false, rules).unwrap()).collect();
     let parsed = combine("consul:dc1", &name, &reads.iter().collect::<Vec<_>>());
     let mut shown = String::new();
@@ -79,7 +79,7 @@ fn an_instance_is_read_with_all_that_is_said_of_it() {
 
 #[test]
 fn the_address_is_the_services_or_else_the_nodes() {
-    let shown_at = |address: &str| shown(&[&one(json!({"Address": address}))], &Rules::default());
+    let shown_at = |address: &str| shown(&[&one(json!({"Address": address}))], &InstanceRules::default());
     expect![[r#"
         10.1.0.1:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
         10.9.9.9:8080 weight 1 healthy zone dc1 {"datacenter": "dc1", "node": "vm-1"}
@@ -246,7 +246,7 @@ fn one_id_on_two_nodes_is_two_instances_and_one_address_is_one_endpoint() {
             &json!([on("x", "10.1.0.1", "critical"), on("b", "10.1.0.2", "passing")]).to_string(),
             &other("passing"),
         ],
-        &Rules::default(),
+        &InstanceRules::default(),
     ));
 }
 
@@ -274,7 +274,7 @@ fn of_two_ids_at_one_address_the_healthiest_and_then_the_youngest_decides() {
         for order in [[0, 1], [1, 0]] {
             let body: Vec<Value> =
                 order.iter().map(|at: &usize| of(ids[*at].0, ids[*at].1, ids[*at].2)).collect();
-            both.push(shown(&[&Value::from(body).to_string()], &Rules::default()));
+            both.push(shown(&[&Value::from(body).to_string()], &InstanceRules::default()));
         }
         assert_eq!(both[0], both[1], "the order of the answer decides nothing");
         all += &both[0];
@@ -295,7 +295,7 @@ fn one_entry_that_makes_no_sense_costs_itself_and_too_many_leave_the_rest_in_dou
     entries.push(json!({"Node": {"Node": "vm-9", "Address": "10.1.0.9"}, "Checks": []}));
     entries.push(json!("garbage"));
     let body = json!(entries).to_string();
-    let text = shown(&[&body], &Rules::default());
+    let text = shown(&[&body], &InstanceRules::default());
     assert_eq!(text.lines().filter(|line| line.starts_with("10.1.0.")).count(), 8, "{text}");
     let problems: Vec<_> = text.lines().filter(|line| line.starts_with("consul")).collect();
     expect![[r#"
@@ -305,17 +305,26 @@ fn one_entry_that_makes_no_sense_costs_itself_and_too_many_leave_the_rest_in_dou
 
     entries.drain(..4);
     entries.push(json!({"Node": 7, "Service": {}}));
-    let text = shown(&[&json!(entries).to_string()], &Rules::default());
+    let text = shown(&[&json!(entries).to_string()], &InstanceRules::default());
     assert_eq!(text.lines().filter(|line| line.starts_with("10.1.0.")).count(), 4, "{text}");
-    let answer =
-        read(json!(entries).to_string().as_bytes(), "c", &"pay".parse().unwrap(), false, &Rules::default());
+    let answer = read(
+        json!(entries).to_string().as_bytes(),
+        "c",
+        &"pay".parse().unwrap(),
+        false,
+        &InstanceRules::default(),
+    );
     let parsed = combine("c", &"pay".parse().unwrap(), &[&answer.unwrap()]);
     let partial = parsed.services[0].partial_because.as_deref();
     assert_eq!(partial, Some("3 of 7 records are bad, which is more than single mistakes"));
     let name = "pay".parse().unwrap();
-    assert!(read(b"{}", "c", &name, false, &Rules::default()).unwrap_err().starts_with("invalid type: map"));
-    assert_eq!(read(b"null", "c", &name, false, &Rules::default()).unwrap().listed, 0);
-    assert!(read(b"[{\"Node\":", "c", &name, false, &Rules::default()).is_err());
+    assert!(
+        read(b"{}", "c", &name, false, &InstanceRules::default())
+            .unwrap_err()
+            .starts_with("invalid type: map")
+    );
+    assert_eq!(read(b"null", "c", &name, false, &InstanceRules::default()).unwrap().listed, 0);
+    assert!(read(b"[{\"Node\":", "c", &name, false, &InstanceRules::default()).is_err());
 }
 
 #[test]
@@ -458,7 +467,7 @@ fn instances_that_disagree_on_the_protocol_are_outvoted() {
         entry(&json!({"ID": address, "Address": address, "Meta": {"protocol": protocol}}), &json!({}), &[])
     };
     let body = json!([with(1, "grpc"), with(2, "http"), with(3, "http")]).to_string();
-    let shown = shown(&[&body], &Rules::default());
+    let shown = shown(&[&body], &InstanceRules::default());
     assert!(shown.starts_with("http\n"), "{shown}");
     let problem = shown.lines().last().unwrap();
     expect!["consul:dc1/pay: its instances do not agree on the protocol (1 say `grpc`, 2 say `http`): `http` is taken; a `Service` document can say it"].assert_eq(problem);

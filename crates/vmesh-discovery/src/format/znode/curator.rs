@@ -15,14 +15,14 @@ use vmesh_model::{Health, Host, Labels, Place, Protocol};
 
 use super::dubbo;
 use super::{
-    Member, Offer, Prefer, Record, Recorded, Rules, add_labels, address, json, presence, protocol_of,
-    text_at, weight_at,
+    Member, Offer, PreferredPort, Record, RecordResult, RecordRules, add_labels, address, json, presence,
+    protocol_of, text_at, weight_at,
 };
 
 /// Keys of Spring's and Dubbo's metadata that only their own clients need or that become other fields.
 const NOT_LABELS: &[&str] = &["@class", "instance_status", "timestamp", "weight", "zone", "version"];
 
-pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Recorded {
+pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> RecordResult {
     if !member.is_ephemeral && is_directory(member.data) {
         return Ok(None);
     }
@@ -89,13 +89,13 @@ fn unwrap(value: &mut Value) {
 }
 
 /// Returns the port, and whether it speaks TLS.
-fn port(value: &Value, prefer: Prefer) -> Result<(Value, bool), String> {
+fn port(value: &Value, prefer: PreferredPort) -> Result<(Value, bool), String> {
     let given = |name: &str| {
         let port = value.get(name).filter(|port| !port.is_null() && port.as_u64() != Some(0));
         port.cloned()
     };
     match (given("port"), given("sslPort"), prefer) {
-        (_, Some(ssl), Prefer::SslPort) | (None, Some(ssl), Prefer::Port) => Ok((ssl, true)),
+        (_, Some(ssl), PreferredPort::SslPort) | (None, Some(ssl), PreferredPort::Port) => Ok((ssl, true)),
         (Some(port), _, _) => Ok((port, false)),
         (None, None, _) => Err("there is neither a `port` nor an `sslPort` in it".to_owned()),
     }
@@ -131,7 +131,7 @@ fn health(value: &Value, metadata: Option<&Value>, present: Health) -> Health {
 fn endpoint(
     metadata: &Value,
     port: u16,
-    rules: &Rules,
+    rules: &RecordRules,
 ) -> Result<(Option<std::num::NonZeroU16>, Option<String>), String> {
     let Some(text) = metadata.get("dubbo.endpoints").and_then(Value::as_str) else { return Ok((None, None)) };
     let all: Vec<Value> =

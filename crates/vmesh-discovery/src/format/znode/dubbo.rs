@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use vmesh_model::endpoint::parse_port;
 use vmesh_model::{Address, Health, Host, Labels, Place, Protocol};
 
-use super::{GroupBy, Member, Offer, Record, Recorded, Rules, presence, text_at, weight_at};
+use super::{GroupBy, Member, Offer, Record, RecordResult, RecordRules, presence, text_at, weight_at};
 
 pub(super) const DEFAULT_WEIGHT: f64 = 100.0;
 
@@ -44,7 +44,7 @@ pub(super) fn is_url(name: &str) -> bool {
     })
 }
 
-pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Recorded {
+pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> RecordResult {
     let url = decoded(member.name);
     let (scheme, rest) = url.split_once("://").ok_or("its name is not a URL")?;
     if NOT_OFFERED.contains(&scheme) || rules.endpoint.as_deref().is_some_and(|wanted| wanted != scheme) {

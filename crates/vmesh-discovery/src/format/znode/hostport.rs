@@ -7,9 +7,9 @@
 
 use vmesh_model::{Address, Labels};
 
-use super::{Directory, Member, Offer, Read, Record, presence, readable};
+use super::{DirectoryContent, Member, Offer, Record, RecordDirectory, presence, readable};
 
-pub(super) fn read(directory: &Directory<'_>, read: &mut Read) {
+pub(super) fn read(directory: &RecordDirectory<'_>, read: &mut DirectoryContent) {
     let is_election = |member: &&Member<'_>| !member.data.is_empty() && sequence(member.name).is_some();
     let (candidates, others): (Vec<&Member<'_>>, Vec<&Member<'_>>) =
         directory.members.iter().partition(is_election);
@@ -26,7 +26,7 @@ pub(super) fn read(directory: &Directory<'_>, read: &mut Read) {
     }
 }
 
-fn take(directory: &Directory<'_>, member: &Member<'_>, read: &mut Read) {
+fn take(directory: &RecordDirectory<'_>, member: &Member<'_>, read: &mut DirectoryContent) {
     let place = directory.place_of(member);
     let addresses = match readable(member).and_then(|()| addresses(member)) {
         Ok(addresses) => addresses,

@@ -19,14 +19,14 @@ use vmesh_model::{Health, Labels, Place};
 use crate::format::smartstack::is_disabled;
 
 use super::{
-    Member, Offer, Record, Recorded, Rules, add_labels, address, first, json, presence, protocol_of, scalar,
-    text_at, weight_at,
+    Member, Offer, Record, RecordResult, RecordRules, add_labels, address, first, json, presence,
+    protocol_of, scalar, text_at, weight_at,
 };
 
 /// The weight that Yelp's writer sets, and that synapse assumes if none is given.
 pub(super) const DEFAULT_WEIGHT: f64 = 10.0;
 
-pub(super) fn record(member: &Member<'_>, place: Place, rules: &Rules) -> Recorded {
+pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> RecordResult {
     let value = match in_name(member.name) {
         Some(value) => value,
         None if first(member.data).is_none() => return Ok(None),

@@ -14,23 +14,23 @@ use serde_json::Value;
 use vmesh_model::{Address, Health, Labels, Place, Protocol};
 
 use super::{
-    Directory, Member, Offer, Read, Record, Recorded, Rules, Share, add_labels, address, find, json,
-    protocol_of, readable, scalar, text_at,
+    DirectoryContent, Member, Offer, RawWeight, Record, RecordDirectory, RecordResult, RecordRules,
+    add_labels, address, find, json, protocol_of, readable, scalar, text_at,
 };
 
 /// An entry of a `vector_..` node.
-struct Weighing {
-    selects: Selects,
+struct VectorEntry {
+    selects: MemberSelector,
     weight: f64,
 }
 
-enum Selects {
+enum MemberSelector {
     Member(String),
     Address(String),
     Shard(String),
 }
 
-pub(super) fn read(directory: &Directory<'_>, rules: &Rules, read: &mut Read) {
+pub(super) fn read(directory: &RecordDirectory<'_>, rules: &RecordRules, read: &mut DirectoryContent) {
     let mut weighings = Vec::new();
     for member in directory.members.iter().filter(|member| member.name.starts_with("vector_")) {
         match readable(member).and_then(|()| vector(member)) {
@@ -51,31 +51,31 @@ pub(super) fn read(directory: &Directory<'_>, rules: &Rules, read: &mut Read) {
     }
 }
 
-fn vector(member: &Member<'_>) -> Result<Vec<Weighing>, String> {
+fn vector(member: &Member<'_>) -> Result<Vec<VectorEntry>, String> {
     let value = json(member)?;
     let entries = value.get("vector").and_then(Value::as_array).ok_or("there is no list `vector` in it")?;
     let weighing = |entry: &Value| {
         let (what, which) = entry.get("select")?.as_str()?.split_once('=')?;
         let selects = match what {
-            "member" => Selects::Member(which.to_owned()),
-            "inet" => Selects::Address(which.to_owned()),
-            "shard" => Selects::Shard(which.to_owned()),
+            "member" => MemberSelector::Member(which.to_owned()),
+            "inet" => MemberSelector::Address(which.to_owned()),
+            "shard" => MemberSelector::Shard(which.to_owned()),
             _ => return None,
         };
-        Some(Weighing { selects, weight: entry.get("weight").and_then(Value::as_f64).unwrap_or(1.0) })
+        Some(VectorEntry { selects, weight: entry.get("weight").and_then(Value::as_f64).unwrap_or(1.0) })
     };
     Ok(entries.iter().filter_map(weighing).collect())
 }
 
-fn record(member: &Member<'_>, place: Place, rules: &Rules, weighings: &[Weighing]) -> Recorded {
+fn record(member: &Member<'_>, place: Place, rules: &RecordRules, weighings: &[VectorEntry]) -> RecordResult {
     let value = json(member)?;
     let (address, protocol) = endpoint(&value, rules)?;
     let shard = value.get("shard").and_then(scalar);
     let shown = address.to_string();
     let selected = weighings.iter().filter(|weighing| match &weighing.selects {
-        Selects::Member(name) => name == member.name,
-        Selects::Address(inet) => *inet == shown,
-        Selects::Shard(of) => Some(of) == shard.as_ref(),
+        MemberSelector::Member(name) => name == member.name,
+        MemberSelector::Address(inet) => *inet == shown,
+        MemberSelector::Shard(of) => Some(of) == shard.as_ref(),
     });
     let weight = selected.fold(None, |weight, weighing| Some(weight.unwrap_or(1.0) * weighing.weight));
     // Writers use exactly this weight to take a member out.
@@ -96,7 +96,7 @@ fn record(member: &Member<'_>, place: Place, rules: &Rules, weighings: &[Weighin
     let text = |own: &[String], built_in: &[&str]| text_at(&value, own, built_in).map(Into::into);
     let mapped = text_at(&value, &map.protocol, &["metadata.protocol"]).and_then(|name| protocol_of(&name));
     let record = Record {
-        weight: weight.map(|weight| Share(weight.clamp(0.0, 1_000_000.0))),
+        weight: weight.map(|weight| RawWeight(weight.clamp(0.0, 1_000_000.0))),
         health: health(&value),
         zone: text(&map.zone, &["metadata.zone", "metadata.az"]),
         version: text(&map.version, &["metadata.version"]),
@@ -115,7 +115,7 @@ fn record(member: &Member<'_>, place: Place, rules: &Rules, weighings: &[Weighin
 }
 
 /// Returns the configured endpoint, and its protocol if the endpoint's name is one.
-fn endpoint(value: &Value, rules: &Rules) -> Result<(Address, Option<Protocol>), String> {
+fn endpoint(value: &Value, rules: &RecordRules) -> Result<(Address, Option<Protocol>), String> {
     let Some(name) = &rules.endpoint else {
         let endpoint = value.get("serviceEndpoint").ok_or("there is no `serviceEndpoint` in it")?;
         return Ok((address(endpoint.get("host"), endpoint.get("port"))?, None));

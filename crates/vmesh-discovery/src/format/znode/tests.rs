@@ -39,8 +39,8 @@ fn show(service: &ParsedService) -> String {
     shown
 }
 
-fn shown(format: ZnodeFormat, rules: &Rules, text: &str) -> String {
-    let directory = Directory { place: "zk/pay", members: members(text) };
+fn shown(format: ZnodeFormat, rules: &RecordRules, text: &str) -> String {
+    let directory = RecordDirectory { place: "zk/pay", members: members(text) };
     let read = read(format, &directory, rules);
     let mut problems = Vec::new();
     let mut shown = String::new();
@@ -67,15 +67,15 @@ fn shown(format: ZnodeFormat, rules: &Rules, text: &str) -> String {
 }
 
 fn check(format: ZnodeFormat, text: &str, expected: Expect) {
-    expected.assert_eq(&shown(format, &Rules::default(), text));
+    expected.assert_eq(&shown(format, &RecordRules::default(), text));
 }
 
-fn check_with(rules: Rules, format: ZnodeFormat, text: &str, expected: Expect) {
+fn check_with(rules: RecordRules, format: ZnodeFormat, text: &str, expected: Expect) {
     expected.assert_eq(&shown(format, &rules, text));
 }
 
-fn by_endpoint(name: &str) -> Rules {
-    Rules { endpoint: Some(name.to_owned()), ..Rules::default() }
+fn by_endpoint(name: &str) -> RecordRules {
+    RecordRules { endpoint: Some(name.to_owned()), ..RecordRules::default() }
 }
 
 #[test]
@@ -307,7 +307,7 @@ fn a_curator_instance_has_either_port_and_any_payload() {
         "#]],
     );
     check_with(
-        Rules { prefer: Prefer::SslPort, ..Rules::default() },
+        RecordRules { prefer: PreferredPort::SslPort, ..RecordRules::default() },
         ZnodeFormat::Curator,
         r#"
         1 {"address":"10.1.0.18","port":8080,"sslPort":8443}
@@ -440,7 +440,7 @@ fn what_dubbo_sets_for_all_services_of_a_provider_is_said_of_each() {
           10.1.0.5:20880 weight 50 healthy version 2.0 {"dubbo.interfaces": "com.acme.Pay", "group": "g", "release": "3.1"}
     "#]],
     );
-    let by_interface = Rules { group_by: GroupBy::Interface, ..Rules::default() };
+    let by_interface = RecordRules { group_by: GroupBy::Interface, ..RecordRules::default() };
     check_with(
         by_interface,
         ZnodeFormat::Dubbo,
@@ -457,7 +457,7 @@ fn what_dubbo_sets_for_all_services_of_a_provider_is_said_of_each() {
 #[test]
 fn dubbo_interfaces_can_be_services() {
     check_with(
-        Rules { group_by: GroupBy::Interface, ..Rules::default() },
+        RecordRules { group_by: GroupBy::Interface, ..RecordRules::default() },
         ZnodeFormat::Dubbo,
         DUBBO,
         expect![[r#"
@@ -641,14 +641,14 @@ fn of_two_records_of_one_address_the_younger_counts() {
 
 #[test]
 fn paths_of_ones_own_go_before_those_that_a_format_knows() {
-    let map = Mapping {
+    let map = FieldPaths {
         zone: vec!["labels.dc.room".to_owned(), "labels.rack".to_owned()],
         version: vec!["labels.rev".to_owned()],
         protocol: vec!["labels.speaks".to_owned()],
         weight: vec!["labels.share".to_owned()],
     };
     check_with(
-        Rules { map, ..Rules::default() },
+        RecordRules { map, ..RecordRules::default() },
         ZnodeFormat::Nerve,
         r#"
         a_0000000001 {"host":"10.1.0.17","port":80,"weight":1,"labels":{"az":"no","dc.room":"r1","rev":7,"speaks":"http","share":"4"}}
@@ -709,8 +709,8 @@ fn a_node_that_may_not_be_read_is_a_bad_record() {
         unreadable: Some("could not read /pay/member_1: not allowed"),
     };
     let good = members(r#"member_2 {"serviceEndpoint":{"host":"10.0.0.2","port":80}}"#);
-    let directory = Directory { place: "zk/pay", members: [good, vec![member]].concat() };
-    let read = read(ZnodeFormat::ServerSet, &directory, &Rules::default());
+    let directory = RecordDirectory { place: "zk/pay", members: [good, vec![member]].concat() };
+    let read = read(ZnodeFormat::ServerSet, &directory, &RecordRules::default());
     assert!(read.partial().is_none());
     let problems: Vec<_> = read.problems(&"it".into()).map(|problem| problem.to_string()).collect();
     assert_eq!(

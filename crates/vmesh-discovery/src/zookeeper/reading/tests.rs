@@ -13,7 +13,7 @@ use crate::source::Registrations;
 /// Builds a tree from lines with a path below the root, a blank, and the data. The prefix `~` marks an
 /// ephemeral node, and `?` a node that has never been readable.
 fn tree(text: &str) -> Seen {
-    let mut root = Growing::default();
+    let mut root = NodeBuilder::default();
     for (line, created) in text.trim().lines().map(str::trim).filter(|line| !line.is_empty()).zip(1..) {
         let (path, data) = line.split_once(' ').unwrap_or((line, ""));
         let (path, is_session) = path.strip_prefix('~').map_or((path, false), |path| (path, true));
@@ -29,15 +29,15 @@ fn tree(text: &str) -> Seen {
 }
 
 #[derive(Default)]
-struct Growing {
+struct NodeBuilder {
     data: String,
     is_session: bool,
     is_unread: bool,
     created: i64,
-    children: BTreeMap<Arc<str>, Growing>,
+    children: BTreeMap<Arc<str>, NodeBuilder>,
 }
 
-impl Growing {
+impl NodeBuilder {
     fn grown(self) -> Node {
         let owner = if self.is_session { Owner::Session(7) } else { Owner::Nobody };
         let created = if self.is_unread { 0 } else { self.created + 1 };
@@ -74,17 +74,17 @@ fn roots(yaml: &str) -> Vec<RootConfig> {
     strict("zk.yaml", yaml).unwrap()
 }
 
-fn reading(yaml: &str) -> Reading {
-    Reading::new("zk".into(), roots(yaml), None)
+fn reading(yaml: &str) -> ZookeeperState {
+    ZookeeperState::new("zk".into(), roots(yaml), None)
 }
 
-fn show(reading: &Reading) -> String {
+fn show(reading: &ZookeeperState) -> String {
     let mut shown = String::new();
     let statement = reading.statement();
     for (name, told) in &statement.services {
         _ = write!(shown, "{name}");
         match &told.known {
-            Known::Parsed(parsed) => {
+            ServiceContent::Parsed(parsed) => {
                 if let Some(protocol) = parsed.protocol {
                     _ = write!(shown, " {protocol}");
                 }
@@ -93,7 +93,7 @@ fn show(reading: &Reading) -> String {
                     _ = write!(shown, " {}", endpoint.address);
                 }
             }
-            Known::Restored(_) => shown += " restored",
+            ServiceContent::Restored(_) => shown += " restored",
         }
         if let Some(because) = &told.stale_because {
             _ = write!(shown, " STALE {because}");
@@ -106,7 +106,7 @@ fn show(reading: &Reading) -> String {
     shown
 }
 
-fn check(reading: &Reading, expected: Expect) {
+fn check(reading: &ZookeeperState, expected: Expect) {
     expected.assert_eq(&show(reading));
 }
 
@@ -154,11 +154,11 @@ fn only_what_changed_is_read_again() {
     let before = tree(first);
     let mut reading = reading("- {path: /s}\n");
     reading.take(std::slice::from_ref(&before));
-    let parsed = |reading: &Reading, name: &str| match &reading.statement().services.get(name).unwrap().known
-    {
-        Known::Parsed(parsed) => parsed.clone(),
-        Known::Restored(_) => panic!("restored"),
-    };
+    let parsed =
+        |reading: &ZookeeperState, name: &str| match &reading.statement().services.get(name).unwrap().known {
+            ServiceContent::Parsed(parsed) => parsed.clone(),
+            ServiceContent::Restored(_) => panic!("restored"),
+        };
     let (pay, orders) = (parsed(&reading, "pay"), parsed(&reading, "orders"));
     let more = format!("{first}\n pay/2 {{\"host\":\"10.0.0.3\",\"port\":80}}");
     let after = then(&before, &more);
@@ -422,7 +422,7 @@ fn what_cannot_be_read_after_a_restart_is_what_was_known_before() {
     let mut assembler = Assembler::new("zk".into(), SystemResolver, std::time::Duration::from_secs(30), None);
     let last_good: Registrations = assembler.view(&before.statement());
 
-    let mut after = Reading::new("zk".into(), roots(yaml), Some(&last_good));
+    let mut after = ZookeeperState::new("zk".into(), roots(yaml), Some(&last_good));
     let failed = Seen { tree: None, failed: Some("could not read /gone: not allowed".into()) };
     after.take(&[
         tree(
@@ -473,7 +473,7 @@ fn what_went_since_a_restart_does_not_come_back_when_something_cannot_be_read() 
     let mut assembler = Assembler::new("zk".into(), SystemResolver, std::time::Duration::from_secs(30), None);
     let last_good: Registrations = assembler.view(&before.statement());
 
-    let mut after = Reading::new("zk".into(), roots(yaml), Some(&last_good));
+    let mut after = ZookeeperState::new("zk".into(), roots(yaml), Some(&last_good));
     // The service is unreadable from the start: its last good state stays, even while others are read.
     let hidden = then(&both, &format!("{orders}\n?pay"));
     after.take(std::slice::from_ref(&hidden));
