@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::config::{Config, Manage};
+use crate::config::{Config, EnvoyManager};
 use crate::identity;
 
 /// The statistics that Envoy keeps. Envoy's full set would use most of its memory on a node with many upstreams: 107,000 statistics for
@@ -100,8 +100,8 @@ pub fn open_files() -> u64 {
 pub fn bootstrap(config: &Config) -> Value {
     // Besides the owner, only the group of the run directory gets access: with `manage: systemd`, agent and Envoy share that group.
     let admin_mode = match config.envoy.manage {
-        Manage::Child => 0o600,
-        Manage::Systemd => 0o660,
+        EnvoyManager::Child => 0o600,
+        EnvoyManager::Systemd => 0o660,
     };
     let stats: Vec<Value> = STATS.iter().map(|(how, what)| json!({ *how: what })).collect();
     let ads = json!({"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "10s"});
@@ -175,27 +175,27 @@ fn path(path: PathBuf) -> String {
 
 /// The options for Envoy's hot restart.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Takeover {
+pub enum HotRestart {
     /// Hot restart is off. Several Envoys may then run on one host without a `base_id`, and may hand over by binding the same ports.
-    None,
+    Disabled,
     /// Hot restart is on. `base_id` distinguishes the Envoys of one line from all others on this host; `socket` is the prefix of the
     /// sockets on which the old and the new Envoy communicate.
-    Hot { base_id: u32, epoch: u32, socket: PathBuf, parent_shutdown_s: u64 },
+    Enabled { base_id: u32, epoch: u32, socket: PathBuf, parent_shutdown_s: u64 },
 }
 
 /// Returns Envoy's command line for a bootstrap at `file`.
-pub fn arguments(config: &Config, file: &Path, takeover: Takeover) -> Vec<String> {
-    let mut arguments = started_with(file, takeover);
-    arguments.extend(settings(config));
+pub fn arguments(config: &Config, file: &Path, hot_restart: HotRestart) -> Vec<String> {
+    let mut arguments = path_and_hot_restart(file, hot_restart);
+    arguments.extend(settings_arguments(config));
     arguments
 }
 
 /// Returns the arguments for the bootstrap's path and the hot restart.
-pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
+pub(crate) fn path_and_hot_restart(file: &Path, hot_restart: HotRestart) -> Vec<String> {
     let mut arguments = vec!["--config-path".to_owned(), file.display().to_string()];
-    match takeover {
-        Takeover::None => arguments.push("--disable-hot-restart".to_owned()),
-        Takeover::Hot { base_id, epoch, socket, parent_shutdown_s } => arguments.extend([
+    match hot_restart {
+        HotRestart::Disabled => arguments.push("--disable-hot-restart".to_owned()),
+        HotRestart::Enabled { base_id, epoch, socket, parent_shutdown_s } => arguments.extend([
             "--base-id".to_owned(),
             base_id.to_string(),
             "--restart-epoch".to_owned(),
@@ -217,7 +217,7 @@ pub(crate) fn started_with(file: &Path, takeover: Takeover) -> Vec<String> {
 }
 
 /// Returns the arguments that come from the settings.
-pub(crate) fn settings(config: &Config) -> Vec<String> {
+pub(crate) fn settings_arguments(config: &Config) -> Vec<String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let concurrency = config.envoy.concurrency.map_or(cores.min(2), usize::from);
     let drain = config.envoy.drain.0.as_secs().max(1);

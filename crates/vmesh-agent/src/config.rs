@@ -20,9 +20,9 @@ use vmesh_model::{Labels, NodeName, Place, Problem, Protocol, ServiceName, load}
 
 use vmesh_dns::{Zone, table::Suffix};
 
-use crate::capture::settings::{self, Capture, Mode};
-use crate::health::Check;
-use crate::register::{Instance, OnStop, Plan, Register, Registry};
+use crate::capture::settings::{self, CaptureMode, CaptureSettings};
+use crate::health::HealthCheck;
+use crate::register::{Instance, OnStop, RegisterSettings, RegistrationPlan, RegistrySettings};
 
 /// Port of the local DNS server, unless `listen.dns` is set.
 pub const DNS_PORT: u16 = 15053;
@@ -38,23 +38,23 @@ pub struct Config {
     pub control_planes: Vec<ControlPlane>,
     pub state_dir: PathBuf,
     pub run_dir: PathBuf,
-    pub envoy: Envoy,
+    pub envoy: EnvoySettings,
     pub api: SocketAddr,
     /// The address of the DNS server for the names of the mesh. `None` if names are not answered.
     pub dns: Option<SocketAddr>,
     /// The DNS zone: the suffix of the names, and the TTLs of the answers.
     pub zone_of_names: Zone,
     /// The settings of transparent capture.
-    pub capture: Capture,
+    pub capture: CaptureSettings,
     pub name: NodeName,
     pub address: Option<IpAddr>,
     pub zone: Option<Arc<str>>,
     pub labels: Labels,
     pub workloads: Vec<node::Workload>,
     pub upstreams: Upstreams,
-    pub registry: Registry,
+    pub registry: RegistrySettings,
     /// The workloads that the agent registers.
-    pub registrations: Vec<Plan>,
+    pub registrations: Vec<RegistrationPlan>,
     pub log: Option<String>,
 }
 
@@ -72,9 +72,9 @@ impl fmt::Display for ControlPlane {
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Envoy {
+pub struct EnvoySettings {
     pub path: PathBuf,
-    pub manage: Manage,
+    pub manage: EnvoyManager,
     /// Number of worker threads. Default: two, or one on a single core.
     pub concurrency: Option<u16>,
     /// Longest time that Envoy drains when it is stopped.
@@ -83,7 +83,7 @@ pub struct Envoy {
     pub keep_on_stop: bool,
     /// With `manage: systemd` only: the directory of the supervisor's sockets. With `manage: child` they are in the agent's `run_dir`.
     pub run_dir: PathBuf,
-    pub hot_restart: HotRestart,
+    pub hot_restart: HotRestartSettings,
     /// An Envoy that answers nothing for this long is killed and started again.
     pub hung_after: Time,
     /// Limit of open downstream connections. Further ones are refused, before memory or file descriptors run out.
@@ -92,16 +92,16 @@ pub struct Envoy {
     pub extra_args: Vec<String>,
 }
 
-impl Default for Envoy {
+impl Default for EnvoySettings {
     fn default() -> Self {
-        Envoy {
+        EnvoySettings {
             path: "/usr/bin/envoy".into(),
-            manage: Manage::default(),
+            manage: EnvoyManager::default(),
             concurrency: None,
             drain: Time(Duration::from_secs(10)),
             keep_on_stop: false,
             run_dir: "/run/vmesh-envoy".into(),
-            hot_restart: HotRestart::default(),
+            hot_restart: HotRestartSettings::default(),
             hung_after: Time(Duration::from_secs(60)),
             max_connections: 50_000,
             log_level: EnvoyLogLevel::default(),
@@ -113,22 +113,22 @@ impl Default for Envoy {
 /// Settings of Envoy's hot restart.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct HotRestart {
+pub struct HotRestartSettings {
     /// Limit for connections that stay open in the old Envoy after a handover. Meant for long-lived ones, as of a database or a message
     /// queue.
     pub parent_shutdown: Time,
 }
 
-impl Default for HotRestart {
+impl Default for HotRestartSettings {
     fn default() -> Self {
-        HotRestart { parent_shutdown: Time(Duration::from_secs(600)) }
+        HotRestartSettings { parent_shutdown: Time(Duration::from_secs(600)) }
     }
 }
 
 /// The process that starts Envoy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Manage {
+pub enum EnvoyManager {
     /// A systemd unit: the agent writes the bootstrap and polls the unit's supervisor.
     #[default]
     Systemd,
@@ -180,9 +180,9 @@ impl Config {
 
     /// Parses the text of `file`. `host_name` is the node's name if the text gives none.
     pub fn parse(file: &str, text: &[u8], host_name: &str) -> Result<Config, ConfigError> {
-        let written: Written = load::strict_bytes(file, text).map_err(ConfigError::Wrong)?;
-        let mut problems = Problems { file: file.into(), all: Vec::new() };
-        let config = written.complete(host_name, &mut problems);
+        let fields: ConfigFile = load::strict_bytes(file, text).map_err(ConfigError::Wrong)?;
+        let mut problems = ProblemList { file: file.into(), all: Vec::new() };
+        let config = fields.complete(host_name, &mut problems);
         match config {
             Some(config) if problems.all.is_empty() => Ok(config),
             _ => Err(ConfigError::Wrong(problems.all)),
@@ -218,7 +218,7 @@ impl Config {
     pub fn withdraws_on_stop(&self) -> bool {
         match self.registry.on_stop {
             Some(on_stop) => on_stop == OnStop::Withdraw,
-            None => self.envoy.manage == Manage::Child && !self.envoy.keep_on_stop,
+            None => self.envoy.manage == EnvoyManager::Child && !self.envoy.keep_on_stop,
         }
     }
 
@@ -237,12 +237,12 @@ fn host_name() -> String {
     name.trim().to_owned()
 }
 
-struct Problems {
+struct ProblemList {
     file: Arc<str>,
     all: Vec<Problem>,
 }
 
-impl Problems {
+impl ProblemList {
     fn add(&mut self, subject: &str, message: impl Into<String>) {
         self.all.push(Problem::new(Place::file(self.file.clone()), subject, message));
     }
@@ -251,28 +251,28 @@ impl Problems {
 /// The fields of the file.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
+struct ConfigFile {
     control_plane: Vec<ControlPlane>,
     #[serde(default = "default_state_dir")]
     state_dir: PathBuf,
     #[serde(default = "default_run_dir")]
     run_dir: PathBuf,
     #[serde(default)]
-    envoy: Envoy,
+    envoy: EnvoySettings,
     #[serde(default)]
-    listen: Listen,
+    listen: ListenFields,
     #[serde(default)]
-    node: WrittenNode,
+    node: NodeFields,
     #[serde(default)]
-    workloads: Vec<WrittenWorkload>,
+    workloads: Vec<WorkloadFields>,
     #[serde(default)]
-    upstreams: Vec<WrittenUpstream>,
+    upstreams: Vec<UpstreamEntry>,
     #[serde(default)]
-    registry: Registry,
+    registry: RegistrySettings,
     #[serde(default)]
-    capture: settings::Written,
+    capture: settings::CaptureFields,
     #[serde(default)]
-    dns: Dns,
+    dns: DnsFields,
     log: Option<String>,
 }
 
@@ -286,20 +286,20 @@ fn default_run_dir() -> PathBuf {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Listen {
-    api: Socket,
-    dns: Option<Socket>,
+struct ListenFields {
+    api: ListenAddress,
+    dns: Option<ListenAddress>,
 }
 
-impl Default for Listen {
+impl Default for ListenFields {
     fn default() -> Self {
-        Listen { api: Socket(SocketAddr::from((Ipv4Addr::LOCALHOST, 15020))), dns: None }
+        ListenFields { api: ListenAddress(SocketAddr::from((Ipv4Addr::LOCALHOST, 15020))), dns: None }
     }
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct WrittenNode {
+struct NodeFields {
     name: Option<NodeName>,
     address: Option<IpAddr>,
     zone: Option<Arc<str>>,
@@ -308,32 +308,32 @@ struct WrittenNode {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WrittenWorkload {
+struct WorkloadFields {
     service: ServiceName,
-    port: Port,
+    port: PortNumber,
     host: Option<IpAddr>,
     protocol: Option<Protocol>,
-    health: Option<Check>,
-    listen: Option<Socket>,
-    register: Option<Register>,
+    health: Option<HealthCheck>,
+    listen: Option<ListenAddress>,
+    register: Option<RegisterSettings>,
 }
 
 #[derive(Debug)]
-enum WrittenUpstream {
+enum UpstreamEntry {
     All,
-    One(Upstream),
+    Service(Upstream),
 }
 
 /// `dns:` of `agent.yaml`: the DNS zone of the mesh.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Dns {
+struct DnsFields {
     suffix: Option<String>,
     ttl: Option<Time>,
 }
 
-impl Dns {
-    fn zone(&self, problems: &mut Problems) -> Zone {
+impl DnsFields {
+    fn zone(&self, problems: &mut ProblemList) -> Zone {
         let mut zone = Zone::default();
         match self.suffix.as_deref().map(str::parse::<Suffix>) {
             Some(Ok(suffix)) => zone.suffix = suffix,
@@ -353,8 +353,8 @@ impl Dns {
     }
 }
 
-impl Written {
-    fn complete(self, host_name: &str, problems: &mut Problems) -> Option<Config> {
+impl ConfigFile {
+    fn complete(self, host_name: &str, problems: &mut ProblemList) -> Option<Config> {
         if self.control_plane.is_empty() {
             problems.add(
                 "control_plane",
@@ -379,9 +379,9 @@ impl Written {
             self.capture.complete(|field, wrong| problems.add(field, format!("`{field}` {wrong}")));
         let upstreams = upstreams(self.upstreams, &self.capture.outbound, problems);
         let workloads = match self.capture.inbound {
-            Mode::Off => Vec::new(),
-            Mode::Explicit => workloads(self.workloads, self.node.address, true, problems),
-            Mode::Transparent(_) => workloads(self.workloads, self.node.address, false, problems),
+            CaptureMode::Off => Vec::new(),
+            CaptureMode::Explicit => workloads(self.workloads, self.node.address, true, problems),
+            CaptureMode::Transparent(_) => workloads(self.workloads, self.node.address, false, problems),
         };
         if capture.inbound() {
             let ports = workloads.iter().filter_map(|workload| Ports::range(workload.port, workload.port));
@@ -400,7 +400,7 @@ impl Written {
             control_planes: self.control_plane,
             state_dir: absolute(self.state_dir),
             run_dir: absolute(self.run_dir),
-            envoy: Envoy { run_dir: absolute(self.envoy.run_dir), ..self.envoy },
+            envoy: EnvoySettings { run_dir: absolute(self.envoy.run_dir), ..self.envoy },
             api: self.listen.api.0,
             dns,
             zone_of_names: self.dns.zone(problems),
@@ -420,13 +420,17 @@ impl Written {
     }
 }
 
-fn upstreams(written: Vec<WrittenUpstream>, mode: &Mode<Outbound>, problems: &mut Problems) -> Upstreams {
+fn upstreams(
+    fields: Vec<UpstreamEntry>,
+    mode: &CaptureMode<Outbound>,
+    problems: &mut ProblemList,
+) -> Upstreams {
     let mut declared = Vec::new();
     let mut all = false;
-    for upstream in written {
+    for upstream in fields {
         match upstream {
-            WrittenUpstream::All => all = true,
-            WrittenUpstream::One(one) => declared.push(one),
+            UpstreamEntry::All => all = true,
+            UpstreamEntry::Service(one) => declared.push(one),
         }
     }
     if all && !declared.is_empty() {
@@ -436,31 +440,35 @@ fn upstreams(written: Vec<WrittenUpstream>, mode: &Mode<Outbound>, problems: &mu
         );
     }
     match mode {
-        Mode::Off => Upstreams::Declared(Vec::new()),
+        CaptureMode::Off => Upstreams::Declared(Vec::new()),
         _ if all => Upstreams::All,
         _ => Upstreams::Declared(declared),
     }
 }
 
 /// Returns the registrations that the workloads ask for.
-fn registrations(written: &Written, name: Option<&NodeName>, problems: &mut Problems) -> Vec<Plan> {
+fn registrations(
+    fields: &ConfigFile,
+    name: Option<&NodeName>,
+    problems: &mut ProblemList,
+) -> Vec<RegistrationPlan> {
     let mut plans = Vec::new();
-    for workload in &written.workloads {
+    for workload in &fields.workloads {
         let Some(register) = &workload.register else { continue };
         let who = format!("workload `{}`", workload.service);
         let mut wrong = |message: &str| problems.add("workloads", format!("{who}: {message}"));
         if register.consul.is_none() && register.zookeeper.is_none() {
             wrong("`register` names no registry: `consul`, `zookeeper`, or both");
         }
-        if register.zookeeper.is_some() && written.registry.zookeeper.is_none() {
+        if register.zookeeper.is_some() && fields.registry.zookeeper.is_none() {
             wrong(
                 "to register in ZooKeeper, say where it is: `registry: {zookeeper: {connect: \"zk1:2181\"}}`",
             );
         }
-        if register.zookeeper.as_ref().is_some_and(|there| !is_path(&there.path)) {
+        if register.zookeeper.as_ref().is_some_and(|there| !is_znode_path(&there.path)) {
             wrong("`register.zookeeper.path` is the path of the service, as `/services/orders`");
         }
-        let Some(address) = register.address.or(written.node.address) else {
+        let Some(address) = register.address.or(fields.node.address) else {
             wrong("which address is to be registered? give `node.address`, or `register.address`");
             continue;
         };
@@ -477,11 +485,11 @@ fn registrations(written: &Written, name: Option<&NodeName>, problems: &mut Prob
             protocol: workload.protocol.map(|protocol| protocol.as_str().into()),
             weight: register.weight,
             version: register.version.clone(),
-            zone: written.node.zone.clone(),
+            zone: fields.node.zone.clone(),
             labels: register.labels.clone(),
         };
         let host = workload.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
-        plans.push(Plan {
+        plans.push(RegistrationPlan {
             instance,
             consul: register.consul.clone(),
             zookeeper: register.zookeeper.clone(),
@@ -493,20 +501,20 @@ fn registrations(written: &Written, name: Option<&NodeName>, problems: &mut Prob
 }
 
 /// Reports whether `path` is a ZooKeeper path other than the root.
-fn is_path(path: &str) -> bool {
+fn is_znode_path(path: &str) -> bool {
     path.starts_with('/') && !path.ends_with('/') && !path.contains("//") && !path.contains('\0')
 }
 
 fn workloads(
-    written: Vec<WrittenWorkload>,
+    fields: Vec<WorkloadFields>,
     address: Option<IpAddr>,
     explicit: bool,
-    problems: &mut Problems,
+    problems: &mut ProblemList,
 ) -> Vec<node::Workload> {
     // Beyond loopback, the inbound listener is plaintext in this version, so it needs an explicit `listen`.
     let ip = address.filter(IpAddr::is_loopback).unwrap_or(Ipv4Addr::LOCALHOST.into());
     let mut workloads = Vec::new();
-    for (index, workload) in written.into_iter().enumerate() {
+    for (index, workload) in fields.into_iter().enumerate() {
         let port = u16::try_from(index).ok().and_then(|index| INBOUND_PORT.checked_add(index));
         let listen = workload.listen.map(|socket| socket.0);
         let listen = listen.or_else(|| port.filter(|_| explicit).map(|port| SocketAddr::new(ip, port)));
@@ -529,9 +537,9 @@ fn workloads(
 }
 
 impl Config {
-    fn check(&self, problems: &mut Problems) {
+    fn check(&self, problems: &mut ProblemList) {
         let mut taken: BTreeMap<SocketAddr, String> = BTreeMap::new();
-        let mut take = |address: SocketAddr, who: String, problems: &mut Problems| {
+        let mut take = |address: SocketAddr, who: String, problems: &mut ProblemList| {
             if let Some(other) = taken.insert(address, who.clone()) {
                 problems.add(&who, format!("{other} and {who} both listen on {address}"));
             }
@@ -558,7 +566,7 @@ impl Config {
                 }
             }
         }
-        if self.envoy.keep_on_stop && self.envoy.manage == Manage::Systemd {
+        if self.envoy.keep_on_stop && self.envoy.manage == EnvoyManager::Systemd {
             problems.add(
                 "envoy",
                 "`envoy.keep_on_stop` is for `manage: child`: under systemd Envoy's unit is its own",
@@ -581,16 +589,16 @@ impl Config {
 
 /// An IP address and a port, with an error message that shows an example.
 #[derive(Debug, Clone, Copy)]
-struct Socket(SocketAddr);
+struct ListenAddress(SocketAddr);
 
-impl<'de> Deserialize<'de> for Socket {
+impl<'de> Deserialize<'de> for ListenAddress {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         match text.parse::<SocketAddr>() {
             Ok(address) if address.port() == 0 => {
                 Err(de::Error::custom(format!("`{text}`: port 0 is not a port: 1 to 65535")))
             }
-            Ok(address) => Ok(Socket(address)),
+            Ok(address) => Ok(ListenAddress(address)),
             Err(_) => Err(de::Error::custom(format!(
                 "`{text}` is not an IP address and a port, as \"127.0.0.1:9001\""
             ))),
@@ -599,13 +607,13 @@ impl<'de> Deserialize<'de> for Socket {
 }
 
 #[derive(Debug)]
-struct Port(u16);
+struct PortNumber(u16);
 
-impl<'de> Deserialize<'de> for Port {
+impl<'de> Deserialize<'de> for PortNumber {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         match u16::deserialize(deserializer)? {
             0 => Err(de::Error::custom("port 0 is not a port: 1 to 65535")),
-            port => Ok(Port(port)),
+            port => Ok(PortNumber(port)),
         }
     }
 }
@@ -642,15 +650,15 @@ impl<'de> Deserialize<'de> for ControlPlane {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct Full {
+        struct ControlPlaneFields {
             address: String,
             #[serde(default)]
             insecure: bool,
         }
 
-        struct Either;
+        struct ControlPlaneVisitor;
 
-        impl<'de> Visitor<'de> for Either {
+        impl<'de> Visitor<'de> for ControlPlaneVisitor {
             type Value = ControlPlane;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -662,7 +670,7 @@ impl<'de> Deserialize<'de> for ControlPlane {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ControlPlane, A::Error> {
-                let full = Full::deserialize(MapAccessDeserializer::new(map))?;
+                let full = ControlPlaneFields::deserialize(MapAccessDeserializer::new(map))?;
                 plaintext(&full.address, full.insecure)
             }
         }
@@ -678,47 +686,47 @@ impl<'de> Deserialize<'de> for ControlPlane {
             Ok(control_plane)
         }
 
-        deserializer.deserialize_any(Either)
+        deserializer.deserialize_any(ControlPlaneVisitor)
     }
 }
 
 /// Reads `"*"`, or `{service: payments, listen: "127.0.0.1:9001"}`.
-impl<'de> Deserialize<'de> for WrittenUpstream {
+impl<'de> Deserialize<'de> for UpstreamEntry {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct Full {
+        struct UpstreamFields {
             service: ServiceName,
-            listen: Option<Socket>,
+            listen: Option<ListenAddress>,
         }
 
-        struct Either;
+        struct UpstreamVisitor;
 
-        impl<'de> Visitor<'de> for Either {
-            type Value = WrittenUpstream;
+        impl<'de> Visitor<'de> for UpstreamVisitor {
+            type Value = UpstreamEntry;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an upstream, as {service: payments, listen: \"127.0.0.1:9001\"} or `payments`")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<WrittenUpstream, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<UpstreamEntry, E> {
                 match text {
-                    "*" => Ok(WrittenUpstream::All),
+                    "*" => Ok(UpstreamEntry::All),
                     name => match name.parse() {
-                        Ok(service) => Ok(WrittenUpstream::One(Upstream { service, listen: None })),
+                        Ok(service) => Ok(UpstreamEntry::Service(Upstream { service, listen: None })),
                         Err(wrong) => Err(E::custom(wrong)),
                     },
                 }
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<WrittenUpstream, A::Error> {
-                let full = Full::deserialize(MapAccessDeserializer::new(map))?;
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<UpstreamEntry, A::Error> {
+                let full = UpstreamFields::deserialize(MapAccessDeserializer::new(map))?;
                 let listen = full.listen.map(|socket| socket.0);
-                Ok(WrittenUpstream::One(Upstream { service: full.service, listen }))
+                Ok(UpstreamEntry::Service(Upstream { service: full.service, listen }))
             }
         }
 
-        deserializer.deserialize_any(Either)
+        deserializer.deserialize_any(UpstreamVisitor)
     }
 }
 
@@ -745,7 +753,7 @@ mod tests {
         assert_eq!(config.api.to_string(), "127.0.0.1:15020");
         assert_eq!(config.state_dir, Path::new("/var/lib/vmesh-agent"));
         assert_eq!(config.xds_socket(), Path::new("/run/vmesh/xds.sock"));
-        assert_eq!(config.envoy.manage, Manage::Systemd);
+        assert_eq!(config.envoy.manage, EnvoyManager::Systemd);
         assert_eq!(config.upstreams, Upstreams::Declared(Vec::new()));
     }
 

@@ -36,28 +36,34 @@ pub fn destinations<'a>(accepted: impl IntoIterator<Item = &'a Arc<Resource>>, i
     let accepted =
         accepted.into_iter().map(|resource| ((resource.kind(), resource.name().clone()), resource));
     let accepted: BTreeMap<_, _> = accepted.collect();
-    let mut reached = Reached::new(ipv6);
-    reached.update(accepted.keys().cloned(), |kind, name| accepted.get(&(kind, name.clone())).copied());
-    reached.now
+    let mut tracker = DestinationTracker::new(ipv6);
+    tracker.update(accepted.keys().cloned(), |kind, name| accepted.get(&(kind, name.clone())).copied());
+    tracker.now
 }
 
 /// Keeps [`Destinations`] up to date at a cost proportional to the change.
 #[derive(Debug)]
-pub struct Reached {
+pub struct DestinationTracker {
     ipv6: bool,
     listeners: HashSet<SocketAddr>,
     /// The services by the addresses of the listeners they depend on. Usually there is one service per address.
-    of: HashMap<SocketAddr, Vec<Arc<str>>>,
+    services_by_address: HashMap<SocketAddr, Vec<Arc<str>>>,
     /// The addresses of the listeners that each service depends on: the inverse of the map above.
-    at: HashMap<Arc<str>, Vec<SocketAddr>>,
+    addresses_by_service: HashMap<Arc<str>, Vec<SocketAddr>>,
     now: Destinations,
 }
 
-impl Reached {
+impl DestinationTracker {
     /// Returns a tracker without destinations. Without `ipv6`, Envoy has no IPv6 listener.
-    pub fn new(ipv6: bool) -> Reached {
+    pub fn new(ipv6: bool) -> DestinationTracker {
         let (listeners, now) = (HashSet::new(), Destinations::default());
-        Reached { ipv6, listeners, of: HashMap::new(), at: HashMap::new(), now }
+        DestinationTracker {
+            ipv6,
+            listeners,
+            services_by_address: HashMap::new(),
+            addresses_by_service: HashMap::new(),
+            now,
+        }
     }
 
     pub fn now(&self) -> &Destinations {
@@ -83,8 +89,9 @@ impl Reached {
                         false => self.listeners.remove(&address),
                     };
                     if changed {
-                        services.extend(self.of.get(&address).into_iter().flatten().cloned());
-                        differs |= self.listens_everywhere(address);
+                        services
+                            .extend(self.services_by_address.get(&address).into_iter().flatten().cloned());
+                        differs |= self.update_everywhere(address);
                     }
                 }
                 Kind::Local => _ = services.insert(name),
@@ -93,13 +100,13 @@ impl Reached {
         }
         for service in services {
             // A destination that fails to decode was rejected on arrival, so it is not in force.
-            let told = accepted(Kind::Local, &service).and_then(|resource| decode(resource).ok());
-            differs |= self.take_over(service, told);
+            let received = accepted(Kind::Local, &service).and_then(|resource| decode(resource).ok());
+            differs |= self.update_service(service, received);
         }
         differs
     }
 
-    fn listens_everywhere(&mut self, changed: SocketAddr) -> bool {
+    fn update_everywhere(&mut self, changed: SocketAddr) -> bool {
         if !changed.ip().is_unspecified() {
             return false;
         }
@@ -108,12 +115,12 @@ impl Reached {
         true
     }
 
-    fn take_over(&mut self, service: Arc<str>, told: Option<agent::Destination>) -> bool {
-        self.matter(&service, told.as_ref().map(awaited).unwrap_or_default());
-        let Some(told) = told else {
+    fn update_service(&mut self, service: Arc<str>, received: Option<agent::Destination>) -> bool {
+        self.set_addresses(&service, received.as_ref().map(listener_addresses).unwrap_or_default());
+        let Some(received) = received else {
             return self.now.services.remove_mut(&service);
         };
-        let now = destination(&told, &self.listeners, self.ipv6);
+        let now = destination(&received, &self.listeners, self.ipv6);
         let differs = self.now.services.get(&service).is_none_or(|before| **before != now);
         if differs {
             self.now.services.insert_mut(service, Arc::new(now));
@@ -122,20 +129,20 @@ impl Reached {
     }
 
     /// Sets the listener addresses that `service` depends on.
-    fn matter(&mut self, service: &Arc<str>, addresses: Vec<SocketAddr>) {
-        for address in self.at.remove(service).unwrap_or_default() {
-            if let Some(services) = self.of.get_mut(&address) {
+    fn set_addresses(&mut self, service: &Arc<str>, addresses: Vec<SocketAddr>) {
+        for address in self.addresses_by_service.remove(service).unwrap_or_default() {
+            if let Some(services) = self.services_by_address.get_mut(&address) {
                 services.retain(|other| other != service);
                 if services.is_empty() {
-                    self.of.remove(&address);
+                    self.services_by_address.remove(&address);
                 }
             }
         }
         for address in &addresses {
-            self.of.entry(*address).or_default().push(service.clone());
+            self.services_by_address.entry(*address).or_default().push(service.clone());
         }
         if !addresses.is_empty() {
-            self.at.insert(service.clone(), addresses);
+            self.addresses_by_service.insert(service.clone(), addresses);
         }
     }
 }
@@ -145,30 +152,30 @@ impl Reached {
 /// # Errors
 /// The text describes the error for the control plane that sent the resource.
 pub fn decode(resource: &Resource) -> Result<agent::Destination, String> {
-    let told = agent::Destination::decode(resource.value())
+    let received = agent::Destination::decode(resource.value())
         .map_err(|error| format!("destination {} cannot be read: {error}", resource.name()))?;
-    match told.service.as_str() == &**resource.name() {
-        true => Ok(told),
-        false => Err(format!("destination {} speaks of service {}", resource.name(), told.service)),
+    match received.service.as_str() == &**resource.name() {
+        true => Ok(received),
+        false => Err(format!("destination {} speaks of service {}", resource.name(), received.service)),
     }
 }
 
 /// Returns the virtual addresses, IPv4 and IPv6.
-fn virtual_addresses(told: &agent::Destination) -> [Option<SocketAddr>; 2] {
-    let port = u16::try_from(told.port).unwrap_or_default();
-    [&told.virtual_v4, &told.virtual_v6]
+fn virtual_addresses(received: &agent::Destination) -> [Option<SocketAddr>; 2] {
+    let port = u16::try_from(received.port).unwrap_or_default();
+    [&received.virtual_v4, &received.virtual_v6]
         .map(|address| address.parse().ok().map(|ip: IpAddr| SocketAddr::new(ip, port)))
 }
 
 /// Returns the addresses at which Envoy may have listeners for this destination.
-fn awaited(told: &agent::Destination) -> Vec<SocketAddr> {
-    let captured = told.endpoints.iter().filter(|endpoint| endpoint.capture);
+fn listener_addresses(received: &agent::Destination) -> Vec<SocketAddr> {
+    let captured = received.endpoints.iter().filter(|endpoint| endpoint.capture);
     let captured = captured.filter_map(|endpoint| endpoint.address.parse().ok());
-    virtual_addresses(told).into_iter().flatten().chain(captured).collect()
+    virtual_addresses(received).into_iter().flatten().chain(captured).collect()
 }
 
-fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6: bool) -> Destination {
-    let [v4, v6] = virtual_addresses(told);
+fn destination(received: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6: bool) -> Destination {
+    let [v4, v6] = virtual_addresses(received);
     let taken = |address: &SocketAddr| listeners.contains(address);
     // One listener has both virtual addresses, and is named after the IPv4 one.
     let both = ipv6 && v4.as_ref().is_some_and(taken);
@@ -177,18 +184,19 @@ fn destination(told: &agent::Destination, listeners: &HashSet<SocketAddr>, ipv6:
         .flatten()
         .filter(|at| at.port() > 0);
     let endpoints = || {
-        told.endpoints
+        received
+            .endpoints
             .iter()
             .filter_map(|endpoint| Some((endpoint, endpoint.address.parse::<SocketAddr>().ok()?)))
     };
     let captured = endpoints().filter(|(endpoint, _)| endpoint.capture).map(|(_, address)| address);
-    let direct = endpoints().filter(|(endpoint, _)| told.endpoints_on_port && !endpoint.out_of_service);
+    let direct = endpoints().filter(|(endpoint, _)| received.endpoints_on_port && !endpoint.out_of_service);
     Destination {
         virtual_addresses: virtual_addresses.collect(),
         captured: captured.filter(taken).collect(),
         direct: direct.map(|(_, address)| address.ip()).collect(),
-        percent: told.percent.and_then(|percent| Percent::new(u8::try_from(percent).ok()?)),
-        on_loss: match told.on_loss() {
+        percent: received.percent.and_then(|percent| Percent::new(u8::try_from(percent).ok()?)),
+        on_loss: match received.on_loss() {
             destination::OnLoss::Unspecified => None,
             destination::OnLoss::Open => Some(OnLoss::Open),
             destination::OnLoss::Closed => Some(OnLoss::Closed),
@@ -208,13 +216,13 @@ mod tests {
         Resource::new(Kind::Listener, name, &Listener { name: name.to_owned(), ..Listener::default() })
     }
 
-    fn told(service: &str, edit: impl FnOnce(&mut agent::Destination)) -> Arc<Resource> {
+    fn received(service: &str, edit: impl FnOnce(&mut agent::Destination)) -> Arc<Resource> {
         let endpoint = |address: &str, out_of_service| destination::Endpoint {
             address: address.to_owned(),
             capture: true,
             out_of_service,
         };
-        let mut told = agent::Destination {
+        let mut received = agent::Destination {
             service: service.to_owned(),
             port: 80,
             virtual_v4: "240.0.0.1".to_owned(),
@@ -224,14 +232,14 @@ mod tests {
             percent: Some(25),
             on_loss: destination::OnLoss::Closed.into(),
         };
-        edit(&mut told);
-        Resource::new(Kind::Local, service, &told)
+        edit(&mut received);
+        Resource::new(Kind::Local, service, &received)
     }
 
     #[test]
     fn what_envoy_has_taken_is_there_and_nothing_else() {
         let accepted = [
-            told("orders", |_| {}),
+            received("orders", |_| {}),
             listener("outbound|240.0.0.1:80"),
             listener("outbound|10.0.1.11:80"),
             listener("inbound|orders"),
@@ -266,7 +274,8 @@ mod tests {
     #[test]
     fn a_service_without_a_listener_has_no_address_here() {
         let all =
-            destinations(&[told("orders", |_| {}), Resource::absent(Kind::Local, "payments")], true).services;
+            destinations(&[received("orders", |_| {}), Resource::absent(Kind::Local, "payments")], true)
+                .services;
         let orders = &all["orders"];
         assert!(orders.virtual_addresses.is_empty() && orders.captured.is_empty());
         assert!(!orders.direct.is_empty(), "out of the mesh it can be dialed all the same");
@@ -275,23 +284,23 @@ mod tests {
 
     #[test]
     fn a_host_without_ipv6_has_no_virtual_address_of_it() {
-        let all = destinations(&[told("orders", |_| {}), listener("outbound|240.0.0.1:80")], false);
+        let all = destinations(&[received("orders", |_| {}), listener("outbound|240.0.0.1:80")], false);
         assert_eq!(all.services["orders"].virtual_addresses, ["240.0.0.1:80".parse().unwrap()].into());
     }
 
     #[test]
     fn nonsense_is_left_out_and_named() {
-        let nonsense = told("orders", |told| {
-            told.port = 70_000;
-            told.virtual_v4 = "no address".to_owned();
-            told.percent = Some(101);
-            told.on_loss = 77;
-            told.endpoints[0].address = "db.example:80".to_owned();
+        let nonsense = received("orders", |received| {
+            received.port = 70_000;
+            received.virtual_v4 = "no address".to_owned();
+            received.percent = Some(101);
+            received.on_loss = 77;
+            received.endpoints[0].address = "db.example:80".to_owned();
         });
         let all =
             destinations(&[nonsense, listener("outbound|240.0.0.1:80"), listener("outbound|nowhere")], true);
         assert_eq!(*all.services["orders"], Destination::default());
-        let other = Resource::from_bytes(Kind::Local, "payments", &told("orders", |_| {}).value());
+        let other = Resource::from_bytes(Kind::Local, "payments", &received("orders", |_| {}).value());
         assert!(decode(&other).unwrap_err().contains("payments speaks of service orders"));
         let garbage = Resource::from_bytes(Kind::Local, "payments", &[255, 255]);
         assert!(decode(&garbage).unwrap_err().contains("destination payments cannot be read"));
@@ -313,10 +322,10 @@ mod tests {
     /// A change of services, ports, endpoints or listeners.
     #[derive(Debug, Clone)]
     enum Change {
-        Told { service: usize, port: u32, endpoints: Vec<(u8, bool)> },
-        Forgotten(usize),
-        Listens(usize),
-        Stops(usize),
+        Received { service: usize, port: u32, endpoints: Vec<(u8, bool)> },
+        Removed(usize),
+        ListenerAdded(usize),
+        ListenerRemoved(usize),
     }
 
     const SERVICES: [&str; 3] = ["a", "b", "c"];
@@ -332,10 +341,10 @@ mod tests {
         let endpoints = prop::collection::vec((0_u8..4, any::<bool>()), 0..4);
         prop_oneof![
             4 => (0..3_usize, 80_u32..82, endpoints)
-                .prop_map(|(service, port, endpoints)| Change::Told { service, port, endpoints }),
-            1 => (0..3_usize).prop_map(Change::Forgotten),
-            4 => (0..listeners().len()).prop_map(Change::Listens),
-            2 => (0..listeners().len()).prop_map(Change::Stops),
+                .prop_map(|(service, port, endpoints)| Change::Received { service, port, endpoints }),
+            1 => (0..3_usize).prop_map(Change::Removed),
+            4 => (0..listeners().len()).prop_map(Change::ListenerAdded),
+            2 => (0..listeners().len()).prop_map(Change::ListenerRemoved),
         ]
     }
 
@@ -346,31 +355,31 @@ mod tests {
         ) {
             let names = listeners();
             let mut accepted: BTreeMap<(Kind, Arc<str>), Arc<Resource>> = BTreeMap::new();
-            let mut reached = Reached::new(true);
+            let mut tracker = DestinationTracker::new(true);
             for batch in batches {
                 let mut changed = Vec::new();
                 for change in batch {
                     let (key, now) = match change {
-                        Change::Told { service, port, endpoints } => {
-                            let resource = told(SERVICES[service], |told| {
-                                told.port = port;
-                                told.virtual_v4 = format!("240.0.0.{service}");
-                                told.virtual_v6 = format!("fd00::{service}");
+                        Change::Received { service, port, endpoints } => {
+                            let resource = received(SERVICES[service], |received| {
+                                received.port = port;
+                                received.virtual_v4 = format!("240.0.0.{service}");
+                                received.virtual_v6 = format!("fd00::{service}");
                                 let endpoint = |(n, capture): (u8, bool)| destination::Endpoint {
                                     address: format!("10.0.0.{n}:80"),
                                     capture,
                                     out_of_service: n == 3,
                                 };
-                                told.endpoints = endpoints.into_iter().map(endpoint).collect();
+                                received.endpoints = endpoints.into_iter().map(endpoint).collect();
                             });
                             ((Kind::Local, resource.name().clone()), Some(resource))
                         }
-                        Change::Forgotten(service) => ((Kind::Local, SERVICES[service].into()), None),
-                        Change::Listens(at) => {
+                        Change::Removed(service) => ((Kind::Local, SERVICES[service].into()), None),
+                        Change::ListenerAdded(at) => {
                             let resource = listener(&names[at]);
                             ((Kind::Listener, resource.name().clone()), Some(resource))
                         }
-                        Change::Stops(at) => ((Kind::Listener, names[at].as_str().into()), None),
+                        Change::ListenerRemoved(at) => ((Kind::Listener, names[at].as_str().into()), None),
                     };
                     match now {
                         Some(now) => _ = accepted.insert(key.clone(), now),
@@ -378,12 +387,12 @@ mod tests {
                     }
                     changed.push(key);
                 }
-                let before = reached.now().clone();
-                let differs = reached.update(changed, |kind, name| accepted.get(&(kind, name.clone())));
+                let before = tracker.now().clone();
+                let differs = tracker.update(changed, |kind, name| accepted.get(&(kind, name.clone())));
                 let anew = destinations(accepted.values(), true);
-                prop_assert_eq!(reached.now(), &anew);
+                prop_assert_eq!(tracker.now(), &anew);
                 prop_assert!(differs || before == anew, "a change went unseen");
-                let (of, at) = (reached.of.len(), reached.at.len());
+                let (of, at) = (tracker.services_by_address.len(), tracker.addresses_by_service.len());
                 prop_assert!(of <= 3 * 6 && at <= 3, "what is gone is forgotten: {of}, {at}");
             }
         }

@@ -18,14 +18,14 @@ use vmesh_dns::{Addresses, Table, Zone};
 
 use crate::capture;
 use crate::destinations::{Destination, Destinations};
-use crate::listen::{self, Listening};
+use crate::listen::{self, ListenStatus};
 
 /// Delay that combines a burst of changes of services into one table.
 const SETTLES: Duration = Duration::from_millis(50);
 
 /// The names under which systemd stores the sockets while the agent restarts.
-const KEPT_UDP: &str = "dns-udp";
-const KEPT_TCP: &str = "dns-tcp";
+const STORED_UDP: &str = "dns-udp";
+const STORED_TCP: &str = "dns-tcp";
 
 /// Starts the tasks. `counts` receives the number of queries by outcome. `inherited` are the sockets that systemd stored while the agent
 /// restarted; those of `address` are used again, so that no query is lost. If another program uses the address, binding is retried: see
@@ -36,27 +36,28 @@ pub fn spawn(
     inherited: Vec<(String, OwnedFd)>,
     zone: Zone,
     destinations: watch::Receiver<Arc<Destinations>>,
-    capture: watch::Receiver<capture::Status>,
+    capture: watch::Receiver<capture::CaptureStatus>,
     counts: Arc<Counts>,
-) -> (watch::Receiver<Arc<Table>>, watch::Receiver<Listening>) {
-    let mut names = Names { zone, of: Destinations::default(), captures: false, problems: Vec::new() };
+) -> (watch::Receiver<Arc<Table>>, watch::Receiver<ListenStatus>) {
+    let mut names =
+        NameTables { zone, destinations: Destinations::default(), captures: false, problems: Vec::new() };
     let first = names.table(&destinations.borrow(), is_virtual(&capture.borrow()));
     let (tables, served) = watch::channel(Arc::new(first));
     let asked = served.clone();
-    tasks.spawn("names", keep(names, destinations, capture, tables));
-    let kept = taken_over(inherited, address);
-    let (listening, is_listening) = watch::channel(Listening::at(address));
+    tasks.spawn("names", maintain_tables(names, destinations, capture, tables));
+    let kept = take_inherited(inherited, address);
+    let (listening, is_listening) = watch::channel(ListenStatus::at(address));
     tasks.spawn_draining("dns", |mut stop: Stop| async move {
         let bind = || async move {
             let udp = UdpSocket::bind(address).await?;
             let tcp = TcpListener::bind(address).await?;
-            systemd::keep_socket(KEPT_UDP, &udp);
-            systemd::keep_socket(KEPT_TCP, &tcp);
+            systemd::keep_socket(STORED_UDP, &udp);
+            systemd::keep_socket(STORED_TCP, &tcp);
             Ok((udp, tcp))
         };
         let sockets = match kept {
             Some(sockets) => {
-                listening.send_modify(Listening::set_bound);
+                listening.send_modify(ListenStatus::set_bound);
                 Some(sockets)
             }
             None => listen::keep_trying("names (`listen.dns`)", bind, &listening, &mut stop).await,
@@ -69,18 +70,21 @@ pub fn spawn(
 
 /// Returns the two sockets of `address` among those that systemd stored. Sockets of another address, from an earlier configuration, are
 /// removed from systemd's store, which closes them.
-fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<(UdpSocket, TcpListener)> {
+fn take_inherited(
+    inherited: Vec<(String, OwnedFd)>,
+    address: SocketAddr,
+) -> Option<(UdpSocket, TcpListener)> {
     let names: Vec<String> = inherited.iter().map(|(name, _)| name.clone()).collect();
     let (mut udp, mut tcp) = (None, None);
     for (name, socket) in inherited {
         match &*name {
-            KEPT_UDP => udp = Some(std::net::UdpSocket::from(socket)),
-            KEPT_TCP => tcp = Some(std::net::TcpListener::from(socket)),
+            STORED_UDP => udp = Some(std::net::UdpSocket::from(socket)),
+            STORED_TCP => tcp = Some(std::net::TcpListener::from(socket)),
             _ => {}
         }
     }
     let (Some(udp), Some(tcp)) = (udp, tcp) else {
-        forget(names.iter().map(String::as_str));
+        forget_named(names.iter().map(String::as_str));
         return None;
     };
     let is_at = |local: io::Result<SocketAddr>| local.is_ok_and(|local| local == address);
@@ -93,32 +97,32 @@ fn taken_over(inherited: Vec<(String, OwnedFd)>, address: SocketAddr) -> Option<
     match ready {
         Some(Ok(sockets)) => Some(sockets),
         _ => {
-            forget([KEPT_UDP, KEPT_TCP].into_iter());
+            forget_named([STORED_UDP, STORED_TCP].into_iter());
             None
         }
     }
 }
 
 /// Removes the stored DNS sockets from systemd's store. Called when the configuration has no DNS server: systemd would keep them open.
-pub(crate) fn forget_kept(inherited: &[(String, OwnedFd)]) {
-    forget(inherited.iter().map(|(name, _)| name.as_str()));
+pub(crate) fn forget_inherited(inherited: &[(String, OwnedFd)]) {
+    forget_named(inherited.iter().map(|(name, _)| name.as_str()));
 }
 
-fn forget<'a>(kept: impl Iterator<Item = &'a str>) {
-    kept.filter(|name| [KEPT_UDP, KEPT_TCP].contains(name)).for_each(systemd::forget_socket);
+fn forget_named<'a>(kept: impl Iterator<Item = &'a str>) {
+    kept.filter(|name| [STORED_UDP, STORED_TCP].contains(name)).for_each(systemd::forget_socket);
 }
 
 /// Reports whether names resolve to virtual addresses. Until vmesh-net has answered, a host that is configured to capture is assumed to do
 /// so, as before the agent's restart: resolvers would cache a real address for a while, and that would bypass Envoy.
-pub(crate) fn is_virtual(capture: &capture::Status) -> bool {
+pub(crate) fn is_virtual(capture: &capture::CaptureStatus) -> bool {
     let is_unknown = capture.net.is_none() && capture.reason.is_none();
     capture.captures || (capture.wanted && is_unknown)
 }
 
-async fn keep(
-    mut names: Names,
+async fn maintain_tables(
+    mut names: NameTables,
     mut destinations: watch::Receiver<Arc<Destinations>>,
-    mut capture: watch::Receiver<capture::Status>,
+    mut capture: watch::Receiver<capture::CaptureStatus>,
     tables: watch::Sender<Arc<Table>>,
 ) {
     loop {
@@ -140,17 +144,17 @@ async fn keep(
 }
 
 /// The input of the table that was built last.
-struct Names {
+struct NameTables {
     zone: Zone,
-    of: Destinations,
+    destinations: Destinations,
     captures: bool,
     problems: Vec<Problem>,
 }
 
-impl Names {
+impl NameTables {
     /// Reports whether a name would resolve differently. While names resolve to virtual addresses, changed endpoints make no difference.
     fn differ(&self, now: &Destinations, captures: bool) -> bool {
-        let (old, new) = (&self.of.services, &now.services);
+        let (old, new) = (&self.destinations.services, &now.services);
         captures != self.captures
             || old.size() != new.size()
             || old.iter().zip(new).any(|((old_name, old), (new_name, new))| {
@@ -165,7 +169,7 @@ impl Names {
         for problem in problems.iter().filter(|problem| !self.problems.contains(problem)) {
             warn!("{problem}");
         }
-        (self.of, self.captures, self.problems) = (now.clone(), captures, problems);
+        (self.destinations, self.captures, self.problems) = (now.clone(), captures, problems);
         table
     }
 }
@@ -200,17 +204,17 @@ mod tests {
         let kept = || {
             let copies: [(&str, OwnedFd); 3] = [
                 ("something else", udp.try_clone().unwrap().into()),
-                (KEPT_UDP, udp.try_clone().unwrap().into()),
-                (KEPT_TCP, tcp.try_clone().unwrap().into()),
+                (STORED_UDP, udp.try_clone().unwrap().into()),
+                (STORED_TCP, tcp.try_clone().unwrap().into()),
             ];
             copies.map(|(name, socket)| (name.to_owned(), socket)).into()
         };
         // The query arrives while no agent runs.
         let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         client.send_to(b"a query", address).await.unwrap();
-        assert!(taken_over(kept(), "127.0.0.1:1".parse().unwrap()).is_none());
-        assert!(taken_over(Vec::new(), address).is_none());
-        let (udp, tcp) = taken_over(kept(), address).unwrap();
+        assert!(take_inherited(kept(), "127.0.0.1:1".parse().unwrap()).is_none());
+        assert!(take_inherited(Vec::new(), address).is_none());
+        let (udp, tcp) = take_inherited(kept(), address).unwrap();
         let mut query = [0; 64];
         let received = tokio::time::timeout(Duration::from_secs(10), udp.recv_from(&mut query)).await;
         assert_eq!(received.unwrap().unwrap().0, 7);
@@ -219,14 +223,14 @@ mod tests {
 
     #[test]
     fn names_stay_virtual_until_it_is_known_that_nothing_is_captured() {
-        let unknown = capture::Status { wanted: true, ..capture::Status::default() };
+        let unknown = capture::CaptureStatus { wanted: true, ..capture::CaptureStatus::default() };
         assert!(is_virtual(&unknown));
-        let gone = capture::Status { reason: Some("no answer".into()), ..unknown.clone() };
+        let gone = capture::CaptureStatus { reason: Some("no answer".into()), ..unknown.clone() };
         assert!(!is_virtual(&gone));
-        let bypassed = capture::Status { net: Some(Box::default()), ..unknown.clone() };
+        let bypassed = capture::CaptureStatus { net: Some(Box::default()), ..unknown.clone() };
         assert!(!is_virtual(&bypassed));
-        assert!(is_virtual(&capture::Status { captures: true, ..bypassed }));
-        assert!(!is_virtual(&capture::Status { wanted: false, ..unknown }));
+        assert!(is_virtual(&capture::CaptureStatus { captures: true, ..bypassed }));
+        assert!(!is_virtual(&capture::CaptureStatus { wanted: false, ..unknown }));
     }
 
     #[test]
@@ -260,9 +264,9 @@ mod tests {
             services: all.iter().map(|(name, n)| (Arc::from(*name), Arc::new(destination(*n)))).collect(),
             ..Destinations::default()
         };
-        let mut names = Names {
+        let mut names = NameTables {
             zone: Zone::default(),
-            of: Destinations::default(),
+            destinations: Destinations::default(),
             captures: false,
             problems: Vec::new(),
         };

@@ -16,11 +16,11 @@ use vmesh_daemon::fetch::{Peer, fetch};
 use vmesh_daemon::report::one_line;
 use vmesh_model::text::Time;
 
-use crate::retry::Dice;
+use crate::retry::JitterSource;
 
 /// A health check, in `agent.yaml`: `tcp`, or `{http: /healthz, interval: 2s}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Check {
+pub struct HealthCheck {
     /// The path that must answer with 2xx or 3xx. Without a path, an accepted connection suffices.
     pub http: Option<String>,
     /// Pause between a result and the next check.
@@ -35,7 +35,7 @@ pub struct Check {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
+struct CheckFields {
     http: Option<String>,
     interval: Option<Time>,
     timeout: Option<Time>,
@@ -43,11 +43,12 @@ struct Written {
     fall: Option<u32>,
 }
 
-impl Written {
-    const TCP: Written = Written { http: None, interval: None, timeout: None, rise: None, fall: None };
+impl CheckFields {
+    const TCP: CheckFields =
+        CheckFields { http: None, interval: None, timeout: None, rise: None, fall: None };
 
-    fn check<E: de::Error>(self) -> Result<Check, E> {
-        let check = Check {
+    fn check<E: de::Error>(self) -> Result<HealthCheck, E> {
+        let check = HealthCheck {
             http: self.http,
             interval: self.interval.map_or(Duration::from_secs(2), |time| time.0),
             timeout: self.timeout.map_or(Duration::from_secs(1), |time| time.0),
@@ -67,30 +68,30 @@ impl Written {
     }
 }
 
-impl<'de> Deserialize<'de> for Check {
+impl<'de> Deserialize<'de> for HealthCheck {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either;
+        struct CheckVisitor;
 
-        impl<'de> Visitor<'de> for Either {
-            type Value = Check;
+        impl<'de> Visitor<'de> for CheckVisitor {
+            type Value = HealthCheck;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("`tcp`, or a check as {http: /healthz}")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Check, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<HealthCheck, E> {
                 match text {
-                    "tcp" => Written::TCP.check(),
+                    "tcp" => CheckFields::TCP.check(),
                     other => Err(E::custom(format!("`{other}` is no check: `tcp`, or {{http: /healthz}}"))),
                 }
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Check, A::Error> {
-                Written::deserialize(MapAccessDeserializer::new(map))?.check()
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<HealthCheck, A::Error> {
+                CheckFields::deserialize(MapAccessDeserializer::new(map))?.check()
             }
         }
 
-        deserializer.deserialize_any(Either)
+        deserializer.deserialize_any(CheckVisitor)
     }
 }
 
@@ -100,13 +101,13 @@ pub enum Health {
     /// The number of completed checks is still too small for a verdict.
     #[default]
     Unknown,
-    Well,
-    Ill,
+    Healthy,
+    Unhealthy,
 }
 
 /// Derives the health from the results of checks, without flapping.
 #[derive(Debug)]
-struct Judge {
+struct HealthTracker {
     rise: u32,
     fall: u32,
     health: Health,
@@ -114,22 +115,22 @@ struct Judge {
     against: u32,
 }
 
-impl Judge {
-    fn new(check: &Check) -> Judge {
-        Judge { rise: check.rise, fall: check.fall, health: Health::Unknown, against: 0 }
+impl HealthTracker {
+    fn new(check: &HealthCheck) -> HealthTracker {
+        HealthTracker { rise: check.rise, fall: check.fall, health: Health::Unknown, against: 0 }
     }
 
     /// Returns the health after one more result. The first success counts at once: an application that ran before the agent started must
     /// not be missing until `rise` checks have passed.
-    fn on(&mut self, is_well: bool) -> Health {
-        let (now, needed) = match (self.health, is_well) {
-            (Health::Well, true) | (Health::Ill, false) => {
+    fn record(&mut self, is_success: bool) -> Health {
+        let (now, needed) = match (self.health, is_success) {
+            (Health::Healthy, true) | (Health::Unhealthy, false) => {
                 self.against = 0;
                 return self.health;
             }
-            (Health::Unknown, true) => (Health::Well, 1),
-            (Health::Ill, true) => (Health::Well, self.rise),
-            (Health::Unknown | Health::Well, false) => (Health::Ill, self.fall),
+            (Health::Unknown, true) => (Health::Healthy, 1),
+            (Health::Unhealthy, true) => (Health::Healthy, self.rise),
+            (Health::Unknown | Health::Healthy, false) => (Health::Unhealthy, self.fall),
         };
         self.against += 1;
         if self.against >= needed {
@@ -140,25 +141,30 @@ impl Judge {
 }
 
 /// Checks the application at `address` until it is dropped. `name` identifies the application in the log.
-pub(crate) async fn watch(who: String, check: Check, address: SocketAddr, health: watch::Sender<Health>) {
-    let mut judge = Judge::new(&check);
-    let mut dice = Dice::new();
+pub(crate) async fn watch(
+    name: String,
+    check: HealthCheck,
+    address: SocketAddr,
+    health: watch::Sender<Health>,
+) {
+    let mut tracker = HealthTracker::new(&check);
+    let mut jitter = JitterSource::new();
     loop {
-        let answer = ask(&check, address).await;
-        let now = judge.on(answer.is_ok());
+        let answer = run_check(&check, address).await;
+        let now = tracker.record(answer.is_ok());
         let is_news = health.send_if_modified(|health| std::mem::replace(health, now) != now);
         if is_news {
             match answer {
-                Ok(()) => info!("{who} is well"),
-                Err(why) => info!("{who} is ill: {why}"),
+                Ok(()) => info!("{name} is well"),
+                Err(why) => info!("{name} is ill: {why}"),
             }
         }
         // Spread out, so that the checks of all workloads of a host do not coincide.
-        sleep(check.interval + dice.time_below(check.interval / 10)).await;
+        sleep(check.interval + jitter.time_below(check.interval / 10)).await;
     }
 }
 
-async fn ask(check: &Check, address: SocketAddr) -> Result<(), String> {
+async fn run_check(check: &HealthCheck, address: SocketAddr) -> Result<(), String> {
     match &check.http {
         None => match timeout(check.timeout, TcpStream::connect(address)).await {
             Ok(Ok(_)) => Ok(()),
@@ -180,20 +186,20 @@ mod tests {
 
     use super::*;
 
-    fn check(rise: u32, fall: u32) -> Check {
-        Check { rise, fall, ..Written::TCP.check::<serde_json::Error>().unwrap() }
+    fn check(rise: u32, fall: u32) -> HealthCheck {
+        HealthCheck { rise, fall, ..CheckFields::TCP.check::<serde_json::Error>().unwrap() }
     }
 
     #[test]
     fn health_follows_rise_and_fall_and_the_first_success_counts() {
         let run = |answers: &str| {
-            let mut judge = Judge::new(&check(2, 3));
+            let mut tracker = HealthTracker::new(&check(2, 3));
             answers
                 .chars()
-                .map(|answer| match judge.on(answer == '+') {
+                .map(|answer| match tracker.record(answer == '+') {
                     Health::Unknown => '?',
-                    Health::Well => 'w',
-                    Health::Ill => 'i',
+                    Health::Healthy => 'w',
+                    Health::Unhealthy => 'i',
                 })
                 .collect::<String>()
         };
@@ -204,8 +210,9 @@ mod tests {
 
     #[test]
     fn a_check_is_a_word_or_a_mapping() {
-        let parse =
-            |text: &str| vmesh_model::load::strict::<Check>("a.yaml", text).map_err(|all| all[0].to_string());
+        let parse = |text: &str| {
+            vmesh_model::load::strict::<HealthCheck>("a.yaml", text).map_err(|all| all[0].to_string())
+        };
         assert_eq!(parse("tcp").unwrap(), check(2, 3));
         let full = parse("{http: /healthz, interval: 5s, timeout: 500ms, rise: 1, fall: 1}").unwrap();
         assert_eq!((full.http.as_deref(), full.interval), (Some("/healthz"), Duration::from_secs(5)));
@@ -227,16 +234,17 @@ mod tests {
         let address = SocketAddr::new(place.ip(), place.port().unwrap());
         let app = HttpApp::start("a", "v1", address).unwrap();
         let (health, mut seen) = watch::channel(Health::default());
-        let fast = Check { http: Some("/".to_owned()), interval: Duration::from_millis(100), ..check(1, 2) };
+        let fast =
+            HealthCheck { http: Some("/".to_owned()), interval: Duration::from_millis(100), ..check(1, 2) };
         let mut tasks = vmesh_daemon::Tasks::new();
         tasks.spawn("health", super::watch("workload `a`".to_owned(), fast, address, health));
         let bound = Duration::from_secs(20);
-        timeout(bound, seen.wait_for(|health| *health == Health::Well)).await.unwrap().unwrap();
+        timeout(bound, seen.wait_for(|health| *health == Health::Healthy)).await.unwrap().unwrap();
         drop(app);
-        timeout(bound, seen.wait_for(|health| *health == Health::Ill)).await.unwrap().unwrap();
+        timeout(bound, seen.wait_for(|health| *health == Health::Unhealthy)).await.unwrap().unwrap();
         let _back = wait_for("the port to be free", bound, async || HttpApp::start("a", "v1", address))
             .await
             .unwrap();
-        timeout(bound, seen.wait_for(|health| *health == Health::Well)).await.unwrap().unwrap();
+        timeout(bound, seen.wait_for(|health| *health == Health::Healthy)).await.unwrap().unwrap();
     }
 }

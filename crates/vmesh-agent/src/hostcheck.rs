@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::time::timeout;
 use vmesh_capture::programs;
 
-use crate::config::{Config, Manage};
+use crate::config::{Config, EnvoyManager};
 use crate::supervisor;
 
 /// The users of the units, and their group.
@@ -41,11 +41,11 @@ pub enum Concern {
 
 /// Checks what `config`, read from `file`, needs on this host. Runs the binary at `envoy.path` for its version. As root, also checks the
 /// access of the units' users.
-pub async fn look(file: &Path, config: &Config) -> Vec<HostProblem> {
+pub async fn check_host(file: &Path, config: &Config) -> Vec<HostProblem> {
     let mut problems = Vec::new();
-    let by_units = config.envoy.manage == Manage::Systemd && rustix::process::geteuid().is_root();
-    let agent = by_units && exists(AGENT);
-    let envoy = by_units && exists(ENVOY);
+    let by_units = config.envoy.manage == EnvoyManager::Systemd && rustix::process::geteuid().is_root();
+    let agent = by_units && user_exists(AGENT);
+    let envoy = by_units && user_exists(ENVOY);
     if agent {
         let mut files = vec![file.to_owned()];
         files.extend(named_files(config));
@@ -72,10 +72,10 @@ pub async fn look(file: &Path, config: &Config) -> Vec<HostProblem> {
                     path.display()
                 ),
             }),
-            Ok(()) if envoy => problems.extend(denied(ENVOY, "-x", path).then(|| HostProblem {
+            Ok(()) if envoy => problems.extend(is_denied(ENVOY, "-x", path).then(|| HostProblem {
                 concerns: Concern::Envoy,
                 what: format!("the user {ENVOY} may not run {}", path.display()),
-                fix: open_way(ENVOY, path, 0o755),
+                fix: fix_for_access(ENVOY, path, 0o755),
             })),
             Ok(()) => {}
         }
@@ -93,7 +93,7 @@ fn named_files(config: &Config) -> Vec<PathBuf> {
 
 fn unreadable(user: &str, file: &Path) -> Option<HostProblem> {
     // A missing file is reported by the agent itself when it reads the file.
-    if !file.exists() || !denied(user, "-r", file) {
+    if !file.exists() || !is_denied(user, "-r", file) {
         return None;
     }
     let is_secret = fs::metadata(file).is_ok_and(|metadata| {
@@ -105,17 +105,17 @@ fn unreadable(user: &str, file: &Path) -> Option<HostProblem> {
         what: format!("the user {user} cannot read {}", file.display()),
         fix: match is_secret {
             true => format!("chgrp {GROUP} {0} && chmod 640 {0}", file.display()),
-            false => open_way(user, file, 0o644),
+            false => fix_for_access(user, file, 0o644),
         },
     })
 }
 
 /// Returns the command that gives `user` access to `file`: it opens the first directory on the path that denies access, or else the file
 /// itself.
-fn open_way(user: &str, file: &Path, mode: u32) -> String {
+fn fix_for_access(user: &str, file: &Path, mode: u32) -> String {
     let mut dirs: Vec<&Path> = file.ancestors().skip(1).collect();
     dirs.reverse();
-    match dirs.into_iter().find(|dir| denied(user, "-x", dir)) {
+    match dirs.into_iter().find(|dir| is_denied(user, "-x", dir)) {
         Some(dir) => format!("chmod 755 {}", dir.display()),
         None => format!("chmod {mode:o} {}", file.display()),
     }
@@ -123,7 +123,7 @@ fn open_way(user: &str, file: &Path, mode: u32) -> String {
 
 /// Reports whether the kernel denies `user` the access that the shell's `test` checks with the flag `access`. Returns `false` if `setpriv`
 /// cannot run.
-fn denied(user: &str, access: &str, path: &Path) -> bool {
+fn is_denied(user: &str, access: &str, path: &Path) -> bool {
     // Root may run `--check`, and another user may be able to write to directories in root's `PATH`.
     let Ok(mut command) = programs::command(Path::new("setpriv")).map(|command| command.into_std()) else {
         return false;
@@ -131,18 +131,18 @@ fn denied(user: &str, access: &str, path: &Path) -> bool {
     command.args(["--reuid", user, "--regid", GROUP, "--init-groups", "--", "test", access]).arg(path);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // `test` itself exits with 1; other codes are errors of `setpriv`.
-    command.status().is_ok_and(|status| status.code() == Some(1)) && exists_group()
+    command.status().is_ok_and(|status| status.code() == Some(1)) && group_exists()
 }
 
-fn exists(user: &str) -> bool {
-    names("/etc/passwd", user)
+fn user_exists(user: &str) -> bool {
+    has_entry("/etc/passwd", user)
 }
 
-fn exists_group() -> bool {
-    names("/etc/group", GROUP)
+fn group_exists() -> bool {
+    has_entry("/etc/group", GROUP)
 }
 
-fn names(file: &str, name: &str) -> bool {
+fn has_entry(file: &str, name: &str) -> bool {
     let text = fs::read_to_string(file).unwrap_or_default();
     text.lines().any(|line| line.split(':').next() == Some(name))
 }
@@ -157,7 +157,7 @@ mod tests {
             envoy.display()
         );
         let config = Config::parse("agent.yaml", text.as_bytes(), "web-17").unwrap();
-        look(Path::new("/no/such.yaml"), &config).await
+        check_host(Path::new("/no/such.yaml"), &config).await
     }
 
     #[tokio::test]

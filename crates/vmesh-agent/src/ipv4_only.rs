@@ -27,12 +27,12 @@ fn without_ipv6(resource: &Arc<Resource>) -> Option<Arc<Resource>> {
         return Some(resource.clone());
     }
     match resource.kind() {
-        Kind::Listener => edited(resource, listener),
-        Kind::Endpoint => edited(resource, |assignment| {
+        Kind::Listener => edit_message(resource, listener),
+        Kind::Endpoint => edit_message(resource, |assignment| {
             endpoints(assignment);
             true
         }),
-        Kind::Cluster => edited(resource, |cluster: &mut Cluster| {
+        Kind::Cluster => edit_message(resource, |cluster: &mut Cluster| {
             cluster.load_assignment.iter_mut().for_each(endpoints);
             true
         }),
@@ -42,7 +42,7 @@ fn without_ipv6(resource: &Arc<Resource>) -> Option<Arc<Resource>> {
 
 /// Returns the resource with its message changed by `edit`, or `None` if `edit` returns `false`. A message that does not decode is left as
 /// it is, and Envoy reports the error.
-fn edited<M: Message + Default + Clone + PartialEq>(
+fn edit_message<M: Message + Default + Clone + PartialEq>(
     resource: &Arc<Resource>,
     edit: impl FnOnce(&mut M) -> bool,
 ) -> Option<Arc<Resource>> {
@@ -64,12 +64,12 @@ fn listener(listener: &mut Listener) -> bool {
         }
         listener.address = listener.additional_addresses.remove(0).address;
     }
-    listener.filter_chains.retain_mut(called_by_ipv4);
+    listener.filter_chains.retain_mut(keep_ipv4_match);
     true
 }
 
 /// Removes IPv6 ranges from the match of a filter chain. Returns `false` if no IPv4 connection can match the chain any more.
-fn called_by_ipv4(chain: &mut FilterChain) -> bool {
+fn keep_ipv4_match(chain: &mut FilterChain) -> bool {
     let Some(matching) = &mut chain.filter_chain_match else { return true };
     let lists = [
         &mut matching.prefix_ranges,

@@ -52,7 +52,7 @@ use vmesh_daemon::fsx::{self, FileError, LockError};
 use vmesh_daemon::{Tasks, sockets, systemd};
 
 pub use config::Config;
-use listen::Listening;
+use listen::ListenStatus;
 
 /// The name of the task that ends when the host gains or loses IPv6. The agent then exits as after a crash, without draining Envoy, and is
 /// started again.
@@ -63,7 +63,7 @@ pub struct Agent {
     pub tasks: Tasks,
     /// The tasks that keep workloads registered. They are stopped first, so that no client dials an Envoy that drains.
     pub registrations: Tasks,
-    pub known: status::Known,
+    pub status_sources: status::StatusSources,
     /// Held until the agent exits.
     pub lock: File,
     pub state_lock: File,
@@ -74,7 +74,7 @@ pub enum StartError {
     #[error("a directory of the agent cannot be used")]
     Directory(#[source] FileError),
     #[error("another vmesh-agent runs with {}: give each agent a `run_dir` of its own", .0.display())]
-    Taken(PathBuf),
+    InUse(PathBuf),
     #[error("{} (`state_dir`) cannot be used: each agent needs one of its own", .state_dir.display())]
     State {
         state_dir: PathBuf,
@@ -107,7 +107,7 @@ impl Agent {
         }
         let path = config.run_dir.join("agent.lock");
         let lock = lock(&path).map_err(|cause| StartError::Lock { path, cause })?;
-        let lock = lock.ok_or_else(|| StartError::Taken(config.run_dir.clone()))?;
+        let lock = lock.ok_or_else(|| StartError::InUse(config.run_dir.clone()))?;
         let path = config.state_dir.join("lock");
         let state_lock = fsx::lock(&path)
             .map_err(|cause| StartError::State { state_dir: config.state_dir.clone(), cause })?;
@@ -123,7 +123,7 @@ impl Agent {
         let api_socket = sockets::listen(&path).map_err(|cause| StartError::Api { path, cause })?;
 
         let mut tasks = Tasks::new();
-        let (envoy, envoy_status) = watch::channel(envoy::Status::default());
+        let (envoy, envoy_status) = watch::channel(envoy::EnvoyStatus::default());
         let (control_plane, control_plane_status) = watch::channel(status::ControlPlaneStatus::default());
         let (accepted, accepted_status) = watch::channel(status::AcceptedStatus::default());
         let withdraws = config.withdraws_on_stop();
@@ -131,10 +131,10 @@ impl Agent {
             register::spawn(&config.registrations, &config.registry, &config.run_dir, withdraws);
         let (destinations, reached) = watch::channel(Arc::default());
         let (has_all, reached_all) = watch::channel(false);
-        let (capture, captured) = watch::channel(capture::Status::default());
+        let (capture, captured) = watch::channel(capture::CaptureStatus::default());
         let queries = Arc::default();
-        let (api, api_listening) = watch::channel(Listening::at(config.api));
-        let mut known = status::Known {
+        let (api, api_listening) = watch::channel(ListenStatus::at(config.api));
+        let mut status_sources = status::StatusSources {
             api: api_listening,
             dns: None,
             capture: captured.clone(),
@@ -154,20 +154,20 @@ impl Agent {
             &mut tasks,
             &config,
             node,
-            relay::Published { control_plane, accepted, has_config, destinations, has_all },
+            relay::RelayOutputs { control_plane, accepted, has_config, destinations, has_all },
         )?;
         envoy::spawn(&mut tasks, &config, envoy, config_is_there)?;
         capture::spawn(&mut tasks, config.clone(), reached.clone(), reached_all, capture);
         if let Some(address) = config.dns {
             let zone = config.zone_of_names.clone();
             let (_, listening) = dns::spawn(&mut tasks, address, inherited, zone, reached, captured, queries);
-            known.dns = Some(listening);
+            status_sources.dns = Some(listening);
         } else {
-            dns::forget_kept(&inherited);
+            dns::forget_inherited(&inherited);
         }
-        let answers = known.clone();
+        let answers = status_sources.clone();
         tasks.spawn_draining("api socket", |stop| status::serve(api_socket, answers, stop));
-        let answers = known.clone();
+        let answers = status_sources.clone();
         tasks.spawn_draining("api", |mut stop| async move {
             let address = answers.api.borrow().address;
             let bind = || std::future::ready(vmesh_daemon::listen::tcp(address));
@@ -178,7 +178,7 @@ impl Agent {
         });
         tasks.spawn("watchdog", vmesh_daemon::systemd::watchdog());
         tasks.spawn(IPV6, async move { config.capture.until_ipv6_changes().await });
-        Ok(Agent { tasks, registrations, known, lock, state_lock })
+        Ok(Agent { tasks, registrations, status_sources, lock, state_lock })
     }
 
     /// Returns the longest time that withdrawing the registrations may take.

@@ -16,17 +16,17 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// The status of one listening address of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Listening {
+pub struct ListenStatus {
     pub address: SocketAddr,
     pub bound: bool,
     /// Why it is not bound.
     pub reason: Option<String>,
 }
 
-impl Listening {
+impl ListenStatus {
     /// Returns the status of an address before the first attempt to bind it.
-    pub fn at(address: SocketAddr) -> Listening {
-        Listening { address, bound: false, reason: None }
+    pub fn at(address: SocketAddr) -> ListenStatus {
+        ListenStatus { address, bound: false, reason: None }
     }
 
     pub(crate) fn set_bound(&mut self) {
@@ -38,7 +38,7 @@ impl Listening {
 pub(crate) async fn keep_trying<T, Bound: Future<Output = io::Result<T>>>(
     purpose: &str,
     bind: impl Fn() -> Bound,
-    listening: &watch::Sender<Listening>,
+    listening: &watch::Sender<ListenStatus>,
     stop: &mut Stop,
 ) -> Option<T> {
     let address = listening.borrow().address;
@@ -48,7 +48,7 @@ pub(crate) async fn keep_trying<T, Bound: Future<Output = io::Result<T>>>(
                 if listening.borrow().reason.is_some() {
                     info!("{address} is free by now: it is listened on for {purpose}");
                 }
-                listening.send_modify(Listening::set_bound);
+                listening.send_modify(ListenStatus::set_bound);
                 return Some(bound);
             }
             Err(error) => {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tracing::{error, info, warn};
-use vmesh_agent::config::{Config, Manage};
+use vmesh_agent::config::{Config, EnvoyManager};
 use vmesh_agent::{Agent, hostcheck, identity, supervisor};
 use vmesh_daemon::report::{self, one_line};
 use vmesh_daemon::{Tasks, descriptors, logs, signals, systemd};
@@ -111,14 +111,14 @@ async fn run(config: Config) -> ExitCode {
         (Err(error), _) => return report::failed(&error),
         (_, Err(error)) => return report::failed(&error),
     };
-    let Agent { mut tasks, registrations, known, lock: _lock, state_lock: _state_lock } = agent;
+    let Agent { mut tasks, registrations, status_sources, lock: _lock, state_lock: _state_lock } = agent;
     tasks.spawn("signals", ignored);
-    info!(node = &*known.node, "serving");
+    info!(node = &*status_sources.node, "serving");
     systemd::ready("serving");
-    let code = match until_told(terminated, &mut tasks).await {
-        End::Stop(code) => code,
+    let code = match wait_for_exit(terminated, &mut tasks).await {
+        DaemonExit::Stop(code) => code,
         // Workloads stay registered, and an Envoy with a unit of its own keeps running: systemd starts the next agent at once.
-        End::Again(code) => return code,
+        DaemonExit::Restart(code) => return code,
     };
     systemd::stopping_within(withdraws_within + stops_within);
     let mut late = registrations.stop_within(withdraws_within).await;
@@ -130,56 +130,57 @@ async fn run(config: Config) -> ExitCode {
 }
 
 /// Waits for a signal that ends the daemon, or for the end of a task that should run for ever.
-async fn until_told(terminated: impl Future<Output = signals::Signal>, tasks: &mut Tasks) -> End {
+async fn wait_for_exit(terminated: impl Future<Output = signals::Signal>, tasks: &mut Tasks) -> DaemonExit {
     tokio::select! {
         signal = terminated => {
             info!("{signal}: stopping");
-            End::Stop(ExitCode::SUCCESS)
+            DaemonExit::Stop(ExitCode::SUCCESS)
         }
         (name, result) = tasks.first_exit() => {
             match result {
                 Ok(()) if *name == *vmesh_agent::IPV6 => {
                     warn!("this host has gained or lost IPv6: beginning anew, to tell the control planes");
-                    return End::Again(report::FAILURE.into());
+                    return DaemonExit::Restart(report::FAILURE.into());
                 }
                 Ok(()) => error!("task `{name}` ended, which it never should: stopping"),
                 Err(died) => error!("task `{name}` failed: stopping: {}", one_line(&died)),
             }
-            End::Stop(report::FAILURE.into())
+            DaemonExit::Stop(report::FAILURE.into())
         }
     }
 }
 
 /// The two ways in which the daemon ends.
-enum End {
+enum DaemonExit {
     Stop(ExitCode),
     /// End as after a crash: the next process takes over what this one leaves.
-    Again(ExitCode),
+    Restart(ExitCode),
 }
 
 async fn run_envoy(file: &Path, config: Config) -> ExitCode {
-    let mut stops_within = supervisor::Running::stops_within(&config);
+    let mut stops_within = supervisor::RunningSupervisor::stops_within(&config);
     // SIGHUP is not among them: it requests a reload.
     let ignored = signals::ignored(&[signals::SIGUSR1, signals::SIGUSR2], "SIGHUP is what reloads");
     let ignored = match ignored {
         Ok(ignored) => ignored,
         Err(error) => return report::failed(&error),
     };
-    let (terminated, running) = match (signals::terminated(), supervisor::Running::start(file, config)) {
-        (Ok(terminated), Ok(running)) => (terminated, running),
-        (Err(error), _) => return report::failed(&error),
-        (_, Err(error)) => return report::failed(&error),
-    };
-    let supervisor::Running { mut tasks, status: _status, lock: _lock } = running;
+    let (terminated, running) =
+        match (signals::terminated(), supervisor::RunningSupervisor::start(file, config)) {
+            (Ok(terminated), Ok(running)) => (terminated, running),
+            (Err(error), _) => return report::failed(&error),
+            (_, Err(error)) => return report::failed(&error),
+        };
+    let supervisor::RunningSupervisor { mut tasks, status: _status, lock: _lock } = running;
     tasks.spawn("signals", ignored);
-    let (End::Stop(code) | End::Again(code)) = until_told(terminated, &mut tasks).await;
+    let (DaemonExit::Stop(code) | DaemonExit::Restart(code)) = wait_for_exit(terminated, &mut tasks).await;
     if code != ExitCode::SUCCESS {
         // After an error of our own, Envoy keeps running, and the next supervisor adopts it.
         return code;
     }
     // Each reload reads the settings again, so the drain time may have changed.
     if let Ok(config) = Config::load(file) {
-        stops_within = stops_within.max(supervisor::Running::stops_within(&config));
+        stops_within = stops_within.max(supervisor::RunningSupervisor::stops_within(&config));
     }
     systemd::stopping_within(stops_within);
     let late = tasks.stop_within(stops_within).await;
@@ -195,7 +196,7 @@ fn check(file: &Path, config: &Config, json: bool) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return report::failed(&error),
     };
-    let problems = runtime.block_on(hostcheck::look(file, config));
+    let problems = runtime.block_on(hostcheck::check_host(file, config));
     let text = match json {
         true => format!("{}\n", vmesh_agent::outline::outline(config, &problems)),
         false => summary(config),
@@ -235,8 +236,8 @@ fn summary(config: &Config) -> String {
         line(if index == 0 { "control plane" } else { "" }, control_plane.to_string());
     }
     let manage = match config.envoy.manage {
-        Manage::Child => "started by the agent",
-        Manage::Systemd => "started by systemd",
+        EnvoyManager::Child => "started by the agent",
+        EnvoyManager::Systemd => "started by systemd",
     };
     line("envoy", format!("{}, {manage}", config.envoy.path.display()));
     line("api", config.api.to_string());

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use vmesh_model::node::Upstreams;
 
-use crate::config::{Config, Manage};
+use crate::config::{Config, EnvoyManager};
 use crate::hostcheck::HostProblem;
 
 /// Returns the configuration with all defaults filled in. `problems` are those of this host.
@@ -36,7 +36,7 @@ pub fn outline(config: &Config, problems: &[HostProblem]) -> Value {
         "suffix": config.zone_of_names.suffix.to_string(),
         "envoy": {
             "path": config.envoy.path,
-            "manage": match config.envoy.manage { Manage::Systemd => "systemd", Manage::Child => "child" },
+            "manage": match config.envoy.manage { EnvoyManager::Systemd => "systemd", EnvoyManager::Child => "child" },
             "run_dir": config.envoy.run_dir,
             "concurrency": config.envoy.concurrency,
         },

@@ -30,7 +30,7 @@ use vmesh_daemon::Tasks;
 use vmesh_model::text::Time;
 use vmesh_model::{Labels, ServiceName};
 
-use crate::health::{self, Check, Health};
+use crate::health::{self, Health, HealthCheck};
 pub use record::Format;
 pub(crate) use record::Instance;
 
@@ -40,7 +40,7 @@ const DRAIN_POLL: Duration = Duration::from_millis(500);
 /// `registry:` of `agent.yaml`: the registries that workloads can register in.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Registry {
+pub struct RegistrySettings {
     pub consul: Option<vmesh_consul::Config>,
     pub zookeeper: Option<vmesh_zookeeper::Config>,
     /// The directory of drain files: a service drains while it contains a file of its name, and all services drain while it contains `all`.
@@ -52,10 +52,10 @@ pub struct Registry {
     pub on_stop: Option<OnStop>,
 }
 
-impl Default for Registry {
+impl Default for RegistrySettings {
     fn default() -> Self {
         let settle = Time(Duration::from_secs(3));
-        Registry { consul: None, zookeeper: None, drain_dir: None, settle, on_stop: None }
+        RegistrySettings { consul: None, zookeeper: None, drain_dir: None, settle, on_stop: None }
     }
 }
 
@@ -70,9 +70,9 @@ pub enum OnStop {
 /// `workloads[].register`: how a workload is registered. At least one of `consul` and `zookeeper` is required.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Register {
-    pub consul: Option<InConsul>,
-    pub zookeeper: Option<InZookeeper>,
+pub struct RegisterSettings {
+    pub consul: Option<ConsulSettings>,
+    pub zookeeper: Option<ZookeeperSettings>,
     /// The registered address. Default: `node.address`.
     pub address: Option<IpAddr>,
     /// The registered port. Default: the workload's port. Set it to the inbound listener's port to have clients call through Envoy.
@@ -84,7 +84,7 @@ pub struct Register {
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct InConsul {
+pub struct ConsulSettings {
     pub tags: Vec<String>,
     /// Consul's TTL: an instance becomes critical if the agent does not report for this long.
     pub ttl: Time,
@@ -92,15 +92,15 @@ pub struct InConsul {
     pub gone_after: Option<Time>,
 }
 
-impl Default for InConsul {
+impl Default for ConsulSettings {
     fn default() -> Self {
-        InConsul { tags: Vec::new(), ttl: Time(Duration::from_secs(30)), gone_after: None }
+        ConsulSettings { tags: Vec::new(), ttl: Time(Duration::from_secs(30)), gone_after: None }
     }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct InZookeeper {
+pub struct ZookeeperSettings {
     /// The path of the service, such as `/services/orders`. Missing nodes on it are created.
     pub path: String,
     pub format: Format,
@@ -108,17 +108,17 @@ pub struct InZookeeper {
 
 /// A workload that registers, with all defaults resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
+pub struct RegistrationPlan {
     pub(crate) instance: Instance,
-    pub(crate) consul: Option<InConsul>,
-    pub(crate) zookeeper: Option<InZookeeper>,
+    pub(crate) consul: Option<ConsulSettings>,
+    pub(crate) zookeeper: Option<ZookeeperSettings>,
     /// The address of the application, and its health check. Without a check, the application counts as healthy.
     pub(crate) application: SocketAddr,
-    pub(crate) check: Option<Check>,
+    pub(crate) check: Option<HealthCheck>,
 }
 
 /// Writes a line for `--check`, such as `orders as web-17-orders-8080 at 10.0.1.17:8080 in Consul`.
-impl fmt::Display for Plan {
+impl fmt::Display for RegistrationPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Instance { service, id, address, port, .. } = &self.instance;
         write!(f, "{service} as {id} at {}", SocketAddr::new(*address, *port))?;
@@ -134,65 +134,66 @@ impl fmt::Display for Plan {
 
 /// The status of one registration, for `/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Registered {
+pub struct RegistrationStatus {
     pub service: ServiceName,
     pub registry: &'static str,
-    pub state: State,
+    pub state: RegistrationState,
     /// The reason why the registration differs from the configured one.
     pub reason: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum RegistrationState {
     /// The application has not been found healthy yet.
     Waiting,
     Registered,
     /// The application is unhealthy. In ZooKeeper, whose records have no health, it is withdrawn.
-    Ill,
+    #[serde(rename = "ill")]
+    Unhealthy,
     Draining,
     Withdrawn,
     /// The registry fails or rejects the request.
     Failing,
 }
 
-impl fmt::Display for State {
+impl fmt::Display for RegistrationState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            State::Waiting => "waiting for the application to be well",
-            State::Registered => "registered",
-            State::Ill => "known to be ill",
-            State::Draining => "draining",
-            State::Withdrawn => "withdrawn",
-            State::Failing => "failing",
+            RegistrationState::Waiting => "waiting for the application to be well",
+            RegistrationState::Registered => "registered",
+            RegistrationState::Unhealthy => "known to be ill",
+            RegistrationState::Draining => "draining",
+            RegistrationState::Withdrawn => "withdrawn",
+            RegistrationState::Failing => "failing",
         })
     }
 }
 
 /// The registration that a workload should have at this moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Want {
-    Nothing,
-    Well,
-    Ill,
-    Drained,
+pub(crate) enum DesiredState {
+    Unknown,
+    Healthy,
+    Unhealthy,
+    Draining,
 }
 
 /// The inputs that determine the desired registration.
-pub(crate) struct Wanted {
+pub(crate) struct RegistrationInputs {
     service: ServiceName,
     health: watch::Receiver<Health>,
-    drained: watch::Receiver<Drained>,
+    drained: watch::Receiver<DrainedServices>,
 }
 
-impl Wanted {
-    pub(crate) fn now(&mut self) -> Want {
+impl RegistrationInputs {
+    pub(crate) fn desired(&mut self) -> DesiredState {
         let is_drained = self.drained.borrow_and_update().contains(&self.service);
         match *self.health.borrow_and_update() {
-            Health::Unknown => Want::Nothing,
-            _ if is_drained => Want::Drained,
-            Health::Well => Want::Well,
-            Health::Ill => Want::Ill,
+            Health::Unknown => DesiredState::Unknown,
+            _ if is_drained => DesiredState::Draining,
+            Health::Healthy => DesiredState::Healthy,
+            Health::Unhealthy => DesiredState::Unhealthy,
         }
     }
 
@@ -206,32 +207,32 @@ impl Wanted {
 
 /// The services that must drain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Drained(BTreeSet<String>);
+pub(crate) struct DrainedServices(BTreeSet<String>);
 
-impl Drained {
+impl DrainedServices {
     fn contains(&self, service: &ServiceName) -> bool {
         self.0.contains("all") || self.0.contains(service.as_str())
     }
 
-    fn read(dir: &Path) -> Drained {
+    fn read(dir: &Path) -> DrainedServices {
         let entries = fs::read_dir(dir).into_iter().flatten();
-        Drained(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+        DrainedServices(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
     }
 }
 
-async fn watch_drain_files(dir: PathBuf, drained: watch::Sender<Drained>) {
+async fn watch_drain_files(dir: PathBuf, drained: watch::Sender<DrainedServices>) {
     loop {
-        let now = Drained::read(&dir);
+        let now = DrainedServices::read(&dir);
         drained.send_if_modified(|drained| std::mem::replace(drained, now) != *drained);
         sleep(DRAIN_POLL).await;
     }
 }
 
 /// Publishes the status of a registration, and logs its changes.
-pub(crate) struct Report(watch::Sender<Registered>);
+pub(crate) struct StatusPublisher(watch::Sender<RegistrationStatus>);
 
-impl Report {
-    pub(crate) fn set(&self, state: State, reason: Option<String>) {
+impl StatusPublisher {
+    pub(crate) fn set(&self, state: RegistrationState, reason: Option<String>) {
         self.0.send_if_modified(|now| {
             let is_news = now.state != state || now.reason != reason;
             if is_news && let Some(why) = &reason {
@@ -247,26 +248,26 @@ impl Report {
 
 /// Starts the tasks that maintain the registrations of `plans`. They must be stopped before Envoy is drained.
 pub(crate) fn spawn(
-    plans: &[Plan],
-    registry: &Registry,
+    plans: &[RegistrationPlan],
+    registry: &RegistrySettings,
     run_dir: &Path,
     withdraw: bool,
-) -> (Tasks, Vec<watch::Receiver<Registered>>) {
+) -> (Tasks, Vec<watch::Receiver<RegistrationStatus>>) {
     let (mut tasks, mut known) = (Tasks::new(), Vec::new());
     if plans.is_empty() {
         return (tasks, known);
     }
-    let (drained_in, drained) = watch::channel(Drained::default());
+    let (drained_in, drained) = watch::channel(DrainedServices::default());
     let dir = registry.drain_dir.clone().unwrap_or_else(|| run_dir.join("drain"));
     tasks.spawn("drain files", watch_drain_files(dir, drained_in));
     let settle = registry.settle.0;
     for plan in plans {
         let service = plan.instance.service.clone();
-        let (health_in, health) = watch::channel(Health::Well);
+        let (health_in, health) = watch::channel(Health::Healthy);
         if let Some(check) = &plan.check {
             health_in.send_replace(Health::Unknown);
-            let who = format!("workload `{service}`");
-            let watched = health::watch(who, check.clone(), plan.application, health_in);
+            let name = format!("workload `{service}`");
+            let watched = health::watch(name, check.clone(), plan.application, health_in);
             tasks.spawn(format!("health {service}"), watched);
         } else {
             // Kept open, so that receivers wait for ever rather than see a closed channel.
@@ -276,29 +277,36 @@ pub(crate) fn spawn(
             });
         }
         let mut start = |registry| {
-            let registered =
-                Registered { service: service.clone(), registry, state: State::Waiting, reason: None };
+            let registered = RegistrationStatus {
+                service: service.clone(),
+                registry,
+                state: RegistrationState::Waiting,
+                reason: None,
+            };
             let (report, status) = watch::channel(registered);
             known.push(status);
-            let wanted =
-                Wanted { service: service.clone(), health: health.clone(), drained: drained.clone() };
-            (format!("registration of {service} in {registry}"), wanted, Report(report))
+            let inputs = RegistrationInputs {
+                service: service.clone(),
+                health: health.clone(),
+                drained: drained.clone(),
+            };
+            (format!("registration of {service} in {registry}"), inputs, StatusPublisher(report))
         };
         if let Some(settings) = &plan.consul {
-            let (name, wanted, report) = start("consul");
+            let (name, inputs, report) = start("consul");
             let client = vmesh_consul::Client::new(&registry.consul.clone().unwrap_or_default());
             let (instance, settings) = (plan.instance.clone(), settings.clone());
             let leave = withdraw.then_some(settle);
             tasks.spawn_draining(name, move |stop| {
-                consul::keep(client, instance, settings, wanted, report, leave, stop)
+                consul::maintain(client, instance, settings, inputs, report, leave, stop)
             });
         }
         if let (Some(settings), Some(config)) = (&plan.zookeeper, &registry.zookeeper) {
-            let (name, wanted, report) = start("zookeeper");
+            let (name, inputs, report) = start("zookeeper");
             let (instance, settings, config) = (plan.instance.clone(), settings.clone(), config.clone());
             let leave = withdraw.then_some(settle);
             tasks.spawn_draining(name, move |stop| {
-                zookeeper::keep(config, instance, settings, wanted, report, leave, stop)
+                zookeeper::maintain(config, instance, settings, inputs, report, leave, stop)
             });
         }
     }

@@ -24,15 +24,15 @@ use vmesh_xds::{ClientId, Event, Kind, Relay, Resource, Scope, SessionStatus, St
 
 use crate::cache;
 use crate::config::{Config, ControlPlane};
-use crate::destinations::{self, Destinations, Reached};
+use crate::destinations::{self, DestinationTracker, Destinations};
 use crate::ipv4_only::ipv4_only;
 use crate::reports;
-use crate::retry::{Backoff, Dice};
+use crate::retry::{Backoff, JitterSource};
 use crate::status::{AcceptedStatus, ControlPlaneStatus};
 
 const CONNECTS_WITHIN: Duration = Duration::from_secs(5);
 /// Timeout for sending a request. A control plane that takes longer is given up.
-const TAKES_WITHIN: Duration = Duration::from_secs(5);
+const SENDS_WITHIN: Duration = Duration::from_secs(5);
 /// A stream that lasted this long resets the back-off, whatever ended it.
 const LASTING: Duration = Duration::from_secs(5);
 /// Delay between an accepted resource and the write to disk, so that a burst is written once.
@@ -46,12 +46,12 @@ const SAVES_AT_LAST: Duration = Duration::from_secs(30);
 const STOPS_WAITING_AFTER: Duration = Duration::from_secs(5);
 /// An xDS answer comes in several messages without an end mark. An answer counts as complete when no further message has arrived for this
 /// duration.
-const WHOLE_AFTER: Duration = Duration::from_secs(1);
+const COMPLETE_AFTER: Duration = Duration::from_secs(1);
 /// Upper limit for that, since endpoints may change all the time.
-const WHOLE_AT_LAST: Duration = Duration::from_secs(60);
+const COMPLETE_AT_LAST: Duration = Duration::from_secs(60);
 
 /// Reason for the end of a stream that the control plane closed because of its age.
-const TOOK_LEAVE: &str = "it took leave of a connection that was old, as it does with all";
+const CLOSED_FOR_AGE: &str = "it took leave of a connection that was old, as it does with all";
 
 /// Largest number of rejected resources that `/status` lists.
 const REFUSED_SHOWN: usize = 100;
@@ -70,7 +70,7 @@ pub struct RelayError {
 }
 
 /// The channels on which the relay publishes its state.
-pub struct Published {
+pub struct RelayOutputs {
     pub control_plane: watch::Sender<ControlPlaneStatus>,
     pub accepted: watch::Sender<AcceptedStatus>,
     /// True once the relay has a configuration to serve.
@@ -81,7 +81,12 @@ pub struct Published {
     pub has_all: watch::Sender<bool>,
 }
 
-pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Published) -> Result<(), RelayError> {
+pub fn spawn(
+    tasks: &mut Tasks,
+    config: &Config,
+    node: Node,
+    published: RelayOutputs,
+) -> Result<(), RelayError> {
     // The lock on the run directory excludes another agent. Envoy may run as another user, and gets access by the directory's group.
     let path = config.xds_socket();
     let listener = sockets::listen(&path).map_err(|cause| RelayError { path, cause })?;
@@ -90,16 +95,16 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
     if config.capture.outbound() {
         relay.take_local(|resource| destinations::decode(resource).map(drop));
     }
-    let mut reached = config.capture.outbound().then(|| Reached::new(ipv6));
-    if let Some(reached) = &mut reached {
+    let mut tracker = config.capture.outbound().then(|| DestinationTracker::new(ipv6));
+    if let Some(tracker) = &mut tracker {
         let changed = relay.take_changes();
-        reached.update(changed, |kind, name| relay.in_force(kind, name));
-        published.destinations.send_replace(Arc::new(reached.now().clone()));
+        tracker.update(changed, |kind, name| relay.in_force(kind, name));
+        published.destinations.send_replace(Arc::new(tracker.now().clone()));
     }
     published.has_all.send_replace(has_all(&relay));
     let hub = Hub::new();
-    let (said, downstream) = mpsc::unbounded_channel();
-    let admission = Local { hub: hub.clone(), said, streams: AtomicU64::new(0) };
+    let (events, downstream) = mpsc::unbounded_channel();
+    let admission = EnvoyAdmission { hub: hub.clone(), events, streams: AtomicU64::new(0) };
     let service = AdsService::new(hub.clone(), admission, crate::identity::build(None));
     // Dropped at the stop, after Envoy has drained.
     tasks.spawn("xds", serve(listener, service, std::future::pending()));
@@ -115,12 +120,12 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             tasks.spawn(format!("report to {replica}"), report);
         }
     }
-    let mut dice = Dice::new();
+    let mut jitter = JitterSource::new();
     let mut replicas = config.control_planes.clone();
-    dice.shuffle(&mut replicas);
+    jitter.shuffle(&mut replicas);
     tasks.spawn_draining("control plane", |stop| {
         let revision = relay.accepted_revision();
-        let driver = Driver {
+        let driver = RelayDriver {
             relay,
             hub,
             store: None,
@@ -133,12 +138,12 @@ pub fn spawn(tasks: &mut Tasks, config: &Config, node: Node, published: Publishe
             save_at: None,
             stop_waiting_at: None,
             retry_at: None,
-            whole: Whole::default(),
-            whole_at: None,
+            completeness: CompletenessTimer::default(),
+            complete_at: None,
             confirm_at: None,
-            reached,
+            tracker,
             stop,
-            dice,
+            jitter,
         };
         driver.run(replicas)
     });
@@ -235,38 +240,38 @@ async fn save(
 }
 
 /// An event on one of Envoy's xDS streams, with the number of the stream.
-enum Said {
+enum DownstreamEvent {
     Connected(u64),
-    Did(u64, Event),
-    Gone(u64),
+    Event(u64, Event),
+    Disconnected(u64),
 }
 
 /// Admits every client: the mode of the socket decides who may connect.
-struct Local {
+struct EnvoyAdmission {
     hub: Hub,
-    said: mpsc::UnboundedSender<Said>,
+    events: mpsc::UnboundedSender<DownstreamEvent>,
     streams: AtomicU64,
 }
 
-impl Admission for Local {
+impl Admission for EnvoyAdmission {
     fn admit(&self, _: &Node, _: &PeerInfo) -> Result<Admitted, Refusal> {
         let number = self.streams.fetch_add(1, Ordering::Relaxed);
-        _ = self.said.send(Said::Connected(number));
+        _ = self.events.send(DownstreamEvent::Connected(number));
         let feed = self.hub.subscribe(CLASS, Arc::new(Scope::all()));
-        Ok(Admitted { feed, observer: Box::new(Listening { number, said: self.said.clone() }) })
+        Ok(Admitted { feed, observer: Box::new(EnvoyObserver { number, events: self.events.clone() }) })
     }
 }
 
-struct Listening {
+struct EnvoyObserver {
     number: u64,
-    said: mpsc::UnboundedSender<Said>,
+    events: mpsc::UnboundedSender<DownstreamEvent>,
 }
 
-impl Observer for Listening {
+impl Observer for EnvoyObserver {
     fn on_status(&mut self, _: &SessionStatus) {}
 
     fn on_event(&mut self, event: Event) {
-        _ = self.said.send(Said::Did(self.number, event));
+        _ = self.events.send(DownstreamEvent::Event(self.number, event));
     }
 
     fn wants_events(&self) -> bool {
@@ -274,27 +279,27 @@ impl Observer for Listening {
     }
 }
 
-impl Drop for Listening {
+impl Drop for EnvoyObserver {
     fn drop(&mut self) {
-        _ = self.said.send(Said::Gone(self.number));
+        _ = self.events.send(DownstreamEvent::Disconnected(self.number));
     }
 }
 
 /// The daemon was told to stop.
-struct Stopped;
+struct StopRequested;
 
 /// Determines when all resources that Envoy subscribes to have arrived.
 #[derive(Debug, Default)]
-struct Whole {
+struct CompletenessTimer {
     revision: u64,
     quiet_since: Option<Instant>,
     began: Option<Instant>,
 }
 
-impl Whole {
+impl CompletenessTimer {
     /// Returns the time at which the answer will count as complete if nothing more arrives after `now`. `answered` says whether every
     /// subscription has an answer so far; `revision` changes with each accepted resource.
-    fn at(&mut self, answered: bool, revision: u64, now: Instant) -> Option<Instant> {
+    fn complete_at(&mut self, answered: bool, revision: u64, now: Instant) -> Option<Instant> {
         if !answered {
             self.quiet_since = None;
             return None;
@@ -304,18 +309,18 @@ impl Whole {
         }
         let quiet_since = *self.quiet_since.get_or_insert(now);
         let began = *self.began.get_or_insert(now);
-        Some((quiet_since + WHOLE_AFTER).min(began + WHOLE_AT_LAST))
+        Some((quiet_since + COMPLETE_AFTER).min(began + COMPLETE_AT_LAST))
     }
 }
 
-struct Driver {
+struct RelayDriver {
     relay: Relay,
     hub: Hub,
     /// The store that was published last.
     store: Option<Arc<Store>>,
-    downstream: mpsc::UnboundedReceiver<Said>,
+    downstream: mpsc::UnboundedReceiver<DownstreamEvent>,
     clients: BTreeMap<u64, ClientId>,
-    published: Published,
+    published: RelayOutputs,
     to_save: watch::Sender<Vec<Arc<Resource>>>,
     /// The host has no IPv6, so the served configuration may omit addresses that the file contains.
     ipv4_only: bool,
@@ -325,19 +330,19 @@ struct Driver {
     stop_waiting_at: Option<Instant>,
     /// Time at which a rejected resource is sent to Envoy again.
     retry_at: Option<std::time::Instant>,
-    whole: Whole,
+    completeness: CompletenessTimer,
     /// Time at which the answer counts as complete, if nothing more arrives.
-    whole_at: Option<Instant>,
+    complete_at: Option<Instant>,
     /// Time at which the configuration counts as confirmed although the control plane has sent nothing: it knows the node's versions and
     /// sends only differences.
     confirm_at: Option<Instant>,
     /// Set if outbound connections are captured; otherwise nothing uses destinations.
-    reached: Option<Reached>,
+    tracker: Option<DestinationTracker>,
     stop: Stop,
-    dice: Dice,
+    jitter: JitterSource,
 }
 
-impl Driver {
+impl RelayDriver {
     /// Keeps a stream to one replica while that replica answers, and switches to the next replica when it fails.
     async fn run(mut self, replicas: Vec<ControlPlane>) {
         self.publish();
@@ -345,20 +350,20 @@ impl Driver {
         let mut failures = 0;
         for replica in replicas.iter().cycle() {
             let began = Instant::now();
-            let Ok(why) = self.follow(replica).await else { break };
+            let Ok(why) = self.run_stream(replica).await else { break };
             if began.elapsed() >= LASTING {
                 failures = 0;
                 backoff.reset();
             }
             failures += 1;
-            self.is_gone(replica, why, failures == 1);
+            self.report_disconnect(replica, why, failures == 1);
             // A replica that has not been tried yet is tried almost at once, with some jitter to spread the fleet.
             let pause = if failures < replicas.len() {
-                self.dice.time_below(Duration::from_millis(200))
+                self.jitter.time_below(Duration::from_millis(200))
             } else {
                 backoff.pause()
             };
-            if self.alongside(sleep(pause)).await.is_err() {
+            if self.while_serving(sleep(pause)).await.is_err() {
                 break;
             }
         }
@@ -368,8 +373,8 @@ impl Driver {
         }
     }
 
-    fn is_gone(&self, replica: &ControlPlane, why: String, news: bool) {
-        if why == TOOK_LEAVE || why == RECOVERED {
+    fn report_disconnect(&self, replica: &ControlPlane, why: String, news: bool) {
+        if why == CLOSED_FOR_AGE || why == RECOVERED {
             debug!(control_plane = %replica, "the stream begins anew: {why}");
         } else if news {
             warn!(control_plane = %replica, "no configuration from there: {why}");
@@ -385,41 +390,45 @@ impl Driver {
     }
 
     /// Takes configuration from `replica` until the stream ends, and returns why it ended.
-    async fn follow(&mut self, replica: &ControlPlane) -> Result<String, Stopped> {
+    async fn run_stream(&mut self, replica: &ControlPlane) -> Result<String, StopRequested> {
         let url = replica.to_string();
-        let mut stream = match self.alongside(timeout(CONNECTS_WITHIN, AdsStream::connect(&url))).await? {
+        let mut stream = match self.while_serving(timeout(CONNECTS_WITHIN, AdsStream::connect(&url))).await? {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return Ok(format!("could not connect: {error}")),
             Err(_) => return Ok(format!("no connection within {} s", CONNECTS_WITHIN.as_secs())),
         };
         self.relay.on_connected();
-        let ended = self.converse(replica, &mut stream).await;
+        let ended = self.exchange(replica, &mut stream).await;
         self.relay.on_disconnected();
         // A control plane that did not open a stream for this node has confirmed nothing.
         let was_in_use = self.published.control_plane.borrow().in_use.is_some();
         if was_in_use && self.confirm_at.take().is_none() {
-            self.confirm();
+            self.mark_confirmed();
         }
-        self.flush();
+        self.publish_changes();
         ended
     }
 
-    async fn converse(&mut self, replica: &ControlPlane, stream: &mut AdsStream) -> Result<String, Stopped> {
-        if let Err(why) = self.send(stream).await {
+    async fn exchange(
+        &mut self,
+        replica: &ControlPlane,
+        stream: &mut AdsStream,
+    ) -> Result<String, StopRequested> {
+        if let Err(why) = self.send_requests(stream).await {
             return Ok(why);
         }
-        match self.alongside(timeout(TAKES_WITHIN, stream.opened())).await? {
-            Ok(Ok(())) => self.is_in_use(replica),
+        match self.while_serving(timeout(SENDS_WITHIN, stream.opened())).await? {
+            Ok(Ok(())) => self.report_in_use(replica),
             Ok(Err(failure)) => return Ok(failure.to_string()),
             Err(_) => {
                 return Ok(format!(
                     "it takes connections and does not answer for {} s",
-                    TAKES_WITHIN.as_secs()
+                    SENDS_WITHIN.as_secs()
                 ));
             }
         }
         loop {
-            if let Err(why) = self.send(stream).await {
+            if let Err(why) = self.send_requests(stream).await {
                 return Ok(why);
             }
             tokio::select! {
@@ -427,14 +436,14 @@ impl Driver {
                     Ok(response) => {
                         self.relay.on_response(response);
                         self.confirm_at = None;
-                        self.confirm();
-                        self.flush();
+                        self.mark_confirmed();
+                        self.publish_changes();
                     }
                     // The control plane closed the stream without an error.
-                    Err(failure) if failure.code == Code::Ok => return Ok(TOOK_LEAVE.to_owned()),
+                    Err(failure) if failure.code == Code::Ok => return Ok(CLOSED_FOR_AGE.to_owned()),
                     Err(failure) => return Ok(failure.to_string()),
                 },
-                idle = self.idle() => idle?,
+                handled = self.handle_next_event() => handled?,
             }
             if self.relay.take_recovered() {
                 // xDS has no way to withdraw the earlier NACK on the same stream.
@@ -443,19 +452,19 @@ impl Driver {
         }
     }
 
-    async fn send(&mut self, stream: &mut AdsStream) -> Result<(), String> {
+    async fn send_requests(&mut self, stream: &mut AdsStream) -> Result<(), String> {
         while let Some(request) = self.relay.poll_request() {
-            match timeout(TAKES_WITHIN, stream.send(&request)).await {
+            match timeout(SENDS_WITHIN, stream.send(&request)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(failure)) => return Err(failure.to_string()),
-                Err(_) => return Err(format!("it takes no request for {} s", TAKES_WITHIN.as_secs())),
+                Err(_) => return Err(format!("it takes no request for {} s", SENDS_WITHIN.as_secs())),
             }
         }
         Ok(())
     }
 
-    fn is_in_use(&mut self, replica: &ControlPlane) {
-        self.confirm_at = Some(Instant::now() + WHOLE_AFTER);
+    fn report_in_use(&mut self, replica: &ControlPlane) {
+        self.confirm_at = Some(Instant::now() + COMPLETE_AFTER);
         info!(control_plane = %replica, "configuration comes from there");
         self.published.control_plane.send_modify(|status| {
             status.in_use = Some(replica.to_string());
@@ -464,7 +473,7 @@ impl Driver {
         });
     }
 
-    fn confirm(&mut self) {
+    fn mark_confirmed(&mut self) {
         let mut was_from_disk = false;
         self.published.accepted.send_modify(|status| {
             status.confirmed = Some(SystemTime::now());
@@ -476,20 +485,20 @@ impl Driver {
     }
 
     /// Runs `work`, and serves Envoy meanwhile.
-    async fn alongside<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stopped> {
+    async fn while_serving<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StopRequested> {
         tokio::pin!(work);
         loop {
             tokio::select! {
                 done = &mut work => return Ok(done),
-                idle = self.idle() => idle?,
+                handled = self.handle_next_event() => handled?,
             }
         }
     }
 
     /// Waits for the next event other than one from the control plane, and handles it. Cancel-safe.
-    async fn idle(&mut self) -> Result<(), Stopped> {
+    async fn handle_next_event(&mut self) -> Result<(), StopRequested> {
         let retry_at = self.retry_at.map(Instant::from_std);
-        let wake_at = [self.save_at, self.stop_waiting_at, self.whole_at, self.confirm_at, retry_at];
+        let wake_at = [self.save_at, self.stop_waiting_at, self.complete_at, self.confirm_at, retry_at];
         let wake_at = wake_at.into_iter().flatten().min();
         let timer = async {
             match wake_at {
@@ -498,30 +507,32 @@ impl Driver {
             }
         };
         tokio::select! {
-            () = self.stop.requested() => return Err(Stopped),
-            said = self.downstream.recv() => {
+            () = self.stop.requested() => return Err(StopRequested),
+            events = self.downstream.recv() => {
                 // A starting Envoy sends many events at once.
-                let mut next = said;
-                while let Some(said) = next {
-                    self.hear(said);
+                let mut next = events;
+                while let Some(events) = next {
+                    self.on_downstream_event(events);
                     next = self.downstream.try_recv().ok();
                 }
             }
             () = timer => self.on_timer(Instant::now()),
         }
-        self.flush();
+        self.publish_changes();
         Ok(())
     }
 
-    fn hear(&mut self, said: Said) {
-        match said {
-            Said::Connected(number) => _ = self.clients.insert(number, self.relay.on_client_connected()),
-            Said::Gone(number) => {
+    fn on_downstream_event(&mut self, events: DownstreamEvent) {
+        match events {
+            DownstreamEvent::Connected(number) => {
+                _ = self.clients.insert(number, self.relay.on_client_connected())
+            }
+            DownstreamEvent::Disconnected(number) => {
                 if let Some(client) = self.clients.remove(&number) {
                     self.relay.on_client_disconnected(client);
                 }
             }
-            Said::Did(number, event) => {
+            DownstreamEvent::Event(number, event) => {
                 let rejection = match &event {
                     Event::Rejected { resource, reason } => {
                         Some(format!("{} {}: {reason}", resource.kind(), resource.name()))
@@ -556,7 +567,7 @@ impl Driver {
         }
         if self.confirm_at.is_some_and(|at| at <= now) {
             self.confirm_at = None;
-            self.confirm();
+            self.mark_confirmed();
         }
     }
 
@@ -572,7 +583,7 @@ impl Driver {
     }
 
     /// Publishes every consequence of the preceding calls to the relay.
-    fn flush(&mut self) {
+    fn publish_changes(&mut self) {
         let refused: Vec<_> = self
             .relay
             .refused()
@@ -593,9 +604,10 @@ impl Driver {
         }
         if !*self.published.has_all.borrow() {
             let now = Instant::now();
-            self.whole_at = self.whole.at(has_all(&self.relay), self.relay.accepted_revision(), now);
-            if self.whole_at.is_some_and(|at| at <= now) {
-                self.whole_at = None;
+            self.complete_at =
+                self.completeness.complete_at(has_all(&self.relay), self.relay.accepted_revision(), now);
+            if self.complete_at.is_some_and(|at| at <= now) {
+                self.complete_at = None;
                 self.published.has_all.send_replace(true);
             }
         }
@@ -612,9 +624,9 @@ impl Driver {
 
     fn publish_destinations(&mut self) {
         let (changed, relay) = (self.relay.take_changes(), &self.relay);
-        let Some(reached) = &mut self.reached else { return };
-        if reached.update(changed, |kind, name| relay.in_force(kind, name)) {
-            self.published.destinations.send_replace(Arc::new(reached.now().clone()));
+        let Some(tracker) = &mut self.tracker else { return };
+        if tracker.update(changed, |kind, name| relay.in_force(kind, name)) {
+            self.published.destinations.send_replace(Arc::new(tracker.now().clone()));
         }
     }
 
@@ -640,16 +652,20 @@ mod tests {
 
     #[test]
     fn an_answer_in_parts_is_whole_when_nothing_more_comes() {
-        let (mut whole, start) = (Whole::default(), Instant::now());
+        let (mut completeness, start) = (CompletenessTimer::default(), Instant::now());
         let at = |milliseconds: u64| start + Duration::from_millis(milliseconds);
-        assert_eq!(whole.at(false, 0, at(0)), None, "nothing has come");
+        assert_eq!(completeness.complete_at(false, 0, at(0)), None, "nothing has come");
         // All parts so far are answered; the next one may follow.
-        assert_eq!(whole.at(true, 3, at(100)), Some(at(1100)));
-        assert_eq!(whole.at(false, 3, at(110)), None);
-        assert_eq!(whole.at(true, 7, at(5000)), Some(at(6000)));
-        assert_eq!(whole.at(true, 7, at(5500)), Some(at(6000)));
+        assert_eq!(completeness.complete_at(true, 3, at(100)), Some(at(1100)));
+        assert_eq!(completeness.complete_at(false, 3, at(110)), None);
+        assert_eq!(completeness.complete_at(true, 7, at(5000)), Some(at(6000)));
+        assert_eq!(completeness.complete_at(true, 7, at(5500)), Some(at(6000)));
         // An endpoint changes.
-        assert_eq!(whole.at(true, 8, at(5900)), Some(at(6900)));
-        assert_eq!(whole.at(true, 9, at(59_900)), Some(at(60_100)), "they never cease to come");
+        assert_eq!(completeness.complete_at(true, 8, at(5900)), Some(at(6900)));
+        assert_eq!(
+            completeness.complete_at(true, 9, at(59_900)),
+            Some(at(60_100)),
+            "they never cease to come"
+        );
     }
 }

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 /// A source of jitter, random enough to spread the nodes of a fleet. Not for secrets.
 #[derive(Debug)]
-pub(crate) struct Dice(u64);
+pub(crate) struct JitterSource(u64);
 
-impl Dice {
-    pub(crate) fn new() -> Dice {
+impl JitterSource {
+    pub(crate) fn new() -> JitterSource {
         // The standard library seeds its hash maps from the operating system's random numbers.
-        Dice(RandomState::new().hash_one(0u8) | 1)
+        JitterSource(RandomState::new().hash_one(0u8) | 1)
     }
 
-    fn roll(&mut self) -> u64 {
+    fn next_random(&mut self) -> u64 {
         // xorshift64*
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -23,7 +23,7 @@ impl Dice {
 
     /// Returns a number below `end`, or 0 if `end` is 0.
     fn below(&mut self, end: u64) -> u64 {
-        self.roll().checked_rem(end).unwrap_or(0)
+        self.next_random().checked_rem(end).unwrap_or(0)
     }
 
     /// Returns a duration below `end`.
@@ -39,9 +39,9 @@ impl Dice {
     }
 }
 
-impl Default for Dice {
+impl Default for JitterSource {
     fn default() -> Self {
-        Dice::new()
+        JitterSource::new()
     }
 }
 
@@ -52,18 +52,18 @@ pub(crate) struct Backoff {
     shortest: Duration,
     longest: Duration,
     last: Duration,
-    dice: Dice,
+    jitter: JitterSource,
 }
 
 impl Backoff {
     pub(crate) fn new(shortest: Duration, longest: Duration) -> Backoff {
-        Backoff { shortest, longest, last: shortest, dice: Dice::new() }
+        Backoff { shortest, longest, last: shortest, jitter: JitterSource::new() }
     }
 
     /// Returns the next pause.
     pub(crate) fn pause(&mut self) -> Duration {
         let span = (self.last * 3).saturating_sub(self.shortest);
-        self.last = (self.shortest + self.dice.time_below(span)).min(self.longest);
+        self.last = (self.shortest + self.jitter.time_below(span)).min(self.longest);
         self.last
     }
 
@@ -92,11 +92,11 @@ mod tests {
 
     #[test]
     fn a_shuffle_loses_nothing_and_begins_anywhere() {
-        let mut dice = Dice::new();
+        let mut jitter = JitterSource::new();
         let mut firsts = [0; 3];
         for _ in 0..600 {
             let mut items = [0, 1, 2];
-            dice.shuffle(&mut items);
+            jitter.shuffle(&mut items);
             firsts[items[0]] += 1;
             items.sort();
             assert_eq!(items, [0, 1, 2]);

@@ -33,8 +33,8 @@ use crate::capture;
 use crate::destinations::Destinations;
 use crate::dns;
 use crate::envoy;
-use crate::listen::Listening;
-use crate::register::{self, Registered};
+use crate::listen::ListenStatus;
+use crate::register::{self, RegistrationStatus};
 
 /// The state of the streams to the control planes.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -74,25 +74,25 @@ pub struct AcceptedStatus {
 
 /// The sources of `/status`. Each channel is published by the task that owns the state.
 #[derive(Debug, Clone)]
-pub struct Known {
+pub struct StatusSources {
     pub node: Arc<str>,
     /// Status of the listener at `listen.api`.
-    pub api: watch::Receiver<Listening>,
+    pub api: watch::Receiver<ListenStatus>,
     /// Status of the listener at `listen.dns`, if names are answered.
-    pub dns: Option<watch::Receiver<Listening>>,
+    pub dns: Option<watch::Receiver<ListenStatus>>,
     pub control_plane: watch::Receiver<ControlPlaneStatus>,
     pub accepted: watch::Receiver<AcceptedStatus>,
-    pub envoy: watch::Receiver<envoy::Status>,
-    pub capture: watch::Receiver<capture::Status>,
+    pub envoy: watch::Receiver<envoy::EnvoyStatus>,
+    pub capture: watch::Receiver<capture::CaptureStatus>,
     pub destinations: watch::Receiver<Arc<Destinations>>,
     pub zone: Zone,
     /// Number of DNS queries by outcome.
     pub queries: Arc<Counts>,
     /// One channel for each workload and registry.
-    pub registered: Arc<[watch::Receiver<Registered>]>,
+    pub registered: Arc<[watch::Receiver<RegistrationStatus>]>,
 }
 
-impl Known {
+impl StatusSources {
     /// Returns what Envoy has accepted. While the control plane that confirmed it is connected, the time of confirmation is now, since the
     /// control plane would send any difference.
     fn accepted_now(&self) -> AcceptedStatus {
@@ -107,14 +107,14 @@ impl Known {
     /// Returns why the node is not ready, or `None` if it is.
     fn unready(&self) -> Option<String> {
         let envoy = self.envoy.borrow();
-        if envoy.state == envoy::State::Live {
+        if envoy.state == envoy::EnvoyState::Live {
             return None;
         }
         let mut why = format!("Envoy is {}", name_of(envoy.state));
         if let Some(reason) = &envoy.reason {
             why += &format!(": {reason}");
         }
-        if envoy.state == envoy::State::Waiting {
+        if envoy.state == envoy::EnvoyState::Waiting {
             let control_plane = self.control_plane.borrow();
             match (&control_plane.in_use, &control_plane.reason) {
                 (Some(name), _) => why += &format!("; {name} is connected and has sent none"),
@@ -126,15 +126,15 @@ impl Known {
     }
 }
 
-pub(crate) fn name_of(state: envoy::State) -> String {
+pub(crate) fn name_of(state: envoy::EnvoyState) -> String {
     // The JSON API uses the same names.
     json!(state).as_str().unwrap_or_default().to_owned()
 }
 
 /// Returns the routes of `listen.api`.
-pub fn router(known: Known) -> Router {
+pub fn router(sources: StatusSources) -> Router {
     let mut registry = metrics::registry();
-    registry.register_collector(Box::new(known.clone()));
+    registry.register_collector(Box::new(sources.clone()));
     let registry: Arc<Registry> = Arc::new(registry);
     Router::new()
         .route("/healthz", get(async || "ok\n"))
@@ -142,12 +142,12 @@ pub fn router(known: Known) -> Router {
         .route("/status", get(status))
         .route("/names", get(names))
         .route("/metrics", get(async move || metrics::response(&registry)))
-        .with_state(known)
+        .with_state(sources)
 }
 
 /// Serves the API until the daemon stops. Requests in progress are completed.
-pub async fn serve(listener: impl Listener, known: Known, stop: Stop) -> std::io::Result<()> {
-    let routes = router(known);
+pub async fn serve(listener: impl Listener, sources: StatusSources, stop: Stop) -> std::io::Result<()> {
+    let routes = router(sources);
     let answer = move |request: http::Request<_>| {
         let routes = routes.clone();
         async move {
@@ -161,47 +161,47 @@ pub async fn serve(listener: impl Listener, known: Known, stop: Stop) -> std::io
     vmesh_daemon::http::serve(listener, gate, answer, stop).await
 }
 
-async fn ready(State(known): State<Known>) -> Response {
-    match known.unready() {
+async fn ready(State(sources): State<StatusSources>) -> Response {
+    match sources.unready() {
         None => "ready\n".into_response(),
         Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
     }
 }
 
-async fn status(State(known): State<Known>) -> Json<serde_json::Value> {
+async fn status(State(sources): State<StatusSources>) -> Json<serde_json::Value> {
     Json(json!({
-        "node": *known.node,
+        "node": *sources.node,
         "version": env!("CARGO_PKG_VERSION"),
-        "ready": known.unready().is_none(),
-        "why_not_ready": known.unready(),
-        "control_plane": *known.control_plane.borrow(),
-        "accepted": known.accepted_now(),
-        "envoy": *known.envoy.borrow(),
-        "capture": *known.capture.borrow(),
+        "ready": sources.unready().is_none(),
+        "why_not_ready": sources.unready(),
+        "control_plane": *sources.control_plane.borrow(),
+        "accepted": sources.accepted_now(),
+        "envoy": *sources.envoy.borrow(),
+        "capture": *sources.capture.borrow(),
         "listen": {
-            "api": *known.api.borrow(),
-            "dns": known.dns.as_ref().map(|dns| dns.borrow().clone()),
+            "api": *sources.api.borrow(),
+            "dns": sources.dns.as_ref().map(|dns| dns.borrow().clone()),
         },
-        "registered": known.registered.iter().map(|one| one.borrow().clone()).collect::<Vec<_>>(),
+        "registered": sources.registered.iter().map(|one| one.borrow().clone()).collect::<Vec<_>>(),
     }))
 }
 
 /// Returns the addresses of each name: `{"orders.mesh": ["240.17.3.9"]}`.
-async fn names(State(known): State<Known>) -> Json<BTreeMap<String, Vec<IpAddr>>> {
+async fn names(State(sources): State<StatusSources>) -> Json<BTreeMap<String, Vec<IpAddr>>> {
     let (destinations, captures) =
-        (known.destinations.borrow().clone(), dns::is_virtual(&known.capture.borrow()));
+        (sources.destinations.borrow().clone(), dns::is_virtual(&sources.capture.borrow()));
     // Services without a name are logged by the `names` task.
-    let (table, _) = dns::table(&known.zone, &destinations, captures);
+    let (table, _) = dns::table(&sources.zone, &destinations, captures);
     let named = table.iter().map(|(name, addresses)| {
         let v4 = addresses.v4.iter().copied().map(IpAddr::from);
         let all = v4.chain(addresses.v6.iter().copied().map(IpAddr::from));
-        (format!("{name}.{}", known.zone.suffix), all.collect())
+        (format!("{name}.{}", sources.zone.suffix), all.collect())
     });
     Json(named.collect())
 }
 
 /// Collects the metrics at each scrape from the published state, so that the two cannot differ.
-impl Collector for Known {
+impl Collector for StatusSources {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let control_plane = self.control_plane.borrow().clone();
         let accepted = self.accepted_now();
@@ -223,9 +223,9 @@ impl Collector for Known {
         if let Some(age) = accepted.saved.and_then(age) {
             gauge("vmesh_agent_cache_age_seconds", "Age of the configuration on disk", age.as_secs_f64())?;
         }
-        let failing = known_failing(&self.registered);
+        let failing = count_failing(&self.registered);
         gauge("vmesh_agent_registrations_failing", "Registrations that a registry does not take", failing)?;
-        let live = f64::from(u8::from(envoy.state == envoy::State::Live));
+        let live = f64::from(u8::from(envoy.state == envoy::EnvoyState::Live));
         gauge("vmesh_agent_envoy_live", "Whether Envoy is live", live)?;
         let capture = self.capture.borrow().clone();
         let flag = |is: bool| f64::from(u8::from(is));
@@ -265,8 +265,8 @@ impl Collector for Known {
     }
 }
 
-fn known_failing(registered: &[watch::Receiver<Registered>]) -> f64 {
-    registered.iter().filter(|one| one.borrow().state == register::State::Failing).count() as f64
+fn count_failing(registered: &[watch::Receiver<RegistrationStatus>]) -> f64 {
+    registered.iter().filter(|one| one.borrow().state == register::RegistrationState::Failing).count() as f64
 }
 
 fn age(since: SystemTime) -> Option<Duration> {

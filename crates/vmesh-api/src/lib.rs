@@ -198,7 +198,7 @@ pub struct Source {
 pub struct Discovery {
     pub sources: Vec<DiscoverySource>,
     /// The endpoints that an operator has evicted.
-    pub evicted: Vec<Evicted>,
+    pub evicted: Vec<EvictedEndpoint>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,7 +224,7 @@ pub struct DiscoverySource {
     /// Number of endpoints in use that the source no longer lists.
     pub missing: u64,
     /// The held removals: first that of the whole source, then by service.
-    pub held: Vec<Held>,
+    pub held: Vec<HeldRemoval>,
     /// Number of unresolved host names. The first hundred follow.
     #[serde(default)]
     pub unresolved: usize,
@@ -261,7 +261,7 @@ pub enum SourceState {
 
 /// A held removal: endpoints that a source no longer lists, and that stay in use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Held {
+pub struct HeldRemoval {
     /// `None` for the whole source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceName>,
@@ -283,7 +283,7 @@ pub struct Held {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Evicted {
+pub struct EvictedEndpoint {
     pub service: ServiceName,
     pub address: SocketAddr,
     pub age_seconds: u64,
@@ -333,7 +333,7 @@ pub struct Event {
 /// The held removals to accept: those of one service of a source, or all of the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Accept {
+pub struct AcceptRequest {
     pub source: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceName>,
@@ -342,7 +342,7 @@ pub struct Accept {
 /// An endpoint of a service, whichever source lists it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct EndpointOf {
+pub struct EndpointRequest {
     pub service: ServiceName,
     pub address: SocketAddr,
 }
@@ -350,7 +350,7 @@ pub struct EndpointOf {
 /// A source; `None` selects all sources.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Which {
+pub struct SourceSelector {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
 }
@@ -408,7 +408,7 @@ pub struct Setting {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Done {
+pub struct ActionResult {
     pub done: String,
 }
 

@@ -17,7 +17,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use vmesh_catalog::World;
-use vmesh_dns::virtual_ips::{Collision, Ranges, Virtual, VirtualIps};
+use vmesh_dns::virtual_ips::{Collision, Ranges, VirtualAddresses, VirtualIps};
 use vmesh_model::document::{Capture, OnLoss};
 use vmesh_model::{Endpoint, Health, Place, Problem, ServiceName};
 use vmesh_proto::agent::{Destination, destination};
@@ -225,7 +225,7 @@ impl<'a> Subject<'a> {
         let collisions = self.index.virtuals.collisions.get(self.name.as_str());
         problems
             .extend(collisions.into_iter().flatten().map(|collision| self.problem(collision.to_string())));
-        let Some(Virtual { v4, v6 }) = self.index.virtuals.ips.get(self.name.as_str()) else {
+        let Some(VirtualAddresses { v4, v6 }) = self.index.virtuals.ips.get(self.name.as_str()) else {
             return Vec::new();
         };
         let v6 = v6.filter(|_| self.ipv6);

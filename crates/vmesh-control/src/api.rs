@@ -13,8 +13,8 @@ use axum::{Json, Router};
 use prometheus_client::registry::Registry;
 use serde::de::DeserializeOwned;
 use vmesh_api::{
-    Accept, Discovery, Done, EndpointOf, Events, Failure, ListedProblem, Revision, Service, ServiceEndpoint,
-    Status, Which,
+    AcceptRequest, ActionResult, Discovery, EndpointRequest, Events, Failure, ListedProblem, Revision,
+    Service, ServiceEndpoint, SourceSelector, Status,
 };
 use vmesh_catalog::World;
 use vmesh_model::{NodeName, ServiceName};
@@ -159,36 +159,36 @@ async fn events(State(control): Shared) -> Json<Events> {
 }
 
 async fn accept(State(control): Shared, body: Bytes) -> Response {
-    match asked::<Accept>(&body) {
-        Ok(Accept { source, service }) => done(control.desk.accept(&source, service).await),
+    match asked::<AcceptRequest>(&body) {
+        Ok(AcceptRequest { source, service }) => done(control.desk.accept(&source, service).await),
         Err(wrong) => *wrong,
     }
 }
 
 async fn evict(State(control): Shared, body: Bytes) -> Response {
-    match asked::<EndpointOf>(&body) {
-        Ok(EndpointOf { service, address }) => done(control.desk.evict(&service, address).await),
+    match asked::<EndpointRequest>(&body) {
+        Ok(EndpointRequest { service, address }) => done(control.desk.evict(&service, address).await),
         Err(wrong) => *wrong,
     }
 }
 
 async fn admit(State(control): Shared, body: Bytes) -> Response {
-    match asked::<EndpointOf>(&body) {
-        Ok(EndpointOf { service, address }) => done(control.desk.admit(&service, address).await),
+    match asked::<EndpointRequest>(&body) {
+        Ok(EndpointRequest { service, address }) => done(control.desk.admit(&service, address).await),
         Err(wrong) => *wrong,
     }
 }
 
 async fn freeze(State(control): Shared, body: Bytes) -> Response {
-    match asked::<Which>(&body) {
-        Ok(Which { source }) => done(control.desk.freeze(source.as_deref()).await),
+    match asked::<SourceSelector>(&body) {
+        Ok(SourceSelector { source }) => done(control.desk.freeze(source.as_deref()).await),
         Err(wrong) => *wrong,
     }
 }
 
 async fn thaw(State(control): Shared, body: Bytes) -> Response {
-    match asked::<Which>(&body) {
-        Ok(Which { source }) => done(control.desk.thaw(source.as_deref()).await),
+    match asked::<SourceSelector>(&body) {
+        Ok(SourceSelector { source }) => done(control.desk.thaw(source.as_deref()).await),
         Err(wrong) => *wrong,
     }
 }
@@ -203,7 +203,7 @@ fn asked<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
 
 fn done(outcome: Result<String, Refused>) -> Response {
     match outcome {
-        Ok(done) => Json(Done { done }).into_response(),
+        Ok(done) => Json(ActionResult { done }).into_response(),
         Err(refused @ Refused::Unknown(_)) => failure(StatusCode::NOT_FOUND, refused.to_string()),
         Err(refused @ Refused::Conflict(_)) => failure(StatusCode::CONFLICT, refused.to_string()),
     }
@@ -217,7 +217,7 @@ async fn forget(State(control): Shared, Path(name): Path<String>) -> Response {
         );
     };
     match control.forget(&name) {
-        Ok(()) => Json(Done { done: format!("node `{name}` is forgotten") }).into_response(),
+        Ok(()) => Json(ActionResult { done: format!("node `{name}` is forgotten") }).into_response(),
         Err(why) => failure(StatusCode::CONFLICT, why),
     }
 }
@@ -230,7 +230,7 @@ async fn forget_offline(State(control): Shared, Query(asked): Query<BTreeMap<Str
         Ok(longer) => {
             let forgotten = control.fleet().forget_offline_for(longer);
             let nodes = if forgotten == 1 { "node is" } else { "nodes are" };
-            Json(Done { done: format!("{forgotten} {nodes} forgotten") }).into_response()
+            Json(ActionResult { done: format!("{forgotten} {nodes} forgotten") }).into_response()
         }
         Err(wrong) => failure(StatusCode::BAD_REQUEST, format!("offline_for: {wrong}")),
     }

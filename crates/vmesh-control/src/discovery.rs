@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
 use vmesh_api::{
-    Discovery, DiscoverySource, Event, Evicted, Held, SourceCounters, SourceState, UnresolvedName,
+    Discovery, DiscoverySource, Event, EvictedEndpoint, HeldRemoval, SourceCounters, SourceState,
+    UnresolvedName,
 };
 use vmesh_discovery::guard::{self, AcceptError, NoticeKind};
 use vmesh_discovery::source::{Events, HoldCounts};
@@ -49,7 +50,7 @@ impl Desk {
 
     pub(crate) fn show(&self) -> Discovery {
         let evicted = self.overrides.kept().evicted;
-        let evicted = evicted.all().map(|guard::Eviction { service, address, since }| Evicted {
+        let evicted = evicted.all().map(|guard::Eviction { service, address, since }| EvictedEndpoint {
             command: format!("{} admit {service} {address}", self.ctl),
             age_seconds: unix_now().saturating_sub(since),
             service,
@@ -86,10 +87,10 @@ impl Desk {
         }
     }
 
-    fn held(&self, source: &str, held: &guard::HeldChange) -> Held {
+    fn held(&self, source: &str, held: &guard::HeldChange) -> HeldRemoval {
         let now = Instant::now();
         let service = held.service.as_ref().map_or_else(String::new, |service| format!(" {service}"));
-        Held {
+        HeldRemoval {
             service: held.service.clone(),
             kind: held.kind.as_str().into(),
             age_seconds: now.saturating_duration_since(held.since).as_secs(),

@@ -62,7 +62,7 @@ impl fmt::Display for Origin {
 
 /// The limit that refused a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub enum LimitReached {
     #[error("there are {0} connections, and no more are taken")]
     Total(usize),
     #[error("there are {1} connections from {0}, and no more are taken from there")]
@@ -87,7 +87,7 @@ struct Shared {
 struct State {
     next: u64,
     total: usize,
-    origins: HashMap<Origin, Count>,
+    origins: HashMap<Origin, OriginCount>,
     /// In the order in which they became pending.
     pending: BTreeMap<u64, Pending>,
     refused: u64,
@@ -95,7 +95,7 @@ struct State {
 }
 
 #[derive(Default)]
-struct Count {
+struct OriginCount {
     all: usize,
     pending: usize,
 }
@@ -155,16 +155,16 @@ impl Gate {
 
     /// Counts an accepted connection as pending. At a limit, this evicts a connection that has been silent for [`GRACE`]; without
     /// such a connection it refuses the new one.
-    pub fn enter(&self, origin: Origin) -> Result<Permit, Refused> {
+    pub fn enter(&self, origin: Origin) -> Result<Permit, LimitReached> {
         let Limits { total, per_origin, .. } = self.shared.limits;
         let grace = self.shared.grace;
         let mut state = self.lock();
         let now = Instant::now();
         let of_origin = state.origins.get(&origin).map_or(0, |count| count.all);
         let refused = if of_origin >= per_origin && state.evict_one(Some(origin), grace, now).is_err() {
-            Some(Refused::Origin(origin, per_origin))
+            Some(LimitReached::Origin(origin, per_origin))
         } else if state.total >= total && state.evict_one(None, grace, now).is_err() {
-            Some(Refused::Total(total))
+            Some(LimitReached::Total(total))
         } else {
             None
         };
@@ -181,7 +181,7 @@ impl Gate {
         let evict = Arc::new(Notify::new());
         state.pending.insert(id, Pending { origin, silent_since: None, evict: evict.clone() });
         drop(state);
-        Ok(Permit { gate: self.clone(), origin, place: Mutex::new(Place { id, is_pending: true }), evict })
+        Ok(Permit { gate: self.clone(), origin, slot: Mutex::new(Slot { id, is_pending: true }), evict })
     }
 
     pub fn counts(&self) -> Counts {
@@ -196,7 +196,7 @@ impl Gate {
 }
 
 impl State {
-    /// Tells the oldest pending connection to close, from `origin` or else from the origin that has the most of them, and frees its place
+    /// Tells the oldest pending connection to close, from `origin` or else from the origin that has the most of them, and frees its slot
     /// at once. Fails with the time at which a connection will have been silent long enough.
     fn evict_one(&mut self, origin: Option<Origin>, grace: Duration, now: Instant) -> Result<(), Instant> {
         let heaviest = || {
@@ -230,16 +230,16 @@ impl State {
     }
 }
 
-/// The place of one connection. Dropping it frees the place.
+/// The slot of one connection. Dropping it frees the slot.
 pub struct Permit {
     gate: Gate,
     origin: Origin,
-    place: Mutex<Place>,
+    slot: Mutex<Slot>,
     evict: Arc<Notify>,
 }
 
 #[derive(Clone, Copy)]
-struct Place {
+struct Slot {
     id: u64,
     is_pending: bool,
 }
@@ -247,22 +247,22 @@ struct Place {
 impl Permit {
     /// Records that the server has read everything the client sent so far. The connection counts as silent from now until it is busy.
     pub fn set_silent(&self) {
-        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pending) = self.gate.lock().pending.get_mut(&place.id) {
+        let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pending) = self.gate.lock().pending.get_mut(&slot.id) {
             pending.silent_since.get_or_insert_with(Instant::now);
         }
     }
 
     /// Marks the connection as serving a request: the gate no longer evicts it.
     pub fn set_busy(&self) {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if !std::mem::replace(&mut place.is_pending, false) {
+        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut slot.is_pending, false) {
             return;
         }
         let mut state = self.gate.lock();
-        if state.pending.remove(&place.id).is_none() {
+        if state.pending.remove(&slot.id).is_none() {
             // The gate evicted this connection just now; `evicted` returns next.
-            place.is_pending = true;
+            slot.is_pending = true;
             return;
         }
         if let Some(count) = state.origins.get_mut(&self.origin) {
@@ -274,22 +274,22 @@ impl Permit {
 
     /// Marks the connection as pending again, until its next request.
     pub fn set_idle(&self) {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::replace(&mut place.is_pending, true) {
+        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut slot.is_pending, true) {
             return;
         }
         let mut state = self.gate.lock();
-        place.id = state.next;
+        slot.id = state.next;
         state.next += 1;
         let pending =
             Pending { origin: self.origin, silent_since: Some(Instant::now()), evict: self.evict.clone() };
-        state.pending.insert(place.id, pending);
+        state.pending.insert(slot.id, pending);
         if let Some(count) = state.origins.get_mut(&self.origin) {
             count.pending += 1;
         }
     }
 
-    /// Waits until the gate evicts this connection. Close the connection then: the gate has already given its place to a client that waits.
+    /// Waits until the gate evicts this connection. Close the connection then: the gate has already given its slot to a client that waits.
     pub async fn evicted(&self) {
         self.evict.notified().await;
     }
@@ -297,11 +297,11 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let place = *self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = *self.slot.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.gate.lock();
-        let was_pending = state.pending.remove(&place.id).is_some();
-        // The place of an evicted connection was freed when it was told to close.
-        if was_pending || !place.is_pending {
+        let was_pending = state.pending.remove(&slot.id).is_some();
+        // The slot of an evicted connection was freed when it was told to close.
+        if was_pending || !slot.is_pending {
             state.leave(self.origin, was_pending);
         }
         drop(state);
@@ -333,9 +333,9 @@ mod tests {
         let gate = gate(3, 2, 10, NEVER);
         let first = gate.enter(origin(1)).unwrap();
         let second = gate.enter(origin(1)).unwrap();
-        assert_eq!(gate.enter(origin(1)).err(), Some(Refused::Origin(origin(1), 2)));
+        assert_eq!(gate.enter(origin(1)).err(), Some(LimitReached::Origin(origin(1), 2)));
         let _third = gate.enter(origin(2)).unwrap();
-        assert_eq!(gate.enter(origin(3)).err(), Some(Refused::Total(3)));
+        assert_eq!(gate.enter(origin(3)).err(), Some(LimitReached::Total(3)));
         drop(first);
         let fourth = gate.enter(origin(3)).unwrap();
         fourth.set_busy();
@@ -350,7 +350,11 @@ mod tests {
         busy.set_busy();
         let silent = gate.enter(origin(1)).unwrap();
         let other = gate.enter(origin(2)).unwrap();
-        assert_eq!(gate.enter(origin(3)).err(), Some(Refused::Total(3)), "the server has not looked at them");
+        assert_eq!(
+            gate.enter(origin(3)).err(),
+            Some(LimitReached::Total(3)),
+            "the server has not looked at them"
+        );
         silent.set_silent();
         other.set_silent();
         let new = gate.enter(origin(3)).unwrap();

@@ -214,7 +214,7 @@ async fn serve_connection<I, A, F, B>(
         async move {
             Ok::<_, Infallible>(match read(hosts, request).await {
                 Ok(request) => {
-                    let _busy = Busy::new(&permit);
+                    let _busy = BusyGuard::new(&permit);
                     answer(request).await.map(Either::Left)
                 }
                 Err((status, why)) => failure(status, &why).map(Either::Right),
@@ -223,7 +223,7 @@ async fn serve_connection<I, A, F, B>(
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN).max_buf_size(64 << 10).half_close(false);
-    let mut connection = pin!(http.serve_connection(TokioIo::new(Patient::new(io)), service));
+    let mut connection = pin!(http.serve_connection(TokioIo::new(WriteTimeout::new(io)), service));
     if poll_once(connection.as_mut()).await.is_ready() {
         return;
     }
@@ -277,30 +277,30 @@ fn failure(status: StatusCode, why: &str) -> Response<Full<Bytes>> {
 }
 
 /// Marks a connection as busy while its answer is computed.
-struct Busy<'a>(&'a Permit);
+struct BusyGuard<'a>(&'a Permit);
 
-impl Busy<'_> {
-    fn new(permit: &Permit) -> Busy<'_> {
+impl BusyGuard<'_> {
+    fn new(permit: &Permit) -> BusyGuard<'_> {
         permit.set_busy();
-        Busy(permit)
+        BusyGuard(permit)
     }
 }
 
-impl Drop for Busy<'_> {
+impl Drop for BusyGuard<'_> {
     fn drop(&mut self) {
         self.0.set_idle();
     }
 }
 
 /// A connection whose writes fail if the client reads nothing for [`TAKES_WITHIN`].
-struct Patient<I> {
+struct WriteTimeout<I> {
     io: I,
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
-impl<I> Patient<I> {
-    fn new(io: I) -> Patient<I> {
-        Patient { io, stalled: None }
+impl<I> WriteTimeout<I> {
+    fn new(io: I) -> WriteTimeout<I> {
+        WriteTimeout { io, stalled: None }
     }
 
     fn bounded<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -318,7 +318,7 @@ impl<I> Patient<I> {
     }
 }
 
-impl<I: AsyncRead + Unpin> AsyncRead for Patient<I> {
+impl<I: AsyncRead + Unpin> AsyncRead for WriteTimeout<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -328,7 +328,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Patient<I> {
     }
 }
 
-impl<I: AsyncWrite + Unpin> AsyncWrite for Patient<I> {
+impl<I: AsyncWrite + Unpin> AsyncWrite for WriteTimeout<I> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write(cx, bytes);
         self.bounded(cx, written)

@@ -23,9 +23,9 @@ const DEFAULT: &str = "info";
 const LINE_MAX: usize = 16 << 10;
 
 /// A writer that escapes control characters in each log line. Each write is a complete line.
-struct Escaping<W>(W);
+struct EscapingWriter<W>(W);
 
-impl<W: Write> Write for Escaping<W> {
+impl<W: Write> Write for EscapingWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let line = String::from_utf8_lossy(bytes);
         let line = line.strip_suffix('\n').unwrap_or(&line);
@@ -69,7 +69,8 @@ pub fn init(configured: Option<&str>) -> Result<(), LogError> {
         }
     }
     // Colours would be escaped like other control characters.
-    let lines = text::layer().with_writer(|| Escaping(io::stderr())).with_ansi(false).with_target(false);
+    let lines =
+        text::layer().with_writer(|| EscapingWriter(io::stderr())).with_ansi(false).with_target(false);
     start(tracing_subscriber::registry().with(lines).with(filter).try_init())
 }
 
@@ -244,7 +245,7 @@ mod tests {
             }
         }
         let sink = written.clone();
-        let lines = text::layer().with_writer(move || Escaping(Sink(sink.clone()))).with_ansi(false);
+        let lines = text::layer().with_writer(move || EscapingWriter(Sink(sink.clone()))).with_ansi(false);
         tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), || {
             info!(build = %said, "a node says {said}");
             info!("{}", "x".repeat(1 << 20));

@@ -68,15 +68,15 @@ mod tests {
 
     #[derive(Debug, thiserror::Error)]
     #[error("discovery source `consul:dc1` could not list services at https://10.0.0.5:8501")]
-    struct ListFailed(#[source] Refused);
+    struct ListFailed(#[source] TokenRefused);
 
     #[derive(Debug, thiserror::Error)]
     #[error("Consul refused the token (HTTP 403): {0}")]
-    struct Refused(#[source] std::io::Error);
+    struct TokenRefused(#[source] std::io::Error);
 
     #[test]
     fn a_chain_says_each_thing_once() {
-        let error = ListFailed(Refused(std::io::Error::other("it needs `service:read`")));
+        let error = ListFailed(TokenRefused(std::io::Error::other("it needs `service:read`")));
         assert_eq!(
             Chain(&error).to_string(),
             "discovery source `consul:dc1` could not list services at https://10.0.0.5:8501\n  \

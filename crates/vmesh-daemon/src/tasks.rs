@@ -30,11 +30,11 @@ type BoxError = Box<dyn Error + Send + Sync>;
 /// ```
 pub struct Tasks {
     running: JoinSet<Result<(), BoxError>>,
-    known: HashMap<Id, Known>,
+    entries: HashMap<Id, TaskEntry>,
     stop: watch::Sender<bool>,
 }
 
-struct Known {
+struct TaskEntry {
     name: Arc<str>,
     drains: bool,
     abort: AbortHandle,
@@ -58,26 +58,26 @@ impl Stop {
 
 /// Why a task ended unexpectedly.
 #[derive(Debug)]
-pub enum Died {
+pub enum TaskFailure {
     Failed(BoxError),
     Panicked(String),
 }
 
-impl fmt::Display for Died {
+impl fmt::Display for TaskFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             // The error is shown alone, since it already names the failed operation.
-            Died::Failed(error) => error.fmt(f),
-            Died::Panicked(message) => write!(f, "it panicked (a bug in vmesh): {message}"),
+            TaskFailure::Failed(error) => error.fmt(f),
+            TaskFailure::Panicked(message) => write!(f, "it panicked (a bug in vmesh): {message}"),
         }
     }
 }
 
-impl Error for Died {
+impl Error for TaskFailure {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Died::Failed(error) => error.source(),
-            Died::Panicked(_) => None,
+            TaskFailure::Failed(error) => error.source(),
+            TaskFailure::Panicked(_) => None,
         }
     }
 }
@@ -107,7 +107,7 @@ impl<E: Into<BoxError> + Send + 'static> Outcome for Result<(), E> {
 
 impl Default for Tasks {
     fn default() -> Self {
-        Tasks { running: JoinSet::new(), known: HashMap::new(), stop: watch::Sender::new(false) }
+        Tasks { running: JoinSet::new(), entries: HashMap::new(), stop: watch::Sender::new(false) }
     }
 }
 
@@ -141,12 +141,12 @@ impl Tasks {
         F::Output: Outcome,
     {
         let abort = self.running.spawn(async move { task.await.outcome() });
-        self.known.insert(abort.id(), Known { name, drains, abort });
+        self.entries.insert(abort.id(), TaskEntry { name, drains, abort });
     }
 
     /// Waits for the first task to end, for whatever reason: a daemon's tasks should run for ever. Waits for ever without tasks.
     /// Cancel-safe.
-    pub async fn first_exit(&mut self) -> (Arc<str>, Result<(), Died>) {
+    pub async fn first_exit(&mut self) -> (Arc<str>, Result<(), TaskFailure>) {
         match self.running.join_next_with_id().await {
             Some(ended) => self.name_end(ended),
             None => std::future::pending().await,
@@ -156,12 +156,12 @@ impl Tasks {
     fn name_end(
         &mut self,
         ended: Result<(Id, Result<(), BoxError>), JoinError>,
-    ) -> (Arc<str>, Result<(), Died>) {
+    ) -> (Arc<str>, Result<(), TaskFailure>) {
         let (id, result) = match ended {
-            Ok((id, result)) => (id, result.map_err(Died::Failed)),
-            Err(error) => (error.id(), died(error)),
+            Ok((id, result)) => (id, result.map_err(TaskFailure::Failed)),
+            Err(error) => (error.id(), failure_of(error)),
         };
-        let name = self.known.remove(&id).map_or_else(|| "unnamed".into(), |known| known.name);
+        let name = self.entries.remove(&id).map_or_else(|| "unnamed".into(), |entries| entries.name);
         (name, result)
     }
 
@@ -170,7 +170,7 @@ impl Tasks {
     pub async fn stop_within(mut self, deadline: Duration) -> Vec<Arc<str>> {
         let deadline = Instant::now() + deadline;
         self.stop.send_replace(true);
-        while self.known.values().any(|task| task.drains) {
+        while self.entries.values().any(|task| task.drains) {
             match timeout_at(deadline, self.running.join_next_with_id()).await {
                 Ok(Some(ended)) => {
                     let (name, result) = self.name_end(ended);
@@ -182,8 +182,8 @@ impl Tasks {
                 Err(_) => break,
             }
         }
-        let late = self.known.values().filter(|task| task.drains).map(|task| task.name.clone()).collect();
-        for task in self.known.values() {
+        let late = self.entries.values().filter(|task| task.drains).map(|task| task.name.clone()).collect();
+        for task in self.entries.values() {
             task.abort.abort();
         }
         // An aborted task ends at its next await. A task that computes or blocks is not waited for.
@@ -194,9 +194,9 @@ impl Tasks {
     }
 }
 
-fn died(error: JoinError) -> Result<(), Died> {
+fn failure_of(error: JoinError) -> Result<(), TaskFailure> {
     match error.try_into_panic() {
-        Ok(panic) => Err(Died::Panicked(panic_message(&*panic))),
+        Ok(panic) => Err(TaskFailure::Panicked(panic_message(&*panic))),
         // A task that its owner aborted has not failed.
         Err(_) => Ok(()),
     }
@@ -312,14 +312,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_task_that_does_not_take_its_leave_in_time_is_named_and_dropped() {
-        struct Dropped(watch::Sender<bool>);
-        impl Drop for Dropped {
+        struct DropFlag(watch::Sender<bool>);
+        impl Drop for DropFlag {
             fn drop(&mut self) {
                 self.0.send_replace(true);
             }
         }
         let (dropped, is_dropped) = watch::channel(false);
-        let dropped = Dropped(dropped);
+        let dropped = DropFlag(dropped);
         let mut tasks = Tasks::new();
         tasks.spawn("idle", std::future::pending::<()>());
         tasks.spawn_draining("stuck", move |_| async move {

@@ -46,19 +46,21 @@ pub fn answer(table: &Table, query: &[u8], transport: Transport) -> Option<Vec<u
     if message.header().qr() {
         return None;
     }
-    let (asked, verdict) = match Asked::read(message) {
-        Ok(asked) => {
-            let verdict = judge(table, message, &asked);
-            (Some(asked), verdict)
+    let (query_parts, verdict) = match ParsedQuery::parse(message) {
+        Ok(query_parts) => {
+            let verdict = resolve(table, message, &query_parts);
+            (Some(query_parts), verdict)
         }
-        Err(Unread) if message.header().opcode() != Opcode::QUERY => (None, Verdict::Fails(OptRcode::NOTIMP)),
-        Err(Unread) => (None, Verdict::Fails(OptRcode::FORMERR)),
+        Err(MalformedQuery) if message.header().opcode() != Opcode::QUERY => {
+            (None, Verdict::Error(OptRcode::NOTIMP))
+        }
+        Err(MalformedQuery) => (None, Verdict::Error(OptRcode::FORMERR)),
     };
     // If the response cannot be built, send none: resolvers handle a timeout better than a broken message.
-    respond(table, message, asked.as_ref(), &verdict, transport).ok()
+    respond(table, message, query_parts.as_ref(), &verdict, transport).ok()
 }
 
-struct Asked<'a> {
+struct ParsedQuery<'a> {
     question: Question<ParsedName<&'a [u8]>>,
     /// The name in lower case on the wire, as the table's key.
     wire: Vec<u8>,
@@ -72,52 +74,52 @@ struct Edns {
     dnssec_ok: bool,
 }
 
-struct Unread;
+struct MalformedQuery;
 
 /// The response could not be built. The size limits of names and tables exclude this.
-struct Unsaid;
+struct BuildError;
 
-enum Unwritten {
+enum PushFailure {
     TooLong,
     Other,
 }
 
-impl From<PushError> for Unsaid {
-    fn from(_: PushError) -> Unsaid {
-        Unsaid
+impl From<PushError> for BuildError {
+    fn from(_: PushError) -> BuildError {
+        BuildError
     }
 }
 
-impl From<PushError> for Unwritten {
-    fn from(error: PushError) -> Unwritten {
-        if matches!(error, PushError::LimitExceeded) { Unwritten::TooLong } else { Unwritten::Other }
+impl From<PushError> for PushFailure {
+    fn from(error: PushError) -> PushFailure {
+        if matches!(error, PushError::LimitExceeded) { PushFailure::TooLong } else { PushFailure::Other }
     }
 }
 
-impl From<Unsaid> for Unwritten {
-    fn from(_: Unsaid) -> Unwritten {
-        Unwritten::Other
+impl From<BuildError> for PushFailure {
+    fn from(_: BuildError) -> PushFailure {
+        PushFailure::Other
     }
 }
 
-impl From<ParseError> for Unread {
-    fn from(_: ParseError) -> Unread {
-        Unread
+impl From<ParseError> for MalformedQuery {
+    fn from(_: ParseError) -> MalformedQuery {
+        MalformedQuery
     }
 }
 
-impl<'a> Asked<'a> {
-    fn read(message: &'a Message<[u8]>) -> Result<Asked<'a>, Unread> {
+impl<'a> ParsedQuery<'a> {
+    fn parse(message: &'a Message<[u8]>) -> Result<ParsedQuery<'a>, MalformedQuery> {
         let question = message.sole_question()?;
         let mut wire = Vec::with_capacity(MAX_NAME);
         for label in question.qname().iter() {
-            wire.push(u8::try_from(label.len()).map_err(|_| Unread)?);
+            wire.push(u8::try_from(label.len()).map_err(|_| MalformedQuery)?);
             wire.extend(label.as_slice().iter().map(u8::to_ascii_lowercase));
         }
         // The name contains a compression pointer, which is invalid here: no earlier name exists.
         let sent = message.as_slice().get(HEADER_LEN..).and_then(|rest| rest.get(..wire.len()));
         if !sent.is_some_and(|sent| sent.eq_ignore_ascii_case(&wire)) {
-            return Err(Unread);
+            return Err(MalformedQuery);
         }
         let mut edns = None;
         for record in message.additional()? {
@@ -126,9 +128,9 @@ impl<'a> Asked<'a> {
                 continue;
             }
             if edns.is_some() || !record.owner().is_root() {
-                return Err(Unread);
+                return Err(MalformedQuery);
             }
-            let record = record.into_record::<Opt<_>>()?.ok_or(Unread)?;
+            let record = record.into_record::<Opt<_>>()?.ok_or(MalformedQuery)?;
             let opt = OptRecord::from_record(record);
             edns = Some(Edns {
                 version: opt.version(),
@@ -136,35 +138,35 @@ impl<'a> Asked<'a> {
                 dnssec_ok: opt.dnssec_ok(),
             });
         }
-        Ok(Asked { question, wire, edns })
+        Ok(ParsedQuery { question, wire, edns })
     }
 }
 
 /// The kind of response.
 enum Verdict<'t> {
-    Fails(OptRcode),
+    Error(OptRcode),
     /// The name of the zone itself.
     Apex,
-    Known(&'t Addresses),
-    Unknown,
+    Exists(&'t Addresses),
+    NoSuchName,
 }
 
-fn judge<'t>(table: &'t Table, message: &Message<[u8]>, asked: &Asked<'_>) -> Verdict<'t> {
+fn resolve<'t>(table: &'t Table, message: &Message<[u8]>, query_parts: &ParsedQuery<'_>) -> Verdict<'t> {
     if message.header().opcode() != Opcode::QUERY {
-        return Verdict::Fails(OptRcode::NOTIMP);
+        return Verdict::Error(OptRcode::NOTIMP);
     }
-    if asked.edns.is_some_and(|edns| edns.version > 0) {
-        return Verdict::Fails(OptRcode::BADVERS);
+    if query_parts.edns.is_some_and(|edns| edns.version > 0) {
+        return Verdict::Error(OptRcode::BADVERS);
     }
     let suffix = table.zone().suffix.wire();
-    let transfer = matches!(asked.question.qtype(), Rtype::AXFR | Rtype::IXFR);
-    if asked.question.qclass() != Class::IN || transfer || !is_below(&asked.wire, suffix) {
-        return Verdict::Fails(OptRcode::REFUSED);
+    let transfer = matches!(query_parts.question.qtype(), Rtype::AXFR | Rtype::IXFR);
+    if query_parts.question.qclass() != Class::IN || transfer || !is_below(&query_parts.wire, suffix) {
+        return Verdict::Error(OptRcode::REFUSED);
     }
-    if asked.wire == suffix {
+    if query_parts.wire == suffix {
         return Verdict::Apex;
     }
-    table.at(&asked.wire).map_or(Verdict::Unknown, Verdict::Known)
+    table.get(&query_parts.wire).map_or(Verdict::NoSuchName, Verdict::Exists)
 }
 
 /// Reports whether `name` is `suffix` or below it. Both end with the root label, which ends the comparison at a label boundary.
@@ -182,49 +184,49 @@ type Answer = AnswerBuilder<StaticCompressor<Vec<u8>>>;
 fn respond(
     table: &Table,
     query: &Message<[u8]>,
-    asked: Option<&Asked<'_>>,
+    query_parts: Option<&ParsedQuery<'_>>,
     verdict: &Verdict<'_>,
     transport: Transport,
-) -> Result<Vec<u8>, Unsaid> {
-    let edns = asked.and_then(|asked| asked.edns);
+) -> Result<Vec<u8>, BuildError> {
+    let edns = query_parts.and_then(|query_parts| query_parts.edns);
     let most = match (transport, edns) {
         (Transport::Tcp, _) => usize::from(u16::MAX),
         (Transport::Udp, None) => PLAIN_UDP,
         (Transport::Udp, Some(edns)) => edns.size.clamp(PLAIN_UDP, MAX_UDP),
     };
     let mut builder = MessageBuilder::from_target(StaticCompressor::new(Vec::with_capacity(PLAIN_UDP)))
-        .map_err(|_| Unsaid)?;
+        .map_err(|_| BuildError)?;
     let header = builder.header_mut();
     header.set_id(query.header().id());
     header.set_qr(true);
     header.set_opcode(query.header().opcode());
     header.set_rd(query.header().rd());
-    header.set_aa(!matches!(verdict, Verdict::Fails(_)));
+    header.set_aa(!matches!(verdict, Verdict::Error(_)));
     let rcode = match verdict {
-        Verdict::Fails(rcode) => *rcode,
-        Verdict::Unknown => OptRcode::NXDOMAIN,
-        Verdict::Apex | Verdict::Known(_) => OptRcode::NOERROR,
+        Verdict::Error(rcode) => *rcode,
+        Verdict::NoSuchName => OptRcode::NXDOMAIN,
+        Verdict::Apex | Verdict::Exists(_) => OptRcode::NOERROR,
     };
     header.set_rcode(rcode.rcode());
     // The push limit of `domain` is exclusive.
     builder.set_push_limit(most + 1 - edns.map_or(0, |_| OPT_LEN));
 
     let mut question = builder.question();
-    if let Some(asked) = asked {
-        question.push(asked.question)?;
+    if let Some(query_parts) = query_parts {
+        question.push(query_parts.question)?;
     }
     let mut answers = question.answer();
-    if let (Some(asked), false) = (asked, matches!(verdict, Verdict::Fails(_))) {
-        match records(table, query.header().id(), asked, verdict, &mut answers) {
+    if let (Some(query_parts), false) = (query_parts, matches!(verdict, Verdict::Error(_))) {
+        match push_records(table, query.header().id(), query_parts, verdict, &mut answers) {
             Ok(()) => {}
             // Truncate to no records at all: a resolver might take a part for the complete set (RFC 2181 section 9).
-            Err(Unwritten::TooLong) => answers = answers.tc_rewind_into(),
-            Err(Unwritten::Other) => return Err(Unsaid),
+            Err(PushFailure::TooLong) => answers = answers.tc_rewind_into(),
+            Err(PushFailure::Other) => return Err(BuildError),
         }
     }
     let mut authority = answers.authority();
     let counts = authority.counts();
-    let said = counts.ancount() > 0 || authority.header().tc() || matches!(verdict, Verdict::Fails(_));
+    let said = counts.ancount() > 0 || authority.header().tc() || matches!(verdict, Verdict::Error(_));
     if !said {
         let ttl = Ttl::from_secs(table.zone().negative_ttl);
         authority.push((apex(table)?, Class::IN, ttl, soa(table)?))?;
@@ -243,19 +245,19 @@ fn respond(
 }
 
 /// Adds the requested records, if there are any.
-fn records(
+fn push_records(
     table: &Table,
     id: u16,
-    asked: &Asked<'_>,
+    query_parts: &ParsedQuery<'_>,
     verdict: &Verdict<'_>,
     answers: &mut Answer,
-) -> Result<(), Unwritten> {
+) -> Result<(), PushFailure> {
     let ttl = Ttl::from_secs(table.zone().ttl);
-    let name = asked.question.qname();
-    match (verdict, asked.question.qtype()) {
+    let name = query_parts.question.qname();
+    match (verdict, query_parts.question.qtype()) {
         (Verdict::Apex, Rtype::SOA | Rtype::ANY) => answers.push((name, Class::IN, ttl, soa(table)?))?,
         (Verdict::Apex, Rtype::NS) => answers.push((name, Class::IN, ttl, Ns::new(apex(table)?)))?,
-        (Verdict::Known(addresses), qtype) => {
+        (Verdict::Exists(addresses), qtype) => {
             let any_v4 = qtype == Rtype::ANY && !addresses.v4.is_empty();
             if qtype == Rtype::A || any_v4 {
                 for v4 in rotated(&addresses.v4, id) {
@@ -280,14 +282,14 @@ fn rotated<A: Copy>(addresses: &[A], by: u16) -> impl Iterator<Item = A> {
 
 type Domain<'a> = &'a Name<[u8]>;
 
-fn apex(table: &Table) -> Result<Domain<'_>, Unsaid> {
-    Name::from_slice(table.zone().suffix.wire()).map_err(|_| Unsaid)
+fn apex(table: &Table) -> Result<Domain<'_>, BuildError> {
+    Name::from_slice(table.zone().suffix.wire()).map_err(|_| BuildError)
 }
 
 /// Returns the SOA record that RFC 6303 section 3 recommends for locally served zones. The serial is constant, since zone transfers are
 /// refused.
-fn soa(table: &Table) -> Result<Soa<Domain<'_>>, Unsaid> {
-    let nobody = Name::from_slice(b"\x06nobody\x07invalid\x00").map_err(|_| Unsaid)?;
+fn soa(table: &Table) -> Result<Soa<Domain<'_>>, BuildError> {
+    let nobody = Name::from_slice(b"\x06nobody\x07invalid\x00").map_err(|_| BuildError)?;
     Ok(Soa::new(
         apex(table)?,
         nobody,

@@ -80,7 +80,7 @@ const END: &str = "# vmesh end";
 
 /// Why a hosts file cannot be edited.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BadMarks {
+pub enum HostsBlockError {
     #[error(
         "line {line} of the hosts file begins a block of vmesh that nothing ends; write `{END}` below it, or remove the line"
     )]
@@ -94,7 +94,7 @@ pub enum BadMarks {
 /// Returns the hosts file `hosts` with one block for `table`. The block replaces an existing one, or is appended; all other bytes stay. It
 /// contains the first address of each family for each name: the C library returns all addresses in the same order to everybody, so more
 /// addresses would not balance the load.
-pub fn with_hosts_block(hosts: &[u8], table: &Table) -> Result<Vec<u8>, BadMarks> {
+pub fn with_hosts_block(hosts: &[u8], table: &Table) -> Result<Vec<u8>, HostsBlockError> {
     let found = find(hosts)?;
     let before = hosts.get(..found.start).unwrap_or_default();
     let after = hosts.get(found.end..).unwrap_or_default();
@@ -108,7 +108,7 @@ pub fn with_hosts_block(hosts: &[u8], table: &Table) -> Result<Vec<u8>, BadMarks
 }
 
 /// Returns the hosts file without our block, as it was before the block was added.
-pub fn without_hosts_block(hosts: &[u8]) -> Result<Vec<u8>, BadMarks> {
+pub fn without_hosts_block(hosts: &[u8]) -> Result<Vec<u8>, HostsBlockError> {
     let found = find(hosts)?;
     let before = hosts.get(..found.start).unwrap_or_default();
     let after = hosts.get(found.end..).unwrap_or_default();
@@ -134,13 +134,13 @@ fn block(table: &Table, lacks_newline: bool) -> String {
 }
 
 /// The byte range of the block in the file, including the newline added before it. Empty, at the end of the file, if there is no block.
-struct Found {
+struct BlockPosition {
     start: usize,
     end: usize,
     lacks_newline: bool,
 }
 
-fn find(hosts: &[u8]) -> Result<Found, BadMarks> {
+fn find(hosts: &[u8]) -> Result<BlockPosition, HostsBlockError> {
     let mut at = 0_usize;
     let mut begun = None;
     let mut whole = None;
@@ -150,21 +150,21 @@ fn find(hosts: &[u8]) -> Result<Found, BadMarks> {
         let begins = [BEGIN, BEGIN_WITHOUT_NEWLINE].iter().position(|mark| text == mark.as_bytes());
         if let Some(which) = begins {
             if begun.is_some() || whole.is_some() {
-                return Err(BadMarks::Second { line: number });
+                return Err(HostsBlockError::Second { line: number });
             }
             begun = Some((number, at, which == 1));
         } else if text == END.as_bytes() {
-            let (_, start, lacks_newline) = begun.take().ok_or(BadMarks::NoBegin { line: number })?;
+            let (_, start, lacks_newline) = begun.take().ok_or(HostsBlockError::NoBegin { line: number })?;
             let start = if lacks_newline { start.saturating_sub(1) } else { start };
-            whole = Some(Found { start, end: at + line.len(), lacks_newline });
+            whole = Some(BlockPosition { start, end: at + line.len(), lacks_newline });
         }
         at += line.len();
     }
     if let Some((line, ..)) = begun {
-        return Err(BadMarks::NoEnd { line });
+        return Err(HostsBlockError::NoEnd { line });
     }
     let lacks_newline = hosts.last().is_some_and(|byte| *byte != b'\n');
-    Ok(whole.unwrap_or(Found { start: hosts.len(), end: hosts.len(), lacks_newline }))
+    Ok(whole.unwrap_or(BlockPosition { start: hosts.len(), end: hosts.len(), lacks_newline }))
 }
 
 #[cfg(test)]

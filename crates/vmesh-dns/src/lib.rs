@@ -22,9 +22,9 @@
 //! - Any input is answered or dropped, at bounded cost.
 
 pub mod answer;
-#[cfg(feature = "server")]
-pub mod ask;
 pub mod host;
+#[cfg(feature = "server")]
+pub mod probe;
 #[cfg(feature = "server")]
 pub mod server;
 pub mod table;

@@ -62,15 +62,15 @@ impl fmt::Display for Suffix {
 /// Why a text cannot be the suffix of a zone.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` cannot be the suffix of names: {why}; built in is `mesh`")]
-pub struct BadSuffix {
+pub struct SuffixError {
     text: String,
     why: &'static str,
 }
 
 impl FromStr for Suffix {
-    type Err = BadSuffix;
+    type Err = SuffixError;
 
-    fn from_str(text: &str) -> Result<Suffix, BadSuffix> {
+    fn from_str(text: &str) -> Result<Suffix, SuffixError> {
         let lower = text.to_ascii_lowercase();
         let last = lower.rsplit('.').next().unwrap_or_default();
         let why = match last {
@@ -82,7 +82,7 @@ impl FromStr for Suffix {
         };
         match why {
             Ok(wire) => Ok(Suffix { text: lower, wire }),
-            Err(why) => Err(BadSuffix { text: text.to_owned(), why }),
+            Err(why) => Err(SuffixError { text: text.to_owned(), why }),
         }
     }
 }
@@ -146,11 +146,11 @@ pub enum Problem {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Table {
     zone: Zone,
-    names: BTreeMap<Box<[u8]>, Known>,
+    names: BTreeMap<Box<[u8]>, NameEntry>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Known {
+struct NameEntry {
     /// The name as given. `None` if the name exists only because a name below it does: `payments` because of `v2.payments` (RFC 8020).
     name: Option<String>,
     addresses: Addresses,
@@ -205,14 +205,14 @@ impl Table {
             }
             self.names.entry(above.into()).or_default();
         }
-        let known = match self.names.entry(wire.into()) {
-            Entry::Vacant(free) => free.insert(Known::default()),
+        let entry = match self.names.entry(wire.into()) {
+            Entry::Vacant(free) => free.insert(NameEntry::default()),
             Entry::Occupied(there) => there.into_mut(),
         };
-        if let Some(kept_by) = &known.name {
+        if let Some(kept_by) = &entry.name {
             return Err(Problem::SameName { name: name.to_owned(), kept_by: kept_by.clone() });
         }
-        *known = Known { name: Some(name.to_owned()), addresses };
+        *entry = NameEntry { name: Some(name.to_owned()), addresses };
         Ok(())
     }
 
@@ -225,15 +225,15 @@ impl Table {
         let mut all: Vec<_> = self
             .names
             .values()
-            .filter_map(|known| Some((known.name.as_deref()?, &known.addresses)))
+            .filter_map(|entry| Some((entry.name.as_deref()?, &entry.addresses)))
             .collect();
         all.sort_by_key(|(name, _)| *name);
         all.into_iter()
     }
 
     /// Returns the addresses of a name in lower case on the wire.
-    pub(crate) fn at(&self, wire: &[u8]) -> Option<&Addresses> {
-        self.names.get(wire).map(|known| &known.addresses)
+    pub(crate) fn get(&self, wire: &[u8]) -> Option<&Addresses> {
+        self.names.get(wire).map(|entry| &entry.addresses)
     }
 }
 
@@ -303,10 +303,10 @@ mod tests {
         let entries = [("b", of("240.0.0.2")), ("a.b", of("240.0.0.1"))];
         let (table, problems) = Table::new(Zone::default(), entries.clone());
         assert_eq!(problems, []);
-        assert_eq!(table.at(b"\x01b\x04mesh\x00"), Some(&of("240.0.0.2")));
+        assert_eq!(table.get(b"\x01b\x04mesh\x00"), Some(&of("240.0.0.2")));
         let (table, _) = Table::new(Zone::default(), entries.into_iter().skip(1));
-        assert_eq!(table.at(b"\x01b\x04mesh\x00"), Some(&Addresses::default()));
-        assert_eq!(table.at(b"\x04mesh\x00"), None);
+        assert_eq!(table.get(b"\x01b\x04mesh\x00"), Some(&Addresses::default()));
+        assert_eq!(table.get(b"\x04mesh\x00"), None);
         assert_eq!(table.iter().count(), 1);
     }
 

@@ -70,15 +70,15 @@ impl Default for V6Prefix {
 /// Why a text is not a range of virtual addresses.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` cannot be a range of virtual {family} addresses: {why}; built in is {built_in}")]
-pub struct BadRange {
+pub struct RangeError {
     text: String,
     family: &'static str,
     built_in: String,
-    why: Why,
+    why: RangeProblem,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-enum Why {
+enum RangeProblem {
     #[error("it is not an address, `/` and a length")]
     NoLength,
     #[error("{0}")]
@@ -97,30 +97,30 @@ enum Why {
     Beyond(String),
 }
 
-fn split<A: FromStr<Err = AddrParseError>>(text: &str) -> Result<(A, u8), Why> {
-    let (address, bits) = text.split_once('/').ok_or(Why::NoLength)?;
-    Ok((address.parse().map_err(Why::Address)?, bits.parse().map_err(Why::Length)?))
+fn split<A: FromStr<Err = AddrParseError>>(text: &str) -> Result<(A, u8), RangeProblem> {
+    let (address, bits) = text.split_once('/').ok_or(RangeProblem::NoLength)?;
+    Ok((address.parse().map_err(RangeProblem::Address)?, bits.parse().map_err(RangeProblem::Length)?))
 }
 
 impl FromStr for V4Range {
-    type Err = BadRange;
+    type Err = RangeError;
 
-    fn from_str(text: &str) -> Result<V4Range, BadRange> {
+    fn from_str(text: &str) -> Result<V4Range, RangeError> {
         let parse = || {
             let (base, bits): (Ipv4Addr, u8) = split(text)?;
             if !(4..=24).contains(&bits) {
-                return Err(Why::V4Length);
+                return Err(RangeProblem::V4Length);
             }
             if base.to_bits() >> 28 != 0xf {
-                return Err(Why::NotClassE);
+                return Err(RangeProblem::NotClassE);
             }
             let masked = Ipv4Addr::from_bits(base.to_bits() & (u32::MAX << (32 - bits)));
             if masked != base {
-                return Err(Why::Beyond(format!("{masked}/{bits}")));
+                return Err(RangeProblem::Beyond(format!("{masked}/{bits}")));
             }
             Ok(V4Range { base, bits })
         };
-        parse().map_err(|why| BadRange {
+        parse().map_err(|why| RangeError {
             text: text.to_owned(),
             family: "IPv4",
             built_in: V4Range::default().to_string(),
@@ -130,24 +130,24 @@ impl FromStr for V4Range {
 }
 
 impl FromStr for V6Prefix {
-    type Err = BadRange;
+    type Err = RangeError;
 
-    fn from_str(text: &str) -> Result<V6Prefix, BadRange> {
+    fn from_str(text: &str) -> Result<V6Prefix, RangeError> {
         let parse = || {
             let (base, bits): (Ipv6Addr, u8) = split(text)?;
             if bits != 64 {
-                return Err(Why::V6Length);
+                return Err(RangeProblem::V6Length);
             }
             if base.to_bits() >> 120 != 0xfd {
-                return Err(Why::NotLocal);
+                return Err(RangeProblem::NotLocal);
             }
             let masked = Ipv6Addr::from_bits(base.to_bits() >> 64 << 64);
             if masked != base {
-                return Err(Why::Beyond(format!("{masked}/64")));
+                return Err(RangeProblem::Beyond(format!("{masked}/64")));
             }
             Ok(V6Prefix(base))
         };
-        parse().map_err(|why| BadRange {
+        parse().map_err(|why| RangeError {
             text: text.to_owned(),
             family: "IPv6",
             built_in: V6Prefix::default().to_string(),
@@ -196,13 +196,13 @@ impl V6Prefix {
 
 /// The virtual addresses of one name. An address lost to a collision is `None`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Virtual {
+pub struct VirtualAddresses {
     pub v4: Option<Ipv4Addr>,
     pub v6: Option<Ipv6Addr>,
 }
 
-impl From<Virtual> for Addresses {
-    fn from(of: Virtual) -> Addresses {
+impl From<VirtualAddresses> for Addresses {
+    fn from(of: VirtualAddresses) -> Addresses {
         Addresses { v4: of.v4.into_iter().collect(), v6: of.v6.into_iter().collect() }
     }
 }
@@ -222,7 +222,7 @@ pub struct Collision {
 /// The virtual addresses of a set of names, with an index from address to name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct VirtualIps {
-    of: BTreeMap<Arc<str>, Virtual>,
+    of: BTreeMap<Arc<str>, VirtualAddresses>,
     v4: BTreeMap<Ipv4Addr, Arc<str>>,
     v6: BTreeMap<Ipv6Addr, Arc<str>>,
 }
@@ -242,13 +242,13 @@ impl VirtualIps {
             }
             let v4 = take(&mut all.v4, ranges.v4.wanted(&name), &name, &mut collisions);
             let v6 = take(&mut all.v6, ranges.v6.wanted(&name), &name, &mut collisions);
-            all.of.insert(name, Virtual { v4, v6 });
+            all.of.insert(name, VirtualAddresses { v4, v6 });
         }
         collisions.sort_by(|a, b| (&a.name, a.address).cmp(&(&b.name, b.address)));
         (all, collisions)
     }
 
-    pub fn get(&self, name: &str) -> Option<Virtual> {
+    pub fn get(&self, name: &str) -> Option<VirtualAddresses> {
         self.of.get(name).copied()
     }
 
@@ -261,7 +261,7 @@ impl VirtualIps {
     }
 
     /// Iterates over all names, sorted.
-    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, Virtual)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, VirtualAddresses)> {
         self.of.iter().map(|(name, addresses)| (name, *addresses))
     }
 }
@@ -300,7 +300,7 @@ mod tests {
     fn check(names: &[&str], ranges: &Ranges, expected: Expect) {
         let (ips, collisions) = VirtualIps::new(ranges, names.iter().copied());
         let mut shown = String::new();
-        for (name, Virtual { v4, v6 }) in ips.iter() {
+        for (name, VirtualAddresses { v4, v6 }) in ips.iter() {
             let v4 = v4.map_or("-".to_owned(), |v4| v4.to_string());
             let v6 = v6.map_or("-".to_owned(), |v6| v6.to_string());
             shown.push_str(&format!("{name} {v4} {v6}\n"));

@@ -372,7 +372,7 @@ struct Resolved {
 
 /// The place where the foreign name server is configured.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Other {
+enum ForeignServer {
     /// On the link, as by DHCP or a `.network` file.
     Link,
     /// `DNS=` in `/etc/systemd/resolved.conf`.
@@ -381,7 +381,7 @@ enum Other {
 
 impl Resolved {
     /// Starts the host. `main` is added to resolved.conf, and `files` are created below /etc.
-    async fn start(other: Other, main: &str, files: &[(&str, String)]) -> Resolved {
+    async fn start(other: ForeignServer, main: &str, files: &[(&str, String)]) -> Resolved {
         let switch = Switch::new().unwrap();
         let (host, elsewhere) = (switch.host().unwrap(), switch.host().unwrap());
         let [other_ip, _] = elsewhere.addresses();
@@ -409,7 +409,7 @@ impl Resolved {
         for below in ["etc/systemd", "run/systemd/netif/links", "run/systemd/resolve"] {
             std::fs::create_dir_all(dir.join(below)).unwrap();
         }
-        let global = if other == Other::Global { format!("DNS={other_ip}\n") } else { String::new() };
+        let global = if other == ForeignServer::Global { format!("DNS={other_ip}\n") } else { String::new() };
         let main = format!("[Resolve]\nLLMNR=no\nMulticastDNS=no\n{global}{main}");
         std::fs::write(dir.join("etc/systemd/resolved.conf"), main).unwrap();
         for (path, text) in files {
@@ -417,7 +417,7 @@ impl Resolved {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }
-        if other == Other::Link {
+        if other == ForeignServer::Link {
             let links = host.run("ip", &["-o", "-4", "addr", "show", "up", "scope", "global"]).unwrap();
             let index = links.split(':').next().unwrap().trim().to_owned();
             let state = format!("ADMIN_STATE=configured\nOPER_STATE=routable\nDNS={other_ip}\n");
@@ -473,7 +473,7 @@ fn drop_in() -> (&'static str, String) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_resolved_asks_us_for_the_zone_and_its_links_for_the_rest() {
-    let host = Resolved::start(Other::Link, "", &[drop_in()]).await;
+    let host = Resolved::start(ForeignServer::Link, "", &[drop_in()]).await;
     host.check(
         &[
             "-u orders.mesh A",
@@ -528,7 +528,7 @@ async fn systemd_resolved_asks_us_for_the_zone_and_its_links_for_the_rest() {
 /// Shows the side effect that the drop-in's documentation warns of: the servers form one list, and the first one is believed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_resolved_does_not_keep_apart_servers_in_its_own_files() {
-    let host = Resolved::start(Other::Global, "", &[drop_in()]).await;
+    let host = Resolved::start(ForeignServer::Global, "", &[drop_in()]).await;
     host.check(
         &["-u orders.mesh A", "-u db.example.com A"],
         expect![[r#"
@@ -544,10 +544,10 @@ async fn systemd_resolved_does_not_keep_apart_servers_in_its_own_files() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_resolved_that_validates_needs_to_know_that_the_zone_is_not_signed() {
-    let host = Resolved::start(Other::Link, "DNSSEC=yes\n", &[drop_in()]).await;
+    let host = Resolved::start(ForeignServer::Link, "DNSSEC=yes\n", &[drop_in()]).await;
     assert!(host.drill("-u orders.mesh A").starts_with("SERVFAIL"));
     let anchor = (host::RESOLVED_NEGATIVE_ANCHOR, host::resolved_negative_anchor(&Suffix::default()));
-    let host = Resolved::start(Other::Link, "DNSSEC=yes\n", &[drop_in(), anchor]).await;
+    let host = Resolved::start(ForeignServer::Link, "DNSSEC=yes\n", &[drop_in(), anchor]).await;
     host.check(
         &["-u orders.mesh A", "-u nope.mesh A"],
         expect![[r#"

@@ -31,7 +31,7 @@ fn query(id: u16) -> Vec<u8> {
 }
 
 /// Returns the last byte of the address in a response.
-fn last(response: &[u8], id: u16) -> u8 {
+fn last_octet(response: &[u8], id: u16) -> u8 {
     assert_eq!(response[..2], id.to_be_bytes());
     assert_eq!(response[7], 1, "not one answer");
     response[response.len() - 1]
@@ -43,11 +43,11 @@ async fn udp(server: &Server) -> UdpSocket {
     socket
 }
 
-async fn asked(socket: &UdpSocket, id: u16) -> u8 {
+async fn query_over_udp(socket: &UdpSocket, id: u16) -> u8 {
     socket.send(&query(id)).await.unwrap();
     let mut response = [0; 2000];
     let len = timeout(BOUND, socket.recv(&mut response)).await.unwrap().unwrap();
-    last(&response[..len], id)
+    last_octet(&response[..len], id)
 }
 
 fn framed(query: &[u8]) -> Vec<u8> {
@@ -62,13 +62,13 @@ async fn response(stream: &mut TcpStream) -> Vec<u8> {
 }
 
 /// Waits until the server has closed the connection.
-async fn closed(stream: &mut TcpStream) {
+async fn wait_until_closed(stream: &mut TcpStream) {
     let mut rest = Vec::new();
     _ = timeout(BOUND, stream.read_to_end(&mut rest)).await.expect("the server keeps the connection");
     assert_eq!(rest, b"");
 }
 
-async fn counted(what: &str, count: &AtomicU64, want: u64) {
+async fn wait_for_count(what: &str, count: &AtomicU64, want: u64) {
     let seen = async || {
         let count = count.load(Ordering::Relaxed);
         if count >= want { Ok(()) } else { Err(count.to_string()) }
@@ -83,12 +83,12 @@ async fn the_next_query_sees_the_table_that_there_is() {
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     for round in 1..=50_u8 {
         server.tables.send_replace(Arc::new(table(&format!("orders 240.0.0.{round}"))));
-        assert_eq!(asked(&socket, round.into()).await, round);
+        assert_eq!(query_over_udp(&socket, round.into()).await, round);
         stream.write_all(&framed(&query(round.into()))).await.unwrap();
-        assert_eq!(last(&response(&mut stream).await, round.into()), round);
+        assert_eq!(last_octet(&response(&mut stream).await, round.into()), round);
     }
     server.stop().await;
-    closed(&mut stream).await;
+    wait_until_closed(&mut stream).await;
 }
 
 #[tokio::test]
@@ -100,9 +100,9 @@ async fn queries_on_one_connection_are_answered_in_their_order_however_they_are_
         stream.write_all(part).await.unwrap();
     }
     for id in 0..200 {
-        assert_eq!(last(&response(&mut stream).await, id), 1);
+        assert_eq!(last_octet(&response(&mut stream).await, id), 1);
     }
-    counted("queries over TCP", &server.counts.tcp, 200).await;
+    wait_for_count("queries over TCP", &server.counts.tcp, 200).await;
     server.stop().await;
 }
 
@@ -114,23 +114,23 @@ async fn what_is_no_query_costs_its_sender_alone() {
     for len in [0, 1, 11, MAX_QUERY + 1, 9000, 60_000] {
         socket.send(&vec![0; len]).await.unwrap();
         dropped += 1;
-        counted("dropped queries", &server.counts.dropped, dropped).await;
+        wait_for_count("dropped queries", &server.counts.dropped, dropped).await;
     }
     // Responses are not answered, or two servers would answer each other for ever.
     let mut echo = query(1);
     echo[2] |= 0x80;
     socket.send(&echo).await.unwrap();
-    counted("dropped queries", &server.counts.dropped, dropped + 1).await;
-    assert_eq!(asked(&socket, 2).await, 1);
+    wait_for_count("dropped queries", &server.counts.dropped, dropped + 1).await;
+    assert_eq!(query_over_udp(&socket, 2).await, 1);
 
     for bytes in [&b"\xff\xff"[..], b"\x00\x02ab", b"\x00\x00"] {
         let mut stream = TcpStream::connect(server.address).await.unwrap();
         stream.write_all(bytes).await.unwrap();
-        closed(&mut stream).await;
+        wait_until_closed(&mut stream).await;
     }
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     stream.write_all(&framed(&query(3))).await.unwrap();
-    assert_eq!(last(&response(&mut stream).await, 3), 1);
+    assert_eq!(last_octet(&response(&mut stream).await, 3), 1);
     server.stop().await;
 }
 
@@ -144,19 +144,19 @@ async fn connections_that_keep_others_waiting_are_closed() {
     slow.write_all(b"\x00").await.unwrap();
     let mut waits = TcpStream::connect(server.address).await.unwrap();
     waits.write_all(&framed(&query(7))).await.unwrap();
-    assert_eq!(last(&response(&mut waits).await, 7), 1);
-    closed(&mut silent).await;
-    closed(&mut slow).await;
-    counted("connections cut", &server.counts.cut, 2).await;
+    assert_eq!(last_octet(&response(&mut waits).await, 7), 1);
+    wait_until_closed(&mut silent).await;
+    wait_until_closed(&mut slow).await;
+    wait_for_count("connections cut", &server.counts.cut, 2).await;
     // TCP clients do not delay UDP.
-    assert_eq!(asked(&udp(&server).await, 8).await, 1);
+    assert_eq!(query_over_udp(&udp(&server).await, 8).await, 1);
 
     let mut busy = TcpStream::connect(server.address).await.unwrap();
     for id in 0..3 {
         busy.write_all(&framed(&query(id))).await.unwrap();
-        assert_eq!(last(&response(&mut busy).await, id), 1);
+        assert_eq!(last_octet(&response(&mut busy).await, id), 1);
     }
-    closed(&mut busy).await;
+    wait_until_closed(&mut busy).await;
     server.stop().await;
 }
 
@@ -170,6 +170,6 @@ async fn a_client_that_takes_no_response_is_cut() {
     // The client fills the buffers at both ends, and then the server closes the connection.
     let flood = async { while stream.write_all(&queries).await.is_ok() {} };
     timeout(BOUND, flood).await.expect("the server keeps a client that does not read");
-    counted("connections cut", &server.counts.cut, 1).await;
+    wait_for_count("connections cut", &server.counts.cut, 1).await;
     server.stop().await;
 }

@@ -10,8 +10,8 @@ use http::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmesh_api::{
-    Accept, Discovery, Done, EndpointOf, Events, Explanation, Failure, Nodes, Problems, Services, Status,
-    Which,
+    AcceptRequest, ActionResult, Discovery, EndpointRequest, Events, Explanation, Failure, Nodes, Problems,
+    Services, SourceSelector, Status,
 };
 use vmesh_daemon::fetch::{FetchError, Peer, fetch, post};
 
@@ -25,7 +25,7 @@ pub(crate) struct Api(Peer);
 
 /// Why a request to the API failed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum AskError {
+pub(crate) enum ApiError {
     #[error(
         "could not ask the control plane at {peer}; is vmesh-control running there? (--api or $VMESH_API says where)"
     )]
@@ -63,89 +63,89 @@ impl FromStr for Api {
 }
 
 impl Api {
-    pub(crate) async fn status(&self) -> Result<Status, AskError> {
+    pub(crate) async fn status(&self) -> Result<Status, ApiError> {
         self.ask(Method::GET, "/api/v1/status").await
     }
 
-    pub(crate) async fn services(&self) -> Result<Services, AskError> {
+    pub(crate) async fn services(&self) -> Result<Services, ApiError> {
         self.ask(Method::GET, "/api/v1/services").await
     }
 
-    pub(crate) async fn nodes(&self) -> Result<Nodes, AskError> {
+    pub(crate) async fn nodes(&self) -> Result<Nodes, ApiError> {
         self.ask(Method::GET, "/api/v1/nodes").await
     }
 
-    pub(crate) async fn problems(&self) -> Result<Problems, AskError> {
+    pub(crate) async fn problems(&self) -> Result<Problems, ApiError> {
         self.ask(Method::GET, "/api/v1/problems").await
     }
 
-    pub(crate) async fn explain(&self, service: &str, from: &str) -> Result<Explanation, AskError> {
+    pub(crate) async fn explain(&self, service: &str, from: &str) -> Result<Explanation, ApiError> {
         let path = format!("/api/v1/explain?service={}&from={}", escaped(service), escaped(from));
         self.ask(Method::GET, &path).await
     }
 
-    pub(crate) async fn forget(&self, node: &str) -> Result<Done, AskError> {
+    pub(crate) async fn forget(&self, node: &str) -> Result<ActionResult, ApiError> {
         self.ask(Method::DELETE, &format!("/api/v1/nodes/{}", escaped(node))).await
     }
 
-    pub(crate) async fn forget_offline_for(&self, longer: Duration) -> Result<Done, AskError> {
+    pub(crate) async fn forget_offline_for(&self, longer: Duration) -> Result<ActionResult, ApiError> {
         let longer = vmesh_model::text::show_duration(longer);
         self.ask(Method::DELETE, &format!("/api/v1/nodes?offline_for={}", escaped(&longer))).await
     }
 
-    pub(crate) async fn discovery(&self) -> Result<Discovery, AskError> {
+    pub(crate) async fn discovery(&self) -> Result<Discovery, ApiError> {
         self.ask(Method::GET, "/api/v1/discovery").await
     }
 
-    pub(crate) async fn discovery_events(&self) -> Result<Events, AskError> {
+    pub(crate) async fn discovery_events(&self) -> Result<Events, ApiError> {
         self.ask(Method::GET, "/api/v1/discovery/events").await
     }
 
-    pub(crate) async fn accept(&self, accept: &Accept) -> Result<Done, AskError> {
+    pub(crate) async fn accept(&self, accept: &AcceptRequest) -> Result<ActionResult, ApiError> {
         self.say("/api/v1/discovery/accept", accept).await
     }
 
-    pub(crate) async fn evict(&self, endpoint: &EndpointOf) -> Result<Done, AskError> {
+    pub(crate) async fn evict(&self, endpoint: &EndpointRequest) -> Result<ActionResult, ApiError> {
         self.say("/api/v1/discovery/evict", endpoint).await
     }
 
-    pub(crate) async fn admit(&self, endpoint: &EndpointOf) -> Result<Done, AskError> {
+    pub(crate) async fn admit(&self, endpoint: &EndpointRequest) -> Result<ActionResult, ApiError> {
         self.say("/api/v1/discovery/admit", endpoint).await
     }
 
-    pub(crate) async fn freeze(&self, which: &Which) -> Result<Done, AskError> {
+    pub(crate) async fn freeze(&self, which: &SourceSelector) -> Result<ActionResult, ApiError> {
         self.say("/api/v1/discovery/freeze", which).await
     }
 
-    pub(crate) async fn thaw(&self, which: &Which) -> Result<Done, AskError> {
+    pub(crate) async fn thaw(&self, which: &SourceSelector) -> Result<ActionResult, ApiError> {
         self.say("/api/v1/discovery/thaw", which).await
     }
 
-    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, AskError> {
+    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ApiError> {
         self.answer(fetch(&self.0, method, path, WITHIN).await)
     }
 
-    async fn say<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, AskError> {
-        let body = serde_json::to_vec(body).map_err(AskError::Print)?;
+    async fn say<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ApiError> {
+        let body = serde_json::to_vec(body).map_err(ApiError::Print)?;
         self.answer(post(&self.0, path, body.into(), WITHIN).await)
     }
 
     fn answer<T: DeserializeOwned>(
         &self,
         answer: Result<(StatusCode, Bytes), FetchError>,
-    ) -> Result<T, AskError> {
+    ) -> Result<T, ApiError> {
         let peer = self.0.clone();
         let (status, body) =
-            answer.map_err(|cause| AskError::Unreachable { peer: peer.clone(), cause: Box::new(cause) })?;
+            answer.map_err(|cause| ApiError::Unreachable { peer: peer.clone(), cause: Box::new(cause) })?;
         if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|cause| AskError::Foreign { peer, cause });
+            return serde_json::from_slice(&body).map_err(|cause| ApiError::Foreign { peer, cause });
         }
         let said: Option<Failure> = serde_json::from_slice(&body).ok();
         let message = said.map_or_else(|| String::from_utf8_lossy(&body).into_owned(), |said| said.error);
         let message = printable(&message);
         match status {
-            StatusCode::NOT_FOUND if !message.is_empty() => Err(AskError::Unknown(message)),
-            _ => Err(AskError::Refused { peer, status, message }),
+            StatusCode::NOT_FOUND if !message.is_empty() => Err(ApiError::Unknown(message)),
+            _ => Err(ApiError::Refused { peer, status, message }),
         }
     }
 }

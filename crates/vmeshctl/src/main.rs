@@ -21,11 +21,11 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
-use client::{Api, AskError};
+use client::{Api, ApiError};
 use http::StatusCode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vmesh_api::{Accept, Done, EndpointOf, Which};
+use vmesh_api::{AcceptRequest, ActionResult, EndpointRequest, SourceSelector};
 use vmesh_daemon::report;
 use vmesh_model::ServiceName;
 
@@ -56,20 +56,20 @@ const EXIT_CODES: &str = "Exit codes: 0 all is well; 1 could not ask; 3 somethin
 #[derive(Debug, Subcommand)]
 enum Command {
     #[command(flatten)]
-    Api(Question),
+    Api(ApiCommand),
     /// Show which connections of this host go through Envoy, and why others do not (on the host itself).
-    Capture(host::capture::Capture),
+    Capture(host::capture::CaptureArgs),
     /// Take this host out of the mesh, and put it back (on the host itself).
-    Bypass(host::capture::Bypass),
+    Bypass(host::capture::BypassArgs),
     /// Make this host's resolver forward names of the mesh to the agent (on the host itself).
-    Dns(host::dns::Dns),
+    Dns(host::dns::DnsArgs),
     /// Diagnose this host: each problem with its effect and its fix (on the host itself).
-    Doctor(host::doctor::Doctor),
+    Doctor(host::doctor::DoctorArgs),
 }
 
 /// The subcommands that query a control plane.
 #[derive(Debug, Subcommand)]
-enum Question {
+enum ApiCommand {
     /// Summarise the mesh: revision, sources, services, nodes, problems.
     Status,
     /// List all services, or the endpoints of one.
@@ -79,11 +79,11 @@ enum Question {
     /// List the problems of the configuration and their places.
     Problems,
     /// Explain how requests from a node reach a service: port, routes, clusters, endpoints, and the origin of each setting.
-    Explain(Explain),
+    Explain(ExplainArgs),
     /// List the discovery sources: their state, their held removals with the reason, and the command that accepts each.
     Discovery {
         #[command(subcommand)]
-        say: Option<Say>,
+        action: Option<DiscoveryAction>,
     },
     /// Remove an offline node for good, or all nodes that have been offline for long (only through the API's Unix socket).
     Forget {
@@ -97,7 +97,7 @@ enum Question {
 
 /// The actions on discovery. Those that change something work only through the API's Unix socket.
 #[derive(Debug, Subcommand)]
-enum Say {
+enum DiscoveryAction {
     /// List the events of the sources, the latest at the end.
     Events,
     /// Accept the held removals of a service, or all of a source.
@@ -123,7 +123,7 @@ enum Say {
 }
 
 #[derive(Debug, Args)]
-struct Explain {
+struct ExplainArgs {
     service: String,
     /// The node that sends the requests.
     #[arg(long, value_name = "NODE")]
@@ -148,7 +148,7 @@ fn main() -> ExitCode {
             print!("{}", shown.text);
             ExitCode::from(shown.code)
         }
-        Err(CtlError::Api(AskError::Unknown(message))) => {
+        Err(CtlError::Api(ApiError::Unknown(message))) => {
             eprintln!("{}", print::printable(&message));
             UNKNOWN.into()
         }
@@ -162,111 +162,115 @@ fn main() -> ExitCode {
 #[derive(Debug, thiserror::Error)]
 enum CtlError {
     #[error(transparent)]
-    Api(#[from] AskError),
+    Api(#[from] ApiError),
     #[error(transparent)]
     Host(#[from] host::HostError),
 }
 
 /// The output of a command, and its exit code.
-struct Shown {
+struct RenderedOutput {
     text: String,
     code: u8,
 }
 
-async fn run(cli: &Cli) -> Result<Shown, CtlError> {
+async fn run(cli: &Cli) -> Result<RenderedOutput, CtlError> {
     match &cli.command {
         Command::Capture(ask) => {
             let (text, json, attention) = host::capture::capture(ask).await?;
-            Ok(of_host(cli, text, &json, attention)?)
+            Ok(render_host(cli, text, &json, attention)?)
         }
-        Command::Bypass(ask) => Ok(Shown { text: print::terminal(&host::capture::bypass(ask)?), code: 0 }),
+        Command::Bypass(ask) => {
+            Ok(RenderedOutput { text: print::terminal(&host::capture::bypass(ask)?), code: 0 })
+        }
         Command::Doctor(ask) => {
             let (text, json, attention) = host::doctor::doctor(ask).await?;
-            Ok(of_host(cli, text, &json, attention)?)
+            Ok(render_host(cli, text, &json, attention)?)
         }
-        Command::Dns(ask) => Ok(Shown { text: print::terminal(&host::dns::dns(ask).await?), code: 0 }),
-        Command::Api(question) => Ok(answer(cli, question).await?),
+        Command::Dns(ask) => {
+            Ok(RenderedOutput { text: print::terminal(&host::dns::dns(ask).await?), code: 0 })
+        }
+        Command::Api(command) => Ok(answer(cli, command).await?),
     }
 }
 
-async fn answer(cli: &Cli, question: &Question) -> Result<Shown, AskError> {
+async fn answer(cli: &Cli, command: &ApiCommand) -> Result<RenderedOutput, ApiError> {
     let api = &cli.api;
-    match question {
-        Question::Status => {
+    match command {
+        ApiCommand::Status => {
             let evicted = api.discovery().await?.evicted;
-            shown(cli, api.status().await?, |status| show::status(status, &evicted))
+            render(cli, api.status().await?, |status| show::status(status, &evicted))
         }
-        Question::Services { service: None } => {
+        ApiCommand::Services { service: None } => {
             let evicted = api.discovery().await?.evicted;
-            shown(cli, api.services().await?, |services| show::services(services, &evicted))
+            render(cli, api.services().await?, |services| show::services(services, &evicted))
         }
-        Question::Services { service: Some(name) } => {
+        ApiCommand::Services { service: Some(name) } => {
             let mut evicted = api.discovery().await?.evicted;
             evicted.retain(|evicted| evicted.service.as_str() == name);
             let mut answer = api.services().await?;
             answer.services.retain(|service| service.name.as_str() == name);
             if answer.services.is_empty() {
-                return Err(AskError::Unknown(format!(
+                return Err(ApiError::Unknown(format!(
                     "there is no service `{name}`: `vmeshctl services` lists those that there are"
                 )));
             }
-            shown(cli, answer, |services| show::service(services, &evicted))
+            render(cli, answer, |services| show::service(services, &evicted))
         }
-        Question::Nodes => shown(cli, api.nodes().await?, show::nodes),
-        Question::Problems => shown(cli, api.problems().await?, show::problems),
-        Question::Explain(Explain { service, from }) => {
-            shown(cli, api.explain(service, from).await?, show::explanation)
+        ApiCommand::Nodes => render(cli, api.nodes().await?, show::nodes),
+        ApiCommand::Problems => render(cli, api.problems().await?, show::problems),
+        ApiCommand::Explain(ExplainArgs { service, from }) => {
+            render(cli, api.explain(service, from).await?, show::explanation)
         }
-        Question::Discovery { say: None } => shown(cli, api.discovery().await?, show::discovery),
-        Question::Discovery { say: Some(say) } => discovery(cli, say).await,
-        Question::Forget { offline_for: Some(longer), .. } => {
-            shown(cli, api.forget_offline_for(*longer).await?, done)
+        ApiCommand::Discovery { action: None } => render(cli, api.discovery().await?, show::discovery),
+        ApiCommand::Discovery { action: Some(action) } => discovery(cli, action).await,
+        ApiCommand::Forget { offline_for: Some(longer), .. } => {
+            render(cli, api.forget_offline_for(*longer).await?, action_output)
         }
-        Question::Forget { node, .. } => {
+        ApiCommand::Forget { node, .. } => {
             let node = node.as_deref().unwrap_or_default();
             match api.forget(node).await {
                 // A control plane may give the same answer for an unknown node and for a connected one.
-                Err(AskError::Refused { status: StatusCode::CONFLICT, .. })
+                Err(ApiError::Refused { status: StatusCode::CONFLICT, .. })
                     if !api.nodes().await?.nodes.iter().any(|known| known.name.as_str() == node) =>
                 {
-                    Err(AskError::Unknown(format!("there is no node `{node}`: `vmeshctl nodes` lists them")))
+                    Err(ApiError::Unknown(format!("there is no node `{node}`: `vmeshctl nodes` lists them")))
                 }
-                answer => shown(cli, answer?, done),
+                answer => render(cli, answer?, action_output),
             }
         }
     }
 }
 
-async fn discovery(cli: &Cli, say: &Say) -> Result<Shown, AskError> {
+async fn discovery(cli: &Cli, action: &DiscoveryAction) -> Result<RenderedOutput, ApiError> {
     let api = &cli.api;
-    let answer = match say {
-        Say::Events => return shown(cli, api.discovery_events().await?, show::events),
-        Say::Accept { source, service } => {
-            api.accept(&Accept { source: source.clone(), service: service.clone() }).await?
+    let answer = match action {
+        DiscoveryAction::Events => return render(cli, api.discovery_events().await?, show::events),
+        DiscoveryAction::Accept { source, service } => {
+            api.accept(&AcceptRequest { source: source.clone(), service: service.clone() }).await?
         }
-        Say::Evict { service, endpoint } => {
+        DiscoveryAction::Evict { service, endpoint } => {
             let mut said = Vec::new();
             for address in addresses(api, service, endpoint).await? {
-                said.push(api.evict(&EndpointOf { service: service.clone(), address }).await?.done);
+                said.push(api.evict(&EndpointRequest { service: service.clone(), address }).await?.done);
             }
-            Done { done: said.join("\n") }
+            ActionResult { done: said.join("\n") }
         }
-        Say::Admit { service, endpoint } => {
+        DiscoveryAction::Admit { service, endpoint } => {
             let mut said = Vec::new();
             for address in addresses(api, service, endpoint).await? {
-                said.push(api.admit(&EndpointOf { service: service.clone(), address }).await?.done);
+                said.push(api.admit(&EndpointRequest { service: service.clone(), address }).await?.done);
             }
-            Done { done: said.join("\n") }
+            ActionResult { done: said.join("\n") }
         }
-        Say::Freeze { source } => api.freeze(&Which { source: source.clone() }).await?,
-        Say::Thaw { source } => api.thaw(&Which { source: source.clone() }).await?,
+        DiscoveryAction::Freeze { source } => api.freeze(&SourceSelector { source: source.clone() }).await?,
+        DiscoveryAction::Thaw { source } => api.thaw(&SourceSelector { source: source.clone() }).await?,
     };
-    shown(cli, answer, done)
+    render(cli, answer, action_output)
 }
 
 /// Returns the addresses for `endpoint`, which is one address, or the host name of endpoints with their port.
-async fn addresses(api: &Api, service: &ServiceName, endpoint: &str) -> Result<Vec<SocketAddr>, AskError> {
-    if let Some(address) = written(endpoint) {
+async fn addresses(api: &Api, service: &ServiceName, endpoint: &str) -> Result<Vec<SocketAddr>, ApiError> {
+    if let Some(address) = parse_address(endpoint) {
         return Ok(vec![address]);
     }
     let services = api.services().await?.services;
@@ -278,7 +282,7 @@ async fn addresses(api: &Api, service: &ServiceName, endpoint: &str) -> Result<V
     });
     let found: Vec<SocketAddr> = named.map(|known| known.address).collect();
     match found.is_empty() {
-        true => Err(AskError::Unknown(format!(
+        true => Err(ApiError::Unknown(format!(
             "`{endpoint}` is no endpoint of `{service}`: `vmeshctl services {service}` lists them, as 10.0.0.1:8080 or [fd00::1]:8080"
         ))),
         false => Ok(found),
@@ -286,7 +290,7 @@ async fn addresses(api: &Api, service: &ServiceName, endpoint: &str) -> Result<V
 }
 
 /// Parses an address as `services` and Envoy print it. An IPv4-mapped IPv6 address becomes the IPv4 address.
-fn written(endpoint: &str) -> Option<SocketAddr> {
+fn parse_address(endpoint: &str) -> Option<SocketAddr> {
     let address = endpoint.trim().parse::<SocketAddr>().ok()?;
     Some(match address.ip().to_canonical() {
         ip if ip == address.ip() => address,
@@ -299,7 +303,7 @@ fn endpoint(text: &str) -> Result<String, String> {
     let is_named = |(host, port): (&str, &str)| {
         !host.is_empty() && host.parse::<IpAddr>().is_err() && port.parse::<NonZeroU16>().is_ok()
     };
-    match written(text).is_some() || text.trim().rsplit_once(':').is_some_and(is_named) {
+    match parse_address(text).is_some() || text.trim().rsplit_once(':').is_some_and(is_named) {
         true => Ok(text.to_owned()),
         false => {
             Err("invalid socket address: an address or a host name, with a port, as `services` prints it"
@@ -308,26 +312,31 @@ fn endpoint(text: &str) -> Result<String, String> {
     }
 }
 
-fn done(done: &Done) -> (String, bool) {
+fn action_output(done: &ActionResult) -> (String, bool) {
     // Each line is sanitised on its own, so that the line breaks stay.
     (done.done.lines().map(|line| format!("{line}\n")).collect(), false)
 }
 
 /// Shows `answer` as text or as the original JSON. The exit code does not depend on the format.
-fn shown<T: Serialize + DeserializeOwned>(
+fn render<T: Serialize + DeserializeOwned>(
     cli: &Cli,
     answer: T,
     show: impl Fn(&T) -> (String, bool),
-) -> Result<Shown, AskError> {
-    let (text, attention) = show(&print::printable_answer(&answer).map_err(AskError::Print)?);
-    of_host(cli, text, &answer, attention)
+) -> Result<RenderedOutput, ApiError> {
+    let (text, attention) = show(&print::printable_answer(&answer).map_err(ApiError::Print)?);
+    render_host(cli, text, &answer, attention)
 }
 
 /// Shows `text`, or `json` if `--json` is given.
-fn of_host(cli: &Cli, text: String, json: &impl Serialize, attention: bool) -> Result<Shown, AskError> {
+fn render_host(
+    cli: &Cli,
+    text: String,
+    json: &impl Serialize,
+    attention: bool,
+) -> Result<RenderedOutput, ApiError> {
     let text = match cli.json {
-        true => print::json(&format!("{}\n", serde_json::to_string_pretty(json).map_err(AskError::Print)?)),
+        true => print::json(&format!("{}\n", serde_json::to_string_pretty(json).map_err(ApiError::Print)?)),
         false => print::terminal(&text),
     };
-    Ok(Shown { text, code: if attention { ATTENTION } else { 0 } })
+    Ok(RenderedOutput { text, code: if attention { ATTENTION } else { 0 } })
 }

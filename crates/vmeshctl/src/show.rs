@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use vmesh_api::{
-    Discovery, DiscoverySource, Event, Events, Evicted, Explanation, Held, Node, NodeState, Nodes, Problems,
-    Service, ServiceEndpoint, Services, Source, SourceState, Status, UnresolvedName,
+    Discovery, DiscoverySource, Event, Events, EvictedEndpoint, Explanation, HeldRemoval, Node, NodeState,
+    Nodes, Problems, Service, ServiceEndpoint, Services, Source, SourceState, Status, UnresolvedName,
 };
 use vmesh_model::State;
 use vmesh_model::node::Upstreams;
 
 use crate::table::table;
 
-pub(crate) fn status(status: &Status, evicted: &[Evicted]) -> (String, bool) {
+pub(crate) fn status(status: &Status, evicted: &[EvictedEndpoint]) -> (String, bool) {
     let nodes = &status.nodes;
     let all = nodes.synced + nodes.pushing + nodes.rejected + nodes.offline;
     let ready = match status.ready {
@@ -69,7 +69,7 @@ fn emphasised(state: State) -> String {
     }
 }
 
-pub(crate) fn services(answer: &Services, evicted: &[Evicted]) -> (String, bool) {
+pub(crate) fn services(answer: &Services, evicted: &[EvictedEndpoint]) -> (String, bool) {
     let heading = ["SERVICE", "PROTOCOL", "ENDPOINTS", "VERSIONS", "ZONES", "STATE"].map(str::to_owned);
     let mut rows = vec![heading];
     for service in &answer.services {
@@ -124,7 +124,7 @@ fn counted<'a>(values: impl Iterator<Item = Option<&'a str>>) -> String {
     shown.collect::<Vec<_>>().join(", ")
 }
 
-pub(crate) fn service(answer: &Services, evicted: &[Evicted]) -> (String, bool) {
+pub(crate) fn service(answer: &Services, evicted: &[EvictedEndpoint]) -> (String, bool) {
     let mut text = String::new();
     for service in &answer.services {
         text.push_str(&format!("{}  {}  {}\n", service.name, service.protocol, emphasised(service.state)));
@@ -228,7 +228,7 @@ pub(crate) fn discovery(answer: &Discovery) -> (String, bool) {
     (text, !is_fresh || !answer.evicted.is_empty())
 }
 
-fn one_evicted(evicted: &Evicted) -> String {
+fn one_evicted(evicted: &EvictedEndpoint) -> String {
     format!(
         "\n{} of {} is evicted: it has not been used for {}\n  to use it again: {}\n",
         evicted.address,
@@ -287,7 +287,7 @@ fn unresolved(source: &DiscoverySource) -> String {
     text
 }
 
-fn one_held(source: &DiscoverySource, held: &Held) -> String {
+fn one_held(source: &DiscoverySource, held: &HeldRemoval) -> String {
     let what = match &held.service {
         Some(service) => format!("{service} of {}", source.name),
         None => format!("all that is gone of {}", source.name),
@@ -579,7 +579,7 @@ mod tests {
 
     #[test]
     fn what_is_evicted_stays_visible_and_wants_attention() {
-        let evicted: Vec<Evicted> = serde_json::from_str(
+        let evicted: Vec<EvictedEndpoint> = serde_json::from_str(
             r#"[{"service": "orders", "address": "[fd00::1]:80", "age_seconds": 60, "command": "vmeshctl discovery admit orders [fd00::1]:80"}]"#,
         )
         .unwrap();

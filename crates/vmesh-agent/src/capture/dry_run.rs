@@ -9,7 +9,7 @@ use vmesh_net::client::{self, ClientError};
 use vmesh_net::keeper::{Options, plan_here};
 use vmesh_net::protocol::{Answer, Ask};
 
-use super::{probes, wanted};
+use super::{desired, probes};
 use crate::config::Config;
 use crate::ipv4_only::ipv4_only;
 use crate::{cache, destinations};
@@ -29,7 +29,7 @@ pub async fn dry_run(config: &Config) -> Result<String, String> {
         accepted = ipv4_only(accepted);
     }
     let known = destinations::destinations(&accepted, has_ipv6);
-    let want = wanted(config, &known, probes::control_plane_addresses(config).await);
+    let want = desired(config, &known, probes::control_plane_addresses(config).await);
     match client::ask(&config.capture.socket, &Ask::Plan { want: Some(want.clone()) }).await {
         Ok(Answer::Plan(text)) => Ok(text),
         Ok(Answer::Refused(why)) => Err(why),

@@ -23,10 +23,10 @@ use crate::config::Config;
 use crate::destinations::Destinations;
 
 pub use dry_run::dry_run;
-pub use task::{Status, spawn};
+pub use task::{CaptureStatus, spawn};
 
 /// Returns what this host must capture.
-pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTreeSet<SocketAddr>) -> Want {
+pub fn desired(config: &Config, destinations: &Destinations, control_planes: BTreeSet<SocketAddr>) -> Want {
     let mut spec = config.capture.spec.clone();
     if config.capture.outbound() {
         for destination in destinations.services.values() {
@@ -34,11 +34,11 @@ pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTre
             let own = Destination { percent: destination.percent, on_loss: destination.on_loss };
             spec.outbound.addresses.extend(destination.captured.iter().map(|address| (*address, own)));
         }
-        spec.outbound.exclude.ports.extend(swallowed(config, &destinations.everywhere));
+        spec.outbound.exclude.ports.extend(wildcard_ports(config, &destinations.everywhere));
     }
     Want {
         spec,
-        ports: ports(config),
+        ports: listening_ports(config),
         control_planes,
         confirm_within: u32::try_from(config.capture.confirm.within.0.as_secs()).unwrap_or(u32::MAX),
     }
@@ -48,7 +48,7 @@ pub fn wanted(config: &Config, destinations: &Destinations, control_planes: BTre
 /// `use_original_dst`, Envoy would match them to its wildcard listener.
 ///
 /// `everywhere` contains the ports of upstreams, some of which only the control plane knows.
-fn swallowed(config: &Config, everywhere: &BTreeSet<u16>) -> impl Iterator<Item = Ports> {
+fn wildcard_ports(config: &Config, everywhere: &BTreeSet<u16>) -> impl Iterator<Item = Ports> {
     let upstreams = match &config.upstreams {
         Upstreams::Declared(upstreams) => upstreams.as_slice(),
         Upstreams::All => &[],
@@ -61,7 +61,7 @@ fn swallowed(config: &Config, everywhere: &BTreeSet<u16>) -> impl Iterator<Item 
 }
 
 /// Returns the ports on which the agent and Envoy listen, besides the capture ports.
-fn ports(config: &Config) -> BTreeSet<u16> {
+fn listening_ports(config: &Config) -> BTreeSet<u16> {
     let mut ports: BTreeSet<u16> = [config.api.port()].into();
     ports.extend(config.dns.map(|dns| dns.port()));
     ports.extend(config.workloads.iter().filter_map(|workload| workload.listen).map(|listen| listen.port()));
@@ -95,7 +95,7 @@ mod tests {
             services: [(Arc::from("orders"), Arc::new(orders))].into_iter().collect(),
             ..Destinations::default()
         };
-        let want = wanted(&config, &all, ["10.0.0.5:15010".parse().unwrap()].into());
+        let want = desired(&config, &all, ["10.0.0.5:15010".parse().unwrap()].into());
         serde_json::to_string(&want).unwrap()
     }
 
@@ -114,7 +114,7 @@ mod tests {
         let config = Config::parse("agent.yaml", text.as_bytes(), "").unwrap();
         // The port of an upstream in a `Node` document.
         let destinations = Destinations { everywhere: [9003].into(), ..Destinations::default() };
-        let want = wanted(&config, &destinations, BTreeSet::new());
+        let want = desired(&config, &destinations, BTreeSet::new());
         let excluded: Vec<_> = want.spec.outbound.exclude.ports.iter().map(ToString::to_string).collect();
         assert_eq!(excluded, ["9001", "9003", "15006", "15008"]);
     }

@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use vmesh_dns::ask;
+use vmesh_dns::probe;
 
 use crate::config::Config;
 
@@ -27,19 +27,19 @@ const WITHIN: Duration = Duration::from_secs(2);
 const TRIES: usize = 2;
 
 /// The result of each probe, by the name of the probe.
-pub type Found = BTreeMap<&'static str, Result<(), String>>;
+pub type ProbeResults = BTreeMap<&'static str, Result<(), String>>;
 
 /// Runs all probes.
-pub async fn all(config: &Config) -> Found {
+pub async fn run_all(config: &Config) -> ProbeResults {
     let (control_plane, dns, resolver) = tokio::join!(control_plane(config), dns(config), resolver());
-    let mut found = Found::from([("control plane", control_plane)]);
+    let mut found = ProbeResults::from([("control plane", control_plane)]);
     found.extend(dns.map(|dns| ("dns", dns)));
     found.extend(resolver.map(|resolver| ("resolver", resolver)));
     found
 }
 
 /// Returns the probes that fail now and did not before, such as `control plane: ...; dns: ...`.
-pub fn worse(before: &Found, now: &Found) -> Option<String> {
+pub fn newly_failing(before: &ProbeResults, now: &ProbeResults) -> Option<String> {
     let lost = now.iter().filter_map(|(probe, found)| {
         let why = found.as_ref().err()?;
         let worked = before.get(probe).is_none_or(Result::is_ok);
@@ -73,13 +73,13 @@ async fn control_plane(config: &Config) -> Result<(), String> {
 
 async fn dns(config: &Config) -> Option<Result<(), String>> {
     let server = config.dns?;
-    Some(answers(server, config.zone_of_names.suffix.as_str()).await)
+    Some(check_answer(server, config.zone_of_names.suffix.as_str()).await)
 }
 
 async fn resolver() -> Option<Result<(), String>> {
     let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let server = first_server(&text)?;
-    Some(answers(SocketAddr::new(server, 53), "localhost").await)
+    Some(check_answer(SocketAddr::new(server, 53), "localhost").await)
 }
 
 /// Returns the first `nameserver` of a resolv.conf(5).
@@ -88,10 +88,10 @@ fn first_server(text: &str) -> Option<IpAddr> {
 }
 
 /// Checks whether a server answers a query for `name`, with any result.
-async fn answers(server: SocketAddr, name: &str) -> Result<(), String> {
+async fn check_answer(server: SocketAddr, name: &str) -> Result<(), String> {
     let mut last = String::new();
     for _ in 0..TRIES {
-        match within(ask::answers(server, name)).await {
+        match within(probe::check_server(server, name)).await {
             Ok(()) => return Ok(()),
             Err(why) => last = why,
         }
@@ -122,10 +122,13 @@ mod tests {
     #[test]
     fn only_what_worked_before_can_get_worse() {
         let ill = || Err("refused".to_owned());
-        let before = Found::from([("control plane", ill()), ("dns", Ok(()))]);
-        assert_eq!(worse(&before, &before), None);
-        assert_eq!(worse(&before, &[("dns", ill())].into()).unwrap(), "dns: refused");
-        assert_eq!(worse(&Found::new(), &[("resolver", ill())].into()).unwrap(), "resolver: refused");
+        let before = ProbeResults::from([("control plane", ill()), ("dns", Ok(()))]);
+        assert_eq!(newly_failing(&before, &before), None);
+        assert_eq!(newly_failing(&before, &[("dns", ill())].into()).unwrap(), "dns: refused");
+        assert_eq!(
+            newly_failing(&ProbeResults::new(), &[("resolver", ill())].into()).unwrap(),
+            "resolver: refused"
+        );
     }
 
     #[test]

@@ -15,15 +15,15 @@ use vmesh_model::text::Time;
 
 /// The settings of transparent capture.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Capture {
+pub struct CaptureSettings {
     /// The configured part. [`super::desired`] adds what control planes and workloads contribute.
     pub spec: Spec,
-    pub confirm: Confirm,
+    pub confirm: ConfirmSettings,
     /// The path of vmesh-net's socket.
     pub socket: PathBuf,
 }
 
-impl Capture {
+impl CaptureSettings {
     pub fn outbound(&self) -> bool {
         self.spec.outbound.capture != Outward::Off
     }
@@ -63,7 +63,7 @@ const LOOKS_EVERY: Duration = Duration::from_secs(3);
 /// Number of equal checks in a row that make a change. An interface that is being reconfigured has no address for a moment.
 const LOOKS: usize = 2;
 
-impl Capture {
+impl CaptureSettings {
     /// Waits until the host gains or loses IPv6. Envoy's listeners depend on it, since Envoy rejects a listener with an address that it
     /// cannot bind. The control planes were told the old state, so the agent must then start again.
     pub async fn until_ipv6_changes(&self) {
@@ -85,7 +85,7 @@ async fn until_changed(look: impl Fn() -> bool, every: Duration) {
 }
 
 /// Writes a summary, such as `outbound addresses, 5 % of new connections; inbound redirect of 8080`.
-impl fmt::Display for Capture {
+impl fmt::Display for CaptureSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (outbound, inbound) = (&self.spec.outbound, &self.spec.inbound);
         match outbound.capture {
@@ -108,14 +108,14 @@ impl fmt::Display for Capture {
 /// The confirmation of a change of capture: who confirms, and the deadline.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Confirm {
+pub struct ConfirmSettings {
     pub by: Confirmer,
     pub within: Time,
 }
 
-impl Default for Confirm {
+impl Default for ConfirmSettings {
     fn default() -> Self {
-        Confirm { by: Confirmer::default(), within: Time(Duration::from_secs(60)) }
+        ConfirmSettings { by: Confirmer::default(), within: Time(Duration::from_secs(60)) }
     }
 }
 
@@ -132,31 +132,31 @@ pub enum Confirmer {
 /// The fields of `capture:`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(crate) struct Written {
-    pub(crate) outbound: Mode<Outbound>,
-    pub(crate) inbound: Mode<Inbound>,
+pub(crate) struct CaptureFields {
+    pub(crate) outbound: CaptureMode<Outbound>,
+    pub(crate) inbound: CaptureMode<Inbound>,
     dead_man: DeadMan,
-    confirm: Confirm,
+    confirm: ConfirmSettings,
     socket: PathBuf,
 }
 
-impl Default for Written {
+impl Default for CaptureFields {
     fn default() -> Self {
-        Written {
-            outbound: Mode::default(),
-            inbound: Mode::default(),
+        CaptureFields {
+            outbound: CaptureMode::default(),
+            inbound: CaptureMode::default(),
             dead_man: DeadMan::default(),
-            confirm: Confirm::default(),
+            confirm: ConfirmSettings::default(),
             socket: vmesh_net::SOCKET.into(),
         }
     }
 }
 
-impl Written {
+impl CaptureFields {
     /// Returns the settings. Contradictions are passed to `problem`, with the field.
-    pub(crate) fn complete(&self, mut problem: impl FnMut(&str, &str)) -> Capture {
+    pub(crate) fn complete(&self, mut problem: impl FnMut(&str, &str)) -> CaptureSettings {
         let mut spec = Spec { dead_man: self.dead_man, ..Spec::default() };
-        if let Mode::Transparent(outbound) = &self.outbound {
+        if let CaptureMode::Transparent(outbound) = &self.outbound {
             spec.outbound = (**outbound).clone();
             if spec.outbound.capture == Outward::Off {
                 problem(
@@ -168,7 +168,7 @@ impl Written {
                 problem("capture.outbound", "has `vips` or `addresses`: these come from the control plane");
             }
         }
-        if let Mode::Transparent(inbound) = &self.inbound {
+        if let CaptureMode::Transparent(inbound) = &self.inbound {
             spec.inbound = (**inbound).clone();
             if spec.inbound.capture == Inward::Off {
                 problem("capture.inbound", "says neither `redirect` nor `tproxy`: how is it to be captured?");
@@ -180,13 +180,13 @@ impl Written {
         if !(5..=3600).contains(&self.confirm.within.0.as_secs()) {
             problem("capture.confirm", "is `within` less than 5s or more than 1h");
         }
-        Capture { spec, confirm: self.confirm.clone(), socket: self.socket.clone() }
+        CaptureSettings { spec, confirm: self.confirm.clone(), socket: self.socket.clone() }
     }
 }
 
 /// The mode of one direction: `off`, `explicit`, `transparent`, or a map for transparent capture with settings.
 #[derive(Debug, Default)]
-pub(crate) enum Mode<T> {
+pub(crate) enum CaptureMode<T> {
     Off,
     #[default]
     Explicit,
@@ -194,50 +194,50 @@ pub(crate) enum Mode<T> {
 }
 
 /// The settings that a bare `transparent` stands for: the least intrusive ones.
-pub(crate) trait Least {
+pub(crate) trait TransparentDefault {
     const EXAMPLE: &'static str;
-    fn least() -> Self;
+    fn transparent_default() -> Self;
 }
 
-impl Least for Outbound {
+impl TransparentDefault for Outbound {
     const EXAMPLE: &'static str = "{capture: addresses, percent: 5}";
-    fn least() -> Self {
+    fn transparent_default() -> Self {
         Outbound { capture: Outward::Vip, ..Outbound::default() }
     }
 }
 
-impl Least for Inbound {
+impl TransparentDefault for Inbound {
     const EXAMPLE: &'static str = "{capture: tproxy}";
-    fn least() -> Self {
+    fn transparent_default() -> Self {
         Inbound { capture: Inward::Redirect, ..Inbound::default() }
     }
 }
 
-impl<'de, T: Least + Deserialize<'de>> Deserialize<'de> for Mode<T> {
+impl<'de, T: TransparentDefault + Deserialize<'de>> Deserialize<'de> for CaptureMode<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either<T>(std::marker::PhantomData<T>);
+        struct CaptureModeVisitor<T>(std::marker::PhantomData<T>);
 
-        impl<'de, T: Least + Deserialize<'de>> Visitor<'de> for Either<T> {
-            type Value = Mode<T>;
+        impl<'de, T: TransparentDefault + Deserialize<'de>> Visitor<'de> for CaptureModeVisitor<T> {
+            type Value = CaptureMode<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, "a capture mode: `off`, `explicit`, `transparent`, or a map as {}", T::EXAMPLE)
             }
 
-            fn visit_bool<E: de::Error>(self, on: bool) -> Result<Mode<T>, E> {
+            fn visit_bool<E: de::Error>(self, on: bool) -> Result<CaptureMode<T>, E> {
                 // In YAML 1.1 `off` is the boolean `false`, and some tools write it that way.
                 if on {
                     Err(de::Error::invalid_value(de::Unexpected::Bool(on), &self))
                 } else {
-                    Ok(Mode::Off)
+                    Ok(CaptureMode::Off)
                 }
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Mode<T>, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<CaptureMode<T>, E> {
                 match text {
-                    "off" => Ok(Mode::Off),
-                    "explicit" => Ok(Mode::Explicit),
-                    "transparent" => Ok(Mode::Transparent(Box::new(T::least()))),
+                    "off" => Ok(CaptureMode::Off),
+                    "explicit" => Ok(CaptureMode::Explicit),
+                    "transparent" => Ok(CaptureMode::Transparent(Box::new(T::transparent_default()))),
                     other => Err(E::custom(format!(
                         "`{other}` is not a capture mode: `off`, `explicit`, `transparent`, or a map as {}",
                         T::EXAMPLE
@@ -245,12 +245,13 @@ impl<'de, T: Least + Deserialize<'de>> Deserialize<'de> for Mode<T> {
                 }
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Mode<T>, A::Error> {
-                T::deserialize(MapAccessDeserializer::new(map)).map(|how| Mode::Transparent(Box::new(how)))
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<CaptureMode<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map))
+                    .map(|how| CaptureMode::Transparent(Box::new(how)))
             }
         }
 
-        deserializer.deserialize_any(Either(std::marker::PhantomData))
+        deserializer.deserialize_any(CaptureModeVisitor(std::marker::PhantomData))
     }
 }
 

@@ -16,9 +16,9 @@ use vmesh_net::client::{Client, ClientError};
 use vmesh_net::probe;
 use vmesh_net::protocol::{self, Answer, Ask, Envoy};
 
-use super::probes::{self, Found};
+use super::desired;
+use super::probes::{self, ProbeResults};
 use super::settings::Confirmer;
-use super::wanted;
 use crate::config::Config;
 use crate::destinations::Destinations;
 
@@ -26,7 +26,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Delay that combines a burst of changes. Each change of rules costs a run of nft or iptables.
 const SETTLES: Duration = Duration::from_millis(50);
 /// Interval at which the control planes' names are resolved again.
-const LOOKS_UP_EVERY: Duration = Duration::from_secs(60);
+const RESOLVES_EVERY: Duration = Duration::from_secs(60);
 /// Pause before a rejected request is repeated. The reason may be temporary, such as a full disk or a busy vmesh-net.
 const ASKS_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// Time between a change and the first probe, so that its effects show.
@@ -36,7 +36,7 @@ const AWAITS_ENVOY: &str = "Envoy does not serve its capture ports yet: nothing 
 
 /// The status of capture on this host.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Status {
+pub struct CaptureStatus {
     /// Reports whether the configuration asks for any capture.
     pub wanted: bool,
     /// Reports whether connections are captured now.
@@ -55,14 +55,14 @@ pub fn spawn(
     config: Arc<Config>,
     destinations: watch::Receiver<Arc<Destinations>>,
     has_all: watch::Receiver<bool>,
-    status: watch::Sender<Status>,
+    status: watch::Sender<CaptureStatus>,
 ) {
     let wanted = config.capture.outbound() || config.capture.inbound() || !config.capture.spec.is_off();
     status.send_modify(|status| status.wanted = wanted);
     if !wanted && !config.capture.socket.exists() {
         return;
     }
-    let speaker = Speaker {
+    let client = CaptureClient {
         config,
         destinations,
         has_all,
@@ -75,14 +75,14 @@ pub fn spawn(
         before: None,
         on_trial: None,
     };
-    tasks.spawn("capture", speaker.run());
+    tasks.spawn("capture", client.run());
 }
 
-struct Speaker {
+struct CaptureClient {
     config: Arc<Config>,
     destinations: watch::Receiver<Arc<Destinations>>,
     has_all: watch::Receiver<bool>,
-    status: watch::Sender<Status>,
+    status: watch::Sender<CaptureStatus>,
     control_planes: BTreeSet<SocketAddr>,
     looked_up: Option<Instant>,
     /// Time and reason of vmesh-net's last rejection.
@@ -92,11 +92,11 @@ struct Speaker {
     /// An operator has allowed another attempt after a rollback.
     may_retry: bool,
     /// Results of the probes while no trial was in progress.
-    before: Option<Found>,
+    before: Option<ProbeResults>,
     on_trial: Option<(u64, Instant)>,
 }
 
-impl Speaker {
+impl CaptureClient {
     async fn run(mut self) {
         let mut pause = Duration::from_millis(200);
         loop {
@@ -104,7 +104,7 @@ impl Speaker {
                 Ok(mut client) => {
                     pause = Duration::from_millis(200);
                     // `exchange` returns only with an error.
-                    let Err(error) = self.converse(&mut client).await;
+                    let Err(error) = self.exchange(&mut client).await;
                     error
                 }
                 Err(error) => error,
@@ -124,16 +124,17 @@ impl Speaker {
         }
     }
 
-    async fn converse(&mut self, client: &mut Client) -> Result<std::convert::Infallible, ClientError> {
-        self.look_up().await;
+    async fn exchange(&mut self, client: &mut Client) -> Result<std::convert::Infallible, ClientError> {
+        self.resolve_control_planes().await;
         let answer = client.ask(&Ask::Status).await?;
         let on_trial = matches!(&answer, Answer::Status(net) if net.trial.is_some());
-        self.heard(answer);
+        self.on_answer(answer);
         if self.before.is_none() {
             // The agent started during a trial, so it does not know what worked before: every probe counts.
-            self.before = Some(if on_trial { Found::new() } else { probes::all(&self.config).await });
+            self.before =
+                Some(if on_trial { ProbeResults::new() } else { probes::run_all(&self.config).await });
         }
-        self.want(client).await?;
+        self.send_desired(client).await?;
         let mut ticks = interval(SECOND);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -144,41 +145,41 @@ impl Speaker {
                         std::future::pending::<()>().await;
                     }
                     sleep(SETTLES).await;
-                    self.want(client).await?;
+                    self.send_desired(client).await?;
                 }
-                Ok(()) = self.has_all.changed() => self.want(client).await?,
+                Ok(()) = self.has_all.changed() => self.send_desired(client).await?,
                 _ = ticks.tick() => {
                     let answer = client.ask(&Ask::Well).await?;
-                    self.heard(answer);
+                    self.on_answer(answer);
                     let again = self.refused.as_ref().is_some_and(|(when, _)| when.elapsed() >= ASKS_AGAIN_AFTER);
-                    if self.look_up().await || again || self.awaits_envoy || self.may_retry {
-                        self.want(client).await?;
+                    if self.resolve_control_planes().await || again || self.awaits_envoy || self.may_retry {
+                        self.send_desired(client).await?;
                     }
-                    self.attend(client).await?;
+                    self.check_trial(client).await?;
                 }
             }
         }
     }
 
-    async fn want(&mut self, client: &mut Client) -> Result<(), ClientError> {
+    async fn send_desired(&mut self, client: &mut Client) -> Result<(), ClientError> {
         // The destinations are not complete yet, while Envoy may serve all of them: an incomplete set would end the capture of the others.
         if self.config.capture.outbound() && !*self.has_all.borrow_and_update() {
             return Ok(());
         }
-        self.awaits_envoy = self.captures_nothing() && !serves(&self.config).await;
+        self.awaits_envoy = self.captures_nothing() && !envoy_serves(&self.config).await;
         if self.awaits_envoy {
             self.status.send_modify(|status| status.reason = Some(AWAITS_ENVOY.to_owned()));
             return Ok(());
         }
         let destinations = self.destinations.borrow_and_update().clone();
-        let want = wanted(&self.config, &destinations, self.control_planes.clone());
+        let want = desired(&self.config, &destinations, self.control_planes.clone());
         let answer = client.ask(&Ask::Want(want)).await?;
         self.may_retry = false;
         self.refused = match &answer {
             Answer::Refused(why) => Some((Instant::now(), why.clone())),
             _ => None,
         };
-        self.heard(answer);
+        self.on_answer(answer);
         Ok(())
     }
 
@@ -187,8 +188,8 @@ impl Speaker {
     }
 
     /// Resolves the control planes' addresses if it is time to. Returns whether they changed.
-    async fn look_up(&mut self) -> bool {
-        if self.looked_up.is_some_and(|when| when.elapsed() < LOOKS_UP_EVERY) {
+    async fn resolve_control_planes(&mut self) -> bool {
+        if self.looked_up.is_some_and(|when| when.elapsed() < RESOLVES_EVERY) {
             return false;
         }
         self.looked_up = Some(Instant::now());
@@ -202,7 +203,7 @@ impl Speaker {
     }
 
     /// Probes, and then confirms or rolls back, if a trial is in progress.
-    async fn attend(&mut self, client: &mut Client) -> Result<(), ClientError> {
+    async fn check_trial(&mut self, client: &mut Client) -> Result<(), ClientError> {
         let net = self.status.borrow().net.clone();
         // During a bypass, nothing of the trial is in force.
         let net = net.filter(|net| net.state != protocol::State::Bypassed);
@@ -221,9 +222,9 @@ impl Speaker {
         if self.config.capture.confirm.by == Confirmer::Operator || began.elapsed() < WATCHES_FOR {
             return Ok(());
         }
-        let found = probes::all(&self.config).await;
+        let found = probes::run_all(&self.config).await;
         let before = self.before.clone().unwrap_or_default();
-        let answer = match probes::worse(&before, &found) {
+        let answer = match probes::newly_failing(&before, &found) {
             Some(lost) => {
                 debug!(trial, "not confirmed yet: {lost}");
                 // The probes may just be slow; after half of the time they count as failed.
@@ -244,11 +245,11 @@ impl Speaker {
             Answer::Refused(why) => debug!(trial, "not confirmed yet: {why}"),
             _ => {}
         }
-        self.heard(answer);
+        self.on_answer(answer);
         Ok(())
     }
 
-    fn heard(&mut self, answer: Answer) {
+    fn on_answer(&mut self, answer: Answer) {
         match answer {
             Answer::Status(net) => {
                 let was_reverted =
@@ -288,7 +289,7 @@ impl Speaker {
 }
 
 /// Reports whether Envoy serves its capture ports.
-async fn serves(config: &Config) -> bool {
+async fn envoy_serves(config: &Config) -> bool {
     let capture = &config.capture;
     for (wanted, port) in [(capture.outbound(), OUTBOUND_PORT), (capture.inbound(), INBOUND_PORT)] {
         if wanted && probe::look((Ipv4Addr::LOCALHOST, port).into()).await != Envoy::Well {

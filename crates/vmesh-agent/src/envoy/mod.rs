@@ -13,9 +13,9 @@
 //! manager nothing else would stop it.
 
 pub(crate) mod admin;
-pub(crate) mod leave;
 pub(crate) mod output;
 pub(crate) mod process;
+pub(crate) mod shutdown;
 
 use std::future::Future;
 use std::io;
@@ -32,9 +32,9 @@ use vmesh_daemon::report::one_line;
 use vmesh_daemon::{Stop, Tasks};
 
 use crate::bootstrap;
-use crate::config::{Config, Manage};
-use leave::{EXITS_WITHIN, LOOK_SOON, answers, kill};
-use process::{Launch, Process, Record};
+use crate::config::{Config, EnvoyManager};
+use process::{ChildLaunch, ChildRecord, Process};
+use shutdown::{EXITS_WITHIN, POLL_SOON, kill, wait_until_answers};
 
 const LIVE_WITHIN: Duration = Duration::from_secs(30);
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
@@ -46,8 +46,8 @@ const LOOK: Duration = Duration::from_secs(5);
 
 /// The status of the local Envoy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Status {
-    pub state: State,
+pub struct EnvoyStatus {
+    pub state: EnvoyState,
     pub pid: Option<i32>,
     pub version: Option<String>,
     /// Timestamp of the most recent change of `state`.
@@ -66,7 +66,7 @@ pub struct Status {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum EnvoyState {
     /// The agent has no configuration for Envoy yet.
     Waiting,
     Starting,
@@ -79,10 +79,10 @@ pub enum State {
     Stopped,
 }
 
-impl Default for Status {
+impl Default for EnvoyStatus {
     fn default() -> Self {
-        Status {
-            state: State::Waiting,
+        EnvoyStatus {
+            state: EnvoyState::Waiting,
             pid: None,
             version: None,
             since: SystemTime::now(),
@@ -110,11 +110,11 @@ pub enum EnvoyError {
 pub fn spawn(
     tasks: &mut Tasks,
     config: &Arc<Config>,
-    status: watch::Sender<Status>,
+    status: watch::Sender<EnvoyStatus>,
     has_config: watch::Receiver<bool>,
 ) -> Result<(), EnvoyError> {
     let mut text = bootstrap::bootstrap(config);
-    if config.envoy.manage == Manage::Child {
+    if config.envoy.manage == EnvoyManager::Child {
         // With `manage: systemd`, Envoy's unit has its own limit of open files, and its supervisor applies that.
         bootstrap::fit_to_open_files(&mut text, bootstrap::open_files());
     }
@@ -122,15 +122,15 @@ pub fn spawn(
     let path = config.bootstrap();
     // Readable for the group of the run directory: with `manage: systemd`, Envoy runs as another user.
     fsx::write_atomically(&path, text.as_bytes(), 0o640).map_err(EnvoyError::Bootstrap)?;
-    let launch = Launch {
+    let launch = ChildLaunch {
         program: config.envoy.path.clone(),
-        arguments: bootstrap::arguments(config, &path, bootstrap::Takeover::None),
+        arguments: bootstrap::arguments(config, &path, bootstrap::HotRestart::Disabled),
         bootstrap: text,
     };
-    let supervisor = Supervisor { config: config.clone(), launch, status };
+    let supervisor = ChildSupervisor { config: config.clone(), launch, status };
     match config.envoy.manage {
-        Manage::Systemd => tasks.spawn("envoy", supervisor.watch_only()),
-        Manage::Child => {
+        EnvoyManager::Systemd => tasks.spawn("envoy", supervisor.poll_supervisor()),
+        EnvoyManager::Child => {
             let fifo = supervisor.output_path();
             let failed = |cause| EnvoyError::Output { path: fifo.clone(), cause };
             output::fifo(&fifo).map_err(failed)?;
@@ -142,13 +142,13 @@ pub fn spawn(
     Ok(())
 }
 
-struct Supervisor {
+struct ChildSupervisor {
     config: Arc<Config>,
-    launch: Launch,
-    status: watch::Sender<Status>,
+    launch: ChildLaunch,
+    status: watch::Sender<EnvoyStatus>,
 }
 
-impl Supervisor {
+impl ChildSupervisor {
     fn output_path(&self) -> PathBuf {
         self.config.run_dir.join("envoy.out")
     }
@@ -157,7 +157,7 @@ impl Supervisor {
         self.config.run_dir.join("envoy.json")
     }
 
-    fn set(&self, state: State, change: impl FnOnce(&mut Status)) {
+    fn set_state(&self, state: EnvoyState, change: impl FnOnce(&mut EnvoyStatus)) {
         self.status.send_modify(|status| {
             if status.state != state {
                 status.state = state;
@@ -169,7 +169,7 @@ impl Supervisor {
     }
 
     /// Publishes the status that Envoy's supervisor reports (`manage: systemd`).
-    async fn watch_only(self) {
+    async fn poll_supervisor(self) {
         let socket = self.config.status_socket();
         loop {
             match admin::supervisor_status(&socket).await {
@@ -180,7 +180,7 @@ impl Supervisor {
                         changed
                     });
                 }
-                Err(error) => self.set(State::Down, |status| {
+                Err(error) => self.set_state(EnvoyState::Down, |status| {
                     status.pid = None;
                     status.reason = Some(format!("is vmesh-envoy.service running? {}", one_line(&error)));
                 }),
@@ -191,12 +191,12 @@ impl Supervisor {
 
     /// Starts Envoy, restarts it after a crash, and drains it at the stop (`manage: child`).
     async fn supervise(self, mut has_config: watch::Receiver<bool>, mut stop: Stop) {
-        let Some(first) = until(&mut stop, self.first(&mut has_config)).await else {
+        let Some(first) = unless_stopped(&mut stop, self.adopt_or_start(&mut has_config)).await else {
             // Stopped before an Envoy was adopted or started. Envoys on record still belong to this agent.
             if !self.config.envoy.keep_on_stop {
-                self.retire_recorded().await;
+                self.stop_recorded().await;
             }
-            self.set(State::Stopped, |status| status.pid = None);
+            self.set_state(EnvoyState::Stopped, |status| status.pid = None);
             return;
         };
         let mut running = first;
@@ -204,21 +204,21 @@ impl Supervisor {
         loop {
             let Some(mut envoy) = running.take() else {
                 running = self.start(None).await;
-                if running.is_none() && until(&mut stop, sleep(backoff)).await.is_none() {
+                if running.is_none() && unless_stopped(&mut stop, sleep(backoff)).await.is_none() {
                     break;
                 }
-                backoff = next(backoff);
+                backoff = double(backoff);
                 continue;
             };
             let began = Instant::now();
-            match until(&mut stop, self.watch(&mut envoy)).await {
+            match unless_stopped(&mut stop, self.watch(&mut envoy)).await {
                 Some(ended) => {
                     error!(pid = envoy.pid(), "Envoy ended: {ended}");
-                    self.ended(&ended);
+                    self.record_exit(&ended);
                     if began.elapsed() > STABLE {
                         backoff = FIRST_BACKOFF;
                     }
-                    if until(&mut stop, sleep(backoff)).await.is_none() {
+                    if unless_stopped(&mut stop, sleep(backoff)).await.is_none() {
                         break;
                     }
                 }
@@ -227,18 +227,18 @@ impl Supervisor {
                     return;
                 }
                 None => {
-                    self.set(State::Draining, |_| {});
-                    self.retire(&mut envoy, &self.config.admin_socket()).await;
+                    self.set_state(EnvoyState::Draining, |_| {});
+                    self.drain_and_stop(&mut envoy, &self.config.admin_socket()).await;
                     _ = std::fs::remove_file(self.record_path());
                     break;
                 }
             }
         }
-        self.set(State::Stopped, |status| status.pid = None);
+        self.set_state(EnvoyState::Stopped, |status| status.pid = None);
     }
 
-    fn ended(&self, how: &str) {
-        self.set(State::Down, |status| {
+    fn record_exit(&self, how: &str) {
+        self.set_state(EnvoyState::Down, |status| {
             status.restarts += 1;
             status.pid = None;
             status.adopted = false;
@@ -247,10 +247,10 @@ impl Supervisor {
     }
 
     /// Returns the first Envoy: one that an earlier agent left, or a new one once there is a configuration to serve.
-    async fn first(&self, has_config: &mut watch::Receiver<bool>) -> Option<Process> {
-        let left = Record::load(&self.record_path());
+    async fn adopt_or_start(&self, has_config: &mut watch::Receiver<bool>) -> Option<Process> {
+        let left = ChildRecord::load(&self.record_path());
         let left = match left {
-            Some(record) => Some(self.settle(record).await),
+            Some(record) => Some(self.complete_handover(record).await),
             None => None,
         };
         if let Some((record, mut envoy)) =
@@ -258,13 +258,13 @@ impl Supervisor {
         {
             let socket = self.config.admin_socket();
             // A long wait: right after a boot or under load, Envoy may take its time to answer.
-            let answers = answers(&socket, envoy.pid(), Instant::now() + EXITS_WITHIN).await;
+            let answers = wait_until_answers(&socket, envoy.pid(), Instant::now() + EXITS_WITHIN).await;
             if !answers {
                 warn!(pid = envoy.pid(), "the Envoy of an earlier agent does not answer and is replaced");
                 kill(&mut envoy).await;
             } else if record.launch == self.launch {
                 info!(pid = envoy.pid(), "took over the Envoy of an earlier agent");
-                self.set(State::Starting, |status| {
+                self.set_state(EnvoyState::Starting, |status| {
                     status.pid = Some(envoy.pid());
                     status.adopted = true;
                 });
@@ -279,7 +279,7 @@ impl Supervisor {
                 return Some(self.hand_over(envoy).await);
             }
         }
-        self.set(State::Waiting, |status| {
+        self.set_state(EnvoyState::Waiting, |status| {
             status.reason = Some("there is no configuration to serve yet".to_owned())
         });
         _ = has_config.wait_for(|has| *has).await;
@@ -288,58 +288,58 @@ impl Supervisor {
 
     /// Completes a handover that an earlier agent left unfinished. The younger of the two Envoys on record is kept if it is live; otherwise
     /// the older one is kept.
-    async fn settle(&self, record: Record) -> Record {
-        let (socket, aside) = (self.config.admin_socket(), self.aside());
+    async fn complete_handover(&self, record: ChildRecord) -> ChildRecord {
+        let (socket, aside) = (self.config.admin_socket(), self.old_admin_socket());
         if let Some(mut old) = record.before.as_ref().and_then(Process::identified) {
             let mut new = Process::recorded(&record);
             let is_live = admin::server_info(&socket).await.is_ok_and(|info| info.state == "LIVE")
                 && new.as_ref().map(Process::pid) == admin::listening_pid(&socket).await;
             if is_live {
                 warn!(pid = old.pid(), "an earlier agent left an Envoy that was to take its leave");
-                self.retire(&mut old, &aside).await;
+                self.drain_and_stop(&mut old, &aside).await;
             } else {
                 if let Some(new) = &mut new {
                     warn!(pid = new.pid(), "an earlier agent left an Envoy that is not live, and is ended");
                     kill(new).await;
                 }
                 _ = std::fs::rename(&aside, &socket);
-                return self.keep_old(&old, record);
+                return self.record_old(&old, record);
             }
         } else if let Some(old) = Process::recorded(&record)
             && admin::listening_pid(&aside).await == Some(old.pid())
         {
             _ = std::fs::rename(&aside, &socket);
         }
-        let record = Record { before: None, ..record };
+        let record = ChildRecord { before: None, ..record };
         _ = record.save(&self.record_path());
         record
     }
 
     /// Records that `old` keeps serving. Its launch is recorded with an empty bootstrap, so that the next agent replaces it.
-    fn keep_old(&self, old: &Process, record: Record) -> Record {
-        let record = old.record(&Launch { bootstrap: String::new(), ..record.launch });
+    fn record_old(&self, old: &Process, record: ChildRecord) -> ChildRecord {
+        let record = old.record(&ChildLaunch { bootstrap: String::new(), ..record.launch });
         _ = record.save(&self.record_path());
         record
     }
 
     /// Drains and stops the Envoys on record.
-    async fn retire_recorded(&self) {
-        let Some(record) = Record::load(&self.record_path()) else { return };
-        let aside = self.aside();
+    async fn stop_recorded(&self) {
+        let Some(record) = ChildRecord::load(&self.record_path()) else { return };
+        let aside = self.old_admin_socket();
         if let Some(mut old) = record.before.as_ref().and_then(Process::identified) {
-            self.retire(&mut old, &aside).await;
+            self.drain_and_stop(&mut old, &aside).await;
         }
         if let Some(mut envoy) = Process::recorded(&record) {
             let socket = self.config.admin_socket();
             let is_aside = admin::listening_pid(&aside).await == Some(envoy.pid());
-            self.retire(&mut envoy, if is_aside { &aside } else { &socket }).await;
+            self.drain_and_stop(&mut envoy, if is_aside { &aside } else { &socket }).await;
         }
         _ = std::fs::remove_file(&aside);
         _ = std::fs::remove_file(self.record_path());
     }
 
     /// Returns the path to which the old Envoy's admin socket is moved during a handover.
-    fn aside(&self) -> PathBuf {
+    fn old_admin_socket(&self) -> PathBuf {
         self.config.admin_socket().with_extension("sock.old")
     }
 
@@ -349,11 +349,12 @@ impl Supervisor {
         match started {
             Ok(envoy) => {
                 info!(pid = envoy.pid(), "started {}", self.launch.program.display());
-                let record = Record { before: before.map(Process::identity), ..envoy.record(&self.launch) };
+                let record =
+                    ChildRecord { before: before.map(Process::identity), ..envoy.record(&self.launch) };
                 if let Err(error) = record.save(&self.record_path()) {
                     warn!("a restarted agent will not find this Envoy: {}", one_line(&error));
                 }
-                self.set(State::Starting, |status| {
+                self.set_state(EnvoyState::Starting, |status| {
                     status.pid = Some(envoy.pid());
                     status.adopted = false;
                 });
@@ -364,7 +365,7 @@ impl Supervisor {
                 error!(
                     "could not start {program}: {error}; `envoy.path` in the configuration says where Envoy is"
                 );
-                self.set(State::Down, |status| {
+                self.set_state(EnvoyState::Down, |status| {
                     status.reason = Some(format!("could not start {program}: {error}"))
                 });
                 None
@@ -375,20 +376,20 @@ impl Supervisor {
     /// Replaces `old` by an Envoy with the current configuration. If the new one does not become live, `old` stays.
     async fn hand_over(&self, mut old: Process) -> Process {
         let socket = self.config.admin_socket();
-        let aside = self.aside();
+        let aside = self.old_admin_socket();
         // A bound Unix socket keeps listening after a rename. The new Envoy creates its own socket at the original path.
         _ = std::fs::rename(&socket, &aside);
         let mut new = self.start(Some(&old)).await;
         let live = match &mut new {
             Some(new) => tokio::select! {
-                live = self.live(Instant::now() + LIVE_WITHIN) => live,
+                live = self.wait_until_live(Instant::now() + LIVE_WITHIN) => live,
                 ended = new.exited() => Err(ended),
             },
             None => Err("it could not be started".to_owned()),
         };
         match (new, live) {
             (Some(new), Ok(())) => {
-                self.retire(&mut old, &aside).await;
+                self.drain_and_stop(&mut old, &aside).await;
                 _ = std::fs::remove_file(&aside);
                 _ = new.record(&self.launch).save(&self.record_path());
                 new
@@ -400,10 +401,10 @@ impl Supervisor {
                     kill(&mut new).await;
                 }
                 _ = std::fs::rename(&aside, &socket);
-                if let Some(record) = Record::load(&self.record_path()) {
-                    self.keep_old(&old, record);
+                if let Some(record) = ChildRecord::load(&self.record_path()) {
+                    self.record_old(&old, record);
                 }
-                self.set(State::Starting, |status| {
+                self.set_state(EnvoyState::Starting, |status| {
                     status.pid = Some(old.pid());
                     status.adopted = true;
                 });
@@ -412,7 +413,7 @@ impl Supervisor {
         }
     }
 
-    async fn live(&self, deadline: Instant) -> Result<(), String> {
+    async fn wait_until_live(&self, deadline: Instant) -> Result<(), String> {
         let mut last = "no answer".to_owned();
         while Instant::now() < deadline {
             match admin::server_info(&self.config.admin_socket()).await {
@@ -420,7 +421,7 @@ impl Supervisor {
                 Ok(info) => last = info.state,
                 Err(error) => last = one_line(&error),
             }
-            sleep(LOOK_SOON).await;
+            sleep(POLL_SOON).await;
         }
         Err(format!("not live after {} s: {last}", LIVE_WITHIN.as_secs()))
     }
@@ -429,7 +430,7 @@ impl Supervisor {
     async fn watch(&self, envoy: &mut Process) -> String {
         let looks = async {
             loop {
-                let pause = self.look().await;
+                let pause = self.poll().await;
                 sleep(pause).await;
             }
         };
@@ -440,44 +441,44 @@ impl Supervisor {
     }
 
     /// Polls Envoy's admin interface and updates the status. Returns the pause until the next poll.
-    async fn look(&self) -> Duration {
+    async fn poll(&self) -> Duration {
         let was = self.status.borrow().state;
         match admin::server_info(&self.config.admin_socket()).await {
             Ok(info) if info.state == "LIVE" => {
-                if was != State::Live {
+                if was != EnvoyState::Live {
                     info!(version = info.version(), "Envoy is live");
                 }
-                self.set(State::Live, |status| status.version = Some(info.version().to_owned()));
+                self.set_state(EnvoyState::Live, |status| status.version = Some(info.version().to_owned()));
                 LOOK
             }
             Ok(info) => {
-                self.set(State::Starting, |status| {
+                self.set_state(EnvoyState::Starting, |status| {
                     status.version = Some(info.version().to_owned());
                     status.reason = Some(info.state);
                 });
-                LOOK_SOON
+                POLL_SOON
             }
             Err(error) => {
                 // A starting Envoy has not bound its admin socket yet, so silence is expected.
-                if was != State::Starting {
-                    self.set(State::Silent, |status| status.reason = Some(one_line(&error)));
+                if was != EnvoyState::Starting {
+                    self.set_state(EnvoyState::Silent, |status| status.reason = Some(one_line(&error)));
                 }
-                LOOK_SOON
+                POLL_SOON
             }
         }
     }
 
-    async fn retire(&self, envoy: &mut Process, socket: &Path) {
-        leave::retire(envoy, socket, self.config.envoy.drain.0).await;
+    async fn drain_and_stop(&self, envoy: &mut Process, socket: &Path) {
+        shutdown::drain_and_stop(envoy, socket, self.config.envoy.drain.0).await;
     }
 }
 
-pub(crate) fn next(backoff: Duration) -> Duration {
+pub(crate) fn double(backoff: Duration) -> Duration {
     (backoff * 2).min(LAST_BACKOFF)
 }
 
 /// Runs `work`; returns `None` if the daemon is told to stop before `work` completes.
-pub(crate) async fn until<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn unless_stopped<T>(stop: &mut Stop, work: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
         done = work => Some(done),
         () = stop.requested() => None,

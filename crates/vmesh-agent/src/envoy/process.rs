@@ -22,7 +22,7 @@ use vmesh_daemon::fsx;
 
 /// The inputs that an Envoy is started with. Two Envoys with equal inputs are interchangeable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Launch {
+pub(crate) struct ChildLaunch {
     pub(crate) program: PathBuf,
     pub(crate) arguments: Vec<String>,
     pub(crate) bootstrap: String,
@@ -30,7 +30,7 @@ pub(crate) struct Launch {
 
 /// Identifies a process. A pid alone may be reused; together with the boot and the start time it is unique.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Identity {
+pub(crate) struct ProcessIdentity {
     pub(crate) pid: i32,
     /// Clock ticks between boot and the start of the process (field 22 of proc_pid_stat(5)).
     pub(crate) started: u64,
@@ -39,13 +39,13 @@ pub(crate) struct Identity {
 
 /// The record on disk of a running Envoy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct ChildRecord {
     #[serde(flatten)]
-    pub(crate) identity: Identity,
-    pub(crate) launch: Launch,
+    pub(crate) identity: ProcessIdentity,
+    pub(crate) launch: ChildLaunch,
     /// The Envoy that it replaces, during a handover.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) before: Option<Identity>,
+    pub(crate) before: Option<ProcessIdentity>,
 }
 
 const MAX_RECORD: u64 = 16 << 20;
@@ -62,7 +62,7 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts `launch`, with its output redirected to `output`.
-    pub(crate) fn start(launch: &Launch, output: OwnedFd) -> io::Result<Process> {
+    pub(crate) fn start(launch: &ChildLaunch, output: OwnedFd) -> io::Result<Process> {
         let mut command = Command::new(&launch.program);
         command.args(&launch.arguments);
         Process::spawn(command, output)
@@ -95,23 +95,23 @@ impl Process {
         self.pid.as_raw_nonzero().get()
     }
 
-    pub(crate) fn record(&self, launch: &Launch) -> Record {
-        Record { identity: self.identity(), launch: launch.clone(), before: None }
+    pub(crate) fn record(&self, launch: &ChildLaunch) -> ChildRecord {
+        ChildRecord { identity: self.identity(), launch: launch.clone(), before: None }
     }
 
-    pub(crate) fn identity(&self) -> Identity {
-        Identity { pid: self.pid(), started: self.started, boot: boot() }
+    pub(crate) fn identity(&self) -> ProcessIdentity {
+        ProcessIdentity { pid: self.pid(), started: self.started, boot: boot() }
     }
 
     /// Returns the process that `identity` describes, if it still runs.
-    pub(crate) fn identified(identity: &Identity) -> Option<Process> {
+    pub(crate) fn identified(identity: &ProcessIdentity) -> Option<Process> {
         let process = Process::find(identity.pid)?;
         (process.started == identity.started && boot() == identity.boot && !process.is_zombie())
             .then_some(process)
     }
 
     /// Returns the process that `record` describes, if it still runs.
-    pub(crate) fn recorded(record: &Record) -> Option<Process> {
+    pub(crate) fn recorded(record: &ChildRecord) -> Option<Process> {
         Process::identified(&record.identity)
     }
 
@@ -157,19 +157,19 @@ fn handle(pid: Pid) -> io::Result<Option<AsyncFd<OwnedFd>>> {
     }
 }
 
-struct Stat {
+struct ProcStat {
     state: String,
     started: u64,
 }
 
 /// Reads proc_pid_stat(5). The command name in parentheses may itself contain spaces and parentheses.
-fn stat(pid: Pid) -> Option<Stat> {
+fn stat(pid: Pid) -> Option<ProcStat> {
     let text = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
     let (_, fields) = text.rsplit_once(')')?;
     let mut fields = fields.split_whitespace();
     let state = fields.next()?.to_owned();
     // The state is field 3, the start time is field 22.
-    Some(Stat { state, started: fields.nth(18)?.parse().ok()? })
+    Some(ProcStat { state, started: fields.nth(18)?.parse().ok()? })
 }
 
 fn started(pid: Pid) -> Option<u64> {
@@ -180,8 +180,8 @@ fn boot() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-impl Record {
-    pub(crate) fn load(path: &Path) -> Option<Record> {
+impl ChildRecord {
+    pub(crate) fn load(path: &Path) -> Option<ChildRecord> {
         let bytes = match fsx::read_capped(path, MAX_RECORD) {
             Ok(bytes) => bytes,
             Err(error) if error.is_not_found() => return None,
@@ -208,9 +208,12 @@ impl Record {
 mod tests {
     use super::*;
 
-    fn sleeper() -> (Launch, Process) {
-        let launch =
-            Launch { program: "/bin/sleep".into(), arguments: vec!["60".into()], bootstrap: String::new() };
+    fn sleeper() -> (ChildLaunch, Process) {
+        let launch = ChildLaunch {
+            program: "/bin/sleep".into(),
+            arguments: vec!["60".into()],
+            bootstrap: String::new(),
+        };
         let null = std::fs::File::create("/dev/null").unwrap();
         let process = Process::start(&launch, null.into()).unwrap();
         (launch, process)
@@ -233,9 +236,10 @@ mod tests {
         let record = process.record(&launch);
         let identity = record.identity;
         assert!(
-            Process::identified(&Identity { started: identity.started + 1, ..identity.clone() }).is_none()
+            Process::identified(&ProcessIdentity { started: identity.started + 1, ..identity.clone() })
+                .is_none()
         );
-        assert!(Process::identified(&Identity { boot: "another".into(), ..identity }).is_none());
+        assert!(Process::identified(&ProcessIdentity { boot: "another".into(), ..identity }).is_none());
         process.signal(Signal::KILL);
         process.exited().await;
     }

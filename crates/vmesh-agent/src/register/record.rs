@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use vmesh_consul::{Check, CheckStatus, Registration, Weights};
 use vmesh_model::{Labels, ServiceName};
 
-use super::InConsul;
+use super::ConsulSettings;
 
 /// The data of one workload that a registry receives.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -157,7 +157,11 @@ pub(crate) fn check_id(instance: &Instance) -> String {
 
 /// Returns the Consul registration of `instance`. It has a TTL check: if the agent dies, the instance becomes critical, which means
 /// unhealthy, and is not removed.
-pub(crate) fn consul(instance: &Instance, settings: &InConsul, status: CheckStatus) -> Registration {
+pub(crate) fn consul_registration(
+    instance: &Instance,
+    settings: &ConsulSettings,
+    status: CheckStatus,
+) -> Registration {
     let meta =
         instance.metadata().into_iter().filter_map(|(key, value)| Some((key, value.as_str()?.to_owned())));
     Registration {
@@ -258,12 +262,12 @@ mod tests {
 
     #[test]
     fn consul_is_told_of_a_check_that_lapses() {
-        let settings = InConsul {
+        let settings = ConsulSettings {
             tags: vec!["a".to_owned()],
             gone_after: Some(Time(Duration::from_secs(600))),
-            ..InConsul::default()
+            ..ConsulSettings::default()
         };
-        let registration = consul(&example(), &settings, CheckStatus::Passing);
+        let registration = consul_registration(&example(), &settings, CheckStatus::Passing);
         expect![[r#"{"ID":"web-17-8080","Name":"orders","Tags":["a"],"Meta":{"protocol":"http","rack":"r7","version":"v2","zone":"eu-1a"},"Address":"10.0.1.17","Port":8080,"Weights":{"Passing":3,"Warning":1},"Checks":[{"CheckID":"vmesh:web-17-8080","Name":"vmesh-agent's check of orders","TTL":"30000ms","Status":"passing","DeregisterCriticalServiceAfter":"600000ms"}]}"#]].assert_eq(&serde_json::to_string(&registration).unwrap());
     }
 }

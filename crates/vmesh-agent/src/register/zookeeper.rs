@@ -8,19 +8,19 @@ use vmesh_zookeeper::holder::{Standing, Wanted as Node};
 use vmesh_zookeeper::{Config, Holder};
 
 use super::record::{self, Instance, Znode};
-use super::{InZookeeper, Report, State, Want, Wanted};
+use super::{DesiredState, RegistrationInputs, RegistrationState, StatusPublisher, ZookeeperSettings};
 
 /// Longest wait for the deletion of a node. If it fails, the node disappears with its session.
-const GONE_WITHIN: Duration = Duration::from_secs(10);
+const DELETED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Keeps `instance` registered while its application is healthy. At the stop, with `leave`, the instance is withdrawn: it drains for that
 /// time first, or, if the format cannot express that, is deleted before that time.
-pub(super) async fn keep(
+pub(super) async fn maintain(
     config: Config,
     instance: Instance,
-    settings: InZookeeper,
-    mut wanted: Wanted,
-    report: Report,
+    settings: ZookeeperSettings,
+    mut inputs: RegistrationInputs,
+    report: StatusPublisher,
     leave: Option<Duration>,
     mut stop: Stop,
 ) {
@@ -28,35 +28,37 @@ pub(super) async fn keep(
     let record = |drains| record::znode(settings.format, &instance, since, drains);
     let mut held: Option<Holder> = None;
     loop {
-        let want = wanted.now();
-        match (want, &held) {
-            (Want::Well, None) => {
+        let desired = inputs.desired();
+        match (desired, &held) {
+            (DesiredState::Healthy, None) => {
                 let Znode { child, sequential, data } = record(false);
                 let path = format!("{}/{child}", settings.path);
                 let node = Node { path, data: data.into(), sequential };
                 match Holder::start(config.clone(), node, |_| {}) {
                     Ok(holder) => held = Some(holder),
-                    Err(why) => report.set(State::Failing, Some(why)),
+                    Err(why) => report.set(RegistrationState::Failing, Some(why)),
                 }
             }
-            (Want::Well, Some(holder)) => holder.update(record(false).data.into()),
-            (Want::Drained, Some(holder)) if settings.format.can_drain() => {
+            (DesiredState::Healthy, Some(holder)) => holder.update(record(false).data.into()),
+            (DesiredState::Draining, Some(holder)) if settings.format.can_drain() => {
                 holder.update(record(true).data.into());
             }
-            (Want::Ill | Want::Drained, Some(_)) => withdraw(&mut held, &report).await,
+            (DesiredState::Unhealthy | DesiredState::Draining, Some(_)) => withdraw(&mut held, &report).await,
             _ => {}
         }
-        match (want, held.as_ref().map(Holder::standing)) {
-            (_, Some(Standing::Waiting(why))) => report.set(State::Failing, Some(why.to_string())),
-            (Want::Drained, _) => report.set(State::Draining, None),
-            (_, Some(Standing::Held(_))) => report.set(State::Registered, None),
-            (Want::Nothing, _) => report.set(State::Waiting, None),
-            (Want::Ill, _) => report.set(State::Ill, None),
-            (Want::Well, _) => {}
+        match (desired, held.as_ref().map(Holder::standing)) {
+            (_, Some(Standing::Waiting(why))) => {
+                report.set(RegistrationState::Failing, Some(why.to_string()))
+            }
+            (DesiredState::Draining, _) => report.set(RegistrationState::Draining, None),
+            (_, Some(Standing::Held(_))) => report.set(RegistrationState::Registered, None),
+            (DesiredState::Unknown, _) => report.set(RegistrationState::Waiting, None),
+            (DesiredState::Unhealthy, _) => report.set(RegistrationState::Unhealthy, None),
+            (DesiredState::Healthy, _) => {}
         }
         tokio::select! {
-            () = wanted.changed() => {}
-            () = stands_otherwise(&mut held) => {}
+            () = inputs.changed() => {}
+            () = wait_for_change(&mut held) => {}
             () = stop.requested() => break,
         }
     }
@@ -67,30 +69,30 @@ pub(super) async fn keep(
         return;
     };
     let Some(holder) = &held else {
-        report.set(State::Withdrawn, None);
+        report.set(RegistrationState::Withdrawn, None);
         return;
     };
     if settings.format.can_drain() {
         holder.update(record(true).data.into());
-        report.set(State::Draining, None);
+        report.set(RegistrationState::Draining, None);
         sleep(settle).await;
         withdraw(&mut held, &report).await;
     } else {
         withdraw(&mut held, &report).await;
         sleep(settle).await;
     }
-    report.set(State::Withdrawn, None);
+    report.set(RegistrationState::Withdrawn, None);
 }
 
-async fn withdraw(held: &mut Option<Holder>, report: &Report) {
+async fn withdraw(held: &mut Option<Holder>, report: &StatusPublisher) {
     if let Some(holder) = held.take()
-        && let Err(error) = holder.withdraw(GONE_WITHIN).await
+        && let Err(error) = holder.withdraw(DELETED_WITHIN).await
     {
-        report.set(State::Failing, Some(error.line()));
+        report.set(RegistrationState::Failing, Some(error.line()));
     }
 }
 
-async fn stands_otherwise(held: &mut Option<Holder>) {
+async fn wait_for_change(held: &mut Option<Holder>) {
     match held {
         Some(holder) => _ = holder.changed().await,
         None => std::future::pending().await,

@@ -39,7 +39,7 @@
 //! |---------------|-------------------------------------------------------------------------------------|
 //! | `adopt`       | adopts the Envoys that an earlier supervisor started                                |
 //! | `start`       | starts an Envoy when none serves; how each Envoy is started                         |
-//! | `watch`       | polls the serving Envoy, and watches its files on disk                              |
+//! | `monitor`     | polls the serving Envoy, and watches its files on disk                              |
 //! | `handover`    | replaces the serving Envoy, or rolls back                                           |
 //! | `drain`       | drains old Envoys; stops all of them at the end                                     |
 //! | [`plan`]      | the decisions, without I/O                                                          |
@@ -49,18 +49,18 @@
 //! | `supervised`, `orphan`, `shm`, `clients` | one Envoy: its record, its parent process, its shared memory, its clients |
 
 mod adopt;
-mod attend;
-mod begin;
 mod clients;
-mod farewell;
-mod member;
+mod drain;
+mod handover;
+mod liveness;
+mod monitor;
 mod orphan;
 mod plan;
 mod ports;
-mod serving;
 mod shm;
+mod start;
 mod status;
-mod takeover;
+mod supervised;
 mod trial;
 
 use std::fs::{DirBuilder, File};
@@ -81,20 +81,20 @@ use vmesh_daemon::{Stop, Tasks, systemd};
 use vmesh_net::protocol::Ask;
 
 use crate::config::Config;
-use crate::envoy::{State, next, output, until};
-use farewell::Leaver;
-use member::{Kept, Launch, LaunchId, Member, Record};
-use takeover::Why;
-use trial::Stamp;
+use crate::envoy::{EnvoyState, double, output, unless_stopped};
+use drain::DrainingEnvoy;
+use handover::ReloadReason;
+use supervised::{EnvoyRecord, Launch, LaunchId, SupervisedEnvoy, SupervisorRecord};
+use trial::FileStamp;
 
 pub use orphan::step;
 
 /// Checks that `program` is an Envoy that runs on this host. The error gives the reason if the check fails.
 pub async fn ask_binary(program: &Path) -> Result<(), String> {
-    trial::ask(program).await.map(drop).map_err(|unusable| unusable.why)
+    trial::query_versions(program).await.map(drop).map_err(|unusable| unusable.reason)
 }
 
-pub use status::{Failure, Leaving, Status};
+pub use status::{DrainingEnvoyStatus, SupervisorFailure, SupervisorStatus};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LAST_BACKOFF: Duration = Duration::from_secs(10);
@@ -103,13 +103,13 @@ const STABLE: Duration = Duration::from_secs(60);
 /// Interval at which the binary and the bootstrap on disk are checked.
 const TICK: Duration = Duration::from_secs(1);
 /// Longest wait for vmesh-net's answer. The restart of Envoy does not depend on this answer.
-const TELLS_WITHIN: Duration = Duration::from_millis(300);
+const NOTIFIES_WITHIN: Duration = Duration::from_millis(300);
 /// Time beyond the parent shutdown time after which the supervisor kills an old Envoy. Usually the successor terminates its predecessor;
 /// the supervisor does so when the successor is gone.
 const PARENT_GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
+pub enum SupervisorStartError {
     #[error("could not make {} (`envoy.run_dir`)", .path.display())]
     Directory {
         path: PathBuf,
@@ -117,7 +117,7 @@ pub enum StartError {
         cause: io::Error,
     },
     #[error("another `vmesh-agent envoy` runs with {}: give each an `envoy.run_dir` of its own", .0.display())]
-    Taken(PathBuf),
+    InUse(PathBuf),
     #[error("could not make {}", .path.display())]
     Make {
         path: PathBuf,
@@ -133,50 +133,50 @@ pub enum StartError {
 }
 
 /// A running supervisor of Envoy.
-pub struct Running {
+pub struct RunningSupervisor {
     pub tasks: Tasks,
-    pub status: watch::Receiver<Status>,
+    pub status: watch::Receiver<SupervisorStatus>,
     /// The lock on the run directory, held until this value is dropped.
     pub lock: File,
 }
 
-impl Running {
+impl RunningSupervisor {
     /// Binds the status socket and starts the tasks. `file` is the path that `config` was loaded from; each reload loads it again.
-    pub fn start(file: &Path, config: Config) -> Result<Running, StartError> {
-        if config.envoy.manage == crate::config::Manage::Child {
-            return Err(StartError::Child);
+    pub fn start(file: &Path, config: Config) -> Result<RunningSupervisor, SupervisorStartError> {
+        if config.envoy.manage == crate::config::EnvoyManager::Child {
+            return Err(SupervisorStartError::Child);
         }
-        let hangups = signal(SignalKind::hangup()).map_err(StartError::Signal)?;
+        let hangups = signal(SignalKind::hangup()).map_err(SupervisorStartError::Signal)?;
         let dir = config.envoy.run_dir.clone();
         let made = DirBuilder::new().recursive(true).mode(0o750).create(&dir);
-        made.map_err(|cause| StartError::Directory { path: dir.clone(), cause })?;
+        made.map_err(|cause| SupervisorStartError::Directory { path: dir.clone(), cause })?;
         let path = dir.join("supervisor.lock");
-        let lock = crate::lock(&path).map_err(|cause| StartError::Make { path, cause })?;
-        let lock = lock.ok_or_else(|| StartError::Taken(dir.clone()))?;
+        let lock = crate::lock(&path).map_err(|cause| SupervisorStartError::Make { path, cause })?;
+        let lock = lock.ok_or_else(|| SupervisorStartError::InUse(dir.clone()))?;
         // Sweep only after locking: from here on, temporary files in the directory belong to this process.
         _ = fsx::sweep(&dir);
         let socket = config.status_socket();
         let listener = vmesh_daemon::sockets::listen(&socket)
-            .map_err(|cause| StartError::Make { path: socket.clone(), cause })?;
+            .map_err(|cause| SupervisorStartError::Make { path: socket.clone(), cause })?;
         let fifo = dir.join("envoy.out");
-        let failed = |cause| StartError::Make { path: fifo.clone(), cause };
+        let failed = |cause| SupervisorStartError::Make { path: fifo.clone(), cause };
         output::fifo(&fifo).map_err(failed)?;
         let reader = output::reader(&fifo).map_err(failed)?;
 
         let mut tasks = Tasks::new();
-        let (sender, status) = watch::channel(Status::default());
-        let known = status::Known { status: status.clone(), admin: dir.join("admin.sock") };
+        let (sender, status) = watch::channel(SupervisorStatus::default());
+        let known = status::StatusContext { status: status.clone(), admin: dir.join("admin.sock") };
         tasks.spawn("envoy output", output::log(reader));
         // The status task is dropped, not drained, at the stop: it reports the progress of the drain until the end, and a client with an
         // unfinished request cannot delay the exit.
         tasks.spawn("status", status::serve(listener, known));
-        tasks.spawn("systemd", tell_systemd(status.clone()));
+        tasks.spawn("systemd", report_to_systemd(status.clone()));
         tasks.spawn("watchdog", systemd::watchdog());
         let file = file.to_owned();
         tasks.spawn_draining("envoys", |stop| {
             let supervisor = Supervisor {
                 file,
-                record: dir.join("envoys.json"),
+                record_path: dir.join("envoys.json"),
                 output: fifo,
                 dir,
                 config: Arc::new(config),
@@ -185,24 +185,24 @@ impl Running {
                 stop,
                 last_number: 0,
                 serving: None,
-                leavers: Vec::new(),
-                leaving: JoinSet::new(),
+                draining: Vec::new(),
+                drain_tasks: JoinSet::new(),
                 strays: Vec::new(),
-                wanted: None,
-                refused: None,
-                impatient: false,
-                good: None,
+                pending_reload: None,
+                rejected_launch: None,
+                is_reload_urgent: false,
+                last_good_launch: None,
                 live_since: None,
-                crashed: None,
+                recent_crashes: None,
                 regain_at: Instant::now(),
                 regain_pause: FIRST_BACKOFF,
-                seen_binary: None,
-                asking: JoinSet::new(),
-                ports: ports::Held::default(),
+                reported_binary: None,
+                version_queries: JoinSet::new(),
+                ports: ports::ReservedPorts::default(),
             };
             supervisor.run()
         });
-        Ok(Running { tasks, status, lock })
+        Ok(RunningSupervisor { tasks, status, lock })
     }
 
     /// Returns the longest time that the tasks may take to stop: the drain of Envoy, preceded by the end of a reload in progress, which
@@ -212,12 +212,12 @@ impl Running {
     }
 }
 
-async fn tell_systemd(mut status: watch::Receiver<Status>) {
+async fn report_to_systemd(mut status: watch::Receiver<SupervisorStatus>) {
     let mut ready = false;
     loop {
         let (line, live) = {
             let status = status.borrow_and_update();
-            (status.line(), status.envoy.state == State::Live)
+            (status.line(), status.envoy.state == EnvoyState::Live)
         };
         if live && !ready {
             ready = true;
@@ -236,66 +236,66 @@ struct Supervisor {
     file: PathBuf,
     config: Arc<Config>,
     dir: PathBuf,
-    record: PathBuf,
+    record_path: PathBuf,
     output: PathBuf,
-    status: watch::Sender<Status>,
+    status: watch::Sender<SupervisorStatus>,
     hangups: Signal,
     stop: Stop,
     last_number: u64,
-    serving: Option<Member>,
+    serving: Option<SupervisedEnvoy>,
     /// The Envoys that drain, each with a task in `drain_tasks`.
-    leavers: Vec<Leaver>,
-    leaving: JoinSet<u64>,
+    draining: Vec<DrainingEnvoy>,
+    drain_tasks: JoinSet<u64>,
     /// Running Envoys of this directory that the record does not list. They are drained once another Envoy is live.
-    strays: Vec<Member>,
-    wanted: Option<Why>,
+    strays: Vec<SupervisedEnvoy>,
+    pending_reload: Option<ReloadReason>,
     /// The launch (bootstrap and binary) that failed in a reload, so that it is not tried again until it changes.
-    refused: Option<LaunchId>,
+    rejected_launch: Option<LaunchId>,
     /// SIGHUP arrived while a reload was waiting: the reload must not wait any longer.
-    impatient: bool,
+    is_reload_urgent: bool,
     /// The launch that was live for [`STABLE`], or the first one that became live.
-    good: Option<Launch>,
+    last_good_launch: Option<Launch>,
     live_since: Option<Instant>,
     /// The launch that failed to start or crashed early, and the number of such failures in a row.
-    crashed: Option<(LaunchId, u32)>,
+    recent_crashes: Option<(LaunchId, u32)>,
     /// Time of the next attempt to replace an Envoy whose admin interface is closed, and the pause after that attempt.
     regain_at: Instant,
     regain_pause: Duration,
     /// The binary on disk that the status last reported as waiting.
-    seen_binary: Option<Stamp>,
+    reported_binary: Option<FileStamp>,
     /// Runs a new binary with `--version`. The binary may hang, so this runs beside the main loop.
-    asking: JoinSet<(Stamp, String)>,
-    ports: ports::Held,
+    version_queries: JoinSet<(FileStamp, String)>,
+    ports: ports::ReservedPorts,
 }
 
 impl Supervisor {
     async fn run(mut self) {
-        self.ports.hold_those_of(&self.config.capture);
-        self.adopt().await;
+        self.ports.reserve_for(&self.config.capture);
+        self.adopt_recorded().await;
         let mut backoff = FIRST_BACKOFF;
         while !self.stop.is_requested() {
             let began = Instant::now();
             if self.serving.is_none() {
-                self.begin().await;
+                self.start_first().await;
             }
             if self.serving.is_some() {
-                let Some(ended) = self.attend().await else { break };
-                self.ended(&ended);
-                self.tell_net().await;
+                let Some(ended) = self.watch_serving().await else { break };
+                self.record_exit(&ended);
+                self.notify_vmesh_net().await;
                 if began.elapsed() > STABLE {
                     backoff = FIRST_BACKOFF;
                 }
             }
             let mut stop = self.stop.clone();
-            if until(&mut stop, sleep(backoff)).await.is_none() {
+            if unless_stopped(&mut stop, sleep(backoff)).await.is_none() {
                 break;
             }
-            backoff = next(backoff).min(LAST_BACKOFF);
+            backoff = double(backoff).min(LAST_BACKOFF);
         }
-        self.end().await;
+        self.stop_all().await;
     }
 
-    fn set(&self, state: State, change: impl FnOnce(&mut Status)) {
+    fn set_state(&self, state: EnvoyState, change: impl FnOnce(&mut SupervisorStatus)) {
         self.status.send_modify(|status| {
             if status.envoy.state != state {
                 status.envoy.state = state;
@@ -306,74 +306,76 @@ impl Supervisor {
         });
     }
 
-    fn failed(&self, what: String) {
+    fn set_failure(&self, what: String) {
         self.status.send_modify(|status| {
-            status.last_failure = Some(Failure { at: SystemTime::now(), what });
+            status.last_failure = Some(SupervisorFailure { at: SystemTime::now(), what });
         });
     }
 
-    fn ended(&mut self, how: &str) {
-        let Some(member) = self.serving.take() else { return };
-        error!(pid = member.pid(), "Envoy ended: {how}");
+    fn record_exit(&mut self, how: &str) {
+        let Some(envoy) = self.serving.take() else { return };
+        error!(pid = envoy.pid(), "Envoy ended: {how}");
         if self.live_since.is_none_or(|since| since.elapsed() < STABLE) {
-            self.has_crashed(&member.launch);
+            self.count_crash(&envoy.launch);
         }
-        self.set(State::Down, |status| {
+        self.set_state(EnvoyState::Down, |status| {
             status.envoy.restarts += 1;
             status.envoy.pid = None;
             status.envoy.adopted = false;
             status.envoy.reason = Some(how.to_owned());
             status.epoch = None;
         });
-        self.failed(format!("Envoy ended: {how}"));
-        self.forget(&member.kept);
-        self.keep(None);
+        self.set_failure(format!("Envoy ended: {how}"));
+        self.remove_files(&envoy.record);
+        self.save_record(None);
     }
 
     /// Asks vmesh-net to check Envoy now. Otherwise vmesh-net notices the exit at its next check, up to a second later, and until then
     /// connections that may bypass Envoy would be refused.
-    async fn tell_net(&self) {
+    async fn notify_vmesh_net(&self) {
         let capture = &self.config.capture;
         if capture.outbound() || capture.inbound() {
             let told = vmesh_net::client::ask(&capture.socket, &Ask::Look);
-            if !matches!(timeout(TELLS_WITHIN, told).await, Ok(Ok(_))) {
+            if !matches!(timeout(NOTIFIES_WITHIN, told).await, Ok(Ok(_))) {
                 debug!("vmesh-net was not told that Envoy has ended, and sees it by itself");
             }
         }
     }
 
-    fn has_crashed(&mut self, launch: &Launch) {
+    fn count_crash(&mut self, launch: &Launch) {
         let id = launch.id();
-        let before = self.crashed.take().filter(|(crashed, _)| *crashed == id).map_or(0, |(_, times)| times);
-        self.crashed = Some((id, before + 1));
+        let before =
+            self.recent_crashes.take().filter(|(crashed, _)| *crashed == id).map_or(0, |(_, times)| times);
+        self.recent_crashes = Some((id, before + 1));
     }
 
     /// Writes the record of all Envoys to disk, with `candidate` if one is starting.
-    fn keep(&self, candidate: Option<&Kept>) {
-        let serving = self.serving.as_ref().map(|member| &member.kept);
-        let envoys = serving.into_iter().chain(candidate).chain(self.leavers()).cloned().collect();
-        Record { last_number: self.last_number, envoys }.save(&self.record);
-        let leaving = self.leavers().map(|kept| Leaving {
-            pid: kept.pid(),
-            epoch: kept.epoch,
-            version: kept.version.clone(),
-            until: kept.until.unwrap_or(SystemTime::now()),
+    fn save_record(&self, candidate: Option<&EnvoyRecord>) {
+        let serving = self.serving.as_ref().map(|envoy| &envoy.record);
+        let envoys = serving.into_iter().chain(candidate).chain(self.draining_records()).cloned().collect();
+        SupervisorRecord { last_number: self.last_number, envoys }.save(&self.record_path);
+        let leaving = self.draining_records().map(|record| DrainingEnvoyStatus {
+            pid: record.pid(),
+            epoch: record.epoch,
+            version: record.version.clone(),
+            until: record.until.unwrap_or(SystemTime::now()),
         });
         self.status.send_modify(|status| status.leaving = leaving.collect());
     }
 
     /// Removes the files of an Envoy that is gone.
-    fn forget(&self, kept: &Kept) {
+    fn remove_files(&self, record: &EnvoyRecord) {
         for path in [
-            kept.admin(&self.dir),
-            member::bootstrap(&self.dir, kept.number),
-            member::source(&self.dir, kept.number),
+            record.admin_socket(&self.dir),
+            supervised::bootstrap_path(&self.dir, record.number),
+            supervised::source_path(&self.dir, record.number),
         ] {
             _ = std::fs::remove_file(path);
         }
-        let others = self.serving.as_ref().map(|member| &member.kept).into_iter().chain(self.leavers());
-        if others.filter(|other| other.number != kept.number).all(|other| other.base_id != kept.base_id) {
-            shm::remove(kept.base_id, &self.dir);
+        let others =
+            self.serving.as_ref().map(|envoy| &envoy.record).into_iter().chain(self.draining_records());
+        if others.filter(|other| other.number != record.number).all(|other| other.base_id != record.base_id) {
+            shm::remove(record.base_id, &self.dir);
         }
     }
 
@@ -381,7 +383,7 @@ impl Supervisor {
     fn read_config(&mut self) {
         match Config::load(&self.file) {
             Ok(config) if config.envoy.run_dir == self.dir => {
-                self.ports.hold_those_of(&config.capture);
+                self.ports.reserve_for(&config.capture);
                 self.config = Arc::new(config);
             }
             Ok(_) => warn!("`envoy.run_dir` has changed: that takes a restart of this unit"),

@@ -14,34 +14,38 @@ pub(super) const MOST_LEAVING: usize = 2;
 
 /// The mechanism by which a new Envoy replaces the serving one.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum How {
+pub(super) enum HandoverMethod {
     /// Envoy's hot restart: the new Envoy receives the listening sockets, so connections that wait in their queues are kept.
-    Hot,
+    HotRestart,
     /// Both Envoys bind the same ports (`SO_REUSEPORT`). When the old one closes its listeners, the kernel resets the connections that wait
     /// in their queues, unless `net.ipv4.tcp_migrate_req` is 1. Holds the reason why hot restart was not possible.
-    Beside(String),
+    SharedPorts(String),
 }
 
 /// The state of the Envoy that the serving one took over from by hot restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Parent {
+pub(super) enum ParentState {
     Gone,
     /// It has no connections left, so a third Envoy of the line may terminate it.
     Idle,
     /// It still has connections. A third Envoy of the line would terminate it and cut them.
-    Leaves,
+    Draining,
     /// It crashed. The serving Envoy does not know, and aborts as soon as it sends to its parent: when a third Envoy starts, or to
     /// terminate its parent.
-    Lost,
+    Crashed,
 }
 
 /// Chooses the handover method. `old` and `new` are the hot restart versions of the two binaries.
-pub(super) fn how(old: Option<&str>, new: Option<&str>, parent: Parent) -> How {
+pub(super) fn choose_method(old: Option<&str>, new: Option<&str>, parent: ParentState) -> HandoverMethod {
     match (old, new) {
-        _ if parent == Parent::Leaves => How::Beside("the Envoy before it still has connections".to_owned()),
-        _ if parent == Parent::Lost => How::Beside("the Envoy before it died".to_owned()),
-        (Some(old), Some(new)) if old == new => How::Hot,
-        (old, new) => How::Beside(format!(
+        _ if parent == ParentState::Draining => {
+            HandoverMethod::SharedPorts("the Envoy before it still has connections".to_owned())
+        }
+        _ if parent == ParentState::Crashed => {
+            HandoverMethod::SharedPorts("the Envoy before it died".to_owned())
+        }
+        (Some(old), Some(new)) if old == new => HandoverMethod::HotRestart,
+        (old, new) => HandoverMethod::SharedPorts(format!(
             "their hot restart versions are {} and {}",
             old.unwrap_or("none"),
             new.unwrap_or("none")
@@ -69,15 +73,15 @@ pub(super) fn is_better<Id: PartialEq>(
 
 /// The clusters and listeners that an Envoy has from its control plane, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Holdings {
+pub(super) struct DynamicResources {
     pub(super) clusters: BTreeSet<String>,
     pub(super) listeners: BTreeSet<String>,
     /// Why Envoy rejected an update, if it did.
-    pub(super) refused: Option<String>,
+    pub(super) rejection: Option<String>,
 }
 
 /// Extracts the resources from `/config_dump`. `rejected` is the number of updates that Envoy counts as rejected.
-pub(super) fn holdings(dump: &Value, rejected: u64) -> Holdings {
+pub(super) fn dynamic_resources(dump: &Value, rejected: u64) -> DynamicResources {
     let configs = dump.get("configs").and_then(Value::as_array);
     let all = |list: &'static str| {
         configs.into_iter().flatten().filter_map(move |config| config.get(list)?.as_array()).flatten()
@@ -88,7 +92,7 @@ pub(super) fn holdings(dump: &Value, rejected: u64) -> Holdings {
         Some(format!("listener {}: {why}", one.get("name")?.as_str()?))
     });
     let count = (rejected > 0).then(|| format!("it rejected {rejected} updates"));
-    Holdings {
+    DynamicResources {
         clusters: all("dynamic_active_clusters")
             .filter_map(|one| name(one.pointer("/cluster/name")))
             .collect(),
@@ -96,20 +100,20 @@ pub(super) fn holdings(dump: &Value, rejected: u64) -> Holdings {
             .filter(|one| one.get("active_state").is_some())
             .filter_map(|one| name(one.get("name")))
             .collect(),
-        refused: details.or(count),
+        rejection: details.or(count),
     }
 }
 
 /// Compares the resources of a new Envoy with those of its predecessor. A missing resource is an error only if the new Envoy rejected an
 /// update: otherwise the control plane has removed that resource meanwhile.
-pub(super) fn lacks(before: &Holdings, after: &Holdings) -> Result<(), String> {
+pub(super) fn check_complete(before: &DynamicResources, after: &DynamicResources) -> Result<(), String> {
     let missing: Vec<&str> = before
         .listeners
         .difference(&after.listeners)
         .chain(before.clusters.difference(&after.clusters))
         .map(String::as_str)
         .collect();
-    let (Some(first), Some(why)) = (missing.first(), &after.refused) else { return Ok(()) };
+    let (Some(first), Some(why)) = (missing.first(), &after.rejection) else { return Ok(()) };
     let others = match missing.len() - 1 {
         0 => String::new(),
         more => format!(" and {more} more"),
@@ -154,17 +158,20 @@ mod tests {
 
     #[test]
     fn envoys_of_one_hot_restart_version_take_over_hot_and_others_beside() {
-        for parent in [Parent::Gone, Parent::Idle] {
-            assert_eq!(how(Some("11.104"), Some("11.104"), parent), How::Hot);
+        for parent in [ParentState::Gone, ParentState::Idle] {
+            assert_eq!(choose_method(Some("11.104"), Some("11.104"), parent), HandoverMethod::HotRestart);
         }
         for (old, new, parent) in [
-            (Some("11.104"), Some("11.104"), Parent::Leaves),
-            (Some("11.104"), Some("11.104"), Parent::Lost),
-            (Some("11.104"), Some("12.104"), Parent::Gone),
-            (None, Some("11.104"), Parent::Gone),
-            (None, None, Parent::Gone),
+            (Some("11.104"), Some("11.104"), ParentState::Draining),
+            (Some("11.104"), Some("11.104"), ParentState::Crashed),
+            (Some("11.104"), Some("12.104"), ParentState::Gone),
+            (None, Some("11.104"), ParentState::Gone),
+            (None, None, ParentState::Gone),
         ] {
-            assert!(matches!(how(old, new, parent), How::Beside(_)), "{old:?} {new:?} {parent:?}");
+            assert!(
+                matches!(choose_method(old, new, parent), HandoverMethod::SharedPorts(_)),
+                "{old:?} {new:?} {parent:?}"
+            );
         }
     }
 
@@ -195,20 +202,25 @@ mod tests {
         assert_eq!(stay(Duration::from_millis(1500), Duration::ZERO), seconds(1));
     }
 
-    fn has(listeners: &[&str], clusters: &[&str], refused: Option<&str>) -> Holdings {
+    fn resources(listeners: &[&str], clusters: &[&str], refused: Option<&str>) -> DynamicResources {
         let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-        Holdings { clusters: set(clusters), listeners: set(listeners), refused: refused.map(str::to_owned) }
+        DynamicResources {
+            clusters: set(clusters),
+            listeners: set(listeners),
+            rejection: refused.map(str::to_owned),
+        }
     }
 
     #[test]
     fn what_was_refused_is_missed_and_what_was_taken_away_is_not() {
-        let before = has(&["in", "out"], &["orders"], None);
-        lacks(&before, &before).unwrap();
-        lacks(&before, &has(&["in"], &[], None)).unwrap();
+        let before = resources(&["in", "out"], &["orders"], None);
+        check_complete(&before, &before).unwrap();
+        check_complete(&before, &resources(&["in"], &[], None)).unwrap();
         // The rejected resource is missing in both Envoys.
-        lacks(&before, &has(&["in", "out", "more"], &["orders"], Some("listener new: bad"))).unwrap();
+        check_complete(&before, &resources(&["in", "out", "more"], &["orders"], Some("listener new: bad")))
+            .unwrap();
         assert_eq!(
-            lacks(&before, &has(&["out"], &[], Some("listener in: bad"))).unwrap_err(),
+            check_complete(&before, &resources(&["out"], &[], Some("listener in: bad"))).unwrap_err(),
             "it is without `in` and 1 more, which the Envoy before it has: listener in: bad"
         );
     }
@@ -222,9 +234,9 @@ mod tests {
                 {"name": "bad", "error_state": {"details": "no such filter"}},
             ]},
         ]});
-        let expected = has(&["in"], &["orders"], Some("listener bad: no such filter"));
-        assert_eq!(holdings(&dump, 0), expected);
-        assert_eq!(holdings(&json!({}), 2).refused.unwrap(), "it rejected 2 updates");
+        let expected = resources(&["in"], &["orders"], Some("listener bad: no such filter"));
+        assert_eq!(dynamic_resources(&dump, 0), expected);
+        assert_eq!(dynamic_resources(&json!({}), 2).rejection.unwrap(), "it rejected 2 updates");
     }
 
     #[test]

@@ -13,15 +13,15 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 use tracing::warn;
 use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
 
-use crate::capture::settings::Capture;
+use crate::capture::settings::CaptureSettings;
 
 /// The reserved sockets by address. An address that could not be bound is `None`: it is tried again at each call, and logged once.
 #[derive(Debug, Default)]
-pub(super) struct Held(BTreeMap<SocketAddr, Option<OwnedFd>>);
+pub(super) struct ReservedPorts(BTreeMap<SocketAddr, Option<OwnedFd>>);
 
-impl Held {
+impl ReservedPorts {
     /// Reserves the ports that captured connections are redirected to, and releases all others.
-    pub(super) fn hold_those_of(&mut self, capture: &Capture) {
+    pub(super) fn reserve_for(&mut self, capture: &CaptureSettings) {
         let mut wanted: Vec<(IpAddr, u16)> = Vec::new();
         if capture.outbound() {
             wanted.extend([
@@ -37,16 +37,16 @@ impl Held {
         }
         let without_ipv6 = capture.report().without_ipv6;
         wanted.retain(|(ip, _)| ip.is_ipv4() || !without_ipv6);
-        self.hold(wanted.into_iter().map(SocketAddr::from).collect());
+        self.reserve(wanted.into_iter().map(SocketAddr::from).collect());
     }
 
-    fn hold(&mut self, wanted: Vec<SocketAddr>) {
+    fn reserve(&mut self, wanted: Vec<SocketAddr>) {
         self.0.retain(|address, _| wanted.contains(address));
         for address in wanted {
             if matches!(self.0.get(&address), Some(Some(_))) {
                 continue;
             }
-            let socket = bound(address).map_err(|error| {
+            let socket = bind_without_listening(address).map_err(|error| {
                 if !self.0.contains_key(&address) {
                     warn!(
                         "{address} could not be kept for Envoy: {error}; if another user's program has it, Envoy cannot \
@@ -59,7 +59,7 @@ impl Held {
     }
 }
 
-fn bound(address: SocketAddr) -> io::Result<OwnedFd> {
+fn bind_without_listening(address: SocketAddr) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     if address.is_ipv6() {
@@ -87,15 +87,15 @@ mod tests {
         for local in ["127.0.0.1:15001", "[::1]:15001", "0.0.0.0:15006", "[::]:15006"] {
             let address: SocketAddr = local.parse().unwrap();
             let hold = || {
-                let mut held = Held::default();
-                held.hold(vec![address]);
-                assert!(held.0.values().all(Option::is_some), "{address}");
-                held
+                let mut reserved = ReservedPorts::default();
+                reserved.reserve(vec![address]);
+                assert!(reserved.0.values().all(Option::is_some), "{address}");
+                reserved
             };
-            let mut held = host.within_as(ENVOY, hold).unwrap();
+            let mut reserved = host.within_as(ENVOY, hold).unwrap();
             let others = || {
                 let plain = TcpListener::bind(address).map(drop);
-                let shared = bound(address).map(drop);
+                let shared = bind_without_listening(address).map(drop);
                 [plain, shared].map(|bound| bound.unwrap_err().kind())
             };
             assert_eq!(host.within_as(5000, others).unwrap(), [ErrorKind::AddrInUse; 2]);
@@ -108,7 +108,7 @@ mod tests {
             let refused = host.within(|| TcpStream::connect(to)).unwrap().unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
             let listen = || {
-                let socket = bound(address).unwrap();
+                let socket = bind_without_listening(address).unwrap();
                 rustix::net::listen(&socket, 8).unwrap();
                 TcpListener::from(socket)
             };
@@ -118,13 +118,13 @@ mod tests {
                 envoy.accept().unwrap();
             }
             drop(envoy);
-            held.hold(Vec::new());
+            reserved.reserve(Vec::new());
             // A port that another process took first is reserved as soon as that process releases it.
             let stranger = host.within_as(5000, || TcpListener::bind(address)).unwrap().unwrap();
             let mut try_again = || {
                 let hold = || {
-                    held.hold(vec![address]);
-                    held.0.values().all(Option::is_some)
+                    reserved.reserve(vec![address]);
+                    reserved.0.values().all(Option::is_some)
                 };
                 host.within_as(ENVOY, hold).unwrap()
             };

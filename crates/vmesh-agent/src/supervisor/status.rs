@@ -24,10 +24,10 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 
 /// The content of `/status`.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Status {
+pub struct SupervisorStatus {
     /// State, pid and version of the Envoy that serves.
     #[serde(flatten)]
-    pub envoy: envoy::Status,
+    pub envoy: envoy::EnvoyStatus,
     pub epoch: Option<u32>,
     pub base_id: Option<u32>,
     /// Number of completed reloads.
@@ -35,22 +35,22 @@ pub struct Status {
     /// The current step of a reload, or the reason why it waits.
     pub reload: Option<String>,
     /// Why the last reload failed, or why the serving Envoy exited.
-    pub last_failure: Option<Failure>,
+    pub last_failure: Option<SupervisorFailure>,
     /// Set if the binary at `envoy.path` differs from the running one. A reload would start it.
     pub waiting_binary: Option<String>,
     /// The old Envoys that drain.
-    pub leaving: Vec<Leaving>,
+    pub leaving: Vec<DrainingEnvoyStatus>,
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct Failure {
+pub struct SupervisorFailure {
     #[serde(serialize_with = "crate::status::epoch_seconds")]
     pub at: SystemTime,
     pub what: String,
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct Leaving {
+pub struct DrainingEnvoyStatus {
     pub pid: i32,
     pub epoch: u32,
     pub version: Option<String>,
@@ -59,7 +59,7 @@ pub struct Leaving {
     pub until: SystemTime,
 }
 
-impl Status {
+impl SupervisorStatus {
     /// Returns one line, for `systemctl status`.
     pub fn line(&self) -> String {
         let version = self.envoy.version.as_ref().map(|version| format!(" {version}")).unwrap_or_default();
@@ -87,48 +87,48 @@ impl Status {
 
 /// The data that the request handlers read.
 #[derive(Clone)]
-pub(super) struct Known {
-    pub(super) status: watch::Receiver<Status>,
+pub(super) struct StatusContext {
+    pub(super) status: watch::Receiver<SupervisorStatus>,
     /// The admin socket of the Envoy that serves.
     pub(super) admin: PathBuf,
 }
 
 /// Serves the API. Never returns unless the listener fails.
-pub(super) async fn serve(listener: UnixListener, known: Known) -> io::Result<()> {
-    axum::serve(listener, router(known)).await
+pub(super) async fn serve(listener: UnixListener, context: StatusContext) -> io::Result<()> {
+    axum::serve(listener, router(context)).await
 }
 
-fn router(known: Known) -> Router {
+fn router(context: StatusContext) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/ready", get(ready))
-        .route("/stats", get(passage))
-        .route("/stats/prometheus", get(passage))
-        .route("/clusters", get(passage))
-        .route("/listeners", get(passage))
-        .route("/server_info", get(passage))
-        .route("/init_dump", get(passage))
-        .route("/memory", get(passage))
+        .route("/stats", get(forward))
+        .route("/stats/prometheus", get(forward))
+        .route("/clusters", get(forward))
+        .route("/listeners", get(forward))
+        .route("/server_info", get(forward))
+        .route("/init_dump", get(forward))
+        .route("/memory", get(forward))
         .route("/config_dump", get(config_dump))
-        .with_state(known)
+        .with_state(context)
 }
 
-async fn status(Shared(known): Shared<Known>) -> Json<Status> {
-    Json(known.status.borrow().clone())
+async fn status(Shared(context): Shared<StatusContext>) -> Json<SupervisorStatus> {
+    Json(context.status.borrow().clone())
 }
 
-async fn ready(Shared(known): Shared<Known>) -> Response {
-    let status = known.status.borrow().clone();
+async fn ready(Shared(context): Shared<StatusContext>) -> Response {
+    let status = context.status.borrow().clone();
     match status.envoy.state {
-        envoy::State::Live => "LIVE\n".into_response(),
+        envoy::EnvoyState::Live => "LIVE\n".into_response(),
         _ => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", status.line())).into_response(),
     }
 }
 
 /// Forwards a GET request to Envoy's admin interface. GET requests change nothing in Envoy.
-async fn passage(Shared(known): Shared<Known>, uri: Uri) -> Response {
+async fn forward(Shared(context): Shared<StatusContext>, uri: Uri) -> Response {
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
-    match ask(&known, path).await {
+    match query_envoy(&context, path).await {
         Ok((status, body)) => {
             let kind =
                 if body.first() == Some(&b'{') { "application/json" } else { "text/plain; charset=UTF-8" };
@@ -138,15 +138,15 @@ async fn passage(Shared(known): Shared<Known>, uri: Uri) -> Response {
     }
 }
 
-async fn ask(known: &Known, path: &str) -> Result<(StatusCode, Vec<u8>), Response> {
-    match fetch(&Peer::Unix(known.admin.clone()), Method::GET, path, ANSWERS_WITHIN).await {
+async fn query_envoy(context: &StatusContext, path: &str) -> Result<(StatusCode, Vec<u8>), Response> {
+    match fetch(&Peer::Unix(context.admin.clone()), Method::GET, path, ANSWERS_WITHIN).await {
         Ok((status, body)) => Ok((status, body.to_vec())),
         Err(error) => Err((StatusCode::BAD_GATEWAY, format!("{}\n", one_line(&error))).into_response()),
     }
 }
 
 /// Returns Envoy's configuration without secrets, and with endpoints on request.
-async fn config_dump(Shared(known): Shared<Known>, uri: Uri) -> Response {
+async fn config_dump(Shared(context): Shared<StatusContext>, uri: Uri) -> Response {
     let path = match uri.query() {
         None => "/config_dump",
         Some("include_eds") => "/config_dump?include_eds",
@@ -155,7 +155,7 @@ async fn config_dump(Shared(known): Shared<Known>, uri: Uri) -> Response {
             return (StatusCode::BAD_REQUEST, said).into_response();
         }
     };
-    match ask(&known, path).await {
+    match query_envoy(&context, path).await {
         Ok((StatusCode::OK, body)) => match serde_json::from_slice::<Value>(&body) {
             Ok(mut dump) => {
                 remove_secrets(&mut dump);
@@ -198,19 +198,20 @@ mod tests {
 
     #[test]
     fn a_line_says_what_serves_what_leaves_and_what_went_wrong() {
-        let mut status = Status {
-            envoy: envoy::Status {
-                state: envoy::State::Live,
+        let mut status = SupervisorStatus {
+            envoy: envoy::EnvoyStatus {
+                state: envoy::EnvoyState::Live,
                 pid: Some(7),
                 version: Some("1.40.0".into()),
-                ..envoy::Status::default()
+                ..envoy::EnvoyStatus::default()
             },
             epoch: Some(2),
-            ..Status::default()
+            ..SupervisorStatus::default()
         };
         assert_eq!(status.line(), "Envoy 1.40.0 is live (pid 7, epoch 2)");
-        status.leaving = vec![Leaving { pid: 6, epoch: 1, version: None, until: SystemTime::UNIX_EPOCH }];
-        status.last_failure = Some(Failure { at: SystemTime::UNIX_EPOCH, what: "it hung".into() });
+        status.leaving =
+            vec![DrainingEnvoyStatus { pid: 6, epoch: 1, version: None, until: SystemTime::UNIX_EPOCH }];
+        status.last_failure = Some(SupervisorFailure { at: SystemTime::UNIX_EPOCH, what: "it hung".into() });
         assert_eq!(
             status.line(),
             "Envoy 1.40.0 is live (pid 7, epoch 2); the one before it takes leave of its clients; \

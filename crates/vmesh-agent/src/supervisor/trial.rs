@@ -23,13 +23,13 @@ const VALIDATES_WITHIN: Duration = Duration::from_secs(60);
 /// Marks the error of a program that did not exit within its timeout.
 const HANGS: &str = "hangs: no end after";
 /// Largest number of characters of Envoy's output in an error. The end of the output is kept, since it names the cause.
-const MAX_SAID: usize = 600;
+const MAX_SHOWN: usize = 600;
 /// Largest number of bytes kept of a program's output. The program may not be Envoy, and may write without end.
-const MAX_KEPT: usize = 64 << 10;
+const MAX_OUTPUT: usize = 64 << 10;
 
 /// The versions that a binary reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Binary {
+pub(super) struct BinaryVersions {
     /// The version, such as `1.40.0`.
     pub(super) version: String,
     /// The hot restart version, such as `11.104`. Two Envoys can take over from each other if theirs are equal. `None` if the binary has no
@@ -39,27 +39,27 @@ pub(super) struct Binary {
 
 /// The reason why a binary cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Unusable {
-    pub(super) why: String,
+pub(super) struct UnusableBinary {
+    pub(super) reason: String,
     /// The binary exceeded the timeout, which can happen to a good binary on a busy host.
-    pub(super) hangs: bool,
+    pub(super) has_timed_out: bool,
 }
 
 /// Runs the binary to query its versions.
-pub(super) async fn ask(program: &Path) -> Result<Binary, Unusable> {
+pub(super) async fn query_versions(program: &Path) -> Result<BinaryVersions, UnusableBinary> {
     let unusable = |why: String| {
-        let hangs = why.contains(HANGS);
+        let has_timed_out = why.contains(HANGS);
         let why = match why.contains("Exec format error") {
             true => format!("{} cannot be run on this machine: {why}", program.display()),
             false => why,
         };
-        Unusable { why, hangs }
+        UnusableBinary { reason: why, has_timed_out }
     };
-    who_is(program).await.map_err(unusable)
+    run_version_queries(program).await.map_err(unusable)
 }
 
-async fn who_is(program: &Path) -> Result<Binary, String> {
-    let version = run(program, &["--version".to_owned()], SAYS_WITHIN).await?;
+async fn run_version_queries(program: &Path) -> Result<BinaryVersions, String> {
+    let version = run_to_end(program, &["--version".to_owned()], SAYS_WITHIN).await?;
     // `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`
     let number = version.split_once("version: ").and_then(|(_, rest)| rest.split('/').nth(1));
     let Some(number) = number else {
@@ -69,9 +69,9 @@ async fn who_is(program: &Path) -> Result<Binary, String> {
             tail(&version)
         ));
     };
-    let said = run(program, &["--hot-restart-version".to_owned()], SAYS_WITHIN).await?;
+    let said = run_to_end(program, &["--hot-restart-version".to_owned()], SAYS_WITHIN).await?;
     let hot_restart = said.split_whitespace().find(|word| is_hot_restart_version(word)).map(str::to_owned);
-    Ok(Binary { version: number.to_owned(), hot_restart })
+    Ok(BinaryVersions { version: number.to_owned(), hot_restart })
 }
 
 fn is_hot_restart_version(word: &str) -> bool {
@@ -90,19 +90,19 @@ pub(super) async fn validate(
     dump: Option<&Value>,
     scratch: &Path,
 ) -> Result<(), String> {
-    check(program, arguments, bootstrap, scratch)
+    run_validation(program, arguments, bootstrap, scratch)
         .await
         .map_err(|said| format!("{} refuses the bootstrap: {said}", program.display()))?;
     let Some(dump) = dump else { return Ok(()) };
     let whole = with_resources(bootstrap.clone(), dump);
     let lenient: Vec<String> =
         arguments.iter().cloned().chain(["--allow-unknown-static-fields".to_owned()]).collect();
-    check(program, &lenient, &whole, scratch).await.map_err(|said| {
+    run_validation(program, &lenient, &whole, scratch).await.map_err(|said| {
         format!("{} refuses what the Envoy that serves has from its control plane: {said}", program.display())
     })
 }
 
-async fn check(
+async fn run_validation(
     program: &Path,
     arguments: &[String],
     bootstrap: &Value,
@@ -114,7 +114,7 @@ async fn check(
         ["--mode", "validate", "--disable-hot-restart", "--config-path"].map(Into::into).into();
     all.push(scratch.display().to_string());
     all.extend_from_slice(arguments);
-    let checked = run(program, &all, VALIDATES_WITHIN).await;
+    let checked = run_to_end(program, &all, VALIDATES_WITHIN).await;
     _ = std::fs::remove_file(scratch);
     checked.map(|_| ())
 }
@@ -124,7 +124,7 @@ fn with_resources(mut bootstrap: Value, dump: &Value) -> Value {
     let configs = dump.get("configs").and_then(Value::as_array);
     let all = |list: &str, path: &str| -> Vec<Value> {
         let lists = configs.into_iter().flatten().filter_map(|config| config.get(list)?.as_array());
-        lists.flatten().filter_map(|one| plain(one.pointer(path)?)).collect()
+        lists.flatten().filter_map(|one| without_type_or_secrets(one.pointer(path)?)).collect()
     };
     let clusters = all("dynamic_active_clusters", "/cluster");
     let listeners = all("dynamic_listeners", "/active_state/listener");
@@ -140,7 +140,7 @@ fn with_resources(mut bootstrap: Value, dump: &Value) -> Value {
 }
 
 /// Returns a resource of a dump without its `@type`. Returns `None` for one that contains a private key, which the dump redacts.
-fn plain(resource: &Value) -> Option<Value> {
+fn without_type_or_secrets(resource: &Value) -> Option<Value> {
     let mut fields = resource.as_object()?.clone();
     fields.remove("@type");
     let resource = Value::Object(fields);
@@ -148,7 +148,7 @@ fn plain(resource: &Value) -> Option<Value> {
 }
 
 /// Runs a program to its end. Returns its output, or the error that it exited with.
-async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<String, String> {
+async fn run_to_end(program: &Path, arguments: &[String], within: Duration) -> Result<String, String> {
     let shown = program.display();
     let mut command = Command::new(program);
     command
@@ -161,7 +161,7 @@ async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<S
     let finished = async {
         let mut child = command.spawn()?;
         let (output, errors) = (child.stdout.take(), child.stderr.take());
-        tokio::try_join!(child.wait(), last_words(output), last_words(errors))
+        tokio::try_join!(child.wait(), read_tail(output), read_tail(errors))
     };
     match timeout(within, finished).await {
         Ok(Ok((status, output, errors))) => {
@@ -174,12 +174,12 @@ async fn run(program: &Path, arguments: &[String], within: Duration) -> Result<S
 }
 
 /// Reads to the end, and returns the last part of the output.
-async fn last_words(from: Option<impl AsyncRead + Unpin>) -> io::Result<String> {
+async fn read_tail(from: Option<impl AsyncRead + Unpin>) -> io::Result<String> {
     let Some(mut from) = from else { return Ok(String::new()) };
     let mut said = Vec::new();
     while from.read_buf(&mut said).await? > 0 {
-        if said.len() > 2 * MAX_KEPT {
-            said.drain(..said.len() - MAX_KEPT);
+        if said.len() > 2 * MAX_OUTPUT {
+            said.drain(..said.len() - MAX_OUTPUT);
         }
     }
     Ok(String::from_utf8_lossy(&said).into_owned())
@@ -188,13 +188,13 @@ async fn last_words(from: Option<impl AsyncRead + Unpin>) -> io::Result<String> 
 fn tail(said: &str) -> String {
     let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let said = lines.join("; ");
-    let skip = said.chars().count().saturating_sub(MAX_SAID);
+    let skip = said.chars().count().saturating_sub(MAX_SHOWN);
     said.chars().skip(skip).collect()
 }
 
 /// Identifies the file that a path names: another file has another stamp.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(super) struct Stamp {
+pub(super) struct FileStamp {
     pub(super) path: PathBuf,
     device: u64,
     inode: u64,
@@ -203,11 +203,11 @@ pub(super) struct Stamp {
     modified_ns: i64,
 }
 
-impl Stamp {
-    pub(super) fn of(path: &Path) -> Option<Stamp> {
+impl FileStamp {
+    pub(super) fn of(path: &Path) -> Option<FileStamp> {
         use std::os::unix::fs::MetadataExt;
         let metadata = std::fs::metadata(path).ok()?;
-        Some(Stamp {
+        Some(FileStamp {
             path: path.to_owned(),
             device: metadata.dev(),
             inode: metadata.ino(),
@@ -248,12 +248,20 @@ mod tests {
     #[tokio::test]
     async fn the_real_envoy_says_who_it_is_and_what_is_none_is_told() {
         let envoy = vmesh_testkit::envoy::find().unwrap();
-        let binary = ask(&envoy).await.unwrap();
+        let binary = query_versions(&envoy).await.unwrap();
         assert_eq!(binary.version, vmesh_proto::ENVOY_VERSION);
         assert!(binary.hot_restart.is_some_and(|version| is_hot_restart_version(&version)));
-        assert!(ask(Path::new("/bin/false")).await.unwrap_err().why.starts_with("exit status: 1: "));
-        assert!(ask(Path::new("/no/such")).await.unwrap_err().why.starts_with("could not start /no/such: "));
-        let said = ask(Path::new("/bin/true")).await.unwrap_err().why;
+        assert!(
+            query_versions(Path::new("/bin/false")).await.unwrap_err().reason.starts_with("exit status: 1: ")
+        );
+        assert!(
+            query_versions(Path::new("/no/such"))
+                .await
+                .unwrap_err()
+                .reason
+                .starts_with("could not start /no/such: ")
+        );
+        let said = query_versions(Path::new("/bin/true")).await.unwrap_err().reason;
         assert!(said.starts_with("/bin/true is no Envoy: to `--version` it says `true "), "{said}");
     }
 
@@ -269,7 +277,7 @@ mod tests {
         let check = async |bytes: &[u8], mode: u32, expected: &str| {
             std::fs::write(&path, bytes).unwrap();
             std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
-            let said = ask(&path).await.unwrap_err().why;
+            let said = query_versions(&path).await.unwrap_err().reason;
             assert!(said.contains(expected), "{expected}: {said}");
         };
         check(&whole, 0o644, "Permission denied").await;
@@ -280,16 +288,16 @@ mod tests {
         check(b"", 0o755, "").await;
         let _written = std::fs::File::options().append(true).open(&path).unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-        let said = ask(&path).await.unwrap_err().why;
+        let said = query_versions(&path).await.unwrap_err().reason;
         assert!(said.contains("Text file busy"), "{said}");
     }
 
     #[tokio::test]
     async fn of_one_that_never_stops_talking_only_the_last_words_are_kept() {
-        let said = run(Path::new("/usr/bin/yes"), &["word".to_owned()], Duration::from_secs(1)).await;
+        let said = run_to_end(Path::new("/usr/bin/yes"), &["word".to_owned()], Duration::from_secs(1)).await;
         assert_eq!(said.unwrap_err(), "/usr/bin/yes word hangs: no end after 1 s");
         let much = tokio::io::repeat(b'a').take(64 << 20).chain(&b"at last"[..]);
-        let said = last_words(Some(much)).await.unwrap();
-        assert!(said.ends_with("aat last") && said.len() <= 2 * MAX_KEPT, "{}", said.len());
+        let said = read_tail(Some(much)).await.unwrap();
+        assert!(said.ends_with("aat last") && said.len() <= 2 * MAX_OUTPUT, "{}", said.len());
     }
 }

@@ -95,66 +95,66 @@ upstreams: [{{service: orders, listen: "{upstream}"}}]
 
 /// The nodes and streams that the test's control plane has seen.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Seen {
+pub(crate) struct SeenStreams {
     pub(crate) nodes: Vec<Node>,
     pub(crate) streams: usize,
     pub(crate) status: SessionStatus,
 }
 
 /// A control plane that serves one store to every client. Dropping it closes all connections.
-pub(crate) struct ControlPlane {
+pub(crate) struct TestControlPlane {
     hub: Hub,
     store: Mutex<Store>,
-    pub(crate) seen: watch::Receiver<Seen>,
+    pub(crate) seen: watch::Receiver<SeenStreams>,
     task: tokio::task::JoinHandle<()>,
 }
 
-struct Everybody {
+struct TestAdmission {
     hub: Hub,
-    seen: watch::Sender<Seen>,
+    seen: watch::Sender<SeenStreams>,
 }
 
-struct Follower(watch::Sender<Seen>);
+struct StreamObserver(watch::Sender<SeenStreams>);
 
-impl Admission for Everybody {
+impl Admission for TestAdmission {
     fn admit(&self, node: &Node, _: &PeerInfo) -> Result<Admitted, Refusal> {
         self.seen.send_modify(|seen| {
             seen.nodes.push(node.clone());
             seen.streams += 1;
         });
         let feed = self.hub.subscribe("", Arc::new(Scope::all()));
-        Ok(Admitted { feed, observer: Box::new(Follower(self.seen.clone())) })
+        Ok(Admitted { feed, observer: Box::new(StreamObserver(self.seen.clone())) })
     }
 }
 
-impl Observer for Follower {
+impl Observer for StreamObserver {
     fn on_status(&mut self, status: &SessionStatus) {
         self.0.send_modify(|seen| seen.status = status.clone());
     }
 }
 
-impl Drop for Follower {
+impl Drop for StreamObserver {
     fn drop(&mut self) {
         self.0.send_modify(|seen| seen.streams -= 1);
     }
 }
 
-impl ControlPlane {
-    pub(crate) async fn on_socket(path: PathBuf) -> ControlPlane {
+impl TestControlPlane {
+    pub(crate) async fn on_socket(path: PathBuf) -> TestControlPlane {
         _ = std::fs::remove_file(&path);
-        ControlPlane::start(UnixListener::bind(path).unwrap())
+        TestControlPlane::start(UnixListener::bind(path).unwrap())
     }
 
-    pub(crate) async fn on(address: SocketAddr) -> ControlPlane {
-        ControlPlane::start(TcpListener::bind(address).await.unwrap())
+    pub(crate) async fn on(address: SocketAddr) -> TestControlPlane {
+        TestControlPlane::start(TcpListener::bind(address).await.unwrap())
     }
 
-    fn start(listener: impl vmesh_xds::server::Listener + 'static) -> ControlPlane {
+    fn start(listener: impl vmesh_xds::server::Listener + 'static) -> TestControlPlane {
         let hub = Hub::new();
-        let (seen, seen_by_tests) = watch::channel(Seen::default());
-        let service = AdsService::new(hub.clone(), Everybody { hub: hub.clone(), seen }, "test");
+        let (seen, seen_by_tests) = watch::channel(SeenStreams::default());
+        let service = AdsService::new(hub.clone(), TestAdmission { hub: hub.clone(), seen }, "test");
         let task = spawn_handle(serve(listener, service, std::future::pending()));
-        ControlPlane { hub, store: Mutex::default(), seen: seen_by_tests, task }
+        TestControlPlane { hub, store: Mutex::default(), seen: seen_by_tests, task }
     }
 
     pub(crate) fn publish(&self, resources: Vec<Arc<Resource>>) {
@@ -170,7 +170,7 @@ impl ControlPlane {
     }
 }
 
-impl Drop for ControlPlane {
+impl Drop for TestControlPlane {
     fn drop(&mut self) {
         self.task.abort();
     }

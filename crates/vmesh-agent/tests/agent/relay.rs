@@ -13,21 +13,21 @@ use vmesh_testkit::process::Daemon;
 use vmesh_testkit::wait_for;
 use vmesh_xds::{Kind, Resource, State};
 
-use crate::fixture::{ControlPlane, Place, SOON, cluster, listener, orders};
+use crate::fixture::{Place, SOON, TestControlPlane, cluster, listener, orders};
 
-struct Agent {
+struct AgentProcess {
     daemon: Daemon,
     api: Peer,
 }
 
-impl Agent {
-    fn start(place: &Place, control_planes: &[SocketAddr]) -> Agent {
+impl AgentProcess {
+    fn start(place: &Place, control_planes: &[SocketAddr]) -> AgentProcess {
         let path = place.dir.join("agent.yaml");
         std::fs::write(&path, place.text(control_planes, "")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmesh-agent"));
         command.arg("--config").arg(path).env("VMESH_LOG", "debug");
         let daemon = Daemon::spawn("vmesh-agent", command).unwrap();
-        Agent { daemon, api: Peer::Tcp(place.api()) }
+        AgentProcess { daemon, api: Peer::Tcp(place.api()) }
     }
 
     async fn ready(&mut self) {
@@ -53,9 +53,9 @@ fn app(place: &Place, name: &str, port: u16) -> HttpApp {
     HttpApp::start(name, "v1", place.at(port)).unwrap()
 }
 
-async fn control_plane(place: &Place, port: u16, app: &HttpApp) -> (ControlPlane, SocketAddr) {
+async fn control_plane(place: &Place, port: u16, app: &HttpApp) -> (TestControlPlane, SocketAddr) {
     let address = place.at(port);
-    let control_plane = ControlPlane::on(address).await;
+    let control_plane = TestControlPlane::on(address).await;
     control_plane.publish(orders(place.upstream(), app.address()));
     (control_plane, address)
 }
@@ -80,7 +80,7 @@ async fn envoy_serves_what_the_control_plane_says_and_its_acks_go_up() {
     let place = Place::new();
     let (one, two) = (app(&place, "one", 8081), app(&place, "two", 8082));
     let (control, address) = control_plane(&place, 15010, &one).await;
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     agent.ready().await;
     let load = load(&place);
     served(&load, "one").await;
@@ -114,7 +114,7 @@ async fn what_envoy_rejects_goes_up_in_its_own_words_and_the_last_good_configura
     let place = Place::new();
     let app = app(&place, "one", 8081);
     let (control, address) = control_plane(&place, 15010, &app).await;
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     agent.ready().await;
     let load = load(&place);
     served(&load, "one").await;
@@ -138,7 +138,7 @@ async fn a_port_that_somebody_else_had_is_served_when_it_is_free() {
     let app = app(&place, "one", 8081);
     let taken = std::net::TcpListener::bind(place.upstream()).unwrap();
     let (control, address) = control_plane(&place, 15010, &app).await;
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     let mut seen = control.seen.clone();
     seen.wait_for(|seen| matches!(seen.status.state, State::Rejected { .. })).await.unwrap();
     let State::Rejected { reason } = seen.borrow().status.state.clone() else { panic!() };
@@ -157,14 +157,14 @@ async fn a_node_that_starts_without_a_control_plane_serves_the_last_good_configu
     let place = Place::new();
     let app = app(&place, "one", 8081);
     let (control, address) = control_plane(&place, 15010, &app).await;
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     agent.ready().await;
     agent.status("a saved configuration", saved).await;
     agent.daemon.terminate(SOON).await.unwrap();
     control.crash().await;
 
     let began = std::time::Instant::now();
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     let answer = wait_for("an answer", SOON, async || {
         fetch(&Peer::Tcp(place.upstream()), http::Method::GET, "/", SOON)
             .await
@@ -187,12 +187,12 @@ async fn a_control_plane_that_has_nothing_new_for_a_restarted_agent_confirms_wha
     let place = Place::new();
     let app = app(&place, "one", 8080);
     let (_control_plane, at) = control_plane(&place, 15010, &app).await;
-    let mut agent = Agent::start(&place, &[at]);
+    let mut agent = AgentProcess::start(&place, &[at]);
     agent.ready().await;
     agent.status("a saved configuration", saved).await;
     assert!(agent.daemon.terminate(SOON).await.unwrap().success());
     let restarted = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-    let mut agent = Agent::start(&place, &[at]);
+    let mut agent = AgentProcess::start(&place, &[at]);
     let confirmed = |status: &Value| {
         status["control_plane"]["in_use"].is_string()
             && status["accepted"]["from_disk"] == false
@@ -206,7 +206,7 @@ async fn no_crash_of_agent_or_control_plane_costs_a_request() {
     let place = Place::new();
     let (one, two) = (app(&place, "one", 8081), app(&place, "two", 8082));
     let (control, address) = control_plane(&place, 15010, &one).await;
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     agent.ready().await;
     let load = load(&place);
     served(&load, "one").await;
@@ -215,7 +215,7 @@ async fn no_crash_of_agent_or_control_plane_costs_a_request() {
     served(&load, "one").await;
     agent.daemon.kill().unwrap();
     served(&load, "one").await;
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     agent.ready().await;
     let status = agent.status("an adopted Envoy", |status| status["envoy"]["adopted"] == true).await;
     assert_eq!(status["envoy"]["restarts"], 0);
@@ -238,7 +238,7 @@ async fn configuration_comes_from_one_control_plane_and_the_others_get_the_repor
     let app = app(&place, "one", 8081);
     let (a, at_a) = control_plane(&place, 15010, &app).await;
     let (b, at_b) = control_plane(&place, 15110, &app).await;
-    let mut agent = Agent::start(&place, &[at_a, at_b]);
+    let mut agent = AgentProcess::start(&place, &[at_a, at_b]);
     agent.ready().await;
     let reported = |status: &Value| {
         let others = status["control_plane"]["reported_to"].as_object().unwrap().clone();
@@ -269,7 +269,7 @@ async fn a_control_plane_that_hangs_is_passed_over() {
     // The kernel completes the TCP handshake, and no process accepts the connection.
     let hung = std::net::TcpListener::bind(place.at(15110)).unwrap();
     let (_control, address) = control_plane(&place, 15010, &app).await;
-    let mut agent = Agent::start(&place, &[hung.local_addr().unwrap(), address]);
+    let mut agent = AgentProcess::start(&place, &[hung.local_addr().unwrap(), address]);
     agent.ready().await;
 }
 
@@ -277,7 +277,7 @@ async fn a_control_plane_that_hangs_is_passed_over() {
 async fn a_first_start_without_a_control_plane_says_what_it_waits_for() {
     let place = Place::new();
     let app = app(&place, "one", 8081);
-    let mut agent = Agent::start(&place, &[place.at(15010)]);
+    let mut agent = AgentProcess::start(&place, &[place.at(15010)]);
     let status = agent.status("a reason", |status| status["control_plane"]["reason"].is_string()).await;
     assert_eq!(status["envoy"]["state"], "waiting");
     let why = status["why_not_ready"].as_str().unwrap();
@@ -307,7 +307,7 @@ async fn a_thousand_services_fit_into_twenty_mebibytes() {
         all.push(Resource::new(Kind::Cluster, name.clone(), &cluster(&name, &instances)));
     }
     control.publish(all);
-    let mut agent = Agent::start(&place, &[address]);
+    let mut agent = AgentProcess::start(&place, &[address]);
     agent.ready().await;
     agent.status("a saved configuration", |status| status["accepted"]["resources"]["cluster"] == 1001).await;
     // In addition, the optimised executable has about 9 MiB of its file resident, an unoptimised one twice as much.

@@ -27,7 +27,7 @@ use vmesh_testkit::process::Daemon;
 use vmesh_testkit::wait_for;
 use vmesh_xds::{Kind, Resource};
 
-use crate::fixture::{ControlPlane, Place, SOON, cluster, listener, orders};
+use crate::fixture::{Place, SOON, TestControlPlane, cluster, listener, orders};
 
 /// A host: its address and directories, a private copy of the Envoy binary that tests replace, and the settings of its supervisor.
 struct Host {
@@ -121,16 +121,16 @@ upstreams: [{{service: orders, listen: "{upstream}"}}]
         Envoy::at_socket(self.dir().join("admin.sock"))
     }
 
-    fn supervise(&self) -> Supervisor {
+    fn supervise(&self) -> SupervisorProcess {
         self.write_bootstrap();
         self.supervise_as_it_is()
     }
 
-    fn supervise_as_it_is(&self) -> Supervisor {
+    fn supervise_as_it_is(&self) -> SupervisorProcess {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmesh-agent"));
         command.arg("envoy").arg("--config").arg(self.file());
         let daemon = Daemon::spawn("vmesh-agent envoy", command).unwrap();
-        Supervisor { daemon, socket: Peer::Unix(self.dir().join("status.sock")) }
+        SupervisorProcess { daemon, socket: Peer::Unix(self.dir().join("status.sock")) }
     }
 
     /// Returns the pids of the Envoys that run on this host.
@@ -162,12 +162,12 @@ impl Drop for Host {
     }
 }
 
-struct Supervisor {
+struct SupervisorProcess {
     daemon: Daemon,
     socket: Peer,
 }
 
-impl Supervisor {
+impl SupervisorProcess {
     async fn is(&mut self, what: &str, is: impl Fn(&Value) -> bool) -> Value {
         let seen = wait_for(what, SOON, async || {
             if let Some(status) = self.daemon.has_exited() {
@@ -215,9 +215,9 @@ fn pid(status: &Value) -> Pid {
 }
 
 /// Starts an HTTP application `orders`, a TCP echo application, and a control plane that serves both to Envoy.
-async fn serving(host: &Host) -> (ControlPlane, HttpApp) {
+async fn serving(host: &Host) -> (TestControlPlane, HttpApp) {
     let app = HttpApp::start("one", "v1", host.place.at(8080)).unwrap();
-    let control_plane = ControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
+    let control_plane = TestControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
     control_plane.publish(resources(host, app.address()));
     echo(host).await;
     (control_plane, app)
@@ -269,14 +269,14 @@ async fn echo(host: &Host) {
 }
 
 /// An open connection to the echo application through Envoy.
-struct Stream {
+struct EchoStream {
     stream: TcpStream,
 }
 
-impl Stream {
-    async fn open(host: &Host) -> Stream {
+impl EchoStream {
+    async fn open(host: &Host) -> EchoStream {
         let stream = TcpStream::connect(echo_through_envoy(host)).await.unwrap();
-        let mut stream = Stream { stream };
+        let mut stream = EchoStream { stream };
         stream.lives().await;
         stream
     }
@@ -311,7 +311,7 @@ impl Clients {
 
     /// Starts clients with persistent connections alone. For tests in which an Envoy closes listeners without a hot restart: the kernel
     /// then resets connections in the queue of the listener (`tcp_migrate_req` is 0), and persistent connections are rarely in a queue.
-    async fn that_stay(host: &Host) -> Clients {
+    async fn start_persistent(host: &Host) -> Clients {
         let kept = Load::start(Plan::to(host.place.upstream()).rate(300.0)).unwrap();
         let clients = Clients { kept, new: None };
         clients.are_served().await;
@@ -408,7 +408,7 @@ async fn a_reload_with_nothing_changed_costs_no_request_and_no_connection() {
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let mut stream = Stream::open(&host).await;
+    let mut stream = EchoStream::open(&host).await;
     let clients = Clients::start(&host).await;
     let began = Instant::now();
     supervisor.hang_up();
@@ -437,7 +437,7 @@ async fn a_second_reload_waits_until_the_first_envoy_has_no_clients_and_costs_no
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let stream = Stream::open(&host).await;
+    let stream = EchoStream::open(&host).await;
     let clients = Clients::start(&host).await;
     supervisor.hang_up();
     let second = supervisor.reloaded(1).await;
@@ -459,7 +459,7 @@ async fn a_second_reload_waits_no_longer_than_the_first_envoy_may_stay() {
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     supervisor.is_live().await;
-    let _stream = Stream::open(&host).await;
+    let _stream = EchoStream::open(&host).await;
     let clients = Clients::start(&host).await;
     supervisor.hang_up();
     supervisor.reloaded(1).await;
@@ -482,8 +482,8 @@ async fn a_reload_that_is_asked_for_twice_does_not_wait_and_keeps_the_connection
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let mut stream = Stream::open(&host).await;
-    let clients = Clients::that_stay(&host).await;
+    let mut stream = EchoStream::open(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     supervisor.hang_up();
     supervisor.reloaded(1).await;
     supervisor.hang_up();
@@ -530,7 +530,7 @@ async fn an_upgrade_of_envoy_and_the_way_back_cost_no_request_and_no_connection(
     assert_eq!(supervisor.is_live().await["version"], envoy::OLDEST);
     let clients = Clients::start(&host).await;
     for (reloads, version) in [(1, envoy::VERSION), (2, envoy::OLDEST)] {
-        let mut stream = Stream::open(&host).await;
+        let mut stream = EchoStream::open(&host).await;
         host.install(version);
         let status =
             supervisor.is("the binary that waits", |status| status["waiting_binary"].is_string()).await;
@@ -615,7 +615,7 @@ async fn a_new_envoy_that_hangs_is_ended_and_another_like_the_old_one_takes_over
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let mut stream = Stream::open(&host).await;
+    let mut stream = EchoStream::open(&host).await;
     let clients = Clients::start(&host).await;
     supervisor.hang_up();
     let candidate = candidate(&host, &first).await;
@@ -704,7 +704,7 @@ async fn a_parent_that_dies_while_it_takes_its_leave_does_not_take_its_child_alo
     let second = supervisor.reloaded(1).await;
     // By now, all clients use the new Envoy.
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     kill_process(pid(&first), Signal::KILL).unwrap();
     // The new Envoy would abort as soon as it sent a message to its dead parent.
     let third = supervisor.reloaded(2).await;
@@ -723,7 +723,7 @@ async fn a_supervisor_that_is_killed_costs_no_request_and_the_next_goes_on_with_
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     supervisor.is_live().await;
-    let mut stream = Stream::open(&host).await;
+    let mut stream = EchoStream::open(&host).await;
     let clients = Clients::start(&host).await;
     supervisor.hang_up();
     let second = supervisor.reloaded(1).await;
@@ -803,7 +803,7 @@ async fn an_agent_that_is_not_there_is_waited_for_and_nothing_takes_over_meanwhi
     };
     supervisor.is("the reason", waits).await;
     clients.are_served().await;
-    let control_plane = ControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
+    let control_plane = TestControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
     control_plane.publish(resources(&host, app.address()));
     supervisor.reloaded(1).await;
     clients.are_served().await;
@@ -821,7 +821,7 @@ fn agent(host: &Host) -> Daemon {
 async fn an_agent_that_is_killed_stopped_and_started_touches_no_envoy_also_while_one_takes_over() {
     let host = Host::new();
     let app = HttpApp::start("one", "v1", host.place.at(8080)).unwrap();
-    let control_plane = ControlPlane::on(host.control_plane()).await;
+    let control_plane = TestControlPlane::on(host.control_plane()).await;
     control_plane.publish(resources(&host, app.address()));
     host.configure();
     let api = Peer::Tcp(host.place.api());

@@ -12,16 +12,16 @@ use super::HostError;
 use crate::print::printable;
 
 #[derive(Debug, Args)]
-pub(crate) struct Capture {
+pub(crate) struct CaptureArgs {
     /// The socket of vmesh-net.
     #[arg(long, global = true, value_name = "PATH", default_value = vmesh_net::SOCKET, env = "VMESH_NET")]
     socket: PathBuf,
     #[command(subcommand)]
-    say: Option<Say>,
+    action: Option<CaptureAction>,
 }
 
 #[derive(Debug, Subcommand)]
-enum Say {
+enum CaptureAction {
     /// Show how the host's rules would change now. The output is empty if the rules are as desired.
     Plan,
     /// Confirm the change that is on trial: it stays.
@@ -33,16 +33,16 @@ enum Say {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Bypass {
+pub(crate) struct BypassArgs {
     /// The bypass script, which works without any other part of vmesh.
     #[arg(long, value_name = "PATH", default_value = "/usr/lib/vmesh/bypass", env = "VMESH_BYPASS")]
     script: PathBuf,
     #[command(subcommand)]
-    say: Switch,
+    switch: BypassSwitch,
 }
 
 #[derive(Debug, Subcommand)]
-enum Switch {
+enum BypassSwitch {
     /// Take this host out of the mesh immediately.
     On {
         /// Stop capturing new connections, but keep open ones.
@@ -54,18 +54,18 @@ enum Switch {
 }
 
 /// Returns the answer as text and as JSON, and whether something needs attention.
-pub(crate) async fn capture(ask: &Capture) -> Result<(String, serde_json::Value, bool), HostError> {
-    let question = match &ask.say {
+pub(crate) async fn capture(args: &CaptureArgs) -> Result<(String, serde_json::Value, bool), HostError> {
+    let question = match &args.action {
         None => Ask::Status,
-        Some(Say::Plan) => Ask::Plan { want: None },
-        Some(Say::Retry) => Ask::Retry,
-        Some(Say::Confirm) => Ask::Confirm { trial: trial(&ask.socket).await? },
-        Some(Say::Revert) => Ask::Revert {
-            trial: trial(&ask.socket).await?,
+        Some(CaptureAction::Plan) => Ask::Plan { want: None },
+        Some(CaptureAction::Retry) => Ask::Retry,
+        Some(CaptureAction::Confirm) => Ask::Confirm { trial: trial(&args.socket).await? },
+        Some(CaptureAction::Revert) => Ask::Revert {
+            trial: trial(&args.socket).await?,
             why: "an operator said that it does not work".to_owned(),
         },
     };
-    match client::ask(&ask.socket, &question).await? {
+    match client::ask(&args.socket, &question).await? {
         Answer::Status(status) => {
             let (text, attention) = show(&status);
             Ok((text, serde_json::json!(status), attention))
@@ -171,13 +171,13 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
 }
 
 /// Runs the bypass script and returns its output.
-pub(crate) fn bypass(ask: &Bypass) -> Result<String, HostError> {
+pub(crate) fn bypass(args: &BypassArgs) -> Result<String, HostError> {
     let mut command = Command::new("/bin/sh");
-    command.arg(&ask.script);
-    match ask.say {
-        Switch::On { keep_connections: true } => _ = command.arg("--keep-connections"),
-        Switch::On { keep_connections: false } => {}
-        Switch::Off => _ = command.arg("--lift"),
+    command.arg(&args.script);
+    match args.switch {
+        BypassSwitch::On { keep_connections: true } => _ = command.arg("--keep-connections"),
+        BypassSwitch::On { keep_connections: false } => {}
+        BypassSwitch::Off => _ = command.arg("--lift"),
     }
     run(&mut command)
 }

@@ -60,7 +60,7 @@ pub(crate) enum HostError {
     Marks {
         path: PathBuf,
         #[source]
-        cause: vmesh_dns::host::BadMarks,
+        cause: vmesh_dns::host::HostsBlockError,
     },
     #[error("could not run {command}")]
     Run {

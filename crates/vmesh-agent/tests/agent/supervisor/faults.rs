@@ -50,7 +50,7 @@ async fn a_supervisor_that_is_killed_while_its_envoy_takes_leave_has_a_next_one_
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let mut stream = Stream::open(&host).await;
+    let mut stream = EchoStream::open(&host).await;
     supervisor.daemon.signal(Signal::TERM).unwrap();
     host.admin_says("DRAINING").await;
     supervisor.daemon.kill().unwrap();
@@ -58,7 +58,7 @@ async fn a_supervisor_that_is_killed_while_its_envoy_takes_leave_has_a_next_one_
     let second = supervisor.is_live().await;
     assert_ne!(first["pid"], second["pid"]);
     assert_eq!(second["leaving"][0]["pid"], first["pid"]);
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     stream.lives().await;
     clients.lost_nothing().await;
 }
@@ -155,7 +155,7 @@ async fn an_envoy_that_cannot_be_asked_any_more_gets_a_successor_although_nobody
     };
     supervisor.is("that it cannot be asked", is_blind).await;
     clients.are_served().await;
-    let control_plane = ControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
+    let control_plane = TestControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
     control_plane.publish(resources(&host, app.address()));
     let sees = |status: &Value| {
         status["state"] == "live" && status["reason"].is_null() && status["reload"].is_null()
@@ -173,7 +173,7 @@ async fn an_envoy_whose_shared_memory_is_gone_is_asked_as_before_and_lets_the_ne
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     std::fs::remove_file(host.shared_memory(&first)).unwrap();
     supervisor.hang_up();
     let status = supervisor.failed("it ended before it was live").await;
@@ -236,7 +236,7 @@ async fn a_parent_that_dies_while_there_is_no_supervisor_does_not_take_its_child
     supervisor.hang_up();
     let second = supervisor.reloaded(1).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     supervisor.daemon.kill().unwrap();
     kill_process(pid(&first), Signal::KILL).unwrap();
     let mut supervisor = host.supervise_as_it_is();
@@ -269,7 +269,7 @@ async fn envoys_that_are_on_no_record_are_found_and_take_their_leave() {
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     supervisor.daemon.kill().unwrap();
     std::fs::remove_file(host.record()).unwrap();
     let mut supervisor = host.supervise_as_it_is();
@@ -296,7 +296,7 @@ async fn whoever_asks_half_a_question_does_not_hold_up_the_end_and_whoever_asks_
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     supervisor.is_live().await;
-    let _stream = Stream::open(&host).await;
+    let _stream = EchoStream::open(&host).await;
     let mut half = tokio::net::UnixStream::connect(host.dir().join("status.sock")).await.unwrap();
     half.write_all(b"GET /sta").await.unwrap();
     supervisor.daemon.signal(Signal::TERM).unwrap();
@@ -366,7 +366,7 @@ async fn systemd_is_told_how_long_the_leave_may_take() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmesh-agent"));
     command.arg("envoy").arg("--config").arg(host.file()).env("NOTIFY_SOCKET", &socket);
     let daemon = Daemon::spawn("vmesh-agent envoy", command).unwrap();
-    let mut supervisor = Supervisor { daemon, socket: Peer::Unix(host.dir().join("status.sock")) };
+    let mut supervisor = SupervisorProcess { daemon, socket: Peer::Unix(host.dir().join("status.sock")) };
     supervisor.is_live().await;
     assert!(supervisor.daemon.terminate(SOON).await.unwrap().success());
     told.set_nonblocking(true).unwrap();
@@ -387,7 +387,7 @@ async fn an_envoy_that_takes_over_and_lacks_something_is_replaced_while_it_serve
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     supervisor.is_live().await;
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     // This Envoy passes the trial, and only when started has another listener on the address of `echo`.
     let real = envoy::find().unwrap();
     let address = echo_through_envoy(&host);
@@ -404,7 +404,7 @@ async fn an_envoy_that_takes_over_and_lacks_something_is_replaced_while_it_serve
     supervisor.failed("it is without `echo`").await;
     clients.are_served().await;
     host.envoy().wait_live(SOON).await.unwrap();
-    Stream::open(&host).await.lives().await;
+    EchoStream::open(&host).await.lives().await;
     assert!(clients.failures() <= 1, "{}", clients.kept.so_far());
 }
 
@@ -425,7 +425,7 @@ async fn a_reload_of_an_envoy_that_is_about_to_answer_waits_for_that() {
     assert_eq!((&status["restarts"], &status["epoch"]), (&0.into(), &1.into()), "{status}");
 
     // A serving Envoy that is busy for a moment.
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     kill_process(pid(&status), Signal::STOP).unwrap();
     supervisor.is("a silent Envoy", |status| status["state"] == "silent").await;
     supervisor.hang_up();
@@ -515,7 +515,7 @@ async fn shared_memory_that_somebody_else_made_in_advance_keeps_no_envoy_from_st
     std::os::unix::process::CommandExt::uid(&mut command, STRANGER);
     command.arg("envoy").arg("--config").arg(host.file());
     let daemon = Daemon::spawn("vmesh-agent envoy", command).unwrap();
-    let mut supervisor = Supervisor { daemon, socket: Peer::Unix(host.dir().join("status.sock")) };
+    let mut supervisor = SupervisorProcess { daemon, socket: Peer::Unix(host.dir().join("status.sock")) };
     let mut taken = Vec::new();
     for _ in 0..3 {
         let status = supervisor.is_live().await;
@@ -559,7 +559,7 @@ async fn an_envoy_with_few_file_descriptors_refuses_clients_before_it_runs_out_a
         .args(["--nofile=256:256", env!("CARGO_BIN_EXE_vmesh-agent"), "envoy", "--config"])
         .arg(host.file());
     let daemon = Daemon::spawn("vmesh-agent envoy", command).unwrap();
-    let mut supervisor = Supervisor { daemon, socket: Peer::Unix(host.dir().join("status.sock")) };
+    let mut supervisor = SupervisorProcess { daemon, socket: Peer::Unix(host.dir().join("status.sock")) };
     let first = supervisor.is_live().await;
     let mut served = Vec::new();
     let mut refused = 0;
@@ -595,7 +595,7 @@ async fn an_envoy_that_only_cannot_be_asked_is_not_ended() {
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let clients = Clients::that_stay(&host).await;
+    let clients = Clients::start_persistent(&host).await;
     for socket in host.files("admin.") {
         std::fs::remove_file(host.dir().join(socket)).unwrap();
     }
@@ -620,7 +620,7 @@ async fn however_often_a_reload_is_asked_for_no_connection_is_cut() {
     let (_control_plane, _app) = serving(&host).await;
     let mut supervisor = host.supervise();
     let first = supervisor.is_live().await;
-    let mut streams = vec![Stream::open(&host).await];
+    let mut streams = vec![EchoStream::open(&host).await];
     let mut seen = std::collections::BTreeSet::from([first["pid"].to_string()]);
     for _ in 0..8 {
         supervisor.hang_up();
@@ -631,7 +631,7 @@ async fn however_often_a_reload_is_asked_for_no_connection_is_cut() {
         };
         let status = supervisor.is("the end of a reload, or one that waits", settled).await;
         if seen.insert(status["pid"].to_string()) {
-            streams.push(Stream::open(&host).await);
+            streams.push(EchoStream::open(&host).await);
         }
         assert!(status["leaving"].as_array().unwrap().len() <= 2, "{status}");
         for stream in &mut streams {

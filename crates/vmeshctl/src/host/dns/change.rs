@@ -31,21 +31,21 @@ const MADE_DIRECTORY: &str = "The directory was made by vmesh, too.";
 const MODE: u32 = 0o644;
 
 /// The desired content of a file, or its removal.
-pub(super) enum Wanted {
+pub(super) enum DesiredFile {
     Text(String),
-    Gone,
+    Absent,
 }
 
 /// The changed files of one resolver, and the unit that reads them.
-pub(super) struct Change<'a> {
-    pub(super) files: Vec<(PathBuf, Wanted)>,
+pub(super) struct ResolverChange<'a> {
+    pub(super) files: Vec<(PathBuf, DesiredFile)>,
     pub(super) unit: &'static str,
     /// The names to check. `None` if the root is not `/`: nothing is restarted then.
     pub(super) names: Option<&'a BTreeSet<String>>,
 }
 
 /// The state of a file before the change, for the rollback.
-struct Before {
+struct OriginalFile {
     path: PathBuf,
     /// The content and the mode; `None` if there was no file.
     was: Option<(Vec<u8>, u32)>,
@@ -53,18 +53,18 @@ struct Before {
     made: Option<PathBuf>,
 }
 
-impl Change<'_> {
+impl ResolverChange<'_> {
     /// Applies the change and returns a line for each file. Restores all files and returns an error if the resolver does not run
     /// afterwards, or no longer finds a name that it found before.
-    pub(super) fn make(self) -> Result<String, HostError> {
-        let found = self.names.map(found_among).unwrap_or_default();
+    pub(super) fn apply(self) -> Result<String, HostError> {
+        let found = self.names.map(resolvable_among).unwrap_or_default();
         let live = self.names.is_some();
         let ran = live && is_active(self.unit);
         let mut done = Vec::new();
         let mut said = String::new();
         let mut changed = Ok(());
         for (path, wanted) in &self.files {
-            match apply(path, wanted) {
+            match apply_file(path, wanted) {
                 Ok(None) => {}
                 Ok(Some((before, what))) => {
                     done.push(before);
@@ -77,7 +77,7 @@ impl Change<'_> {
             }
         }
         if let Err(error) = changed {
-            take_back(&done);
+            roll_back(&done);
             return Err(error);
         }
         if done.is_empty() || !live {
@@ -90,13 +90,13 @@ impl Change<'_> {
         let restarted = restart(self.unit);
         let verdict = match restarted {
             Err(error) => Err(one_line(&error)),
-            Ok(_) => still_finds(self.unit, &found),
+            Ok(_) => wait_until_resolved(self.unit, &found),
         };
         let Err(why) = verdict else {
             said += &format!("restarted {}\n", self.unit);
             return Ok(said);
         };
-        take_back(&done);
+        roll_back(&done);
         let again = match restart(self.unit) {
             Ok(_) => String::new(),
             Err(error) => format!("; and as it was it does not start, either: {}", one_line(&error)),
@@ -106,7 +106,7 @@ impl Change<'_> {
 }
 
 /// Writes or removes one file. Returns its state before, and the verb for the message; `None` if nothing had to change.
-fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>, HostError> {
+fn apply_file(path: &Path, wanted: &DesiredFile) -> Result<Option<(OriginalFile, &'static str)>, HostError> {
     let was = match fsx::read_capped(path, MAX_FILE) {
         Ok(bytes) => {
             let mode =
@@ -119,7 +119,7 @@ fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>,
     let text_before = was.as_ref().map(|(bytes, _)| String::from_utf8_lossy(bytes).into_owned());
     let is_foreign = text_before.as_ref().is_some_and(|text| !super::resolver::is_ours(text));
     match wanted {
-        Wanted::Gone => {
+        DesiredFile::Absent => {
             let Some(text) = text_before else { return Ok(None) };
             if is_foreign {
                 // A file of that name that vmesh did not write is not removed.
@@ -130,9 +130,9 @@ fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>,
             // `remove_dir` fails for a directory with other files, which therefore stays.
             let removed = dir.filter(|dir| std::fs::remove_dir(dir).is_ok());
             let made = removed.map(Path::to_owned);
-            Ok(Some((Before { path: path.to_owned(), was, made }, "removed")))
+            Ok(Some((OriginalFile { path: path.to_owned(), was, made }, "removed")))
         }
-        Wanted::Text(text) => {
+        DesiredFile::Text(text) => {
             if is_foreign {
                 return Err(HostError::Cannot(format!(
                     "{} is not of vmesh, which would have written it: move it away, then do this again",
@@ -158,7 +158,7 @@ fn apply(path: &Path, wanted: &Wanted) -> Result<Option<(Before, &'static str)>,
                 }
                 return Err(error.into());
             }
-            Ok(Some((Before { path: path.to_owned(), was, made: dir }, "wrote")))
+            Ok(Some((OriginalFile { path: path.to_owned(), was, made: dir }, "wrote")))
         }
     }
 }
@@ -170,7 +170,7 @@ fn marked(text: &str) -> String {
 }
 
 /// Restores the files in reverse order. Prints the files that could not be restored.
-fn take_back(done: &[Before]) {
+fn roll_back(done: &[OriginalFile]) {
     for before in done.iter().rev() {
         let back = match &before.was {
             Some((bytes, mode)) => {
@@ -207,11 +207,11 @@ fn is_active(unit: &str) -> bool {
 }
 
 /// Waits until the resolver runs and finds all `names` again.
-fn still_finds(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
+fn wait_until_resolved(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
     let deadline = Instant::now() + FOUND_WITHIN;
     loop {
         let lost: Vec<&String> = {
-            let found = found_among(names);
+            let found = resolvable_among(names);
             names.iter().filter(|name| !found.contains(*name)).collect()
         };
         let why = match (is_active(unit), lost.first()) {
@@ -227,7 +227,7 @@ fn still_finds(unit: &str, names: &BTreeSet<String>) -> Result<(), String> {
 }
 
 /// Returns the names that the host's programs find now, through the C library. All look-ups run in parallel.
-pub(super) fn found_among(names: &BTreeSet<String>) -> BTreeSet<String> {
+pub(super) fn resolvable_among(names: &BTreeSet<String>) -> BTreeSet<String> {
     let within = format!("{}", LOOKS_UP_WITHIN.as_secs());
     let look_up = |name: &String| {
         let mut command = host_program("timeout");
@@ -255,7 +255,8 @@ pub(super) fn foreign_names(root: &Path, named: &[String], control_planes: &[Str
     let domains = resolv.lines().filter(|line| line.starts_with("search ") || line.starts_with("domain "));
     names.extend(domains.flat_map(|line| line.split_whitespace().skip(1)).map(str::to_owned));
     let mut sources = read("/etc/apt/sources.list");
-    for entry in std::fs::read_dir(super::at(root, "/etc/apt/sources.list.d")).into_iter().flatten().flatten()
+    for entry in
+        std::fs::read_dir(super::path_below(root, "/etc/apt/sources.list.d")).into_iter().flatten().flatten()
     {
         let text = fsx::read_capped(&entry.path(), MAX_FILE).unwrap_or_default();
         sources.push('\n');
@@ -335,8 +336,10 @@ mod tests {
     fn a_change_that_fails_half_way_leaves_nothing() {
         let root =
             root(&[("/etc/a/one.conf", "# Written by vmesh: old\n"), ("/etc/c", "a file, no directory")]);
-        let of = |path: &str, text: &str| (super::super::at(&root, path), Wanted::Text(text.to_owned()));
-        let change = Change {
+        let of = |path: &str, text: &str| {
+            (super::super::path_below(&root, path), DesiredFile::Text(text.to_owned()))
+        };
+        let change = ResolverChange {
             files: vec![
                 of("/etc/a/one.conf", "# Written by vmesh: new\n"),
                 of("/etc/b/two.conf", "# Written by vmesh: new\n"),
@@ -345,7 +348,7 @@ mod tests {
             unit: "none",
             names: None,
         };
-        change.make().unwrap_err();
+        change.apply().unwrap_err();
         let one = std::fs::read_to_string(root.join("etc/a/one.conf")).unwrap();
         assert_eq!(one, "# Written by vmesh: old\n");
         assert!(!root.join("etc/b").exists());
@@ -356,16 +359,17 @@ mod tests {
         let root = root(&[("/etc/there/x", "")]);
         std::fs::remove_file(root.join("etc/there/x")).unwrap();
         for (dir, stays) in [("/etc/there", true), ("/etc/made", false)] {
-            let path = super::super::at(&root, &format!("{dir}/vmesh.conf"));
-            let make =
-                |wanted| Change { files: vec![(path.clone(), wanted)], unit: "none", names: None }.make();
-            assert!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap().starts_with("wrote"));
-            assert_eq!(make(Wanted::Text("# Written by vmesh\n".into())).unwrap(), "");
+            let path = super::super::path_below(&root, &format!("{dir}/vmesh.conf"));
+            let make = |wanted| {
+                ResolverChange { files: vec![(path.clone(), wanted)], unit: "none", names: None }.apply()
+            };
+            assert!(make(DesiredFile::Text("# Written by vmesh\n".into())).unwrap().starts_with("wrote"));
+            assert_eq!(make(DesiredFile::Text("# Written by vmesh\n".into())).unwrap(), "");
             // A new text keeps the line about the directory.
-            assert!(make(Wanted::Text("# Written by vmesh 2\n".into())).unwrap().starts_with("wrote"));
-            assert!(make(Wanted::Gone).unwrap().starts_with("removed"));
+            assert!(make(DesiredFile::Text("# Written by vmesh 2\n".into())).unwrap().starts_with("wrote"));
+            assert!(make(DesiredFile::Absent).unwrap().starts_with("removed"));
             assert_eq!(path.parent().unwrap().is_dir(), stays, "{dir}");
-            assert_eq!(make(Wanted::Gone).unwrap(), "");
+            assert_eq!(make(DesiredFile::Absent).unwrap(), "");
         }
     }
 
@@ -373,9 +377,11 @@ mod tests {
     fn what_somebody_else_wrote_under_our_name_stays() {
         let root = root(&[("/etc/dnsmasq.d/vmesh.conf", "server=/corp/10.0.0.1\n")]);
         let path = root.join("etc/dnsmasq.d/vmesh.conf");
-        let make = |wanted| Change { files: vec![(path.clone(), wanted)], unit: "none", names: None }.make();
-        make(Wanted::Text("# Written by vmesh\n".into())).unwrap_err();
-        assert_eq!(make(Wanted::Gone).unwrap(), "");
+        let make = |wanted| {
+            ResolverChange { files: vec![(path.clone(), wanted)], unit: "none", names: None }.apply()
+        };
+        make(DesiredFile::Text("# Written by vmesh\n".into())).unwrap_err();
+        assert_eq!(make(DesiredFile::Absent).unwrap(), "");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "server=/corp/10.0.0.1\n");
     }
 }

@@ -21,9 +21,9 @@ use vmesh_dns::table::Suffix;
 use vmesh_dns::{Addresses, Table, Zone};
 
 use super::capture::run;
-use super::doctor::{Config, read_configuration};
+use super::doctor::{AgentConfig, read_configuration};
 use super::{HostError, host_program};
-use change::{Change, Wanted, foreign_names};
+use change::{DesiredFile, ResolverChange, foreign_names};
 use resolver::{FILES, Resolver};
 
 pub(crate) use resolver::{is_wired_for, wiring};
@@ -60,7 +60,7 @@ impl std::str::FromStr for AgentAddress {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Dns {
+pub(crate) struct DnsArgs {
     /// The agent's DNS server, if not `listen.dns` of its configuration.
     #[arg(long, global = true, value_name = "ADDRESS")]
     server: Option<SocketAddr>,
@@ -84,11 +84,11 @@ pub(crate) struct Dns {
     #[arg(long, global = true, value_name = "DIR", default_value = "/")]
     root: PathBuf,
     #[command(subcommand)]
-    say: Option<Say>,
+    action: Option<DnsAction>,
 }
 
 #[derive(Debug, Subcommand)]
-enum Say {
+enum DnsAction {
     /// Make the host's resolver forward names of the mesh to the agent.
     Enable {
         /// The resolver of this host.
@@ -134,78 +134,80 @@ impl Settings {
         }
     }
 
-    async fn of(ask: &Dns) -> Result<Settings, HostError> {
-        let mut settings = match read_configuration(&ask.config).await {
-            Config::Missing(_) => Settings::built_in(),
-            Config::Refused(why) => {
+    async fn load(args: &DnsArgs) -> Result<Settings, HostError> {
+        let mut settings = match read_configuration(&args.config).await {
+            AgentConfig::Missing(_) => Settings::built_in(),
+            AgentConfig::Refused(why) => {
                 return Err(HostError::Cannot(format!(
                     "vmesh-agent refuses {}, which says the suffix and where names are answered: {why}",
-                    ask.config.display()
+                    args.config.display()
                 )));
             }
-            Config::Unseen(why) => {
+            AgentConfig::Unreadable(why) => {
                 return Err(HostError::Cannot(format!(
                     "{} says the suffix and where names are answered, and could not be read: {why}",
-                    ask.config.display()
+                    args.config.display()
                 )));
             }
-            Config::Read(outline) => Settings {
+            AgentConfig::Read(outline) => Settings {
                 server: outline.dns,
                 suffix: outline.suffix.parse().map_err(|error| HostError::Cannot(format!("{error}")))?,
                 agent: AgentAddress::Unix(outline.api_socket()),
                 control_planes: outline.control_planes.clone(),
             },
         };
-        settings.server = ask.server.or(settings.server);
-        if let Some(suffix) = &ask.suffix {
+        settings.server = args.server.or(settings.server);
+        if let Some(suffix) = &args.suffix {
             settings.suffix = suffix.clone();
         }
-        if let Some(agent) = &ask.agent {
+        if let Some(agent) = &args.agent {
             settings.agent = agent.clone();
         }
         Ok(settings)
     }
 }
 
-pub(crate) async fn dns(ask: &Dns) -> Result<String, HostError> {
-    match &ask.say {
-        None => Ok(status(ask)),
-        Some(Say::Enable { resolver, keep }) => enable(ask, &Settings::of(ask).await?, *resolver, keep).await,
+pub(crate) async fn dns(args: &DnsArgs) -> Result<String, HostError> {
+    match &args.action {
+        None => Ok(status(args)),
+        Some(DnsAction::Enable { resolver, keep }) => {
+            enable(args, &Settings::load(args).await?, *resolver, keep).await
+        }
         // `disable` needs no configuration, since it removes the files that vmesh wrote.
-        Some(Say::Disable { keep }) => disable(ask, keep),
-        Some(Say::Sync { watch: false }) => sync(&ask.root, &Settings::of(ask).await?).await,
-        Some(Say::Sync { watch: true }) => watch(ask).await,
+        Some(DnsAction::Disable { keep }) => disable(args, keep),
+        Some(DnsAction::Sync { watch: false }) => sync(&args.root, &Settings::load(args).await?).await,
+        Some(DnsAction::Sync { watch: true }) => watch(args).await,
     }
 }
 
 /// Keeps the names in the hosts file up to date until the process is stopped. While the agent does not answer, the names stay.
-async fn watch(ask: &Dns) -> Result<String, HostError> {
-    let mut settings = Settings::of(ask).await?;
-    let mut read = modified(&ask.config);
+async fn watch(args: &DnsArgs) -> Result<String, HostError> {
+    let mut settings = Settings::load(args).await?;
+    let mut read = modified(&args.config);
     let mut last = String::new();
     loop {
-        let now = modified(&ask.config);
+        let now = modified(&args.config);
         if now != read {
-            match Settings::of(ask).await {
+            match Settings::load(args).await {
                 Ok(changed) => (settings, read) = (changed, now),
-                Err(error) => say_once(&mut last, vmesh_daemon::report::one_line(&error)),
+                Err(error) => print_once(&mut last, vmesh_daemon::report::one_line(&error)),
             }
         }
-        match sync(&ask.root, &settings).await {
+        match sync(&args.root, &settings).await {
             Ok(said) => {
                 if !said.is_empty() {
                     print!("{said}");
                 }
                 last.clear();
             }
-            Err(error) => say_once(&mut last, vmesh_daemon::report::one_line(&error)),
+            Err(error) => print_once(&mut last, vmesh_daemon::report::one_line(&error)),
         }
         tokio::time::sleep(SYNC_EVERY).await;
     }
 }
 
 /// Prints a message, unless it is equal to the previous one.
-fn say_once(last: &mut String, said: String) {
+fn print_once(last: &mut String, said: String) {
     if *last != said {
         eprintln!("{said}");
         *last = said;
@@ -216,23 +218,23 @@ fn modified(path: &Path) -> Option<SystemTime> {
     std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
 }
 
-fn at(root: &Path, path: &str) -> PathBuf {
+fn path_below(root: &Path, path: &str) -> PathBuf {
     root.join(path.trim_start_matches('/'))
 }
 
 fn read(root: &Path, path: &str) -> Option<String> {
-    let bytes = fsx::read_capped(&at(root, path), MAX_FILE).ok()?;
+    let bytes = fsx::read_capped(&path_below(root, path), MAX_FILE).ok()?;
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn status(ask: &Dns) -> String {
-    let (resolver, by) = wiring(&ask.root);
+fn status(args: &DnsArgs) -> String {
+    let (resolver, by) = wiring(&args.root);
     let by = by.map_or_else(|| "no: `vmeshctl dns enable`".to_owned(), |by| format!("by {by}"));
     format!("resolver      {resolver}\nasks vmesh    {by}\n")
 }
 
 async fn enable(
-    ask: &Dns,
+    args: &DnsArgs,
     settings: &Settings,
     resolver: Resolver,
     keep: &[String],
@@ -241,26 +243,27 @@ async fn enable(
     let Some(server) = settings.server else {
         return Err(HostError::Cannot(format!(
             "by {} the agent answers no names: let it capture outbound connections, or give it `listen: {{dns: \"127.0.0.1:15053\"}}`",
-            ask.config.display()
+            args.config.display()
         )));
     };
-    let wiring = match if resolver == Resolver::Auto { resolver::detect(&ask.root) } else { resolver } {
-        Resolver::Resolved => match resolver::for_this_resolved(&ask.root, live(ask), server, suffix) {
+    let wiring = match if resolver == Resolver::Auto { resolver::detect(&args.root) } else { resolver } {
+        Resolver::Resolved => match resolver::for_this_resolved(&args.root, live(args), server, suffix) {
             // A resolver that cannot forward a single zone keeps its configuration: the names go into the hosts file instead.
             Err(HostError::Cannot(why)) if resolver == Resolver::Auto => {
-                let said = enable_hosts(ask, settings).await?;
+                let said = enable_hosts(args, settings).await?;
                 return Ok(format!("{why}\nSo the names go to {HOSTS}, as by `--resolver hosts`.\n{said}"));
             }
             wiring => wiring?,
         },
         Resolver::Dnsmasq => resolver::for_dnsmasq(server, suffix),
         Resolver::Hosts | Resolver::Auto => {
-            return Ok(format!("{PLAIN_RESOLV_CONF}\n{}", enable_hosts(ask, settings).await?));
+            return Ok(format!("{PLAIN_RESOLV_CONF}\n{}", enable_hosts(args, settings).await?));
         }
     };
-    let names = live(ask).then(|| foreign_names(&ask.root, keep, &settings.control_planes));
-    let files = wiring.files.into_iter().map(|(file, text)| (at(&ask.root, file), Wanted::Text(text)));
-    let said = Change { files: files.collect(), unit: wiring.unit, names: names.as_ref() }.make()?;
+    let names = live(args).then(|| foreign_names(&args.root, keep, &settings.control_planes));
+    let files =
+        wiring.files.into_iter().map(|(file, text)| (path_below(&args.root, file), DesiredFile::Text(text)));
+    let said = ResolverChange { files: files.collect(), unit: wiring.unit, names: names.as_ref() }.apply()?;
     Ok(format!("{said}{} asks {server} for names below {suffix}\n", name_of(wiring.unit)))
 }
 
@@ -268,25 +271,25 @@ fn name_of(unit: &str) -> &str {
     if unit == "dnsmasq" { Resolver::Dnsmasq.name() } else { Resolver::Resolved.name() }
 }
 
-async fn enable_hosts(ask: &Dns, settings: &Settings) -> Result<String, HostError> {
-    let said = sync(&ask.root, settings).await?;
-    if live(ask) {
+async fn enable_hosts(args: &DnsArgs, settings: &Settings) -> Result<String, HostError> {
+    let said = sync(&args.root, settings).await?;
+    if live(args) {
         run(host_program("systemctl").args(["enable", "--now", HOSTS_UNIT]))?;
     }
     Ok(format!("{said}{HOSTS_UNIT} keeps the block up to date\n"))
 }
 
-fn live(ask: &Dns) -> bool {
-    ask.root == Path::new("/")
+fn live(args: &DnsArgs) -> bool {
+    args.root == Path::new("/")
 }
 
-fn disable(ask: &Dns, keep: &[String]) -> Result<String, HostError> {
+fn disable(args: &DnsArgs, keep: &[String]) -> Result<String, HostError> {
     let mut said = String::new();
-    if live(ask) {
+    if live(args) {
         // Disabling fails if the unit is not enabled, which is fine.
         _ = run(host_program("systemctl").args(["disable", "--now", HOSTS_UNIT]));
     }
-    let path = at(&ask.root, HOSTS);
+    let path = path_below(&args.root, HOSTS);
     if let Ok(hosts) = fsx::read_capped(&path, MAX_FILE) {
         let without =
             without_hosts_block(&hosts).map_err(|cause| HostError::Marks { path: path.clone(), cause })?;
@@ -295,12 +298,12 @@ fn disable(ask: &Dns, keep: &[String]) -> Result<String, HostError> {
             said += &format!("took the block of vmesh out of {}\n", path.display());
         }
     }
-    let names = live(ask).then(|| foreign_names(&ask.root, keep, &[]));
+    let names = live(args).then(|| foreign_names(&args.root, keep, &[]));
     let mut failed = None;
     for unit in FILES.map(|(_, unit)| unit).into_iter().collect::<BTreeSet<_>>() {
         let files = FILES.into_iter().filter(|(_, of)| *of == unit);
-        let files = files.map(|(file, _)| (at(&ask.root, file), Wanted::Gone)).collect();
-        match (Change { files, unit, names: names.as_ref() }).make() {
+        let files = files.map(|(file, _)| (path_below(&args.root, file), DesiredFile::Absent)).collect();
+        match (ResolverChange { files, unit, names: names.as_ref() }).apply() {
             Ok(done) => said += &done,
             Err(error) => failed = Some(error),
         }
@@ -331,7 +334,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
 /// Writes the agent's names to the hosts file, if they differ.
 async fn sync(root: &Path, settings: &Settings) -> Result<String, HostError> {
     let names = names_of_agent(&settings.agent).await?;
-    let path = at(root, HOSTS);
+    let path = path_below(root, HOSTS);
     let hosts = match fsx::read_capped(&path, MAX_FILE) {
         Ok(hosts) => hosts,
         Err(error) if error.is_not_found() => Vec::new(),
@@ -360,7 +363,7 @@ async fn sync(root: &Path, settings: &Settings) -> Result<String, HostError> {
 /// Returns the agent's names. Only an agent of root, of `vmesh-agent` or of this user is trusted: any user of the host could listen on a
 /// port, and would control where the host's programs connect.
 async fn names_of_agent(agent: &AgentAddress) -> Result<BTreeMap<String, Vec<IpAddr>>, HostError> {
-    let users = believed_users();
+    let users = trusted_users();
     let (peer, answer) = match agent {
         AgentAddress::Unix(path) => {
             (Peer::Unix(path.clone()), fetch_from_users(path, &users, "/names", ANSWERS_WITHIN).await)
@@ -383,7 +386,7 @@ async fn names_of_agent(agent: &AgentAddress) -> Result<BTreeMap<String, Vec<IpA
 }
 
 /// Returns the ids of the users whose agent is trusted.
-pub(crate) fn believed_users() -> Vec<u32> {
+pub(crate) fn trusted_users() -> Vec<u32> {
     let mut users = vec![0, rustix::process::geteuid().as_raw()];
     let of_agent = |passwd: &str| {
         let fields = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
@@ -441,21 +444,21 @@ fn table(suffix: &Suffix, names: &BTreeMap<String, Vec<IpAddr>>) -> Table {
 mod tests {
     use super::*;
 
-    fn ask(root: &Path) -> Dns {
-        Dns {
+    fn ask(root: &Path) -> DnsArgs {
+        DnsArgs {
             server: None,
             suffix: None,
             agent: None,
             config: "/no/such.yaml".into(),
             root: root.to_owned(),
-            say: None,
+            action: None,
         }
     }
 
     pub(super) fn root(files: &[(&str, &str)]) -> vmesh_testkit::TempDir {
         let root = vmesh_testkit::tempdir().unwrap();
         for (file, text) in files {
-            let path = at(&root, file);
+            let path = path_below(&root, file);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }

@@ -13,7 +13,7 @@ use vmesh_dns::table::Suffix;
 
 use super::super::capture::run;
 use super::super::{HostError, host_program};
-use super::{HOSTS, at, read};
+use super::{HOSTS, path_below, read};
 
 /// The port of DNS servers.
 const DNS_PORT: u16 = 53;
@@ -92,10 +92,10 @@ pub(super) fn detect(root: &Path) -> Resolver {
     };
     let nss = read(root, "/etc/nsswitch.conf").unwrap_or_default();
     let by_nss = nss.lines().any(|line| line.starts_with("hosts:") && line.contains("resolve"));
-    let runs = at(root, "/run/systemd/resolve/stub-resolv.conf").exists();
+    let runs = path_below(root, "/run/systemd/resolve/stub-resolv.conf").exists();
     if runs && (asks("127.0.0.53") || asks("127.0.0.54") || by_nss) {
         Resolver::Resolved
-    } else if at(root, "/etc/dnsmasq.d").is_dir()
+    } else if path_below(root, "/etc/dnsmasq.d").is_dir()
         && (asks("127.0.0.1") || asks("::1"))
         // Unbound, BIND and others may listen there too, and do not read dnsmasq's files.
         && (root != Path::new("/") || dnsmasq_answers())
@@ -132,14 +132,14 @@ fn dnsmasq_answers() -> bool {
 pub(super) fn resolved_settings(root: &Path) -> Vec<(PathBuf, String)> {
     let dirs =
         ["/usr/lib/systemd/resolved.conf.d", "/run/systemd/resolved.conf.d", "/etc/systemd/resolved.conf.d"];
-    let mut files = vec![at(root, "/etc/systemd/resolved.conf")];
+    let mut files = vec![path_below(root, "/etc/systemd/resolved.conf")];
     for dir in dirs {
-        let entries = std::fs::read_dir(at(root, dir)).into_iter().flatten().flatten();
+        let entries = std::fs::read_dir(path_below(root, dir)).into_iter().flatten().flatten();
         files.extend(
             entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "conf")),
         );
     }
-    let ours = at(root, RESOLVED_DROP_IN);
+    let ours = path_below(root, RESOLVED_DROP_IN);
     files.retain(|file| *file != ours);
     files.sort();
     let mut settings = Vec::new();

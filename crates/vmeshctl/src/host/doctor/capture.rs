@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use vmesh_net::protocol::{Envoy, Redirects, State, is_step, would_change};
 
-use super::facts::{Facts, Outline, Question};
-use super::{Finding, Root, Skip, Verdict, by_hand, run, warning, wrong};
+use super::facts::{Facts, HostCommand, Outline};
+use super::{Finding, RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 const BYPASS: &str = "/usr/lib/vmesh/bypass";
 /// Age in seconds up to which repaired drift is reported.
@@ -15,7 +15,7 @@ const SILENT: u64 = 5;
 
 fn captures(facts: &Facts) -> Result<&Outline, Skip> {
     let outline = facts.outline()?;
-    if outline.captures() { Ok(outline) } else { Err(Skip::NoMatter) }
+    if outline.captures() { Ok(outline) } else { Err(Skip::NotApplicable) }
 }
 
 /// D16: the rules are as desired.
@@ -27,11 +27,11 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
         Ok(status) => status,
         Err(why) => {
             // The rules themselves are visible in the ruleset.
-            let there = facts.out(Question::Rules).map(|rules| rules.contains("table inet vmesh {"));
+            let there = facts.out(HostCommand::Rules).map(|rules| rules.contains("table inet vmesh {"));
             return match there {
                 Ok(false) => Ok(vec![
                     wrong("the rules of capture are not there", past, run("systemctl restart vmesh-net"))
-                        .follows(&[Root::Net, Root::Envoy]),
+                        .follows(&[RootCause::Net, RootCause::Envoy]),
                 ]),
                 _ if is_up(facts) && !why.contains("ermission denied") => Ok(vec![
                     wrong(
@@ -39,15 +39,15 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
                         "nobody mends the rules, or refreshes those that lapse",
                         run("systemctl restart vmesh-net"),
                     )
-                    .is(Root::Net),
+                    .marked_as(RootCause::Net),
                 ]),
-                _ => Err(Skip::Unseen(why.clone())),
+                _ => Err(Skip::Unavailable(why.clone())),
             };
         }
     };
     if status.state == State::Bypassed {
         let finding = wrong("this host is out of the mesh, by its bypass", past, run("vmeshctl bypass off"));
-        return Ok(vec![finding.is(Root::Bypass)]);
+        return Ok(vec![finding.marked_as(RootCause::Bypass)]);
     }
     if let Some(error) = &status.error {
         found.push(wrong(
@@ -78,7 +78,7 @@ pub(super) fn rules(facts: &Facts) -> Verdict {
                 past,
                 by_hand("the agent captures what Envoy has accepted: `vmeshctl capture` and D9, D26 say what is missing"),
             )
-            .follows(&[Root::Envoy, Root::Agent, Root::ControlPlane]),
+            .follows(&[RootCause::Envoy, RootCause::Agent, RootCause::ControlPlane]),
         );
     }
     if let Ok(plan) = &facts.plan
@@ -133,8 +133,8 @@ const OURS: i64 = -101;
 pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
     captures(facts)?;
     let mut found = Vec::new();
-    let nft = facts.out(Question::Rules)?;
-    let legacy = facts.out(Question::LegacyRules).unwrap_or_default();
+    let nft = facts.out(HostCommand::Rules)?;
+    let legacy = facts.out(HostCommand::LegacyRules).unwrap_or_default();
     // A chain without rules has no effect.
     let chains = legacy.lines().filter_map(|line| line.strip_prefix("-A ")?.split_whitespace().next());
     let mut seen: BTreeSet<(String, &str, String)> = BTreeSet::new();
@@ -199,13 +199,13 @@ pub(super) fn foreign_rules(facts: &Facts) -> Verdict {
     Ok(found)
 }
 
-struct Chain<'a> {
+struct NftChain<'a> {
     table: &'a str,
     name: &'a str,
     lines: Vec<&'a str>,
 }
 
-impl Chain<'_> {
+impl NftChain<'_> {
     /// Reports whether this NAT chain sees outgoing connections before `priority`.
     fn hooked_before(&self, priority: i64) -> bool {
         let hook = self.lines.iter().find(|line| line.starts_with("type nat hook output priority "));
@@ -244,14 +244,14 @@ fn number_of(priority: &str) -> Option<i64> {
 }
 
 /// Splits the output of `nft list ruleset` into chains.
-fn chains_of(ruleset: &str) -> Vec<Chain<'_>> {
-    let (mut table, mut chains) = ("", Vec::<Chain<'_>>::new());
+fn chains_of(ruleset: &str) -> Vec<NftChain<'_>> {
+    let (mut table, mut chains) = ("", Vec::<NftChain<'_>>::new());
     for line in ruleset.lines() {
         let trimmed = line.trim();
         if let Some(name) = trimmed.strip_prefix("table ").and_then(|rest| rest.strip_suffix(" {")) {
             table = name;
         } else if let Some(name) = trimmed.strip_prefix("chain ").and_then(|rest| rest.strip_suffix(" {")) {
-            chains.push(Chain { table, name, lines: Vec::new() });
+            chains.push(NftChain { table, name, lines: Vec::new() });
         } else if let Some(chain) = chains.last_mut() {
             chain.lines.push(trimmed);
         }
@@ -266,7 +266,7 @@ pub(super) fn end_to_end(facts: &Facts) -> Verdict {
     let tried = match (&facts.captured, fault) {
         (Ok(tried), _) => tried.as_slice(),
         (Err(_), Some(_)) => &[],
-        (Err(why), None) => return Err(Skip::Unseen(why.clone())),
+        (Err(why), None) => return Err(Skip::Unavailable(why.clone())),
     };
     let mut found: Vec<Finding> = Vec::new();
     for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
@@ -274,7 +274,7 @@ pub(super) fn end_to_end(facts: &Facts) -> Verdict {
         let failed: Vec<_> =
             of_family().filter_map(|(at, result)| result.as_ref().err().map(|why| (at, why))).collect();
         let Some((at, why)) = failed.first() else { continue };
-        let rule = facts.out(Question::Rules).ok().and_then(rule_in_the_way);
+        let rule = facts.out(HostCommand::Rules).ok().and_then(rule_in_the_way);
         let of = of_family().count();
         let (what, fix) = match rule {
             Some((rule, fix)) => (format!("; {rule} is in the way"), fix),
@@ -294,7 +294,7 @@ pub(super) fn end_to_end(facts: &Facts) -> Verdict {
                 "connections to names of the mesh hang or fail, and captured ones to real addresses may, too",
                 by_hand(fix),
             )
-            .follows(&[Root::Envoy, Root::Net, Root::Agent]),
+            .follows(&[RootCause::Envoy, RootCause::Net, RootCause::Agent]),
         );
     }
     // A loss that the doctor has observed itself is not reported twice. Only vmesh-net observes connections from outside.
@@ -313,7 +313,7 @@ fn of_vmesh_net(fault: &str) -> Finding {
         "these connections hang or fail",
         by_hand("have the owner of the rule that is named let them through; `vmesh-net` looks again at each change of rules"),
     )
-    .follows(&[Root::Envoy, Root::Net, Root::Agent])
+    .follows(&[RootCause::Envoy, RootCause::Net, RootCause::Agent])
 }
 
 /// Returns the foreign rule that most likely drops captured connections, and its fix.
@@ -330,7 +330,7 @@ fn rule_in_the_way(ruleset: &str) -> Option<(String, String)> {
             return Some((what, fix));
         }
     }
-    let hooked = |chain: &&Chain<'_>| {
+    let hooked = |chain: &&NftChain<'_>| {
         let hook = chain.lines.iter().find(|line| line.starts_with("type filter hook "));
         hook.is_some_and(|hook| ["output", "postrouting"].iter().any(|name| hook.contains(name)))
     };
@@ -368,9 +368,9 @@ pub(super) fn loop_guard(facts: &Facts) -> Verdict {
     let loops = "Envoy's own connections are captured again, and go round in circles";
     if !outline.by_systemd() {
         // Only vmesh-net knows the user of the agent.
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
-    facts.ran(Question::Users)?;
+    facts.ran(HostCommand::Users)?;
     let ours = [("vmesh-agent", facts.user("vmesh-agent")), ("vmesh-envoy", facts.user("vmesh-envoy"))];
     for (name, user) in ours {
         match user {
@@ -411,7 +411,7 @@ pub(super) fn loop_guard(facts: &Facts) -> Verdict {
     {
         found.push(
             wrong("vmesh.slice is not active", loops, run("systemctl start vmesh.slice"))
-                .follows(&[Root::Envoy]),
+                .follows(&[RootCause::Envoy]),
         );
     }
     Ok(found)
@@ -420,7 +420,7 @@ pub(super) fn loop_guard(facts: &Facts) -> Verdict {
 /// D20: redirects hold, or the reason why not.
 pub(super) fn dead_man(facts: &Facts) -> Verdict {
     captures(facts)?;
-    let status = facts.net.as_ref().map_err(|why| Skip::Unseen(why.clone()))?;
+    let status = facts.net.as_ref().map_err(|why| Skip::Unavailable(why.clone()))?;
     if matches!(status.state, State::Off | State::Bypassed) {
         return Ok(Vec::new());
     }
@@ -432,8 +432,8 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
                 "redirects that may lapse do so when the dead-man runs out",
                 run("systemctl restart vmesh-agent"),
             )
-            .is(Root::Agent)
-            .follows(&[Root::Agent]),
+            .marked_as(RootCause::Agent)
+            .follows(&[RootCause::Agent]),
         );
     }
     let gone = match status.envoy {
@@ -447,7 +447,7 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
     if let Some(what) = gone {
         let fix = run("systemctl restart vmesh-envoy");
         let effect = "connections to virtual addresses fail; those to real ones too, until redirects lapse";
-        found.push(wrong(what, effect, fix).is(Root::Envoy).follows(&[Root::Envoy]));
+        found.push(wrong(what, effect, fix).marked_as(RootCause::Envoy).follows(&[RootCause::Envoy]));
     }
     if status.redirects == Redirects::Lapsed {
         found.push(
@@ -456,7 +456,7 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
                 "new connections go past Envoy where that is allowed (`on_loss: open`), and fail where it is not",
                 by_hand("they hold again by themselves once the agent speaks and Envoy serves"),
             )
-            .follows(&[Root::Envoy, Root::Agent, Root::Net]),
+            .follows(&[RootCause::Envoy, RootCause::Agent, RootCause::Net]),
         );
     }
     Ok(found)
@@ -466,12 +466,12 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
 pub(super) fn bypass(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     if !(outline.by_systemd() || outline.captures()) {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
     let effect = "in a hurry this host could not be taken out of the mesh";
     let Some(owned) = facts.modes.get(BYPASS).cloned().unwrap_or(Ok(None))? else {
         if !outline.captures() {
-            return Err(Skip::NoMatter);
+            return Err(Skip::NotApplicable);
         }
         let fix = run("apt-get install --reinstall vmesh-agent");
         return Ok(vec![wrong(format!("{BYPASS} is not there"), effect, fix)]);
@@ -489,7 +489,7 @@ pub(super) fn bypass(facts: &Facts) -> Verdict {
     } else if owned.mode & 0o111 == 0 {
         found.push(wrong(format!("{BYPASS} cannot be run"), effect, run(format!("chmod 755 {BYPASS}"))));
     }
-    if let Ok(ran) = facts.ran(Question::BypassSyntax)
+    if let Ok(ran) = facts.ran(HostCommand::BypassSyntax)
         && ran.code != Some(0)
     {
         let what = format!("{BYPASS} is no script that sh accepts: {}", super::facts::last_line(&ran.err));

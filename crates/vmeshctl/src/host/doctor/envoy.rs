@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde_json::Value;
 
-use super::facts::{Facts, Socket};
-use super::{Root, Skip, Verdict, by_hand, run, warning, wrong};
+use super::facts::{Facts, HttpQuery};
+use super::{RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 const OLDEST: (u32, u32) = (1, 36);
 const NEWEST: (u32, u32) = (1, 40);
@@ -14,9 +14,9 @@ const DAY: u64 = 24 * 3600;
 /// Returns the version of the serving Envoy.
 pub(super) fn version_of(facts: &Facts) -> Option<&str> {
     let of = |socket, path| facts.answer(socket).ok()?.pointer(path)?.as_str();
-    of(Socket::Supervisor, "/version").or_else(|| of(Socket::Agent, "/envoy/version")).or_else(|| {
+    of(HttpQuery::Supervisor, "/version").or_else(|| of(HttpQuery::Agent, "/envoy/version")).or_else(|| {
         // Such as `2c1b3a…/1.40.0/Clean/RELEASE/BoringSSL`.
-        of(Socket::Server, "/version")?.split('/').nth(1)
+        of(HttpQuery::Server, "/version")?.split('/').nth(1)
     })
 }
 
@@ -43,8 +43,8 @@ pub(super) fn version(facts: &Facts) -> Verdict {
     let mut found = Vec::new();
     let Some(version) = version_of(facts) else {
         facts.outline()?;
-        facts.answer(Socket::Server)?;
-        return Err(Skip::Unseen("Envoy does not say its version".into()));
+        facts.answer(HttpQuery::Server)?;
+        return Err(Skip::Unavailable("Envoy does not say its version".into()));
     };
     let mut parts = version.split('.').map(|part| part.parse::<u32>().ok());
     if let (Some(Some(major)), Some(Some(minor))) = (parts.next(), parts.next())
@@ -59,7 +59,7 @@ pub(super) fn version(facts: &Facts) -> Verdict {
             by_hand("put one of these at `envoy.path`, then `systemctl reload vmesh-envoy`"),
         ));
     }
-    if let Ok(supervisor) = facts.answer(Socket::Supervisor) {
+    if let Ok(supervisor) = facts.answer(HttpQuery::Supervisor) {
         if let Some(waiting) = supervisor.get("waiting_binary").and_then(Value::as_str) {
             found.push(warning(
                 format!("another Envoy is on disk than the one that runs: {waiting}"),
@@ -110,7 +110,7 @@ pub(super) fn live(facts: &Facts) -> Verdict {
             run(format!("chmod 600 {}", admin.display())),
         ));
     }
-    let status = match (outline.by_systemd(), facts.answer(Socket::Supervisor)) {
+    let status = match (outline.by_systemd(), facts.answer(HttpQuery::Supervisor)) {
         (true, Ok(status)) => status,
         (true, Err(why)) => {
             let finding = wrong(
@@ -127,13 +127,13 @@ pub(super) fn live(facts: &Facts) -> Verdict {
                     .is_none_or(|unit| unit.get("ActiveState") == "active")
                 && why.contains("ermission denied")
             {
-                Err(Skip::Unseen(why))
+                Err(Skip::Unavailable(why))
             } else {
-                found.push(finding.follows(&[Root::Envoy, Root::Config]));
+                found.push(finding.follows(&[RootCause::Envoy, RootCause::AgentConfig]));
                 Ok(found)
             };
         }
-        (false, _) => facts.answer(Socket::Agent)?.get("envoy").unwrap_or(&Value::Null),
+        (false, _) => facts.answer(HttpQuery::Agent)?.get("envoy").unwrap_or(&Value::Null),
     };
     let state = status.get("state").and_then(Value::as_str).unwrap_or("unknown");
     if state != "live" {
@@ -165,7 +165,11 @@ pub(super) fn live(facts: &Facts) -> Verdict {
             ),
         };
         let finding = wrong(format!("Envoy is {state}{why}"), effect, fix);
-        found.push(finding.is(Root::Envoy).follows(&[Root::Envoy, Root::Agent, Root::ControlPlane]));
+        found.push(finding.marked_as(RootCause::Envoy).follows(&[
+            RootCause::Envoy,
+            RootCause::Agent,
+            RootCause::ControlPlane,
+        ]));
     }
     let restarts = status.get("restarts").and_then(Value::as_u64).unwrap_or_default();
     let since = status.get("since").and_then(Value::as_u64).unwrap_or_default();
@@ -184,7 +188,7 @@ pub(super) fn live(facts: &Facts) -> Verdict {
 
 /// D26: Envoy has rejected nothing.
 pub(super) fn rejections(facts: &Facts) -> Verdict {
-    let accepted = facts.answer(Socket::Agent)?.get("accepted").cloned().unwrap_or_default();
+    let accepted = facts.answer(HttpQuery::Agent)?.get("accepted").cloned().unwrap_or_default();
     let Some(rejection) = accepted.get("last_rejection").and_then(Value::as_str) else {
         return Ok(Vec::new());
     };
@@ -201,10 +205,10 @@ pub(super) fn rejections(facts: &Facts) -> Verdict {
 
 /// D28: no accepted resource stays in warming.
 pub(super) fn warming(facts: &Facts) -> Verdict {
-    let readings = facts.answer(Socket::Warming)?;
+    let readings = facts.answer(HttpQuery::Warming)?;
     let warming: Vec<u64> = readings.as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
     let unready =
-        facts.answer(Socket::Unready).ok().and_then(|dump| dump.get("unready_targets_dumps")?.as_array());
+        facts.answer(HttpQuery::Unready).ok().and_then(|dump| dump.get("unready_targets_dumps")?.as_array());
     let names: Vec<&str> =
         unready.into_iter().flatten().filter_map(|dump| dump.get("name")?.as_str()).collect();
     match warming.iter().min() {
@@ -215,14 +219,14 @@ pub(super) fn warming(facts: &Facts) -> Verdict {
                 "what they replace goes on; what is new is not served",
                 by_hand("the control plane owes it: D9, and `vmeshctl nodes` says whether this node is in sync"),
             )
-            .follows(&[Root::ControlPlane, Root::Agent])])
+            .follows(&[RootCause::ControlPlane, RootCause::Agent])])
         }
         _ => Ok(Vec::new()),
     }
 }
 
 /// An endpoint of a cluster, from `/clusters`.
-pub(super) struct Endpoint {
+pub(super) struct EndpointStats {
     pub(super) at: Option<SocketAddr>,
     healthy: bool,
     /// Number of failed connection attempts, and of all attempts.
@@ -231,7 +235,7 @@ pub(super) struct Endpoint {
 }
 
 /// Returns the clusters of the services that this host calls, with their endpoints. Subsets are separate clusters.
-pub(super) fn clusters(answer: &Value) -> Vec<(&str, Vec<Endpoint>)> {
+pub(super) fn clusters(answer: &Value) -> Vec<(&str, Vec<EndpointStats>)> {
     let statuses = answer.get("cluster_statuses").and_then(Value::as_array);
     let mut clusters = Vec::new();
     for status in statuses.into_iter().flatten() {
@@ -247,7 +251,7 @@ pub(super) fn clusters(answer: &Value) -> Vec<(&str, Vec<Endpoint>)> {
     clusters
 }
 
-fn endpoint(host: &Value) -> Endpoint {
+fn endpoint(host: &Value) -> EndpointStats {
     let health = host.get("health_status").unwrap_or(&Value::Null);
     let flag = |(name, value): (&String, &Value)| name.starts_with("failed_") && value == &Value::Bool(true);
     let ejected = health.as_object().is_some_and(|health| health.iter().any(flag));
@@ -264,7 +268,7 @@ fn endpoint(host: &Value) -> Endpoint {
         let ip: IpAddr = at.get("address")?.as_str()?.parse().ok()?;
         Some(SocketAddr::new(ip, u16::try_from(at.get("port_value")?.as_u64()?).ok()?))
     });
-    Endpoint {
+    EndpointStats {
         at,
         healthy: !ejected && ["HEALTHY", "UNKNOWN", "DEGRADED"].contains(&eds),
         failed: counter("cx_connect_fail").unwrap_or_default(),
@@ -275,7 +279,7 @@ fn endpoint(host: &Value) -> Endpoint {
 /// D29: every upstream has a healthy endpoint.
 pub(super) fn upstreams(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
-    let answer = facts.answer(Socket::Clusters)?;
+    let answer = facts.answer(HttpQuery::Clusters)?;
     let clusters = clusters(answer);
     let mut found = Vec::new();
     for upstream in &outline.upstreams {
@@ -290,7 +294,7 @@ pub(super) fn upstreams(facts: &Facts) -> Verdict {
                         outline.node
                     )),
                 )
-                .follows(&[Root::Envoy, Root::ControlPlane]),
+                .follows(&[RootCause::Envoy, RootCause::ControlPlane]),
             );
         }
     }
@@ -318,7 +322,7 @@ pub(super) fn upstreams(facts: &Facts) -> Verdict {
 
 /// D30: Envoy's memory fits the host.
 pub(super) fn size(facts: &Facts) -> Verdict {
-    let server = facts.answer(Socket::Server)?;
+    let server = facts.answer(HttpQuery::Server)?;
     let mut found = Vec::new();
     let workers =
         server.pointer("/command_line_options/concurrency").and_then(Value::as_u64).unwrap_or_default();
@@ -330,7 +334,7 @@ pub(super) fn size(facts: &Facts) -> Verdict {
         ));
     }
     let heap = facts
-        .answer(Socket::Memory)
+        .answer(HttpQuery::Memory)
         .ok()
         .and_then(|memory| memory.get("heap_size")?.as_str()?.parse::<u64>().ok());
     let total = facts.file("/proc/meminfo").ok().and_then(|text| {

@@ -11,44 +11,44 @@ use vmesh_capture::sockets;
 use vmesh_net::protocol::Status;
 
 /// An observation, or the reason why the observation failed.
-pub(crate) type Seen<T> = Result<T, String>;
+pub(crate) type Observed<T> = Result<T, String>;
 
 /// All facts about the host, gathered once before the checks run.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
     /// Unix time, in seconds.
     pub(crate) now: u64,
-    pub(crate) config: Config,
+    pub(crate) config: AgentConfig,
     /// The contents of files, by path.
-    pub(crate) files: BTreeMap<String, Seen<String>>,
-    pub(crate) commands: BTreeMap<Question, Seen<Ran>>,
-    pub(crate) answers: BTreeMap<Socket, Seen<Value>>,
-    pub(crate) net: Seen<Status>,
+    pub(crate) files: BTreeMap<String, Observed<String>>,
+    pub(crate) commands: BTreeMap<HostCommand, Observed<CommandOutput>>,
+    pub(crate) answers: BTreeMap<HttpQuery, Observed<Value>>,
+    pub(crate) net: Observed<Status>,
     /// The output of `vmeshctl capture plan`.
-    pub(crate) plan: Seen<String>,
+    pub(crate) plan: Observed<String>,
     pub(crate) disks: Vec<Disk>,
     /// The modes and owners of files, by path; `None` if a file does not exist.
-    pub(crate) modes: BTreeMap<String, Seen<Option<Owned>>>,
-    pub(crate) control_planes: Vec<Reach>,
+    pub(crate) modes: BTreeMap<String, Observed<Option<Ownership>>>,
+    pub(crate) control_planes: Vec<Reachability>,
     /// Number of open files of Envoy's process.
-    pub(crate) envoy_files: Seen<usize>,
+    pub(crate) envoy_files: Observed<usize>,
     /// Number of processors that may be used.
     pub(crate) cores: usize,
-    pub(crate) names: Names,
+    pub(crate) names: NameFacts,
     /// The dialed endpoints, with their service and the result.
-    pub(crate) dialed: Seen<Vec<(String, SocketAddr, Seen<()>)>>,
+    pub(crate) dialed: Observed<Vec<(String, SocketAddr, Observed<()>)>>,
     /// The dialed virtual addresses, IPv4 and IPv6, with the result.
-    pub(crate) captured: Seen<Vec<(SocketAddr, Seen<()>)>>,
+    pub(crate) captured: Observed<Vec<(SocketAddr, Observed<()>)>>,
 }
 
 #[derive(Debug, Clone)]
-pub(crate) enum Config {
+pub(crate) enum AgentConfig {
     /// No file exists at this path.
     Missing(PathBuf),
     /// vmesh-agent rejects it, for this reason.
     Refused(String),
     /// The file could not be read.
-    Unseen(String),
+    Unreadable(String),
     Read(Box<Outline>),
 }
 
@@ -68,7 +68,7 @@ pub(crate) struct Outline {
     pub(crate) envoy: EnvoyOutline,
     pub(crate) workloads: Vec<Workload>,
     pub(crate) upstreams: Vec<Upstream>,
-    pub(crate) capture: Capture,
+    pub(crate) capture: CaptureOutline,
     /// The problems of this host with this configuration.
     #[serde(default)]
     pub(crate) problems: Vec<HostProblem>,
@@ -84,13 +84,13 @@ pub(crate) struct HostProblem {
 
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct EnvoyOutline {
-    pub(crate) manage: Manage,
+    pub(crate) manage: EnvoyManager,
     pub(crate) run_dir: PathBuf,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Manage {
+pub(crate) enum EnvoyManager {
     Systemd,
     Child,
 }
@@ -111,7 +111,7 @@ pub(crate) struct Upstream {
 }
 
 #[derive(Debug, Clone, Deserialize)]
-pub(crate) struct Capture {
+pub(crate) struct CaptureOutline {
     pub(crate) outbound: String,
     pub(crate) inbound: String,
     pub(crate) socket: PathBuf,
@@ -131,7 +131,7 @@ impl Outline {
     }
 
     pub(crate) fn by_systemd(&self) -> bool {
-        self.envoy.manage == Manage::Systemd
+        self.envoy.manage == EnvoyManager::Systemd
     }
 
     pub(crate) fn api_socket(&self) -> PathBuf {
@@ -145,7 +145,7 @@ impl Outline {
 
 /// The commands that are run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Question {
+pub(crate) enum HostCommand {
     Version,
     Systemd,
     Units,
@@ -160,7 +160,7 @@ pub(crate) enum Question {
 }
 
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Ran {
+pub(crate) struct CommandOutput {
     pub(crate) code: Option<i32>,
     pub(crate) out: String,
     pub(crate) err: String,
@@ -168,7 +168,7 @@ pub(crate) struct Ran {
 
 /// The HTTP resources that are queried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Socket {
+pub(crate) enum HttpQuery {
     Agent,
     Supervisor,
     Server,
@@ -191,28 +191,28 @@ pub(crate) struct Disk {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Owned {
+pub(crate) struct Ownership {
     pub(crate) user: u32,
     pub(crate) mode: u32,
 }
 
 /// The reachability of a control plane.
 #[derive(Debug, Clone)]
-pub(crate) struct Reach {
+pub(crate) struct Reachability {
     pub(crate) address: String,
     /// Duration of the name resolution, in milliseconds.
-    pub(crate) resolved: Seen<u128>,
-    pub(crate) connected: Seen<u128>,
+    pub(crate) resolved: Observed<u128>,
+    pub(crate) connected: Observed<u128>,
 }
 
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Names {
+pub(crate) struct NameFacts {
     /// All names of the agent.
     pub(crate) all: BTreeMap<String, Vec<IpAddr>>,
     /// The name that was queried.
     pub(crate) asked: Option<String>,
     /// Whether the agent's DNS server answered that query.
-    pub(crate) answered: Option<Seen<()>>,
+    pub(crate) answered: Option<Observed<()>>,
     pub(crate) resolver: String,
     /// The file by which that resolver forwards to the agent.
     pub(crate) wired: Option<String>,
@@ -223,14 +223,14 @@ pub(crate) struct Names {
 impl Facts {
     pub(crate) fn outline(&self) -> Result<&Outline, super::Skip> {
         match &self.config {
-            Config::Read(outline) => Ok(outline),
-            Config::Missing(_) => Err(super::Skip::Unseen("there is no configuration".into())),
-            Config::Refused(_) => Err(super::Skip::Unseen("the configuration is refused".into())),
-            Config::Unseen(why) => Err(super::Skip::Unseen(why.clone())),
+            AgentConfig::Read(outline) => Ok(outline),
+            AgentConfig::Missing(_) => Err(super::Skip::Unavailable("there is no configuration".into())),
+            AgentConfig::Refused(_) => Err(super::Skip::Unavailable("the configuration is refused".into())),
+            AgentConfig::Unreadable(why) => Err(super::Skip::Unavailable(why.clone())),
         }
     }
 
-    pub(crate) fn file(&self, path: &str) -> Seen<&str> {
+    pub(crate) fn file(&self, path: &str) -> Observed<&str> {
         match self.files.get(path) {
             Some(Ok(text)) => Ok(text),
             Some(Err(why)) => Err(why.clone()),
@@ -238,7 +238,7 @@ impl Facts {
         }
     }
 
-    pub(crate) fn ran(&self, question: Question) -> Seen<&Ran> {
+    pub(crate) fn ran(&self, question: HostCommand) -> Observed<&CommandOutput> {
         match self.commands.get(&question) {
             Some(Ok(ran)) => Ok(ran),
             Some(Err(why)) => Err(why.clone()),
@@ -247,7 +247,7 @@ impl Facts {
     }
 
     /// Returns the output of a command that succeeded.
-    pub(crate) fn out(&self, question: Question) -> Seen<&str> {
+    pub(crate) fn out(&self, question: HostCommand) -> Observed<&str> {
         let ran = self.ran(question)?;
         match ran.code {
             Some(0) => Ok(&ran.out),
@@ -255,24 +255,24 @@ impl Facts {
         }
     }
 
-    pub(crate) fn answer(&self, socket: Socket) -> Seen<&Value> {
+    pub(crate) fn answer(&self, socket: HttpQuery) -> Observed<&Value> {
         match self.answers.get(&socket) {
             Some(Ok(value)) => Ok(value),
             Some(Err(why)) => Err(why.clone()),
             None => Err(match self.outline() {
-                Err(super::Skip::Unseen(why)) => why,
+                Err(super::Skip::Unavailable(why)) => why,
                 _ => "nobody asked".into(),
             }),
         }
     }
 
     /// Returns a unit; `None` if systemd does not know it.
-    pub(crate) fn unit(&self, name: &str) -> Seen<Option<Unit<'_>>> {
-        let units = self.out(Question::Units)?;
+    pub(crate) fn unit(&self, name: &str) -> Observed<Option<Unit<'_>>> {
+        let units = self.out(HostCommand::Units)?;
         Ok(units.split("\n\n").map(Unit).find(|unit| unit.get("Id") == name))
     }
 
-    pub(crate) fn listening(&self) -> Seen<Vec<Listener>> {
+    pub(crate) fn listening(&self) -> Observed<Vec<Listener>> {
         let mut all = listeners(self.file("/proc/net/tcp")?);
         // This file does not exist on a kernel without IPv6.
         all.extend(self.file("/proc/net/tcp6").map(listeners).unwrap_or_default());
@@ -281,7 +281,7 @@ impl Facts {
 
     /// Returns the id of one of vmesh's users.
     pub(crate) fn user(&self, name: &str) -> Option<u32> {
-        let users = self.ran(Question::Users).ok()?;
+        let users = self.ran(HostCommand::Users).ok()?;
         let mut fields = users.out.lines().map(|line| line.split(':'));
         fields.find_map(|mut fields| (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?)
     }

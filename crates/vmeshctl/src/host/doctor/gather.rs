@@ -17,13 +17,16 @@ use vmesh_capture::spec::SELF_TESTS;
 use vmesh_daemon::fetch::{FetchError, Peer, fetch, fetch_from_users};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
-use vmesh_dns::ask;
+use vmesh_dns::probe;
 use vmesh_net::client;
 use vmesh_net::protocol::{Answer, Ask, Status};
 
 use super::super::host_command;
 use super::envoy::clusters;
-use super::facts::{Config, Disk, Facts, Names, Outline, Owned, Question, Ran, Reach, Seen, Socket};
+use super::facts::{
+    AgentConfig, CommandOutput, Disk, Facts, HostCommand, HttpQuery, NameFacts, Observed, Outline, Ownership,
+    Reachability,
+};
 
 /// Timeout of a command. The agent's `--check` runs before all other look-ups.
 const BOUND: Duration = Duration::from_millis(1500);
@@ -65,7 +68,7 @@ pub(super) async fn facts(config: &Path) -> Facts {
     let agent = agent_program();
     let (version, config) = tokio::join!(command(&agent, &["--version"]), read_config(&agent, config));
     let outline = match &config {
-        Config::Read(outline) => Some(outline.as_ref()),
+        AgentConfig::Read(outline) => Some(outline.as_ref()),
         _ => None,
     };
     let (
@@ -79,14 +82,14 @@ pub(super) async fn facts(config: &Path) -> Facts {
         (_, Err(why)) => Err(why.clone()),
         (None, _) => Err("there is no configuration".to_owned()),
     };
-    commands.insert(Question::Version, version);
+    commands.insert(HostCommand::Version, version);
     if let Some(resolved) = resolved {
-        commands.insert(Question::Resolve, resolved);
+        commands.insert(HostCommand::Resolve, resolved);
     }
-    let mut files: BTreeMap<String, Seen<String>> =
+    let mut files: BTreeMap<String, Observed<String>> =
         FILES.iter().map(|path| ((*path).to_owned(), read(Path::new(path)))).collect();
     files.insert("limits of Envoy".into(), limits);
-    let units = commands.get(&Question::Units).and_then(|ran| ran.as_ref().ok());
+    let units = commands.get(&HostCommand::Units).and_then(|ran| ran.as_ref().ok());
     for unit in units.into_iter().flat_map(|ran| ran.out.split("\n\n")).map(super::facts::Unit) {
         let events = format!("/sys/fs/cgroup{}/memory.events", unit.get("ControlGroup"));
         files.insert(unit.get("Id").to_owned(), read(Path::new(&events)));
@@ -112,7 +115,7 @@ pub(super) async fn facts(config: &Path) -> Facts {
 
 /// Dials virtual addresses. If capture works from end to end, Envoy accepts these connections. Uses vmesh-net's own test addresses and some
 /// of services, in each address family that Envoy uses.
-async fn try_capture(outline: &Outline, status: &Status) -> Seen<Vec<(SocketAddr, Seen<()>)>> {
+async fn try_capture(outline: &Outline, status: &Status) -> Observed<Vec<(SocketAddr, Observed<()>)>> {
     let (include, exclude) = (&status.spec.outbound.include, &status.spec.outbound.exclude);
     let is_everybody = include.users.is_empty() && include.groups.is_empty() && include.units.is_empty();
     let is_nobody = exclude.users.is_empty() && exclude.groups.is_empty() && exclude.units.is_empty();
@@ -171,40 +174,42 @@ fn agent_program() -> String {
 }
 
 /// Reads the agent's configuration, as interpreted by the agent itself.
-pub(crate) async fn read_configuration(path: &Path) -> Config {
+pub(crate) async fn read_configuration(path: &Path) -> AgentConfig {
     read_config(&agent_program(), path).await
 }
 
-async fn read_config(agent: &str, path: &Path) -> Config {
+async fn read_config(agent: &str, path: &Path) -> AgentConfig {
     match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Config::Missing(path.to_owned());
+            return AgentConfig::Missing(path.to_owned());
         }
         _ => {}
     }
     if let Err(error) = std::fs::File::open(path) {
-        return Config::Unseen(format!("{} cannot be read by this user: {error}", path.display()));
+        return AgentConfig::Unreadable(format!("{} cannot be read by this user: {error}", path.display()));
     }
     let file = path.display().to_string();
     match command(agent, &["--config", &file, "--check", "--json"]).await {
-        Err(why) => Config::Unseen(why),
+        Err(why) => AgentConfig::Unreadable(why),
         Ok(ran) => match serde_json::from_str::<Outline>(&ran.out) {
             // Valid output wins over the exit code, which also signals problems of the host.
-            Ok(outline) => Config::Read(Box::new(outline)),
-            Err(_) if ran.code != Some(0) => Config::Refused(ran.err.trim().to_owned()),
-            Err(error) => Config::Unseen(format!("{agent} is of another version than vmeshctl: {error}")),
+            Ok(outline) => AgentConfig::Read(Box::new(outline)),
+            Err(_) if ran.code != Some(0) => AgentConfig::Refused(ran.err.trim().to_owned()),
+            Err(error) => {
+                AgentConfig::Unreadable(format!("{agent} is of another version than vmeshctl: {error}"))
+            }
         },
     }
 }
 
-fn read(path: &Path) -> Seen<String> {
+fn read(path: &Path) -> Observed<String> {
     match fsx::read_capped(path, MAX_FILE) {
         Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
         Err(error) => Err(one_line(&error)),
     }
 }
 
-async fn command(program: &str, arguments: &[&str]) -> Seen<Ran> {
+async fn command(program: &str, arguments: &[&str]) -> Observed<CommandOutput> {
     let mut command = match host_command(program) {
         Ok(command) => command,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -219,7 +224,7 @@ async fn command(program: &str, arguments: &[&str]) -> Seen<Ran> {
             Err(format!("there is no `{program}` on this host"))
         }
         Ok(Err(error)) => Err(format!("`{program}` could not be run: {error}")),
-        Ok(Ok(output)) => Ok(Ran {
+        Ok(Ok(output)) => Ok(CommandOutput {
             code: output.status.code(),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),
             err: String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -227,7 +232,7 @@ async fn command(program: &str, arguments: &[&str]) -> Seen<Ran> {
     }
 }
 
-async fn commands() -> BTreeMap<Question, Seen<Ran>> {
+async fn commands() -> BTreeMap<HostCommand, Observed<CommandOutput>> {
     let units = [&["show", "--no-pager", "-p", PROPERTIES][..], &UNITS].concat();
     let root = rustix::process::geteuid().is_root();
     let as_root = async |program: &str, arguments: &[&str]| match root {
@@ -238,7 +243,7 @@ async fn commands() -> BTreeMap<Question, Seen<Ran>> {
     let has_legacy = read(Path::new("/proc/net/ip_tables_names")).is_ok_and(|names| !names.trim().is_empty());
     let legacy = async || match has_legacy {
         true => as_root("iptables-legacy-save", &[]).await,
-        false => Ok(Ran { code: Some(0), ..Ran::default() }),
+        false => Ok(CommandOutput { code: Some(0), ..CommandOutput::default() }),
     };
     let (systemd, units, clock, route4, route6, rules, legacy, syntax, users) = tokio::join!(
         command("systemctl", &["--version"]),
@@ -252,24 +257,24 @@ async fn commands() -> BTreeMap<Question, Seen<Ran>> {
         command("getent", &["passwd", "vmesh-agent", "vmesh-envoy"]),
     );
     [
-        (Question::Systemd, systemd),
-        (Question::Units, units),
-        (Question::Clock, clock),
-        (Question::Route4, route4),
-        (Question::Route6, route6),
-        (Question::Rules, rules),
-        (Question::LegacyRules, legacy),
-        (Question::BypassSyntax, syntax),
-        (Question::Users, users),
+        (HostCommand::Systemd, systemd),
+        (HostCommand::Units, units),
+        (HostCommand::Clock, clock),
+        (HostCommand::Route4, route4),
+        (HostCommand::Route6, route6),
+        (HostCommand::Rules, rules),
+        (HostCommand::LegacyRules, legacy),
+        (HostCommand::BypassSyntax, syntax),
+        (HostCommand::Users, users),
     ]
     .into()
 }
 
-async fn get(peer: &Peer, path: &str) -> Seen<Value> {
+async fn get(peer: &Peer, path: &str) -> Observed<Value> {
     answer_of(peer, path, fetch(peer, Method::GET, path, ANSWERS).await)
 }
 
-fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchError>) -> Seen<Value> {
+fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchError>) -> Observed<Value> {
     let (status, body) = answer.map_err(|error| {
         // The path is left out, so that one reason is reported once for all requests.
         let why = one_line(&error);
@@ -283,9 +288,9 @@ fn answer_of(peer: &Peer, path: &str, answer: Result<(StatusCode, Bytes), FetchE
 }
 
 /// Queries the agent at its socket. Trusts only programs of root, of the agent's user and of this user.
-async fn agent_says(outline: &Outline, path: &str) -> Seen<Value> {
+async fn agent_says(outline: &Outline, path: &str) -> Observed<Value> {
     let socket = outline.api_socket();
-    let answer = fetch_from_users(&socket, &super::super::dns::believed_users(), path, ANSWERS).await;
+    let answer = fetch_from_users(&socket, &super::super::dns::trusted_users(), path, ANSWERS).await;
     // A user without access to the socket falls back to the TCP port. Root always has access.
     if let Err(error) = &answer
         && error.is_denied()
@@ -296,19 +301,19 @@ async fn agent_says(outline: &Outline, path: &str) -> Seen<Value> {
     answer_of(&Peer::Unix(socket), path, answer)
 }
 
-type Daemons = (
-    BTreeMap<Socket, Seen<Value>>,
-    (Names, Option<Seen<Ran>>),
-    Seen<Vec<(String, SocketAddr, Seen<()>)>>,
-    Seen<usize>,
-    Seen<String>,
+type DaemonAnswers = (
+    BTreeMap<HttpQuery, Observed<Value>>,
+    (NameFacts, Option<Observed<CommandOutput>>),
+    Observed<Vec<(String, SocketAddr, Observed<()>)>>,
+    Observed<usize>,
+    Observed<String>,
 );
 
 /// The answers of the agent, and of Envoy through its supervisor.
-async fn daemons(outline: Option<&Outline>) -> Daemons {
+async fn daemons(outline: Option<&Outline>) -> DaemonAnswers {
     let Some(outline) = outline else {
         let nobody = || "there is no configuration".to_owned();
-        return (BTreeMap::new(), (Names::default(), None), Err(nobody()), Err(nobody()), Err(nobody()));
+        return (BTreeMap::new(), (NameFacts::default(), None), Err(nobody()), Err(nobody()), Err(nobody()));
     };
     let envoy = Peer::Unix(match outline.by_systemd() {
         true => outline.envoy.run_dir.join("status.sock"),
@@ -351,20 +356,20 @@ async fn daemons(outline: Option<&Outline>) -> Daemons {
         (Err(why), _) => Err(why.clone()),
     };
     let answers = [
-        (Socket::Agent, status),
-        (Socket::Supervisor, supervisor),
-        (Socket::Server, server),
-        (Socket::Clusters, all),
-        (Socket::Unready, unready),
-        (Socket::Memory, memory),
-        (Socket::Warming, warming),
+        (HttpQuery::Agent, status),
+        (HttpQuery::Supervisor, supervisor),
+        (HttpQuery::Server, server),
+        (HttpQuery::Clusters, all),
+        (HttpQuery::Unready, unready),
+        (HttpQuery::Memory, memory),
+        (HttpQuery::Warming, warming),
     ];
     (answers.into(), names, dialed, open, limits)
 }
 
 /// Reads the number of warming resources; a second time if it is not zero. Warming that ends within a second is normal.
-async fn warming(envoy: &Peer) -> Seen<Value> {
-    let read = async || -> Seen<u64> {
+async fn warming(envoy: &Peer) -> Observed<Value> {
+    let read = async || -> Observed<u64> {
         let answer = get(envoy, "/stats?filter=warming&format=json").await?;
         let stats = answer.get("stats").and_then(Value::as_array);
         Ok(stats.into_iter().flatten().filter_map(|stat| stat.get("value")?.as_u64()).sum())
@@ -378,7 +383,7 @@ async fn warming(envoy: &Peer) -> Seen<Value> {
 }
 
 /// Dials some endpoints of each service in parallel.
-async fn dial(all: &Value) -> Vec<(String, SocketAddr, Seen<()>)> {
+async fn dial(all: &Value) -> Vec<(String, SocketAddr, Observed<()>)> {
     let clusters = clusters(all);
     // Subset clusters contain the same endpoints as their service.
     let whole = clusters.iter().filter(|(name, _)| !name.contains('|'));
@@ -401,9 +406,9 @@ async fn dial(all: &Value) -> Vec<(String, SocketAddr, Seen<()>)> {
 }
 
 /// Returns the names, with the resolver's result for one of them.
-async fn names(outline: &Outline) -> (Names, Option<Seen<Ran>>) {
+async fn names(outline: &Outline) -> (NameFacts, Option<Observed<CommandOutput>>) {
     let (resolver, wired) = super::super::dns::wiring(Path::new("/"));
-    let mut names = Names { resolver: resolver.to_owned(), wired, ..Names::default() };
+    let mut names = NameFacts { resolver: resolver.to_owned(), wired, ..NameFacts::default() };
     let Some(server) = outline.dns else { return (names, None) };
     names.is_wired_as_configured = super::super::dns::is_wired_for(Path::new("/"), server, &outline.suffix);
     if let Ok(all) = agent_says(outline, "/names").await {
@@ -412,7 +417,7 @@ async fn names(outline: &Outline) -> (Names, Option<Seen<Ran>>) {
     let with_address = { names.all.iter() }.find(|(_, addresses)| !addresses.is_empty());
     names.asked = with_address.map(|(name, _)| name.clone());
     let name = names.asked.clone().unwrap_or_else(|| format!("vmesh-doctor.{}", outline.suffix));
-    let (answered, resolved) = tokio::join!(timeout(ANSWERS, ask::answers(server, &name)), async {
+    let (answered, resolved) = tokio::join!(timeout(ANSWERS, probe::check_server(server, &name)), async {
         match &names.asked {
             Some(name) => Some(command("getent", &["ahosts", name]).await),
             None => None,
@@ -426,7 +431,7 @@ async fn names(outline: &Outline) -> (Names, Option<Seen<Ran>>) {
     (names, resolved)
 }
 
-async fn capture(outline: Option<&Outline>) -> (Seen<Status>, Seen<String>) {
+async fn capture(outline: Option<&Outline>) -> (Observed<Status>, Observed<String>) {
     let Some(outline) = outline.filter(|outline| outline.captures()) else {
         return (Err("nothing is to be captured".into()), Err("nothing is to be captured".into()));
     };
@@ -449,7 +454,7 @@ async fn capture(outline: Option<&Outline>) -> (Seen<Status>, Seen<String>) {
     (status, plan)
 }
 
-async fn control_planes(outline: Option<&Outline>) -> Vec<Reach> {
+async fn control_planes(outline: Option<&Outline>) -> Vec<Reachability> {
     let mut reaches = JoinSet::new();
     for (index, address) in outline.into_iter().flat_map(|outline| &outline.control_planes).enumerate() {
         let address = address.clone();
@@ -460,7 +465,7 @@ async fn control_planes(outline: Option<&Outline>) -> Vec<Reach> {
     reached.into_iter().map(|(_, reach)| reach).collect()
 }
 
-async fn reach(address: String) -> Reach {
+async fn reach(address: String) -> Reachability {
     let slow = |what: &str| format!("{what} in {} s", BOUND.as_secs_f32());
     let began = Instant::now();
     let found = match timeout(BOUND, lookup_host(address.clone())).await {
@@ -470,7 +475,7 @@ async fn reach(address: String) -> Reach {
     };
     let found = match found {
         Ok(found) => found,
-        Err(why) => return Reach { address, resolved: Err(why), connected: Err("not tried".into()) },
+        Err(why) => return Reachability { address, resolved: Err(why), connected: Err("not tried".into()) },
     };
     let resolved = Ok(began.elapsed().as_millis());
     let began = Instant::now();
@@ -479,7 +484,7 @@ async fn reach(address: String) -> Reach {
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(slow("none")),
     };
-    Reach { address, resolved, connected }
+    Reachability { address, resolved, connected }
 }
 
 fn disks(outline: &Outline) -> Vec<Disk> {
@@ -500,12 +505,12 @@ fn disks(outline: &Outline) -> Vec<Disk> {
     dirs.iter().filter_map(disk).collect()
 }
 
-fn modes(outline: Option<&Outline>) -> BTreeMap<String, Seen<Option<Owned>>> {
+fn modes(outline: Option<&Outline>) -> BTreeMap<String, Observed<Option<Ownership>>> {
     let mut paths = vec![PathBuf::from("/usr/lib/vmesh/bypass")];
     paths.extend(outline.map(Outline::admin_socket));
     let mode = |path: &PathBuf| match std::fs::metadata(path) {
         Ok(metadata) => {
-            Ok(Some(Owned { user: metadata.uid(), mode: metadata.permissions().mode() & 0o7777 }))
+            Ok(Some(Ownership { user: metadata.uid(), mode: metadata.permissions().mode() & 0o7777 }))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(format!("could not look at {}: {error}", path.display())),

@@ -1,7 +1,7 @@
 //! D1 to D7: the machine, its units, disks, memory and clock.
 
-use super::facts::{Config, Facts, Question, Socket, last_line};
-use super::{Root, Skip, Verdict, by_hand, run, warning, wrong};
+use super::facts::{AgentConfig, Facts, HostCommand, HttpQuery, last_line};
+use super::{RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 /// The kernel of Ubuntu 22.04, the oldest system that the packages support.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
@@ -22,7 +22,7 @@ pub(super) fn system(facts: &Facts) -> Verdict {
             by_hand("upgrade the host to Debian 12 or Ubuntu 22.04, or later"),
         ));
     }
-    if let Ok(ran) = facts.ran(Question::Version)
+    if let Ok(ran) = facts.ran(HostCommand::Version)
         && ran.code != Some(0)
     {
         found.push(wrong(
@@ -35,20 +35,20 @@ pub(super) fn system(facts: &Facts) -> Verdict {
 }
 
 /// The units, with the condition and the effect of their failure.
-const UNITS: [(&str, Root, &str); 3] = [
+const UNITS: [(&str, RootCause, &str); 3] = [
     (
         "vmesh-agent.service",
-        Root::Agent,
+        RootCause::Agent,
         "Envoy goes on with what it has, no change reaches it, names of the mesh are not answered; redirects that may lapse do",
     ),
-    ("vmesh-envoy.service", Root::Envoy, "no request of this host goes through the mesh"),
-    ("vmesh-net.service", Root::Net, "nobody keeps the rules of capture, or refreshes those that lapse"),
+    ("vmesh-envoy.service", RootCause::Envoy, "no request of this host goes through the mesh"),
+    ("vmesh-net.service", RootCause::Net, "nobody keeps the rules of capture, or refreshes those that lapse"),
 ];
 
 /// D2: the configuration is valid, systemd works, and the units run.
 pub(super) fn units(facts: &Facts) -> Verdict {
     let outline = match &facts.config {
-        Config::Missing(path) => {
+        AgentConfig::Missing(path) => {
             let found = wrong(
                 format!("this host is not configured: there is no {}", path.display()),
                 "nothing of vmesh runs here; applications are as they would be without it",
@@ -57,18 +57,18 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                     path.display()
                 )),
             );
-            return Ok(vec![found.is(Root::Config)]);
+            return Ok(vec![found.marked_as(RootCause::AgentConfig)]);
         }
-        Config::Refused(why) => {
+        AgentConfig::Refused(why) => {
             let found = wrong(
                 format!("the configuration is refused: {}", why.replace('\n', "; ")),
                 "what runs goes on with what it has read, and does not start again",
                 by_hand("mend it; `vmesh-agent --check` says whether it is sound"),
             );
-            return Ok(vec![found.is(Root::Config)]);
+            return Ok(vec![found.marked_as(RootCause::AgentConfig)]);
         }
-        Config::Unseen(why) => return Err(Skip::Unseen(why.clone())),
-        Config::Read(outline) => outline,
+        AgentConfig::Unreadable(why) => return Err(Skip::Unavailable(why.clone())),
+        AgentConfig::Read(outline) => outline,
     };
     if !outline.by_systemd() {
         return child(facts);
@@ -79,9 +79,9 @@ pub(super) fn units(facts: &Facts) -> Verdict {
         let unit = if problem.what.contains("vmesh-envoy") { "vmesh-envoy" } else { "vmesh-agent" };
         // `reset-failed` makes systemd start the unit although it failed too often.
         let fix = run(format!("{} && systemctl reset-failed {unit} && systemctl start {unit}", problem.fix));
-        found.push(wrong(problem.what.clone(), effect, fix).is(Root::Config));
+        found.push(wrong(problem.what.clone(), effect, fix).marked_as(RootCause::AgentConfig));
     }
-    let systemd = facts.out(Question::Systemd).ok();
+    let systemd = facts.out(HostCommand::Systemd).ok();
     let version = systemd.and_then(|said| said.split_whitespace().nth(1)?.parse::<u32>().ok());
     if let Some(version) = version.filter(|version| *version < OLDEST_SYSTEMD) {
         found.push(warning(
@@ -90,9 +90,9 @@ pub(super) fn units(facts: &Facts) -> Verdict {
             by_hand("upgrade the host"),
         ));
     }
-    if let Err(why) = facts.out(Question::Units) {
-        if facts.answer(Socket::Agent).is_ok() {
-            return Err(Skip::Unseen(why));
+    if let Err(why) = facts.out(HostCommand::Units) {
+        if facts.answer(HttpQuery::Agent).is_ok() {
+            return Err(Skip::Unavailable(why));
         }
         let finding = wrong(
             format!("agent.yaml says that systemd starts vmesh, and it does not answer: {why}"),
@@ -101,10 +101,10 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                 "on a host without systemd set `envoy: {manage: child}` in /etc/vmesh/agent.yaml, and start vmesh-agent",
             ),
         );
-        return Ok(vec![finding.is(Root::Agent)]);
+        return Ok(vec![finding.marked_as(RootCause::Agent)]);
     }
     for (name, root, effect) in UNITS {
-        if root == Root::Net && !outline.captures() {
+        if root == RootCause::Net && !outline.captures() {
             continue;
         }
         let Some(unit) = facts.unit(name)?.filter(|unit| unit.get("LoadState") == "loaded") else {
@@ -114,7 +114,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                     effect,
                     by_hand("install the package vmesh-agent; without systemd, set `envoy: {manage: child}`"),
                 )
-                .is(root),
+                .marked_as(root),
             );
             continue;
         };
@@ -128,46 +128,46 @@ pub(super) fn units(facts: &Facts) -> Verdict {
             let what =
                 format!("{name} ends and is started again: {restarts} times by now (last result: {result})");
             let finding = wrong(what, effect, by_hand(format!("`{log}` says why it ends")));
-            found.push(if state == "active" { finding } else { finding.is(root) });
+            found.push(if state == "active" { finding } else { finding.marked_as(root) });
             continue;
         }
         match (state, root) {
-            ("active" | "reloading", Root::Agent) => {
-                if let Err(why) = facts.answer(Socket::Agent) {
+            ("active" | "reloading", RootCause::Agent) => {
+                if let Err(why) = facts.answer(HttpQuery::Agent) {
                     let what = format!("the agent runs, and does not answer: {why}");
-                    found.push(wrong(what, effect, run("systemctl restart vmesh-agent")).is(root));
+                    found.push(wrong(what, effect, run("systemctl restart vmesh-agent")).marked_as(root));
                 }
             }
             ("active" | "reloading", _) => {}
-            ("activating", Root::Envoy) if is_down(facts) => found.push(
+            ("activating", RootCause::Envoy) if is_down(facts) => found.push(
                 wrong(
                     "vmesh-envoy.service waits for Envoy to start",
                     effect,
                     by_hand("see D25, which says why it does not"),
                 )
-                .follows(&[Root::Config, Root::Envoy]),
+                .follows(&[RootCause::AgentConfig, RootCause::Envoy]),
             ),
-            ("activating", Root::Envoy) => found.push(
+            ("activating", RootCause::Envoy) => found.push(
                 wrong(
                     "vmesh-envoy.service waits for something to serve",
                     "no request of this host goes through the mesh",
                     by_hand("a control plane has to answer once (D9), and Envoy has to run: `systemctl status vmesh-envoy`"),
                 )
-                .is(Root::Envoy)
-                .follows(&[Root::Agent, Root::ControlPlane]),
+                .marked_as(RootCause::Envoy)
+                .follows(&[RootCause::Agent, RootCause::ControlPlane]),
             ),
             ("failed", _) => {
                 let what = format!("{name} has failed: {result}");
                 let fix = run(format!("systemctl reset-failed {short}; systemctl restart {short}"));
-                found.push(wrong(what, effect, fix).is(root));
+                found.push(wrong(what, effect, fix).marked_as(root));
             }
             (other, _) => {
                 let finding = wrong(format!("{name} is {other}"), effect, run(format!("systemctl start {short}")));
                 // Stopping Envoy stops vmesh-net, and starting Envoy starts it.
-                let finding = finding.is(root);
+                let finding = finding.marked_as(root);
                 found.push(match root {
-                    Root::Net => finding.follows(&[Root::Envoy]),
-                    _ => finding.follows(&[Root::Config]),
+                    RootCause::Net => finding.follows(&[RootCause::Envoy]),
+                    _ => finding.follows(&[RootCause::AgentConfig]),
                 });
             }
         }
@@ -186,13 +186,13 @@ pub(super) fn units(facts: &Facts) -> Verdict {
 
 /// Reports whether Envoy fails to start according to its supervisor, rather than waiting for a configuration.
 fn is_down(facts: &Facts) -> bool {
-    let status = facts.answer(Socket::Supervisor).ok();
+    let status = facts.answer(HttpQuery::Supervisor).ok();
     status.and_then(|status| status.get("state")?.as_str()).is_some_and(|state| state == "down")
 }
 
 /// With `manage: child`, only the agent knows about Envoy.
 fn child(facts: &Facts) -> Verdict {
-    match facts.answer(Socket::Agent) {
+    match facts.answer(HttpQuery::Agent) {
         Ok(_) => Ok(Vec::new()),
         Err(why) => {
             let what = format!("the agent does not answer: {why}");
@@ -200,7 +200,7 @@ fn child(facts: &Facts) -> Verdict {
             let fix = by_hand(
                 "start vmesh-agent (`envoy: {manage: child}`: what started it on this host is not known here)",
             );
-            Ok(vec![wrong(what, effect, fix).is(Root::Agent)])
+            Ok(vec![wrong(what, effect, fix).marked_as(RootCause::Agent)])
         }
     }
 }
@@ -217,7 +217,7 @@ const FEW_FILES: u64 = 256;
 /// D3: the directories of vmesh have free space and inodes, and are mounted writable.
 pub(super) fn disks(facts: &Facts) -> Verdict {
     if facts.disks.is_empty() {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
     let mut found = Vec::new();
     for disk in &facts.disks {
@@ -294,9 +294,9 @@ pub(super) fn memory(facts: &Facts) -> Verdict {
 pub(super) fn clock(facts: &Facts) -> Verdict {
     if facts.file("/run/host/container-manager").is_ok() || facts.file("/run/systemd/container").is_ok() {
         // A container uses the clock of its host.
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
-    let said = facts.out(Question::Clock)?;
+    let said = facts.out(HostCommand::Clock)?;
     if said.lines().any(|line| line.trim() == "NTPSynchronized=no") {
         return Ok(vec![warning(
             "the clock is not synchronized",
@@ -318,7 +318,7 @@ pub(super) fn identity(facts: &Facts) -> Verdict {
             run("rm -f /etc/machine-id; systemd-machine-id-setup"),
         ));
     }
-    if let Config::Read(outline) = &facts.config {
+    if let AgentConfig::Read(outline) = &facts.config {
         let node = outline.node.as_str();
         let host = facts.file("/proc/sys/kernel/hostname")?.trim();
         let common = ["localhost", "debian", "ubuntu", "vm", "template"];

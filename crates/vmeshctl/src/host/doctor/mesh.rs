@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use serde_json::Value;
 
 use super::envoy::{ago, clusters};
-use super::facts::{Facts, Question, Socket};
-use super::{Root, Skip, Verdict, by_hand, run, warning, wrong};
+use super::facts::{Facts, HostCommand, HttpQuery};
+use super::{RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 /// Age at which a configuration that no control plane has confirmed counts as old, in seconds.
 const OLD: u64 = 300;
@@ -47,13 +47,13 @@ pub(super) fn control_planes(facts: &Facts) -> Verdict {
                 "on {host}: `systemctl status vmesh-control`; from here: `curl -v telnet://{host}:{port}`"
             ));
             wrong(what, "Envoy goes on with the last configuration; no change arrives", fix)
-                .is(Root::ControlPlane)
+                .marked_as(RootCause::ControlPlane)
         } else {
             let fix = by_hand(format!("on {host}: `systemctl status vmesh-control`"));
             warning(what, "the others serve this node; there is less to fall back to", fix)
         });
     }
-    if let Ok(status) = facts.answer(Socket::Agent)
+    if let Ok(status) = facts.answer(HttpQuery::Agent)
         && status.pointer("/control_plane/in_use").is_none_or(Value::is_null)
         && !all_gone
     {
@@ -65,7 +65,7 @@ pub(super) fn control_planes(facts: &Facts) -> Verdict {
                 "Envoy goes on with the last configuration; no change arrives",
                 by_hand("`journalctl -u vmesh-agent -n 50` says what it is told there"),
             )
-            .is(Root::ControlPlane),
+            .marked_as(RootCause::ControlPlane),
         );
     }
     Ok(found)
@@ -75,7 +75,7 @@ pub(super) fn control_planes(facts: &Facts) -> Verdict {
 pub(super) fn workloads(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     if outline.workloads.is_empty() {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
     let listening = facts.listening()?;
     let mut found = Vec::new();
@@ -134,7 +134,7 @@ const SERVER_FIRST: [(u16, &str); 9] = [
 pub(super) fn server_first(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     if outline.workloads.is_empty() {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
     let mut found = Vec::new();
     for workload in &outline.workloads {
@@ -153,12 +153,12 @@ pub(super) fn server_first(facts: &Facts) -> Verdict {
 }
 
 fn accepted(facts: &Facts) -> Result<&Value, Skip> {
-    let status = facts.answer(Socket::Agent)?;
-    status.get("accepted").ok_or_else(|| Skip::Unseen("the agent is of another version".into()))
+    let status = facts.answer(HttpQuery::Agent)?;
+    status.get("accepted").ok_or_else(|| Skip::Unavailable("the agent is of another version".into()))
 }
 
 fn connected(facts: &Facts) -> bool {
-    let agent = facts.answer(Socket::Agent).ok();
+    let agent = facts.answer(HttpQuery::Agent).ok();
     agent.and_then(|status| status.pointer("/control_plane/in_use")).is_some_and(|name| !name.is_null())
 }
 
@@ -180,7 +180,7 @@ pub(super) fn from_disk(facts: &Facts) -> Verdict {
                 "it is as old as the last connection to one",
                 by_hand("see D9: a control plane has to answer"),
             )
-            .follows(&[Root::ControlPlane]),
+            .follows(&[RootCause::ControlPlane]),
         );
     }
     Ok(found)
@@ -199,7 +199,7 @@ pub(super) fn age(facts: &Facts) -> Verdict {
                 "endpoints that have come since are not used; those that are gone are still tried",
                 by_hand("see D9: a control plane has to answer"),
             )
-            .follows(&[Root::ControlPlane]),
+            .follows(&[RootCause::ControlPlane]),
         ]),
         None => Ok(vec![
             wrong(
@@ -207,7 +207,7 @@ pub(super) fn age(facts: &Facts) -> Verdict {
                 "no request of this host goes through the mesh",
                 by_hand("see D9: a control plane has to answer once"),
             )
-            .follows(&[Root::ControlPlane]),
+            .follows(&[RootCause::ControlPlane]),
         ]),
         _ => Ok(Vec::new()),
     }
@@ -216,7 +216,7 @@ pub(super) fn age(facts: &Facts) -> Verdict {
 /// D36: the host's programs find the names of the mesh.
 pub(super) fn names(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
-    let Some(server) = outline.dns else { return Err(Skip::NoMatter) };
+    let Some(server) = outline.dns else { return Err(Skip::NotApplicable) };
     let names = &facts.names;
     let suffix = &outline.suffix;
     let mut found = Vec::new();
@@ -227,7 +227,7 @@ pub(super) fn names(facts: &Facts) -> Verdict {
             lost,
             run("systemctl restart vmesh-agent"),
         );
-        found.push(finding.follows(&[Root::Agent]));
+        found.push(finding.follows(&[RootCause::Agent]));
     }
     let resolv = facts.file("/etc/resolv.conf").unwrap_or_default();
     let searched = resolv
@@ -268,7 +268,7 @@ pub(super) fn names(facts: &Facts) -> Verdict {
         ));
         return Ok(found);
     }
-    let ran = facts.ran(Question::Resolve)?;
+    let ran = facts.ran(HostCommand::Resolve)?;
     let said: Vec<IpAddr> =
         ran.out.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect();
     let known = names.all.get(asked).map(Vec::as_slice).unwrap_or_default();
@@ -286,7 +286,7 @@ pub(super) fn names(facts: &Facts) -> Verdict {
                     _ => "systemctl enable --now vmesh-hosts && systemctl restart vmesh-hosts",
                 }),
             )
-            .follows(&[Root::Agent]),
+            .follows(&[RootCause::Agent]),
         );
     } else if !known.is_empty() && !said.iter().any(|address| known.contains(address)) {
         let list = |all: &[IpAddr]| all.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -303,10 +303,10 @@ pub(super) fn names(facts: &Facts) -> Verdict {
 
 /// D37: workloads are registered.
 pub(super) fn registrations(facts: &Facts) -> Verdict {
-    let status = facts.answer(Socket::Agent)?;
+    let status = facts.answer(HttpQuery::Agent)?;
     let all = status.get("registered").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     if all.is_empty() {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
     let mut found = Vec::new();
     for one in all {
@@ -350,7 +350,7 @@ pub(super) fn endpoints(facts: &Facts) -> Verdict {
         }
         // Connections to real addresses are captured, so Envoy's own counters are used instead.
         Err(_) => {
-            for (name, endpoints) in clusters(facts.answer(Socket::Clusters)?) {
+            for (name, endpoints) in clusters(facts.answer(HttpQuery::Clusters)?) {
                 for endpoint in endpoints
                     .iter()
                     .filter(|endpoint| endpoint.failed > 0 && endpoint.failed >= endpoint.tried)

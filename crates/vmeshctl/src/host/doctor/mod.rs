@@ -24,13 +24,13 @@ use std::time::Instant;
 use clap::Args;
 
 use super::HostError;
-pub(crate) use facts::Config;
+pub(crate) use facts::AgentConfig;
 use facts::Facts;
 pub(crate) use gather::read_configuration;
 pub(crate) use report::Report;
 
 #[derive(Debug, Args)]
-pub(crate) struct Doctor {
+pub(crate) struct DoctorArgs {
     /// Make these checks only: `D16,D36`.
     #[arg(long, value_name = "CHECKS", value_delimiter = ',')]
     only: Vec<String>,
@@ -40,8 +40,8 @@ pub(crate) struct Doctor {
 }
 
 /// Returns the report as text and as JSON, and whether something needs attention.
-pub(crate) async fn doctor(ask: &Doctor) -> Result<(String, serde_json::Value, bool), HostError> {
-    if let Some(unknown) = ask.only.iter().find(|only| !CHECKS.iter().any(|check| is(check, only))) {
+pub(crate) async fn doctor(args: &DoctorArgs) -> Result<(String, serde_json::Value, bool), HostError> {
+    if let Some(unknown) = args.only.iter().find(|only| !CHECKS.iter().any(|check| is_named(check, only))) {
         let all: Vec<_> = CHECKS.iter().map(|check| check.id).collect();
         return Err(HostError::Cannot(format!(
             "there is no check `{unknown}`; there are {}",
@@ -49,12 +49,12 @@ pub(crate) async fn doctor(ask: &Doctor) -> Result<(String, serde_json::Value, b
         )));
     }
     let began = Instant::now();
-    let facts = gather::facts(&ask.config).await;
-    let report = examine(&facts, &ask.only, began.elapsed());
+    let facts = gather::facts(&args.config).await;
+    let report = examine(&facts, &args.only, began.elapsed());
     Ok((report.text(), report.json(), report.wants_attention()))
 }
 
-fn is(check: &Check, name: &str) -> bool {
+fn is_named(check: &Check, name: &str) -> bool {
     check.id.eq_ignore_ascii_case(name.trim())
 }
 
@@ -64,14 +64,14 @@ type Verdict = Result<Vec<Finding>, Skip>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Skip {
     /// The check was impossible, for this reason.
-    Unseen(String),
+    Unavailable(String),
     /// The check does not apply to this host.
-    NoMatter,
+    NotApplicable,
 }
 
 impl From<String> for Skip {
     fn from(why: String) -> Skip {
-        Skip::Unseen(why)
+        Skip::Unavailable(why)
     }
 }
 
@@ -118,9 +118,9 @@ const CHECKS: &[Check] = &[
 
 /// A condition that other findings may follow from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Root {
+pub(crate) enum RootCause {
     /// No valid configuration exists.
-    Config,
+    AgentConfig,
     Agent,
     Envoy,
     Net,
@@ -151,8 +151,8 @@ pub(crate) struct Finding {
     what: String,
     effect: String,
     fix: Fix,
-    is: Option<Root>,
-    follows: &'static [Root],
+    is: Option<RootCause>,
+    follows: &'static [RootCause],
 }
 
 /// Returns a finding that something does not work.
@@ -175,12 +175,12 @@ fn by_hand(what: impl Into<String>) -> Fix {
 
 impl Finding {
     /// Marks this finding as the condition `root`, which other findings may follow from.
-    fn is(self, root: Root) -> Finding {
+    fn marked_as(self, root: RootCause) -> Finding {
         Finding { is: Some(root), ..self }
     }
 
     /// Lists the conditions that this finding may follow from. The report shows it below the first of these conditions that holds.
-    fn follows(self, roots: &'static [Root]) -> Finding {
+    fn follows(self, roots: &'static [RootCause]) -> Finding {
         Finding { follows: roots, ..self }
     }
 }
@@ -188,13 +188,13 @@ impl Finding {
 fn examine(facts: &Facts, only: &[String], took: std::time::Duration) -> Report {
     let mut report = Report::new(facts, took);
     for check in CHECKS {
-        if !only.is_empty() && !only.iter().any(|only| is(check, only)) {
+        if !only.is_empty() && !only.iter().any(|only| is_named(check, only)) {
             continue;
         }
         match (check.look)(facts) {
             Ok(findings) => report.looked(check.id, findings),
-            Err(Skip::Unseen(why)) => report.unseen(check.id, why),
-            Err(Skip::NoMatter) => {}
+            Err(Skip::Unavailable(why)) => report.unseen(check.id, why),
+            Err(Skip::NotApplicable) => {}
         }
     }
     report

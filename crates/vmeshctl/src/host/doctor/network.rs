@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use super::facts::{Facts, Outline, Question, Socket, last_line};
-use super::{Root, Skip, Verdict, by_hand, run, warning, wrong};
+use super::facts::{Facts, HostCommand, HttpQuery, Outline, last_line};
+use super::{RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 /// The capture ports of Envoy.
 const OUTBOUND: u16 = vmesh_capture::spec::OUTBOUND_PORT;
@@ -34,7 +34,7 @@ pub(super) fn ports(facts: &Facts) -> Verdict {
     let listening = facts.listening()?;
     let (agent, envoy) = (facts.user("vmesh-agent"), facts.user("vmesh-envoy"));
     let has_config = facts
-        .answer(Socket::Agent)
+        .answer(HttpQuery::Agent)
         .is_ok_and(|status| status.pointer("/envoy/state").and_then(|state| state.as_str()) == Some("live"));
     let mut found = Vec::new();
     for (at, what, agents) in wanted(outline) {
@@ -52,8 +52,8 @@ pub(super) fn ports(facts: &Facts) -> Verdict {
                 }),
             );
             let finding = match agents {
-                true => lost.follows(&[Root::Agent]),
-                false => lost.follows(&[Root::Envoy, Root::Agent, Root::ControlPlane]),
+                true => lost.follows(&[RootCause::Agent]),
+                false => lost.follows(&[RootCause::Envoy, RootCause::Agent, RootCause::ControlPlane]),
             };
             // Without a configuration, Envoy has no listeners: D25 reports that.
             if agents || has_config {
@@ -80,7 +80,7 @@ pub(super) fn conntrack(facts: &Facts) -> Verdict {
     let number =
         |name: &str| facts.file(&format!("/proc/sys/net/netfilter/{name}")).ok()?.trim().parse::<u64>().ok();
     let (Some(count), Some(max)) = (number("nf_conntrack_count"), number("nf_conntrack_max")) else {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     };
     if max == 0 || count * 10 < max * 7 {
         return Ok(Vec::new());
@@ -96,7 +96,7 @@ pub(super) fn ephemeral_ports(facts: &Facts) -> Verdict {
     let range = facts.file("/proc/sys/net/ipv4/ip_local_port_range")?;
     let mut ends = range.split_whitespace().filter_map(|end| end.parse::<u16>().ok());
     let (Some(first), Some(last)) = (ends.next(), ends.next()) else {
-        return Err(Skip::Unseen(format!("ip_local_port_range says `{}`", range.trim())));
+        return Err(Skip::Unavailable(format!("ip_local_port_range says `{}`", range.trim())));
     };
     let mut found = Vec::new();
     let there = u64::from(last.saturating_sub(first)) + 1;
@@ -154,9 +154,9 @@ pub(super) fn ephemeral_ports(facts: &Facts) -> Verdict {
 /// D14: virtual addresses have a route. Without one, the kernel fails a connection before it can be redirected.
 pub(super) fn routes(facts: &Facts) -> Verdict {
     if !facts.outline()?.captures_outbound() {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
-    let ran = facts.ran(Question::Route4)?;
+    let ran = facts.ran(HostCommand::Route4)?;
     if ran.code == Some(0)
         && !["unreachable", "blackhole", "prohibit"].iter().any(|kind| ran.out.starts_with(kind))
     {
@@ -173,17 +173,17 @@ pub(super) fn routes(facts: &Facts) -> Verdict {
 pub(super) fn ipv6(facts: &Facts) -> Verdict {
     let outline = facts.outline()?;
     if !outline.captures_outbound() {
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     }
     let Ok(addresses) = facts.file("/proc/net/if_inet6") else {
         // On a host without IPv6, no program can be affected.
-        return Err(Skip::NoMatter);
+        return Err(Skip::NotApplicable);
     };
     // The fourth column is the scope: 00 is global.
     let global =
         |line: &&str| line.split_whitespace().nth(3) == Some("00") && !line.trim_end().ends_with(" lo");
     let has_address = addresses.lines().any(|line| global(&line));
-    let route = facts.ran(Question::Route6)?;
+    let route = facts.ran(HostCommand::Route6)?;
     if has_address && route.code != Some(0) {
         return Ok(vec![warning(
             "this host has IPv6 addresses, and no route to virtual ones (fd76:6d65:7368::/48)",

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::facts::{Config, Facts, Question, Socket};
+use super::facts::{AgentConfig, Facts, HostCommand, HttpQuery};
 use super::{Finding, Fix, Level};
 use crate::print::printable;
 
@@ -183,14 +183,14 @@ fn printable_lines(text: &str) -> String {
 
 /// Returns the subject of the report, such as `node web-17 (agent 0.1.0, envoy 1.40.0)`.
 fn who(facts: &Facts) -> String {
-    let agent = facts.answer(Socket::Agent).ok().and_then(|status| status.get("version")?.as_str());
-    let installed = facts.out(Question::Version).ok().and_then(|said| said.split_whitespace().nth(1));
+    let agent = facts.answer(HttpQuery::Agent).ok().and_then(|status| status.get("version")?.as_str());
+    let installed = facts.out(HostCommand::Version).ok().and_then(|said| said.split_whitespace().nth(1));
     let envoy = super::envoy::version_of(facts);
     let mut parts = Vec::new();
     parts.extend(agent.or(installed).map(|version| format!("agent {version}")));
     parts.extend(envoy.map(|version| format!("envoy {version}")));
     let node = match &facts.config {
-        Config::Read(outline) => format!("node {}", outline.node),
+        AgentConfig::Read(outline) => format!("node {}", outline.node),
         _ => "this host".to_owned(),
     };
     printable(&if parts.is_empty() { node } else { format!("{node} ({})", parts.join(", ")) })
@@ -201,20 +201,26 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::host::doctor::{Root, by_hand};
+    use crate::host::doctor::{RootCause, by_hand};
 
-    const ROOTS: [Root; 6] =
-        [Root::Config, Root::Agent, Root::Envoy, Root::Net, Root::Bypass, Root::ControlPlane];
+    const ROOTS: [RootCause; 6] = [
+        RootCause::AgentConfig,
+        RootCause::Agent,
+        RootCause::Envoy,
+        RootCause::Net,
+        RootCause::Bypass,
+        RootCause::ControlPlane,
+    ];
     /// Ways in which a finding names its causes, including all six conditions at once.
-    const FOLLOWS: [&[Root]; 9] = [
+    const FOLLOWS: [&[RootCause]; 9] = [
         &[],
-        &[Root::Config],
-        &[Root::Agent],
-        &[Root::Envoy],
-        &[Root::Net, Root::Envoy],
-        &[Root::Envoy, Root::Agent, Root::ControlPlane],
-        &[Root::Bypass, Root::Net],
-        &[Root::ControlPlane],
+        &[RootCause::AgentConfig],
+        &[RootCause::Agent],
+        &[RootCause::Envoy],
+        &[RootCause::Net, RootCause::Envoy],
+        &[RootCause::Envoy, RootCause::Agent, RootCause::ControlPlane],
+        &[RootCause::Bypass, RootCause::Net],
+        &[RootCause::ControlPlane],
         &ROOTS,
     ];
 

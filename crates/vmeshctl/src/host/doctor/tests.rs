@@ -6,7 +6,9 @@ use expect_test::{Expect, expect};
 use serde_json::{Value, json};
 use vmesh_net::protocol::{self, Redirects, State, Status};
 
-use super::facts::{Config, Disk, Facts, Names, Owned, Question, Ran, Reach, Socket};
+use super::facts::{
+    AgentConfig, CommandOutput, Disk, Facts, HostCommand, HttpQuery, NameFacts, Ownership, Reachability,
+};
 use super::{CHECKS, Report, examine};
 
 const NOW: u64 = 1_800_000_000;
@@ -19,12 +21,12 @@ fn unit(id: &str, more: &str) -> String {
     )
 }
 
-fn ran(out: impl Into<String>) -> Result<Ran, String> {
-    Ok(Ran { code: Some(0), out: out.into(), err: String::new() })
+fn ran(out: impl Into<String>) -> Result<CommandOutput, String> {
+    Ok(CommandOutput { code: Some(0), out: out.into(), err: String::new() })
 }
 
-fn failed(err: &str) -> Result<Ran, String> {
-    Ok(Ran { code: Some(2), out: String::new(), err: err.to_owned() })
+fn failed(err: &str) -> Result<CommandOutput, String> {
+    Ok(CommandOutput { code: Some(2), out: String::new(), err: err.to_owned() })
 }
 
 /// Returns the text of `/proc/net/tcp` for sockets that listen on 127.0.0.1.
@@ -84,17 +86,20 @@ fn well() -> Facts {
         unit("vmesh.slice", ""),
     ];
     let commands = [
-        (Question::Version, ran("vmesh-agent 0.1.0\n")),
-        (Question::Systemd, ran("systemd 252 (252.38-1~deb12u1)\n")),
-        (Question::Units, ran(units.join("\n\n").replace("\n\n\n", "\n\n"))),
-        (Question::Clock, ran("NTPSynchronized=yes\n")),
-        (Question::Route4, ran("240.0.0.1 via 10.0.0.1 dev eth0\n")),
-        (Question::Route6, failed("RTNETLINK answers: Network is unreachable")),
-        (Question::Rules, ran("table inet vmesh {\n\tchain outbound {\n\t}\n}\n")),
-        (Question::LegacyRules, ran("")),
-        (Question::BypassSyntax, ran("")),
-        (Question::Users, ran(format!("vmesh-agent:x:{AGENT}:997::/:/\nvmesh-envoy:x:{ENVOY}:997::/:/\n"))),
-        (Question::Resolve, ran("246.94.83.229   STREAM orders.mesh\n")),
+        (HostCommand::Version, ran("vmesh-agent 0.1.0\n")),
+        (HostCommand::Systemd, ran("systemd 252 (252.38-1~deb12u1)\n")),
+        (HostCommand::Units, ran(units.join("\n\n").replace("\n\n\n", "\n\n"))),
+        (HostCommand::Clock, ran("NTPSynchronized=yes\n")),
+        (HostCommand::Route4, ran("240.0.0.1 via 10.0.0.1 dev eth0\n")),
+        (HostCommand::Route6, failed("RTNETLINK answers: Network is unreachable")),
+        (HostCommand::Rules, ran("table inet vmesh {\n\tchain outbound {\n\t}\n}\n")),
+        (HostCommand::LegacyRules, ran("")),
+        (HostCommand::BypassSyntax, ran("")),
+        (
+            HostCommand::Users,
+            ran(format!("vmesh-agent:x:{AGENT}:997::/:/\nvmesh-envoy:x:{ENVOY}:997::/:/\n")),
+        ),
+        (HostCommand::Resolve, ran("246.94.83.229   STREAM orders.mesh\n")),
     ];
     let endpoint = |ip: &str| {
         json!({"address": {"socket_address": {"address": ip, "port_value": 8080}}, "stats": [{"name": "cx_total", "value": "3"}],
@@ -102,23 +107,23 @@ fn well() -> Facts {
     };
     let answers = [
         (
-            Socket::Agent,
+            HttpQuery::Agent,
             json!({"version": "0.1.0", "control_plane": {"in_use": "http://10.0.0.5:15010"}, "envoy": {"state": "live", "pid": 7},
                 "accepted": {"confirmed": NOW, "from_disk": false, "rejections": 0, "last_rejection": null, "last_rejected": null,
                     "why_not_saved": null},
                 "registered": [{"service": "web", "registry": "consul", "state": "registered", "reason": null}]}),
         ),
         (
-            Socket::Supervisor,
+            HttpQuery::Supervisor,
             json!({"state": "live", "pid": 7, "version": "1.40.0", "since": NOW - 400_000, "restarts": 0, "reason": null,
                 "last_failure": null, "waiting_binary": null}),
         ),
         (
-            Socket::Server,
+            HttpQuery::Server,
             json!({"version": "c0ffee/1.40.0/Clean/RELEASE/BoringSSL", "command_line_options": {"concurrency": 2}}),
         ),
         (
-            Socket::Clusters,
+            HttpQuery::Clusters,
             json!({"cluster_statuses": [
                 {"name": "orders", "added_via_api": true, "eds_service_name": "orders",
                     "host_statuses": [endpoint("10.0.1.11"), endpoint("10.0.1.12")]},
@@ -126,14 +131,14 @@ fn well() -> Facts {
                 {"name": "xds"},
             ]}),
         ),
-        (Socket::Unready, json!({})),
-        (Socket::Memory, json!({"heap_size": "60000000"})),
-        (Socket::Warming, json!([0])),
+        (HttpQuery::Unready, json!({})),
+        (HttpQuery::Memory, json!({"heap_size": "60000000"})),
+        (HttpQuery::Warming, json!([0])),
     ];
     let at = |address: &str| address.parse().unwrap();
     Facts {
         now: NOW,
-        config: Config::Read(Box::new(serde_json::from_value(outline).unwrap())),
+        config: AgentConfig::Read(Box::new(serde_json::from_value(outline).unwrap())),
         files: files.into_iter().map(|(path, text)| (path.to_owned(), Ok(text))).collect(),
         commands: commands.into(),
         answers: answers.into_iter().map(|(socket, answer)| (socket, Ok(answer))).collect(),
@@ -153,14 +158,18 @@ fn well() -> Facts {
             read_only: false,
         }],
         modes: [
-            ("/usr/lib/vmesh/bypass".to_owned(), Ok(Some(Owned { user: 0, mode: 0o755 }))),
-            ("/run/vmesh-envoy/admin.sock".to_owned(), Ok(Some(Owned { user: ENVOY, mode: 0o600 }))),
+            ("/usr/lib/vmesh/bypass".to_owned(), Ok(Some(Ownership { user: 0, mode: 0o755 }))),
+            ("/run/vmesh-envoy/admin.sock".to_owned(), Ok(Some(Ownership { user: ENVOY, mode: 0o600 }))),
         ]
         .into(),
-        control_planes: vec![Reach { address: "10.0.0.5:15010".into(), resolved: Ok(0), connected: Ok(1) }],
+        control_planes: vec![Reachability {
+            address: "10.0.0.5:15010".into(),
+            resolved: Ok(0),
+            connected: Ok(1),
+        }],
         envoy_files: Ok(90),
         cores: 2,
-        names: Names {
+        names: NameFacts {
             all: [("orders.mesh".to_owned(), vec!["246.94.83.229".parse().unwrap()])].into(),
             asked: Some("orders.mesh".into()),
             answered: Some(Ok(())),
@@ -194,12 +203,12 @@ fn check(id: &str, changes: &[&dyn Fn(&mut Facts)], expected: Expect) {
 
 fn outline(facts: &mut Facts) -> &mut super::facts::Outline {
     match &mut facts.config {
-        Config::Read(outline) => outline,
+        AgentConfig::Read(outline) => outline,
         _ => panic!("it is not read"),
     }
 }
 
-fn set(facts: &mut Facts, socket: Socket, path: &str, value: Value) {
+fn set(facts: &mut Facts, socket: HttpQuery, path: &str, value: Value) {
     let answer = facts.answers.get_mut(&socket).unwrap().as_mut().unwrap();
     *answer.pointer_mut(path).unwrap_or_else(|| panic!("{path}")) = value;
 }
@@ -214,7 +223,7 @@ fn status(facts: &mut Facts) -> &mut Status {
 
 /// Replaces one property of one unit.
 fn change_unit(facts: &mut Facts, unit: &str, from: &str, to: &str) {
-    let Ok(ran) = facts.commands.get_mut(&Question::Units).unwrap() else { return };
+    let Ok(ran) = facts.commands.get_mut(&HostCommand::Units).unwrap() else { return };
     let (before, rest) = ran.out.split_once(&format!("Id={unit}\n")).unwrap();
     assert!(rest.contains(from), "{from}");
     ran.out = format!("{before}Id={unit}\n{}", rest.replacen(from, to, 1));
@@ -247,7 +256,7 @@ fn the_machine() {
     check(
         "D1",
         &[&|facts| file(facts, "/proc/sys/kernel/osrelease", "4.19.0-27-amd64\n"), &|facts| {
-            facts.commands.insert(Question::Version, failed("version `GLIBC_2.36' not found"));
+            facts.commands.insert(HostCommand::Version, failed("version `GLIBC_2.36' not found"));
         }],
         expect![[r#"
             ! D1 the kernel is 4.19.0-27-amd64, older than 5.15 | vmesh is not tested on it; capture by systemd unit cannot be had before 5.13 | fix: upgrade the host to Debian 12 or Ubuntu 22.04, or later
@@ -257,8 +266,8 @@ fn the_machine() {
     check(
         "D2",
         &[
-            &|facts| facts.config = Config::Missing("/etc/vmesh/agent.yaml".into()),
-            &|facts| facts.config = Config::Refused("agent.yaml:2:1: unknown field `upstream`".into()),
+            &|facts| facts.config = AgentConfig::Missing("/etc/vmesh/agent.yaml".into()),
+            &|facts| facts.config = AgentConfig::Refused("agent.yaml:2:1: unknown field `upstream`".into()),
             &|facts| change_unit(facts, "vmesh-agent.service", "ActiveState=active", "ActiveState=inactive"),
             &|facts| {
                 change_unit(facts, "vmesh-envoy.service", "ActiveState=active", "ActiveState=activating")
@@ -274,18 +283,18 @@ fn the_machine() {
             &|facts| change_unit(facts, "vmesh-envoy.service", "LoadState=loaded", "LoadState=not-found"),
             &|facts| change_unit(facts, "vmesh.target", "UnitFileState=enabled", "UnitFileState=disabled"),
             &|facts| {
-                facts.answers.insert(Socket::Agent, Err("127.0.0.1:15020: no answer within 1.5 s".into()));
+                facts.answers.insert(HttpQuery::Agent, Err("127.0.0.1:15020: no answer within 1.5 s".into()));
             },
             &|facts| {
-                facts.commands.insert(Question::Units, failed("System has not been booted with systemd"));
-                facts.answers.insert(Socket::Agent, Err("127.0.0.1:15020: Connection refused".into()));
+                facts.commands.insert(HostCommand::Units, failed("System has not been booted with systemd"));
+                facts.answers.insert(HttpQuery::Agent, Err("127.0.0.1:15020: Connection refused".into()));
             },
             &|facts| {
-                outline(facts).envoy.manage = super::facts::Manage::Child;
-                facts.answers.insert(Socket::Agent, Err("127.0.0.1:15020: Connection refused".into()));
+                outline(facts).envoy.manage = super::facts::EnvoyManager::Child;
+                facts.answers.insert(HttpQuery::Agent, Err("127.0.0.1:15020: Connection refused".into()));
             },
             &|facts| {
-                facts.commands.insert(Question::Systemd, ran("systemd 245 (245.4)\n"));
+                facts.commands.insert(HostCommand::Systemd, ran("systemd 245 (245.4)\n"));
             },
         ],
         expect![[r#"
@@ -341,10 +350,12 @@ fn the_machine() {
         "D6",
         &[
             &|facts| {
-                facts.commands.insert(Question::Clock, ran("NTPSynchronized=no\n"));
+                facts.commands.insert(HostCommand::Clock, ran("NTPSynchronized=no\n"));
             },
             &|facts| {
-                facts.commands.insert(Question::Clock, Err("there is no `timedatectl` on this host".into()));
+                facts
+                    .commands
+                    .insert(HostCommand::Clock, Err("there is no `timedatectl` on this host".into()));
             },
         ],
         expect![[r#"
@@ -371,11 +382,13 @@ fn the_network() {
             &|facts| facts.control_planes[0].resolved = Err("Name or service not known".into()),
             &|facts| facts.control_planes[0].connected = Ok(900),
             &|facts| {
-                let lost =
-                    Reach { connected: Err("none in 1.5 s".into()), ..facts.control_planes[0].clone() };
-                facts.control_planes.push(Reach { address: "10.0.0.6:15010".into(), ..lost });
+                let lost = Reachability {
+                    connected: Err("none in 1.5 s".into()),
+                    ..facts.control_planes[0].clone()
+                };
+                facts.control_planes.push(Reachability { address: "10.0.0.6:15010".into(), ..lost });
             },
-            &|facts| set(facts, Socket::Agent, "/control_plane/in_use", Value::Null),
+            &|facts| set(facts, HttpQuery::Agent, "/control_plane/in_use", Value::Null),
         ],
         expect![[r#"
             x D9 control plane 10.0.0.5:15010 cannot be reached: no TCP connection: Connection refused (os error 111) | Envoy goes on with the last configuration; no change arrives | fix: on 10.0.0.5: `systemctl status vmesh-control`; from here: `curl -v telnet://10.0.0.5:15010`
@@ -426,7 +439,7 @@ fn the_network() {
     check(
         "D14",
         &[&|facts| {
-            facts.commands.insert(Question::Route4, failed("RTNETLINK answers: Network is unreachable"));
+            facts.commands.insert(HostCommand::Route4, failed("RTNETLINK answers: Network is unreachable"));
         }],
         expect![[r#"
             x D14 the kernel has no route to virtual addresses (240.0.0.0/5): RTNETLINK answers: Network is unreachable | connections to names of the mesh fail at once: "network is unreachable" | fix: ip route add 240.0.0.0/5 dev lo
@@ -468,7 +481,7 @@ fn capture() {
             &|facts| status(facts).notes = vec!["outbound.include.units: app.service does not run".into()],
             &|facts| {
                 facts.net = Err("vmesh-net has not answered in 1.5 s".into());
-                facts.commands.insert(Question::Rules, ran("table inet filter {\n}\n"));
+                facts.commands.insert(HostCommand::Rules, ran("table inet filter {\n}\n"));
             },
             &|facts| facts.net = Err("vmesh-net has not answered in 1.5 s".into()),
             &|facts| {
@@ -495,25 +508,25 @@ fn capture() {
             &|facts| {
                 let istio =
                     "table ip nat {\n\tchain ISTIO_OUTPUT {\n\t\ttcp dport 80 redirect to :15001\n\t}\n}\n";
-                facts.commands.insert(Question::Rules, ran(istio));
+                facts.commands.insert(HostCommand::Rules, ran(istio));
             },
             &|facts| {
                 let own = "table ip mine {\n\tchain early {\n\t\ttype nat hook output priority dstnat - 10; policy accept;\n\
                            \t\ttcp dport 80 dnat to 10.0.0.9:3128\n\t}\n}\n";
-                facts.commands.insert(Question::Rules, ran(own));
+                facts.commands.insert(HostCommand::Rules, ran(own));
             },
             &|facts| {
                 let legacy = "*nat\n:OUTPUT ACCEPT [0:0]\n:KUMA_MESH_OUTBOUND - [0:0]\n:KUMA_MESH_INBOUND - [0:0]\n-A OUTPUT -j KUMA_MESH_OUTBOUND\n\
                               -A KUMA_MESH_OUTBOUND -p tcp -j REDIRECT --to-ports 15001\n-A KUMA_MESH_INBOUND -j RETURN\n";
-                facts.commands.insert(Question::LegacyRules, ran(legacy));
+                facts.commands.insert(HostCommand::LegacyRules, ran(legacy));
             },
             &|facts| {
-                facts.commands.insert(Question::LegacyRules, ran("*filter\n-A INPUT -p tcp -j ACCEPT\n"));
+                facts.commands.insert(HostCommand::LegacyRules, ran("*filter\n-A INPUT -p tcp -j ACCEPT\n"));
                 let rules = "table inet vmesh {\n\tchain outbound {\n\t\ttype nat hook output priority -101; policy accept;\n\t}\n}\n";
-                facts.commands.insert(Question::Rules, ran(rules));
+                facts.commands.insert(HostCommand::Rules, ran(rules));
             },
             &|facts| {
-                facts.commands.insert(Question::Rules, Err("only root may".into()));
+                facts.commands.insert(HostCommand::Rules, Err("only root may".into()));
             },
         ],
         expect![[r#"
@@ -528,12 +541,12 @@ fn capture() {
         "D19",
         &[
             &|facts| {
-                facts.commands.insert(Question::Users, ran("vmesh-agent:x:998:997::/:/\n"));
+                facts.commands.insert(HostCommand::Users, ran("vmesh-agent:x:998:997::/:/\n"));
             },
             &|facts| {
                 facts
                     .commands
-                    .insert(Question::Users, ran("vmesh-agent:x:0:0::/:/\nvmesh-envoy:x:997:997::/:/\n"));
+                    .insert(HostCommand::Users, ran("vmesh-agent:x:0:0::/:/\nvmesh-envoy:x:997:997::/:/\n"));
             },
             &|facts| file(facts, "/proc/net/tcp", &listening(&[(8080, ENVOY)])),
             &|facts| change_unit(facts, "vmesh.slice", "ActiveState=active", "ActiveState=inactive"),
@@ -560,7 +573,7 @@ fn capture() {
             x D20 redirects have lapsed | new connections go past Envoy where that is allowed (`on_loss: open`), and fail where it is not | fix: they hold again by themselves once the agent speaks and Envoy serves
         "#]],
     );
-    let bypass = |owned: Option<Owned>| {
+    let bypass = |owned: Option<Ownership>| {
         move |facts: &mut Facts| {
             facts.modes.insert("/usr/lib/vmesh/bypass".into(), Ok(owned));
         }
@@ -569,13 +582,13 @@ fn capture() {
         "D21",
         &[
             &bypass(None),
-            &bypass(Some(Owned { user: 1000, mode: 0o755 })),
-            &bypass(Some(Owned { user: 0, mode: 0o777 })),
-            &bypass(Some(Owned { user: 0, mode: 0o644 })),
+            &bypass(Some(Ownership { user: 1000, mode: 0o755 })),
+            &bypass(Some(Ownership { user: 0, mode: 0o777 })),
+            &bypass(Some(Ownership { user: 0, mode: 0o644 })),
             &|facts| {
                 facts
                     .commands
-                    .insert(Question::BypassSyntax, failed("bypass: 3: Syntax error: \"fi\" unexpected"));
+                    .insert(HostCommand::BypassSyntax, failed("bypass: 3: Syntax error: \"fi\" unexpected"));
             },
         ],
         expect![[r#"
@@ -593,14 +606,19 @@ fn envoy() {
     check(
         "D24",
         &[
-            &|facts| set(facts, Socket::Supervisor, "/version", json!("1.35.2")),
+            &|facts| set(facts, HttpQuery::Supervisor, "/version", json!("1.35.2")),
             &|facts| {
-                set(facts, Socket::Supervisor, "/waiting_binary", json!("/usr/bin/envoy is another binary"))
+                set(
+                    facts,
+                    HttpQuery::Supervisor,
+                    "/waiting_binary",
+                    json!("/usr/bin/envoy is another binary"),
+                )
             },
             &|facts| {
                 set(
                     facts,
-                    Socket::Supervisor,
+                    HttpQuery::Supervisor,
                     "/last_failure",
                     json!({"at": NOW - 600, "what": "it was not live in 30 s"}),
                 )
@@ -618,26 +636,29 @@ fn envoy() {
             &|facts| {
                 facts.modes.insert(
                     "/run/vmesh-envoy/admin.sock".into(),
-                    Ok(Some(Owned { user: ENVOY, mode: 0o666 })),
+                    Ok(Some(Ownership { user: ENVOY, mode: 0o666 })),
                 );
             },
             &|facts| {
-                set(facts, Socket::Supervisor, "/state", json!("down"));
-                set(facts, Socket::Supervisor, "/reason", json!("killed by signal 9"));
+                set(facts, HttpQuery::Supervisor, "/state", json!("down"));
+                set(facts, HttpQuery::Supervisor, "/reason", json!("killed by signal 9"));
             },
-            &|facts| set(facts, Socket::Supervisor, "/state", json!("waiting")),
-            &|facts| set(facts, Socket::Supervisor, "/state", json!("silent")),
+            &|facts| set(facts, HttpQuery::Supervisor, "/state", json!("waiting")),
+            &|facts| set(facts, HttpQuery::Supervisor, "/state", json!("silent")),
             &|facts| {
-                set(facts, Socket::Supervisor, "/restarts", json!(2));
-                set(facts, Socket::Supervisor, "/since", json!(NOW - 300));
-            },
-            &|facts| {
-                facts.answers.insert(Socket::Supervisor, Err("status.sock: no answer within 1.5 s".into()));
+                set(facts, HttpQuery::Supervisor, "/restarts", json!(2));
+                set(facts, HttpQuery::Supervisor, "/since", json!(NOW - 300));
             },
             &|facts| {
                 facts
                     .answers
-                    .insert(Socket::Supervisor, Err("status.sock: Permission denied (os error 13)".into()));
+                    .insert(HttpQuery::Supervisor, Err("status.sock: no answer within 1.5 s".into()));
+            },
+            &|facts| {
+                facts.answers.insert(
+                    HttpQuery::Supervisor,
+                    Err("status.sock: Permission denied (os error 13)".into()),
+                );
             },
         ],
         expect![[r#"
@@ -653,8 +674,13 @@ fn envoy() {
     check(
         "D26",
         &[&|facts| {
-            set(facts, Socket::Agent, "/accepted/last_rejection", json!("cluster orders: no such extension"));
-            set(facts, Socket::Agent, "/accepted/last_rejected", json!(NOW - 7 * 60));
+            set(
+                facts,
+                HttpQuery::Agent,
+                "/accepted/last_rejection",
+                json!("cluster orders: no such extension"),
+            );
+            set(facts, HttpQuery::Agent, "/accepted/last_rejected", json!(NOW - 7 * 60));
         }],
         expect![[r#"
             ! D26 Envoy rejected a part of the configuration 7 min ago: cluster orders: no such extension | it goes on with what it had of that before | fix: `vmeshctl problems` and `vmeshctl nodes` say which document it comes from; once mended, `systemctl restart vmesh-agent` forgets it
@@ -664,15 +690,15 @@ fn envoy() {
         "D28",
         &[
             &|facts| {
-                facts.answers.insert(Socket::Warming, Ok(json!([3, 1])));
+                facts.answers.insert(HttpQuery::Warming, Ok(json!([3, 1])));
                 facts.answers.insert(
-                    Socket::Unready,
+                    HttpQuery::Unready,
                     Ok(json!({"unready_targets_dumps": [{"name": "init manager orders"}]})),
                 );
             },
             // Warming that has ended is no finding.
             &|facts| {
-                facts.answers.insert(Socket::Warming, Ok(json!([3, 0])));
+                facts.answers.insert(HttpQuery::Warming, Ok(json!([3, 0])));
             },
         ],
         expect![[r#"
@@ -682,14 +708,14 @@ fn envoy() {
     check(
         "D29",
         &[
-            &|facts| set(facts, Socket::Clusters, "/cluster_statuses/0/host_statuses", json!([])),
+            &|facts| set(facts, HttpQuery::Clusters, "/cluster_statuses/0/host_statuses", json!([])),
             &|facts| {
                 let ill = json!({"failed_outlier_check": true, "eds_health_status": "HEALTHY"});
-                set(facts, Socket::Clusters, "/cluster_statuses/0/host_statuses/0/health_status", ill);
+                set(facts, HttpQuery::Clusters, "/cluster_statuses/0/host_statuses/0/health_status", ill);
                 let ill = json!({"eds_health_status": "UNHEALTHY"});
-                set(facts, Socket::Clusters, "/cluster_statuses/0/host_statuses/1/health_status", ill);
+                set(facts, HttpQuery::Clusters, "/cluster_statuses/0/host_statuses/1/health_status", ill);
             },
-            &|facts| set(facts, Socket::Clusters, "/cluster_statuses", json!([])),
+            &|facts| set(facts, HttpQuery::Clusters, "/cluster_statuses", json!([])),
         ],
         expect![[r#"
             ! D29 service `orders` has no endpoint | requests to it are answered 503, and connections closed | fix: `vmeshctl services orders` says what discovery has of it
@@ -699,7 +725,9 @@ fn envoy() {
     );
     check(
         "D30",
-        &[&|facts| facts.cores = 1, &|facts| set(facts, Socket::Memory, "/heap_size", json!("3000000000"))],
+        &[&|facts| facts.cores = 1, &|facts| {
+            set(facts, HttpQuery::Memory, "/heap_size", json!("3000000000"))
+        }],
         expect![[r#"
             ! D30 Envoy has 2 worker threads, and 1 processors are there | each costs memory and connections of its own, and none of them helps | fix: set `envoy.concurrency` in /etc/vmesh/agent.yaml, then `systemctl reload vmesh-envoy`
             ! D30 Envoy has 2861 MiB of the host's 3906 MiB of memory | the kernel may kill applications for want of memory | fix: name the `upstreams` that are called instead of "*"; set MemoryMax= (`systemctl edit vmesh-envoy`)
@@ -731,8 +759,8 @@ fn services() {
     );
     check(
         "D27",
-        &[&|facts| set(facts, Socket::Agent, "/accepted/from_disk", json!(true)), &|facts| {
-            set(facts, Socket::Agent, "/accepted/why_not_saved", json!("No space left on device"))
+        &[&|facts| set(facts, HttpQuery::Agent, "/accepted/from_disk", json!(true)), &|facts| {
+            set(facts, HttpQuery::Agent, "/accepted/why_not_saved", json!("No space left on device"))
         }],
         expect![[r#"
             ! D27 what is served comes from the disk, and no control plane has confirmed it | it is as old as the last connection to one | fix: see D9: a control plane has to answer
@@ -746,14 +774,14 @@ fn services() {
             &|facts| facts.names.wired = None,
             &|facts| facts.names.is_wired_as_configured = false,
             &|facts| {
-                facts.commands.insert(Question::Resolve, failed(""));
+                facts.commands.insert(HostCommand::Resolve, failed(""));
             },
             &|facts| {
                 facts.names.wired = Some("the block of vmesh in /etc/hosts".into());
-                facts.commands.insert(Question::Resolve, failed(""));
+                facts.commands.insert(HostCommand::Resolve, failed(""));
             },
             &|facts| {
-                facts.commands.insert(Question::Resolve, ran("192.0.2.7   STREAM orders.mesh\n"));
+                facts.commands.insert(HostCommand::Resolve, ran("192.0.2.7   STREAM orders.mesh\n"));
             },
             &|facts| file(facts, "/etc/resolv.conf", "nameserver 10.0.0.2\nsearch example.com mesh\n"),
         ],
@@ -771,15 +799,15 @@ fn services() {
         "D37",
         &[
             &|facts| {
-                set(facts, Socket::Agent, "/registered/0/state", json!("failing"));
+                set(facts, HttpQuery::Agent, "/registered/0/state", json!("failing"));
                 set(
                     facts,
-                    Socket::Agent,
+                    HttpQuery::Agent,
                     "/registered/0/reason",
                     json!("Consul refused the token (HTTP 403)"),
                 );
             },
-            &|facts| set(facts, Socket::Agent, "/registered/0/state", json!("ill")),
+            &|facts| set(facts, HttpQuery::Agent, "/registered/0/state", json!("ill")),
         ],
         expect![[r#"
             x D37 `web` is not registered in consul: Consul refused the token (HTTP 403) | other hosts do not send it calls by this host | fix: consul has to be there and to let the agent in: `journalctl -u vmesh-agent | grep -i consul`
@@ -790,12 +818,12 @@ fn services() {
         "D38",
         &[
             &|facts| {
-                set(facts, Socket::Agent, "/control_plane/in_use", Value::Null);
-                set(facts, Socket::Agent, "/accepted/confirmed", json!(NOW - 3 * 3600));
+                set(facts, HttpQuery::Agent, "/control_plane/in_use", Value::Null);
+                set(facts, HttpQuery::Agent, "/accepted/confirmed", json!(NOW - 3 * 3600));
             },
             &|facts| {
-                set(facts, Socket::Agent, "/control_plane/in_use", Value::Null);
-                set(facts, Socket::Agent, "/accepted/confirmed", Value::Null);
+                set(facts, HttpQuery::Agent, "/control_plane/in_use", Value::Null);
+                set(facts, HttpQuery::Agent, "/accepted/confirmed", Value::Null);
             },
         ],
         expect![[r#"
@@ -817,7 +845,7 @@ fn services() {
                 facts.dialed = Err("connections to real addresses are captured".into());
                 let stats =
                     json!([{"name": "cx_connect_fail", "value": "9"}, {"name": "cx_total", "value": "9"}]);
-                set(facts, Socket::Clusters, "/cluster_statuses/0/host_statuses/1/stats", stats);
+                set(facts, HttpQuery::Clusters, "/cluster_statuses/0/host_statuses/1/stats", stats);
             },
         ],
         expect![[r#"
@@ -833,8 +861,8 @@ fn what_follows_from_something_is_below_it() {
     change_unit(&mut facts, "vmesh-agent.service", "ActiveState=active", "ActiveState=inactive");
     file(&mut facts, "/proc/net/tcp", &listening(&[(15001, ENVOY), (15006, ENVOY), (8080, 1000)]));
     let gone = || Err("127.0.0.1:15020: nothing listens there".to_owned());
-    facts.answers.insert(Socket::Agent, gone());
-    facts.names = Names { answered: Some(Err("Connection refused".into())), ..facts.names };
+    facts.answers.insert(HttpQuery::Agent, gone());
+    facts.names = NameFacts { answered: Some(Err("Connection refused".into())), ..facts.names };
     status(&mut facts).redirects = Redirects::Lapsed;
     status(&mut facts).agent_silent_for = Some(40);
     facts.disks[0].free = 0;
@@ -855,7 +883,7 @@ fn what_follows_from_something_is_below_it() {
 #[test]
 fn a_host_that_nobody_configured_has_one_problem() {
     let mut facts = well();
-    facts.config = Config::Missing("/etc/vmesh/agent.yaml".into());
+    facts.config = AgentConfig::Missing("/etc/vmesh/agent.yaml".into());
     facts.answers.clear();
     facts.control_planes.clear();
     facts.disks.clear();
@@ -880,7 +908,7 @@ fn a_plan_that_has_notes_and_nothing_to_do_is_no_finding() {
 #[test]
 fn an_envoy_that_hangs_is_shown_by_whichever_checks_see_it() {
     let mut facts = well();
-    set(&mut facts, Socket::Supervisor, "/state", json!("silent"));
+    set(&mut facts, HttpQuery::Supervisor, "/state", json!("silent"));
     status(&mut facts).envoy = protocol::Envoy::Hangs;
     status(&mut facts).redirects = Redirects::Lapsed;
     let report = report(&facts, &[]);
@@ -918,9 +946,9 @@ fn a_file_that_the_agents_user_cannot_read_is_above_the_unit_that_does_not_start
 fn a_binary_that_is_no_envoy_comes_first_and_the_unit_that_waits_for_it_below() {
     let mut facts = well();
     change_unit(&mut facts, "vmesh-envoy.service", "ActiveState=active", "ActiveState=activating");
-    set(&mut facts, Socket::Supervisor, "/state", json!("down"));
+    set(&mut facts, HttpQuery::Supervisor, "/state", json!("down"));
     let why = "/usr/bin/envoy cannot be run on this machine: could not start /usr/bin/envoy: Exec format error (os error 8)";
-    set(&mut facts, Socket::Supervisor, "/reason", json!(why));
+    set(&mut facts, HttpQuery::Supervisor, "/reason", json!(why));
     let text = report(&facts, &["D2", "D25"]).text();
     assert!(text.contains(&format!("x D25 Envoy is down: {why} | ")), "{text}");
     assert!(text.contains("fix: put an Envoy for this machine (`uname -m`) at `envoy.path`"), "{text}");
@@ -931,7 +959,7 @@ fn a_binary_that_is_no_envoy_comes_first_and_the_unit_that_waits_for_it_below() 
 fn what_envoy_or_a_control_plane_said_begins_no_line_and_moves_no_cursor() {
     let mut facts = well();
     let said = "bad\u{1b}[2J\n0 checks, 0 problems\u{202e}";
-    set(&mut facts, Socket::Agent, "/accepted/last_rejection", json!(said));
+    set(&mut facts, HttpQuery::Agent, "/accepted/last_rejection", json!(said));
     let text = report(&facts, &["D26"]).text();
     assert!(!text.contains(['\u{1b}', '\u{202e}']) && !text.contains("\n0 checks"), "{text}");
     assert!(text.contains("bad\\u{1b}[2J"), "{text}");
@@ -946,7 +974,7 @@ fn a_capture_that_a_foreign_rule_breaks_names_the_rule() {
     let hangs = broken(0, "no answer in 1 s");
     let with = |rules: &str, change: &dyn Fn(&mut Facts)| {
         let mut facts = well();
-        facts.commands.insert(Question::Rules, ran(rules));
+        facts.commands.insert(HostCommand::Rules, ran(rules));
         change(&mut facts);
         report(&facts, &["D40"]).text().split_once('\n').unwrap().1.to_owned()
     };

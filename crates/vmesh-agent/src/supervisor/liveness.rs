@@ -9,10 +9,10 @@ use tokio::time::{Instant, sleep, timeout};
 use vmesh_capture::sockets::Socket;
 
 use super::clients;
-use crate::envoy::leave::LOOK_SOON;
+use crate::envoy::shutdown::POLL_SOON;
 
 /// Time in which one of Envoy's workers must accept a connection.
-const TAKEN_WITHIN: Duration = Duration::from_secs(2);
+const ACCEPTS_WITHIN: Duration = Duration::from_secs(2);
 /// Largest number of listeners that a probe dials, one after the other.
 const DIALED: usize = 3;
 /// With fewer free file descriptors than this, a process may be unable to accept an admin connection or to answer it.
@@ -20,18 +20,18 @@ const SPARE_FILES: usize = 4;
 
 /// Evidence that an Envoy with a silent admin interface still serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum SignOfLife {
+pub(super) enum ServingEvidence {
     /// A worker accepted a new connection.
-    TakesConnections,
+    AcceptsConnections,
     /// It has no file descriptors left, but serves the open connections.
-    OutOfFiles,
+    OutOfDescriptors,
 }
 
-impl SignOfLife {
+impl ServingEvidence {
     pub(super) fn reason(self) -> &'static str {
         match self {
-            SignOfLife::TakesConnections => "it takes connections all the same, and is not ended",
-            SignOfLife::OutOfFiles => {
+            ServingEvidence::AcceptsConnections => "it takes connections all the same, and is not ended",
+            ServingEvidence::OutOfDescriptors => {
                 "it has no file descriptors left (`LimitNOFILE=` of its unit), serves what is connected, and is not ended"
             }
         }
@@ -39,17 +39,17 @@ impl SignOfLife {
 }
 
 /// Looks for evidence that the process serves connections.
-pub(super) async fn sign_of_life(pid: i32) -> Option<SignOfLife> {
+pub(super) async fn find_evidence(pid: i32) -> Option<ServingEvidence> {
     // The kernel completes connections to a stopped process (SIGSTOP), which does not serve them.
     if is_stopped(pid) {
         return None;
     }
     if is_out_of_files(pid).unwrap_or(false) {
-        return Some(SignOfLife::OutOfFiles);
+        return Some(ServingEvidence::OutOfDescriptors);
     }
     for address in listeners(pid).unwrap_or_default().into_iter().take(DIALED) {
-        if is_taken(pid, address).await {
-            return Some(SignOfLife::TakesConnections);
+        if is_accepted(pid, address).await {
+            return Some(ServingEvidence::AcceptsConnections);
         }
     }
     None
@@ -71,8 +71,8 @@ fn is_out_of_files(pid: i32) -> Option<bool> {
 
 /// Returns the addresses on which the process listens, without duplicates.
 fn listeners(pid: i32) -> io::Result<Vec<SocketAddr>> {
-    let own = clients::numbers(pid)?;
-    let mut all: Vec<SocketAddr> = clients::table(pid)?
+    let own = clients::socket_inodes(pid)?;
+    let mut all: Vec<SocketAddr> = clients::socket_table(pid)?
         .iter()
         .filter(|socket| socket.listens() && own.contains(&socket.inode))
         .map(|socket| socket.local)
@@ -83,24 +83,24 @@ fn listeners(pid: i32) -> io::Result<Vec<SocketAddr>> {
 }
 
 /// Connects to `listener`, and waits until the process accepts the connection. Before that, the kernel lists the socket without an inode.
-async fn is_taken(pid: i32, listener: SocketAddr) -> bool {
+async fn is_accepted(pid: i32, listener: SocketAddr) -> bool {
     let ip = match listener.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
         ip => ip,
     };
     let to = SocketAddr::new(ip, listener.port());
-    let Ok(Ok(stream)) = timeout(TAKEN_WITHIN, TcpStream::connect(to)).await else { return false };
+    let Ok(Ok(stream)) = timeout(ACCEPTS_WITHIN, TcpStream::connect(to)).await else { return false };
     let Ok(from) = stream.local_addr() else { return false };
-    let deadline = Instant::now() + TAKEN_WITHIN;
+    let deadline = Instant::now() + ACCEPTS_WITHIN;
     let is_ours = |socket: &&Socket| {
         !socket.listens()
             && socket.local.port() == to.port()
             && socket.remote == SocketAddr::new(from.ip().to_canonical(), from.port())
     };
     while Instant::now() < deadline {
-        sleep(LOOK_SOON).await;
-        let Ok(table) = clients::table(pid) else { return false };
+        sleep(POLL_SOON).await;
+        let Ok(table) = clients::socket_table(pid) else { return false };
         match table.iter().find(is_ours) {
             // The server's end is gone: the process accepted the connection and closed it.
             None => return true,
@@ -122,11 +122,11 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         assert!(listeners(pid).unwrap().contains(&address));
-        assert!(!is_taken(pid, address).await);
+        assert!(!is_accepted(pid, address).await);
         // On a busy machine an attempt may time out before this process is scheduled.
-        let is_taken_in_the_end = async || {
+        let is_accepted_in_the_end = async || {
             for _ in 0..10 {
-                if is_taken(pid, address).await {
+                if is_accepted(pid, address).await {
                     return true;
                 }
             }
@@ -139,7 +139,7 @@ mod tests {
             }
         };
         tokio::select! {
-            taken = is_taken_in_the_end() => assert!(taken),
+            taken = is_accepted_in_the_end() => assert!(taken),
             () = serve => {}
         }
         let closes = async {
@@ -148,7 +148,7 @@ mod tests {
             }
         };
         tokio::select! {
-            taken = is_taken_in_the_end() => assert!(taken),
+            taken = is_accepted_in_the_end() => assert!(taken),
             () = closes => {}
         }
         assert_eq!(is_out_of_files(pid), Some(false));

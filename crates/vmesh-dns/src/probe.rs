@@ -10,12 +10,12 @@ const ID: [u8; 2] = *b"vm";
 const RESPONSE: u8 = 0x80;
 
 /// Queries `server` for the A record of `name`, and returns once any response to it has arrived. Waits without a timeout.
-pub async fn answers(server: SocketAddr, name: &str) -> io::Result<()> {
+pub async fn check_server(server: SocketAddr, name: &str) -> io::Result<()> {
     let local: IpAddr =
         if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind(SocketAddr::new(local, 0)).await?;
     socket.connect(server).await?;
-    socket.send(&question(name)).await?;
+    socket.send(&build_query(name)).await?;
     let mut answer = [0; 512];
     loop {
         let len = socket.recv(&mut answer).await?;
@@ -26,7 +26,7 @@ pub async fn answers(server: SocketAddr, name: &str) -> io::Result<()> {
 }
 
 /// Builds a query with one question and recursion desired (RFC 1035 section 4.1).
-fn question(name: &str) -> Vec<u8> {
+fn build_query(name: &str) -> Vec<u8> {
     let mut question = [&ID[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
     for label in name.split('.').filter(|label| !label.is_empty()) {
         question.push(u8::try_from(label.len()).unwrap_or_default());
@@ -57,10 +57,10 @@ mod tests {
             query[3] = 5;
             server.send_to(&query[..len], from).await.unwrap();
         };
-        let (answered, ()) = tokio::join!(answers(address, "mesh"), refuse);
+        let (answered, ()) = tokio::join!(check_server(address, "mesh"), refuse);
         answered.unwrap();
         drop(server);
-        let closed = timeout(Duration::from_secs(10), answers(address, "mesh")).await;
+        let closed = timeout(Duration::from_secs(10), check_server(address, "mesh")).await;
         assert!(closed.is_ok_and(|answered| answered.is_err()));
     }
 }

@@ -6,11 +6,11 @@ use tokio::time::Instant;
 use tracing::{error, info, warn};
 use vmesh_daemon::report::one_line;
 
-use super::takeover::Why;
-use super::trial::{self, Stamp};
-use super::{STABLE, Supervisor, TICK, serving};
-use crate::envoy::leave::{self, LOOK_SOON};
-use crate::envoy::{State, admin};
+use super::handover::ReloadReason;
+use super::trial::{self, FileStamp};
+use super::{STABLE, Supervisor, TICK, liveness};
+use crate::envoy::shutdown::{self, POLL_SOON};
+use crate::envoy::{EnvoyState, admin};
 
 /// Interval at which a live Envoy's admin interface is polled. The exit of the process is noticed at once.
 const LOOK: Duration = Duration::from_secs(5);
@@ -20,7 +20,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 impl Supervisor {
     /// Watches the serving Envoy until it exits, and returns how it exited. Returns `None` when the supervisor is to stop.
-    pub(super) async fn attend(&mut self) -> Option<String> {
+    pub(super) async fn watch_serving(&mut self) -> Option<String> {
         let mut silent_since: Option<Instant> = None;
         let mut spared_until = Instant::now();
         let mut look_at = Instant::now();
@@ -33,17 +33,17 @@ impl Supervisor {
                 () = self.stop.requested() => return None,
                 ended = serving.process.exited() => return Some(ended),
                 Some(()) = self.hangups.recv() => hung_up = true,
-                Some(answer) = self.asking.join_next() => {
+                Some(answer) = self.version_queries.join_next() => {
                     if let Ok((stamp, what)) = answer
-                        && self.seen_binary.as_ref() == Some(&stamp)
+                        && self.reported_binary.as_ref() == Some(&stamp)
                     {
-                        self.waits(Some(format!("another Envoy ({what}) is installed and waits for a reload (SIGHUP)")));
+                        self.set_waiting_binary(Some(format!("another Envoy ({what}) is installed and waits for a reload (SIGHUP)")));
                     }
                     continue;
                 }
-                Some(gone) = self.leaving.join_next() => {
+                Some(gone) = self.drain_tasks.join_next() => {
                     if let Ok(number) = gone {
-                        self.has_left(number);
+                        self.remove_drained(number);
                         tick_at = tick_at.min(Instant::now());
                     }
                     continue;
@@ -53,17 +53,17 @@ impl Supervisor {
             let now = Instant::now();
             if hung_up {
                 info!("SIGHUP: another Envoy is to take over");
-                self.impatient = self.status.borrow().reload.is_some();
-                self.wanted = Some(Why::Asked);
+                self.is_reload_urgent = self.status.borrow().reload.is_some();
+                self.pending_reload = Some(ReloadReason::Requested);
                 tick_at = now;
             }
             if now >= look_at {
-                let pause = self.look(&mut silent_since).await;
+                let pause = self.poll_serving(&mut silent_since).await;
                 look_at = Instant::now() + pause;
                 let hung_after = self.config.envoy.hung_after.0;
                 let is_overdue = silent_since.is_some_and(|since| since.elapsed() >= hung_after);
                 if is_overdue && Instant::now() >= spared_until {
-                    if self.is_spared().await {
+                    if self.is_still_serving().await {
                         spared_until = Instant::now() + LOOK;
                     } else if let Some(ended) = self
                         .kill_hung(&format!("no answer for {hung_after:?}, and no connection is taken"))
@@ -75,26 +75,30 @@ impl Supervisor {
             }
             if now >= tick_at {
                 tick_at = now + TICK;
-                self.look_at_files();
-                if let Some(why) = self.wanted {
+                self.check_files();
+                if let Some(why) = self.pending_reload {
                     // A reload that is requested because this Envoy hangs must not wait for this Envoy.
-                    if why == Why::Asked && silent_since.is_some_and(|since| since.elapsed() >= HANGS_AFTER) {
+                    if why == ReloadReason::Requested
+                        && silent_since.is_some_and(|since| since.elapsed() >= HANGS_AFTER)
+                    {
                         return self.kill_hung("it did not answer when it was to be reloaded").await;
                     }
                     let state = self.status.borrow().envoy.state;
                     // An Envoy whose health checks were made to fail by an operator is replaced only on request.
-                    if state == State::Live || (state == State::Draining && why == Why::Asked) {
+                    if state == EnvoyState::Live
+                        || (state == EnvoyState::Draining && why == ReloadReason::Requested)
+                    {
                         if let Some(ended) = self.reload().await {
                             return Some(ended);
                         }
                         silent_since = None;
                         look_at = Instant::now();
                     }
-                } else if self.serving.as_ref().is_some_and(|serving| serving.kept.admin_closed)
+                } else if self.serving.as_ref().is_some_and(|serving| serving.record.admin_closed)
                     && now >= self.regain_at
                 {
                     let pause = (self.regain_pause * 2).min(LONGEST_PAUSE);
-                    self.regain().await;
+                    self.regain_admin().await;
                     if self.serving.is_none() {
                         return Some("it ended while another one was to take over".to_owned());
                     }
@@ -107,29 +111,29 @@ impl Supervisor {
     }
 
     /// Reports whether an Envoy whose admin interface is silent still serves: killing it would cut connections that are in use.
-    async fn is_spared(&self) -> bool {
+    async fn is_still_serving(&self) -> bool {
         let Some(serving) = &self.serving else { return false };
-        let Some(sign) = serving::sign_of_life(serving.pid()).await else { return false };
-        let reason = format!("its admin interface does not answer; {}", sign.reason());
+        let Some(evidence) = liveness::find_evidence(serving.pid()).await else { return false };
+        let reason = format!("its admin interface does not answer; {}", evidence.reason());
         if self.status.borrow().envoy.reason.as_ref() != Some(&reason) {
             warn!(pid = serving.pid(), "{reason}");
         }
-        self.set(State::Silent, |status| status.envoy.reason = Some(reason));
+        self.set_state(EnvoyState::Silent, |status| status.envoy.reason = Some(reason));
         true
     }
 
     async fn kill_hung(&mut self, why: &str) -> Option<String> {
         let serving = self.serving.as_mut()?;
         error!(pid = serving.pid(), "Envoy hangs and is killed: {why}");
-        leave::kill(&mut serving.process).await;
+        shutdown::kill(&mut serving.process).await;
         Some(format!("it hung and was killed: {why}"))
     }
 
     /// Polls Envoy's admin interface and updates the status. Returns the pause until the next poll.
-    async fn look(&mut self, silent_since: &mut Option<Instant>) -> Duration {
+    async fn poll_serving(&mut self, silent_since: &mut Option<Instant>) -> Duration {
         let Some(serving) = &self.serving else { return LOOK };
-        if serving.kept.admin_closed {
-            self.set(State::Live, |status| {
+        if serving.record.admin_closed {
+            self.set_state(EnvoyState::Live, |status| {
                 status.envoy.reason = Some(
                     "its admin interface is closed since another Envoy was to take over and did not"
                         .to_owned(),
@@ -139,43 +143,43 @@ impl Supervisor {
         }
         let launch = serving.launch.clone();
         let was = self.status.borrow().envoy.state;
-        match admin::server_info(&serving.kept.admin(&self.dir)).await {
+        match admin::server_info(&serving.record.admin_socket(&self.dir)).await {
             Ok(info) if info.state == "LIVE" => {
                 *silent_since = None;
-                if was != State::Live {
+                if was != EnvoyState::Live {
                     info!(pid = serving.pid(), version = info.version(), "Envoy is live");
                 }
                 let is_stable = self.live_since.get_or_insert_with(Instant::now).elapsed() >= STABLE;
-                if is_stable || self.good.is_none() {
-                    self.good = Some(launch);
+                if is_stable || self.last_good_launch.is_none() {
+                    self.last_good_launch = Some(launch);
                 }
-                self.set(State::Live, |status| {
+                self.set_state(EnvoyState::Live, |status| {
                     status.envoy.version = Some(info.version().to_owned());
                     status.envoy.reason = None;
                 });
                 if !self.strays.is_empty() {
-                    self.see_off_strays().await;
+                    self.drain_strays().await;
                 }
                 LOOK
             }
             Ok(info) if info.state == "DRAINING" => {
                 *silent_since = None;
-                self.set(State::Draining, |status| {
+                self.set_state(EnvoyState::Draining, |status| {
                     status.envoy.reason = Some("it has been told to fail its health checks".to_owned());
                 });
                 LOOK
             }
             Ok(info) => {
                 *silent_since = None;
-                self.set(State::Starting, |status| status.envoy.reason = Some(info.state));
-                LOOK_SOON
+                self.set_state(EnvoyState::Starting, |status| status.envoy.reason = Some(info.state));
+                POLL_SOON
             }
             Err(error) => {
                 let since = *silent_since.get_or_insert_with(Instant::now);
                 let reason = one_line(&error);
                 // A starting Envoy has not bound its admin socket yet, so silence is expected.
-                if was != State::Starting || since.elapsed() > Duration::from_secs(5) {
-                    if was != State::Silent {
+                if was != EnvoyState::Starting || since.elapsed() > Duration::from_secs(5) {
+                    if was != EnvoyState::Silent {
                         warn!(
                             "Envoy does not answer; it is killed if that lasts {:?} and it takes no connections: {reason}",
                             self.config.envoy.hung_after.0
@@ -184,44 +188,47 @@ impl Supervisor {
                     // Keep the reason that `is_still_serving` set.
                     let is_spared =
                         silent_since.is_some_and(|since| since.elapsed() >= self.config.envoy.hung_after.0);
-                    self.set(State::Silent, |status| {
+                    self.set_state(EnvoyState::Silent, |status| {
                         if !is_spared || status.envoy.reason.is_none() {
                             status.envoy.reason = Some(reason);
                         }
                     });
                 }
-                LOOK_SOON
+                POLL_SOON
             }
         }
     }
 
     /// Checks the bootstrap and the binary on disk against those of the running Envoy. A changed bootstrap requests a reload; a changed
     /// binary is only reported.
-    fn look_at_files(&mut self) {
+    fn check_files(&mut self) {
         let Some(serving) = &self.serving else { return };
-        let stamp = Stamp::of(&self.config.envoy.path);
-        if let Ok(launch) = self.launch()
+        let stamp = FileStamp::of(&self.config.envoy.path);
+        if let Ok(launch) = self.read_launch()
             && launch.bootstrap != serving.launch.bootstrap
-            && self.refused != Some(launch.id())
-            && self.wanted.is_none()
+            && self.rejected_launch != Some(launch.id())
+            && self.pending_reload.is_none()
         {
             info!("{} has changed: another Envoy is to take over", self.config.bootstrap().display());
-            self.wanted = Some(Why::Bootstrap);
+            self.pending_reload = Some(ReloadReason::BootstrapChanged);
         }
-        let runs = serving.kept.stamp.clone();
-        if stamp != self.seen_binary {
-            self.seen_binary = stamp.clone();
-            self.asking.abort_all();
+        let runs = serving.record.stamp.clone();
+        if stamp != self.reported_binary {
+            self.reported_binary = stamp.clone();
+            self.version_queries.abort_all();
             match stamp {
-                stamp if stamp == runs => self.waits(None),
-                None => {
-                    self.waits(Some(format!("there is no {} any more", self.config.envoy.path.display())))
-                }
+                stamp if stamp == runs => self.set_waiting_binary(None),
+                None => self.set_waiting_binary(Some(format!(
+                    "there is no {} any more",
+                    self.config.envoy.path.display()
+                ))),
                 Some(stamp) => {
-                    self.asking.spawn(async move {
-                        let version = trial::ask(&stamp.path).await;
-                        let what = version
-                            .map_or_else(|one| format!("not usable: {}", one.why), |binary| binary.version);
+                    self.version_queries.spawn(async move {
+                        let version = trial::query_versions(&stamp.path).await;
+                        let what = version.map_or_else(
+                            |unusable| format!("not usable: {}", unusable.reason),
+                            |binary| binary.version,
+                        );
                         (stamp, what)
                     });
                 }
@@ -229,7 +236,7 @@ impl Supervisor {
         }
     }
 
-    fn waits(&self, what: Option<String>) {
+    fn set_waiting_binary(&self, what: Option<String>) {
         if let Some(what) = &what {
             info!("{what}");
         }

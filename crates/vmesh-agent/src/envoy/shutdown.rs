@@ -11,26 +11,26 @@ use vmesh_daemon::report::one_line;
 use super::admin;
 use super::process::Process;
 
-pub(crate) const LOOK_SOON: Duration = Duration::from_millis(50);
+pub(crate) const POLL_SOON: Duration = Duration::from_millis(50);
 /// Extra time for connections that were accepted while the listeners closed.
 pub(crate) const LAST_IN: Duration = Duration::from_millis(500);
 pub(crate) const EXITS_WITHIN: Duration = Duration::from_secs(5);
 
-/// Drains Envoy for at most `drain`, then stops it.
-pub(crate) async fn retire(envoy: &mut Process, socket: &Path, drain: Duration) {
-    take_leave(envoy, socket, drain, LAST_IN).await;
-    end(envoy).await;
+/// Drains Envoy for at most `limit`, then stops it.
+pub(crate) async fn drain_and_stop(envoy: &mut Process, socket: &Path, limit: Duration) {
+    drain(envoy, socket, limit, LAST_IN).await;
+    stop(envoy).await;
 }
 
 /// Drains Envoy for at most `drain`. Connections that are still open by then get another `stay`.
-pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Duration, stay: Duration) {
+pub(crate) async fn drain(envoy: &mut Process, socket: &Path, drain: Duration, stay: Duration) {
     let deadline = Instant::now() + drain;
     info!(pid = envoy.pid(), "Envoy takes leave of its clients, {drain:?} at most");
     let leaves = async {
         for path in ["/healthcheck/fail", "/drain_listeners?graceful"] {
-            tell(socket, path).await;
+            post_until_answered(socket, path).await;
         }
-        idle(socket).await;
+        wait_until_idle(socket).await;
     };
     tokio::select! {
         _ = timeout_at(deadline, leaves) => {}
@@ -39,24 +39,24 @@ pub(crate) async fn take_leave(envoy: &mut Process, socket: &Path, drain: Durati
     // The listeners still accept after a graceful drain. Close them first, or SIGTERM would cut off the latest clients.
     _ = admin::post(socket, "/drain_listeners").await;
     tokio::select! {
-        _ = timeout(stay, idle(socket)) => {}
+        _ = timeout(stay, wait_until_idle(socket)) => {}
         _ = envoy.exited() => {}
     }
 }
 
 /// Repeats the request until Envoy has answered: on a busy host that may take a while. Gives up if the admin interface no longer listens.
-async fn tell(socket: &Path, path: &str) {
+async fn post_until_answered(socket: &Path, path: &str) {
     while let Err(error) = admin::post(socket, path).await {
         warn!("Envoy does not take its leave: {}", one_line(&error));
         if error.is_connect() {
             return;
         }
-        sleep(LOOK_SOON).await;
+        sleep(POLL_SOON).await;
     }
 }
 
 /// Stops Envoy without draining: SIGTERM, then SIGKILL.
-pub(crate) async fn end(envoy: &mut Process) {
+pub(crate) async fn stop(envoy: &mut Process) {
     envoy.signal(Signal::TERM);
     if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
         warn!(pid = envoy.pid(), "Envoy ignores SIGTERM and is killed");
@@ -72,23 +72,23 @@ pub(crate) async fn kill(envoy: &mut Process) {
 }
 
 /// Waits until no client is connected. A timeout of the admin interface does not count as idle.
-async fn idle(socket: &Path) {
+async fn wait_until_idle(socket: &Path) {
     loop {
         match admin::connections(socket).await {
             Ok(0) => return,
             Err(error) if error.is_connect() => return,
-            Ok(_) | Err(_) => sleep(LOOK_SOON).await,
+            Ok(_) | Err(_) => sleep(POLL_SOON).await,
         }
     }
 }
 
 /// Waits until the process `pid` answers on its admin socket; `false` at the deadline.
-pub(crate) async fn answers(socket: &Path, pid: i32, deadline: Instant) -> bool {
+pub(crate) async fn wait_until_answers(socket: &Path, pid: i32, deadline: Instant) -> bool {
     while Instant::now() < deadline {
         if admin::listening_pid(socket).await == Some(pid) && admin::server_info(socket).await.is_ok() {
             return true;
         }
-        sleep(LOOK_SOON).await;
+        sleep(POLL_SOON).await;
     }
     false
 }

@@ -13,10 +13,10 @@ use tracing::warn;
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 
-use super::trial::{Binary, Stamp};
+use super::trial::{BinaryVersions, FileStamp};
 use super::{orphan, plan};
 use crate::envoy::output;
-use crate::envoy::process::{Identity, Process};
+use crate::envoy::process::{Process, ProcessIdentity};
 
 const MAX_RECORD: u64 = 1 << 20;
 
@@ -26,7 +26,7 @@ pub(super) struct Launch {
     pub(super) program: PathBuf,
     /// The open executable that the last start used; it survives an upgrade of the package. `None` before the first start.
     pub(super) file: Option<Arc<File>>,
-    pub(super) stamp: Option<Stamp>,
+    pub(super) stamp: Option<FileStamp>,
     /// The command line, without the bootstrap path and the hot restart options.
     pub(super) arguments: Vec<String>,
     /// The bootstrap as the agent wrote it.
@@ -34,7 +34,7 @@ pub(super) struct Launch {
 }
 
 /// Identifies a launch: the digest of its bootstrap, and the stamp of its binary.
-pub(super) type LaunchId = (String, Option<Stamp>);
+pub(super) type LaunchId = (String, Option<FileStamp>);
 
 impl Launch {
     pub(super) fn id(&self) -> LaunchId {
@@ -75,9 +75,9 @@ pub(super) enum Role {
 
 /// The record of one Envoy, for the next supervisor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Kept {
+pub(super) struct EnvoyRecord {
     /// `None` while the process is being started. It can then be found by its bootstrap's path on its command line.
-    pub(super) identity: Option<Identity>,
+    pub(super) identity: Option<ProcessIdentity>,
     /// Serial number among the Envoys of this run directory. Names the Envoy's files.
     pub(super) number: u64,
     pub(super) role: Role,
@@ -90,7 +90,7 @@ pub(super) struct Kept {
     #[serde(default)]
     pub(super) has_own_sockets: bool,
     pub(super) program: PathBuf,
-    pub(super) stamp: Option<Stamp>,
+    pub(super) stamp: Option<FileStamp>,
     pub(super) arguments: Vec<String>,
     /// Its admin interface no longer listens, because a younger Envoy of its line has started.
     pub(super) admin_closed: bool,
@@ -105,10 +105,15 @@ pub(super) struct Kept {
     pub(super) until: Option<SystemTime>,
 }
 
-impl Kept {
+impl EnvoyRecord {
     /// Returns the record of an Envoy that is about to be started.
-    pub(super) fn new(launch: &Launch, number: u64, line: Line, binary: Option<&Binary>) -> Kept {
-        Kept {
+    pub(super) fn new(
+        launch: &Launch,
+        number: u64,
+        line: HotRestartId,
+        binary: Option<&BinaryVersions>,
+    ) -> EnvoyRecord {
+        EnvoyRecord {
             identity: None,
             number,
             role: Role::Candidate,
@@ -136,39 +141,39 @@ impl Kept {
         Process::identified(self.identity.as_ref()?)
     }
 
-    pub(super) fn admin(&self, dir: &Path) -> PathBuf {
-        admin(dir, self.number)
+    pub(super) fn admin_socket(&self, dir: &Path) -> PathBuf {
+        admin_socket(dir, self.number)
     }
 }
 
-pub(super) fn admin(dir: &Path, number: u64) -> PathBuf {
+pub(super) fn admin_socket(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("admin.{number}.sock"))
 }
 
 /// Returns the path of the bootstrap that Envoy reads, with the supervisor's changes.
-pub(super) fn bootstrap(dir: &Path, number: u64) -> PathBuf {
+pub(super) fn bootstrap_path(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("bootstrap.{number}.json"))
 }
 
 /// Returns the path of the bootstrap as the agent wrote it.
-pub(super) fn source(dir: &Path, number: u64) -> PathBuf {
+pub(super) fn source_path(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("bootstrap.{number}.source.json"))
 }
 
-pub(super) struct Member {
+pub(super) struct SupervisedEnvoy {
     pub(super) process: Process,
-    pub(super) kept: Kept,
+    pub(super) record: EnvoyRecord,
     pub(super) launch: Launch,
 }
 
 /// The identity of an Envoy for hot restart: its line and its epoch in that line.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Line {
+pub(super) struct HotRestartId {
     pub(super) base_id: u32,
     pub(super) epoch: u32,
 }
 
-impl Member {
+impl SupervisedEnvoy {
     /// Starts an Envoy with the complete command line `arguments`. With `again`, it is started from the open file of `launch`, even if the
     /// program's path names another file by now.
     pub(super) async fn start(
@@ -176,8 +181,8 @@ impl Member {
         arguments: &[String],
         again: bool,
         output: &Path,
-        kept: Kept,
-    ) -> io::Result<Member> {
+        record: EnvoyRecord,
+    ) -> io::Result<SupervisedEnvoy> {
         let file = match (&launch.file, again) {
             (Some(file), true) => file.clone(),
             _ => Arc::new(File::open(&launch.program)?),
@@ -185,22 +190,22 @@ impl Member {
         let program = launch.executable(again);
         let process = orphan::start(&program, &launch.program, arguments, output::writer(output)?).await?;
         let launch = Launch { file: Some(file), ..launch.clone() };
-        let kept = Kept { identity: Some(process.identity()), ..kept };
-        Ok(Member { process, kept, launch })
+        let record = EnvoyRecord { identity: Some(process.identity()), ..record };
+        Ok(SupervisedEnvoy { process, record, launch })
     }
 
     /// Returns the Envoy that an earlier supervisor started, if it still runs.
-    pub(super) fn find(kept: Kept, dir: &Path) -> Option<Member> {
-        let process = kept.process()?;
-        let text = fsx::read_capped(&source(dir, kept.number), MAX_RECORD).unwrap_or_default();
+    pub(super) fn find(record: EnvoyRecord, dir: &Path) -> Option<SupervisedEnvoy> {
+        let process = record.process()?;
+        let text = fsx::read_capped(&source_path(dir, record.number), MAX_RECORD).unwrap_or_default();
         let launch = Launch {
-            program: kept.program.clone(),
+            program: record.program.clone(),
             file: File::open(format!("/proc/{}/exe", process.pid())).ok().map(Arc::new),
-            stamp: kept.stamp.clone(),
-            arguments: kept.arguments.clone(),
+            stamp: record.stamp.clone(),
+            arguments: record.arguments.clone(),
             bootstrap: String::from_utf8_lossy(&text).into(),
         };
-        Some(Member { process, kept, launch })
+        Some(SupervisedEnvoy { process, record, launch })
     }
 
     pub(super) fn pid(&self) -> i32 {
@@ -209,14 +214,14 @@ impl Member {
 }
 
 /// Returns this user's processes that have `path` on their command line.
-pub(super) fn naming(path: &Path) -> Vec<Process> {
+pub(super) fn processes_naming(path: &Path) -> Vec<Process> {
     let names = |words: &[String]| words.iter().any(|word| Path::new(word) == path);
     processes().into_iter().filter(|(_, words)| names(words)).map(|(process, _)| process).collect()
 }
 
 /// Returns this user's Envoys whose bootstrap is in `dir`.
-pub(super) fn started_in(dir: &Path) -> Vec<Member> {
-    processes().into_iter().filter_map(|(process, words)| stray(process, &words, dir)).collect()
+pub(super) fn envoys_started_in(dir: &Path) -> Vec<SupervisedEnvoy> {
+    processes().into_iter().filter_map(|(process, words)| describe_stray(process, &words, dir)).collect()
 }
 
 fn processes() -> Vec<(Process, Vec<String>)> {
@@ -242,7 +247,7 @@ fn processes() -> Vec<(Process, Vec<String>)> {
 }
 
 /// Describes an Envoy of which only the command line is known.
-fn stray(process: Process, words: &[String], dir: &Path) -> Option<Member> {
+fn describe_stray(process: Process, words: &[String], dir: &Path) -> Option<SupervisedEnvoy> {
     let after = |name: &str| words.iter().skip_while(|word| *word != name).nth(1);
     let config = Path::new(after("--config-path")?);
     let number =
@@ -258,34 +263,35 @@ fn stray(process: Process, words: &[String], dir: &Path) -> Option<Member> {
         arguments: Vec::new(),
         bootstrap: "".into(),
     };
-    let line = Line { base_id: number_of("--base-id"), epoch: number_of("--restart-epoch") };
-    let kept = Kept { identity: Some(process.identity()), ..Kept::new(&launch, number, line, None) };
-    Some(Member { process, kept, launch })
+    let line = HotRestartId { base_id: number_of("--base-id"), epoch: number_of("--restart-epoch") };
+    let record =
+        EnvoyRecord { identity: Some(process.identity()), ..EnvoyRecord::new(&launch, number, line, None) };
+    Some(SupervisedEnvoy { process, record, launch })
 }
 
 /// The record of all Envoys of a supervisor (`envoys.json`).
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Record {
+pub(super) struct SupervisorRecord {
     pub(super) last_number: u64,
-    pub(super) envoys: Vec<Kept>,
+    pub(super) envoys: Vec<EnvoyRecord>,
 }
 
-impl Record {
-    pub(super) fn load(path: &Path) -> Record {
+impl SupervisorRecord {
+    pub(super) fn load(path: &Path) -> SupervisorRecord {
         let bytes = match fsx::read_capped(path, MAX_RECORD) {
             Ok(bytes) => bytes,
-            Err(error) if error.is_not_found() => return Record::default(),
+            Err(error) if error.is_not_found() => return SupervisorRecord::default(),
             Err(error) => {
                 warn!("Envoys of an earlier supervisor are not looked for: {}", one_line(&error));
-                return Record::default();
+                return SupervisorRecord::default();
             }
         };
-        let mut record: Record = serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+        let mut record: SupervisorRecord = serde_json::from_slice(&bytes).unwrap_or_else(|error| {
             warn!("{} is not a record of Envoys, none is looked for: {error}", path.display());
-            Record::default()
+            SupervisorRecord::default()
         });
-        for kept in record.envoys.iter_mut().filter(|kept| !kept.has_own_sockets) {
-            kept.hot_restart = None;
+        for record in record.envoys.iter_mut().filter(|record| !record.has_own_sockets) {
+            record.hot_restart = None;
         }
         record
     }

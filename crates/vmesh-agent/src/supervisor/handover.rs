@@ -9,13 +9,13 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
 use vmesh_daemon::report::one_line;
 
-use super::member::{Kept, Launch, Line, Member, Role};
-use super::plan::{self, Holdings, How, MOST_LEAVING, Parent};
-use super::trial::{self, Binary};
+use super::plan::{self, DynamicResources, HandoverMethod, MOST_LEAVING, ParentState};
+use super::supervised::{EnvoyRecord, HotRestartId, Launch, Role, SupervisedEnvoy};
+use super::trial::{self, BinaryVersions};
 use super::{Supervisor, shm};
 use crate::bootstrap::open_files;
 use crate::envoy::admin;
-use crate::envoy::leave::{self, LOOK_SOON};
+use crate::envoy::shutdown::{self, POLL_SOON};
 
 /// Longest time for a candidate to become live. The candidate must receive its configuration from the agent, and resolve the host names in
 /// it.
@@ -28,19 +28,19 @@ const SETTLES_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why the serving Envoy is to be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Why {
+pub(super) enum ReloadReason {
     /// An operator sent SIGHUP.
-    Asked,
-    Bootstrap,
+    Requested,
+    BootstrapChanged,
     /// The Envoy that the serving one took over from crashed before the serving one terminated it.
-    ParentLost,
+    ParentCrashed,
 }
 
 /// The outcome of one attempt to reload.
-enum Reload {
-    Done,
+enum ReloadOutcome {
+    Completed,
     /// The attempt is repeated later.
-    Later(String),
+    Postponed(String),
     /// The reload is given up. The old Envoy keeps serving, or it has exited too (`serving` is then `None`).
     Failed(String),
 }
@@ -48,13 +48,13 @@ enum Reload {
 impl Supervisor {
     /// Replaces the serving Envoy. Returns how it exited, if no Envoy serves afterwards.
     pub(super) async fn reload(&mut self) -> Option<String> {
-        let outcome = self.replace().await;
+        let outcome = self.try_reload().await;
         let gone = self.serving.is_none();
         match outcome {
-            Reload::Done => {
-                self.wanted = None;
-                self.impatient = false;
-                self.refused = None;
+            ReloadOutcome::Completed => {
+                self.pending_reload = None;
+                self.is_reload_urgent = false;
+                self.rejected_launch = None;
                 self.status.send_modify(|status| {
                     status.reload = None;
                     status.reloads += 1;
@@ -62,7 +62,7 @@ impl Supervisor {
                 });
                 None
             }
-            Reload::Later(why) => {
+            ReloadOutcome::Postponed(why) => {
                 let said = format!("a reload waits: {why}");
                 if self.status.borrow().reload.as_ref() != Some(&said) {
                     info!("{said}");
@@ -70,133 +70,147 @@ impl Supervisor {
                 self.status.send_modify(|status| status.reload = Some(said));
                 None
             }
-            Reload::Failed(why) => {
-                self.wanted = None;
-                self.impatient = false;
+            ReloadOutcome::Failed(why) => {
+                self.pending_reload = None;
+                self.is_reload_urgent = false;
                 let what =
                     format!("the reload failed and was rolled back: {why}; mend that and send SIGHUP again");
                 error!("{what}");
-                self.failed(what);
+                self.set_failure(what);
                 self.status.send_modify(|status| status.reload = None);
                 gone.then(|| "it ended while another one was to take over".to_owned())
             }
         }
     }
 
-    async fn replace(&mut self) -> Reload {
-        let may_be_hot = self.serving.as_ref().is_some_and(|serving| serving.kept.hot_restart.is_some());
-        if may_be_hot && !self.impatient && !migrates() && self.parent() == Parent::Leaves {
-            let longest = self.stay();
-            return Reload::Later(format!(
+    async fn try_reload(&mut self) -> ReloadOutcome {
+        let may_be_hot = self.serving.as_ref().is_some_and(|serving| serving.record.hot_restart.is_some());
+        if may_be_hot
+            && !self.is_reload_urgent
+            && !kernel_migrates_connections()
+            && self.parent_state() == ParentState::Draining
+        {
+            let longest = self.max_drain_time();
+            return ReloadOutcome::Postponed(format!(
                 "the Envoy before this one still has connections, for {longest:?} at most after it was relieved; \
                  SIGHUP once more does not wait, and may cost a connection"
             ));
         }
         self.read_config();
-        let launch = match self.launch() {
+        let launch = match self.read_launch() {
             Ok(launch) => launch,
-            Err(why) => return Reload::Failed(why),
+            Err(why) => return ReloadOutcome::Failed(why),
         };
-        if self.leavers.len() >= MOST_LEAVING {
+        if self.draining.len() >= MOST_LEAVING {
             self.end_idle_leavers().await;
         }
         // The next Envoy of the line terminates an idle parent, which therefore does not count.
-        let ended_by_next = usize::from(self.parent() == Parent::Idle);
+        let ended_by_next = usize::from(self.parent_state() == ParentState::Idle);
         // Repeated SIGHUPs do not override this limit: a reload cuts no connection.
-        if self.leavers.len() - ended_by_next.min(self.leavers.len()) >= MOST_LEAVING {
-            return Reload::Later(format!(
+        if self.draining.len() - ended_by_next.min(self.draining.len()) >= MOST_LEAVING {
+            return ReloadOutcome::Postponed(format!(
                 "{} Envoys still take leave of their clients, for {:?} at most after they were relieved, and each more costs the \
                  memory of a whole Envoy; `systemctl restart vmesh-envoy` does not wait, and cuts connections",
-                self.leavers.len(),
-                self.stay()
+                self.draining.len(),
+                self.max_drain_time()
             ));
         }
         // The candidate needs the agent to receive its configuration.
-        if let Err(error) = self.agent_listens().await {
+        if let Err(error) = self.check_agent_listens().await {
             let socket = self.config.xds_socket();
-            return Reload::Later(format!("the agent does not listen on {}: {error}", socket.display()));
+            return ReloadOutcome::Postponed(format!(
+                "the agent does not listen on {}: {error}",
+                socket.display()
+            ));
         }
         self.status.send_modify(|status| status.reload = Some("another Envoy is tried out".to_owned()));
         let Some(mut serving) = self.serving.take() else {
-            return Reload::Failed("no Envoy serves any more".to_owned());
+            return ReloadOutcome::Failed("no Envoy serves any more".to_owned());
         };
         let mut stop = self.stop.clone();
         let tried = tokio::select! {
-            tried = self.try_out(&launch, &serving.kept) => Some(tried),
+            tried = self.run_trial(&launch, &serving.record) => Some(tried),
             ended = serving.process.exited() => Some(Err(format!("the Envoy that served ended meanwhile: {ended}"))),
             () = stop.requested() => None,
         };
         self.serving = Some(serving);
         let (binary, before) = match tried {
-            None => return Reload::Later("the supervisor stops".to_owned()),
+            None => return ReloadOutcome::Postponed("the supervisor stops".to_owned()),
             Some(Ok(tried)) => tried,
             Some(Err(why)) => {
-                self.refused = Some(launch.id());
-                return Reload::Failed(why);
+                self.rejected_launch = Some(launch.id());
+                return ReloadOutcome::Failed(why);
             }
         };
-        let done = self.take_over(&launch, false, &binary, &before).await;
+        let done = self.hand_over(&launch, false, &binary, &before).await;
         if let Err(why) = done {
-            self.refused = Some(launch.id());
-            self.regain().await;
-            return Reload::Failed(why);
+            self.rejected_launch = Some(launch.id());
+            self.regain_admin().await;
+            return ReloadOutcome::Failed(why);
         }
-        Reload::Done
+        ReloadOutcome::Completed
     }
 
-    async fn agent_listens(&self) -> io::Result<()> {
+    async fn check_agent_listens(&self) -> io::Result<()> {
         UnixStream::connect(self.config.xds_socket()).await.map(drop)
     }
 
     /// Checks, without affecting the serving Envoy, whether an Envoy would start with `launch`.
-    async fn try_out(&self, launch: &Launch, serving: &Kept) -> Result<(Binary, Holdings), String> {
-        let binary = trial::ask(&launch.program)
+    async fn run_trial(
+        &self,
+        launch: &Launch,
+        serving: &EnvoyRecord,
+    ) -> Result<(BinaryVersions, DynamicResources), String> {
+        let binary = trial::query_versions(&launch.program)
             .await
-            .map_err(|unusable| format!("{} does not run: {}", launch.program.display(), unusable.why))?;
+            .map_err(|unusable| format!("{} does not run: {}", launch.program.display(), unusable.reason))?;
         let bootstrap =
             plan::bootstrap(&launch.bootstrap, &self.dir.join("admin.trial.sock"), false, open_files())
                 .map_err(|why| format!("{} is of no use: {why}", self.config.bootstrap().display()))?;
         let (dump, before) = match serving.admin_closed {
-            false => self.dump(serving).await?,
-            true => (Value::Null, Holdings::default()),
+            false => self.fetch_resources(serving).await?,
+            true => (Value::Null, DynamicResources::default()),
         };
         let scratch = self.dir.join("trial.json");
         trial::validate(&launch.program, &launch.arguments, &bootstrap, Some(&dump), &scratch).await?;
         Ok((binary, before))
     }
 
-    async fn dump(&self, kept: &Kept) -> Result<(Value, Holdings), String> {
-        let admin = kept.admin(&self.dir);
+    async fn fetch_resources(&self, record: &EnvoyRecord) -> Result<(Value, DynamicResources), String> {
+        let admin = record.admin_socket(&self.dir);
         let dump = admin::config_dump(&admin).await.map_err(|error| one_line(&error))?;
         let rejected = admin::rejected(&admin).await.map_err(|error| one_line(&error))?;
-        let holdings = plan::holdings(&dump, rejected);
-        Ok((dump, holdings))
+        let resources = plan::dynamic_resources(&dump, rejected);
+        Ok((dump, resources))
     }
 
     /// Starts a new Envoy and hands over to it. On failure the old Envoy keeps serving, and its record says whether it has lost its admin
     /// interface.
-    async fn take_over(
+    async fn hand_over(
         &mut self,
         launch: &Launch,
         again: bool,
-        binary: &Binary,
-        before: &Holdings,
+        binary: &BinaryVersions,
+        before: &DynamicResources,
     ) -> Result<(), String> {
-        let parent = self.parent();
+        let parent = self.parent_state();
         let Some(mut old) = self.serving.take() else { return Err("no Envoy serves any more".to_owned()) };
-        let how = plan::how(old.kept.hot_restart.as_deref(), binary.hot_restart.as_deref(), parent);
-        let hot = how == How::Hot;
+        let how =
+            plan::choose_method(old.record.hot_restart.as_deref(), binary.hot_restart.as_deref(), parent);
+        let hot = how == HandoverMethod::HotRestart;
         let line = match &how {
-            How::Hot => Line { base_id: old.kept.base_id, epoch: old.kept.epoch + 1 },
-            How::Beside(why) => {
+            HandoverMethod::HotRestart => {
+                HotRestartId { base_id: old.record.base_id, epoch: old.record.epoch + 1 }
+            }
+            HandoverMethod::SharedPorts(why) => {
                 info!("another Envoy takes over by binding the same ports: {why}");
-                if !migrates() {
+                if !kernel_migrates_connections() {
                     info!(
                         "a connection that waits at that moment may be reset; `sysctl net.ipv4.tcp_migrate_req=1` prevents it"
                     );
                 }
                 match shm::new_base_id() {
-                    Ok(base_id) => Line { base_id, epoch: 0 },
+                    Ok(base_id) => HotRestartId { base_id, epoch: 0 },
                     Err(why) => {
                         self.serving = Some(old);
                         return Err(why);
@@ -207,48 +221,48 @@ impl Supervisor {
         self.status.send_modify(|status| status.reload = Some("another Envoy starts".to_owned()));
         let began = Instant::now();
         // Recorded as without an admin interface from the start, since the candidate closes it.
-        let admin_was_closed = old.kept.admin_closed;
-        old.kept.admin_closed |= hot;
+        let admin_was_closed = old.record.admin_closed;
+        old.record.admin_closed |= hot;
         self.serving = Some(old);
         let started = self.start(launch, again, line, Some(binary), true).await;
         let Some(mut old) = self.serving.take() else { return Err("no Envoy serves any more".to_owned()) };
         let mut new = match started {
             Ok(new) => new,
             Err(why) => {
-                old.kept.admin_closed = admin_was_closed;
+                old.record.admin_closed = admin_was_closed;
                 self.serving = Some(old);
-                self.keep(None);
+                self.save_record(None);
                 return Err(why);
             }
         };
-        let live = match self.becomes_live(&mut new, &mut old).await {
-            Ok(()) => self.has_all(&new.kept, before).await.map_err(|why| (why, true)),
+        let live = match self.wait_until_live(&mut new, &mut old).await {
+            Ok(()) => self.check_resources(&new.record, before).await.map_err(|why| (why, true)),
             Err(why) => Err((why, false)),
         };
         match live {
             Ok(()) => {
                 info!(pid = new.pid(), "Envoy took over after {} ms", began.elapsed().as_millis());
-                new.kept.role = Role::Serving;
-                new.kept.parent = hot.then_some(old.kept.number);
-                self.link(&new.kept);
-                self.see_off(old);
-                self.now_serving(new, false);
+                new.record.role = Role::Serving;
+                new.record.parent = hot.then_some(old.record.number);
+                self.link_admin_socket(&new.record);
+                self.start_draining(old);
+                self.set_serving(new, false);
                 Ok(())
             }
             Err((why, true)) if hot => {
-                self.undo(old, new, &why).await;
+                self.roll_back_handover(old, new, &why).await;
                 Err(why)
             }
             Err((why, _)) => {
                 let pid = new.pid();
-                leave::kill(&mut new.process).await;
+                shutdown::kill(&mut new.process).await;
                 warn!(pid, "the Envoy that was to take over is ended: {why}");
                 if hot {
-                    self.candidate_is_gone(&mut old.kept).await;
+                    self.clean_up_after_candidate(&mut old.record).await;
                 }
                 self.serving = Some(old);
-                self.forget(&new.kept);
-                self.keep(None);
+                self.remove_files(&new.record);
+                self.save_record(None);
                 Err(why)
             }
         }
@@ -256,20 +270,20 @@ impl Supervisor {
 
     /// Rolls a completed handover back. `new` is live but must not stay, and `old` has already closed its listeners. So `new` serves until
     /// another Envoy with the binary and bootstrap of `old` has taken over.
-    async fn undo(&mut self, old: Member, mut new: Member, why: &str) {
+    async fn roll_back_handover(&mut self, old: SupervisedEnvoy, mut new: SupervisedEnvoy, why: &str) {
         warn!(
             pid = new.pid(),
             "the Envoy that took over is replaced by another one like the one before it: {why}"
         );
-        let (launch, binary) = (old.launch.clone(), binary_of(&old.kept));
-        new.kept.role = Role::Serving;
-        new.kept.parent = Some(old.kept.number);
-        self.link(&new.kept);
-        self.see_off(old);
-        self.now_serving(new, false);
+        let (launch, binary) = (old.launch.clone(), versions_of(&old.record));
+        new.record.role = Role::Serving;
+        new.record.parent = Some(old.record.number);
+        self.link_admin_socket(&new.record);
+        self.start_draining(old);
+        self.set_serving(new, false);
         let again = launch.is_startable();
-        let before = Holdings::default();
-        let takes_over = self.take_over(&launch, again, &binary, &before);
+        let before = DynamicResources::default();
+        let takes_over = self.hand_over(&launch, again, &binary, &before);
         // Boxed, since this function is called by `hand_over`.
         if let Err(why) = Box::pin(takes_over).await {
             error!("it goes on, with what it has: no other Envoy took over from it: {why}");
@@ -277,7 +291,7 @@ impl Supervisor {
     }
 
     /// Cleans up after a candidate of a hot restart that is gone without having become live. Its parent serves on.
-    pub(super) async fn candidate_is_gone(&self, parent: &mut Kept) {
+    pub(super) async fn clean_up_after_candidate(&self, parent: &mut EnvoyRecord) {
         if let Err(why) = shm::forget_child(parent.base_id, parent.hot_restart.as_deref().unwrap_or_default())
         {
             warn!("no other Envoy can take over hot from this one: {why}");
@@ -285,7 +299,7 @@ impl Supervisor {
         }
         // The candidate may have died before the old Envoy closed its admin interface. Asked twice, since a closing interface still answers
         // a request that was already queued.
-        let admin = parent.admin(&self.dir);
+        let admin = parent.admin_socket(&self.dir);
         parent.admin_closed =
             admin::server_info(&admin).await.is_err() || admin::server_info(&admin).await.is_err();
         if parent.admin_closed {
@@ -295,8 +309,12 @@ impl Supervisor {
     }
 
     /// Waits until `new` is live. Fails if either Envoy exits, if `new` hangs, or at the deadline.
-    async fn becomes_live(&mut self, new: &mut Member, old: &mut Member) -> Result<(), String> {
-        let admin = new.kept.admin(&self.dir);
+    async fn wait_until_live(
+        &mut self,
+        new: &mut SupervisedEnvoy,
+        old: &mut SupervisedEnvoy,
+    ) -> Result<(), String> {
+        let admin = new.record.admin_socket(&self.dir);
         let mut deadline = Instant::now() + LIVE_WITHIN;
         let mut stopping = self.stop.is_requested();
         if stopping {
@@ -318,7 +336,7 @@ impl Supervisor {
                     stopping = true;
                     deadline = deadline.min(Instant::now() + LIVE_WITHIN_AT_STOP);
                 }
-                () = sleep(LOOK_SOON / 5) => {}
+                () = sleep(POLL_SOON / 5) => {}
             }
             // No other process answers at this path: each Envoy binds a socket of its own name.
             match timeout_at(deadline, admin::server_info(&admin)).await {
@@ -340,60 +358,65 @@ impl Supervisor {
     }
 
     /// Waits, for a limited time, until the new Envoy has all resources of its predecessor.
-    async fn has_all(&self, kept: &Kept, before: &Holdings) -> Result<(), String> {
+    async fn check_resources(&self, record: &EnvoyRecord, before: &DynamicResources) -> Result<(), String> {
         let deadline = Instant::now() + SETTLES_WITHIN;
         loop {
-            let verdict = match self.dump(kept).await {
-                Ok((_, after)) => plan::lacks(before, &after),
+            let verdict = match self.fetch_resources(record).await {
+                Ok((_, after)) => plan::check_complete(before, &after),
                 // The Envoy was live a moment ago; `watch_serving` deals with its silence.
                 Err(_) => return Ok(()),
             };
             if verdict.is_ok() || Instant::now() >= deadline {
                 return verdict;
             }
-            sleep(LOOK_SOON).await;
+            sleep(POLL_SOON).await;
         }
     }
 
     /// Restores the admin interface that the serving Envoy closed for a failed candidate, by handing over to another Envoy of the same
     /// binary and bootstrap.
-    pub(super) async fn regain(&mut self) {
-        let Some(serving) = self.serving.as_mut().filter(|serving| serving.kept.admin_closed) else { return };
+    pub(super) async fn regain_admin(&mut self) {
+        let Some(serving) = self.serving.as_mut().filter(|serving| serving.record.admin_closed) else {
+            return;
+        };
         if let Ok(ended) = timeout(Duration::ZERO, serving.process.exited()).await {
-            self.ended(&ended);
+            self.record_exit(&ended);
             return;
         }
         let launch = serving.launch.clone();
         let again = launch.is_startable();
-        let binary = binary_of(&serving.kept);
+        let binary = versions_of(&serving.record);
         if binary.hot_restart.is_none() {
             return;
         }
         let pid = serving.pid();
         // Without the agent, the next Envoy would receive no configuration.
-        if self.agent_listens().await.is_err() {
+        if self.check_agent_listens().await.is_err() {
             return;
         }
         info!(pid, "another Envoy like the one that serves takes over from it");
-        let taken = self.take_over(&launch, again, &binary, &Holdings::default()).await;
+        let taken = self.hand_over(&launch, again, &binary, &DynamicResources::default()).await;
         self.status.send_modify(|status| status.reload = None);
         if let Err(why) = taken {
             warn!("the Envoy that serves goes on and can no longer be asked how it is: {why}");
             if let Some(serving) = self.serving.as_mut()
                 && let Ok(ended) = timeout(Duration::ZERO, serving.process.exited()).await
             {
-                self.ended(&ended);
+                self.record_exit(&ended);
             }
         }
     }
 }
 
 /// Returns the versions of the running binary, from its record.
-fn binary_of(kept: &Kept) -> Binary {
-    Binary { version: kept.version.clone().unwrap_or_default(), hot_restart: kept.hot_restart.clone() }
+fn versions_of(record: &EnvoyRecord) -> BinaryVersions {
+    BinaryVersions {
+        version: record.version.clone().unwrap_or_default(),
+        hot_restart: record.hot_restart.clone(),
+    }
 }
 
 /// Reports whether the kernel moves the connections that wait at a closed listener to another listener of the same port.
-fn migrates() -> bool {
+fn kernel_migrates_connections() -> bool {
     std::fs::read_to_string("/proc/sys/net/ipv4/tcp_migrate_req").is_ok_and(|text| text.trim() == "1")
 }
