@@ -57,19 +57,19 @@ impl Packages {
 }
 
 /// A fleet with a control plane on its first host.
-pub struct Vms {
+pub struct BootedMesh {
     pub fleet: Fleet,
     pub control: Host,
     pub packages: Packages,
 }
 
-impl Vms {
-    /// Starts a control plane that is ready and knows no service. [`Vms::service`] adds services.
-    pub async fn new() -> Result<Vms> {
-        Vms::of(Suite::Bookworm).await
+impl BootedMesh {
+    /// Starts a control plane that is ready and knows no service. [`BootedMesh::service`] adds services.
+    pub async fn new() -> Result<BootedMesh> {
+        BootedMesh::of(Suite::Bookworm).await
     }
 
-    pub async fn of(suite: Suite) -> Result<Vms> {
+    pub async fn of(suite: Suite) -> Result<BootedMesh> {
         let packages = Packages::make("0.1.0")?;
         let envoy = envoy::find()?;
         let fleet = Fleet::of(suite, &[("/usr/bin/envoy", &envoy)])?;
@@ -84,12 +84,12 @@ impl Vms {
         control.write("/etc/vmesh/control.yaml", config)?;
         control.sh("mkdir -p /etc/vmesh/services.d /etc/vmesh/mesh.d")?;
         control.systemctl(&["start", "vmesh-control"])?;
-        Ok(Vms { fleet, control, packages })
+        Ok(BootedMesh { fleet, control, packages })
     }
 
     /// Starts a control plane, and `orders` on a host outside the mesh. Returns the address of `orders`, too.
-    pub async fn with_orders() -> Result<(Vms, HttpApp, SocketAddr)> {
-        let vms = Vms::new().await?;
+    pub async fn with_orders() -> Result<(BootedMesh, HttpApp, SocketAddr)> {
+        let vms = BootedMesh::new().await?;
         let server = vms.fleet.switch().host()?;
         let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 8080)))??;
         let to = orders.address();
@@ -121,22 +121,22 @@ impl Vms {
     }
 
     /// Boots, installs and configures a node with `more`, and waits until its units are active.
-    pub async fn node(&self, name: &str, more: &str) -> Result<Vm> {
+    pub async fn node(&self, name: &str, more: &str) -> Result<BootedNode> {
         let host = self.fleet.host(name)?;
         host.write("/etc/vmesh/agent.yaml", self.agent_yaml(&host, more))?;
         host.install(&[&self.packages.agent])?;
-        let vm = Vm { host };
+        let vm = BootedNode { host };
         vm.wait_up()?;
         Ok(vm)
     }
 }
 
 /// A node of the mesh.
-pub struct Vm {
+pub struct BootedNode {
     pub host: Host,
 }
 
-impl Vm {
+impl BootedNode {
     /// Waits until the agent, Envoy and vmesh-net are active.
     pub fn wait_up(&self) -> Result<()> {
         UNITS.iter().try_for_each(|unit| self.host.wait_unit(unit, "active", 2 * BOUND))

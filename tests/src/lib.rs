@@ -31,7 +31,7 @@ pub struct Mesh {
     /// Additional control planes that agents get in their configuration when they are started.
     pub replicas: Vec<SocketAddr>,
     control: Option<Daemon>,
-    agents: BTreeMap<String, Agent>,
+    agents: BTreeMap<String, AgentProcess>,
 }
 
 /// A second control plane for the configuration of a [`Mesh`].
@@ -42,7 +42,7 @@ pub struct Replica {
     _home: Loopback,
 }
 
-struct Agent {
+struct AgentProcess {
     config: PathBuf,
     daemon: Option<Daemon>,
     place: Loopback,
@@ -201,7 +201,8 @@ impl Mesh {
         let file = format!("agents/{name}.yaml");
         self.write(&file, &config)?;
         let daemon = self.spawn_agent(&file, name)?;
-        self.agents.insert(name.to_owned(), Agent { config: file.into(), daemon: Some(daemon), place });
+        self.agents
+            .insert(name.to_owned(), AgentProcess { config: file.into(), daemon: Some(daemon), place });
         Ok(())
     }
 
@@ -211,7 +212,7 @@ impl Mesh {
         Daemon::spawn(format!("vmesh-agent {name}"), command)
     }
 
-    fn the(&mut self, name: &str) -> Result<&mut Agent> {
+    fn the(&mut self, name: &str) -> Result<&mut AgentProcess> {
         self.agents.get_mut(name).ok_or_else(|| Failed::new(format!("there is no agent {name}")))
     }
 

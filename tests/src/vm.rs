@@ -373,12 +373,12 @@ impl Greeter {
 /// Requests from one host, half of them on new connections, until they are stopped.
 pub struct Traffic {
     stop: Arc<AtomicBool>,
-    seen: Arc<Mutex<Seen>>,
+    seen: Arc<Mutex<TrafficReport>>,
     thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug, Clone, Default)]
-pub struct Seen {
+pub struct TrafficReport {
     pub requests: u64,
     /// The failed requests, with the time since the start.
     pub failed: Vec<(Duration, String)>,
@@ -388,7 +388,7 @@ impl Traffic {
     /// Starts sending twenty requests a second to `to`, as [`APP`]. A request that takes longer than 5 s
     /// counts as failed.
     pub fn start(host: &Host, to: &str) -> Traffic {
-        let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Seen::default())));
+        let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(TrafficReport::default())));
         let (stopped, told, to) = (stop.clone(), seen.clone(), to.to_owned());
         // The thread must not borrow the host, so it gets a function that enters it.
         let enter = host.entrance();
@@ -415,11 +415,11 @@ impl Traffic {
         Traffic { stop, seen, thread: Some(thread) }
     }
 
-    pub fn so_far(&self) -> Seen {
+    pub fn so_far(&self) -> TrafficReport {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub fn stop(mut self) -> Seen {
+    pub fn stop(mut self) -> TrafficReport {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             _ = thread.join();

@@ -91,13 +91,13 @@ fn through_envoy(answer: &str) -> bool {
 }
 
 /// A persistent connection for several requests.
-struct Kept(TcpStream);
+struct PersistentConnection(TcpStream);
 
-impl Kept {
-    fn open(from: &Host, to: SocketAddr) -> Kept {
+impl PersistentConnection {
+    fn open(from: &Host, to: SocketAddr) -> PersistentConnection {
         let stream = from.within_as(APP, || TcpStream::connect(to)).unwrap().unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        Kept(stream)
+        PersistentConnection(stream)
     }
 
     fn get(&mut self) -> std::io::Result<String> {
@@ -165,7 +165,7 @@ async fn everything_that_arrives(rules: Rules, how: &str) {
     let before = vm.ruleset().unwrap();
     let own = vm.host.v4;
     let to = move |port| SocketAddr::from((own, port));
-    let mut old = Kept::open(&caller, to(8080));
+    let mut old = PersistentConnection::open(&caller, to(8080));
     assert!(!through_envoy(&old.get().unwrap()));
     for (service, port) in [("web", 8080), ("api", 8081)] {
         let text = format!("service: {service}\nprotocol: http\nendpoints: [\"{}\"]\n", to(port));

@@ -9,7 +9,7 @@ use vmesh_testkit::hosts::Suite;
 use vmesh_testkit::load::{Load, Plan, Report};
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
-use vmesh_tests::hosts::{Packages, UNITS, Vm, Vms, difference, ruleset, trace};
+use vmesh_tests::hosts::{BootedMesh, BootedNode, Packages, UNITS, difference, ruleset, trace};
 
 /// The address at which `web` dials `orders`.
 const UPSTREAM: &str = "127.0.0.1:9001";
@@ -19,11 +19,11 @@ fn upstream() -> Result<SocketAddr> {
 }
 
 /// Sends requests of this host's application to `orders`.
-fn load(vm: &Vm) -> Result<Load> {
+fn load(vm: &BootedNode) -> Result<Load> {
     Load::start(Plan::to(upstream()?).host("orders").rate(200.0).from(&vm.host.net)?)
 }
 
-async fn answers(vm: &Vm) -> Result<()> {
+async fn answers(vm: &BootedNode) -> Result<()> {
     wait_for("orders to answer on web", 2 * BOUND, async || {
         let plan = Plan::to(SocketAddr::from(([127, 0, 0, 1], 9001))).host("orders").connections(1);
         let load = plan.from(&vm.host.net).and_then(Load::start).map_err(|failed| failed.to_string())?;
@@ -47,7 +47,7 @@ fn none_failed(what: &str, report: &Report) {
 async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_trace() -> Result<()> {
     let began = Instant::now();
     let step = |what: &str| eprintln!("{:5.1} s: {what}", began.elapsed().as_secs_f64());
-    let vms = Vms::new().await?;
+    let vms = BootedMesh::new().await?;
     step("a control plane is ready");
     let pid = vms.control.main_pid("vmesh-control")?.unwrap_or_default();
     let status = vms.control.exec(&["cat", &format!("/proc/{pid}/status")])?;
@@ -83,7 +83,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, &more))?;
     host.exec(&["vmesh-agent", "--check"])?;
     host.systemctl(&["start", "--no-block", "vmesh.target"])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     answers(&vm).await?;
     step("it serves");
@@ -167,7 +167,7 @@ async fn a_node_is_installed_lives_is_upgraded_reboots_and_is_removed_without_a_
 }
 
 /// Checks that the restrictions of the units apply to the processes.
-fn is_confined(vm: &Vm) -> Result<()> {
+fn is_confined(vm: &BootedNode) -> Result<()> {
     let expected = [
         ("vmesh-agent.service", "vmesh-agent", "0000000000000000"),
         ("vmesh-envoy.service", "vmesh-envoy", "0000000000000000"),
@@ -218,7 +218,7 @@ fn is_confined(vm: &Vm) -> Result<()> {
 async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_a_failed_request()
 -> Result<()> {
     let began = Instant::now();
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let host = vms.fleet.host("web")?;
     host.sh(
         "nft add table inet filter; nft add chain inet filter input '{ type filter hook input priority 0; }'",
@@ -229,7 +229,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
     // The load keeps connections open, which the drain would wait for.
     host.write("/etc/default/vmesh-agent", "VMESH_NET_OPTIONS=\"--drain 3s\"\n")?;
     host.install(&[&vms.packages.agent])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     vm.captured(to).await?;
     eprintln!("{:5.1} s: captured", began.elapsed().as_secs_f64());
@@ -313,7 +313,7 @@ async fn a_host_that_captures_is_stopped_restarted_upgraded_and_cleaned_without_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_packages_work_on_the_next_release_of_debian_too() -> Result<()> {
-    let vms = Vms::of(Suite::Trixie).await?;
+    let vms = BootedMesh::of(Suite::Trixie).await?;
     let client = vms.fleet.switch().host()?;
     let orders = client.within(|| HttpApp::start("orders-1", "v1", (client.v4, 8080)))??;
     vms.service("orders", "http", &[orders.address()])?;
@@ -322,7 +322,7 @@ async fn the_packages_work_on_the_next_release_of_debian_too() -> Result<()> {
     let before = ruleset(&host)?;
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
     host.install(&[&vms.packages.agent])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     vm.captured(orders.address()).await?;
     is_confined(&vm)?;
@@ -333,7 +333,7 @@ async fn the_packages_work_on_the_next_release_of_debian_too() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
     let host = &vm.host;
     vm.captured(to).await?;
@@ -408,7 +408,7 @@ async fn rules_do_not_outlive_what_keeps_them_and_drop_ins_do_what_they_say() ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: {capture: addresses}}\n").await?;
     vm.captured(to).await?;
     let systemctl = |words: &[&str]| vm.host.systemctl(words).map(drop);
@@ -454,13 +454,13 @@ async fn other_firewalls_come_and_go_and_reload_beside_what_is_captured() -> Res
 /// Rules match a control group by an id that changes at each start of the unit.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let host = vms.fleet.host("web")?;
     let more =
         "upstreams: [orders]\ncapture: {outbound: {capture: addresses, include: {units: [shop.service]}}}\n";
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
     host.install(&[&vms.packages.agent])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     for unit in ["shop", "other"] {
         let text = format!(
@@ -491,7 +491,7 @@ async fn a_unit_is_captured_by_its_name_and_again_after_each_of_its_starts() -> 
 /// documentation says.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let host = vms.fleet.host("web")?;
     let shop = host.net.within(|| HttpApp::start("shop-1", "v1", (host.v4(), 8080)))??;
     vms.service("shop", "http", &[shop.address()])?;
@@ -509,7 +509,7 @@ async fn the_drop_ins_that_are_shipped_let_tproxy_and_legacy_iptables_work() -> 
         capture: {outbound: {capture: addresses}, inbound: {capture: tproxy}}\n";
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
     host.systemctl(&["start", "vmesh.target"])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     vm.captured(to).await?;
     // Calls of other hosts arrive through Envoy. The application sees the client's address.

@@ -7,7 +7,7 @@ use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::hosts::Host;
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
-use vmesh_tests::hosts::{Vms, difference, trace};
+use vmesh_tests::hosts::{BootedMesh, difference, trace};
 
 /// Waits until the C library of the host resolves a name to these addresses, in both families.
 async fn resolves(host: &Host, name: &str, wanted: &[&str]) -> Result<()> {
@@ -35,7 +35,7 @@ async fn answers(host: &Host, url: &str, what: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn names_are_found_by_the_hosts_own_resolver_beside_those_of_others() -> Result<()> {
-    let vms = Vms::new().await?;
+    let vms = BootedMesh::new().await?;
     let server = vms.fleet.switch().host()?;
     let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 80)))??;
     vms.service("orders", "http", &[orders.address()])?;
@@ -91,7 +91,7 @@ async fn names_are_found_by_the_hosts_own_resolver_beside_those_of_others() -> R
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_with_a_plain_resolv_conf_has_the_names_in_its_hosts_file() -> Result<()> {
-    let vms = Vms::new().await?;
+    let vms = BootedMesh::new().await?;
     let server = vms.fleet.switch().host()?;
     let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 80)))??;
     vms.service("orders", "http", &[orders.address()])?;
@@ -118,7 +118,7 @@ async fn a_host_with_a_plain_resolv_conf_has_the_names_in_its_hosts_file() -> Re
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_the_resolver_that_would_cost_other_names_is_not_made_or_taken_back() -> Result<()> {
-    let vms = Vms::new().await?;
+    let vms = BootedMesh::new().await?;
     let server = vms.fleet.switch().host()?;
     let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 80)))??;
     vms.service("orders", "http", &[orders.address()])?;

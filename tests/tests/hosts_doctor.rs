@@ -8,7 +8,7 @@ use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::hosts::Host;
 use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::BOUND;
-use vmesh_tests::hosts::Vms;
+use vmesh_tests::hosts::BootedMesh;
 
 /// Runs the doctor. Returns the exit code, the text, and the problems of the JSON output.
 fn doctor(host: &Host) -> Result<(Option<i32>, String, Vec<Value>)> {
@@ -65,7 +65,7 @@ async fn breaks_and_mends(host: &Host, breaks: &str, check: &str, what: &str, ef
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_broken_on_a_host_is_found_and_what_is_printed_mends_it() -> Result<()> {
-    let vms = Vms::new().await?;
+    let vms = BootedMesh::new().await?;
     let server = vms.fleet.switch().host()?;
     let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 80)))??;
     vms.service("orders", "http", &[orders.address()])?;
@@ -163,7 +163,7 @@ const FOREIGN: &str = "python3 -c \"import struct; h=b'\\x7fELF\\x02\\x01\\x01'+
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fixes_of_the_agent_of_envoy_and_of_names_work() -> Result<()> {
-    let (vms, _orders, _) = Vms::with_orders().await?;
+    let (vms, _orders, _) = BootedMesh::with_orders().await?;
     let more = "upstreams: [{service: orders, listen: \"127.0.0.1:9001\"}]\n\
                 capture: {outbound: transparent, dead_man: {timeout: 5s}}\n";
     let vm = vms.node("web", more).await?;

@@ -11,13 +11,13 @@ use vmesh_testkit::app::HttpApp;
 use vmesh_testkit::load::{Load, Plan, Report};
 use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::BOUND;
-use vmesh_tests::hosts::{UNITS, Vm, Vms, ruleset};
+use vmesh_tests::hosts::{BootedMesh, BootedNode, UNITS, ruleset};
 
-fn kill(vm: &Vm, signal: &str, unit: &str) -> Result<()> {
+fn kill(vm: &BootedNode, signal: &str, unit: &str) -> Result<()> {
     vm.host.systemctl(&["kill", "--kill-who=main", "-s", signal, unit]).map(drop)
 }
 
-fn signal_envoy(vm: &Vm, signal: &str) -> Result<()> {
+fn signal_envoy(vm: &BootedNode, signal: &str) -> Result<()> {
     let pid = vm.envoy()?.ok_or_else(|| Failed::new("there is no Envoy"))?;
     vm.host.exec(&["kill", "-s", signal, &pid.to_string()]).map(drop)
 }
@@ -25,7 +25,7 @@ fn signal_envoy(vm: &Vm, signal: &str) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved() -> Result<()> {
     let began = Instant::now();
-    let vms = Vms::new().await?;
+    let vms = BootedMesh::new().await?;
     let server = vms.fleet.switch().host()?;
     let orders = server.within(|| HttpApp::start("orders-1", "v1", (server.v4, 8080)))??;
     let to = orders.address();
@@ -38,7 +38,7 @@ async fn what_dies_hangs_fills_up_or_is_reloaded_costs_what_could_not_be_saved()
     let more = "upstreams: [orders]\ncapture: {outbound: {capture: addresses}, dead_man: {timeout: 5s}}\n";
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, more))?;
     host.install(&[&vms.packages.agent])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     vm.captured(to).await?;
 
@@ -232,13 +232,13 @@ const FIREWALL: &str = "#!/usr/sbin/nft -f\nflush ruleset\ntable inet filter {\n
                         filter; policy accept;\n\t\ttcp dport 25 drop\n\t}\n}\n";
 
 /// A logged-in user who watches output, with the arrival time of each line.
-struct Session {
+struct SshSession {
     child: std::process::Child,
     seen: Arc<Mutex<Vec<Instant>>>,
 }
 
-impl Session {
-    fn open(vm: &Vm) -> Result<Session> {
+impl SshSession {
+    fn open(vm: &BootedNode) -> Result<SshSession> {
         let mut command = vm.host.ssh("while sleep 0.2; do echo tick; done");
         let mut child = command
             .stdin(Stdio::null())
@@ -254,7 +254,7 @@ impl Session {
                 told.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
             }
         });
-        Ok(Session { child, seen })
+        Ok(SshSession { child, seen })
     }
 
     fn ticks(&self) -> usize {
@@ -270,7 +270,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for SshSession {
     fn drop(&mut self) {
         _ = self.child.kill();
         _ = self.child.wait();
@@ -279,10 +279,10 @@ impl Drop for Session {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mistake_that_is_made_over_ssh_locks_nobody_out_and_is_taken_back() -> Result<()> {
-    let (vms, _orders, _) = Vms::with_orders().await?;
+    let (vms, _orders, _) = BootedMesh::with_orders().await?;
     let vm = vms.node("web", "upstreams: [orders]\n").await?;
     let before = vm.ruleset()?;
-    let session = Session::open(&vm)?;
+    let session = SshSession::open(&vm)?;
     wait_for("the session", BOUND, async || (session.ticks() > 5).then_some(())).await?;
 
     // Everything is captured in both directions, every other port is closed, and no redirect may lapse. And

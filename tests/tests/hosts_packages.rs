@@ -4,7 +4,7 @@
 use vmesh_testkit::hosts::Host;
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
-use vmesh_tests::hosts::{Packages, Vm, Vms, difference, ruleset, trace};
+use vmesh_tests::hosts::{BootedMesh, BootedNode, Packages, difference, ruleset, trace};
 
 const CAPTURES: &str = "upstreams: [\"*\"]\ncapture: {outbound: {capture: addresses}}\n";
 
@@ -16,7 +16,7 @@ fn try_sh(host: &Host, script: &str) -> Result<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let host = vms.fleet.host("web")?;
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, CAPTURES))?;
     // The policy script kills the maintainer script that calls it, once.
@@ -29,7 +29,7 @@ async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
     let said = try_sh(&host, "dpkg --install /root/agent.deb")?;
     assert!(said.contains("killed"), "{said}");
     host.sh("dpkg --configure --pending")?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     assert_eq!(vm.host.systemctl(&["is-enabled", "vmesh.target"])?.trim(), "enabled");
     vm.wait_up()?;
     vm.captured(to).await?;
@@ -59,7 +59,7 @@ async fn an_installation_that_is_cut_off_is_completed_by_dpkg() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let host = vms.fleet.host("web")?;
     // The site has chosen the ids of these users.
     host.sh("groupadd --gid 4321 vmesh; groupadd --gid 4322 vmesh-agent\n\
@@ -68,7 +68,7 @@ async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Res
     let users = "getent passwd vmesh-agent vmesh-envoy; getent group vmesh vmesh-agent";
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, CAPTURES))?;
     host.install(&[&vms.packages.agent])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     vm.captured(to).await?;
     let owner = vm.host.exec(&["stat", "-c", "%u", "/var/lib/vmesh-agent"])?;
@@ -111,12 +111,12 @@ async fn what_an_operator_has_made_outlives_upgrade_downgrade_and_purge() -> Res
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_removal_takes_back_what_the_resolver_was_told_and_ends_what_hangs() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let host = vms.fleet.host("web")?;
     let before = trace(&host)?;
     host.write("/etc/vmesh/agent.yaml", vms.agent_yaml(&host, CAPTURES))?;
     host.install(&[&vms.packages.agent])?;
-    let vm = Vm { host };
+    let vm = BootedNode { host };
     vm.wait_up()?;
     vm.captured(to).await?;
     // The operator enables first one and then another method for the resolver, because the host has changed.
@@ -155,7 +155,7 @@ async fn a_removal_takes_back_what_the_resolver_was_told_and_ends_what_hangs() -
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_without_ipv6_captures_and_calls_services_that_have_it() -> Result<()> {
-    let (vms, _orders, to) = Vms::with_orders().await?;
+    let (vms, _orders, to) = BootedMesh::with_orders().await?;
     let v6 = "[fd88::77]:8080".parse().map_err(vmesh_testkit::Failed::to("an address"))?;
     vms.service("orders", "http", &[to, v6])?;
     let host = vms.fleet.host("web")?;

@@ -4,7 +4,7 @@
 use vmesh_testkit::hosts::Host;
 use vmesh_testkit::{Result, wait_for};
 use vmesh_tests::BOUND;
-use vmesh_tests::hosts::Vms;
+use vmesh_tests::hosts::BootedMesh;
 
 /// A server that answers every request with a name of its own.
 const FAKE_AGENT: &str = "import http.server
@@ -29,7 +29,7 @@ async fn serves(host: &Host) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_local_user_keeps_no_envoy_from_starting_and_tells_root_no_names() -> Result<()> {
-    let (vms, _orders, _) = Vms::with_orders().await?;
+    let (vms, _orders, _) = BootedMesh::with_orders().await?;
     let more =
         "upstreams: [{service: orders, listen: \"127.0.0.1:9001\"}]\ncapture: {outbound: transparent}\n";
     let vm = vms.node("web", more).await?;
@@ -104,7 +104,7 @@ print('asked', asked, 'lost', lost, flush=True)
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_question_for_a_name_is_lost_while_the_agent_restarts_or_is_killed() -> Result<()> {
-    let (vms, _orders, _) = Vms::with_orders().await?;
+    let (vms, _orders, _) = BootedMesh::with_orders().await?;
     let vm = vms.node("web", "upstreams: [orders]\ncapture: {outbound: transparent}\n").await?;
     let host = &vm.host;
     wait_for("the name", 2 * BOUND, async || {

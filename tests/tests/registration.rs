@@ -16,7 +16,7 @@ use vmesh_tests::Mesh;
 const LONG: Duration = Duration::from_secs(90);
 
 /// Two hosts whose agents register `orders`, and one host that calls it.
-struct Bench {
+struct RegistrationSetup {
     mesh: Mesh,
     apps: Vec<HttpApp>,
     registry: Registry,
@@ -37,7 +37,7 @@ fn yaml(registry: &Registry, format: &str) -> Result<(String, String)> {
     })
 }
 
-async fn start(registry: Registry, source: &str, format: &str, more: &str) -> Result<Bench> {
+async fn start(registry: Registry, source: &str, format: &str, more: &str) -> Result<RegistrationSetup> {
     let documents = [("mesh.d/orders.yaml", "kind: Service\nname: orders\nprotocol: http\n")];
     let mut mesh = Mesh::prepare_on(source, "documents: {dir: mesh.d}", &documents)?;
     mesh.start_control().await?;
@@ -61,10 +61,10 @@ async fn start(registry: Registry, source: &str, format: &str, more: &str) -> Re
     for name in ["orders-1", "orders-2", "web-1"] {
         mesh.synced(name).await?;
     }
-    Ok(Bench { mesh, apps, registry, _places: places })
+    Ok(RegistrationSetup { mesh, apps, registry, _places: places })
 }
 
-impl Bench {
+impl RegistrationSetup {
     /// Returns the address under which the workload of `orders-1` or `orders-2` is registered.
     fn inbound(&self, number: usize) -> Result<String> {
         let ip = self.mesh.agent_api(&format!("orders-{number}"))?.ip();
@@ -174,7 +174,7 @@ async fn a_workload_in_zookeeper(format: &str) -> Result<()> {
     let mut bench = start(registry, &source, format, "").await?;
     let (one, two) = (bench.inbound(1)?, bench.inbound(2)?);
     // Waits until exactly these instances take new requests.
-    let until = async |bench: &Bench, expected: &[&String]| -> Result<Vec<Value>> {
+    let until = async |bench: &RegistrationSetup, expected: &[&String]| -> Result<Vec<Value>> {
         wait_for(format!("{expected:?} to take requests"), LONG, async || {
             let services = bench.mesh.get("/api/v1/services").await.map_err(|failed| failed.to_string())?;
             let all = services.pointer("/services/0/endpoints").and_then(Value::as_array).cloned();

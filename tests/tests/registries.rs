@@ -19,7 +19,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const LONG: Duration = Duration::from_secs(120);
 
 /// A mesh on a registry with instances of `orders`, and one host that calls them.
-struct Bench {
+struct RegistrySetup {
     registry: Registry,
     mesh: Mesh,
     apps: Vec<(HttpApp, Instance)>,
@@ -27,8 +27,8 @@ struct Bench {
     _places: Vec<Loopback>,
 }
 
-impl Bench {
-    async fn start(mut registry: Registry, more: &str) -> Result<Bench> {
+impl RegistrySetup {
+    async fn start(mut registry: Registry, more: &str) -> Result<RegistrySetup> {
         let (mut apps, mut places) = (Vec::new(), Vec::new());
         for number in 1..=6 {
             let (app, instance, place) = instance(number)?;
@@ -43,7 +43,7 @@ impl Bench {
         let target = mesh.upstream("web-1", 0)?;
         mesh.answers(target).await?;
         let load = Load::start(Plan::to(target).rate(200.0))?;
-        Ok(Bench { registry, mesh, apps, load, _places: places })
+        Ok(RegistrySetup { registry, mesh, apps, load, _places: places })
     }
 
     /// Checks that no request has failed so far; `after` names the last fault.
@@ -119,7 +119,7 @@ fn instance(number: usize) -> Result<(HttpApp, Instance, Loopback)> {
 }
 
 /// The faults that both kinds of registries have in common.
-async fn a_bad_day(bench: &mut Bench) -> Result<()> {
+async fn a_bad_day(bench: &mut RegistrySetup) -> Result<()> {
     let all = bench.all();
     bench.until(&all).await?;
     bench.until_source("fresh").await?;
@@ -197,7 +197,7 @@ async fn a_bad_day(bench: &mut Bench) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_day_of_consul_fails_no_request() -> Result<()> {
-    let mut bench = Bench::start(Registry::consul(3).await?, "").await?;
+    let mut bench = RegistrySetup::start(Registry::consul(3).await?, "").await?;
     a_bad_day(&mut bench).await?;
 
     // An invalid registration affects only itself.
@@ -218,13 +218,13 @@ async fn a_bad_day_of_consul_fails_no_request() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_day_of_zookeeper_fails_no_request() -> Result<()> {
-    let mut bench = Bench::start(Registry::zookeeper(3).await?, "session_timeout: 4s").await?;
+    let mut bench = RegistrySetup::start(Registry::zookeeper(3).await?, "session_timeout: 4s").await?;
     a_bad_day(&mut bench).await?;
 
     // The servers are frozen for longer than a session lasts: the session expires, and a new one reads
     // everything again.
     let all = bench.all();
-    let expired = async |bench: &Bench| -> Result<f64> {
+    let expired = async |bench: &RegistrySetup| -> Result<f64> {
         let discovery = bench.mesh.get("/api/v1/discovery").await?;
         Ok(discovery
             .pointer("/sources/0/counters/sessions_expired")
@@ -274,7 +274,7 @@ async fn a_consul_token_that_is_revoked_takes_nothing_away() -> Result<()> {
     let token = token_file.join("token");
     std::fs::write(&token, &secret).map_err(Failed::to("could not write the token"))?;
     let more = format!("token_file: {:?}", token.display().to_string());
-    let mut bench = Bench::start(Registry::Consul(server), &more).await?;
+    let mut bench = RegistrySetup::start(Registry::Consul(server), &more).await?;
     let all = bench.all();
     bench.until(&all).await?;
     let Registry::Consul(server) = &bench.registry else { return Err(Failed::new("it is Consul")) };

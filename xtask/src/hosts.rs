@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use clap::{Args, Subcommand, ValueEnum};
 use vmesh_daemon::signals;
-use vmesh_testkit::hosts::{Fleet, Running, Suite};
+use vmesh_testkit::hosts::{Fleet, RunningHost, Suite};
 use vmesh_testkit::{Failed, Result, envoy};
 
 #[derive(Debug, Subcommand)]
@@ -81,7 +81,7 @@ fn hold(up: &Up) -> Result<()> {
 }
 
 fn exec(host: &str, words: &[String]) -> Result<()> {
-    let all = Running::all();
+    let all = RunningHost::all();
     let Some(found) = all.iter().find(|running| running.host == host) else {
         let names: Vec<&str> = all.iter().map(|running| running.host.as_str()).collect();
         return Err(Failed::new(format!(
@@ -100,7 +100,7 @@ fn exec(host: &str, words: &[String]) -> Result<()> {
 
 /// Stops only hosts of `up`, because tests run hosts too.
 fn down() -> Result<()> {
-    let mut owners: Vec<u32> = Running::all().into_iter().map(|running| running.owner).collect();
+    let mut owners: Vec<u32> = RunningHost::all().into_iter().map(|running| running.owner).collect();
     owners.dedup();
     for owner in owners {
         let name = std::fs::read_to_string(format!("/proc/{owner}/comm")).unwrap_or_default();

@@ -835,8 +835,8 @@ log: debug
              workloads: [{{service: web, port: 8080}}]"
         ))
         .unwrap();
-        assert_eq!(config.capture.spec.outbound.capture, vmesh_capture::spec::Outward::Vip);
-        assert_eq!(config.capture.spec.inbound.capture, vmesh_capture::spec::Inward::Redirect);
+        assert_eq!(config.capture.spec.outbound.capture, vmesh_capture::spec::OutboundCapture::Vip);
+        assert_eq!(config.capture.spec.inbound.capture, vmesh_capture::spec::InboundCapture::Redirect);
         assert!(config.capture.spec.inbound.ports.iter().all(|ports| ports.contains(8080)));
         assert_eq!(config.workloads[0].listen, None);
         assert_eq!(config.dns.unwrap().to_string(), "127.0.0.1:15053");

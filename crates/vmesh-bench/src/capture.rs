@@ -267,10 +267,10 @@ async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()
 
 /// Reports whether redirects are in force and the agent sends heartbeats.
 async fn holds(vm: &Vm) -> Result<bool> {
-    use vmesh_net::protocol::{Answer, Ask, Redirects};
-    let status = vmesh_net::client::ask(&vm.socket(), &Ask::Status).await;
+    use vmesh_net::protocol::{RedirectState, Request, Response};
+    let status = vmesh_net::client::ask(&vm.socket(), &Request::Status).await;
     match status.map_err(Failed::to("vmesh-net did not answer"))? {
-        Answer::Status(status) => Ok(status.redirects == Redirects::Hold),
+        Response::Status(status) => Ok(status.redirects == RedirectState::Hold),
         _ => Ok(false),
     }
 }
@@ -278,9 +278,9 @@ async fn holds(vm: &Vm) -> Result<bool> {
 async fn until_captured(vm: &Vm, addresses: usize) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
-        let status = vmesh_net::client::ask(&vm.socket(), &vmesh_net::protocol::Ask::Status).await;
+        let status = vmesh_net::client::ask(&vm.socket(), &vmesh_net::protocol::Request::Status).await;
         let status = status.map_err(Failed::to("vmesh-net did not answer"))?;
-        if let vmesh_net::protocol::Answer::Status(status) = &status
+        if let vmesh_net::protocol::Response::Status(status) = &status
             && status.real_addresses == addresses
             && status.error.is_none()
             && status.trial.is_none()

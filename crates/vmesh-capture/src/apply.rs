@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::arrivals::{Counts, IpFamily};
+use crate::arrivals::{ArrivalCounts, IpFamily};
 use crate::foreign::{self, Ruleset};
 use crate::generations::{self, Generation};
-use crate::iptables::{self, Family, Footprint};
+use crate::iptables::{self, FamilyRules, Footprint};
 use crate::nft;
 use crate::plan::{Plan, Tool};
 use crate::program::{ARRIVED, ARRIVING, Directions, Program};
@@ -66,9 +66,9 @@ impl Default for Tools {
 
 /// The rules of vmesh that the host has.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Actual {
-    Nft(nft::Actual),
-    Iptables(iptables::Actual),
+pub enum InstalledRules {
+    Nft(nft::NftRules),
+    Iptables(iptables::IptablesRules),
 }
 
 /// A failure of a tool: it could not be run, or the resulting rules differ from the wanted ones.
@@ -89,7 +89,7 @@ pub enum Error {
     #[error("`{command}` was to {purpose} and failed: {said}{hint}")]
     Failed { command: String, purpose: &'static str, said: String, hint: &'static str },
     #[error("could not read the rules that are there")]
-    Unreadable(#[from] nft::Unreadable),
+    InvalidListing(#[from] nft::InvalidListing),
     #[error("could not refresh the dead-man in {path}; connections go past Envoy when it lapses")]
     Recent {
         path: PathBuf,
@@ -130,7 +130,7 @@ pub struct Applier {
     /// Whether the host has IPv6: see [`crate::Host::ipv6`].
     pub ipv6: bool,
     /// The last programs that this process ran, whose changes are not reported as drift.
-    pub ran: Ran,
+    pub recent_runs: RecentRuns,
 }
 
 /// The last programs that this process ran, and the generations of nftables that they made.
@@ -139,15 +139,15 @@ pub struct Applier {
 /// another namespace ids cannot be compared, and generation numbers alone are used: a run that produced
 /// exactly as many generations as it has transactions is taken as their author.
 #[derive(Debug, Clone, Default)]
-pub struct Ran(Arc<Mutex<LastRuns>>);
+pub struct RecentRuns(Arc<Mutex<RecentRunsState>>);
 
 #[derive(Debug, Default)]
-struct LastRuns {
+struct RecentRunsState {
     pids: VecDeque<u32>,
     generations: VecDeque<u32>,
 }
 
-impl Ran {
+impl RecentRuns {
     const KEPT: usize = 32;
 
     /// Reports whether one of the recorded programs made this generation.
@@ -183,7 +183,7 @@ fn keep_last(list: &mut VecDeque<u32>, more: impl IntoIterator<Item = u32>, kept
     list.drain(..surplus);
 }
 
-const READ: &str = "list the rules";
+const LIST_RULES: &str = "list the rules";
 /// The limit of a tool's output, enough for rules with some hundred thousand destinations. The unit of
 /// vmesh-net has a memory limit of 256 MiB.
 const MAX_OUTPUT: u64 = 32 << 20;
@@ -195,8 +195,8 @@ impl Applier {
     /// # Errors The error of nftables if neither backend works, since nftables is the one to install.
     /// [`Error::Slow`] if nftables does not answer in time.
     pub async fn detect(tools: Tools, ipv6: bool) -> Result<Applier, Error> {
-        let nftables = Applier { backend: Backend::Nft, tools, ipv6, ran: Ran::default() };
-        let wrong = match nftables.works().await {
+        let nftables = Applier { backend: Backend::Nft, tools, ipv6, recent_runs: RecentRuns::default() };
+        let wrong = match nftables.check_usable().await {
             Ok(()) => return Ok(nftables),
             // nftables is there but busy. With a fallback to iptables the host would end up with rules of
             // both.
@@ -204,14 +204,14 @@ impl Applier {
             Err(wrong) => wrong,
         };
         let iptables = Applier { backend: Backend::Iptables, ..nftables };
-        iptables.works().await.map(|()| iptables).map_err(|_| wrong)
+        iptables.check_usable().await.map(|()| iptables).map_err(|_| wrong)
     }
 
-    async fn works(&self) -> Result<(), Error> {
+    async fn check_usable(&self) -> Result<(), Error> {
         self.read().await?;
         let nothing = match self.backend {
-            Backend::Nft => Actual::Nft(nft::Actual::absent()),
-            Backend::Iptables => Actual::Iptables(iptables::Actual::absent(self.ipv6)),
+            Backend::Nft => InstalledRules::Nft(nft::NftRules::absent()),
+            Backend::Iptables => InstalledRules::Iptables(iptables::IptablesRules::absent(self.ipv6)),
         };
         self.check(&self.plan(&Program::sample(self.ipv6), &nothing, true)).await
     }
@@ -219,7 +219,7 @@ impl Applier {
     /// Returns the other backends that may still hold rules of vmesh: an earlier process may have used
     /// another backend or the other kind of iptables (nft or legacy), and no tool lists what another one
     /// added.
-    pub async fn others(&self) -> Vec<Applier> {
+    pub async fn other_backends(&self) -> Vec<Applier> {
         let of_kind = |kind: &str| {
             let named =
                 |family: &str, path: &Path, what: &str| path.with_file_name(format!("{family}{kind}-{what}"));
@@ -251,31 +251,31 @@ impl Applier {
     }
 
     /// Reads the rules of vmesh that are installed.
-    pub async fn read(&self) -> Result<Actual, Error> {
+    pub async fn read(&self) -> Result<InstalledRules, Error> {
         match self.backend {
-            Backend::Nft => self.read_nft().await.map(Actual::Nft),
+            Backend::Nft => self.read_nft().await.map(InstalledRules::Nft),
             Backend::Iptables => {
-                let v4 = self.run(&self.tools.iptables_save, &[], READ, None).await?;
+                let v4 = self.run(&self.tools.iptables_save, &[], LIST_RULES, None).await?;
                 let v6 = match self.ipv6 {
-                    true => Some(self.run(&self.tools.ip6tables_save, &[], READ, None).await?),
+                    true => Some(self.run(&self.tools.ip6tables_save, &[], LIST_RULES, None).await?),
                     false => None,
                 };
-                let (v4, v6) = (Family::parse(&v4), v6.map(|text| Family::parse(&text)));
-                Ok(Actual::Iptables(iptables::Actual { v4, v6 }))
+                let (v4, v6) = (FamilyRules::parse(&v4), v6.map(|text| FamilyRules::parse(&text)));
+                Ok(InstalledRules::Iptables(iptables::IptablesRules { v4, v6 }))
             }
         }
     }
 
-    async fn read_nft(&self) -> Result<nft::Actual, Error> {
+    async fn read_nft(&self) -> Result<nft::NftRules, Error> {
         let nft = &self.tools.nft;
-        match self.run(nft, &["-j", "list", "table", "inet", "vmesh"], READ, None).await {
-            Ok(json) => Ok(nft::Actual::parse(&json)?),
+        match self.run(nft, &["-j", "list", "table", "inet", "vmesh"], LIST_RULES, None).await {
+            Ok(json) => Ok(nft::NftRules::parse(&json)?),
             Err(failed @ Error::Failed { .. }) => {
                 // nft reports a missing table in words that differ between its versions, so the table is
                 // looked up in the list.
-                let tables = self.run(nft, &["list", "tables"], READ, None).await?;
+                let tables = self.run(nft, &["list", "tables"], LIST_RULES, None).await?;
                 let is_there = tables.lines().any(|line| line.trim() == "table inet vmesh");
-                if is_there { Err(failed) } else { Ok(nft::Actual::absent()) }
+                if is_there { Err(failed) } else { Ok(nft::NftRules::absent()) }
             }
             Err(failed) => Err(failed),
         }
@@ -285,9 +285,9 @@ impl Applier {
     ///
     /// # Errors
     /// If the rules have no inbound redirect, and so no counters.
-    pub async fn arrivals(&self) -> Result<Counts, Error> {
+    pub async fn arrivals(&self) -> Result<ArrivalCounts, Error> {
         let purpose = "count connections from outside";
-        let mut counts = Counts::default();
+        let mut counts = ArrivalCounts::default();
         match self.backend {
             Backend::Nft => {
                 // `ARRIVED` is read last, so that a connection between the two readings does not count as
@@ -324,10 +324,10 @@ impl Applier {
         );
         let (nft, v4, v6, legacy_v4, legacy_v6) = tokio::join!(
             self.native_rules(),
-            self.run(&tools.iptables_save, &[], READ, None),
-            self.run(&tools.ip6tables_save, &[], READ, None),
-            self.run(&legacy_v4, &[], READ, None),
-            self.run(&legacy_v6, &[], READ, None),
+            self.run(&tools.iptables_save, &[], LIST_RULES, None),
+            self.run(&tools.ip6tables_save, &[], LIST_RULES, None),
+            self.run(&legacy_v4, &[], LIST_RULES, None),
+            self.run(&legacy_v6, &[], LIST_RULES, None),
         );
         let mut rules = Ruleset::default();
         match nft {
@@ -356,23 +356,23 @@ impl Applier {
     /// reports that all tables belong to vmesh.
     async fn native_rules(&self) -> Result<Option<String>, Error> {
         let nft = &self.tools.nft;
-        let failed = match self.run(nft, &["-j", "list", "ruleset"], READ, None).await {
+        let failed = match self.run(nft, &["-j", "list", "ruleset"], LIST_RULES, None).await {
             Ok(json) => return Ok(Some(json)),
             Err(missing) if missing.is_not_installed() => return Ok(None),
             Err(slow @ Error::Slow { .. }) => return Err(slow),
             Err(failed) => failed,
         };
-        let tables = self.run(nft, &["list", "tables"], READ, None).await?;
+        let tables = self.run(nft, &["list", "tables"], LIST_RULES, None).await?;
         let is_ours = |line: &str| line.is_empty() || line == "table inet vmesh";
         if tables.lines().all(|line| is_ours(line.trim())) { Ok(None) } else { Err(failed) }
     }
 
     /// Plans the changes that make the host match `program`. Redirects that lapse hold at once in the
     /// directions of `alive`.
-    pub fn plan(&self, program: &Program, actual: &Actual, alive: impl Into<Directions>) -> Plan {
+    pub fn plan(&self, program: &Program, actual: &InstalledRules, alive: impl Into<Directions>) -> Plan {
         match actual {
-            Actual::Nft(actual) => nft::plan(program, actual, alive),
-            Actual::Iptables(actual) => iptables::plan(program, actual),
+            InstalledRules::Nft(actual) => nft::plan(program, actual, alive),
+            InstalledRules::Iptables(actual) => iptables::plan(program, actual),
         }
     }
 
@@ -404,19 +404,19 @@ impl Applier {
                 input.lines().filter(|line| *line == "COMMIT").count()
             }
         };
-        self.ran.add_generations(before, generations::current(), transactions);
+        self.recent_runs.add_generations(before, generations::current(), transactions);
         Ok(())
     }
 
     /// Makes the host match `program`, reads the rules back, and returns the plan that was applied. Changes
     /// nothing if the host already matches. With `alive`, renews all dead-man timers at the end.
-    pub async fn bring(&self, program: &Program, alive: Option<Seconds>) -> Result<Plan, Error> {
+    pub async fn reconcile(&self, program: &Program, alive: Option<Seconds>) -> Result<Plan, Error> {
         let alive = alive.map(|timeout| (timeout, Directions::BOTH));
-        self.bring_alive(program, alive).await
+        self.reconcile_with_timers(program, alive).await
     }
 
-    /// Does the same as [`Applier::bring`], but renews the dead-man timers of the given directions only.
-    pub async fn bring_alive(
+    /// Does the same as [`Applier::reconcile`], but renews the dead-man timers of the given directions only.
+    pub async fn reconcile_with_timers(
         &self,
         program: &Program,
         alive: Option<(Seconds, Directions)>,
@@ -434,19 +434,23 @@ impl Applier {
             }
         }
         if let Some((timeout, directions)) = alive {
-            self.refresh_only(timeout, directions.and(program.dead_men())).await?;
+            self.renew_timers(timeout, directions.and(program.dead_man_timers())).await?;
         }
         Ok(plan)
     }
 
-    /// Does the same as [`Applier::bring`], for a program that differs from the known rules in set elements
+    /// Does the same as [`Applier::reconcile`], for a program that differs from the known rules in set elements
     /// only. The change is a single, atomic run of nft, so the rules are not read back. Returns the resulting
     /// rules; `None`, and nothing is changed, if more than set elements differ.
-    pub async fn bring_elements(&self, program: &Program, known: &Actual) -> Result<Option<Actual>, Error> {
-        let Actual::Nft(actual) = known else { return Ok(None) };
+    pub async fn reconcile_elements(
+        &self,
+        program: &Program,
+        known: &InstalledRules,
+    ) -> Result<Option<InstalledRules>, Error> {
+        let InstalledRules::Nft(actual) = known else { return Ok(None) };
         let Some(then) = actual.with_elements_of(program) else { return Ok(None) };
         self.apply(&self.plan(program, known, false)).await?;
-        Ok(Some(Actual::Nft(then)))
+        Ok(Some(InstalledRules::Nft(then)))
     }
 
     /// Lists the chains and tables that exist before the first rule of vmesh, to be kept until
@@ -460,8 +464,8 @@ impl Applier {
             return Ok(None);
         }
         let listed = async {
-            let chains = self.run(&self.tools.nft, &["-j", "list", "chains"], READ, None).await?;
-            let tables = self.run(&self.tools.nft, &["-j", "list", "tables"], READ, None).await?;
+            let chains = self.run(&self.tools.nft, &["-j", "list", "chains"], LIST_RULES, None).await?;
+            let tables = self.run(&self.tools.nft, &["-j", "list", "tables"], LIST_RULES, None).await?;
             Ok(Footprint::parse(&[&chains, &tables]))
         };
         match listed.await {
@@ -478,10 +482,10 @@ impl Applier {
     /// Removes all rules of vmesh, and the chains and tables that came with them. Connections through a
     /// redirect are reset, so apply [`Program::drained`] first and wait until none is left.
     pub async fn off(&self, before: Option<&Footprint>) -> Result<Plan, Error> {
-        let mut plan = self.bring(&Program::absent(), None).await?;
+        let mut plan = self.reconcile(&Program::absent(), None).await?;
         if let Some(before) = before
             && let Some(now) = self.footprint().await?
-            && let Actual::Iptables(actual) = self.read().await?
+            && let InstalledRules::Iptables(actual) = self.read().await?
         {
             let more = iptables::leftovers(before, &now, &actual);
             self.apply(&more).await?;
@@ -493,52 +497,54 @@ impl Applier {
 
     /// Renews the dead-man timers for another `timeout`. Call this only after Envoy has just accepted a
     /// connection.
-    pub async fn refresh(&self, timeout: Seconds) -> Result<(), Error> {
+    pub async fn renew_all_timers(&self, timeout: Seconds) -> Result<(), Error> {
         let directions = match self.backend {
-            Backend::Nft => self.read_nft().await?.dead_men(),
+            Backend::Nft => self.read_nft().await?.dead_man_timers(),
             Backend::Iptables => Directions::BOTH,
         };
-        self.refresh_only(timeout, directions).await
+        self.renew_timers(timeout, directions).await
     }
 
-    /// Does the same as [`Applier::refresh`], for those directions that have a dead-man timer and a healthy
+    /// Does the same as [`Applier::renew_all_timers`], for those directions that have a dead-man timer and a healthy
     /// listener.
-    pub async fn refresh_only(&self, timeout: Seconds, directions: Directions) -> Result<(), Error> {
+    pub async fn renew_timers(&self, timeout: Seconds, directions: Directions) -> Result<(), Error> {
         if directions.is_empty() {
             return Ok(());
         }
         match self.backend {
-            Backend::Nft => self.change_alive(&nft::refresh(timeout, directions)).await,
-            Backend::Iptables => self.recent(directions, |address| format!("+{address}\n")),
+            Backend::Nft => self.run_timer_transaction(&nft::renew(timeout, directions)).await,
+            Backend::Iptables => self.write_recent_lists(directions, |address| format!("+{address}\n")),
         }
     }
 
     /// Lets the dead-man timers lapse now, because Envoy is known to be dead. Directions without a timer are
     /// ignored.
-    pub async fn withdraw(&self, directions: Directions) -> Result<(), Error> {
+    pub async fn expire_timers(&self, directions: Directions) -> Result<(), Error> {
         match self.backend {
-            Backend::Iptables => match self.recent(directions, |_| "/\n".to_owned()) {
+            Backend::Iptables => match self.write_recent_lists(directions, |_| "/\n".to_owned()) {
                 Err(Error::Recent { cause, .. }) if cause.kind() == ErrorKind::NotFound => Ok(()),
                 done => done,
             },
             Backend::Nft => {
-                let Err(failed) = self.change_alive(&nft::withdraw(directions)).await else { return Ok(()) };
-                let there = self.read_nft().await?.dead_men().and(directions);
+                let Err(failed) = self.run_timer_transaction(&nft::expire(directions)).await else {
+                    return Ok(());
+                };
+                let there = self.read_nft().await?.dead_man_timers().and(directions);
                 match there.is_empty() {
                     true => Ok(()),
                     false if there == directions => Err(failed),
-                    false => self.change_alive(&nft::withdraw(there)).await,
+                    false => self.run_timer_transaction(&nft::expire(there)).await,
                 }
             }
         }
     }
 
-    async fn change_alive(&self, input: &str) -> Result<(), Error> {
+    async fn run_timer_transaction(&self, input: &str) -> Result<(), Error> {
         self.change(Tool::Nft, "refresh the dead-man", input).await
     }
 
     /// Writes to the `recent` list of each family. A list is missing where no rule of that family uses it.
-    fn recent(&self, directions: Directions, line: impl Fn(&str) -> String) -> Result<(), Error> {
+    fn write_recent_lists(&self, directions: Directions, line: impl Fn(&str) -> String) -> Result<(), Error> {
         let families: &[bool] = if self.ipv6 { &[true, false] } else { &[true] };
         let mut written = false;
         let mut absent = None;
@@ -576,7 +582,7 @@ impl Applier {
         let run = async {
             let mut run = programs::command(program)?;
             run.args(arguments);
-            programs::run(run, input, MAX_OUTPUT, |pid| self.ran.add(pid)).await
+            programs::run(run, input, MAX_OUTPUT, |pid| self.recent_runs.add(pid)).await
         };
         let output = match timeout(self.tools.timeout, run).await {
             Err(_) => return Err(Error::Slow { command, purpose, after: self.tools.timeout }),

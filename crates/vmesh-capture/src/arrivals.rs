@@ -3,7 +3,7 @@
 //! A host cannot send itself a packet that arrives like one from the network. So the connections of other
 //! hosts are counted instead, by two chains of vmesh at the kernel's `input` hook: one before all filters,
 //! one after them. A connection that only the first chain counts was dropped in between. Call
-//! [`Losses::observe`] with each reading of the counters.
+//! [`ArrivalLosses::observe`] with each reading of the counters.
 
 use std::fmt;
 
@@ -42,7 +42,7 @@ impl fmt::Display for IpFamily {
 
 /// The redirected connections of one address family since the rules were installed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Passage {
+pub struct FamilyArrivals {
     /// Connections counted before the filters.
     pub arriving: u64,
     /// Connections counted after the filters.
@@ -51,20 +51,20 @@ pub struct Passage {
 
 /// The counters of both address families.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub v4: Passage,
-    pub v6: Passage,
+pub struct ArrivalCounts {
+    pub v4: FamilyArrivals,
+    pub v6: FamilyArrivals,
 }
 
-impl Counts {
-    pub fn of(&self, family: IpFamily) -> Passage {
+impl ArrivalCounts {
+    pub fn of(&self, family: IpFamily) -> FamilyArrivals {
         match family {
             IpFamily::V4 => self.v4,
             IpFamily::V6 => self.v6,
         }
     }
 
-    fn of_mut(&mut self, family: IpFamily) -> &mut Passage {
+    fn of_mut(&mut self, family: IpFamily) -> &mut FamilyArrivals {
         match family {
             IpFamily::V4 => &mut self.v4,
             IpFamily::V6 => &mut self.v6,
@@ -118,25 +118,25 @@ impl Counts {
 
 /// The connections from outside that were lost since the last one that arrived.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Losses {
-    last: Counts,
+pub struct ArrivalLosses {
+    last: ArrivalCounts,
     lost: [u64; 2],
 }
 
-impl Losses {
+impl ArrivalLosses {
     /// Forgets the losses because rules have changed, and starts counting at the current counters.
-    pub fn begin_at(&mut self, counts: Counts) {
-        *self = Losses { last: counts, lost: [0; 2] };
+    pub fn begin_at(&mut self, counts: ArrivalCounts) {
+        *self = ArrivalLosses { last: counts, lost: [0; 2] };
     }
 
     /// Takes a reading of the counters. Returns the number of consecutive lost connections for each family
     /// that lost three or more.
-    pub fn observe(&mut self, counts: Counts) -> Vec<(IpFamily, u64)> {
+    pub fn observe(&mut self, counts: ArrivalCounts) -> Vec<(IpFamily, u64)> {
         for (lost, family) in self.lost.iter_mut().zip(IpFamily::BOTH) {
             let (now, before) = (counts.of(family), self.last.of(family));
             // New rules count from zero.
             let is_anew = now.arriving < before.arriving || now.arrived < before.arrived;
-            let before = if is_anew { Passage::default() } else { before };
+            let before = if is_anew { FamilyArrivals::default() } else { before };
             if is_anew {
                 *lost = 0;
             }
@@ -155,13 +155,13 @@ impl Losses {
 mod tests {
     use super::*;
 
-    fn of_v4(arriving: u64, arrived: u64) -> Counts {
-        Counts { v4: Passage { arriving, arrived }, ..Counts::default() }
+    fn of_v4(arriving: u64, arrived: u64) -> ArrivalCounts {
+        ArrivalCounts { v4: FamilyArrivals { arriving, arrived }, ..ArrivalCounts::default() }
     }
 
     #[test]
     fn connections_are_lost_when_three_in_a_row_do_not_arrive_and_one_that_arrives_ends_it() {
-        let mut losses = Losses::default();
+        let mut losses = ArrivalLosses::default();
         assert_eq!(losses.observe(of_v4(2, 0)), []);
         assert_eq!(losses.observe(of_v4(3, 0)), [(IpFamily::V4, 3)]);
         assert_eq!(losses.observe(of_v4(3, 0)), [(IpFamily::V4, 3)], "nothing new shows nothing new");
@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(losses.observe(of_v4(15, 1)), []);
         // The rules were replaced, and count from zero.
         assert_eq!(losses.observe(of_v4(4, 0)), [(IpFamily::V4, 4)]);
-        let v6 = Counts { v6: Passage { arriving: 3, arrived: 0 }, ..of_v4(9, 5) };
+        let v6 = ArrivalCounts { v6: FamilyArrivals { arriving: 3, arrived: 0 }, ..of_v4(9, 5) };
         assert_eq!(losses.observe(v6), [(IpFamily::V6, 3)], "one family says nothing of the other");
     }
 
@@ -182,19 +182,21 @@ mod tests {
                 r#"{{"rule": {{"chain": "{chain}", "comment": "vmesh {name} 0", "expr": [{{"match": 1}}, {{"counter": {{"packets": {packets}}}}}]}}}}"#
             )
         };
-        let mut counts = Counts::default();
+        let mut counts = ArrivalCounts::default();
         let rules =
             [rule("arriving", "not_tcp", 100), rule("arriving", "new4", 5), rule("arriving", "new6", 7)];
         counts.add_nft(&format!(r#"{{"nftables": [{}]}}"#, rules.join(", ")));
         counts.add_nft(&format!(r#"{{"nftables": [{}]}}"#, rule("arrived", "new4", 4)));
         counts.add_nft("nonsense");
-        let expected =
-            Counts { v4: Passage { arriving: 5, arrived: 4 }, v6: Passage { arriving: 7, arrived: 0 } };
+        let expected = ArrivalCounts {
+            v4: FamilyArrivals { arriving: 5, arrived: 4 },
+            v6: FamilyArrivals { arriving: 7, arrived: 0 },
+        };
         assert_eq!(counts, expected);
         let saved = "*mangle\n:INPUT ACCEPT [9:9]\n[8:480] -A INPUT -p tcp -j VMESH_ARRIVING\n\
                      [3:180] -A VMESH_ARRIVING -p tcp -j RETURN\nCOMMIT\n*nat\n[2:120] -A VMESH_ARRIVED -j RETURN\n[x] -A\n";
-        let mut counts = Counts::default();
+        let mut counts = ArrivalCounts::default();
         counts.add_iptables(IpFamily::V6, saved);
-        assert_eq!(counts.v6, Passage { arriving: 3, arrived: 2 });
+        assert_eq!(counts.v6, FamilyArrivals { arriving: 3, arrived: 2 });
     }
 }

@@ -2,7 +2,7 @@
 //! works.
 //!
 //! This module is pure: the caller passes the current time, and gets the wanted spec. The caller saves
-//! [`State`] to the disk and changes the rules.
+//! [`CommitRecord`] to the disk and changes the rules.
 //!
 //! The order for each change is: change the [`Commit`], write [`Commit::state`] to the disk, apply
 //! [`Commit::wanted`]. An agent that dies between any two of these steps rolls back the unconfirmed change at
@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::iptables::Footprint;
 use crate::program::{Program, Stage, common_ports};
-use crate::spec::{Inward, Outbound, Outward, Spec};
+use crate::spec::{InboundCapture, Outbound, OutboundCapture, Spec};
 
 /// The part of the state that must survive the process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct State {
+pub struct CommitRecord {
     /// The last confirmed spec. Captures nothing to begin with.
     pub confirmed: Spec,
     /// The spec on trial, which waits for its confirmation.
@@ -33,7 +33,7 @@ pub struct State {
 
 /// The effect of a proposal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Proposed {
+pub enum ProposalOutcome {
     /// The proposal equals what is already wanted.
     Same,
     /// The spec is in force and needs no confirmation: only endpoints changed, or everything is switched off.
@@ -46,7 +46,7 @@ pub enum Proposed {
 /// calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Commit {
-    state: State,
+    state: CommitRecord,
     until: Option<Instant>,
     patience: Duration,
     bypassed: bool,
@@ -56,7 +56,7 @@ pub struct Commit {
 impl Commit {
     /// Begins with the state from the disk. A trial found there is over, because the client that began it
     /// cannot confirm it any more: it is rolled back, and its spec is returned.
-    pub fn start(mut state: State, bypassed: bool) -> (Commit, Option<Spec>) {
+    pub fn start(mut state: CommitRecord, bypassed: bool) -> (Commit, Option<Spec>) {
         let reverted = state.trial.take();
         (
             Commit { state, until: None, patience: Duration::ZERO, bypassed, nothing: Spec::default() },
@@ -66,16 +66,16 @@ impl Commit {
 
     /// Proposes `spec`, to be confirmed within `patience`. If another trial is under way, this one replaces
     /// it; a rollback still returns to the confirmed spec.
-    pub fn propose(&mut self, spec: Spec, now: Instant, patience: Duration) -> Proposed {
+    pub fn propose(&mut self, spec: Spec, now: Instant, patience: Duration) -> ProposalOutcome {
         let current = self.state.trial.as_ref().unwrap_or(&self.state.confirmed);
         if *current == spec {
-            return Proposed::Same;
+            return ProposalOutcome::Same;
         }
         if spec.is_off() || is_routine(&self.state.confirmed, &spec) {
             self.state.confirmed = spec;
             self.state.trial = None;
             self.until = None;
-            return Proposed::Routine;
+            return ProposalOutcome::Routine;
         }
         // A change of endpoints does not extend the trial.
         let same_trial = self.state.trial.as_ref().is_some_and(|trial| is_routine(trial, &spec));
@@ -84,7 +84,7 @@ impl Commit {
             self.patience = patience;
         }
         self.state.trial = Some(spec);
-        if same_trial { Proposed::Routine } else { Proposed::Trial }
+        if same_trial { ProposalOutcome::Routine } else { ProposalOutcome::Trial }
     }
 
     /// Confirms the spec on trial. Returns `false` if nothing is on trial, or if the host is bypassed: rules
@@ -142,7 +142,7 @@ impl Commit {
     }
 
     /// Returns the state that must be on the disk before [`Commit::wanted`] is applied.
-    pub fn state(&self) -> &State {
+    pub fn state(&self) -> &CommitRecord {
         &self.state
     }
 
@@ -167,14 +167,14 @@ pub fn is_routine(from: &Spec, to: &Spec) -> bool {
 
 /// Returns the part of `spec` that `wants` has as well: without the directions that `wants` does not capture,
 /// and without the inbound ports that it does not name. Envoy has listeners for `wants` only.
-pub fn without_what_is_not_wanted(spec: &Spec, wants: &Spec) -> Spec {
+pub fn restrict_to(spec: &Spec, wants: &Spec) -> Spec {
     let mut spec = spec.clone();
-    if wants.outbound.capture == Outward::Off {
+    if wants.outbound.capture == OutboundCapture::Off {
         spec.outbound = Outbound::default();
     }
     spec.outbound.capture = spec.outbound.capture.min(wants.outbound.capture);
-    if wants.inbound.capture == Inward::Off {
-        spec.inbound.capture = Inward::Off;
+    if wants.inbound.capture == InboundCapture::Off {
+        spec.inbound.capture = InboundCapture::Off;
         spec.inbound.ports.clear();
     }
     spec.inbound.ports = common_ports(&spec.inbound.ports, &wants.inbound.ports);
@@ -186,38 +186,38 @@ pub fn without_what_is_not_wanted(spec: &Spec, wants: &Spec) -> Spec {
 /// The heartbeat: decides when to renew a dead-man timer. While Envoy is well, that is after each fifth of
 /// the timeout.
 ///
-/// Call [`Beat::due`] and do what it returns; after a renewal, call [`Beat::refreshed`].
+/// Call [`Heartbeat::due`] and do what it returns; after a renewal, call [`Heartbeat::refreshed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Beat {
+pub struct Heartbeat {
     timeout: Duration,
     last: Option<Instant>,
 }
 
 /// The next step of the heartbeat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Due {
-    /// Renew the timer with [`crate::apply::Applier::refresh`], then call [`Beat::refreshed`].
+pub enum HeartbeatStep {
+    /// Renew the timer with [`crate::apply::Applier::renew_all_timers`], then call [`Heartbeat::refreshed`].
     Refresh,
-    /// Nothing is due; call [`Beat::due`] again after this time.
+    /// Nothing is due; call [`Heartbeat::due`] again after this time.
     Wait(Duration),
     /// Envoy is not well. The redirects lapse after this time, or have lapsed if it is zero.
     Lapses(Duration),
 }
 
-impl Beat {
-    pub fn new(timeout: Duration) -> Beat {
-        Beat { timeout, last: None }
+impl Heartbeat {
+    pub fn new(timeout: Duration) -> Heartbeat {
+        Heartbeat { timeout, last: None }
     }
 
     /// Returns the next step. `healthy`: Envoy has just accepted a connection at its capture port.
-    pub fn due(&self, now: Instant, healthy: bool) -> Due {
+    pub fn due(&self, now: Instant, healthy: bool) -> HeartbeatStep {
         let since = self.last.map(|last| now.saturating_duration_since(last));
         let age = since.unwrap_or(self.timeout);
         let every = self.timeout / 5;
         match healthy {
-            true if age >= every => Due::Refresh,
-            true => Due::Wait(every - age),
-            false => Due::Lapses(self.timeout.saturating_sub(age)),
+            true if age >= every => HeartbeatStep::Refresh,
+            true => HeartbeatStep::Wait(every - age),
+            false => HeartbeatStep::Lapses(self.timeout.saturating_sub(age)),
         }
     }
 
@@ -229,7 +229,13 @@ impl Beat {
 /// Returns the program for a host on which capture is off while `open` connections still go through
 /// redirects. The connections may drain until `patience` after `since`, the time when capture was switched
 /// off.
-pub fn leaving(open: usize, since: Instant, now: Instant, patience: Duration, ipv6: bool) -> Program {
+pub fn draining_program(
+    open: usize,
+    since: Instant,
+    now: Instant,
+    patience: Duration,
+    ipv6: bool,
+) -> Program {
     if open > 0 && now.saturating_duration_since(since) < patience {
         Program::drained(ipv6)
     } else {
@@ -245,7 +251,7 @@ mod tests {
 
     fn spec(port: &str) -> Spec {
         let mut spec = Spec::default();
-        spec.inbound.capture = Inward::Redirect;
+        spec.inbound.capture = InboundCapture::Redirect;
         spec.inbound.ports.insert(port.parse().unwrap());
         spec
     }
@@ -264,8 +270,8 @@ mod tests {
     #[test]
     fn a_spec_that_is_confirmed_stays_and_outlives_the_agent() {
         let now = Instant::now();
-        let (mut commit, _) = Commit::start(State::default(), false);
-        assert_eq!(commit.propose(spec("80"), now, MINUTE), Proposed::Trial);
+        let (mut commit, _) = Commit::start(CommitRecord::default(), false);
+        assert_eq!(commit.propose(spec("80"), now, MINUTE), ProposalOutcome::Trial);
         assert_eq!(commit.wanted(), (&spec("80"), Stage::Trial));
         assert!(commit.confirm());
         assert_eq!(commit.tick(now + 2 * MINUTE), None);
@@ -276,7 +282,8 @@ mod tests {
     #[test]
     fn a_spec_that_nobody_confirms_is_taken_back_in_time() {
         let now = Instant::now();
-        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
+        let (mut commit, _) =
+            Commit::start(CommitRecord { confirmed: spec("80"), ..CommitRecord::default() }, false);
         commit.propose(spec("81"), now, MINUTE);
         commit.propose(spec("82"), now + MINUTE / 2, MINUTE);
         assert_eq!(commit.until(), Some(now + MINUTE + MINUTE / 2));
@@ -290,7 +297,8 @@ mod tests {
     #[test]
     fn an_agent_that_dies_in_a_trial_goes_back_at_its_next_start() {
         let now = Instant::now();
-        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
+        let (mut commit, _) =
+            Commit::start(CommitRecord { confirmed: spec("80"), ..CommitRecord::default() }, false);
         commit.propose(spec("81"), now, MINUTE);
         let (commit, reverted) = restarted(&commit);
         assert_eq!((commit.wanted(), reverted), ((&spec("80"), Stage::Confirmed), Some(spec("81"))));
@@ -299,26 +307,29 @@ mod tests {
     #[test]
     fn endpoints_that_come_and_go_need_no_trial_and_do_not_lengthen_one() {
         let now = Instant::now();
-        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
-        assert_eq!(commit.propose(with_vip(spec("80")), now, MINUTE), Proposed::Routine);
+        let (mut commit, _) =
+            Commit::start(CommitRecord { confirmed: spec("80"), ..CommitRecord::default() }, false);
+        assert_eq!(commit.propose(with_vip(spec("80")), now, MINUTE), ProposalOutcome::Routine);
         assert_eq!(commit.wanted(), (&with_vip(spec("80")), Stage::Confirmed));
-        assert_eq!(commit.propose(spec("81"), now, MINUTE), Proposed::Trial);
-        assert_eq!(commit.propose(with_vip(spec("81")), now + MINUTE / 2, MINUTE), Proposed::Routine);
+        assert_eq!(commit.propose(spec("81"), now, MINUTE), ProposalOutcome::Trial);
+        assert_eq!(commit.propose(with_vip(spec("81")), now + MINUTE / 2, MINUTE), ProposalOutcome::Routine);
         assert_eq!((commit.wanted().1, commit.until()), (Stage::Trial, Some(now + MINUTE)));
-        assert_eq!(commit.propose(with_vip(spec("81")), now, MINUTE), Proposed::Same);
+        assert_eq!(commit.propose(with_vip(spec("81")), now, MINUTE), ProposalOutcome::Same);
     }
 
     #[test]
     fn switching_off_needs_nobodys_leave() {
         let now = Instant::now();
-        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, false);
-        assert_eq!(commit.propose(Spec::default(), now, MINUTE), Proposed::Routine);
+        let (mut commit, _) =
+            Commit::start(CommitRecord { confirmed: spec("80"), ..CommitRecord::default() }, false);
+        assert_eq!(commit.propose(Spec::default(), now, MINUTE), ProposalOutcome::Routine);
         assert_eq!(commit.wanted(), (&Spec::default(), Stage::Confirmed));
     }
 
     #[test]
     fn a_bypass_outranks_everything_and_forgets_nothing() {
-        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, true);
+        let (mut commit, _) =
+            Commit::start(CommitRecord { confirmed: spec("80"), ..CommitRecord::default() }, true);
         assert_eq!(commit.wanted().0, &Spec::default());
         commit.propose(spec("81"), Instant::now(), MINUTE);
         assert_eq!(commit.wanted().0, &Spec::default());
@@ -329,7 +340,8 @@ mod tests {
     #[test]
     fn a_trial_that_is_bypassed_is_neither_confirmed_nor_taken_back() {
         let now = Instant::now();
-        let (mut commit, _) = Commit::start(State { confirmed: spec("80"), ..State::default() }, true);
+        let (mut commit, _) =
+            Commit::start(CommitRecord { confirmed: spec("80"), ..CommitRecord::default() }, true);
         commit.propose(spec("81"), now, MINUTE);
         assert!(!commit.confirm(), "it was never on the host");
         assert_eq!(commit.tick(now + 2 * MINUTE), None);
@@ -343,23 +355,23 @@ mod tests {
     fn the_dead_man_is_refreshed_in_time_and_only_while_envoy_is_well() {
         let now = Instant::now();
         let second = Duration::from_secs(1);
-        let mut beat = Beat::new(30 * second);
-        assert_eq!(beat.due(now, false), Due::Lapses(Duration::ZERO));
-        assert_eq!(beat.due(now, true), Due::Refresh);
+        let mut beat = Heartbeat::new(30 * second);
+        assert_eq!(beat.due(now, false), HeartbeatStep::Lapses(Duration::ZERO));
+        assert_eq!(beat.due(now, true), HeartbeatStep::Refresh);
         beat.refreshed(now);
-        assert_eq!(beat.due(now + second, true), Due::Wait(5 * second));
-        assert_eq!(beat.due(now + 6 * second, true), Due::Refresh);
-        assert_eq!(beat.due(now + 6 * second, false), Due::Lapses(24 * second));
-        assert_eq!(beat.due(now + 31 * second, false), Due::Lapses(Duration::ZERO));
+        assert_eq!(beat.due(now + second, true), HeartbeatStep::Wait(5 * second));
+        assert_eq!(beat.due(now + 6 * second, true), HeartbeatStep::Refresh);
+        assert_eq!(beat.due(now + 6 * second, false), HeartbeatStep::Lapses(24 * second));
+        assert_eq!(beat.due(now + 31 * second, false), HeartbeatStep::Lapses(Duration::ZERO));
         // An `Instant` never goes back; a clock that did must not cause a panic.
-        assert_eq!(beat.due(now.checked_sub(second).unwrap_or(now), true), Due::Wait(6 * second));
+        assert_eq!(beat.due(now.checked_sub(second).unwrap_or(now), true), HeartbeatStep::Wait(6 * second));
     }
 
     #[test]
     fn leave_is_taken_when_nobody_is_left_or_patience_ends() {
         let now = Instant::now();
-        assert!(leaving(0, now, now, MINUTE, true).is_absent());
-        assert!(!leaving(3, now, now + MINUTE / 2, MINUTE, true).is_absent());
-        assert!(leaving(3, now, now + MINUTE, MINUTE, true).is_absent());
+        assert!(draining_program(0, now, now, MINUTE, true).is_absent());
+        assert!(!draining_program(3, now, now + MINUTE / 2, MINUTE, true).is_absent());
+        assert!(draining_program(3, now, now + MINUTE, MINUTE, true).is_absent());
     }
 }

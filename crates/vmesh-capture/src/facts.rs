@@ -11,11 +11,11 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::host::{Cgroup, Host, Memory, Never, Number};
+use crate::host::{AccountNumber, Cgroup, Host, HostMemory, NeverCaptured};
 use crate::programs;
 use crate::sockets::{self, Socket};
 use crate::spec::{Account, INBOUND_PORT, OUTBOUND_PORT, Spec, Unit};
-use crate::units::{self, CgroupPath, MAX_UNITS, UnitPlaces};
+use crate::units::{self, CgroupPath, MAX_UNITS, UnitCgroups};
 
 /// The time limit of one query. A directory server that does not answer must not delay the rules or the
 /// heartbeat.
@@ -30,7 +30,7 @@ const MAX_FILE: u64 = 256 << 10;
 
 /// The users, slices, ports and control planes of vmesh itself, which are never captured.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Own {
+pub struct OwnTraffic {
     /// The users of Envoy and, if it has its own, of the agent.
     pub users: BTreeSet<u32>,
     /// Slices of vmesh that are never empty: `vmesh.slice`.
@@ -42,7 +42,7 @@ pub struct Own {
 
 /// The directories and programs that the facts of a host are read from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Places {
+pub struct HostPaths {
     /// The directory of processes, normally `/proc`.
     pub proc: PathBuf,
     /// The directory that contains `net/tcp`, normally `/proc/self`.
@@ -56,10 +56,10 @@ pub struct Places {
     pub systemctl: PathBuf,
 }
 
-impl Default for Places {
+impl Default for HostPaths {
     fn default() -> Self {
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        Places {
+        HostPaths {
             proc: "/proc".into(),
             net: "/proc/self".into(),
             cgroup: cgroup_mount(&mounts),
@@ -77,11 +77,11 @@ fn cgroup_mount(mounts: &str) -> Option<PathBuf> {
     mount.get(1).map(PathBuf::from)
 }
 
-impl Places {
+impl HostPaths {
     /// Reads the facts that `spec` needs. A name or unit that does not exist is left out, and becomes a note
     /// of the program. A query without an answer takes its result from `memory`. All queries run at the same
     /// time and none takes longer than [`ANSWERS_WITHIN`], because the caller has to keep up its heartbeat.
-    pub async fn host(&self, spec: &Spec, own: &Own, memory: &Memory) -> Host {
+    pub async fn read_host(&self, spec: &Spec, own: &OwnTraffic, memory: &HostMemory) -> Host {
         let out = &spec.outbound;
         let users = out.include.users.iter().chain(&out.exclude.users).chain(out.dial.users.keys());
         let groups = out.include.groups.iter().chain(&out.exclude.groups).chain(out.dial.groups.keys());
@@ -91,24 +91,24 @@ impl Places {
             self.look_up("passwd", users, &memory.users),
             self.look_up("group", groups, &memory.groups),
             self.ssh_ports(&memory.ssh),
-            self.units(&wanted, &memory.units),
+            self.unit_cgroups(&wanted, &memory.units),
         );
         let left_out = out.exclude.units.iter().chain(out.dial.units.keys());
         let parents: Vec<_> = left_out.filter_map(|unit| parents.get(unit)).collect();
-        let mut nurseries = match &self.cgroup {
-            Some(root) => units::nurseries(root, parents),
+        let mut parent_cgroups = match &self.cgroup {
+            Some(root) => units::parent_cgroups(root, parents),
             None => Vec::new(),
         };
-        if !nurseries.is_empty() {
+        if !parent_cgroups.is_empty() {
             // A unit may have started after its control group was listed, and before this second query. The
             // new unit must stay uncaptured. So its control group is dropped from the known ones, unless the
             // second query reports it too.
-            (units, _) = self.units(&wanted, &memory.units).await;
+            (units, _) = self.unit_cgroups(&wanted, &memory.units).await;
             let is_left_out = |unit: &str| {
                 out.exclude.units.iter().chain(out.dial.units.keys()).any(|left| left.as_str() == unit)
             };
-            for nursery in &mut nurseries {
-                nursery.children.retain(|child| {
+            for parent in &mut parent_cgroups {
+                parent.children.retain(|child| {
                     !is_left_out(child.path.name()) || units.values().any(|unit| unit == child)
                 });
             }
@@ -117,14 +117,14 @@ impl Places {
         for slice in &own.slices {
             slices.extend(units.get(slice).cloned());
         }
-        units.retain(|unit, _| !own.slices.contains(unit) || spec_names(spec, unit));
+        units.retain(|unit, _| !own.slices.contains(unit) || is_named_in_spec(spec, unit));
         Host {
             users,
             groups,
             units,
-            nurseries,
+            parent_cgroups,
             ipv6: self.net.join("net/if_inet6").exists(),
-            never: Never {
+            never: NeverCaptured {
                 users: own.users.clone(),
                 slices,
                 ssh,
@@ -139,8 +139,8 @@ impl Places {
         &self,
         database: &'static str,
         named: impl Iterator<Item = &Account>,
-        before: &BTreeMap<String, Number>,
-    ) -> BTreeMap<String, Number> {
+        before: &BTreeMap<String, AccountNumber>,
+    ) -> BTreeMap<String, AccountNumber> {
         let names: BTreeSet<&str> =
             named.filter(|account| account.number().is_none()).map(Account::as_str).collect();
         let mut names = names.into_iter();
@@ -153,20 +153,22 @@ impl Places {
             {
                 let (name, getent) = (name.to_owned(), self.getent.clone());
                 asked.spawn(async move {
-                    let answer = timeout_at(deadline, said(&getent, &[database, &name])).await;
+                    let answer = timeout_at(deadline, query(&getent, &[database, &name])).await;
                     (name, answer.unwrap_or_default())
                 });
             }
             let Some(answered) = asked.join_next().await else { break };
             let Ok((name, said)) = answered else { continue };
             let last = match before.get(&name) {
-                Some(Number::Now(number) | Number::Last(number)) => Some(Number::Last(*number)),
-                Some(Number::Unanswered) | None => None,
+                Some(AccountNumber::Now(number) | AccountNumber::Last(number)) => {
+                    Some(AccountNumber::Last(*number))
+                }
+                Some(AccountNumber::Unanswered) | None => None,
             };
             let number = match said {
-                Some(Said { found: true, text }) => id_of(&text).map(Number::Now),
-                Some(Said { found: false, .. }) => last,
-                None => last.or(Some(Number::Unanswered)),
+                Some(QueryOutput { found: true, text }) => id_of(&text).map(AccountNumber::Now),
+                Some(QueryOutput { found: false, .. }) => last,
+                None => last.or(Some(AccountNumber::Unanswered)),
             };
             found.extend(number.map(|number| (name, number)));
         }
@@ -176,7 +178,7 @@ impl Places {
     /// Returns the control groups of the units that run, and for each unit the control group in which it is
     /// started, as systemd reports them. If systemd does not answer, returns the control groups of `before`
     /// that still exist.
-    async fn units(
+    async fn unit_cgroups(
         &self,
         wanted: &BTreeSet<&Unit>,
         before: &BTreeMap<Unit, CgroupPath>,
@@ -184,16 +186,17 @@ impl Places {
         let (Some(root), false) = (&self.cgroup, wanted.is_empty()) else { return Default::default() };
         // `Spec::limits` allows no more units than these; the slices of vmesh are few.
         let wanted: BTreeSet<&Unit> = wanted.iter().copied().take(2 * MAX_UNITS).collect();
-        let UnitPlaces { running, parents } = match said(&self.systemctl, &units::question(&wanted)).await {
-            Some(Said { found: true, text }) => units::answer(&text, &wanted),
-            Some(Said { found: false, .. }) | None => {
-                let known = before.iter().filter(|(unit, _)| wanted.contains(unit));
-                let running: BTreeMap<_, _> =
-                    known.map(|(unit, path)| (unit.clone(), path.clone())).collect();
-                let parents = running.iter().map(|(unit, path)| (unit.clone(), path.parent())).collect();
-                UnitPlaces { running, parents }
-            }
-        };
+        let UnitCgroups { running, parents } =
+            match query(&self.systemctl, &units::show_arguments(&wanted)).await {
+                Some(QueryOutput { found: true, text }) => units::parse_show(&text, &wanted),
+                Some(QueryOutput { found: false, .. }) | None => {
+                    let known = before.iter().filter(|(unit, _)| wanted.contains(unit));
+                    let running: BTreeMap<_, _> =
+                        known.map(|(unit, path)| (unit.clone(), path.clone())).collect();
+                    let parents = running.iter().map(|(unit, path)| (unit.clone(), path.parent())).collect();
+                    UnitCgroups { running, parents }
+                }
+            };
         let there = |(unit, path): (Unit, CgroupPath)| Some((unit, units::cgroup(root, &path)?));
         (running.into_iter().filter_map(there).collect(), parents)
     }
@@ -208,9 +211,9 @@ impl Places {
         let sockets = sockets.iter().filter(|socket| socket.user == 0 && inodes.contains(&socket.inode));
         // With socket activation only systemd listens before the first SSH connection.
         let arguments = ["show", "--property=Listen", "ssh.socket", "sshd.socket", "dropbear.socket"];
-        let held = match said(&self.systemctl, &arguments).await {
-            Some(Said { found: true, text }) => listened(&text),
-            Some(Said { found: false, .. }) | None => before.clone(),
+        let held = match query(&self.systemctl, &arguments).await {
+            Some(QueryOutput { found: true, text }) => listening_ports(&text),
+            Some(QueryOutput { found: false, .. }) | None => before.clone(),
         };
         sockets.map(|socket| socket.local.port()).chain(self.configured_ssh_ports()).chain(held).collect()
     }
@@ -231,9 +234,9 @@ impl Places {
         for _ in 0..10 {
             let found = self.look_up("passwd", [user].into_iter(), &BTreeMap::new()).await;
             match found.into_values().next() {
-                Some(Number::Now(number)) => return Some(number),
-                Some(Number::Unanswered) => {}
-                Some(Number::Last(_)) | None => return None,
+                Some(AccountNumber::Now(number)) => return Some(number),
+                Some(AccountNumber::Unanswered) => {}
+                Some(AccountNumber::Last(_)) | None => return None,
             }
         }
         None
@@ -247,8 +250,8 @@ impl Places {
         sessions.map(|socket| Session { inode: socket.inode, stuck: socket.is_stuck() }).collect()
     }
 
-    /// Counts the open connections that came through a redirect: see [`crate::confirm::leaving`].
-    pub fn redirected(&self) -> usize {
+    /// Counts the open connections that came through a redirect: see [`crate::confirm::draining_program`].
+    pub fn count_redirected(&self) -> usize {
         let ours = |socket: &&Socket| {
             socket.is_open() && [OUTBOUND_PORT, INBOUND_PORT].contains(&socket.local.port())
         };
@@ -314,23 +317,23 @@ fn read_of_root(path: &Path) -> Option<String> {
 const MAX_ANSWER: u64 = 1 << 20;
 
 /// The answer of a program that was run as a query.
-struct Said {
+struct QueryOutput {
     /// The program exited with 0.
     found: bool,
     text: String,
 }
 
 /// Runs a query. `None` if the program cannot be run, or does not end within [`ANSWERS_WITHIN`].
-async fn said(program: &Path, arguments: &[&str]) -> Option<Said> {
+async fn query(program: &Path, arguments: &[&str]) -> Option<QueryOutput> {
     let mut command = programs::command(program).ok()?;
     command.args(arguments);
     let output =
         timeout(ANSWERS_WITHIN, programs::run(command, None, MAX_ANSWER, |_| ())).await.ok()?.ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    Some(Said { found: output.status.success(), text })
+    Some(QueryOutput { found: output.status.success(), text })
 }
 
-fn spec_names(spec: &Spec, unit: &Unit) -> bool {
+fn is_named_in_spec(spec: &Spec, unit: &Unit) -> bool {
     let out = &spec.outbound;
     out.include.units.contains(unit) || out.exclude.units.contains(unit) || out.dial.units.contains_key(unit)
 }
@@ -356,7 +359,7 @@ fn sshd_ports(text: &str) -> BTreeSet<u16> {
 }
 
 /// Returns the ports in lines like `Listen=[::]:22 (Stream)`, as `systemctl show` prints them.
-fn listened(text: &str) -> BTreeSet<u16> {
+fn listening_ports(text: &str) -> BTreeSet<u16> {
     let port = |line: &str| {
         line.strip_prefix("Listen=")?.strip_suffix(" (Stream)")?.rsplit_once(':')?.1.parse().ok()
     };
@@ -391,8 +394,8 @@ mod tests {
     #[test]
     fn the_ports_that_systemd_holds_for_ssh_are_read() {
         let text = "Listen=[::]:2222 (Stream)\nListen=0.0.0.0:2223 (Stream)\n\nListen=/run/x (Stream)\nListen=53 (Datagram)\n";
-        assert_eq!(listened(text), [2222, 2223].into());
-        assert_eq!(listened(""), [].into());
+        assert_eq!(listening_ports(text), [2222, 2223].into());
+        assert_eq!(listening_ports(""), [].into());
     }
 
     #[test]

@@ -35,13 +35,13 @@ const MAX_JUDGED_RANGES: usize = 256;
 /// The time for which the last complete verdict stays valid while the rules cannot be read. With a longer
 /// time, a redirect could bypass a firewall that was installed meanwhile. With none, a single slow listing
 /// would switch capture off.
-const COUNTS_FOR: Duration = Duration::from_secs(300);
+const VERDICT_VALID_FOR: Duration = Duration::from_secs(300);
 /// The limit of a rule's text in messages, in characters.
 const MAX_TEXT: usize = 200;
 
 /// The kernel hook at which a chain sees a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Hook {
+pub enum PacketHook {
     Prerouting,
     Input,
     Output,
@@ -51,7 +51,7 @@ pub enum Hook {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packet {
     pub is_ipv4: bool,
-    pub hook: Hook,
+    pub hook: PacketHook,
     /// Whether the destination was translated before this hook. If not, the packet has its original
     /// addresses.
     pub is_translated: bool,
@@ -70,7 +70,7 @@ impl Packet {
     fn from_outside(is_ipv4: bool, port: u16, is_translated: bool) -> Packet {
         Packet {
             is_ipv4,
-            hook: Hook::Input,
+            hook: PacketHook::Input,
             is_translated,
             to_port: Some(port),
             from_port: None,
@@ -83,30 +83,30 @@ impl Packet {
 
 /// The result of a condition, in three-valued logic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Truth {
+enum Tristate {
     Yes,
     No,
     Maybe,
 }
 
-impl Truth {
-    fn of(known: bool) -> Truth {
-        if known { Truth::Yes } else { Truth::No }
+impl Tristate {
+    fn of(known: bool) -> Tristate {
+        if known { Tristate::Yes } else { Tristate::No }
     }
 
-    fn not(self) -> Truth {
+    fn not(self) -> Tristate {
         match self {
-            Truth::Yes => Truth::No,
-            Truth::No => Truth::Yes,
-            Truth::Maybe => Truth::Maybe,
+            Tristate::Yes => Tristate::No,
+            Tristate::No => Tristate::Yes,
+            Tristate::Maybe => Tristate::Maybe,
         }
     }
 
-    fn and(self, other: Truth) -> Truth {
+    fn and(self, other: Tristate) -> Tristate {
         match (self, other) {
-            (Truth::No, _) | (_, Truth::No) => Truth::No,
-            (Truth::Yes, Truth::Yes) => Truth::Yes,
-            _ => Truth::Maybe,
+            (Tristate::No, _) | (_, Tristate::No) => Tristate::No,
+            (Tristate::Yes, Tristate::Yes) => Tristate::Yes,
+            _ => Tristate::Maybe,
         }
     }
 }
@@ -136,44 +136,44 @@ enum Condition {
 }
 
 impl Condition {
-    fn holds(&self, packet: &Packet) -> Truth {
+    fn holds(&self, packet: &Packet) -> Tristate {
         let among = |ports: &[Ports], port: Option<u16>| match port {
-            Some(port) => Truth::of(ports.iter().any(|ports| ports.contains(port))),
-            None => Truth::Maybe,
+            Some(port) => Tristate::of(ports.iter().any(|ports| ports.contains(port))),
+            None => Tristate::Maybe,
         };
         match self {
-            Condition::Tcp(tcp) => Truth::of(*tcp),
+            Condition::Tcp(tcp) => Tristate::of(*tcp),
             Condition::ToPorts(ports) => among(ports, packet.to_port),
             Condition::FromPorts(ports) => among(ports, packet.from_port),
             Condition::Interface { incoming, name } => {
-                let incoming_hook = packet.hook != Hook::Output;
+                let incoming_hook = packet.hook != PacketHook::Output;
                 match (*incoming == incoming_hook, name == "lo") {
-                    (false, _) => Truth::Maybe,
-                    (true, true) => Truth::of(packet.over_loopback),
-                    (true, false) if packet.over_loopback => Truth::No,
-                    (true, false) => Truth::Maybe,
+                    (false, _) => Tristate::Maybe,
+                    (true, true) => Tristate::of(packet.over_loopback),
+                    (true, false) if packet.over_loopback => Tristate::No,
+                    (true, false) => Tristate::Maybe,
                 }
             }
             Condition::State(states) => {
                 let now = if packet.is_new { "new" } else { "established" };
-                Truth::of(states.iter().any(|state| state == now))
+                Tristate::of(states.iter().any(|state| state == now))
             }
-            Condition::Translated => Truth::of(packet.is_translated),
+            Condition::Translated => Tristate::of(packet.is_translated),
             Condition::FromThisHost => match packet.from_elsewhere {
-                true => Truth::No,
-                false => Truth::Maybe,
+                true => Tristate::No,
+                false => Tristate::Maybe,
             },
-            Condition::ToThisHost(is) if packet.hook == Hook::Input => Truth::of(*is),
-            Condition::ToThisHost(_) => Truth::Maybe,
+            Condition::ToThisHost(is) if packet.hook == PacketHook::Input => Tristate::of(*is),
+            Condition::ToThisHost(_) => Tristate::Maybe,
             Condition::Not(condition) => condition.holds(packet).not(),
-            Condition::Unknown => Truth::Maybe,
+            Condition::Unknown => Tristate::Maybe,
         }
     }
 }
 
 /// The verdict of a foreign rule, as far as it matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Action {
+enum RuleAction {
     Accept,
     Drop,
     /// The connection is not tracked, so none of its addresses is translated.
@@ -186,17 +186,17 @@ enum Action {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Rule {
+struct ParsedRule {
     conditions: Vec<Condition>,
-    action: Action,
+    action: RuleAction,
     text: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Chain {
+struct ParsedChain {
     /// For a base chain: its hook, its priority, and whether its policy is `drop`.
-    base: Option<(Hook, i64, bool)>,
-    rules: Vec<Rule>,
+    base: Option<(PacketHook, i64, bool)>,
+    rules: Vec<ParsedRule>,
 }
 
 /// The listing that a chain was read from.
@@ -214,7 +214,7 @@ enum Listing {
 /// The foreign rules, by listing, table and chain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ruleset {
-    chains: BTreeMap<(Listing, String, String), Chain>,
+    chains: BTreeMap<(Listing, String, String), ParsedChain>,
     rules: usize,
     /// The reasons why this set may lack rules that the kernel has.
     gaps: BTreeSet<String>,
@@ -321,7 +321,7 @@ fn bypass(ports: Ports) -> String {
 }
 
 /// Finds the ports that an inbound redirect would certainly open or close, and those that cannot be judged.
-pub fn inbound(rules: &Ruleset, ports: &BTreeSet<Ports>) -> Vec<Conflict> {
+pub fn inbound_conflicts(rules: &Ruleset, ports: &BTreeSet<Ports>) -> Vec<Conflict> {
     let packet = Packet::from_outside;
     if let Some(why) = rules.gaps() {
         return ports.iter().map(|ports| Conflict::Unjudged { ports: *ports, why: why.clone() }).collect();
@@ -330,7 +330,7 @@ pub fn inbound(rules: &Ruleset, ports: &BTreeSet<Ports>) -> Vec<Conflict> {
     let redirected =
         [true, false].map(|is_ipv4| (is_ipv4, rules.judge(&packet(is_ipv4, INBOUND_PORT, true), &mut left)));
     let mut conflicts: Vec<Conflict> = Vec::new();
-    for (number, range) in rules.told_apart(ports).enumerate() {
+    for (number, range) in rules.split_by_rules(ports).enumerate() {
         let conflict = if number < MAX_JUDGED_RANGES {
             let of_family = |(is_ipv4, redirected): &(bool, Outcome)| {
                 let direct = rules.judge(&packet(*is_ipv4, range.first(), false), &mut left);
@@ -368,32 +368,32 @@ fn conflict(ports: Ports, direct: &Outcome, redirected: &Outcome) -> Option<Conf
 /// endpoints change.
 ///
 /// Call [`InboundJudge::forget`] when another program has changed rules. If [`InboundJudge::rules`] then
-/// returns `None`, read the rules and pass them to [`InboundJudge::read`]. Then call [`InboundJudge::judge`].
+/// returns `None`, read the rules and pass them to [`InboundJudge::set_rules`]. Then call [`InboundJudge::judge`].
 #[derive(Debug, Default)]
 pub struct InboundJudge {
     rules: Option<Ruleset>,
-    verdict: Option<(BTreeSet<Ports>, Arc<Verdict>)>,
+    verdict: Option<(BTreeSet<Ports>, Arc<Judgement>)>,
     /// The last verdict on a complete reading of the rules, and the time of that reading.
-    last_complete: Option<(BTreeSet<Ports>, Arc<Verdict>, Instant)>,
+    last_complete: Option<(BTreeSet<Ports>, Arc<Judgement>, Instant)>,
 }
 
 /// The result of one judgement.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Verdict {
+pub struct Judgement {
     pub conflicts: Vec<Conflict>,
     /// The reason why the verdict is based on an earlier reading, if it is.
     pub outdated: Option<String>,
 }
 
-impl Verdict {
+impl Judgement {
     /// Removes the conflicting ports from `spec`. Returns a note for each conflict.
-    pub fn leave_out(&self, spec: &mut Spec) -> Vec<String> {
+    pub fn remove_conflicts(&self, spec: &mut Spec) -> Vec<String> {
         let outdated = self.outdated.iter().map(|why| {
             format!("inbound.ports: this host's own filter counts as it was last read, for 5 minutes at most: {why}")
         });
         let mut notes: Vec<String> = outdated.collect();
         for conflict in &self.conflicts {
-            spec.inbound.leave_out(conflict.ports());
+            spec.inbound.remove_ports(conflict.ports());
             notes.push(format!("inbound.ports: {} is not captured: {conflict}", conflict.ports()));
         }
         notes
@@ -402,9 +402,9 @@ impl Verdict {
 
 impl InboundJudge {
     /// Judges `ports` by another reading of the rules, as this judge would, without recording that reading.
-    pub fn judge_by(&self, rules: Ruleset, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Verdict> {
+    pub fn judge_with(&self, rules: Ruleset, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Judgement> {
         let mut other = InboundJudge { last_complete: self.last_complete.clone(), ..InboundJudge::default() };
-        other.read(rules);
+        other.set_rules(rules);
         other.judge(ports, now)
     }
 
@@ -420,39 +420,41 @@ impl InboundJudge {
     }
 
     /// Records the current rules.
-    pub fn read(&mut self, rules: Ruleset) {
+    pub fn set_rules(&mut self, rules: Ruleset) {
         self.verdict = None;
         self.rules = Some(rules);
     }
 
     /// Judges `ports`. If the current reading has gaps, the last complete verdict on the same ports stays
     /// valid for five minutes. Without such a verdict, the ports are [`Conflict::Unjudged`].
-    pub fn judge(&mut self, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Verdict> {
+    pub fn judge(&mut self, ports: &BTreeSet<Ports>, now: Instant) -> Arc<Judgement> {
         let Some(rules) = &self.rules else {
             let why = "its rules have not been read";
             let unjudged = |ports: &Ports| Conflict::Unjudged { ports: *ports, why: why.to_owned() };
-            return Arc::new(Verdict { conflicts: ports.iter().map(unjudged).collect(), outdated: None });
+            return Arc::new(Judgement { conflicts: ports.iter().map(unjudged).collect(), outdated: None });
         };
         if let Some((judged, verdict)) = &self.verdict
             && judged == ports
         {
             return Arc::clone(verdict);
         }
-        let last = self
-            .last_complete
-            .as_ref()
-            .filter(|(judged, _, read)| judged == ports && now.saturating_duration_since(*read) < COUNTS_FOR);
+        let last = self.last_complete.as_ref().filter(|(judged, _, read)| {
+            judged == ports && now.saturating_duration_since(*read) < VERDICT_VALID_FOR
+        });
         let verdict = match (rules.gaps(), last) {
             (None, _) => {
-                let verdict = Arc::new(Verdict { conflicts: inbound(rules, ports), outdated: None });
+                let verdict =
+                    Arc::new(Judgement { conflicts: inbound_conflicts(rules, ports), outdated: None });
                 self.last_complete = Some((ports.clone(), Arc::clone(&verdict), now));
                 verdict
             }
             // This verdict is not cached, because it expires.
             (Some(why), Some((_, verdict, _))) => {
-                return Arc::new(Verdict { conflicts: verdict.conflicts.clone(), outdated: Some(why) });
+                return Arc::new(Judgement { conflicts: verdict.conflicts.clone(), outdated: Some(why) });
             }
-            (Some(_), None) => Arc::new(Verdict { conflicts: inbound(rules, ports), outdated: None }),
+            (Some(_), None) => {
+                Arc::new(Judgement { conflicts: inbound_conflicts(rules, ports), outdated: None })
+            }
         };
         self.verdict = Some((ports.clone(), Arc::clone(&verdict)));
         verdict
@@ -461,10 +463,10 @@ impl InboundJudge {
 
 /// Names a rule that keeps connections to `port` from being tracked. Such connections are not captured, so
 /// those to a virtual address lead nowhere.
-pub fn untracked(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
+pub fn untracking_rule(rules: &Ruleset, port: u16) -> Option<ForeignRule> {
     let packet = |is_ipv4| Packet {
         is_ipv4,
-        hook: Hook::Output,
+        hook: PacketHook::Output,
         is_translated: false,
         to_port: Some(port),
         from_port: None,
@@ -497,7 +499,7 @@ pub fn inbound_suspects(rules: &Ruleset, ports: &BTreeSet<Ports>, is_ipv4: bool)
         return InboundSuspects::Rules(Vec::new());
     }
     let mut otherwise: BTreeSet<ForeignRule> = BTreeSet::new();
-    for range in rules.told_apart(ports).take(MAX_JUDGED_RANGES) {
+    for range in rules.split_by_rules(ports).take(MAX_JUDGED_RANGES) {
         otherwise.extend(rules.judge(&packet(range.first(), false), &mut left).drops);
     }
     let own: Vec<ForeignRule> = redirected.into_iter().filter(|rule| !otherwise.contains(rule)).collect();
@@ -506,7 +508,7 @@ pub fn inbound_suspects(rules: &Ruleset, ports: &BTreeSet<Ports>, is_ipv4: bool)
 
 /// Names the rules that may drop a captured outbound connection of one address family to `to_port`, or
 /// Envoy's replies, or that keep the connection from being translated.
-pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule> {
+pub fn outbound_suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule> {
     let new = |hook, is_translated, to_port, over_loopback| Packet {
         is_ipv4,
         hook,
@@ -529,14 +531,14 @@ pub fn suspects(rules: &Ruleset, to_port: u16, is_ipv4: bool) -> Vec<ForeignRule
         from_elsewhere: true,
     };
     let packets = [
-        new(Hook::Output, false, to_port, false),
+        new(PacketHook::Output, false, to_port, false),
         // The packet has the interface of the route to the virtual address.
-        new(Hook::Output, true, OUTBOUND_PORT, false),
-        new(Hook::Prerouting, true, OUTBOUND_PORT, true),
-        new(Hook::Input, true, OUTBOUND_PORT, true),
-        answer(Hook::Output, OUTBOUND_PORT),
-        answer(Hook::Prerouting, to_port),
-        answer(Hook::Input, to_port),
+        new(PacketHook::Output, true, OUTBOUND_PORT, false),
+        new(PacketHook::Prerouting, true, OUTBOUND_PORT, true),
+        new(PacketHook::Input, true, OUTBOUND_PORT, true),
+        answer(PacketHook::Output, OUTBOUND_PORT),
+        answer(PacketHook::Prerouting, to_port),
+        answer(PacketHook::Input, to_port),
     ];
     let mut found: Vec<ForeignRule> = Vec::new();
     let mut left = MAX_STEPS_OF_ALL;
@@ -561,7 +563,7 @@ impl Ruleset {
     }
 
     /// Splits `ports` into ranges that all rules treat alike.
-    fn told_apart(&self, ports: &BTreeSet<Ports>) -> impl Iterator<Item = Ports> {
+    fn split_by_rules(&self, ports: &BTreeSet<Ports>) -> impl Iterator<Item = Ports> {
         let mut starts = BTreeSet::new();
         for condition in self.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.conditions)
         {
@@ -588,7 +590,7 @@ impl Ruleset {
     }
 
     /// Reports whether `iptables-save` lists this chain of nft's listing completely.
-    fn is_told_by_iptables(&self, (listing, table, name): &(Listing, String, String)) -> bool {
+    fn is_listed_by_iptables(&self, (listing, table, name): &(Listing, String, String)) -> bool {
         *listing == Listing::Nft
             && self.chains.contains_key(&(Listing::IptablesOverNft, table.clone(), name.clone()))
     }
@@ -598,11 +600,11 @@ impl Ruleset {
         let budget = MAX_STEPS.min(*left);
         let mut steps = 0;
         let mut whole = Outcome { falls_through: true, ..Outcome::default() };
-        let sees = |hook: Hook, priority: i64| {
+        let sees = |hook: PacketHook, priority: i64| {
             // Addresses are translated at priority -100. On `output`, a new packet has its original
             // destination before that priority and the translated one after it.
             hook == packet.hook
-                && (hook != Hook::Output || !packet.is_new || (priority > -100) == packet.is_translated)
+                && (hook != PacketHook::Output || !packet.is_new || (priority > -100) == packet.is_translated)
         };
         let mut all_accept = true;
         let mut accepts = None;
@@ -610,7 +612,7 @@ impl Ruleset {
             let (_, table, name) = key;
             let Some((hook, priority, drops)) = chain.base else { continue };
             let other_family = if packet.is_ipv4 { "ip6 " } else { "ip " };
-            if !sees(hook, priority) || table.starts_with(other_family) || self.is_told_by_iptables(key) {
+            if !sees(hook, priority) || table.starts_with(other_family) || self.is_listed_by_iptables(key) {
                 continue;
             }
             let mut outcome = self.walk(key, packet, 0, &mut steps, budget);
@@ -664,26 +666,26 @@ impl Ruleset {
                 outcome.gave_up = Some("it has more rules than are followed");
                 return outcome;
             }
-            let holds = rule.conditions.iter().fold(Truth::Yes, |all, one| all.and(one.holds(packet)));
-            if holds == Truth::No {
+            let holds = rule.conditions.iter().fold(Tristate::Yes, |all, one| all.and(one.holds(packet)));
+            if holds == Tristate::No {
                 continue;
             }
             let named = || ForeignRule(format!("{table} {name}: {}", rule.text));
-            let mut goes_on = holds == Truth::Maybe;
+            let mut goes_on = holds == Tristate::Maybe;
             match &rule.action {
-                Action::Accept => _ = outcome.accepts.get_or_insert_with(named),
-                Action::Drop => outcome.drops.push(named()),
+                RuleAction::Accept => _ = outcome.accepts.get_or_insert_with(named),
+                RuleAction::Drop => outcome.drops.push(named()),
                 // An untracked connection is lost to capture, but its packets continue to the next rule.
-                Action::NoTrack => {
-                    if holds == Truth::Yes && depth == 0 {
+                RuleAction::NoTrack => {
+                    if holds == Tristate::Yes && depth == 0 {
                         outcome.untracked = Some(named());
                     }
                     outcome.drops.push(named());
                     goes_on = true;
                 }
-                Action::Return => outcome.falls_through = true,
-                Action::Continue => goes_on = true,
-                Action::Jump(to) | Action::Goto(to) => {
+                RuleAction::Return => outcome.falls_through = true,
+                RuleAction::Continue => goes_on = true,
+                RuleAction::Jump(to) | RuleAction::Goto(to) => {
                     let to = (*listing, table.clone(), to.clone());
                     let inner = self.walk(&to, packet, depth + 1, steps, budget);
                     outcome.accepts = outcome.accepts.or(inner.accepts);
@@ -694,7 +696,7 @@ impl Ruleset {
                     }
                     let comes_back = inner.falls_through;
                     match rule.action {
-                        Action::Goto(_) => outcome.falls_through |= comes_back,
+                        RuleAction::Goto(_) => outcome.falls_through |= comes_back,
                         _ => goes_on |= comes_back,
                     }
                 }
@@ -706,7 +708,7 @@ impl Ruleset {
         Outcome { falls_through: true, ..outcome }
     }
 
-    fn add_rules(&mut self, key: (Listing, String, String), rules: Vec<Rule>) {
+    fn add_rules(&mut self, key: (Listing, String, String), rules: Vec<ParsedRule>) {
         if self.rules + rules.len() > MAX_RULES {
             self.add_gap(format!("it has more than {MAX_RULES} rules"));
             return;
@@ -735,9 +737,9 @@ impl Ruleset {
             if let Some(chain) = item.get("chain") {
                 let Some((table, name)) = place(chain, "name") else { continue };
                 let hook = match text(chain, "hook") {
-                    Some("prerouting") => Some(Hook::Prerouting),
-                    Some("input") => Some(Hook::Input),
-                    Some("output") => Some(Hook::Output),
+                    Some("prerouting") => Some(PacketHook::Prerouting),
+                    Some("input") => Some(PacketHook::Input),
+                    Some("output") => Some(PacketHook::Output),
                     _ => None,
                 };
                 let priority = chain.get("prio").and_then(Value::as_i64).unwrap_or_default();
@@ -767,9 +769,9 @@ impl Ruleset {
                 let mut words = declared.split_whitespace();
                 let (Some(name), Some(policy)) = (words.next(), words.next()) else { continue };
                 let hook = match name {
-                    "PREROUTING" => Some(Hook::Prerouting),
-                    "INPUT" => Some(Hook::Input),
-                    "OUTPUT" => Some(Hook::Output),
+                    "PREROUTING" => Some(PacketHook::Prerouting),
+                    "INPUT" => Some(PacketHook::Input),
+                    "OUTPUT" => Some(PacketHook::Output),
                     _ => None,
                 };
                 let priority = match table.as_str() {
@@ -818,11 +820,11 @@ fn place(value: &Value, name: &str) -> Option<(String, String)> {
 
 /// Converts a rule of nftables to one rule, or to one for each entry of its verdict map. `map` returns the
 /// entries of a named map.
-fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Value]>) -> Vec<Rule> {
+fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Value]>) -> Vec<ParsedRule> {
     let words: Vec<String> = expressions.iter().map(compact).collect();
     let text = shortened(&words.join(" "));
     let mut conditions = Vec::new();
-    let mut action = Action::Continue;
+    let mut action = RuleAction::Continue;
     for expression in expressions {
         let Some((name, value)) = expression.as_object().and_then(|object| object.iter().next()) else {
             continue;
@@ -831,7 +833,7 @@ fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Val
             "match" => conditions.push(nft_match(value)),
             "counter" | "log" | "comment" => {}
             "vmap" => return verdict_map(value, map, &conditions, &text),
-            "xt" if text_of_xt(value) == Some(("target", "REJECT")) => action = Action::Drop,
+            "xt" if text_of_xt(value) == Some(("target", "REJECT")) => action = RuleAction::Drop,
             _ => match nft_verdict(name, value) {
                 Some(verdict) => action = verdict,
                 // A limit or a match of iptables applies to some packets only.
@@ -839,23 +841,23 @@ fn nft_rules<'a>(expressions: &'a [Value], map: impl Fn(&str) -> Option<&'a [Val
             },
         }
     }
-    vec![Rule { conditions, action, text }]
+    vec![ParsedRule { conditions, action, text }]
 }
 
 fn text_of_xt(value: &Value) -> Option<(&str, &str)> {
     Some((text(value, "type")?, text(value, "name")?))
 }
 
-fn nft_verdict(name: &str, value: &Value) -> Option<Action> {
+fn nft_verdict(name: &str, value: &Value) -> Option<RuleAction> {
     let target = || text(value, "target").unwrap_or_default().to_owned();
     Some(match name {
-        "accept" => Action::Accept,
-        "drop" | "reject" => Action::Drop,
-        "notrack" => Action::NoTrack,
-        "return" => Action::Return,
-        "continue" => Action::Continue,
-        "jump" => Action::Jump(target()),
-        "goto" => Action::Goto(target()),
+        "accept" => RuleAction::Accept,
+        "drop" | "reject" => RuleAction::Drop,
+        "notrack" => RuleAction::NoTrack,
+        "return" => RuleAction::Return,
+        "continue" => RuleAction::Continue,
+        "jump" => RuleAction::Jump(target()),
+        "goto" => RuleAction::Goto(target()),
         _ => return None,
     })
 }
@@ -867,13 +869,13 @@ fn verdict_map<'a>(
     map: impl Fn(&str) -> Option<&'a [Value]>,
     conditions: &[Condition],
     text: &str,
-) -> Vec<Rule> {
+) -> Vec<ParsedRule> {
     let data = value.get("data");
     let entries = match data.and_then(Value::as_str).and_then(|name| name.strip_prefix('@')) {
         Some(name) => map(name),
         None => data.and_then(|data| data.get("set")).and_then(Value::as_array).map(Vec::as_slice),
     };
-    let rule = |last: Option<Condition>, action| Rule {
+    let rule = |last: Option<Condition>, action| ParsedRule {
         conditions: conditions.iter().cloned().chain(last).collect(),
         action,
         text: text.to_owned(),
@@ -894,7 +896,7 @@ fn verdict_map<'a>(
     rules.extend(others);
     if rules.is_empty() {
         // The map is empty, or none of its entries is understood.
-        rules.push(rule(Some(Condition::Unknown), Action::Continue));
+        rules.push(rule(Some(Condition::Unknown), RuleAction::Continue));
     }
     rules
 }
@@ -1011,10 +1013,10 @@ fn ports(value: &Value) -> Option<Vec<Ports>> {
     }
 }
 
-fn iptables_rule(rest: &str) -> Rule {
+fn iptables_rule(rest: &str) -> ParsedRule {
     let mut words = rest.split_whitespace().peekable();
     let mut conditions = Vec::new();
-    let mut action = Action::Continue;
+    let mut action = RuleAction::Continue;
     let mut negated = false;
     while let Some(word) = words.next() {
         if word == "!" {
@@ -1064,16 +1066,16 @@ fn iptables_rule(rest: &str) -> Rule {
             "-j" | "-g" => {
                 let to = value().to_owned();
                 action = match (word, to.as_str()) {
-                    ("-g", _) => Action::Goto(to),
-                    (_, "ACCEPT") => Action::Accept,
-                    (_, "DROP" | "REJECT" | "TARPIT") => Action::Drop,
-                    (_, "NOTRACK") => Action::NoTrack,
-                    (_, "RETURN") => Action::Return,
+                    ("-g", _) => RuleAction::Goto(to),
+                    (_, "ACCEPT") => RuleAction::Accept,
+                    (_, "DROP" | "REJECT" | "TARPIT") => RuleAction::Drop,
+                    (_, "NOTRACK") => RuleAction::NoTrack,
+                    (_, "RETURN") => RuleAction::Return,
                     // The arguments of the `CT` target decide whether the connection is tracked.
-                    (_, "CT") if rest.contains("--notrack") => Action::NoTrack,
+                    (_, "CT") if rest.contains("--notrack") => RuleAction::NoTrack,
                     // Targets of the kernel have names in capitals, and so may chains. A jump to a target
                     // that is no chain falls through.
-                    (_, _) => Action::Jump(to),
+                    (_, _) => RuleAction::Jump(to),
                 };
                 // The remaining words belong to the target.
                 break;
@@ -1092,7 +1094,7 @@ fn iptables_rule(rest: &str) -> Rule {
         }
         negated = false;
     }
-    Rule { conditions, action, text: shortened(rest) }
+    ParsedRule { conditions, action, text: shortened(rest) }
 }
 
 fn skip_comment<'a>(words: &mut impl Iterator<Item = &'a str>) {
@@ -1145,7 +1147,7 @@ mod tests {
     }
 
     fn judged(rules: &Ruleset, text: &str) -> Vec<String> {
-        shown(&inbound(rules, &ports(text)))
+        shown(&inbound_conflicts(rules, &ports(text)))
     }
 
     fn names(rules: &[ForeignRule]) -> Vec<String> {
@@ -1225,22 +1227,26 @@ mod tests {
             rule("eg", loopback),
             rule("eg", &format!("{dports}, {{\"accept\": null}}")),
         ];
-        assert_eq!(names(&suspects(&nft(&egress.join(",")), 1, true)), ["inet eg o: policy drop"]);
+        assert_eq!(names(&outbound_suspects(&nft(&egress.join(",")), 1, true)), ["inet eg o: policy drop"]);
         // A rule that excludes connections to two ports from tracking.
         let raw =
             [chain("nt", "output", -300, "accept"), rule("nt", &format!("{dports}, {{\"notrack\": null}}"))];
         let raw = nft(&raw.join(","));
-        assert_eq!(untracked(&raw, 80).unwrap().to_string(), "inet nt o: tcp dport [80,8080] notrack");
-        assert_eq!(untracked(&raw, 81), None);
+        assert_eq!(untracking_rule(&raw, 80).unwrap().to_string(), "inet nt o: tcp dport [80,8080] notrack");
+        assert_eq!(untracking_rule(&raw, 81), None);
         // A rule of wg-quick.
         let wireguard = iptables(
             "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -d 10.200.0.2/32 ! -i wg0 -m addrtype ! --src-type LOCAL -j DROP\nCOMMIT\n",
         );
         assert_eq!(
-            names(&suspects(&wireguard, 80, true)),
+            names(&outbound_suspects(&wireguard, 80, true)),
             ["ip raw PREROUTING: -d 10.200.0.2/32 ! -i wg0 -m addrtype ! --src-type LOCAL -j DROP"]
         );
-        assert_eq!(names(&suspects(&nft(FIREWALLD), 80, true)), [""; 0], "firewalld is in nobody's way");
+        assert_eq!(
+            names(&outbound_suspects(&nft(FIREWALLD), 80, true)),
+            [""; 0],
+            "firewalld is in nobody's way"
+        );
     }
 
     #[test]
@@ -1354,14 +1360,14 @@ mod tests {
         let mut judge = InboundJudge::default();
         let mut gap = Ruleset::default();
         gap.add_gap("nft is slow");
-        judge.read(gap.clone());
+        judge.set_rules(gap.clone());
         assert_eq!(shown(&judge.judge(&ports("80"), now).conflicts), ["unjudged 80: nft is slow"]);
         judge.forget();
         assert_eq!(
             shown(&judge.judge(&ports("80"), now).conflicts),
             ["unjudged 80: its rules have not been read"]
         );
-        judge.read(nft(FIREWALLD));
+        judge.set_rules(nft(FIREWALLD));
         let closed = "opens 80: inet firewalld filter_INPUT: reject";
         let first = judge.judge(&ports("22 80"), now);
         assert_eq!(shown(&first.conflicts), [closed]);
@@ -1369,8 +1375,8 @@ mod tests {
         assert!(!Arc::ptr_eq(&first, &judge.judge(&ports("22"), now)));
         judge.judge(&ports("22 80"), now);
         judge.forget();
-        judge.read(gap);
-        let kept = judge.judge(&ports("22 80"), now + COUNTS_FOR / 2);
+        judge.set_rules(gap);
+        let kept = judge.judge(&ports("22 80"), now + VERDICT_VALID_FOR / 2);
         assert_eq!(
             (shown(&kept.conflicts), kept.outdated.as_deref()),
             (vec![closed.to_owned()], Some("nft is slow"))
@@ -1380,7 +1386,7 @@ mod tests {
             ["unjudged 22: nft is slow"],
             "never judged"
         );
-        let after = judge.judge(&ports("22 80"), now + COUNTS_FOR);
+        let after = judge.judge(&ports("22 80"), now + VERDICT_VALID_FOR);
         assert_eq!(shown(&after.conflicts), ["unjudged 22: nft is slow", "unjudged 80: nft is slow"]);
     }
 }

@@ -34,7 +34,7 @@ pub struct Generation {
 ///
 /// # Errors
 /// If the kernel has no netfilter, or refuses access.
-pub fn open(groups: u32) -> io::Result<OwnedFd> {
+pub fn open_socket(groups: u32) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, Some(netlink::NETFILTER))?;
     bind(&socket, &SocketAddrNetlink::new(0, groups))?;
@@ -44,7 +44,7 @@ pub fn open(groups: u32) -> io::Result<OwnedFd> {
 /// Asks the kernel for its current generation number. Needs CAP_NET_ADMIN. `None` if the kernel has no
 /// nftables.
 pub fn current() -> Option<u32> {
-    let socket = open(0).ok()?;
+    let socket = open_socket(0).ok()?;
     let mut question = Vec::with_capacity(20);
     question.extend(20_u32.to_ne_bytes());
     question.extend(GET_GENERATION.to_ne_bytes());
@@ -55,7 +55,7 @@ pub fn current() -> Option<u32> {
     let mut answer = [0; 1024];
     // The kernel replies before `send` returns, so this does not block.
     let (len, _) = recv(&socket, &mut answer, RecvFlags::empty()).ok()?;
-    last(answer.get(..len)?)?.number
+    last_generation(answer.get(..len)?)?.number
 }
 
 /// Reports whether this process is in the initial pid namespace, whose ids the kernel reports.
@@ -65,7 +65,7 @@ pub fn has_initial_pids() -> bool {
 }
 
 /// Returns the last end of a transaction among these netlink messages (RFC 3549 section 2.2).
-pub fn last(mut bytes: &[u8]) -> Option<Generation> {
+pub fn last_generation(mut bytes: &[u8]) -> Option<Generation> {
     let mut found = None;
     while let Some((message, kind, rest)) = message(bytes) {
         if kind == NEW_GENERATION {
@@ -136,11 +136,11 @@ mod tests {
         bytes.extend([0; 10]);
         bytes.extend(payload);
         let expected = Generation { number: Some(9), by: "firewalld".into(), pid: 812 };
-        assert_eq!(last(&bytes), Some(expected));
+        assert_eq!(last_generation(&bytes), Some(expected));
         for len in 0..bytes.len() {
-            _ = last(&bytes[..len]);
+            _ = last_generation(&bytes[..len]);
         }
-        assert_eq!(last(&[0; 64]), None);
-        assert_eq!(last(&[255; 64]), None);
+        assert_eq!(last_generation(&[0; 64]), None);
+        assert_eq!(last_generation(&[255; 64]), None);
     }
 }

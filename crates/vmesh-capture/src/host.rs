@@ -13,22 +13,22 @@ use crate::units::CgroupPath;
 pub struct Host {
     /// The user ids by name. A name that is missing here does not exist. Accounts that are given by number
     /// need no entry.
-    pub users: BTreeMap<String, Number>,
-    pub groups: BTreeMap<String, Number>,
+    pub users: BTreeMap<String, AccountNumber>,
+    pub groups: BTreeMap<String, AccountNumber>,
     /// The control groups of the units that have one now.
     pub units: BTreeMap<Unit, Cgroup>,
     /// The control groups in which units with an exclusion or a share of their own are started. A process in
     /// a new control group there is not captured yet.
-    pub nurseries: Vec<Nursery>,
+    pub parent_cgroups: Vec<ParentCgroup>,
     /// Whether the host has IPv6. Without it, ip6tables is never called.
     pub ipv6: bool,
-    pub never: Never,
+    pub never: NeverCaptured,
 }
 
 /// The user or group id of an account name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Number {
+pub enum AccountNumber {
     Now(u32),
     /// The last known id. The name service does not answer, or reports that the name does not exist, as it
     /// also does when its directory server is unreachable. Keeping the id keeps an excluded user excluded.
@@ -40,9 +40,9 @@ pub enum Number {
 /// The remembered facts of a host, used while its name service or systemd does not answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Memory {
-    pub users: BTreeMap<String, Number>,
-    pub groups: BTreeMap<String, Number>,
+pub struct HostMemory {
+    pub users: BTreeMap<String, AccountNumber>,
+    pub groups: BTreeMap<String, AccountNumber>,
     /// The SSH ports.
     pub ssh: BTreeSet<u16>,
     /// The control groups of units that ran.
@@ -52,7 +52,7 @@ pub struct Memory {
 /// The traffic that is never captured, whatever is configured. Capturing it would cut off the operator who
 /// could correct a mistake, or send connections in circles.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Never {
+pub struct NeverCaptured {
     /// The users of Envoy and, if it has its own, of the agent.
     pub users: BTreeSet<u32>,
     /// Slices that are never empty. The control group of a service would be outdated after its next start,
@@ -67,9 +67,9 @@ pub struct Never {
 
 /// A control group in which systemd creates the control groups of units.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Nursery {
+pub struct ParentCgroup {
     /// The control group itself; `None` for the root of the hierarchy.
-    pub parent: Option<Cgroup>,
+    pub cgroup: Option<Cgroup>,
     /// The control groups in it that are known now.
     pub children: BTreeSet<Cgroup>,
 }
@@ -91,10 +91,10 @@ fn bound<K: Ord, V>(map: &mut BTreeMap<K, V>) {
     while map.len() > MAX_REMEMBERED && map.pop_last().is_some() {}
 }
 
-impl Memory {
+impl HostMemory {
     /// Remembers the facts of `host`. Facts that are no longer needed stay: after a rollback they are needed
     /// again.
-    pub fn learn(&mut self, host: &Host) {
+    pub fn remember(&mut self, host: &Host) {
         self.users.extend(host.users.clone());
         self.groups.extend(host.groups.clone());
         self.ssh.clone_from(&host.never.ssh);
@@ -114,11 +114,11 @@ impl Memory {
 
 impl Host {
     /// Returns the id of a user; `None` if there is no such user.
-    pub(crate) fn user(&self, account: &Account) -> Option<Number> {
-        account.number().map(Number::Now).or_else(|| self.users.get(account.as_str()).copied())
+    pub(crate) fn user(&self, account: &Account) -> Option<AccountNumber> {
+        account.number().map(AccountNumber::Now).or_else(|| self.users.get(account.as_str()).copied())
     }
 
-    pub(crate) fn group(&self, account: &Account) -> Option<Number> {
-        account.number().map(Number::Now).or_else(|| self.groups.get(account.as_str()).copied())
+    pub(crate) fn group(&self, account: &Account) -> Option<AccountNumber> {
+        account.number().map(AccountNumber::Now).or_else(|| self.groups.get(account.as_str()).copied())
     }
 }

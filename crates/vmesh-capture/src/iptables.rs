@@ -16,7 +16,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::plan::{Change, Kind, Label, Plan, Step, Tool, compare};
+use crate::plan::{Change, ChangeKind, Label, Plan, Step, Tool, compare_rules};
 use crate::program::{
     Chain, Direction, Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost,
 };
@@ -29,15 +29,15 @@ const TABLES: [&str; 3] = ["nat", "mangle", "filter"];
 
 /// The rules of vmesh that iptables and ip6tables have.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Actual {
-    pub(crate) v4: Family,
+pub struct IptablesRules {
+    pub(crate) v4: FamilyRules,
     /// The rules for IPv6; `None` if the host has none.
-    pub(crate) v6: Option<Family>,
+    pub(crate) v6: Option<FamilyRules>,
 }
 
 /// The rules of one address family, read from `iptables-save`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Family(BTreeMap<String, ActualTable>);
+pub struct FamilyRules(BTreeMap<String, ActualTable>);
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct ActualTable {
@@ -70,17 +70,17 @@ pub struct Footprint {
     tables: BTreeSet<String>,
 }
 
-impl Actual {
+impl IptablesRules {
     /// Returns the state of a host without rules of vmesh.
-    pub fn absent(ipv6: bool) -> Actual {
-        Actual { v4: Family::default(), v6: ipv6.then(Family::default) }
+    pub fn absent(ipv6: bool) -> IptablesRules {
+        IptablesRules { v4: FamilyRules::default(), v6: ipv6.then(FamilyRules::default) }
     }
 }
 
-impl Family {
+impl FamilyRules {
     /// Parses the output of `iptables-save`.
-    pub fn parse(text: &str) -> Family {
-        let mut family = Family::default();
+    pub fn parse(text: &str) -> FamilyRules {
+        let mut family = FamilyRules::default();
         let mut table = None;
         for line in text.lines() {
             if let Some(name) = line.strip_prefix('*') {
@@ -130,14 +130,18 @@ fn comment(rule: &str) -> Option<&str> {
 }
 
 /// Plans the changes that make the host match `program`. The dead-man timer is not part of a plan: see
-/// [`crate::apply::Applier::refresh`].
-pub fn plan(program: &Program, actual: &Actual) -> Plan {
+/// [`crate::apply::Applier::renew_all_timers`].
+pub fn plan(program: &Program, actual: &IptablesRules) -> Plan {
     let mut plan = Plan::default();
     let families = [(true, Some(&actual.v4)), (false, actual.v6.as_ref())];
     for (v4, now) in families.into_iter().filter_map(|(v4, now)| Some((v4, now?))) {
         let mut input = String::new();
         for table in TABLES {
-            let wanted = if v4 || program.ipv6 { Wanted::of(program, table, v4) } else { Wanted::default() };
+            let wanted = if v4 || program.ipv6 {
+                TargetTables::of(program, table, v4)
+            } else {
+                TargetTables::default()
+            };
             let nothing = ActualTable::default();
             let (text, changes) = wanted.transaction(table, now.0.get(table).unwrap_or(&nothing), v4);
             input.push_str(&text);
@@ -153,7 +157,7 @@ pub fn plan(program: &Program, actual: &Actual) -> Plan {
 
 /// The chains and jumps that one table is to have.
 #[derive(Default)]
-struct Wanted {
+struct TargetTables {
     chains: Vec<(String, Vec<(Label, String)>)>,
     /// For each jump: the built-in chain that contains it, its label and its text.
     jumps: Vec<(&'static str, Label, String)>,
@@ -174,9 +178,9 @@ fn home(chain: &Chain) -> (&'static str, Option<&'static str>) {
     }
 }
 
-impl Wanted {
-    fn of(program: &Program, table: &str, v4: bool) -> Wanted {
-        let mut wanted = Wanted::default();
+impl TargetTables {
+    fn of(program: &Program, table: &str, v4: bool) -> TargetTables {
+        let mut wanted = TargetTables::default();
         let seconds = program.alive.map_or(0, |(timeout, _)| timeout.get());
         for chain in &program.chains {
             let (home, base) = home(chain);
@@ -216,16 +220,17 @@ impl Wanted {
         for (name, rules) in &self.chains {
             let what = format!("{family} {table} {name}");
             match now.chains.get(name) {
-                None => changes.push(Change { kind: Kind::Missing, what }),
+                None => changes.push(Change { kind: ChangeKind::Missing, what }),
                 Some(there) => {
                     let labels: Vec<Label> = rules.iter().map(|(label, _)| label.clone()).collect();
-                    changes.extend(compare(&what, &labels, there));
+                    changes.extend(compare_rules(&what, &labels, there));
                 }
             }
         }
         let unwanted: Vec<&String> =
             now.chains.keys().filter(|name| !self.chains.iter().any(|(wanted, _)| wanted == *name)).collect();
-        let gone = |name: &&String| Change { kind: Kind::Unwanted, what: format!("{family} {table} {name}") };
+        let gone =
+            |name: &&String| Change { kind: ChangeKind::Unwanted, what: format!("{family} {table} {name}") };
         changes.extend(unwanted.iter().map(gone));
 
         let right = |jump: &ActualJump, base: &str, label: &Label| {
@@ -236,9 +241,9 @@ impl Wanted {
             if !now.jumps.iter().any(|jump| right(jump, base, label)) {
                 let elsewhere = now.jumps.iter().any(|jump| jump.label.as_ref() == Some(label));
                 let (kind, how) = if elsewhere {
-                    (Kind::Different, "is not first")
+                    (ChangeKind::Different, "is not first")
                 } else {
-                    (Kind::Missing, "is not there")
+                    (ChangeKind::Missing, "is not there")
                 };
                 changes.push(Change { kind, what: format!("{family} {table} {base}: the jump to us {how}") });
                 missing.push((base, label, text));
@@ -248,7 +253,7 @@ impl Wanted {
         let wrong: Vec<&ActualJump> = now.jumps.iter().filter(wrong).collect();
         if missing.is_empty() {
             changes.extend(wrong.iter().map(|jump| Change {
-                kind: Kind::Unwanted,
+                kind: ChangeKind::Unwanted,
                 what: format!("{family} {table} {}: a jump to us", jump.chain),
             }));
         }
@@ -409,7 +414,7 @@ impl Footprint {
 
 /// Plans the removal of the chains and tables that came with the first rule of vmesh: those that `before`
 /// does not contain and that are empty now. Apply it after vmesh's own chains are removed.
-pub fn leftovers(before: &Footprint, now: &Footprint, actual: &Actual) -> Plan {
+pub fn leftovers(before: &Footprint, now: &Footprint, actual: &IptablesRules) -> Plan {
     let mut plan = Plan::default();
     let mut input = String::new();
     let is_empty = |family: &str, table: &str, chain: &str| {
@@ -420,7 +425,8 @@ pub fn leftovers(before: &Footprint, now: &Footprint, actual: &Actual) -> Plan {
     let mut left: BTreeSet<&str> = BTreeSet::new();
     let mut remove = |what: &str, name: &str| {
         _ = writeln!(input, "delete {what} {name}");
-        plan.changes.push(Change { kind: Kind::Unwanted, what: format!("{what} {name}, which is empty") });
+        plan.changes
+            .push(Change { kind: ChangeKind::Unwanted, what: format!("{what} {name}, which is empty") });
     };
     for chain in &now.chains {
         let mut words = chain.split(' ');

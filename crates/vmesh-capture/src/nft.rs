@@ -17,7 +17,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde_json::Value;
 
 use crate::host::Cgroup;
-use crate::plan::{Change, Kind, Label, Plan, Step, Tool, compare};
+use crate::plan::{Change, ChangeKind, Label, Plan, Step, Tool, compare_rules};
 use crate::program::{
     Direction, Directions, Hook, Match, Program, Rule, Verdict, is_family, merged_ports, outermost,
 };
@@ -37,7 +37,7 @@ const PURE_SYN: &str = "tcp flags & (fin|syn|rst|ack)";
 
 /// The content of vmesh's table.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Actual {
+pub struct NftRules {
     exists: bool,
     sets: BTreeMap<String, Elements>,
     chains: BTreeMap<String, ActualChain>,
@@ -54,7 +54,7 @@ struct ActualChain {
 /// The output of `nft -j list table inet vmesh` is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`nft -j` printed something that is not its JSON: {0}")]
-pub struct Unreadable(String);
+pub struct InvalidListing(String);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Elements {
@@ -73,7 +73,7 @@ enum Elements {
 }
 
 /// A [`Program`] translated to nftables.
-struct Table {
+struct TargetTable {
     /// The sets by name. The flag says whether a set holds IPv4 addresses.
     sets: BTreeMap<String, (Elements, bool)>,
     chains: Vec<TableChain>,
@@ -87,11 +87,11 @@ struct TableChain {
 
 /// Plans the changes that make the host match `program`. Redirects that lapse hold at once in the directions
 /// of `alive`; in others they begin to hold when the dead-man timer is first renewed.
-pub fn plan(program: &Program, actual: &Actual, alive: impl Into<Directions>) -> Plan {
+pub fn plan(program: &Program, actual: &NftRules, alive: impl Into<Directions>) -> Plan {
     if program.is_absent() {
         return absent(actual);
     }
-    let table = Table::of(program);
+    let table = TargetTable::of(program);
     let mut changes = table.structure(actual);
     if changes.is_empty() {
         let mut input = String::new();
@@ -106,26 +106,26 @@ pub fn plan(program: &Program, actual: &Actual, alive: impl Into<Directions>) ->
         return Plan { changes, steps };
     }
     if !actual.exists {
-        changes = vec![Change { kind: Kind::Missing, what: format!("table {TABLE}") }];
+        changes = vec![Change { kind: ChangeKind::Missing, what: format!("table {TABLE}") }];
     }
     let alive = alive.into();
     let input = table.text(program.alive.map(|(timeout, directions)| (timeout, directions.and(alive))));
     Plan { changes, steps: vec![Step { tool: Tool::Nft, input }] }
 }
 
-fn absent(actual: &Actual) -> Plan {
+fn absent(actual: &NftRules) -> Plan {
     if !actual.exists {
         return Plan::default();
     }
     Plan {
-        changes: vec![Change { kind: Kind::Unwanted, what: format!("table {TABLE}") }],
+        changes: vec![Change { kind: ChangeKind::Unwanted, what: format!("table {TABLE}") }],
         steps: vec![Step { tool: Tool::Nft, input: format!("delete table {TABLE}\n") }],
     }
 }
 
 /// Returns the transaction that renews the dead-man timers for another `timeout`. Adding an element that
 /// exists would not renew its timeout, so the element is deleted first.
-pub(crate) fn refresh(timeout: Seconds, directions: Directions) -> String {
+pub(crate) fn renew(timeout: Seconds, directions: Directions) -> String {
     let one = |direction| {
         let set = alive_set(direction);
         format!(
@@ -137,14 +137,14 @@ pub(crate) fn refresh(timeout: Seconds, directions: Directions) -> String {
 }
 
 /// Returns the transaction that lets the dead-man timers lapse now.
-pub(crate) fn withdraw(directions: Directions) -> String {
+pub(crate) fn expire(directions: Directions) -> String {
     directions.iter().map(|direction| format!("flush set {TABLE} {}\n", alive_set(direction))).collect()
 }
 
-impl Table {
-    fn of(program: &Program) -> Table {
-        let mut table = Table { sets: BTreeMap::new(), chains: Vec::new() };
-        for direction in program.dead_men().iter() {
+impl TargetTable {
+    fn of(program: &Program) -> TargetTable {
+        let mut table = TargetTable { sets: BTreeMap::new(), chains: Vec::new() };
+        for direction in program.dead_man_timers().iter() {
             table.sets.insert(alive_set(direction).to_owned(), (Elements::Alive, true));
         }
         for chain in &program.chains {
@@ -180,39 +180,39 @@ impl Table {
     }
 
     /// Returns the differences that cannot be repaired by changing set elements.
-    fn structure(&self, actual: &Actual) -> Vec<Change> {
+    fn structure(&self, actual: &NftRules) -> Vec<Change> {
         let mut changes = Vec::new();
         let mut change = |kind, what: String| changes.push(Change { kind, what });
         for (name, (wanted, _)) in &self.sets {
             match actual.sets.get(name) {
-                None => change(Kind::Missing, format!("set {name}")),
+                None => change(ChangeKind::Missing, format!("set {name}")),
                 Some(now) if std::mem::discriminant(now) != std::mem::discriminant(wanted) => {
-                    change(Kind::Different, format!("set {name}: its type"));
+                    change(ChangeKind::Different, format!("set {name}: its type"));
                 }
                 Some(_) => {}
             }
         }
         for name in actual.sets.keys().filter(|name| !self.sets.contains_key(*name)) {
-            change(Kind::Unwanted, format!("set {name}"));
+            change(ChangeKind::Unwanted, format!("set {name}"));
         }
         for name in
             actual.chains.keys().filter(|name| !self.chains.iter().any(|wanted| wanted.name == **name))
         {
-            change(Kind::Unwanted, format!("chain {name}"));
+            change(ChangeKind::Unwanted, format!("chain {name}"));
         }
         for TableChain { name, hook, rules } in &self.chains {
             let Some(now) = actual.chains.get(name) else {
-                changes.push(Change { kind: Kind::Missing, what: format!("chain {name}") });
+                changes.push(Change { kind: ChangeKind::Missing, what: format!("chain {name}") });
                 continue;
             };
             if now.hook != hook.map(place) {
                 changes.push(Change {
-                    kind: Kind::Different,
+                    kind: ChangeKind::Different,
                     what: format!("chain {name}: where it is hooked"),
                 });
             }
             let wanted: Vec<Label> = rules.iter().map(|(label, _)| label.clone()).collect();
-            changes.extend(compare(name, &wanted, &now.rules));
+            changes.extend(compare_rules(name, &wanted, &now.rules));
         }
         changes
     }
@@ -446,23 +446,23 @@ fn elements(name: &str, wanted: &Elements, now: &Elements, v4: bool) -> (String,
         ""
     };
     let what = format!("set {name}: its elements{family}");
-    let change = (!text.is_empty()).then_some(Change { kind: Kind::Different, what });
+    let change = (!text.is_empty()).then_some(Change { kind: ChangeKind::Different, what });
     (text, change)
 }
 
-impl Actual {
+impl NftRules {
     /// Returns the state of a host without vmesh's table.
-    pub fn absent() -> Actual {
-        Actual::default()
+    pub fn absent() -> NftRules {
+        NftRules::default()
     }
 
     /// Parses the output of `nft -j list table inet vmesh` (libnftables-json(5)).
-    pub fn parse(json: &str) -> Result<Actual, Unreadable> {
-        let unreadable = |what: &str| Unreadable(what.to_owned());
-        let value: Value = serde_json::from_str(json).map_err(|error| Unreadable(error.to_string()))?;
+    pub fn parse(json: &str) -> Result<NftRules, InvalidListing> {
+        let unreadable = |what: &str| InvalidListing(what.to_owned());
+        let value: Value = serde_json::from_str(json).map_err(|error| InvalidListing(error.to_string()))?;
         let list =
             value.get("nftables").and_then(Value::as_array).ok_or_else(|| unreadable("no `nftables`"))?;
-        let mut actual = Actual::default();
+        let mut actual = NftRules::default();
         for item in list {
             if item.get("table").is_some() {
                 actual.exists = true;
@@ -497,8 +497,8 @@ impl Actual {
     }
 
     /// Returns the table with the set elements of `program`; `None` if more than set elements differ.
-    pub fn with_elements_of(&self, program: &Program) -> Option<Actual> {
-        let table = Table::of(program);
+    pub fn with_elements_of(&self, program: &Program) -> Option<NftRules> {
+        let table = TargetTable::of(program);
         if !self.exists || program.is_absent() || !table.structure(self).is_empty() {
             return None;
         }
@@ -511,7 +511,7 @@ impl Actual {
         Some(actual)
     }
 
-    pub(crate) fn dead_men(&self) -> Directions {
+    pub(crate) fn dead_man_timers(&self) -> Directions {
         Direction::BOTH
             .into_iter()
             .filter(|direction| self.sets.contains_key(alive_set(*direction)))

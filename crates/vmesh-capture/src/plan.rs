@@ -38,7 +38,7 @@ pub struct Step {
 /// One difference between the installed rules and the program.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
-    pub kind: Kind,
+    pub kind: ChangeKind,
     /// The chain and rule (`outbound/vips4`) or the set (`set captured_vips4`); with iptables the family
     /// comes first.
     pub what: String,
@@ -46,7 +46,7 @@ pub struct Change {
 
 /// The kind of a difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub enum ChangeKind {
     /// The rule or set is missing.
     Missing,
     /// The rule or set is installed, and the program does not have it.
@@ -60,10 +60,10 @@ pub enum Kind {
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sign = match self.kind {
-            Kind::Missing => "+",
-            Kind::Unwanted => "-",
-            Kind::Different => "~",
-            Kind::Foreign => "!",
+            ChangeKind::Missing => "+",
+            ChangeKind::Unwanted => "-",
+            ChangeKind::Different => "~",
+            ChangeKind::Foreign => "!",
         };
         write!(f, "{sign} {}", self.what)
     }
@@ -133,33 +133,34 @@ impl fmt::Display for Label {
 
 /// Compares the labels of the wanted and the installed rules of a chain. `None` stands for a rule without a
 /// label.
-pub(crate) fn compare(chain: &str, wanted: &[Label], actual: &[Option<Label>]) -> Vec<Change> {
+pub(crate) fn compare_rules(chain: &str, wanted: &[Label], actual: &[Option<Label>]) -> Vec<Change> {
     let mut changes = Vec::new();
     let mut change = |kind, what: String| changes.push(Change { kind, what });
     for label in wanted {
         let same_name = || actual.iter().flatten().filter(|other| other.name == label.name);
         if same_name().next().is_none() {
-            change(Kind::Missing, format!("{chain}/{}", label.name));
+            change(ChangeKind::Missing, format!("{chain}/{}", label.name));
         } else if !same_name().any(|other| other.hash == label.hash) {
-            change(Kind::Different, format!("{chain}/{}", label.name));
+            change(ChangeKind::Different, format!("{chain}/{}", label.name));
         }
     }
     let mut seen = std::collections::BTreeSet::new();
     for label in actual {
         match label {
-            None => change(Kind::Foreign, format!("{chain}: a rule that is not ours")),
+            None => change(ChangeKind::Foreign, format!("{chain}: a rule that is not ours")),
             Some(label) if !wanted.iter().any(|other| other.name == label.name) => {
-                change(Kind::Unwanted, format!("{chain}/{}", label.name));
+                change(ChangeKind::Unwanted, format!("{chain}/{}", label.name));
             }
             Some(label) if !seen.insert(&label.name) => {
-                change(Kind::Unwanted, format!("{chain}/{}: once more", label.name));
+                change(ChangeKind::Unwanted, format!("{chain}/{}: once more", label.name));
             }
             Some(_) => {}
         }
     }
     let order: Vec<&Label> = actual.iter().flatten().collect();
     if changes.is_empty() && !order.iter().copied().eq(wanted) {
-        changes.push(Change { kind: Kind::Different, what: format!("{chain}: the order of its rules") });
+        changes
+            .push(Change { kind: ChangeKind::Different, what: format!("{chain}: the order of its rules") });
     }
     changes
 }
@@ -178,7 +179,7 @@ mod tests {
         };
         let wanted: Vec<Label> = wanted.split_whitespace().filter_map(label).collect();
         let actual: Vec<Option<Label>> = actual.split_whitespace().map(label).collect();
-        let changes = compare("c", &wanted, &actual);
+        let changes = compare_rules("c", &wanted, &actual);
         expected.assert_eq(&changes.iter().map(|change| format!("{change}; ")).collect::<String>());
     }
 

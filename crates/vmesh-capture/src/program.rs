@@ -6,10 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use crate::host::{Cgroup, Host, Number, Nursery};
+use crate::host::{AccountNumber, Cgroup, Host, ParentCgroup};
 use crate::spec::{
-    Account, BypassFilter, Cidr, DeadMan, INBOUND_PORT, Inward, OUTBOUND_PORT, OnLoss, Outward, Percent,
-    Ports, Seconds, Selection, Spec, Unit,
+    Account, BypassFilter, Cidr, DeadMan, INBOUND_PORT, InboundCapture, OUTBOUND_PORT, OnLoss,
+    OutboundCapture, Percent, Ports, Seconds, Selection, Spec, Unit,
 };
 
 /// Chains of rules. The kernel sends packets to the chains with a hook. The first rule that matches a packet
@@ -128,7 +128,7 @@ impl fmt::Display for Note {
 
 /// The reason why nothing is captured outbound: traffic would be captured that must not be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unsafe {
+pub enum UnsafeCapture {
     #[error(
         "outbound connections cannot be captured: it is not known which are Envoy's own, and they would go round in circles; \
          run Envoy as a user of its own, or in a slice of its own"
@@ -274,7 +274,7 @@ impl Program {
 
     /// Reports whether this program may stay on a host that leaves the mesh: it has no rules, or only those
     /// that let connections drain.
-    pub fn is_of_a_leaving_host(&self) -> bool {
+    pub fn is_absent_or_drained(&self) -> bool {
         self.is_absent() || *self == Program::drained(self.ipv6)
     }
 
@@ -305,7 +305,7 @@ impl Program {
     }
 
     /// Returns the directions that have a dead-man timer to renew.
-    pub fn dead_men(&self) -> Directions {
+    pub fn dead_man_timers(&self) -> Directions {
         self.alive.map_or(Directions::NONE, |(_, directions)| directions)
     }
 
@@ -315,17 +315,18 @@ impl Program {
     /// # Errors
     /// If outbound connections are to be captured, and the traffic that must never be captured cannot be told
     /// from the rest.
-    pub fn new(spec: &Spec, host: &Host, stage: Stage) -> Result<(Program, Vec<Note>), Unsafe> {
-        let captures = spec.outbound.capture != Outward::Off;
+    pub fn new(spec: &Spec, host: &Host, stage: Stage) -> Result<(Program, Vec<Note>), UnsafeCapture> {
+        let captures = spec.outbound.capture != OutboundCapture::Off;
         if captures && host.never.users.is_empty() && host.never.slices.is_empty() {
-            return Err(Unsafe::NoLoopGuard);
+            return Err(UnsafeCapture::NoLoopGuard);
         }
-        let mut build = Build { spec, host, stage, notes: Vec::new(), chains: Vec::new(), refused: None };
+        let mut build =
+            ProgramBuilder { spec, host, stage, notes: Vec::new(), chains: Vec::new(), refused: None };
         if captures {
             build.outbound();
         }
         build.inbound();
-        let Build { mut chains, mut notes, refused, .. } = build;
+        let ProgramBuilder { mut chains, mut notes, refused, .. } = build;
         if let Some(refused) = refused {
             return Err(refused);
         }
@@ -367,13 +368,13 @@ impl Chain {
     }
 }
 
-struct Build<'a> {
+struct ProgramBuilder<'a> {
     spec: &'a Spec,
     host: &'a Host,
     stage: Stage,
     notes: Vec<Note>,
     chains: Vec<Chain>,
-    refused: Option<Unsafe>,
+    refused: Option<UnsafeCapture>,
 }
 
 /// The callers of a rule as user ids, group ids and control groups.
@@ -403,7 +404,7 @@ fn cgroups(groups: BTreeSet<Cgroup>, chain: &mut Chain, name: &str, then: &Verdi
     }
 }
 
-impl Build<'_> {
+impl ProgramBuilder<'_> {
     fn note(&mut self, subject: &'static str, message: impl Into<String>) {
         self.notes.push(Note { subject, message: message.into() });
     }
@@ -460,12 +461,12 @@ impl Build<'_> {
             when.extend(self.alive(Direction::Outbound, OnLoss::Closed));
             captured.rule("vips", when, Verdict::Redirect(OUTBOUND_PORT));
         }
-        if out.capture == Outward::Vip {
+        if out.capture == OutboundCapture::Vip {
             chains.push(captured);
             self.chains.extend(chains);
             return;
         }
-        let mut captured = self.leave_out_newcomers(captured, &mut chains);
+        let mut captured = self.exclude_unknown_cgroups(captured, &mut chains);
         captured.rule("loopback", [Match::OutLoopback], Verdict::Return);
         captured.rule("this_host", [Match::ToThisHost], Verdict::Return);
         captured.rule("link_local", [Match::Destinations(LINK_LOCAL.into())], Verdict::Return);
@@ -494,11 +495,11 @@ impl Build<'_> {
             chains.push(last);
             last = Chain { name: next, hook: None, rules: Vec::new() };
         }
-        let dials = self.dials();
-        let mut shares: BTreeSet<Percent> = dials.keys().copied().collect();
+        let caller_shares = self.caller_shares();
+        let mut shares: BTreeSet<Percent> = caller_shares.keys().copied().collect();
         shares.insert(Percent::ALL);
         // The smallest share comes first, so a caller that is listed twice gets the smaller share.
-        for (share, callers) in dials {
+        for (share, callers) in caller_shares {
             let then = if share.get() == 0 { Verdict::Return } else { Verdict::Goto(to(share)) };
             callers.rules(&mut last, &format!("dial_{}", share.get()), &then);
         }
@@ -513,32 +514,28 @@ impl Build<'_> {
     /// Excludes processes in unknown control groups next to units that have an exclusion or a share of their
     /// own. Such a unit opens its first connection before a rule for its new control group can be made.
     /// Virtual addresses are captured before this point. Returns the chain to continue with.
-    fn leave_out_newcomers(&self, mut captured: Chain, chains: &mut Vec<Chain>) -> Chain {
-        if self.host.nurseries.is_empty() {
+    fn exclude_unknown_cgroups(&self, mut captured: Chain, chains: &mut Vec<Chain>) -> Chain {
+        if self.host.parent_cgroups.is_empty() {
             return captured;
         }
         let known = Chain { name: "captured_known".to_owned(), hook: None, rules: Vec::new() };
-        let mut nurseries = Vec::new();
+        let mut entries = Vec::new();
         let mut has_root = false;
-        for (number, Nursery { parent, children }) in self.host.nurseries.iter().enumerate() {
-            let mut nursery = Chain { name: format!("begun_{number}"), hook: None, rules: Vec::new() };
+        for (number, ParentCgroup { cgroup, children }) in self.host.parent_cgroups.iter().enumerate() {
+            let mut entry = Chain { name: format!("begun_{number}"), hook: None, rules: Vec::new() };
             if !children.is_empty() {
-                nursery.rule(
-                    "known",
-                    [Match::AnyCgroup(children.clone())],
-                    Verdict::Goto(known.name.clone()),
-                );
+                entry.rule("known", [Match::AnyCgroup(children.clone())], Verdict::Goto(known.name.clone()));
             }
-            let when: Vec<Match> = parent.iter().cloned().map(Match::Cgroup).collect();
+            let when: Vec<Match> = cgroup.iter().cloned().map(Match::Cgroup).collect();
             has_root |= when.is_empty();
-            captured.rule(format!("begun_{number}"), when, Verdict::Goto(nursery.name.clone()));
-            nurseries.push(nursery);
+            captured.rule(format!("begun_{number}"), when, Verdict::Goto(entry.name.clone()));
+            entries.push(entry);
         }
         if !has_root {
             captured.rule("known", [], Verdict::Goto(known.name.clone()));
         }
         chains.push(captured);
-        chains.extend(nurseries);
+        chains.extend(entries);
         known
     }
 
@@ -556,13 +553,13 @@ impl Build<'_> {
             let name =
                 format!("{}_{}", percent.get(), if on_loss == OnLoss::Open { "open" } else { "closed" });
             self.redirect(&mut chain, &name, vec![Match::Pairs(pairs.clone())], percent, on_loss);
-            if out.capture == Outward::All && percent < Percent::ALL {
+            if out.capture == OutboundCapture::All && percent < Percent::ALL {
                 // Connections that this random choice left out must not get a second chance from the rules
                 // below.
                 chain.rule(format!("{name}_rest"), [Match::Pairs(pairs)], Verdict::Return);
             }
         }
-        if out.capture == Outward::All {
+        if out.capture == OutboundCapture::All {
             self.redirect(&mut chain, "everything", Vec::new(), out.percent.min(share), out.on_loss);
         }
         chain
@@ -622,21 +619,21 @@ impl Build<'_> {
         callers
     }
 
-    fn dials(&mut self) -> BTreeMap<Percent, Callers> {
+    fn caller_shares(&mut self) -> BTreeMap<Percent, Callers> {
         let subject = "outbound.dial";
         let dial = &self.spec.outbound.dial;
-        let mut dials: BTreeMap<Percent, Callers> = BTreeMap::new();
+        let mut caller_shares: BTreeMap<Percent, Callers> = BTreeMap::new();
         for (account, percent) in &dial.users {
-            dials.entry(*percent).or_default().users.extend(self.user(subject, account));
+            caller_shares.entry(*percent).or_default().users.extend(self.user(subject, account));
         }
         for (account, percent) in &dial.groups {
-            dials.entry(*percent).or_default().groups.extend(self.group(subject, account));
+            caller_shares.entry(*percent).or_default().groups.extend(self.group(subject, account));
         }
         for (unit, percent) in &dial.units {
-            dials.entry(*percent).or_default().cgroups.extend(self.unit(subject, unit));
+            caller_shares.entry(*percent).or_default().cgroups.extend(self.unit(subject, unit));
         }
-        dials.retain(|percent, _| *percent < Percent::ALL);
-        dials
+        caller_shares.retain(|percent, _| *percent < Percent::ALL);
+        caller_shares
     }
 
     fn user(&mut self, subject: &'static str, account: &Account) -> Option<u32> {
@@ -653,11 +650,11 @@ impl Build<'_> {
         database: &'static str,
         what: &str,
         account: &Account,
-        number: Option<Number>,
+        number: Option<AccountNumber>,
     ) -> Option<u32> {
         match number {
-            Some(Number::Now(number)) => Some(number),
-            Some(Number::Last(number)) => {
+            Some(AccountNumber::Now(number)) => Some(number),
+            Some(AccountNumber::Last(number)) => {
                 let message = format!(
                     "the host does not know the {what} `{account}` any more, or not now: its last number, {number}, counts"
                 );
@@ -666,7 +663,7 @@ impl Build<'_> {
             }
             // An unknown name in `include` captures too little, which is harmless. An unknown name in
             // `exclude` or `dial` would capture too much.
-            Some(Number::Unanswered) if subject == INCLUDE => {
+            Some(AccountNumber::Unanswered) if subject == INCLUDE => {
                 self.note(
                     subject,
                     format!(
@@ -675,9 +672,9 @@ impl Build<'_> {
                 );
                 None
             }
-            Some(Number::Unanswered) => {
+            Some(AccountNumber::Unanswered) => {
                 let account = account.to_string();
-                self.refused.get_or_insert(Unsafe::Unanswered { subject, database, account });
+                self.refused.get_or_insert(UnsafeCapture::Unanswered { subject, database, account });
                 None
             }
             None => {
@@ -708,20 +705,21 @@ impl Build<'_> {
             }
         }
         if let BypassFilter::Ports(ports) = &inbound.bypass_filter {
-            for ports in without(ports, &inbound.ports) {
+            for ports in ports_without(ports, &inbound.ports) {
                 let message = format!("{ports} changes nothing: it is not among the ports that are captured");
                 self.note("inbound.bypass_filter", message);
             }
         }
         let strict = &inbound.strict;
-        let captured = if inbound.capture == Inward::Off { BTreeSet::new() } else { inbound.ports.clone() };
+        let captured =
+            if inbound.capture == InboundCapture::Off { BTreeSet::new() } else { inbound.ports.clone() };
         // Strict ports are captured by the rule that does not lapse.
         let closed = if inbound.on_loss == OnLoss::Closed {
             captured.clone()
         } else {
             common_ports(&captured, strict)
         };
-        let open = without(&captured, &closed);
+        let open = ports_without(&captured, &closed);
         let mut rules = Vec::new();
         for (name, ports, on_loss) in [("open", open, OnLoss::Open), ("closed", closed, OnLoss::Closed)] {
             if !ports.is_empty() {
@@ -737,9 +735,9 @@ impl Build<'_> {
         };
         match inbound.capture {
             _ if rules.is_empty() => {}
-            Inward::Off => {}
-            Inward::Redirect => {
-                let mut chain = self.inward("inbound", Hook::Inbound);
+            InboundCapture::Off => {}
+            InboundCapture::Redirect => {
+                let mut chain = self.inbound_chain("inbound", Hook::Inbound);
                 for (name, when) in rules {
                     chain.rule(name, when, Verdict::Redirect(INBOUND_PORT));
                 }
@@ -750,8 +748,8 @@ impl Build<'_> {
                     self.chains.push(counts);
                 }
             }
-            Inward::Tproxy => {
-                let mut chain = self.inward("inbound", Hook::Tproxy);
+            InboundCapture::Tproxy => {
+                let mut chain = self.inbound_chain("inbound", Hook::Tproxy);
                 for (name, when) in rules {
                     chain.rule(name, when, Verdict::Tproxy(INBOUND_PORT));
                 }
@@ -765,14 +763,14 @@ impl Build<'_> {
             }
         }
         if !strict.is_empty() {
-            let mut chain = self.inward("strict", Hook::Strict);
+            let mut chain = self.inbound_chain("strict", Hook::Strict);
             chain.rules.push(refusal(Verdict::Reset, self));
             self.chains.push(chain);
         }
     }
 
     /// Creates an inbound chain, which begins with the traffic that is never captured.
-    fn inward(&self, name: &str, hook: Hook) -> Chain {
+    fn inbound_chain(&self, name: &str, hook: Hook) -> Chain {
         let mut chain = chain(name, hook);
         chain.rule("loopback", [Match::InLoopback], Verdict::Return);
         chain.ports("ssh", singles(&self.ssh()), Verdict::Return);
@@ -804,7 +802,7 @@ pub(crate) fn common_ports(one: &BTreeSet<Ports>, other: &BTreeSet<Ports>) -> BT
 }
 
 /// Returns the ports of `these` that are not in `those`.
-pub(crate) fn without(these: &BTreeSet<Ports>, those: &BTreeSet<Ports>) -> BTreeSet<Ports> {
+pub(crate) fn ports_without(these: &BTreeSet<Ports>, those: &BTreeSet<Ports>) -> BTreeSet<Ports> {
     let mut left: Vec<Ports> = these.iter().copied().collect();
     for cut in those {
         let parts = |ports: Ports| {

@@ -14,7 +14,7 @@ use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use vmesh_model::text::{parse_duration, show_duration};
 
-use crate::program::without;
+use crate::program::ports_without;
 use crate::units::MAX_UNITS;
 
 /// The port on which Envoy accepts captured outbound connections.
@@ -41,8 +41,8 @@ pub struct Spec {
 impl Spec {
     /// Reports whether the spec captures nothing and refuses nothing.
     pub fn is_off(&self) -> bool {
-        self.outbound.capture == Outward::Off
-            && self.inbound.capture == Inward::Off
+        self.outbound.capture == OutboundCapture::Off
+            && self.inbound.capture == InboundCapture::Off
             && self.inbound.strict.is_empty()
     }
 }
@@ -52,7 +52,7 @@ pub const MAX_NAMES: usize = 256;
 
 /// The error for a spec with more names or units than are looked up.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TooMuch {
+pub enum SpecTooLarge {
     #[error(
         "it has {0} names of users and groups, and at most {MAX_NAMES} are looked up: name a group in their place, or write numbers, \
          which are not looked up"
@@ -67,7 +67,7 @@ impl Spec {
     ///
     /// # Errors
     /// If the spec has too many names or units.
-    pub fn limits(&self) -> Result<(), TooMuch> {
+    pub fn limits(&self) -> Result<(), SpecTooLarge> {
         let out = &self.outbound;
         let selections = [&out.include, &out.exclude];
         let users = selections.iter().flat_map(|of| &of.users).chain(out.dial.users.keys());
@@ -79,10 +79,10 @@ impl Spec {
             selections.iter().flat_map(|of| &of.units).chain(out.dial.units.keys()).collect();
         let names = users.len() + groups.len();
         if names > MAX_NAMES {
-            return Err(TooMuch::Names(names));
+            return Err(SpecTooLarge::Names(names));
         }
         if units.len() > MAX_UNITS {
-            return Err(TooMuch::Units(units.len()));
+            return Err(SpecTooLarge::Units(units.len()));
         }
         Ok(())
     }
@@ -92,7 +92,7 @@ impl Spec {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Outbound {
-    pub capture: Outward,
+    pub capture: OutboundCapture,
     /// The virtual addresses, which exist in Envoy only. Such an address is captured for every caller that is
     /// not excluded, regardless of `percent`, `on_loss` and the destinations in `include` and `exclude`,
     /// because an uncaptured connection to it has nowhere to go.
@@ -109,13 +109,13 @@ pub struct Outbound {
     pub exclude: Selection,
     /// The largest share of a caller's connections that is captured. The smaller of this and the
     /// destination's share applies.
-    pub dial: Dial,
+    pub dial: CallerShares,
 }
 
 /// The destinations that are captured. Each variant includes its predecessors.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outward {
+pub enum OutboundCapture {
     #[default]
     Off,
     /// Only virtual addresses. Existing traffic does not change.
@@ -172,7 +172,7 @@ impl Selection {
 /// The shares of captured connections, by caller.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Dial {
+pub struct CallerShares {
     pub users: BTreeMap<Account, Percent>,
     pub groups: BTreeMap<Account, Percent>,
     pub units: BTreeMap<Unit, Percent>,
@@ -182,7 +182,7 @@ pub struct Dial {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Inbound {
-    pub capture: Inward,
+    pub capture: InboundCapture,
     /// The captured ports.
     pub ports: BTreeSet<Ports>,
     /// The ports that other hosts can reach only through Envoy. Those that are not in `ports` are refused to
@@ -195,20 +195,21 @@ pub struct Inbound {
     pub bypass_filter: BypassFilter,
     /// Clients that are neither captured nor refused, such as a load balancer whose health checks do not use
     /// TLS.
-    pub exclude: Sources,
+    pub exclude: ClientSelection,
 }
 
 impl Inbound {
     /// Removes `ports` from the captured ports.
-    pub fn leave_out(&mut self, ports: Ports) {
-        self.ports = without(&self.ports, &[ports].into());
+    pub fn remove_ports(&mut self, ports: Ports) {
+        self.ports = ports_without(&self.ports, &[ports].into());
     }
 
     /// Returns the captured ports that a redirect must neither open nor close against the host's own filter.
     pub fn ports_under_the_filter(&self) -> BTreeSet<Ports> {
         match (self.capture, &self.bypass_filter) {
-            (Inward::Off | Inward::Tproxy, _) | (Inward::Redirect, BypassFilter::All) => BTreeSet::new(),
-            (Inward::Redirect, BypassFilter::Ports(ports)) => without(&self.ports, ports),
+            (InboundCapture::Off | InboundCapture::Tproxy, _)
+            | (InboundCapture::Redirect, BypassFilter::All) => BTreeSet::new(),
+            (InboundCapture::Redirect, BypassFilter::Ports(ports)) => ports_without(&self.ports, ports),
         }
     }
 }
@@ -278,7 +279,7 @@ impl<'de> Deserialize<'de> for BypassFilter {
 /// A selection of clients by their network and their interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Sources {
+pub struct ClientSelection {
     pub cidrs: BTreeSet<Cidr>,
     pub interfaces: BTreeSet<Interface>,
 }
@@ -286,7 +287,7 @@ pub struct Sources {
 /// The way in which inbound connections are captured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Inward {
+pub enum InboundCapture {
     #[default]
     Off,
     /// Redirects the packets to port 15006, which works everywhere. Envoy sees the client's address, and asks
@@ -590,7 +591,7 @@ impl FromStr for Account {
 ///
 /// Rules match a control group by an id that is lost when its unit stops. So next to a unit with an exclusion
 /// or a share of its own, processes in control groups that the rules do not know yet bypass Envoy for real
-/// addresses: see [`crate::host::Nursery`].
+/// addresses: see [`crate::host::ParentCgroup`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Unit(String);
 

@@ -13,7 +13,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use crate::host::{Cgroup, Nursery};
+use crate::host::{Cgroup, ParentCgroup};
 use crate::spec::Unit;
 
 /// The limit of units in one spec. Each unit costs rules and a query to systemd.
@@ -62,12 +62,12 @@ impl fmt::Display for CgroupPath {
 /// A path that cannot be the control group of a unit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{}` is not the control group of a unit", .0.escape_debug())]
-pub struct NoCgroupPath(String);
+pub struct InvalidCgroupPath(String);
 
 impl FromStr for CgroupPath {
-    type Err = NoCgroupPath;
+    type Err = InvalidCgroupPath;
 
-    fn from_str(text: &str) -> Result<Self, NoCgroupPath> {
+    fn from_str(text: &str) -> Result<Self, InvalidCgroupPath> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@' | ':' | '\\');
         let is_folder = |folder: &str| {
             (1..=255).contains(&folder.len()) && folder != "." && folder != ".." && folder.chars().all(plain)
@@ -75,7 +75,7 @@ impl FromStr for CgroupPath {
         if text.len() <= MAX_PATH && text.split('/').count() <= MAX_DEPTH && text.split('/').all(is_folder) {
             Ok(CgroupPath(text.to_owned()))
         } else {
-            Err(NoCgroupPath(text.chars().take(200).collect()))
+            Err(InvalidCgroupPath(text.chars().take(200).collect()))
         }
     }
 }
@@ -93,7 +93,7 @@ impl<'de> Deserialize<'de> for CgroupPath {
 }
 
 /// Returns the arguments of `systemctl` that query the control groups of `units`.
-pub(crate) fn question<'a>(units: &BTreeSet<&'a Unit>) -> Vec<&'a str> {
+pub(crate) fn show_arguments<'a>(units: &BTreeSet<&'a Unit>) -> Vec<&'a str> {
     let mut arguments = vec!["--system", "--no-pager", "show", "--property=Names,ControlGroup,Slice", "--"];
     arguments.extend(units.iter().map(|unit| unit.as_str()));
     arguments
@@ -101,7 +101,7 @@ pub(crate) fn question<'a>(units: &BTreeSet<&'a Unit>) -> Vec<&'a str> {
 
 /// The control groups of units that run, and those in which units are started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct UnitPlaces {
+pub(crate) struct UnitCgroups {
     /// The control groups of the units that run.
     pub(crate) running: BTreeMap<Unit, CgroupPath>,
     /// The control group in which each unit is started; `None` for the root.
@@ -110,8 +110,8 @@ pub(crate) struct UnitPlaces {
 
 /// Parses the output of `systemctl`: one paragraph for each unit. A unit that does not run has no control
 /// group.
-pub(crate) fn answer(text: &str, wanted: &BTreeSet<&Unit>) -> UnitPlaces {
-    let mut found = UnitPlaces::default();
+pub(crate) fn parse_show(text: &str, wanted: &BTreeSet<&Unit>) -> UnitCgroups {
+    let mut found = UnitCgroups::default();
     for paragraph in text.split("\n\n") {
         let value = |key: &str| paragraph.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         let group = value("ControlGroup").and_then(|path| path.strip_prefix('/')?.parse::<CgroupPath>().ok());
@@ -147,10 +147,10 @@ const MAX_CHILDREN: usize = 4096;
 
 /// Lists the control groups in which the units of `parents` are started, with their current children, the
 /// deepest first. A parent that does not exist yet is replaced by its nearest ancestor that does.
-pub(crate) fn nurseries<'a>(
+pub(crate) fn parent_cgroups<'a>(
     root: &Path,
     parents: impl IntoIterator<Item = &'a Option<CgroupPath>>,
-) -> Vec<Nursery> {
+) -> Vec<ParentCgroup> {
     let mut there: BTreeSet<Option<CgroupPath>> = BTreeSet::new();
     for parent in parents {
         let mut parent = parent.clone();
@@ -159,10 +159,10 @@ pub(crate) fn nurseries<'a>(
         }
         there.insert(parent);
     }
-    let mut nurseries: Vec<Nursery> = there
+    let mut parent_cgroups: Vec<ParentCgroup> = there
         .into_iter()
         .filter_map(|path| {
-            let parent = match &path {
+            let own = match &path {
                 Some(path) => Some(cgroup(root, path)?),
                 None => None,
             };
@@ -174,12 +174,12 @@ pub(crate) fn nurseries<'a>(
                 let whole = path.as_ref().map_or_else(|| name.clone(), |path| format!("{path}/{name}"));
                 cgroup(root, &whole.parse().ok()?)
             });
-            Some(Nursery { parent, children: children.collect() })
+            Some(ParentCgroup { cgroup: own, children: children.collect() })
         })
         .collect();
-    let level = |nursery: &Nursery| nursery.parent.as_ref().map_or(0, |parent| parent.path.level());
-    nurseries.sort_by_key(|nursery| std::cmp::Reverse(level(nursery)));
-    nurseries
+    let level = |parent: &ParentCgroup| parent.cgroup.as_ref().map_or(0, |cgroup| cgroup.path.level());
+    parent_cgroups.sort_by_key(|parent| std::cmp::Reverse(level(parent)));
+    parent_cgroups
 }
 
 /// Returns the control group at `path` below the mount point `root`, if it exists.
@@ -242,7 +242,7 @@ mod tests {
             ControlGroup=/system.slice/real.service\nNames=real.service alias.service\n\n\
             Names=off.service\nControlGroup=\nSlice=a-b.slice\n\nNames=bad.service\nControlGroup=/system.slice/x\" return #/bad.service\n\n\
             Names=other.service\nControlGroup=/system.slice/other.service\n";
-        let found = answer(text, &wanted.iter().collect());
+        let found = parse_show(text, &wanted.iter().collect());
         let running: Vec<String> =
             found.running.iter().map(|(unit, path)| format!("{unit} {path}")).collect();
         assert_eq!(
@@ -262,7 +262,7 @@ mod tests {
                 "off.service in a.slice/a-b.slice",
             ]
         );
-        assert_eq!(answer("", &wanted.iter().collect()), UnitPlaces::default());
+        assert_eq!(parse_show("", &wanted.iter().collect()), UnitCgroups::default());
         assert_eq!(slice_path("-.slice"), None);
     }
 }

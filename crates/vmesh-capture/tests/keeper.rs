@@ -11,10 +11,11 @@ use proptest::test_runner::TestRunner;
 use vmesh_capture::apply::Backend;
 use vmesh_capture::confirm::{self, is_routine};
 use vmesh_capture::foreign::{self, Ruleset};
-use vmesh_capture::host::{Host, Number, Nursery};
+use vmesh_capture::host::{AccountNumber, Host, ParentCgroup};
 use vmesh_capture::iptables::Footprint;
 use vmesh_capture::machine::{
-    Action, AgentFacts, Applied, Change, DeadMen, Event, Life, Machine, SavedState, State, TICK, directions,
+    Action, AgentFacts, ApplyResult, CaptureState, DeadManTimers, Event, Lifecycle, Machine, RulesetChange,
+    SavedState, TICK, directions,
 };
 use vmesh_capture::{Directions, Program, Spec, Stage};
 use vmesh_model::load::strict;
@@ -70,7 +71,7 @@ enum ForeignChange {
 
 /// One step of a generated sequence.
 #[derive(Debug, Clone)]
-enum Op {
+enum ModelStep {
     Want {
         spec: usize,
         endpoints: u8,
@@ -104,7 +105,7 @@ enum Op {
     Handover,
 }
 
-fn op() -> impl Strategy<Value = Op> {
+fn op() -> impl Strategy<Value = ModelStep> {
     let failure =
         prop_oneof![Just(Failure::Unread), Just(Failure::Undone), Just(Failure::Done), Just(Failure::Half)];
     let change = prop_oneof![
@@ -115,28 +116,28 @@ fn op() -> impl Strategy<Value = Op> {
         Just(ForeignChange::CannotBeRead),
     ];
     prop_oneof![
-        8 => (0..SPECS.len(), 0..3_u8).prop_map(|(spec, endpoints)| Op::Want { spec, endpoints }),
-        6 => Just(Op::Confirm),
-        1 => Just(Op::Revert),
-        1 => Just(Op::Retry),
-        5 => (1..40_u8).prop_map(Op::Ticks),
-        1 => any::<bool>().prop_map(Op::Bypass),
-        1 => (0..14_u8).prop_map(|after| Op::BypassAmid { after }),
-        1 => (0..2_usize).prop_map(Op::Connections),
-        3 => change.prop_map(Op::Others),
-        1 => Just(Op::UnitsStarted),
-        1 => Just(Op::RefreshFailed),
-        6 => (0..14_u8, failure).prop_map(|(after, failure)| Op::Fail { after, failure }),
-        3 => (0..14_u8, any::<bool>()).prop_map(|(after, done)| Op::Kill { after, done }),
-        1 => Just(Op::Damage),
-        1 => Just(Op::Stop),
-        1 => Just(Op::Handover),
+        8 => (0..SPECS.len(), 0..3_u8).prop_map(|(spec, endpoints)| ModelStep::Want { spec, endpoints }),
+        6 => Just(ModelStep::Confirm),
+        1 => Just(ModelStep::Revert),
+        1 => Just(ModelStep::Retry),
+        5 => (1..40_u8).prop_map(ModelStep::Ticks),
+        1 => any::<bool>().prop_map(ModelStep::Bypass),
+        1 => (0..14_u8).prop_map(|after| ModelStep::BypassAmid { after }),
+        1 => (0..2_usize).prop_map(ModelStep::Connections),
+        3 => change.prop_map(ModelStep::Others),
+        1 => Just(ModelStep::UnitsStarted),
+        1 => Just(ModelStep::RefreshFailed),
+        6 => (0..14_u8, failure).prop_map(|(after, failure)| ModelStep::Fail { after, failure }),
+        3 => (0..14_u8, any::<bool>()).prop_map(|(after, done)| ModelStep::Kill { after, done }),
+        1 => Just(ModelStep::Damage),
+        1 => Just(ModelStep::Stop),
+        1 => Just(ModelStep::Handover),
     ]
 }
 
 /// The rules of vmesh in the kernel of the model.
 #[derive(Debug, Clone, PartialEq)]
-enum Rules {
+enum KernelState {
     None,
     Are(Program),
     /// Rules of unknown content, left by a change that failed halfway.
@@ -144,15 +145,15 @@ enum Rules {
 }
 
 /// A host, and the vmesh-net that runs on it.
-struct Model {
+struct HostModel {
     machine: Machine,
     now: Instant,
-    rules: Rules,
+    rules: KernelState,
     /// Empty chains that came with the first rule, as iptables creates them.
     has_leftovers: bool,
     /// Another backend has rules of vmesh.
     has_others: bool,
-    ordered: Option<DeadMen>,
+    ordered: Option<DeadManTimers>,
     disk: Option<SavedState>,
     is_damaged: bool,
     /// Until this moment the process does not know the captured traffic, and must not change anything.
@@ -180,7 +181,7 @@ fn start(disk: Option<&SavedState>, is_damaged: bool, is_bypassed: bool, now: In
     let saved = match disk {
         // vmesh-net takes only the footprint from a damaged file.
         Some(saved) if is_damaged => SavedState {
-            commit: confirm::State { footprint: saved.commit.footprint.clone(), ..Default::default() },
+            commit: confirm::CommitRecord { footprint: saved.commit.footprint.clone(), ..Default::default() },
             ..SavedState::default()
         },
         Some(saved) => {
@@ -192,19 +193,19 @@ fn start(disk: Option<&SavedState>, is_damaged: bool, is_bypassed: bool, now: In
     Machine::start(saved, disk.is_none() || !is_damaged, is_bypassed, DRAIN, now)
 }
 
-impl Model {
-    fn new(has_units: bool, has_others: bool) -> Model {
+impl HostModel {
+    fn new(has_units: bool, has_others: bool) -> HostModel {
         let now = Instant::now();
         let mut facts = Host { ipv6: true, ..Host::default() };
         facts.never.users.insert(4000);
-        facts.users.insert("ghost".to_owned(), Number::Unanswered);
+        facts.users.insert("ghost".to_owned(), AccountNumber::Unanswered);
         if has_units {
-            facts.nurseries.push(Nursery { parent: None, children: Default::default() });
+            facts.parent_cgroups.push(ParentCgroup { cgroup: None, children: Default::default() });
         }
-        let mut model = Model {
+        let mut model = HostModel {
             machine: start(None, false, false, now),
             now,
-            rules: Rules::None,
+            rules: KernelState::None,
             has_leftovers: false,
             has_others,
             ordered: None,
@@ -304,7 +305,7 @@ impl Model {
     fn run_bypass(&mut self) {
         self.bypass = None;
         (self.is_bypassed, self.is_disturbed, self.has_notice) = (true, true, true);
-        self.rules = Rules::None;
+        self.rules = KernelState::None;
     }
 
     fn take_notice(&mut self) {
@@ -317,7 +318,10 @@ impl Model {
         let is_done = !matches!(failure, Some(Failure::Undone | Failure::Unread));
         if matches!(
             action,
-            Action::Apply { .. } | Action::TakeAway { .. } | Action::EndOthers { .. } | Action::Save(_)
+            Action::Apply { .. }
+                | Action::RemoveRules { .. }
+                | Action::CleanOtherBackends { .. }
+                | Action::Save(_)
         ) {
             let is_known = self.unknown_until.is_none_or(|until| self.now >= until);
             assert!(is_known, "{action:?} before anybody knows what is wanted");
@@ -346,53 +350,54 @@ impl Model {
                 Event::Saved(result(failure, ()))
             }
             Action::ReadSessions(_) => Event::SessionsRead(Vec::new()),
-            Action::LookAtEnvoy(wanted) => {
-                Event::EnvoySeen(if failure.is_none() { wanted } else { Directions::NONE })
+            Action::CheckEnvoy(wanted) => {
+                Event::EnvoyChecked(if failure.is_none() { wanted } else { Directions::NONE })
             }
             Action::CheckListeners(_) => Event::ListenersChecked(result(failure, ())),
             Action::TryPath(_) => Event::PathTried(result(failure, ())),
             Action::CountConnections => Event::ConnectionsCounted(self.open),
             Action::Apply { program, .. } => {
                 self.check_before_apply(&program);
-                let is_of_a_leaving_host = program.is_of_a_leaving_host();
-                let then = if program.is_absent() { Rules::None } else { Rules::Are(program) };
+                let is_absent_or_drained = program.is_absent_or_drained();
+                let then = if program.is_absent() { KernelState::None } else { KernelState::Are(program) };
                 if self.rules == then || failure == Some(Failure::Unread) {
-                    let outcome = result(failure, Change::Elements);
-                    return Some(Event::Applied(Applied { changes: None, outcome }));
+                    let outcome = result(failure, RulesetChange::Elements);
+                    return Some(Event::Applied(ApplyResult { changes: None, outcome }));
                 }
-                if self.is_bypassed && !is_of_a_leaving_host {
-                    let outcome = Ok(Change::Bypassed);
-                    return Some(Event::Applied(Applied { changes: None, outcome }));
+                if self.is_bypassed && !is_absent_or_drained {
+                    let outcome = Ok(RulesetChange::Bypassed);
+                    return Some(Event::Applied(ApplyResult { changes: None, outcome }));
                 }
                 if is_done {
                     self.has_leftovers = true;
-                    self.rules = if failure == Some(Failure::Half) { Rules::Broken } else { then };
+                    self.rules = if failure == Some(Failure::Half) { KernelState::Broken } else { then };
                 }
-                let outcome = result(failure, Change::Replaced);
-                Event::Applied(Applied { changes: Some(vec!["~ all".to_owned()]), outcome })
+                let outcome = result(failure, RulesetChange::Replaced);
+                Event::Applied(ApplyResult { changes: Some(vec!["~ all".to_owned()]), outcome })
             }
-            Action::EndOthers { program, .. } => {
+            Action::CleanOtherBackends { program, .. } => {
                 if is_done && failure != Some(Failure::Half) && program.is_absent() {
                     self.has_others = false;
                 }
-                Event::OthersEnded(result(failure, ()))
+                Event::OtherBackendsCleaned(result(failure, ()))
             }
-            Action::TakeAway { footprint } => {
-                let had = self.rules != Rules::None;
+            Action::RemoveRules { footprint } => {
+                let had = self.rules != KernelState::None;
                 if is_done {
-                    self.rules = if failure == Some(Failure::Half) { Rules::Broken } else { Rules::None };
+                    self.rules =
+                        if failure == Some(Failure::Half) { KernelState::Broken } else { KernelState::None };
                     let clean = footprint.is_some_and(|before| before == Footprint::default());
                     if clean && failure != Some(Failure::Half) {
                         self.has_leftovers = false;
                     }
                 }
-                Event::TakenAway(result(failure, had))
+                Event::RulesRemoved(result(failure, had))
             }
-            Action::Order(dead_men) => {
-                self.ordered = dead_men;
+            Action::SetTimers(dead_man_timers) => {
+                self.ordered = dead_man_timers;
                 return None;
             }
-            Action::ForgetRules | Action::Watch(_) | Action::Tell(..) => return None,
+            Action::ForgetRules | Action::Watch(_) | Action::Log(..) => return None,
             Action::Reply(_) | Action::Exit => return None,
         })
     }
@@ -432,24 +437,24 @@ impl Model {
         if self.machine.error().is_some()
             || self.is_disturbed
             || self.has_exited
-            || matches!(self.machine.life(), Life::AwaitsAgent { .. })
+            || matches!(self.machine.life(), Lifecycle::AwaitsAgent { .. })
         {
             return;
         }
-        if self.machine.state() == State::Off {
+        if self.machine.state() == CaptureState::Off {
             self.check_nothing_is_left();
         }
-        let ordered = self.ordered.map_or(Directions::NONE, |dead_men| dead_men.directions);
+        let ordered = self.ordered.map_or(Directions::NONE, |dead_man_timers| dead_man_timers.directions);
         if spec.is_off() {
-            let drained = Rules::Are(Program::drained(true));
-            assert!(self.rules == Rules::None || self.rules == drained, "{:?}", self.rules);
+            let drained = KernelState::Are(Program::drained(true));
+            assert!(self.rules == KernelState::None || self.rules == drained, "{:?}", self.rules);
             assert!(ordered.is_empty(), "{ordered:?}");
             return;
         }
         assert!(!self.has_others, "rules by two backends");
         let program = self.program(spec, stage);
-        assert_eq!(ordered, program.dead_men());
-        let expected = if program.is_absent() { Rules::None } else { Rules::Are(program) };
+        assert_eq!(ordered, program.dead_man_timers());
+        let expected = if program.is_absent() { KernelState::None } else { KernelState::Are(program) };
         assert_eq!(self.rules, expected);
     }
 
@@ -461,18 +466,18 @@ impl Model {
             // The port is captured according to the last verdict, or not at all. A unit test of the judge
             // checks which.
             return match &self.rules {
-                Rules::Are(program) => program.clone(),
+                KernelState::Are(program) => program.clone(),
                 _ => Program::absent(),
             };
         }
-        for conflict in foreign::inbound(&self.filter(), &inbound.ports_under_the_filter()) {
-            inbound.leave_out(conflict.ports());
+        for conflict in foreign::inbound_conflicts(&self.filter(), &inbound.ports_under_the_filter()) {
+            inbound.remove_ports(conflict.ports());
         }
         Program::new(&spec, &self.facts, stage).unwrap().0
     }
 
     fn check_nothing_is_left(&self) {
-        assert_eq!(self.rules, Rules::None);
+        assert_eq!(self.rules, KernelState::None);
         assert!(!self.has_leftovers, "empty chains are left");
         assert!(!self.has_others, "another backend's rules are left");
         assert_eq!(self.ordered, None);
@@ -488,7 +493,7 @@ impl Model {
         self.check();
     }
 
-    fn until(&mut self, what: &str, holds: impl Fn(&Model) -> bool) {
+    fn until(&mut self, what: &str, holds: impl Fn(&HostModel) -> bool) {
         for _ in 0..LONG {
             if holds(self) {
                 return;
@@ -498,16 +503,19 @@ impl Model {
         panic!("{what}: {:?}, {:?}, {:?}", self.machine.state(), self.machine.error(), self.rules);
     }
 
-    fn run(&mut self, op: &Op) {
+    fn run(&mut self, op: &ModelStep) {
         self.take_notice();
         let on_trial = self.machine.commit().trial.clone();
         let number = self.machine.trial().map_or(0, |(number, _)| number);
         match op.clone() {
-            Op::Want { spec: which, endpoints } => {
+            ModelStep::Want { spec: which, endpoints } => {
                 let spec = spec(which, endpoints);
-                let known = AgentFacts::default();
-                let answer =
-                    self.deliver(Event::Want { spec: Box::new(spec.clone()), known, patience: PATIENCE });
+                let agent_facts = AgentFacts::default();
+                let answer = self.deliver(Event::Want {
+                    spec: Box::new(spec.clone()),
+                    agent_facts,
+                    patience: PATIENCE,
+                });
                 let confirmed = &self.machine.commit().confirmed;
                 if confirmed.is_off() && spec.is_off() || is_routine(&self.confirmed, confirmed) {
                     self.confirmed = confirmed.clone();
@@ -520,29 +528,31 @@ impl Model {
                     "what could not be applied is not tried"
                 );
             }
-            Op::Confirm => {
+            ModelStep::Confirm => {
                 if self.deliver(Event::Confirm { trial: number }) == Some(Ok(())) {
                     self.confirmed = on_trial.unwrap();
                 }
             }
-            Op::Revert => {
+            ModelStep::Revert => {
                 self.deliver(Event::Revert { trial: number, why: "it does not work".to_owned() });
             }
-            Op::Retry => _ = self.deliver(Event::Retry),
-            Op::Ticks(ticks) => (0..ticks).for_each(|_| self.tick()),
-            Op::Bypass(bypassed) => {
+            ModelStep::Retry => _ = self.deliver(Event::Retry),
+            ModelStep::Ticks(ticks) => (0..ticks).for_each(|_| self.tick()),
+            ModelStep::Bypass(bypassed) => {
                 self.is_disturbed = true;
                 self.is_bypassed = bypassed;
             }
-            Op::BypassAmid { after } => self.bypass = Some(after),
-            Op::Connections(open) => {
+            ModelStep::BypassAmid { after } => self.bypass = Some(after),
+            ModelStep::Connections(open) => {
                 self.is_disturbed = true;
                 self.open = open;
             }
-            Op::Others(change) => {
+            ModelStep::Others(change) => {
                 match change {
-                    ForeignChange::TakesOurs => self.rules = Rules::None,
-                    ForeignChange::MakesOursOther if self.rules != Rules::None => self.rules = Rules::Broken,
+                    ForeignChange::TakesOurs => self.rules = KernelState::None,
+                    ForeignChange::MakesOursOther if self.rules != KernelState::None => {
+                        self.rules = KernelState::Broken
+                    }
                     ForeignChange::MakesOursOther => {}
                     ForeignChange::ClosesAPort => self.closes_a_port = true,
                     ForeignChange::OpensIt => (self.closes_a_port, self.cannot_be_read) = (false, false),
@@ -551,24 +561,24 @@ impl Model {
                 self.is_disturbed = true;
                 self.deliver(Event::RulesChanged { by: None, bypassed: self.is_bypassed });
             }
-            Op::UnitsStarted => {
+            ModelStep::UnitsStarted => {
                 self.is_disturbed = true;
                 self.deliver(Event::UnitsStarted);
             }
-            Op::RefreshFailed => _ = self.deliver(Event::RefreshFailed("no list".to_owned())),
-            Op::Fail { after, failure } => self.fail = Some((after, failure)),
-            Op::Kill { after, done } => self.kill = Some((after, done)),
-            Op::Damage => {
+            ModelStep::RefreshFailed => _ = self.deliver(Event::RefreshFailed("no list".to_owned())),
+            ModelStep::Fail { after, failure } => self.fail = Some((after, failure)),
+            ModelStep::Kill { after, done } => self.kill = Some((after, done)),
+            ModelStep::Damage => {
                 self.is_damaged = self.disk.is_some();
                 self.restart();
             }
-            Op::Stop => {
+            ModelStep::Stop => {
                 self.kill = None;
                 self.deliver(Event::Stop);
                 self.until("the process to end", |model| model.has_exited);
                 self.restart();
             }
-            Op::Handover => {
+            ModelStep::Handover => {
                 (self.kill, self.bypass) = (None, None);
                 let before = self.rules.clone();
                 self.deliver(Event::Handover);
@@ -594,11 +604,8 @@ impl Model {
         assert_eq!(self.machine.trial(), None, "nobody confirmed it");
         let (spec, stage) = self.machine.wanted();
         assert_eq!(stage, Stage::Confirmed);
-        assert!(
-            confirm::without_what_is_not_wanted(&self.confirmed, &spec) == spec,
-            "{spec:?} was never confirmed"
-        );
-        assert!(!matches!(self.machine.life(), Life::AwaitsAgent { .. }));
+        assert!(confirm::restrict_to(&self.confirmed, &spec) == spec, "{spec:?} was never confirmed");
+        assert!(!matches!(self.machine.life(), Lifecycle::AwaitsAgent { .. }));
     }
 }
 
@@ -613,7 +620,7 @@ fn unreadable() -> Ruleset {
 }
 
 /// Runs generated sequences of steps, each followed by `end`.
-fn check(cases: u32, end: impl Fn(&mut Model)) {
+fn check(cases: u32, end: impl Fn(&mut HostModel)) {
     let config = ProptestConfig {
         failure_persistence: None,
         max_shrink_iters: 20_000,
@@ -621,7 +628,7 @@ fn check(cases: u32, end: impl Fn(&mut Model)) {
     };
     let sequences = (any::<bool>(), any::<bool>(), proptest::collection::vec(op(), 1..30));
     let result = TestRunner::new(config).run(&sequences, |(has_units, has_others, ops)| {
-        let mut model = Model::new(has_units, has_others);
+        let mut model = HostModel::new(has_units, has_others);
         for op in &ops {
             model.run(op);
         }
@@ -635,7 +642,7 @@ fn check(cases: u32, end: impl Fn(&mut Model)) {
 
 #[test]
 fn whatever_fails_a_host_ends_as_it_is_wanted_or_as_it_was_and_never_in_between() {
-    check(3000, Model::settle);
+    check(3000, HostModel::settle);
 }
 
 #[test]
@@ -644,9 +651,9 @@ fn whatever_failed_before_off_leaves_nothing() {
         (model.fail, model.kill, model.bypass) = (None, None, None);
         (model.open, model.is_bypassed) = (0, false);
         model.tick();
-        model.run(&Op::Want { spec: 0, endpoints: 0 });
+        model.run(&ModelStep::Want { spec: 0, endpoints: 0 });
         model.until("the rules to go", |model| {
-            model.machine.state() == State::Off && model.machine.error().is_none()
+            model.machine.state() == CaptureState::Off && model.machine.error().is_none()
         });
         model.check_nothing_is_left();
         assert_eq!(model.machine.commit().footprint, None);

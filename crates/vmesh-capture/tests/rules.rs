@@ -4,25 +4,25 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use expect_test::{Expect, expect};
-use vmesh_capture::host::{Cgroup, Never, Number};
-use vmesh_capture::program::Unsafe;
+use vmesh_capture::host::{AccountNumber, Cgroup, NeverCaptured};
+use vmesh_capture::program::UnsafeCapture;
 use vmesh_capture::{Host, Program, Spec, Stage, iptables, nft};
 use vmesh_model::load::strict;
 
 fn host() -> Host {
     Host {
-        users: [("app".to_owned(), Number::Now(1001))].into(),
+        users: [("app".to_owned(), AccountNumber::Now(1001))].into(),
         units: [(
             "app.service".parse().unwrap(),
             Cgroup { path: "system.slice/app.service".parse().unwrap(), id: 4711 },
         )]
         .into(),
         ipv6: true,
-        never: Never {
+        never: NeverCaptured {
             users: [999].into(),
             own: [15020].into(),
             control_planes: ["10.0.0.5:15012".parse().unwrap()].into(),
-            ..Never::default()
+            ..NeverCaptured::default()
         },
         ..Host::default()
     }
@@ -45,14 +45,14 @@ fn without_hashes(text: &str) -> String {
 
 fn check_nft(yaml: &str, expected: Expect) {
     let (program, notes) = Program::new(&spec(yaml), &host(), Stage::Confirmed).unwrap();
-    let plan = nft::plan(&program, &nft::Actual::absent(), true);
+    let plan = nft::plan(&program, &nft::NftRules::absent(), true);
     let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
     expected.assert_eq(&without_hashes(&format!("{notes}{plan}")));
 }
 
 fn check_iptables(yaml: &str, expected: Expect) {
     let (program, notes) = Program::new(&spec(yaml), &host(), Stage::Confirmed).unwrap();
-    let plan = iptables::plan(&program, &iptables::Actual::absent(true));
+    let plan = iptables::plan(&program, &iptables::IptablesRules::absent(true));
     let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
     expected.assert_eq(&without_hashes(&format!("{notes}{plan}")));
 }
@@ -635,7 +635,7 @@ fn what_has_no_effect_on_this_host_is_said_and_costs_nothing_else() {
     .assert_eq(&notes);
     // A user that does not exist in `include` selects nothing; it does not make the selection empty, which
     // would mean all.
-    let plan = nft::plan(&program, &nft::Actual::absent(), true).to_string();
+    let plan = nft::plan(&program, &nft::NftRules::absent(), true).to_string();
     assert!(!plan.contains("goto captured"), "{plan}");
 }
 
@@ -644,9 +644,9 @@ fn who_is_left_out_is_never_captured_because_nobody_says_who_it_is() {
     let named = |number| Host { users: [("app".to_owned(), number)].into(), ..host() };
     let of = |yaml: &str, number| Program::new(&spec(yaml), &named(number), Stage::Confirmed);
     let excluded = "outbound: {capture: all, exclude: {users: [app]}}";
-    let (now, notes) = of(excluded, Number::Now(7)).unwrap();
+    let (now, notes) = of(excluded, AccountNumber::Now(7)).unwrap();
     assert_eq!(notes, []);
-    let (last, notes) = of(excluded, Number::Last(7)).unwrap();
+    let (last, notes) = of(excluded, AccountNumber::Last(7)).unwrap();
     assert_eq!(last, now);
     let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
     expect![[r#"
@@ -654,19 +654,20 @@ fn who_is_left_out_is_never_captured_because_nobody_says_who_it_is() {
     "#]]
     .assert_eq(&notes);
     for yaml in [excluded, "outbound: {capture: all, dial: {users: {app: 1}}}"] {
-        let refused = of(yaml, Number::Unanswered).unwrap_err();
+        let refused = of(yaml, AccountNumber::Unanswered).unwrap_err();
         assert!(refused.to_string().contains("does `getent passwd app` answer?"), "{refused}");
     }
     // An unknown user in `include` does no harm: it captures too little.
-    let (_, notes) = of("outbound: {capture: all, include: {users: [app]}}", Number::Unanswered).unwrap();
+    let (_, notes) =
+        of("outbound: {capture: all, include: {users: [app]}}", AccountNumber::Unanswered).unwrap();
     assert!(notes.iter().any(|note| note.message.contains("does not answer")), "{notes:?}");
 }
 
 #[test]
 fn nothing_outbound_is_captured_where_envoys_own_connections_would_be() {
-    let host = Host { never: Never::default(), ..host() };
+    let host = Host { never: NeverCaptured::default(), ..host() };
     let refused = Program::new(&spec("outbound: {capture: vip}"), &host, Stage::Confirmed);
-    assert_eq!(refused, Err(Unsafe::NoLoopGuard));
+    assert_eq!(refused, Err(UnsafeCapture::NoLoopGuard));
     assert!(
         Program::new(&spec("inbound: {capture: redirect, ports: [80]}"), &host, Stage::Confirmed).is_ok()
     );
@@ -679,8 +680,8 @@ fn a_spec_that_captures_nothing_is_nothing() {
     {
         let (program, _) = Program::new(&spec(yaml), &host(), Stage::Confirmed).unwrap();
         assert!(program.is_absent(), "{yaml}");
-        assert!(nft::plan(&program, &nft::Actual::absent(), true).is_empty());
-        assert!(iptables::plan(&program, &iptables::Actual::absent(true)).is_empty());
+        assert!(nft::plan(&program, &nft::NftRules::absent(), true).is_empty());
+        assert!(iptables::plan(&program, &iptables::IptablesRules::absent(true)).is_empty());
     }
 }
 
@@ -689,13 +690,13 @@ fn what_nft_prints_is_read_or_refused_and_never_panics() {
     for wrong in
         ["", "[]", "{\"nftables\": [{\"rule\": {\"chain\": \"x\"}}]}", "{\"nftables\": [{\"set\": {}}]}"]
     {
-        assert!(nft::Actual::parse(wrong).is_err(), "{wrong}");
+        assert!(nft::NftRules::parse(wrong).is_err(), "{wrong}");
     }
     let odd = "{\"nftables\": [{\"metainfo\": {}}, {\"table\": {}}, {\"set\": {\"name\": \"a\", \"type\": [\"x\"], \"elem\": [1]}}]}";
-    assert!(nft::Actual::parse(odd).unwrap().exists());
+    assert!(nft::NftRules::parse(odd).unwrap().exists());
     for odd in
         ["*nat\n:\n-A\n-A x\n:VMESH_\n-A VMESH_ \n", "-A before any table", "*\n*\n", "*nat\n-A O -j\n"]
     {
-        iptables::Family::parse(odd);
+        iptables::FamilyRules::parse(odd);
     }
 }

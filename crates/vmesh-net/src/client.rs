@@ -9,7 +9,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
 
-use crate::protocol::{Answer, Ask, MAX_LINE};
+use crate::protocol::{MAX_LINE, Request, Response};
 
 /// The time limit of a response. Rules are changed by tools that may have to wait for a lock.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(40);
@@ -59,7 +59,7 @@ impl Client {
     }
 
     /// Sends a request, and waits for its response. After an error the connection must not be used again.
-    pub async fn ask(&mut self, ask: &Ask) -> Result<Answer, ClientError> {
+    pub async fn ask(&mut self, ask: &Request) -> Result<Response, ClientError> {
         let path = || self.path.clone();
         let garbled = |cause| ClientError::Garbled { path: path(), cause };
         let mut line = serde_json::to_vec(ask).map_err(garbled)?;
@@ -83,6 +83,6 @@ impl Client {
 }
 
 /// Sends a single request on a new connection.
-pub async fn ask(path: &Path, ask: &Ask) -> Result<Answer, ClientError> {
+pub async fn ask(path: &Path, ask: &Request) -> Result<Response, ClientError> {
     Client::connect(path).await?.ask(ask).await
 }

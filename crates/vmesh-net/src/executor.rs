@@ -9,22 +9,24 @@ use std::time::Instant;
 use tracing::{debug, error, info, warn};
 use vmesh_capture::Directions;
 use vmesh_capture::Program;
-use vmesh_capture::apply::{Actual, Applier, Backend, Error, Ran};
-use vmesh_capture::arrivals::{IpFamily, Losses};
-use vmesh_capture::facts::Own;
+use vmesh_capture::apply::{Applier, Backend, Error, InstalledRules, RecentRuns};
+use vmesh_capture::arrivals::{ArrivalLosses, IpFamily};
+use vmesh_capture::facts::OwnTraffic;
 use vmesh_capture::foreign::{self, ForeignRule, InboundSuspects, Ruleset};
 use vmesh_capture::generations::Generation;
-use vmesh_capture::host::{Host, Memory, Nursery};
+use vmesh_capture::host::{Host, HostMemory, ParentCgroup};
 use vmesh_capture::iptables::Footprint;
-use vmesh_capture::machine::{Action, AgentFacts, Applied, Change, DeadMen, Event, Level, PathTest};
+use vmesh_capture::machine::{
+    Action, AgentFacts, ApplyResult, DeadManTimers, Event, LogLevel, PathTest, RulesetChange,
+};
 use vmesh_capture::spec::{INBOUND_PORT, Seconds, Spec};
 use vmesh_daemon::report::one_line;
 
-use crate::keeper::{Links, Options};
-use crate::kept;
+use crate::heartbeat::InstalledTimers;
+use crate::keeper::{KeeperChannels, Options};
 use crate::probe;
-use crate::protocol::Envoy;
-use crate::pulse::Order;
+use crate::protocol::EnvoyHealth;
+use crate::state_file;
 
 /// The number of failed attempts to list the rules of another backend, after which it is ignored. An idle
 /// host tries once a minute.
@@ -33,25 +35,25 @@ const LISTED_AT_MOST: u32 = 10;
 /// The connection between the machine and this host.
 pub(crate) struct Executor {
     pub(crate) options: Options,
-    pub(crate) links: Links,
+    pub(crate) channels: KeeperChannels,
     applier: Option<Applier>,
     /// Other backends that may still hold rules from an earlier process, with the number of failed attempts
     /// to list their rules. A backend is removed once its rules are verified absent.
     others: Vec<(Applier, u32)>,
     /// The rules of vmesh in the kernel; `None` once another program may have changed them.
-    actual: Option<Actual>,
-    losses: Losses,
+    actual: Option<InstalledRules>,
+    losses: ArrivalLosses,
 }
 
 impl Executor {
-    pub(crate) fn new(options: Options, links: Links) -> Executor {
+    pub(crate) fn new(options: Options, channels: KeeperChannels) -> Executor {
         Executor {
             options,
-            links,
+            channels,
             applier: None,
             others: Vec::new(),
             actual: None,
-            losses: Losses::default(),
+            losses: ArrivalLosses::default(),
         }
     }
 
@@ -61,15 +63,15 @@ impl Executor {
 
     /// Reports whether a tool of this process made the change.
     pub(crate) fn is_ours(&self, change: &Generation) -> bool {
-        self.applier.as_ref().is_some_and(|applier| applier.ran.contains(change))
+        self.applier.as_ref().is_some_and(|applier| applier.recent_runs.contains(change))
     }
 
     /// Performs an action. Returns the result if the machine waits for it.
     pub(crate) async fn perform(&mut self, action: Action) -> Option<Event> {
         Some(match action {
-            Action::ReadHost { spec, known, memory } => {
-                let host = read_host(&self.options, &spec, &known, &memory).await;
-                self.watch_nurseries(&host);
+            Action::ReadHost { spec, agent_facts, memory } => {
+                let host = read_host(&self.options, &spec, &agent_facts, &memory).await;
+                self.watch_parent_cgroups(&host);
                 Event::HostRead(Box::new(host))
             }
             Action::Detect { ipv6 } => Event::Detected(self.detect(ipv6).await),
@@ -78,24 +80,24 @@ impl Executor {
                 Ok(applier) => applier.footprint().await.map_err(|error| one_line(&error)),
                 Err(why) => Err(why),
             }),
-            Action::Save(state) => Event::Saved(kept::save(&state, &self.options.state_file())),
-            Action::ReadSessions(ports) => Event::SessionsRead(self.options.places.ssh_sessions(&ports)),
-            Action::LookAtEnvoy(wanted) => Event::EnvoySeen(self.look_at_envoy(wanted).await),
+            Action::Save(state) => Event::Saved(state_file::save(&state, &self.options.state_file())),
+            Action::ReadSessions(ports) => Event::SessionsRead(self.options.host_paths.ssh_sessions(&ports)),
+            Action::CheckEnvoy(wanted) => Event::EnvoyChecked(self.check_envoy(wanted).await),
             Action::CheckListeners(directions) => {
                 Event::ListenersChecked(self.check_listeners(directions).await)
             }
             Action::TryPath(test) => Event::PathTried(self.try_path(&test).await),
-            Action::CountConnections => Event::ConnectionsCounted(self.options.places.redirected()),
+            Action::CountConnections => Event::ConnectionsCounted(self.options.host_paths.count_redirected()),
             Action::Apply { program, timeout, well } => {
                 Event::Applied(self.apply(&program, timeout, well).await)
             }
-            Action::EndOthers { program, footprint } => {
-                let ended = self.end_others(&program, footprint.as_ref()).await;
-                Event::OthersEnded(ended.map_err(|error| one_line(&error)))
+            Action::CleanOtherBackends { program, footprint } => {
+                let ended = self.clean_other_backends(&program, footprint.as_ref()).await;
+                Event::OtherBackendsCleaned(ended.map_err(|error| one_line(&error)))
             }
-            Action::TakeAway { footprint } => {
+            Action::RemoveRules { footprint } => {
                 self.actual = None;
-                Event::TakenAway(match self.applier() {
+                Event::RulesRemoved(match self.applier() {
                     Ok(applier) => match applier.off(footprint.as_ref()).await {
                         Ok(plan) => Ok(!plan.is_empty()),
                         Err(error) => Err(one_line(&error)),
@@ -108,18 +110,20 @@ impl Executor {
                 return None;
             }
             Action::Watch(directions) => {
-                self.links.looks.send_if_modified(|looks| std::mem::replace(looks, directions) != directions);
+                self.channels
+                    .probed
+                    .send_if_modified(|looks| std::mem::replace(looks, directions) != directions);
                 return None;
             }
-            Action::Order(dead_men) => {
-                self.order(dead_men);
+            Action::SetTimers(dead_man_timers) => {
+                self.publish_timers(dead_man_timers);
                 return None;
             }
-            Action::Tell(level, text) => {
+            Action::Log(level, text) => {
                 match level {
-                    Level::Info => info!("{text}"),
-                    Level::Warn => warn!("{text}"),
-                    Level::Error => error!("{text}"),
+                    LogLevel::Info => info!("{text}"),
+                    LogLevel::Warn => warn!("{text}"),
+                    LogLevel::Error => error!("{text}"),
                 }
                 return None;
             }
@@ -134,20 +138,20 @@ impl Executor {
 
     async fn detect(&mut self, ipv6: bool) -> Result<(Backend, bool), String> {
         let applier = applier(&self.options, ipv6).await.map_err(|error| one_line(&error))?;
-        self.others = applier.others().await.into_iter().map(|other| (other, 0)).collect();
+        self.others = applier.other_backends().await.into_iter().map(|other| (other, 0)).collect();
         let backend = applier.backend;
         self.applier = Some(applier);
         Ok((backend, ipv6))
     }
 
-    fn watch_nurseries(&self, host: &Host) {
-        let root = self.options.places.cgroup.clone().unwrap_or_default();
-        let dir = |nursery: &Nursery| match &nursery.parent {
-            Some(parent) => root.join(parent.path.as_str()),
+    fn watch_parent_cgroups(&self, host: &Host) {
+        let root = self.options.host_paths.cgroup.clone().unwrap_or_default();
+        let dir = |parent: &ParentCgroup| match &parent.cgroup {
+            Some(cgroup) => root.join(cgroup.path.as_str()),
             None => root.clone(),
         };
-        let dirs: BTreeSet<PathBuf> = host.nurseries.iter().map(dir).collect();
-        self.links.nurseries.send_if_modified(|known| std::mem::replace(known, dirs.clone()) != dirs);
+        let dirs: BTreeSet<PathBuf> = host.parent_cgroups.iter().map(dir).collect();
+        self.channels.parent_cgroups.send_if_modified(|known| std::mem::replace(known, dirs.clone()) != dirs);
     }
 
     async fn read_filter(&self) -> Ruleset {
@@ -163,23 +167,23 @@ impl Executor {
 
     /// Returns the directions in which Envoy's listener and the agent are well, so that redirects may hold at
     /// once.
-    async fn look_at_envoy(&self, wanted: Directions) -> Directions {
-        if !self.links.agent.is_well() {
+    async fn check_envoy(&self, wanted: Directions) -> Directions {
+        if !self.channels.agent.is_well() {
             return Directions::NONE;
         }
-        let mut seen = *self.links.verdicts.borrow();
-        let withdrawn = self.links.beats.borrow().withdrawn();
-        let unseen = |direction| seen.of(direction) == Envoy::Unknown || withdrawn.contains(direction);
+        let mut seen = *self.channels.probe_results.borrow();
+        let withdrawn = self.channels.timers.borrow().withdrawn();
+        let unseen = |direction| seen.of(direction) == EnvoyHealth::Unknown || withdrawn.contains(direction);
         if wanted.iter().any(unseen) {
-            seen = probe::look_at_all(wanted, &self.options.users).await;
+            seen = probe::probe_listeners(wanted, &self.options.users).await;
         }
         seen.well().and(wanted)
     }
 
     async fn check_listeners(&self, directions: Directions) -> Result<(), String> {
         for direction in directions.iter() {
-            let seen = probe::look_at(direction, &self.options.users).await;
-            if seen != Envoy::Well {
+            let seen = probe::probe_listener(direction, &self.options.users).await;
+            if seen != EnvoyHealth::Well {
                 let port = probe::port(direction);
                 return Err(format!("Envoy does not serve its capture port {port}: {seen:?}"));
             }
@@ -202,16 +206,17 @@ impl Executor {
 
     /// Dials an address of the self-test, which is captured like a virtual address.
     async fn dial_captured(&self, address: SocketAddr) -> Result<(), String> {
-        let mut seen = probe::look(address).await;
-        if seen != Envoy::Well {
+        let mut seen = probe::dial(address).await;
+        if seen != EnvoyHealth::Well {
             // A single lost packet does not count as a failure.
-            seen = probe::look(address).await;
+            seen = probe::dial(address).await;
         }
         // Without an IPv6 route, no program gets as far as being captured; all use IPv4.
-        if seen == Envoy::Well || (address.is_ipv6() && !probe::has_ipv6_route(address)) {
+        if seen == EnvoyHealth::Well || (address.is_ipv6() && !probe::has_ipv6_route(address)) {
             return Ok(());
         }
-        let suspects = foreign::suspects(&self.read_filter().await, address.port(), address.is_ipv4());
+        let suspects =
+            foreign::outbound_suspects(&self.read_filter().await, address.port(), address.is_ipv4());
         let rules = match suspects.is_empty() {
             true => String::new(),
             false => format!("; rules that may be in its way: {}", listed(&suspects)),
@@ -261,8 +266,8 @@ impl Executor {
         lost.iter().filter_map(fault).collect()
     }
 
-    async fn apply(&mut self, program: &Program, timeout: Seconds, well: Directions) -> Applied {
-        let not_attempted = |why| Applied { changes: None, outcome: Err(why) };
+    async fn apply(&mut self, program: &Program, timeout: Seconds, well: Directions) -> ApplyResult {
+        let not_attempted = |why| ApplyResult { changes: None, outcome: Err(why) };
         let applier = match self.applier() {
             Ok(applier) => applier,
             Err(why) => return not_attempted(why),
@@ -277,46 +282,46 @@ impl Executor {
         let plan = applier.plan(program, &actual, well);
         if plan.is_empty() {
             self.actual = Some(actual);
-            return Applied { changes: None, outcome: Ok(Change::Elements) };
+            return ApplyResult { changes: None, outcome: Ok(RulesetChange::Elements) };
         }
-        if !program.is_of_a_leaving_host() && self.options.bypass_flag().exists() {
-            return Applied { changes: None, outcome: Ok(Change::Bypassed) };
+        if !program.is_absent_or_drained() && self.options.bypass_flag().exists() {
+            return ApplyResult { changes: None, outcome: Ok(RulesetChange::Bypassed) };
         }
         let changes = plan.changes.iter().map(ToString::to_string).collect();
-        let outcome = match applier.bring_elements(program, &actual).await {
+        let outcome = match applier.reconcile_elements(program, &actual).await {
             Ok(Some(then)) => {
                 self.actual = Some(then);
-                Ok(Change::Elements)
+                Ok(RulesetChange::Elements)
             }
             Ok(None) => {
                 let alive = Some((timeout, well)).filter(|(_, well)| !well.is_empty());
-                applier.bring_alive(program, alive).await.map(|_| Change::Replaced)
+                applier.reconcile_with_timers(program, alive).await.map(|_| RulesetChange::Replaced)
             }
             Err(error) => Err(error),
         };
-        Applied { changes: Some(changes), outcome: outcome.map_err(|error| one_line(&error)) }
+        ApplyResult { changes: Some(changes), outcome: outcome.map_err(|error| one_line(&error)) }
     }
 
     /// Publishes the dead-man timers in the kernel for the heartbeat task.
-    fn order(&self, dead_men: Option<DeadMen>) {
-        self.links.orders.send_if_modified(|order| {
-            let Some((dead_men, applier)) = dead_men.zip(self.applier.as_ref()) else {
-                return order.take().is_some();
+    fn publish_timers(&self, dead_man_timers: Option<DeadManTimers>) {
+        self.channels.installed.send_if_modified(|installed| {
+            let Some((dead_man_timers, applier)) = dead_man_timers.zip(self.applier.as_ref()) else {
+                return installed.take().is_some();
             };
-            let is_same = order.as_ref().is_some_and(|order| {
-                order.replaced == dead_men.replaced
-                    && order.dead_men == dead_men.directions
-                    && order.timeout == dead_men.timeout
+            let is_same = installed.as_ref().is_some_and(|installed| {
+                installed.replaced == dead_man_timers.replaced
+                    && installed.directions == dead_man_timers.directions
+                    && installed.timeout == dead_man_timers.timeout
             });
             if is_same {
                 return false;
             }
-            *order = Some(Order {
+            *installed = Some(InstalledTimers {
                 applier: applier.clone(),
-                timeout: dead_men.timeout,
-                dead_men: dead_men.directions,
-                replaced: dead_men.replaced,
-                refreshed: dead_men.refreshed,
+                timeout: dead_man_timers.timeout,
+                directions: dead_man_timers.directions,
+                replaced: dead_man_timers.replaced,
+                refreshed: dead_man_timers.refreshed,
                 at: Instant::now(),
             });
             true
@@ -324,7 +329,11 @@ impl Executor {
     }
 
     /// Makes the rules of vmesh that other backends hold match `program`.
-    async fn end_others(&mut self, program: &Program, footprint: Option<&Footprint>) -> Result<(), Error> {
+    async fn clean_other_backends(
+        &mut self,
+        program: &Program,
+        footprint: Option<&Footprint>,
+    ) -> Result<(), Error> {
         let mut failed = None;
         for (other, failures) in std::mem::take(&mut self.others) {
             match other.is_absent().await {
@@ -339,7 +348,7 @@ impl Executor {
                     }
                 },
                 Ok(false) => {
-                    failed = failed.or(other.bring(program, None).await.err());
+                    failed = failed.or(other.reconcile(program, None).await.err());
                     self.others.push((other, 0));
                 }
                 Err(Error::Slow { .. }) => self.others.push((other, failures)),
@@ -364,17 +373,24 @@ fn listed(rules: &[ForeignRule]) -> String {
 
 pub(crate) async fn applier(options: &Options, ipv6: bool) -> Result<Applier, Error> {
     match options.backend {
-        Some(backend) => Ok(Applier { backend, tools: options.tools.clone(), ipv6, ran: Ran::default() }),
+        Some(backend) => {
+            Ok(Applier { backend, tools: options.tools.clone(), ipv6, recent_runs: RecentRuns::default() })
+        }
         None => Applier::detect(options.tools.clone(), ipv6).await,
     }
 }
 
-pub(crate) async fn read_host(options: &Options, spec: &Spec, known: &AgentFacts, memory: &Memory) -> Host {
-    let own = Own {
+pub(crate) async fn read_host(
+    options: &Options,
+    spec: &Spec,
+    agent_facts: &AgentFacts,
+    memory: &HostMemory,
+) -> Host {
+    let own = OwnTraffic {
         users: options.users.clone(),
         slices: options.slices.clone(),
-        ports: known.ports.clone(),
-        control_planes: known.control_planes.clone(),
+        ports: agent_facts.ports.clone(),
+        control_planes: agent_facts.control_planes.clone(),
     };
-    options.places.host(spec, &own, memory).await
+    options.host_paths.read_host(spec, &own, memory).await
 }

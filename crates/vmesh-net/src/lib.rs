@@ -13,8 +13,8 @@
 //! | [`client`] | [`client::Client`]: the client side of the socket, for the agent and `vmeshctl` |
 //! | [`keeper`] | [`keeper::Keeper`]: passes events to [`vmesh_capture::machine`] and has its actions performed |
 //! | `executor` | performs the actions with tools, disk, `/proc` and Envoy |
-//! | [`pulse`] | [`pulse::Pulse`]: the heartbeat, which renews the dead-man timer of each direction |
-//! | [`board`] | [`board::StatusSource`]: builds the status that clients ask for |
+//! | [`heartbeat`] | [`heartbeat::HeartbeatTask`]: the heartbeat, which renews the dead-man timer of each direction |
+//! | [`status`] | [`status::StatusSource`]: builds the status that clients ask for |
 //! | [`probe`] | tests whether Envoy accepts connections, and whether capture works from end to end |
 //! | [`cgroups`] | waits for the kernel to report new control groups, that is, started units |
 //! | [`rules`] | waits for the kernel to report changes of rules, and who made them |
@@ -22,9 +22,9 @@
 //!
 //! | task | thread | wakes on | publishes |
 //! |---|---|---|---|
-//! | `keeper` | its own | requests, a tick each second, changes of rules | [`board::Board`], [`pulse::Order`] |
-//! | `dead-man` | main | a tick each second, new rules, a question whether Envoy is gone | [`pulse::Heartbeat`] |
-//! | `envoy probe` | main | a tick each second while something is captured | [`probe::Verdicts`] |
+//! | `keeper` | its own | requests, a tick each second, changes of rules | [`status::KeeperReport`], [`heartbeat::InstalledTimers`] |
+//! | `dead-man` | main | a tick each second, new rules, a question whether Envoy is gone | [`heartbeat::TimerStates`] |
+//! | `envoy probe` | main | a tick each second while something is captured | [`probe::ProbeResults`] |
 //! | `control groups` | main | inotify events | started units, to `keeper` |
 //! | `rules` | main | netlink messages | changes of rules, to `keeper` |
 //! | `socket` | main | connections | requests, to `keeper` and `dead-man` |
@@ -41,18 +41,18 @@
 //! vmesh-net dies, the kernel's clock lets them lapse. If vmesh-net is told to stop, it captures nothing new,
 //! lets redirected connections drain, and removes its rules.
 
-pub mod board;
 pub mod cgroups;
 pub mod client;
 mod executor;
+pub mod heartbeat;
 pub mod keeper;
-mod kept;
 mod owner;
 pub mod probe;
 pub mod protocol;
-pub mod pulse;
 pub mod rules;
 pub mod server;
+mod state_file;
+pub mod status;
 
 /// The default path of the socket.
 pub const SOCKET: &str = "/run/vmesh-net/net.sock";

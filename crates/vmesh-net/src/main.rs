@@ -15,16 +15,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 use vmesh_capture::apply::{Backend, Tools};
-use vmesh_capture::facts::Places;
+use vmesh_capture::facts::HostPaths;
 use vmesh_capture::spec::{Account, Unit};
 use vmesh_daemon::report::{self, one_line};
 use vmesh_daemon::{Tasks, logs, signals, systemd};
 use vmesh_model::text::parse_duration;
-use vmesh_net::board::{Board, StatusSource};
-use vmesh_net::keeper::{Keeper, Links, Options};
-use vmesh_net::probe::{self, Looks, Verdicts};
-use vmesh_net::pulse::{AgentWatch, Heartbeat, Pulse};
-use vmesh_net::server::Answers;
+use vmesh_net::heartbeat::{AgentWatch, HeartbeatTask, TimerStates};
+use vmesh_net::keeper::{Keeper, KeeperChannels, Options};
+use vmesh_net::probe::{self, ProbeResults, ProbedDirections};
+use vmesh_net::server::RequestHandler;
+use vmesh_net::status::{KeeperReport, StatusSource};
 use vmesh_net::{SOCKET, STATE_DIR, cgroups, rules, server};
 
 /// The time limit of one turn of the keeper. A keeper that takes longer hangs; systemd's watchdog then
@@ -49,7 +49,7 @@ struct Arguments {
     slice: Vec<Unit>,
     /// The tool that changes the rules.
     #[arg(long, value_enum, default_value = "auto")]
-    backend: Chosen,
+    backend: BackendChoice,
     /// The socket on which the agent and operators connect.
     #[arg(long, value_name = "PATH", default_value = SOCKET)]
     socket: PathBuf,
@@ -65,7 +65,7 @@ struct Arguments {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Chosen {
+enum BackendChoice {
     /// nftables if it works here, else iptables.
     Auto,
     Nft,
@@ -89,23 +89,23 @@ fn main() -> ExitCode {
         Err(error) => return report::failed(&error),
     };
     match runtime.block_on(run(arguments)) {
-        After::Exit(code) => code,
-        After::Again => {
+        LastStep::Exit(code) => code,
+        LastStep::ExecSuccessor => {
             drop(runtime);
-            again()
+            exec_successor()
         }
     }
 }
 
 /// The last step of the process, once all tasks have ended.
-enum After {
+enum LastStep {
     Exit(ExitCode),
     /// Executes the program file again, which an upgrade may have replaced. The rules stay.
-    Again,
+    ExecSuccessor,
 }
 
 /// Runs the future that `make` returns on a thread of its own, where it may block, and waits for its end.
-async fn on_a_thread_of_its_own<F: Future<Output = ()>>(
+async fn run_on_own_thread<F: Future<Output = ()>>(
     name: &'static str,
     make: impl FnOnce() -> F + Send + 'static,
 ) -> io::Result<()> {
@@ -119,7 +119,7 @@ async fn on_a_thread_of_its_own<F: Future<Output = ()>>(
     end.await.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
 }
 
-fn again() -> ExitCode {
+fn exec_successor() -> ExitCode {
     let mut arguments = std::env::args_os();
     // systemd gives the program by its absolute path. A mere name would be looked up on the PATH.
     let program = arguments.next().filter(|program| Path::new(program).is_absolute());
@@ -127,25 +127,25 @@ fn again() -> ExitCode {
     report::failed(&std::process::Command::new(program).args(arguments).exec())
 }
 
-async fn run(arguments: Arguments) -> After {
-    let failed = |error: &(dyn std::error::Error + 'static)| After::Exit(report::failed(error));
+async fn run(arguments: Arguments) -> LastStep {
+    let failed = |error: &(dyn std::error::Error + 'static)| LastStep::Exit(report::failed(error));
     let (terminated, mut reload) = match (signals::terminated(), signal(SignalKind::hangup())) {
         (Ok(terminated), Ok(reload)) => (terminated, reload),
         (Err(error), _) | (_, Err(error)) => return failed(&error),
     };
-    let places = Places::default();
-    let user = async |account: &Account| places.user_id(account).await;
+    let host_paths = HostPaths::default();
+    let user = async |account: &Account| host_paths.user_id(account).await;
     let (Some(agent), Some(envoy)) = (user(&arguments.agent_user).await, user(&arguments.envoy_user).await)
     else {
         error!(
             "there is no user `{}` or `{}`: create both (systemd-sysusers), or name them with --agent-user and --envoy-user",
             arguments.agent_user, arguments.envoy_user
         );
-        return After::Exit(report::USAGE.into());
+        return LastStep::Exit(report::USAGE.into());
     };
     if let Err(error) = std::fs::create_dir_all(&arguments.state_dir) {
         error!("could not create {}: {error}", arguments.state_dir.display());
-        return After::Exit(report::FAILURE.into());
+        return LastStep::Exit(report::FAILURE.into());
     }
     let listener = match server::listen(&arguments.socket) {
         Ok(listener) => listener,
@@ -153,12 +153,12 @@ async fn run(arguments: Arguments) -> After {
     };
     let options = Options {
         backend: match arguments.backend {
-            Chosen::Auto => None,
-            Chosen::Nft => Some(Backend::Nft),
-            Chosen::Iptables => Some(Backend::Iptables),
+            BackendChoice::Auto => None,
+            BackendChoice::Nft => Some(Backend::Nft),
+            BackendChoice::Iptables => Some(Backend::Iptables),
         },
         tools: Tools::default(),
-        places,
+        host_paths,
         // The user of vmesh-net is not among them: its connections are captured like any other, which tests
         // the capture.
         users: [agent, envoy].into(),
@@ -167,58 +167,61 @@ async fn run(arguments: Arguments) -> After {
         drain: arguments.drain,
     };
     let (drain, users) = (options.drain, options.users.clone());
-    let (told, verdicts) = watch::channel(Verdicts::default());
-    let (looks, look) = watch::channel(Looks::default());
+    let (told, probe_results) = watch::channel(ProbeResults::default());
+    let (looks, look) = watch::channel(ProbedDirections::default());
     let (ask, asked) = mpsc::channel(16);
     let (ask_look, asked_look) = mpsc::channel(16);
     let (changed, changes) = mpsc::channel(1);
     let (fail, failed) = mpsc::channel(1);
     let (again, told_again) = watch::channel(false);
     let (begin, begun) = mpsc::channel(1);
-    let (nurseries, watched) = watch::channel(Default::default());
-    let (orders, ordered) = watch::channel(None);
-    let (beats, beating) = watch::channel(Heartbeat::default());
-    let (board, published) = watch::channel(Board::default());
+    let (parent_cgroups, watched) = watch::channel(Default::default());
+    let (installed, installed_timers) = watch::channel(None);
+    let (timers, timer_states) = watch::channel(TimerStates::default());
+    let (report, published) = watch::channel(KeeperReport::default());
     let agent_watch = AgentWatch::default();
     let source = StatusSource {
-        board: published,
-        beats: beating.clone(),
-        orders: ordered.clone(),
-        verdicts: verdicts.clone(),
+        report: published,
+        timers: timer_states.clone(),
+        installed: installed_timers.clone(),
+        probe_results: probe_results.clone(),
         agent: agent_watch.clone(),
-        places: options.places.clone(),
+        host_paths: options.host_paths.clone(),
         connections: Arc::default(),
     };
-    let links = Links {
-        verdicts: verdicts.clone(),
-        looks,
+    let channels = KeeperChannels {
+        probe_results: probe_results.clone(),
+        probed: looks,
         agent: agent_watch.clone(),
-        beats: beating,
-        orders,
-        board,
-        nurseries,
+        timers: timer_states,
+        installed,
+        report,
+        parent_cgroups,
     };
-    let pulse = Pulse {
-        orders: ordered,
-        verdicts,
+    let heartbeat = HeartbeatTask {
+        installed: installed_timers,
+        probe_results,
         looks: asked_look,
-        beats,
+        timers,
         failed: fail,
         agent: agent_watch,
         users: users.clone(),
     };
-    let keeper = Keeper::start(options, links);
+    let keeper = Keeper::start(options, channels);
     let mut tasks = Tasks::new();
     tasks.spawn("envoy probe", probe::watch_envoy(look, users, told));
     tasks.spawn("rules", rules::watch(changed));
     tasks.spawn("control groups", cgroups::watch(watched, begin));
-    tasks.spawn("dead-man", pulse.run());
-    tasks.spawn("socket", server::serve(listener, Answers { agent, keeper: ask, looks: ask_look, source }));
-    let turned = keeper.turned();
+    tasks.spawn("dead-man", heartbeat.run());
+    tasks.spawn(
+        "socket",
+        server::serve(listener, RequestHandler { agent, keeper: ask, looks: ask_look, source }),
+    );
+    let last_ready = keeper.last_ready();
     // The keeper runs tools one after another, each with a time limit.
-    tasks.spawn("watchdog", systemd::watchdog_while(move || turned.borrow().elapsed() < TURNS_WITHIN));
+    tasks.spawn("watchdog", systemd::watchdog_while(move || last_ready.borrow().elapsed() < TURNS_WITHIN));
     tasks.spawn_draining("keeper", |stop| {
-        on_a_thread_of_its_own("keeper", move || keeper.run(asked, changes, failed, begun, told_again, stop))
+        run_on_own_thread("keeper", move || keeper.run(asked, changes, failed, begun, told_again, stop))
     });
     let code = tokio::select! {
         signal = terminated => {
@@ -230,7 +233,7 @@ async fn run(arguments: Arguments) -> After {
             again.send_replace(true);
             // This waits for the keeper, or for another task that ends early.
             _ = tasks.first_exit().await;
-            return After::Again;
+            return LastStep::ExecSuccessor;
         }
         (name, result) = tasks.first_exit() => {
             match result {
@@ -244,5 +247,5 @@ async fn run(arguments: Arguments) -> After {
     if !late.is_empty() {
         warn!("still running and left behind: {}", late.join(", "));
     }
-    After::Exit(code)
+    LastStep::Exit(code)
 }

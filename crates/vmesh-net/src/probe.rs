@@ -16,7 +16,7 @@ use vmesh_capture::spec::{INBOUND_PORT, OUTBOUND_PORT};
 use vmesh_capture::{Direction, Directions};
 
 use crate::owner;
-use crate::protocol::Envoy;
+use crate::protocol::EnvoyHealth;
 
 const EVERY: Duration = Duration::from_secs(1);
 const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
@@ -25,17 +25,17 @@ const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
 const CLOSES_WITHIN: Duration = Duration::from_secs(3);
 
 /// The directions whose ports are probed; none while nothing is captured.
-pub type Looks = Directions;
+pub type ProbedDirections = Directions;
 
 /// The probe's result for each port.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Verdicts {
-    pub outbound: Envoy,
-    pub inbound: Envoy,
+pub struct ProbeResults {
+    pub outbound: EnvoyHealth,
+    pub inbound: EnvoyHealth,
 }
 
-impl Verdicts {
-    pub fn of(self, direction: Direction) -> Envoy {
+impl ProbeResults {
+    pub fn of(self, direction: Direction) -> EnvoyHealth {
         match direction {
             Direction::Outbound => self.outbound,
             Direction::Inbound => self.inbound,
@@ -44,19 +44,19 @@ impl Verdicts {
 
     /// Returns the directions whose listener is well.
     pub fn well(self) -> Directions {
-        Direction::BOTH.into_iter().filter(|direction| self.of(*direction) == Envoy::Well).collect()
+        Direction::BOTH.into_iter().filter(|direction| self.of(*direction) == EnvoyHealth::Well).collect()
     }
 }
 
 /// Probes the ports of `looks` once a second, and publishes the results.
 pub async fn watch_envoy(
-    mut looks: watch::Receiver<Looks>,
+    mut looks: watch::Receiver<ProbedDirections>,
     users: BTreeSet<u32>,
-    told: watch::Sender<Verdicts>,
+    told: watch::Sender<ProbeResults>,
 ) {
     loop {
         let at = *looks.borrow_and_update();
-        let seen = look_at_all(at, &users).await;
+        let seen = probe_listeners(at, &users).await;
         told.send_replace(seen);
         tokio::select! {
             () = sleep(EVERY) => {}
@@ -66,13 +66,13 @@ pub async fn watch_envoy(
 }
 
 /// Probes the ports of `looks` at the same time.
-pub async fn look_at_all(looks: Looks, users: &BTreeSet<u32>) -> Verdicts {
-    let look = async |direction| match looks.contains(direction) {
-        true => look_at(direction, users).await,
-        false => Envoy::Unknown,
+pub async fn probe_listeners(looks: ProbedDirections, users: &BTreeSet<u32>) -> ProbeResults {
+    let probe = async |direction| match looks.contains(direction) {
+        true => probe_listener(direction, users).await,
+        false => EnvoyHealth::Unknown,
     };
-    let (outbound, inbound) = tokio::join!(look(Direction::Outbound), look(Direction::Inbound));
-    Verdicts { outbound, inbound }
+    let (outbound, inbound) = tokio::join!(probe(Direction::Outbound), probe(Direction::Inbound));
+    ProbeResults { outbound, inbound }
 }
 
 /// Returns Envoy's capture port of a direction.
@@ -85,11 +85,11 @@ pub fn port(direction: Direction) -> u16 {
 
 /// Probes the capture port of a direction, whose socket must belong to one of `users`. Any local program can
 /// take the port while Envoy is down, and would receive all captured connections until the redirects lapse.
-pub async fn look_at(direction: Direction, users: &BTreeSet<u32>) -> Envoy {
+pub async fn probe_listener(direction: Direction, users: &BTreeSet<u32>) -> EnvoyHealth {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port(direction)));
     match owner::listener(address) {
-        Some(user) if !users.contains(&user) => Envoy::Stranger,
-        _ => look(address).await,
+        Some(user) if !users.contains(&user) => EnvoyHealth::WrongUser,
+        _ => dial(address).await,
     }
 }
 
@@ -100,19 +100,19 @@ pub fn has_ipv6_route(address: SocketAddr) -> bool {
 }
 
 /// Dials `address`, which Envoy is to close at once.
-pub async fn look(address: SocketAddr) -> Envoy {
+pub async fn dial(address: SocketAddr) -> EnvoyHealth {
     let mut stream = match timeout(CONNECTS_WITHIN, TcpStream::connect(address)).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => return Envoy::Gone,
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => return EnvoyHealth::Gone,
         // No route, a timeout or no file descriptor: Envoy does not serve the port, but may still be there.
-        _ => return Envoy::Hangs,
+        _ => return EnvoyHealth::Hangs,
     };
     let mut nothing = [0; 1];
     match timeout(CLOSES_WITHIN, stream.read(&mut nothing)).await {
         // The connection was closed or reset.
-        Ok(Ok(0) | Err(_)) => Envoy::Well,
+        Ok(Ok(0) | Err(_)) => EnvoyHealth::Well,
         // Another program answers on this port.
-        Ok(Ok(_)) => Envoy::Gone,
-        Err(_) => Envoy::Hangs,
+        Ok(Ok(_)) => EnvoyHealth::Gone,
+        Err(_) => EnvoyHealth::Hangs,
     }
 }

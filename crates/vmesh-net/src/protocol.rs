@@ -14,16 +14,16 @@ pub const MAX_LINE: usize = 4 << 20;
 /// A request to vmesh-net.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "ask", deny_unknown_fields)]
-pub enum Ask {
+pub enum Request {
     /// Asks for the status. Every client may send this.
     Status,
     /// Reports that Envoy may have ended. Every client may send this: vmesh-net believes only its own check.
     Look,
     /// Asks for the changes that a spec, or the current one, would cause. Nothing is changed, but the tools
     /// are run.
-    Plan { want: Option<Want> },
+    Plan { want: Option<CaptureRequest> },
     /// Requests a capture. The agent sends this at each change and after each connect.
-    Want(Want),
+    Want(CaptureRequest),
     /// Reports that the agent is well. The agent sends this each second; without it, redirects lapse.
     Well,
     /// Confirms that the trial works, as far as the client can tell.
@@ -34,17 +34,17 @@ pub enum Ask {
     Retry,
 }
 
-impl Ask {
+impl Request {
     /// Reports whether every client that can reach the socket may send this request.
     pub fn is_for_anybody(&self) -> bool {
-        matches!(self, Ask::Status | Ask::Look)
+        matches!(self, Request::Status | Request::Look)
     }
 }
 
 /// The capture that an agent asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Want {
+pub struct CaptureRequest {
     pub spec: Spec,
     /// The ports on which Envoy and the agent listen.
     pub ports: BTreeSet<u16>,
@@ -56,7 +56,7 @@ pub struct Want {
 /// A response of vmesh-net.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Answer {
+pub enum Response {
     Status(Box<Status>),
     /// The plan, as text for people.
     Plan(String),
@@ -64,7 +64,7 @@ pub enum Answer {
     Refused(String),
 }
 
-/// Reports whether a plan ([`Answer::Plan`]) would change anything. The notes at its beginning change
+/// Reports whether a plan ([`Response::Plan`]) would change anything. The notes at its beginning change
 /// nothing.
 pub fn would_change(plan: &str) -> bool {
     plan.lines().any(|line| is_step(line.trim()))
@@ -97,8 +97,8 @@ pub struct Status {
     pub trial_ends_in: Option<u64>,
     /// The reason why the last trial is not in force.
     pub reverted: Option<String>,
-    pub envoy: Envoy,
-    pub redirects: Redirects,
+    pub envoy: EnvoyHealth,
+    pub redirects: RedirectState,
     /// The time in seconds since the agent last reported that it is well.
     pub agent_silent_for: Option<u64>,
     pub drift: Drift,
@@ -108,7 +108,7 @@ pub struct Status {
     pub path_fault: Option<String>,
     /// The reason why the host's rules are not the wanted ones.
     pub error: Option<String>,
-    /// The number of open connections through a redirect, counted for [`Ask::Status`] only.
+    /// The number of open connections through a redirect, counted for [`Request::Status`] only.
     pub connections: usize,
 }
 
@@ -117,8 +117,8 @@ impl Status {
     pub fn captures(&self) -> bool {
         matches!(self.state, State::Trial | State::Confirmed)
             && self.error.is_none()
-            && self.redirects != Redirects::Lapsed
-            && self.envoy == Envoy::Well
+            && self.redirects != RedirectState::Lapsed
+            && self.envoy == EnvoyHealth::Well
     }
 }
 
@@ -158,7 +158,7 @@ impl fmt::Display for State {
 /// The health of Envoy's listener for captured connections.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Envoy {
+pub enum EnvoyHealth {
     /// The listener is not checked, because nothing is captured.
     #[default]
     Unknown,
@@ -167,7 +167,8 @@ pub enum Envoy {
     /// The port is closed.
     Gone,
     /// The port is held by a process of another user.
-    Stranger,
+    #[serde(rename = "stranger")]
+    WrongUser,
     /// The kernel accepts connections, but no process serves them.
     Hangs,
     /// A value of a newer version.
@@ -178,7 +179,7 @@ pub enum Envoy {
 /// The state of the redirects that can lapse.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Redirects {
+pub enum RedirectState {
     /// No redirect can lapse.
     #[default]
     None,
@@ -229,11 +230,11 @@ mod tests {
     fn an_older_agent_understands_what_it_knows_of_a_newer_answer() {
         let newer = r#"{"status": {"version": "9", "state": "hibernates", "envoy": "winks", "redirects": "bend",
             "spec": {"outbound": {"capture": "everything"}, "udp": {}}, "trial": 7, "moon": "full"}}"#;
-        let Answer::Status(status) = serde_json::from_str(newer).unwrap() else { panic!("no status") };
+        let Response::Status(status) = serde_json::from_str(newer).unwrap() else { panic!("no status") };
         assert_eq!((status.version.as_str(), status.trial), ("9", Some(7)));
         assert_eq!(
             (status.state, status.envoy, status.redirects),
-            (State::Other, Envoy::Other, Redirects::Other)
+            (State::Other, EnvoyHealth::Other, RedirectState::Other)
         );
         assert_eq!(status.spec, Spec::default());
     }

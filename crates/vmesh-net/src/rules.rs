@@ -27,7 +27,7 @@ pub async fn watch(told: mpsc::Sender<Generation>) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let changed = match receive(&socket, &mut buffer).await {
-            Ok(len) => generations::last(buffer.get(..len).unwrap_or_default()),
+            Ok(len) => generations::last_generation(buffer.get(..len).unwrap_or_default()),
             // ENOBUFS: the kernel dropped some reports. One report is enough.
             Err(_) => Some(Generation { number: None, by: String::new(), pid: 0 }),
         };
@@ -40,7 +40,7 @@ pub async fn watch(told: mpsc::Sender<Generation>) {
 
 #[expect(deprecated, reason = "what is registered is owned by what registers it, and closed after it")]
 fn open() -> io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::new(generations::open(GROUP)?)
+    AsyncFd::new(generations::open_socket(GROUP)?)
 }
 
 async fn receive(socket: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {

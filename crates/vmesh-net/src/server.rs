@@ -16,21 +16,21 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 use vmesh_daemon::sockets;
 
-use crate::board::StatusSource;
-use crate::keeper::{Question, Reply, asked};
-use crate::protocol::{Answer, Ask, MAX_LINE, Status};
+use crate::keeper::{KeeperReply, KeeperRequest, ask_keeper};
+use crate::protocol::{MAX_LINE, Request, Response, Status};
+use crate::status::StatusSource;
 
 /// The limit of connections that may change something: the agent's, and a few of operators.
-const CONNECTIONS: usize = 16;
+const TRUSTED_LIMIT: usize = 16;
 /// The limit of all read-only connections together. Idle ones must not block the agent.
-const STRANGERS: usize = 64;
+const READ_ONLY_LIMIT: usize = 64;
 /// The limit of read-only connections of one user. Beyond it, the user's oldest connection is closed, so idle
 /// connections block nobody.
-const OF_ONE_STRANGER: usize = 8;
+const READ_ONLY_PER_USER: usize = 8;
 /// The limit of a request line on a read-only connection, in bytes.
-const STRANGERS_LINE: usize = 4096;
+const READ_ONLY_LINE: usize = 4096;
 /// The time limit for each request and each response on a read-only connection.
-const STRANGERS_WITHIN: Duration = Duration::from_secs(10);
+const READ_ONLY_TIMEOUT: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The limit of a check of Envoy. Each port takes half a second at most.
 const LOOKS_WITHIN: Duration = Duration::from_secs(5);
@@ -50,9 +50,9 @@ pub fn listen(path: &Path) -> Result<UnixListener, ListenError> {
 }
 
 /// Limits how often misuse of the socket is logged, so that a local user cannot fill the log.
-struct Seldom(Mutex<Option<Instant>>);
+struct LogLimiter(Mutex<Option<Instant>>);
 
-impl Seldom {
+impl LogLimiter {
     const PAUSE: Duration = Duration::from_secs(10);
 
     fn is_due(&self) -> bool {
@@ -67,26 +67,26 @@ impl Seldom {
 
 /// The resources that requests are answered from.
 #[derive(Clone)]
-pub struct Answers {
+pub struct RequestHandler {
     /// The agent's user.
     pub agent: u32,
-    pub keeper: mpsc::Sender<Question>,
+    pub keeper: mpsc::Sender<KeeperRequest>,
     pub looks: mpsc::Sender<oneshot::Sender<()>>,
     pub source: StatusSource,
 }
 
 /// The read-only connections with their users, the oldest first.
 #[derive(Default)]
-struct Strangers(VecDeque<(u32, AbortHandle)>);
+struct ReadOnlyConnections(VecDeque<(u32, AbortHandle)>);
 
-impl Strangers {
+impl ReadOnlyConnections {
     /// Makes room for one more connection of `uid`. Returns `true` if another connection was closed for it.
     fn make_room(&mut self, uid: u32) -> bool {
         self.0.retain(|(_, connection)| !connection.is_finished());
         let of = |uid: u32| self.0.iter().filter(|(user, _)| *user == uid).count();
-        let whose = if of(uid) >= OF_ONE_STRANGER {
+        let whose = if of(uid) >= READ_ONLY_PER_USER {
             uid
-        } else if self.0.len() >= STRANGERS {
+        } else if self.0.len() >= READ_ONLY_LIMIT {
             // The user with the most connections loses one.
             self.0.iter().map(|(user, _)| *user).max_by_key(|user| of(*user)).unwrap_or(uid)
         } else {
@@ -101,10 +101,10 @@ impl Strangers {
 }
 
 /// Accepts connections until the future is dropped.
-pub async fn serve(listener: UnixListener, answers: Answers) {
+pub async fn serve(listener: UnixListener, answers: RequestHandler) {
     let mut connections = JoinSet::new();
-    let (trusted, mut strangers) = (Arc::new(()), Strangers::default());
-    let seldom = Arc::new(Seldom(Mutex::new(None)));
+    let (trusted, mut read_only) = (Arc::new(()), ReadOnlyConnections::default());
+    let log_limiter = Arc::new(LogLimiter(Mutex::new(None)));
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -126,20 +126,21 @@ pub async fn serve(listener: UnixListener, answers: Answers) {
         };
         let peer = Peer { uid, pid, may_change: uid == 0 || uid == answers.agent };
         if !peer.may_change {
-            if strangers.make_room(uid) && seldom.is_due() {
+            if read_only.make_room(uid) && log_limiter.is_due() {
                 warn!(uid, "too many connections: the oldest is closed");
             }
-            let handle = connections.spawn(converse(stream, peer, seldom.clone(), answers.clone(), None));
-            strangers.0.push_back((uid, handle));
+            let handle =
+                connections.spawn(serve_connection(stream, peer, log_limiter.clone(), answers.clone(), None));
+            read_only.0.push_back((uid, handle));
             continue;
         }
         // Each conversation holds a clone.
-        if Arc::strong_count(&trusted) > CONNECTIONS {
+        if Arc::strong_count(&trusted) > TRUSTED_LIMIT {
             warn!(uid, "too many connections: one is closed");
             continue;
         }
         let held = Some(Arc::clone(&trusted));
-        connections.spawn(converse(stream, peer, seldom.clone(), answers.clone(), held));
+        connections.spawn(serve_connection(stream, peer, log_limiter.clone(), answers.clone(), held));
     }
 }
 
@@ -151,17 +152,17 @@ struct Peer {
     may_change: bool,
 }
 
-async fn converse(
+async fn serve_connection(
     stream: UnixStream,
     peer: Peer,
-    seldom: Arc<Seldom>,
-    answers: Answers,
+    log_limiter: Arc<LogLimiter>,
+    answers: RequestHandler,
     _held: Option<Arc<()>>,
 ) {
     let Peer { uid, may_change, .. } = peer;
     let (limit, within) = match may_change {
         true => (MAX_LINE, None),
-        false => (STRANGERS_LINE, Some(STRANGERS_WITHIN)),
+        false => (READ_ONLY_LINE, Some(READ_ONLY_TIMEOUT)),
     };
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
@@ -173,7 +174,7 @@ async fn converse(
             Ok(0) => return,
             Ok(_) if line.last() == Some(&b'\n') => {}
             Ok(_) => {
-                if may_change || seldom.is_due() {
+                if may_change || log_limiter.is_due() {
                     warn!(
                         uid,
                         "a question without an end, or longer than {limit} bytes: the connection is closed"
@@ -183,13 +184,13 @@ async fn converse(
             }
             Err(error) => return debug!(uid, "a connection broke: {error}"),
         }
-        let answer = match serde_json::from_slice::<Ask>(&line) {
-            Err(error) => Answer::Refused(format!("not a question of this version: {error}")),
+        let answer = match serde_json::from_slice::<Request>(&line) {
+            Err(error) => Response::Refused(format!("not a question of this version: {error}")),
             Ok(ask) if !may_change && !ask.is_for_anybody() => {
-                if seldom.is_due() {
+                if log_limiter.is_due() {
                     warn!(uid, "a change was asked for by a user that may not");
                 }
-                Answer::Refused(format!("user {uid} may look, and change nothing"))
+                Response::Refused(format!("user {uid} may look, and change nothing"))
             }
             Ok(ask) => answers.answer(ask, peer.pid).await,
         };
@@ -214,15 +215,15 @@ async fn within_limit<T>(
     }
 }
 
-impl Answers {
+impl RequestHandler {
     /// Answers a request. Requests that change no rule are answered without the keeper, so the agent's
     /// heartbeat counts even while the keeper is busy.
-    async fn answer(&self, ask: Ask, pid: Option<i32>) -> Answer {
-        let status = |status: Status| Answer::Status(Box::new(status));
+    async fn answer(&self, ask: Request, pid: Option<i32>) -> Response {
+        let status = |status: Status| Response::Status(Box::new(status));
         let agent = &self.source.agent;
         let _waits = match &ask {
-            Ask::Status => return status(self.source.counted().await),
-            Ask::Look => {
+            Request::Status => return status(self.source.counted().await),
+            Request::Look => {
                 let (answer, looked) = oneshot::channel();
                 // If the queue is full, the check for the pending requests answers this one as well.
                 if self.looks.try_send(answer).is_ok() {
@@ -230,23 +231,25 @@ impl Answers {
                 }
                 return status(self.source.status().await);
             }
-            Ask::Well => {
+            Request::Well => {
                 return match agent.accept(pid) {
                     Ok(()) => status(self.source.status().await),
-                    Err(why) => Answer::Refused(why),
+                    Err(why) => Response::Refused(why),
                 };
             }
-            Ask::Want(_) => match agent.accept(pid) {
-                Ok(()) => Some(agent.waits()),
-                Err(why) => return Answer::Refused(why),
+            Request::Want(_) => match agent.accept(pid) {
+                Ok(()) => Some(agent.track_request()),
+                Err(why) => return Response::Refused(why),
             },
-            Ask::Confirm { .. } | Ask::Revert { .. } if agent.is(pid) => Some(agent.waits()),
-            Ask::Confirm { .. } | Ask::Revert { .. } | Ask::Plan { .. } | Ask::Retry => None,
+            Request::Confirm { .. } | Request::Revert { .. } if agent.is_agent(pid) => {
+                Some(agent.track_request())
+            }
+            Request::Confirm { .. } | Request::Revert { .. } | Request::Plan { .. } | Request::Retry => None,
         };
-        match asked(&self.keeper, ask, PATIENCE).await {
-            Reply::Done => status(self.source.status().await),
-            Reply::Plan(text) => Answer::Plan(text),
-            Reply::Refused(why) => Answer::Refused(why),
+        match ask_keeper(&self.keeper, ask, PATIENCE).await {
+            KeeperReply::Done => status(self.source.status().await),
+            KeeperReply::Plan(text) => Response::Plan(text),
+            KeeperReply::Refused(why) => Response::Refused(why),
         }
     }
 }

@@ -28,7 +28,7 @@ use crate::{Failed, Result, background};
 /// at once.
 pub struct HttpApp {
     address: SocketAddr,
-    state: Arc<State>,
+    state: Arc<AppState>,
     task: AbortHandle,
     ended: mpsc::Receiver<Infallible>,
 }
@@ -46,7 +46,7 @@ pub enum Behaviour {
     Reset,
 }
 
-struct State {
+struct AppState {
     name: String,
     version: String,
     behaviour: Mutex<Behaviour>,
@@ -63,7 +63,7 @@ impl HttpApp {
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
             .map_err(Failed::to(format!("application {name} could not listen on {address}")))?;
         let address = listener.local_addr().map_err(Failed::to("a listener without an address"))?;
-        let state = Arc::new(State {
+        let state = Arc::new(AppState {
             name: name.to_owned(),
             version: version.to_owned(),
             behaviour: Mutex::new(Behaviour::Well),
@@ -115,7 +115,7 @@ impl Drop for HttpApp {
     }
 }
 
-async fn serve(listener: TcpListener, state: Arc<State>) {
+async fn serve(listener: TcpListener, state: Arc<AppState>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -128,7 +128,7 @@ async fn serve(listener: TcpListener, state: Arc<State>) {
     }
 }
 
-async fn connection(stream: TcpStream, state: Arc<State>) {
+async fn connection(stream: TcpStream, state: Arc<AppState>) {
     _ = stream.set_nodelay(true);
     // The preface of HTTP/2 begins with PRI, and no method does.
     let mut preface = [0; 3];
@@ -157,7 +157,7 @@ async fn connection(stream: TcpStream, state: Arc<State>) {
     }
 }
 
-async fn answer(request: Request<Incoming>, state: &State) -> Option<Response<Full<Bytes>>> {
+async fn answer(request: Request<Incoming>, state: &AppState) -> Option<Response<Full<Bytes>>> {
     let count = 1 + state.requests.fetch_add(1, Ordering::Relaxed);
     let (head, body) = request.into_parts();
     let received = body.collect().await.ok()?.to_bytes().len();

@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use machine::{Boot, Machine};
+use machine::{BootSettings, Machine};
 
 use crate::netns::{self, Switch};
 use crate::{Failed, Result, cache};
@@ -47,11 +47,11 @@ const INSTALL: &str = "booted hosts need root, cgroup2, overlay and tmpfs file s
 /// Hosts on one switch.
 #[derive(Debug, Clone)]
 pub struct Fleet {
-    inner: Arc<Inner>,
+    inner: Arc<FleetShared>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct FleetShared {
     // The fields are dropped in this order.
     switch: Switch,
     disk: Disk,
@@ -65,7 +65,7 @@ struct Inner {
 pub struct Host {
     name: String,
     machine: Machine,
-    fleet: Arc<Inner>,
+    fleet: Arc<FleetShared>,
     /// The network of the host. Sockets can be created in it: see [`netns::Host::within`].
     pub net: Arc<netns::Host>,
     dir: PathBuf,
@@ -85,7 +85,7 @@ impl Fleet {
     pub fn of(suite: Suite, files: &[(&str, &Path)]) -> Result<Fleet> {
         static REAP: Once = Once::new();
         machine::able()?;
-        REAP.call_once(reap);
+        REAP.call_once(remove_leftover_fleets);
         let root = Root::get(suite)?;
         let disk = Disk::new()?;
         let layer = disk.dir.join("layer");
@@ -97,7 +97,7 @@ impl Fleet {
         keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", "vmesh-hosts", "-f"]).arg(disk.dir.join("key"));
         cache::run(&mut keygen, INSTALL)?;
         let switch = Switch::new()?;
-        Ok(Fleet { inner: Arc::new(Inner { switch, disk, root, names: Mutex::default() }) })
+        Ok(Fleet { inner: Arc::new(FleetShared { switch, disk, root, names: Mutex::default() }) })
     }
 
     /// Boots a new host.
@@ -150,7 +150,7 @@ impl Fleet {
                 write(&fleet.disk.dir.join(name).join("root"), "/etc/hosts", &text, 0o644)?;
             }
         }
-        let boot = Boot {
+        let boot = BootSettings {
             name: name.to_owned(),
             root,
             network: net.path(),
@@ -167,7 +167,7 @@ impl Fleet {
     }
 }
 
-impl Inner {
+impl FleetShared {
     fn overlay(&self, dir: &Path) -> Result<PathBuf> {
         let [upper, work, root] = ["upper", "work", "root"].map(|name| dir.join(name));
         for made in [&upper, &work, &root] {
@@ -473,7 +473,7 @@ impl Disk {
         lock.try_lock().map_err(Failed::to(format!("could not lock {}", lock_path.display())))?;
         // A leftover of an earlier process with the same id.
         if dir.exists() {
-            take_away(&dir);
+            remove_fleet(&dir);
         }
         fs::create_dir(&dir).map_err(failed("create"))?;
         let mut mount = Command::new("mount");
@@ -485,7 +485,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        take_away(&self.dir);
+        remove_fleet(&self.dir);
         _ = fs::remove_file(lock_path(&self.dir));
     }
 }
@@ -495,21 +495,21 @@ fn lock_path(dir: &Path) -> PathBuf {
 }
 
 /// Removes the fleets of dead processes, whose locks are free.
-fn reap() {
+fn remove_leftover_fleets() {
     for entry in fs::read_dir(RUN).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.extension().is_some_and(|extension| extension == "lock")
             && let Ok(lock) = File::open(&path)
             && lock.try_lock().is_ok()
         {
-            take_away(&path.with_extension(""));
+            remove_fleet(&path.with_extension(""));
             _ = fs::remove_file(&path);
         }
     }
 }
 
 /// Removes all parts of a fleet except its namespaces, which [`netns`] removes.
-fn take_away(dir: &Path) {
+fn remove_fleet(dir: &Path) {
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     for group in machine::groups(&name).unwrap_or_default() {
         machine::clear(&group);
@@ -526,16 +526,16 @@ fn take_away(dir: &Path) {
 
 /// A host that runs now, started by this process or another.
 #[derive(Debug)]
-pub struct Running {
+pub struct RunningHost {
     /// The process that has started the host.
     pub owner: u32,
     pub host: String,
     leader: u32,
 }
 
-impl Running {
+impl RunningHost {
     /// Lists all hosts that run on this machine.
-    pub fn all() -> Vec<Running> {
+    pub fn all() -> Vec<RunningHost> {
         let mut all = Vec::new();
         for fleet in fs::read_dir(RUN).into_iter().flatten().flatten() {
             let owner =
@@ -544,7 +544,7 @@ impl Running {
                 let leader = fs::read_to_string(host.path().join("nspawn.pid")).ok();
                 let leader = leader.and_then(|pid| machine::leader_of(pid.trim().parse().ok()?));
                 if let (Some(owner), Some(leader)) = (owner, leader) {
-                    all.push(Running {
+                    all.push(RunningHost {
                         owner,
                         host: host.file_name().to_string_lossy().into_owned(),
                         leader,

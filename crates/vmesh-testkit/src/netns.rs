@@ -34,14 +34,14 @@ const INSTALL: &str =
 /// A switch with the networks 10.88.0.0/16 and fd88::/64.
 #[derive(Debug)]
 pub struct Switch {
-    space: Space,
+    space: Namespace,
     next: AtomicU32,
 }
 
 /// A host on a [`Switch`]. Its default route leads to the switch, which forwards nothing.
 #[derive(Debug)]
 pub struct Host {
-    space: Space,
+    space: Namespace,
     dir: TempDir,
     runtime: Mutex<Option<Runtime>>,
     pub v4: Ipv4Addr,
@@ -50,7 +50,7 @@ pub struct Host {
 
 /// A namespace. Dropping it kills its processes and removes it.
 #[derive(Debug)]
-struct Space {
+struct Namespace {
     name: String,
 }
 
@@ -61,8 +61,8 @@ impl Switch {
     /// If the machine supports no namespaces; the message says what is missing.
     pub fn new() -> Result<Switch> {
         static REAP: Once = Once::new();
-        REAP.call_once(reap);
-        let space = Space::new()?;
+        REAP.call_once(remove_leftover_namespaces);
+        let space = Namespace::new()?;
         space.ip(&["link", "add", "br0", "type", "bridge"])?;
         // Ports forward at once, without spanning tree or multicast snooping.
         for file in ["forward_delay", "multicast_snooping"] {
@@ -82,7 +82,7 @@ impl Switch {
             Ipv4Addr::new(10, 88, high, low),
             Ipv6Addr::new(0xfd88, 0, 0, 0, 0, 0, 0, u16::from_be_bytes([high, low])),
         );
-        let host = Host { space: Space::new()?, dir: tempdir()?, runtime: Mutex::default(), v4, v6 };
+        let host = Host { space: Namespace::new()?, dir: tempdir()?, runtime: Mutex::default(), v4, v6 };
         self.wire(&host)?;
         Ok(host)
     }
@@ -245,16 +245,16 @@ impl Drop for Host {
     }
 }
 
-impl Space {
-    fn new() -> Result<Space> {
+impl Namespace {
+    fn new() -> Result<Namespace> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("vmesh-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         // A leftover of an earlier process with the same id.
         if Path::new(NAMES).join(&name).exists() {
-            drop(Space { name: name.clone() });
+            drop(Namespace { name: name.clone() });
         }
         output(Command::new("ip").args(["netns", "add", &name]))?;
-        let space = Space { name };
+        let space = Namespace { name };
         space.ip(&["link", "set", "lo", "up"])?;
         Ok(space)
     }
@@ -310,7 +310,7 @@ impl Space {
     }
 }
 
-impl Drop for Space {
+impl Drop for Namespace {
     fn drop(&mut self) {
         self.kill_all();
         _ = Command::new("ip").args(["netns", "del", &self.name]).output();
@@ -318,13 +318,13 @@ impl Drop for Space {
 }
 
 /// Removes the namespaces of test processes that have ended.
-fn reap() {
+fn remove_leftover_namespaces() {
     for entry in fs::read_dir(NAMES).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if let Some(pid) = owner(&name)
             && !Path::new("/proc").join(pid.to_string()).exists()
         {
-            drop(Space { name });
+            drop(Namespace { name });
         }
     }
 }
@@ -393,7 +393,7 @@ mod tests {
         // No process has this id, since the kernel's largest is 4194304.
         let name = "vmesh-4194999-0".to_owned();
         output(Command::new("ip").args(["netns", "add", &name])).unwrap();
-        reap();
+        remove_leftover_namespaces();
         assert!(!Path::new(NAMES).join(name).exists());
     }
 

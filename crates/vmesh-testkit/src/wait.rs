@@ -8,21 +8,21 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::{Failed, Result};
 
 /// The result of a probe: the value, or what it found instead.
-pub trait Seen {
+pub trait ProbeResult {
     type Value;
-    fn seen(self) -> Result<Self::Value, String>;
+    fn into_result(self) -> Result<Self::Value, String>;
 }
 
-impl<T> Seen for Option<T> {
+impl<T> ProbeResult for Option<T> {
     type Value = T;
-    fn seen(self) -> Result<T, String> {
+    fn into_result(self) -> Result<T, String> {
         self.ok_or_else(|| "nothing yet".to_owned())
     }
 }
 
-impl<T, E: Display> Seen for Result<T, E> {
+impl<T, E: Display> ProbeResult for Result<T, E> {
     type Value = T;
-    fn seen(self) -> Result<T, String> {
+    fn into_result(self) -> Result<T, String> {
         self.map_err(|error| error.to_string())
     }
 }
@@ -41,7 +41,7 @@ impl<T, E: Display> Seen for Result<T, E> {
 /// assert_eq!(three.await.unwrap(), "three");
 /// # });
 /// ```
-pub async fn wait_for<S: Seen>(
+pub async fn wait_for<S: ProbeResult>(
     what: impl Display,
     bound: Duration,
     mut probe: impl AsyncFnMut() -> S,
@@ -49,7 +49,7 @@ pub async fn wait_for<S: Seen>(
     let deadline = Instant::now() + bound;
     let mut last = "no answer".to_owned();
     while let Ok(answer) = timeout_at(deadline, probe()).await {
-        match answer.seen() {
+        match answer.into_result() {
             Ok(value) => return Ok(value),
             Err(seen) => last = seen,
         }

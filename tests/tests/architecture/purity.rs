@@ -13,7 +13,7 @@ use syn::{Attribute, Expr, ExprMethodCall, Item, ItemMod, Macro, Meta, Token, Us
 
 /// The findings in one crate or module.
 #[derive(Debug, Default)]
-pub(crate) struct Reading {
+pub(crate) struct Findings {
     /// Each access to the outside world as `file:line: path`.
     pub(crate) impure: Vec<String>,
     /// The number of items that were read. The test needs this number to prove that code was read at all.
@@ -23,8 +23,8 @@ pub(crate) struct Reading {
 }
 
 /// Reads the module in `file` and its submodules, except for modules that need one of `features`.
-pub(crate) fn read(file: &Path, features: &[&str]) -> Reading {
-    let mut reading = Reading::default();
+pub(crate) fn read(file: &Path, features: &[&str]) -> Findings {
+    let mut reading = Findings::default();
     read_file(file, &submodule_directory(file), features, &mut reading);
     reading
 }
@@ -32,13 +32,13 @@ pub(crate) fn read(file: &Path, features: &[&str]) -> Reading {
 /// Reads a text as if it were a file without submodules.
 pub(crate) fn read_text(text: &str) -> Vec<String> {
     let parsed = syn::parse_file(text).expect("Rust");
-    let mut reading = Reading::default();
+    let mut reading = Findings::default();
     Finder { file: Path::new("text.rs"), features: &[], submodules: Path::new(""), reading: &mut reading }
         .visit_file(&parsed);
     reading.impure
 }
 
-fn read_file(file: &Path, submodules: &Path, features: &[&str], reading: &mut Reading) {
+fn read_file(file: &Path, submodules: &Path, features: &[&str], reading: &mut Findings) {
     let text = fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     let parsed = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     reading.files.push(file.to_owned());
@@ -57,7 +57,7 @@ struct Finder<'a> {
     file: &'a Path,
     features: &'a [&'a str],
     submodules: &'a Path,
-    reading: &'a mut Reading,
+    reading: &'a mut Findings,
 }
 
 /// Paths that access the outside world. A path counts if it contains these names in a row.

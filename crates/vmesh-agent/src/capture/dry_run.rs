@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use vmesh_capture::apply::Tools;
-use vmesh_capture::facts::Places;
+use vmesh_capture::facts::HostPaths;
 use vmesh_daemon::report::one_line;
 use vmesh_net::client::{self, ClientError};
 use vmesh_net::keeper::{Options, plan_here};
-use vmesh_net::protocol::{Answer, Ask};
+use vmesh_net::protocol::{Request, Response};
 
 use super::{desired, probes};
 use crate::config::Config;
@@ -30,21 +30,21 @@ pub async fn dry_run(config: &Config) -> Result<String, String> {
     }
     let known = destinations::destinations(&accepted, has_ipv6);
     let want = desired(config, &known, probes::control_plane_addresses(config).await);
-    match client::ask(&config.capture.socket, &Ask::Plan { want: Some(want.clone()) }).await {
-        Ok(Answer::Plan(text)) => Ok(text),
-        Ok(Answer::Refused(why)) => Err(why),
-        Ok(Answer::Status(_)) => Err("vmesh-net answered something else".to_owned()),
+    match client::ask(&config.capture.socket, &Request::Plan { want: Some(want.clone()) }).await {
+        Ok(Response::Plan(text)) => Ok(text),
+        Ok(Response::Refused(why)) => Err(why),
+        Ok(Response::Status(_)) => Err("vmesh-net answered something else".to_owned()),
         Err(ClientError::Connect { .. }) => {
-            let places = Places::default();
+            let host_paths = HostPaths::default();
             let mut users = BTreeSet::new();
             for user in USERS.into_iter().filter_map(|user| user.parse().ok()) {
-                users.extend(places.user_id(&user).await);
+                users.extend(host_paths.user_id(&user).await);
             }
             let slices = "vmesh.slice".parse().into_iter().collect();
             let options = Options {
                 backend: None,
                 tools: Tools::default(),
-                places,
+                host_paths,
                 users,
                 slices,
                 state_dir: config.state_dir.clone(),

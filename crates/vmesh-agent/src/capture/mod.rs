@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 
 use vmesh_capture::spec::{Destination, INBOUND_PORT, Ports};
 use vmesh_model::node::Upstreams;
-use vmesh_net::protocol::Want;
+use vmesh_net::protocol::CaptureRequest;
 
 use crate::config::Config;
 use crate::destinations::Destinations;
@@ -26,7 +26,11 @@ pub use dry_run::dry_run;
 pub use task::{CaptureStatus, spawn};
 
 /// Returns what this host must capture.
-pub fn desired(config: &Config, destinations: &Destinations, control_planes: BTreeSet<SocketAddr>) -> Want {
+pub fn desired(
+    config: &Config,
+    destinations: &Destinations,
+    control_planes: BTreeSet<SocketAddr>,
+) -> CaptureRequest {
     let mut spec = config.capture.spec.clone();
     if config.capture.outbound() {
         for destination in destinations.services.values() {
@@ -36,7 +40,7 @@ pub fn desired(config: &Config, destinations: &Destinations, control_planes: BTr
         }
         spec.outbound.exclude.ports.extend(wildcard_ports(config, &destinations.everywhere));
     }
-    Want {
+    CaptureRequest {
         spec,
         ports: listening_ports(config),
         control_planes,

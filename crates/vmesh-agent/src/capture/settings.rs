@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use vmesh_capture::Spec;
-use vmesh_capture::spec::{DeadMan, Inbound, Inward, Outbound, Outward};
+use vmesh_capture::spec::{DeadMan, Inbound, InboundCapture, Outbound, OutboundCapture};
 use vmesh_model::node;
 use vmesh_model::text::Time;
 
@@ -25,26 +25,26 @@ pub struct CaptureSettings {
 
 impl CaptureSettings {
     pub fn outbound(&self) -> bool {
-        self.spec.outbound.capture != Outward::Off
+        self.spec.outbound.capture != OutboundCapture::Off
     }
 
     pub fn inbound(&self) -> bool {
-        self.spec.inbound.capture != Inward::Off
+        self.spec.inbound.capture != InboundCapture::Off
     }
 
     /// Returns what control planes are told about capture on this node.
     pub fn report(&self) -> node::Capture {
         node::Capture {
             outbound: match self.spec.outbound.capture {
-                Outward::Off => None,
-                Outward::Vip => Some(node::Outward::Vip),
-                Outward::Addresses => Some(node::Outward::Addresses),
-                Outward::All => Some(node::Outward::All),
+                OutboundCapture::Off => None,
+                OutboundCapture::Vip => Some(node::Outward::Vip),
+                OutboundCapture::Addresses => Some(node::Outward::Addresses),
+                OutboundCapture::All => Some(node::Outward::All),
             },
             inbound: match self.spec.inbound.capture {
-                Inward::Off => None,
-                Inward::Redirect => Some(node::Inward::Redirect),
-                Inward::Tproxy => Some(node::Inward::Tproxy),
+                InboundCapture::Off => None,
+                InboundCapture::Redirect => Some(node::Inward::Redirect),
+                InboundCapture::Tproxy => Some(node::Inward::Tproxy),
             },
             without_ipv6: !has_ipv6(self.outbound() || self.inbound()),
         }
@@ -89,18 +89,20 @@ impl fmt::Display for CaptureSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (outbound, inbound) = (&self.spec.outbound, &self.spec.inbound);
         match outbound.capture {
-            Outward::Off => f.write_str("outbound off"),
-            Outward::Vip => f.write_str("outbound virtual addresses"),
-            Outward::Addresses => {
+            OutboundCapture::Off => f.write_str("outbound off"),
+            OutboundCapture::Vip => f.write_str("outbound virtual addresses"),
+            OutboundCapture::Addresses => {
                 write!(f, "outbound addresses, {} % of new connections", outbound.percent.get())
             }
-            Outward::All => write!(f, "outbound everything, {} % of new connections", outbound.percent.get()),
+            OutboundCapture::All => {
+                write!(f, "outbound everything, {} % of new connections", outbound.percent.get())
+            }
         }?;
         let ports: Vec<_> = inbound.ports.iter().map(ToString::to_string).collect();
         match inbound.capture {
-            Inward::Off => f.write_str("; inbound off"),
-            Inward::Redirect => write!(f, "; inbound redirect of {}", ports.join(", ")),
-            Inward::Tproxy => write!(f, "; inbound tproxy of {}", ports.join(", ")),
+            InboundCapture::Off => f.write_str("; inbound off"),
+            InboundCapture::Redirect => write!(f, "; inbound redirect of {}", ports.join(", ")),
+            InboundCapture::Tproxy => write!(f, "; inbound tproxy of {}", ports.join(", ")),
         }
     }
 }
@@ -158,7 +160,7 @@ impl CaptureFields {
         let mut spec = Spec { dead_man: self.dead_man, ..Spec::default() };
         if let CaptureMode::Transparent(outbound) = &self.outbound {
             spec.outbound = (**outbound).clone();
-            if spec.outbound.capture == Outward::Off {
+            if spec.outbound.capture == OutboundCapture::Off {
                 problem(
                     "capture.outbound",
                     "says neither `vip`, `addresses` nor `all`: what is to be captured?",
@@ -170,7 +172,7 @@ impl CaptureFields {
         }
         if let CaptureMode::Transparent(inbound) = &self.inbound {
             spec.inbound = (**inbound).clone();
-            if spec.inbound.capture == Inward::Off {
+            if spec.inbound.capture == InboundCapture::Off {
                 problem("capture.inbound", "says neither `redirect` nor `tproxy`: how is it to be captured?");
             }
             if !spec.inbound.ports.is_empty() {
@@ -202,14 +204,14 @@ pub(crate) trait TransparentDefault {
 impl TransparentDefault for Outbound {
     const EXAMPLE: &'static str = "{capture: addresses, percent: 5}";
     fn transparent_default() -> Self {
-        Outbound { capture: Outward::Vip, ..Outbound::default() }
+        Outbound { capture: OutboundCapture::Vip, ..Outbound::default() }
     }
 }
 
 impl TransparentDefault for Inbound {
     const EXAMPLE: &'static str = "{capture: tproxy}";
     fn transparent_default() -> Self {
-        Inbound { capture: Inward::Redirect, ..Inbound::default() }
+        Inbound { capture: InboundCapture::Redirect, ..Inbound::default() }
     }
 }
 

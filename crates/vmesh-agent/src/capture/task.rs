@@ -14,7 +14,7 @@ use vmesh_daemon::Tasks;
 use vmesh_daemon::report::one_line;
 use vmesh_net::client::{Client, ClientError};
 use vmesh_net::probe;
-use vmesh_net::protocol::{self, Answer, Ask, Envoy};
+use vmesh_net::protocol::{self, EnvoyHealth, Request, Response};
 
 use super::desired;
 use super::probes::{self, ProbeResults};
@@ -126,8 +126,8 @@ impl CaptureClient {
 
     async fn exchange(&mut self, client: &mut Client) -> Result<std::convert::Infallible, ClientError> {
         self.resolve_control_planes().await;
-        let answer = client.ask(&Ask::Status).await?;
-        let on_trial = matches!(&answer, Answer::Status(net) if net.trial.is_some());
+        let answer = client.ask(&Request::Status).await?;
+        let on_trial = matches!(&answer, Response::Status(net) if net.trial.is_some());
         self.on_answer(answer);
         if self.before.is_none() {
             // The agent started during a trial, so it does not know what worked before: every probe counts.
@@ -149,7 +149,7 @@ impl CaptureClient {
                 }
                 Ok(()) = self.has_all.changed() => self.send_desired(client).await?,
                 _ = ticks.tick() => {
-                    let answer = client.ask(&Ask::Well).await?;
+                    let answer = client.ask(&Request::Well).await?;
                     self.on_answer(answer);
                     let again = self.refused.as_ref().is_some_and(|(when, _)| when.elapsed() >= ASKS_AGAIN_AFTER);
                     if self.resolve_control_planes().await || again || self.awaits_envoy || self.may_retry {
@@ -173,10 +173,10 @@ impl CaptureClient {
         }
         let destinations = self.destinations.borrow_and_update().clone();
         let want = desired(&self.config, &destinations, self.control_planes.clone());
-        let answer = client.ask(&Ask::Want(want)).await?;
+        let answer = client.ask(&Request::Want(want)).await?;
         self.may_retry = false;
         self.refused = match &answer {
-            Answer::Refused(why) => Some((Instant::now(), why.clone())),
+            Response::Refused(why) => Some((Instant::now(), why.clone())),
             _ => None,
         };
         self.on_answer(answer);
@@ -232,26 +232,26 @@ impl CaptureClient {
                 if began.elapsed() < patience {
                     return Ok(());
                 }
-                client.ask(&Ask::Revert { trial, why: lost }).await?
+                client.ask(&Request::Revert { trial, why: lost }).await?
             }
-            None => client.ask(&Ask::Confirm { trial }).await?,
+            None => client.ask(&Request::Confirm { trial }).await?,
         };
         match &answer {
-            Answer::Status(status) if status.trial.is_none() && status.reverted.is_none() => {
+            Response::Status(status) if status.trial.is_none() && status.reverted.is_none() => {
                 info!(trial, "what is captured is confirmed");
                 self.before = Some(found);
                 self.status.send_modify(|status| status.confirmed = Some(SystemTime::now()));
             }
-            Answer::Refused(why) => debug!(trial, "not confirmed yet: {why}"),
+            Response::Refused(why) => debug!(trial, "not confirmed yet: {why}"),
             _ => {}
         }
         self.on_answer(answer);
         Ok(())
     }
 
-    fn on_answer(&mut self, answer: Answer) {
+    fn on_answer(&mut self, answer: Response) {
         match answer {
-            Answer::Status(net) => {
+            Response::Status(net) => {
                 let was_reverted =
                     self.status.borrow().net.as_ref().is_some_and(|net| net.reverted.is_some());
                 self.may_retry |= was_reverted && net.reverted.is_none();
@@ -276,14 +276,14 @@ impl CaptureClient {
                     changed
                 });
             }
-            Answer::Refused(why) => {
+            Response::Refused(why) => {
                 let is_new = self.status.borrow().reason.as_ref() != Some(&why);
                 if is_new {
                     warn!("vmesh-net refused: {why}");
                 }
                 self.status.send_modify(|status| status.reason = Some(why));
             }
-            Answer::Plan(_) => {}
+            Response::Plan(_) => {}
         }
     }
 }
@@ -292,7 +292,7 @@ impl CaptureClient {
 async fn envoy_serves(config: &Config) -> bool {
     let capture = &config.capture;
     for (wanted, port) in [(capture.outbound(), OUTBOUND_PORT), (capture.inbound(), INBOUND_PORT)] {
-        if wanted && probe::look((Ipv4Addr::LOCALHOST, port).into()).await != Envoy::Well {
+        if wanted && probe::dial((Ipv4Addr::LOCALHOST, port).into()).await != EnvoyHealth::Well {
             return false;
         }
     }

@@ -78,7 +78,7 @@ use tracing::{debug, error, warn};
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_daemon::{Stop, Tasks, systemd};
-use vmesh_net::protocol::Ask;
+use vmesh_net::protocol::Request;
 
 use crate::config::Config;
 use crate::envoy::{EnvoyState, double, output, unless_stopped};
@@ -335,7 +335,7 @@ impl Supervisor {
     async fn notify_vmesh_net(&self) {
         let capture = &self.config.capture;
         if capture.outbound() || capture.inbound() {
-            let told = vmesh_net::client::ask(&capture.socket, &Ask::Look);
+            let told = vmesh_net::client::ask(&capture.socket, &Request::Look);
             if !matches!(timeout(NOTIFIES_WITHIN, told).await, Ok(Ok(_))) {
                 debug!("vmesh-net was not told that Envoy has ended, and sees it by itself");
             }

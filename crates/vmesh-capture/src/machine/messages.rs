@@ -10,7 +10,7 @@ use crate::apply::Backend;
 use crate::confirm;
 use crate::facts::Session;
 use crate::foreign::Ruleset;
-use crate::host::{Host, Memory};
+use crate::host::{Host, HostMemory};
 use crate::iptables::Footprint;
 use crate::program::{Directions, Program};
 use crate::spec::{Ports, Seconds, Spec};
@@ -19,11 +19,13 @@ use crate::spec::{Ports, Seconds, Spec};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedState {
-    pub commit: confirm::State,
-    pub known: AgentFacts,
+    pub commit: confirm::CommitRecord,
+    #[serde(rename = "known")]
+    pub agent_facts: AgentFacts,
     /// The spec that the last failed trial tried, and the reason of the failure.
-    pub refused: Option<(Spec, String)>,
-    pub memory: Memory,
+    #[serde(rename = "refused")]
+    pub failed_trial: Option<(Spec, String)>,
+    pub memory: HostMemory,
 }
 
 /// The facts that the agent reports of itself and of Envoy.
@@ -34,9 +36,9 @@ pub struct AgentFacts {
     pub control_planes: BTreeSet<SocketAddr>,
 }
 
-/// The severity of [`Action::Tell`].
+/// The severity of [`Action::Log`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Level {
+pub enum LogLevel {
     Info,
     Warn,
     Error,
@@ -57,7 +59,7 @@ pub enum Event {
     /// The agent asks for `spec`. The machine answers with [`Action::Reply`].
     Want {
         spec: Box<Spec>,
-        known: AgentFacts,
+        agent_facts: AgentFacts,
         patience: Duration,
     },
     /// A client confirms that the trial of this number works. The machine answers with [`Action::Reply`].
@@ -95,28 +97,28 @@ pub enum Event {
     Saved(Result<(), String>),
     SessionsRead(Vec<Session>),
     /// The directions whose redirects may hold at once.
-    EnvoySeen(Directions),
+    EnvoyChecked(Directions),
     ListenersChecked(Result<(), String>),
     PathTried(Result<(), String>),
     ConnectionsCounted(usize),
-    Applied(Applied),
-    OthersEnded(Result<(), String>),
+    Applied(ApplyResult),
+    OtherBackendsCleaned(Result<(), String>),
     /// `true` if there were rules to remove.
-    TakenAway(Result<bool, String>),
+    RulesRemoved(Result<bool, String>),
 }
 
 /// The result of [`Action::Apply`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Applied {
+pub struct ApplyResult {
     /// The differences that were found before the change. `None` if nothing was attempted, because nothing
     /// differed or the rules could not be read.
     pub changes: Option<Vec<String>>,
-    pub outcome: Result<Change, String>,
+    pub outcome: Result<RulesetChange, String>,
 }
 
 /// What [`Action::Apply`] changed in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
+pub enum RulesetChange {
     /// Nothing, or only set elements.
     Elements,
     /// The whole ruleset was replaced. All dead-man timers start anew.
@@ -127,7 +129,7 @@ pub enum Change {
 
 /// The dead-man timers in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeadMen {
+pub struct DeadManTimers {
     pub timeout: Seconds,
     pub directions: Directions,
     /// Counts how often the whole ruleset was replaced.
@@ -159,7 +161,7 @@ impl PathTest {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Read the facts of the host. -> [`Event::HostRead`]
-    ReadHost { spec: Box<Spec>, known: AgentFacts, memory: Memory },
+    ReadHost { spec: Box<Spec>, agent_facts: AgentFacts, memory: HostMemory },
     /// Find out which backend works here. -> [`Event::Detected`]
     Detect { ipv6: bool },
     /// Read the foreign rules. -> [`Event::FilterRead`]
@@ -171,8 +173,8 @@ pub enum Action {
     /// List the SSH sessions at these ports. -> [`Event::SessionsRead`]
     ReadSessions(BTreeSet<u16>),
     /// Check which of these listeners of Envoy accept connections, and whether the agent is alive. ->
-    /// [`Event::EnvoySeen`]
-    LookAtEnvoy(Directions),
+    /// [`Event::EnvoyChecked`]
+    CheckEnvoy(Directions),
     /// Check these listeners of Envoy for a confirmation. The error names the one that accepts no connection.
     /// -> [`Event::ListenersChecked`]
     CheckListeners(Directions),
@@ -186,18 +188,18 @@ pub enum Action {
     /// differ from the program. The bypass script sets its flag before it changes any rule, so the driver
     /// looks for the flag after it has read the rules.
     Apply { program: Program, timeout: Seconds, well: Directions },
-    /// Make the rules of vmesh that other backends may hold match `program`. -> [`Event::OthersEnded`]
-    EndOthers { program: Program, footprint: Option<Footprint> },
-    /// Remove all rules of vmesh. -> [`Event::TakenAway`]
-    TakeAway { footprint: Option<Footprint> },
+    /// Make the rules of vmesh that other backends may hold match `program`. -> [`Event::OtherBackendsCleaned`]
+    CleanOtherBackends { program: Program, footprint: Option<Footprint> },
+    /// Remove all rules of vmesh. -> [`Event::RulesRemoved`]
+    RemoveRules { footprint: Option<Footprint> },
     /// Read vmesh's rules again before the next change, because another program may have changed them.
     ForgetRules,
     /// Check these listeners of Envoy continuously from now on.
     Watch(Directions),
     /// Renew these dead-man timers from now on; `None` renews none.
-    Order(Option<DeadMen>),
+    SetTimers(Option<DeadManTimers>),
     /// Write a line to the log.
-    Tell(Level, String),
+    Log(LogLevel, String),
     /// Answer the client whose event is being handled.
     Reply(Result<(), String>),
     /// End the process: the work is done.
@@ -211,8 +213,8 @@ impl Action {
             self,
             Action::ForgetRules
                 | Action::Watch(_)
-                | Action::Order(_)
-                | Action::Tell(..)
+                | Action::SetTimers(_)
+                | Action::Log(..)
                 | Action::Reply(_)
                 | Action::Exit
         )

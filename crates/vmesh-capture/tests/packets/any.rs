@@ -6,13 +6,13 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use vmesh_capture::host::Cgroup;
 use vmesh_capture::spec::{
-    Account, BypassFilter, Destination, Dial, Inbound, Inward, OnLoss, Outbound, Outward, Percent, Ports,
-    Selection, Sources,
+    Account, BypassFilter, CallerShares, ClientSelection, Destination, Inbound, InboundCapture, OnLoss,
+    Outbound, OutboundCapture, Percent, Ports, Selection,
 };
 use vmesh_capture::{Host, Program, Spec, Stage};
 
-use crate::Group;
-use crate::vm::{Kind, Vm};
+use crate::TestCgroup;
+use crate::vm::{BackendKind, Vm};
 
 fn percent() -> impl Strategy<Value = Percent> {
     prop_oneof![Just(0), Just(100), 1..100_u8].prop_map(|percent| Percent::new(percent).unwrap_or_default())
@@ -75,7 +75,7 @@ fn selection() -> impl Strategy<Value = Selection> {
 
 prop_compose! {
     fn outbound()(
-        capture in prop_oneof![Just(Outward::Off), Just(Outward::Vip), Just(Outward::Addresses), Just(Outward::All)],
+        capture in prop_oneof![Just(OutboundCapture::Off), Just(OutboundCapture::Vip), Just(OutboundCapture::Addresses), Just(OutboundCapture::All)],
         vips in btree_set(address(), 0..6),
         addresses in btree_map(address(), (proptest::option::of(percent()), proptest::option::of(on_loss()))
             .prop_map(|(percent, on_loss)| Destination { percent, on_loss }), 0..8),
@@ -85,13 +85,13 @@ prop_compose! {
         exclude in selection(),
         users in btree_map(account(), percent(), 0..3),
     ) -> Outbound {
-        Outbound { capture, vips, addresses, percent, on_loss, include, exclude, dial: Dial { users, ..Dial::default() } }
+        Outbound { capture, vips, addresses, percent, on_loss, include, exclude, dial: CallerShares { users, ..CallerShares::default() } }
     }
 }
 
 prop_compose! {
     fn inbound()(
-        capture in prop_oneof![Just(Inward::Off), Just(Inward::Redirect), Just(Inward::Tproxy)],
+        capture in prop_oneof![Just(InboundCapture::Off), Just(InboundCapture::Redirect), Just(InboundCapture::Tproxy)],
         ports in ports(),
         strict in ports(),
         on_loss in on_loss(),
@@ -103,7 +103,7 @@ prop_compose! {
             strict,
             on_loss,
             bypass_filter: BypassFilter::default(),
-            exclude: Sources { cidrs, ..Sources::default() },
+            exclude: ClientSelection { cidrs, ..ClientSelection::default() },
         }
     }
 }
@@ -114,10 +114,10 @@ fn spec() -> impl Strategy<Value = Spec> {
 
 /// Applies rows of specs to one host, as edits of an operator would be: each one changes the rules of the one
 /// before.
-fn check(kind: Kind, rows: u32) {
+fn check(kind: BackendKind, rows: u32) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let vm = Vm::new(kind);
-    let group = Group::new();
+    let group = TestCgroup::new();
     let facts = Host {
         units: [(
             "any.slice".parse().unwrap(),
@@ -147,7 +147,7 @@ fn check(kind: Kind, rows: u32) {
                 prop_assert!(again.is_empty() && again.changes.is_empty(), "{again}");
             }
             vm.applier.off(footprint.as_ref()).await.unwrap();
-            if kind == Kind::IptablesLegacy {
+            if kind == BackendKind::IptablesLegacy {
                 prop_assert!(!vm.ruleset().contains("VMESH"));
             } else {
                 prop_assert_eq!(vm.ruleset(), before.clone());
@@ -162,15 +162,15 @@ fn check(kind: Kind, rows: u32) {
 
 #[test]
 fn any_specs_in_a_row_are_idempotent_and_leave_nothing_by_nftables() {
-    check(Kind::Nft, 40);
+    check(BackendKind::Nft, 40);
 }
 
 #[test]
 fn any_specs_in_a_row_are_idempotent_and_leave_nothing_by_iptables() {
-    check(Kind::IptablesNft, 20);
+    check(BackendKind::IptablesNft, 20);
 }
 
 #[test]
 fn any_specs_in_a_row_are_idempotent_and_leave_nothing_by_legacy_iptables() {
-    check(Kind::IptablesLegacy, 20);
+    check(BackendKind::IptablesLegacy, 20);
 }

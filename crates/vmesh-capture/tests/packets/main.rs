@@ -10,11 +10,11 @@ use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use vm::{Call, ENVOY, Kind, SOON, Server, Vm, printed, transparent_envoy};
+use vm::{BackendKind, Connection, ENVOY, SOON, Server, Vm, printed, transparent_envoy};
 use vmesh_capture::apply::{Applier, Backend};
-use vmesh_capture::confirm::{Commit, Proposed, State};
-use vmesh_capture::facts::{Own, Places};
-use vmesh_capture::host::{Cgroup, Memory, Number};
+use vmesh_capture::confirm::{Commit, CommitRecord, ProposalOutcome};
+use vmesh_capture::facts::{HostPaths, OwnTraffic};
+use vmesh_capture::host::{AccountNumber, Cgroup, HostMemory};
 use vmesh_capture::{Program, Spec, Stage};
 use vmesh_testkit::wait_for;
 
@@ -28,17 +28,17 @@ macro_rules! with_every_backend {
 
             #[tokio::test]
             async fn by_nftables() {
-                check(Vm::new(Kind::Nft)).await;
+                check(Vm::new(BackendKind::Nft)).await;
             }
 
             #[tokio::test]
             async fn by_iptables() {
-                check(Vm::new(Kind::IptablesNft)).await;
+                check(Vm::new(BackendKind::IptablesNft)).await;
             }
 
             #[tokio::test]
             async fn by_legacy_iptables() {
-                check(Vm::new(Kind::IptablesLegacy)).await;
+                check(Vm::new(BackendKind::IptablesLegacy)).await;
             }
         }
     )+};
@@ -146,7 +146,7 @@ with_every_backend! {
     async fn units_are_told_apart_also_after_one_is_made_anew(vm: Vm) {
         let mut vm = vm;
         let _servers = (vm.app_at_b(8080), vm.outbound_envoy());
-        let group = Group::new();
+        let group = TestCgroup::new();
         let yaml = "outbound: {capture: all, include: {units: [app.service]}}";
         let unit = "app.service".parse().unwrap();
         vm.facts.units.insert(unit, group.cgroup());
@@ -170,16 +170,16 @@ with_every_backend! {
     async fn a_unit_that_is_left_out_is_so_from_its_first_connection(vm: Vm) {
         let mut vm = vm;
         let _servers = (vm.app_at_b(8080), vm.outbound_envoy());
-        let group = Group::new();
+        let group = TestCgroup::new();
         let other = group.child("other.service");
         let yaml = format!("outbound: {{capture: all, vips: {VIPS:?}, exclude: {{units: [app.service]}}}}");
         let slice = Cgroup { path: group.slice().parse().unwrap(), id: group.slice_id() };
-        let nursery = |group: &Group| vmesh_capture::host::Nursery {
-            parent: Some(slice.clone()),
+        let parent_cgroup = |group: &TestCgroup| vmesh_capture::host::ParentCgroup {
+            cgroup: Some(slice.clone()),
             children: [other.clone(), group.cgroup()].into(),
         };
         vm.facts.units.insert("app.service".parse().unwrap(), group.cgroup());
-        vm.facts.nurseries = vec![nursery(&group)];
+        vm.facts.parent_cgroups = vec![parent_cgroup(&group)];
         let address = vm.at_b(8080)[0];
         vm.capture(&yaml).await;
         assert_eq!(group.call(&vm, address), "app");
@@ -191,13 +191,13 @@ with_every_backend! {
         assert_eq!(group.call(&vm, vips()[0]), "envoy", "a virtual address leads nowhere else");
         // The rules learn the new control group.
         vm.facts.units.insert("app.service".parse().unwrap(), group.cgroup());
-        vm.facts.nurseries = vec![nursery(&group)];
+        vm.facts.parent_cgroups = vec![parent_cgroup(&group)];
         vm.capture(&yaml).await;
         assert!(vm.capture(&yaml).await.is_empty());
         assert_eq!(group.call(&vm, address), "app");
         let newcomer = group.child("new.service");
         assert_eq!(group.call_in("new.service", &vm, address), "app");
-        vm.facts.nurseries.first_mut().unwrap().children.insert(newcomer);
+        vm.facts.parent_cgroups.first_mut().unwrap().children.insert(newcomer);
         vm.capture(&yaml).await;
         assert_eq!(group.call_in("new.service", &vm, address), "envoy");
     }
@@ -224,16 +224,16 @@ with_every_backend! {
     async fn open_connections_survive_on_change_and_off(vm: Vm) {
         let _servers = (vm.app_at_b(8080), vm.outbound_envoy());
         for to in vm.at_b(8080) {
-            let mut older = Call::open(&vm.a, to);
+            let mut older = Connection::open(&vm.a, to);
             vm.capture("outbound: {capture: all}").await;
             assert!(older.works() && older.who == "app");
-            let mut redirected = Call::open(&vm.a, to);
+            let mut redirected = Connection::open(&vm.a, to);
             assert_eq!(redirected.who, "envoy");
             // The first change affects set elements only, the next ones affect rules.
             vm.capture(&format!("outbound: {{capture: all, vips: ['{}']}}", vips()[0])).await;
             vm.capture(&format!("outbound: {{capture: all, vips: {VIPS:?}}}")).await;
             vm.capture("outbound: {capture: all, exclude: {ports: [8080]}}").await;
-            let mut direct = Call::open(&vm.a, to);
+            let mut direct = Connection::open(&vm.a, to);
             assert!(redirected.works() && older.works() && direct.works() && direct.who == "app");
             vm.capture("outbound: {capture: all}").await;
             assert!(redirected.works() && older.works() && direct.works());
@@ -255,7 +255,7 @@ with_every_backend! {
         let _other = vm.app_at_b(8081);
         let program = vm.program(&yaml, Stage::Confirmed);
         let timeout = "3s".parse().unwrap();
-        vm.applier.bring(&program, Some(timeout)).await.unwrap();
+        vm.applier.reconcile(&program, Some(timeout)).await.unwrap();
         let [to, to6] = vm.at_b(8080);
         assert_eq!((vm.call(to), vm.call(to6)), ("envoy".to_owned(), "envoy".to_owned()));
         drop(envoy);
@@ -266,12 +266,12 @@ with_every_backend! {
         let envoy = vm.outbound_envoy();
         // The loop lasts longer than one timeout.
         for _ in 0..8 {
-            vm.applier.refresh(timeout).await.unwrap();
+            vm.applier.renew_all_timers(timeout).await.unwrap();
             assert_eq!((vm.call(to), vm.call(to6)), ("envoy".to_owned(), "envoy".to_owned()));
             tokio::time::sleep(Duration::from_millis(600)).await;
         }
-        vm.applier.refresh("10m".parse().unwrap()).await.unwrap();
-        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
+        vm.applier.renew_all_timers("10m".parse().unwrap()).await.unwrap();
+        vm.applier.expire_timers(vmesh_capture::Directions::BOTH).await.unwrap();
         assert_eq!((vm.call(to), vm.call(to6)), ("app".to_owned(), "app".to_owned()));
         drop(envoy);
     }
@@ -282,7 +282,7 @@ with_every_backend! {
                     inbound: {capture: redirect, ports: [3306], strict: [3306, 3307], on_loss: closed}";
         vm.bring(&vm.program(yaml, Stage::Trial)).await;
         assert_eq!(vm.call(vm.at_b(8080)[0]), "refused");
-        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
+        vm.applier.expire_timers(vmesh_capture::Directions::BOTH).await.unwrap();
         assert_eq!(vm.call(vm.at_b(8080)[0]), "app");
         for to in [vm.at_a(3306), vm.at_a(3307)].concat() {
             assert_eq!(vm.call_from_b(to), "app");
@@ -304,7 +304,7 @@ with_every_backend! {
         vm.capture(&format!("inbound: {{capture: redirect, {spec}}}")).await;
         for (captured, ssh) in vm.at_a(8080).into_iter().zip(vm.at_a(22)) {
             assert_eq!(vm.call_from_b(captured), "envoy");
-            assert_eq!(Call::open(&c, captured).who, "app");
+            assert_eq!(Connection::open(&c, captured).who, "app");
             assert_eq!(vm.call_from_b(ssh), "app");
             // The host itself is not captured.
             assert_eq!(vm.call(captured), "app");
@@ -336,7 +336,7 @@ with_every_backend! {
             assert_eq!((vm.call_from_b(strict), vm.call_from_b(open)), ("envoy".to_owned(), "envoy".to_owned()));
         }
         drop(envoy);
-        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
+        vm.applier.expire_timers(vmesh_capture::Directions::BOTH).await.unwrap();
         for (strict, open) in vm.at_a(3306).into_iter().zip(vm.at_a(8080)) {
             assert_eq!((vm.call_from_b(strict), vm.call_from_b(open)), ("refused".to_owned(), "app".to_owned()));
             assert_eq!(vm.call(strict), "app");
@@ -349,13 +349,13 @@ with_every_backend! {
 
     async fn tproxy_keeps_the_callers_address_and_is_passed_by_when_envoy_is_gone(vm: Vm) {
         let _apps = [22, 8080].map(|port| vm.app_at_a(port));
-        let mut older = Call::open(&vm.b, vm.at_a(8080)[0]);
+        let mut older = Connection::open(&vm.b, vm.at_a(8080)[0]);
         let mut envoy = transparent_envoy(&vm.a).await;
         vm.capture("inbound: {capture: tproxy, ports: [8080]}").await;
         assert!(older.works());
         let mut captured = Vec::new();
         for (to, ip) in vm.at_a(8080).into_iter().zip(vm.b.addresses()) {
-            let call = Call::open(&vm.b, to);
+            let call = Connection::open(&vm.b, to);
             assert_eq!((call.who.as_str(), call.from, call.to), ("envoy", ip, to));
             assert_eq!(vm.call(to), "app");
             captured.push(call);
@@ -364,25 +364,25 @@ with_every_backend! {
             assert_eq!(vm.call_from_b(to), "app");
         }
         // Captured connections survive the removal of the rules and the end of the dead-man timer.
-        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
+        vm.applier.expire_timers(vmesh_capture::Directions::BOTH).await.unwrap();
         for to in vm.at_a(8080) {
             assert_eq!(vm.call_from_b(to), "app");
         }
-        assert!(captured.iter_mut().all(Call::works) && older.works());
-        vm.applier.refresh("10m".parse().unwrap()).await.unwrap();
+        assert!(captured.iter_mut().all(Connection::works) && older.works());
+        vm.applier.renew_all_timers("10m".parse().unwrap()).await.unwrap();
         vm.capture("inbound: {capture: tproxy, ports: [8080, 8081]}").await;
-        assert!(captured.iter_mut().all(Call::works) && older.works());
+        assert!(captured.iter_mut().all(Connection::works) && older.works());
         vm.applier.off(None).await.unwrap();
-        assert!(captured.iter_mut().all(Call::works) && older.works());
+        assert!(captured.iter_mut().all(Connection::works) && older.works());
 
         vm.capture("inbound: {capture: tproxy, ports: [8080]}").await;
         envoy.kill().unwrap();
         for to in vm.at_a(8080) {
             // With iptables, packets are lost until the dead-man timer lapses.
-            let passed_by = if vm.kind == Kind::Nft { "app" } else { "nobody" };
+            let passed_by = if vm.kind == BackendKind::Nft { "app" } else { "nobody" };
             assert_eq!(vm.call_from_b(to), passed_by);
         }
-        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
+        vm.applier.expire_timers(vmesh_capture::Directions::BOTH).await.unwrap();
         for to in vm.at_a(8080) {
             assert_eq!(vm.call_from_b(to), "app");
         }
@@ -399,7 +399,7 @@ with_every_backend! {
         for to in vm.at_a(3306) {
             assert_eq!((vm.call_from_b(to), vm.call(to)), ("nobody".to_owned(), "app".to_owned()));
         }
-        vm.applier.withdraw(vmesh_capture::Directions::BOTH).await.unwrap();
+        vm.applier.expire_timers(vmesh_capture::Directions::BOTH).await.unwrap();
         assert_eq!(vm.call_from_b(vm.at_a(3306)[0]), "nobody");
     }
 
@@ -422,7 +422,7 @@ with_every_backend! {
             }
             vm.bring(&Program::drained(true)).await;
             vm.applier.off(footprint.as_ref()).await.unwrap();
-            if vm.kind == Kind::IptablesLegacy && !others {
+            if vm.kind == BackendKind::IptablesLegacy && !others {
                 // A legacy table that was used stays behind, empty, until the kernel restarts.
                 let after = vm.ruleset();
                 assert!(after.lines().all(|line| line.starts_with(['*', ':']) || line.trim() == "COMMIT"), "{after}");
@@ -440,7 +440,7 @@ with_every_backend! {
         vm.capture(&yaml).await;
         assert!(vm.capture(&yaml).await.is_empty());
         let damages: &[(&str, &str)] = match vm.kind {
-            Kind::Nft => &[
+            BackendKind::Nft => &[
                 ("nft delete table inet vmesh", "+ table inet vmesh"),
                 ("nft flush ruleset", "+ table inet vmesh"),
                 ("nft insert rule inet vmesh outbound accept", "! outbound: a rule that is not ours"),
@@ -492,7 +492,7 @@ with_every_backend! {
         vm.capture("outbound: {capture: all}\ninbound: {capture: redirect, ports: [8080]}").await;
         let [to, _] = vm.at_b(8080);
         assert_eq!(vm.call(to), "envoy");
-        let out = Call::open(&container, to);
+        let out = Connection::open(&container, to);
         assert_eq!((out.who.as_str(), out.from), ("app", vm.a.v4.into()));
         assert_eq!(vm.call_from_b(vm.at_a(8088)[0]), "container");
         assert_eq!(vm.call_from_b(vm.at_a(8080)[0]), "envoy");
@@ -504,7 +504,7 @@ with_every_backend! {
 
     async fn many_addresses_are_captured_and_one_more_disturbs_nobody(vm: Vm) {
         let _envoy = vm.outbound_envoy();
-        let count = if vm.kind == Kind::Nft { 5000 } else { 500 };
+        let count = if vm.kind == BackendKind::Nft { 5000 } else { 500 };
         let vip = |number: u16| {
             let [high, low] = number.to_be_bytes();
             [format!("'240.0.{high}.{low}:80'"), format!("'[fdfe::{number:x}]:80'")]
@@ -513,14 +513,14 @@ with_every_backend! {
         let started = Instant::now();
         vm.capture(&yaml(count)).await;
         eprintln!("{count} addresses of each family in {:?}", started.elapsed());
-        let mut last = Call::open(&vm.a, vip(count)[0].trim_matches('\'').parse().unwrap());
-        let mut last6 = Call::open(&vm.a, vip(count)[1].trim_matches('\'').parse().unwrap());
+        let mut last = Connection::open(&vm.a, vip(count)[0].trim_matches('\'').parse().unwrap());
+        let mut last6 = Connection::open(&vm.a, vip(count)[1].trim_matches('\'').parse().unwrap());
         let started = Instant::now();
         let plan = vm.capture(&yaml(count + 1)).await;
         eprintln!("one more in {:?}", started.elapsed());
         assert!(last.works() && last6.works() && last.who == "envoy");
         assert_eq!(vm.call(vip(count + 1)[0].trim_matches('\'').parse().unwrap()), "envoy");
-        if vm.kind == Kind::Nft {
+        if vm.kind == BackendKind::Nft {
             let [step] = plan.steps.as_slice() else { panic!("{plan}") };
             assert_eq!(step.input.lines().count(), 2, "{plan}");
         }
@@ -529,7 +529,7 @@ with_every_backend! {
     async fn a_wrong_spec_is_taken_back_and_ssh_works_meanwhile(vm: Vm) {
         let _apps = (vm.app_at_a(22), vm.app_at_a(8080), vm.app_at_b(22), vm.app_at_b(8080));
         let before = vm.ruleset();
-        let mut session = Call::open(&vm.b, vm.at_a(22)[0]);
+        let mut session = Connection::open(&vm.b, vm.at_a(22)[0]);
         // No Envoy listens, so every captured connection fails.
         let wrong: Spec = vmesh_model::load::strict(
             "spec.yaml",
@@ -537,8 +537,8 @@ with_every_backend! {
         ).unwrap();
         for agent_dies in [false, true] {
             let now = Instant::now();
-            let (mut commit, _) = Commit::start(State::default(), false);
-            assert_eq!(commit.propose(wrong.clone(), now, Duration::from_secs(60)), Proposed::Trial);
+            let (mut commit, _) = Commit::start(CommitRecord::default(), false);
+            assert_eq!(commit.propose(wrong.clone(), now, Duration::from_secs(60)), ProposalOutcome::Trial);
             commit.set_footprint(vm.applier.footprint().await.unwrap());
             let on_disk = serde_json::to_string(commit.state()).unwrap();
             let (spec, stage) = commit.wanted();
@@ -558,7 +558,7 @@ with_every_backend! {
             assert!(Program::new(spec, &vm.facts, stage).unwrap().0.is_absent());
             vm.applier.off(commit.state().footprint.as_ref()).await.unwrap();
             assert_eq!((vm.call_from_b(vm.at_a(8080)[0]), vm.call(vm.at_b(8080)[0])), ("app".to_owned(), "app".to_owned()));
-            if vm.kind != Kind::IptablesLegacy {
+            if vm.kind != BackendKind::IptablesLegacy {
                 assert_eq!(vm.ruleset(), before);
             }
             assert!(session.works());
@@ -585,7 +585,7 @@ with_every_backend! {
         let yaml = "outbound: {capture: all, on_loss: closed}\ninbound: {capture: redirect, ports: [3306], strict: [3306]}";
         vm.capture(yaml).await;
         assert_eq!((vm.call(to), vm.call(to6)), ("envoy".to_owned(), "envoy".to_owned()));
-        let mut redirected = Call::open(&vm.a, to);
+        let mut redirected = Connection::open(&vm.a, to);
         bypass(&["--keep-connections"]);
         assert_eq!((vm.call(to), vm.call(to6)), ("app".to_owned(), "app".to_owned()));
         assert!(redirected.works() && flag.exists());
@@ -642,13 +642,13 @@ fn have_other_rules(vm: &Vm) {
 }
 
 /// A control group like that of a unit in a slice.
-struct Group {
+struct TestCgroup {
     slice: std::path::PathBuf,
     root: std::path::PathBuf,
 }
 
-impl Group {
-    fn new() -> Group {
+impl TestCgroup {
+    fn new() -> TestCgroup {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
@@ -657,7 +657,7 @@ impl Group {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let slice = root.join(format!("vmeshtest{}x{number}.slice", std::process::id()));
         std::fs::create_dir_all(slice.join("app.service")).unwrap();
-        Group { slice, root }
+        TestCgroup { slice, root }
     }
 
     fn id(path: &std::path::Path) -> u64 {
@@ -669,13 +669,13 @@ impl Group {
     }
 
     fn slice_id(&self) -> u64 {
-        Group::id(&self.slice)
+        TestCgroup::id(&self.slice)
     }
 
     fn cgroup(&self) -> Cgroup {
         Cgroup {
             path: format!("{}/app.service", self.slice()).parse().unwrap(),
-            id: Group::id(&self.slice.join("app.service")),
+            id: TestCgroup::id(&self.slice.join("app.service")),
         }
     }
 
@@ -689,7 +689,7 @@ impl Group {
     fn child(&self, name: &str) -> Cgroup {
         let path = self.slice.join(name);
         std::fs::create_dir_all(&path).unwrap();
-        Cgroup { path: format!("{}/{name}", self.slice()).parse().unwrap(), id: Group::id(&path) }
+        Cgroup { path: format!("{}/{name}", self.slice()).parse().unwrap(), id: TestCgroup::id(&path) }
     }
 
     /// Returns the name of the server that answers a caller in the control group.
@@ -710,7 +710,7 @@ impl Group {
     }
 }
 
-impl Drop for Group {
+impl Drop for TestCgroup {
     fn drop(&mut self) {
         for name in ["app.service", "other.service", "new.service"] {
             _ = std::fs::remove_dir(self.slice.join(name));
@@ -721,8 +721,8 @@ impl Drop for Group {
 
 #[tokio::test]
 async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects() {
-    let vm = Vm::new(Kind::Nft);
-    let group = Group::new();
+    let vm = Vm::new(BackendKind::Nft);
+    let group = TestCgroup::new();
     let dir = vmesh_testkit::tempdir().unwrap();
     let sshd = dir.join("sshd");
     // The kernel names the process after this file, as it does for the real sshd.
@@ -746,40 +746,43 @@ async fn a_host_knows_its_ssh_daemon_its_units_and_what_goes_through_redirects()
     );
     std::fs::write(&systemctl, text).unwrap();
     std::fs::set_permissions(&systemctl, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let places = Places {
+    let host_paths = HostPaths {
         net: format!("/proc/{}", daemon.pid()).into(),
         ssh: dir.join("none"),
         systemctl,
-        ..Places::default()
+        ..HostPaths::default()
     };
     let spec = vmesh_model::load::strict(
         "spec.yaml",
         "outbound: {capture: all, include: {users: [root, no-such-user], units: [app.service, no-such.service]}}",
     );
-    let own =
-        Own { users: [ENVOY].into(), slices: [group.slice().parse().unwrap()].into(), ..Own::default() };
-    let host = places.host(&spec.unwrap(), &own, &Memory::default()).await;
+    let own = OwnTraffic {
+        users: [ENVOY].into(),
+        slices: [group.slice().parse().unwrap()].into(),
+        ..OwnTraffic::default()
+    };
+    let host = host_paths.read_host(&spec.unwrap(), &own, &HostMemory::default()).await;
     assert_eq!(host.never.ssh, [2222].into());
     assert_eq!(
         host.never.slices,
         [Cgroup { path: group.slice().parse().unwrap(), id: group.slice_id() }].into()
     );
-    assert_eq!(host.users, [("root".to_owned(), Number::Now(0))].into());
+    assert_eq!(host.users, [("root".to_owned(), AccountNumber::Now(0))].into());
     assert!(host.ipv6);
     assert_eq!(host.units, [("app.service".parse().unwrap(), group.cgroup())].into());
 
-    assert_eq!(places.redirected(), 0);
+    assert_eq!(host_paths.count_redirected(), 0);
     let (_app, _envoy) = (vm.app_at_b(8080), vm.outbound_envoy());
     vm.capture("outbound: {capture: all}").await;
-    let call = Call::open(&vm.a, vm.at_b(8080)[1]);
-    assert_eq!((call.who.as_str(), places.redirected()), ("envoy", 1));
+    let call = Connection::open(&vm.a, vm.at_b(8080)[1]);
+    assert_eq!((call.who.as_str(), host_paths.count_redirected()), ("envoy", 1));
     drop(call);
-    wait_for("nobody", SOON, async || (places.redirected() == 0).then_some(())).await.unwrap();
+    wait_for("nobody", SOON, async || (host_paths.count_redirected() == 0).then_some(())).await.unwrap();
 }
 
 #[tokio::test]
 async fn the_backend_that_works_is_found_and_asking_changes_nothing() {
-    let vm = Vm::new(Kind::IptablesNft);
+    let vm = Vm::new(BackendKind::IptablesNft);
     let before = vm.ruleset();
     let mut tools = vm.applier.tools.clone();
     assert_eq!(Applier::detect(tools.clone(), true).await.unwrap().backend, Backend::Nft);
@@ -794,7 +797,7 @@ async fn the_backend_that_works_is_found_and_asking_changes_nothing() {
 
 #[tokio::test]
 async fn a_tool_that_is_missing_or_hangs_is_named_with_what_was_attempted() {
-    let mut vm = Vm::new(Kind::Nft);
+    let mut vm = Vm::new(BackendKind::Nft);
     vm.applier.tools.nft = "/no/such/nft".into();
     let error = vm.applier.read().await.unwrap_err();
     assert_eq!(

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use vmesh_capture::apply::{Applier, Backend, Ran, Tools};
-use vmesh_capture::host::Never;
+use vmesh_capture::apply::{Applier, Backend, RecentRuns, Tools};
+use vmesh_capture::host::NeverCaptured;
 use vmesh_capture::spec::Seconds;
 use vmesh_capture::{Host, Plan, Program, Spec, Stage};
 use vmesh_model::load::strict;
@@ -24,7 +24,7 @@ pub(crate) const NEVER: Duration = Duration::from_millis(400);
 pub(crate) const ENVOY: u32 = 4000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum BackendKind {
     Nft,
     IptablesNft,
     IptablesLegacy,
@@ -39,22 +39,22 @@ pub(crate) struct Vm {
     pub(crate) tools: netns::Tools,
     pub(crate) applier: Applier,
     pub(crate) facts: Host,
-    pub(crate) kind: Kind,
+    pub(crate) kind: BackendKind,
     /// Keeps `/proc/<pid>/net` of `a` alive.
     _anchor: Daemon,
 }
 
 impl Vm {
-    pub(crate) fn new(kind: Kind) -> Vm {
+    pub(crate) fn new(kind: BackendKind) -> Vm {
         let switch = Switch::new().unwrap();
         let (a, b) = (switch.host().unwrap(), switch.host().unwrap());
-        let iptables = if kind == Kind::IptablesLegacy { Iptables::Legacy } else { Iptables::Nft };
+        let iptables = if kind == BackendKind::IptablesLegacy { Iptables::Legacy } else { Iptables::Nft };
         let tools = a.tools(iptables).unwrap();
         let mut sleep = a.command("sleep");
         sleep.arg("infinity");
         let anchor = Daemon::spawn("anchor", sleep).unwrap();
         let applier = Applier {
-            backend: if kind == Kind::Nft { Backend::Nft } else { Backend::Iptables },
+            backend: if kind == BackendKind::Nft { Backend::Nft } else { Backend::Iptables },
             tools: Tools {
                 nft: tools.nft.clone(),
                 iptables_save: tools.iptables_save.clone(),
@@ -65,9 +65,9 @@ impl Vm {
                 timeout: SOON,
             },
             ipv6: true,
-            ran: Ran::default(),
+            recent_runs: RecentRuns::default(),
         };
-        let never = Never { users: [ENVOY].into(), own: [15020].into(), ..Never::default() };
+        let never = NeverCaptured { users: [ENVOY].into(), own: [15020].into(), ..NeverCaptured::default() };
         let facts = Host { ipv6: true, never, ..Host::default() };
         Vm { switch, a, b, tools, applier, facts, kind, _anchor: anchor }
     }
@@ -86,7 +86,7 @@ impl Vm {
 
     pub(crate) async fn bring(&self, program: &Program) -> Plan {
         let long: Seconds = "10m".parse().unwrap();
-        self.applier.bring(program, Some(long)).await.unwrap()
+        self.applier.reconcile(program, Some(long)).await.unwrap()
     }
 
     /// Returns the output of all firewall tools without counters and times.
@@ -169,7 +169,7 @@ fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 fn who(stream: std::io::Result<TcpStream>) -> String {
-    match stream.and_then(Call::new) {
+    match stream.and_then(Connection::new) {
         Ok(call) => call.who,
         Err(error) if error.kind() == std::io::ErrorKind::TimedOut => "nobody".to_owned(),
         Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => "refused".to_owned(),
@@ -178,7 +178,7 @@ fn who(stream: std::io::Result<TcpStream>) -> String {
 }
 
 /// An open connection to a [`Server`].
-pub(crate) struct Call {
+pub(crate) struct Connection {
     stream: BufReader<TcpStream>,
     pub(crate) who: String,
     /// The client's address, as the server sees it.
@@ -187,8 +187,8 @@ pub(crate) struct Call {
     pub(crate) to: SocketAddr,
 }
 
-impl Call {
-    fn new(stream: TcpStream) -> std::io::Result<Call> {
+impl Connection {
+    fn new(stream: TcpStream) -> std::io::Result<Connection> {
         stream.set_read_timeout(Some(SOON))?;
         let mut stream = BufReader::new(stream);
         let mut line = String::new();
@@ -196,12 +196,12 @@ impl Call {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [who, from, to] = words.as_slice() else { return Err(std::io::ErrorKind::UnexpectedEof.into()) };
         let (who, from, to) = ((*who).to_owned(), from.parse().unwrap(), to.parse().unwrap());
-        Ok(Call { stream, who, from, to })
+        Ok(Connection { stream, who, from, to })
     }
 
-    pub(crate) fn open(host: &netns::Host, to: SocketAddr) -> Call {
+    pub(crate) fn open(host: &netns::Host, to: SocketAddr) -> Connection {
         let stream = host.within(|| TcpStream::connect_timeout(&to, SOON)).unwrap();
-        Call::new(stream.unwrap()).unwrap()
+        Connection::new(stream.unwrap()).unwrap()
     }
 
     /// Reports whether the connection still carries data in both directions.

@@ -6,10 +6,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, Redirects, State};
+use vmesh_net::protocol::{RedirectState, Request, Response, State};
 use vmesh_testkit::wait_for;
 
-use crate::vm::{self, Agent, OPEN, Rules, SOON, Vm, is_well, status};
+use crate::vm::{self, FakeAgent, OPEN, RulesBackend, SOON, Vm, is_well, status};
 
 /// The limit of tool runs that are sabotaged one by one, which is more than any of these scenarios needs.
 const RUNS: usize = 60;
@@ -67,7 +67,7 @@ impl Saboteur {
 }
 
 /// `off` restores the rules from before vmesh, whichever tool run failed before.
-async fn off_means_off(rules: Rules, failure: Failure) {
+async fn off_means_off(rules: RulesBackend, failure: Failure) {
     let mut vm = Vm::new(rules).await;
     let saboteur = Saboteur::new(&vm);
     vm.net.take().unwrap().kill().unwrap();
@@ -75,11 +75,11 @@ async fn off_means_off(rules: Rules, failure: Failure) {
     let before = vm.ruleset();
     let mut missed = 0;
     for run in 1..=RUNS {
-        client::ask(&vm.socket(), &Ask::Retry).await.unwrap();
-        let mut agent = Agent::new(&vm, OPEN).await;
+        client::ask(&vm.socket(), &Request::Retry).await.unwrap();
+        let mut agent = FakeAgent::new(&vm, OPEN).await;
         saboteur.arm(run, failure);
         // These requests may be refused, because one of the tools fails.
-        if let Answer::Status(tried) = agent.want().await
+        if let Response::Status(tried) = agent.want().await
             && let Some(trial) = tried.trial
         {
             agent.confirm(trial).await;
@@ -113,24 +113,24 @@ async fn off_means_off(rules: Rules, failure: Failure) {
 
 #[tokio::test]
 async fn off_leaves_nothing_whichever_run_of_nft_failed_without_doing_anything() {
-    off_means_off(Rules::Nft, Failure::Undone).await;
+    off_means_off(RulesBackend::Nft, Failure::Undone).await;
 }
 
 #[tokio::test]
 async fn off_leaves_nothing_whichever_run_of_nft_did_its_work_and_failed() {
-    off_means_off(Rules::Nft, Failure::Done).await;
+    off_means_off(RulesBackend::Nft, Failure::Done).await;
 }
 
 #[tokio::test]
 async fn off_leaves_nothing_whichever_run_of_iptables_did_its_work_and_failed() {
-    off_means_off(Rules::Iptables, Failure::Done).await;
+    off_means_off(RulesBackend::Iptables, Failure::Done).await;
 }
 
 /// The bypass script runs while vmesh-net reads its rules: vmesh-net has seen no flag, and finds no rules.
 #[tokio::test]
 async fn a_bypass_amid_a_look_at_the_rules_is_not_mended() {
-    let vm = Vm::new(Rules::Nft).await;
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.capture().await;
     let (real, armed) = (vm.tools.dir.join("nft"), vm.state_dir().join("armed"));
     let (flag, real, armed_path) = (vm.state_dir().join("bypass"), real.display(), armed.display());
@@ -158,7 +158,7 @@ async fn a_bypass_amid_a_look_at_the_rules_is_not_mended() {
 /// The process is told to stop after a failed change.
 #[tokio::test]
 async fn a_stop_after_a_failed_change_leaves_nothing() {
-    for rules in [Rules::Nft, Rules::Iptables] {
+    for rules in [RulesBackend::Nft, RulesBackend::Iptables] {
         let mut vm = Vm::new(rules).await;
         let saboteur = Saboteur::new(&vm);
         let before = vm.ruleset();
@@ -167,7 +167,7 @@ async fn a_stop_after_a_failed_change_leaves_nothing() {
             vm.net.take().unwrap().kill().unwrap();
             saboteur.arm(run, Failure::Done);
             vm.start_net().await;
-            let mut agent = Agent::new(&vm, OPEN).await;
+            let mut agent = FakeAgent::new(&vm, OPEN).await;
             agent.want().await;
             saboteur.disarm();
             vm.terminate_net().await;
@@ -222,11 +222,11 @@ fn run(command: &mut Command) {
 /// The heartbeat neither writes to a disk nor counts sockets.
 #[tokio::test]
 async fn a_disk_that_hangs_and_eight_who_ask_let_no_redirect_lapse() {
-    let mut vm = Vm::new(Rules::Nft).await;
+    let mut vm = Vm::new(RulesBackend::Nft).await;
     vm.net.take().unwrap().kill().unwrap();
     let disk = Disk::mount(&vm.state_dir());
     vm.start_net().await;
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     disk.freeze();
@@ -238,7 +238,7 @@ async fn a_disk_that_hangs_and_eight_who_ask_let_no_redirect_lapse() {
         for _ in 0..50 {
             let askers: Vec<_> = (0..8).map(|_| vm.status()).collect();
             for asker in askers {
-                assert_eq!(asker.await.redirects, Redirects::Hold);
+                assert_eq!(asker.await.redirects, RedirectState::Hold);
             }
             assert_eq!(vm.get(8080).unwrap(), "mesh");
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -254,22 +254,22 @@ async fn a_disk_that_hangs_and_eight_who_ask_let_no_redirect_lapse() {
 /// Envoy has a listener for each direction; this one has the outbound listener only.
 #[tokio::test]
 async fn a_listener_that_is_missing_costs_its_own_direction_only() {
-    let vm = Vm::new(Rules::Nft).await;
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.capture().await;
-    agent.want.spec.inbound.capture = vmesh_capture::spec::Inward::Redirect;
+    agent.want.spec.inbound.capture = vmesh_capture::spec::InboundCapture::Redirect;
     agent.want.spec.inbound.ports.insert("8081".parse().unwrap());
     assert_eq!(status(agent.want().await).state, State::Trial);
     // The loop lasts longer than redirects hold without a heartbeat.
     for _ in 0..25 {
         let now = agent.well().await;
-        assert_eq!(now.redirects, Redirects::Hold, "{now:?}");
+        assert_eq!(now.redirects, RedirectState::Hold, "{now:?}");
         assert_eq!(vm.get(8080).unwrap(), "mesh");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     let now = agent.well().await;
     assert!(now.notes.iter().any(|note| note.contains("inbound redirects have lapsed")), "{now:?}");
-    let Answer::Refused(why) = agent.confirm(now.trial.unwrap()).await else { panic!("it was confirmed") };
+    let Response::Refused(why) = agent.confirm(now.trial.unwrap()).await else { panic!("it was confirmed") };
     assert!(why.contains("15006"), "{why}");
 }
 
@@ -279,7 +279,7 @@ async fn a_listener_that_is_missing_costs_its_own_direction_only() {
 async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
     const BOTH: &str = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}}, \
         inbound: {capture: redirect, on_loss: closed, ports: [8081]}, dead_man: {timeout: 3s}}";
-    let mut vm = Vm::new(Rules::Nft).await;
+    let mut vm = Vm::new(RulesBackend::Nft).await;
     // The confirmed spec on the disk is from when Envoy had that listener.
     vm.net.take().unwrap().kill().unwrap();
     let confirmed = serde_json::json!({"commit": {"confirmed": vm::want(&vm, BOTH).spec}});
@@ -288,7 +288,7 @@ async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
     let table = || vm.nft(&["list", "table", "inet", "vmesh"]);
     assert!(table().contains("redirect to :15006"), "{}", table());
 
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.want.spec.outbound.percent = vmesh_capture::spec::Percent::new(99).unwrap();
     agent.want.confirm_within = 5;
     assert_eq!(status(agent.want().await).state, State::Trial);
@@ -304,7 +304,7 @@ async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
     vm.start_net().await;
     assert!(!vm.nft(&["list", "table", "inet", "vmesh"]).contains(":15006"));
     // The agent asks for the confirmed configuration again, which needs no trial.
-    let mut agent = Agent::new(&vm, BOTH).await;
+    let mut agent = FakeAgent::new(&vm, BOTH).await;
     let again = status(agent.want().await);
     assert_eq!((again.state, again.trial), (State::Confirmed, None), "{again:?}");
     assert!(vm.nft(&["list", "table", "inet", "vmesh"]).contains("redirect to :15006"));
@@ -314,8 +314,8 @@ async fn what_is_taken_back_brings_back_no_rule_that_leads_nowhere() {
 /// process may save that nothing was captured.
 #[tokio::test]
 async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
-    let mut vm = Vm::new(Rules::Nft).await;
-    Agent::new(&vm, vm::CLOSED).await.capture().await;
+    let mut vm = Vm::new(RulesBackend::Nft).await;
+    FakeAgent::new(&vm, vm::CLOSED).await.capture().await;
     vm.net.take().unwrap().kill().unwrap();
     fs::write(vm.state_dir().join("state.json"), "{\"commit\": 7").unwrap();
     vm.start_net().await;
@@ -331,7 +331,7 @@ async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
     assert_eq!(vm.get(8080).unwrap(), "mesh", "what is closed stays so");
 
     // The agent asks for no capture, so the unknown rules are removed at once.
-    let mut agent = Agent::new(&vm, "{}").await;
+    let mut agent = FakeAgent::new(&vm, "{}").await;
     agent.want().await;
     let table = || vm.nft(&["list", "tables"]);
     assert!(!vm.ruleset().contains("redirect to :15001"), "{}", vm.ruleset());
@@ -342,8 +342,8 @@ async fn a_state_that_cannot_be_read_is_not_replaced_before_the_agent_speaks() {
 /// netfilter-persistent or an operator loads a ruleset that was saved during capture.
 #[tokio::test]
 async fn rules_of_ours_that_somebody_loads_again_after_off_are_taken_away() {
-    let vm = Vm::new(Rules::Nft).await;
-    let mut agent = Agent::new(&vm, vm::CLOSED).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
+    let mut agent = FakeAgent::new(&vm, vm::CLOSED).await;
     agent.capture().await;
     let saved = vm.state_dir().join("saved.nft");
     fs::write(&saved, vm.nft(&["list", "table", "inet", "vmesh"])).unwrap();
@@ -377,15 +377,15 @@ fn break_iptables(vm: &Vm, broken: &Path, end: &str) {
 #[tokio::test]
 async fn rules_of_an_earlier_backend_whose_tools_fail_at_first_are_taken_away_later() {
     for (end, is_told) in [("-save", false), ("-restore", true)] {
-        let mut vm = Vm::new(Rules::Iptables).await;
-        Agent::new(&vm, OPEN).await.capture().await;
+        let mut vm = Vm::new(RulesBackend::Iptables).await;
+        FakeAgent::new(&vm, OPEN).await.capture().await;
         vm.net.take().unwrap().kill().unwrap();
         let broken = vm.state_dir().join("broken");
         break_iptables(&vm, &broken, end);
         fs::write(&broken, "").unwrap();
-        vm.rules = Rules::Nft;
+        vm.rules = RulesBackend::Nft;
         vm.start_net().await;
-        let mut agent = Agent::new(&vm, OPEN).await;
+        let mut agent = FakeAgent::new(&vm, OPEN).await;
         agent.want().await;
         let seen =
             agent.well_until("capture to go on by nft", |_| vm.ruleset().contains("table inet vmesh")).await;
@@ -411,13 +411,13 @@ async fn rules_of_an_earlier_backend_whose_tools_fail_at_first_are_taken_away_la
 /// In another pid namespace, the kernel reports vmesh's programs by ids that are unknown there.
 #[tokio::test]
 async fn in_a_namespace_of_processes_own_changes_are_not_taken_for_those_of_others() {
-    let mut vm = Vm::new(Rules::Nft).await;
+    let mut vm = Vm::new(RulesBackend::Nft).await;
     let lists = vm.state_dir().join("lists");
     let (real, log) = (vm.tools.nft.display().to_string(), lists.display().to_string());
     vm.script("nft", &format!("case \"$*\" in *list*) echo \"$*\" >>{log};; esac\nexec {real} \"$@\""));
     vm.net.take().unwrap().kill().unwrap();
     vm.start_net_by(&["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]).await;
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     fs::write(&lists, "").unwrap();

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use vmesh_capture::spec::INBOUND_PORT;
 use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, State, Status, would_change};
+use vmesh_net::protocol::{Request, Response, State, Status, would_change};
 
-use crate::vm::{self, Agent, OPEN, Rules, Vm, is_well, status};
+use crate::vm::{self, FakeAgent, OPEN, RulesBackend, Vm, is_well, status};
 
 const INBOUND: &str =
     "{inbound: {capture: redirect, on_loss: closed, ports: [8081, 8083]}, dead_man: {timeout: 3s}}";
@@ -31,13 +31,13 @@ fn ufw(vm: &Vm, ports: &str) {
 }
 
 /// Starts a host whose saved state has `spec` confirmed.
-async fn confirmed(spec: &str) -> (Vm, Agent) {
-    let mut vm = Vm::new(Rules::Nft).await;
+async fn confirmed(spec: &str) -> (Vm, FakeAgent) {
+    let mut vm = Vm::new(RulesBackend::Nft).await;
     vm.net.take().unwrap().kill().unwrap();
     let state = serde_json::json!({"commit": {"confirmed": vm::want(&vm, spec).spec}});
     fs::write(vm.state_dir().join("state.json"), state.to_string()).unwrap();
     vm.start_net().await;
-    let mut agent = Agent::new(&vm, spec).await;
+    let mut agent = FakeAgent::new(&vm, spec).await;
     assert_eq!(status(agent.want().await).state, State::Confirmed);
     (vm, agent)
 }
@@ -63,7 +63,7 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
     vm.until("the port to be left out", |status| has_note(status, &words)).await;
     assert_eq!(redirected(&vm), "8083");
     // The dry run leaves the port out as well, and shows the reason.
-    let Answer::Plan(plan) = client::ask(&vm.socket(), &Ask::Plan { want: None }).await.unwrap() else {
+    let Response::Plan(plan) = client::ask(&vm.socket(), &Request::Plan { want: None }).await.unwrap() else {
         panic!()
     };
     assert!(words.iter().all(|word| plan.contains(word)) && !would_change(&plan), "{plan}");
@@ -96,7 +96,7 @@ async fn a_port_that_the_hosts_filter_keeps_closed_is_not_opened_by_a_redirect_u
 /// `nft` lists the table of vmesh as usual, and hangs when it lists the whole ruleset.
 #[tokio::test]
 async fn a_filter_that_cannot_be_read_is_not_taken_for_none() {
-    let mut vm = Vm::new(Rules::Nft).await;
+    let mut vm = Vm::new(RulesBackend::Nft).await;
     firewalld(&vm);
     let hangs = vm.state_dir().join("hangs");
     let real = vm.tools.nft.display();
@@ -156,8 +156,8 @@ async fn a_port_that_the_hosts_filter_lets_in_is_not_closed_by_a_redirect() {
 
 #[tokio::test]
 async fn a_rule_that_loses_captured_connections_is_named_by_the_status_and_by_a_trial() {
-    let vm = Vm::new(Rules::Nft).await;
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     let drops = "add table inet eg; add chain inet eg out { type filter hook output priority 0; policy drop; }; \
@@ -168,7 +168,7 @@ async fn a_rule_that_loses_captured_connections_is_named_by_the_status_and_by_a_
     agent.well_until("the rule to be named", |status| has_note(status, &words)).await;
     agent.want.spec.outbound.percent = vmesh_capture::spec::Percent::new(99).unwrap();
     let trial = status(agent.want().await).trial.unwrap();
-    let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
+    let Response::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
     assert!(why.contains("inet eg out: policy drop"), "{why}");
     // The rule that the documentation asks firewalls to have.
     vm.nft(&["add rule inet eg out tcp dport 15001 accept"]);
@@ -178,33 +178,33 @@ async fn a_rule_that_loses_captured_connections_is_named_by_the_status_and_by_a_
 
 #[tokio::test]
 async fn a_rule_that_keeps_connections_from_being_tracked_is_named() {
-    let vm = Vm::new(Rules::Nft).await;
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.want.spec.outbound.vips.insert("240.1.2.3:80".parse().unwrap());
     let raw = "add table inet nt; add chain inet nt out { type filter hook output priority -300; }; \
         add rule inet nt out tcp dport { 80, 8443 } notrack";
     vm.nft(&[raw]);
     let trial = status(agent.want().await).trial.unwrap();
-    let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
+    let Response::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
     assert!(why.contains("inet nt out: tcp dport") && why.contains("notrack"), "{why}");
     vm.nft(&["delete", "table", "inet", "nt"]);
     assert_eq!(status(agent.confirm(trial).await).state, State::Confirmed);
     vm.nft(&[raw]);
     agent.well_until("the rule to be named", |status| has_note(status, &["port 80", "notrack"])).await;
-    let Answer::Status(now) = client::ask(&vm.socket(), &Ask::Status).await.unwrap() else { panic!() };
+    let Response::Status(now) = client::ask(&vm.socket(), &Request::Status).await.unwrap() else { panic!() };
     assert_eq!(now.state, State::Confirmed);
 }
 
 #[tokio::test]
 async fn a_rule_that_loses_captured_connections_of_ipv6_alone_is_named_by_a_trial_and_by_the_status() {
-    let vm = Vm::new(Rules::Nft).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
     let drops = "add table ip6 eg; add chain ip6 eg out { type filter hook output priority 0; policy accept; }; \
         add rule ip6 eg out tcp dport 15001 drop";
     vm.nft(&[drops]);
-    let mut agent = Agent::new(&vm, OPEN).await;
+    let mut agent = FakeAgent::new(&vm, OPEN).await;
     agent.want.spec.outbound.vips.insert("[fd76:6d65:7368::7]:80".parse().unwrap());
     let trial = status(agent.want().await).trial.unwrap();
-    let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
+    let Response::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
     assert!(why.contains("[fd76:6d65:7368::]:1") && why.contains("ip6 eg out: tcp dport 15001"), "{why}");
     assert!(!why.contains("240.0.0.0"), "{why}");
     vm.nft(&["delete", "table", "ip6", "eg"]);
@@ -229,12 +229,12 @@ fn inbound_listener(vm: &Vm) {
     std::thread::spawn(move || listener.incoming().for_each(drop));
 }
 
-async fn connections_from_outside_are_counted(rules: Rules) {
+async fn connections_from_outside_are_counted(rules: RulesBackend) {
     let vm = Vm::new(rules).await;
     inbound_listener(&vm);
     let before = vm.ruleset();
     let mut agent =
-        Agent::new(&vm, "{inbound: {capture: redirect, bypass_filter: true, ports: [8081]}}").await;
+        FakeAgent::new(&vm, "{inbound: {capture: redirect, bypass_filter: true, ports: [8081]}}").await;
     // The filter accepts the called port, but for IPv6 not the port to which it is redirected.
     vm.nft(&["add table ip6 fw; add chain ip6 fw in { type filter hook input priority 0; policy drop; }; \
         add rule ip6 fw in meta l4proto ipv6-icmp accept; add rule ip6 fw in ct state established accept; \
@@ -244,7 +244,7 @@ async fn connections_from_outside_are_counted(rules: Rules) {
     assert_eq!(called_from_outside(&vm, vm.a.v4.into(), 3), 3);
     // Some of these connections come before vmesh-net has noticed the filter and starts counting anew.
     assert_eq!(called_from_outside(&vm, vm.a.v6.into(), 8), 0);
-    let Answer::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
+    let Response::Refused(why) = agent.confirm(trial).await else { panic!("it was confirmed") };
     for words in ["IPv6 from outside", "ip6 fw in: policy drop", "15006"] {
         assert!(why.contains(words), "{why}");
     }
@@ -257,7 +257,7 @@ async fn connections_from_outside_are_counted(rules: Rules) {
 
     // A later loss is reported too, and the report ends with the loss. With iptables, vmesh-net checks every
     // 10 s.
-    if rules == Rules::Iptables {
+    if rules == RulesBackend::Iptables {
         let is_named = |status: &Status| has_note(status, &["IPv6 from outside", "policy drop"]);
         vm.nft(&["flush chain ip6 fw in; add rule ip6 fw in meta l4proto ipv6-icmp accept; \
             add rule ip6 fw in tcp dport 8081 accept"]);
@@ -268,7 +268,7 @@ async fn connections_from_outside_are_counted(rules: Rules) {
         agent.well_until("no loss to be told", arrive).await;
     }
 
-    agent.want.spec.inbound.capture = vmesh_capture::spec::Inward::Off;
+    agent.want.spec.inbound.capture = vmesh_capture::spec::InboundCapture::Off;
     agent.want().await;
     vm.until("the rules to go", |status| status.state == State::Off).await;
     vm.nft(&["delete", "table", "ip6", "fw"]);
@@ -277,10 +277,10 @@ async fn connections_from_outside_are_counted(rules: Rules) {
 
 #[tokio::test]
 async fn connections_from_outside_that_the_filter_drops_once_they_are_redirected_are_told_by_nftables() {
-    connections_from_outside_are_counted(Rules::Nft).await;
+    connections_from_outside_are_counted(RulesBackend::Nft).await;
 }
 
 #[tokio::test]
 async fn connections_from_outside_that_the_filter_drops_once_they_are_redirected_are_told_by_iptables() {
-    connections_from_outside_are_counted(Rules::Iptables).await;
+    connections_from_outside_are_counted(RulesBackend::Iptables).await;
 }

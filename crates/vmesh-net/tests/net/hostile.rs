@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, State};
+use vmesh_net::protocol::{Request, Response, State};
 use vmesh_testkit::process::Daemon;
 
-use crate::vm::{self, Agent, MESH, Rules, SOON, Vm, status};
+use crate::vm::{self, FakeAgent, MESH, RulesBackend, SOON, Vm, status};
 
 /// A user's own subtree of control groups; it is removed when the test ends.
 struct Subtree(PathBuf);
@@ -55,13 +55,13 @@ const EXCLUDES_A_UNIT: &str = "{outbound: {capture: addresses, addresses: {\"SER
 
 /// A user creates a directory in their own subtree whose name contains rules, and in it one with the name of
 /// a unit that the agent's configuration names.
-async fn hostile_folder(rules: Rules) {
+async fn hostile_folder(rules: RulesBackend) {
     let subtree = Subtree::new();
     subtree.make("user@4242.service/x\" return; tcp dport 443 redirect to :8443 #/backup.service");
     subtree.make("user@4242.service/y -j RETURN -A VMESH_OUTBOUND -p tcp --dport 443 -j REDIRECT --to-ports 8443/backup.service");
     subtree.make("user@4242.service/backup.service");
     let vm = Vm::new(rules).await;
-    let mut agent = Agent::new(&vm, EXCLUDES_A_UNIT).await;
+    let mut agent = FakeAgent::new(&vm, EXCLUDES_A_UNIT).await;
     let captured = agent.capture().await;
     let ruleset = vm.ruleset();
     assert!(!ruleset.contains("8443"), "{ruleset}");
@@ -73,18 +73,18 @@ async fn hostile_folder(rules: Rules) {
 
 #[tokio::test]
 async fn nothing_of_a_users_control_groups_reaches_the_kernel_by_nftables() {
-    hostile_folder(Rules::Nft).await;
+    hostile_folder(RulesBackend::Nft).await;
 }
 
 #[tokio::test]
 async fn nothing_of_a_users_control_groups_reaches_the_kernel_by_iptables() {
-    hostile_folder(Rules::Iptables).await;
+    hostile_folder(RulesBackend::Iptables).await;
 }
 
 /// systemd itself reports such names.
 #[tokio::test]
 async fn a_control_group_that_no_unit_can_have_is_refused_whoever_names_it() {
-    let vm = Vm::new(Rules::Nft).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
     for path in [
         "/system.slice/x\" return; tcp dport 443 redirect to :8443 #/backup.service",
         "/system.slice/../user.slice/backup.service",
@@ -94,7 +94,7 @@ async fn a_control_group_that_no_unit_can_have_is_refused_whoever_names_it() {
     ] {
         let said = format!("cat <<'.'\nNames=backup.service\nControlGroup={path}\nSlice=system.slice\n.");
         vm.script("systemctl", &said);
-        let mut agent = Agent::new(&vm, EXCLUDES_A_UNIT).await;
+        let mut agent = FakeAgent::new(&vm, EXCLUDES_A_UNIT).await;
         agent.want().await;
         let ruleset = vm.ruleset();
         assert!(!ruleset.contains("8443") && !ruleset.contains("backup.service"), "{path}: {ruleset}");
@@ -107,7 +107,7 @@ async fn a_control_group_that_no_unit_can_have_is_refused_whoever_names_it() {
 /// user.
 #[tokio::test]
 async fn a_program_that_another_user_could_have_put_there_is_not_run() {
-    let mut vm = Vm::new(Rules::Nft).await;
+    let mut vm = Vm::new(RulesBackend::Nft).await;
     let ran = vm.state_dir().join("ran");
     for name in ["nft", "getent", "systemctl", "iptables-save"] {
         vm.script(name, &format!("echo {name} >>{}", ran.display()));
@@ -116,7 +116,7 @@ async fn a_program_that_another_user_could_have_put_there_is_not_run() {
     vm.net.take().unwrap().kill().unwrap();
     fs::remove_file(&ran).ok();
     vm.start_net().await;
-    let mut agent = Agent::new(&vm, OPEN_TO_A_NAMED_USER).await;
+    let mut agent = FakeAgent::new(&vm, OPEN_TO_A_NAMED_USER).await;
     agent.capture().await;
     assert_eq!(vm.get(8080).unwrap(), "mesh");
     assert!(!ran.exists(), "{:?}", fs::read_to_string(&ran));
@@ -129,7 +129,7 @@ async fn a_program_that_another_user_could_have_put_there_is_not_run() {
     }
     vm.net.take().unwrap().kill().unwrap();
     vm.start_net().await;
-    Agent::new(&vm, OPEN_TO_A_NAMED_USER).await.want().await;
+    FakeAgent::new(&vm, OPEN_TO_A_NAMED_USER).await.want().await;
     assert!(!ran.exists(), "{:?}", fs::read_to_string(&ran));
 }
 
@@ -141,12 +141,12 @@ const OPEN_TO_A_NAMED_USER: &str = "{outbound: {capture: addresses, addresses: {
 async fn a_users_program_called_sshd_lifts_nothing_from_its_port() {
     const LISTENS: &str = "import socket, sys\nopen('/proc/self/comm', 'w').write('sshd')\n\
         server = socket.create_server(('0.0.0.0', 8080))\nprint('up', flush=True)\nserver.accept()\n";
-    let vm = Vm::new(Rules::Nft).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
     let mut command = vm.a.command_as(vm::APP, "/usr/bin/python3");
     command.args(["-c", LISTENS]);
     let mut impostor = Daemon::spawn("sshd", command).unwrap();
     impostor.wait_line("up", SOON).await.unwrap();
-    let mut agent = Agent::new(&vm, "{inbound: {strict: [8080]}, dead_man: {timeout: 3s}}").await;
+    let mut agent = FakeAgent::new(&vm, "{inbound: {strict: [8080]}, dead_man: {timeout: 3s}}").await;
     let captured = agent.capture().await;
     assert!(captured.notes.iter().all(|note| !note.contains("SSH")), "{captured:?}");
     assert!(!strict_ssh(&vm).contains("8080"), "{}", strict_ssh(&vm));
@@ -191,7 +191,7 @@ fn strict_ssh(vm: &Vm) -> String {
 /// Idle connections of one local user do not keep Envoy's supervisor or another user from being answered.
 #[tokio::test]
 async fn idle_strangers_shut_nobody_out() {
-    let vm = Vm::new(Rules::Nft).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
     fs::set_permissions(vm.socket(), Permissions::from_mode(0o666)).unwrap();
     let socket = vm.socket();
     let connect = |user: u32| {
@@ -221,18 +221,18 @@ async fn idle_strangers_shut_nobody_out() {
 /// A configuration with too many names starts a limited number of lookups, and is refused with a reason.
 #[tokio::test]
 async fn more_names_than_are_looked_up_are_refused() {
-    let vm = Vm::new(Rules::Nft).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
     let ran = vm.state_dir().join("ran");
     vm.script("getent", &format!("echo x >>{}\nexit 2", ran.display()));
-    let mut agent = Agent::new(&vm, vm::OPEN).await;
+    let mut agent = FakeAgent::new(&vm, vm::OPEN).await;
     for number in 0..20_000 {
         agent.want.spec.outbound.exclude.users.insert(format!("app{number}").parse().unwrap());
     }
-    let Answer::Refused(why) = agent.want().await else { panic!("20,000 names were looked up") };
+    let Response::Refused(why) = agent.want().await else { panic!("20,000 names were looked up") };
     assert!(why.contains("20000 names of users and groups") && why.contains("numbers"), "{why}");
     let started = fs::read_to_string(&ran).unwrap_or_default().lines().count();
     assert!(started <= 256, "{started}");
-    let Answer::Status(now) = client::ask(&vm.socket(), &Ask::Status).await.unwrap() else { panic!() };
+    let Response::Status(now) = client::ask(&vm.socket(), &Request::Status).await.unwrap() else { panic!() };
     assert_eq!(now.state, State::Off);
     // Numbers need no lookup.
     agent.want.spec.outbound.exclude.users =
@@ -243,8 +243,8 @@ async fn more_names_than_are_looked_up_are_refused() {
 /// The checksum detects a damaged state file.
 #[tokio::test]
 async fn a_state_that_was_damaged_is_noticed_by_its_checksum() {
-    let mut vm = Vm::new(Rules::Nft).await;
-    let mut agent = Agent::new(&vm, vm::CLOSED).await;
+    let mut vm = Vm::new(RulesBackend::Nft).await;
+    let mut agent = FakeAgent::new(&vm, vm::CLOSED).await;
     agent.capture().await;
     let path = vm.state_dir().join("state.json");
     vm.net.take().unwrap().kill().unwrap();
@@ -255,5 +255,5 @@ async fn a_state_that_was_damaged_is_noticed_by_its_checksum() {
     vm.start_net().await;
     vm.says("its checksum is wrong").await;
     assert_eq!(vm.get(8080).unwrap(), "mesh", "the rules stay until the agent speaks");
-    Agent::new(&vm, vm::CLOSED).await.capture().await;
+    FakeAgent::new(&vm, vm::CLOSED).await.capture().await;
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use vmesh_testkit::wait_for;
 
-use crate::vm::{Agent, Rules, SOON, Vm, is_well};
+use crate::vm::{FakeAgent, RulesBackend, SOON, Vm, is_well};
 
 /// A slice in which units are started; it is removed when the test ends.
 struct Slice {
@@ -60,12 +60,12 @@ impl Drop for Slice {
 #[tokio::test]
 async fn a_unit_that_is_left_out_is_so_from_its_first_connection_and_others_are_captured_soon() {
     let slice = Slice::new();
-    let vm = Vm::new(Rules::Nft).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
     let says = format!("Names=backup.service\nControlGroup=\nSlice={}", slice.name);
     vm.script("systemctl", &format!("cat <<'.'\n{says}\n."));
     let spec = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, exclude: {units: [backup.service]}}, \
         dead_man: {timeout: 3s}}";
-    let mut agent = Agent::new(&vm, spec).await;
+    let mut agent = FakeAgent::new(&vm, spec).await;
     agent.capture().await;
     agent.well_until("the redirects to hold", is_well).await;
     assert_eq!(vm.get(8080).unwrap(), "mesh", "who is in no unit");
@@ -109,7 +109,7 @@ async fn a_unit_that_is_left_out_is_so_from_its_first_connection_and_others_are_
 #[tokio::test]
 async fn control_groups_that_come_and_go_all_the_time_do_not_keep_the_keeper_busy() {
     let slice = Slice::new();
-    let vm = Vm::new(Rules::Nft).await;
+    let vm = Vm::new(RulesBackend::Nft).await;
     let asked = vm.state_dir().join("asked");
     let says = format!("Names=backup.service\nControlGroup=\nSlice={}", slice.name);
     // Each reading of the host asks once for the SSH sockets.
@@ -119,7 +119,7 @@ async fn control_groups_that_come_and_go_all_the_time_do_not_keep_the_keeper_bus
     );
     let spec = "{outbound: {capture: addresses, addresses: {\"SERVER\": {}}, exclude: {units: [backup.service]}}, \
         dead_man: {timeout: 3s}}";
-    let mut agent = Agent::new(&vm, spec).await;
+    let mut agent = FakeAgent::new(&vm, spec).await;
     agent.capture().await;
     let readings = || fs::read_to_string(&asked).unwrap_or_default().lines().count();
     let before = readings();

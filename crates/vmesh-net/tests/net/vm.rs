@@ -16,7 +16,7 @@ use serde_json::json;
 use vmesh_capture::Spec;
 use vmesh_model::load::strict;
 use vmesh_net::client::{self, Client};
-use vmesh_net::protocol::{Answer, Ask, Envoy, State, Status, Want};
+use vmesh_net::protocol::{CaptureRequest, EnvoyHealth, Request, Response, State, Status};
 use vmesh_testkit::netns::{Host, Iptables, Switch, Tools};
 use vmesh_testkit::place::{TempDir, tempdir};
 use vmesh_testkit::process::{Daemon, binary};
@@ -34,7 +34,7 @@ pub(crate) const MESH: u32 = 4000;
 pub(crate) const APP: u32 = 5000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rules {
+pub(crate) enum RulesBackend {
     Nft,
     Iptables,
 }
@@ -45,14 +45,14 @@ pub(crate) struct Vm {
     pub(crate) tools: Tools,
     pub(crate) envoy: Option<Daemon>,
     pub(crate) net: Option<Daemon>,
-    pub(crate) rules: Rules,
+    pub(crate) rules: RulesBackend,
     stay: Arc<AtomicBool>,
     dir: TempDir,
     _switch: Switch,
 }
 
 impl Vm {
-    pub(crate) async fn new(rules: Rules) -> Vm {
+    pub(crate) async fn new(rules: RulesBackend) -> Vm {
         let switch = Switch::new().unwrap();
         let (a, b) = (switch.host().unwrap(), switch.host().unwrap());
         let dir = tempdir().unwrap();
@@ -104,7 +104,7 @@ impl Vm {
             }
             None => self.a.command(net),
         };
-        let backend = if self.rules == Rules::Nft { "nft" } else { "iptables" };
+        let backend = if self.rules == RulesBackend::Nft { "nft" } else { "iptables" };
         command
             .args([
                 "--agent-user",
@@ -121,7 +121,7 @@ impl Vm {
             .env("PATH", format!("{}:{}", self.programs().display(), self.tools.path()));
         self.net = Some(Daemon::spawn("vmesh-net", command).unwrap());
         wait_for("vmesh-net to answer", SOON, async || {
-            client::ask(&self.socket(), &Ask::Status).await.map(drop)
+            client::ask(&self.socket(), &Request::Status).await.map(drop)
         })
         .await
         .unwrap();
@@ -180,7 +180,7 @@ impl Vm {
     }
 
     pub(crate) async fn status(&self) -> Status {
-        status(client::ask(&self.socket(), &Ask::Status).await.unwrap())
+        status(client::ask(&self.socket(), &Request::Status).await.unwrap())
     }
 
     pub(crate) async fn until(&self, what: &str, mut holds: impl FnMut(&Status) -> bool) -> Status {
@@ -213,8 +213,8 @@ impl Vm {
 
     /// Waits until a new vmesh-net process runs, which has not heard from an agent yet.
     pub(crate) async fn begun_anew(&self) {
-        let look = async || match client::ask(&self.socket(), &Ask::Status).await {
-            Ok(Answer::Status(status)) if status.agent_silent_for.is_none() => Ok(()),
+        let look = async || match client::ask(&self.socket(), &Request::Status).await {
+            Ok(Response::Status(status)) if status.agent_silent_for.is_none() => Ok(()),
             other => Err(format!("{other:?}")),
         };
         wait_for("vmesh-net to begin anew", SOON, look).await.unwrap();
@@ -229,27 +229,27 @@ impl Vm {
 }
 
 /// A client that plays the agent.
-pub(crate) struct Agent {
+pub(crate) struct FakeAgent {
     pub(crate) client: Client,
-    pub(crate) want: Want,
+    pub(crate) want: CaptureRequest,
 }
 
-impl Agent {
-    pub(crate) async fn new(vm: &Vm, spec: &str) -> Agent {
+impl FakeAgent {
+    pub(crate) async fn new(vm: &Vm, spec: &str) -> FakeAgent {
         let client = Client::connect(&vm.socket()).await.unwrap();
-        Agent { client, want: want(vm, spec) }
+        FakeAgent { client, want: want(vm, spec) }
     }
 
-    pub(crate) async fn want(&mut self) -> Answer {
-        self.client.ask(&Ask::Want(self.want.clone())).await.unwrap()
+    pub(crate) async fn want(&mut self) -> Response {
+        self.client.ask(&Request::Want(self.want.clone())).await.unwrap()
     }
 
     pub(crate) async fn well(&mut self) -> Status {
-        status(self.client.ask(&Ask::Well).await.unwrap())
+        status(self.client.ask(&Request::Well).await.unwrap())
     }
 
-    pub(crate) async fn confirm(&mut self, trial: u64) -> Answer {
-        self.client.ask(&Ask::Confirm { trial }).await.unwrap()
+    pub(crate) async fn confirm(&mut self, trial: u64) -> Response {
+        self.client.ask(&Request::Confirm { trial }).await.unwrap()
     }
 
     /// Requests the capture, and confirms the trial.
@@ -277,20 +277,20 @@ impl Agent {
     }
 }
 
-pub(crate) fn want(vm: &Vm, spec: &str) -> Want {
+pub(crate) fn want(vm: &Vm, spec: &str) -> CaptureRequest {
     let spec: Spec = strict("spec.yaml", &spec.replace("SERVER", &format!("{}:8080", vm.b.v4))).unwrap();
-    Want { spec, ports: [15020].into(), control_planes: Default::default(), confirm_within: 60 }
+    CaptureRequest { spec, ports: [15020].into(), control_planes: Default::default(), confirm_within: 60 }
 }
 
-pub(crate) fn status(answer: Answer) -> Status {
+pub(crate) fn status(answer: Response) -> Status {
     match answer {
-        Answer::Status(status) => *status,
+        Response::Status(status) => *status,
         other => panic!("{other:?}"),
     }
 }
 
 pub(crate) fn is_well(status: &Status) -> bool {
-    status.envoy == Envoy::Well && status.captures()
+    status.envoy == EnvoyHealth::Well && status.captures()
 }
 
 fn printed(command: &mut Command) -> String {

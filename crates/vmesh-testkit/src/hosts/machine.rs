@@ -19,7 +19,7 @@ use crate::{Failed, Result, debian};
 const REBOOT: i32 = 133;
 
 /// The settings with which a machine is booted.
-pub(super) struct Boot {
+pub(super) struct BootSettings {
     pub(super) name: String,
     pub(super) root: PathBuf,
     /// The file that represents its network namespace.
@@ -34,20 +34,20 @@ pub(super) struct Boot {
 }
 
 pub(super) struct Machine {
-    shared: Arc<Shared>,
+    shared: Arc<MachineShared>,
     /// Owns the processes: the kernel kills them when this thread ends.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-struct Shared {
-    boot: Boot,
+struct MachineShared {
+    boot: BootSettings,
     /// Recreates the network, as a reboot does.
     rewire: Box<dyn Fn() -> Result<()> + Send + Sync>,
-    state: Mutex<State>,
+    state: Mutex<MachineState>,
 }
 
 #[derive(Default)]
-struct State {
+struct MachineState {
     /// The `unshare` process, the parent of nspawn.
     above: Option<Pid>,
     boots: u32,
@@ -63,9 +63,12 @@ impl std::fmt::Debug for Machine {
 
 impl Machine {
     /// Creates a machine that is switched off.
-    pub(super) fn new(boot: Boot, rewire: impl Fn() -> Result<()> + Send + Sync + 'static) -> Machine {
-        let state = Mutex::new(State { off: true, ..State::default() });
-        let shared = Arc::new(Shared { boot, rewire: Box::new(rewire), state });
+    pub(super) fn new(
+        boot: BootSettings,
+        rewire: impl Fn() -> Result<()> + Send + Sync + 'static,
+    ) -> Machine {
+        let state = Mutex::new(MachineState { off: true, ..MachineState::default() });
+        let shared = Arc::new(MachineShared { boot, rewire: Box::new(rewire), state });
         Machine { shared, thread: Mutex::default() }
     }
 
@@ -114,7 +117,7 @@ impl Machine {
     }
 }
 
-impl Shared {
+impl MachineShared {
     fn run(&self, started: &std::sync::mpsc::Sender<Result<()>>) {
         loop {
             let child = {
@@ -157,7 +160,7 @@ impl Shared {
     }
 
     fn spawn(&self) -> Result<Child> {
-        let Boot { name, root, network, console, groups, program, .. } = &self.boot;
+        let BootSettings { name, root, network, console, groups, program, .. } = &self.boot;
         for group in groups {
             make(group)?;
         }

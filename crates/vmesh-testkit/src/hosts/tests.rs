@@ -122,7 +122,7 @@ fn what_a_killed_test_left_is_taken_away_by_the_next() {
     });
     let name = line.expect("the other process booted a host");
     let dir = Path::new(RUN).join(&name);
-    let running = Running::all().into_iter().find(|running| running.owner == child.id()).unwrap();
+    let running = RunningHost::all().into_iter().find(|running| running.owner == child.id()).unwrap();
     assert_eq!(running.host, "left");
     let output = running.command("hostname").output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "left");
@@ -135,7 +135,7 @@ fn what_a_killed_test_left_is_taken_away_by_the_next() {
     })
     .unwrap();
     assert!(dir.exists());
-    reap();
+    remove_leftover_fleets();
     assert!(!dir.exists() && !lock_path(&dir).exists());
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(&*dir.to_string_lossy()), "{mounts}");

@@ -147,7 +147,7 @@ impl Tools {
             Some((family, what)) => format!("{family}-{kind}-{what}"),
             None => tool.to_owned(),
         };
-        let find = Found::new(&[
+        let find = ToolSource::new(&[
             "nft".to_owned(),
             "conntrack".to_owned(),
             name("iptables-save"),
@@ -177,19 +177,19 @@ impl Tools {
 
 /// The location of the tools: the packages in `$VMESH_TOOLS_CACHE`, else the tools on the PATH, else fetched
 /// packages.
-struct Found {
+struct ToolSource {
     packages: Option<PathBuf>,
 }
 
-impl Found {
-    fn new(names: &[String]) -> Result<Found> {
+impl ToolSource {
+    fn new(names: &[String]) -> Result<ToolSource> {
         let provided = debian::is_provided(DEBS);
         if !provided && names.iter().all(|name| debian::on_path(name).is_some()) {
-            return Ok(Found { packages: None });
+            return Ok(ToolSource { packages: None });
         }
         let packages = debian::unpacked(NAME, DEBS)
             .map_err(|failed| Failed::new(format!("{failed}; or have the tools on the PATH: {INSTALL}")))?;
-        Ok(Found { packages: Some(packages) })
+        Ok(ToolSource { packages: Some(packages) })
     }
 
     fn script(&self, space: &Path, tool: &str) -> Result<String> {

@@ -44,7 +44,7 @@ pub struct Client {
     private: bool,
 }
 
-enum Answer {
+enum ServerReply {
     Body(Vec<u8>),
     Refused(i32),
 }
@@ -86,7 +86,7 @@ impl Client {
         Ok(String::from_utf8_lossy(answer.get(4..).unwrap_or_default()).into_owned())
     }
 
-    async fn try_create(&mut self, path: &str, data: &[u8], kind: Kind) -> Result<Answer> {
+    async fn try_create(&mut self, path: &str, data: &[u8], kind: Kind) -> Result<ServerReply> {
         let (scheme, id): (&[u8], &[u8]) = if self.private { (b"auth", b"") } else { (b"world", b"anyone") };
         let everything = 31i32.to_be_bytes();
         let acl = [&1i32.to_be_bytes()[..], &everything, &text(scheme), &text(id)].concat();
@@ -99,12 +99,12 @@ impl Client {
         for (end, _) in path.match_indices('/').filter(|(end, _)| *end > 0) {
             let above = path.get(..end).unwrap_or_default();
             match self.try_create(above, b"", Kind::Persistent).await? {
-                Answer::Body(_) | Answer::Refused(NODE_EXISTS) => {}
+                ServerReply::Body(_) | ServerReply::Refused(NODE_EXISTS) => {}
                 refused => _ = refused.body(&format!("create {above}"))?,
             }
         }
         match self.try_create(path, data, kind).await? {
-            Answer::Refused(NODE_EXISTS) => self.set(path, data).await.map(|()| path.to_owned()),
+            ServerReply::Refused(NODE_EXISTS) => self.set(path, data).await.map(|()| path.to_owned()),
             answer => {
                 let answer = answer.body(&format!("create {path}"))?;
                 Ok(String::from_utf8_lossy(answer.get(4..).unwrap_or_default()).into_owned())
@@ -134,7 +134,7 @@ impl Client {
         for path in found.iter().rev() {
             let body = [&text(path.as_bytes())[..], &(-1i32).to_be_bytes()].concat();
             match self.ask_next(op::DELETE, &body).await? {
-                Answer::Refused(NO_NODE) => {}
+                ServerReply::Refused(NO_NODE) => {}
                 answer => _ = answer.body(&format!("delete {path}"))?,
             }
         }
@@ -170,12 +170,12 @@ impl Client {
         self.ask_next(op::CLOSE, &[]).await.map(drop)
     }
 
-    async fn ask_next(&mut self, op: i32, body: &[u8]) -> Result<Answer> {
+    async fn ask_next(&mut self, op: i32, body: &[u8]) -> Result<ServerReply> {
         self.xid += 1;
         self.ask(self.xid, op, body).await
     }
 
-    async fn ask(&mut self, xid: i32, op: i32, body: &[u8]) -> Result<Answer> {
+    async fn ask(&mut self, xid: i32, op: i32, body: &[u8]) -> Result<ServerReply> {
         let request = [&xid.to_be_bytes()[..], &op.to_be_bytes(), body].concat();
         self.send(&request).await?;
         loop {
@@ -187,7 +187,11 @@ impl Client {
                 continue;
             }
             let body = answer.get(16..).unwrap_or_default().to_vec();
-            return Ok(if number(12) == 0 { Answer::Body(body) } else { Answer::Refused(number(12)) });
+            return Ok(if number(12) == 0 {
+                ServerReply::Body(body)
+            } else {
+                ServerReply::Refused(number(12))
+            });
         }
     }
 
@@ -212,11 +216,13 @@ impl Client {
     }
 }
 
-impl Answer {
+impl ServerReply {
     fn body(self, what: &str) -> Result<Vec<u8>> {
         match self {
-            Answer::Body(body) => Ok(body),
-            Answer::Refused(code) => Err(Failed::new(format!("ZooKeeper refused to {what}: error {code}"))),
+            ServerReply::Body(body) => Ok(body),
+            ServerReply::Refused(code) => {
+                Err(Failed::new(format!("ZooKeeper refused to {what}: error {code}")))
+            }
         }
     }
 }

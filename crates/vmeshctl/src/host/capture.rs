@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clap::{Args, Subcommand};
-use vmesh_capture::spec::Outward;
+use vmesh_capture::spec::OutboundCapture;
 use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, Envoy, Redirects, State, Status, would_change};
+use vmesh_net::protocol::{EnvoyHealth, RedirectState, Request, Response, State, Status, would_change};
 
 use super::HostError;
 use crate::print::printable;
@@ -56,35 +56,35 @@ enum BypassSwitch {
 /// Returns the answer as text and as JSON, and whether something needs attention.
 pub(crate) async fn capture(args: &CaptureArgs) -> Result<(String, serde_json::Value, bool), HostError> {
     let question = match &args.action {
-        None => Ask::Status,
-        Some(CaptureAction::Plan) => Ask::Plan { want: None },
-        Some(CaptureAction::Retry) => Ask::Retry,
-        Some(CaptureAction::Confirm) => Ask::Confirm { trial: trial(&args.socket).await? },
-        Some(CaptureAction::Revert) => Ask::Revert {
+        None => Request::Status,
+        Some(CaptureAction::Plan) => Request::Plan { want: None },
+        Some(CaptureAction::Retry) => Request::Retry,
+        Some(CaptureAction::Confirm) => Request::Confirm { trial: trial(&args.socket).await? },
+        Some(CaptureAction::Revert) => Request::Revert {
             trial: trial(&args.socket).await?,
             why: "an operator said that it does not work".to_owned(),
         },
     };
     match client::ask(&args.socket, &question).await? {
-        Answer::Status(status) => {
+        Response::Status(status) => {
             let (text, attention) = show(&status);
             Ok((text, serde_json::json!(status), attention))
         }
-        Answer::Plan(text) => {
+        Response::Plan(text) => {
             let attention = would_change(&text);
             Ok((text.clone(), serde_json::json!({ "plan": text }), attention))
         }
-        Answer::Refused(why) => Err(HostError::Refused(why)),
+        Response::Refused(why) => Err(HostError::Refused(why)),
     }
 }
 
 async fn trial(socket: &Path) -> Result<u64, HostError> {
-    match client::ask(socket, &Ask::Status).await? {
-        Answer::Status(status) => {
+    match client::ask(socket, &Request::Status).await? {
+        Response::Status(status) => {
             status.trial.ok_or_else(|| HostError::Cannot("nothing is on trial on this host".to_owned()))
         }
-        Answer::Refused(why) => Err(HostError::Refused(why)),
-        Answer::Plan(_) => Err(HostError::Refused("it answered something else".to_owned())),
+        Response::Refused(why) => Err(HostError::Refused(why)),
+        Response::Plan(_) => Err(HostError::Refused("it answered something else".to_owned())),
     }
 }
 
@@ -110,29 +110,29 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
         status.real_addresses,
         outbound.percent.get()
     );
-    line("outbound", if outbound.capture == Outward::Off { out } else { shares });
+    line("outbound", if outbound.capture == OutboundCapture::Off { out } else { shares });
     let ports: Vec<_> = inbound.ports.iter().map(ToString::to_string).collect();
     line("inbound", format!("{inward}{}{}", if ports.is_empty() { "" } else { ": " }, ports.join(", ")));
     line("rules by", status.backend.clone().unwrap_or_else(|| "nothing that works here".to_owned()));
     line(
         "envoy",
         match status.envoy {
-            Envoy::Unknown => "not looked at: nothing is captured",
-            Envoy::Other => "in a way that this version does not know",
-            Envoy::Well => "takes what is captured",
-            Envoy::Gone => "GONE: nobody listens at its capture ports",
-            Envoy::Stranger => "GONE: another user's program listens at its capture ports",
-            Envoy::Hangs => "HANGS: its capture ports are open, and nobody serves them",
+            EnvoyHealth::Unknown => "not looked at: nothing is captured",
+            EnvoyHealth::Other => "in a way that this version does not know",
+            EnvoyHealth::Well => "takes what is captured",
+            EnvoyHealth::Gone => "GONE: nobody listens at its capture ports",
+            EnvoyHealth::WrongUser => "GONE: another user's program listens at its capture ports",
+            EnvoyHealth::Hangs => "HANGS: its capture ports are open, and nobody serves them",
         }
         .to_owned(),
     );
     line(
         "redirects",
         match status.redirects {
-            Redirects::None => "none that could lapse",
-            Redirects::Other => "in a way that this version does not know",
-            Redirects::Hold => "hold",
-            Redirects::Lapsed => "LAPSED: new connections go past Envoy where that is allowed",
+            RedirectState::None => "none that could lapse",
+            RedirectState::Other => "in a way that this version does not know",
+            RedirectState::Hold => "hold",
+            RedirectState::Lapsed => "LAPSED: new connections go past Envoy where that is allowed",
         }
         .to_owned(),
     );
@@ -164,8 +164,8 @@ pub(crate) fn show(status: &Status) -> (String, bool) {
     }
     let attention = status.error.is_some()
         || status.reverted.is_some()
-        || status.redirects == Redirects::Lapsed
-        || matches!(status.envoy, Envoy::Gone | Envoy::Stranger | Envoy::Hangs)
+        || status.redirects == RedirectState::Lapsed
+        || matches!(status.envoy, EnvoyHealth::Gone | EnvoyHealth::WrongUser | EnvoyHealth::Hangs)
         || matches!(status.state, State::Bypassed | State::Trial);
     (text, attention)
 }
@@ -208,13 +208,13 @@ mod tests {
         let mut status = Status {
             backend: Some("nft".to_owned()),
             state: State::Confirmed,
-            envoy: Envoy::Well,
-            redirects: Redirects::Hold,
+            envoy: EnvoyHealth::Well,
+            redirects: RedirectState::Hold,
             virtual_addresses: 4,
             agent_silent_for: Some(0),
             ..Status::default()
         };
-        status.spec.outbound.capture = Outward::Vip;
+        status.spec.outbound.capture = OutboundCapture::Vip;
         let (text, attention) = show(&status);
         expect![[r#"
             capture       confirmed
@@ -236,8 +236,8 @@ mod tests {
             state: State::Trial,
             trial: Some(1),
             trial_ends_in: Some(12),
-            envoy: Envoy::Hangs,
-            redirects: Redirects::Lapsed,
+            envoy: EnvoyHealth::Hangs,
+            redirects: RedirectState::Lapsed,
             reverted: Some("dns: 127.0.0.1:15053 does not answer".to_owned()),
             notes: vec!["outbound.include.units: app.service does not run".to_owned()],
             error: Some("could not run `nft`".to_owned()),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use vmesh_net::protocol::{Envoy, Redirects, State, is_step, would_change};
+use vmesh_net::protocol::{EnvoyHealth, RedirectState, State, is_step, would_change};
 
 use super::facts::{Facts, HostCommand, Outline};
 use super::{Finding, RootCause, Skip, Verdict, by_hand, run, warning, wrong};
@@ -437,19 +437,19 @@ pub(super) fn dead_man(facts: &Facts) -> Verdict {
         );
     }
     let gone = match status.envoy {
-        Envoy::Stranger => Some(
+        EnvoyHealth::WrongUser => Some(
             "a program of another user listens at Envoy's capture ports (`ss -ltnp 'sport = 15001 or sport = 15006'`)",
         ),
-        Envoy::Gone => Some("nobody listens at Envoy's capture ports"),
-        Envoy::Hangs => Some("Envoy's capture ports are open, and nobody serves them"),
-        Envoy::Unknown | Envoy::Well | Envoy::Other => None,
+        EnvoyHealth::Gone => Some("nobody listens at Envoy's capture ports"),
+        EnvoyHealth::Hangs => Some("Envoy's capture ports are open, and nobody serves them"),
+        EnvoyHealth::Unknown | EnvoyHealth::Well | EnvoyHealth::Other => None,
     };
     if let Some(what) = gone {
         let fix = run("systemctl restart vmesh-envoy");
         let effect = "connections to virtual addresses fail; those to real ones too, until redirects lapse";
         found.push(wrong(what, effect, fix).marked_as(RootCause::Envoy).follows(&[RootCause::Envoy]));
     }
-    if status.redirects == Redirects::Lapsed {
+    if status.redirects == RedirectState::Lapsed {
         found.push(
             wrong(
                 "redirects have lapsed",

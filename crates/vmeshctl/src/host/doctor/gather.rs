@@ -19,7 +19,7 @@ use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
 use vmesh_dns::probe;
 use vmesh_net::client;
-use vmesh_net::protocol::{Answer, Ask, Status};
+use vmesh_net::protocol::{Request, Response, Status};
 
 use super::super::host_command;
 use super::envoy::clusters;
@@ -435,20 +435,20 @@ async fn capture(outline: Option<&Outline>) -> (Observed<Status>, Observed<Strin
     let Some(outline) = outline.filter(|outline| outline.captures()) else {
         return (Err("nothing is to be captured".into()), Err("nothing is to be captured".into()));
     };
-    let ask = async |ask: Ask| match timeout(ANSWERS, client::ask(&outline.capture.socket, &ask)).await {
-        Ok(Ok(Answer::Refused(why))) => Err(format!("vmesh-net refused: {why}")),
+    let ask = async |ask: Request| match timeout(ANSWERS, client::ask(&outline.capture.socket, &ask)).await {
+        Ok(Ok(Response::Refused(why))) => Err(format!("vmesh-net refused: {why}")),
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => Err(one_line(&error)),
         Err(_) => Err(format!("vmesh-net has not answered in {} s", ANSWERS.as_secs())),
     };
-    let (status, plan) = tokio::join!(ask(Ask::Status), ask(Ask::Plan { want: None }));
+    let (status, plan) = tokio::join!(ask(Request::Status), ask(Request::Plan { want: None }));
     let other = || "vmesh-net answered something else".to_owned();
     let status = status.and_then(|answer| match answer {
-        Answer::Status(status) => Ok(*status),
+        Response::Status(status) => Ok(*status),
         _ => Err(other()),
     });
     let plan = plan.and_then(|answer| match answer {
-        Answer::Plan(plan) => Ok(plan),
+        Response::Plan(plan) => Ok(plan),
         _ => Err(other()),
     });
     (status, plan)

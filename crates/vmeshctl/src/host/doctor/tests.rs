@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use expect_test::{Expect, expect};
 use serde_json::{Value, json};
-use vmesh_net::protocol::{self, Redirects, State, Status};
+use vmesh_net::protocol::{self, RedirectState, State, Status};
 
 use super::facts::{
     AgentConfig, CommandOutput, Disk, Facts, HostCommand, HttpQuery, NameFacts, Ownership, Reachability,
@@ -144,8 +144,8 @@ fn well() -> Facts {
         answers: answers.into_iter().map(|(socket, answer)| (socket, Ok(answer))).collect(),
         net: Ok(Status {
             state: State::Confirmed,
-            envoy: protocol::Envoy::Well,
-            redirects: Redirects::Hold,
+            envoy: protocol::EnvoyHealth::Well,
+            redirects: RedirectState::Hold,
             agent_silent_for: Some(0),
             ..Status::default()
         }),
@@ -562,9 +562,9 @@ fn capture() {
         "D20",
         &[
             &|facts| status(facts).agent_silent_for = Some(9),
-            &|facts| status(facts).envoy = protocol::Envoy::Gone,
-            &|facts| status(facts).envoy = protocol::Envoy::Hangs,
-            &|facts| status(facts).redirects = Redirects::Lapsed,
+            &|facts| status(facts).envoy = protocol::EnvoyHealth::Gone,
+            &|facts| status(facts).envoy = protocol::EnvoyHealth::Hangs,
+            &|facts| status(facts).redirects = RedirectState::Lapsed,
         ],
         expect![[r#"
             x D20 the agent has said nothing to vmesh-net for 9 s | redirects that may lapse do so when the dead-man runs out | fix: systemctl restart vmesh-agent
@@ -863,7 +863,7 @@ fn what_follows_from_something_is_below_it() {
     let gone = || Err("127.0.0.1:15020: nothing listens there".to_owned());
     facts.answers.insert(HttpQuery::Agent, gone());
     facts.names = NameFacts { answered: Some(Err("Connection refused".into())), ..facts.names };
-    status(&mut facts).redirects = Redirects::Lapsed;
+    status(&mut facts).redirects = RedirectState::Lapsed;
     status(&mut facts).agent_silent_for = Some(40);
     facts.disks[0].free = 0;
     expect![[r#"
@@ -909,8 +909,8 @@ fn a_plan_that_has_notes_and_nothing_to_do_is_no_finding() {
 fn an_envoy_that_hangs_is_shown_by_whichever_checks_see_it() {
     let mut facts = well();
     set(&mut facts, HttpQuery::Supervisor, "/state", json!("silent"));
-    status(&mut facts).envoy = protocol::Envoy::Hangs;
-    status(&mut facts).redirects = Redirects::Lapsed;
+    status(&mut facts).envoy = protocol::EnvoyHealth::Hangs;
+    status(&mut facts).redirects = RedirectState::Lapsed;
     let report = report(&facts, &[]);
     let text = report.text();
     assert!(report.wants_attention() && text.contains(", 1 problem, "), "{text}");

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 use vmesh_capture::Direction;
-use vmesh_capture::facts::Places;
+use vmesh_capture::facts::HostPaths;
 
-use crate::probe::{Looks, Verdicts};
-use crate::protocol::{Drift, Envoy, Redirects, Status};
-use crate::pulse::{AgentWatch, Heartbeat, Order, why_not};
+use crate::heartbeat::{AgentWatch, InstalledTimers, TimerStates, explain_lapse};
+use crate::probe::{ProbeResults, ProbedDirections};
+use crate::protocol::{Drift, EnvoyHealth, RedirectState, Status};
 
 /// The time for which a count of connections is reused. For each count the kernel walks through all of its
 /// sockets.
@@ -22,24 +22,24 @@ const STARTS_WITHIN: Duration = Duration::from_secs(30);
 
 /// The keeper's part of a status.
 #[derive(Debug, Clone, Default)]
-pub struct Board {
+pub struct KeeperReport {
     /// The status without the fields that change over time.
     pub status: Status,
     pub trial_until: Option<Instant>,
     pub drifted_at: Option<Instant>,
     /// The captured directions.
-    pub looks: Looks,
+    pub directions: ProbedDirections,
 }
 
 /// The sources that a [`Status`] is built from.
 #[derive(Debug, Clone)]
 pub struct StatusSource {
-    pub board: watch::Receiver<Board>,
-    pub beats: watch::Receiver<Heartbeat>,
-    pub orders: watch::Receiver<Option<Order>>,
-    pub verdicts: watch::Receiver<Verdicts>,
+    pub report: watch::Receiver<KeeperReport>,
+    pub timers: watch::Receiver<TimerStates>,
+    pub installed: watch::Receiver<Option<InstalledTimers>>,
+    pub probe_results: watch::Receiver<ProbeResults>,
     pub agent: AgentWatch,
-    pub places: Places,
+    pub host_paths: HostPaths,
     pub connections: Arc<ConnectionCount>,
 }
 
@@ -65,8 +65,8 @@ impl StatusSource {
         self.started().await;
         let mut counted = self.connections.counted.lock().await;
         if counted.is_none_or(|at| at.elapsed() >= COUNTS_EVERY) {
-            let places = self.places.clone();
-            if let Ok(count) = tokio::task::spawn_blocking(move || places.redirected()).await {
+            let host_paths = self.host_paths.clone();
+            if let Ok(count) = tokio::task::spawn_blocking(move || host_paths.count_redirected()).await {
                 self.connections.count.store(count, Ordering::Relaxed);
             }
             *counted = Some(Instant::now());
@@ -77,33 +77,34 @@ impl StatusSource {
 
     /// Waits for the keeper's first report.
     async fn started(&self) {
-        let mut board = self.board.clone();
-        let published = board.wait_for(|board| !board.status.version.is_empty());
+        let mut report = self.report.clone();
+        let published = report.wait_for(|report| !report.status.version.is_empty());
         // After the timeout, the client gets an empty status.
         _ = timeout(STARTS_WITHIN, published).await;
     }
 
     fn with_connections(&self, connections: usize) -> Status {
-        let board = self.board.borrow().clone();
-        let (beats, order) = (self.beats.borrow().clone(), self.orders.borrow().clone());
-        let verdicts = *self.verdicts.borrow();
+        let report = self.report.borrow().clone();
+        let (timers, order) = (self.timers.borrow().clone(), self.installed.borrow().clone());
+        let probe_results = *self.probe_results.borrow();
         let now = Instant::now();
-        let listener = |direction| (verdicts.of(direction), beats.redirects(order.as_ref(), direction, now));
+        let listener =
+            |direction| (probe_results.of(direction), timers.redirects(order.as_ref(), direction, now));
         // The status shows the health of the outbound listener if there is one, because names and
         // destinations depend on it.
-        let first = if board.looks.outbound { Direction::Outbound } else { Direction::Inbound };
+        let first = if report.directions.outbound { Direction::Outbound } else { Direction::Inbound };
         let (envoy, redirects) = listener(first);
-        let mut status = board.status;
-        if board.looks.outbound && board.looks.inbound {
+        let mut status = report.status;
+        if report.directions.outbound && report.directions.inbound {
             status.notes.extend(note_of_inbound(listener(Direction::Inbound)));
         }
         Status {
-            trial_ends_in: board.trial_until.map(|until| until.saturating_duration_since(now).as_secs()),
-            envoy: if board.looks.is_empty() { Envoy::Unknown } else { envoy },
+            trial_ends_in: report.trial_until.map(|until| until.saturating_duration_since(now).as_secs()),
+            envoy: if report.directions.is_empty() { EnvoyHealth::Unknown } else { envoy },
             redirects,
             agent_silent_for: self.agent.silent_for().map(|silent| silent.as_secs()),
             drift: Drift {
-                seconds_ago: board.drifted_at.map(|at| now.saturating_duration_since(at).as_secs()),
+                seconds_ago: report.drifted_at.map(|at| now.saturating_duration_since(at).as_secs()),
                 ..status.drift
             },
             connections,
@@ -113,15 +114,15 @@ impl StatusSource {
 }
 
 /// Describes a fault of the inbound listener, for a status that shows the outbound one.
-fn note_of_inbound((envoy, redirects): (Envoy, Redirects)) -> Option<String> {
+fn note_of_inbound((envoy, redirects): (EnvoyHealth, RedirectState)) -> Option<String> {
     match (envoy, redirects) {
-        (Envoy::Well | Envoy::Unknown, Redirects::Hold | Redirects::None) => None,
-        (_, Redirects::Lapsed) => Some(format!(
+        (EnvoyHealth::Well | EnvoyHealth::Unknown, RedirectState::Hold | RedirectState::None) => None,
+        (_, RedirectState::Lapsed) => Some(format!(
             "inbound redirects have lapsed, since {}: connections from outside go past Envoy where that is allowed",
-            why_not(envoy)
+            explain_lapse(envoy)
         )),
-        (Envoy::Well | Envoy::Unknown, _) => None,
-        (_, _) => Some(format!("{}, as far as connections from outside go", why_not(envoy))),
+        (EnvoyHealth::Well | EnvoyHealth::Unknown, _) => None,
+        (_, _) => Some(format!("{}, as far as connections from outside go", explain_lapse(envoy))),
     }
 }
 
@@ -140,15 +141,17 @@ mod tests {
         fs::create_dir(dir.join("net")).unwrap();
         let table = dir.join("net/tcp");
         assert!(Command::new("mkfifo").arg(&table).status().unwrap().success());
-        let board =
-            Board { status: Status { version: "1".to_owned(), ..Status::default() }, ..Board::default() };
+        let report = KeeperReport {
+            status: Status { version: "1".to_owned(), ..Status::default() },
+            ..KeeperReport::default()
+        };
         let source = StatusSource {
-            board: watch::channel(board).1,
-            beats: watch::channel(Heartbeat::default()).1,
-            orders: watch::channel(None).1,
-            verdicts: watch::channel(Verdicts::default()).1,
+            report: watch::channel(report).1,
+            timers: watch::channel(TimerStates::default()).1,
+            installed: watch::channel(None).1,
+            probe_results: watch::channel(ProbeResults::default()).1,
             agent: AgentWatch::default(),
-            places: Places { net: dir.to_path_buf(), ..Places::default() },
+            host_paths: HostPaths { net: dir.to_path_buf(), ..HostPaths::default() },
             connections: Arc::default(),
         };
         let counts = source.counted();

@@ -2,8 +2,8 @@
 //! probe, where nothing blocks. The keeper is on another thread, because it waits for disks and reads
 //! `/proc`.
 //!
-//! The keeper publishes an [`Order`], which tells which timers the kernel has. This task publishes a
-//! [`Heartbeat`], the state of each timer since then.
+//! The keeper publishes an [`InstalledTimers`], which tells which timers the kernel has. This task publishes a
+//! [`TimerStates`], the state of each timer since then.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,13 +14,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{info, warn};
 use vmesh_capture::apply::Applier;
-use vmesh_capture::confirm::{Beat, Due};
+use vmesh_capture::confirm::{Heartbeat, HeartbeatStep};
 use vmesh_capture::spec::Seconds;
 use vmesh_capture::{Direction, Directions};
 use vmesh_daemon::report::one_line;
 
-use crate::probe::{self, Verdicts};
-use crate::protocol::{Envoy, Redirects};
+use crate::probe::{self, ProbeResults};
+use crate::protocol::{EnvoyHealth, RedirectState};
 
 const TICK: Duration = Duration::from_secs(1);
 /// The silence after which the agent counts as hanging.
@@ -30,11 +30,11 @@ const SEEN_WITHIN: Duration = Duration::from_millis(500);
 
 /// The dead-man timers in the kernel, as the keeper installed them.
 #[derive(Debug, Clone)]
-pub struct Order {
+pub struct InstalledTimers {
     pub applier: Applier,
     pub timeout: Seconds,
     /// The directions that have a timer.
-    pub dead_men: Directions,
+    pub directions: Directions,
     /// Counts how often the whole ruleset was replaced, which restarts all timers.
     pub replaced: u64,
     /// The timers that the keeper renewed when it replaced the rules, at the time `at`.
@@ -44,8 +44,8 @@ pub struct Order {
 
 /// The state of one dead-man timer.
 #[derive(Debug, Clone, Copy)]
-struct DeadMan {
-    beat: Beat,
+struct TimerState {
+    beat: Heartbeat,
     /// Whether Envoy's listener was gone at the previous check as well.
     was_gone: bool,
     /// Whether this task let the redirects lapse early, because Envoy was gone.
@@ -53,29 +53,29 @@ struct DeadMan {
     has_lapsed: bool,
 }
 
-impl DeadMan {
-    fn new(timeout: Duration) -> DeadMan {
-        DeadMan { beat: Beat::new(timeout), was_gone: false, is_withdrawn: false, has_lapsed: false }
+impl TimerState {
+    fn new(timeout: Duration) -> TimerState {
+        TimerState { beat: Heartbeat::new(timeout), was_gone: false, is_withdrawn: false, has_lapsed: false }
     }
 }
 
 /// The state of the dead-man timers of both directions.
 #[derive(Debug, Clone, Default)]
-pub struct Heartbeat {
+pub struct TimerStates {
     replaced: u64,
-    outbound: Option<DeadMan>,
-    inbound: Option<DeadMan>,
+    outbound: Option<TimerState>,
+    inbound: Option<TimerState>,
 }
 
-impl Heartbeat {
-    fn of(&mut self, direction: Direction) -> &mut Option<DeadMan> {
+impl TimerStates {
+    fn slot(&mut self, direction: Direction) -> &mut Option<TimerState> {
         match direction {
             Direction::Outbound => &mut self.outbound,
             Direction::Inbound => &mut self.inbound,
         }
     }
 
-    fn get(&self, direction: Direction) -> Option<&DeadMan> {
+    fn get(&self, direction: Direction) -> Option<&TimerState> {
         match direction {
             Direction::Outbound => self.outbound.as_ref(),
             Direction::Inbound => self.inbound.as_ref(),
@@ -88,39 +88,46 @@ impl Heartbeat {
         Direction::BOTH.into_iter().filter(is).collect()
     }
 
-    /// Returns the state of the timers after `order` takes effect.
-    fn after(&self, order: &Order) -> Heartbeat {
+    /// Returns the state of the timers after `installed` takes effect.
+    fn after(&self, installed: &InstalledTimers) -> TimerStates {
         let mut next = self.clone();
         for direction in Direction::BOTH {
-            if !order.dead_men.contains(direction) {
-                *next.of(direction) = None;
+            if !installed.directions.contains(direction) {
+                *next.slot(direction) = None;
                 continue;
             }
-            let is_new = self.replaced != order.replaced || self.get(direction).is_none();
+            let is_new = self.replaced != installed.replaced || self.get(direction).is_none();
             if is_new {
                 let before = self.get(direction);
-                let mut dead_man = DeadMan::new(order.timeout.duration());
-                if order.refreshed.contains(direction) {
-                    dead_man.beat.refreshed(order.at);
+                let mut dead_man = TimerState::new(installed.timeout.duration());
+                if installed.refreshed.contains(direction) {
+                    dead_man.beat.refreshed(installed.at);
                 } else if let Some(before) = before {
                     dead_man.has_lapsed = before.has_lapsed;
                     dead_man.is_withdrawn = before.is_withdrawn;
                 }
-                *next.of(direction) = Some(dead_man);
+                *next.slot(direction) = Some(dead_man);
             }
         }
-        next.replaced = order.replaced;
+        next.replaced = installed.replaced;
         next
     }
 
     /// Returns whether the redirects of a direction are in force.
-    pub fn redirects(&self, order: Option<&Order>, direction: Direction, now: Instant) -> Redirects {
-        let Some(order) = order else { return Redirects::None };
-        match self.after(order).get(direction) {
-            None => Redirects::None,
+    pub fn redirects(
+        &self,
+        installed: Option<&InstalledTimers>,
+        direction: Direction,
+        now: Instant,
+    ) -> RedirectState {
+        let Some(installed) = installed else { return RedirectState::None };
+        match self.after(installed).get(direction) {
+            None => RedirectState::None,
             Some(dead_man) => match dead_man.beat.due(now, false) {
-                Due::Lapses(left) if !left.is_zero() && !dead_man.is_withdrawn => Redirects::Hold,
-                _ => Redirects::Lapsed,
+                HeartbeatStep::Lapses(left) if !left.is_zero() && !dead_man.is_withdrawn => {
+                    RedirectState::Hold
+                }
+                _ => RedirectState::Lapsed,
             },
         }
     }
@@ -128,10 +135,10 @@ impl Heartbeat {
 
 /// Records which process is the agent, and when it last sent a request.
 #[derive(Debug, Clone, Default)]
-pub struct AgentWatch(Arc<Mutex<Agent>>);
+pub struct AgentWatch(Arc<Mutex<AgentState>>);
 
 #[derive(Debug, Default)]
-struct Agent {
+struct AgentState {
     pid: Option<i32>,
     spoke: Option<Instant>,
     /// The number of the agent's unanswered requests. While the agent waits for a response, it cannot report
@@ -139,16 +146,16 @@ struct Agent {
     waits: usize,
 }
 
-impl Agent {
+impl AgentState {
     fn is_well(&self) -> bool {
         self.waits > 0 || self.spoke.is_some_and(|spoke| spoke.elapsed() < AGENT_SPEAKS_WITHIN)
     }
 }
 
 /// Counts as an unanswered request of the agent until it is dropped.
-pub struct Waits(AgentWatch);
+pub struct PendingRequest(AgentWatch);
 
-impl Drop for Waits {
+impl Drop for PendingRequest {
     fn drop(&mut self) {
         self.0.change(|agent| {
             agent.waits = agent.waits.saturating_sub(1);
@@ -158,7 +165,7 @@ impl Drop for Waits {
 }
 
 impl AgentWatch {
-    fn change<T>(&self, change: impl FnOnce(&mut Agent) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut AgentState) -> T) -> T {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -182,9 +189,9 @@ impl AgentWatch {
     }
 
     /// Counts the agent as well until the returned value is dropped.
-    pub fn waits(&self) -> Waits {
+    pub fn track_request(&self) -> PendingRequest {
         self.change(|agent| agent.waits += 1);
-        Waits(self.clone())
+        PendingRequest(self.clone())
     }
 
     pub fn is_well(&self) -> bool {
@@ -192,7 +199,7 @@ impl AgentWatch {
     }
 
     /// Reports whether this process is the agent.
-    pub fn is(&self, pid: Option<i32>) -> bool {
+    pub fn is_agent(&self, pid: Option<i32>) -> bool {
         pid.is_some() && self.change(|agent| agent.pid == pid)
     }
 
@@ -208,12 +215,12 @@ fn lives(pid: i32) -> bool {
 }
 
 /// The heartbeat task, with the channels to the other tasks.
-pub struct Pulse {
-    pub orders: watch::Receiver<Option<Order>>,
-    pub verdicts: watch::Receiver<Verdicts>,
+pub struct HeartbeatTask {
+    pub installed: watch::Receiver<Option<InstalledTimers>>,
+    pub probe_results: watch::Receiver<ProbeResults>,
     /// Requests to check whether Envoy is gone; each is answered after the check.
     pub looks: mpsc::Receiver<oneshot::Sender<()>>,
-    pub beats: watch::Sender<Heartbeat>,
+    pub timers: watch::Sender<TimerStates>,
     /// Reports to the keeper that a renewal failed, so that it reads the rules again.
     pub failed: mpsc::Sender<String>,
     pub agent: AgentWatch,
@@ -221,7 +228,7 @@ pub struct Pulse {
     pub users: BTreeSet<u32>,
 }
 
-impl Pulse {
+impl HeartbeatTask {
     /// Runs until the keeper has ended.
     pub async fn run(mut self) {
         let mut ticks = interval(TICK);
@@ -229,21 +236,21 @@ impl Pulse {
         loop {
             tokio::select! {
                 biased;
-                changed = self.orders.changed() => {
+                changed = self.installed.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    self.adopt();
+                    self.adopt_installed_timers();
                 }
-                _ = ticks.tick() => self.attend().await,
+                _ = ticks.tick() => self.run_heartbeat().await,
                 Some(answer) = self.looks.recv() => {
                     let mut asked = vec![answer];
                     // One check answers all pending requests. Any local user may send them.
                     while let Ok(another) = self.looks.try_recv() {
                         asked.push(another);
                     }
-                    self.adopt();
-                    self.go_past_envoy_if_gone(Directions::BOTH).await;
+                    self.adopt_installed_timers();
+                    self.expire_if_envoy_gone(Directions::BOTH).await;
                     for answer in asked {
                         // The client may have gone.
                         _ = answer.send(());
@@ -253,20 +260,21 @@ impl Pulse {
         }
     }
 
-    fn adopt(&mut self) {
-        let order = self.orders.borrow_and_update().clone();
-        let next = order.map_or_else(Heartbeat::default, |order| self.beats.borrow().after(&order));
-        self.beats.send_replace(next);
+    fn adopt_installed_timers(&mut self) {
+        let installed = self.installed.borrow_and_update().clone();
+        let next =
+            installed.map_or_else(TimerStates::default, |installed| self.timers.borrow().after(&installed));
+        self.timers.send_replace(next);
     }
 
-    async fn attend(&mut self) {
-        let Some(order) = self.orders.borrow().clone() else { return };
-        let verdicts = *self.verdicts.borrow();
+    async fn run_heartbeat(&mut self) {
+        let Some(installed) = self.installed.borrow().clone() else { return };
+        let probe_results = *self.probe_results.borrow();
         let mut gone = Directions::NONE;
-        self.beats.send_modify(|beats| {
-            for direction in order.dead_men.iter() {
-                let Some(dead_man) = beats.of(direction) else { continue };
-                let is_gone = is_gone(verdicts.of(direction));
+        self.timers.send_modify(|timers| {
+            for direction in installed.directions.iter() {
+                let Some(dead_man) = timers.slot(direction) else { continue };
+                let is_gone = is_gone(probe_results.of(direction));
                 if is_gone && dead_man.was_gone {
                     gone = gone.with(direction);
                 }
@@ -274,36 +282,36 @@ impl Pulse {
             }
         });
         if !gone.is_empty() {
-            self.go_past_envoy_if_gone(gone).await;
+            self.expire_if_envoy_gone(gone).await;
         }
         let mut refresh = Directions::NONE;
         let now = Instant::now();
-        for direction in order.dead_men.iter() {
-            let Some(dead_man) = self.beats.borrow().get(direction).copied() else { continue };
-            let mut envoy = verdicts.of(direction);
-            if envoy == Envoy::Well && dead_man.is_withdrawn {
+        for direction in installed.directions.iter() {
+            let Some(dead_man) = self.timers.borrow().get(direction).copied() else { continue };
+            let mut envoy = probe_results.of(direction);
+            if envoy == EnvoyHealth::Well && dead_man.is_withdrawn {
                 // The probe's result may be from before Envoy ended.
-                envoy = probe::look_at(direction, &self.users).await;
+                envoy = probe::probe_listener(direction, &self.users).await;
             }
-            match dead_man.beat.due(now, envoy == Envoy::Well && self.agent.is_well()) {
-                Due::Refresh => refresh = refresh.with(direction),
-                Due::Lapses(left) if left.is_zero() && !dead_man.has_lapsed => {
+            match dead_man.beat.due(now, envoy == EnvoyHealth::Well && self.agent.is_well()) {
+                HeartbeatStep::Refresh => refresh = refresh.with(direction),
+                HeartbeatStep::Lapses(left) if left.is_zero() && !dead_man.has_lapsed => {
                     warn!(
                         "{direction} redirects have lapsed, since {}: new connections go past Envoy where that is allowed",
-                        why_not(envoy)
+                        explain_lapse(envoy)
                     );
                     self.change(direction, |dead_man| dead_man.has_lapsed = true);
                 }
-                Due::Lapses(_) | Due::Wait(_) => {}
+                HeartbeatStep::Lapses(_) | HeartbeatStep::Wait(_) => {}
             }
         }
         if !refresh.is_empty() {
-            self.refresh(&order, refresh).await;
+            self.refresh(&installed, refresh).await;
         }
     }
 
-    async fn refresh(&mut self, order: &Order, directions: Directions) {
-        match order.applier.refresh_only(order.timeout, directions).await {
+    async fn refresh(&mut self, installed: &InstalledTimers, directions: Directions) {
+        match installed.applier.renew_timers(installed.timeout, directions).await {
             Ok(()) => {
                 // The kernel restarted its clock before this moment, so a timer is never reported as lapsed
                 // too early.
@@ -328,28 +336,31 @@ impl Pulse {
 
     /// Lets redirects that may fail open lapse at once if Envoy's listener is gone. Checks the listener again
     /// first, because the probe's result may be a second old.
-    async fn go_past_envoy_if_gone(&mut self, directions: Directions) {
-        let Some(order) = self.orders.borrow().clone() else { return };
+    async fn expire_if_envoy_gone(&mut self, directions: Directions) {
+        let Some(installed) = self.installed.borrow().clone() else { return };
         let held = |direction: &Direction| {
-            let beats = self.beats.borrow();
+            let timers = self.timers.borrow();
             directions.contains(*direction)
-                && beats.get(*direction).is_some_and(|dead_man| !dead_man.is_withdrawn)
+                && timers.get(*direction).is_some_and(|dead_man| !dead_man.is_withdrawn)
         };
-        let held: Vec<Direction> = order.dead_men.iter().filter(held).collect();
+        let held: Vec<Direction> = installed.directions.iter().filter(held).collect();
         for direction in held {
             // A closed port refuses at once. An Envoy that hangs must not delay the renewal of the other
             // timer.
-            let looked = timeout(SEEN_WITHIN, probe::look_at(direction, &self.users)).await;
-            let envoy = looked.unwrap_or(Envoy::Hangs);
+            let looked = timeout(SEEN_WITHIN, probe::probe_listener(direction, &self.users)).await;
+            let envoy = looked.unwrap_or(EnvoyHealth::Hangs);
             if !is_gone(envoy) {
                 continue;
             }
-            match order.applier.withdraw(Directions::only(direction)).await {
+            match installed.applier.expire_timers(Directions::only(direction)).await {
                 Ok(()) => {
-                    warn!("{}: new {direction} connections go past it where that is allowed", why_not(envoy));
+                    warn!(
+                        "{}: new {direction} connections go past it where that is allowed",
+                        explain_lapse(envoy)
+                    );
                     self.change(direction, |dead_man| {
                         dead_man.is_withdrawn = true;
-                        dead_man.beat = Beat::new(order.timeout.duration());
+                        dead_man.beat = Heartbeat::new(installed.timeout.duration());
                     });
                 }
                 Err(error) => warn!("{direction} redirects lapse by themselves: {}", one_line(&error)),
@@ -357,9 +368,9 @@ impl Pulse {
         }
     }
 
-    fn change(&self, direction: Direction, change: impl FnOnce(&mut DeadMan)) {
-        self.beats.send_modify(|beats| {
-            if let Some(dead_man) = beats.of(direction) {
+    fn change(&self, direction: Direction, change: impl FnOnce(&mut TimerState)) {
+        self.timers.send_modify(|timers| {
+            if let Some(dead_man) = timers.slot(direction) {
                 change(dead_man);
             }
         });
@@ -367,16 +378,16 @@ impl Pulse {
 }
 
 /// Explains why redirects do not hold, by the probe's result.
-pub fn why_not(envoy: Envoy) -> &'static str {
+pub fn explain_lapse(envoy: EnvoyHealth) -> &'static str {
     match envoy {
-        Envoy::Well => "the agent says nothing",
-        Envoy::Gone => "Envoy is gone",
-        Envoy::Stranger => "somebody else's program has Envoy's capture port",
-        Envoy::Hangs => "Envoy takes connections and does not serve them",
-        Envoy::Unknown | Envoy::Other => "Envoy has not been looked at",
+        EnvoyHealth::Well => "the agent says nothing",
+        EnvoyHealth::Gone => "Envoy is gone",
+        EnvoyHealth::WrongUser => "somebody else's program has Envoy's capture port",
+        EnvoyHealth::Hangs => "Envoy takes connections and does not serve them",
+        EnvoyHealth::Unknown | EnvoyHealth::Other => "Envoy has not been looked at",
     }
 }
 
-fn is_gone(envoy: Envoy) -> bool {
-    matches!(envoy, Envoy::Gone | Envoy::Stranger)
+fn is_gone(envoy: EnvoyHealth) -> bool {
+    matches!(envoy, EnvoyHealth::Gone | EnvoyHealth::WrongUser)
 }

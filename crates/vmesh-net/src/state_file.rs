@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tracing::warn;
-use vmesh_capture::confirm::State as Committed;
+use vmesh_capture::confirm::CommitRecord;
 use vmesh_capture::machine::SavedState;
 use vmesh_daemon::fsx;
 use vmesh_daemon::report::one_line;
@@ -41,7 +41,7 @@ pub(crate) fn load(path: &Path) -> (SavedState, bool) {
                 path.display()
             );
             // The footprint is safe to use, because it can only lead to the removal of empty chains.
-            let commit = Committed { footprint: state.commit.footprint, ..Committed::default() };
+            let commit = CommitRecord { footprint: state.commit.footprint, ..CommitRecord::default() };
             return (SavedState { commit, ..SavedState::default() }, false);
         }
         Err(error) => error,
@@ -59,11 +59,11 @@ fn parts(text: &[u8]) -> SavedState {
     }
     let all = serde_json::from_slice(text).unwrap_or(Value::Null);
     let footprint = part(all.get("commit").unwrap_or(&Value::Null), "footprint");
-    let commit = Committed { footprint, ..Committed::default() };
+    let commit = CommitRecord { footprint, ..CommitRecord::default() };
     SavedState {
         commit,
-        known: part(&all, "known"),
-        refused: part(&all, "refused"),
+        agent_facts: part(&all, "known"),
+        failed_trial: part(&all, "refused"),
         memory: part(&all, "memory"),
     }
 }
