@@ -22,7 +22,7 @@ use vmesh_testkit::{Failed, Result, envoy, wait_for};
 use crate::build;
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct DemoOptions {
     /// Leave everything running at the end, and print the commands to try, until Ctrl-C.
     #[arg(long)]
     keep: bool,
@@ -48,7 +48,7 @@ const fn local(ip: Ipv4Addr, port: u16) -> SocketAddr {
     SocketAddr::V4(std::net::SocketAddrV4::new(ip, port))
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &DemoOptions) -> Result<()> {
     let envoy = envoy::find()?;
     let packages = ["--package", "vmesh-control", "--package", "vmesh-agent", "--package", "vmeshctl"];
     build::cargo("build vmesh", &[&["build"], packages.as_slice()].concat())?;
@@ -57,7 +57,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let mut demo = Demo::start(envoy, options.discovery).await?;
         demo.tour().await?;
         if options.keep {
-            demo.keep().await?;
+            demo.wait_for_ctrl_c().await?;
         }
         demo.stop().await
     })
@@ -94,7 +94,7 @@ impl Demo {
         }
         let mut demo = Demo { dir, binaries, control, agents, apps: vec![v1, v2], registry, step: 0 };
         for name in AGENTS {
-            demo.in_sync(name).await?;
+            demo.wait_until_in_sync(name).await?;
         }
         let up = wait_for("web-1's Envoy to serve orders", 30 * SECONDS, async || {
             Api(ORDERS).text("/").await.map(|_| ()).map_err(|failed| failed.to_string())
@@ -116,20 +116,22 @@ impl Demo {
         self.bad_document().await?;
         self.control_plane_dies().await?;
         self.registry_dies().await?;
-        self.show("What the operator sees", &["nodes"])?;
-        self.show("And how web-1 reaches orders", &["explain", "orders", "--from", "web-1"])?;
+        self.show_command("What the operator sees", &["nodes"])?;
+        self.show_command("And how web-1 reaches orders", &["explain", "orders", "--from", "web-1"])?;
         println!("\nEverything that this demo claims has happened.");
         Ok(())
     }
 
-    fn say(&mut self, what: &str) {
+    fn announce_step(&mut self, what: &str) {
         self.step += 1;
         println!("\n{}. {what}", self.step);
     }
 
     /// Shows that `mesh.d/orders.yaml` routes one request in ten to v2.
     async fn split(&mut self) -> Result<()> {
-        self.say("mesh.d/orders.yaml splits orders 90 to 10 between v1 and v2, and sends x-canary to v2");
+        self.announce_step(
+            "mesh.d/orders.yaml splits orders 90 to 10 between v1 and v2, and sends x-canary to v2",
+        );
         let report = requests(Plan::to(ORDERS), 1000).await?;
         let [v1, v2] = ["v1", "v2"].map(|version| report.by_version.get(version).copied().unwrap_or(0));
         println!("   1,000 requests: {v1} answered by v1, {v2} by v2");
@@ -149,7 +151,7 @@ impl Demo {
             None => "by editing services.d/orders.yaml".to_owned(),
             Some(registry) => format!("by registering in {}", registry.name()),
         };
-        self.say(&format!("A third instance, a plain host without an agent, comes and goes {by}"));
+        self.announce_step(&format!("A third instance, a plain host without an agent, comes and goes {by}"));
         let address = local(Ipv4Addr::new(127, 0, 1, 4), 8080);
         self.apps.push(HttpApp::start("orders-3", "v1", address)?);
         let load = Load::start(Plan::to(ORDERS).rate(500.0))?;
@@ -204,7 +206,7 @@ impl Demo {
     /// Shows that an unreachable registry removes no endpoint.
     async fn registry_dies(&mut self) -> Result<()> {
         let Some(mut registry) = self.registry.take() else { return Ok(()) };
-        self.say(&format!(
+        self.announce_step(&format!(
             "{} is killed (SIGKILL); traffic goes on, and the operator is told",
             registry.name()
         ));
@@ -216,7 +218,7 @@ impl Demo {
             if state == "stale" { Ok(()) } else { Err(state.to_string()) }
         })
         .await?;
-        self.print(&["discovery"])?;
+        self.run_vmeshctl(&["discovery"])?;
         registry.restart_all().await?;
         wait_for("the source to be fresh", 60 * SECONDS, async || {
             let status = API.json("/api/v1/status").await.map_err(|failed| failed.to_string())?;
@@ -231,7 +233,7 @@ impl Demo {
     }
 
     async fn bad_document(&mut self) -> Result<()> {
-        self.say("A mistake in a document costs nothing: the last good version stays in force, and the place is named");
+        self.announce_step("A mistake in a document costs nothing: the last good version stays in force, and the place is named");
         let file = self.dir.join("mesh.d/orders.yaml");
         let before = read(&file)?;
         write(
@@ -267,7 +269,7 @@ impl Demo {
     }
 
     async fn control_plane_dies(&mut self) -> Result<()> {
-        self.say("The control plane is killed (SIGKILL); traffic goes on");
+        self.announce_step("The control plane is killed (SIGKILL); traffic goes on");
         let load = Load::start(Plan::to(ORDERS).rate(500.0))?;
         self.control.kill()?;
         tokio::time::sleep(3 * SECONDS).await;
@@ -275,11 +277,13 @@ impl Demo {
         println!("   3 s without a control plane: {} requests, {} failed", without.sent, without.failures);
         no_failure(&without)?;
 
-        self.say("The control plane is back; nobody notices, and nothing is sent that did not change");
+        self.announce_step(
+            "The control plane is back; nobody notices, and nothing is sent that did not change",
+        );
         let started = Instant::now();
         self.control = start_control(&self.binaries, &self.dir).await?;
         for name in AGENTS {
-            self.in_sync(name).await?;
+            self.wait_until_in_sync(name).await?;
         }
         let report = load.stop().await;
         println!(
@@ -294,7 +298,7 @@ impl Demo {
         check(sent == 0.0, "nothing was sent again")
     }
 
-    async fn in_sync(&mut self, name: &str) -> Result<()> {
+    async fn wait_until_in_sync(&mut self, name: &str) -> Result<()> {
         let agents = &mut self.agents;
         wait_for(format!("{name} to be in sync"), 30 * SECONDS, async || {
             if let Some((ended, agent)) =
@@ -307,14 +311,14 @@ impl Demo {
         .await
     }
 
-    fn show(&mut self, what: &str, args: &[&str]) -> Result<()> {
-        self.say(what);
-        let fine = self.print(args)?;
+    fn show_command(&mut self, what: &str, args: &[&str]) -> Result<()> {
+        self.announce_step(what);
+        let fine = self.run_vmeshctl(args)?;
         check(fine, &format!("vmeshctl {} finds nothing to mend", args.join(" ")))
     }
 
     /// Prints the output of a `vmeshctl` command. Returns whether it succeeded.
-    fn print(&self, args: &[&str]) -> Result<bool> {
+    fn run_vmeshctl(&self, args: &[&str]) -> Result<bool> {
         println!("   $ vmeshctl {}", args.join(" "));
         let output = Command::new(self.binaries.join("vmeshctl"))
             .args(args)
@@ -326,7 +330,7 @@ impl Demo {
         Ok(output.status.success())
     }
 
-    async fn keep(&self) -> Result<()> {
+    async fn wait_for_ctrl_c(&self) -> Result<()> {
         let ctl = self.binaries.join("vmeshctl");
         let (ctl, dir) = (ctl.display(), self.dir.display());
         println!("\nAll is running until Ctrl-C. Try, in another terminal:");

@@ -16,7 +16,7 @@ use vmesh_testkit::{Failed, Result};
 use crate::build;
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct FuzzOptions {
     /// The targets to run; all by default.
     targets: Vec<String>,
     /// Seconds for each target.
@@ -37,8 +37,8 @@ const RUN_TIMEOUT: u32 = 20;
 /// The memory limit of a target, in MiB. Every parser promises to stay far below.
 const MEMORY: u32 = 1024;
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    let targets = chosen(&options.targets)?;
+pub(crate) fn run(options: &FuzzOptions) -> Result<()> {
+    let targets = select_targets(&options.targets)?;
     let binary = compile(options.optimised)?;
     let workers = thread::available_parallelism().map_or(1, usize::from).min(targets.len());
     println!("{} targets, {} s each, {workers} at once", targets.len(), options.seconds);
@@ -48,7 +48,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let work = || {
             let mut failures = Vec::new();
             while let Some(target) = next() {
-                match fuzz(&target, &binary, options.seconds) {
+                match fuzz_target(&target, &binary, options.seconds) {
                     Ok(summary) => println!("{target:<12} {summary}"),
                     Err(failed) => {
                         println!("{target:<12} BROKEN: {failed}");
@@ -73,7 +73,7 @@ fn corpus() -> PathBuf {
     build::root().join("crates/vmesh-fuzz/corpus")
 }
 
-fn chosen(names: &[String]) -> Result<Vec<String>> {
+fn select_targets(names: &[String]) -> Result<Vec<String>> {
     let corpus = corpus();
     let entries =
         fs::read_dir(&corpus).map_err(Failed::to(format!("could not list {}", corpus.display())))?;
@@ -98,7 +98,7 @@ fn compile(optimised: bool) -> Result<PathBuf> {
 }
 
 /// Runs one target, and returns libFuzzer's final statistics.
-fn fuzz(target: &str, binary: &Path, seconds: u32) -> Result<String> {
+fn fuzz_target(target: &str, binary: &Path, seconds: u32) -> Result<String> {
     let dir = build::target()?.join("fuzz-findings").join(target);
     let found = dir.join("corpus");
     fs::create_dir_all(&found).map_err(Failed::to(format!("could not make {}", found.display())))?;

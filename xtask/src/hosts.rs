@@ -10,9 +10,9 @@ use vmesh_testkit::hosts::{Fleet, RunningHost, Suite};
 use vmesh_testkit::{Failed, Result, envoy};
 
 #[derive(Debug, Subcommand)]
-pub(crate) enum Command {
+pub(crate) enum HostsCommand {
     /// Boots hosts h1, h2, .. on a switch of their own, and keeps them until Ctrl-C or `down`.
-    Up(Up),
+    Up(UpOptions),
     /// Runs a command on a host, as root.
     Exec {
         host: String,
@@ -24,7 +24,7 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Up {
+pub(crate) struct UpOptions {
     #[arg(default_value_t = 1)]
     count: usize,
     #[arg(long, value_enum, default_value = "bookworm")]
@@ -42,15 +42,15 @@ enum Release {
     Trixie,
 }
 
-pub(crate) fn run(command: Command) -> Result<()> {
+pub(crate) fn run(command: HostsCommand) -> Result<()> {
     match command {
-        Command::Up(up) => hold(&up),
-        Command::Exec { host, command } => exec(&host, &command),
-        Command::Down => down(),
+        HostsCommand::Up(up) => run_hosts(&up),
+        HostsCommand::Exec { host, command } => exec(&host, &command),
+        HostsCommand::Down => stop_hosts(),
     }
 }
 
-fn hold(up: &Up) -> Result<()> {
+fn run_hosts(up: &UpOptions) -> Result<()> {
     let suite = match up.suite {
         Release::Bookworm => Suite::Bookworm,
         Release::Trixie => Suite::Trixie,
@@ -99,7 +99,7 @@ fn exec(host: &str, words: &[String]) -> Result<()> {
 }
 
 /// Stops only hosts of `up`, because tests run hosts too.
-fn down() -> Result<()> {
+fn stop_hosts() -> Result<()> {
     let mut owners: Vec<u32> = RunningHost::all().into_iter().map(|running| running.owner).collect();
     owners.dedup();
     for owner in owners {

@@ -33,13 +33,13 @@ use vmesh_testkit::Result;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: XtaskCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum XtaskCommand {
     /// Runs the tour: a control plane, three agents with real Envoys, traffic, changes, a crash.
-    Demo(demo::Options),
+    Demo(demo::DemoOptions),
     /// Builds everything and runs every test; arguments after `--` are passed to nextest.
     Test {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -54,12 +54,12 @@ enum Command {
     /// database.
     Deny,
     /// Runs libFuzzer on every parser of untrusted bytes; needs a C++ compiler.
-    Fuzz(fuzz::Options),
+    Fuzz(fuzz::FuzzOptions),
     /// Builds Debian packages.
-    Package(package::Options),
+    Package(package::PackageOptions),
     /// Boots hosts with their own systemd, for experiments.
     #[command(subcommand)]
-    Hosts(hosts::Command),
+    Hosts(hosts::HostsCommand),
     /// Regenerates vmesh-proto's types from the pinned Envoy binary.
     Codegen,
 }
@@ -102,18 +102,18 @@ enum Bench {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Command::Demo(options) => demo::run(&options),
-        Command::Test { rest } => test::run(&rest),
-        Command::Bench { bench: Bench::Catalogue { rest } } => build::run_bench("catalogue", &rest),
-        Command::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
-        Command::Bench { bench: Bench::Nodes { rest } } => build::run_bench("nodes", &rest),
-        Command::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
-        Command::Bench { bench: Bench::Capture { rest } } => build::run_bench("capture", &rest),
-        Command::Deny => deny::run(),
-        Command::Fuzz(options) => fuzz::run(&options),
-        Command::Package(options) => package::run(&options),
-        Command::Hosts(command) => hosts::run(command),
-        Command::Codegen => codegen(),
+        XtaskCommand::Demo(options) => demo::run(&options),
+        XtaskCommand::Test { rest } => test::run(&rest),
+        XtaskCommand::Bench { bench: Bench::Catalogue { rest } } => build::run_bench("catalogue", &rest),
+        XtaskCommand::Bench { bench: Bench::Fleet { rest } } => build::run_bench("fleet", &rest),
+        XtaskCommand::Bench { bench: Bench::Nodes { rest } } => build::run_bench("nodes", &rest),
+        XtaskCommand::Bench { bench: Bench::Discovery { rest } } => build::run_bench("discovery", &rest),
+        XtaskCommand::Bench { bench: Bench::Capture { rest } } => build::run_bench("capture", &rest),
+        XtaskCommand::Deny => deny::run(),
+        XtaskCommand::Fuzz(options) => fuzz::run(&options),
+        XtaskCommand::Package(options) => package::run(&options),
+        XtaskCommand::Hosts(command) => hosts::run(command),
+        XtaskCommand::Codegen => codegen(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -12,7 +12,7 @@ use vmesh_testkit::{Failed, Result, tempdir};
 use crate::build;
 
 #[derive(Debug, Args)]
-pub(crate) struct Options {
+pub(crate) struct PackageOptions {
     /// The output directory of the packages.
     #[arg(long, value_name = "DIR", default_value = "target/package")]
     out: PathBuf,
@@ -105,7 +105,7 @@ const PACKAGES: &[Package] = &[
 const SCRIPTS: &[&str] = &["preinst", "postinst", "prerm", "postrm"];
 const INSTALL: &str = "packages are made with dpkg-deb, strip and gzip: `apt-get install dpkg binutils gzip`";
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &PackageOptions) -> Result<()> {
     let binaries = match &options.binaries {
         Some(dir) => dir.clone(),
         None => {
@@ -125,7 +125,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     make_dir(&options.out)?;
     let date = date();
     for package in PACKAGES {
-        let file = pack(package, options, &binaries, date)?;
+        let file = build_package(package, options, &binaries, date)?;
         println!("{}", file.display());
     }
     Ok(())
@@ -143,7 +143,7 @@ fn date() -> u64 {
     said.or_else(commit).and_then(|text| text.trim().parse().ok()).unwrap_or(1_790_000_000)
 }
 
-fn pack(package: &Package, options: &Options, binaries: &Path, date: u64) -> Result<PathBuf> {
+fn build_package(package: &Package, options: &PackageOptions, binaries: &Path, date: u64) -> Result<PathBuf> {
     let work = tempdir()?;
     let root = work.join("root");
     // The modes are set explicitly later, whatever the umask is.
@@ -163,8 +163,8 @@ fn pack(package: &Package, options: &Options, binaries: &Path, date: u64) -> Res
     copy(&build::root().join("NOTICE"), &doc.join("NOTICE"), 0o644)?;
     copy(&build::root().join("CHANGELOG.md"), &doc.join("changelog"), 0o644)?;
     run_tool(Command::new("gzip").args(["-9n"]).arg(doc.join("changelog")))?;
-    control(package, options, &root)?;
-    settle(&root, date)?;
+    write_control_files(package, options, &root)?;
+    normalize_modes_and_dates(&root, date)?;
 
     let architecture = architecture()?;
     let file = options.out.join(format!("{}_{}_{architecture}.deb", package.name, options.version));
@@ -178,14 +178,14 @@ fn pack(package: &Package, options: &Options, binaries: &Path, date: u64) -> Res
     Ok(file)
 }
 
-fn control(package: &Package, options: &Options, root: &Path) -> Result<()> {
+fn write_control_files(package: &Package, options: &PackageOptions, root: &Path) -> Result<()> {
     let from = build::root().join("packaging").join(package.name);
     let to = root.join("DEBIAN");
     let read = |name: &str| {
         let path = from.join(name);
         fs::read_to_string(&path).map_err(Failed::to(format!("could not read {}", path.display())))
     };
-    let kib = kib(root).to_string();
+    let kib = installed_kib(root).to_string();
     let text = read("control")?
         .replace("@VERSION@", &options.version)
         .replace("@ARCHITECTURE@", architecture()?)
@@ -208,7 +208,7 @@ fn control(package: &Package, options: &Options, root: &Path) -> Result<()> {
 }
 
 /// Sets the same modes and dates regardless of the builder's umask and clock.
-fn settle(root: &Path, date: u64) -> Result<()> {
+fn normalize_modes_and_dates(root: &Path, date: u64) -> Result<()> {
     let mut all = vec![root.to_owned()];
     walk(root, &mut all);
     let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(date);
@@ -234,7 +234,7 @@ fn walk(dir: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
-fn kib(root: &Path) -> u64 {
+fn installed_kib(root: &Path) -> u64 {
     let mut all = Vec::new();
     walk(root, &mut all);
     all.iter().map(|path| path.metadata().map_or(0, |metadata| metadata.len().div_ceil(1024).max(1))).sum()

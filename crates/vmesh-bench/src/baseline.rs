@@ -33,7 +33,7 @@ use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_xds::Kind;
 
 /// The handle with which the bench controls the baseline process.
-pub(crate) struct Server {
+pub(crate) struct BaselineServer {
     child: Child,
     stdin: ChildStdin,
     stdout: std::io::BufReader<ChildStdout>,
@@ -42,8 +42,8 @@ pub(crate) struct Server {
     pub(crate) bytes: usize,
 }
 
-impl Server {
-    pub(crate) async fn start(endpoints: usize) -> Result<Server> {
+impl BaselineServer {
+    pub(crate) async fn start(endpoints: usize) -> Result<BaselineServer> {
         let bench = std::env::current_exe().map_err(Failed::to("could not find the bench"))?;
         let mut command = Command::new(bench);
         command.args(["--serve-baseline", "--endpoints", &endpoints.to_string()]);
@@ -55,18 +55,18 @@ impl Server {
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(Failed::new("the baseline has no pipes"));
         };
-        let mut server = Server {
+        let mut server = BaselineServer {
             child,
             stdin,
             stdout: std::io::BufReader::new(stdout),
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             bytes: 0,
         };
-        let said = server.read()?;
-        let mut words = said.split(' ');
+        let answer = server.read_answer()?;
+        let mut words = answer.split(' ');
         let parsed = (|| Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?)))();
         (server.address, server.bytes) =
-            parsed.ok_or_else(|| Failed::new(format!("the baseline said `{said}`")))?;
+            parsed.ok_or_else(|| Failed::new(format!("the baseline said `{answer}`")))?;
         Ok(server)
     }
 
@@ -74,12 +74,12 @@ impl Server {
         self.child.id()
     }
 
-    pub(crate) async fn until_connected(&mut self, nodes: usize, bound: Duration) -> Result<()> {
+    pub(crate) async fn wait_until_connected(&mut self, nodes: usize, bound: Duration) -> Result<()> {
         let bound = bound.min(Duration::from_secs(120));
         let server = Mutex::new(self);
         wait_for(format!("{nodes} connections"), bound, async || {
             let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
-            let connected = server.ask("connected").map_err(|failed| failed.to_string())?;
+            let connected = server.send_command("connected").map_err(|failed| failed.to_string())?;
             if connected.parse() == Ok(nodes) { Ok(()) } else { Err(connected) }
         })
         .await
@@ -87,24 +87,24 @@ impl Server {
 
     /// Writes to all clients. Returns the time when the first write began.
     pub(crate) async fn push(&mut self) -> Result<SystemTime> {
-        let began = self.ask("push")?;
+        let began = self.send_command("push")?;
         let nanos = began.parse().map_err(Failed::to(format!("the baseline said `{began}`")))?;
         Ok(UNIX_EPOCH + Duration::from_nanos(nanos))
     }
 
-    fn ask(&mut self, what: &str) -> Result<String> {
+    fn send_command(&mut self, what: &str) -> Result<String> {
         writeln!(self.stdin, "{what}").map_err(Failed::to("the baseline does not listen"))?;
-        self.read()
+        self.read_answer()
     }
 
-    fn read(&mut self) -> Result<String> {
+    fn read_answer(&mut self) -> Result<String> {
         let mut line = String::new();
         self.stdout.read_line(&mut line).map_err(Failed::to("the baseline does not answer"))?;
         Ok(line.trim().to_owned())
     }
 }
 
-impl Drop for Server {
+impl Drop for BaselineServer {
     fn drop(&mut self) {
         _ = self.child.kill();
         _ = self.child.wait();
@@ -113,20 +113,20 @@ impl Drop for Server {
 
 /// The streams of the baseline. Each waits for the next round, and then writes the same bytes.
 #[derive(Default)]
-struct Streams {
+struct BaselineStreams {
     round: AtomicUsize,
     open: AtomicUsize,
     wakers: Mutex<Vec<Waker>>,
 }
 
-struct Stream {
-    streams: Arc<Streams>,
+struct BaselineStream {
+    streams: Arc<BaselineStreams>,
     written: usize,
     message: Bytes,
     requests: hyper::body::Incoming,
 }
 
-impl Body for Stream {
+impl Body for BaselineStream {
     type Data = Bytes;
     type Error = Infallible;
 
@@ -158,7 +158,7 @@ pub(crate) async fn serve(endpoints: usize) -> Result<()> {
         TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(Failed::to("could not listen"))?;
     let address = listener.local_addr().map_err(Failed::to("could not listen"))?;
     println!("{address} {}", message.len());
-    let streams = Arc::new(Streams::default());
+    let streams = Arc::new(BaselineStreams::default());
     let commands = streams.clone();
     let reader = tokio::task::spawn_blocking(move || {
         for line in std::io::stdin().lines().map_while(std::result::Result::ok) {
@@ -187,7 +187,7 @@ pub(crate) async fn serve(endpoints: usize) -> Result<()> {
                     let (streams, message) = (streams.clone(), message.clone());
                     let written = streams.round.load(Ordering::Acquire);
                     streams.open.fetch_add(1, Ordering::AcqRel);
-                    let body = Stream { streams, written, message, requests: request.into_body() };
+                    let body = BaselineStream { streams, written, message, requests: request.into_body() };
                     let response =
                         http::Response::builder().header("content-type", "application/grpc").body(body);
                     std::future::ready(response)

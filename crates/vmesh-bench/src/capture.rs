@@ -23,7 +23,7 @@ use vmesh_testkit::{Failed, Result, wait_for};
 use vmesh_tests::vm::{APP, Rules, Site, Vm};
 
 #[derive(Debug, Parser)]
-struct Arguments {
+struct CaptureOptions {
     /// Seconds for which each path is measured in a round.
     #[arg(long, default_value_t = 3)]
     seconds: u64,
@@ -47,14 +47,14 @@ struct Arguments {
 }
 
 /// A network path to the application.
-struct Way<'a> {
+struct NetworkPath<'a> {
     name: &'static str,
     from: &'a Host,
     to: SocketAddr,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Measured {
+struct LatencySummary {
     per_second: f64,
     p50: Duration,
     p99: Duration,
@@ -62,10 +62,10 @@ struct Measured {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = CaptureOptions::parse();
     let done = match arguments.services {
-        Some(services) => change(services, arguments.endpoints, arguments.per_second).await,
-        None => run(arguments).await,
+        Some(services) => measure_changes(services, arguments.endpoints, arguments.per_second).await,
+        None => measure_paths(arguments).await,
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -80,7 +80,7 @@ fn service(name: &str, protocol: &str, address: SocketAddr) -> String {
     format!("service: {name}\nprotocol: {protocol}\nport: 80\nendpoints: [\"{address}\"]\n")
 }
 
-async fn run(arguments: Arguments) -> Result<()> {
+async fn measure_paths(arguments: CaptureOptions) -> Result<()> {
     let site = Site::start(&[]).await?;
     let (client, server) = (site.outsider()?, site.outsider()?);
     let app = |on: &Host, port: u16| {
@@ -119,34 +119,34 @@ async fn run(arguments: Arguments) -> Result<()> {
     }
 
     let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
-    let ways = [
-        Way { name: "direct", from: &client, to: http.address() },
-        Way { name: "explicit port, TCP", from: &nft.host, to: local(9002) },
-        Way {
+    let paths = [
+        NetworkPath { name: "direct", from: &client, to: http.address() },
+        NetworkPath { name: "explicit port, TCP", from: &nft.host, to: local(9002) },
+        NetworkPath {
             name: "nft REDIRECT, virtual address, TCP",
             from: &nft.host,
             to: virtual_address(&nft, "by-tcp")?,
         },
-        Way { name: "nft REDIRECT, real address, TCP", from: &nft.host, to: tcp.address() },
-        Way {
+        NetworkPath { name: "nft REDIRECT, real address, TCP", from: &nft.host, to: tcp.address() },
+        NetworkPath {
             name: "iptables REDIRECT, virtual address, TCP",
             from: &iptables.host,
             to: virtual_address(&iptables, "by-tcp")?,
         },
-        Way { name: "iptables REDIRECT, real address, TCP", from: &iptables.host, to: tcp.address() },
-        Way { name: "explicit port, HTTP", from: &nft.host, to: local(9001) },
-        Way {
+        NetworkPath { name: "iptables REDIRECT, real address, TCP", from: &iptables.host, to: tcp.address() },
+        NetworkPath { name: "explicit port, HTTP", from: &nft.host, to: local(9001) },
+        NetworkPath {
             name: "nft REDIRECT, virtual address, HTTP",
             from: &nft.host,
             to: virtual_address(&nft, "by-http")?,
         },
-        Way {
+        NetworkPath {
             name: "iptables REDIRECT, virtual address, HTTP",
             from: &iptables.host,
             to: virtual_address(&iptables, "by-http")?,
         },
     ];
-    let mut ways = Vec::from(ways);
+    let mut paths = Vec::from(paths);
     let names = [
         "nft REDIRECT, inbound, TCP",
         "nft TPROXY, inbound, TCP",
@@ -154,27 +154,27 @@ async fn run(arguments: Arguments) -> Result<()> {
         "iptables TPROXY, inbound, TCP",
     ];
     for ((vm, _), name) in inbound.iter().zip(names) {
-        ways.push(Way { name, from: &client, to: SocketAddr::from((vm.host.v4, 8080)) });
+        paths.push(NetworkPath { name, from: &client, to: SocketAddr::from((vm.host.v4, 8080)) });
     }
 
     let span = Duration::from_secs(arguments.seconds);
-    let mut kept: Vec<Vec<Measured>> = vec![Vec::new(); ways.len()];
+    let mut kept: Vec<Vec<LatencySummary>> = vec![Vec::new(); paths.len()];
     let mut fresh = kept.clone();
     for round in 0..arguments.rounds {
         eprintln!("round {} of {}", round + 1, arguments.rounds);
-        for (way, (kept, fresh)) in ways.iter().zip(kept.iter_mut().zip(&mut fresh)) {
-            kept.push(measure(way, arguments.connections, span, true)?);
-            fresh.push(measure(way, arguments.clients, span, false)?);
+        for (path, (kept, fresh)) in paths.iter().zip(kept.iter_mut().zip(&mut fresh)) {
+            kept.push(measure(path, arguments.connections, span, true)?);
+            fresh.push(measure(path, arguments.clients, span, false)?);
         }
     }
-    print("connections kept open", arguments.connections, &ways, &kept);
-    print("a connection for each request", arguments.clients, &ways, &fresh);
+    print("connections kept open", arguments.connections, &paths, &kept);
+    print("a connection for each request", arguments.clients, &paths, &fresh);
     Ok(())
 }
 
 /// Measures the time from writing an endpoint to a file until the rule that captures it exists, and the cost
 /// for the host.
-async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()> {
+async fn measure_changes(services: usize, endpoints: usize, per_second: u32) -> Result<()> {
     const CHANGES: usize = 30;
     const STORM: Duration = Duration::from_secs(30);
     let write = |site: &Site, number: usize, extra: bool| {
@@ -196,7 +196,7 @@ async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()
     })
     .await?;
     vm.start_agent()?;
-    until_captured(&vm, services * endpoints).await?;
+    wait_until_captured(&vm, services * endpoints).await?;
     println!("{services} services of {endpoints} endpoints");
     println!("start to captured              {:.1} s", began.elapsed().as_secs_f64());
     let daemons = [("vmesh-net", &vm.net), ("vmesh-agent", &vm.agent)];
@@ -207,7 +207,7 @@ async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()
         let extra = round % 2 == 0;
         let began = Instant::now();
         write(&site, 0, extra)?;
-        until_captured(&vm, services * endpoints + usize::from(extra)).await?;
+        wait_until_captured(&vm, services * endpoints + usize::from(extra)).await?;
         times.push(began.elapsed());
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
@@ -239,12 +239,12 @@ async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()
             *extra = !*extra;
             write(&site, number, *extra)?;
         }
-        if at % per_second.max(1) == 0 && !holds(&vm).await? {
+        if at % per_second.max(1) == 0 && !are_redirects_in_force(&vm).await? {
             lapses += 1;
         }
     }
     let wrote = began.elapsed();
-    until_captured(&vm, services * endpoints + extra.iter().filter(|extra| **extra).count()).await?;
+    wait_until_captured(&vm, services * endpoints + extra.iter().filter(|extra| **extra).count()).await?;
     println!(
         "{per_second} a second for {:.0} s: all in force {} ms after the last; the dead-man had lapsed in {lapses} of {} looks",
         wrote.as_secs_f64(),
@@ -266,7 +266,7 @@ async fn change(services: usize, endpoints: usize, per_second: u32) -> Result<()
 }
 
 /// Reports whether redirects are in force and the agent sends heartbeats.
-async fn holds(vm: &Vm) -> Result<bool> {
+async fn are_redirects_in_force(vm: &Vm) -> Result<bool> {
     use vmesh_net::protocol::{RedirectState, Request, Response};
     let status = vmesh_net::client::ask(&vm.socket(), &Request::Status).await;
     match status.map_err(Failed::to("vmesh-net did not answer"))? {
@@ -275,7 +275,7 @@ async fn holds(vm: &Vm) -> Result<bool> {
     }
 }
 
-async fn until_captured(vm: &Vm, addresses: usize) -> Result<()> {
+async fn wait_until_captured(vm: &Vm, addresses: usize) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         let status = vmesh_net::client::ask(&vm.socket(), &vmesh_net::protocol::Request::Status).await;
@@ -310,11 +310,11 @@ fn virtual_address(vm: &Vm, service: &str) -> Result<SocketAddr> {
 }
 
 /// Sends requests from `clients` threads on the path's host, each one request after the other.
-fn measure(way: &Way<'_>, clients: usize, span: Duration, keep: bool) -> Result<Measured> {
+fn measure(path: &NetworkPath<'_>, clients: usize, span: Duration, keep: bool) -> Result<LatencySummary> {
     let (stop, start) = (Arc::new(AtomicBool::new(false)), Arc::new(Barrier::new(clients + 1)));
     let threads: Vec<_> = (0..clients)
         .map(|_| {
-            let (enter, to, stop, start) = (way.from.entrance(), way.to, stop.clone(), start.clone());
+            let (enter, to, stop, start) = (path.from.entrance(), path.to, stop.clone(), start.clone());
             thread::spawn(move || -> Result<Vec<Duration>> {
                 let entered = enter(APP);
                 start.wait();
@@ -343,11 +343,11 @@ fn measure(way: &Way<'_>, clients: usize, span: Duration, keep: bool) -> Result<
     let mut times = Vec::new();
     for thread in threads {
         let seen = thread.join().map_err(|_| Failed::new("a client panicked"))?;
-        times.extend(seen.map_err(|error| Failed::new(format!("{}: {error}", way.name)))?);
+        times.extend(seen.map_err(|error| Failed::new(format!("{}: {error}", path.name)))?);
     }
     times.sort_unstable();
     let at = |share: f64| times.get((times.len() as f64 * share) as usize).copied().unwrap_or_default();
-    Ok(Measured { per_second: times.len() as f64 / took.as_secs_f64(), p50: at(0.5), p99: at(0.99) })
+    Ok(LatencySummary { per_second: times.len() as f64 / took.as_secs_f64(), p50: at(0.5), p99: at(0.99) })
 }
 
 fn connect(to: SocketAddr) -> Result<BufReader<TcpStream>> {
@@ -379,18 +379,18 @@ fn request(stream: &mut BufReader<TcpStream>) -> std::io::Result<()> {
     stream.read_exact(&mut body)
 }
 
-fn print(what: &str, clients: usize, ways: &[Way<'_>], measured: &[Vec<Measured>]) {
+fn print(what: &str, clients: usize, paths: &[NetworkPath<'_>], measured: &[Vec<LatencySummary>]) {
     println!("\n{what}, {clients} clients:\n");
-    println!("| way | requests/s | ratio | p50 | p99 |\n|---|---|---|---|---|");
+    println!("| path | requests/s | ratio | p50 | p99 |\n|---|---|---|---|---|");
     let mut direct = None;
-    for (way, rounds) in ways.iter().zip(measured) {
+    for (path, rounds) in paths.iter().zip(measured) {
         let mut rounds = rounds.clone();
         rounds.sort_by(|a, b| a.per_second.total_cmp(&b.per_second));
         let Some(median) = rounds.get(rounds.len() / 2) else { continue };
         let direct = *direct.get_or_insert(median.per_second);
         println!(
             "| {} | {:.0} | {:.2} | {} µs | {} µs |",
-            way.name,
+            path.name,
             median.per_second,
             median.per_second / direct,
             median.p50.as_micros(),

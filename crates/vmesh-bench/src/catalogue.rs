@@ -9,8 +9,8 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use clap::Parser;
-use vmesh_bench::common::{BOUND, Samples, Size, Times, millis, run_main, since};
-use vmesh_bench::fleet_client::{Declared, Fleet};
+use vmesh_bench::common::{BOUND, Samples, Size, Times, duration_between, millis, run_main};
+use vmesh_bench::fleet_client::{DeclaredNode, Fleet};
 use vmesh_bench::mesh::{Mesh, Shape};
 use vmesh_bench::usage::{cpu_of, cpu_of_threads, written_by};
 use vmesh_testkit::{Failed, Result};
@@ -22,7 +22,7 @@ use vmesh_testkit::{Failed, Result};
     mut_arg("services", |services| services.default_value("10000")),
     mut_arg("changes", |changes| changes.default_value("30"))
 )]
-struct Options {
+struct CatalogueOptions {
     #[command(flatten)]
     size: Size,
     /// Files in the second case of each catalogue.
@@ -47,10 +47,10 @@ const BETWEEN: Duration = Duration::from_millis(1_500);
 const WARM: usize = 3;
 
 fn main() -> ExitCode {
-    run_main(async |options: Options| run(&options).await)
+    run_main(async |options: CatalogueOptions| run(&options).await)
 }
 
-async fn run(options: &Options) -> Result<()> {
+async fn run(options: &CatalogueOptions) -> Result<()> {
     let Size { services: most, endpoints, changes } = options.size;
     println!("services of {endpoints} endpoints, {changes} changes of one endpoint\n");
     println!(
@@ -73,7 +73,7 @@ async fn run(options: &Options) -> Result<()> {
 }
 
 /// The cost of one change.
-struct Cost {
+struct ChangeCost {
     cpu: Times,
     cpu_mean: Duration,
     written: Samples<u64>,
@@ -84,7 +84,7 @@ struct Cost {
     idle: Duration,
 }
 
-impl Cost {
+impl ChangeCost {
     fn row(&self, shape: &Shape) -> String {
         let kb = |bytes: f64| bytes / 1e3;
         let mean = self.written.0.iter().sum::<u64>() as f64 / self.written.0.len().max(1) as f64;
@@ -103,7 +103,7 @@ impl Cost {
         )
     }
 
-    fn judge(&self, options: &Options) -> Result<()> {
+    fn judge(&self, options: &CatalogueOptions) -> Result<()> {
         let cpu = millis(self.cpu.p(0.5));
         let written = self.written.p(0.5) as f64 / 1e3;
         match (options.at_most_cpu, options.at_most_written) {
@@ -118,12 +118,12 @@ impl Cost {
     }
 }
 
-async fn measure(shape: &Shape, changes: usize) -> Result<Cost> {
+async fn measure(shape: &Shape, changes: usize) -> Result<ChangeCost> {
     let mesh = Mesh::start(shape, "").await?;
     let pid = mesh.control.pid();
-    let mut fleet = Fleet::connect(mesh.xds, 1, |_| Declared::default()).await?;
-    fleet.until_held(shape.services, BOUND).await?;
-    mesh.until_synced(1).await?;
+    let mut fleet = Fleet::connect(mesh.xds, 1, |_| DeclaredNode::default()).await?;
+    fleet.wait_until_received(shape.services, BOUND).await?;
+    mesh.wait_until_synced(1).await?;
     tokio::time::sleep(BETWEEN * 2).await;
     let (before, idle) = (cpu_of(pid)?, BETWEEN * 8);
     tokio::time::sleep(idle).await;
@@ -136,19 +136,19 @@ async fn measure(shape: &Shape, changes: usize) -> Result<Cost> {
             (cpu_began, disk_began) = (cpu_of(pid)?, written_by(pid)?.to_disk);
         }
         let (cpu_before, written_before) = (cpu_of_threads(pid)?, written_by(pid)?.by_calls);
-        fleet.expect_one_each();
+        fleet.reset_acks();
         let changed_at = SystemTime::now();
         mesh.change_file(round * 7 % shape.files(), 2 + round % 50)?;
-        let acked = fleet.until_all_acked(BOUND).await?;
+        let acked = fleet.wait_until_all_acked(BOUND).await?;
         tokio::time::sleep(BETWEEN).await;
         if round >= WARM {
             cpu.0.push(cpu_of_threads(pid)?.saturating_sub(cpu_before));
             written.0.push(written_by(pid)?.by_calls - written_before);
-            ack.0.push(since(changed_at, acked));
+            ack.0.push(duration_between(changed_at, acked));
         }
     }
     let count = changes.max(1) as f64;
-    Ok(Cost {
+    Ok(ChangeCost {
         cpu,
         cpu_mean: (cpu_of(pid)? - cpu_began).div_f64(count),
         written,

@@ -38,7 +38,7 @@ pub fn run_main<O: Parser>(run: impl AsyncFnOnce(O) -> Result<()>) -> ExitCode {
 }
 
 /// Returns the time between `from` and `to`, or zero if the clock was set back.
-pub fn since(from: SystemTime, to: SystemTime) -> Duration {
+pub fn duration_between(from: SystemTime, to: SystemTime) -> Duration {
     to.duration_since(from).unwrap_or_default()
 }
 

@@ -10,8 +10,8 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Parser, ValueEnum};
-use vmesh_bench::common::{BOUND, Size, Times, mib, millis, run_main, since};
-use vmesh_bench::fleet_client::{Declared, Fleet};
+use vmesh_bench::common::{BOUND, Size, Times, duration_between, mib, millis, run_main};
+use vmesh_bench::fleet_client::{DeclaredNode, Fleet};
 use vmesh_daemon::fetch::Peer;
 use vmesh_testkit::api::Api;
 use vmesh_testkit::consul::{self, Consul};
@@ -22,9 +22,9 @@ use vmesh_testkit::{Failed, Result};
 
 #[derive(Debug, Clone, Parser)]
 #[command(name = "cargo xtask bench discovery", mut_arg("services", |services| services.default_value("10")))]
-struct Options {
+struct DiscoveryOptions {
     #[arg(value_enum)]
-    registry: Kind,
+    registry: RegistryKind,
     #[command(flatten)]
     size: Size,
     /// Consul only: use plaintext HTTP/1.1, where each concurrent query needs a connection.
@@ -39,13 +39,13 @@ struct Options {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Kind {
+enum RegistryKind {
     Consul,
     Zookeeper,
 }
 
 fn main() -> ExitCode {
-    run_main(async |options: Options| run(&options).await)
+    run_main(async |options: DiscoveryOptions| run(&options).await)
 }
 
 /// Returns instance number `endpoint` of service number `service`.
@@ -58,14 +58,14 @@ fn instance(service: usize, endpoint: usize, has_check: bool) -> Instance {
     Instance { has_check, ..instance }
 }
 
-async fn run(options: &Options) -> Result<()> {
+async fn run(options: &DiscoveryOptions) -> Result<()> {
     let Size { services, endpoints, changes } = options.size;
     let mut registry = match options.registry {
-        Kind::Consul => {
+        RegistryKind::Consul => {
             let tls = !options.plaintext;
             Registry::Consul(Consul::start(consul::Options { tls, ..consul::Options::default() }).await?)
         }
-        Kind::Zookeeper => Registry::zookeeper(1).await?,
+        RegistryKind::Zookeeper => Registry::zookeeper(1).await?,
     };
     println!("{}: {services} services x {endpoints} endpoints, {changes} changes", registry.name());
     let began = Instant::now();
@@ -80,7 +80,7 @@ async fn run(options: &Options) -> Result<()> {
     let (xds, api) = (SocketAddr::new(home.ip(), 15010), Api(SocketAddr::new(home.ip(), 15014)));
     let config = format!(
         "discovery:\n  {}\nlisten: {{xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\nlog: warn\n",
-        source(options, &registry)?,
+        source_config(options, &registry)?,
         api.0
     );
     let file = dir.join("control.yaml");
@@ -91,29 +91,29 @@ async fn run(options: &Options) -> Result<()> {
     let mut control = Daemon::spawn("vmesh-control", command)?;
     control.wait_http(&Peer::Tcp(api.0), "/readyz", BOUND).await?;
     println!("start to ready          {:>9.2} s", started.elapsed().as_secs_f64());
-    let mut fleet = Fleet::connect(xds, 1, |_| Declared::default()).await?;
-    fleet.until_held(services, BOUND).await?;
-    let first = counters(&api).await?;
+    let mut fleet = Fleet::connect(xds, 1, |_| DeclaredNode::default()).await?;
+    fleet.wait_until_received(services, BOUND).await?;
+    let first = read_counters(&api).await?;
     println!("reads until then        {:>9.0}", first.reads);
 
     // Every blocking query is waiting by now.
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let before = counters(&api).await?;
+    let before = read_counters(&api).await?;
     let mut times = Times::default();
     for change in 0..changes + 3 {
         let new = instance(change * 7 % services, endpoints + change, has_check);
-        fleet.expect_one_each();
+        fleet.reset_acks();
         registry.add(&new).await?;
         let registered = SystemTime::now();
-        let acked = fleet.until_all_acked(BOUND).await?;
+        let acked = fleet.wait_until_all_acked(BOUND).await?;
         // The first changes allocate memory and are not counted.
         if change >= 3 {
-            times.0.push(since(registered, acked));
+            times.0.push(duration_between(registered, acked));
         }
         // A pause, because a registry under constant change would be another measurement.
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
-    let after = counters(&api).await?;
+    let after = read_counters(&api).await?;
     let p = |share: f64| millis(times.p(share));
     println!("registered to last ACK  p50 {:.1} ms, p99 {:.1} ms", p(0.5), p(0.99));
     println!("reads per change        {:>9.2}", (after.reads - before.reads) / (changes + 3) as f64);
@@ -127,7 +127,7 @@ async fn run(options: &Options) -> Result<()> {
     }
 }
 
-fn source(options: &Options, registry: &Registry) -> Result<String> {
+fn source_config(options: &DiscoveryOptions, registry: &Registry) -> Result<String> {
     match registry {
         Registry::Consul(consul) if !options.plaintext => {
             let files = consul.tls();
@@ -144,13 +144,13 @@ fn source(options: &Options, registry: &Registry) -> Result<String> {
     }
 }
 
-struct Counters {
+struct DiscoveryCounters {
     reads: f64,
     connects: f64,
     connections: f64,
 }
 
-async fn counters(api: &Api) -> Result<Counters> {
+async fn read_counters(api: &Api) -> Result<DiscoveryCounters> {
     let discovery = api.json("/api/v1/discovery").await?;
     let counter = |name: &str| {
         let value = discovery.pointer(&format!("/sources/0/counters/{name}"));
@@ -158,7 +158,7 @@ async fn counters(api: &Api) -> Result<Counters> {
             .and_then(serde_json::Value::as_f64)
             .ok_or_else(|| Failed::new(format!("no counter {name} in {discovery}")))
     };
-    Ok(Counters {
+    Ok(DiscoveryCounters {
         reads: counter("reads")?,
         connects: counter("connects")?,
         connections: counter("connections")?,

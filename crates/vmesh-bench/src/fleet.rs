@@ -16,15 +16,15 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
-use vmesh_bench::common::{BOUND, Size, Times, mib, run_main, since};
-use vmesh_bench::fleet_client::{Declared, Fleet};
-use vmesh_bench::mesh::{Mesh, Shape, open_files};
+use vmesh_bench::common::{BOUND, Size, Times, duration_between, mib, run_main};
+use vmesh_bench::fleet_client::{DeclaredNode, Fleet};
+use vmesh_bench::mesh::{Mesh, Shape, raise_open_files_limit};
 use vmesh_bench::usage::cpu_of;
 use vmesh_testkit::{Failed, Result};
 
 #[derive(Debug, Clone, Parser)]
 #[command(name = "cargo xtask bench fleet")]
-struct Options {
+struct FleetOptions {
     /// xDS clients, each on a connection of its own.
     #[arg(long, default_value_t = 1_000)]
     nodes: usize,
@@ -40,7 +40,7 @@ struct Options {
     serve_baseline: bool,
 }
 
-impl Options {
+impl FleetOptions {
     fn shape(&self) -> Shape {
         let Size { services, endpoints, .. } = self.size;
         Shape { services, endpoints, upstreams: self.upstreams, zones: 1, files: None }
@@ -48,53 +48,56 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    run_main(async |options: Options| match options.serve_baseline {
+    run_main(async |options: FleetOptions| match options.serve_baseline {
         true => baseline::serve(options.size.endpoints).await,
         false => run(&options).await,
     })
 }
 
-async fn run(options: &Options) -> Result<()> {
-    open_files(options.nodes)?;
+async fn run(options: &FleetOptions) -> Result<()> {
+    raise_open_files_limit(options.nodes)?;
     let (nodes, Size { services, endpoints, changes }) = (&options.nodes, options.size);
     println!("{nodes} nodes x {services} services x {endpoints} endpoints, {changes} changes");
-    let ours = measure_control_plane(options).await?;
+    let control = measure_control_plane(options).await?;
     let base = measure_baseline(options).await?;
 
-    println!("\nconnect to synced       {:>9.2} s    all {nodes} nodes", ours.connect.as_secs_f64());
-    println!("CPU per connect         {:>9.1} us", us(ours.cpu_per_connect));
+    println!("\nconnect to synced       {:>9.2} s    all {nodes} nodes", control.connect.as_secs_f64());
+    println!("CPU per connect         {:>9.1} us", us(control.cpu_per_connect));
     println!(
         "resume to synced        {:>9.2} s    with the versions that each node has",
-        ours.resume.took.as_secs_f64()
+        control.resume.took.as_secs_f64()
     );
     println!(
         "CPU per resume          {:>9.1} us   {:.2} responses",
-        us(ours.resume.cpu_per_node),
-        ours.resume.responses_per_node
+        us(control.resume.cpu_per_node),
+        control.resume.responses_per_node
     );
-    println!("idle                    {:>9.2} %    of one core", ours.idle * 100.0);
+    println!("idle                    {:>9.2} %    of one core", control.idle * 100.0);
     println!(
         "resident                {:>9.1} MiB  with no node {:.1} MiB",
-        mib(ours.resident),
-        mib(ours.resident_idle)
+        mib(control.resident),
+        mib(control.resident_idle)
     );
-    let per_stream = ours.resident.saturating_sub(ours.resident_idle) as f64 / *nodes as f64;
+    let per_stream = control.resident.saturating_sub(control.resident_idle) as f64 / *nodes as f64;
     println!("resident per stream     {:>9.1} KiB", per_stream / 1024.0);
-    println!("bytes per push          {:>9.0}      baseline {:.0}", ours.bytes_per_push, base.bytes_per_push);
-    println!("pushes per change       {:>9.2}      {nodes} streams", ours.pushes_per_change);
-    println!("encodings per change    {:>9.2}", ours.encodings_per_change);
+    println!(
+        "bytes per push          {:>9.0}      baseline {:.0}",
+        control.bytes_per_push, base.bytes_per_push
+    );
+    println!("pushes per change       {:>9.2}      {nodes} streams", control.pushes_per_change);
+    println!("encodings per change    {:>9.2}", control.encodings_per_change);
     println!(
         "CPU per push            {:>9.1} us   baseline {:.1} us",
-        us(ours.cpu_per_push),
+        us(control.cpu_per_push),
         us(base.cpu_per_push)
     );
     println!("\n                                  p50          p99");
-    println!("file written to seen      {}", ours.seen.row());
-    println!("file written to last ACK  {}", ours.whole.row());
-    println!("change to last ACK        {}", ours.fan_out.row());
+    println!("file written to seen      {}", control.seen.row());
+    println!("file written to last ACK  {}", control.end_to_end.row());
+    println!("change to last ACK        {}", control.fan_out.row());
     println!("baseline, write only      {}", base.fan_out.row());
-    let ratio = ours.fan_out.p(0.99).as_secs_f64() / base.fan_out.p(0.99).as_secs_f64().max(1e-9);
-    let median = ours.fan_out.p(0.5).as_secs_f64() / base.fan_out.p(0.5).as_secs_f64().max(1e-9);
+    let ratio = control.fan_out.p(0.99).as_secs_f64() / base.fan_out.p(0.99).as_secs_f64().max(1e-9);
+    let median = control.fan_out.p(0.5).as_secs_f64() / base.fan_out.p(0.5).as_secs_f64().max(1e-9);
     println!("ratio to the baseline     {median:>9.2}    {ratio:>9.2}");
     match options.at_most {
         Some(most) if ratio > most => {
@@ -104,13 +107,13 @@ async fn run(options: &Options) -> Result<()> {
     }
 }
 
-struct Ours {
+struct ControlPlaneCost {
     connect: Duration,
     /// CPU time of the control plane until all nodes are in sync, per node.
     cpu_per_connect: Duration,
     /// CPU usage of the control plane without changes, as a share of one core.
     idle: f64,
-    resume: Resume,
+    resume: ResumeCost,
     resident_idle: u64,
     resident: u64,
     bytes_per_push: f64,
@@ -118,47 +121,47 @@ struct Ours {
     encodings_per_change: f64,
     cpu_per_push: Duration,
     seen: Times,
-    whole: Times,
+    end_to_end: Times,
     fan_out: Times,
 }
 
-async fn measure_control_plane(options: &Options) -> Result<Ours> {
+async fn measure_control_plane(options: &FleetOptions) -> Result<ControlPlaneCost> {
     let mesh = Mesh::start(&options.shape(), "").await?;
     let resident_idle = mesh.control.resident_bytes()?;
     let cpu_before = cpu_of(mesh.control.pid())?;
     let started = Instant::now();
-    let mut fleet = Fleet::connect(mesh.xds, options.nodes, |node| Declared {
+    let mut fleet = Fleet::connect(mesh.xds, options.nodes, |node| DeclaredNode {
         upstreams: mesh.upstreams(node),
         zone: None,
     })
     .await?;
     // Each node receives all of its services once: clusters, endpoints, and an empty response for listeners.
     let expected = options.upstreams.unwrap_or(options.size.services).min(options.size.services);
-    fleet.until_held(expected, BOUND).await?;
+    fleet.wait_until_received(expected, BOUND).await?;
     let connect = started.elapsed();
-    mesh.until_synced(options.nodes).await?;
+    mesh.wait_until_synced(options.nodes).await?;
     let cpu_per_connect = (cpu_of(mesh.control.pid())? - cpu_before).div_f64(options.nodes.max(1) as f64);
     let resident = mesh.control.resident_bytes()?;
 
     // Warm-up rounds, so that first allocations of streams are not measured.
     for round in 0..3 {
-        change(&mesh, &mut fleet, round).await?;
+        apply_change(&mesh, &mut fleet, round).await?;
     }
-    let before = counted(&mesh).await?;
+    let before = read_counters(&mesh).await?;
     let cpu = cpu_of(mesh.control.pid())?;
-    let (mut seen, mut whole, mut fan_out) = (Times::default(), Times::default(), Times::default());
+    let (mut seen, mut end_to_end, mut fan_out) = (Times::default(), Times::default(), Times::default());
     for round in 0..options.size.changes {
-        let taken = change(&mesh, &mut fleet, round + 3).await?;
-        seen.0.push(since(taken.written, taken.seen));
-        whole.0.push(since(taken.written, taken.last_ack));
-        fan_out.0.push(since(taken.seen, taken.last_ack));
+        let taken = apply_change(&mesh, &mut fleet, round + 3).await?;
+        seen.0.push(duration_between(taken.written, taken.seen));
+        end_to_end.0.push(duration_between(taken.written, taken.last_ack));
+        fan_out.0.push(duration_between(taken.seen, taken.last_ack));
     }
     let cpu = cpu_of(mesh.control.pid())? - cpu;
-    let after = counted(&mesh).await?;
+    let after = read_counters(&mesh).await?;
     let pushes = (after.responses - before.responses).max(1.0);
-    let idle = idle(&mesh).await?;
-    let resume = resume(&mesh, &fleet, options.nodes).await?;
-    Ok(Ours {
+    let idle = measure_idle(&mesh).await?;
+    let resume = measure_resume(&mesh, &fleet, options.nodes).await?;
+    Ok(ControlPlaneCost {
         connect,
         cpu_per_connect,
         idle,
@@ -170,14 +173,14 @@ async fn measure_control_plane(options: &Options) -> Result<Ours> {
         encodings_per_change: (after.encodings - before.encodings) / options.size.changes as f64,
         cpu_per_push: cpu.div_f64(pushes),
         seen,
-        whole,
+        end_to_end,
         fan_out,
     })
 }
 
 /// The cost of reconnecting: all connections are closed, and the clients reconnect with the versions that
 /// they have.
-struct Resume {
+struct ResumeCost {
     /// The duration from the first connection until all nodes are in sync.
     took: Duration,
     cpu_per_node: Duration,
@@ -187,7 +190,7 @@ struct Resume {
 const IDLE: Duration = Duration::from_secs(5);
 
 /// Samples the CPU usage of a control plane without changes.
-async fn idle(mesh: &Mesh) -> Result<f64> {
+async fn measure_idle(mesh: &Mesh) -> Result<f64> {
     // The state is still written after the last change.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let before = cpu_of(mesh.control.pid())?;
@@ -195,72 +198,72 @@ async fn idle(mesh: &Mesh) -> Result<f64> {
     Ok((cpu_of(mesh.control.pid())? - before).as_secs_f64() / IDLE.as_secs_f64())
 }
 
-async fn resume(mesh: &Mesh, fleet: &Fleet, nodes: usize) -> Result<Resume> {
-    fleet.hang_up();
-    mesh.until_state("offline", nodes).await?;
-    let (before, cpu) = (counted(mesh).await?, cpu_of(mesh.control.pid())?);
+async fn measure_resume(mesh: &Mesh, fleet: &Fleet, nodes: usize) -> Result<ResumeCost> {
+    fleet.disconnect_all();
+    mesh.wait_until_state("offline", nodes).await?;
+    let (before, cpu) = (read_counters(mesh).await?, cpu_of(mesh.control.pid())?);
     let started = Instant::now();
-    fleet.resume();
-    mesh.until_synced(nodes).await?;
+    fleet.reconnect_all();
+    mesh.wait_until_synced(nodes).await?;
     let took = started.elapsed();
     let cpu = cpu_of(mesh.control.pid())? - cpu;
     let nodes = nodes.max(1) as f64;
-    let responses_per_node = (counted(mesh).await?.responses - before.responses) / nodes;
-    Ok(Resume { took, cpu_per_node: cpu.div_f64(nodes), responses_per_node })
+    let responses_per_node = (read_counters(mesh).await?.responses - before.responses) / nodes;
+    Ok(ResumeCost { took, cpu_per_node: cpu.div_f64(nodes), responses_per_node })
 }
 
-struct Taken {
+struct ChangeTimes {
     written: SystemTime,
     seen: SystemTime,
     last_ack: SystemTime,
 }
 
 /// Changes the weight of one endpoint of the first service.
-async fn change(mesh: &Mesh, fleet: &mut Fleet, round: usize) -> Result<Taken> {
-    fleet.expect_one_each();
+async fn apply_change(mesh: &Mesh, fleet: &mut Fleet, round: usize) -> Result<ChangeTimes> {
+    fleet.reset_acks();
     let written = SystemTime::now();
     mesh.change_file(0, 2 + round % 50)?;
-    let last_ack = fleet.until_all_acked(BOUND).await?;
+    let last_ack = fleet.wait_until_all_acked(BOUND).await?;
     let seen = mesh.api.metric("vmesh_last_change_timestamp_seconds").await?;
-    Ok(Taken { written, seen: UNIX_EPOCH + Duration::from_secs_f64(seen), last_ack })
+    Ok(ChangeTimes { written, seen: UNIX_EPOCH + Duration::from_secs_f64(seen), last_ack })
 }
 
-struct Base {
+struct BaselineCost {
     bytes_per_push: f64,
     cpu_per_push: Duration,
     fan_out: Times,
 }
 
-async fn measure_baseline(options: &Options) -> Result<Base> {
-    let mut server = baseline::Server::start(options.size.endpoints).await?;
-    let mut fleet = Fleet::connect(server.address, options.nodes, |_| Declared::default()).await?;
-    server.until_connected(options.nodes, BOUND).await?;
+async fn measure_baseline(options: &FleetOptions) -> Result<BaselineCost> {
+    let mut server = baseline::BaselineServer::start(options.size.endpoints).await?;
+    let mut fleet = Fleet::connect(server.address, options.nodes, |_| DeclaredNode::default()).await?;
+    server.wait_until_connected(options.nodes, BOUND).await?;
     for _ in 0..3 {
-        fleet.expect_one_each();
+        fleet.reset_acks();
         server.push().await?;
-        fleet.until_all_acked(BOUND).await?;
+        fleet.wait_until_all_acked(BOUND).await?;
     }
     let cpu = cpu_of(server.pid())?;
     let mut fan_out = Times::default();
     for _ in 0..options.size.changes {
-        fleet.expect_one_each();
+        fleet.reset_acks();
         let began = server.push().await?;
-        fan_out.0.push(since(began, fleet.until_all_acked(BOUND).await?));
+        fan_out.0.push(duration_between(began, fleet.wait_until_all_acked(BOUND).await?));
     }
     let cpu = cpu_of(server.pid())? - cpu;
     let pushes = (options.size.changes * options.nodes).max(1) as f64;
-    Ok(Base { bytes_per_push: server.bytes as f64, cpu_per_push: cpu.div_f64(pushes), fan_out })
+    Ok(BaselineCost { bytes_per_push: server.bytes as f64, cpu_per_push: cpu.div_f64(pushes), fan_out })
 }
 
 /// Counters of the control plane.
-struct Counted {
+struct XdsCounters {
     responses: f64,
     bytes: f64,
     encodings: f64,
 }
 
-async fn counted(mesh: &Mesh) -> Result<Counted> {
-    Ok(Counted {
+async fn read_counters(mesh: &Mesh) -> Result<XdsCounters> {
+    Ok(XdsCounters {
         responses: mesh.api.metric("vmesh_xds_responses_total").await?,
         bytes: mesh.api.metric("vmesh_xds_bytes_sent_total").await?,
         encodings: mesh.api.metric("vmesh_xds_encodings_total").await?,

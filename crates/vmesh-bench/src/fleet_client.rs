@@ -21,7 +21,7 @@ const CONNECTING: usize = 64;
 pub struct Fleet {
     clients: JoinSet<String>,
     nodes: usize,
-    shared: Arc<Shared>,
+    shared: Arc<FleetShared>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -32,12 +32,12 @@ enum Phase {
 }
 
 #[derive(Default)]
-struct Shared {
+struct FleetShared {
     phase: watch::Sender<Phase>,
     /// The responses with endpoints that were ACKed since the counter was reset.
     acked: AtomicUsize,
     /// The assignments received since the start.
-    held: AtomicUsize,
+    received: AtomicUsize,
     /// When the last client sent its ACK.
     last_ack: Mutex<Option<SystemTime>>,
     moved: Notify,
@@ -48,9 +48,9 @@ impl Fleet {
     pub async fn connect(
         to: SocketAddr,
         nodes: usize,
-        declared: impl Fn(usize) -> Declared,
+        declared: impl Fn(usize) -> DeclaredNode,
     ) -> Result<Fleet> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(FleetShared::default());
         let connecting = Arc::new(Semaphore::new(CONNECTING));
         let mut clients = JoinSet::new();
         for number in 0..nodes {
@@ -61,38 +61,42 @@ impl Fleet {
     }
 
     /// Waits until each client has received the endpoints of `services` services.
-    pub async fn until_held(&mut self, services: usize, bound: Duration) -> Result<()> {
+    pub async fn wait_until_received(&mut self, services: usize, bound: Duration) -> Result<()> {
         let wanted = services * self.nodes;
         let shared = self.shared.clone();
-        self.until("every client to have its endpoints", bound, || {
-            let held = shared.held.load(Ordering::Acquire);
-            if held >= wanted { Ok(()) } else { Err(format!("{held} of {wanted} assignments are there")) }
+        self.wait_until("every client to have its endpoints", bound, || {
+            let received = shared.received.load(Ordering::Acquire);
+            if received >= wanted {
+                Ok(())
+            } else {
+                Err(format!("{received} of {wanted} assignments are there"))
+            }
         })
         .await
     }
 
     /// Closes the connections of all clients.
-    pub fn hang_up(&self) {
+    pub fn disconnect_all(&self) {
         self.shared.phase.send_replace(Phase::Away);
     }
 
     /// Reconnects all clients, which report the versions that they have.
-    pub fn resume(&self) {
+    pub fn reconnect_all(&self) {
         self.shared.phase.send_replace(Phase::Connected);
     }
 
-    /// Resets the counter of ACKs for [`Fleet::until_all_acked`].
-    pub fn expect_one_each(&self) {
+    /// Resets the counter of ACKs for [`Fleet::wait_until_all_acked`].
+    pub fn reset_acks(&self) {
         *self.shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.shared.acked.store(0, Ordering::Release);
     }
 
     /// Waits until every client has ACKed one response. Returns when the last client sent its ACK.
-    pub async fn until_all_acked(&mut self, bound: Duration) -> Result<SystemTime> {
+    pub async fn wait_until_all_acked(&mut self, bound: Duration) -> Result<SystemTime> {
         let (shared, nodes) = (self.shared.clone(), self.nodes);
         let last = || *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner);
         // The time is checked rather than the count, because it is set a moment later.
-        self.until("every client to ACK", bound, || match last() {
+        self.wait_until("every client to ACK", bound, || match last() {
             Some(_) => Ok(()),
             None => Err(format!("{} of {nodes} have", shared.acked.load(Ordering::Acquire))),
         })
@@ -100,7 +104,7 @@ impl Fleet {
         last().ok_or_else(|| Failed::new("no client ACKed"))
     }
 
-    async fn until(
+    async fn wait_until(
         &mut self,
         what: &str,
         bound: Duration,
@@ -139,7 +143,7 @@ async fn client(
     to: SocketAddr,
     node: Node,
     nodes: usize,
-    shared: Arc<Shared>,
+    shared: Arc<FleetShared>,
     connecting: Arc<Semaphore>,
 ) -> String {
     let mut phase = shared.phase.subscribe();
@@ -162,7 +166,7 @@ async fn client(
                 Err(failure) => return failure.to_string(),
             };
             if seen.kind == Some(Kind::Endpoint) && !seen.resources.is_empty() {
-                shared.held.fetch_add(seen.resources.len(), Ordering::AcqRel);
+                shared.received.fetch_add(seen.resources.len(), Ordering::AcqRel);
                 if shared.acked.fetch_add(1, Ordering::AcqRel) + 1 == nodes {
                     *shared.last_ack.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
                 }
@@ -178,13 +182,13 @@ async fn client(
 
 /// The report of a simulated node.
 #[derive(Default)]
-pub struct Declared {
+pub struct DeclaredNode {
     /// The declared services; empty means all services.
     pub upstreams: Vec<String>,
     pub zone: Option<&'static str>,
 }
 
-fn node(number: usize, declared: &Declared) -> Node {
+fn node(number: usize, declared: &DeclaredNode) -> Node {
     let text = |text: &str| Value { kind: Some(value::Kind::StringValue(text.to_owned())) };
     let mut metadata = BTreeMap::new();
     if !declared.upstreams.is_empty() {

@@ -56,15 +56,15 @@ impl Mesh {
     /// Starts a control plane. `documents` is the text of its mesh documents; empty for none.
     pub async fn start(shape: &Shape, documents: &str) -> Result<Mesh> {
         let dir = tempdir()?;
-        make(&dir.join("services.d"))?;
-        make(&dir.join("mesh.d"))?;
+        make_dir(&dir.join("services.d"))?;
+        make_dir(&dir.join("mesh.d"))?;
         if !documents.is_empty() {
             write(&dir.join("mesh.d/mesh.yaml"), documents)?;
         }
         let home = Loopback::unique()?;
         let (xds, api) = (SocketAddr::new(home.ip(), 15010), Api(SocketAddr::new(home.ip(), 15014)));
         for file in 0..shape.files() {
-            write(&dir.join(path_of(file)), &content_of(file, shape, 1))?;
+            write(&dir.join(path_of(file)), &file_text(file, shape, 1))?;
         }
         let config = format!(
             "discovery: [{{file: {{path: services.d}}}}]\ndocuments: {{dir: mesh.d}}\nlisten: {{xds_plaintext: \"{xds}\", api: \"{}\"}}\nstate_dir: state\n\
@@ -81,16 +81,16 @@ impl Mesh {
 
     /// Changes the weight of the first endpoint in file number `file`.
     pub fn change_file(&self, file: usize, weight: usize) -> Result<()> {
-        self.replace(&path_of(file), &content_of(file, &self.shape, weight))
+        self.replace(&path_of(file), &file_text(file, &self.shape, weight))
     }
 
     /// Waits until `nodes` nodes have ACKed everything that they received.
-    pub async fn until_synced(&self, nodes: usize) -> Result<()> {
-        self.until_state("synced", nodes).await
+    pub async fn wait_until_synced(&self, nodes: usize) -> Result<()> {
+        self.wait_until_state("synced", nodes).await
     }
 
     /// Waits until `nodes` nodes are in this state of the metric `vmesh_nodes`.
-    pub async fn until_state(&self, state: &str, nodes: usize) -> Result<()> {
+    pub async fn wait_until_state(&self, state: &str, nodes: usize) -> Result<()> {
         let metric = format!("vmesh_nodes{{state=\"{state}\"}}");
         wait_for(format!("{nodes} nodes to be {state}"), BOUND, async || {
             let now = self.api.metric(&metric).await.map_err(|failed| failed.to_string())?;
@@ -130,15 +130,15 @@ fn path_of(file: usize) -> String {
 }
 
 /// Returns the text of a file, in which the first endpoint has this weight.
-fn content_of(file: usize, shape: &Shape, weight: usize) -> String {
+fn file_text(file: usize, shape: &Shape, weight: usize) -> String {
     let services = shape.services_in(file);
     let first = services.start;
-    let text = |service| registered(service, shape, if service == first { weight } else { 1 });
+    let text = |service| registration_text(service, shape, if service == first { weight } else { 1 });
     services.map(text).collect::<Vec<_>>().join("---\n")
 }
 
 /// Returns the registration of a service, in which the first endpoint has this weight.
-fn registered(service: usize, shape: &Shape, weight: usize) -> String {
+fn registration_text(service: usize, shape: &Shape, weight: usize) -> String {
     let mut text = format!("service: {}\nprotocol: http\nendpoints:\n", name(service));
     for endpoint in 0..shape.endpoints {
         let [a, b] = u16::try_from(service % 65_536).unwrap_or_default().to_be_bytes();
@@ -156,7 +156,7 @@ fn registered(service: usize, shape: &Shape, weight: usize) -> String {
 
 /// Raises the limit of open files. Each node needs two descriptors: one in this process, and one in the
 /// child, which inherits the limit.
-pub fn open_files(nodes: usize) -> Result<()> {
+pub fn raise_open_files_limit(nodes: usize) -> Result<()> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let wanted = nodes as u64 + 1_000;
     let now = getrlimit(Resource::Nofile);
@@ -169,7 +169,7 @@ pub fn open_files(nodes: usize) -> Result<()> {
     Ok(())
 }
 
-fn make(dir: &Path) -> Result<()> {
+fn make_dir(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Failed::to(format!("could not make {}", dir.display())))
 }
 

@@ -8,15 +8,15 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::Parser;
-use vmesh_bench::common::{BOUND, Size, Times, mib, run_main, since};
-use vmesh_bench::fleet_client::{Declared, Fleet};
-use vmesh_bench::mesh::{Mesh, Shape, name, open_files, zone};
+use vmesh_bench::common::{BOUND, Size, Times, duration_between, mib, run_main};
+use vmesh_bench::fleet_client::{DeclaredNode, Fleet};
+use vmesh_bench::mesh::{Mesh, Shape, name, raise_open_files_limit, zone};
 use vmesh_bench::usage::cpu_of;
 use vmesh_testkit::Result;
 
 #[derive(Debug, Clone, Parser)]
 #[command(name = "cargo xtask bench nodes", mut_arg("changes", |changes| changes.default_value("20")))]
-struct Options {
+struct NodesOptions {
     #[arg(long, default_value_t = 1_000)]
     nodes: usize,
     // `--changes`: of an endpoint, with and without a simultaneous change of documents.
@@ -28,17 +28,17 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    run_main(async |options: Options| run(&options).await)
+    run_main(async |options: NodesOptions| run(&options).await)
 }
 
 /// A set of documents for a fleet, with one or several for each node.
-struct Case {
+struct DocumentsCase {
     title: &'static str,
     zones: usize,
     documents: String,
 }
 
-fn cases(nodes: usize) -> Vec<Case> {
+fn cases(nodes: usize) -> Vec<DocumentsCase> {
     let each = |body: &dyn Fn(usize) -> String| -> String {
         let one = |number| format!("kind: Node\nname: node-{number:05}\n{}\n", body(number));
         (0..nodes).map(one).collect::<Vec<_>>().join("---\n")
@@ -46,31 +46,35 @@ fn cases(nodes: usize) -> Vec<Case> {
     let near = "---\nkind: Mesh\nload_balancing: {locality: prefer_local}\n";
     let settings = |number: usize| format!("timeouts: {{connect: {}s}}", 1 + number % 10);
     vec![
-        Case { title: "no documents", zones: 1, documents: String::new() },
-        Case {
+        DocumentsCase { title: "no documents", zones: 1, documents: String::new() },
+        DocumentsCase {
             title: "an upstream each",
             zones: 1,
             documents: each(&|_| format!("upstreams: [{{service: {}}}]", name(0))),
         },
-        Case {
+        DocumentsCase {
             title: "the same settings each",
             zones: 1,
             documents: each(&|_| "timeouts: {connect: 3s}".to_owned()),
         },
-        Case { title: "ten different settings", zones: 1, documents: each(&settings) },
-        Case { title: "three zones", zones: 3, documents: near.trim_start_matches("---\n").to_owned() },
-        Case {
+        DocumentsCase { title: "ten different settings", zones: 1, documents: each(&settings) },
+        DocumentsCase {
+            title: "three zones",
+            zones: 3,
+            documents: near.trim_start_matches("---\n").to_owned(),
+        },
+        DocumentsCase {
             title: "three zones, same settings",
             zones: 3,
             documents: each(&|_| "timeouts: {connect: 3s}".to_owned()) + near,
         },
-        Case { title: "three zones, ten settings", zones: 3, documents: each(&settings) + near },
+        DocumentsCase { title: "three zones, ten settings", zones: 3, documents: each(&settings) + near },
     ]
 }
 
-async fn run(options: &Options) -> Result<()> {
-    open_files(options.nodes)?;
-    let Options { nodes, size: Size { services, endpoints, .. }, upstreams } = options;
+async fn run(options: &NodesOptions) -> Result<()> {
+    raise_open_files_limit(options.nodes)?;
+    let NodesOptions { nodes, size: Size { services, endpoints, .. }, upstreams } = options;
     println!("{nodes} nodes of {upstreams} upstreams x {services} services x {endpoints} endpoints\n");
     println!(
         "Node documents                connect to synced        CPU      resident   views   ratio to no documents"
@@ -94,34 +98,36 @@ async fn run(options: &Options) -> Result<()> {
 }
 
 #[derive(Clone, Copy)]
-struct Seen {
+struct FleetCost {
     connect: Duration,
     cpu: Duration,
     resident: u64,
     views: usize,
 }
 
-async fn connect(options: &Options, mesh: &Mesh, zones: usize) -> Result<Fleet> {
-    let declared =
-        |node| Declared { upstreams: mesh.upstreams(node), zone: (zones > 1).then(|| zone(node % zones)) };
+async fn connect(options: &NodesOptions, mesh: &Mesh, zones: usize) -> Result<Fleet> {
+    let declared = |node| DeclaredNode {
+        upstreams: mesh.upstreams(node),
+        zone: (zones > 1).then(|| zone(node % zones)),
+    };
     let mut fleet = Fleet::connect(mesh.xds, options.nodes, declared).await?;
-    fleet.until_held(options.upstreams.min(options.size.services), BOUND).await?;
-    mesh.until_synced(options.nodes).await?;
+    fleet.wait_until_received(options.upstreams.min(options.size.services), BOUND).await?;
+    mesh.wait_until_synced(options.nodes).await?;
     Ok(fleet)
 }
 
-fn shape(options: &Options, zones: usize) -> Shape {
-    let Options { size: Size { services, endpoints, .. }, upstreams, .. } = *options;
+fn shape(options: &NodesOptions, zones: usize) -> Shape {
+    let NodesOptions { size: Size { services, endpoints, .. }, upstreams, .. } = *options;
     Shape { services, endpoints, upstreams: Some(upstreams), zones, files: None }
 }
 
-async fn measure(options: &Options, case: &Case) -> Result<Seen> {
+async fn measure(options: &NodesOptions, case: &DocumentsCase) -> Result<FleetCost> {
     let mesh = Mesh::start(&shape(options, case.zones), &case.documents).await?;
     let cpu = cpu_of(mesh.control.pid())?;
     let started = Instant::now();
     let _fleet = connect(options, &mesh, case.zones).await?;
     let connect = started.elapsed();
-    Ok(Seen {
+    Ok(FleetCost {
         connect,
         cpu: cpu_of(mesh.control.pid())? - cpu,
         resident: mesh.control.resident_bytes()?,
@@ -131,7 +137,7 @@ async fn measure(options: &Options, case: &Case) -> Result<Seen> {
 
 /// Measures changes of a service's endpoint: first alone, then with a simultaneous edit of another service's
 /// document. Every node calls both services, so each node's own listeners depend on the edit.
-async fn edits(options: &Options) -> Result<()> {
+async fn edits(options: &NodesOptions) -> Result<()> {
     let document = |seconds: usize| {
         format!(
             "kind: Node\nlabels: {{none: such}}\nupstreams: []\n---\nkind: Service\nname: {}\ntimeouts: {{idle: {}s}}\n",
@@ -143,22 +149,22 @@ async fn edits(options: &Options) -> Result<()> {
     let declared = |node| {
         let mut upstreams = mesh.upstreams(node);
         upstreams.push(name(1));
-        Declared { upstreams, zone: None }
+        DeclaredNode { upstreams, zone: None }
     };
     let mut fleet = Fleet::connect(mesh.xds, options.nodes, declared).await?;
-    fleet.until_held(options.upstreams.min(options.size.services), BOUND).await?;
+    fleet.wait_until_received(options.upstreams.min(options.size.services), BOUND).await?;
     let (mut alone, mut beside) = (Times::default(), Times::default());
     for round in 0..options.size.changes + 3 {
         for (times, edited) in [(&mut alone, false), (&mut beside, true)] {
-            fleet.expect_one_each();
+            fleet.reset_acks();
             if edited {
                 mesh.replace("mesh.d/mesh.yaml", &document(1 + round))?;
             }
             let written = SystemTime::now();
             mesh.change_file(0, 2 + (2 * round + usize::from(edited)) % 50)?;
-            let last_ack = fleet.until_all_acked(BOUND).await?;
+            let last_ack = fleet.wait_until_all_acked(BOUND).await?;
             if round >= 3 {
-                times.0.push(since(written, last_ack));
+                times.0.push(duration_between(written, last_ack));
             }
         }
     }

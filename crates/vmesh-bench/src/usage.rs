@@ -28,21 +28,21 @@ pub fn cpu_of_threads(pid: u32) -> Result<Duration> {
 
 /// The bytes that a process has written.
 #[derive(Debug, Clone, Copy)]
-pub struct Written {
+pub struct WrittenBytes {
     /// The bytes that reached a file system (`write_bytes`).
     pub to_disk: u64,
     /// The bytes passed to `write` calls (`wchar`).
     pub by_calls: u64,
 }
 
-pub fn written_by(pid: u32) -> Result<Written> {
+pub fn written_by(pid: u32) -> Result<WrittenBytes> {
     let io = read(&format!("/proc/{pid}/io"))?;
     let field = |name: &str| {
         let line = io.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         line.and_then(|number| number.parse().ok())
             .ok_or_else(|| Failed::new(format!("/proc/{pid}/io has no `{name}`")))
     };
-    Ok(Written { to_disk: field("write_bytes")?, by_calls: field("wchar")? })
+    Ok(WrittenBytes { to_disk: field("write_bytes")?, by_calls: field("wchar")? })
 }
 
 fn read(path: &str) -> Result<String> {

@@ -13,15 +13,15 @@ use crate::world::{Changes, Revision, Service, World, service_hash};
 
 /// One service as one source lists it, and how far the entry can be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct SourceService {
     pub registration: Arc<Registration>,
     pub state: State,
     pub because: Option<Arc<str>>,
 }
 
-impl Seen {
+impl SourceService {
     /// Compares pointers first, which is cheap: sources keep the pointers of services that did not change.
-    fn is_same(&self, other: &Seen) -> bool {
+    fn is_same(&self, other: &SourceService) -> bool {
         self.state == other.state
             && self.because == other.because
             && (Arc::ptr_eq(&self.registration, &other.registration)
@@ -32,7 +32,7 @@ impl Seen {
 /// All services that one source lists, and the problems of entries that it could not use.
 #[derive(Debug, Clone, Default)]
 pub struct SourceView {
-    pub services: BTreeMap<ServiceName, Seen>,
+    pub services: BTreeMap<ServiceName, SourceService>,
     pub problems: Vec<Problem>,
 }
 
@@ -85,10 +85,10 @@ impl Catalog {
     /// Replaces the view of the source at `index`. Returns whether the world changed.
     pub fn on_view(&mut self, index: usize, view: SourceView) -> bool {
         let Some(source) = self.sources.get_mut(index) else { return false };
-        let names = differing(&source.services, &view.services);
+        let names = differing_services(&source.services, &view.services);
         let problems = source.problems != view.problems;
         *source = view;
-        let changed: Vec<_> = names.into_iter().filter(|name| self.merge(name)).collect();
+        let changed: Vec<_> = names.into_iter().filter(|name| self.merge_service(name)).collect();
         if changed.is_empty() && !problems {
             return false;
         }
@@ -132,9 +132,9 @@ impl Catalog {
     }
 
     /// Merges the entries of `name` again. Returns whether the result changed.
-    fn merge(&mut self, name: &ServiceName) -> bool {
+    fn merge_service(&mut self, name: &ServiceName) -> bool {
         let before = self.services.get(name);
-        let merged = merge(name, self.sources.iter().filter_map(|source| source.services.get(name)));
+        let merged = merge_entries(name, self.sources.iter().filter_map(|source| source.services.get(name)));
         if before.map(|service| &**service) == merged.as_ref() {
             return false;
         }
@@ -151,7 +151,7 @@ impl Catalog {
     }
 
     /// Updates the names in use after `changes`, and their problems.
-    fn note_names(&mut self, changes: &Changes, before: &World) {
+    fn update_names(&mut self, changes: &Changes, before: &World) {
         let mut candidates: BTreeSet<&ServiceName> = changes.services.iter().collect();
         if changes.documents {
             for documents in [&before.documents, &self.documents] {
@@ -189,7 +189,7 @@ impl Catalog {
         let is_registered = |name: &ServiceName| services.contains_key(name);
         for name in &touched {
             if let Some(owner) = self.names.new_owner(name, is_registered) {
-                Arc::make_mut(&mut self.names).give(owner);
+                Arc::make_mut(&mut self.names).set_owner(owner);
             }
         }
         let place_of = |name: &ServiceName| {
@@ -203,7 +203,7 @@ impl Catalog {
     fn publish(&mut self, changes: Changes) {
         if !changes.services.is_empty() || changes.documents {
             let before = self.world.clone();
-            self.note_names(&changes, &before);
+            self.update_names(&changes, &before);
         }
         let problems = if changes.services.is_empty() && !changes.documents && !changes.nodes.is_empty() {
             self.world.problems.clone()
@@ -231,8 +231,11 @@ impl Catalog {
 }
 
 /// Returns the services that the two views list differently.
-fn differing(before: &BTreeMap<ServiceName, Seen>, now: &BTreeMap<ServiceName, Seen>) -> Vec<ServiceName> {
-    let differs = |before: Option<&Seen>, now: Option<&Seen>| match (before, now) {
+fn differing_services(
+    before: &BTreeMap<ServiceName, SourceService>,
+    now: &BTreeMap<ServiceName, SourceService>,
+) -> Vec<ServiceName> {
+    let differs = |before: Option<&SourceService>, now: Option<&SourceService>| match (before, now) {
         (Some(before), Some(now)) => !before.is_same(now),
         _ => true,
     };
@@ -246,7 +249,7 @@ fn differing(before: &BTreeMap<ServiceName, Seen>, now: &BTreeMap<ServiceName, S
 ///
 /// The endpoints are those of every source, by address. Protocol and port are the first that a source gives.
 /// The state is the worst of all entries.
-fn merge<'a>(name: &ServiceName, seen: impl Iterator<Item = &'a Seen>) -> Option<Service> {
+fn merge_entries<'a>(name: &ServiceName, seen: impl Iterator<Item = &'a SourceService>) -> Option<Service> {
     let seen: Vec<_> = seen.collect();
     if seen.is_empty() {
         return None;
@@ -280,7 +283,7 @@ mod tests {
     use super::*;
     use vmesh_model::{Health, Weight};
 
-    fn seen(service: &str, addresses: &[&str]) -> (ServiceName, Seen) {
+    fn seen(service: &str, addresses: &[&str]) -> (ServiceName, SourceService) {
         let endpoint = |address: &&str| Endpoint {
             address: address.parse().unwrap(),
             hostname: None,
@@ -299,7 +302,7 @@ mod tests {
             endpoints: addresses.iter().map(endpoint).collect(),
             place: Place::file("services.d"),
         };
-        (name, Seen { registration: Arc::new(registration), state: State::Fresh, because: None })
+        (name, SourceService { registration: Arc::new(registration), state: State::Fresh, because: None })
     }
 
     fn view(services: &[(&str, &[&str])]) -> SourceView {
@@ -334,7 +337,7 @@ mod tests {
         let mut catalog = Catalog::new(2);
         let of = |state: State, because: Option<&str>| {
             let (name, seen) = seen("orders", &["10.0.0.1:80"]);
-            let seen = Seen { state, because: because.map(Into::into), ..seen };
+            let seen = SourceService { state, because: because.map(Into::into), ..seen };
             SourceView { services: [(name, seen)].into(), problems: Vec::new() }
         };
         catalog.on_view(0, of(State::Stale, Some("consul does not answer")));

@@ -15,6 +15,6 @@ pub mod names;
 pub mod state;
 pub mod world;
 
-pub use catalog::{Catalog, Seen, SourceView};
+pub use catalog::{Catalog, SourceService, SourceView};
 pub use names::Names;
 pub use world::{Changes, Revision, Service, World};

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use vmesh_model::document::{Route, Rule};
+use vmesh_model::document::{RouteDocument, Rule};
 use vmesh_model::strict::did_you_mean;
 use vmesh_model::{Documents, Place, Problem, ServiceName};
 
@@ -94,7 +94,7 @@ impl Names {
     }
 
     /// Records `owner` as the owner of the DNS name that it folds to.
-    pub(crate) fn give(&mut self, owner: ServiceName) {
+    pub(crate) fn set_owner(&mut self, owner: ServiceName) {
         self.owners.insert(fold(&owner), owner);
     }
 
@@ -189,7 +189,7 @@ impl Names {
 }
 
 /// Reports whether `route` sends every request to other services, so that its own service needs no endpoints.
-fn leads_elsewhere(route: &Route) -> bool {
+fn leads_elsewhere(route: &RouteDocument) -> bool {
     let goes_elsewhere = |rule: &Rule| {
         rule.redirect.is_some()
             || (!rule.split.is_empty()
@@ -221,17 +221,19 @@ mod tests {
             for arrived in arrival {
                 names.add([name(arrived)]);
                 if let Some(owner) = names.new_owner(&name(arrived), |_| true) {
-                    names.give(owner);
+                    names.set_owner(owner);
                 }
             }
             assert_eq!(names.shadowed_by(&name("Orders")), Some(&name("orders")));
             assert_eq!(names.shadowed_by(&name("orders")), None);
             assert_eq!(names.in_order(), arrival.map(name));
             names.remove(&name("orders"));
-            names.give(names.new_owner(&name("orders"), |_| true).unwrap());
+            names.set_owner(names.new_owner(&name("orders"), |_| true).unwrap());
             assert_eq!(names.shadowed_by(&name("Orders")), Some(&name("ORDERS")));
             // `orders` and `ORDERS` are now defined by documents only.
-            names.give(names.new_owner(&name("orders"), |registered| *registered == name("Orders")).unwrap());
+            names.set_owner(
+                names.new_owner(&name("orders"), |registered| *registered == name("Orders")).unwrap(),
+            );
             assert_eq!(names.shadowed_by(&name("ORDERS")), Some(&name("Orders")));
             names.remove(&name("ORDERS"));
             assert_eq!(names.shadowed_by(&name("Orders")), None);

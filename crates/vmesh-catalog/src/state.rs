@@ -13,7 +13,7 @@ const MAGIC: &str = "vmesh-state 1";
 
 /// The reason why a text is not a valid part of the state.
 #[derive(Debug, thiserror::Error)]
-pub enum Damaged {
+pub enum DamagedState {
     #[error("it has no header line")]
     NoHeader,
     #[error("its header is not `{MAGIC}` and a checksum")]
@@ -33,18 +33,18 @@ pub fn encode<T: Serialize>(part: &T) -> Result<Vec<u8>, serde_json::Error> {
 }
 
 /// Decodes one part of the state, and verifies its checksum.
-pub fn decode<T: DeserializeOwned>(text: &[u8]) -> Result<T, Damaged> {
-    let end = text.iter().position(|b| *b == b'\n').ok_or(Damaged::NoHeader)?;
-    let (header, body) = text.split_at_checked(end).ok_or(Damaged::NoHeader)?;
+pub fn decode<T: DeserializeOwned>(text: &[u8]) -> Result<T, DamagedState> {
+    let end = text.iter().position(|b| *b == b'\n').ok_or(DamagedState::NoHeader)?;
+    let (header, body) = text.split_at_checked(end).ok_or(DamagedState::NoHeader)?;
     let body = body.get(1..).unwrap_or_default();
     let sum = std::str::from_utf8(header)
         .ok()
         .and_then(|header| header.strip_prefix(MAGIC))
-        .ok_or(Damaged::ForeignHeader)?;
+        .ok_or(DamagedState::ForeignHeader)?;
     if sum.trim() != format!("{:016x}", xxh3_64(body)) {
-        return Err(Damaged::Checksum);
+        return Err(DamagedState::Checksum);
     }
-    serde_json::from_slice(body).map_err(Damaged::Content)
+    serde_json::from_slice(body).map_err(DamagedState::Content)
 }
 
 #[cfg(test)]

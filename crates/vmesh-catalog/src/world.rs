@@ -124,7 +124,7 @@ impl World {
     }
 
     /// Returns the name of every service that discovery or a document defines, sorted.
-    pub fn known(&self) -> impl Iterator<Item = &ServiceName> {
+    pub fn service_names(&self) -> impl Iterator<Item = &ServiceName> {
         let registered = self.services.keys().map(|name| (name, ()));
         let documented =
             self.documents.services.keys().chain(self.documents.routes.keys()).map(|name| (name, ()));

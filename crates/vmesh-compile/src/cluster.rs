@@ -34,7 +34,7 @@ use vmesh_proto::envoy::r#type::v3::Percent;
 use vmesh_proto::google::protobuf::Any;
 use vmesh_proto::{any, duration, uint32};
 
-use crate::effective::Effective;
+use crate::effective::EffectiveSettings;
 
 /// Returns the config source of all discovery requests: the ADS stream.
 pub(crate) fn ads() -> ConfigSource {
@@ -46,7 +46,7 @@ pub(crate) fn ads() -> ConfigSource {
 }
 
 /// Returns a cluster for Envoy. Its endpoints come by EDS under the same name.
-pub(crate) fn eds_cluster(name: &str, effective: &Effective) -> Cluster {
+pub(crate) fn eds_cluster(name: &str, effective: &EffectiveSettings) -> Cluster {
     Cluster {
         name: name.to_owned(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
@@ -68,7 +68,7 @@ pub(crate) fn eds_cluster(name: &str, effective: &Effective) -> Cluster {
 
 /// Returns a cluster for a gRPC client, which supports few fields and rejects unknown policies (gRFC A27,
 /// A42).
-pub(crate) fn grpc_cluster(name: &str, effective: &Effective) -> Cluster {
+pub(crate) fn grpc_cluster(name: &str, effective: &EffectiveSettings) -> Cluster {
     let lb_policy = match effective.load_balancing.policy {
         Policy::RingHash | Policy::Maglev if effective.load_balancing.hash_on.is_some() => LbPolicy::RingHash,
         _ => LbPolicy::RoundRobin,
@@ -84,7 +84,7 @@ pub(crate) fn grpc_cluster(name: &str, effective: &Effective) -> Cluster {
 
 /// Returns a cluster with one fixed address: the application behind an inbound listener.
 pub(crate) fn local_cluster(name: &str, protocol: Protocol, assignment: ClusterLoadAssignment) -> Cluster {
-    let local = Effective::of(&vmesh_model::Settings::default(), protocol);
+    let local = EffectiveSettings::of(&vmesh_model::Settings::default(), protocol);
     Cluster {
         name: name.to_owned(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Static.into())),
@@ -98,8 +98,8 @@ pub(crate) fn local_cluster(name: &str, protocol: Protocol, assignment: ClusterL
 
 /// Returns a cluster that forwards captured connections to their original destination on this host, so that
 /// it does not matter on which of the host's addresses the application listens.
-pub(crate) fn called_cluster(name: &str, protocol: Protocol) -> Cluster {
-    let local = Effective::of(&vmesh_model::Settings::default(), protocol);
+pub(crate) fn captured_application_cluster(name: &str, protocol: Protocol) -> Cluster {
+    let local = EffectiveSettings::of(&vmesh_model::Settings::default(), protocol);
     Cluster {
         connect_timeout: Some(duration(local.connect)),
         circuit_breakers: Some(circuit_breakers(&local)),
@@ -111,7 +111,7 @@ pub(crate) fn called_cluster(name: &str, protocol: Protocol) -> Cluster {
 /// Returns a cluster that passes captured connections that belong to no service to their original
 /// destination.
 pub(crate) fn passthrough_cluster(name: &str) -> Cluster {
-    let any = Effective::of(&vmesh_model::Settings::default(), Protocol::Tcp);
+    let any = EffectiveSettings::of(&vmesh_model::Settings::default(), Protocol::Tcp);
     Cluster {
         connect_timeout: Some(duration(any.connect)),
         circuit_breakers: Some(circuit_breakers(&any)),
@@ -172,7 +172,7 @@ fn policy(policy: Policy) -> LoadBalancingPolicy {
 
 /// Returns the circuit breakers. Envoy's default of 1,024 is a limit that a busy host reaches unexpectedly;
 /// without any limit, one slow service could exhaust the proxy's memory.
-fn circuit_breakers(effective: &Effective) -> CircuitBreakers {
+fn circuit_breakers(effective: &EffectiveSettings) -> CircuitBreakers {
     let limits = &effective.connection_limits;
     let budget = RetryBudget {
         budget_percent: Some(Percent { value: 20.0 }),
@@ -195,23 +195,27 @@ fn circuit_breakers(effective: &Effective) -> CircuitBreakers {
 /// Returns the outlier detection. By default it ejects endpoints that refuse connections, but not endpoints
 /// that answer 5xx, which may be intended by the application. While discovery holds removals back, ejection
 /// keeps traffic off dead endpoints.
-fn outlier_detection(said: &OutlierDetection) -> vmesh_proto::envoy::config::cluster::v3::OutlierDetection {
+fn outlier_detection(
+    settings: &OutlierDetection,
+) -> vmesh_proto::envoy::config::cluster::v3::OutlierDetection {
     vmesh_proto::envoy::config::cluster::v3::OutlierDetection {
-        consecutive_5xx: Some(uint32(said.consecutive_5xx.unwrap_or(5))),
-        enforcing_consecutive_5xx: Some(uint32(if said.consecutive_5xx.is_some() { 100 } else { 0 })),
+        consecutive_5xx: Some(uint32(settings.consecutive_5xx.unwrap_or(5))),
+        enforcing_consecutive_5xx: Some(uint32(if settings.consecutive_5xx.is_some() { 100 } else { 0 })),
         enforcing_success_rate: Some(uint32(0)),
         split_external_local_origin_errors: true,
         consecutive_local_origin_failure: Some(uint32(5)),
         enforcing_consecutive_local_origin_failure: Some(uint32(100)),
         enforcing_local_origin_success_rate: Some(uint32(0)),
-        interval: Some(duration(said.interval.map_or(Duration::from_secs(10), |time| time.0))),
-        base_ejection_time: Some(duration(said.base_ejection.map_or(Duration::from_secs(30), |time| time.0))),
-        max_ejection_percent: Some(uint32(said.max_ejection_percent.unwrap_or(50))),
+        interval: Some(duration(settings.interval.map_or(Duration::from_secs(10), |time| time.0))),
+        base_ejection_time: Some(duration(
+            settings.base_ejection.map_or(Duration::from_secs(30), |time| time.0),
+        )),
+        max_ejection_percent: Some(uint32(settings.max_ejection_percent.unwrap_or(50))),
         ..Default::default()
     }
 }
 
-fn protocol_options(effective: &Effective) -> BTreeMap<String, Any> {
+fn protocol_options(effective: &EffectiveSettings) -> BTreeMap<String, Any> {
     let protocol = match effective.protocol {
         Protocol::Http => ProtocolConfig::HttpProtocolOptions(Http1ProtocolOptions::default()),
         Protocol::Http2 | Protocol::Grpc => {

@@ -3,16 +3,16 @@ use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
 use vmesh_catalog::World;
-use vmesh_model::document::{self, Documents, NodeFinder, Placed};
+use vmesh_model::document::{self, Documents, NodeFinder, PlacedDocument};
 use vmesh_model::node::{Upstream, Upstreams};
 use vmesh_model::{NodeReport, Problem, Protocol, ServiceName};
 use vmesh_xds::{Groups, Scope, Snapshot, Store};
 
 use crate::node::{self, NodeConfig};
-use crate::owners::Owners;
-use crate::service::{self, Compiled, Like};
-use crate::transparent::{Index, Virtuals};
-use crate::view::{Captured, View, zones_matter};
+use crate::owners::AddressOwners;
+use crate::service::{self, CompiledVariant, Reuse};
+use crate::transparent::{CaptureIndex, VirtualAddressTable};
+use crate::view::{CapturedDestinations, View, zones_matter};
 
 /// The id of a connection of a node. A node that is connected twice has two ids.
 pub type NodeId = u64;
@@ -34,7 +34,7 @@ pub struct Update {
     /// The new configurations of nodes whose view or scope changed.
     pub nodes: Vec<(NodeId, Arc<NodeConfig>)>,
     /// The keys of views whose last node disconnected.
-    pub gone: Vec<Arc<str>>,
+    pub removed_views: Vec<Arc<str>>,
 }
 
 /// An immutable snapshot of everything that a [`Compiler`] compiled. Cloning it copies a few pointers.
@@ -50,7 +50,7 @@ pub struct Configuration {
 #[derive(Debug, Clone)]
 pub struct CompiledView {
     pub view: Arc<View>,
-    pub services: RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
+    pub services: RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
     pub store: Arc<Store>,
 }
 
@@ -100,11 +100,11 @@ impl Configuration {
 pub struct Compiler {
     configuration: Configuration,
     /// `None` while no view captures connections.
-    index: Option<Index>,
+    index: Option<CaptureIndex>,
     zones: Zones,
     zones_matter: bool,
     views: BTreeMap<Arc<str>, ViewState>,
-    variants: BTreeMap<ServiceName, BTreeMap<Arc<str>, Used>>,
+    variants: BTreeMap<ServiceName, BTreeMap<Arc<str>, CountedVariant>>,
     nodes: BTreeMap<NodeId, NodeState>,
     /// For each service name, the views in which at least one node calls it by name. The service need not
     /// exist.
@@ -130,8 +130,8 @@ pub struct Counts {
 
 /// A compiled variant and the number of views that contain it.
 #[derive(Debug)]
-struct Used {
-    compiled: Arc<Compiled>,
+struct CountedVariant {
+    compiled: Arc<CompiledVariant>,
     views: usize,
 }
 
@@ -143,7 +143,7 @@ struct ViewState {
     see_all: usize,
     /// For each service name, the number of nodes in this view that call it by name.
     callers: BTreeMap<Arc<str>, usize>,
-    services: RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
+    services: RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
     store: Arc<Store>,
     /// The services that changed since `store` was built.
     differ: BTreeSet<ServiceName>,
@@ -152,7 +152,7 @@ struct ViewState {
 #[derive(Debug)]
 struct NodeState {
     report: Arc<NodeReport>,
-    documents: Vec<Arc<Placed<document::Node>>>,
+    documents: Vec<Arc<PlacedDocument<document::NodeDocument>>>,
     config: Option<Arc<NodeConfig>>,
 }
 
@@ -196,7 +196,7 @@ impl Zones {
 impl Compiler {
     pub fn new(world: Arc<World>) -> Compiler {
         let mut zones = Zones::default();
-        let known: Vec<_> = world.known().cloned().collect();
+        let known: Vec<_> = world.service_names().cloned().collect();
         zones.update(None, &world, &known);
         let configuration = Configuration {
             world: world.clone(),
@@ -216,7 +216,7 @@ impl Compiler {
             see_all: BTreeSet::new(),
             served_by: BTreeMap::new(),
         };
-        known.iter().for_each(|name| compiler.list_problems(name));
+        known.iter().for_each(|name| compiler.update_problems(name));
         compiler
     }
 
@@ -227,11 +227,11 @@ impl Compiler {
     /// Applies `change`, and compiles the services and nodes that it affects.
     pub fn apply(&mut self, change: Change) -> Update {
         for id in &change.left {
-            self.remove(*id);
+            self.disconnect(*id);
         }
         let mut nodes: BTreeSet<NodeId> = BTreeSet::new();
         if let Some(world) = change.world {
-            nodes = self.take(world);
+            nodes = self.replace_world(world);
         }
         let documents = self.world().documents.clone();
         // After a restart all nodes connect at once, so the documents are indexed by node instead of searched
@@ -241,7 +241,7 @@ impl Compiler {
             false => documents.node_finder(),
         };
         for (id, report) in change.joined {
-            self.remove(id);
+            self.disconnect(id);
             for workload in &report.workloads {
                 self.served_by.entry(workload.service.clone()).or_default().insert(id);
             }
@@ -251,7 +251,7 @@ impl Compiler {
         }
         let mut update = Update::default();
         for id in nodes {
-            if let Some(config) = self.place(id) {
+            if let Some(config) = self.place_node(id) {
                 update.nodes.push((id, config));
             }
         }
@@ -277,10 +277,10 @@ impl Compiler {
     }
 
     /// Replaces the world. Returns the nodes whose own configuration may have changed.
-    fn take(&mut self, world: Arc<World>) -> BTreeSet<NodeId> {
+    fn replace_world(&mut self, world: Arc<World>) -> BTreeSet<NodeId> {
         let before = std::mem::replace(&mut self.configuration.world, world.clone());
         let documents_differ = !Arc::ptr_eq(&before.documents, &world.documents);
-        let mut names = changed(&before, &world);
+        let mut names = affected_services(&before, &world);
         let zones_differ = self.zones.update(Some(&before), &world, &names);
         let mut nodes = BTreeSet::new();
         for name in &names {
@@ -294,7 +294,7 @@ impl Compiler {
         }
         if documents_differ || zones_differ {
             self.zones_matter = zones_matter(&world.documents);
-            nodes.extend(self.look_at_documents(&before.documents));
+            nodes.extend(self.match_documents(&before.documents));
         }
         for name in &names {
             nodes.extend(self.recompile(name));
@@ -304,10 +304,10 @@ impl Compiler {
 
     /// Updates the documents that select each node. Returns the nodes for which these changed, and those
     /// whose view changed.
-    fn look_at_documents(&mut self, before: &Documents) -> Vec<NodeId> {
+    fn match_documents(&mut self, before: &Documents) -> Vec<NodeId> {
         let documents = self.world().documents.clone();
-        let same = |one: &Option<Arc<Placed<document::Mesh>>>,
-                    other: &Option<Arc<Placed<document::Mesh>>>| {
+        let same = |one: &Option<Arc<PlacedDocument<document::MeshDocument>>>,
+                    other: &Option<Arc<PlacedDocument<document::MeshDocument>>>| {
             match (one, other) {
                 (Some(one), Some(other)) => Arc::ptr_eq(one, other),
                 (None, None) => true,
@@ -347,7 +347,7 @@ impl Compiler {
         let mut nodes = Vec::new();
         let by_name = self.called_in.get(name.as_str()).into_iter().flatten();
         let keys: BTreeSet<Arc<str>> = by_name.chain(&self.see_all).cloned().collect();
-        let mut fresh: BTreeMap<Arc<str>, Used> = BTreeMap::new();
+        let mut fresh: BTreeMap<Arc<str>, CountedVariant> = BTreeMap::new();
         for key in keys {
             let Some(state) = self.views.get_mut(&key) else { continue };
             let before = state.services.get(name).cloned();
@@ -360,18 +360,18 @@ impl Compiler {
                     fresh.values().next().or(stale.values().next()).map(|used| used.compiled.clone());
                 let used = fresh.entry(variant.key()).or_insert_with_key(|key| {
                     let earlier = stale.get(key).map(|used| &used.compiled).or(before.as_ref());
-                    let none = Index::default();
+                    let none = CaptureIndex::default();
                     let index = self.index.as_ref().unwrap_or(&none);
                     let earlier = earlier.map(|earlier| &**earlier);
-                    let like = Like { earlier, sibling: sibling.as_deref() };
+                    let like = Reuse { earlier, sibling: sibling.as_deref() };
                     let compiled = service::compile(world, index, name, (key, &variant), like);
-                    Used { compiled: Arc::new(compiled), views: 0 }
+                    CountedVariant { compiled: Arc::new(compiled), views: 0 }
                 });
                 used.views += 1;
                 used.compiled.clone()
             });
             let reshaped = match (&before, &now) {
-                (Some(before), Some(now)) => before.shape.calls_for_rescoping(&now.shape),
+                (Some(before), Some(now)) => before.shape.needs_rescoping(&now.shape),
                 (None, None) => false,
                 _ => true,
             };
@@ -391,13 +391,13 @@ impl Compiler {
         if !fresh.is_empty() {
             self.variants.insert(name.clone(), fresh);
         }
-        self.list_problems(name);
+        self.update_problems(name);
         nodes
     }
 
     /// Compiles the service `name` for the view `key`, unless it is compiled there already. Returns `None` if
     /// the service does not exist.
-    fn ensure(&mut self, key: &Arc<str>, name: &ServiceName) -> Option<Arc<Compiled>> {
+    fn ensure_compiled(&mut self, key: &Arc<str>, name: &ServiceName) -> Option<Arc<CompiledVariant>> {
         let state = self.views.get_mut(key)?;
         if let Some(compiled) = state.services.get(name) {
             return Some(compiled.clone());
@@ -410,25 +410,25 @@ impl Compiler {
         let variants = self.variants.entry(name.clone()).or_default();
         let sibling = variants.values().next().map(|used| used.compiled.clone());
         let used = variants.entry(variant.key()).or_insert_with_key(|key| {
-            let none = Index::default();
+            let none = CaptureIndex::default();
             let index = self.index.as_ref().unwrap_or(&none);
-            let like = Like { earlier: None, sibling: sibling.as_deref() };
+            let like = Reuse { earlier: None, sibling: sibling.as_deref() };
             let compiled = service::compile(world, index, name, (key, &variant), like);
-            Used { compiled: Arc::new(compiled), views: 0 }
+            CountedVariant { compiled: Arc::new(compiled), views: 0 }
         });
         used.views += 1;
         let (compiled, is_new) = (used.compiled.clone(), used.views == 1);
         state.services.insert_mut(name.clone(), compiled.clone());
         state.differ.insert(name.clone());
         if is_new {
-            self.list_problems(name);
+            self.update_problems(name);
         }
         Some(compiled)
     }
 
     /// Removes the service `name` from the view `key`, in which no node calls it any more. The variant is
     /// dropped when no view contains it.
-    fn release(&mut self, key: &Arc<str>, name: &ServiceName) {
+    fn remove_service(&mut self, key: &Arc<str>, name: &ServiceName) {
         let Some(state) = self.views.get_mut(key) else { return };
         let Some(compiled) = state.services.get(name).cloned() else { return };
         state.services.remove_mut(name);
@@ -443,37 +443,38 @@ impl Compiler {
         if variants.is_empty() {
             self.variants.remove(name);
         }
-        self.list_problems(name);
+        self.update_problems(name);
     }
 
     /// Computes the view and the scope of a node. Returns its new configuration, or `None` if it did not
     /// change.
-    fn place(&mut self, id: NodeId) -> Option<Arc<NodeConfig>> {
+    fn place_node(&mut self, id: NodeId) -> Option<Arc<NodeConfig>> {
         let node = self.nodes.get(&id)?;
         let (report, documents, before) = (node.report.clone(), node.documents.clone(), node.config.clone());
         let view = self.view_of(node);
         let key = view.key();
-        self.enter(&key, view, id);
+        self.add_to_view(&key, view, id);
         let upstreams = node::upstreams(&report, &documents);
         let sees_all = report.upstreams == Upstreams::All;
         let groups = match sees_all {
             true => {
-                self.see_all_in(&key, before.as_deref());
+                self.subscribe_to_all(&key, before.as_deref());
                 Groups::All
             }
-            false => Groups::Named(self.call_in(&key, &upstreams, before.as_deref())),
+            false => Groups::Named(self.subscribe_to_upstreams(&key, &upstreams, before.as_deref())),
         };
         let (own, problems) = {
             let state = self.views.get(&key)?;
             let world = &self.configuration.world;
             let (services, captured) = (&state.services, state.view.captured);
-            let subject = node::Subject { world, report: &report, documents: &documents, services, captured };
+            let subject =
+                node::NodeInput { world, report: &report, documents: &documents, services, captured };
             node::compile(&subject, &upstreams)
         };
         if let Some(before) = &before
             && before.view != key
         {
-            self.leave(id, before);
+            self.remove_from_view(id, before);
         }
         let same = before.as_ref().filter(|before| {
             before.view == key && before.scope.groups == groups && *before.scope.own == *own
@@ -496,13 +497,15 @@ impl Compiler {
         (!is_same).then_some(config)
     }
 
-    fn enter(&mut self, key: &Arc<str>, view: View, id: NodeId) {
+    fn add_to_view(&mut self, key: &Arc<str>, view: View, id: NodeId) {
         let world = &self.configuration.world;
         if let Some(captured) = view.captured {
-            let index =
-                self.index.get_or_insert_with(|| Index { virtuals: Virtuals::new(world), owners: None });
-            if captured == Captured::Addresses {
-                index.owners.get_or_insert_with(|| Owners::new(world));
+            let index = self.index.get_or_insert_with(|| CaptureIndex {
+                virtuals: VirtualAddressTable::new(world),
+                owners: None,
+            });
+            if captured == CapturedDestinations::VirtualAndReal {
+                index.owners.get_or_insert_with(|| AddressOwners::new(world));
             }
         }
         let state = self.views.entry(key.clone()).or_insert_with(|| ViewState {
@@ -519,7 +522,7 @@ impl Compiler {
 
     /// Counts a node of the view `key` that subscribes to all services, unless `before` shows that it is
     /// counted already.
-    fn see_all_in(&mut self, key: &Arc<str>, before: Option<&NodeConfig>) {
+    fn subscribe_to_all(&mut self, key: &Arc<str>, before: Option<&NodeConfig>) {
         if before.is_some_and(|before| before.view == *key) {
             return;
         }
@@ -527,9 +530,9 @@ impl Compiler {
         state.see_all += 1;
         if state.see_all == 1 {
             self.see_all.insert(key.clone());
-            let known: Vec<_> = self.configuration.world.known().cloned().collect();
+            let known: Vec<_> = self.configuration.world.service_names().cloned().collect();
             for name in &known {
-                self.ensure(key, name);
+                self.ensure_compiled(key, name);
             }
         }
     }
@@ -537,7 +540,7 @@ impl Compiler {
     /// Returns the names of the services that a node can reach: its upstreams, and the services that their
     /// routes lead to. Counts the node as a caller of each, and no longer as a caller of those that `before`
     /// lists in addition.
-    fn call_in(
+    fn subscribe_to_upstreams(
         &mut self,
         key: &Arc<str>,
         upstreams: &[Upstream],
@@ -549,7 +552,7 @@ impl Compiler {
             if !reachable.insert(service.shared()) {
                 continue;
             }
-            if let Some(compiled) = self.ensure(key, &service) {
+            if let Some(compiled) = self.ensure_compiled(key, &service) {
                 next.extend(compiled.shape.references.iter().cloned());
             }
         }
@@ -564,12 +567,12 @@ impl Compiler {
                 self.called_in.entry(name.clone()).or_default().insert(key.clone());
             }
         }
-        let gone: Vec<_> = counted.difference(&reachable).cloned().collect();
-        self.stop_calling(key, gone);
+        let dropped: Vec<_> = counted.difference(&reachable).cloned().collect();
+        self.remove_caller(key, dropped);
         reachable
     }
 
-    fn stop_calling(&mut self, key: &Arc<str>, names: Vec<Arc<str>>) {
+    fn remove_caller(&mut self, key: &Arc<str>, names: Vec<Arc<str>>) {
         for name in names {
             let Some(state) = self.views.get_mut(key) else { return };
             let Some(callers) = state.callers.get_mut(&name) else { continue };
@@ -586,16 +589,16 @@ impl Compiler {
                 }
             }
             if !is_seen && let Ok(name) = name.parse() {
-                self.release(key, &name);
+                self.remove_service(key, &name);
             }
         }
     }
 
     /// Removes the node `id` from the view of `config`.
-    fn leave(&mut self, id: NodeId, config: &NodeConfig) {
+    fn remove_from_view(&mut self, id: NodeId, config: &NodeConfig) {
         let key = &config.view;
         match &config.scope.groups {
-            Groups::Named(names) => self.stop_calling(key, names.iter().cloned().collect()),
+            Groups::Named(names) => self.remove_caller(key, names.iter().cloned().collect()),
             Groups::All => {
                 let Some(state) = self.views.get_mut(key) else { return };
                 state.see_all -= 1;
@@ -604,7 +607,7 @@ impl Compiler {
                     let uncalled =
                         state.services.keys().filter(|name| !state.callers.contains_key(name.as_str()));
                     let uncalled: Vec<_> = uncalled.cloned().collect();
-                    uncalled.iter().for_each(|name| self.release(key, name));
+                    uncalled.iter().for_each(|name| self.remove_service(key, name));
                 }
             }
         }
@@ -613,7 +616,7 @@ impl Compiler {
         }
     }
 
-    fn remove(&mut self, id: NodeId) {
+    fn disconnect(&mut self, id: NodeId) {
         let Some(NodeState { report, config, .. }) = self.nodes.remove(&id) else { return };
         for workload in &report.workloads {
             if let Some(nodes) = self.served_by.get_mut(&workload.service) {
@@ -624,7 +627,7 @@ impl Compiler {
             }
         }
         if let Some(config) = config {
-            self.leave(id, &config);
+            self.remove_from_view(id, &config);
         }
         self.configuration.nodes.remove_mut(&id);
     }
@@ -635,7 +638,7 @@ impl Compiler {
         self.views.retain(|key, state| {
             if state.nodes.is_empty() {
                 views.remove_mut(key);
-                update.gone.push(key.clone());
+                update.removed_views.push(key.clone());
                 return false;
             }
             let is_new = !views.contains_key(key);
@@ -660,9 +663,10 @@ impl Compiler {
             views.insert_mut(key.clone(), Arc::new(view));
             true
         });
-        if !update.gone.is_empty() {
+        if !update.removed_views.is_empty() {
             let captured = |this| self.views.values().any(|state| state.view.captured == Some(this));
-            let (virtuals, addresses) = (captured(Captured::Virtual), captured(Captured::Addresses));
+            let (virtuals, addresses) =
+                (captured(CapturedDestinations::Virtual), captured(CapturedDestinations::VirtualAndReal));
             match &mut self.index {
                 Some(index) if !addresses && virtuals => index.owners = None,
                 Some(_) if !addresses => self.index = None,
@@ -672,10 +676,10 @@ impl Compiler {
     }
 
     /// Updates the list of problems of the service `name`, from its documents and its compiled variants.
-    fn list_problems(&mut self, name: &ServiceName) {
+    fn update_problems(&mut self, name: &ServiceName) {
         let mut problems: BTreeSet<Problem> = BTreeSet::new();
         let world = &self.configuration.world;
-        problems.extend(service::problems(world, name));
+        problems.extend(service::find_problems(world, name));
         let variants = self.variants.get(name).into_iter().flatten();
         problems.extend(variants.flat_map(|(_, used)| &used.compiled.problems).cloned());
         let listed = &mut self.configuration.problems;
@@ -689,7 +693,7 @@ impl Compiler {
 
 /// Returns the services that must be recompiled: those that differ between the two worlds, and those whose
 /// routes may depend on a document that changed or on whether a service exists.
-fn changed(before: &World, now: &World) -> BTreeSet<ServiceName> {
+fn affected_services(before: &World, now: &World) -> BTreeSet<ServiceName> {
     let mut names: BTreeSet<ServiceName> = if now.generation == before.generation + 1 {
         now.changes.services.iter().cloned().collect()
     } else {
@@ -705,10 +709,10 @@ fn changed(before: &World, now: &World) -> BTreeSet<ServiceName> {
     if !Arc::ptr_eq(old, new) {
         let mesh = |documents: &Documents| documents.mesh.as_ref().map(Arc::as_ptr);
         if mesh(old) != mesh(new) {
-            names.extend(before.known().chain(now.known()).cloned());
+            names.extend(before.service_names().chain(now.service_names()).cloned());
         }
-        differing(&old.services, &new.services, &mut names);
-        differing(&old.routes, &new.routes, &mut names);
+        add_changed_documents(&old.services, &new.services, &mut names);
+        add_changed_documents(&old.routes, &new.routes, &mut names);
         names.extend(new.routes.keys().cloned());
     }
     if names.iter().any(|name| before.is_known(name) != now.is_known(name)) {
@@ -718,7 +722,7 @@ fn changed(before: &World, now: &World) -> BTreeSet<ServiceName> {
 }
 
 /// Adds to `names` each service whose document was added, removed or replaced.
-fn differing<T>(
+fn add_changed_documents<T>(
     old: &BTreeMap<ServiceName, Arc<T>>,
     new: &BTreeMap<ServiceName, Arc<T>>,
     names: &mut BTreeSet<ServiceName>,

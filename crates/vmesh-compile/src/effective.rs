@@ -16,7 +16,7 @@ const TCP_IDLE: Duration = Duration::from_secs(3600);
 
 /// [`Settings`] in which every unset field has its default.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Effective {
+pub struct EffectiveSettings {
     pub protocol: Protocol,
     pub load_balancing: LoadBalancing,
     pub connect: Duration,
@@ -31,7 +31,7 @@ pub struct Effective {
 
 /// Returns the default retry policy. It retries only requests that no endpoint started to process, so it is
 /// safe for every method.
-fn safe_retry() -> Retry {
+fn default_retry() -> Retry {
     Retry {
         attempts: 2,
         on: vec![RetryOn::ConnectFailure, RetryOn::RefusedStream, RetryOn::ResetBeforeRequest],
@@ -39,21 +39,21 @@ fn safe_retry() -> Retry {
     }
 }
 
-impl Effective {
-    pub fn of(settings: &Settings, protocol: Protocol) -> Effective {
+impl EffectiveSettings {
+    pub fn of(settings: &Settings, protocol: Protocol) -> EffectiveSettings {
         let Timeouts { connect, request, idle } = settings.timeouts;
         let built_in_request = match protocol {
             Protocol::Http | Protocol::Http2 => Some(REQUEST),
             _ => None,
         };
         let built_in_idle = if protocol.is_http() { HTTP_IDLE } else { TCP_IDLE };
-        Effective {
+        EffectiveSettings {
             protocol,
             load_balancing: settings.load_balancing.clone().unwrap_or_default(),
             connect: connect.map_or(CONNECT, |time| time.0),
             request: request.map(|time| time.0).or(built_in_request),
             idle: idle.map_or(built_in_idle, |time| time.0),
-            retry: settings.retry.as_ref().map_or_else(safe_retry, with_conditions),
+            retry: settings.retry.as_ref().map_or_else(default_retry, with_default_conditions),
             outlier_detection: settings.outlier_detection.unwrap_or_default(),
             connection_limits: settings.connection_limits.unwrap_or_default(),
         }
@@ -61,6 +61,6 @@ impl Effective {
 }
 
 /// Returns `retry` with the default conditions if it has none of its own.
-pub fn with_conditions(retry: &Retry) -> Retry {
-    if retry.on.is_empty() { Retry { on: safe_retry().on, ..retry.clone() } } else { retry.clone() }
+pub fn with_default_conditions(retry: &Retry) -> Retry {
+    if retry.on.is_empty() { Retry { on: default_retry().on, ..retry.clone() } } else { retry.clone() }
 }

@@ -43,8 +43,8 @@ pub use compiler::{Change, CompiledView, Compiler, Configuration, Counts, NodeId
 pub use endpoints::priorities;
 pub use node::NodeConfig;
 pub use route::cluster_name;
-pub use service::{Compiled, Shape};
-pub use view::{Captured, View};
+pub use service::{CompiledVariant, Shape};
+pub use view::{CapturedDestinations, View};
 
 /// Returns every resource that the proxy of `report`'s node needs, and the problems found in the services and
 /// documents that they were compiled from.

@@ -32,7 +32,7 @@ use vmesh_proto::google::protobuf::Any;
 use vmesh_proto::{any, boolean, duration};
 
 use crate::cluster::ads;
-use crate::effective::Effective;
+use crate::effective::EffectiveSettings;
 use crate::endpoints::socket_address;
 use crate::route::Share;
 
@@ -52,10 +52,10 @@ pub(crate) enum Routes {
 
 /// The network filter with which Envoy handles the connections of a listener.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Handling(Filter);
+pub(crate) struct NetworkFilter(Filter);
 
 /// Returns an HTTP connection manager. Its statistics are named `stat`.
-pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> Handling {
+pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> NetworkFilter {
     let manager = HttpConnectionManager {
         codec_type: CodecType::Auto.into(),
         stat_prefix: stat_prefix(stat),
@@ -78,11 +78,11 @@ pub(crate) fn http(stat: &str, routes: Routes, idle: Duration) -> Handling {
         }],
         ..connection_manager(routes)
     };
-    handling("envoy.filters.network.http_connection_manager", any(&manager))
+    network_filter("envoy.filters.network.http_connection_manager", any(&manager))
 }
 
 /// Returns a TCP proxy, for every protocol that is not HTTP.
-pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool) -> Handling {
+pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool) -> NetworkFilter {
     let specifier = match shares {
         [only] => ClusterSpecifier::Cluster(only.cluster.clone()),
         several => ClusterSpecifier::WeightedClusters(WeightedCluster {
@@ -105,17 +105,17 @@ pub(crate) fn tcp(stat: &str, shares: &[Share], idle: Duration, by_source: bool)
         hash_policy: by_source.into_iter().collect(),
         ..TcpProxy::default()
     };
-    handling("envoy.filters.network.tcp_proxy", any(&proxy))
+    network_filter("envoy.filters.network.tcp_proxy", any(&proxy))
 }
 
 /// Returns the filter that forwards connections to `service`: by its routes if it speaks HTTP, otherwise
 /// split by `shares`.
-pub(crate) fn to_service(
+pub(crate) fn forward_to_service(
     stat: &str,
     service: &ServiceName,
-    effective: &Effective,
+    effective: &EffectiveSettings,
     shares: &[Share],
-) -> Handling {
+) -> NetworkFilter {
     if effective.protocol.is_http() {
         return http(stat, Routes::Named(service.to_string()), effective.idle);
     }
@@ -123,8 +123,8 @@ pub(crate) fn to_service(
     tcp(stat, shares, effective.idle, by_source)
 }
 
-fn handling(filter: &str, config: Any) -> Handling {
-    Handling(Filter { name: filter.to_owned(), config_type: Some(ConfigType::TypedConfig(config)) })
+fn network_filter(filter: &str, config: Any) -> NetworkFilter {
+    NetworkFilter(Filter { name: filter.to_owned(), config_type: Some(ConfigType::TypedConfig(config)) })
 }
 
 /// Returns the listener that a gRPC client subscribes to in order to reach a service. It has routes but no
@@ -164,13 +164,13 @@ pub(crate) fn listener(
     name: &str,
     address: SocketAddr,
     direction: Direction,
-    handling: Handling,
+    filter: NetworkFilter,
 ) -> Listener {
     Listener {
         name: name.to_owned(),
         address: Some(socket_address(address)),
         traffic_direction: traffic_direction(direction).into(),
-        filter_chains: vec![chain("", None, handling)],
+        filter_chains: vec![chain("", None, filter)],
         ..Listener::default()
     }
 }
@@ -181,13 +181,17 @@ pub(crate) fn listener(
 ///
 /// The listener is named after the first address; `None` if `addresses` is empty. All listeners of a service
 /// share one statistics prefix, which reduces the memory that each costs Envoy by a third.
-pub(crate) fn handed_to(addresses: &[SocketAddr], stat: &str, handling: Handling) -> Option<Listener> {
+pub(crate) fn capture_listener(
+    addresses: &[SocketAddr],
+    stat: &str,
+    filter: NetworkFilter,
+) -> Option<Listener> {
     let (first, others) = addresses.split_first()?;
     Some(Listener {
         bind_to_port: Some(boolean(false)),
         stat_prefix: stat_prefix(stat),
         additional_addresses: others.iter().map(|address| additional_address(*address)).collect(),
-        ..listener(&outbound_name(*first), *first, Direction::Outbound, handling)
+        ..listener(&outbound_name(*first), *first, Direction::Outbound, filter)
     })
 }
 
@@ -199,7 +203,7 @@ pub(crate) fn additional_address(address: SocketAddr) -> AdditionalAddress {
 pub(crate) fn chain(
     name: &str,
     matching: Option<FilterChainMatch>,
-    Handling(filter): Handling,
+    NetworkFilter(filter): NetworkFilter,
 ) -> FilterChain {
     FilterChain {
         name: name.to_owned(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rpds::RedBlackTreeMapSync;
 use vmesh_catalog::World;
-use vmesh_model::document::{self, Placed};
+use vmesh_model::document::{self, PlacedDocument};
 use vmesh_model::node::{Client, Upstream, Upstreams, Workload};
 use vmesh_model::strict::did_you_mean;
 use vmesh_model::{NodeReport, Place, Problem, Protocol, ServiceName};
@@ -21,17 +21,19 @@ use vmesh_proto::envoy::config::route::v3::{
 };
 use vmesh_xds::{Group, Kind, Resource, Scope};
 
-use crate::cluster::{called_cluster, local_cluster};
+use crate::cluster::{captured_application_cluster, local_cluster};
 use crate::endpoints::local_assignment;
 use crate::gate;
-use crate::listener::{Direction, Handling, Routes, chain, http, listener, outbound_name, tcp, to_service};
+use crate::listener::{
+    Direction, NetworkFilter, Routes, chain, forward_to_service, http, listener, outbound_name, tcp,
+};
 use crate::route::Share;
-use crate::service::Compiled;
-use crate::view::Captured;
+use crate::service::CompiledVariant;
+use crate::view::CapturedDestinations;
 
 /// The number of services above which a node that subscribes to all of them gets a problem that states the
 /// cost.
-const MANY: usize = 200;
+const MANY_SERVICES: usize = 200;
 
 /// The part of a node's configuration that it does not share with the other nodes of its view.
 #[derive(Debug, Clone)]
@@ -43,19 +45,22 @@ pub struct NodeConfig {
 }
 
 /// The inputs from which a node's own resources are compiled.
-pub(crate) struct Subject<'a> {
+pub(crate) struct NodeInput<'a> {
     pub(crate) world: &'a World,
     pub(crate) report: &'a NodeReport,
     /// The `Node` documents that select the node; later ones override earlier ones.
-    pub(crate) documents: &'a [Arc<Placed<document::Node>>],
+    pub(crate) documents: &'a [Arc<PlacedDocument<document::NodeDocument>>],
     /// The services compiled in the node's view, at least those that the node calls.
-    pub(crate) services: &'a RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
-    pub(crate) captured: Option<Captured>,
+    pub(crate) services: &'a RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
+    pub(crate) captured: Option<CapturedDestinations>,
 }
 
 /// Returns the services that a node calls: those that its agent declares, and those that `Node` documents
 /// add.
-pub(crate) fn upstreams(report: &NodeReport, documents: &[Arc<Placed<document::Node>>]) -> Vec<Upstream> {
+pub(crate) fn upstreams(
+    report: &NodeReport,
+    documents: &[Arc<PlacedDocument<document::NodeDocument>>],
+) -> Vec<Upstream> {
     let declared = match &report.upstreams {
         Upstreams::All => &[],
         Upstreams::Declared(declared) => declared.as_slice(),
@@ -66,59 +71,60 @@ pub(crate) fn upstreams(report: &NodeReport, documents: &[Arc<Placed<document::N
 
 /// Compiles the resources that only this node receives; it calls `upstreams`. Returns them and the node's
 /// problems.
-pub(crate) fn compile(subject: &Subject<'_>, upstreams: &[Upstream]) -> (Arc<Group>, Vec<Problem>) {
-    let Subject { world, report, documents, services, captured } = *subject;
-    let mut node = Node {
+pub(crate) fn compile(subject: &NodeInput<'_>, upstreams: &[Upstream]) -> (Arc<Group>, Vec<Problem>) {
+    let NodeInput { world, report, documents, services, captured } = *subject;
+    let mut node = NodeBuilder {
         world,
         services,
         documents,
         captured,
         report,
-        taken: BTreeMap::new(),
+        claimed: BTreeMap::new(),
         resources: Vec::new(),
         problems: Vec::new(),
     };
-    if report.upstreams == Upstreams::All && services.size() > MANY {
-        node.problem(format!(
+    if report.upstreams == Upstreams::All && services.size() > MANY_SERVICES {
+        node.report(format!(
             "asks for every service ({}): declare `upstreams`, each service costs its Envoy about 50 KiB",
             services.size()
         ));
     }
     if report.client == Client::Envoy {
-        node.captured();
+        node.add_capture_listeners();
         for workload in &report.workloads {
-            node.inbound(workload);
+            node.add_inbound(workload);
         }
         for upstream in upstreams {
-            node.outbound(upstream);
+            node.add_outbound(upstream);
         }
     }
-    let Node { resources, problems, .. } = node;
+    let NodeBuilder { resources, problems, .. } = node;
     (Group::new(Arc::from(format!("node {}", report.name)), resources), problems)
 }
 
-struct Node<'a> {
+struct NodeBuilder<'a> {
     world: &'a World,
-    services: &'a RedBlackTreeMapSync<ServiceName, Arc<Compiled>>,
-    documents: &'a [Arc<Placed<document::Node>>],
-    captured: Option<Captured>,
+    services: &'a RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
+    documents: &'a [Arc<PlacedDocument<document::NodeDocument>>],
+    captured: Option<CapturedDestinations>,
     report: &'a NodeReport,
     /// The users of each listening address. Envoy rejects a second listener on the same address, and the
     /// whole response with it.
-    taken: BTreeMap<SocketAddr, String>,
+    claimed: BTreeMap<SocketAddr, String>,
     resources: Vec<Arc<Resource>>,
     problems: Vec<Problem>,
 }
 
-impl Node<'_> {
-    fn outbound(&mut self, upstream: &Upstream) {
+impl NodeBuilder<'_> {
+    fn add_outbound(&mut self, upstream: &Upstream) {
         let service = &upstream.service;
         let shape = match self.services.get(service) {
             Some(compiled) => compiled.shape.clone(),
             None => {
-                let near = did_you_mean(service.as_str(), self.world.known().map(ServiceName::as_str));
+                let near =
+                    did_you_mean(service.as_str(), self.world.service_names().map(ServiceName::as_str));
                 let hint = near.map_or_else(String::new, |near| format!(", did you mean `{near}`?"));
-                self.problem(format!(
+                self.report(format!(
                     "calls `{service}`, which no discovery source and no document knows{hint}: its port stays closed"
                 ));
                 return;
@@ -126,16 +132,16 @@ impl Node<'_> {
         };
         let Some(address) = upstream.listen else { return };
         let name = outbound_name(address);
-        if !self.take(address, format!("upstream `{service}`")) {
+        if !self.claim_address(address, format!("upstream `{service}`")) {
             return;
         }
-        let handling = to_service(&name, service, &shape.effective, &shape.shares);
-        self.add(&listener(&name, address, Direction::Outbound, handling));
+        let filter = forward_to_service(&name, service, &shape.effective, &shape.shares);
+        self.add(&listener(&name, address, Direction::Outbound, filter));
     }
 
     /// Adds the listeners for captured connections. They are added before the declared
     /// listeners and so win a conflict over an address, because without them every captured connection would fail.
-    fn captured(&mut self) {
+    fn add_capture_listeners(&mut self) {
         let capture = self.report.capture;
         if capture.outbound.is_none() && capture.inbound.is_none() {
             return;
@@ -145,22 +151,22 @@ impl Node<'_> {
         }
         if capture.outbound.is_some() {
             for address in gate::outbound_addresses(capture) {
-                self.take(address, "transparent capture".to_owned());
+                self.claim_address(address, "transparent capture".to_owned());
             }
             self.add(&gate::outbound(capture, self.world.documents.outbound(self.documents)));
         }
         if let Some(inward) = capture.inbound {
             // The first address is the IPv4 wildcard, which overlaps with every address.
             if let Some(address) = gate::inbound_addresses(capture).first() {
-                self.take(*address, "transparent capture".to_owned());
+                self.claim_address(*address, "transparent capture".to_owned());
             }
-            let chains = self.captured_workloads();
+            let chains = self.workload_chains();
             self.add(&gate::inbound(capture, inward, chains));
         }
     }
 
     /// Returns one filter chain per workload, which matches the port of its application.
-    fn captured_workloads(&mut self) -> Vec<FilterChain> {
+    fn workload_chains(&mut self) -> Vec<FilterChain> {
         let report = self.report;
         let mut by_port: BTreeMap<(Option<IpAddr>, u16), &ServiceName> = BTreeMap::new();
         let mut chains = Vec::new();
@@ -170,7 +176,7 @@ impl Node<'_> {
             let host = workload.host.filter(|host| !host.is_loopback() && !host.is_unspecified());
             let port = workload.port;
             if let Some(first) = by_port.get(&(host, port)) {
-                self.problem(format!(
+                self.report(format!(
                     "workloads `{first}` and `{service}` have one port, {port}: captured connections to it count as calls to \
                      `{first}`"
                 ));
@@ -187,16 +193,16 @@ impl Node<'_> {
                 Some(host) => {
                     local_cluster(&name, protocol, local_assignment(&name, SocketAddr::new(host, port)))
                 }
-                None => called_cluster(&name, protocol),
+                None => captured_application_cluster(&name, protocol),
             };
             self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
-            let handling = to_the_application(&name, &format!("inbound|{service}"), protocol);
-            chains.push(chain(&name, Some(gate::called(host, port)), handling));
+            let filter = forward_to_application(&name, &format!("inbound|{service}"), protocol);
+            chains.push(chain(&name, Some(gate::match_destination(host, port)), filter));
         }
         chains
     }
 
-    fn inbound(&mut self, workload: &Workload) {
+    fn add_inbound(&mut self, workload: &Workload) {
         let service = &workload.service;
         let mut name = format!("inbound|{service}");
         if self.resources.iter().any(|known| **known.name() == *name) {
@@ -206,37 +212,40 @@ impl Node<'_> {
             SocketAddr::new(workload.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), workload.port);
         let Some(listen) = workload.listen else {
             if self.report.capture.inbound.is_none() {
-                self.problem(format!(
+                self.report(format!(
                     "workload `{service}` has no `listen`, and no inbound connection is captured: Envoy serves it to nobody"
                 ));
             }
             return;
         };
         if application == listen {
-            self.problem(format!(
+            self.report(format!(
                 "workload `{service}`: Envoy cannot listen on {application}, where the application listens: give it \
                  another `listen`"
             ));
             return;
         }
-        if !self.take(listen, format!("workload `{service}`")) {
+        if !self.claim_address(listen, format!("workload `{service}`")) {
             return;
         }
         let protocol = workload.protocol.unwrap_or_else(|| self.world.protocol(service));
         let cluster = local_cluster(&name, protocol, local_assignment(&name, application));
         self.resources.push(Resource::new(Kind::Cluster, name.as_str(), &cluster));
-        let handling = to_the_application(&name, &name, protocol);
-        self.add_bound(&listener(&name, listen, Direction::Inbound, handling), listen);
+        let filter = forward_to_application(&name, &name, protocol);
+        self.add_bound(&listener(&name, listen, Direction::Inbound, filter), listen);
     }
 
-    fn take(&mut self, address: SocketAddr, who: String) -> bool {
-        let clash =
-            self.taken.iter().find(|(taken, _)| overlap(**taken, address)).map(|(_, other)| other.clone());
+    fn claim_address(&mut self, address: SocketAddr, user: String) -> bool {
+        let clash = self
+            .claimed
+            .iter()
+            .find(|(claimed, _)| addresses_conflict(**claimed, address))
+            .map(|(_, other)| other.clone());
         if let Some(other) = clash {
-            self.problem(format!("{who} and {other} both listen on {address}: {who} is left out"));
+            self.report(format!("{user} and {other} both listen on {address}: {user} is left out"));
             return false;
         }
-        self.taken.insert(address, who);
+        self.claimed.insert(address, user);
         true
     }
 
@@ -244,7 +253,7 @@ impl Node<'_> {
     /// this host is itself an endpoint at `address`, the shared view has a capture listener for it; this node
     /// receives that listener as absent.
     fn add_bound(&mut self, listener: &Listener, address: SocketAddr) {
-        if self.captured == Some(Captured::Addresses) && !address.ip().is_unspecified() {
+        if self.captured == Some(CapturedDestinations::VirtualAndReal) && !address.ip().is_unspecified() {
             self.resources.push(Resource::absent(Kind::Listener, outbound_name(address)));
         }
         self.add(listener);
@@ -254,7 +263,7 @@ impl Node<'_> {
         self.resources.push(Resource::new(Kind::Listener, listener.name.as_str(), listener));
     }
 
-    fn problem(&mut self, message: String) {
+    fn report(&mut self, message: String) {
         let place = Place::file(format!("node {}", self.report.name));
         self.problems.push(Problem::new(place, format!("Node `{}`", self.report.name), message));
     }
@@ -262,24 +271,24 @@ impl Node<'_> {
 
 /// Reports whether two sockets cannot be bound at the same time. A wildcard address conflicts with every
 /// address on the same port.
-fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+fn addresses_conflict(one: SocketAddr, other: SocketAddr) -> bool {
     one.port() == other.port()
         && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
 }
 
 /// Returns the filter that forwards inbound connections to the application behind `cluster`. Its statistics
 /// are named `stat`.
-fn to_the_application(cluster: &str, stat: &str, protocol: Protocol) -> Handling {
+fn forward_to_application(cluster: &str, stat: &str, protocol: Protocol) -> NetworkFilter {
     let idle = Duration::from_secs(3600);
     if protocol.is_http() {
-        return http(stat, Routes::Inline(Box::new(routes_to(cluster))), idle);
+        return http(stat, Routes::Inline(Box::new(route_all_to(cluster))), idle);
     }
     tcp(stat, &[Share { cluster: cluster.to_owned(), weight: 1 }], idle, false)
 }
 
 /// Returns a route configuration that sends every request to `cluster`, without timeout and retries. Those
 /// are applied by the caller's Envoy, and a second set here would multiply them.
-fn routes_to(cluster: &str) -> RouteConfiguration {
+fn route_all_to(cluster: &str) -> RouteConfiguration {
     let action = RouteAction {
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
         timeout: Some(duration(Duration::ZERO)),

@@ -36,11 +36,11 @@ pub(crate) fn can_be_captured(endpoint: &Endpoint) -> bool {
 
 /// The services that have an endpoint at each address, sorted by name.
 #[derive(Debug, Default)]
-pub(crate) struct Owners(BTreeMap<SocketAddr, Vec<ServiceName>>);
+pub(crate) struct AddressOwners(BTreeMap<SocketAddr, Vec<ServiceName>>);
 
-impl Owners {
-    pub(crate) fn new(world: &World) -> Owners {
-        let mut owners = Owners::default();
+impl AddressOwners {
+    pub(crate) fn new(world: &World) -> AddressOwners {
+        let mut owners = AddressOwners::default();
         for (name, service) in world.services.iter() {
             addresses(&service.endpoints).for_each(|address| owners.add(address, name));
         }
@@ -49,7 +49,7 @@ impl Owners {
 
     /// Returns the service to which connections to `address` are attributed: the first by name, so that all
     /// replicas attribute them alike.
-    pub(crate) fn first(&self, address: SocketAddr) -> Option<&ServiceName> {
+    pub(crate) fn first_owner(&self, address: SocketAddr) -> Option<&ServiceName> {
         self.0.get(&address)?.first()
     }
 
@@ -63,8 +63,8 @@ impl Owners {
     ) -> BTreeSet<ServiceName> {
         let mut concerned = BTreeSet::new();
         for name in names {
-            let of = |world: &World| world.services.get(name).map(|service| service.endpoints.clone());
-            let (old, new) = (of(before).unwrap_or_default(), of(now).unwrap_or_default());
+            let endpoints = |world: &World| world.services.get(name).map(|service| service.endpoints.clone());
+            let (old, new) = (endpoints(before).unwrap_or_default(), endpoints(now).unwrap_or_default());
             if Arc::ptr_eq(&old, &new) {
                 continue;
             }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use vmesh_catalog::World;
 use vmesh_model::document::{
-    HashOn, LoadBalancing, Match, PathMatch, Placed, Policy, Redirect, Retry, Route, Rule, Scheme, Target,
-    TextMatch,
+    HashOn, LoadBalancing, Match, PathMatch, PlacedDocument, Policy, Redirect, Retry, RouteDocument, Rule,
+    Scheme, Target, TextMatch,
 };
 use vmesh_model::node::Client;
 use vmesh_model::strict::did_you_mean;
@@ -35,7 +35,7 @@ use vmesh_proto::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use vmesh_proto::envoy::r#type::matcher::v3::{RegexMatcher, StringMatcher};
 use vmesh_proto::{any, duration, uint32};
 
-use crate::effective::{Effective, with_conditions};
+use crate::effective::{EffectiveSettings, with_default_conditions};
 
 /// The limit of services that a chain of redirects may pass. The loader already rejects documents with a
 /// cycle; this limit guards against a missed one.
@@ -58,25 +58,25 @@ pub fn cluster_name(service: &ServiceName, subset: Option<&ServiceName>) -> Stri
 }
 
 /// Compiles the routes of one service, and collects problems and references meanwhile.
-pub(crate) struct Router<'a> {
+pub(crate) struct RouteCompiler<'a> {
     pub(crate) world: &'a World,
     pub(crate) service: &'a ServiceName,
-    pub(crate) effective: &'a Effective,
+    pub(crate) effective: &'a EffectiveSettings,
     pub(crate) client: Client,
     pub(crate) problems: Vec<Problem>,
     /// The other services that requests are sent to. They belong to the scope of the nodes that call this
     /// service.
     pub(crate) references: BTreeSet<ServiceName>,
     /// Every service that a rule mentions, and whether it exists.
-    pub(crate) spoken_of: BTreeMap<ServiceName, bool>,
+    pub(crate) mentioned_services: BTreeMap<ServiceName, bool>,
 }
 
-impl Router<'_> {
+impl RouteCompiler<'_> {
     /// Returns the route configuration of the service: its rules in order, then a route to the whole service.
-    pub(crate) fn configuration(&mut self) -> RouteConfiguration {
-        let mut routes = self.rules(self.service, &Match::default(), 0);
+    pub(crate) fn compile_configuration(&mut self) -> RouteConfiguration {
+        let mut routes = self.compile_rules(self.service, &Match::default(), 0);
         let all = Rule::default();
-        routes.push(self.route(self.service, &Match::default(), &all, None));
+        routes.push(self.compile_route(self.service, &Match::default(), &all, None));
         RouteConfiguration {
             name: self.service.to_string(),
             virtual_hosts: vec![VirtualHost {
@@ -90,13 +90,13 @@ impl Router<'_> {
     }
 
     /// Returns the split for connections whose requests Envoy cannot inspect: that of the first rule.
-    pub(crate) fn shares(&mut self) -> Vec<Share> {
+    pub(crate) fn compile_shares(&mut self) -> Vec<Share> {
         let world = self.world;
         let whole = vec![Share { cluster: self.service.to_string(), weight: 1 }];
         let Some(route) = world.documents.routes.get(self.service) else { return whole };
         let Some(rule) = route.rules.first() else { return whole };
         if rule.matches != Match::default() || rule.redirect.is_some() || route.rules.len() > 1 {
-            self.problem(
+            self.report(
                 route,
                 format!(
                     "`{}` speaks {}, so its connections cannot be told apart by path, header, query or method, nor \
@@ -105,19 +105,19 @@ impl Router<'_> {
                 ),
             );
         }
-        let shares = self.split(self.service, &rule.split, route);
+        let shares = self.compile_split(self.service, &rule.split, route);
         if shares.is_empty() { whole } else { shares }
     }
 
     /// Compiles the rules of `service`, each combined with the condition `under`.
-    fn rules(&mut self, service: &ServiceName, under: &Match, depth: usize) -> Vec<EnvoyRoute> {
+    fn compile_rules(&mut self, service: &ServiceName, under: &Match, depth: usize) -> Vec<EnvoyRoute> {
         let world = self.world;
         let Some(document) = world.documents.routes.get(service) else { return Vec::new() };
         let mut routes = Vec::new();
         for rule in &document.rules {
-            let Some(matches) = both(under, &rule.matches) else { continue };
+            let Some(matches) = intersect(under, &rule.matches) else { continue };
             if self.client == Client::Grpc && !matches.query.is_empty() {
-                self.problem(
+                self.report(
                     document,
                     format!(
                         "a rule of `{service}` matches on query parameters, which proxyless gRPC clients do not \
@@ -131,44 +131,44 @@ impl Router<'_> {
                     if depth >= MAX_REDIRECTS {
                         continue;
                     }
-                    if !self.known(other) {
-                        self.problem(document, unknown_service(world, "a redirect goes to", other));
+                    if !self.note_mention(other) {
+                        self.report(document, unknown_service(world, "a redirect goes to", other));
                     }
                     self.references.insert(other.clone());
-                    routes.extend(self.rules(other, &matches, depth + 1));
-                    routes.push(self.route(other, &matches, rule, None));
+                    routes.extend(self.compile_rules(other, &matches, depth + 1));
+                    routes.push(self.compile_route(other, &matches, rule, None));
                 }
-                _ => routes.push(self.route(service, &matches, rule, Some(document))),
+                _ => routes.push(self.compile_route(service, &matches, rule, Some(document))),
             }
         }
         routes
     }
 
-    fn route(
+    fn compile_route(
         &mut self,
         service: &ServiceName,
         matches: &Match,
         rule: &Rule,
-        document: Option<&Arc<Placed<Route>>>,
+        document: Option<&Arc<PlacedDocument<RouteDocument>>>,
     ) -> EnvoyRoute {
         let action = match &rule.redirect {
             Some(redirect) if redirect.service.is_none() => Action::Redirect(redirect_action(redirect)),
-            _ => self.forward(service, rule, document),
+            _ => self.forward_action(service, rule, document),
         };
         EnvoyRoute { r#match: Some(route_match(matches)), action: Some(action), ..EnvoyRoute::default() }
     }
 
-    fn forward(
+    fn forward_action(
         &mut self,
         service: &ServiceName,
         rule: &Rule,
-        document: Option<&Arc<Placed<Route>>>,
+        document: Option<&Arc<PlacedDocument<RouteDocument>>>,
     ) -> Action {
         let specifier = match document {
             Some(document) if !rule.split.is_empty() => {
-                let shares = self.split(service, &rule.split, document);
+                let shares = self.compile_split(service, &rule.split, document);
                 match shares.as_slice() {
-                    [] => return unavailable(service),
+                    [] => return unavailable_action(service),
                     [only] => ClusterSpecifier::Cluster(only.cluster.clone()),
                     several => ClusterSpecifier::WeightedClusters(WeightedCluster {
                         clusters: several
@@ -187,7 +187,7 @@ impl Router<'_> {
         };
         let effective = self.effective;
         let request = rule.timeout.map(|time| time.0).or(effective.request);
-        let retry = rule.retry.as_ref().map_or_else(|| effective.retry.clone(), with_conditions);
+        let retry = rule.retry.as_ref().map_or_else(|| effective.retry.clone(), with_default_conditions);
         Action::Route(RouteAction {
             cluster_specifier: Some(specifier),
             // Zero is Envoy's encoding of "no limit"; an absent timeout means 15 s.
@@ -200,25 +200,25 @@ impl Router<'_> {
 
     /// Returns the clusters of a split. The share of a target that does not exist goes to the remaining
     /// targets.
-    fn split(
+    fn compile_split(
         &mut self,
         service: &ServiceName,
         targets: &[Target],
-        document: &Arc<Placed<Route>>,
+        document: &Arc<PlacedDocument<RouteDocument>>,
     ) -> Vec<Share> {
         let world = self.world;
         let mut shares = Vec::new();
         for target in targets {
             let to = target.service.as_ref().unwrap_or(service);
-            if !self.known(to) {
-                self.problem(document, unknown_service(world, "a split has a share for", to));
+            if !self.note_mention(to) {
+                self.report(document, unknown_service(world, "a split has a share for", to));
                 continue;
             }
             let defines = |subset: &ServiceName| {
                 world.documents.services.get(to).is_some_and(|s| s.subsets.contains_key(subset))
             };
             if let Some(subset) = target.subset.as_ref().filter(|&subset| !defines(subset)) {
-                self.problem(
+                self.report(
                     document,
                     format!(
                         "a split has a share for `{to}|{subset}`, a subset that no `Service` document defines"
@@ -235,20 +235,20 @@ impl Router<'_> {
         if shares.iter().all(|share| share.weight == 0) { Vec::new() } else { shares }
     }
 
-    fn known(&mut self, service: &ServiceName) -> bool {
+    fn note_mention(&mut self, service: &ServiceName) -> bool {
         let known = self.world.is_known(service);
-        self.spoken_of.insert(service.clone(), known);
+        self.mentioned_services.insert(service.clone(), known);
         known
     }
 
-    fn problem(&mut self, document: &Arc<Placed<Route>>, message: String) {
+    fn report(&mut self, document: &Arc<PlacedDocument<RouteDocument>>, message: String) {
         let subject = format!("Route `{}`", document.service);
         self.problems.push(Problem::new(document.place.clone(), subject, message));
     }
 }
 
 fn unknown_service(world: &World, what: &str, service: &ServiceName) -> String {
-    let near = did_you_mean(service.as_str(), world.known().map(ServiceName::as_str));
+    let near = did_you_mean(service.as_str(), world.service_names().map(ServiceName::as_str));
     let hint = near.map_or_else(
         || "register it, or take it out of the route".to_owned(),
         |near| format!("did you mean `{near}`?"),
@@ -258,7 +258,7 @@ fn unknown_service(world: &World, what: &str, service: &ServiceName) -> String {
 
 /// Returns a 503 response for a rule none of whose targets exists. The request must not fall through to
 /// another rule.
-fn unavailable(service: &ServiceName) -> Action {
+fn unavailable_action(service: &ServiceName) -> Action {
     let body = format!("vmesh: no target of this route of `{service}` exists\n");
     Action::DirectResponse(DirectResponseAction {
         status: 503,
@@ -341,7 +341,7 @@ fn hash_policy(balancing: &LoadBalancing) -> Vec<HashPolicy> {
 }
 
 /// Returns the condition that requires both `one` and `other`, or `None` if no request can match both.
-fn both(one: &Match, other: &Match) -> Option<Match> {
+fn intersect(one: &Match, other: &Match) -> Option<Match> {
     use PathMatch::{Exact, Prefix};
     let path = match (&one.path, &other.path) {
         (None, path) | (path, None) => path.clone(),

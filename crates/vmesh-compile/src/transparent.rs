@@ -18,35 +18,35 @@ use std::sync::Arc;
 
 use vmesh_catalog::World;
 use vmesh_dns::virtual_ips::{Collision, Ranges, VirtualAddresses, VirtualIps};
-use vmesh_model::document::{Capture, OnLoss};
+use vmesh_model::document::{CaptureSettings, OnLoss};
 use vmesh_model::{Endpoint, Health, Place, Problem, ServiceName};
 use vmesh_proto::agent::{Destination, destination};
 use vmesh_xds::{Kind, Resource};
 
-use crate::listener::{handed_to, to_service};
-use crate::owners::{Owners, can_be_captured};
-use crate::service::{Shape, known};
-use crate::view::Captured;
+use crate::listener::{capture_listener, forward_to_service};
+use crate::owners::{AddressOwners, can_be_captured};
+use crate::service::{Shape, reuse_equal};
+use crate::view::CapturedDestinations;
 
 /// The SSH port. No host captures it, so that an administrator is never locked out; see `vmesh_capture`.
 const SSH: u16 = 22;
 
 /// The virtual address of every service, and the collisions that left a service without one.
 #[derive(Debug, Default)]
-pub(crate) struct Virtuals {
+pub(crate) struct VirtualAddressTable {
     ips: VirtualIps,
     collisions: BTreeMap<Arc<str>, Vec<Collision>>,
 }
 
-impl Virtuals {
-    pub(crate) fn new(world: &World) -> Virtuals {
+impl VirtualAddressTable {
+    pub(crate) fn new(world: &World) -> VirtualAddressTable {
         let (ips, all) = VirtualIps::new(
             &Ranges::default(),
             // DNS does not distinguish names that differ by case. A service whose DNS name belongs to another
             // service gets no virtual address, because no program could resolve it.
             world
                 .names
-                .sort(world.known().filter(|name| world.names.shadowed_by(name).is_none()))
+                .sort(world.service_names().filter(|name| world.names.shadowed_by(name).is_none()))
                 .into_iter()
                 .map(ServiceName::shared),
         );
@@ -54,11 +54,14 @@ impl Virtuals {
         for collision in all {
             collisions.entry(collision.name.clone()).or_default().push(collision);
         }
-        Virtuals { ips, collisions }
+        VirtualAddressTable { ips, collisions }
     }
 
     /// Returns the names whose addresses or collisions differ from those in `other`.
-    pub(crate) fn differing<'a>(&'a self, other: &'a Virtuals) -> impl Iterator<Item = &'a Arc<str>> {
+    pub(crate) fn differing<'a>(
+        &'a self,
+        other: &'a VirtualAddressTable,
+    ) -> impl Iterator<Item = &'a Arc<str>> {
         let moved = self.ips.iter().filter(|(name, addresses)| other.ips.get(name) != Some(*addresses));
         let told = self.collisions.iter().filter(|(name, all)| other.collisions.get(*name) != Some(*all));
         moved.map(|(name, _)| name).chain(told.map(|(name, _)| name))
@@ -67,13 +70,13 @@ impl Virtuals {
 
 /// The inputs for captured connections that depend on all services: virtual addresses and address owners.
 #[derive(Debug, Default)]
-pub(crate) struct Index {
-    pub(crate) virtuals: Virtuals,
+pub(crate) struct CaptureIndex {
+    pub(crate) virtuals: VirtualAddressTable,
     /// The owners of endpoint addresses; `None` unless real addresses are captured.
-    pub(crate) owners: Option<Owners>,
+    pub(crate) owners: Option<AddressOwners>,
 }
 
-impl Index {
+impl CaptureIndex {
     /// Updates the index to the world `now`. Returns `names` and all other services that their change
     /// affects.
     pub(crate) fn update(
@@ -89,7 +92,7 @@ impl Index {
         let has_other_names = names.iter().any(|name| before.is_known(name) != now.is_known(name));
         // The order of names can change without any name being added or removed.
         if has_other_names || !Arc::ptr_eq(&before.names, &now.names) {
-            let renewed = Virtuals::new(now);
+            let renewed = VirtualAddressTable::new(now);
             let differing = renewed.differing(&self.virtuals).chain(self.virtuals.differing(&renewed));
             all.extend(differing.filter_map(|name| name.parse().ok()));
             self.virtuals = renewed;
@@ -100,7 +103,7 @@ impl Index {
 
 /// The resources of a service for captured connections.
 #[derive(Debug, Clone)]
-pub(crate) struct Transparent {
+pub(crate) struct CaptureResources {
     /// The virtual addresses with the service's port. The first one names the listener.
     pub(crate) at: Vec<SocketAddr>,
     listener: Option<Arc<Resource>>,
@@ -109,51 +112,51 @@ pub(crate) struct Transparent {
 }
 
 /// A service to compile for captured connections.
-pub(crate) struct Subject<'a> {
+pub(crate) struct CaptureInput<'a> {
     pub(crate) world: &'a World,
-    pub(crate) index: &'a Index,
+    pub(crate) index: &'a CaptureIndex,
     pub(crate) name: &'a ServiceName,
     pub(crate) shape: &'a Arc<Shape>,
     /// All endpoints of the service, including those that its callers cannot use. The default port is
     /// derived from all of them, so every caller gets the same port.
     pub(crate) endpoints: &'a [Endpoint],
-    pub(crate) capture: Capture,
+    pub(crate) capture: CaptureSettings,
     /// Whether the callers' hosts have IPv6.
     pub(crate) ipv6: bool,
 }
 
-impl Transparent {
+impl CaptureResources {
     /// Compiles the resources for nodes that capture `captured`. `before` is the previous result, and whether
     /// it was compiled from the same shape.
     pub(crate) fn of(
-        subject: &Subject<'_>,
-        captured: Captured,
-        before: Option<(&Transparent, bool)>,
+        subject: &CaptureInput<'_>,
+        captured: CapturedDestinations,
+        before: Option<(&CaptureResources, bool)>,
         problems: &mut Vec<Problem>,
-    ) -> Transparent {
-        let Subject { name, shape, index, .. } = *subject;
+    ) -> CaptureResources {
+        let CaptureInput { name, shape, index, .. } = *subject;
         let port = subject.port(problems);
         let at: Vec<_> = port.map(|port| subject.virtual_addresses(port, problems)).unwrap_or_default();
         let stat = format!("outbound|{name}");
-        let handling = OnceCell::new();
-        let make_handling = || to_service(&stat, name, &shape.effective, &shape.shares);
+        let filter = OnceCell::new();
+        let make_filter = || forward_to_service(&stat, name, &shape.effective, &shape.shares);
         // A resource of the same name compiled from the same shape is identical, so it is reused.
         let reusable = before.filter(|(_, same_shape)| *same_shape).map(|(before, _)| before);
         let listener = |addresses: &[SocketAddr], before: Option<&Arc<Resource>>| {
-            let listener = handed_to(addresses, &stat, handling.get_or_init(make_handling).clone())?;
+            let listener = capture_listener(addresses, &stat, filter.get_or_init(make_filter).clone())?;
             let new = Resource::new(Kind::Listener, listener.name.as_str(), &listener);
-            Some(known(before.map(std::slice::from_ref).unwrap_or_default(), new))
+            Some(reuse_equal(before.map(std::slice::from_ref).unwrap_or_default(), new))
         };
         let of_the_service = match reusable.filter(|before| before.at == at) {
             Some(before) => before.listener.clone(),
             None => listener(&at, before.and_then(|(before, _)| before.listener.as_ref())),
         };
         let mut by_endpoint = BTreeMap::new();
-        if let (Captured::Addresses, Some(owners)) = (captured, &index.owners) {
+        if let (CapturedDestinations::VirtualAndReal, Some(owners)) = (captured, &index.owners) {
             let mut shared = BTreeMap::new();
             for endpoint in subject.usable().filter(|endpoint| can_be_captured(endpoint)) {
                 let address = endpoint.address;
-                if let Some(first) = owners.first(address).filter(|first| *first != name) {
+                if let Some(first) = owners.first_owner(address).filter(|first| *first != name) {
                     shared.entry(first).or_insert_with(Vec::new).push(address);
                     continue;
                 }
@@ -164,15 +167,19 @@ impl Transparent {
                 };
                 by_endpoint.extend(resource.map(|resource| (address, resource)));
             }
-            problems.extend(shared.into_iter().map(|(first, addresses)| subject.shared(first, &addresses)));
+            problems.extend(
+                shared
+                    .into_iter()
+                    .map(|(first, addresses)| subject.shared_address_problem(first, &addresses)),
+            );
         }
         let message = subject.destination(captured, port, &at, &by_endpoint);
         let destination = Resource::new(Kind::Local, name.as_str(), &message);
-        let destination = known(
+        let destination = reuse_equal(
             before.map(|(before, _)| std::slice::from_ref(&before.destination)).unwrap_or_default(),
             destination,
         );
-        Transparent { at, listener: of_the_service, by_endpoint, destination }
+        CaptureResources { at, listener: of_the_service, by_endpoint, destination }
     }
 
     pub(crate) fn resources(&self) -> impl Iterator<Item = &Arc<Resource>> {
@@ -180,7 +187,7 @@ impl Transparent {
     }
 }
 
-impl<'a> Subject<'a> {
+impl<'a> CaptureInput<'a> {
     fn usable(&self) -> impl Iterator<Item = &'a Endpoint> {
         let ipv6 = self.ipv6;
         self.endpoints.iter().filter(move |endpoint| ipv6 || endpoint.address.is_ipv4())
@@ -235,7 +242,7 @@ impl<'a> Subject<'a> {
 
     fn destination(
         &self,
-        captured: Captured,
+        captured: CapturedDestinations,
         port: Option<u16>,
         at: &[SocketAddr],
         listeners: &BTreeMap<SocketAddr, Arc<Resource>>,
@@ -246,7 +253,7 @@ impl<'a> Subject<'a> {
         // An agent that neither captures real addresses nor answers DNS queries with them does not need the
         // endpoint list, so it is not woken by every endpoint change.
         let is_named = self.world.names.shadowed_by(self.name).is_none();
-        let told = is_named && (captured == Captured::Addresses || on_port);
+        let told = is_named && (captured == CapturedDestinations::VirtualAndReal || on_port);
         let endpoint = |endpoint: &Endpoint| destination::Endpoint {
             address: endpoint.address.to_string(),
             capture: listeners.contains_key(&endpoint.address),
@@ -269,7 +276,7 @@ impl<'a> Subject<'a> {
         }
     }
 
-    fn shared(&self, first: &ServiceName, addresses: &[SocketAddr]) -> Problem {
+    fn shared_address_problem(&self, first: &ServiceName, addresses: &[SocketAddr]) -> Problem {
         let one = addresses.iter().min().map(SocketAddr::to_string).unwrap_or_default();
         let which = match addresses.len() {
             1 => one,

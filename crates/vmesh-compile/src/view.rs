@@ -5,8 +5,8 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use vmesh_catalog::World;
-use vmesh_model::document::{Documents, LoadBalancing, Locality, Node, Placed};
-use vmesh_model::node::{Client, Outward};
+use vmesh_model::document::{Documents, LoadBalancing, Locality, NodeDocument, PlacedDocument};
+use vmesh_model::node::{Client, OutboundCapture};
 use vmesh_model::{NodeReport, ServiceName, Settings};
 
 /// The properties of a node that decide how services are compiled for it.
@@ -15,42 +15,42 @@ pub struct View {
     pub client: Client,
     /// The `Node` documents that set anything for the services that the node calls; later ones override
     /// earlier ones.
-    pub nodes: Vec<Arc<Placed<Node>>>,
+    pub nodes: Vec<Arc<PlacedDocument<NodeDocument>>>,
     /// The node's locality zone, or `None` if no document makes load balancing depend on it.
     pub zone: Option<Arc<str>>,
     /// Which connections to services the node captures. `None`: it captures none.
-    pub captured: Option<Captured>,
+    pub captured: Option<CapturedDestinations>,
     /// The host has no IPv6. Envoy then rejects every IPv6 address, even in a listener that binds no socket.
     pub without_ipv6: bool,
 }
 
 /// The destination addresses whose connections are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Captured {
+pub enum CapturedDestinations {
     /// Only virtual addresses of services.
     Virtual,
     /// Virtual addresses and the real addresses of endpoints.
-    Addresses,
+    VirtualAndReal,
 }
 
-impl Captured {
+impl CapturedDestinations {
     /// Returns what the node of `report` captures. Connections to addresses of no service are not part of a
     /// view: the node's own listeners handle them.
-    fn by(report: &NodeReport) -> Option<Captured> {
+    fn by(report: &NodeReport) -> Option<CapturedDestinations> {
         // A gRPC client has no listener that could receive a captured connection.
         if report.client != Client::Envoy {
             return None;
         }
         report.capture.outbound.map(|outward| match outward {
-            Outward::Vip => Captured::Virtual,
-            Outward::Addresses | Outward::All => Captured::Addresses,
+            OutboundCapture::Vip => CapturedDestinations::Virtual,
+            OutboundCapture::Addresses | OutboundCapture::All => CapturedDestinations::VirtualAndReal,
         })
     }
 
     fn as_str(self) -> &'static str {
         match self {
-            Captured::Virtual => "vip",
-            Captured::Addresses => "addresses",
+            CapturedDestinations::Virtual => "vip",
+            CapturedDestinations::VirtualAndReal => "addresses",
         }
     }
 }
@@ -58,12 +58,16 @@ impl Captured {
 impl View {
     /// Returns the view of `report`'s node. `nodes` are the documents that select the node; `zone` is its
     /// locality zone, or `None` if zones do not matter.
-    pub(crate) fn of(report: &NodeReport, nodes: &[Arc<Placed<Node>>], zone: Option<Arc<str>>) -> View {
+    pub(crate) fn of(
+        report: &NodeReport,
+        nodes: &[Arc<PlacedDocument<NodeDocument>>],
+        zone: Option<Arc<str>>,
+    ) -> View {
         View {
             client: report.client,
-            nodes: nodes.iter().filter(|node| sets_something(node)).cloned().collect(),
+            nodes: nodes.iter().filter(|node| overrides_settings(node)).cloned().collect(),
             zone,
-            captured: Captured::by(report),
+            captured: CapturedDestinations::by(report),
             without_ipv6: report.client == Client::Envoy && report.capture.without_ipv6,
         }
     }
@@ -103,7 +107,7 @@ pub(crate) struct Variant {
     pub(crate) settings: Settings,
     /// The caller's locality zone, if the service prefers local endpoints and has endpoints in that zone.
     pub(crate) zone: Option<Arc<str>>,
-    pub(crate) captured: Option<Captured>,
+    pub(crate) captured: Option<CapturedDestinations>,
     pub(crate) without_ipv6: bool,
 }
 
@@ -116,7 +120,12 @@ impl Variant {
     }
 }
 
-fn key(client: Client, captured: Option<Captured>, without_ipv6: bool, zone: Option<&str>) -> String {
+fn key(
+    client: Client,
+    captured: Option<CapturedDestinations>,
+    without_ipv6: bool,
+    zone: Option<&str>,
+) -> String {
     let mut key = match client {
         Client::Envoy => "envoy".to_owned(),
         Client::Grpc => "grpc".to_owned(),
@@ -134,7 +143,7 @@ fn key(client: Client, captured: Option<Captured>, without_ipv6: bool, zone: Opt
 }
 
 /// Reports whether `node` overrides any setting of services. A document that only adds upstreams does not.
-fn sets_something(node: &Node) -> bool {
+fn overrides_settings(node: &NodeDocument) -> bool {
     node.load_balancing.is_some()
         || node.timeouts.is_some()
         || node.retry.is_some()

@@ -6,11 +6,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vmesh_catalog::{Catalog, Seen, SourceView};
+use vmesh_catalog::{Catalog, SourceService, SourceView};
 use vmesh_compile::{ALONE, Change, Compiler};
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Capture, Client, Outward, Upstreams};
+use vmesh_model::node::{Client, NodeCapture, OutboundCapture, Upstreams};
 use vmesh_model::{Endpoint, Health, NodeReport, Place, Problem, Registration, ServiceName, Weight};
 use vmesh_xds::{Kind, Resource};
 
@@ -19,7 +19,7 @@ struct Mesh {
     catalog: Catalog,
     compiler: Compiler,
     library: Library,
-    services: BTreeMap<ServiceName, Seen>,
+    services: BTreeMap<ServiceName, SourceService>,
     documents: u64,
     has: BTreeMap<(Kind, Arc<str>), Arc<Resource>>,
 }
@@ -58,7 +58,7 @@ impl Mesh {
             endpoints: endpoints.collect(),
             place: Place::file("services.d"),
         };
-        let seen = Seen { registration: Arc::new(registration), state: State::Fresh, because: None };
+        let seen = SourceService { registration: Arc::new(registration), state: State::Fresh, because: None };
         self.services.insert(name, seen);
         self.catalog.on_view(0, SourceView { services: self.services.clone(), problems: Vec::new() });
         self.compiler.apply(Change { world: Some(self.catalog.world().clone()), ..Change::default() });
@@ -108,7 +108,7 @@ fn report() -> NodeReport {
         labels: Default::default(),
         workloads: Vec::new(),
         upstreams: Upstreams::All,
-        capture: Capture { outbound: Some(Outward::All), ..Capture::default() },
+        capture: NodeCapture { outbound: Some(OutboundCapture::All), ..NodeCapture::default() },
         build: "".into(),
     }
 }

@@ -21,11 +21,11 @@ use std::sync::Arc;
 
 use expect_test::expect_file;
 use serde_json::{Map, Value, json};
-use vmesh_catalog::{Catalog, Seen, SourceView};
+use vmesh_catalog::{Catalog, SourceService, SourceView};
 use vmesh_compile::compile;
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Capture, Client, Upstream, Upstreams, Workload};
+use vmesh_model::node::{Client, NodeCapture, Upstream, Upstreams, Workload};
 use vmesh_model::{Endpoint, Health, Labels, NodeReport, Place, Registration, Weight};
 use vmesh_proto::json::bytes_to_json;
 use vmesh_testkit::{envoy, tempdir};
@@ -111,7 +111,7 @@ fn compiled(case: &Path) -> (Snapshot, Vec<vmesh_model::Problem>, Client) {
 
 /// Parses services: a line `orders http port=80`, and indented below it its endpoints, such as
 /// `10.0.1.11:8080 version=v1 zone=eu-1a weight=2 health=draining source=zk:a rack=r7`.
-fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
+fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, SourceService> {
     let mut services: BTreeMap<_, Registration> = BTreeMap::new();
     let mut current: Option<vmesh_model::ServiceName> = None;
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
@@ -156,8 +156,11 @@ fn read_services(text: &str) -> BTreeMap<vmesh_model::ServiceName, Seen> {
         let registration = services.get_mut(current.as_ref().unwrap()).unwrap();
         registration.endpoints = registration.endpoints.iter().cloned().chain([endpoint]).collect();
     }
-    let seen =
-        |registration| Seen { registration: Arc::new(registration), state: State::Fresh, because: None };
+    let seen = |registration| SourceService {
+        registration: Arc::new(registration),
+        state: State::Fresh,
+        because: None,
+    };
     services.into_iter().map(|(name, registration)| (name, seen(registration))).collect()
 }
 
@@ -175,7 +178,7 @@ fn read_node(text: &str) -> NodeReport {
         labels: Labels::new(),
         workloads: Vec::new(),
         upstreams: Upstreams::Declared(Vec::new()),
-        capture: Capture::default(),
+        capture: NodeCapture::default(),
         build: "".into(),
     };
     for word in head {

@@ -7,11 +7,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use vmesh_catalog::{Catalog, Seen, SourceView};
+use vmesh_catalog::{Catalog, SourceService, SourceView};
 use vmesh_compile::{Change, Compiler, Counts, NodeId, Update, compile};
 use vmesh_model::State;
 use vmesh_model::load::{DocumentFile, Library};
-use vmesh_model::node::{Capture, Client, Inward, Outward, Upstream, Upstreams, Workload};
+use vmesh_model::node::{
+    Client, InboundCapture, NodeCapture, OutboundCapture, Upstream, Upstreams, Workload,
+};
 use vmesh_model::{
     Endpoint, Health, Labels, NodeReport, Place, Problem, Protocol, Registration, ServiceName, Weight,
 };
@@ -81,7 +83,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
+fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> SourceService {
     let endpoints = versions.iter().enumerate().map(|(at, version)| Endpoint {
         // All services use the same addresses, while the ports vary.
         address: format!("10.0.0.{}:8{version}", at + 1).parse().unwrap(),
@@ -100,16 +102,16 @@ fn seen(name: &ServiceName, http: bool, versions: &[u8]) -> Seen {
         endpoints: endpoints.collect(),
         place: Place::file("services.d"),
     };
-    Seen { registration: Arc::new(registration), state: State::Fresh, because: None }
+    SourceService { registration: Arc::new(registration), state: State::Fresh, because: None }
 }
 
 /// Reports of nodes with different views and scopes.
 fn reports() -> [NodeReport; 6] {
-    let captures = |outbound: Option<Outward>, upstreams: Upstreams| NodeReport {
-        capture: Capture {
+    let captures = |outbound: Option<OutboundCapture>, upstreams: Upstreams| NodeReport {
+        capture: NodeCapture {
             outbound,
-            inbound: outbound.map(|_| Inward::Tproxy),
-            without_ipv6: outbound == Some(Outward::Vip),
+            inbound: outbound.map(|_| InboundCapture::Tproxy),
+            without_ipv6: outbound == Some(OutboundCapture::Vip),
         },
         upstreams,
         ..report()
@@ -117,11 +119,11 @@ fn reports() -> [NodeReport; 6] {
     let declared = report().upstreams;
     [
         captures(None, declared.clone()),
-        captures(Some(Outward::Vip), Upstreams::All),
-        captures(Some(Outward::Addresses), declared),
+        captures(Some(OutboundCapture::Vip), Upstreams::All),
+        captures(Some(OutboundCapture::Addresses), declared),
         NodeReport {
             labels: [("role".into(), "web".into()), ("rack".into(), "r1".into())].into(),
-            ..captures(Some(Outward::All), Upstreams::All)
+            ..captures(Some(OutboundCapture::All), Upstreams::All)
         },
         // This node runs workloads of one upstream (`s2`) and of one service that is no upstream (`s1`).
         NodeReport {
@@ -158,7 +160,7 @@ fn report() -> NodeReport {
             upstream("s1", 9001),
             upstream("s2", 9002),
         ]),
-        capture: Capture::default(),
+        capture: NodeCapture::default(),
         build: "".into(),
     }
 }
@@ -178,18 +180,18 @@ fn problems(compiler: &Compiler) -> Vec<Problem> {
 
 /// A model of the hub. After each update it must hold the same content as the compiler's configuration.
 #[derive(Default)]
-struct Published {
+struct HubModel {
     stores: BTreeMap<Arc<str>, Arc<Store>>,
     nodes: BTreeMap<NodeId, (Arc<str>, Arc<Scope>)>,
 }
 
-impl Published {
-    fn take(&mut self, update: Update) {
+impl HubModel {
+    fn apply(&mut self, update: Update) {
         self.stores.extend(update.stores);
         self.nodes.extend(
             update.nodes.into_iter().map(|(id, config)| (id, (config.view.clone(), config.scope.clone()))),
         );
-        update.gone.iter().for_each(|view| _ = self.stores.remove(view));
+        update.removed_views.iter().for_each(|view| _ = self.stores.remove(view));
     }
 
     fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
@@ -309,11 +311,11 @@ proptest! {
     fn any_way_to_a_world_gives_each_node_what_the_world_gives_it_alone_and_leaves_nothing(steps in prop::collection::vec(step(), 1..16)) {
         let mut catalog = Catalog::new(1);
         let mut compiler = Compiler::new(catalog.world().clone());
-        let mut services: BTreeMap<ServiceName, Seen> = BTreeMap::new();
+        let mut services: BTreeMap<ServiceName, SourceService> = BTreeMap::new();
         let mut library = Library::default();
         let mut hash = 0;
         let mut connected: BTreeMap<NodeId, NodeReport> = BTreeMap::new();
-        let mut published = Published::default();
+        let mut published = HubModel::default();
         for step in steps {
             match step {
                 Step::Services(changes) => {
@@ -325,7 +327,7 @@ proptest! {
                         }
                     }
                     catalog.on_view(0, SourceView { services: services.clone(), problems: Vec::new() });
-                    published.take(compiler.apply(world(&catalog)));
+                    published.apply(compiler.apply(world(&catalog)));
                 }
                 Step::Documents(which) => {
                     let versions = DOCUMENTS.iter().zip(which);
@@ -336,16 +338,16 @@ proptest! {
                     let (documents, problems) = library.update(&files);
                     hash += 1;
                     catalog.on_documents(documents, hash, problems);
-                    published.take(compiler.apply(world(&catalog)));
+                    published.apply(compiler.apply(world(&catalog)));
                 }
                 Step::Node(id, which) => {
                     if connected.remove(&id).is_some() {
-                        published.take(compiler.apply(Change { left: vec![id], ..Change::default() }));
+                        published.apply(compiler.apply(Change { left: vec![id], ..Change::default() }));
                         published.nodes.remove(&id);
                     } else {
                         let report = reports()[which].clone();
                         connected.insert(id, report.clone());
-                        published.take(compiler.apply(join(id, report)));
+                        published.apply(compiler.apply(join(id, report)));
                     }
                 }
             }
@@ -362,7 +364,7 @@ proptest! {
             prop_assert_eq!(published.stores.len(), fresh.counts().views);
         }
         let left = connected.into_keys().collect();
-        published.take(compiler.apply(Change { left, ..Change::default() }));
+        published.apply(compiler.apply(Change { left, ..Change::default() }));
         prop_assert_eq!((compiler.counts(), published.stores.len()), (Counts::default(), 0));
     }
 }

@@ -20,18 +20,18 @@ use vmesh_catalog::World;
 use vmesh_model::{NodeName, ServiceName};
 
 use crate::control::{self, Control};
-use crate::discovery::Refused;
+use crate::discovery::ActionError;
 use crate::streamed;
 
-type Shared = State<Arc<Control>>;
+type ControlState = State<Arc<Control>>;
 
 /// Returns the routes that any local user may request.
 pub(crate) fn read_only(control: Arc<Control>, registry: Arc<Registry>) -> Router {
     let mut routes = routes(registry)
-        .route("/api/v1/nodes", get(nodes).delete(async || only_reads()))
-        .route("/api/v1/nodes/{name}", delete(async || only_reads()));
+        .route("/api/v1/nodes", get(nodes).delete(async || read_only_error()))
+        .route("/api/v1/nodes/{name}", delete(async || read_only_error()));
     for what in ["accept", "evict", "admit", "freeze", "thaw"] {
-        routes = routes.route(&format!("/api/v1/discovery/{what}"), post(async || only_reads()));
+        routes = routes.route(&format!("/api/v1/discovery/{what}"), post(async || read_only_error()));
     }
     routes.with_state(control)
 }
@@ -64,10 +64,10 @@ fn routes(registry: Arc<Registry>) -> Router<Arc<Control>> {
         .route("/api/v1/discovery", get(discovery))
         .route("/api/v1/discovery/events", get(events))
         .fallback(async || failure(StatusCode::NOT_FOUND, "there is nothing at this path; see docs/api.md"))
-        .method_not_allowed_fallback(async || only_reads())
+        .method_not_allowed_fallback(async || read_only_error())
 }
 
-fn only_reads() -> Response {
+fn read_only_error() -> Response {
     let why = "this cannot be done here: the API over TCP only reads, the Unix socket (`listen.api_socket`) also changes";
     failure(StatusCode::METHOD_NOT_ALLOWED, why)
 }
@@ -78,7 +78,7 @@ fn failure(status: StatusCode, error: impl Into<String>) -> Response {
 
 /// Answers whether the control plane is ready: every source has answered, or has failed and its last good
 /// state was on disk.
-async fn readyz(State(control): Shared) -> Response {
+async fn readyz(State(control): ControlState) -> Response {
     let waiting = control.waiting_for();
     if waiting.is_empty() {
         return "ready\n".into_response();
@@ -86,9 +86,9 @@ async fn readyz(State(control): Shared) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for {}\n", waiting.join(", "))).into_response()
 }
 
-async fn services(State(control): Shared) -> Response {
+async fn services(State(control): ControlState) -> Response {
     let world = control.world();
-    let names: Vec<ServiceName> = world.known().cloned().collect();
+    let names: Vec<ServiceName> = world.service_names().cloned().collect();
     streamed::list("services", names.into_iter().map(move |name| service(&world, &name)))
 }
 
@@ -103,25 +103,25 @@ fn service(world: &World, name: &ServiceName) -> Service {
     }
 }
 
-async fn nodes(State(control): Shared) -> Response {
+async fn nodes(State(control): ControlState) -> Response {
     let nodes = control.nodes().into_iter();
-    streamed::list("nodes", nodes.map(|(report, standing)| control::node(&report, standing)))
+    streamed::list("nodes", nodes.map(|(report, status)| control::node(&report, status)))
 }
 
-async fn problems(State(control): Shared) -> Response {
+async fn problems(State(control): ControlState) -> Response {
     let problems = control.problems().into_iter();
     streamed::list("problems", problems.map(|problem| ListedProblem::from(&problem)))
 }
 
-async fn revision(State(control): Shared) -> Json<Revision> {
+async fn revision(State(control): ControlState) -> Json<Revision> {
     Json(control.revision())
 }
 
-async fn status(State(control): Shared) -> Json<Status> {
+async fn status(State(control): ControlState) -> Json<Status> {
     Json(control.status())
 }
 
-async fn explain(State(control): Shared, Query(asked): Query<BTreeMap<String, String>>) -> Response {
+async fn explain(State(control): ControlState, Query(asked): Query<BTreeMap<String, String>>) -> Response {
     let (Some(service), Some(from)) = (asked.get("service"), asked.get("from")) else {
         return failure(StatusCode::BAD_REQUEST, "ask with `?service=SERVICE&from=NODE`");
     };
@@ -140,7 +140,7 @@ async fn explain(State(control): Shared, Query(asked): Query<BTreeMap<String, St
 }
 
 /// Answers with the resources of a node, in the notation of Envoy's `/config_dump`.
-async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn config(State(control): ControlState, Path(name): Path<String>) -> Response {
     let Some(snapshot) = name.parse().ok().and_then(|name: NodeName| control.snapshot(&name)) else {
         return failure(
             StatusCode::NOT_FOUND,
@@ -150,66 +150,72 @@ async fn config(State(control): Shared, Path(name): Path<String>) -> Response {
     streamed::config(snapshot)
 }
 
-async fn discovery(State(control): Shared) -> Json<Discovery> {
-    Json(control.desk.show())
+async fn discovery(State(control): ControlState) -> Json<Discovery> {
+    Json(control.actions.show())
 }
 
-async fn events(State(control): Shared) -> Json<Events> {
-    Json(Events { events: control.desk.events() })
+async fn events(State(control): ControlState) -> Json<Events> {
+    Json(Events { events: control.actions.events() })
 }
 
-async fn accept(State(control): Shared, body: Bytes) -> Response {
-    match asked::<AcceptRequest>(&body) {
-        Ok(AcceptRequest { source, service }) => done(control.desk.accept(&source, service).await),
+async fn accept(State(control): ControlState, body: Bytes) -> Response {
+    match parse_body::<AcceptRequest>(&body) {
+        Ok(AcceptRequest { source, service }) => {
+            answer_action(control.actions.accept(&source, service).await)
+        }
         Err(wrong) => *wrong,
     }
 }
 
-async fn evict(State(control): Shared, body: Bytes) -> Response {
-    match asked::<EndpointRequest>(&body) {
-        Ok(EndpointRequest { service, address }) => done(control.desk.evict(&service, address).await),
+async fn evict(State(control): ControlState, body: Bytes) -> Response {
+    match parse_body::<EndpointRequest>(&body) {
+        Ok(EndpointRequest { service, address }) => {
+            answer_action(control.actions.evict(&service, address).await)
+        }
         Err(wrong) => *wrong,
     }
 }
 
-async fn admit(State(control): Shared, body: Bytes) -> Response {
-    match asked::<EndpointRequest>(&body) {
-        Ok(EndpointRequest { service, address }) => done(control.desk.admit(&service, address).await),
+async fn admit(State(control): ControlState, body: Bytes) -> Response {
+    match parse_body::<EndpointRequest>(&body) {
+        Ok(EndpointRequest { service, address }) => {
+            answer_action(control.actions.admit(&service, address).await)
+        }
         Err(wrong) => *wrong,
     }
 }
 
-async fn freeze(State(control): Shared, body: Bytes) -> Response {
-    match asked::<SourceSelector>(&body) {
-        Ok(SourceSelector { source }) => done(control.desk.freeze(source.as_deref()).await),
+async fn freeze(State(control): ControlState, body: Bytes) -> Response {
+    match parse_body::<SourceSelector>(&body) {
+        Ok(SourceSelector { source }) => answer_action(control.actions.freeze(source.as_deref()).await),
         Err(wrong) => *wrong,
     }
 }
 
-async fn thaw(State(control): Shared, body: Bytes) -> Response {
-    match asked::<SourceSelector>(&body) {
-        Ok(SourceSelector { source }) => done(control.desk.thaw(source.as_deref()).await),
+async fn thaw(State(control): ControlState, body: Bytes) -> Response {
+    match parse_body::<SourceSelector>(&body) {
+        Ok(SourceSelector { source }) => answer_action(control.actions.thaw(source.as_deref()).await),
         Err(wrong) => *wrong,
     }
 }
 
 /// Parses the body of a request, or returns the response that describes its error.
-fn asked<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
+fn parse_body<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
     serde_json::from_slice(body).map_err(|error| {
         let why = format!("the body is not what is asked for here: {error}; see docs/api.md");
         Box::new(failure(StatusCode::BAD_REQUEST, why))
     })
 }
 
-fn done(outcome: Result<String, Refused>) -> Response {
+fn answer_action(outcome: Result<String, ActionError>) -> Response {
     match outcome {
         Ok(done) => Json(ActionResult { done }).into_response(),
-        Err(refused @ Refused::Unknown(_)) => failure(StatusCode::NOT_FOUND, refused.to_string()),
-        Err(refused @ Refused::Conflict(_)) => failure(StatusCode::CONFLICT, refused.to_string()),
+        Err(error @ ActionError::Unknown(_)) => failure(StatusCode::NOT_FOUND, error.to_string()),
+        Err(error @ ActionError::Conflict(_)) => failure(StatusCode::CONFLICT, error.to_string()),
     }
 }
 
-async fn forget(State(control): Shared, Path(name): Path<String>) -> Response {
+async fn forget(State(control): ControlState, Path(name): Path<String>) -> Response {
     let Ok(name) = name.parse::<NodeName>() else {
         return failure(
             StatusCode::NOT_FOUND,
@@ -222,7 +228,10 @@ async fn forget(State(control): Shared, Path(name): Path<String>) -> Response {
     }
 }
 
-async fn forget_offline(State(control): Shared, Query(asked): Query<BTreeMap<String, String>>) -> Response {
+async fn forget_offline(
+    State(control): ControlState,
+    Query(asked): Query<BTreeMap<String, String>>,
+) -> Response {
     let Some(longer) = asked.get("offline_for") else {
         return failure(StatusCode::BAD_REQUEST, "say which nodes: `?offline_for=1h`");
     };

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde_json::{Map, Number, Value};
-use vmesh_model::node::{Capture, Client, Upstream, Upstreams, Workload};
+use vmesh_model::node::{Client, NodeCapture, Upstream, Upstreams, Workload};
 use vmesh_model::{Labels, NodeName, NodeReport, ServiceName};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
@@ -16,7 +16,7 @@ use vmesh_text as text;
 
 /// The reason why a client's `node` was rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum BadClaim {
+pub(crate) enum InvalidClaim {
     #[error("the xDS request's node.id: {0}")]
     Name(vmesh_model::name::InvalidName),
     #[error("node `{node}`: node.metadata.vmesh.{field}: {why}")]
@@ -48,9 +48,9 @@ fn check_number(number: usize, most: usize) -> Result<(), String> {
 }
 
 /// Reads and checks the report of a client.
-pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
-    let name: NodeName = node.id.parse().map_err(BadClaim::Name)?;
-    let wrong = |field, why| BadClaim::Field { node: name.clone(), field, why };
+pub(crate) fn read(node: &Node) -> Result<NodeReport, InvalidClaim> {
+    let name: NodeName = node.id.parse().map_err(InvalidClaim::Name)?;
+    let wrong = |field, why| InvalidClaim::Field { node: name.clone(), field, why };
     let metadata = node.metadata.as_ref().and_then(|metadata| metadata.fields.get("vmesh")).map(json);
     let mut claim = match metadata {
         None => Map::new(),
@@ -64,7 +64,7 @@ pub(crate) fn read(node: &Node) -> Result<NodeReport, BadClaim> {
     let address: Option<IpAddr> = parse(take("address")).map_err(|why| wrong("address", why))?;
     let labels: Option<Labels> = parse(take("labels")).map_err(|why| wrong("labels", why))?;
     let workloads: Option<Vec<Workload>> = parse(take("workloads")).map_err(|why| wrong("workloads", why))?;
-    let capture: Option<Capture> = parse(take("capture")).map_err(|why| wrong("capture", why))?;
+    let capture: Option<NodeCapture> = parse(take("capture")).map_err(|why| wrong("capture", why))?;
     let upstreams = upstreams(take("upstreams")).map_err(|why| wrong("upstreams", why))?;
     check_number(labels.as_ref().map_or(0, Labels::len), LABELS_MAX).map_err(|why| wrong("labels", why))?;
     for (name, value) in labels.iter().flatten() {
@@ -141,7 +141,7 @@ fn object(value: &Struct) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmesh_model::node::{Inward, Outward};
+    use vmesh_model::node::{InboundCapture, OutboundCapture};
     use vmesh_proto::google::protobuf::ListValue;
 
     fn proto(value: &Value) -> ProtoValue {
@@ -184,17 +184,20 @@ mod tests {
     fn what_a_node_captures_is_read_and_what_is_left_out_is_not_captured() {
         let capture =
             |said| claim("web-1", serde_json::json!({ "capture": said })).map(|report| report.capture);
-        let both =
-            Capture { outbound: Some(Outward::Addresses), inbound: Some(Inward::Tproxy), without_ipv6: true };
+        let both = NodeCapture {
+            outbound: Some(OutboundCapture::Addresses),
+            inbound: Some(InboundCapture::Tproxy),
+            without_ipv6: true,
+        };
         assert_eq!(
             capture(serde_json::json!({"outbound": "addresses", "inbound": "tproxy", "without_ipv6": true})),
             Ok(both)
         );
         assert_eq!(
             capture(serde_json::json!({"outbound": null, "of_a_newer_agent": 1})),
-            Ok(Capture::default())
+            Ok(NodeCapture::default())
         );
-        assert_eq!(claim("web-1", serde_json::json!({})).unwrap().capture, Capture::default());
+        assert_eq!(claim("web-1", serde_json::json!({})).unwrap().capture, NodeCapture::default());
         let wrong = capture(serde_json::json!({"outbound": "everything"})).unwrap_err();
         assert!(wrong.contains("vmesh.capture: unknown variant `everything`, expected one of"), "{wrong}");
     }

@@ -19,7 +19,7 @@ use vmesh_compile::{Change, Compiler, Configuration, NodeId, Update};
 use vmesh_xds::server::{FeedControl, Hub, Publication};
 
 use crate::fleet::Fleet;
-use crate::worlds::Published;
+use crate::worlds::PublishedWorld;
 
 /// The immutable result of the compiler task, for the API, metrics and ACKs.
 #[derive(Clone)]
@@ -31,7 +31,7 @@ pub(crate) struct Compilation {
     pub(crate) published_at: RedBlackTreeMapSync<Arc<str>, (u64, Instant)>,
     /// The time when the compiler last began with a world that changed any node's resources.
     pub(crate) changed_at: SystemTime,
-    pub(crate) past: Past,
+    pub(crate) past: PastWorlds,
 }
 
 impl Compilation {
@@ -41,7 +41,7 @@ impl Compilation {
             configuration: Configuration::of(world),
             published_at: RedBlackTreeMapSync::new_sync(),
             changed_at: SystemTime::UNIX_EPOCH,
-            past: Past::default(),
+            past: PastWorlds::default(),
         }
     }
 
@@ -53,7 +53,7 @@ impl Compilation {
 /// The latest worlds before each change of documents, the oldest first. A world and a node's report together
 /// yield the configuration that the node had.
 #[derive(Clone, Default)]
-pub(crate) struct Past(Arc<VecDeque<PastWorld>>);
+pub(crate) struct PastWorlds(Arc<VecDeque<PastWorld>>);
 
 /// A world that was replaced by one with other documents.
 #[derive(Clone)]
@@ -62,14 +62,14 @@ pub(crate) struct PastWorld {
     pub(crate) replaced_at: SystemTime,
 }
 
-impl Past {
+impl PastWorlds {
     /// The number of past worlds. Consecutive worlds share their unchanged parts.
     const MAX: usize = 16;
 
     fn push(&mut self, world: Arc<World>, replaced_at: SystemTime) {
         let past = Arc::make_mut(&mut self.0);
         past.push_back(PastWorld { world, replaced_at });
-        if past.len() > Past::MAX {
+        if past.len() > PastWorlds::MAX {
             past.pop_front();
         }
     }
@@ -82,7 +82,7 @@ impl Past {
 /// Compiles worlds and publishes the results, for as long as the future is polled.
 pub(crate) async fn run(
     fleet: Arc<Fleet>,
-    mut worlds: watch::Receiver<Published>,
+    mut worlds: watch::Receiver<PublishedWorld>,
     compiled: watch::Sender<Arc<Compilation>>,
     hub: Hub,
 ) {
@@ -148,7 +148,7 @@ fn publish(
     mut next: Compilation,
     compiled: &watch::Sender<Arc<Compilation>>,
 ) {
-    let Update { stores, nodes, gone } = update;
+    let Update { stores, nodes, removed_views } = update;
     let now = Instant::now();
     let mut publication = Publication::new();
     for (view, store) in stores {
@@ -160,12 +160,12 @@ fn publish(
             publication = publication.scope(feed, config.view.clone(), config.scope.clone());
         }
     }
-    gone.iter().for_each(|view| _ = next.published_at.remove_mut(view));
+    removed_views.iter().for_each(|view| _ = next.published_at.remove_mut(view));
     // The compilation is published before the stores, because the first ACK looks up the time of publication
     // in it.
     compiled.send_replace(Arc::new(next));
     hub.publish_all(publication);
-    gone.iter().for_each(|view| hub.forget(view));
+    removed_views.iter().for_each(|view| hub.forget(view));
 }
 
 #[cfg(test)]

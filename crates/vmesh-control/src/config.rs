@@ -192,9 +192,9 @@ impl Config {
             wrong("`discovery` names no source: without one there are no services".to_owned());
         }
         for (at, source) in config.discovery.iter().enumerate() {
-            let (name, part) = (source.name(), persist::part(&source.name()));
+            let (name, part) = (source.name(), persist::source_part(&source.name()));
             let earlier = config.discovery.iter().take(at).map(SourceConfig::name);
-            if let Some(other) = earlier.into_iter().find(|other| persist::part(other) == part) {
+            if let Some(other) = earlier.into_iter().find(|other| persist::source_part(other) == part) {
                 wrong(match other == name {
                     true => format!(
                         "two sources of discovery are called `{name}`: give one of them a `name` of its own"

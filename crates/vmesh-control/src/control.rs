@@ -13,23 +13,23 @@ use vmesh_model::{NodeName, NodeReport, Problem, ServiceName};
 use vmesh_xds::{Snapshot, State};
 
 use crate::compilation::Compilation;
-use crate::discovery::Desk;
-use crate::explain::{self, Standing};
-use crate::fleet::{Fleet, standing};
+use crate::discovery::OperatorActions;
+use crate::explain::{self, NodeStatus};
+use crate::fleet::{Fleet, node_status};
 use crate::metrics::Propagation;
-use crate::overrides::unix_now;
 use crate::persist::WriteStatus;
-use crate::worlds::{Published, Sources};
+use crate::time::unix_now;
+use crate::worlds::{PublishedWorld, Sources};
 
 /// The published values that the API shows, and the actions that it offers.
 pub(crate) struct Control {
     pub(crate) trust_domain: String,
     started: Instant,
-    published: watch::Receiver<Published>,
+    published: watch::Receiver<PublishedWorld>,
     compiled: watch::Receiver<Arc<Compilation>>,
     fleet: Arc<Fleet>,
     sources: Sources,
-    pub(crate) desk: Desk,
+    pub(crate) actions: OperatorActions,
     /// The result of the last write of the state directory.
     written: watch::Receiver<WriteStatus>,
 }
@@ -37,15 +37,15 @@ pub(crate) struct Control {
 impl Control {
     pub(crate) fn new(
         trust_domain: String,
-        published: watch::Receiver<Published>,
+        published: watch::Receiver<PublishedWorld>,
         compiled: watch::Receiver<Arc<Compilation>>,
         fleet: Arc<Fleet>,
         sources: Sources,
-        desk: Desk,
+        actions: OperatorActions,
         written: watch::Receiver<WriteStatus>,
     ) -> Control {
         let started = Instant::now();
-        Control { trust_domain, started, published, compiled, fleet, sources, desk, written }
+        Control { trust_domain, started, published, compiled, fleet, sources, actions, written }
     }
 
     /// Returns the latest compilation.
@@ -71,7 +71,7 @@ impl Control {
     }
 
     /// Returns every known node with its state.
-    pub(crate) fn nodes(&self) -> Vec<(Arc<NodeReport>, Standing)> {
+    pub(crate) fn nodes(&self) -> Vec<(Arc<NodeReport>, NodeStatus)> {
         let world = self.world();
         let mut known: BTreeMap<&NodeName, (Arc<NodeReport>, Vec<State>)> =
             world.nodes.iter().map(|(name, report)| (name, (report.clone(), Vec::new()))).collect();
@@ -84,10 +84,10 @@ impl Control {
         let offline = self.fleet.offline_since();
         let now = unix_now();
         let nodes = known.into_values().map(|(report, states)| {
-            let mut standing = standing(&states);
-            standing.offline_since = offline.get(&report.name).copied();
-            standing.offline_for = standing.offline_since.map(|since| now.saturating_sub(since));
-            (report, standing)
+            let mut status = node_status(&states);
+            status.offline_since = offline.get(&report.name).copied();
+            status.offline_for = status.offline_since.map(|since| now.saturating_sub(since));
+            (report, status)
         });
         nodes.collect()
     }
@@ -121,7 +121,7 @@ impl Control {
             ready: waiting_for.is_empty(),
             waiting_for,
             sources: self.sources(),
-            services: world.known().count(),
+            services: world.service_names().count(),
             endpoints: world.services.values().map(|service| service.endpoints.len()).sum(),
             documents: world.documents.len(),
             nodes: self.node_counts(),
@@ -136,7 +136,7 @@ impl Control {
             revision: past.world.revision.to_string(),
             generation: past.world.generation,
             until: past.replaced_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-            services: past.world.known().count(),
+            services: past.world.service_names().count(),
             documents: past.world.documents.len(),
         });
         Revision { revision: world.revision.to_string(), generation: world.generation, past: past.collect() }
@@ -181,7 +181,7 @@ impl Control {
             view = of_caller.cloned().unwrap_or(view);
         }
         let states: Vec<_> = connections.into_iter().map(|(_, _, state)| state).collect();
-        explain::explain(world, &view, &config, &report, service, standing(&states))
+        explain::explain(world, &view, &config, &report, service, node_status(&states))
     }
 
     /// Returns the resources that the node `name` receives; a node that is not connected is compiled for this
@@ -232,13 +232,13 @@ impl Control {
 }
 
 /// Returns the node as the API shows it.
-pub(crate) fn node(report: &NodeReport, standing: Standing) -> Node {
+pub(crate) fn node(report: &NodeReport, status: NodeStatus) -> Node {
     Node {
-        offline_seconds: standing.offline_for,
+        offline_seconds: status.offline_for,
         name: report.name.clone(),
-        connected: standing.state != NodeState::Offline,
-        state: standing.state,
-        reason: standing.reason,
+        connected: status.state != NodeState::Offline,
+        state: status.state,
+        reason: status.reason,
         client: report.client,
         address: report.address,
         zone: report.zone.clone(),

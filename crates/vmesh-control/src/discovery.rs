@@ -17,13 +17,14 @@ use vmesh_discovery::{Command, Counters, View};
 use vmesh_model::ServiceName;
 use vmesh_model::strict::did_you_mean;
 
-use crate::overrides::{Overrides, unix_now};
+use crate::overrides::Overrides;
 use crate::persist::PersistError;
-use crate::worlds::{Known, Sources};
+use crate::time::unix_now;
+use crate::worlds::{ConfiguredSource, Sources};
 
 /// The reason why an operator's action was not performed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Refused {
+pub(crate) enum ActionError {
     /// The source, service or endpoint does not exist.
     #[error("{0}")]
     Unknown(String),
@@ -33,23 +34,23 @@ pub(crate) enum Refused {
 
 /// The operator's actions on sources and endpoints, for the API.
 #[derive(Debug)]
-pub(crate) struct Desk {
+pub(crate) struct OperatorActions {
     sources: Sources,
     overrides: Arc<Overrides>,
     /// The `vmeshctl` command line up to the action, with the socket on which the API accepts changes.
     ctl: String,
 }
 
-impl Desk {
+impl OperatorActions {
     /// Creates the actions. `socket` is the path of the API socket.
-    pub(crate) fn new(sources: Sources, overrides: Arc<Overrides>, socket: &Path) -> Desk {
+    pub(crate) fn new(sources: Sources, overrides: Arc<Overrides>, socket: &Path) -> OperatorActions {
         let socket = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
-        let ctl = format!("vmeshctl --api {} discovery", word(&format!("unix:{}", socket.display())));
-        Desk { sources, overrides, ctl }
+        let ctl = format!("vmeshctl --api {} discovery", shell_word(&format!("unix:{}", socket.display())));
+        OperatorActions { sources, overrides, ctl }
     }
 
     pub(crate) fn show(&self) -> Discovery {
-        let evicted = self.overrides.kept().evicted;
+        let evicted = self.overrides.current().evicted;
         let evicted = evicted.all().map(|guard::Eviction { service, address, since }| EvictedEndpoint {
             command: format!("{} admit {service} {address}", self.ctl),
             age_seconds: unix_now().saturating_sub(since),
@@ -62,11 +63,11 @@ impl Desk {
         }
     }
 
-    fn source(&self, known: &Known) -> DiscoverySource {
+    fn source(&self, known: &ConfiguredSource) -> DiscoverySource {
         let (view, counters) = (known.view(), &known.handle.counters);
-        let (state, because) = standing(&view);
+        let (state, because) = source_state(&view);
         let answered = counters.answered();
-        let name = word(known.name());
+        let name = shell_word(known.name());
         let services = view.last_good.iter().flat_map(|last_good| last_good.services.values());
         DiscoverySource {
             state,
@@ -81,8 +82,8 @@ impl Desk {
             missing: counters.missing.load(Relaxed),
             held: view.held.iter().map(|held| self.held(&name, held)).collect(),
             unresolved: view.unresolved.count,
-            unresolved_names: view.unresolved.first.iter().map(unresolved).collect(),
-            counters: counted(counters),
+            unresolved_names: view.unresolved.first.iter().map(api_unresolved_name).collect(),
+            counters: source_counters(counters),
             name: known.name().clone(),
         }
     }
@@ -111,7 +112,7 @@ impl Desk {
     pub(crate) fn events(&self) -> Vec<Event> {
         let of = |source: Option<&Arc<str>>, events: &Events| {
             let source = source.cloned();
-            events.all().into_iter().map(move |event| (event.at, shown(source.clone(), event)))
+            events.all().into_iter().map(move |event| (event.at, api_event(source.clone(), event)))
         };
         let own = of(None, &self.overrides.events);
         let sources =
@@ -121,24 +122,28 @@ impl Desk {
         all.into_iter().map(|(_, event)| event).collect()
     }
 
-    fn the(&self, source: &str) -> Result<&Known, Refused> {
+    fn find_source(&self, source: &str) -> Result<&ConfiguredSource, ActionError> {
         let all = self.sources.all();
         if let Some(known) = all.iter().find(|known| **known.name() == *source) {
             return Ok(known);
         }
         let names: Vec<_> = all.iter().map(|known| &**known.name()).collect();
-        Err(Refused::Unknown(match did_you_mean(source, names.iter().copied()) {
+        Err(ActionError::Unknown(match did_you_mean(source, names.iter().copied()) {
             Some(meant) => format!("there is no discovery source `{source}`: did you mean `{meant}`?"),
             None => format!("there is no discovery source `{source}`: there is {}", quoted(&names)),
         }))
     }
 
     /// Accepts the held removals of `service` from a source, or all of them.
-    pub(crate) async fn accept(&self, source: &str, service: Option<ServiceName>) -> Result<String, Refused> {
-        let known = self.the(source)?;
+    pub(crate) async fn accept(
+        &self,
+        source: &str,
+        service: Option<ServiceName>,
+    ) -> Result<String, ActionError> {
+        let known = self.find_source(source)?;
         let (done, answer) = oneshot::channel();
-        tell(known, Command::Accept { service: service.clone(), done }).await?;
-        match heard(known, answer.await)? {
+        send_command(known, Command::Accept { service: service.clone(), done }).await?;
+        match received(known, answer.await)? {
             Ok(accepted) => {
                 let names: Vec<_> = accepted.iter().map(ServiceName::as_str).collect();
                 Ok(match names.as_slice() {
@@ -146,106 +151,118 @@ impl Desk {
                     names => format!("what `{source}` says of {} is believed", quoted(names)),
                 })
             }
-            Err(AcceptError::NothingHeld) => Err(Refused::Unknown(match service {
+            Err(AcceptError::NothingHeld) => Err(ActionError::Unknown(match service {
                 Some(service) => {
                     format!("nothing of `{service}` is held of `{source}`: `vmeshctl discovery` says what is")
                 }
                 None => format!("nothing of `{source}` is held"),
             })),
-            Err(AcceptError::Frozen) => Err(Refused::Conflict(format!(
+            Err(AcceptError::Frozen) => Err(ActionError::Conflict(format!(
                 "`{source}` is frozen, and nothing of it is taken: thaw it first, with `{} thaw {}`",
                 self.ctl,
-                word(source)
+                shell_word(source)
             ))),
         }
     }
 
     /// Freezes a source, or all: none of its changes is applied.
-    pub(crate) async fn freeze(&self, source: Option<&str>) -> Result<String, Refused> {
+    pub(crate) async fn freeze(&self, source: Option<&str>) -> Result<String, ActionError> {
         let mut said = Vec::new();
-        for known in self.which(source)? {
+        for known in self.select_sources(source)? {
             let name = known.name();
             // The override is changed first, so that a process that crashes here restarts with the source
             // frozen.
             let since = unix_now();
-            self.overrides.change(|kept| {
-                let is_news = !kept.frozen.contains_key(name);
-                kept.frozen.entry(name.clone()).or_insert(since);
-                is_news
+            self.overrides.change(|saved| {
+                let is_change = !saved.frozen.contains_key(name);
+                saved.frozen.entry(name.clone()).or_insert(since);
+                is_change
             });
             let (done, answer) = oneshot::channel();
-            tell(known, Command::Freeze { since: UNIX_EPOCH + Duration::from_secs(since), done }).await?;
-            let is_news = heard(known, answer.await)?;
-            said.push(match is_news {
+            send_command(known, Command::Freeze { since: UNIX_EPOCH + Duration::from_secs(since), done })
+                .await?;
+            let is_change = received(known, answer.await)?;
+            said.push(match is_change {
                 true => format!("`{name}` is frozen: no change of it is taken"),
                 false => format!("`{name}` was frozen already"),
             });
-            if let (true, Some(last_good)) = (is_news, known.view().last_good)
+            if let (true, Some(last_good)) = (is_change, known.view().last_good)
                 && let Err(error) = self.overrides.save_frozen(name, last_good).await
             {
-                said.push(not_kept(&error));
+                said.push(describe_save_error(&error));
             }
         }
-        Ok(self.kept(said).await)
+        Ok(self.save_overrides(said).await)
     }
 
     /// Thaws a source, or all: its changes are applied again.
-    pub(crate) async fn thaw(&self, source: Option<&str>) -> Result<String, Refused> {
+    pub(crate) async fn thaw(&self, source: Option<&str>) -> Result<String, ActionError> {
         let mut said = Vec::new();
-        for known in self.which(source)? {
+        for known in self.select_sources(source)? {
             let name = known.name();
-            self.overrides.change(|kept| kept.frozen.remove(name).is_some());
+            self.overrides.change(|saved| saved.frozen.remove(name).is_some());
             let (done, answer) = oneshot::channel();
-            tell(known, Command::Thaw { done }).await?;
-            said.push(match heard(known, answer.await)? {
+            send_command(known, Command::Thaw { done }).await?;
+            said.push(match received(known, answer.await)? {
                 true => format!("`{name}` is thawed: its changes are taken, and guarded as ever"),
                 false => format!("`{name}` was not frozen"),
             });
         }
-        Ok(self.kept(said).await)
+        Ok(self.save_overrides(said).await)
     }
 
-    fn which(&self, source: Option<&str>) -> Result<Vec<&Known>, Refused> {
+    fn select_sources(&self, source: Option<&str>) -> Result<Vec<&ConfiguredSource>, ActionError> {
         match source {
-            Some(source) => Ok(vec![self.the(source)?]),
+            Some(source) => Ok(vec![self.find_source(source)?]),
             None => Ok(self.sources.all().iter().collect()),
         }
     }
 
     /// Evicts an endpoint: it is no longer used, whichever source lists it.
-    pub(crate) async fn evict(&self, service: &ServiceName, address: SocketAddr) -> Result<String, Refused> {
-        let is_evicted = self.overrides.kept().evicted.contains(service, &address);
-        if !is_evicted && !self.sources.names(service, &address) {
-            return Err(Refused::Unknown(self.not_named(service, address)));
+    pub(crate) async fn evict(
+        &self,
+        service: &ServiceName,
+        address: SocketAddr,
+    ) -> Result<String, ActionError> {
+        let is_evicted = self.overrides.current().evicted.contains(service, &address);
+        if !is_evicted && !self.sources.contains_endpoint(service, &address) {
+            return Err(ActionError::Unknown(self.describe_unknown_endpoint(service, address)));
         }
-        let is_news = self.overrides.change(|kept| kept.evicted.evict(service.clone(), address, unix_now()));
-        if !is_news {
-            return Ok(self.kept(vec![format!("{address} of `{service}` was evicted already")]).await);
+        let is_change =
+            self.overrides.change(|saved| saved.evicted.evict(service.clone(), address, unix_now()));
+        if !is_change {
+            return Ok(self
+                .save_overrides(vec![format!("{address} of `{service}` was evicted already")])
+                .await);
         }
         let evicted = guard::Eviction { service: service.clone(), address, since: unix_now() };
-        self.overrides.tell(NoticeKind::Evicted, &evicted, "it is not used, by the operator's word");
-        let left = match self.endpoints_left(service) {
+        self.overrides.record(NoticeKind::Evicted, &evicted, "it is not used, by the operator's word");
+        let left = match self.count_remaining_endpoints(service) {
             0 => "; it was the last, and requests to the service fail now",
             _ => "",
         };
-        Ok(self.kept(vec![format!("{address} of `{service}` is not used any more{left}")]).await)
+        Ok(self.save_overrides(vec![format!("{address} of `{service}` is not used any more{left}")]).await)
     }
 
     /// Admits an evicted endpoint: it is used again.
-    pub(crate) async fn admit(&self, service: &ServiceName, address: SocketAddr) -> Result<String, Refused> {
-        if !self.overrides.change(|kept| kept.evicted.admit(service, &address)) {
-            return Err(Refused::Unknown(format!(
+    pub(crate) async fn admit(
+        &self,
+        service: &ServiceName,
+        address: SocketAddr,
+    ) -> Result<String, ActionError> {
+        if !self.overrides.change(|saved| saved.evicted.admit(service, &address)) {
+            return Err(ActionError::Unknown(format!(
                 "{address} of `{service}` is not evicted: `vmeshctl discovery` lists what is"
             )));
         }
         let evicted = guard::Eviction { service: service.clone(), address, since: unix_now() };
-        self.overrides.tell(NoticeKind::Admitted, &evicted, "it is used again, by the operator's word");
-        Ok(self.kept(vec![format!("{address} of `{service}` is used again")]).await)
+        self.overrides.record(NoticeKind::Admitted, &evicted, "it is used again, by the operator's word");
+        Ok(self.save_overrides(vec![format!("{address} of `{service}` is used again")]).await)
     }
 
-    fn endpoints_left(&self, service: &ServiceName) -> usize {
-        let evicted = self.overrides.kept().evicted;
-        let views = self.sources.all().iter().map(Known::view);
+    fn count_remaining_endpoints(&self, service: &ServiceName) -> usize {
+        let evicted = self.overrides.current().evicted;
+        let views = self.sources.all().iter().map(ConfiguredSource::view);
         let registrations = views.filter_map(|view| {
             let last_good = view.last_good?;
             last_good.services.get(service).map(|seen| seen.registration.clone())
@@ -254,7 +271,7 @@ impl Desk {
         left.sum()
     }
 
-    fn not_named(&self, service: &ServiceName, address: SocketAddr) -> String {
+    fn describe_unknown_endpoint(&self, service: &ServiceName, address: SocketAddr) -> String {
         let views: Vec<_> = self.sources.all().iter().filter_map(|known| known.view().last_good).collect();
         let mut names = views.iter().flat_map(|view| view.services.keys());
         if names.clone().any(|name| name == service) {
@@ -269,34 +286,37 @@ impl Desk {
     }
 
     /// Saves the overrides. Returns the messages in `said`, and a warning if saving failed.
-    async fn kept(&self, mut said: Vec<String>) -> String {
+    async fn save_overrides(&self, mut said: Vec<String>) -> String {
         if let Err(error) = self.overrides.save().await {
-            said.push(not_kept(&error));
+            said.push(describe_save_error(&error));
         }
         said.join("\n")
     }
 }
 
-fn not_kept(error: &PersistError) -> String {
+fn describe_save_error(error: &PersistError) -> String {
     let error = vmesh_daemon::report::one_line(error);
     tracing::error!("{error}");
     format!("but a restart of the control plane forgets that: {error}")
 }
 
-async fn tell(known: &Known, command: Command) -> Result<(), Refused> {
-    known.handle.commands.send(command).await.map_err(|_| ended(known))
+async fn send_command(known: &ConfiguredSource, command: Command) -> Result<(), ActionError> {
+    known.handle.commands.send(command).await.map_err(|_| source_ended(known))
 }
 
-fn heard<T>(known: &Known, answer: Result<T, oneshot::error::RecvError>) -> Result<T, Refused> {
-    answer.map_err(|_| ended(known))
+fn received<T>(
+    known: &ConfiguredSource,
+    answer: Result<T, oneshot::error::RecvError>,
+) -> Result<T, ActionError> {
+    answer.map_err(|_| source_ended(known))
 }
 
 /// Returns the error for a source whose task ended, which happens only while the process stops.
-fn ended(known: &Known) -> Refused {
-    Refused::Conflict(format!("discovery source `{}` is not followed any more", known.name()))
+fn source_ended(known: &ConfiguredSource) -> ActionError {
+    ActionError::Conflict(format!("discovery source `{}` is not followed any more", known.name()))
 }
 
-fn standing(view: &View) -> (SourceState, Option<Arc<str>>) {
+fn source_state(view: &View) -> (SourceState, Option<Arc<str>>) {
     let frozen = view.frozen.map(|_| {
         let services = view.last_good.iter().flat_map(|last_good| last_good.services.values());
         let differ = services.filter(|seen| seen.state == vmesh_model::State::Held).count();
@@ -329,7 +349,7 @@ fn standing(view: &View) -> (SourceState, Option<Arc<str>>) {
     }
 }
 
-fn unresolved(name: &vmesh_discovery::UnresolvedName) -> UnresolvedName {
+fn api_unresolved_name(name: &vmesh_discovery::UnresolvedName) -> UnresolvedName {
     UnresolvedName {
         name: name.name.clone(),
         age_seconds: name.since.elapsed().as_secs(),
@@ -338,7 +358,7 @@ fn unresolved(name: &vmesh_discovery::UnresolvedName) -> UnresolvedName {
     }
 }
 
-fn counted(counters: &Counters) -> SourceCounters {
+fn source_counters(counters: &Counters) -> SourceCounters {
     let by_kind = |counts: &HoldCounts| counts.all().map(|(kind, n)| (kind.as_str().into(), n)).collect();
     SourceCounters {
         reads: counters.reads.load(Relaxed),
@@ -353,7 +373,7 @@ fn counted(counters: &Counters) -> SourceCounters {
     }
 }
 
-fn shown(source: Option<Arc<str>>, event: vmesh_discovery::source::Event) -> Event {
+fn api_event(source: Option<Arc<str>>, event: vmesh_discovery::source::Event) -> Event {
     let at = unix(event.at);
     Event {
         at_millis: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
@@ -379,7 +399,7 @@ fn quoted(names: &[&str]) -> String {
 }
 
 /// Quotes `text` as one word of a shell command.
-fn word(text: &str) -> String {
+fn shell_word(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._:-/@%+=,".contains(c);
     match !text.is_empty() && text.chars().all(is_plain) {
         true => text.to_owned(),
@@ -393,9 +413,9 @@ mod tests {
 
     #[test]
     fn a_command_survives_the_shell() {
-        assert_eq!(word("file:/etc/vmesh/services.d"), "file:/etc/vmesh/services.d");
-        assert_eq!(word("file:my services"), "'file:my services'");
-        assert_eq!(word("it's"), r"'it'\''s'");
-        assert_eq!(word(""), "''");
+        assert_eq!(shell_word("file:/etc/vmesh/services.d"), "file:/etc/vmesh/services.d");
+        assert_eq!(shell_word("file:my services"), "'file:my services'");
+        assert_eq!(shell_word("it's"), r"'it'\''s'");
+        assert_eq!(shell_word(""), "''");
     }
 }

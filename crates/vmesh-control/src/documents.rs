@@ -24,20 +24,20 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use vmesh_discovery::SourceConfig;
 use vmesh_discovery::file::privacy::redacted;
-use vmesh_model::load::{DocumentFile, Kept, Library, NOT_IN_FORCE};
+use vmesh_model::load::{DocumentFile, Library, NOT_IN_FORCE, SavedDocument};
 use vmesh_model::{Documents, Place, Problem};
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::worlds::until;
+use crate::time::wait_until;
 pub(crate) use consul::KvConfig;
 pub(crate) use zookeeper::TreeConfig;
 
 /// The timeout of the first read of a registry, after which the last good documents are served instead.
-const FIRST: Duration = Duration::from_secs(10);
+const FIRST_READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// The delay before documents are dropped if most of them vanished from a registry.
-const HOLD: Duration = Duration::from_secs(60);
+const LOSS_HOLD: Duration = Duration::from_secs(60);
 /// Below this number of documents, removing most of them is not considered an accident.
-const FEW: usize = 5;
+const MIN_DOCUMENTS_FOR_LOSS: usize = 5;
 
 /// The location of the documents.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -100,14 +100,14 @@ pub(crate) struct DocumentsView {
     pub(crate) hash: u64,
     pub(crate) problems: Arc<[Problem]>,
     /// The texts in force, saved for the next start.
-    pub(crate) kept: Arc<[Kept]>,
+    pub(crate) kept: Arc<[SavedDocument]>,
     /// The reason why the control plane is not ready: the documents were never read, and none were restored.
     pub(crate) waiting: Option<Arc<str>>,
 }
 
 /// The text of one document file or registry entry.
 #[derive(Debug)]
-struct Raw {
+struct DocumentText {
     /// The path shown in problems, and the key that identifies the text across reads:
     /// `/etc/vmesh/mesh.d/orders.yaml`.
     path: String,
@@ -117,62 +117,66 @@ struct Raw {
 }
 
 /// The location that is read.
-enum Shelf {
+enum DocumentSource {
     Nothing,
-    Dir(dir::Dir),
-    Consul(consul::Keys),
-    Zookeeper(zookeeper::Tree),
+    Dir(dir::DirectorySource),
+    Consul(consul::ConsulSource),
+    Zookeeper(zookeeper::ZookeeperSource),
 }
 
-impl Shelf {
-    fn new(config: Option<DocumentsConfig>, known: BTreeSet<String>) -> Shelf {
+impl DocumentSource {
+    fn new(config: Option<DocumentsConfig>, known: BTreeSet<String>) -> DocumentSource {
         match config {
-            None => Shelf::Nothing,
-            Some(DocumentsConfig::Dir(path)) => Shelf::Dir(dir::Dir::new(path)),
-            Some(DocumentsConfig::ConsulKv(config)) => Shelf::Consul(consul::Keys::new(config)),
-            Some(DocumentsConfig::Zookeeper(config)) => Shelf::Zookeeper(zookeeper::Tree::new(config, known)),
+            None => DocumentSource::Nothing,
+            Some(DocumentsConfig::Dir(path)) => DocumentSource::Dir(dir::DirectorySource::new(path)),
+            Some(DocumentsConfig::ConsulKv(config)) => {
+                DocumentSource::Consul(consul::ConsulSource::new(config))
+            }
+            Some(DocumentsConfig::Zookeeper(config)) => {
+                DocumentSource::Zookeeper(zookeeper::ZookeeperSource::new(config, known))
+            }
         }
     }
 
     /// Returns all texts when they may have changed; the first call returns at once. After an error the next
     /// call waits before it retries.
-    async fn next(&mut self) -> Result<Vec<Raw>, String> {
+    async fn next(&mut self) -> Result<Vec<DocumentText>, String> {
         match self {
-            Shelf::Nothing => std::future::pending().await,
-            Shelf::Dir(dir) => dir.next().await,
-            Shelf::Consul(keys) => keys.next().await,
-            Shelf::Zookeeper(tree) => tree.next().await,
+            DocumentSource::Nothing => std::future::pending().await,
+            DocumentSource::Dir(dir) => dir.next().await,
+            DocumentSource::Consul(keys) => keys.next().await,
+            DocumentSource::Zookeeper(tree) => tree.next().await,
         }
     }
 
     /// Reads all texts now, with the strongest consistency of the registry.
-    async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
+    async fn confirm(&mut self) -> Result<Vec<DocumentText>, String> {
         match self {
-            Shelf::Nothing => std::future::pending().await,
-            Shelf::Dir(dir) => dir.next().await,
-            Shelf::Consul(keys) => keys.confirm().await,
-            Shelf::Zookeeper(tree) => tree.confirm().await,
+            DocumentSource::Nothing => std::future::pending().await,
+            DocumentSource::Dir(dir) => dir.next().await,
+            DocumentSource::Consul(keys) => keys.confirm().await,
+            DocumentSource::Zookeeper(tree) => tree.confirm().await,
         }
     }
 
     /// Reports whether the location is a registry, which can lose its content. Files are edited on purpose.
     fn is_registry(&self) -> bool {
-        matches!(self, Shelf::Consul(_) | Shelf::Zookeeper(_))
+        matches!(self, DocumentSource::Consul(_) | DocumentSource::Zookeeper(_))
     }
 }
 
-/// Reads the documents for as long as it is polled. The owner calls [`read_once`](Follower::read_once) first,
-/// and then [`follow`](Follower::follow).
-pub(crate) struct Follower {
+/// Reads the documents for as long as it is polled. The owner calls [`read_once`](DocumentsFollower::read_once) first,
+/// and then [`follow`](DocumentsFollower::follow).
+pub(crate) struct DocumentsFollower {
     /// The name of the location in messages: the directory, or `consul-kv:vmesh/`.
     place: Arc<str>,
-    shelf: Shelf,
+    source: DocumentSource,
     library: Library,
-    seen: Option<u64>,
+    last_hash: Option<u64>,
     /// The paths of the texts in the last read that was accepted.
     paths: BTreeSet<String>,
     /// The time when the registry lost most documents.
-    few_since: Option<Instant>,
+    missing_since: Option<Instant>,
     /// The earliest time of the next read to confirm that they are missing.
     confirm_after: Option<Instant>,
     /// Problems may quote files that not every user of the host can read.
@@ -180,21 +184,21 @@ pub(crate) struct Follower {
     has_answered: bool,
 }
 
-impl Follower {
-    pub(crate) fn new(config: Option<DocumentsConfig>, kept: Vec<Kept>) -> Follower {
+impl DocumentsFollower {
+    pub(crate) fn new(config: Option<DocumentsConfig>, kept: Vec<SavedDocument>) -> DocumentsFollower {
         // Without a configured location there are no documents, even if some were saved.
         let kept = if config.is_some() { kept } else { Vec::new() };
         let place = config.as_ref().map_or_else(String::new, DocumentsConfig::to_string);
         let paths: BTreeSet<String> = kept.iter().map(|kept| kept.file.to_string()).collect();
-        let shelf = Shelf::new(config, paths.clone());
-        Follower {
+        let source = DocumentSource::new(config, paths.clone());
+        DocumentsFollower {
             place: place.into(),
-            has_answered: matches!(shelf, Shelf::Nothing) || !kept.is_empty(),
+            has_answered: matches!(source, DocumentSource::Nothing) || !kept.is_empty(),
             paths,
-            shelf,
+            source,
             library: Library::restored(kept),
-            seen: None,
-            few_since: None,
+            last_hash: None,
+            missing_since: None,
             confirm_after: None,
             quotes_private_files: false,
         }
@@ -202,12 +206,13 @@ impl Follower {
 
     /// Performs the initial read, so that the first published world contains the documents. If a registry does
     /// not answer in time, the restored documents are served, or nothing.
-    pub(crate) async fn read_once(mut self, views: &watch::Sender<DocumentsView>) -> Follower {
-        if let Shelf::Nothing = self.shelf {
+    pub(crate) async fn read_once(mut self, views: &watch::Sender<DocumentsView>) -> DocumentsFollower {
+        if let DocumentSource::Nothing = self.source {
             return self;
         }
-        let read = timeout(FIRST, self.shelf.next()).await;
-        let read = read.unwrap_or_else(|_| Err(format!("no answer within {} s", FIRST.as_secs())));
+        let read = timeout(FIRST_READ_TIMEOUT, self.source.next()).await;
+        let read =
+            read.unwrap_or_else(|_| Err(format!("no answer within {} s", FIRST_READ_TIMEOUT.as_secs())));
         self.publish(read, views);
         self
     }
@@ -216,78 +221,83 @@ impl Follower {
         loop {
             // A confirming read happens at most once per interval, whatever it returns.
             let confirm_at =
-                self.few_since.map(|since| (since + HOLD).max(self.confirm_after.unwrap_or(since)));
+                self.missing_since.map(|since| (since + LOSS_HOLD).max(self.confirm_after.unwrap_or(since)));
             let read = tokio::select! {
-                read = self.shelf.next() => read,
-                () = until(confirm_at) => self.confirm().await,
+                read = self.source.next() => read,
+                () = wait_until(confirm_at) => self.confirm().await,
             };
             self.publish(read, &views);
         }
     }
 
-    /// Reads the documents again with strong consistency, after most of them have been missing for [`HOLD`].
-    async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
-        self.confirm_after = Some(Instant::now() + HOLD);
-        match timeout(HOLD, self.shelf.confirm()).await {
+    /// Reads the documents again with strong consistency, after most of them have been missing for [`LOSS_HOLD`].
+    async fn confirm(&mut self) -> Result<Vec<DocumentText>, String> {
+        self.confirm_after = Some(Instant::now() + LOSS_HOLD);
+        match timeout(LOSS_HOLD, self.source.confirm()).await {
             Ok(Ok(files)) => {
-                self.believe(&files);
+                self.accept(&files);
                 Ok(files)
             }
             not_confirmed => {
                 // The documents must be missing for the whole interval again.
-                self.few_since = Some(Instant::now());
-                let slow = || Err(format!("no answer within {} s when they were read again", HOLD.as_secs()));
+                self.missing_since = Some(Instant::now());
+                let slow =
+                    || Err(format!("no answer within {} s when they were read again", LOSS_HOLD.as_secs()));
                 not_confirmed.unwrap_or_else(|_| slow())
             }
         }
     }
 
     /// Accepts that most documents were removed, after a confirming read.
-    fn believe(&mut self, files: &[Raw]) {
+    fn accept(&mut self, files: &[DocumentText]) {
         if !files.is_empty() {
             self.paths = files.iter().map(|file| file.path.clone()).collect();
-            self.few_since = None;
+            self.missing_since = None;
         }
     }
 
-    fn publish(&mut self, read: Result<Vec<Raw>, String>, views: &watch::Sender<DocumentsView>) {
-        let read = read.and_then(|files| self.judge(files, Instant::now()));
+    fn publish(&mut self, read: Result<Vec<DocumentText>, String>, views: &watch::Sender<DocumentsView>) {
+        let read = read.and_then(|files| self.check_for_loss(files, Instant::now()));
         let hash = hash(&read);
-        if self.seen == Some(hash) {
+        if self.last_hash == Some(hash) {
             return;
         }
-        self.seen = Some(hash);
-        views.send_replace(self.take(read));
+        self.last_hash = Some(hash);
+        views.send_replace(self.apply(read));
     }
 
     /// Decides whether to accept a read in which a registry has fewer documents than before.
-    fn judge(&mut self, files: Vec<Raw>, now: Instant) -> Result<Vec<Raw>, String> {
-        if self.shelf.is_registry() {
+    fn check_for_loss(
+        &mut self,
+        files: Vec<DocumentText>,
+        now: Instant,
+    ) -> Result<Vec<DocumentText>, String> {
+        if self.source.is_registry() {
             let left = files.iter().filter(|file| self.paths.contains(&file.path)).count();
             let had = self.paths.len();
             if files.is_empty() && had > 0 {
                 // Only a document ends this state; no timeout does.
-                self.few_since = None;
+                self.missing_since = None;
                 return Err(format!(
                     "there is none any more, where there were {had}, which looks like an accident; to mean it, leave one \
                      that has nothing but a comment in it"
                 ));
             }
-            if had >= FEW && left * 2 < had {
-                self.few_since.get_or_insert(now);
+            if had >= MIN_DOCUMENTS_FOR_LOSS && left * 2 < had {
+                self.missing_since.get_or_insert(now);
                 return Err(format!(
                     "{left} of {had} documents are left, which looks like an accident; that is believed when it is still \
                      so after {} s",
-                    HOLD.as_secs()
+                    LOSS_HOLD.as_secs()
                 ));
             }
         }
-        self.few_since = None;
+        self.missing_since = None;
         self.paths = files.iter().map(|file| file.path.clone()).collect();
         Ok(files)
     }
 
-    fn take(&mut self, files: Result<Vec<Raw>, String>) -> DocumentsView {
+    fn apply(&mut self, files: Result<Vec<DocumentText>, String>) -> DocumentsView {
         let mut waiting = None;
         let (documents, problems) = match &files {
             Ok(files) => {
@@ -333,7 +343,7 @@ impl Follower {
         for problem in &problems {
             tracing::warn!("{problem}");
         }
-        let kept: Arc<[Kept]> = self.library.last_good().into();
+        let kept: Arc<[SavedDocument]> = self.library.last_good().into();
         let mut hash = Xxh3Default::new();
         for kept in kept.iter() {
             hash.update(&(kept.text.len() as u64).to_le_bytes());
@@ -353,7 +363,7 @@ fn is_lost(problem: &Problem) -> bool {
 /// Returns the problems of the documents at `config`, for `--check`.
 pub(crate) async fn check(config: Option<DocumentsConfig>) -> Vec<Problem> {
     let (views, view) = watch::channel(DocumentsView::default());
-    let mut follower = Follower::new(config, Vec::new());
+    let mut follower = DocumentsFollower::new(config, Vec::new());
     // The operator who runs `--check` reads the files as their own user, so quoting private files reveals
     // nothing.
     follower.quotes_private_files = true;
@@ -361,7 +371,7 @@ pub(crate) async fn check(config: Option<DocumentsConfig>) -> Vec<Problem> {
     view.borrow().problems.to_vec()
 }
 
-fn hash(files: &Result<Vec<Raw>, String>) -> u64 {
+fn hash(files: &Result<Vec<DocumentText>, String>) -> u64 {
     let mut hash = Xxh3Default::new();
     let mut part = |bytes: &[u8]| {
         hash.update(&(bytes.len() as u64).to_le_bytes());
@@ -383,7 +393,7 @@ fn hash(files: &Result<Vec<Raw>, String>) -> u64 {
 }
 
 /// Rejects an empty value, which may be left by a failed write.
-fn not_empty(text: Vec<u8>) -> Result<Vec<u8>, String> {
+fn reject_empty(text: Vec<u8>) -> Result<Vec<u8>, String> {
     if text.is_empty() {
         Err("it is empty: if no document is meant, say so by a comment".to_owned())
     } else {

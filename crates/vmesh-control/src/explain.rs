@@ -8,22 +8,22 @@ use std::sync::Arc;
 
 use vmesh_api::{Cluster, Explanation, Hop, ListedProblem, NodeState, ServiceEndpoint, Setting};
 use vmesh_catalog::World;
-use vmesh_compile::effective::Effective;
+use vmesh_compile::effective::EffectiveSettings;
 use vmesh_compile::{CompiledView, NodeConfig, View};
-use vmesh_model::document::{self, Match, OnLoss, PathMatch, Placed, Retry, Rule, TextMatch};
+use vmesh_model::document::{self, Match, OnLoss, PathMatch, PlacedDocument, Retry, Rule, TextMatch};
 use vmesh_model::node::{Client, Upstreams};
 use vmesh_model::text::show_duration;
 use vmesh_model::{Endpoint, Health, NodeReport, ServiceName, Settings};
 
 /// The properties of a node that decide how it calls services.
 struct Caller<'a> {
-    documents: Vec<Arc<Placed<document::Node>>>,
+    documents: Vec<Arc<PlacedDocument<document::NodeDocument>>>,
     view: &'a View,
 }
 
 /// The xDS state of a node.
 #[derive(Debug, Clone)]
-pub(crate) struct Standing {
+pub(crate) struct NodeStatus {
     pub(crate) state: NodeState,
     pub(crate) reason: Option<String>,
     /// The Unix time, in seconds, since which the node has no stream, and the seconds that passed since then.
@@ -32,9 +32,9 @@ pub(crate) struct Standing {
 }
 
 /// The state of a node without a stream.
-impl Default for Standing {
+impl Default for NodeStatus {
     fn default() -> Self {
-        Standing { state: NodeState::Offline, reason: None, offline_since: None, offline_for: None }
+        NodeStatus { state: NodeState::Offline, reason: None, offline_since: None, offline_for: None }
     }
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn explain(
     config: &NodeConfig,
     report: &NodeReport,
     service: &ServiceName,
-    node: Standing,
+    node: NodeStatus,
 ) -> Result<Explanation, String> {
     let Some(compiled) = view.services.get(service) else {
         return Err(format!(
@@ -57,14 +57,15 @@ pub(crate) fn explain(
     let caller = Caller { documents: world.documents.nodes_for(report), view: &view.view };
     let shape = &compiled.shape;
     let declared = config.scope.contains(service.as_str());
-    let mut listeners = listeners(report, service, config.scope.own.resources().iter().map(|r| &**r.name()));
+    let mut listeners =
+        declared_listeners(report, service, config.scope.own.resources().iter().map(|r| &**r.name()));
     if declared {
         listeners.extend(compiled.virtual_addresses().iter().map(ToString::to_string));
     }
-    let routes = hops(world, service);
+    let routes = describe_routes(world, service);
     let names: BTreeSet<ServiceName> =
         std::iter::once(service.clone()).chain(shape.references.iter().cloned()).collect();
-    let clusters: Vec<_> = names.iter().flat_map(|name| clusters(world, name, &caller)).collect();
+    let clusters: Vec<_> = names.iter().flat_map(|name| describe_clusters(world, name, &caller)).collect();
     let usable = |health: Health| matches!(health, Health::Unknown | Health::Healthy);
     let endpoints = world.endpoints(service);
     let obstacle = if !declared {
@@ -105,14 +106,14 @@ pub(crate) fn explain(
         listeners,
         routes,
         clusters,
-        settings: settings(world, service, &caller, &shape.effective),
+        settings: describe_settings(world, service, &caller, &shape.effective),
         problems,
     })
 }
 
 /// Returns the addresses on which the node's Envoy listens for `service`: those declared, except rejected
 /// ones.
-fn listeners<'a>(
+fn declared_listeners<'a>(
     report: &NodeReport,
     service: &ServiceName,
     own: impl Iterator<Item = &'a str>,
@@ -127,18 +128,21 @@ fn listeners<'a>(
         .collect()
 }
 
-fn hops(world: &World, service: &ServiceName) -> Vec<Hop> {
+fn describe_routes(world: &World, service: &ServiceName) -> Vec<Hop> {
     let mut hops = Vec::new();
     if let Some(route) = world.documents.routes.get(service) {
         hops.extend(
-            route.rules.iter().map(|rule| Hop { when: when(&rule.matches), then: then(service, rule) }),
+            route.rules.iter().map(|rule| Hop {
+                when: describe_match(&rule.matches),
+                then: describe_action(service, rule),
+            }),
         );
     }
     hops.push(Hop { when: "anything else".to_owned(), then: format!("all of {service}") });
     hops
 }
 
-fn when(matches: &Match) -> String {
+fn describe_match(matches: &Match) -> String {
     let mut parts = Vec::new();
     if !matches.method.is_empty() {
         parts.push(matches.method.iter().map(|method| &*method.0).collect::<Vec<_>>().join(" or "));
@@ -149,12 +153,16 @@ fn when(matches: &Match) -> String {
         Some(PathMatch::Prefix(path)) => parts.push(format!("path {path}*")),
         Some(PathMatch::Regex(regex)) => parts.push(format!("path ~ {regex}")),
     }
-    parts.extend(matches.headers.iter().map(|(name, text)| format!("header {name} {}", shown(text))));
-    parts.extend(matches.query.iter().map(|(name, text)| format!("query {name} {}", shown(text))));
+    parts.extend(
+        matches.headers.iter().map(|(name, text)| format!("header {name} {}", describe_text_match(text))),
+    );
+    parts.extend(
+        matches.query.iter().map(|(name, text)| format!("query {name} {}", describe_text_match(text))),
+    );
     if parts.is_empty() { "any request".to_owned() } else { parts.join(", ") }
 }
 
-fn shown(text: &TextMatch) -> String {
+fn describe_text_match(text: &TextMatch) -> String {
     match text {
         TextMatch::Exact(text) => format!("= {text}"),
         TextMatch::Prefix(text) => format!("= {text}*"),
@@ -166,7 +174,7 @@ fn shown(text: &TextMatch) -> String {
     }
 }
 
-fn then(service: &ServiceName, rule: &Rule) -> String {
+fn describe_action(service: &ServiceName, rule: &Rule) -> String {
     let mut text = match &rule.redirect {
         Some(redirect) => match &redirect.service {
             Some(other) => format!("as {other}'s routes say"),
@@ -192,12 +200,12 @@ fn then(service: &ServiceName, rule: &Rule) -> String {
         text.push_str(&format!(", timeout {timeout}"));
     }
     if let Some(retry) = &rule.retry {
-        text.push_str(&format!(", retry {}", retries(retry)));
+        text.push_str(&format!(", retry {}", describe_retry(retry)));
     }
     text
 }
 
-fn retries(retry: &Retry) -> String {
+fn describe_retry(retry: &Retry) -> String {
     let on: Vec<_> = retry.on.iter().map(|on| on.as_str()).collect();
     match (retry.attempts, on.is_empty()) {
         (0, _) => "never".to_owned(),
@@ -206,10 +214,10 @@ fn retries(retry: &Retry) -> String {
     }
 }
 
-fn clusters(world: &World, service: &ServiceName, caller: &Caller<'_>) -> Vec<Cluster> {
+fn describe_clusters(world: &World, service: &ServiceName, caller: &Caller<'_>) -> Vec<Cluster> {
     let endpoints: Vec<&Endpoint> = world.endpoints(service).iter().collect();
     let settings = world.documents.settings(service, &caller.documents);
-    let balancing = Effective::of(&settings, world.protocol(service)).load_balancing;
+    let balancing = EffectiveSettings::of(&settings, world.protocol(service)).load_balancing;
     let cluster = |name: String, endpoints: &[&Endpoint]| {
         let priorities = vmesh_compile::priorities(endpoints, &balancing, caller.view.zone.as_deref());
         // Priorities are shown only if they differ.
@@ -230,11 +238,11 @@ fn clusters(world: &World, service: &ServiceName, caller: &Caller<'_>) -> Vec<Cl
     clusters
 }
 
-fn settings(
+fn describe_settings(
     world: &World,
     service: &ServiceName,
     caller: &Caller<'_>,
-    effective: &Effective,
+    effective: &EffectiveSettings,
 ) -> Vec<Setting> {
     let Settings { capture, origins, .. } = world.documents.settings(service, &caller.documents);
     let outliers = &effective.outlier_detection;
@@ -243,7 +251,7 @@ fn settings(
         ("timeouts.connect", show_duration(effective.connect)),
         ("timeouts.request", effective.request.map_or_else(|| "none".to_owned(), show_duration)),
         ("timeouts.idle", show_duration(effective.idle)),
-        ("retry", retries(&effective.retry)),
+        ("retry", describe_retry(&effective.retry)),
         (
             "outlier_detection",
             outliers.consecutive_5xx.map_or_else(

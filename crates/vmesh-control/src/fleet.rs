@@ -17,26 +17,26 @@ use vmesh_xds::{Scope, SessionStatus, State};
 
 use crate::claim;
 use crate::compilation::Compilation;
-use crate::explain::Standing;
-use crate::known_nodes::{KnownNodes, MAKES_ROOM_FOR};
+use crate::explain::NodeStatus;
+use crate::known_nodes::{KnownNodes, MAX_FORGOTTEN_PER_ADMISSION};
 use crate::metrics::Propagation;
-use crate::overrides::unix_now;
-use crate::worlds::{NodeEvent, Published};
+use crate::time::unix_now;
+use crate::worlds::{NodeEvent, PublishedWorld};
 
 /// The connections and the known nodes.
 pub(crate) struct Fleet {
     hub: Hub,
-    worlds: watch::Receiver<Published>,
+    worlds: watch::Receiver<PublishedWorld>,
     compiled: watch::Receiver<Arc<Compilation>>,
     reports: mpsc::Sender<NodeEvent>,
-    /// Notified when [`Inner::changes`] gets an entry.
+    /// Notified when [`FleetState::changes`] gets an entry.
     nodes_changed: Notify,
     went_offline: Notify,
     propagation: Propagation,
-    inner: Mutex<Inner>,
+    inner: Mutex<FleetState>,
 }
 
-struct Inner {
+struct FleetState {
     connections: BTreeMap<NodeId, Connection>,
     next: NodeId,
     known: KnownNodes,
@@ -48,12 +48,12 @@ struct Inner {
 /// The nodes that connected and disconnected since the compiler task last took the changes. A node that did both appears in neither list.
 #[derive(Default)]
 pub(crate) struct NodeChanges {
-    pub(crate) joined: BTreeMap<NodeId, Joined>,
+    pub(crate) joined: BTreeMap<NodeId, JoinedNode>,
     pub(crate) left: Vec<NodeId>,
 }
 
 /// A connected node that is not compiled yet, so its feed has no store.
-pub(crate) struct Joined {
+pub(crate) struct JoinedNode {
     pub(crate) report: Arc<NodeReport>,
     pub(crate) feed: FeedControl,
 }
@@ -80,12 +80,12 @@ pub(crate) struct NodeIntake {
 impl Fleet {
     pub(crate) fn new(
         hub: Hub,
-        worlds: watch::Receiver<Published>,
+        worlds: watch::Receiver<PublishedWorld>,
         compiled: watch::Receiver<Arc<Compilation>>,
         nodes: NodeIntake,
     ) -> Fleet {
         let NodeIntake { reports, known } = nodes;
-        let inner = Inner {
+        let inner = FleetState {
             connections: BTreeMap::new(),
             next: 0,
             known,
@@ -104,7 +104,7 @@ impl Fleet {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, FleetState> {
         // A panic while the lock is held ends its task, which ends the process. Until then streams continue with their last configuration.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -140,7 +140,7 @@ impl Fleet {
     /// Returns a problem for each node name that two hosts share.
     pub(crate) fn problems(&self) -> Vec<Problem> {
         let inner = self.lock();
-        let clashes = inner.shared_names.iter().filter_map(|name| Some((name, inner.clash(name)?)));
+        let clashes = inner.shared_names.iter().filter_map(|name| Some((name, inner.name_clash(name)?)));
         clashes
             .map(|(name, clash)| {
                 Problem::new(Place::file(format!("node {name}")), format!("Node `{name}`"), clash)
@@ -193,7 +193,7 @@ impl Fleet {
     pub(crate) async fn forget_offline(self: Arc<Fleet>) {
         let longest = self.lock().known.limits().forget_offline_after;
         loop {
-            tokio::time::sleep(FORGETS_EVERY.min(longest)).await;
+            tokio::time::sleep(FORGET_INTERVAL.min(longest)).await;
             let forgotten = self.forget_offline_for(longest);
             if forgotten > 0 {
                 tracing::info!(
@@ -220,7 +220,7 @@ impl Fleet {
 }
 
 /// The interval at which the fleet looks for nodes that have been offline for too long.
-const FORGETS_EVERY: Duration = Duration::from_secs(60);
+const FORGET_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Returns the state of a node with one stream in `state`.
 fn node_state(state: &State) -> NodeState {
@@ -232,8 +232,8 @@ fn node_state(state: &State) -> NodeState {
 }
 
 /// Returns the state of a node: the worst of the states of its streams.
-pub(crate) fn standing<'a>(states: impl IntoIterator<Item = &'a State>) -> Standing {
-    let mut worst = Standing::default();
+pub(crate) fn node_status<'a>(states: impl IntoIterator<Item = &'a State>) -> NodeStatus {
+    let mut worst = NodeStatus::default();
     for stream in states {
         let state = node_state(stream);
         if worst.state == NodeState::Offline || state > worst.state {
@@ -241,25 +241,25 @@ pub(crate) fn standing<'a>(states: impl IntoIterator<Item = &'a State>) -> Stand
                 State::Rejected { reason } => Some(reason.to_string()),
                 State::Synced | State::Pushing => None,
             };
-            worst = Standing { state, reason, ..Standing::default() };
+            worst = NodeStatus { state, reason, ..NodeStatus::default() };
         }
     }
     worst
 }
 
-impl Inner {
+impl FleetState {
     /// Describes the two hosts that share `name`, or returns `None` if they are not two.
-    fn clash(&self, name: &NodeName) -> Option<String> {
+    fn name_clash(&self, name: &NodeName) -> Option<String> {
         let ids = self.known.connections(name);
         let mut of_this_name = ids.filter_map(|id| self.connections.get(&id));
         let first = of_this_name.next()?;
-        let other = of_this_name.find(|other| first.is_of_another_host_than(other))?;
-        Some(clash(name, first, other))
+        let other = of_this_name.find(|other| first.is_on_another_host(other))?;
+        Some(describe_clash(name, first, other))
     }
 
     /// Logs a new conflict over a name. Called after each connection of `name` is added or removed.
-    fn tell_of_clones(&mut self, name: &NodeName) {
-        match self.clash(name) {
+    fn log_name_clash(&mut self, name: &NodeName) {
+        match self.name_clash(name) {
             Some(clash) if self.shared_names.insert(name.clone()) => {
                 tracing::warn!(node = %name, "{clash}");
             }
@@ -269,7 +269,7 @@ impl Inner {
     }
 }
 
-fn clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
+fn describe_clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
     let shown = |connection: &Connection| {
         let said = connection.report.address.map(|address| address.to_string());
         let from = connection.from.map(|from| format!("from {from}"));
@@ -291,7 +291,7 @@ fn clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
 impl Connection {
     /// Compares declared and remote addresses, because copies of one host declare the same address. One host
     /// may connect by both IPv4 and IPv6, so remote addresses of different families are not compared.
-    fn is_of_another_host_than(&self, other: &Connection) -> bool {
+    fn is_on_another_host(&self, other: &Connection) -> bool {
         let comes_from_elsewhere = match (self.from, other.from) {
             (Some(one), Some(other)) => one.is_ipv4() == other.is_ipv4() && one != other,
             _ => false,
@@ -301,9 +301,9 @@ impl Connection {
 }
 
 /// The admission of nodes to a [`Fleet`], for the xDS server.
-pub(crate) struct Door(pub(crate) Arc<Fleet>);
+pub(crate) struct NodeAdmission(pub(crate) Arc<Fleet>);
 
-impl Admission for Door {
+impl Admission for NodeAdmission {
     fn admit(&self, node: &XdsNode, peer: &PeerInfo) -> Result<Admitted, Refusal> {
         let fleet = &self.0;
         let report = claim::read(node).map_err(|bad| Refusal::Invalid(bad.to_string()))?;
@@ -315,14 +315,14 @@ impl Admission for Door {
         let inner = &mut *inner;
         let origin = peer.origin();
         // At the limit, offline nodes are forgotten in favour of a connecting node.
-        for _ in 0..MAKES_ROOM_FOR {
-            let Some(name) = inner.known.to_make_room(&report) else { break };
+        for _ in 0..MAX_FORGOTTEN_PER_ADMISSION {
+            let Some(name) = inner.known.node_to_forget(&report) else { break };
             if fleet.reports.try_send(NodeEvent::Forget(name.clone())).is_err() {
                 break;
             }
             inner.known.forget(&name);
         }
-        inner.known.check_room(&report.name, origin).map_err(|full| Refusal::NotReady(full.to_string()))?;
+        inner.known.check_limits(&report.name, origin).map_err(|full| Refusal::NotReady(full.to_string()))?;
         if fleet.reports.try_send(NodeEvent::Report(report.clone())).is_err() {
             let why = "this control plane has more reports of nodes than it keeps up with: try again";
             return Err(Refusal::NotReady(why.to_owned()));
@@ -332,23 +332,23 @@ impl Admission for Door {
         let id = inner.next;
         inner.next += 1;
         inner.known.connect(&report, id, origin);
-        inner.changes.joined.insert(id, Joined { report: report.clone(), feed: feed.control() });
+        inner.changes.joined.insert(id, JoinedNode { report: report.clone(), feed: feed.control() });
         let name = report.name.clone();
         let from = peer.address.map(|address| address.ip().to_canonical());
         inner.connections.insert(id, Connection { report, from, state: State::Pushing, acked: 0 });
-        inner.tell_of_clones(&name);
+        inner.log_name_clash(&name);
         fleet.nodes_changed.notify_one();
-        Ok(Admitted { feed, observer: Box::new(Watcher { fleet: fleet.clone(), id }) })
+        Ok(Admitted { feed, observer: Box::new(ConnectionObserver { fleet: fleet.clone(), id }) })
     }
 }
 
 /// Records the state of one connection. Dropping it removes the connection from the fleet.
-struct Watcher {
+struct ConnectionObserver {
     fleet: Arc<Fleet>,
     id: NodeId,
 }
 
-impl Observer for Watcher {
+impl Observer for ConnectionObserver {
     fn on_status(&mut self, status: &SessionStatus) {
         let published = {
             let compiled = self.fleet.compiled.borrow();
@@ -380,7 +380,7 @@ impl Observer for Watcher {
     }
 }
 
-impl Drop for Watcher {
+impl Drop for ConnectionObserver {
     fn drop(&mut self) {
         let mut inner = self.fleet.lock();
         let Some(Connection { report, .. }) = inner.connections.remove(&self.id) else { return };
@@ -389,7 +389,7 @@ impl Drop for Watcher {
             inner.changes.left.push(self.id);
         }
         if inner.shared_names.contains(&report.name) {
-            inner.tell_of_clones(&report.name);
+            inner.log_name_clash(&report.name);
         }
         drop(inner);
         self.fleet.went_offline.notify_one();

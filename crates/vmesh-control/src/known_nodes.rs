@@ -22,15 +22,15 @@ pub(crate) struct NodeLimits {
 }
 
 /// The names of connected and offline nodes. [`connect`](KnownNodes::connect) is called for each new stream
-/// after [`check_room`](KnownNodes::check_room) allowed it, and [`disconnect`](KnownNodes::disconnect) when
+/// after [`check_limits`](KnownNodes::check_limits) allowed it, and [`disconnect`](KnownNodes::disconnect) when
 /// the stream ends.
 #[derive(Debug)]
 pub(crate) struct KnownNodes {
     limits: NodeLimits,
-    connected: BTreeMap<NodeName, Connected>,
+    connected: BTreeMap<NodeName, ConnectedNode>,
     /// The number of connected names per origin.
     connected_from: HashMap<Origin, usize>,
-    offline: BTreeMap<NodeName, Offline>,
+    offline: BTreeMap<NodeName, OfflineNode>,
     /// Offline names, the longest offline first.
     by_time: BTreeSet<(u64, NodeName)>,
     /// Offline names by the origin from which they were connected, the longest offline first.
@@ -41,14 +41,14 @@ pub(crate) struct KnownNodes {
 }
 
 #[derive(Debug)]
-struct Connected {
+struct ConnectedNode {
     connections: BTreeSet<u64>,
     /// The origin of the node's first connection.
     origin: Origin,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Offline {
+struct OfflineNode {
     /// Unix time, in seconds.
     since: u64,
     bytes: usize,
@@ -57,7 +57,7 @@ struct Offline {
 
 /// The limit that prevents a node from being admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum NoRoom {
+pub(crate) enum NodeLimitReached {
     #[error(
         "this control plane knows {0} nodes and no more: forget some (`vmeshctl forget`), or raise `limits.nodes`"
     )]
@@ -98,7 +98,7 @@ impl KnownNodes {
         self.forget(name);
         let bytes = estimated_bytes(report);
         self.offline_bytes += bytes;
-        self.offline.insert(name.clone(), Offline { since, bytes, origin });
+        self.offline.insert(name.clone(), OfflineNode { since, bytes, origin });
         self.by_time.insert((since, name.clone()));
         self.change_names_of(origin, |names| names.insert((since, name.clone())));
     }
@@ -122,7 +122,7 @@ impl KnownNodes {
         self.forget(&report.name);
         let connected = self.connected.entry(report.name.clone()).or_insert_with(|| {
             *self.connected_from.entry(origin).or_default() += 1;
-            Connected { connections: BTreeSet::new(), origin }
+            ConnectedNode { connections: BTreeSet::new(), origin }
         });
         connected.connections.insert(connection);
     }
@@ -146,7 +146,7 @@ impl KnownNodes {
 
     /// Removes a node that is offline.
     pub(crate) fn forget(&mut self, name: &NodeName) {
-        if let Some(Offline { since, bytes, origin }) = self.offline.remove(name) {
+        if let Some(OfflineNode { since, bytes, origin }) = self.offline.remove(name) {
             let entry = (since, name.clone());
             self.by_time.remove(&entry);
             self.change_names_of(origin, |names| names.remove(&entry));
@@ -186,7 +186,7 @@ impl KnownNodes {
 
     /// Returns the offline node to forget before `report` is added, or `None` if no limit is exceeded. It is
     /// the longest offline node of the origin with the most offline nodes.
-    pub(crate) fn to_make_room(&self, report: &NodeReport) -> Option<NodeName> {
+    pub(crate) fn node_to_forget(&self, report: &NodeReport) -> Option<NodeName> {
         let is_new = !self.is_connected(&report.name) && !self.offline.contains_key(&report.name);
         let names = self.connected.len() + self.offline.len() + usize::from(is_new);
         if names <= self.limits.names && self.offline_bytes <= self.limits.offline_bytes {
@@ -198,23 +198,23 @@ impl KnownNodes {
     }
 
     /// Reports whether a node with this name may connect from `origin`.
-    pub(crate) fn check_room(&self, name: &NodeName, origin: Origin) -> Result<(), NoRoom> {
+    pub(crate) fn check_limits(&self, name: &NodeName, origin: Origin) -> Result<(), NodeLimitReached> {
         if self.is_connected(name) {
             return Ok(());
         }
         let NodeLimits { names, names_per_origin, .. } = self.limits;
         if self.connected_from.get(&origin).is_some_and(|connected| *connected >= names_per_origin) {
-            return Err(NoRoom::Origin(origin, names_per_origin));
+            return Err(NodeLimitReached::Origin(origin, names_per_origin));
         }
         if self.offline.contains_key(name) || self.connected.len() + self.offline.len() < names {
             return Ok(());
         }
-        Err(NoRoom::Names(names))
+        Err(NodeLimitReached::Names(names))
     }
 }
 
 /// The most nodes that one admission may forget. Bounds its work after a restart with a smaller limit.
-pub(crate) const MAKES_ROOM_FOR: usize = 64;
+pub(crate) const MAX_FORGOTTEN_PER_ADMISSION: usize = 64;
 
 /// Estimates the memory of a report, in bytes.
 fn estimated_bytes(report: &NodeReport) -> usize {
@@ -228,7 +228,7 @@ fn estimated_bytes(report: &NodeReport) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use vmesh_model::node::{Capture, Client};
+    use vmesh_model::node::{Client, NodeCapture};
 
     use super::*;
 
@@ -241,7 +241,7 @@ mod tests {
             labels: Default::default(),
             workloads: Vec::new(),
             upstreams: Upstreams::All,
-            capture: Capture::default(),
+            capture: NodeCapture::default(),
             build: "".into(),
         }
     }
@@ -253,7 +253,7 @@ mod tests {
     /// Forgets nodes as the admission of `report` does, and returns their names.
     fn make_room(known: &mut KnownNodes, report: &NodeReport) -> Vec<String> {
         let mut forgotten = Vec::new();
-        while let Some(name) = known.to_make_room(report) {
+        while let Some(name) = known.node_to_forget(report) {
             known.forget(&name);
             forgotten.push(name.to_string());
         }
@@ -274,15 +274,15 @@ mod tests {
         let (a, b, c, d) = (report("a"), report("b"), report("c"), report("d"));
         let mut known = KnownNodes::new(limits(3, 1 << 20), [(&a, 20), (&b, 10)]);
         known.connect(&c, 1, from(1));
-        assert_eq!(known.to_make_room(&a), None, "it is known");
-        assert_eq!(known.check_room(&d.name, from(1)), Err(NoRoom::Names(3)));
+        assert_eq!(known.node_to_forget(&a), None, "it is known");
+        assert_eq!(known.check_limits(&d.name, from(1)), Err(NodeLimitReached::Names(3)));
         assert_eq!(make_room(&mut known, &d), ["b"]);
-        assert_eq!(known.check_room(&d.name, from(1)), Ok(()));
+        assert_eq!(known.check_limits(&d.name, from(1)), Ok(()));
         known.connect(&d, 2, from(1));
         known.connect(&a, 3, from(1));
         assert_eq!(make_room(&mut known, &b), [""; 0], "all are connected");
-        assert_eq!(known.check_room(&b.name, from(1)), Err(NoRoom::Names(3)));
-        assert_eq!(known.check_room(&a.name, from(1)), Ok(()));
+        assert_eq!(known.check_limits(&b.name, from(1)), Err(NodeLimitReached::Names(3)));
+        assert_eq!(known.check_limits(&a.name, from(1)), Ok(()));
         known.disconnect(&a, 3, 30);
         assert_eq!(make_room(&mut known, &b), ["a"]);
         assert_eq!(known.connections(&d.name).collect::<Vec<_>>(), [2]);
@@ -296,17 +296,17 @@ mod tests {
         known.connect(&report("a"), 2, from(1));
         known.connect(&report("b"), 3, from(1));
         let (a, c) = (report("a"), report("c"));
-        assert_eq!(known.check_room(&c.name, from(1)), Err(NoRoom::Origin(from(1), 2)));
-        assert_eq!(known.check_room(&a.name, from(1)), Ok(()), "it is connected");
-        assert_eq!(known.check_room(&c.name, from(2)), Ok(()));
+        assert_eq!(known.check_limits(&c.name, from(1)), Err(NodeLimitReached::Origin(from(1), 2)));
+        assert_eq!(known.check_limits(&a.name, from(1)), Ok(()), "it is connected");
+        assert_eq!(known.check_limits(&c.name, from(2)), Ok(()));
         known.disconnect(&a, 1, 10);
-        assert_eq!(known.check_room(&c.name, from(1)), Err(NoRoom::Origin(from(1), 2)));
+        assert_eq!(known.check_limits(&c.name, from(1)), Err(NodeLimitReached::Origin(from(1), 2)));
         known.disconnect(&a, 2, 10);
-        assert_eq!(known.check_room(&c.name, from(1)), Ok(()));
+        assert_eq!(known.check_limits(&c.name, from(1)), Ok(()));
         known.connect(&c, 4, from(1));
         assert_eq!(
-            known.check_room(&a.name, from(1)),
-            Err(NoRoom::Origin(from(1), 2)),
+            known.check_limits(&a.name, from(1)),
+            Err(NodeLimitReached::Origin(from(1), 2)),
             "also not if it is known"
         );
     }

@@ -5,9 +5,9 @@
 //! |---|---|---|
 //! | `discovery <source>` | the source, an operator's command | `watch<View>` |
 //! | `documents` | the directory or registry, a timer | `watch<DocumentsView>` |
-//! | `worlds` | any view, the documents, a node's report, an eviction | `watch<Published>` |
-//! | `compiler` | `watch<Published>`, nodes that connect and disconnect | a store per view of nodes, to the hub, and `watch<Compilation>` |
-//! | `state` | `watch<Published>`, debounced | the last good state on disk |
+//! | `worlds` | any view, the documents, a node's report, an eviction | `watch<PublishedWorld>` |
+//! | `compiler` | `watch<PublishedWorld>`, nodes that connect and disconnect | a store per view of nodes, to the hub, and `watch<Compilation>` |
+//! | `state` | `watch<PublishedWorld>`, debounced | the last good state on disk |
 //! | `xds` | connections | xDS responses; drains its clients at the end |
 //! | `api`, `api socket` | connections | HTTP responses, each listener on a thread of its own |
 //! | `forget nodes` | a timer | the removal of nodes that have been offline for too long |
@@ -27,6 +27,7 @@ mod overrides;
 mod persist;
 mod run;
 mod streamed;
+mod time;
 mod worlds;
 
 pub use run::main;

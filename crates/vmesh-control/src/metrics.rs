@@ -34,18 +34,18 @@ impl Propagation {
 }
 
 /// Collects the metrics from [`Control`] and the xDS counters at each scrape.
-pub(crate) struct Scrape {
+pub(crate) struct MetricsCollector {
     pub(crate) control: std::sync::Weak<Control>,
     pub(crate) counters: Arc<Counters>,
 }
 
-impl fmt::Debug for Scrape {
+impl fmt::Debug for MetricsCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Scrape")
+        f.write_str("MetricsCollector")
     }
 }
 
-impl Collector for Scrape {
+impl Collector for MetricsCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let counters = &self.counters;
         for (name, help, counter) in [
@@ -69,21 +69,26 @@ impl Collector for Scrape {
             ("vmesh_xds_nacks", "Responses that were refused", &counters.nacks),
             ("vmesh_xds_unknown_types", "Requests for types that are not served", &counters.unknown_types),
         ] {
-            count(&mut encoder, name, help, counter.load(Relaxed))?;
+            encode_counter(&mut encoder, name, help, counter.load(Relaxed))?;
         }
         let encodings = "Resources encoded, each once for all streams";
-        count(&mut encoder, "vmesh_xds_encodings", encodings, vmesh_xds::encodings())?;
-        gauge(&mut encoder, "vmesh_xds_streams", "xDS streams now", counters.streams.load(Relaxed) as f64)?;
+        encode_counter(&mut encoder, "vmesh_xds_encodings", encodings, vmesh_xds::encodings())?;
+        encode_gauge(
+            &mut encoder,
+            "vmesh_xds_streams",
+            "xDS streams now",
+            counters.streams.load(Relaxed) as f64,
+        )?;
 
         let connections = counters.connections.load(Relaxed) as f64;
-        gauge(&mut encoder, "vmesh_xds_connections", "xDS connections now", connections)?;
+        encode_gauge(&mut encoder, "vmesh_xds_connections", "xDS connections now", connections)?;
 
         let Some(control) = self.control.upgrade() else { return Ok(()) };
         let world = control.world();
         let endpoints: usize = world.services.values().map(|service| service.endpoints.len()).sum();
         let nodes = control.node_counts();
         for (name, help, value) in [
-            ("vmesh_services", "Services known", world.known().count()),
+            ("vmesh_services", "Services known", world.service_names().count()),
             ("vmesh_endpoints", "Endpoints of all services", endpoints),
             ("vmesh_documents", "Mesh documents in force", world.documents.len()),
             ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
@@ -96,26 +101,31 @@ impl Collector for Scrape {
             ),
             ("vmesh_ready", "Whether it serves", usize::from(control.waiting_for().is_empty())),
         ] {
-            gauge(&mut encoder, name, help, value as f64)?;
+            encode_gauge(&mut encoder, name, help, value as f64)?;
         }
         let help = "Writes of the last good state that failed";
-        count(&mut encoder, "vmesh_state_write_failures", help, control.write_status().failures)?;
+        encode_counter(&mut encoder, "vmesh_state_write_failures", help, control.write_status().failures)?;
         let help = "When the last change was taken up, in Unix time";
-        gauge(&mut encoder, "vmesh_last_change_timestamp_seconds", help, control.changed_at().as_secs_f64())?;
+        encode_gauge(
+            &mut encoder,
+            "vmesh_last_change_timestamp_seconds",
+            help,
+            control.changed_at().as_secs_f64(),
+        )?;
         let states = [
             ("synced", nodes.synced),
             ("pushing", nodes.pushing),
             ("rejected", nodes.rejected),
             ("offline", nodes.offline),
         ];
-        labelled(
+        encode_labelled_gauge(
             &mut encoder,
             "vmesh_nodes",
             "Nodes by state",
             "state",
             &states.map(|(s, n)| (s.to_owned(), n as f64)),
         )?;
-        discovery(&mut encoder, &control.desk.show())?;
+        encode_discovery(&mut encoder, &control.actions.show())?;
         let histogram = &control.propagation().0;
         let help = "From the publication of a change to its acknowledgement by a node";
         let metric =
@@ -125,31 +135,31 @@ impl Collector for Scrape {
 }
 
 /// Encodes the content of `GET /api/v1/discovery` as metrics.
-fn discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt::Result {
+fn encode_discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt::Result {
     let sources = &discovery.sources;
     let each = |value: &dyn Fn(&DiscoverySource) -> Option<f64>| -> Vec<(String, f64)> {
         sources.iter().filter_map(|source| Some((source.name.to_string(), value(source)?))).collect()
     };
     let ages = each(&|source| source.age_seconds.map(|age| age as f64));
     let help = "Seconds since a source last answered";
-    labelled(encoder, "vmesh_discovery_last_success_age_seconds", help, "source", &ages)?;
+    encode_labelled_gauge(encoder, "vmesh_discovery_last_success_age_seconds", help, "source", &ages)?;
     let not_fresh = each(&|source| Some(f64::from(u8::from(source.state != SourceState::Fresh))));
     let help = "1 while a source is stale, held or frozen, or host names of it have no answer";
-    labelled(encoder, "vmesh_discovery_not_fresh", help, "source", &not_fresh)?;
+    encode_labelled_gauge(encoder, "vmesh_discovery_not_fresh", help, "source", &not_fresh)?;
     let held = each(&|source| Some(source.held.len() as f64));
     let help = "What a source says and is not believed yet, by services";
-    labelled(encoder, "vmesh_discovery_held", help, "source", &held)?;
+    encode_labelled_gauge(encoder, "vmesh_discovery_held", help, "source", &held)?;
     let missing = each(&|source| Some(source.missing as f64));
     let help = "Endpoints in use that a source does not name any more";
-    labelled(encoder, "vmesh_discovery_held_removals", help, "source", &missing)?;
+    encode_labelled_gauge(encoder, "vmesh_discovery_held_removals", help, "source", &missing)?;
     let unresolved = each(&|source| Some(source.unresolved as f64));
     let help = "Host names of a source that are not resolved";
-    labelled(encoder, "vmesh_discovery_unresolved_names", help, "source", &unresolved)?;
+    encode_labelled_gauge(encoder, "vmesh_discovery_unresolved_names", help, "source", &unresolved)?;
     let connections = each(&|source| Some(source.counters.connections as f64));
     let help = "Connections to the registry now";
-    labelled(encoder, "vmesh_discovery_connections", help, "source", &connections)?;
+    encode_labelled_gauge(encoder, "vmesh_discovery_connections", help, "source", &connections)?;
     let evicted = discovery.evicted.len() as f64;
-    gauge(encoder, "vmesh_discovery_evicted", "Endpoints that the operator has evicted", evicted)?;
+    encode_gauge(encoder, "vmesh_discovery_evicted", "Endpoints that the operator has evicted", evicted)?;
 
     let states = [
         ("fresh", SourceState::Fresh),
@@ -190,10 +200,10 @@ fn discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) -> fmt:
     Ok(())
 }
 
-type Total = (&'static str, &'static str, fn(&SourceCounters) -> u64);
-type ByReason = (&'static str, &'static str, fn(&SourceCounters) -> &BTreeMap<Arc<str>, u64>);
+type TotalMetric = (&'static str, &'static str, fn(&SourceCounters) -> u64);
+type ReasonMetric = (&'static str, &'static str, fn(&SourceCounters) -> &BTreeMap<Arc<str>, u64>);
 
-const TOTALS: [Total; 6] = [
+const TOTALS: [TotalMetric; 6] = [
     ("vmesh_discovery_reads", "Requests to a registry, reads of a file, lines of a plug-in", |c| c.reads),
     ("vmesh_discovery_failed_reads", "Those that failed", |c| c.failed_reads),
     ("vmesh_discovery_bad_records", "Records that were left out", |c| c.bad_records),
@@ -202,22 +212,22 @@ const TOTALS: [Total; 6] = [
     ("vmesh_discovery_connects", "Connections that were made", |c| c.connects),
 ];
 
-const REASONS: [ByReason; 2] = [
+const REASONS: [ReasonMetric; 2] = [
     ("vmesh_discovery_holds", "What was not believed at once, by services", |c| &c.held),
     ("vmesh_discovery_rejected_updates", "What was never believed: it came back", |c| &c.rejected),
 ];
 
-fn count(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
+fn encode_counter(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
     let counter = ConstCounter::new(value);
     counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)
 }
 
-fn gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: f64) -> fmt::Result {
+fn encode_gauge(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: f64) -> fmt::Result {
     let gauge = ConstGauge::new(value);
     gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
 }
 
-fn labelled(
+fn encode_labelled_gauge(
     encoder: &mut DescriptorEncoder<'_>,
     name: &str,
     help: &str,

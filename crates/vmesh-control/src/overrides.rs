@@ -19,13 +19,13 @@ pub(crate) const PART: &str = "overrides";
 /// The overrides in the form in which they are saved.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct Kept {
+pub(crate) struct SavedOverrides {
     /// The Unix time, in seconds, since which each source is frozen.
     pub(crate) frozen: BTreeMap<Arc<str>, u64>,
     pub(crate) evicted: Evictions,
 }
 
-impl Kept {
+impl SavedOverrides {
     pub(crate) fn frozen_since(&self, source: &str) -> Option<SystemTime> {
         self.frozen.get(source).map(|since| UNIX_EPOCH + Duration::from_secs(*since))
     }
@@ -34,7 +34,7 @@ impl Kept {
 /// The overrides in force. The API changes them, and the `worlds` task applies them.
 #[derive(Debug)]
 pub(crate) struct Overrides {
-    kept: watch::Sender<Kept>,
+    current: watch::Sender<SavedOverrides>,
     disk: Disk,
     /// Held while the overrides are written, so that the latest ones stay on the disk.
     saving: Mutex<()>,
@@ -43,23 +43,23 @@ pub(crate) struct Overrides {
 }
 
 impl Overrides {
-    pub(crate) fn new(kept: Kept, disk: Disk) -> Arc<Overrides> {
-        let kept = watch::Sender::new(kept);
-        Arc::new(Overrides { kept, disk, saving: Mutex::default(), events: Events::default() })
+    pub(crate) fn new(saved: SavedOverrides, disk: Disk) -> Arc<Overrides> {
+        let current = watch::Sender::new(saved);
+        Arc::new(Overrides { current, disk, saving: Mutex::default(), events: Events::default() })
     }
 
-    pub(crate) fn subscribe(&self) -> watch::Receiver<Kept> {
-        self.kept.subscribe()
+    pub(crate) fn subscribe(&self) -> watch::Receiver<SavedOverrides> {
+        self.current.subscribe()
     }
 
-    pub(crate) fn kept(&self) -> Kept {
-        self.kept.borrow().clone()
+    pub(crate) fn current(&self) -> SavedOverrides {
+        self.current.borrow().clone()
     }
 
     /// Changes the overrides at once; `change` returns whether it changed anything. [`Overrides::save`]
     /// persists them.
-    pub(crate) fn change(&self, change: impl FnOnce(&mut Kept) -> bool) -> bool {
-        self.kept.send_if_modified(change)
+    pub(crate) fn change(&self, change: impl FnOnce(&mut SavedOverrides) -> bool) -> bool {
+        self.current.send_if_modified(change)
     }
 
     /// Writes the overrides to the disk, and waits until they are synced.
@@ -67,7 +67,7 @@ impl Overrides {
         let this = self.clone();
         let saved = tokio::task::spawn_blocking(move || {
             let _one_at_a_time = this.saving.lock().unwrap_or_else(PoisonError::into_inner);
-            this.disk.save(PART, &this.kept())
+            this.disk.save(PART, &this.current())
         });
         // The blocking task is cancelled only when the process ends.
         saved.await.unwrap_or(Ok(()))
@@ -86,7 +86,7 @@ impl Overrides {
     }
 
     /// Records and logs what happened to an endpoint.
-    pub(crate) fn tell(&self, what: NoticeKind, evicted: &Eviction, why: &str) {
+    pub(crate) fn record(&self, what: NoticeKind, evicted: &Eviction, why: &str) {
         let Eviction { service, address, .. } = evicted;
         let text = format!("{address}: {why}").into();
         let notice = Notice { what, service: Some(service.clone()), kind: None, text };
@@ -94,9 +94,4 @@ impl Overrides {
             tracing::warn!("service `{service}`: {}: {}", event.what.as_str(), event.text);
         }
     }
-}
-
-/// Returns the current Unix time, in seconds.
-pub(crate) fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -16,13 +16,14 @@ use vmesh_catalog::{Names, World, state};
 use vmesh_daemon::Stop;
 use vmesh_daemon::fsx::{self, FileError, LockError};
 use vmesh_discovery::Registrations;
-use vmesh_model::load::Kept;
+use vmesh_model::load::SavedDocument;
 use vmesh_model::{NodeName, NodeReport, Place, Problem};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::control::Control;
 use crate::documents::DocumentsView;
-use crate::worlds::{Published, Sources, until};
+use crate::time::wait_until;
+use crate::worlds::{PublishedWorld, Sources};
 use sources::SourceFiles;
 
 /// The size limit of a state file, far above the state of any real fleet.
@@ -46,7 +47,7 @@ pub(crate) enum PersistError {
         path: PathBuf,
         aside: PathBuf,
         #[source]
-        cause: state::Damaged,
+        cause: state::DamagedState,
     },
 }
 
@@ -62,7 +63,7 @@ pub(crate) struct Disk {
 
 /// A loaded part of the state, with the modification time of its file.
 #[derive(Debug)]
-pub(crate) struct Loaded<T> {
+pub(crate) struct LoadedPart<T> {
     pub value: T,
     pub written: SystemTime,
 }
@@ -93,7 +94,10 @@ impl Disk {
     }
 
     /// Loads a part of the state; `None` if it was never saved.
-    pub(crate) fn load<T: DeserializeOwned>(&self, part: &str) -> Result<Option<Loaded<T>>, PersistError> {
+    pub(crate) fn load<T: DeserializeOwned>(
+        &self,
+        part: &str,
+    ) -> Result<Option<LoadedPart<T>>, PersistError> {
         load_file(&self.file(part), MAX_BYTES)
     }
 
@@ -107,7 +111,7 @@ impl Disk {
     pub(crate) fn load_source(
         &self,
         source: &str,
-    ) -> Result<Option<Loaded<Arc<Registrations>>>, PersistError> {
+    ) -> Result<Option<LoadedPart<Arc<Registrations>>>, PersistError> {
         self.sources.load(&self.dir, source)
     }
 
@@ -115,14 +119,15 @@ impl Disk {
     pub(crate) fn load_nodes(&self) -> Vec<(NodeReport, u64)> {
         let unix = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let mut nodes: BTreeMap<NodeName, (NodeReport, u64)> = BTreeMap::new();
-        if let Some(Loaded { value, written }) = self.load_or_log::<Vec<NodeReport>>(ALL_NODES) {
+        if let Some(LoadedPart { value, written }) = self.load_or_log::<Vec<NodeReport>>(ALL_NODES) {
             nodes.extend(value.into_iter().map(|report| (report.name.clone(), (report, unix(written)))));
         }
         for file in 0..NODE_FILES {
-            let Some(Loaded { value, written }) = self.load_or_log::<Vec<KeptNode>>(&node_part(file)) else {
+            let Some(LoadedPart { value, written }) = self.load_or_log::<Vec<SavedNode>>(&node_part(file))
+            else {
                 continue;
             };
-            for KeptNode { report, offline_since } in value {
+            for SavedNode { report, offline_since } in value {
                 let since = offline_since.unwrap_or_else(|| unix(written));
                 nodes.insert(report.name.clone(), (Arc::unwrap_or_clone(report), since));
             }
@@ -130,7 +135,7 @@ impl Disk {
         nodes.into_values().collect()
     }
 
-    fn load_or_log<T: DeserializeOwned>(&self, part: &str) -> Option<Loaded<T>> {
+    fn load_or_log<T: DeserializeOwned>(&self, part: &str) -> Option<LoadedPart<T>> {
         self.load(part).unwrap_or_else(|error| {
             tracing::error!("{}", vmesh_daemon::report::one_line(&error));
             None
@@ -144,7 +149,7 @@ impl Disk {
 
 /// Reads a part of at most `limit` bytes; `None` if it does not exist. A damaged file is renamed to
 /// `.damaged`.
-fn load_file<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<Loaded<T>>, PersistError> {
+fn load_file<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<LoadedPart<T>>, PersistError> {
     let text = match fsx::read_capped(path, limit) {
         Ok(text) => text,
         Err(error) if error.is_not_found() => return Ok(None),
@@ -152,7 +157,7 @@ fn load_file<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<Load
     };
     let written = std::fs::metadata(path).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
     match state::decode(&text) {
-        Ok(value) => Ok(Some(Loaded { value, written })),
+        Ok(value) => Ok(Some(LoadedPart { value, written })),
         Err(cause) => {
             let path = path.to_owned();
             let aside = path.with_extension("damaged");
@@ -190,16 +195,16 @@ impl WriteStatus {
 
 /// One node in a state file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct KeptNode {
+pub(crate) struct SavedNode {
     pub(crate) report: Arc<NodeReport>,
     /// The Unix time, in seconds, since which the node is offline; `None` while it is connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) offline_since: Option<u64>,
 }
 
-impl PartialEq for KeptNode {
+impl PartialEq for SavedNode {
     /// Compares reports by pointer: an unchanged report keeps its pointer, so it is not written again.
-    fn eq(&self, other: &KeptNode) -> bool {
+    fn eq(&self, other: &SavedNode) -> bool {
         Arc::ptr_eq(&self.report, &other.report) && self.offline_since == other.offline_since
     }
 }
@@ -222,36 +227,36 @@ pub(crate) const NAMES: &str = "names";
 
 /// The content last written for each part. Parts with an equal pointer are not written again.
 #[derive(Default)]
-struct Written {
-    documents: Option<Arc<[Kept]>>,
+struct WrittenState {
+    documents: Option<Arc<[SavedDocument]>>,
     names: Option<Arc<Names>>,
-    nodes: BTreeMap<u64, Vec<KeptNode>>,
+    nodes: BTreeMap<u64, Vec<SavedNode>>,
     /// The single file of earlier versions was removed.
     has_no_old_nodes: bool,
 }
 
 /// The pause after a write, as a multiple of the write's duration. While thousands of nodes connect, each
 /// write finds more changes, and without the pause the task would write continuously.
-const RESTS_FOR: u32 = 9;
-const RESTS_AT_MOST: Duration = Duration::from_secs(10);
+const REST_FACTOR: u32 = 9;
+const MAX_REST: Duration = Duration::from_secs(10);
 
 /// Saves the last good state after each change, and once more when the process stops.
-pub(crate) async fn keep(
+pub(crate) async fn run(
     disk: Disk,
     sources: Sources,
     documents: watch::Receiver<DocumentsView>,
-    mut published: watch::Receiver<Published>,
+    mut published: watch::Receiver<PublishedWorld>,
     control: Arc<Control>,
     status: watch::Sender<WriteStatus>,
     mut stop: Stop,
 ) {
-    let mut written = Written::default();
+    let mut written = WrittenState::default();
     let mut retry: Option<(Instant, Duration)> = None;
     status.send_modify(|status| status.dir = disk.dir.display().to_string().into());
     loop {
         let stopping = tokio::select! {
             changed = published.changed() => changed.is_err(),
-            () = until(retry.map(|(at, _)| at)) => false,
+            () = wait_until(retry.map(|(at, _)| at)) => false,
             () = control.fleet().nodes_went_offline() => false,
             () = stop.requested() => true,
         };
@@ -278,19 +283,19 @@ pub(crate) async fn keep(
             let pause = retry.map_or(RETRY_FIRST, |(_, pause)| (pause * 2).min(RETRY_LAST));
             (Instant::now() + pause, pause)
         });
-        tell(&status, failed);
+        publish_status(&status, failed);
         if stopping {
             return;
         }
         tokio::select! {
-            () = tokio::time::sleep((began.elapsed() * RESTS_FOR).min(RESTS_AT_MOST)) => {}
+            () = tokio::time::sleep((began.elapsed() * REST_FACTOR).min(MAX_REST)) => {}
             () = stop.requested() => {}
         }
     }
 }
 
 /// Publishes the result of a write, and logs when it changes between success and failure.
-fn tell(status: &watch::Sender<WriteStatus>, failed: Option<String>) {
+fn publish_status(status: &watch::Sender<WriteStatus>, failed: Option<String>) {
     let before = status.borrow().failing.clone();
     match (&before, &failed) {
         (None, Some(why)) => tracing::error!("{why}; it is tried again"),
@@ -310,7 +315,7 @@ fn save(
     documents: &DocumentsView,
     world: &World,
     offline: &BTreeMap<NodeName, u64>,
-    written: &mut Written,
+    written: &mut WrittenState,
 ) -> Option<String> {
     let mut failed = None;
     let mut note = |result: Result<(), PersistError>| match result {
@@ -332,9 +337,9 @@ fn save(
     if !known && note(disk.save(NAMES, &world.names.in_order())) {
         written.names = Some(world.names.clone());
     }
-    let mut nodes: BTreeMap<u64, Vec<KeptNode>> = (0..NODE_FILES).map(|file| (file, Vec::new())).collect();
+    let mut nodes: BTreeMap<u64, Vec<SavedNode>> = (0..NODE_FILES).map(|file| (file, Vec::new())).collect();
     for (name, report) in world.nodes.iter() {
-        let kept = KeptNode { report: report.clone(), offline_since: offline.get(name).copied() };
+        let kept = SavedNode { report: report.clone(), offline_since: offline.get(name).copied() };
         nodes.entry(node_file(name)).or_default().push(kept);
     }
     let mut has_all = true;
@@ -358,7 +363,7 @@ fn save(
 }
 
 /// Returns the file name for a source. The name of a source may contain `/` or be `..`.
-pub(crate) fn part(source: &str) -> String {
+pub(crate) fn source_part(source: &str) -> String {
     let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
     format!("source-{}", source.chars().map(safe).collect::<String>())
 }

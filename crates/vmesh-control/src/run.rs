@@ -24,14 +24,14 @@ use crate::api;
 use crate::compilation::{self, Compilation};
 use crate::config::Config;
 use crate::control::Control;
-use crate::discovery::Desk;
+use crate::discovery::OperatorActions;
 use crate::documents::{self, DocumentsView};
-use crate::fleet::{Door, Fleet, NodeIntake};
+use crate::fleet::{Fleet, NodeAdmission, NodeIntake};
 use crate::known_nodes::KnownNodes;
-use crate::metrics::Scrape;
-use crate::overrides::{self, Kept, Overrides};
-use crate::persist::{self, Disk, Loaded, PersistError, WriteStatus, part};
-use crate::worlds::{self, Known, NodeEvent, Published, Sources};
+use crate::metrics::MetricsCollector;
+use crate::overrides::{self, Overrides, SavedOverrides};
+use crate::persist::{self, Disk, LoadedPart, PersistError, WriteStatus, source_part};
+use crate::worlds::{self, ConfiguredSource, NodeEvent, PublishedWorld, Sources};
 
 /// The deadline for streams and responses to end when the process stops.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -162,7 +162,8 @@ async fn run(config: Config) -> Result<(), RunError> {
     // Sockets are bound before any task is started, so that an address in use is reported as a start-up
     // error.
     let xds = listen_tcp(config.listen.xds_plaintext)?;
-    let api_tcp = unbound(listen_tcp(config.listen.api)?.into_std(), || config.listen.api.to_string())?;
+    let api_tcp =
+        into_std_listener(listen_tcp(config.listen.api)?.into_std(), || config.listen.api.to_string())?;
     let api_socket = listen_unix(&config.api_socket())?;
     if config.listen.xds.is_some() {
         tracing::warn!("`listen.xds` is not served by this version: agents use `listen.xds_plaintext`");
@@ -172,15 +173,15 @@ async fn run(config: Config) -> Result<(), RunError> {
     let mut tasks = Tasks::new();
     tasks.spawn("signals", ignored);
     let mut known = Vec::new();
-    let kept: Kept = restored(&disk, overrides::PART).unwrap_or_default();
+    let kept: SavedOverrides = load_part(&disk, overrides::PART).unwrap_or_default();
     for source in &config.discovery {
         known.push(start_source(source, &disk, &kept, &mut tasks));
     }
     let sources = Sources::new(known);
-    tasks.spawn("reload", read_again_on(hangups, sources.clone()));
+    tasks.spawn("reload", reread_on_hangup(hangups, sources.clone()));
     let overrides = Overrides::new(kept, disk.clone());
-    let desk = Desk::new(sources.clone(), overrides.clone(), &config.api_socket());
-    let names: Vec<ServiceName> = restored(&disk, persist::NAMES).unwrap_or_default();
+    let actions = OperatorActions::new(sources.clone(), overrides.clone(), &config.api_socket());
+    let names: Vec<ServiceName> = load_part(&disk, persist::NAMES).unwrap_or_default();
     let mut catalog = Catalog::new(config.discovery.len()).with_names(names);
     let nodes = disk.load_nodes();
     let limits = config.limits.xds(config.listen.xds_plaintext, files);
@@ -189,14 +190,15 @@ async fn run(config: Config) -> Result<(), RunError> {
     for (report, _) in nodes {
         catalog.on_node(report);
     }
-    let kept = restored(&disk, "documents").unwrap_or_default();
+    let kept = load_part(&disk, "documents").unwrap_or_default();
     let (documents_in, documents) = watch::channel(DocumentsView::default());
-    let follower = documents::Follower::new(config.documents.clone(), kept);
+    let follower = documents::DocumentsFollower::new(config.documents.clone(), kept);
     let follower = follower.read_once(&documents_in).await;
     tasks.spawn("documents", follower.follow(documents_in));
 
     let waiting: Arc<[String]> = Arc::from(["discovery".to_owned()]);
-    let (published_in, published) = watch::channel(Published { world: catalog.world().clone(), waiting });
+    let (published_in, published) =
+        watch::channel(PublishedWorld { world: catalog.world().clone(), waiting });
     let (reports_in, reports) = mpsc::channel::<NodeEvent>(REPORTS);
     let (written, write_status) = watch::channel(WriteStatus::default());
     let hub = Hub::new();
@@ -209,14 +211,14 @@ async fn run(config: Config) -> Result<(), RunError> {
         compiled,
         fleet.clone(),
         sources.clone(),
-        desk,
+        actions,
         write_status,
     ));
     let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
-    let service = AdsService::new(hub.clone(), Door(fleet.clone()), name);
+    let service = AdsService::new(hub.clone(), NodeAdmission(fleet.clone()), name);
     let mut registry = vmesh_daemon::metrics::registry();
     let counters = service.counters().clone();
-    registry.register_collector(Box::new(Scrape { control: Arc::downgrade(&control), counters }));
+    registry.register_collector(Box::new(MetricsCollector { control: Arc::downgrade(&control), counters }));
     let registry = Arc::new(registry);
     tasks.spawn(
         "worlds",
@@ -225,7 +227,7 @@ async fn run(config: Config) -> Result<(), RunError> {
     tasks.spawn("compiler", compilation::run(fleet.clone(), published.clone(), compiled_in, hub));
     let of_state = control.clone();
     tasks.spawn_draining("state", |stop| {
-        persist::keep(disk, sources, documents, published, of_state, written, stop)
+        persist::run(disk, sources, documents, published, of_state, written, stop)
     });
     tasks.spawn("forget nodes", fleet.forget_offline());
 
@@ -275,7 +277,7 @@ async fn run(config: Config) -> Result<(), RunError> {
 
 /// Makes every discovery source read again at each SIGHUP. Documents in a directory are read every 2 s
 /// anyway, secrets at their next use, and `control.yaml` only at the start.
-async fn read_again_on(mut hangups: Signal, sources: Sources) {
+async fn reread_on_hangup(mut hangups: Signal, sources: Sources) {
     while hangups.recv().await.is_some() {
         tracing::info!(
             "SIGHUP: every discovery source is read again; control.yaml is read at the start only"
@@ -294,20 +296,25 @@ async fn read_again_on(mut hangups: Signal, sources: Sources) {
 }
 
 /// Starts a discovery source from its last good state, frozen if it was frozen before.
-fn start_source(source: &SourceConfig, disk: &Disk, kept: &Kept, tasks: &mut Tasks) -> Known {
+fn start_source(
+    source: &SourceConfig,
+    disk: &Disk,
+    kept: &SavedOverrides,
+    tasks: &mut Tasks,
+) -> ConfiguredSource {
     let name = source.name();
-    let last_good = loaded(&part(&name), disk.load_source(&name));
+    let last_good = log_load(&source_part(&name), disk.load_source(&name));
     let (handle, task) = vmesh_discovery::open(source.clone(), last_good.clone(), kept.frozen_since(&name));
     tasks.spawn(format!("discovery {name}"), task);
-    Known::new(handle, last_good, source.required(), source.guard().removal_hold())
+    ConfiguredSource::new(handle, last_good, source.required(), source.guard().removal_hold())
 }
 
-fn restored<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T> {
-    loaded(part, disk.load(part))
+fn load_part<T: serde::de::DeserializeOwned>(disk: &Disk, part: &str) -> Option<T> {
+    log_load(part, disk.load(part))
 }
 
 /// Logs how a part of the state was loaded, and returns it.
-fn loaded<T>(part: &str, loaded: Result<Option<Loaded<T>>, PersistError>) -> Option<T> {
+fn log_load<T>(part: &str, loaded: Result<Option<LoadedPart<T>>, PersistError>) -> Option<T> {
     match loaded {
         Ok(Some(loaded)) => {
             let age = loaded.written.elapsed().unwrap_or_default();
@@ -336,7 +343,7 @@ fn listen_tcp(address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
 }
 
 /// Adds the address to the error of a listener that is handed to another runtime.
-fn unbound<L>(listener: std::io::Result<L>, what: impl FnOnce() -> String) -> Result<L, RunError> {
+fn into_std_listener<L>(listener: std::io::Result<L>, what: impl FnOnce() -> String) -> Result<L, RunError> {
     listener.map_err(|cause| RunError::Listen { what: what(), cause })
 }
 
@@ -348,7 +355,7 @@ fn listen_unix(path: &Path) -> Result<std::os::unix::net::UnixListener, RunError
         return Err(failed(std::io::ErrorKind::AddrInUse.into()));
     }
     let listener = sockets::listen(path).map_err(failed)?;
-    unbound(listener.into_std(), || path.display().to_string())
+    into_std_listener(listener.into_std(), || path.display().to_string())
 }
 
 async fn serve_http(listener: impl http::Listener, routes: Router, stop: Stop) -> std::io::Result<()> {

@@ -12,7 +12,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::StreamMap;
 use tokio_stream::wrappers::WatchStream;
 use vmesh_api::Source;
-use vmesh_catalog::{Catalog, Seen, SourceView, World};
+use vmesh_catalog::{Catalog, SourceService, SourceView, World};
 use vmesh_discovery::guard::{EvictionExpiry, Evictions, NoticeKind};
 use vmesh_discovery::source::NOT_ANSWERED_YET;
 use vmesh_discovery::{Handle, Registrations, View};
@@ -21,18 +21,19 @@ use vmesh_model::{NodeName, NodeReport, Place, Problem, ServiceName};
 
 use crate::documents::DocumentsView;
 use crate::overrides::Overrides;
+use crate::time::wait_until;
 
 /// How long a source may neither answer nor fail before its last good state is served.
-const PATIENCE: Duration = Duration::from_secs(10);
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// How long the first world waits for a source that is not `required`.
-const GRACE: Duration = Duration::from_secs(30);
+const OPTIONAL_SOURCE_LIMIT: Duration = Duration::from_secs(30);
 /// The shortest time after which an eviction ends if no source lists the endpoint. A longer `removal_hold`
 /// extends it.
-const FORGET_EVICTED: Duration = Duration::from_secs(10);
+const MIN_EVICTION_HOLD: Duration = Duration::from_secs(10);
 
 /// The input of the compiler and the API.
 #[derive(Debug, Clone)]
-pub(crate) struct Published {
+pub(crate) struct PublishedWorld {
     pub(crate) world: Arc<World>,
     /// The inputs that have neither answered nor left a last good state. If empty, the world is complete.
     pub(crate) waiting: Arc<[String]>,
@@ -47,27 +48,27 @@ pub(crate) enum NodeEvent {
 
 /// The sources in the configured order.
 #[derive(Debug, Clone)]
-pub(crate) struct Sources(Arc<[Known]>);
+pub(crate) struct Sources(Arc<[ConfiguredSource]>);
 
 #[derive(Debug)]
-pub(crate) struct Known {
+pub(crate) struct ConfiguredSource {
     pub(crate) handle: Handle,
     /// The last good state from the disk with which the source's view began.
     restored: Option<Arc<Registrations>>,
     pub(crate) required: bool,
     removal_hold: Duration,
     /// The first world no longer waits for this source, although it never answered.
-    done_without: AtomicBool,
+    is_given_up: AtomicBool,
 }
 
-impl Known {
+impl ConfiguredSource {
     pub(crate) fn new(
         handle: Handle,
         restored: Option<Arc<Registrations>>,
         required: bool,
         removal_hold: Duration,
-    ) -> Known {
-        Known { handle, restored, required, removal_hold, done_without: AtomicBool::new(false) }
+    ) -> ConfiguredSource {
+        ConfiguredSource { handle, restored, required, removal_hold, is_given_up: AtomicBool::new(false) }
     }
 
     pub(crate) fn name(&self) -> &Arc<str> {
@@ -78,8 +79,8 @@ impl Known {
         self.handle.views.borrow().clone()
     }
 
-    fn waiting(&self, patient: bool) -> Option<String> {
-        if self.done_without.load(Relaxed) {
+    fn waiting(&self, may_be_silent: bool) -> Option<String> {
+        if self.is_given_up.load(Relaxed) {
             return None;
         }
         let view = self.handle.views.borrow();
@@ -90,7 +91,7 @@ impl Known {
         let answered = view.last_good.is_some() && failed.is_none();
         // The restored state is used once the source has failed, or has been silent for too long.
         let silent = failed.is_none_or(|because| because == NOT_ANSWERED_YET);
-        if answered || (self.restored.is_some() && !(silent && patient)) {
+        if answered || (self.restored.is_some() && !(silent && may_be_silent)) {
             return None;
         }
         Some(match failed {
@@ -100,19 +101,19 @@ impl Known {
     }
 }
 
-impl Known {
-    fn absent(&self) -> String {
+impl ConfiguredSource {
+    fn absence_message(&self) -> String {
         format!(
             "discovery source `{}` has not answered within {} s of the start, and is not `required`: what is served \
              lacks it until it answers",
             self.name(),
-            GRACE.as_secs()
+            OPTIONAL_SOURCE_LIMIT.as_secs()
         )
     }
 }
 
 impl Sources {
-    pub(crate) fn new(known: Vec<Known>) -> Sources {
+    pub(crate) fn new(known: Vec<ConfiguredSource>) -> Sources {
         Sources(known.into())
     }
 
@@ -143,7 +144,7 @@ impl Sources {
             .collect()
     }
 
-    pub(crate) fn all(&self) -> &[Known] {
+    pub(crate) fn all(&self) -> &[ConfiguredSource] {
         &self.0
     }
 
@@ -165,7 +166,7 @@ impl Sources {
     }
 
     /// Reports whether the view of any source contains the endpoint.
-    pub(crate) fn names(&self, service: &ServiceName, address: &SocketAddr) -> bool {
+    pub(crate) fn contains_endpoint(&self, service: &ServiceName, address: &SocketAddr) -> bool {
         self.0.iter().any(|known| {
             let view = known.handle.views.borrow();
             let seen = view.last_good.as_ref().and_then(|last_good| last_good.services.get(service));
@@ -185,26 +186,26 @@ impl Sources {
     }
 
     /// Returns how long an evicted endpoint must be missing from all sources before its eviction ends.
-    fn forget_evicted(&self) -> Duration {
-        self.0.iter().map(|known| known.removal_hold).fold(FORGET_EVICTED, Duration::max)
+    fn eviction_hold(&self) -> Duration {
+        self.0.iter().map(|known| known.removal_hold).fold(MIN_EVICTION_HOLD, Duration::max)
     }
 
     /// Stops waiting for the sources that are not required.
-    fn do_without(&self) {
+    fn give_up_waiting(&self) {
         for known in self.0.iter().filter(|known| !known.required) {
             let is_waited_for = {
                 let view = known.handle.views.borrow();
                 view.last_good.is_none() || view.unusable.is_some()
             };
             if is_waited_for {
-                known.done_without.store(true, Relaxed);
-                tracing::warn!("{}", known.absent());
+                known.is_given_up.store(true, Relaxed);
+                tracing::warn!("{}", known.absence_message());
             }
         }
     }
 
-    fn waiting(&self, patient: bool) -> Arc<[String]> {
-        self.0.iter().filter_map(|known| known.waiting(patient)).collect()
+    fn waiting(&self, may_be_silent: bool) -> Arc<[String]> {
+        self.0.iter().filter_map(|known| known.waiting(may_be_silent)).collect()
     }
 }
 
@@ -215,20 +216,21 @@ pub(crate) async fn publish(
     overrides: Arc<Overrides>,
     mut documents: watch::Receiver<DocumentsView>,
     mut nodes: mpsc::Receiver<NodeEvent>,
-    published: watch::Sender<Published>,
+    published: watch::Sender<PublishedWorld>,
 ) {
     let mut views: StreamMap<usize, WatchStream<View>> = StreamMap::new();
     for (index, known) in sources.0.iter().enumerate() {
         views.insert(index, WatchStream::new(known.handle.views.clone()));
     }
-    let (patience, grace) = (tokio::time::sleep(PATIENCE), tokio::time::sleep(GRACE));
-    tokio::pin!(patience, grace);
-    let (mut patient, mut gracious) = (true, true);
-    let mut kept = overrides.subscribe();
-    let mut evicted = kept.borrow_and_update().evicted.clone();
+    let (silence_limit, optional_limit) =
+        (tokio::time::sleep(SILENCE_LIMIT), tokio::time::sleep(OPTIONAL_SOURCE_LIMIT));
+    tokio::pin!(silence_limit, optional_limit);
+    let (mut may_be_silent, mut waits_for_optional) = (true, true);
+    let mut overridden = overrides.subscribe();
+    let mut evicted = overridden.borrow_and_update().evicted.clone();
     let mut absences = EvictionExpiry::default();
-    let hold = sources.forget_evicted();
-    take_documents(&mut catalog, &documents.borrow_and_update().clone());
+    let hold = sources.eviction_hold();
+    apply_documents(&mut catalog, &documents.borrow_and_update().clone());
     loop {
         let forget_at = absences.deadline(hold);
         tokio::select! {
@@ -236,60 +238,52 @@ pub(crate) async fn publish(
                 if let Some((index, view)) = view
                     && let Some(known) = sources.0.get(index)
                 {
-                    take_view(&mut catalog, index, known, &view, &evicted);
+                    apply_view(&mut catalog, index, known, &view, &evicted);
                 }
             }
             Ok(()) = documents.changed() => {
                 let now = documents.borrow_and_update().clone();
-                take_documents(&mut catalog, &now);
+                apply_documents(&mut catalog, &now);
             }
             event = nodes.recv() => match event {
                 Some(event) => {
-                    take_node(&mut catalog, event);
+                    apply_node_event(&mut catalog, event);
                     // When a fleet reconnects, up to 1,000 reports are combined into one world.
                     for _ in 0..1_000 {
                         let Ok(event) = nodes.try_recv() else { break };
-                        take_node(&mut catalog, event);
+                        apply_node_event(&mut catalog, event);
                     }
                 }
                 None => return,
             },
-            Ok(()) = kept.changed() => {
-                let now = kept.borrow_and_update().evicted.clone();
+            Ok(()) = overridden.changed() => {
+                let now = overridden.borrow_and_update().evicted.clone();
                 if now != evicted {
                     evicted = now;
-                    take_all(&mut catalog, &sources, &evicted);
+                    apply_all_views(&mut catalog, &sources, &evicted);
                 }
             }
-            () = until(forget_at.map(Instant::from_std)) => {}
-            () = &mut patience, if patient => patient = false,
-            () = &mut grace, if gracious => {
-                gracious = false;
-                sources.do_without();
-                take_all(&mut catalog, &sources, &evicted);
+            () = wait_until(forget_at.map(Instant::from_std)) => {}
+            () = &mut silence_limit, if may_be_silent => may_be_silent = false,
+            () = &mut optional_limit, if waits_for_optional => {
+                waits_for_optional = false;
+                sources.give_up_waiting();
+                apply_all_views(&mut catalog, &sources, &evicted);
             }
         }
-        forget_unnamed(&mut absences, &sources, &overrides, &evicted, hold).await;
+        end_evictions(&mut absences, &sources, &overrides, &evicted, hold).await;
         let documents_wait = documents.borrow().waiting.clone().map(|why| why.to_string());
-        let waiting = sources.waiting(patient).iter().cloned().chain(documents_wait).collect();
+        let waiting = sources.waiting(may_be_silent).iter().cloned().chain(documents_wait).collect();
         published.send_if_modified(|last| {
-            let is_news = !Arc::ptr_eq(&last.world, catalog.world()) || last.waiting != waiting;
-            *last = Published { world: catalog.world().clone(), waiting };
-            is_news
+            let is_change = !Arc::ptr_eq(&last.world, catalog.world()) || last.waiting != waiting;
+            *last = PublishedWorld { world: catalog.world().clone(), waiting };
+            is_change
         });
     }
 }
 
-/// Waits until `deadline`, or indefinitely if it is `None`.
-pub(crate) async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Ends the evictions of endpoints that no source lists any more.
-async fn forget_unnamed(
+async fn end_evictions(
     absences: &mut EvictionExpiry,
     sources: &Sources,
     overrides: &Arc<Overrides>,
@@ -304,10 +298,11 @@ async fn forget_unnamed(
         return;
     }
     let now = Instant::now().into_std();
-    let over = absences.over(evicted, |service, address| sources.names(service, address), hold, now);
+    let over =
+        absences.over(evicted, |service, address| sources.contains_endpoint(service, address), hold, now);
     for evicted in &over {
-        overrides.change(|kept| kept.evicted.admit(&evicted.service, &evicted.address));
-        overrides.tell(
+        overrides.change(|saved| saved.evicted.admit(&evicted.service, &evicted.address));
+        overrides.record(
             NoticeKind::Admitted,
             evicted,
             "no source names it any more, so its eviction has ended",
@@ -320,13 +315,19 @@ async fn forget_unnamed(
     }
 }
 
-fn take_all(catalog: &mut Catalog, sources: &Sources, evicted: &Evictions) {
+fn apply_all_views(catalog: &mut Catalog, sources: &Sources, evicted: &Evictions) {
     for (index, known) in sources.0.iter().enumerate() {
-        take_view(catalog, index, known, &known.view(), evicted);
+        apply_view(catalog, index, known, &known.view(), evicted);
     }
 }
 
-fn take_view(catalog: &mut Catalog, index: usize, known: &Known, view: &View, evicted: &Evictions) {
+fn apply_view(
+    catalog: &mut Catalog,
+    index: usize,
+    known: &ConfiguredSource,
+    view: &View,
+    evicted: &Evictions,
+) {
     let mut problems = view.last_good.as_ref().map_or_else(Vec::new, |last_good| last_good.problems.clone());
     let mut problem = |message: String| {
         let subject = format!("discovery source `{}`", known.name());
@@ -340,25 +341,25 @@ fn take_view(catalog: &mut Catalog, index: usize, known: &Known, view: &View, ev
     if let Some(because) = &view.unusable {
         problem(because.to_string());
     }
-    if view.last_good.is_none() && known.done_without.load(Relaxed) {
-        problem(known.absent());
+    if view.last_good.is_none() && known.is_given_up.load(Relaxed) {
+        problem(known.absence_message());
     }
     let services = view
         .services()
         .map(|(name, seen)| {
             let vmesh_discovery::ServiceView { registration, state, because, .. } = seen;
             let registration = evicted.apply(registration);
-            (name.clone(), Seen { registration, state, because })
+            (name.clone(), SourceService { registration, state, because })
         })
         .collect();
     catalog.on_view(index, SourceView { services, problems });
 }
 
-fn take_documents(catalog: &mut Catalog, view: &DocumentsView) {
+fn apply_documents(catalog: &mut Catalog, view: &DocumentsView) {
     catalog.on_documents(view.documents.clone(), view.hash, view.problems.to_vec());
 }
 
-fn take_node(catalog: &mut Catalog, event: NodeEvent) {
+fn apply_node_event(catalog: &mut Catalog, event: NodeEvent) {
     match event {
         NodeEvent::Report(report) => _ = catalog.on_node(report),
         NodeEvent::Forget(name) => _ = catalog.forget_node(&name),
@@ -390,7 +391,7 @@ mod tests {
     fn what_was_served_is_kept_though_the_source_has_failed_since_and_what_was_kept_is_not_written_again() {
         let before = registrations("before");
         let (handle, link) = link("test".into(), View::restored(before.clone()));
-        let known = Known::new(handle, Some(before), true, Duration::ZERO);
+        let known = ConfiguredSource::new(handle, Some(before), true, Duration::ZERO);
         let sources = Sources::new(vec![known]);
         let kept = || sources.last_good().into_iter().map(|(_, good)| good).next();
         assert_eq!(kept(), None);

@@ -418,7 +418,7 @@ pub fn parse(
     format: Format,
     sticky: Option<Format>,
 ) -> (ParseResult, Option<Format>) {
-    let text = match yaml::text_of(file, file, bytes, limit) {
+    let text = match yaml::decode_text(file, file, bytes, limit) {
         Ok(text) => text,
         Err(problem) => return (ParseResult::refused(vec![problem]), sticky),
     };

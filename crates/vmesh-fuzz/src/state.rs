@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 use vmesh_catalog::state::{decode, encode};
 use vmesh_discovery::Registrations;
 use vmesh_model::NodeReport;
-use vmesh_model::load::{Kept, Library};
+use vmesh_model::load::{Library, SavedDocument};
 
 /// Uses the input first as a file, and then as the body of a file with a correct checksum.
 pub(crate) fn run(bytes: &[u8]) {
@@ -23,7 +23,7 @@ pub(crate) fn run(bytes: &[u8]) {
 fn read(file: &[u8]) {
     part::<Registrations>(file);
     part::<Vec<NodeReport>>(file);
-    if let Some(kept) = part::<Vec<Kept>>(file) {
+    if let Some(kept) = part::<Vec<SavedDocument>>(file) {
         _ = Library::restored(kept).documents();
     }
 }

@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::document::{
-    Capture, ConnectionLimits, LoadBalancing, Match, Mesh, Node, OutlierDetection, PathMatch, Policy,
-    Redirect, Retry, Route, Rule, Service, SubsetName, TextMatch, Timeouts,
+    CaptureSettings, ConnectionLimits, LoadBalancing, Match, MeshDocument, NodeDocument, OutlierDetection,
+    PathMatch, Policy, Redirect, Retry, RouteDocument, Rule, ServiceDocument, SubsetName, TextMatch,
+    Timeouts,
 };
 use crate::strict::{did_you_mean, one_of};
 use crate::yaml::{self, Step, short};
@@ -20,22 +21,22 @@ const MAX_REGEX: usize = 1_024;
 /// RE2's limit of repetitions.
 const MAX_REPEAT: u32 = 1_000;
 
-/// A reference of a [`Route`] to another document.
+/// A reference of a [`RouteDocument`] to another document.
 #[derive(Debug, Clone)]
 pub(crate) struct Reference {
     pub(crate) place: Place,
-    pub(crate) to: To,
+    pub(crate) target: ReferenceTarget,
 }
 
 #[derive(Debug, Clone)]
-pub(crate) enum To {
+pub(crate) enum ReferenceTarget {
     Subset(ServiceName, SubsetName),
     /// The redirect target, whose own `Route` then applies.
     Redirect(ServiceName),
 }
 
 /// Collects the problems of one document, each located by its path in the document.
-pub(crate) struct Check<'a> {
+pub(crate) struct DocumentChecker<'a> {
     file: &'a Arc<str>,
     subject: &'a Arc<str>,
     root: &'a yaml::Node,
@@ -43,24 +44,24 @@ pub(crate) struct Check<'a> {
     pub(crate) references: Vec<Reference>,
 }
 
-impl<'a> Check<'a> {
+impl<'a> DocumentChecker<'a> {
     pub(crate) fn new(file: &'a Arc<str>, subject: &'a Arc<str>, root: &'a yaml::Node) -> Self {
-        Check { file, subject, root, problems: Vec::new(), references: Vec::new() }
+        DocumentChecker { file, subject, root, problems: Vec::new(), references: Vec::new() }
     }
 
-    fn wrong(&mut self, path: &[Step<'_>], message: impl Into<String>) {
+    fn report(&mut self, path: &[Step<'_>], message: impl Into<String>) {
         let place = self.root.find(self.file, path);
         self.problems.push(Problem::new(place, self.subject.clone(), message));
     }
 
-    fn wrong_key(&mut self, path: &[Step<'_>], message: impl Into<String>) {
+    fn report_key(&mut self, path: &[Step<'_>], message: impl Into<String>) {
         let place = self.root.find_key(self.file, path);
         self.problems.push(Problem::new(place, self.subject.clone(), message));
     }
 
-    fn refers(&mut self, path: &[Step<'_>], to: To) {
+    fn add_reference(&mut self, path: &[Step<'_>], target: ReferenceTarget) {
         let place = self.root.find(self.file, path);
-        self.references.push(Reference { place, to });
+        self.references.push(Reference { place, target });
     }
 }
 
@@ -69,8 +70,8 @@ macro_rules! path {
     ($($step:expr),+) => { &[$(Step::from($step)),+][..] };
 }
 
-pub(crate) fn mesh(mesh: &Mesh, check: &mut Check<'_>) {
-    settings(
+pub(crate) fn mesh(mesh: &MeshDocument, check: &mut DocumentChecker<'_>) {
+    check_settings(
         &mesh.load_balancing,
         &mesh.timeouts,
         &mesh.retry,
@@ -81,17 +82,17 @@ pub(crate) fn mesh(mesh: &Mesh, check: &mut Check<'_>) {
     );
 }
 
-pub(crate) fn service(service: &Service, check: &mut Check<'_>) {
-    port(service.port, path!["port"], check);
+pub(crate) fn service(service: &ServiceDocument, check: &mut DocumentChecker<'_>) {
+    check_port(service.port, path!["port"], check);
     for (name, subset) in &service.subsets {
         if subset.version.is_none() && subset.zone.is_none() && subset.labels.is_empty() {
-            check.wrong_key(
+            check.report_key(
                 path!["subsets", name.as_str()],
                 format!("subset `{name}` asks for nothing, which is the whole service: give `version`, `zone` or `labels`"),
             );
         }
     }
-    settings(
+    check_settings(
         &service.load_balancing,
         &service.timeouts,
         &service.retry,
@@ -102,9 +103,9 @@ pub(crate) fn service(service: &Service, check: &mut Check<'_>) {
     );
 }
 
-pub(crate) fn node(node: &Node, check: &mut Check<'_>) {
+pub(crate) fn node(node: &NodeDocument, check: &mut DocumentChecker<'_>) {
     if node.name.is_none() && node.labels.is_empty() {
-        check.wrong(
+        check.report(
             &[],
             "which nodes? give `name` or `labels`; what holds for all of them belongs into `kind: Mesh`",
         );
@@ -113,18 +114,18 @@ pub(crate) fn node(node: &Node, check: &mut Check<'_>) {
     for (index, upstream) in node.upstreams.iter().enumerate() {
         let service = &upstream.service;
         if !services.insert(service) {
-            check.wrong(path!["upstreams", index, "service"], format!("`{service}` is listed twice"));
+            check.report(path!["upstreams", index, "service"], format!("`{service}` is listed twice"));
         }
         if let Some(listen) = upstream.listen {
             let at = path!["upstreams", index, "listen"];
             if listen.port() == 0 {
-                check.wrong(at, "port 0 is not a port: 1 to 65535");
+                check.report(at, "port 0 is not a port: 1 to 65535");
             } else if !listeners.insert(listen) {
-                check.wrong(at, format!("{listen} is listed twice"));
+                check.report(at, format!("{listen} is listed twice"));
             }
         }
     }
-    settings(
+    check_settings(
         &node.load_balancing,
         &node.timeouts,
         &node.retry,
@@ -135,48 +136,53 @@ pub(crate) fn node(node: &Node, check: &mut Check<'_>) {
     );
 }
 
-fn port(port: Option<u16>, at: &[Step<'_>], check: &mut Check<'_>) {
+fn check_port(port: Option<u16>, at: &[Step<'_>], check: &mut DocumentChecker<'_>) {
     if port == Some(0) {
-        check.wrong(at, "port 0 is not a port: 1 to 65535");
+        check.report(at, "port 0 is not a port: 1 to 65535");
     }
 }
 
-fn settings(
+fn check_settings(
     balancing: &Option<LoadBalancing>,
     timeouts: &Option<Timeouts>,
     retries: &Option<Retry>,
     outliers: &Option<OutlierDetection>,
     limits: &Option<ConnectionLimits>,
-    capture: &Option<Capture>,
-    check: &mut Check<'_>,
+    capture: &Option<CaptureSettings>,
+    check: &mut DocumentChecker<'_>,
 ) {
     if let Some(LoadBalancing { policy, hash_on: Some(_), .. }) = balancing
         && !matches!(policy, Policy::RingHash | Policy::Maglev)
     {
         let policy = policy.as_str();
         let message = format!("`hash_on` needs the policy `ring_hash` or `maglev`: `{policy}` does not hash");
-        check.wrong_key(path!["load_balancing", "hash_on"], message);
+        check.report_key(path!["load_balancing", "hash_on"], message);
     }
     for (index, fallback) in balancing.iter().flat_map(|balancing| &balancing.fallback).enumerate() {
         if fallback.source.is_none() && fallback.zone.is_none() && fallback.labels.is_empty() {
             let message = "this fallback is every endpoint: give `source`, `zone` or `labels`";
-            check.wrong(path!["load_balancing", "fallback", index], message);
+            check.report(path!["load_balancing", "fallback", index], message);
         }
     }
     if let Some(said) = retries {
-        retry(said, timeouts.and_then(|t| t.request).map(|t| ("timeouts.request", t)), path!["retry"], check);
+        check_retry(
+            said,
+            timeouts.and_then(|t| t.request).map(|t| ("timeouts.request", t)),
+            path!["retry"],
+            check,
+        );
     }
     if let Some(percent) = outliers.and_then(|o| o.max_ejection_percent)
         && percent > 100
     {
         let at = path!["outlier_detection", "max_ejection_percent"];
-        check.wrong(at, format!("{percent} percent is more than all of them"));
+        check.report(at, format!("{percent} percent is more than all of them"));
     }
     if let Some(percent) = capture.and_then(|capture| capture.percent)
         && percent > 100
     {
         let message = format!("{percent} percent is more than all of them: 0 to 100");
-        check.wrong(path!["capture", "percent"], message);
+        check.report(path!["capture", "percent"], message);
     }
     if let Some(limits) = limits {
         let none = [
@@ -186,42 +192,47 @@ fn settings(
         ];
         for (name, _) in none.into_iter().filter(|(_, limit)| *limit == Some(0)) {
             let message = format!("`{name}: 0` would let nothing through: leave it out for no limit");
-            check.wrong(path!["connection_limits", name], message);
+            check.report(path!["connection_limits", name], message);
         }
     }
 }
 
-fn retry(retry: &Retry, whole: Option<(&str, crate::text::Time)>, at: &[Step<'_>], check: &mut Check<'_>) {
+fn check_retry(
+    retry: &Retry,
+    whole: Option<(&str, crate::text::Time)>,
+    at: &[Step<'_>],
+    check: &mut DocumentChecker<'_>,
+) {
     let field = |name: &'static str| [at, path![name]].concat();
     if retry.attempts > MAX_RETRIES {
         let message = format!(
             "{} retries would multiply an outage instead of bridging it: {MAX_RETRIES} at most",
             retry.attempts
         );
-        check.wrong(&field("attempts"), message);
+        check.report(&field("attempts"), message);
     }
     if let (Some(each), Some((name, whole))) = (retry.per_try_timeout, whole)
         && each > whole
     {
         let message =
             format!("`per_try_timeout` ({each}) is longer than `{name}` ({whole}), which ends them all");
-        check.wrong(&field("per_try_timeout"), message);
+        check.report(&field("per_try_timeout"), message);
     }
 }
 
-pub(crate) fn route(route: &Route, check: &mut Check<'_>) {
+pub(crate) fn route(route: &RouteDocument, check: &mut DocumentChecker<'_>) {
     if route.rules.is_empty() {
-        check.wrong(path!["rules"], "`rules` is empty: without rules leave the document out");
+        check.report(path!["rules"], "`rules` is empty: without rules leave the document out");
     }
     for (index, rule) in route.rules.iter().enumerate() {
         let at = path!["rules", index];
-        matches(&rule.matches, at, check);
-        split(route, rule, at, check);
+        check_match(&rule.matches, at, check);
+        check_split(route, rule, at, check);
         if let Some(said) = &rule.redirect {
-            redirect(rule, said, at, check);
+            check_redirect(rule, said, at, check);
         }
         if let Some(said) = &rule.retry {
-            retry(said, rule.timeout.map(|t| ("timeout", t)), path!["rules", index, "retry"], check);
+            check_retry(said, rule.timeout.map(|t| ("timeout", t)), path!["rules", index, "retry"], check);
         }
         let earlier = route.rules.iter().take(index);
         if let Some(first) = earlier.enumerate().find(|(_, e)| shadows(&e.matches, &rule.matches)) {
@@ -232,10 +243,10 @@ pub(crate) fn route(route: &Route, check: &mut Check<'_>) {
                 Some(PathMatch::Exact(path)) => format!("every request for `{path}`"),
                 _ => "every request".to_owned(),
             };
-            check.wrong(at, format!("this rule can never match: the rule in line {line} takes {taken}"));
+            check.report(at, format!("this rule can never match: the rule in line {line} takes {taken}"));
         }
     }
-    path_circles(route, check);
+    check_path_cycles(route, check);
 }
 
 /// Reports whether every request that matches `later` is taken by `earlier`, which precedes it.
@@ -253,20 +264,20 @@ fn shadows(earlier: &Match, later: &Match) -> bool {
         }
 }
 
-fn matches(matches: &Match, at: &[Step<'_>], check: &mut Check<'_>) {
+fn check_match(matches: &Match, at: &[Step<'_>], check: &mut DocumentChecker<'_>) {
     let below = |steps: &[Step<'static>]| [at, path!["match"], steps].concat();
     match &matches.path {
         Some(PathMatch::Exact(path)) if !path.starts_with('/') => {
             let message = format!("`{}` is not a path: it starts with `/`", short(path));
-            check.wrong(&below(path!["path", "exact"]), message);
+            check.report(&below(path!["path", "exact"]), message);
         }
         Some(PathMatch::Prefix(path)) if !path.starts_with('/') => {
             let message = format!("`{}` is not a path: it starts with `/`", short(path));
-            check.wrong(&below(path!["path", "prefix"]), message);
+            check.report(&below(path!["path", "prefix"]), message);
         }
         Some(PathMatch::Regex(regex)) => {
-            if let Err(message) = re2(regex) {
-                check.wrong(&below(path!["path", "regex"]), message);
+            if let Err(message) = check_re2(regex) {
+                check.report(&below(path!["path", "regex"]), message);
             }
         }
         _ => {}
@@ -275,9 +286,9 @@ fn matches(matches: &Match, at: &[Step<'_>], check: &mut Check<'_>) {
         for (name, text) in named {
             let at = [at, path!["match", group, &**name]].concat();
             if group == "headers" && !is_header_name(name) {
-                check.wrong_key(&at, format!("`{}` is not the name of a header", short(name)));
+                check.report_key(&at, format!("`{}` is not the name of a header", short(name)));
             }
-            text_match(text, &at, check);
+            check_text_match(text, &at, check);
         }
     }
 }
@@ -288,7 +299,7 @@ fn is_header_name(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
 }
 
-fn text_match(text: &TextMatch, at: &[Step<'_>], check: &mut Check<'_>) {
+fn check_text_match(text: &TextMatch, at: &[Step<'_>], check: &mut DocumentChecker<'_>) {
     let (kind, value) = match text {
         TextMatch::Exact(value) => ("exact", value),
         TextMatch::Prefix(value) => ("prefix", value),
@@ -298,7 +309,7 @@ fn text_match(text: &TextMatch, at: &[Step<'_>], check: &mut Check<'_>) {
         TextMatch::Present(_) => return,
     };
     let problem = match text {
-        TextMatch::Regex(regex) => re2(regex).err(),
+        TextMatch::Regex(regex) => check_re2(regex).err(),
         // Envoy rejects an empty value, which would match everything.
         TextMatch::Prefix(_) | TextMatch::Suffix(_) | TextMatch::Contains(_) if value.is_empty() => {
             Some(format!("an empty `{kind}` matches everything: write `present: true` for any value"))
@@ -307,35 +318,35 @@ fn text_match(text: &TextMatch, at: &[Step<'_>], check: &mut Check<'_>) {
         _ => None,
     };
     if let Some(message) = problem {
-        check.wrong(&[at, path![kind]].concat(), message);
+        check.report(&[at, path![kind]].concat(), message);
     }
 }
 
-fn split(route: &Route, rule: &Rule, at: &[Step<'_>], check: &mut Check<'_>) {
+fn check_split(route: &RouteDocument, rule: &Rule, at: &[Step<'_>], check: &mut DocumentChecker<'_>) {
     let total: u64 = rule.split.iter().map(|target| u64::from(target.weight)).sum();
     if !rule.split.is_empty() && total == 0 {
         let at = [at, path!["split"]].concat();
-        check.wrong(&at, "all weights are 0: no request would go anywhere");
+        check.report(&at, "all weights are 0: no request would go anywhere");
     }
     if total > u64::from(u32::MAX) {
         let at = [at, path!["split"]].concat();
-        check.wrong(&at, format!("the weights add up to {total}, more than {}", u32::MAX));
+        check.report(&at, format!("the weights add up to {total}, more than {}", u32::MAX));
     }
     for (index, target) in rule.split.iter().enumerate() {
         if let Some(subset) = &target.subset {
             let service = target.service.as_ref().unwrap_or(&route.service);
             let at = [at, path!["split", index, "subset"]].concat();
-            check.refers(&at, To::Subset(service.clone(), subset.clone()));
+            check.add_reference(&at, ReferenceTarget::Subset(service.clone(), subset.clone()));
         }
     }
 }
 
-fn redirect(rule: &Rule, redirect: &Redirect, at: &[Step<'_>], check: &mut Check<'_>) {
+fn check_redirect(rule: &Rule, redirect: &Redirect, at: &[Step<'_>], check: &mut DocumentChecker<'_>) {
     let field = |name: &'static str| [at, path!["redirect", name]].concat();
     let Redirect { service, scheme, host, port: to_port, path, prefix, code } = redirect;
     if !rule.split.is_empty() {
         let at = [at, path!["split"]].concat();
-        check.wrong_key(&at, "`split` and `redirect` together: a request goes one way or the other");
+        check.report_key(&at, "`split` and `redirect` together: a request goes one way or the other");
     }
     if let Some(service) = service {
         let others = [
@@ -349,48 +360,48 @@ fn redirect(rule: &Rule, redirect: &Redirect, at: &[Step<'_>], check: &mut Check
         for (name, _) in others.into_iter().filter(|(_, given)| *given) {
             let message =
                 format!("`service` and `{name}` together: a service is reached without telling the client");
-            check.wrong_key(&field(name), message);
+            check.report_key(&field(name), message);
         }
-        check.refers(&field("service"), To::Redirect(service.clone()));
+        check.add_reference(&field("service"), ReferenceTarget::Redirect(service.clone()));
         return;
     }
     if scheme.is_none() && host.is_none() && to_port.is_none() && path.is_none() && prefix.is_none() {
         let at = [at, path!["redirect"]].concat();
         let fields = one_of(["service", "scheme", "host", "port", "path", "prefix"]);
-        check.wrong_key(&at, format!("a redirect to where the request came from: give {fields}"));
+        check.report_key(&at, format!("a redirect to where the request came from: give {fields}"));
     }
-    port(*to_port, &field("port"), check);
+    check_port(*to_port, &field("port"), check);
     if path.is_some() && prefix.is_some() {
-        check.wrong_key(
+        check.report_key(
             &field("prefix"),
             "`path` and `prefix` together: replace all of the path, or its beginning",
         );
     }
     if prefix.is_some() && !matches!(rule.matches.path, Some(PathMatch::Prefix(_))) {
         let message = "`prefix` replaces what `match: {path: {prefix: ..}}` matched, and this rule has none";
-        check.wrong_key(&field("prefix"), message);
+        check.report_key(&field("prefix"), message);
     }
     for (name, value) in [("path", path), ("prefix", prefix)] {
         if let Some(value) = value
             && !value.starts_with('/')
         {
-            check.wrong(&field(name), format!("`{}` is not a path: it starts with `/`", short(value)));
+            check.report(&field(name), format!("`{}` is not a path: it starts with `/`", short(value)));
         }
     }
     if let Some(host) = host
         && (host.is_empty() || host.contains(|c: char| c.is_whitespace() || c.is_control() || c == '/'))
     {
-        check.wrong(&field("host"), format!("`{}` is not a host: no scheme, no port, no path", short(host)));
+        check.report(&field("host"), format!("`{}` is not a host: no scheme, no port, no path", short(host)));
     }
     if let Some(code) = code
         && ![301, 302, 303, 307, 308].contains(code)
     {
-        check.wrong(&field("code"), format!("{code} is not a redirect: 301, 302, 303, 307 or 308"));
+        check.report(&field("code"), format!("{code} is not a redirect: 301, 302, 303, 307 or 308"));
     }
 }
 
 /// Reports redirects of a route that send a client in circles, each request matching the next redirect.
-fn path_circles(route: &Route, check: &mut Check<'_>) {
+fn check_path_cycles(route: &RouteDocument, check: &mut DocumentChecker<'_>) {
     for (first, rule) in route.rules.iter().enumerate() {
         // The shortest path that a rule matches represents all of them.
         let start = match &rule.matches.path {
@@ -399,10 +410,11 @@ fn path_circles(route: &Route, check: &mut Check<'_>) {
             None => "/".to_owned(),
         };
         let (mut path, mut at, mut hops) = (start, first, Vec::new());
-        while let Some(next) = route.rules.get(at).and_then(|rule| redirected(rule, &path)) {
+        while let Some(next) = route.rules.get(at).and_then(|rule| redirect_path(rule, &path)) {
             hops.push(path);
             path = next;
-            let Some(then) = route.rules.iter().position(|other| takes(&other.matches, &rule.matches, &path))
+            let Some(then) =
+                route.rules.iter().position(|other| certainly_takes(&other.matches, &rule.matches, &path))
             else {
                 break;
             };
@@ -411,16 +423,16 @@ fn path_circles(route: &Route, check: &mut Check<'_>) {
                 break;
             }
         }
-        if at == first && !hops.is_empty() && takes(&rule.matches, &rule.matches, &path) {
+        if at == first && !hops.is_empty() && certainly_takes(&rule.matches, &rule.matches, &path) {
             hops.push(path);
             let message = format!("these redirects lead back to themselves: {}", hops.join(" -> "));
-            check.wrong_key(path!["rules", first, "redirect"], message);
+            check.report_key(path!["rules", first, "redirect"], message);
         }
     }
 }
 
 /// Returns the path to which a client that requested `path` is redirected, if it stays on the same host.
-fn redirected(rule: &Rule, path: &str) -> Option<String> {
+fn redirect_path(rule: &Rule, path: &str) -> Option<String> {
     let redirect = rule.redirect.as_ref()?;
     let Redirect { service: None, scheme: None, host: None, port: None, path: whole, prefix, .. } = redirect
     else {
@@ -436,7 +448,7 @@ fn redirected(rule: &Rule, path: &str) -> Option<String> {
 }
 
 /// Reports whether `rule` certainly takes a request for `path` that otherwise matches `request`.
-fn takes(rule: &Match, request: &Match, path: &str) -> bool {
+fn certainly_takes(rule: &Match, request: &Match, path: &str) -> bool {
     let certain = |some: &BTreeMap<Arc<str>, TextMatch>, all: &BTreeMap<Arc<str>, TextMatch>| {
         some.iter().all(|(name, value)| all.get(name) == Some(value))
     };
@@ -455,9 +467,9 @@ fn takes(rule: &Match, request: &Match, path: &str) -> bool {
 /// Returns the problem of a reference to a subset that does not exist.
 pub(crate) fn missing_subset(
     reference: &Reference,
-    services: &BTreeMap<&ServiceName, &Service>,
+    services: &BTreeMap<&ServiceName, &ServiceDocument>,
 ) -> Option<String> {
-    let To::Subset(service, subset) = &reference.to else { return None };
+    let ReferenceTarget::Subset(service, subset) = &reference.target else { return None };
     let Some(document) = services.get(service) else {
         return Some(format!("no Service document for `{service}` says what its subset `{subset}` is"));
     };
@@ -478,17 +490,17 @@ fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
 
 /// Returns the routes that redirect to each other in a cycle: every route that is part of a cycle, with one
 /// such cycle.
-pub(crate) fn redirect_circles<'a>(
+pub(crate) fn redirect_cycles<'a>(
     routes: &BTreeMap<&'a ServiceName, &'a [Reference]>,
 ) -> Vec<(&'a ServiceName, Place, String)> {
     let targets = |route: &ServiceName| {
         let references = routes.get(route).copied().unwrap_or_default();
-        references.iter().filter_map(|reference| match &reference.to {
-            To::Redirect(service) => Some((service, &reference.place)),
-            To::Subset(..) => None,
+        references.iter().filter_map(|reference| match &reference.target {
+            ReferenceTarget::Redirect(service) => Some((service, &reference.place)),
+            ReferenceTarget::Subset(..) => None,
         })
     };
-    let mut circles = Vec::new();
+    let mut cycles = Vec::new();
     for route in routes.keys().copied() {
         // Breadth-first search, so that the shortest cycle is shown. `from` contains the previous route of
         // each.
@@ -517,15 +529,15 @@ pub(crate) fn redirect_circles<'a>(
         let place = targets(route).find(|(target, _)| Some(*target) == into).map(|(_, place)| place.clone());
         let shown: Vec<_> = way.iter().map(|service| service.as_str()).collect();
         if let Some(place) = place {
-            circles.push((route, place, format!("redirects in a circle: {}", shown.join(" -> "))));
+            cycles.push((route, place, format!("redirects in a circle: {}", shown.join(" -> "))));
         }
     }
-    circles
+    cycles
 }
 
 /// Checks the syntax of `regex` for RE2: unsupported features, and incomplete expressions. The check is
 /// approximate; RE2 decides.
-fn re2(regex: &str) -> Result<(), String> {
+fn check_re2(regex: &str) -> Result<(), String> {
     if regex.is_empty() {
         return Err("an empty expression".to_owned());
     }
@@ -551,7 +563,7 @@ fn re2(regex: &str) -> Result<(), String> {
                 }
                 (tail.get(escaped.len_utf8()..).unwrap_or_default(), true, false)
             }
-            '[' => (after_class(tail).ok_or("a `[` that is never closed")?, true, false),
+            '[' => (skip_class(tail).ok_or("a `[` that is never closed")?, true, false),
             '(' => {
                 groups += 1;
                 for (begin, what) in [
@@ -595,7 +607,7 @@ fn re2(regex: &str) -> Result<(), String> {
                 }
                 (tail, true, !repeated)
             }
-            '{' => match repetition(tail) {
+            '{' => match parse_repetition(tail) {
                 Some(_) if !atom || repeated => {
                     return Err("a `{..}` that repeats nothing".to_owned());
                 }
@@ -617,7 +629,7 @@ fn re2(regex: &str) -> Result<(), String> {
 }
 
 /// Returns the text after a `[..]` whose `[` has been read.
-fn after_class(class: &str) -> Option<&str> {
+fn skip_class(class: &str) -> Option<&str> {
     let begun = class.strip_prefix('^').unwrap_or(class);
     // A `]` in the first position is a member of the class.
     let mut rest = begun.strip_prefix(']').unwrap_or(begun);
@@ -634,7 +646,7 @@ fn after_class(class: &str) -> Option<&str> {
 
 /// Parses the bounds after a `{`: `3}`, `3,}` or `3,5}`. Returns the bounds and the text after them, or
 /// `None` if the `{` is literal.
-fn repetition(text: &str) -> Option<(u32, u32, &str)> {
+fn parse_repetition(text: &str) -> Option<(u32, u32, &str)> {
     let (inner, after) = text.split_once('}')?;
     let (min, max) = inner.split_once(',').unwrap_or((inner, inner));
     let number = |text: &str| {

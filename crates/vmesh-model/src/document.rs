@@ -16,12 +16,12 @@ use crate::{Labels, NodeName, NodeReport, Place, Protocol, ServiceName};
 
 /// A document and its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Placed<T> {
+pub struct PlacedDocument<T> {
     pub place: Place,
     pub document: T,
 }
 
-impl<T> Deref for Placed<T> {
+impl<T> Deref for PlacedDocument<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -32,30 +32,30 @@ impl<T> Deref for Placed<T> {
 /// A consistent set of documents: kind and name are unique, and every reference between documents is valid.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Documents {
-    pub mesh: Option<Arc<Placed<Mesh>>>,
-    pub services: BTreeMap<ServiceName, Arc<Placed<Service>>>,
-    pub routes: BTreeMap<ServiceName, Arc<Placed<Route>>>,
+    pub mesh: Option<Arc<PlacedDocument<MeshDocument>>>,
+    pub services: BTreeMap<ServiceName, Arc<PlacedDocument<ServiceDocument>>>,
+    pub routes: BTreeMap<ServiceName, Arc<PlacedDocument<RouteDocument>>>,
     /// Sorted by precedence, the lowest first: documents that select by labels, fewer labels before more,
     /// then documents that select by name. Equal ones are in the order of their selectors.
-    pub nodes: Vec<Arc<Placed<Node>>>,
+    pub nodes: Vec<Arc<PlacedDocument<NodeDocument>>>,
 }
 
 /// `kind: Mesh`: defaults for all nodes and services. There is at most one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Mesh {
+pub struct MeshDocument {
     /// How Envoy chooses an endpoint of any service.
     pub load_balancing: Option<LoadBalancing>,
     /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is retried. A rule of a [`Route`] takes precedence.
+    /// When a failed request is retried. A rule of a [`RouteDocument`] takes precedence.
     pub retry: Option<Retry>,
     /// When a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
     /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
     /// Which connections to real addresses are captured, on nodes that capture them.
-    pub capture: Option<Capture>,
+    pub capture: Option<CaptureSettings>,
     /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
 }
@@ -63,7 +63,7 @@ pub struct Mesh {
 /// `kind: Service`: the settings of one service, made by its owner.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Service {
+pub struct ServiceDocument {
     /// The name of the service in discovery.
     pub name: ServiceName,
     /// The protocol of the instances. Takes precedence over discovery.
@@ -77,20 +77,20 @@ pub struct Service {
     pub load_balancing: Option<LoadBalancing>,
     /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is retried. A rule of a [`Route`] takes precedence.
+    /// When a failed request is retried. A rule of a [`RouteDocument`] takes precedence.
     pub retry: Option<Retry>,
     /// When a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
     /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
     /// Which connections to real addresses are captured, on nodes that capture them.
-    pub capture: Option<Capture>,
+    pub capture: Option<CaptureSettings>,
 }
 
 /// `kind: Node`: the settings of the nodes that it selects by name or by labels.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Node {
+pub struct NodeDocument {
     /// The name of the selected node. Either `name` or `labels` is required.
     pub name: Option<NodeName>,
     /// Labels that every selected node has.
@@ -103,19 +103,19 @@ pub struct Node {
     pub load_balancing: Option<LoadBalancing>,
     /// The timeouts for connections and requests.
     pub timeouts: Option<Timeouts>,
-    /// When a failed request is retried. A rule of a [`Route`] takes precedence.
+    /// When a failed request is retried. A rule of a [`RouteDocument`] takes precedence.
     pub retry: Option<Retry>,
     /// When a failing endpoint is ejected.
     pub outlier_detection: Option<OutlierDetection>,
     /// The limits of concurrent connections and requests of one caller.
     pub connection_limits: Option<ConnectionLimits>,
     /// Which connections to real addresses are captured, on nodes that capture them.
-    pub capture: Option<Capture>,
+    pub capture: Option<CaptureSettings>,
     /// The policy for captured connections to addresses of no service. Default: `allow-any`.
     pub outbound: Option<Outbound>,
 }
 
-impl Node {
+impl NodeDocument {
     /// Reports whether this document selects the node of `report`.
     pub fn selects(&self, report: &NodeReport) -> bool {
         self.name.as_ref().is_none_or(|name| *name == report.name)
@@ -371,7 +371,7 @@ pub struct ConnectionLimits {
 /// connections to them are always captured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Capture {
+pub struct CaptureSettings {
     /// The share of new connections that are captured, 0 to 100. Default: the host's setting, and without one
     /// all of them.
     pub percent: Option<u32>,
@@ -422,14 +422,14 @@ impl Outbound {
 /// matches no rule goes to the service as if there were no document.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Route {
+pub struct RouteDocument {
     /// The service to which the requests are addressed.
     pub service: ServiceName,
     /// The rules in order; the first matching one applies.
     pub rules: Vec<Rule>,
 }
 
-/// One rule of a [`Route`]. Without `split` and `redirect`, its requests go to the whole service.
+/// One rule of a [`RouteDocument`]. Without `split` and `redirect`, its requests go to the whole service.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
@@ -506,11 +506,11 @@ pub struct Target {
     pub subset: Option<SubsetName>,
     /// The share, relative to the other targets of the rule. Default: 1. A target of weight 0 receives
     /// nothing.
-    #[serde(default = "whole")]
+    #[serde(default = "default_weight")]
     pub weight: u32,
 }
 
-fn whole() -> u32 {
+fn default_weight() -> u32 {
     1
 }
 
@@ -550,7 +550,7 @@ pub struct Settings {
     pub retry: Option<Retry>,
     pub outlier_detection: Option<OutlierDetection>,
     pub connection_limits: Option<ConnectionLimits>,
-    pub capture: Capture,
+    pub capture: CaptureSettings,
     /// The document that set each value, by the value's name. A value without an entry has its built-in
     /// default.
     pub origins: BTreeMap<&'static str, Origin>,
@@ -574,24 +574,24 @@ impl Documents {
     /// value.
     ///
     /// `nodes` are the `Node` documents that select the caller; later ones take precedence.
-    pub fn settings(&self, service: &ServiceName, nodes: &[Arc<Placed<Node>>]) -> Settings {
+    pub fn settings(&self, service: &ServiceName, nodes: &[Arc<PlacedDocument<NodeDocument>>]) -> Settings {
         let mut settings = Settings::default();
         if let Some(mesh) = &self.mesh {
-            let said = Said::of(&mesh.load_balancing, &mesh.timeouts, &mesh.retry).with(
+            let layer = SettingsLayer::of(&mesh.load_balancing, &mesh.timeouts, &mesh.retry).with(
                 &mesh.outlier_detection,
                 &mesh.connection_limits,
                 &mesh.capture,
             );
-            settings.overlay(said, || Origin { document: "Mesh".to_owned(), place: mesh.place.clone() });
+            settings.overlay(layer, || Origin { document: "Mesh".to_owned(), place: mesh.place.clone() });
         }
         if let Some(service) = self.services.get(service) {
-            let said = Said::of(&service.load_balancing, &service.timeouts, &service.retry).with(
+            let layer = SettingsLayer::of(&service.load_balancing, &service.timeouts, &service.retry).with(
                 &service.outlier_detection,
                 &service.connection_limits,
                 &service.capture,
             );
             let document = format!("Service `{}`", service.name);
-            settings.overlay(said, || Origin { document: document.clone(), place: service.place.clone() });
+            settings.overlay(layer, || Origin { document: document.clone(), place: service.place.clone() });
         }
         settings.overlay_nodes(nodes);
         settings
@@ -601,13 +601,13 @@ impl Documents {
     /// the default.
     ///
     /// `nodes` are the `Node` documents that select the node; later ones take precedence.
-    pub fn outbound(&self, nodes: &[Arc<Placed<Node>>]) -> Outbound {
-        let said = nodes.iter().rev().find_map(|node| node.outbound);
-        said.or(self.mesh.as_ref().and_then(|mesh| mesh.outbound)).unwrap_or_default()
+    pub fn outbound(&self, nodes: &[Arc<PlacedDocument<NodeDocument>>]) -> Outbound {
+        let layer = nodes.iter().rev().find_map(|node| node.outbound);
+        layer.or(self.mesh.as_ref().and_then(|mesh| mesh.outbound)).unwrap_or_default()
     }
 
     /// Returns the `Node` documents that select the node of `report`; later ones take precedence.
-    pub fn nodes_for(&self, report: &NodeReport) -> Vec<Arc<Placed<Node>>> {
+    pub fn nodes_for(&self, report: &NodeReport) -> Vec<Arc<PlacedDocument<NodeDocument>>> {
         self.nodes.iter().filter(|node| node.selects(report)).cloned().collect()
     }
 
@@ -636,16 +636,16 @@ impl Documents {
 /// Finds the `Node` documents that select a node, without visiting documents that select other nodes by name.
 #[derive(Debug, Default)]
 pub struct NodeFinder<'a> {
-    by_name: HashMap<&'a NodeName, Vec<Ranked<'a>>>,
-    by_labels: Vec<Ranked<'a>>,
+    by_name: HashMap<&'a NodeName, Vec<RankedDocument<'a>>>,
+    by_labels: Vec<RankedDocument<'a>>,
 }
 
 /// A document and its position in the order of precedence.
-type Ranked<'a> = (usize, &'a Arc<Placed<Node>>);
+type RankedDocument<'a> = (usize, &'a Arc<PlacedDocument<NodeDocument>>);
 
 impl NodeFinder<'_> {
     /// Returns the same documents as [`Documents::nodes_for`].
-    pub fn find(&self, report: &NodeReport) -> Vec<Arc<Placed<Node>>> {
+    pub fn find(&self, report: &NodeReport) -> Vec<Arc<PlacedDocument<NodeDocument>>> {
         let named = self.by_name.get(&report.name).into_iter().flatten();
         let candidates = self.by_labels.iter().chain(named);
         let mut found: Vec<_> = candidates.filter(|(_, node)| node.selects(report)).collect();
@@ -656,22 +656,22 @@ impl NodeFinder<'_> {
 
 /// The settings of one document. `None` keeps the value of a document with lower precedence.
 #[derive(Default)]
-struct Said<'a> {
+struct SettingsLayer<'a> {
     load_balancing: Option<&'a LoadBalancing>,
     timeouts: Timeouts,
     retry: Option<&'a Retry>,
     outlier_detection: Option<OutlierDetection>,
     connection_limits: Option<ConnectionLimits>,
-    capture: Capture,
+    capture: CaptureSettings,
 }
 
-impl<'a> Said<'a> {
+impl<'a> SettingsLayer<'a> {
     fn of(balancing: &'a Option<LoadBalancing>, times: &Option<Timeouts>, retry: &'a Option<Retry>) -> Self {
-        Said {
+        SettingsLayer {
             load_balancing: balancing.as_ref(),
             timeouts: times.unwrap_or_default(),
             retry: retry.as_ref(),
-            ..Said::default()
+            ..SettingsLayer::default()
         }
     }
 
@@ -679,7 +679,7 @@ impl<'a> Said<'a> {
         mut self,
         outliers: &Option<OutlierDetection>,
         limits: &Option<ConnectionLimits>,
-        capture: &Option<Capture>,
+        capture: &Option<CaptureSettings>,
     ) -> Self {
         self.outlier_detection = *outliers;
         self.connection_limits = *limits;
@@ -690,7 +690,7 @@ impl<'a> Said<'a> {
 
 impl Settings {
     /// Returns the settings of the `Node` documents `nodes` for every service; later ones take precedence.
-    pub fn of_nodes(nodes: &[Arc<Placed<Node>>]) -> Settings {
+    pub fn of_nodes(nodes: &[Arc<PlacedDocument<NodeDocument>>]) -> Settings {
         let mut settings = Settings::default();
         settings.overlay_nodes(nodes);
         settings
@@ -712,19 +712,19 @@ impl Settings {
         )
     }
 
-    fn overlay_nodes(&mut self, nodes: &[Arc<Placed<Node>>]) {
+    fn overlay_nodes(&mut self, nodes: &[Arc<PlacedDocument<NodeDocument>>]) {
         for node in nodes {
-            let said = Said::of(&node.load_balancing, &node.timeouts, &node.retry).with(
+            let layer = SettingsLayer::of(&node.load_balancing, &node.timeouts, &node.retry).with(
                 &node.outlier_detection,
                 &node.connection_limits,
                 &node.capture,
             );
             let document = format!("Node `{}`", node.selector());
-            self.overlay(said, || Origin { document: document.clone(), place: node.place.clone() });
+            self.overlay(layer, || Origin { document: document.clone(), place: node.place.clone() });
         }
     }
 
-    fn overlay(&mut self, said: Said<'_>, origin: impl Fn() -> Origin) {
+    fn overlay(&mut self, layer: SettingsLayer<'_>, origin: impl Fn() -> Origin) {
         let Settings {
             load_balancing,
             timeouts,
@@ -740,32 +740,32 @@ impl Settings {
             }
             given
         };
-        if take("load_balancing", said.load_balancing.is_some()) {
-            *load_balancing = said.load_balancing.cloned();
+        if take("load_balancing", layer.load_balancing.is_some()) {
+            *load_balancing = layer.load_balancing.cloned();
         }
-        if take("timeouts.connect", said.timeouts.connect.is_some()) {
-            timeouts.connect = said.timeouts.connect;
+        if take("timeouts.connect", layer.timeouts.connect.is_some()) {
+            timeouts.connect = layer.timeouts.connect;
         }
-        if take("timeouts.request", said.timeouts.request.is_some()) {
-            timeouts.request = said.timeouts.request;
+        if take("timeouts.request", layer.timeouts.request.is_some()) {
+            timeouts.request = layer.timeouts.request;
         }
-        if take("timeouts.idle", said.timeouts.idle.is_some()) {
-            timeouts.idle = said.timeouts.idle;
+        if take("timeouts.idle", layer.timeouts.idle.is_some()) {
+            timeouts.idle = layer.timeouts.idle;
         }
-        if take("retry", said.retry.is_some()) {
-            *retry = said.retry.cloned();
+        if take("retry", layer.retry.is_some()) {
+            *retry = layer.retry.cloned();
         }
-        if take("outlier_detection", said.outlier_detection.is_some()) {
-            *outlier_detection = said.outlier_detection;
+        if take("outlier_detection", layer.outlier_detection.is_some()) {
+            *outlier_detection = layer.outlier_detection;
         }
-        if take("connection_limits", said.connection_limits.is_some()) {
-            *connection_limits = said.connection_limits;
+        if take("connection_limits", layer.connection_limits.is_some()) {
+            *connection_limits = layer.connection_limits;
         }
-        if take("capture.percent", said.capture.percent.is_some()) {
-            capture.percent = said.capture.percent;
+        if take("capture.percent", layer.capture.percent.is_some()) {
+            capture.percent = layer.capture.percent;
         }
-        if take("capture.on_loss", said.capture.on_loss.is_some()) {
-            capture.on_loss = said.capture.on_loss;
+        if take("capture.on_loss", layer.capture.on_loss.is_some()) {
+            capture.on_loss = layer.capture.on_loss;
         }
     }
 }
@@ -783,9 +783,9 @@ impl<'de> Deserialize<'de> for Method {
 
 impl<'de> Deserialize<'de> for TextMatch {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Visit;
+        struct TextMatchVisitor;
 
-        impl<'de> Visitor<'de> for Visit {
+        impl<'de> Visitor<'de> for TextMatchVisitor {
             type Value = TextMatch;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -820,6 +820,6 @@ impl<'de> Deserialize<'de> for TextMatch {
             }
         }
 
-        deserializer.deserialize_any(Visit)
+        deserializer.deserialize_any(TextMatchVisitor)
     }
 }

@@ -12,8 +12,10 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::check::{self, Check, Reference};
-use crate::document::{Documents, Mesh, Node, Placed, Route, Service, selector};
+use crate::check::{self, DocumentChecker, Reference};
+use crate::document::{
+    Documents, MeshDocument, NodeDocument, PlacedDocument, RouteDocument, ServiceDocument, selector,
+};
 use crate::strict::{did_you_mean, one_of, read};
 use crate::yaml::{self, MAX_TEXT};
 use crate::{Labels, Place, Problem, ServiceName};
@@ -26,7 +28,7 @@ pub fn strict<T: DeserializeOwned>(file: &str, text: &str) -> Result<T, Vec<Prob
 /// Parses bytes like [`strict`], after decoding them as UTF-8.
 pub fn strict_bytes<T: DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, Vec<Problem>> {
     let file: Arc<str> = file.into();
-    let text = yaml::text_of(&file, &file, bytes, MAX_TEXT).map_err(|problem| vec![problem])?;
+    let text = yaml::decode_text(&file, &file, bytes, MAX_TEXT).map_err(|problem| vec![problem])?;
     let mut documents = yaml::parse(&file, &file, text).into_iter();
     let (root, mut problems) = match documents.next() {
         // A text of only comments is an empty mapping, in which every field has its default.
@@ -63,7 +65,7 @@ pub struct DocumentFile<'a> {
 
 /// A good version of a document, in the form saved for a restart: [`Library::last_good`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Kept {
+pub struct SavedDocument {
     pub file: Arc<str>,
     pub line: u32,
     pub column: u32,
@@ -75,17 +77,17 @@ pub struct Kept {
 /// files after each change of any.
 #[derive(Debug, Default)]
 pub struct Library {
-    files: BTreeMap<Arc<str>, Contents>,
-    good: BTreeMap<Identity, Arc<Version>>,
+    files: BTreeMap<Arc<str>, FileContents>,
+    good: BTreeMap<DocumentId, Arc<DocumentVersion>>,
     current: Arc<Documents>,
 }
 
 /// The content of a file as last read.
 #[derive(Debug, Default)]
-struct Contents {
+struct FileContents {
     /// `None` if the file could not be read.
     bytes: Option<Box<[u8]>>,
-    documents: Vec<Candidate>,
+    documents: Vec<DocumentCandidate>,
     /// Problems in text that cannot be attributed to a document. While the list is not
     /// empty, all documents last read from the file stay in force.
     unidentified: Vec<Problem>,
@@ -95,67 +97,68 @@ struct Contents {
 
 /// A document as its file contains it now.
 #[derive(Debug)]
-struct Candidate {
-    identity: Identity,
+struct DocumentCandidate {
+    id: DocumentId,
     place: Place,
     /// The version, or its problems.
-    version: Result<Arc<Version>, Vec<Problem>>,
+    version: Result<Arc<DocumentVersion>, Vec<Problem>>,
 }
 
 #[derive(Debug)]
-struct Version {
-    kept: Kept,
-    parsed: Parsed,
+struct DocumentVersion {
+    kept: SavedDocument,
+    parsed: ParsedDocument,
     references: Vec<Reference>,
 }
 
 #[derive(Debug, Clone)]
-enum Parsed {
-    Mesh(Arc<Placed<Mesh>>),
-    Service(Arc<Placed<Service>>),
-    Route(Arc<Placed<Route>>),
-    Node(Arc<Placed<Node>>),
+enum ParsedDocument {
+    Mesh(Arc<PlacedDocument<MeshDocument>>),
+    Service(Arc<PlacedDocument<ServiceDocument>>),
+    Route(Arc<PlacedDocument<RouteDocument>>),
+    Node(Arc<PlacedDocument<NodeDocument>>),
 }
 
-/// The identity of a document across versions and files.
+/// The id of a document across versions and files.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Identity {
-    kind: Kind,
+struct DocumentId {
+    kind: DocumentKind,
     name: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+enum DocumentKind {
     Mesh,
     Service,
     Route,
     Node,
 }
 
-impl Kind {
-    const ALL: [Kind; 4] = [Kind::Mesh, Kind::Service, Kind::Route, Kind::Node];
+impl DocumentKind {
+    const ALL: [DocumentKind; 4] =
+        [DocumentKind::Mesh, DocumentKind::Service, DocumentKind::Route, DocumentKind::Node];
     /// The kinds of documents that are designed but not implemented. Their message differs from that of an
     /// unknown kind.
-    const LATER: [&str; 3] = ["Access", "Gateway", "External"];
+    const UNSUPPORTED: [&str; 3] = ["Access", "Gateway", "External"];
 
     fn as_str(self) -> &'static str {
         match self {
-            Kind::Mesh => "Mesh",
-            Kind::Service => "Service",
-            Kind::Route => "Route",
-            Kind::Node => "Node",
+            DocumentKind::Mesh => "Mesh",
+            DocumentKind::Service => "Service",
+            DocumentKind::Route => "Route",
+            DocumentKind::Node => "Node",
         }
     }
 
-    fn parse(text: &str) -> Result<Kind, String> {
-        if let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == text) {
+    fn parse(text: &str) -> Result<DocumentKind, String> {
+        if let Some(kind) = DocumentKind::ALL.into_iter().find(|kind| kind.as_str() == text) {
             return Ok(kind);
         }
         let shown = yaml::short(text);
-        if Kind::LATER.contains(&text) {
+        if DocumentKind::UNSUPPORTED.contains(&text) {
             return Err(format!("`{shown}` documents are not supported by this version"));
         }
-        let known = || Kind::ALL.into_iter().map(Kind::as_str);
+        let known = || DocumentKind::ALL.into_iter().map(DocumentKind::as_str);
         Err(match did_you_mean(text, known()) {
             Some(meant) => format!("unknown kind `{shown}`, did you mean `{meant}`?"),
             None => format!("unknown kind `{shown}`: expected {}", one_of(known())),
@@ -163,10 +166,10 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Identity {
+impl fmt::Display for DocumentId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            Kind::Mesh => f.write_str("Mesh"),
+            DocumentKind::Mesh => f.write_str("Mesh"),
             kind => write!(f, "{} `{}`", kind.as_str(), self.name),
         }
     }
@@ -175,7 +178,7 @@ impl fmt::Display for Identity {
 impl Library {
     /// Restores the versions that were in force before a restart. Versions that this release cannot read are
     /// left out.
-    pub fn restored(kept: impl IntoIterator<Item = Kept>) -> Library {
+    pub fn restored(kept: impl IntoIterator<Item = SavedDocument>) -> Library {
         let mut library = Library::default();
         for kept in kept {
             // The text is placed at its line and indentation in the file, so that problems name the same
@@ -183,22 +186,22 @@ impl Library {
             let indent = usize::try_from(kept.column.saturating_sub(1)).unwrap_or_default().min(MAX_TEXT);
             // `repeat`, because a width in a format string panics above 65,535.
             let text = " ".repeat(indent) + &kept.text;
-            let contents = Contents::parse(&kept.file, text.as_bytes(), kept.line);
+            let contents = FileContents::parse(&kept.file, text.as_bytes(), kept.line);
             for candidate in contents.documents {
                 if let Ok(version) = candidate.version {
-                    library.good.insert(candidate.identity, version);
+                    library.good.insert(candidate.id, version);
                 }
             }
         }
         let mut chosen = library.good.clone();
-        settle(&mut chosen, &library.good);
+        settle_references(&mut chosen, &library.good);
         library.current = Arc::new(assemble(&chosen));
         library.good = chosen;
         library
     }
 
     /// Returns the good versions, to be saved.
-    pub fn last_good(&self) -> Vec<Kept> {
+    pub fn last_good(&self) -> Vec<SavedDocument> {
         self.good.values().map(|version| version.kept.clone()).collect()
     }
 
@@ -213,53 +216,53 @@ impl Library {
     pub fn update(&mut self, files: &[DocumentFile<'_>]) -> (Arc<Documents>, Vec<Problem>) {
         self.read(files);
         let mut problems = Vec::new();
-        let mut claims: BTreeMap<&Identity, Vec<&Candidate>> = BTreeMap::new();
+        let mut claims: BTreeMap<&DocumentId, Vec<&DocumentCandidate>> = BTreeMap::new();
         for candidate in self.files.values().flat_map(|contents| &contents.documents) {
-            claims.entry(&candidate.identity).or_default().push(candidate);
+            claims.entry(&candidate.id).or_default().push(candidate);
         }
-        let mut claimed: BTreeMap<&Identity, &Candidate> = BTreeMap::new();
-        for (identity, candidates) in claims {
+        let mut claimed: BTreeMap<&DocumentId, &DocumentCandidate> = BTreeMap::new();
+        for (id, candidates) in claims {
             // A later document must not replace one of the same name that is in force.
-            let incumbent = self.good.get(identity).map(|version| &version.kept.file);
+            let incumbent = self.good.get(id).map(|version| &version.kept.file);
             let stayed = candidates.iter().find(|candidate| Some(&candidate.place.file) == incumbent);
             let Some(counts) = stayed.or(candidates.first()) else { continue };
             for other in candidates.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
-                let message = format!("a second {identity}: the one at {} counts", counts.place);
-                problems.push(Problem::new(other.place.clone(), identity.to_string(), message));
+                let message = format!("a second {id}: the one at {} counts", counts.place);
+                problems.push(Problem::new(other.place.clone(), id.to_string(), message));
             }
-            claimed.insert(identity, counts);
+            claimed.insert(id, counts);
         }
 
-        let mut chosen: BTreeMap<Identity, Arc<Version>> = BTreeMap::new();
-        for (identity, candidate) in &claimed {
-            if let Some(version) = candidate.version.as_ref().ok().or(self.good.get(*identity)) {
-                chosen.insert((*identity).clone(), version.clone());
+        let mut chosen: BTreeMap<DocumentId, Arc<DocumentVersion>> = BTreeMap::new();
+        for (id, candidate) in &claimed {
+            if let Some(version) = candidate.version.as_ref().ok().or(self.good.get(*id)) {
+                chosen.insert((*id).clone(), version.clone());
             }
         }
         let mut held: BTreeSet<&Arc<str>> = BTreeSet::new();
-        for (identity, version) in &self.good {
+        for (id, version) in &self.good {
             let file = &version.kept.file;
             let obscure = self.files.get(file).is_some_and(|contents| !contents.unidentified.is_empty());
-            if obscure && !claimed.contains_key(identity) {
+            if obscure && !claimed.contains_key(id) {
                 held.insert(file);
-                chosen.insert(identity.clone(), version.clone());
+                chosen.insert(id.clone(), version.clone());
             }
         }
 
-        let broken = settle(&mut chosen, &self.good);
+        let broken = settle_references(&mut chosen, &self.good);
 
         // The consequence of each problem is known only after all references are settled.
-        let outcome = |identity: &Identity| match chosen.contains_key(identity) {
+        let outcome = |id: &DocumentId| match chosen.contains_key(id) {
             true => "its last good version stays in force",
             false => NOT_IN_FORCE,
         };
-        for (identity, candidate) in &claimed {
+        for (id, candidate) in &claimed {
             let wrong = candidate.version.as_ref().err().into_iter().flatten();
-            problems.extend(wrong.map(|problem| problem.clone().with_outcome(outcome(identity))));
+            problems.extend(wrong.map(|problem| problem.clone().with_outcome(outcome(id))));
         }
-        for (identity, place, message) in broken {
-            let problem = Problem::new(place, identity.to_string(), message);
-            problems.push(problem.with_outcome(outcome(&identity)));
+        for (id, place, message) in broken {
+            let problem = Problem::new(place, id.to_string(), message);
+            problems.push(problem.with_outcome(outcome(&id)));
         }
         for (file, contents) in &self.files {
             problems.extend(contents.unsupported.iter().cloned());
@@ -273,9 +276,9 @@ impl Library {
         problems.sort();
         problems.dedup();
 
-        let still_claimed: BTreeSet<Identity> = claimed.into_keys().cloned().collect();
-        self.good.retain(|identity, _| still_claimed.contains(identity));
-        self.good.extend(chosen.iter().map(|(identity, version)| (identity.clone(), version.clone())));
+        let still_claimed: BTreeSet<DocumentId> = claimed.into_keys().cloned().collect();
+        self.good.retain(|id, _| still_claimed.contains(id));
+        self.good.extend(chosen.iter().map(|(id, version)| (id.clone(), version.clone())));
         let documents = assemble(&chosen);
         if documents != *self.current {
             self.current = Arc::new(documents);
@@ -290,10 +293,10 @@ impl Library {
             let path: Arc<str> = file.path.into();
             let contents = match (file.content, before.remove(&path)) {
                 (Ok(bytes), Some(same)) if same.bytes.as_deref() == Some(bytes) => same,
-                (Ok(bytes), _) => Contents::parse(&path, bytes, 1),
-                (Err(why), _) => Contents {
+                (Ok(bytes), _) => FileContents::parse(&path, bytes, 1),
+                (Err(why), _) => FileContents {
                     unidentified: vec![Problem::new(Place::file(path.clone()), path.clone(), why)],
-                    ..Contents::default()
+                    ..FileContents::default()
                 },
             };
             self.files.insert(path, contents);
@@ -301,11 +304,11 @@ impl Library {
         // A document that parses to an equal value keeps its pointer, because later stages compare pointers.
         let good = &self.good;
         for candidate in self.files.values_mut().flat_map(|contents| &mut contents.documents) {
-            if let (Ok(version), Some(known)) = (&mut candidate.version, good.get(&candidate.identity))
+            if let (Ok(version), Some(known)) = (&mut candidate.version, good.get(&candidate.id))
                 && !Arc::ptr_eq(version, known)
                 && known.parsed == version.parsed
             {
-                *version = Arc::new(Version {
+                *version = Arc::new(DocumentVersion {
                     kept: version.kept.clone(),
                     parsed: known.parsed.clone(),
                     references: version.references.clone(),
@@ -318,13 +321,13 @@ impl Library {
 /// The end of a problem's message if no version of its document is in force.
 pub const NOT_IN_FORCE: &str = "it is not in force";
 
-impl PartialEq for Parsed {
-    fn eq(&self, other: &Parsed) -> bool {
+impl PartialEq for ParsedDocument {
+    fn eq(&self, other: &ParsedDocument) -> bool {
         match (self, other) {
-            (Parsed::Mesh(a), Parsed::Mesh(b)) => a == b,
-            (Parsed::Service(a), Parsed::Service(b)) => a == b,
-            (Parsed::Route(a), Parsed::Route(b)) => a == b,
-            (Parsed::Node(a), Parsed::Node(b)) => a == b,
+            (ParsedDocument::Mesh(a), ParsedDocument::Mesh(b)) => a == b,
+            (ParsedDocument::Service(a), ParsedDocument::Service(b)) => a == b,
+            (ParsedDocument::Route(a), ParsedDocument::Route(b)) => a == b,
+            (ParsedDocument::Node(a), ParsedDocument::Node(b)) => a == b,
             _ => false,
         }
     }
@@ -335,98 +338,100 @@ impl PartialEq for Parsed {
 ///
 /// Changed documents are replaced before unchanged ones, so that a new redirect that closes a cycle does not
 /// break the routes that were there before.
-fn settle(
-    chosen: &mut BTreeMap<Identity, Arc<Version>>,
-    good: &BTreeMap<Identity, Arc<Version>>,
-) -> Vec<(Identity, Place, String)> {
+fn settle_references(
+    chosen: &mut BTreeMap<DocumentId, Arc<DocumentVersion>>,
+    good: &BTreeMap<DocumentId, Arc<DocumentVersion>>,
+) -> Vec<(DocumentId, Place, String)> {
     let mut said = Vec::new();
-    let mut touched: BTreeSet<Identity> = BTreeSet::new();
+    let mut touched: BTreeSet<DocumentId> = BTreeSet::new();
     // Each round replaces or removes a version, and each document has at most two versions.
     loop {
-        let mut broken = breaches(chosen);
+        let mut broken = broken_references(chosen);
         if broken.is_empty() {
             return said;
         }
-        let is_new = |identity: &Identity| match (chosen.get(identity), good.get(identity)) {
+        let is_new = |id: &DocumentId| match (chosen.get(id), good.get(id)) {
             (Some(now), Some(before)) => !Arc::ptr_eq(now, before),
             _ => true,
         };
-        if broken.iter().any(|(identity, ..)| is_new(identity)) {
-            broken.retain(|(identity, ..)| is_new(identity));
+        if broken.iter().any(|(id, ..)| is_new(id)) {
+            broken.retain(|(id, ..)| is_new(id));
         }
-        let identities: BTreeSet<Identity> = broken.iter().map(|(identity, ..)| identity.clone()).collect();
+        let ids: BTreeSet<DocumentId> = broken.iter().map(|(id, ..)| id.clone()).collect();
         // Only problems of the file's current text are reported: the places of an earlier version are
         // outdated.
-        said.extend(broken.into_iter().filter(|(identity, ..)| !touched.contains(identity)));
-        for identity in identities {
-            match good.get(&identity) {
-                Some(before) if touched.insert(identity.clone()) => chosen.insert(identity, before.clone()),
-                _ => chosen.remove(&identity),
+        said.extend(broken.into_iter().filter(|(id, ..)| !touched.contains(id)));
+        for id in ids {
+            match good.get(&id) {
+                Some(before) if touched.insert(id.clone()) => chosen.insert(id, before.clone()),
+                _ => chosen.remove(&id),
             };
         }
     }
 }
 
 /// Returns the broken references.
-fn breaches(chosen: &BTreeMap<Identity, Arc<Version>>) -> Vec<(Identity, Place, String)> {
-    let mut services: BTreeMap<&ServiceName, &Service> = BTreeMap::new();
+fn broken_references(
+    chosen: &BTreeMap<DocumentId, Arc<DocumentVersion>>,
+) -> Vec<(DocumentId, Place, String)> {
+    let mut services: BTreeMap<&ServiceName, &ServiceDocument> = BTreeMap::new();
     let mut routes: BTreeMap<&ServiceName, &[Reference]> = BTreeMap::new();
     for version in chosen.values() {
         match &version.parsed {
-            Parsed::Service(service) => {
+            ParsedDocument::Service(service) => {
                 services.insert(&service.name, service);
             }
-            Parsed::Route(route) => {
+            ParsedDocument::Route(route) => {
                 routes.insert(&route.service, &version.references);
             }
-            Parsed::Mesh(_) | Parsed::Node(_) => {}
+            ParsedDocument::Mesh(_) | ParsedDocument::Node(_) => {}
         }
     }
-    let mut breaches = Vec::new();
-    let identity = |service: &ServiceName| Identity { kind: Kind::Route, name: service.to_string() };
+    let mut broken = Vec::new();
+    let id = |service: &ServiceName| DocumentId { kind: DocumentKind::Route, name: service.to_string() };
     for (route, references) in &routes {
         for reference in *references {
             if let Some(message) = check::missing_subset(reference, &services) {
-                breaches.push((identity(route), reference.place.clone(), message));
+                broken.push((id(route), reference.place.clone(), message));
             }
         }
     }
-    for (route, place, message) in check::redirect_circles(&routes) {
-        breaches.push((identity(route), place, message));
+    for (route, place, message) in check::redirect_cycles(&routes) {
+        broken.push((id(route), place, message));
     }
-    breaches
+    broken
 }
 
-fn assemble(chosen: &BTreeMap<Identity, Arc<Version>>) -> Documents {
+fn assemble(chosen: &BTreeMap<DocumentId, Arc<DocumentVersion>>) -> Documents {
     let mut documents = Documents::default();
     for version in chosen.values() {
         match &version.parsed {
-            Parsed::Mesh(mesh) => documents.mesh = Some(mesh.clone()),
-            Parsed::Service(service) => {
+            ParsedDocument::Mesh(mesh) => documents.mesh = Some(mesh.clone()),
+            ParsedDocument::Service(service) => {
                 documents.services.insert(service.name.clone(), service.clone());
             }
-            Parsed::Route(route) => {
+            ParsedDocument::Route(route) => {
                 documents.routes.insert(route.service.clone(), route.clone());
             }
-            Parsed::Node(node) => documents.nodes.push(node.clone()),
+            ParsedDocument::Node(node) => documents.nodes.push(node.clone()),
         }
     }
-    documents.nodes.sort_by(|a, b| strength(a, b));
+    documents.nodes.sort_by(|a, b| compare_precedence(a, b));
     documents
 }
 
 /// Orders documents by precedence: the more precise the selector, the higher. Equal ones are ordered by their
 /// text, the same way on every replica.
-fn strength(a: &Node, b: &Node) -> Ordering {
-    let key = |node: &Node| (node.name.is_some(), node.labels.len());
+fn compare_precedence(a: &NodeDocument, b: &NodeDocument) -> Ordering {
+    let key = |node: &NodeDocument| (node.name.is_some(), node.labels.len());
     key(a).cmp(&key(b)).then_with(|| a.selector().cmp(&b.selector()))
 }
 
-impl Contents {
+impl FileContents {
     /// Parses the documents of a text that begins in line `first_line` of its file.
-    fn parse(file: &Arc<str>, bytes: &[u8], first_line: u32) -> Contents {
-        let mut contents = Contents { bytes: Some(bytes.into()), ..Contents::default() };
-        let text = match yaml::text_of(file, file, bytes, MAX_TEXT) {
+    fn parse(file: &Arc<str>, bytes: &[u8], first_line: u32) -> FileContents {
+        let mut contents = FileContents { bytes: Some(bytes.into()), ..FileContents::default() };
+        let text = match yaml::decode_text(file, file, bytes, MAX_TEXT) {
             Ok(text) => text,
             Err(problem) => {
                 contents.unidentified.push(problem);
@@ -461,57 +466,57 @@ impl Contents {
             return unidentified(root.place(file), message);
         }
         let Some(kind) = root.get("kind") else {
-            let kinds = one_of(Kind::ALL.into_iter().map(Kind::as_str));
+            let kinds = one_of(DocumentKind::ALL.into_iter().map(DocumentKind::as_str));
             return unidentified(root.place(file), format!("`kind` is missing: {kinds}"));
         };
         let Some(name) = kind.text() else {
-            let kinds = one_of(Kind::ALL.into_iter().map(Kind::as_str));
+            let kinds = one_of(DocumentKind::ALL.into_iter().map(DocumentKind::as_str));
             let message = format!("`kind`: expected {kinds}, found {}", kind.describe());
             return unidentified(kind.place(file), message);
         };
-        let kind = match Kind::parse(name) {
+        let kind = match DocumentKind::parse(name) {
             Ok(kind) => kind,
             Err(message) => {
                 let place = kind.place(file);
-                if Kind::LATER.contains(&name) {
+                if DocumentKind::UNSUPPORTED.contains(&name) {
                     self.unsupported.push(Problem::new(place, file.clone(), message));
                     return;
                 }
                 return unidentified(place, message);
             }
         };
-        let identity = Identity { kind, name: kind.name_of(root).unwrap_or_default() };
-        let subject: Arc<str> = identity.to_string().into();
-        let source = Source { file, subject: &subject, text, root };
+        let id = DocumentId { kind, name: kind.name_of(root).unwrap_or_default() };
+        let subject: Arc<str> = id.to_string().into();
+        let source = DocumentText { file, subject: &subject, text, root };
         let version = match kind {
-            Kind::Mesh => source.version(problems, Parsed::Mesh, check::mesh),
-            Kind::Service => source.version(problems, Parsed::Service, check::service),
-            Kind::Route => source.version(problems, Parsed::Route, check::route),
-            Kind::Node => source.version(problems, Parsed::Node, check::node),
+            DocumentKind::Mesh => source.version(problems, ParsedDocument::Mesh, check::mesh),
+            DocumentKind::Service => source.version(problems, ParsedDocument::Service, check::service),
+            DocumentKind::Route => source.version(problems, ParsedDocument::Route, check::route),
+            DocumentKind::Node => source.version(problems, ParsedDocument::Node, check::node),
         };
         match version {
-            Err(problems) if identity.name.is_empty() && kind != Kind::Mesh => {
+            Err(problems) if id.name.is_empty() && kind != DocumentKind::Mesh => {
                 let about_file = |problem| Problem { subject: file.clone(), ..problem };
                 self.unidentified.extend(problems.into_iter().map(about_file));
             }
             version => {
                 let place = root.place(file);
-                self.documents.push(Candidate { identity, place, version: version.map(Arc::new) });
+                self.documents.push(DocumentCandidate { id, place, version: version.map(Arc::new) });
             }
         }
     }
 }
 
-impl Kind {
+impl DocumentKind {
     /// Returns the name of a document of this kind. Other mistakes in the document do not matter, so that a
     /// document with a problem is still identified.
     fn name_of(self, root: &yaml::Node) -> Option<String> {
         let text = |key: &str| root.get(key)?.text().filter(|text| !text.is_empty()).map(str::to_owned);
         match self {
-            Kind::Mesh => None,
-            Kind::Service => text("name"),
-            Kind::Route => text("service"),
-            Kind::Node => text("name").or_else(|| {
+            DocumentKind::Mesh => None,
+            DocumentKind::Service => text("name"),
+            DocumentKind::Route => text("service"),
+            DocumentKind::Node => text("name").or_else(|| {
                 let labels = root.get("labels")?.entries().filter(|labels| !labels.is_empty())?;
                 let label = |entry: &yaml::Entry| Some((entry.name().into(), entry.value.text()?.into()));
                 let labels: Labels = labels.iter().map(label).collect::<Option<_>>()?;
@@ -522,7 +527,7 @@ impl Kind {
 }
 
 /// The text of one identified document.
-struct Source<'a> {
+struct DocumentText<'a> {
     file: &'a Arc<str>,
     subject: &'a Arc<str>,
     /// The text of the whole file.
@@ -530,14 +535,14 @@ struct Source<'a> {
     root: &'a yaml::Node,
 }
 
-impl Source<'_> {
+impl DocumentText<'_> {
     fn version<T: DeserializeOwned>(
         &self,
         mut problems: Vec<Problem>,
-        wrap: fn(Arc<Placed<T>>) -> Parsed,
-        check: fn(&T, &mut Check<'_>),
-    ) -> Result<Version, Vec<Problem>> {
-        let Source { file, subject, text, root } = *self;
+        wrap: fn(Arc<PlacedDocument<T>>) -> ParsedDocument,
+        check: fn(&T, &mut DocumentChecker<'_>),
+    ) -> Result<DocumentVersion, Vec<Problem>> {
+        let DocumentText { file, subject, text, root } = *self;
         problems.iter_mut().for_each(|problem| problem.subject = subject.clone());
         let document = match read::<T>(file, subject, root, Some("kind")) {
             Ok(document) => document,
@@ -546,21 +551,21 @@ impl Source<'_> {
                 return Err(problems);
             }
         };
-        let mut checked = Check::new(file, subject, root);
+        let mut checked = DocumentChecker::new(file, subject, root);
         check(&document, &mut checked);
         problems.extend(checked.problems);
         if !problems.is_empty() {
             return Err(problems);
         }
         let place = root.place(file);
-        let kept = Kept {
+        let kept = SavedDocument {
             file: file.clone(),
             line: place.line,
             column: place.column,
             text: text.get(root.bytes.0..root.bytes.1).unwrap_or_default().into(),
         };
-        let parsed = wrap(Arc::new(Placed { place, document }));
-        Ok(Version { kept, parsed, references: checked.references })
+        let parsed = wrap(Arc::new(PlacedDocument { place, document }));
+        Ok(DocumentVersion { kept, parsed, references: checked.references })
     }
 }
 

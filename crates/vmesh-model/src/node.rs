@@ -22,7 +22,7 @@ pub struct NodeReport {
     pub upstreams: Upstreams,
     /// The connections that reach Envoy by capture rather than by a declared listener.
     #[serde(default)]
-    pub capture: Capture,
+    pub capture: NodeCapture,
     /// The software versions, for `vmeshctl nodes`: `vmesh-agent/0.1.0 envoy/1.40.0`.
     #[serde(default)]
     pub build: Arc<str>,
@@ -58,11 +58,11 @@ pub struct Workload {
 ///
 /// Fields that only a newer agent sends are ignored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Capture {
+pub struct NodeCapture {
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub outbound: Option<Outward>,
+    pub outbound: Option<OutboundCapture>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub inbound: Option<Inward>,
+    pub inbound: Option<InboundCapture>,
     /// The host has no IPv6, or it captures connections and has no `::1`. Envoy would then reject every
     /// resource with an IPv6 address.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -77,7 +77,7 @@ pub const INBOUND_PORT: u16 = 15006;
 /// The captured connections among those that programs of the host open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outward {
+pub enum OutboundCapture {
     /// Connections to virtual addresses.
     Vip,
     /// Connections to virtual addresses and to real addresses of endpoints.
@@ -89,7 +89,7 @@ pub enum Outward {
 /// The kernel mechanism by which inbound connections reach Envoy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Inward {
+pub enum InboundCapture {
     Redirect,
     /// TPROXY, which preserves the original destination address. Envoy's listener must be transparent.
     Tproxy,

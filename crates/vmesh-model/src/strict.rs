@@ -31,24 +31,24 @@ pub fn read<T: DeserializeOwned>(
 ) -> Result<T, Vec<Problem>> {
     let mut repairs = Repairs::default();
     if let Some(index) = node.entries().and_then(|all| all.iter().position(|e| Some(e.name()) == skip)) {
-        repairs.left_out.insert((node.id, index), LeftOut::Elsewhere);
+        repairs.omitted.insert((node.id, index), Omission::ReadByCaller);
     }
     let mut problems = Vec::new();
     // Each round leaves out one more part, and most rounds report a problem.
     for _ in 0..2 * MAX_PROBLEMS {
-        let fault = match T::deserialize(Reader { node, repairs: &repairs, field: None }) {
+        let fault = match T::deserialize(NodeDeserializer { node, repairs: &repairs, field: None }) {
             Ok(value) if problems.is_empty() => return Ok(value),
             Ok(_) => break,
             Err(Fault(fault)) => *fault,
         };
-        if !repairs.caused(&fault) {
+        if !repairs.is_consequence(&fault) {
             let (line, column) =
                 fault.at.as_ref().map_or((node.line, node.column), |at| (at.line, at.column));
             let place = Place::at(file.clone(), line, column);
             let message = fault.message().replace(char::is_control, " ");
             problems.push(Problem::new(place, subject.clone(), message));
         }
-        if problems.len() >= MAX_PROBLEMS || !repairs.make(fault) {
+        if problems.len() >= MAX_PROBLEMS || !repairs.repair(fault) {
             break;
         }
     }
@@ -88,79 +88,82 @@ pub fn one_of<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
 struct Repairs {
     /// The entries of mappings and items of lists that are left out, by the node of their container and their
     /// index.
-    left_out: BTreeMap<(u32, usize), LeftOut>,
+    omitted: BTreeMap<(u32, usize), Omission>,
     /// The missing fields that get a placeholder value, by the node of their mapping.
-    made_up: BTreeMap<u32, Vec<&'static str>>,
+    placeholders: BTreeMap<u32, Vec<&'static str>>,
 }
 
-enum LeftOut {
+enum Omission {
     /// The part was wrong. Contains the fields that it was probably meant to set.
     Wrong(Vec<String>),
     /// The part is read by the caller.
-    Elsewhere,
+    ReadByCaller,
 }
 
 impl Repairs {
-    fn of(&self, node: u32) -> impl Iterator<Item = &LeftOut> {
-        self.left_out.range((node, 0)..=(node, usize::MAX)).map(|(_, left_out)| left_out)
+    fn omitted_in(&self, node: u32) -> impl Iterator<Item = &Omission> {
+        self.omitted.range((node, 0)..=(node, usize::MAX)).map(|(_, omitted)| omitted)
     }
 
     /// Reports whether `fault` is only a consequence of earlier repairs.
-    fn caused(&self, fault: &Details) -> bool {
+    fn is_consequence(&self, fault: &FaultDetails) -> bool {
         let Some(at) = &fault.at else { return false };
-        let wrong = |left_out: &LeftOut| matches!(left_out, LeftOut::Wrong(_));
-        match &fault.what {
-            What::MadeUp => true,
-            What::Missing(field) => self.of(at.node).any(|left_out| match left_out {
-                LeftOut::Wrong(meant) => meant.iter().any(|name| name == field),
-                LeftOut::Elsewhere => false,
+        let wrong = |omitted: &Omission| matches!(omitted, Omission::Wrong(_));
+        match &fault.kind {
+            FaultKind::Placeholder => true,
+            FaultKind::Missing(field) => self.omitted_in(at.node).any(|omitted| match omitted {
+                Omission::Wrong(meant) => meant.iter().any(|name| name == field),
+                Omission::ReadByCaller => false,
             }),
-            _ => at.whole && (self.of(at.node).any(wrong) || self.made_up.contains_key(&at.node)),
+            _ => {
+                at.is_container
+                    && (self.omitted_in(at.node).any(wrong) || self.placeholders.contains_key(&at.node))
+            }
         }
     }
 
     /// Makes a repair that lets the next attempt read further. Returns `false` if there is none.
-    fn make(&mut self, fault: Details) -> bool {
-        if let (What::Missing(field), Some(at)) = (&fault.what, &fault.at) {
-            let made_up = self.made_up.entry(at.node).or_default();
-            if !made_up.contains(field) {
-                made_up.push(field);
+    fn repair(&mut self, fault: FaultDetails) -> bool {
+        if let (FaultKind::Missing(field), Some(at)) = (&fault.kind, &fault.at) {
+            let placeholders = self.placeholders.entry(at.node).or_default();
+            if !placeholders.contains(field) {
+                placeholders.push(field);
                 return true;
             }
         }
         let Some(target) = fault.target else { return false };
-        let meant = match &fault.what {
-            What::UnknownField { name, known } => {
+        let meant = match &fault.kind {
+            FaultKind::UnknownField { name, known } => {
                 did_you_mean(name, known.iter().copied()).map(str::to_owned).into_iter().collect()
             }
             _ => fault.field.iter().cloned().collect(),
         };
-        self.left_out.insert(target, LeftOut::Wrong(meant)).is_none()
+        self.omitted.insert(target, Omission::Wrong(meant)).is_none()
     }
 }
 
 /// The error of a deserializer. Boxed, because every step returns it.
-struct Fault(Box<Details>);
+struct Fault(Box<FaultDetails>);
 
-struct Details {
-    what: What,
+struct FaultDetails {
+    kind: FaultKind,
     /// The place of the error; `None` until the first reader that knows it adds it.
-    at: Option<At>,
+    at: Option<FaultPosition>,
     /// The innermost named field that contains the error.
     field: Option<String>,
     /// The part to leave out in the next attempt: the node of its container, and its index.
     target: Option<(u32, usize)>,
 }
 
-struct At {
+struct FaultPosition {
     node: u32,
     line: u32,
     column: u32,
     /// The error concerns a list or mapping as a whole, so it may be caused by a part left out of it.
-    whole: bool,
+    is_container: bool,
 }
 
-enum What {
+enum FaultKind {
     UnknownField {
         name: String,
         known: &'static [&'static str],
@@ -175,34 +178,34 @@ enum What {
         expected: String,
         found: String,
     },
-    Said(String),
+    Message(String),
     /// A placeholder value was not accepted.
-    MadeUp,
+    Placeholder,
 }
 
 impl Fault {
-    fn new(what: What) -> Fault {
-        Fault(Box::new(Details { what, at: None, field: None, target: None }))
+    fn new(kind: FaultKind) -> Fault {
+        Fault(Box::new(FaultDetails { kind, at: None, field: None, target: None }))
     }
 
     /// Sets the place of the error, unless an inner reader has set it.
-    fn at(mut self, node: &Node) -> Fault {
-        self.0.at.get_or_insert_with(|| At {
+    fn with_place(mut self, node: &Node) -> Fault {
+        self.0.at.get_or_insert_with(|| FaultPosition {
             node: node.id,
             line: node.line,
             column: node.column,
-            whole: node.text().is_none(),
+            is_container: node.text().is_none(),
         });
         self
     }
 
     /// Sets the part to leave out in the next attempt, unless an inner reader has set it.
-    fn within(mut self, container: u32, index: usize, field: Option<&str>) -> Fault {
+    fn with_target(mut self, container: u32, index: usize, field: Option<&str>) -> Fault {
         self.0.target.get_or_insert((container, index));
-        self.of(field)
+        self.with_field(field)
     }
 
-    fn of(mut self, field: Option<&str>) -> Fault {
+    fn with_field(mut self, field: Option<&str>) -> Fault {
         if let (None, Some(field)) = (&self.0.field, field) {
             self.0.field = Some(field.to_owned());
         }
@@ -210,35 +213,37 @@ impl Fault {
     }
 }
 
-impl Details {
+impl FaultDetails {
     fn message(&self) -> String {
         let field = self.field.as_deref().map(short);
         let about = |said: &str| match &field {
             Some(field) => format!("`{field}`: {said}"),
             None => said.to_owned(),
         };
-        match &self.what {
-            What::UnknownField { name, known } => {
+        match &self.kind {
+            FaultKind::UnknownField { name, known } => {
                 let shown = short(name);
                 match did_you_mean(name, known.iter().copied()) {
                     Some(meant) => format!("unknown field `{shown}`, did you mean `{meant}`?"),
                     None => format!("unknown field `{shown}`: expected {}", one_of(known.iter().copied())),
                 }
             }
-            What::Missing(missing) => match &field {
+            FaultKind::Missing(missing) => match &field {
                 Some(field) => format!("`{missing}` is missing in `{field}`"),
                 None => format!("`{missing}` is missing"),
             },
-            What::UnknownVariant { name, known } => {
+            FaultKind::UnknownVariant { name, known } => {
                 let shown = short(name);
                 about(&match did_you_mean(name, known.iter().copied()) {
                     Some(meant) => format!("`{shown}` is not known here, did you mean `{meant}`?"),
                     None => format!("expected {}, found `{shown}`", one_of(known.iter().copied())),
                 })
             }
-            What::Unexpected { expected, found } => about(&format!("expected {expected}, found {found}")),
-            What::Said(said) => about(said),
-            What::MadeUp => about("this cannot be read"),
+            FaultKind::Unexpected { expected, found } => {
+                about(&format!("expected {expected}, found {found}"))
+            }
+            FaultKind::Message(said) => about(said),
+            FaultKind::Placeholder => about("this cannot be read"),
         }
     }
 }
@@ -259,11 +264,11 @@ impl std::error::Error for Fault {}
 
 impl de::Error for Fault {
     fn custom<T: fmt::Display>(said: T) -> Self {
-        Fault::new(What::Said(said.to_string()))
+        Fault::new(FaultKind::Message(said.to_string()))
     }
 
     fn invalid_type(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        Fault::new(What::Unexpected { expected: expected.to_string(), found: found.to_string() })
+        Fault::new(FaultKind::Unexpected { expected: expected.to_string(), found: found.to_string() })
     }
 
     fn invalid_value(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
@@ -271,40 +276,43 @@ impl de::Error for Fault {
     }
 
     fn invalid_length(length: usize, expected: &dyn Expected) -> Self {
-        Fault::new(What::Unexpected { expected: expected.to_string(), found: format!("{length} values") })
+        Fault::new(FaultKind::Unexpected {
+            expected: expected.to_string(),
+            found: format!("{length} values"),
+        })
     }
 
     fn unknown_variant(name: &str, known: &'static [&'static str]) -> Self {
-        Fault::new(What::UnknownVariant { name: name.to_owned(), known })
+        Fault::new(FaultKind::UnknownVariant { name: name.to_owned(), known })
     }
 
     fn unknown_field(name: &str, known: &'static [&'static str]) -> Self {
-        Fault::new(What::UnknownField { name: name.to_owned(), known })
+        Fault::new(FaultKind::UnknownField { name: name.to_owned(), known })
     }
 
     fn missing_field(field: &'static str) -> Self {
-        Fault::new(What::Missing(field))
+        Fault::new(FaultKind::Missing(field))
     }
 
     fn duplicate_field(field: &'static str) -> Self {
         // Occurs only with aliases of a field: the YAML parser already rejects equal keys.
-        Fault::new(What::Said(format!("`{field}` is given twice")))
+        Fault::new(FaultKind::Message(format!("`{field}` is given twice")))
     }
 }
 
 /// Deserializes one node.
 #[derive(Clone, Copy)]
-struct Reader<'a> {
+struct NodeDeserializer<'a> {
     node: &'a Node,
     repairs: &'a Repairs,
     /// The field whose value is read.
     field: Option<&'a str>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> NodeDeserializer<'a> {
     fn expected<T>(self, expected: impl Into<String>) -> Result<T, Fault> {
-        let what = What::Unexpected { expected: expected.into(), found: self.node.describe() };
-        Err(Fault::new(what).at(self.node))
+        let kind = FaultKind::Unexpected { expected: expected.into(), found: self.node.describe() };
+        Err(Fault::new(kind).with_place(self.node))
     }
 
     /// Returns the text of a scalar, even if it looks like another type: `version: 1.10` is not a number.
@@ -315,7 +323,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn plain(self) -> Option<&'a str> {
+    fn unquoted(self) -> Option<&'a str> {
         match &self.node.content {
             Content::Scalar { text, quoted: false } => Some(text),
             _ => None,
@@ -327,7 +335,7 @@ impl<'a> Reader<'a> {
             let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
             digits.bytes().all(|b| b.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'))
         };
-        self.plain()
+        self.unquoted()
             .filter(|text| digits(text))
             .and_then(|text| text.parse::<i128>().ok())
             .filter(|number| (min..=max).contains(number))
@@ -338,10 +346,10 @@ impl<'a> Reader<'a> {
     fn located<T>(self, result: Result<T, Fault>) -> Result<T, Fault> {
         result.map_err(|mut fault| {
             if fault.0.at.is_none() {
-                if let What::Unexpected { found, .. } = &mut fault.0.what {
+                if let FaultKind::Unexpected { found, .. } = &mut fault.0.kind {
                     *found = self.node.describe();
                 }
-                if let (What::Said(said), Some(text)) = (&mut fault.0.what, self.node.text()) {
+                if let (FaultKind::Message(said), Some(text)) = (&mut fault.0.kind, self.node.text()) {
                     // The standard library's error for an address does not quote it.
                     match said.as_str() {
                         "invalid socket address syntax" => {
@@ -357,7 +365,7 @@ impl<'a> Reader<'a> {
                     }
                 }
             }
-            fault.at(self.node)
+            fault.with_place(self.node)
         })
     }
 }
@@ -378,7 +386,7 @@ macro_rules! whole_numbers {
             let mut read: Result<V::Value, Fault> = visitor.$visit(number);
             // The standard library's error for a non-zero integer type is "a nonzero u16".
             if let Err(fault) = &mut read
-                && let What::Unexpected { expected, .. } = &mut fault.0.what
+                && let FaultKind::Unexpected { expected, .. } = &mut fault.0.kind
                 && expected.contains("nonzero")
             {
                 *expected = whole_numbers(1, <$type>::MAX.into());
@@ -388,7 +396,7 @@ macro_rules! whole_numbers {
     )*};
 }
 
-impl<'de> Deserializer<'de> for Reader<'_> {
+impl<'de> Deserializer<'de> for NodeDeserializer<'_> {
     type Error = Fault;
 
     /// Passes every scalar as text, so that quotes make no difference.
@@ -396,13 +404,13 @@ impl<'de> Deserializer<'de> for Reader<'_> {
         match &self.node.content {
             Content::Scalar { .. } if self.node.is_null() => self.located(visitor.visit_unit()),
             Content::Scalar { text, .. } => self.located(visitor.visit_str(text)),
-            Content::List(items) => self.located(visitor.visit_seq(Items::new(self, items))),
+            Content::List(items) => self.located(visitor.visit_seq(ListAccess::new(self, items))),
             Content::Mapping(entries) => self.mapping(entries, visitor),
         }
     }
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
-        match self.plain() {
+        match self.unquoted() {
             Some("true") => self.located(visitor.visit_bool(true)),
             Some("false") => self.located(visitor.visit_bool(false)),
             _ => self.expected("true or false"),
@@ -426,7 +434,7 @@ impl<'de> Deserializer<'de> for Reader<'_> {
 
     fn deserialize_f64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         let number = |text: &str| text.parse::<f64>().ok().filter(|number| number.is_finite());
-        match self.plain().and_then(number) {
+        match self.unquoted().and_then(number) {
             Some(number) => self.located(visitor.visit_f64(number)),
             None => self.expected("a number"),
         }
@@ -479,7 +487,7 @@ impl<'de> Deserializer<'de> for Reader<'_> {
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         match self.node.items() {
-            Some(items) => self.located(visitor.visit_seq(Items::new(self, items))),
+            Some(items) => self.located(visitor.visit_seq(ListAccess::new(self, items))),
             None => self.expected("a list"),
         }
     }
@@ -526,21 +534,24 @@ impl<'de> Deserializer<'de> for Reader<'_> {
         visitor: V,
     ) -> Result<V::Value, Fault> {
         match &self.node.content {
-            Content::Scalar { .. } if !self.node.is_null() => {
-                self.located(visitor.visit_enum(Variant { reader: self, name: self.node, value: None }))
-            }
+            Content::Scalar { .. } if !self.node.is_null() => self
+                .located(visitor.visit_enum(EnumDeserializer { reader: self, name: self.node, value: None })),
             Content::Mapping(entries) => match entries.as_slice() {
                 [Entry { key, value }] => {
                     let field = key.text();
-                    let value = Reader { node: value, repairs: self.repairs, field };
-                    self.located(visitor.visit_enum(Variant { reader: self, name: key, value: Some(value) }))
+                    let value = NodeDeserializer { node: value, repairs: self.repairs, field };
+                    self.located(visitor.visit_enum(EnumDeserializer {
+                        reader: self,
+                        name: key,
+                        value: Some(value),
+                    }))
                 }
                 _ => {
                     let names: Vec<_> = entries.iter().map(Entry::name).collect();
                     let found = if names.is_empty() { "none".to_owned() } else { names.join(" and ") };
                     let expected = one_of(variants.iter().copied());
-                    let what = What::Unexpected { expected: format!("exactly {expected}"), found };
-                    Err(Fault::new(what).at(self.node))
+                    let kind = FaultKind::Unexpected { expected: format!("exactly {expected}"), found };
+                    Err(Fault::new(kind).with_place(self.node))
                 }
             },
             _ => self.expected(one_of(variants.iter().copied())),
@@ -556,122 +567,134 @@ impl<'de> Deserializer<'de> for Reader<'_> {
     }
 }
 
-impl<'a> Reader<'a> {
+impl<'a> NodeDeserializer<'a> {
     fn mapping<'de, V: Visitor<'de>>(self, entries: &'a [Entry], visitor: V) -> Result<V::Value, Fault> {
-        let made_up = self.repairs.made_up.get(&self.node.id).map(Vec::as_slice).unwrap_or_default();
+        let placeholders =
+            self.repairs.placeholders.get(&self.node.id).map(Vec::as_slice).unwrap_or_default();
         let at_key = Cell::new(None);
-        let access =
-            Entries { reader: self, rest: entries.iter().enumerate(), value: None, made_up, at_key: &at_key };
+        let access = MappingAccess {
+            reader: self,
+            rest: entries.iter().enumerate(),
+            value: None,
+            placeholders,
+            at_key: &at_key,
+        };
         visitor.visit_map(access).or_else(|mut fault| {
             // A hand-written visitor of keys reports an unknown field only after it has read the key as a
             // text.
-            if let (None, What::UnknownField { name, .. }, Some((index, key))) =
-                (&fault.0.at, &fault.0.what, at_key.get())
+            if let (None, FaultKind::UnknownField { name, .. }, Some((index, key))) =
+                (&fault.0.at, &fault.0.kind, at_key.get())
                 && key.text() == Some(name)
             {
-                fault = fault.at(key).within(self.node.id, index, None);
+                fault = fault.with_place(key).with_target(self.node.id, index, None);
             }
             self.located(Err(fault))
         })
     }
 }
 
-struct Items<'a> {
-    reader: Reader<'a>,
+struct ListAccess<'a> {
+    reader: NodeDeserializer<'a>,
     rest: std::iter::Enumerate<std::slice::Iter<'a, Arc<Node>>>,
 }
 
-impl<'a> Items<'a> {
-    fn new(reader: Reader<'a>, items: &'a [Arc<Node>]) -> Self {
-        Items { reader, rest: items.iter().enumerate() }
+impl<'a> ListAccess<'a> {
+    fn new(reader: NodeDeserializer<'a>, items: &'a [Arc<Node>]) -> Self {
+        ListAccess { reader, rest: items.iter().enumerate() }
     }
 }
 
-impl<'de> SeqAccess<'de> for Items<'_> {
+impl<'de> SeqAccess<'de> for ListAccess<'_> {
     type Error = Fault;
 
     fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Fault> {
-        let Reader { node: list, repairs, field } = self.reader;
+        let NodeDeserializer { node: list, repairs, field } = self.reader;
         for (index, node) in self.rest.by_ref() {
-            if !repairs.left_out.contains_key(&(list.id, index)) {
-                let item = Reader { node, repairs, field };
+            if !repairs.omitted.contains_key(&(list.id, index)) {
+                let item = NodeDeserializer { node, repairs, field };
                 let value = seed.deserialize(item);
-                return value.map(Some).map_err(|fault| fault.at(node).within(list.id, index, None));
+                return value
+                    .map(Some)
+                    .map_err(|fault| fault.with_place(node).with_target(list.id, index, None));
             }
         }
         Ok(None)
     }
 }
 
-struct Entries<'a> {
-    reader: Reader<'a>,
+struct MappingAccess<'a> {
+    reader: NodeDeserializer<'a>,
     rest: std::iter::Enumerate<std::slice::Iter<'a, Entry>>,
     /// The entry of the last key; `None` if the key is a placeholder.
     value: Option<(usize, &'a Entry)>,
-    made_up: &'a [&'static str],
+    placeholders: &'a [&'static str],
     at_key: &'a Cell<Option<(usize, &'a Node)>>,
 }
 
-impl<'de> MapAccess<'de> for Entries<'_> {
+impl<'de> MapAccess<'de> for MappingAccess<'_> {
     type Error = Fault;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Fault> {
-        let Reader { node: mapping, repairs, .. } = self.reader;
+        let NodeDeserializer { node: mapping, repairs, .. } = self.reader;
         for (index, entry) in self.rest.by_ref() {
-            if !repairs.left_out.contains_key(&(mapping.id, index)) {
+            if !repairs.omitted.contains_key(&(mapping.id, index)) {
                 self.value = Some((index, entry));
                 self.at_key.set(Some((index, &entry.key)));
-                let key = Reader { node: &entry.key, repairs, field: None };
+                let key = NodeDeserializer { node: &entry.key, repairs, field: None };
                 let key = seed.deserialize(key);
-                return key.map(Some).map_err(|fault| fault.at(&entry.key).within(mapping.id, index, None));
+                return key
+                    .map(Some)
+                    .map_err(|fault| fault.with_place(&entry.key).with_target(mapping.id, index, None));
             }
         }
-        let Some((name, rest)) = self.made_up.split_first() else { return Ok(None) };
-        self.made_up = rest;
+        let Some((name, rest)) = self.placeholders.split_first() else { return Ok(None) };
+        self.placeholders = rest;
         self.value = None;
         seed.deserialize(StrDeserializer::new(name)).map(Some)
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Fault> {
-        let Reader { node: mapping, repairs, .. } = self.reader;
+        let NodeDeserializer { node: mapping, repairs, .. } = self.reader;
         match self.value.take() {
             Some((index, entry)) => {
                 let field = entry.key.text();
-                let value = Reader { node: &entry.value, repairs, field };
+                let value = NodeDeserializer { node: &entry.value, repairs, field };
                 seed.deserialize(value)
-                    .map_err(|fault| fault.at(&entry.value).within(mapping.id, index, field))
+                    .map_err(|fault| fault.with_place(&entry.value).with_target(mapping.id, index, field))
             }
-            None => seed.deserialize(MadeUp).map_err(|_| Fault::new(What::MadeUp).at(mapping)),
+            None => seed
+                .deserialize(Placeholder)
+                .map_err(|_| Fault::new(FaultKind::Placeholder).with_place(mapping)),
         }
     }
 }
 
 /// The name of an enum variant, and its value.
-struct Variant<'a> {
-    reader: Reader<'a>,
+struct EnumDeserializer<'a> {
+    reader: NodeDeserializer<'a>,
     name: &'a Node,
-    value: Option<Reader<'a>>,
+    value: Option<NodeDeserializer<'a>>,
 }
 
-impl<'a> Variant<'a> {
-    fn value(self) -> Result<Reader<'a>, Fault> {
+impl<'a> EnumDeserializer<'a> {
+    fn value(self) -> Result<NodeDeserializer<'a>, Fault> {
         let name = self.name.text().unwrap_or_default();
-        let lacking = || Fault::new(What::Said(format!("`{name}` needs a value: `{{{name}: ..}}`")));
-        self.value.ok_or_else(lacking).map_err(|fault| fault.at(self.name))
+        let lacking = || Fault::new(FaultKind::Message(format!("`{name}` needs a value: `{{{name}: ..}}`")));
+        self.value.ok_or_else(lacking).map_err(|fault| fault.with_place(self.name))
     }
 }
 
-impl<'de, 'a> EnumAccess<'de> for Variant<'a> {
+impl<'de, 'a> EnumAccess<'de> for EnumDeserializer<'a> {
     type Error = Fault;
-    type Variant = Variant<'a>;
+    type Variant = EnumDeserializer<'a>;
 
     fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Fault> {
-        let name = Reader { node: self.name, repairs: self.reader.repairs, field: None };
-        Ok((seed.deserialize(name).map_err(|fault| fault.at(self.name))?, self))
+        let name = NodeDeserializer { node: self.name, repairs: self.reader.repairs, field: None };
+        Ok((seed.deserialize(name).map_err(|fault| fault.with_place(self.name))?, self))
     }
 }
 
-impl<'de> VariantAccess<'de> for Variant<'_> {
+impl<'de> VariantAccess<'de> for EnumDeserializer<'_> {
     type Error = Fault;
 
     fn unit_variant(self) -> Result<(), Fault> {
@@ -679,20 +702,20 @@ impl<'de> VariantAccess<'de> for Variant<'_> {
             None => Ok(()),
             Some(_) => {
                 let name = self.name.text().unwrap_or_default();
-                Err(Fault::new(What::Said(format!("`{name}` takes no value: write only `{name}`")))
-                    .at(self.name))
+                Err(Fault::new(FaultKind::Message(format!("`{name}` takes no value: write only `{name}`")))
+                    .with_place(self.name))
             }
         }
     }
 
     fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<T::Value, Fault> {
         let value = self.value()?;
-        seed.deserialize(value).map_err(|fault| fault.at(value.node).of(value.field))
+        seed.deserialize(value).map_err(|fault| fault.with_place(value.node).with_field(value.field))
     }
 
     fn tuple_variant<V: Visitor<'de>>(self, len: usize, visitor: V) -> Result<V::Value, Fault> {
         let value = self.value()?;
-        value.deserialize_tuple(len, visitor).map_err(|fault| fault.of(value.field))
+        value.deserialize_tuple(len, visitor).map_err(|fault| fault.with_field(value.field))
     }
 
     fn struct_variant<V: Visitor<'de>>(
@@ -701,15 +724,15 @@ impl<'de> VariantAccess<'de> for Variant<'_> {
         visitor: V,
     ) -> Result<V::Value, Fault> {
         let value = self.value()?;
-        value.deserialize_struct("", fields, visitor).map_err(|fault| fault.of(value.field))
+        value.deserialize_struct("", fields, visitor).map_err(|fault| fault.with_field(value.field))
     }
 }
 
 /// A placeholder for the value of a missing field, so that the next missing field is found too. The resulting
 /// value is never returned.
-struct MadeUp;
+struct Placeholder;
 
-impl<'de> Deserializer<'de> for MadeUp {
+impl<'de> Deserializer<'de> for Placeholder {
     type Error = Fault;
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {

@@ -221,7 +221,7 @@ pub fn short(text: &str) -> String {
 }
 
 /// Decodes bytes as text, or returns the problem.
-pub fn text_of<'a>(
+pub fn decode_text<'a>(
     file: &Arc<str>,
     subject: &Arc<str>,
     bytes: &'a [u8],
@@ -246,7 +246,7 @@ pub fn text_of<'a>(
         let column = good.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
         let bad = bytes.get(error.valid_up_to()).copied().unwrap_or_default();
         let message = format!("the text is not UTF-8: byte 0x{bad:02x} belongs to no character");
-        wrong(Place::at(file.clone(), count(line), count(column)), message)
+        wrong(Place::at(file.clone(), to_u32(line), to_u32(column)), message)
     })
 }
 
@@ -256,7 +256,7 @@ pub fn too_large(limit: usize) -> String {
     format!("larger than {limit}, the most that is read")
 }
 
-fn count(n: usize) -> u32 {
+fn to_u32(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
@@ -273,7 +273,7 @@ pub fn parse_from(file: &Arc<str>, subject: &Arc<str>, text: &str, first_line: u
     options.flow_nesting_limit = MAX_DEPTH;
     options.block_nesting_limit = MAX_DEPTH;
     let mut parser = Parser::new_from_str_with_options(text, options);
-    let mut builder = Builder::new(file, subject, first_line);
+    let mut builder = TreeBuilder::new(file, subject, first_line);
     let mut documents = Vec::new();
     let mut problems = 0;
     loop {
@@ -307,20 +307,20 @@ pub fn parse_from(file: &Arc<str>, subject: &Arc<str>, text: &str, first_line: u
     documents
 }
 
-enum Frame {
-    List { start: Start, items: Vec<Arc<Node>> },
-    Mapping(Start, Pairs),
+enum OpenContainer {
+    List { start: ContainerStart, items: Vec<Arc<Node>> },
+    Mapping(ContainerStart, MappingBuilder),
 }
 
 /// The position and the anchor of a list or mapping.
-struct Start {
+struct ContainerStart {
     mark: Marker,
     anchor: usize,
 }
 
 /// A mapping under construction.
 #[derive(Default)]
-struct Pairs {
+struct MappingBuilder {
     entries: Vec<Entry>,
     /// The last key, whose value has not been read yet.
     key: Option<Arc<Node>>,
@@ -331,11 +331,11 @@ struct Pairs {
 }
 
 /// Builds the tree from parser events, without recursion, because the text determines the depth.
-struct Builder<'a> {
+struct TreeBuilder<'a> {
     file: &'a Arc<str>,
     subject: &'a Arc<str>,
     lines_above: u32,
-    open: Vec<Frame>,
+    open: Vec<OpenContainer>,
     anchors: HashMap<usize, Arc<Node>>,
     root: Option<Arc<Node>>,
     problems: Vec<Problem>,
@@ -345,9 +345,9 @@ struct Builder<'a> {
     exhausted: bool,
 }
 
-impl<'a> Builder<'a> {
+impl<'a> TreeBuilder<'a> {
     fn new(file: &'a Arc<str>, subject: &'a Arc<str>, first_line: u32) -> Self {
-        Builder {
+        TreeBuilder {
             file,
             subject,
             lines_above: first_line.saturating_sub(1),
@@ -362,7 +362,7 @@ impl<'a> Builder<'a> {
     }
 
     fn position(&self, mark: &Marker) -> (u32, u32) {
-        (count(mark.line()).saturating_add(self.lines_above), count(mark.col() + 1))
+        (to_u32(mark.line()).saturating_add(self.lines_above), to_u32(mark.col() + 1))
     }
 
     fn is_open(&self) -> bool {
@@ -384,13 +384,13 @@ impl<'a> Builder<'a> {
     }
 
     fn syntax(&mut self, error: &ScanError, text: &str) {
-        let (line, column) = self.position(&tab(error, text).unwrap_or(*error.marker()));
+        let (line, column) = self.position(&tab_position(error, text).unwrap_or(*error.marker()));
         match bracketed_address(text, error.marker().line()) {
             Some((column, address)) => {
                 let message = format!("a text that begins with `[` has to be in quotes: \"{address}\"");
                 self.problem(line, column, message);
             }
-            None => self.problem(line, column, in_plain_words(error.kind())),
+            None => self.problem(line, column, describe_syntax_error(error.kind())),
         }
         self.root = None;
         self.exhausted |= matches!(error.kind(), ErrorKind::RecursionLimitExceeded);
@@ -403,17 +403,25 @@ impl<'a> Builder<'a> {
                 let quoted =
                     style != ScalarStyle::Plain || tag.is_some_and(|t| t.is_yaml_core_schema_tag("str"));
                 let content = Content::Scalar { text: text.as_ref().into(), quoted };
-                self.complete(Start { mark: span.start, anchor }, span.end, content);
+                self.complete(ContainerStart { mark: span.start, anchor }, span.end, content);
             }
             Event::SequenceStart(_, anchor, _) => {
-                self.open.push(Frame::List { start: Start { mark: span.start, anchor }, items: Vec::new() });
+                self.open.push(OpenContainer::List {
+                    start: ContainerStart { mark: span.start, anchor },
+                    items: Vec::new(),
+                });
             }
             Event::MappingStart(_, anchor, _) => {
-                self.open.push(Frame::Mapping(Start { mark: span.start, anchor }, Pairs::default()));
+                self.open.push(OpenContainer::Mapping(
+                    ContainerStart { mark: span.start, anchor },
+                    MappingBuilder::default(),
+                ));
             }
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
-                Some(Frame::List { start, items }) => self.complete(start, span.end, Content::List(items)),
-                Some(Frame::Mapping(start, mut pairs)) => {
+                Some(OpenContainer::List { start, items }) => {
+                    self.complete(start, span.end, Content::List(items))
+                }
+                Some(OpenContainer::Mapping(start, mut pairs)) => {
                     self.merge(&mut pairs);
                     self.complete(start, span.end, Content::Mapping(pairs.entries));
                 }
@@ -425,7 +433,7 @@ impl<'a> Builder<'a> {
                     let (line, column) = self.position(&span.start);
                     self.problem(line, column, "an alias inside of what it stands for: that would never end");
                     let nothing = Content::Scalar { text: "~".into(), quoted: false };
-                    self.complete(Start { mark: span.start, anchor: 0 }, span.end, nothing);
+                    self.complete(ContainerStart { mark: span.start, anchor: 0 }, span.end, nothing);
                 }
             },
             _ => {}
@@ -444,7 +452,7 @@ impl<'a> Builder<'a> {
 
     /// Merges `<<: *defaults` or `<<: [*a, *b]`: adds the keys that the mapping itself lacks; earlier sources
     /// win.
-    fn merge(&mut self, pairs: &mut Pairs) {
+    fn merge(&mut self, pairs: &mut MappingBuilder) {
         let Some(value) = pairs.merge.take() else { return };
         let sources = value.items().unwrap_or(std::slice::from_ref(&value));
         for source in sources.iter().take(MAX_DEPTH) {
@@ -464,8 +472,8 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn complete(&mut self, start: Start, end: Marker, content: Content) {
-        let Start { mark, anchor } = start;
+    fn complete(&mut self, start: ContainerStart, end: Marker, content: Content) {
+        let ContainerStart { mark, anchor } = start;
         let (mut depth, mut values) = (0, 1u64);
         let mut contains = |child: &Node| {
             depth = depth.max(child.depth + 1);
@@ -485,7 +493,7 @@ impl<'a> Builder<'a> {
         self.values += 1;
         if depth > MAX_DEPTH && !self.exhausted {
             self.exhausted = true;
-            self.problem(line, column, in_plain_words(&ErrorKind::RecursionLimitExceeded));
+            self.problem(line, column, describe_syntax_error(&ErrorKind::RecursionLimitExceeded));
         }
         if values.max(self.values) > MAX_VALUES && !self.exhausted {
             self.exhausted = true;
@@ -503,8 +511,8 @@ impl<'a> Builder<'a> {
     fn add(&mut self, node: Arc<Node>) {
         match self.open.last_mut() {
             None => self.root = Some(node),
-            Some(Frame::List { items, .. }) => items.push(node),
-            Some(Frame::Mapping(_, pairs)) => {
+            Some(OpenContainer::List { items, .. }) => items.push(node),
+            Some(OpenContainer::Mapping(_, pairs)) => {
                 if let Some((line, column, message)) = pairs.add(node) {
                     self.problem(line, column, message);
                 }
@@ -513,7 +521,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-impl Pairs {
+impl MappingBuilder {
     /// Adds the next key or value. The problem of a pair is returned when its value is added.
     fn add(&mut self, node: Arc<Node>) -> Option<(u32, u32, String)> {
         let Some(key) = self.key.take() else {
@@ -538,8 +546,8 @@ impl Pairs {
 }
 
 /// Returns the position of the tab that caused an error. The parser reports the start of the preceding value.
-fn tab(error: &ScanError, text: &str) -> Option<Marker> {
-    if !matches!(in_plain_words(error.kind()).as_str(), TAB) {
+fn tab_position(error: &ScanError, text: &str) -> Option<Marker> {
+    if !matches!(describe_syntax_error(error.kind()).as_str(), TAB) {
         return None;
     }
     let mark = error.marker();
@@ -561,13 +569,13 @@ fn bracketed_address(text: &str, line: usize) -> Option<(u32, String)> {
     let digits = after.bytes().take_while(u8::is_ascii_digit).count();
     let column = line.get(..at)?.chars().count() + 1;
     (is_address && inside.contains(':') && digits > 0)
-        .then(|| Some((count(column), rest.get(..inside.len() + 2 + digits)?.to_owned())))?
+        .then(|| Some((to_u32(column), rest.get(..inside.len() + 2 + digits)?.to_owned())))?
 }
 
 const TAB: &str = "a tab: lines are indented with spaces";
 
 /// Describes a syntax error in terms of the file rather than of the YAML grammar.
-fn in_plain_words(kind: &ErrorKind) -> String {
+fn describe_syntax_error(kind: &ErrorKind) -> String {
     use ErrorKind as E;
     let words = match kind {
         E::TabNotAllowed

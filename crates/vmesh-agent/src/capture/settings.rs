@@ -33,18 +33,18 @@ impl CaptureSettings {
     }
 
     /// Returns what control planes are told about capture on this node.
-    pub fn report(&self) -> node::Capture {
-        node::Capture {
+    pub fn report(&self) -> node::NodeCapture {
+        node::NodeCapture {
             outbound: match self.spec.outbound.capture {
                 OutboundCapture::Off => None,
-                OutboundCapture::Vip => Some(node::Outward::Vip),
-                OutboundCapture::Addresses => Some(node::Outward::Addresses),
-                OutboundCapture::All => Some(node::Outward::All),
+                OutboundCapture::Vip => Some(node::OutboundCapture::Vip),
+                OutboundCapture::Addresses => Some(node::OutboundCapture::Addresses),
+                OutboundCapture::All => Some(node::OutboundCapture::All),
             },
             inbound: match self.spec.inbound.capture {
                 InboundCapture::Off => None,
-                InboundCapture::Redirect => Some(node::Inward::Redirect),
-                InboundCapture::Tproxy => Some(node::Inward::Tproxy),
+                InboundCapture::Redirect => Some(node::InboundCapture::Redirect),
+                InboundCapture::Tproxy => Some(node::InboundCapture::Tproxy),
             },
             without_ipv6: !has_ipv6(self.outbound() || self.inbound()),
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use vmesh_catalog::{Catalog, Seen, SourceView};
+use vmesh_catalog::{Catalog, SourceService, SourceView};
 use vmesh_model::{Endpoint, Health, Place, Registration, ServiceName, State, Weight};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_testkit::wait_for;
@@ -14,7 +14,7 @@ use vmesh_xds::client::BenchClient;
 use vmesh_xds::server::{AdsService, serve};
 
 use super::*;
-use crate::fleet::{Door, NodeIntake};
+use crate::fleet::{NodeAdmission, NodeIntake};
 use crate::known_nodes::{KnownNodes, NodeLimits};
 use crate::worlds::NodeEvent;
 
@@ -22,12 +22,12 @@ const BOUND: Duration = Duration::from_secs(30);
 
 #[test]
 fn few_past_worlds_are_kept() {
-    let mut past = Past::default();
+    let mut past = PastWorlds::default();
     for generation in 0..100 {
         past.push(Arc::new(World { generation, ..World::empty() }), SystemTime::UNIX_EPOCH);
     }
     let kept: Vec<_> = past.worlds().map(|past| past.world.generation).collect();
-    assert_eq!((kept.len(), kept.first(), kept.last()), (Past::MAX, Some(&84), Some(&99)));
+    assert_eq!((kept.len(), kept.first(), kept.last()), (PastWorlds::MAX, Some(&84), Some(&99)));
 }
 
 /// Returns a view with one service, whose endpoint has this weight.
@@ -50,13 +50,13 @@ fn view(weight: u32) -> SourceView {
         endpoints: Arc::from([endpoint]),
         place: Place::file("services.d"),
     };
-    let seen = Seen { registration: Arc::new(registration), state: State::Fresh, because: None };
+    let seen = SourceService { registration: Arc::new(registration), state: State::Fresh, because: None };
     SourceView { services: [(service, seen)].into(), problems: Vec::new() }
 }
 
 struct Mesh {
     catalog: Catalog,
-    worlds: watch::Sender<Published>,
+    worlds: watch::Sender<PublishedWorld>,
     fleet: Arc<Fleet>,
     compiled: watch::Receiver<Arc<Compilation>>,
     address: SocketAddr,
@@ -69,7 +69,7 @@ impl Mesh {
     async fn start() -> Mesh {
         let mut catalog = Catalog::new(1);
         catalog.on_view(0, view(1));
-        let published = Published { world: catalog.world().clone(), waiting: Arc::from([]) };
+        let published = PublishedWorld { world: catalog.world().clone(), waiting: Arc::from([]) };
         let (worlds, published) = watch::channel(published);
         let (compiled_in, compiled) = watch::channel(Arc::new(Compilation::new(Arc::new(World::empty()))));
         let (reports, of_nodes) = mpsc::channel(64);
@@ -84,7 +84,7 @@ impl Mesh {
         let fleet = Arc::new(Fleet::new(hub.clone(), published.clone(), compiled.clone(), nodes));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let service = AdsService::new(hub.clone(), Door(fleet.clone()), "test");
+        let service = AdsService::new(hub.clone(), NodeAdmission(fleet.clone()), "test");
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(listener, service, std::future::pending()));
         tasks.spawn(run(fleet.clone(), published, compiled_in, hub));

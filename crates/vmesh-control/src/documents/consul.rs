@@ -4,7 +4,7 @@ use serde::Deserialize;
 use vmesh_consul::{Answer, Client, Entries, Entry, Pace, Watch};
 use vmesh_daemon::report::one_line;
 
-use super::Raw;
+use super::DocumentText;
 
 /// The configuration `consul_kv: {prefix: vmesh/}`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -17,26 +17,26 @@ pub(crate) struct KvConfig {
 }
 
 /// Watches the keys below a prefix.
-pub(super) struct Keys {
+pub(super) struct ConsulSource {
     watch: Watch<Entries>,
 }
 
-impl Keys {
-    pub(super) fn new(config: KvConfig) -> Keys {
+impl ConsulSource {
+    pub(super) fn new(config: KvConfig) -> ConsulSource {
         let client = Client::new(&config.consul.unwrap_or_default());
-        Keys { watch: client.watch_keys(&config.prefix, Pace::default()) }
+        ConsulSource { watch: client.watch_keys(&config.prefix, Pace::default()) }
     }
 
-    pub(super) async fn next(&mut self) -> Result<Vec<Raw>, String> {
+    pub(super) async fn next(&mut self) -> Result<Vec<DocumentText>, String> {
         texts(self.watch.next().await.map_err(|error| one_line(&error))?)
     }
 
-    pub(super) async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
+    pub(super) async fn confirm(&mut self) -> Result<Vec<DocumentText>, String> {
         texts(self.watch.confirm().await.map_err(|error| one_line(&error))?)
     }
 }
 
-fn texts(answer: Answer<Entries>) -> Result<Vec<Raw>, String> {
+fn texts(answer: Answer<Entries>) -> Result<Vec<DocumentText>, String> {
     if answer.meta.filtered {
         // Keys that the token may not read must not be mistaken for removed documents.
         return Err("Consul leaves out keys that the token may not read: it needs `key_prefix \"..\" { policy = \"read\" }` \
@@ -44,9 +44,9 @@ fn texts(answer: Answer<Entries>) -> Result<Vec<Raw>, String> {
             .to_owned());
     }
     let keys = answer.value.entries.into_iter().filter(|entry| !entry.key.ends_with('/'));
-    let raw = |entry: Entry| Raw {
+    let raw = |entry: Entry| DocumentText {
         path: format!("consul-kv:{}", entry.key),
-        content: super::not_empty(entry.value),
+        content: super::reject_empty(entry.value),
         is_public: true,
     };
     Ok(keys.map(raw).collect())

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use vmesh_discovery::file::privacy::is_public;
 use vmesh_model::yaml::MAX_TEXT;
 
-use super::Raw;
+use super::DocumentText;
 
 /// The delay after a notification, so that several files written by one tool are read as one change.
 const QUIET: Duration = Duration::from_millis(30);
@@ -24,30 +24,30 @@ const QUIET: Duration = Duration::from_millis(30);
 const POLL: Duration = Duration::from_secs(2);
 
 /// A directory, and the watch that reports its changes.
-pub(super) struct Dir {
+pub(super) struct DirectorySource {
     path: PathBuf,
-    news: Arc<Notify>,
-    watching: Option<(RecommendedWatcher, Identity)>,
+    changes: Arc<Notify>,
+    watcher: Option<(RecommendedWatcher, DirectoryId)>,
     was_read: bool,
 }
 
-impl Dir {
-    pub(super) fn new(path: PathBuf) -> Dir {
-        Dir { path, news: Arc::default(), watching: None, was_read: false }
+impl DirectorySource {
+    pub(super) fn new(path: PathBuf) -> DirectorySource {
+        DirectorySource { path, changes: Arc::default(), watcher: None, was_read: false }
     }
 
     /// Returns the files: at once in the first call, later when they may have changed.
-    pub(super) async fn next(&mut self) -> Result<Vec<Raw>, String> {
+    pub(super) async fn next(&mut self) -> Result<Vec<DocumentText>, String> {
         if self.was_read {
             tokio::select! {
-                () = self.news.notified() => tokio::time::sleep(QUIET).await,
+                () = self.changes.notified() => tokio::time::sleep(QUIET).await,
                 () = tokio::time::sleep(POLL) => {}
             }
         }
         // The watch is set up before the read, so that no change is missed. A watch on a directory that was
         // replaced reports nothing, so it is renewed.
-        if self.watching.as_ref().is_none_or(|(_, of)| *of != identity(&self.path)) {
-            self.watching = watch_directory(&self.path, &self.news);
+        if self.watcher.as_ref().is_none_or(|(_, of)| *of != directory_id(&self.path)) {
+            self.watcher = watch_directory(&self.path, &self.changes);
         }
         self.was_read = true;
         let path = self.path.clone();
@@ -56,26 +56,26 @@ impl Dir {
     }
 }
 
-type Identity = Option<(u64, u64)>;
+type DirectoryId = Option<(u64, u64)>;
 
-fn identity(dir: &Path) -> Identity {
+fn directory_id(dir: &Path) -> DirectoryId {
     use std::os::unix::fs::MetadataExt;
     fs::metadata(dir).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Watches a directory; `None` if the kernel cannot, in which case only the poll remains.
-fn watch_directory(dir: &Path, news: &Arc<Notify>) -> Option<(RecommendedWatcher, Identity)> {
-    let news = news.clone();
-    let heard = move |event: notify::Result<notify::Event>| {
+fn watch_directory(dir: &Path, changes: &Arc<Notify>) -> Option<(RecommendedWatcher, DirectoryId)> {
+    let changes = changes.clone();
+    let on_event = move |event: notify::Result<notify::Event>| {
         // Our own read also causes events, which must not trigger another read.
         if !event.is_ok_and(|event| matches!(event.kind, EventKind::Access(_)) && !is_closed(&event.kind)) {
-            news.notify_one();
+            changes.notify_one();
         }
     };
-    let identity = identity(dir);
-    let mut watcher = notify::recommended_watcher(heard).ok()?;
+    let id = directory_id(dir);
+    let mut watcher = notify::recommended_watcher(on_event).ok()?;
     watcher.watch(dir, RecursiveMode::NonRecursive).ok()?;
-    Some((watcher, identity))
+    Some((watcher, id))
 }
 
 /// Reports whether the event closes a file after writing, when its content is complete.
@@ -100,7 +100,7 @@ fn read_file(path: &Path, limit: u64) -> std::io::Result<(Vec<u8>, bool)> {
 }
 
 /// Returns every `.yaml`, `.yml` and `.json` file, sorted by name.
-pub(super) fn read(dir: &Path) -> Result<Vec<Raw>, String> {
+pub(super) fn read(dir: &Path) -> Result<Vec<DocumentText>, String> {
     let entries = fs::read_dir(dir).map_err(|error| error.to_string())?;
     let mut files = Vec::new();
     for entry in entries {
@@ -115,7 +115,7 @@ pub(super) fn read(dir: &Path) -> Result<Vec<Raw>, String> {
                 Ok((content, is_public)) => (Ok(content), is_public),
                 Err(error) => (Err(error.to_string()), true),
             };
-            files.push(Raw { path: path.display().to_string(), content, is_public });
+            files.push(DocumentText { path: path.display().to_string(), content, is_public });
         }
     }
     files.sort_by(|a, b| a.path.cmp(&b.path));

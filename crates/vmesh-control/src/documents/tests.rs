@@ -68,20 +68,20 @@ impl Store {
     }
 }
 
-struct Followed {
+struct FollowedDocuments {
     view: watch::Receiver<DocumentsView>,
     _tasks: Tasks,
 }
 
-async fn follow(config: DocumentsConfig, kept: Vec<Kept>) -> Followed {
+async fn follow(config: DocumentsConfig, kept: Vec<SavedDocument>) -> FollowedDocuments {
     let (views, view) = watch::channel(DocumentsView::default());
-    let follower = Follower::new(Some(config), kept).read_once(&views).await;
+    let follower = DocumentsFollower::new(Some(config), kept).read_once(&views).await;
     let mut tasks = Tasks::new();
     tasks.spawn("documents", follower.follow(views));
-    Followed { view, _tasks: tasks }
+    FollowedDocuments { view, _tasks: tasks }
 }
 
-impl Followed {
+impl FollowedDocuments {
     /// Returns the services that have documents, each with its protocol, and the problems.
     fn shown(&self) -> String {
         let view = self.view.borrow();
@@ -173,10 +173,10 @@ async fn documents_are_read_from_zookeeper_and_outlive_it() {
 fn most_documents_gone_from_a_registry_are_held_until_that_is_confirmed() {
     let config: DocumentsConfig =
         vmesh_model::load::strict("control.yaml", "consul_kv: {prefix: vmesh/}").unwrap();
-    let mut follower = Follower::new(Some(config), Vec::new());
-    let files = |range: std::ops::Range<u32>| -> Vec<Raw> {
+    let mut follower = DocumentsFollower::new(Some(config), Vec::new());
+    let files = |range: std::ops::Range<u32>| -> Vec<DocumentText> {
         range
-            .map(|n| Raw {
+            .map(|n| DocumentText {
                 path: format!("consul-kv:vmesh/{n}"),
                 content: Ok(b"# x".to_vec()),
                 is_public: true,
@@ -184,32 +184,32 @@ fn most_documents_gone_from_a_registry_are_held_until_that_is_confirmed() {
             .collect()
     };
     let start = Instant::now();
-    assert_eq!(follower.judge(files(0..6), start).unwrap().len(), 6);
+    assert_eq!(follower.check_for_loss(files(0..6), start).unwrap().len(), 6);
     // Removing half of the documents is accepted, and more if fewer than five are left. Replaced documents count as removed.
-    assert_eq!(follower.judge(files(0..3), start).unwrap().len(), 3);
-    assert_eq!(follower.judge(files(0..1), start).unwrap().len(), 1);
-    assert_eq!(follower.judge(files(0..10), start).unwrap().len(), 10);
-    let why = follower.judge(files(8..12), start).unwrap_err();
+    assert_eq!(follower.check_for_loss(files(0..3), start).unwrap().len(), 3);
+    assert_eq!(follower.check_for_loss(files(0..1), start).unwrap().len(), 1);
+    assert_eq!(follower.check_for_loss(files(0..10), start).unwrap().len(), 10);
+    let why = follower.check_for_loss(files(8..12), start).unwrap_err();
     assert!(why.starts_with("2 of 10 documents are left, which looks like an accident"), "{why}");
-    assert_eq!(follower.few_since, Some(start));
+    assert_eq!(follower.missing_since, Some(start));
     // Documents that return are accepted at once.
-    assert_eq!(follower.judge(files(0..9), start).unwrap().len(), 9);
-    assert_eq!(follower.few_since, None);
+    assert_eq!(follower.check_for_loss(files(0..9), start).unwrap().len(), 9);
+    assert_eq!(follower.missing_since, None);
     // A confirmed removal is accepted.
-    follower.judge(files(0..1), start).unwrap_err();
-    follower.believe(&files(0..1));
-    assert_eq!(follower.judge(files(0..1), start).unwrap().len(), 1);
-    let why = follower.judge(Vec::new(), start).unwrap_err();
+    follower.check_for_loss(files(0..1), start).unwrap_err();
+    follower.accept(&files(0..1));
+    assert_eq!(follower.check_for_loss(files(0..1), start).unwrap().len(), 1);
+    let why = follower.check_for_loss(Vec::new(), start).unwrap_err();
     assert!(why.contains("to mean it, leave one"), "{why}");
 
     // Ten documents, then four, then none: an empty registry is never confirmed by time, so no confirming
     // read is scheduled.
-    let mut follower = Follower::new(follower_config(), Vec::new());
-    follower.judge(files(0..10), start).unwrap();
-    follower.judge(files(0..4), start).unwrap_err();
-    assert_eq!(follower.few_since, Some(start));
-    follower.judge(Vec::new(), start).unwrap_err();
-    assert_eq!(follower.few_since, None);
+    let mut follower = DocumentsFollower::new(follower_config(), Vec::new());
+    follower.check_for_loss(files(0..10), start).unwrap();
+    follower.check_for_loss(files(0..4), start).unwrap_err();
+    assert_eq!(follower.missing_since, Some(start));
+    follower.check_for_loss(Vec::new(), start).unwrap_err();
+    assert_eq!(follower.missing_since, None);
 }
 
 fn follower_config() -> Option<DocumentsConfig> {
@@ -247,7 +247,7 @@ async fn what_documents_say_that_not_everybody_may_read_is_not_quoted() {
     let config: DocumentsConfig =
         vmesh_model::load::strict("control.yaml", &format!("dir: {}", dir.display())).unwrap();
     let (views, view) = watch::channel(DocumentsView::default());
-    Follower::new(Some(config.clone()), Vec::new()).read_once(&views).await;
+    DocumentsFollower::new(Some(config.clone()), Vec::new()).read_once(&views).await;
     let view = view.borrow();
     let said = format!("{:?} {:?}", view.problems, view.waiting);
     assert!(!said.contains(SECRET), "{said}");

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::Deserialize;
 use vmesh_zookeeper::{Mirror, Root, View};
 
-use super::Raw;
+use super::DocumentText;
 
 /// The configuration `zookeeper: {path: /vmesh}`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -18,7 +18,7 @@ pub(crate) struct TreeConfig {
 }
 
 /// Watches the nodes below a path.
-pub(super) struct Tree {
+pub(super) struct ZookeeperSource {
     path: String,
     /// The nodes that have had data. If one becomes empty, it is a document that lost its text and not a
     /// directory.
@@ -28,18 +28,18 @@ pub(super) struct Tree {
     mirror: Result<Mirror, String>,
 }
 
-impl Tree {
+impl ZookeeperSource {
     /// Creates the watch. `known` are the paths of the documents restored from before a restart.
-    pub(super) fn new(config: TreeConfig, known: BTreeSet<String>) -> Tree {
+    pub(super) fn new(config: TreeConfig, known: BTreeSet<String>) -> ZookeeperSource {
         let mirror = match (Root::new(config.path.clone()), config.zookeeper) {
             (Ok(root), Some(zookeeper)) => Ok(Mirror::new(zookeeper, vec![root], |_| {})),
             (Err(wrong), _) => Err(wrong),
             (Ok(_), None) => Err("where ZooKeeper is was not said".to_owned()),
         };
-        Tree { path: config.path, texts: known, mirror }
+        ZookeeperSource { path: config.path, texts: known, mirror }
     }
 
-    pub(super) async fn next(&mut self) -> Result<Vec<Raw>, String> {
+    pub(super) async fn next(&mut self) -> Result<Vec<DocumentText>, String> {
         match &mut self.mirror {
             Ok(mirror) => {
                 let view = mirror.changed().await;
@@ -52,7 +52,7 @@ impl Tree {
         }
     }
 
-    pub(super) async fn confirm(&mut self) -> Result<Vec<Raw>, String> {
+    pub(super) async fn confirm(&mut self) -> Result<Vec<DocumentText>, String> {
         let view = match &mut self.mirror {
             Ok(mirror) => mirror.confirm().await.map_err(|error| error.line())?,
             Err(why) => return Err(why.clone()),
@@ -60,7 +60,7 @@ impl Tree {
         self.texts(view)
     }
 
-    fn texts(&mut self, view: View) -> Result<Vec<Raw>, String> {
+    fn texts(&mut self, view: View) -> Result<Vec<DocumentText>, String> {
         if let Some(because) = view.stale_because {
             return Err(because.to_string());
         }
@@ -79,9 +79,9 @@ impl Tree {
             }
             let content = match &node.unreadable {
                 Some(why) => Err(why.to_string()),
-                None => super::not_empty(node.data.to_vec()),
+                None => super::reject_empty(node.data.to_vec()),
             };
-            texts.push(Raw { path, content, is_public: true });
+            texts.push(DocumentText { path, content, is_public: true });
         });
         texts.sort_by(|a, b| a.path.cmp(&b.path));
         self.texts = texts.iter().map(|text| text.path.clone()).collect();

@@ -25,7 +25,7 @@ use vmesh_discovery::{Registrations, ServiceView};
 use vmesh_model::{Problem, ServiceName, join};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Loaded, MAX_BYTES, PersistError, load_file, part};
+use super::{LoadedPart, MAX_BYTES, PersistError, load_file, source_part};
 
 const HEAD: &str = "head";
 
@@ -43,7 +43,7 @@ fn file_of(bucket: Bucket) -> String {
 
 /// The content of `head.json`: the part of a view that belongs to no single service.
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Head {
+struct SourceHead {
     problems: Vec<Problem>,
 }
 
@@ -82,17 +82,17 @@ impl WrittenSource {
 }
 
 /// The paths of a source's files.
-struct Places {
+struct SourcePaths {
     root: PathBuf,
     dir: PathBuf,
     /// The single file of earlier versions.
     single: PathBuf,
 }
 
-impl Places {
-    fn of(state_dir: &Path, source: &str) -> Places {
-        let (name, root) = (part(source), state_dir.join("sources"));
-        Places { dir: root.join(&name), root, single: state_dir.join(format!("{name}.json")) }
+impl SourcePaths {
+    fn of(state_dir: &Path, source: &str) -> SourcePaths {
+        let (name, root) = (source_part(source), state_dir.join("sources"));
+        SourcePaths { dir: root.join(&name), root, single: state_dir.join(format!("{name}.json")) }
     }
 
     /// Removes the source's files except the single file of earlier versions. The head is removed last,
@@ -158,25 +158,25 @@ impl SourceFiles {
     ) -> Result<(), PersistError> {
         let mut changed = written.in_doubt.clone();
         if !Arc::ptr_eq(&written.view, view) {
-            changed.extend(differing(&written.view, view).map(bucket_of));
+            changed.extend(changed_services(&written.view, view).map(bucket_of));
         }
         let is_head_changed = written.is_head_in_doubt || written.view.problems != view.problems;
         if changed.is_empty() && !is_head_changed && !written.has_single {
             written.view = view.clone();
             return Ok(());
         }
-        let places = Places::of(state_dir, source);
+        let paths = SourcePaths::of(state_dir, source);
         // A write that fails may still have replaced any of these files.
         written.in_doubt = changed;
         written.is_head_in_doubt = is_head_changed;
-        self.replace(&places, source, view, written)?;
+        self.replace(&paths, source, view, written)?;
         written.in_doubt = BTreeSet::new();
         written.is_head_in_doubt = false;
         written.view = view.clone();
         if written.has_single {
-            match std::fs::remove_file(&places.single) {
+            match std::fs::remove_file(&paths.single) {
                 Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
-                    let path = places.single;
+                    let path = paths.single;
                     return Err(PersistError::File(FileError::Failed { what: "remove", path, cause }));
                 }
                 _ => written.has_single = false,
@@ -188,16 +188,16 @@ impl SourceFiles {
     /// Replaces the files of the buckets in doubt, and the head if it is in doubt.
     fn replace(
         &self,
-        places: &Places,
+        paths: &SourcePaths,
         source: &str,
         view: &Registrations,
         written: &WrittenSource,
     ) -> Result<(), PersistError> {
-        for dir in [&places.root, &places.dir] {
+        for dir in [&paths.root, &paths.dir] {
             fsx::make_private_dir(dir).map_err(PersistError::File)?;
         }
         let encoded =
-            |what: Result<Vec<u8>, _>| what.map_err(|cause| PersistError::Encode(part(source), cause));
+            |what: Result<Vec<u8>, _>| what.map_err(|cause| PersistError::Encode(source_part(source), cause));
         let mut buckets: BTreeMap<Bucket, BTreeMap<&ServiceName, &ServiceView>> =
             written.in_doubt.iter().map(|bucket| (*bucket, BTreeMap::new())).collect();
         for (name, seen) in &view.services {
@@ -205,12 +205,12 @@ impl SourceFiles {
                 services.insert(name, seen);
             }
         }
-        let mut batch = Batch::open(&places.dir).map_err(PersistError::File)?;
+        let mut batch = Batch::open(&paths.dir).map_err(PersistError::File)?;
         // While the single file of an earlier version is still read, it provides the services of each bucket
         // without a file.
-        let is_replacing = written.has_single && places.single.exists();
+        let is_replacing = written.has_single && paths.single.exists();
         for (bucket, services) in buckets {
-            let says_empty = is_replacing && places.dir.join(file_of(bucket)).exists();
+            let says_empty = is_replacing && paths.dir.join(file_of(bucket)).exists();
             if services.is_empty() && !says_empty {
                 batch.remove(file_of(bucket));
                 continue;
@@ -220,14 +220,14 @@ impl SourceFiles {
         }
         // The head is written last: a reader that finds a head relies on the buckets being complete.
         if written.is_head_in_doubt {
-            let head = Head { problems: view.problems.clone() };
+            let head = SourceHead { problems: view.problems.clone() };
             let bytes = encoded(state::encode(&head))?;
             batch.write(format!("{HEAD}.json"), &bytes, PRIVATE).map_err(PersistError::File)?;
         }
         self.commit(batch).map_err(PersistError::File)?;
         if written.is_head_in_doubt {
             // Newly created directories must be synced in their parent directories too.
-            for dir in [&places.root, places.root.parent().unwrap_or(&places.root)] {
+            for dir in [&paths.root, paths.root.parent().unwrap_or(&paths.root)] {
                 Batch::open(dir).and_then(Batch::commit).map_err(PersistError::File)?;
             }
         }
@@ -260,11 +260,11 @@ impl SourceFiles {
         &self,
         state_dir: &Path,
         source: &str,
-    ) -> Result<Option<Loaded<Arc<Registrations>>>, PersistError> {
-        let places = Places::of(state_dir, source);
-        let mut reading = Reading { left: MAX_BYTES, newest: None };
+    ) -> Result<Option<LoadedPart<Arc<Registrations>>>, PersistError> {
+        let paths = SourcePaths::of(state_dir, source);
+        let mut reader = StateReader { left: MAX_BYTES, newest: None };
         let mut known = WrittenSource::unknown();
-        let head: Option<Head> = match reading.read(&places.dir.join(format!("{HEAD}.json"))) {
+        let head: Option<SourceHead> = match reader.read(&paths.dir.join(format!("{HEAD}.json"))) {
             Ok(head) => {
                 known.is_head_in_doubt = head.is_none();
                 head
@@ -272,14 +272,14 @@ impl SourceFiles {
             // The head is written after the buckets, so the buckets are complete even if the head is damaged.
             Err(error) => {
                 tracing::error!("{}", one_line(&error));
-                Some(Head::default())
+                Some(SourceHead::default())
             }
         };
         let mut view = Registrations::default();
         let mut in_doubt = BTreeSet::new();
         let mut found = BTreeSet::new();
         for bucket in 0..=Bucket::MAX {
-            match reading.read::<BTreeMap<ServiceName, ServiceView>>(&places.dir.join(file_of(bucket))) {
+            match reader.read::<BTreeMap<ServiceName, ServiceView>>(&paths.dir.join(file_of(bucket))) {
                 Ok(None) => {}
                 Ok(Some(services)) => {
                     found.insert(bucket);
@@ -290,7 +290,7 @@ impl SourceFiles {
                         in_doubt.insert(bucket);
                         tracing::error!(
                             "{} holds services that belong into other files: they are left out",
-                            places.dir.join(file_of(bucket)).display()
+                            paths.dir.join(file_of(bucket)).display()
                         );
                     }
                     view.services.extend(own);
@@ -301,36 +301,36 @@ impl SourceFiles {
                 }
             }
         }
-        let newest = reading.newest;
+        let newest = reader.newest;
         let single = match &head {
-            None => Some(load_file::<Registrations>(&places.single, MAX_BYTES)?),
+            None => Some(load_file::<Registrations>(&paths.single, MAX_BYTES)?),
             // An earlier version ran in the meantime and wrote a single file that is newer than all buckets.
-            Some(_) if is_newer(&places.single, newest) => {
+            Some(_) if is_newer(&paths.single, newest) => {
                 found.clear();
                 view.services.clear();
                 known.is_head_in_doubt = true;
-                places.remove_files().map_err(PersistError::File)?;
-                Some(load_file::<Registrations>(&places.single, MAX_BYTES)?)
+                paths.remove_files().map_err(PersistError::File)?;
+                Some(load_file::<Registrations>(&paths.single, MAX_BYTES)?)
             }
             Some(_) => None,
         };
         match (head, single) {
             (_, Some(Some(single))) => {
                 // A bucket that has a file is newer than the single file.
-                let Loaded { value, written } = single;
+                let LoadedPart { value, written } = single;
                 let older = value.services.into_iter().filter(|(name, _)| !found.contains(&bucket_of(name)));
                 view.services.extend(older);
                 view.problems = value.problems;
-                Ok(Some(Loaded { value: Arc::new(view), written }))
+                Ok(Some(LoadedPart { value: Arc::new(view), written }))
             }
             (Some(head), _) => {
                 view.problems = head.problems;
                 let view = Arc::new(view);
-                let has_single = places.single.exists();
+                let has_single = paths.single.exists();
                 let known = WrittenSource { view: view.clone(), in_doubt, has_single, ..known };
                 self.written().insert(source.to_owned(), known);
                 let written = newest.unwrap_or(SystemTime::UNIX_EPOCH);
-                Ok(Some(Loaded { value: view, written }))
+                Ok(Some(LoadedPart { value: view, written }))
             }
             (None, _) => Ok(None),
         }
@@ -338,14 +338,14 @@ impl SourceFiles {
 }
 
 /// Reads the files of one source. Their total size is limited like that of a single file.
-struct Reading {
+struct StateReader {
     left: u64,
     newest: Option<SystemTime>,
 }
 
-impl Reading {
+impl StateReader {
     fn read<T: DeserializeOwned>(&mut self, path: &Path) -> Result<Option<T>, PersistError> {
-        let Some(Loaded { value, written }) = load_file(path, self.left)? else { return Ok(None) };
+        let Some(LoadedPart { value, written }) = load_file(path, self.left)? else { return Ok(None) };
         let size = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
         self.left = self.left.saturating_sub(size);
         self.newest = self.newest.max(Some(written));
@@ -359,7 +359,10 @@ fn is_newer(path: &Path, than: Option<SystemTime>) -> bool {
 }
 
 /// Returns the services whose entries differ between the two views.
-fn differing<'a>(before: &'a Registrations, now: &'a Registrations) -> impl Iterator<Item = &'a ServiceName> {
+fn changed_services<'a>(
+    before: &'a Registrations,
+    now: &'a Registrations,
+) -> impl Iterator<Item = &'a ServiceName> {
     let differs = |before: Option<&ServiceView>, now: Option<&ServiceView>| match (before, now) {
         (Some(before), Some(now)) => !is_same(before, now),
         _ => true,
@@ -428,7 +431,7 @@ mod tests {
     }
 
     fn files(dir: &TempDir) -> BTreeMap<String, u64> {
-        let entries = std::fs::read_dir(Places::of(&dir.join("state"), SOURCE).dir).unwrap();
+        let entries = std::fs::read_dir(SourcePaths::of(&dir.join("state"), SOURCE).dir).unwrap();
         let file = |entry: std::fs::DirEntry| {
             (entry.file_name().into_string().unwrap(), entry.metadata().unwrap().ino())
         };
@@ -436,7 +439,7 @@ mod tests {
     }
 
     fn single(dir: &TempDir) -> PathBuf {
-        Places::of(&dir.join("state"), SOURCE).single
+        SourcePaths::of(&dir.join("state"), SOURCE).single
     }
 
     #[test]
@@ -500,7 +503,7 @@ mod tests {
         let all = view(names(500).into_iter().map(|name| (name, 80)));
         open(&dir).save_source(SOURCE, &all).unwrap();
         let lost = bucket_of(all.services.keys().next().unwrap());
-        let path = Places::of(&dir.join("state"), SOURCE).dir.join(file_of(lost));
+        let path = SourcePaths::of(&dir.join("state"), SOURCE).dir.join(file_of(lost));
         std::fs::write(&path, "garbage").unwrap();
         let disk = open(&dir);
         let left = load(&disk).unwrap();
@@ -532,7 +535,7 @@ mod tests {
         let names = names(2);
         let disk = open(&dir);
         disk.save_source(SOURCE, &view([(names[0].clone(), 80), (names[1].clone(), 80)])).unwrap();
-        let place = |name| Places::of(&dir.join("state"), SOURCE).dir.join(file_of(bucket_of(name)));
+        let place = |name| SourcePaths::of(&dir.join("state"), SOURCE).dir.join(file_of(bucket_of(name)));
         std::fs::copy(place(&names[0]), place(&names[1])).unwrap();
         assert_eq!(load(&disk), Some(view([(names[0].clone(), 80)])));
     }
@@ -543,7 +546,7 @@ mod tests {
         let names = names(1);
         let disk = open(&dir);
         disk.save_source(SOURCE, &view([(names[0].clone(), 80)])).unwrap();
-        let path = Places::of(&dir.join("state"), SOURCE).dir;
+        let path = SourcePaths::of(&dir.join("state"), SOURCE).dir;
         std::fs::File::create(path.join("00.json")).unwrap().set_len(MAX_BYTES + 1).unwrap();
         rustix::fs::mkfifoat(rustix::fs::CWD, path.join("01.json"), rustix::fs::Mode::RWXU).unwrap();
         assert_eq!(load(&disk), Some(view([(names[0].clone(), 80)])));
@@ -553,7 +556,7 @@ mod tests {
     fn what_a_killed_writer_left_beside_a_source_is_swept() {
         let dir = tempdir().unwrap();
         open(&dir).save_source(SOURCE, &Arc::default()).unwrap();
-        let left = Places::of(&dir.join("state"), SOURCE).dir.join(".00.json.1-0.vmesh-tmp");
+        let left = SourcePaths::of(&dir.join("state"), SOURCE).dir.join(".00.json.1-0.vmesh-tmp");
         std::fs::write(&left, "half").unwrap();
         open(&dir);
         assert!(!left.exists());
@@ -562,9 +565,9 @@ mod tests {
     #[test]
     fn a_source_is_kept_in_a_directory_of_its_own_whatever_its_name() {
         for source in ["..", "a/b", "file:/etc/../x", "head.json"] {
-            let places = Places::of(Path::new("/state"), source);
-            assert_eq!(places.dir.parent(), Some(Path::new("/state/sources")), "{source}");
-            assert_eq!(places.dir.file_name().unwrap().to_str().unwrap(), part(source));
+            let paths = SourcePaths::of(Path::new("/state"), source);
+            assert_eq!(paths.dir.parent(), Some(Path::new("/state/sources")), "{source}");
+            assert_eq!(paths.dir.file_name().unwrap().to_str().unwrap(), source_part(source));
         }
     }
 

@@ -4,7 +4,7 @@ use std::num::NonZeroU16;
 use expect_test::{Expect, expect};
 
 use super::*;
-use crate::document::{Capture, Node, Placed};
+use crate::document::{CaptureSettings, NodeDocument, PlacedDocument};
 use crate::text::Time;
 
 /// A configuration with one field of each type that configurations use.
@@ -856,9 +856,9 @@ outbound: allow-any
 ",
     );
     assert_eq!(problems, "");
-    let said = |service: &str, nodes: &[Arc<Placed<Node>>]| {
+    let said = |service: &str, nodes: &[Arc<PlacedDocument<NodeDocument>>]| {
         let settings = documents.settings(&service.parse().unwrap(), nodes);
-        let Capture { percent, on_loss } = settings.capture;
+        let CaptureSettings { percent, on_loss } = settings.capture;
         let by: Vec<_> = settings.origins.iter().map(|(name, by)| format!("{name} by {by}")).collect();
         format!("{percent:?} {on_loss:?} {:?}: {}", documents.outbound(nodes), by.join(", "))
     };
@@ -1237,7 +1237,7 @@ fn the_last_good_versions_outlive_a_restart() {
 "#;
     show(&mut before, &(DESIGN.to_owned() + json));
     let saved = serde_json::to_string(&before.last_good()).unwrap();
-    let kept: Vec<Kept> = serde_json::from_str(&saved).unwrap();
+    let kept: Vec<SavedDocument> = serde_json::from_str(&saved).unwrap();
     let mut after = Library::restored(kept);
     let broken =
         (DESIGN.to_owned() + json).replace("name: orders", "name: orders\nport: 0").replace("Route", "Rout");
@@ -1258,7 +1258,7 @@ fn the_last_good_versions_outlive_a_restart() {
 fn a_saved_document_may_stand_far_to_the_right() {
     for column in [1, 65_537, u32::MAX] {
         let kept = serde_json::json!([{"file": "a.json", "line": 1, "column": column, "text": "{}"}]);
-        let kept: Vec<Kept> = serde_json::from_value(kept).unwrap();
+        let kept: Vec<SavedDocument> = serde_json::from_value(kept).unwrap();
         assert_eq!(Library::restored(kept).last_good(), []);
     }
 }
