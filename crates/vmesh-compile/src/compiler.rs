@@ -1,94 +1,33 @@
+//! Compiles worlds for all connected nodes.
+//!
+//! [`Compiler::apply`] takes a new world and the nodes that connected and disconnected, in this order:
+//!
+//! 1. It removes the nodes that disconnected.
+//! 2. It replaces the world, and recompiles each affected service in every view that contains it
+//!    ([`Compiler::recompile`]).
+//! 3. It computes the view and the scope of each node that connected or may have changed
+//!    ([`Compiler::place_node`]), and compiles the services that no node of the view called before.
+//! 4. It builds the stores of the views that changed ([`Compiler::publish`]).
+//!
+//! Every structure is counted, so that the last node that leaves a view removes what only it needed.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rpds::RedBlackTreeMapSync;
 use vmesh_catalog::World;
-use vmesh_model::document::{self, Documents, NodeFinder, PlacedDocument};
+use vmesh_model::document::{Documents, NodeDocument, NodeFinder, PlacedDocument};
 use vmesh_model::node::{Upstream, Upstreams};
 use vmesh_model::{NodeReport, Problem, Protocol, ServiceName};
-use vmesh_xds::{Groups, Scope, Snapshot, Store};
+use vmesh_xds::{Groups, Scope, Store};
 
+use crate::configuration::{Change, CompiledView, Configuration, Counts, NodeId, Update};
 use crate::node::{self, NodeConfig};
 use crate::owners::AddressOwners;
 use crate::service::{self, CompiledVariant, Reuse};
 use crate::transparent::{CaptureIndex, VirtualAddressTable};
-use crate::view::{CapturedDestinations, View, zones_matter};
-
-/// The id of a connection of a node. A node that is connected twice has two ids.
-pub type NodeId = u64;
-
-/// The input of [`Compiler::apply`]: a new world, and the nodes that connected and disconnected since the
-/// last call.
-#[derive(Debug, Default)]
-pub struct Change {
-    pub world: Option<Arc<World>>,
-    pub joined: Vec<(NodeId, Arc<NodeReport>)>,
-    pub left: Vec<NodeId>,
-}
-
-/// The output of [`Compiler::apply`]. The caller publishes all of it in one step.
-#[derive(Debug, Default)]
-pub struct Update {
-    /// The new stores, by the key of their view.
-    pub stores: Vec<(Arc<str>, Arc<Store>)>,
-    /// The new configurations of nodes whose view or scope changed.
-    pub nodes: Vec<(NodeId, Arc<NodeConfig>)>,
-    /// The keys of views whose last node disconnected.
-    pub removed_views: Vec<Arc<str>>,
-}
-
-/// An immutable snapshot of everything that a [`Compiler`] compiled. Cloning it copies a few pointers.
-#[derive(Debug, Clone)]
-pub struct Configuration {
-    pub world: Arc<World>,
-    views: RedBlackTreeMapSync<Arc<str>, Arc<CompiledView>>,
-    nodes: RedBlackTreeMapSync<NodeId, Arc<NodeConfig>>,
-    problems: RedBlackTreeMapSync<ServiceName, Arc<[Problem]>>,
-}
-
-/// The services of one view that at least one of its nodes calls, compiled.
-#[derive(Debug, Clone)]
-pub struct CompiledView {
-    pub view: Arc<View>,
-    pub services: RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
-    pub store: Arc<Store>,
-}
-
-impl Configuration {
-    /// Returns the configuration of `world` with no node connected. It contains the problems of documents
-    /// only.
-    pub fn of(world: Arc<World>) -> Configuration {
-        Compiler::new(world).configuration()
-    }
-
-    pub fn node(&self, id: NodeId) -> Option<&Arc<NodeConfig>> {
-        self.nodes.get(&id)
-    }
-
-    pub fn view(&self, key: &str) -> Option<&Arc<CompiledView>> {
-        self.views.get(key)
-    }
-
-    /// Returns the number of views.
-    pub fn views(&self) -> usize {
-        self.views.size()
-    }
-
-    /// Returns the resources that the node `id` receives, or `None` if it is not connected.
-    pub fn snapshot(&self, id: NodeId) -> Option<Snapshot> {
-        let config = self.node(id)?;
-        Some(Snapshot { store: self.view(&config.view)?.store.clone(), scope: config.scope.clone() })
-    }
-
-    /// Returns the problems of services and routes without duplicates, followed by those of each connected
-    /// node.
-    pub fn problems(&self) -> Vec<Problem> {
-        let of_services = self.problems.values().flat_map(|problems| problems.iter());
-        let of_services: BTreeSet<&Problem> = of_services.collect();
-        let of_nodes = self.nodes.values().flat_map(|config| &config.problems);
-        of_services.into_iter().chain(of_nodes).cloned().collect()
-    }
-}
+use crate::view::{CapturedDestinations, Variant, View, zones_matter};
+use crate::zones::Zones;
 
 /// A compiler for all connected nodes. It compiles each variant of a service once, and drops a variant when
 /// the last view that contains it no longer needs it.
@@ -108,24 +47,11 @@ pub struct Compiler {
     nodes: BTreeMap<NodeId, NodeState>,
     /// For each service name, the views in which at least one node calls it by name. The service need not
     /// exist.
-    called_in: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
+    views_by_upstream: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
     /// The views in which at least one node subscribes to all services.
-    see_all: BTreeSet<Arc<str>>,
+    views_with_all_services: BTreeSet<Arc<str>>,
     /// For each service name, the nodes that run a workload of that service.
-    served_by: BTreeMap<ServiceName, BTreeSet<NodeId>>,
-}
-
-/// The number of entries that a [`Compiler`] keeps for connected nodes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub nodes: usize,
-    pub views: usize,
-    /// The variants of all services together.
-    pub variants: usize,
-    /// The services of all views together.
-    pub services: usize,
-    /// The entries of the indexes from services to views and nodes.
-    pub indexed: usize,
+    nodes_by_workload: BTreeMap<ServiceName, BTreeSet<NodeId>>,
 }
 
 /// A compiled variant and the number of views that contain it.
@@ -140,60 +66,24 @@ struct ViewState {
     view: Arc<View>,
     nodes: BTreeSet<NodeId>,
     /// The number of nodes in this view that subscribe to all services.
-    see_all: usize,
+    subscribers_to_all: usize,
     /// For each service name, the number of nodes in this view that call it by name.
     callers: BTreeMap<Arc<str>, usize>,
     services: RedBlackTreeMapSync<ServiceName, Arc<CompiledVariant>>,
     store: Arc<Store>,
     /// The services that changed since `store` was built.
-    differ: BTreeSet<ServiceName>,
+    changed: BTreeSet<ServiceName>,
 }
 
 #[derive(Debug)]
 struct NodeState {
     report: Arc<NodeReport>,
-    documents: Vec<Arc<PlacedDocument<document::NodeDocument>>>,
+    documents: Vec<Arc<PlacedDocument<NodeDocument>>>,
     config: Option<Arc<NodeConfig>>,
 }
 
-/// The number of endpoints in each locality zone. A node reports its own zone, so the compiler ignores zones
-/// without endpoints: otherwise every made-up zone would add a view.
-#[derive(Debug, Default)]
-struct Zones(BTreeMap<Arc<str>, usize>);
-
-impl Zones {
-    /// Updates the counts for the services `names`. Returns whether a zone got its first endpoint or lost its
-    /// last one.
-    fn update<'a>(
-        &mut self,
-        before: Option<&World>,
-        now: &World,
-        names: impl IntoIterator<Item = &'a ServiceName>,
-    ) -> bool {
-        let mut differ = false;
-        for name in names {
-            let zones = |world: &World| -> Vec<Arc<str>> {
-                world.endpoints(name).iter().filter_map(|endpoint| endpoint.zone.clone()).collect()
-            };
-            for zone in zones(now) {
-                let count = self.0.entry(zone).or_insert(0);
-                differ |= *count == 0;
-                *count += 1;
-            }
-            for zone in before.map(zones).unwrap_or_default() {
-                let Some(count) = self.0.get_mut(&zone) else { continue };
-                *count -= 1;
-                if *count == 0 {
-                    self.0.remove(&zone);
-                    differ = true;
-                }
-            }
-        }
-        differ
-    }
-}
-
 impl Compiler {
+    /// Returns a compiler of `world` with no node connected.
     pub fn new(world: Arc<World>) -> Compiler {
         let mut zones = Zones::default();
         let known: Vec<_> = world.service_names().cloned().collect();
@@ -212,14 +102,15 @@ impl Compiler {
             views: BTreeMap::new(),
             variants: BTreeMap::new(),
             nodes: BTreeMap::new(),
-            called_in: BTreeMap::new(),
-            see_all: BTreeSet::new(),
-            served_by: BTreeMap::new(),
+            views_by_upstream: BTreeMap::new(),
+            views_with_all_services: BTreeSet::new(),
+            nodes_by_workload: BTreeMap::new(),
         };
         known.iter().for_each(|name| compiler.update_problems(name));
         compiler
     }
 
+    /// Returns the configuration after the last change.
     pub fn configuration(&self) -> Configuration {
         self.configuration.clone()
     }
@@ -243,7 +134,7 @@ impl Compiler {
         for (id, report) in change.joined {
             self.disconnect(id);
             for workload in &report.workloads {
-                self.served_by.entry(workload.service.clone()).or_default().insert(id);
+                self.nodes_by_workload.entry(workload.service.clone()).or_default().insert(id);
             }
             let documents = finder.find(&report);
             self.nodes.insert(id, NodeState { report, documents, config: None });
@@ -259,10 +150,11 @@ impl Compiler {
         update
     }
 
+    /// Returns the number of entries kept for connected nodes.
     pub fn counts(&self) -> Counts {
-        let indexed = self.see_all.len()
-            + self.called_in.values().map(BTreeSet::len).sum::<usize>()
-            + self.served_by.values().map(BTreeSet::len).sum::<usize>();
+        let indexed = self.views_with_all_services.len()
+            + self.views_by_upstream.values().map(BTreeSet::len).sum::<usize>()
+            + self.nodes_by_workload.values().map(BTreeSet::len).sum::<usize>();
         Counts {
             nodes: self.nodes.len().max(self.configuration.nodes.size()),
             views: self.views.len().max(self.configuration.views.size()),
@@ -286,7 +178,7 @@ impl Compiler {
         for name in &names {
             let protocol = |world: &World| -> Protocol { world.protocol(name) };
             if protocol(&before) != protocol(&world) {
-                nodes.extend(self.served_by.get(name).into_iter().flatten());
+                nodes.extend(self.nodes_by_workload.get(name).into_iter().flatten());
             }
         }
         if let Some(index) = &mut self.index {
@@ -306,23 +198,16 @@ impl Compiler {
     /// whose view changed.
     fn match_documents(&mut self, before: &Documents) -> Vec<NodeId> {
         let documents = self.world().documents.clone();
-        let same = |one: &Option<Arc<PlacedDocument<document::MeshDocument>>>,
-                    other: &Option<Arc<PlacedDocument<document::MeshDocument>>>| {
-            match (one, other) {
-                (Some(one), Some(other)) => Arc::ptr_eq(one, other),
-                (None, None) => true,
-                _ => false,
-            }
-        };
-        let mesh_differs = !same(&before.mesh, &documents.mesh);
+        let mesh = |documents: &Documents| documents.mesh.as_ref().map(Arc::as_ptr);
+        let mesh_differs = mesh(before) != mesh(&documents);
         let mut nodes = Vec::new();
         let finder = documents.node_finder();
         for (id, node) in &mut self.nodes {
             let now = finder.find(&node.report);
-            let differ = now.len() != node.documents.len()
+            let is_changed = now.len() != node.documents.len()
                 || now.iter().zip(&node.documents).any(|(now, before)| !Arc::ptr_eq(now, before));
             node.documents = now;
-            if differ || mesh_differs {
+            if is_changed || mesh_differs {
                 nodes.push(*id);
             }
         }
@@ -335,7 +220,7 @@ impl Compiler {
 
     fn view_of(&self, node: &NodeState) -> View {
         let zone = node.report.zone.clone();
-        let zone = zone.filter(|zone| self.zones_matter && self.zones.0.contains_key(zone));
+        let zone = zone.filter(|zone| self.zones_matter && self.zones.has_endpoints(zone));
         View::of(&node.report, &node.documents, zone)
     }
 
@@ -345,8 +230,8 @@ impl Compiler {
         let is_known = self.world().is_known(name);
         let stale = self.variants.remove(name).unwrap_or_default();
         let mut nodes = Vec::new();
-        let by_name = self.called_in.get(name.as_str()).into_iter().flatten();
-        let keys: BTreeSet<Arc<str>> = by_name.chain(&self.see_all).cloned().collect();
+        let by_name = self.views_by_upstream.get(name.as_str()).into_iter().flatten();
+        let keys: BTreeSet<Arc<str>> = by_name.chain(&self.views_with_all_services).cloned().collect();
         let mut fresh: BTreeMap<Arc<str>, CountedVariant> = BTreeMap::new();
         for key in keys {
             let Some(state) = self.views.get_mut(&key) else { continue };
@@ -357,18 +242,15 @@ impl Compiler {
                 // A variant compiled from the new endpoints is preferred, because it shares the most
                 // resources.
                 let sibling =
-                    fresh.values().next().or(stale.values().next()).map(|used| used.compiled.clone());
-                let used = fresh.entry(variant.key()).or_insert_with_key(|key| {
-                    let earlier = stale.get(key).map(|used| &used.compiled).or(before.as_ref());
-                    let none = CaptureIndex::default();
-                    let index = self.index.as_ref().unwrap_or(&none);
-                    let earlier = earlier.map(|earlier| &**earlier);
-                    let like = Reuse { earlier, sibling: sibling.as_deref() };
-                    let compiled = service::compile(world, index, name, (key, &variant), like);
-                    CountedVariant { compiled: Arc::new(compiled), views: 0 }
+                    fresh.values().next().or(stale.values().next()).map(|counted| counted.compiled.clone());
+                let counted = fresh.entry(variant.key()).or_insert_with_key(|key| {
+                    let earlier = stale.get(key).map(|counted| &counted.compiled).or(before.as_ref());
+                    let reuse =
+                        Reuse { earlier: earlier.map(|earlier| &**earlier), sibling: sibling.as_deref() };
+                    compile_variant(world, self.index.as_ref(), name, (key, &variant), reuse)
                 });
-                used.views += 1;
-                used.compiled.clone()
+                counted.views += 1;
+                counted.compiled.clone()
             });
             let reshaped = match (&before, &now) {
                 (Some(before), Some(now)) => before.shape.needs_rescoping(&now.shape),
@@ -379,7 +261,7 @@ impl Compiler {
                 Some(now) => state.services.insert_mut(name.clone(), now),
                 None => _ = state.services.remove_mut(name),
             }
-            state.differ.insert(name.clone());
+            state.changed.insert(name.clone());
             if reshaped {
                 let concerned = state.nodes.iter().filter(|id| {
                     let Some(node) = self.nodes.get(id) else { return false };
@@ -408,18 +290,15 @@ impl Compiler {
         }
         let variant = state.view.variant(world, name);
         let variants = self.variants.entry(name.clone()).or_default();
-        let sibling = variants.values().next().map(|used| used.compiled.clone());
-        let used = variants.entry(variant.key()).or_insert_with_key(|key| {
-            let none = CaptureIndex::default();
-            let index = self.index.as_ref().unwrap_or(&none);
-            let like = Reuse { earlier: None, sibling: sibling.as_deref() };
-            let compiled = service::compile(world, index, name, (key, &variant), like);
-            CountedVariant { compiled: Arc::new(compiled), views: 0 }
+        let sibling = variants.values().next().map(|counted| counted.compiled.clone());
+        let counted = variants.entry(variant.key()).or_insert_with_key(|key| {
+            let reuse = Reuse { earlier: None, sibling: sibling.as_deref() };
+            compile_variant(world, self.index.as_ref(), name, (key, &variant), reuse)
         });
-        used.views += 1;
-        let (compiled, is_new) = (used.compiled.clone(), used.views == 1);
+        counted.views += 1;
+        let (compiled, is_new) = (counted.compiled.clone(), counted.views == 1);
         state.services.insert_mut(name.clone(), compiled.clone());
-        state.differ.insert(name.clone());
+        state.changed.insert(name.clone());
         if is_new {
             self.update_problems(name);
         }
@@ -432,11 +311,11 @@ impl Compiler {
         let Some(state) = self.views.get_mut(key) else { return };
         let Some(compiled) = state.services.get(name).cloned() else { return };
         state.services.remove_mut(name);
-        state.differ.insert(name.clone());
+        state.changed.insert(name.clone());
         let Some(variants) = self.variants.get_mut(name) else { return };
-        let Some(used) = variants.get_mut(&compiled.variant) else { return };
-        used.views -= 1;
-        if used.views > 0 {
+        let Some(counted) = variants.get_mut(&compiled.variant) else { return };
+        counted.views -= 1;
+        if counted.views > 0 {
             return;
         }
         variants.remove(&compiled.variant);
@@ -467,9 +346,8 @@ impl Compiler {
             let state = self.views.get(&key)?;
             let world = &self.configuration.world;
             let (services, captured) = (&state.services, state.view.captured);
-            let subject =
-                node::NodeInput { world, report: &report, documents: &documents, services, captured };
-            node::compile(&subject, &upstreams)
+            let input = node::NodeInput { world, report: &report, documents: &documents, services, captured };
+            node::compile(&input, &upstreams)
         };
         if let Some(before) = &before
             && before.view != key
@@ -511,11 +389,11 @@ impl Compiler {
         let state = self.views.entry(key.clone()).or_insert_with(|| ViewState {
             view: Arc::new(view),
             nodes: BTreeSet::new(),
-            see_all: 0,
+            subscribers_to_all: 0,
             callers: BTreeMap::new(),
             services: RedBlackTreeMapSync::new_sync(),
             store: Arc::default(),
-            differ: BTreeSet::new(),
+            changed: BTreeSet::new(),
         });
         state.nodes.insert(id);
     }
@@ -527,9 +405,9 @@ impl Compiler {
             return;
         }
         let Some(state) = self.views.get_mut(key) else { return };
-        state.see_all += 1;
-        if state.see_all == 1 {
-            self.see_all.insert(key.clone());
+        state.subscribers_to_all += 1;
+        if state.subscribers_to_all == 1 {
+            self.views_with_all_services.insert(key.clone());
             let known: Vec<_> = self.configuration.world.service_names().cloned().collect();
             for name in &known {
                 self.ensure_compiled(key, name);
@@ -564,7 +442,7 @@ impl Compiler {
         if let Some(state) = self.views.get_mut(key) {
             for name in reachable.difference(counted) {
                 *state.callers.entry(name.clone()).or_default() += 1;
-                self.called_in.entry(name.clone()).or_default().insert(key.clone());
+                self.views_by_upstream.entry(name.clone()).or_default().insert(key.clone());
             }
         }
         let dropped: Vec<_> = counted.difference(&reachable).cloned().collect();
@@ -581,11 +459,11 @@ impl Compiler {
                 continue;
             }
             state.callers.remove(&name);
-            let is_seen = state.see_all > 0;
-            if let Some(views) = self.called_in.get_mut(&name) {
+            let is_seen = state.subscribers_to_all > 0;
+            if let Some(views) = self.views_by_upstream.get_mut(&name) {
                 views.remove(key);
                 if views.is_empty() {
-                    self.called_in.remove(&name);
+                    self.views_by_upstream.remove(&name);
                 }
             }
             if !is_seen && let Ok(name) = name.parse() {
@@ -601,9 +479,9 @@ impl Compiler {
             Groups::Named(names) => self.remove_caller(key, names.iter().cloned().collect()),
             Groups::All => {
                 let Some(state) = self.views.get_mut(key) else { return };
-                state.see_all -= 1;
-                if state.see_all == 0 {
-                    self.see_all.remove(key);
+                state.subscribers_to_all -= 1;
+                if state.subscribers_to_all == 0 {
+                    self.views_with_all_services.remove(key);
                     let uncalled =
                         state.services.keys().filter(|name| !state.callers.contains_key(name.as_str()));
                     let uncalled: Vec<_> = uncalled.cloned().collect();
@@ -619,10 +497,10 @@ impl Compiler {
     fn disconnect(&mut self, id: NodeId) {
         let Some(NodeState { report, config, .. }) = self.nodes.remove(&id) else { return };
         for workload in &report.workloads {
-            if let Some(nodes) = self.served_by.get_mut(&workload.service) {
+            if let Some(nodes) = self.nodes_by_workload.get_mut(&workload.service) {
                 nodes.remove(&id);
                 if nodes.is_empty() {
-                    self.served_by.remove(&workload.service);
+                    self.nodes_by_workload.remove(&workload.service);
                 }
             }
         }
@@ -642,11 +520,11 @@ impl Compiler {
                 return false;
             }
             let is_new = !views.contains_key(key);
-            if state.differ.is_empty() && !is_new {
+            if state.changed.is_empty() && !is_new {
                 return true;
             }
             let services = &state.services;
-            let changes = std::mem::take(&mut state.differ).into_iter().map(|name| {
+            let changes = std::mem::take(&mut state.changed).into_iter().map(|name| {
                 let group = services.get(&name).map(|compiled| compiled.group.clone());
                 (name.shared(), group)
             });
@@ -681,7 +559,7 @@ impl Compiler {
         let world = &self.configuration.world;
         problems.extend(service::find_problems(world, name));
         let variants = self.variants.get(name).into_iter().flatten();
-        problems.extend(variants.flat_map(|(_, used)| &used.compiled.problems).cloned());
+        problems.extend(variants.flat_map(|(_, counted)| &counted.compiled.problems).cloned());
         let listed = &mut self.configuration.problems;
         match problems.is_empty() {
             true if listed.contains_key(name) => _ = listed.remove_mut(name),
@@ -689,6 +567,19 @@ impl Compiler {
             false => listed.insert_mut(name.clone(), problems.into_iter().collect()),
         }
     }
+}
+
+/// Compiles a variant that no view contains yet.
+fn compile_variant(
+    world: &World,
+    index: Option<&CaptureIndex>,
+    name: &ServiceName,
+    variant: (&Arc<str>, &Variant),
+    reuse: Reuse<'_>,
+) -> CountedVariant {
+    let none = CaptureIndex::default();
+    let compiled = service::compile(world, index.unwrap_or(&none), name, variant, reuse);
+    CountedVariant { compiled: Arc::new(compiled), views: 0 }
 }
 
 /// Returns the services that must be recompiled: those that differ between the two worlds, and those whose

@@ -22,6 +22,7 @@
 
 mod cluster;
 mod compiler;
+mod configuration;
 pub mod effective;
 mod endpoints;
 mod gate;
@@ -32,6 +33,7 @@ mod route;
 mod service;
 mod transparent;
 mod view;
+mod zones;
 
 use std::sync::Arc;
 
@@ -39,7 +41,8 @@ use vmesh_catalog::World;
 use vmesh_model::{NodeReport, Problem};
 use vmesh_xds::Snapshot;
 
-pub use compiler::{Change, CompiledView, Compiler, Configuration, Counts, NodeId, Update};
+pub use compiler::Compiler;
+pub use configuration::{Change, CompiledView, Configuration, Counts, NodeId, Update};
 pub use endpoints::priorities;
 pub use node::NodeConfig;
 pub use route::cluster_name;

@@ -72,7 +72,7 @@ impl OperatorActions {
         DiscoverySource {
             state,
             because,
-            required: known.required,
+            required: known.is_required,
             age_seconds: answered.map(|at| at.elapsed().unwrap_or_default().as_secs()),
             answered_at: answered.map(|at| unix(at).as_secs()),
             frozen_at: view.frozen.map(|since| unix(since).as_secs()),

@@ -47,84 +47,10 @@ impl fmt::Debug for MetricsCollector {
 
 impl Collector for MetricsCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let counters = &self.counters;
-        for (name, help, counter) in [
-            (
-                "vmesh_xds_connections_refused",
-                "xDS connections that were closed because there were too many",
-                &counters.connections_refused,
-            ),
-            (
-                "vmesh_xds_connections_silent",
-                "xDS connections that were closed because they showed no request",
-                &counters.connections_silent,
-            ),
-            ("vmesh_xds_streams_opened", "xDS streams since the start", &counters.streams_opened),
-            ("vmesh_xds_streams_refused", "xDS streams that were not served", &counters.streams_refused),
-            ("vmesh_xds_requests", "Requests of xDS clients", &counters.requests),
-            ("vmesh_xds_responses", "Responses to xDS clients", &counters.responses),
-            ("vmesh_xds_resources_sent", "Resources in those responses", &counters.resources),
-            ("vmesh_xds_bytes_sent", "Bytes of those responses", &counters.bytes),
-            ("vmesh_xds_acks", "Responses that were accepted", &counters.acks),
-            ("vmesh_xds_nacks", "Responses that were refused", &counters.nacks),
-            ("vmesh_xds_unknown_types", "Requests for types that are not served", &counters.unknown_types),
-        ] {
-            encode_counter(&mut encoder, name, help, counter.load(Relaxed))?;
-        }
-        let encodings = "Resources encoded, each once for all streams";
-        encode_counter(&mut encoder, "vmesh_xds_encodings", encodings, vmesh_xds::encodings())?;
-        encode_gauge(
-            &mut encoder,
-            "vmesh_xds_streams",
-            "xDS streams now",
-            counters.streams.load(Relaxed) as f64,
-        )?;
-
-        let connections = counters.connections.load(Relaxed) as f64;
-        encode_gauge(&mut encoder, "vmesh_xds_connections", "xDS connections now", connections)?;
-
+        encode_xds(&mut encoder, &self.counters)?;
         let Some(control) = self.control.upgrade() else { return Ok(()) };
-        let world = control.world();
-        let endpoints: usize = world.services.values().map(|service| service.endpoints.len()).sum();
-        let nodes = control.node_counts();
-        for (name, help, value) in [
-            ("vmesh_services", "Services known", world.service_names().count()),
-            ("vmesh_endpoints", "Endpoints of all services", endpoints),
-            ("vmesh_documents", "Mesh documents in force", world.documents.len()),
-            ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
-            ("vmesh_shared_node_names", "Names of nodes that two hosts go by", control.shared_names()),
-            ("vmesh_classes", "Views of connected nodes that services are compiled for", control.views()),
-            (
-                "vmesh_state_unwritten",
-                "1 while a part of the last good state cannot be written",
-                usize::from(control.write_status().failing.is_some()),
-            ),
-            ("vmesh_ready", "Whether it serves", usize::from(control.waiting_for().is_empty())),
-        ] {
-            encode_gauge(&mut encoder, name, help, value as f64)?;
-        }
-        let help = "Writes of the last good state that failed";
-        encode_counter(&mut encoder, "vmesh_state_write_failures", help, control.write_status().failures)?;
-        let help = "When the last change was taken up, in Unix time";
-        encode_gauge(
-            &mut encoder,
-            "vmesh_last_change_timestamp_seconds",
-            help,
-            control.changed_at().as_secs_f64(),
-        )?;
-        let states = [
-            ("synced", nodes.synced),
-            ("pushing", nodes.pushing),
-            ("rejected", nodes.rejected),
-            ("offline", nodes.offline),
-        ];
-        encode_labelled_gauge(
-            &mut encoder,
-            "vmesh_nodes",
-            "Nodes by state",
-            "state",
-            &states.map(|(s, n)| (s.to_owned(), n as f64)),
-        )?;
+        encode_state(&mut encoder, &control)?;
+        encode_nodes(&mut encoder, &control)?;
         encode_discovery(&mut encoder, &control.actions.show())?;
         let histogram = &control.propagation().0;
         let help = "From the publication of a change to its acknowledgement by a node";
@@ -132,6 +58,83 @@ impl Collector for MetricsCollector {
             encoder.encode_descriptor("vmesh_propagation_seconds", help, None, histogram.metric_type())?;
         histogram.encode(metric)
     }
+}
+
+/// Encodes the counters of the xDS server.
+fn encode_xds(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> fmt::Result {
+    for (name, help, counter) in [
+        (
+            "vmesh_xds_connections_refused",
+            "xDS connections that were closed because there were too many",
+            &counters.connections_refused,
+        ),
+        (
+            "vmesh_xds_connections_silent",
+            "xDS connections that were closed because they showed no request",
+            &counters.connections_silent,
+        ),
+        ("vmesh_xds_streams_opened", "xDS streams since the start", &counters.streams_opened),
+        ("vmesh_xds_streams_refused", "xDS streams that were not served", &counters.streams_refused),
+        ("vmesh_xds_requests", "Requests of xDS clients", &counters.requests),
+        ("vmesh_xds_responses", "Responses to xDS clients", &counters.responses),
+        ("vmesh_xds_resources_sent", "Resources in those responses", &counters.resources),
+        ("vmesh_xds_bytes_sent", "Bytes of those responses", &counters.bytes),
+        ("vmesh_xds_acks", "Responses that were accepted", &counters.acks),
+        ("vmesh_xds_nacks", "Responses that were refused", &counters.nacks),
+        ("vmesh_xds_unknown_types", "Requests for types that are not served", &counters.unknown_types),
+    ] {
+        encode_counter(encoder, name, help, counter.load(Relaxed))?;
+    }
+    let encodings = "Resources encoded, each once for all streams";
+    encode_counter(encoder, "vmesh_xds_encodings", encodings, vmesh_xds::encodings())?;
+    encode_gauge(encoder, "vmesh_xds_streams", "xDS streams now", counters.streams.load(Relaxed) as f64)?;
+
+    let connections = counters.connections.load(Relaxed) as f64;
+    encode_gauge(encoder, "vmesh_xds_connections", "xDS connections now", connections)
+}
+
+/// Encodes what the control plane serves, and the state of its files.
+fn encode_state(encoder: &mut DescriptorEncoder<'_>, control: &Control) -> fmt::Result {
+    let world = control.world();
+    let endpoints: usize = world.services.values().map(|service| service.endpoints.len()).sum();
+    for (name, help, value) in [
+        ("vmesh_services", "Services known", world.service_names().count()),
+        ("vmesh_endpoints", "Endpoints of all services", endpoints),
+        ("vmesh_documents", "Mesh documents in force", world.documents.len()),
+        ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
+        ("vmesh_shared_node_names", "Names of nodes that two hosts go by", control.shared_names()),
+        ("vmesh_classes", "Views of connected nodes that services are compiled for", control.views()),
+        (
+            "vmesh_state_unwritten",
+            "1 while a part of the last good state cannot be written",
+            usize::from(control.write_status().failing.is_some()),
+        ),
+        ("vmesh_ready", "Whether it serves", usize::from(control.waiting_for().is_empty())),
+    ] {
+        encode_gauge(encoder, name, help, value as f64)?;
+    }
+    let help = "Writes of the last good state that failed";
+    encode_counter(encoder, "vmesh_state_write_failures", help, control.write_status().failures)?;
+    let help = "When the last change was taken up, in Unix time";
+    encode_gauge(encoder, "vmesh_last_change_timestamp_seconds", help, control.changed_at().as_secs_f64())
+}
+
+/// Encodes the number of nodes in each state.
+fn encode_nodes(encoder: &mut DescriptorEncoder<'_>, control: &Control) -> fmt::Result {
+    let nodes = control.node_counts();
+    let states = [
+        ("synced", nodes.synced),
+        ("pushing", nodes.pushing),
+        ("rejected", nodes.rejected),
+        ("offline", nodes.offline),
+    ];
+    encode_labelled_gauge(
+        encoder,
+        "vmesh_nodes",
+        "Nodes by state",
+        "state",
+        &states.map(|(s, n)| (s.to_owned(), n as f64)),
+    )
 }
 
 /// Encodes the content of `GET /api/v1/discovery` as metrics.

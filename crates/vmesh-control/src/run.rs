@@ -151,6 +151,28 @@ async fn first_view(source: SourceConfig) -> View {
     }
 }
 
+/// The sockets on which the control plane serves clients.
+struct Sockets {
+    xds: TcpListener,
+    api_tcp: std::net::TcpListener,
+    api_socket: std::os::unix::net::UnixListener,
+}
+
+impl Sockets {
+    /// Binds all sockets. The API's are served by another runtime, so they are not registered with this one.
+    fn bind(config: &Config) -> Result<Sockets, RunError> {
+        let xds = listen_tcp(config.listen.xds_plaintext)?;
+        let address = config.listen.api;
+        let api_tcp = into_std_listener(listen_tcp(address)?.into_std(), || address.to_string())?;
+        let api_socket = listen_unix(&config.api_socket())?;
+        if config.listen.xds.is_some() {
+            tracing::warn!("`listen.xds` is not served by this version: agents use `listen.xds_plaintext`");
+        }
+        Ok(Sockets { xds, api_tcp, api_socket })
+    }
+}
+
+/// Starts all tasks, and runs until a signal arrives or a task ends.
 async fn run(config: Config) -> Result<(), RunError> {
     let files = descriptors::raise_limit();
     // Signal handlers are installed first: until then such a signal would kill the process.
@@ -161,25 +183,16 @@ async fn run(config: Config) -> Result<(), RunError> {
     let disk = Disk::open(&config.state_dir).map_err(RunError::State)?;
     // Sockets are bound before any task is started, so that an address in use is reported as a start-up
     // error.
-    let xds = listen_tcp(config.listen.xds_plaintext)?;
-    let api_tcp =
-        into_std_listener(listen_tcp(config.listen.api)?.into_std(), || config.listen.api.to_string())?;
-    let api_socket = listen_unix(&config.api_socket())?;
-    if config.listen.xds.is_some() {
-        tracing::warn!("`listen.xds` is not served by this version: agents use `listen.xds_plaintext`");
-    }
+    let Sockets { xds, api_tcp, api_socket } = Sockets::bind(&config)?;
     let signal = signals::terminated().map_err(RunError::Signals)?;
 
     let mut tasks = Tasks::new();
     tasks.spawn("signals", ignored);
-    let mut known = Vec::new();
-    let kept: SavedOverrides = load_part(&disk, overrides::PART).unwrap_or_default();
-    for source in &config.discovery {
-        known.push(start_source(source, &disk, &kept, &mut tasks));
-    }
-    let sources = Sources::new(known);
+    let saved: SavedOverrides = load_part(&disk, overrides::PART).unwrap_or_default();
+    let start = |source| start_source(source, &disk, &saved, &mut tasks);
+    let sources = Sources::new(config.discovery.iter().map(start).collect());
     tasks.spawn("reload", reread_on_hangup(hangups, sources.clone()));
-    let overrides = Overrides::new(kept, disk.clone());
+    let overrides = Overrides::new(saved, disk.clone());
     let actions = OperatorActions::new(sources.clone(), overrides.clone(), &config.api_socket());
     let names: Vec<ServiceName> = load_part(&disk, persist::NAMES).unwrap_or_default();
     let mut catalog = Catalog::new(config.discovery.len()).with_names(names);
@@ -190,9 +203,9 @@ async fn run(config: Config) -> Result<(), RunError> {
     for (report, _) in nodes {
         catalog.on_node(report);
     }
-    let kept = load_part(&disk, "documents").unwrap_or_default();
+    let saved = load_part(&disk, "documents").unwrap_or_default();
     let (documents_in, documents) = watch::channel(DocumentsView::default());
-    let follower = documents::DocumentsFollower::new(config.documents.clone(), kept);
+    let follower = documents::DocumentsFollower::new(config.documents.clone(), saved);
     let follower = follower.read_once(&documents_in).await;
     tasks.spawn("documents", follower.follow(documents_in));
 
@@ -216,10 +229,9 @@ async fn run(config: Config) -> Result<(), RunError> {
     ));
     let name = format!("vmesh-control/{} {}", env!("CARGO_PKG_VERSION"), host_name());
     let service = AdsService::new(hub.clone(), NodeAdmission(fleet.clone()), name);
-    let mut registry = vmesh_daemon::metrics::registry();
     let counters = service.counters().clone();
+    let mut registry = vmesh_daemon::metrics::registry();
     registry.register_collector(Box::new(MetricsCollector { control: Arc::downgrade(&control), counters }));
-    let registry = Arc::new(registry);
     tasks.spawn(
         "worlds",
         worlds::publish(catalog, sources.clone(), overrides, documents.clone(), reports, published_in),
@@ -234,6 +246,23 @@ async fn run(config: Config) -> Result<(), RunError> {
     let bounded = Bounded { gate: Gate::new(limits), max_age: Some(config.limits.connection_age.0) };
     tasks
         .spawn_draining("xds", |stop| vmesh_xds::server::serve_bounded(xds, service, bounded, stopped(stop)));
+    spawn_api(&mut tasks, control, registry, api_tcp, api_socket);
+    tasks.spawn("watchdog", systemd::watchdog());
+    systemd::ready("serving");
+    tracing::info!(xds = %config.listen.xds_plaintext, api = %config.listen.api, "vmesh-control has started");
+
+    run_until_stopped(tasks, signal).await
+}
+
+/// Serves the API over TCP and on the Unix socket.
+fn spawn_api(
+    tasks: &mut Tasks,
+    control: Arc<Control>,
+    registry: prometheus_client::registry::Registry,
+    api_tcp: std::net::TcpListener,
+    api_socket: std::os::unix::net::UnixListener,
+) {
+    let registry = Arc::new(registry);
     let (reads, all) = (api::read_only(control.clone(), registry.clone()), api::full(control, registry));
     // The API runs on its own threads, so that expensive API requests do not delay xDS.
     tasks.spawn_draining("api", |stop| async move {
@@ -253,10 +282,13 @@ async fn run(config: Config) -> Result<(), RunError> {
         .map_err(ServeError::Thread)?
         .map_err(ServeError::Serve)
     });
-    tasks.spawn("watchdog", systemd::watchdog());
-    systemd::ready("serving");
-    tracing::info!(xds = %config.listen.xds_plaintext, api = %config.listen.api, "vmesh-control has started");
+}
 
+/// Runs until a signal arrives or a task ends, and then stops the remaining tasks.
+async fn run_until_stopped<S: std::fmt::Debug>(
+    mut tasks: Tasks,
+    signal: impl Future<Output = S>,
+) -> Result<(), RunError> {
     let outcome = tokio::select! {
         signal = signal => {
             tracing::info!(?signal, "stopping");

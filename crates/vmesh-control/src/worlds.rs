@@ -55,7 +55,7 @@ pub(crate) struct ConfiguredSource {
     pub(crate) handle: Handle,
     /// The last good state from the disk with which the source's view began.
     restored: Option<Arc<Registrations>>,
-    pub(crate) required: bool,
+    pub(crate) is_required: bool,
     removal_hold: Duration,
     /// The first world no longer waits for this source, although it never answered.
     is_given_up: AtomicBool,
@@ -65,10 +65,10 @@ impl ConfiguredSource {
     pub(crate) fn new(
         handle: Handle,
         restored: Option<Arc<Registrations>>,
-        required: bool,
+        is_required: bool,
         removal_hold: Duration,
     ) -> ConfiguredSource {
-        ConfiguredSource { handle, restored, required, removal_hold, is_given_up: AtomicBool::new(false) }
+        ConfiguredSource { handle, restored, is_required, removal_hold, is_given_up: AtomicBool::new(false) }
     }
 
     pub(crate) fn name(&self) -> &Arc<str> {
@@ -192,7 +192,7 @@ impl Sources {
 
     /// Stops waiting for the sources that are not required.
     fn give_up_waiting(&self) {
-        for known in self.0.iter().filter(|known| !known.required) {
+        for known in self.0.iter().filter(|known| !known.is_required) {
             let is_waited_for = {
                 let view = known.handle.views.borrow();
                 view.last_good.is_none() || view.unusable.is_some()

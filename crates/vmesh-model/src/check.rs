@@ -566,31 +566,10 @@ fn check_re2(regex: &str) -> Result<(), String> {
             '[' => (skip_class(tail).ok_or("a `[` that is never closed")?, true, false),
             '(' => {
                 groups += 1;
-                for (begin, what) in [
-                    ("?=", "look-ahead"),
-                    ("?!", "look-ahead"),
-                    ("?<=", "look-behind"),
-                    ("?<!", "look-behind"),
-                    ("?>", "atomic groups"),
-                    ("?P=", "back-references"),
-                    ("?(", "conditions"),
-                    ("?#", "comments"),
-                ] {
-                    if tail.starts_with(begin) {
-                        return lacks(what);
-                    }
+                if let Some(feature) = unsupported_group(tail) {
+                    return lacks(feature);
                 }
-                let inner = match tail.strip_prefix('?') {
-                    // Skips the flags of a group: `?:`, `?i:`, `?P<name>`.
-                    Some(flags) => {
-                        let end = flags.find([':', '>', ')']).ok_or("a `(` that is never closed")?;
-                        let skipped =
-                            if flags.get(end..).is_some_and(|f| f.starts_with(')')) { end } else { end + 1 };
-                        flags.get(skipped..).unwrap_or_default()
-                    }
-                    None => tail,
-                };
-                (inner, false, false)
+                (skip_group_flags(tail)?, false, false)
             }
             ')' => {
                 groups = groups.checked_sub(1).ok_or("a `)` without a `(`")?;
@@ -612,12 +591,7 @@ fn check_re2(regex: &str) -> Result<(), String> {
                     return Err("a `{..}` that repeats nothing".to_owned());
                 }
                 Some((min, max, after)) => {
-                    if min.max(max) > MAX_REPEAT {
-                        return Err(format!("more than {MAX_REPEAT} repetitions"));
-                    }
-                    if min > max {
-                        return Err(format!("at least {min} and at most {max} repetitions"));
-                    }
+                    check_bounds(min, max)?;
                     (after, true, true)
                 }
                 None => (tail, true, false),
@@ -626,6 +600,40 @@ fn check_re2(regex: &str) -> Result<(), String> {
         };
     }
     if groups > 0 { Err("a `(` that is never closed".to_owned()) } else { Ok(()) }
+}
+
+/// Returns the feature that the group needs whose `(` has been read, if RE2 does not support it.
+fn unsupported_group(text: &str) -> Option<&'static str> {
+    let features = [
+        ("?=", "look-ahead"),
+        ("?!", "look-ahead"),
+        ("?<=", "look-behind"),
+        ("?<!", "look-behind"),
+        ("?>", "atomic groups"),
+        ("?P=", "back-references"),
+        ("?(", "conditions"),
+        ("?#", "comments"),
+    ];
+    features.into_iter().find(|(begin, _)| text.starts_with(begin)).map(|(_, feature)| feature)
+}
+
+/// Skips the flags of a group whose `(` has been read: `?:`, `?i:`, `?P<name>`.
+fn skip_group_flags(text: &str) -> Result<&str, &'static str> {
+    let Some(flags) = text.strip_prefix('?') else { return Ok(text) };
+    let end = flags.find([':', '>', ')']).ok_or("a `(` that is never closed")?;
+    let skipped = if flags.get(end..).is_some_and(|f| f.starts_with(')')) { end } else { end + 1 };
+    Ok(flags.get(skipped..).unwrap_or_default())
+}
+
+/// Checks the bounds of a repetition against RE2's limit.
+fn check_bounds(min: u32, max: u32) -> Result<(), String> {
+    if min.max(max) > MAX_REPEAT {
+        return Err(format!("more than {MAX_REPEAT} repetitions"));
+    }
+    if min > max {
+        return Err(format!("at least {min} and at most {max} repetitions"));
+    }
+    Ok(())
 }
 
 /// Returns the text after a `[..]` whose `[` has been read.

@@ -53,7 +53,7 @@ pub struct Node {
 pub enum Content {
     Scalar {
         text: Box<str>,
-        quoted: bool,
+        is_quoted: bool,
     },
     List(Vec<Arc<Node>>),
     /// The entries in the order of the text. Every key is a scalar, and no two keys are equal.
@@ -113,7 +113,7 @@ impl Node {
     /// Reports whether the node is null: `key:`, `~` or `null`.
     pub fn is_null(&self) -> bool {
         match &self.content {
-            Content::Scalar { text, quoted: false } => {
+            Content::Scalar { text, is_quoted: false } => {
                 matches!(&**text, "" | "~" | "null" | "Null" | "NULL")
             }
             _ => false,
@@ -185,14 +185,14 @@ impl Node {
     pub fn describe(&self) -> String {
         match &self.content {
             _ if self.is_null() => "nothing".to_owned(),
-            Content::Scalar { text, quoted: false } if matches!(&**text, "true" | "false") => {
+            Content::Scalar { text, is_quoted: false } if matches!(&**text, "true" | "false") => {
                 text.to_string()
             }
-            Content::Scalar { text, quoted: false } if is_number(text) => {
+            Content::Scalar { text, is_quoted: false } if is_number(text) => {
                 format!("the number {}", short(text))
             }
-            Content::Scalar { text, quoted: true } if text.is_empty() => "an empty text".to_owned(),
-            Content::Scalar { text, quoted: true }
+            Content::Scalar { text, is_quoted: true } if text.is_empty() => "an empty text".to_owned(),
+            Content::Scalar { text, is_quoted: true }
                 if is_number(text) || matches!(&**text, "true" | "false") =>
             {
                 format!("the text `{}` (in quotes)", short(text))
@@ -297,7 +297,7 @@ pub fn parse_from(file: &Arc<str>, subject: &Arc<str>, text: &str, first_line: u
                 }
             }
         }
-        if builder.exhausted || problems > MAX_PROBLEMS {
+        if builder.is_exhausted || problems > MAX_PROBLEMS {
             if builder.is_open() {
                 documents.push(builder.finish());
             }
@@ -342,7 +342,7 @@ struct TreeBuilder<'a> {
     next_id: u32,
     values: u64,
     /// A limit of the text was exceeded.
-    exhausted: bool,
+    is_exhausted: bool,
 }
 
 impl<'a> TreeBuilder<'a> {
@@ -357,7 +357,7 @@ impl<'a> TreeBuilder<'a> {
             problems: Vec::new(),
             next_id: 0,
             values: 0,
-            exhausted: false,
+            is_exhausted: false,
         }
     }
 
@@ -371,7 +371,7 @@ impl<'a> TreeBuilder<'a> {
 
     /// Ends the document, whether it is complete or broken.
     fn finish(&mut self) -> Document {
-        let broken = !self.open.is_empty() || self.exhausted;
+        let broken = !self.open.is_empty() || self.is_exhausted;
         self.open.clear();
         self.anchors.clear();
         let root = self.root.take().filter(|_| !broken);
@@ -393,7 +393,7 @@ impl<'a> TreeBuilder<'a> {
             None => self.problem(line, column, describe_syntax_error(error.kind())),
         }
         self.root = None;
-        self.exhausted |= matches!(error.kind(), ErrorKind::RecursionLimitExceeded);
+        self.is_exhausted |= matches!(error.kind(), ErrorKind::RecursionLimitExceeded);
     }
 
     fn event(&mut self, event: Event<'_>, span: Span) {
@@ -402,7 +402,7 @@ impl<'a> TreeBuilder<'a> {
             Event::Scalar(text, style, anchor, tag) => {
                 let quoted =
                     style != ScalarStyle::Plain || tag.is_some_and(|t| t.is_yaml_core_schema_tag("str"));
-                let content = Content::Scalar { text: text.as_ref().into(), quoted };
+                let content = Content::Scalar { text: text.as_ref().into(), is_quoted: quoted };
                 self.complete(ContainerStart { mark: span.start, anchor }, span.end, content);
             }
             Event::SequenceStart(_, anchor, _) => {
@@ -432,7 +432,7 @@ impl<'a> TreeBuilder<'a> {
                 None => {
                     let (line, column) = self.position(&span.start);
                     self.problem(line, column, "an alias inside of what it stands for: that would never end");
-                    let nothing = Content::Scalar { text: "~".into(), quoted: false };
+                    let nothing = Content::Scalar { text: "~".into(), is_quoted: false };
                     self.complete(ContainerStart { mark: span.start, anchor: 0 }, span.end, nothing);
                 }
             },
@@ -464,7 +464,7 @@ impl<'a> TreeBuilder<'a> {
             };
             for entry in more {
                 self.values += 1;
-                if !self.exhausted && !pairs.lines.contains_key(entry.name()) {
+                if !self.is_exhausted && !pairs.lines.contains_key(entry.name()) {
                     pairs.lines.insert(entry.name().into(), entry.key.line);
                     pairs.entries.push(entry.clone());
                 }
@@ -491,12 +491,12 @@ impl<'a> TreeBuilder<'a> {
         let id = self.next_id;
         self.next_id = self.next_id.saturating_add(1);
         self.values += 1;
-        if depth > MAX_DEPTH && !self.exhausted {
-            self.exhausted = true;
+        if depth > MAX_DEPTH && !self.is_exhausted {
+            self.is_exhausted = true;
             self.problem(line, column, describe_syntax_error(&ErrorKind::RecursionLimitExceeded));
         }
-        if values.max(self.values) > MAX_VALUES && !self.exhausted {
-            self.exhausted = true;
+        if values.max(self.values) > MAX_VALUES && !self.is_exhausted {
+            self.is_exhausted = true;
             self.problem(line, column, "more than a million values, the most that is read of one file");
         }
         let bytes = (mark.byte_offset().unwrap_or_default(), end.byte_offset().unwrap_or_default());

@@ -28,17 +28,17 @@ pub(super) struct DirectorySource {
     path: PathBuf,
     changes: Arc<Notify>,
     watcher: Option<(RecommendedWatcher, DirectoryId)>,
-    was_read: bool,
+    has_been_read: bool,
 }
 
 impl DirectorySource {
     pub(super) fn new(path: PathBuf) -> DirectorySource {
-        DirectorySource { path, changes: Arc::default(), watcher: None, was_read: false }
+        DirectorySource { path, changes: Arc::default(), watcher: None, has_been_read: false }
     }
 
     /// Returns the files: at once in the first call, later when they may have changed.
     pub(super) async fn next(&mut self) -> Result<Vec<DocumentText>, String> {
-        if self.was_read {
+        if self.has_been_read {
             tokio::select! {
                 () = self.changes.notified() => tokio::time::sleep(QUIET).await,
                 () = tokio::time::sleep(POLL) => {}
@@ -49,7 +49,7 @@ impl DirectorySource {
         if self.watcher.as_ref().is_none_or(|(_, of)| *of != directory_id(&self.path)) {
             self.watcher = watch_directory(&self.path, &self.changes);
         }
-        self.was_read = true;
+        self.has_been_read = true;
         let path = self.path.clone();
         let files = tokio::task::spawn_blocking(move || read(&path)).await;
         files.unwrap_or_else(|panic| Err(format!("reading them panicked: {panic}")))
