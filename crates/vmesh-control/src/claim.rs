@@ -37,7 +37,10 @@ fn check_text(text: &str) -> Result<(), String> {
         return Err(format!("`{}` is longer than {TEXT_MAX} bytes", text::escaped(text, 32)));
     }
     match text.chars().any(text::is_unsafe) {
-        true => Err(format!("`{}` has characters in it that are no text", text::escaped(text, TEXT_MAX))),
+        true => Err(format!(
+            "`{}` contains control or other unprintable characters",
+            text::escaped(text, TEXT_MAX)
+        )),
         false => Ok(()),
     }
 }
@@ -225,7 +228,7 @@ mod tests {
         let wrong = |vmesh| claim("web-1", vmesh).unwrap_err();
         assert_eq!(
             wrong(serde_json::json!({"labels": {"a": "\u{1b}[2J"}})),
-            "node `web-1`: node.metadata.vmesh.labels: `\\u{1b}[2J` has characters in it that are no text"
+            "node `web-1`: node.metadata.vmesh.labels: `\\u{1b}[2J` contains control or other unprintable characters"
         );
         assert!(
             wrong(serde_json::json!({"labels": {"x".repeat(300): ""}})).contains("longer than 256 bytes")

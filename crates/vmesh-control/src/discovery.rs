@@ -147,8 +147,8 @@ impl OperatorActions {
             Ok(accepted) => {
                 let names: Vec<_> = accepted.iter().map(ServiceName::as_str).collect();
                 Ok(match names.as_slice() {
-                    [] => format!("what `{source}` says is believed"),
-                    names => format!("what `{source}` says of {} is believed", quoted(names)),
+                    [] => format!("accepted what `{source}` lists now"),
+                    names => format!("accepted what `{source}` lists now for {}", quoted(names)),
                 })
             }
             Err(AcceptError::NothingHeld) => Err(ActionError::Unknown(match service {
@@ -236,7 +236,11 @@ impl OperatorActions {
                 .await);
         }
         let evicted = guard::Eviction { service: service.clone(), address, since: unix_now() };
-        self.overrides.record(NoticeKind::Evicted, &evicted, "it is not used, by the operator's word");
+        self.overrides.record(
+            NoticeKind::Evicted,
+            &evicted,
+            "evicted by the operator; it is not used any more",
+        );
         let left = match self.count_remaining_endpoints(service) {
             0 => "; it was the last, and requests to the service fail now",
             _ => "",
@@ -256,7 +260,7 @@ impl OperatorActions {
             )));
         }
         let evicted = guard::Eviction { service: service.clone(), address, since: unix_now() };
-        self.overrides.record(NoticeKind::Admitted, &evicted, "it is used again, by the operator's word");
+        self.overrides.record(NoticeKind::Admitted, &evicted, "admitted by the operator; it is used again");
         Ok(self.save_overrides(vec![format!("{address} of `{service}` is used again")]).await)
     }
 
@@ -332,7 +336,7 @@ fn source_state(view: &View) -> (SourceState, Option<Arc<str>>) {
         (None, None, Some(held)) => {
             let because = match held.service {
                 None => held.because.clone(),
-                Some(_) => format!("what it says of {} services is not believed yet", view.held.len()).into(),
+                Some(_) => format!("its changes of {} services are held", view.held.len()).into(),
             };
             (SourceState::Held, Some(because))
         }

@@ -279,14 +279,14 @@ impl DocumentsFollower {
                 // Only a document ends this state; no timeout does.
                 self.missing_since = None;
                 return Err(format!(
-                    "there is none any more, where there were {had}, which looks like an accident; to mean it, leave one \
-                     that has nothing but a comment in it"
+                    "all {had} documents are gone, which looks like an accident; to remove them on purpose, leave one \
+                     that contains only a comment"
                 ));
             }
             if had >= MIN_DOCUMENTS_FOR_LOSS && left * 2 < had {
                 self.missing_since.get_or_insert(now);
                 return Err(format!(
-                    "{left} of {had} documents are left, which looks like an accident; that is believed when it is still \
+                    "{left} of {had} documents are left, which looks like an accident; it is accepted if it is still \
                      so after {} s",
                     LOSS_HOLD.as_secs()
                 ));

@@ -71,9 +71,12 @@ pub(crate) fn explain(
     let obstacle = if !declared {
         Some(format!("`{}` does not declare `{service}` among its upstreams", report.name))
     } else if node.state == NodeState::Offline {
-        Some(format!("`{}` is offline: it goes on with what it was last sent", report.name))
+        Some(format!(
+            "`{}` is offline: its proxy continues with the last configuration it received",
+            report.name
+        ))
     } else if node.state == NodeState::Rejected {
-        Some(format!("`{}` refused its configuration and goes on with what it had", report.name))
+        Some(format!("`{}` rejected its configuration and continues with the previous one", report.name))
     } else if endpoints.is_empty() && shape.references.is_empty() {
         Some("it has no endpoint: requests fail with 503".to_owned())
     } else if !endpoints.is_empty() && !endpoints.iter().any(|endpoint| usable(endpoint.health)) {

@@ -369,7 +369,7 @@ impl Observer for ConnectionObserver {
         let before = std::mem::replace(&mut connection.acked, status.generation_acked);
         drop(inner);
         if let Some((node, reason)) = refused {
-            tracing::warn!(%node, %reason, "a node refused its configuration");
+            tracing::warn!(%node, %reason, "a node rejected its configuration");
         }
         if let Some((generation, at)) = published
             && before < generation

@@ -70,7 +70,7 @@ fn encode_xds(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> fmt::
         ),
         (
             "vmesh_xds_connections_silent",
-            "xDS connections that were closed because they showed no request",
+            "xDS connections that were closed because they sent no request",
             &counters.connections_silent,
         ),
         ("vmesh_xds_streams_opened", "xDS streams since the start", &counters.streams_opened),
@@ -80,7 +80,7 @@ fn encode_xds(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> fmt::
         ("vmesh_xds_resources_sent", "Resources in those responses", &counters.resources),
         ("vmesh_xds_bytes_sent", "Bytes of those responses", &counters.bytes),
         ("vmesh_xds_acks", "Responses that were accepted", &counters.acks),
-        ("vmesh_xds_nacks", "Responses that were refused", &counters.nacks),
+        ("vmesh_xds_nacks", "Responses that were rejected", &counters.nacks),
         ("vmesh_xds_unknown_types", "Requests for types that are not served", &counters.unknown_types),
     ] {
         encode_counter(encoder, name, help, counter.load(Relaxed))?;
@@ -101,21 +101,25 @@ fn encode_state(encoder: &mut DescriptorEncoder<'_>, control: &Control) -> fmt::
         ("vmesh_services", "Services known", world.service_names().count()),
         ("vmesh_endpoints", "Endpoints of all services", endpoints),
         ("vmesh_documents", "Mesh documents in force", world.documents.len()),
-        ("vmesh_problems", "What `vmeshctl problems` lists", control.problems().len()),
-        ("vmesh_shared_node_names", "Names of nodes that two hosts go by", control.shared_names()),
-        ("vmesh_classes", "Views of connected nodes that services are compiled for", control.views()),
+        ("vmesh_problems", "Problems that `vmeshctl problems` lists", control.problems().len()),
+        ("vmesh_shared_node_names", "Node names that two hosts share", control.shared_names()),
+        (
+            "vmesh_classes",
+            "Distinct views of connected nodes for which services are compiled",
+            control.views(),
+        ),
         (
             "vmesh_state_unwritten",
             "1 while a part of the last good state cannot be written",
             usize::from(control.write_status().failing.is_some()),
         ),
-        ("vmesh_ready", "Whether it serves", usize::from(control.waiting_for().is_empty())),
+        ("vmesh_ready", "1 while the control plane is ready", usize::from(control.waiting_for().is_empty())),
     ] {
         encode_gauge(encoder, name, help, value as f64)?;
     }
     let help = "Writes of the last good state that failed";
     encode_counter(encoder, "vmesh_state_write_failures", help, control.write_status().failures)?;
-    let help = "When the last change was taken up, in Unix time";
+    let help = "Unix time when the compiler last began with a change";
     encode_gauge(encoder, "vmesh_last_change_timestamp_seconds", help, control.changed_at().as_secs_f64())
 }
 
@@ -150,13 +154,13 @@ fn encode_discovery(encoder: &mut DescriptorEncoder<'_>, discovery: &Discovery) 
     let help = "1 while a source is stale, held or frozen, or host names of it have no answer";
     encode_labelled_gauge(encoder, "vmesh_discovery_not_fresh", help, "source", &not_fresh)?;
     let held = each(&|source| Some(source.held.len() as f64));
-    let help = "What a source says and is not believed yet, by services";
+    let help = "Changes of a source that are held, by service";
     encode_labelled_gauge(encoder, "vmesh_discovery_held", help, "source", &held)?;
     let missing = each(&|source| Some(source.missing as f64));
-    let help = "Endpoints in use that a source does not name any more";
+    let help = "Endpoints in use that a source does not list any more";
     encode_labelled_gauge(encoder, "vmesh_discovery_held_removals", help, "source", &missing)?;
     let unresolved = each(&|source| Some(source.unresolved as f64));
-    let help = "Host names of a source that are not resolved";
+    let help = "Hostnames of a source that cannot be resolved";
     encode_labelled_gauge(encoder, "vmesh_discovery_unresolved_names", help, "source", &unresolved)?;
     let connections = each(&|source| Some(source.counters.connections as f64));
     let help = "Connections to the registry now";
@@ -208,7 +212,7 @@ type ReasonMetric = (&'static str, &'static str, fn(&SourceCounters) -> &BTreeMa
 
 const TOTALS: [TotalMetric; 6] = [
     ("vmesh_discovery_reads", "Requests to a registry, reads of a file, lines of a plug-in", |c| c.reads),
-    ("vmesh_discovery_failed_reads", "Those that failed", |c| c.failed_reads),
+    ("vmesh_discovery_failed_reads", "Reads that failed", |c| c.failed_reads),
     ("vmesh_discovery_bad_records", "Records that were left out", |c| c.bad_records),
     ("vmesh_discovery_index_resets", "Consul: the index went back or was missing", |c| c.index_resets),
     ("vmesh_discovery_sessions_expired", "ZooKeeper: sessions that expired", |c| c.sessions_expired),
@@ -216,8 +220,12 @@ const TOTALS: [TotalMetric; 6] = [
 ];
 
 const REASONS: [ReasonMetric; 2] = [
-    ("vmesh_discovery_holds", "What was not believed at once, by services", |c| &c.held),
-    ("vmesh_discovery_rejected_updates", "What was never believed: it came back", |c| &c.rejected),
+    ("vmesh_discovery_holds", "Changes that were held, by service", |c| &c.held),
+    (
+        "vmesh_discovery_rejected_updates",
+        "Held changes that never took effect because the endpoints came back",
+        |c| &c.rejected,
+    ),
 ];
 
 fn encode_counter(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {

@@ -38,7 +38,9 @@ pub(crate) enum PersistError {
     Directory(PathBuf, #[source] FileError),
     #[error("the state directory {0} (`state_dir`) cannot be used: each vmesh-control needs one of its own")]
     Lock(PathBuf, #[source] LockError),
-    #[error("the last good state could not be kept: a restart now would serve what was kept before")]
+    #[error(
+        "the last good state could not be saved: a restart now would serve the state that was saved before"
+    )]
     File(#[source] FileError),
     #[error("{0} could not be encoded")]
     Encode(String, #[source] serde_json::Error),

@@ -178,8 +178,8 @@ async fn run(config: Config) -> Result<(), RunError> {
     // Signal handlers are installed first: until then such a signal would kill the process.
     let hangups = signal(SignalKind::hangup()).map_err(RunError::Signals)?;
     let ignored = [signals::SIGUSR1, signals::SIGUSR2];
-    let ignored =
-        signals::ignored(&ignored, "SIGHUP reads what discovery reads again").map_err(RunError::Signals)?;
+    let ignored = signals::ignored(&ignored, "SIGHUP makes every discovery source read again")
+        .map_err(RunError::Signals)?;
     let disk = Disk::open(&config.state_dir).map_err(RunError::State)?;
     // Sockets are bound before any task is started, so that an address in use is reported as a start-up
     // error.

@@ -104,8 +104,8 @@ impl ConfiguredSource {
 impl ConfiguredSource {
     fn absence_message(&self) -> String {
         format!(
-            "discovery source `{}` has not answered within {} s of the start, and is not `required`: what is served \
-             lacks it until it answers",
+            "discovery source `{}` has not answered within {} s of the start, and is not `required`: its services are \
+             missing until it answers",
             self.name(),
             OPTIONAL_SOURCE_LIMIT.as_secs()
         )
@@ -305,7 +305,7 @@ async fn end_evictions(
         overrides.record(
             NoticeKind::Admitted,
             evicted,
-            "no source names it any more, so its eviction has ended",
+            "no source lists it any more, so its eviction has ended",
         );
     }
     if !over.is_empty()

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 
 use self::deserializer::NodeDeserializer;
 use self::fault::{Fault, FaultDetails, FaultKind};
-use crate::yaml::{Entry, Node};
+use crate::yaml::Node;
 use crate::{Place, Problem};
 
 /// The limit of reported problems per document.

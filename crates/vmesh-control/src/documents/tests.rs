@@ -132,7 +132,7 @@ async fn documents_follow_their_registry(mut store: Store, config: DocumentsConf
     // An emptied registry is taken for an accident, until an operator writes a document.
     store.restart_empty().await;
     let shown = followed.until(|shown| shown.contains("looks like an accident")).await;
-    assert!(shown.starts_with("orders http\n") && shown.contains("where there were 1"), "{shown}");
+    assert!(shown.starts_with("orders http\n") && shown.contains("all 1 documents are gone"), "{shown}");
     store.write("nothing.yaml", "# nothing is meant\n").await;
     followed.until(|shown| shown.is_empty()).await;
     store.write("orders.yaml", ORDERS).await;
@@ -200,7 +200,7 @@ fn most_documents_gone_from_a_registry_are_held_until_that_is_confirmed() {
     follower.accept(&files(0..1));
     assert_eq!(follower.check_for_loss(files(0..1), start).unwrap().len(), 1);
     let why = follower.check_for_loss(Vec::new(), start).unwrap_err();
-    assert!(why.contains("to mean it, leave one"), "{why}");
+    assert!(why.contains("to remove them on purpose, leave one"), "{why}");
 
     // Ten documents, then four, then none: an empty registry is never confirmed by time, so no confirming
     // read is scheduled.
