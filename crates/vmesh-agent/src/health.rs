@@ -155,8 +155,8 @@ pub(crate) async fn watch(
         let is_news = health.send_if_modified(|health| std::mem::replace(health, now) != now);
         if is_news {
             match answer {
-                Ok(()) => info!("{name} is well"),
-                Err(why) => info!("{name} is ill: {why}"),
+                Ok(()) => info!("{name} is healthy"),
+                Err(why) => info!("{name} is unhealthy: {why}"),
             }
         }
         // Spread out, so that the checks of all workloads of a host do not coincide.

@@ -46,7 +46,7 @@ pub(crate) async fn keep_trying<T, Bound: Future<Output = io::Result<T>>>(
         match bind().await {
             Ok(bound) => {
                 if listening.borrow().reason.is_some() {
-                    info!("{address} is free by now: it is listened on for {purpose}");
+                    info!("{address} is free now: listening on it for {purpose}");
                 }
                 listening.send_modify(ListenStatus::set_bound);
                 return Some(bound);

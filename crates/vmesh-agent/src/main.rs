@@ -124,7 +124,7 @@ async fn run(config: Config) -> ExitCode {
     let mut late = registrations.stop_within(withdraws_within).await;
     late.extend(tasks.stop_within(stops_within).await);
     if !late.is_empty() {
-        warn!("still running and left behind: {}", late.join(", "));
+        warn!("these tasks did not stop in time: {}", late.join(", "));
     }
     code
 }
@@ -185,7 +185,7 @@ async fn run_envoy(file: &Path, config: Config) -> ExitCode {
     systemd::stopping_within(stops_within);
     let late = tasks.stop_within(stops_within).await;
     if !late.is_empty() {
-        warn!("still running and left behind: {}", late.join(", "));
+        warn!("these tasks did not stop in time: {}", late.join(", "));
     }
     code
 }

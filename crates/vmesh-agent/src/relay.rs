@@ -51,12 +51,12 @@ const COMPLETE_AFTER: Duration = Duration::from_secs(1);
 const COMPLETE_AT_LAST: Duration = Duration::from_secs(60);
 
 /// Reason for the end of a stream that the control plane closed because of its age.
-const CLOSED_FOR_AGE: &str = "it took leave of a connection that was old, as it does with all";
+const CLOSED_FOR_AGE: &str = "it closed the connection because of its age, as it does with every connection";
 
 /// Largest number of rejected resources that `/status` lists.
 const REFUSED_SHOWN: usize = 100;
 /// Reason for closing a stream on which the control plane was told of a rejection that is over.
-const RECOVERED: &str = "Envoy has taken what it refused before, which a new stream tells";
+const RECOVERED: &str = "Envoy has accepted what it had rejected, which only a new stream can report";
 
 /// The view of the only node of this hub.
 const CLASS: &str = "";
@@ -101,7 +101,7 @@ pub fn spawn(
         tracker.update(changed, |kind, name| relay.in_force(kind, name));
         published.destinations.send_replace(Arc::new(tracker.now().clone()));
     }
-    published.has_all.send_replace(has_all(&relay));
+    published.has_all.send_replace(is_complete(&relay));
     let hub = Hub::new();
     let (events, downstream) = mpsc::unbounded_channel();
     let admission = EnvoyAdmission { hub: hub.clone(), events, streams: AtomicU64::new(0) };
@@ -178,13 +178,13 @@ fn restore(config: &Config, ipv6: bool, node: Node, status: &watch::Sender<Accep
         }
         Ok(None) => Relay::new(node),
         Err(error) => {
-            warn!("{} is not served: {}", path.display(), one_line(&error));
+            warn!("could not load the saved configuration {}: {}", path.display(), one_line(&error));
             Relay::new(node)
         }
     }
 }
 
-fn has_all(relay: &Relay) -> bool {
+fn is_complete(relay: &Relay) -> bool {
     relay.has_all(Kind::Local) && relay.has_all(Kind::Listener)
 }
 
@@ -216,7 +216,9 @@ async fn save(
             Err(error) => Some(error.to_string()),
         };
         if let Some(why) = &why_not {
-            warn!("a restart without a control plane would serve an older configuration: {why}");
+            warn!(
+                "could not save the configuration, so a restart without a control plane would serve an older one: {why}"
+            );
         }
         status.send_modify(|status| {
             if why_not.is_none() {
@@ -375,11 +377,11 @@ impl RelayDriver {
 
     fn report_disconnect(&self, replica: &ControlPlane, why: String, news: bool) {
         if why == CLOSED_FOR_AGE || why == RECOVERED {
-            debug!(control_plane = %replica, "the stream begins anew: {why}");
+            debug!(control_plane = %replica, "opening a new stream: {why}");
         } else if news {
-            warn!(control_plane = %replica, "no configuration from there: {why}");
+            warn!(control_plane = %replica, "lost the configuration stream: {why}");
         } else {
-            debug!(control_plane = %replica, "no configuration from there: {why}");
+            debug!(control_plane = %replica, "lost the configuration stream: {why}");
         }
         self.published.control_plane.send_modify(|status| {
             if status.in_use.take().is_some() || status.since.is_none() {
@@ -465,7 +467,7 @@ impl RelayDriver {
 
     fn report_in_use(&mut self, replica: &ControlPlane) {
         self.confirm_at = Some(Instant::now() + COMPLETE_AFTER);
-        info!(control_plane = %replica, "configuration comes from there");
+        info!(control_plane = %replica, "taking configuration from this control plane");
         self.published.control_plane.send_modify(|status| {
             status.in_use = Some(replica.to_string());
             status.since = Some(SystemTime::now());
@@ -605,7 +607,7 @@ impl RelayDriver {
         if !*self.published.has_all.borrow() {
             let now = Instant::now();
             self.complete_at =
-                self.completeness.complete_at(has_all(&self.relay), self.relay.accepted_revision(), now);
+                self.completeness.complete_at(is_complete(&self.relay), self.relay.accepted_revision(), now);
             if self.complete_at.is_some_and(|at| at <= now) {
                 self.complete_at = None;
                 self.published.has_all.send_replace(true);

@@ -98,7 +98,7 @@ pub async fn fetch_from_users(
         if !users.contains(&user) {
             return Err(Cause::Stranger { user, users: users.to_vec() });
         }
-        ask(io, &Method::GET, path, None, "localhost").await
+        exchange_on(io, &Method::GET, path, None, "localhost").await
     };
     let answer = timeout(within, exchange).await;
     let answer = answer.unwrap_or(Err(Cause::Timeout { within, has_effect: false }));
@@ -137,11 +137,11 @@ async fn send(
         match peer {
             Peer::Tcp(address) => {
                 let io = TcpStream::connect(address).await.map_err(Cause::Connect)?;
-                ask(io, &method, path, json, &address.to_string()).await
+                exchange_on(io, &method, path, json, &address.to_string()).await
             }
             Peer::Unix(socket) => {
                 let io = UnixStream::connect(socket).await.map_err(Cause::Connect)?;
-                ask(io, &method, path, json, "localhost").await
+                exchange_on(io, &method, path, json, "localhost").await
             }
         }
     };
@@ -149,7 +149,7 @@ async fn send(
     answer.map_err(|cause| FetchError { method, path: path.to_owned(), peer: peer.clone(), cause })
 }
 
-async fn ask<T>(
+async fn exchange_on<T>(
     io: T,
     method: &Method,
     path: &str,

@@ -170,7 +170,7 @@ impl fmt::Display for V6Prefix {
 
 impl V4Range {
     /// Returns the address that `name` wants, regardless of collisions.
-    pub fn wanted(&self, name: &str) -> Ipv4Addr {
+    pub fn preferred_address(&self, name: &str) -> Ipv4Addr {
         let blocks = 1_u64 << (24 - self.bits);
         let index = xxh3_64_with_seed(name.as_bytes(), V4_SEED) % (USED * blocks);
         let offset = (index / USED) * 256 + 1 + index % USED;
@@ -185,7 +185,7 @@ impl V4Range {
 
 impl V6Prefix {
     /// Returns the address that `name` wants, regardless of collisions.
-    pub fn wanted(&self, name: &str) -> Ipv6Addr {
+    pub fn preferred_address(&self, name: &str) -> Ipv6Addr {
         Ipv6Addr::from_bits(self.0.to_bits() | u128::from(xxh3_64_with_seed(name.as_bytes(), V6_SEED)))
     }
 
@@ -240,8 +240,8 @@ impl VirtualIps {
             if all.of.contains_key(&name) {
                 continue;
             }
-            let v4 = take(&mut all.v4, ranges.v4.wanted(&name), &name, &mut collisions);
-            let v6 = take(&mut all.v6, ranges.v6.wanted(&name), &name, &mut collisions);
+            let v4 = claim(&mut all.v4, ranges.v4.preferred_address(&name), &name, &mut collisions);
+            let v6 = claim(&mut all.v6, ranges.v6.preferred_address(&name), &name, &mut collisions);
             all.of.insert(name, VirtualAddresses { v4, v6 });
         }
         collisions.sort_by(|a, b| (&a.name, a.address).cmp(&(&b.name, b.address)));
@@ -266,7 +266,7 @@ impl VirtualIps {
     }
 }
 
-fn take<A: Ord + Copy + Into<IpAddr>>(
+fn claim<A: Ord + Copy + Into<IpAddr>>(
     taken: &mut BTreeMap<A, Arc<str>>,
     wanted: A,
     name: &Arc<str>,
@@ -447,8 +447,8 @@ mod tests {
                     prop_assert_eq!(before.get(name), ips.get(name));
                 }
                 for name in &names {
-                    let wanted = ranges.v4.wanted(name);
-                    let first = names.iter().find(|other| ranges.v4.wanted(other) == wanted).unwrap();
+                    let wanted = ranges.v4.preferred_address(name);
+                    let first = names.iter().find(|other| ranges.v4.preferred_address(other) == wanted).unwrap();
                     let has = ips.get(name).unwrap().v4;
                     prop_assert_eq!(has, (first == name).then_some(wanted));
                     let reported = collisions.iter().find(|collision| &*collision.name == name.as_str());
@@ -462,13 +462,13 @@ mod tests {
         fn an_address_is_in_its_range_and_looks_like_a_host(name in ".{0,40}", bits in 4_u8..=24, base in any::<u32>()) {
             let base = Ipv4Addr::from_bits((base | 0xf000_0000) & (u32::MAX << (32 - bits)));
             let range: V4Range = format!("{base}/{bits}").parse().unwrap();
-            let address = range.wanted(&name);
+            let address = range.preferred_address(&name);
             prop_assert!(range.contains(address));
             prop_assert!(![0, 255].contains(&address.octets()[3]));
             prop_assert!(!address.is_broadcast());
             let prefix = V6Prefix::default();
-            prop_assert!(prefix.contains(prefix.wanted(&name)));
-            prop_assert!(prefix.wanted(&name).is_unique_local());
+            prop_assert!(prefix.contains(prefix.preferred_address(&name)));
+            prop_assert!(prefix.preferred_address(&name).is_unique_local());
         }
     }
 

@@ -362,7 +362,7 @@ async fn dnsmasq_drops_virtual_addresses_for_rebinding_unless_it_is_told() {
 
 /// A host with its own systemd-resolved, our server at 127.0.0.1:15053, and a foreign name server that knows `db.example.com` and answers
 /// NXDOMAIN for any other name.
-struct Resolved {
+struct ResolvedHost {
     host: Host,
     ours: Server,
     resolved: Daemon,
@@ -379,9 +379,9 @@ enum ForeignServer {
     Global,
 }
 
-impl Resolved {
+impl ResolvedHost {
     /// Starts the host. `main` is added to resolved.conf, and `files` are created below /etc.
-    async fn start(other: ForeignServer, main: &str, files: &[(&str, String)]) -> Resolved {
+    async fn start(other: ForeignServer, main: &str, files: &[(&str, String)]) -> ResolvedHost {
         let switch = Switch::new().unwrap();
         let (host, elsewhere) = (switch.host().unwrap(), switch.host().unwrap());
         let [other_ip, _] = elsewhere.addresses();
@@ -442,7 +442,7 @@ impl Resolved {
         command.env("SYSTEMD_LOG_TARGET", "console").env("SYSTEMD_LOG_LEVEL", "debug");
         let resolved = Daemon::spawn("systemd-resolved", command).unwrap();
         let host =
-            Resolved { host, ours, resolved, dir, _elsewhere: (switch, elsewhere, dnsmasq, other_dir) };
+            ResolvedHost { host, ours, resolved, dir, _elsewhere: (switch, elsewhere, dnsmasq, other_dir) };
         let up = async || {
             // systemd-resolved logs this once its stub listens and all its files are read.
             let up = host.resolved.output().contains("Using system hostname");
@@ -473,7 +473,7 @@ fn drop_in() -> (&'static str, String) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_resolved_asks_us_for_the_zone_and_its_links_for_the_rest() {
-    let host = Resolved::start(ForeignServer::Link, "", &[drop_in()]).await;
+    let host = ResolvedHost::start(ForeignServer::Link, "", &[drop_in()]).await;
     host.check(
         &[
             "-u orders.mesh A",
@@ -528,7 +528,7 @@ async fn systemd_resolved_asks_us_for_the_zone_and_its_links_for_the_rest() {
 /// Shows the side effect that the drop-in's documentation warns of: the servers form one list, and the first one is believed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_resolved_does_not_keep_apart_servers_in_its_own_files() {
-    let host = Resolved::start(ForeignServer::Global, "", &[drop_in()]).await;
+    let host = ResolvedHost::start(ForeignServer::Global, "", &[drop_in()]).await;
     host.check(
         &["-u orders.mesh A", "-u db.example.com A"],
         expect![[r#"
@@ -544,10 +544,10 @@ async fn systemd_resolved_does_not_keep_apart_servers_in_its_own_files() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn systemd_resolved_that_validates_needs_to_know_that_the_zone_is_not_signed() {
-    let host = Resolved::start(ForeignServer::Link, "DNSSEC=yes\n", &[drop_in()]).await;
+    let host = ResolvedHost::start(ForeignServer::Link, "DNSSEC=yes\n", &[drop_in()]).await;
     assert!(host.drill("-u orders.mesh A").starts_with("SERVFAIL"));
     let anchor = (host::RESOLVED_NEGATIVE_ANCHOR, host::resolved_negative_anchor(&Suffix::default()));
-    let host = Resolved::start(ForeignServer::Link, "DNSSEC=yes\n", &[drop_in(), anchor]).await;
+    let host = ResolvedHost::start(ForeignServer::Link, "DNSSEC=yes\n", &[drop_in(), anchor]).await;
     host.check(
         &["-u orders.mesh A", "-u nope.mesh A"],
         expect![[r#"

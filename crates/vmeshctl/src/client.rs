@@ -64,68 +64,68 @@ impl FromStr for Api {
 
 impl Api {
     pub(crate) async fn status(&self) -> Result<Status, ApiError> {
-        self.ask(Method::GET, "/api/v1/status").await
+        self.request(Method::GET, "/api/v1/status").await
     }
 
     pub(crate) async fn services(&self) -> Result<Services, ApiError> {
-        self.ask(Method::GET, "/api/v1/services").await
+        self.request(Method::GET, "/api/v1/services").await
     }
 
     pub(crate) async fn nodes(&self) -> Result<Nodes, ApiError> {
-        self.ask(Method::GET, "/api/v1/nodes").await
+        self.request(Method::GET, "/api/v1/nodes").await
     }
 
     pub(crate) async fn problems(&self) -> Result<Problems, ApiError> {
-        self.ask(Method::GET, "/api/v1/problems").await
+        self.request(Method::GET, "/api/v1/problems").await
     }
 
     pub(crate) async fn explain(&self, service: &str, from: &str) -> Result<Explanation, ApiError> {
         let path = format!("/api/v1/explain?service={}&from={}", escaped(service), escaped(from));
-        self.ask(Method::GET, &path).await
+        self.request(Method::GET, &path).await
     }
 
     pub(crate) async fn forget(&self, node: &str) -> Result<ActionResult, ApiError> {
-        self.ask(Method::DELETE, &format!("/api/v1/nodes/{}", escaped(node))).await
+        self.request(Method::DELETE, &format!("/api/v1/nodes/{}", escaped(node))).await
     }
 
     pub(crate) async fn forget_offline_for(&self, longer: Duration) -> Result<ActionResult, ApiError> {
         let longer = vmesh_model::text::show_duration(longer);
-        self.ask(Method::DELETE, &format!("/api/v1/nodes?offline_for={}", escaped(&longer))).await
+        self.request(Method::DELETE, &format!("/api/v1/nodes?offline_for={}", escaped(&longer))).await
     }
 
     pub(crate) async fn discovery(&self) -> Result<Discovery, ApiError> {
-        self.ask(Method::GET, "/api/v1/discovery").await
+        self.request(Method::GET, "/api/v1/discovery").await
     }
 
     pub(crate) async fn discovery_events(&self) -> Result<Events, ApiError> {
-        self.ask(Method::GET, "/api/v1/discovery/events").await
+        self.request(Method::GET, "/api/v1/discovery/events").await
     }
 
     pub(crate) async fn accept(&self, accept: &AcceptRequest) -> Result<ActionResult, ApiError> {
-        self.say("/api/v1/discovery/accept", accept).await
+        self.post_json("/api/v1/discovery/accept", accept).await
     }
 
     pub(crate) async fn evict(&self, endpoint: &EndpointRequest) -> Result<ActionResult, ApiError> {
-        self.say("/api/v1/discovery/evict", endpoint).await
+        self.post_json("/api/v1/discovery/evict", endpoint).await
     }
 
     pub(crate) async fn admit(&self, endpoint: &EndpointRequest) -> Result<ActionResult, ApiError> {
-        self.say("/api/v1/discovery/admit", endpoint).await
+        self.post_json("/api/v1/discovery/admit", endpoint).await
     }
 
-    pub(crate) async fn freeze(&self, which: &SourceSelector) -> Result<ActionResult, ApiError> {
-        self.say("/api/v1/discovery/freeze", which).await
+    pub(crate) async fn freeze(&self, selector: &SourceSelector) -> Result<ActionResult, ApiError> {
+        self.post_json("/api/v1/discovery/freeze", selector).await
     }
 
-    pub(crate) async fn thaw(&self, which: &SourceSelector) -> Result<ActionResult, ApiError> {
-        self.say("/api/v1/discovery/thaw", which).await
+    pub(crate) async fn thaw(&self, selector: &SourceSelector) -> Result<ActionResult, ApiError> {
+        self.post_json("/api/v1/discovery/thaw", selector).await
     }
 
-    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ApiError> {
+    async fn request<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ApiError> {
         self.answer(fetch(&self.0, method, path, WITHIN).await)
     }
 
-    async fn say<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ApiError> {
+    async fn post_json<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ApiError> {
         let body = serde_json::to_vec(body).map_err(ApiError::Print)?;
         self.answer(post(&self.0, path, body.into(), WITHIN).await)
     }

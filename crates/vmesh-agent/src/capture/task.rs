@@ -112,7 +112,7 @@ impl CaptureClient {
             let why = one_line(&error);
             let is_new = self.status.borrow().reason.as_ref() != Some(&why);
             if is_new && self.status.borrow().wanted {
-                warn!("what is captured is in nobody's hands: {why}");
+                warn!("vmesh-net cannot be reached, so the host's redirects are not renewed: {why}");
             }
             self.status.send_modify(|status| {
                 status.net = None;
@@ -238,7 +238,7 @@ impl CaptureClient {
         };
         match &answer {
             Response::Status(status) if status.trial.is_none() && status.reverted.is_none() => {
-                info!(trial, "what is captured is confirmed");
+                info!(trial, "confirmed the change of capture");
                 self.before = Some(found);
                 self.status.send_modify(|status| status.confirmed = Some(SystemTime::now()));
             }
@@ -259,7 +259,7 @@ impl CaptureClient {
                     && self.status.borrow().net.as_ref().and_then(|net| net.reverted.as_ref()) != Some(why)
                 {
                     warn!(
-                        "a change of what is captured was taken back: {why}; `vmeshctl capture retry` tries it again"
+                        "a change of capture was rolled back: {why}; `vmeshctl capture retry` tries it again"
                     );
                 }
                 let reason = match &self.refused {

@@ -223,7 +223,7 @@ impl ChildSupervisor {
                     }
                 }
                 None if self.config.envoy.keep_on_stop => {
-                    info!(pid = envoy.pid(), "Envoy goes on serving while the agent is away");
+                    info!(pid = envoy.pid(), "Envoy keeps serving while the agent is stopped");
                     return;
                 }
                 None => {
@@ -263,7 +263,7 @@ impl ChildSupervisor {
                 warn!(pid = envoy.pid(), "the Envoy of an earlier agent does not answer and is replaced");
                 kill(&mut envoy).await;
             } else if record.launch == self.launch {
-                info!(pid = envoy.pid(), "took over the Envoy of an earlier agent");
+                info!(pid = envoy.pid(), "adopted the Envoy of an earlier agent");
                 self.set_state(EnvoyState::Starting, |status| {
                     status.pid = Some(envoy.pid());
                     status.adopted = true;
@@ -295,11 +295,17 @@ impl ChildSupervisor {
             let is_live = admin::server_info(&socket).await.is_ok_and(|info| info.state == "LIVE")
                 && new.as_ref().map(Process::pid) == admin::listening_pid(&socket).await;
             if is_live {
-                warn!(pid = old.pid(), "an earlier agent left an Envoy that was to take its leave");
+                warn!(
+                    pid = old.pid(),
+                    "draining the old Envoy of a handover that an earlier agent did not complete"
+                );
                 self.drain_and_stop(&mut old, &aside).await;
             } else {
                 if let Some(new) = &mut new {
-                    warn!(pid = new.pid(), "an earlier agent left an Envoy that is not live, and is ended");
+                    warn!(
+                        pid = new.pid(),
+                        "killing the new Envoy of a handover that an earlier agent did not complete, since it is not live"
+                    );
                     kill(new).await;
                 }
                 _ = std::fs::rename(&aside, &socket);
@@ -352,7 +358,10 @@ impl ChildSupervisor {
                 let record =
                     ChildRecord { before: before.map(Process::identity), ..envoy.record(&self.launch) };
                 if let Err(error) = record.save(&self.record_path()) {
-                    warn!("a restarted agent will not find this Envoy: {}", one_line(&error));
+                    warn!(
+                        "could not write the record of Envoy, so the next agent will not adopt it: {}",
+                        one_line(&error)
+                    );
                 }
                 self.set_state(EnvoyState::Starting, |status| {
                     status.pid = Some(envoy.pid());
@@ -396,7 +405,7 @@ impl ChildSupervisor {
             }
             (new, live) => {
                 let why = live.err().unwrap_or_default();
-                error!("Envoy does not come up with its new bootstrap, the old one goes on: {why}");
+                error!("Envoy does not become live with its new bootstrap, the old one keeps serving: {why}");
                 if let Some(mut new) = new {
                     kill(&mut new).await;
                 }

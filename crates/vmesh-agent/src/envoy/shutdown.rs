@@ -25,7 +25,7 @@ pub(crate) async fn drain_and_stop(envoy: &mut Process, socket: &Path, limit: Du
 /// Drains Envoy for at most `drain`. Connections that are still open by then get another `stay`.
 pub(crate) async fn drain(envoy: &mut Process, socket: &Path, drain: Duration, stay: Duration) {
     let deadline = Instant::now() + drain;
-    info!(pid = envoy.pid(), "Envoy takes leave of its clients, {drain:?} at most");
+    info!(pid = envoy.pid(), "draining Envoy for at most {drain:?}");
     let leaves = async {
         for path in ["/healthcheck/fail", "/drain_listeners?graceful"] {
             post_until_answered(socket, path).await;
@@ -47,7 +47,7 @@ pub(crate) async fn drain(envoy: &mut Process, socket: &Path, drain: Duration, s
 /// Repeats the request until Envoy has answered: on a busy host that may take a while. Gives up if the admin interface no longer listens.
 async fn post_until_answered(socket: &Path, path: &str) {
     while let Err(error) = admin::post(socket, path).await {
-        warn!("Envoy does not take its leave: {}", one_line(&error));
+        warn!("could not tell Envoy to drain: {}", one_line(&error));
         if error.is_connect() {
             return;
         }
@@ -67,7 +67,7 @@ pub(crate) async fn stop(envoy: &mut Process) {
 pub(crate) async fn kill(envoy: &mut Process) {
     envoy.signal(Signal::KILL);
     if timeout(EXITS_WITHIN, envoy.exited()).await.is_err() {
-        error!(pid = envoy.pid(), "Envoy does not end when killed: it hangs in the kernel");
+        error!(pid = envoy.pid(), "Envoy survives SIGKILL: it hangs in the kernel");
     }
 }
 

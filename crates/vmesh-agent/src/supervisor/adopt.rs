@@ -40,7 +40,7 @@ impl Supervisor {
                 Role::Candidate => {
                     warn!(
                         pid = envoy.pid(),
-                        "an Envoy that an earlier supervisor started is not live, and is ended"
+                        "killing an Envoy that an earlier supervisor started, since it is not live"
                     );
                     shutdown::kill(&mut envoy.process).await;
                     gone.push(envoy.record);
@@ -49,7 +49,7 @@ impl Supervisor {
         }
         self.find_strays(serving.as_ref());
         if let Some(mut envoy) = serving {
-            info!(pid = envoy.pid(), "took over the Envoy of an earlier supervisor");
+            info!(pid = envoy.pid(), "adopted the Envoy of an earlier supervisor");
             envoy.record.role = Role::Serving;
             if envoy.record.admin_closed {
                 self.clean_up_after_candidate(&mut envoy.record).await;
@@ -75,7 +75,7 @@ impl Supervisor {
     pub(super) fn note_parent_crash(&mut self, child: &mut EnvoyRecord) {
         warn!(
             pid = child.pid(),
-            "the Envoy before this one died before its time, and this one would abort with it: another one takes over"
+            "the old Envoy crashed while it drained, and this one would abort when it next contacts it: replacing this one"
         );
         child.parent_lost = true;
         self.pending_reload.get_or_insert(ReloadReason::ParentCrashed);
@@ -94,7 +94,7 @@ impl Supervisor {
         for stray in &self.strays {
             warn!(
                 pid = stray.pid(),
-                "an Envoy that is on no record serves here: it is to leave when another one serves"
+                "found a running Envoy that is not on record; it is drained once another one serves"
             );
         }
         let numbers = self.strays.iter().map(|stray| stray.record.number);

@@ -45,7 +45,7 @@ impl Supervisor {
 
     /// Returns the longest time that an old Envoy keeps draining after a handover.
     pub(super) fn max_drain_time(&self) -> Duration {
-        plan::stay(self.config.envoy.hot_restart.parent_shutdown.0, self.config.envoy.drain.0)
+        plan::drain_limit(self.config.envoy.hot_restart.parent_shutdown.0, self.config.envoy.drain.0)
     }
 
     /// Drains an old Envoy in a separate task, and kills the process at its deadline. An Envoy that was replaced by hot restart drains by
@@ -78,7 +78,7 @@ impl Supervisor {
     pub(super) fn remove_drained(&mut self, number: u64) {
         let Some(at) = self.draining.iter().position(|envoy| envoy.record.number == number) else { return };
         let envoy = self.draining.remove(at);
-        info!(pid = envoy.record.pid(), "an Envoy that took its leave is gone");
+        info!(pid = envoy.record.pid(), "an old Envoy has drained and is gone");
         if envoy.ends_too_soon()
             && let Some(mut child) = self.serving.take()
         {
@@ -106,7 +106,7 @@ impl Supervisor {
     }
 
     /// Stops the draining Envoys that have no clients left.
-    pub(super) async fn end_idle_leavers(&mut self) {
+    pub(super) async fn stop_idle_envoys(&mut self) {
         let ports = ListeningPorts::now();
         let idle: Vec<EnvoyRecord> = self
             .draining
@@ -123,7 +123,7 @@ impl Supervisor {
             }
             info!(
                 pid = record.pid(),
-                "this Envoy has no clients any more and is ended: another one takes over"
+                "stopping an old Envoy that has no clients left, to make room for another one"
             );
             if let Some(mut process) = record.process() {
                 shutdown::stop(&mut process).await;
@@ -138,7 +138,10 @@ impl Supervisor {
         if let Some(mut serving) = self.serving.take() {
             let admin = serving.record.admin_socket(&self.dir);
             if serving.record.admin_closed {
-                warn!(pid = serving.pid(), "this Envoy cannot be told to take its leave and is ended");
+                warn!(
+                    pid = serving.pid(),
+                    "stopping Envoy without a drain, since its admin interface is closed"
+                );
                 shutdown::stop(&mut serving.process).await;
             } else {
                 // Recorded as leaving before its listeners close: if the supervisor is killed meanwhile, the next one does not adopt this

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
 use vmesh_daemon::report::one_line;
 
-use super::plan::{self, DynamicResources, HandoverMethod, MOST_LEAVING, ParentState};
+use super::plan::{self, DynamicResources, HandoverMethod, MAX_DRAINING, ParentState};
 use super::supervised::{EnvoyRecord, HotRestartId, Launch, Role, SupervisedEnvoy};
 use super::trial::{self, BinaryVersions};
 use super::{Supervisor, shm};
@@ -74,7 +74,7 @@ impl Supervisor {
                 self.pending_reload = None;
                 self.is_reload_urgent = false;
                 let what =
-                    format!("the reload failed and was rolled back: {why}; mend that and send SIGHUP again");
+                    format!("the reload failed and was rolled back: {why}; fix that and send SIGHUP again");
                 error!("{what}");
                 self.set_failure(what);
                 self.status.send_modify(|status| status.reload = None);
@@ -92,8 +92,8 @@ impl Supervisor {
         {
             let longest = self.max_drain_time();
             return ReloadOutcome::Postponed(format!(
-                "the Envoy before this one still has connections, for {longest:?} at most after it was relieved; \
-                 SIGHUP once more does not wait, and may cost a connection"
+                "the old Envoy still has connections, which may stay for {longest:?} after the last handover; another SIGHUP \
+                 reloads without waiting, and may reset a connection"
             ));
         }
         self.read_config();
@@ -101,16 +101,16 @@ impl Supervisor {
             Ok(launch) => launch,
             Err(why) => return ReloadOutcome::Failed(why),
         };
-        if self.draining.len() >= MOST_LEAVING {
-            self.end_idle_leavers().await;
+        if self.draining.len() >= MAX_DRAINING {
+            self.stop_idle_envoys().await;
         }
         // The next Envoy of the line terminates an idle parent, which therefore does not count.
         let ended_by_next = usize::from(self.parent_state() == ParentState::Idle);
         // Repeated SIGHUPs do not override this limit: a reload cuts no connection.
-        if self.draining.len() - ended_by_next.min(self.draining.len()) >= MOST_LEAVING {
+        if self.draining.len() - ended_by_next.min(self.draining.len()) >= MAX_DRAINING {
             return ReloadOutcome::Postponed(format!(
-                "{} Envoys still take leave of their clients, for {:?} at most after they were relieved, and each more costs the \
-                 memory of a whole Envoy; `systemctl restart vmesh-envoy` does not wait, and cuts connections",
+                "{} old Envoys still drain, for at most {:?} after their handover, and each takes the memory of a whole Envoy; \
+                 `systemctl restart vmesh-envoy` does not wait, and cuts connections",
                 self.draining.len(),
                 self.max_drain_time()
             ));
@@ -123,7 +123,9 @@ impl Supervisor {
                 socket.display()
             ));
         }
-        self.status.send_modify(|status| status.reload = Some("another Envoy is tried out".to_owned()));
+        self.status.send_modify(|status| {
+            status.reload = Some("checking whether a new Envoy would start".to_owned())
+        });
         let Some(mut serving) = self.serving.take() else {
             return ReloadOutcome::Failed("no Envoy serves any more".to_owned());
         };
@@ -195,30 +197,15 @@ impl Supervisor {
     ) -> Result<(), String> {
         let parent = self.parent_state();
         let Some(mut old) = self.serving.take() else { return Err("no Envoy serves any more".to_owned()) };
-        let how =
-            plan::choose_method(old.record.hot_restart.as_deref(), binary.hot_restart.as_deref(), parent);
-        let hot = how == HandoverMethod::HotRestart;
-        let line = match &how {
-            HandoverMethod::HotRestart => {
-                HotRestartId { base_id: old.record.base_id, epoch: old.record.epoch + 1 }
-            }
-            HandoverMethod::SharedPorts(why) => {
-                info!("another Envoy takes over by binding the same ports: {why}");
-                if !kernel_migrates_connections() {
-                    info!(
-                        "a connection that waits at that moment may be reset; `sysctl net.ipv4.tcp_migrate_req=1` prevents it"
-                    );
-                }
-                match shm::new_base_id() {
-                    Ok(base_id) => HotRestartId { base_id, epoch: 0 },
-                    Err(why) => {
-                        self.serving = Some(old);
-                        return Err(why);
-                    }
-                }
+        let line = match choose_line(&old.record, binary, parent) {
+            Ok(line) => line,
+            Err(why) => {
+                self.serving = Some(old);
+                return Err(why);
             }
         };
-        self.status.send_modify(|status| status.reload = Some("another Envoy starts".to_owned()));
+        let hot = line.base_id == old.record.base_id;
+        self.status.send_modify(|status| status.reload = Some("a new Envoy is starting".to_owned()));
         let began = Instant::now();
         // Recorded as without an admin interface from the start, since the candidate closes it.
         let admin_was_closed = old.record.admin_closed;
@@ -254,18 +241,29 @@ impl Supervisor {
                 Err(why)
             }
             Err((why, _)) => {
-                let pid = new.pid();
-                shutdown::kill(&mut new.process).await;
-                warn!(pid, "the Envoy that was to take over is ended: {why}");
-                if hot {
-                    self.clean_up_after_candidate(&mut old.record).await;
-                }
-                self.serving = Some(old);
-                self.remove_files(&new.record);
-                self.save_record(None);
+                self.give_up_candidate(old, new, hot, &why).await;
                 Err(why)
             }
         }
+    }
+
+    /// Kills a candidate that did not become live. `old` keeps serving.
+    async fn give_up_candidate(
+        &mut self,
+        mut old: SupervisedEnvoy,
+        mut new: SupervisedEnvoy,
+        hot: bool,
+        why: &str,
+    ) {
+        let pid = new.pid();
+        shutdown::kill(&mut new.process).await;
+        warn!(pid, "killed the new Envoy, the old one keeps serving: {why}");
+        if hot {
+            self.clean_up_after_candidate(&mut old.record).await;
+        }
+        self.serving = Some(old);
+        self.remove_files(&new.record);
+        self.save_record(None);
     }
 
     /// Rolls a completed handover back. `new` is live but must not stay, and `old` has already closed its listeners. So `new` serves until
@@ -273,7 +271,7 @@ impl Supervisor {
     async fn roll_back_handover(&mut self, old: SupervisedEnvoy, mut new: SupervisedEnvoy, why: &str) {
         warn!(
             pid = new.pid(),
-            "the Envoy that took over is replaced by another one like the one before it: {why}"
+            "rolling the handover back to an Envoy with the old binary and bootstrap: {why}"
         );
         let (launch, binary) = (old.launch.clone(), versions_of(&old.record));
         new.record.role = Role::Serving;
@@ -286,7 +284,7 @@ impl Supervisor {
         let takes_over = self.hand_over(&launch, again, &binary, &before);
         // Boxed, since this function is called by `hand_over`.
         if let Err(why) = Box::pin(takes_over).await {
-            error!("it goes on, with what it has: no other Envoy took over from it: {why}");
+            error!("the rollback failed, the new Envoy keeps serving: {why}");
         }
     }
 
@@ -294,7 +292,7 @@ impl Supervisor {
     pub(super) async fn clean_up_after_candidate(&self, parent: &mut EnvoyRecord) {
         if let Err(why) = shm::forget_child(parent.base_id, parent.hot_restart.as_deref().unwrap_or_default())
         {
-            warn!("no other Envoy can take over hot from this one: {why}");
+            warn!("the next handover cannot use hot restart: {why}");
             parent.hot_restart = None;
         }
         // The candidate may have died before the old Envoy closed its admin interface. Asked twice, since a closing interface still answers
@@ -394,16 +392,39 @@ impl Supervisor {
         if self.check_agent_listens().await.is_err() {
             return;
         }
-        info!(pid, "another Envoy like the one that serves takes over from it");
+        info!(
+            pid,
+            "replacing Envoy by one with the same binary and bootstrap, to get an admin interface again"
+        );
         let taken = self.hand_over(&launch, again, &binary, &DynamicResources::default()).await;
         self.status.send_modify(|status| status.reload = None);
         if let Err(why) = taken {
-            warn!("the Envoy that serves goes on and can no longer be asked how it is: {why}");
+            warn!("Envoy keeps serving with its admin interface closed: {why}");
             if let Some(serving) = self.serving.as_mut()
                 && let Ok(ended) = timeout(Duration::ZERO, serving.process.exited()).await
             {
                 self.record_exit(&ended);
             }
+        }
+    }
+}
+
+/// Chooses the line of the next Envoy: that of `old` for a hot restart, or else a new one.
+fn choose_line(
+    old: &EnvoyRecord,
+    binary: &BinaryVersions,
+    parent: ParentState,
+) -> Result<HotRestartId, String> {
+    match plan::choose_method(old.hot_restart.as_deref(), binary.hot_restart.as_deref(), parent) {
+        HandoverMethod::HotRestart => Ok(HotRestartId { base_id: old.base_id, epoch: old.epoch + 1 }),
+        HandoverMethod::SharedPorts(why) => {
+            info!("a new Envoy takes over by binding the same ports, without hot restart: {why}");
+            if !kernel_migrates_connections() {
+                info!(
+                    "connections in the queue of a closing listener may be reset; `sysctl net.ipv4.tcp_migrate_req=1` prevents that"
+                );
+            }
+            Ok(HotRestartId { base_id: shm::new_base_id()?, epoch: 0 })
         }
     }
 }

@@ -30,9 +30,9 @@ pub(super) enum ServingEvidence {
 impl ServingEvidence {
     pub(super) fn reason(self) -> &'static str {
         match self {
-            ServingEvidence::AcceptsConnections => "it takes connections all the same, and is not ended",
+            ServingEvidence::AcceptsConnections => "it still accepts connections, so it is not killed",
             ServingEvidence::OutOfDescriptors => {
-                "it has no file descriptors left (`LimitNOFILE=` of its unit), serves what is connected, and is not ended"
+                "it has no file descriptors left (`LimitNOFILE=` of its unit), but serves its open connections, so it is not killed"
             }
         }
     }

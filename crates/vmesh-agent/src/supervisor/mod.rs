@@ -335,9 +335,9 @@ impl Supervisor {
     async fn notify_vmesh_net(&self) {
         let capture = &self.config.capture;
         if capture.outbound() || capture.inbound() {
-            let told = vmesh_net::client::ask(&capture.socket, &Request::Look);
-            if !matches!(timeout(NOTIFIES_WITHIN, told).await, Ok(Ok(_))) {
-                debug!("vmesh-net was not told that Envoy has ended, and sees it by itself");
+            let notified = vmesh_net::client::ask(&capture.socket, &Request::Look);
+            if !matches!(timeout(NOTIFIES_WITHIN, notified).await, Ok(Ok(_))) {
+                debug!("could not notify vmesh-net that Envoy exited; it notices by itself within a second");
             }
         }
     }
@@ -386,8 +386,8 @@ impl Supervisor {
                 self.ports.reserve_for(&config.capture);
                 self.config = Arc::new(config);
             }
-            Ok(_) => warn!("`envoy.run_dir` has changed: that takes a restart of this unit"),
-            Err(error) => warn!("the settings of Envoy stay as they are: {}", one_line(&error)),
+            Ok(_) => warn!("`envoy.run_dir` has changed: restart this unit to apply that"),
+            Err(error) => warn!("Envoy keeps its current settings: {}", one_line(&error)),
         }
     }
 }

@@ -18,21 +18,36 @@ const LOOK: Duration = Duration::from_secs(5);
 const HANGS_AFTER: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
+/// The times that [`Supervisor::watch_serving`] keeps of the serving Envoy.
+struct Schedule {
+    /// Start of the current period without an answer from the admin interface.
+    silent_since: Option<Instant>,
+    /// A silent Envoy that still accepts connections is not checked again before this time.
+    spared_until: Instant,
+    poll_at: Instant,
+    tick_at: Instant,
+}
+
+impl Schedule {
+    fn is_silent_for(&self, duration: Duration) -> bool {
+        self.silent_since.is_some_and(|since| since.elapsed() >= duration)
+    }
+}
+
 impl Supervisor {
     /// Watches the serving Envoy until it exits, and returns how it exited. Returns `None` when the supervisor is to stop.
     pub(super) async fn watch_serving(&mut self) -> Option<String> {
-        let mut silent_since: Option<Instant> = None;
-        let mut spared_until = Instant::now();
-        let mut look_at = Instant::now();
-        let mut tick_at = Instant::now() + TICK;
+        let now = Instant::now();
+        let mut schedule =
+            Schedule { silent_since: None, spared_until: now, poll_at: now, tick_at: now + TICK };
         loop {
             let serving = self.serving.as_mut()?;
-            let mut hung_up = false;
+            let mut is_hangup = false;
             tokio::select! {
                 biased;
                 () = self.stop.requested() => return None,
                 ended = serving.process.exited() => return Some(ended),
-                Some(()) = self.hangups.recv() => hung_up = true,
+                Some(()) = self.hangups.recv() => is_hangup = true,
                 Some(answer) = self.version_queries.join_next() => {
                     if let Ok((stamp, what)) = answer
                         && self.reported_binary.as_ref() == Some(&stamp)
@@ -44,70 +59,81 @@ impl Supervisor {
                 Some(gone) = self.drain_tasks.join_next() => {
                     if let Ok(number) = gone {
                         self.remove_drained(number);
-                        tick_at = tick_at.min(Instant::now());
+                        schedule.tick_at = schedule.tick_at.min(Instant::now());
                     }
                     continue;
                 }
-                () = tokio::time::sleep_until(look_at.min(tick_at)) => {}
+                () = tokio::time::sleep_until(schedule.poll_at.min(schedule.tick_at)) => {}
             }
             let now = Instant::now();
-            if hung_up {
-                info!("SIGHUP: another Envoy is to take over");
+            if is_hangup {
+                info!("SIGHUP: reloading Envoy");
                 self.is_reload_urgent = self.status.borrow().reload.is_some();
                 self.pending_reload = Some(ReloadReason::Requested);
-                tick_at = now;
+                schedule.tick_at = now;
             }
-            if now >= look_at {
-                let pause = self.poll_serving(&mut silent_since).await;
-                look_at = Instant::now() + pause;
-                let hung_after = self.config.envoy.hung_after.0;
-                let is_overdue = silent_since.is_some_and(|since| since.elapsed() >= hung_after);
-                if is_overdue && Instant::now() >= spared_until {
-                    if self.is_still_serving().await {
-                        spared_until = Instant::now() + LOOK;
-                    } else if let Some(ended) = self
-                        .kill_hung(&format!("no answer for {hung_after:?}, and no connection is taken"))
-                        .await
-                    {
-                        return Some(ended);
-                    }
-                }
+            if now >= schedule.poll_at
+                && let Some(ended) = self.poll_and_kill_hung(&mut schedule).await
+            {
+                return Some(ended);
             }
-            if now >= tick_at {
-                tick_at = now + TICK;
+            if now >= schedule.tick_at {
+                schedule.tick_at = now + TICK;
                 self.check_files();
-                if let Some(why) = self.pending_reload {
-                    // A reload that is requested because this Envoy hangs must not wait for this Envoy.
-                    if why == ReloadReason::Requested
-                        && silent_since.is_some_and(|since| since.elapsed() >= HANGS_AFTER)
-                    {
-                        return self.kill_hung("it did not answer when it was to be reloaded").await;
-                    }
-                    let state = self.status.borrow().envoy.state;
-                    // An Envoy whose health checks were made to fail by an operator is replaced only on request.
-                    if state == EnvoyState::Live
-                        || (state == EnvoyState::Draining && why == ReloadReason::Requested)
-                    {
-                        if let Some(ended) = self.reload().await {
-                            return Some(ended);
-                        }
-                        silent_since = None;
-                        look_at = Instant::now();
-                    }
-                } else if self.serving.as_ref().is_some_and(|serving| serving.record.admin_closed)
-                    && now >= self.regain_at
-                {
-                    let pause = (self.regain_pause * 2).min(LONGEST_PAUSE);
-                    self.regain_admin().await;
-                    if self.serving.is_none() {
-                        return Some("it ended while another one was to take over".to_owned());
-                    }
-                    // A successful handover has reset both fields.
-                    (self.regain_at, self.regain_pause) = (Instant::now() + pause, pause);
-                    look_at = Instant::now();
+                if let Some(ended) = self.reload_if_needed(&mut schedule, now).await {
+                    return Some(ended);
                 }
             }
         }
+    }
+
+    /// Polls Envoy, and kills it if it is hung. Returns how it exited in that case.
+    async fn poll_and_kill_hung(&mut self, schedule: &mut Schedule) -> Option<String> {
+        let pause = self.poll_serving(&mut schedule.silent_since).await;
+        schedule.poll_at = Instant::now() + pause;
+        let hung_after = self.config.envoy.hung_after.0;
+        if !schedule.is_silent_for(hung_after) || Instant::now() < schedule.spared_until {
+            return None;
+        }
+        if self.is_still_serving().await {
+            schedule.spared_until = Instant::now() + LOOK;
+            return None;
+        }
+        self.kill_hung(&format!("no answer for {hung_after:?}, and it accepts no connections")).await
+    }
+
+    /// Starts the pending reload, if there is one and Envoy's state permits it. Otherwise replaces an Envoy whose admin interface is closed.
+    /// Returns how Envoy exited, if none serves afterwards.
+    async fn reload_if_needed(&mut self, schedule: &mut Schedule, now: Instant) -> Option<String> {
+        if let Some(reason) = self.pending_reload {
+            // A reload that is requested because this Envoy hangs must not wait for this Envoy.
+            if reason == ReloadReason::Requested && schedule.is_silent_for(HANGS_AFTER) {
+                return self.kill_hung("it did not answer when it was to be reloaded").await;
+            }
+            let state = self.status.borrow().envoy.state;
+            // An Envoy whose health checks were made to fail by an operator is replaced only on request.
+            if state == EnvoyState::Live
+                || (state == EnvoyState::Draining && reason == ReloadReason::Requested)
+            {
+                if let Some(ended) = self.reload().await {
+                    return Some(ended);
+                }
+                schedule.silent_since = None;
+                schedule.poll_at = Instant::now();
+            }
+        } else if self.serving.as_ref().is_some_and(|serving| serving.record.admin_closed)
+            && now >= self.regain_at
+        {
+            let pause = (self.regain_pause * 2).min(LONGEST_PAUSE);
+            self.regain_admin().await;
+            if self.serving.is_none() {
+                return Some("it ended while another one was to take over".to_owned());
+            }
+            // A successful handover has reset both fields.
+            (self.regain_at, self.regain_pause) = (Instant::now() + pause, pause);
+            schedule.poll_at = Instant::now();
+        }
+        None
     }
 
     /// Reports whether an Envoy whose admin interface is silent still serves: killing it would cut connections that are in use.
@@ -181,7 +207,7 @@ impl Supervisor {
                 if was != EnvoyState::Starting || since.elapsed() > Duration::from_secs(5) {
                     if was != EnvoyState::Silent {
                         warn!(
-                            "Envoy does not answer; it is killed if that lasts {:?} and it takes no connections: {reason}",
+                            "Envoy does not answer; it is killed after {:?} without an answer, unless it still accepts connections: {reason}",
                             self.config.envoy.hung_after.0
                         );
                     }
@@ -209,7 +235,7 @@ impl Supervisor {
             && self.rejected_launch != Some(launch.id())
             && self.pending_reload.is_none()
         {
-            info!("{} has changed: another Envoy is to take over", self.config.bootstrap().display());
+            info!("{} has changed: reloading Envoy", self.config.bootstrap().display());
             self.pending_reload = Some(ReloadReason::BootstrapChanged);
         }
         let runs = serving.record.stamp.clone();

@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::bootstrap::fit_to_open_files;
 
 /// Largest number of old Envoys that drain beside the serving one. Each uses the memory of a whole Envoy.
-pub(super) const MOST_LEAVING: usize = 2;
+pub(super) const MAX_DRAINING: usize = 2;
 
 /// The mechanism by which a new Envoy replaces the serving one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,7 +55,7 @@ pub(super) fn choose_method(old: Option<&str>, new: Option<&str>, parent: Parent
 
 /// Returns how long an old Envoy may keep draining after a handover. Never shorter than the drain: the new Envoy terminates its parent at
 /// that time, and aborts if something else stopped the parent before.
-pub(super) fn stay(parent_shutdown: Duration, drain: Duration) -> Duration {
+pub(super) fn drain_limit(parent_shutdown: Duration, drain: Duration) -> Duration {
     Duration::from_secs(parent_shutdown.as_secs().max(drain.as_secs() + 1))
 }
 
@@ -197,9 +197,9 @@ mod tests {
     #[test]
     fn nobody_is_ended_before_its_drain_is_over() {
         let seconds = Duration::from_secs;
-        assert_eq!(stay(seconds(600), seconds(10)), seconds(600));
-        assert_eq!(stay(seconds(1), seconds(10)), seconds(11));
-        assert_eq!(stay(Duration::from_millis(1500), Duration::ZERO), seconds(1));
+        assert_eq!(drain_limit(seconds(600), seconds(10)), seconds(600));
+        assert_eq!(drain_limit(seconds(1), seconds(10)), seconds(11));
+        assert_eq!(drain_limit(Duration::from_millis(1500), Duration::ZERO), seconds(1));
     }
 
     fn resources(listeners: &[&str], clusters: &[&str], refused: Option<&str>) -> DynamicResources {

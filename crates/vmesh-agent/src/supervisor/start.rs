@@ -40,7 +40,7 @@ impl Supervisor {
         let again = good.is_some();
         if again {
             warn!(
-                "what is to be started did not come up, or not for long: Envoy is started as it was before"
+                "the installed binary or bootstrap crashed repeatedly or was rejected: starting Envoy with the last good ones"
             );
             self.rejected_launch = Some(launch.id());
         }
@@ -194,7 +194,7 @@ impl Supervisor {
         let Some(target) = target.file_name() else { return };
         let linked = std::os::unix::fs::symlink(target, &aside).and_then(|()| std::fs::rename(&aside, &name));
         if let Err(error) = linked {
-            warn!("Envoy cannot be asked at {}: {error}", name.display());
+            warn!("could not link Envoy's admin socket to {}: {error}", name.display());
         }
     }
 }

@@ -72,8 +72,8 @@ impl SupervisorStatus {
         }
         match self.leaving.len() {
             0 => {}
-            1 => line += "; the one before it takes leave of its clients",
-            more => line += &format!("; {more} before it take leave of their clients"),
+            1 => line += "; an old Envoy drains",
+            more => line += &format!("; {more} old Envoys drain"),
         }
         for more in [&self.reload, &self.waiting_binary].into_iter().flatten() {
             line += &format!("; {more}");
@@ -214,7 +214,7 @@ mod tests {
         status.last_failure = Some(SupervisorFailure { at: SystemTime::UNIX_EPOCH, what: "it hung".into() });
         assert_eq!(
             status.line(),
-            "Envoy 1.40.0 is live (pid 7, epoch 2); the one before it takes leave of its clients; \
+            "Envoy 1.40.0 is live (pid 7, epoch 2); an old Envoy drains; \
              last failure: it hung"
         );
     }

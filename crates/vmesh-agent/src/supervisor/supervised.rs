@@ -282,12 +282,15 @@ impl SupervisorRecord {
             Ok(bytes) => bytes,
             Err(error) if error.is_not_found() => return SupervisorRecord::default(),
             Err(error) => {
-                warn!("Envoys of an earlier supervisor are not looked for: {}", one_line(&error));
+                warn!(
+                    "could not read the record of an earlier supervisor, whose Envoys are not adopted: {}",
+                    one_line(&error)
+                );
                 return SupervisorRecord::default();
             }
         };
         let mut record: SupervisorRecord = serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-            warn!("{} is not a record of Envoys, none is looked for: {error}", path.display());
+            warn!("{} is not a record of Envoys, so none are adopted: {error}", path.display());
             SupervisorRecord::default()
         });
         for record in record.envoys.iter_mut().filter(|record| !record.has_own_sockets) {
@@ -299,7 +302,10 @@ impl SupervisorRecord {
     pub(super) fn save(&self, path: &Path) {
         let text = serde_json::to_vec_pretty(self).unwrap_or_default();
         if let Err(error) = fsx::write_atomically(path, &text, fsx::PRIVATE) {
-            warn!("a restarted supervisor will not find these Envoys: {}", one_line(&error));
+            warn!(
+                "could not write the record of Envoys, so the next supervisor will not adopt them: {}",
+                one_line(&error)
+            );
         }
     }
 }

@@ -31,7 +31,7 @@ impl ChildTasks {
         ChildTasks { tasks, status, has_config }
     }
 
-    async fn is(&mut self, what: &str, is: impl Fn(&EnvoyStatus) -> bool) -> EnvoyStatus {
+    async fn wait_for_status(&mut self, what: &str, is: impl Fn(&EnvoyStatus) -> bool) -> EnvoyStatus {
         let seen = wait_for(what, SOON, async || {
             let status = self.status.borrow().clone();
             if is(&status) { Ok(status) } else { Err(format!("{status:?}")) }
@@ -40,7 +40,7 @@ impl ChildTasks {
     }
 
     async fn is_live(&mut self) -> EnvoyStatus {
-        self.is("a live Envoy", |status| status.state == EnvoyState::Live).await
+        self.wait_for_status("a live Envoy", |status| status.state == EnvoyState::Live).await
     }
 
     async fn stop(self) {
@@ -83,7 +83,7 @@ async fn envoy_starts_when_there_is_something_to_serve() {
     let (_control_plane, _app) = serving(&place).await;
     let mut agent = ChildTasks::start(&place, "");
     agent.has_config.send_replace(false);
-    let status = agent.is("a reason", |status| status.reason.is_some()).await;
+    let status = agent.wait_for_status("a reason", |status| status.reason.is_some()).await;
     if status.state == EnvoyState::Waiting {
         assert_eq!(status.reason.as_deref(), Some("there is no configuration to serve yet"));
     }
@@ -100,8 +100,9 @@ async fn an_envoy_that_is_killed_is_started_again() {
     let mut agent = ChildTasks::start(&place, "");
     let first = agent.is_live().await.pid.unwrap();
     kill_process(Pid::from_raw(first).unwrap(), Signal::KILL).unwrap();
-    let status =
-        agent.is("a second Envoy", |status| status.restarts == 1 && status.state == EnvoyState::Live).await;
+    let status = agent
+        .wait_for_status("a second Envoy", |status| status.restarts == 1 && status.state == EnvoyState::Live)
+        .await;
     assert_ne!(status.pid, Some(first));
     let load = load(&place).await;
     assert_eq!(load.stop().await.failures, 0);
@@ -126,8 +127,9 @@ async fn an_agent_that_crashes_costs_no_request_and_the_next_takes_its_envoy_ove
 
     // The agent notices the exit of an Envoy that is not its child.
     kill_process(Pid::from_raw(first.unwrap()).unwrap(), Signal::KILL).unwrap();
-    let status =
-        agent.is("a second Envoy", |status| status.restarts == 1 && status.state == EnvoyState::Live).await;
+    let status = agent
+        .wait_for_status("a second Envoy", |status| status.restarts == 1 && status.state == EnvoyState::Live)
+        .await;
     assert!(!status.adopted);
     agent.stop().await;
 }
@@ -141,8 +143,9 @@ async fn an_envoy_with_another_configuration_starts_beside_the_old_one_and_takes
     let load = load(&place).await;
     crash(agent);
     let mut agent = ChildTasks::start(&place, ", max_connections: 1000");
-    let status =
-        agent.is("another Envoy", |status| status.state == EnvoyState::Live && status.pid != first).await;
+    let status = agent
+        .wait_for_status("another Envoy", |status| status.state == EnvoyState::Live && status.pid != first)
+        .await;
     assert!(!status.adopted);
     let gone = async || vmesh_testkit::process::naming(&place.dir).len();
     let one = wait_for("the first Envoy to leave", SOON, async || match gone().await {
@@ -166,7 +169,9 @@ async fn an_envoy_that_does_not_come_up_leaves_the_old_one_serving() {
     let load = load(&place).await;
     crash(agent);
     let mut agent = ChildTasks::start(&place, ", extra_args: [--no-such-option]");
-    let status = agent.is("the old Envoy", |status| status.adopted && status.state == EnvoyState::Live).await;
+    let status = agent
+        .wait_for_status("the old Envoy", |status| status.adopted && status.state == EnvoyState::Live)
+        .await;
     assert_eq!(status.pid, first);
     served(&load, 50).await;
     assert_eq!(load.stop().await.failures, 0);

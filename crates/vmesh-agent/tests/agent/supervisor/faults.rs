@@ -90,7 +90,7 @@ async fn an_envoy_whose_binary_is_gone_or_useless_is_started_again_from_what_it_
     std::fs::remove_file(host.binary()).unwrap();
     kill_process(pid(&first), Signal::KILL).unwrap();
     let again = |status: &Value| status["state"] == "live" && status["restarts"] == 1;
-    let second = supervisor.is("the same Envoy again", again).await;
+    let second = supervisor.wait_for_status("the same Envoy again", again).await;
 
     // Install a binary that runs but does not become live.
     let real = envoy::find().unwrap();
@@ -100,7 +100,7 @@ async fn an_envoy_whose_binary_is_gone_or_useless_is_started_again_from_what_it_
     ));
     kill_process(pid(&second), Signal::KILL).unwrap();
     let again = |status: &Value| status["state"] == "live" && status["restarts"].as_u64() > Some(1);
-    supervisor.is("the same Envoy once more", again).await;
+    supervisor.wait_for_status("the same Envoy once more", again).await;
     let clients = Clients::start(&host).await;
     host.install(envoy::VERSION);
     supervisor.hang_up();
@@ -127,7 +127,7 @@ async fn an_envoy_that_is_live_and_dies_again_and_again_makes_room_for_the_one_b
     let back = |status: &Value| {
         status["state"] == "live" && runs(pid(status)).starts_with(&*host.binary().to_string_lossy())
     };
-    let status = supervisor.is("the Envoy from before", back).await;
+    let status = supervisor.wait_for_status("the Envoy from before", back).await;
     let clients = Clients::start(&host).await;
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!(supervisor.is_live().await["pid"], status["pid"]);
@@ -153,14 +153,14 @@ async fn an_envoy_that_cannot_be_asked_any_more_gets_a_successor_although_nobody
     let is_blind = |status: &Value| {
         status["reason"].as_str().is_some_and(|reason| reason.contains("its admin interface is closed"))
     };
-    supervisor.is("that it cannot be asked", is_blind).await;
+    supervisor.wait_for_status("that it cannot be asked", is_blind).await;
     clients.are_served().await;
     let control_plane = TestControlPlane::on_socket(host.place.run_dir().join("xds.sock")).await;
     control_plane.publish(resources(&host, app.address()));
     let sees = |status: &Value| {
         status["state"] == "live" && status["reason"].is_null() && status["reload"].is_null()
     };
-    let status = supervisor.is("an Envoy that can be asked", sees).await;
+    let status = supervisor.wait_for_status("an Envoy that can be asked", sees).await;
     assert_ne!(status["pid"], first["pid"]);
     host.envoy().wait_live(SOON).await.unwrap();
     clients.are_served().await;
@@ -181,7 +181,7 @@ async fn an_envoy_whose_shared_memory_is_gone_is_asked_as_before_and_lets_the_ne
     host.envoy().wait_live(SOON).await.unwrap();
     supervisor.hang_up();
     supervisor.reloaded(1).await;
-    // The old Envoy can still be told to drain.
+    // The admin interface of the old Envoy is open, so it drains on request.
     host.one_is_left().await;
     assert!(clients.failures() <= 1, "{}", clients.kept.so_far());
 }
@@ -300,7 +300,7 @@ async fn whoever_asks_half_a_question_does_not_hold_up_the_end_and_whoever_asks_
     let mut half = tokio::net::UnixStream::connect(host.dir().join("status.sock")).await.unwrap();
     half.write_all(b"GET /sta").await.unwrap();
     supervisor.daemon.signal(Signal::TERM).unwrap();
-    supervisor.is("that it drains", |status| status["state"] == "draining").await;
+    supervisor.wait_for_status("that it drains", |status| status["state"] == "draining").await;
     assert!(supervisor.daemon.wait_exit(Duration::from_secs(15)).await.unwrap().success());
     assert!(host.envoys().is_empty());
 }
@@ -330,7 +330,7 @@ async fn a_supervisor_killed_just_after_it_started_a_successor_leaves_nothing_th
     let done = |status: &Value| {
         (status["reloads"] == 1 && status["state"] == "live") || status["last_failure"].is_object()
     };
-    let status = supervisor.is("an end of the reload", done).await;
+    let status = supervisor.wait_for_status("an end of the reload", done).await;
     assert_eq!(status["last_failure"], Value::Null, "{status}");
 }
 
@@ -418,7 +418,7 @@ async fn a_reload_of_an_envoy_that_is_about_to_answer_waits_for_that() {
         real.display()
     ));
     let mut supervisor = host.supervise();
-    supervisor.is("an Envoy that starts", |status| status["state"] == "starting").await;
+    supervisor.wait_for_status("an Envoy that starts", |status| status["state"] == "starting").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     supervisor.hang_up();
     let status = supervisor.reloaded(1).await;
@@ -427,12 +427,12 @@ async fn a_reload_of_an_envoy_that_is_about_to_answer_waits_for_that() {
     // A serving Envoy that is busy for a moment.
     let clients = Clients::start_persistent(&host).await;
     kill_process(pid(&status), Signal::STOP).unwrap();
-    supervisor.is("a silent Envoy", |status| status["state"] == "silent").await;
+    supervisor.wait_for_status("a silent Envoy", |status| status["state"] == "silent").await;
     supervisor.hang_up();
-    supervisor.is("that it is asked for", |status| status["state"] == "silent").await;
+    supervisor.wait_for_status("that it is asked for", |status| status["state"] == "silent").await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     kill_process(pid(&status), Signal::CONT).unwrap();
-    let after = supervisor.is("an answer", |status| status["state"] == "live").await;
+    let after = supervisor.wait_for_status("an answer", |status| status["state"] == "live").await;
     assert_eq!((&after["restarts"], &after["pid"]), (&0.into(), &status["pid"]), "{after}");
     clients.are_served().await;
 }
@@ -451,7 +451,7 @@ async fn a_stop_right_after_a_reload_answers_what_both_envoys_have_accepted() {
     supervisor.reloaded(1).await;
     let stop = async {
         supervisor.daemon.signal(Signal::TERM).unwrap();
-        supervisor.is("that it drains", |status| status["state"] == "draining").await;
+        supervisor.wait_for_status("that it drains", |status| status["state"] == "draining").await;
         // A second SIGTERM does not shorten the drain.
         supervisor.daemon.terminate(SOON).await.unwrap()
     };
@@ -529,7 +529,9 @@ async fn shared_memory_that_somebody_else_made_in_advance_keeps_no_envoy_from_st
         }
         kill_process(pid(&status), Signal::KILL).unwrap();
         let restarts = status["restarts"].as_u64().unwrap() + 1;
-        supervisor.is("another Envoy", |now| now["restarts"] == restarts && now["state"] == "live").await;
+        supervisor
+            .wait_for_status("another Envoy", |now| now["restarts"] == restarts && now["state"] == "live")
+            .await;
     }
     for path in taken {
         std::fs::remove_file(path).unwrap();
@@ -600,18 +602,20 @@ async fn an_envoy_that_only_cannot_be_asked_is_not_ended() {
         std::fs::remove_file(host.dir().join(socket)).unwrap();
     }
     let spared = |status: &Value| {
-        status["reason"].as_str().is_some_and(|reason| reason.contains("takes connections all the same"))
+        status["reason"].as_str().is_some_and(|reason| reason.contains("still accepts connections"))
     };
-    let status = supervisor.is("an Envoy that is spared", spared).await;
+    let status = supervisor.wait_for_status("an Envoy that is spared", spared).await;
     assert_eq!(status["state"], "silent");
     // Without the exemption, `hung_after` would have expired twice by now.
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let status = supervisor.is("an Envoy that is spared", spared).await;
+    let status = supervisor.wait_for_status("an Envoy that is spared", spared).await;
     assert_eq!((&status["pid"], &status["restarts"]), (&first["pid"], &0.into()), "{status}");
     clients.lost_nothing().await;
     // An Envoy that serves no connections either is killed.
     kill_process(pid(&first), Signal::STOP).unwrap();
-    supervisor.is("another Envoy", |status| status["restarts"] == 1 && status["state"] == "live").await;
+    supervisor
+        .wait_for_status("another Envoy", |status| status["restarts"] == 1 && status["state"] == "live")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -629,7 +633,7 @@ async fn however_often_a_reload_is_asked_for_no_connection_is_cut() {
             let reload = status["reload"].as_str();
             status["state"] == "live" && reload.is_none_or(|reload| reload.starts_with("a reload waits"))
         };
-        let status = supervisor.is("the end of a reload, or one that waits", settled).await;
+        let status = supervisor.wait_for_status("the end of a reload, or one that waits", settled).await;
         if seen.insert(status["pid"].to_string()) {
             streams.push(EchoStream::open(&host).await);
         }

@@ -1,7 +1,7 @@
 //! D1 to D7: the machine, its units, disks, memory and clock.
 
-use super::facts::{AgentConfig, Facts, HostCommand, HttpQuery, last_line};
-use super::{RootCause, Skip, Verdict, by_hand, run, warning, wrong};
+use super::facts::{AgentConfig, Facts, HostCommand, HttpQuery, Outline, last_line};
+use super::{Finding, RootCause, Skip, Verdict, by_hand, run, warning, wrong};
 
 /// The kernel of Ubuntu 22.04, the oldest system that the packages support.
 const OLDEST_KERNEL: (u32, u32) = (5, 15);
@@ -45,9 +45,9 @@ const UNITS: [(&str, RootCause, &str); 3] = [
     ("vmesh-net.service", RootCause::Net, "nobody keeps the rules of capture, or refreshes those that lapse"),
 ];
 
-/// D2: the configuration is valid, systemd works, and the units run.
-pub(super) fn units(facts: &Facts) -> Verdict {
-    let outline = match &facts.config {
+/// Returns the configuration, or the finding that there is no valid one.
+fn configuration(facts: &Facts) -> Result<Result<&Outline, Finding>, Skip> {
+    match &facts.config {
         AgentConfig::Missing(path) => {
             let found = wrong(
                 format!("this host is not configured: there is no {}", path.display()),
@@ -57,7 +57,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                     path.display()
                 )),
             );
-            return Ok(vec![found.marked_as(RootCause::AgentConfig)]);
+            Ok(Err(found.marked_as(RootCause::AgentConfig)))
         }
         AgentConfig::Refused(why) => {
             let found = wrong(
@@ -65,10 +65,18 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                 "what runs goes on with what it has read, and does not start again",
                 by_hand("mend it; `vmesh-agent --check` says whether it is sound"),
             );
-            return Ok(vec![found.marked_as(RootCause::AgentConfig)]);
+            Ok(Err(found.marked_as(RootCause::AgentConfig)))
         }
-        AgentConfig::Unreadable(why) => return Err(Skip::Unavailable(why.clone())),
-        AgentConfig::Read(outline) => outline,
+        AgentConfig::Unreadable(why) => Err(Skip::Unavailable(why.clone())),
+        AgentConfig::Read(outline) => Ok(Ok(outline)),
+    }
+}
+
+/// D2: the configuration is valid, systemd works, and the units run.
+pub(super) fn units(facts: &Facts) -> Verdict {
+    let outline = match configuration(facts)? {
+        Ok(outline) => outline,
+        Err(finding) => return Ok(vec![finding]),
     };
     if !outline.by_systemd() {
         return child(facts);
@@ -104,34 +112,55 @@ pub(super) fn units(facts: &Facts) -> Verdict {
         return Ok(vec![finding.marked_as(RootCause::Agent)]);
     }
     for (name, root, effect) in UNITS {
-        if root == RootCause::Net && !outline.captures() {
-            continue;
+        if root != RootCause::Net || outline.captures() {
+            check_unit(facts, name, root, effect, &mut found)?;
         }
-        let Some(unit) = facts.unit(name)?.filter(|unit| unit.get("LoadState") == "loaded") else {
-            found.push(
-                wrong(
-                    format!("{name} is not installed"),
-                    effect,
-                    by_hand("install the package vmesh-agent; without systemd, set `envoy: {manage: child}`"),
-                )
-                .marked_as(root),
-            );
-            continue;
-        };
-        let (state, result) = (unit.get("ActiveState"), unit.get("Result"));
-        let restarts = unit.number("NRestarts").unwrap_or_default();
-        let since = unit.number("ActiveEnterTimestampMonotonic").unwrap_or_default() / 1_000_000;
-        let young = uptime(facts).is_some_and(|uptime| uptime.saturating_sub(since) < 120);
-        let short = name.trim_end_matches(".service");
-        let log = format!("journalctl -u {short} -n 50");
-        if restarts >= 3 && (state == "activating" || (state == "active" && young)) {
-            let what =
-                format!("{name} ends and is started again: {restarts} times by now (last result: {result})");
-            let finding = wrong(what, effect, by_hand(format!("`{log}` says why it ends")));
-            found.push(if state == "active" { finding } else { finding.marked_as(root) });
-            continue;
-        }
-        match (state, root) {
+    }
+    if let Some(target) = facts.unit("vmesh.target")?
+        && !["enabled", "enabled-runtime"].contains(&target.get("UnitFileState"))
+    {
+        found.push(warning(
+            "vmesh.target is not enabled",
+            "after the next boot nothing of vmesh runs here",
+            run("systemctl enable vmesh.target"),
+        ));
+    }
+    Ok(found)
+}
+
+/// Adds the findings about one unit. `root` is the condition that its failure stands for, and `effect` the effect of that.
+fn check_unit(
+    facts: &Facts,
+    name: &str,
+    root: RootCause,
+    effect: &str,
+    found: &mut Vec<Finding>,
+) -> Result<(), Skip> {
+    let Some(unit) = facts.unit(name)?.filter(|unit| unit.get("LoadState") == "loaded") else {
+        found.push(
+            wrong(
+                format!("{name} is not installed"),
+                effect,
+                by_hand("install the package vmesh-agent; without systemd, set `envoy: {manage: child}`"),
+            )
+            .marked_as(root),
+        );
+        return Ok(());
+    };
+    let (state, result) = (unit.get("ActiveState"), unit.get("Result"));
+    let restarts = unit.number("NRestarts").unwrap_or_default();
+    let since = unit.number("ActiveEnterTimestampMonotonic").unwrap_or_default() / 1_000_000;
+    let young = uptime(facts).is_some_and(|uptime| uptime.saturating_sub(since) < 120);
+    let short = name.trim_end_matches(".service");
+    let log = format!("journalctl -u {short} -n 50");
+    if restarts >= 3 && (state == "activating" || (state == "active" && young)) {
+        let what =
+            format!("{name} ends and is started again: {restarts} times by now (last result: {result})");
+        let finding = wrong(what, effect, by_hand(format!("`{log}` says why it ends")));
+        found.push(if state == "active" { finding } else { finding.marked_as(root) });
+        return Ok(());
+    }
+    match (state, root) {
             ("active" | "reloading", RootCause::Agent) => {
                 if let Err(why) = facts.answer(HttpQuery::Agent) {
                     let what = format!("the agent runs, and does not answer: {why}");
@@ -171,17 +200,7 @@ pub(super) fn units(facts: &Facts) -> Verdict {
                 });
             }
         }
-    }
-    if let Some(target) = facts.unit("vmesh.target")?
-        && !["enabled", "enabled-runtime"].contains(&target.get("UnitFileState"))
-    {
-        found.push(warning(
-            "vmesh.target is not enabled",
-            "after the next boot nothing of vmesh runs here",
-            run("systemctl enable vmesh.target"),
-        ));
-    }
-    Ok(found)
+    Ok(())
 }
 
 /// Reports whether Envoy fails to start according to its supervisor, rather than waiting for a configuration.

@@ -10,7 +10,7 @@ const OUTBOUND: u16 = vmesh_capture::spec::OUTBOUND_PORT;
 const INBOUND: u16 = vmesh_capture::spec::INBOUND_PORT;
 
 /// Returns the addresses that must be listened on, with their purpose, and whether the agent (rather than Envoy) listens there.
-fn wanted(outline: &Outline) -> Vec<(SocketAddr, String, bool)> {
+fn expected_listeners(outline: &Outline) -> Vec<(SocketAddr, String, bool)> {
     let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut wanted = vec![(outline.api, "the agent's API".to_owned(), true)];
     wanted.extend(outline.dns.map(|dns| (dns, "names".to_owned(), true)));
@@ -37,7 +37,7 @@ pub(super) fn ports(facts: &Facts) -> Verdict {
         .answer(HttpQuery::Agent)
         .is_ok_and(|status| status.pointer("/envoy/state").and_then(|state| state.as_str()) == Some("live"));
     let mut found = Vec::new();
-    for (at, what, agents) in wanted(outline) {
+    for (at, what, agents) in expected_listeners(outline) {
         let who = if agents { "the agent" } else { "Envoy" };
         let here: Vec<_> = listening.iter().filter(|listener| listener.takes(at)).collect();
         let expected = if agents { agent } else { envoy };
@@ -129,7 +129,7 @@ pub(super) fn ephemeral_ports(facts: &Facts) -> Verdict {
                 ends.is_some_and(|(first, last)| (first..=last).contains(&port))
             })
         };
-        let ports = wanted(outline).into_iter().map(|(at, ..)| at.port());
+        let ports = expected_listeners(outline).into_iter().map(|(at, ..)| at.port());
         let mut open: Vec<u16> =
             ports.filter(|port| (first..=last).contains(port) && !is_reserved(*port)).collect();
         open.sort_unstable();

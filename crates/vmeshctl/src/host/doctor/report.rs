@@ -19,7 +19,7 @@ pub(crate) struct Report {
 
 impl Report {
     pub(super) fn new(facts: &Facts, took: Duration) -> Report {
-        Report { who: who(facts), took, looked: Vec::new(), findings: Vec::new(), unseen: Vec::new() }
+        Report { who: subject(facts), took, looked: Vec::new(), findings: Vec::new(), unseen: Vec::new() }
     }
 
     pub(super) fn looked(&mut self, id: &'static str, findings: Vec<Finding>) {
@@ -182,7 +182,7 @@ fn printable_lines(text: &str) -> String {
 }
 
 /// Returns the subject of the report, such as `node web-17 (agent 0.1.0, envoy 1.40.0)`.
-fn who(facts: &Facts) -> String {
+fn subject(facts: &Facts) -> String {
     let agent = facts.answer(HttpQuery::Agent).ok().and_then(|status| status.get("version")?.as_str());
     let installed = facts.out(HostCommand::Version).ok().and_then(|said| said.split_whitespace().nth(1));
     let envoy = super::envoy::version_of(facts);
