@@ -98,26 +98,7 @@ async fn measure_paths(arguments: CaptureOptions) -> Result<()> {
     let mut iptables = site.vm("iptables", Rules::Iptables, &outbound).await?;
     iptables.start().await?;
 
-    let mut inbound = Vec::new();
-    for (name, rules, capture) in [
-        ("in-nft", Rules::Nft, "redirect"),
-        ("in-nft-tproxy", Rules::Nft, "tproxy"),
-        ("in-iptables", Rules::Iptables, "redirect"),
-        ("in-iptables-tproxy", Rules::Iptables, "tproxy"),
-    ] {
-        let more = format!(
-            "workloads: [{{service: {name}, port: 8080, protocol: tcp}}]\ncapture: {{inbound: {{capture: {capture}}}}}"
-        );
-        let mut vm = site.vm(name, rules, &more).await?;
-        let app = vm.app(name, "0.0.0.0:8080")?;
-        site.write(
-            &format!("services.d/{name}.yaml"),
-            &service(name, "tcp", SocketAddr::from((vm.host.v4, 8080))),
-        )?;
-        vm.start().await?;
-        inbound.push((vm, app));
-    }
-
+    let inbound = start_inbound_hosts(&site).await?;
     let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
     let paths = [
         NetworkPath { name: "direct", from: &client, to: http.address() },
@@ -147,29 +128,54 @@ async fn measure_paths(arguments: CaptureOptions) -> Result<()> {
         },
     ];
     let mut paths = Vec::from(paths);
-    let names = [
-        "nft REDIRECT, inbound, TCP",
-        "nft TPROXY, inbound, TCP",
-        "iptables REDIRECT, inbound, TCP",
-        "iptables TPROXY, inbound, TCP",
-    ];
-    for ((vm, _), name) in inbound.iter().zip(names) {
-        paths.push(NetworkPath { name, from: &client, to: SocketAddr::from((vm.host.v4, 8080)) });
+    for InboundHost { path, vm, .. } in &inbound {
+        paths.push(NetworkPath { name: path, from: &client, to: SocketAddr::from((vm.host.v4, 8080)) });
     }
 
     let span = Duration::from_secs(arguments.seconds);
-    let mut kept: Vec<Vec<LatencySummary>> = vec![Vec::new(); paths.len()];
-    let mut fresh = kept.clone();
+    let mut persistent: Vec<Vec<LatencySummary>> = vec![Vec::new(); paths.len()];
+    let mut per_request = persistent.clone();
     for round in 0..arguments.rounds {
         eprintln!("round {} of {}", round + 1, arguments.rounds);
-        for (path, (kept, fresh)) in paths.iter().zip(kept.iter_mut().zip(&mut fresh)) {
-            kept.push(measure(path, arguments.connections, span, true)?);
-            fresh.push(measure(path, arguments.clients, span, false)?);
+        for (path, (persistent, per_request)) in paths.iter().zip(persistent.iter_mut().zip(&mut per_request))
+        {
+            persistent.push(measure(path, arguments.connections, span, true)?);
+            per_request.push(measure(path, arguments.clients, span, false)?);
         }
     }
-    print("connections kept open", arguments.connections, &paths, &kept);
-    print("a connection for each request", arguments.clients, &paths, &fresh);
+    print("connections kept open", arguments.connections, &paths, &persistent);
+    print("a connection for each request", arguments.clients, &paths, &per_request);
     Ok(())
+}
+
+/// A host that captures inbound connections to its application.
+struct InboundHost {
+    /// The name of the network path to it.
+    path: &'static str,
+    vm: Vm,
+    _app: HttpApp,
+}
+
+/// Starts one host for each backend and each kind of inbound capture.
+async fn start_inbound_hosts(site: &Site) -> Result<Vec<InboundHost>> {
+    let mut hosts = Vec::new();
+    for (path, name, rules, capture) in [
+        ("nft REDIRECT, inbound, TCP", "in-nft", Rules::Nft, "redirect"),
+        ("nft TPROXY, inbound, TCP", "in-nft-tproxy", Rules::Nft, "tproxy"),
+        ("iptables REDIRECT, inbound, TCP", "in-iptables", Rules::Iptables, "redirect"),
+        ("iptables TPROXY, inbound, TCP", "in-iptables-tproxy", Rules::Iptables, "tproxy"),
+    ] {
+        let more = format!(
+            "workloads: [{{service: {name}, port: 8080, protocol: tcp}}]\ncapture: {{inbound: {{capture: {capture}}}}}"
+        );
+        let mut vm = site.vm(name, rules, &more).await?;
+        let app = vm.app(name, "0.0.0.0:8080")?;
+        let address = SocketAddr::from((vm.host.v4, 8080));
+        site.write(&format!("services.d/{name}.yaml"), &service(name, "tcp", address))?;
+        vm.start().await?;
+        hosts.push(InboundHost { path, vm, _app: app });
+    }
+    Ok(hosts)
 }
 
 /// Measures the time from writing an endpoint to a file until the rule that captures it exists, and the cost

@@ -159,7 +159,7 @@ struct Sockets {
 }
 
 impl Sockets {
-    /// Binds all sockets. The API's are served by another runtime, so they are not registered with this one.
+    /// Binds all sockets. Other runtimes serve the API sockets, so those are not registered with this one.
     fn bind(config: &Config) -> Result<Sockets, RunError> {
         let xds = listen_tcp(config.listen.xds_plaintext)?;
         let address = config.listen.api;
