@@ -125,7 +125,7 @@ fn fuzz_target(target: &str, binary: &Path, seconds: u32) -> Result<String> {
     if status.success() {
         return Ok(summary(&log));
     }
-    let said: Vec<&str> = log
+    let findings: Vec<&str> = log
         .lines()
         .filter(|line| {
             line.contains("panicked at") || line.starts_with("SUMMARY") || line.contains("Test unit written")
@@ -136,7 +136,7 @@ fn fuzz_target(target: &str, binary: &Path, seconds: u32) -> Result<String> {
         target,
         dir.display(),
         corpus().join(target).display(),
-        said.join("; ")
+        findings.join("; ")
     )))
 }
 

@@ -134,13 +134,13 @@ pub(crate) fn run(options: &PackageOptions) -> Result<()> {
 /// Returns the date of every file in the packages, in seconds since 1970: `$SOURCE_DATE_EPOCH`, else that of
 /// the last commit (reproducible-builds.org/specs/source-date-epoch), else a fixed date.
 fn date() -> u64 {
-    let said = std::env::var("SOURCE_DATE_EPOCH").ok();
+    let date = std::env::var("SOURCE_DATE_EPOCH").ok();
     let commit = || {
         let mut git = Command::new("git");
         git.args(["log", "-1", "--format=%ct"]).current_dir(build::root());
         Some(String::from_utf8_lossy(&git.output().ok()?.stdout).into_owned())
     };
-    said.or_else(commit).and_then(|text| text.trim().parse().ok()).unwrap_or(1_790_000_000)
+    date.or_else(commit).and_then(|text| text.trim().parse().ok()).unwrap_or(1_790_000_000)
 }
 
 fn build_package(package: &Package, options: &PackageOptions, binaries: &Path, date: u64) -> Result<PathBuf> {
@@ -273,6 +273,6 @@ fn run_tool(command: &mut Command) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(Failed::new(format!("{name} failed ({}): {said}; {INSTALL}", output.status)))
+    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(Failed::new(format!("{name} failed ({}): {message}; {INSTALL}", output.status)))
 }

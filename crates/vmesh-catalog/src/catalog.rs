@@ -382,18 +382,19 @@ mod tests {
         catalog.on_view(0, view(&[("Orders", &["10.0.0.1:80"])]));
         assert_eq!(problems(&catalog), "");
         catalog.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
-        let said = problems(&catalog);
+        let listed = problems(&catalog);
         assert!(
-            said.contains("`orders` has the DNS name") && said.contains("`Orders` is reached by upstreams"),
-            "{said}"
+            listed.contains("`orders` has the DNS name")
+                && listed.contains("`Orders` is reached by upstreams"),
+            "{listed}"
         );
         // A replica without state has never used either name.
         let mut fresh = Catalog::new(1);
         fresh.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
-        assert_eq!(problems(&fresh), said);
+        assert_eq!(problems(&fresh), listed);
         let mut restarted = Catalog::new(1).with_names(catalog.world().names.in_order());
         restarted.on_view(0, view(&[("Orders", &["10.0.0.1:80"]), ("orders", &["10.0.0.2:80"])]));
-        assert_eq!(problems(&restarted), said);
+        assert_eq!(problems(&restarted), listed);
         restarted.on_view(0, view(&[("orders", &["10.0.0.2:80"])]));
         assert_eq!(problems(&restarted), "");
     }
@@ -408,12 +409,12 @@ mod tests {
         let mut catalog = Catalog::new(1);
         catalog.on_view(0, view(&[("payments", &["10.0.0.2:80"])]));
         catalog.on_documents(documents, 7, Vec::new());
-        let said = problems(&catalog);
-        assert!(said.contains("a.yaml:1:1: no source names `zzz`"), "{said}");
-        assert!(said.contains("a.yaml:5:1: no source names `qqq`"), "{said}");
+        let listed = problems(&catalog);
+        assert!(listed.contains("a.yaml:1:1: no source names `zzz`"), "{listed}");
+        assert!(listed.contains("a.yaml:5:1: no source names `qqq`"), "{listed}");
         // The route of `front` sends all requests to other services.
-        assert!(!said.contains("front"), "{said}");
-        assert_eq!(said.lines().count(), 2, "{said}");
+        assert!(!listed.contains("front"), "{listed}");
+        assert_eq!(listed.lines().count(), 2, "{listed}");
     }
 
     #[test]
@@ -425,16 +426,16 @@ mod tests {
         let mut catalog = Catalog::new(1);
         catalog.on_documents(documents, 7, Vec::new());
         catalog.on_view(0, view(&[("orderservice", &["10.0.0.1:80"]), ("payments", &["10.0.0.2:80"])]));
-        let said = problems(&catalog);
-        assert!(said.contains("Did you mean `orderservice`?") && said.contains("a.yaml:1:1"), "{said}");
-        assert!(said.contains("no source names `paymnets`: did you mean `payments`?"), "{said}");
+        let listed = problems(&catalog);
+        assert!(listed.contains("Did you mean `orderservice`?") && listed.contains("a.yaml:1:1"), "{listed}");
+        assert!(listed.contains("no source names `paymnets`: did you mean `payments`?"), "{listed}");
         // The document came first but is not registered, so the registered service that it means owns the DNS
         // name.
         let name = |text: &str| text.parse::<ServiceName>().unwrap();
         let names = &catalog.world().names;
         assert_eq!(names.shadowed_by(&name("orderservice")), None);
         assert_eq!(names.shadowed_by(&name("OrderService")), Some(&name("orderservice")));
-        assert!(!said.contains("`OrderService` has the DNS name"), "{said}");
+        assert!(!listed.contains("`OrderService` has the DNS name"), "{listed}");
         catalog.on_view(0, view(&[("OrderService", &["10.0.0.1:80"]), ("paymnets", &["10.0.0.2:80"])]));
         assert_eq!(problems(&catalog), "");
     }

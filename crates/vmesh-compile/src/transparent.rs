@@ -63,8 +63,8 @@ impl VirtualAddressTable {
         other: &'a VirtualAddressTable,
     ) -> impl Iterator<Item = &'a Arc<str>> {
         let moved = self.ips.iter().filter(|(name, addresses)| other.ips.get(name) != Some(*addresses));
-        let told = self.collisions.iter().filter(|(name, all)| other.collisions.get(*name) != Some(*all));
-        moved.map(|(name, _)| name).chain(told.map(|(name, _)| name))
+        let collided = self.collisions.iter().filter(|(name, all)| other.collisions.get(*name) != Some(*all));
+        moved.map(|(name, _)| name).chain(collided.map(|(name, _)| name))
     }
 }
 
@@ -253,7 +253,7 @@ impl<'a> CaptureInput<'a> {
         // An agent that neither captures real addresses nor answers DNS queries with them does not need the
         // endpoint list, so it is not woken by every endpoint change.
         let is_named = self.world.names.shadowed_by(self.name).is_none();
-        let told = is_named && (captured == CapturedDestinations::VirtualAndReal || on_port);
+        let lists_endpoints = is_named && (captured == CapturedDestinations::VirtualAndReal || on_port);
         let endpoint = |endpoint: &Endpoint| destination::Endpoint {
             address: endpoint.address.to_string(),
             capture: listeners.contains_key(&endpoint.address),
@@ -269,7 +269,7 @@ impl<'a> CaptureInput<'a> {
             port: port.unwrap_or_default().into(),
             virtual_v4: text(true).unwrap_or_default(),
             virtual_v6: text(false).unwrap_or_default(),
-            endpoints: self.usable().filter(|_| told).map(endpoint).collect(),
+            endpoints: self.usable().filter(|_| lists_endpoints).map(endpoint).collect(),
             endpoints_on_port: on_port,
             percent: self.capture.percent,
             on_loss: on_loss.into(),

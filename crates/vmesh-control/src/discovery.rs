@@ -167,7 +167,7 @@ impl OperatorActions {
 
     /// Freezes a source, or all: none of its changes is applied.
     pub(crate) async fn freeze(&self, source: Option<&str>) -> Result<String, ActionError> {
-        let mut said = Vec::new();
+        let mut messages = Vec::new();
         for known in self.select_sources(source)? {
             let name = known.name();
             // The override is changed first, so that a process that crashes here restarts with the source
@@ -182,33 +182,33 @@ impl OperatorActions {
             send_command(known, Command::Freeze { since: UNIX_EPOCH + Duration::from_secs(since), done })
                 .await?;
             let is_change = received(known, answer.await)?;
-            said.push(match is_change {
+            messages.push(match is_change {
                 true => format!("`{name}` is frozen: no change of it is taken"),
                 false => format!("`{name}` was frozen already"),
             });
             if let (true, Some(last_good)) = (is_change, known.view().last_good)
                 && let Err(error) = self.overrides.save_frozen(name, last_good).await
             {
-                said.push(describe_save_error(&error));
+                messages.push(describe_save_error(&error));
             }
         }
-        Ok(self.save_overrides(said).await)
+        Ok(self.save_overrides(messages).await)
     }
 
     /// Thaws a source, or all: its changes are applied again.
     pub(crate) async fn thaw(&self, source: Option<&str>) -> Result<String, ActionError> {
-        let mut said = Vec::new();
+        let mut messages = Vec::new();
         for known in self.select_sources(source)? {
             let name = known.name();
             self.overrides.change(|saved| saved.frozen.remove(name).is_some());
             let (done, answer) = oneshot::channel();
             send_command(known, Command::Thaw { done }).await?;
-            said.push(match received(known, answer.await)? {
+            messages.push(match received(known, answer.await)? {
                 true => format!("`{name}` is thawed: its changes are taken, and guarded as ever"),
                 false => format!("`{name}` was not frozen"),
             });
         }
-        Ok(self.save_overrides(said).await)
+        Ok(self.save_overrides(messages).await)
     }
 
     fn select_sources(&self, source: Option<&str>) -> Result<Vec<&ConfiguredSource>, ActionError> {
@@ -289,12 +289,12 @@ impl OperatorActions {
         }
     }
 
-    /// Saves the overrides. Returns the messages in `said`, and a warning if saving failed.
-    async fn save_overrides(&self, mut said: Vec<String>) -> String {
+    /// Saves the overrides. Returns the messages in `messages`, and a warning if saving failed.
+    async fn save_overrides(&self, mut messages: Vec<String>) -> String {
         if let Err(error) = self.overrides.save().await {
-            said.push(describe_save_error(&error));
+            messages.push(describe_save_error(&error));
         }
-        said.join("\n")
+        messages.join("\n")
     }
 }
 

@@ -271,11 +271,13 @@ impl FleetState {
 
 fn describe_clash(name: &NodeName, one: &Connection, other: &Connection) -> String {
     let shown = |connection: &Connection| {
-        let said = connection.report.address.map(|address| address.to_string());
+        let declared = connection.report.address.map(|address| address.to_string());
         let from = connection.from.map(|from| format!("from {from}"));
-        match (said, from) {
-            (Some(said), Some(from)) if from != format!("from {said}") => format!("{said} ({from})"),
-            (Some(said), _) => said,
+        match (declared, from) {
+            (Some(declared), Some(from)) if from != format!("from {declared}") => {
+                format!("{declared} ({from})")
+            }
+            (Some(declared), _) => declared,
             (None, Some(from)) => format!("one {from}"),
             (None, None) => "an unnamed address".to_owned(),
         }

@@ -164,9 +164,9 @@ fn check_settings(
             check.report(path!["load_balancing", "fallback", index], message);
         }
     }
-    if let Some(said) = retries {
+    if let Some(retries) = retries {
         check_retry(
-            said,
+            retries,
             timeouts.and_then(|t| t.request).map(|t| ("timeouts.request", t)),
             path!["retry"],
             check,
@@ -228,11 +228,11 @@ pub(crate) fn route(route: &RouteDocument, check: &mut DocumentChecker<'_>) {
         let at = path!["rules", index];
         check_match(&rule.matches, at, check);
         check_split(route, rule, at, check);
-        if let Some(said) = &rule.redirect {
-            check_redirect(rule, said, at, check);
+        if let Some(target) = &rule.redirect {
+            check_redirect(rule, target, at, check);
         }
-        if let Some(said) = &rule.retry {
-            check_retry(said, rule.timeout.map(|t| ("timeout", t)), path!["rules", index, "retry"], check);
+        if let Some(retry) = &rule.retry {
+            check_retry(retry, rule.timeout.map(|t| ("timeout", t)), path!["rules", index, "retry"], check);
         }
         let earlier = route.rules.iter().take(index);
         if let Some(first) = earlier.enumerate().find(|(_, e)| shadows(&e.matches, &rule.matches)) {

@@ -342,13 +342,13 @@ fn settle_references(
     chosen: &mut BTreeMap<DocumentId, Arc<DocumentVersion>>,
     good: &BTreeMap<DocumentId, Arc<DocumentVersion>>,
 ) -> Vec<(DocumentId, Place, String)> {
-    let mut said = Vec::new();
+    let mut problems = Vec::new();
     let mut touched: BTreeSet<DocumentId> = BTreeSet::new();
     // Each round replaces or removes a version, and each document has at most two versions.
     loop {
         let mut broken = broken_references(chosen);
         if broken.is_empty() {
-            return said;
+            return problems;
         }
         let is_new = |id: &DocumentId| match (chosen.get(id), good.get(id)) {
             (Some(now), Some(before)) => !Arc::ptr_eq(now, before),
@@ -360,7 +360,7 @@ fn settle_references(
         let ids: BTreeSet<DocumentId> = broken.iter().map(|(id, ..)| id.clone()).collect();
         // Only problems of the file's current text are reported: the places of an earlier version are
         // outdated.
-        said.extend(broken.into_iter().filter(|(id, ..)| !touched.contains(id)));
+        problems.extend(broken.into_iter().filter(|(id, ..)| !touched.contains(id)));
         for id in ids {
             match good.get(&id) {
                 Some(before) if touched.insert(id.clone()) => chosen.insert(id, before.clone()),

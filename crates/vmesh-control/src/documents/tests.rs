@@ -249,12 +249,12 @@ async fn what_documents_say_that_not_everybody_may_read_is_not_quoted() {
     let (views, view) = watch::channel(DocumentsView::default());
     DocumentsFollower::new(Some(config.clone()), Vec::new()).read_once(&views).await;
     let view = view.borrow();
-    let said = format!("{:?} {:?}", view.problems, view.waiting);
-    assert!(!said.contains(SECRET), "{said}");
-    assert!(said.contains("everybody-may-see-this"), "{said}");
+    let shown = format!("{:?} {:?}", view.problems, view.waiting);
+    assert!(!shown.contains(SECRET), "{shown}");
+    assert!(shown.contains("everybody-may-see-this"), "{shown}");
     for file in ["a.yaml", "b.yaml", "c.yaml"] {
         let place = dir.join(file).display().to_string();
-        assert!(view.problems.iter().any(|problem| *problem.place.file == *place), "{file}: {said}");
+        assert!(view.problems.iter().any(|problem| *problem.place.file == *place), "{file}: {shown}");
     }
     let checked = format!("{:?}", check(Some(config)).await);
     assert!(checked.contains(SECRET), "{checked}");

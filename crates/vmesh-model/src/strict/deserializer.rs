@@ -60,17 +60,17 @@ impl<'a> NodeDeserializer<'a> {
                 if let FaultKind::Unexpected { found, .. } = &mut fault.0.kind {
                     *found = self.node.describe();
                 }
-                if let (FaultKind::Message(said), Some(text)) = (&mut fault.0.kind, self.node.text()) {
+                if let (FaultKind::Message(message), Some(text)) = (&mut fault.0.kind, self.node.text()) {
                     // The standard library's error for an address does not quote it.
-                    match said.as_str() {
+                    match message.as_str() {
                         "invalid socket address syntax" => {
-                            *said = format!(
+                            *message = format!(
                                 "`{}` is not an IP address and a port, such as 127.0.0.1:8080",
                                 short(text)
                             );
                         }
                         "invalid IP address syntax" => {
-                            *said = format!("`{}` is not an IP address", short(text))
+                            *message = format!("`{}` is not an IP address", short(text))
                         }
                         _ => {}
                     }

@@ -81,9 +81,9 @@ impl Fault {
 impl FaultDetails {
     pub(super) fn message(&self) -> String {
         let field = self.field.as_deref().map(short);
-        let about = |said: &str| match &field {
-            Some(field) => format!("`{field}`: {said}"),
-            None => said.to_owned(),
+        let about = |message: &str| match &field {
+            Some(field) => format!("`{field}`: {message}"),
+            None => message.to_owned(),
         };
         match &self.kind {
             FaultKind::UnknownField { name, known } => {
@@ -107,7 +107,7 @@ impl FaultDetails {
             FaultKind::Unexpected { expected, found } => {
                 about(&format!("expected {expected}, found {found}"))
             }
-            FaultKind::Message(said) => about(said),
+            FaultKind::Message(message) => about(message),
             FaultKind::Placeholder => about("this cannot be read"),
         }
     }
@@ -128,8 +128,8 @@ impl fmt::Display for Fault {
 impl std::error::Error for Fault {}
 
 impl de::Error for Fault {
-    fn custom<T: fmt::Display>(said: T) -> Self {
-        Fault::new(FaultKind::Message(said.to_string()))
+    fn custom<T: fmt::Display>(message: T) -> Self {
+        Fault::new(FaultKind::Message(message.to_string()))
     }
 
     fn invalid_type(found: Unexpected<'_>, expected: &dyn Expected) -> Self {

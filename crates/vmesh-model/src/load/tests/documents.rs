@@ -321,16 +321,16 @@ outbound: allow-any
 ",
     );
     assert_eq!(problems, "");
-    let said = |service: &str, nodes: &[Arc<PlacedDocument<NodeDocument>>]| {
+    let settings_of = |service: &str, nodes: &[Arc<PlacedDocument<NodeDocument>>]| {
         let settings = documents.settings(&service.parse().unwrap(), nodes);
         let CaptureSettings { percent, on_loss } = settings.capture;
         let by: Vec<_> = settings.origins.iter().map(|(name, by)| format!("{name} by {by}")).collect();
         format!("{percent:?} {on_loss:?} {:?}: {}", documents.outbound(nodes), by.join(", "))
     };
     expect!["Some(50) Some(Closed) AllowAny: capture.on_loss by Node `{role: web}` (a.yaml:9:1), capture.percent by Service `orders` (a.yaml:5:1)"]
-        .assert_eq(&said("orders", &documents.nodes));
+        .assert_eq(&settings_of("orders", &documents.nodes));
     expect!["Some(10) Some(Open) RegistryOnly: capture.on_loss by Mesh (a.yaml:1:1), capture.percent by Mesh (a.yaml:1:1)"]
-        .assert_eq(&said("payments", &[]));
+        .assert_eq(&settings_of("payments", &[]));
 }
 
 #[test]
