@@ -100,7 +100,7 @@ async fn what_is_held_is_released_by_the_very_command_that_is_printed_with_the_r
 
     let accepted = run_printed(&mesh, &text, "to believe it now: ")?;
     assert!(accepted.status.success(), "{accepted:?}");
-    assert_eq!(out(&accepted), "what `files` says of `orders` is believed\n");
+    assert_eq!(out(&accepted), "accepted what `files` lists now for `orders`\n");
     mesh.until_endpoints("orders", &[]).await?;
     let (text, code) = until_shown(&mesh, &["files   fresh"]).await?;
     assert_eq!(code, Some(0), "{text}");
