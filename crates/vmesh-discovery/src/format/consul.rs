@@ -90,8 +90,9 @@ struct ConsulInstance {
     created: u64,
 }
 
+// `expecting` keeps the text of problems independent of the names of these types.
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(expecting = "struct Entry", rename_all = "PascalCase")]
 struct HealthEntry {
     node: Option<NodeEntry>,
     service: Option<ServiceEntry>,
@@ -99,7 +100,7 @@ struct HealthEntry {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(expecting = "struct Node", rename_all = "PascalCase")]
 struct NodeEntry {
     node: Option<String>,
     address: Option<String>,
@@ -109,7 +110,7 @@ struct NodeEntry {
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(expecting = "struct Service", rename_all = "PascalCase")]
 struct ServiceEntry {
     #[serde(rename = "ID")]
     id: Option<String>,
@@ -139,7 +140,7 @@ struct NamedPort {
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(expecting = "struct Tagged", rename_all = "PascalCase")]
 struct TaggedAddress {
     #[serde(alias = "address")]
     address: Option<String>,
@@ -148,14 +149,14 @@ struct TaggedAddress {
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(expecting = "struct Weights", rename_all = "PascalCase")]
 struct CheckWeights {
     passing: Option<u32>,
     warning: Option<u32>,
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
+#[serde(expecting = "struct Check", rename_all = "PascalCase")]
 struct HealthCheck {
     #[serde(rename = "CheckID")]
     id: Option<String>,
