@@ -66,7 +66,7 @@ impl OperatorActions {
     fn source(&self, known: &ConfiguredSource) -> DiscoverySource {
         let (view, counters) = (known.view(), &known.handle.counters);
         let (state, because) = source_state(&view);
-        let answered = counters.answered();
+        let answered = counters.last_answer();
         let name = shell_word(known.name());
         let services = view.last_good.iter().flat_map(|last_good| last_good.services.values());
         DiscoverySource {
@@ -383,9 +383,9 @@ fn api_event(source: Option<Arc<str>>, event: vmesh_discovery::source::Event) ->
         at_millis: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
         age_seconds: event.at.elapsed().unwrap_or_default().as_secs(),
         source,
-        what: event.what.as_str().into(),
+        what: event.kind.as_str().into(),
         service: event.service,
-        kind: event.kind.map(|kind| kind.as_str().into()),
+        kind: event.hold.map(|kind| kind.as_str().into()),
         text: event.text,
     }
 }

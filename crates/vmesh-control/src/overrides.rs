@@ -86,12 +86,12 @@ impl Overrides {
     }
 
     /// Records and logs what happened to an endpoint.
-    pub(crate) fn record(&self, what: NoticeKind, evicted: &Eviction, why: &str) {
+    pub(crate) fn record(&self, kind: NoticeKind, evicted: &Eviction, why: &str) {
         let Eviction { service, address, .. } = evicted;
         let text = format!("{address}: {why}").into();
-        let notice = Notice { what, service: Some(service.clone()), kind: None, text };
+        let notice = Notice { kind, service: Some(service.clone()), hold: None, text };
         for event in self.events.record(vec![notice], SystemTime::now()) {
-            tracing::warn!("service `{service}`: {}: {}", event.what.as_str(), event.text);
+            tracing::warn!("service `{service}`: {}: {}", event.kind.as_str(), event.text);
         }
     }
 }

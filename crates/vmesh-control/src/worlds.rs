@@ -132,7 +132,7 @@ impl Sources {
                         (State::Held, Some("something is held back: see `vmeshctl discovery`".into()))
                     }
                 };
-                let answered = known.handle.counters.answered();
+                let answered = known.handle.counters.last_answer();
                 Source {
                     name: known.name().clone(),
                     state,
@@ -228,11 +228,11 @@ pub(crate) async fn publish(
     let (mut may_be_silent, mut waits_for_optional) = (true, true);
     let mut overridden = overrides.subscribe();
     let mut evicted = overridden.borrow_and_update().evicted.clone();
-    let mut absences = EvictionExpiry::default();
+    let mut expiry = EvictionExpiry::default();
     let hold = sources.eviction_hold();
     apply_documents(&mut catalog, &documents.borrow_and_update().clone());
     loop {
-        let forget_at = absences.deadline(hold);
+        let forget_at = expiry.deadline(hold);
         tokio::select! {
             view = views.next(), if !views.is_empty() => {
                 if let Some((index, view)) = view
@@ -271,7 +271,7 @@ pub(crate) async fn publish(
                 apply_all_views(&mut catalog, &sources, &evicted);
             }
         }
-        end_evictions(&mut absences, &sources, &overrides, &evicted, hold).await;
+        end_evictions(&mut expiry, &sources, &overrides, &evicted, hold).await;
         let documents_wait = documents.borrow().waiting.clone().map(|why| why.to_string());
         let waiting = sources.waiting(may_be_silent).iter().cloned().chain(documents_wait).collect();
         published.send_if_modified(|last| {
@@ -284,7 +284,7 @@ pub(crate) async fn publish(
 
 /// Ends the evictions of endpoints that no source lists any more.
 async fn end_evictions(
-    absences: &mut EvictionExpiry,
+    expiry: &mut EvictionExpiry,
     sources: &Sources,
     overrides: &Arc<Overrides>,
     evicted: &Evictions,
@@ -294,12 +294,12 @@ async fn end_evictions(
         return;
     }
     if !sources.all_answer() {
-        absences.unknown();
+        expiry.restart();
         return;
     }
     let now = Instant::now().into_std();
     let over =
-        absences.over(evicted, |service, address| sources.contains_endpoint(service, address), hold, now);
+        expiry.expired(evicted, |service, address| sources.contains_endpoint(service, address), hold, now);
     for evicted in &over {
         overrides.change(|saved| saved.evicted.admit(&evicted.service, &evicted.address));
         overrides.record(

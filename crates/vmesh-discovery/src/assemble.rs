@@ -12,9 +12,9 @@ use vmesh_model::yaml::short;
 use vmesh_model::{Endpoint, Host, Problem, Registration, ServiceName, State};
 use vmesh_text::printable;
 
-use crate::format::{ParsedEndpoint, ParsedService, subject_of, too_many};
+use crate::format::{ParsedEndpoint, ParsedService, subject_of, too_many_bad};
 use crate::resolve::{HostNames, Resolution, Resolve};
-use crate::source::{Extent, Registrations, ServiceView, shown};
+use crate::source::{Extent, Registrations, ServiceView, escape_text};
 
 /// The time that the first view of a source waits for host names to resolve. Without it, services would start
 /// without endpoints, and a control plane without a last good view would remove them from every proxy. One
@@ -33,7 +33,7 @@ pub enum ServiceContent {
 /// One service as its source states it, and the reason if the present statement of the source is not usable.
 #[derive(Debug, Clone)]
 pub struct ServiceStatement {
-    pub known: ServiceContent,
+    pub content: ServiceContent,
     pub stale_because: Option<Arc<str>>,
     /// The reason why the service may have endpoints that could not be read.
     pub partial_because: Option<Arc<str>>,
@@ -43,12 +43,12 @@ impl ServiceStatement {
     /// Returns a service as the source states it at present.
     pub fn fresh(service: Arc<ParsedService>) -> ServiceStatement {
         let partial_because = service.partial_because.clone();
-        ServiceStatement { known: ServiceContent::Parsed(service), stale_because: None, partial_because }
+        ServiceStatement { content: ServiceContent::Parsed(service), stale_because: None, partial_because }
     }
 
     /// Returns the last good content of a service whose present statement is not usable, with the reason.
     pub fn stale(known: ServiceContent, because: impl Into<Arc<str>>) -> ServiceStatement {
-        ServiceStatement { known, stale_because: Some(because.into()), partial_because: None }
+        ServiceStatement { content: known, stale_because: Some(because.into()), partial_because: None }
     }
 }
 
@@ -80,13 +80,13 @@ impl Statement {
 
 /// Makes [`Registrations`] out of [`Statement`]s, for one source.
 ///
-/// Call [`Assembler::want`] for each new statement, then [`Assembler::look_up`] to start the lookups, then
+/// Call [`Assembler::request_names`] for each new statement, then [`Assembler::start_lookups`] to start the lookups, then
 /// [`Assembler::view`]. While waiting, poll [`Assembler::changed`] and call `look_up` again at the time it
 /// returned; build a new view after each change.
 pub struct Assembler<R> {
     source: Arc<str>,
     names: HostNames<R>,
-    built: BTreeMap<ServiceName, AssembledService>,
+    assembled: BTreeMap<ServiceName, AssembledService>,
 }
 
 /// A service with its host names resolved.
@@ -113,27 +113,31 @@ impl<R: Resolve> Assembler<R> {
         last_good: Option<&Registrations>,
     ) -> Assembler<R> {
         let mut names = HostNames::new(resolver, interval);
-        for (host, addresses) in resolved_before(last_good) {
-            names.remember(host, addresses.into_iter().map(|address| address.ip()).collect());
+        for (host, addresses) in addresses_before(last_good) {
+            names.add_known(host, addresses.into_iter().map(|address| address.ip()).collect());
         }
-        Assembler { source, names, built: BTreeMap::new() }
+        Assembler { source, names, assembled: BTreeMap::new() }
     }
 
     /// Requests the host names of the services `told`. Other names are forgotten, unless `may_grow` is set: a
     /// service that has not been read yet may need a name that was known before.
-    pub fn want<'a>(&mut self, told: impl IntoIterator<Item = &'a ServiceStatement>, may_grow: bool) {
-        let hosts: BTreeSet<Arc<str>> = told.into_iter().flat_map(hosts).collect();
-        if may_grow { self.names.want(&hosts) } else { self.names.want_only(&hosts) }
+    pub fn request_names<'a>(
+        &mut self,
+        told: impl IntoIterator<Item = &'a ServiceStatement>,
+        may_grow: bool,
+    ) {
+        let hosts: BTreeSet<Arc<str>> = told.into_iter().flat_map(host_names_of).collect();
+        if may_grow { self.names.request(&hosts) } else { self.names.request_only(&hosts) }
     }
 
     /// Reports whether a host name has never been looked up, so that a service might start without endpoints.
-    pub fn any_pending(&self) -> bool {
-        self.names.any_pending()
+    pub fn has_pending(&self) -> bool {
+        self.names.has_pending()
     }
 
     /// Starts the lookups that are due and returns when the next one is due.
-    pub fn look_up(&mut self) -> Option<Instant> {
-        self.names.look_up()
+    pub fn start_lookups(&mut self) -> Option<Instant> {
+        self.names.start_lookups()
     }
 
     /// Waits until the result of a lookup changes. Dropping the future loses nothing.
@@ -148,22 +152,22 @@ impl<R: Resolve> Assembler<R> {
             services: BTreeMap::new(),
             problems: statement.problems.clone(),
             emptied: statement.emptied.clone(),
-            unusable: statement.unusable.iter().map(shown).collect(),
-            left_out: statement.left_out.iter().map(shown).collect(),
+            unusable: statement.unusable.iter().map(escape_text).collect(),
+            left_out: statement.left_out.iter().map(escape_text).collect(),
             unresolved: self.names.unresolved(),
         };
         // Both inputs are sorted by name, and so is the result.
-        let mut known_before = std::mem::take(&mut self.built).into_iter().peekable();
-        let mut built = Vec::with_capacity(statement.services.len());
+        let mut known_before = std::mem::take(&mut self.assembled).into_iter().peekable();
+        let mut assembled = Vec::with_capacity(statement.services.len());
         let mut services = Vec::with_capacity(statement.services.len());
         for (name, told) in &statement.services {
             while known_before.next_if(|(before, _)| before < name).is_some() {}
             let before = known_before.next_if(|(before, _)| before == name).map(|(_, before)| before);
-            let seen = match &told.known {
+            let seen = match &told.content {
                 ServiceContent::Restored(registration) => ServiceView::fresh(registration.clone()),
                 ServiceContent::Parsed(parsed) => {
                     let known = before.as_ref().map(|before| before.seen.registration.clone());
-                    let mut now = build(parsed, before, &self.names, &self.source);
+                    let mut now = resolve_service(parsed, before, &self.names, &self.source);
                     view.problems.extend(now.problems.iter().cloned());
                     let is_unknown = now.is_unresolved && now.seen.registration.endpoints.is_empty();
                     match known.filter(|known| !known.endpoints.is_empty()) {
@@ -174,7 +178,7 @@ impl<R: Resolve> Assembler<R> {
                         _ => {}
                     }
                     let seen = now.seen.clone();
-                    built.push((name.clone(), now));
+                    assembled.push((name.clone(), now));
                     if is_unknown && seen.registration.endpoints.is_empty() {
                         let because = seen.because.as_deref().unwrap_or("its names are not resolved");
                         view.unusable.push(format!("service `{name}`: {because}").into());
@@ -189,19 +193,19 @@ impl<R: Resolve> Assembler<R> {
                 (None, None) => seen,
                 (Some(because), _) => ServiceView {
                     state: State::Stale,
-                    because: Some(shown(because)),
+                    because: Some(escape_text(because)),
                     extent: Extent::Nothing,
                     ..seen
                 },
                 (None, Some(because)) => {
-                    let because = seen.because.or_else(|| Some(shown(because)));
+                    let because = seen.because.or_else(|| Some(escape_text(because)));
                     ServiceView { because, extent: Extent::Part, ..seen }
                 }
             };
             services.push((name.clone(), seen));
         }
         view.services = services.into_iter().collect();
-        self.built = built.into_iter().collect();
+        self.assembled = assembled.into_iter().collect();
         view.unusable.sort();
         view.unusable.dedup();
         view.left_out.sort();
@@ -214,8 +218,8 @@ impl<R: Resolve> Assembler<R> {
 
 /// Returns the host names of a service. For a restored service these are the names before the restart, whose
 /// addresses are needed once its file can be read again.
-fn hosts(told: &ServiceStatement) -> Vec<Arc<str>> {
-    match &told.known {
+fn host_names_of(told: &ServiceStatement) -> Vec<Arc<str>> {
+    match &told.content {
         ServiceContent::Parsed(service) => {
             let hosts = service.endpoints.iter().filter_map(|endpoint| match &endpoint.address.host {
                 Host::Name(name) => Some(name.clone()),
@@ -229,7 +233,7 @@ fn hosts(told: &ServiceStatement) -> Vec<Arc<str>> {
     }
 }
 
-fn resolved_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<SocketAddr>> {
+fn addresses_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<SocketAddr>> {
     let mut before: BTreeMap<Arc<str>, Vec<SocketAddr>> = BTreeMap::new();
     let services = last_good.into_iter().flat_map(|last_good| last_good.services.values());
     for endpoint in services.flat_map(|seen| seen.registration.endpoints.iter()) {
@@ -243,7 +247,7 @@ fn resolved_before(last_good: Option<&Registrations>) -> BTreeMap<Arc<str>, Vec<
 /// Resolves the host names of a service. An endpoint whose name has no address yet is left out, without
 /// delaying the rest of the service; endpoints from the previous view stay while a new name is being looked
 /// up. An unchanged result keeps its pointer.
-fn build<R: Resolve>(
+fn resolve_service<R: Resolve>(
     parsed: &Arc<ParsedService>,
     before: Option<AssembledService>,
     names: &HostNames<R>,
@@ -265,7 +269,7 @@ fn build<R: Resolve>(
             Host::Ip(ip) => match dialable(*ip) {
                 Ok(ip) => {
                     let address = SocketAddr::new(ip, port);
-                    endpoints.insert(address, resolved(endpoint, address, None, source));
+                    endpoints.insert(address, endpoint_at(endpoint, address, None, source));
                 }
                 Err(why) => {
                     undialable += 1;
@@ -291,7 +295,7 @@ fn build<R: Resolve>(
                         (addresses, failure, "its last addresses stay in force")
                     }
                     Resolution::Failed(why) => {
-                        is_unresolved |= names.may_come(host);
+                        is_unresolved |= names.may_exist(host);
                         (Arc::from([]), Some(why), "this endpoint is left out")
                     }
                 };
@@ -308,7 +312,7 @@ fn build<R: Resolve>(
                     let address = SocketAddr::new(ip, port);
                     // A record with an explicit address describes the endpoint better than one found through
                     // a host name.
-                    let named = || resolved(endpoint, address, Some(host.clone()), source);
+                    let named = || endpoint_at(endpoint, address, Some(host.clone()), source);
                     endpoints.entry(address).or_insert_with(named);
                 }
                 undialable +=
@@ -344,7 +348,7 @@ fn build<R: Resolve>(
     };
     seen.empty_on_purpose = parsed.endpoints.is_empty();
     let records = parsed.endpoints.len();
-    if too_many(undialable, records) {
+    if too_many_bad(undialable, records) {
         // As with invalid records: the missing endpoints are probably among these records, so no endpoint is
         // removed.
         let why = format!("{undialable} of {records} records have no address that can be dialled");
@@ -373,7 +377,7 @@ fn dialable_for(host: &str, ip: IpAddr) -> Result<IpAddr, String> {
     Ok(ip)
 }
 
-fn resolved(
+fn endpoint_at(
     endpoint: &ParsedEndpoint,
     address: SocketAddr,
     hostname: Option<Arc<str>>,

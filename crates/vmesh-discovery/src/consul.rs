@@ -42,7 +42,7 @@ use vmesh_consul::{
 use vmesh_model::{Place, Problem, Registration, ServiceName};
 
 use crate::assemble::{Assembler, FIRST_NAMES, ServiceContent, ServiceStatement, Statement};
-use crate::format::consul::{InstanceRules, ServiceInstances, combine, read, remembered};
+use crate::format::consul::{InstanceRules, ServiceInstances, combine, read, restored_instances};
 use crate::format::{ParsedService, subject_of};
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError, chain};
@@ -60,7 +60,7 @@ const SETTLE: Duration = Duration::from_millis(15);
 /// reveals an outage.
 const CATALOG_WAIT: Duration = Duration::from_secs(30);
 /// The limit of concurrent reads for one confirmation.
-const CONFIRM_AT_ONCE: usize = 16;
+const MAX_CONFIRMING_READS: usize = 16;
 /// The delay before a listed service without instances is read again. A second empty answer is reported as a
 /// problem; a single one may come from a service that is being deregistered.
 const EMPTY_AGAIN: Duration = Duration::from_secs(1);
@@ -78,9 +78,9 @@ pub struct ConsulSource<R = SystemResolver> {
     client: Client,
     counters: Arc<Counters>,
     plan: Plan,
-    asks: JoinSet<FinishedQuery>,
+    queries: JoinSet<FinishedQuery>,
     /// The target of each running query, by task.
-    asked: HashMap<tokio::task::Id, (QueryTarget, AbortHandle)>,
+    query_targets: HashMap<tokio::task::Id, (QueryTarget, AbortHandle)>,
     /// Reads all services in turn when they have no blocking queries of their own.
     sweep: Sweep,
     /// The random keys of the hashes that compare answers, so that no client can provoke a collision.
@@ -97,20 +97,20 @@ pub struct ConsulSource<R = SystemResolver> {
     started: Instant,
     /// Since when the first view has been waiting for host names.
     first_names: Option<Instant>,
-    settle_at: Option<Instant>,
+    view_at: Option<Instant>,
     /// The total size of the kept answers in bytes, and its limit.
     kept_bytes: usize,
     max_kept: usize,
-    told: Option<Registrations>,
+    last_view: Option<Registrations>,
     /// The catalogue could not be read, so the next view is returned even if it equals the one before.
     has_failed: bool,
 }
 
 /// The result of one query.
 struct FinishedQuery {
-    ask: QueryTarget,
+    target: QueryTarget,
     was_strong: bool,
-    what: QueryAnswer,
+    answer: QueryAnswer,
 }
 
 enum QueryAnswer {
@@ -152,8 +152,8 @@ impl<R: Resolve> ConsulSource<R> {
             client: Client::new(&config.client()),
             counters,
             plan: Plan::new(&config.datacenters, Instant::now()),
-            asks: JoinSet::new(),
-            asked: HashMap::new(),
+            queries: JoinSet::new(),
+            query_targets: HashMap::new(),
             sweep: Sweep::new(Instant::now()),
             hash_keys: RandomState::new(),
             assembler,
@@ -165,10 +165,10 @@ impl<R: Resolve> ConsulSource<R> {
             statement: Statement::default(),
             started: Instant::now(),
             first_names: None,
-            settle_at: None,
+            view_at: None,
             kept_bytes: 0,
             max_kept: MAX_KEPT,
-            told: None,
+            last_view: None,
             has_failed: false,
             name,
             config,
@@ -186,41 +186,45 @@ impl<R: Resolve> ConsulSource<R> {
     fn start_due(&mut self, now: Instant) {
         for at in 0..self.plan.datacenters.len() {
             if self.plan.datacenters.get(at).is_some_and(|dc| !dc.in_flight && dc.cursor.due() <= now) {
-                self.ask_catalog(at);
+                self.query_catalog(at);
             }
         }
         self.choose_mode(now);
         self.start_shared(now);
         let slots = self.read_slots();
-        let wait = self.plan.turn(slots, self.config.wait);
+        let wait = self.plan.block_time(slots, self.config.wait);
         while let Some(key) = self.plan.take_due(now, slots) {
-            self.ask_service(key, wait);
+            self.query_service(key, wait);
         }
     }
 
-    fn ask_catalog(&mut self, at: usize) {
+    fn query_catalog(&mut self, at: usize) {
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
         dc.in_flight = true;
         let query = Query { datacenter: dc.name.clone(), ..self.pace.query(&dc.cursor, CATALOG_WAIT) };
         let was_strong = query.consistency != Consistency::Stale;
         let (client, known) = (self.client.clone(), dc.cursor.hash());
-        let ask = QueryTarget::Catalog(at);
+        let target = QueryTarget::Catalog(at);
         let task = async move {
             FinishedQuery {
-                ask: QueryTarget::Catalog(at),
+                target: QueryTarget::Catalog(at),
                 was_strong,
-                what: QueryAnswer::Catalog(read_catalog(&client, &query, known).await),
+                answer: QueryAnswer::Catalog(read_catalog(&client, &query, known).await),
             }
         };
-        self.spawn(ask, task);
+        self.spawn_query(target, task);
     }
 
-    fn spawn(&mut self, ask: QueryTarget, task: impl Future<Output = FinishedQuery> + Send + 'static) {
-        let task = self.asks.spawn(task);
-        self.asked.insert(task.id(), (ask, task));
+    fn spawn_query(
+        &mut self,
+        target: QueryTarget,
+        task: impl Future<Output = FinishedQuery> + Send + 'static,
+    ) {
+        let task = self.queries.spawn(task);
+        self.query_targets.insert(task.id(), (target, task));
     }
 
-    fn ask_service(&mut self, key: ServiceKey, wait: Duration) {
+    fn query_service(&mut self, key: ServiceKey, wait: Duration) {
         let Some(watched) = self.plan.services.get_mut(&key) else { return };
         watched.must_be_newer = std::mem::take(&mut watched.expects_news);
         let Some(watched) = self.plan.services.get(&key) else { return };
@@ -228,15 +232,15 @@ impl<R: Resolve> ConsulSource<R> {
         let query = Query { datacenter, ..self.pace.query(&watched.cursor, wait) };
         let was_strong = query.consistency != Consistency::Stale;
         let reader = self.reader(&key.1, watched);
-        let ask = QueryTarget::Service(key.clone());
+        let target = QueryTarget::Service(key.clone());
         let task = async move {
             FinishedQuery {
-                ask: QueryTarget::Service(key),
+                target: QueryTarget::Service(key),
                 was_strong,
-                what: QueryAnswer::Service(reader.read(&query).await),
+                answer: QueryAnswer::Service(reader.read(&query).await),
             }
         };
-        self.spawn(ask, task);
+        self.spawn_query(target, task);
     }
 
     fn reader(&self, name: &ServiceName, watched: &WatchedService) -> ServiceReader {
@@ -250,19 +254,19 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    fn done(&mut self, outcome: FinishedQuery, now: Instant) -> Result<(), SourceError> {
-        let FinishedQuery { ask, was_strong, what } = outcome;
-        match (ask, what) {
+    fn handle_answer(&mut self, outcome: FinishedQuery, now: Instant) -> Result<(), SourceError> {
+        let FinishedQuery { target, was_strong, answer } = outcome;
+        match (target, answer) {
             (QueryTarget::Catalog(at), QueryAnswer::Catalog(answer)) => {
-                self.heard_catalog(at, answer, was_strong, now)
+                self.handle_catalog(at, answer, was_strong, now)
             }
             (QueryTarget::Checks(at), QueryAnswer::Checks(answer)) => {
-                self.heard_checks(at, answer, was_strong, now);
+                self.handle_checks(at, answer, was_strong, now);
                 Ok(())
             }
             (QueryTarget::Service(key), QueryAnswer::Service(answer)) => {
-                self.plan.back(&key);
-                self.heard_service(&key, answer, was_strong, now);
+                self.plan.end_query(&key);
+                self.handle_service(&key, answer, was_strong, now);
                 self.plan.enqueue(&key);
                 Ok(())
             }
@@ -271,8 +275,8 @@ impl<R: Resolve> ConsulSource<R> {
     }
 
     /// Handles a query whose task panicked, like any failed query.
-    fn lost(&mut self, ask: Option<QueryTarget>, now: Instant) -> Result<(), SourceError> {
-        match ask {
+    fn handle_panic(&mut self, target: Option<QueryTarget>, now: Instant) -> Result<(), SourceError> {
+        match target {
             Some(QueryTarget::Catalog(at)) => {
                 let failure = "the task that reads it has failed".to_owned();
                 if let Some(dc) = self.plan.datacenters.get_mut(at) {
@@ -285,21 +289,21 @@ impl<R: Resolve> ConsulSource<R> {
                 Ok(())
             }
             Some(QueryTarget::Service(key)) => {
-                self.plan.back(&key);
+                self.plan.end_query(&key);
                 if let Some(watched) = self.plan.services.get_mut(&key) {
                     watched.cursor.failed(now);
                     watched.failures += 1;
                     watched.failure = Some("the task that reads it has failed".into());
                 }
                 self.plan.enqueue(&key);
-                self.judge(&key.1);
+                self.update_service(&key.1);
                 Ok(())
             }
             None => Ok(()),
         }
     }
 
-    fn count(&self) {
+    fn copy_counters(&self) {
         let (theirs, ours) = (self.client.counters(), &self.counters);
         let copy = |from: &std::sync::atomic::AtomicU64, to: &std::sync::atomic::AtomicU64| {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -312,14 +316,14 @@ impl<R: Resolve> ConsulSource<R> {
 
     /// Returns when work is due without any answer.
     fn wake_at(&mut self, now: Instant) -> Instant {
-        let names = self.assembler.look_up();
-        let ask = self.plan.next_due(self.read_slots());
+        let names = self.assembler.start_lookups();
+        let query = self.plan.next_due(self.read_slots());
         let sweep = self.sweep_due(now);
-        let is_first = |at: &Instant| self.told.is_none() && *at > now;
+        let is_first = |at: &Instant| self.last_view.is_none() && *at > now;
         let first_names = self.first_names.map(|since| since + FIRST_NAMES).filter(is_first);
         let first_datacenters = Some(self.started + FIRST_DATACENTERS).filter(is_first);
         let never = now + Duration::from_secs(3600);
-        [names, ask, sweep, first_names, first_datacenters, self.settle_at]
+        [names, query, sweep, first_names, first_datacenters, self.view_at]
             .into_iter()
             .flatten()
             .fold(never, Instant::min)
@@ -331,7 +335,7 @@ impl<R: Resolve> ConsulSource<R> {
         let query = Query { consistency: Consistency::Consistent, datacenter, ..Query::default() };
         let answer = read_catalog(&self.client, &query, None).await;
         let in_flight = self.plan.datacenters.get(at).is_some_and(|dc| dc.in_flight);
-        let heard = self.heard_catalog(at, answer, true, Instant::now());
+        let heard = self.handle_catalog(at, answer, true, Instant::now());
         if let Some(dc) = self.plan.datacenters.get_mut(at) {
             dc.in_flight = in_flight;
         }
@@ -342,7 +346,7 @@ impl<R: Resolve> ConsulSource<R> {
         let mut left: Vec<ServiceKey> = wanted.iter().map(|name| (at, name.clone())).collect();
         let mut reads: JoinSet<(ServiceKey, ServiceAnswer)> = JoinSet::new();
         loop {
-            while reads.len() < CONFIRM_AT_ONCE
+            while reads.len() < MAX_CONFIRMING_READS
                 && let Some(key) = left.pop()
             {
                 let Some(watched) = self.plan.services.get(&key) else { continue };
@@ -357,9 +361,9 @@ impl<R: Resolve> ConsulSource<R> {
             }
             // A confirmation repeats an earlier answer, so an empty service counts as empty before.
             if let Some(watched) = self.plan.services.get_mut(&key) {
-                watched.empties = watched.empties.max(1);
+                watched.empty_answers = watched.empty_answers.max(1);
             }
-            self.heard_service(&key, answer, true, Instant::now());
+            self.handle_service(&key, answer, true, Instant::now());
             self.plan.enqueue(&key);
         }
     }
@@ -374,46 +378,46 @@ impl<R: Resolve> Source for ConsulSource<R> {
         loop {
             let now = Instant::now();
             self.start_due(now);
-            if self.settle_at.is_some_and(|at| at <= now) {
-                self.settle_at = None;
+            if self.view_at.is_some_and(|at| at <= now) {
+                self.view_at = None;
                 if let Some(view) = self.view(now)? {
                     return Ok(view);
                 }
             }
             let due = self.wake_at(now);
             tokio::select! {
-                Some(done) = self.asks.join_next_with_id() => {
-                    self.count();
+                Some(done) = self.queries.join_next_with_id() => {
+                    self.copy_counters();
                     let now = Instant::now();
                     match done {
                         Ok((id, outcome)) => {
-                            self.asked.remove(&id);
-                            if let QueryAnswer::Service(Ok(Answer { value: Some(read), .. })) = &outcome.what {
+                            self.query_targets.remove(&id);
+                            if let QueryAnswer::Service(Ok(Answer { value: Some(read), .. })) = &outcome.answer {
                                 self.counters.bad_records.fetch_add(read.bad(), Ordering::Relaxed);
                             }
-                            self.done(outcome, now)?;
+                            self.handle_answer(outcome, now)?;
                         }
                         Err(lost) => {
-                            let ask = self.asked.remove(&lost.id()).map(|(ask, _)| ask);
-                            match ask {
+                            let target = self.query_targets.remove(&lost.id()).map(|(target, _)| target);
+                            match target {
                                 // The query was cancelled because its connection is needed for shared
                                 // queries.
                                 Some(QueryTarget::Service(key)) if lost.is_cancelled() => {
-                                    self.plan.back(&key);
+                                    self.plan.end_query(&key);
                                     self.plan.enqueue(&key);
                                 }
-                                ask => {
+                                target => {
                                     tracing::error!("{}: {lost}", self.name);
-                                    self.lost(ask, now)?;
+                                    self.handle_panic(target, now)?;
                                 }
                             }
                         }
                     }
                 }
-                () = self.assembler.changed() => self.settle_at = Some(Instant::now()),
+                () = self.assembler.changed() => self.view_at = Some(Instant::now()),
                 () = sleep_until(due) => {
-                    if self.told.is_none() {
-                        self.settle(Instant::now());
+                    if self.last_view.is_none() {
+                        self.schedule_view(Instant::now());
                     }
                 }
             }
@@ -424,9 +428,9 @@ impl<R: Resolve> Source for ConsulSource<R> {
         for at in 0..self.plan.datacenters.len() {
             self.confirm_in(at, services).await?;
         }
-        self.count();
+        self.copy_counters();
         let now = Instant::now();
-        match (self.view(now)?, &self.told) {
+        match (self.view(now)?, &self.last_view) {
             (Some(view), _) => Ok(view),
             (None, Some(told)) => Ok(told.clone()),
             (None, None) => Err(SourceError::Suspect {

@@ -48,15 +48,15 @@ pub struct FileSource<R = SystemResolver> {
     hints: Arc<Hints>,
     assembler: Assembler<R>,
     /// The scan that is running. It continues when the future of [`Source::next`] is dropped.
-    looking: Option<JoinHandle<Result<Scan, SourceError>>>,
-    look_at: Option<Instant>,
+    running_scan: Option<JoinHandle<Result<Scan, SourceError>>>,
+    scan_at: Option<Instant>,
     verify_at: Instant,
     started: Instant,
     /// The result of a scan was lost, so the next scan has to cover everything.
     is_behind: bool,
     /// The statement of all files, and whether some are being written at present.
     statement: Option<(Statement, bool)>,
-    told: Option<Registrations>,
+    last_view: Option<Registrations>,
     /// The last scan failed, so the next good view is returned even if it equals the one before.
     has_failed: bool,
 }
@@ -86,49 +86,49 @@ impl<R: Resolve> FileSource<R> {
             disk: Arc::new(Mutex::new(Disk::new(config, hints.clone(), last_good))),
             hints,
             assembler,
-            looking: None,
-            look_at: Some(now),
+            running_scan: None,
+            scan_at: Some(now),
             verify_at: now,
             started: now,
             is_behind: true,
             statement: None,
-            told: None,
+            last_view: None,
             has_failed: false,
         }
     }
 
     /// Starts a scan of the disk.
-    fn look(&mut self, now: Instant) {
-        let mut look = self.hints.take(now.into_std());
-        look.everything |= self.is_behind;
+    fn start_scan(&mut self, now: Instant) {
+        let mut request = self.hints.take(now.into_std());
+        request.everything |= self.is_behind;
         let verify = self.verify_at <= now;
         if verify {
             self.verify_at = now + self.poll;
         }
-        self.look_at = None;
+        self.scan_at = None;
         let disk = self.disk.clone();
-        self.looking = Some(tokio::task::spawn_blocking(move || {
+        self.running_scan = Some(tokio::task::spawn_blocking(move || {
             // The mutex is poisoned only if a scan panicked, and each scan starts afresh.
-            disk.lock().unwrap_or_else(PoisonError::into_inner).scan(&look, verify)
+            disk.lock().unwrap_or_else(PoisonError::into_inner).scan(&request, verify)
         }));
     }
 
     /// Returns when the next scan is due if the kernel reports no change before.
-    fn next_look(&self) -> Instant {
+    fn next_scan(&self) -> Instant {
         let heard = self.hints.due().map(Instant::from_std);
-        [heard, self.look_at].into_iter().flatten().fold(self.verify_at, Instant::min)
+        [heard, self.scan_at].into_iter().flatten().fold(self.verify_at, Instant::min)
     }
 
     /// Returns when work is due without any event.
     fn wake_at(&mut self, now: Instant) -> Instant {
-        let names = self.assembler.look_up();
-        let look = self.looking.is_none().then(|| self.next_look());
-        let first_view = Some(self.started + FIRST_NAMES).filter(|at| self.told.is_none() && *at > now);
+        let names = self.assembler.start_lookups();
+        let scan = self.running_scan.is_none().then(|| self.next_scan());
+        let first_view = Some(self.started + FIRST_NAMES).filter(|at| self.last_view.is_none() && *at > now);
         let never = now + Duration::from_secs(3600);
-        [names, look, first_view].into_iter().flatten().fold(never, Instant::min)
+        [names, scan, first_view].into_iter().flatten().fold(never, Instant::min)
     }
 
-    fn panicked(&mut self, panicked: JoinError) -> SourceError {
+    fn scan_panicked(&mut self, panicked: JoinError) -> SourceError {
         self.is_behind = true;
         let what = "look at its files".to_owned();
         SourceError::Failed { source_name: self.name.clone(), what, cause: panicked.into() }
@@ -136,34 +136,34 @@ impl<R: Resolve> FileSource<R> {
 
     /// Takes the result of a scan. After a failure the next scan is due at once; the caller of
     /// [`Source::next`] applies a back-off.
-    fn found(&mut self, found: Result<Scan, SourceError>, now: Instant) -> Result<(), SourceError> {
+    fn take_scan(&mut self, found: Result<Scan, SourceError>, now: Instant) -> Result<(), SourceError> {
         let scan = match found {
             Ok(scan) => {
                 self.counters.reads.fetch_add(scan.read, Relaxed);
                 self.counters.failed_reads.fetch_add(scan.refused, Relaxed);
                 self.counters.bad_records.fetch_add(scan.bad_records, Relaxed);
-                self.counters.answered_now();
+                self.counters.record_answer();
                 scan
             }
             Err(error) => {
                 self.counters.reads.fetch_add(1, Relaxed);
                 self.counters.failed_reads.fetch_add(1, Relaxed);
                 self.has_failed = true;
-                self.look_at = Some(now);
+                self.scan_at = Some(now);
                 return Err(error);
             }
         };
-        self.look_at = scan.again.map(|wait| now + wait);
+        self.scan_at = scan.again.map(|wait| now + wait);
         self.is_behind = false;
         let is_unsettled = scan.again.is_some();
         // A partial scan does not tell which host names are no longer needed.
-        self.assembler.want(scan.told.services.values(), is_unsettled || scan.only.is_some());
+        self.assembler.request_names(scan.statement.services.values(), is_unsettled || scan.only.is_some());
         let statement = match (scan.only, self.statement.take()) {
             (Some(only), Some((mut statement, _))) => {
-                statement.replace(only, scan.told);
+                statement.replace(only, scan.statement);
                 statement
             }
-            (_, _) => scan.told,
+            (_, _) => scan.statement,
         };
         self.statement = Some((statement, is_unsettled));
         Ok(())
@@ -173,19 +173,19 @@ impl<R: Resolve> FileSource<R> {
     /// first view.
     fn view(&mut self, now: Instant) -> Option<Registrations> {
         let (statement, is_unsettled) = self.statement.as_ref()?;
-        if self.told.is_none() {
-            let waits_for_names = self.assembler.any_pending() && now < self.started + FIRST_NAMES;
+        if self.last_view.is_none() {
+            let waits_for_names = self.assembler.has_pending() && now < self.started + FIRST_NAMES;
             let waits_for_files = *is_unsettled && now < self.started + FIRST_FILES;
             if waits_for_names || waits_for_files {
                 return None;
             }
         }
         let view = self.assembler.view(statement);
-        if !self.has_failed && self.told.as_ref() == Some(&view) {
+        if !self.has_failed && self.last_view.as_ref() == Some(&view) {
             return None;
         }
         self.has_failed = false;
-        self.told = Some(view.clone());
+        self.last_view = Some(view.clone());
         Some(view)
     }
 }
@@ -194,21 +194,21 @@ impl<R: Resolve> Source for FileSource<R> {
     async fn next(&mut self) -> Result<Registrations, SourceError> {
         loop {
             let now = Instant::now();
-            if self.looking.is_none() && self.next_look() <= now {
-                self.look(now);
+            if self.running_scan.is_none() && self.next_scan() <= now {
+                self.start_scan(now);
             }
             let due = self.wake_at(now);
             let is_news = tokio::select! {
-                found = finished(&mut self.looking) => {
-                    self.looking = None;
-                    self.look_at = None;
-                    let found = found.unwrap_or_else(|panicked| Err(self.panicked(panicked)));
-                    self.found(found, Instant::now())?;
+                found = join_scan(&mut self.running_scan) => {
+                    self.running_scan = None;
+                    self.scan_at = None;
+                    let found = found.unwrap_or_else(|panicked| Err(self.scan_panicked(panicked)));
+                    self.take_scan(found, Instant::now())?;
                     true
                 }
                 () = self.assembler.changed() => true,
-                () = self.hints.news() => false,
-                () = tokio::time::sleep_until(due) => self.told.is_none(),
+                () = self.hints.event() => false,
+                () = tokio::time::sleep_until(due) => self.last_view.is_none(),
             };
             if is_news && let Some(view) = self.view(Instant::now()) {
                 return Ok(view);
@@ -219,19 +219,19 @@ impl<R: Resolve> Source for FileSource<R> {
     /// Reads every file once more.
     async fn confirm(&mut self, _: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
         // A scan that is running may have begun before the change that is to be confirmed.
-        if self.looking.is_some() {
-            _ = finished(&mut self.looking).await;
-            self.looking = None;
+        if self.running_scan.is_some() {
+            _ = join_scan(&mut self.running_scan).await;
+            self.running_scan = None;
             self.is_behind = true;
         }
         let now = Instant::now();
         self.verify_at = now;
-        self.look(now);
-        let found = finished(&mut self.looking).await;
-        self.looking = None;
-        let found = found.unwrap_or_else(|panicked| Err(self.panicked(panicked)));
-        self.found(found, Instant::now())?;
-        match (self.view(Instant::now()), &self.told) {
+        self.start_scan(now);
+        let found = join_scan(&mut self.running_scan).await;
+        self.running_scan = None;
+        let found = found.unwrap_or_else(|panicked| Err(self.scan_panicked(panicked)));
+        self.take_scan(found, Instant::now())?;
+        match (self.view(Instant::now()), &self.last_view) {
             (Some(view), _) => Ok(view),
             (None, Some(told)) => Ok(told.clone()),
             (None, None) => Err(SourceError::Suspect {
@@ -243,8 +243,8 @@ impl<R: Resolve> Source for FileSource<R> {
 }
 
 /// Waits for the running scan. Stays pending while no scan is running.
-async fn finished<T>(looking: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
-    match looking {
+async fn join_scan<T>(running_scan: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match running_scan {
         Some(handle) => handle.await,
         None => std::future::pending().await,
     }

@@ -95,14 +95,14 @@ impl<'a> Input<'a> {
     fn roots(&self) -> Result<Vec<Arc<Node>>, ParseResult> {
         let problems: Vec<_> = self.documents().iter().flat_map(|d| d.problems.iter().cloned()).collect();
         if !problems.is_empty() {
-            return Err(ParseResult::refused(match self.second_json_value() {
+            return Err(ParseResult::unusable(match self.second_json_value() {
                 Some(problem) => vec![problem],
                 None => problems,
             }));
         }
         let roots: Vec<_> = self.documents().iter().filter_map(|document| document.root.clone()).collect();
         if roots.iter().all(|root| root.items().is_some_and(<[_]>::is_empty)) {
-            return Err(nothing(self));
+            return Err(empty_file(self));
         }
         Ok(roots)
     }
@@ -238,7 +238,7 @@ impl<'de> Deserialize<'de> for RawWeight {
 /// scale: whole numbers stay as they are, and otherwise all are multiplied by a power of ten, at least 100,
 /// that makes them whole. `default` is the weight of records without one. A positive weight never becomes
 /// zero.
-fn weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, Health)> {
+fn convert_weights(records: &[Record], default: f64) -> impl Iterator<Item = (Weight, Health)> {
     let share = move |record: &Record| record.weight.map_or(default, |share| share.0);
     let scale = scale(records.iter().map(share));
     records.iter().map(move |record| {
@@ -271,8 +271,8 @@ fn whole_weight(scaled: f64) -> Weight {
 }
 
 /// Converts the records of one service to endpoints, with weights on one scale.
-fn weighed(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
-    let weights: Vec<_> = weights(&records, default).collect();
+fn to_endpoints(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
+    let weights: Vec<_> = convert_weights(&records, default).collect();
     let endpoint = |(record, (weight, health)): (Record, _)| ParsedEndpoint {
         address: record.address,
         weight,
@@ -287,11 +287,11 @@ fn weighed(records: Vec<Record>, default: f64) -> Vec<ParsedEndpoint> {
 
 impl ParseResult {
     /// Returns the result for a file whose text violates its format.
-    pub(crate) fn refused(problems: Vec<Problem>) -> ParseResult {
-        ParseResult::failed_as(FileFailure::NotRead, problems)
+    pub(crate) fn unusable(problems: Vec<Problem>) -> ParseResult {
+        ParseResult::failed(FileFailure::NotRead, problems)
     }
 
-    fn failed_as(failure: FileFailure, problems: Vec<Problem>) -> ParseResult {
+    fn failed(failure: FileFailure, problems: Vec<Problem>) -> ParseResult {
         ParseResult { problems, failure: Some(failure), ..ParseResult::default() }
     }
 
@@ -312,18 +312,18 @@ impl ParseResult {
         self.bad as u64
     }
 
-    fn problem(&mut self, place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) {
+    fn add_problem(&mut self, place: Place, subject: impl Into<Arc<str>>, message: impl Into<String>) {
         self.problems.push(Problem::new(place, subject, message));
     }
 
     /// Records that a record is left out, with the reason.
-    fn bad_record(&mut self, place: Place, subject: &Arc<str>, why: impl Into<String>) {
+    fn add_bad_record(&mut self, place: Place, subject: &Arc<str>, why: impl Into<String>) {
         self.left_out.push(Problem::new(place, subject.clone(), why));
     }
 
     /// Adds a service with its good records. `bad` is the number of records that were left out. If all
     /// records are bad, the service is unreadable rather than empty.
-    fn service(
+    fn add_service(
         &mut self,
         mut service: ParsedService,
         mut records: Vec<Record>,
@@ -336,8 +336,8 @@ impl ParseResult {
             return;
         }
         let count = records.len() + bad;
-        if too_many(bad, count) {
-            service.partial_because = Some(partial(bad, count).into());
+        if too_many_bad(bad, count) {
+            service.partial_because = Some(partial_reason(bad, count).into());
         }
         let subject = subject_of(&service.name);
         let mut last: BTreeMap<Address, usize> = BTreeMap::new();
@@ -348,7 +348,7 @@ impl ParseResult {
                 let line = earlier.place.line;
                 let message =
                     format!("`{}` is also in line {line}: this one, the last, counts", record.address);
-                self.problem(record.place.clone(), subject.clone(), message);
+                self.add_problem(record.place.clone(), subject.clone(), message);
             }
         }
         let mut index = 0;
@@ -356,12 +356,12 @@ impl ParseResult {
             index += 1;
             last.get(&record.address) == Some(&(index - 1))
         });
-        service.endpoints = weighed(records, default_weight);
+        service.endpoints = to_endpoints(records, default_weight);
         self.services.push(service);
     }
 
     /// Completes the problem of each bad record with its effect.
-    fn judged(mut self) -> ParseResult {
+    fn finish(mut self) -> ParseResult {
         if self.has_failed() {
             self.services.clear();
             self.unreadable.clear();
@@ -380,12 +380,12 @@ impl ParseResult {
 }
 
 /// Reports whether so many records of a service are bad that its missing endpoints are probably among them.
-pub(crate) fn too_many(bad: usize, records: usize) -> bool {
+pub(crate) fn too_many_bad(bad: usize, records: usize) -> bool {
     bad > 0 && (bad == records || (records >= 5 && bad * 4 > records))
 }
 
 /// Returns the reason for a service with too many bad records.
-fn partial(bad: usize, records: usize) -> String {
+fn partial_reason(bad: usize, records: usize) -> String {
     format!("{bad} of {records} records are bad, which is more than single mistakes")
 }
 
@@ -420,14 +420,14 @@ pub fn parse(
 ) -> (ParseResult, Option<Format>) {
     let text = match yaml::decode_text(file, file, bytes, limit) {
         Ok(text) => text,
-        Err(problem) => return (ParseResult::refused(vec![problem]), sticky),
+        Err(problem) => return (ParseResult::unusable(vec![problem]), sticky),
     };
     let input = Input::new(file, name, text, is_yaml);
     if format != Format::Auto {
         return (parse_as(format, &input), Some(format));
     }
     let Some(detected) = detect(&input) else {
-        return (nothing(&input), sticky);
+        return (empty_file(&input), sticky);
     };
     let parsed = parse_as(sticky.unwrap_or(detected), &input);
     match sticky {
@@ -487,13 +487,13 @@ fn has_comment(text: &str) -> bool {
 
 /// Returns the result for a file without a value. `[]` or a comment states explicitly that there is nothing;
 /// an empty file is an error.
-fn nothing(input: &Input<'_>) -> ParseResult {
+fn empty_file(input: &Input<'_>) -> ParseResult {
     if has_comment(input.text) || input.text.contains('[') {
         return ParseResult { says_nothing: true, ..ParseResult::default() };
     }
     let place = Place::file(input.file.clone());
     let message = "the file says nothing: if no service is meant, say so by `[]` or a comment";
-    ParseResult::refused(vec![Problem::new(place, input.file.clone(), message)])
+    ParseResult::unusable(vec![Problem::new(place, input.file.clone(), message)])
 }
 
 #[cfg(test)]

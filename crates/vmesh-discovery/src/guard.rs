@@ -25,7 +25,7 @@
 mod config;
 mod evict;
 mod fleet;
-mod watched;
+mod service;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -42,7 +42,7 @@ pub(crate) use config::duration;
 pub use config::{FleetConfig, GuardConfig};
 pub use evict::{Eviction, EvictionExpiry, Evictions};
 use fleet::{FleetTracker, Loss};
-use watched::{GuardedService, Judgement, JudgementContext};
+use service::{GuardedService, Judgement, JudgementContext};
 
 /// The reason why a change is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -157,11 +157,11 @@ impl NoticeKind {
 /// Something that happened, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
-    pub what: NoticeKind,
+    pub kind: NoticeKind,
     /// The service concerned; `None` for the source as a whole.
     pub service: Option<ServiceName>,
     /// The kind of the hold that began, changed or ended.
-    pub kind: Option<HoldKind>,
+    pub hold: Option<HoldKind>,
     pub text: Arc<str>,
 }
 
@@ -176,15 +176,15 @@ pub enum AcceptError {
 
 /// The guard of one source. The guard is pure: each method takes the time as an argument.
 ///
-/// Pass each view to [`Guard::see`] and each failure to [`Guard::source_failed`], then call
-/// [`Guard::believed`] for the view to publish. Call `believed` again at [`Guard::deadline`]. If
-/// [`Guard::to_confirm`] then names services, read them again and pass the result to [`Guard::confirmed`] or
-/// [`Guard::not_confirmed`].
+/// Pass each view to [`Guard::observe`] and each failure to [`Guard::source_failed`], then call
+/// [`Guard::judge`] for the view to publish. Call `judge` again at [`Guard::deadline`]. If
+/// [`Guard::services_to_confirm`] then names services, read them again and pass the result to [`Guard::record_confirming_read`] or
+/// [`Guard::record_failed_read`].
 #[derive(Debug)]
 pub struct Guard {
     source: Arc<str>,
     config: GuardConfig,
-    told: Registrations,
+    reported: Registrations,
     services: BTreeMap<ServiceName, GuardedService>,
     /// Services that cannot be read and that the operator dropped, with their last good registration.
     dropped: BTreeMap<ServiceName, Arc<Registration>>,
@@ -194,7 +194,7 @@ pub struct Guard {
     /// The start of the current outage of the source. The time of an outage does not count towards any hold.
     failing_since: Option<Instant>,
     /// The last good view was dropped, and the source has not answered since.
-    given_up: bool,
+    has_given_up: bool,
     /// When the operator froze the source.
     frozen: Option<SystemTime>,
     held: Vec<HeldChange>,
@@ -216,13 +216,13 @@ impl Guard {
         Guard {
             source: source.into(),
             config,
-            told: Registrations::default(),
+            reported: Registrations::default(),
             services: BTreeMap::new(),
             dropped: BTreeMap::new(),
             fleet: FleetTracker::default(),
             fleet_hold: None,
             failing_since: None,
-            given_up: false,
+            has_given_up: false,
             frozen: None,
             held: Vec::new(),
             notices: Vec::new(),
@@ -235,8 +235,8 @@ impl Guard {
         let watched =
             |(name, seen): (&ServiceName, &ServiceView)| (name.clone(), GuardedService::new(seen.clone()));
         guard.services = last_good.services.iter().map(watched).collect();
-        guard.fleet = FleetTracker::knowing(last_good);
-        guard.told = last_good.clone();
+        guard.fleet = FleetTracker::restored(last_good);
+        guard.reported = last_good.clone();
         guard
     }
 
@@ -245,18 +245,19 @@ impl Guard {
     }
 
     /// Stores a new view of the source and judges the fleet loss.
-    pub fn see(&mut self, told: Registrations, now: Instant) {
+    pub fn observe(&mut self, reported: Registrations, now: Instant) {
         if self.failing_since.take().is_some() {
-            self.begin_again(now);
+            self.restart_holds(now);
         }
-        self.given_up = false;
+        self.has_given_up = false;
         let Guard { config, fleet, .. } = self;
-        let excused = |name: &ServiceName| config.allow_empty.contains(name) || told.emptied.contains(name);
+        let excused =
+            |name: &ServiceName| config.allow_empty.contains(name) || reported.emptied.contains(name);
         if self.fleet_hold.is_none() && self.frozen.is_none() {
-            fleet.age(config.fleet.window, now);
+            fleet.expire(config.fleet.window, now);
         }
-        fleet.turn(&self.told, &told, excused, now);
-        self.told = told;
+        fleet.record_view(&self.reported, &reported, excused, now);
+        self.reported = reported;
         self.judge_fleet(now);
     }
 
@@ -266,29 +267,29 @@ impl Guard {
         self.failing_since.get_or_insert(now);
     }
 
-    fn begin_again(&mut self, now: Instant) {
-        self.services.values_mut().for_each(|watched| watched.begin_again(now));
+    fn restart_holds(&mut self, now: Instant) {
+        self.services.values_mut().for_each(|watched| watched.restart_holds(now));
     }
 
     fn judge_fleet(&mut self, now: Instant) {
         match (self.fleet.judge(&self.config.fleet), &self.fleet_hold) {
             (Some(loss), None) if self.frozen.is_none() => {
-                let because = self.too_much(&loss);
-                self.note(NoticeKind::Held, None, Some(HoldKind::Fleet), because.clone());
+                let because = self.fleet_loss_reason(&loss);
+                self.add_notice(NoticeKind::Held, None, Some(HoldKind::Fleet), because.clone());
                 self.fleet_hold = Some(FleetHold { since: now, had: loss.endpoints.0, because });
             }
             (None, Some(_)) => {
                 self.fleet_hold = None;
-                self.begin_again(now);
+                self.restart_holds(now);
                 let text =
                     format!("`{}` names enough again: what is still missing goes as ever", self.source);
-                self.note(NoticeKind::Returned, None, Some(HoldKind::Fleet), text);
+                self.add_notice(NoticeKind::Returned, None, Some(HoldKind::Fleet), text);
             }
             _ => {}
         }
     }
 
-    fn too_much(&self, loss: &Loss) -> Arc<str> {
+    fn fleet_loss_reason(&self, loss: &Loss) -> Arc<str> {
         let Loss { endpoints, services } = loss;
         format!(
             "`{}` names {} of the {} endpoints and {} of the {} services that it named within the last {}: nothing of it \
@@ -304,30 +305,34 @@ impl Guard {
     }
 
     /// Judges the last view at `now` and returns what to believe of it.
-    pub fn believed(&mut self, now: Instant) -> Registrations {
+    pub fn judge(&mut self, now: Instant) -> Registrations {
         if self.frozen.is_some() && !self.services.is_empty() {
-            return self.as_it_was();
+            return self.frozen_view();
         }
         if let (Some(since), Some(most)) = (self.failing_since, self.config.max_stale)
             && since + most <= now
         {
-            return self.give_up(most);
+            return self.drop_last_view(most);
         }
         let now = self.failing_since.unwrap_or(now);
-        let mut believed = Registrations { problems: self.told.problems.clone(), ..Registrations::default() };
-        let told = &self.told.services;
+        let mut believed =
+            Registrations { problems: self.reported.problems.clone(), ..Registrations::default() };
+        let reported = &self.reported.services;
         self.dropped.retain(|name, known| {
-            let told = told.get(name);
-            told.is_some_and(|told| told.extent == Extent::Nothing && told.registration == *known)
+            let reported = reported.get(name);
+            reported
+                .is_some_and(|reported| reported.extent == Extent::Nothing && reported.registration == *known)
         });
         let dropped = &self.dropped;
-        let new: Vec<_> = join(&self.services, told)
-            .filter_map(|(name, known, told)| if known.is_none() { Some((name, told?)) } else { None })
+        let new: Vec<_> = join(&self.services, reported)
+            .filter_map(
+                |(name, known, reported)| if known.is_none() { Some((name, reported?)) } else { None },
+            )
             .filter(|(name, _)| !dropped.contains_key(*name))
-            .map(|(name, told)| (name.clone(), GuardedService::new(told.clone())))
+            .map(|(name, reported)| (name.clone(), GuardedService::new(reported.clone())))
             .collect();
         self.services.extend(new);
-        let Guard { source, config, told, services, held, notices, fleet_hold, .. } = self;
+        let Guard { source, config, reported, services, held, notices, fleet_hold, .. } = self;
         held.clear();
         if let Some(hold) = fleet_hold {
             held.push(HeldChange {
@@ -336,7 +341,7 @@ impl Guard {
                 since: hold.since,
                 until: None,
                 had: hold.had,
-                has: told.services.values().map(|seen| seen.registration.endpoints.len()).sum(),
+                has: reported.services.values().map(|seen| seen.registration.endpoints.len()).sum(),
                 confirmed: 0,
                 confirmations: 0,
                 because: hold.because.clone(),
@@ -345,16 +350,17 @@ impl Guard {
         let fleet = fleet_hold.as_ref().map(|hold| (&hold.because, hold.since));
         let rules = JudgementContext { config, source, fleet, now };
         // Both maps are sorted by name.
-        let mut told_services = told.services.iter().peekable();
-        let mut shown = Vec::with_capacity(services.len());
+        let mut reported_services = reported.services.iter().peekable();
+        let mut served = Vec::with_capacity(services.len());
         services.retain(|name, watched| {
-            let on_purpose = config.allow_empty.contains(name) || told.emptied.contains(name);
-            while told_services.next_if(|(told, _)| *told < name).is_some() {}
-            let told = told_services.next_if(|(told, _)| *told == name).map(|(_, told)| told);
-            let (seen, outcome) = watched.judge(name, told, on_purpose, &rules);
+            let on_purpose = config.allow_empty.contains(name) || reported.emptied.contains(name);
+            while reported_services.next_if(|(reported, _)| *reported < name).is_some() {}
+            let reported =
+                reported_services.next_if(|(reported, _)| *reported == name).map(|(_, reported)| reported);
+            let (seen, outcome) = watched.judge(name, reported, on_purpose, &rules);
             let was = watched.held.take();
-            let mut note = |what, kind, text: Arc<str>| {
-                notices.push(Notice { what, service: Some(name.clone()), kind: Some(kind), text });
+            let mut note = |kind, hold, text: Arc<str>| {
+                notices.push(Notice { kind, service: Some(name.clone()), hold: Some(hold), text });
             };
             match (was, outcome) {
                 (None, Judgement::NotHeld | Judgement::Believed) => {}
@@ -386,11 +392,11 @@ impl Guard {
                 }
             }
             let Some(seen) = seen else { return false };
-            watched.shown = seen.clone();
-            shown.push((name.clone(), seen));
+            watched.served = seen.clone();
+            served.push((name.clone(), seen));
             true
         });
-        believed.services = shown.into_iter().collect();
+        believed.services = served.into_iter().collect();
         if held.iter().filter(|held| held.kind == HoldKind::Fleet).count() == 1 && fleet_hold.is_some() {
             // The operator accepted every missing service one by one, which ends the fleet hold.
             self.fleet.accept();
@@ -405,55 +411,56 @@ impl Guard {
     }
 
     /// Returns the view to serve while the source is frozen.
-    fn as_it_was(&mut self) -> Registrations {
-        let mut shown = Registrations { problems: self.told.problems.clone(), ..Registrations::default() };
+    fn frozen_view(&mut self) -> Registrations {
+        let mut served =
+            Registrations { problems: self.reported.problems.clone(), ..Registrations::default() };
         let because: Arc<str> = format!(
             "`{}` says something else of it now, and is frozen: no change of it is taken until it is thawed",
             self.source
         )
         .into();
         for (name, watched) in &self.services {
-            let same = self.told.services.get(name).filter(|told| {
-                Arc::ptr_eq(&told.registration, &watched.shown.registration)
-                    || told.registration == watched.shown.registration
+            let same = self.reported.services.get(name).filter(|reported| {
+                Arc::ptr_eq(&reported.registration, &watched.served.registration)
+                    || reported.registration == watched.served.registration
             });
             let because = Some(because.clone());
             let seen = match same {
-                Some(told) => told.clone(),
-                None => ServiceView { state: State::Held, because, ..watched.shown.clone() },
+                Some(reported) => reported.clone(),
+                None => ServiceView { state: State::Held, because, ..watched.served.clone() },
             };
-            shown.services.insert(name.clone(), seen);
+            served.services.insert(name.clone(), seen);
         }
         self.held.clear();
-        shown
+        served
     }
 
     /// Drops the last good view of a source that has not answered for longer than `most`.
-    fn give_up(&mut self, most: Duration) -> Registrations {
-        if !self.given_up {
-            self.given_up = true;
+    fn drop_last_view(&mut self, most: Duration) -> Registrations {
+        if !self.has_given_up {
+            self.has_given_up = true;
             let text = format!(
                 "`{}` has not answered for {}: what was known of it is given up (`guard.max_stale`)",
                 self.source,
                 show_duration(most)
             );
-            self.note(NoticeKind::GivenUp, None, None, text);
+            self.add_notice(NoticeKind::GivenUp, None, None, text);
         }
         self.services.clear();
         self.dropped.clear();
         self.held.clear();
-        self.told = Registrations::default();
+        self.reported = Registrations::default();
         self.fleet = FleetTracker::default();
         self.fleet_hold = None;
         Registrations::default()
     }
 
-    /// Returns the next time at which [`Guard::believed`] or [`Guard::to_confirm`] changes even if the source
+    /// Returns the next time at which [`Guard::judge`] or [`Guard::services_to_confirm`] changes even if the source
     /// reports no change.
     pub fn deadline(&self) -> Option<Instant> {
         if let Some(since) = self.failing_since {
             let give_up = self.config.max_stale.map(|most| since + most);
-            return give_up.filter(|_| !self.given_up && self.frozen.is_none());
+            return give_up.filter(|_| !self.has_given_up && self.frozen.is_none());
         }
         if self.frozen.is_some() {
             return None;
@@ -464,12 +471,13 @@ impl Guard {
 
     /// Returns the services that lost most or all of their endpoints and whose confirming read is due. The
     /// source reads them with its strongest consistency.
-    pub fn to_confirm(&self, now: Instant) -> BTreeSet<ServiceName> {
+    pub fn services_to_confirm(&self, now: Instant) -> BTreeSet<ServiceName> {
         if self.failing_since.is_some() || self.frozen.is_some() || self.fleet_hold.is_some() {
             return BTreeSet::new();
         }
-        let due =
-            |at| self.services.iter().filter(move |(_, watched)| watched.wants_reading(&self.config, at));
+        let due = |at| {
+            self.services.iter().filter(move |(_, watched)| watched.needs_confirming_read(&self.config, at))
+        };
         if due(now).next().is_none() {
             return BTreeSet::new();
         }
@@ -479,42 +487,47 @@ impl Guard {
 
     const TOGETHER: Duration = Duration::from_millis(500);
 
-    /// Takes the result of the read that [`Guard::to_confirm`] asked for.
-    pub fn confirmed(&mut self, services: &BTreeSet<ServiceName>, told: Registrations, now: Instant) {
-        self.see(told, now);
+    /// Takes the result of the read that [`Guard::services_to_confirm`] asked for.
+    pub fn record_confirming_read(
+        &mut self,
+        services: &BTreeSet<ServiceName>,
+        reported: Registrations,
+        now: Instant,
+    ) {
+        self.observe(reported, now);
         // Judging the new view first updates which removals are still pending.
-        self.believed(now);
+        self.judge(now);
         for name in services {
             let Some(watched) = self.services.get_mut(name) else { continue };
-            if let Some(why) = self.told.services.get(name).and_then(unreadable) {
-                watched.not_confirmed(&why, &self.config, now);
+            if let Some(why) = self.reported.services.get(name).and_then(unreadable_reason) {
+                watched.record_failed_read(&why, &self.config, now);
                 continue;
             }
-            if let (Some(times), Some(kind)) = (watched.confirm(), watched.held) {
+            if let (Some(times), Some(kind)) = (watched.count_confirming_read(), watched.held) {
                 let of = self.config.confirmations;
                 let text = format!("`{}` was read again and says the same: {times} of {of}", self.source);
-                self.note(NoticeKind::Confirmed, Some(name.clone()), Some(kind), text);
+                self.add_notice(NoticeKind::Confirmed, Some(name.clone()), Some(kind), text);
             }
         }
     }
 
-    /// Records that the read that [`Guard::to_confirm`] asked for failed, so it confirms nothing.
-    pub fn not_confirmed(&mut self, services: &BTreeSet<ServiceName>, why: &Arc<str>, now: Instant) {
+    /// Records that the read that [`Guard::services_to_confirm`] asked for failed, so it confirms nothing.
+    pub fn record_failed_read(&mut self, services: &BTreeSet<ServiceName>, why: &Arc<str>, now: Instant) {
         for name in services {
             if let Some(watched) = self.services.get_mut(name) {
-                watched.not_confirmed(why, &self.config, now);
+                watched.record_failed_read(why, &self.config, now);
             }
         }
     }
 
-    /// Returns what is held as of the last [`Guard::believed`]: the source as a whole first, then each
+    /// Returns what is held as of the last [`Guard::judge`]: the source as a whole first, then each
     /// service.
-    pub fn held(&self) -> Vec<HeldChange> {
+    pub fn held_changes(&self) -> Vec<HeldChange> {
         let mut all = self.held.clone();
         for held in &mut all {
             let watched = held.service.as_ref().and_then(|name| self.services.get(name));
             if let Some(watched) = watched
-                && let Some(why) = watched.reading_failed()
+                && let Some(why) = watched.failed_read_reason()
             {
                 held.because =
                     format!("{}; reading it again to be sure has failed: {why}", held.because).into();
@@ -524,8 +537,8 @@ impl Guard {
     }
 
     /// Returns the number of endpoints that are served although the source no longer lists them.
-    pub fn missing(&self) -> usize {
-        self.services.values().map(GuardedService::missing).sum()
+    pub fn missing_endpoints(&self) -> usize {
+        self.services.values().map(GuardedService::missing_count).sum()
     }
 
     /// Believes the reported state of `service`, or of everything that is held. Returns the services
@@ -535,8 +548,8 @@ impl Guard {
             return Err(AcceptError::Frozen);
         }
         let is_meant = |name: &ServiceName, watched: &GuardedService| match service {
-            Some(service) => service == name && (watched.held.is_some() || watched.missing() > 0),
-            None => watched.held.is_some() || (self.fleet_hold.is_some() && watched.missing() > 0),
+            Some(service) => service == name && (watched.held.is_some() || watched.missing_count() > 0),
+            None => watched.held.is_some() || (self.fleet_hold.is_some() && watched.missing_count() > 0),
         };
         let meant: Vec<_> = self
             .services
@@ -548,25 +561,30 @@ impl Guard {
             return Err(AcceptError::NothingHeld);
         }
         for name in &meant {
-            let told = self.told.services.get(name);
+            let reported = self.reported.services.get(name);
             let Some(watched) = self.services.get_mut(name) else { continue };
             let kind = watched.held.take();
-            let told = match told {
+            let reported = match reported {
                 Some(unread) if unread.extent == Extent::Nothing => {
                     self.dropped.insert(name.clone(), unread.registration.clone());
                     None
                 }
-                told => told,
+                reported => reported,
             };
-            if !watched.accept(told) {
+            if !watched.accept(reported) {
                 self.services.remove(name);
             }
-            self.note(NoticeKind::Accepted, Some(name.clone()), kind, "by the operator's word".to_owned());
+            self.add_notice(
+                NoticeKind::Accepted,
+                Some(name.clone()),
+                kind,
+                "by the operator's word".to_owned(),
+            );
         }
         if service.is_none() {
             if self.fleet_hold.take().is_some() {
                 let text = "by the operator's word: what is gone may go".to_owned();
-                self.note(NoticeKind::Accepted, None, Some(HoldKind::Fleet), text);
+                self.add_notice(NoticeKind::Accepted, None, Some(HoldKind::Fleet), text);
             }
             self.fleet.accept();
         }
@@ -580,7 +598,7 @@ impl Guard {
         if is_news {
             self.frozen = Some(since);
             let text = "no change of it is taken, by the operator's word".to_owned();
-            self.note(NoticeKind::Frozen, None, None, text);
+            self.add_notice(NoticeKind::Frozen, None, None, text);
         }
         is_news
     }
@@ -589,14 +607,14 @@ impl Guard {
     pub fn thaw(&mut self, now: Instant) -> bool {
         let is_news = self.frozen.take().is_some();
         if is_news {
-            self.note(NoticeKind::Thawed, None, None, "its changes are taken again".to_owned());
-            self.begin_again(now);
+            self.add_notice(NoticeKind::Thawed, None, None, "its changes are taken again".to_owned());
+            self.restart_holds(now);
             self.judge_fleet(now);
         }
         is_news
     }
 
-    pub fn frozen(&self) -> Option<SystemTime> {
+    pub fn frozen_since(&self) -> Option<SystemTime> {
         self.frozen
     }
 
@@ -605,22 +623,22 @@ impl Guard {
         std::mem::take(&mut self.notices)
     }
 
-    fn note(
+    fn add_notice(
         &mut self,
-        what: NoticeKind,
+        kind: NoticeKind,
         service: Option<ServiceName>,
-        kind: Option<HoldKind>,
+        hold: Option<HoldKind>,
         text: impl Into<Arc<str>>,
     ) {
-        self.notices.push(Notice { what, service, kind, text: text.into() });
+        self.notices.push(Notice { kind, service, hold, text: text.into() });
     }
 }
 
 /// Returns the reason if a service is listed without endpoints because it could not be read. Such a read
 /// confirms no removal.
-fn unreadable(told: &ServiceView) -> Option<Arc<str>> {
-    let is_unread = told.state == State::Stale && told.registration.endpoints.is_empty();
-    is_unread.then(|| told.because.clone().unwrap_or_else(|| "it could not be read".into()))
+fn unreadable_reason(reported: &ServiceView) -> Option<Arc<str>> {
+    let is_unread = reported.state == State::Stale && reported.registration.endpoints.is_empty();
+    is_unread.then(|| reported.because.clone().unwrap_or_else(|| "it could not be read".into()))
 }
 
 #[cfg(test)]

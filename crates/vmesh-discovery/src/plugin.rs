@@ -14,10 +14,10 @@
 //! stale. A plug-in is subject to the same guard as any other registry.
 
 mod config;
+mod connection;
 mod log;
 pub mod protocol;
 mod run;
-mod talk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -30,18 +30,18 @@ use crate::assemble::{Assembler, FIRST_NAMES, ServiceContent, ServiceStatement, 
 use crate::resolve::SystemResolver;
 use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::PluginConfig;
+use connection::PluginConnection;
 use protocol::PluginView;
-use talk::PluginConnection;
 
 /// A source that reads services from the output of a program.
 pub struct PluginSource {
     name: Arc<str>,
-    talk: PluginConnection,
+    connection: PluginConnection,
     assembler: Assembler<SystemResolver>,
     statement: Option<Statement>,
     /// The services from before a restart, for those that cannot be read now.
     restored: BTreeMap<ServiceName, Arc<Registration>>,
-    told: Option<Registrations>,
+    last_view: Option<Registrations>,
     /// Since when the first view has been waiting for host names.
     first_names: Option<Instant>,
     /// An error was reported since the last view, so the next view is returned even if it equals the one
@@ -63,11 +63,11 @@ impl PluginSource {
         let restored = restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect();
         PluginSource {
             name,
-            talk: PluginConnection::new(config, counters),
+            connection: PluginConnection::new(config, counters),
             assembler,
             statement: None,
             restored,
-            told: None,
+            last_view: None,
             first_names: None,
             has_failed: false,
             confirmations: 0,
@@ -76,13 +76,13 @@ impl PluginSource {
 
     /// Takes a view. An unchanged service keeps its pointer, and an unreadable service keeps its last good
     /// state.
-    fn take(&mut self, view: PluginView) {
+    fn take_view(&mut self, view: PluginView) {
         let parsed = view.parsed;
         let before = self.statement.take().unwrap_or_default().services;
         let mut statement = Statement { problems: parsed.problems, ..Statement::default() };
         for service in parsed.services {
             let name = service.name.clone();
-            let same = before.get(&name).and_then(|told| match &told.known {
+            let same = before.get(&name).and_then(|told| match &told.content {
                 ServiceContent::Parsed(known) if **known == service => Some(known.clone()),
                 _ => None,
             });
@@ -92,7 +92,7 @@ impl PluginSource {
         }
         let because: Arc<str> = format!("what `{}` says of it cannot be read", self.name).into();
         for name in parsed.unreadable {
-            let known = before.get(&name).map(|told| told.known.clone());
+            let known = before.get(&name).map(|told| told.content.clone());
             let known = known.or_else(|| self.restored.get(&name).cloned().map(ServiceContent::Restored));
             match known {
                 Some(known) => {
@@ -110,22 +110,25 @@ impl PluginSource {
                 statement
                     .services
                     .entry(name)
-                    .or_insert_with(|| ServiceStatement::stale(told.known, unnamed.clone()));
+                    .or_insert_with(|| ServiceStatement::stale(told.content, unnamed.clone()));
             }
         }
         // The view does not list these services, so they are removed; a later read failure must not bring
         // back their state from before the restart.
         self.restored.retain(|name, _| statement.services.contains_key(name));
-        self.assembler.want(statement.services.values(), false);
+        self.assembler.request_names(statement.services.values(), false);
         self.statement = Some(statement);
     }
 
     /// Handles a line. Returns the ID of the confirmation request that it answers.
-    fn heard(&mut self, said: Result<Option<PluginView>, SourceError>) -> Result<Option<u64>, SourceError> {
+    fn handle_line(
+        &mut self,
+        said: Result<Option<PluginView>, SourceError>,
+    ) -> Result<Option<u64>, SourceError> {
         self.has_failed |= said.is_err();
         let Some(view) = said? else { return Ok(None) };
         let confirms = view.confirms;
-        self.take(view);
+        self.take_view(view);
         Ok(confirms)
     }
 
@@ -133,18 +136,18 @@ impl PluginSource {
     /// first view.
     fn view(&mut self, now: Instant) -> Option<Registrations> {
         let statement = self.statement.as_ref()?;
-        if self.told.is_none() && self.assembler.any_pending() {
+        if self.last_view.is_none() && self.assembler.has_pending() {
             let since = *self.first_names.get_or_insert(now);
             if now < since + FIRST_NAMES {
                 return None;
             }
         }
         let view = self.assembler.view(statement);
-        if !self.has_failed && self.told.as_ref() == Some(&view) {
+        if !self.has_failed && self.last_view.as_ref() == Some(&view) {
             return None;
         }
         self.has_failed = false;
-        self.told = Some(view.clone());
+        self.last_view = Some(view.clone());
         Some(view)
     }
 }
@@ -152,13 +155,13 @@ impl PluginSource {
 impl Source for PluginSource {
     async fn next(&mut self) -> Result<Registrations, SourceError> {
         loop {
-            let lookup = self.assembler.look_up();
+            let lookup = self.assembler.start_lookups();
             let first_view =
-                self.first_names.filter(|_| self.told.is_none()).map(|since| since + FIRST_NAMES);
+                self.first_names.filter(|_| self.last_view.is_none()).map(|since| since + FIRST_NAMES);
             let never = Instant::now() + Duration::from_secs(3600);
             let due = [lookup, first_view].into_iter().flatten().fold(never, Instant::min);
             tokio::select! {
-                said = self.talk.said() => { self.heard(said)?; }
+                said = self.connection.next_view() => { self.handle_line(said)?; }
                 () = self.assembler.changed() => {}
                 () = sleep_until(due) => {}
             }
@@ -172,12 +175,12 @@ impl Source for PluginSource {
     async fn confirm(&mut self, services: &BTreeSet<ServiceName>) -> Result<Registrations, SourceError> {
         self.confirmations += 1;
         let id = self.confirmations;
-        self.talk.tell(protocol::confirm(id, services)).await?;
+        self.connection.send(protocol::confirm(id, services)).await?;
         loop {
-            let said = self.talk.said().await;
-            if self.heard(said)? == Some(id) {
+            let said = self.connection.next_view().await;
+            if self.handle_line(said)? == Some(id) {
                 let now = self.view(Instant::now());
-                return now.or_else(|| self.told.clone()).ok_or_else(|| SourceError::Suspect {
+                return now.or_else(|| self.last_view.clone()).ok_or_else(|| SourceError::Suspect {
                     source_name: self.name.clone(),
                     what: "its names are still looked up".to_owned(),
                 });

@@ -12,10 +12,10 @@ use tokio::time::Instant;
 use crate::source::jitter;
 
 /// The limit of concurrent lookups. Each takes a thread that may wait for a dead name server.
-const AT_ONCE: usize = 16;
+const MAX_LOOKUPS: usize = 16;
 /// The limit of concurrent lookups of names whose last lookup failed, so that names of a dead name server
 /// leave threads to other names.
-const FAILING_AT_ONCE: usize = AT_ONCE / 2;
+const MAX_FAILING_LOOKUPS: usize = MAX_LOOKUPS / 2;
 /// The delay before a failed lookup is retried. It doubles after each failure, up to the resolution interval.
 const RETRY: Duration = Duration::from_secs(5);
 /// A new name without an answer for this long is reported as a problem.
@@ -78,7 +78,7 @@ impl UnresolvedNames {
 
 /// The host names that a source needs.
 ///
-/// Call [`HostNames::want`] or [`HostNames::want_only`] first, then [`HostNames::look_up`] to start the lookups that are
+/// Call [`HostNames::request`] or [`HostNames::request_only`] first, then [`HostNames::start_lookups`] to start the lookups that are
 /// due. Poll [`HostNames::changed`], and call `look_up` again at the time it returned.
 #[derive(Debug)]
 pub struct HostNames<R> {
@@ -108,7 +108,7 @@ struct NameState {
     /// The number of consecutive failed lookups.
     failures: u32,
     /// The last lookup failed because no name server answered, not because the name does not exist.
-    may_come: bool,
+    may_exist: bool,
     /// The time from which a missing lookup result is reported as a problem.
     late_at: Instant,
     is_late: bool,
@@ -125,7 +125,7 @@ impl NameState {
             due: now,
             is_under_way: false,
             failures: 0,
-            may_come: false,
+            may_exist: false,
             late_at: now + late,
             is_late: false,
             unresolved_since: is_pending.then_some(now),
@@ -146,7 +146,7 @@ impl<R: Resolve> HostNames<R> {
     }
 
     /// Adds a name with the addresses that were known before a restart.
-    pub fn remember(&mut self, host: Arc<str>, mut addresses: Vec<IpAddr>) {
+    pub fn add_known(&mut self, host: Arc<str>, mut addresses: Vec<IpAddr>) {
         addresses.sort();
         addresses.dedup();
         self.insert(host, Resolution::Addresses(addresses.into(), None));
@@ -161,14 +161,14 @@ impl<R: Resolve> HostNames<R> {
     }
 
     /// Requests these names and forgets all others.
-    pub fn want_only(&mut self, hosts: &BTreeSet<Arc<str>>) {
+    pub fn request_only(&mut self, hosts: &BTreeSet<Arc<str>>) {
         self.names.retain(|host, _| hosts.contains(host));
         self.queue.retain(|(_, host)| hosts.contains(host));
-        self.want(hosts);
+        self.request(hosts);
     }
 
     /// Requests these names in addition to the present ones.
-    pub fn want(&mut self, hosts: &BTreeSet<Arc<str>>) {
+    pub fn request(&mut self, hosts: &BTreeSet<Arc<str>>) {
         for host in hosts {
             if !self.names.contains_key(host) {
                 self.insert(host.clone(), Resolution::Pending);
@@ -193,8 +193,8 @@ impl<R: Resolve> HostNames<R> {
     }
 
     /// Reports whether a name without an address may still have one, because no name server answered.
-    pub fn may_come(&self, host: &str) -> bool {
-        self.names.get(host).is_none_or(|name| name.may_come)
+    pub fn may_exist(&self, host: &str) -> bool {
+        self.names.get(host).is_none_or(|name| name.may_exist)
     }
 
     /// Returns the names that do not resolve.
@@ -202,7 +202,7 @@ impl<R: Resolve> HostNames<R> {
         let mut all: Vec<(bool, Instant, &Arc<str>)> = Vec::new();
         for (host, name) in &self.names {
             let since = name.unresolved_since.or(name.is_late.then_some(name.due));
-            let has_no_answer = name.is_late || (name.failures > 0 && name.may_come);
+            let has_no_answer = name.is_late || (name.failures > 0 && name.may_exist);
             all.extend(since.map(|since| (!has_no_answer, since, host)));
         }
         let without_answer = all.iter().filter(|(has_answer, ..)| !has_answer).count();
@@ -225,22 +225,22 @@ impl<R: Resolve> HostNames<R> {
     }
 
     /// Reports whether a name has never been looked up.
-    pub fn any_pending(&self) -> bool {
+    pub fn has_pending(&self) -> bool {
         self.names.values().any(|name| name.resolved == Resolution::Pending)
     }
 
     /// Starts the lookups that are due, the most overdue first, and returns when the next one is due.
-    pub fn look_up(&mut self) -> Option<Instant> {
+    pub fn start_lookups(&mut self) -> Option<Instant> {
         let now = Instant::now();
         let mut passed_over = Vec::new();
-        while self.lookups.len() < AT_ONCE
+        while self.lookups.len() < MAX_LOOKUPS
             && let Some((due, _)) = self.queue.first()
             && *due <= now
             && let Some((due, host)) = self.queue.pop_first()
         {
             let Some(name) = self.names.get_mut(&host) else { continue };
             let is_failing = name.failures > 0;
-            if is_failing && self.failing >= FAILING_AT_ONCE {
+            if is_failing && self.failing >= MAX_FAILING_LOOKUPS {
                 passed_over.push((due, host));
                 continue;
             }
@@ -253,7 +253,7 @@ impl<R: Resolve> HostNames<R> {
             });
         }
         // When all lookup threads are busy, the remaining names are looked up as soon as a lookup ends.
-        let next = self.queue.first().map(|(due, _)| *due).filter(|_| self.lookups.len() < AT_ONCE);
+        let next = self.queue.first().map(|(due, _)| *due).filter(|_| self.lookups.len() < MAX_LOOKUPS);
         self.queue.extend(passed_over);
         next
     }
@@ -282,14 +282,14 @@ impl<R: Resolve> HostNames<R> {
             // intended.
             let Ok(LookupResult { host, was_failing, addresses }) = done else { continue };
             self.failing = self.failing.saturating_sub(usize::from(was_failing));
-            if self.learn(&host, addresses) {
+            if self.record_result(&host, addresses) {
                 return;
             }
-            self.look_up();
+            self.start_lookups();
         }
     }
 
-    fn learn(&mut self, host: &str, addresses: io::Result<Vec<IpAddr>>) -> bool {
+    fn record_result(&mut self, host: &str, addresses: io::Result<Vec<IpAddr>>) -> bool {
         let Some(name) = self.names.get_mut(host) else { return false };
         let addresses = addresses.and_then(|addresses| match addresses.is_empty() {
             true => Err(io::Error::other("it has no address")),
@@ -302,7 +302,7 @@ impl<R: Resolve> HostNames<R> {
                 self.interval
             }
             Err(error) => {
-                name.may_come = !is_definite(error);
+                name.may_exist = !is_missing_name(error);
                 name.failures = name.failures.saturating_add(1);
                 name.unresolved_since.get_or_insert_with(Instant::now);
                 (RETRY * 2_u32.pow((name.failures - 1).min(8))).min(self.interval)
@@ -320,7 +320,7 @@ impl<R: Resolve> HostNames<R> {
                 Resolution::Addresses(addresses.into(), None)
             }
             Err(error) => {
-                let why: Arc<str> = plain(&error).into();
+                let why: Arc<str> = without_prefix(&error).into();
                 match &name.resolved {
                     Resolution::Addresses(before, _) => Resolution::Addresses(before.clone(), Some(why)),
                     Resolution::Pending | Resolution::Failed(_) => Resolution::Failed(why),
@@ -334,13 +334,13 @@ impl<R: Resolve> HostNames<R> {
 
 /// Reports whether a failed lookup means that the name does not exist, judged by the messages of glibc and
 /// musl. Any other failure may be temporary.
-fn is_definite(error: &io::Error) -> bool {
+fn is_missing_name(error: &io::Error) -> bool {
     let said = error.to_string().to_lowercase();
     ["not known", "no address", "does not resolve"].iter().any(|words| said.contains(words))
 }
 
 /// Strips the prefix that the standard library adds to the message of `getaddrinfo`.
-fn plain(error: &io::Error) -> String {
+fn without_prefix(error: &io::Error) -> String {
     let text = error.to_string();
     let said = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
     said.to_lowercase()
@@ -381,7 +381,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(600);
         while format!("{:?}", names.get(host)) != expected {
             assert!(Instant::now() < deadline, "{host} is {:?}, not {expected}", names.get(host));
-            let due = names.look_up().unwrap_or(deadline);
+            let due = names.start_lookups().unwrap_or(deadline);
             _ = tokio::time::timeout_at(due, names.changed()).await;
         }
     }
@@ -390,12 +390,12 @@ mod tests {
     async fn a_name_is_resolved_again_and_keeps_its_addresses_when_that_fails() {
         let dns = Arc::new(FakeResolver::default());
         let mut names = HostNames::new(dns.clone(), Duration::from_secs(30));
-        names.want(&hosts(&["db", "web"]));
-        assert!(names.any_pending());
+        names.request(&hosts(&["db", "web"]));
+        assert!(names.has_pending());
         dns.set("db", &["10.0.0.2", "10.0.0.1", "10.0.0.2"]);
         until(&mut names, "db", "Addresses([10.0.0.1, 10.0.0.2], None)").await;
         until(&mut names, "web", r#"Failed("name or service not known")"#).await;
-        assert!(!names.any_pending());
+        assert!(!names.has_pending());
         let unresolved = names.unresolved();
         assert_eq!(
             (unresolved.count, unresolved.without_answer),
@@ -412,16 +412,16 @@ mod tests {
         dns.set("db", &[]);
         until(&mut names, "db", r#"Addresses([10.0.0.3], Some("it has no address"))"#).await;
 
-        names.want_only(&hosts(&["web"]));
+        names.request_only(&hosts(&["web"]));
         assert_eq!(names.get("db"), Resolution::Pending);
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_was_known_before_a_restart_is_known() {
         let mut names = HostNames::new(Arc::new(FakeResolver::default()), Duration::from_secs(30));
-        names.remember("db".into(), vec!["10.0.0.1".parse().unwrap()]);
-        names.want(&hosts(&["db"]));
-        assert!(!names.any_pending());
+        names.add_known("db".into(), vec!["10.0.0.1".parse().unwrap()]);
+        names.request(&hosts(&["db"]));
+        assert!(!names.has_pending());
         let expected = r#"Addresses([10.0.0.1], Some("name or service not known"))"#;
         until(&mut names, "db", expected).await;
     }
@@ -429,8 +429,8 @@ mod tests {
     #[tokio::test]
     async fn localhost_is_resolved_by_the_host() {
         let mut names = HostNames::new(SystemResolver, Duration::from_secs(30));
-        names.want(&hosts(&["localhost"]));
-        names.look_up();
+        names.request(&hosts(&["localhost"]));
+        names.start_lookups();
         tokio::time::timeout(Duration::from_secs(30), names.changed()).await.unwrap();
         match names.get("localhost") {
             Resolution::Addresses(addresses, None) => assert!(addresses.iter().all(IpAddr::is_loopback)),
@@ -462,11 +462,11 @@ mod tests {
         // Names become due again long before every name had its first lookup.
         let mut names = HostNames::new(dns, Duration::from_millis(60));
         let all: Vec<String> = (0..200).map(|n| format!("vm-{n:03}.x")).collect();
-        names.want(&hosts(&all.iter().map(String::as_str).collect::<Vec<_>>()));
+        names.request(&hosts(&all.iter().map(String::as_str).collect::<Vec<_>>()));
         let deadline = Instant::now() + Duration::from_secs(30);
-        while names.any_pending() {
+        while names.has_pending() {
             assert!(Instant::now() < deadline, "some names never had their turn");
-            let due = names.look_up().unwrap_or(deadline);
+            let due = names.start_lookups().unwrap_or(deadline);
             _ = tokio::time::timeout_at(due, names.changed()).await;
         }
     }
@@ -476,22 +476,22 @@ mod tests {
         let dns = Arc::new(SlowResolver { answers_after: Duration::ZERO });
         let mut names = HostNames::new(dns, Duration::from_millis(50));
         let dead: Vec<String> = (0..40).map(|n| format!("a-{n:02}.dead")).collect();
-        names.want(&hosts(&dead.iter().map(String::as_str).collect::<Vec<_>>()));
+        names.request(&hosts(&dead.iter().map(String::as_str).collect::<Vec<_>>()));
         let deadline = Instant::now() + Duration::from_secs(30);
-        while names.any_pending() {
-            let due = names.look_up().unwrap_or(deadline);
+        while names.has_pending() {
+            let due = names.start_lookups().unwrap_or(deadline);
             _ = tokio::time::timeout_at(due, names.changed()).await;
         }
-        assert!(names.may_come("a-00.dead"));
+        assert!(names.may_exist("a-00.dead"));
         let unresolved = names.unresolved();
         assert_eq!((unresolved.count, unresolved.without_answer, unresolved.first.len()), (40, 40, 40));
         assert_eq!(&*unresolved.first[0].because, "temporary failure in name resolution");
         assert!(!unresolved.first[0].is_in_use);
-        names.want(&hosts(&["shop.x"]));
+        names.request(&hosts(&["shop.x"]));
         let since = Instant::now();
         while names.get("shop.x") == Resolution::Pending {
-            let due = names.look_up().unwrap_or(deadline);
-            assert!(names.failing <= FAILING_AT_ONCE, "{} places wait for a dead zone", names.failing);
+            let due = names.start_lookups().unwrap_or(deadline);
+            assert!(names.failing <= MAX_FAILING_LOOKUPS, "{} places wait for a dead zone", names.failing);
             _ = tokio::time::timeout_at(due, names.changed()).await;
             assert!(since.elapsed() < Duration::from_secs(30), "`shop.x` has no turn");
         }
@@ -506,7 +506,7 @@ mod tests {
             }
         }
         let mut names = HostNames::new(NoResolver, Duration::from_secs(30));
-        names.want(&hosts(&["db"]));
+        names.request(&hosts(&["db"]));
         assert!(!names.is_overdue("db"));
         assert_eq!((names.unresolved().count, names.unresolved().without_answer), (1, 0));
         // No lookup is started, as when all lookup threads are busy.

@@ -190,7 +190,7 @@ pub(crate) fn chain(error: &dyn Error) -> String {
 }
 
 /// Returns `text` escaped for terminals and logs; a clean text keeps its pointer.
-pub(crate) fn shown(text: &Arc<str>) -> Arc<str> {
+pub(crate) fn escape_text(text: &Arc<str>) -> Arc<str> {
     match printable(text) {
         Cow::Borrowed(_) => text.clone(),
         Cow::Owned(escaped) => escaped.into(),

@@ -11,7 +11,7 @@
 //! not an explicit removal; the guard decides when to believe it.
 
 pub mod config;
-mod reading;
+mod state;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use crate::assemble::{Assembler, FIRST_NAMES, Statement};
 use crate::resolve::{Resolve, SystemResolver};
 use crate::source::{Counters, Registrations, Source, SourceError};
 pub use config::{RootConfig, ZookeeperConfig};
-use reading::ZookeeperState;
+use state::ZookeeperState;
 
 /// The interval at which a live session without changes counts as an answer.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -41,7 +41,7 @@ pub struct ZookeeperSource<R = SystemResolver> {
     name: Arc<str>,
     mirror: Mirror,
     counters: Arc<Counters>,
-    reading: ZookeeperState,
+    state: ZookeeperState,
     assembler: Assembler<R>,
     statement: Statement,
     /// A view from before a restart exists.
@@ -52,12 +52,12 @@ pub struct ZookeeperSource<R = SystemResolver> {
     stale_because: Option<Arc<str>>,
     reasons: u32,
     first_names: Option<Instant>,
-    settle_at: Option<Instant>,
-    told: Option<Registrations>,
+    view_at: Option<Instant>,
+    last_view: Option<Registrations>,
     /// The last result was an error, so the next view is returned even if it equals the one before.
     has_failed: bool,
     /// The error of an invalid root path, which the configuration should have rejected.
-    broken: Option<String>,
+    invalid_root: Option<String>,
 }
 
 impl ZookeeperSource {
@@ -81,7 +81,7 @@ impl<R: Resolve> ZookeeperSource<R> {
     ) -> ZookeeperSource<R> {
         let name = config.name();
         let roots: Result<Vec<_>, String> = config.roots.iter().map(RootConfig::root).collect();
-        let (roots, broken) = match roots {
+        let (roots, invalid_root) = match roots {
             Ok(roots) => (roots, None),
             Err(wrong) => (Vec::new(), Some(wrong)),
         };
@@ -89,7 +89,7 @@ impl<R: Resolve> ZookeeperSource<R> {
         ZookeeperSource {
             mirror: Mirror::new(config.client(), roots, move |what| count(&counted, what)),
             counters,
-            reading: ZookeeperState::new(name.clone(), config.roots, last_good),
+            state: ZookeeperState::new(name.clone(), config.roots, last_good),
             assembler: Assembler::new(name.clone(), resolver, config.resolve_interval, last_good),
             statement: Statement::default(),
             is_restored: last_good.is_some(),
@@ -97,10 +97,10 @@ impl<R: Resolve> ZookeeperSource<R> {
             stale_because: None,
             reasons: 0,
             first_names: None,
-            settle_at: None,
-            told: None,
+            view_at: None,
+            last_view: None,
             has_failed: false,
-            broken,
+            invalid_root,
             name,
         }
     }
@@ -115,14 +115,14 @@ impl<R: Resolve> ZookeeperSource<R> {
     }
 
     /// Handles a view of the mirror.
-    fn heard(&mut self, view: &View) -> Result<(), SourceError> {
+    fn handle_view(&mut self, view: &View) -> Result<(), SourceError> {
         if let Some(because) = &view.stale_because {
             let is_news = self.stale_because.as_ref() != Some(because);
             self.stale_because = Some(because.clone());
             // The data of a server without a quorum is used only if no other state exists: this data may be
             // older than the view from before a restart, so a missing service is no removal.
             if !self.has_read && !self.is_restored && !view.roots.is_empty() {
-                self.take(view)?;
+                self.take_view(view)?;
                 return Ok(());
             }
             if is_news && self.reasons < REASONS {
@@ -133,42 +133,44 @@ impl<R: Resolve> ZookeeperSource<R> {
         }
         self.stale_because = None;
         self.reasons = 0;
-        self.counters.answered_now();
-        self.take(view)
+        self.counters.record_answer();
+        self.take_view(view)
     }
 
-    fn take(&mut self, view: &View) -> Result<(), SourceError> {
-        self.reading.take(&view.roots);
-        self.counters.bad_records.fetch_add(self.reading.take_bad_records(), Relaxed);
-        if let Some((path, why)) = self.reading.unknown_root() {
+    fn take_view(&mut self, view: &View) -> Result<(), SourceError> {
+        self.state.take(&view.roots);
+        self.counters.bad_records.fetch_add(self.state.take_bad_records(), Relaxed);
+        if let Some((path, why)) = self.state.unknown_root() {
             // Serving the other roots would claim that this root has no services.
             let (what, why) = (format!("read {path}, of which nothing is known yet"), why.to_string());
             return Err(self.failed(&what, why));
         }
         self.has_read = true;
-        self.statement = self.reading.statement();
-        self.assembler.want(self.statement.services.values(), false);
-        self.settle(Instant::now());
+        self.statement = self.state.statement();
+        self.assembler.request_names(self.statement.services.values(), false);
+        self.schedule_view(Instant::now());
         Ok(())
     }
 
-    fn settle(&mut self, now: Instant) {
-        self.settle_at.get_or_insert(now + SETTLE);
+    fn schedule_view(&mut self, now: Instant) {
+        self.view_at.get_or_insert(now + SETTLE);
     }
 
     /// Reports whether the session is alive: the servers answer its heartbeats even if nothing changes.
-    fn is_heard(&self) -> bool {
+    fn is_alive(&self) -> bool {
         self.has_read && self.stale_because.is_none()
     }
 
     /// Returns when work is due without any event.
     fn wake_at(&mut self, now: Instant) -> Instant {
-        let names = self.assembler.look_up();
-        let first_view =
-            self.first_names.map(|since| since + FIRST_NAMES).filter(|at| self.told.is_none() && *at > now);
+        let names = self.assembler.start_lookups();
+        let first_view = self
+            .first_names
+            .map(|since| since + FIRST_NAMES)
+            .filter(|at| self.last_view.is_none() && *at > now);
         let never = now + Duration::from_secs(3600);
-        let heartbeat = self.is_heard().then_some(now + HEARTBEAT);
-        [names, first_view, self.settle_at, heartbeat].into_iter().flatten().fold(never, Instant::min)
+        let heartbeat = self.is_alive().then_some(now + HEARTBEAT);
+        [names, first_view, self.view_at, heartbeat].into_iter().flatten().fold(never, Instant::min)
     }
 
     /// Returns the present view; `None` if it equals the last one returned or if it is too early for the
@@ -177,10 +179,10 @@ impl<R: Resolve> ZookeeperSource<R> {
         if !self.has_read {
             return None;
         }
-        if self.told.is_none() {
+        if self.last_view.is_none() {
             let since = *self.first_names.get_or_insert(now);
-            self.assembler.look_up();
-            if self.assembler.any_pending() && now < since + FIRST_NAMES {
+            self.assembler.start_lookups();
+            if self.assembler.has_pending() && now < since + FIRST_NAMES {
                 return None;
             }
         }
@@ -193,11 +195,11 @@ impl<R: Resolve> ZookeeperSource<R> {
             statement = Some(stale);
         }
         let view = self.assembler.view(statement.as_ref().unwrap_or(&self.statement));
-        if !self.has_failed && self.told.as_ref() == Some(&view) {
+        if !self.has_failed && self.last_view.as_ref() == Some(&view) {
             return None;
         }
         self.has_failed = false;
-        self.told = Some(view.clone());
+        self.last_view = Some(view.clone());
         Some(view)
     }
 }
@@ -217,15 +219,15 @@ fn count(counters: &Counters, what: Counted) {
 
 impl<R: Resolve> Source for ZookeeperSource<R> {
     async fn next(&mut self) -> Result<Registrations, SourceError> {
-        if let Some(wrong) = self.broken.clone() {
+        if let Some(wrong) = self.invalid_root.clone() {
             return Err(self.failed("read its roots", wrong));
         }
         loop {
             let now = Instant::now();
-            if self.settle_at.is_some_and(|at| at <= now) {
-                self.settle_at = None;
+            if self.view_at.is_some_and(|at| at <= now) {
+                self.view_at = None;
                 // During an outage the last view stays, as it has been returned already.
-                if (self.stale_because.is_none() || self.told.is_none())
+                if (self.stale_because.is_none() || self.last_view.is_none())
                     && let Some(view) = self.view(now)
                 {
                     return Ok(view);
@@ -233,14 +235,14 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
             }
             let due = self.wake_at(now);
             tokio::select! {
-                view = self.mirror.changed() => self.heard(&view)?,
-                () = self.assembler.changed() => self.settle(Instant::now()),
+                view = self.mirror.changed() => self.handle_view(&view)?,
+                () = self.assembler.changed() => self.schedule_view(Instant::now()),
                 () = sleep_until(due) => {
-                    if self.is_heard() {
-                        self.counters.answered_now();
+                    if self.is_alive() {
+                        self.counters.record_answer();
                     }
-                    if self.told.is_none() {
-                        self.settle(Instant::now());
+                    if self.last_view.is_none() {
+                        self.schedule_view(Instant::now());
                     }
                 }
             }
@@ -253,8 +255,8 @@ impl<R: Resolve> Source for ZookeeperSource<R> {
             Ok(view) => view,
             Err(error) => return Err(self.failed("read everything again", error)),
         };
-        self.heard(&view)?;
-        match (self.view(Instant::now()), &self.told) {
+        self.handle_view(&view)?;
+        match (self.view(Instant::now()), &self.last_view) {
             (Some(view), _) => Ok(view),
             (None, Some(told)) => Ok(told.clone()),
             (None, None) => Err(SourceError::Suspect {
@@ -283,10 +285,10 @@ mod tests {
         let because = Some("it has lost its quorum".into());
         let cut_off = View { roots: vec![Seen::default()], stale_because: because };
         let mut knows_nothing = source(None);
-        knows_nothing.heard(&cut_off).unwrap();
+        knows_nothing.handle_view(&cut_off).unwrap();
         assert!(knows_nothing.view(Instant::now()).is_some());
         let mut knows = source(Some(&Registrations::default()));
-        let said = knows.heard(&cut_off).unwrap_err();
+        let said = knows.handle_view(&cut_off).unwrap_err();
         assert!(crate::source::chain(&said).ends_with("it has lost its quorum"));
         assert!(knows.view(Instant::now()).is_none());
     }

@@ -6,7 +6,7 @@ use super::*;
 
 impl<R: Resolve> ConsulSource<R> {
     /// Passes an answer to `cursor`. Returns `false` if the cursor rejects it.
-    pub(super) fn believe(
+    pub(super) fn accept_answer(
         cursor: &mut Cursor,
         meta: &Meta,
         was_strong: bool,
@@ -23,13 +23,13 @@ impl<R: Resolve> ConsulSource<R> {
                 false
             }
             Verdict::News | Verdict::Same => {
-                counters.answered_now();
+                counters.record_answer();
                 true
             }
         }
     }
 
-    pub(super) fn heard_catalog(
+    pub(super) fn handle_catalog(
         &mut self,
         at: usize,
         answer: Result<Answer<Option<CatalogNames>>, ConsulError>,
@@ -52,7 +52,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
         };
         let seen = dc.cursor.seen();
-        if !Self::believe(&mut dc.cursor, &meta, was_strong, max_stale, now, &self.counters) {
+        if !Self::accept_answer(&mut dc.cursor, &meta, was_strong, max_stale, now, &self.counters) {
             return Ok(());
         }
         let has_moved = seen > 0 && dc.cursor.seen() != seen;
@@ -68,7 +68,7 @@ impl<R: Resolve> ConsulSource<R> {
             }
             Some(names) => {
                 dc.empty = false;
-                difference = self.list(at, names, now);
+                difference = self.take_list(at, names, now);
             }
             None if dc.empty => {
                 dc.cursor.failed(now);
@@ -76,11 +76,11 @@ impl<R: Resolve> ConsulSource<R> {
             }
             None => {}
         }
-        self.follow_list(at, &difference, has_moved, now);
+        self.handle_list_changes(at, &difference, has_moved, now);
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return Ok(()) };
         if dc.failure.take().is_some() {
-            self.plan.unpark(at);
-            self.judge_all();
+            self.plan.requeue_all(at);
+            self.update_all_services();
         }
         Ok(())
     }
@@ -95,13 +95,13 @@ impl<R: Resolve> ConsulSource<R> {
         let refused =
             cause.downcast_ref::<ConsulError>().is_some_and(|e| matches!(e.kind, ErrorKind::Forbidden(_)));
         let hint = if refused { format!(" ({RIGHTS})") } else { String::new() };
-        let of = self.shown(at);
+        let of = self.datacenter_suffix(at);
         if let Some(dc) = self.plan.datacenters.get_mut(at) {
             dc.in_flight = false;
             let failure = format!("Consul does not list the services{of}{hint}: {failure}");
             dc.failure = Some(failure.into());
         }
-        self.judge_all();
+        self.update_all_services();
         if self.plan.datacenters.iter().all(|dc| dc.failure.is_some()) {
             self.has_failed = true;
             let what = format!("list the services{of}{hint}");
@@ -113,7 +113,7 @@ impl<R: Resolve> ConsulSource<R> {
     /// Records that a catalogue lists nothing. Consul always lists itself, so the token probably lacks
     /// rights.
     pub(super) fn catalog_empty(&mut self, at: usize) -> Result<(), SourceError> {
-        let of = self.shown(at);
+        let of = self.datacenter_suffix(at);
         let what = format!(
             "Consul lists no service{of}, not even itself: it answers so if the token may not read. {RIGHTS}; see \
              `token_file`, and `consul acl token read -self`"
@@ -121,7 +121,7 @@ impl<R: Resolve> ConsulSource<R> {
         if let Some(dc) = self.plan.datacenters.get_mut(at) {
             dc.failure = Some(what.as_str().into());
         }
-        self.judge_all();
+        self.update_all_services();
         if self.plan.datacenters.iter().all(|dc| dc.failure.is_some()) {
             self.has_failed = true;
             return Err(SourceError::Suspect { source_name: self.name.clone(), what });
@@ -130,13 +130,13 @@ impl<R: Resolve> ConsulSource<R> {
     }
 
     /// Returns ` of dc1` for a configured datacenter, or an empty string.
-    pub(super) fn shown(&self, at: usize) -> String {
+    pub(super) fn datacenter_suffix(&self, at: usize) -> String {
         let name = self.plan.datacenters.get(at).and_then(|dc| dc.name.as_ref());
         name.map(|name| format!(" of `{name}`")).unwrap_or_default()
     }
 
     /// Takes the list of services of a datacenter.
-    pub(super) fn list(&mut self, at: usize, names: CatalogNames, now: Instant) -> ListDifference {
+    pub(super) fn take_list(&mut self, at: usize, names: CatalogNames, now: Instant) -> ListDifference {
         let is_first = self.plan.datacenters.get(at).is_some_and(|dc| !dc.has_listed);
         let mut listed: BTreeMap<ServiceName, Arc<str>> = BTreeMap::new();
         let mut problems = Vec::new();
@@ -170,10 +170,10 @@ impl<R: Resolve> ConsulSource<R> {
             }
             None => ListDifference::default(),
         };
-        let mut changed = self.plan.list(at, listed, problems, now);
-        self.count_kept();
+        let mut changed = self.plan.take_list(at, listed, problems, now);
+        self.recount_kept_bytes();
         if is_first {
-            for name in self.hidden(at) {
+            for name in self.hidden_services(at) {
                 self.plan.watch_hidden(at, &name, now);
                 changed.push(name);
             }
@@ -182,24 +182,24 @@ impl<R: Resolve> ConsulSource<R> {
             // A service that no datacenter lists is gone. Its state from before the restart must not return
             // when it later cannot be read.
             let plan = &self.plan;
-            let gone = self.last_good.extract_if(.., |name, _| !plan.watches(name));
+            let gone = self.last_good.extract_if(.., |name, _| !plan.is_watched(name));
             changed.extend(gone.map(|(name, _)| name));
         }
         for name in changed {
-            self.judge(&name);
+            self.update_service(&name);
         }
         let all_read = self.plan.services.values().all(|watched| watched.read.is_some());
-        self.assembler.want(self.statement.services.values(), !all_read);
-        self.settle(now);
+        self.assembler.request_names(self.statement.services.values(), !all_read);
+        self.schedule_view(now);
         difference
     }
 
     /// Returns the services from before a restart that are not listed, if the token may not see everything.
-    pub(super) fn hidden(&self, at: usize) -> Vec<ServiceName> {
+    pub(super) fn hidden_services(&self, at: usize) -> Vec<ServiceName> {
         let Some(dc) = self.plan.datacenters.get(at).filter(|dc| dc.filtered) else { return Vec::new() };
         let was_here = |registration: &Registration| {
             let of = dc.name.as_ref().filter(|_| self.plan.datacenters.len() > 1);
-            of.is_none_or(|dc| remembered(registration, dc).listed > 0)
+            of.is_none_or(|dc| restored_instances(registration, dc).listed > 0)
         };
         let is_hidden = |(name, registration): &(&ServiceName, &Arc<Registration>)| {
             !self.plan.services.contains_key(&(at, (*name).clone()))
@@ -209,7 +209,7 @@ impl<R: Resolve> ConsulSource<R> {
         self.last_good.iter().filter(is_hidden).map(|(name, _)| name.clone()).collect()
     }
 
-    pub(super) fn heard_service(
+    pub(super) fn handle_service(
         &mut self,
         key: &ServiceKey,
         answer: ServiceAnswer,
@@ -233,14 +233,15 @@ impl<R: Resolve> ConsulSource<R> {
                 // over.
                 if watched.failures > 1 || watched.read.is_none() {
                     watched.failure = Some(chain(&error).into());
-                    self.judge(&key.1);
-                    self.settle(now);
+                    self.update_service(&key.1);
+                    self.schedule_view(now);
                 }
                 return;
             }
         };
         let seen = watched.cursor.seen();
-        if !Self::believe(&mut watched.cursor, &answer.meta, was_strong, max_stale, now, &self.counters) {
+        if !Self::accept_answer(&mut watched.cursor, &answer.meta, was_strong, max_stale, now, &self.counters)
+        {
             return;
         }
         let must_be_newer = std::mem::take(&mut watched.must_be_newer);
@@ -250,19 +251,19 @@ impl<R: Resolve> ConsulSource<R> {
             return;
         }
         watched.failures = 0;
-        let was_empty = watched.empties;
+        let was_empty = watched.empty_answers;
         let is_empty = match &answer.value {
             Some(read) => read.listed == 0,
-            None => watched.empties > 0,
+            None => watched.empty_answers > 0,
         };
         if is_empty {
-            watched.empties += 1;
+            watched.empty_answers += 1;
             if !watched.listed && !answer.meta.filtered {
                 // The answer is unfiltered, so the service really has no instances.
                 self.plan.forget(key);
-                self.count_kept();
-                self.judge(&key.1);
-                self.settle(now);
+                self.recount_kept_bytes();
+                self.update_service(&key.1);
+                self.schedule_view(now);
                 return;
             }
             if was_empty == 0 && watched.listed && !answer.meta.filtered {
@@ -275,12 +276,12 @@ impl<R: Resolve> ConsulSource<R> {
             watched.cursor.failed(now);
             if watched.failure.as_ref() != Some(&why) {
                 watched.failure = Some(why);
-                self.judge(&key.1);
-                self.settle(now);
+                self.update_service(&key.1);
+                self.schedule_view(now);
             }
             return;
         }
-        watched.empties = 0;
+        watched.empty_answers = 0;
         let had_bytes = watched.read.as_ref().map_or(0, |read| read.bytes);
         if let Some(read) = &answer.value
             && (self.kept_bytes + read.bytes).saturating_sub(had_bytes) > self.max_kept
@@ -292,8 +293,8 @@ impl<R: Resolve> ConsulSource<R> {
             );
             watched.cursor.refused(now);
             watched.failure = Some(why.into());
-            self.judge(&key.1);
-            self.settle(now);
+            self.update_service(&key.1);
+            self.schedule_view(now);
             return;
         }
         if let Some(read) = &answer.value {
@@ -309,13 +310,13 @@ impl<R: Resolve> ConsulSource<R> {
             None => false,
         };
         if is_news || had_failure {
-            self.judge(&key.1);
-            self.settle(now);
+            self.update_service(&key.1);
+            self.schedule_view(now);
         }
     }
 
     /// Counts the bytes of all answers that are kept, after services were removed.
-    pub(super) fn count_kept(&mut self) {
+    pub(super) fn recount_kept_bytes(&mut self) {
         let reads = self.plan.services.values().filter_map(|watched| watched.read.as_ref());
         self.kept_bytes = reads.map(|read| read.bytes).sum();
     }

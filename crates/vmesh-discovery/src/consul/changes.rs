@@ -220,12 +220,12 @@ impl Sweep {
     }
 
     /// Starts a round over `services` services, one of which may have changed.
-    pub(super) fn owe(&mut self, services: usize) {
+    pub(super) fn start_round(&mut self, services: usize) {
         self.owed = services;
     }
 
     /// Starts a round without pauses, at most once per [`ROUND`].
-    pub(super) fn hurry(&mut self, services: usize, now: Instant) {
+    pub(super) fn start_hurried_round(&mut self, services: usize, now: Instant) {
         self.owed = services;
         if now >= self.hurry_again {
             self.hurried = services;
@@ -353,15 +353,15 @@ mod tests {
         let mut sweep = Sweep::new(now);
         assert_eq!(sweep.take(&services, now), None);
         assert_eq!(sweep.due(10), now + IDLE_ROUND / 10);
-        sweep.hurry(10, now);
+        sweep.start_hurried_round(10, now);
         let read: Vec<ServiceKey> = std::iter::from_fn(|| sweep.take(&services, now)).collect();
         assert!(read.iter().eq(services.keys()), "{read:?}");
         // A second hurried round is refused; the sweep continues at its usual pace from the first service.
-        sweep.hurry(10, now);
+        sweep.start_hurried_round(10, now);
         assert_eq!(sweep.due(10), now + ROUND / 10);
         assert_eq!(sweep.take(&services, now), None);
         assert_eq!(sweep.take(&services, now + ROUND / 10).as_ref(), services.keys().next());
-        sweep.hurry(10, now + ROUND);
+        sweep.start_hurried_round(10, now + ROUND);
         assert_eq!(sweep.take(&services, now + ROUND).as_ref(), services.keys().nth(1));
         assert_eq!(sweep.take(&BTreeMap::<ServiceKey, ()>::new(), now + ROUND), None);
         assert_eq!(Sweep::lateness(50_000), Duration::from_secs(100));

@@ -13,7 +13,7 @@ use crate::format::consul::ServiceInstances;
 
 /// The limit of concurrent reads that do not block, for example of the first 2,000 services or after a
 /// failure.
-const AT_ONCE: usize = 64;
+const MAX_READS: usize = 64;
 /// The longest time before a change is seen, if services take turns.
 pub(super) const ROUND: Duration = Duration::from_secs(10);
 /// The shortest wait of a blocking query.
@@ -40,11 +40,11 @@ pub(super) struct CheckWatch {
     /// The size of the last answer. A large answer arrives later than the list of services.
     pub(super) bytes: usize,
     /// When a difference last caused a read of a service.
-    pub(super) pointed_at: Option<Instant>,
+    pub(super) read_requested_at: Option<Instant>,
     /// When a change of the list of services last ended a pause of this query.
     pub(super) hastened_at: Option<Instant>,
     /// The number of consecutive answers without a difference.
-    pub(super) fruitless: u32,
+    pub(super) unchanged_answers: u32,
     /// The reason why the checks cannot be read now; meanwhile the sweep reads services in turn.
     pub(super) failure: Option<Arc<str>>,
 }
@@ -58,9 +58,9 @@ impl CheckWatch {
             in_flight: false,
             digest: None,
             bytes: 0,
-            pointed_at: None,
+            read_requested_at: None,
             hastened_at: None,
-            fruitless: 0,
+            unchanged_answers: 0,
             failure: None,
         }
     }
@@ -92,7 +92,7 @@ pub(super) struct Datacenter {
 
 impl Datacenter {
     /// Reports whether the checks should be queried once the query is due.
-    pub(super) fn wants_checks(&self) -> bool {
+    pub(super) fn needs_checks(&self) -> bool {
         self.has_listed && self.failure.is_none() && !self.checks.in_flight
     }
 }
@@ -110,7 +110,7 @@ pub(super) struct WatchedService {
     /// The number of consecutive failures.
     pub(super) failures: u32,
     /// The number of consecutive answers without an instance.
-    pub(super) empties: u32,
+    pub(super) empty_answers: u32,
     /// The service is in the catalogue. An unlisted service stays watched while the token may merely lack
     /// rights to see it.
     pub(super) listed: bool,
@@ -141,7 +141,7 @@ pub(super) struct Plan {
     pub(super) is_scarce: bool,
     queue: BTreeSet<(Instant, ServiceKey)>,
     /// The running queries, including those of services that are no longer watched.
-    flights: BTreeMap<ServiceKey, RunningQuery>,
+    running: BTreeMap<ServiceKey, RunningQuery>,
     reads: usize,
 }
 
@@ -170,7 +170,7 @@ impl Plan {
 
     /// Takes the list of services of a datacenter. Returns the services that are no longer watched; for the
     /// first list, also the new services.
-    pub(super) fn list(
+    pub(super) fn take_list(
         &mut self,
         at: usize,
         listed: BTreeMap<ServiceName, Arc<str>>,
@@ -214,7 +214,7 @@ impl Plan {
     }
 
     /// Reports whether a service is watched in any datacenter.
-    pub(super) fn watches(&self, name: &ServiceName) -> bool {
+    pub(super) fn is_watched(&self, name: &ServiceName) -> bool {
         (0..self.datacenters.len()).any(|at| self.services.contains_key(&(at, name.clone())))
     }
 
@@ -230,12 +230,12 @@ impl Plan {
             read: None,
             failure: None,
             failures: 0,
-            empties: 0,
+            empty_answers: 0,
             listed,
             expects_news: false,
             must_be_newer: false,
             read_again: false,
-            in_flight: self.flights.get(&key).copied(),
+            in_flight: self.running.get(&key).copied(),
             queued: None,
         };
         self.services.insert(key.clone(), watched);
@@ -271,7 +271,7 @@ impl Plan {
 
     /// Requests a read of a service as soon as its rate limit allows. If `expects_news` is set and the answer
     /// is no newer than the last one, the leader is asked again.
-    pub(super) fn point_at(&mut self, key: &ServiceKey, expects_news: bool) {
+    pub(super) fn request_read(&mut self, key: &ServiceKey, expects_news: bool) {
         let Some(watched) = self.services.get_mut(key) else { return };
         watched.expects_news |= expects_news;
         watched.read_again = true;
@@ -279,18 +279,18 @@ impl Plan {
     }
 
     /// Returns the services with a blocking query that waits for a change.
-    pub(super) fn waiting(&self) -> BTreeSet<ServiceKey> {
-        let waits = self.flights.iter().filter(|(_, flight)| **flight == RunningQuery::Wait);
+    pub(super) fn blocking_queries(&self) -> BTreeSet<ServiceKey> {
+        let waits = self.running.iter().filter(|(_, flight)| **flight == RunningQuery::Wait);
         waits.map(|(key, _)| key.clone()).collect()
     }
 
     /// Reports whether a connection is free for a read of the sweep, besides the reads that are due.
     pub(super) fn has_room(&self, slots: usize, now: Instant) -> bool {
-        self.flights.len() < (slots * 3 / 4).max(1) && self.queue.first().is_none_or(|(at, _)| *at > now)
+        self.running.len() < (slots * 3 / 4).max(1) && self.queue.first().is_none_or(|(at, _)| *at > now)
     }
 
     /// Requests a read of all services of a datacenter that has become readable again.
-    pub(super) fn unpark(&mut self, at: usize) {
+    pub(super) fn requeue_all(&mut self, at: usize) {
         let now = Instant::now();
         let of_it: Vec<ServiceKey> = self.services.keys().filter(|(dc, _)| *dc == at).cloned().collect();
         for key in of_it {
@@ -318,22 +318,22 @@ impl Plan {
                 continue;
             }
             let flight = if watched.cursor.index() == 0 { RunningQuery::Read } else { RunningQuery::Wait };
-            if self.flights.len() >= slots || (flight == RunningQuery::Read && self.reads >= AT_ONCE) {
+            if self.running.len() >= slots || (flight == RunningQuery::Read && self.reads >= MAX_READS) {
                 return None;
             }
             if let Some(at) = watched.queued.take() {
                 self.queue.remove(&(at, key.clone()));
             }
             watched.in_flight = Some(flight);
-            self.flights.insert(key.clone(), flight);
+            self.running.insert(key.clone(), flight);
             self.reads += usize::from(flight == RunningQuery::Read);
             return Some(key);
         }
     }
 
     /// Records that a query has ended.
-    pub(super) fn back(&mut self, key: &ServiceKey) {
-        if self.flights.remove(key) == Some(RunningQuery::Read) {
+    pub(super) fn end_query(&mut self, key: &ServiceKey) {
+        if self.running.remove(key) == Some(RunningQuery::Read) {
             self.reads -= 1;
         }
         if let Some(watched) = self.services.get_mut(key) {
@@ -345,11 +345,11 @@ impl Plan {
     pub(super) fn next_due(&self, slots: usize) -> Option<Instant> {
         let catalogs = self.datacenters.iter().filter(|dc| !dc.in_flight).map(|dc| dc.cursor.due());
         let shared = self.datacenters.iter().filter(|_| self.is_scarce).flat_map(|dc| {
-            [dc.wants_checks().then(|| dc.checks.cursor.due()), dc.unexplained].into_iter().flatten()
+            [dc.needs_checks().then(|| dc.checks.cursor.due()), dc.unexplained].into_iter().flatten()
         });
         let service = self.queue.first().filter(|(_, key)| {
             let reads = self.services.get(key).is_some_and(|watched| watched.cursor.index() == 0);
-            self.flights.len() < slots && !(reads && self.reads >= AT_ONCE)
+            self.running.len() < slots && !(reads && self.reads >= MAX_READS)
         });
         catalogs.chain(shared).chain(service.map(|(at, _)| *at)).min()
     }
@@ -360,7 +360,7 @@ impl Plan {
     }
 
     /// Returns how long a query may block, so that each service has its turn.
-    pub(super) fn turn(&self, slots: usize, wait: Duration) -> Duration {
+    pub(super) fn block_time(&self, slots: usize, wait: Duration) -> Duration {
         match self.rounds(slots) {
             0 | 1 => wait,
             rounds => (ROUND / rounds).clamp(SHORTEST, wait),
@@ -371,7 +371,7 @@ impl Plan {
     pub(super) fn lateness(&self, slots: usize, wait: Duration) -> Option<Duration> {
         let rounds = self.rounds(slots);
         // Consul adds up to a sixteenth to the wait.
-        (rounds > 1).then(|| self.turn(slots, wait).mul_f64(17.0 / 16.0) * (rounds - 1))
+        (rounds > 1).then(|| self.block_time(slots, wait).mul_f64(17.0 / 16.0) * (rounds - 1))
     }
 }
 
@@ -383,7 +383,7 @@ mod tests {
         let now = Instant::now();
         let mut plan = Plan::new(&[], now);
         let listed = (0..services).map(|n| (format!("s{n:04}").parse().unwrap(), "s".into())).collect();
-        plan.list(0, listed, Vec::new(), now);
+        plan.take_list(0, listed, Vec::new(), now);
         plan
     }
 
@@ -395,12 +395,12 @@ mod tests {
         while let Some(key) = plan.take_due(now, 1000) {
             taken.push(key);
         }
-        assert_eq!(taken.len(), AT_ONCE);
+        assert_eq!(taken.len(), MAX_READS);
         assert_eq!(plan.next_due(1000), Some(plan.datacenters[0].cursor.due()));
         let mut seen = BTreeSet::new();
         while let Some(key) = taken.pop() {
             assert!(seen.insert(key.clone()), "{key:?} has had its turn");
-            plan.back(&key);
+            plan.end_query(&key);
             plan.services.get_mut(&key).unwrap().cursor.failed(now);
             plan.enqueue(&key);
             taken.extend(plan.take_due(now, 1000));
@@ -413,10 +413,10 @@ mod tests {
         let minute = Duration::from_secs(60);
         for (services, turn, late) in [(8, 60_000, None), (9, 5_000, Some(5_312)), (80, 1_000, Some(9_562))] {
             let plan = plan(services);
-            assert_eq!(plan.turn(8, minute).as_millis(), turn);
+            assert_eq!(plan.block_time(8, minute).as_millis(), turn);
             assert_eq!(plan.lateness(8, minute).map(|late| late.as_millis()), late);
         }
-        assert_eq!(plan(2000).turn(8, minute), SHORTEST);
+        assert_eq!(plan(2000).block_time(8, minute), SHORTEST);
     }
 
     #[tokio::test]
@@ -425,7 +425,7 @@ mod tests {
         plan.datacenters[0].failure = Some("down".into());
         assert_eq!(plan.take_due(Instant::now(), 1000), None);
         plan.datacenters[0].failure = None;
-        plan.unpark(0);
+        plan.requeue_all(0);
         assert!(plan.take_due(Instant::now(), 1000).is_some());
     }
 
@@ -434,11 +434,11 @@ mod tests {
         let mut plan = plan(1);
         let now = Instant::now();
         let key = plan.take_due(now, 10).unwrap();
-        plan.list(0, BTreeMap::new(), Vec::new(), now);
+        plan.take_list(0, BTreeMap::new(), Vec::new(), now);
         assert!(plan.services.is_empty());
-        plan.list(0, BTreeMap::from([(key.1.clone(), "s".into())]), Vec::new(), now);
+        plan.take_list(0, BTreeMap::from([(key.1.clone(), "s".into())]), Vec::new(), now);
         assert_eq!(plan.take_due(now, 10), None);
-        plan.back(&key);
+        plan.end_query(&key);
         plan.enqueue(&key);
         assert_eq!(plan.take_due(now, 10), Some(key));
     }

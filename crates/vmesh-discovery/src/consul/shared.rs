@@ -13,14 +13,14 @@ use super::*;
 
 /// The limit of concurrent reads. Together with the shared queries of a datacenter this stays below 20
 /// connections.
-const READS_AT_ONCE: usize = 14;
+const MAX_SCARCE_READS: usize = 14;
 /// A change of the list and the change of checks that explains it arrive within this time of each other.
 const SAME_CHANGE: Duration = Duration::from_millis(300);
 /// The time that each mebibyte of checks adds to [`SAME_CHANGE`], since Consul has to serialize them.
 const SAME_CHANGE_PER_MIB: Duration = Duration::from_millis(150);
 /// The limit of services with unchecked instances that are read at once after a possible change. A larger
 /// number of services is left to the sweep.
-const UNCHECKED_AT_ONCE: usize = 64;
+const MAX_UNCHECKED: usize = 64;
 /// The pause that each mebibyte of checks causes, so that Consul spends at most about half its time on them.
 const PAUSE_PER_MIB: Duration = Duration::from_millis(10);
 /// The interval in which a change of the list may end such a pause once.
@@ -62,7 +62,7 @@ impl<R: Resolve> ConsulSource<R> {
     /// Returns the number of connections for reads of services.
     pub(super) fn read_slots(&self) -> usize {
         match self.plan.is_scarce {
-            true => self.slots().saturating_sub(self.plan.datacenters.len()).clamp(1, READS_AT_ONCE),
+            true => self.slots().saturating_sub(self.plan.datacenters.len()).clamp(1, MAX_SCARCE_READS),
             false => self.slots(),
         }
     }
@@ -82,21 +82,21 @@ impl<R: Resolve> ConsulSource<R> {
         }
         self.plan.is_scarce = is_scarce;
         if is_scarce {
-            let waiting = self.plan.waiting();
-            for (ask, task) in self.asked.values() {
-                if let QueryTarget::Service(key) = ask
+            let waiting = self.plan.blocking_queries();
+            for (target, task) in self.query_targets.values() {
+                if let QueryTarget::Service(key) = target
                     && waiting.contains(key)
                 {
                     task.abort();
                 }
             }
-            self.sweep.owe(services);
+            self.sweep.start_round(services);
         }
         let keys: Vec<ServiceKey> = self.plan.services.keys().cloned().collect();
         for key in &keys {
             self.plan.enqueue(key);
         }
-        self.settle(now);
+        self.schedule_view(now);
     }
 
     /// Sends the check queries that are due, and requests the next read of the sweep.
@@ -109,21 +109,21 @@ impl<R: Resolve> ConsulSource<R> {
             let Some(dc) = self.plan.datacenters.get_mut(at) else { continue };
             if dc.unexplained.is_some_and(|deadline| deadline <= now) {
                 dc.unexplained = None;
-                self.sweep.hurry(services, now);
+                self.sweep.start_hurried_round(services, now);
             }
-            if dc.wants_checks() && dc.checks.cursor.due() <= now {
-                self.ask_checks(at);
+            if dc.needs_checks() && dc.checks.cursor.due() <= now {
+                self.query_checks(at);
             }
         }
         let slots = self.read_slots();
         // While the checks cannot be read, the sweep starts over and over.
         if self.plan.datacenters.iter().any(|dc| dc.checks.failure.is_some()) {
-            self.sweep.owe(services);
+            self.sweep.start_round(services);
         }
         if self.plan.has_room(slots, now)
             && let Some(key) = self.sweep.take(&self.plan.services, now)
         {
-            self.plan.point_at(&key, false);
+            self.plan.request_read(&key, false);
         }
     }
 
@@ -133,22 +133,22 @@ impl<R: Resolve> ConsulSource<R> {
         can_read.then(|| self.sweep.due(self.plan.services.len()))
     }
 
-    fn ask_checks(&mut self, at: usize) {
+    fn query_checks(&mut self, at: usize) {
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
         dc.checks.in_flight = true;
         let cursor = &dc.checks.cursor;
         let query = Query { datacenter: dc.name.clone(), ..self.pace.query(cursor, CATALOG_WAIT) };
         let was_strong = query.consistency != Consistency::Stale;
         let (client, known, keys) = (self.client.clone(), cursor.hash(), self.hash_keys.clone());
-        let ask = QueryTarget::Checks(at);
+        let target = QueryTarget::Checks(at);
         let task = async move {
-            let what = QueryAnswer::Checks(read_checks(&client, &query, known, &keys).await);
-            FinishedQuery { ask: QueryTarget::Checks(at), was_strong, what }
+            let answer = QueryAnswer::Checks(read_checks(&client, &query, known, &keys).await);
+            FinishedQuery { target: QueryTarget::Checks(at), was_strong, answer }
         };
-        self.spawn(ask, task);
+        self.spawn_query(target, task);
     }
 
-    pub(super) fn heard_checks(
+    pub(super) fn handle_checks(
         &mut self,
         at: usize,
         answer: Result<Answer<ChecksAnswer>, ConsulError>,
@@ -165,7 +165,7 @@ impl<R: Resolve> ConsulSource<R> {
                 return;
             }
         };
-        if !Self::believe(&mut dc.checks.cursor, &meta, was_strong, max_stale, now, &self.counters) {
+        if !Self::accept_answer(&mut dc.checks.cursor, &meta, was_strong, max_stale, now, &self.counters) {
             return;
         }
         dc.checks.bytes = value.bytes;
@@ -173,7 +173,7 @@ impl<R: Resolve> ConsulSource<R> {
         let mut pause = PAUSE_PER_MIB.mul_f64(value.bytes as f64 / f64::from(1 << 20));
         let Some(digest) = value.digest else {
             if had_failure {
-                self.settle(now);
+                self.schedule_view(now);
             }
             return;
         };
@@ -181,20 +181,20 @@ impl<R: Resolve> ConsulSource<R> {
         dc.checks.digest = Some(digest);
         if changes.as_ref().is_some_and(CheckChanges::is_empty) {
             let (first, longest) = FRUITLESS_PAUSE;
-            pause = pause.max((first * 2u32.pow(dc.checks.fruitless.min(6))).min(longest));
-            dc.checks.fruitless += 1;
+            pause = pause.max((first * 2u32.pow(dc.checks.unchanged_answers.min(6))).min(longest));
+            dc.checks.unchanged_answers += 1;
         } else {
-            dc.checks.fruitless = 0;
+            dc.checks.unchanged_answers = 0;
         }
         dc.checks.cursor.postpone(now + pause);
         match changes {
-            Some(changes) => self.follow_checks(at, &changes, now),
+            Some(changes) => self.handle_check_changes(at, &changes, now),
             // Services may have changed between their own read and this first answer.
-            None => self.sweep.owe(self.plan.services.len()),
+            None => self.sweep.start_round(self.plan.services.len()),
         }
         if had_failure {
-            self.sweep.owe(self.plan.services.len());
-            self.settle(now);
+            self.sweep.start_round(self.plan.services.len());
+            self.schedule_view(now);
         }
     }
 
@@ -207,47 +207,47 @@ impl<R: Resolve> ConsulSource<R> {
         if dc.checks.failure.replace(failure.into()).is_none() {
             tracing::debug!("{}: {failure}", self.name);
         }
-        self.settle(now);
+        self.schedule_view(now);
     }
 
     /// Requests a read of the services whose checks differ.
-    fn follow_checks(&mut self, at: usize, changes: &CheckChanges, now: Instant) {
+    fn handle_check_changes(&mut self, at: usize, changes: &CheckChanges, now: Instant) {
         let mut any = false;
         for name in changes.services.iter().filter_map(|name| name.parse::<ServiceName>().ok()) {
             let key = (at, name);
             any |= self.plan.services.contains_key(&key);
-            self.plan.point_at(&key, true);
+            self.plan.request_read(&key, true);
         }
         if changes.nodes {
-            self.point_at_unchecked(at);
+            self.request_unchecked(at);
         }
         if any && let Some(dc) = self.plan.datacenters.get_mut(at) {
-            dc.checks.pointed_at = Some(now);
+            dc.checks.read_requested_at = Some(now);
             dc.unexplained = None;
         }
     }
 
     /// Requests a read of each service with unchecked instances. If there are more than
-    /// [`UNCHECKED_AT_ONCE`], the sweep reads them.
-    fn point_at_unchecked(&mut self, at: usize) {
+    /// [`MAX_UNCHECKED`], the sweep reads them.
+    fn request_unchecked(&mut self, at: usize) {
         let digest = self.plan.datacenters.get(at).and_then(|dc| dc.checks.digest.as_ref());
         let is_unchecked = |(key, watched): &(&ServiceKey, &WatchedService)| {
             let checked = digest.map_or(0, |digest| digest.checked_instances(key.1.as_str()));
             key.0 == at && watched.read.as_ref().is_some_and(|read| read.listed > checked)
         };
         let unchecked = self.plan.services.iter().filter(is_unchecked).map(|(key, _)| key.clone());
-        let unchecked: Vec<ServiceKey> = unchecked.take(UNCHECKED_AT_ONCE + 1).collect();
-        if unchecked.len() > UNCHECKED_AT_ONCE {
-            self.sweep.owe(self.plan.services.len());
+        let unchecked: Vec<ServiceKey> = unchecked.take(MAX_UNCHECKED + 1).collect();
+        if unchecked.len() > MAX_UNCHECKED {
+            self.sweep.start_round(self.plan.services.len());
             return;
         }
         for key in &unchecked {
-            self.plan.point_at(key, false);
+            self.plan.request_read(key, false);
         }
     }
 
     /// Handles a new list of services. `has_moved` is set if its index changed.
-    pub(super) fn follow_list(
+    pub(super) fn handle_list_changes(
         &mut self,
         at: usize,
         difference: &ListDifference,
@@ -258,18 +258,18 @@ impl<R: Resolve> ConsulSource<R> {
             return;
         }
         for name in &difference.retagged {
-            self.plan.point_at(&(at, name.clone()), true);
+            self.plan.request_read(&(at, name.clone()), true);
         }
         // A second change may hide behind the visible one.
-        self.sweep.owe(self.plan.services.len());
+        self.sweep.start_round(self.plan.services.len());
         if difference.is_visible {
             return;
         }
-        self.point_at_unchecked(at);
+        self.request_unchecked(at);
         let Some(dc) = self.plan.datacenters.get_mut(at) else { return };
         let mebibytes = dc.checks.bytes as f64 / f64::from(1 << 20);
         let same_change = SAME_CHANGE + SAME_CHANGE_PER_MIB.mul_f64(mebibytes);
-        if dc.checks.pointed_at.is_none_or(|pointed| now > pointed + SAME_CHANGE) {
+        if dc.checks.read_requested_at.is_none_or(|pointed| now > pointed + SAME_CHANGE) {
             dc.unexplained.get_or_insert(now + same_change);
             let is_paused = !dc.checks.in_flight && dc.checks.failure.is_none();
             if is_paused && dc.checks.hastened_at.is_none_or(|at| now > at + HASTENS_EVERY) {

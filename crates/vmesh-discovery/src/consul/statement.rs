@@ -6,26 +6,26 @@
 use super::*;
 
 impl<R: Resolve> ConsulSource<R> {
-    pub(super) fn settle(&mut self, now: Instant) {
-        self.settle_at.get_or_insert(now + SETTLE);
+    pub(super) fn schedule_view(&mut self, now: Instant) {
+        self.view_at.get_or_insert(now + SETTLE);
     }
 
-    pub(super) fn judge_all(&mut self) {
+    pub(super) fn update_all_services(&mut self) {
         let mut names: BTreeSet<ServiceName> =
             self.plan.services.keys().map(|(_, name)| name.clone()).collect();
         names.extend(self.last_good.keys().cloned());
         for name in names {
-            self.judge(&name);
+            self.update_service(&name);
         }
-        self.settle(Instant::now());
+        self.schedule_view(Instant::now());
     }
 
     /// Updates the statement about one service, at the cost of that service alone.
-    pub(super) fn judge(&mut self, name: &ServiceName) {
-        let (told, problems) = self.judged(name);
+    pub(super) fn update_service(&mut self, name: &ServiceName) {
+        let (told, problems) = self.merge_service(name);
         match told {
             Some(told) => {
-                self.assembler.want([&told], true);
+                self.assembler.request_names([&told], true);
                 self.statement.services.insert(name.clone(), told);
             }
             None => {
@@ -40,7 +40,7 @@ impl<R: Resolve> ConsulSource<R> {
         }
     }
 
-    pub(super) fn judged(&mut self, name: &ServiceName) -> (Option<ServiceStatement>, Vec<Problem>) {
+    pub(super) fn merge_service(&mut self, name: &ServiceName) -> (Option<ServiceStatement>, Vec<Problem>) {
         self.unusable.remove(name);
         self.left_out.remove(name);
         let restored = self.last_good.get(name).cloned();
@@ -57,7 +57,9 @@ impl<R: Resolve> ConsulSource<R> {
                     let known =
                         restored.as_ref().zip(dc.name.as_ref()).filter(|_| self.plan.datacenters.len() > 1);
                     match known {
-                        Some((registration, dc)) => reads.push(Arc::new(remembered(registration, dc))),
+                        Some((registration, dc)) => {
+                            reads.push(Arc::new(restored_instances(registration, dc)))
+                        }
                         None => unread = true,
                     }
                     if restored.is_none() && watched.is_none() {
@@ -78,7 +80,7 @@ impl<R: Resolve> ConsulSource<R> {
                 return (None, problems);
             }
             let told = restored.map(|restored| ServiceStatement {
-                known: ServiceContent::Restored(restored),
+                content: ServiceContent::Restored(restored),
                 stale_because: stale_because.clone(),
                 partial_because: None,
             });
@@ -136,19 +138,19 @@ impl<R: Resolve> ConsulSource<R> {
             ServiceContent::Parsed(service) => service.partial_because.clone(),
             ServiceContent::Restored(_) => None,
         };
-        (Some(ServiceStatement { known, stale_because, partial_because }), problems)
+        (Some(ServiceStatement { content: known, stale_because, partial_because }), problems)
     }
 
     /// Reports whether a datacenter has neither been read nor known before a restart.
     pub(super) fn is_unknown(&self, dc: &Datacenter) -> bool {
         let was_in =
-            |name: &Arc<str>| self.last_good.values().any(|known| remembered(known, name).listed > 0);
+            |name: &Arc<str>| self.last_good.values().any(|known| restored_instances(known, name).listed > 0);
         !dc.has_listed && !dc.name.as_ref().is_some_and(was_in)
     }
 
     /// Reports whether the first view may be built. Returns an error if no listed service can be read.
     pub(super) fn is_ready(&mut self, now: Instant) -> Result<bool, SourceError> {
-        if self.told.is_some() {
+        if self.last_view.is_some() {
             return Ok(true);
         }
         let answered = |dc: &Datacenter| dc.has_listed || dc.failure.is_some();
@@ -177,7 +179,7 @@ impl<R: Resolve> ConsulSource<R> {
             let what = format!("no service that Consul lists can be read: {because}");
             return Err(SourceError::Suspect { source_name: self.name.clone(), what });
         }
-        if self.assembler.any_pending() {
+        if self.assembler.has_pending() {
             let since = *self.first_names.get_or_insert(now);
             return Ok(now >= since + FIRST_NAMES);
         }
@@ -194,11 +196,11 @@ impl<R: Resolve> ConsulSource<R> {
         self.statement.unusable = self.unusable.values().cloned().collect();
         self.statement.left_out = self.left_out.values().cloned().collect();
         let view = self.assembler.view(&self.statement);
-        if !self.has_failed && self.told.as_ref() == Some(&view) {
+        if !self.has_failed && self.last_view.as_ref() == Some(&view) {
             return Ok(None);
         }
         self.has_failed = false;
-        self.told = Some(view.clone());
+        self.last_view = Some(view.clone());
         Ok(Some(view))
     }
 

@@ -49,7 +49,13 @@ impl FakeConsul {
     }
 
     /// Sets the answer for `path`, at a new index.
-    fn say(&self, path: &str, status: u16, headers: &[(&'static str, &str)], body: &serde_json::Value) {
+    fn set_answer(
+        &self,
+        path: &str,
+        status: u16,
+        headers: &[(&'static str, &str)],
+        body: &serde_json::Value,
+    ) {
         let mut said = self.said.lock().unwrap();
         said.index += 1;
         let headers = headers.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
@@ -57,7 +63,7 @@ impl FakeConsul {
         said.answers.insert(path.to_owned(), (status, headers, body));
     }
 
-    fn unsay(&self, path: &str) {
+    fn remove_answer(&self, path: &str) {
         let mut said = self.said.lock().unwrap();
         said.index += 1;
         said.answers.remove(path);
@@ -171,19 +177,19 @@ async fn until(source: &mut ConsulSource, wanted: &str) -> Vec<String> {
 #[tokio::test]
 async fn a_service_that_only_the_token_hides_is_kept_until_it_is_really_gone() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(true));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer(CATALOG, 200, &[], &both(true));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     let mut source = fake.source(None);
     assert_eq!(until(&mut source, "pay").await, ["orders 10.0.0.9:80 fresh, pay 10.0.0.1:80 fresh"]);
 
-    fake.say("/v1/health/service/orders", 200, FILTERED, &json!([]));
-    fake.say(CATALOG, 200, FILTERED, &both(false));
+    fake.set_answer("/v1/health/service/orders", 200, FILTERED, &json!([]));
+    fake.set_answer(CATALOG, 200, FILTERED, &both(false));
     let seen = until(&mut source, "orders 10.0.0.9:80 stale").await;
     assert!(seen.iter().all(|line| line.contains("orders 10.0.0.9:80")), "{seen:#?}");
 
     // The token sees the service again, and it has no instances.
-    fake.say("/v1/health/service/orders", 200, &[], &json!([]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &json!([]));
     let seen = until(&mut source, "pay").await;
     assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
 }
@@ -191,36 +197,36 @@ async fn a_service_that_only_the_token_hides_is_kept_until_it_is_really_gone() {
 #[tokio::test]
 async fn an_answer_without_a_leader_is_never_a_removal() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(false));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    fake.set_answer(CATALOG, 200, &[], &both(false));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
     until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
 
     // A partitioned server lists fewer instances, and the leader cannot be asked.
-    fake.say(&format!("leader {PAY}"), 500, &[], &json!("No cluster leader"));
-    fake.say(PAY, 200, NO_LEADER, &instances(&["10.0.0.1"]));
+    fake.set_answer(&format!("leader {PAY}"), 500, &[], &json!("No cluster leader"));
+    fake.set_answer(PAY, 200, NO_LEADER, &instances(&["10.0.0.1"]));
     let seen = until(&mut source, "stale").await;
     assert!(seen.iter().all(|line| line.contains("10.0.0.2")), "{seen:#?}");
     // The leader reports the same.
-    fake.unsay(&format!("leader {PAY}"));
+    fake.remove_answer(&format!("leader {PAY}"));
     until(&mut source, "pay 10.0.0.1:80 fresh").await;
 }
 
 #[tokio::test]
 async fn an_index_that_goes_back_or_is_missing_is_asked_of_the_leader() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(false));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    fake.set_answer(CATALOG, 200, &[], &both(false));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
     until(&mut source, "10.0.0.2").await;
     // A server lags behind; the leader has newer data.
-    fake.say(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]));
-    fake.say(PAY, 200, &[("X-Consul-Index", "3")], &instances(&["10.0.0.1"]));
+    fake.set_answer(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.1", "10.0.0.2", "10.0.0.3"]));
+    fake.set_answer(PAY, 200, &[("X-Consul-Index", "3")], &instances(&["10.0.0.1"]));
     let seen = until(&mut source, "10.0.0.3").await;
     assert_eq!(seen, ["pay 10.0.0.1:80 10.0.0.2:80 10.0.0.3:80 fresh"]);
     // The answer has no index: only the answer of the leader counts, however often it has to be asked.
-    fake.say(&format!("leader {PAY}"), 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
-    fake.say(PAY, 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
+    fake.set_answer(&format!("leader {PAY}"), 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
+    fake.set_answer(PAY, 200, &[("X-Consul-Index", "")], &instances(&["10.0.0.4"]));
     until(&mut source, "pay 10.0.0.4:80 fresh").await;
     assert!(source.counters.index_resets.load(Ordering::Relaxed) >= 1);
 }
@@ -228,17 +234,17 @@ async fn an_index_that_goes_back_or_is_missing_is_asked_of_the_leader() {
 #[tokio::test]
 async fn nonsense_costs_the_service_that_it_is_about() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(true));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer(CATALOG, 200, &[], &both(true));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     let mut source = fake.source(None);
     until(&mut source, "pay").await;
     let entries = json!([{"Node": 1}, 2, null, "x", {}, {}]);
     for nonsense in [json!("{\"cut\": "), entries] {
-        fake.say("/v1/health/service/orders", 200, &[], &nonsense);
+        fake.set_answer("/v1/health/service/orders", 200, &[], &nonsense);
         let seen = until(&mut source, "orders 10.0.0.9:80 stale").await;
         assert!(seen.iter().all(|line| line.ends_with("pay 10.0.0.1:80 fresh")), "{seen:#?}");
-        fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+        fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
         until(&mut source, "orders 10.0.0.9:80 fresh").await;
     }
     // An invalid or empty catalogue only makes the view stale.
@@ -248,10 +254,10 @@ async fn nonsense_costs_the_service_that_it_is_about() {
         (500, json!("rpc error"), "HTTP 500"),
         (403, json!("ACL not found"), "refused the token"),
     ] {
-        fake.say(CATALOG, status, &[], &nonsense);
+        fake.set_answer(CATALOG, status, &[], &nonsense);
         let seen = until(&mut source, said).await;
         assert!(seen.iter().all(|line| line.contains("orders") || line.contains(said)), "{seen:#?}");
-        fake.say(CATALOG, 200, &[], &both(true));
+        fake.set_answer(CATALOG, 200, &[], &both(true));
         until(&mut source, "orders 10.0.0.9:80 fresh, pay 10.0.0.1:80 fresh").await;
     }
 }
@@ -259,25 +265,25 @@ async fn nonsense_costs_the_service_that_it_is_about() {
 #[tokio::test]
 async fn what_was_known_before_a_restart_stands_in_for_a_service_that_cannot_be_read() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(true));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer(CATALOG, 200, &[], &both(true));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     let before = fake.source(None).next().await.unwrap();
 
-    fake.say("/v1/health/service/orders", 500, &[], &json!("rpc error"));
+    fake.set_answer("/v1/health/service/orders", 500, &[], &json!("rpc error"));
     let mut source = fake.source(Some(&before));
     assert_eq!(until(&mut source, "pay").await, ["orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh"]);
     let mut source = fake.source(None);
     assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 fresh"]);
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     until(&mut source, "orders 10.0.0.9:80 fresh").await;
 }
 
 #[tokio::test]
 async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwhile() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(false));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    fake.set_answer(CATALOG, 200, &[], &both(false));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     let mut source = fake.source(None);
     until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
     // A blocking query is running.
@@ -285,10 +291,10 @@ async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwh
     assert!(timeout(Duration::from_millis(1500), source.next()).await.is_err());
 
     // An instance disappears briefly, and the service is read again just then.
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
     let read = source.confirm(&BTreeSet::from(["pay".parse().unwrap()])).await;
     assert_eq!(line(&read), "pay 10.0.0.1:80 fresh");
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1", "10.0.0.2"]));
     fake.said.lock().unwrap().mute = None;
     until(&mut source, "pay 10.0.0.1:80 10.0.0.2:80 fresh").await;
 }
@@ -296,20 +302,20 @@ async fn an_answer_that_was_waited_for_is_news_if_something_else_was_read_meanwh
 #[tokio::test]
 async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_restart() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(true));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer(CATALOG, 200, &[], &both(true));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     let before = fake.source(None).next().await.unwrap();
 
-    fake.say("/v1/health/service/orders", 200, FILTERED, &json!([]));
-    fake.say(CATALOG, 200, FILTERED, &both(false));
+    fake.set_answer("/v1/health/service/orders", 200, FILTERED, &json!([]));
+    fake.set_answer(CATALOG, 200, FILTERED, &both(false));
     let mut source = fake.source(Some(&before));
     assert_eq!(until(&mut source, "pay").await, ["orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh"]);
     let read = source.confirm(&BTreeSet::from(["orders".parse().unwrap()])).await;
     assert_eq!(line(&read), "orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh");
 
     // The token may see the service, which has no instances.
-    fake.say("/v1/health/service/orders", 200, &[], &json!([]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &json!([]));
     let seen = until(&mut source, "pay").await;
     assert_eq!(seen.last().unwrap(), "pay 10.0.0.1:80 fresh");
 }
@@ -317,23 +323,23 @@ async fn a_token_with_fewer_rights_takes_nothing_away_that_was_known_before_a_re
 #[tokio::test]
 async fn the_first_view_waits_for_a_datacenter_of_which_nothing_is_known() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(false));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
-    fake.say(&format!("dc2 {CATALOG}"), 500, &[], &json!("No path to datacenter"));
+    fake.set_answer(CATALOG, 200, &[], &both(false));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer(&format!("dc2 {CATALOG}"), 500, &[], &json!("No path to datacenter"));
     let mut source = fake.source_of(", datacenters: [dc1, dc2]", None);
     let too_early = timeout(Duration::from_secs(2), source.next()).await;
     assert!(too_early.is_err(), "{}", line(&too_early.unwrap()));
-    fake.say(&format!("dc2 {CATALOG}"), 200, &[], &both(false));
-    fake.say(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.1"]));
+    fake.set_answer(&format!("dc2 {CATALOG}"), 200, &[], &both(false));
+    fake.set_answer(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.1"]));
     assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 10.0.2.1:80 fresh"]);
 
     // The state from before a restart is as good as an answer.
-    let mut before = source.told.clone().unwrap();
+    let mut before = source.last_view.clone().unwrap();
     let pay = before.services.values_mut().next().unwrap();
     let mut endpoints = pay.registration.endpoints.to_vec();
     endpoints[1].labels.insert("datacenter".into(), "dc2".into());
     pay.registration = Arc::new(Registration { endpoints: endpoints.into(), ..(*pay.registration).clone() });
-    fake.say(&format!("dc2 {CATALOG}"), 500, &[], &json!("No path to datacenter"));
+    fake.set_answer(&format!("dc2 {CATALOG}"), 500, &[], &json!("No path to datacenter"));
     let mut source = fake.source_of(", datacenters: [dc1, dc2]", Some(&before));
     let first = timeout(Duration::from_secs(20), source.next()).await.unwrap();
     assert_eq!(line(&first), "pay 10.0.0.1:80 10.0.2.1:80 stale");
@@ -342,16 +348,16 @@ async fn the_first_view_waits_for_a_datacenter_of_which_nothing_is_known() {
 #[tokio::test]
 async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(true));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer(CATALOG, 200, &[], &both(true));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     let before = fake.source(None).next().await.unwrap();
-    fake.say(CATALOG, 200, &[], &both(false));
+    fake.set_answer(CATALOG, 200, &[], &both(false));
     let mut source = fake.source(Some(&before));
     assert_eq!(until(&mut source, "pay").await, ["pay 10.0.0.1:80 fresh"]);
     // The service is listed again, but its instances cannot be read.
-    fake.say("/v1/health/service/orders", 500, &[], &json!("rpc error"));
-    fake.say(CATALOG, 200, &[], &both(true));
+    fake.set_answer("/v1/health/service/orders", 500, &[], &json!("rpc error"));
+    fake.set_answer(CATALOG, 200, &[], &both(true));
     let said = timeout(Duration::from_secs(20), source.next()).await.map(|said| line(&said));
     assert!(said.as_ref().is_ok_and(|line| line == "pay 10.0.0.1:80 fresh"), "{said:?}");
 }
@@ -359,38 +365,38 @@ async fn what_went_since_a_restart_does_not_come_back_when_it_cannot_be_read() {
 #[tokio::test]
 async fn what_is_kept_of_all_answers_together_is_bounded_and_costs_the_service_that_is_too_much() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(true));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer(CATALOG, 200, &[], &both(true));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.9"]));
     let mut source = fake.source(None);
     source.max_kept = 20_000;
     until(&mut source, "orders 10.0.0.9:80 fresh, pay 10.0.0.1:80 fresh").await;
     let many: Vec<_> = (0..250).map(|n| format!("10.0.1.{n}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&many));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&many));
     until(&mut source, "orders 10.0.0.9:80 stale, pay 10.0.0.1:80 fresh").await;
     // The other services continue, and this one recovers when its answer is small enough again.
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.2"]));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.2"]));
     until(&mut source, "orders 10.0.0.9:80 stale, pay 10.0.0.2:80 fresh").await;
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.8"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.8"]));
     until(&mut source, "orders 10.0.0.8:80 fresh").await;
 }
 
 #[tokio::test]
 async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_and_not_stale_for_ever() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(false));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.1"]));
+    fake.set_answer(CATALOG, 200, &[], &both(false));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.1"]));
     let mut before = fake.source(None);
     let known = timeout(Duration::from_secs(60), before.next()).await.unwrap().unwrap();
     assert_eq!(line(&Ok(known.clone())), "pay 10.0.0.1:80 fresh");
     drop(before);
     // Consul is down when the next control plane starts, and the service is empty when Consul returns.
-    fake.say(CATALOG, 500, &[], &json!("rpc error"));
+    fake.set_answer(CATALOG, 500, &[], &json!("rpc error"));
     let mut source = fake.source(Some(&known));
     timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap_err();
-    fake.say(CATALOG, 200, &[], &json!({"consul": [], "orders": []}));
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.7"]));
+    fake.set_answer(CATALOG, 200, &[], &json!({"consul": [], "orders": []}));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["10.0.0.7"]));
     let seen = until(&mut source, "orders 10.0.0.7:80 fresh").await;
     assert_eq!(seen.last().unwrap(), "orders 10.0.0.7:80 fresh");
 }
@@ -398,14 +404,14 @@ async fn a_service_that_is_known_from_before_and_not_listed_any_more_is_absent_a
 #[tokio::test]
 async fn bad_records_cost_themselves_and_a_service_of_nothing_else_is_left_out() {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &both(true));
-    fake.say(
+    fake.set_answer(CATALOG, 200, &[], &both(true));
+    fake.set_answer(
         PAY,
         200,
         &[],
         &instances(&["10.0.0.1", "http://10.0.0.2", "http://10.0.0.3", "10.0.0.4", "x y"]),
     );
-    fake.say("/v1/health/service/orders", 200, &[], &instances(&["http://10.0.0.9"]));
+    fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&["http://10.0.0.9"]));
     let mut source = fake.source(None);
     let view = timeout(Duration::from_secs(60), source.next()).await.unwrap().unwrap();
     assert_eq!(line(&Ok(view.clone())), "pay 10.0.0.1:80 10.0.0.4:80 fresh");
@@ -430,12 +436,12 @@ fn check(service: &str, status: &str) -> serde_json::Value {
 /// Three services, which is one more than four connections can watch, each with a check.
 async fn three_services() -> (FakeConsul, ConsulSource) {
     let fake = FakeConsul::start().await;
-    fake.say(CATALOG, 200, &[], &json!({"consul": [], "pay": [], "orders": [], "cart": []}));
+    fake.set_answer(CATALOG, 200, &[], &json!({"consul": [], "pay": [], "orders": [], "cart": []}));
     for (service, address) in [("pay", "10.0.0.1"), ("orders", "10.0.0.2"), ("cart", "10.0.0.3")] {
-        fake.say(&format!("/v1/health/service/{service}"), 200, &[], &instances(&[address]));
+        fake.set_answer(&format!("/v1/health/service/{service}"), 200, &[], &instances(&[address]));
     }
     let all = json!([check("pay", "passing"), check("orders", "passing"), check("cart", "passing")]);
-    fake.say(STATE, 200, &[], &all);
+    fake.set_answer(STATE, 200, &[], &all);
     // This Consul does not list itself.
     let source = fake.source_of(", max_connections: 4, services: {exclude: [consul]}", None);
     (fake, source)
@@ -451,15 +457,15 @@ async fn a_list_of_checks_that_says_less_points_at_services_and_removes_none() {
     let filtered: (&[(&str, &str)], _) = (FILTERED, json!([]));
     let bodies = [filtered, (&[], json!([])), (&[], json!(null)), (&[], json!([check("pay", "passing")]))];
     for (n, (headers, body)) in bodies.into_iter().enumerate() {
-        fake.say(STATE, 200, headers, &body);
+        fake.set_answer(STATE, 200, headers, &body);
         let address = format!("10.0.1.{n}");
-        fake.say("/v1/health/service/orders", 200, &[], &instances(&[&address]));
+        fake.set_answer("/v1/health/service/orders", 200, &[], &instances(&[&address]));
         let seen = until(&mut source, &format!("orders {address}:80 fresh, pay 10.0.0.1:80 fresh")).await;
         assert!(seen.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{seen:#?}");
     }
     // A check index that went backwards leads to a query of the leader and affects no service.
-    fake.say(STATE, 200, &[("X-Consul-Index", "2")], &json!([]));
-    fake.say(PAY, 200, &[], &instances(&["10.0.0.7"]));
+    fake.set_answer(STATE, 200, &[("X-Consul-Index", "2")], &json!([]));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.0.7"]));
     let seen = until(&mut source, "pay 10.0.0.7:80 fresh").await;
     assert!(seen.iter().all(|line| line.contains("cart 10.0.0.3:80 fresh")), "{seen:#?}");
 }
@@ -469,13 +475,13 @@ async fn services_take_turns_while_the_checks_cannot_be_read_and_a_problem_says_
     let (fake, mut source) = three_services().await;
     until(&mut source, ALL_THREE).await;
     for (status, nonsense) in [(403, json!("Permission denied")), (200, json!("{\"cut\": "))] {
-        fake.say(STATE, status, &[], &nonsense);
+        fake.set_answer(STATE, status, &[], &nonsense);
         let address = format!("10.0.2.{}", status % 100);
-        fake.say(PAY, 200, &[], &instances(&[&address]));
+        fake.set_answer(PAY, 200, &[], &instances(&[&address]));
         until(&mut source, &format!("pay {address}:80 fresh")).await;
         let told = timeout(Duration::from_secs(60), async {
             loop {
-                let problems = source.told.iter().flat_map(|view| &view.problems);
+                let problems = source.last_view.iter().flat_map(|view| &view.problems);
                 if let Some(problem) = problems.map(|problem| problem.message.clone()).next() {
                     return problem;
                 }
@@ -484,9 +490,9 @@ async fn services_take_turns_while_the_checks_cannot_be_read_and_a_problem_says_
         });
         let problem = told.await.unwrap();
         assert!(problem.contains("up to 10 s late: GET /v1/health/state/any"), "{problem}");
-        fake.say(STATE, 200, &[], &json!([check("pay", "passing")]));
+        fake.set_answer(STATE, 200, &[], &json!([check("pay", "passing")]));
         let ended = timeout(Duration::from_secs(60), async {
-            while source.told.as_ref().is_some_and(|view| !view.problems.is_empty()) {
+            while source.last_view.as_ref().is_some_and(|view| !view.problems.is_empty()) {
                 line(&source.next().await);
             }
         });
@@ -497,10 +503,10 @@ async fn services_take_turns_while_the_checks_cannot_be_read_and_a_problem_says_
 #[tokio::test]
 async fn a_server_that_has_not_heard_of_a_change_is_not_the_last_that_is_asked() {
     let (fake, mut source) = three_services().await;
-    fake.say("/v1/health/service/pay", 200, &[("X-Consul-Index", "5")], &instances(&["10.0.0.1"]));
+    fake.set_answer("/v1/health/service/pay", 200, &[("X-Consul-Index", "5")], &instances(&["10.0.0.1"]));
     until(&mut source, ALL_THREE).await;
-    fake.say(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.9"]));
-    fake.say(STATE, 200, &[], &json!([check("pay", "critical")]));
+    fake.set_answer(&format!("leader {PAY}"), 200, &[], &instances(&["10.0.0.9"]));
+    fake.set_answer(STATE, 200, &[], &json!([check("pay", "critical")]));
     until(&mut source, "pay 10.0.0.9:80 fresh").await;
 }
 
@@ -510,12 +516,12 @@ async fn several_datacenters_share_queries_each_for_itself() {
     let list = json!({"consul": [], "pay": [], "orders": [], "cart": []});
     let checks = |pay: &str| json!([check("pay", pay), check("orders", "passing"), check("cart", "passing")]);
     for (dc, net) in [("", 1), ("dc2 ", 2)] {
-        fake.say(&format!("{dc}{CATALOG}"), 200, &[], &list);
+        fake.set_answer(&format!("{dc}{CATALOG}"), 200, &[], &list);
         for (service, last) in [("pay", 1), ("orders", 2), ("cart", 3)] {
             let address = format!("10.0.{net}.{last}");
-            fake.say(&format!("{dc}/v1/health/service/{service}"), 200, &[], &instances(&[&address]));
+            fake.set_answer(&format!("{dc}/v1/health/service/{service}"), 200, &[], &instances(&[&address]));
         }
-        fake.say(&format!("{dc}{STATE}"), 200, &[], &checks("passing"));
+        fake.set_answer(&format!("{dc}{STATE}"), 200, &[], &checks("passing"));
     }
     let more = ", datacenters: [dc1, dc2], max_connections: 6, services: {exclude: [consul]}";
     let mut source = fake.source_of(more, None);
@@ -524,14 +530,14 @@ async fn several_datacenters_share_queries_each_for_itself() {
     assert!(source.plan.is_scarce);
 
     // A change in one datacenter is seen and does not affect the other.
-    fake.say(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.9"]));
-    fake.say(&format!("dc2 {STATE}"), 200, &[], &checks("critical"));
+    fake.set_answer(&format!("dc2 {PAY}"), 200, &[], &instances(&["10.0.2.9"]));
+    fake.set_answer(&format!("dc2 {STATE}"), 200, &[], &checks("critical"));
     until(&mut source, &format!("{others}, pay 10.0.1.1:80 10.0.2.9:80 fresh")).await;
 
     // While the checks of one datacenter cannot be read, changes in the other are still found by its checks.
-    fake.say(&format!("dc2 {STATE}"), 403, &[], &json!("Permission denied"));
-    fake.say(PAY, 200, &[], &instances(&["10.0.1.9"]));
-    fake.say(STATE, 200, &[], &checks("critical"));
+    fake.set_answer(&format!("dc2 {STATE}"), 403, &[], &json!("Permission denied"));
+    fake.set_answer(PAY, 200, &[], &instances(&["10.0.1.9"]));
+    fake.set_answer(STATE, 200, &[], &checks("critical"));
     let seen = until(&mut source, &format!("{others}, pay 10.0.1.9:80 10.0.2.9:80 fresh")).await;
     assert!(seen.iter().all(|line| line.contains("10.0.2.9:80")), "{seen:#?}");
 }
@@ -542,21 +548,21 @@ async fn services_have_queries_of_their_own_again_once_there_are_few_and_share_w
     until(&mut source, ALL_THREE).await;
     for round in 0..2 {
         assert!(source.plan.is_scarce, "round {round}");
-        fake.say(CATALOG, 200, &[], &json!({"consul": [], "pay": []}));
+        fake.set_answer(CATALOG, 200, &[], &json!({"consul": [], "pay": []}));
         until(&mut source, &format!("pay 10.0.{round}.1:80 fresh")).await;
         assert!(!source.plan.is_scarce, "round {round}");
         assert_eq!(source.plan.services.len(), 1);
         // No shared query shows this change: the service's own query finds it.
-        fake.say(STATE, 403, &[], &json!("Permission denied"));
+        fake.set_answer(STATE, 403, &[], &json!("Permission denied"));
         let next = format!("10.0.{}.1", round + 1);
-        fake.say(PAY, 200, &[], &instances(&[&next]));
+        fake.set_answer(PAY, 200, &[], &instances(&[&next]));
         let seen = until(&mut source, &format!("pay {next}:80 fresh")).await;
         assert!(seen.iter().all(|line| !line.contains("stale")), "{seen:#?}");
         assert!(!source.plan.is_scarce);
 
         let all = json!([check("pay", "passing"), check("orders", "passing"), check("cart", "passing")]);
-        fake.say(STATE, 200, &[], &all);
-        fake.say(CATALOG, 200, &[], &json!({"consul": [], "pay": [], "orders": [], "cart": []}));
+        fake.set_answer(STATE, 200, &[], &all);
+        fake.set_answer(CATALOG, 200, &[], &json!({"consul": [], "pay": [], "orders": [], "cart": []}));
         until(&mut source, &format!("cart 10.0.0.3:80 fresh, orders 10.0.0.2:80 fresh, pay {next}:80 fresh"))
             .await;
     }

@@ -37,7 +37,7 @@ const MAX_DEPTH: usize = 8;
 /// The result of a scan.
 #[derive(Debug, Default)]
 pub(super) struct Scan {
-    pub(super) told: Statement,
+    pub(super) statement: Statement,
     /// Some files are being changed: scan again after this time.
     pub(super) again: Option<Duration>,
     /// The services that `told` covers, after a scan of changed files only; a service that is not in `told`
@@ -113,7 +113,7 @@ struct DirectoryWalk {
     /// The prefix of the service names of the files in each directory.
     prefixes: BTreeMap<PathBuf, String>,
     /// The components of link paths, each as its directory and its name there.
-    ways: BTreeSet<(PathBuf, OsString)>,
+    link_components: BTreeSet<(PathBuf, OsString)>,
     /// The device and inode numbers of the directories that were read, against loops of links.
     visited: BTreeSet<(u64, u64)>,
     /// Directories whose content is unknown, with the reason.
@@ -126,7 +126,7 @@ struct DirectoryWalk {
 struct WatchedTree {
     directories: WatchedDirectories,
     prefixes: BTreeMap<PathBuf, String>,
-    ways: BTreeSet<(PathBuf, OsString)>,
+    link_components: BTreeSet<(PathBuf, OsString)>,
     problems: Vec<Problem>,
 }
 
@@ -144,7 +144,7 @@ pub(super) struct Disk {
     watch: Option<DirectoryWatches>,
     files: BTreeMap<PathBuf, FileState>,
     /// The last walk. Set while every directory is watched, so that only reported changes have to be scanned.
-    walked: Option<WatchedTree>,
+    tree: Option<WatchedTree>,
     /// Files to read again, because they were being changed during the last scan.
     unsettled: BTreeSet<PathBuf>,
     /// The files that name each service, in path order.
@@ -162,7 +162,7 @@ pub(super) struct Disk {
     /// Services whose endpoints are spread over several files, as last merged.
     joined: BTreeMap<ServiceName, Arc<ParsedService>>,
     /// The failure to watch directories has been logged.
-    complained: bool,
+    has_warned: bool,
     #[cfg(test)]
     pub(super) no_watches: bool,
 }
@@ -181,7 +181,7 @@ impl Disk {
             hints,
             watch: None,
             files: BTreeMap::new(),
-            walked: None,
+            tree: None,
             unsettled: BTreeSet::new(),
             claims: BTreeMap::new(),
             changed: BTreeSet::new(),
@@ -192,7 +192,7 @@ impl Disk {
                 .collect(),
             restored_parts: restored.map(|(name, seen)| (name.clone(), seen.registration.clone())).collect(),
             joined: BTreeMap::new(),
-            complained: false,
+            has_warned: false,
             #[cfg(test)]
             no_watches: false,
         }
@@ -200,42 +200,43 @@ impl Disk {
 
     /// Returns a disk state that has read nothing and only knows which file counts for each service.
     #[cfg(test)]
-    pub(super) fn begin_anew(&self) -> Disk {
+    pub(super) fn fresh_copy(&self) -> Disk {
         let incumbents = self.incumbents.clone();
         Disk { incumbents, ..Disk::new(self.config.clone(), Arc::default(), None) }
     }
 
     /// Scans the disk. If `verify` is set, every file is read even if its metadata did not change.
-    pub(super) fn scan(&mut self, look: &ScanRequest, verify: bool) -> Result<Scan, SourceError> {
-        let touched = if verify { None } else { self.touched(look) };
+    pub(super) fn scan(&mut self, request: &ScanRequest, verify: bool) -> Result<Scan, SourceError> {
+        let touched = if verify { None } else { self.reported_paths(request) };
         match touched {
-            Some(touched) => Ok(self.scan_touched(touched, look)),
-            None => self.scan_all(look, verify),
+            Some(touched) => Ok(self.scan_reported(touched, request)),
+            None => self.scan_all(request, verify),
         }
     }
 
     /// Returns the state of the paths that the kernel reported; `None` if more than plain files may have
     /// changed.
-    fn touched(&self, look: &ScanRequest) -> Option<Vec<ReportedPath>> {
-        let walked = self.walked.as_ref().filter(|_| !look.everything)?;
-        let paths: BTreeSet<&PathBuf> = look.whole.iter().chain(&look.busy).chain(&self.unsettled).collect();
+    fn reported_paths(&self, request: &ScanRequest) -> Option<Vec<ReportedPath>> {
+        let tree = self.tree.as_ref().filter(|_| !request.everything)?;
+        let paths: BTreeSet<&PathBuf> =
+            request.whole.iter().chain(&request.busy).chain(&self.unsettled).collect();
         let mut touched = Vec::with_capacity(paths.len());
         let (mut came, mut gone) = (0, 0);
         for path in paths {
             let (parent, name) = (path.parent()?, path.file_name()?);
-            let is_on_a_way = walked.ways.contains(&(parent.to_owned(), name.to_owned()));
-            if is_on_a_way || walked.directories.contains_key(path) {
+            let is_on_a_way = tree.link_components.contains(&(parent.to_owned(), name.to_owned()));
+            if is_on_a_way || tree.directories.contains_key(path) {
                 return None;
             }
             if is_skipped(name) {
                 continue;
             }
-            let prefix = walked.prefixes.get(parent)?;
+            let prefix = tree.prefixes.get(parent)?;
             let text = name.to_string_lossy();
             let is_read = self.config.format != Format::Auto || is_read(&text);
             let is_listed = || {
                 let file = path.to_string_lossy();
-                walked.problems.iter().any(|problem| *problem.place.file == *file)
+                tree.problems.iter().any(|problem| *problem.place.file == *file)
             };
             match std::fs::symlink_metadata(path) {
                 Ok(metadata) if metadata.is_file() && is_read && !is_listed() => {
@@ -262,18 +263,18 @@ impl Disk {
     }
 
     /// Reads the reported files; everything else stays as the last walk found it.
-    fn scan_touched(&mut self, touched: Vec<ReportedPath>, look: &ScanRequest) -> Scan {
+    fn scan_reported(&mut self, touched: Vec<ReportedPath>, request: &ScanRequest) -> Scan {
         let mut scan = Scan::default();
         let now = Instant::now();
         self.unsettled.clear();
         for touched in touched {
             match touched {
-                ReportedPath::File(found) => self.read(&found, look, false, &mut scan),
+                ReportedPath::File(found) => self.read_file(&found, request, false, &mut scan),
                 ReportedPath::Gone(path) => self.forget_file(&path, now, &mut scan),
             }
         }
-        if let Some(walked) = &self.walked {
-            scan.told.problems.extend(walked.problems.iter().cloned());
+        if let Some(tree) = &self.tree {
+            scan.statement.problems.extend(tree.problems.iter().cloned());
         }
         // The state from before a restart is merged in until every file was read once, so a partial merge
         // would miss it.
@@ -281,7 +282,7 @@ impl Disk {
         match is_settled {
             true => self.merge_changed(&mut scan),
             false => {
-                self.settle_restored(&scan);
+                self.drop_restored(&scan);
                 self.merge(&mut scan);
             }
         }
@@ -289,34 +290,34 @@ impl Disk {
     }
 
     /// Scans everything.
-    fn scan_all(&mut self, look: &ScanRequest, verify: bool) -> Result<Scan, SourceError> {
-        self.walked = None;
+    fn scan_all(&mut self, request: &ScanRequest, verify: bool) -> Result<Scan, SourceError> {
+        self.tree = None;
         let mut scan = Scan::default();
         let mut is_watched = self.config.watch;
         let mut walk = self.walk()?;
         if self.config.watch {
             if let Some(watch) = &mut self.watch {
-                watch.distrust(look);
+                watch.unwatch_reported(request);
             }
             // Changes made before a watch was added have to be found by another walk, which may find further
             // directories.
             for _ in 0..MAX_DEPTH {
-                let (is_new, problem) = self.arm(&walk.directories);
+                let (is_new, problem) = self.watch_directories(&walk.directories);
                 is_watched = !is_new && problem.is_none();
                 if !is_new {
-                    scan.told.problems.extend(problem);
+                    scan.statement.problems.extend(problem);
                     break;
                 }
                 walk = self.walk()?;
             }
         }
-        self.judge(&walk)?;
+        self.check_plausible(&walk)?;
         let problems = std::mem::take(&mut walk.problems);
-        scan.told.problems.extend(problems.iter().cloned());
+        scan.statement.problems.extend(problems.iter().cloned());
         for (directory, why) in &walk.unreadable {
             let file: Arc<str> = directory.display().to_string().into();
             let problem = Problem::new(Place::file(file.clone()), file, &**why);
-            scan.told.problems.push(problem.with_outcome("what was last read below it stays in force"));
+            scan.statement.problems.push(problem.with_outcome("what was last read below it stays in force"));
         }
 
         let now = Instant::now();
@@ -324,18 +325,18 @@ impl Disk {
         let mut present = BTreeSet::new();
         for found in &walk.files {
             present.insert(found.path.clone());
-            self.read(found, look, verify, &mut scan);
+            self.read_file(found, request, verify, &mut scan);
         }
         self.keep_unreadable(&walk.unreadable);
         for (directory, why) in &walk.unreadable {
             if !self.files.keys().any(|path| path.starts_with(directory)) {
-                scan.told.unusable.push(format!("{}: {why}", directory.display()).into());
+                scan.statement.unusable.push(format!("{}: {why}", directory.display()).into());
             }
         }
-        self.forget(&present, &walk.unreadable, now, &mut scan);
+        self.forget_missing(&present, &walk.unreadable, now, &mut scan);
         if is_watched && walk.unreadable.is_empty() {
-            let DirectoryWalk { directories, prefixes, ways, .. } = walk;
-            self.walked = Some(WatchedTree { directories, prefixes, ways, problems });
+            let DirectoryWalk { directories, prefixes, link_components, .. } = walk;
+            self.tree = Some(WatchedTree { directories, prefixes, link_components, problems });
         }
         self.merge(&mut scan);
         Ok(scan)
@@ -345,7 +346,7 @@ impl Disk {
         SourceError::Failed {
             source_name: self.source.clone(),
             what: format!("read {}", path.display()),
-            cause: plain(&cause).into(),
+            cause: explain_error(&cause).into(),
         }
     }
 
@@ -357,7 +358,7 @@ impl Disk {
         let root = &self.config.path;
         let metadata = std::fs::metadata(root).map_err(|error| self.failed(root, error))?;
         let mut walk = DirectoryWalk::default();
-        walk.watch_way(root);
+        walk.watch_path(root);
         if metadata.is_dir() {
             let mut prefix = String::new();
             self.walk_into(root, &metadata, &mut prefix, 0, &mut walk).map_err(|e| self.failed(root, e))?;
@@ -368,7 +369,7 @@ impl Disk {
             let stat = Ok((FileStat::of(&metadata), metadata.modified().ok()));
             walk.files.push(FoundFile { path: root.clone(), name: name.to_owned(), is_yaml, stat });
         } else {
-            let kind = kind(metadata.file_type());
+            let kind = kind_name(metadata.file_type());
             let what = format!("{} is a {kind}, neither a directory nor a file", root.display());
             return Err(self.suspect(what));
         }
@@ -400,7 +401,7 @@ impl Disk {
         for (name, file_type) in names {
             let path = directory.join(&name);
             if file_type.is_symlink() {
-                walk.watch_way(&path);
+                walk.watch_path(&path);
             }
             let metadata = std::fs::metadata(&path);
             let text = name.to_string_lossy();
@@ -424,19 +425,19 @@ impl Disk {
                     prefix.push_str(&text);
                     prefix.push('.');
                     if let Err(error) = self.walk_into(&path, &metadata, prefix, depth + 1, walk) {
-                        walk.unreadable.push((path, plain(&error)));
+                        walk.unreadable.push((path, explain_error(&error)));
                     }
                     prefix.truncate(length);
                 }
                 // Opening a FIFO would block until somebody writes to it, and opening a device can have any
                 // effect.
                 Ok(metadata) if !metadata.is_file() => {
-                    walk.problem(&path, &format!("not read: it is a {}", kind(metadata.file_type())));
+                    walk.problem(&path, &format!("not read: it is a {}", kind_name(metadata.file_type())));
                 }
                 // The file was removed after its directory was read.
                 Err(error) if error.kind() == ErrorKind::NotFound && !file_type.is_symlink() => {}
                 // The content below this directory is unknown.
-                Err(error) if is_directory => walk.unreadable.push((path, plain(&error))),
+                Err(error) if is_directory => walk.unreadable.push((path, explain_error(&error))),
                 metadata => {
                     let (stem, is_yaml) = stem(&text);
                     let name = format!("{prefix}{stem}");
@@ -445,7 +446,7 @@ impl Disk {
                         Err(error) if error.kind() == ErrorKind::NotFound => {
                             Err("a link to something that does not exist".to_owned())
                         }
-                        Err(error) => Err(plain(&error)),
+                        Err(error) => Err(explain_error(&error)),
                     };
                     walk.files.push(FoundFile { path, name, is_yaml, stat });
                 }
@@ -455,7 +456,7 @@ impl Disk {
     }
 
     /// Checks whether the walk as a whole looks plausible.
-    fn judge(&self, walk: &DirectoryWalk) -> Result<(), SourceError> {
+    fn check_plausible(&self, walk: &DirectoryWalk) -> Result<(), SourceError> {
         let path = self.config.path.display();
         if walk.files.len() > self.config.max_files {
             let most = self.config.max_files;
@@ -476,25 +477,25 @@ impl Disk {
 
     /// Watches these directories. Returns whether a watch was added, and a problem if some directories are
     /// not watched.
-    fn arm(&mut self, directories: &WatchedDirectories) -> (bool, Option<Problem>) {
-        let (is_new, result) = match self.watch() {
-            Ok(watch) => watch.arm(directories),
+    fn watch_directories(&mut self, directories: &WatchedDirectories) -> (bool, Option<Problem>) {
+        let (is_new, result) = match self.watcher() {
+            Ok(watch) => watch.watch_only(directories),
             Err(why) => (false, Err(why)),
         };
         let problem = result.err().map(|why| {
             let every = vmesh_model::text::show_duration(self.config.poll);
             let message = format!("{why}; until then changes are seen only every {every}");
-            if !self.complained {
+            if !self.has_warned {
                 tracing::warn!("discovery source `{}` is not told of changes: {message}", self.source);
             }
             let place = Place::file(self.config.path.display().to_string());
             Problem::new(place, self.source.clone(), message)
         });
-        self.complained = problem.is_some();
+        self.has_warned = problem.is_some();
         (is_new, problem)
     }
 
-    fn watch(&mut self) -> Result<&mut DirectoryWatches, String> {
+    fn watcher(&mut self) -> Result<&mut DirectoryWatches, String> {
         #[cfg(test)]
         if self.no_watches {
             return Err("the host has no watches left: raise fs.inotify.max_user_watches".to_owned());
@@ -506,7 +507,7 @@ impl Disk {
     }
 
     /// Reads a file if it may have changed.
-    fn read(&mut self, found: &FoundFile, look: &ScanRequest, verify: bool, scan: &mut Scan) {
+    fn read_file(&mut self, found: &FoundFile, request: &ScanRequest, verify: bool, scan: &mut Scan) {
         let unsettled = &mut self.unsettled;
         let mut again = |scan: &mut Scan, wait: Duration| {
             unsettled.insert(found.path.clone());
@@ -517,17 +518,17 @@ impl Disk {
             Ok(stat) => *stat,
             Err(why) => {
                 let why = why.clone();
-                self.refuse(found, why, scan);
+                self.record_unreadable(found, why, scan);
                 return;
             }
         };
         let is_unchanged = known.is_some_and(|known| known.stat == Some(stat));
-        let is_whole = look.whole.contains(&found.path);
+        let is_whole = request.whole.contains(&found.path);
         if is_unchanged && !is_whole && !verify {
-            self.reappeared(&found.path);
+            self.mark_present(&found.path);
             return;
         }
-        if look.busy.contains(&found.path) {
+        if request.busy.contains(&found.path) {
             // The kernel reports when the file is closed; until then its content is incomplete.
             again(scan, SETTLED);
             return;
@@ -544,23 +545,32 @@ impl Disk {
         match read_bytes(&found.path, self.config.max_bytes) {
             Ok(FileContent::Whole { bytes, stat, is_public }) => {
                 let is_shown = is_public || self.config.quotes_private_files;
-                self.take(found, &bytes, stat, is_shown, scan);
+                self.take_content(found, &bytes, stat, is_shown, scan);
             }
             Ok(FileContent::Changing) => again(scan, SETTLED),
-            Ok(FileContent::TooLarge) => self.refuse(found, too_large(self.config.max_bytes), scan),
+            Ok(FileContent::TooLarge) => {
+                self.record_unreadable(found, too_large(self.config.max_bytes), scan)
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => again(scan, SETTLED),
-            Err(error) => self.refuse(found, plain(&error), scan),
+            Err(error) => self.record_unreadable(found, explain_error(&error), scan),
         }
     }
 
-    fn reappeared(&mut self, path: &Path) {
+    fn mark_present(&mut self, path: &Path) {
         if let Some(state) = self.files.get_mut(path) {
             state.missing_since = None;
         }
     }
 
     /// Takes the content of a file.
-    fn take(&mut self, found: &FoundFile, bytes: &[u8], stat: FileStat, is_shown: bool, scan: &mut Scan) {
+    fn take_content(
+        &mut self,
+        found: &FoundFile,
+        bytes: &[u8],
+        stat: FileStat,
+        is_shown: bool,
+        scan: &mut Scan,
+    ) {
         let state = self.files.entry(found.path.clone()).or_default();
         state.stat = Some(stat);
         state.missing_since = None;
@@ -583,11 +593,11 @@ impl Disk {
             true => scan.refused += 1,
             false => scan.bad_records += parsed.problems.len() as u64,
         }
-        self.learn(&found.path, &file, parsed);
+        self.update_file(&found.path, &file, parsed);
     }
 
     /// Records that a file cannot be read; its last good services stay.
-    fn refuse(&mut self, found: &FoundFile, why: String, scan: &mut Scan) {
+    fn record_unreadable(&mut self, found: &FoundFile, why: String, scan: &mut Scan) {
         scan.refused += 1;
         let file: Arc<str> = found.path.display().to_string().into();
         let state = self.files.entry(found.path.clone()).or_default();
@@ -595,10 +605,10 @@ impl Disk {
         state.hash = None;
         state.missing_since = None;
         let problem = Problem::new(Place::file(file.clone()), file.clone(), why);
-        self.learn(&found.path, &file, ParseResult::refused(vec![problem]));
+        self.update_file(&found.path, &file, ParseResult::unusable(vec![problem]));
     }
 
-    fn learn(&mut self, path: &Path, file: &Arc<str>, parsed: ParseResult) {
+    fn update_file(&mut self, path: &Path, file: &Arc<str>, parsed: ParseResult) {
         let restored = &mut self.restored;
         let state = self.files.entry(path.to_owned()).or_default();
         let mut before = std::mem::take(&mut state.services);
@@ -612,7 +622,7 @@ impl Disk {
         // Before a file is first read, its last good services are those from before the restart.
         for (name, registration) in restored.extract_if(.., |_, known| known.place.file == *file) {
             let told = ServiceStatement {
-                known: ServiceContent::Restored(registration),
+                content: ServiceContent::Restored(registration),
                 stale_because: None,
                 partial_because: None,
             };
@@ -638,7 +648,7 @@ impl Disk {
             for service in parsed.services {
                 // An unchanged service keeps its pointer, by which later stages see that nothing changed.
                 let known = match before.remove(&service.name) {
-                    Some(ServiceStatement { known: ServiceContent::Parsed(same), .. })
+                    Some(ServiceStatement { content: ServiceContent::Parsed(same), .. })
                         if *same == service =>
                     {
                         same
@@ -684,12 +694,12 @@ impl Disk {
             problem.with_outcome(outcome)
         };
         state.problems = parsed.problems.into_iter().map(with_outcome).collect();
-        self.note_changed(path, previous);
+        self.record_changes(path, previous);
     }
 
     /// Records the services of a file that differ from `previous`.
-    fn note_changed(&mut self, path: &Path, mut previous: BTreeMap<ServiceName, ServiceStatement>) {
-        if self.walked.is_none() {
+    fn record_changes(&mut self, path: &Path, mut previous: BTreeMap<ServiceName, ServiceStatement>) {
+        if self.tree.is_none() {
             // The next merge covers every service anyway.
             return;
         }
@@ -707,11 +717,11 @@ impl Disk {
                 }
             }
         }
-        self.note_gone(path, previous.into_keys());
+        self.record_removed(path, previous.into_keys());
     }
 
     /// Records that a file no longer names these services.
-    fn note_gone(&mut self, path: &Path, services: impl IntoIterator<Item = ServiceName>) {
+    fn record_removed(&mut self, path: &Path, services: impl IntoIterator<Item = ServiceName>) {
         for name in services {
             if let Some(claims) = self.claims.get_mut(&name) {
                 claims.retain(|claim| claim != path);
@@ -744,7 +754,7 @@ impl Disk {
     }
 
     /// Forgets files that were removed, unless they may be being replaced.
-    pub(super) fn forget(
+    pub(super) fn forget_missing(
         &mut self,
         present: &BTreeSet<PathBuf>,
         unreadable: &[(PathBuf, String)],
@@ -756,24 +766,24 @@ impl Disk {
             if present.contains(path) || unreadable.iter().any(|(directory, _)| path.starts_with(directory)) {
                 return true;
             }
-            is_kept_though_gone(path, state, now, unsettled, scan)
+            is_kept_for_now(path, state, now, unsettled, scan)
         });
-        self.settle_restored(scan);
+        self.drop_restored(scan);
     }
 
     /// Forgets one file that was removed, unless it may be being replaced.
     fn forget_file(&mut self, path: &Path, now: Instant, scan: &mut Scan) {
         let Some(state) = self.files.get_mut(path) else { return };
-        if !is_kept_though_gone(path, state, now, &mut self.unsettled, scan)
+        if !is_kept_for_now(path, state, now, &mut self.unsettled, scan)
             && let Some(state) = self.files.remove(path)
         {
-            self.note_gone(path, state.services.into_keys());
+            self.record_removed(path, state.services.into_keys());
         }
     }
 
     /// Drops the services from before a restart that no file names any more: they become absent, which the
     /// guard judges.
-    fn settle_restored(&mut self, scan: &Scan) {
+    fn drop_restored(&mut self, scan: &Scan) {
         if scan.again.is_none() {
             self.restored.clear();
         }
@@ -786,17 +796,18 @@ impl Disk {
     fn keep_restored_parts(&mut self, scan: &mut Scan) {
         let never_used =
             self.files.values().find_map(|state| state.unusable.first().or(state.left_out.first()));
-        let Some(because) = never_used.or(scan.told.unusable.first()) else {
+        let Some(because) = never_used.or(scan.statement.unusable.first()) else {
             if scan.again.is_none() {
                 self.restored_parts.clear();
             }
             return;
         };
         self.restored_parts.retain(|name, known| {
-            let Some(told) = scan.told.services.get_mut(name) else { return false };
-            let ServiceContent::Parsed(service) = &told.known else { return true };
-            let is_there =
-                |known: &Endpoint| service.endpoints.iter().any(|endpoint| is_of(&endpoint.address, known));
+            let Some(told) = scan.statement.services.get_mut(name) else { return false };
+            let ServiceContent::Parsed(service) = &told.content else { return true };
+            let is_there = |known: &Endpoint| {
+                service.endpoints.iter().any(|endpoint| comes_from(&endpoint.address, known))
+            };
             let is_missing = service.is_shared && !known.endpoints.iter().all(is_there);
             if is_missing && told.partial_because.is_none() {
                 told.partial_because = Some(because.clone());
@@ -825,11 +836,11 @@ impl Disk {
         self.claims = claims.into_iter().map(|(name, claims)| (name.clone(), paths(claims))).collect();
         self.changed.clear();
         let MergedServices { services, incumbents, joined, conflicts } = merged;
-        scan.told.services = services;
+        scan.statement.services = services;
         self.incumbents = incumbents;
         self.joined = joined;
         self.conflicts = conflicts;
-        self.gather(scan);
+        self.add_general_parts(scan);
     }
 
     /// Merges the services whose files changed.
@@ -846,17 +857,17 @@ impl Disk {
             self.conflicts.remove(name);
         }
         let MergedServices { services, incumbents, joined, conflicts } = merged;
-        scan.told.services = services;
+        scan.statement.services = services;
         self.incumbents.extend(incumbents);
         self.joined.extend(joined);
         self.conflicts.extend(conflicts);
         scan.only = Some(changed);
-        self.gather(scan);
+        self.add_general_parts(scan);
     }
 
     /// Adds the parts of the statement that do not belong to one service.
-    fn gather(&mut self, scan: &mut Scan) {
-        let told = &mut scan.told;
+    fn add_general_parts(&mut self, scan: &mut Scan) {
+        let told = &mut scan.statement;
         for state in self.files.values() {
             told.problems.extend(state.problems.iter().cloned());
             told.unusable.extend(state.unusable.iter().cloned());
@@ -891,31 +902,31 @@ impl MergedServices {
         joined: Option<&Arc<ParsedService>>,
     ) {
         if claims.len() > 1
-            && let Some(told) = join(name, claims, joined)
+            && let Some(told) = join_shared(name, claims, joined)
         {
-            if let ServiceContent::Parsed(service) = &told.known {
+            if let ServiceContent::Parsed(service) = &told.content {
                 self.joined.insert(name.clone(), service.clone());
             }
-            self.incumbents.insert(name.clone(), place(&told).file);
+            self.incumbents.insert(name.clone(), place_of(&told).file);
             self.services.insert(name.clone(), told);
             return;
         }
-        let stayed = claims.iter().find(|told| Some(&place(told).file) == incumbent);
+        let stayed = claims.iter().find(|told| Some(&place_of(told).file) == incumbent);
         let Some(counts) = stayed.or(claims.first()) else { return };
         let why = if stayed.is_some() { "since it was there before" } else { "since it is the first" };
         for other in claims.iter().filter(|other| !std::ptr::eq(**other, *counts)) {
-            let message = format!("`{name}` is also in {}, which counts, {why}", place(counts));
-            let problem = Problem::new(place(other), subject_of(name), message);
+            let message = format!("`{name}` is also in {}, which counts, {why}", place_of(counts));
+            let problem = Problem::new(place_of(other), subject_of(name), message);
             self.conflicts.entry(name.clone()).or_default().push(problem);
         }
-        self.incumbents.insert(name.clone(), place(counts).file);
+        self.incumbents.insert(name.clone(), place_of(counts).file);
         self.services.insert(name.clone(), ServiceStatement::clone(counts));
     }
 }
 
 /// Reports whether both are equal by pointer.
 fn is_same(before: &ServiceStatement, now: &ServiceStatement) -> bool {
-    let is_known = match (&before.known, &now.known) {
+    let is_known = match (&before.content, &now.content) {
         (ServiceContent::Parsed(before), ServiceContent::Parsed(now)) => Arc::ptr_eq(before, now),
         (ServiceContent::Restored(before), ServiceContent::Restored(now)) => Arc::ptr_eq(before, now),
         _ => false,
@@ -925,7 +936,7 @@ fn is_same(before: &ServiceStatement, now: &ServiceStatement) -> bool {
 
 /// Reports whether a missing file is kept for the moment, because a writer may be replacing it. If so,
 /// schedules another scan.
-fn is_kept_though_gone(
+fn is_kept_for_now(
     path: &Path,
     state: &mut FileState,
     now: Instant,
@@ -944,14 +955,14 @@ fn is_kept_though_gone(
 
 /// Joins a service that several files share, as Prometheus does with a job. Returns `None` if the files do
 /// not share it on purpose. A result equal to `before` keeps its pointer.
-fn join(
+fn join_shared(
     name: &ServiceName,
     claims: &[&ServiceStatement],
     before: Option<&Arc<ParsedService>>,
 ) -> Option<ServiceStatement> {
     let parts: Vec<&Arc<ParsedService>> = claims
         .iter()
-        .map(|told| match &told.known {
+        .map(|told| match &told.content {
             ServiceContent::Parsed(service) if service.is_shared => Some(service),
             ServiceContent::Parsed(_) | ServiceContent::Restored(_) => None,
         })
@@ -975,7 +986,7 @@ fn join(
 }
 
 /// Reports whether the endpoint `known` may come from a record with `address`.
-fn is_of(address: &Address, known: &Endpoint) -> bool {
+fn comes_from(address: &Address, known: &Endpoint) -> bool {
     address.port.get() == known.address.port()
         && match &address.host {
             Host::Ip(ip) => *ip == known.address.ip(),
@@ -983,8 +994,8 @@ fn is_of(address: &Address, known: &Endpoint) -> bool {
         }
 }
 
-fn place(told: &ServiceStatement) -> Place {
-    match &told.known {
+fn place_of(told: &ServiceStatement) -> Place {
+    match &told.content {
         ServiceContent::Parsed(service) => service.place.clone(),
         ServiceContent::Restored(registration) => registration.place.clone(),
     }
@@ -997,13 +1008,13 @@ impl DirectoryWalk {
     }
 
     /// Watches every link on the path to `path`, and the directory in which the path ends.
-    fn watch_way(&mut self, path: &Path) {
+    fn watch_path(&mut self, path: &Path) {
         let (mut way, end) = links(path);
         if let (Some(parent), Some(name)) = (end.parent(), end.file_name()) {
             way.push((parent.to_owned(), name.to_owned()));
         }
         for (directory, name) in way {
-            self.ways.insert((directory.clone(), name.clone()));
+            self.link_components.insert((directory.clone(), name.clone()));
             match self.directories.get_mut(&directory) {
                 Some(WatchedDirectory { only: Some(names), .. }) => _ = names.insert(name),
                 Some(WatchedDirectory { only: None, .. }) => {}
@@ -1081,7 +1092,7 @@ fn is_read(name: &str) -> bool {
     stem(name).1 || !name.contains('.')
 }
 
-fn kind(file_type: FileType) -> &'static str {
+fn kind_name(file_type: FileType) -> &'static str {
     if file_type.is_fifo() {
         "FIFO"
     } else if file_type.is_socket() {
@@ -1094,7 +1105,7 @@ fn kind(file_type: FileType) -> &'static str {
 }
 
 /// Returns the meaning of a file system error for the operator who has to fix it.
-pub(super) fn plain(error: &io::Error) -> String {
+pub(super) fn explain_error(error: &io::Error) -> String {
     use rustix::io::Errno;
     let number = error.raw_os_error();
     let is = |errno: Errno| number == Some(errno.raw_os_error());

@@ -644,12 +644,12 @@ async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_th
     let config = FileConfig { watch: false, ..config(&dir) };
     let mut disk = Disk::new(config, Arc::default(), Some(&last_good));
     let all = ["a.json", "b.json", "c.json"].map(|file| dir.join(file));
-    let whole = |told: &crate::assemble::ServiceStatement| match &told.known {
+    let whole = |told: &crate::assemble::ServiceStatement| match &told.content {
         ServiceContent::Parsed(service) => service.endpoints.len(),
         ServiceContent::Restored(known) => known.endpoints.len(),
     };
     let restarted = scan(&mut disk, &all, true);
-    let told = &restarted.told.services["node"];
+    let told = &restarted.statement.services["node"];
     assert_eq!(whole(told), 2);
     let because = told.partial_because.as_deref().expect("what is missing may be in the file that is broken");
     assert!(because.contains("b.json"), "{because}");
@@ -657,7 +657,7 @@ async fn a_job_is_put_together_from_several_files_and_loses_no_part_to_a_file_th
     fs::write(dir.join("b.json"), "[]").unwrap();
     let mended = scan(&mut disk, &all, true);
     assert_eq!(
-        (whole(&mended.told.services["node"]), &mended.told.services["node"].partial_because),
+        (whole(&mended.statement.services["node"]), &mended.statement.services["node"].partial_because),
         (2, &None)
     );
 }
@@ -848,16 +848,16 @@ fn of_a_thousand_files_the_one_that_changed_is_parsed() {
     }
     let mut disk = Disk::new(FileConfig { watch: false, ..FileConfig::of(&*dir) }, Arc::default(), None);
     let first = scan(&mut disk, &[], true);
-    assert_eq!((first.parsed, first.told.services.len()), (1000, 1000));
+    assert_eq!((first.parsed, first.statement.services.len()), (1000, 1000));
     let same = scan(&mut disk, &[], true);
     assert_eq!(same.parsed, 0);
     let path = dir.join("s500.yaml");
     fs::write(&path, text(500, 2)).unwrap();
     let changed = scan(&mut disk, &[path], false);
     assert_eq!(changed.parsed, 1);
-    for (name, told) in &changed.told.services {
+    for (name, told) in &changed.statement.services {
         let (ServiceContent::Parsed(before), ServiceContent::Parsed(now)) =
-            (&first.told.services[name].known, &told.known)
+            (&first.statement.services[name].content, &told.content)
         else {
             panic!()
         };
@@ -874,7 +874,7 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
     };
     (0..100).for_each(|service| file(&format!("s{service}"), "10.0.0.1 80\n"));
     let mut disk = Disk::new(config(&dir), Arc::default(), None);
-    assert_eq!(scan(&mut disk, &[], false).told.services.len(), 100);
+    assert_eq!(scan(&mut disk, &[], false).statement.services.len(), 100);
     file("s7", "10.0.0.2 80\n");
     // The kernel does not report this change.
     file("s8", "10.0.0.2 80\n");
@@ -882,13 +882,13 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
         scan.only.iter().flatten().map(|name| name.as_str().to_owned()).collect()
     };
     let one = scan(&mut disk, &[dir.join("s7")], false);
-    assert_eq!((one.read, names(&one), one.told.services.len()), (1, vec!["s7".to_owned()], 1));
+    assert_eq!((one.read, names(&one), one.statement.services.len()), (1, vec!["s7".to_owned()], 1));
     // Writing the same content again is no change.
     assert_eq!(names(&scan(&mut disk, &[dir.join("s7")], false)), [""; 0]);
     file("new", "10.0.0.1 80\n");
     file("ignored.tmp", "10.0.0.1 80\n");
     let new = scan(&mut disk, &[dir.join("new"), dir.join("ignored.tmp")], false);
-    assert_eq!((names(&new), new.told.services.len()), (vec!["new".to_owned()], 1));
+    assert_eq!((names(&new), new.statement.services.len()), (vec!["new".to_owned()], 1));
     // A removed file is looked at again, since it may be being replaced.
     fs::remove_file(dir.join("new")).unwrap();
     assert!(scan(&mut disk, &[dir.join("new")], false).again.is_some());
@@ -900,7 +900,7 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
         }
         assert!(std::time::Instant::now() < until);
     };
-    assert_eq!((names(&gone), gone.told.services.len()), (vec!["new".to_owned()], 0));
+    assert_eq!((names(&gone), gone.statement.services.len()), (vec!["new".to_owned()], 0));
     // A directory, lost events and the poll timer each lead to a scan of everything.
     fs::create_dir(dir.join("team")).unwrap();
     for (whole, everything, verify) in
@@ -908,8 +908,8 @@ fn only_the_files_are_looked_at_of_which_the_kernel_told() {
     {
         let look = ScanRequest { whole: whole.into_iter().collect(), everything, ..ScanRequest::default() };
         let all = disk.scan(&look, verify).unwrap();
-        assert_eq!((&all.only, all.told.services.len()), (&None, 100));
-        let ServiceContent::Parsed(service) = &all.told.services["s8"].known else { panic!() };
+        assert_eq!((&all.only, all.statement.services.len()), (&None, 100));
+        let ServiceContent::Parsed(service) = &all.statement.services["s8"].content else { panic!() };
         assert_eq!(service.endpoints[0].address.to_string(), "10.0.0.2:80");
     }
 }
@@ -1009,7 +1009,7 @@ fn any_change() -> impl Strategy<Value = FileChange> {
 
 /// Returns the statement about each service, and the subjects that have problems.
 fn said(statement: &Statement) -> (Vec<String>, BTreeSet<String>) {
-    let service = |(name, told): (&ServiceName, &crate::assemble::ServiceStatement)| match &told.known {
+    let service = |(name, told): (&ServiceName, &crate::assemble::ServiceStatement)| match &told.content {
         ServiceContent::Parsed(service) => {
             let addresses: Vec<_> = service.endpoints.iter().map(|e| e.address.to_string()).collect();
             format!("{name} {addresses:?} of {} stale {}", service.place.file, told.stale_because.is_some())
@@ -1053,8 +1053,8 @@ proptest! {
         };
         let mut statement = Statement::default();
         let mut take = |scan: Scan| match scan.only {
-            Some(only) => statement.replace(only, scan.told),
-            None => statement = scan.told,
+            Some(only) => statement.replace(only, scan.statement),
+            None => statement = scan.statement,
         };
         take(disk.scan(&ScanRequest::default(), true).unwrap());
         for changes in steps {
@@ -1073,9 +1073,9 @@ proptest! {
         }
         // A disk state that has read nothing and only knows which file counts for each service.
         age_all(&dir);
-        let all = disk.begin_anew().scan(&ScanRequest::default(), true).unwrap();
+        let all = disk.fresh_copy().scan(&ScanRequest::default(), true).unwrap();
         prop_assert_eq!(all.again, None);
-        let all = all.told;
+        let all = all.statement;
         prop_assert_eq!(said(&statement), said(&all));
     }
 }
@@ -1088,22 +1088,22 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
     age(&dir.join("web"));
     let mut disk = Disk::new(config(&dir), Arc::default(), None);
     let first = scan(&mut disk, &[], true);
-    assert_eq!(first.told.services.len(), 2);
+    assert_eq!(first.statement.services.len(), 2);
     // Permissions do not restrict root, so the directory is moved away instead, which has the same effect on
     // the code under test.
     fs::rename(dir.join("team"), dir.join(".team")).unwrap();
     disk.keep_unreadable(&[(dir.join("team"), "permission denied".to_owned())]);
     let mut kept = Scan::default();
-    disk.forget(
+    disk.forget_missing(
         &BTreeSet::from([dir.join("web")]),
         &[(dir.join("team"), String::new())],
         std::time::Instant::now(),
         &mut kept,
     );
     disk.merge(&mut kept);
-    assert_eq!(kept.told.services.len(), 2);
+    assert_eq!(kept.statement.services.len(), 2);
     assert!(
-        kept.told.services["team.orders"]
+        kept.statement.services["team.orders"]
             .stale_because
             .as_ref()
             .unwrap()
@@ -1112,7 +1112,7 @@ fn a_directory_that_cannot_be_read_keeps_all_that_is_below_it() {
     // The directory is read again once it is readable.
     fs::rename(dir.join(".team"), dir.join("team")).unwrap();
     let again = disk.scan(&ScanRequest { everything: true, ..ScanRequest::default() }, false).unwrap();
-    assert!(again.told.services["team.orders"].stale_because.is_none());
+    assert!(again.statement.services["team.orders"].stale_because.is_none());
 }
 
 #[test]
@@ -1123,7 +1123,7 @@ fn a_format_that_is_given_is_not_guessed() {
     let linkerd = FileConfig { format: Format::Linkerd, ..config(&dir) };
     let found = scan(&mut Disk::new(linkerd, Arc::default(), None), &[], true);
     assert_eq!(
-        found.told.services.keys().map(ServiceName::as_str).collect::<Vec<_>>(),
+        found.statement.services.keys().map(ServiceName::as_str).collect::<Vec<_>>(),
         ["pay.txt", "web.example.com"]
     );
 }
@@ -1133,7 +1133,7 @@ fn errors_of_the_file_system_are_said_in_plain_words() {
     use rustix::io::Errno;
     let errors = [Errno::ACCESS, Errno::LOOP, Errno::NOENT, Errno::STALE, Errno::IO, Errno::MFILE];
     let said: String =
-        errors.into_iter().map(|errno| format!("{}\n", super::disk::plain(&errno.into()))).collect();
+        errors.into_iter().map(|errno| format!("{}\n", super::disk::explain_error(&errno.into()))).collect();
     expect![[r#"
         permission denied: the control plane's user has to be able to read it
         a link that leads back to itself
@@ -1172,12 +1172,15 @@ fn what_a_file_says_that_not_everybody_may_read_is_not_shown_to_everybody() {
         let mut disk = Disk::new(config, Arc::default(), None);
         let all = ["a.yaml", "b", "c.yaml", "d.yaml", "open.yaml"].map(|file| dir.join(file));
         let scan = scan(&mut disk, &all, true);
-        let said = format!("{:?} {:?}", scan.told.problems, scan.told.unusable);
+        let said = format!("{:?} {:?}", scan.statement.problems, scan.statement.unusable);
         assert_eq!(said.contains(SECRET), quotes, "{said}");
         assert!(said.contains("everybody-may-see-this"), "{said}");
         for file in ["a.yaml", "b", "c.yaml", "d.yaml"] {
             let place = dir.join(file).display().to_string();
-            assert!(scan.told.problems.iter().any(|problem| *problem.place.file == *place), "{file}: {said}");
+            assert!(
+                scan.statement.problems.iter().any(|problem| *problem.place.file == *place),
+                "{file}: {said}"
+            );
         }
     }
 }

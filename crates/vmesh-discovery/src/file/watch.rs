@@ -33,8 +33,8 @@ const MAX_PATHS: usize = 10_000;
 /// The events since the last scan. Shared with the thread that receives them.
 #[derive(Debug, Default)]
 pub(super) struct Hints {
-    heard: Mutex<PendingEvents>,
-    news: Notify,
+    events: Mutex<PendingEvents>,
+    notify: Notify,
     /// The prefix of the kernel's absolute paths if the configured path is relative: files are known by the
     /// path under which the walk found them.
     working_directory: Option<PathBuf>,
@@ -42,7 +42,7 @@ pub(super) struct Hints {
 
 #[derive(Debug, Default)]
 struct PendingEvents {
-    touched: BTreeMap<PathBuf, PathActivity>,
+    paths: BTreeMap<PathBuf, PathActivity>,
     /// When a full scan is due, because events were lost or too many paths changed.
     everything: Option<Instant>,
     /// The watched directories in which only some names matter.
@@ -85,74 +85,74 @@ impl Hints {
         Hints { working_directory, ..Hints::default() }
     }
 
-    fn as_found(&self, path: PathBuf) -> PathBuf {
+    fn as_configured(&self, path: PathBuf) -> PathBuf {
         match self.working_directory.as_ref().and_then(|dir| path.strip_prefix(dir).ok()) {
             Some(relative) => relative.to_owned(),
             None => path,
         }
     }
 
-    fn heard(&self) -> MutexGuard<'_, PendingEvents> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    fn events(&self) -> MutexGuard<'_, PendingEvents> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns when the next scan is due, as far as known now.
     pub(super) fn due(&self) -> Option<Instant> {
-        let heard = self.heard();
-        let over = heard.touched.values().filter(|touch| !touch.is_open);
+        let events = self.events();
+        let over = events.paths.values().filter(|activity| !activity.is_open);
         // One scan covers all pending changes: its due time follows the latest change, within `BURST` of the
         // earliest.
         let last = over.clone().map(PathActivity::due).max();
-        let burst = over.map(|touch| touch.first + BURST).min();
+        let burst = over.map(|activity| activity.first + BURST).min();
         let over = last.zip(burst).map(|(last, burst)| last.min(burst));
-        let open = heard.touched.values().filter(|touch| touch.is_open).map(PathActivity::due).min();
-        [over, open, heard.everything].into_iter().flatten().min()
+        let open = events.paths.values().filter(|activity| activity.is_open).map(PathActivity::due).min();
+        [over, open, events.everything].into_iter().flatten().min()
     }
 
     /// Takes the paths to scan now.
     pub(super) fn take(&self, now: Instant) -> ScanRequest {
-        let mut heard = self.heard();
-        let mut look =
-            ScanRequest { everything: heard.everything.take().is_some(), ..ScanRequest::default() };
-        heard.touched.retain(|path, touch| {
-            let is_busy = touch.is_open && touch.due() > now;
-            let paths = if is_busy { &mut look.busy } else { &mut look.whole };
+        let mut events = self.events();
+        let mut request =
+            ScanRequest { everything: events.everything.take().is_some(), ..ScanRequest::default() };
+        events.paths.retain(|path, activity| {
+            let is_busy = activity.is_open && activity.due() > now;
+            let paths = if is_busy { &mut request.busy } else { &mut request.whole };
             paths.insert(path.clone());
             is_busy
         });
-        look
+        request
     }
 
     /// Waits for a new event.
-    pub(super) async fn news(&self) {
-        self.news.notified().await;
+    pub(super) async fn event(&self) {
+        self.notify.notified().await;
     }
 
-    fn hear(&self, event: notify::Result<Event>) {
+    fn record(&self, event: notify::Result<Event>) {
         let now = Instant::now();
-        let mut heard = self.heard();
+        let mut events = self.events();
         match event {
             Ok(event) if !event.need_rescan() => {
-                let Some(is_open) = meaning(event.kind) else { return };
+                let Some(is_open) = leaves_open(event.kind) else { return };
                 let mut is_news = false;
                 for path in event.paths {
-                    is_news |= heard.touch(self.as_found(path), is_open, now);
+                    is_news |= events.record_path(self.as_configured(path), is_open, now);
                 }
                 if !is_news {
                     return;
                 }
             }
             // Events were lost, or a watch failed.
-            _ => heard.everything = Some(now + QUIET),
+            _ => events.everything = Some(now + QUIET),
         }
-        drop(heard);
-        self.news.notify_one();
+        drop(events);
+        self.notify.notify_one();
     }
 }
 
 /// Returns whether an event leaves a file open for writing; `None` if it is irrelevant, like the events of
 /// our own reads.
-fn meaning(kind: EventKind) -> Option<bool> {
+fn leaves_open(kind: EventKind) -> Option<bool> {
     match kind {
         EventKind::Access(AccessKind::Close(AccessMode::Write)) => Some(false),
         EventKind::Access(_) => None,
@@ -162,7 +162,7 @@ fn meaning(kind: EventKind) -> Option<bool> {
 }
 
 impl PendingEvents {
-    fn touch(&mut self, path: PathBuf, is_open: bool, now: Instant) -> bool {
+    fn record_path(&mut self, path: PathBuf, is_open: bool, now: Instant) -> bool {
         let name = path.file_name().unwrap_or_default();
         if let Some(only) = path.parent().and_then(|parent| self.only.get(parent))
             && !only.contains(name)
@@ -174,13 +174,13 @@ impl PendingEvents {
         if is_open && is_skipped(name) {
             return false;
         }
-        if self.touched.len() >= MAX_PATHS {
-            self.touched.clear();
+        if self.paths.len() >= MAX_PATHS {
+            self.paths.clear();
             self.everything = Some(now + QUIET);
         }
-        let touch = self.touched.entry(path).or_insert(PathActivity { first: now, last: now, is_open });
-        touch.last = now;
-        touch.is_open = is_open;
+        let activity = self.paths.entry(path).or_insert(PathActivity { first: now, last: now, is_open });
+        activity.last = now;
+        activity.is_open = is_open;
         true
     }
 }
@@ -200,63 +200,64 @@ pub(super) struct WatchedDirectory {
 pub(super) struct DirectoryWatches {
     watcher: RecommendedWatcher,
     hints: Arc<Hints>,
-    armed: BTreeMap<PathBuf, (u64, u64)>,
+    watched: BTreeMap<PathBuf, (u64, u64)>,
 }
 
 impl DirectoryWatches {
     pub(super) fn new(hints: Arc<Hints>) -> Result<DirectoryWatches, String> {
-        let heard = hints.clone();
-        let watcher = notify::recommended_watcher(move |event| heard.hear(event)).map_err(|e| plain(&e))?;
-        Ok(DirectoryWatches { watcher, hints, armed: BTreeMap::new() })
+        let events = hints.clone();
+        let watcher =
+            notify::recommended_watcher(move |event| events.record(event)).map_err(|e| explain_error(&e))?;
+        Ok(DirectoryWatches { watcher, hints, watched: BTreeMap::new() })
     }
 
     /// Removes the watches of directories that the kernel reported: such a directory and its watch may have
     /// been removed, and a new directory of the same name may have the same inode number. After lost events,
     /// removes all watches.
-    pub(super) fn distrust(&mut self, look: &ScanRequest) {
-        let ScanRequest { whole, busy, everything } = look;
+    pub(super) fn unwatch_reported(&mut self, request: &ScanRequest) {
+        let ScanRequest { whole, busy, everything } = request;
         let is_doubtful = |path: &Path| *everything || whole.contains(path) || busy.contains(path);
-        for (path, _) in self.armed.extract_if(.., |path, _| is_doubtful(path)) {
+        for (path, _) in self.watched.extract_if(.., |path, _| is_doubtful(path)) {
             _ = self.watcher.unwatch(&path);
         }
     }
 
     /// Watches these directories and no others, replacing the watch of a directory that was replaced. Returns
     /// whether a watch was added: changes before that were not reported and have to be found by a scan.
-    pub(super) fn arm(&mut self, wanted: &WatchedDirectories) -> (bool, Result<(), String>) {
+    pub(super) fn watch_only(&mut self, wanted: &WatchedDirectories) -> (bool, Result<(), String>) {
         let outdated: Vec<_> = self
-            .armed
+            .watched
             .iter()
             .filter(|(path, id)| wanted.get(*path).is_none_or(|wanted| wanted.id != **id))
             .map(|(path, _)| path.clone())
             .collect();
         for path in outdated {
-            self.armed.remove(&path);
+            self.watched.remove(&path);
             // Errors are ignored: a removed directory has lost its watch already.
             _ = self.watcher.unwatch(&path);
         }
         let only = wanted.iter().filter_map(|(path, d)| Some((path.clone(), d.only.clone()?))).collect();
-        self.hints.heard().only = only;
+        self.hints.events().only = only;
         let (mut is_new, mut failure) = (false, Ok(()));
         for (path, directory) in wanted {
-            if self.armed.contains_key(path) {
+            if self.watched.contains_key(path) {
                 continue;
             }
             match self.watcher.watch(path, RecursiveMode::NonRecursive) {
                 Ok(()) => {
                     is_new = true;
-                    self.armed.insert(path.clone(), directory.id);
+                    self.watched.insert(path.clone(), directory.id);
                 }
                 // The directory is gone again; the next scan finds out.
                 Err(error) if matches!(error.kind, notify::ErrorKind::PathNotFound) => {}
-                Err(error) => failure = Err(plain(&error)),
+                Err(error) => failure = Err(explain_error(&error)),
             }
         }
         (is_new, failure)
     }
 }
 
-fn plain(error: &notify::Error) -> String {
+fn explain_error(error: &notify::Error) -> String {
     match &error.kind {
         notify::ErrorKind::MaxFilesWatch => {
             "the host has no watches left: raise fs.inotify.max_user_watches".to_owned()
@@ -318,35 +319,35 @@ mod tests {
     #[test]
     fn a_file_that_is_written_is_not_read_before_it_is_closed() {
         let hints = Hints::default();
-        hints.hear(event(READ, "/d/a"));
+        hints.record(event(READ, "/d/a"));
         assert!(hints.due().is_none());
-        hints.hear(event(WRITE, "/d/a"));
+        hints.record(event(WRITE, "/d/a"));
         let now = Instant::now();
         assert!(hints.due().unwrap() > now + Duration::from_millis(300));
-        let look = hints.take(now);
-        assert!(look.busy.contains(Path::new("/d/a")) && look.whole.is_empty());
-        hints.hear(event(CLOSE, "/d/a"));
+        let request = hints.take(now);
+        assert!(request.busy.contains(Path::new("/d/a")) && request.whole.is_empty());
+        hints.record(event(CLOSE, "/d/a"));
         assert!(hints.due().unwrap() < Instant::now() + Duration::from_millis(25));
-        let look = hints.take(Instant::now());
-        assert!(look.whole.contains(Path::new("/d/a")) && look.busy.is_empty());
+        let request = hints.take(Instant::now());
+        assert!(request.whole.contains(Path::new("/d/a")) && request.busy.is_empty());
         assert!(hints.due().is_none());
     }
 
     #[test]
     fn who_never_closes_a_file_is_not_waited_for_for_ever() {
         let hints = Hints::default();
-        hints.hear(event(WRITE, "/d/a"));
-        let look = hints.take(Instant::now() + Duration::from_secs(1));
-        assert!(look.whole.contains(Path::new("/d/a")));
+        hints.record(event(WRITE, "/d/a"));
+        let request = hints.take(Instant::now() + Duration::from_secs(1));
+        assert!(request.whole.contains(Path::new("/d/a")));
     }
 
     #[test]
     fn one_who_writes_all_the_time_does_not_hide_the_others() {
         let hints = Hints::default();
-        hints.hear(event(RENAME, "/d/b"));
+        hints.record(event(RENAME, "/d/b"));
         let first = Instant::now();
         for _ in 0..100 {
-            hints.hear(event(CLOSE, "/d/a"));
+            hints.record(event(CLOSE, "/d/a"));
         }
         assert!(hints.due().unwrap() <= first + BURST);
     }
@@ -354,18 +355,18 @@ mod tests {
     #[test]
     fn temporary_files_and_strangers_are_not_heard() {
         let hints = Hints::default();
-        hints.hear(event(WRITE, "/d/.a.swp"));
-        hints.heard().only.insert("/etc".into(), std::iter::once("vmesh".into()).collect());
-        hints.hear(event(RENAME, "/etc/passwd"));
+        hints.record(event(WRITE, "/d/.a.swp"));
+        hints.events().only.insert("/etc".into(), std::iter::once("vmesh".into()).collect());
+        hints.record(event(RENAME, "/etc/passwd"));
         assert!(hints.due().is_none());
-        hints.hear(event(RENAME, "/etc/vmesh"));
+        hints.record(event(RENAME, "/etc/vmesh"));
         assert!(hints.due().is_some());
     }
 
     #[test]
     fn lost_events_are_a_reason_to_look_at_everything() {
         let hints = Hints::default();
-        hints.hear(Ok(Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan)));
+        hints.record(Ok(Event::new(EventKind::Other).set_flag(notify::event::Flag::Rescan)));
         assert!(hints.due().is_some());
         assert!(hints.take(Instant::now()).everything);
         assert!(!hints.take(Instant::now()).everything);
@@ -390,9 +391,9 @@ mod tests {
     fn a_relative_path_is_heard_of_under_the_name_by_which_it_was_found() {
         let absolute = std::env::current_dir().unwrap().join("services.d/a.yaml");
         assert_eq!(
-            Hints::below(Path::new("services.d")).as_found(absolute.clone()),
+            Hints::below(Path::new("services.d")).as_configured(absolute.clone()),
             Path::new("services.d/a.yaml")
         );
-        assert_eq!(Hints::below(Path::new("/etc/vmesh")).as_found(absolute.clone()), absolute);
+        assert_eq!(Hints::below(Path::new("/etc/vmesh")).as_configured(absolute.clone()), absolute);
     }
 }

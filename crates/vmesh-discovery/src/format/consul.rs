@@ -184,7 +184,7 @@ pub fn read(
     if let Ok(entries) = serde_json::from_slice::<Vec<HealthEntry>>(body) {
         read.listed = entries.len();
         for (index, entry) in entries.into_iter().enumerate() {
-            reader.entry(entry, index, &mut read);
+            reader.read_entry(entry, index, &mut read);
         }
         return Ok(read);
     }
@@ -193,8 +193,8 @@ pub fn read(
     read.listed = values.len();
     for (index, value) in values.into_iter().enumerate() {
         match serde_json::from_value(value) {
-            Ok(entry) => reader.entry(entry, index, &mut read),
-            Err(wrong) => reader.bad(&mut read, &format!("entry {}", index + 1), &wrong.to_string()),
+            Ok(entry) => reader.read_entry(entry, index, &mut read),
+            Err(wrong) => reader.add_bad(&mut read, &format!("entry {}", index + 1), &wrong.to_string()),
         }
     }
     Ok(read)
@@ -222,18 +222,18 @@ enum LeftOutReason {
 }
 
 impl EntryReader<'_> {
-    fn bad(&self, read: &mut ServiceInstances, who: &str, why: &str) {
+    fn add_bad(&self, read: &mut ServiceInstances, who: &str, why: &str) {
         read.bad.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {why}")));
     }
 
-    fn note(&self, read: &mut ServiceInstances, who: &str, what: &str) {
+    fn add_note(&self, read: &mut ServiceInstances, who: &str, what: &str) {
         read.notes.push(Problem::new(self.place.clone(), self.subject.clone(), format!("{who}: {what}")));
     }
 
-    fn entry(&self, entry: HealthEntry, index: usize, read: &mut ServiceInstances) {
+    fn read_entry(&self, entry: HealthEntry, index: usize, read: &mut ServiceInstances) {
         let node = entry.node.unwrap_or_default();
         let Some(service) = entry.service else {
-            self.bad(read, &format!("entry {}", index + 1), "there is no `Service` in it");
+            self.add_bad(read, &format!("entry {}", index + 1), "there is no `Service` in it");
             return;
         };
         let who = {
@@ -241,20 +241,20 @@ impl EntryReader<'_> {
             format!("instance `{id}` on node `{}`", node.node.as_deref().unwrap_or("?"))
         };
         let mut notes = Vec::new();
-        match self.instance(&node, service, &entry.checks.unwrap_or_default(), &mut notes) {
+        match self.read_instance(&node, service, &entry.checks.unwrap_or_default(), &mut notes) {
             Ok(instance) => read.instances.push(instance),
             Err(LeftOutReason::Silently) => return,
             Err(LeftOutReason::Unusable(why)) => {
-                self.note(read, &who, &format!("{why}; this endpoint is left out"))
+                self.add_note(read, &who, &format!("{why}; this endpoint is left out"))
             }
-            Err(LeftOutReason::Bad(why)) => self.bad(read, &who, &why),
+            Err(LeftOutReason::Bad(why)) => self.add_bad(read, &who, &why),
         }
         for note in notes {
-            self.note(read, &who, &note);
+            self.add_note(read, &who, &note);
         }
     }
 
-    fn instance(
+    fn read_instance(
         &self,
         node: &NodeEntry,
         service: ServiceEntry,
@@ -266,30 +266,30 @@ impl EntryReader<'_> {
         let (meta, node_meta) =
             (service.meta.as_ref().unwrap_or(&empty), node.meta.as_ref().unwrap_or(&empty));
         let tags = service.tags.as_deref().unwrap_or_default();
-        self.wanted(service.kind.as_deref().unwrap_or_default(), tags, meta, node_meta)?;
+        self.check_wanted(service.kind.as_deref().unwrap_or_default(), tags, meta, node_meta)?;
 
         let (health, weight) = self.health(checks, service.weights.as_ref())?;
-        let said = InstanceFacts::of(tags, meta, node_meta, rules);
-        let address = self.address(node, &service, &said)?;
+        let facts = InstanceFacts::of(tags, meta, node_meta, rules);
+        let address = self.address(node, &service, &facts)?;
         let created = service.create_index.unwrap_or_default();
         let mut record = Record::new(address, self.place.clone());
         record.health = health;
         record.weight = Some(weight);
-        let mut is_said = false;
-        if let Some(text) = said.weight {
+        let mut has_own_weight = false;
+        if let Some(text) = facts.weight {
             match RawWeight::parse(text) {
                 Ok(share) => {
                     // A warning may set the weight to zero nevertheless.
                     record.weight = Some(if weight.0 == 0.0 { weight } else { share });
-                    is_said = true;
+                    has_own_weight = true;
                 }
                 Err(wrong) => notes.push(format!("{wrong}; Consul's own weight counts")),
             }
         }
-        if let (false, Some(default), true) = (is_said, rules.default_weight, weight.0 > 0.0) {
+        if let (false, Some(default), true) = (has_own_weight, rules.default_weight, weight.0 > 0.0) {
             record.weight = Some(RawWeight(f64::from(default.min(Weight::MAX))));
         }
-        let protocol = match said.protocol {
+        let protocol = match facts.protocol {
             Some(text) => {
                 let protocol = protocol(text);
                 if protocol.is_none() {
@@ -297,23 +297,23 @@ impl EntryReader<'_> {
                 }
                 protocol
             }
-            None => said.secure.then_some(Protocol::Tls),
+            None => facts.secure.then_some(Protocol::Tls),
         };
         let datacenter = node.datacenter.as_deref().filter(|name| !name.is_empty());
-        record.zone = said.zone.or(datacenter).map(Into::into);
-        record.version = said.version.map(Into::into);
-        record.labels = said.labels;
+        record.zone = facts.zone.or(datacenter).map(Into::into);
+        record.version = facts.version.map(Into::into);
+        record.labels = facts.labels;
         if let Some(datacenter) = datacenter {
             record.labels.insert("datacenter".into(), datacenter.into());
         }
         if let Some(name) = node.node.as_deref() {
             record.labels.insert("node".into(), name.into());
         }
-        let fraction = said.fraction.filter(|_| !is_said);
+        let fraction = facts.fraction.filter(|_| !has_own_weight);
         Ok(ConsulInstance { record, protocol, fraction, created })
     }
 
-    fn wanted(
+    fn check_wanted(
         &self,
         kind: &str,
         tags: &[String],
@@ -369,7 +369,7 @@ impl EntryReader<'_> {
         &self,
         node: &NodeEntry,
         service: &ServiceEntry,
-        said: &InstanceFacts<'_>,
+        facts: &InstanceFacts<'_>,
     ) -> Result<Address, LeftOutReason> {
         let full = |text: Option<&String>| {
             text.map(|text| text.trim()).filter(|text| !text.is_empty()).map(str::to_owned)
@@ -399,7 +399,7 @@ impl EntryReader<'_> {
         let Some(host) = host else {
             return Err(LeftOutReason::Bad("neither the service nor its node has an address".to_owned()));
         };
-        let port = match said.port.map(ToOwned::to_owned).or(tagged_port.map(|port| port.to_string())) {
+        let port = match facts.port.map(ToOwned::to_owned).or(tagged_port.map(|port| port.to_string())) {
             Some(port) => Some(port),
             None => self.port(service)?.map(|port| port.to_string()),
         };
@@ -499,7 +499,7 @@ impl<'a> InstanceFacts<'a> {
         rules: &InstanceRules,
     ) -> InstanceFacts<'a> {
         let map = &rules.map;
-        let mut said = InstanceFacts::default();
+        let mut facts = InstanceFacts::default();
         let found = |keys: &[String]| {
             let of = |meta: &'a BTreeMap<String, String>| {
                 keys.iter()
@@ -509,21 +509,21 @@ impl<'a> InstanceFacts<'a> {
             };
             of(meta).or_else(|| of(node_meta))
         };
-        said.version = found(&map.version);
-        said.zone = found(&map.zone);
-        said.protocol = found(&map.protocol);
-        said.weight = found(&map.weight);
-        said.secure = found(&map.secure).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+        facts.version = found(&map.version);
+        facts.zone = found(&map.zone);
+        facts.protocol = found(&map.protocol);
+        facts.weight = found(&map.weight);
+        facts.secure = found(&map.secure).is_some_and(|value| value.eq_ignore_ascii_case("true"));
         let mapped = [&map.version, &map.zone, &map.protocol, &map.weight, &map.secure];
         for (key, value) in meta {
             if !mapped.iter().any(|keys| keys.contains(key)) {
-                said.labels.insert(key.as_str().into(), value.as_str().into());
+                facts.labels.insert(key.as_str().into(), value.as_str().into());
             }
         }
         for tag in tags {
-            said.tag(tag, rules);
+            facts.tag(tag, rules);
         }
-        said
+        facts
     }
 
     fn tag(&mut self, tag: &'a str, rules: &InstanceRules) {
@@ -620,7 +620,7 @@ pub(super) fn protocol(text: &str) -> Option<Protocol> {
 }
 
 /// Returns the instances of one datacenter from a persisted registration, in the form of a parsed answer.
-pub fn remembered(registration: &Registration, datacenter: &str) -> ServiceInstances {
+pub fn restored_instances(registration: &Registration, datacenter: &str) -> ServiceInstances {
     let of_it = |labels: &Labels| labels.get("datacenter").is_some_and(|name| **name == *datacenter);
     let instances =
         registration.endpoints.iter().filter(|endpoint| of_it(&endpoint.labels)).filter_map(|endpoint| {
@@ -652,7 +652,7 @@ pub fn combine(source: &str, service: &ServiceName, reads: &[&ServiceInstances])
         // An endpoint stays while any record of it exists, with the health of its healthiest record: an
         // instance that registers anew after a failure is listed twice for a while. Of two records with equal
         // health the younger one counts.
-        let rank = |instance: &ConsulInstance| (wellness(instance.record.health), instance.created);
+        let rank = |instance: &ConsulInstance| (health_rank(instance.record.health), instance.created);
         match instances.get_mut(&instance.record.address) {
             Some(known) if rank(known) >= rank(instance) => {}
             Some(known) => *known = instance.clone(),
@@ -660,26 +660,26 @@ pub fn combine(source: &str, service: &ServiceName, reads: &[&ServiceInstances])
         }
     }
     let mut instances: Vec<ConsulInstance> = instances.into_values().collect();
-    share_out(&mut instances);
-    let (protocol, disagreement) = agreed(&instances);
+    distribute_shares(&mut instances);
+    let (protocol, disagreement) = agreed_protocol(&instances);
     if let Some(disagreement) = disagreement {
-        parsed.problem(place.clone(), subject_of(service), disagreement);
+        parsed.add_problem(place.clone(), subject_of(service), disagreement);
     }
     let mut bad = 0;
     for read in reads {
         bad += read.bad.len();
         parsed.problems.extend(read.notes.iter().cloned());
         for problem in &read.bad {
-            parsed.bad_record(problem.place.clone(), &problem.subject, problem.message.clone());
+            parsed.add_bad_record(problem.place.clone(), &problem.subject, problem.message.clone());
         }
     }
     let head = ParsedService { protocol, ..ParsedService::new(service.clone(), place) };
     let records = instances.into_iter().map(|instance| instance.record).collect();
-    parsed.service(head, records, bad, 1.0);
-    parsed.judged()
+    parsed.add_service(head, records, bad, 1.0);
+    parsed.finish()
 }
 
-fn wellness(health: Health) -> u8 {
+fn health_rank(health: Health) -> u8 {
     match health {
         Health::Healthy => 3,
         Health::Unknown => 2,
@@ -693,7 +693,7 @@ const NO_SHARE: f64 = 1e-9;
 
 /// Converts Fabio's weights, which are shares of all requests; instances without one get equal parts of the
 /// rest.
-fn share_out(instances: &mut [ConsulInstance]) {
+fn distribute_shares(instances: &mut [ConsulInstance]) {
     let given: f64 = instances.iter().filter_map(|instance| instance.fraction).sum();
     let others = instances.iter().filter(|instance| instance.fraction.is_none()).count();
     if given == 0.0 {
@@ -714,7 +714,7 @@ fn share_out(instances: &mut [ConsulInstance]) {
 }
 
 /// Returns the protocol that most instances state, and a message if others state another one.
-fn agreed(instances: &[ConsulInstance]) -> (Option<Protocol>, Option<String>) {
+fn agreed_protocol(instances: &[ConsulInstance]) -> (Option<Protocol>, Option<String>) {
     let mut counts: BTreeMap<&str, (usize, Protocol)> = BTreeMap::new();
     for protocol in instances.iter().filter_map(|instance| instance.protocol) {
         counts.entry(protocol.as_str()).or_insert((0, protocol)).0 += 1;

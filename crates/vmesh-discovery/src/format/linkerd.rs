@@ -14,7 +14,7 @@
 use vmesh_model::{Address, Host, Place};
 
 use super::{
-    FileFailure, Input, ParseResult, RawWeight, Record, has_comment, named_by_file, nothing, subject_of,
+    FileFailure, Input, ParseResult, RawWeight, Record, empty_file, has_comment, named_by_file, subject_of,
 };
 
 /// Reports whether the first line with content is an endpoint.
@@ -43,36 +43,36 @@ fn without_comment(line: &str) -> &str {
 pub fn parse(input: &Input<'_>) -> ParseResult {
     let service = match named_by_file(input) {
         Ok(service) => service,
-        Err(problem) => return ParseResult::failed_as(FileFailure::MisnamedFile, vec![problem]),
+        Err(problem) => return ParseResult::failed(FileFailure::MisnamedFile, vec![problem]),
     };
     let subject = subject_of(&service.name);
     let mut parsed = ParseResult::default();
     let (mut records, mut bad) = (Vec::new(), 0);
     for (number, line) in (1..).zip(lines(input.text)) {
-        let said = without_comment(line);
-        let words: Vec<&str> = said.split_ascii_whitespace().collect();
+        let content = without_comment(line);
+        let words: Vec<&str> = content.split_ascii_whitespace().collect();
         if words.is_empty() {
             continue;
         }
         let at = |word: &str| {
             // A word is a slice of its line, so its column follows from the two pointers.
-            let bytes = word.as_ptr().addr().saturating_sub(said.as_ptr().addr());
-            let column = said.get(..bytes).unwrap_or_default().chars().count() + 1;
+            let bytes = word.as_ptr().addr().saturating_sub(content.as_ptr().addr());
+            let column = content.get(..bytes).unwrap_or_default().chars().count() + 1;
             Place::at(input.file.clone(), number, u32::try_from(column).unwrap_or(u32::MAX))
         };
         match record(&words, at(words.first().copied().unwrap_or_default())) {
             Ok(record) => records.push(record),
             Err((word, wrong)) => {
                 bad += 1;
-                parsed.bad_record(at(word), &subject, wrong);
+                parsed.add_bad_record(at(word), &subject, wrong);
             }
         }
     }
     if records.is_empty() && parsed.problems.is_empty() && !has_comment(input.text) {
-        return nothing(input);
+        return empty_file(input);
     }
-    parsed.service(service, records, bad, 1.0);
-    parsed.judged()
+    parsed.add_service(service, records, bad, 1.0);
+    parsed.finish()
 }
 
 /// Parses an endpoint. The error holds the word that is wrong, and the reason.

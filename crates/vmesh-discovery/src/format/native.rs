@@ -95,7 +95,7 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
         if let Some(first) = seen.get(&name) {
             let message =
                 format!("a second service `{name}`: only the first one counts, in line {}", first.line);
-            parsed.problem(place, subject_of(&name), message);
+            parsed.add_problem(place, subject_of(&name), message);
             continue;
         }
         seen.insert(name.clone(), place.clone());
@@ -109,7 +109,7 @@ pub(crate) fn parse_nodes(input: &Input<'_>, nodes: &[&Node], several: bool) -> 
         let is_misnamed = unnamed.iter().all(|why| *why != FileFailure::NotRead);
         parsed.failure = if is_misnamed { unnamed.pop() } else { Some(FileFailure::NotRead) };
     }
-    parsed.judged()
+    parsed.finish()
 }
 
 /// Returns the name of a service. It is parsed leniently, so that a service with mistakes is still known by
@@ -163,7 +163,7 @@ fn service(
                 // A record with several problems still counts as one bad record.
                 let mut problems = problems.into_iter();
                 if let Some(first) = problems.next() {
-                    parsed.bad_record(first.place, &subject, first.message);
+                    parsed.add_bad_record(first.place, &subject, first.message);
                 }
                 parsed.problems.extend(problems);
             }
@@ -172,7 +172,7 @@ fn service(
     let name = head.service.unwrap_or_else(|| name.clone());
     let service =
         ParsedService { protocol: head.protocol, port: head.port, ..ParsedService::new(name, place) };
-    parsed.service(service, records, bad, 1.0);
+    parsed.add_service(service, records, bad, 1.0);
     Ok(())
 }
 

@@ -50,7 +50,7 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
                 Some(_) => "a file of Prometheus is a list of groups: write `- targets: ..`, or `[{\"targets\": ..}]`".to_owned(),
                 None => format!("expected a list of groups (`targets`, `labels`), found {}", root.describe()),
             };
-            return ParseResult::refused(vec![Problem::new(
+            return ParseResult::unusable(vec![Problem::new(
                 root.place(input.file),
                 input.file.clone(),
                 message,
@@ -66,13 +66,13 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
         }
     }
     for ServiceBuilder { service, records, bad } in services.into_values() {
-        parsed.service(service, records, bad, 1.0);
+        parsed.add_service(service, records, bad, 1.0);
     }
     if parsed.has_unnamed && parsed.services.is_empty() && parsed.unreadable.is_empty() {
         // No entry is a group.
         parsed.failure = Some(if is_misnamed { FileFailure::MisnamedFile } else { FileFailure::NotRead });
     }
-    parsed.judged()
+    parsed.finish()
 }
 
 fn read_group(
@@ -97,7 +97,7 @@ fn read_group(
                 // An invalid name was never that of a service, so no other service is in doubt.
                 let message =
                     format!("the label `{key}` names the service, and {wrong}; this group is left out");
-                parsed.problem(label(key), input.file.clone(), message);
+                parsed.add_problem(label(key), input.file.clone(), message);
                 return Ok(());
             }
         },
@@ -122,7 +122,7 @@ fn read_group(
             if protocol.is_none() {
                 let message =
                     format!("`{}` is not a protocol that is known here; it is ignored", short(&text));
-                parsed.problem(label(key), subject.clone(), message);
+                parsed.add_problem(label(key), subject.clone(), message);
             }
             protocol
         }
@@ -132,7 +132,7 @@ fn read_group(
         (Some(first), Some(other)) if first != other => {
             let line = building.service.place.line;
             let message = format!("{other} here and {first} in line {line}: the first counts");
-            parsed.problem(node.place(input.file), subject.clone(), message);
+            parsed.add_problem(node.place(input.file), subject.clone(), message);
         }
         _ => {}
     }
@@ -143,7 +143,7 @@ fn read_group(
         match RawWeight::parse(&text) {
             Ok(share) => weight = Some(share),
             Err(wrong) => {
-                parsed.problem(label(key), subject.clone(), format!("{wrong}; it is ignored"));
+                parsed.add_problem(label(key), subject.clone(), format!("{wrong}; it is ignored"));
             }
         }
     }
@@ -162,7 +162,7 @@ fn read_group(
             }),
             Err(wrong) => {
                 building.bad += 1;
-                parsed.bad_record(place, &subject, wrong);
+                parsed.add_bad_record(place, &subject, wrong);
             }
         }
     }

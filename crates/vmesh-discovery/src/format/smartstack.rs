@@ -37,14 +37,14 @@ pub(super) fn is_disabled(haproxy_server_options: &str) -> bool {
 pub fn parse(input: &Input<'_>) -> ParseResult {
     let service = match named_by_file(input) {
         Ok(service) => service,
-        Err(problem) => return ParseResult::failed_as(FileFailure::MisnamedFile, vec![problem]),
+        Err(problem) => return ParseResult::failed(FileFailure::MisnamedFile, vec![problem]),
     };
     let subject = subject_of(&service.name);
     let mut parsed = ParseResult::default();
     let roots = match input.roots() {
         Ok(roots) => roots,
         Err(nothing) if nothing.says_nothing => {
-            parsed.service(service, Vec::new(), 0, DEFAULT_WEIGHT);
+            parsed.add_service(service, Vec::new(), 0, DEFAULT_WEIGHT);
             return parsed;
         }
         Err(failed) => return failed,
@@ -53,7 +53,7 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
     for root in &roots {
         let Some(items) = root.items() else {
             let message = format!("expected a list of instances (`host`, `port`), found {}", root.describe());
-            return ParseResult::refused(vec![Problem::new(
+            return ParseResult::unusable(vec![Problem::new(
                 root.place(input.file),
                 input.file.clone(),
                 message,
@@ -68,7 +68,7 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
                         bad += 1;
                         let mut problems = problems.into_iter();
                         if let Some(first) = problems.next() {
-                            parsed.bad_record(first.place, &subject, first.message);
+                            parsed.add_bad_record(first.place, &subject, first.message);
                         }
                         parsed.problems.extend(problems);
                         continue;
@@ -81,7 +81,7 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
                 Ok(share) => Some(share),
                 Err(wrong) => {
                     let at = item.find(input.file, &["weight".into()]);
-                    parsed.problem(at, subject.clone(), format!("{wrong}; it is ignored"));
+                    parsed.add_problem(at, subject.clone(), format!("{wrong}; it is ignored"));
                     None
                 }
             });
@@ -102,12 +102,12 @@ pub fn parse(input: &Input<'_>) -> ParseResult {
                 }),
                 Err((field, wrong)) => {
                     bad += 1;
-                    parsed.bad_record(item.find(input.file, &[field.into()]), &subject, wrong);
+                    parsed.add_bad_record(item.find(input.file, &[field.into()]), &subject, wrong);
                 }
             }
         }
     }
     let default = if records.iter().any(|record| record.weight.is_some()) { DEFAULT_WEIGHT } else { 1.0 };
-    parsed.service(service, records, bad, default);
-    parsed.judged()
+    parsed.add_service(service, records, bad, default);
+    parsed.finish()
 }

@@ -27,7 +27,7 @@ use vmesh_model::endpoint::parse_port;
 use vmesh_model::yaml::short;
 use vmesh_model::{Address, Health, Host, Labels, Place, Problem, Protocol, ServiceName};
 
-use super::{ParsedService, RawWeight, Record, partial, subject_of, too_many, weighed};
+use super::{ParsedService, RawWeight, Record, partial_reason, subject_of, to_endpoints, too_many_bad};
 
 /// The format of the nodes below a root.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -159,9 +159,9 @@ impl DirectoryContent {
 
     /// Returns the reason why the directory may have more endpoints than could be read, if too many records
     /// are invalid.
-    pub fn partial(&self) -> Option<String> {
+    pub fn partial_reason(&self) -> Option<String> {
         let (bad, records) = (self.bad.len(), self.bad.len() + self.offers.len());
-        too_many(bad, records).then(|| partial(bad, records))
+        too_many_bad(bad, records).then(|| partial_reason(bad, records))
     }
 
     /// Reports whether the directory has records but no usable one.
@@ -198,9 +198,9 @@ pub fn read(format: ZnodeFormat, directory: &RecordDirectory<'_>, rules: &Record
     match format {
         ZnodeFormat::Auto => {}
         ZnodeFormat::ServerSet => serverset::read(directory, rules, &mut read),
-        ZnodeFormat::Curator => each(directory, rules, &mut read, curator::record),
-        ZnodeFormat::Nerve => each(directory, rules, &mut read, nerve::record),
-        ZnodeFormat::Dubbo => each(directory, rules, &mut read, dubbo::record),
+        ZnodeFormat::Curator => read_each(directory, rules, &mut read, curator::record),
+        ZnodeFormat::Nerve => read_each(directory, rules, &mut read, nerve::record),
+        ZnodeFormat::Dubbo => read_each(directory, rules, &mut read, dubbo::record),
         ZnodeFormat::HostPort => hostport::read(directory, &mut read),
     }
     read
@@ -209,7 +209,7 @@ pub fn read(format: ZnodeFormat, directory: &RecordDirectory<'_>, rules: &Record
 /// The result of parsing a record. `Ok(None)` stands for a node that is legitimately no record.
 type RecordResult = Result<Option<Offer>, String>;
 
-fn each(
+fn read_each(
     directory: &RecordDirectory<'_>,
     rules: &RecordRules,
     read: &mut DirectoryContent,
@@ -217,7 +217,7 @@ fn each(
 ) {
     for member in &directory.members {
         let place = directory.place_of(member);
-        match readable(member).and_then(|()| record(member, place.clone(), rules)) {
+        match check_readable(member).and_then(|()| record(member, place.clone(), rules)) {
             Ok(Some(mut offer)) => {
                 if let Some(note) = offer.record.note.take() {
                     read.note(place, note);
@@ -237,7 +237,7 @@ impl RecordDirectory<'_> {
     }
 }
 
-fn readable(member: &Member<'_>) -> Result<(), String> {
+fn check_readable(member: &Member<'_>) -> Result<(), String> {
     match member.unreadable {
         Some(why) => Err(why.to_owned()),
         None => Ok(()),
@@ -246,7 +246,7 @@ fn readable(member: &Member<'_>) -> Result<(), String> {
 
 /// Reports whether a node may be a record of this format. A directory of records has at least one such node.
 pub fn may_be_record(format: ZnodeFormat, member: &Member<'_>) -> bool {
-    let is_json = || first(member.data) == Some(b'{');
+    let is_json = || first_byte(member.data) == Some(b'{');
     match format {
         ZnodeFormat::Auto => false,
         ZnodeFormat::ServerSet => member.name.starts_with("member_"),
@@ -257,7 +257,7 @@ pub fn may_be_record(format: ZnodeFormat, member: &Member<'_>) -> bool {
     }
 }
 
-fn first(data: &[u8]) -> Option<u8> {
+fn first_byte(data: &[u8]) -> Option<u8> {
     data.iter().copied().find(|byte| !byte.is_ascii_whitespace())
 }
 
@@ -269,7 +269,7 @@ pub fn looks_like(member: &Member<'_>) -> Option<ZnodeFormat> {
     if member.name.starts_with("base64_") {
         return Some(ZnodeFormat::Nerve);
     }
-    if first(member.data) == Some(b'{') {
+    if first_byte(member.data) == Some(b'{') {
         let value: Value = serde_json::from_slice(member.data).ok()?;
         let has = |key: &str| value.get(key).is_some();
         return if has("serviceEndpoint") || has("additionalEndpoints") {
@@ -329,7 +329,7 @@ pub fn combine(
     let is_ours = |own: &str, offer: &Offer| offer.service.as_deref().unwrap_or(own) == name.as_str();
     let offers = reads.iter().flat_map(|(own, read)| read.offers.iter().filter(|offer| is_ours(own, offer)));
     let mut offers: Vec<&Offer> = offers.collect();
-    let protocol = agreed(&mut offers, &place, &subject, problems);
+    let protocol = agreed_protocol(&mut offers, &place, &subject, problems);
     // Later records win. Sorting all of them makes the result independent of the order of directories.
     offers.sort_by(|a, b| (a.created, &a.record.place).cmp(&(b.created, &b.record.place)));
     let mut records: BTreeMap<&Address, Record> = BTreeMap::new();
@@ -350,7 +350,7 @@ pub fn combine(
     }
     for (address, interfaces) in interfaces {
         if let Some(record) = records.get_mut(address) {
-            record.labels.insert("dubbo.interfaces".into(), listed(&interfaces).into());
+            record.labels.insert("dubbo.interfaces".into(), format_interfaces(&interfaces).into());
         }
     }
     let records: Vec<Record> = records.into_values().collect();
@@ -358,7 +358,7 @@ pub fn combine(
         return None;
     }
     let has_weights = records.iter().any(|record| record.weight.is_some());
-    let endpoints = weighed(records, if has_weights { format_weight } else { 1.0 });
+    let endpoints = to_endpoints(records, if has_weights { format_weight } else { 1.0 });
     Some(ParsedService { protocol, endpoints, ..ParsedService::new(name.clone(), place) })
 }
 
@@ -372,7 +372,7 @@ pub fn default_weight(format: ZnodeFormat) -> f64 {
 }
 
 /// Formats the interfaces for a label, with a limit that keeps it readable.
-fn listed(interfaces: &BTreeSet<&Arc<str>>) -> String {
+fn format_interfaces(interfaces: &BTreeSet<&Arc<str>>) -> String {
     const AT_MOST: usize = 20;
     let mut shown: Vec<&str> = interfaces.iter().take(AT_MOST).map(|name| &***name).collect();
     let more = format!("and {} more", interfaces.len().saturating_sub(AT_MOST));
@@ -384,7 +384,7 @@ fn listed(interfaces: &BTreeSet<&Arc<str>>) -> String {
 
 /// Returns the protocol of a service. A Dubbo server may offer a service by several protocols, each on its
 /// own port; then only the offers of one protocol are kept.
-fn agreed(
+fn agreed_protocol(
     offers: &mut Vec<&Offer>,
     place: &Place,
     subject: &Arc<str>,
@@ -433,7 +433,7 @@ fn json(member: &Member<'_>) -> Result<Value, String> {
     let value: Value = serde_json::from_slice(member.data).map_err(|wrong| {
         // Binary data is not quoted, since its first bytes would tell nothing.
         let binary =
-            if first(member.data) == Some(b'{') { "" } else { " (Thrift's binary form is not read)" };
+            if first_byte(member.data) == Some(b'{') { "" } else { " (Thrift's binary form is not read)" };
         format!("its data is not JSON{binary}: {wrong}")
     })?;
     match value {
@@ -443,7 +443,7 @@ fn json(member: &Member<'_>) -> Result<Value, String> {
 }
 
 /// Returns the value at a dotted path. Keys may contain dots themselves: the longest key counts.
-fn find<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
+fn value_at<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     if let Some(found) = value.get(path) {
         return Some(found);
     }
@@ -451,14 +451,14 @@ fn find<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     splits.reverse();
     splits.into_iter().find_map(|at| {
         let (head, rest) = path.split_at_checked(at)?;
-        find(value.get(head)?, rest.get(1..)?)
+        value_at(value.get(head)?, rest.get(1..)?)
     })
 }
 
 /// Returns the text or number at the first path that is present and not empty.
 fn text_at(value: &Value, own: &[String], built_in: &[&str]) -> Option<String> {
     let paths = own.iter().map(String::as_str).chain(built_in.iter().copied());
-    paths.filter_map(|path| find(value, path)).find_map(scalar)
+    paths.filter_map(|path| value_at(value, path)).find_map(scalar)
 }
 
 fn scalar(value: &Value) -> Option<String> {
@@ -500,7 +500,7 @@ fn address(host: Option<&Value>, port: Option<&Value>) -> Result<Address, String
 
 /// Returns the health that follows from the presence of a node. A persistent node outlives its creator, so
 /// its health is unknown.
-fn presence(member: &Member<'_>, labels: &mut Labels) -> Health {
+fn health_of_presence(member: &Member<'_>, labels: &mut Labels) -> Health {
     if member.is_ephemeral {
         return Health::Healthy;
     }

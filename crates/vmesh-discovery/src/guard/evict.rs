@@ -77,7 +77,7 @@ pub struct EvictionExpiry(BTreeMap<(ServiceName, SocketAddr), Instant>);
 
 impl EvictionExpiry {
     /// Returns the evictions of endpoints for which `is_named` has been false for `hold`.
-    pub fn over(
+    pub fn expired(
         &mut self,
         evictions: &Evictions,
         is_named: impl Fn(&ServiceName, &SocketAddr) -> bool,
@@ -106,7 +106,7 @@ impl EvictionExpiry {
     }
 
     /// Restarts every wait, because a source does not answer and it is unknown what it lists.
-    pub fn unknown(&mut self) {
+    pub fn restart(&mut self) {
         self.0.clear();
     }
 }
@@ -156,12 +156,12 @@ mod tests {
 
     #[test]
     fn an_eviction_ends_when_nobody_has_named_the_endpoint_for_the_hold() {
-        let (mut evictions, mut absences) = (Evictions::default(), EvictionExpiry::default());
+        let (mut evictions, mut expiry) = (Evictions::default(), EvictionExpiry::default());
         let hold = Duration::from_secs(10);
         let (start, after) = (Instant::now(), |seconds| Duration::from_secs(seconds));
         evictions.evict("orders".parse().unwrap(), "10.0.0.1:80".parse().unwrap(), 7);
         let mut over =
-            |named: bool, at: u64| absences.over(&evictions, |_, _| named, hold, start + after(at)).len();
+            |named: bool, at: u64| expiry.expired(&evictions, |_, _| named, hold, start + after(at)).len();
         assert_eq!(over(true, 0), 0);
         assert_eq!(over(false, 5), 0);
         assert_eq!(over(false, 14), 0);

@@ -29,51 +29,54 @@ pub(super) struct FleetTracker {
 }
 
 impl FleetTracker {
-    /// Creates the measure of a source that listed `told` before a restart.
-    pub(super) fn knowing(told: &Registrations) -> FleetTracker {
-        let alive = |seen: &ServiceView| alive(&seen.registration);
-        let endpoints = told.services.values().map(alive).sum();
-        let services = told.services.values().filter(|seen| alive(seen) > 0).count();
-        FleetTracker { endpoints: LossWindow::of(endpoints), services: LossWindow::of(services) }
+    /// Creates the measure of a source that listed `reported` before a restart.
+    pub(super) fn restored(reported: &Registrations) -> FleetTracker {
+        let alive_count = |seen: &ServiceView| alive_count(&seen.registration);
+        let endpoints = reported.services.values().map(alive_count).sum();
+        let services = reported.services.values().filter(|seen| alive_count(seen) > 0).count();
+        FleetTracker {
+            endpoints: LossWindow::starting_at(endpoints),
+            services: LossWindow::starting_at(services),
+        }
     }
 
-    /// Records that the source listed `before` and lists `told` now. Services for which `excused` returns
+    /// Records that the source listed `before` and lists `reported` now. Services for which `excused` returns
     /// `true` may lose everything.
-    pub(super) fn turn(
+    pub(super) fn record_view(
         &mut self,
         before: &Registrations,
-        told: &Registrations,
+        reported: &Registrations,
         excused: impl Fn(&ServiceName) -> bool,
         now: Instant,
     ) {
         let (mut endpoints, mut services) = (CountChange::default(), CountChange::default());
-        for (name, old, new) in differing(before, told) {
-            let new_alive = new.map_or(0, |new| alive(&new.registration));
-            let old_alive = old.map_or(0, |old| alive(&old.registration));
+        for (name, old, new) in changed_services(before, reported) {
+            let new_alive = new.map_or(0, |new| alive_count(&new.registration));
+            let old_alive = old.map_or(0, |old| alive_count(&old.registration));
             let is_excused = excused(name) || new.is_some_and(|new| new.empty_on_purpose);
-            let left = match (old, new) {
+            let removed_on_purpose = match (old, new) {
                 _ if new_alive == 0 && is_excused => old_alive,
-                (Some(old), Some(new)) => drained(&old.registration, &new.registration),
+                (Some(old), Some(new)) => newly_draining(&old.registration, &new.registration),
                 _ => 0,
             };
-            endpoints.count(old_alive, new_alive, left);
-            let present = |alive: usize| usize::from(alive > 0);
-            let has_left = new_alive == 0 && left == old_alive;
+            endpoints.count(old_alive, new_alive, removed_on_purpose);
+            let present = |alive_count: usize| usize::from(alive_count > 0);
+            let has_left = new_alive == 0 && removed_on_purpose == old_alive;
             services.count(
                 present(old_alive),
                 present(new_alive),
                 present(old_alive) * usize::from(has_left),
             );
         }
-        self.endpoints.turn(endpoints, now);
-        self.services.turn(services, now);
+        self.endpoints.apply(endpoints, now);
+        self.services.apply(services, now);
     }
 
     /// Forgets losses and additions that are older than `window`. Not called during a fleet hold, which waits
     /// for the operator.
-    pub(super) fn age(&mut self, window: Duration, now: Instant) {
-        self.endpoints.age(window, now);
-        self.services.age(window, now);
+    pub(super) fn expire(&mut self, window: Duration, now: Instant) {
+        self.endpoints.expire(window, now);
+        self.services.expire(window, now);
     }
 
     /// Returns the loss if it exceeds the configured limits.
@@ -99,18 +102,18 @@ impl FleetTracker {
 
     /// Accepts every loss so far: the present counts become the reference.
     pub(super) fn accept(&mut self) {
-        self.endpoints = LossWindow::of(self.endpoints.known);
-        self.services = LossWindow::of(self.services.known);
+        self.endpoints = LossWindow::starting_at(self.endpoints.count);
+        self.services = LossWindow::starting_at(self.services.count);
     }
 }
 
 /// Returns the number of endpoints that are not draining.
-fn alive(registration: &Registration) -> usize {
+fn alive_count(registration: &Registration) -> usize {
     registration.endpoints.iter().filter(|endpoint| endpoint.health != Health::Draining).count()
 }
 
 /// Returns how many endpoints started to drain between `before` and `now`.
-fn drained(before: &Registration, now: &Registration) -> usize {
+fn newly_draining(before: &Registration, now: &Registration) -> usize {
     let is_alive_before = |address| {
         let found = before.endpoints.binary_search_by_key(&address, |e| e.address).ok();
         found.and_then(|at| before.endpoints.get(at)).is_some_and(|e| e.health != Health::Draining)
@@ -119,7 +122,7 @@ fn drained(before: &Registration, now: &Registration) -> usize {
 }
 
 /// Returns the services whose registration does not have the same pointer in both views, ordered by name.
-fn differing<'a>(
+fn changed_services<'a>(
     before: &'a Registrations,
     now: &'a Registrations,
 ) -> impl Iterator<Item = (&'a ServiceName, Option<&'a ServiceView>, Option<&'a ServiceView>)> {
@@ -132,55 +135,55 @@ fn differing<'a>(
 /// How a count changes between two views.
 #[derive(Debug, Default)]
 struct CountChange {
-    came: usize,
-    went: usize,
-    left: usize,
+    additions: usize,
+    removed: usize,
+    removed_on_purpose: usize,
 }
 
 impl CountChange {
-    /// Adds the change of one service from `old` to `new`, of which `left` were removed on purpose.
-    fn count(&mut self, old: usize, new: usize, left: usize) {
-        let old = old.saturating_sub(left);
-        self.came += new.saturating_sub(old);
-        self.went += old.saturating_sub(new);
-        self.left += left;
+    /// Adds the change of one service from `old` to `new`, of which `removed_on_purpose` were removed on purpose.
+    fn count(&mut self, old: usize, new: usize, removed_on_purpose: usize) {
+        let old = old.saturating_sub(removed_on_purpose);
+        self.additions += new.saturating_sub(old);
+        self.removed += old.saturating_sub(new);
+        self.removed_on_purpose += removed_on_purpose;
     }
 }
 
 /// A count, and its losses and additions within the window.
 #[derive(Debug, Default)]
 struct LossWindow {
-    known: usize,
+    count: usize,
     /// Losses that no addition has compensated, with their times.
-    gone: VecDeque<(Instant, usize)>,
+    losses: VecDeque<(Instant, usize)>,
     /// Additions that compensate later losses within the window, with their times.
-    came: VecDeque<(Instant, usize)>,
+    additions: VecDeque<(Instant, usize)>,
     /// Set once the first view was counted. The content of the first view is no addition: it existed before
     /// the source was first read.
     has_begun: bool,
 }
 
 impl LossWindow {
-    fn of(known: usize) -> LossWindow {
-        LossWindow { known, has_begun: true, ..LossWindow::default() }
+    fn starting_at(count: usize) -> LossWindow {
+        LossWindow { count, has_begun: true, ..LossWindow::default() }
     }
 
-    fn turn(&mut self, turn: CountChange, now: Instant) {
-        let CountChange { came, went, left } = turn;
-        self.known = (self.known + came).saturating_sub(went + left);
+    fn apply(&mut self, change: CountChange, now: Instant) {
+        let CountChange { additions, removed, removed_on_purpose } = change;
+        self.count = (self.count + additions).saturating_sub(removed + removed_on_purpose);
         if !self.has_begun {
             self.has_begun = true;
-        } else if came > went {
-            let rest = settle(&mut self.gone, came - went);
-            remember(&mut self.came, rest, now);
+        } else if additions > removed {
+            let rest = compensate(&mut self.losses, additions - removed);
+            push_entry(&mut self.additions, rest, now);
         } else {
-            let rest = settle(&mut self.came, went - came);
-            remember(&mut self.gone, rest, now);
+            let rest = compensate(&mut self.additions, removed - additions);
+            push_entry(&mut self.losses, rest, now);
         }
     }
 
-    fn age(&mut self, window: Duration, now: Instant) {
-        for queue in [&mut self.gone, &mut self.came] {
+    fn expire(&mut self, window: Duration, now: Instant) {
+        for queue in [&mut self.losses, &mut self.additions] {
             while queue.front().is_some_and(|(at, _)| *at + window <= now) {
                 queue.pop_front();
             }
@@ -189,13 +192,13 @@ impl LossWindow {
 
     /// Returns the count before the losses in the window, and the present count.
     fn loss(&self) -> (usize, usize) {
-        let gone: usize = self.gone.iter().map(|(_, number)| number).sum();
-        (self.known + gone, self.known)
+        let losses: usize = self.losses.iter().map(|(_, number)| number).sum();
+        (self.count + losses, self.count)
     }
 }
 
 /// Subtracts `number` from the latest entries of `queue`. Returns the part of `number` that exceeds them.
-fn settle(queue: &mut VecDeque<(Instant, usize)>, mut number: usize) -> usize {
+fn compensate(queue: &mut VecDeque<(Instant, usize)>, mut number: usize) -> usize {
     while number > 0 {
         let Some((_, last)) = queue.back_mut() else { break };
         let taken = number.min(*last);
@@ -208,7 +211,7 @@ fn settle(queue: &mut VecDeque<(Instant, usize)>, mut number: usize) -> usize {
     number
 }
 
-fn remember(queue: &mut VecDeque<(Instant, usize)>, number: usize, now: Instant) {
+fn push_entry(queue: &mut VecDeque<(Instant, usize)>, number: usize, now: Instant) {
     match queue.back_mut() {
         _ if number == 0 => {}
         Some((at, last)) if *at == now => *last += number,

@@ -53,7 +53,7 @@ fn ports(seen: &ServiceView) -> Vec<String> {
 /// A guard, and a source that reports the same at each confirming read unless `unreadable` is set.
 struct Sim {
     guard: Guard,
-    told: Registrations,
+    reported: Registrations,
     unreadable: bool,
     /// The times of the confirming reads.
     read: Vec<Instant>,
@@ -64,39 +64,39 @@ impl Sim {
     fn of(config: GuardConfig) -> Sim {
         Sim {
             guard: Guard::new("file:services.d", config),
-            told: Registrations::default(),
+            reported: Registrations::default(),
             unreadable: false,
             read: Vec::new(),
             believed: Vec::new(),
         }
     }
 
-    fn believed(&mut self, now: Instant) -> Registrations {
-        let believed = self.guard.believed(now);
+    fn judge(&mut self, now: Instant) -> Registrations {
+        let believed = self.guard.judge(now);
         self.believed.push((now, believed.clone()));
         believed
     }
 
-    fn see(&mut self, told: Registrations, now: Instant) {
-        self.told = told.clone();
-        self.guard.see(told, now);
+    fn observe(&mut self, reported: Registrations, now: Instant) {
+        self.reported = reported.clone();
+        self.guard.observe(reported, now);
     }
 
     /// Advances time and reacts to each deadline as `follow` does.
     fn until(&mut self, now: Instant) {
         let mut steps = 0;
         while let Some(deadline) = self.guard.deadline().filter(|deadline| *deadline <= now) {
-            let services = self.guard.to_confirm(deadline);
+            let services = self.guard.services_to_confirm(deadline);
             if !services.is_empty() {
                 match self.unreadable {
-                    true => self.guard.not_confirmed(&services, &"no answer".into(), deadline),
+                    true => self.guard.record_failed_read(&services, &"no answer".into(), deadline),
                     false => {
-                        self.guard.confirmed(&services, self.told.clone(), deadline);
+                        self.guard.record_confirming_read(&services, self.reported.clone(), deadline);
                         self.read.push(deadline);
                     }
                 }
             }
-            self.believed(deadline);
+            self.judge(deadline);
             steps += 1;
             assert!(steps < 10_000, "it never comes to rest");
         }
@@ -125,21 +125,21 @@ fn run(config: GuardConfig, script: &str, expected: Expect) {
             "accept" => _ = sim.guard.accept(Some(&orders)).unwrap(),
             "freeze" => assert!(sim.guard.freeze(SystemTime::UNIX_EPOCH)),
             "thaw" => assert!(sim.guard.thaw(now)),
-            "-" => sim.see(Registrations::default(), now),
+            "-" => sim.observe(Registrations::default(), now),
             "emptied" => {
                 let emptied = std::iter::once(orders.clone()).collect();
-                sim.see(Registrations { emptied, ..Registrations::default() }, now);
+                sim.observe(Registrations { emptied, ..Registrations::default() }, now);
             }
             said => {
-                let told = ServiceView {
+                let reported = ServiceView {
                     empty_on_purpose: said == "[]",
                     ..seen("orders", said.trim_matches(['[', ']', '.']))
                 };
-                let services = std::iter::once((orders.clone(), told)).collect();
-                sim.see(Registrations { services, ..Registrations::default() }, now);
+                let services = std::iter::once((orders.clone(), reported)).collect();
+                sim.observe(Registrations { services, ..Registrations::default() }, now);
             }
         }
-        let believed = sim.believed(now);
+        let believed = sim.judge(now);
         shown += &format!("{line:<20} => ");
         match believed.services.get("orders") {
             None => shown += "gone",
@@ -149,7 +149,8 @@ fn run(config: GuardConfig, script: &str, expected: Expect) {
             }
         }
         if let Some(deadline) = sim.guard.deadline() {
-            let until = sim.guard.held().iter().filter_map(|held| held.until).min().unwrap_or(deadline);
+            let until =
+                sim.guard.held_changes().iter().filter_map(|held| held.until).min().unwrap_or(deadline);
             shown += &format!(" until {}", (until - start).as_secs());
         }
         shown += "\n";
@@ -424,9 +425,9 @@ fn what_was_believed_before_a_restart_is_guarded_too() {
     };
     let now = Instant::now();
     let mut guard = Guard::restored("file:services.d", GuardConfig::default(), &last_good);
-    assert_eq!(guard.believed(now), last_good);
-    guard.see(Registrations::default(), now);
-    let believed = guard.believed(now);
+    assert_eq!(guard.judge(now), last_good);
+    guard.observe(Registrations::default(), now);
+    let believed = guard.judge(now);
     assert_eq!(ports(&believed.services["orders"]), ["1", "2"]);
     assert_eq!(believed.services["orders"].state, State::Held);
     expect!["orders.yaml:1:1: `file:services.d` no longer names it, and it had 2 endpoints: what was known stays for 30s at least, in case that is a mistake"].assert_eq(&believed.problems[0].to_string());
@@ -436,16 +437,16 @@ fn what_was_believed_before_a_restart_is_guarded_too() {
 fn what_did_not_change_keeps_its_pointer() {
     let now = Instant::now();
     let mut guard = Guard::new("file:services.d", GuardConfig::default());
-    let told = |endpoints| Registrations {
+    let reported = |endpoints| Registrations {
         services: std::iter::once(("orders".parse().unwrap(), seen("orders", endpoints))).collect(),
         ..Registrations::default()
     };
-    guard.see(told("1 2 3"), now);
-    guard.believed(now);
-    guard.see(told("1 2"), now);
-    let held = guard.believed(now);
-    guard.see(told("1 2"), now + Duration::from_secs(1));
-    let again = guard.believed(now + Duration::from_secs(1));
+    guard.observe(reported("1 2 3"), now);
+    guard.judge(now);
+    guard.observe(reported("1 2"), now);
+    let held = guard.judge(now);
+    guard.observe(reported("1 2"), now + Duration::from_secs(1));
+    let again = guard.judge(now + Duration::from_secs(1));
     assert!(Arc::ptr_eq(&held.services["orders"].registration, &again.services["orders"].registration));
 }
 
@@ -630,7 +631,7 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
             }
             "failed" => sim.guard.source_failed(now),
             said => {
-                let mut told = Registrations::default();
+                let mut reported = Registrations::default();
                 for service in said.split(';') {
                     let (name, endpoints) = service.trim().split_once(' ').unwrap_or((service.trim(), ""));
                     let mut ports = String::new();
@@ -648,14 +649,17 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
                     }
                     // An unchanged service keeps its pointer, as in a real source.
                     let now = seen(name, &ports);
-                    let same =
-                        sim.told.services.get(name).filter(|known| known.registration == now.registration);
-                    told.services.insert(name.parse().unwrap(), same.cloned().unwrap_or(now));
+                    let same = sim
+                        .reported
+                        .services
+                        .get(name)
+                        .filter(|known| known.registration == now.registration);
+                    reported.services.insert(name.parse().unwrap(), same.cloned().unwrap_or(now));
                 }
-                sim.see(told, now);
+                sim.observe(reported, now);
             }
         }
-        let believed = sim.believed(now);
+        let believed = sim.judge(now);
         let counts = believed.services.iter().map(|(name, seen)| {
             format!(
                 "{name} {}{}",
@@ -664,7 +668,7 @@ fn fleet(config: GuardConfig, script: &str, expected: Expect) {
             )
         });
         shown += &format!("{line:<24} => {}", counts.collect::<Vec<_>>().join(", "));
-        if let Some(fleet) = sim.guard.held().iter().find(|held| held.service.is_none()) {
+        if let Some(fleet) = sim.guard.held_changes().iter().find(|held| held.service.is_none()) {
             shown += &format!(" ({})", fleet.because);
         }
         shown += "\n";
@@ -831,26 +835,26 @@ fn what_was_left_because_it_could_not_be_read_is_never_confirmed() {
     let start = Instant::now();
     let at = |seconds| start + Duration::from_secs(seconds);
     let orders: ServiceName = "orders".parse().unwrap();
-    let told = |seen: ServiceView| Registrations {
+    let reported = |seen: ServiceView| Registrations {
         services: std::iter::once((orders.clone(), seen)).collect(),
         ..Registrations::default()
     };
     let mut sim = Sim::of(GuardConfig::default());
-    sim.see(told(seen("orders", "1 2 3")), at(0));
-    sim.believed(at(0));
+    sim.observe(reported(seen("orders", "1 2 3")), at(0));
+    sim.judge(at(0));
     let nothing = seen("orders", "").registration;
-    sim.see(told(ServiceView::stale(nothing.clone(), "`vm-1` cannot be resolved")), at(10));
-    sim.believed(at(10));
+    sim.observe(reported(ServiceView::stale(nothing.clone(), "`vm-1` cannot be resolved")), at(10));
+    sim.judge(at(10));
     sim.until(at(3600));
-    let believed = sim.believed(at(3600));
+    let believed = sim.judge(at(3600));
     assert_eq!(ports(&believed.services["orders"]), ["1", "2", "3"]);
-    let why = sim.guard.held().first().unwrap().because.clone();
+    let why = sim.guard.held_changes().first().unwrap().because.clone();
     assert!(why.ends_with("has failed: `vm-1` cannot be resolved"), "{why}");
     // The service is readable and has no endpoints.
-    sim.see(told(ServiceView::fresh(nothing)), at(3610));
-    sim.believed(at(3610));
+    sim.observe(reported(ServiceView::fresh(nothing)), at(3610));
+    sim.judge(at(3610));
     sim.until(at(3700));
-    assert!(sim.believed(at(3700)).services["orders"].registration.endpoints.is_empty());
+    assert!(sim.judge(at(3700)).services["orders"].registration.endpoints.is_empty());
 }
 
 const SERVICES: [&str; 3] = ["a", "b", "c"];
@@ -974,7 +978,7 @@ proptest! {
         let mut model = Model::default();
         let mut now = Instant::now();
         let mut before = Registrations::default();
-        let mut told: [Option<BTreeSet<u16>>; 3] = Default::default();
+        let mut reported: [Option<BTreeSet<u16>>; 3] = Default::default();
         for (wait, step) in steps {
             now += Duration::from_secs(wait);
             sim.until(now);
@@ -990,9 +994,9 @@ proptest! {
                         let text: String = ports.iter().map(|port| format!("{port} ")).collect();
                         view.services.insert(name.parse().unwrap(), seen(name, &text));
                     }
-                    sim.see(view, now);
+                    sim.observe(view, now);
                     model.says(&says, &before, now);
-                    told = says;
+                    reported = says;
                 }
                 Step::Fails => {
                     sim.guard.source_failed(now);
@@ -1008,18 +1012,18 @@ proptest! {
                     }
                 }
             }
-            let believed = sim.believed(now);
-            for (at, told) in told.iter().enumerate() {
-                let told = told.clone().unwrap_or_default();
-                prop_assert!(shown(&believed, at).is_superset(&told), "told and not shown");
+            let believed = sim.judge(now);
+            for (at, reported) in reported.iter().enumerate() {
+                let reported = reported.clone().unwrap_or_default();
+                prop_assert!(shown(&believed, at).is_superset(&reported), "told and not shown");
             }
             check(&mut sim.believed, &sim.read, &mut model, &mut before, accepted)?;
         }
         // The source answers, does not change and is readable again. This ends every hold, except a fleet
         // hold, which only the operator ends.
         sim.unreadable = false;
-        let last = sim.told.clone();
-        sim.see(last, now);
+        let last = sim.reported.clone();
+        sim.observe(last, now);
         for _ in 0..100 {
             let Some(deadline) = sim.guard.deadline() else { break };
             // A confirming read may be overdue, if it was useless while the service was held for another
@@ -1028,14 +1032,14 @@ proptest! {
             sim.until(now);
         }
         prop_assert!(sim.guard.deadline().is_none());
-        let mut believed = sim.believed(now);
-        if sim.guard.held().iter().any(|held| held.kind == HoldKind::Fleet) {
+        let mut believed = sim.judge(now);
+        if sim.guard.held_changes().iter().any(|held| held.kind == HoldKind::Fleet) {
             sim.guard.accept(None).unwrap();
-            believed = sim.believed(now);
+            believed = sim.judge(now);
         }
-        prop_assert!(sim.guard.held().is_empty() && sim.guard.missing() == 0);
-        for (at, told) in told.iter().enumerate() {
-            prop_assert_eq!(shown(&believed, at), told.clone().unwrap_or_default());
+        prop_assert!(sim.guard.held_changes().is_empty() && sim.guard.missing_endpoints() == 0);
+        for (at, reported) in reported.iter().enumerate() {
+            prop_assert_eq!(shown(&believed, at), reported.clone().unwrap_or_default());
         }
     }
 }
@@ -1065,7 +1069,7 @@ fn check(
     Ok(())
 }
 
-fn told_of(services: impl IntoIterator<Item = ServiceView>) -> Registrations {
+fn reported_services(services: impl IntoIterator<Item = ServiceView>) -> Registrations {
     let services = services.into_iter().map(|seen| (seen.registration.service.clone(), seen)).collect();
     Registrations { services, ..Registrations::default() }
 }
@@ -1082,26 +1086,26 @@ fn what_can_be_read_in_part_is_followed_and_loses_nothing_until_all_can_or_that_
     let name: ServiceName = "pay".parse().unwrap();
     for accepts in [false, true] {
         let mut guard = Guard::new("consul", GuardConfig::default());
-        guard.see(told_of([seen("pay", "1 2 3 4")]), at(0));
-        guard.believed(at(0));
+        guard.observe(reported_services([seen("pay", "1 2 3 4")]), at(0));
+        guard.judge(at(0));
         // One addition, one endpoint that becomes unhealthy, and three endpoints that are no longer listed.
-        guard.see(told_of([part("1u 5")]), at(1));
-        let believed = guard.believed(at(600));
+        guard.observe(reported_services([part("1u 5")]), at(1));
+        let believed = guard.judge(at(600));
         assert_eq!(ports(&believed.services[&name]), ["1u", "2", "3", "4", "5"]);
-        let held = guard.held();
+        let held = guard.held_changes();
         assert_eq!((held.len(), held[0].kind, held[0].had, held[0].has), (1, HoldKind::Unreadable, 5, 2));
         assert!(held[0].because.contains("3 endpoints that are not named stay"), "{}", held[0].because);
-        assert!(guard.take_notices().iter().any(|notice| notice.what == NoticeKind::Held));
+        assert!(guard.take_notices().iter().any(|notice| notice.kind == NoticeKind::Held));
         assert_eq!(guard.deadline(), None, "time alone ends it not");
         if accepts {
             assert_eq!(guard.accept(Some(&name)).unwrap(), std::slice::from_ref(&name));
-            assert_eq!(ports(&guard.believed(at(601)).services[&name]), ["1u", "5"]);
-            assert!(guard.held().is_empty());
+            assert_eq!(ports(&guard.judge(at(601)).services[&name]), ["1u", "5"]);
+            assert!(guard.held_changes().is_empty());
         } else {
             // The service is fully readable: missing endpoints are removed after `removal_hold`, not at once.
-            guard.see(told_of([seen("pay", "1 2 3 5")]), at(700));
-            assert_eq!(ports(&guard.believed(at(701)).services[&name]), ["1", "2", "3", "4", "5"]);
-            assert_eq!(ports(&guard.believed(at(711)).services[&name]), ["1", "2", "3", "5"]);
+            guard.observe(reported_services([seen("pay", "1 2 3 5")]), at(700));
+            assert_eq!(ports(&guard.judge(at(701)).services[&name]), ["1", "2", "3", "4", "5"]);
+            assert_eq!(ports(&guard.judge(at(711)).services[&name]), ["1", "2", "3", "5"]);
         }
     }
 }
@@ -1118,17 +1122,20 @@ fn what_is_served_though_its_source_cannot_say_it_is_listed_and_can_be_accepted(
         ..known.clone()
     };
     let name: ServiceName = "pay".parse().unwrap();
-    let mut guard = Guard::restored("consul", GuardConfig::default(), &told_of([known]));
-    guard.see(told_of([unread.clone(), seen("web", "7")]), at(0));
-    assert_eq!(ports(&guard.believed(at(3600)).services[&name]), ["1", "2"]);
-    let held: Vec<_> =
-        guard.held().iter().map(|held| (held.service.clone(), held.kind, held.had, held.has)).collect();
+    let mut guard = Guard::restored("consul", GuardConfig::default(), &reported_services([known]));
+    guard.observe(reported_services([unread.clone(), seen("web", "7")]), at(0));
+    assert_eq!(ports(&guard.judge(at(3600)).services[&name]), ["1", "2"]);
+    let held: Vec<_> = guard
+        .held_changes()
+        .iter()
+        .map(|held| (held.service.clone(), held.kind, held.had, held.has))
+        .collect();
     assert_eq!(held, [(Some(name.clone()), HoldKind::Unreadable, 2, 0)]);
     guard.accept(Some(&name)).unwrap();
     // The service stays removed while the source reports no change.
-    guard.see(told_of([unread, seen("web", "7")]), at(3700));
-    assert!(!guard.believed(at(3700)).services.contains_key(&name));
-    assert!(guard.held().is_empty());
-    guard.see(told_of([seen("pay", "3"), seen("web", "7")]), at(3800));
-    assert_eq!(ports(&guard.believed(at(3800)).services[&name]), ["3"]);
+    guard.observe(reported_services([unread, seen("web", "7")]), at(3700));
+    assert!(!guard.judge(at(3700)).services.contains_key(&name));
+    assert!(guard.held_changes().is_empty());
+    guard.observe(reported_services([seen("pay", "3"), seen("web", "7")]), at(3800));
+    assert_eq!(ports(&guard.judge(at(3800)).services[&name]), ["3"]);
 }

@@ -31,20 +31,20 @@ pub struct Counters {
     /// Endpoints that are served at present although the source no longer lists them.
     pub missing: AtomicU64,
     /// The timestamp of the last answer, in Unix milliseconds; 0 before the first answer.
-    answered: AtomicU64,
+    answered_millis: AtomicU64,
 }
 
 impl Counters {
     /// Records that the source has just answered, whether or not the answer differs from the previous one. A
     /// source calls this for every good answer; [`follow`](super::follow) calls it for every view.
-    pub fn answered_now(&self) {
+    pub fn record_answer(&self) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.answered.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);
+        self.answered_millis.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);
     }
 
     /// Returns when the source last answered, or `None` if it has not answered since the start.
-    pub fn answered(&self) -> Option<SystemTime> {
-        match self.answered.load(Relaxed) {
+    pub fn last_answer(&self) -> Option<SystemTime> {
+        match self.answered_millis.load(Relaxed) {
             0 => None,
             millis => Some(UNIX_EPOCH + Duration::from_millis(millis)),
         }

@@ -6,18 +6,18 @@ use std::time::SystemTime;
 
 use vmesh_model::ServiceName;
 
-use super::shown;
+use super::escape_text;
 use crate::guard::{HoldKind, Notice, NoticeKind};
 
 /// Something that happened to a source. Its text is escaped for terminals and logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     pub at: SystemTime,
-    pub what: NoticeKind,
+    pub kind: NoticeKind,
     /// The service concerned. `None` if the event is about several services, which the text names, or about
     /// the source as a whole.
     pub service: Option<ServiceName>,
-    pub kind: Option<HoldKind>,
+    pub hold: Option<HoldKind>,
     pub text: Arc<str>,
 }
 
@@ -35,13 +35,13 @@ impl Events {
 
     /// Remembers `notices` and returns the events to log. Equal notices about many services become one event.
     pub fn record(&self, notices: Vec<Notice>, at: SystemTime) -> Vec<Event> {
-        let events: Vec<_> = summed_up(notices, at).collect();
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let events: Vec<_> = summarize(notices, at).collect();
+        let mut remembered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for event in &events {
-            while kept.len() >= Self::KEPT {
-                kept.pop_front();
+            while remembered.len() >= Self::KEPT {
+                remembered.pop_front();
             }
-            kept.push_back(event.clone());
+            remembered.push_back(event.clone());
         }
         events
     }
@@ -50,13 +50,13 @@ impl Events {
 /// Equal notices about at most this many services become an event each.
 const ONE_BY_ONE: usize = 5;
 
-fn summed_up(notices: Vec<Notice>, at: SystemTime) -> impl Iterator<Item = Event> {
+fn summarize(notices: Vec<Notice>, at: SystemTime) -> impl Iterator<Item = Event> {
     let mut groups: Vec<Vec<Notice>> = Vec::new();
     for notice in notices {
         let is_like = |group: &&mut Vec<Notice>| {
             group.first().is_some_and(|first| {
-                first.what == notice.what
-                    && first.kind == notice.kind
+                first.kind == notice.kind
+                    && first.hold == notice.hold
                     && first.service.is_some()
                     && notice.service.is_some()
             })
@@ -68,8 +68,8 @@ fn summed_up(notices: Vec<Notice>, at: SystemTime) -> impl Iterator<Item = Event
     }
     groups.into_iter().flat_map(move |group| {
         let event = |notice: Notice| {
-            let Notice { what, service, kind, text } = notice;
-            Event { at, what, service, kind, text: shown(&text) }
+            let Notice { kind, service, hold, text } = notice;
+            Event { at, kind, service, hold, text: escape_text(&text) }
         };
         let names: Vec<_> = group.iter().filter_map(|notice| notice.service.as_ref()).collect();
         match (group.first(), names.get(..3)) {
@@ -94,9 +94,9 @@ mod tests {
 
     fn notice(service: &str) -> Notice {
         Notice {
-            what: NoticeKind::Held,
+            kind: NoticeKind::Held,
             service: Some(service.parse().unwrap()),
-            kind: Some(HoldKind::Absent),
+            hold: Some(HoldKind::Absent),
             text: "it is gone".into(),
         }
     }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use vmesh_model::ServiceName;
 
 use super::{
-    Backoff, Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, chain, shown,
+    Backoff, Counters, Events, NOT_ANSWERED_YET, Registrations, Source, SourceError, View, chain, escape_text,
 };
 use crate::guard::{AcceptError, Guard, Notice, NoticeKind};
 use crate::resolve::UnresolvedNames;
@@ -81,7 +81,7 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
         has_answered: false,
         is_usable,
         unusable: None,
-        is_to_read_again: false,
+        needs_read: false,
         unresolved: Arc::default(),
     };
     let mut backoff = Backoff::default();
@@ -90,40 +90,44 @@ pub async fn follow(mut source: impl Source, guard: Guard, link: Link) {
     loop {
         tokio::select! {
             Some(command) = commands.recv() => followed.obey(command),
-            said = source.next(), if again_at.is_none() => match said {
-                Ok(told) => {
+            result = source.next(), if again_at.is_none() => match result {
+                Ok(reported) => {
                     backoff.reset();
-                    followed.judge_usable(&told);
-                    followed.heard(|guard, now| guard.see(told, now));
+                    followed.check_first_view(&reported);
+                    followed.take_answer(|guard, now| guard.observe(reported, now));
                 }
                 Err(error) => {
-                    followed.failed(&error);
+                    followed.record_failure(&error);
                     again_at = Some(Instant::now() + backoff.draw());
                 }
             },
-            () = until(again_at) => again_at = None,
+            () = wait_until(again_at) => again_at = None,
             // A held removal is confirmed by elapsed time and by reads that the guard asks for.
-            () = until(followed.guard.deadline().map(Instant::from_std)) => {}
+            () = wait_until(followed.guard.deadline().map(Instant::from_std)) => {}
         }
-        if std::mem::take(&mut followed.is_to_read_again) {
+        if std::mem::take(&mut followed.needs_read) {
             again_at = None;
             backoff.reset();
             let nothing = BTreeSet::new();
             let reading = tokio::time::timeout(CONFIRM_WITHIN, source.confirm(&nothing));
-            let read = followed.while_obeying(reading, &mut commands).await;
-            followed.read_by_request(read.unwrap_or_else(|_| Err(too_slow(followed.guard.source()))));
+            let read = followed.obey_while(reading, &mut commands).await;
+            followed
+                .take_requested_read(read.unwrap_or_else(|_| Err(read_timed_out(followed.guard.source()))));
         }
-        let services = followed.guard.to_confirm(Instant::now().into_std());
+        let services = followed.guard.services_to_confirm(Instant::now().into_std());
         if !services.is_empty() {
             let reading = tokio::time::timeout(CONFIRM_WITHIN, source.confirm(&services));
-            let read = followed.while_obeying(reading, &mut commands).await;
-            followed.read_again(&services, read.unwrap_or_else(|_| Err(too_slow(followed.guard.source()))));
+            let read = followed.obey_while(reading, &mut commands).await;
+            followed.take_confirming_read(
+                &services,
+                read.unwrap_or_else(|_| Err(read_timed_out(followed.guard.source()))),
+            );
         }
         followed.publish();
     }
 }
 
-fn too_slow(source: &Arc<str>) -> SourceError {
+fn read_timed_out(source: &Arc<str>) -> SourceError {
     let what = "answer when it was read again".to_owned();
     let cause = format!("nothing came within {} s", CONFIRM_WITHIN.as_secs()).into();
     SourceError::Failed { source_name: source.clone(), what, cause }
@@ -143,7 +147,7 @@ struct FollowState {
     /// The reason why no view may be served yet.
     unusable: Option<Arc<str>>,
     /// The operator asked for a read.
-    is_to_read_again: bool,
+    needs_read: bool,
     unresolved: Arc<UnresolvedNames>,
 }
 
@@ -151,21 +155,21 @@ impl FollowState {
     /// Decides whether the first view may be served. A view with a part that could not be read and has no
     /// last good state would remove that part from every proxy. A record that was read and left out does not
     /// delay the first view, unless the view has no services at all.
-    fn judge_usable(&mut self, told: &Registrations) {
+    fn check_first_view(&mut self, reported: &Registrations) {
         /// The number of reasons that the message lists.
         const SAID: usize = 3;
-        self.note_unresolved(told);
+        self.update_unresolved(reported);
         if self.is_usable {
             return;
         }
         let source = self.guard.source().clone();
-        let left_out: &[_] = if told.services.is_empty() { &told.left_out } else { &[] };
-        let unusable: Vec<_> = told.unusable.iter().chain(left_out).collect();
+        let left_out: &[_] = if reported.services.is_empty() { &reported.left_out } else { &[] };
+        let unusable: Vec<_> = reported.unusable.iter().chain(left_out).collect();
         if unusable.is_empty() {
             self.is_usable = true;
             if self.unusable.take().is_some() {
                 let text = format!("what `{source}` says can be used").into();
-                self.tell(vec![Notice { what: NoticeKind::Answering, service: None, kind: None, text }]);
+                self.report(vec![Notice { kind: NoticeKind::Answering, service: None, hold: None, text }]);
             }
             return;
         }
@@ -174,7 +178,7 @@ impl FollowState {
         if unusable.len() > SAID {
             why.push(&more);
         }
-        let what = match told.unusable.is_empty() {
+        let what = match reported.unusable.is_empty() {
             false => "a part of it cannot be read, and nothing is known of that from before",
             true => "nothing of it can be used, and nothing is known of it from before",
         };
@@ -183,33 +187,33 @@ impl FollowState {
             why.join("; ")
         )
         .into();
-        let because = shown(&because);
+        let because = escape_text(&because);
         if self.unusable.as_ref() != Some(&because) {
             self.unusable = Some(because.clone());
-            self.tell(vec![Notice { what: NoticeKind::Failing, service: None, kind: None, text: because }]);
+            self.report(vec![Notice { kind: NoticeKind::Failing, service: None, hold: None, text: because }]);
         }
     }
 
-    fn note_unresolved(&mut self, told: &Registrations) {
-        if *self.unresolved != told.unresolved {
-            self.unresolved = told.unresolved.clone().into();
+    fn update_unresolved(&mut self, reported: &Registrations) {
+        if *self.unresolved != reported.unresolved {
+            self.unresolved = reported.unresolved.clone().into();
         }
     }
 
     /// Records that the source answered, and passes the answer to the guard.
-    fn heard(&mut self, take: impl FnOnce(&mut Guard, std::time::Instant)) {
-        self.counters.answered_now();
+    fn take_answer(&mut self, take: impl FnOnce(&mut Guard, std::time::Instant)) {
+        self.counters.record_answer();
         self.has_answered = true;
         if let Some(because) = self.stale_because.take()
             && *because != *NOT_ANSWERED_YET
         {
             let text = format!("`{}` answers again", self.guard.source()).into();
-            self.tell(vec![Notice { what: NoticeKind::Answering, service: None, kind: None, text }]);
+            self.report(vec![Notice { kind: NoticeKind::Answering, service: None, hold: None, text }]);
         }
         take(&mut self.guard, Instant::now().into_std());
     }
 
-    fn failed(&mut self, error: &SourceError) {
+    fn record_failure(&mut self, error: &SourceError) {
         self.guard.source_failed(Instant::now().into_std());
         let because: Arc<str> = chain(error).into();
         let before = self.stale_because.replace(because.clone());
@@ -218,7 +222,7 @@ impl FollowState {
         }
         if before.is_none_or(|before| *before == *NOT_ANSWERED_YET) {
             let text = format!("{because}; the last good view stays in force").into();
-            self.tell(vec![Notice { what: NoticeKind::Failing, service: None, kind: None, text }]);
+            self.report(vec![Notice { kind: NoticeKind::Failing, service: None, hold: None, text }]);
         } else {
             // The outage continues with another error message.
             tracing::warn!("{because}; the last good view stays in force");
@@ -227,32 +231,36 @@ impl FollowState {
 
     /// Takes the result of a read that the operator asked for. It counts like any other view and confirms no
     /// held removal.
-    fn read_by_request(&mut self, read: Result<Registrations, SourceError>) {
+    fn take_requested_read(&mut self, read: Result<Registrations, SourceError>) {
         match read {
-            Ok(told) => {
-                self.judge_usable(&told);
-                self.heard(|guard, now| guard.see(told, now));
+            Ok(reported) => {
+                self.check_first_view(&reported);
+                self.take_answer(|guard, now| guard.observe(reported, now));
             }
             Err(error) => tracing::warn!("{}; what was known stays in force", chain(&error)),
         }
     }
 
-    fn read_again(&mut self, services: &BTreeSet<ServiceName>, read: Result<Registrations, SourceError>) {
+    fn take_confirming_read(
+        &mut self,
+        services: &BTreeSet<ServiceName>,
+        read: Result<Registrations, SourceError>,
+    ) {
         match read {
-            Ok(told) => {
-                self.note_unresolved(&told);
-                self.heard(|guard, now| guard.confirmed(services, told, now));
+            Ok(reported) => {
+                self.update_unresolved(&reported);
+                self.take_answer(|guard, now| guard.record_confirming_read(services, reported, now));
             }
             Err(error) => {
                 let because: Arc<str> = chain(&error).into();
                 tracing::info!("{because}; what is held stays held");
-                self.guard.not_confirmed(services, &because, Instant::now().into_std());
+                self.guard.record_failed_read(services, &because, Instant::now().into_std());
             }
         }
     }
 
     /// Waits for `done` while obeying commands, so that the operator does not wait for a slow read.
-    async fn while_obeying<T>(
+    async fn obey_while<T>(
         &mut self,
         done: impl Future<Output = T>,
         commands: &mut mpsc::Receiver<Command>,
@@ -287,7 +295,7 @@ impl FollowState {
                 self.publish();
                 _ = done.send(is_news);
             }
-            Command::ReadAgain => self.is_to_read_again = true,
+            Command::ReadAgain => self.needs_read = true,
             Command::Thaw { done } => {
                 let is_news = self.guard.thaw(Instant::now().into_std());
                 self.publish();
@@ -299,11 +307,11 @@ impl FollowState {
     fn publish(&mut self) {
         // Before the first answer the guard has no view to believe.
         let is_known = self.has_answered || self.views.borrow().last_good.is_some();
-        let believed = is_known.then(|| self.guard.believed(Instant::now().into_std()));
+        let believed = is_known.then(|| self.guard.judge(Instant::now().into_std()));
         let notices = self.guard.take_notices();
-        self.tell(notices);
-        self.counters.missing.store(self.guard.missing() as u64, Relaxed);
-        let (held, frozen) = (self.guard.held(), self.guard.frozen());
+        self.report(notices);
+        self.counters.missing.store(self.guard.missing_endpoints() as u64, Relaxed);
+        let (held, frozen) = (self.guard.held_changes(), self.guard.frozen_since());
         self.views.send_if_modified(|view| {
             let mut is_news = view.stale_because != self.stale_because
                 || view.frozen != frozen
@@ -328,9 +336,9 @@ impl FollowState {
     }
 
     /// Counts, remembers and logs `notices`.
-    fn tell(&mut self, notices: Vec<Notice>) {
+    fn report(&mut self, notices: Vec<Notice>) {
         for notice in &notices {
-            match (notice.what, notice.kind) {
+            match (notice.kind, notice.hold) {
                 (NoticeKind::Held, Some(kind)) => self.counters.held.add(kind),
                 (NoticeKind::Returned, Some(kind)) => self.counters.rejected.add(kind),
                 _ => {}
@@ -342,8 +350,8 @@ impl FollowState {
                 Some(service) => format!("service `{service}` of discovery source `{source}`"),
                 None => format!("discovery source `{source}`"),
             };
-            let (what, text) = (event.what.as_str(), &event.text);
-            match event.what {
+            let (what, text) = (event.kind.as_str(), &event.text);
+            match event.kind {
                 NoticeKind::Held | NoticeKind::Failing | NoticeKind::GivenUp | NoticeKind::Frozen => {
                     tracing::warn!("{about}: {what}: {text}");
                 }
@@ -353,7 +361,7 @@ impl FollowState {
     }
 }
 
-async fn until(deadline: Option<Instant>) {
+async fn wait_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,

@@ -150,7 +150,7 @@ async fn what_is_held_is_believed_when_its_time_has_come() {
 }
 
 fn what_happened(followed: &FollowedSource) -> Vec<&'static str> {
-    followed.handle.events.all().iter().map(|event| event.what.as_str()).collect()
+    followed.handle.events.all().iter().map(|event| event.kind.as_str()).collect()
 }
 
 async fn ask<T>(followed: &FollowedSource, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> T {
@@ -222,7 +222,7 @@ async fn a_source_that_loses_most_of_all_is_held_until_that_is_accepted_and_coun
     followed.until(r#"["a 4 fresh", "b 1 fresh"] stale: "no" held: 0"#).await;
     let held: Vec<_> = followed.handle.counters.held.all().map(|(kind, n)| format!("{kind} {n}")).collect();
     assert_eq!(held, ["empty 0", "shrunk 0", "absent 0", "unhealthy 0", "fleet 3", "unreadable 0"]);
-    let accepted = followed.handle.events.all().iter().filter(|e| e.what == NoticeKind::Accepted).count();
+    let accepted = followed.handle.events.all().iter().filter(|e| e.kind == NoticeKind::Accepted).count();
     assert_eq!(accepted, 3);
 }
 

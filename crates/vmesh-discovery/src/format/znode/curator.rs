@@ -15,8 +15,8 @@ use vmesh_model::{Health, Host, Labels, Place, Protocol};
 
 use super::dubbo;
 use super::{
-    Member, Offer, PreferredPort, Record, RecordResult, RecordRules, add_labels, address, json, presence,
-    protocol_of, text_at, weight_at,
+    Member, Offer, PreferredPort, Record, RecordResult, RecordRules, add_labels, address, health_of_presence,
+    json, protocol_of, text_at, weight_at,
 };
 
 /// Keys of Spring's and Dubbo's metadata that only their own clients need or that become other fields.
@@ -56,7 +56,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> 
         }
         None => add_labels(&mut labels, [(&"payload".to_owned(), payload)], &[]),
     }
-    let present = presence(member, &mut labels);
+    let present = health_of_presence(member, &mut labels);
     let (weight, note) = weight_at(&value, &map.weight, &["payload.metadata.weight", "payload.weight"]);
     let record = Record {
         weight,

@@ -11,7 +11,9 @@ use serde_json::{Map, Value};
 use vmesh_model::endpoint::parse_port;
 use vmesh_model::{Address, Health, Host, Labels, Place, Protocol};
 
-use super::{GroupBy, Member, Offer, Record, RecordResult, RecordRules, presence, text_at, weight_at};
+use super::{
+    GroupBy, Member, Offer, Record, RecordResult, RecordRules, health_of_presence, text_at, weight_at,
+};
 
 pub(super) const DEFAULT_WEIGHT: f64 = 100.0;
 
@@ -73,7 +75,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> 
         GroupBy::Interface => key(group, interface, version),
     };
     let mut labels = Labels::new();
-    let mut health = presence(member, &mut labels);
+    let mut health = health_of_presence(member, &mut labels);
     if param("enabled") == Some("false") || param("disabled") == Some("true") {
         health = Health::Draining;
     }

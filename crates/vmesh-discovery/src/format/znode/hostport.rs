@@ -7,7 +7,7 @@
 
 use vmesh_model::{Address, Labels};
 
-use super::{DirectoryContent, Member, Offer, Record, RecordDirectory, presence, readable};
+use super::{DirectoryContent, Member, Offer, Record, RecordDirectory, check_readable, health_of_presence};
 
 pub(super) fn read(directory: &RecordDirectory<'_>, read: &mut DirectoryContent) {
     let is_election = |member: &&Member<'_>| !member.data.is_empty() && sequence(member.name).is_some();
@@ -28,13 +28,13 @@ pub(super) fn read(directory: &RecordDirectory<'_>, read: &mut DirectoryContent)
 
 fn take(directory: &RecordDirectory<'_>, member: &Member<'_>, read: &mut DirectoryContent) {
     let place = directory.place_of(member);
-    let addresses = match readable(member).and_then(|()| addresses(member)) {
+    let addresses = match check_readable(member).and_then(|()| addresses(member)) {
         Ok(addresses) => addresses,
         Err(why) => return read.bad_record(place, why),
     };
     for address in addresses {
         let mut labels = Labels::new();
-        let health = presence(member, &mut labels);
+        let health = health_of_presence(member, &mut labels);
         let record = Record { health, labels, ..Record::new(address, place.clone()) };
         let (service, interface, scheme, protocol) = (None, None, None, None);
         read.offers.push(Offer { service, interface, scheme, protocol, created: member.created, record });

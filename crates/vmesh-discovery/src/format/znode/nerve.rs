@@ -19,8 +19,8 @@ use vmesh_model::{Health, Labels, Place};
 use crate::format::smartstack::is_disabled;
 
 use super::{
-    Member, Offer, Record, RecordResult, RecordRules, add_labels, address, first, json, presence,
-    protocol_of, scalar, text_at, weight_at,
+    Member, Offer, Record, RecordResult, RecordRules, add_labels, address, first_byte, health_of_presence,
+    json, protocol_of, scalar, text_at, weight_at,
 };
 
 /// The weight that Yelp's writer sets, and that synapse assumes if none is given.
@@ -29,7 +29,7 @@ pub(super) const DEFAULT_WEIGHT: f64 = 10.0;
 pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> RecordResult {
     let value = match in_name(member.name) {
         Some(value) => value,
-        None if first(member.data).is_none() => return Ok(None),
+        None if first_byte(member.data).is_none() => return Ok(None),
         None => json(member)?,
     };
     if !member.is_ephemeral && value.get("host").is_none() && value.get("port").is_none() {
@@ -37,7 +37,7 @@ pub(super) fn record(member: &Member<'_>, place: Place, rules: &RecordRules) -> 
     }
     let address = address(value.get("host"), value.get("port"))?;
     let mut labels = Labels::new();
-    let mut health = presence(member, &mut labels);
+    let mut health = health_of_presence(member, &mut labels);
     if let Some(options) = value.get("haproxy_server_options").and_then(Value::as_str)
         && is_disabled(options)
     {

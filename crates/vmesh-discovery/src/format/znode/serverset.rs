@@ -15,7 +15,7 @@ use vmesh_model::{Address, Health, Labels, Place, Protocol};
 
 use super::{
     DirectoryContent, Member, Offer, RawWeight, Record, RecordDirectory, RecordResult, RecordRules,
-    add_labels, address, find, json, protocol_of, readable, scalar, text_at,
+    add_labels, address, check_readable, json, protocol_of, scalar, text_at, value_at,
 };
 
 /// An entry of a `vector_..` node.
@@ -33,7 +33,7 @@ enum MemberSelector {
 pub(super) fn read(directory: &RecordDirectory<'_>, rules: &RecordRules, read: &mut DirectoryContent) {
     let mut weighings = Vec::new();
     for member in directory.members.iter().filter(|member| member.name.starts_with("vector_")) {
-        match readable(member).and_then(|()| vector(member)) {
+        match check_readable(member).and_then(|()| vector(member)) {
             Ok(more) => weighings.extend(more),
             Err(why) => {
                 let message = format!("{why}; its weights are ignored");
@@ -43,7 +43,7 @@ pub(super) fn read(directory: &RecordDirectory<'_>, rules: &RecordRules, read: &
     }
     for member in directory.members.iter().filter(|member| member.name.starts_with("member_")) {
         let place = directory.place_of(member);
-        match readable(member).and_then(|()| record(member, place.clone(), rules, &weighings)) {
+        match check_readable(member).and_then(|()| record(member, place.clone(), rules, &weighings)) {
             Ok(Some(offer)) => read.offers.push(offer),
             Ok(None) => {}
             Err(why) => read.bad_record(place, why),
@@ -120,7 +120,7 @@ fn endpoint(value: &Value, rules: &RecordRules) -> Result<(Address, Option<Proto
         let endpoint = value.get("serviceEndpoint").ok_or("there is no `serviceEndpoint` in it")?;
         return Ok((address(endpoint.get("host"), endpoint.get("port"))?, None));
     };
-    let endpoint = find(value, "additionalEndpoints").and_then(|all| all.get(name));
+    let endpoint = value_at(value, "additionalEndpoints").and_then(|all| all.get(name));
     let endpoint =
         endpoint.ok_or_else(|| format!("there is no endpoint `{name}` in `additionalEndpoints`"))?;
     Ok((address(endpoint.get("host"), endpoint.get("port"))?, protocol_of(name)))

@@ -56,7 +56,7 @@ fn shown(format: ZnodeFormat, rules: &RecordRules, text: &str) -> String {
         let combined = combine(&name, place, &[("pay", &read)], default_weight(format), &mut problems);
         shown += &combined.as_ref().map(show).unwrap_or_default();
     }
-    if let Some(why) = read.partial() {
+    if let Some(why) = read.partial_reason() {
         shown += &format!("FAILED {why}\n");
     }
     problems.extend(read.problems(&"it".into()));
@@ -711,7 +711,7 @@ fn a_node_that_may_not_be_read_is_a_bad_record() {
     let good = members(r#"member_2 {"serviceEndpoint":{"host":"10.0.0.2","port":80}}"#);
     let directory = RecordDirectory { place: "zk/pay", members: [good, vec![member]].concat() };
     let read = read(ZnodeFormat::ServerSet, &directory, &RecordRules::default());
-    assert!(read.partial().is_none());
+    assert!(read.partial_reason().is_none());
     let problems: Vec<_> = read.problems(&"it".into()).map(|problem| problem.to_string()).collect();
     assert_eq!(
         problems,

@@ -83,7 +83,7 @@ fn show(reading: &ZookeeperState) -> String {
     let statement = reading.statement();
     for (name, told) in &statement.services {
         _ = write!(shown, "{name}");
-        match &told.known {
+        match &told.content {
             ServiceContent::Parsed(parsed) => {
                 if let Some(protocol) = parsed.protocol {
                     _ = write!(shown, " {protocol}");
@@ -155,7 +155,8 @@ fn only_what_changed_is_read_again() {
     let mut reading = reading("- {path: /s}\n");
     reading.take(std::slice::from_ref(&before));
     let parsed =
-        |reading: &ZookeeperState, name: &str| match &reading.statement().services.get(name).unwrap().known {
+        |reading: &ZookeeperState, name: &str| match &reading.statement().services.get(name).unwrap().content
+        {
             ServiceContent::Parsed(parsed) => parsed.clone(),
             ServiceContent::Restored(_) => panic!("restored"),
         };

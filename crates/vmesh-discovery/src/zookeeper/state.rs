@@ -28,7 +28,7 @@ pub(super) struct ZookeeperState {
     source: Arc<str>,
     roots: Vec<RootState>,
     /// The directories that describe each service, as the index of a root and the path below it.
-    said_by: BTreeMap<Arc<str>, BTreeSet<(usize, Arc<str>)>>,
+    described_by: BTreeMap<Arc<str>, BTreeSet<(usize, Arc<str>)>>,
     services: BTreeMap<ServiceName, MergedService>,
     /// Invalid service names, with their problems.
     misnamed: BTreeMap<Arc<str>, Problem>,
@@ -52,7 +52,7 @@ struct RootState {
     /// The configured format, or else the format of most nodes.
     format: Option<ZnodeFormat>,
     /// The number of nodes that look like each format, if none is configured.
-    votes: FormatVotes,
+    format_votes: FormatVotes,
     tree: Option<Arc<Node>>,
     failed: Option<Arc<str>>,
     /// The root was read successfully at least once; a missing root counts as read.
@@ -65,7 +65,7 @@ struct RootState {
 /// The parsed content of a directory.
 struct DirectoryState {
     /// The name of its service if the records do not state one.
-    own: Arc<str>,
+    path_name: Arc<str>,
     /// The last usable content.
     good: Option<Arc<DirectoryContent>>,
     /// The reason why the present content is unusable.
@@ -86,7 +86,7 @@ impl ZookeeperState {
         let root = |config: RootConfig| RootState {
             rules: config.rules(),
             format: Some(config.format).filter(|format| *format != ZnodeFormat::Auto),
-            votes: FormatVotes::new(),
+            format_votes: FormatVotes::new(),
             config,
             tree: None,
             failed: None,
@@ -102,7 +102,7 @@ impl ZookeeperState {
             restored,
             source,
             roots: roots.into_iter().map(root).collect(),
-            said_by: BTreeMap::new(),
+            described_by: BTreeMap::new(),
             services: BTreeMap::new(),
             misnamed: BTreeMap::new(),
             bad_records: 0,
@@ -135,19 +135,19 @@ impl ZookeeperState {
             self.take_root(index, seen, &mut affected);
         }
         for name in affected {
-            self.judge(&name);
+            self.merge_service(&name);
         }
         // Where a place is readable, its present content counts: otherwise a service removed long ago would
         // return with the next failure.
-        let holes = self.holes();
-        self.restored.retain(|_, known| hole_of(&holes, known).is_some());
+        let unknown = self.unknown_places();
+        self.restored.retain(|_, known| reason_unknown(&unknown, known).is_some());
     }
 
     fn take_root(&mut self, index: usize, seen: &Seen, affected: &mut BTreeSet<Arc<str>>) {
         let Some(root) = self.roots.get_mut(index) else { return };
         if root.failed != seen.failed {
             root.failed.clone_from(&seen.failed);
-            let names = self.said_by.iter().filter(|(_, by)| by.iter().any(|(root, _)| *root == index));
+            let names = self.described_by.iter().filter(|(_, by)| by.iter().any(|(root, _)| *root == index));
             affected.extend(names.map(|(name, _)| name.clone()));
         }
         root.was_read |= seen.failed.is_none() || seen.tree.is_some();
@@ -158,8 +158,8 @@ impl ZookeeperState {
             && let Some(tree) = &seen.tree
             && before.as_ref().is_none_or(|before| !Arc::ptr_eq(before, tree))
         {
-            root.votes = look(tree);
-            root.format = decide(&root.votes, root.format).or(root.format);
+            root.format_votes = count_formats(tree);
+            root.format = decide(&root.format_votes, root.format).or(root.format);
         }
         if root.format == was_format && was_format.is_some() {
             differences(&mut String::new(), before.as_ref(), seen.tree.as_ref(), &mut changed);
@@ -192,10 +192,10 @@ impl ZookeeperState {
         let was_one = before.is_some() || self.restored_at.contains(place.as_str());
         let named = |known: &DirectoryState| {
             let read = known.good.iter().flat_map(|read| read.services());
-            read.map(|name| name.unwrap_or_else(|| known.own.clone())).collect::<BTreeSet<_>>()
+            read.map(|name| name.unwrap_or_else(|| known.path_name.clone())).collect::<BTreeSet<_>>()
         };
         let before_names = before.as_ref().map(named).unwrap_or_default();
-        let now = node.and_then(|node| root.directory(&self.source, path, node, before, was_one));
+        let now = node.and_then(|node| root.read_directory(&self.source, path, node, before, was_one));
         let mut now_names = BTreeSet::new();
         if let Some((now, bad)) = now {
             self.bad_records += bad;
@@ -203,22 +203,22 @@ impl ZookeeperState {
             root.directories.insert(path.into(), now);
         }
         for name in before_names.difference(&now_names) {
-            if let Some(by) = self.said_by.get_mut(name) {
+            if let Some(by) = self.described_by.get_mut(name) {
                 by.remove(&(index, path.into()));
             }
         }
         for name in &now_names {
-            self.said_by.entry(name.clone()).or_default().insert((index, path.into()));
+            self.described_by.entry(name.clone()).or_default().insert((index, path.into()));
         }
         affected.extend(before_names);
         affected.extend(now_names);
     }
 
     /// Merges the directories that describe a service.
-    fn judge(&mut self, name: &Arc<str>) {
-        let by = self.said_by.get(name).cloned().unwrap_or_default();
+    fn merge_service(&mut self, name: &Arc<str>) {
+        let by = self.described_by.get(name).cloned().unwrap_or_default();
         if by.is_empty() {
-            self.said_by.remove(name);
+            self.described_by.remove(name);
         }
         let said: Vec<(&RootState, &Arc<str>, &DirectoryState)> = by
             .iter()
@@ -245,8 +245,10 @@ impl ZookeeperState {
             }
         };
         let subject = subject_of(&service);
-        let reads: Vec<(&str, &DirectoryContent)> =
-            said.iter().filter_map(|(_, _, known)| Some((&*known.own, known.good.as_deref()?))).collect();
+        let reads: Vec<(&str, &DirectoryContent)> = said
+            .iter()
+            .filter_map(|(_, _, known)| Some((&*known.path_name, known.good.as_deref()?)))
+            .collect();
         let weight = default_weight(first.format.unwrap_or_default());
         let mut problems = Vec::new();
         let parsed = combine(&service, place, &reads, weight, &mut problems);
@@ -280,7 +282,7 @@ impl ZookeeperState {
                 (service.stale_because.clone(), service.partial_because.clone());
             statement
                 .services
-                .insert(name.clone(), ServiceStatement { known, stale_because, partial_because });
+                .insert(name.clone(), ServiceStatement { content: known, stale_because, partial_because });
             statement.problems.extend(service.problems.iter().cloned());
         }
         statement.problems.extend(self.misnamed.values().cloned());
@@ -299,7 +301,7 @@ impl ZookeeperState {
             if root.is_of_no_format() {
                 statement.problems.push(says(NO_FORMAT.to_owned()));
             }
-            statement.problems.extend(root.doubt().map(says));
+            statement.problems.extend(root.format_doubt().map(says));
             for (path, why) in &root.unread {
                 let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
                 // An unreadable node that is a record of a directory is already a problem of that directory's
@@ -310,16 +312,16 @@ impl ZookeeperState {
                     statement.problems.push(Problem::new(at, self.source.clone(), message));
                 }
             }
-            for known in root.directories.values().filter(|known| known.hole().is_some()) {
-                let subject: Arc<str> = format!("service `{}`", known.own).into();
+            for known in root.directories.values().filter(|known| known.missing_reason().is_some()) {
+                let subject: Arc<str> = format!("service `{}`", known.path_name).into();
                 let about = known.problems.iter().cloned();
                 let about = about.map(|problem| Problem { subject: subject.clone(), ..problem });
                 statement.problems.extend(about);
             }
         }
-        let holes = self.holes();
+        let unknown = self.unknown_places();
         // A place that cannot be read and was not known before a restart.
-        for (place, why, is_unread) in self.holes_of_records() {
+        for (place, why, is_unread) in self.unknown_record_places() {
             let covers = |known: &Arc<Registration>| {
                 is_at_or_below(&known.place.file, &place) || is_at_or_below(&place, &known.place.file)
             };
@@ -329,7 +331,7 @@ impl ZookeeperState {
             }
         }
         for (name, registration) in &self.restored {
-            let why = hole_of(&holes, registration);
+            let why = reason_unknown(&unknown, registration);
             if let (false, Some(why)) = (statement.services.contains_key(name), why) {
                 let known = ServiceContent::Restored(registration.clone());
                 statement.services.insert(name.clone(), ServiceStatement::stale(known, why.clone()));
@@ -340,7 +342,7 @@ impl ZookeeperState {
 
     /// Returns the directories of records, and the unreadable nodes with children, of which nothing was ever
     /// usable. Each has the reason, and whether the reason is a failed read.
-    fn holes_of_records(&self) -> Vec<(String, Arc<str>, bool)> {
+    fn unknown_record_places(&self) -> Vec<(String, Arc<str>, bool)> {
         let of = |root: &RootState| {
             let place = self.place(&root.config.path);
             let unread = root.unread.iter().filter(|(path, _)| {
@@ -349,7 +351,8 @@ impl ZookeeperState {
             });
             let unread = unread.map(|(path, why)| (path, why, true));
             let unusable = root.directories.iter();
-            let unusable = unusable.filter_map(|(path, known)| Some((path, known.hole()?, known.is_unread)));
+            let unusable =
+                unusable.filter_map(|(path, known)| Some((path, known.missing_reason()?, known.is_unread)));
             let at = |(path, why, is_unread): (&Arc<str>, &Arc<str>, bool)| {
                 (format!("{place}{}", below(path)), why.clone(), is_unread)
             };
@@ -359,42 +362,43 @@ impl ZookeeperState {
     }
 
     /// Returns the places of which nothing is known, with the reasons.
-    fn holes(&self) -> Vec<(String, Arc<str>)> {
-        let mut holes = Vec::new();
+    fn unknown_places(&self) -> Vec<(String, Arc<str>)> {
+        let mut unknown = Vec::new();
         for root in &self.roots {
             let place = self.place(&root.config.path);
             if let Some(why) = &root.failed {
-                holes.push((place, why.clone()));
+                unknown.push((place, why.clone()));
                 continue;
             }
             if root.is_of_no_format() {
-                holes.push((place.clone(), NO_FORMAT.into()));
+                unknown.push((place.clone(), NO_FORMAT.into()));
             }
             let unread = root.unread.iter();
-            let unusable = root.directories.iter().filter_map(|(path, known)| Some((path, known.hole()?)));
+            let unusable =
+                root.directories.iter().filter_map(|(path, known)| Some((path, known.missing_reason()?)));
             let below =
                 |(path, why): (&Arc<str>, &Arc<str>)| (format!("{place}{}", below(path)), why.clone());
-            holes.extend(unread.chain(unusable).map(below));
+            unknown.extend(unread.chain(unusable).map(below));
         }
-        holes
+        unknown
     }
 }
 
 impl DirectoryState {
     /// Returns the reason if nothing of the directory was ever usable.
-    fn hole(&self) -> Option<&Arc<str>> {
+    fn missing_reason(&self) -> Option<&Arc<str>> {
         self.failed.as_ref().filter(|_| self.good.is_none())
     }
 }
 
 impl RootState {
     /// Returns a doubt about the detected format.
-    fn doubt(&self) -> Option<String> {
+    fn format_doubt(&self) -> Option<String> {
         let format = self.format?;
-        let others = self.votes.iter().filter(|(other, count)| **other != format && **count > 0);
+        let others = self.format_votes.iter().filter(|(other, count)| **other != format && **count > 0);
         let others: Vec<_> = others.map(|(other, count)| format!("{count} like `{other}`")).collect();
         if !others.is_empty() {
-            let ours = self.votes.get(&format).copied().unwrap_or_default();
+            let ours = self.format_votes.get(&format).copied().unwrap_or_default();
             return Some(format!(
                 "it is read as `{format}`, as {ours} of its nodes look, and those are left out that look otherwise ({}): set \
                  `format`",
@@ -417,7 +421,7 @@ impl RootState {
     }
 
     /// Parses a directory if it is one of records. Also returns the number of invalid records.
-    fn directory(
+    fn read_directory(
         &self,
         source: &Arc<str>,
         path: &str,
@@ -445,9 +449,9 @@ impl RootState {
         if !is_one || members.is_empty() {
             return None;
         }
-        let own: Arc<str> = match &before {
-            Some(before) => before.own.clone(),
-            None => self.own_name(path).into(),
+        let path_name: Arc<str> = match &before {
+            Some(before) => before.path_name.clone(),
+            None => self.name_of_path(path).into(),
         };
         let place = format!("{}{}{path_of_records}", place_of(source, &self.config.path), below(path));
         let read = read(format, &RecordDirectory { place: &place, members }, &self.rules);
@@ -455,7 +459,7 @@ impl RootState {
             return None;
         }
         let bad = u64::try_from(read.bad()).unwrap_or(u64::MAX);
-        let subject: Arc<str> = own.clone();
+        let subject: Arc<str> = path_name.clone();
         let mut problems: Vec<Problem> = read.problems(&subject).collect();
         let good = before.and_then(|before| before.good);
         // A record that cannot be read now keeps its last good content.
@@ -463,12 +467,19 @@ impl RootState {
         let unreadable =
             unreadable.or_else(|| records.children.values().find_map(|node| node.unreadable.clone()));
         let is_unread = unreadable.is_some();
-        let partial: Option<Arc<str>> = read.partial().map(Into::into);
+        let partial: Option<Arc<str>> = read.partial_reason().map(Into::into);
         let known = match partial {
             Some(why) if read.is_unusable() => {
                 let message = format!("{why}; what was known stays");
                 problems.push(Problem::new(Place::file(place), subject, message));
-                DirectoryState { own, good, failed: Some(why), is_unread, partial_because: None, problems }
+                DirectoryState {
+                    path_name,
+                    good,
+                    failed: Some(why),
+                    is_unread,
+                    partial_because: None,
+                    problems,
+                }
             }
             partial_because => {
                 let good = match good {
@@ -476,7 +487,7 @@ impl RootState {
                     _ => Arc::new(read),
                 };
                 DirectoryState {
-                    own,
+                    path_name,
                     good: Some(good),
                     failed: unreadable,
                     is_unread,
@@ -490,7 +501,7 @@ impl RootState {
 
     /// Returns the service name for a path below the root: `a/b` becomes `a.b`, and the root itself gives its
     /// last component.
-    fn own_name(&self, path: &str) -> String {
+    fn name_of_path(&self, path: &str) -> String {
         if path.is_empty() {
             return self.config.path.rsplit('/').next().unwrap_or_default().to_owned();
         }
@@ -501,10 +512,10 @@ impl RootState {
 const NO_FORMAT: &str = "what is there looks like no format that is known: set `format`";
 
 /// Returns the reason if nothing is known of the place where `known` was registered.
-fn hole_of<'a>(holes: &'a [(String, Arc<str>)], known: &Registration) -> Option<&'a Arc<str>> {
+fn reason_unknown<'a>(unknown: &'a [(String, Arc<str>)], known: &Registration) -> Option<&'a Arc<str>> {
     let at = &known.place.file;
     let is_there = |(hole, _): &&(String, Arc<str>)| is_at_or_below(at, hole) || is_at_or_below(hole, at);
-    holes.iter().find(is_there).map(|(_, why)| why)
+    unknown.iter().find(is_there).map(|(_, why)| why)
 }
 
 fn place_of(source: &str, root: &str) -> String {
@@ -530,7 +541,7 @@ fn member<'a>(name: &'a str, node: &'a Node) -> Member<'a> {
 }
 
 /// Counts the nodes that look like each format. A few thousand nodes are enough.
-fn look(tree: &Node) -> FormatVotes {
+fn count_formats(tree: &Node) -> FormatVotes {
     const ENOUGH: usize = 5000;
     fn collect<'a>(node: &'a Node, into: &mut Vec<Member<'a>>) {
         for (name, child) in &node.children {

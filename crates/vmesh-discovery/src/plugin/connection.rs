@@ -21,7 +21,7 @@ use crate::source::{Counters, SourceError};
 /// The minimum time between two starts of a program.
 const RESTART: Duration = Duration::from_secs(1);
 /// The limit of unsent bytes for a program that does not read its standard input.
-const MAX_UNSAID: usize = 1 << 20;
+const MAX_UNSENT: usize = 1 << 20;
 
 /// The connection with a program, across restarts.
 pub(super) struct PluginConnection {
@@ -32,7 +32,7 @@ pub(super) struct PluginConnection {
     /// The earliest time of the next start.
     start_at: Instant,
     /// When the program last printed a line.
-    heard: Instant,
+    last_line_at: Instant,
 }
 
 struct RunningPlugin {
@@ -43,7 +43,7 @@ struct RunningPlugin {
     line: Vec<u8>,
     log: StderrLog,
     /// Bytes that the program has not read yet.
-    unsaid: Vec<u8>,
+    unsent: Vec<u8>,
 }
 
 /// The reason why a program is no longer usable.
@@ -81,22 +81,29 @@ impl std::error::Error for PluginEnd {}
 impl PluginConnection {
     pub(super) fn new(config: PluginConfig, counters: Arc<Counters>) -> PluginConnection {
         let now = Instant::now();
-        PluginConnection { source: config.name(), config, counters, running: None, start_at: now, heard: now }
+        PluginConnection {
+            source: config.name(),
+            config,
+            counters,
+            running: None,
+            start_at: now,
+            last_line_at: now,
+        }
     }
 
     /// Returns the next view, or `None` if the last view is still current. Dropping the future loses nothing.
-    pub(super) async fn said(&mut self) -> Result<Option<PluginView>, SourceError> {
-        let line = self.line().await?;
+    pub(super) async fn next_view(&mut self) -> Result<Option<PluginView>, SourceError> {
+        let line = self.next_line().await?;
         self.counters.reads.fetch_add(1, Relaxed);
         match protocol::read(&self.source, &line) {
             Ok(PluginLine::View(view)) => {
-                self.counters.answered_now();
+                self.counters.record_answer();
                 self.counters.bad_records.fetch_add(view.parsed.bad_records(), Relaxed);
                 Ok(Some(view))
             }
             Ok(PluginLine::Failed(message)) => Err(self.failed("read its registry".to_owned(), message)),
             Ok(PluginLine::Alive) => {
-                self.counters.answered_now();
+                self.counters.record_answer();
                 Ok(None)
             }
             // The program keeps running, since its next line may be valid.
@@ -105,48 +112,48 @@ impl PluginConnection {
     }
 
     /// Sends the program a line. The line is queued if the program does not read it at once.
-    pub(super) async fn tell(&mut self, line: String) -> Result<(), SourceError> {
-        let running = self.running().await?;
-        if !running.unsaid.is_empty() && running.unsaid.len() + line.len() > MAX_UNSAID {
+    pub(super) async fn send(&mut self, line: String) -> Result<(), SourceError> {
+        let running = self.ensure_running().await?;
+        if !running.unsent.is_empty() && running.unsent.len() + line.len() > MAX_UNSENT {
             let why = "it does not read its standard input";
             return Err(self.failed("ask its program to read its registry again".to_owned(), why));
         }
-        running.unsaid.extend_from_slice(line.as_bytes());
-        match running.speak().await {
+        running.unsent.extend_from_slice(line.as_bytes());
+        match running.flush().await {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.ended(PluginEnd::Io(error))),
+            Err(error) => Err(self.end(PluginEnd::Io(error))),
         }
     }
 
-    async fn line(&mut self) -> Result<String, SourceError> {
+    async fn next_line(&mut self) -> Result<String, SourceError> {
         let (silence, limit, source) = (self.config.silence, self.config.max_bytes, self.source.clone());
-        self.running().await?;
-        let deadline = self.heard + silence;
-        let Some(running) = &mut self.running else { return Err(self.ended(PluginEnd::Exited(None))) };
+        self.ensure_running().await?;
+        let deadline = self.last_line_at + silence;
+        let Some(running) = &mut self.running else { return Err(self.end(PluginEnd::Exited(None))) };
         let line = tokio::select! {
             // Lines printed while no future was polled come first: they are no silence.
             biased;
-            line = running.listen(limit, &source) => line,
+            line = running.read_line(limit, &source) => line,
             () = sleep_until(deadline) => Err(PluginEnd::Silent(silence)),
         };
         match line {
             Ok(line) => {
-                self.heard = Instant::now();
+                self.last_line_at = Instant::now();
                 Ok(line)
             }
-            Err(ended) => Err(self.ended(ended)),
+            Err(ended) => Err(self.end(ended)),
         }
     }
 
     /// Returns the running program, after starting it if necessary.
-    async fn running(&mut self) -> Result<&mut RunningPlugin, SourceError> {
+    async fn ensure_running(&mut self) -> Result<&mut RunningPlugin, SourceError> {
         if self.running.is_none() {
             sleep_until(self.start_at).await;
             let now = Instant::now();
-            (self.start_at, self.heard) = (now + RESTART, now);
+            (self.start_at, self.last_line_at) = (now + RESTART, now);
             match RunningPlugin::start(&self.config.command, &self.config.pass_env) {
                 Ok(mut running) => {
-                    running.unsaid = protocol::hello(&self.source).into_bytes();
+                    running.unsent = protocol::hello(&self.source).into_bytes();
                     self.counters.connects.fetch_add(1, Relaxed);
                     self.counters.connections.store(1, Relaxed);
                     self.running = Some(running);
@@ -167,7 +174,7 @@ impl PluginConnection {
     }
 
     /// Kills the program, which is no longer usable. Returns the error to report.
-    fn ended(&mut self, why: PluginEnd) -> SourceError {
+    fn end(&mut self, why: PluginEnd) -> SourceError {
         let why = match (why, &mut self.running) {
             (PluginEnd::Exited(None), Some(running)) => PluginEnd::Exited(running.run.end()),
             (why, _) => why,
@@ -199,16 +206,16 @@ impl RunningPlugin {
             stdout: BufReader::new(stdout),
             log: StderrLog::new(stderr),
             line: Vec::new(),
-            unsaid: Vec::new(),
+            unsent: Vec::new(),
         })
     }
 
     /// Reads the next line of the program. Meanwhile it logs the standard error and sends queued bytes.
-    async fn listen(&mut self, limit: usize, source: &str) -> Result<String, PluginEnd> {
+    async fn read_line(&mut self, limit: usize, source: &str) -> Result<String, PluginEnd> {
         loop {
-            let RunningPlugin { stdin, stdout, line, log, unsaid, .. } = self;
+            let RunningPlugin { stdin, stdout, line, log, unsent, .. } = self;
             tokio::select! {
-                whole = take_line(stdout, line, limit) => {
+                whole = read_into(stdout, line, limit) => {
                     return match whole {
                         Ok(true) => String::from_utf8(std::mem::take(line)).map_err(|_| PluginEnd::NotText),
                         Ok(false) => Err(PluginEnd::Exited(None)),
@@ -217,8 +224,8 @@ impl RunningPlugin {
                     };
                 }
                 text = log.next() => tracing::info!("{source}: {text}"),
-                told = stdin.write(unsaid), if !unsaid.is_empty() => match told {
-                    Ok(count) => _ = unsaid.drain(..count),
+                told = stdin.write(unsent), if !unsent.is_empty() => match told {
+                    Ok(count) => _ = unsent.drain(..count),
                     Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(PluginEnd::Exited(None)),
                     Err(error) => return Err(PluginEnd::Io(error)),
                 },
@@ -227,10 +234,10 @@ impl RunningPlugin {
     }
 
     /// Sends the queued bytes. If the future is dropped, the rest stays queued.
-    async fn speak(&mut self) -> io::Result<()> {
-        while !self.unsaid.is_empty() {
-            let count = self.stdin.write(&self.unsaid).await?;
-            self.unsaid.drain(..count);
+    async fn flush(&mut self) -> io::Result<()> {
+        while !self.unsent.is_empty() {
+            let count = self.stdin.write(&self.unsent).await?;
+            self.unsent.drain(..count);
         }
         Ok(())
     }
@@ -238,7 +245,7 @@ impl RunningPlugin {
 
 /// Appends to `line` until it is complete, without the line feed. Returns `false` at the end of the output.
 /// Dropping the future loses nothing, because everything read is in `line`.
-async fn take_line(
+async fn read_into(
     from: &mut (impl tokio::io::AsyncBufRead + Unpin),
     line: &mut Vec<u8>,
     limit: usize,
