@@ -1,4 +1,5 @@
-//! A client's end of an ADS stream over HTTP/2, on TCP, a Unix socket, or whatever connection one has made.
+//! The client's end of an ADS stream over HTTP/2: on TCP, on a Unix socket, or on a connection that the caller
+//! opened.
 
 use crate::grpc::{Failure, Messages, framed};
 use crate::{Glance, Kind};
@@ -24,7 +25,7 @@ pub use tonic::Code;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
-/// One delta ADS stream on a connection of its own. Dropping it closes both.
+/// One delta ADS stream on an HTTP/2 connection of its own. Dropping it closes the stream and the connection.
 pub struct AdsStream {
     requests: mpsc::Sender<Bytes>,
     state: Opening,
@@ -32,19 +33,22 @@ pub struct AdsStream {
 }
 
 enum Opening {
-    /// A server may answer no sooner than it has seen a request.
+    /// The request headers are sent; the response headers may not arrive before the server has read a request.
     Sent(Pin<Box<dyn Future<Output = hyper::Result<http::Response<Incoming>>> + Send>>),
     Open(Box<Messages<Incoming>>),
     Ended(Failure),
 }
 
-/// Bytes of one response at most. A server sends at most 2 MiB in one, or a single resource if that is larger: this is one service
-/// with a hundred thousand endpoints. A client holds a response twice while it decodes it, and an agent's unit may have 512 MiB.
+/// The limit of one response, in bytes. A server sends at most 2 MiB per response, or a single larger resource;
+/// 16 MiB is one service with a hundred thousand endpoints. A client holds a response twice while it decodes
+/// it, and an agent's unit may have a memory limit of 512 MiB.
 const RESPONSE_MAX: usize = 16 << 20;
 const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
 impl AdsStream {
-    /// To `http://host:port` or `unix:/path`.
+    /// Connects to `http://host:port` or `unix:/path` and starts the stream.
+    ///
+    /// Fails with [`io::ErrorKind::InvalidInput`] for any other URI.
     pub async fn connect(uri: &str) -> io::Result<AdsStream> {
         if let Some(path) = uri.strip_prefix("unix:") {
             return AdsStream::connect_unix(path.trim_start_matches("//")).await;
@@ -65,14 +69,14 @@ impl AdsStream {
         AdsStream::over(UnixStream::connect(path).await?).await
     }
 
-    /// Over a connection that is there, such as one with TLS that agreed on `h2`.
+    /// Starts the stream on a connection that is already open, such as a TLS connection that agreed on `h2`.
     pub async fn over<I>(io: I) -> io::Result<AdsStream>
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let mut http = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
         http.timer(TokioTimer::new())
-            // A path that drops packets is noticed within 40 s (R57).
+            // HTTP/2 keepalive detects a path that drops packets within 40 s (R57).
             .keep_alive_interval(Duration::from_secs(30))
             .keep_alive_timeout(Duration::from_secs(10))
             .keep_alive_while_idle(true)
@@ -102,30 +106,32 @@ impl AdsStream {
         Ok(AdsStream { requests, state: Opening::Sent(response), connection })
     }
 
-    /// Waits while the server takes nothing. An error means that the stream has ended; [`AdsStream::next`] tells how.
+    /// Sends a request. Waits while the server's flow control blocks. An error means that the stream has ended;
+    /// [`AdsStream::next`] returns the reason.
     pub fn send(
         &self,
         request: &DeltaDiscoveryRequest,
     ) -> impl Future<Output = Result<(), Failure>> + Send + use<> {
-        // Not borrowed from the stream, which cannot be shared between threads.
+        // The future borrows nothing from the stream, which is not `Sync`.
         let (requests, request) = (self.requests.clone(), framed(request));
         let gone = |_| Failure::new(Code::Unavailable, "the stream has ended");
         async move { requests.send(request).await.map_err(gone) }
     }
 
-    /// The next response. Dropping the future loses nothing.
+    /// Waits for the next response. Dropping the future loses no data.
     pub async fn next(&mut self) -> Result<DeltaDiscoveryResponse, Failure> {
         let message = self.next_bytes().await?;
         let malformed = |error| Failure::new(Code::Internal, format!("not a response: {error}"));
         DeltaDiscoveryResponse::decode(message).map_err(malformed)
     }
 
-    /// The same, not decoded: a [`Glance`] is often enough.
+    /// Waits for the next response and returns it undecoded: often a [`ResponseSummary`] of it is enough.
     pub async fn next_bytes(&mut self) -> Result<Bytes, Failure> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Waits until the server has taken the stream. Its first answer may be long in coming: nothing may have changed.
+    /// Waits until the server has accepted the stream. The first response may come much later, when something
+    /// changes.
     pub async fn opened(&mut self) -> Result<(), Failure> {
         poll_fn(|cx| self.poll_open(cx)).await;
         match &self.state {
@@ -184,7 +190,7 @@ fn status_in(headers: &HeaderMap) -> Option<Failure> {
     Some(Failure::new(status.code(), status.message()))
 }
 
-/// The requests, as they are sent.
+/// The request body of the stream: each message is one HTTP/2 data frame.
 struct Outgoing(mpsc::Receiver<Bytes>);
 
 impl Body for Outgoing {
@@ -202,8 +208,9 @@ impl Body for Outgoing {
 /// The version of each resource that a client has, by kind and name.
 pub type Versions = BTreeMap<Kind, BTreeMap<String, String>>;
 
-/// A client that wants what a proxy wants, ACKs all it gets, and keeps versions only: ten thousand of them fit in one
-/// process. It asks for all clusters, for their endpoints, and then for all listeners.
+/// A client for benches: it subscribes as Envoy does, ACKs every response, and keeps only the versions, so that
+/// ten thousand clients fit in one process. Its subscriptions are all clusters, then their endpoints, then all
+/// listeners.
 pub struct BenchClient {
     stream: AdsStream,
     node: Option<Node>,
@@ -216,18 +223,19 @@ impl BenchClient {
         BenchClient::resume(uri, node, Versions::new()).await
     }
 
-    /// Connects as a client that has these resources, and says so.
+    /// Connects as a client that still has the resources in `has` from an earlier stream, and lists them in its
+    /// first requests.
     pub async fn resume(uri: &str, node: Node, has: Versions) -> io::Result<BenchClient> {
         let stream = AdsStream::connect(uri).await?;
         Ok(BenchClient { stream, node: Some(node), has, subscribed: BTreeSet::new() })
     }
 
-    /// Closes the stream.
+    /// Closes the stream and returns the versions that the client had.
     pub fn into_versions(self) -> Versions {
         self.has
     }
 
-    /// The next response, ACKed.
+    /// Waits for the next response, updates the client's versions, and ACKs the response.
     pub async fn next(&mut self) -> Result<Glance, Failure> {
         if let Some(node) = self.node.take() {
             self.subscribe(Kind::Cluster, Vec::new(), Some(node)).await?;
@@ -265,7 +273,8 @@ impl BenchClient {
         Ok(glance)
     }
 
-    /// Subscribes to more names, or to all. The first request of a kind lists the versions that the client has.
+    /// Subscribes to more names, or to all when `names` is empty. The first request of a kind lists the
+    /// versions that the client has.
     async fn subscribe(&mut self, kind: Kind, names: Vec<String>, node: Option<Node>) -> Result<(), Failure> {
         let versions = match self.subscribed.insert(kind) {
             true => self.has.get(&kind).cloned().unwrap_or_default(),

@@ -1,20 +1,20 @@
 use crate::Kind;
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 
-/// What a delta response is about, without the content of its resources.
+/// The names and versions in a delta response, without the content of its resources.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Glance {
     pub kind: Option<Kind>,
     pub nonce: String,
-    /// The names.
+    /// The names of the resources in the response.
     pub resources: Vec<String>,
-    /// The versions of `resources`, in the same order.
+    /// The version of each name in `resources`, in the same order.
     pub versions: Vec<String>,
     pub removed: Vec<String>,
 }
 
 impl Glance {
-    /// `None`: it is not a message.
+    /// Parses an encoded `DeltaDiscoveryResponse`. Returns `None` if the bytes are not a protobuf message.
     pub fn of(message: &[u8]) -> Option<Glance> {
         let mut glance = Glance::default();
         fields(message, |tag, content| {
@@ -52,7 +52,8 @@ fn text(content: &[u8]) -> Option<String> {
     std::str::from_utf8(content).ok().map(str::to_owned)
 }
 
-/// Calls `field` with each length-delimited field.
+/// Calls `field` with the tag and the content of each length-delimited field. Returns `None` if the message is
+/// malformed or `field` returns `None`.
 pub(crate) fn fields<'a>(
     mut message: &'a [u8],
     mut field: impl FnMut(u32, &'a [u8]) -> Option<()>,

@@ -1,4 +1,5 @@
-//! gRPC's framing, for both drivers: each message follows a byte for compression and four for its length.
+//! gRPC's framing, for both drivers: each message follows one byte for its compression and four bytes for its
+//! length.
 
 #[cfg(feature = "client")]
 use bytes::BufMut;
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use tonic::Code;
 
-/// How a call ended.
+/// The gRPC status with which a call ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     pub code: Code,
@@ -32,13 +33,13 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Memory that the incomplete messages of many streams share.
+/// A memory budget that the incomplete messages of many streams share.
 pub(crate) struct Budget {
     left: AtomicUsize,
 }
 
-/// What a stream may have of an incomplete message without taking anything from the budget: most requests are smaller,
-/// and are heard however many large ones are on their way.
+/// The part of an incomplete message that needs no budget, in bytes: most requests are smaller, so the server
+/// reads them even while many large requests use up the budget.
 const FREE: usize = 4 << 10;
 
 impl Budget {
@@ -57,14 +58,15 @@ impl Budget {
     }
 }
 
-/// What one stream has taken of a budget.
+/// The bytes that one stream has taken from a [`Budget`]. Dropping the share returns them.
 struct Share {
     budget: Arc<Budget>,
     bytes: usize,
 }
 
 impl Share {
-    /// Makes it the share of who has `buffered` bytes. False: there is not so much left.
+    /// Adjusts the share to a stream that buffers `buffered` bytes. Returns `false` if the budget has too few
+    /// bytes left.
     fn set(&mut self, buffered: usize) -> bool {
         let bytes = buffered.saturating_sub(FREE);
         if bytes > self.bytes && !self.budget.take(bytes - self.bytes) {
@@ -82,12 +84,12 @@ impl Drop for Share {
     }
 }
 
-/// The messages in a body. Nothing is kept between two of them.
+/// The gRPC messages in an HTTP/2 body. An empty buffer keeps no memory.
 pub(crate) struct Messages<B> {
     body: Pin<Box<B>>,
     buffer: BytesMut,
     limit: usize,
-    /// `None`: only `limit` bounds what is kept.
+    /// The stream's share of a budget. Without one, only `limit` bounds the buffer.
     share: Option<Share>,
     trailers: Option<http::HeaderMap>,
 }
@@ -97,7 +99,7 @@ impl<B: Body> Messages<B> {
         Messages { body: Box::pin(body), buffer: BytesMut::new(), limit, share: None, trailers: None }
     }
 
-    /// From now on a message has at most `limit` bytes, and what came of one counts towards `budget`.
+    /// Sets the size limit of the following messages and charges their incomplete bytes to `budget`.
     #[cfg(feature = "server")]
     pub(crate) fn bound(&mut self, limit: usize, budget: &Arc<Budget>) {
         self.limit = limit;
@@ -137,13 +139,13 @@ impl<B: Body> Messages<B> {
         }
     }
 
-    /// What came after the last message.
+    /// Returns the trailers that followed the last message.
     #[cfg(feature = "client")]
     pub(crate) fn trailers(&self) -> Option<&http::HeaderMap> {
         self.trailers.as_ref()
     }
 
-    /// The first message, if it is complete.
+    /// Takes the first message out of the buffer. Returns `None` while the message is incomplete.
     fn take(&mut self) -> Result<Option<Bytes>, Failure> {
         let Some((&[compressed, ref len @ ..], _)) = self.buffer.split_first_chunk::<5>() else {
             return Ok(None);
@@ -165,7 +167,7 @@ impl<B: Body> Messages<B> {
             self.buffer = BytesMut::new();
         }
         if let Some(share) = &mut self.share {
-            // Less than before, so that there is enough of it.
+            // The share shrinks here, which cannot fail.
             share.set(self.buffer.len());
         }
         Ok(Some(message))
@@ -187,7 +189,7 @@ pub(crate) fn framed(message: &impl prost::Message) -> Bytes {
     let mut framed = BytesMut::with_capacity(5 + len);
     framed.put_u8(0);
     framed.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
-    // A `BytesMut` has room for whatever is written to it.
+    // Encoding into a `BytesMut` cannot fail: it grows.
     _ = message.encode(&mut framed);
     framed.freeze()
 }

@@ -3,13 +3,13 @@ use std::ops::{Index, IndexMut};
 
 /// A type of resource that vmesh serves.
 ///
-/// The order of the variants is the order of a push (R45): what is referred to goes out before what refers to it.
+/// The order of the variants is the push order (R45): a resource is sent before the resources that refer to it.
 /// A type of vmesh's own goes at the end, with a line in each of the two tables below.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// CDS.
     Cluster,
-    /// EDS, a `ClusterLoadAssignment`: it bears the name of its cluster.
+    /// EDS, a `ClusterLoadAssignment`, which has the name of its cluster.
     Endpoint,
     /// LDS.
     Listener,
@@ -17,8 +17,8 @@ pub enum Kind {
     Route,
     /// SDS.
     Secret,
-    /// What concerns the node and not its proxy: of vmesh's own, between a control plane and an agent. A [`Relay`] takes it
-    /// for itself.
+    /// A type of vmesh's own, between a control plane and an agent: it describes the node, and Envoy never sees
+    /// it. A [`Relay`] keeps these resources for its agent.
     ///
     /// [`Relay`]: crate::Relay
     Local,
@@ -45,13 +45,14 @@ impl Kind {
         Kind::ALL.into_iter().find(|kind| kind.type_url() == type_url)
     }
 
-    /// Whether a client may ask for all there is of it (R21). The other kinds are asked for by name.
+    /// Reports whether a client may subscribe to all resources of this kind (R21). Resources of the other kinds
+    /// are subscribed to by name.
     pub const fn has_wildcard(self) -> bool {
         matches!(self, Kind::Cluster | Kind::Listener | Kind::Local)
     }
 }
 
-/// In the words of an operator: `cluster payments: unknown TLS context`.
+/// Prints the word that operators read: `cluster payments: unknown TLS context`.
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -74,7 +75,7 @@ impl<T> PerKind<T> {
         PerKind(Kind::ALL.map(make))
     }
 
-    /// In the order of a push.
+    /// Iterates over all kinds in the push order.
     pub fn iter(&self) -> impl Iterator<Item = (Kind, &T)> {
         Kind::ALL.into_iter().zip(&self.0)
     }

@@ -1,23 +1,27 @@
 //! The xDS v3 protocol, without I/O: it moves (type, name, version, bytes) and knows no noun of the mesh.
 //!
 //! ```text
-//! Resource -> Group -> Store --(Scope)--> Snapshot -> Session -> Response     a server's end of one stream
+//! Resource -> Group -> Store --(Scope)--> Snapshot -> Session -> Response     the server's end of one stream
 //!                        ^                               |
-//!                        └──────────── Relay <───────────┘                    between the two, on every node
+//!                        └──────────── Relay <───────────┘                    both ends, in the agent of every node
 //!                                        |
-//!                                    Subscriber                               a client's end of one stream
+//!                                    Subscriber                               the client's end of one stream
 //! ```
 //!
-//! - [`Resource`]: encoded once, when it is made; every stream sends the same bytes.
-//! - [`Group`], [`Store`]: what comes and goes together, and all of it at one moment; a change shares the rest.
-//! - [`Scope`], [`Snapshot`]: what one client may see.
-//! - [`Session`]: a server's end of one stream. [`Subscriber`]: a client's.
-//! - [`Relay`]: a subscriber above, sessions below, and what the client below accepted.
+//! - [`Resource`]: one named xDS resource, encoded once when it is made; every stream sends the same bytes.
+//! - [`Group`], [`Store`]: the resources that are set and removed together (such as those of one service), and
+//!   all groups at one moment. A new store shares every unchanged group with the store that it was made from.
+//! - [`Scope`], [`Snapshot`]: which groups of a store one client may see, and the store seen through that
+//!   scope.
+//! - [`Session`]: the protocol state of a server for one stream. [`Subscriber`]: the protocol state of a
+//!   client.
+//! - [`Relay`]: a subscriber towards the control plane, a store for the sessions towards Envoy, and the record
+//!   of what Envoy accepted.
 //!
-//! **Invariant:** no socket, no task, no clock: time is an argument, and `cargo tree -p vmesh-xds -e normal` lists no
-//! `tokio`. The drivers that have them are behind the features `server` and `client`.
+//! **Invariant:** no socket, no task, no clock: time is an argument, and `cargo tree -p vmesh-xds -e normal`
+//! lists no `tokio`. The drivers that need these are behind the features `server` and `client`.
 //!
-//! Rule numbers (R25) are those of `reference/xds-rules.md`.
+//! Rule numbers (R25) refer to `RULES.md` in this crate's folder; tests carry them in their names (`r25_..`).
 
 mod glance;
 #[cfg(any(feature = "client", feature = "server"))]

@@ -7,12 +7,22 @@ use vmesh_proto::agent::{Refusal, Refusals};
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
-/// Stands between a control plane and the Envoy of one node.
+/// Connects the control plane and the Envoy of one node: an xDS client of the former, an xDS server of the
+/// latter. It does no I/O.
 ///
-/// What the control plane sends goes into a [store](Relay::store), which sessions serve to Envoy; what Envoy does comes
-/// back as [`Event`]s. A response of the control plane is answered when Envoy has answered for each resource in it,
-/// with Envoy's own words. What Envoy took is [accepted](Relay::accepted): whoever keeps that can start again from it
-/// and serve Envoy with no control plane at all.
+/// What the control plane sends goes into a [store](Relay::store), which sessions serve to Envoy; what Envoy
+/// does comes back as [`Event`]s. The relay answers a response of the control plane when Envoy has answered for
+/// each resource in it, and rejects it with Envoy's own words. The resources that Envoy took are
+/// [accepted](Relay::accepted): an agent that saves them can restart from them and serve Envoy without any
+/// control plane.
+///
+/// Towards the control plane the methods are called in the order of a [`Subscriber`]:
+/// [`on_connected`](Relay::on_connected), [`poll_request`](Relay::poll_request) until it returns `None`,
+/// [`on_response`](Relay::on_response), [`on_disconnected`](Relay::on_disconnected). Towards Envoy each stream
+/// gets a [`ClientId`] from [`on_client_connected`](Relay::on_client_connected), the events of its session go
+/// to [`on_client_event`](Relay::on_client_event), and
+/// [`on_client_disconnected`](Relay::on_client_disconnected) ends it. After each call the caller passes the
+/// current [`store`](Relay::store) to the sessions and polls the requests again.
 pub struct Relay {
     upstream: Subscriber,
     store: Arc<Store>,
@@ -20,61 +30,66 @@ pub struct Relay {
     next_client: u64,
     transits: PerKind<Transit>,
     accepted_revision: u64,
-    /// Counts what is sent again.
+    /// The number of retries so far, which makes the fingerprint of each retry unique.
     attempts: u64,
-    /// Envoy has taken what the control plane was told that it refuses.
+    /// Whether Envoy has taken a resource or removal that the relay had already rejected to the control plane.
     has_recovered: bool,
-    /// Whether it can be made out. `None`: nobody here takes what is not for Envoy.
+    /// Validates resources of [`Kind::Local`]. `None` if the owner did not subscribe to them.
     check_local: Option<CheckLocal>,
 }
 
-/// Says what is wrong with a resource of [`Kind::Local`].
+/// Validates a resource of [`Kind::Local`]. The error describes the defect.
 pub type CheckLocal = fn(&Resource) -> Result<(), String>;
 
-/// One connection of Envoy's. There are two while it restarts without a gap.
+/// One stream of Envoy. There are two while Envoy hot restarts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(u64);
 
-/// What of one kind is on its way.
+/// The state of one kind: responses that are not answered yet, and what Envoy rejected.
 #[derive(Default)]
 struct Transit {
     unanswered: VecDeque<Unanswered>,
-    /// What Envoy refused of what is meant now.
+    /// The resources that Envoy rejected in the version that the control plane sends now.
     refused: BTreeMap<Arc<str>, Refused>,
-    /// Names whose removal an Envoy refused, and why. It keeps what it has of them for as long as it is connected.
+    /// Names whose removal an Envoy rejected, with the reason. That Envoy keeps its resource until it
+    /// disconnects.
     unremovable: BTreeMap<Arc<str>, (ClientId, Arc<str>)>,
-    /// The same, also of what has been something else since: Envoy's session does not ask it twice, so what comes back
-    /// must be known to be bad without its answer.
+    /// The fingerprints of rejected resources with the reasons, including names whose resource has changed
+    /// since. Envoy's session does not send a rejected resource again, so if the control plane goes back to
+    /// one, the relay must reject it without waiting for Envoy.
     known_bad: BTreeMap<Arc<str>, (u64, Arc<str>)>,
-    /// What was taken by an earlier Envoy, and is refused by one that came since.
+    /// Names whose accepted resource was taken by an earlier Envoy and rejected by a later one.
     lacking: BTreeSet<Arc<str>>,
 }
 
 struct Refused {
     resource: Arc<Resource>,
     reason: Arc<str>,
-    /// The host was at fault and not the content: it is tried again.
+    /// Set if the host was the cause and not the resource: the relay then sends the resource again.
     retry: Option<Retry>,
 }
 
 struct Retry {
     pause: Duration,
-    /// `None`: not known yet, or it is being tried.
+    /// When to send the resource again. `None` until the first [`Relay::on_timeout`] after the rejection, and
+    /// while a retry is in flight.
     at: Option<Instant>,
     is_tried: bool,
 }
 
-/// What the host did not let Envoy do is tried again after so long, then after twice as long each time, up to
+/// The first pause before the relay retries a resource that Envoy rejected because of the host. The pause
+/// doubles with each retry.
 const RETRY_FIRST: Duration = Duration::from_secs(2);
-/// so long: an address that comes late is served within a minute, and Envoy's log has a line a minute.
+/// The longest pause: an address that appears late is served within a minute, and Envoy logs one line a minute.
 const RETRY_LAST: Duration = Duration::from_secs(60);
-/// One refusal's words in a NACK, in bytes,
+/// The limit of one reason in a NACK, in bytes.
 const REFUSAL_REASON_MAX: usize = 1024;
-/// and how many refusals it has. The control plane sends again what is not among them, and hears of it then.
+/// The limit of refused resources that one NACK lists. The control plane sends the others again and learns
+/// about them then.
 const REFUSALS_MAX: usize = 256;
 
-/// Reports whether Envoy's words are about the host (an address that somebody else has or that is not there) and not about
-/// the content: the same content may be taken later.
+/// Reports whether Envoy's error text blames the host (an address that is in use or missing) and not the
+/// resource: Envoy may take the same resource later.
 fn is_of_host(reason: &str) -> bool {
     let reason = reason.to_ascii_lowercase();
     const OF_HOST: [&str; 6] = [
@@ -89,26 +104,28 @@ fn is_of_host(reason: &str) -> bool {
 }
 
 struct Unanswered {
-    /// Gone with its stream.
+    /// `None` after the upstream stream has ended.
     ticket: Option<Ticket>,
-    /// For which names Envoy has not answered; `None` is a removal.
+    /// The names for which Envoy has not answered, with the fingerprint of the resource; `None` stands for a
+    /// removal.
     waiting: BTreeMap<Arc<str>, Option<u64>>,
     reasons: Vec<Arc<str>>,
     refusals: Vec<Refusal>,
-    /// Of the store that has it.
+    /// The generation of the store that first contained the response.
     generation: u64,
 }
 
-/// A server sends the next response of a kind after 30 s without an answer; one that is older is never answered.
+/// The limit of unanswered responses per kind. A server sends the next response of a kind after 30 s without an
+/// answer, so an older one is never answered.
 const UNANSWERED_MAX: usize = 4;
 
 impl Relay {
-    /// Nothing is known: Envoy gets no answer before the control plane has given one.
+    /// Makes a relay without any resource: Envoy gets no answer before the control plane has sent one.
     pub fn new(node: Node) -> Relay {
         let mut upstream = Subscriber::new(node);
         upstream.subscribe_all(Kind::Cluster);
         upstream.subscribe_all(Kind::Listener);
-        // Whoever asks below is told that there is nothing that is not for Envoy.
+        // Sessions answer a subscription to `Kind::Local` at once: no resource of that kind is for Envoy.
         let store = Store::partial().apply([present(Resource::absent(Kind::Local, "*"))]);
         Relay {
             upstream,
@@ -123,14 +140,15 @@ impl Relay {
         }
     }
 
-    /// Asks also for what concerns the node and not its proxy. What `check` can make out is [accepted](Relay::accepted)
-    /// at once, and no session ever serves it.
+    /// Subscribes also to resources of [`Kind::Local`], which describe the node and not its proxy. A resource
+    /// that passes `check` is [accepted](Relay::accepted) at once; sessions never serve it.
     pub fn take_local(&mut self, check: CheckLocal) {
         self.check_local = Some(check);
         self.upstream.subscribe_all(Kind::Local);
     }
 
-    /// Goes on with what Envoy [accepted](Relay::accepted) before.
+    /// Makes a relay that continues with the resources that Envoy [accepted](Relay::accepted) in an earlier run
+    /// of the agent.
     pub fn restore(node: Node, accepted: impl IntoIterator<Item = Arc<Resource>>) -> Relay {
         let mut relay = Relay::new(node);
         let mut changes = Vec::new();
@@ -148,38 +166,40 @@ impl Relay {
         relay
     }
 
-    /// What sessions are to serve. It is another one whenever there is something new to serve.
+    /// Returns the store that sessions serve. Each change makes a new store.
     pub fn store(&self) -> &Arc<Store> {
         &self.store
     }
 
-    /// What Envoy took last of each name, tombstones included.
+    /// Iterates over the resources that Envoy took last, one per name, tombstones included.
     pub fn accepted(&self) -> impl Iterator<Item = &Arc<Resource>> {
         self.upstream.all_held()
     }
 
-    /// What Envoy took last of one name, unless one that came since refuses just that.
+    /// Returns the resource that Envoy took last under this name, unless a later Envoy rejected that very
+    /// resource.
     pub fn in_force(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
         self.upstream.held(kind, name).filter(|_| !self.transits[kind].lacking.contains(name))
     }
 
-    /// The names of which [`Relay::in_force`] may be another since this was called last.
+    /// Returns the names for which [`Relay::in_force`] may have changed since the previous call.
     pub fn take_changes(&mut self) -> BTreeSet<(Kind, Arc<str>)> {
         self.upstream.take_changes()
     }
 
-    /// Whether [`Relay::accepted`] has all that there is of a kind which is asked for as a whole: the control plane has told it once,
-    /// now or before a restart, and nothing waits for Envoy's answer.
+    /// Reports whether [`Relay::accepted`] contains all resources of a wildcard kind: the control plane has
+    /// listed them once, now or before a restart, and Envoy has answered for all of them.
     pub fn has_all(&self, kind: Kind) -> bool {
         self.upstream.held(kind, "*").is_some() && self.transits[kind].unanswered.is_empty()
     }
 
-    /// Grows with each change of [`Relay::accepted`] and of [`Relay::in_force`].
+    /// Returns a counter that grows with each change of [`Relay::accepted`] and of [`Relay::in_force`].
     pub fn accepted_revision(&self) -> u64 {
         self.accepted_revision
     }
 
-    /// What Envoy refused, and why.
+    /// Iterates over the names that Envoy rejects, with its reasons: rejected resources first, then rejected
+    /// removals.
     pub fn refused(&self) -> impl Iterator<Item = (Kind, &Arc<str>, &Arc<str>)> {
         self.transits.iter().flat_map(|(kind, transit)| {
             let removals = transit.unremovable.iter().map(|(name, (_, reason))| (name, reason));
@@ -188,12 +208,14 @@ impl Relay {
         })
     }
 
-    /// Reports, once, that Envoy has taken what the control plane was told that it refuses. A new stream tells it so.
+    /// Returns `true` once after Envoy has taken a resource or removal that the relay had rejected. The caller
+    /// then reconnects upstream: only a new stream can report an acceptance after a NACK.
     pub fn take_recovered(&mut self) -> bool {
         std::mem::take(&mut self.has_recovered)
     }
 
-    /// Sends again what is due, and returns when more will be.
+    /// Sends resources again whose retry is due. Returns the time of the next retry, when the caller must call
+    /// this again.
     pub fn on_time(&mut self, now: Instant) -> Option<Instant> {
         let (mut next, mut again) = (None::<Instant>, Vec::new());
         for (_, transit) in self.transits.iter_mut() {
@@ -215,14 +237,15 @@ impl Relay {
         next
     }
 
-    /// Answers Envoy as if what is not known did not exist, until the control plane speaks. Envoy serves nothing while
-    /// it waits, so there comes a time when this is better.
+    /// Makes the store complete until the control plane sends a response: sessions then answer that names
+    /// without a resource do not exist. Envoy serves no traffic while it waits for its first answer, so after
+    /// some time such an answer is better.
     pub fn stop_waiting(&mut self) {
         self.store = Arc::new(self.store.complete());
     }
 }
 
-/// Upstream.
+/// The upstream end, towards the control plane.
 impl Relay {
     pub fn set_node(&mut self, node: Node) {
         self.upstream.set_node(node);
@@ -234,7 +257,8 @@ impl Relay {
         self.upstream.on_connected();
     }
 
-    /// Envoy does not notice. What is on its way to it still goes there, though nobody waits for the answer.
+    /// Notes that the upstream stream ended. Envoy keeps being served: responses on their way to Envoy still
+    /// arrive, but their answers go to nobody.
     pub fn on_disconnected(&mut self) {
         self.upstream.on_disconnected();
         for (_, transit) in self.transits.iter_mut() {
@@ -242,8 +266,9 @@ impl Relay {
         }
     }
 
-    /// The control plane is told what was accepted, and sends what differs from that: so what Envoy has not answered for
-    /// by now is served no longer, or the two would take different things for the same.
+    /// Withdraws resources that Envoy has not answered for and serves the accepted ones instead. A new stream
+    /// lists the accepted versions, so the control plane sends the difference to those; serving the unanswered
+    /// ones too would let both ends disagree about what Envoy has.
     fn take_back(&mut self) {
         let mut changes = Vec::new();
         for (kind, transit) in self.transits.iter_mut() {
@@ -287,7 +312,7 @@ impl Relay {
             self.transits[kind].supersede(&name);
             let bad = self.transits[kind].known_bad.get(&name).cloned();
             if let Some((_, reason)) = bad.filter(|(bad, _)| *bad == resource.fingerprint()) {
-                // Envoy need not be asked twice, and goes on with the last one it took.
+                // Envoy's session does not repeat a rejected resource, so the last good one stays in the store.
                 changes.push(self.last_good(kind, &name));
                 refused_before.push((resource.clone(), reason.clone()));
                 self.transits[kind].refuse(resource, reason);
@@ -305,7 +330,8 @@ impl Relay {
         for (resource, reason) in refused_before {
             let name = resource.name();
             entry.refuse(name, resource.version(), &reason, false);
-            // What Envoy said of two at once must not be said again of the one that has changed since.
+            // One error text of Envoy may blame several resources. The text is not repeated once one of those
+            // resources has changed.
             let is_of_others = others.iter().any(|other| reason.contains(&**other));
             entry.blame(match is_of_others {
                 true => format!("{name}: refused before, and the same since").into(),
@@ -316,7 +342,7 @@ impl Relay {
             self.transits[kind].supersede(&name);
             self.transits[kind].refused.remove(&name);
             if let Some((_, reason)) = self.transits[kind].unremovable.get(&name) {
-                // It has it still, and was asked before.
+                // Envoy has already rejected this removal and still has the resource.
                 entry.refuse(&name, "", reason, true);
                 entry.blame(format!("{name}: {reason}").into());
                 continue;
@@ -326,7 +352,7 @@ impl Relay {
                 true => gone(kind, &name),
                 false => present(Resource::absent(kind, name.clone())),
             });
-            // Of a secret Envoy is never told that it is gone (R30).
+            // Sessions never announce the removal of a secret to Envoy (R30).
             if served && kind != Kind::Secret {
                 entry.waiting.insert(name, None);
             } else {
@@ -351,7 +377,8 @@ impl Relay {
         self.answer(kind);
     }
 
-    /// What is not for Envoy is answered here. What is bad costs itself: what is held of that name stays.
+    /// Answers a response with resources of [`Kind::Local`]. An invalid resource is rejected, and the held one
+    /// of that name stays.
     fn on_local(&mut self, Update { ticket, resources, removed }: Update) {
         let Some(check) = self.check_local else {
             return self.upstream.reject(ticket, "nobody asked for this type");
@@ -375,10 +402,11 @@ impl Relay {
         }
     }
 
-    /// Answers what Envoy has answered for, in the order in which it came.
+    /// Answers the responses whose resources Envoy has all answered for, in the order in which they arrived.
     fn answer(&mut self, kind: Kind) {
         if !kind.has_wildcard() && !self.clients.is_empty() {
-            // What no Envoy asks for, none answers for: it is let go of, and had anew when one asks.
+            // Envoy never answers for a name that no client subscribes to. The relay unsubscribes from it; the
+            // next subscription fetches it again.
             let wanted: Vec<_> = self.clients.values().map(|client| &client[kind]).collect();
             let mut unwanted = Vec::new();
             for entry in &mut self.transits[kind].unanswered {
@@ -420,14 +448,14 @@ impl Relay {
     }
 }
 
-/// Downstream.
+/// The downstream end, towards Envoy.
 impl Relay {
     pub fn on_client_connected(&mut self) -> ClientId {
         let id = ClientId(self.next_client);
         self.next_client += 1;
         self.clients.insert(id, PerKind::default());
-        // It may be another Envoy, or the cause may be gone: it is asked itself what it refuses. One that has refused it
-        // already is not asked again.
+        // The new client may be another Envoy, or the cause of a rejection may have disappeared, so the client
+        // gets the rejected resources once. Sessions that rejected them before do not send them again.
         let mut changes = Vec::new();
         for (_, transit) in self.transits.iter_mut() {
             transit.known_bad.clear();
@@ -439,7 +467,7 @@ impl Relay {
         id
     }
 
-    /// What it asked for stays asked for: an Envoy that comes next wants the same.
+    /// Removes a client. The upstream subscriptions stay: the next Envoy needs the same resources.
     pub fn on_client_disconnected(&mut self, client: ClientId) {
         self.clients.remove(&client);
         for kind in Kind::ALL {
@@ -451,7 +479,7 @@ impl Relay {
                 .map(|(name, _)| name.clone())
                 .collect();
             for name in removed {
-                // Nobody has it any more.
+                // No Envoy has the removed resource any more.
                 self.transits[kind].unremovable.remove(&name);
                 self.accept_removal(kind, &name);
                 self.has_recovered = true;
@@ -459,10 +487,10 @@ impl Relay {
         }
     }
 
-    /// An event of the session that serves this client.
+    /// Processes an event of the session that serves this client.
     pub fn on_client_event(&mut self, client: ClientId, event: Event) {
         match event {
-            // What it asks for and never gets is nobody's business above.
+            // Sessions never serve `Kind::Local`, so subscriptions to it are not passed on.
             Event::Subscribed { kind: Kind::Local, .. } | Event::Unsubscribed { kind: Kind::Local, .. } => {}
             Event::Subscribed { kind, name } => {
                 if let Some(client) = self.clients.get_mut(&client) {
@@ -494,7 +522,7 @@ impl Relay {
             return;
         }
         let fingerprint = resource.as_ref().map(|resource| resource.fingerprint());
-        // Endpoints whose removal is due may be taken as an assignment without any.
+        // Envoy may take an assignment without endpoints while the removal of that assignment is due.
         let removed = self.transits[kind].take(name, |waiting| waiting.is_none() || waiting == fingerprint)
             == Some(None);
         let served = self.store.get(kind, name).map(|served| served.fingerprint());
@@ -511,8 +539,8 @@ impl Relay {
             }
         }
         match resource {
-            // Also what is served no longer: it is what Envoy has, and goes back to if it refuses what came since.
-            // But not what it has let go of in the same breath.
+            // The accepted resource may no longer be in the store: Envoy still has it, and keeps it if it
+            // rejects a later version. Names without any subscriber are excluded.
             Some(resource)
                 if self.is_wanted(kind, name)
                     && self.upstream.held(kind, name).is_none_or(|held| *held != resource) =>
@@ -529,7 +557,7 @@ impl Relay {
         }
     }
 
-    /// Whether what is held of `name` is refused by an Envoy that came since.
+    /// Notes whether the accepted resource of `name` is rejected by an Envoy that connected later.
     fn is_lacking(&mut self, kind: Kind, name: &Arc<str>, now: bool) {
         let lacking = &mut self.transits[kind].lacking;
         if if now { lacking.insert(name.clone()) } else { lacking.remove(name) } {
@@ -542,7 +570,8 @@ impl Relay {
         kind.has_wildcard() || self.clients.values().any(|client| client[kind].contains(name))
     }
 
-    /// Nothing more will be said of what came with `generation` or before: Envoy has what the store has of it.
+    /// A session has told Envoy everything up to `generation`: Envoy has what the store has, so all responses
+    /// up to that generation count as answered.
     fn on_settled(&mut self, kind: Kind, generation: u64) {
         let mut settled = Vec::new();
         for entry in &mut self.transits[kind].unanswered {
@@ -551,7 +580,7 @@ impl Relay {
             }
         }
         for (name, waiting) in settled {
-            // What nobody asked for by name, nobody was told.
+            // Sessions do not send names that no client subscribed to.
             if !self.is_wanted(kind, &name) {
                 continue;
             }
@@ -585,7 +614,7 @@ impl Relay {
         if self.upstream.held(kind, name).is_some_and(|held| held == resource) {
             self.is_lacking(kind, name, true);
         }
-        // An Envoy that starts now must not get what this one refused.
+        // An Envoy that connects now must not get the rejected resource.
         let is_served = self.store.get(kind, name).is_some_and(|served| served == resource);
         if is_served {
             let change = self.last_good(kind, name);
@@ -594,7 +623,8 @@ impl Relay {
         self.answer(kind);
     }
 
-    /// Envoy keeps what it has, though the store has it no more: that is what it is told from now on, and nobody asks again.
+    /// Records that Envoy keeps a resource whose removal it rejected. The removal stays in the store, and
+    /// Envoy's session does not repeat it.
     fn on_removal_rejected(&mut self, client: ClientId, kind: Kind, name: &Arc<str>, reason: &Arc<str>) {
         let mut is_of_control_plane = false;
         for entry in &mut self.transits[kind].unanswered {
@@ -611,8 +641,8 @@ impl Relay {
         self.answer(kind);
     }
 
-    /// What is served in place of what was refused: the last that Envoy took, or that there is none. An Envoy that asks is
-    /// answered in any case, since it serves nothing while it waits (R31).
+    /// The replacement of a rejected resource in the store: the one that Envoy took last, or its absence. A
+    /// client that asks gets an answer in either case, since Envoy serves nothing while it waits (R31).
     fn last_good(&self, kind: Kind, name: &Arc<str>) -> Change {
         match self.upstream.held(kind, name) {
             Some(held) => present(held.clone()),
@@ -621,10 +651,10 @@ impl Relay {
         }
     }
 
-    /// No client wants `name` any more, perhaps.
+    /// Unsubscribes from `name` upstream if no client subscribes to it.
     fn leave(&mut self, kind: Kind, name: &Arc<str>) {
         let wanted = self.clients.values().any(|client| client[kind].contains(name));
-        // While no control plane answers, what is thrown away could not be had again.
+        // Without a control plane a dropped resource could not be fetched again.
         if wanted || &**name == "*" || !self.is_connected() {
             return;
         }
@@ -637,7 +667,8 @@ impl Relay {
         }
     }
 
-    /// An Envoy that has its listeners has asked for all that they need. What only an earlier one asked for goes.
+    /// Unsubscribes from endpoints and routes that only an earlier Envoy asked for. An Envoy that has its
+    /// listeners has subscribed to everything that they need.
     fn prune(&mut self) {
         for kind in [Kind::Endpoint, Kind::Route] {
             let wanted = |name: &Arc<str>| self.clients.values().any(|client| client[kind].contains(name));
@@ -650,7 +681,8 @@ impl Relay {
 }
 
 impl Transit {
-    /// Notes what Envoy refused, and returns what the control plane sent of it.
+    /// Records that Envoy rejected a resource. Returns the resource as the control plane sent it, which differs
+    /// from `resource` if that was a retry.
     fn refuse(&mut self, resource: Arc<Resource>, reason: Arc<str>) -> Arc<Resource> {
         let before =
             self.refused.remove(resource.name()).filter(|before| before.resource.is_again(&resource));
@@ -669,12 +701,12 @@ impl Transit {
         resource
     }
 
-    /// A newer response decides about `name`.
+    /// Stops waiting for an answer about `name`: a newer response replaces its resource.
     fn supersede(&mut self, name: &str) {
         self.unanswered.iter_mut().for_each(|entry| _ = entry.waiting.remove(name));
     }
 
-    /// Takes what was waited for, if it is `this`.
+    /// Stops waiting for `name` if `matches` accepts the awaited fingerprint, and returns that fingerprint.
     fn take(&mut self, name: &str, this: impl Fn(Option<u64>) -> bool) -> Option<Option<u64>> {
         let mut taken = None;
         for entry in &mut self.unanswered {
@@ -711,7 +743,7 @@ fn bounded(mut refusals: Vec<Refusal>) -> Refusals {
 
 type Change = (Arc<str>, Option<Arc<Group>>);
 
-/// Each resource comes and goes alone.
+/// The key of a resource's group. Each resource has a group of its own, which the relay can replace alone.
 fn key(kind: Kind, name: &str) -> Arc<str> {
     format!("{kind} {name}").into()
 }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-/// One resource: encoded when it is made, and never again.
+/// A named xDS resource, encoded once when it is made.
 ///
-/// A protobuf message is the concatenation of its fields, so a response is a small head of its own followed by the
-/// fields that every stream shares. One allocation serves both variants of the protocol, because in both the field
-/// is number 2 and the `Any` is written last:
+/// A protobuf message is the concatenation of its fields, so a response is a small head of its own followed by
+/// fields that all streams share. One allocation serves both variants of the protocol, because in both the
+/// field number is 2 and the `Any` is written last:
 ///
 /// ```text
 ///             delta()  = DeltaDiscoveryResponse.resources
@@ -32,40 +32,46 @@ pub struct Resource {
 
 static ENCODINGS: AtomicU64 = AtomicU64::new(0);
 
-/// How often this process turned a message into bytes. A change of one resource costs one, whoever watches it.
+/// Returns how many messages this process has encoded. A change of one resource costs one encoding, however
+/// many streams send it.
 pub fn encodings() -> u64 {
     ENCODINGS.load(Ordering::Relaxed)
 }
 
-/// A version has as many digits whatever it is, so that it can be written after what follows it is known.
+/// The length of a version. Every version has this length, so the version can be filled in after the bytes
+/// behind it are written.
 const VERSION_DIGITS: usize = 16;
 
 impl Resource {
-    /// The version is a hash of the content: the same on every replica and after every restart (R09).
+    /// Encodes `value`. The version is a hash of the content: the same on every replica and after every restart
+    /// (R09).
     pub fn new(kind: Kind, name: impl Into<Arc<str>>, value: &impl Message) -> Arc<Resource> {
         ENCODINGS.fetch_add(1, Ordering::Relaxed);
         let mut layout = Layout::new(kind, name.into(), VERSION_DIGITS, value.encoded_len());
-        // A `BytesMut` has room for whatever is written to it.
+        // Encoding into a `BytesMut` cannot fail: it grows.
         _ = value.encode(&mut layout.buffer);
         layout.finish(None)
     }
 
-    /// As [`Resource::new`], of a message that was encoded elsewhere.
+    /// Makes a resource from a message that is already encoded. The version is the hash that [`Resource::new`]
+    /// would compute.
     pub fn from_bytes(kind: Kind, name: impl Into<Arc<str>>, value: &[u8]) -> Arc<Resource> {
         let mut layout = Layout::new(kind, name.into(), VERSION_DIGITS, value.len());
         layout.buffer.put_slice(value);
         layout.finish(None)
     }
 
-    /// A resource that another server made: its version means something only there.
+    /// Makes a resource that another server encoded and versioned. The version is opaque: it has a meaning only
+    /// on that server.
     pub fn with_version(kind: Kind, name: impl Into<Arc<str>>, version: &str, value: &[u8]) -> Arc<Resource> {
         let mut layout = Layout::new(kind, name.into(), version.len(), value.len());
         layout.buffer.put_slice(value);
         layout.finish(Some(version))
     }
 
-    /// Says of a name that there is no such resource, in a [`Store::partial`](crate::Store::partial) where silence
-    /// says nothing. Of the name `*` it says that all there is of the kind is in the store.
+    /// Makes a tombstone: it states that the resource does not exist, in a
+    /// [`Store::partial`](crate::Store::partial), where a missing name may still exist. A tombstone of the name
+    /// `*` states that the store has all resources of the kind.
     pub fn absent(kind: Kind, name: impl Into<Arc<str>>) -> Arc<Resource> {
         Arc::new(Resource {
             kind,
@@ -78,7 +84,8 @@ impl Resource {
         })
     }
 
-    /// The same once more, for clients that refused it: to a [`Session`](crate::Session) it is another content, and is sent.
+    /// Returns a copy of this resource with a new fingerprint, to send it once more to clients that rejected
+    /// it: a [`Session`](crate::Session) treats the copy as new content. `attempt` must differ for each copy.
     pub(crate) fn again(&self, attempt: u64) -> Arc<Resource> {
         Arc::new(Resource {
             kind: self.kind,
@@ -91,7 +98,8 @@ impl Resource {
         })
     }
 
-    /// Reports whether both have the same bytes and version, whether or not one of them is sent [again](Resource::again).
+    /// Reports whether both have the same bytes and version, even if one of them is a [copy to
+    /// retry](Resource::copy_to_retry).
     pub(crate) fn is_again(&self, other: &Resource) -> bool {
         self.kind == other.kind && self.encoded == other.encoded
     }
@@ -112,12 +120,12 @@ impl Resource {
         self.encoded.is_empty()
     }
 
-    /// The value of the `Any`: the message itself.
+    /// The encoded message itself, which is the value of the `Any`.
     pub fn value(&self) -> Bytes {
         self.encoded.slice(self.value_at..)
     }
 
-    /// Stands for version and content together: what a client holds is compared by this.
+    /// A hash of version and content together. Sessions compare resources by it.
     pub(crate) fn fingerprint(&self) -> u64 {
         self.fingerprint
     }
@@ -133,7 +141,7 @@ impl Resource {
     }
 }
 
-/// Equal content: two resources made apart from the same message are the same to every client.
+/// Compares the content: two resources made from the same message are equal, wherever they were made.
 impl PartialEq for Resource {
     fn eq(&self, other: &Resource) -> bool {
         self.kind == other.kind && self.fingerprint == other.fingerprint && self.name == other.name
@@ -148,7 +156,7 @@ impl fmt::Debug for Resource {
     }
 }
 
-/// A resource whose value is still to be written at the end of `buffer`.
+/// A resource under construction: everything is written to `buffer` except the value, which goes to its end.
 struct Layout {
     kind: Kind,
     name: Arc<str>,
@@ -192,7 +200,7 @@ impl Layout {
     }
 }
 
-/// The length of a whole length-delimited field: every tag of ours is one byte.
+/// The length of a whole length-delimited field. Every tag that vmesh writes takes one byte.
 pub(crate) fn field_len(content_len: usize) -> usize {
     1 + encoded_len_varint(content_len as u64) + content_len
 }

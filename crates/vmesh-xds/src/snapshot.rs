@@ -9,11 +9,12 @@ pub enum Groups {
     Named(BTreeSet<Arc<str>>),
 }
 
-/// What of a store a client may see: anything else is to it as what does not exist (R35).
+/// Which resources of a store one client may see. The server answers a client as if resources outside its scope
+/// did not exist (R35).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scope {
     pub groups: Groups,
-    /// Resources of this client alone. They win over those of the store.
+    /// Resources for this client alone. They replace resources of the store that have the same kind and name.
     pub own: Arc<Group>,
 }
 
@@ -38,18 +39,18 @@ impl Scope {
     }
 }
 
-/// Everything that one client is to have, at one moment.
+/// All resources that one client may see, at one moment.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     pub store: Arc<Store>,
     pub scope: Arc<Scope>,
 }
 
-/// What a snapshot knows of a name.
+/// The result of looking up a name in a snapshot.
 pub(crate) enum Known<'a> {
     Present(&'a Arc<Resource>),
     Absent,
-    /// Only in a partial store: it may exist.
+    /// The store is partial and has no record of the name: the resource may exist.
     Unknown,
 }
 
@@ -73,18 +74,19 @@ impl Snapshot {
         }
     }
 
-    /// Whether [`Snapshot::of_kind`] is all there is.
+    /// Reports whether [`Snapshot::of_kind`] lists all resources of the kind that exist.
     pub(crate) fn knows_all(&self, kind: Kind) -> bool {
         !self.store.is_partial() || self.has_all(kind)
     }
 
-    /// Whether a partial store was told that it has all of a kind.
+    /// Reports whether a partial store has the tombstone `*`, which states that it has all resources of the
+    /// kind.
     fn has_all(&self, kind: Kind) -> bool {
         kind.has_wildcard()
             && self.store.find(kind, "*", |key| self.scope.contains(key)).is_some_and(|star| star.is_absent())
     }
 
-    /// Every resource of a kind, once.
+    /// Iterates over all resources of a kind that the client may see, each name once.
     pub fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &Arc<Resource>> {
         let own = self.scope.own.of_kind(kind).iter();
         let shared = self.groups().flat_map(move |group| group.of_kind(kind));
@@ -106,8 +108,8 @@ impl Snapshot {
         }
     }
 
-    /// Calls `changed` with a resource of each name that may differ from `before`, perhaps more than once for one
-    /// name. The cost is that of the groups in scope that changed, as long as the stores come from one another.
+    /// Calls `changed` with a resource of each name that may differ from `before`, perhaps more than once for
+    /// one name. The cost is that of the changed groups in scope, as long as both stores have the same lineage.
     pub(crate) fn changes_since(&self, before: &Snapshot, mut changed: impl FnMut(&Arc<Resource>)) {
         diff(Some(&before.scope.own), Some(&self.scope.own), &mut changed);
         let old = |key: &str| before.store.group(key).filter(|_| before.scope.contains(key));
@@ -121,7 +123,7 @@ impl Snapshot {
         };
         let logged_at_most = |most: usize| logged().is_some_and(|mut keys| keys.nth(most).is_none());
         match (&before.scope.groups, &self.scope.groups) {
-            // A handful of groups is sooner compared by their pointers than a long log is read.
+            // Comparing the pointers of a few groups is cheaper than reading a long log.
             (_, Groups::Named(names)) if logged_at_most(names.len()) => {
                 let in_scope = logged().into_iter().flatten().filter(|key| names.contains(*key));
                 in_scope.for_each(|key| compare(key));
@@ -147,7 +149,7 @@ fn diff(old: Option<&Arc<Group>>, new: Option<&Arc<Group>>, changed: &mut impl F
     let old = old.map(|group| group.resources()).unwrap_or_default();
     let new = new.map(|group| group.resources()).unwrap_or_default();
     let (mut olds, mut news) = (old.iter().peekable(), new.iter().peekable());
-    // Both are sorted, so that one walk meets every name of either once.
+    // Both lists are sorted, so one pass visits every name of either list once.
     loop {
         let order = match (olds.peek(), news.peek()) {
             (None, None) => return,

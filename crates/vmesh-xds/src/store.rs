@@ -7,7 +7,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The resources that come and go together, such as those of one service. The key means nothing here.
+/// Resources that are set and removed together, such as those of one service. The key has no meaning in this
+/// crate.
 #[derive(PartialEq, Eq)]
 pub struct Group {
     key: Arc<str>,
@@ -16,7 +17,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// Of two resources with one kind and name, the later counts.
+    /// Makes a group. If two resources have the same kind and name, the later one is kept.
     pub fn new(key: impl Into<Arc<str>>, resources: impl IntoIterator<Item = Arc<Resource>>) -> Arc<Group> {
         let mut resources: Vec<_> = resources.into_iter().collect();
         resources.reverse();
@@ -55,15 +56,16 @@ fn place(resource: &Resource) -> (Kind, &str) {
     (resource.kind(), resource.name())
 }
 
-/// Every group there is, at one moment. A change makes a new store that shares all that did not change.
+/// All groups at one moment. A store is immutable: a change makes a new store that shares all unchanged groups.
 #[derive(Clone)]
 pub struct Store {
-    /// Generations are comparable between stores that were made from one another.
+    /// Identifies the family of stores that derive from one empty store. Only their generations are comparable.
     lineage: u64,
     generation: u64,
     partial: bool,
     groups: RedBlackTreeMapSync<Arc<str>, Arc<Group>>,
-    /// The groups that have a resource of that name, sorted. It changes with the names, not with their content.
+    /// For each kind and name, the sorted keys of the groups that have such a resource. Only added and removed
+    /// names change this index; new content does not.
     owners: PerKind<HashTrieMapSync<Arc<str>, Vec<Arc<str>>, RandomState>>,
     log: Log,
 }
@@ -75,8 +77,8 @@ impl Default for Store {
 }
 
 impl Store {
-    /// A store that knows only what it has been told: of a name that is not in it, it does not know whether the
-    /// resource exists. A session then waits instead of answering that there is none.
+    /// Makes an empty store that may be incomplete: resources without a record in the store may exist. A session then waits
+    /// instead of answering that the resource does not exist.
     pub fn partial() -> Store {
         Store::new(true)
     }
@@ -93,12 +95,12 @@ impl Store {
         }
     }
 
-    /// From now on what is not in the store does not exist.
+    /// Returns a store with the same groups that is complete: a name that it does not have does not exist.
     pub fn complete(&self) -> Store {
         self.with_partial(false)
     }
 
-    /// The opposite of [`Store::complete`].
+    /// Returns a store with the same groups that may be incomplete: the opposite of [`Store::complete`].
     pub fn incomplete(&self) -> Store {
         self.with_partial(true)
     }
@@ -107,13 +109,13 @@ impl Store {
         if self.partial == partial {
             return self.clone();
         }
-        // Every answer may differ now, so that no generation before this one can be compared with.
+        // Every lookup may now give another answer, so no earlier generation can be compared with this one.
         let generation = self.generation + 1;
         Store { partial, generation, log: Log::starting_at(generation), ..self.clone() }
     }
 
-    /// Sets or, with `None`, removes groups. The cost is that of the change; when there is none, the generation
-    /// stays.
+    /// Sets groups or, with `None`, removes them. The cost is proportional to the change. The generation grows
+    /// only if a group differs.
     pub fn apply(&self, changes: impl IntoIterator<Item = (Arc<str>, Option<Arc<Group>>)>) -> Store {
         let mut next = self.clone();
         let mut changed = BTreeSet::new();
@@ -179,7 +181,7 @@ impl Store {
         self.partial
     }
 
-    /// Whether the generations of the two stores count the same changes.
+    /// Reports whether the generations of the two stores count the same changes.
     pub fn descends_with(&self, other: &Store) -> bool {
         self.lineage == other.lineage
     }
@@ -188,7 +190,7 @@ impl Store {
         self.groups.get(key)
     }
 
-    /// In the order of their keys.
+    /// Iterates over the groups in the order of their keys.
     pub fn groups(&self) -> impl Iterator<Item = &Arc<Group>> {
         self.groups.values()
     }
@@ -201,12 +203,12 @@ impl Store {
         self.groups.is_empty()
     }
 
-    /// If several groups have it, the one with the smallest key counts.
+    /// Looks up a resource. If several groups have it, the group with the smallest key wins.
     pub fn get(&self, kind: Kind, name: &str) -> Option<&Arc<Resource>> {
         self.find(kind, name, |_| true).filter(|resource| !resource.is_absent())
     }
 
-    /// As [`Store::get`] among the groups that are `visible`, tombstones included.
+    /// As [`Store::get`], but searches only the groups that are `visible` and returns tombstones too.
     pub(crate) fn find(
         &self,
         kind: Kind,
@@ -222,8 +224,9 @@ impl Store {
         self.owners[kind].get(name).is_some_and(|owners| owners.len() == 1)
     }
 
-    /// The keys of the groups that changed after `generation`, some perhaps twice. `None`: that is too long ago, or
-    /// a generation of another store, and everything is to be compared.
+    /// Returns the keys of the groups that changed after `generation`, some perhaps twice. Returns `None` if
+    /// the log no longer reaches back to that generation or if the generation is in the future: then the caller
+    /// must compare all groups.
     pub fn changed_since(&self, generation: u64) -> Option<impl Iterator<Item = &Arc<str>>> {
         let known = (self.log.from..=self.generation).contains(&generation);
         known.then(|| self.log.changes.range(generation + 1..).flat_map(|(_, keys)| keys.iter()))
@@ -236,7 +239,7 @@ impl fmt::Debug for Store {
     }
 }
 
-/// Which groups changed in the generations after `from`.
+/// Which groups changed in each generation after `from`.
 #[derive(Clone)]
 struct Log {
     from: u64,
@@ -245,7 +248,7 @@ struct Log {
 }
 
 impl Log {
-    /// Who is further behind compares the groups one by one, which by then is no dearer.
+    /// Limits of the log. A reader that is further behind compares all groups, which costs no more by then.
     const GENERATIONS: usize = 1024;
     const KEYS: usize = 16 * 1024;
 

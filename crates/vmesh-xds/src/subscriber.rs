@@ -6,19 +6,27 @@ use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use vmesh_proto::google::rpc;
 
-/// A client's end of a delta ADS stream, and of the streams that follow when it breaks.
+/// The protocol state of a client: one delta ADS stream, and the streams that replace it when it breaks. It
+/// does no I/O.
 ///
-/// It answers a response only when its owner says so, because the owner knows later whether what came is any good.
-/// What the owner [holds](Subscriber::hold) is not sent again after a reconnect.
+/// Call [`on_connected`](Subscriber::on_connected) when a stream opens, then send what
+/// [`poll_request`](Subscriber::poll_request) returns until it returns `None`, and again after each other call.
+/// Pass each response to [`on_response`](Subscriber::on_response) and answer it with
+/// [`accept`](Subscriber::accept), [`acknowledge`](Subscriber::acknowledge) or [`reject`](Subscriber::reject);
+/// the owner may do so much later, when it knows whether the resources are good. Call
+/// [`on_disconnected`](Subscriber::on_disconnected) when the stream ends.
+///
+/// Resources that the owner [holds](Subscriber::hold) are listed with their versions after a reconnect, and the
+/// server does not send them again.
 pub struct Subscriber {
     node: Node,
-    /// Counts the streams, so that an answer to an older one is not given on a newer.
+    /// The number of the stream, so that a late answer to an older stream is not sent on a newer one.
     stream: u64,
     connected: bool,
     introduced: bool,
     interests: PerKind<Interest>,
     answers: VecDeque<DeltaDiscoveryRequest>,
-    /// Of what something else is held since [`Subscriber::take_changes`].
+    /// The names whose held resource changed since the last [`Subscriber::take_changes`].
     changes: BTreeSet<(Kind, Arc<str>)>,
 }
 
@@ -26,18 +34,18 @@ pub struct Subscriber {
 struct Interest {
     wildcard: bool,
     names: BTreeSet<Arc<str>>,
-    /// Whether a request of this kind went out on this stream.
+    /// Whether a request of this kind was sent on the current stream.
     asked: bool,
-    /// Names, and `*`, to be told on this stream.
+    /// Names to subscribe to with the next request of this stream, `*` included.
     subscribe: BTreeSet<Arc<str>>,
     unsubscribe: BTreeSet<Arc<str>>,
-    /// With tombstones of what there is not.
+    /// The resources that the owner holds, tombstones included.
     held: BTreeMap<Arc<str>, Arc<Resource>>,
-    /// What came and is not held in that version.
+    /// Names of received resources that the owner does not hold in the received version.
     unheld: BTreeSet<Arc<str>>,
 }
 
-/// One response.
+/// One response of the server.
 #[derive(Debug)]
 pub struct Update {
     pub ticket: Ticket,
@@ -59,9 +67,11 @@ impl Ticket {
     }
 }
 
-/// No resource has this type: a server counts the request and keeps the stream.
+/// The type of a request that only names the node. No resource has this type: a server counts the request and
+/// keeps the stream.
 const INTRODUCTION: &str = "type.googleapis.com/vmesh.NodeReport";
-/// Names with their versions that fit into a first request, whatever their length.
+/// A first request may list this many names with their versions. Above this number the node is sent in a
+/// request of its own.
 const INTRODUCED_ALONE: usize = 1000;
 
 impl Subscriber {
@@ -81,7 +91,7 @@ impl Subscriber {
         }
     }
 
-    /// Who this is, from the next stream on.
+    /// Sets the node that is sent at the beginning of the next stream.
     pub fn set_node(&mut self, node: Node) {
         self.node = node;
     }
@@ -90,7 +100,7 @@ impl Subscriber {
         self.connected
     }
 
-    /// A stream is open: everything is asked for anew.
+    /// Starts a new stream: all subscriptions are sent again.
     pub fn on_connected(&mut self) {
         self.on_disconnected();
         self.stream += 1;
@@ -117,7 +127,7 @@ impl Subscriber {
         }
     }
 
-    /// What was held of it is forgotten.
+    /// Unsubscribes from a name and forgets the resource that was held under it.
     pub fn unsubscribe(&mut self, kind: Kind, name: &str) {
         let interest = &mut self.interests[kind];
         let Some(name) = interest.names.take(name) else { return };
@@ -146,18 +156,19 @@ impl Subscriber {
         self.interests[kind].wildcard
     }
 
-    /// By name.
+    /// Iterates over the names with a subscription by name.
     pub fn subscriptions(&self, kind: Kind) -> impl Iterator<Item = &Arc<str>> {
         self.interests[kind].names.iter()
     }
 
-    /// The next request to send.
+    /// Returns the next request to send, or `None` if there is none for now.
     pub fn poll_request(&mut self) -> Option<DeltaDiscoveryRequest> {
         if !self.connected {
             return None;
         }
         if !self.introduced && self.held_names() > INTRODUCED_ALONE {
-            // Who comes with much says first who comes: a stranger's request has to be small.
+            // A server limits the requests of clients that it has not admitted, so a client with a long list of
+            // versions first sends only its node.
             self.introduced = true;
             return Some(DeltaDiscoveryRequest {
                 node: Some(self.node.clone()),
@@ -173,7 +184,8 @@ impl Subscriber {
         Some(request)
     }
 
-    /// `None`: there is nothing in it that anybody asked for, and it is refused.
+    /// Decodes a response. Returns `None` after rejecting a response of an unknown type or with a malformed
+    /// resource.
     pub fn on_response(&mut self, response: DeltaDiscoveryResponse) -> Option<Update> {
         let DeltaDiscoveryResponse { type_url, nonce, resources, removed_resources, .. } = response;
         let Some(kind) = Kind::from_type_url(&type_url) else {
@@ -202,26 +214,27 @@ impl Subscriber {
         Some(update)
     }
 
-    /// Holds all that came, and says so.
+    /// Holds all resources of the response, forgets the removed ones, and ACKs the response.
     pub fn accept(&mut self, update: Update) {
         update.resources.into_iter().for_each(|resource| self.hold(resource));
         update.removed.iter().for_each(|name| self.forget(update.ticket.kind, name));
         self.acknowledge(update.ticket);
     }
 
-    /// ACK. On another stream than that of the response it means nothing.
+    /// ACKs a response, unless its stream has ended.
     pub fn acknowledge(&mut self, ticket: Ticket) {
         if ticket.stream == self.stream && self.connected {
             self.answers.push_back(answer(ticket.kind.type_url().to_owned(), ticket.nonce));
         }
     }
 
-    /// NACK.
+    /// Rejects a response (NACK), unless its stream has ended.
     pub fn reject(&mut self, ticket: Ticket, reason: &str) {
         self.reject_some(ticket, reason, None);
     }
 
-    /// NACK that says which resources it is about.
+    /// Rejects a response (NACK) and lists the refused resources in the details of the error, for a server that
+    /// reads them.
     pub fn reject_some(&mut self, ticket: Ticket, reason: &str, refusals: Option<&agent::Refusals>) {
         if ticket.stream == self.stream && self.connected {
             let mut answer = refusal(ticket.kind.type_url().to_owned(), ticket.nonce, reason);
@@ -232,7 +245,7 @@ impl Subscriber {
         }
     }
 
-    /// From now on this is what there is of that name, or that there is none.
+    /// Holds a resource, or a tombstone that states that the resource does not exist.
     pub fn hold(&mut self, resource: Arc<Resource>) {
         let interest = &mut self.interests[resource.kind()];
         interest.unheld.remove(resource.name());
@@ -248,12 +261,13 @@ impl Subscriber {
         }
     }
 
-    /// For who goes by more than what is held.
+    /// Adds a name to [`Subscriber::take_changes`] although its held resource is the same: for an owner whose
+    /// view of it changed.
     pub fn note_change(&mut self, kind: Kind, name: &Arc<str>) {
         self.changes.insert((kind, name.clone()));
     }
 
-    /// Of what something else may be held than when this was called last.
+    /// Returns the names whose held resource may have changed since the previous call.
     pub fn take_changes(&mut self) -> BTreeSet<(Kind, Arc<str>)> {
         std::mem::take(&mut self.changes)
     }
@@ -278,13 +292,14 @@ impl Interest {
                 return None;
             }
             self.asked = true;
-            // No name at all means "all" (R21).
+            // The first request of a kind without any name subscribes to all (R21).
             let star = (self.wildcard && !self.names.is_empty()).then(|| "*".to_owned());
             request.resource_names_subscribe =
                 star.into_iter().chain(self.names.iter().map(|name| name.to_string())).collect();
             let held = self.held.values().filter(|resource| !resource.is_absent());
             let held = held.map(|resource| (resource.name().to_string(), resource.version().to_owned()));
-            // What came and was never held may be gone by now: with a version that no server has, one hears of it.
+            // The server may have removed a received but never held resource meanwhile. Listing it with an
+            // empty version, which no server uses, makes the server answer for it.
             let unheld = self.unheld.iter().map(|name| (name.to_string(), String::new()));
             request.initial_resource_versions = held.chain(unheld).collect();
             return Some(request);

@@ -21,7 +21,7 @@ use vmesh_xds::server::{
 };
 use vmesh_xds::{Failure, Group, Kind, Resource, Scope, SessionStatus, State, Store};
 
-/// A control plane that admits everyone but the node `stranger`, and nobody while it is `unready`.
+/// An admission that rejects the node `stranger`, and every node while it is `unready`.
 struct Control {
     hub: Hub,
     seen: Arc<Mutex<Seen>>,
@@ -310,7 +310,7 @@ async fn garbage_costs_its_connection_and_nothing_else() {
     assert!(!server.task.is_finished());
 }
 
-/// Calls by hand: what a gRPC library would not send.
+/// Makes a call that no gRPC library would send.
 async fn call(
     server: &Server,
     path: &str,
@@ -374,7 +374,7 @@ async fn a_call_that_makes_no_sense_is_answered_with_a_status() {
 #[tokio::test]
 async fn a_request_that_would_be_large_in_memory_is_not_decoded() {
     let server = Server::start().await;
-    // Before anybody is admitted: more than a mebibyte, and a mebibyte of empty strings.
+    // Before its admission a client sends more than a mebibyte, and then a mebibyte of empty strings.
     for (names, len) in [(1, 1_100_000), (500_000, 0)] {
         let mut envoy = server.connect().await;
         let mut large = request(Kind::Endpoint, "web-1");
@@ -382,7 +382,7 @@ async fn a_request_that_would_be_large_in_memory_is_not_decoded() {
         envoy.send(&large).await.unwrap();
         assert_eq!(end_of(&mut envoy).await.code, Code::ResourceExhausted, "{names} names");
     }
-    // After that: 8 MB of empty strings.
+    // After its admission a client sends 8 MB of empty strings.
     let mut envoy = server.connect().await;
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
     within(envoy.next()).await.unwrap();
@@ -395,7 +395,7 @@ async fn a_request_that_would_be_large_in_memory_is_not_decoded() {
 #[tokio::test]
 async fn incomplete_requests_of_strangers_share_a_bounded_memory() {
     let server = Server::start().await;
-    // 160 streams that each send most of a mebibyte and never the rest; 64 MiB is what they share.
+    // 160 streams each send most of a mebibyte and never the rest. Their common budget is 64 MiB.
     let half: &'static [u8] = [&[0, 0, 0x0f, 0xff, 0xff][..], &vec![0; 900_000]].concat().leak();
     let mut ended = tokio::task::JoinSet::new();
     let (held, holding) = watch::channel(0);
@@ -425,7 +425,8 @@ async fn incomplete_requests_of_strangers_share_a_bounded_memory() {
     let mut refused = 0;
     while refused < 80 {
         match within(ended.join_next()).await.unwrap().unwrap().as_str() {
-            // RESOURCE_EXHAUSTED; DEADLINE_EXCEEDED is of those who got their share and never made use of it.
+            // "8" is RESOURCE_EXHAUSTED. "4" is DEADLINE_EXCEEDED, for streams that got a share of the budget
+            // and then sent nothing more.
             "8" => refused += 1,
             other => assert_eq!(other, "4"),
         }
@@ -446,7 +447,7 @@ async fn connections_that_show_nothing_are_closed_and_keep_nobody_out() {
     let mut silent = Vec::new();
     for i in 0..200 {
         let mut tcp = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-        // The second half begins HTTP/2 and then says nothing.
+        // The second half of the connections begins HTTP/2 and then stays silent.
         if i >= 100 {
             _ = tcp.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
         }
@@ -456,7 +457,7 @@ async fn connections_that_show_nothing_are_closed_and_keep_nobody_out() {
     envoy.send(&request(Kind::Cluster, "web-1")).await.unwrap();
     assert_eq!(within(envoy.next()).await.unwrap().resources.len(), 1);
     assert!(bounded.gate.counts().connections <= 40);
-    // Nobody presses any more, and all the same they are closed.
+    // Silent connections are closed even when no new ones arrive.
     for mut tcp in silent {
         _ = within(tcp.read_to_end(&mut Vec::new())).await;
     }
@@ -490,7 +491,7 @@ async fn one_address_does_not_take_every_place() {
     assert!(within(fourth).await.is_err());
     let mut elsewhere = AdsStream::connect(&format!("http://127.0.0.2:{port}")).await.unwrap();
     elsewhere.send(&request(Kind::Cluster, "web-1")).await.unwrap();
-    // A client is at its own address, wherever the server is: this one comes from 127.0.0.1 as well.
+    // Connections are counted by the client's address, not the server's: this client too comes from 127.0.0.1.
     assert!(within(elsewhere.next()).await.is_err());
     assert_eq!(server.counters.connections_refused.load(Relaxed), 2);
 }
@@ -517,7 +518,7 @@ async fn an_authority_that_is_the_path_of_the_socket_is_served() {
     let authority = b"run%2Fvmesh%2Fxds.sock";
     let path_field = [&[0x04, u8::try_from(DELTA.len()).unwrap()], DELTA.as_bytes()].concat();
     let content_type = [&[0x0f, 0x10, 16][..], b"application/grpc"].concat();
-    // As the C core of gRPC writes it: `:method POST`, `:scheme http`, and the rest as literals.
+    // The C core of gRPC writes the block like this: `:method POST`, `:scheme http`, and the rest as literals.
     let block = [
         &[0x83, 0x86][..],
         &path_field,
@@ -541,7 +542,7 @@ async fn an_authority_that_is_the_path_of_the_socket_is_served() {
         frame(4, 0, 0, b""),
         frame(1, 4, 1, &block),
         frame(0, 0, 1, &body),
-        // The same once more, by the table of HPACK alone.
+        // The same request once more, with the authority as an index into HPACK's dynamic table.
         frame(1, 4, 3, &[&[0x83, 0x86][..], &path_field, &[0xbf], &content_type].concat()),
         frame(0, 0, 3, &body),
     ];
@@ -598,6 +599,6 @@ async fn one_change_is_encoded_once_for_a_hundred_clients() {
         assert_eq!(within(client.next()).await.unwrap().resources, ["service-7"]);
         assert_eq!(within(client.next()).await.unwrap().kind, Some(Kind::Endpoint), "R46");
     }
-    // The empty assignments of a cluster without endpoints are each stream's own.
+    // Each stream encodes its own empty assignments for clusters without endpoints.
     assert!(vmesh_xds::encodings() - encodings >= 1);
 }

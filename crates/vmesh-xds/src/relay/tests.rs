@@ -5,21 +5,21 @@ use proptest::prelude::*;
 use prost::Message;
 use std::time::{Duration, Instant};
 
-/// A control plane, the relay, and an Envoy that answers each response as `temper` says.
+/// A control plane, the relay, and an Envoy that answers each response according to `verdict`.
 struct Chain {
     now: Instant,
     world: Store,
     control: Option<Session>,
     relay: Relay,
     envoy: Option<(ClientId, Session, bool)>,
-    /// `None`: Envoy does not answer for now.
+    /// Returns the error with which Envoy rejects a response, if any. `None`: Envoy does not answer for now.
     temper: Option<fn(&str) -> Option<String>>,
     unanswered: Vec<(Kind, String, String)>,
-    /// What it asked for because of its clusters and listeners.
+    /// The endpoints and routes that Envoy subscribed to because of its clusters and listeners.
     followed: BTreeSet<(Kind, String)>,
-    /// What Envoy has.
+    /// The resources that Envoy has.
     view: BTreeMap<(Kind, String), String>,
-    /// What Envoy received and what the control plane sent.
+    /// The responses that Envoy received, and those that the control plane sent.
     envoy_got: Vec<String>,
     relay_got: Vec<String>,
 }
@@ -94,7 +94,8 @@ impl Chain {
         self.run();
     }
 
-    /// As Envoy starts: all clusters, their endpoints, all listeners, and the routes named as the listeners.
+    /// Subscribes as a starting Envoy does: to all clusters, their endpoints, all listeners, and the routes
+    /// with the names of the listeners.
     fn envoy_starts(&mut self) {
         self.envoy_connects();
         self.ask(Cluster, &[]);
@@ -263,7 +264,7 @@ impl Chain {
         &self.control.as_ref().unwrap().status().state
     }
 
-    /// The agent stops, and another one goes on from what it left.
+    /// Restarts the agent: a new relay continues with the resources that the old one had accepted.
     fn restart(self, world: &str) -> Chain {
         Chain::with(Relay::restore(node(), self.relay.accepted().cloned().collect::<Vec<_>>()), world)
     }
@@ -347,7 +348,7 @@ impl Chain {
             let text = String::from_utf8_lossy(&resource.value()).into_owned();
             assert!(!text.ends_with("=bad"), "{text}");
         }
-        // And another one that starts from what was accepted has the same to serve.
+        // A relay that restarts with the accepted resources serves the same configuration.
         let served = |chain: &Chain| {
             let view = chain.view.iter().filter(|((kind, name), content)| match kind {
                 Endpoint => *content != "empty" && chain.view.contains_key(&(Cluster, name.clone())),
@@ -366,7 +367,8 @@ impl Chain {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// Clusters, endpoints, listeners and routes of two names; 0 is none, 3 is refused.
+    /// The clusters, endpoints, listeners and routes with the names `a` and `b`; 0 stands for no resource, 3
+    /// for a bad one.
     World([[u8; 2]; 4]),
     ControlStarts,
     ControlDies,
@@ -424,7 +426,7 @@ fn what_the_host_does_not_let_envoy_do_is_tried_again_and_told_when_it_works() {
     }
     assert!((8..20).contains(&tries), "{tries} in ten minutes");
     assert!(!chain.relay.take_recovered());
-    // The address comes.
+    // The missing address appears.
     chain.temper = Some(takes_all);
     while !chain.envoy_got().contains("l=bad") {
         now += Duration::from_secs(1);
@@ -455,7 +457,7 @@ fn what_one_envoy_refused_another_is_asked() {
     assert_eq!(chain.relay.refused().count(), 0);
     assert!(chain.relay.take_recovered());
     assert!(chain.accepted().contains("a=bad"));
-    // And one that refuses it as well costs one more refusal, not one each time something is sent.
+    // A second Envoy that rejects the resource too gets it once, not with every change.
     let mut chain = Chain::new("cluster a=bad b=1");
     chain.control_starts();
     chain.temper = Some(refuses_bad);
@@ -478,7 +480,7 @@ fn r31_an_envoy_after_one_that_refused_its_first_endpoints_is_answered() {
     chain.envoy_starts();
     let got = chain.envoy_got();
     assert!(got.contains("endpoints a=bad") || got.contains("endpoints a="), "{got}");
-    // The same Envoy, when it takes the cluster again and asks once more.
+    // The same Envoy gets the cluster again and repeats its subscription.
     chain.ask(Endpoint, &["-a"]);
     chain.ask(Endpoint, &["a"]);
     assert!(chain.envoy_got().contains("endpoints a="), "no answer");
@@ -498,7 +500,7 @@ fn a_removal_that_envoy_refuses_is_sent_once_and_told_and_ends_with_that_envoy()
     let reason = "cluster a cannot be removed: fewer than the minimum";
     assert_eq!(*chain.control_state(), State::Rejected { reason: reason.into() });
     assert!(chain.accepted().contains("a=1"), "Envoy has it");
-    // Another stream: it is told again, and Envoy is not asked again.
+    // The rejection is reported on the next stream too, without another attempt at Envoy.
     chain.control_dies();
     chain.control_starts();
     chain.step(&Step::Wait);
@@ -601,7 +603,8 @@ fn what_envoy_refuses_is_refused_in_its_own_words_and_the_last_good_one_stays() 
     assert_eq!(chain.accepted(), "-* a=1 b=1 a=1 b=1 -* l=1 l=1");
     assert_eq!(chain.relay.refused().count(), 1);
 
-    // Another Envoy is asked itself and goes on with the good one, and another control plane hears of the refusal at once.
+    // Another Envoy gets the rejected resource once and then the good one. Another control plane learns of the
+    // rejection at once.
     chain.envoy_dies();
     chain.envoy_got();
     chain.envoy_starts();
@@ -627,7 +630,7 @@ fn what_a_later_envoy_refuses_of_what_an_earlier_one_took_is_not_in_force_until_
     assert_eq!(in_force(&chain), [true, true]);
     chain.relay.take_changes();
 
-    // Another version of it, or a host that has lost IPv6.
+    // The next Envoy has another version, or the host has lost IPv6.
     chain.envoy_dies();
     chain.temper = Some(refuses_bad);
     let before = chain.relay.accepted_revision();
@@ -635,7 +638,7 @@ fn what_a_later_envoy_refuses_of_what_an_earlier_one_took_is_not_in_force_until_
     assert_eq!(in_force(&chain), [false, true]);
     assert!(chain.relay.accepted_revision() > before);
     assert!(chain.relay.take_changes().contains(&(Listener, "l".into())));
-    // What is on the disk is what one took last, for the way back.
+    // The agent's disk keeps the resource that the earlier Envoy accepted, in case the host recovers.
     assert!(chain.accepted().contains("l=bad"), "{}", chain.accepted());
 
     chain.envoy_dies();
@@ -664,7 +667,7 @@ fn a_node_that_starts_without_a_control_plane_serves_what_envoy_had() {
     chain.envoy_starts();
     assert_eq!(chain.envoy_got(), ALL);
     assert_eq!(chain.accepted(), accepted_all());
-    // Nothing changed meanwhile, so nothing is sent to anyone.
+    // Nothing changed meanwhile, so no response is sent to either end.
     chain.control_starts();
     assert_eq!(chain.relay_got(), "");
     assert_eq!(chain.envoy_got(), "");
@@ -866,7 +869,7 @@ fn what_is_not_for_envoy_is_answered_by_the_relay_and_never_served() {
     assert_eq!(chain.envoy_got(), "cluster a=1, endpoints a=1, listener");
     assert_eq!(*chain.control_state(), State::Synced);
 
-    // Whoever asks is told at once that there is none, whether a control plane answers or not.
+    // A client that subscribes gets an empty answer at once, with or without a control plane.
     chain.control_dies();
     chain.ask(Local, &[]);
     assert_eq!(chain.envoy_got(), "local");
@@ -874,7 +877,7 @@ fn what_is_not_for_envoy_is_answered_by_the_relay_and_never_served() {
     assert_eq!(chain.envoy_got(), "local -a");
     assert_eq!(chain.accepted(), "-* a=1 a=1 -* -* a=1 b=1");
 
-    // And it is not sent again to an agent that has it.
+    // The control plane does not send these resources again to an agent that has them.
     let mut chain = chain.restart("cluster a=1 endpoints a=1 local b=2");
     chain.relay.take_local(readable);
     chain.relay_got();
@@ -908,7 +911,7 @@ fn what_is_accepted_is_all_there_is_once_it_was_told_and_answered_for() {
     assert!(!chain.relay.has_all(Listener), "nobody has asked for listeners");
     chain.envoy_starts();
     assert!(chain.relay.has_all(Listener));
-    // And so it is after a restart, from the disk.
+    // The relay still has all resources after a restart from the disk.
     let mut chain = chain.restart("cluster a=1");
     chain.relay.take_local(readable);
     assert!(chain.relay.has_all(Local) && chain.relay.has_all(Listener));

@@ -3,9 +3,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// A connection over a Unix socket, whose client may name the socket's path as the `:authority` of its requests, as
-/// gRPC's C core does (`run%2Fvmesh%2Fxds.sock`). No URI has a `%` there, and the `h2` crate resets such a stream. The server
-/// ignores the authority, so this adapter replaces each byte of it that is invalid in a host by `-`.
+/// A connection over a Unix socket whose client may send the socket's path as the `:authority` of its requests,
+/// as gRPC's C core does (`run%2Fvmesh%2Fxds.sock`). A URI's host cannot contain `%`, and the `h2` crate resets
+/// such a stream. The server ignores the authority, so this adapter replaces each byte of it that is invalid in
+/// a host by `-`.
 ///
 /// The replacement happens in place and keeps the length, so the HPACK tables of both ends stay in step.
 /// Huffman-coded values pass unchanged: the C core codes none of them.
@@ -26,19 +27,19 @@ const HEADERS: u8 = 1;
 const CONTINUATION: u8 = 9;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
-/// Of HPACK's static table.
+/// The index of `:authority` in HPACK's static table.
 const AUTHORITY: u32 = 1;
 
-/// Follows HTTP/2's frames and HPACK's fields byte by byte, without keeping any of them.
+/// Follows HTTP/2's frames and HPACK's fields byte by byte, without buffering them.
 #[derive(Default)]
 struct Scanner {
-    /// How many bytes of the preface have passed.
+    /// The number of bytes of the preface that have passed.
     preface: usize,
     head: [u8; FRAME_HEAD],
     head_len: usize,
-    /// Bytes of the frame's payload that are still to come.
+    /// The number of bytes of the frame's payload that are still to come.
     payload: usize,
-    /// Bytes that stand before the header block, and the length of the padding that follows it.
+    /// The number of bytes before the header block, and the length of the padding behind it.
     before_block: usize,
     has_padding: bool,
     padding: usize,
@@ -46,7 +47,7 @@ struct Scanner {
     field: Field,
 }
 
-/// Where in a header field the next byte stands.
+/// The position of the next byte in a header field.
 #[derive(Clone, Copy, Default)]
 enum Field {
     #[default]
@@ -55,15 +56,15 @@ enum Field {
     Number { of: Number, value: u32, shift: u32 },
     /// At the length of a string.
     Length(Text),
-    /// In a string of which so many bytes are left.
+    /// In a string that has `left` more bytes.
     Text { text: Text, left: u32, is_coded: bool },
 }
 
 #[derive(Clone, Copy)]
 enum Number {
-    /// An indexed field or a table size update.
+    /// An indexed field or a table size update: the field ends with this number.
     Whole,
-    /// The name of a field whose value follows.
+    /// The index of a field name; the value of the field follows.
     Name,
     Length {
         text: Text,
@@ -127,7 +128,8 @@ impl Field {
     fn next(self, byte: &mut u8) -> Field {
         match self {
             Field::Start => {
-                // Fewer bits are left for a number the longer the mark before it is (RFC 7541, section 6).
+                // The longer the mark at the start of a field, the fewer bits of the byte belong to the number
+                // (RFC 7541, section 6).
                 let (of, bits) = match *byte {
                     0x80.. => (Number::Whole, 7),
                     0x40.. => (Number::Name, 6),
@@ -161,7 +163,7 @@ impl Field {
         }
     }
 
-    /// The number that begins in the low `bits` of `byte`.
+    /// Reads the number that begins in the low `bits` of `byte`.
     fn number(of: Number, byte: u8, bits: u32) -> Field {
         let most = (1u32 << bits) - 1;
         match u32::from(byte) & most {
@@ -258,7 +260,8 @@ mod tests {
         whole
     }
 
-    /// `:method POST`, a literal field with a name of its own, a long one, and the authority last.
+    /// A header block: `:method POST`, a literal field with a name of its own, a long field, and the authority
+    /// last.
     fn block(mark: u8, authority: &[u8]) -> Vec<u8> {
         let long = [&[0x40, 1, b'x', 0x7f, 0x80, 0x01][..], &[b'%'; 255]].concat();
         let own = [0x00, 0x04, b'%', b'2', b'F', b'k', 0x02, b'%', b'v'];

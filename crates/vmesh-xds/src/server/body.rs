@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 use tonic::{Code, Status};
 
-/// The responses of one stream. Whoever writes them to the connection polls this, and with it the whole stream: its
-/// requests, its session and its timer. It is polled only while the client takes what is written, so a slow client
-/// costs what the session holds and nothing more (R60).
+/// The response body of one stream. The connection polls it while it can write, and each poll drives the whole
+/// stream: its requests, its session and its timer. No poll happens while the client does not read, so a slow
+/// client costs only the memory of its session (R60).
 pub struct AdsBody<B>(Option<Box<Stream<B>>>);
 
 pub(super) struct Stream<B> {
@@ -28,24 +28,24 @@ pub(super) struct Stream<B> {
     peer: PeerInfo,
     session: Session,
     admitted: Option<Admitted>,
-    /// Of the connection that the stream is on, if whoever serves it keeps one.
+    /// The connection of the stream, if the caller of the service tracks connections.
     connection: Option<Arc<ConnectionUse>>,
     in_use: Option<InUse>,
-    /// The connection has its maximum age.
+    /// Fires when the connection reaches its maximum age.
     aged: Option<Pin<Box<Sleep>>>,
-    /// What the observer was told.
+    /// The status that the observer was last called with.
     told: Told,
     frames: VecDeque<Bytes>,
-    /// The stream ends with this once `frames` are written.
+    /// The status with which the stream ends after `frames` are written.
     end: Option<Failure>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 type Told = (State, u64, [u64; 3]);
 
-/// As much as a client may say before it is answered.
+/// The limit of requests that are read before the session may respond.
 const REQUESTS_AT_ONCE: usize = 64;
-/// Whoever opens a stream has something to ask.
+/// The deadline of the first request of a stream.
 const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(10);
 
 impl<B> AdsBody<B> {
@@ -82,7 +82,7 @@ impl<B: Body> Body for AdsBody<B> {
     }
 }
 
-/// Nothing in here is pinned but what is boxed.
+/// Only boxed fields are pinned.
 impl<B> Unpin for AdsBody<B> {}
 
 impl<B: Body> Stream<B> {
@@ -119,7 +119,7 @@ impl<B: Body> Stream<B> {
         }
     }
 
-    /// The next bytes to write, or with what the stream ends.
+    /// Returns the next bytes to write, or the status with which the stream ends.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Failure>> {
         loop {
             if let Some(frame) = self.frames.pop_front() {
@@ -144,7 +144,7 @@ impl<B: Body> Stream<B> {
                 && aged.as_mut().poll(cx).is_ready()
             {
                 self.aged = None;
-                // Not an error: the client connects again, perhaps to another replica.
+                // The stream ends without an error: the client reconnects, perhaps to another replica.
                 self.end.get_or_insert_with(|| Failure::new(Code::Ok, ""));
             }
             if !busy && self.end.is_none() && self.poll_timer(cx).is_pending() {
@@ -153,7 +153,7 @@ impl<B: Body> Stream<B> {
         }
     }
 
-    /// Whether there was one.
+    /// Reads the requests that have arrived. Returns `false` if there were none.
     fn read_requests(&mut self, cx: &mut Context<'_>) -> bool {
         for read in 0..REQUESTS_AT_ONCE {
             let request = match self.requests.poll_message(cx) {
@@ -199,7 +199,7 @@ impl<B: Body> Stream<B> {
         self.session.on_request(now, request).map_err(invalid)
     }
 
-    /// Whether there was anything new.
+    /// Passes a new snapshot to the session. Returns `false` if the feed has not changed.
     fn read_feed(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(Admitted { feed, .. }) = &mut self.admitted else { return false };
         if feed.poll_changed(cx).is_pending() && !feed.is_stopped() {
@@ -237,7 +237,7 @@ impl<B: Body> Stream<B> {
         observer.on_status(status);
     }
 
-    /// Ready when the session has waited long enough.
+    /// Polls the session's timer, or the deadline of the first request.
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.admitted.is_none() {
             if let Some(timer) = &mut self.timer {
@@ -265,7 +265,7 @@ impl<B> Drop for Stream<B> {
     }
 }
 
-/// Tokio's clock, so that a test can move it.
+/// Returns the time of tokio's clock, which tests can advance.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }

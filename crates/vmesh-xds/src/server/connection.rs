@@ -4,7 +4,8 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use vmesh_daemon::connections::Permit;
 
-/// Counts the admitted streams of one connection. The server closes a connection that has had none for a while.
+/// Counts the admitted streams of one connection. The server closes a connection that has had no admitted
+/// stream for a while.
 pub(super) struct ConnectionUse {
     permit: Option<Permit>,
     streams: Mutex<Streams>,
@@ -18,11 +19,11 @@ struct Streams {
     has_shown_request: bool,
 }
 
-/// One admitted stream, for as long as it exists.
+/// One admitted stream in the count. Dropping the guard removes it.
 pub(super) struct InUse(Arc<ConnectionUse>);
 
 impl ConnectionUse {
-    /// `ends_at`: when streams that still exist end by themselves.
+    /// `ends_at` is the time at which the streams of this connection end by themselves.
     pub(super) fn new(permit: Option<Permit>, ends_at: Option<Instant>) -> Arc<ConnectionUse> {
         Arc::new(ConnectionUse { permit, streams: Mutex::default(), changed: Notify::new(), ends_at })
     }
@@ -31,8 +32,9 @@ impl ConnectionUse {
         self.ends_at
     }
 
-    /// Notes that the client has sent a request. A busy server may need seconds to admit its stream, and the gate evicts
-    /// only connections that show nothing; one whose request is never admitted is closed by [`ConnectionUse::unused`].
+    /// Notes that the client has sent a request. A busy server may need seconds to admit its stream, and the
+    /// gate evicts only connections without a request; a connection whose request is never admitted is closed
+    /// by [`ConnectionUse::unused`].
     pub(super) fn show_request(&self) {
         let mut streams = self.streams();
         if !std::mem::replace(&mut streams.has_shown_request, true)
@@ -42,7 +44,7 @@ impl ConnectionUse {
         }
     }
 
-    /// Notes that the server has read what the client sent until now.
+    /// Notes that the server has read everything that the client has sent so far.
     pub(super) fn set_silent(&self) {
         if let Some(permit) = &self.permit {
             permit.set_silent();
@@ -66,12 +68,13 @@ impl ConnectionUse {
         self.streams().admitted > 0
     }
 
-    /// Nothing panics while it holds this lock.
+    /// Locks the count. No code panics while it holds this lock.
     fn streams(&self) -> MutexGuard<'_, Streams> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the connection has had no admitted stream for `first`, or later for `later`.
+    /// Waits until the connection has had no admitted stream for `first`, or, after its first stream, for
+    /// `later`.
     pub(super) async fn unused(&self, first: Duration, later: Duration) {
         let mut patience = first;
         loop {
@@ -87,7 +90,7 @@ impl ConnectionUse {
         }
     }
 
-    /// Waits until the connection has to make room for others.
+    /// Waits until the gate evicts the connection to make room for others.
     pub(super) async fn evicted(&self) {
         match &self.permit {
             Some(permit) => permit.evicted().await,
@@ -98,7 +101,8 @@ impl ConnectionUse {
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        // Count and permit change together: another stream of the connection may begin at the same moment.
+        // The count and the permit change under one lock, since another stream of the connection may begin at
+        // the same moment.
         let mut streams = self.0.streams();
         streams.admitted = streams.admitted.saturating_sub(1);
         if streams.admitted == 0 {

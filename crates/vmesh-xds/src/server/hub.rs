@@ -5,15 +5,15 @@ use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::task::{Context, Poll, Waker};
 
-/// Where stores are published and streams get them from. A publication wakes the streams that may see a group that
-/// changed, and no other.
+/// Distributes stores to streams. A publication wakes only the streams whose scope contains a changed group.
 #[derive(Clone, Default)]
 pub struct Hub {
     registry: Arc<RwLock<Registry>>,
 }
 
-/// What is published at once: no stream sees a part of it. A route that comes with the move of a client to a wider
-/// scope is never seen without the cluster that the move brings.
+/// Stores and scopes that are published in one step: no stream sees a part of them. If a client moves to a
+/// wider scope together with a new route, it never sees the route without the cluster that the wider scope
+/// adds.
 #[derive(Default)]
 pub struct Publication {
     stores: Vec<(Arc<str>, Arc<Store>)>,
@@ -25,13 +25,13 @@ impl Publication {
         Publication::default()
     }
 
-    /// `store` becomes the latest of a class.
+    /// Adds a store, which becomes the latest of its class.
     pub fn store(mut self, class: impl Into<Arc<str>>, store: Arc<Store>) -> Publication {
         self.stores.push((class.into(), store));
         self
     }
 
-    /// A connected client gets another class or scope. Nothing happens if it is gone.
+    /// Adds a new class and scope for a connected client. A client whose stream has ended is ignored.
     pub fn scope(mut self, feed: &FeedControl, class: impl Into<Arc<str>>, scope: Arc<Scope>) -> Publication {
         self.moves.push((feed.clone(), class.into(), scope));
         self
@@ -43,7 +43,7 @@ impl Hub {
         Hub::default()
     }
 
-    /// Makes `store` the latest of a class, which is there from its first publication on.
+    /// Makes `store` the latest store of a class. The first publication creates the class.
     pub fn publish(&self, class: impl Into<Arc<str>>, store: Arc<Store>) {
         self.publish_all(Publication::new().store(class, store));
     }
@@ -62,12 +62,12 @@ impl Hub {
         }
         let bells: Vec<_> =
             concerned.iter().filter_map(|feed| registry.feeds.get(feed)).map(Place::bell).collect();
-        // A stream that wakes reads the registry.
+        // The lock is released first: a woken stream reads the registry.
         drop(registry);
         bells.iter().for_each(|bell| ring(bell));
     }
 
-    /// Forgets a class and its store, if no client is in it.
+    /// Removes a class and its store, unless a client is in the class.
     pub fn forget(&self, class: &str) {
         let mut registry = self.write();
         if registry.classes.get(class).is_some_and(|class| class.feeds == 0) {
@@ -75,17 +75,17 @@ impl Hub {
         }
     }
 
-    /// How many classes have a store.
+    /// Returns the number of classes that have a store.
     pub fn classes(&self) -> usize {
         self.read().classes.values().filter(|class| class.latest.is_some()).count()
     }
 
-    /// The latest store of a class.
+    /// Returns the latest store of a class.
     pub fn latest(&self, class: &str) -> Option<Arc<Store>> {
         self.read().classes.get(class)?.latest.clone()
     }
 
-    /// What a client of this class and scope is to be sent, from now on. The class need not be published yet.
+    /// Subscribes a stream to the store of a class, seen through `scope`. The class need not be published yet.
     pub fn subscribe(&self, class: impl Into<Arc<str>>, scope: Arc<Scope>) -> Feed {
         let mut registry = self.write();
         let id = registry.next_feed;
@@ -97,7 +97,7 @@ impl Hub {
         Feed { control: FeedControl { id, registry: Arc::downgrade(&self.registry) }, bell }
     }
 
-    /// Every stream takes leave of its client.
+    /// Stops all streams, also those that begin later.
     pub fn stop(&self) {
         let mut registry = self.write();
         registry.stopping = true;
@@ -130,7 +130,7 @@ struct Registry {
     stopping: bool,
 }
 
-/// Clients that are served from one store.
+/// The clients that are served from one store.
 #[derive(Default)]
 struct Class {
     latest: Option<Arc<Store>>,
@@ -140,8 +140,8 @@ struct Class {
     see_few: HashMap<Arc<str>, HashSet<u64>>,
 }
 
-/// Up to so many groups, it is the groups that know who sees them. A wider scope is asked instead, because the memory
-/// of an index would grow with the product of clients and groups.
+/// A scope with at most this many groups is indexed by group. Wider scopes are searched instead, because the
+/// memory of the index would grow with the product of clients and groups.
 const FEW: usize = 64;
 
 struct Place {
@@ -202,7 +202,7 @@ impl Registry {
         }
     }
 
-    /// False: it is gone.
+    /// Removes a feed from its class. Returns `false` if the feed no longer exists.
     fn displace(&mut self, id: u64) -> bool {
         let Some(place) = self.feeds.get(&id) else { return false };
         let Some(class) = self.classes.get_mut(&place.class) else { return true };
@@ -241,7 +241,7 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// What the client is to have now. `None` until its class is published.
+    /// Returns the client's current snapshot, or `None` until the class of the client is published.
     pub fn latest(&self) -> Option<Snapshot> {
         let hub = Hub { registry: self.control.registry.upgrade()? };
         let registry = hub.read();
@@ -271,7 +271,7 @@ impl Feed {
         lock(&self.bell).stopped
     }
 
-    /// Changes what the client sees while its stream goes on.
+    /// Returns a handle that can change the client's class and scope while its stream goes on.
     pub fn control(&self) -> FeedControl {
         self.control.clone()
     }
@@ -294,7 +294,7 @@ impl fmt::Debug for Feed {
     }
 }
 
-/// A handle on a [`Feed`] that its stream owns. It may outlive it.
+/// A handle on the [`Feed`] of a stream. It may outlive the stream.
 #[derive(Clone, Debug)]
 pub struct FeedControl {
     id: u64,
@@ -302,7 +302,8 @@ pub struct FeedControl {
 }
 
 impl FeedControl {
-    /// Nothing happens if the stream has ended. See [`Publication::scope`] for a move that is part of a change.
+    /// Moves the client to another class and scope, unless its stream has ended. Use [`Publication::scope`] for
+    /// a move that belongs to a publication.
     pub fn set_scope(&self, class: impl Into<Arc<str>>, scope: Arc<Scope>) {
         if let Some(registry) = self.registry.upgrade() {
             Hub { registry }.publish_all(Publication::new().scope(self, class, scope));
@@ -316,7 +317,8 @@ impl fmt::Debug for Registry {
     }
 }
 
-/// No code panics while it holds one of these locks, and if it did, the data would still be sound.
+/// Locks a mutex. No code panics while it holds one of these locks, and a panic would leave the data
+/// consistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

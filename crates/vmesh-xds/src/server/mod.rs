@@ -1,12 +1,12 @@
 //! The driver of [`Session`](crate::Session)s: ADS over HTTP/2, on TCP or a Unix socket.
 //!
-//! | part           | what it owns                                                                                 |
-//! |----------------|----------------------------------------------------------------------------------------------|
-//! | [`Hub`]        | the latest store of each class of clients, and which streams a changed group concerns        |
-//! | [`AdsService`] | one session per request, inside the response's body: no task, no channel, no second encoding |
-//! | [`serve_bounded`] | the connections of one listener, how many there may be and for how long                   |
+//! | part                | responsibility                                                                               |
+//! |---------------------|----------------------------------------------------------------------------------------------|
+//! | [`Hub`]             | the latest store of each class of clients, and the streams that see a changed group          |
+//! | [`AdsService`]      | one session per request, inside the response's body: no task, no channel, no second encoding |
+//! | [`serve_connections`] | the connections of one listener, with limits for their number and age                      |
 //!
-//! Whoever may connect, and what it sees, is the business of an [`Admission`].
+//! An [`Admission`] decides which clients are served and what each of them sees.
 
 mod authority;
 mod body;

@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use vmesh_daemon::connections::{Gate, Limits, poll_once};
 
-/// Where connections come from.
+/// A source of connections.
 pub trait Listener: Send {
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
@@ -49,20 +49,21 @@ impl Listener for UnixListener {
 #[derive(Clone)]
 pub struct Bounded {
     pub gate: Gate,
-    /// A connection of this age takes leave of its client, which connects again: so a fleet spreads over replicas that
-    /// came later. The ages of connections differ by a fifth, or those that began together would end together.
+    /// The age at which a connection asks its client to reconnect, so that a fleet spreads over replicas that
+    /// started later. Each connection's limit differs by up to a fifth, or connections that began together
+    /// would end together.
     pub max_age: Option<Duration>,
 }
 
-/// Fits into the 1,024 descriptors that most systems allow.
+/// The default limits fit into the 1,024 descriptors that most systems allow.
 const LIMITS: Limits = Limits { total: 768, per_origin: 768, pending: 256 };
-/// A client has so long to send its first request, HTTP/2's preface included.
+/// The deadline of the first request on a connection, including HTTP/2's preface.
 const FIRST_REQUEST_WITHIN: Duration = Duration::from_secs(10);
-/// gRPC clients keep a connection after its last stream ended and may open another stream on it.
+/// How long a connection without streams is kept: gRPC clients may open another stream on it.
 const UNUSED_FOR: Duration = Duration::from_secs(60);
-/// Streams end so long after their client was told (GOAWAY) to open no more of them,
+/// The time between GOAWAY, which asks the client to open no more streams, and the end of the streams.
 const STREAMS_END_AFTER: Duration = Duration::from_secs(1);
-/// and the connection is closed so long after that, whatever the client does.
+/// The grace period between the end of the streams and the close of the connection.
 const CLOSED_AFTER: Duration = Duration::from_secs(10);
 
 impl Default for Bounded {
@@ -71,13 +72,13 @@ impl Default for Bounded {
     }
 }
 
-/// Serves every connection of `listener` until `stop`, within the limits of most systems: see [`serve_bounded`].
+/// Serves every connection of `listener` until `stop`, within default limits: see [`serve_connections`].
 pub async fn serve(listener: impl Listener, service: AdsService, stop: impl Future<Output = ()> + Send) {
     serve_bounded(listener, service, Bounded::default(), stop).await;
 }
 
-/// Serves every connection of `listener` until `stop`. Then the streams end with UNAVAILABLE, and this returns when
-/// the connections are closed; whoever cannot wait for them drops it.
+/// Serves every connection of `listener` until `stop`. Then all streams end with UNAVAILABLE, and the future
+/// completes when the connections are closed. Dropping it closes them at once.
 pub async fn serve_bounded(
     mut listener: impl Listener,
     service: AdsService,
@@ -99,7 +100,8 @@ pub async fn serve_bounded(
             accepted = accept => match accepted {
                 Ok(accepted) => accepted,
                 Err(_) => {
-                    // Out of file descriptors, most likely: those who wait are served when some are free.
+                    // The usual cause is a lack of file descriptors: waiting clients are served when some are
+                    // closed.
                     sleep(Duration::from_millis(100)).await;
                     continue;
                 }
@@ -125,15 +127,15 @@ pub async fn serve_bounded(
     while connections.join_next().await.is_some() {}
 }
 
-/// Between four and six fifths of `age`, by the number of a connection: consecutive ones are far apart.
+/// Returns four to six fifths of `age`. Consecutive connection numbers give ages that are far apart.
 fn jittered(age: Duration, number: u64) -> Duration {
-    // The golden ratio of 2^32: its multiples are spread evenly.
+    // Multiples of 2^32 divided by the golden ratio are spread evenly.
     let share = (number.wrapping_mul(0x9e37_79b9) & 0xffff_ffff) as f64 / f64::from(u32::MAX);
     age.mul_f64(0.8 + 0.4 * share)
 }
 
-/// Serves one connection, for those who accept and shake hands themselves. It ends when the connection does: what was
-/// wrong with it is of no concern to anyone else.
+/// Serves one connection that the caller has accepted, for callers with a handshake of their own. Completes
+/// when the connection ends, whatever the reason.
 pub async fn serve_connection<I>(
     io: I,
     peer: PeerInfo,
@@ -165,11 +167,12 @@ async fn drive<I>(
     });
     let mut http = http2::Builder::new(TokioExecutor::new());
     http.timer(TokioTimer::new())
-        // A path that drops packets is noticed within 40 s (R57).
+        // HTTP/2 keepalive detects a path that drops packets within 40 s (R57).
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(10))
         .max_concurrent_streams(16)
-        // What a client may have sent and nobody has read: requests are small, and a stranger's connection costs this.
+        // The receive windows bound the unread bytes of a client. Requests are small, and an untrusted client
+        // costs at most this much.
         .initial_stream_window_size(64 << 10)
         .initial_connection_window_size(128 << 10)
         .max_header_list_size(16 << 10)
@@ -204,7 +207,7 @@ async fn drive<I>(
     }
 }
 
-/// One connection in the counters, for as long as it exists.
+/// One connection in the counters, as long as it exists.
 struct Counted(Arc<Counters>);
 
 impl Counted {

@@ -14,7 +14,7 @@ use tonic::Code;
 use vmesh_daemon::connections::Origin;
 use vmesh_proto::envoy::config::core::v3::Node;
 
-/// Decides who may connect, and what it sees.
+/// Decides which clients are served, and what each of them sees.
 pub trait Admission: Send + Sync + 'static {
     fn admit(&self, node: &Node, peer: &PeerInfo) -> Result<Admitted, Refusal>;
 }
@@ -24,12 +24,12 @@ pub struct Admitted {
     pub observer: Box<dyn Observer>,
 }
 
-/// Follows one stream. It is dropped when the stream ends.
+/// Follows one stream. The server drops it when the stream ends.
 pub trait Observer: Send + 'static {
     /// Called at each ACK and NACK, and whenever the state or the generation changes. It must not block.
     fn on_status(&mut self, status: &SessionStatus);
 
-    /// What the client does, name by name, for an observer that [asks for it](Observer::wants_events).
+    /// Called for each action of the client, if the observer [asks for events](Observer::wants_events).
     fn on_event(&mut self, event: Event) {
         _ = event;
     }
@@ -39,16 +39,16 @@ pub trait Observer: Send + 'static {
     }
 }
 
-/// Why a client is not served.
+/// The reason why a client is not served.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Not yet: it should try again (R51, R62).
+    /// The server is not ready; the client should try again (R51, R62).
     #[error("{0}")]
     NotReady(String),
-    /// What it says of itself makes no sense.
+    /// The client's node is malformed or unknown.
     #[error("{0}")]
     Invalid(String),
-    /// It may not.
+    /// The client has no permission.
     #[error("{0}")]
     Denied(String),
 }
@@ -63,19 +63,19 @@ impl Refusal {
     }
 }
 
-/// What is known of the other end besides what it says. Whoever accepts connections puts it into the extensions of
-/// the requests.
+/// Facts about the client that the server knows independently of its requests. The code that accepts
+/// connections puts them into the extensions of each request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerInfo {
     pub address: Option<SocketAddr>,
     /// The user at the other end of a Unix socket.
     pub uid: Option<u32>,
-    /// Who it proved to be, such as the SPIFFE id of its certificate.
+    /// The identity that the client proved, such as the SPIFFE ID in its certificate.
     pub identity: Option<Arc<str>>,
 }
 
 impl PeerInfo {
-    /// What the limits of connections count by.
+    /// Returns the origin by which connections are counted.
     pub fn origin(&self) -> Origin {
         match (self.address, self.uid) {
             (Some(address), _) => Origin::of_address(address.ip()),
@@ -85,22 +85,22 @@ impl PeerInfo {
     }
 }
 
-/// Of all streams since the start, unless it says otherwise.
+/// Counters of all streams since the start, unless a field says otherwise.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Now.
+    /// The number of open connections.
     pub connections: AtomicU64,
-    /// Closed as soon as they were accepted, because there were too many.
+    /// Connections that were closed as soon as they were accepted, because a limit was reached.
     pub connections_refused: AtomicU64,
-    /// Closed because they showed no request in time, or to make room for others.
+    /// Connections that were closed because they sent no request in time, or to make room for others.
     pub connections_silent: AtomicU64,
-    /// Now.
+    /// The number of open streams.
     pub streams: AtomicU64,
     pub streams_opened: AtomicU64,
     pub streams_refused: AtomicU64,
     pub requests: AtomicU64,
     pub responses: AtomicU64,
-    /// Of the responses, gRPC's framing included.
+    /// The bytes of the responses, including gRPC's framing.
     pub bytes: AtomicU64,
     pub resources: AtomicU64,
     pub acks: AtomicU64,
@@ -108,7 +108,7 @@ pub struct Counters {
     pub unknown_types: AtomicU64,
 }
 
-/// `envoy.service.discovery.v3.AggregatedDiscoveryService`, for hyper or for tonic's router.
+/// The gRPC service `envoy.service.discovery.v3.AggregatedDiscoveryService`, for hyper or for tonic's router.
 #[derive(Clone)]
 pub struct AdsService {
     pub(super) inner: Arc<Inner>,
@@ -122,13 +122,14 @@ pub(super) struct Inner {
     pub budgets: Budgets,
 }
 
-/// Bytes of incomplete requests, of all streams together.
+/// Budgets for the incomplete requests of all streams together.
 pub(super) struct Budgets {
     pub before_admission: Arc<Budget>,
     pub admitted: Arc<Budget>,
 }
 
-/// What strangers can make the server keep: the largest first requests of 64 clients at the same moment.
+/// The limit for clients before their admission, in bytes: the largest first requests of 64 clients at the same
+/// moment.
 const BEFORE_ADMISSION_BYTES: usize = 64 << 20;
 const ADMITTED_BYTES: usize = 256 << 20;
 
@@ -153,7 +154,7 @@ impl AdsService {
         &self.inner.hub
     }
 
-    /// Answers one call. It never fails: what is wrong with a call is in its answer.
+    /// Answers one call. It never fails: errors are part of the response.
     pub fn answer<B>(&self, request: http::Request<B>) -> http::Response<AdsBody<B>>
     where
         B: http_body::Body,

@@ -1,4 +1,4 @@
-//! A server's end of one ADS stream.
+//! The server's end of one ADS stream.
 
 mod request;
 mod response;
@@ -24,36 +24,46 @@ use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, Discover
 use vmesh_proto::google::rpc;
 use xxhash_rust::xxh3::Xxh3Default;
 
-/// The protocol state of one stream: requests and snapshots go in, responses come out.
+/// The protocol state of one ADS stream at the server. It does no I/O: requests and snapshots go in, responses
+/// come out.
 ///
-/// Each name that a client asked for has a *target*, which the snapshot says, and a *held* content, which the client
-/// has. Where they differ the name is *pending*; a response takes what is pending and may be sent. So whatever changes
-/// while the client is slow is sent once, as it is by then, and what nobody needs any more is not sent at all
+/// Call the methods in this order: [`on_snapshot`](Session::on_snapshot) for the current snapshot and each
+/// later one, [`on_request`](Session::on_request) for each request, then
+/// [`poll_response`](Session::poll_response) until it returns `None`; write each response to the stream. Call
+/// `poll_response` again at [`poll_timeout`](Session::poll_timeout). If events are
+/// [recorded](Session::record_events), drain [`poll_event`](Session::poll_event) after each call.
+///
+/// For each name that a client subscribed to, the snapshot says which resource the client should have (the
+/// *target*), and the session remembers which one it was sent (the client's *copy*). A name whose copy differs
+/// from its target is *pending*; the next response takes all pending names that may be sent. So a slow client
+/// gets each resource once, in its latest version, and a resource that is no longer needed is not sent at all
 /// (R20, R33).
 pub struct Session {
     protocol: Protocol,
     control_plane: Arc<str>,
-    /// When the first request came.
+    /// The time at which the first request arrived.
     opened: Option<Instant>,
-    /// Versions that the client kept from an earlier stream, while there is no snapshot to compare them with.
+    /// Versions that the client listed as kept from an earlier stream, as (kind, name, version), until the
+    /// first snapshot arrives to compare them with.
     kept_versions: Vec<(Kind, Arc<str>, String)>,
     snapshot: Option<Snapshot>,
     subscriptions: PerKind<Subscription>,
     nonce: u64,
     status: SessionStatus,
     events: Option<VecDeque<Event>>,
-    /// The generation for which [`Event::Settled`] was last given.
+    /// The generation of the last [`Event::Settled`] of each kind.
     settled: PerKind<Option<u64>>,
 }
 
-/// The variants of ADS: "incremental" and "state of the world".
+/// The variants of ADS: delta ("incremental") and SotW ("state of the world").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     Delta,
     Sotw,
 }
 
-/// What a client did, for a [`Relay`](crate::Relay) that passes it on. The name `*` is a wildcard.
+/// An action of the client, for a [`Relay`](crate::Relay) that passes it on. The name `*` stands for a wildcard
+/// subscription.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     Subscribed {
@@ -64,7 +74,7 @@ pub enum Event {
         kind: Kind,
         name: Arc<str>,
     },
-    /// `resource: None`: that there is none.
+    /// The client ACKed a resource, or its absence if `resource` is `None`.
     Accepted {
         kind: Kind,
         name: Arc<str>,
@@ -74,36 +84,39 @@ pub enum Event {
         resource: Arc<Resource>,
         reason: Arc<str>,
     },
-    /// It refused that there be none.
+    /// The client rejected the removal of a resource.
     RemovalRejected {
         kind: Kind,
         name: Arc<str>,
         reason: Arc<str>,
     },
-    /// Of a kind that it asks for, it has been told all there was in this generation of the store, and has answered:
-    /// what it had already, or never had, it was not told again.
+    /// The client has answered for all resources of this kind in this generation of the store. Events name only
+    /// resources that were sent; the client already has all others of this generation, or never had them.
     Settled {
         kind: Kind,
         generation: u64,
     },
 }
 
-/// What refers to new clusters waits until they are ACKed (R47), and a removal until what referred to it is gone.
-/// Envoy withholds the ACK for up to 15 s while clusters warm.
+/// How long resources that refer to new clusters wait for the ACK of those clusters (R47), and removals for the
+/// ACK of the resources that referred to them. Envoy withholds an ACK for up to 15 s while clusters warm.
 const ORDER_CAP: Duration = Duration::from_secs(20);
-/// The same for what the client asked for and never had: Envoy gives up on it after 15 s.
+/// The shorter limit for a resource that the client asked for and never had: Envoy gives up on it after 15 s.
 const FIRST_ANSWER_CAP: Duration = Duration::from_secs(10);
-/// A client that reconnects asks for one kind after the other: only then is it known what it refers to.
+/// How long removals wait on a new stream. A client that reconnects subscribes to one kind after another, and
+/// the session must know all subscriptions to know what a removed resource is referred to by.
 const RESUME_GRACE: Duration = Duration::from_secs(1);
-/// gRPC clients take 4 MiB (R59).
+/// The size at which a delta response is split, in bytes. gRPC clients accept 4 MiB by default (R59).
 const SPLIT_AT: usize = 2 << 20;
-/// How many responses may be spent on finding what a client means by one refusal.
+/// The limit of responses that are split in halves to find the resource that one rejection is about.
 const ISOLATIONS: u8 = 64;
-/// Unanswered responses of one kind that are remembered. There is a second only after [`ANSWER_CAP`](subscription::ANSWER_CAP).
+/// The limit of unanswered responses per kind. A second one is sent only after
+/// [`ANSWER_CAP`](subscription::ANSWER_CAP).
 const IN_FLIGHT_MAX: usize = 4;
 
 impl Session {
-    /// `control_plane` names this instance and its build: Envoy shows it (R64).
+    /// Makes a session for the delta variant. `control_plane` names this instance and its build; Envoy shows it
+    /// (R64).
     pub fn delta(control_plane: impl Into<Arc<str>>) -> Session {
         Session::new(Protocol::Delta, control_plane.into())
     }
@@ -127,7 +140,7 @@ impl Session {
         }
     }
 
-    /// Keeps what the client does, from now on, for [`Session::poll_event`].
+    /// Starts to record events for [`Session::poll_event`].
     pub fn record_events(&mut self) {
         self.events.get_or_insert_default();
     }
@@ -140,7 +153,8 @@ impl Session {
         self.events.as_mut()?.pop_front()
     }
 
-    /// An error ends the stream. Nothing else that a client sends does.
+    /// Processes one request. An error must end the stream; the session tolerates all other mistakes of a
+    /// client.
     pub fn on_request(&mut self, now: Instant, request: impl Into<Request>) -> Result<(), SessionError> {
         let request = request.into();
         if self.opened.is_none() {
@@ -164,7 +178,8 @@ impl Session {
         Ok(())
     }
 
-    /// The cost is that of the changed groups in scope, however much the client subscribes to.
+    /// Replaces the snapshot. The cost is proportional to the changed groups in scope, not to the
+    /// subscriptions.
     pub fn on_snapshot(&mut self, _now: Instant, snapshot: Snapshot) {
         let before = self.snapshot.replace(snapshot.clone());
         self.compare_kept_versions();
@@ -173,11 +188,13 @@ impl Session {
                 snapshot.changes_since(&before, |changed| {
                     self.weigh(changed.kind(), changed.name());
                     if &**changed.name() == "*" {
-                        // A partial store knows by now what there is not.
+                        // A partial store states with the tombstone `*` that it has all resources of the kind,
+                        // so missing ones are now absent.
                         self.weigh_all(changed.kind());
                     }
                     if changed.kind() == Kind::Cluster {
-                        // Whether an assignment is missing or empty depends on its cluster.
+                        // A missing assignment is sent as empty while its cluster exists, so it depends on the
+                        // cluster.
                         self.weigh(Kind::Endpoint, changed.name());
                     }
                 });
@@ -187,20 +204,22 @@ impl Session {
         self.refresh_status();
     }
 
-    /// To be called until it returns `None`, after each of the other calls and at [`Session::poll_timeout`].
+    /// Returns the next response, or `None` if nothing may be sent now. Call it until it returns `None`, after
+    /// each other call and at [`Session::poll_timeout`].
     pub fn poll_response(&mut self, now: Instant) -> Option<Response> {
         let response = Kind::ALL.into_iter().find_map(|kind| self.respond(now, kind))?;
         self.refresh_status();
         Some(response)
     }
 
-    /// When [`Session::poll_response`] may have something to send though nothing happened.
+    /// Returns the time at which [`Session::poll_response`] may have a response although nothing else happened.
     pub fn poll_timeout(&self) -> Option<Instant> {
         self.subscriptions.iter().filter_map(|(_, subscription)| subscription.wake_at).min()
     }
 }
 
-/// Returns what a client holds that kept `version` of `name`, as far as that is what `snapshot` has.
+/// Returns the copy of a client that kept `version` of `name` from an earlier stream: the current resource if
+/// the version is current.
 fn held(snapshot: &Snapshot, kind: Kind, name: &str, version: &str) -> (Arc<str>, Held) {
     match Target::of(snapshot, kind, name) {
         Target::Resource(present) if *present.version() == *version => {
@@ -215,7 +234,7 @@ fn held(snapshot: &Snapshot, kind: Kind, name: &str, version: &str) -> (Arc<str>
     }
 }
 
-/// Requests.
+/// Requests: subscriptions, and versions from an earlier stream.
 impl Session {
     fn on_delta(
         &mut self,
@@ -225,7 +244,7 @@ impl Session {
     ) -> Result<(), SessionError> {
         self.on_answer(now, kind, &request.response_nonce, request.error_detail);
         let first = !std::mem::replace(&mut self.subscriptions[kind].seen, true);
-        // What is unsubscribed and subscribed at once is subscribed anew (R25).
+        // A name that is unsubscribed and subscribed in one request is subscribed anew (R25).
         for name in &request.resource_names_unsubscribe {
             self.unsubscribe(kind, name);
         }
@@ -239,7 +258,7 @@ impl Session {
             asked.push(self.subscribe(kind, name)?);
         }
         if first {
-            // Only the first request of a kind tells what the client kept from an earlier stream (R39).
+            // The versions in `initial_resource_versions` are valid only in the first request of a kind (R39).
             self.resume(kind, request.initial_resource_versions)?;
         }
         for name in asked {
@@ -256,8 +275,8 @@ impl Session {
         let subscription = &mut self.subscriptions[kind];
         let ever_named = subscription.ever_named;
         subscription.ever_named |= !request.resource_names.is_empty();
-        // The client had not seen the last response yet: it will ask again when it has (R10). Before there was any
-        // response, a nonce is one of an earlier stream (R07).
+        // The client sent this request before it read the last response and will send another one after (R10).
+        // Before the first response of a stream, a nonce belongs to an earlier stream (R07).
         if subscription.last_nonce != 0
             && parse_nonce(&request.response_nonce) != Some(subscription.last_nonce)
         {
@@ -312,7 +331,8 @@ impl Session {
             return;
         }
         subscription.answer_due = true;
-        // What it asked for, was sent, and left before it read it: now it will keep it.
+        // The client dropped its subscription to these names before it read the responses in flight. With the
+        // wildcard subscription it will keep the resources.
         for item in subscription.in_flight.iter().flat_map(|response| &response.items) {
             subscription
                 .entries
@@ -323,16 +343,17 @@ impl Session {
         self.weigh_all(kind);
     }
 
-    /// The caller weighs the name that this returns.
+    /// Subscribes to one name. The caller then calls `reconcile` for the name that this returns.
     fn subscribe(&mut self, kind: Kind, name: String) -> Result<Arc<str>, SessionError> {
-        // The name that the store has, if it has it, costs this stream nothing.
+        // Sharing the name with the store costs this stream no memory.
         let stored = self.snapshot.as_ref().and_then(|snapshot| snapshot.get(kind, &name));
         let name = stored.map_or_else(|| Arc::from(name), |resource| resource.name().clone());
         let subscription = &mut self.subscriptions[kind];
         let entry = subscription.subscribe(kind, name.clone())?;
-        // Asking again means that the client lost what it had (R25, R26).
+        // A client that subscribes again has lost its copy (R25, R26).
         entry.asked = !matches!(entry.held, Held::Nothing);
-        // It may no longer listen for an older answer, and does not wait for one (R20).
+        // The client may no longer wait for older responses, so this kind is not blocked until it answers one
+        // (R20).
         if let Some(response) = subscription.in_flight.back_mut() {
             response.blocking = false;
         }
@@ -347,7 +368,7 @@ impl Session {
                 subscription.answer_due = false;
                 let covered = subscription.entries.iter().filter(|(_, entry)| !entry.named);
                 let covered: Vec<_> = covered.map(|(name, _)| name.clone()).collect();
-                // What it never had may be due as part of "all".
+                // Names without any copy may be pending as part of the wildcard.
                 let due: Vec<_> = subscription.pending().keys().cloned().collect();
                 covered.iter().for_each(|name| self.forget(kind, name));
                 due.iter().for_each(|name| self.weigh(kind, name));
@@ -359,7 +380,8 @@ impl Session {
             return;
         }
         match subscription.entries.get_mut(name) {
-            // The client forgets it, unless it hears that it still belongs to "all" (R24).
+            // The client drops its copy unless the server answers that the name still belongs to the wildcard
+            // (R24).
             Some(entry) => {
                 entry.asked = true;
                 self.weigh(kind, &Arc::from(name));
@@ -369,7 +391,8 @@ impl Session {
         self.record(|| Event::Unsubscribed { kind, name: name.into() });
     }
 
-    /// What the client has from an earlier stream is not sent again; what there is no more, is removed (R37, R38).
+    /// Takes the versions that the client kept from an earlier stream. Current ones are not sent again, and
+    /// kept resources that no longer exist are removed (R37, R38).
     fn resume(
         &mut self,
         kind: Kind,
@@ -401,13 +424,14 @@ impl Session {
         Ok(())
     }
 
-    /// Compares the versions that the client kept with the first snapshot, where the client spoke before there was one.
+    /// Compares the kept versions with the first snapshot, for a client that sent them before there was a
+    /// snapshot.
     fn compare_kept_versions(&mut self) {
         let Some(snapshot) = self.snapshot.clone() else { return };
         for (kind, name, version) in std::mem::take(&mut self.kept_versions) {
             let (_, held) = held(&snapshot, kind, &name, &version);
             let Some(entry) = self.subscriptions[kind].entries.get_mut(&name) else { continue };
-            // A client that asks for the name again has lost what it kept.
+            // A client that subscribed to the name again meanwhile has lost its copy.
             if matches!(entry.held, Held::Other) && !entry.asked {
                 entry.held = held.clone();
                 self.record_accepted(kind, &name, &held);
@@ -428,7 +452,7 @@ impl Session {
         let Some(at) = subscription.in_flight.iter().position(|response| response.nonce == nonce) else {
             return;
         };
-        // Answers come in the order of the responses: what is older was never answered.
+        // A client answers responses in order, so it will never answer the older ones.
         let Some(response) = subscription.in_flight.drain(..=at).next_back() else { return };
         match error {
             None => self.on_ack(now, kind, response),
@@ -439,7 +463,7 @@ impl Session {
         }
     }
 
-    /// Notes that the client refused a response; returns its words.
+    /// Counts a NACK. Returns the client's error text in printable form.
     fn note_nack(&mut self, kind: Kind, error: &str) -> Arc<str> {
         let reason: Arc<str> = shown(error).into();
         let status = &mut self.status.kinds[kind];
@@ -448,7 +472,8 @@ impl Session {
         reason
     }
 
-    /// An agent knows which resources were refused, in which version and why, and says so.
+    /// Processes a NACK of an agent, which lists the refused resources with version and reason in the details
+    /// of its error.
     fn on_refusals(&mut self, kind: Kind, mut response: InFlight, error: &str, refusals: &agent::Refusals) {
         let of_item = |item: &Item| {
             let mut of_name = refusals.refusals.iter().filter(|refusal| *refusal.name == *item.name);
@@ -459,7 +484,7 @@ impl Session {
         };
         let guilty: Vec<bool> = response.items.iter().map(|item| of_item(item).is_some()).collect();
         if !guilty.contains(&true) {
-            // It means something that this response did not have.
+            // The list names only resources that were not in this response, so the error text decides.
             return self.on_nack(kind, response, error);
         }
         self.note_nack(kind, error);
@@ -480,7 +505,8 @@ impl Session {
         }
     }
 
-    /// What the client has from an earlier stream is unknown until it takes a first complete set.
+    /// Makes the session send a complete SotW set again after a NACK, until the client has ACKed a first one:
+    /// before that, its resources from an earlier stream are unknown.
     fn answer_first_set(&mut self, kind: Kind, refused: &InFlight) {
         let complete = Absence::of(self.protocol, kind) == Absence::Omitted;
         self.subscriptions[kind].answer_due |=
@@ -499,13 +525,14 @@ impl Session {
         }
     }
 
-    /// A refusal need not mean that nothing was applied, and rarely means every resource of the response (R17). Those
-    /// that the error names are at fault; the others are sent once more without them. If it names none, the response
-    /// is sent in halves until the fault is found. What is at fault is not sent again (R13).
+    /// Processes a NACK that has only an error text. Clients may have applied parts of the response, and rarely
+    /// reject every resource in it (R17). Resources that the text names are blamed and not sent again (R13);
+    /// the others are sent once more without those. If the text names none, the response is sent in halves
+    /// until the rejected resource is found.
     fn on_nack(&mut self, kind: Kind, response: InFlight, error: &str) {
         let reason = self.note_nack(kind, error);
         if response.items.is_empty() && response.repeated.is_empty() {
-            // There is nothing in it that could be left out.
+            // An empty response has no resource to leave out.
             self.status.kinds[kind].refused_set = Some(reason);
             return;
         }
@@ -549,7 +576,8 @@ impl Session {
         };
         if is_last {
             let entry = subscription.entries.entry(name.clone()).or_default();
-            // No endpoints is the least that can be sent: whoever refuses that is not asked again.
+            // An empty assignment is the smallest possible content: after its rejection nothing else can be
+            // sent.
             if !(guilty && matches!(entry.held, Held::Empty(_))) {
                 entry.held = held;
             }
@@ -572,7 +600,8 @@ impl Session {
         });
     }
 
-    /// The client refuses what it was believed to have, and was sent again.
+    /// Processes the rejection of a resource that was repeated in a SotW set although the client seemed to have
+    /// it.
     fn on_repeated_refused(&mut self, kind: Kind, resource: &Arc<Resource>, reason: &Arc<str>) {
         let name = resource.name();
         let Subscription { entries, in_flight, .. } = &mut self.subscriptions[kind];
@@ -594,7 +623,7 @@ impl Session {
     }
 }
 
-/// Responses.
+/// Responses: which pending names are sent, and when.
 impl Session {
     fn respond(&mut self, now: Instant, kind: Kind) -> Option<Response> {
         let due = self.due(now, kind)?;
@@ -650,12 +679,13 @@ impl Session {
         }
         subscription.answer_due = false;
         if absence == Absence::Omitted {
-            // The response is the complete set, so what did not change is in it too (R28).
+            // A SotW response of this kind is the complete set, so it repeats the unchanged resources (R28).
             resources =
                 subscription.entries.values().filter_map(|entry| entry.held.resource().cloned()).collect();
             resources.sort_by(|a, b| a.name().cmp(b.name()));
             if !subscription.in_flight.is_empty() {
-                // A refusal may mean what an older one brought that is not answered either.
+                // A NACK of this response may be about resources of an older response that is not answered
+                // either.
                 let new: HashSet<&Arc<str>> = response.items.iter().map(|item| &item.name).collect();
                 let repeated = resources.iter().filter(|resource| !new.contains(resource.name()));
                 response.repeated = repeated.cloned().collect();
@@ -667,10 +697,11 @@ impl Session {
             subscription.in_flight.pop_front();
         }
         if kind == Kind::Cluster {
-            // The endpoints of a cluster that leaves stay until it has left.
+            // The endpoints of a removed cluster stay until the client has dropped the cluster.
             removed.iter().for_each(|name| self.weigh(Kind::Endpoint, name));
         }
-        // A cluster that Envoy takes again warms until its assignment comes, and Envoy does not ask for it (R46).
+        // Envoy warms a cluster that it gets again until the endpoints arrive, but does not ask for them again
+        // (R46).
         for name in touched {
             if let Some(entry) = self.subscriptions[Kind::Endpoint].entries.get_mut(&name)
                 && !matches!(entry.held, Held::Nothing)
@@ -696,7 +727,7 @@ impl Session {
         Some(Response::new(head, &resources))
     }
 
-    /// What may be sent of a kind now. Also notes when more may be.
+    /// Decides which pending names of a kind may be sent now, and sets the time at which the next ones may be.
     fn due(&mut self, now: Instant, kind: Kind) -> Option<Due> {
         let adding = self.is_adding_clusters(now);
         let referred_to = self.is_referred_to(now, kind);
@@ -740,13 +771,14 @@ impl Session {
         due.any().then_some(due)
     }
 
-    /// Whether the client gets to know clusters that it has not ACKed, or their first endpoints. A refusal is an
-    /// answer: it does not hold back the rest.
+    /// Reports whether an ACK is missing for some new cluster or for the first endpoints of a cluster. After a
+    /// NACK the rest is not held back.
     fn is_adding_clusters(&self, now: Instant) -> bool {
         [Kind::Cluster, Kind::Endpoint].into_iter().any(|kind| self.subscriptions[kind].is_adding(now))
     }
 
-    /// Whether what the client has of other kinds may still refer to what is to be removed of this one (R45).
+    /// Reports whether resources that the client has of other kinds may still refer to a pending removal of
+    /// this kind (R45).
     fn is_referred_to(&self, now: Instant, kind: Kind) -> bool {
         let by: &[Kind] = match kind {
             Kind::Cluster => &[Kind::Listener, Kind::Route],
@@ -758,7 +790,7 @@ impl Session {
             .any(|by| !self.subscriptions[*by].is_quiet(now) || !self.status.kinds[*by].rejected.is_empty())
     }
 
-    /// What goes into the next response.
+    /// Takes the pending names for the next response, up to its size limit.
     fn batch(&mut self, kind: Kind, due: Due) -> Vec<(Arc<str>, Outgoing)> {
         let Some(snapshot) = &self.snapshot else { return Vec::new() };
         let absence = Absence::of(self.protocol, kind);
@@ -801,7 +833,7 @@ impl Session {
     }
 }
 
-/// What both directions need.
+/// Bookkeeping for both directions.
 impl Session {
     fn weigh(&mut self, kind: Kind, name: &Arc<str>) {
         let Some(snapshot) = &self.snapshot else { return };
@@ -893,7 +925,7 @@ impl Due {
 
 enum Outgoing {
     Resource(Arc<Resource>),
-    /// The last version that the client did not refuse.
+    /// The last version that the client did not reject.
     Good(Arc<Resource>),
     /// An assignment without endpoints.
     Empty(Arc<Resource>),
@@ -929,7 +961,7 @@ impl Subscription {
         })
     }
 
-    /// Sends these in halves, and each half alone.
+    /// Splits the names of a rejected response in halves, each to be sent in a response of its own.
     fn isolate(&mut self, names: Vec<Arc<str>>) {
         self.isolations_left -= 1;
         let (left, right) = names.split_at(names.len() / 2);
@@ -937,13 +969,13 @@ impl Subscription {
         self.isolated.push_front(left.to_vec());
     }
 
-    /// What was sent of `name` after `sent`, and is not answered.
+    /// Returns the unanswered item of `name` that replaced `sent`.
     fn sent_after(&mut self, name: &str, sent: Option<&Arc<Resource>>) -> Option<&mut Item> {
         let mut items = self.in_flight.iter_mut().flat_map(|response| &mut response.items);
         items.find(|item| *item.name == *name && same(&item.before, sent))
     }
 
-    /// Whether nothing else was sent since this item was.
+    /// Reports whether `item` is the latest that was sent of its name.
     fn has(&self, item: &Item) -> bool {
         let held = self.entries.get(&item.name).map(|entry| &entry.held);
         match &item.sent {
@@ -967,7 +999,7 @@ impl Held {
     }
 }
 
-/// What the client should have of a name.
+/// Returns the target of a name. Endpoints stay while the client still has their cluster.
 fn target<'a>(
     snapshot: &'a Snapshot,
     subscriptions: &PerKind<Subscription>,
@@ -1004,7 +1036,7 @@ fn without_endpoints(name: &str) -> Arc<Resource> {
     Resource::new(Kind::Endpoint, name, &empty)
 }
 
-/// A function of the content, as the versions of the resources are (R09).
+/// Hashes the content of a response, so that equal responses have equal versions (R09).
 fn version_of(resources: &[Arc<Resource>], removed: &[Arc<str>]) -> u64 {
     let mut hash = Xxh3Default::new();
     resources.iter().for_each(|resource| hash.update(&resource.fingerprint().to_le_bytes()));
@@ -1016,17 +1048,17 @@ fn parse_nonce(nonce: &str) -> Option<u64> {
     nonce.parse().ok()
 }
 
-/// Envoy's errors can quote whole resources.
+/// The limit of a stored error text, in bytes. Envoy's errors can quote whole resources.
 const REASON_MAX: usize = 4096;
-/// Names times text: how far the search for names in an error goes.
+/// The limit of the search for names in an error text, as the number of names times the bytes of the text.
 const SEARCH_MAX: usize = 64 << 20;
 
-/// A client's words, bounded, and without what a terminal or a log would take for more than words.
+/// Returns a client's error text, cut to a limit and without characters that would control a terminal or a log.
 fn shown(error: &str) -> String {
     let mut shown = String::new();
     for c in error.chars() {
         match c {
-            // Envoy writes one line for each thing that is wrong.
+            // Envoy writes one line per error.
             '\n' => shown.push(c),
             c if c.is_control()
                 || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
@@ -1043,12 +1075,12 @@ fn shown(error: &str) -> String {
     shown
 }
 
-/// Limits of what an agent says beside its words; a relay names 256 resources at most. More is not decoded, or not used: each
-/// resource of a response is compared with each of them.
+/// Limits of the refusals that a NACK may list. A relay lists at most 256. Longer lists are ignored, since each
+/// resource of a response is compared with each refusal.
 const REFUSALS_BYTES: usize = 256 << 10;
 const REFUSALS_USED: usize = 1024;
 
-/// What an agent says of a refusal beside its words.
+/// Decodes the list of refused resources that an agent adds to its error text.
 fn refusals(error: &rpc::Status) -> Option<agent::Refusals> {
     let type_url = agent::Refusals::type_url();
     let any = error.details.iter().find(|any| any.type_url == type_url)?;
@@ -1058,7 +1090,7 @@ fn refusals(error: &rpc::Status) -> Option<agent::Refusals> {
     agent::Refusals::decode(any.value.clone()).ok().filter(|said| said.refusals.len() <= REFUSALS_USED)
 }
 
-/// Which of the names the error text blames.
+/// Returns, for each name, whether the error text blames it.
 fn names_in<'a>(kind: Kind, text: &str, names: impl ExactSizeIterator<Item = &'a str>) -> Vec<bool> {
     if names.len().saturating_mul(text.len()) > SEARCH_MAX {
         return vec![false; names.len()];
@@ -1066,11 +1098,12 @@ fn names_in<'a>(kind: Kind, text: &str, names: impl ExactSizeIterator<Item = &'a
     names.map(|name| blames(kind, text, name)).collect()
 }
 
-/// Reports whether the text blames `name`, a resource of this kind: it stands where a name stands, before what is wrong
-/// with it. Anywhere else it may be a word, a part of another name, or a resource of another kind.
+/// Reports whether the error text blames `name`, a resource of this kind. A blamed name stands where Envoy and
+/// gRPC write the name, followed by the error. Elsewhere in the text it may be a common word, a part of another
+/// name, or a resource of another kind.
 ///
-/// Envoy: `Error adding/updating cluster(s) a: why, b: why` and the same of `listener(s)`, one to a line. gRPC: `[resource
-/// index 0: a: why]`. Whoever writes no more than the name means it, too.
+/// Envoy writes `Error adding/updating cluster(s) a: why, b: why`, and the same with `listener(s)` and one
+/// resource per line. gRPC writes `[resource index 0: a: why]`. A text that is only the name blames it too.
 fn blames(kind: Kind, text: &str, name: &str) -> bool {
     let of_kind = match kind {
         Kind::Cluster => "cluster(s) ",

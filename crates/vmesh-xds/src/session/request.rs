@@ -5,38 +5,38 @@ use prost::Message;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 
-/// What a client sends, in either variant of the protocol.
+/// A request of a client, in either variant of the protocol.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     Delta(DeltaDiscoveryRequest),
     Sotw(DiscoveryRequest),
 }
 
-/// What may be in one request. A request is small on the wire and large in memory if it has many empty strings in it, so
-/// what it would become is counted before anything of it is decoded.
+/// Limits of one request. A request with many empty strings is small on the wire and large in memory, so its
+/// fields are counted before it is decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
-    /// Bytes of the whole request.
+    /// The limit of the encoded request, in bytes.
     pub bytes: usize,
-    /// Names, versions and locators, all kinds of them together.
+    /// The limit of names, versions and locators in one request, counted together.
     pub names: usize,
 }
 
 impl Bounds {
-    /// Of a client that is not admitted yet: enough for one that comes back with 15,000 resources.
+    /// The limits before admission: enough for a client that reconnects with 15,000 resources.
     pub const BEFORE_ADMISSION: Bounds = Bounds { bytes: 1 << 20, names: 50_000 };
-    /// An ACK of Envoy's repeats every name that it asked for (R59).
+    /// The limits after admission. Each SotW request of Envoy repeats every name that it subscribes to (R59).
     pub const ADMITTED: Bounds = Bounds { bytes: 16 << 20, names: 250_000 };
 }
 
-/// Who a client is: an agent with a thousand upstreams takes a third of this.
+/// The limit of the field `node`, in bytes. The node of an agent with a thousand upstreams takes a third of it.
 const NODE_BYTES: usize = 256 << 10;
-/// Why a client refuses something. Envoy's errors can quote whole resources.
+/// The limit of the error in a NACK, in bytes. Envoy's errors can quote whole resources.
 const ERROR_BYTES: usize = 1 << 20;
-/// Structured details of an error. An agent sends one.
+/// The limit of structured details in an error. An agent sends one.
 const ERROR_DETAILS: usize = 16;
 
-/// The fields of `DeltaDiscoveryRequest` and `DiscoveryRequest` by their numbers.
+/// The field numbers of `DeltaDiscoveryRequest` and `DiscoveryRequest`.
 struct Tags {
     node: u32,
     error: u32,
@@ -47,7 +47,7 @@ const DELTA: Tags = Tags { node: 1, error: 7, names: &[3, 4, 5, 8, 9] };
 const SOTW: Tags = Tags { node: 2, error: 6, names: &[3, 7] };
 
 impl Request {
-    /// Decodes a message that a client sent. One that is larger than `bounds` is not decoded.
+    /// Decodes a client's message. A message that exceeds `bounds` is not decoded.
     pub fn decode(
         protocol: Protocol,
         message: bytes::Bytes,
@@ -71,7 +71,8 @@ impl Request {
         }
     }
 
-    /// Who the client is: it must say so in its first request, and need not again (R01, R02).
+    /// Returns the node of the client, which the first request of a stream must name and later ones may omit
+    /// (R01, R02).
     pub fn introduction(&self) -> Result<&Node, SessionError> {
         let node = match self {
             Request::Delta(request) => request.node.as_ref(),
@@ -101,7 +102,7 @@ impl Tags {
         }
         let (mut names, mut node, mut error, mut details) = (0, 0, 0, 0);
         let counted = fields(message, |tag, content| {
-            // A field that comes again is merged with what came before.
+            // Protobuf merges repeated occurrences of a field, so their lengths add up.
             if tag == self.node {
                 node += content.len();
             } else if tag == self.error {
@@ -127,7 +128,7 @@ impl Tags {
     }
 }
 
-/// Why a stream must end. All else that a client may send wrong costs it that request alone.
+/// The errors that end a stream. Any other mistake of a client affects only the request that contains it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SessionError {
     #[error("the first request of a stream must have `node.id`")]
@@ -147,7 +148,7 @@ pub enum SessionError {
 }
 
 impl SessionError {
-    /// The number of the gRPC status.
+    /// Returns the gRPC status code with which the stream ends.
     pub fn code(&self) -> u16 {
         match self {
             SessionError::NoNode

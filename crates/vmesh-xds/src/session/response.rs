@@ -4,7 +4,7 @@ use crate::{Kind, Resource};
 use bytes::{BufMut, Bytes};
 use std::sync::Arc;
 
-/// One message, framed for gRPC: a head that is this stream's own, then the bytes that all streams share.
+/// One response, framed for gRPC: a head that belongs to this stream, followed by bytes that all streams share.
 #[derive(Debug)]
 pub struct Response {
     pub kind: Kind,
@@ -14,7 +14,7 @@ pub struct Response {
     frames: Vec<Bytes>,
 }
 
-/// What goes into the head.
+/// The fields of a response that differ between streams.
 pub(super) struct Head<'a> {
     pub protocol: Protocol,
     pub kind: Kind,
@@ -24,10 +24,10 @@ pub(super) struct Head<'a> {
     pub control_plane: &'a str,
 }
 
-/// An HTTP/2 frame costs more than to copy this much.
+/// Shorter fields are copied, in bytes: an HTTP/2 frame of their own would cost more.
 const COPY_BELOW: usize = 1024;
 
-/// What gRPC puts before each message: a byte for compression and the length.
+/// The length of gRPC's prefix: one byte for the compression and four for the length.
 const GRPC_PREFIX: usize = 5;
 
 impl Response {
@@ -48,10 +48,10 @@ impl Response {
             + removed.iter().map(|name| field_len(name.len())).sum::<usize>()
             + field_len(field_len(control_plane.len()));
 
-        // Large fields cut the copied ones into runs: each run is one frame.
+        // Large fields become frames of their own. Each run of copied fields between them is one frame.
         let mut run = Vec::with_capacity(GRPC_PREFIX + head_len + copied);
         run.put_u8(0);
-        // 4 GiB in one message is out of reach: the largest client limit is 2 GiB, and most are 4 MiB.
+        // A message of 4 GiB cannot occur: clients accept at most 2 GiB, and most accept 4 MiB.
         run.put_u32(u32::try_from(head_len + shared).unwrap_or(u32::MAX));
         put_field(&mut run, 1, version.as_bytes());
         put_field(&mut run, 4, kind.type_url().as_bytes());
@@ -81,17 +81,17 @@ impl Response {
         Response { kind, nonce: nonce.into(), resources: resources.len(), removed: removed.len(), frames }
     }
 
-    /// In bytes, the prefix of gRPC included.
+    /// Returns the length in bytes, including gRPC's prefix.
     pub fn len(&self) -> usize {
         self.frames.iter().map(Bytes::len).sum()
     }
 
-    /// Never: even an answer without resources has a head.
+    /// Always returns `false`: a response without resources still has a head.
     pub fn is_empty(&self) -> bool {
         self.frames.is_empty()
     }
 
-    /// In the order in which they are to be written.
+    /// Returns the frames in the order in which they are written.
     pub fn into_frames(self) -> Vec<Bytes> {
         self.frames
     }

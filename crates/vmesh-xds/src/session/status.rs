@@ -3,42 +3,44 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What a server knows of its client: what it has, what it refused, and since when.
+/// The state of a client as its server sees it: per kind the answers and rejections, and over all kinds one
+/// state and one generation.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SessionStatus {
     pub state: State,
-    /// The last generation of the store of which the client has ACKed all that concerns it. Zero before it has
-    /// asked for anything.
+    /// The last generation of the store of which the client has ACKed everything in its scope. Zero before its
+    /// first subscription.
     pub generation_acked: u64,
     pub kinds: PerKind<KindStatus>,
-    /// Requests for types that are not served (R04).
+    /// The number of requests for types that vmesh does not serve (R04).
     pub unknown_types: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum State {
-    /// The client has ACKed all that it asked for.
+    /// The client has ACKed all resources that it subscribed to.
     Synced,
-    /// Something is still to be sent or to be ACKed.
+    /// Some resource is not sent yet, or not ACKed yet.
     #[default]
     Pushing,
-    /// The client refused something, in its own words. It goes on with the last version that it took.
+    /// The client rejected a resource and keeps the last version that it accepted. The reason quotes the
+    /// client.
     Rejected { reason: Arc<str> },
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct KindStatus {
-    /// Whether the client asked for this kind: a kind that it never asked for is not stale (R15).
+    /// Whether the client subscribed to this kind. A kind without a subscription is not out of date (R15).
     pub subscribed: bool,
-    /// The last response that is not answered yet.
+    /// The time at which the latest unanswered response was sent.
     pub in_flight_since: Option<Instant>,
     pub last_sent: Option<Instant>,
     pub last_acked: Option<Instant>,
     pub last_error: Option<Arc<str>>,
-    /// The names whose present content the client refused.
+    /// The names whose current resource the client rejected.
     pub rejected: BTreeMap<Arc<str>, Rejection>,
-    /// Why the client refused its last response, where that was about no name: an empty set, such as a validator of Envoy's
-    /// refuses.
+    /// The reason of the client's last NACK, if the rejected response had no resource: Envoy's validators may
+    /// reject an empty set.
     pub refused_set: Option<Arc<str>>,
     pub responses: u64,
     pub acks: u64,
@@ -47,13 +49,13 @@ pub struct KindStatus {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
-    /// Empty: it refused the removal of the name.
+    /// The rejected version. Empty if the client rejected the removal of the name.
     pub version: Arc<str>,
     pub reason: Arc<str>,
 }
 
 impl SessionStatus {
-    /// Says one thing that the client refused, in an operator's words.
+    /// Describes one rejection for an operator.
     pub(super) fn rejection(&self) -> Option<String> {
         self.kinds.iter().find_map(|(kind, status)| {
             let of_name = status.rejected.first_key_value().map(|(name, Rejection { version, reason })| {

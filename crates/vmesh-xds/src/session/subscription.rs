@@ -7,126 +7,132 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What one client asked for of one kind, what it has, and what is due to it.
+/// One client's subscription to one kind: its names, the client's copy of each, and the names that are pending.
 #[derive(Default)]
 pub(super) struct Subscription {
-    /// A request of this kind came on this stream.
+    /// Whether the stream has carried a request of this kind.
     pub seen: bool,
     pub wildcard: bool,
-    /// Some name was sent on this stream, so that an empty list no longer means "all" (R21).
+    /// Whether a request of this stream named a resource; from then on an empty list no longer means "all"
+    /// (R21).
     pub ever_named: bool,
-    /// The client came with versions that it holds from an earlier stream.
+    /// Whether the client listed versions that it kept from an earlier stream.
     pub resumed: bool,
-    /// The client waits for an answer, even if there is nothing to put into it.
+    /// Whether the client waits for a response, even an empty one.
     pub answer_due: bool,
     pub entries: HashMap<Arc<str>, Entry, RandomState>,
     pub named: usize,
     pub name_bytes: usize,
-    /// Which of two marks the entries have that the last SotW request named.
+    /// The mark of the entries that the last SotW request named. It alternates between two values.
     pub mark: bool,
 
     pending: BTreeMap<Arc<str>, Work>,
-    /// How many of `pending` are [`Work::New`] and [`Work::Gone`].
+    /// The numbers of [`PendingChange::Add`] and [`PendingChange::Remove`] in `pending`.
     new: usize,
     gone: usize,
-    /// The generation at which the first of `pending` came to be due.
+    /// The generation at which the oldest name in `pending` became pending.
     pub behind_since: Option<u64>,
-    /// The same of what the client has refused.
+    /// The generation at which the oldest rejected resource became pending.
     pub rejected_since: Option<u64>,
 
     pub in_flight: VecDeque<InFlight>,
     pub last_nonce: u64,
-    /// Parts of a refused response, each to be sent alone so that the client shows which of them it means (R17).
+    /// Parts of a rejected response. Each is sent in a response of its own, to find the resource that the
+    /// client rejects (R17).
     pub isolated: VecDeque<Vec<Arc<str>>>,
     pub isolations_left: u8,
 
-    /// Since when something is held back that this kind refers to, or that refers to it.
+    /// The time since when changes wait for new clusters, and removals for the resources that refer to them.
     pub changes_held_since: Option<Instant>,
     pub removals_held_since: Option<Instant>,
-    /// When that, or a wait for an answer, has lasted long enough.
+    /// The time at which the session must poll again, because such a wait or the wait for an answer ends.
     pub wake_at: Option<Instant>,
 }
 
-/// One name that the client asked for or was sent.
+/// A name that the client subscribed to or was sent.
 #[derive(Default)]
 pub(super) struct Entry {
     pub held: Held,
-    /// Asked for by name, and not only as part of "all".
+    /// Whether the client subscribed to this name explicitly; otherwise only the wildcard covers it.
     pub named: bool,
-    /// To be sent even if the client has it (R24, R25, R27, R46).
+    /// Whether the resource is sent even if the client has it (R24, R25, R27, R46).
     pub asked: bool,
     pub mark: bool,
 }
 
-/// What the client has of a name, once it has ACKed what is in flight.
+/// The client's copy of a resource, assuming that it ACKs the responses in flight.
 #[derive(Clone, Default)]
 pub(super) enum Held {
     #[default]
     Nothing,
-    /// Some version from an earlier stream that is not the present one.
+    /// Some version from an earlier stream, other than the current one.
     Other,
-    /// It was told that there is none.
+    /// The client was told that the resource does not exist.
     Absent,
-    /// An assignment without endpoints, made for it alone.
+    /// An assignment without endpoints, made for this client.
     Empty(Arc<Resource>),
     Resource(Arc<Resource>),
-    /// It refused a response, and perhaps not for this name; it may have the last good resource.
+    /// The client rejected a response that contained the resource, perhaps because of another one. The client
+    /// may still have the last good resource.
     Unsure(Option<Arc<Resource>>),
-    /// It refused the resource with this fingerprint, and has the last good one if any.
+    /// The client rejected the resource with this fingerprint and has the last good one, if any.
     Rejected(Box<(u64, Option<Arc<Resource>>)>),
-    /// It refused that the name be removed, and has the last good resource, if any was known.
+    /// The client rejected the removal and still has the last good resource, if the session knows it.
     Unremovable(Option<Arc<Resource>>),
 }
 
-/// What the client should have of a name.
+/// The resource that the client should have of a name.
 #[derive(Clone, Copy)]
 pub(super) enum Target<'a> {
     Resource(&'a Arc<Resource>),
-    /// An assignment without endpoints: the cluster exists, and Envoy waits for an answer (R30, R31).
+    /// An assignment without endpoints: its cluster exists, and Envoy waits for an answer (R30, R31).
     Empty,
-    /// The same of a cluster that is gone and that the client still has: it keeps the endpoints until then.
+    /// The endpoints of a removed cluster that the client still has: they stay until the client has dropped the
+    /// cluster.
     Leaving,
     Absent,
-    /// The store cannot tell yet.
+    /// The store is partial and has no record of the name yet.
     Unknown,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Work {
-    /// The client gets to know it.
+    /// The resource is missing at the client.
     New,
-    /// The client knows it or asked for it.
+    /// The client has or asked for the resource and gets its current version.
     Changed,
-    /// The client has it, and is to have it no more.
+    /// The client has the resource and must drop it.
     Gone,
 }
 
 pub(super) struct InFlight {
     pub nonce: u64,
     pub since: Instant,
-    /// Whether it has [`Work::New`].
+    /// Whether the response contains a [`PendingChange::Add`].
     pub adds: bool,
-    /// False after the client asked for more meanwhile: it does not wait for its own answer then (R20).
+    /// Whether the next response of this kind waits for the answer. `false` once the client has subscribed to
+    /// more names (R20).
     pub blocking: bool,
     pub behind_since: Option<u64>,
     pub items: Vec<Item>,
-    /// What is in it though the client should have it.
+    /// Resources that a complete SotW set repeats although the client should have them.
     pub repeated: Vec<Arc<Resource>>,
 }
 
 pub(super) struct Item {
     pub name: Arc<str>,
-    /// What the client had before.
+    /// The client's copy before this response.
     pub before: Held,
-    /// `None`: it was removed.
+    /// The resource that was sent, or `None` for a removal.
     pub sent: Option<Arc<Resource>>,
 }
 
-/// Envoy withholds the ACK of clusters until they are warm, which takes up to 15 s. A client that is still silent
-/// after this long gets what is new nevertheless (R20).
+/// How long a response blocks the next one of its kind. Envoy withholds the ACK of clusters until they are
+/// warm, which takes up to 15 s; a client that is silent for longer than this gets new resources nevertheless
+/// (R20).
 pub(super) const ANSWER_CAP: Duration = Duration::from_secs(30);
 
-/// More than any node needs, and far less than what would hurt the server.
+/// The limit of names per kind: more than any node needs, and too few to hurt the server.
 pub(super) const NAMES_MAX: usize = 100_000;
 const NAME_BYTES_MAX: usize = 16 << 20;
 
@@ -143,15 +149,15 @@ impl<'a> Target<'a> {
     }
 }
 
-/// How "there is none" is told.
+/// How the absence of a resource is announced to a client.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Absence {
     Removed,
     /// The response is the complete set, and the name is not in it.
     Omitted,
-    /// SotW has no words for it, but Envoy must have an answer (R31).
+    /// SotW has no field for removed names, but Envoy needs an answer: an assignment without endpoints (R31).
     Empty,
-    /// Not at all: a client keeps a secret while a live configuration refers to it (R30).
+    /// The absence is not announced: a client keeps a secret while a live configuration refers to it (R30).
     Untold,
 }
 
@@ -167,7 +173,7 @@ impl Absence {
     }
 }
 
-/// What is to be done about a name, if anything.
+/// Compares the target of a name with the client's copy and returns the change to send, if any.
 fn work(entry: Option<&Entry>, wildcard: bool, absence: Absence, target: Target<'_>) -> Option<Work> {
     let unknown = Entry::default();
     let Entry { held, named, asked, .. } = entry.unwrap_or(&unknown);
@@ -177,7 +183,7 @@ fn work(entry: Option<&Entry>, wildcard: bool, absence: Absence, target: Target<
     let again = asked.then_some(Work::Changed);
     match (target, held) {
         (Target::Unknown, _) => None,
-        // What it refused is not sent again; who asks gets what was good before (R13).
+        // A rejected resource is not sent again. A client that subscribes again gets the last good one (R13).
         (Target::Resource(new), Held::Rejected(rejected)) if rejected.0 == new.fingerprint() => {
             again.filter(|_| rejected.1.is_some() || new.kind() == Kind::Endpoint)
         }
@@ -198,7 +204,7 @@ fn work(entry: Option<&Entry>, wildcard: bool, absence: Absence, target: Target<
 
         (Target::Absent, _) if absence == Absence::Untold => None,
         (Target::Absent, Held::Nothing) => (*named || *asked).then_some(Work::Changed),
-        // A removal that it refused is not sent again either, until there was something else under that name.
+        // A rejected removal is not repeated before the name had another resource.
         (Target::Absent, Held::Absent | Held::Unremovable(_)) => again,
         (Target::Absent, Held::Empty(_)) if absence == Absence::Empty => again,
         (Target::Absent, _) => again.or(Some(Work::Gone)),
@@ -206,7 +212,7 @@ fn work(entry: Option<&Entry>, wildcard: bool, absence: Absence, target: Target<
 }
 
 impl Subscription {
-    /// Notes whether `name` is due, as of `generation`.
+    /// Updates `pending` after the target or the copy of `name` changed. `generation` is the store's.
     pub(super) fn weigh(&mut self, name: &Arc<str>, absence: Absence, target: Target<'_>, generation: u64) {
         match work(self.entries.get(name), self.wildcard, absence, target) {
             Some(work) => {
@@ -218,7 +224,7 @@ impl Subscription {
         }
     }
 
-    /// `name` is no longer due.
+    /// Removes `name` from `pending`.
     pub(super) fn settle(&mut self, name: &str) {
         let before = self.pending.remove(name);
         self.count(before, None);
@@ -250,12 +256,12 @@ impl Subscription {
         self.new > 0
     }
 
-    /// Whether the client gets to know something that it has not ACKed.
+    /// Reports whether some resource new to the client is pending or not ACKed.
     pub(super) fn is_adding(&self, now: Instant) -> bool {
         self.new > 0 || self.answers_awaited(now).any(|response| response.adds)
     }
 
-    /// Whether the client has ACKed everything.
+    /// Reports whether the client has ACKed everything.
     pub(super) fn is_quiet(&self, now: Instant) -> bool {
         self.pending.is_empty() && self.answers_awaited(now).next().is_none()
     }
@@ -264,12 +270,12 @@ impl Subscription {
         self.in_flight.iter().filter(move |response| now < response.since + ANSWER_CAP)
     }
 
-    /// Until when nothing may be sent, because the client has not answered.
+    /// Returns the time until which the unanswered response blocks this kind.
     pub(super) fn blocked_until(&self) -> Option<Instant> {
         self.in_flight.back().filter(|response| response.blocking).map(|response| response.since + ANSWER_CAP)
     }
 
-    /// The client asks for `name`, by name.
+    /// Adds a subscription by name.
     pub(super) fn subscribe(&mut self, kind: Kind, name: Arc<str>) -> Result<&mut Entry, SessionError> {
         let len = name.len();
         let entry = self.entries.entry(name).or_default();
@@ -287,7 +293,8 @@ impl Subscription {
         Ok(entry)
     }
 
-    /// The client asks for `name` no more. It may still get it as part of "all". False: it never asked (R36).
+    /// Ends a subscription by name; the wildcard may still cover the name. Returns `false` if there was none
+    /// (R36).
     pub(super) fn unsubscribe(&mut self, name: &str) -> bool {
         let Some(entry) = self.entries.get_mut(name).filter(|entry| entry.named) else { return false };
         entry.named = false;
@@ -299,7 +306,7 @@ impl Subscription {
         true
     }
 
-    /// Forgets what the client has of `name`.
+    /// Drops the client's copy of `name` and the pending change.
     pub(super) fn forget(&mut self, name: &str) {
         self.entries.remove(name);
         self.settle(name);

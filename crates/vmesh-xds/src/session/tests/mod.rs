@@ -1,4 +1,4 @@
-//! One test per rule, with a scripted client and a clock that only the test moves.
+//! One test per rule, with a scripted client and a clock that only the test advances.
 
 mod delta;
 mod model;
@@ -14,24 +14,24 @@ use std::collections::BTreeMap;
 use vmesh_proto::envoy::config::core::v3::Node;
 use vmesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, DiscoveryResponse};
 
-/// A client at the end of a stream, and the server's world at the other end.
+/// A client at the end of a stream, together with the session and the store of its server.
 ///
-/// A resource is written `cluster orders=1`, where `1` stands for its content; a response is written
-/// `cluster orders=1 payments=1 -users`.
+/// A resource is written `cluster orders=1`, where `1` stands for its content; a response is written `cluster
+/// orders=1 payments=1 -users`.
 struct Envoy {
     session: Session,
     now: Instant,
     store: Store,
     scope: Scope,
     said_hello: bool,
-    /// Of the last response of each kind.
+    /// The nonce of the last response of each kind.
     nonces: BTreeMap<Kind, String>,
     versions: BTreeMap<Kind, String>,
     system_version: String,
 }
 
 impl Envoy {
-    /// A delta client of a server that has these resources, before its first request.
+    /// Makes a delta client of a server that has these resources, before its first request.
     fn connected_to(world: &str) -> Envoy {
         Envoy::new(Session::delta("vmesh test"), world)
     }
@@ -55,7 +55,7 @@ impl Envoy {
         envoy
     }
 
-    /// The stream breaks and the client makes another one.
+    /// Breaks the stream and opens another one.
     fn reconnect(&mut self) {
         self.session = match self.session.protocol {
             Protocol::Delta => Session::delta("vmesh test"),
@@ -66,7 +66,7 @@ impl Envoy {
         self.show();
     }
 
-    /// From now on the server has exactly these resources.
+    /// Replaces all resources of the server.
     fn server_has(&mut self, world: &str) {
         let groups = groups(world);
         let gone = self.store.groups().filter(|group| !groups.contains_key(group.key()));
@@ -106,18 +106,19 @@ impl Envoy {
         self.try_send(request).unwrap();
     }
 
-    /// Delta: subscribes, and unsubscribes what has a `-` before it. No names: the first of its kind says "all".
+    /// Delta: subscribes to names, and unsubscribes from names with a leading `-`. The first request of a kind
+    /// without names subscribes to all resources.
     fn subscribe(&mut self, kind: Kind, names: &[&str]) {
         self.send(delta(kind, names));
     }
 
-    /// Delta, the first of its kind on a stream after an earlier one.
+    /// Delta: sends the first request of a kind on a stream that follows an earlier one.
     fn resume(&mut self, kind: Kind, names: &[&str], versions: &[(&str, String)]) {
         let held = versions.iter().map(|(name, version)| (name.to_string(), version.clone())).collect();
         self.send(DeltaDiscoveryRequest { initial_resource_versions: held, ..delta(kind, names) });
     }
 
-    /// SotW: the complete list of names, with the last nonce and version.
+    /// SotW: sends the complete list of names, with the last nonce and version.
     fn names(&mut self, kind: Kind, names: &[&str]) {
         self.send(self.sotw(kind, names));
     }
@@ -206,7 +207,7 @@ impl Envoy {
         assert_eq!(self.receive(), None);
     }
 
-    /// Nothing comes now, nor when a timer of the session fires within this time.
+    /// Asserts that the session sends no response now, nor at any of its timeouts within this time.
     #[track_caller]
     fn expect_silence_for(&mut self, seconds: u64) {
         let end = self.now + Duration::from_secs(seconds);
@@ -260,7 +261,7 @@ fn error(message: &str) -> Option<rpc::Status> {
     Some(rpc::Status { code: 13, message: message.into(), ..rpc::Status::default() })
 }
 
-/// `cluster a=1 b=1 endpoints a=1`: what is named alike belongs to one group.
+/// Parses `cluster a=1 b=1 endpoints a=1`. Resources with the same name form one group.
 fn groups(world: &str) -> BTreeMap<Arc<str>, Arc<Group>> {
     let mut kind = Kind::Cluster;
     let mut resources: BTreeMap<Arc<str>, Vec<Arc<Resource>>> = BTreeMap::new();
@@ -275,7 +276,8 @@ fn groups(world: &str) -> BTreeMap<Arc<str>, Arc<Group>> {
     resources.into_iter().map(|(key, resources)| (key.clone(), Group::new(key, resources))).collect()
 }
 
-/// The content is text that begins with the name, as every message of Envoy's has its name in it.
+/// Makes a resource whose content is text that begins with the name, since every message of Envoy contains its
+/// name.
 fn resource(kind: Kind, name: &str, content: &str) -> Arc<Resource> {
     Resource::from_bytes(kind, name, format!("{name}={content}").as_bytes())
 }
@@ -303,7 +305,7 @@ fn kind_of(word: &str) -> Kind {
     Kind::ALL.into_iter().find(|kind| kind.to_string() == word).unwrap()
 }
 
-/// The message inside gRPC's framing.
+/// Removes gRPC's framing from a response.
 fn unframed(response: Response) -> Bytes {
     let len = response.len();
     let framed = response.into_frames().concat();

@@ -1,4 +1,5 @@
-//! Generated requests, worlds, refusals and disconnects, against a client that is as simple as the protocol allows.
+//! Property tests: generated requests, stores, rejections and disconnects, against a client that is as simple
+//! as the protocol allows.
 
 use super::*;
 use Kind::*;
@@ -8,7 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
-/// What a client knows, and how it answers.
+/// A model of a client: its subscriptions, its resources, and the responses that it has not answered.
 struct Client {
     protocol: Protocol,
     session: Session,
@@ -16,14 +17,14 @@ struct Client {
     introduced: bool,
     wants: PerKind<Wants>,
     view: PerKind<BTreeMap<String, Item>>,
-    /// Responses that were sent and are not read yet.
+    /// Responses that the server sent and the client has not read.
     wire: VecDeque<Sent>,
-    /// Those that were read and are not answered yet.
+    /// Answers to responses that the client has read, not sent yet.
     unanswered: VecDeque<Answer>,
     nonces: PerKind<String>,
     world: Store,
     scope: Scope,
-    /// Kinds of which a response was sent since the last subscription, and when.
+    /// When the last response of each kind was sent, if the client has not subscribed to more names since.
     pushed: PerKind<Option<Instant>>,
 }
 
@@ -56,7 +57,7 @@ struct Answer {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// Contents of every kind and name; 0 is none, 3 is refused.
+    /// The contents of every kind and name; 0 stands for no resource, 3 for a bad one.
     World([[u8; 3]; 5]),
     Scope([bool; 3]),
     Subscribe(Kind, BTreeSet<&'static str>),
@@ -71,16 +72,18 @@ enum Step {
     Wait(u64),
 }
 
-/// How a client refuses a response with a bad resource.
+/// How a client rejects a response with a bad resource.
 #[derive(Clone, Copy, Debug)]
 enum Temper {
-    /// It takes the rest and names what it refuses, as Envoy does.
+    /// The client takes the good resources and names the bad ones, as Envoy does.
     Precise,
-    /// It refuses all and names the bad one: a message that cannot be decoded.
+    /// The client rejects the whole response and names the bad resource, as for a message that it cannot
+    /// decode.
     Strict,
-    /// It refuses all and names none.
+    /// The client rejects the whole response and names no resource.
     Mute,
-    /// It refuses all that would leave it with less than it has, as Envoy's validator of a minimum does, and all that is bad.
+    /// The client rejects every response that would remove one of its resources, as Envoy's validator of a
+    /// minimum does, and every response with a bad resource.
     Clinging,
 }
 
@@ -119,7 +122,7 @@ impl Client {
             let wants = &mut self.wants[kind];
             wants.ever_named = !wants.names.is_empty();
             if !wants.all && wants.names.is_empty() {
-                // A client that wants nothing of a kind does not ask for it.
+                // A client does not subscribe to a kind of which it needs no resource.
                 wants.asked = false;
                 continue;
             }
@@ -172,7 +175,7 @@ impl Client {
         });
     }
 
-    /// No names: everything, of the kinds that have it.
+    /// Subscribes to names, or to all resources if `names` is empty and the kind has a wildcard.
     fn subscribe(&mut self, kind: Kind, names: &BTreeSet<&'static str>) {
         let wants = &mut self.wants[kind];
         let first = !std::mem::replace(&mut wants.asked, true);
@@ -196,8 +199,9 @@ impl Client {
 
     fn unsubscribe(&mut self, kind: Kind, names: &BTreeSet<&'static str>) {
         let wants = &mut self.wants[kind];
-        // SotW has no words for "nothing" before a name was said, and a client that takes a name back before it has
-        // answered, and asks for it again, has only itself to blame for what it threw away.
+        // Two cases are excluded for SotW: before the first name, an empty list means "all"; and a client that
+        // drops a name before it has answered, and then subscribes again, has discarded a resource that the
+        // server thinks it has.
         let answers = self.unanswered.iter().map(|answer| answer.kind);
         let mut waiting = self.wire.iter().map(|sent| sent.kind).chain(answers);
         let cannot = !wants.ever_named || waiting.any(|waiting| waiting == kind);
@@ -262,7 +266,7 @@ impl Client {
         let wants = &self.wants[*kind];
         let waiting = self.wire.iter().any(|sent| sent.kind == *kind)
             || self.unanswered.iter().any(|answer| answer.kind == *kind);
-        // In SotW the server honours names only with the answer to the last response (R10).
+        // In SotW the server applies new names only with the answer to the last response (R10).
         let is_known = self.protocol == Protocol::Delta || !waiting;
         let mut names = BTreeSet::new();
         for name in items.iter().map(|(name, _)| name).chain(removed) {
@@ -349,7 +353,7 @@ impl Client {
         }
     }
 
-    /// Lets everything be sent, read and answered.
+    /// Sends, reads and answers until neither end has anything left to do.
     fn settle(&mut self, temper: Temper) {
         let mut rounds = 0;
         loop {
@@ -413,7 +417,7 @@ fn world(contents: &[[u8; 3]; 5]) -> Vec<(Arc<str>, Option<Arc<Group>>)> {
     (0..3).map(group).collect()
 }
 
-/// Replaces the tempers of some steps by [`Temper::Clinging`].
+/// Replaces the rejection style of some steps by [`RejectionStyle::Clinging`].
 fn clinging(steps: &[Step]) -> Vec<Step> {
     let cling = |(at, step): (usize, &Step)| match step {
         Step::Read(_) if at % 2 == 0 => Step::Read(Temper::Clinging),
@@ -456,7 +460,7 @@ fn converges(protocol: Protocol, steps: &[Step], temper: Temper) {
         let seen = client.session.status().generation_acked;
         assert!(!asked || seen == client.world.generation() || seen == 0, "{seen}");
     }
-    // R19: whatever time passes, and whatever is said again.
+    // R19: neither time nor an unchanged snapshot causes a response.
     client.show();
     assert!(!client.poll());
     client.now += Duration::from_secs(3600);
@@ -464,17 +468,18 @@ fn converges(protocol: Protocol, steps: &[Step], temper: Temper) {
     assert_eq!(client.session.poll_timeout(), None);
 }
 
-/// A client as careful as Envoy: it ACKs clusters when it has their endpoints, and each of its routes leads to the
-/// cluster of the same content.
+/// A client as careful as Envoy: it ACKs clusters when it has their endpoints, and asserts that each of its
+/// routes leads to a cluster that it has. The content of a route is the name of its cluster.
 struct Careful {
     client: Client,
-    /// Clusters whose ACK waits.
+    /// Answers to cluster responses that wait for endpoints.
     warming: VecDeque<Answer>,
 }
 
 #[derive(Clone, Debug)]
 enum CarefulStep {
-    /// Which clusters there are, and to which of them, modulo their number, the two routes lead.
+    /// The clusters of the server, and for each of the two routes the index of its cluster, modulo their
+    /// number.
     World(BTreeSet<&'static str>, [usize; 2]),
     Poll,
     Read,
@@ -573,7 +578,7 @@ fn careful_steps() -> impl Strategy<Value = Vec<CarefulStep>> {
     vec(step, 1..80)
 }
 
-/// What no client would send, but anybody can.
+/// Generates requests that no real client sends.
 fn nonsense() -> impl Strategy<Value = (bool, DeltaDiscoveryRequest)> {
     let name =
         prop_oneof![Just(String::new()), Just("*".into()), Just("a".into()), Just("-".into()), "\\PC{0,9}"];
@@ -597,7 +602,7 @@ fn nonsense() -> impl Strategy<Value = (bool, DeltaDiscoveryRequest)> {
     )
 }
 
-/// `PROPTEST_CASES` asks for more.
+/// Runs at least 1,500 cases; `PROPTEST_CASES` raises the number.
 fn config() -> ProptestConfig {
     let more = ProptestConfig::default();
     ProptestConfig { cases: more.cases.max(1500), failure_persistence: None, ..more }
@@ -622,7 +627,8 @@ proptest! {
         clinging(&steps).iter().for_each(|step| client.step(step));
         client.settle(Temper::Clinging);
         prop_assert_ne!(&client.session.status().state, &State::Pushing);
-        // Of SotW a set that lacks something is refused with all that is new in it.
+        // The check covers delta only: a SotW client rejects a set that lacks a resource together with every
+        // new resource in it.
         let snapshot = Snapshot { store: Arc::new(client.world.clone()), scope: Arc::new(client.scope.clone()) };
         for (kind, wants) in client.wants.iter().filter(|_| !sotw) {
             for resource in snapshot.of_kind(kind).filter(|resource| wants.all || wants.names.contains(&**resource.name())) {

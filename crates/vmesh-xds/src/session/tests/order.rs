@@ -1,7 +1,8 @@
 use super::*;
 use Kind::*;
 
-/// As Envoy starts: it asks for endpoints before it ACKs the clusters, and for listeners after.
+/// Makes a client in the state of an Envoy after its start: it subscribes to endpoints before it ACKs the
+/// clusters, and to listeners afterwards.
 fn started(world: &str, routes: &[&str], endpoints: &[&str]) -> Envoy {
     let mut envoy = Envoy::connected_to(world);
     envoy.subscribe(Cluster, &[]);

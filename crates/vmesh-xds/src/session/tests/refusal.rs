@@ -175,7 +175,7 @@ fn a_name_is_blamed_only_where_a_name_stands() {
         ),
         (Endpoint, "orders", "orders"),
         (Endpoint, "orders: bad", "orders"),
-        // A service may be called anything.
+        // A service may have any name, also `cluster`.
         (Cluster, "Error adding/updating cluster(s) cluster: bad", "cluster"),
     ] {
         assert!(blames(kind, text, name), "{text} / {name}");
@@ -225,7 +225,7 @@ fn a_refused_removal_is_not_sent_again_until_there_was_something_else() {
     envoy.server_has("cluster b=3");
     envoy.expect_acked("cluster b=3");
     assert_eq!(rejected(&envoy, Cluster), ["a"]);
-    // It is there again, and then gone again.
+    // The cluster exists again, and is then removed once more.
     envoy.server_has("cluster a=1 b=3");
     envoy.expect_acked("cluster a=1");
     assert_eq!(*envoy.state(), State::Synced);

@@ -271,7 +271,7 @@ fn r47_a_grpc_client_asks_from_the_listener_down_and_is_never_kept_waiting() {
     envoy.expect_acked("cluster a=1");
     envoy.names(Endpoint, &["a"]);
     envoy.expect_acked("endpoints a=1");
-    // The route moves to a cluster that the client does not know before it sees the route.
+    // The route's new cluster is unknown to the client, which needs it first.
     envoy.server_has("cluster a=1 b=1 c=1 endpoints a=1 b=1 c=1 listener l=1 route r=2");
     envoy.expect_acked("route r=2");
     envoy.names(Cluster, &["a", "c"]);
