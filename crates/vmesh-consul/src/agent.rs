@@ -1,6 +1,6 @@
-//! What an agent is told of the services of its own host: for those who register themselves.
+//! Registers services with the agent of their own host.
 //!
-//! All of it goes to the first address: another agent would believe that the service runs on its host.
+//! All requests go to the first address: any other agent would register the service as running on its own host.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::client::{Client, escaped};
 use crate::error::ConsulError;
 
-/// An agent answers from its memory, or after it told the servers.
+/// The timeout of a request to the agent, which answers from memory or after it has updated the servers.
 const WITHIN: Duration = Duration::from_secs(15);
 
-/// A service as an agent registers it. Registering it again replaces it.
+/// A service, as it is registered with an agent. Registering it again replaces it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Registration {
@@ -27,7 +27,7 @@ pub struct Registration {
     pub tags: Vec<String>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub meta: BTreeMap<String, String>,
-    /// Empty is the agent's own.
+    /// An empty address stands for the agent's own.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub address: String,
     pub port: u16,
@@ -37,7 +37,7 @@ pub struct Registration {
     pub checks: Vec<Check>,
 }
 
-/// Shares of traffic by state: `passing` from 1 to 65,535, `warning` from 0.
+/// The relative shares of traffic of an instance by its state: `passing` from 1 to 65,535, `warning` from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Weights {
@@ -45,30 +45,30 @@ pub struct Weights {
     pub warning: u16,
 }
 
-/// A check of a service. One of `ttl`, `http` and `tcp` is set.
+/// A health check of a service. Exactly one of `ttl`, `http` and `tcp` is set.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Check {
     #[serde(rename = "CheckID", skip_serializing_if = "String::is_empty")]
     pub id: String,
     pub name: String,
-    /// The service has to say that it is well, within this time: see [`Client::update_check`].
+    /// The time within which the service must report its state: see [`Client::update_check`].
     #[serde(rename = "TTL", skip_serializing_if = "Option::is_none", serialize_with = "millis")]
     pub ttl: Option<Duration>,
-    /// A URL that has to answer with 2xx.
+    /// A URL that must answer with a 2xx status.
     #[serde(rename = "HTTP", skip_serializing_if = "Option::is_none")]
     pub http: Option<String>,
-    /// `host:port` that has to accept connections.
+    /// A `host:port` that must accept connections.
     #[serde(rename = "TCP", skip_serializing_if = "Option::is_none")]
     pub tcp: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "millis")]
     pub interval: Option<Duration>,
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "millis")]
     pub timeout: Option<Duration>,
-    /// Built in: critical, until the first result.
+    /// The state before the first result. Consul's default is critical.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<CheckStatus>,
-    /// The agent deregisters the service after it was critical for so long: a minute at least.
+    /// The agent deregisters the service after it was critical for this long; Consul's minimum is a minute.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "millis")]
     pub deregister_critical_service_after: Option<Duration>,
 }
@@ -107,28 +107,28 @@ struct Update<'a> {
 }
 
 impl Client {
-    /// Registers a service, or replaces what is registered under its ID. Needs `service:write`.
+    /// Registers a service, or replaces the registration with its ID. Needs `service:write`.
     pub async fn register(&self, registration: &Registration) -> Result<(), ConsulError> {
-        // Checks that are not in it any more go with it, instead of turning critical.
+        // The flag deletes checks that the new registration omits; otherwise they would turn critical.
         const PATH: &str = "/v1/agent/service/register?replace-existing-checks=true";
         let body = self.json(PATH, registration)?;
         self.put(PATH, body, WITHIN).await.map(drop)
     }
 
-    /// Takes a service away. One that is not there is an error of Consul's (404, or 500 of older ones).
+    /// Deregisters a service. Consul answers an unknown ID with an error (404, or 500 in older versions).
     pub async fn deregister(&self, id: &str) -> Result<(), ConsulError> {
         let path = format!("/v1/agent/service/deregister/{}", escaped(id));
         self.put(&path, Bytes::new(), WITHIN).await.map(drop)
     }
 
-    /// Says how a check with a TTL stands: `output` is for people.
+    /// Reports the state of a TTL check. `output` is a text for operators.
     pub async fn update_check(&self, id: &str, status: CheckStatus, output: &str) -> Result<(), ConsulError> {
         let path = format!("/v1/agent/check/update/{}", escaped(id));
         let body = self.json(&path, &Update { status, output })?;
         self.put(&path, body, WITHIN).await.map(drop)
     }
 
-    /// Begins or ends the maintenance of a service, which takes no new requests meanwhile.
+    /// Begins or ends the maintenance of a service, which gets no new requests meanwhile.
     pub async fn maintenance(&self, id: &str, enable: bool, reason: &str) -> Result<(), ConsulError> {
         let path = format!(
             "/v1/agent/service/maintenance/{}?enable={enable}&reason={}",

@@ -1,4 +1,4 @@
-//! Requests, and whom they are sent to.
+//! Sends requests, chooses the address for them, and reads their answers.
 
 use std::fmt;
 use std::ops::Deref;
@@ -22,105 +22,108 @@ use crate::credentials::{Credentials, Edition};
 use crate::error::{ConsulError, ErrorKind};
 use crate::pool::{Lease, Pool, broken};
 
-/// Larger answers are not read: the health of a service of 20,000 instances is about as large.
+/// The limit of one answer, in bytes: about the health of a service with 20,000 instances.
 pub const MAX_BODY: usize = 32 << 20;
-/// Answers up to this size are read whenever they come: the health of a service of 100 instances is about as large.
+/// Answers up to this size are read as they arrive, in bytes: about the health of a service with 100 instances.
 const SMALL_BODY: usize = 128 << 10;
-/// So many larger answers are in memory at once, from their first byte until they have been parsed. The others are left
-/// with the server meanwhile, so the answers of one client never take more than this times [`MAX_BODY`], and what the
-/// small ones do.
+/// The limit of larger answers in memory, each counted from its first bytes until it is parsed. Further answers
+/// stay with the server meanwhile, so the answers of one client take at most this number times [`MAX_BODY`],
+/// plus the small ones.
 const LARGE_BODIES: usize = 4;
-/// What a request may take beyond the time that it asks to wait for. A server without a leader alone takes 7 s to say so.
+/// The timeout of a request, added to its `wait`. A server without a leader needs 7 s to answer that it has
+/// none.
 pub const MARGIN: Duration = Duration::from_secs(10);
-/// How long a server may take to say who leads its own datacenter.
+/// The timeout of the question to a server for the leader of its own datacenter.
 const IS_WELL_WITHIN: Duration = Duration::from_secs(2);
-/// Consul's own bound for blocking queries.
+/// Consul's own limit for the wait of a blocking query.
 pub const MAX_WAIT: Duration = Duration::from_secs(600);
 
-/// Totals since the start.
+/// Counters since the start.
 #[derive(Debug, Default)]
 pub struct Counters {
     pub requests: AtomicU64,
-    /// Those without an answer that can be used.
+    /// Requests without a usable answer.
     pub failures: AtomicU64,
-    /// Connections that were made.
+    /// Connections made.
     pub connects: AtomicU64,
     /// Connections that are open now.
     pub connections: AtomicU64,
-    /// How often a server's index went back, or was missing.
+    /// How often a server's index went back or was missing.
     pub index_resets: AtomicU64,
 }
 
-/// How much a read may cost, and what it is worth.
+/// The consistency of a read: which servers may answer it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Consistency {
-    /// Any server answers from what it has, also without a leader: see [`Meta::last_contact`].
+    /// Any server answers from its own data, even without a leader: see [`Meta::last_contact`].
     Stale,
     /// The leader answers.
     #[default]
     Leader,
-    /// The leader answers after a majority has confirmed that it is one.
+    /// The leader answers after a majority has confirmed its leadership.
     Consistent,
 }
 
-/// What to ask for besides the path.
+/// The parameters of a read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Query {
-    /// Answer when there is something newer than this, or after `wait`; 0 is at once.
+    /// Blocks until the path's index exceeds this one, or until `wait` is over. 0 does not block.
     pub index: u64,
     pub wait: Duration,
-    /// What `index` was seen with, as [`Meta::view`] says; 0 is anything. With another one the answer comes at once: the
-    /// same index may be something else there, and a server that began anew would not reach it for long.
+    /// The [`Meta::origin`] of `index`; 0 matches any. For another origin the query does not block: there the
+    /// same index may have another meaning, and a server that started anew would not reach it for a long time.
     pub view: u64,
     pub consistency: Consistency,
     pub datacenter: Option<Arc<str>>,
-    /// More parameters, as `recurse`; not escaped, so no more than letters.
+    /// Further parameters, such as `recurse`. The client does not escape them, so they may contain only
+    /// letters.
     pub flags: &'static [&'static str],
 }
 
-/// What the headers of an answer say.
+/// The metadata of an answer, from its headers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Meta {
-    /// `None`: the header is missing or makes no sense.
+    /// `None` if the header is missing or not a number.
     pub index: Option<u64>,
-    /// Whether the server knows of a leader. Servers that stream their answers do not say, and then it is true.
+    /// Whether the server knows a leader. Servers that stream their answers do not send this; then it is true.
     pub known_leader: bool,
-    /// How old a stale answer may be.
+    /// The maximum age of a stale answer.
     pub last_contact: Duration,
-    /// Something was left out of the answer because the token may not see it. Servers before 1.11 never say so.
+    /// Whether the answer omits entries that the token may not read. Servers before 1.11 never set it.
     pub filtered: bool,
-    /// Addresses of other datacenters are those of their wide area network already.
+    /// Whether addresses of other datacenters are already their WAN addresses.
     pub translated: bool,
-    /// Of the body: equal bodies have equal hashes.
+    /// A hash of the body: equal bodies have equal hashes.
     pub hash: u64,
-    /// Another one whenever the token has changed, another address is asked, or a connection to it was lost.
+    /// Identifies the token and the server that the answer came from. It changes with the token, with the
+    /// address, and with each lost connection, since a restarted server counts its indexes anew.
     pub view: u64,
 }
 
-/// An answer and what it is worth.
+/// An answer with its metadata.
 #[derive(Debug, Clone)]
 pub struct Answer<T> {
     pub value: T,
     pub meta: Meta,
 }
 
-/// A client of one Consul cluster. Clones share connections, which end with the last of them.
+/// A client of one Consul cluster. Clones share connections, which close with the last clone.
 #[derive(Clone)]
 pub struct Client(Arc<Inner>);
 
 struct Inner {
     pools: Vec<Pool>,
-    /// The one that is asked.
+    /// The index of the pool that answers reads now.
     current: AtomicUsize,
     credentials: Credentials,
     namespace: Option<String>,
     partition: Option<String>,
     counters: Arc<Counters>,
-    /// One permit for each answer of more than [`SMALL_BODY`] that may be in memory.
+    /// One permit per answer of more than [`SMALL_BODY`] in memory.
     large_bodies: Arc<Semaphore>,
 }
 
-/// The bytes of an answer. While they are kept, a large answer keeps others from being read: parse and drop them.
+/// The body of an answer. A large one prevents others from being read until it is dropped, so parse it soon.
 #[derive(Debug)]
 pub struct Body {
     bytes: Bytes,
@@ -135,7 +138,7 @@ impl Deref for Body {
     }
 }
 
-/// An answer before it is judged.
+/// An HTTP response of any status.
 struct Reply {
     status: u16,
     headers: HeaderMap,
@@ -144,7 +147,7 @@ struct Reply {
 }
 
 impl Client {
-    /// Reads nothing and connects to nothing until it is used.
+    /// Makes a client. It reads no file and opens no connection before its first request.
     pub fn new(config: &Config) -> Client {
         let counters = Arc::new(Counters::default());
         let drivers = Arc::new(Mutex::new(JoinSet::new()));
@@ -167,24 +170,26 @@ impl Client {
         &self.0.counters
     }
 
-    /// What an operator should know although it works: a token that others may read, a file that cannot be read now.
+    /// Returns warnings for operators that do not stop the client: a token file that others may read, a file
+    /// that cannot be read now.
     pub fn complaints(&self) -> Vec<Arc<str>> {
         self.0.credentials.complaints()
     }
 
-    /// The address that is asked now.
+    /// Returns the address that answers reads now.
     pub fn address(&self) -> String {
         let current = self.0.pools.get(self.0.current.load(Ordering::Relaxed));
         current.map(|pool| pool.address.to_string()).unwrap_or_default()
     }
 
-    /// How many requests may be under way at once without waiting for each other. It is known for sure after the
-    /// first answer: TLS with a server that does not speak HTTP/2 has one request per connection, as plaintext has.
+    /// Returns how many requests may be in flight without waiting for each other. The number is final after the
+    /// first answer: TLS with a server that does not support HTTP/2 allows one request per connection, as
+    /// plaintext does.
     pub fn capacity(&self) -> usize {
         self.0.pools.iter().map(Pool::capacity).min().unwrap_or_default()
     }
 
-    /// GET `path`, as JSON. `path` is escaped already: see [`escaped`].
+    /// Sends GET `path` and parses the JSON answer. `path` must be escaped: see [`escaped`].
     pub async fn get<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -197,7 +202,7 @@ impl Client {
         }
     }
 
-    /// The error of an answer to GET `path` that makes no sense to whoever asked.
+    /// Returns the error for an answer to GET `path` that the caller cannot use.
     pub fn bad_answer(&self, path: &str, wrong: String) -> ConsulError {
         self.bad_body(path, &wrong)
     }
@@ -210,12 +215,13 @@ impl Client {
         ConsulError { method: "GET", path: path.to_owned(), address, kind }
     }
 
-    /// GET `path`, as it comes. 404 is an error.
+    /// Sends GET `path` and returns the body. 404 is an error.
     pub async fn get_bytes(&self, path: &str, query: &Query) -> Result<Answer<Body>, ConsulError> {
         self.read(path, query, false).await
     }
 
-    /// GET `path`, where 404 means that there is nothing, and blocks as any other answer: the KV store's convention.
+    /// Sends GET `path`. 404 means that there is no such value and supports blocking as any other answer does:
+    /// the convention of the KV store.
     pub(crate) async fn get_or_nothing(
         &self,
         path: &str,
@@ -226,8 +232,9 @@ impl Client {
         Ok(Answer { value, meta })
     }
 
-    /// Asks the address that worked last. One that fails is left for the next. What can be asked again at once is:
-    /// a blocking query is not, since whoever waits for it should first look what there is.
+    /// Sends a read to the current address. If the address fails, the next one becomes current, and a read that
+    /// does not block is repeated there. A blocking query is not: its caller should first read the current
+    /// value.
     async fn read(&self, path: &str, query: &Query, or_nothing: bool) -> Result<Answer<Body>, ConsulError> {
         let pools = &self.0.pools;
         let attempts = if query.index == 0 { pools.len() } else { 1 };
@@ -267,8 +274,9 @@ impl Client {
         }
     }
 
-    /// Whether it is the datacenter that was asked about that fails, and not the server that passed the question on:
-    /// leaving that one would cost the other datacenters their queries, again and again for as long as this one is away.
+    /// Reports whether the failure is that of the datacenter `query` asked about, while the server that
+    /// forwarded the query is healthy. Leaving that server would disturb the queries for other datacenters for
+    /// as long as this datacenter fails.
     async fn is_of_datacenter(&self, pool: &Pool, query: &Query, kind: &ErrorKind) -> bool {
         if query.datacenter.is_none() || matches!(kind, ErrorKind::Unreachable(_) | ErrorKind::Limited(_)) {
             return false;
@@ -276,13 +284,13 @@ impl Client {
         let query = Query::default();
         let asked = self.exchange(pool, "GET", "/v1/status/leader", &query, None, true);
         match timeout(IS_WELL_WITHIN, asked).await {
-            // The address of the leader of its own datacenter, in quotes.
+            // The body is the quoted address of the leader of the server's own datacenter.
             Ok(Ok(reply)) => reply.status == 200 && reply.body.len() > 2,
             Ok(Err(_)) | Err(_) => false,
         }
     }
 
-    /// From now on the next address is asked, unless that is so already.
+    /// Makes the next address current, unless another request has already done so.
     fn leave(&self, at: usize, kind: &ErrorKind) {
         let next = (at + 1) % self.0.pools.len();
         if self.0.current.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed).is_err() {
@@ -290,14 +298,15 @@ impl Client {
         }
         if let (Some(left), Some(taken)) = (self.0.pools.get(at), self.0.pools.get(next)) {
             tracing::info!("{} is left for {}: {kind}", left.address, taken.address);
-            // Who still waits for a server that does not answer waits in vain; others it may still serve.
+            // After a timeout or a lost connection, further requests to the address would fail too. After other
+            // errors the address may still answer the requests that it has.
             if matches!(kind, ErrorKind::Timeout(_) | ErrorKind::Unreachable(_)) {
                 left.leave();
             }
         }
     }
 
-    /// PUT `path` to the first address: what an agent is told concerns that agent, and no other will do.
+    /// Sends PUT `path` to the first address, since a registration is meant for that agent only.
     pub(crate) async fn put(&self, path: &str, body: Bytes, within: Duration) -> Result<Bytes, ConsulError> {
         let Some(pool) = self.0.pools.first() else {
             return Err(self.bad_body(path, &"no address is configured"));
@@ -315,7 +324,8 @@ impl Client {
         Err(ConsulError { method: "PUT", path: path.to_owned(), address: pool.address.clone(), kind })
     }
 
-    /// One request and its answer, with the token as of now; once more if the token was refused and is another now.
+    /// Sends one request with the current token. If the token was rejected and its file has changed since,
+    /// sends it once more.
     async fn exchange(
         &self,
         pool: &Pool,
@@ -341,7 +351,8 @@ impl Client {
         }
     }
 
-    /// A server that wants a certificate says so after the handshake (TLS 1.3), and closes: often nobody hears it.
+    /// Adds a hint about client certificates: with TLS 1.3 a server rejects a missing one only after the
+    /// handshake, and its message is often lost.
     fn explained(&self, pool: &Pool, kind: ErrorKind) -> ErrorKind {
         match kind {
             ErrorKind::Unreachable(why) if pool.address.is_tls() && !self.0.credentials.has_certificate() => {
@@ -365,7 +376,7 @@ impl Client {
         may_leave: bool,
     ) -> Result<Reply, ErrorKind> {
         let mut left = pool.left();
-        // A full sixteenth is what the server may add, so that not all come back at once.
+        // Consul may add a sixteenth to the wait, to spread the answers.
         let within = query.wait + query.wait / 16 + MARGIN;
         loop {
             let tls = match pool.address.is_tls() {
@@ -373,8 +384,8 @@ impl Client {
                 false => None,
             };
             let mut lease = pool.lease(tls.as_ref(), self.0.credentials.server_name()).await?;
-            // What another token may see, and what a server that was started again has, may be something else at the same
-            // index: there is no waiting for its successor.
+            // For another token, or on a server that was restarted, the same index may have another meaning, so
+            // the query must not block.
             let view = pool.view_of(token.as_ref().map_or(0, |token| token.number));
             let target = if query.view == 0 || query.view == view {
                 self.target(path, query)
@@ -410,7 +421,7 @@ impl Client {
                     pool.give_back(lease);
                     Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, view })
                 }
-                // A connection that was kept may have been closed by the server just then.
+                // The server may have closed an idle connection at the moment of its reuse.
                 Ok(Err(Broken::BeforeTheAnswer(_)))
                     if matches!(lease, Lease::One { is_new: false, .. }) && method == "GET" =>
                 {
@@ -466,7 +477,7 @@ impl fmt::Debug for Client {
     }
 }
 
-/// The hash of an answer 404.
+/// The hash of an answer with status 404.
 const NOTHING: u64 = 0;
 
 enum Broken {
@@ -502,7 +513,7 @@ fn request(
     request.body(Full::new(body.unwrap_or_default())).map_err(|error| ErrorKind::BadBody(error.to_string()))
 }
 
-/// Reads a body to its end. One that turns out to be large waits for its turn before more of it is read.
+/// Reads a body to its end. Once it exceeds [`SMALL_BODY`], it waits for a permit before it reads on.
 async fn collected(mut body: Incoming, large_bodies: &Arc<Semaphore>) -> Result<Body, ErrorKind> {
     let too_large = || ErrorKind::BadBody(format!("it is larger than {MAX_BODY} bytes"));
     let (mut bytes, mut permit) = (BytesMut::new(), None);
@@ -540,7 +551,8 @@ fn answer(reply: Reply) -> Answer<Body> {
     Answer { value: reply.body, meta }
 }
 
-/// `text` as one segment of a path, or as a value of a query (RFC 3986, 2.1): all but the unreserved is escaped.
+/// Escapes `text` for use as a path segment or a query value (RFC 3986, 2.1): all bytes except the unreserved
+/// ones.
 pub fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -581,7 +593,7 @@ mod tests {
         assert_eq!(escaped("a b/ö?&-._~"), "a%20b%2F%C3%B6%3F%26-._~");
     }
 
-    /// A server that announces an answer of `length` bytes to every request, and sends as many as are taken.
+    /// Starts a server that sends `length` bytes in answer to each request, as far as the client reads them.
     async fn pouring(tasks: &mut JoinSet<()>, length: usize, sent: Arc<AtomicUsize>) -> Address {
         use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -638,7 +650,7 @@ mod tests {
         while kept.len() < LARGE_BODIES {
             kept.push(asked.join_next().await.unwrap().unwrap().unwrap());
         }
-        // The others wait with the server for as long as these are kept: what sockets and buffers hold is little.
+        // The server keeps the other answers meanwhile, except for the bytes in sockets and buffers.
         let more = tokio::time::timeout(Duration::from_millis(300), asked.join_next()).await;
         assert!(more.is_err(), "a fifth large answer was read");
         let sent_now = sent.load(Ordering::Relaxed);
@@ -657,7 +669,8 @@ mod tests {
     ];
     const ILL: Says = &[("/v1/status/leader", "200", "\"\""), ("", "500", "No cluster leader")];
 
-    /// A server that answers every request by the first of `says` whose text is in its first line.
+    /// Starts a server that answers each request with the first entry of `answers` whose text occurs in the
+    /// request line.
     async fn server(tasks: &mut JoinSet<()>, says: Says) -> Address {
         use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,4 +1,4 @@
-//! What a client needs to know: for use inside other crates' YAML.
+//! The configuration of a client, which other crates embed in their YAML.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,52 +7,53 @@ use std::str::FromStr;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
-/// Where Consul is, and how to be let in.
+/// The addresses of Consul and the credentials for it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// One URL, or several: `http://10.0.0.1:8500`, `https://consul.internal:8501`, `unix:/run/consul.sock`.
-    /// Built in: the local agent, `http://127.0.0.1:8500`.
+    /// One URL or a list: `http://10.0.0.1:8500`, `https://consul.internal:8501`, `unix:/run/consul.sock`.
+    /// Default: the local agent, `http://127.0.0.1:8500`.
     pub address: Addresses,
-    /// A file with the ACL token and nothing else. Read again whenever it changes.
+    /// A file that contains only the ACL token. It is read again whenever it changes.
     pub token_file: Option<PathBuf>,
     pub tls: Tls,
-    /// Consul Enterprise: the namespace. Sent only if it is set: other servers refuse it.
+    /// The namespace (Consul Enterprise). Requests carry the namespace only if it is set: the community edition
+    /// rejects it.
     pub namespace: Option<String>,
-    /// Consul Enterprise: the admin partition. Sent only if it is set.
+    /// The admin partition (Consul Enterprise). Requests carry the partition only if it is set.
     pub partition: Option<String>,
     pub max_connections: MaxConnections,
 }
 
 impl Config {
-    /// With all that is built in, for these addresses.
+    /// Returns the configuration for these addresses with all defaults.
     pub fn of(address: impl IntoIterator<Item = Address>) -> Config {
         Config { address: Addresses(address.into_iter().collect()), ..Config::default() }
     }
 }
 
-/// How `https://` is spoken. All files are read again whenever they change.
+/// TLS for `https://` addresses. All files are read again whenever they change.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tls {
-    /// PEM: who signs the servers' certificates. Built in: the bundle of the operating system.
+    /// PEM: the authorities that sign the servers' certificates. Default: the operating system's bundle.
     pub ca_file: Option<PathBuf>,
-    /// PEM: the client's certificate, with those between it and its root, for servers with `verify_incoming`.
+    /// PEM: the client's certificate with its intermediates, for servers with `verify_incoming`.
     pub cert_file: Option<PathBuf>,
     /// PEM: the key of `cert_file`.
     pub key_file: Option<PathBuf>,
-    /// What the servers' certificates are issued to, if it is not the host in the address:
-    /// `server.dc1.consul` is what `consul tls cert create` writes.
+    /// The name in the servers' certificates, if it is not the host of the address: `consul tls cert create`
+    /// writes `server.dc1.consul`.
     pub server_name: Option<String>,
 }
 
-/// How many connections one address may see at once. Built in: 160. Consul's own `http_max_conns_per_client` is 200,
-/// and a connection that was given up counts there until its query ends.
+/// The limit of concurrent connections to one address. Default: 160. Consul's own `http_max_conns_per_client`
+/// is 200, and Consul counts a closed connection until its query ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MaxConnections(usize);
 
 impl MaxConnections {
-    /// Below that the queries that must get through would wait for each other.
+    /// The smallest allowed limit. With fewer connections, urgent queries would wait behind blocking ones.
     pub const LEAST: usize = 4;
 
     pub fn new(connections: usize) -> Result<MaxConnections, String> {
@@ -80,12 +81,12 @@ impl<'de> Deserialize<'de> for MaxConnections {
     }
 }
 
-/// Addresses in the order in which they are tried; never none.
+/// A nonempty list of addresses, in the order in which the client tries them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Addresses(pub(crate) Vec<Address>);
 
 impl Addresses {
-    /// The one that is tried first.
+    /// Returns the address that is tried first.
     pub fn first(&self) -> Option<&Address> {
         self.0.first()
     }
@@ -137,7 +138,7 @@ impl<'de> Deserialize<'de> for Addresses {
     }
 }
 
-/// Where one server or agent listens.
+/// The address of one server or agent.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Address {
     /// `host` without the brackets of an IPv6 address.
@@ -156,7 +157,7 @@ impl Address {
     pub const HTTP_PORT: u16 = 8500;
     pub const HTTPS_PORT: u16 = 8501;
 
-    /// Without the scheme: `10.0.0.1:8500`, `/run/consul.sock`.
+    /// Returns the address without its scheme: `10.0.0.1:8500`, `/run/consul.sock`.
     pub fn authority(&self) -> String {
         match self {
             Address::Http { host, port } | Address::Https { host, port } if host.contains(':') => {
@@ -192,7 +193,7 @@ impl FromStr for Address {
             };
         }
         if text.contains('@') {
-            // There may be a password in it, and errors are shown and logged.
+            // The text may contain a password, so it must not appear in the error.
             return Err(
                 "an address of Consul has no user in it, and this one has an `@`: the token belongs into \
                         `token_file`"

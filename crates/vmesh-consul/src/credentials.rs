@@ -1,4 +1,4 @@
-//! The files that a client is let in by: the token and the certificates. Read again when they change.
+//! Reads the token and the certificates from their files, and reads them again when they change.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -14,11 +14,11 @@ use tokio::time::Instant;
 
 use crate::config::{Config, Tls};
 
-/// How often files are looked at, at most.
+/// The minimum time between two checks of a file.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A token is a UUID, or a JWT at most: what is longer is another file.
+/// The limit of a token, in bytes. A token is a UUID or a JWT; a longer file is something else.
 const MAX_TOKEN: usize = 16 << 10;
-/// Where operating systems keep whom they trust: Debian, Red Hat, SUSE, Alpine.
+/// The bundles of trusted authorities of operating systems: Debian, Red Hat, SUSE, Alpine.
 const SYSTEM_BUNDLES: [&str; 4] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -26,7 +26,7 @@ const SYSTEM_BUNDLES: [&str; 4] = [
     "/etc/ssl/cert.pem",
 ];
 
-/// Something made of files, and which edition of them it is.
+/// A value made from files, with the number of its revision.
 #[derive(Clone)]
 pub(crate) struct Edition<T> {
     pub(crate) value: T,
@@ -39,14 +39,14 @@ pub(crate) struct Credentials {
     tls: Tls,
     token: tokio::sync::Mutex<Files<HeaderValue>>,
     config: tokio::sync::Mutex<Files<Arc<ClientConfig>>>,
-    /// What an operator should know of these files; at most one line for each of the two.
+    /// Warnings for operators: at most one for the token and one for TLS.
     complaints: Mutex<[Option<Arc<str>>; 2]>,
 }
 
-/// What was last made of files.
+/// The last value read from a set of files, with their fingerprints.
 struct Files<T> {
     looked_at: Option<Instant>,
-    /// How they looked when they were read, whatever came out.
+    /// The fingerprints of the files at the last read, whether it succeeded or failed.
     looks: Vec<Look>,
     good: Option<Edition<T>>,
     failure: Option<String>,
@@ -58,7 +58,8 @@ impl<T> Files<T> {
     }
 }
 
-/// What tells one edition of a file from another. The change time covers a rewrite within one tick of its clock.
+/// Metadata that differs between two versions of a file. The change time covers a second write within one tick
+/// of the file system's clock.
 #[derive(Debug, PartialEq, Eq)]
 struct Look(Option<[i64; 7]>);
 
@@ -86,7 +87,7 @@ impl Credentials {
         }
     }
 
-    /// What an operator should know although it works: a token that others may read, a file that cannot be read now.
+    /// Returns warnings for operators that do not stop the client.
     pub(crate) fn complaints(&self) -> Vec<Arc<str>> {
         self.complaints.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
     }
@@ -103,7 +104,8 @@ impl Credentials {
         }
     }
 
-    /// The token as of now; `None` if none is configured. `again`: it was refused, so look at once.
+    /// Returns the current token, or `None` if none is configured. `again` skips the minimum time between
+    /// checks, after the server rejected the token.
     pub(crate) async fn token(&self, again: bool) -> Result<Option<Edition<HeaderValue>>, String> {
         let Some(path) = &self.token_file else { return Ok(None) };
         let mut files = self.token.lock().await;
@@ -116,7 +118,7 @@ impl Credentials {
         .map(Some)
     }
 
-    /// How TLS is spoken as of now.
+    /// Returns the current TLS configuration.
     pub(crate) async fn tls(&self) -> Result<Edition<Arc<ClientConfig>>, String> {
         let mut files = self.config.lock().await;
         let paths: Vec<&Path> = [&self.tls.ca_file, &self.tls.cert_file, &self.tls.key_file]
@@ -140,8 +142,8 @@ impl Credentials {
         self.tls.server_name.as_deref()
     }
 
-    /// What stands in the files, read again if they look otherwise. A file that was good and is not now does not
-    /// take away what it was good for: it may just be being written.
+    /// Returns the value of the files, and reads them first if their fingerprints have changed. If a changed
+    /// file cannot be used, the last good value stays in use: the file may be in the middle of a write.
     async fn refresh<T: Clone>(
         &self,
         which: usize,
@@ -204,7 +206,7 @@ async fn read_token(path: &Path) -> Result<(HeaderValue, Option<String>), String
     Ok((token, complaint))
 }
 
-/// The token is never part of a message.
+/// Parses a token. Errors never quote it.
 fn token_in(text: &[u8]) -> Result<HeaderValue, &'static str> {
     if text.len() > MAX_TOKEN {
         return Err("is too long for a token");

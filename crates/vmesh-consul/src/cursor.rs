@@ -1,8 +1,13 @@
-//! What to ask next in a row of blocking queries, and what to make of each answer. Pure: it is told the time.
+//! Decides what a sequence of blocking queries asks next, and what each answer means. Pure: time is an
+//! argument.
 //!
-//! The rules are those of Consul's own documentation (api-docs/features/blocking) and what its clients learnt:
-//! an answer is not a change; an index that went back, is 0 or missing begins anew; after a failure one looks at what
-//! there is before one waits for what comes.
+//! The rules come from Consul's documentation (api-docs/features/blocking) and the experience of its clients:
+//! an answer is not necessarily a change; after an index that went back, is 0, or is missing, the sequence
+//! starts anew; after a failure the next query reads the current value instead of blocking.
+//!
+//! Call [`Cursor::due`] for the time of the next query and [`Cursor::index`], [`Cursor::needs_leader`] and
+//! [`Cursor::origin`] for its parameters; then report its outcome with [`Cursor::on_answer`] or
+//! [`Cursor::on_failure`].
 
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
@@ -11,36 +16,37 @@ use tokio::time::Instant;
 
 use crate::client::Meta;
 
-/// How far one row of queries has come.
+/// The state of one sequence of blocking queries.
 #[derive(Debug, Clone)]
 pub struct Cursor {
-    /// What to ask for next; 0 is "whatever there is".
+    /// The index for the next query; 0 reads the current value.
     ask: u64,
-    /// The index of the last answer that was believed.
+    /// The index of the last trusted answer.
     seen: u64,
     hash: Option<u64>,
     view: u64,
-    /// The next answer has to come from the leader.
+    /// Whether the leader must answer the next query.
     strong: bool,
     due: Instant,
-    /// How often nothing was new although the server did not wait: it answers for reasons that are not ours.
+    /// How many answers in a row came without blocking and without a change: the server's index also grows for
+    /// unrelated reasons.
     idle: u32,
     allowance: Allowance,
     backoff: Backoff,
 }
 
-/// What an answer is.
+/// The meaning of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     News,
-    /// As before.
+    /// The answer equals the previous one.
     Same,
-    /// It may be from the past, for this reason: not to be believed. The next query asks the leader.
+    /// The answer may be outdated, for this reason, and must not be used. The next query goes to the leader.
     Doubtful(String),
 }
 
 impl Cursor {
-    /// The first query is due `at`.
+    /// Makes a cursor whose first query is due `at`.
     pub fn new(at: Instant) -> Cursor {
         Cursor {
             ask: 0,
@@ -55,72 +61,73 @@ impl Cursor {
         }
     }
 
-    /// Lets `burst` queries through at once, and then one `every` so often. Built in: 5 and 500 ms.
+    /// Replaces the rate limit: `burst` queries at once, then one per interval `every`. Default: 5 and 500 ms.
     #[must_use]
     pub fn with_allowance(mut self, burst: u32, every: Duration) -> Cursor {
         self.allowance = Allowance { left: burst, burst, every, ..self.allowance };
         self
     }
 
-    /// When to ask next.
+    /// Returns the time of the next query.
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// The index to ask for.
+    /// Returns the index for the next query; 0 means that it does not block.
     pub fn index(&self) -> u64 {
         self.ask
     }
 
-    /// Whether to ask the leader, whatever else is configured.
+    /// Reports whether the next query must go to the leader, whatever consistency is configured.
     pub fn is_strong(&self) -> bool {
         self.strong
     }
 
-    /// What the last answer was seen with: see [`Meta::view`].
+    /// Returns the origin of the last answer: see [`Meta::origin`].
     pub fn view(&self) -> u64 {
         self.view
     }
 
-    /// The hash of the last answer that was believed.
+    /// Returns the hash of the last trusted answer.
     pub fn hash(&self) -> Option<u64> {
         self.hash
     }
 
-    /// The index of the last answer that was believed; 0 if there was none.
+    /// Returns the index of the last trusted answer, or 0 if there was none.
     pub fn seen(&self) -> u64 {
         self.seen
     }
 
-    /// The next query asks for what there is, when it is due.
+    /// Makes the next query read the current value instead of blocking, when it is due.
     pub fn read_again(&mut self) {
         self.ask = 0;
     }
 
-    /// The next query asks the leader for what there is, when it is due: the last answer is older than what another
-    /// answer showed.
+    /// Makes the next query read the current value from the leader, when it is due: another answer has shown
+    /// that the last one is outdated.
     pub fn ask_leader(&mut self) {
         self.ask = 0;
         self.strong = true;
     }
 
-    /// The next query is not due before `at`.
+    /// Moves the next query to `at`, unless it is due later.
     pub fn postpone(&mut self, at: Instant) {
         self.due = self.due.max(at);
     }
 
-    /// The next query is due `at` at the latest.
+    /// Moves the next query to `at`, unless it is due earlier.
     pub fn hasten(&mut self, at: Instant) {
         self.due = self.due.min(at);
     }
 
-    /// The next query asks for what there is, at once.
+    /// Makes the next query due now, and lets it read the current value.
     pub fn start_over(&mut self, now: Instant) {
         self.ask = 0;
         self.due = now;
     }
 
-    /// Takes an answer. `was_strong` is how it was asked for, and `resets` counts how often an index went back.
+    /// Processes an answer. `asked_leader` says whether the query went to the leader; `resets` is increased if
+    /// the index went back.
     pub fn took(
         &mut self,
         meta: &Meta,
@@ -165,21 +172,21 @@ impl Cursor {
         if is_same { Verdict::Same } else { Verdict::News }
     }
 
-    /// Takes note of an answer that its reader refused: the same answer is news again.
+    /// Notes that the caller could not use an answer: the same answer counts as a change again.
     pub fn refused(&mut self, now: Instant) {
         self.hash = None;
         self.failed(now);
     }
 
-    /// Takes note of a failure: the next query comes later, and asks for what there is.
+    /// Notes a failure: the next query waits for the back-off and reads the current value.
     pub fn failed(&mut self, now: Instant) {
         self.ask = 0;
         self.due = now + self.backoff.draw();
     }
 }
 
-/// What an answer that was no news costs in time, so that a busy table elsewhere does not make everybody ask all the
-/// time.
+/// Returns the pause after answers without a change, so that writes elsewhere in a table do not cause endless
+/// queries.
 fn pause(idle: u32) -> Duration {
     match idle {
         0 => Duration::ZERO,
@@ -187,7 +194,7 @@ fn pause(idle: u32) -> Duration {
     }
 }
 
-/// A few queries at once, and then one for each `every` (a token bucket).
+/// A token bucket: a burst of queries, then one per interval `every`.
 #[derive(Debug, Clone)]
 struct Allowance {
     left: u32,
@@ -204,7 +211,7 @@ impl Allowance {
         Allowance { left: Self::BURST, since: now, burst: Self::BURST, every: Self::EVERY }
     }
 
-    /// When the next query may be sent, `pause` from now at the earliest.
+    /// Takes a token. Returns the time at which the next query may be sent, at least `pause` from now.
     fn take(&mut self, now: Instant, pause: Duration) -> Instant {
         let at = now + pause;
         let earned = at.saturating_duration_since(self.since).as_millis() / self.every.as_millis().max(1);
@@ -279,7 +286,8 @@ mod tests {
             Row { cursor: Cursor::new(now), now, resets: 0 }
         }
 
-        /// What becomes of an answer, what is asked next, and in how many milliseconds.
+        /// Returns the verdict on an answer, the index and consistency of the next query, and its delay in
+        /// milliseconds.
         fn take(&mut self, meta: &Meta) -> (Verdict, u64, bool, u128) {
             let strong = self.cursor.is_strong();
             let max_stale = Duration::from_secs(10);
@@ -299,7 +307,7 @@ mod tests {
         let mut row = Row::new().await;
         assert_eq!(row.take(&meta(10, 1)), (Verdict::News, 10, false, 0));
         assert_eq!(row.take(&meta(10, 1)), (Verdict::Same, 10, false, 0));
-        // The index moves for something else: the pauses grow.
+        // The index grows for unrelated reasons, so the pauses grow.
         assert_eq!(row.take(&meta(11, 1)), (Verdict::Same, 11, false, 200));
         assert_eq!(row.take(&meta(12, 1)), (Verdict::Same, 12, false, 400));
         assert_eq!(row.take(&meta(13, 2)), (Verdict::News, 13, false, 0));

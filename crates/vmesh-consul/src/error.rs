@@ -1,51 +1,51 @@
-//! Why a request had no answer that can be used.
+//! The errors of requests.
 
 use std::time::Duration;
 
 use crate::config::Address;
 
-/// A request that failed: what was asked, whom, and why.
+/// A failed request: its path, its address, and the reason.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{method} {path} at {address} failed")]
 pub struct ConsulError {
     pub method: &'static str,
-    /// Without the query.
+    /// The path without its query parameters.
     pub path: String,
     pub address: Address,
     #[source]
     pub kind: ErrorKind,
 }
 
-/// What went wrong, as far as it makes a difference to whoever asked.
+/// The reason of a failure, as far as callers distinguish reasons.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ErrorKind {
-    /// Nobody answers there, or the connection broke.
+    /// Connecting failed, or the connection broke.
     #[error("Consul cannot be reached: {0}")]
     Unreachable(String),
     #[error("no answer within {} s", .0.as_secs_f64())]
     Timeout(Duration),
-    /// Elections take seconds; without a quorum it stays so.
+    /// An election takes seconds; without a quorum the state lasts.
     #[error("Consul has no leader: {0:?}; if that lasts, see `consul operator raft list-peers`")]
     NoLeader(String),
-    /// The token is not known, has expired, or lacks the right.
+    /// The token is unknown or expired, or lacks a permission.
     #[error("Consul refused the token (HTTP 403): {0:?}; see `token_file` and `consul acl token read -self`")]
     Forbidden(String),
     #[error("Consul knows no such thing (HTTP 404): {0:?}")]
     NotFound(String),
-    /// This server has enough to do: another may answer.
+    /// This server is overloaded; another may answer.
     #[error("Consul limits its clients (HTTP 429): {0:?}; see `limits` of its configuration")]
     Limited(String),
     #[error("Consul answered HTTP {status}: {said:?}")]
     Server { status: u16, said: String },
     #[error("the answer is not what Consul is documented to say: {0}")]
     BadBody(String),
-    /// A file that the client itself needs.
+    /// A file that the client needs cannot be used.
     #[error("{0}")]
     Credentials(String),
 }
 
 impl ErrorKind {
-    /// Whether another server may do better.
+    /// Reports whether another server might answer the same request.
     pub(crate) fn is_the_servers(&self) -> bool {
         match self {
             ErrorKind::Unreachable(_)
@@ -60,7 +60,7 @@ impl ErrorKind {
         }
     }
 
-    /// What an answer with this status and text means; `None` if it is a good one.
+    /// Returns the error that a response means, or `None` for a 2xx status.
     pub(crate) fn of(status: u16, body: &[u8]) -> Option<ErrorKind> {
         if (200..300).contains(&status) {
             return None;
@@ -70,9 +70,9 @@ impl ErrorKind {
             403 => ErrorKind::Forbidden(said),
             404 => ErrorKind::NotFound(said),
             429 => ErrorKind::Limited(said),
-            // Newer servers say 503 or 500, and the words are the same.
+            // Newer servers answer 503 or 500, with the same text.
             _ if said.to_ascii_lowercase().contains("no cluster leader") => ErrorKind::NoLeader(said),
-            // Some paths of older servers pass on a refusal as a failure of their own.
+            // Some endpoints of older servers report a rejected token as an internal error.
             500.. if said.contains("ACL not found") || said.contains("Permission denied") => {
                 ErrorKind::Forbidden(said)
             }

@@ -1,4 +1,4 @@
-//! The key-value store.
+//! Watches a prefix of the KV store.
 
 use std::fmt;
 
@@ -9,31 +9,32 @@ use serde::Deserialize;
 use crate::client::{Client, Query, escaped};
 use crate::watch::{Pace, Watch};
 
-/// One key and what it says.
+/// A key and its value.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// The whole key, prefix included.
+    /// The whole key, including the prefix.
     pub key: String,
     pub value: Vec<u8>,
-    /// Grows whenever the entry is written.
+    /// Grows with each write to the entry.
     pub modify_index: u64,
-    /// Whatever the writer uses them for.
+    /// An opaque number of the writer.
     pub flags: u64,
 }
 
 impl fmt::Debug for Entry {
-    /// Values may be secrets.
+    /// Omits the value, which may be a secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({} bytes, index {})", self.key, self.value.len(), self.modify_index)
     }
 }
 
-/// All that stands below a prefix.
+/// All entries below a prefix.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Entries {
-    /// In the order of their keys.
+    /// Sorted by key.
     pub entries: Vec<Entry>,
-    /// There is no such prefix (404), which is also what a token is told that may not read it.
+    /// Whether Consul answered that the prefix does not exist (404). A token without read permission gets the
+    /// same answer.
     pub absent: bool,
 }
 
@@ -41,7 +42,7 @@ pub struct Entries {
 #[serde(rename_all = "PascalCase")]
 struct Raw {
     key: String,
-    /// `null` is the empty value.
+    /// `null` stands for the empty value.
     #[serde(default)]
     value: Option<String>,
     #[serde(default)]
@@ -51,7 +52,8 @@ struct Raw {
 }
 
 impl Client {
-    /// Watches all keys that begin with `prefix`: `vmesh/documents/`. Needs `key_prefix "…" { policy = "read" }`.
+    /// Watches all keys that begin with `prefix`, such as `vmesh/documents/`. Needs `key_prefix "…" { policy =
+    /// "read" }`.
     pub fn watch_keys(&self, prefix: &str, pace: Pace) -> Watch<Entries> {
         let prefix: Vec<_> = prefix.trim_start_matches('/').split('/').map(escaped).collect();
         let path = format!("/v1/kv/{}", prefix.join("/"));
@@ -60,7 +62,7 @@ impl Client {
     }
 }
 
-/// Reads the answer of `/v1/kv/…?recurse`; `None` is that of a prefix that is not there.
+/// Parses an answer of `/v1/kv/…?recurse`; `None` stands for a missing prefix.
 fn entries(body: Option<&[u8]>) -> Result<Entries, String> {
     let Some(body) = body else { return Ok(Entries { entries: Vec::new(), absent: true }) };
     let raw: Vec<Raw> = serde_json::from_slice(body).map_err(|wrong| wrong.to_string())?;

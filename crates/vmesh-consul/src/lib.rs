@@ -1,18 +1,19 @@
-//! A thin client of Consul's HTTP API: blocking queries, KV, registration.
+//! A thin client of Consul's HTTP API: blocking queries, the KV store, service registration.
 //!
-//! | module | what is in it |
+//! | module | responsibility |
 //! |---|---|
-//! | [`config`] | [`Config`]: addresses, token file, TLS; made to stand in other crates' YAML |
-//! | [`client`] | [`Client`]: GET with what its headers say, failover between addresses, a bound on connections |
-//! | [`cursor`] | [`Cursor`]: what to ask next in a row of blocking queries, and what to believe. Pure |
-//! | [`watch`] | [`Watch`]: one such row, for whoever wants to know of one thing |
-//! | [`kv`] | a prefix of the key-value store as a watch |
-//! | [`agent`] | registration of a service with the local agent |
-//! | [`error`] | [`ConsulError`]: what was asked, whom, and why it failed, typed where that makes a difference |
+//! | [`config`] | [`Config`]: addresses, token file, TLS; other crates embed it in their YAML |
+//! | [`client`] | [`Client`]: GET with the metadata of Consul's headers, failover between addresses, a limit on connections |
+//! | [`cursor`] | [`Cursor`]: decides what a sequence of blocking queries asks next, and which answers to trust. Pure |
+//! | [`watch`] | [`Watch`]: a sequence of blocking queries for one path |
+//! | [`kv`] | watches a prefix of the KV store |
+//! | [`agent`] | registers services with the local agent |
+//! | [`error`] | [`ConsulError`]: the request, the address, and the reason of a failure, typed where callers distinguish reasons |
 //!
-//! Connections are moved by tasks that the client owns; they end with it.
+//! The client owns the tasks that drive its connections; they end with it.
 //!
-//! **Invariant:** no noun of the mesh is in here: `cargo tree -p vmesh-consul -e normal` lists no other `vmesh-` crate.
+//! **Invariant:** no noun of the mesh is in here, and no other crate of vmesh than `vmesh-backoff`: see `cargo
+//! tree -p vmesh-consul -e normal`.
 
 pub mod agent;
 pub mod client;

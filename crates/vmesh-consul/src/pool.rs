@@ -1,7 +1,7 @@
 //! The connections to one address.
 //!
-//! In plaintext a connection carries one request at a time, and a blocking query keeps it for minutes; over TLS one
-//! connection carries many (HTTP/2). Either way there is a bound on what one address sees.
+//! A plaintext connection carries one request at a time, and a blocking query occupies it for minutes; with TLS
+//! one connection carries many requests (HTTP/2). The pool limits the connections in both cases.
 
 use std::future::Future;
 use std::io;
@@ -28,20 +28,22 @@ use crate::config::Address;
 use crate::credentials::Edition;
 use crate::error::ErrorKind;
 
-/// From the first packet to the end of the TLS handshake.
+/// The timeout of connecting, including the TLS handshake.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
-/// Go's servers, of which Consul is one, take 250 streams on a connection; what is beyond would wait unseen.
+/// The limit of streams per HTTP/2 connection. Go's servers, such as Consul, accept 250; requests beyond that
+/// would wait unnoticed.
 pub(crate) const MAX_STREAMS: usize = 200;
-/// A connection that was not used for so long may have been forgotten by a firewall on the way.
+/// How long a connection may be idle before it is not reused: a firewall may have dropped its state.
 const MAX_IDLE: Duration = Duration::from_secs(50);
-/// A peer that vanished without a word is noticed after three missed answers, long before a blocking query ends.
+/// The keepalive interval. A vanished peer is detected after three missed answers, long before a blocking query
+/// ends.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
 const UNKNOWN: u8 = 0;
 const ONE_AT_A_TIME: u8 = 1;
 const MANY: u8 = 2;
 
-/// The tasks that move bytes; they end with the client that owns them.
+/// The tasks that drive connections. The client owns them.
 pub(crate) type Drivers = Arc<Mutex<JoinSet<()>>>;
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -51,25 +53,26 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Pool {
     pub(crate) address: Address,
     max: usize,
-    /// One for each HTTP/1.1 connection that may be in use.
+    /// One permit per HTTP/1.1 connection in use.
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Idle>>,
     shared: Mutex<Vec<Arc<Shared>>>,
     speaks: AtomicU8,
-    /// Held while an HTTP/2 connection is made, since all who wait for it will share it. What is in it is when the
-    /// last attempt failed, and why: those who waited for that one need not try again one by one.
+    /// Locked while an HTTP/2 connection is being made, since all waiting requests will share it. Holds the
+    /// time and the reason of the last failure, so that requests that waited during that attempt need not
+    /// repeat it.
     connecting: tokio::sync::Mutex<Option<(Instant, ErrorKind)>>,
-    /// Changes when this address is left for another: nobody waits here any more.
+    /// Changes when the client abandons this address; waiting requests then end.
     left: watch::Sender<u64>,
-    /// Which of the client's addresses it is, from 1.
+    /// The position of the address in the client's configuration, starting at 1.
     number: u64,
-    /// How often a connection was lost that was not given up here: the server may be another one since.
+    /// How often the server ended or lost a connection: it may have been restarted since.
     broken: AtomicU64,
     counters: Arc<Counters>,
     drivers: Drivers,
 }
 
-/// An HTTP/1.1 connection that nobody uses.
+/// An HTTP/1.1 connection that no request uses.
 struct Idle {
     sender: http1::SendRequest<Full<Bytes>>,
     tls: u64,
@@ -89,7 +92,7 @@ pub(crate) enum Lease {
     Many(Stream),
 }
 
-/// One of the streams of a connection.
+/// One stream of an HTTP/2 connection.
 pub(crate) struct Stream(Arc<Shared>);
 
 impl Stream {
@@ -139,17 +142,18 @@ impl Pool {
         }
     }
 
-    /// A connection was lost.
+    /// Notes that a connection was lost.
     pub(crate) fn broke(&self) {
         self.broken.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Names this server, as long as it is certain to be the same one, and a token.
+    /// Returns a number that identifies this server, as long as it is certain to be the same, together with a
+    /// token: see [`Meta::origin`](crate::Meta::origin).
     pub(crate) fn view_of(&self, token: u64) -> u64 {
         (token << 40) | (self.number << 32) | (self.broken.load(Ordering::Relaxed) & u64::from(u32::MAX))
     }
 
-    /// How many requests may be under way at once.
+    /// Returns how many requests may be in flight at once.
     pub(crate) fn capacity(&self) -> usize {
         match self.speaks.load(Ordering::Relaxed) {
             ONE_AT_A_TIME => self.max,
@@ -157,19 +161,19 @@ impl Pool {
         }
     }
 
-    /// Hears when this address is left.
+    /// Returns a receiver that changes when the client abandons this address.
     pub(crate) fn left(&self) -> watch::Receiver<u64> {
         self.left.subscribe()
     }
 
-    /// Requests under way here end, and no connection is kept.
+    /// Ends all requests to this address and closes its connections.
     pub(crate) fn leave(&self) {
         locked(&self.idle).clear();
         locked(&self.shared).clear();
         self.left.send_modify(|times| *times += 1);
     }
 
-    /// Waits for a connection, and makes one if need be.
+    /// Waits for the right to send a request, and connects if needed.
     pub(crate) async fn lease(
         &self,
         tls: Option<&Edition<Arc<ClientConfig>>>,
@@ -217,7 +221,8 @@ impl Pool {
         }
     }
 
-    /// A stream of a connection that has one left; of the one with most left, if no more connections may be made.
+    /// Returns a stream of an HTTP/2 connection with room for it. At the limit of connections, returns a stream
+    /// of the least used connection.
     fn stream(&self, edition: u64) -> Option<Stream> {
         let mut all = locked(&self.shared);
         if all.iter().any(|shared| shared.sender.is_closed()) {
@@ -226,7 +231,7 @@ impl Pool {
         all.retain(|shared| !shared.sender.is_closed() && shared.tls == edition);
         let streams = |shared: &&Arc<Shared>| shared.streams.load(Ordering::Relaxed);
         let least = all.iter().min_by_key(streams)?;
-        // Filling one before the next keeps their number small.
+        // Filling one connection before the next keeps their number small.
         let open = all.iter().filter(|shared| streams(shared) < MAX_STREAMS).max_by_key(streams);
         match open {
             Some(shared) => Some(Stream::of(shared)),
@@ -255,7 +260,7 @@ impl Pool {
         }
         match self.connect(tls, server_name).await? {
             Connected::One(sender) => Ok(Lease::One { sender, tls: edition, is_new: true, permit }),
-            // The server was told to speak HTTP/2 since: from now on that is used.
+            // The server has been reconfigured to HTTP/2, which is used from now on.
             Connected::Many(sender) => {
                 self.speaks.store(MANY, Ordering::Relaxed);
                 let shared = Arc::new(Shared { sender, tls: edition, streams: AtomicUsize::new(0) });
@@ -266,7 +271,7 @@ impl Pool {
         }
     }
 
-    /// The connection that was used last, so that those that are not needed grow old.
+    /// Returns the idle connection that was used last, so that surplus connections reach their idle limit.
     fn idle(&self, edition: u64) -> Option<http1::SendRequest<Full<Bytes>>> {
         let mut all = locked(&self.idle);
         let now = Instant::now();
@@ -277,7 +282,7 @@ impl Pool {
         all.pop().map(|idle| idle.sender)
     }
 
-    /// Gives a connection back whose answer was read to its end.
+    /// Returns a connection to the pool after its answer was read to the end.
     pub(crate) fn give_back(&self, lease: Lease) {
         if let Lease::One { sender, tls, permit, .. } = lease {
             if !sender.is_closed() {
@@ -354,7 +359,7 @@ impl Pool {
             .timer(TokioTimer::new())
             .keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(KEEPALIVE)
-            // Hundreds of answers at once must not wait for each other's window.
+            // Large windows keep hundreds of concurrent answers from blocking each other.
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(16 << 20)
             .handshake(io)
@@ -364,7 +369,7 @@ impl Pool {
         Ok(Connected::Many(sender))
     }
 
-    /// Moves the bytes of a connection until it ends.
+    /// Spawns the task that drives a connection until it ends.
     fn drive(&self, connection: impl Future<Output = ()> + Send + 'static) {
         let open = Open::new(&self.counters);
         let mut drivers = locked(&self.drivers);
@@ -382,7 +387,7 @@ pub(crate) fn broken(error: hyper::Error) -> ErrorKind {
     ErrorKind::Unreachable(format!("{error}{cause}"))
 }
 
-/// A connection that counts as open.
+/// A connection in the counters, as long as the value exists.
 struct Open(Arc<Counters>);
 
 impl Open {
@@ -399,7 +404,7 @@ impl Drop for Open {
     }
 }
 
-/// Runs what HTTP/2 needs run beside a connection, among the client's own tasks.
+/// Spawns the additional tasks of an HTTP/2 connection among the client's own.
 #[derive(Clone)]
 struct Executor(Weak<Mutex<JoinSet<()>>>);
 
@@ -422,7 +427,8 @@ async fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
     sockopt::set_tcp_keepidle(&stream, KEEPALIVE)?;
     sockopt::set_tcp_keepintvl(&stream, KEEPALIVE / 3)?;
     sockopt::set_tcp_keepcnt(&stream, 3)?;
-    // What is sent and not acknowledged for so long is lost: without, the kernel tries for a quarter of an hour.
+    // Sent data that is not acknowledged for this long breaks the connection. Without this the kernel would
+    // retry for a quarter of an hour.
     let within = u32::try_from((KEEPALIVE * 2).as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(&stream, within)?;
     Ok(stream)

@@ -1,4 +1,4 @@
-//! One row of blocking queries, for whoever wants to know of one thing.
+//! A sequence of blocking queries for one path.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -11,14 +11,14 @@ use crate::client::{Answer, Body, Client, Consistency, Query};
 use crate::cursor::{Cursor, Verdict};
 use crate::error::{ConsulError, ErrorKind};
 
-/// How a [`Watch`] asks.
+/// The parameters of a [`Watch`].
 #[derive(Debug, Clone)]
 pub struct Pace {
-    /// How long a query may wait for news; 10 min is Consul's bound.
+    /// How long a query blocks; Consul's limit is 10 min.
     pub wait: Duration,
-    /// Whether any server may answer.
+    /// Which servers may answer.
     pub consistency: Consistency,
-    /// A stale answer that may be older is asked for again, of the leader.
+    /// The maximum age of a stale answer. An older one is discarded, and the leader is asked.
     pub max_stale: Duration,
 }
 
@@ -33,7 +33,7 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// How the next query of `cursor` is asked.
+    /// Returns the next query of `cursor`, which blocks for at most `wait`.
     pub fn query(&self, cursor: &Cursor, wait: Duration) -> Query {
         let consistency = match self.consistency {
             Consistency::Stale if cursor.is_strong() => Consistency::Leader,
@@ -46,7 +46,7 @@ impl Pace {
 
 type Asked = Pin<Box<dyn Future<Output = Result<Answer<Option<Body>>, ConsulError>> + Send>>;
 
-/// Watches one path: [`Watch::next`] returns what it says whenever that is something else.
+/// Watches one path: [`Watch::next`] returns each value that differs from the previous one.
 pub struct Watch<T> {
     client: Client,
     path: String,
@@ -54,14 +54,14 @@ pub struct Watch<T> {
     pace: Pace,
     cursor: Cursor,
     read: fn(Option<&[u8]>) -> Result<T, String>,
-    /// The query that is under way. It goes on when nobody waits for it, so that nothing is lost.
+    /// The query in flight and whether the leader answers it. Dropping the future of [`Watch::next`] keeps it.
     asked: Option<(bool, Asked)>,
-    /// The last thing told was a failure.
+    /// Whether the last returned result was an error.
     has_failed: bool,
 }
 
 impl<T> Watch<T> {
-    /// `read` makes a value of a body; of `None`, where the path is answered by 404.
+    /// Makes a watch for `path`. `read` parses a body; it gets `None` for the status 404.
     pub fn new(
         client: Client,
         path: String,
@@ -73,12 +73,13 @@ impl<T> Watch<T> {
         Watch { client, path, query, pace, cursor, read, asked: None, has_failed: false }
     }
 
-    /// Waits for the next value that differs from the last one, or the first after an error. Dropping the future loses
-    /// nothing. After an error the next call waits as long as is decent and asks again: what was said last holds meanwhile.
+    /// Waits for the next value that differs from the last one, or for the first value after an error. Dropping
+    /// the future loses no value. After an error the next call waits for the back-off and queries again; the
+    /// last value stays valid meanwhile.
     ///
     /// # Errors
     ///
-    /// Whatever keeps the query from an answer that can be believed, each time.
+    /// Returns an error each time a query has no answer that can be trusted.
     pub async fn next(&mut self) -> Result<Answer<T>, ConsulError> {
         loop {
             let (was_strong, asked) = match &mut self.asked {
@@ -103,7 +104,7 @@ impl<T> Watch<T> {
         }
     }
 
-    /// Reads it now, as strongly as Consul can. [`Watch::next`] goes on from there.
+    /// Reads the value now, with the strongest consistency. The state of [`Watch::next`] does not change.
     pub async fn confirm(&mut self) -> Result<Answer<T>, ConsulError> {
         let query = Query {
             index: 0,
@@ -126,7 +127,7 @@ impl<T> Watch<T> {
         Query { index, wait, view, consistency, ..self.query.clone() }
     }
 
-    /// The news in an answer, if there is any.
+    /// Returns the value of an answer if it is a change.
     fn take(
         &mut self,
         outcome: Result<Answer<Option<Body>>, ConsulError>,
@@ -150,11 +151,11 @@ impl<T> Watch<T> {
                 tracing::debug!("{}: {doubt}: the leader is asked", self.path);
                 Ok(None)
             }
-            // Whoever was told of a failure has to hear of its end.
+            // After an error the value is returned even if it is unchanged, to end the caller's outage.
             Verdict::News | Verdict::Same => match (self.read)(answer.value.as_deref()) {
                 Ok(value) => Ok(Some(Answer { value, meta: answer.meta })),
                 Err(wrong) => {
-                    // It counts as not received, so that the next one is news whatever it says.
+                    // An unusable answer counts as not received, so any later answer is a change.
                     self.cursor = before;
                     self.cursor.failed(now);
                     let error = self.client.bad_body(&self.path, &wrong);

@@ -1,4 +1,4 @@
-//! The client against real servers: the KV store as a watch, registration, and one address after the other.
+//! The client with real servers: watching the KV store, registration, and failover between addresses.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -37,11 +37,11 @@ async fn a_prefix_of_keys_is_watched_from_nothing_to_nothing() {
     assert_eq!(next(&mut watch).await, "absent");
     consul.put(0, "/v1/kv/mesh/docs/a%20b", &json!(1)).await.unwrap();
     assert_eq!(next(&mut watch).await, "mesh/docs/a b=1");
-    // A query that nobody waited for is not lost, and neither is its answer.
+    // The query stays in flight although no caller waits for it, and its answer is not lost.
     assert!(timeout(Duration::from_millis(50), watch.next()).await.is_err());
     consul.put(0, "/v1/kv/mesh/docs/b", &Value::Null).await.unwrap();
     assert_eq!(next(&mut watch).await, "mesh/docs/a b=1 mesh/docs/b=");
-    // What stands elsewhere is no news.
+    // A write to another key is not a change.
     consul.put(0, "/v1/kv/other", &json!(2)).await.unwrap();
     consul.put(0, "/v1/kv/mesh/docs/c", &json!(3)).await.unwrap();
     assert_eq!(next(&mut watch).await, "mesh/docs/a b=1 mesh/docs/b= mesh/docs/c=3");
@@ -108,7 +108,7 @@ async fn a_service_is_registered_kept_alive_maintained_and_taken_away() {
     assert!(client.update_check("pay-ttl", CheckStatus::Passing, "").await.is_err());
 }
 
-/// Answers every request with this head, on an address of its own.
+/// Starts a server that answers every request with this head. Returns its address.
 fn always(head: &'static str) -> (Loopback, String) {
     let place = Loopback::unique().unwrap();
     let listener = TcpListener::bind((place.ip(), 8500)).unwrap();
@@ -142,7 +142,7 @@ async fn an_address_that_fails_is_left_for_the_next_and_not_gone_back_to() {
     }
     assert_eq!(client.counters().failures.load(Ordering::Relaxed), 3);
     assert_eq!(client.address(), consul.url(0).unwrap());
-    // One connection to each of those that answered, and no more.
+    // The client made one connection to each address that accepted one.
     assert_eq!(client.counters().connects.load(Ordering::Relaxed), 3);
 }
 

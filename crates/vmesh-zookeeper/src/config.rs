@@ -8,11 +8,11 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::{self, Deserializer};
 
-/// How to get a session.
+/// How to open a session.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// `zk1:2181,zk2:2181/chroot`.
+    /// The connect string: `zk1:2181,zk2:2181/chroot`.
     pub connect: Connect,
     #[serde(default)]
     pub auth: Option<Auth>,
@@ -20,12 +20,12 @@ pub struct Config {
     pub sasl: Option<Sasl>,
     #[serde(default)]
     pub tls: Option<Tls>,
-    /// How long the servers keep a session without hearing from it; they may insist on another. Two fifths of it
-    /// without an answer are a lost connection. Built in: 10 s.
+    /// How long the servers keep a session whose client is silent; they may insist on another value. A client
+    /// that gets no answer for two fifths of this time considers its connection lost. Default: 10 s.
     #[serde(default = "ten_seconds", deserialize_with = "duration")]
     pub session_timeout: Duration,
-    /// Whether a server that has lost its quorum will do for reading. Built in: yes, and what it says is stale. Servers
-    /// offer that only with `readonlymode.enabled`, and 3.8 only with `localSessionsEnabled` too.
+    /// Whether to read from a server that has lost its quorum; its answers count as stale. Default: yes.
+    /// Servers offer such reads only with `readonlymode.enabled`, and 3.8 also requires `localSessionsEnabled`.
     #[serde(default = "yes")]
     pub read_only: bool,
     #[serde(default)]
@@ -33,7 +33,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// With all that is built in.
+    /// Returns the configuration for these servers with all defaults.
     pub fn of(connect: Connect) -> Config {
         Config {
             connect,
@@ -55,21 +55,21 @@ fn ten_seconds() -> Duration {
     Duration::from_secs(10)
 }
 
-/// Credentials of the scheme `digest`. They go over the wire as they are: use TLS.
+/// Credentials of the scheme `digest`. They cross the network unencrypted unless TLS is used.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Auth {
-    /// A file with `user:password` in it, read again at each connection.
+    /// A file that contains `user:password`. Each new session reads the file again.
     pub digest_file: PathBuf,
 }
 
-/// Credentials of SASL.
+/// SASL credentials.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sasl {
     #[serde(default)]
     pub mechanism: Mechanism,
-    /// A file with `user:password` in it, read again at each connection.
+    /// A file that contains `user:password`. Each new session reads the file again.
     pub credentials_file: PathBuf,
 }
 
@@ -93,36 +93,36 @@ impl<'de> Deserialize<'de> for Mechanism {
     }
 }
 
-/// TLS towards the servers' `secureClientPort`. Files are PEM and read again at each connection.
+/// TLS towards the servers' `secureClientPort`. The files are PEM and read again for each session.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tls {
-    /// Who signed the servers' certificates.
+    /// The certificates of the authorities that sign the servers' certificates.
     pub ca_file: PathBuf,
-    /// A certificate to show to servers that ask for one, and its key.
+    /// The client's certificate and key, for servers that require one.
     #[serde(default)]
     pub cert_file: Option<PathBuf>,
     #[serde(default)]
     pub key_file: Option<PathBuf>,
 }
 
-/// How to hear of changes.
+/// How to learn of changes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Watch {
-    /// One watch per root where the server knows that (3.6 and later), else `one-shot`.
+    /// One persistent watch per root if the server supports it (3.6 and later), else `one-shot`.
     #[default]
     Auto,
     Persistent,
-    /// Two watches per node, armed again after each event.
+    /// Two one-shot watches per node, set again after each event.
     OneShot,
 }
 
-/// The servers, each `host:port`, and the node that is taken for the root.
+/// A connect string: the servers, each `host:port`, and the chroot, the node that serves as the root.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connect {
     servers: Vec<String>,
-    /// Empty, or a path without a slash at its end.
+    /// Empty, or a path without a trailing slash.
     chroot: String,
 }
 
@@ -131,7 +131,7 @@ impl Connect {
         &self.servers
     }
 
-    /// Empty if there is none.
+    /// Returns the chroot, or an empty string if there is none.
     pub fn chroot(&self) -> &str {
         &self.chroot
     }
@@ -200,7 +200,7 @@ fn server_of(text: &str) -> Result<String, String> {
     Ok(if is_ipv6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") })
 }
 
-/// Whether `path` is one that a node can have.
+/// Checks that `path` is a valid path of a node. The error describes what is wrong with it.
 pub fn check_path(path: &str) -> Result<(), String> {
     let wrong = |why: &str| Err(format!("`{path}` is not the path of a node: {why}"));
     let Some(below) = path.strip_prefix('/') else { return wrong("it does not begin with `/`") };
@@ -220,7 +220,7 @@ pub fn check_path(path: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// `10s`, `500ms`, `1m`.
+/// Parses `10s`, `500ms` or `1m`.
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());

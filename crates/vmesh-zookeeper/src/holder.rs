@@ -1,8 +1,10 @@
-//! One ephemeral node that stands for as long as it is wanted: how a process says that it is there.
+//! Keeps one ephemeral node in existence until it is withdrawn: this is how a process announces that it is
+//! alive.
 //!
-//! It is looked at again after every reconnect and whenever it changes, made again if it is gone, and made in a new
-//! session if the old one expires. A node of an older session of ours (of before a crash, say) would vanish with that
-//! session some time later; so it is replaced, in one transaction, and nobody sees that there is none in between.
+//! The holder checks the node after every reconnect and whenever it changes, creates it again if it has been
+//! deleted, and creates it in a new session if the old one expires. A node of an older session of this process
+//! (for example, of one that crashed) would disappear when that session expires, so the holder replaces it in
+//! one transaction: no reader ever sees the node missing.
 
 use std::future::Future;
 use std::pin::pin;
@@ -19,23 +21,24 @@ use crate::config::{Config, check_path};
 use crate::session::{Backoff, Connection, Count, Counted, Error, Secrets, is_of_session, open};
 use crate::tree::{Owner, join};
 
-/// The node to be held.
+/// The node to hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// Absolute, below the chroot if there is one. If the node is sequential, what comes before its number.
+    /// The absolute path, below the chroot if there is one. For a sequential node, the prefix before its
+    /// number.
     pub path: String,
     pub data: Bytes,
     pub sequential: bool,
 }
 
-/// How it stands.
+/// The state of the held node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// It is not there, or nobody knows, and why.
+    /// The node does not exist, or its state is unknown; with the reason.
     Waiting(Arc<str>),
-    /// It is there, under this path.
+    /// The node exists under this path.
     Held(Arc<str>),
-    /// It was withdrawn.
+    /// The node was withdrawn.
     Withdrawn,
 }
 
@@ -44,7 +47,8 @@ enum Order {
     Withdraw(oneshot::Sender<Result<(), Error>>),
 }
 
-/// Holds one ephemeral node. Dropping it ends the session, and with it the node, without waiting for that.
+/// Holds one ephemeral node. Dropping the holder ends the session, and with it the node, but does not wait for
+/// that.
 pub struct Holder {
     orders: mpsc::UnboundedSender<Order>,
     standing: watch::Receiver<Standing>,
@@ -53,7 +57,7 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Begins to hold `wanted`; needs a tokio runtime. An error is a path that no node can have.
+    /// Starts to hold the node `spec`. Needs a tokio runtime. The error describes a path that no node can have.
     pub fn start(
         config: Config,
         wanted: Wanted,
@@ -87,7 +91,7 @@ impl Holder {
         self.standing.borrow().clone()
     }
 
-    /// Waits until it stands otherwise than was last told. Dropping the future loses nothing.
+    /// Waits until the status differs from the one that was last returned. Dropping the future loses no change.
     pub async fn changed(&mut self) -> Standing {
         match self.standing.changed().await {
             Ok(()) => self.standing.borrow_and_update().clone(),
@@ -95,14 +99,14 @@ impl Holder {
         }
     }
 
-    /// From now on the node's data is to be this.
+    /// Replaces the data of the node.
     pub fn update(&self, data: Bytes) {
-        // Only a keeper that has ended does not take it, and then nothing is held.
+        // Sending fails only if the task has ended, and then no node is held.
         _ = self.orders.send(Order::Update(data));
     }
 
-    /// Takes the node away, and returns once it is certain that it is gone. After an error, which is also what comes if
-    /// it takes longer than `within`, the node goes with its session.
+    /// Deletes the node and returns once its absence is confirmed. After an error or the timeout `within`, the
+    /// node disappears when its session expires.
     pub async fn withdraw(mut self, within: Duration) -> Result<(), Error> {
         let (reply, done) = oneshot::channel();
         let given_up = |why: String| Error::Request {
@@ -133,17 +137,17 @@ struct Keeper {
     tell: watch::Sender<Standing>,
     orders: mpsc::UnboundedReceiver<Order>,
     backoff: Backoff,
-    /// Since when it stands.
+    /// The time since when the node has existed without interruption.
     stands_since: Option<Instant>,
-    /// Where the node was last known to stand.
+    /// The path under which the node last existed.
     held: Option<String>,
-    /// Who waits for it to be taken away.
+    /// The caller that waits for the withdrawal.
     withdraw: Option<oneshot::Sender<Result<(), Error>>>,
-    /// The servers are older than 3.5: they know neither containers nor `create2`.
+    /// Whether the servers are older than 3.5, without container nodes and `create2`.
     is_old: bool,
 }
 
-/// Why a session ended.
+/// The reason why a session ended.
 enum Over {
     Because(Error),
     Withdrawn,
@@ -169,8 +173,8 @@ impl Keeper {
         }
     }
 
-    /// How long to leave it alone. What stood for longer than that begins anew: a session that expires now and then is no
-    /// reason to come back late.
+    /// Returns the pause before the next attempt. The back-off starts anew if the node has existed for longer
+    /// than that: a session that expires now and then must not delay the node.
     fn pause(&mut self) -> Duration {
         let pause = self.backoff.draw();
         if self.stands_since.take().is_some_and(|since| since.elapsed() > pause) {
@@ -192,8 +196,8 @@ impl Keeper {
         Error::Lost { servers: self.config.connect.to_string(), why }
     }
 
-    /// Waits for `what` without a session, and takes orders meanwhile. `None` if the node is not wanted any more and was
-    /// never made.
+    /// Waits for `future` without a session, and processes commands meanwhile. Returns `None` if the holder was
+    /// dropped, or if a node was withdrawn that never existed.
     async fn obeying<T>(&mut self, what: impl Future<Output = T>) -> Option<T> {
         let mut what = pin!(what);
         loop {
@@ -205,7 +209,7 @@ impl Keeper {
                         _ = reply.send(Ok(()));
                         return None;
                     }
-                    // Until whoever wants it gives up.
+                    // The caller waits until the node is withdrawn in a later session, or its timeout passes.
                     Some(Order::Withdraw(reply)) => self.withdraw = Some(reply),
                     None => return None,
                 },
@@ -234,7 +238,7 @@ impl Keeper {
             };
             let state = match stood {
                 Ok(Ok(Some(over))) => return over,
-                // Something happened to the node.
+                // The node was deleted or replaced.
                 Ok(Ok(None)) => {
                     sleep(self.pause()).await;
                     continue;
@@ -250,7 +254,7 @@ impl Keeper {
                     return Over::Because(self.lost("ended: its server is older than 3.5"));
                 }
                 Ok(Err(error)) => {
-                    // The session is well, and what is asked for is refused.
+                    // The session is alive, but the server rejects the request.
                     self.waiting(&Error::request("hold", &self.wanted.path, &error));
                     let wait = self.pause();
                     if self.obeying(sleep(wait)).await.is_none() {
@@ -285,7 +289,8 @@ impl Keeper {
         }
     }
 
-    /// Makes sure that the node stands, and returns when that may not be so any more, or it is not wanted.
+    /// Creates the node if needed and waits until it may no longer exist as specified, or until it is
+    /// withdrawn.
     async fn stand(&mut self, client: &zk::Client, is_somebody: bool) -> Result<Option<Over>, zk::Error> {
         if let Some(path) = self.held.clone().filter(|_| self.withdraw.is_some()) {
             return self.take_away(client, &path).await;
@@ -313,7 +318,7 @@ impl Keeper {
                     if event.event_type != zk::EventType::NodeDataChanged {
                         return Ok(None);
                     }
-                    // Somebody else writes to it; not in a tight loop.
+                    // Another client writes to the node. The pause prevents a tight loop of corrections.
                     sleep(self.pause()).await;
                     continue;
                 }
@@ -345,7 +350,7 @@ impl Keeper {
         Ok(Some(Over::Withdrawn))
     }
 
-    /// Makes the node, or finds it, and returns where it is.
+    /// Creates the node, or finds it, and returns its path.
     async fn ensure(&mut self, client: &zk::Client, is_somebody: bool) -> Result<String, zk::Error> {
         let wanted = self.wanted.path.clone();
         let (parent, name) = match wanted.rsplit_once('/') {
@@ -356,7 +361,7 @@ impl Keeper {
         if parent != "/" {
             self.make_parents(client, parent).await?;
         }
-        // Who has other credentials may see it, and not change it.
+        // Clients with other credentials may read the node but not change it.
         let mine = [
             zk::Acl::new(zk::Permission::ALL, zk::AuthId::new("auth", "")),
             zk::Acl::new(zk::Permission::READ, zk::AuthId::anyone()),
@@ -388,7 +393,7 @@ impl Keeper {
         }
     }
 
-    /// A sequential node has another name each time: first the new one, then the old ones are taken away.
+    /// A new sequential node has a new name, and the holder creates it before it deletes its older nodes.
     async fn ensure_sequential(
         &self,
         client: &zk::Client,
@@ -399,7 +404,8 @@ impl Keeper {
         let mut older = Vec::new();
         let mut mine = None;
         for name in client.list_children(parent).await? {
-            // The same name and ten digits, or a sign and ten digits where it has overflowed.
+            // The name must be the prefix and ten digits, or a sign and ten digits after the counter's
+            // overflow.
             let digits = name.strip_prefix(prefix).unwrap_or_default();
             if digits.len() < 10 || !digits.bytes().all(|b| b.is_ascii_digit() || b == b'-') {
                 continue;
@@ -412,9 +418,10 @@ impl Keeper {
             };
             let was_held = self.held.as_deref() == Some(&*path);
             match Owner::of(stat.ephemeral_owner) {
-                // Made by a request whose answer was lost.
+                // An earlier request of this session created the node, and its answer was lost.
                 Owner::Session(_) if is_mine(client, stat.ephemeral_owner) => mine = Some(path),
-                // Of another instance, or of ours before a crash: that says the same.
+                // The node belongs to an earlier session of this process, or to another instance with the same
+                // data.
                 Owner::Session(_) if was_held || data == self.wanted.data => older.push(path),
                 _ => {}
             }
@@ -436,7 +443,8 @@ impl Keeper {
         Ok(path)
     }
 
-    /// Those above go when the last of their children is gone, if the servers know how.
+    /// Creates the parents as containers, which ZooKeeper deletes after their last child, if the servers
+    /// support containers.
     async fn make_parents(&self, client: &zk::Client, parent: &str) -> Result<(), zk::Error> {
         if client.check_stat(parent).await?.is_some() {
             return Ok(());
@@ -451,7 +459,7 @@ async fn withdrawn(client: &zk::Client, path: &str) -> Result<(), zk::Error> {
         Ok(()) | Err(zk::Error::NoNode) => {}
         Err(error) => return Err(error),
     }
-    // The server at hand may be behind the one that has done it.
+    // Another server may have processed the deletion; `sync` lets this one catch up.
     client.sync(path).await?;
     match client.check_stat(path).await? {
         None => Ok(()),

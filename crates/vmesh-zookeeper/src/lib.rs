@@ -1,24 +1,25 @@
-//! ZooKeeper for vmesh: a subtree mirrored, and an ephemeral node kept.
+//! ZooKeeper for vmesh: mirrored subtrees, and a held ephemeral node.
 //!
-//! | module | what is in it |
+//! | module | responsibility |
 //! |---|---|
-//! | [`config`] | [`Config`]: servers, credentials, TLS, as they are written in YAML |
-//! | [`mirror`] | [`Mirror`]: subtrees, whole and up to date, whatever happens to servers and sessions |
-//! | [`tree`] | [`Node`]: what was read; what did not change keeps its pointer |
-//! | [`holder`] | [`Holder`]: one ephemeral node that stands for as long as it is wanted |
-//! | [`session`] | a session, and how often to try for one |
-//! | `pass` | reading many nodes at once |
+//! | [`config`] | [`Config`]: servers, credentials and TLS, as they are written in YAML |
+//! | [`mirror`] | [`Mirror`]: keeps a complete and current copy of subtrees across lost servers and sessions |
+//! | [`tree`] | [`Node`]: the copy of one subtree; unchanged nodes keep their pointers |
+//! | [`holder`] | [`Holder`]: keeps one ephemeral node in existence until it is withdrawn |
+//! | [`session`] | opens a session and counts its events |
+//! | `bulk_read` | reads many nodes over one connection |
 //!
-//! This is the only crate that names `zookeeper-client`, which is heavy, and of which three things have to be known:
+//! This is the only crate that names `zookeeper-client`, a large dependency with three peculiarities:
 //!
-//! - It loses persistent watches at every reconnect, without an error (`session/watch.rs` of 0.11.2 restores only
-//!   one-shot watches). ZooKeeper would not replay the events missed meanwhile anyway. So a [`Mirror`] watches anew
-//!   after each reconnect, drops the old watch after that, and then reads everything again.
-//!   (`mirror::the_client_alone_loses_its_watch_when_its_server_is_killed`)
-//! - It has no limit for what a server answers with, so neither has this: the limit is on the number of nodes.
-//! - It panics where its own session task has ended; a [`Mirror`] or a [`Holder`] then begins anew.
+//! - It loses persistent watches at every reconnect, without an error (`session/watch.rs` of 0.11.2 restores
+//! only one-shot watches). ZooKeeper would not replay the events missed meanwhile anyway. So after each
+//! reconnect a [`Mirror`] sets new watches, drops the old watches, and reads all nodes again.
+//! (`mirror::the_client_alone_loses_its_watch_when_its_server_is_killed`)
+//! - It bounds each reply (8 MiB), but not the number of nodes; [`mirror::Root`] does that.
+//! - It panics if its own session task has ended; a [`Mirror`] or a [`Holder`] then opens a new session.
 //!
-//! **Invariant:** no noun of the mesh, and no other crate of vmesh: `cargo tree -p vmesh-zookeeper -e normal` lists none.
+//! **Invariant:** no noun of the mesh, and no other crate of vmesh than `vmesh-backoff`: `cargo tree -p
+//! vmesh-zookeeper -e normal` lists none.
 
 pub mod config;
 pub mod holder;

@@ -1,18 +1,18 @@
-//! Subtrees of ZooKeeper, whole and up to date, whatever happens to servers and sessions.
+//! Keeps complete and current copies of ZooKeeper subtrees, across lost servers and sessions.
 //!
-//! One task keeps one session for all of a mirror's roots. After each connection, the first and every later one, it
-//! watches anew, drops the watches of before after that, asks the server to catch up with its leader (`sync`), reads
-//! everything and compares. Then each event leads to one reading of what it is about, and events that come while that
-//! is under way are taken together. Once in a while everything is read although nothing was heard.
+//! One task keeps one session for all roots of a mirror. After each connection, including the first, it sets
+//! new watches, then drops the old ones, lets the server catch up with its leader (`sync`), reads everything
+//! and compares. From then on each event leads to one read of the affected nodes; events that arrive during a
+//! read are processed together. At intervals of minutes the mirror reads all nodes even without an event.
 //!
-//! | what happens | what it does |
+//! | event | reaction |
 //! |---|---|
-//! | the connection is lost | keeps what it has, says that it is stale, connects to another server |
+//! | the connection is lost | keeps the view, marks it stale, connects to another server |
 //! | the session expires | the same, with a new session |
-//! | no server has a quorum | reads once from one that answers reads, if it has nothing yet; stale in any case |
-//! | a node may not be read | that node is as it was, and says why; tried again every half minute |
-//! | a root is not there | it is absent, and heard of when it comes |
-//! | credentials or certificates change | a new session, at the next loss of a connection or within half a minute |
+//! | no server has a quorum | reads once from a server that still answers reads, if there is no view yet; the view is stale in any case |
+//! | a node may not be read | keeps the node's last content with the reason; tries again every half minute |
+//! | a root does not exist | the root is absent; a watch reports its creation |
+//! | credentials or certificates change | opens a new session, when a connection is lost or within half a minute |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -33,46 +33,49 @@ use crate::pass::{self, Excess, Findings, OneShots, Start, Want, depth};
 use crate::session::{Backoff, Connection, Count, Counted, Error, Secrets, is_of_session, jitter};
 use crate::tree::{Node, build, put};
 
-/// What could not be read is tried again so often, and the files with credentials are looked at.
+/// The interval at which unreadable nodes are read again and the files with credentials are checked.
 const RETRY: Duration = Duration::from_secs(30);
-/// Everything is read so often although nothing was heard: what a watch misses for whatever reason is not missed for
-/// longer. Some of it is drawn, so that mirrors do not do it together.
+/// The interval at which everything is read without an event, to correct whatever a watch has missed. A random
+/// part spreads the reads of many mirrors.
 const VERIFY: Duration = Duration::from_secs(600);
-/// Between two readings of everything; a connection that comes and goes must not cause more.
+/// The minimum time between two complete reads, even if a connection is lost again and again.
 const PACE: Duration = Duration::from_secs(1);
-/// For how long a server is taken for one without persistent watches that said so: it may be upgraded.
+/// How long a server is remembered as one without persistent watches. An upgraded server is used with
+/// persistent watches after this time.
 const OLD: Duration = Duration::from_secs(3600);
-/// How long to stay with a server that only answers reads, before others are asked again.
+/// How long the mirror stays with a server that only answers reads before it tries the other servers again.
 const READ_ONLY: Duration = Duration::from_secs(30);
 
-/// Bytes of data and names below one root that are kept in memory, if nothing else is set: 200,000 nodes of 1 KiB fit.
+/// The default limit of the data and names of one root, in bytes: 200,000 nodes of 1 KiB fit.
 const MAX_BYTES: usize = 256 << 20;
 
-/// A subtree to be mirrored.
+/// A subtree to mirror.
 #[derive(Clone)]
 pub struct Root {
     pub(crate) path: String,
-    /// How many levels below the root are looked at.
+    /// The limit of levels below the root. Deeper nodes are ignored.
     pub max_depth: usize,
-    /// A root with more nodes than this is taken for the wrong one.
+    /// The limit of nodes. A larger subtree counts as a wrong root and is not mirrored.
     pub max_nodes: usize,
-    /// The same for the bytes of its nodes' data and names together.
+    /// The limit of the nodes' data and names together, in bytes; applied like `max_nodes`.
     pub max_bytes: usize,
     keep: Keep,
 }
 
-/// Which nodes are wanted: told their path relative to the root, `a/b`.
+/// A filter for nodes, called with the path relative to the root, such as `a/b`.
 type Keep = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 impl Root {
-    /// `path` is absolute, below the chroot if there is one. Built in: 16 levels, 200,000 nodes, 256 MiB.
+    /// Makes a root with the default limits: 16 levels, 200,000 nodes, 256 MiB. `path` is absolute, below the
+    /// chroot if there is one.
     pub fn new(path: impl Into<String>) -> Result<Root, String> {
         let path = path.into();
         check_path(&path)?;
         Ok(Root { path, max_depth: 16, max_nodes: 200_000, max_bytes: MAX_BYTES, keep: Arc::new(|_| true) })
     }
 
-    /// Leaves out nodes, with all below them, of which `keep` says no. It is told paths relative to the root.
+    /// Ignores each node for which `filter` returns `false`, with all nodes below it. The filter gets paths
+    /// relative to the root.
     pub fn keeping(mut self, keep: impl Fn(&str) -> bool + Send + Sync + 'static) -> Root {
         self.keep = Arc::new(keep);
         self
@@ -82,7 +85,7 @@ impl Root {
         &self.path
     }
 
-    /// The path relative to the root: empty for the root itself.
+    /// Returns the path relative to the root, which is empty for the root itself.
     fn relative<'a>(&self, path: &'a str) -> &'a str {
         let rest = if self.path == "/" { path } else { path.strip_prefix(&*self.path).unwrap_or(path) };
         rest.trim_start_matches('/')
@@ -96,7 +99,7 @@ impl Root {
         (self.keep)(self.relative(path))
     }
 
-    /// Whether an event at `path` is about a node that is looked at.
+    /// Reports whether the mirror reads the node at `path`.
     fn covers(&self, path: &str) -> bool {
         let relative = self.relative(path);
         let mut above = relative.match_indices('/').map(|(at, _)| relative.get(..at).unwrap_or_default());
@@ -112,27 +115,27 @@ impl fmt::Debug for Root {
     }
 }
 
-/// What is known, whole.
+/// A mirror's copy of all its roots.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct View {
-    /// One for each root, in their order; none until everything was read once.
+    /// One entry per root, in the order of [`Mirror::new`]; empty until everything was read once.
     pub roots: Vec<Seen>,
-    /// Why it may not be what is there now.
+    /// The reason why the copy may be out of date.
     pub stale_because: Option<Arc<str>>,
 }
 
-/// What is known of a root.
+/// A mirror's copy of one root.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Seen {
-    /// `None` if it is not there, or if it has failed ever since.
+    /// `None` if the root node does not exist or was never readable.
     pub tree: Option<Arc<Node>>,
-    /// Why it cannot be read now; the tree is then the last that was.
+    /// The reason why the root cannot be read now; `tree` is then its last known content.
     pub failed: Option<Arc<str>>,
 }
 
 type Confirm = oneshot::Sender<Result<View, Error>>;
 
-/// Keeps a view of some roots. What it does ends when it is dropped.
+/// Mirrors some roots. Dropping the mirror ends its task and its session.
 pub struct Mirror {
     shared: Arc<Shared>,
     views: watch::Receiver<View>,
@@ -149,7 +152,8 @@ struct Shared {
 }
 
 impl Mirror {
-    /// Nothing happens before [`Mirror::changed`] or [`Mirror::confirm`] is polled, which needs a tokio runtime.
+    /// Makes a mirror. It connects when [`Mirror::changed`] or [`Mirror::confirm`] is first polled, which needs
+    /// a tokio runtime.
     pub fn new(config: Config, roots: Vec<Root>, count: impl Fn(Counted) + Send + Sync + 'static) -> Mirror {
         let (publish, views) = watch::channel(View::default());
         let shared = Arc::new(Shared { config, roots, count: Arc::new(count), views: publish });
@@ -157,7 +161,7 @@ impl Mirror {
         Mirror { shared, views, confirms, driver: JoinSet::new(), backoff: Backoff::new() }
     }
 
-    /// Waits for a view that differs from the last that was returned. Dropping the future loses nothing.
+    /// Waits for a view that differs from the last one that this returned. Dropping the future loses no change.
     pub async fn changed(&mut self) -> View {
         loop {
             self.drive(Duration::ZERO);
@@ -172,12 +176,12 @@ impl Mirror {
         }
     }
 
-    /// What is known now.
+    /// Returns the current view.
     pub fn view(&self) -> View {
         self.views.borrow().clone()
     }
 
-    /// Reads everything again, after the server has caught up with its leader, and returns what there is then.
+    /// Reads everything again, after the server has caught up with its leader, and returns the resulting view.
     pub async fn confirm(&mut self) -> Result<View, Error> {
         self.drive(Duration::ZERO);
         let (reply, answer) = oneshot::channel();
@@ -198,7 +202,7 @@ impl Mirror {
         });
     }
 
-    /// The driver only ends by a panic, its own or one of the client's.
+    /// Starts a new driver. A driver ends only by a panic, its own or the client's.
     fn restart(&mut self) {
         let because: Arc<str> = Error::Ended.line().into();
         self.shared.views.send_modify(|view| view.stale_because = Some(because));
@@ -207,13 +211,13 @@ impl Mirror {
     }
 }
 
-/// How a connection ended.
+/// The reason why a connection ended.
 enum Ended {
     State(zk::SessionState),
     Error(Error),
 }
 
-/// What is heard from.
+/// The source of events: watches of either kind.
 enum Watches {
     Persistent(Vec<zk::PersistentWatcher>),
     OneShot(OneShots),
@@ -223,18 +227,18 @@ struct Driver {
     shared: Arc<Shared>,
     confirms: mpsc::Receiver<Confirm>,
     seen: Vec<Seen>,
-    /// Everything was read once.
+    /// Whether everything was read once.
     has_read: bool,
-    /// What could not be read, by root.
+    /// The nodes that could not be read, by root.
     refused: BTreeSet<(usize, String)>,
     backoff: Backoff,
     last_whole: Option<Instant>,
-    /// When a server last said that it knows no persistent watches, and then hung up: it does both.
+    /// The last time at which a server rejected persistent watches; it closes the connection too.
     refused_persistent: Option<Instant>,
 }
 
 impl Driver {
-    /// Begins with what an earlier driver has published.
+    /// Makes a driver that continues with the published view of an earlier one.
     fn new(shared: Arc<Shared>, confirms: mpsc::Receiver<Confirm>) -> Driver {
         let mut seen = shared.views.borrow().roots.clone();
         let has_read = !seen.is_empty();
@@ -261,7 +265,7 @@ impl Driver {
         }
     }
 
-    /// Waits for `what`, and tells those who want something confirmed that it cannot be.
+    /// Waits for `future` without a connection, and rejects requests for confirmation meanwhile.
     async fn refusing<T>(&mut self, what: impl Future<Output = T>) -> T {
         let mut what = pin!(what);
         loop {
@@ -299,7 +303,7 @@ impl Driver {
         Error::Lost { servers: self.shared.config.connect.to_string(), why }
     }
 
-    /// One session, from its beginning to its end.
+    /// Opens one session and keeps it until it ends.
     async fn session(&mut self) -> Error {
         let shared = self.shared.clone();
         let opened = async {
@@ -324,8 +328,9 @@ impl Driver {
             };
             if state == zk::SessionState::Disconnected {
                 self.stale(&self.lost("has lost its connection; another is being made"));
-                // The client would restore one-shot watches, all of them again with each 128 KiB of paths, and a server
-                // refuses such a request. And it has to be told of other credentials, which it does not read again.
+                // After a reconnect the client would restore its one-shot watches, 128 KiB of paths per
+                // request, which servers reject. It also does not read changed credentials. Both cases need a
+                // new session.
                 let is_one_shot = matches!(watches, Some(Watches::OneShot(_)));
                 if is_one_shot || Secrets::read(&shared.config).await.is_ok_and(|now| now != secrets) {
                     return self.lost("has lost its connection");
@@ -348,7 +353,7 @@ impl Driver {
         }
     }
 
-    /// One connection, from its beginning to its end.
+    /// Mirrors over one connection until it ends.
     async fn connection(
         &mut self,
         client: &zk::Client,
@@ -357,7 +362,8 @@ impl Driver {
         secrets: &Secrets,
     ) -> Ended {
         let is_read_only = states.peek_state() == zk::SessionState::ConnectedReadOnly;
-        // The answer first: an old server says what it does not know, and hangs up at once.
+        // The result of the first read comes before the state: an old server reports what it does not support
+        // and closes the connection at once.
         let begun = tokio::select! {
             biased;
             begun = self.begin(client, watches, is_read_only) => begun,
@@ -398,7 +404,7 @@ impl Driver {
                 () = sleep_until(leave_at), if is_read_only => return Ended::Error(Error::ReadOnly),
             }
             if is_read_only {
-                // Nothing changes without a quorum; and what this server has is no newer than what is known.
+                // Without a quorum no node changes, and this server's data is not newer than the view.
                 if let Some(reply) = reply {
                     _ = reply.send(Err(Error::ReadOnly));
                 }
@@ -412,7 +418,8 @@ impl Driver {
             let is_confirming = reply.is_some();
             let done = tokio::select! {
                 biased;
-                // The answer first: it says why the connection ended, and the state only that it did.
+                // The result of the read comes before the state: the result has the reason for the lost
+                // connection.
                 done = async {
                     match whole {
                         true => self.whole(client, watches, is_confirming).await,
@@ -439,7 +446,8 @@ impl Driver {
         }
     }
 
-    /// After an error of the connection or the session its state says more; without one something else is wrong.
+    /// Decides how a connection ended. For errors of the connection or the session, the session's state is the
+    /// better description.
     async fn ended(&mut self, error: zk::Error, states: &mut zk::StateWatcher) -> Ended {
         let servers = self.shared.config.connect.to_string();
         let patience = 2 * self.shared.config.session_timeout;
@@ -451,7 +459,7 @@ impl Driver {
                 )
             }
             zk::Error::Unimplemented => Ended::Error(Error::NoPersistentWatches(servers)),
-            // The next attempt is left to the back-off: the same server would send the same again.
+            // The next attempt waits for the back-off, since the same server would send the same reply again.
             error @ zk::Error::ReplyTooLarge { .. } => {
                 Ended::Error(Error::request("read from", &servers, &error))
             }
@@ -465,7 +473,7 @@ impl Driver {
         }
     }
 
-    /// Watches anew and reads everything.
+    /// Sets new watches and reads everything.
     async fn begin(
         &mut self,
         client: &zk::Client,
@@ -475,7 +483,7 @@ impl Driver {
         if let Some(last) = self.last_whole {
             sleep_until(last + PACE).await;
         }
-        // In this order: the new ones stand before those of the connection before are dropped.
+        // Setting the new watches before dropping the old ones leaves no gap.
         let armed = self.armed(client).await?;
         let watches = watches.insert(armed);
         if is_read_only {
@@ -513,7 +521,7 @@ impl Driver {
         Ok(Watches::Persistent(armed))
     }
 
-    /// Reads everything, from a server that has caught up with its leader if it is to `sync`.
+    /// Reads everything and publishes it. With `sync`, the server first catches up with its leader.
     async fn whole(
         &mut self,
         client: &zk::Client,
@@ -541,7 +549,7 @@ impl Driver {
         match watches {
             Watches::Persistent(_) => self.read(client, starts, None).await?,
             Watches::OneShot(armed) => {
-                // Armed anew on every node, before those of before are dropped.
+                // New watches are set on every node before the old ones are dropped.
                 let mut fresh = OneShots::new();
                 self.read(client, starts, Some(&mut fresh)).await?;
                 *armed = fresh;
@@ -563,7 +571,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Reads what events were about.
+    /// Reads the nodes that events named.
     async fn update(
         &mut self,
         client: &zk::Client,
@@ -608,7 +616,7 @@ impl Driver {
         }
     }
 
-    /// Puts what was found into the trees.
+    /// Merges the read nodes into the trees.
     fn take(&mut self, findings: &Findings, began: &[(usize, String)]) {
         let nothing = BTreeMap::new();
         for (index, path) in began {
@@ -624,7 +632,8 @@ impl Driver {
             let relative = root.relative(path);
             let before = seen.tree.as_ref().and_then(|tree| child(tree, relative));
             let now = build(path, found, before);
-            // Judged before it is put in: a tree that grew node by node past its limit would have none.
+            // The limits apply before the merge: otherwise events could grow a tree beyond them, one node at a
+            // time.
             if let Some(excess) =
                 excess_of(root, seen.tree.as_deref(), before.map(|node| &**node), now.as_deref())
             {
@@ -633,7 +642,7 @@ impl Driver {
                 continue;
             }
             if relative.is_empty() {
-                // A root that cannot be read is not one without content.
+                // An unreadable root keeps its last content.
                 seen.failed = now.as_ref().and_then(|tree| tree.unreadable.clone());
                 if seen.failed.is_some() {
                     continue;
@@ -645,7 +654,7 @@ impl Driver {
     }
 }
 
-/// Returns which limit of `root` its `tree` would exceed with `now` in the place of `before`.
+/// Returns the limit of `root` that its `tree` would exceed with `now` in the place of `before`.
 fn excess_of(root: &Root, tree: Option<&Node>, before: Option<&Node>, now: Option<&Node>) -> Option<Excess> {
     let with = |of: fn(&Node) -> usize| {
         let of = |node: Option<&Node>| node.map_or(0, of);
@@ -689,20 +698,20 @@ fn same(before: &[Seen], now: &[Seen]) -> bool {
 }
 
 impl Watches {
-    /// The next event, and the root that it is about. Dropping the future loses no event.
+    /// Waits for the next event and returns it with the index of its root. Dropping the future loses no event.
     async fn next(&mut self) -> (usize, zk::WatchedEvent) {
         match self {
             Watches::Persistent(watchers) => any(watchers).await,
             Watches::OneShot(armed) => match armed.join_next().await {
                 Some(Ok(event)) => event,
-                // It ended without an event: with the client's own task.
+                // The watch ended without an event because the client's own task has ended.
                 Some(Err(_)) => (0, zk::WatchedEvent::new_session(zk::SessionState::Closed)),
                 None => std::future::pending().await,
             },
         }
     }
 
-    /// An event that is there already.
+    /// Returns an event that has already arrived.
     fn ready(&mut self) -> Option<(usize, zk::WatchedEvent)> {
         match self {
             Watches::Persistent(watchers) => now(any(watchers)),
@@ -718,7 +727,7 @@ async fn any(watchers: &mut [zk::PersistentWatcher]) -> (usize, zk::WatchedEvent
     let mut waiting: Vec<_> = watchers.iter_mut().map(|watcher| Box::pin(watcher.changed())).collect();
     poll_fn(|context| {
         for (root, waiting) in waiting.iter_mut().enumerate() {
-            // The client panics when its own task has ended, which is an end like any other.
+            // The client panics if its own task has ended. Here this counts as the end of the session.
             let polled = std::panic::catch_unwind(AssertUnwindSafe(|| waiting.as_mut().poll(context)));
             match polled {
                 Ok(Poll::Ready(event)) => return Poll::Ready((root, event)),
@@ -734,7 +743,7 @@ async fn any(watchers: &mut [zk::PersistentWatcher]) -> (usize, zk::WatchedEvent
     .await
 }
 
-/// What a future has now, if anything.
+/// Polls a future once and returns its result if it is ready.
 fn now<T>(future: impl Future<Output = T>) -> Option<T> {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match pin!(future).poll(&mut context) {
@@ -743,12 +752,12 @@ fn now<T>(future: impl Future<Output = T>) -> Option<T> {
     }
 }
 
-/// What has to be read again: one reading for each path, whatever the number of events.
+/// The nodes to read again. Several events for one path lead to one read.
 #[derive(Debug, Default)]
 struct Dirty(BTreeMap<(usize, String), Want>);
 
 impl Dirty {
-    /// `false` if the event is the end of the session.
+    /// Adds the node of an event. Returns `false` if the event is the end of the session.
     fn note(&mut self, roots: &[Root], root: usize, event: zk::WatchedEvent) -> bool {
         let want = match event.event_type {
             zk::EventType::Session => return !event.session_state.is_terminated(),
@@ -767,7 +776,8 @@ impl Dirty {
         *entry = entry.and(want);
     }
 
-    /// Where to begin to read: not below where everything is read, and not where nothing is known of what is above.
+    /// Returns the reads to start. Paths inside a subtree that is read completely are dropped, and a path with
+    /// unknown parents is replaced by the uppermost unknown one.
     fn starts(self, roots: &[Root], seen: &[Seen]) -> Vec<Start> {
         let mut wanted: BTreeMap<(usize, String), Want> = BTreeMap::new();
         for ((index, path), want) in self.0 {
@@ -804,7 +814,7 @@ impl Dirty {
     }
 }
 
-/// The uppermost node above `path` that should be known and is not; `None` if all are.
+/// Returns the uppermost unknown node above `path`, or `None` if all nodes above are known.
 fn missing(root: &Root, seen: &Seen, path: &str) -> Option<String> {
     let relative = root.relative(path);
     let tree = match &seen.tree {

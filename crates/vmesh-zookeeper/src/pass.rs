@@ -1,5 +1,5 @@
-//! Reading many nodes at once: a window of requests, one connection, answers in the order of the questions, which is
-//! what ZooKeeper guarantees within a session.
+//! Reads many nodes over one connection, with a window of requests. ZooKeeper answers the requests of a session
+//! in their order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
@@ -14,18 +14,18 @@ use crate::mirror::Root;
 use crate::session::{is_of_session, words};
 use crate::tree::{Children, Found, Here, Owner, Stat, join, segments};
 
-/// How many requests are under way at once. A server queues 1,000 before it stops reading from anybody, and their replies,
-/// which the client bounds one by one (8 MiB), are in memory together.
+/// The limit of requests in flight. A server queues 1,000 requests before it stops reading from all clients,
+/// and up to this many replies, which the client bounds one by one (8 MiB), are in memory together.
 const AT_ONCE: usize = 64;
 
-/// What to read of a node.
+/// Which part of a node to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
-    /// Its data.
+    /// The data of the node.
     Data,
-    /// The list of its children, and those that are not known yet with all below them.
+    /// The list of children, and each new child with its subtree.
     Children,
-    /// Everything, and all below it.
+    /// The node and its whole subtree.
     All,
 }
 
@@ -35,36 +35,36 @@ impl Want {
     }
 }
 
-/// Where a reading begins.
+/// A node at which a read starts.
 #[derive(Debug, Clone)]
 pub(crate) struct Start {
     pub(crate) root: usize,
     pub(crate) path: String,
     pub(crate) want: Want,
-    /// Children that are known, for [`Want::Children`].
+    /// The children that are already known, for [`ReadScope::Children`].
     pub(crate) known: BTreeSet<String>,
 }
 
-/// One-shot watches that are armed: each ends with the event that it was for.
+/// The one-shot watches that are set; each task ends with the event of its watch.
 pub(crate) type OneShots = JoinSet<(usize, zk::WatchedEvent)>;
 
-/// What a reading found, by root.
+/// The result of a read, by the index of the root.
 #[derive(Debug, Default)]
 pub(crate) struct Findings {
     pub(crate) found: BTreeMap<usize, BTreeMap<String, Found>>,
-    /// Roots below which there is more than is allowed.
+    /// Roots with a subtree that exceeds a limit.
     pub(crate) too_many: BTreeMap<usize, Excess>,
     /// Nodes that could not be read.
     pub(crate) refused: BTreeSet<(usize, String)>,
     pub(crate) reads: u64,
     pub(crate) failed: u64,
-    /// How many nodes were found to be read, by root.
+    /// The number of nodes found below each root.
     queued: BTreeMap<usize, usize>,
-    /// How many bytes of data and names were read, by root.
+    /// The bytes of data and names read below each root.
     bytes: BTreeMap<usize, usize>,
 }
 
-/// A limit of a root that what is below it exceeds.
+/// A limit of a root that its subtree exceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Excess {
     Nodes,
@@ -76,7 +76,7 @@ type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, zk::Error>> + Send + 
 enum Question<'a> {
     Data(Answer<'a, (Vec<u8>, zk::Stat, Option<zk::OneshotWatcher>)>),
     Children(Answer<'a, (Vec<String>, Option<zk::OneshotWatcher>)>),
-    /// Whether a root is there after all, and to hear when it is.
+    /// Checks whether a missing root exists by now, and watches for its creation.
     Exists(Answer<'a, (Option<zk::Stat>, zk::OneshotWatcher)>),
 }
 
@@ -102,7 +102,8 @@ impl Job {
     }
 }
 
-/// Reads from `starts` on. An error is one of the session, and then nothing is known. Dropping the future is the same.
+/// Reads the nodes `starts` and what their scopes include. An error concerns the whole session, and the nodes
+/// read so far are then unusable. Dropping the future discards the read.
 pub(crate) async fn read(
     client: &zk::Client,
     roots: &[Root],
@@ -159,7 +160,7 @@ pub(crate) async fn read(
         }
         let is_root = roots.get(job.root).is_some_and(|root| root.path == job.path);
         match error {
-            // Whoever lists the root hears of it only if it waits for it.
+            // Watching a missing root needs a request of its own: reading it sets no watch.
             zk::Error::NoNode if is_root && watch.is_some() && job.ask != Ask::Exists => {
                 todo.push_back(Job { ask: Ask::Exists, want: Want::All, ..job });
             }
@@ -202,7 +203,7 @@ impl Findings {
         self.found.entry(job.root).or_default().insert(job.path.clone(), found);
     }
 
-    /// Notes something of a node that is there.
+    /// Updates the content of an existing node.
     fn here(&mut self, job: &Job, note: impl FnOnce(&mut Here)) {
         let found = self.found.entry(job.root).or_default();
         match found.get_mut(&job.path) {
@@ -227,7 +228,7 @@ impl Findings {
         let owner = Owner::of(stat.ephemeral_owner);
         let kept = Stat { created: stat.czxid, modified: stat.mzxid, modified_at: stat.mtime, owner };
         let deep = roots.get(job.root).is_some_and(|root| root.is_deepest(&job.path));
-        // To hear of the first child by one-shot watches its parent has to be listed although it has none yet.
+        // One-shot watches report a first child only if the parent's children were listed, even an empty list.
         let may_have_children = !owner.is_session() && !deep && (watch || stat.num_children > 0);
         let all = job.want == Want::All;
         if !self.has_room(&job, data.len() + job.path.len(), roots, todo) {
@@ -261,7 +262,7 @@ impl Findings {
         self.here(job, |here| here.children = Children::Are(names));
     }
 
-    /// Counts `more` bytes for the root of `job`; `false` if that is more than the root may have.
+    /// Adds `more` bytes to the root of `job`. Returns `false` if the root then exceeds its limit.
     fn has_room(&mut self, job: &Job, more: usize, roots: &[Root], todo: &mut VecDeque<Job>) -> bool {
         if self.too_many.contains_key(&job.root) {
             return false;
@@ -275,7 +276,7 @@ impl Findings {
         has_room
     }
 
-    /// Reads no more below a root, and forgets what was read of it.
+    /// Stops reading below a root and discards what was read of it.
     fn give_up(&mut self, root: usize, excess: Excess, todo: &mut VecDeque<Job>) {
         self.too_many.insert(root, excess);
         self.found.remove(&root);
@@ -293,7 +294,7 @@ impl Findings {
     }
 }
 
-/// How deep `path` is below `root`, both absolute: 0 is the root itself.
+/// Returns how many levels `path` is below `root`; both are absolute. The root itself has depth 0.
 pub(crate) fn depth(root: &str, path: &str) -> usize {
     segments(path).count().saturating_sub(segments(root).count())
 }

@@ -1,4 +1,4 @@
-//! A session: how to get one, what becomes of it, and how often to try.
+//! Opens sessions: credentials, errors in plain words, and events to count.
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -13,25 +13,25 @@ use zookeeper_client as zk;
 
 use crate::config::{Config, Mechanism};
 
-/// What is worth counting.
+/// An event for metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Counted {
-    /// So many requests for data or children.
+    /// Requests for data or children, with their number.
     Reads(u64),
-    /// So many of those failed; that a node was gone is no failure.
+    /// Requests of those that failed, with their number. A missing node is no failure.
     FailedReads(u64),
-    /// A connection was made, the first included.
+    /// The client connected or reconnected to a server.
     Connected,
     /// A connection ended.
     Disconnected,
-    /// A session expired: it took longer to connect again than the servers keep a session.
+    /// A session expired: reconnecting took longer than the servers keep a session.
     Expired,
 }
 
-/// Is told of what is worth counting, from the task where it happens: it must not wait.
+/// Receives events for metrics, from the task where they happen: it must not block.
 pub type Count = Arc<dyn Fn(Counted) + Send + Sync>;
 
-/// Why there is no session, or why something could not be done in it.
+/// The reason why a session could not be opened, was lost, or did not process a request.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("could not read {}", file.display())]
@@ -53,7 +53,7 @@ pub enum Error {
          `enforce.auth.schemes` of the servers"
     )]
     Refused { servers: String },
-    /// What was attempted on which node.
+    /// A request for a node failed: `could not read /services: ..`.
     #[error("could not {what} {path}: {why}")]
     Request { what: &'static str, path: String, why: String },
     #[error(
@@ -75,7 +75,7 @@ impl Error {
         Error::Request { what, path: path.to_owned(), why: words(cause) }
     }
 
-    /// An error and its cause, in one line.
+    /// Returns the error and its cause in one line.
     pub fn line(&self) -> String {
         match std::error::Error::source(self) {
             Some(cause) => format!("{self}: {cause}"),
@@ -84,7 +84,7 @@ impl Error {
     }
 }
 
-/// What an error of the protocol means for whoever has to mend it.
+/// Describes a protocol error for the person who has to fix its cause.
 pub(crate) fn words(error: &zk::Error) -> String {
     let fixed = match error {
         zk::Error::NoAuth => {
@@ -111,7 +111,7 @@ pub(crate) fn words(error: &zk::Error) -> String {
     fixed.to_owned()
 }
 
-/// Whether an error concerns the connection or the session and not the node that was asked for.
+/// Reports whether an error concerns the connection or the session rather than the requested node.
 pub(crate) fn is_of_session(error: &zk::Error) -> bool {
     matches!(
         error,
@@ -124,14 +124,14 @@ pub(crate) fn is_of_session(error: &zk::Error) -> bool {
             | zk::Error::Timeout
             | zk::Error::Throttled
             | zk::Error::ReplyTooLarge { .. }
-            // What the client says when its own session task is gone.
+            // The client returns these if its own session task has ended.
             | zk::Error::UnexpectedError(_)
             | zk::Error::RuntimeInconsistent
             | zk::Error::Custom(_)
     )
 }
 
-/// What the files say that the configuration names.
+/// The contents of the credential and certificate files that the configuration names.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Secrets {
     digest: Option<Vec<u8>>,
@@ -145,7 +145,7 @@ struct Pem {
     identity: Option<(String, String)>,
 }
 
-/// Nothing of it may get into a log.
+/// Prints only the type's name, to keep secrets out of logs.
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secrets")
@@ -179,7 +179,7 @@ impl Secrets {
         Ok(Secrets { digest, sasl, tls })
     }
 
-    /// Whether there is anything that an ACL could name.
+    /// Reports whether the client authenticates, so that an ACL can name it.
     pub(crate) fn name_somebody(&self) -> bool {
         self.digest.is_some()
             || self.sasl.is_some()
@@ -202,8 +202,8 @@ async fn credentials(file: &Path) -> Result<(String, String), Error> {
     }
 }
 
-/// A new session. Servers are tried in a random order, each once. `read_only` allows one with a server that has lost
-/// its quorum.
+/// Opens a new session. Servers are tried once each, in random order. `read_only` also allows a server that has
+/// lost its quorum; `is_old` avoids requests that servers before 3.5 reject.
 pub(crate) async fn open(
     config: &Config,
     secrets: &Secrets,
@@ -255,7 +255,8 @@ fn options(pem: &Pem) -> Result<zk::TlsOptions, zk::Error> {
     }
 }
 
-/// Why no server would do. The client does not say, so each is knocked at once more.
+/// Explains why no server accepted a session. The ZooKeeper client reports no reasons, so this function
+/// connects to each server once more.
 async fn diagnosis(config: &Config) -> String {
     const AT_MOST: usize = 7;
     let mut said = Vec::new();
@@ -279,7 +280,8 @@ async fn diagnosis(config: &Config) -> String {
     said.join("; ")
 }
 
-/// Without the number at the end and what std puts before what `getaddrinfo` says.
+/// Shortens a system error: removes the number at its end and the prefix that std adds to errors of
+/// `getaddrinfo`.
 fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     let said = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
@@ -287,7 +289,7 @@ fn plain(error: &io::Error) -> String {
     said.to_lowercase()
 }
 
-/// Counts a connection for as long as it lasts.
+/// Counts a connection, as long as the value exists.
 pub(crate) struct Connection(Count);
 
 impl Connection {

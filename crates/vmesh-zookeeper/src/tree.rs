@@ -1,56 +1,57 @@
-//! What was read of a subtree. What did not change keeps its pointer, so that whoever looks at a view sees at once
-//! where it differs from the last.
+//! The copy of a subtree. Unchanged nodes keep their pointers, so a reader finds the differences between two
+//! views by comparing pointers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-/// A node and all below it, as far as it was read.
+/// A node with its subtree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
     pub data: Bytes,
     pub stat: Stat,
-    /// Why the node cannot be read now; the rest is what was last known of it, if anything.
+    /// The reason why the node cannot be read now. The other fields then keep the node's last known content.
     pub unreadable: Option<Arc<str>>,
     pub children: BTreeMap<Arc<str>, Arc<Node>>,
-    /// How many nodes there are, this one included.
+    /// The number of nodes in the subtree, this one included.
     size: usize,
-    /// How many bytes the data of all of them and the names of all below this one have.
+    /// The bytes of the subtree: all data, and the names of all nodes below this one.
     bytes: usize,
 }
 
-/// What ZooKeeper says of a node, as far as it changes only when the node does.
+/// The part of ZooKeeper's `Stat` that changes only together with the node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stat {
-    /// The transactions that made it and that last changed its data: greater is later.
+    /// The transactions that created the node and that last changed its data: greater is later.
     pub created: i64,
     pub modified: i64,
-    /// When its data last changed, in milliseconds since 1970, by the clock of the leader of then.
+    /// When the data last changed, in milliseconds since 1970 according to the leader's clock.
     pub modified_at: i64,
     pub owner: Owner,
 }
 
-/// For how long a node stays.
+/// What decides about the lifetime of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
-    /// Until it is deleted: it says nothing about whether anybody is alive.
+    /// Exists until it is deleted; it tells nothing about a living process.
     Nobody,
-    /// For as long as this session.
+    /// Exists as long as this session.
     Session(i64),
-    /// Until its last child is gone.
+    /// Exists until its last child is deleted.
     Container,
-    /// Until it was not touched for some time.
+    /// Exists until its time to live passes without a modification.
     Ttl,
 }
 
 impl Owner {
-    /// From `ephemeralOwner`, in which ZooKeeper keeps all of this (`EphemeralType` there).
+    /// Decodes ZooKeeper's field `ephemeralOwner`, which encodes all variants (`EphemeralType` in its source).
     pub(crate) fn of(ephemeral_owner: i64) -> Owner {
         match ephemeral_owner {
             0 => Owner::Nobody,
             i64::MIN => Owner::Container,
-            // The topmost byte is the server's number, and 255 is reserved where there are such nodes.
+            // The highest byte of a session is the number of its server; 255 is reserved if TTL nodes are
+            // enabled.
             owner if owner >> 56 == -1 => Owner::Ttl,
             owner => Owner::Session(owner),
         }
@@ -61,7 +62,7 @@ impl Owner {
     }
 }
 
-/// What a reading found at a path.
+/// The result of reading one path.
 #[derive(Debug, Clone)]
 pub(crate) enum Found {
     Gone,
@@ -70,14 +71,14 @@ pub(crate) enum Found {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Here {
-    /// `None` if it was not asked for.
+    /// `None` if the data was not requested.
     pub(crate) data: Option<Result<(Bytes, Stat), Arc<str>>>,
     pub(crate) children: Children,
 }
 
 #[derive(Debug, Clone)]
 pub(crate) enum Children {
-    /// Not asked for, or it could not be told: those that are known.
+    /// Unchanged: the list was not requested or could not be read.
     AsKnown,
     None,
     Are(Vec<String>),
@@ -89,27 +90,27 @@ impl Node {
         Node { data, stat, unreadable: None, children, size, bytes }
     }
 
-    /// Whether anything was ever read of it: a node that may not be read is known by its parent only.
+    /// Reports whether the node's content was ever read. An unreadable node may be known from its parent only.
     pub fn was_read(&self) -> bool {
         self.stat.created != 0
     }
 
-    /// How many nodes there are, this one included.
+    /// Returns the number of nodes in the subtree, this one included.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// How many bytes the data of all of them and the names of all below this one have.
+    /// Returns the bytes of the subtree: all data, and the names of all nodes below this one.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The node at a path relative to this one: `a/b`; this one at the empty path.
+    /// Returns the node at a path relative to this one, such as `a/b`. The empty path is this node.
     pub fn at(&self, path: &str) -> Option<&Node> {
         segments(path).try_fold(self, |node, segment| node.children.get(segment).map(|child| &**child))
     }
 
-    /// All nodes below this one, each with its relative path (`a/b`), parents first.
+    /// Calls `each` for all nodes below this one with their relative paths (`a/b`), parents first.
     pub fn walk(&self, each: &mut impl FnMut(&str, &Node)) {
         fn below(node: &Node, path: &mut String, each: &mut impl FnMut(&str, &Node)) {
             for (name, child) in &node.children {
@@ -140,24 +141,24 @@ impl Node {
     }
 }
 
-/// How many nodes, and how many bytes, a node with this data and these children has.
+/// Returns the number of nodes and of bytes of a node with this data and these children.
 fn measured(data: &Bytes, children: &BTreeMap<Arc<str>, Arc<Node>>) -> (usize, usize) {
     let of = |(name, child): (&Arc<str>, &Arc<Node>)| (child.size, name.len() + child.bytes);
     let add = |sum: (usize, usize), of: (usize, usize)| (sum.0 + of.0, sum.1 + of.1);
     children.iter().map(of).fold((1, data.len()), add)
 }
 
-/// The names in a relative path.
+/// Returns the names in a relative path.
 pub(crate) fn segments(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|segment| !segment.is_empty())
 }
 
-/// Where the child `name` of the node at `path` is; both absolute.
+/// Returns the path of the child `name` of the node at `path`; both paths are absolute.
 pub(crate) fn join(path: &str, name: &str) -> String {
     if path == "/" { format!("/{name}") } else { format!("{path}/{name}") }
 }
 
-/// The node at the absolute `path`, of what was found there and below, and of what was known of it.
+/// Builds the node at the absolute `path` from the read results at and below it, and from its earlier copy.
 pub(crate) fn build(
     path: &str,
     found: &BTreeMap<String, Found>,
@@ -175,7 +176,7 @@ pub(crate) fn build(
             let stat = Stat { created: 0, modified: 0, modified_at: 0, owner: Owner::Nobody };
             (Bytes::new(), stat, Some(why.clone()))
         }
-        // Its children were asked for, and it was never read: what asked was told of it too late.
+        // The list of children arrived for a node that was never read: an event came too late.
         (None, None) => return None,
     };
     let children: BTreeMap<Arc<str>, Arc<Node>> = match &here.children {
@@ -213,8 +214,8 @@ fn same(before: &BTreeMap<Arc<str>, Arc<Node>>, now: &BTreeMap<Arc<str>, Arc<Nod
     before.len() == now.len() && pairs.fold(true, |same, (a, b)| same && a.0 == b.0 && Arc::ptr_eq(a.1, b.1))
 }
 
-/// Puts `node` at the relative `path` in `tree`, or takes away what is there. Nothing happens if its parent is not
-/// there, or if it is the one that is there.
+/// Puts `node` at the relative `path` in `tree`, or removes the node there. Does nothing if the parent is
+/// missing or `node` is unchanged.
 pub(crate) fn put(tree: &mut Option<Arc<Node>>, path: &str, node: Option<Arc<Node>>) {
     let before = tree
         .as_ref()
@@ -229,7 +230,7 @@ pub(crate) fn put(tree: &mut Option<Arc<Node>>, path: &str, node: Option<Arc<Nod
         *tree = node;
         return;
     }
-    // A node's name is one of its parent's bytes.
+    // The name of a node counts towards its parent's bytes.
     let name = segments(path).last().map_or(0, str::len);
     let of = |node: Option<&Arc<Node>>| node.map_or((0, 0), |node| (node.size, node.bytes + name));
     let (less, more) = (of(before), of(node.as_ref()));
@@ -292,7 +293,7 @@ mod tests {
             ("/r/a/x", here("X", 3, &[])),
             ("/r/a/y", here("Y", 4, &[])),
             ("/r/b", here("B", 5, &[])),
-            // Gone between the list and the look.
+            // Deleted between the list and the read.
             ("/r/late", Found::Gone),
         ])
     }
@@ -362,7 +363,7 @@ mod tests {
         assert_eq!(Owner::of(i64::MIN), Owner::Container);
         assert_eq!(Owner::of(0xff00_0000_0000_03e8_u64.cast_signed()), Owner::Ttl);
         assert_eq!(Owner::of(0x1_0000_1234), Owner::Session(0x1_0000_1234));
-        // The session of a server whose number has the topmost bit.
+        // A session of a server whose number has its highest bit set.
         assert!(Owner::of(0x9000_0000_0000_0001_u64.cast_signed()).is_session());
     }
 }

@@ -1,4 +1,4 @@
-//! A node that is held, against real servers, and what happens to them.
+//! A held node on real servers that are killed, frozen and restarted.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::time::Duration;
@@ -58,7 +58,7 @@ async fn a_node_stands_until_it_is_withdrawn() {
         assert_eq!(client.get("/services/pay/web-1").await.unwrap(), b"one");
         holder.update(Bytes::from_static(b"two"));
         until(&mut client, "/services/pay/web-1", b"two").await;
-        // What others do to it is undone.
+        // The holder undoes changes by other clients.
         client.set("/services/pay/web-1", b"other").await.unwrap();
         until(&mut client, "/services/pay/web-1", b"two").await;
         client.delete("/services/pay/web-1").await.unwrap();
@@ -77,7 +77,7 @@ async fn what_happened_long_ago_does_not_keep_a_node_away() {
     held(&mut holder).await;
     let soon = Duration::from_secs(10);
     for _ in 0..9 {
-        // It has stood for a while.
+        // The node exists for longer than the pause.
         tokio::time::sleep(Duration::from_secs(1)).await;
         client.delete("/services/pay/web-1").await.unwrap();
         wait_for("the node", soon, async || client.get("/services/pay/web-1").await.map(drop)).await.unwrap();
@@ -96,7 +96,7 @@ async fn a_node_of_an_older_session_is_replaced_without_a_gap() {
     assert_eq!(held(&mut holder).await, "/services/pay/web-1");
     assert_eq!(held(&mut sequential).await, "/nerve/pay/web-1_0000000002");
     older.close().await.unwrap();
-    // What it was replaced by outlives the session that made it first.
+    // The replacement outlives the session that first created the node.
     let mut client = servers.client(0).await.unwrap();
     assert_eq!(client.get("/services/pay/web-1").await.unwrap(), b"one");
     assert_eq!(client.children("/nerve/pay").await.unwrap(), ["web-1_0000000002"]);

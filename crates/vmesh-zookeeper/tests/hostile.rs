@@ -1,6 +1,6 @@
-//! A server that is no ZooKeeper's friend: what it announces is not believed, and costs a connection at most.
+//! A hostile server: the client does not trust the sizes that it announces, and loses at most its connection.
 //!
-//! A fake, since a real server sends none of this.
+//! The server is a fake, since a real one sends none of this.
 
 #![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
@@ -22,20 +22,20 @@ const GET_DATA: i32 = 4;
 const GET_CHILDREN: i32 = 8;
 const SYNC: i32 = 9;
 
-/// How the server answers a request of one kind.
+/// How the server answers requests of one type.
 #[derive(Clone, Copy)]
 enum Attack {
-    /// Announces a reply of so many bytes to every reading of data, and sends as many as are taken.
+    /// Announces a reply of this many bytes to every read of data, and sends as many as the client reads.
     Announce(u32),
-    /// Lists so many children in a reply that has no room for one.
+    /// Lists this many children in a reply that has room for none.
     Count(i32),
-    /// Has children without end, each with so much data.
+    /// Has endless children, each with this much data.
     Pour(usize),
 }
 
 struct Server {
     address: SocketAddr,
-    /// How many bytes of one reply the client took at most.
+    /// The most bytes of one reply that the client has read.
     taken: Arc<AtomicUsize>,
     _tasks: JoinSet<()>,
 }
@@ -87,7 +87,8 @@ async fn serve(mut stream: TcpStream, attack: Attack, taken: Arc<AtomicUsize>) -
                 reply.extend(i32::try_from(data.len()).unwrap().to_be_bytes());
                 reply.extend(&data);
                 reply.extend([0; 68]);
-                // It has children: the number of them is the fourth field from the end.
+                // The number of children stands before the last field of the node's `Stat`, which has eight
+                // bytes.
                 let at = reply.len() - 12;
                 reply[at..at + 4].copy_from_slice(&1_i32.to_be_bytes());
                 taken.fetch_add(data.len(), Ordering::Relaxed);
@@ -129,7 +130,7 @@ fn mirror(server: &Server, max_bytes: usize) -> Mirror {
     Mirror::new(Config::of(server.address.to_string().parse().unwrap()), vec![root], |_| {})
 }
 
-/// Waits until the mirror says a reason that contains `expected`, of the whole or of its root.
+/// Waits until the mirror reports a reason that contains `expected`, for the view or for its root.
 async fn says(mirror: &mut Mirror, expected: &str) {
     let said = async {
         loop {
@@ -149,7 +150,7 @@ async fn a_reply_is_not_taken_that_is_longer_than_any_should_be() {
         let server = server(Attack::Announce(length)).await;
         let mut mirror = mirror(&server, 1 << 20);
         says(&mut mirror, &format!("the server announces a reply of {length} bytes")).await;
-        // What the sockets hold, and no more.
+        // The server can write no more than the sockets buffer.
         let taken = server.taken.load(Ordering::Relaxed);
         assert!(taken <= 16 << 20, "{taken} bytes of a reply of {length} were taken");
     }
@@ -168,7 +169,7 @@ async fn a_root_is_not_kept_that_has_more_bytes_than_it_may() {
     let mut mirror = mirror(&server, 1 << 20);
     says(&mut mirror, "there are more than 1048576 bytes in the nodes below /services").await;
     assert!(mirror.view().roots[0].tree.is_none());
-    // The window of requests that were under way, and what they brought.
+    // The requests in flight may still bring their replies.
     let taken = server.taken.load(Ordering::Relaxed);
     wait_for("the reading to have ended", BOUND, async || {
         let more = server.taken.load(Ordering::Relaxed);

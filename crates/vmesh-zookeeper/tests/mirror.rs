@@ -1,4 +1,4 @@
-//! A mirror against real servers, and what happens to them.
+//! A mirror of real servers that are killed, frozen and restarted.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use vmesh_zookeeper::config::{Auth, Mechanism, Sasl, Tls, Watch};
 use vmesh_zookeeper::{Config, Counted, Error, Mirror, Node, Root, View};
 use zookeeper_client as zk;
 
-/// Generous: two cores, several JVMs.
+/// A generous limit, since several JVMs share two cores.
 const SOON: Duration = Duration::from_secs(60);
 const SESSION: Duration = Duration::from_secs(4);
 
@@ -42,7 +42,7 @@ impl Counts {
     }
 }
 
-/// A mirror, and the last view that it gave.
+/// A mirror with its counters and the last view that it returned.
 struct Mirrored {
     mirror: Mirror,
     view: View,
@@ -62,7 +62,7 @@ impl Mirrored {
         Mirrored { mirror, view: View::default(), counts }
     }
 
-    /// Waits until the view shows as `expected`.
+    /// Waits until the view, printed by `show`, equals `expected`.
     async fn until(&mut self, expected: &str) {
         self.until_view(expected, |view| show(view) == expected).await;
     }
@@ -83,7 +83,7 @@ impl Mirrored {
     }
 }
 
-/// `/a [x=1 x/y=2] | /b absent | stale`
+/// Prints a view: `/a [x=1 x/y=2] | /b absent | stale`.
 fn show(view: &View) -> String {
     let root = |seen: &vmesh_zookeeper::mirror::Seen| {
         let mut shown = match &seen.tree {
@@ -161,7 +161,7 @@ async fn a_server_without_persistent_watches_is_watched_node_by_node() {
     mirrored.until("[x=1 x/y=23] | absent").await;
     client.make("/b/c", b"5", Kind::Persistent).await.unwrap();
     mirrored.until("[x=1 x/y=23] | [c=5]").await;
-    // Watches are armed once per node and kind, also after everything was read again.
+    // Reading everything again adds no watch: each node keeps one watch of each kind.
     let watches = servers.watches(0).await.unwrap();
     mirrored.mirror.confirm().await.unwrap();
     mirrored.mirror.confirm().await.unwrap();
@@ -180,7 +180,8 @@ async fn a_server_without_persistent_watches_is_watched_node_by_node() {
     assert!(why.contains("is older than 3.6 and has no persistent watches: set `watch`"), "{why}");
 }
 
-/// The client's bug for which mirrors watch anew. When it is gone this fails, and says that the workaround may go.
+/// Pins the client's bug that makes mirrors set their watches anew. When the bug is fixed, this test fails, and
+/// the workaround may be removed.
 #[tokio::test]
 async fn the_client_alone_loses_its_watch_when_its_server_is_killed() {
     let mut servers = ZooKeeper::three().await.unwrap();
@@ -211,7 +212,7 @@ async fn the_client_alone_loses_its_watch_when_its_server_is_killed() {
     servers.wait_serving(other).await.unwrap();
     let mut writer = servers.client(other).await.unwrap();
     writer.make("/a/after", b"", Kind::Persistent).await.unwrap();
-    // It is connected, and reads what it is not told of.
+    // The client is connected and can read the node, but gets no event.
     wait_for("the other to be read", SOON, async || {
         let children = alone.list_children("/a").await;
         children.is_ok_and(|children| children.contains(&"after".to_owned())).then_some(())
@@ -233,7 +234,7 @@ async fn events_flow_again_after_whichever_server_is_killed() {
     let mut mirrored = Mirrored::of(config(&servers.connect()), &["/a"]);
     mirrored.until("[]").await;
     let mut expected = Vec::new();
-    // Each in turn, so also the leader and the one that it is connected to.
+    // Each server is killed in turn, so the leader and the mirror's own server are among them.
     for killed in 0..3 {
         servers.kill(killed).unwrap();
         let other = (killed + 1) % 3;
@@ -306,7 +307,7 @@ async fn a_server_without_a_quorum_is_read_and_what_it_says_is_stale() {
     let mut early = Mirrored::of(config(&servers.connect()), &["/a"]);
     early.until("[x=1]").await;
     let leader = servers.leader().await.unwrap();
-    // The one that stays has the write: it has answered a client with it.
+    // The remaining server must have the write: a client has read it there.
     let stays = (leader + 1) % 3;
     let mut reader = servers.client(stays).await.unwrap();
     wait_for("the follower", SOON, async || reader.get("/a/x").await).await.unwrap();
@@ -357,7 +358,7 @@ async fn a_node_that_may_not_be_read_costs_that_node_and_is_read_with_the_right_
     let auth = Some(Auth { digest_file: file.clone() });
     let mut mirrored = Mirrored::of(Config { auth, ..config(&servers.connect()) }, &["/a", "/closed"]);
     mirrored.until("[closed!= open=1] | absent failed").await;
-    // What is unreadable is tried again by itself, with what the file says then.
+    // Unreadable nodes are read again without an event, with the credentials that the file has then.
     std::fs::write(&file, "mesh:secret\n").unwrap();
     mirrored.until("[closed=2 open=1] | [x=3]").await;
 }
@@ -462,7 +463,7 @@ async fn confirm_reads_everything_again() {
     assert!(mirrored.count(|c| &c.reads) >= before + 3, "the root, its children, the child");
 }
 
-/// A server that throws everybody out: overloaded, or with a wrong idea of who we are.
+/// The server closes each connection, as an overloaded one does, or one that rejects the client.
 #[tokio::test]
 async fn a_server_that_throws_us_out_is_left_alone_for_longer_each_time() {
     let place = vmesh_testkit::Loopback::unique().unwrap();
@@ -477,7 +478,8 @@ async fn a_server_that_throws_us_out_is_left_alone_for_longer_each_time() {
             () = tokio::time::sleep(Duration::from_millis(100)) => {}
         }
     }
-    // At most after 50, 150, 350, 750, 1550 ms, and a knock after each to find out why.
+    // Connections arrive at the earliest after 50, 150, 350, 750 and 1550 ms, and each is followed by one for
+    // the diagnosis.
     assert!((2..=14).contains(&accepted), "{accepted} connections within 3 s");
     let why = mirrored.mirror.view().stale_because.unwrap();
     assert!(why.contains("accepts connections but no session"), "{why}");

@@ -41,7 +41,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 pub struct Session {
     protocol: Protocol,
     control_plane: Arc<str>,
-    /// The time at which the first request arrived.
+    /// The arrival time of the first request.
     opened: Option<Instant>,
     /// Versions that the client listed as kept from an earlier stream, as (kind, name, version), until the
     /// first snapshot arrives to compare them with.

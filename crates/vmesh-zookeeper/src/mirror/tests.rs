@@ -42,13 +42,13 @@ fn events_for_one_path_are_one_reading_of_it() {
             (0, NodeDataChanged, "/services/pay/a"),
             (0, NodeDataChanged, "/services/pay/a"),
             (0, NodeCreated, "/services/orders/1"),
-            // Made, and something in it, and changed: one reading of all of it.
+            // Created, filled and changed: one read of the whole subtree.
             (0, NodeCreated, "/services/new"),
             (0, NodeCreated, "/services/new/1"),
             (0, NodeDataChanged, "/services/new/1"),
-            // Sorts between a node and what is below it.
+            // Sorts between a node and the nodes below it.
             (0, NodeCreated, "/services/new-er"),
-            // One of whose parents nothing was heard.
+            // No event named the parents of this node.
             (0, NodeCreated, "/services/deep/er/1"),
             (0, NodeDataChanged, "/services/orders"),
             (0, NodeChildrenChanged, "/services/orders"),
